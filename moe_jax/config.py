@@ -1,0 +1,265 @@
+"""From a ConfigDict to frozen dataclasses, and every rule that ties two keys together.
+
+Below train.py no ConfigDict travels. The dataclasses have no defaults (configs/base.py has them all), so a key that is missing or
+misspelt fails here, by its config path, before anything is compiled. All rules run in `check`.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.errors import UserError
+
+
+class Options(dict[str, Any]):
+    """The options of a chosen router, dispatcher, optimizer or schedule: a dict that nobody changes, so that jax may hash it."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.items())))
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    num_experts: int
+    expert_hidden: int
+    shared_experts: int
+    group_rows: int
+    router: str
+    router_options: Options
+    dispatcher: str
+    dispatcher_options: Options
+    losses: Options
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: bool
+    attention_bias: bool
+    rope_theta: float
+    norm_epsilon: float
+    ffn_hidden: int
+    activation: str
+    tie_embeddings: bool
+    dropout: float
+    prefix: tuple[str, ...]
+    period: tuple[str, ...]
+    repeats: int
+    suffix: tuple[str, ...]
+    scan: bool
+    remat: str
+    param_dtype: str
+    dtype: str
+    moe: MoEConfig
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The kind of every block, in order: "dense" or "moe"."""
+        return self.prefix + self.period * self.repeats + self.suffix
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.blocks.count("moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    optimizer: str
+    options: Options
+    learning_rate: float
+    schedule: str
+    schedule_options: Options
+    warmup_steps: int
+    steps: int
+    clip_norm: float
+    decay_mask: str
+    ema_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    nonfinite_patience: int
+    init_from: str
+    stop_at: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.batch_size // self.micro_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[tuple[str, float], ...]
+    seq_len: int
+    slice_bytes: int
+    heldout_every: int
+    prefetch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int
+    batches: int
+    batch_size: int
+    dispatcher: str
+    sample_tokens: int
+    sample_prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int
+    keep: int
+    keep_best: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int
+    tensorboard: bool
+    histogram_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    expert: int
+    model: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    simulate_devices: int
+    profile: tuple[int, int] | None
+    mesh: MeshConfig
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    data: DataConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+
+RESUME_MAY_CHANGE = (
+    "train.steps",
+    "train.stop_at",
+    "train.nonfinite_patience",
+    "eval",
+    "checkpoint",
+    "log",
+    "mesh",
+    "profile",
+    "simulate_devices",
+    "data.prefetch",
+)
+
+
+def build(raw: Mapping[str, Any], num_devices: int) -> Config:
+    """The checked, frozen config. `raw` is a plain nested dict (ConfigDict.to_dict()); `num_devices` fills -1 in the mesh."""
+    from moe_jax import mesh  # here, so that reading a config needs no devices
+
+    raw = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    lengths = mesh.resolve({k: int(v) for k, v in raw["mesh"].items()}, num_devices)
+    raw["mesh"] = lengths
+    raw["profile"] = profile_range(raw["profile"])
+    raw["optim"] = _optim(raw["optim"], raw["train"]["steps"])
+    moe = _chosen(dict(raw["model"]["moe"]), "model.moe", "router", "routers", "router_options")
+    moe = _chosen(moe, "model.moe", "dispatcher", "dispatchers", "dispatcher_options")
+    model = {**raw["model"], "moe": moe}
+    model["head_dim"] = model["head_dim"] or model["d_model"] // max(model["num_heads"], 1)
+    raw["model"] = model
+    train = raw["train"]
+    raw["train"] = {**train, "micro_batch_size": train["micro_batch_size"] or train["batch_size"]}
+    raw["eval"] = {**raw["eval"], "batch_size": raw["eval"]["batch_size"] or train["batch_size"]}
+    config = freeze(Config, raw, "")
+    from moe_jax import rules
+
+    rules.check(config)
+    return config
+
+
+def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """An option of a router, dispatcher, optimizer or schedule that is not chosen would do nothing: say so instead."""
+    for path, choice, options in (
+        ("model.moe", "router", "routers"),
+        ("model.moe", "dispatcher", "dispatchers"),
+        ("optim", "optimizer", "optimizers"),
+        ("optim", "schedule", "schedules"),
+    ):
+        block, default = _at(raw, path), _at(defaults, path)
+        for name, values in block[options].items():
+            changed = [k for k, v in values.items() if default[options].get(name, {}).get(k, v) != v]
+            if name != block[choice] and changed:
+                raise UserError(
+                    f"{path}.{options}.{name}.{changed[0]} = {values[changed[0]]} does nothing, because "
+                    f'{path}.{choice} is "{block[choice]}": set {path}.{choice}={name}, or leave the key alone'
+                )
+
+
+def profile_range(text: str) -> tuple[int, int] | None:
+    """ "10:13" -> (10, 13): trace steps 10, 11 and 12."""
+    if not text:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f'profile = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13')
+    return int(first), int(last)
+
+
+def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
+    """A dataclass from a nested dict; every key must be there, be known and have its type."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(raw) - set(fields))
+    missing = sorted(set(fields) - set(raw))
+    if unknown or missing:
+        what = f"unknown key {path}{unknown[0]}" if unknown else f"the key {path}{missing[0]} is missing"
+        raise UserError(f"{what}: configs/base.py lists every key")
+    return cls(**{name: _convert(hints[name], raw[name], f"{path}{name}") for name in fields})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return freeze(typing.cast(type, hint), value, path + ".")
+    if hint is Options:
+        return Options(value)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
+    if origin in (typing.Union, types.UnionType):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}")
+    return value
+
+
+def _chosen(block: dict[str, Any], path: str, choice: str, options: str, to: str) -> dict[str, Any]:
+    name = block[choice]
+    if name not in block[options]:
+        raise UserError(f'{path}.{choice} = "{name}" is not known: choose one of {", ".join(block[options])}')
+    chosen = dict(block.pop(options)[name])
+    return {**block, to: chosen}
+
+
+def _optim(block: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    block = _chosen(dict(block), "optim", "optimizer", "optimizers", "options")
+    return {**_chosen(block, "optim", "schedule", "schedules", "schedule_options"), "steps": steps}
+
+
+def _at(raw: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    for key in path.split("."):
+        raw = raw[key]
+    return raw

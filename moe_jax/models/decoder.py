@@ -1,0 +1,180 @@
+"""The decoder: embedding, a pattern of pre-norm blocks (prefix, period x repeats, suffix), final norm, head. Global view.
+
+A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is dense or a mixture of experts (plus shared
+experts). With `scan`, one period is stacked over the repeats and run by lax.scan: equal first values, equal functions. Every block returns
+`(x, sums)`; the sums of the MoE blocks are stacked to [L, B, ...] in the order of the blocks.
+
+Shapes: B rows, S sequence, D model, V vocabulary, L MoE layers, M length of the cache.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import ModelConfig, Options
+from moe_jax.mesh import BATCH, P
+from moe_jax.models.attention import Attention, Cache
+from moe_jax.models.layers import FeedForward, dropout, gather, rms_norm
+from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.weights import Weight, Weights
+
+# What the backward pass keeps of a block instead of recomputing it.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # keep everything: no rematerialisation
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dispatch": jax.checkpoint_policies.save_only_these_names("moe_dispatch"),  # the tokens that travelled
+}
+
+
+class Context(NamedTuple):
+    """What every block reads beside the residual stream."""
+
+    batch: Batch
+    rng: jax.Array
+    index: jax.Array  # of the block: each folds it into its key
+
+
+class Block(nnx.Module):
+    def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig):
+        keys = jax.random.split(key, 4)
+        self.cfg, self.kind = cfg, kind
+        scale = Weight((cfg.d_model,), (None,), 0.0, 1.0)
+        self.norms = Weights(keys[0], {"attention_norm_scale": scale, "ffn_norm_scale": scale}, cfg.param_dtype)
+        self.attention = Attention(keys[1], cfg)
+        width = cfg.ffn_hidden if kind == "dense" else cfg.moe.shared_experts * cfg.moe.expert_hidden
+        if width:
+            self.dense = FeedForward(keys[2], cfg.d_model, width, cfg.activation, out_std(width, cfg), cfg.param_dtype)
+        if kind == "moe":
+            self.moe = MoELayer(keys[3], moe_config(cfg))
+
+    def __call__(self, x_BSD: jax.Array, context: Context, train: bool, cache: Cache | None = None):
+        cfg, batch = self.cfg, context.batch
+        keys = jax.random.split(jax.random.fold_in(context.rng, context.index), 3)
+        drop = lambda y, key: dropout(y, cfg.dropout if train else 0.0, key, batch.row_B)
+        h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
+        y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache)
+        x_BSD = x_BSD + drop(y, keys[0])
+        h = rms_norm(x_BSD, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
+        y, sums = self.moe(h, batch, keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
+        if hasattr(self, "dense"):
+            y = y + self.dense(h)
+        return x_BSD + drop(y, keys[2]), sums, cache
+
+
+class Period(nnx.Module):
+    """The blocks that repeat."""
+
+    def __init__(self, key: jax.Array, cfg: ModelConfig):
+        self.blocks = nnx.List([Block(jax.random.fold_in(key, i), kind, cfg) for i, kind in enumerate(cfg.period)])
+
+
+class Decoder(nnx.Module):
+    """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.cached(batch, caches) -> (logits_BSV, caches)`."""
+
+    def __init__(self, key: jax.Array, cfg: ModelConfig):
+        self.cfg = cfg
+        keys = jax.random.split(key, 4)
+        ends = {
+            "embed": Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.d_model**-0.5),
+            "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0),
+        }
+        if not cfg.tie_embeddings:
+            ends["head"] = Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), cfg.d_model**-0.5)
+        self.ends = Weights(keys[0], ends, cfg.param_dtype)
+        blocks = lambda key, kinds: nnx.List([Block(jax.random.fold_in(key, i), k, cfg) for i, k in enumerate(kinds)])
+        self.prefix, self.suffix = blocks(keys[1], cfg.prefix), blocks(keys[3], cfg.suffix)
+        if not cfg.repeats:
+            self.repeats = nnx.List([])
+            return
+        # Drawn stacked in both layouts: the same values, and one compiled draw however many layers there are.
+        stacked = jax.vmap(lambda key: Period(key, cfg))(jax.random.split(keys[2], cfg.repeats))
+        layer = lambda i: jax.tree.map(lambda z: z[i], stacked)
+        self.repeats = stacked if cfg.scan else nnx.List([layer(i) for i in range(cfg.repeats)])
+
+    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        cfg = self.cfg
+        x = dropout(self._embed(batch.id_BS), cfg.dropout if train else 0.0, jax.random.fold_in(rng, 0), batch.row_B)
+        run = remat(cfg, train)
+        x, before = run_blocks(run, self.prefix, x, Context(batch, rng, jnp.int32(1)))
+        x, middle = self._repeats(run, x, Context(batch, rng, jnp.int32(1 + len(cfg.prefix))))
+        last = 1 + len(cfg.prefix) + len(cfg.period) * cfg.repeats
+        x, after = run_blocks(run, self.suffix, x, Context(batch, rng, jnp.int32(last)))
+        parts = [part for part in (before, middle, after) if part]
+        sums = jax.tree.map(lambda *z: jnp.concatenate(z), *parts) if parts else {}
+        return self._head(x), sums
+
+    def cached(self, batch: Batch, caches: list[Cache]) -> tuple[jax.Array, list[Cache]]:
+        """Logits of the tokens of `batch`, which follow those in the caches (one a block, in order). Loop layout only."""
+        blocks = [*self.prefix, *(block for period in self.repeats for block in period.blocks), *self.suffix]
+        x, new = self._embed(batch.id_BS), []
+        context = Context(batch, jax.random.key(0), jnp.int32(0))
+        for block, cache in zip(blocks, caches, strict=True):
+            x, _, cache = block(x, context, False, cache)
+            new.append(cache)
+        return self._head(x), new
+
+    def _embed(self, id_BS: jax.Array) -> jax.Array:
+        table = gather(self.ends["embed"], ("vocab", "embed"), self.cfg.dtype)
+        return table.at[id_BS].get(out_sharding=P(BATCH, None, None)) * self.cfg.d_model**0.5
+
+    def _head(self, x_BSD: jax.Array) -> jax.Array:
+        """Logits in at least float32."""
+        x = rms_norm(x_BSD, self.ends["norm_scale"], self.cfg.norm_epsilon)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        if self.cfg.tie_embeddings:
+            table = gather(self.ends["embed"], ("vocab", "embed"), self.cfg.dtype)
+            return jnp.einsum("BSD,VD->BSV", x, table, preferred_element_type=wide)
+        head = gather(self.ends["head"], ("embed", "vocab"), self.cfg.dtype)
+        return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
+
+    def _repeats(self, run, x_BSD: jax.Array, context: Context):
+        size, repeats = len(self.cfg.period), self.cfg.repeats
+        at = lambda i: context._replace(index=context.index + i * size)
+        if self.cfg.scan and repeats:
+            body = lambda x, xs: run_blocks(run, xs[0].blocks, x, at(xs[1]))
+            x_BSD, sums = jax.lax.scan(body, x_BSD, (self.repeats, jnp.arange(repeats, dtype=jnp.int32)))
+            return x_BSD, jax.tree.map(lambda z: z.reshape((-1,) + z.shape[2:]), sums)
+        parts = []
+        for i, period in enumerate(self.repeats):
+            x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
+            parts += [sums] if sums else []
+        return x_BSD, jax.tree.map(lambda *z: jnp.concatenate(z), *parts) if parts else {}
+
+
+def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
+    """Runs blocks in order; the sums of the MoE blocks among them, stacked [n, B, ...]."""
+    parts = []
+    for i, block in enumerate(blocks):
+        x_BSD, sums = run(block, x_BSD, context._replace(index=context.index + i))
+        parts += [sums] if sums else []
+    return x_BSD, jax.tree.map(lambda *z: jnp.stack(z), *parts) if parts else {}
+
+
+def remat(cfg: ModelConfig, train: bool):
+    """How a block is called: plainly, or under jax.checkpoint with the policy that the config names."""
+    call = lambda block, x, context: block(x, context, train)[:2]
+    if cfg.remat == "none":
+        return call
+    return jax.checkpoint(call, policy=REMAT[cfg.remat])
+
+
+def out_std(width: int, cfg: ModelConfig) -> float:
+    """Of the first value of a matrix that writes to the residual stream."""
+    return width**-0.5 * (2 * len(cfg.blocks)) ** -0.5
+
+
+def moe_config(cfg: ModelConfig) -> MoE:
+    same = {name: getattr(cfg.moe, name) for name in MoE.__dataclass_fields__ if hasattr(cfg.moe, name)}
+    shared = {name: getattr(cfg, name) for name in ("d_model", "activation", "param_dtype", "dtype")}
+    return MoE(**same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg))
+
+
+def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
+    """The same model with another dispatcher (dropless for decoding, or for evaluation)."""
+    options = cfg.moe.dispatcher_options if cfg.moe.dispatcher == name else {"dropless": Options(buffer=0.0)}[name]
+    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher=name, dispatcher_options=options))

@@ -1,0 +1,81 @@
+"""Capacity dispatch: each expert takes at most C assignments of each group, and tokens travel by all-to-all over the expert axis.
+
+C = ceil(factor * assignments of a group / E), per *group* (model.moe.group_rows sequences), never per device, so the same assignments drop
+on every mesh (Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 3.2, where the group is a device's share). Earlier entries of the
+routing win: token-major order never lets a later token take an earlier one's place, so a causal model stays causal.
+
+Buffers per device: E * (T / group) * C rows sent, as many received and computed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
+from moe_jax.moe.grouped_matmul import block_sizes, sum_rows, take_rows
+from moe_jax.moe.routing.contract import Routing
+
+
+def slots(shape: Shape, options: Mapping[str, Any]) -> int:
+    """C: places of one expert in one group. No more than the group's tokens can ever be used."""
+    per_group = shape.num_assignments * shape.group_tokens / shape.num_tokens
+    return max(1, min(math.ceil(options["factor"] * per_group / shape.num_experts - 1e-9), shape.group_tokens))
+
+
+def rows(shape: Shape, options: Mapping[str, Any]) -> int:
+    """Rows received and computed per device: all places of the local experts, filled or not."""
+    return shape.num_experts * (shape.num_tokens // shape.group_tokens) * slots(shape, options)
+
+
+def apply(
+    x_TD: jax.Array, routing: Routing, experts: Callable[..., jax.Array], *, shape: Shape, options: Mapping[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """See the contract in moe/dispatch/__init__.py. Places past C are dropped and flagged."""
+    num_experts, groups, places = shape.num_experts, shape.num_tokens // shape.group_tokens, slots(shape, options)
+    with jax.named_scope("dispatch"):
+        group_N = routing.token_N // shape.group_tokens
+        rank_N, _, _ = rank_in(group_N * (num_experts + 1) + routing.expert_N, groups * (num_experts + 1))
+        real_N = routing.expert_N < num_experts
+        kept_N = real_N & (rank_N < places)
+        num_rows = num_experts * groups * places
+        row_N = jnp.where(kept_N, (routing.expert_N * groups + group_N) * places + rank_N, num_rows)
+        assignment_R = assignment_of_row(row_N, num_rows)
+        src_R = routing.token_N.at[assignment_R].get(mode="fill", fill_value=shape.num_tokens)
+        dest_TK = row_N.reshape(-1, shape.per_token) if shape.per_token else None
+        x_RD = take_rows(x_TD, src_R, dest_TK)
+        gate_R = routing.gate_N.at[assignment_R].get(mode="fill", fill_value=0)
+        x_RD, gate_R = _send(x_RD, shape), _send(gate_R, shape)
+    y_RD = _on_padded_rows(x_RD, gate_R, experts, shape)
+    with jax.named_scope("combine"):
+        y_TD = sum_rows(_return(y_RD, shape), dest_TK, src_R, shape.num_tokens)
+    return y_TD, real_N & ~kept_N
+
+
+def _on_padded_rows(x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape) -> jax.Array:
+    """Every local expert has equally many rows here; they are padded to the small block that the grouped product works in."""
+    e = shape.num_experts // shape.expert_axis
+    count = x_RD.shape[0] // e
+    block = block_sizes(count)
+    room = round_up(count, block[1])
+    pad = lambda z: jnp.pad(z.reshape((e, count) + z.shape[1:]), ((0, 0), (0, room - count)) + ((0, 0),) * (z.ndim - 1))
+    flat = lambda z: z.reshape((-1,) + z.shape[2:])
+    start_e = jnp.arange(e, dtype=jnp.int32) * room
+    y_RD = experts(flat(pad(x_RD)), flat(pad(gate_R)), start_e, jnp.full((e,), count, jnp.int32), block)
+    return flat(y_RD.reshape(e, room, -1)[:, :count])
+
+
+def _send(x: jax.Array, shape: Shape) -> jax.Array:
+    """[E * places, ...] in order of expert -> [e * (n * places), ...]: the rows of the local experts, from all n devices of the axis."""
+    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
+    x = x.reshape((n, e, -1) + x.shape[1:])
+    return jnp.moveaxis(jax.lax.all_to_all(x, "expert", 0, 0), 0, 1).reshape((-1,) + x.shape[3:])
+
+
+def _return(y_RD: jax.Array, shape: Shape) -> jax.Array:
+    """The inverse of `_send`."""
+    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
+    y = jnp.moveaxis(y_RD.reshape(e, n, -1, y_RD.shape[-1]), 1, 0)
+    return jax.lax.all_to_all(y, "expert", 0, 0).reshape(-1, y_RD.shape[-1])

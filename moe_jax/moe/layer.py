@@ -1,0 +1,142 @@
+"""The MoE layer: the one place where a router, a dispatcher and the experts meet, inside one fully manual shard_map.
+
+Every device routes its own rows, the dispatcher moves tokens over the expert axis, each device computes its experts with its share of the
+hidden columns, and one psum over `model` ends the layer. Expert weights are gathered over `data` inside the manual region: the backward of
+that gather is a reduce-scatter. Statistics leave as sums per row, sharded like the batch.
+
+Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D model, E experts, F expert hidden, P = 2 for SwiGLU else 1,
+N assignments, R rows of a dispatch buffer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.mesh import BATCH, P, spec
+from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.grouped_matmul import expert_ffn
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens, per_row
+from moe_jax.weights import RouterState, Weight, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+    """What the layer is told: the config's `model.moe` block, and what it shares with the rest of the model."""
+
+    num_experts: int
+    group_rows: int
+    router: str
+    router_options: Mapping
+    dispatcher: str
+    dispatcher_options: Mapping
+    d_model: int
+    expert_hidden: int
+    activation: str
+    param_dtype: str
+    dtype: str
+    out_std: float  # of the first value of w_out
+
+
+class Batch(NamedTuple):
+    """What the router may read beside the activations; sharded over rows."""
+
+    id_BS: jax.Array
+    position_BS: jax.Array
+    segment_BS: jax.Array  # 0 = padding
+    row_B: jax.Array
+
+
+class MoELayer(nnx.Module):
+    """Routed experts. `layer(x_BSD, batch, rng, train) -> (y_BSD, sums)`; sums: {name: [B, ...]} per row, see moe/load.py."""
+
+    def __init__(self, key: jax.Array, cfg: MoE):
+        self.cfg = cfg
+        router = ROUTERS[cfg.router]
+        declared = (cfg.d_model, cfg.num_experts, cfg.router_options)
+        wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
+        self.router = Weights(jax.random.fold_in(key, 0), router.params(*declared), wide)
+        self.state = Weights(jax.random.fold_in(key, 1), router.state(*declared), wide, RouterState)
+        self.experts = Weights(jax.random.fold_in(key, 2), expert_weights(cfg), cfg.param_dtype)
+
+    def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
+        cfg = self.cfg
+        axes = {name: weight.names for name, weight in expert_weights(cfg).items()}
+        experts = {name: self.experts[name].astype(cfg.dtype) for name in axes}
+        router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
+        run = jax.shard_map(
+            lambda *args: _on_device(*args, cfg=cfg, train=train),
+            in_specs=(P(BATCH), Batch(*[P(BATCH)] * 4), P(), P(), {n: spec(*names) for n, names in axes.items()}, P()),
+            out_specs=(P(BATCH), P(BATCH)),
+        )
+        with jax.named_scope("moe"):
+            return run(x_BSD, batch, router, self.state.arrays(), experts, rng)
+
+
+def expert_weights(cfg: MoE) -> dict[str, Weight]:
+    """Gate and up are an axis of their own, so that F can be split over `model` without pairing wrong columns."""
+    e, d, f, p = cfg.num_experts, cfg.d_model, cfg.expert_hidden, 2 if cfg.activation == "swiglu" else 1
+    return {
+        "w_in": Weight((e, d, p, f), ("experts", "expert_embed", None, "hidden"), d**-0.5),
+        "w_out": Weight((e, f, d), ("experts", "hidden", "expert_embed"), cfg.out_std),
+    }
+
+
+def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
+    b, s, d = x_BSD.shape
+    tokens = _tokens(x_BSD, batch)
+    with jax.named_scope("route"):
+        router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, total=lambda z: z)
+        routing: Routing = ROUTERS[cfg.router].route(router, state, tokens, cfg=router_cfg, rng=rng, train=train)
+    shape = Shape(
+        num_experts=cfg.num_experts,
+        num_tokens=b * s,
+        num_assignments=routing.expert_N.shape[0],
+        per_token=routing.per_token,
+        group_tokens=min(cfg.group_rows, b) * s,
+        expert_axis=jax.lax.axis_size("expert"),
+    )
+    dispatcher = DISPATCHERS[cfg.dispatcher]
+    experts = _experts(weights, cfg)
+    routing = routing._replace(gate_N=routing.gate_N.astype(x_BSD.dtype))
+    y_TD, dropped_N = dispatcher.apply(tokens.x_TD, routing, experts, shape=shape, options=cfg.dispatcher_options)
+    with jax.named_scope("combine"):
+        y_TD = jax.lax.psum(y_TD, "model")
+    return y_TD.reshape(b, s, d), dict(routing.sums, dropped=_dropped_per_row(dropped_N, routing, tokens))
+
+
+def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
+    b, s, d = x_BSD.shape
+    flat = lambda z_BS: z_BS.reshape(b * s)
+    row_T = jnp.repeat(batch.row_B, s)
+    valid_T = flat(batch.segment_BS) > 0
+    ids = (flat(batch.id_BS), flat(batch.position_BS), row_T, flat(batch.segment_BS))
+    return Tokens(x_BSD.reshape(b * s, d), *ids, valid_T, num_rows=b)
+
+
+def _experts(weights: Mapping[str, jax.Array], cfg: MoE) -> Callable[..., jax.Array]:
+    """The experts of this device as a function of grouped rows; their weights are gathered over `data` here."""
+    with jax.named_scope("gather_experts"):
+        w_in = jax.lax.all_gather(weights["w_in"], "data", axis=1, tiled=True)
+        w_out = jax.lax.all_gather(weights["w_out"], "data", axis=2, tiled=True)
+
+    def experts(x_RD, gate_R, start_e, size_e, block):
+        with jax.named_scope("experts"):
+            rows = (x_RD, gate_R, start_e, size_e)
+            return expert_ffn(*rows, w_in, w_out, activation=cfg.activation, block=block)
+
+    return experts
+
+
+def _dropped_per_row(dropped_N: jax.Array, routing: Routing, tokens: Tokens) -> jax.Array:
+    counted_N = dropped_N.astype(routing.sums["tokens"].dtype)
+    num_tokens = tokens.valid_T.shape[0]
+    if routing.per_token:
+        return per_row(counted_N.reshape(num_tokens, -1).sum(-1), tokens)
+    zero_T = jnp.zeros_like(counted_N, shape=(num_tokens,))
+    return per_row(zero_T.at[routing.token_N].add(counted_N, mode="drop"), tokens)

@@ -1,0 +1,167 @@
+"""The whole state of a run, how it begins, and one optimizer step.
+
+State is everything that a step changes: {step, params, router state, optimizer state, EMA, skipped}. The position in the data, the learning
+rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint of State resumes a run bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax import optim
+from moe_jax.config import Config, ModelConfig
+from moe_jax.mesh import P
+from moe_jax.models.decoder import Decoder
+from moe_jax.moe import load
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import RouterCfg
+from moe_jax.tasks import lm
+from moe_jax.weights import RouterState
+
+
+class State(NamedTuple):
+    step: jax.Array  # steps tried, int32
+    params: dict[str, Any]
+    router_state: dict[str, Any]
+    opt_state: Any
+    ema: Any  # like params, or None
+    skipped: jax.Array  # steps in a row whose loss or gradient was not finite
+
+
+class Model(NamedTuple):
+    """The functions of a model: parameters go in as nested dicts of arrays, modules never leave."""
+
+    init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]  # key -> (params, router state)
+    bind: Callable[[Any, Any], Decoder]  # (params, router state) -> callable
+
+
+def make_model(cfg: ModelConfig) -> Model:
+    """Must be called with the mesh set; abstract evaluation only."""
+    split = lambda key: nnx.split(Decoder(key, cfg), nnx.Param, RouterState)
+    graphdef, params, router_state = nnx.eval_shape(split, jax.random.key(0))
+
+    def init(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        _, params, router_state = split(key)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(router_state)
+
+    def bind(values: Any, state_values: Any) -> Decoder:
+        return nnx.merge(graphdef, _filled(params, values), _filled(router_state, state_values))
+
+    return Model(init, bind)
+
+
+def _filled(state: Any, values: dict[str, Any]) -> Any:
+    """The nnx State of the same structure as `state` with the arrays of a nested dict."""
+    filled = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(filled, values)
+    return filled
+
+
+def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
+    return optim.make(cfg.optim, params, stacked=cfg.model.scan)
+
+
+def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
+    """key -> State at step 0. To be jitted: the optimizer's moments inherit the sharding of their parameters."""
+
+    def init(key: jax.Array) -> State:
+        params, router_state = model.init(key)
+        opt_state = make_tx(cfg, params).init(params)
+        ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay else None
+        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0))
+
+    return init
+
+
+def micro_batches(batch: lm.Inputs, num: int, group_rows: int) -> lm.Inputs:
+    """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows, and no group is split."""
+
+    def split(z: jax.Array) -> jax.Array:
+        z = z.reshape((z.shape[0] // (num * group_rows), num, group_rows) + z.shape[1:])
+        return z.swapaxes(0, 1).reshape((num, -1) + z.shape[3:])
+
+    return jax.tree.map(split, batch)
+
+
+def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
+    """(params, router state, batch, rng) -> (loss, (totals, parts of the loss)).
+
+    With micro-batches the totals of all of them are summed in a scan and the objective is taken once, of the sums: a balance loss is a
+    product of batch sums, so the gradients of micro-batches do not add up to it. The body is rematerialised: memory is that of one
+    micro-batch, and the cost is one more forward pass.
+    """
+    num = cfg.train.num_micro_batches
+    coefficients = cfg.model.moe.losses
+
+    def totals_of(params: Any, router_state: Any, batch: lm.Inputs, rng: jax.Array) -> Any:
+        forward = lambda micro: lm.forward(model.bind(params, router_state), micro, rng)
+        if num == 1:
+            return forward(batch)
+        micro = micro_batches(batch, num, cfg.model.moe.group_rows)
+        abstract = jax.eval_shape(forward, jax.tree.map(lambda z: z[0], micro))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
+        body = jax.checkpoint(lambda sums, part: (jax.tree.map(jnp.add, sums, forward(part)), None))
+        return jax.lax.scan(body, zero, micro)[0]
+
+    def loss(params: Any, router_state: Any, batch: lm.Inputs, rng: jax.Array):
+        totals = totals_of(params, router_state, batch, rng)
+        value, parts = lm.objective(totals, coefficients)
+        return value, (totals, parts)
+
+    return loss
+
+
+def make_step(cfg: Config, model: Model, tx: optax.GradientTransformation) -> Callable[..., tuple[State, dict[str, Any]]]:
+    """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters."""
+    loss_fn = make_loss(cfg, model)
+
+    def step(state: State, batch: lm.Inputs) -> tuple[State, dict[str, Any]]:
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), state.step)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
+        with jax.named_scope("optimizer"):
+            squares = jnp.stack([jnp.square(g.astype(loss.dtype)).sum() for g in jax.tree.leaves(grads)])
+            finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            params = keep(optax.apply_updates(state.params, updates), state.params)
+            kept = keep(opt_state, state.opt_state)
+            kept["rate"] = opt_state["rate"]  # the learning rate follows the step, not the updates
+            ema = optim.update_ema(state.ema, params, cfg.optim.ema_decay) if state.ema is not None else None
+            router_state = keep(update_routers(cfg, state.router_state, totals["moe"]), state.router_state)
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        new = State(state.step + 1, params, router_state, kept, ema, skipped)
+        metrics = {
+            "loss": loss,
+            **parts,
+            "grad_norm": jnp.sqrt(squares.sum()),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(params),
+            "learning_rate": optim.schedule(cfg.optim)(state.step),
+            "tokens": totals["tokens"],
+            "skipped": skipped,
+            "finite_leaves": jnp.isfinite(squares),
+            "moe": load.metrics(totals["moe"]) if totals["moe"] else {},
+        }
+        return new, jax.sharding.reshard(metrics, P())
+
+    return step
+
+
+def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:
+    """Once per optimizer step, from the totals of the whole batch, outside of autodiff."""
+    if not jax.tree.leaves(router_state):
+        return router_state
+    moe = cfg.model.moe
+    router_cfg = RouterCfg(moe.num_experts, moe.router_options, total=lambda z: z)
+    return ROUTERS[moe.router].update(router_state, totals, router_cfg)
+
+
+def parameter_names(params: Any) -> list[str]:
+    """Names in the order of `jax.tree.leaves`, as in checkpoints: "repeats/0/blocks/0/attention/weights/q"."""
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    return ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in paths]

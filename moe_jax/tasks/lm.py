@@ -1,0 +1,73 @@
+"""Language modelling: next-token prediction over packed documents.
+
+A task returns *sums* (`totals`), never means, so that micro-batches and devices add up; `objective` is the only place that divides.
+Shapes: B rows, S sequence, V vocabulary, L MoE layers, E experts, Z domains.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe import load, losses
+from moe_jax.moe.layer import Batch as ModelBatch
+
+
+class Inputs(NamedTuple):
+    """A batch on the devices, all int32 and sharded over rows; segment 0 and target 0 where there is padding."""
+
+    tokens_BS: jax.Array
+    targets_BS: jax.Array
+    segment_BS: jax.Array
+    position_BS: jax.Array
+    domain_BS: jax.Array
+    row_B: jax.Array
+
+
+def _apply(model: Callable, batch: Inputs, rng: jax.Array, train: bool):
+    seen = ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
+    logits_BSV, sums = model(seen, rng, train)
+    return logits_BSV, negative_log_likelihood(logits_BSV, batch.targets_BS), batch.segment_BS > 0, sums
+
+
+def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
+    """-log p(target) in nats, [B, S]. Written so that a vocabulary split over `model` is reduced, never gathered."""
+    place = jax.typeof(logits_BSV).sharding
+    hit_BSV = jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=place) == target_BS[:, :, None]
+    return jax.nn.logsumexp(logits_BSV, -1) - jnp.where(hit_BSV, logits_BSV, 0).sum(-1)
+
+
+def forward(model: Callable, batch: Inputs, rng: jax.Array) -> dict[str, Any]:
+    """Training sums of a (micro-)batch: nll (nats), tokens, and the MoE layers' `moe` totals [L, ...]."""
+    _, nll_BS, valid_BS, sums = _apply(model, batch, rng, True)
+    return {
+        "nll": jnp.where(valid_BS, nll_BS, 0).sum(),
+        "tokens": valid_BS.sum().astype(nll_BS.dtype),
+        "moe": load.totals(sums),
+    }
+
+
+def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss that is differentiated: nats per token plus the router's auxiliary losses; and its parts."""
+    nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
+    if not totals["moe"]:
+        return nll, {"nll": nll}
+    extra, values = losses.auxiliary(totals["moe"], coefficients)
+    return nll + extra.astype(nll.dtype), {"nll": nll, **{f"{name}_loss": value for name, value in values.items()}}
+
+
+def evaluate(model: Callable, batch: Inputs, bytes_V: jax.Array, num_domains: int) -> dict[str, Any]:
+    """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted; and the `moe` totals."""
+    logits_BSV, nll_BS, valid_BS, sums = _apply(model, batch, jax.random.key(0), False)
+    best_BS = jnp.argmax(logits_BSV, -1)
+    domain_BSZ = (batch.domain_BS[:, :, None] == jnp.arange(num_domains)[None, None]) & valid_BS[:, :, None]
+    per_domain = lambda x_BS: jnp.where(domain_BSZ, x_BS.astype(nll_BS.dtype)[:, :, None], 0).sum((0, 1))
+    text_BS = bytes_V.at[batch.targets_BS].get(out_sharding=jax.typeof(batch.targets_BS).sharding)
+    return {
+        "nll": per_domain(nll_BS),
+        "tokens": per_domain(valid_BS),
+        "correct": per_domain(best_BS == batch.targets_BS),
+        "bytes": per_domain(text_BS),
+        "moe": load.totals(sums),
+    }

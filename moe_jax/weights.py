@@ -1,0 +1,62 @@
+"""How parameters are declared: a shape, the logical name of every dimension, and how the first value is drawn.
+
+    weight                    first value                    shape                  split over (mesh.RULES)
+    embed                     N(0, 1/D)                      [V, D]                 vocab, embed
+    head (untied)             N(0, 1/D)                      [D, V]                 embed, vocab
+    attention q, k, v         N(0, 1/D)                      [D, H or G, A]         embed, heads, -
+    attention o               N(0, 1/(H A)) / sqrt(2 L)      [H, A, D]              heads, -, embed
+    attention bias q, k, v    0                              [H or G, A]            heads, -
+    query and key norm        1                              [A]                    -
+    norm scale                1                              [D]                    -
+    dense w_in                N(0, 1/D)                      [D, P, F]              embed, -, hidden
+    dense w_out               N(0, 1/F) / sqrt(2 L)          [F, D]                 hidden, embed
+    expert w_in               N(0, 1/D)                      [E, D, P, F]           experts, expert_embed, -, hidden
+    expert w_out              N(0, 1/F) / sqrt(2 L)          [E, F, D]              experts, hidden, expert_embed
+    router gate               N(0, 1/D)                      [D, E]                 embed, -
+
+D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L blocks; P = 2 (gate and up) for SwiGLU, 1
+for GELU. The division by sqrt(2 L) keeps the residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3).
+A key depends on the parameter's name only, so the loop and the scan over layers, and every mesh, draw the same values.
+"""
+
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.mesh import spec
+
+
+class Weight(NamedTuple):
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...]  # logical dimension names, see mesh.RULES
+    std: float  # of the normal distribution it is drawn from; 0 = constant
+    constant: float = 0.0
+
+
+class RouterState(nnx.Variable):
+    """What a router keeps from step to step without a gradient (a bias, quantiles, a coefficient)."""
+
+
+def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:
+    """The first value of a weight, placed on the current mesh."""
+    place = spec(*weight.names)
+    if weight.std == 0:
+        return jax.sharding.reshard(jnp.full(weight.shape, weight.constant, dtype), place)
+    return weight.std * jax.random.normal(key, weight.shape, dtype, out_sharding=place)
+
+
+class Weights(nnx.Module):
+    """A module that is nothing but named parameters."""
+
+    def __init__(self, key: jax.Array, weights: dict[str, Weight], dtype: str, kind: type[nnx.Variable] = nnx.Param):
+        for name, weight in weights.items():
+            setattr(self, name, kind(draw(jax.random.fold_in(key, zlib.crc32(name.encode())), weight, dtype)))
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return getattr(self, name)[...]
+
+    def arrays(self) -> dict[str, jax.Array]:
+        return {name: v[...] for name, v in vars(self).items() if isinstance(v, nnx.Variable)}
