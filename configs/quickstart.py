@@ -1,0 +1,15 @@
+"""A sparse byte-level language model on six kinds of text, in under four minutes on two CPU cores.
+
+    python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+Trains on a slice of each embedded domain (400 kB of drama, verse, novel, English and Spanish scripture, dictionary): 4 MoE blocks of
+8 experts, top-2. Expected: below gzip -9 in every domain.
+"""
+
+from configs import base
+
+
+def get_config(arg=None):
+    c = base.get_config(arg)
+    c.data.slice_bytes = 400_000
+    return c

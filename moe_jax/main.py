@@ -1,0 +1,136 @@
+"""`python -m moe_jax.main --config configs/x.py --workdir runs/x [--config.KEY=VALUE ...] [--dry_run]`: trains a model.
+
+Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after Ctrl-C.
+"""
+
+import os
+import time
+
+STARTED = time.monotonic()
+os.environ.setdefault("PJRT_NPROC", "64")  # read when jax loads: simulated devices need threads, or collectives deadlock
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import config, mesh
+from moe_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "config file; --config.KEY=VALUE changes a key", lock_config=True)
+flags.DEFINE_string("workdir", None, "where checkpoints, metrics and samples go; the same command again goes on from there")
+flags.DEFINE_bool("dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes")
+flags.DEFINE_integer("num_processes", None, "processes of the run")
+flags.DEFINE_integer("process_id", None, "number of this process, from 0")
+flags.DEFINE_bool("distributed", False, "several processes that jax finds by itself (SLURM, MPI, a TPU pod)")
+
+
+def parse(argv: list[str]) -> None:
+    """Reads the flags; whatever is wrong with them becomes one message."""
+    try:
+        rest = FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
+        raise UserError(f"{str(e).strip().strip(chr(34))} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)") from e
+    if len(rest) > 1:
+        raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
+    if FLAGS.config is None:
+        raise UserError("--config is missing: name a config file, such as --config configs/quickstart.py")
+    if FLAGS.workdir is None and not FLAGS.dry_run:
+        raise UserError("--workdir is missing: name a directory for the run, such as --workdir runs/quickstart")
+
+
+def start_devices(simulate: int) -> None:
+    """Simulated devices and the other processes of the run, before jax looks for devices."""
+    if simulate:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", simulate)
+    if FLAGS.coordinator:
+        if FLAGS.num_processes is None or FLAGS.process_id is None:
+            raise UserError("--coordinator needs --num_processes and --process_id beside it")
+        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    elif FLAGS.distributed:
+        jax.distributed.initialize()
+
+
+def read_config() -> dict[str, Any]:
+    """The config as a nested dict of JSON values, so that what is compared on resume is what was saved."""
+    from ml_collections import ConfigDict
+
+    raw = json.loads(json.dumps(FLAGS.config.to_dict()))
+    if isinstance(FLAGS.config, ConfigDict) and "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
+        jax.config.update("jax_enable_x64", True)
+    return raw
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return launch(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 64
+
+
+def launch(argv: list[str]) -> int:
+    parse(argv)
+    raw = read_config()
+    start_devices(raw["simulate_devices"])
+    config.refuse_unchosen(raw, json.loads(json.dumps(defaults())))
+    cfg = config.build(raw, len(jax.devices()))
+    lengths = {"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model}
+    with jax.set_mesh(mesh.make(lengths)):
+        if FLAGS.dry_run:
+            return dry_run(cfg)
+        return train(cfg, raw)
+
+
+def defaults() -> dict[str, Any]:
+    """configs/base.py as it stands beside the config file (or one directory up)."""
+    import importlib.util
+
+    for folder in (Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).resolve().parent, Path("configs").resolve()):
+        path = folder / "base.py"
+        if path.exists():
+            module_spec = importlib.util.spec_from_file_location("moe_jax_base_config", path)
+            assert module_spec and module_spec.loader
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+            return module.get_config().to_dict()
+    raise UserError("configs/base.py is not there: run from the directory that has configs/, or keep base.py beside your config")
+
+
+def dry_run(cfg: config.Config) -> int:
+    from rich.console import Console
+
+    from moe_jax import card
+
+    Console().print(card.render(card.card(cfg)))
+    return 0
+
+
+def train(cfg: config.Config, raw: dict[str, Any]) -> int:
+    from moe_jax import summary, train
+    from moe_jax.stopping import NonFinite
+
+    workdir = Path(FLAGS.workdir)
+    again = "python -m moe_jax.main " + shlex.join(sys.argv[1:])
+    try:
+        result = train.run(cfg, raw, workdir, STARTED)
+    except NonFinite as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        return 76
+    if jax.process_index() == 0 and train.interrupted(result):
+        print(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {again}")
+    elif jax.process_index() == 0:
+        summary.show(cfg, workdir, result, time.monotonic() - STARTED)
+    return 130 if result.signal == 2 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

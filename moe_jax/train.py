@@ -1,0 +1,226 @@
+"""The training run, top to bottom."""
+
+import json
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import checkpoint, flops, mesh, metrics, place, stopping
+from moe_jax.config import RESUME_MAY_CHANGE, Config
+from moe_jax.data.batches import Batches, prefetch
+from moe_jax.data.load import Dataset, open_dataset
+from moe_jax.errors import UserError
+from moe_jax.evaluate import make_evaluate
+from moe_jax.progress import Progress
+from moe_jax.sample import Settings, make_sampler
+from moe_jax.state import State, initial, make_model, make_step, make_tx, parameter_names
+from moe_jax.tasks import lm
+
+IN_FLIGHT = {"cpu": 2, "gpu": 8, "tpu": 8}  # steps queued on the devices; more than a few deadlock simulated CPU devices
+
+
+class Result(NamedTuple):
+    """How a run ended: `step` of `cfg.train.steps`, the signal that ended it (0: none), and the last evaluation."""
+
+    step: int
+    signal: int
+    evaluation: dict[str, Any]
+    dataset: Dataset
+    tokens_per_second: float
+    sample: str
+
+
+def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> Result:
+    """Trains until train.steps (or a signal), from the newest checkpoint of `workdir` if it has one.
+
+    `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on resume. The mesh is set by the caller.
+    `started`: time.monotonic() when the process began. Raises UserError, and stopping.NonFinite.
+    """
+    main = jax.process_index() == 0
+    dataset = open_data(cfg)
+    batches = Batches(dataset, "train", cfg.seed, cfg.train.batch_size)
+    rows = place.local_rows(cfg.train.batch_size)
+
+    # Model and state
+    model = make_model(cfg.model)
+    init = jax.jit(initial(cfg, model))
+    abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
+    names = parameter_names(abstract.params)
+    step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, abstract.params)), donate_argnums=0)
+    saves = checkpoint.Checkpoints(
+        workdir / "checkpoints", every=cfg.checkpoint.every, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
+    )
+    metadata = {"config": raw, "data": dataset.fingerprint}
+    state, notes = begin(cfg, saves, metadata, init, abstract)
+    start = int(state.step)
+    last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
+
+    # What is written, and what is shown
+    metrics.write_run_info(workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main)
+    if main:
+        dataset.tokenizer.save(workdir / "tokenizer")
+    writer = metrics.Writer(workdir, resume_step=start, tensorboard=cfg.log.tensorboard, active=main)
+    writer.text(start, "config", f"```json\n{json.dumps(raw, indent=1)}\n```")
+    tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
+    progress = Progress(last, start, tokens_per_step, active=main, console=None)
+    for note in notes:
+        progress.message(note)
+    evaluate, sampler = make_evaluate(cfg, dataset), make_sampler(cfg.model, dataset.tokenizer, cfg.data.seq_len)
+    interrupt = stopping.Interrupt(cfg.log.every)
+    peak = flops.measure_peak(cfg.model.dtype)
+    step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
+    evaluation: dict[str, Any] = {}
+    score, sample, waited, since = None, "", 0.0, time.monotonic()
+
+    def evaluate_now(state: State) -> tuple[dict[str, Any], str]:
+        result = evaluate(state)
+        writer.write(int(state.step), {f"eval/{name}": value for name, value in result.items() if name != "moe"})
+        progress.message(f"step {int(state.step)}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}")
+        if not cfg.eval.sample_tokens:
+            return result, ""
+        settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
+        params = state.params if state.ema is None else state.ema
+        text = sampler(params, state.router_state, [cfg.eval.sample_prompt], settings)[0]
+        writer.text(int(state.step), "sample", "    " + text.replace("\n", "\n    "))
+        return result, text
+
+    # The loop
+    pending: deque[tuple[int, dict[str, Any]]] = deque()
+    source = prefetch(batches, start, last, rows, cfg.data.prefetch)
+    try:
+        for step in range(start, last):
+            if cfg.profile and step == cfg.profile[0]:
+                jax.profiler.start_trace(workdir / "profile")
+            asked = time.monotonic()
+            batch = place.put(next(source), rows, cfg.train.batch_size, lm.Inputs)
+            waited += time.monotonic() - asked
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, values = step_fn(state, batch)
+            pending.append((step + 1, values))
+            if len(pending) >= IN_FLIGHT.get(jax.default_backend(), 8) or step + 1 == last:
+                finish(cfg, pending.popleft(), names, saves)
+            saves.poll()
+            done = step + 1
+            if step == start:
+                jax.block_until_ready(state.step)
+                progress.message(f"first step done {time.monotonic() - started:.1f} s after the start")
+            if cfg.profile and done == cfg.profile[1]:
+                jax.block_until_ready(state.step)
+                jax.profiler.stop_trace()
+                progress.message(f"profile of steps {cfg.profile[0]} to {done - 1} in {workdir / 'profile'}")
+            stop = interrupt.due(done)
+            if done % cfg.log.every == 0 or done == last or done == start + 1 or stop:
+                now = time.monotonic()
+                row = log_row(values)
+                progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))
+                speed = progress.tokens_per_second
+                row |= {"train/epoch": batches.epoch(done), "perf/tokens_per_second": speed}
+                row |= {"perf/input_wait": waited / max(now - since, 1e-9), "perf/peak_flops": peak}
+                row |= {"perf/tflops": speed / tokens_per_step * step_flops / 1e12}
+                row |= {"perf/mfu": speed / tokens_per_step * step_flops / peak}
+                writer.write(done, row)
+                waited, since = 0.0, now
+            if done % cfg.log.histogram_every == 0:
+                for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
+                    writer.histogram(done, f"moe/load/layer_{layer}", counts)
+            if (cfg.eval.every and done % cfg.eval.every == 0) or (done == last and not stop):
+                evaluation, sample = evaluate_now(state)
+                score = evaluation["loss"]
+                since, waited = time.monotonic(), 0.0
+            if saves.due(done) or done == last or stop:
+                saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
+            if stop:
+                break
+        while pending:
+            finish(cfg, pending.popleft(), names, saves)
+        if start >= last:
+            evaluation, sample = evaluate_now(state)
+    finally:
+        source.close()
+        progress.close()
+        saves.close()
+        writer.close()
+        interrupt.close()
+    return Result(int(state.step), interrupt.signal, evaluation, dataset, progress.tokens_per_second, sample)
+
+
+def open_data(cfg: Config) -> Dataset:
+    """The datasets of the config; refuses a tokenizer that the embedding is too small for."""
+    dataset = open_dataset(
+        cfg.data.sources,
+        seq_len=cfg.data.seq_len,
+        slice_bytes=cfg.data.slice_bytes,
+        heldout_every=cfg.data.heldout_every,
+        seed=cfg.seed,
+    )
+    if dataset.tokenizer.vocab_size > cfg.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of the data "
+            f"({dataset.tokenizer.vocab_size}, tokenizer {dataset.tokenizer.name}): raise model.vocab_size"
+        )
+    return dataset
+
+
+def begin(cfg: Config, saves: checkpoint.Checkpoints, metadata: Mapping[str, Any], init, abstract) -> tuple[State, list[str]]:
+    """The state to start from: the newest checkpoint, else fresh parameters, else (init_from) those of another run; and what to tell."""
+    step = saves.latest()
+    if step is not None:
+        saved = saves.metadata(step)
+        checkpoint.compare_configs(saved["config"], metadata["config"], RESUME_MAY_CHANGE)
+        if saved["data"] != metadata["data"]:
+            raise UserError(
+                f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, now {metadata['data'][:12]}): "
+                "restore it, or start another --workdir"
+            )
+        return saves.restore(step, abstract, stacked=cfg.model.scan), [f"going on from step {step} ({saves.path(step)})"]
+    state = init(jax.random.key(cfg.seed))
+    if not cfg.train.init_from:
+        return state, []
+    source = Path(cfg.train.init_from) / "checkpoints"
+    params, report = checkpoint.load_params(
+        source, state.params, stacked=cfg.model.scan, rename={}, part="params", step=None
+    )
+    notes = [f"parameters from step {report.step} of {source}: {len(report.loaded)} loaded"]
+    notes += [f"  loaded   {name}" for name in report.loaded]
+    notes += [f"  renamed  {old} -> {new}" for old, new in report.renamed]
+    notes += [f"  left     {name}: {reason}" for name, reason in report.left]
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state._replace(params=params, ema=ema), notes
+
+
+def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], saves: checkpoint.Checkpoints) -> None:
+    """Waits for a step, and stops the run when too many in a row were not finite."""
+    step, values = entry
+    skipped = int(values["skipped"])
+    if skipped <= cfg.train.nonfinite_patience:
+        return
+    parameter = stopping.first_broken(names, np.asarray(values["finite_leaves"]))
+    good = saves.latest()
+    where = "no checkpoint yet" if good is None else f"last good checkpoint: step {good} in {saves.directory}"
+    raise stopping.NonFinite(
+        f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite {skipped} time(s) in a row "
+        f"(train.nonfinite_patience = {cfg.train.nonfinite_patience}); the gradient of {parameter} went wrong first; {where}"
+    )
+
+
+def log_row(values: Mapping[str, Any]) -> dict[str, float]:
+    """One row of metrics.jsonl: scalars of the step, MoE figures as means over layers and for each layer."""
+    host = jax.device_get(values)
+    row = {f"train/{name}": float(v) for name, v in host.items() if np.ndim(v) == 0 and name != "moe"}
+    for name, value_L in host["moe"].items():
+        if name == "counts":
+            continue
+        row[f"moe/{name}"] = float(value_L.mean())
+        row |= {f"moe/layer_{layer}/{name}": float(v) for layer, v in enumerate(value_L)}
+    return row
+
+
+def interrupted(result: Result) -> bool:
+    return result.signal in (signal.SIGINT, signal.SIGTERM)
