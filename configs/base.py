@@ -87,7 +87,9 @@ def moe() -> ConfigDict:
     c.dispatcher = "dropless"
     c.dispatchers = ConfigDict()
     c.dispatchers.dropless = ConfigDict()
-    c.dispatchers.dropless.buffer = 0.0  # rows held at once, as a factor of the balanced load; 0 = the worst case in one round
+    c.dispatchers.dropless.buffer = (
+        0.0  # rows held at once, as a factor of the balanced load; 0 = the worst case in one round
+    )
     c.dispatchers.capacity = ConfigDict()
     c.dispatchers.capacity.factor = 1.25  # an expert takes ceil(factor * k * tokens / num_experts) of each group
     c.losses = ConfigDict()
@@ -123,7 +125,9 @@ def train() -> ConfigDict:
     c = ConfigDict()
     c.steps = 1000
     c.batch_size = 16  # rows (sequences) of an optimizer step, over all devices and micro-batches
-    c.micro_batch_size = 0  # rows of a micro-batch; smaller than batch_size = exact gradient accumulation; 0 = batch_size
+    c.micro_batch_size = (
+        0  # rows of a micro-batch; smaller than batch_size = exact gradient accumulation; 0 = batch_size
+    )
     c.nonfinite_patience = 0  # steps in a row with a non-finite loss or gradient that are skipped before the run stops
     c.init_from = ""  # workdir of another run whose parameters this one starts from
     c.stop_at = 0  # end after this step although train.steps (and the schedule) go further; 0 = off
@@ -134,7 +138,8 @@ def data() -> ConfigDict:
     c = ConfigDict()
     c.sources = (("embedded", 1.0),)  # (source, weight): "embedded", "embedded:drama,verse" or a prepared directory
     c.seq_len = 256  # tokens of a row
-    c.slice_bytes = 0  # training bytes of each embedded domain; 0 = all
+    c.slice_bytes = 0  # training bytes of each embedded domain, as whole documents; 0 = all
+    c.heldout_bytes = 0  # held-out bytes of each embedded domain, likewise
     c.heldout_every = 20  # every n-th document of a domain is held out
     c.prefetch = 4  # batches read ahead
     return c

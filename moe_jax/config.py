@@ -101,6 +101,7 @@ class DataConfig:
     sources: tuple[tuple[str, float], ...]
     seq_len: int
     slice_bytes: int
+    heldout_bytes: int
     heldout_every: int
     prefetch: int
 

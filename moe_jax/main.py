@@ -3,15 +3,10 @@
 Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after Ctrl-C.
 """
 
-import os
-import time
-
-STARTED = time.monotonic()
-os.environ.setdefault("PJRT_NPROC", "64")  # read when jax loads: simulated devices need threads, or collectives deadlock
-
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +14,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import config, mesh
+from moe_jax import STARTED, config, mesh
 from moe_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "config file; --config.KEY=VALUE changes a key", lock_config=True)
-flags.DEFINE_string("workdir", None, "where checkpoints, metrics and samples go; the same command again goes on from there")
+flags.DEFINE_string(
+    "workdir", None, "where checkpoints, metrics and samples go; the same command again goes on from there"
+)
 flags.DEFINE_bool("dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes")
 flags.DEFINE_integer("num_processes", None, "processes of the run")
@@ -37,7 +34,9 @@ def parse(argv: list[str]) -> None:
     try:
         rest = FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
-        raise UserError(f"{str(e).strip().strip(chr(34))} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)") from e
+        raise UserError(
+            f"{str(e).strip().strip(chr(34))} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)"
+        ) from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
     if FLAGS.config is None:
@@ -94,7 +93,10 @@ def defaults() -> dict[str, Any]:
     """configs/base.py as it stands beside the config file (or one directory up)."""
     import importlib.util
 
-    for folder in (Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).resolve().parent, Path("configs").resolve()):
+    for folder in (
+        Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).resolve().parent,
+        Path("configs").resolve(),
+    ):
         path = folder / "base.py"
         if path.exists():
             module_spec = importlib.util.spec_from_file_location("moe_jax_base_config", path)
@@ -102,7 +104,9 @@ def defaults() -> dict[str, Any]:
             module = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
             return module.get_config().to_dict()
-    raise UserError("configs/base.py is not there: run from the directory that has configs/, or keep base.py beside your config")
+    raise UserError(
+        "configs/base.py is not there: run from the directory that has configs/, or keep base.py beside your config"
+    )
 
 
 def dry_run(cfg: config.Config) -> int:

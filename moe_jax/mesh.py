@@ -49,7 +49,9 @@ def resolve(lengths: dict[str, int], num_devices: int) -> dict[str, int]:
     free = [name for name, length in lengths.items() if length == -1]
     fixed = math.prod(length for length in lengths.values() if length != -1)
     if len(free) > 1:
-        raise UserError(f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of the devices")
+        raise UserError(
+            f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of the devices"
+        )
     for name, length in lengths.items():
         if length < 1 and length != -1:
             raise UserError(f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the devices")

@@ -19,6 +19,7 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.moe import load
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
+from moe_jax.names import name_of
 from moe_jax.tasks import lm
 from moe_jax.weights import RouterState
 
@@ -115,7 +116,9 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
     return loss
 
 
-def make_step(cfg: Config, model: Model, tx: optax.GradientTransformation) -> Callable[..., tuple[State, dict[str, Any]]]:
+def make_step(
+    cfg: Config, model: Model, tx: optax.GradientTransformation
+) -> Callable[..., tuple[State, dict[str, Any]]]:
     """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters."""
     loss_fn = make_loss(cfg, model)
 
@@ -139,8 +142,8 @@ def make_step(cfg: Config, model: Model, tx: optax.GradientTransformation) -> Ca
             "loss": loss,
             **parts,
             "grad_norm": jnp.sqrt(squares.sum()),
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(params),
+            "update_norm": optim.global_norm(updates),
+            "param_norm": optim.global_norm(params),
             "learning_rate": optim.schedule(cfg.optim)(state.step),
             "tokens": totals["tokens"],
             "skipped": skipped,
@@ -163,5 +166,4 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
 
 def parameter_names(params: Any) -> list[str]:
     """Names in the order of `jax.tree.leaves`, as in checkpoints: "repeats/0/blocks/0/attention/weights/q"."""
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
-    return ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in paths]
+    return [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

@@ -41,7 +41,12 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     for name, value in facts.items():
         table.add_row(name, value)
     console.print(table, soft_wrap=True)
-    result_file = {"step": result.step, "bits_per_byte": rows, "seconds": seconds, "tokens_per_second": result.tokens_per_second}
+    result_file = {
+        "step": result.step,
+        "bits_per_byte": rows,
+        "seconds": seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
     (workdir / "summary.json").write_text(json.dumps(result_file, indent=1) + "\n")
 
 

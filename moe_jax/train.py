@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, flops, mesh, metrics, place, stopping
+from moe_jax import checkpoint, flops, metrics, place, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.load import Dataset, open_dataset
@@ -23,7 +23,11 @@ from moe_jax.sample import Settings, make_sampler
 from moe_jax.state import State, initial, make_model, make_step, make_tx, parameter_names
 from moe_jax.tasks import lm
 
-IN_FLIGHT = {"cpu": 2, "gpu": 8, "tpu": 8}  # steps queued on the devices; more than a few deadlock simulated CPU devices
+IN_FLIGHT = {
+    "cpu": 2,
+    "gpu": 8,
+    "tpu": 8,
+}  # steps queued on the devices; more than a few deadlock simulated CPU devices
 
 
 class Result(NamedTuple):
@@ -55,7 +59,10 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     names = parameter_names(abstract.params)
     step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, abstract.params)), donate_argnums=0)
     saves = checkpoint.Checkpoints(
-        workdir / "checkpoints", every=cfg.checkpoint.every, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
+        workdir / "checkpoints",
+        every=cfg.checkpoint.every,
+        keep=cfg.checkpoint.keep,
+        keep_best=cfg.checkpoint.keep_best,
     )
     metadata = {"config": raw, "data": dataset.fingerprint}
     state, notes = begin(cfg, saves, metadata, init, abstract)
@@ -77,12 +84,14 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     peak = flops.measure_peak(cfg.model.dtype)
     step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
     evaluation: dict[str, Any] = {}
-    score, sample, waited, since = None, "", 0.0, time.monotonic()
+    sample, waited, since = "", 0.0, time.monotonic()
 
     def evaluate_now(state: State) -> tuple[dict[str, Any], str]:
         result = evaluate(state)
         writer.write(int(state.step), {f"eval/{name}": value for name, value in result.items() if name != "moe"})
-        progress.message(f"step {int(state.step)}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}")
+        progress.message(
+            f"step {int(state.step)}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}"
+        )
         if not cfg.eval.sample_tokens:
             return result, ""
         settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
@@ -96,6 +105,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     source = prefetch(batches, start, last, rows, cfg.data.prefetch)
     try:
         for step in range(start, last):
+            score = None
             if cfg.profile and step == cfg.profile[0]:
                 jax.profiler.start_trace(workdir / "profile")
             asked = time.monotonic()
@@ -132,7 +142,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
                     writer.histogram(done, f"moe/load/layer_{layer}", counts)
             if (cfg.eval.every and done % cfg.eval.every == 0) or (done == last and not stop):
                 evaluation, sample = evaluate_now(state)
-                score = evaluation["loss"]
+                score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
                 since, waited = time.monotonic(), 0.0
             if saves.due(done) or done == last or stop:
                 saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
@@ -145,9 +155,9 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     finally:
         source.close()
         progress.close()
-        saves.close()
         writer.close()
         interrupt.close()
+        saves.close()
     return Result(int(state.step), interrupt.signal, evaluation, dataset, progress.tokens_per_second, sample)
 
 
@@ -157,6 +167,7 @@ def open_data(cfg: Config) -> Dataset:
         cfg.data.sources,
         seq_len=cfg.data.seq_len,
         slice_bytes=cfg.data.slice_bytes,
+        heldout_bytes=cfg.data.heldout_bytes,
         heldout_every=cfg.data.heldout_every,
         seed=cfg.seed,
     )
@@ -168,7 +179,9 @@ def open_data(cfg: Config) -> Dataset:
     return dataset
 
 
-def begin(cfg: Config, saves: checkpoint.Checkpoints, metadata: Mapping[str, Any], init, abstract) -> tuple[State, list[str]]:
+def begin(
+    cfg: Config, saves: checkpoint.Checkpoints, metadata: Mapping[str, Any], init, abstract
+) -> tuple[State, list[str]]:
     """The state to start from: the newest checkpoint, else fresh parameters, else (init_from) those of another run; and what to tell."""
     step = saves.latest()
     if step is not None:
@@ -179,7 +192,9 @@ def begin(cfg: Config, saves: checkpoint.Checkpoints, metadata: Mapping[str, Any
                 f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, now {metadata['data'][:12]}): "
                 "restore it, or start another --workdir"
             )
-        return saves.restore(step, abstract, stacked=cfg.model.scan), [f"going on from step {step} ({saves.path(step)})"]
+        return saves.restore(step, abstract, stacked=cfg.model.scan), [
+            f"going on from step {step} ({saves.path(step)})"
+        ]
     state = init(jax.random.key(cfg.seed))
     if not cfg.train.init_from:
         return state, []

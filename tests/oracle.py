@@ -47,7 +47,7 @@ def experts(x_TD, assignments, w_in_EDPF, w_out_EFD, dy_TD):
 
 
 def served(expert_TK, valid_T, num_experts, group_tokens=None, factor=None):
-    """The (t, k) pairs that are served, in token-major order. With a capacity factor: at most C per expert and group, earlier ones first."""
+    """The (t, k) pairs that are served, in token-major order. With a capacity factor: at most C per expert and group, in order."""
     num_tokens, k = expert_TK.shape
     places = num_tokens * k
     if factor is not None:

@@ -7,11 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
+import oracle
 import pytest
 
-import meshes
-import oracle
 from moe_jax.mesh import BATCH, P, spec
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
@@ -63,7 +63,9 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
     flat = lambda z: z.reshape(-1)
     routing = Routing(token, flat(expert), flat(jnp.where(valid[:, :, None], gate, 0)), {}, per_token=k)
     shape = Shape(num_experts, b * s, b * s * k, k, s, jax.lax.axis_size("expert"))
-    experts = lambda x, g, start, size, block: expert_ffn(x, g, start, size, w_in, w_out, activation=activation, block=block)
+    experts = lambda x, g, start, size, block: expert_ffn(
+        x, g, start, size, w_in, w_out, activation=activation, block=block
+    )
     y, dropped = DISPATCHERS[dispatcher].apply(x.reshape(-1, d), routing, experts, shape=shape, options=options)
     return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
 
@@ -71,7 +73,14 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
 def program(num_experts, activation):
     """(x, gate, w_in, w_out, expert, valid, dy) -> {variant: (y, dropped, gradients)} in one compilation."""
     row = P(BATCH)
-    in_specs = (row, row, row, row, spec("experts", "expert_embed", None, "hidden"), spec("experts", "hidden", "expert_embed"))
+    in_specs = (
+        row,
+        row,
+        row,
+        row,
+        spec("experts", "expert_embed", None, "hidden"),
+        spec("experts", "hidden", "expert_embed"),
+    )
 
     def run(x, gate, w_in, w_out, expert, valid, dy):
         result = {}
@@ -98,7 +107,10 @@ def check(shape, num_experts=E, k=K, parts=2):
     worst = {}
     with jax.set_mesh(meshes.make(*shape)):
         run = program(num_experts, "swiglu" if parts == 2 else "gelu")
-        weights = meshes.put(w_in, "experts", "expert_embed", None, "hidden"), meshes.put(w_out, "experts", "hidden", "expert_embed")
+        weights = (
+            meshes.put(w_in, "experts", "expert_embed", None, "hidden"),
+            meshes.put(w_out, "experts", "hidden", "expert_embed"),
+        )
         row = lambda z: meshes.put(z, "batch")
         for case, (expert, gate, valid) in routings(num_experts, k).items():
             got = run(row(x), row(gate), *weights, row(expert.astype(np.int32)), row(valid), row(dy))

@@ -34,7 +34,9 @@ class RouterCfg(NamedTuple):
 
     num_experts: int
     options: Mapping[str, Any]
-    total: Callable[[jax.Array], jax.Array]  # sums over the batch's devices; the identity for routers that balance per group
+    total: Callable[
+        [jax.Array], jax.Array
+    ]  # sums over the batch's devices; the identity for routers that balance per group
 
 
 def per_row(x_T: jax.Array, tokens: Tokens) -> jax.Array:
@@ -42,9 +44,7 @@ def per_row(x_T: jax.Array, tokens: Tokens) -> jax.Array:
     return x_T.reshape((tokens.num_rows, -1) + x_T.shape[1:]).sum(1)
 
 
-def statistics(
-    logits_TE: jax.Array, expert_TK: jax.Array, gate_TK: jax.Array, tokens: Tokens
-) -> dict[str, jax.Array]:
+def statistics(logits_TE: jax.Array, expert_TK: jax.Array, gate_TK: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
     """The sums per row that every load-balancing loss and every load metric is made of; padding counts nowhere."""
     num_experts = logits_TE.shape[1]
     valid_T = tokens.valid_T.astype(logits_TE.dtype)

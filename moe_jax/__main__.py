@@ -1,0 +1,31 @@
+"""`python -m moe_jax NAME ...`: the table of commands. Training is `python -m moe_jax.main --config ... --workdir ...`."""
+
+import importlib
+import sys
+
+from moe_jax.errors import UserError
+
+COMMANDS = {
+    "prepare": "make a token dataset from text, once",
+    "generate": "continue a prompt with a trained model",
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m moe_jax COMMAND ...\n")
+        print("\n".join(f"  {name:10} {about}" for name, about in COMMANDS.items()))
+        print("\n  python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart   trains a model")
+        return 0 if argv else 64
+    if argv[0] not in COMMANDS:
+        print(f"error: {argv[0]!r} is no command: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 64
+    try:
+        return importlib.import_module(f"moe_jax.commands.{argv[0]}").main(argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 64
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""The parameters of one run as the beginning of another (train.init_from), as far as they fit."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from moe_jax.checkpoint import flat as flat_lib
+from moe_jax.checkpoint import manifest
+from moe_jax.checkpoint.store import Checkpoints, load_arrays
+from moe_jax.errors import UserError
+
+
+class Report(NamedTuple):
+    """What `load_params` did, by the names of the parameters of the new run."""
+
+    step: int
+    loaded: list[str]
+    renamed: list[tuple[str, str]]  # (name in the checkpoint, name here); these are in `loaded` too
+    left: list[tuple[str, str]]  # (name here, reason): not in the checkpoint, or of another shape
+
+
+def load_params(
+    directory: Any, params: Any, *, stacked: bool, rename: Mapping[str, str], part: str, step: int | None
+) -> tuple[Any, Report]:
+    """Loads from a checkpoint the parameters that match in name and shape.
+
+    Args:
+      directory: the checkpoints of the other run.
+      params: the parameters of this run, or their abstract values with shardings. Those that do not match stay as
+        they are given.
+      stacked: layers below "repeats" are stacked over a leading axis here; how the other run had them is no matter.
+      rename: {old prefix: new prefix} of names, such as {"layers/repeats/0/ffn": "layers/repeats/0/shared"}. The
+        longest prefix that fits counts.
+      part: the field of the saved state to read, "params" or "ema".
+      step: the checkpoint to read; None = the newest sound one.
+
+    Returns the parameters, with the dtypes and shardings of `params`, and the Report. Raises UserError when there is no
+    checkpoint, or nothing in it matches.
+    """
+    run = Checkpoints(directory, every=0, keep=1, keep_best=0)
+    found = run.latest() if step is None else step
+    if found is None:
+        raise UserError(f"train.init_from: there is no checkpoint in {run.directory}")
+    path = run.path(found)
+    saved = manifest.read(path)["arrays"]
+    sources = _sources(saved, part, rename)
+    wanted = flat_lib.flatten(params)
+    plan, left = _match(wanted, saved, sources, stacked)
+    if not plan:
+        raise UserError(
+            f"train.init_from: no parameter of {path} matches one of this model. It has {_some(sources)}; this model "
+            f"has {_some(wanted)}. Map old prefixes of names to new ones with `rename`"
+        )
+    loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked)
+    renamed = [(sources[n].removeprefix(part + "/"), n) for names in plan.values() for n in names]
+    renamed = [(old, new) for old, new in renamed if old != new]
+    return flat_lib.unflatten({**wanted, **loaded}, params), Report(found, list(plan), renamed, left)
+
+
+def _sources(saved: Mapping[str, Any], part: str, rename: Mapping[str, str]) -> dict[str, str]:
+    """{name here, one per layer: name on disk} of every array of the part."""
+    out = {}
+    for name in saved:
+        if name.startswith(part + "/"):
+            old = name.removeprefix(part + "/")
+            fits = [p for p in rename if old == p or old.startswith(p + "/")]
+            prefix = max(fits, key=len, default="")
+            out[rename[prefix] + old.removeprefix(prefix) if prefix else old] = name
+    return out
+
+
+def _match(
+    wanted: Mapping[str, Any], saved: Mapping[str, Any], sources: Mapping[str, str], stacked: bool
+) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """{name: its layers' names} of what can be loaded, and (name, reason) of what cannot."""
+    plan, left = {}, []
+    for name, x in wanted.items():
+        names = flat_lib.layer_names(name, x.shape, stacked)
+        shape = list(x.shape if names is None else x.shape[1:])
+        names = names or [name]
+        missing = [n for n in names if n not in sources]
+        other = [n for n in names if n in sources and saved[sources[n]][0] != shape]
+        if missing:
+            left.append((name, f"{missing[0]} is not in the checkpoint"))
+        elif other:
+            left.append((name, f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} here"))
+        else:
+            plan[name] = names
+    return plan, left
+
+
+def _load(path: epath.Path, wanted: dict[str, Any], sources: Mapping[str, str], stacked: bool) -> dict[str, Any]:
+    layers = flat_lib.abstract_layers(wanted, stacked)
+    loaded = load_arrays(path, {sources[name]: x for name, x in layers.items()})
+    return flat_lib.stack({name: loaded[sources[name]] for name in layers}, wanted, stacked)
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"

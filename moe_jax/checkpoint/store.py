@@ -1,0 +1,211 @@
+"""The checkpoints of one run. The only file that imports orbax (v1, whose names still move between releases)."""
+
+import json
+import logging
+import math
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from moe_jax.checkpoint import flat as flat_lib
+from moe_jax.checkpoint import manifest
+from moe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves, finds and restores the states of one run. All processes of the run make the same calls in the same order.
+
+    Args:
+      directory: where the checkpoints are; one that all processes see.
+      every: steps between checkpoints, see `due`; 0 = never.
+      keep: the last n are kept, at least 1.
+      keep_best: and the n with the lowest scores.
+
+    Nothing is created or deleted before the first `save`, so a reader may open the directory of a running job.
+    """
+
+    def __init__(self, directory: Any, *, every: int, keep: int, keep_best: int):
+        self.directory = epath.Path(directory).absolute()
+        self.every, self.keep, self.keep_best = every, max(keep, 1), keep_best
+        self._here: set[int] = set()  # steps that this object saved or restored
+        self._sound: set[int] = set()  # steps whose files are known to be right
+        self._pending: tuple[int, Future[None]] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step: int, state: Any, *, metadata: dict[str, Any], score: float | None, stacked: bool) -> bool:
+        """Starts to save a pytree of arrays; returns once they are copied from the devices, so they may be donated.
+
+        Args:
+          metadata: anything JSON, such as the config; `metadata(step)` returns it.
+          score: decides which are the best (lowest); None or NaN is never the best.
+          stacked: layers below "repeats" are stacked over a leading axis in `state` (model.scan).
+
+        Returns False, and saves nothing, when this object has saved or restored that very step. A checkpoint of that
+        step from elsewhere (damaged, or of another history of the run) is renamed. Raises RuntimeError when the save
+        before this one failed.
+        """
+        self._wait()
+        if step in self._here:
+            return False
+        arrays: Any = flat_lib.unstack(flat_lib.flatten(state), stacked)
+        described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+        score = None if score is None or math.isnan(score) else float(score)
+        content = {"step": step, "score": score, "metadata": metadata, "arrays": described}
+        json.dumps(content)  # what is not JSON fails here, not in the background
+        path = manifest.step_path(self.directory, step)
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            manifest.sweep(self.directory)
+            manifest.set_aside(path)
+        _barrier(f"checkpoint {step}")
+        response = ocp.save_async(path, arrays)
+        self._pending = step, self._thread.submit(self._commit, response, path, content)
+        return True
+
+    def poll(self) -> None:
+        """Raises RuntimeError when a save has failed in the background; costs nothing, so call it every step."""
+        if self._pending and self._pending[1].done():
+            self._wait()
+
+    def latest(self) -> int | None:
+        """The newest step that can be restored, its files verified; None when there is none.
+
+        A damaged checkpoint is reported (logging, a warning) and passed over. Raises UserError when all are damaged.
+        """
+        self._wait()
+        found = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
+        if found == -2:
+            raise UserError(
+                f"every checkpoint in {self.directory} is damaged: move that directory away to start again from step 0"
+            )
+        return None if found == -1 else found
+
+    def restore(self, step: int, abstract_state: Any, *, stacked: bool) -> Any:
+        """The state of a step, bit for bit.
+
+        Args:
+          abstract_state: a pytree of jax.ShapeDtypeStruct (or arrays) with the shapes, dtypes and shardings to restore
+            into, on any mesh; the result of jax.eval_shape will do.
+          stacked: as in `save`; need not be what it was there.
+
+        Raises UserError when there is no such checkpoint, when it is damaged, or when it does not fit the state.
+        """
+        path = self.path(step)
+        wanted = flat_lib.flatten(abstract_state)
+        layers = flat_lib.abstract_layers(wanted, stacked)
+        _refuse_misfits(path, manifest.read(path)["arrays"], layers)
+        arrays = flat_lib.stack(load_arrays(path, layers), wanted, stacked)
+        self._here.add(step)
+        return flat_lib.unflatten(arrays, abstract_state)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What was given to `save`. Raises UserError when there is no such checkpoint."""
+        return manifest.read(self._committed(step))["metadata"]
+
+    def path(self, step: int) -> epath.Path:
+        """The directory of a step, its files verified. Raises UserError as `restore` does."""
+        path = self._committed(step)
+        what = manifest.damage(path) if jax.process_index() == 0 and step not in self._sound else ""
+        if _agree(bool(what)):
+            raise UserError(f"the checkpoint {path} is damaged ({what or 'see process 0'}): take another step")
+        self._sound.add(step)
+        return path
+
+    def steps(self) -> list[int]:
+        """The steps that are committed, in order; their files are not verified."""
+        self._wait()
+        return manifest.committed_steps(self.directory)
+
+    def close(self) -> None:
+        """Waits for the save in the background; a process that exits without it loses that save.
+
+        Raises RuntimeError when the save failed.
+        """
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _commit(self, response: Any, path: epath.Path, content: dict[str, Any]) -> None:
+        response.result()
+        if jax.process_index() == 0:
+            manifest.write(path, content)
+            manifest.prune(self.directory, self.keep, self.keep_best)
+
+    def _wait(self) -> None:
+        if not self._pending:
+            return
+        (step, future), self._pending = self._pending, None
+        path = manifest.step_path(self.directory, step)
+        if error := future.exception():
+            raise RuntimeError(f"saving {path} failed{_free(path)}: {type(error).__name__}: {error}") from error
+        self._here.add(step)
+        self._sound.add(step)
+
+    def _newest_sound(self) -> int:
+        steps = manifest.committed_steps(self.directory)
+        for step in reversed(steps):
+            path = manifest.step_path(self.directory, step)
+            what = "" if step in self._sound else manifest.damage(path)
+            if not what:
+                self._sound.add(step)
+                return step
+            log.warning("the checkpoint %s is damaged (%s): going back to the one before it", path, what)
+        return -2 if steps else -1
+
+    def _committed(self, step: int) -> epath.Path:
+        steps = self.steps()
+        if step not in steps:
+            have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}: {have}")
+        return manifest.step_path(self.directory, step)
+
+
+def load_arrays(path: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some arrays of the checkpoint at `path`, by their names on disk; dtypes are cast to the wanted ones."""
+    every = manifest.read(path)["arrays"]
+    target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in every}
+    loaded: Any = ocp.load(path, target)
+    return {name: loaded[name] for name in wanted}
+
+
+def _refuse_misfits(path: epath.Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    misfits = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
+        there = f"{saved[name][1]}{saved[name][0]}" if name in saved else "absent"
+        if here != there:
+            misfits.append(f"{name} is {there} in the checkpoint and {here} in this run")
+    if misfits:
+        more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
+        raise UserError(
+            f"the checkpoint {path} does not fit this run: {'; '.join(misfits[:8])}{more}. Resume with the config it "
+            "was saved with, or start a new run from its parameters with train.init_from"
+        )
+
+
+def _agree(value: int) -> int:
+    """The value of process 0, on every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else int(value)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _free(path: epath.Path) -> str:
+    parent = path.parent
+    return f" ({shutil.disk_usage(parent).free:,} bytes are free there)" if os.path.isdir(parent) else ""

@@ -1,0 +1,92 @@
+"""`python -m moe_jax prepare`: tokenizes and packs text once, for runs to read.
+
+Finished work is recognised and kept; an interrupted run leaves nothing that looks finished, and the same command
+finishes it.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from moe_jax.data import prepared, sources, writer
+from moe_jax.data.tokenizer import TOKENIZERS
+from moe_jax.errors import UserError
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m moe_jax prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("--source", action="append", required=True, help=f"may be repeated: {sources.USAGE}")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:VOCAB (trained on the source) or file:PATH")
+    parser.add_argument("--seq_len", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--heldout_every", type=int, default=20, help="every n-th document of each domain is held out")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new directory")
+    return parser.parse_args(argv)
+
+
+def check(flags: argparse.Namespace) -> None:
+    """UserError for a flag that cannot work, before anything is read."""
+    for spec in flags.source:
+        sources.parse(spec)
+        if flags.source.count(spec) > 1:
+            raise UserError(f"--source {spec} is given twice: held-out documents would come again in training")
+    if flags.tokenizer.partition(":")[0] not in TOKENIZERS:
+        raise UserError(f"--tokenizer {flags.tokenizer} is none of: bytes, bpe:VOCAB, file:PATH")
+    for name, least in (("seq_len", 2), ("heldout_every", 2), ("seed", 0)):
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name} {getattr(flags, name)} must be at least {least}")
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 when the directory is finished, 130 when interrupted."""
+    flags = parse(argv)
+    check(flags)
+    arguments = {
+        "sources": flags.source,
+        **{k: getattr(flags, k) for k in ("tokenizer", "seq_len", "heldout_every", "seed")},
+    }
+    before = (flags.out / prepared.RECORD).exists()
+    try:
+        with _progress() as track:
+            record = writer.write(flags.out, arguments, track)
+    except KeyboardInterrupt:
+        print(f"interrupted: {flags.out} is not finished; the same command finishes it", file=sys.stderr)
+        return 130
+    print(f"{flags.out} is finished already, with the same arguments" if before else f"{flags.out} is finished")
+    print(summary(record))
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[writer.Track]:
+    """Counts what each pass over the sources has done, on standard error."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description:22}"),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.completed:>12,.0f}"),
+        progress.TimeElapsedColumn(),
+    )
+
+    def track(what: str, items: Iterable[Any]) -> Iterable[Any]:
+        return bar.track(items, description=what)
+
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        yield track
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The record as a table of domains for a person to read."""
+    lines = [f"{'domain':20} {'documents':>12} {'held out':>12} {'bytes':>14} {'held out':>14}"]
+    for domain in record["domains"]:
+        counts = [record[what][split][domain] for what in ("documents", "text_bytes") for split in ("train", "heldout")]
+        lines.append("{:20} {:12,} {:12,} {:14,} {:14,}".format(domain, *counts))
+    rows, length = record["rows"], record["arguments"]["seq_len"]
+    lines.append(f"{rows['train']:,} training rows and {rows['heldout']:,} held-out rows of {length} tokens")
+    lines.append(f"vocabulary {record['vocab_size']:,}, fingerprint {record['fingerprint'][:16]}")
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""Opens the data of a run: prepared directories and embedded text, one of them or a weighted mixture."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.data import sources
+from moe_jax.data.embedded import open_embedded
+from moe_jax.data.pack import Rows
+from moe_jax.data.part import Part
+from moe_jax.data.prepared import open_prepared
+from moe_jax.data.survey import Counts
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+
+class Dataset(NamedTuple):
+    parts: tuple[Part, ...]
+    weights: tuple[float, ...]  # of the parts in the training stream, summing to 1
+    domains: tuple[str, ...]  # of all parts; a name that several parts share is one domain
+    tokenizer: Tokenizer
+    seq_len: int
+    fingerprint: str  # sha256 of the parts' fingerprints and the weights
+
+    def num_rows(self, split: str) -> int:
+        return sum(getattr(part, split).num_rows for part in self.parts)
+
+    def text(self, split: str, domain: str) -> bytes:
+        """The documents of a domain one after another; prepared directories keep only the first 4 MB of each."""
+        return b"".join(part.text(split, domain) for part in self.parts if domain in part.domains)
+
+    def text_bytes(self, split: str) -> dict[str, int]:
+        """Bytes of text of each domain."""
+        return _total(self.domains, [part.text_bytes for part in self.parts], split)
+
+    def documents(self, split: str) -> dict[str, int]:
+        """Documents of each domain."""
+        return _total(self.domains, [part.documents for part in self.parts], split)
+
+    def fetch(self, split: str, part_N: np.ndarray, index_N: np.ndarray) -> Rows:
+        """Rows [n] of int32 by part and index in it, with the dataset's domain numbers."""
+        ids = _domain_ids(self.domains, tuple(part.domains for part in self.parts))
+        fields = [np.zeros((len(part_N), self.seq_len), np.int32) for _ in Rows._fields]
+        for number in np.unique(part_N):
+            mine = part_N == number
+            rows = getattr(self.parts[number], split).fetch(index_N[mine])
+            for field, values in zip(fields, rows):
+                field[mine] = values
+            fields[3][mine] = ids[number][rows.domain_RS]
+        return Rows(*fields)
+
+
+def _total(domains: Sequence[str], counts: Sequence[Counts], split: str) -> dict[str, int]:
+    return {domain: sum(count[split].get(domain, 0) for count in counts) for domain in domains}
+
+
+@functools.cache
+def _domain_ids(domains: tuple[str, ...], parts: tuple[tuple[str, ...], ...]) -> list[np.ndarray]:
+    """For each part the dataset's number of each of its domains."""
+    return [np.array([domains.index(name) for name in part], np.int32) for part in parts]
+
+
+def open_dataset(
+    specs: Sequence[tuple[str, float]],
+    *,
+    seq_len: int,
+    slice_bytes: int,
+    heldout_bytes: int,
+    heldout_every: int,
+    seed: int,
+) -> Dataset:
+    """Opens (spec, weight) pairs; a spec is a prepared directory or `embedded[:DOMAIN,...]`, packed here and now.
+
+    `slice_bytes` and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and `seed` (order of documents) are
+    for embedded text; a prepared directory has its own. UserError if a spec is neither, or if they do not go together.
+    """
+    parts = tuple(
+        _open(
+            spec,
+            seq_len=seq_len,
+            slice_bytes=slice_bytes,
+            heldout_bytes=heldout_bytes,
+            heldout_every=heldout_every,
+            seed=seed,
+        )
+        for spec, _ in specs
+    )
+    _check(parts, specs, seq_len)
+    total = sum(weight for _, weight in specs)
+    weights = tuple(weight / total for _, weight in specs)
+    domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
+    prints = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights)])
+    fingerprint = parts[0].fingerprint if len(parts) == 1 else hashlib.sha256(prints.encode()).hexdigest()
+    return Dataset(parts, weights, domains, parts[0].tokenizer, seq_len, fingerprint)
+
+
+def _open(spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, heldout_every: int, seed: int) -> Part:
+    if os.path.isdir(spec):
+        return open_prepared(pathlib.Path(spec))
+    try:
+        kind = sources.parse(spec).kind
+    except UserError:
+        raise UserError(f"data.sources: {spec!r} is neither a prepared directory nor embedded[:DOMAIN,...]") from None
+    if kind != "embedded":
+        raise UserError(
+            f"data.sources: {spec!r} must be prepared first: `python -m moe_jax prepare --source '{spec}' --out DIR`, "
+            "then name DIR here"
+        )
+    return open_embedded(
+        spec,
+        seq_len=seq_len,
+        slice_bytes=slice_bytes,
+        heldout_bytes=heldout_bytes,
+        heldout_every=heldout_every,
+        seed=seed,
+    )
+
+
+def _check(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: int) -> None:
+    for part, (spec, weight) in zip(parts, specs):
+        if part.seq_len != seq_len:
+            raise UserError(
+                f"data.sources: {spec} was prepared with seq_len {part.seq_len}, but data.seq_len is {seq_len}: "
+                "set that, or prepare it again"
+            )
+        if weight <= 0:
+            raise UserError(
+                f"data.sources: the weight {weight} of {spec} must be above 0; leave a source out that is not wanted"
+            )
+        if part.tokenizer.fingerprint != parts[0].tokenizer.fingerprint:
+            raise UserError(
+                f"data.sources: {spec} has tokenizer {part.tokenizer.name}, but {specs[0][0]} has "
+                f"{parts[0].tokenizer.name}: prepare all with one (--tokenizer file:DIR/tokenizer/tokenizer.json takes "
+                "that of a prepared DIR)"
+            )

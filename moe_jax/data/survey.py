@@ -1,0 +1,49 @@
+"""What a source holds, found by reading it once: domains, documents, bytes, and a digest of every document."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from moe_jax.data.documents import Document
+from moe_jax.data.pack import SPLITS
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+MOST_DOMAINS = 256  # a row stores the domain of each token in a byte
+
+Counts = dict[str, dict[str, int]]  # split -> domain -> number
+
+
+class Survey(NamedTuple):
+    domains: tuple[str, ...]  # in the order of their first documents
+    documents: Counts
+    text_bytes: Counts  # of UTF-8
+    digest: str  # sha256 of all documents with their domains and splits, in order
+
+
+def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
+    """Counts (split, document) pairs. UserError for too many domains."""
+    counts: Counts = {split: {} for split in SPLITS}
+    sizes: Counts = {split: {} for split in SPLITS}
+    digest = hashlib.sha256()
+    for split, (text, domain) in documents:
+        data = text.encode("utf-8")
+        for table, amount in ((counts, 1), (sizes, len(data))):
+            for name in SPLITS:
+                table[name][domain] = table[name].get(domain, 0) + amount * (name == split)
+        digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
+        if len(counts["train"]) > MOST_DOMAINS:
+            raise UserError(f"more than {MOST_DOMAINS} domains: give each source one label, as in LABEL=text:GLOB")
+    return Survey(tuple(counts["train"]), counts, sizes, digest.hexdigest())
+
+
+def fingerprint(survey: Survey, tokenizer: Tokenizer, seq_len: int, heldout_every: int, seed: int) -> str:
+    """sha256 of all that decides the rows: documents, tokenizer and the arguments of packing."""
+    arguments = [survey.digest, tokenizer.fingerprint, seq_len, heldout_every, seed]
+    return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
+
+
+def only(documents: Iterable[tuple[str, Document]], split: str) -> Iterator[Document]:
+    """The documents of one split."""
+    return (document for name, document in documents if name == split)

@@ -1,0 +1,71 @@
+"""The TFDS dataset of packed rows. Imported only while a directory is prepared: importing TFDS takes half a second."""
+
+import itertools
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from moe_jax.data.pack import SPLITS
+
+SHARD_BYTES = 1 << 28  # of rows in one file, before compression
+ROWS_AT_ONCE = 4096  # TFDS writes its description anew each time
+
+Splits = dict[str, Iterable[dict[str, np.ndarray]]]  # split -> rows by the names of their fields
+
+
+class PackedText(tfds.core.GeneratorBasedBuilder):
+    """Rows of `moe_jax.data.pack`, in the order of packing (shuffled when they are read, anew in each epoch)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, seq_len: int, dtype: np.dtype, splits: Splits, **kwargs: Any):
+        self._seq_len, self._dtype, self._splits = seq_len, dtype, splits
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        def tensor(dtype: np.dtype) -> tfds.features.Tensor:
+            # As bytes: TFDS would store each number of a plain tensor as a varint, three times slower to write.
+            return tfds.features.Tensor(shape=(self._seq_len,), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+
+        features = {
+            "inputs": tensor(self._dtype),
+            "targets": tensor(self._dtype),
+            "segment": tensor(np.min_scalar_type(self._seq_len // 2 + 1)),
+            "domain": tensor(np.dtype(np.uint8)),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        return enumerate(self._splits[split])
+
+    def _download_and_prepare(
+        self, dl_manager: tfds.download.DownloadManager, download_config: tfds.download.DownloadConfig
+    ) -> None:
+        """Writes each row as it comes. TFDS itself would keep a split in memory, and beyond 1 GB call TensorFlow."""
+        info = self._info()  # a new one, because the folder is another now: it is renamed at the end
+        most = max(1, SHARD_BYTES // (4 * self._seq_len * self._dtype.itemsize))
+        sequential = tfds.core.SequentialWriter(info, max_examples_per_shard=most, file_format="array_record")
+        sequential.initialize_splits(list(SPLITS))
+        for split, examples in self._split_generators(dl_manager).items():
+            while some := [row for _, row in itertools.islice(examples, ROWS_AT_ONCE)]:
+                sequential.add_examples({split: some})
+        sequential.close_all()
+        self.info.set_splits(info.splits)
+
+
+def build_packed_text(folder: pathlib.Path, seq_len: int, dtype: np.dtype, splits: Splits) -> dict[str, int]:
+    """Writes the splits as ArrayRecord files under `folder`; returns the number of rows of each."""
+    tfds.disable_progress_bar()
+    builder = PackedText(data_dir=folder, file_format="array_record", seq_len=seq_len, dtype=dtype, splits=splits)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    shutil.rmtree(folder / "downloads")  # nothing was
+    return {name: split.num_examples for name, split in builder.info.splits.items()}

@@ -1,0 +1,99 @@
+"""From a config to one gradient transformation: `clip -> direction -> decay -> rate`.
+
+The gradient is clipped by its global norm; the chosen optimizer makes a direction of it (OPTIMIZERS); weight_decay *
+parameter is added where the mask allows (decoupled, Loshchilov & Hutter 2019, arXiv:1711.05101); all of it is scaled by
+the learning rate (SCHEDULES). Clipping, decay and schedule are therefore the same for every optimizer.
+
+Everything runs inside jit on an Explicit mesh; moments have the sharding of their parameters, which are nested dicts. A
+model built with scan stacks the layers of its "repeats" over a leading axis; every optimizer treats each layer of a
+stack as it would the layer alone, so the loop and the scan train alike.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from moe_jax.config import OptimConfig
+from moe_jax.errors import UserError
+from moe_jax.names import is_layer, name_of
+from moe_jax.optim.optimizers import OPTIMIZERS, Leaf
+from moe_jax.optim.schedules import SCHEDULES, Schedule
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "decay_mask", "global_norm", "make", "schedule", "update_ema"]
+
+global_norm = optax.tree.norm
+
+
+def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTransformation:
+    """The gradient transformation of a config.
+
+    Args:
+      cfg: the chosen optimizer and schedule, with the options of both.
+      params: the parameters or their abstract values; only names and shapes are read.
+      stacked: layers below a key "repeats" are stacked over a leading axis (the model was built with scan).
+
+    Returns:
+      A transformation whose state is {"clip", "direction", "decay", "rate"}; `rate` counts the updates made: the step.
+
+    Raises UserError for a name or an option that does not exist.
+    """
+    leaves = describe(params, stacked)
+    options = dict(cfg.options)
+    weight_decay = options.pop("weight_decay", 0.0)
+    direction = _choose("optim.optimizer", cfg.optimizer, OPTIMIZERS, options)
+    return optax.named_chain(
+        ("clip", optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()),
+        ("direction", direction(leaves, **options)),
+        ("decay", optax.add_decayed_weights(weight_decay, decay_mask(cfg.decay_mask, leaves))),
+        ("rate", optax.scale_by_learning_rate(schedule(cfg))),
+    )
+
+
+def schedule(cfg: OptimConfig) -> Schedule:
+    """The function step -> learning rate of a config; step 0 is the first update. Raises UserError."""
+    return _choose("optim.schedule", cfg.schedule, SCHEDULES, cfg.schedule_options)(cfg, **cfg.schedule_options)
+
+
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
+    """The exponential moving average after one more step: decay * ema + (1 - decay) * params, leaf by leaf."""
+    return optax.incremental_update(params, ema, 1.0 - decay)
+
+
+def decay_mask(which: str, leaves: Any) -> Any:
+    """A tree of booleans: what decays. "matrices": two dimensions or more, and neither a norm's scale nor a bias."""
+    masks = {"matrices": _is_matrix, "all": lambda leaf: True, "none": lambda leaf: False}
+    if which not in masks:
+        raise UserError(f'optim.decay_mask = "{which}" is not known: choose one of {", ".join(masks)}')
+    return jax.tree.map(masks[which], leaves)
+
+
+def describe(params: Any, stacked: bool) -> Any:
+    """A tree of `Leaf`, one for each parameter."""
+
+    def leaf(path: Any, x: Any) -> Leaf:
+        name = name_of(path)
+        here = stacked and is_layer(name)
+        return Leaf(name, len(x.shape) - here, here)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _is_matrix(leaf: Leaf) -> bool:
+    *parents, last = leaf.name.split("/")
+    norm = any("norm" in part for part in (*parents, last)) or last == "scale"
+    return leaf.ndim >= 2 and not norm and "bias" not in last
+
+
+def _choose(path: str, name: str, table: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """The entry of a table, after a check that the options are exactly the ones it takes."""
+    if name not in table:
+        raise UserError(f'{path} = "{name}" is not known: choose one of {", ".join(table)}')
+    parameters = inspect.signature(table[name]).parameters.values()
+    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option in sorted(set(takes) ^ set(options)):
+        what = "is missing" if option in takes else "is not known"
+        raise UserError(f"{path}s.{name}.{option} {what}: {name} takes {', '.join(takes) or 'no options'}")
+    return table[name]
