@@ -20,7 +20,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data = data()
     c.eval = ConfigDict()
     c.eval.every = 100  # steps between evaluations; 0 = only at the end
-    c.eval.batches = 0  # held-out batches of each evaluation; 0 = all of them
+    c.eval.batches = 0  # held-out batches of each evaluation on the way; 0 = all of them
+    c.eval.final_batches = 0  # held-out batches of the evaluation at the end; 0 = all of them
     c.eval.batch_size = 0  # rows of an evaluation batch; 0 = train.batch_size
     c.eval.dispatcher = "same"  # "same" as in training, or the name of another dispatcher ("dropless")
     c.eval.sample_tokens = 200  # tokens of the sample printed at each evaluation; 0 = none

@@ -33,6 +33,7 @@ def get_config(arg=None):
     c.data.seq_len = 32
     c.eval.every = 4
     c.eval.batches = 2
+    c.eval.final_batches = 4
     c.eval.sample_tokens = 16
     c.checkpoint.every = 4
     c.log.every = 2

@@ -2,8 +2,8 @@
 
     python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Trains on a slice of each embedded domain (400 kB of drama, verse, novel, English and Spanish scripture, dictionary): 4 MoE blocks of
-8 experts, top-2. Expected: below gzip -9 in every domain.
+Trains on 400 kB of each embedded domain (drama, verse, novel, English and Spanish scripture, dictionary): 4 MoE blocks of 8 experts,
+top-2. Expected: below gzip -9 in every domain.
 """
 
 from configs import base
@@ -12,4 +12,6 @@ from configs import base
 def get_config(arg=None):
     c = base.get_config(arg)
     c.data.slice_bytes = 400_000
+    c.data.heldout_bytes = 30_000
+    c.eval.batches = 8
     return c

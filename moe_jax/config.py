@@ -110,6 +110,7 @@ class DataConfig:
 class EvalConfig:
     every: int
     batches: int
+    final_batches: int
     batch_size: int
     dispatcher: str
     sample_tokens: int
@@ -144,8 +145,8 @@ class Config:
     profile: tuple[int, int] | None
     mesh: MeshConfig
     model: ModelConfig
-    optim: OptimConfig
     train: TrainConfig
+    optim: OptimConfig
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig

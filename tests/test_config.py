@@ -1,0 +1,179 @@
+"""Every wrong key is one message that names the key, both values and the way out; nothing is compiled before it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import models
+from moe_jax import config, mesh
+from moe_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(changes, shape=(1, 1, 1)):
+    with pytest.raises(UserError) as error:
+        models.build(shape, changes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "message"),
+    [
+        ({"model.moe.num_experts": 6}, (1, 4, 1), "model.moe.num_experts (6) must be divisible by mesh.expert (4)"),
+        (
+            {"model.moe.expert_hidden": 18, "model.num_kv_heads": 4},
+            (1, 1, 4),
+            "model.moe.expert_hidden (18) must be divisible by mesh.model (4)",
+        ),
+        ({}, (1, 1, 4), "model.num_kv_heads (2) must be divisible by mesh.model (4)"),
+        ({"model.d_model": 20, "model.num_heads": 2}, (8, 1, 1), "model.d_model (20) must be divisible by mesh.data x mesh.expert (8)"),
+        (
+            {"train.batch_size": 12},
+            (4, 2, 1),
+            "train.micro_batch_size (12 rows) must be divisible by mesh.data x mesh.expert (4 x 2)",
+        ),
+        (
+            {"train.micro_batch_size": 5},
+            (1, 1, 1),
+            "train.batch_size (16) must be divisible by train.micro_batch_size (5)",
+        ),
+        ({"model.moe.group_rows": 4}, (4, 2, 1), "model.moe.group_rows (4) must divide the rows of one device (2 ="),
+        (
+            {"model.moe.routers.top_k.k": 9},
+            (1, 1, 1),
+            "model.moe.routers.top_k.k (9) must lie between 1 and model.moe.num_experts (8)",
+        ),
+        ({"model.moe.router": "top"}, (1, 1, 1), 'model.moe.router = "top" is not known: choose one of top_k'),
+        (
+            {"model.moe.dispatcher": "none"},
+            (1, 1, 1),
+            'model.moe.dispatcher = "none" is not known: choose one of capacity, dropless',
+        ),
+        ({"model.activation": "relu"}, (1, 1, 1), 'model.activation = "relu" is not known: choose one of swiglu, gelu'),
+        ({"model.num_kv_heads": 3}, (1, 1, 1), "model.num_heads (4) must be divisible by model.num_kv_heads (3)"),
+        ({"optim.warmup_steps": 101}, (1, 1, 1), "optim.warmup_steps (101) must not exceed train.steps (100)"),
+        ({"profile": "5"}, (1, 1, 1), 'profile = "5" is no range of steps: write FIRST:LAST'),
+        ({"mesh.expert": -1, "mesh.data": -1}, (1, 1, 1), "mesh.data and mesh.expert are both -1"),
+        ({"mesh.data": 3}, (1, 1, 1), "does not make 1 devices"),
+        ({"model.repeats": 0}, (1, 1, 1), "make no block at all"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refusals(changes, shape, message):
+    assert message in refused(changes, shape)
+
+
+def test_an_option_of_what_is_not_chosen_is_refused():
+    changed, default = models.raw({"model.moe.dispatchers.capacity.factor": 2.0}), models.raw()
+    with pytest.raises(
+        UserError, match=r"model.moe.dispatchers.capacity.factor = 2.0 does nothing, because model.moe.dispatcher is"
+    ):
+        config.refuse_unchosen(changed, default)
+    config.refuse_unchosen(
+        models.raw({"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 2.0}), default
+    )
+
+
+def test_wrong_types_and_missing_keys():
+    raw = models.raw({"mesh.data": 1})
+    raw["train"]["steps"] = "many"
+    with pytest.raises(UserError, match="train.steps = 'many' is a str; it must be a int"):
+        config.build(raw, 1)
+    raw = models.raw({"mesh.data": 1})
+    raw["model"]["widht"] = 3
+    with pytest.raises(UserError, match="unknown key model.widht"):
+        config.build(raw, 1)
+    del raw["model"]["widht"], raw["model"]["d_model"]
+    with pytest.raises((UserError, KeyError), match="d_model"):
+        config.build(raw, 1)
+
+
+def test_minus_one_takes_the_rest():
+    assert mesh.resolve({"data": -1, "expert": 2, "model": 2}, 8) == {"data": 2, "expert": 2, "model": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.train.stepz=5"], "stepz"),
+        (["--config.train.steps=five"], "five"),
+        (["train.steps=5"], "--config.train.steps=5"),
+        (["--stepz=5"], "stepz"),
+        (["--config.mesh.expert=3"], "does not make 1 devices"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_a_code(tmp_path, flags, message):
+    command = [
+        sys.executable,
+        "-m",
+        "moe_jax.main",
+        "--config",
+        "configs/quickstart.py",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command + flags, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 64 and message in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+LAYERS = [  # lower may not import higher
+    {"errors", "names", "config", "rules", "mesh", "__init__"},
+    {"weights", "place"},
+    {"moe"},
+    {"models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},
+    {"tasks"},
+    {"state", "sample"},
+    {"evaluate", "card"},
+    {"train"},
+    {"summary", "commands", "main", "__main__"},
+]
+
+
+def modules():
+    for path in sorted((ROOT / "moe_jax").rglob("*.py")):
+        yield path.relative_to(ROOT / "moe_jax").parts[0].removesuffix(".py"), path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] in ("moe_jax", "configs", "experiments")
+        ):
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+            if parts[0] != "moe_jax":
+                yield parts[0]
+
+
+def test_dependencies_run_one_way():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for name, path in modules():
+        if name == "instruments":
+            continue
+        for other in imported(path):
+            assert other not in ("configs", "experiments"), f"{path} imports {other}"
+            if other != name and other != "STARTED":
+                allowed = level[other] < level[name] or (
+                    level[other] == level[name] and {name, other} != {"models", "data"}
+                )
+                assert allowed, f"{path} imports {other}, which is above it"
+
+
+def test_manual_parallelism_has_few_doors():
+    doors = {"moe/layer.py", "models/attention.py"}
+    exchange = re.compile(r"lax\.(all_to_all|all_gather|psum_scatter|ragged_all_to_all)\(")
+    for _, path in modules():
+        text, where = path.read_text(), str(path.relative_to(ROOT / "moe_jax"))
+        if "jax.shard_map(" in text:
+            assert where in doors, f"{where} opens a shard_map"
+        if exchange.search(text):
+            assert where.startswith("moe/dispatch/") or where == "moe/layer.py", f"{where} moves tokens"
