@@ -18,8 +18,8 @@ from moe_jax.state import State, make_model
 from moe_jax.tasks import lm
 
 
-def make_evaluate(cfg: Config, dataset: Dataset) -> Callable[[State], dict[str, Any]]:
-    """state -> {"loss", "bits_per_byte" (mean over domains), "accuracy", "domain/NAME/...", "moe": ...}; compiled once, at first use.
+def make_evaluate(cfg: Config, dataset: Dataset) -> Callable[[State, int], dict[str, Any]]:
+    """(state, number of batches, 0 = all) -> {"loss", "bits_per_byte" (mean over domains), "accuracy", "domain/NAME/...", "moe": ...}; compiled once, at first use.
 
     The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
     depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one.
@@ -34,12 +34,12 @@ def make_evaluate(cfg: Config, dataset: Dataset) -> Callable[[State], dict[str, 
         sums = lm.evaluate(model.bind(params, router_state), batch, jax.numpy.asarray(bytes_V), len(dataset.domains))
         return jax.sharding.reshard(sums, P())
 
-    def evaluate(state: State) -> dict[str, Any]:
+    def evaluate(state: State, num_batches: int) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
         size = cfg.eval.batch_size
         rows = local_rows(size)
         total: Any = None
-        for batch in eval_batches(dataset, size, cfg.eval.batches or None, rows):
+        for batch in eval_batches(dataset, size, num_batches or None, rows):
             sums = sums_of(params, state.router_state, put(batch, rows, size, lm.Inputs))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)

@@ -81,13 +81,13 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
         progress.message(note)
     evaluate, sampler = make_evaluate(cfg, dataset), make_sampler(cfg.model, dataset.tokenizer, cfg.data.seq_len)
     interrupt = stopping.Interrupt(cfg.log.every)
-    peak = flops.measure_peak(cfg.model.dtype)
+    peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
     step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
     evaluation: dict[str, Any] = {}
     sample, waited, since = "", 0.0, time.monotonic()
 
-    def evaluate_now(state: State) -> tuple[dict[str, Any], str]:
-        result = evaluate(state)
+    def evaluate_now(state: State, num_batches: int) -> tuple[dict[str, Any], str]:
+        result = evaluate(state, num_batches)
         writer.write(int(state.step), {f"eval/{name}": value for name, value in result.items() if name != "moe"})
         progress.message(
             f"step {int(state.step)}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}"
@@ -141,7 +141,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
                 for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
                     writer.histogram(done, f"moe/load/layer_{layer}", counts)
             if (cfg.eval.every and done % cfg.eval.every == 0) or (done == last and not stop):
-                evaluation, sample = evaluate_now(state)
+                evaluation, sample = evaluate_now(state, cfg.eval.final_batches if done == last else cfg.eval.batches)
                 score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
                 since, waited = time.monotonic(), 0.0
             if saves.due(done) or done == last or stop:
@@ -151,7 +151,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
         while pending:
             finish(cfg, pending.popleft(), names, saves)
         if start >= last:
-            evaluation, sample = evaluate_now(state)
+            evaluation, sample = evaluate_now(state, cfg.eval.final_batches)
     finally:
         source.close()
         progress.close()

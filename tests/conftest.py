@@ -27,5 +27,6 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def float64():
     """Runs a test in float64, where equality can be proven: no rounding tie flips a routing decision."""
-    with jax.enable_x64(True):
-        yield
+    jax.config.update("jax_enable_x64", True)  # globally: a checkpoint is written and read by other threads
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -31,7 +31,11 @@ def refused(changes, shape=(1, 1, 1)):
             "model.moe.expert_hidden (18) must be divisible by mesh.model (4)",
         ),
         ({}, (1, 1, 4), "model.num_kv_heads (2) must be divisible by mesh.model (4)"),
-        ({"model.d_model": 20, "model.num_heads": 2}, (8, 1, 1), "model.d_model (20) must be divisible by mesh.data x mesh.expert (8)"),
+        (
+            {"model.d_model": 20, "model.num_heads": 2},
+            (8, 1, 1),
+            "model.d_model (20) must be divisible by mesh.data x mesh.expert (8)",
+        ),
         (
             {"train.batch_size": 12},
             (4, 2, 1),

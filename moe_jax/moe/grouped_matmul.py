@@ -179,7 +179,7 @@ def _write(array_RX: Array, block_BX: Array, offset: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(array_RX, block_BX.astype(array_RX.dtype), offset, 0)
 
 
-def _wide(dtype: Any) -> Any:
+def wide_dtype(dtype: Any) -> Any:
     """The dtype to add up in: float32, or float64 for float64. (`promote_types` refuses under strict promotion.)"""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
@@ -192,7 +192,7 @@ def _dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
 def _forward_blocks(act: Callable, block: tuple[int, int], rows: Rows, layout: Layout) -> tuple[Array, Array]:
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
-    wide = _wide(dtype)
+    wide = wide_dtype(dtype)
 
     def expert(i, carry):
         w_in_DH, w_out_FD = w_in_eDH[i].astype(dtype), w_out_eFD[i].astype(dtype)
@@ -216,7 +216,7 @@ def _backward_blocks(
 ) -> Rows:
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
-    wide = _wide(dtype)
+    wide = wide_dtype(dtype)
 
     def expert(i, carry):
         total, dw_in_DH, dw_out_FD = carry
@@ -264,7 +264,7 @@ def _ragged(layout: Layout, num_rows: int) -> tuple[Array, Array]:
 def _forward_ragged(act: Callable, rows: Rows, layout: Layout) -> tuple[Array, Array]:
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     dtype = x_RD.dtype
-    wide = _wide(dtype)
+    wide = wide_dtype(dtype)
     group_e, mine_R = _ragged(layout, x_RD.shape[0])
     pre_RH = lax.ragged_dot(x_RD, w_in_eDH.astype(dtype), group_e)
     hidden_RF = (act(pre_RH.astype(wide)) * gate_R.astype(wide)[:, None]).astype(dtype)
@@ -275,7 +275,7 @@ def _forward_ragged(act: Callable, rows: Rows, layout: Layout) -> tuple[Array, A
 def _backward_ragged(act: Callable, rows: Rows, layout: Layout, pre_RH: Array, dy_RD: Array) -> Rows:
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     dtype = x_RD.dtype
-    wide = _wide(dtype)
+    wide = wide_dtype(dtype)
     group_e, mine_R = _ragged(layout, x_RD.shape[0])
     keep = lambda array_RX: jnp.where(mine_R[:, None], array_RX, 0)  # past the last group a platform may leave anything
     gate_R1 = gate_R.astype(wide)[:, None]
@@ -319,7 +319,7 @@ def _gather(x_TD: Array, index_N: Array) -> Array:
 
 def _gather_and_add(y_RD: Array, dest_TK: Array) -> Array:
     """One gather per choice, added as it is read: a [T, K, D] array and its reduction cost twice the time."""
-    wide = _wide(y_RD.dtype)
+    wide = wide_dtype(y_RD.dtype)
     return sum(_gather(y_RD, dest_TK[:, k]).astype(wide) for k in range(dest_TK.shape[1])).astype(y_RD.dtype)
 
 

@@ -103,8 +103,12 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     )
     dispatcher = DISPATCHERS[cfg.dispatcher]
     experts = _experts(weights, cfg)
-    routing = routing._replace(gate_N=routing.gate_N.astype(x_BSD.dtype))
-    y_TD, dropped_N = dispatcher.apply(tokens.x_TD, routing, experts, shape=shape, options=cfg.dispatcher_options)
+    # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
+    over_model = lambda z: jax.lax.pcast(z, "model", to="varying")
+    routing = routing._replace(gate_N=over_model(routing.gate_N.astype(x_BSD.dtype)))
+    y_TD, dropped_N = dispatcher.apply(
+        over_model(tokens.x_TD), routing, experts, shape=shape, options=cfg.dispatcher_options
+    )
     with jax.named_scope("combine"):
         y_TD = jax.lax.psum(y_TD, "model")
     return y_TD.reshape(b, s, d), dict(routing.sums, dropped=_dropped_per_row(dropped_N, routing, tokens))

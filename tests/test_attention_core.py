@@ -1,0 +1,174 @@
+"""Attention against a NumPy loop over queries and against JAX's own, on packed rows, on one device and eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.models import attention_core
+from moe_jax.models.attention_core import attention, decode_attention
+
+SCALE = 0.4
+SHAPES = {  # B, S, H, G, A: blocks and groups of the CPU's kernel come with S >= 128 and more scores than fit
+    "tiny": (2, 7, 4, 2, 4),
+    "one token": (1, 1, 2, 1, 2),
+    "two blocks": (1, 130, 2, 2, 4),
+    "four uneven blocks": (1, 257, 4, 2, 4),
+}
+
+
+def make(shape, dtype=np.float64, seed=0):
+    """q, k, v, segments (several per row, padding in the middle and at the end) and a cotangent."""
+    B, S, H, G, A = shape
+    rng = np.random.default_rng(seed)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(B, S, heads, A)), dtype)
+    lengths = rng.multinomial(S, [0.3, 0.2, 0.1, 0.3, 0.1], size=B)
+    segment = np.stack([np.repeat([1, 2, 0, 3, 0], n) for n in lengths])
+    return (draw(H), draw(G), draw(G), jnp.asarray(segment, jnp.int32)), draw(H)
+
+
+def loop_attention(q, k, v, segment):
+    """One query at a time."""
+    out, r = np.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, i, h in np.ndindex(q.shape[:3]):
+        if segment[b, i] > 0:
+            seen = np.flatnonzero(segment[b, : i + 1] == segment[b, i])
+            score = k[b, seen, h // r] @ q[b, i, h] * SCALE
+            weight = np.exp(score - score.max())
+            out[b, i, h] = weight @ v[b, seen, h // r] / weight.sum()
+    return out
+
+
+def masked_softmax(q, k, v, segment):
+    """All scores at once, in a form that is differentiated by JAX."""
+    r = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(z, r, axis=2) for z in (k, v))
+    seen = (segment[:, :, None] == segment[:, None]) & jnp.tri(q.shape[1], dtype=bool)[None]
+    score = jnp.einsum("bqha,bkha->bhqk", q, k) * SCALE
+    weight = jax.nn.softmax(jnp.where(seen[:, None], score, -1e30), axis=-1)
+    out = jnp.einsum("bhqk,bkha->bqha", weight, v)
+    return jnp.where(segment[:, :, None, None] > 0, out, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradient(f, args, do):
+    q, k, v, segment = args
+    o, pull = jax.vjp(lambda q, k, v: f(q, k, v, segment), q, k, v)
+    return o, *pull(do)
+
+
+own = functools.partial(attention, scale=SCALE)
+
+
+def assert_near(got, want, tolerance):
+    for name, a, b in zip(("o", "q", "k", "v"), got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["tiny", "two blocks"])
+def test_equals_a_loop_over_queries(name, float64):
+    args, _ = make(SHAPES[name])
+    got = jax.jit(own)(*args)
+    np.testing.assert_allclose(got, loop_attention(*(np.asarray(z) for z in args)), atol=1e-13)
+
+
+@pytest.mark.parametrize("scores", [2**19, 1])  # 1: every group is as small as it may be, so that there are several
+@pytest.mark.parametrize("name", SHAPES)
+def test_value_and_gradient_equal_a_masked_softmax(name, scores, float64, monkeypatch):
+    args, do = make(SHAPES[name])
+    monkeypatch.setattr(attention_core, "SCORES", scores)
+    got = value_and_gradient(lambda *a: own(*a), args, do)
+    assert_near(got, value_and_gradient(masked_softmax, args, do), 1e-12)
+    padding = np.asarray(args[3]) == 0
+    assert all(not np.any(np.asarray(z)[padding]) for z in got)  # exactly zero, and no gradient
+
+
+def test_several_groups_are_really_run(float64, monkeypatch):
+    """Four rows of two key heads are 8 heads: 2 groups where 4 fit."""
+    args, do = make((4, 130, 4, 2, 4))
+    want = value_and_gradient(masked_softmax, args, do)
+    assert "scan" not in str(jax.make_jaxpr(lambda *a: own(*a))(*args))
+    monkeypatch.setattr(attention_core, "SCORES", 1)
+    assert "length=2" in str(jax.make_jaxpr(lambda *a: own(*a))(*args))
+    assert_near(value_and_gradient(lambda *a: own(*a), args, do), want, 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.1)])
+def test_narrow_dtypes_stay_near_and_keep_their_dtype(dtype, tolerance):
+    args, do = make(SHAPES["two blocks"], dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        got = value_and_gradient(own, args, do)
+    assert [z.dtype for z in got] == [dtype] * 4
+    wide = jax.tree.map(lambda z: z.astype(jnp.float32) if z.dtype == dtype else z, (args, do))
+    assert_near(got, value_and_gradient(masked_softmax, *wide), tolerance)
+
+
+def test_equals_jax_on_one_segment():
+    (q, k, v, _), do = make((2, 66, 4, 2, 8), np.float32)
+    one = jnp.ones((2, 66), jnp.int32)
+    theirs = lambda q, k, v, _: jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True)
+    args = (q, k, v, one)
+    assert_near(value_and_gradient(own, args, do), value_and_gradient(theirs, args, do), 2e-5)
+
+
+def test_scores_of_any_size_give_finite_results():
+    (q, k, v, segment), do = make(SHAPES["two blocks"], np.float32)
+    for array in value_and_gradient(own, (q * 1e4, k * 1e4, v, segment), do):
+        assert np.all(np.isfinite(array))
+
+
+def test_inside_checkpoint_and_scan(float64):
+    args, do = make(SHAPES["two blocks"])
+
+    def layers(f, q, k, v, segment):
+        body = jax.checkpoint(lambda q, scale: (q + f(q, k * scale, v, segment), None))
+        return jax.lax.scan(body, q, jnp.array([1.0, 0.5]))[0]
+
+    got, want = (value_and_gradient(functools.partial(layers, f), args, do) for f in (own, masked_softmax))
+    assert_near(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("sharded_keys", [True, False])
+def test_on_a_mesh_equals_one_device(sharded_keys, float64):
+    """Rows over data and expert, query heads over model; key heads over model too, or one for all devices."""
+    shape = (4, 130, 4, 2 if sharded_keys else 1, 4)
+    args, do = make(shape)
+    want = value_and_gradient(masked_softmax, args, do)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "model"))
+    batch = ("data", "expert")
+    heads, segments = P(batch, None, "model"), P(batch)
+    specs = (heads, *[heads if sharded_keys else P(batch)] * 2, segments)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(z, s) for z, s in zip(args, specs)]
+        parallel = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads)
+        got = value_and_gradient(parallel, placed, jax.device_put(do, heads))
+    assert_near(got, want, 1e-12)
+
+
+def test_the_kernel_is_chosen_by_the_platform_compiled_for():
+    args, do = make((4, 256, 4, 4, 4), np.float32)
+    step = jax.jit(lambda q, k, v, s, do: jax.vjp(lambda *a: own(*a, s), q, k, v)[1](do))
+    text = {p: step.trace(*args, do).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
+    assert "16x256x256" in text["tpu"] and "x192x" not in text["tpu"]
+    assert "x192x64" in text["cpu"]  # the third block of queries and the keys before its end
+
+
+def test_decoding_equals_the_last_rows_of_attention(float64):
+    """Queries 5 and 6 against a cache of 9 places, two of them unused."""
+    (q, k, v, _), _ = make((2, 7, 4, 2, 4))
+    want = masked_softmax(q, k, v, jnp.ones((2, 7), jnp.int32))[:, 5:]
+    pad = lambda z: jnp.pad(z, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=1e3)
+    mask = jnp.arange(9)[None, None] <= jnp.array([5, 6])[None, :, None]
+    mask = jnp.broadcast_to(mask, (2, 2, 9))
+    got = decode_attention(q[:, 5:], pad(k), pad(v), mask, scale=SCALE)
+    np.testing.assert_allclose(got, want, atol=1e-13)
+
+
+def test_decoding_with_nothing_to_see_gives_zero_in_the_dtype_of_the_query():
+    (q, k, v, _), _ = make((2, 3, 4, 2, 4), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        got = decode_attention(q, k, v, jnp.zeros((2, 3, 3), bool), scale=SCALE)
+    assert got.dtype == jnp.bfloat16 and not np.any(got)
