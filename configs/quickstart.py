@@ -3,7 +3,7 @@
     python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
 Trains on 400 kB of each embedded domain (drama, verse, novel, English and Spanish scripture, dictionary): 4 MoE blocks of 8 experts,
-top-2. Expected: below gzip -9 in every domain.
+top-2, with Muon. Expected: below gzip -9 in every domain, at most 2.75 bits per byte on average.
 """
 
 from configs import base
@@ -13,5 +13,12 @@ def get_config(arg=None):
     c = base.get_config(arg)
     c.data.slice_bytes = 400_000
     c.data.heldout_bytes = 30_000
-    c.eval.batches = 8
+    c.optim.optimizer = "muon"
+    c.optim.learning_rate = 4e-3
+    c.train.steps = 600
+    c.train.batch_size = 8
+    c.eval.every = 150
+    c.eval.batches = 12
+    c.eval.batch_size = 16
+    c.checkpoint.every = 300
     return c

@@ -171,14 +171,14 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     """The checked, frozen config. `raw` is a plain nested dict (ConfigDict.to_dict()); `num_devices` fills -1 in the mesh."""
     from moe_jax import mesh  # here, so that reading a config needs no devices
 
-    raw = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    raw = dict(raw)
     lengths = mesh.resolve({k: int(v) for k, v in raw["mesh"].items()}, num_devices)
     raw["mesh"] = lengths
     raw["profile"] = profile_range(raw["profile"])
     raw["optim"] = _optim(raw["optim"], raw["train"]["steps"])
     moe = _chosen(dict(raw["model"]["moe"]), "model.moe", "router", "routers", "router_options")
     moe = _chosen(moe, "model.moe", "dispatcher", "dispatchers", "dispatcher_options")
-    model = {**raw["model"], "moe": moe}
+    model: dict[str, Any] = {**raw["model"], "moe": moe}
     model["head_dim"] = model["head_dim"] or model["d_model"] // max(model["num_heads"], 1)
     raw["model"] = model
     train = raw["train"]

@@ -19,7 +19,10 @@ from moe_jax.tasks import lm
 
 
 def make_evaluate(cfg: Config, dataset: Dataset) -> Callable[[State, int], dict[str, Any]]:
-    """(state, number of batches, 0 = all) -> {"loss", "bits_per_byte" (mean over domains), "accuracy", "domain/NAME/...", "moe": ...}; compiled once, at first use.
+    """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at first use.
+
+    "loss" (nats per token), "bits_per_byte" (mean over domains), "accuracy", "domain/NAME/...", "moe" (load figures), "routing" (counts
+    of assignments per MoE layer, domain and expert [L, Z, E]).
 
     The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
     depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one.
@@ -61,4 +64,4 @@ def summary(total: dict[str, Any], domains: Sequence[str]) -> dict[str, Any]:
     result["bits_per_byte"] = bits[seen].mean()
     result = {name: float(value) for name, value in result.items()}
     moe = {n: np.asarray(v) for n, v in load.metrics(total["moe"]).items()} if total["moe"] else {}
-    return {**result, "moe": moe}
+    return {**result, "moe": moe, "routing": total["routing"]}

@@ -18,7 +18,8 @@ def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: 
     """Arrays of the global batch, sharded over rows, from this process's rows (`rows` of `local_rows`); returned as `kind`."""
 
     def place(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first = index[0].start or 0
             count = (batch_size if index[0].stop is None else index[0].stop) - first
             begin = int(np.searchsorted(rows, first))

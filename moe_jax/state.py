@@ -4,6 +4,7 @@ State is everything that a step changes: {step, params, router state, optimizer 
 rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint of State resumes a run bit for bit.
 """
 
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
 
     def init(key: jax.Array) -> State:
         params, router_state = model.init(key)
-        opt_state = make_tx(cfg, params).init(params)
+        opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
         ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay else None
         return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0))
 
@@ -130,10 +131,13 @@ def make_step(
             squares = jnp.stack([jnp.square(g.astype(loss.dtype)).sum() for g in jax.tree.leaves(grads)])
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             params = keep(optax.apply_updates(state.params, updates), state.params)
-            kept = keep(opt_state, state.opt_state)
-            kept["rate"] = opt_state["rate"]  # the learning rate follows the step, not the updates
+            kept = {
+                **keep(opt_state, dict(state.opt_state)),
+                "rate": opt_state["rate"],
+            }  # it follows the step, not the updates
             ema = optim.update_ema(state.ema, params, cfg.optim.ema_decay) if state.ema is not None else None
             router_state = keep(update_routers(cfg, state.router_state, totals["moe"]), state.router_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
@@ -161,7 +165,7 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
         return router_state
     moe = cfg.model.moe
     router_cfg = RouterCfg(moe.num_experts, moe.router_options, total=lambda z: z)
-    return ROUTERS[moe.router].update(router_state, totals, router_cfg)
+    return dict(ROUTERS[moe.router].update(router_state, totals, router_cfg))
 
 
 def parameter_names(params: Any) -> list[str]:

@@ -34,6 +34,7 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
         "time": duration(seconds),
         "metrics": f"{workdir / 'metrics.jsonl'}",
         "checkpoints": f"{workdir / 'checkpoints'}",
+        "routing": f"{workdir / 'routing.png'}",
         "curves": f"tensorboard --logdir {workdir}",
         "next": f'python -m moe_jax generate --workdir {workdir} --prompt "In the beginning"',
     }

@@ -18,6 +18,7 @@ from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.load import Dataset, open_dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import make_evaluate
+from moe_jax.instruments import picture
 from moe_jax.progress import Progress
 from moe_jax.sample import Settings, make_sampler
 from moe_jax.state import State, initial, make_model, make_step, make_tx, parameter_names
@@ -86,18 +87,15 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     evaluation: dict[str, Any] = {}
     sample, waited, since = "", 0.0, time.monotonic()
 
-    def evaluate_now(state: State, num_batches: int) -> tuple[dict[str, Any], str]:
-        result = evaluate(state, num_batches)
-        writer.write(int(state.step), {f"eval/{name}": value for name, value in result.items() if name != "moe"})
-        progress.message(
-            f"step {int(state.step)}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}"
-        )
-        if not cfg.eval.sample_tokens:
-            return result, ""
-        settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
-        params = state.params if state.ema is None else state.ema
-        text = sampler(params, state.router_state, [cfg.eval.sample_prompt], settings)[0]
-        writer.text(int(state.step), "sample", "    " + text.replace("\n", "\n    "))
+    def evaluate_now(state: State, final: bool) -> tuple[dict[str, Any], str]:
+        result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
+        text = ""
+        if cfg.eval.sample_tokens:
+            settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
+            params = state.params if state.ema is None else state.ema
+            text = sampler(params, state.router_state, [cfg.eval.sample_prompt], settings)[0]
+        if main:
+            publish(int(state.step), result, text, dataset, writer, progress, workdir if final else None)
         return result, text
 
     # The loop
@@ -141,7 +139,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
                 for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
                     writer.histogram(done, f"moe/load/layer_{layer}", counts)
             if (cfg.eval.every and done % cfg.eval.every == 0) or (done == last and not stop):
-                evaluation, sample = evaluate_now(state, cfg.eval.final_batches if done == last else cfg.eval.batches)
+                evaluation, sample = evaluate_now(state, done == last)
                 score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
                 since, waited = time.monotonic(), 0.0
             if saves.due(done) or done == last or stop:
@@ -151,7 +149,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
         while pending:
             finish(cfg, pending.popleft(), names, saves)
         if start >= last:
-            evaluation, sample = evaluate_now(state, cfg.eval.final_batches)
+            evaluation, sample = evaluate_now(state, True)
     finally:
         source.close()
         progress.close()
@@ -159,6 +157,26 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
         interrupt.close()
         saves.close()
     return Result(int(state.step), interrupt.signal, evaluation, dataset, progress.tokens_per_second, sample)
+
+
+def publish(
+    step: int,
+    result: Mapping[str, Any],
+    sample: str,
+    dataset: Dataset,
+    writer: metrics.Writer,
+    progress: Progress,
+    pictures: Path | None,
+) -> None:
+    """Writes and shows an evaluation; `pictures`: where the picture of the routing goes, at the end of a run."""
+    writer.write(
+        step, {f"eval/{name}": value for name, value in result.items() if np.ndim(value) == 0 and name != "moe"}
+    )
+    progress.message(f"step {step}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}")
+    if sample:
+        writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
+    if pictures and result["routing"].size:
+        writer.image(step, "moe/routing", picture.routing(result["routing"], dataset.domains, pictures / "routing.png"))
 
 
 def open_data(cfg: Config) -> Dataset:

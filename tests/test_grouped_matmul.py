@@ -247,8 +247,8 @@ def test_refuses_what_cannot_be_laid_out():
 def test_block_sizes_divide_and_follow_the_load():
     for rows_mean in (0.1, 1, 7, 16, 33, 64, 100, 512, 5000):
         large, small = block_sizes(rows_mean)
-        assert large % small == 0 and large / 2 <= max(rows_mean, 6) and small <= 32
-    assert (block_sizes(512), block_sizes(64), block_sizes(16)) == ((512, 32), (64, 16), (16, 8))
+        assert large % small == 0 and large <= max(8, 1.5 * rows_mean) and small <= 64
+    assert [block_sizes(mean) for mean in (1024, 512, 64, 16)] == [(1024, 64), (512, 32), (64, 16), (16, 8)]
 
 
 def test_activations_are_jax_nn():

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import jax
+import meshes
+import models
 import numpy as np
 import pytest
 
-import meshes
-import models
 from moe_jax import train
 from moe_jax.checkpoint import Checkpoints, flat
 from moe_jax.errors import UserError

@@ -3,7 +3,7 @@
 Shapes: B rows of a batch (or of this process's share of it), S positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -70,7 +70,7 @@ def _batch(rows: Rows, row_B: np.ndarray) -> Batch:
 
 def prefetch(
     batches: Batches, start_step: int, stop_step: int, rows: Sequence[int] | np.ndarray, depth: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of steps start_step .. stop_step - 1, read ahead by threads: `depth` of them (0: none) are kept ready.
 
     Nothing before start_step is read. Ends its threads when it is exhausted or closed.

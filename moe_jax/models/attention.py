@@ -6,7 +6,7 @@ blocks, which global-view code may not do over a sharded dimension.
 Shapes: B rows, S sequence, D model, H query heads, G key-value heads, A head width, M length of the cache.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from moe_jax.weights import Weight, Weights
 class Cache(NamedTuple):
     """Keys and values of the tokens so far; slot i of a row holds the token at position i. An argument and a return, never a variable."""
 
-    k_BMGA: jax.Array
-    v_BMGA: jax.Array
+    k_BMGA: Any  # arrays; or their specs
+    v_BMGA: Any
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weight]:

@@ -62,7 +62,7 @@ def _first_key(segment_BS: Array) -> Array:
     S = segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     changes_BS = segment_BS != jnp.roll(segment_BS, 1, axis=1)
-    first_BS = lax.cummax(jnp.where(changes_BS & (index_1S > 0), index_1S, 0), axis=1)
+    first_BS = lax.cummax(jnp.where(changes_BS, index_1S, 0), axis=1)
     return jnp.where(segment_BS > 0, first_BS, S)
 
 

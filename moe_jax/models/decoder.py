@@ -76,6 +76,8 @@ class Period(nnx.Module):
 class Decoder(nnx.Module):
     """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.cached(batch, caches) -> (logits_BSV, caches)`."""
 
+    repeats: Any  # with scan one Period of stacked parameters, else a list of them
+
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)

@@ -65,7 +65,7 @@ class FeedForward(nnx.Module):
         self.weights = Weights(key, declared, param_dtype)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), x_BSD.dtype)
-        w_out = gather(self.weights["w_out"], ("hidden", "embed"), x_BSD.dtype)
+        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), str(x_BSD.dtype))
+        w_out = gather(self.weights["w_out"], ("hidden", "embed"), str(x_BSD.dtype))
         h_BSF = activate(jnp.einsum("BSD,DPF->BSPF", x_BSD, w_in), self.activation)
         return jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))

@@ -61,7 +61,7 @@ def vary_alike(*arrays: Array) -> list[Array]:
     vary alike; the sum over the added axes is then the transpose of this function. A scalar zero made by `zeros_like`
     varies as its model does, and adding it costs nothing: XLA removes the addition, the type remains.
     """
-    zero = sum(jnp.zeros_like(array, shape=(), dtype=jnp.int32) for array in arrays)
+    zero = functools.reduce(jnp.add, (jnp.zeros_like(array, shape=(), dtype=jnp.int32) for array in arrays))
     return [array + zero.astype(array.dtype) for array in arrays]
 
 
@@ -80,7 +80,7 @@ def expert_ffn(
 
     The router's weight multiplies the hidden row, so combining is a plain sum over a token's rows.
 
-    Rows of expert i are [start_e[i], start_e[i] + size_e[i]). Starts increase with i and are multiples of `block[1]`,
+    Rows of expert i are [start_e[i], start_e[i] + size_e[i]). Starts never decrease with i and are multiples of `block[1]`,
     as R is; the room up to the next multiple belongs to the expert too. Rows in nobody's range (padding of a room,
     gaps, the end of the buffer) may hold anything finite: they give zero and pass no gradient on.
 
@@ -138,8 +138,8 @@ def block_sizes(rows_mean: float) -> tuple[int, int]:
     A large block near the mean serves most experts in one or two steps, the small one bounds the padding. Measured at
     2048 and 4096 tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice was better by more than the noise.
     """
-    large = 2 ** min(max(round(math.log2(max(rows_mean, 1.0))), 3), 9)
-    return large, min(large, 32 if large == 512 else 16 if large > 16 else 8)
+    large = 2 ** min(max(round(math.log2(max(rows_mean, 1.0))), 3), 10)
+    return large, large // 16 if large > 256 else 16 if large > 16 else 8
 
 
 def _ladder(block: tuple[int, int]) -> tuple[int, ...]:
@@ -155,10 +155,9 @@ def _for_blocks(step: Callable, carry: Any, start: Array, size: Array, num_rows:
     less than another round over the weights. So steps must mask, and what they write there must be overwritten by
     those experts' own steps, which come later. `num_rows` (R) keeps blocks inside the buffer.
     """
-    *larger, small = _ladder(block)
     end = start + size
-    for B in (*larger, small):
-        slack = B - 1 if B == small else B // 4
+    for B in _ladder(block):
+        slack = B - 1 if B == block[1] else B // 4
         trips = jnp.minimum((jnp.maximum(end - start, 0) + slack) // B, (num_rows - start) // B)
         carry = lax.fori_loop(0, trips, lambda j, carry, start=start, B=B: step(carry, start + j * B, B), carry)
         start = start + trips * B
@@ -320,7 +319,8 @@ def _gather(x_TD: Array, index_N: Array) -> Array:
 def _gather_and_add(y_RD: Array, dest_TK: Array) -> Array:
     """One gather per choice, added as it is read: a [T, K, D] array and its reduction cost twice the time."""
     wide = wide_dtype(y_RD.dtype)
-    return sum(_gather(y_RD, dest_TK[:, k]).astype(wide) for k in range(dest_TK.shape[1])).astype(y_RD.dtype)
+    taken = (_gather(y_RD, dest_TK[:, k]).astype(wide) for k in range(dest_TK.shape[1]))
+    return functools.reduce(jnp.add, taken).astype(y_RD.dtype)
 
 
 @jax.custom_vjp

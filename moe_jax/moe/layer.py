@@ -10,7 +10,7 @@ N assignments, R rows of a dispatch buffer.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +46,10 @@ class MoE:
 class Batch(NamedTuple):
     """What the router may read beside the activations; sharded over rows."""
 
-    id_BS: jax.Array
-    position_BS: jax.Array
-    segment_BS: jax.Array  # 0 = padding
-    row_B: jax.Array
+    id_BS: Any  # arrays; or their specs
+    position_BS: Any
+    segment_BS: Any  # 0 = padding
+    row_B: Any
 
 
 class MoELayer(nnx.Module):

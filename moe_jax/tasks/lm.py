@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.mesh import P
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch as ModelBatch
 
@@ -58,7 +59,10 @@ def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> t
 
 
 def evaluate(model: Callable, batch: Inputs, bytes_V: jax.Array, num_domains: int) -> dict[str, Any]:
-    """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted; and the `moe` totals."""
+    """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted; and the `moe` totals.
+
+    `routing` counts assignments per MoE layer, domain and expert [L, Z, E]; held-out rows are of one domain each.
+    """
     logits_BSV, nll_BS, valid_BS, sums = _apply(model, batch, jax.random.key(0), False)
     best_BS = jnp.argmax(logits_BSV, -1)
     domain_BSZ = (batch.domain_BS[:, :, None] == jnp.arange(num_domains)[None, None]) & valid_BS[:, :, None]
@@ -70,4 +74,12 @@ def evaluate(model: Callable, batch: Inputs, bytes_V: jax.Array, num_domains: in
         "correct": per_domain(best_BS == batch.targets_BS),
         "bytes": per_domain(text_BS),
         "moe": load.totals(sums),
+        "routing": routing_by_domain(sums, batch.domain_BS[:, 0], num_domains),
     }
+
+
+def routing_by_domain(sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int) -> jax.Array:
+    if not sums:
+        return jnp.zeros((0, num_domains, 1))
+    domain_BZ = (domain_B[:, None] == jnp.arange(num_domains)[None]).astype(sums["counts"].dtype)
+    return jnp.einsum("LBE,BZ->LZE", sums["counts"], domain_BZ, out_sharding=P())
