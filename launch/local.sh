@@ -19,7 +19,7 @@ for ((i = processes - 1; i >= 0; i--)); do
   output=/dev/stdout
   [ "$i" -eq 0 ] || output=/dev/null
   "$python" -m moe_jax.main --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i" \
-    --config.simulate_devices="$devices" "$@" >"$output" &
+    "$@" --config.simulate_devices="$devices" >"$output" &
   pids+=($!)
 done
 trap ':' INT # the terminal signals the whole group; each process saves and ends by itself

@@ -1,9 +1,15 @@
 """Eight simulated CPU devices for every test; nothing is ever skipped for lack of hardware."""
 
 import os
+import tempfile
 
 os.environ.setdefault("PJRT_NPROC", "64")  # read when jax loads: fewer threads deadlock collectives on two cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that several tests (and the processes they start) compile are compiled once. Of this session alone: no stale entries.
+CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

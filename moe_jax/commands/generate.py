@@ -1,0 +1,172 @@
+"""`python -m moe_jax generate --workdir DIR --prompt TEXT`: text from a trained model.
+
+Uses one device, whatever mesh the model was trained on. The text goes to standard output, the prompt in front of it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from moe_jax import checkpoint, config, mesh
+from moe_jax.config import Config
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.errors import UserError
+from moe_jax.sample import Settings, check, make_sampler
+from moe_jax.state import make_model
+
+CONTROL = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m moe_jax generate", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run that trained the model")
+    parser.add_argument(
+        "--prompt", action="append", help="may be repeated; none: the lines of standard input, if it is no terminal"
+    )
+    parser.add_argument("--max_tokens", type=int, default=200, help="tokens per prompt (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default 0.8)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0 = all (default)")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="draw from the likeliest tokens that make up p; 1 = all (default 0.95)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="text to stop before; may be repeated")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the parameters")
+    parser.add_argument(
+        "--no_stream", action="store_true", help="print a text when all are finished, not as it is made"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, also when the reader of the output goes away; 130 when interrupted."""
+    flags = parse(argv)
+    settings = Settings(
+        flags.max_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed, tuple(map(printable, flags.stop))
+    )
+    check(settings)
+    try:
+        run(flags, read_prompts(flags.prompt, sys.stdin), settings)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+    return 0
+
+
+def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> None:
+    cfg = read_config(flags.workdir)
+    tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
+    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+        params, router_state = load(cfg, flags.workdir / "checkpoints", flags.step, flags.ema)
+        sampler = make_sampler(cfg.model, tokenizer, cfg.data.seq_len)
+        show = Printer(prompts, sys.stdout)
+        texts = sampler(params, router_state, prompts, settings, None if flags.no_stream else show)
+    if flags.no_stream:
+        for row, text in enumerate(texts):
+            show(row, text)
+            show(row, "")
+
+
+def read_prompts(given: list[str] | None, stdin: TextIO) -> list[str]:
+    """The prompts of the command line, else the lines of a file or pipe on standard input, else one empty prompt."""
+    lines = given
+    if lines is None and not stdin.isatty():
+        lines = [line.rstrip("\r\n") for line in stdin]
+    return [printable(line) for line in lines or [""]]
+
+
+def printable(text: str) -> str:
+    """Bytes of the command line that are no UTF-8 come as surrogates, which no tokenizer takes: U+FFFD instead."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def read_config(workdir: Path) -> Config:
+    """The config that training wrote, for one device."""
+    path = workdir / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir} holds no run, because {path} cannot be read ({error.strerror}): name the --workdir of a training run"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): start the run again, which rewrites it") from None
+    model = raw.get("model", {})
+    if "float64" in (model.get("dtype"), model.get("param_dtype")):
+        jax.config.update("jax_enable_x64", True)
+    one = {"data": 1, "expert": 1, "model": 1}
+    model["scan"] = False  # layers are single on disk, and the sampler wants them so
+    return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)
+
+
+def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any, Any]:
+    """(params, router state) of a checkpoint. UserError when there is none, or it has no such parameters."""
+    if ema and not cfg.optim.ema_decay:
+        raise UserError("--ema: the run kept no moving average of its parameters (optim.ema_decay = 0)")
+    checkpoints = checkpoint.Checkpoints(directory, every=0, keep=1, keep_best=0)
+    if step is None:
+        step = checkpoints.latest()
+    if step is None:
+        raise UserError(
+            f"there is no checkpoint in {directory} yet: the first comes after checkpoint.every steps of training"
+        )
+    params, router_state = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
+
+    def read(part: str, like: Any) -> Any:
+        if not jax.tree.leaves(like):
+            return like
+        values, report = checkpoint.load_params(directory, like, stacked=False, rename={}, part=part, step=step)
+        if report.left:
+            name, reason = report.left[0]
+            raise UserError(f"the checkpoint of step {step} in {directory} does not fit config.json: {name}: {reason}")
+        return values
+
+    return read("ema" if ema else "params", params), read("router_state", router_state)
+
+
+class Printer:
+    """Shows the texts in order: that of the first unfinished row as it comes, the others when it is their turn."""
+
+    def __init__(self, prompts: list[str], out: TextIO):
+        self._prompts, self._out, self._turn = prompts, out, 0
+        self._waiting = [""] * len(prompts)
+        self._ended = [False] * len(prompts)
+        if hasattr(out, "reconfigure"):
+            out.reconfigure(errors="replace")
+        self._head()
+
+    def __call__(self, row: int, text: str) -> None:
+        self._waiting[row] += text
+        self._ended[row] |= not text
+        while self._turn < len(self._prompts):
+            self._write(self._waiting[self._turn])
+            self._waiting[self._turn] = ""
+            if not self._ended[self._turn]:
+                return
+            self._write("\n")
+            self._turn += 1
+            self._head()
+
+    def _head(self) -> None:
+        """One prompt stands in front of its text, of several each has a heading."""
+        if self._turn < len(self._prompts):
+            prompt = self._prompts[self._turn]
+            many = len(self._prompts) > 1
+            self._write(("\n" if self._turn else "") + f"=== {self._turn + 1}: {prompt!r} ===\n" if many else prompt)
+
+    def _write(self, text: str) -> None:
+        if text:
+            # A model may say anything, but must not steer the terminal.
+            self._out.write(text.translate(CONTROL) if self._out.isatty() else text)
+            self._out.flush()

@@ -1,0 +1,135 @@
+"""`python -m moe_jax generate`, on a run as training leaves it."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_sample import one_device, raw_config, values
+
+from moe_jax import config
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.commands import generate
+from moe_jax.data.tokenizer import bytes_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.state import State
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run as training leaves it: two checkpoints of a model with scan and bytes, the second with other parameters."""
+    folder = tmp_path_factory.mktemp("run")
+    raw = raw_config(scan=True, vocab_size=256, prefix=(), repeats=1)
+    cfg = config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, 1)
+    (folder / "config.json").write_text(json.dumps(raw))
+    bytes_tokenizer().save(folder / "tokenizer")
+    saves = Checkpoints(folder / "checkpoints", every=0, keep=2, keep_best=0)
+    with jax.set_mesh(one_device()):
+        params, router_state = values(cfg.model)
+        for step in (1, 2):
+            state = State(jnp.int32(step), params, router_state, {"count": jnp.int32(step)}, None, jnp.int32(0))
+            saves.save(step, state, metadata={"config": raw}, score=None, stacked=True)
+            params = jax.tree.map(lambda x: -x, params)
+    saves.close()
+    return folder
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run(workdir, *flags):
+    return generate.main(["--workdir", str(workdir), "--max_tokens", "24", *flags])
+
+
+def test_generate_prints_the_prompt_and_its_text(workdir, capsys):
+    assert run(workdir, "--prompt", "To be", "--temperature", "0") == 0
+    newest = capsys.readouterr().out
+    assert newest.startswith("To be") and newest.endswith("\n") and len(newest) > 10
+    assert run(workdir, "--prompt", "To be", "--temperature", "0", "--step", "1") == 0
+    assert capsys.readouterr().out != newest
+
+
+def test_several_prompts_have_headings_streamed_or_not(workdir, capsys, monkeypatch):
+    assert run(workdir, "--prompt", "one", "--prompt", "", "--prompt", "3") == 0
+    given = capsys.readouterr().out
+    headings = ("=== 1: 'one' ===\n", "\n\n=== 2: '' ===\n", "\n\n=== 3: '3' ===\n")
+    at = [given.index(heading) for heading in headings]
+    assert at[0] == 0 and at == sorted(at)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n3\n"))
+    assert run(workdir, "--no_stream") == 0
+    assert capsys.readouterr().out == given
+
+
+def test_where_prompts_come_from():
+    assert generate.read_prompts(["a", "b"], io.StringIO("c\n")) == ["a", "b"]
+    assert generate.read_prompts(None, io.StringIO("c\r\n\nd")) == ["c", "", "d"]
+    assert generate.read_prompts(None, io.StringIO("")) == [""]
+    assert generate.read_prompts(None, Terminal("not read\n")) == [""]
+    assert generate.read_prompts(["caf\udce9"], io.StringIO()) == ["caf\N{REPLACEMENT CHARACTER}"]
+
+
+def test_texts_are_shown_in_order_whatever_order_they_come_in():
+    for order in itertools.permutations([(0, "a"), (0, ""), (1, "b"), (1, "")]):
+        if order.index((0, "a")) < order.index((0, "")) and order.index((1, "b")) < order.index((1, "")):
+            out = io.StringIO()
+            show = generate.Printer(["x", "y"], out)
+            for row, text in order:
+                show(row, text)
+            assert out.getvalue() == "=== 1: 'x' ===\na\n\n=== 2: 'y' ===\nb\n"
+
+
+def test_a_terminal_is_shown_no_control_characters():
+    for out, expected in ((Terminal(), "p�[2J\té\n\n"), (io.StringIO(), "p\x1b[2J\té\n\n")):
+        show = generate.Printer(["p"], out)
+        show(0, "\x1b[2J\té\n")
+        show(0, "")
+        assert out.getvalue() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
+        (["--top_p", "0"], "top_p = 0.0 must be above 0"),
+        (["--step", "7"], "there is no checkpoint of step 7 in .*: it has 1, 2"),
+        (["--ema"], r"--ema: the run kept no moving average of its parameters \(optim.ema_decay = 0\)"),
+    ],
+)
+def test_generate_refuses_bad_flags(workdir, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(workdir, "--prompt", "x", *flags)
+
+
+def test_generate_says_what_a_workdir_lacks(workdir, tmp_path):
+    with pytest.raises(
+        UserError, match=r"--workdir .*nowhere holds no run, because .*config.json cannot be read \(No such"
+    ):
+        run(tmp_path / "nowhere", "--prompt", "x")
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text()[:-30])
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        run(tmp_path, "--prompt", "x")
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    with pytest.raises(UserError, match="tokenizer holds no complete tokenizer"):
+        run(tmp_path, "--prompt", "x")
+    bytes_tokenizer().save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*checkpoints yet"):
+        run(tmp_path, "--prompt", "x")
+
+
+def test_a_closed_pipe_ends_quietly(workdir):
+    program = "import sys; from moe_jax.commands.generate import main; sys.exit(main(sys.argv[1:]))"
+    flags = ["--workdir", str(workdir), "--prompt", "x", "--max_tokens", "200"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout and child.stderr
+        assert child.stdout.read(1) == b"x"  # and nobody reads on
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait(60) == 0
