@@ -15,10 +15,10 @@ def get_config(arg=None):
     c.data.heldout_bytes = 30_000
     c.optim.optimizer = "muon"
     c.optim.learning_rate = 4e-3
-    c.train.steps = 420
+    c.train.steps = 380
     c.train.batch_size = 8
-    c.eval.every = 140
+    c.eval.every = 190
     c.eval.batches = 12
     c.eval.batch_size = 16
-    c.checkpoint.every = 210
+    c.checkpoint.every = 190
     return c

@@ -7,6 +7,7 @@ from moe_jax.errors import UserError
 
 COMMANDS = {
     "prepare": "make a token dataset from text, once",
+    "bench": "time the steps of several configs against each other",
     "generate": "continue a prompt with a trained model",
 }
 

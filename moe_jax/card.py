@@ -145,7 +145,19 @@ def _compiled(cfg: Config, model: state.Model, abstract: state.State) -> Compile
     )
 
 
-def _dispatch(cfg: Config) -> Dispatch:
+def buffer_note(cfg: Config) -> str:
+    """The memory of the dispatch buffer in one line, to be told before the first step."""
+    shape, row_bytes = _shape(cfg)
+    moe = cfg.model.moe
+    held, balanced = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options), shape.num_assignments
+    return (
+        f"{moe.dispatcher} buffer: {held} rows, {_units(held * row_bytes)}B for each MoE layer and device "
+        f"({held / balanced:.2f} x the balanced load)"
+    )
+
+
+def _shape(cfg: Config) -> tuple[Shape, int]:
+    """(the sizes that a dispatcher works with, estimated bytes of a row in its buffers)."""
     moe, mesh = moe_config(cfg.model), cfg.mesh
     rows = cfg.train.micro_batch_size // (mesh.data * mesh.expert)
     tokens = rows * cfg.data.seq_len
@@ -153,12 +165,17 @@ def _dispatch(cfg: Config) -> Dispatch:
     shape = Shape(moe.num_experts, tokens, tokens * k, k, min(moe.group_rows, rows) * cfg.data.seq_len, mesh.expert)
     parts = 2 if moe.activation == "swiglu" else 1
     width = 2 * moe.d_model + parts * moe.expert_hidden // mesh.model  # in, out and before the activation
+    return shape, width * jnp.dtype(moe.dtype).itemsize
+
+
+def _dispatch(cfg: Config) -> Dispatch:
+    moe, (shape, row_bytes) = cfg.model.moe, _shape(cfg)
     forward, both = _traffic(cfg)
     return Dispatch(
         rows_held=DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options),
         rows_balanced=shape.num_assignments,
         rows_worst=DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
-        row_bytes=width * jnp.dtype(moe.dtype).itemsize,
+        row_bytes=row_bytes,
         forward=dict(forward),
         backward=dict(both - forward),
     )

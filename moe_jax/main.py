@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import STARTED, config, mesh
+from moe_jax import STARTED, config, config_file, mesh
 from moe_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -60,10 +60,8 @@ def start_devices(simulate: int) -> None:
 
 def read_config() -> dict[str, Any]:
     """The config as a nested dict of JSON values, so that what is compared on resume is what was saved."""
-    from ml_collections import ConfigDict
-
     raw = json.loads(json.dumps(FLAGS.config.to_dict()))
-    if isinstance(FLAGS.config, ConfigDict) and "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
+    if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
         jax.config.update("jax_enable_x64", True)
     return raw
 
@@ -80,33 +78,14 @@ def launch(argv: list[str]) -> int:
     parse(argv)
     raw = read_config()
     start_devices(raw["simulate_devices"])
-    config.refuse_unchosen(raw, json.loads(json.dumps(defaults())))
+    path = Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
+    config.refuse_unchosen(raw, json.loads(json.dumps(config_file.defaults(path).to_dict())))
     cfg = config.build(raw, len(jax.devices()))
     lengths = {"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model}
     with jax.set_mesh(mesh.make(lengths)):
         if FLAGS.dry_run:
             return dry_run(cfg)
         return train(cfg, raw)
-
-
-def defaults() -> dict[str, Any]:
-    """configs/base.py as it stands beside the config file (or one directory up)."""
-    import importlib.util
-
-    for folder in (
-        Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).resolve().parent,
-        Path("configs").resolve(),
-    ):
-        path = folder / "base.py"
-        if path.exists():
-            module_spec = importlib.util.spec_from_file_location("moe_jax_base_config", path)
-            assert module_spec and module_spec.loader
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-            return module.get_config().to_dict()
-    raise UserError(
-        "configs/base.py is not there: run from the directory that has configs/, or keep base.py beside your config"
-    )
 
 
 def dry_run(cfg: config.Config) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, flops, metrics, place, stopping
+from moe_jax import card, checkpoint, flops, metrics, place, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.load import Dataset, open_dataset
@@ -67,6 +67,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     )
     metadata = {"config": raw, "data": dataset.fingerprint}
     state, notes = begin(cfg, saves, metadata, init, abstract)
+    notes += [card.buffer_note(cfg)] if cfg.model.num_moe_layers else []
     start = int(state.step)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
@@ -93,7 +94,8 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
         if cfg.eval.sample_tokens:
             settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
             params = state.params if state.ema is None else state.ema
-            text = sampler(params, state.router_state, [cfg.eval.sample_prompt], settings)[0]
+            prompt = cfg.eval.sample_prompt
+            text = prompt + sampler(params, state.router_state, [prompt], settings)[0]
         if main:
             publish(int(state.step), result, text, dataset, writer, progress, workdir if final else None)
         return result, text

@@ -5,14 +5,19 @@ import tempfile
 
 os.environ.setdefault("PJRT_NPROC", "64")  # read when jax loads: fewer threads deadlock collectives on two cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs that several tests (and the processes they start) compile are compiled once. Of this session alone: no stale entries.
-CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+
+# Programs that several tests (and the processes they start) compile are compiled once. Of this session alone: no stale entries.
+CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")
+for name, value in (
+    ("jax_compilation_cache_dir", CACHE.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0.2),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

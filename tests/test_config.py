@@ -128,7 +128,7 @@ def test_a_wrong_flag_is_one_line_and_a_code(tmp_path, flags, message):
 
 
 LAYERS = [  # lower may not import higher
-    {"errors", "names", "config", "rules", "mesh", "__init__"},
+    {"errors", "names", "config", "config_file", "rules", "mesh", "__init__"},
     {"weights", "place"},
     {"moe"},
     {"models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops", "instruments"},

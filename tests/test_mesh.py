@@ -73,7 +73,7 @@ def test_first_parameters_do_not_depend_on_the_mesh():
             np.testing.assert_allclose(value, want[name], atol=2e-7, rtol=2e-7, err_msg=name)
 
 
-def test_parameters_and_moments_are_sharded():
+def test_parameters_and_moments_are_sharded(float64):
     program = models.Program((2, 2, 2))
     now = program.run(0)[0]
     block = now.params["repeats"][0]["blocks"][0]
@@ -95,23 +95,27 @@ def test_parameters_and_moments_are_sharded():
 
 
 @pytest.mark.parametrize(
-    ("shape", "has", "has_not"),
-    [
-        ((1, 8, 1), {"all-to-all"}, set()),
-        ((1, 1, 1), set(), {"all-to-all", "all-gather", "all-reduce", "reduce-scatter"}),
-    ],
+    ("shape", "dispatcher"), [((1, 8, 1), "capacity"), ((1, 8, 1), "dropless"), ((1, 1, 1), "capacity")]
 )
-def test_expected_collectives(shape, has, has_not):
-    """Capacity dispatch is an all-to-all over `expert`; one device communicates nothing."""
-    program = models.Program(
-        shape, HARD | {"model.param_dtype": "float32", "model.dtype": "float32", "model.repeats": 1}
-    )
+def test_expected_collectives(float64, shape, dispatcher):
+    """Capacity dispatch is an all-to-all over `expert`, there and back, forward and backward; dropless has none of those but gathers and
+    scatters; on one device no collective has a second member.
+    """
+    changes = {"model.moe.dispatcher": dispatcher, "model.repeats": 1}
+    program = models.Program(shape, changes)
     with jax.set_mesh(program.mesh):
         first = jax.eval_shape(program.init, jax.random.key(0))
         batch = models.put(program.cfg, models.batch(program.cfg))
         text = program.step.lower(first, batch).compile().as_text()
-    found = set(re.findall(r"= \S+ (all-to-all|all-gather|all-reduce|reduce-scatter)\(", text))
-    assert has <= found and not has_not & found
+    found = re.findall(
+        r" (all-to-all|all-gather|all-reduce|reduce-scatter)(?:-start)?\(.*?replica_groups=(\S+?),? ", text
+    )
+    names = {name for name, groups in found if groups not in ("{{0}}", "[1,1]<=[1]")}
+    if shape == (1, 1, 1):
+        assert not names
+    else:
+        assert ("all-to-all" in names) == (dispatcher == "capacity")
+        assert ("all-gather" in names and "reduce-scatter" in names) or dispatcher == "capacity"
 
 
 def test_one_table_refuses_a_collision():

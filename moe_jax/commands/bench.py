@@ -1,0 +1,118 @@
+"""Times the training steps of several variants of a config against each other, interleaved.
+
+    python -m moe_jax bench --config configs/bench.py --variant dense:model.period=("dense",) --variant e8: --rounds 15
+
+Every round runs one step of each variant in turn on the same random tokens, so that a machine that changes its speed changes it for all.
+Reported are medians, and the median over rounds of each step's time over that of the first variant.
+"""
+
+import argparse
+import ast
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax import config, config_file, flops, mesh, place
+from moe_jax.errors import UserError
+from moe_jax.state import initial, make_model, make_step, make_tx
+from moe_jax.tasks import lm
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m moe_jax bench", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="config file that the variants start from")
+    parser.add_argument(
+        "--variant", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant that are timed (default 15)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    runs = {}
+    for text in args.variant:
+        name, _, changes = text.partition(":")
+        runs[name] = prepare(args.config, changes)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, (_, step) in runs.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    Console().print(table({name: cfg for name, (cfg, _) in runs.items()}, times))
+    return 0
+
+
+def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]]:
+    """The config of a variant, and a function that runs one step of it; two steps have run, so nothing is left to compile."""
+    raw_config = config_file.load(path)
+    try:
+        parsed = dict(change.split("=", 1) for change in changes.split(";") if change)
+        with raw_config.unlocked():
+            raw_config.update_from_flattened_dict({key: literal(value) for key, value in parsed.items()})
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"--variant {changes!r}: {e}") from e
+    raw = json.loads(json.dumps(raw_config.to_dict()))
+    cfg = config.build(raw, len(jax.devices()))
+    with jax.set_mesh(mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})):
+        model = make_model(cfg.model)
+        state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
+        step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
+        batch = random_batch(cfg)
+    held: list[Any] = [state]
+
+    def step() -> None:
+        with jax.set_mesh(batch.tokens_BS.sharding.mesh):
+            held[0], metrics = step_fn(held[0], batch)
+            jax.block_until_ready(metrics)
+
+    step()
+    step()
+    return cfg, step
+
+
+def literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def random_batch(cfg: config.Config) -> lm.Inputs:
+    """Random tokens: routing is close to even at the start, and the same for all variants."""
+    num, length = cfg.train.batch_size, cfg.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (num, length + 1)).astype(np.int32)
+    one = np.ones((num, length), np.int32)
+    position = np.tile(np.arange(length, dtype=np.int32), (num, 1))
+    local = (tokens[:, :-1], tokens[:, 1:], one, position, one - 1, np.arange(num, dtype=np.int32))
+    return place.put(local, place.local_rows(num), num, lm.Inputs)
+
+
+def table(configs: dict[str, config.Config], times: dict[str, list[float]]) -> Table:
+    result = Table()
+    for column in ("variant", "ms a step", "fastest", "tokens/s", "time / first", "active", "total"):
+        result.add_column(column, justify="left" if column == "variant" else "right")
+    reference = next(iter(times.values()))
+    for name, seconds in times.items():
+        cfg, median = configs[name], statistics.median(seconds)
+        counts = flops.parameters(cfg.model)
+        ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+        result.add_row(
+            name,
+            f"{1000 * median:.0f}",
+            f"{1000 * min(seconds):.0f}",
+            f"{cfg.train.batch_size * cfg.data.seq_len / median:.0f}",
+            f"{ratio:.2f}",
+            f"{counts.active / 1e6:.2f} M",
+            f"{counts.total / 1e6:.2f} M",
+        )
+    return result
