@@ -120,8 +120,14 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
 def make_step(
     cfg: Config, model: Model, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
-    """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters."""
+    """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters.
+
+    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new: a fifth of the step with 64 experts on a CPU.
+    """
     loss_fn = make_loss(cfg, model)
+    can_skip = (
+        cfg.train.nonfinite_patience > 0
+    )  # otherwise the run ends at such a step, and its state is never used or saved
 
     def step(state: State, batch: lm.Inputs) -> tuple[State, dict[str, Any]]:
         rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), state.step)
@@ -132,7 +138,7 @@ def make_step(
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
-            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old) if can_skip else new
             params = keep(optax.apply_updates(state.params, updates), state.params)
             kept = {
                 **keep(opt_state, dict(state.opt_state)),

@@ -145,11 +145,11 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
                 score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
                 since, waited = time.monotonic(), 0.0
             if saves.due(done) or done == last or stop:
+                while pending:  # nothing is saved before it is known to be finite
+                    finish(cfg, pending.popleft(), names, saves)
                 saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
             if stop:
                 break
-        while pending:
-            finish(cfg, pending.popleft(), names, saves)
         if start >= last:
             evaluation, sample = evaluate_now(state, True)
     finally:

@@ -327,3 +327,17 @@ def test_gathers_on_a_mesh_equal_one_device(fixed, float64):
         got = energy(sharded, *placed)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_a_buffer_smaller_than_the_large_block():
+    """Three experts of 16 rows in blocks of (64, 16): no block of 64 fits into the 48 rows."""
+    rng = np.random.default_rng(0)
+    x, gate = rng.normal(size=(48, 4)).astype(np.float32), np.ones(48, np.float32)
+    w_in, w_out = rng.normal(size=(3, 4, 1, 8)).astype(np.float32), rng.normal(size=(3, 8, 4)).astype(np.float32)
+    start, size = np.array([0, 16, 32], np.int32), np.array([16, 16, 16], np.int32)
+    arrays = [jnp.asarray(z) for z in (x, gate, start, size, w_in, w_out)]
+    y = expert_ffn(*arrays, activation="gelu", block=(64, 16))
+    want = jnp.einsum(
+        "erf,efd->erd", jax.nn.gelu(jnp.einsum("erd,edf->erf", x.reshape(3, 16, 4), w_in[:, :, 0])), w_out
+    )
+    np.testing.assert_allclose(y, want.reshape(48, 4), atol=1e-4)

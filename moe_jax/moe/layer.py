@@ -18,6 +18,7 @@ from flax import nnx
 
 from moe_jax.mesh import BATCH, P, spec
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.grouped_matmul import expert_ffn
 from moe_jax.moe.routing import ROUTERS
@@ -126,8 +127,8 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
 def _experts(weights: Mapping[str, jax.Array], cfg: MoE) -> Callable[..., jax.Array]:
     """The experts of this device as a function of grouped rows; their weights are gathered over `data` here."""
     with jax.named_scope("gather_experts"):
-        w_in = jax.lax.all_gather(weights["w_in"], "data", axis=1, tiled=True)
-        w_out = jax.lax.all_gather(weights["w_out"], "data", axis=2, tiled=True)
+        w_in = all_gather(weights["w_in"], "data", 1)
+        w_out = all_gather(weights["w_out"], "data", 2)
 
     def experts(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.dispatch.exchange import all_to_all
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
 from moe_jax.moe.grouped_matmul import block_sizes, sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
@@ -71,11 +72,11 @@ def _send(x: jax.Array, shape: Shape) -> jax.Array:
     """[E * places, ...] in order of expert -> [e * (n * places), ...]: the rows of the local experts, from all n devices of the axis."""
     n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
     x = x.reshape((n, e, -1) + x.shape[1:])
-    return jnp.moveaxis(jax.lax.all_to_all(x, "expert", 0, 0), 0, 1).reshape((-1,) + x.shape[3:])
+    return jnp.moveaxis(all_to_all(x, "expert"), 0, 1).reshape((-1,) + x.shape[3:])
 
 
 def _return(y_RD: jax.Array, shape: Shape) -> jax.Array:
     """The inverse of `_send`."""
     n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
     y = jnp.moveaxis(y_RD.reshape(e, n, -1, y_RD.shape[-1]), 1, 0)
-    return jax.lax.all_to_all(y, "expert", 0, 0).reshape(-1, y_RD.shape[-1])
+    return all_to_all(y, "expert").reshape(-1, y_RD.shape[-1])

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
 from moe_jax.moe.grouped_matmul import block_sizes, sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
@@ -76,13 +77,13 @@ def apply(
     else:
         y_nTD = _in_rounds(serve, x_nTD, gate_M, num_rows, rounds, needed)
     with jax.named_scope("combine"):
-        y_TD = jax.lax.psum_scatter(y_nTD, "expert", scatter_dimension=0, tiled=True)
+        y_TD = reduce_scatter(y_nTD, "expert", 0)
     return y_TD, jnp.zeros_like(routing.expert_N, dtype=bool)
 
 
 def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array, ...]:
     """Tokens and assignments of the whole expert axis, in the order of its devices."""
-    gather = lambda z: jax.lax.all_gather(z, "expert", axis=0, tiled=True)
+    gather = lambda z: all_gather(z, "expert", 0)
     token_N = routing.token_N + jax.lax.axis_index("expert").astype(jnp.int32) * shape.num_tokens
     return gather(x_TD), gather(token_N), gather(routing.expert_N), gather(routing.gate_N)
 
