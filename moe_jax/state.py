@@ -122,7 +122,7 @@ def make_step(
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
     """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters.
 
-    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new: a fifth of the step with 64 experts on a CPU.
+    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new, which takes time and memory.
     """
     loss_fn = make_loss(cfg, model)
     can_skip = (

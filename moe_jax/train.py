@@ -114,7 +114,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = step_fn(state, batch)
             pending.append((step + 1, values))
-            if len(pending) >= IN_FLIGHT.get(jax.default_backend(), 8) or step + 1 == last:
+            if len(pending) >= IN_FLIGHT.get(jax.default_backend(), 8):
                 finish(cfg, pending.popleft(), names, saves)
             saves.poll()
             done = step + 1
@@ -140,13 +140,14 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
             if done % cfg.log.histogram_every == 0:
                 for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
                     writer.histogram(done, f"moe/load/layer_{layer}", counts)
+            due = (cfg.eval.every and done % cfg.eval.every == 0) or saves.due(done) or done == last or stop
+            while due and pending:  # nothing is evaluated or saved before it is known to be finite
+                finish(cfg, pending.popleft(), names, saves)
             if (cfg.eval.every and done % cfg.eval.every == 0) or (done == last and not stop):
                 evaluation, sample = evaluate_now(state, done == last)
                 score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
                 since, waited = time.monotonic(), 0.0
             if saves.due(done) or done == last or stop:
-                while pending:  # nothing is saved before it is known to be finite
-                    finish(cfg, pending.popleft(), names, saves)
                 saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
             if stop:
                 break

@@ -156,7 +156,7 @@ def _for_blocks(step: Callable, carry: Any, start: Array, size: Array, num_rows:
     those experts' own steps, which come later. `num_rows` (R) keeps blocks inside the buffer.
     """
     end = start + size
-    for B in _ladder(block):
+    for B in (B for B in _ladder(block) if B <= num_rows):
         slack = B - 1 if B == block[1] else B // 4
         trips = jnp.minimum((jnp.maximum(end - start, 0) + slack) // B, (num_rows - start) // B)
         carry = lax.fori_loop(0, trips, lambda j, carry, start=start, B=B: step(carry, start + j * B, B), carry)
