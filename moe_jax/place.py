@@ -1,5 +1,7 @@
 """From NumPy rows to arrays on the mesh: each process reads only the rows of its own devices."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -14,7 +16,7 @@ def local_rows(batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
-def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: type) -> tuple:
+def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: type) -> Any:
     """Arrays of the global batch, sharded over rows, from this process's rows (`rows` of `local_rows`); returned as `kind`."""
 
     def place(array: np.ndarray) -> jax.Array:

@@ -63,7 +63,8 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
         raise UserError(f"--variant {changes!r}: {e}") from e
     raw = json.loads(json.dumps(raw_config.to_dict()))
     cfg = config.build(raw, len(jax.devices()))
-    with jax.set_mesh(mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})):
+    devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
+    with jax.set_mesh(devices):
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
@@ -71,7 +72,7 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
     held: list[Any] = [state]
 
     def step() -> None:
-        with jax.set_mesh(batch.tokens_BS.sharding.mesh):
+        with jax.set_mesh(devices):
             held[0], metrics = step_fn(held[0], batch)
             jax.block_until_ready(metrics)
 
