@@ -17,8 +17,9 @@ def get_config(arg=None):
     c.optim.learning_rate = 4e-3
     c.train.steps = 380
     c.train.batch_size = 8
-    c.eval.every = 190
+    c.eval.every = 95
     c.eval.batches = 12
     c.eval.batch_size = 16
     c.checkpoint.every = 190
+    c.log.histogram_every = 20
     return c
