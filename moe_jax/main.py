@@ -33,10 +33,11 @@ def parse(argv: list[str]) -> None:
     """Reads the flags; whatever is wrong with them becomes one message."""
     try:
         rest = FLAGS(argv)
+        if FLAGS.config is not None:
+            FLAGS.config.to_dict()  # a file that cannot be read or executed shows itself at the first use only
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
-        raise UserError(
-            f"{str(e).strip().strip(chr(34))} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)"
-        ) from e
+        text = " ".join(str(e).replace("\\n", " ").replace("\\'", "'").split()).strip('"')
+        raise UserError(f"{text} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)") from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
     if FLAGS.config is None:

@@ -108,6 +108,7 @@ def test_minus_one_takes_the_rest():
         (["--config.train.steps=five"], "five"),
         (["train.steps=5"], "--config.train.steps=5"),
         (["--stepz=5"], "stepz"),
+        (["--config=configs/nope.py"], "configs/nope.py"),
         (["--config.mesh.expert=3"], "does not make 1 devices"),
     ],
 )
