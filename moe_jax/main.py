@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> None:
         if FLAGS.config is not None:
             FLAGS.config.to_dict()  # a file that cannot be read or executed shows itself at the first use only
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
-        text = " ".join(str(e).replace("\\n", " ").replace("\\'", "'").split()).strip('"')
+        text = " ".join(str(e).strip("'\"").replace("\\n", " ").replace("\\'", "").split()).strip("'\"")
         raise UserError(f"{text} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)") from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
