@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.checkpoint.keep = 2  # the last n are kept
     c.checkpoint.keep_best = 1  # and the best n by held-out loss
     c.log = ConfigDict()
-    c.log.every = 10  # steps between rows of metrics.jsonl
+    c.log.every = 10  # steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, for the update norm
     c.log.tensorboard = True  # also write TensorBoard events
     c.log.histogram_every = 100  # steps between expert-load histograms
     return c.lock()

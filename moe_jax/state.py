@@ -134,7 +134,7 @@ def make_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):
-            squares = jnp.stack([jnp.square(g.astype(loss.dtype)).sum() for g in jax.tree.leaves(grads)])
+            squares = optim.squares(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
@@ -152,7 +152,6 @@ def make_step(
             "loss": loss,
             **parts,
             "grad_norm": jnp.sqrt(squares.sum()),
-            "update_norm": optim.global_norm(updates),
             "param_norm": optim.global_norm(params),
             "learning_rate": optim.schedule(cfg.optim)(state.step),
             "tokens": totals["tokens"],

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import card, checkpoint, flops, metrics, place, stopping
+from moe_jax import card, checkpoint, flops, metrics, optim, place, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.load import Dataset, open_dataset
@@ -59,6 +59,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     names = parameter_names(abstract.params)
     step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, abstract.params)), donate_argnums=0)
+    difference_norm, copy = jax.jit(optim.difference_norm), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     saves = checkpoint.Checkpoints(
         workdir / "checkpoints",
         every=cfg.checkpoint.every,
@@ -111,8 +112,12 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
             asked = time.monotonic()
             batch = place.put(next(source), rows, cfg.train.batch_size, lm.Inputs)
             waited += time.monotonic() - asked
+            logged = (step + 1) % cfg.log.every == 0 or step + 1 == last or step == start
+            before = copy(state.params) if logged else None
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = step_fn(state, batch)
+            if logged:
+                values["update_norm"] = difference_norm(state.params, before)
             pending.append((step + 1, values))
             if len(pending) >= IN_FLIGHT.get(jax.default_backend(), 8):
                 finish(cfg, pending.popleft(), names, saves)
@@ -126,7 +131,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
                 jax.profiler.stop_trace()
                 progress.message(f"profile of steps {cfg.profile[0]} to {done - 1} in {workdir / 'profile'}")
             stop = interrupt.due(done)
-            if done % cfg.log.every == 0 or done == last or done == start + 1 or stop:
+            if logged or stop:
                 now = time.monotonic()
                 row = log_row(values)
                 progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))

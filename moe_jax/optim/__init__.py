@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax.config import OptimConfig
@@ -22,9 +23,49 @@ from moe_jax.names import is_layer, name_of
 from moe_jax.optim.optimizers import OPTIMIZERS, Leaf
 from moe_jax.optim.schedules import SCHEDULES, Schedule
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "decay_mask", "global_norm", "make", "schedule", "update_ema"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "clip",
+    "decay_mask",
+    "difference_norm",
+    "global_norm",
+    "make",
+    "schedule",
+    "squares",
+]
+__all__ += ["update_ema"]
 
-global_norm = optax.tree.norm
+
+def squares(tree: Any) -> jax.Array:
+    """The sum of squares of every leaf, in the order of `jax.tree.leaves`, in float32 or wider."""
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.stack([jnp.square(wide(x)).sum() for x in jax.tree.leaves(tree)])
+
+
+def global_norm(tree: Any) -> jax.Array:
+    return jnp.sqrt(squares(tree).sum())
+
+
+def difference_norm(new: Any, old: Any) -> jax.Array:
+    """|new - old| over all leaves: the norm of an update once it is applied.
+
+    Taken of the updates inside the step, this norm would make XLA's CPU compiler write every one of them out: 1.5 times
+    the time of an AdamW update, measured at 104 M parameters.
+    """
+    return global_norm(jax.tree.map(jnp.subtract, new, old))
+
+
+def clip(limit: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm as one multiplication, which XLA fuses into what follows; the norm's squares are `squares`."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        norm = global_norm(updates)
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTransformation:
@@ -45,7 +86,7 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
     weight_decay = options.pop("weight_decay", 0.0)
     direction = _choose("optim.optimizer", cfg.optimizer, OPTIMIZERS, options)
     return optax.named_chain(
-        ("clip", optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()),
+        ("clip", clip(cfg.clip_norm) if cfg.clip_norm else optax.identity()),
         ("direction", direction(leaves, **options)),
         ("decay", optax.add_decayed_weights(weight_decay, decay_mask(cfg.decay_mask, leaves))),
         ("rate", optax.scale_by_learning_rate(schedule(cfg))),
