@@ -66,6 +66,7 @@ def model() -> ConfigDict:
     c.suffix = ()  # blocks after the last period
     c.scan = False  # the repeats as one lax.scan over stacked parameters
     c.remat = "none"  # "none", "full", "dots", "dispatch": what the backward pass recomputes of a block
+    c.allow_leak = False  # True: train a causal model although later tokens or other sequences change its outputs (moe/causality.py)
     c.param_dtype = "float32"
     c.dtype = "float32"  # of the computation; the router uses at least float32
     c.moe = moe()
@@ -85,6 +86,9 @@ def moe() -> ConfigDict:
     c.routers.top_k.softmax = "before"  # "before" or "after" the selection
     c.routers.top_k.renormalize = True  # gates of a token sum to 1 (softmax "after" always does)
     c.routers.top_k.scale = 1.0  # factor on the gates
+    c.ordering = "token_major"  # which assignment wins when an expert is full
+    c.orderings = ConfigDict()
+    c.orderings.token_major = ConfigDict()
     c.dispatcher = "dropless"
     c.dispatchers = ConfigDict()
     c.dispatchers.dropless = ConfigDict()
@@ -96,6 +100,10 @@ def moe() -> ConfigDict:
     c.losses = ConfigDict()
     c.losses.balance = 0.01  # coefficient of the load-balancing loss (Switch, see moe/losses.py)
     c.losses.z = 0.001  # coefficient of the router z-loss (ST-MoE)
+    c.adaptive = ConfigDict()
+    c.adaptive.rate = 0.0  # > 0: the weight of the balance losses grows by this factor a step while more drops than target_drop; 0 = off
+    c.adaptive.target_drop = 0.01  # fraction of assignments
+    c.adaptive.limit = 100.0  # the weight stays within [1 / limit, limit]
     return c
 
 

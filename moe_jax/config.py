@@ -28,9 +28,12 @@ class MoEConfig:
     group_rows: int
     router: str
     router_options: Options
+    ordering: str
+    ordering_options: Options
     dispatcher: str
     dispatcher_options: Options
     losses: Options
+    adaptive: Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ModelConfig:
     suffix: tuple[str, ...]
     scan: bool
     remat: str
+    allow_leak: bool
     param_dtype: str
     dtype: str
     moe: MoEConfig
@@ -177,6 +181,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     raw["profile"] = profile_range(raw["profile"])
     raw["optim"] = _optim(raw["optim"], raw["train"]["steps"])
     moe = _chosen(dict(raw["model"]["moe"]), "model.moe", "router", "routers", "router_options")
+    moe = _chosen(moe, "model.moe", "ordering", "orderings", "ordering_options")
     moe = _chosen(moe, "model.moe", "dispatcher", "dispatchers", "dispatcher_options")
     model: dict[str, Any] = {**raw["model"], "moe": moe}
     model["head_dim"] = model["head_dim"] or model["d_model"] // max(model["num_heads"], 1)
@@ -195,6 +200,7 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     """An option of a router, dispatcher, optimizer or schedule that is not chosen would do nothing: say so instead."""
     for path, choice, options in (
         ("model.moe", "router", "routers"),
+        ("model.moe", "ordering", "orderings"),
         ("model.moe", "dispatcher", "dispatchers"),
         ("optim", "optimizer", "optimizers"),
         ("optim", "schedule", "schedules"),

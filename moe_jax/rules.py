@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from moe_jax.config import Config
 from moe_jax.errors import UserError
+from moe_jax.moe import causality
+from moe_jax.moe.routing import ROUTERS
 
 
 def check(c: Config) -> None:
@@ -63,7 +65,24 @@ def _moe(c: Config) -> Iterator[str]:
     if e.dispatcher == "dropless" and not (e.dispatcher_options["buffer"] == 0 or e.dispatcher_options["buffer"] >= 1):
         value = e.dispatcher_options["buffer"]
         yield f"model.moe.dispatchers.dropless.buffer = {value} must be 0 (the worst case at once) or at least 1"
+    if ROUTERS[e.router].own_capacity and e.dispatcher != "dropless":
+        yield (
+            f'model.moe.router = "{e.router}" fixes the capacity of each expert itself; with model.moe.dispatcher = "{e.dispatcher}" it '
+            "would be dropped a second time: set model.moe.dispatcher=dropless"
+        )
+    yield from _leak(c)
     yield from _choice("eval.dispatcher", c.eval.dispatcher, ("same", "dropless", e.dispatcher))
+
+
+def _leak(c: Config) -> Iterator[str]:
+    seen = causality.sees(c.model.moe)
+    if c.model.allow_leak or not (seen.future or seen.batch):
+        return
+    what = "a later token" if seen.future else "another sequence"
+    yield (
+        f"{'; '.join(causality.reasons(c.model.moe))}: {what} would change what an earlier token's output is, so the loss of this causal "
+        "model would be of a model that cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set model.allow_leak=True"
+    )
 
 
 def _mesh(c: Config) -> Iterator[str]:

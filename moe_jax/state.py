@@ -16,8 +16,9 @@ from flax import nnx
 from moe_jax import optim
 from moe_jax.config import Config, ModelConfig
 from moe_jax.mesh import P
+from moe_jax.models import router_states
 from moe_jax.models.decoder import Decoder
-from moe_jax.moe import load
+from moe_jax.moe import load, losses
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.names import name_of
@@ -169,8 +170,17 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
     if not jax.tree.leaves(router_state):
         return router_state
     moe = cfg.model.moe
-    router_cfg = RouterCfg(moe.num_experts, moe.router_options, total=lambda z: z)
-    return dict(ROUTERS[moe.router].update(router_state, totals, router_cfg))
+    router_cfg = RouterCfg(moe.num_experts, moe.router_options, moe.group_rows, cfg.model.vocab_size, total=lambda z: z)
+
+    def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
+        """Of one layer."""
+        state = dict(state)
+        weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive["rate"] else {}
+        new = dict(ROUTERS[moe.router].update(state, totals, router_cfg))
+        return new | {name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()}
+
+    stacked = jax.vmap(update)(router_states.stack(router_state, cfg.model), totals)
+    return dict(router_states.unstack(router_state, stacked, cfg.model))
 
 
 def parameter_names(params: Any) -> list[str]:

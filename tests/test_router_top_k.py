@@ -18,7 +18,7 @@ def route(x_TD, gate_DE, valid_T=None, num_rows=1, **options):
     zero = jnp.zeros(num, jnp.int32)
     valid_T = jnp.ones(num, bool) if valid_T is None else jnp.asarray(valid_T)
     tokens = Tokens(jnp.asarray(x_TD), zero, zero, zero, zero, valid_T, num_rows)
-    cfg = RouterCfg(gate_DE.shape[1], {**OPTIONS, **options}, total=lambda z: z)
+    cfg = RouterCfg(gate_DE.shape[1], {**OPTIONS, **options}, group_rows=1, vocab_size=8, total=lambda z: z)
     args = ({"gate": jnp.asarray(gate_DE)}, {}, tokens)
     return ROUTERS["top_k"].route(*args, cfg=cfg, rng=jax.random.key(0), train=True)
 

@@ -60,7 +60,7 @@ class Block(nnx.Module):
         y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache)
         x_BSD = x_BSD + drop(y, keys[0])
         h = rms_norm(x_BSD, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
-        y, sums = self.moe(h, batch, keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
+        y, sums = self.moe(h, of_block(batch, context.index), keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
         if hasattr(self, "dense"):
             y = y + self.dense(h)
         return x_BSD + drop(y, keys[2]), sums, cache
@@ -165,6 +165,12 @@ def remat(cfg: ModelConfig, train: bool):
     return jax.checkpoint(call, policy=REMAT[cfg.remat])
 
 
+def of_block(batch: Batch, index: jax.Array) -> Batch:
+    """The batch with the recorded routing of one block (blocks count from 1) instead of [num_blocks, B, S, K] of all."""
+    one = lambda z: jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
+    return batch._replace(recorded=jax.tree.map(one, batch.recorded))
+
+
 def out_std(width: int, cfg: ModelConfig) -> float:
     """Of the first value of a matrix that writes to the residual stream."""
     return width**-0.5 * (2 * len(cfg.blocks)) ** -0.5
@@ -172,7 +178,7 @@ def out_std(width: int, cfg: ModelConfig) -> float:
 
 def moe_config(cfg: ModelConfig) -> MoE:
     same = {name: getattr(cfg.moe, name) for name in MoE.__dataclass_fields__ if hasattr(cfg.moe, name)}
-    shared = {name: getattr(cfg, name) for name in ("d_model", "activation", "param_dtype", "dtype")}
+    shared = {name: getattr(cfg, name) for name in ("d_model", "vocab_size", "activation", "param_dtype", "dtype")}
     return MoE(**same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg))
 
 

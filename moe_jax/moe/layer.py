@@ -21,8 +21,9 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.grouped_matmul import expert_ffn
+from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens, per_row
+from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens, per_row
 from moe_jax.weights import RouterState, Weight, Weights
 
 
@@ -34,6 +35,10 @@ class MoE:
     group_rows: int
     router: str
     router_options: Mapping
+    ordering: str
+    ordering_options: Mapping
+    adaptive: Mapping
+    vocab_size: int
     dispatcher: str
     dispatcher_options: Mapping
     d_model: int
@@ -51,6 +56,7 @@ class Batch(NamedTuple):
     position_BS: Any
     segment_BS: Any  # 0 = padding
     row_B: Any
+    recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) of a recording for this layer
 
 
 class MoELayer(nnx.Module):
@@ -59,10 +65,12 @@ class MoELayer(nnx.Module):
     def __init__(self, key: jax.Array, cfg: MoE):
         self.cfg = cfg
         router = ROUTERS[cfg.router]
-        declared = (cfg.d_model, cfg.num_experts, cfg.router_options)
+        declared = (Sizes(cfg.d_model, cfg.num_experts, cfg.vocab_size), cfg.router_options)
         wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
         self.router = Weights(jax.random.fold_in(key, 0), router.params(*declared), wide)
-        self.state = Weights(jax.random.fold_in(key, 1), router.state(*declared), wide, RouterState)
+        self.state = Weights(
+            jax.random.fold_in(key, 1), router.state(*declared) | adaptive_state(cfg), wide, RouterState
+        )
         self.experts = Weights(jax.random.fold_in(key, 2), expert_weights(cfg), cfg.param_dtype)
 
     def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
@@ -72,7 +80,7 @@ class MoELayer(nnx.Module):
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train),
-            in_specs=(P(BATCH), Batch(*[P(BATCH)] * 4), P(), P(), {n: spec(*names) for n, names in axes.items()}, P()),
+            in_specs=(P(BATCH), P(BATCH), P(), P(), {n: spec(*names) for n, names in axes.items()}, P()),
             out_specs=(P(BATCH), P(BATCH)),
         )
         with jax.named_scope("moe"):
@@ -88,31 +96,52 @@ def expert_weights(cfg: MoE) -> dict[str, Weight]:
     }
 
 
+def adaptive_state(cfg: MoE) -> dict[str, Weight]:
+    """The weight of the balance losses where the drop rate drives it (moe/losses.py)."""
+    return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive["rate"] else {}
+
+
 def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
     b, s, d = x_BSD.shape
     tokens = _tokens(x_BSD, batch)
     with jax.named_scope("route"):
-        router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, total=lambda z: z)
-        routing: Routing = ROUTERS[cfg.router].route(router, state, tokens, cfg=router_cfg, rng=rng, train=train)
+        total = lambda z: jax.lax.psum(z, BATCH)
+        router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, min(cfg.group_rows, b), cfg.vocab_size, total)
+        routing = ROUTERS[cfg.router].route(router, state, tokens, cfg=router_cfg, rng=rng, train=train)
+        sizes = {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s}
+        if isinstance(routing, Routing):
+            routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, options=cfg.ordering_options)
+    y_TD, dropped_b = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
+    with jax.named_scope("combine"):
+        y_TD = jax.lax.psum(y_TD, "model")
+        if isinstance(routing, Routing) and routing.copy_T is not None:
+            y_TD = y_TD + routing.copy_T.astype(y_TD.dtype)[:, None] * tokens.x_TD
+    sums = dict(routing.sums, dropped=dropped_b + routing.sums.get("dropped", 0))
+    if cfg.adaptive["rate"]:
+        sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
+    return y_TD.reshape(b, s, d), sums
+
+
+def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE):
+    """(y_TD, a partial sum over `model`; dropped assignments per row [b])."""
+    # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
+    over_model = lambda z: jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
+    assigned = isinstance(routing, Routing)
     shape = Shape(
-        num_experts=cfg.num_experts,
-        num_tokens=b * s,
-        num_assignments=routing.expert_N.shape[0],
-        per_token=routing.per_token,
-        group_tokens=min(cfg.group_rows, b) * s,
+        **sizes,
+        num_tokens=tokens.x_TD.shape[0],
+        num_assignments=routing.expert_N.shape[0] if assigned else routing.dispatch_GtEp[0, 0].size,
+        per_token=routing.per_token if assigned else 0,
         expert_axis=jax.lax.axis_size("expert"),
     )
+    weighted = ("gate_N",) if assigned else ("dispatch_GtEp", "combine_GtEp")
+    routing = routing._replace(**{name: over_model(getattr(routing, name)) for name in weighted})
     dispatcher = DISPATCHERS[cfg.dispatcher]
-    experts = _experts(weights, cfg)
-    # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
-    over_model = lambda z: jax.lax.pcast(z, "model", to="varying")
-    routing = routing._replace(gate_N=over_model(routing.gate_N.astype(x_BSD.dtype)))
     y_TD, dropped_N = dispatcher.apply(
         over_model(tokens.x_TD), routing, experts, shape=shape, options=cfg.dispatcher_options
     )
-    with jax.named_scope("combine"):
-        y_TD = jax.lax.psum(y_TD, "model")
-    return y_TD.reshape(b, s, d), dict(routing.sums, dropped=_dropped_per_row(dropped_N, routing, tokens))
+    dropped_b = _dropped_per_row(dropped_N, routing, tokens) if assigned else jnp.zeros_like(routing.sums["tokens"])
+    return y_TD, dropped_b
 
 
 def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
@@ -121,7 +150,8 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
     row_T = jnp.repeat(batch.row_B, s)
     valid_T = flat(batch.segment_BS) > 0
     ids = (flat(batch.id_BS), flat(batch.position_BS), row_T, flat(batch.segment_BS))
-    return Tokens(x_BSD.reshape(b * s, d), *ids, valid_T, num_rows=b)
+    recorded = jax.tree.map(lambda z_BSK: z_BSK.reshape(b * s, -1), batch.recorded)
+    return Tokens(x_BSD.reshape(b * s, d), *ids, valid_T, num_rows=b, recorded=recorded)
 
 
 def _experts(weights: Mapping[str, jax.Array], cfg: MoE) -> Callable[..., jax.Array]:

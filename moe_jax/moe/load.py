@@ -13,7 +13,7 @@ Sums = Mapping[str, jax.Array]
 
 
 def totals(sums_LB: Sums) -> dict[str, jax.Array]:
-    """Sums over the rows of the batch: counts and probs [L, E], all others [L]."""
+    """Sums over the rows of a (micro-)batch: counts and probs [L, E], others [L]; what is no sum of them (sequence-wise losses) beside."""
     return {name: x.sum(1) for name, x in sums_LB.items()}
 
 
@@ -22,7 +22,9 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
 
     load_max: largest load over mean load (1 = balanced); load_entropy: entropy of the load over log E (1 = balanced); drop_fraction:
     assignments that found no place; dead_experts: experts that no token chose; z: mean squared log-sum-exp of the router's logits;
-    router_entropy: mean entropy of the router's distribution, nats; gate: mean sum of a token's gates; gate_max: mean largest gate.
+    router_entropy: mean entropy of the router's distribution, nats; gate: mean sum of a token's gates; gate_max: mean largest gate;
+    max_vio: largest load over mean load - 1 (MaxVio of Wang et al. 2024, arXiv:2408.15664, section 4.1; of a batch in training, global
+    when the totals are those of a whole evaluation).
     """
     counts_LE = totals["counts"]
     assigned_L = jnp.maximum(counts_LE.sum(-1), 1)
@@ -33,6 +35,7 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
     return {
         "counts": counts_LE,
         "load_max": share_LE.max(-1) * num_experts,
+        "max_vio": share_LE.max(-1) * num_experts - 1,
         "load_entropy": entropy_L / jnp.log(jnp.maximum(num_experts, 2)),
         "drop_fraction": totals["dropped"] / assigned_L,
         "dead_experts": (counts_LE == 0).sum(-1).astype(counts_LE.dtype),

@@ -30,9 +30,19 @@ def z(totals: Totals) -> jax.Array:
 
 
 LOSSES: dict[str, Callable[[Totals], jax.Array]] = {"balance": balance, "z": z}
+BALANCE = ("balance",)  # those that the adaptive weight multiplies
 
 
 def auxiliary(totals: Totals, coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum that is added to the language loss, and each loss alone (unweighted, mean over layers)."""
-    values = {name: LOSSES[name](totals).mean() for name in coefficients}
-    return sum((coefficients[name] * value for name, value in values.items()), jnp.zeros(())), values
+    values = {name: LOSSES[name](totals) for name in coefficients}
+    weight_L = totals["balance_weight"] / totals["tokens"] if "balance_weight" in totals else 1.0
+    weighted = [coefficients[n] * (v * weight_L if n in BALANCE else v).mean() for n, v in values.items()]
+    return sum(weighted, jnp.zeros(())), {name: value.mean() for name, value in values.items()}
+
+
+def adapt(weight: jax.Array, totals: Totals, options: Mapping[str, float]) -> jax.Array:
+    """The weight of a layer's balance losses after a step: larger by a factor 1 + rate if too much was dropped, else smaller by it."""
+    dropped = totals["dropped"] / jnp.maximum(totals["counts"].sum(), 1)
+    factor = jnp.where(dropped > options["target_drop"], 1 + options["rate"], 1 / (1 + options["rate"]))
+    return jnp.clip(weight * factor.astype(weight.dtype), 1 / options["limit"], options["limit"])

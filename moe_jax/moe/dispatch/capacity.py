@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.dispatch.exchange import all_to_all
-from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
+from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order, round_up
 from moe_jax.moe.grouped_matmul import block_sizes, sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 
@@ -38,7 +38,8 @@ def apply(
     num_experts, groups, places = shape.num_experts, shape.num_tokens // shape.group_tokens, slots(shape, options)
     with jax.named_scope("dispatch"):
         group_N = routing.token_N // shape.group_tokens
-        rank_N, _, _ = rank_in(group_N * (num_experts + 1) + routing.expert_N, groups * (num_experts + 1))
+        class_N = group_N * (num_experts + 1) + routing.expert_N
+        rank_N = rank_in_order(class_N, routing.order_N, groups * (num_experts + 1))
         real_N = routing.expert_N < num_experts
         kept_N = real_N & (rank_N < places)
         num_rows = num_experts * groups * places

@@ -33,6 +33,14 @@ def rank_in(class_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array,
     return jnp.zeros_like(order_N).at[order_N].set(rank_sorted_N, unique_indices=True), jnp.diff(edges), order_N
 
 
+def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: int) -> jax.Array:
+    """How many entries of an entry's class come before it in `order_N` (a permutation; None: as they stand), [N]."""
+    if order_N is None:
+        return rank_in(class_N, num_classes)[0]
+    rank_N, _, _ = rank_in(class_N[order_N], num_classes)
+    return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
+
+
 def assignment_of_row(row_N: jax.Array, num_rows: int) -> jax.Array:
     """The inverse of `row_N` (row == num_rows: nowhere): for each row its assignment, or N where the row is void."""
     num = row_N.shape[0]

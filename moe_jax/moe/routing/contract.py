@@ -1,10 +1,55 @@
-"""What a router reads and returns. Shapes: T tokens of this device, N assignments, b rows (sequences) of this device, E experts."""
+"""What a router is, reads and returns.
+
+Shapes: T tokens of this device, N assignments, b rows (sequences) of this device, D model, E experts, K choices of a token, C classes that
+are counted (E, or E + null experts), G groups of this device, p slots of one expert in one group.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax.weights import Weight
+
+Arrays = Mapping[str, jax.Array]
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a router's weights may depend on."""
+
+    d_model: int
+    num_experts: int
+    vocab_size: int
+
+
+class Sees(NamedTuple):
+    """What may change the output of a token, beside the token itself and earlier tokens of its sequence."""
+
+    future: bool  # later tokens of the sequence
+    batch: bool  # other sequences
+
+
+class Declared(NamedTuple):
+    """What a router promises of its routing; tests/test_routers.py holds every router to it."""
+
+    most: int | None  # assignments of a token at most; None: no bound
+    exact: bool  # every valid token has exactly `most`
+    gate_sum: float | None  # of a valid token's gates; None: free
+
+
+class Router(NamedTuple):
+    """One ROUTERS line. `options` is the router's own block of the config."""
+
+    params: Callable[[Sizes, Mapping[str, Any]], dict[str, Weight]]
+    state: Callable[[Sizes, Mapping[str, Any]], dict[str, Weight]]  # without gradient: a bias, quantiles, a coefficient
+    route: Callable[..., Any]  # (params, state, tokens, *, cfg, rng, train) -> Routing | Slots
+    update: Callable[[Arrays, Arrays, "RouterCfg"], Arrays]  # (state, totals of the step, cfg) of one layer -> state
+    sees: Callable[[Mapping[str, Any]], Sees]
+    declared: Callable[[int, Mapping[str, Any]], Declared]  # (num_experts, options)
+    own_capacity: bool = (
+        False  # fixes its own capacity: never dropped a second time, so it needs the dropless dispatcher
+    )
 
 
 class Tokens(NamedTuple):
@@ -17,26 +62,38 @@ class Tokens(NamedTuple):
     segment_T: jax.Array
     valid_T: jax.Array  # False for padding
     num_rows: int
+    recorded: Any = ()  # (expert_TK, gate_TK) of a recording for this layer, or nothing
 
 
 class Routing(NamedTuple):
-    """Assignments in order of priority: earlier ones win capacity. `expert_N == E` goes nowhere (padding, an unused place)."""
+    """Assignments in order of priority: earlier ones win capacity. `expert_N == E` goes nowhere (padding, an unused place, a null expert)."""
 
     token_N: jax.Array
     expert_N: jax.Array
     gate_N: jax.Array
-    sums: Mapping[str, jax.Array]  # per row: counts [b, E], probs [b, E], z, entropy, gate, gate_max, tokens [b]
+    sums: Arrays  # per row: see `statistics`; what a router or an ordering drops by itself is counted in "dropped" [b]
     per_token: int  # k > 0: token_N is exactly 0,0,..(k times),1,1,..; 0: any order, any number
+    order_N: jax.Array | None = None  # the entries in order of priority, where that is not the order of the list
+    copy_T: jax.Array | None = None  # weight of the token itself in its output (null experts that copy)
+
+
+class Slots(NamedTuple):
+    """Mixtures instead of assignments (soft MoE): slot s of expert e takes sum_t dispatch[t] x_t, token t gets sum combine y."""
+
+    dispatch_GtEp: jax.Array
+    combine_GtEp: jax.Array
+    sums: Arrays
 
 
 class RouterCfg(NamedTuple):
-    """What every router is told: the number of experts, and the options of its own block in the config."""
+    """What every router is told."""
 
     num_experts: int
-    options: Mapping[str, Any]
-    total: Callable[
-        [jax.Array], jax.Array
-    ]  # sums over the batch's devices; the identity for routers that balance per group
+    options: Mapping[str, Any]  # of its own block in the config
+    group_rows: int  # rows of a group: what balances or selects over tokens does so inside a group
+    vocab_size: int
+    # Sums over the devices of the batch, for a router that balances over the whole micro-batch (it sees_batch).
+    total: Callable[[jax.Array], jax.Array]
 
 
 def per_row(x_T: jax.Array, tokens: Tokens) -> jax.Array:
@@ -44,21 +101,100 @@ def per_row(x_T: jax.Array, tokens: Tokens) -> jax.Array:
     return x_T.reshape((tokens.num_rows, -1) + x_T.shape[1:]).sum(1)
 
 
-def statistics(logits_TE: jax.Array, expert_TK: jax.Array, gate_TK: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-    """The sums per row that every load-balancing loss and every load metric is made of; padding counts nowhere."""
-    num_experts = logits_TE.shape[1]
-    valid_T = tokens.valid_T.astype(logits_TE.dtype)
-    chosen_TE = (expert_TK[:, :, None] == jnp.arange(num_experts)[None, None, :]).sum(1).astype(logits_TE.dtype)
-    log_TE = jax.nn.log_softmax(logits_TE)
-    probs_TE = jnp.exp(log_TE)
-    z_T = jax.nn.logsumexp(logits_TE, -1) ** 2
-    entropy_T = -(probs_TE * log_TE).sum(-1)
+def uniform(rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
+    """[T, num] uniform numbers in [0, 1) that depend on the row and the place in it, so they are the same on every mesh."""
+    length = tokens.row_T.shape[0] // tokens.num_rows
+    draw = lambda row: jax.random.uniform(jax.random.fold_in(rng, row), (length, num), dtype)
+    return jax.vmap(draw)(tokens.row_T[::length]).reshape(-1, num)
+
+
+def statistics(
+    logits_TC: jax.Array,
+    expert_TK: jax.Array,
+    gate_TK: jax.Array,
+    tokens: Tokens,
+    *,
+    probs_TC: jax.Array | None = None,
+    real_TK: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """The sums per row that every load-balancing loss and every load metric is made of; padding counts nowhere.
+
+    Args:
+      logits_TC: scores before any normalisation, for z = logsumexp(logits)^2.
+      expert_TK: the chosen classes.
+      gate_TK: their gates.
+      probs_TC: what the router calls a token's distribution over classes; softmax(logits) unless given.
+      real_TK: which choices exist, where a token may have fewer than K.
+
+    Returns:
+      counts [b, C] assignments; probs [b, C] of `probs_TC`, with a gradient; importance [b, C] of the gates, with a gradient (Shazeer et al.
+      2017, eq. 6); z, entropy (nats), gate (sum of a token's gates), gate_max, tokens: [b].
+    """
+    num_classes = logits_TC.shape[1]
+    wide = logits_TC.dtype
+    valid_T = tokens.valid_T.astype(wide)
+    hit_TKC = (expert_TK[:, :, None] == jnp.arange(num_classes)[None, None, :]).astype(wide)
+    if real_TK is not None:
+        hit_TKC = hit_TKC * real_TK[:, :, None].astype(wide)
+        gate_TK = jnp.where(real_TK, gate_TK, 0)
+    probs_TC = jax.nn.softmax(logits_TC) if probs_TC is None else probs_TC
+    share_TC = probs_TC / jnp.maximum(probs_TC.sum(-1, keepdims=True), 1e-30)
+    entropy_T = -(share_TC * jnp.log(jnp.maximum(share_TC, 1e-30))).sum(-1)
+    z_T = jax.nn.logsumexp(logits_TC, -1) ** 2
+    gate_TK = gate_TK.astype(wide)
     return {
-        "counts": per_row(chosen_TE * valid_T[:, None], tokens),
-        "probs": per_row(probs_TE * valid_T[:, None], tokens),
+        "counts": per_row(hit_TKC.sum(1) * valid_T[:, None], tokens),
+        "probs": per_row(probs_TC * valid_T[:, None], tokens),
+        "importance": per_row((hit_TKC * gate_TK[:, :, None]).sum(1) * valid_T[:, None], tokens),
         "z": per_row(z_T * valid_T, tokens),
         "entropy": per_row(jax.lax.stop_gradient(entropy_T) * valid_T, tokens),
         "gate": per_row(jax.lax.stop_gradient(gate_TK.sum(-1)) * valid_T, tokens),
         "gate_max": per_row(jax.lax.stop_gradient(gate_TK.max(-1)) * valid_T, tokens),
         "tokens": per_row(valid_T, tokens),
     }
+
+
+def token_choice(
+    expert_TK: jax.Array, gate_TK: jax.Array, sums: Arrays, tokens: Tokens, num_experts: int, real_TK: Any = None
+) -> Routing:
+    """The Routing of K choices per token in token order; padding, and classes from E on, go nowhere and have a zero gate."""
+    k = expert_TK.shape[1]
+    goes_TK = tokens.valid_T[:, None] & (expert_TK < num_experts)
+    goes_TK = goes_TK if real_TK is None else goes_TK & real_TK
+    return Routing(
+        token_N=jnp.repeat(jnp.arange(expert_TK.shape[0], dtype=jnp.int32), k),
+        expert_N=jnp.where(goes_TK, expert_TK, num_experts).reshape(-1).astype(jnp.int32),
+        gate_N=jnp.where(goes_TK, gate_TK, 0).reshape(-1),
+        sums=sums,
+        per_token=k,
+    )
+
+
+def router_logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
+    """x W in at least float32, whatever the model computes in: rounding here moves tokens between experts."""
+    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+    return jnp.einsum("TD,DE->TE", x_TD.astype(wide), gate_DE.astype(wide), precision=jax.lax.Precision.HIGHEST)
+
+
+def no_weights(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    """For a router without parameters, or without state."""
+    del sizes, options
+    return {}
+
+
+def linear_gate(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    """The parameters of most routers: one matrix [D, E]."""
+    del options
+    return {"gate": Weight((sizes.d_model, sizes.num_experts), ("embed", None), sizes.d_model**-0.5)}
+
+
+def keep_state(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
+    """The update of a router whose state never changes."""
+    del totals, cfg
+    return state
+
+
+def sees_nothing(options: Mapping[str, Any]) -> Sees:
+    """Of a router that decides token by token."""
+    del options
+    return Sees(future=False, batch=False)
