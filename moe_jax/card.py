@@ -29,7 +29,9 @@ from moe_jax.mesh import sharding
 from moe_jax.models.decoder import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.layer import Batch, MoELayer
+from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
 from moe_jax.tasks import lm
 from moe_jax.weights import RouterState
 
@@ -99,7 +101,7 @@ def card(cfg: Config) -> Card:
     return Card(
         platform=mesh.devices.flat[0].device_kind,
         mesh=dict(mesh.shape),
-        num_layers=(model.blocks.count("dense"), model.num_moe_layers),
+        num_layers=(model.num_dense_layers, model.num_moe_layers),
         batch_size=cfg.train.batch_size,
         seq_len=seq_len,
         num_micro_batches=cfg.train.num_micro_batches,
@@ -160,12 +162,45 @@ def _shape(cfg: Config) -> tuple[Shape, int]:
     """(the sizes that a dispatcher works with, estimated bytes of a row in its buffers)."""
     moe, mesh = moe_config(cfg.model), cfg.mesh
     rows = cfg.train.micro_batch_size // (mesh.data * mesh.expert)
-    tokens = rows * cfg.data.seq_len
-    k = flops.experts_per_token(cfg.model.moe)
-    shape = Shape(moe.num_experts, tokens, tokens * k, k, min(moe.group_rows, rows) * cfg.data.seq_len, mesh.expert)
+    routing = _routing(moe, rows, cfg.data.seq_len)
+    assigned = isinstance(routing, Routing)
+    shape = Shape(
+        num_experts=moe.num_experts,
+        num_tokens=rows * cfg.data.seq_len,
+        num_assignments=routing.expert_N.size
+        if assigned
+        else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1],
+        per_token=routing.per_token if assigned else 0,
+        group_tokens=min(moe.group_rows, rows) * cfg.data.seq_len,
+        expert_axis=mesh.expert,
+    )
     parts = 2 if moe.activation == "swiglu" else 1
     width = 2 * moe.d_model + parts * moe.expert_hidden // mesh.model  # in, out and before the activation
     return shape, width * jnp.dtype(moe.dtype).itemsize
+
+
+def _routing(moe: MoE, rows: int, seq_len: int) -> Routing | Slots:
+    """What the router of a layer returns on one device, by shape."""
+    router, num = ROUTERS[moe.router], rows * seq_len
+    sizes = Sizes(moe.d_model, moe.num_experts, moe.vocab_size)
+    router_cfg = RouterCfg(moe.num_experts, moe.router_options, min(moe.group_rows, rows), moe.vocab_size, lambda z: z)
+
+    def route() -> Routing | Slots:
+        weights = lambda declared: {name: jnp.zeros(w.shape) for name, w in declared(sizes, moe.router_options).items()}
+        zero_T = jnp.zeros(num, jnp.int32)
+        tokens = Tokens(jnp.zeros((num, moe.d_model)), zero_T, zero_T, zero_T, zero_T, zero_T == 0, rows)
+        args = (weights(router.params), weights(router.state), tokens)
+        return router.route(*args, cfg=router_cfg, rng=jax.random.key(0), train=True)
+
+    per_token = []
+
+    def arrays() -> Routing | Slots:
+        routing = route()
+        per_token.append(getattr(routing, "per_token", 0))  # a number, which the abstract evaluation would not return
+        return routing._replace(per_token=jnp.zeros(())) if isinstance(routing, Routing) else routing
+
+    routing = jax.eval_shape(arrays)
+    return routing._replace(per_token=per_token[0]) if isinstance(routing, Routing) else routing
 
 
 def _dispatch(cfg: Config) -> Dispatch:
@@ -187,7 +222,7 @@ def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     split = lambda key: nnx.split(MoELayer(key, moe), nnx.Param, RouterState)
     graphdef, weights, router_state = nnx.eval_shape(split, jax.random.key(0))
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
-    batch = Batch(*_rows(Batch._fields, num_rows, seq_len))
+    batch = Batch(*_rows(Batch._fields[:4], num_rows, seq_len))  # without a recording
     x_BSD = jax.ShapeDtypeStruct((num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None))
 
     def run(weights: Any, x_BSD: jax.Array, router_state: Any, batch: Batch) -> jax.Array:

@@ -4,21 +4,25 @@ One multiply-add is 2 FLOPs. Counted are the matrix products: projections, atten
 router, head. Left out are norms, softmaxes, rotary embeddings, activations, gates, gathers and the embedding's lookup,
 a few percent at any useful width. Attention is causal and counted so: the token at position i has i + 1 keys, (S + 1) /
 2 on average. (PaLM counts all S keys of every token.) Routed experts count as used, with the k experts of a token: what
-a dispatcher pads is not useful work, and what capacity drops still counts.
+a dispatcher pads is not useful work, and what capacity drops still counts. A depth block counts in training for the C of
+S tokens that go through it, which attend to each other; its router for all.
 
 Shapes: D model, F hidden, H query heads, G key-value heads, A head width, E experts, V vocabulary, S sequence.
 """
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import DEPTH, ModelConfig, MoEConfig
+from moe_jax.models import depth
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import Sizes
 
 PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilation
 
@@ -36,7 +40,7 @@ class Counts(NamedTuple):
     shared: int  # shared experts
     experts: int  # routed experts, all of them
     experts_active: int  # routed experts, those of one token
-    router: int
+    router: int  # of experts and of depth
     norms: int
 
     @property
@@ -46,7 +50,7 @@ class Counts(NamedTuple):
 
     @property
     def active(self) -> int:
-        """What one token uses: everything but the routed experts that it does not choose."""
+        """What one token uses: everything but the routed experts that it does not choose. It may skip depth blocks, which count whole."""
         return sum(self) - self.experts
 
     @property
@@ -77,7 +81,7 @@ class Breakdown(NamedTuple):
 def parameters(cfg: ModelConfig) -> Counts:
     """The parameters of a model. A router's state has no gradient and is none."""
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    num_dense, num_moe = cfg.blocks.count("dense"), cfg.num_moe_layers
+    num_dense, num_moe = cfg.num_dense_layers, cfg.num_moe_layers
     biases = (h + 2 * g) * a if cfg.attention_bias else 0
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
     return Counts(
@@ -87,8 +91,8 @@ def parameters(cfg: ModelConfig) -> Counts:
         dense=num_dense * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * cfg.moe.shared_experts * expert,
         experts=num_moe * cfg.moe.num_experts * expert,
-        experts_active=num_moe * experts_per_token(cfg.moe) * expert if num_moe else 0,
-        router=num_moe * router(cfg),
+        experts_active=round(num_moe * experts_per_token(cfg.moe) * expert) if num_moe else 0,
+        router=num_moe * router(cfg) + cfg.num_depth_blocks * d,
         norms=d + len(cfg.blocks) * (2 * d + (2 * a if cfg.qk_norm else 0)),
     )
 
@@ -101,31 +105,42 @@ def feed_forward(cfg: ModelConfig, hidden: int) -> int:
 def router(cfg: ModelConfig) -> int:
     """Parameters of one layer's router, as it declares them."""
     moe = cfg.moe
-    declared = ROUTERS[moe.router].params(cfg.d_model, moe.num_experts, moe.router_options)
+    sizes = Sizes(cfg.d_model, moe.num_experts, cfg.vocab_size)
+    declared = ROUTERS[moe.router].params(sizes, moe.router_options)
     return sum(math.prod(weight.shape) for weight in declared.values())
 
 
-def experts_per_token(moe: MoEConfig) -> int:
-    """Routed experts that one token uses."""
-    return moe.router_options["k"]
+def experts_per_token(moe: MoEConfig) -> float:
+    """Routed experts that one token uses, on average where the router does not fix it."""
+    declared = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options)
+    known = (declared.average, declared.most, moe.num_experts)
+    return next(number for number in known if number is not None)
 
 
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
-    """FLOPs of the forward pass, per token of a row of `seq_len` tokens that attend to all tokens before them.
+    """FLOPs of the forward pass in training, per token of a row of `seq_len` tokens that attend to all tokens before them.
 
     A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only to themselves,
     which needs fewer FLOPs than counted here.
     """
-    counts = parameters(cfg)
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    num_blocks = len(cfg.blocks)
+    chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
+    expert = feed_forward(cfg, cfg.moe.expert_hidden)
+
+    def over(kinds: tuple[str, ...], flops: Callable[[int], float]) -> int:
+        """FLOPs per token of all blocks of these kinds; `flops(T)` is what T tokens cost in one of them."""
+        of_row = sum(flops(chosen if kind.startswith(DEPTH) else seq_len) for kind in cfg.blocks if kind in kinds)
+        return round(of_row / seq_len)
+
+    dense, moe = ("dense", DEPTH + "dense"), ("moe", DEPTH + "moe")
+    per_token = lambda weights: lambda num_tokens: 2 * weights * num_tokens
     return Breakdown(
-        attention_projections=num_blocks * 2 * 2 * d * a * (h + g),
-        attention_scores=num_blocks * 2 * h * a * (seq_len + 1),  # 2 products x 2 FLOPs x (S + 1) / 2 keys
-        dense=2 * counts.dense,
-        shared=2 * counts.shared,
-        experts=2 * counts.experts_active,
-        router=2 * counts.router,
+        attention_projections=over(dense + moe, per_token(2 * d * a * (h + g))),
+        attention_scores=over(dense + moe, lambda n: 2 * h * a * (n + 1) * n),  # 2 products x 2 x (n + 1) / 2 keys
+        dense=over(dense, per_token(feed_forward(cfg, cfg.ffn_hidden))),
+        shared=over(moe, per_token(cfg.moe.shared_experts * expert)),
+        experts=over(moe, per_token(experts_per_token(cfg.moe) * expert)) if cfg.num_moe_layers else 0,
+        router=(over(moe, per_token(router(cfg))) if cfg.num_moe_layers else 0) + 2 * cfg.num_depth_blocks * d,
         head=2 * d * cfg.vocab_size,
     )
 

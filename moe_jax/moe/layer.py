@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.mesh import BATCH, P, spec
+from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
@@ -57,6 +58,9 @@ class Batch(NamedTuple):
     segment_BS: Any  # 0 = padding
     row_B: Any
     recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) of a recording for this layer
+    removed_BE: Any = ()  # experts whose assignments go nowhere (moe/probe.py)
+    barred_BE: Any = ()  # experts that the router must go round
+    record: Any = ()  # what to return of each token, probe.ROUTING or probe.INPUTS; () = nothing
 
 
 class MoELayer(nnx.Module):
@@ -104,14 +108,19 @@ def adaptive_state(cfg: MoE) -> dict[str, Weight]:
 def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
     b, s, d = x_BSD.shape
     tokens = _tokens(x_BSD, batch)
+    seen = router, tokens
+    if isinstance(batch.barred_BE, jax.Array):
+        seen = probe.bar(router, tokens, batch.barred_BE)
     with jax.named_scope("route"):
         total = lambda z: jax.lax.psum(z, BATCH)
         router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, min(cfg.group_rows, b), cfg.vocab_size, total)
-        routing = ROUTERS[cfg.router].route(router, state, tokens, cfg=router_cfg, rng=rng, train=train)
+        routing = ROUTERS[cfg.router].route(seen[0], state, seen[1], cfg=router_cfg, rng=rng, train=train)
         sizes = {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s}
         if isinstance(routing, Routing):
             routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, options=cfg.ordering_options)
-    y_TD, dropped_b = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
+    if isinstance(batch.removed_BE, jax.Array):
+        routing = probe.remove(routing, batch.removed_BE, tokens)
+    y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
     with jax.named_scope("combine"):
         y_TD = jax.lax.psum(y_TD, "model")
         if isinstance(routing, Routing) and routing.copy_T is not None:
@@ -119,18 +128,20 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     sums = dict(routing.sums, dropped=dropped_b + routing.sums.get("dropped", 0))
     if cfg.adaptive["rate"]:
         sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
+    if batch.record:
+        sums |= probe.record(routing, dropped_N, tokens, batch.record, cfg.num_experts)
     return y_TD.reshape(b, s, d), sums
 
 
 def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE):
-    """(y_TD, a partial sum over `model`; dropped assignments per row [b])."""
+    """(y_TD, a partial sum over `model`; dropped assignments per row [b], and of each assignment [N])."""
     # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
     over_model = lambda z: jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
     assigned = isinstance(routing, Routing)
     shape = Shape(
         **sizes,
         num_tokens=tokens.x_TD.shape[0],
-        num_assignments=routing.expert_N.shape[0] if assigned else routing.dispatch_GtEp[0, 0].size,
+        num_assignments=routing.expert_N.shape[0] if assigned else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1],
         per_token=routing.per_token if assigned else 0,
         expert_axis=jax.lax.axis_size("expert"),
     )
@@ -141,7 +152,7 @@ def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[
         over_model(tokens.x_TD), routing, experts, shape=shape, options=cfg.dispatcher_options
     )
     dropped_b = _dropped_per_row(dropped_N, routing, tokens) if assigned else jnp.zeros_like(routing.sums["tokens"])
-    return y_TD, dropped_b
+    return y_TD, dropped_b, dropped_N
 
 
 def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:

@@ -36,6 +36,7 @@ class Declared(NamedTuple):
     most: int | None  # assignments of a token at most; None: no bound
     exact: bool  # every valid token has exactly `most`
     gate_sum: float | None  # of a valid token's gates; None: free
+    average: float | None = None  # experts that compute for a token, when the load is as intended; None: `most`, or all
 
 
 class Router(NamedTuple):
@@ -103,8 +104,17 @@ def per_row(x_T: jax.Array, tokens: Tokens) -> jax.Array:
 
 def uniform(rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
     """[T, num] uniform numbers in [0, 1) that depend on the row and the place in it, so they are the same on every mesh."""
+    return _draw(jax.random.uniform, rng, tokens, num, dtype)
+
+
+def normal(rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
+    """[T, num] standard normal numbers, the same on every mesh as those of `uniform`."""
+    return _draw(jax.random.normal, rng, tokens, num, dtype)
+
+
+def _draw(sample: Callable[..., jax.Array], rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
     length = tokens.row_T.shape[0] // tokens.num_rows
-    draw = lambda row: jax.random.uniform(jax.random.fold_in(rng, row), (length, num), dtype)
+    draw = lambda row: sample(jax.random.fold_in(rng, row), (length, num), dtype)
     return jax.vmap(draw)(tokens.row_T[::length]).reshape(-1, num)
 
 
@@ -127,8 +137,9 @@ def statistics(
       real_TK: which choices exist, where a token may have fewer than K.
 
     Returns:
-      counts [b, C] assignments; probs [b, C] of `probs_TC`, with a gradient; importance [b, C] of the gates, with a gradient (Shazeer et al.
-      2017, eq. 6); z, entropy (nats), gate (sum of a token's gates), gate_max, tokens: [b].
+      counts [b, C] assignments; first [b, C] of them those that are a token's first choice; probs [b, C] of `probs_TC`, with a gradient;
+      importance [b, C] of the gates, with a gradient (Shazeer et al. 2017, eq. 6); z, entropy (nats), gate (sum of a token's gates),
+      gate_max, tokens: [b].
     """
     num_classes = logits_TC.shape[1]
     wide = logits_TC.dtype
@@ -144,6 +155,7 @@ def statistics(
     gate_TK = gate_TK.astype(wide)
     return {
         "counts": per_row(hit_TKC.sum(1) * valid_T[:, None], tokens),
+        "first": per_row(hit_TKC[:, 0] * valid_T[:, None], tokens),
         "probs": per_row(probs_TC * valid_T[:, None], tokens),
         "importance": per_row((hit_TKC * gate_TK[:, :, None]).sum(1) * valid_T[:, None], tokens),
         "z": per_row(z_T * valid_T, tokens),
