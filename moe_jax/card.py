@@ -31,7 +31,7 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
+from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
 from moe_jax.tasks import lm
 from moe_jax.weights import RouterState
 
@@ -162,15 +162,12 @@ def _shape(cfg: Config) -> tuple[Shape, int]:
     """(the sizes that a dispatcher works with, estimated bytes of a row in its buffers)."""
     moe, mesh = moe_config(cfg.model), cfg.mesh
     rows = cfg.train.micro_batch_size // (mesh.data * mesh.expert)
-    routing = _routing(moe, rows, cfg.data.seq_len)
-    assigned = isinstance(routing, Routing)
+    num_assignments, per_token = _assignments(moe, rows, cfg.data.seq_len)
     shape = Shape(
         num_experts=moe.num_experts,
         num_tokens=rows * cfg.data.seq_len,
-        num_assignments=routing.expert_N.size
-        if assigned
-        else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1],
-        per_token=routing.per_token if assigned else 0,
+        num_assignments=num_assignments,
+        per_token=per_token,
         group_tokens=min(moe.group_rows, rows) * cfg.data.seq_len,
         expert_axis=mesh.expert,
     )
@@ -179,28 +176,26 @@ def _shape(cfg: Config) -> tuple[Shape, int]:
     return shape, width * jnp.dtype(moe.dtype).itemsize
 
 
-def _routing(moe: MoE, rows: int, seq_len: int) -> Routing | Slots:
-    """What the router of a layer returns on one device, by shape."""
+def _assignments(moe: MoE, rows: int, seq_len: int) -> tuple[int, int]:
+    """(assignments that the router of a layer makes on one device, or slots that it fills; how many per token, 0 if that varies)."""
     router, num = ROUTERS[moe.router], rows * seq_len
     sizes = Sizes(moe.d_model, moe.num_experts, moe.vocab_size)
     router_cfg = RouterCfg(moe.num_experts, moe.router_options, min(moe.group_rows, rows), moe.vocab_size, lambda z: z)
+    found: list[tuple[int, int]] = []
 
-    def route() -> Routing | Slots:
+    def route() -> None:
         weights = lambda declared: {name: jnp.zeros(w.shape) for name, w in declared(sizes, moe.router_options).items()}
         zero_T = jnp.zeros(num, jnp.int32)
         tokens = Tokens(jnp.zeros((num, moe.d_model)), zero_T, zero_T, zero_T, zero_T, zero_T == 0, rows)
         args = (weights(router.params), weights(router.state), tokens)
-        return router.route(*args, cfg=router_cfg, rng=jax.random.key(0), train=True)
+        routing = router.route(*args, cfg=router_cfg, rng=jax.random.key(0), train=True)
+        if isinstance(routing, Slots):
+            found.append((routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1], 0))
+        else:
+            found.append((routing.expert_N.size, routing.per_token))
 
-    per_token = []
-
-    def arrays() -> Routing | Slots:
-        routing = route()
-        per_token.append(getattr(routing, "per_token", 0))  # a number, which the abstract evaluation would not return
-        return routing._replace(per_token=jnp.zeros(())) if isinstance(routing, Routing) else routing
-
-    routing = jax.eval_shape(arrays)
-    return routing._replace(per_token=per_token[0]) if isinstance(routing, Routing) else routing
+    jax.eval_shape(route)  # shapes only: nothing is computed
+    return found[0]
 
 
 def _dispatch(cfg: Config) -> Dispatch:
