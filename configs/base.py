@@ -34,6 +34,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.log.every = 10  # steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, for the update norm
     c.log.tensorboard = True  # also write TensorBoard events
     c.log.histogram_every = 100  # steps between expert-load histograms
+    c.log.interference_every = 0  # steps between gradients of language and auxiliary losses compared (3 backward passes); 0 = off
+    c.record = ConfigDict()
+    c.record.steps = ""  # steps whose routing is written, token by token, to workdir/routing: "100,200", "every 50"
+    c.record.rows = 0  # the first n rows of the batch; 0 = all
     return c.lock()
 
 
@@ -60,7 +64,7 @@ def model() -> ConfigDict:
     c.activation = "swiglu"  # "swiglu" or "gelu", dense and expert
     c.tie_embeddings = False  # the head is the embedding's transpose
     c.dropout = 0.0  # of the embedding and of each residual branch
-    c.prefix = ()  # blocks before the period: a tuple of "dense" and "moe"
+    c.prefix = ()  # blocks before the period: a tuple of "dense", "moe", and "depth:dense", "depth:moe" (mixture of depths)
     c.period = ("moe",)  # blocks repeated `repeats` times
     c.repeats = 4
     c.suffix = ()  # blocks after the last period
@@ -69,6 +73,9 @@ def model() -> ConfigDict:
     c.allow_leak = False  # True: train a causal model although later tokens or other sequences change its outputs (moe/causality.py)
     c.param_dtype = "float32"
     c.dtype = "float32"  # of the computation; the router uses at least float32
+    c.depth = ConfigDict()
+    c.depth.capacity = 0.125  # fraction of a sequence's tokens that train a depth block (models/depth.py)
+    c.depth.loss = 0.1  # coefficient of the loss that trains the causal rule, by which they evaluate and decode
     c.moe = moe()
     return c
 
@@ -86,9 +93,72 @@ def moe() -> ConfigDict:
     c.routers.top_k.softmax = "before"  # "before" or "after" the selection
     c.routers.top_k.renormalize = True  # gates of a token sum to 1 (softmax "after" always does)
     c.routers.top_k.scale = 1.0  # factor on the gates
+    c.routers.switch = ConfigDict()
+    c.routers.switch.jitter = 0.01  # training multiplies the router's input by uniform(1 - jitter, 1 + jitter)
+    c.routers.noisy_top_k = ConfigDict()
+    c.routers.noisy_top_k.k = 2
+    c.routers.noisy_top_k.min_noise = 0.01  # least standard deviation of the noise
+    c.routers.sigmoid = ConfigDict()  # DeepSeek-V3
+    c.routers.sigmoid.k = 2
+    c.routers.sigmoid.score = "sigmoid"  # affinities: "sigmoid", or "softmax" as in DeepSeek-V2
+    c.routers.sigmoid.renormalize = True  # gates of a token sum to scale
+    c.routers.sigmoid.scale = 1.0  # factor on the gates (routed scaling)
+    c.routers.sigmoid.bias_rate = 0.001  # how far a step moves an expert's bias towards balance; 0 = never
+    c.routers.sigmoid.num_groups = 1  # groups of consecutive experts
+    c.routers.sigmoid.top_groups = 1  # groups that a token may choose from; num_groups = all
+    c.routers.sigmoid.group_score = "top2"  # of a group: sum of its two largest affinities, or "max", the largest
+    c.routers.quantile = ConfigDict()
+    c.routers.quantile.k = 2
+    c.routers.quantile.score = "sigmoid"  # or "softmax"
+    c.routers.quantile.renormalize = True
+    c.routers.quantile.scale = 1.0
+    c.routers.quantile.bins = 256  # of each expert's histogram, from which the quantile is interpolated
+    c.routers.quantile.ema = 0.0  # share of the old bias that a step keeps
+    c.routers.cosine = ConfigDict()  # X-MoE
+    c.routers.cosine.k = 2
+    c.routers.cosine.renormalize = True
+    c.routers.cosine.dim = 0  # of the hypersphere; 0 = num_experts / 2, at least 2
+    c.routers.cosine.temperature = 0.3  # first value; learned
+    c.routers.cosine.min_temperature = 0.01  # it acts at least as high
+    c.routers.null = ConfigDict()
+    c.routers.null.k = 4  # choices per token, real or null
+    c.routers.null.num_null = 8  # null experts, which compute nothing
+    c.routers.null.kind = "zero"  # a null choice adds "zero", or a "copy" of the token
+    c.routers.null.renormalize = "all"  # gates divided by the sum of all choices, of the "real" ones, or "none"
+    c.routers.uniform = ConfigDict()  # baseline: experts in turn by position
+    c.routers.uniform.k = 2
+    c.routers.random = ConfigDict()  # baseline: experts by a hash of layer, position and token id
+    c.routers.random.k = 2
+    c.routers.random.seed = 0
+    c.routers.hash = ConfigDict()  # experts by a fixed random table of token ids
+    c.routers.hash.k = 1
+    c.routers.hash.seed = 0
+    c.routers.base = ConfigDict()  # BASE / Sinkhorn: balanced in training, greedy at evaluation
+    c.routers.base.k = 1
+    c.routers.base.iterations = 10  # of Sinkhorn
+    c.routers.base.scope = "group"  # what is balanced: each "group", or the whole "batch" (not with micro-batches)
+    c.routers.base.gates = "sigmoid"  # of the chosen scores (BASE), or "softmax" (S-BASE)
+    c.routers.relu = ConfigDict()  # ReMoE; set the balance losses to 0
+    c.routers.relu.k = 2  # active experts per token on average, which the adaptive L1 loss steers to
+    c.routers.relu.max_active = 4  # served experts of one token at most; the others are dropped
+    c.routers.relu.l1 = 1e-8  # first coefficient of the L1 loss
+    c.routers.relu.alpha = 1.2  # factor by which a step changes the coefficient
+    c.routers.relu.balanced = True  # the L1 loss weighs an expert by its load
+    c.routers.expert_choice = ConfigDict()
+    c.routers.expert_choice.factor = 2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
+    c.routers.soft = ConfigDict()  # soft MoE; dispatcher "slots" only
+    c.routers.soft.slots = 4  # of each expert in each group; about tokens of a group / num_experts costs what k = 1 does
+    c.routers.soft.normalize = True  # unit vectors and a learned scale in the slots' scores
+    c.routers.recorded = ConfigDict()  # replay of a recording, for instruments
+    c.routers.recorded.k = 2  # choices per token in the recording
+    c.routers.recorded.gates = "recorded"  # or "router": softmax of the present router over the recorded experts
     c.ordering = "token_major"  # which assignment wins when an expert is full
     c.orderings = ConfigDict()
     c.orderings.token_major = ConfigDict()
+    c.orderings.k_major = ConfigDict()
+    c.orderings.batch_priority = ConfigDict()
+    c.orderings.rounding = ConfigDict()
+    c.orderings.rounding.tile = 16  # an expert's assignments of a group are rounded to a multiple of this, in training
     c.dispatcher = "dropless"
     c.dispatchers = ConfigDict()
     c.dispatchers.dropless = ConfigDict()
@@ -97,9 +167,15 @@ def moe() -> ConfigDict:
     )
     c.dispatchers.capacity = ConfigDict()
     c.dispatchers.capacity.factor = 1.25  # an expert takes ceil(factor * k * tokens / num_experts) of each group
+    c.dispatchers.slots = ConfigDict()  # for the router soft alone
     c.losses = ConfigDict()
-    c.losses.balance = 0.01  # coefficient of the load-balancing loss (Switch, see moe/losses.py)
-    c.losses.z = 0.001  # coefficient of the router z-loss (ST-MoE)
+    c.losses.balance = 0.01  # coefficient of Switch's load-balancing loss over the global batch; all of these: docs/balance.md
+    c.losses.gshard = 0.0  # of GShard's loss (first choices, 1 / experts^2 when balanced)
+    c.losses.sequence_balance = 0.0  # of DeepSeek-V3's sequence-wise loss
+    c.losses.micro_batch_balance = 0.0  # of Switch's loss of each micro-batch, averaged over micro-batches
+    c.losses.importance = 0.0  # of Shazeer's importance loss (CV^2 of the sums of gates)
+    c.losses.load = 0.0  # of Shazeer's load loss (CV^2 of the smooth load); router noisy_top_k only
+    c.losses.z = 0.001  # of the router z-loss (ST-MoE)
     c.adaptive = ConfigDict()
     c.adaptive.rate = 0.0  # > 0: the weight of the balance losses grows by this factor a step while more drops than target_drop; 0 = off
     c.adaptive.target_drop = 0.01  # fraction of assignments

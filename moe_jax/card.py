@@ -136,7 +136,7 @@ def _rows(names: tuple[str, ...], num_rows: int, seq_len: int) -> tuple[Any, ...
 def _compiled(cfg: Config, model: state.Model, abstract: state.State) -> Compiled:
     start = time.perf_counter()
     step = jax.jit(state.make_step(cfg, model, state.make_tx(cfg, abstract.params)), donate_argnums=0)
-    batch = lm.Inputs(*_rows(lm.Inputs._fields, cfg.train.batch_size, cfg.data.seq_len))
+    batch = lm.Inputs(*_rows(lm.Inputs._fields[:6], cfg.train.batch_size, cfg.data.seq_len))
     stats: Any = step.lower(abstract, batch).compile().memory_analysis()
     return Compiled(
         argument=stats.argument_size_in_bytes,
@@ -201,10 +201,11 @@ def _assignments(moe: MoE, rows: int, seq_len: int) -> tuple[int, int]:
 def _dispatch(cfg: Config) -> Dispatch:
     moe, (shape, row_bytes) = cfg.model.moe, _shape(cfg)
     forward, both = _traffic(cfg)
+    held = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options)
     return Dispatch(
-        rows_held=DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options),
+        rows_held=held,
         rows_balanced=shape.num_assignments,
-        rows_worst=DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
+        rows_worst=held if moe.dispatcher == "slots" else DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
         row_bytes=row_bytes,
         forward=dict(forward),
         backward=dict(both - forward),

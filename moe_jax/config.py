@@ -12,6 +12,8 @@ from typing import Any
 
 from moe_jax.errors import UserError
 
+DEPTH = "depth:"  # what the kind of a block begins with that only some tokens go through, as in "depth:moe"
+
 
 class Options(dict[str, Any]):
     """The options of a chosen router, dispatcher, optimizer or schedule: a dict that nobody changes, so that jax may hash it."""
@@ -34,6 +36,12 @@ class MoEConfig:
     dispatcher_options: Options
     losses: Options
     adaptive: Options
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig:
+    capacity: float
+    loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +68,25 @@ class ModelConfig:
     allow_leak: bool
     param_dtype: str
     dtype: str
+    depth: DepthConfig
     moe: MoEConfig
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order: "dense" or "moe"."""
+        """The kind of every block, in order: "dense" or "moe", or one of them inside a mixture of depths: "depth:dense", "depth:moe"."""
         return self.prefix + self.period * self.repeats + self.suffix
 
     @property
     def num_moe_layers(self) -> int:
-        return self.blocks.count("moe")
+        return self.blocks.count("moe") + self.blocks.count(DEPTH + "moe")
+
+    @property
+    def num_dense_layers(self) -> int:
+        return len(self.blocks) - self.num_moe_layers
+
+    @property
+    def num_depth_blocks(self) -> int:
+        return sum(kind.startswith(DEPTH) for kind in self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +150,13 @@ class LogConfig:
     every: int
     tensorboard: bool
     histogram_every: int
+    interference_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    steps: str
+    rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +179,7 @@ class Config:
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    record: RecordConfig
 
 
 RESUME_MAY_CHANGE = (
@@ -164,6 +189,7 @@ RESUME_MAY_CHANGE = (
     "eval",
     "checkpoint",
     "log",
+    "record",
     "mesh",
     "profile",
     "simulate_devices",

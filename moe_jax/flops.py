@@ -117,6 +117,19 @@ def experts_per_token(moe: MoEConfig) -> float:
     return next(number for number in known if number is not None)
 
 
+def expert_rows(moe: MoEConfig, num_tokens: int) -> float:
+    """Rows that the routed experts compute for a sequence of so many tokens; slots are as many however long it is."""
+    if moe.dispatcher == "slots":
+        return moe.num_experts * moe.router_options["slots"] / moe.group_rows
+    return experts_per_token(moe) * num_tokens
+
+
+def mixing(cfg: ModelConfig) -> int:
+    """Multiply-adds per token and layer of mixing tokens into slots and the slots' results into tokens."""
+    slots = cfg.moe.router_options["slots"] if cfg.moe.dispatcher == "slots" else 0
+    return 2 * cfg.moe.num_experts * slots * cfg.d_model
+
+
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     """FLOPs of the forward pass in training, per token of a row of `seq_len` tokens that attend to all tokens before them.
 
@@ -139,8 +152,9 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
         attention_scores=over(dense + moe, lambda n: 2 * h * a * (n + 1) * n),  # 2 products x 2 x (n + 1) / 2 keys
         dense=over(dense, per_token(feed_forward(cfg, cfg.ffn_hidden))),
         shared=over(moe, per_token(cfg.moe.shared_experts * expert)),
-        experts=over(moe, per_token(experts_per_token(cfg.moe) * expert)) if cfg.num_moe_layers else 0,
-        router=(over(moe, per_token(router(cfg))) if cfg.num_moe_layers else 0) + 2 * cfg.num_depth_blocks * d,
+        experts=over(moe, lambda n: 2 * expert * expert_rows(cfg.moe, n)) if cfg.num_moe_layers else 0,
+        router=(over(moe, per_token(router(cfg) + mixing(cfg))) if cfg.num_moe_layers else 0)
+        + 2 * cfg.num_depth_blocks * d,
         head=2 * d * cfg.vocab_size,
     )
 

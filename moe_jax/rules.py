@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
-from moe_jax.config import Config
+from moe_jax.config import DEPTH, Config, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.moe import causality
-from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe import causality, losses
+from moe_jax.moe.routing import ROUTERS, relu
 
 
 def check(c: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
-    for rules in (_model, _moe, _mesh, _batch, _train):
+    for rules in (_model, _depth, _moe, _mesh, _batch, _train):
         for message in rules(c):
             raise UserError(message)
 
@@ -33,7 +33,7 @@ def _model(c: Config) -> Iterator[str]:
     yield from _positive({"model.repeats": m.repeats}, 0)
     for path, blocks in (("prefix", m.prefix), ("period", m.period), ("suffix", m.suffix)):
         for block in blocks:
-            yield from _choice(f"model.{path}", block, ("dense", "moe"))
+            yield from _choice(f"model.{path}", block, ("dense", "moe", DEPTH + "dense", DEPTH + "moe"))
     if not m.blocks:
         yield "model.prefix, model.period x model.repeats and model.suffix make no block at all: a model needs one"
     if m.num_heads % m.num_kv_heads:
@@ -48,6 +48,22 @@ def _model(c: Config) -> Iterator[str]:
         yield from _choice(path, dtype, ("float32", "bfloat16", "float64"))
 
 
+def _depth(c: Config) -> Iterator[str]:
+    d = c.model.depth
+    if not c.model.num_depth_blocks:
+        return
+    if not 0 < d.capacity <= 1:
+        yield f"model.depth.capacity = {d.capacity} must be above 0 and at most 1: a fraction of a sequence's tokens"
+    yield from _positive({"model.depth.loss": d.loss}, 0)
+    if d.capacity < 1 and not c.model.allow_leak:
+        kind = next(kind for kind in c.model.blocks if kind.startswith(DEPTH))
+        yield (
+            f'a block "{kind}" trains on the tokens that its router scores highest in the whole sequence, so later tokens decide what '
+            "happens to earlier ones: in a causal language model that leaks the future into training (evaluation and generation use a "
+            "causal rule and do not leak). Set model.allow_leak=True to train so all the same, or use blocks without depth"
+        )
+
+
 def _moe(c: Config) -> Iterator[str]:
     e = c.model.moe
     if not c.model.num_moe_layers:
@@ -58,8 +74,7 @@ def _moe(c: Config) -> Iterator[str]:
     k = e.router_options.get("k", 1)
     if not 1 <= k <= e.num_experts:
         yield f"model.moe.routers.{e.router}.k ({k}) must lie between 1 and model.moe.num_experts ({e.num_experts})"
-    if e.router == "top_k":
-        yield from _choice("model.moe.routers.top_k.softmax", e.router_options["softmax"], ("before", "after"))
+    yield from _router(e)
     if e.dispatcher == "capacity" and e.dispatcher_options["factor"] <= 0:
         yield f"model.moe.dispatchers.capacity.factor = {e.dispatcher_options['factor']} must be positive"
     if e.dispatcher == "dropless" and not (e.dispatcher_options["buffer"] == 0 or e.dispatcher_options["buffer"] >= 1):
@@ -70,8 +85,125 @@ def _moe(c: Config) -> Iterator[str]:
             f'model.moe.router = "{e.router}" fixes the capacity of each expert itself; with model.moe.dispatcher = "{e.dispatcher}" it '
             "would be dropped a second time: set model.moe.dispatcher=dropless"
         )
+    yield from _slots(e)
+    if e.ordering == "rounding":
+        yield from _positive({"model.moe.orderings.rounding.tile": e.ordering_options["tile"]})
+    if e.router == "base" and e.router_options["scope"] == "batch" and c.train.num_micro_batches > 1:
+        yield (
+            f'model.moe.routers.base.scope = "batch" balances over all tokens at once, which {c.train.num_micro_batches} micro-batches '
+            f"(train.batch_size {c.train.batch_size} / train.micro_batch_size {c.train.micro_batch_size}) are not: set "
+            "train.micro_batch_size=0, or the scope to group"
+        )
+    yield from _losses(c)
     yield from _leak(c)
-    yield from _choice("eval.dispatcher", c.eval.dispatcher, ("same", "dropless", e.dispatcher))
+    others = () if e.router == "soft" else ("dropless",)
+    yield from _choice("eval.dispatcher", c.eval.dispatcher, ("same", *others, e.dispatcher))
+
+
+ROUTER_CHOICES = {
+    ("top_k", "softmax"): ("before", "after"),
+    ("sigmoid", "score"): ("sigmoid", "softmax"),
+    ("sigmoid", "group_score"): ("top2", "max"),
+    ("quantile", "score"): ("sigmoid", "softmax"),
+    ("null", "kind"): ("zero", "copy"),
+    ("null", "renormalize"): ("all", "real", "none"),
+    ("base", "scope"): ("group", "batch"),
+    ("base", "gates"): ("sigmoid", "softmax"),
+    ("recorded", "gates"): ("recorded", "router"),
+}
+ROUTER_LEAST = {
+    ("noisy_top_k", "min_noise"): 1e-6,
+    ("sigmoid", "bias_rate"): 0,
+    ("quantile", "bins"): 2,
+    ("cosine", "dim"): 0,
+    ("cosine", "min_temperature"): 1e-6,
+    ("null", "num_null"): 1,
+    ("base", "iterations"): 1,
+    ("relu", "l1"): relu.LIMITS[0],
+    ("soft", "slots"): 1,
+}
+
+
+def _router(e: MoEConfig) -> Iterator[str]:
+    """The values of the chosen router's options."""
+    at, o = f"model.moe.routers.{e.router}", e.router_options
+    for (router, name), allowed in ROUTER_CHOICES.items():
+        if router == e.router:
+            yield from _choice(f"{at}.{name}", o[name], allowed)
+    for (router, name), least in ROUTER_LEAST.items():
+        if router == e.router:
+            yield from _positive({f"{at}.{name}": o[name]}, least)
+    if e.router == "switch" and not 0 <= o["jitter"] < 1:
+        yield f"{at}.jitter = {o['jitter']} must be at least 0 and below 1"
+    if e.router == "quantile" and not 0 <= o["ema"] < 1:
+        yield f"{at}.ema = {o['ema']} must be at least 0 and below 1"
+    if e.router == "cosine" and o["temperature"] < o["min_temperature"]:
+        yield f"{at}.temperature ({o['temperature']}) must be at least {at}.min_temperature ({o['min_temperature']})"
+    if e.router == "null" and o["kind"] == "copy" and o["renormalize"] == "real":
+        yield (
+            f'{at}.renormalize = "real" gives null choices no weight, so {at}.kind = "copy" would copy nothing: set renormalize to "all" '
+            'or "none", or kind to "zero"'
+        )
+    if e.router == "sigmoid":
+        yield from _expert_groups(e)
+    if e.router == "relu" and not o["k"] <= o["max_active"] <= e.num_experts:
+        yield (
+            f"{at}.max_active ({o['max_active']}) must lie between {at}.k ({o['k']}) and model.moe.num_experts ({e.num_experts})"
+        )
+    if e.router == "relu" and o["alpha"] < 1:
+        yield f"{at}.alpha = {o['alpha']} must be at least 1: the coefficient is multiplied by it while too many experts are active"
+    if e.router == "expert_choice" and not 0 < o["factor"] <= e.num_experts:
+        yield f"{at}.factor = {o['factor']} must be positive and at most model.moe.num_experts ({e.num_experts}): experts per token"
+
+
+def _expert_groups(e: MoEConfig) -> Iterator[str]:
+    at, o = f"model.moe.routers.{e.router}", e.router_options
+    num, top = o["num_groups"], o["top_groups"]
+    if num < 1 or e.num_experts % num:
+        yield f"model.moe.num_experts ({e.num_experts}) must be divisible by {at}.num_groups ({num})"
+    if not 1 <= top <= num:
+        yield f"{at}.top_groups ({top}) must lie between 1 and {at}.num_groups ({num})"
+    if o["k"] > top * e.num_experts // num:
+        yield (
+            f"{at}.k ({o['k']}) must not exceed the {top * e.num_experts // num} experts of {at}.top_groups ({top}) groups of "
+            f"{e.num_experts // num}"
+        )
+
+
+def _slots(e: MoEConfig) -> Iterator[str]:
+    """Soft MoE mixes tokens into slots: neither works with another partner, and there are no assignments to order."""
+    if e.router == "soft" and e.dispatcher != "slots":
+        yield f'model.moe.router = "soft" fills slots, which model.moe.dispatcher = "{e.dispatcher}" knows nothing of: set it to slots'
+    if e.router != "soft" and e.dispatcher == "slots":
+        yield f'model.moe.dispatcher = "slots" needs the slots of model.moe.router = "soft"; "{e.router}" makes assignments'
+    if e.router == "soft" and e.ordering != "token_major":
+        yield f'model.moe.ordering = "{e.ordering}" orders assignments, and model.moe.router = "soft" makes none: set it to token_major'
+
+
+def _losses(c: Config) -> Iterator[str]:
+    e = c.model.moe
+    yield from _positive({f"model.moe.losses.{name}": value for name, value in e.losses.items()}, 0)
+    for name, routers in losses.ONLY.items():
+        if e.losses[name] and e.router not in routers:
+            yield (
+                f'model.moe.losses.{name} = {e.losses[name]} needs a sum that model.moe.router = "{e.router}" does not give: '
+                f"set it to 0, or choose {' or '.join(routers)}"
+            )
+    a = {f"model.moe.adaptive.{name}": value for name, value in e.adaptive.items()}
+    yield from _positive({name: a[name] for name in ("model.moe.adaptive.rate", "model.moe.adaptive.target_drop")}, 0)
+    yield from _positive({"model.moe.adaptive.limit": e.adaptive["limit"]})
+    if not e.adaptive["rate"]:
+        return
+    if not any(e.losses[name] for name in losses.BALANCE):
+        yield (
+            f"model.moe.adaptive.rate = {e.adaptive['rate']} drives the weight of the balance losses, but all their coefficients are 0: "
+            f"give one (of model.moe.losses: {', '.join(losses.BALANCE)}), or set the rate to 0"
+        )
+    if e.dispatcher != "capacity":
+        yield (
+            f'model.moe.adaptive.rate = {e.adaptive["rate"]} follows the drop rate, and model.moe.dispatcher = "{e.dispatcher}" drops nothing: '
+            "the weight would only fall. Set model.moe.dispatcher=capacity, or the rate to 0"
+        )
 
 
 def _leak(c: Config) -> Iterator[str]:
@@ -94,7 +226,7 @@ def _mesh(c: Config) -> Iterator[str]:
         ("model.num_kv_heads", m.num_kv_heads, "mesh.model", mesh.model),
         ("model.vocab_size", m.vocab_size, "mesh.model", mesh.model),
     ]
-    if "dense" in m.blocks:
+    if m.num_dense_layers:
         needs.append(("model.ffn_hidden", m.ffn_hidden, "mesh.model", mesh.model))
     if m.num_moe_layers:
         needs.append(("model.moe.num_experts", e.num_experts, "mesh.expert", mesh.expert))
@@ -124,6 +256,7 @@ def _train(c: Config) -> Iterator[str]:
     yield from _positive({"train.steps": c.train.steps, "data.seq_len": c.data.seq_len, "log.every": c.log.every})
     yield from _positive({"checkpoint.keep": c.checkpoint.keep, "log.histogram_every": c.log.histogram_every})
     yield from _positive({"eval.every": c.eval.every, "checkpoint.every": c.checkpoint.every}, 0)
+    yield from _positive({"log.interference_every": c.log.interference_every, "record.rows": c.record.rows}, 0)
     yield from _positive({"train.nonfinite_patience": c.train.nonfinite_patience, "train.stop_at": c.train.stop_at}, 0)
     yield from _positive({"data.heldout_every": c.data.heldout_every}, 2)
     yield from _positive({"data.prefetch": c.data.prefetch})

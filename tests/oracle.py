@@ -46,21 +46,23 @@ def experts(x_TD, assignments, w_in_EDPF, w_out_EFD, dy_TD):
     return y, dx, np.array(dgates), dw_in, dw_out
 
 
-def served(expert_TK, valid_T, num_experts, group_tokens=None, factor=None):
-    """The (t, k) pairs that are served, in token-major order. With a capacity factor: at most C per expert and group, in order."""
+def served(expert_TK, valid_T, num_experts, group_tokens=None, factor=None, order=None):
+    """The (t, k) pairs that are served. With a capacity factor: at most C per expert and group, in order.
+
+    `order`: all pairs by falling priority; token by token, a token's choices in turn, unless given.
+    """
     num_tokens, k = expert_TK.shape
     places = num_tokens * k
     if factor is not None:
         places = max(1, min(math.ceil(factor * k * group_tokens / num_experts - 1e-9), group_tokens))
     taken, kept = {}, []
-    for t in range(num_tokens):
-        for j in range(k):
-            if not valid_T[t]:
-                continue
-            slot = (t // group_tokens if group_tokens else 0, int(expert_TK[t, j]))
-            if taken.get(slot, 0) < places:
-                taken[slot] = taken.get(slot, 0) + 1
-                kept.append((t, j))
+    for t, j in order or [(t, j) for t in range(num_tokens) for j in range(k)]:
+        if not valid_T[t]:
+            continue
+        slot = (t // group_tokens if group_tokens else 0, int(expert_TK[t, j]))
+        if taken.get(slot, 0) < places:
+            taken[slot] = taken.get(slot, 0) + 1
+            kept.append((t, j))
     return kept
 
 

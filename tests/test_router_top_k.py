@@ -1,4 +1,4 @@
-"""The top-k router: hand-worked cases, the oracle's gradient, padding, ties, and the losses made of its sums."""
+"""The top-k router: hand-worked cases, the oracle's gradient, padding, ties, and the load figures made of its sums."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from moe_jax.moe import load, losses
+from moe_jax.moe import load
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Tokens
 
@@ -72,21 +72,6 @@ def test_selection_in_bfloat16_is_that_of_float32():
     assert (route(x, gate).expert_N == route(x.astype(jnp.float32), gate).expert_N).all()
 
 
-def test_losses_by_hand(float64):
-    """Two experts, k = 1, 4 tokens, 3 to expert 0: f = (3/4, 1/4); mean probabilities (0.6, 0.4): 2 (0.45 + 0.1) = 1.1."""
-    totals = {
-        "counts": jnp.array([[3.0, 1.0]]),
-        "probs": jnp.array([[2.4, 1.6]]),
-        "tokens": jnp.array([4.0]),
-        "z": jnp.array([8.0]),
-    }
-    np.testing.assert_allclose(losses.balance(totals), [1.1])
-    np.testing.assert_allclose(losses.z(totals), [2.0])
-    value, parts = losses.auxiliary(totals, {"balance": 0.5, "z": 0.25})
-    np.testing.assert_allclose(value, 0.5 * 1.1 + 0.25 * 2.0)
-    assert set(parts) == {"balance", "z"}
-
-
 def test_load_figures_by_hand(float64):
     """Counts (4, 0, 2, 2): mean 2, so max/mean = 2; one expert of four is dead; 1 of 8 assignments dropped."""
     totals = {"counts": jnp.array([[4.0, 0.0, 2.0, 2.0]]), "tokens": jnp.array([4.0]), "dropped": jnp.array([1.0])}
@@ -94,14 +79,3 @@ def test_load_figures_by_hand(float64):
     got = load.metrics(totals)
     assert (got["load_max"][0], got["dead_experts"][0], got["drop_fraction"][0]) == (2.0, 1.0, 0.125)
     np.testing.assert_allclose(got["load_entropy"][0], (0.5 * np.log(2) + 2 * 0.25 * np.log(4)) / np.log(4))
-
-
-def test_balance_loss_is_transformers_up_to_k(float64):
-    import torch
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    rng = np.random.default_rng(0)
-    x, gate = rng.normal(size=(64, 8)), rng.normal(size=(8, 6))
-    totals = load.totals({name: value[None] for name, value in route(x, gate).sums.items()})
-    theirs = load_balancing_loss_func((torch.tensor(x @ gate),), 6, 2)
-    np.testing.assert_allclose(2 * losses.balance(totals)[0], theirs.item(), rtol=1e-6)

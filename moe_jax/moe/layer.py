@@ -117,7 +117,8 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
         routing = ROUTERS[cfg.router].route(seen[0], state, seen[1], cfg=router_cfg, rng=rng, train=train)
         sizes = {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s}
         if isinstance(routing, Routing):
-            routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, options=cfg.ordering_options)
+            ordering = {"num_tokens": b * s, "options": cfg.ordering_options, "train": train}
+            routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, **ordering)
     if isinstance(batch.removed_BE, jax.Array):
         routing = probe.remove(routing, batch.removed_BE, tokens)
     y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)

@@ -9,6 +9,8 @@ local expert (the layout is stated in moe/grouped_matmul.py), and brings the wei
 gate * expert(x_t). y_TD is still a partial sum over `model`. dropped_N flags the assignments of *this* device that found no place.
 `rows(shape, options)` is the static number of rows R held at once per device: the memory is known before step 1.
 
+"slots" alone takes `Slots` instead of a Routing (moe/routing/soft.py); there are no assignments then, and dropped_N is empty.
+
 A dispatcher is correct when it equals tests/oracle.py for every kind of routing, on every mesh, forward and gradient.
 """
 
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.moe.dispatch import capacity, dropless
+from moe_jax.moe.dispatch import capacity, dropless, slots
 
 
 class Dispatcher(NamedTuple):
@@ -28,4 +30,5 @@ class Dispatcher(NamedTuple):
 DISPATCHERS: dict[str, Dispatcher] = {
     "capacity": Dispatcher(capacity.apply, capacity.rows),
     "dropless": Dispatcher(dropless.apply, dropless.rows),
+    "slots": Dispatcher(slots.apply, slots.rows),
 }

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.exchange import all_to_all
-from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order, round_up
-from moe_jax.moe.grouped_matmul import block_sizes, sum_rows, take_rows
+from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order
+from moe_jax.moe.dispatch.places import through_experts
+from moe_jax.moe.grouped_matmul import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 
 
@@ -49,35 +49,7 @@ def apply(
         dest_TK = row_N.reshape(-1, shape.per_token) if shape.per_token else None
         x_RD = take_rows(x_TD, src_R, dest_TK)
         gate_R = routing.gate_N.at[assignment_R].get(mode="fill", fill_value=0)
-        x_RD, gate_R = _send(x_RD, shape), _send(gate_R, shape)
-    y_RD = _on_padded_rows(x_RD, gate_R, experts, shape)
+    y_RD = through_experts(x_RD, gate_R, experts, shape)
     with jax.named_scope("combine"):
-        y_TD = sum_rows(_return(y_RD, shape), dest_TK, src_R, shape.num_tokens)
+        y_TD = sum_rows(y_RD, dest_TK, src_R, shape.num_tokens)
     return y_TD, real_N & ~kept_N
-
-
-def _on_padded_rows(x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape) -> jax.Array:
-    """Every local expert has equally many rows here; they are padded to the small block that the grouped product works in."""
-    e = shape.num_experts // shape.expert_axis
-    count = x_RD.shape[0] // e
-    block = block_sizes(count)
-    room = round_up(count, block[1])
-    pad = lambda z: jnp.pad(z.reshape((e, count) + z.shape[1:]), ((0, 0), (0, room - count)) + ((0, 0),) * (z.ndim - 1))
-    flat = lambda z: z.reshape((-1,) + z.shape[2:])
-    start_e = jnp.arange(e, dtype=jnp.int32) * room
-    y_RD = experts(flat(pad(x_RD)), flat(pad(gate_R)), start_e, jnp.full((e,), count, jnp.int32), block)
-    return flat(y_RD.reshape(e, room, -1)[:, :count])
-
-
-def _send(x: jax.Array, shape: Shape) -> jax.Array:
-    """[E * places, ...] in order of expert -> [e * (n * places), ...]: the rows of the local experts, from all n devices of the axis."""
-    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
-    x = x.reshape((n, e, -1) + x.shape[1:])
-    return jnp.moveaxis(all_to_all(x, "expert"), 0, 1).reshape((-1,) + x.shape[3:])
-
-
-def _return(y_RD: jax.Array, shape: Shape) -> jax.Array:
-    """The inverse of `_send`."""
-    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
-    y = jnp.moveaxis(y_RD.reshape(e, n, -1, y_RD.shape[-1]), 1, 0)
-    return all_to_all(y, "expert").reshape(-1, y_RD.shape[-1])

@@ -141,27 +141,45 @@ def statistics(
       importance [b, C] of the gates, with a gradient (Shazeer et al. 2017, eq. 6); z, entropy (nats), gate (sum of a token's gates),
       gate_max, tokens: [b].
     """
-    num_classes = logits_TC.shape[1]
+    hit_TKC = expert_TK[:, :, None] == jnp.arange(logits_TC.shape[1])[None, None, :]
+    if real_TK is not None:
+        hit_TKC = hit_TKC & real_TK[:, :, None]
+    gate_TC = jnp.where(hit_TKC, gate_TK.astype(logits_TC.dtype)[:, :, None], 0).sum(1)
+    return class_statistics(logits_TC, hit_TKC.sum(1), gate_TC, tokens, probs_TC=probs_TC, first_TC=hit_TKC[:, 0])
+
+
+def class_statistics(
+    logits_TC: jax.Array,
+    hit_TC: jax.Array,
+    gate_TC: jax.Array,
+    tokens: Tokens,
+    *,
+    probs_TC: jax.Array | None = None,
+    first_TC: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """`statistics` of a router that has no list of choices for each token: whether (or how much) each class counts, and its gate, [T, C].
+
+    first_TC: what counts as the first choice; the largest gate among those that count unless given.
+    """
     wide = logits_TC.dtype
     valid_T = tokens.valid_T.astype(wide)
-    hit_TKC = (expert_TK[:, :, None] == jnp.arange(num_classes)[None, None, :]).astype(wide)
-    if real_TK is not None:
-        hit_TKC = hit_TKC * real_TK[:, :, None].astype(wide)
-        gate_TK = jnp.where(real_TK, gate_TK, 0)
+    if first_TC is None:
+        best_TC = jnp.argmax(gate_TC, 1)[:, None] == jnp.arange(gate_TC.shape[1])[None]
+        first_TC = best_TC & (hit_TC != 0)
     probs_TC = jax.nn.softmax(logits_TC) if probs_TC is None else probs_TC
     share_TC = probs_TC / jnp.maximum(probs_TC.sum(-1, keepdims=True), 1e-30)
     entropy_T = -(share_TC * jnp.log(jnp.maximum(share_TC, 1e-30))).sum(-1)
     z_T = jax.nn.logsumexp(logits_TC, -1) ** 2
-    gate_TK = gate_TK.astype(wide)
+    rows = lambda x_TC: per_row(x_TC.astype(wide) * valid_T.reshape((-1,) + (1,) * (x_TC.ndim - 1)), tokens)
     return {
-        "counts": per_row(hit_TKC.sum(1) * valid_T[:, None], tokens),
-        "first": per_row(hit_TKC[:, 0] * valid_T[:, None], tokens),
-        "probs": per_row(probs_TC * valid_T[:, None], tokens),
-        "importance": per_row((hit_TKC * gate_TK[:, :, None]).sum(1) * valid_T[:, None], tokens),
-        "z": per_row(z_T * valid_T, tokens),
-        "entropy": per_row(jax.lax.stop_gradient(entropy_T) * valid_T, tokens),
-        "gate": per_row(jax.lax.stop_gradient(gate_TK.sum(-1)) * valid_T, tokens),
-        "gate_max": per_row(jax.lax.stop_gradient(gate_TK.max(-1)) * valid_T, tokens),
+        "counts": rows(jax.lax.stop_gradient(hit_TC)),
+        "first": rows(first_TC),
+        "probs": rows(probs_TC),
+        "importance": rows(gate_TC),
+        "z": rows(z_T),
+        "entropy": rows(jax.lax.stop_gradient(entropy_T)),
+        "gate": rows(jax.lax.stop_gradient(gate_TC.sum(-1))),
+        "gate_max": rows(jax.lax.stop_gradient(gate_TC.max(-1))),
         "tokens": per_row(valid_T, tokens),
     }
 

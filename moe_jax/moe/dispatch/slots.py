@@ -1,0 +1,41 @@
+"""Slots dispatch (soft MoE, Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-3): experts work on mixtures of the tokens of a group.
+
+Every expert has p slots in each group; a slot is a weighted sum of the group's tokens, and a token's output a weighted sum of the results
+of all slots. Nothing can be dropped. Mixtures are made where their tokens are and travel by all-to-all, as capacity's places do.
+
+Buffers per device: E G p rows sent, as many received and computed. Shapes: G groups of this device, t tokens of a group, p slots.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.dispatch.places import through_experts
+from moe_jax.moe.routing.contract import Slots
+
+
+def rows(shape: Shape, options: Mapping[str, Any]) -> int:
+    """Rows received and computed per device: all slots of the local experts, of all groups of the expert axis."""
+    del options
+    return shape.num_assignments
+
+
+def apply(
+    x_TD: jax.Array, slots: Slots, experts: Callable[..., jax.Array], *, shape: Shape, options: Mapping[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """See the contract in moe/dispatch/__init__.py; there are no assignments to flag, so `dropped` is empty."""
+    del options
+    num_groups, group_tokens, num_experts, num_slots = slots.dispatch_GtEp.shape
+    with jax.named_scope("dispatch"):
+        x_GtD = x_TD.reshape(num_groups, group_tokens, -1)
+        x_EGpD = jnp.einsum("GtEp,GtD->EGpD", slots.dispatch_GtEp, x_GtD)
+        x_RD = x_EGpD.reshape(-1, x_TD.shape[1])
+        one_R = jnp.ones_like(x_RD, shape=x_RD.shape[:1])
+    y_RD = through_experts(x_RD, one_R, experts, shape)
+    with jax.named_scope("combine"):
+        y_EGpD = y_RD.reshape(num_experts, num_groups, num_slots, -1)
+        y_GtD = jnp.einsum("GtEp,EGpD->GtD", slots.combine_GtEp, y_EGpD)
+    return y_GtD.reshape(x_TD.shape), jnp.zeros_like(slots.dispatch_GtEp, shape=(0,), dtype=bool)

@@ -1,0 +1,88 @@
+"""Balanced assignment by Sinkhorn's algorithm: BASE layers (Lewis et al. 2021, arXiv:2103.16716, section 3) as S-BASE solves them (Clark et
+al. 2022, arXiv:2202.01169, section 3.1 and appendix B.2).
+
+    in training     the k largest of x W + b, with the b of `iterations` Sinkhorn steps:
+                        P_te = softmax over e of (x W + b);  b_e <- b_e + log((n / E) / sum over the n valid tokens of P_te)
+    in evaluation   the k largest of x W: greedy, token by token, so causal
+    gates           "sigmoid": sigmoid(x W) of the chosen (BASE, eq. 3);  "softmax": softmax(x W) of the chosen (S-BASE)
+
+The transport plan diag(u) exp(x W) diag(v) has n / E tokens' worth of mass in every column; its rows' factors u do not change which of a
+token's entries is largest, so b = log v is all that the selection needs. BASE solves the assignment exactly (an auction); the k largest of
+the plan are only nearly balanced, more so the more peaked the scores are. No gradient goes through b.
+
+The tokens that are balanced: scope = "group" those of a group; "batch" all of the micro-batch, over all devices, which is why it cannot be
+exact under gradient accumulation and is refused there. Either way a training step lets a token's experts depend on later tokens.
+Shapes: G groups, t tokens of a group.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Routing,
+    Sees,
+    Tokens,
+    router_logits,
+    statistics,
+    token_choice,
+)
+
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """k assignments per token, in order of falling score; balanced in training, greedy otherwise."""
+    del state, rng
+    logits_TE = router_logits(tokens.x_TD, params["gate"])
+    score_TE = jax.lax.stop_gradient(logits_TE)
+    if train:
+        score_TE = balanced(score_TE, tokens, cfg)
+    _, expert_TK = jax.lax.top_k(score_TE, cfg.options["k"])
+    gate_TK = jnp.take_along_axis(GATES[cfg.options["gates"]](logits_TE), expert_TK, 1)
+    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
+    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def balanced(logits_TE: jax.Array, tokens: Tokens, cfg: RouterCfg) -> jax.Array:
+    """x W + b, [T, E], with b per group, or of the whole batch."""
+    num_experts, whole = logits_TE.shape[1], cfg.options["scope"] == "batch"
+    num_groups = 1 if whole else tokens.num_rows // cfg.group_rows
+    logits_GtE = logits_TE.reshape(num_groups, -1, num_experts)
+    valid_Gt1 = tokens.valid_T.reshape(num_groups, -1, 1).astype(logits_TE.dtype)
+    total = cfg.total if whole else lambda z: z
+    bias_GE = sinkhorn(logits_GtE, valid_Gt1, cfg.options["iterations"], total)
+    return (logits_GtE + bias_GE[:, None]).reshape(-1, num_experts)
+
+
+def sinkhorn(
+    logits_GtE: jax.Array, valid_Gt1: jax.Array, iterations: int, total: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """b [G, E] after so many steps from 0; `total` sums over the devices that share the tokens. A group without valid tokens has b = 0."""
+    num_experts = logits_GtE.shape[2]
+    share_G1 = total(valid_Gt1.sum(1)) / num_experts
+    tiny = jnp.finfo(logits_GtE.dtype).tiny
+
+    def step(_, bias_GE: jax.Array) -> jax.Array:
+        plan_GtE = jax.nn.softmax(logits_GtE + bias_GE[:, None]) * valid_Gt1
+        mass_GE = total(plan_GtE.sum(1))
+        change_GE = jnp.log(jnp.maximum(share_G1, tiny)) - jnp.log(jnp.maximum(mass_GE, tiny))
+        return bias_GE + change_GE
+
+    zero_GE = jnp.zeros_like(total(logits_GtE.sum(1)))
+    return jax.lax.fori_loop(0, iterations, step, zero_GE)
+
+
+def sees(options: Mapping[str, Any]) -> Sees:
+    """Of training: evaluation is greedy."""
+    return Sees(future=True, batch=options["scope"] == "batch")
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    del num_experts
+    return Declared(most=options["k"], exact=True, gate_sum=None)

@@ -1,0 +1,60 @@
+"""The cosine router of X-MoE (Chi et al. 2022, arXiv:2204.09179, section 3.1, eq. 4-5): scores on a low-dimensional hypersphere.
+
+    s_e = (P x) . e_e / (|P x| |e_e|);   logits = s / temperature;   then top-k as in top_k.py, softmax before the selection
+
+`dim` is the width of the hypersphere; 0 = E / 2 as in the paper, at least 2. The temperature is learned, one number per layer that starts
+at `temperature` (0.3 in the paper) and is clamped from below at `min_temperature` in use. Ties go to the lower index.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Routing,
+    Sizes,
+    Tokens,
+    router_logits,
+    statistics,
+    token_choice,
+)
+from moe_jax.weights import Weight
+
+
+def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    """The projection [D, dim], an embedding per expert [dim, E] and the temperature."""
+    dim = options["dim"] or max(2, sizes.num_experts // 2)
+    return {
+        "project": Weight((sizes.d_model, dim), ("embed", None), sizes.d_model**-0.5),
+        "experts": Weight((dim, sizes.num_experts), (None, None), dim**-0.5),
+        "temperature": Weight((), (), 0.0, options["temperature"]),
+    }
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """Assignments token by token, a token's choices in order of falling gate."""
+    del state, rng, train
+    token_TM = _unit(router_logits(tokens.x_TD, params["project"]), axis=1)
+    expert_ME = _unit(params["experts"].astype(token_TM.dtype), axis=0)
+    temperature = jnp.maximum(params["temperature"].astype(token_TM.dtype), cfg.options["min_temperature"])
+    logits_TE = router_logits(token_TM, expert_ME) / temperature
+    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options["k"])
+    if cfg.options["renormalize"]:
+        gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
+    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
+    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def _unit(x: jax.Array, axis: int) -> jax.Array:
+    """x of length 1 along an axis; zero, as padding may be, stays zero and has a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-24))
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    del num_experts
+    return Declared(most=options["k"], exact=True, gate_sum=1.0 if options["renormalize"] else None)

@@ -1,0 +1,52 @@
+"""Hash routing (Roller et al. 2021, arXiv:2106.04426, section 3): a fixed random table from token ids to experts, nothing is learned.
+
+    experts of a token = table[id], k distinct ones;  gates 1 / k
+
+The table is drawn from the option `seed` alone, the same in every layer, and balanced over the *vocabulary*: of its k V entries every
+expert has k V / E, give or take one (the paper's balanced hash balances over the training set's frequencies instead, so here loads follow
+the frequencies of the ids). Reads no activation, so it has no parameters and depends on nothing but the token itself.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Routing, Tokens, statistics, token_choice
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """k assignments per token by its id. There are no logits: probabilities are uniform, and z is 0."""
+    del params, state, rng, train
+    k = cfg.options["k"]
+    expert_TK = jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options["seed"])).at[tokens.id_T].get()
+    wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
+    gate_TK = jnp.full(expert_TK.shape, 1 / k, wide)
+    sums = statistics(jnp.zeros((expert_TK.shape[0], cfg.num_experts), wide), expert_TK, gate_TK, tokens)
+    sums = {**sums, "z": jnp.zeros_like(sums["z"])}
+    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+@functools.lru_cache(maxsize=8)
+def table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:
+    """[V, k] int32: the k distinct experts of every id.
+
+    The ids in random order are cut into blocks of E. Inside a block, id i takes the k entries from i k on of a random order of the experts,
+    round and round, so a whole block gives k ids to every expert, and a part of one differs by at most one.
+    """
+    rng = np.random.default_rng(seed)
+    id_V = rng.permutation(vocab_size)
+    block_V, place_V = np.divmod(np.arange(vocab_size), num_experts)
+    order_BE = rng.permuted(np.tile(np.arange(num_experts), (block_V[-1] + 1, 1)), axis=1)
+    turn_VK = (place_V[:, None] * k + np.arange(k)[None]) % num_experts
+    table_VK = np.empty((vocab_size, k), np.int32)
+    table_VK[id_V] = order_BE[block_V[:, None], turn_VK]
+    return table_VK
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    del num_experts
+    return Declared(most=options["k"], exact=True, gate_sum=1.0)

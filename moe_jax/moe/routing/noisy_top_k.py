@@ -1,0 +1,72 @@
+"""Noisy top-k (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5) with its smooth estimate of the load (appendix A, eq. 8-10).
+
+    h = x W + noise * sigma,  sigma = softplus(x W_noise) + min_noise       noise is standard normal; none outside of training
+    the k largest h;  gates = softmax over those k
+    load_e = sum over tokens of P_e;  P_e = Phi((x W - threshold_e) / sigma)
+
+P_e is the probability that expert e stays chosen when its own noise is drawn again: threshold_e is the k-th largest h of the other
+experts. Its sum per row is sums["load"] [b, E], with a gradient, which counts have not; the loss "load" is its squared coefficient of
+variation (eq. 10-11). W_noise starts at zero as in the paper; W does not, so that this router starts where the others do. `min_noise` is
+not in the paper but in the authors' code (tensor2tensor, noise_epsilon = 0.01): it bounds the division. Ties go to the lower index.
+
+Shapes: see contract.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Routing,
+    Sizes,
+    Tokens,
+    linear_gate,
+    normal,
+    per_row,
+    router_logits,
+    statistics,
+    token_choice,
+)
+from moe_jax.weights import Weight
+
+
+def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    """The gate and the matrix of the noise, both [D, E]."""
+    noise = Weight((sizes.d_model, sizes.num_experts), ("embed", None), 0.0)
+    return {**linear_gate(sizes, options), "noise": noise}
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """Assignments token by token. Balance loss, z and entropy are of the logits without noise."""
+    del state
+    clean_TE = router_logits(tokens.x_TD, params["gate"])
+    sigma_TE = jax.nn.softplus(router_logits(tokens.x_TD, params["noise"])) + cfg.options["min_noise"]
+    noisy_TE = clean_TE
+    if train:
+        noisy_TE = clean_TE + sigma_TE * normal(rng, tokens, cfg.num_experts, clean_TE.dtype)
+    top_TK, expert_TK = jax.lax.top_k(noisy_TE, cfg.options["k"])
+    gate_TK = jax.nn.softmax(top_TK)
+    chance_TE = stays_chosen(clean_TE, noisy_TE, sigma_TE, cfg.options["k"])
+    load_TE = jnp.where(tokens.valid_T[:, None], chance_TE, 0)
+    sums = {**statistics(clean_TE, expert_TK, gate_TK, tokens), "load": per_row(load_TE, tokens)}
+    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def stays_chosen(clean_TE: jax.Array, noisy_TE: jax.Array, sigma_TE: jax.Array, k: int) -> jax.Array:
+    """P [T, E] of eq. 8-9: Phi((clean - k-th largest noisy logit of the others) / sigma)."""
+    if k == clean_TE.shape[1]:
+        return jnp.ones_like(clean_TE)
+    top_TK, _ = jax.lax.top_k(noisy_TE, k + 1)
+    last_in_T1, first_out_T1 = top_TK[:, k - 1 : k], top_TK[:, k:]
+    threshold_TE = jnp.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
+    return jax.scipy.stats.norm.cdf((clean_TE - threshold_TE) / sigma_TE)
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    del num_experts
+    return Declared(most=options["k"], exact=True, gate_sum=1.0)

@@ -1,0 +1,69 @@
+"""Null experts that compute nothing: a token that needs less chooses less (AdaMoE, Zeng et al. 2024, arXiv:2406.13233; zero and copy
+experts of MoE++, Jin et al. 2024, arXiv:2410.07348, section 3.1).
+
+    p = softmax(x W) over E + num_null classes;  the k largest;  classes E, E + 1, .. are null experts and go nowhere
+
+    kind = "zero"        a null choice adds nothing to the output
+    kind = "copy"        it adds its gate times the token itself (Routing.copy_T)
+    renormalize = "all"  gates p / sum of the k chosen p
+    renormalize = "real" gates of the real experts p / sum of those alone (AdaMoE); null choices weigh nothing, so not with "copy"
+    renormalize = "none" gates p (MoE++)
+
+counts, probs and importance run over all E + num_null classes, so a balance loss asks for k E / (E + num_null) real experts per token on
+average and lets each token differ; load figures take the null classes for experts. Ties go to the lower index, so to the real expert.
+MoE++'s constant experts, gating residuals and unequal weights of the two kinds in the loss are not here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Routing,
+    Sizes,
+    Tokens,
+    linear_gate,
+    router_logits,
+    statistics,
+    token_choice,
+)
+from moe_jax.weights import Weight
+
+
+def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    """One matrix [D, E + num_null]."""
+    return linear_gate(sizes._replace(num_experts=sizes.num_experts + options["num_null"]), options)
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """Up to k assignments per token, in order of falling probability; places of null choices go nowhere."""
+    del state, rng, train
+    logits_TC = router_logits(tokens.x_TD, params["gate"])
+    prob_TK, class_TK = jax.lax.top_k(jax.nn.softmax(logits_TC), cfg.options["k"])
+    null_TK = class_TK >= cfg.num_experts
+    gate_TK = gates(prob_TK, null_TK, cfg.options["renormalize"])
+    sums = statistics(logits_TC, class_TK, gate_TK, tokens)
+    routing = token_choice(class_TK, gate_TK, sums, tokens, cfg.num_experts)
+    if cfg.options["kind"] == "zero":
+        return routing
+    return routing._replace(copy_T=jnp.where(null_TK & tokens.valid_T[:, None], gate_TK, 0).sum(1))
+
+
+def gates(prob_TK: jax.Array, null_TK: jax.Array, renormalize: str) -> jax.Array:
+    """Gates [T, K] of the chosen classes; all zero where "real" finds no real expert."""
+    if renormalize == "none":
+        return prob_TK
+    kept_TK = prob_TK if renormalize == "all" else jnp.where(null_TK, 0, prob_TK)
+    total_T1 = kept_TK.sum(-1, keepdims=True)
+    return kept_TK / jnp.where(total_T1 > 0, total_T1, 1)
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    """The gates of the real experts alone have no fixed sum: all k choices may be null."""
+    del num_experts
+    return Declared(most=options["k"], exact=False, gate_sum=None)

@@ -1,0 +1,69 @@
+"""Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, section 2.1, eq. 1-3): experts work on mixtures of tokens, nothing is assigned.
+
+    l_tes = x_t . phi_es                               p slots of each of E experts, for each group of tokens
+    D = softmax over the tokens of l   (eq. 1)         slot s of expert e takes sum over t of D_tes x_t
+    C = softmax over all slots of l    (eq. 2, 3)      token t gets sum over e, s of C_tes times what expert e makes of slot s
+    normalize: x_t / |x_t| and scale * phi_es / |phi_es| in l alone, with a learned scale (section 2.3); without, l grows with D model
+
+Padding is in no slot and gets nothing. Every slot mixes all tokens of its group: a causal model leaks, and cannot be decoded. Goes with the
+dispatcher "slots" alone. Statistics: counts and importance of an expert are the sum of C over its slots, for every token uses
+every expert; gates sum to 1. Shapes: G groups, t tokens of a group, p slots of an expert.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Sees, Sizes, Slots, Tokens, class_statistics
+from moe_jax.weights import Weight
+
+
+def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    """phi [D, E, p], and the scale of its normalised columns."""
+    shape = (sizes.d_model, sizes.num_experts, options["slots"])
+    weights = {"phi": Weight(shape, ("embed", None, None), sizes.d_model**-0.5)}
+    return weights | ({"scale": Weight((), (), 0.0, 1.0)} if options["normalize"] else {})
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Slots:
+    """The mixtures of each group."""
+    del state, rng, train
+    logits_TEp = slot_logits(tokens.x_TD, params, cfg.options["normalize"])
+    num_groups = tokens.num_rows // cfg.group_rows
+    grouped = lambda z: z.reshape((num_groups, -1) + z.shape[1:])
+    valid_T11 = tokens.valid_T[:, None, None]
+    dispatch_GtEp = jax.nn.softmax(grouped(logits_TEp), 1, where=grouped(valid_T11))
+    combine_TEp = jnp.where(valid_T11, jax.nn.softmax(logits_TEp, (1, 2)), 0)
+    # softmax over the experts of this is the sum of C over an expert's slots, and its log-sum-exp is that over all slots
+    logits_TE = jax.nn.logsumexp(logits_TEp, 2)
+    share_TE = combine_TEp.sum(2)
+    sums = class_statistics(logits_TE, share_TE, share_TE, tokens, first_TC=jax.lax.stop_gradient(share_TE))
+    return Slots(dispatch_GtEp, grouped(combine_TEp), sums)
+
+
+def slot_logits(x_TD: jax.Array, params: Arrays, normalize: bool) -> jax.Array:
+    """l [T, E, p] in at least float32."""
+    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+    x_TD, phi_DEp = x_TD.astype(wide), params["phi"].astype(wide)
+    if normalize:
+        x_TD = unit(x_TD, 1)
+        phi_DEp = params["scale"].astype(wide) * unit(phi_DEp, 0)
+    return jnp.einsum("TD,DEp->TEp", x_TD, phi_DEp, precision=jax.lax.Precision.HIGHEST)
+
+
+def unit(x: jax.Array, dim: int) -> jax.Array:
+    """x / |x| along a dimension, 0 where x is 0 (padding may be); the paper's 1e-6 is inside the root here, where it has a gradient."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(dim, keepdims=True) + 1e-12)
+
+
+def sees(options: Mapping[str, Any]) -> Sees:
+    del options
+    return Sees(future=True, batch=False)
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    """Every token reads every expert; how many rows an expert computes is p for each group, whatever its tokens (flops.py)."""
+    del options
+    return Declared(most=num_experts, exact=False, gate_sum=1.0)

@@ -1,0 +1,47 @@
+"""Switch routing: one expert per token (Fedus et al. 2021, arXiv:2101.03961, eq. 1-2 with k = 1; jitter in section 2.4).
+
+    p = softmax(x' W);  the expert with the largest p;  its gate is p itself, not renormalised, or the router would have no gradient
+
+x' = x times uniform(1 - jitter, 1 + jitter), elementwise and in training only; the experts take x. The draw is of the row and the place
+in it, the same on every mesh. Ties go to the expert with the lower index. The published loss is `balance` (eq. 4-6, moe/losses.py).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Routing,
+    Tokens,
+    router_logits,
+    statistics,
+    token_choice,
+    uniform,
+)
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """One assignment per token."""
+    del state
+    jitter = cfg.options["jitter"] if train else 0.0
+    x_TD = jittered(tokens, jitter, rng) if jitter else tokens.x_TD
+    logits_TE = router_logits(x_TD, params["gate"])
+    gate_T1, expert_T1 = jax.lax.top_k(jax.nn.softmax(logits_TE), 1)
+    sums = statistics(logits_TE, expert_T1, gate_T1, tokens)
+    return token_choice(expert_T1, gate_T1, sums, tokens, cfg.num_experts)
+
+
+def jittered(tokens: Tokens, jitter: float, rng: jax.Array) -> jax.Array:
+    """x [T, D] in at least float32, times uniform(1 - jitter, 1 + jitter)."""
+    x_TD = tokens.x_TD.astype(jnp.promote_types(tokens.x_TD.dtype, jnp.float32))
+    return x_TD * (1 - jitter + 2 * jitter * uniform(rng, tokens, x_TD.shape[1], x_TD.dtype))
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    del num_experts, options
+    return Declared(most=1, exact=True, gate_sum=None)
