@@ -11,6 +11,7 @@ from moe_jax.config import Config
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.load import Dataset
 from moe_jax.mesh import P
+from moe_jax.models import depth
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.moe import load
 from moe_jax.place import local_rows, put
@@ -21,7 +22,8 @@ from moe_jax.tasks import lm
 def make_evaluate(cfg: Config, dataset: Dataset) -> Callable[[State, int], dict[str, Any]]:
     """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at first use.
 
-    "loss" (nats per token), "bits_per_byte" (mean over domains), "accuracy", "domain/NAME/...", "moe" (load figures), "routing" (counts
+    "loss" (nats per token), "bits_per_byte" (mean over domains), "accuracy", "domain/NAME/...", "max_vio" (of all held-out tokens,
+    mean over MoE layers), "moe" (load figures of each), "routing" (counts
     of assignments per MoE layer, domain and expert [L, Z, E]).
 
     The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
@@ -62,6 +64,8 @@ def summary(total: dict[str, Any], domains: Sequence[str]) -> dict[str, Any]:
             result[f"domain/{name}/bits_per_byte"] = bits[i]
             result[f"domain/{name}/loss"] = total["nll"][i] / total["tokens"][i]
     result["bits_per_byte"] = bits[seen].mean()
-    result = {name: float(value) for name, value in result.items()}
+    result = {name: float(value) for name, value in {**result, **depth.figures(total["depth"])}.items()}
     moe = {n: np.asarray(v) for n, v in load.metrics(total["moe"]).items()} if total["moe"] else {}
+    if moe:
+        result["max_vio"] = float(moe["max_vio"].mean())
     return {**result, "moe": moe, "routing": total["routing"]}

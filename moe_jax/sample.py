@@ -10,7 +10,6 @@ The loop runs alike on every process: all see the same tokens, and nothing but t
 Shapes: B rows, S tokens of a prefill, M length of the cache, N = STEPS, V vocabulary.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from moe_jax.data.tokenizer import Decoder, Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.mesh import BATCH, P
 from moe_jax.models.attention import Cache
-from moe_jax.models.decoder import with_dispatcher
+from moe_jax.models.decoder import empty_caches, for_decoding
 from moe_jax.moe.layer import Batch
 from moe_jax.state import make_model
 
@@ -99,7 +98,7 @@ def make_sampler(model_cfg: ModelConfig, tokenizer: Tokenizer, context: int) -> 
     Both are called with the mesh set, and the sampler by all processes. A text ends before the boundary token, before a stop string, or
     after max_tokens. `on_text(row, text)` is given each piece of text once it is certain, and "" when the row has ended.
     """
-    cfg = dataclasses.replace(with_dispatcher(model_cfg, "dropless"), scan=False)
+    cfg = for_decoding(model_cfg)
     engine = make_engine(cfg, tokenizer)
     unstack = jax.jit(lambda tree: unstack_layers(tree, cfg.repeats))
     told: set[str] = set()
@@ -173,8 +172,7 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
     at = lambda x, *dims: jax.sharding.reshard(x, P(BATCH, *dims))
 
     def empty(num_rows: int, length: int) -> list[Cache]:
-        zero = lambda: jnp.zeros((num_rows, length, cfg.num_kv_heads, cfg.head_dim), cfg.dtype)
-        return [Cache(at(zero(), None, "model"), at(zero(), None, "model")) for _ in cfg.blocks]
+        return empty_caches(cfg, num_rows, length)
 
     def forward(weights: Any, caches: list[Cache], id_BS, position_BS, valid_BS, index_B):
         position_BS = jnp.where(valid_BS, position_BS, caches[0].k_BMGA.shape[1])

@@ -43,14 +43,22 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 class Attention(nnx.Module):
-    """`attention(x_BSD, segment_BS, position_BS) -> (y_BSD, None)`, or with a cache `-> (y_BSD, cache)`."""
+    """`attention(x_BSD, segment_BS, position_BS) -> (y_BSD, None)`, or with a cache `-> (y_BSD, cache)`.
+
+    `seen_BM` (with a cache only): which of its slots hold a key; None = all up to the query's own.
+    """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
         self.weights = Weights(key, declare(cfg), cfg.param_dtype)
 
     def __call__(
-        self, x_BSD: jax.Array, segment_BS: jax.Array, position_BS: jax.Array, cache: Cache | None = None
+        self,
+        x_BSD: jax.Array,
+        segment_BS: jax.Array,
+        position_BS: jax.Array,
+        cache: Cache | None = None,
+        seen_BM: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         cfg, declared = self.cfg, declare(self.cfg)
         cos, sin = rope(position_BS, cfg.head_dim, cfg.rope_theta, cfg.dtype)
@@ -60,7 +68,7 @@ class Attention(nnx.Module):
             if cache is None:
                 o = _sharded_core(q, k, v, segment_BS, cfg.head_dim**-0.5)
             else:
-                o, cache = _cached_core(q, k, v, position_BS, cache, cfg.head_dim**-0.5)
+                o, cache = _cached_core(q, k, v, position_BS, cache, seen_BM, cfg.head_dim**-0.5)
         w_o = gather(self.weights["o"], declared["o"].names, cfg.dtype)
         return jnp.einsum("BSHA,HAD->BSD", o, w_o, out_sharding=P(BATCH, None, None)), cache
 
@@ -82,16 +90,18 @@ def _sharded_core(q, k, v, segment_BS, scale: float) -> jax.Array:
     return run(q, k, v, segment_BS)
 
 
-def _cached_core(q, k, v, position_BS, cache: Cache, scale: float) -> tuple[jax.Array, Cache]:
-    """Writes the new keys and values at their positions, then attends to all positions up to each query's own."""
+def _cached_core(q, k, v, position_BS, cache: Cache, seen_BM, scale: float) -> tuple[jax.Array, Cache]:
+    """Writes the new keys and values at their positions, then attends to all positions up to each query's own (that `seen_BM` allows)."""
 
-    def on_device(q, k, v, position_BS, cache):
+    def on_device(q, k, v, position_BS, cache, seen_BM):
         row = jnp.arange(q.shape[0])[:, None]
         k_BMGA = cache.k_BMGA.at[row, position_BS].set(k, mode="drop")
         v_BMGA = cache.v_BMGA.at[row, position_BS].set(v, mode="drop")
         mask_BSM = jnp.arange(k_BMGA.shape[1])[None, None, :] <= position_BS[:, :, None]
+        mask_BSM = mask_BSM if seen_BM is None else mask_BSM & seen_BM[:, None, :]
         return decode_attention(q, k_BMGA, v_BMGA, mask_BSM, scale=scale), Cache(k_BMGA, v_BMGA)
 
     heads = P(BATCH, None, "model", None)
-    specs = (heads, heads, heads, P(BATCH, None), Cache(heads, heads))
-    return jax.shard_map(on_device, in_specs=specs, out_specs=(heads, Cache(heads, heads)))(q, k, v, position_BS, cache)
+    specs = (heads, heads, heads, P(BATCH, None), Cache(heads, heads), P(BATCH, None))
+    run = jax.shard_map(on_device, in_specs=specs, out_specs=(heads, Cache(heads, heads)))
+    return run(q, k, v, position_BS, cache, seen_BM)

@@ -1,8 +1,9 @@
 """The decoder: embedding, a pattern of pre-norm blocks (prefix, period x repeats, suffix), final norm, head. Global view.
 
 A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is dense or a mixture of experts (plus shared
-experts). With `scan`, one period is stacked over the repeats and run by lax.scan: equal first values, equal functions. Every block returns
-`(x, sums)`; the sums of the MoE blocks are stacked to [L, B, ...] in the order of the blocks.
+experts). A block of kind "depth:dense" or "depth:moe" is one that only some tokens go through (models/depth.py). With `scan`, one period
+is stacked over the repeats and run by lax.scan: equal first values, equal functions. Every block returns `(x, sums)`; the sums of one
+name are stacked to [L, B, ...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
 
 Shapes: B rows, S sequence, D model, V vocabulary, L MoE layers, M length of the cache.
 """
@@ -16,10 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import ModelConfig, Options
+from moe_jax.errors import UserError
 from moe_jax.mesh import BATCH, P
+from moe_jax.models import depth
 from moe_jax.models.attention import Attention, Cache
 from moe_jax.models.layers import FeedForward, dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.weights import Weight, Weights
 
 # What the backward pass keeps of a block instead of recomputing it.
@@ -42,28 +46,49 @@ class Context(NamedTuple):
 class Block(nnx.Module):
     def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig):
         keys = jax.random.split(key, 4)
-        self.cfg, self.kind = cfg, kind
+        self.cfg, self.kind, self.wrapped = cfg, depth.inner(kind), kind != depth.inner(kind)
         scale = Weight((cfg.d_model,), (None,), 0.0, 1.0)
         self.norms = Weights(keys[0], {"attention_norm_scale": scale, "ffn_norm_scale": scale}, cfg.param_dtype)
         self.attention = Attention(keys[1], cfg)
-        width = cfg.ffn_hidden if kind == "dense" else cfg.moe.shared_experts * cfg.moe.expert_hidden
+        width = cfg.ffn_hidden if self.kind == "dense" else cfg.moe.shared_experts * cfg.moe.expert_hidden
         if width:
             self.dense = FeedForward(keys[2], cfg.d_model, width, cfg.activation, out_std(width, cfg), cfg.param_dtype)
-        if kind == "moe":
+        if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
+        if self.wrapped:
+            wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
+            self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
-    def __call__(self, x_BSD: jax.Array, context: Context, train: bool, cache: Cache | None = None):
+    def __call__(self, x_BSD: jax.Array, context: Context, train: bool, cache: Any = None):
+        """(x_BSD, sums, cache); `cache`: a Cache, or a DepthCache."""
+        context = context._replace(batch=of_block(context.batch, context.index))
+        if self.wrapped:
+            router_D = self.depth["router"]
+            if cache is not None:
+                x_BSD, cache = depth.cached(self._update, router_D, x_BSD, context, cache, self.cfg)
+                return x_BSD, {}, cache
+            return *depth.through(self._update, router_D, x_BSD, context, train, self.cfg), None
+        (attended, fed), sums, cache = self._parts(x_BSD, context, train, cache, None)
+        return x_BSD + attended + fed, sums, cache
+
+    def _update(self, *args):
+        """What the block adds to the residual stream; otherwise as `_parts`."""
+        (attended, fed), sums, cache = self._parts(*args)
+        return attended + fed, sums, cache
+
+    def _parts(self, x_BSD: jax.Array, context: Context, train: bool, cache: Cache | None, seen_BM: jax.Array | None):
+        """((what attention adds, what the feed-forward adds), sums, cache)."""
         cfg, batch = self.cfg, context.batch
         keys = jax.random.split(jax.random.fold_in(context.rng, context.index), 3)
         drop = lambda y, key: dropout(y, cfg.dropout if train else 0.0, key, batch.row_B)
         h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
-        y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache)
-        x_BSD = x_BSD + drop(y, keys[0])
-        h = rms_norm(x_BSD, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
-        y, sums = self.moe(h, of_block(batch, context.index), keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
+        y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache, seen_BM)
+        attended = drop(y, keys[0])
+        h = rms_norm(x_BSD + attended, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
+        y, sums = self.moe(h, batch, keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
         if hasattr(self, "dense"):
             y = y + self.dense(h)
-        return x_BSD + drop(y, keys[2]), sums, cache
+        return (attended, drop(y, keys[2])), sums, cache
 
 
 class Period(nnx.Module):
@@ -106,11 +131,9 @@ class Decoder(nnx.Module):
         x, middle = self._repeats(run, x, Context(batch, rng, jnp.int32(1 + len(cfg.prefix))))
         last = 1 + len(cfg.prefix) + len(cfg.period) * cfg.repeats
         x, after = run_blocks(run, self.suffix, x, Context(batch, rng, jnp.int32(last)))
-        parts = [part for part in (before, middle, after) if part]
-        sums = jax.tree.map(lambda *z: jnp.concatenate(z), *parts) if parts else {}
-        return self._head(x), sums
+        return self._head(x), by_name(jnp.concatenate, [before, middle, after])
 
-    def cached(self, batch: Batch, caches: list[Cache]) -> tuple[jax.Array, list[Cache]]:
+    def cached(self, batch: Batch, caches: list[Any]) -> tuple[jax.Array, list[Any]]:
         """Logits of the tokens of `batch`, which follow those in the caches (one a block, in order). Loop layout only."""
         blocks = [*self.prefix, *(block for period in self.repeats for block in period.blocks), *self.suffix]
         x, new = self._embed(batch.id_BS), []
@@ -144,17 +167,32 @@ class Decoder(nnx.Module):
         parts = []
         for i, period in enumerate(self.repeats):
             x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
-            parts += [sums] if sums else []
-        return x_BSD, jax.tree.map(lambda *z: jnp.concatenate(z), *parts) if parts else {}
+            parts.append(sums)
+        return x_BSD, by_name(jnp.concatenate, parts)
 
 
 def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
-    """Runs blocks in order; the sums of the MoE blocks among them, stacked [n, B, ...]."""
+    """Runs blocks in order; the sums of each name, stacked [n, B, ...] over the n blocks that have it."""
     parts = []
     for i, block in enumerate(blocks):
         x_BSD, sums = run(block, x_BSD, context._replace(index=context.index + i))
-        parts += [sums] if sums else []
-    return x_BSD, jax.tree.map(lambda *z: jnp.stack(z), *parts) if parts else {}
+        parts.append(sums)
+    return x_BSD, by_name(jnp.stack, parts)
+
+
+def by_name(join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Joins what is there under each name: a block has the sums of its MoE layer, of its depth router, both or none."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: join([part[name] for part in parts if name in part]) for name in names}
+
+
+def empty_caches(cfg: ModelConfig, num_rows: int, length: int) -> list[Any]:
+    """Caches of `length` tokens that hold none yet, one a block."""
+    at = lambda x, *dims: jax.sharding.reshard(x, P(BATCH, *dims))
+    zero = lambda: at(jnp.zeros((num_rows, length, cfg.num_kv_heads, cfg.head_dim), cfg.dtype), None, "model")
+    chosen = lambda: at(jnp.zeros((num_rows, length), bool), None)
+    plain = lambda kind: kind == depth.inner(kind)
+    return [Cache(zero(), zero()) if plain(kind) else depth.DepthCache(zero(), zero(), chosen()) for kind in cfg.blocks]
 
 
 def remat(cfg: ModelConfig, train: bool):
@@ -166,9 +204,10 @@ def remat(cfg: ModelConfig, train: bool):
 
 
 def of_block(batch: Batch, index: jax.Array) -> Batch:
-    """The batch with the recorded routing of one block (blocks count from 1) instead of [num_blocks, B, S, K] of all."""
+    """The batch with what is told to one block (blocks count from 1) instead of [num_blocks, B, ...] of all."""
     one = lambda z: jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
-    return batch._replace(recorded=jax.tree.map(one, batch.recorded))
+    told = ("recorded", "removed_BE", "barred_BE")
+    return batch._replace(**{name: jax.tree.map(one, getattr(batch, name)) for name in told})
 
 
 def out_std(width: int, cfg: ModelConfig) -> float:
@@ -182,7 +221,31 @@ def moe_config(cfg: ModelConfig) -> MoE:
     return MoE(**same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg))
 
 
+def why_not_decoded(cfg: ModelConfig) -> str:
+    """Why a model cannot be decoded token by token; "" where it can. A router that balances in training alone can."""
+    moe = cfg.moe
+    if not cfg.num_moe_layers:
+        return ""
+    if moe.router == "recorded":
+        return 'model.moe.router = "recorded" replays a recording, and there is none of text that is yet to be written'
+    if ROUTERS[moe.router].own_capacity or moe.dispatcher == "slots":
+        return (
+            f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence, at evaluation too: token by token it would be '
+            "another model than the one that was trained"
+        )
+    return ""
+
+
+def for_decoding(cfg: ModelConfig) -> ModelConfig:
+    """The same model as `Decoder.cached` runs it: nothing drops, layers unstacked. UserError where `why_not_decoded`."""
+    if reason := why_not_decoded(cfg):
+        raise UserError(f"this model cannot be decoded: {reason}")
+    return dataclasses.replace(with_dispatcher(cfg, "dropless"), scan=False)
+
+
 def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
-    """The same model with another dispatcher (dropless for decoding, or for evaluation)."""
+    """The same model with another dispatcher (dropless for decoding, or for evaluation). UserError for soft MoE, which has but one."""
+    if cfg.moe.dispatcher == "slots" != name:
+        raise UserError(f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" knows nothing of')
     options = cfg.moe.dispatcher_options if cfg.moe.dispatcher == name else {"dropless": Options(buffer=0.0)}[name]
     return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher=name, dispatcher_options=options))

@@ -17,7 +17,7 @@ def stack(states: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
     parts: dict[str, list[jax.Array]] = {}
     layers: dict[str, list[np.ndarray]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(states)[0]:
-        name, place = path[-1].key, _layers(path, cfg)
+        name, place = path[-1].key, layers_of(path, cfg)
         parts.setdefault(name, []).append(leaf if place.ndim else leaf[None])
         layers.setdefault(name, []).append(np.atleast_1d(place))
     return {name: jnp.concatenate(parts[name])[np.argsort(np.concatenate(layers[name]))] for name in parts}
@@ -25,11 +25,11 @@ def stack(states: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
 
 def unstack(states: Any, stacked: dict[str, jax.Array], cfg: ModelConfig) -> Any:
     """The nested dict of a model, of the structure of `states`, with the arrays of `stacked`."""
-    take = lambda path, leaf: stacked[path[-1].key][_layers(path, cfg)].astype(leaf.dtype)
+    take = lambda path, leaf: stacked[path[-1].key][layers_of(path, cfg)].astype(leaf.dtype)
     return jax.tree_util.tree_map_with_path(take, states)
 
 
-def _layers(path: Any, cfg: ModelConfig) -> np.ndarray:
+def layers_of(path: Any, cfg: ModelConfig) -> np.ndarray:
     """Which MoE layers a leaf of the model belongs to: a number, or one for every repeat of a scan."""
     keys = [key.key for key in path]
     count = lambda blocks: sum(kind.endswith("moe") for kind in blocks)

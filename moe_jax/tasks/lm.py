@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.mesh import P
-from moe_jax.moe import load, losses
+from moe_jax.models import depth
+from moe_jax.moe import load, losses, probe
 from moe_jax.moe.layer import Batch as ModelBatch
 
 
@@ -24,11 +25,20 @@ class Inputs(NamedTuple):
     position_BS: jax.Array
     domain_BS: jax.Array
     row_B: jax.Array
+    # What instruments tell the MoE layers, for all M blocks of the model (moe/probe.py); () = nothing.
+    recorded: Any = ()  # (experts, gates) [B, M, S, K] of a recording
+    removed_BME: Any = ()  # experts whose assignments go nowhere
+    barred_BME: Any = ()  # experts that the router must go round
+
+
+def _seen(batch: Inputs, record: Mapping[str, Any]) -> ModelBatch:
+    by_block = lambda tree: jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tree)
+    told = map(by_block, (batch.recorded, batch.removed_BME, batch.barred_BME))
+    return ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B, *told, record or ())
 
 
 def _apply(model: Callable, batch: Inputs, rng: jax.Array, train: bool):
-    seen = ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    logits_BSV, sums = model(seen, rng, train)
+    logits_BSV, sums = model(_seen(batch, {}), rng, train)
     return logits_BSV, negative_log_likelihood(logits_BSV, batch.targets_BS), batch.segment_BS > 0, sums
 
 
@@ -40,22 +50,31 @@ def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.
 
 
 def forward(model: Callable, batch: Inputs, rng: jax.Array) -> dict[str, Any]:
-    """Training sums of a (micro-)batch: nll (nats), tokens, and the MoE layers' `moe` totals [L, ...]."""
+    """Training sums of a (micro-)batch: nll (nats), tokens, and the layers' totals [L, ...], `moe` and `depth`."""
     _, nll_BS, valid_BS, sums = _apply(model, batch, rng, True)
     return {
         "nll": jnp.where(valid_BS, nll_BS, 0).sum(),
         "tokens": valid_BS.sum().astype(nll_BS.dtype),
-        "moe": load.totals(sums),
+        "moe": load.totals(depth.without(sums)),
+        "depth": depth.totals(sums),
     }
 
 
 def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss that is differentiated: nats per token plus the router's auxiliary losses; and its parts."""
     nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
-    if not totals["moe"]:
-        return nll, {"nll": nll}
-    extra, values = losses.auxiliary(totals["moe"], coefficients)
-    return nll + extra.astype(nll.dtype), {"nll": nll, **{f"{name}_loss": value for name, value in values.items()}}
+    loss, parts = nll, {"nll": nll, **depth.figures(totals["depth"])}
+    if totals["depth"]:
+        loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
+    if totals["moe"]:
+        extra, values = losses.auxiliary(totals["moe"], coefficients)
+        loss, parts = loss + extra.astype(nll.dtype), parts | {f"{name}_loss": value for name, value in values.items()}
+    return loss, parts
+
+
+def record(model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The routing of each token, {"expert", "gate", "dropped": [L, B, S, K]}, as `wanted` says: probe.ROUTING or probe.INPUTS."""
+    return probe.split(model(_seen(batch, wanted), rng, train)[1])[1]
 
 
 def evaluate(model: Callable, batch: Inputs, bytes_V: jax.Array, num_domains: int) -> dict[str, Any]:
@@ -73,8 +92,9 @@ def evaluate(model: Callable, batch: Inputs, bytes_V: jax.Array, num_domains: in
         "tokens": per_domain(valid_BS),
         "correct": per_domain(best_BS == batch.targets_BS),
         "bytes": per_domain(text_BS),
-        "moe": load.totals(sums),
-        "routing": routing_by_domain(sums, batch.domain_BS[:, 0], num_domains),
+        "moe": load.totals(depth.without(sums)),
+        "depth": depth.totals(sums),
+        "routing": routing_by_domain(depth.without(sums), batch.domain_BS[:, 0], num_domains),
     }
 
 

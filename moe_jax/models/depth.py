@@ -1,0 +1,159 @@
+"""Mixture of depths: a whole block that only some tokens of a row go through (Raposo et al. 2024, arXiv:2404.02258).
+
+A linear router gives every token a scalar r_i = w . x_i (section 3.4), in at least float32. The tokens that are chosen go through the
+block, and attend only to each other; the others skip it (eq. 1):
+
+    x_i + r_i f_i(chosen x)   if i is chosen,      x_i   if not,
+
+where f is all that the block would add to the residual stream. The factor r_i is how the loss reaches the router.
+
+Training chooses the `capacity` S largest r_i of each row, padding apart ("expert choice", section 3.3): a fixed number, so the block costs
+that fraction. Whether a token is among them depends on later tokens, so a causal language model that trains so has a leak, and config asks
+for `model.allow_leak`. Nothing can be decoded by that rule. Evaluation and generation therefore *always* use the causal rule of section
+3.5: token i is chosen if sigmoid(r_i) > 1/2, so bits per byte are those of a model that can be decoded. The rule is trained by a binary
+cross-entropy whose logits are the r_i and whose targets say which tokens were among the largest; its gradient reaches w and not x. The
+causal rule chooses any number of tokens: all S places are computed, and those that no token needs are padding.
+
+Statistics leave as sums per row, named "depth/...", beside those of the MoE layers: one entry per depth block.
+
+Shapes: B rows, S sequence, C places in the block (S or fewer), D model, M length of the cache, L depth blocks.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import DEPTH, ModelConfig
+from moe_jax.models.attention import Cache
+from moe_jax.models.layers import gather
+from moe_jax.weights import Weight
+
+NAME = "depth/"  # what the names of the sums begin with
+
+Sums = dict[str, jax.Array]
+Update = Callable[..., tuple[jax.Array, Sums, Any]]  # of a block: what it adds to x_BSD, its sums, its cache
+
+
+class DepthCache(NamedTuple):
+    """The keys and values of a depth block, slot by position, and which positions hold a token that went through it."""
+
+    k_BMGA: Any
+    v_BMGA: Any
+    chosen_BM: Any
+
+
+def inner(kind: str) -> str:
+    """ "depth:moe" -> "moe": what a block is inside."""
+    return kind.removeprefix(DEPTH)
+
+
+def declare(cfg: ModelConfig) -> dict[str, Weight]:
+    return {"router": Weight((cfg.d_model,), ("embed",), cfg.d_model**-0.5)}
+
+
+def num_chosen(capacity: float, seq_len: int) -> int:
+    """C = ceil(capacity S) tokens of a row go through a block in training; rounding errors of the product do not add one."""
+    return max(1, math.ceil(capacity * seq_len - 1e-9))
+
+
+def choose(logit_BS: jax.Array, valid_BS: jax.Array, num: int) -> jax.Array:
+    """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer; of equals the first."""
+    S = logit_BS.shape[1]
+    _, index_BC = jax.lax.top_k(jnp.where(valid_BS, logit_BS, -jnp.inf), num)
+    mark = lambda index_C: jnp.zeros(S, bool).at[index_C].set(True)
+    return jax.vmap(mark)(index_BC) & valid_BS
+
+
+def through(
+    update: Update, router_D: jax.Array, x_BSD: jax.Array, context: Any, train: bool, cfg: ModelConfig
+) -> tuple[jax.Array, Sums]:
+    """(x_BSD after the block, sums of the block and of its depth router).
+
+    The chosen tokens stand first, in order, as rows of C places with their own ids, positions and segments; what is left is segment 0.
+    """
+    S = x_BSD.shape[1]
+    logit_BS, chosen_BS, sums = _route(router_D, x_BSD, context.batch.segment_BS > 0, train, cfg)
+    num = num_chosen(cfg.depth.capacity, S) if train else S
+    with jax.named_scope("depth"):
+        place_BC = jax.vmap(lambda chosen_S: jnp.nonzero(chosen_S, size=num, fill_value=S)[0])(chosen_BS)
+        take = jax.vmap(lambda z, place_C: z.at[place_C].get(mode="fill", fill_value=0))
+        batch = jax.tree.map(lambda z: take(z, place_BC) if z.ndim > 1 else z, context.batch)
+        h_BCD, gate_BC = take(x_BSD, place_BC), take(logit_BS, place_BC)
+    y_BCD, block_sums, _ = update(h_BCD, context._replace(batch=batch), train, None, None)
+    with jax.named_scope("depth"):
+        add = jax.vmap(lambda x_SD, place_C, y_CD: x_SD.at[place_C].add(y_CD, mode="drop"))
+        x_BSD = add(x_BSD, place_BC, y_BCD * gate_BC[:, :, None].astype(y_BCD.dtype))
+    return x_BSD, {**block_sums, **sums}
+
+
+def cached(
+    update: Update, router_D: jax.Array, x_BSD: jax.Array, context: Any, cache: DepthCache, cfg: ModelConfig
+) -> tuple[jax.Array, DepthCache]:
+    """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key that a later one may see."""
+    batch = context.batch
+    logit_BS, chosen_BS, _ = _route(router_D, x_BSD, batch.segment_BS > 0, False, cfg)
+    write = jax.vmap(lambda old_M, position_S, new_S: old_M.at[position_S].set(new_S, mode="drop"))
+    chosen_BM = write(cache.chosen_BM, batch.position_BS, chosen_BS)
+    context = context._replace(batch=batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0)))
+    y_BSD, _, new = update(x_BSD, context, False, Cache(cache.k_BMGA, cache.v_BMGA), chosen_BM)
+    gate_BS = jnp.where(chosen_BS, logit_BS, 0)
+    return x_BSD + y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype), DepthCache(*new, chosen_BM)
+
+
+def _route(
+    router_D: jax.Array, x_BSD: jax.Array, valid_BS: jax.Array, train: bool, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, Sums]:
+    """(logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
+    with jax.named_scope("depth"):
+        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+        w_D = gather(router_D, ("embed",), str(wide))
+        scores = lambda x_BSD: jnp.einsum("BSD,D->BS", x_BSD.astype(wide), w_D)
+        logit_BS = scores(x_BSD)
+        top_BS = choose(jax.lax.stop_gradient(logit_BS), valid_BS, num_chosen(cfg.depth.capacity, x_BSD.shape[1]))
+        causal_BS = (logit_BS > 0) & valid_BS
+        aux_BS = scores(jax.lax.stop_gradient(x_BSD))
+        per_row = lambda z_BS: jnp.where(valid_BS, z_BS.astype(wide), 0).sum(1)
+        bce_B = per_row(jax.nn.softplus(aux_BS) - jnp.where(top_BS, aux_BS, 0))
+        sums = {
+            "tokens": per_row(valid_BS),
+            "top": per_row(top_BS),
+            "causal": per_row(causal_BS),
+            "agree": per_row(top_BS == causal_BS),
+            "bce": bce_B,
+            "penalty": cfg.depth.loss * bce_B,
+        }
+        return logit_BS, top_BS if train else causal_BS, {NAME + name: z for name, z in sums.items()}
+
+
+# What becomes of the sums.
+
+
+def totals(sums_LB: Mapping[str, jax.Array]) -> Sums:
+    """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
+    return {name.removeprefix(NAME): x.sum(1) for name, x in sums_LB.items() if name.startswith(NAME)}
+
+
+def without(sums_LB: Mapping[str, jax.Array]) -> Sums:
+    """The sums of the MoE layers alone."""
+    return {name: x for name, x in sums_LB.items() if not name.startswith(NAME)}
+
+
+def penalty(totals: Mapping[str, jax.Array]) -> jax.Array:
+    """What the objective adds: model.depth.loss times the cross-entropy of the causal rule, mean over tokens, then over blocks."""
+    return (totals["penalty"] / jnp.maximum(totals["tokens"], 1)).mean()
+
+
+def figures(totals: Mapping[str, Any]) -> dict[str, Any]:
+    """Means over depth blocks: {} without any.
+
+    depth_loss: cross-entropy of the causal rule, nats per token (log 2 = it knows nothing); depth_top and depth_causal: fraction of the
+    tokens that each rule lets through the block; depth_agreement: fraction of the tokens that both rules treat alike.
+    """
+    if not totals:
+        return {}
+    mean = lambda name: (totals[name] / totals["tokens"].clip(1)).mean()
+    names = {"loss": "bce", "top": "top", "causal": "causal", "agreement": "agree"}
+    return {f"depth_{name}": mean(key) for name, key in names.items()}
