@@ -1,0 +1,204 @@
+"""Proves that a config computes the same on every mesh, in float64, on simulated devices; docs/verify.md tells how to read the table.
+
+    python -m moe_jax verify --config configs/quickstart.py
+    python -m moe_jax verify --config configs/debug.py --set 'model.moe.dispatcher="capacity"' --meshes 2x2x2,1x8x1 --processes 2
+
+Exit codes: 0 proven, 1 something deviates (the verdict says what and where first), 64 a mistake that the message names.
+"""
+
+import argparse
+import ast
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax import config, config_file
+from moe_jax.errors import UserError
+from moe_jax.verify import certificate, shrink
+from moe_jax.verify.alone import Check
+from moe_jax.verify.compare import LIMITS
+from moe_jax.verify.run import ALL, Result, Row, Wanted, verify
+
+COLUMNS = {
+    "forward": "loss",
+    "tokens": "token",
+    "counts": "counts",
+    "drops": "drops",
+    "sums": "stats",
+    "gradients": "gradient",
+    "state": "params",
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m moe_jax verify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="config file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it")
+    parser.add_argument("--meshes", default="", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8")
+    parser.add_argument("--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps that are compared (default 5)")
+    parser.add_argument("--float32", action="store_true", help="float32 on every mesh, not only on the widest")
+    parser.add_argument(
+        "--certificate", type=Path, help="file for what was proven: JSON, or Markdown if it ends in .md"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args, console, start = parse(argv), Console(), time.monotonic()
+    raw, shapes = read(args.config, args.set), meshes(args.meshes)
+    if args.steps < 1 or args.processes not in (1, 2, 4, 8):
+        raise UserError(f"--steps {args.steps} must be at least 1, and --processes {args.processes} one of 1, 2, 4, 8")
+    simulate()
+    with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder, console.status("one device") as status:
+        wanted = Wanted(shapes, args.steps, args.processes, args.float32)
+        found = verify(raw, wanted, Path(folder), lambda text: status.update(text))
+    text = verdict(found)
+    console.print(rules_table(found.rules), meshes_table(found))
+    for row in found.rows:
+        if row.refused or row.failure:
+            console.print(
+                f"{row.name}: {row.refused or row.failure}", style="dim" if row.refused else "red", markup=False
+            )
+    console.print(alone_table(found.alone))
+    console.print(f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)")
+    if args.certificate:
+        certificate.write(args.certificate, certificate.content(raw, str(args.config), found, text))
+        console.print(f"certificate: {args.certificate}")
+    return 0 if found.proven else 1
+
+
+def simulate() -> None:
+    """Eight CPU devices and float64, before jax looks for devices."""
+    os.environ.setdefault("PJRT_NPROC", "64")  # fewer threads deadlock the collectives of 8 devices on two cores
+    jax.config.update("jax_platforms", "cpu")
+    if jax.config.jax_num_cpu_devices != shrink.DEVICES:
+        jax.config.update("jax_num_cpu_devices", shrink.DEVICES)
+    jax.config.update("jax_enable_x64", True)
+
+
+def read(path: Path, changes: list[str]) -> dict[str, Any]:
+    """The config as a nested dict of JSON values, with the keys of --set changed."""
+    found = config_file.load(path)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        try:
+            with found.unlocked():
+                found.update_from_flattened_dict({key: literal(value)})
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"--set {change}: {e}") from e
+        if not equals or key not in flat_keys(found.to_dict()):
+            raise UserError(f"--set {change}: write KEY=VALUE with a key of configs/base.py")
+    raw = json.loads(json.dumps(found.to_dict()))
+    config.refuse_unchosen(raw, json.loads(json.dumps(config_file.defaults(path).to_dict())))
+    return raw
+
+
+def flat_keys(tree: dict[str, Any], path: str = "") -> set[str]:
+    nested = [flat_keys(v, f"{path}{k}.") if isinstance(v, dict) else {path + k} for k, v in tree.items()]
+    return set().union(*nested)
+
+
+def literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def meshes(text: str) -> list[tuple[int, int, int]]:
+    if not text:
+        return list(ALL)
+    shapes = []
+    for part in text.split(","):
+        lengths = [int(n) if n.isdigit() else 0 for n in part.split("x")]
+        if len(lengths) != 3 or not 1 <= math.prod(lengths) <= shrink.DEVICES:
+            raise UserError(
+                f"--meshes {part}: write DATAxEXPERTxMODEL, of at most {shrink.DEVICES} devices, as in 2x2x2"
+            )
+        shapes.append((lengths[0], lengths[1], lengths[2]))
+    return shapes
+
+
+def verdict(found: Result) -> str:
+    """One line: proven, or what deviates and where first."""
+    ran = [row for row in found.rows if not row.refused]
+    wrong = [check for check in found.alone if not check.sound]
+    if found.proven:
+        refused = len(found.rows) - len(ran)
+        more = f"; {refused} refused by the config's own rules" if refused else ""
+        return f"PROVEN: {len(ran)} layouts equal one device over {found.steps} steps{more}"
+    if wrong:
+        return f"DEVIATES on one device: not so: {wrong[0].claim} ({wrong[0].value:.1e} > {wrong[0].limit:.0e})"
+    row = next(row for row in ran if not row.sound)
+    if row.failure:
+        return f"DEVIATES: {row.name} {row.failure}"
+    if row.first:
+        of = f" of {row.first.where}" if row.first.where else ""
+        limit = LIMITS[row.first.check]
+        return f"DEVIATES: {row.name}, step {row.first.step}: {row.first.check}{of} by {row.first.value:.1e} (limit {limit:.0e})"
+    return f"DEVIATES: {row.name}: its checkpoint read on {row.reader} differs in {row.unequal[0]}"
+
+
+def rules_table(rules: list[shrink.Rule]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for rule in rules:
+        table.add_row(rule.key, f"{rule.yours} -> {rule.shrunk}", f"[dim]{rule.why}[/]")
+    return table
+
+
+def meshes_table(found: Result) -> Table:
+    table = Table(title="largest deviation from one device, float64", title_justify="left")
+    table.add_column("data x expert x model")
+    for title in (*COLUMNS.values(), "checkpoint", "float32"):
+        table.add_column(title, justify="right")
+    table.add_row("limit", *(number(LIMITS[check]) for check in COLUMNS), "equal bits", "not judged", style="dim")
+    for row in found.rows:
+        table.add_row(*cells(row))
+    worst = max((r.deviations["gradients"] for r in found.rows if r.deviations), key=lambda d: d.value, default=None)
+    if worst:
+        table.caption = f"worst gradient: {worst.where}, step {worst.step}"
+        table.caption_justify = "left"
+    return table
+
+
+def cells(row: Row) -> list[str]:
+    name = row.name.replace(" ", "\n", 1)
+    if row.refused or row.failure:
+        return [name, "refused" if row.refused else "[red]fails[/]"]
+    marks = []
+    for check in COLUMNS:
+        found = row.deviations.get(check)
+        text = number(found.value) if found else "-"
+        marks.append(text if not found or found.sound else f"[red]{text}[/]")
+    checkpoint = f"[red]{len(row.unequal)} differ[/]" if row.unequal else f"on {row.reader}" if row.reader else "-"
+    return [name, *marks, checkpoint, float32(row)]
+
+
+def float32(row: Row) -> str:
+    if not row.rounded:
+        return "-"
+    flip = "no flip" if row.rounded.flip is None else f"flip {row.rounded.flip}"
+    return f"{number(row.rounded.loss)} {flip}"
+
+
+def number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}"
+
+
+def alone_table(checks: list[Check]) -> Table:
+    table = Table(title="on one device, for faults that every mesh would share", title_justify="left")
+    for title, justify in (("claim", "left"), ("deviation", "right"), ("limit", "right"), ("note", "left")):
+        table.add_column(title, justify="right" if justify == "right" else "left")
+    for check in checks:
+        value = number(check.value) if check.sound else f"[red]{number(check.value)}[/]"
+        table.add_row(check.claim, value, number(check.limit) if check.judged else "not judged", check.note)
+    return table

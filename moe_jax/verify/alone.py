@@ -1,0 +1,108 @@
+"""Checks on one device, for faults that every mesh would share: masks, causality, and the layer against plain arithmetic."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.moe import causality
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.state import State
+from moe_jax.verify import batches, reference
+from moe_jax.verify.compare import far
+from moe_jax.verify.program import Probe, Program
+
+LIMIT = 1e-10
+REFERENCE_LIMIT = 1e-9  # relative to the largest entry
+TRIALS = 3
+
+
+class Check(NamedTuple):
+    """One claim about the model on one device."""
+
+    claim: str
+    value: float
+    limit: float
+    note: str
+    judged: bool  # False: the config says that it may, or it cannot be decided
+
+    @property
+    def sound(self) -> bool:
+        return not self.judged or self.value <= self.limit
+
+
+def checks(program: Program, begin: State) -> list[Check]:
+    """`program` is compiled and has one device; `begin` is its state."""
+    found = [mean_loss(program, begin), *changes(program, begin)]
+    if program.cfg.model.num_moe_layers:
+        found += against_reference(program)
+    return found
+
+
+def mean_loss(program: Program, begin: State) -> Check:
+    """The language loss that is trained on is the mean over the places that are not padding."""
+    inputs = batches.batch(program.cfg, 0)
+    _, probe = program.step(begin, inputs)
+    nll = probe.nll_BS[inputs.segment_BS > 0].mean()
+    return Check(
+        "the loss is the mean over tokens that are not padding", abs(nll - probe.metrics["nll"]), LIMIT, "", True
+    )
+
+
+def changes(program: Program, begin: State) -> list[Check]:
+    """What must not matter to the loss of a token, changed, and how much it does."""
+    model = program.cfg.model
+    declared = {"padding": "", "future": "", "sequences": "", "document": ""}
+    if model.num_depth_blocks and model.depth.capacity < 1:
+        declared["future"] = "depth blocks choose over the whole sequence"
+    if model.num_moe_layers and causality.sees(model.moe).future:
+        declared["future"] = "the config sees the future: " + "; ".join(causality.reasons(model.moe))
+    declared["document"] = declared["future"]
+    if model.num_moe_layers and ROUTERS[model.moe.router].sees(model.moe.router_options).batch:
+        declared["sequences"] = f"the router {model.moe.router} chooses over all sequences"
+    group_rows = model.moe.group_rows if model.num_moe_layers else 1
+    return [_change(program, begin, name, c, declared[name]) for name, c in batches.changes(group_rows).items()]
+
+
+def _change(program: Program, begin: State, name: str, change: batches.Change, declared: str) -> Check:
+    worst, effect, drops = 0.0, 0.0, 0.0
+    for trial in range(TRIALS):
+        inputs = batches.batch(program.cfg, trial)
+        other = change.apply(inputs, np.random.default_rng(trial))
+        (_, before), (_, after) = program.step(begin, inputs), program.step(begin, other)
+        same_BS = change.same(inputs)
+        deviation = far(before.nll_BS[same_BS], after.nll_BS[same_BS])
+        if name == "padding":
+            deviation = max(deviation, _everything(before, after))
+        worst = deviation if not deviation <= worst else worst
+        effect = max(effect, far(before.nll_BS, after.nll_BS))
+        drops = max(drops, _drops(before), _drops(after))
+    if not effect:
+        return Check(change.claim, float("nan"), LIMIT, "nothing changed at all: the check proves nothing", True)
+    note = declared
+    if name == "document" and drops and not declared:
+        note = "documents of a row share capacity, and some assignments were dropped"
+    return Check(change.claim, worst, LIMIT, note, not note)
+
+
+def _everything(a: Probe, b: Probe) -> float:
+    """Padding must change neither the loss nor a statistic nor a gradient."""
+    sums = [far(a.sums[name], b.sums[name]) for name in a.sums]
+    grads = [far(a.grads[name], b.grads[name]) for name in a.grads]
+    return max([abs(a.loss - b.loss), *sums, *grads], key=lambda z: np.inf if np.isnan(z) else z)
+
+
+def _drops(probe: Probe) -> float:
+    return float(probe.sums["dropped"].sum()) if "dropped" in probe.sums else 0.0
+
+
+def against_reference(program: Program) -> list[Check]:
+    claims = "the MoE layer equals plain arithmetic over all experts", "and so do its gradients"
+    try:
+        dense = reference.compare(program, batches.batch(program.cfg, 0))
+    except reference.NoGates:
+        return [Check(claims[0], 0.0, 0.0, "the router mixes tokens: there are no gates", False)]
+    worst = f"worst: {dense.where}"
+    return [
+        Check(claims[0], dense.output, REFERENCE_LIMIT, "", True),
+        Check(claims[1], dense.gradient, REFERENCE_LIMIT, worst, True),
+    ]

@@ -1,0 +1,113 @@
+"""What is compared between two runs of one config, how far apart they may be, and where they part first.
+
+check       of                                     deviation                               limit
+forward     loss of the step                       absolute, nats per token                1e-10
+tokens      loss of every token                    absolute, nats                          1e-10
+counts      assignments per row, layer, expert     how many differ                         0
+drops       dropped assignments per row, layer     how many differ                         0
+sums        all other statistics per row           relative to 1 or the value              1e-10
+gradients   every parameter's gradient             relative to the parameter's largest     1e-9
+state       parameters and router state after k    absolute                                1e-8
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.verify.program import Probe
+
+LIMITS = {
+    "tokens": 1e-10,
+    "counts": 0.0,
+    "drops": 0.0,
+    "sums": 1e-10,
+    "forward": 1e-10,
+    "gradients": 1e-9,
+    "state": 1e-8,
+}
+ORDER = tuple(LIMITS)  # as the step computes them: the first that deviates is nearest to the cause
+
+
+class Deviation(NamedTuple):
+    """The worst deviation of one kind over the steps."""
+
+    check: str
+    value: float
+    where: str  # the name of the worst parameter or statistic; "" where there is but one
+    step: int  # of the worst deviation
+
+    @property
+    def sound(self) -> bool:
+        return self.value <= LIMITS[self.check]  # NaN is not
+
+
+def deviations(
+    want: Sequence[Probe], have: Sequence[Probe], want_state: Mapping[str, Any], have_state: Mapping[str, Any]
+) -> tuple[dict[str, Deviation], Deviation | None]:
+    """(the worst of every kind, the first beyond its limit or None) of the same steps of two runs; states by name."""
+    worst: dict[str, Deviation] = {}
+    first = None
+    for step, (a, b) in enumerate(zip(want, have, strict=True)):
+        found = {d.check: d for d in _of_step(a, b, step)}
+        if step == len(want) - 1:
+            found["state"] = _worst("state", _absolute(want_state, have_state), step + 1)
+        for check in (c for c in ORDER if c in found):
+            if first is None and not found[check].sound:
+                first = found[check]
+            if check not in worst or not found[check].value <= worst[check].value:
+                worst[check] = found[check]
+    return worst, first
+
+
+def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
+    yield Deviation("forward", abs(want.loss - have.loss), "", step)
+    yield Deviation("tokens", far(want.nll_BS, have.nll_BS), "", step)
+    if want.sums:
+        exact = [name for name in ("counts", "dropped") if name in want.sums]
+        differ = {name: unequal(want.sums[name], have.sums[name]) for name in exact}
+        yield Deviation("counts", differ.get("counts", 0.0), "", step)
+        yield Deviation("drops", differ.get("dropped", 0.0), "", step)
+        others = {name: (x, have.sums[name]) for name, x in want.sums.items() if name not in differ}
+        relative = {name: far(a, b, np.maximum(np.abs(a), 1)) for name, (a, b) in others.items()}
+        yield _worst("sums", relative, step)
+    yield _worst("gradients", relative_gradients(want.grads, have.grads), step)
+
+
+def relative_gradients(want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Deviation of every gradient relative to its largest entry, or to a millionth of the largest of all: some are only rounding."""
+    floor = 1e-6 * max((float(np.abs(g).max()) for g in want.values()), default=0.0)
+    return {name: far(g, have[name], max(float(np.abs(g).max()), floor)) for name, g in want.items()}
+
+
+def unequal(a: np.ndarray, b: np.ndarray) -> float:
+    """How many entries differ; soft MoE counts fractions, which may differ by rounding."""
+    return float((np.abs(a - b) > (0 if np.array_equal(a, np.round(a)) else 1e-10)).sum())
+
+
+def far(a: Any, b: Any, scale: Any = 1.0) -> float:
+    """The largest |a - b| / scale; NaN where either is."""
+    return float((np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / scale).max(initial=0.0))
+
+
+def _absolute(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, float]:
+    return {name: far(x, have[name]) for name, x in want.items()}
+
+
+def _worst(check: str, values: Mapping[str, float], step: int) -> Deviation:
+    name = max(values, key=lambda n: np.inf if np.isnan(values[n]) else values[n], default="")
+    return Deviation(check, values.get(name, 0.0), name, step)
+
+
+class Rounded(NamedTuple):
+    """A float32 run beside one device's: reported, never judged, because one rounding tie flips a routing and the curves part."""
+
+    loss: float  # largest deviation of the loss over the steps, relative
+    flip: int | None  # the first step whose counts differ
+    steps: int
+
+
+def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
+    loss = max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(want, have, strict=True))
+    parted = (unequal(a.sums["counts"], b.sums["counts"]) if "counts" in a.sums else 0 for a, b in zip(want, have))
+    return Rounded(loss, next((step for step, differs in enumerate(parted) if differs), None), len(want))

@@ -1,0 +1,75 @@
+"""The same program on several real processes, each with its share of the simulated devices, as a cluster would run it.
+
+python -m moe_jax.verify.processes JOB.json INDEX      one of them; `run` starts them
+"""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.verify import states
+from moe_jax.verify.program import Probe, Program
+
+SHAPE = (2, 2, 2)
+SECONDS = 300  # after which a process is taken to hang
+
+
+class Told(NamedTuple):
+    """What process 0 reports."""
+
+    probes: list[Probe]
+    end: dict[str, Any]
+
+
+def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | str:
+    """Runs a config on `count` processes from the state in folder/begin; the report, or what went wrong."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    job = folder / "job.json"
+    job.write_text(json.dumps({"raw": raw, "steps": steps, "count": count, "address": address}))
+    command = [sys.executable, "-m", "moe_jax.verify.processes", str(job)]
+    started = [
+        subprocess.Popen([*command, str(i)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for i in range(count)
+    ]
+    errors = []
+    for index, process in enumerate(started):
+        try:
+            text = process.communicate(timeout=SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = f"no end after {SECONDS} s"
+        if process.returncode:
+            errors.append(f"process {index} ends with {process.returncode}: {text.strip()[-500:]}")
+    if errors:
+        return errors[0]
+    probes, end = pickle.loads((folder / "told").read_bytes())
+    return Told([Probe(*probe) for probe in probes], end)
+
+
+def work(path: Path, index: int) -> None:
+    """One process: the steps of the job on the whole mesh; process 0 writes what it saw."""
+    job = json.loads(path.read_text())
+    os.environ.setdefault("PJRT_NPROC", "64")  # as in moe_jax.main: fewer threads deadlock collectives
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", SHAPE[0] * SHAPE[1] * SHAPE[2] // job["count"])
+    jax.config.update("jax_enable_x64", True)
+    jax.distributed.initialize(job["address"], job["count"], index, coordinator_bind_address=job["address"])
+    program = Program(job["raw"], SHAPE).compile()
+    end, probes = program.steps(states.read(program, path.parent / "begin"), job["steps"])
+    told = [tuple(probe) for probe in probes], states.named(program, end)
+    if index == 0:
+        (path.parent / "told").write_bytes(pickle.dumps(told))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,121 @@
+"""One compiled program per mesh, which tells everything that is compared: an optimizer step, its gradients, and each token's loss.
+
+Compilation is what a proof costs, so LLVM's optimisations are off (half the time); XLA's passes, which decide the collectives, are not.
+Shapes: B rows, S sequence, L MoE layers.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from moe_jax import config, mesh, place, state
+from moe_jax.checkpoint import flat
+from moe_jax.moe.layer import Batch
+from moe_jax.tasks import lm
+from moe_jax.verify.batches import batch
+
+OPTIONS = {"xla_backend_optimization_level": 0}
+AXES = ("data", "expert", "model")
+Shape = tuple[int, int, int]  # data x expert x model
+
+
+class Probe(NamedTuple):
+    """What one step tells, as NumPy arrays on the host."""
+
+    loss: float
+    metrics: dict[str, Any]
+    nll_BS: np.ndarray  # of a forward pass over the whole batch, in training mode
+    sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
+    grads: dict[str, np.ndarray]  # by name, layers unstacked
+
+
+class Program:
+    """A config on a mesh of the first devices. `compile()` before `step`; all methods set the mesh themselves."""
+
+    def __init__(self, raw: Mapping[str, Any], shape: Shape):
+        number = int(np.prod(shape))
+        lengths = dict(zip(AXES, shape, strict=True))
+        self.raw, self.shape = dict(raw), shape
+        self.cfg = config.build({**raw, "mesh": lengths}, number)
+        self.mesh = mesh.make(lengths, jax.devices()[:number])
+        self.wide = "float64" in (self.cfg.model.dtype, self.cfg.model.param_dtype)
+        with self.entered():
+            self.model = state.make_model(self.cfg.model)
+            self._initial = state.initial(self.cfg, self.model)
+            self.abstract = jax.eval_shape(self._initial, jax.random.key(0))
+
+    @contextlib.contextmanager
+    def entered(self):
+        with jax.set_mesh(self.mesh), jax.enable_x64(self.wide):
+            yield
+
+    def initial(self) -> state.State:
+        with self.entered():
+            key = jax.random.key(self.cfg.seed)
+            return jax.jit(self._initial).lower(key).compile(compiler_options=OPTIONS)(key)
+
+    def lower(self) -> jax.stages.Lowered:
+        with self.entered():
+            return jax.jit(self._probe).lower(self.abstract, self.put(batch(self.cfg, 0)))
+
+    def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
+        """Any thread may call this: compiling the programs of two meshes at once keeps two cores busy."""
+        self.run = (lowered or self.lower()).compile(compiler_options=OPTIONS)
+        return self
+
+    def put(self, inputs: lm.Inputs) -> lm.Inputs:
+        number = self.cfg.train.batch_size
+        rows = place.local_rows(number)
+        return place.put(tuple(z[rows] for z in inputs if len(z)), rows, number, lm.Inputs)
+
+    def on_mesh(self, x: jax.Array) -> jax.Array:
+        return jax.device_put(x, mesh.sharding("batch", *[None] * (x.ndim - 1)))
+
+    def step(self, now: state.State, inputs: lm.Inputs) -> tuple[state.State, Probe]:
+        with self.entered():
+            new, metrics, grads, nll_BS, sums = self.run(now, self.put(inputs))
+            metrics, nll_BS, sums = host((metrics, nll_BS, sums))  # and so one step is in flight at a time
+            return new, Probe(float(metrics["loss"]), metrics, nll_BS, sums, self.named(grads))
+
+    def steps(self, now: state.State, number: int) -> tuple[state.State, list[Probe]]:
+        probes = []
+        for step in range(number):
+            now, probe = self.step(now, batch(self.cfg, step))
+            probes.append(probe)
+        return now, probes
+
+    def named(self, tree: Any) -> dict[str, np.ndarray]:
+        """Host copies of a tree's arrays by their names on disk, where layers are never stacked."""
+        out = {}
+        for name, x in flat.flatten(host(tree)).items():
+            names = flat.layer_names(name, x.shape, self.cfg.model.scan)
+            out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
+        return out
+
+    def _probe(self, now: state.State, inputs: lm.Inputs):
+        seen = []
+        tx = state.make_tx(self.cfg, now.params)
+
+        def update(grads, opt_state, params):
+            seen.append(grads)
+            return tx.update(grads, opt_state, params)
+
+        step = state.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
+        new, metrics = step(now, inputs)
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 1), now.step)
+        seen_by_model = Batch(inputs.tokens_BS, inputs.position_BS, inputs.segment_BS, inputs.row_B)
+        logits, sums = self.model.bind(now.params, now.router_state)(seen_by_model, rng, True)
+        return new, metrics, seen[0], lm.negative_log_likelihood(logits, inputs.targets_BS), sums
+
+
+def host(tree: Any) -> Any:
+    """NumPy copies of arrays on the mesh; with several processes, the same on each."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, jax.device_get(tree))
+    keyed = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return multihost_utils.process_allgather(jax.tree.map(keyed, tree), tiled=True)

@@ -1,0 +1,217 @@
+"""The whole proof: one device as the reference, then every layout and mesh against it."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.errors import UserError
+from moe_jax.state import State
+from moe_jax.verify import alone, compare, processes, shrink, states
+from moe_jax.verify.compare import Deviation, Rounded
+from moe_jax.verify.program import AXES, Probe, Program, Shape
+
+ROUNDED_STEPS = 20
+FIRST_VALUES = 1e-12
+ONE: Shape = (1, 1, 1)
+ALL: list[Shape] = [
+    s for s in itertools.product((1, 2, 4, 8), repeat=3) if s[0] * s[1] * s[2] == shrink.DEVICES
+]  # every way to write 8 as data x expert x model
+
+# What jax and the rules raise while a layout is traced, compiled or run. Only a layout that breaks its own rules gets here.
+FAILURES = (ValueError, TypeError, NotImplementedError, AssertionError, jax.errors.JaxRuntimeError)
+
+
+class Reference(NamedTuple):
+    """One device, one large batch, a loop over the layers, nothing rematerialised."""
+
+    program: Program
+    begin: State
+    probes: list[Probe]
+    end: dict[str, np.ndarray]  # by name, after the steps
+
+
+class Row(NamedTuple):
+    """One layout on one mesh beside the reference."""
+
+    name: str
+    refused: str  # by which rule of the config; "" = it ran
+    failure: str  # the error that stopped it; "" = none
+    deviations: dict[str, Deviation]
+    first: Deviation | None  # the first beyond its limit
+    reader: str  # the mesh that read the checkpoint written here; "" = none was written
+    unequal: list[str]  # arrays that differ in a bit after that
+    rounded: Rounded | None  # float32
+
+    @property
+    def sound(self) -> bool:
+        return not (self.failure or self.first or self.unequal)
+
+
+class Result(NamedTuple):
+    rules: list[shrink.Rule]
+    alone: list[alone.Check]
+    rows: list[Row]
+    steps: int
+
+    @property
+    def proven(self) -> bool:
+        return all(check.sound for check in self.alone) and all(row.sound for row in self.rows)
+
+
+def empty(name: str, refused: str = "", failure: str = "") -> Row:
+    return Row(name, refused, failure, {}, None, "", [], None)
+
+
+class Wanted(NamedTuple):
+    """What to prove it on."""
+
+    shapes: Sequence[Shape]
+    steps: int
+    processes: int  # more than 1: also on as many real ones
+    float32: bool  # on every mesh, not only on the one with the most axes
+
+
+def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[str], None]) -> Result:
+    """Proves a config (a nested dict) on meshes of simulated devices.
+
+    `folder` is an empty directory for checkpoints; `say` is told what is being done. Raises UserError for a config that is refused by
+    its rules, on one device or on every mesh, or that does not run on one device.
+    """
+    small, rules = shrink.shrink(raw)
+    refusals = [refusal(small, shape) for shape in wanted.shapes]
+    if all(refusals):
+        raise UserError(f"every mesh is refused: {refusals[0]}")
+    say("one device")
+    try:
+        one = reference(small, wanted.steps)
+    except FAILURES as e:
+        raise UserError(f"the config does not run on one device, shrunk or not: {_line(e)}") from e
+    states.write(one.program, one.begin, folder / "begin")
+    rows = list(_rows(small, one, wanted, folder, say))
+    if wanted.processes > 1:
+        say(f"{wanted.processes} processes")
+        rows.append(_processes(small, one, wanted.processes, folder))
+    say("masks, causality, plain arithmetic")
+    found = [first_values(small, one, wanted.shapes), *alone.checks(one.program, one.begin)]
+    return Result(rules, found, rows, wanted.steps)
+
+
+def reference(small: Mapping[str, Any], steps: int) -> Reference:
+    program = Program(shrink.plain(small), ONE).compile()
+    begin = program.initial()
+    end, probes = program.steps(begin, steps)
+    return Reference(program, begin, probes, states.named(program, end))
+
+
+def against(one: Reference, program: Program, begin: State) -> tuple[State, dict[str, Deviation], Deviation | None]:
+    """The steps of a compiled program beside the reference's: (last state, worst deviations, the first beyond its limit)."""
+    end, probes = program.steps(begin, len(one.probes))
+    return end, *compare.deviations(one.probes, probes, one.end, states.named(program, end))
+
+
+def first_values(small: Mapping[str, Any], one: Reference, shapes: Sequence[Shape]) -> alone.Check:
+    """The first parameters, drawn on one device and on the mesh with the most axes."""
+    shape = widest(small, shapes)
+    program = Program(shrink.plain(small), shape)
+    want, have = states.named(one.program, one.begin), states.named(program, program.initial())
+    worst, name = max((compare.far(want[name], have[name]), name) for name in want)
+    return alone.Check(f"{label(shape)} draws the same first values", worst, FIRST_VALUES, name if worst else "", True)
+
+
+def widest(small: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
+    """The mesh that splits the most, of those that are not refused."""
+    return max((s for s in shapes if not refusal(small, s)), key=lambda s: sum(length > 1 for length in s))
+
+
+def refusal(small: Mapping[str, Any], shape: Shape) -> str:
+    return shrink.refusal(small, dict(zip(AXES, shape, strict=True)))
+
+
+def label(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+class _Job(NamedTuple):
+    name: str
+    shape: Shape
+    refused: str
+    failure: str
+    programs: list[Future[Program]]  # in float64, and in float32 if that is asked for
+
+
+def _rows(
+    small: Mapping[str, Any], one: Reference, wanted: Wanted, folder: Path, say: Callable[[str], None]
+) -> Iterator[Row]:
+    layout, names = shrink.layout(small)
+    narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
+    chosen = list(wanted.shapes) if wanted.float32 else [widest(small, wanted.shapes)]
+    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside of Python's lock: both cores are busy
+        rounded = _submit(pool, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
+        jobs = [_submit(pool, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
+        for shape in wanted.shapes:
+            also = [shrink.changed(small, narrow)] if shape in chosen else []
+            jobs.append(_submit(pool, label(shape), shape, [small, *also]))
+        want = _narrow(rounded.programs[0].result(), one.begin)
+        readers = [one.program]
+        while jobs:
+            say(jobs[0].name)
+            yield _row(jobs.pop(0), one, want, readers, folder)  # popped: a program is freed once it has run
+
+
+def _submit(pool: ThreadPoolExecutor, name: str, shape: Shape, raws: list[dict[str, Any]]) -> _Job:
+    """Traces here, compiles on the pool."""
+    refused = refusal(raws[0], shape)
+    if refused:
+        return _Job(name, shape, refused, "", [])
+    try:
+        programs = [Program(raw, shape) for raw in raws]
+        return _Job(name, shape, "", "", [pool.submit(p.compile, p.lower()) for p in programs])
+    except FAILURES as e:
+        return _Job(name, shape, "", f"is refused while it is traced: {_line(e)}", [])
+
+
+def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], folder: Path) -> Row:
+    """Runs one layout; its checkpoint is read on the mesh before it, of which `readers` keeps the last."""
+    if job.refused or job.failure:
+        return empty(job.name, job.refused, job.failure)
+    try:
+        program = job.programs[0].result()
+        begin = states.read(program, folder / "begin")
+        end, worst, first = against(one, program, begin)
+        reader = readers[-1]
+        unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
+        readers[:] = [program]
+        rounded = None
+        if len(job.programs) > 1:
+            rounded = compare.rounded(want, _narrow(job.programs[1].result(), begin))
+    except FAILURES as e:
+        return empty(job.name, failure=f"fails: {_line(e)}")
+    return Row(job.name, "", "", worst, first, label(reader.shape), unequal, rounded)
+
+
+def _narrow(program: Program, begin: State) -> list[Probe]:
+    """The probes of a float32 run from the rounded state of a float64 one."""
+    rounded = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin)
+    return program.steps(rounded, ROUNDED_STEPS)[1]
+
+
+def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Path) -> Row:
+    name = f"{label(processes.SHAPE)}, {count} processes"
+    refused = refusal(small, processes.SHAPE)
+    if refused:
+        return empty(name, refused)
+    found = processes.run(small, count, len(one.probes), folder)
+    if isinstance(found, str):
+        return empty(name, failure=found)
+    worst, first = compare.deviations(one.probes, found.probes, one.end, found.end)
+    return Row(name, "", "", worst, first, "", [], None)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

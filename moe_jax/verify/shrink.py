@@ -1,0 +1,136 @@
+"""A user's config made small enough to be proven in minutes, by stated rules that keep whatever decides how it is parallelised.
+
+Kept as they are: the router and its options, the dispatcher and its options, the losses, group_rows, shared experts, prefix, period and
+suffix, scan, remat, activation, biases, norms, tying, dropout, the optimizer and its options. What changes is listed, with a reason.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from moe_jax import config
+from moe_jax.errors import UserError
+
+DEVICES = 8  # what is simulated; every factorisation of it is a mesh
+MICRO_BATCHES = 4
+ONE = {"data": 1, "expert": 1, "model": 1}
+
+
+class Rule(NamedTuple):
+    """One key that shrinking changed."""
+
+    key: str
+    yours: Any
+    shrunk: Any
+    why: str
+
+
+def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
+    """(the small config, the rules that were applied). `raw` is the nested dict of a config; raises UserError when it is a bad one."""
+    yours = {**copy.deepcopy(dict(raw)), "mesh": ONE}
+    config.build(yours, 1)
+    small, rules = copy.deepcopy(yours), []
+    small["simulate_devices"] = DEVICES
+    for key, value, why in _rules(yours):
+        old = get(small, key)
+        if old != value:
+            put(small, key, value)
+            rules.append(Rule(key, old, value, why))
+    return _with_experts(small, rules)
+
+
+def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    model, train = raw["model"], raw["train"]
+    ratio = min(model["num_heads"] // model["num_kv_heads"], 2)
+    yield "model.d_model", 16, "small; divisible by data x expert"
+    yield "model.num_kv_heads", DEVICES, "divisible by every model axis"
+    yield "model.num_heads", DEVICES * ratio, "queries per key head kept, at most 2"
+    yield "model.head_dim", 2, "small"
+    yield "model.ffn_hidden", 32, "small; divisible by the model axis"
+    yield "model.moe.expert_hidden", 16, "small; divisible by the model axis"
+    yield "model.vocab_size", 64, "small; divisible by the model axis"
+    yield "model.repeats", min(model["repeats"], 2), "every further period repeats the second"
+    yield "model.param_dtype", "float64", "equality is provable: no rounding tie flips a routing"
+    yield "model.dtype", "float64", "likewise"
+    yield "data.seq_len", 16, "small"
+    rows = DEVICES * model["moe"]["group_rows"]
+    count = min(train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES)
+    many = max(count, 2)  # so that accumulation can be checked even where the config has none
+    yield "train.micro_batch_size", rows if count > 1 else 0, f"{DEVICES} devices x group_rows"
+    yield "train.batch_size", rows * many, f"{many} x {DEVICES} devices x group_rows"
+    yield "eval.batch_size", 0, "not evaluated"
+    yield "train.init_from", "", "begins at random"
+    yield "optim.warmup_steps", min(raw["optim"]["warmup_steps"], 1), "the first steps move the parameters"
+
+
+def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
+    """As few experts as keep their number modulo the expert axis, leave a choice to the router, and suit its options."""
+    key, moe = "model.moe.num_experts", small["model"]["moe"]
+    number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
+    if number % DEVICES == 0:
+        for fewer in range(DEVICES, number, DEVICES):
+            put(small, key, fewer)
+            if fewer >= 2 * k and accepted(small):
+                why = "the smallest multiple of 8, at least 2 k, that the router's options allow"
+                return small, [*rules, Rule(key, number, fewer, why)]
+        put(small, key, number)
+    config.build(small, 1)  # what shrinking broke is a mistake here, by its message
+    return small, rules
+
+
+def accepted(raw: Mapping[str, Any]) -> bool:
+    return not refusal(raw, ONE)
+
+
+def refusal(raw: Mapping[str, Any], lengths: Mapping[str, int]) -> str:
+    """Why the rules of the config refuse a mesh; "" when they do not."""
+    number = lengths["data"] * lengths["expert"] * lengths["model"]
+    try:
+        config.build({**copy.deepcopy(dict(raw)), "mesh": dict(lengths)}, number)
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+def get(raw: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        raw = raw[part]
+    return raw
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        raw = raw[part]
+    raw[last] = value
+
+
+def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with some keys ("model.scan") set."""
+    new = copy.deepcopy(dict(raw))
+    for key, value in changes.items():
+        put(new, key, value)
+    return new
+
+
+def plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference that every layout must equal: one large batch, a loop over the layers, nothing rematerialised."""
+    return changed(raw, {key: off for _, key, off, _ in _layouts(raw)})
+
+
+def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the config with accumulation, scan and remat all on, their names): its own where it has them, without what it cannot have."""
+    new, names = dict(raw), []
+    for name, key, off, on in _layouts(raw):
+        trial = changed(new, {key: on}) if get(raw, key) == off else new
+        if accepted(trial):
+            new, names = trial, [*names, name]
+    return new, names
+
+
+def _layouts(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """(name, key, its value when off, and on) of what may not change a model."""
+    if not raw["model"]["moe"]["losses"].get("micro_batch_balance"):  # by its definition a function of the micro-batch
+        yield "accumulate", "train.micro_batch_size", 0, DEVICES * raw["model"]["moe"]["group_rows"]
+    yield "scan", "model.scan", False, True
+    yield "remat", "model.remat", "none", "full"

@@ -1,0 +1,42 @@
+"""States on disk: written on one mesh, read on another, equal to the last bit."""
+
+from pathlib import Path
+
+import numpy as np
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.state import State
+from moe_jax.verify.program import Program
+
+COMPARED = ("params/", "router_state/", "ema/")  # of a state; moments follow from the gradients
+
+
+def write(program: Program, now: State, directory: Path) -> None:
+    with program.entered():
+        checkpoints = Checkpoints(directory, every=0, keep=1, keep_best=0)
+        checkpoints.save(0, now, metadata={}, score=None, stacked=program.cfg.model.scan)
+        checkpoints.close()
+
+
+def read(program: Program, directory: Path) -> State:
+    with program.entered():
+        checkpoints = Checkpoints(directory, every=0, keep=1, keep_best=0)
+        return checkpoints.restore(0, program.abstract, stacked=program.cfg.model.scan)
+
+
+def named(program: Program, now: State) -> dict[str, np.ndarray]:
+    """What is compared of a state, by name."""
+    with program.entered():
+        return {name: x for name, x in program.named(now).items() if name.startswith(COMPARED)}
+
+
+def unequal(program: Program, now: State, reader: Program, directory: Path) -> list[str]:
+    """Writes a state of `program` and reads it on the mesh of `reader`: the names of the arrays that differ in a bit."""
+    write(program, now, directory)
+    back = read(reader, directory)
+    with program.entered():
+        want = program.named(now)
+    with reader.entered():
+        have = reader.named(back)
+    same = lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    return sorted(name for name in want.keys() | have.keys() if not same(want[name], have[name]))

@@ -1,0 +1,199 @@
+"""Faults that parallel mixtures of experts have in practice, planted one at a time, and what of `verify` must find each.
+
+Shapes as in moe/layer.py; n length of a mesh axis, G devices of the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import state
+from moe_jax.models import decoder
+from moe_jax.moe import layer, load, losses
+from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
+from moe_jax.moe.grouped_matmul import expert_ffn
+from moe_jax.moe.layer import Shape
+from moe_jax.tasks import lm
+
+DROPLESS = {"model.moe.dispatcher": "dropless", "model.moe.dispatchers.capacity.factor": 1.25}
+E = 8
+
+
+def on_several_devices(axis: str) -> bool:
+    return jax.lax.axis_size(axis) > 1
+
+
+def batch_devices() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["data"] * mesh.shape["expert"]
+
+
+def gradient_times_axis(patch):
+    """The backward of the gather over `data` sums what is already a sum: n times the gradient, the forward pass untouched."""
+
+    def wrong(x, axis, dim):
+        y, n = exchange.all_gather(x, axis, dim), jax.lax.axis_size(axis)
+        return n * y - jax.lax.stop_gradient((n - 1) * y)
+
+    patch.setattr(layer, "all_gather", wrong)
+
+
+def statistics_per_device(patch):
+    """The balance loss of each device's rows, averaged over devices."""
+    right = load.totals
+
+    def wrong(sums_LB):
+        if not sums_LB:
+            return right(sums_LB)
+        part = lambda z: z.reshape((z.shape[0], batch_devices(), -1) + z.shape[2:]).sum(2)
+        counts, probs, tokens = (part(sums_LB[name]) for name in ("counts", "probs", "tokens"))
+        return right(sums_LB) | {"wrong": load.product(counts, probs, tokens).mean(1)}
+
+    patch.setattr(load, "totals", wrong)
+    patch.setitem(losses.LOSSES, "balance", lambda totals: totals["wrong"])
+
+
+def slice_off_by_one(patch):
+    """With experts on several devices, the slice of each begins one expert late."""
+    right = dropless._gather
+
+    def wrong(x_TD, routing, shape):
+        x, token, expert, gate = right(x_TD, routing, shape)
+        shifted = jnp.where(expert < E, (expert + 1) % E, expert)
+        return x, token, shifted if on_several_devices("expert") else expert, gate
+
+    patch.setattr(dropless, "_gather", wrong)
+
+
+def no_psum_over_model(patch):
+    right = jax.lax.psum
+    patch.setattr(jax.lax, "psum", lambda x, axis, **more: x if axis == "model" else right(x, axis, **more))
+
+
+def one_shard_of_model(patch):
+    """As if the psum were missing, in a way that jax's check of replication cannot see: the part of the first shard alone."""
+    right = jax.lax.psum
+
+    def wrong(x, axis, **more):
+        mine = axis != "model" or jax.lax.axis_index("model") == 0
+        return right(jnp.where(mine, x, 0) if axis == "model" else x, axis, **more)
+
+    patch.setattr(jax.lax, "psum", wrong)
+
+
+def no_psum_over_expert(patch):
+    """Each device keeps what its own experts made of its own tokens."""
+
+    def wrong(x, axis, dim):
+        rows = x.shape[dim] // jax.lax.axis_size(axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * rows, rows, dim)
+
+    patch.setattr(dropless, "reduce_scatter", wrong)
+
+
+def padding_routed(patch):
+    right = layer._tokens
+    patch.setattr(layer, "_tokens", lambda x, b: right(x, b)._replace(valid_T=jnp.ones_like(right(x, b).valid_T)))
+
+
+def padding_in_loss(patch):
+    right = lm._apply
+
+    def wrong(*args):
+        logits, nll, valid, sums = right(*args)
+        return logits, nll, jnp.ones_like(valid), sums
+
+    patch.setattr(lm, "_apply", wrong)
+
+
+def random_per_device(patch):
+    """Dropout folds in the place of a row on its device instead of the row."""
+    right = decoder.dropout
+    local = lambda row_B: row_B % (row_B.shape[0] // batch_devices())
+    patch.setattr(decoder, "dropout", lambda x, rate, rng, row_B: right(x, rate, rng, local(row_B)))
+
+
+def wrong_gate(patch):
+    """The gates of a token's two choices are exchanged."""
+    swap = lambda gate_N: gate_N.reshape(-1, 2)[:, ::-1].reshape(-1)
+    dispatcher(patch, lambda routing: routing._replace(gate_N=swap(routing.gate_N)))
+
+
+def k_major(patch):
+    """All first choices before all second ones: a later token's first choice takes the place of an earlier one's second."""
+    order = lambda n: jnp.arange(n, dtype=jnp.int32).reshape(-1, 2).T.reshape(-1)
+    dispatcher(patch, lambda routing: routing._replace(order_N=order(routing.token_N.shape[0])))
+
+
+def dispatcher(patch, change: Callable[[Any], Any]):
+    right = DISPATCHERS["capacity"]
+    wrong = lambda x, routing, experts, **more: right.apply(x, change(routing), experts, **more)
+    patch.setitem(DISPATCHERS, "capacity", right._replace(apply=wrong))
+
+
+def gate_and_up_mixed(patch):
+    """A fused [E, D, 2F] split over `model`: each device takes its first half for gates, whatever the columns were."""
+
+    def wrong(x, gate, start, size, w_in, w_out, **more):
+        if on_several_devices("model"):
+            n, whole = jax.lax.axis_size("model"), exchange.all_gather(w_in, "model", 3)
+            fused = whole.reshape(*whole.shape[:2], n, -1)
+            mine = jax.lax.dynamic_index_in_dim(fused, jax.lax.axis_index("model"), 2, keepdims=False)
+            w_in = mine.reshape(w_in.shape)
+        return expert_ffn(x, gate, start, size, w_in, w_out, **more)
+
+    patch.setattr(layer, "expert_ffn", wrong)
+
+
+def capacity_per_device(patch):
+    """The usual way: the tokens of a device share capacity, so that what drops depends on the mesh."""
+    patch.setattr(layer, "Shape", lambda **sizes: Shape(**(sizes | {"group_tokens": sizes["num_tokens"]})))
+
+
+def plain_accumulation(patch):
+    """The mean of the losses of the micro-batches: a balance loss is a product of sums, which does not add up."""
+    right = state.make_loss
+
+    def wrong(cfg, model):
+        num = cfg.train.num_micro_batches
+        if num == 1:
+            return right(cfg, model)
+
+        def loss(params, router_state, batch, rng):
+            micro = state.micro_batches(batch, num, cfg.model.moe.group_rows)
+            each = [jax.tree.map(lambda z, i=i: z[i], micro) for i in range(num)]
+            totals = [lm.forward(model.bind(params, router_state), one, rng) for one in each]
+            values = [lm.objective(one, cfg.model.moe.losses) for one in totals]
+            whole = jax.tree.map(lambda *z: sum(z), *totals)
+            return sum(value for value, _ in values) / num, (whole, values[0][1])
+
+        return loss
+
+    patch.setattr(state, "make_loss", wrong)
+
+
+class Mutation(NamedTuple):
+    plant: Callable[[Any], None]
+    found_by: str  # "tracing", a check of compare.LIMITS on a mesh, or words of a claim on one device
+    where: str  # "mesh", "layout" (one device, accumulated) or "alone"
+    changes: dict[str, Any]  # of the config
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "gradient times the axis size": Mutation(gradient_times_axis, "gradients", "mesh", {}),
+    "balance statistics per device": Mutation(statistics_per_device, "forward", "mesh", {}),
+    "capacity per device": Mutation(capacity_per_device, "drops", "mesh", {}),
+    "expert slice off by one": Mutation(slice_off_by_one, "tokens", "mesh", DROPLESS),
+    "no psum over expert": Mutation(no_psum_over_expert, "tokens", "mesh", DROPLESS),
+    "no psum over model": Mutation(no_psum_over_model, "tracing", "mesh", {}),
+    "psum over model of one shard": Mutation(one_shard_of_model, "tokens", "mesh", {}),
+    "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh", {}),
+    "random bits per device": Mutation(random_per_device, "tokens", "mesh", {}),
+    "mean of micro-batch losses": Mutation(plain_accumulation, "forward", "layout", {}),
+    "padding routed": Mutation(padding_routed, "padding", "alone", {}),
+    "padding in the loss": Mutation(padding_in_loss, "not padding", "alone", {}),
+    "k-major order": Mutation(k_major, "later tokens", "alone", {}),
+    "combined with the wrong gate": Mutation(wrong_gate, "plain arithmetic", "alone", {}),
+}

@@ -1,0 +1,167 @@
+"""`verify` finds every planted fault of tests/mutations.py, and which of them a loss curve would have shown."""
+
+import functools
+
+import jax
+import models
+import mutations
+import numpy as np
+import pytest
+
+from moe_jax.verify import alone, compare, shrink, states
+from moe_jax.verify.batches import batch
+from moe_jax.verify.program import Program
+from moe_jax.verify.run import FAILURES, ONE, against, reference
+
+MESH = (2, 2, 2)
+STEPS = 2
+# One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has something to break.
+TINY = {
+    "model.repeats": 1,
+    "model.head_dim": 4,
+    "model.dropout": 0.1,
+    "model.moe.dispatcher": "capacity",
+    "model.moe.dispatchers.capacity.factor": 1.0,
+    "model.moe.losses.balance": 0.1,
+    "optim.learning_rate": 1e-2,
+    "optim.warmup_steps": 1,
+    "data.seq_len": 16,
+}
+CURVE_STEPS = 60
+HIDDEN = 0.05  # a curve whose end is no farther off than this tells nobody
+
+
+def tiny(changes):
+    return models.raw(TINY | changes)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """changes -> (the reference of the sound code, the directory with its first state)."""
+
+    @functools.cache
+    def make(changes):
+        folder = tmp_path_factory.mktemp("begin")
+        one = reference(tiny(dict(changes)), STEPS)
+        states.write(one.program, one.begin, folder)
+        return one, folder
+
+    return make
+
+
+def found_on(raw, shape, one, folder):
+    """The names of the checks that deviate; or that jax refused to trace the program."""
+    try:
+        program = Program(raw, shape)
+        lowered = program.lower()
+    except FAILURES:
+        return {"tracing"}
+    _, worst, first = against(one, program.compile(lowered), states.read(program, folder))
+    found = {check for check, deviation in worst.items() if not deviation.sound}
+    assert (first.check in found) if found else first is None
+    return found
+
+
+def found_alone(raw, begin, words):
+    """The claim with these words, if it is not sound."""
+    program = Program(raw, ONE)
+    if "arithmetic" in words:
+        checks = alone.against_reference(program)
+    else:
+        program.compile()
+        checks = [alone.mean_loss(program, begin), *alone.changes(program, begin)]
+    return " ".join(check.claim for check in checks if not check.sound)
+
+
+@pytest.mark.parametrize("name", list(mutations.MUTATIONS))
+def test_every_fault_is_found(float64, monkeypatch, sound, name):
+    mutation = mutations.MUTATIONS[name]
+    raw = tiny(mutation.changes)
+    one, folder = sound(tuple(mutation.changes.items()))
+    mutation.plant(monkeypatch)
+    if mutation.where == "mesh":
+        assert mutation.found_by in found_on(raw, MESH, one, folder)
+    elif mutation.where == "layout":
+        layout = shrink.changed(raw, {"train.micro_batch_size": 8})
+        assert mutation.found_by in found_on(layout, ONE, one, folder)
+    else:
+        assert mutation.found_by in found_alone(raw, one.begin, mutation.found_by)
+
+
+def test_nothing_is_found_where_nothing_is_wrong(float64, sound):
+    """The other half of the claim; with accumulation, so that the mesh and the layout are covered by one program."""
+    one, folder = sound(())
+    layout = shrink.changed(tiny({}), {"train.micro_batch_size": 8})
+    assert found_on(layout, MESH, one, folder) == set()
+    assert all(
+        check.sound and check.judged or "document" in check.claim for check in alone.checks(one.program, one.begin)
+    )
+
+
+def curve(raw, shape, begin):
+    """Losses on sequences that count upwards, which the model learns."""
+    program = Program(raw, shape).compile()
+    now, seen = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin(program)), []
+    for step in range(CURVE_STEPS):
+        inputs = batch(program.cfg, step)
+        start = inputs.tokens_BS[:, :1]
+        tokens = (start + np.arange(inputs.tokens_BS.shape[1], dtype=np.int32)[None]) % program.cfg.model.vocab_size
+        now, probe = program.step(now, inputs._replace(tokens_BS=tokens, targets_BS=(tokens + 1) % 64))
+        seen.append(float(probe.metrics["loss"]))
+    return np.array(seen)
+
+
+@pytest.mark.full
+def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys):
+    """The table of docs/verify.md: relative difference of the mean loss of the last ten steps. Run with -s to see it."""
+    narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
+    lines, hidden = [], []
+    for name, mutation in mutations.MUTATIONS.items():
+        where = {"model.repeats": 1, **mutation.changes, **narrow}
+        where |= {"train.micro_batch_size": 8} if mutation.where == "layout" else {}
+        changes = tuple(sorted(where.items()))
+        right = right_curve(changes, sound)
+        with monkeypatch.context() as patch:
+            mutation.plant(patch)
+            try:
+                wrong = curve(tiny(dict(changes)), MESH, lambda program: wide_begin(program, sound))
+            except FAILURES:
+                lines.append(f"{name:32} refused while traced")
+                continue
+        difference = abs(wrong[-10:].mean() / right[-10:].mean() - 1)
+        hidden += [name] if difference < HIDDEN else []
+        lines.append(f"{name:32} {difference:6.1%} {'hidden' if difference < HIDDEN else 'visible'}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert right[-10:].mean() < 0.7 * right[0], "the sound model must learn for its curve to say anything"
+    assert len(hidden) >= 3
+
+
+CURVES = {}
+
+
+def right_curve(changes, sound):
+    if changes not in CURVES:
+        CURVES[changes] = curve(tiny(dict(changes)), MESH, lambda program: wide_begin(program, sound))
+    return CURVES[changes]
+
+
+def wide_begin(program, sound):
+    """The reference's first state, in float64, on the mesh of a float32 program."""
+    _, folder = sound(())
+    return states.read(Program(tiny({}), program.shape), folder)
+
+
+def test_deviations_name_the_worst_and_the_first():
+    """Hand-made probes: the loss deviates at step 1 by 1e-3, the gradient of `b` at step 0 by half of its largest entry."""
+    from moe_jax.verify.program import Probe
+
+    def probe(loss, b):
+        counts = {"counts": np.ones((1, 2, 4)), "dropped": np.zeros((1, 2))}
+        return Probe(loss, {}, np.zeros((2, 3)), counts, {"a": np.ones(3), "b": np.array([2.0, b])})
+
+    want, have = [probe(1.0, 1.0), probe(1.0, 1.0)], [probe(1.0, 2.0), probe(1.001, 1.0)]
+    worst, first = compare.deviations(want, have, {"params/a": np.ones(2)}, {"params/a": np.array([1.0, np.nan])})
+    assert first == compare.Deviation("gradients", 0.5, "b", 0)
+    assert worst["forward"].step == 1 and worst["forward"].value == pytest.approx(1e-3)
+    assert worst["counts"].sound and not worst["state"].sound and worst["state"].where == "params/a"
