@@ -9,6 +9,9 @@ COMMANDS = {
     "prepare": "make a token dataset from text, once",
     "bench": "time the steps of several configs against each other",
     "generate": "continue a prompt with a trained model",
+    "verify": "prove that a config computes the same on every mesh",
+    "leak": "measure whether later tokens or other sequences change earlier outputs",
+    "probe": "what a trained model's routing and experts are worth",
 }
 
 

@@ -9,19 +9,37 @@ from ml_collections import ConfigDict
 from moe_jax.errors import UserError
 
 
+def check(path: Path) -> None:
+    """UserError when there is no such file, or it is no Python."""
+    if path.is_dir():
+        raise UserError(f"the config file {path} is a directory: name a file in it")
+    try:
+        compile(path.read_bytes(), path, "exec")
+    except FileNotFoundError:
+        raise UserError(f"the config file {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"the config file {path} cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:
+        text, line = (error.msg, f", line {error.lineno}") if isinstance(error, SyntaxError) else (error, "")
+        raise UserError(f"the config file {path}{line} is no Python: {text}") from None
+
+
 def load(path: Path) -> ConfigDict:
     """The config that `get_config()` of a file returns. Its directory's parent is importable, so `from configs import base` works."""
-    if not path.is_file():
-        raise UserError(f"the config file {path} does not exist")
+    check(path)
     spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         spec.loader.exec_module(module)
+        return module.get_config()
+    except ImportError as error:
+        raise UserError(f"the config file {path} cannot be loaded: {error}") from error
+    except AttributeError as error:
+        raise UserError(f"the config file {path}: {error}") from error
     finally:
         sys.path.pop(0)
-    return module.get_config()
 
 
 def defaults(path: Path) -> ConfigDict:

@@ -5,6 +5,7 @@ Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from moe_jax import STARTED, config, config_file, mesh
 from moe_jax.errors import UserError
 
 FLAGS = flags.FLAGS
+HELP = {"--help", "-help", "-h"}
 config_flags.DEFINE_config_file("config", None, "config file; --config.KEY=VALUE changes a key", lock_config=True)
 flags.DEFINE_string(
     "workdir", None, "where checkpoints, metrics and samples go; the same command again goes on from there"
@@ -32,19 +34,52 @@ flags.DEFINE_bool("distributed", False, "several processes that jax finds by its
 
 def parse(argv: list[str]) -> None:
     """Reads the flags; whatever is wrong with them becomes one message."""
+    if HELP & set(argv):
+        print(f"{__doc__}\n{FLAGS.main_module_help()}")
+        raise SystemExit(0)
+    path = config_path(argv)
+    config_file.check(path)
     try:
         rest = FLAGS(argv)
-        if FLAGS.config is not None:
-            FLAGS.config.to_dict()  # a file that cannot be read or executed shows itself at the first use only
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
-        text = " ".join(str(e).strip("'\"").replace("\\n", " ").replace("\\'", "").split()).strip("'\"")
-        raise UserError(f"{text} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)") from e
+        FLAGS.config.to_dict()  # a file that cannot be executed shows itself at the first use only
+    except ImportError as e:
+        raise UserError(f"the config file {path} cannot be loaded: {e}") from e
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as e:
+        raise UserError(
+            f"{plain(e, argv)} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)"
+        ) from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
-    if FLAGS.config is None:
-        raise UserError("--config is missing: name a config file, such as --config configs/quickstart.py")
     if FLAGS.workdir is None and not FLAGS.dry_run:
         raise UserError("--workdir is missing: name a directory for the run, such as --workdir runs/quickstart")
+
+
+def config_path(argv: list[str]) -> Path:
+    """The file of --config. UserError when there is none or there are two: absl says it badly, or takes the one that it can read."""
+    values = []
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            values.append(value if equals else following)
+            if not values[-1] or (not equals and values[-1].startswith("-")):
+                raise UserError("--config has no value: name a config file, such as --config configs/quickstart.py")
+    if not values:
+        raise UserError("--config is missing: name a config file, such as --config configs/quickstart.py")
+    if len(values) > 1:
+        raise UserError(f"--config is given {len(values)} times ({', '.join(values)}): name one file")
+    return Path(values[0].partition(":")[0])
+
+
+def plain(error: BaseException, argv: list[str]) -> str:
+    """One line of what absl or ml_collections say; a misspelt key by its whole path."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
+    text = text.replace("module 'config_config'", "the config file")  # what ml_collections calls it
+    wrong = re.fullmatch(r"""\W*(\w+)\W*(?: Did you mean "(\w+)" instead of "\w+"\?)?\W*""", text)
+    if not wrong:
+        return text
+    flag = next((a.partition("=")[0] for a in argv if wrong[1] in a.partition("=")[0].split(".")), wrong[1])
+    return f"no key is called {flag}" + (f': did you mean "{wrong[2]}"?' if wrong[2] else "")
 
 
 def start_devices(simulate: int) -> None:
@@ -84,13 +119,14 @@ def launch(argv: list[str]) -> int:
     raw = read_config()
     start_devices(raw["simulate_devices"])
     path = Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
-    config.refuse_unchosen(raw, json.loads(json.dumps(config_file.defaults(path).to_dict())))
+    defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
+    config.refuse_unchosen(raw, defaults)
     cfg = config.build(raw, len(jax.devices()))
     lengths = {"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model}
     with jax.set_mesh(mesh.make(lengths)):
         if FLAGS.dry_run:
             return dry_run(cfg)
-        return train(cfg, raw)
+        return train(cfg, raw, defaults)
 
 
 def dry_run(cfg: config.Config) -> int:
@@ -102,14 +138,14 @@ def dry_run(cfg: config.Config) -> int:
     return 0
 
 
-def train(cfg: config.Config, raw: dict[str, Any]) -> int:
+def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> int:
     from moe_jax import summary, train
     from moe_jax.stopping import NonFinite
 
     workdir = Path(FLAGS.workdir)
     again = "python -m moe_jax.main " + shlex.join(sys.argv[1:])
     try:
-        result = train.run(cfg, raw, workdir, STARTED)
+        result = train.run(cfg, raw, defaults, workdir, STARTED)
     except NonFinite as e:
         print(f"stopped: {e}", file=sys.stderr)
         return 76

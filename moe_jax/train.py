@@ -18,7 +18,8 @@ from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.load import Dataset, open_dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import make_evaluate
-from moe_jax.instruments import picture
+from moe_jax.instruments import interference, picture, record, trace
+from moe_jax.models.decoder import why_not_decoded
 from moe_jax.progress import Progress
 from moe_jax.sample import Settings, make_sampler
 from moe_jax.state import State, initial, make_model, make_step, make_tx, parameter_names
@@ -42,10 +43,11 @@ class Result(NamedTuple):
     sample: str
 
 
-def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> Result:
+def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path, started: float) -> Result:
     """Trains until train.steps (or a signal), from the newest checkpoint of `workdir` if it has one.
 
-    `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on resume. The mesh is set by the caller.
+    `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on resume, and `defaults` (configs/base.py)
+    stands for the keys that a run saved long ago lacks. The mesh is set by the caller.
     `started`: time.monotonic() when the process began. Raises UserError, and stopping.NonFinite.
     """
     main = jax.process_index() == 0
@@ -67,7 +69,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
         keep_best=cfg.checkpoint.keep_best,
     )
     metadata = {"config": raw, "data": dataset.fingerprint}
-    state, notes = begin(cfg, saves, metadata, init, abstract)
+    state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
     notes += [card.buffer_note(cfg)] if cfg.model.num_moe_layers else []
     start = int(state.step)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
@@ -82,8 +84,13 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     progress = Progress(last, start, tokens_per_step, active=main, console=None)
     for note in notes:
         progress.message(note)
-    evaluate, sampler = make_evaluate(cfg, dataset), make_sampler(cfg.model, dataset.tokenizer, cfg.data.seq_len)
-    interrupt = stopping.Interrupt(cfg.log.every)
+    evaluate, silent = make_evaluate(cfg, dataset), why_not_decoded(cfg.model)
+    sampler = None if silent else make_sampler(cfg.model, dataset.tokenizer, cfg.data.seq_len)
+    if silent and cfg.eval.sample_tokens:
+        progress.message(f"no samples will be drawn: {silent}")
+    interrupt, profile = stopping.Interrupt(cfg.log.every), trace.Profile(cfg.profile, workdir)
+    recorder = record.make_recorder(cfg, model, dataset.domains, workdir / "routing")
+    meter = interference.make_meter(cfg, model)
     peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
     step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
     evaluation: dict[str, Any] = {}
@@ -92,7 +99,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     def evaluate_now(state: State, final: bool) -> tuple[dict[str, Any], str]:
         result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
         text = ""
-        if cfg.eval.sample_tokens:
+        if sampler and cfg.eval.sample_tokens:
             settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
             params = state.params if state.ema is None else state.ema
             prompt = cfg.eval.sample_prompt
@@ -107,11 +114,13 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
     try:
         for step in range(start, last):
             score = None
-            if cfg.profile and step == cfg.profile[0]:
-                jax.profiler.start_trace(workdir / "profile")
+            profile.begin(step, state)
             asked = time.monotonic()
             batch = place.put(next(source), rows, cfg.train.batch_size, lm.Inputs)
             waited += time.monotonic() - asked
+            recorder(step + 1, state, batch)  # before the step takes the state away
+            if cfg.log.interference_every and (step + 1) % cfg.log.interference_every == 0:
+                writer.write(step + 1, meter(state, batch))
             logged = (step + 1) % cfg.log.every == 0 or step + 1 == last or step == start
             before = copy(state.params) if logged else None
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -126,11 +135,9 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
             if step == start:
                 jax.block_until_ready(state.step)
                 progress.message(f"first step done {time.monotonic() - started:.1f} s after the start")
-            if cfg.profile and done == cfg.profile[1]:
-                jax.block_until_ready(state.step)
-                jax.profiler.stop_trace()
-                progress.message(f"profile of steps {cfg.profile[0]} to {done - 1} in {workdir / 'profile'}")
             stop = interrupt.due(done)
+            for line in profile.end(done, done == last or stop, step_fn, state, batch):
+                progress.message(line)
             if logged or stop:
                 now = time.monotonic()
                 row = log_row(values)
@@ -160,6 +167,7 @@ def run(cfg: Config, raw: Mapping[str, Any], workdir: Path, started: float) -> R
             evaluation, sample = evaluate_now(state, True)
     finally:
         source.close()
+        profile.close()
         progress.close()
         writer.close()
         interrupt.close()
@@ -206,21 +214,26 @@ def open_data(cfg: Config) -> Dataset:
 
 
 def begin(
-    cfg: Config, saves: checkpoint.Checkpoints, metadata: Mapping[str, Any], init, abstract
+    cfg: Config,
+    saves: checkpoint.Checkpoints,
+    metadata: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    init,
+    abstract,
 ) -> tuple[State, list[str]]:
     """The state to start from: the newest checkpoint, else fresh parameters, else (init_from) those of another run; and what to tell."""
     step = saves.latest()
     if step is not None:
         saved = saves.metadata(step)
-        checkpoint.compare_configs(saved["config"], metadata["config"], RESUME_MAY_CHANGE)
+        old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
+        checkpoint.compare_configs(old, metadata["config"], RESUME_MAY_CHANGE)
         if saved["data"] != metadata["data"]:
             raise UserError(
                 f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, now {metadata['data'][:12]}): "
                 "restore it, or start another --workdir"
             )
-        return saves.restore(step, abstract, stacked=cfg.model.scan), [
-            f"going on from step {step} ({saves.path(step)})"
-        ]
+        notes = [f"going on from step {step} ({saves.path(step)})", *notes]
+        return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))
     if not cfg.train.init_from:
         return state, []

@@ -52,7 +52,7 @@ def refused(changes, shape=(1, 1, 1)):
             (1, 1, 1),
             "model.moe.routers.top_k.k (9) must lie between 1 and model.moe.num_experts (8)",
         ),
-        ({"model.moe.router": "top"}, (1, 1, 1), 'model.moe.router = "top" is not known: choose one of top_k'),
+        ({"model.moe.router": "top"}, (1, 1, 1), 'model.moe.router = "top" is not known: choose one of '),
         (
             {"model.moe.dispatcher": "none"},
             (1, 1, 1),
@@ -104,28 +104,42 @@ def test_minus_one_takes_the_rest():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.train.stepz=5"], "stepz"),
-        (["--config.train.steps=five"], "five"),
+        (["--config.train.stepz=5"], 'no key is called --config.train.stepz: did you mean "steps"?'),
+        (["--config.train.steps=five"], "--config.train.steps=five: invalid literal for int() with base 10: 'five'"),
         (["train.steps=5"], "--config.train.steps=5"),
-        (["--stepz=5"], "stepz"),
-        (["--config=configs/nope.py"], "configs/nope.py"),
+        (["--stepz=5"], "Unknown command line flag 'stepz'"),
+        (["--config=configs/nope.py"], "error: the config file configs/nope.py does not exist\n"),
+        (["--config=configs"], "error: the config file configs is a directory: name a file in it\n"),
+        (["--config=README.md"], "error: the config file README.md, line "),
+        (["--config=tests/oracle.py"], "the config file has no attribute 'get_config'"),
+        (["--config"], "error: --config has no value: name a config file, such as --config configs/quickstart.py\n"),
+        (["--config="], "error: --config has no value"),
+        (
+            ["--config=configs/debug.py", "--dry_run"],
+            "error: --config is given 2 times (configs/quickstart.py, configs/debug.py)",
+        ),
         (["--config.mesh.expert=3"], "does not make 1 devices"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_a_code(tmp_path, flags, message):
-    command = [
-        sys.executable,
-        "-m",
-        "moe_jax.main",
-        "--config",
-        "configs/quickstart.py",
-        "--workdir",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "moe_jax.main", "--workdir", str(tmp_path / "run")]
+    if not flags[-1].startswith("--config=") and flags != ["--config"]:
+        command.append("--config=configs/quickstart.py")
     done = subprocess.run(command + flags, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 64 and message in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_without_flags_and_help():
+    for flags, code, words in (
+        ([], 64, "error: --config is missing: name a config file"),
+        (["--help"], 0, "--workdir"),
+    ):
+        line = [sys.executable, "-m", "moe_jax.main", *flags]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and words in done.stderr + done.stdout
+        assert len(done.stderr.strip().splitlines()) == (1 if code else 0)
 
 
 LAYERS = [  # lower may not import higher

@@ -122,6 +122,45 @@ def test_generate_says_what_a_workdir_lacks(workdir, tmp_path):
         run(tmp_path, "--prompt", "x")
 
 
+def copy_of(workdir, tmp_path, change):
+    """The run with another config.json: `change` edits it. Returns its path."""
+    for part in ("checkpoints", "tokenizer"):
+        (tmp_path / part).symlink_to(workdir / part)
+    raw = json.loads((workdir / "config.json").read_text())
+    change(raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return tmp_path
+
+
+def test_keys_added_since_the_run_have_their_defaults(workdir, tmp_path, capsys, monkeypatch):
+    def older(raw):
+        del raw["model"]["norm_epsilon"], raw["profile"], raw["model"]["moe"]["dispatchers"]["dropless"]
+
+    assert run(workdir, "--prompt", "x", "--temperature", "0") == 0
+    expected = capsys.readouterr().out
+    old = copy_of(workdir, tmp_path, older)
+    assert run(old, "--prompt", "x", "--temperature", "0") == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert err == (
+        'model.norm_epsilon is new since this run: taken as its default 1e-06\nprofile is new since this run: taken as its default ""\n'
+    )  # and nothing of an option of the dispatcher that the run did not choose
+    monkeypatch.chdir(tmp_path)  # where no configs/base.py is
+    with pytest.raises(
+        UserError, match=r"the key 'profile' is missing in .*config.json: run from the directory that has configs"
+    ):
+        run(old, "--prompt", "x")
+
+
+def test_keys_that_are_no_more_are_named(workdir, tmp_path):
+    def newer(raw):
+        raw["model"]["moe"]["jitter"], raw["glow"], raw["eval"]["extra"] = 0.5, "high", 1
+
+    run_dir = copy_of(workdir, tmp_path, newer)
+    with pytest.raises(UserError, match=r'has no more: glow = "high"; model.moe.jitter = 0.5. Use the version'):
+        run(run_dir, "--prompt", "x")
+
+
 def test_a_closed_pipe_ends_quietly(workdir):
     program = "import sys; from moe_jax.commands.generate import main; sys.exit(main(sys.argv[1:]))"
     flags = ["--workdir", str(workdir), "--prompt", "x", "--max_tokens", "200"]

@@ -1,5 +1,6 @@
 """Whole runs: resumed bit for bit, refused when changed, stopped by Ctrl-C or a loss that is not finite, started from another run."""
 
+import gzip
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 
 from moe_jax import train
 from moe_jax.checkpoint import Checkpoints, flat
+from moe_jax.commands import generate
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
 from moe_jax.state import initial, make_model
@@ -46,12 +48,17 @@ SMALL = {
 }
 
 
+# Subprocesses: compiled in half the time, and one device needs no more threads than cores.
+FAST = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+FAST |= {"PYTHON": sys.executable, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"}
+
+
 def run(workdir, changes=None, shape=(1, 1, 1)):
     axes = {f"mesh.{name}": length for name, length in zip(("data", "expert", "model"), shape, strict=True)}
     raw = models.raw(SMALL | axes | (changes or {}))
     cfg = models.build(shape, SMALL | axes | (changes or {}))
     with jax.set_mesh(meshes.make(*shape)):
-        return train.run(cfg, raw, workdir, time.monotonic())
+        return train.run(cfg, raw, models.raw(), workdir, time.monotonic())
 
 
 def saved(workdir, changes=None):
@@ -70,37 +77,79 @@ def losses(workdir):
     return {row["step"]: row["train/loss"] for row in rows}
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Ten dropless steps in float64 on one device, steps 3 and 4 with a profile."""
+    jax.config.update("jax_enable_x64", True)
+    folder = tmp_path_factory.mktemp("straight")
+    run(folder, {"profile": "3:5"})
+    jax.config.update("jax_enable_x64", False)
+    return folder
+
+
+def forget(workdir, key):
+    """Makes the newest checkpoint one that was saved before `key` was thought of."""
+    path = max((workdir / "checkpoints").glob("step_*")) / "moe_jax.json"
+    manifest = json.loads(path.read_text())
+    block, _, name = key.rpartition(".")
+    del manifest["metadata"]["config"][block][name]
+    path.write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize("dispatcher", ["dropless", "capacity"])
-def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, dispatcher):
+def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, straight, capsys, dispatcher):
     choice = {"model.moe.dispatcher": dispatcher}
-    run(tmp_path / "straight", choice)
+    if dispatcher != "dropless":
+        straight = tmp_path / "straight"
+        run(straight, choice)
     run(tmp_path / "halves", choice | {"train.stop_at": 5})
+    forget(tmp_path / "halves", "optim.clip_norm")
     result = run(tmp_path / "halves", choice)
+    assert "optim.clip_norm is new since this run: taken as its default 1.0" in capsys.readouterr().out
     assert result.step == 10
-    want, got = saved(tmp_path / "straight", choice), saved(tmp_path / "halves", choice)
+    want, got = saved(straight, choice), saved(tmp_path / "halves", choice)
     assert want.keys() == got.keys() and "params/ends/embed" in want and any(name.startswith("ema/") for name in want)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    assert losses(tmp_path / "halves") == losses(straight)
 
 
-def test_goes_on_on_another_mesh_and_with_scan_refused(float64, tmp_path):
-    run(tmp_path / "straight")
+def test_a_profile_names_the_phases(straight):
+    (path,) = straight.glob("profile/plugins/profile/*/phases.json")
+    found = json.loads(path.read_text())
+    assert found["steps"] == 2
+    times = {(row["phase"], row["pass"]): row["ms"] for row in found["phases"]}
+    for phase in ("moe/route", "moe/dispatch", "moe/experts", "moe/combine", "attention"):
+        assert times[phase, "forward"] > 0 and times[phase, "backward"] > 0, times
+    assert times["optimizer", ""] > 0
+    text = path.with_suffix(".txt").read_text()
+    assert all(phase in text for phase, _ in times)
+    with gzip.open(next(path.parent.glob("*.trace.json.gz")), "rt") as file:
+        events = [event for event in json.load(file)["traceEvents"] if "scope" in event.get("args", {})]
+    assert any(
+        e["name"].startswith("moe/experts backward | ") and "transpose(jvp(moe))/experts" in e["args"]["scope"]
+        for e in events
+    )
+
+
+def test_goes_on_on_another_mesh_and_with_scan_refused(float64, tmp_path, straight):
     run(tmp_path / "moved", {"train.stop_at": 5}, shape=(2, 2, 2))
     run(tmp_path / "moved", {"eval.every": 3, "checkpoint.every": 4})
-    one, other = losses(tmp_path / "straight"), losses(tmp_path / "moved")
+    one, other = losses(straight), losses(tmp_path / "moved")
     assert one.keys() == other.keys()
     assert max(abs(one[step] - other[step]) for step in one) < 1e-10
     with pytest.raises(UserError) as error:
         run(tmp_path / "moved", {"optim.learning_rate": 5e-3, "model.dropout": 0.0})
     for text in ("optim.learning_rate", "0.003", "0.005", "model.dropout"):
         assert text in str(error.value)
+    forget(tmp_path / "moved", "optim.learning_rate")  # and today it is not its default:
+    with pytest.raises(UserError, match=r"optim.learning_rate was 0.003, is 0.005"):
+        run(tmp_path / "moved", {"optim.learning_rate": 5e-3})
 
 
-def test_starts_from_another_run(float64, tmp_path, capsys):
-    run(tmp_path / "first")
+def test_starts_from_another_run(float64, tmp_path, straight, capsys):
     changes = {
-        "train.init_from": str(tmp_path / "first"),
+        "train.init_from": str(straight),
         "train.steps": 2,
         "model.moe.expert_hidden": 24,
         "model.moe.shared_experts": 1,
@@ -134,7 +183,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(tmp_path):
     config = config_file(
         tmp_path, **{"optim.learning_rate": 1e37, "optim.clip_norm": 0.0, "train.nonfinite_patience": 2}
     )
-    done = subprocess.run(command(config, tmp_path / "run"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(config, tmp_path / "run"), cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 76, done.stderr
     assert "not finite 3 time(s) in a row (train.nonfinite_patience = 2)" in done.stderr
     assert re.search(r"the gradient of (ends|repeats)/\S+ went wrong first; no checkpoint yet", done.stderr)
@@ -156,7 +207,7 @@ def test_what_went_wrong_first_is_nearest_to_the_loss():
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     config = config_file(tmp_path, **{"train.steps": 100_000, "optim.warmup_steps": 2})
     start = command(config, tmp_path / "run")
-    process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(start, cwd=ROOT, env=FAST, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 2/"):
             process.send_signal(signal.SIGINT)
@@ -166,32 +217,52 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     step = int(text.split("saved step ")[1].split(" ")[0])
     assert step >= 2 and "go on with:\n  python -m moe_jax.main" in text
     again = subprocess.run(
-        [*start, f"--config.train.stop_at={step + 2}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*start, f"--config.train.stop_at={step + 2}"], cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=300
     )
     assert again.returncode == 0 and f"going on from step {step}" in again.stdout
     assert f"{step + 2} of 100000" in again.stdout
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    """launch/local.sh 2 4 with configs/debug.py: two real processes of four devices, the same losses as one process of eight."""
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """A folder with the run of one process of eight devices and of two of four (launch/local.sh): configs/debug.py, a little smaller."""
+    folder = tmp_path_factory.mktemp("processes")
     flags = [
-        "--config",
-        "configs/debug.py",
-        "--config.train.steps=4",
-        "--config.eval.every=0",
-        "--config.eval.sample_tokens=0",
+        "--config=configs/debug.py",
         "--config.model.repeats=1",
         "--config.model.prefix=()",
+        "--config.train.steps=4",
     ]
-    env = os.environ | {"PYTHON": sys.executable}
+    flags += ["--config.eval.every=0", "--config.eval.sample_tokens=0", "--config.log.tensorboard=False"]
+    flags += ["--config.profile=2:3"]
     for name, start in (("one", [sys.executable, "-m", "moe_jax.main"]), ("two", ["launch/local.sh", "2", "4"])):
-        command = [*start, *flags, f"--workdir={tmp_path}/{name}"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        line = [*start, *flags, f"--workdir={folder}/{name}"]
+        done = subprocess.run(line, cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
-    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    return folder
+
+
+def test_two_processes_do_what_one_does(processes):
+    """Two real processes of four devices, the same losses as one process of eight."""
+    rows = [read_rows(processes / name / "metrics.jsonl") for name in ("one", "two")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     for a, b in zip(*rows, strict=True):
         for name in ("train/loss", "eval/loss", "train/grad_norm", "moe/load_max"):
             if name in a:
                 assert abs(a[name] - b[name]) < 2e-5 * max(1, abs(a[name])), (a["step"], name)
-    assert json.loads((tmp_path / "two/run.json").read_text())[0]["processes"] == 2
+    assert json.loads((processes / "two/run.json").read_text())[0]["processes"] == 2
+    assert len(list((processes / "two/profile").glob("process_[01]/plugins/profile/*/phases.json"))) == 2
+
+
+def test_a_run_of_two_processes_can_be_generated_from(processes, capsys):
+    """By one process, as always: generate makes a mesh of one device, whatever wrote the checkpoint."""
+    loaded = []
+    for name in ("one", "two"):
+        cfg = generate.read_config(processes / name)
+        with jax.set_mesh(meshes.make(1, 1, 1)):
+            params, _ = generate.load(cfg, processes / name / "checkpoints", None, ema=False)
+        loaded.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
+    assert abs(loaded[0] - loaded[1]).mean() < 1e-6 < abs(loaded[0]).mean()
+    assert generate.main(["--workdir", str(processes / "two"), "--prompt", "To be", "--max_tokens", "4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("To be") and len(text) > len("To be\n")

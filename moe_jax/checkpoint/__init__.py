@@ -10,7 +10,7 @@ against the manifest before a run resumes from them (orbax has no checksum: a fl
 """
 
 from moe_jax.checkpoint.initial import Report, load_params
-from moe_jax.checkpoint.resume import compare_configs
+from moe_jax.checkpoint.resume import compare_configs, fill
 from moe_jax.checkpoint.store import Checkpoints
 
-__all__ = ["Checkpoints", "Report", "compare_configs", "load_params"]
+__all__ = ["Checkpoints", "Report", "compare_configs", "fill", "load_params"]

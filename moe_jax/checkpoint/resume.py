@@ -1,4 +1,4 @@
-"""May a run go on with this config?"""
+"""May a run go on with this config, and what does an older config mean today?"""
 
 import json
 from collections.abc import Mapping
@@ -16,13 +16,56 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any], may_change: 
     """
     before, after = _flat(old), _flat(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
-    keys = [key for key in keys if not any(key == p or key.startswith(p + ".") for p in may_change)]
+    keys = [key for key in keys if not _within(key, may_change)]
     if keys:
         changes = "; ".join(f"{k} was {before.get(k, _ABSENT)}, is {after.get(k, _ABSENT)}" for k in keys)
         raise UserError(
             f"this run was started with another config: {changes}. Set these keys back, or take a new workdir (with "
             "train.init_from to begin with the parameters of this one)"
         )
+
+
+def fill(
+    saved: Mapping[str, Any], defaults: Mapping[str, Any], may_change: tuple[str, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """The saved config of a run with the keys of today, and what to tell of those that were added since: they have their defaults.
+
+    Options of a router, dispatcher, optimizer or schedule that the run did not choose go untold: they do nothing.
+
+    Args:
+      defaults: of today (configs/base.py).
+      may_change: keys, by prefix, that are left out without a word if today has them no more. Any other is a UserError that names all.
+    """
+    notes: list[str] = []
+    gone: list[str] = []
+
+    def merge(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str, chosen: str | None) -> dict[str, Any]:
+        gone.extend(f"{prefix}{key} = {json.dumps(old[key])}" for key in old.keys() - new.keys())
+        out: dict[str, Any] = {}
+        for key, value in new.items():
+            if key not in old:
+                out[key] = value
+                if chosen is None or key == chosen:
+                    notes.append(f"{prefix}{key} is new since this run: taken as its default {json.dumps(value)}")
+            elif isinstance(value, Mapping) and isinstance(old[key], Mapping):
+                choice = old.get(key.removesuffix("s"))  # "router" of "routers"
+                out[key] = merge(old[key], value, f"{prefix}{key}.", choice if isinstance(choice, str) else None)
+            else:
+                out[key] = old[key]
+        return out
+
+    filled = merge(saved, defaults, "", None)
+    gone = sorted(key for key in gone if not _within(key.partition(" ")[0], may_change))
+    if gone:
+        raise UserError(
+            f"this run was saved with keys that moe_jax has no more: {'; '.join(gone)}. Use the version that started the run, or "
+            "a new workdir (with train.init_from to begin with the parameters of this one)"
+        )
+    return filled, notes
+
+
+def _within(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == p or key.startswith(p + ".") for p in prefixes)
 
 
 _ABSENT = "absent"

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import jax
 
-from moe_jax import checkpoint, config, mesh
+from moe_jax import checkpoint, config, config_file, mesh
 from moe_jax.config import Config
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.errors import UserError
@@ -102,12 +102,22 @@ def read_config(workdir: Path) -> Config:
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): start the run again, which rewrites it") from None
+    if (Path("configs") / "base.py").is_file():  # the defaults of keys that were added since the run
+        defaults = json.loads(json.dumps(config_file.load(Path("configs") / "base.py").to_dict()))
+        raw, notes = checkpoint.fill(raw, defaults, config.RESUME_MAY_CHANGE)
+        for note in notes:
+            print(note, file=sys.stderr)
     model = raw.get("model", {})
     if "float64" in (model.get("dtype"), model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)
     one = {"data": 1, "expert": 1, "model": 1}
     model["scan"] = False  # layers are single on disk, and the sampler wants them so
-    return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)
+    try:
+        return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)
+    except KeyError as error:
+        raise UserError(
+            f"the key {error} is missing in {path}: run from the directory that has configs/base.py"
+        ) from None
 
 
 def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any, Any]:

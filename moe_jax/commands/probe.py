@@ -1,0 +1,201 @@
+"""`python -m moe_jax probe --workdir DIR --what replay,precision,knockout,interference,record`: instruments on a trained model.
+
+    replay         held-out loss under frozen, shuffled, balanced and random routing: what the routing is worth
+    precision      the share of routing decisions that hang on rounding
+    knockout       what each expert is worth, per domain: a table and heat maps
+    interference   gradients of the language loss and of the auxiliary losses against each other
+    record         the routing of the held-out batches, token by token
+
+Everything is written to DIR/probe as JSON, PNG and npz, and the tables are printed. docs/instruments.md explains them.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import mesh, rules, train
+from moe_jax.commands import generate
+from moe_jax.config import Config
+from moe_jax.data.batches import Batches
+from moe_jax.errors import UserError
+from moe_jax.instruments import held_out, interference, knockout, precision, record, replay, tables
+from moe_jax.moe import probe
+from moe_jax.place import local_rows, put
+from moe_jax.state import State, make_model
+from moe_jax.tasks import lm
+
+
+class Job(NamedTuple):
+    """What every instrument of the command reads. `step` of the checkpoint; `out`: where its files go, None on other processes."""
+
+    run: held_out.Run
+    step: int
+    flags: argparse.Namespace
+    out: Path | None
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run that trained the model")
+    parser.add_argument("--what", default="replay,precision,knockout", help="default: %(default)s")
+    parser.add_argument("--batches", type=int, default=2, help="held-out batches, 0 = all (default 2)")
+    parser.add_argument("--batch_size", type=int, default=0, help="rows of a batch (default: as the run evaluates)")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--frozen", default="", help="replay: steps of earlier checkpoints, such as 30,60 (default: all)"
+    )
+    parser.add_argument("--ways", default="removed,around", help="knockout: how an expert goes (default: both)")
+    parser.add_argument("--seed", type=int, default=0, help="replay: of the shuffled and random routing")
+    parser.add_argument("--mesh", default="1x1x1", help="DATAxEXPERTxMODEL (default: one device)")
+    parser.add_argument("--simulate_devices", type=int, default=0, help="CPU devices to simulate for a larger mesh")
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, for a run of several processes")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(argv)
+    what = [name.strip() for name in flags.what.split(",")]
+    unknown = [name for name in what if name not in INSTRUMENTS]
+    if unknown:
+        raise UserError(f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}")
+    start_devices(flags)
+    cfg = fitted(generate.read_config(flags.workdir), flags)
+    lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
+    with jax.set_mesh(mesh.make(lengths, jax.devices()[: np.prod(list(lengths.values()))])):
+        job = open_job(cfg, flags)
+        for name in what:
+            INSTRUMENTS[name](job)
+    return 0
+
+
+def start_devices(flags: argparse.Namespace) -> None:
+    if flags.simulate_devices:
+        os.environ.setdefault("PJRT_NPROC", "64")  # see moe_jax/main.py
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", flags.simulate_devices)
+    if flags.coordinator:
+        jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+
+
+def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
+    """The config of the run on the mesh and with the batch size of the flags."""
+    parts = flags.mesh.split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
+        raise UserError(f"--mesh = {flags.mesh!r} is no mesh: write DATAxEXPERTxMODEL, as in 2x2x2")
+    lengths = dict(zip(("data", "expert", "model"), map(int, parts), strict=True))
+    if np.prod(list(lengths.values())) > len(jax.devices()):
+        raise UserError(
+            f"--mesh = {flags.mesh} needs more than the {len(jax.devices())} devices there are: --simulate_devices"
+        )
+    size = flags.batch_size or cfg.eval.batch_size
+    cfg = dataclasses.replace(
+        cfg, mesh=dataclasses.replace(cfg.mesh, **lengths), eval=dataclasses.replace(cfg.eval, batch_size=size)
+    )
+    rules.check(cfg)
+    return cfg
+
+
+def open_job(cfg: Config, flags: argparse.Namespace) -> Job:
+    directory = flags.workdir / "checkpoints"
+    step = flags.step if flags.step is not None else max(steps_of(directory), default=None)
+    params, router_state = generate.load(cfg, directory, step, ema=bool(cfg.optim.ema_decay))
+    assert step is not None  # `load` refuses a run without checkpoints
+    run = held_out.open_run(cfg, train.open_data(cfg), params, router_state, flags.batches)
+    out = flags.workdir / "probe" if jax.process_index() == 0 else None
+    if out:
+        out.mkdir(exist_ok=True)
+    return Job(run, step, flags, out)
+
+
+def steps_of(directory: Path) -> list[int]:
+    from moe_jax.checkpoint import Checkpoints
+
+    return Checkpoints(directory, every=0, keep=1, keep_best=0).steps()
+
+
+def save(job: Job, name: str, figures: Any) -> None:
+    """Beside the figures: of which step, and of how many held-out rows."""
+    if job.out:
+        rows = sum(int((batch.segment_BS > 0).any(1).sum()) for batch in job.run.batches) * jax.process_count()
+        about = {"step": job.step, "rows": rows, "mesh": job.flags.mesh}
+        (job.out / f"{name}.json").write_text(json.dumps({**about, name: figures}, indent=1) + "\n")
+
+
+def run_replay(job: Job) -> None:
+    directory = job.flags.workdir / "checkpoints"
+    asked = [int(step) for step in job.flags.frozen.split(",") if step]
+    steps = asked or [step for step in steps_of(directory) if step < job.step]
+    ema = bool(job.run.cfg.optim.ema_decay)
+    earlier = {step: generate.load(job.run.cfg, directory, step, ema) for step in steps}
+    result = replay.evaluate(job.run, earlier, job.flags.seed)
+    save(job, "replay", result)
+    if job.out:
+        tables.replay(result)
+
+
+def run_precision(job: Job) -> None:
+    result = precision.measure(job.run)
+    save(job, "precision", result)
+    if job.out:
+        tables.precision(result)
+
+
+def run_knockout(job: Job) -> None:
+    result = {}
+    for way in job.flags.ways.split(","):
+        if way not in knockout.WAYS:
+            raise UserError(f"--ways: {way!r} is not known: choose from {', '.join(knockout.WAYS)}")
+        worth = knockout.measure(job.run, way)
+        result[way] = {name: value.tolist() for name, value in worth._asdict().items()}
+        if job.out:
+            tables.knockout(worth, job.run.dataset.domains, way)
+            knockout.draw(worth, job.run.dataset.domains, way, job.out / f"knockout_{way}.png")
+    save(job, "knockout", {"domains": list(job.run.dataset.domains), **result})
+
+
+def run_interference(job: Job) -> None:
+    """On the batch of the step after the checkpoint, as the training run would have taken it."""
+    cfg, run = job.run.cfg, job.run
+    size = cfg.train.batch_size
+    rows = local_rows(size)
+    local = Batches(run.dataset, "train", cfg.seed, size).rows(job.step, rows)
+    model = make_model(cfg.model)
+    state = State(jnp.int32(job.step), run.params, run.router_state, {}, None, jnp.int32(0))
+    result = interference.make_meter(cfg, model)(state, put(local, rows, size, lm.Inputs))
+    save(job, "interference", result)
+    if job.out:
+        tables.interference(result)
+
+
+def run_record(job: Job) -> None:
+    """Files numbered by held-out batch, in probe/routing."""
+    cfg, run = job.run.cfg, job.run
+    record_of = held_out.make_record(cfg.model, probe.ROUTING)
+    for number, batch in enumerate(run.batches):
+        fields = record_of(run.params, run.router_state, held_out.place(run, batch))
+        whole = held_out.whole(batch, cfg.eval.batch_size)
+        if job.out:
+            arrays = record.compact(fields, whole, cfg.model.moe.num_experts, cfg.eval.batch_size)
+            about = record.about(cfg, run.dataset.domains) | {"checkpoint": job.step, "split": "heldout"}
+            record.write(job.out / "routing", number, arrays, about)
+
+
+INSTRUMENTS: dict[str, Callable[[Job], None]] = {
+    "replay": run_replay,
+    "precision": run_precision,
+    "knockout": run_knockout,
+    "interference": run_interference,
+    "record": run_record,
+}

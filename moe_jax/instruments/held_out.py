@@ -1,0 +1,141 @@
+"""What the instruments on a finished run share: its held-out batches on the mesh, their sums, and the record of their routing.
+
+Shapes: B rows, S sequence, L MoE layers, M blocks, E experts, K choices.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import Config, ModelConfig
+from moe_jax.data.batches import Batch, eval_batches
+from moe_jax.data.load import Dataset
+from moe_jax.errors import UserError
+from moe_jax.evaluate import summary
+from moe_jax.instruments import record
+from moe_jax.mesh import P
+from moe_jax.models import router_states
+from moe_jax.models.decoder import with_dispatcher
+from moe_jax.place import local_rows, put
+from moe_jax.state import make_model
+from moe_jax.tasks import lm
+
+Arrays = dict[str, np.ndarray]
+
+
+class Run(NamedTuple):
+    """A trained model and the batches that it is probed on. The mesh is set by the caller."""
+
+    cfg: Config
+    dataset: Dataset
+    params: Any
+    router_state: Any
+    batches: Sequence[Batch]  # this process's rows of each held-out batch
+
+
+def open_run(cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int) -> Run:
+    """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as `eval.dispatcher` says.
+
+    UserError for a model whose routing is not of every token: without MoE layers, or with a mixture of depths around one.
+    """
+    record.check(cfg.model)
+    if cfg.eval.dispatcher != "same":
+        cfg = dataclasses.replace(cfg, model=with_dispatcher(cfg.model, cfg.eval.dispatcher))
+    size = cfg.eval.batch_size
+    batches = list(eval_batches(dataset, size, num_batches or None, local_rows(size)))
+    return Run(cfg, dataset, params, router_state, batches)
+
+
+def place(run: Run, batch: Batch, **told: Any) -> lm.Inputs:
+    """The batch on the mesh. `told`: further fields of lm.Inputs, as host arrays [B, ...] of the *whole* batch."""
+    size = run.cfg.eval.batch_size
+    one = lambda z: put_rows(run, z)
+    further = {name: jax.tree.map(one, value) for name, value in told.items()}
+    return put(batch, local_rows(size), size, lm.Inputs)._replace(**further)
+
+
+def put_rows(run: Run, array: np.ndarray) -> jax.Array:
+    """A host array [B, ...] of the whole batch, sharded over rows."""
+    size = run.cfg.eval.batch_size
+    rows = local_rows(size)
+    return put((np.asarray(array)[rows],), rows, size, lambda z: z)
+
+
+def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
+    """(params, router state, inputs) -> the held-out sums of lm.evaluate as float64; compiled once for each kind of inputs."""
+    model, bytes_V = make_model(cfg), np.zeros(cfg.vocab_size, np.int32)
+    bytes_V[: run.dataset.tokenizer.vocab_size] = run.dataset.tokenizer.token_bytes()
+
+    @jax.jit
+    def sums_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
+        sums = lm.evaluate(model.bind(params, router_state), inputs, jnp.asarray(bytes_V), len(run.dataset.domains))
+        return jax.sharding.reshard(sums, P())
+
+    return lambda *args: jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(*args))
+
+
+def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
+    """Means of the sums of several batches, as evaluate.summary gives them."""
+    return summary(jax.tree.map(lambda *z: np.sum(z, 0), *sums), run.dataset.domains)
+
+
+def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:
+    """(params, router state, inputs) -> the record of the evaluated routing, [L, B, S, ...] of the whole batch on every host."""
+    model = make_model(cfg)
+
+    @jax.jit
+    def record_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
+        bound = model.bind(params, router_state)
+        return jax.sharding.reshard(lm.record(bound, inputs, jax.random.key(0), False, wanted), P())
+
+    return lambda *args: {name: np.asarray(z) for name, z in record_of(*args).items()}
+
+
+def whole(batch: Batch, size: int) -> Batch:
+    """The batch of all processes on every host, from this process's rows."""
+    if jax.process_count() == 1:
+        return batch
+    rows = local_rows(size)
+    return Batch(*(np.asarray(jax.sharding.reshard(z, P())) for z in put(batch, rows, size, Batch)))
+
+
+def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:
+    """[L, B, ...] of the MoE layers -> [B, M, ...] of all blocks, zero for the others."""
+    blocks = np.zeros((len(cfg.blocks),) + layers.shape[1:], layers.dtype)
+    blocks[[i for i, kind in enumerate(cfg.blocks) if kind.endswith("moe")]] = layers
+    return np.moveaxis(blocks, 0, 1)
+
+
+def router_weights(params: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """{name: [L, ...]} of the routers' parameters, on every host."""
+    return _stacked(_routers(params), cfg)
+
+
+def router_state(states: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """{name: [L, ...]} of the routers' states, on every host."""
+    return _stacked(states, cfg)
+
+
+def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    if not jax.tree.leaves(tree):
+        return {}
+    stacked = jax.jit(lambda tree: jax.sharding.reshard(router_states.stack(tree, cfg), P()))(tree)
+    return {name: np.asarray(w) for name, w in stacked.items()}
+
+
+def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
+    inside = lambda key, value: {"router": value["router"]} if key == "moe" else _routers(value)
+    return {key: inside(key, value) for key, value in tree.items() if isinstance(value, dict)}
+
+
+def gates(run: Run, what: str) -> np.ndarray:
+    """The gate matrices [L, D, E] of a router with linear logits. UserError, which says what needs them, when it has none."""
+    weights = router_weights(run.params, run.cfg.model)
+    wanted = (run.cfg.model.num_moe_layers, run.cfg.model.d_model, run.cfg.model.moe.num_experts)
+    if weights.get("gate", np.zeros(0)).shape != wanted:
+        raise UserError(f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} needs')
+    return weights["gate"]

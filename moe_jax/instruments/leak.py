@@ -1,0 +1,191 @@
+"""Leaks, measured: does a later token, or another sequence of the batch, change what an earlier token's output is?
+
+A small random model of a config runs on random tokens. Then the tokens of one row from the middle on are drawn anew, with their documents
+and padding, and the logits of its first half are compared: a difference is a leak from the future. Then all tokens of that row are drawn
+anew, and the logits of all other rows are compared: a difference is a leak from the batch. Both in training mode (same key) and in
+evaluation mode. What a config claims is in moe/causality.py; here it is seen.
+
+Everything is in float64. A change below NOISE of the largest logit counts as none: rows of a grouped product change their place in memory
+with the routing of other tokens, and a sum in another order rounds otherwise.
+
+Shapes: B rows, S sequence, V vocabulary, K choices of a recording.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import config, mesh
+from moe_jax.config import Config
+from moe_jax.errors import UserError
+from moe_jax.moe import causality
+from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.layer import Batch
+from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import Sees, Sizes
+from moe_jax.state import make_model
+from moe_jax.weights import Weight
+
+NOISE = 1e-9
+TIGHT = 0.5  # capacity factor of the table of all combinations: with room to spare nothing drops and no order matters
+MODES = ("train", "eval")
+DRAWS = 4  # of tokens; the changed row is another one each time
+
+
+class Leak(NamedTuple):
+    """Of the outputs that must not change: the largest change over the largest |logit|, and the share of tokens that changed."""
+
+    delta: float
+    share: float
+
+
+class Measured(NamedTuple):
+    future: Leak  # when later tokens of the sequence change
+    batch: Leak  # when another sequence changes
+
+
+def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measured]:
+    """{"train": ..., "eval": ...} of a small config (see `shrink`), on one device. Needs jax_enable_x64, or NOISE is below the rounding."""
+    rng, found = np.random.default_rng(seed), []
+    num, length = cfg.train.batch_size, cfg.data.seq_len
+    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+        logits = _program(cfg, rng)
+        for draw in range(draws):
+            row, middle = draw % num, length // 2
+            first, other = _draw(cfg, rng, one_document=True), _draw(cfg, rng, one_document=False)
+            mine_BS = np.broadcast_to(np.arange(num)[:, None] == row, (num, length))
+            base, rest = logits(first), np.arange(num) != row
+            later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
+            future = _change(base[:, row, :middle], later[:, row, :middle])
+            found.append((future, _change(base[:, rest], logits(_where(mine_BS, other, first))[:, rest])))
+    values = np.array(found)  # [draw, future or batch, delta or share, mode]
+    leak = lambda kind, mode: Leak(float(values[:, kind, 0, mode].max()), float(values[:, kind, 1, mode].mean()))
+    return {name: Measured(leak(0, mode), leak(1, mode)) for mode, name in enumerate(MODES)}
+
+
+def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
+    """Random tokens with all that belongs to them: without `one_document`, another document begins in each row, and its end is padding."""
+    num, length, moe = cfg.train.batch_size, cfg.data.seq_len, cfg.model.moe
+    place_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (num, length))
+    cut_B1 = rng.integers(length // 2 + 1, length - 2, (num, 1)).astype(np.int32)
+    again_BS = (place_BS >= cut_B1) & (not one_document)
+    padding_BS = (place_BS == length - 1) & (not one_document)
+    id_BS = rng.integers(0, cfg.model.vocab_size, (num, length)).astype(np.int32)
+    segment_BS = np.where(padding_BS, 0, 1 + again_BS).astype(np.int32)
+    recorded: Any = ()
+    if moe.router == "recorded":
+        shape = (len(cfg.model.blocks), num, length, moe.num_experts)
+        expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options["k"]].astype(np.int32)
+        recorded = (expert, rng.random(expert.shape))
+    row_B = np.arange(num, dtype=np.int32)
+    return Batch(id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, recorded)
+
+
+def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
+    """The tokens of `other` where `changed_BS`, else those of `first`."""
+    pick = lambda a, b: np.where(changed_BS, a, b)
+    pick_K = lambda a, b: np.where(changed_BS[None, :, :, None], a, b)
+    tokens = {name: pick(getattr(other, name), getattr(first, name)) for name in ("id_BS", "position_BS", "segment_BS")}
+    return first._replace(**tokens, recorded=jax.tree.map(pick_K, other.recorded, first.recorded))
+
+
+def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndarray]:
+    """batch -> logits [2, B, S, V] in training and in evaluation mode, of one random model."""
+    model = make_model(cfg.model)
+    weights = _values(cfg, jax.eval_shape(model.init, jax.random.key(0)), rng)
+
+    def forward(params, state, batch):
+        run = lambda mode: model.bind(params, state)(batch, jax.random.key(1), mode == "train")[0]
+        return [run(mode) for mode in MODES]
+
+    # It runs a dozen times: most of the time is the compiler's, which optimising would take thrice as long.
+    run = jax.jit(forward, compiler_options={"xla_backend_optimization_level": 0})
+    put = lambda z, *names: jax.device_put(z, mesh.sharding(*names))
+
+    def logits(batch: Batch) -> np.ndarray:
+        recorded = jax.tree.map(lambda z: put(z, None, "batch"), batch.recorded)
+        placed = jax.tree.map(lambda z: put(z, "batch"), batch._replace(recorded=()))
+        return np.stack(jax.device_get(run(*weights, placed._replace(recorded=recorded))))
+
+    return logits
+
+
+def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
+    """Random parameters and router state, drawn in NumPy: to compile the model's own draw takes longer than all the rest."""
+    moe = cfg.model.moe
+    declared = (Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size), moe.router_options)
+    own = ROUTERS[moe.router].params(*declared) | ROUTERS[moe.router].state(*declared)
+
+    def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        wide = 1.0 if leaf.ndim < 2 else 0.0  # scales of norms
+        like = Weight(leaf.shape, (), 0.0 if wide else leaf.shape[-2] ** -0.5, wide)
+        weight = own.get(path[-1].key, like)
+        return (weight.constant + weight.std * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    here = jax.sharding.get_mesh()
+    place = lambda z, leaf: jax.device_put(z, jax.sharding.NamedSharding(here, leaf.sharding.spec))
+    return jax.tree.map(place, jax.tree_util.tree_map_with_path(value, abstract), abstract)
+
+
+def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2]; the modes come first."""
+    per_token = np.abs(after - before).max(-1) / np.abs(before).max()
+    per_token = np.where(per_token > NOISE, per_token, 0).reshape(2, -1)
+    return per_token.max(-1), (per_token > 0).mean(-1)
+
+
+def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that is measured in seconds, from a nested dict of one: router, ordering, dispatcher, experts and group_rows are kept."""
+    small = copy.deepcopy(dict(raw))
+    model, group = small["model"], small["model"]["moe"]["group_rows"]
+    model |= {"d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "ffn_hidden": 32, "vocab_size": 64}
+    model |= {"param_dtype": "float64", "dtype": "float64", "dropout": 0.0, "remat": "none", "scan": False}
+    model |= {"repeats": min(model["repeats"], 1), "allow_leak": True}
+    model["moe"] = {**model["moe"], "expert_hidden": 8}
+    model["vocab_size"] = max(64, model["moe"]["num_experts"])
+    # Of a group at least 4 tokens per expert, so that capacity is not all rounding.
+    small["data"] = {**small["data"], "seq_len": max(32, 4 * model["moe"]["num_experts"] // group)}
+    small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
+    small["eval"] = {**small["eval"], "batch_size": 0}
+    small["mesh"], small["simulate_devices"] = {"data": 1, "expert": 1, "model": 1}, 0
+    return small
+
+
+def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
+    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise are `raw`'s; capacity is TIGHT."""
+    small = shrink(raw)
+    moe = copy.deepcopy(small["model"]["moe"])
+    moe["dispatchers"]["capacity"]["factor"] = TIGHT
+    moe["losses"] = dict.fromkeys(moe["losses"], 0.0)  # some need a router that has their sums; nothing is trained here
+    moe["adaptive"]["rate"] = 0.0
+    for router, ordering, dispatcher in itertools.product(ROUTERS, ORDERINGS, DISPATCHERS):
+        chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
+        try:
+            yield config.build({**small, "model": {**small["model"], "moe": chosen}}, 1)
+        except UserError:  # a pair that makes no sense: its rule says why
+            continue
+
+
+def label(cfg: Config) -> Sees:
+    """What a model of this config is said to see: its MoE blocks (moe/causality.py), and its depth blocks (models/depth.py)."""
+    depth = cfg.model.num_depth_blocks > 0 and cfg.model.depth.capacity < 1
+    seen = causality.sees(cfg.model.moe) if cfg.model.num_moe_layers else Sees(False, False)
+    return seen._replace(future=seen.future or depth)
+
+
+def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
+    """What the label of a config and its measurement say together: "safe", "leaks ...", or that the label is wrong."""
+    seen, kinds = label(cfg), ("future", "batch")
+    measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}
+    wrong = [kind for kind in kinds if measured[kind] and not getattr(seen, kind)]
+    if wrong:
+        return f"FAULT: labelled safe, but sees the {' and the '.join(wrong)}"
+    labelled = [kind for kind in kinds if getattr(seen, kind)]
+    quiet = [kind for kind in labelled if not measured[kind]]
+    text = f"leaks the {' and the '.join(labelled)}" if labelled else "safe"
+    return text + (f" (not seen here: {', '.join(quiet)})" if quiet else "")

@@ -1,0 +1,149 @@
+"""How many routing decisions hang on rounding: the share of chosen experts that change with precision and with batch composition.
+
+    router     the router's logits in bfloat16 (its activations, weights and logits rounded), on the same activations
+    model      the whole model in bfloat16, its router in float32 as always
+    order      the same rows in reverse order
+    size       the same rows in batches of half the size
+
+A decision is one (token, choice); it flips if the expert is not among the token's experts any more. For a router that decides token by
+token "order" and "size" are 0 up to rounding: a matrix product of another shape may sum in another order.
+
+The margin of a token is its k-th largest logit minus the next: what a perturbation must reach to flip a decision.
+
+Shapes: L MoE layers, B rows, S sequence, K choices, E experts, D model, T tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.data.batches import Batch
+from moe_jax.errors import UserError
+from moe_jax.instruments import held_out
+from moe_jax.instruments.held_out import Run
+from moe_jax.moe import probe
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens
+
+Record = Callable[..., held_out.Arrays]  # (params, router state, inputs) -> the record of a batch
+QUANTILES = (0.01, 0.1, 0.5, 0.9)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """{"flips": {kind: [L]}, "margins": {quantile: [L]}, "notes": {kind: why it is missing}}, means over valid decisions."""
+    cfg = run.cfg.model
+    record_of = held_out.make_record(cfg, probe.INPUTS)
+    low = held_out.make_record(dataclasses.replace(cfg, dtype="bfloat16"), probe.ROUTING)
+    compared: dict[str, list[np.ndarray]] = {}
+    margins: list[np.ndarray] = []
+    notes: dict[str, str] = {}
+    for batch in run.batches:
+        whole = held_out.whole(batch, run.cfg.eval.batch_size)
+        base = record_of(run.params, run.router_state, held_out.place(run, batch))
+        for name, again in _perturbed(run, record_of, low, batch, base["input"]).items():
+            try:
+                compared.setdefault(name, []).append(flips(base["expert"], again(whole), cfg.moe.num_experts))
+            except UserError as error:
+                notes[name] = str(error)
+        if "router" not in notes:
+            margin_LBS = margin(base["input"], held_out.gates(run, "the margin"), base["expert"].shape[3])
+            margins.append(margin_LBS[:, whole.segment_BS > 0])
+    counts = {name: np.sum(pairs, 0) for name, pairs in compared.items() if pairs}
+    spread = np.quantile(np.concatenate(margins, 1), QUANTILES, axis=1) if margins else []
+    return {
+        "flips": {name: (flipped_L / np.maximum(all_L, 1)).tolist() for name, (flipped_L, all_L) in counts.items()},
+        "margins": {f"{q:g}": row.tolist() for q, row in zip(QUANTILES, spread, strict=bool(margins))},
+        "notes": notes,
+    }
+
+
+def _perturbed(
+    run: Run, record_of: Record, low: Record, batch: Batch, input_LBSD: np.ndarray
+) -> dict[str, Callable[[Batch], np.ndarray]]:
+    """{kind: the batch of all processes -> the experts [L, B, S, K] that are taken now}; `batch` is of this process."""
+    weights = run.params, run.router_state
+    return {
+        "router": lambda whole: rounded_router(run, input_LBSD, whole),
+        "model": lambda _: low(*weights, held_out.place(run, batch))["expert"],
+        "order": lambda whole: _rearranged(run, record_of, whole, np.arange(run.cfg.eval.batch_size)[::-1]),
+        "size": lambda whole: _in_halves(run, record_of, whole),
+    }
+
+
+def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> np.ndarray:
+    """[2, L]: (decisions of `before` that `after` does not make, decisions); the order of a token's experts does not count."""
+    kept = (before_LBSK[..., :, None] == after_LBSK[..., None, :]).any(-1)
+    real = before_LBSK < num_experts
+    return np.stack([(real & ~kept).sum((1, 2, 3)), real.sum((1, 2, 3))])
+
+
+def margin(input_LBSD: np.ndarray, gate_LDE: np.ndarray, k: int) -> np.ndarray:
+    """[L, B, S]: the k-th largest logit minus the next; infinite when every expert is chosen."""
+    logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
+    if k >= logits.shape[3]:
+        return np.full(logits.shape[:3], np.inf)
+    sorted_LBSE = -np.sort(-logits, -1)
+    return sorted_LBSE[..., k - 1] - sorted_LBSE[..., k]
+
+
+def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray:
+    """The experts [L, B, S, K] that the router takes when its logits are those of a bfloat16 product.
+
+    The rounded logits are given to the router itself as activations, with the identity as its gate, so that all that comes after the
+    logits (softmax, bias, groups) is the router's own.
+    """
+    cfg = run.cfg.model
+    gate_LDE = held_out.gates(run, "the precision of its logits")
+    num_layers, num_rows, length, _ = input_LBSD.shape
+    others = set(held_out.router_weights(run.params, cfg)) - {"gate"}
+    if others:
+        raise UserError(
+            f'model.moe.router = "{cfg.moe.router}" has other weights than a gate ({", ".join(sorted(others))})'
+        )
+    state = held_out.router_state(run.router_state, cfg)
+    flat = lambda z_BS: jnp.asarray(np.asarray(z_BS).reshape(-1))
+    ids = (flat(batch.tokens_BS), flat(batch.position_BS), flat(np.repeat(batch.row_B, length)), flat(batch.segment_BS))
+    router_cfg = RouterCfg(cfg.moe.num_experts, cfg.moe.router_options, cfg.moe.group_rows, cfg.vocab_size, lambda z: z)
+
+    @jax.jit
+    def route(x_TD: jax.Array, gate_DE: jax.Array, state: Any) -> jax.Array:
+        logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.bfloat16), gate_DE.astype(jnp.bfloat16))
+        tokens = Tokens(logits_TE, *ids, ids[3] > 0, num_rows)
+        identity = {"gate": jnp.eye(cfg.moe.num_experts, dtype=gate_DE.dtype)}
+        routing = ROUTERS[cfg.moe.router].route(
+            identity, state, tokens, cfg=router_cfg, rng=jax.random.key(0), train=False
+        )
+        if not (isinstance(routing, Routing) and routing.per_token):
+            raise UserError(f'model.moe.router = "{cfg.moe.router}" does not choose k experts for each token')
+        return routing.expert_N.reshape(num_rows, length, -1)
+
+    layer = lambda i: route(
+        input_LBSD[i].reshape(num_rows * length, -1), gate_LDE[i], {n: z[i] for n, z in state.items()}
+    )
+    return np.stack([np.asarray(layer(i)) for i in range(num_layers)])
+
+
+def _rearranged(run: Run, record_of: Callable[..., Any], batch: Batch, order_B: np.ndarray) -> np.ndarray:
+    """The experts of the rows in another order, brought back to the first; a row keeps its number, and so its randomness."""
+    rows = held_out.local_rows(run.cfg.eval.batch_size)
+    moved = Batch(*(z[order_B][rows] for z in batch))
+    expert = record_of(run.params, run.router_state, held_out.place(run, moved))["expert"]
+    return expert[:, np.argsort(order_B)]
+
+
+def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndarray:
+    size = run.cfg.eval.batch_size // 2
+    devices = run.cfg.mesh.data * run.cfg.mesh.expert
+    if size % devices or (size // devices) % run.cfg.model.moe.group_rows:
+        raise UserError(
+            f"half of eval.batch_size ({size} rows) does not fit the mesh or model.moe.group_rows: take more rows"
+        )
+    smaller = run._replace(cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size)))
+    rows = held_out.local_rows(size)
+    parts = [Batch(*(z[at : at + size][rows] for z in batch)) for at in (0, size)]
+    experts = [record_of(run.params, run.router_state, held_out.place(smaller, part))["expert"] for part in parts]
+    return np.concatenate(experts, 1)

@@ -1,0 +1,159 @@
+"""The routing of chosen steps, token by token, in compact files that are the same for every mesh.
+
+    workdir/routing/manifest.json        what the run is, what each file holds
+    workdir/routing/step_00000100.npz    of the batch that step 100 took
+
+A file has, for L MoE layers, R rows of the batch, S tokens and K choices of a token (K = num_experts, in their order, where a router has
+no fixed number of choices): "expert" [L, R, S, K] (num_experts = nowhere: padding, an unused place), "gate" (float16), "dropped" (chosen,
+but the expert had no place); "token", "segment" (a document; 0 = padding) and "domain" [R, S]. Integers have the smallest type that holds
+them.
+
+The record is a forward pass of its own, with the randomness of the step: a run that records nothing pays nothing. Numbers that are not
+integers may differ between meshes in their last bit, and in float32 a tie may be decided differently; in float64 the files are equal.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import Config, ModelConfig
+from moe_jax.errors import UserError
+from moe_jax.mesh import P
+from moe_jax.moe import probe
+from moe_jax.state import Model, State, micro_batches
+from moe_jax.tasks import lm
+
+MANIFEST = "manifest.json"
+SAME_RUN = ("seed", "model", "optim", "data")  # blocks of the config that make the routing; the mesh is none of them
+SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
+
+
+def due(text: str) -> Callable[[int], bool]:
+    """What `record.steps` says of a step: "100,200", "every 50", both ("1,every 50"), or "" for none. UserError."""
+    steps, every = set(), []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        number = part.removeprefix("every ").strip()
+        if not number.isdigit() or int(number) < 1:
+            raise UserError(
+                f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 or every 50'
+            )
+        (every.append if part.startswith("every ") else steps.add)(int(number))
+    return lambda step: step in steps or any(step % n == 0 for n in every)
+
+
+def make_recorder(
+    cfg: Config, model: Model, domains: Sequence[str], directory: Path
+) -> Callable[[int, State, lm.Inputs], None]:
+    """(step, state before it, its batch) -> writes the file of the step, if `record.steps` asks for it. All processes call it."""
+    asked = due(cfg.record.steps)
+    if cfg.record.steps:
+        check(cfg.model)
+    num, rows = cfg.train.num_micro_batches, cfg.record.rows or cfg.train.batch_size
+
+    @jax.jit
+    def record_of(state: State, batch: lm.Inputs) -> Any:
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), state.step)
+        bound = model.bind(state.params, state.router_state)
+        micro = micro_batches(batch, num, cfg.model.moe.group_rows)
+        run = lambda _, part: (None, jax.sharding.reshard(lm.record(bound, part, rng, True, probe.ROUTING), P()))
+        fields = jax.lax.scan(run, None, micro)[1]
+        whole = {name: _rows_in_order(z, num, cfg.model.moe.group_rows) for name, z in fields.items()}
+        return whole, jax.sharding.reshard(batch, P())
+
+    def recorder(step: int, state: State, batch: lm.Inputs) -> None:
+        if asked(step):
+            fields, inputs = jax.device_get(record_of(state, batch))
+            if jax.process_index() == 0:
+                write(directory, step, compact(fields, inputs, cfg.model.moe.num_experts, rows), about(cfg, domains))
+
+    return recorder
+
+
+def check(cfg: ModelConfig) -> None:
+    """UserError for a model whose routing is not of every token: without MoE layers, or with a mixture of depths around one."""
+    if not cfg.num_moe_layers:
+        raise UserError("the model has no MoE layer, so there is no routing to look at (record.steps)")
+    deep = [kind for kind in cfg.blocks if kind.endswith("moe") and kind != "moe"]
+    if deep:
+        raise UserError(f'only some tokens go through a block "{deep[0]}": their routing cannot be recorded by token')
+
+
+def _rows_in_order(z: jax.Array, num: int, group_rows: int) -> jax.Array:
+    """[num, L, B / num, ...] of micro-batches -> [L, B, ...]: the inverse of `micro_batches`."""
+    z = jnp.moveaxis(z, 0, 1)
+    z = z.reshape((z.shape[0], num, z.shape[2] // group_rows, group_rows) + z.shape[3:])
+    return jnp.swapaxes(z, 1, 2).reshape((z.shape[0], -1) + z.shape[4:])
+
+
+def compact(fields: dict[str, np.ndarray], inputs: Any, num_experts: int, rows: int) -> dict[str, np.ndarray]:
+    """The arrays of a file from a record [L, B, S, K] and its batch, of the first `rows` rows."""
+    small = lambda z: z.astype(np.min_scalar_type(int(z.max(initial=0))))
+    batch = {"token": inputs.tokens_BS, "segment": inputs.segment_BS, "domain": inputs.domain_BS}
+    return {
+        "expert": fields["expert"][:, :rows].astype(np.min_scalar_type(num_experts)),
+        "gate": fields["gate"][:, :rows].astype(np.float16),
+        "dropped": fields["dropped"][:, :rows].astype(bool),
+        **{name: small(np.asarray(z)[:rows]) for name, z in batch.items()},
+    }
+
+
+def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of the run."""
+    moe = [i for i, kind in enumerate(cfg.model.blocks) if kind.endswith("moe")]
+    return {
+        "config": config_hash(cfg),
+        "router": cfg.model.moe.router,
+        "num_experts": cfg.model.moe.num_experts,
+        "blocks": moe,
+        "domains": list(domains),
+    }
+
+
+def config_hash(cfg: Config) -> str:
+    """SHA-256 of what makes the routing: equal on every mesh, and however the layers are stored or recomputed."""
+    every = dataclasses.asdict(cfg)
+    chosen = {name: every[name] for name in SAME_RUN} | {"batch_size": cfg.train.batch_size}
+    for block in ("model", "data"):
+        chosen[block] = {name: value for name, value in chosen[block].items() if name not in SAME_VALUES}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def write(directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Writes the file of a step and its line in the manifest; a file of the same step is replaced."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name, buffer = file_name(step), io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    _replace(directory / name, buffer.getvalue())
+    path = directory / MANIFEST
+    files = json.loads(path.read_text())["files"] if path.exists() else {}
+    described = {key: [str(z.dtype), list(z.shape)] for key, z in arrays.items()}
+    files[name] = {"step": step, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "arrays": described}
+    _replace(path, (json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1) + "\n").encode())
+
+
+def read(directory: Path, step: int) -> dict[str, np.ndarray]:
+    """The arrays of a step. UserError when it was not recorded."""
+    path = directory / file_name(step)
+    if not path.exists():
+        have = sorted(int(p.stem.removeprefix("step_")) for p in directory.glob("step_*.npz"))
+        raise UserError(f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} (record.steps)")
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def file_name(step: int) -> str:
+    return f"step_{step:08d}.npz"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)

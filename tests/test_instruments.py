@@ -1,0 +1,363 @@
+"""Instruments on a model's routing: what is recorded, replayed, knocked out and compared, against hand-made values."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import meshes
+import models
+import numpy as np
+import pytest
+
+from moe_jax import train
+from moe_jax.errors import UserError
+from moe_jax.instruments import held_out, interference, knockout, precision, record, replay
+from moe_jax.moe import probe
+from moe_jax.state import State, make_loss, make_model
+
+DATA = {
+    "model.vocab_size": 256,
+    "model.repeats": 2,
+    "model.scan": True,  # one block to compile
+    "data.sources": (("embedded:verse,novel", 1.0),),
+    "data.slice_bytes": 5_000,
+    "data.heldout_bytes": 1_000,
+    "data.seq_len": 16,
+    "train.batch_size": 16,
+    "model.moe.num_experts": 4,
+}
+
+
+def weights(cfg):
+    """Parameters and router state from NumPy: nothing is compiled to draw them, and they are the same on every mesh."""
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(jax.jit(make_model(cfg.model).init), jax.random.key(0))
+    place = lambda s: jax.sharding.NamedSharding(jax.sharding.get_mesh(), s.sharding.spec)
+    draw = lambda s: jax.device_put((0.3 * rng.normal(size=s.shape)).astype(s.dtype), place(s))
+    return jax.tree.map(draw, abstract)
+
+
+def probed(shape=(1, 1, 1), changes=None, num_batches=1):
+    """A model on held-out batches; called with the mesh set."""
+    cfg = models.build(shape, DATA | (changes or {}))
+    return held_out.open_run(cfg, train.open_data(cfg), *weights(cfg), num_batches)
+
+
+def first_state(run):
+    return State(jnp.int32(0), run.params, run.router_state, {}, None, jnp.int32(0))
+
+
+@pytest.fixture
+def run(float64):
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        yield probed()
+
+
+def recorded(run, wanted=probe.ROUTING, **changes):
+    inputs = held_out.place(run, run.batches[0])._replace(**changes)
+    return held_out.make_record(run.cfg.model, wanted)(run.params, run.router_state, inputs)
+
+
+def loss(run, params=None, **changes):
+    inputs = held_out.place(run, run.batches[0])._replace(**changes)
+    return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)["nll"]
+
+
+# Record
+
+
+def test_files_are_the_same_on_every_mesh_with_accumulation(float64, tmp_path):
+    changes = {
+        "record.steps": "1",
+        "train.micro_batch_size": 8,
+        "model.moe.dispatcher": "capacity",
+        "model.dropout": 0.1,
+    }
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        with jax.set_mesh(meshes.make(*shape)):
+            run = probed(shape, changes | {"model.moe.dispatchers.capacity.factor": 0.75})
+            write = record.make_recorder(
+                run.cfg, make_model(run.cfg.model), run.dataset.domains, tmp_path / meshes.name(shape)
+            )
+            write(1, first_state(run), models.put(run.cfg, models.batch(run.cfg)))
+            write(2, first_state(run), models.put(run.cfg, models.batch(run.cfg)))
+    one, other = (tmp_path / name for name in ("1x1x1", "2x2x2"))
+    assert sorted(p.name for p in one.iterdir()) == ["manifest.json", "step_00000001.npz"]
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+    arrays = record.read(one, 1)
+    assert {name: (z.dtype, z.shape) for name, z in arrays.items()} == {
+        "expert": (np.uint8, (2, 16, 16, 2)),
+        "gate": (np.float16, (2, 16, 16, 2)),
+        "dropped": (bool, (2, 16, 16, 2)),
+        "token": (np.uint8, (16, 16)),
+        "segment": (np.uint8, (16, 16)),
+        "domain": (np.uint8, (16, 16)),
+    }
+    nowhere = (arrays["expert"] == 4).all(-1)
+    np.testing.assert_array_equal(nowhere, np.broadcast_to(arrays["segment"] == 0, nowhere.shape))
+    kept = (arrays["expert"][0, 0, :, :, None] == np.arange(4)) & ~arrays["dropped"][0, 0, :, :, None]
+    assert (
+        kept.sum((0, 1)).max() == 6 and arrays["dropped"].any()
+    )  # ceil(0.75 * 2 choices * 16 tokens / 4 experts) places
+    manifest = json.loads((one / "manifest.json").read_text())
+    assert manifest["blocks"] == [0, 1] and manifest["num_experts"] == 4
+    assert manifest["files"]["step_00000001.npz"]["arrays"]["expert"] == ["uint8", [2, 16, 16, 2]]
+    with pytest.raises(UserError, match=r"no routing of step 7 is recorded in .*1x1x1: it has \[1\] \(record.steps\)"):
+        record.read(one, 7)
+
+
+def test_micro_batches_come_back_in_the_order_of_the_rows():
+    from moe_jax.state import micro_batches
+
+    rows = jnp.arange(24).reshape(12, 2)
+    parts = micro_batches(rows, 3, 2)[:, None]  # one layer
+    np.testing.assert_array_equal(record._rows_in_order(parts, 3, 2)[0], rows)
+
+
+def test_which_steps():
+    chosen = lambda text: [step for step in range(1, 13) if record.due(text)(step)]
+    assert chosen("") == [] and chosen("3, 11") == [3, 11] and chosen("1,every 5") == [1, 5, 10]
+    for text in ("every", "0", "every 0", "1-3"):
+        with pytest.raises(UserError, match=f'record.steps = "{text}".*write 100,200 or every 50'):
+            record.due(text)
+
+
+def test_what_cannot_be_recorded_is_refused(float64):
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        with pytest.raises(UserError, match="no MoE layer"):
+            probed(changes={"model.prefix": (), "model.period": ("dense",)})
+        with pytest.raises(UserError, match='only some tokens go through a block "depth:moe"'):
+            probed(changes={"model.prefix": ("depth:moe",), "model.allow_leak": True})
+
+
+def test_layers_find_their_blocks(float64):
+    cfg = models.build(changes={"model.prefix": ("dense", "moe"), "model.suffix": ("dense",), "model.repeats": 1}).model
+    blocks = held_out.of_all_blocks(cfg, np.arange(1, 7).reshape(2, 3))
+    np.testing.assert_array_equal(blocks, [[0, 1, 4, 0], [0, 2, 5, 0], [0, 3, 6, 0]])
+
+
+# Replay
+
+
+def test_own_routing_replayed_is_the_same_loss_on_every_mesh(float64):
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        with jax.set_mesh(meshes.make(*shape)):
+            run = probed(shape, num_batches=2)
+            other = jax.tree.map(lambda x: x + 0.1, run.params)
+            result = replay.evaluate(run, {5: (run.params, run.router_state), 7: (other, run.router_state)}, seed=1)
+            for name in ("own", "frozen 5"):
+                assert abs(result[name]["gap/loss"]) < 1e-12, name
+            for name in ("shuffled", "balanced", "random", "frozen 7"):
+                assert abs(result[name]["gap/bits_per_byte"]) > 1e-6, name
+            if shape == (1, 1, 1):
+                first = result
+    for name in first:
+        assert abs(first[name]["loss"] - result[name]["loss"]) < 1e-10, name
+
+
+def seen(run):
+    fields = recorded(run)
+    valid = run.batches[0].segment_BS > 0
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(4), fields["expert"].shape[:3])
+    return replay.Seen(fields["expert"], fields["gate"], valid, lambda: probs, 4, rng)
+
+
+def loads(expert_LBSK):
+    return (expert_LBSK.reshape(len(expert_LBSK), -1, 1) == np.arange(4)).sum(1)
+
+
+def test_other_routings_keep_what_they_promise(run):
+    own = seen(run)
+    for name, way in replay.WAYS.items():
+        expert, gate = way(own)
+        chosen = expert[:, own.valid_BS]
+        assert (chosen[..., 0] != chosen[..., 1]).all(), name
+        np.testing.assert_allclose(gate[:, own.valid_BS].sum(-1), 1, err_msg=name)
+        assert (expert[:, ~own.valid_BS] == 4).all(), name
+    shuffled, gate = replay.shuffled(own)
+    np.testing.assert_array_equal(loads(shuffled), loads(own.expert_LBSK))
+    assert (shuffled != own.expert_LBSK).any() and abs(gate.sum() - own.gate_LBSK.sum()) < 1e-9
+    most = -(-own.valid_BS.sum() * 2 // 4)
+    assert (loads(replay.balanced(own)[0]) <= most).all() and loads(own.expert_LBSK).max() > most
+
+
+def test_balanced_routing_is_the_best_of_all():
+    """4 tokens, 3 experts, k = 2: at most ceil(8 / 3) = 3 tokens each; all 3^4 assignments tried."""
+    probs_NE = np.random.default_rng(3).dirichlet(np.ones(3), 4)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    score = lambda chosen: sum(probs_NE[n, list(pair)].sum() for n, pair in enumerate(chosen))
+    fits = lambda chosen: max(np.bincount(np.ravel(chosen), minlength=3)) <= 3
+    best = max((c for c in itertools.product(pairs, repeat=4) if fits(c)), key=score)
+    found = replay.best_balanced(probs_NE, 2)
+    assert abs(score([tuple(pair) for pair in found]) - score(best)) < 1e-12
+    taken = np.take_along_axis(probs_NE, found, 1)
+    assert (taken[:, 0] >= taken[:, 1]).all()
+
+
+def language_gradient(run, model_cfg, inputs):
+    loss = make_loss(dataclasses.replace(run.cfg, model=model_cfg), make_model(model_cfg))
+    nll = lambda params: loss(params, run.router_state, inputs, jax.random.key(0))[1][1]["nll"]
+    return jax.jit(jax.grad(nll))(run.params)
+
+
+def test_a_training_step_takes_the_routing_it_is_given(run):
+    """Own experts, gates by the router over them: the gradients of the language loss are those of the model itself."""
+    fields = recorded(run)
+    expert, gate = (held_out.of_all_blocks(run.cfg.model, fields[name]) for name in ("expert", "gate"))
+    given = held_out.place(run, run.batches[0], recorded=(expert, gate))
+    plain = held_out.place(run, run.batches[0])
+    grads = [
+        language_gradient(run, run.cfg.model, plain),
+        language_gradient(run, replay.under(run.cfg.model, 2, "router"), given),
+        language_gradient(run, replay.under(run.cfg.model, 2, "recorded"), given),
+    ]
+    for a, b in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(grads[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    router = lambda grad: np.abs(held_out.router_weights(grad, run.cfg.model)["gate"]).max()
+    assert router(grads[0]) > 1e-6 and router(grads[2]) == 0
+
+
+# Knock-out
+
+
+def with_(run, layer, change):
+    """The parameters with some of one MoE layer changed: `change` of its {"gate", "w_in", "w_out"} gives the new ones."""
+    params = jax.tree.map(lambda x: x, run.params)
+    moe = params["repeats"]["blocks"][0]["moe"]
+    found = {name: group[name] for group in (moe["router"], moe["experts"]) for name in group}
+    for name, value in change({name: np.array(z[layer]) for name, z in found.items()}).items():
+        group = moe["router" if name == "gate" else "experts"]
+        stacked = np.array(group[name])
+        stacked[layer] = value
+        group[name] = jax.device_put(stacked, group[name].sharding)
+    return params
+
+
+def test_an_expert_removed_is_an_expert_that_gives_zero(float64):
+    with jax.set_mesh(meshes.make(2, 2, 2)):
+        run = probed((2, 2, 2), {"model.moe.dispatcher": "capacity"})
+        for layer, expert in ((0, 1), (1, 3)):
+            zero = lambda moe, e=expert: {"w_out": np.where(np.arange(4)[:, None, None] == e, 0, moe["w_out"])}
+            removed = loss(run, **knockout.told(run, "removed_BME", layer, expert))
+            np.testing.assert_allclose(removed, loss(run, with_(run, layer, zero)), rtol=1e-13)
+            assert np.abs(removed - loss(run)).max() > 1e-3
+
+
+def test_an_expert_that_nobody_chose_is_worth_nothing(float64):
+    """Two equal columns of the gate tie, and the tie goes to the lower expert: with k = 1 expert 2 takes nothing."""
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes={"model.moe.routers.top_k.k": 1})
+        twin = lambda moe: {"gate": moe["gate"][:, [0, 1, 1, 3]]}
+        run = run._replace(params=with_(run, 1, twin))
+        for way in knockout.WAYS:
+            worth = knockout.measure(run, way)
+            assert (worth.share_LEZ[1, 2] == 0).all() and np.abs(worth.change_LEZ[1, 2]).max() < 1e-13
+            assert np.abs(worth.change_LEZ[1, 3]).max() > 1e-5
+            if way == "around":  # the twin of expert 1 takes its tokens, but is another network
+                assert np.abs(worth.change_LEZ[1, 1]).max() > 1e-5
+
+
+def test_round_an_expert_means_the_next_best(run):
+    fields = recorded(run, probe.INPUTS, **knockout.told(run, "barred_BME", 0, 2))
+    logits = np.einsum("BSD,DE->BSE", fields["input"][0], held_out.gates(run, "the test")[0])
+    logits[..., 2] = -np.inf
+    valid = run.batches[0].segment_BS > 0
+    np.testing.assert_array_equal(fields["expert"][0][valid], np.argsort(-logits, -1)[valid][:, :2])
+    chosen = np.take_along_axis(np.exp(logits), fields["expert"][0].clip(0, 3), -1)[valid]
+    np.testing.assert_allclose(fields["gate"][0][valid], chosen / chosen.sum(-1, keepdims=True), rtol=1e-12)
+    assert (fields["expert"][1] == 2).any()
+
+
+def test_a_router_without_logits_cannot_go_round(float64):
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes={"model.moe.router": "uniform"})
+        with pytest.raises(UserError, match="only a router with a linear gate can be told to go round an expert"):
+            knockout.measure(run, "around")
+        assert np.abs(knockout.measure(run, "removed").change_LEZ).min() > 1e-9
+        result = replay.evaluate(run, {}, seed=0)
+        assert abs(result["own"]["gap/loss"]) < 1e-12
+        assert (
+            'model.moe.router = "uniform" has no linear gate, which balanced replay needs' in result["balanced"]["note"]
+        )
+
+
+def test_draws_the_heat_map(tmp_path):
+    rng = np.random.default_rng(0)
+    worth = knockout.Worth(np.ones(3), rng.normal(size=(5, 8, 3)), np.full((5, 8, 3), 1 / 8))
+    knockout.draw(worth, ["drama", "verse", "novel"], "removed", tmp_path / "knockout.png")
+    assert (tmp_path / "knockout.png").stat().st_size > 5_000
+
+
+# Precision
+
+
+def test_flips_and_margins_by_hand():
+    before = np.array([[[[0, 1], [2, 3]]], [[[0, 1], [4, 4]]]])  # two layers; 4 = nowhere
+    after = np.array([[[[1, 0], [3, 0]]], [[[2, 3], [0, 1]]]])
+    np.testing.assert_array_equal(precision.flips(before, after, 4), [[1, 2], [4, 2]])
+    logits = np.array([[[[0.5, 2.0, 1.25, -1.0]]]])  # as inputs of an identity gate
+    np.testing.assert_array_equal(precision.margin(logits, np.eye(4)[None], 2), [[[0.75]]])
+    assert np.isinf(precision.margin(logits, np.eye(4)[None], 4)).all()
+
+
+def test_batch_composition_flips_nothing_and_bfloat16_does(run):
+    result = precision.measure(run)
+    assert result["notes"] == {} and len(result["margins"]["0.5"]) == 2
+    assert result["flips"]["order"] == [0, 0] and result["flips"]["size"] == [0, 0]
+    assert 0 < max(result["flips"]["router"]) < 0.1 and 0 < max(result["flips"]["model"]) < 0.1
+
+
+def test_the_rounded_router_is_the_router_when_nothing_is_rounded(run):
+    """Weights and activations that bfloat16 holds, and logits too: small whole numbers."""
+    rng = np.random.default_rng(0)
+    run = run._replace(params=with_(run, 0, lambda moe: {"gate": rng.integers(-2, 3, moe["gate"].shape)}))
+    inputs = rng.integers(-1, 2, (2, *run.batches[0].tokens_BS.shape, 16)).astype(float)
+    expert = precision.rounded_router(run, inputs, run.batches[0])[0]
+    logits = np.einsum("BSD,DE->BSE", inputs[0], held_out.gates(run, "the test")[0])
+    valid = run.batches[0].segment_BS > 0
+    np.testing.assert_array_equal(expert[valid], np.argsort(-logits, -1, kind="stable")[valid][:, :2])
+
+
+# Interference
+
+
+def metered(shape, changes):
+    with jax.set_mesh(meshes.make(*shape)):
+        cfg = models.build(shape, DATA | changes)
+        model = make_model(cfg.model)
+        now = State(jnp.int32(0), *weights(cfg), {}, None, jnp.int32(0))
+        return cfg, model, now, interference.make_meter(cfg, model)(now, models.put(cfg, models.batch(cfg)))
+
+
+def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_meshes_and_scan(float64):
+    only = {"model.moe.losses.balance": 0.5, "model.moe.losses.z": 0.0, "model.scan": False}
+    only |= {"model.prefix": ("moe", "dense"), "model.repeats": 1}
+    cfg, model, now, values = metered((1, 1, 1), only)
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        batch = models.put(cfg, models.batch(cfg))
+        part = lambda name: (
+            lambda params: make_loss(cfg, model)(params, now.router_state, batch, jax.random.key(9))[1][1][name]
+        )
+        language, balance = (jax.grad(part(name))(now.params) for name in ("nll", "balance_loss"))
+    g, a = (np.ravel(tree["prefix"][0]["moe"]["router"]["gate"]) for tree in (language, balance))
+    assert abs(values["interference/layer_0/router/auxiliary_cosine"] - g @ a / np.sqrt(g @ g * (a @ a))) < 1e-10
+    assert abs(values["interference/layer_0/router/auxiliary_ratio"] / (0.5 * np.sqrt(a @ a / (g @ g))) - 1) < 1e-10
+    assert (
+        values["interference/layer_1/experts/auxiliary_ratio"] == 0
+    )  # the last experts do not change any router's input
+    assert (
+        values["interference/layer_0/experts/auxiliary_ratio"] > 0 and "interference/outside/auxiliary_cosine" in values
+    )
+    _, _, _, other = metered((2, 2, 2), only | {"train.micro_batch_size": 8, "model.scan": True})
+    assert values.keys() == other.keys()
+    for name, value in values.items():
+        assert abs(value - other[name]) < 1e-9, name
+
+
+def test_no_auxiliary_loss_no_interference(float64):
+    values = metered((1, 1, 1), {"model.moe.losses.balance": 0.0, "model.moe.losses.z": 0.0})[3]
+    assert set(values.values()) == {0.0}

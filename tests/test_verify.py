@@ -1,0 +1,154 @@
+"""The command `verify`: shrinking, meshes that are refused, the table, the verdict, the certificate, two processes, bad arguments."""
+
+import json
+import re
+
+import models
+import numpy as np
+import pytest
+
+from moe_jax.commands import verify as command
+from moe_jax.errors import UserError
+from moe_jax.verify import batches, certificate, shrink
+from moe_jax.verify.alone import Check
+from moe_jax.verify.compare import Deviation, Rounded, rounded
+from moe_jax.verify.program import Probe
+from moe_jax.verify.run import ALL, Result, Row, Wanted, empty, verify
+
+LARGE = {
+    "model.vocab_size": 50_000,
+    "model.d_model": 1024,
+    "model.num_heads": 16,
+    "model.num_kv_heads": 4,
+    "model.prefix": ("dense",),
+    "model.repeats": 12,
+    "model.scan": True,
+    "model.remat": "dispatch",
+    "model.param_dtype": "float32",
+    "model.dtype": "bfloat16",
+    "model.moe.num_experts": 64,
+    "model.moe.routers.top_k.k": 6,
+    "model.moe.group_rows": 2,
+    "train.batch_size": 512,
+    "train.micro_batch_size": 64,
+    "data.seq_len": 2048,
+}
+
+
+def test_shrinking_keeps_what_decides_the_parallelism():
+    yours = models.raw(LARGE)
+    small, rules = shrink.shrink(yours)
+    kept = ("model.prefix", "model.period", "model.scan", "model.remat", "model.moe.routers", "model.moe.group_rows")
+    assert all(shrink.get(small, key) == shrink.get(yours, key) for key in kept)
+    # 16 is the first multiple of 8 from 2 k = 12 on; 4 micro-batches of 8 devices x 2 rows
+    assert small["model"]["moe"]["num_experts"] == 16
+    assert (small["train"]["batch_size"], small["train"]["micro_batch_size"]) == (64, 16)
+    assert small["model"]["num_heads"] == 2 * small["model"]["num_kv_heads"] and small["model"]["repeats"] == 2
+    found = {rule.key: (rule.yours, rule.shrunk) for rule in rules}
+    assert found["model.moe.num_experts"] == (64, 16) and found["model.d_model"] == (1024, 16)
+    for rule in rules:
+        assert shrink.get(yours, rule.key) == rule.yours and shrink.get(small, rule.key) == rule.shrunk and rule.why
+    axes = ("data", "expert", "model")
+    assert not any(shrink.refusal(small, dict(zip(axes, shape, strict=True))) for shape in ALL)
+
+
+def test_experts_that_the_axis_does_not_divide_stay():
+    small, _ = shrink.shrink(models.raw(LARGE | {"model.moe.num_experts": 60}))
+    assert small["model"]["moe"]["num_experts"] == 60
+    why = shrink.refusal(small, {"data": 1, "expert": 8, "model": 1})
+    assert why == "model.moe.num_experts (60) must be divisible by mesh.expert (8)"
+    assert not shrink.refusal(small, {"data": 2, "expert": 4, "model": 1})
+
+
+def test_layouts():
+    """The reference is plain; the layout has everything on. A loss that is defined per micro-batch keeps its micro-batches in both."""
+    small, _ = shrink.shrink(models.raw(LARGE))
+    plain, (layout, names) = shrink.plain(small), shrink.layout(shrink.plain(small))
+    assert (plain["model"]["scan"], plain["model"]["remat"], plain["train"]["micro_batch_size"]) == (False, "none", 0)
+    assert (layout["model"]["scan"], layout["model"]["remat"], layout["train"]["micro_batch_size"]) == (
+        True,
+        "full",
+        16,
+    )
+    assert names == ["accumulate", "scan", "remat"]
+
+
+def test_changes_leave_the_places_that_they_must_not_touch():
+    cfg = models.build(changes={"data.seq_len": 16})
+    inputs = batches.batch(cfg, 3)
+    for name, change in batches.changes(2).items():
+        other, same_BS = change.apply(inputs, np.random.default_rng(0)), change.same(inputs)
+        differs_BS = (other.tokens_BS != inputs.tokens_BS) | (other.targets_BS != inputs.targets_BS)
+        assert differs_BS.any() and same_BS.any(), name
+        if name != "document":
+            assert not (differs_BS & same_BS).any(), name
+    assert (inputs.segment_BS == 0).any() and (inputs.segment_BS == 2).any(1).all()
+
+
+def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path):
+    """A whole proof of a small config, with a mesh that is refused, in this process and two others."""
+    raw = models.raw({"model.repeats": 1, "model.dropout": 0.1, "model.moe.dispatcher": "capacity"})
+    said: list[str] = []
+    wanted = Wanted([(1, 2, 2), (3, 1, 1)], 2, 2, False)
+    found = verify(raw, wanted, tmp_path, said.append)
+    assert found.proven, command.verdict(found)
+    layout, mesh, refused, both = found.rows
+    assert layout.name == "1x1x1 accumulate+scan+remat" and both.name == "2x2x2, 2 processes"
+    assert mesh.reader == "1x1x1" and mesh.unequal == [] and mesh.rounded.steps == 20
+    assert "must be divisible by mesh.data" in refused.refused and not refused.deviations
+    assert {d.check for d in both.deviations.values()} == set(mesh.deviations) and both.deviations["forward"].value > 0
+    assert command.verdict(found).startswith("PROVEN: 3 layouts equal one device over 2 steps; 1 refused")
+    assert [check.claim.split()[0] for check in found.alone][:3] == ["1x2x2", "the", "padding"]
+    content = certificate.content(raw, "configs/x.py", found, command.verdict(found))
+    certificate.write(tmp_path / "c.json", content)
+    back = json.loads((tmp_path / "c.json").read_text())
+    assert back["proven"] and re.fullmatch("[0-9a-f]{64}", back["config_sha256"]) and back["versions"]["jax"]
+    assert back["meshes"][1]["checkpoint"] == {"read_on": "1x1x1", "unequal_arrays": []}
+    certificate.write(tmp_path / "c.md", content)
+    text = (tmp_path / "c.md").read_text()
+    assert "| 1x2x2 |" in text and "PROVEN" in text and "model.d_model" not in text.splitlines()[0]
+
+
+def result(row, checks=()):
+    return Result([], list(checks), [row], 5)
+
+
+def test_verdicts():
+    bad = Deviation("gradients", 1.0, "repeats/0/q", 2)
+    row = Row("2x2x2", "", "", {"gradients": bad}, bad, "1x1x1", [], None)
+    assert command.verdict(result(row)) == "DEVIATES: 2x2x2, step 2: gradients of repeats/0/q by 1.0e+00 (limit 1e-09)"
+    assert command.verdict(result(row._replace(first=None, unequal=["params/x"]))).endswith(
+        "its checkpoint read on 1x1x1 differs in params/x"
+    )
+    assert command.verdict(result(empty("2x2x2", failure="fails: E"))) == "DEVIATES: 2x2x2 fails: E"
+    check = Check("later tokens change no earlier loss", 0.5, 1e-10, "", True)
+    found = result(row._replace(first=None), [check])
+    assert not found.proven and "one device: not so: later tokens" in command.verdict(found)
+    assert result(row._replace(first=None), [check._replace(judged=False)]).proven
+    assert not check._replace(value=float("nan")).sound
+
+
+def test_rounding_is_reported_with_the_first_flip():
+    probe = lambda loss, first: Probe(loss, {}, np.zeros(1), {"counts": np.array([[first, 2.0]])}, {})
+    want, have = [probe(2.0, 1.0)] * 3, [probe(2.0, 1.0), probe(2.1, 3.0), probe(2.0, 1.0)]
+    assert rounded(want, have) == Rounded(pytest.approx(0.05), 1, 3)
+    assert rounded(want, want).flip is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--meshes", "2x2"], "--meshes 2x2: write DATAxEXPERTxMODEL, of at most 8 devices"),
+        (["--meshes", "4x4x1"], "--meshes 4x4x1"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--processes", "3"], "--processes 3 one of 1, 2, 4, 8"),
+        (["--set", "model.d_modle=3"], "d_modle"),
+        (["--set", "model.d_model"], "--set model.d_model"),
+        (["--set", "model.moe.dispatchers.capacity.factor=2.0"], "does nothing"),
+        (["--set", "model.moe.num_experts=9", "--set", "model.moe.routers.top_k.k=10"], "must lie between 1 and"),
+        (["--set", "model.moe.num_experts=9", "--meshes", "1x2x1"], "every mesh is refused: model.moe.num_experts (9)"),
+    ],
+)
+def test_mistakes(float64, arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        command.main(["--config", "configs/debug.py", *arguments])
