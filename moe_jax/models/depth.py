@@ -100,7 +100,7 @@ def cached(
     context = context._replace(batch=batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0)))
     y_BSD, _, new = update(x_BSD, context, False, Cache(cache.k_BMGA, cache.v_BMGA), chosen_BM)
     gate_BS = jnp.where(chosen_BS, logit_BS, 0)
-    return x_BSD + y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype), DepthCache(*new, chosen_BM)
+    return x_BSD + y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype), DepthCache(new.k_BMGA, new.v_BMGA, chosen_BM)
 
 
 def _route(

@@ -152,7 +152,9 @@ def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[
     y_TD, dropped_N = dispatcher.apply(
         over_model(tokens.x_TD), routing, experts, shape=shape, options=cfg.dispatcher_options
     )
-    dropped_b = _dropped_per_row(dropped_N, routing, tokens) if assigned else jnp.zeros_like(routing.sums["tokens"])
+    if isinstance(routing, Routing):
+        return y_TD, _dropped_per_row(dropped_N, routing, tokens), dropped_N
+    dropped_b = jnp.zeros_like(routing.sums["tokens"])
     return y_TD, dropped_b, dropped_N
 
 
