@@ -201,8 +201,8 @@ def _losses(c: Config) -> Iterator[str]:
         )
     if e.dispatcher != "capacity":
         yield (
-            f'model.moe.adaptive.rate = {e.adaptive["rate"]} follows the drop rate, and model.moe.dispatcher = "{e.dispatcher}" drops nothing: '
-            "the weight would only fall. Set model.moe.dispatcher=capacity, or the rate to 0"
+            f'model.moe.adaptive.rate = {e.adaptive["rate"]} follows the drop rate, and model.moe.dispatcher = "{e.dispatcher}" drops '
+            "nothing: the weight would only fall. Set model.moe.dispatcher=capacity, or the rate to 0"
         )
 
 
@@ -213,7 +213,8 @@ def _leak(c: Config) -> Iterator[str]:
     what = "a later token" if seen.future else "another sequence"
     yield (
         f"{'; '.join(causality.reasons(c.model.moe))}: {what} would change what an earlier token's output is, so the loss of this causal "
-        "model would be of a model that cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set model.allow_leak=True"
+        "model would be of a model that cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set "
+        "model.allow_leak=True"
     )
 
 

@@ -1,16 +1,18 @@
-"""A task in which experts must specialise: inputs come from C clusters, and each cluster has its own linear map.
+"""A task in which experts must specialise: inputs come from C clusters, and each cluster has its own linear map into its own subspace.
 
-    x = (2 x one-hot cluster, 1, z),  z ~ N(0, I);    target = (0, 0, A_c z + noise),  A_c orthogonal
+    x = (2 x one-hot cluster, 1, z, 0);    z ~ N(0, I_Z);    target = A_c z in R^D,  D = C Z;  the columns of all A_c together are orthonormal
 
-The loss is the mean squared error per coordinate of A_c z. Known: `right`, the loss of the right assignment (the variance of the noise), and
-`linear`, the least loss of one linear map for all clusters (by least squares on many samples). A dense network of the active width is
-trained beside them. score = (linear - loss) / (linear - right): 0 is the best linear map, 1 the right assignment.
+The loss is the mean squared error per coordinate. Known without training:
 
-Shapes: B rows, S tokens of a row, T = B S, C clusters, Z width of z, D = C + 1 + Z model.
+    right assignment   0: an expert of hidden width Z computes A_c z exactly (the coordinate that is 1 makes its gates constant)
+    one dense network  its outputs lie in the column space of w_out, so it is at best the projection of the target on the H largest principal
+                       directions (H hidden units, any activation). The covariance is I / C: the loss is at least (D - H) / (C D).
+
+score = 1 - loss / that floor, with H the active hidden width (2 experts): 0 is what no dense network of equal active size surpasses, 1 is
+the right assignment.
+
+Shapes: B rows, S tokens of a row, C clusters, Z width of z, D = C Z model, E experts.
 """
-
-import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from flax import nnx
 
 from moe_jax import mesh
 from moe_jax.config import Options
+from moe_jax.mesh import BATCH, P
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch, MoE, MoELayer
@@ -28,37 +31,36 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.weights import RouterState
 
-C, Z, B, S, E, HIDDEN = 8, 7, 8, 32, 8, 32
-D = C + 1 + Z
-NOISE = 0.1  # standard deviation
+C, Z, B, S, E, HIDDEN = 8, 4, 8, 16, 8, 4
+D = C * Z
+ACTIVE = 2  # experts per token, of most routers
 STEPS, RATE = 400, 2e-2
 VOCAB = 64
 
 
 def maps():
-    """A [C, Z, Z], orthogonal and random."""
-    return np.linalg.qr(np.random.default_rng(0).normal(size=(C, Z, Z)))[0].astype(np.float32)
+    """A [C, D, Z]."""
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(D, D)))[0]
+    return q.reshape(D, C, Z).swapaxes(0, 1).astype(np.float32)
+
+
+def floor(hidden):
+    """The least loss of any dense network of that hidden width, from the principal directions of the target (Eckart and Young 1936)."""
+    covariance = np.einsum("cij,ckj->ik", maps(), maps()) / C
+    return float(np.linalg.eigvalsh(covariance)[: D - hidden].sum() / D)
+
+
+def score(loss):
+    return 1 - loss / floor(ACTIVE * HIDDEN)
 
 
 def sample(key):
-    """(x [B, S, D], target [B, S, Z])."""
-    keys = jax.random.split(key, 3)
+    """(x [B, S, D], target [B, S, D])."""
+    keys = jax.random.split(key)
     cluster = jax.random.randint(keys[0], (B, S), 0, C)
     z = jax.random.normal(keys[1], (B, S, Z))
-    x = jnp.concatenate([2 * jax.nn.one_hot(cluster, C), jnp.ones((B, S, 1)), z], -1)
-    target = jnp.einsum("BSij,BSj->BSi", jnp.asarray(maps())[cluster], z)
-    return x, target + NOISE * jax.random.normal(keys[2], target.shape)
-
-
-def linear_loss():
-    """The loss of the best linear map of x, by least squares on 16 thousand samples, on as many others."""
-    draw = lambda first: [np.concatenate(z) for z in zip(*(flat(sample(jax.random.key(first + i))) for i in range(64)))]
-    (x, y), (x_new, y_new) = draw(0), draw(1000)
-    return float(np.square(x_new @ np.linalg.lstsq(x, y, rcond=None)[0] - y_new).mean())
-
-
-def flat(pair):
-    return [np.asarray(z).reshape(B * S, -1) for z in pair]
+    x = jnp.concatenate([2 * jax.nn.one_hot(cluster, C), jnp.ones((B, S, 1)), z, jnp.zeros((B, S, D - C - 1 - Z))], -1)
+    return x, jnp.einsum("BSij,BSj->BSi", jnp.asarray(maps())[cluster], z)
 
 
 def config(router, **options):
@@ -88,7 +90,8 @@ def batch_of(key):
     """What a router may read beside x: ids and positions tell nothing of the cluster."""
     ids = jax.random.randint(key, (B, S), 0, VOCAB)
     position = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    return Batch(ids, position, jnp.ones((B, S), jnp.int32), jnp.arange(B, dtype=jnp.int32))
+    batch = Batch(ids, position, jnp.ones((B, S), jnp.int32), jnp.arange(B, dtype=jnp.int32))
+    return jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), batch)
 
 
 def coefficients(cfg):
@@ -105,10 +108,10 @@ def train_moe(cfg, seed=0):
         router_cfg = RouterCfg(E, cfg.router_options, 1, VOCAB, lambda z: z)
 
         def loss(params, state, key):
-            x, target = sample(key)
+            x, target = (jax.sharding.reshard(z, P(BATCH)) for z in sample(key))
             y, sums = nnx.merge(graph, params, state)(x, batch_of(key), key, True)
             totals = load.totals({name: z[None] for name, z in sums.items()})
-            error = jnp.square(y[..., -Z:] - target).mean()
+            error = jnp.square(y - target).mean()
             return error + losses.auxiliary(totals, coefficients(cfg))[0], (error, totals)
 
         def update(state, totals):
@@ -127,8 +130,8 @@ def train_dense(hidden, seed=0):
         graph, params = nnx.split(FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32"))
 
         def loss(params, state, key):
-            x, target = sample(key)
-            error = jnp.square(nnx.merge(graph, params)(x)[..., -Z:] - target).mean()
+            x, target = (jax.sharding.reshard(z, P(BATCH)) for z in sample(key))
+            error = jnp.square(nnx.merge(graph, params)(x) - target).mean()
             return error, (error, {})
 
         return optimise(loss, params, {}, lambda state, totals: state)
@@ -146,14 +149,3 @@ def optimise(loss, params, state, update):
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[1])
     errors = run((params, state, tx.init(params)), jax.random.split(jax.random.key(99), STEPS))
     return float(errors[-STEPS // 50 :].mean())
-
-
-@functools.cache
-def floors():
-    """(linear, right): the losses of score 0 and score 1."""
-    return linear_loss(), NOISE**2
-
-
-def score(loss):
-    linear, right = floors()
-    return (linear - loss) / (linear - right)

@@ -142,20 +142,15 @@ def test_layers_find_their_blocks(float64):
 # Replay
 
 
-def test_own_routing_replayed_is_the_same_loss_on_every_mesh(float64):
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        with jax.set_mesh(meshes.make(*shape)):
-            run = probed(shape, num_batches=2)
-            other = jax.tree.map(lambda x: x + 0.1, run.params)
-            result = replay.evaluate(run, {5: (run.params, run.router_state), 7: (other, run.router_state)}, seed=1)
-            for name in ("own", "frozen 5"):
-                assert abs(result[name]["gap/loss"]) < 1e-12, name
-            for name in ("shuffled", "balanced", "random", "frozen 7"):
-                assert abs(result[name]["gap/bits_per_byte"]) > 1e-6, name
-            if shape == (1, 1, 1):
-                first = result
-    for name in first:
-        assert abs(first[name]["loss"] - result[name]["loss"]) < 1e-10, name
+def test_own_routing_replayed_is_the_same_loss_on_a_mesh(float64):
+    with jax.set_mesh(meshes.make(2, 2, 2)):
+        run = probed((2, 2, 2), num_batches=2)
+        other = jax.tree.map(lambda x: x + 0.1, run.params)
+        result = replay.evaluate(run, {5: (run.params, run.router_state), 7: (other, run.router_state)}, seed=1)
+    for name in ("own", "frozen 5"):
+        assert abs(result[name]["gap/loss"]) < 1e-12, name
+    for name in ("shuffled", "balanced", "random", "frozen 7"):
+        assert abs(result[name]["gap/bits_per_byte"]) > 1e-6, name
 
 
 def seen(run):
@@ -213,12 +208,10 @@ def test_a_training_step_takes_the_routing_it_is_given(run):
     grads = [
         language_gradient(run, run.cfg.model, plain),
         language_gradient(run, replay.under(run.cfg.model, 2, "router"), given),
-        language_gradient(run, replay.under(run.cfg.model, 2, "recorded"), given),
     ]
     for a, b in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(grads[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
-    router = lambda grad: np.abs(held_out.router_weights(grad, run.cfg.model)["gate"]).max()
-    assert router(grads[0]) > 1e-6 and router(grads[2]) == 0
+    assert np.abs(held_out.router_weights(grads[0], run.cfg.model)["gate"]).max() > 1e-6
 
 
 # Knock-out
@@ -272,17 +265,15 @@ def test_round_an_expert_means_the_next_best(run):
     assert (fields["expert"][1] == 2).any()
 
 
-def test_a_router_without_logits_cannot_go_round(float64):
+def test_a_router_without_logits_is_not_asked_for_them(float64):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes={"model.moe.router": "uniform"})
         with pytest.raises(UserError, match="only a router with a linear gate can be told to go round an expert"):
             knockout.measure(run, "around")
-        assert np.abs(knockout.measure(run, "removed").change_LEZ).min() > 1e-9
-        result = replay.evaluate(run, {}, seed=0)
-        assert abs(result["own"]["gap/loss"]) < 1e-12
-        assert (
-            'model.moe.router = "uniform" has no linear gate, which balanced replay needs' in result["balanced"]["note"]
-        )
+        with pytest.raises(
+            UserError, match='model.moe.router = "uniform" has no linear gate, which balanced replay needs'
+        ):
+            replay.balanced(seen(run)._replace(probs_LBSE=lambda: replay._probabilities(run, np.zeros(0))))
 
 
 def test_draws_the_heat_map(tmp_path):
@@ -305,10 +296,12 @@ def test_flips_and_margins_by_hand():
 
 
 def test_batch_composition_flips_nothing_and_bfloat16_does(run):
-    result = precision.measure(run)
+    near = lambda moe: {"gate": moe["gate"][:, :1] + 1e-4 * moe["gate"]}  # logits closer than bfloat16 tells apart
+    result = precision.measure(run._replace(params=with_(run, 0, near)))
     assert result["notes"] == {} and len(result["margins"]["0.5"]) == 2
     assert result["flips"]["order"] == [0, 0] and result["flips"]["size"] == [0, 0]
-    assert 0 < max(result["flips"]["router"]) < 0.1 and 0 < max(result["flips"]["model"]) < 0.1
+    assert result["flips"]["router"][0] > 0.2 > 0.05 > result["flips"]["router"][1]
+    assert len(result["flips"]["model"]) == 2 and result["margins"]["0.9"][0] < 1e-3 < result["margins"]["0.9"][1]
 
 
 def test_the_rounded_router_is_the_router_when_nothing_is_rounded(run):
@@ -342,7 +335,7 @@ def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_m
         part = lambda name: (
             lambda params: make_loss(cfg, model)(params, now.router_state, batch, jax.random.key(9))[1][1][name]
         )
-        language, balance = (jax.grad(part(name))(now.params) for name in ("nll", "balance_loss"))
+        language, balance = (jax.jit(jax.grad(part(name)))(now.params) for name in ("nll", "balance_loss"))
     g, a = (np.ravel(tree["prefix"][0]["moe"]["router"]["gate"]) for tree in (language, balance))
     assert abs(values["interference/layer_0/router/auxiliary_cosine"] - g @ a / np.sqrt(g @ g * (a @ a))) < 1e-10
     assert abs(values["interference/layer_0/router/auxiliary_ratio"] / (0.5 * np.sqrt(a @ a / (g @ g))) - 1) < 1e-10
@@ -359,5 +352,5 @@ def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_m
 
 
 def test_no_auxiliary_loss_no_interference(float64):
-    values = metered((1, 1, 1), {"model.moe.losses.balance": 0.0, "model.moe.losses.z": 0.0})[3]
+    values = metered((1, 1, 1), {"model.moe.losses.balance": 0.0, "model.moe.losses.z": 0.0, "model.repeats": 1})[3]
     assert set(values.values()) == {0.0}

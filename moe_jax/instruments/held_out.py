@@ -128,7 +128,7 @@ def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
-    inside = lambda key, value: {"router": value["router"]} if key == "moe" else _routers(value)
+    inside = lambda key, value: {"router": value.get("router", {})} if key == "moe" else _routers(value)
     return {key: inside(key, value) for key, value in tree.items() if isinstance(value, dict)}
 
 

@@ -33,8 +33,9 @@ class Inputs(NamedTuple):
 
 def _seen(batch: Inputs, record: Mapping[str, Any]) -> ModelBatch:
     by_block = lambda tree: jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tree)
-    told = map(by_block, (batch.recorded, batch.removed_BME, batch.barred_BME))
-    return ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B, *told, record or ())
+    recorded, removed, barred = (by_block(z) for z in (batch.recorded, batch.removed_BME, batch.barred_BME))
+    seen = (batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
+    return ModelBatch(*seen, recorded, removed, barred, record or ())
 
 
 def _apply(model: Callable, batch: Inputs, rng: jax.Array, train: bool):

@@ -67,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Assignments in order of priority: earlier ones win capacity. `expert_N == E` goes nowhere (padding, an unused place, a null expert)."""
+    """Assignments in order of priority: earlier ones win capacity. `expert_N == E` goes nowhere (padding, an unused place, null)."""
 
     token_N: jax.Array
     expert_N: jax.Array
