@@ -9,6 +9,7 @@ from rich.table import Table
 from moe_jax import flops
 from moe_jax.config import Config
 from moe_jax.data.baselines import compression_table
+from moe_jax.models.decoder import why_not_decoded
 from moe_jax.progress import duration, readable
 from moe_jax.train import Result
 
@@ -36,8 +37,9 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
         "checkpoints": f"{workdir / 'checkpoints'}",
         "routing": f"{workdir / 'routing.png'}",
         "curves": f"tensorboard --logdir {workdir}",
-        "next": f'python -m moe_jax generate --workdir {workdir} --prompt "In the beginning"',
     }
+    if not why_not_decoded(cfg.model):
+        facts["next"] = f'python -m moe_jax generate --workdir {workdir} --prompt "In the beginning"'
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         table.add_row(name, value)

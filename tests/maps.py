@@ -55,15 +55,17 @@ def score(loss):
 
 
 def sample(key):
-    """(x [B, S, D], target [B, S, D])."""
+    """(x [B, S, D], target [B, S, D], cluster [B, S])."""
     keys = jax.random.split(key)
     cluster = jax.random.randint(keys[0], (B, S), 0, C)
     z = jax.random.normal(keys[1], (B, S, Z))
     x = jnp.concatenate([2 * jax.nn.one_hot(cluster, C), jnp.ones((B, S, 1)), z, jnp.zeros((B, S, D - C - 1 - Z))], -1)
-    return x, jnp.einsum("BSij,BSj->BSi", jnp.asarray(maps())[cluster], z)
+    target = jnp.einsum("BSij,BSj->BSi", jnp.asarray(maps())[cluster], z)
+    return jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), (x, target, cluster))
 
 
 def config(router, **options):
+    options |= {"k": 1} if router == "recorded" else {}
     own = router_cases.base.get_config().model.moe.routers[router].to_dict() | options
     dispatcher = "slots" if router == "soft" else "dropless"
     return MoE(
@@ -86,12 +88,14 @@ def config(router, **options):
     )
 
 
-def batch_of(key):
-    """What a router may read beside x: ids and positions tell nothing of the cluster."""
+def batch_of(key, cluster, router):
+    """What a router may read beside x: ids and positions tell nothing of the cluster; a recording is the right assignment."""
     ids = jax.random.randint(key, (B, S), 0, VOCAB)
     position = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     batch = Batch(ids, position, jnp.ones((B, S), jnp.int32), jnp.arange(B, dtype=jnp.int32))
-    return jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), batch)
+    batch = jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), batch)
+    one = jnp.ones(1)[None, None] * (cluster >= 0)[:, :, None]
+    return batch._replace(recorded=(cluster[:, :, None], one)) if router == "recorded" else batch
 
 
 def coefficients(cfg):
@@ -108,8 +112,8 @@ def train_moe(cfg, seed=0):
         router_cfg = RouterCfg(E, cfg.router_options, 1, VOCAB, lambda z: z)
 
         def loss(params, state, key):
-            x, target = (jax.sharding.reshard(z, P(BATCH)) for z in sample(key))
-            y, sums = nnx.merge(graph, params, state)(x, batch_of(key), key, True)
+            x, target, cluster = sample(key)
+            y, sums = nnx.merge(graph, params, state)(x, batch_of(key, cluster, cfg.router), key, True)
             totals = load.totals({name: z[None] for name, z in sums.items()})
             error = jnp.square(y - target).mean()
             return error + losses.auxiliary(totals, coefficients(cfg))[0], (error, totals)
@@ -130,7 +134,7 @@ def train_dense(hidden, seed=0):
         graph, params = nnx.split(FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32"))
 
         def loss(params, state, key):
-            x, target = (jax.sharding.reshard(z, P(BATCH)) for z in sample(key))
+            x, target, _ = sample(key)
             error = jnp.square(nnx.merge(graph, params)(x) - target).mean()
             return error, (error, {})
 
@@ -146,6 +150,20 @@ def optimise(loss, params, state, update):
         changes, moments = tx.update(gradient, moments, params)
         return (optax.apply_updates(params, changes), update(state, totals), moments), error
 
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[1])
+    run = router_cases.compiled(lambda carry, keys: jax.lax.scan(step, carry, keys)[1])
     errors = run((params, state, tx.init(params)), jax.random.split(jax.random.key(99), STEPS))
     return float(errors[-STEPS // 50 :].mean())
+
+
+def main():
+    """The table of docs/routers.md: `PYTHONPATH=. python tests/maps.py`."""
+    print("| router | loss / floor of a dense network | score |\n| --- | --- | --- |")
+    dense, bound = train_dense(ACTIVE * HIDDEN), floor(ACTIVE * HIDDEN)
+    print(f"| one dense network of equal active width | {dense / bound:.3f} | {score(dense):.2f} |")
+    for router in ROUTERS:
+        loss = train_moe(config(router))
+        print(f"| {router} | {loss / bound:.3f} | {score(loss):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

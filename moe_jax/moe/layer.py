@@ -142,7 +142,9 @@ def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[
     shape = Shape(
         **sizes,
         num_tokens=tokens.x_TD.shape[0],
-        num_assignments=routing.expert_N.shape[0] if assigned else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1],
+        num_assignments=routing.expert_N.shape[0]
+        if assigned
+        else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1],
         per_token=routing.per_token if assigned else 0,
         expert_axis=jax.lax.axis_size("expert"),
     )

@@ -24,8 +24,7 @@ from moe_jax.moe.routing.contract import (
     Routing,
     Sizes,
     Tokens,
-    statistics,
-    token_choice,
+    even,
 )
 from moe_jax.weights import Weight
 
@@ -43,7 +42,7 @@ def route_uniform(
     del params, state, rng, train
     k = cfg.options["k"]
     first_T1 = (tokens.position_T % cfg.num_experts * k)[:, None]
-    return _even((first_T1 + jnp.arange(k)[None]) % cfg.num_experts, tokens, cfg)
+    return even((first_T1 + jnp.arange(k)[None]) % cfg.num_experts, tokens, cfg)
 
 
 def route_random(
@@ -58,16 +57,7 @@ def route_random(
         own = jax.random.fold_in(jax.random.fold_in(key, position), token)
         return jax.lax.top_k(jax.random.bits(own, (cfg.num_experts,)), cfg.options["k"])[1]
 
-    return _even(jax.vmap(draw)(tokens.position_T, tokens.id_T), tokens, cfg)
-
-
-def _even(expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg) -> Routing:
-    """The Routing with gates 1 / k. There are no logits: probabilities are uniform, and z is 0 rather than the log E of all-equal ones."""
-    wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
-    gate_TK = jnp.full(expert_TK.shape, 1 / cfg.options["k"], wide)
-    logits_TE = jnp.zeros((expert_TK.shape[0], cfg.num_experts), wide)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, {**sums, "z": jnp.zeros_like(sums["z"])}, tokens, cfg.num_experts)
+    return even(jax.vmap(draw)(tokens.position_T, tokens.id_T), tokens, cfg)
 
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:

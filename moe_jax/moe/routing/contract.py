@@ -200,6 +200,14 @@ def token_choice(
     )
 
 
+def even(expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg) -> Routing:
+    """`token_choice` with gates 1 / k, without logits: probabilities are uniform, and z is 0 rather than the log E of all-equal ones."""
+    wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
+    gate_TK = jnp.full(expert_TK.shape, 1 / expert_TK.shape[1], wide)
+    sums = statistics(jnp.zeros((expert_TK.shape[0], cfg.num_experts), wide), expert_TK, gate_TK, tokens)
+    return token_choice(expert_TK, gate_TK, {**sums, "z": jnp.zeros_like(sums["z"])}, tokens, cfg.num_experts)
+
+
 def router_logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """x W in at least float32, whatever the model computes in: rounding here moves tokens between experts."""
     wide = jnp.promote_types(x_TD.dtype, jnp.float32)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Routing, Tokens, statistics, token_choice
+from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Routing, Tokens, even
 
 
 def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
@@ -23,11 +23,7 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     del params, state, rng, train
     k = cfg.options["k"]
     expert_TK = jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options["seed"])).at[tokens.id_T].get()
-    wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
-    gate_TK = jnp.full(expert_TK.shape, 1 / k, wide)
-    sums = statistics(jnp.zeros((expert_TK.shape[0], cfg.num_experts), wide), expert_TK, gate_TK, tokens)
-    sums = {**sums, "z": jnp.zeros_like(sums["z"])}
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+    return even(expert_TK, tokens, cfg)
 
 
 @functools.lru_cache(maxsize=8)
