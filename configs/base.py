@@ -34,7 +34,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.log.every = 10  # steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, for the update norm
     c.log.tensorboard = True  # also write TensorBoard events
     c.log.histogram_every = 100  # steps between expert-load histograms
-    c.log.interference_every = 0  # steps between gradients of language and auxiliary losses compared (3 backward passes); 0 = off
+    c.log.interference_every = (
+        0  # steps between gradients of language and auxiliary losses compared (3 backward passes); 0 = off
+    )
     c.record = ConfigDict()
     c.record.steps = ""  # steps whose routing is written, token by token, to workdir/routing: "100,200", "every 50"
     c.record.rows = 0  # the first n rows of the batch; 0 = all
@@ -145,9 +147,13 @@ def moe() -> ConfigDict:
     c.routers.relu.alpha = 1.2  # factor by which a step changes the coefficient
     c.routers.relu.balanced = True  # the L1 loss weighs an expert by its load
     c.routers.expert_choice = ConfigDict()
-    c.routers.expert_choice.factor = 2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
+    c.routers.expert_choice.factor = (
+        2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
+    )
     c.routers.soft = ConfigDict()  # soft MoE; dispatcher "slots" only
-    c.routers.soft.slots = 4  # of each expert in each group; about tokens of a group / num_experts costs what k = 1 does
+    c.routers.soft.slots = (
+        4  # of each expert in each group; about tokens of a group / num_experts costs what k = 1 does
+    )
     c.routers.soft.normalize = True  # unit vectors and a learned scale in the slots' scores
     c.routers.recorded = ConfigDict()  # replay of a recording, for instruments
     c.routers.recorded.k = 2  # choices per token in the recording
@@ -169,7 +175,9 @@ def moe() -> ConfigDict:
     c.dispatchers.capacity.factor = 1.25  # an expert takes ceil(factor * k * tokens / num_experts) of each group
     c.dispatchers.slots = ConfigDict()  # for the router soft alone
     c.losses = ConfigDict()
-    c.losses.balance = 0.01  # coefficient of Switch's load-balancing loss over the global batch; all of these: docs/balance.md
+    c.losses.balance = (
+        0.01  # coefficient of Switch's load-balancing loss over the global batch; all of these: docs/balance.md
+    )
     c.losses.gshard = 0.0  # of GShard's loss (first choices, 1 / experts^2 when balanced)
     c.losses.sequence_balance = 0.0  # of DeepSeek-V3's sequence-wise loss
     c.losses.micro_batch_balance = 0.0  # of Switch's loss of each micro-batch, averaged over micro-batches

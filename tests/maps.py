@@ -1,12 +1,12 @@
 """A task in which experts must specialise: inputs come from C clusters, and each cluster has its own linear map into its own subspace.
 
-    x = (2 x one-hot cluster, 1, z, 0);    z ~ N(0, I_Z);    target = A_c z in R^D,  D = C Z;  the columns of all A_c together are orthonormal
+    x = (2 x one-hot cluster, 1, z, 0);  z ~ N(0, I_Z);  target = A_c z in R^D,  D = C Z;  the columns of all A_c are orthonormal
 
 The loss is the mean squared error per coordinate. Known without training:
 
     right assignment   0: an expert of hidden width Z computes A_c z exactly (the coordinate that is 1 makes its gates constant)
-    one dense network  its outputs lie in the column space of w_out, so it is at best the projection of the target on the H largest principal
-                       directions (H hidden units, any activation). The covariance is I / C: the loss is at least (D - H) / (C D).
+    one dense network  its outputs lie in the column space of w_out, so it is at best the projection of the target on the H largest
+                       principal directions (H hidden units, any activation). The covariance is I / C: at least (D - H) / (C D).
 
 score = 1 - loss / that floor, with H the active hidden width (2 experts): 0 is what no dense network of equal active size surpasses, 1 is
 the right assignment.

@@ -176,8 +176,8 @@ def plain_accumulation(patch):
 
 class Mutation(NamedTuple):
     plant: Callable[[Any], None]
-    found_by: str  # "tracing", a check of compare.LIMITS on a mesh, or words of a claim on one device
-    where: str  # "mesh", "layout" (one device, accumulated) or "alone"
+    found_by: str  # "tracing", a check of compare.LIMITS, or a claim about one device
+    where: str  # "mesh", "layout" (one device, accumulated), "alone" (one device), or "arithmetic" (the layer alone)
     changes: dict[str, Any]  # of the config
 
 
@@ -192,8 +192,12 @@ MUTATIONS: dict[str, Mutation] = {
     "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh", {}),
     "random bits per device": Mutation(random_per_device, "tokens", "mesh", {}),
     "mean of micro-batch losses": Mutation(plain_accumulation, "forward", "layout", {}),
-    "padding routed": Mutation(padding_routed, "padding", "alone", {}),
-    "padding in the loss": Mutation(padding_in_loss, "not padding", "alone", {}),
-    "k-major order": Mutation(k_major, "later tokens", "alone", {}),
-    "combined with the wrong gate": Mutation(wrong_gate, "plain arithmetic", "alone", {}),
+    "padding routed": Mutation(padding_routed, "padding changes nothing, gradients included", "alone", {}),
+    "padding in the loss": Mutation(
+        padding_in_loss, "the loss is the mean over tokens that are not padding", "alone", {}
+    ),
+    "k-major order": Mutation(k_major, "later tokens change no earlier loss", "alone", {}),
+    "combined with the wrong gate": Mutation(
+        wrong_gate, "the MoE layer equals plain arithmetic over all experts", "arithmetic", {}
+    ),
 }

@@ -14,7 +14,7 @@ from configs import base
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Tokens
 
-B, S, D, E, VOCAB = 8, 4, 10, 8, 64
+B, S, D, E, VOCAB = 8, 4, 24, 8, 64
 GROUP_ROWS = 1
 # Changes that any router needs at this size, and further options worth a run of the whole suite.
 MORE = {

@@ -15,6 +15,7 @@ from moe_jax import train
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, interference, knockout, precision, record, replay
 from moe_jax.moe import probe
+from moe_jax.moe.routing.contract import Routing, Slots, Tokens
 from moe_jax.state import State, make_loss, make_model
 
 DATA = {
@@ -131,6 +132,22 @@ def test_what_cannot_be_recorded_is_refused(float64):
             probed(changes={"model.prefix": (), "model.period": ("dense",)})
         with pytest.raises(UserError, match='only some tokens go through a block "depth:moe"'):
             probed(changes={"model.prefix": ("depth:moe",), "model.allow_leak": True})
+
+
+def test_a_router_without_a_fixed_number_of_choices_has_a_place_for_every_expert():
+    """Two rows of one token, three experts, as expert choice lists them: token 0 by experts 2 and 0, token 1 by expert 2; one void."""
+    zero_T = jnp.zeros(2, jnp.int32)
+    tokens = Tokens(jnp.zeros((2, 4)), zero_T, zero_T, zero_T, zero_T + 1, zero_T == 0, num_rows=2)
+    token, expert, gate = jnp.array([0, 1, 0, 1]), jnp.array([2, 2, 0, 3]), jnp.array([0.5, 0.25, 1.0, 9.0])
+    routing = Routing(token, expert, gate, {}, per_token=0)
+    fields = probe.record(routing, jnp.array([False, True, False, False]), tokens, probe.ROUTING, 3)
+    np.testing.assert_array_equal(fields["record/expert"], [[[0, 3, 2]], [[3, 3, 2]]])
+    np.testing.assert_array_equal(fields["record/gate"], [[[1, 0, 0.5]], [[0, 0, 0.25]]])
+    np.testing.assert_array_equal(fields["record/dropped"], [[[False] * 3], [[False, False, True]]])
+    with pytest.raises(UserError, match="makes no assignments that could be recorded"):
+        probe.record(Slots(token, token, {}), token, tokens, probe.ROUTING, 3)
+    with pytest.raises(UserError, match="null experts that copy the token"):
+        probe.record(routing._replace(copy_T=zero_T), token, tokens, probe.ROUTING, 3)
 
 
 def test_layers_find_their_blocks(float64):
@@ -270,9 +287,7 @@ def test_a_router_without_logits_is_not_asked_for_them(float64):
         run = probed(changes={"model.moe.router": "uniform"})
         with pytest.raises(UserError, match="only a router with a linear gate can be told to go round an expert"):
             knockout.measure(run, "around")
-        with pytest.raises(
-            UserError, match='model.moe.router = "uniform" has no linear gate, which balanced replay needs'
-        ):
+        with pytest.raises(UserError, match='"uniform" has no linear gate, which balanced replay needs'):
             replay.balanced(seen(run)._replace(probs_LBSE=lambda: replay._probabilities(run, np.zeros(0))))
 
 
@@ -328,14 +343,14 @@ def metered(shape, changes):
 
 def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_meshes_and_scan(float64):
     only = {"model.moe.losses.balance": 0.5, "model.moe.losses.z": 0.0, "model.scan": False}
-    only |= {"model.prefix": ("moe", "dense"), "model.repeats": 1}
+    only |= {"model.prefix": ("moe",), "model.repeats": 1}
     cfg, model, now, values = metered((1, 1, 1), only)
     with jax.set_mesh(meshes.make(1, 1, 1)):
         batch = models.put(cfg, models.batch(cfg))
-        part = lambda name: (
-            lambda params: make_loss(cfg, model)(params, now.router_state, batch, jax.random.key(9))[1][1][name]
-        )
-        language, balance = (jax.jit(jax.grad(part(name)))(now.params) for name in ("nll", "balance_loss"))
+        parts = lambda params: make_loss(cfg, model)(params, now.router_state, batch, jax.random.key(9))[1][1]
+        loss = lambda params, weight: weight * parts(params)["nll"] + (1 - weight) * parts(params)["balance_loss"]
+        gradient = jax.jit(jax.grad(loss))
+        language, balance = gradient(now.params, 1.0), gradient(now.params, 0.0)
     g, a = (np.ravel(tree["prefix"][0]["moe"]["router"]["gate"]) for tree in (language, balance))
     assert abs(values["interference/layer_0/router/auxiliary_cosine"] - g @ a / np.sqrt(g @ g * (a @ a))) < 1e-10
     assert abs(values["interference/layer_0/router/auxiliary_ratio"] / (0.5 * np.sqrt(a @ a / (g @ g))) - 1) < 1e-10

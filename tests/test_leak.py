@@ -11,8 +11,9 @@ from moe_jax.instruments import leak
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 
-# Labelled as leaking although this router's gates are all equal and single, so that there is nothing to order by.
-STRICTER = {("hash", "batch_priority")}
+# Labelled as leaking although these routers, with their default options, give an ordering nothing to order by: all gates are equal, and an
+# expert is always a token's only choice (hash), or always its first or always its second (uniform).
+STRICTER = {("hash", "batch_priority"), ("uniform", "batch_priority"), ("uniform", "k_major")}
 
 
 def built(router="top_k", ordering="token_major", dispatcher=None, group_rows=1, **options):
@@ -60,6 +61,13 @@ def test_every_ordering_leaks_as_labelled(float64, ordering, dispatcher):
 def test_rows_that_share_a_group_see_each_other(float64, router, dispatcher, options, batch):
     seen, found = check(built(router, dispatcher=dispatcher, group_rows=2, **options))
     assert seen.batch == batch == (found["train"].batch.delta > 0)
+
+
+def test_depth_blocks_leak_in_training_only(float64):
+    """Evaluation takes their causal rule."""
+    raw = models.raw({"model.period": ("depth:dense",), "model.depth.capacity": 0.25, "model.allow_leak": True})
+    seen, found = check(config.build(leak.shrink(raw), 1))
+    assert seen.future and found["train"].future.delta > 0 == found["eval"].future.delta
 
 
 def test_one_choice_in_k_major_order_is_token_major(float64):

@@ -1,13 +1,14 @@
 """What every router of ROUTERS promises, by existing: one suite for all, in float64 unless stated.
 
-The tiers: every router's routing on three meshes, and through the layer on one of them with one dispatcher (here); every router with every
-dispatcher on every one of the three meshes (`full`).
+The tiers: every router's routing on two meshes against one device, and through the layer on one of them with one dispatcher, where meshes
+and dispatchers take turns (here); every router with every dispatcher on three meshes, with gradients (`full`).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import layer_cases
 import meshes
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from moe_jax.mesh import BATCH, P
 from moe_jax.moe.routing import ROUTERS
 
 T = B * S
-MESHES = [(2, 2, 2), (1, 8, 1), pytest.param((1, 1, 1), marks=pytest.mark.full)]
 ARRAYS = ("x_TD", "id_T", "position_T", "row_T", "segment_T", "valid_T")
 LEARNED = [c for c, (r, _) in CASES.items() if ROUTERS[r].params(router_cases.SIZES, router_cases.options(c))]
 NO_GRADIENT = {"counts", "first", "tokens", "entropy", "gate", "gate_max", "dropped"}  # of the sums, by contract
@@ -207,8 +207,16 @@ def test_gradients_are_the_finite_differences(float64, case):
         np.testing.assert_allclose(have, (up - down) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
-@every
-@pytest.mark.parametrize("shape", MESHES, ids=meshes.name)
+def tiered():
+    """(case, mesh): further options of a router on one mesh only, unless with --full."""
+    for case in CASES:
+        for shape in ((2, 2, 2), (1, 8, 1), (1, 1, 1)):
+            more = shape == (1, 1, 1) or (case not in ROUTERS and shape == (1, 8, 1))
+            name = f"{case}, {meshes.name(shape)}"
+            yield pytest.param(case, shape, id=name, marks=[pytest.mark.full] if more else [])
+
+
+@pytest.mark.parametrize(("case", "shape"), list(tiered()))
 def test_routing_is_the_same_on_every_mesh(float64, case, shape):
     """The router inside a shard_map over the batch, against the router alone: equal experts in equal order, gates and sums to 1e-12."""
     params, state = router_cases.weights(case)
@@ -228,3 +236,32 @@ def test_routing_is_the_same_on_every_mesh(float64, case, shape):
     assert router_cases.by_group(got[2], devices) == router_cases.by_group(want[2]), "other experts, or another order"
     assert_alike(got[0], want[0], "routing")
     assert_alike(got[1], want[1], "sums")
+
+
+TURNS = {case: i for i, case in enumerate(CASES)}
+SAME_LAYER = ("top_k after", "top_k raw", "sigmoid groups")  # other gates, nothing else for a layer
+some = [pytest.param(case, marks=pytest.mark.full) if case in SAME_LAYER else case for case in CASES]
+
+
+@pytest.mark.parametrize("case", some)
+def test_the_layer_serves_what_was_routed(float64, case):
+    """Output, drops and sums of the whole layer on a mesh: the oracle's loop over the routing of the router alone."""
+    dispatcher = layer_cases.dispatchers(case)[TURNS[case] % len(layer_cases.dispatchers(case))]
+    y, sums, _ = layer_cases.run(case, dispatcher, [(2, 2, 2), (1, 8, 1)][TURNS[case] // 2 % 2])
+    want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
+    np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-11)
+    assert_alike(sums, want_sums, "sums")
+
+
+@pytest.mark.full
+@every
+def test_the_layer_is_the_same_on_every_mesh(float64, case):
+    """Every dispatcher on three meshes: output, sums, and the gradients of both by x, router and experts."""
+    for dispatcher in layer_cases.dispatchers(case):
+        want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
+        _, _, want = layer_cases.run(case, dispatcher, (1, 1, 1), gradient=True)
+        for shape in ((2, 2, 2), (1, 8, 1)):
+            y, sums, gradient = layer_cases.run(case, dispatcher, shape, gradient=True)
+            np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-11)
+            assert_alike(sums, want_sums, "sums")
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), gradient, want)

@@ -5,6 +5,7 @@ import meshes
 import numpy as np
 import pytest
 import torch
+from router_cases import compiled
 from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -114,7 +115,7 @@ def routed(block, router, options, x):
         layer.state.bias[...] = meshes.put(numpy(block.gate.e_score_correction_bias), None)
     ids = meshes.put(np.ones((B, S), np.int32), "batch")
     batch = Batch(ids, ids, ids, meshes.put(np.arange(B, dtype=np.int32), "batch"))
-    run = jax.jit(lambda layer, x: layer(x, batch, jax.random.key(0), False)[0])
+    run = compiled(lambda layer, x: layer(x, batch, jax.random.key(0), False)[0])
     return run(layer, x)
 
 
@@ -125,7 +126,7 @@ def shared(block, x):
     layer = FeedForward(jax.random.key(0), D, w_in.shape[2], "swiglu", 1.0, "float32")
     layer.weights.w_in[...] = meshes.put(w_in, "embed", None, "hidden")
     layer.weights.w_out[...] = meshes.put(numpy(theirs.down_proj.weight).T, "hidden", "embed")
-    return jax.jit(lambda layer, x: layer(x))(layer, x)
+    return compiled(lambda layer, x: layer(x))(layer, x)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -37,6 +37,10 @@ class Run(NamedTuple):
     batches: Sequence[Batch]  # this process's rows of each held-out batch
 
 
+class One(NamedTuple):
+    array: jax.Array
+
+
 def open_run(cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int) -> Run:
     """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as `eval.dispatcher` says.
 
@@ -62,7 +66,7 @@ def put_rows(run: Run, array: np.ndarray) -> jax.Array:
     """A host array [B, ...] of the whole batch, sharded over rows."""
     size = run.cfg.eval.batch_size
     rows = local_rows(size)
-    return put((np.asarray(array)[rows],), rows, size, lambda z: z)
+    return put((np.asarray(array)[rows],), rows, size, One).array
 
 
 def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:

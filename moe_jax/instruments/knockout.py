@@ -20,6 +20,7 @@ from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Run
 from moe_jax.tasks import lm
 
+PASSIVE = {"removed": "removed", "around": "routed around"}
 WAYS = {"removed": "removed_BME", "around": "barred_BME"}  # and the field of lm.Inputs that tells the layer
 
 
@@ -85,14 +86,13 @@ def draw(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
         if layer >= layers:
             ax.set_visible(False)
             continue
-        image = ax.imshow(worth.change_LEZ[layer].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        ax.imshow(worth.change_LEZ[layer].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
         ax.set_title(f"MoE layer {layer}: mean {worth.change_LEZ[layer].mean():+.3f}", fontsize=9)
         ax.set_xticks(range(num_experts) if num_experts <= 16 else range(0, num_experts, num_experts // 8))
         ax.set_yticks(range(num_domains), domains, fontsize=8)
         ax.tick_params(labelsize=8, length=0)
         ax.set_xlabel("expert", fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
-    what = "an expert is removed" if way == "removed" else "an expert is routed around"
-    figure.suptitle(f"bits per byte more when {what}", fontsize=10)
+    figure.colorbar(axes.flat[0].images[0], ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
+    figure.suptitle(f"bits per byte more when an expert is {PASSIVE[way]}", fontsize=10)
     FigureCanvasAgg(figure)
     figure.savefig(path)

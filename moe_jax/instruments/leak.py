@@ -122,9 +122,8 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
     own = ROUTERS[moe.router].params(*declared) | ROUTERS[moe.router].state(*declared)
 
     def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        wide = 1.0 if leaf.ndim < 2 else 0.0  # scales of norms
-        like = Weight(leaf.shape, (), 0.0 if wide else leaf.shape[-2] ** -0.5, wide)
-        weight = own.get(path[-1].key, like)
+        one = Weight(leaf.shape, (), 0.0, 1.0)  # scales of norms
+        weight = own.get(path[-1].key, one if leaf.ndim < 2 else one._replace(std=leaf.shape[-2] ** -0.5, constant=0.0))
         return (weight.constant + weight.std * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     here = jax.sharding.get_mesh()
@@ -157,7 +156,7 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
-    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise are `raw`'s; capacity is TIGHT."""
+    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise are `raw`'s; capacity and tile bind."""
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
     moe["dispatchers"]["capacity"]["factor"] = TIGHT
@@ -165,10 +164,19 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
     moe["adaptive"]["rate"] = 0.0
     for router, ordering, dispatcher in itertools.product(ROUTERS, ORDERINGS, DISPATCHERS):
         chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
+        chosen["orderings"] = {**moe["orderings"], "rounding": {"tile": _tile(small, router)}}
         try:
             yield config.build({**small, "model": {**small["model"], "moe": chosen}}, 1)
         except UserError:  # a pair that makes no sense: its rule says why
             continue
+
+
+def _tile(small: Mapping[str, Any], router: str) -> int:
+    """Twice an even load: an expert's count is rounded to nothing or to all, whichever is nearer, so that rounding shows."""
+    moe = small["model"]["moe"]
+    promise = ROUTERS[router].declared(moe["num_experts"], moe["routers"][router])
+    choices = promise.average or promise.most or 1
+    return max(2, round(2 * choices * small["data"]["seq_len"] * moe["group_rows"] / moe["num_experts"]))
 
 
 def label(cfg: Config) -> Sees:

@@ -120,7 +120,7 @@ def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
 def config_hash(cfg: Config) -> str:
     """SHA-256 of what makes the routing: equal on every mesh, and however the layers are stored or recomputed."""
     every = dataclasses.asdict(cfg)
-    chosen = {name: every[name] for name in SAME_RUN} | {"batch_size": cfg.train.batch_size}
+    chosen: dict[str, Any] = {name: every[name] for name in SAME_RUN} | {"batch_size": cfg.train.batch_size}
     for block in ("model", "data"):
         chosen[block] = {name: value for name, value in chosen[block].items() if name not in SAME_VALUES}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
@@ -130,7 +130,8 @@ def write(directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict
     """Writes the file of a step and its line in the manifest; a file of the same step is replaced."""
     directory.mkdir(parents=True, exist_ok=True)
     name, buffer = file_name(step), io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    save: Any = np.savez_compressed  # whose keyword arguments are the arrays
+    save(buffer, **arrays)
     _replace(directory / name, buffer.getvalue())
     path = directory / MANIFEST
     files = json.loads(path.read_text())["files"] if path.exists() else {}

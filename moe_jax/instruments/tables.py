@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax.instruments.interference import PARTS
-from moe_jax.instruments.knockout import Worth
+from moe_jax.instruments.knockout import PASSIVE, Worth
+
+WIDE = 180
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -15,6 +17,12 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")
     return table
+
+
+def _print(table: Table) -> None:
+    """A file or a pipe has no width, and gets the whole table."""
+    console = Console()
+    Console(width=console.width if console.is_terminal else WIDE).print(table)
 
 
 def replay(result: Mapping[str, Mapping[str, Any]]) -> None:
@@ -29,7 +37,7 @@ def replay(result: Mapping[str, Mapping[str, Any]]) -> None:
             continue
         gaps = [f"{row[f'gap/domain/{domain}/bits_per_byte']:+.4f}" for domain in domains]
         table.add_row(name, f"{row['bits_per_byte']:.4f}", f"{row['gap/bits_per_byte']:+.4f}", *gaps)
-    Console().print(table)
+    _print(table)
 
 
 def precision(result: Mapping[str, Any]) -> None:
@@ -42,12 +50,13 @@ def precision(result: Mapping[str, Any]) -> None:
         table.add_row(f"margin, {100 * float(quantile):g} % quantile", *(f"{margin:.2g}" for margin in margin_L))
     for name, text in result["notes"].items():
         table.add_row(name, text)
-    Console().print(table)
+    _print(table)
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> None:
     """The change of every domain without each expert, and the expert's share of all assignments."""
-    table = _table(f"bits per byte more with an expert {way}", ["layer", "expert", "load", "mean", *domains])
+    title = f"bits per byte more when an expert is {PASSIVE[way]}"
+    table = _table(title, ["layer", "expert", "load", "mean", *domains])
     layers, num_experts, _ = worth.change_LEZ.shape
     for layer in range(layers):
         for expert in range(num_experts):
@@ -55,7 +64,7 @@ def knockout(worth: Worth, domains: Sequence[str], way: str) -> None:
             load = f"{100 * worth.share_LEZ[layer, expert].mean():.1f} %"
             cells = [f"{change:+.4f}" for change in (change_Z.mean(), *change_Z)]
             table.add_row(str(layer), str(expert), load, *cells, end_section=expert == num_experts - 1)
-    Console().print(table)
+    _print(table)
 
 
 def interference(result: Mapping[str, float]) -> None:
@@ -73,4 +82,4 @@ def interference(result: Mapping[str, float]) -> None:
         layer, _, part = place.partition("/")
         values = [result[f"interference/{place}/{column.replace(' ', '_')}"] for column in columns]
         table.add_row(layer, part, *(f"{value:.3g}" for value in values))
-    Console().print(table)
+    _print(table)

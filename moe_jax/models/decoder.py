@@ -246,6 +246,8 @@ def for_decoding(cfg: ModelConfig) -> ModelConfig:
 def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
     """The same model with another dispatcher (dropless for decoding, or for evaluation). UserError for soft MoE, which has but one."""
     if cfg.moe.dispatcher == "slots" != name:
-        raise UserError(f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" knows nothing of')
+        raise UserError(
+            f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" knows nothing of'
+        )
     options = cfg.moe.dispatcher_options if cfg.moe.dispatcher == name else {"dropless": Options(buffer=0.0)}[name]
     return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher=name, dispatcher_options=options))

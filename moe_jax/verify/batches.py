@@ -13,11 +13,17 @@ from moe_jax.tasks import lm
 
 
 def batch(cfg: Config, step: int) -> lm.Inputs:
-    """Two documents in each row, cut at random, and up to three places of padding at the end of every other row."""
+    """Two documents in each row, cut at random, and up to three places of padding at the end of every other row.
+
+    Documents begin with different tokens, for two equal beginnings tie: where experts choose among tokens, rounding would decide.
+    """
     rng = np.random.default_rng([cfg.seed, step])
     num, length = cfg.train.batch_size, cfg.data.seq_len
     tokens = rng.integers(1, cfg.model.vocab_size, (num, length + 1), dtype=np.int32)
     cut, tail = rng.integers(2, length - 4, (num, 1)), rng.integers(1, 4, (num, 1))
+    first = np.resize(rng.permutation(np.arange(1, cfg.model.vocab_size)), (num, 2))
+    tokens[:, :1] = first[:, :1]
+    np.put_along_axis(tokens, cut, first[:, 1:], 1)
     place = np.arange(length, dtype=np.int32)[None]
     segment = np.where(place < cut, 1, 2)
     segment[::2] = np.where(place < length - tail, segment, 0)[::2]

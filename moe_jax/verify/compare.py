@@ -82,7 +82,11 @@ def relative_gradients(want: Mapping[str, np.ndarray], have: Mapping[str, np.nda
 
 def unequal(a: np.ndarray, b: np.ndarray) -> float:
     """How many entries differ; soft MoE counts fractions, which may differ by rounding."""
-    return float((np.abs(a - b) > (0 if np.array_equal(a, np.round(a)) else 1e-10)).sum())
+    return float((np.abs(a - b) > (0 if whole(a) else 1e-10)).sum())
+
+
+def whole(a: np.ndarray) -> bool:
+    return np.array_equal(a, np.round(a))
 
 
 def far(a: Any, b: Any, scale: Any = 1.0) -> float:
@@ -109,5 +113,9 @@ class Rounded(NamedTuple):
 
 def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
     loss = max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(want, have, strict=True))
-    parted = (unequal(a.sums["counts"], b.sums["counts"]) if "counts" in a.sums else 0 for a, b in zip(want, have))
+    parted = ("counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"]) for a, b in zip(want, have))
     return Rounded(loss, next((step for step, differs in enumerate(parted) if differs), None), len(want))
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a, b) if whole(a) else np.allclose(a, b, rtol=1e-3)

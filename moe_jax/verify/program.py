@@ -64,7 +64,7 @@ class Program:
             return jax.jit(self._probe).lower(self.abstract, self.put(batch(self.cfg, 0)))
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
-        """Any thread may call this: compiling the programs of two meshes at once keeps two cores busy."""
+        """Any thread may make a program and call this; `lowered` is what `lower` returned, if that was called before."""
         self.run = (lowered or self.lower()).compile(compiler_options=OPTIONS)
         return self
 

@@ -22,9 +22,6 @@ ALL: list[Shape] = [
     s for s in itertools.product((1, 2, 4, 8), repeat=3) if s[0] * s[1] * s[2] == shrink.DEVICES
 ]  # every way to write 8 as data x expert x model
 
-# What jax and the rules raise while a layout is traced, compiled or run. Only a layout that breaks its own rules gets here.
-FAILURES = (ValueError, TypeError, NotImplementedError, AssertionError, jax.errors.JaxRuntimeError)
-
 
 class Reference(NamedTuple):
     """One device, one large batch, a loop over the layers, nothing rematerialised."""
@@ -80,17 +77,14 @@ def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[
     """Proves a config (a nested dict) on meshes of simulated devices.
 
     `folder` is an empty directory for checkpoints; `say` is told what is being done. Raises UserError for a config that is refused by
-    its rules, on one device or on every mesh, or that does not run on one device.
+    its rules, on one device or on every mesh.
     """
     small, rules = shrink.shrink(raw)
     refusals = [refusal(small, shape) for shape in wanted.shapes]
     if all(refusals):
         raise UserError(f"every mesh is refused: {refusals[0]}")
     say("one device")
-    try:
-        one = reference(small, wanted.steps)
-    except FAILURES as e:
-        raise UserError(f"the config does not run on one device, shrunk or not: {_line(e)}") from e
+    one = reference(small, wanted.steps)
     states.write(one.program, one.begin, folder / "begin")
     rows = list(_rows(small, one, wanted, folder, say))
     if wanted.processes > 1:
@@ -140,7 +134,6 @@ class _Job(NamedTuple):
     name: str
     shape: Shape
     refused: str
-    failure: str
     programs: list[Future[Program]]  # in float64, and in float32 if that is asked for
 
 
@@ -150,47 +143,40 @@ def _rows(
     layout, names = shrink.layout(small)
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
     chosen = list(wanted.shapes) if wanted.float32 else [widest(small, wanted.shapes)]
-    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside of Python's lock: both cores are busy
-        rounded = _submit(pool, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
-        jobs = [_submit(pool, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
+    # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what they have compiled.
+    with ThreadPoolExecutor(2) as compiling, ThreadPoolExecutor(1) as running:
+        rounded = _submit(compiling, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
+        jobs = [_submit(compiling, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
         for shape in wanted.shapes:
             also = [shrink.changed(small, narrow)] if shape in chosen else []
-            jobs.append(_submit(pool, label(shape), shape, [small, *also]))
+            jobs.append(_submit(compiling, label(shape), shape, [small, *also]))
         want = _narrow(rounded.programs[0].result(), one.begin)
         readers = [one.program]
         while jobs:
-            say(jobs[0].name)
-            yield _row(jobs.pop(0), one, want, readers, folder)  # popped: a program is freed once it has run
+            job = jobs.pop(0)  # a program is freed once it has run
+            say(job.name)
+            row = running.submit(_row, job, one, want, readers, folder)
+            # Whatever a layout raises while it is traced, compiled or run is a result: jax's checks of sharding are faults found.
+            error = row.exception()
+            yield empty(job.name, failure=f"fails: {_line(error)}") if error else row.result()
 
 
 def _submit(pool: ThreadPoolExecutor, name: str, shape: Shape, raws: list[dict[str, Any]]) -> _Job:
-    """Traces here, compiles on the pool."""
     refused = refusal(raws[0], shape)
-    if refused:
-        return _Job(name, shape, refused, "", [])
-    try:
-        programs = [Program(raw, shape) for raw in raws]
-        return _Job(name, shape, "", "", [pool.submit(p.compile, p.lower()) for p in programs])
-    except FAILURES as e:
-        return _Job(name, shape, "", f"is refused while it is traced: {_line(e)}", [])
+    build = lambda raw: Program(raw, shape).compile()
+    return _Job(name, shape, refused, [] if refused else [pool.submit(build, raw) for raw in raws])
 
 
 def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], folder: Path) -> Row:
     """Runs one layout; its checkpoint is read on the mesh before it, of which `readers` keeps the last."""
-    if job.refused or job.failure:
-        return empty(job.name, job.refused, job.failure)
-    try:
-        program = job.programs[0].result()
-        begin = states.read(program, folder / "begin")
-        end, worst, first = against(one, program, begin)
-        reader = readers[-1]
-        unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
-        readers[:] = [program]
-        rounded = None
-        if len(job.programs) > 1:
-            rounded = compare.rounded(want, _narrow(job.programs[1].result(), begin))
-    except FAILURES as e:
-        return empty(job.name, failure=f"fails: {_line(e)}")
+    if job.refused:
+        return empty(job.name, job.refused)
+    program, reader = job.programs[0].result(), readers[-1]
+    begin = states.read(program, folder / "begin")
+    end, worst, first = against(one, program, begin)
+    unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
+    readers[:] = [program]
+    rounded = compare.rounded(want, _narrow(job.programs[1].result(), begin)) if len(job.programs) > 1 else None
     return Row(job.name, "", "", worst, first, label(reader.shape), unequal, rounded)
 
 

@@ -64,6 +64,6 @@ def gates(prob_TK: jax.Array, null_TK: jax.Array, renormalize: str) -> jax.Array
 
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
-    """The gates of the real experts alone have no fixed sum: all k choices may be null."""
-    del num_experts
-    return Declared(most=options["k"], exact=False, gate_sum=None)
+    """The gates of the real experts alone have no fixed sum: all k may be null, k num_null / (E + num_null) are on average."""
+    real = options["k"] * num_experts / (num_experts + options["num_null"])
+    return Declared(most=options["k"], exact=False, gate_sum=None, average=real)
