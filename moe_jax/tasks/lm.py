@@ -17,14 +17,14 @@ from moe_jax.moe.layer import Batch as ModelBatch
 
 
 class Inputs(NamedTuple):
-    """A batch on the devices, all int32 and sharded over rows; segment 0 and target 0 where there is padding."""
+    """A batch (arrays on the devices, of NumPy, or their specs), all int32 and sharded over rows; segment 0 and target 0 where there is padding."""
 
-    tokens_BS: jax.Array
-    targets_BS: jax.Array
-    segment_BS: jax.Array
-    position_BS: jax.Array
-    domain_BS: jax.Array
-    row_B: jax.Array
+    tokens_BS: Any
+    targets_BS: Any
+    segment_BS: Any
+    position_BS: Any
+    domain_BS: Any
+    row_B: Any
     # What instruments tell the MoE layers, for all M blocks of the model (moe/probe.py); () = nothing.
     recorded: Any = ()  # (experts, gates) [B, M, S, K] of a recording
     removed_BME: Any = ()  # experts whose assignments go nowhere

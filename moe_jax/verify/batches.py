@@ -4,7 +4,7 @@ Shapes: B rows, S sequence.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
     claim: str
     apply: Callable[[lm.Inputs, np.random.Generator], lm.Inputs]
-    same: Callable[[lm.Inputs], np.ndarray]  # [B, S] booleans
+    same: Callable[[lm.Inputs], Any]  # [B, S] booleans
 
 
 def changes(group_rows: int) -> dict[str, Change]:

@@ -38,7 +38,7 @@ def content(raw: Mapping[str, Any], config_file: str, result: Result, verdict: s
 
 def mesh(row: Row) -> dict[str, Any]:
     worst = {d.check: {"value": d.value, "where": d.where, "step": d.step} for d in row.deviations.values()}
-    out = {"mesh": row.name, "refused": row.refused, "failure": row.failure, "deviations": worst}
+    out: dict[str, Any] = {"mesh": row.name, "refused": row.refused, "failure": row.failure, "deviations": worst}
     if row.reader:
         out["checkpoint"] = {"read_on": row.reader, "unequal_arrays": row.unequal}
     if row.rounded:

@@ -19,7 +19,7 @@ from moe_jax.moe.layer import Batch
 from moe_jax.tasks import lm
 from moe_jax.verify.batches import batch
 
-OPTIONS = {"xla_backend_optimization_level": 0}
+OPTIONS: Any = {"xla_backend_optimization_level": 0}
 AXES = ("data", "expert", "model")
 Shape = tuple[int, int, int]  # data x expert x model
 
@@ -101,9 +101,9 @@ class Program:
         seen = []
         tx = state.make_tx(self.cfg, now.params)
 
-        def update(grads, opt_state, params):
-            seen.append(grads)
-            return tx.update(grads, opt_state, params)
+        def update(updates, state, params=None):
+            seen.append(updates)
+            return tx.update(updates, state, params)
 
         step = state.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
         new, metrics = step(now, inputs)

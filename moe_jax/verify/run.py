@@ -19,7 +19,7 @@ ROUNDED_STEPS = 20
 FIRST_VALUES = 1e-12
 ONE: Shape = (1, 1, 1)
 ALL: list[Shape] = [
-    s for s in itertools.product((1, 2, 4, 8), repeat=3) if s[0] * s[1] * s[2] == shrink.DEVICES
+    (a, b, c) for a, b, c in itertools.product((1, 2, 4, 8), repeat=3) if a * b * c == shrink.DEVICES
 ]  # every way to write 8 as data x expert x model
 
 
@@ -161,7 +161,7 @@ def _rows(
             yield empty(job.name, failure=f"fails: {_line(error)}") if error else row.result()
 
 
-def _submit(pool: ThreadPoolExecutor, name: str, shape: Shape, raws: list[dict[str, Any]]) -> _Job:
+def _submit(pool: ThreadPoolExecutor, name: str, shape: Shape, raws: Sequence[Mapping[str, Any]]) -> _Job:
     refused = refusal(raws[0], shape)
     build = lambda raw: Program(raw, shape).compile()
     return _Job(name, shape, refused, [] if refused else [pool.submit(build, raw) for raw in raws])
