@@ -17,7 +17,7 @@ from moe_jax.moe.layer import Batch as ModelBatch
 
 
 class Inputs(NamedTuple):
-    """A batch (arrays on the devices, of NumPy, or their specs), all int32 and sharded over rows; segment 0 and target 0 where there is padding."""
+    """A batch (arrays or their specs), all int32 and sharded over rows; segment 0 and target 0 where there is padding."""
 
     tokens_BS: Any
     targets_BS: Any
