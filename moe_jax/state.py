@@ -15,7 +15,7 @@ from flax import nnx
 
 from moe_jax import optim
 from moe_jax.config import Config, ModelConfig
-from moe_jax.mesh import P
+from moe_jax.mesh import BATCH, P
 from moe_jax.models import router_states
 from moe_jax.models.decoder import Decoder
 from moe_jax.moe import load, losses
@@ -85,6 +85,8 @@ def micro_batches(batch: lm.Inputs, num: int, group_rows: int) -> lm.Inputs:
 
     def split(z: jax.Array) -> jax.Array:
         z = z.reshape((z.shape[0] // (num * group_rows), num, group_rows) + z.shape[1:])
+        # Where a device has one group of a micro-batch, the split moves an axis of length one to the wrong dimension.
+        z = jax.sharding.reshard(z, P(BATCH))
         return z.swapaxes(0, 1).reshape((num, -1) + z.shape[3:])
 
     return jax.tree.map(split, batch)
