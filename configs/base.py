@@ -89,75 +89,7 @@ def moe() -> ConfigDict:
     c.shared_experts = 0  # always-on experts of width expert_hidden, added to the routed ones
     c.group_rows = 1  # rows (sequences) that share expert capacity and ordering
     c.router = "top_k"
-    c.routers = ConfigDict()
-    c.routers.top_k = ConfigDict()
-    c.routers.top_k.k = 2  # experts per token
-    c.routers.top_k.softmax = "before"  # "before" or "after" the selection
-    c.routers.top_k.renormalize = True  # gates of a token sum to 1 (softmax "after" always does)
-    c.routers.top_k.scale = 1.0  # factor on the gates
-    c.routers.switch = ConfigDict()
-    c.routers.switch.jitter = 0.01  # training multiplies the router's input by uniform(1 - jitter, 1 + jitter)
-    c.routers.noisy_top_k = ConfigDict()
-    c.routers.noisy_top_k.k = 2
-    c.routers.noisy_top_k.min_noise = 0.01  # least standard deviation of the noise
-    c.routers.sigmoid = ConfigDict()  # DeepSeek-V3
-    c.routers.sigmoid.k = 2
-    c.routers.sigmoid.score = "sigmoid"  # affinities: "sigmoid", or "softmax" as in DeepSeek-V2
-    c.routers.sigmoid.renormalize = True  # gates of a token sum to scale
-    c.routers.sigmoid.scale = 1.0  # factor on the gates (routed scaling)
-    c.routers.sigmoid.bias_rate = 0.001  # how far a step moves an expert's bias towards balance; 0 = never
-    c.routers.sigmoid.num_groups = 1  # groups of consecutive experts
-    c.routers.sigmoid.top_groups = 1  # groups that a token may choose from; num_groups = all
-    c.routers.sigmoid.group_score = "top2"  # of a group: sum of its two largest affinities, or "max", the largest
-    c.routers.quantile = ConfigDict()
-    c.routers.quantile.k = 2
-    c.routers.quantile.score = "sigmoid"  # or "softmax"
-    c.routers.quantile.renormalize = True
-    c.routers.quantile.scale = 1.0
-    c.routers.quantile.bins = 256  # of each expert's histogram, from which the quantile is interpolated
-    c.routers.quantile.ema = 0.0  # share of the old bias that a step keeps
-    c.routers.cosine = ConfigDict()  # X-MoE
-    c.routers.cosine.k = 2
-    c.routers.cosine.renormalize = True
-    c.routers.cosine.dim = 0  # of the hypersphere; 0 = num_experts / 2, at least 2
-    c.routers.cosine.temperature = 0.3  # first value; learned
-    c.routers.cosine.min_temperature = 0.01  # it acts at least as high
-    c.routers.null = ConfigDict()
-    c.routers.null.k = 4  # choices per token, real or null
-    c.routers.null.num_null = 8  # null experts, which compute nothing
-    c.routers.null.kind = "zero"  # a null choice adds "zero", or a "copy" of the token
-    c.routers.null.renormalize = "all"  # gates divided by the sum of all choices, of the "real" ones, or "none"
-    c.routers.uniform = ConfigDict()  # baseline: experts in turn by position
-    c.routers.uniform.k = 2
-    c.routers.random = ConfigDict()  # baseline: experts by a hash of layer, position and token id
-    c.routers.random.k = 2
-    c.routers.random.seed = 0
-    c.routers.hash = ConfigDict()  # experts by a fixed random table of token ids
-    c.routers.hash.k = 1
-    c.routers.hash.seed = 0
-    c.routers.base = ConfigDict()  # BASE / Sinkhorn: balanced in training, greedy at evaluation
-    c.routers.base.k = 1
-    c.routers.base.iterations = 10  # of Sinkhorn
-    c.routers.base.scope = "group"  # what is balanced: each "group", or the whole "batch" (not with micro-batches)
-    c.routers.base.gates = "sigmoid"  # of the chosen scores (BASE), or "softmax" (S-BASE)
-    c.routers.relu = ConfigDict()  # ReMoE; set the balance losses to 0
-    c.routers.relu.k = 2  # active experts per token on average, which the adaptive L1 loss steers to
-    c.routers.relu.max_active = 4  # served experts of one token at most; the others are dropped
-    c.routers.relu.l1 = 1e-8  # first coefficient of the L1 loss
-    c.routers.relu.alpha = 1.2  # factor by which a step changes the coefficient
-    c.routers.relu.balanced = True  # the L1 loss weighs an expert by its load
-    c.routers.expert_choice = ConfigDict()
-    c.routers.expert_choice.factor = (
-        2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
-    )
-    c.routers.soft = ConfigDict()  # soft MoE; dispatcher "slots" only
-    c.routers.soft.slots = (
-        4  # of each expert in each group; about tokens of a group / num_experts costs what k = 1 does
-    )
-    c.routers.soft.normalize = True  # unit vectors and a learned scale in the slots' scores
-    c.routers.recorded = ConfigDict()  # replay of a recording, for instruments
-    c.routers.recorded.k = 2  # choices per token in the recording
-    c.routers.recorded.gates = "recorded"  # or "router": softmax of the present router over the recorded experts
+    c.routers = routers()
     c.ordering = "token_major"  # which assignment wins when an expert is full
     c.orderings = ConfigDict()
     c.orderings.token_major = ConfigDict()
@@ -188,6 +120,77 @@ def moe() -> ConfigDict:
     c.adaptive.rate = 0.0  # > 0: the weight of the balance losses grows by this factor a step while more drops than target_drop; 0 = off
     c.adaptive.target_drop = 0.01  # fraction of assignments
     c.adaptive.limit = 100.0  # the weight stays within [1 / limit, limit]
+    return c
+
+
+def routers() -> ConfigDict:
+    c = ConfigDict()
+    c.top_k = ConfigDict()
+    c.top_k.k = 2  # experts per token
+    c.top_k.softmax = "before"  # "before" or "after" the selection
+    c.top_k.renormalize = True  # gates of a token sum to 1 (softmax "after" always does)
+    c.top_k.scale = 1.0  # factor on the gates
+    c.switch = ConfigDict()
+    c.switch.jitter = 0.01  # training multiplies the router's input by uniform(1 - jitter, 1 + jitter)
+    c.noisy_top_k = ConfigDict()
+    c.noisy_top_k.k = 2
+    c.noisy_top_k.min_noise = 0.01  # least standard deviation of the noise
+    c.sigmoid = ConfigDict()  # DeepSeek-V3
+    c.sigmoid.k = 2
+    c.sigmoid.score = "sigmoid"  # affinities: "sigmoid", or "softmax" as in DeepSeek-V2
+    c.sigmoid.renormalize = True  # gates of a token sum to scale
+    c.sigmoid.scale = 1.0  # factor on the gates (routed scaling)
+    c.sigmoid.bias_rate = 0.001  # how far a step moves an expert's bias towards balance; 0 = never
+    c.sigmoid.num_groups = 1  # groups of consecutive experts
+    c.sigmoid.top_groups = 1  # groups that a token may choose from; num_groups = all
+    c.sigmoid.group_score = "top2"  # of a group: sum of its two largest affinities, or "max", the largest
+    c.quantile = ConfigDict()
+    c.quantile.k = 2
+    c.quantile.score = "sigmoid"  # or "softmax"
+    c.quantile.renormalize = True
+    c.quantile.scale = 1.0
+    c.quantile.bins = 256  # of each expert's histogram, from which the quantile is interpolated
+    c.quantile.ema = 0.0  # share of the old bias that a step keeps
+    c.cosine = ConfigDict()  # X-MoE
+    c.cosine.k = 2
+    c.cosine.renormalize = True
+    c.cosine.dim = 0  # of the hypersphere; 0 = num_experts / 2, at least 2
+    c.cosine.temperature = 0.3  # first value; learned
+    c.cosine.min_temperature = 0.01  # it acts at least as high
+    c.null = ConfigDict()
+    c.null.k = 4  # choices per token, real or null
+    c.null.num_null = 8  # null experts, which compute nothing
+    c.null.kind = "zero"  # a null choice adds "zero", or a "copy" of the token
+    c.null.renormalize = "all"  # gates divided by the sum of all choices, of the "real" ones, or "none"
+    c.uniform = ConfigDict()  # baseline: experts in turn by position
+    c.uniform.k = 2
+    c.random = ConfigDict()  # baseline: experts by a hash of layer, position and token id
+    c.random.k = 2
+    c.random.seed = 0
+    c.hash = ConfigDict()  # experts by a fixed random table of token ids
+    c.hash.k = 1
+    c.hash.seed = 0
+    c.base = ConfigDict()  # BASE / Sinkhorn: balanced in training, greedy at evaluation
+    c.base.k = 1
+    c.base.iterations = 10  # of Sinkhorn
+    c.base.scope = "group"  # what is balanced: each "group", or the whole "batch" (not with micro-batches)
+    c.base.gates = "sigmoid"  # of the chosen scores (BASE), or "softmax" (S-BASE)
+    c.relu = ConfigDict()  # ReMoE; set the balance losses to 0
+    c.relu.k = 2  # active experts per token on average, which the adaptive L1 loss steers to
+    c.relu.max_active = 4  # served experts of one token at most; the others are dropped
+    c.relu.l1 = 1e-8  # first coefficient of the L1 loss
+    c.relu.alpha = 1.2  # factor by which a step changes the coefficient
+    c.relu.balanced = True  # the L1 loss weighs an expert by its load
+    c.expert_choice = ConfigDict()
+    c.expert_choice.factor = (
+        2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
+    )
+    c.soft = ConfigDict()  # soft MoE; dispatcher "slots" only
+    c.soft.slots = 4  # of each expert in each group; about tokens of a group / num_experts costs what k = 1 does
+    c.soft.normalize = True  # unit vectors and a learned scale in the slots' scores
+    c.recorded = ConfigDict()  # replay of a recording, for instruments
+    c.recorded.k = 2  # choices per token in the recording
+    c.recorded.gates = "recorded"  # or "router": softmax of the present router over the recorded experts
     return c
 
 

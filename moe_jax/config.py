@@ -224,6 +224,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
 
 def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """An option of a router, dispatcher, optimizer or schedule that is not chosen would do nothing: say so instead."""
+    _refuse_unused_depth(raw["model"], defaults["model"])
     for path, choice, options in (
         ("model.moe", "router", "routers"),
         ("model.moe", "ordering", "orderings"),
@@ -239,6 +240,18 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
                     f"{path}.{options}.{name}.{changed[0]} = {values[changed[0]]} does nothing, because "
                     f'{path}.{choice} is "{block[choice]}": set {path}.{choice}={name}, or leave the key alone'
                 )
+
+
+def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+    """The options of depth blocks, in a model that has none."""
+    if any(kind.startswith(DEPTH) for part in ("prefix", "period", "suffix") for kind in model[part]):
+        return
+    for key, value in model["depth"].items():
+        if value != default["depth"].get(key, value):
+            raise UserError(
+                f"model.depth.{key} = {value} does nothing, because no block is one of depth: write "
+                f'"{DEPTH}dense" or "{DEPTH}moe" in model.prefix, model.period or model.suffix, or leave the key alone'
+            )
 
 
 def profile_range(text: str) -> tuple[int, int] | None:

@@ -1,11 +1,16 @@
 """Config files: Python files with `get_config(arg)`, executed where they lie. Run only those you trust."""
 
+import ast
 import importlib.util
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from moe_jax import config
 from moe_jax.errors import UserError
 
 
@@ -40,6 +45,41 @@ def load(path: Path) -> ConfigDict:
         raise UserError(f"the config file {path}: {error}") from error
     finally:
         sys.path.pop(0)
+
+
+def read(path: Path, changes: Sequence[str], flag: str) -> dict[str, Any]:
+    """The config of a file as a nested dict of JSON values, with some keys changed: "KEY=VALUE" each, VALUE a Python literal or plain text.
+
+    UserError for a change that cannot be made, by the `flag` that asked for it, and for an option of what is not chosen.
+    """
+    found = load(path)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        try:
+            if not equals or isinstance(_at(found, key), ConfigDict):
+                raise KeyError(key)
+            with found.unlocked():
+                found.update_from_flattened_dict({key: _literal(value)})
+        except (KeyError, AttributeError):
+            raise UserError(f"{flag} {change}: write KEY=VALUE with a key of configs/base.py") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{flag} {change}: {error}") from None
+    raw = json.loads(json.dumps(found.to_dict()))
+    config.refuse_unchosen(raw, json.loads(json.dumps(defaults(path).to_dict())))
+    return raw
+
+
+def _at(found: Any, key: str) -> Any:
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
 
 
 def defaults(path: Path) -> ConfigDict:

@@ -4,7 +4,6 @@ Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names
 """
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -85,11 +84,7 @@ def plain(error: BaseException, argv: list[str]) -> str:
 def start_devices(simulate: int) -> None:
     """Simulated devices and the other processes of the run, before jax looks for devices."""
     if simulate:
-        # Two cores give two threads, and the collectives of more simulated devices than threads deadlock. Read when jax looks for
-        # devices. For one device it would only be slower: 1.3 times the step, as 64 threads take turns on two cores.
-        os.environ.setdefault("PJRT_NPROC", "64")
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", simulate)
+        mesh.simulate(simulate)
     if FLAGS.coordinator:
         if FLAGS.num_processes is None or FLAGS.process_id is None:
             raise UserError("--coordinator needs --num_processes and --process_id beside it")

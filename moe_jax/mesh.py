@@ -12,6 +12,7 @@ would be replicated on every expert shard, and the gradient's reduce-scatter wou
 """
 
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -33,6 +34,26 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "model",
     "vocab": "model",
 }
+
+
+def simulate(devices: int) -> None:
+    """CPU devices to simulate in this process, before jax looks for devices.
+
+    Two cores give two threads, and the collectives of more devices than threads deadlock: hence PJRT_NPROC, which jax reads when it looks.
+    For one device it would only be slower (1.3 times the step: 64 threads take turns on two cores), so nothing else sets it.
+    """
+    os.environ.setdefault("PJRT_NPROC", "64")
+    for name, value in (("jax_platforms", "cpu"), ("jax_num_cpu_devices", devices)):
+        if getattr(jax.config, name) != value:  # once jax has looked, only the same may be set again
+            jax.config.update(name, value)
+
+
+def parse(text: str, flag: str) -> tuple[int, int, int]:
+    """The lengths of data, expert and model of "2x2x2". UserError, which names the flag."""
+    lengths = [int(n) if n.isdigit() else 0 for n in text.split("x")]
+    if len(lengths) != 3 or 0 in lengths:
+        raise UserError(f"{flag} {text}: write DATAxEXPERTxMODEL, as in 2x2x2")
+    return lengths[0], lengths[1], lengths[2]
 
 
 def spec(*names: str | None) -> P:

@@ -10,7 +10,7 @@ from moe_jax.moe.routing import ROUTERS, relu
 
 def check(c: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
-    for rules in (_model, _depth, _moe, _mesh, _batch, _train):
+    for rules in (_model, _depth, _moe, _leak, _mesh, _batch, _train):
         for message in rules(c):
             raise UserError(message)
 
@@ -55,13 +55,6 @@ def _depth(c: Config) -> Iterator[str]:
     if not 0 < d.capacity <= 1:
         yield f"model.depth.capacity = {d.capacity} must be above 0 and at most 1: a fraction of a sequence's tokens"
     yield from _positive({"model.depth.loss": d.loss}, 0)
-    if d.capacity < 1 and not c.model.allow_leak:
-        kind = next(kind for kind in c.model.blocks if kind.startswith(DEPTH))
-        yield (
-            f'a block "{kind}" trains on the tokens that its router scores highest in the whole sequence, so later tokens decide what '
-            "happens to earlier ones: in a causal language model that leaks the future into training (evaluation and generation use a "
-            "causal rule and do not leak). Set model.allow_leak=True to train so all the same, or use blocks without depth"
-        )
 
 
 def _moe(c: Config) -> Iterator[str]:
@@ -95,7 +88,6 @@ def _moe(c: Config) -> Iterator[str]:
             "train.micro_batch_size=0, or the scope to group"
         )
     yield from _losses(c)
-    yield from _leak(c)
     others = () if e.router == "soft" else ("dropless",)
     yield from _choice("eval.dispatcher", c.eval.dispatcher, ("same", *others, e.dispatcher))
 
@@ -207,13 +199,13 @@ def _losses(c: Config) -> Iterator[str]:
 
 
 def _leak(c: Config) -> Iterator[str]:
-    seen = causality.sees(c.model.moe)
+    seen = causality.sees(c.model)
     if c.model.allow_leak or not (seen.future or seen.batch):
         return
     what = "a later token" if seen.future else "another sequence"
     yield (
-        f"{'; '.join(causality.reasons(c.model.moe))}: {what} would change what an earlier token's output is, so the loss of this causal "
-        "model would be of a model that cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set "
+        f"{'; '.join(causality.reasons(c.model))}: in training {what} would change an earlier token's output, so the training loss of this "
+        "causal model would be that of one that cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set "
         "model.allow_leak=True"
     )
 

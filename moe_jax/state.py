@@ -120,6 +120,11 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
     return loss
 
 
+def step_key(cfg: Config, step: jax.Array) -> jax.Array:
+    """The randomness of a step: of the seed and the step alone."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), step)
+
+
 def make_step(
     cfg: Config, model: Model, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
@@ -133,7 +138,7 @@ def make_step(
     )  # otherwise the run ends at such a step, and its state is never used or saved
 
     def step(state: State, batch: lm.Inputs) -> tuple[State, dict[str, Any]]:
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), state.step)
+        rng = step_key(cfg, state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):

@@ -13,6 +13,8 @@
     expert w_in               N(0, 1/D)                      [E, D, P, F]           experts, expert_embed, -, hidden
     expert w_out              N(0, 1/F) / sqrt(2 L)          [E, F, D]              experts, hidden, expert_embed
     router gate               N(0, 1/D)                      [D, E]                 embed, -
+    other router weights      beside their router, in `params` and `state` of moe/routing/NAME.py
+    depth router              moe_jax/models/depth.py, `declare`
 
 D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L blocks; P = 2 (gate and up) for SwiGLU, 1
 for GELU. The division by sqrt(2 L) keeps the residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3).

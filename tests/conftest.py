@@ -30,7 +30,12 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked 'full' (up to an hour)")
 
 
+# Files whose longest tests take the most: first, so that the workers of `-n 2` end together.
+SLOWEST = ("test_verify", "test_run", "test_mutations", "test_instruments", "test_depth", "test_model")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
     if config.getoption("--full"):
         return
     kept = [item for item in items if not item.get_closest_marker("full")]

@@ -298,7 +298,10 @@ def test_cached_logits_equal_uncached_logits(float64):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r'a block "depth:moe" trains on the tokens that its router scores highest.*Set model.allow_leak=True'),
+        (
+            {},
+            r"depth blocks \(model.depth.capacity = 0.125\) train on the tokens that score highest.*or set model.allow_leak=True",
+        ),
         (
             {"model.allow_leak": True, "model.depth.capacity": 0.0},
             r"model.depth.capacity = 0.0 must be above 0 and at most 1",

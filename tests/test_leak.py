@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax import __main__, config
 from moe_jax.instruments import leak
+from moe_jax.moe import causality
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 
@@ -28,7 +29,7 @@ def built(router="top_k", ordering="token_major", dispatcher=None, group_rows=1,
 
 def check(cfg):
     """Safe: not the least change. Labelled: a change in training or in evaluation."""
-    seen, found, moe = leak.label(cfg), leak.measure(cfg), cfg.model.moe
+    seen, found, moe = causality.sees(cfg.model), leak.measure(cfg), cfg.model.moe
     for kind in ("future", "batch"):
         deltas = [getattr(found[mode], kind).delta for mode in leak.MODES]
         if not getattr(seen, kind):

@@ -118,6 +118,16 @@ def test_expected_collectives(float64, shape, dispatcher):
         assert ("all-gather" in names and "reduce-scatter" in names) or dispatcher == "capacity"
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1)], ids=meshes.name)
+def test_a_device_may_have_one_row_of_a_micro_batch(float64, shape):
+    """Traced alone: the split into micro-batches must leave the rows where they are."""
+    program = models.Program(shape, {"train.micro_batch_size": 8})
+    with jax.set_mesh(program.mesh):
+        first = jax.eval_shape(program.init, jax.random.key(0))
+        after, _ = jax.eval_shape(program.step, first, models.put(program.cfg, models.batch(program.cfg)))
+    assert jax.tree.structure(after) == jax.tree.structure(first)
+
+
 def test_one_table_refuses_a_collision():
     with pytest.raises(ValueError, match="put one mesh axis twice"):
         mesh.spec("experts", "embed")

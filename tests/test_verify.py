@@ -138,8 +138,8 @@ def test_rounding_is_reported_with_the_first_flip():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--meshes", "2x2"], "--meshes 2x2: write DATAxEXPERTxMODEL, of at most 8 devices"),
-        (["--meshes", "4x4x1"], "--meshes 4x4x1"),
+        (["--meshes", "2x2"], "--meshes 2x2: write DATAxEXPERTxMODEL, as in 2x2x2"),
+        (["--meshes", "4x4x1"], "--meshes 4x4x1 has more than the 8 devices"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--processes", "3"], "--processes 3 one of 1, 2, 4, 8"),
         (["--set", "model.d_modle=3"], "d_modle"),

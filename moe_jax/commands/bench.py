@@ -7,8 +7,6 @@ Reported are medians, and the median over rounds of each step's time over that o
 """
 
 import argparse
-import ast
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax import config, config_file, flops, mesh, place
-from moe_jax.errors import UserError
 from moe_jax.state import initial, make_model, make_step, make_tx
 from moe_jax.tasks import lm
 
@@ -54,14 +51,7 @@ def main(argv: list[str]) -> int:
 
 def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]]:
     """The config of a variant, and a function that runs one step of it; two steps have run, so nothing is left to compile."""
-    raw_config = config_file.load(path)
-    try:
-        parsed = dict(change.split("=", 1) for change in changes.split(";") if change)
-        with raw_config.unlocked():
-            raw_config.update_from_flattened_dict({key: literal(value) for key, value in parsed.items()})
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"--variant {changes!r}: {e}") from e
-    raw = json.loads(json.dumps(raw_config.to_dict()))
+    raw = config_file.read(path, [change for change in changes.split(";") if change], "--variant")
     cfg = config.build(raw, len(jax.devices()))
     devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
     with jax.set_mesh(devices):
@@ -79,13 +69,6 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
     step()
     step()
     return cfg, step
-
-
-def literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 def random_batch(cfg: config.Config) -> lm.Inputs:

@@ -9,7 +9,6 @@ safe, 1 something does, 64 a mistake that the message names.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ HEAD = ("router", "ordering", "dispatcher", "future, train", "future, eval", "ba
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m moe_jax leak", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="config file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it")
     parser.add_argument("--all", action="store_true", help="every router x ordering x dispatcher, not the config's own")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table, as for docs/routers.md")
     return parser.parse_args(argv)
@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args, console = parse(argv), Console()
-    raw = json.loads(json.dumps(config_file.load(args.config).to_dict()))
+    raw = config_file.read(args.config, args.set, "--set")
     jax.config.update("jax_enable_x64", True)
     from moe_jax.instruments import leak  # behind the flag: it traces in float64
 

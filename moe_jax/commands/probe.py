@@ -12,7 +12,6 @@ Everything is written to DIR/probe as JSON, PNG and npz, and the tables are prin
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,22 +81,17 @@ def main(argv: list[str]) -> int:
 
 def start_devices(flags: argparse.Namespace) -> None:
     if flags.simulate_devices:
-        os.environ.setdefault("PJRT_NPROC", "64")  # see moe_jax/main.py
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", flags.simulate_devices)
+        mesh.simulate(flags.simulate_devices)
     if flags.coordinator:
         jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
 
 
 def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
     """The config of the run on the mesh and with the batch size of the flags."""
-    parts = flags.mesh.split("x")
-    if len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
-        raise UserError(f"--mesh = {flags.mesh!r} is no mesh: write DATAxEXPERTxMODEL, as in 2x2x2")
-    lengths = dict(zip(("data", "expert", "model"), map(int, parts), strict=True))
+    lengths = dict(zip(("data", "expert", "model"), mesh.parse(flags.mesh, "--mesh"), strict=True))
     if np.prod(list(lengths.values())) > len(jax.devices()):
         raise UserError(
-            f"--mesh = {flags.mesh} needs more than the {len(jax.devices())} devices there are: --simulate_devices"
+            f"--mesh {flags.mesh} needs more than the {len(jax.devices())} devices there are: --simulate_devices"
         )
     size = flags.batch_size or cfg.eval.batch_size
     cfg = dataclasses.replace(

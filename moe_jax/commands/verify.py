@@ -7,20 +7,16 @@ Exit codes: 0 proven, 1 something deviates (the verdict says what and where firs
 """
 
 import argparse
-import ast
-import json
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import config, config_file
+from moe_jax import config_file, mesh
 from moe_jax.errors import UserError
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
@@ -54,10 +50,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args, console, start = parse(argv), Console(), time.monotonic()
-    raw, shapes = read(args.config, args.set), meshes(args.meshes)
+    raw, shapes = config_file.read(args.config, args.set, "--set"), meshes(args.meshes)
     if args.steps < 1 or args.processes not in (1, 2, 4, 8):
         raise UserError(f"--steps {args.steps} must be at least 1, and --processes {args.processes} one of 1, 2, 4, 8")
-    simulate()
+    mesh.simulate(shrink.DEVICES)
+    jax.config.update("jax_enable_x64", True)
     with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder, console.status("one device") as status:
         wanted = Wanted(shapes, args.steps, args.processes, args.float32)
         found = verify(raw, wanted, Path(folder), lambda text: status.update(text))
@@ -76,56 +73,14 @@ def main(argv: list[str]) -> int:
     return 0 if found.proven else 1
 
 
-def simulate() -> None:
-    """Eight CPU devices and float64, before jax looks for devices."""
-    os.environ.setdefault("PJRT_NPROC", "64")  # fewer threads deadlock the collectives of 8 devices on two cores
-    jax.config.update("jax_platforms", "cpu")
-    if getattr(jax.config, "jax_num_cpu_devices", 0) != shrink.DEVICES:
-        jax.config.update("jax_num_cpu_devices", shrink.DEVICES)
-    jax.config.update("jax_enable_x64", True)
-
-
-def read(path: Path, changes: list[str]) -> dict[str, Any]:
-    """The config as a nested dict of JSON values, with the keys of --set changed."""
-    found = config_file.load(path)
-    for change in changes:
-        key, equals, value = change.partition("=")
-        try:
-            with found.unlocked():
-                found.update_from_flattened_dict({key: literal(value)})
-        except (KeyError, ValueError, TypeError, AttributeError) as e:
-            raise UserError(f"--set {change}: {e}") from e
-        if not equals or key not in flat_keys(found.to_dict()):
-            raise UserError(f"--set {change}: write KEY=VALUE with a key of configs/base.py")
-    raw = json.loads(json.dumps(found.to_dict()))
-    config.refuse_unchosen(raw, json.loads(json.dumps(config_file.defaults(path).to_dict())))
-    return raw
-
-
-def flat_keys(tree: dict[str, Any], path: str = "") -> set[str]:
-    nested = [flat_keys(v, f"{path}{k}.") if isinstance(v, dict) else {path + k} for k, v in tree.items()]
-    return set().union(*nested)
-
-
-def literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
 def meshes(text: str) -> list[tuple[int, int, int]]:
-    if not text:
-        return list(ALL)
-    shapes = []
-    for part in text.split(","):
-        lengths = [int(n) if n.isdigit() else 0 for n in part.split("x")]
-        if len(lengths) != 3 or not 1 <= math.prod(lengths) <= shrink.DEVICES:
+    shapes = [mesh.parse(part, "--meshes") for part in text.split(",") if text]
+    for shape in shapes:
+        if math.prod(shape) > shrink.DEVICES:
             raise UserError(
-                f"--meshes {part}: write DATAxEXPERTxMODEL, of at most {shrink.DEVICES} devices, as in 2x2x2"
+                f"--meshes {'x'.join(map(str, shape))} has more than the {shrink.DEVICES} devices simulated"
             )
-        shapes.append((lengths[0], lengths[1], lengths[2]))
-    return shapes
+    return shapes or list(ALL)
 
 
 def verdict(found: Result) -> str:

@@ -22,7 +22,7 @@ from moe_jax.config import Config, ModelConfig
 from moe_jax.mesh import P
 from moe_jax.models import router_states
 from moe_jax.names import REPEATS
-from moe_jax.state import Model, State, make_loss
+from moe_jax.state import Model, State, make_loss, step_key
 
 PARTS = ("router", "experts", "attention", "rest")
 
@@ -36,7 +36,7 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
     @jax.jit
     def measure(state: State, batch: Any) -> dict[str, Any]:
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), state.step)
+        rng = step_key(cfg, state.step)
         run = lambda params: _terms(*loss(params, state.router_state, batch, rng), cfg.model.moe.losses)
         values, pull = jax.vjp(run, state.params)
         one = lambda name: {n: (jnp.ones_like if n == name else jnp.zeros_like)(v) for n, v in values.items()}

@@ -27,7 +27,7 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.moe.routing.contract import Sees, Sizes
+from moe_jax.moe.routing.contract import Sizes
 from moe_jax.state import make_model
 from moe_jax.weights import Weight
 
@@ -179,16 +179,9 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
     return max(2, round(2 * choices * small["data"]["seq_len"] * moe["group_rows"] / moe["num_experts"]))
 
 
-def label(cfg: Config) -> Sees:
-    """What a model of this config is said to see: its MoE blocks (moe/causality.py), and its depth blocks (models/depth.py)."""
-    depth = cfg.model.num_depth_blocks > 0 and cfg.model.depth.capacity < 1
-    seen = causality.sees(cfg.model.moe) if cfg.model.num_moe_layers else Sees(False, False)
-    return seen._replace(future=seen.future or depth)
-
-
 def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
     """What the label of a config and its measurement say together: "safe", "leaks ...", or that the label is wrong."""
-    seen, kinds = label(cfg), ("future", "batch")
+    seen, kinds = causality.sees(cfg.model), ("future", "batch")
     measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}
     wrong = [kind for kind in kinds if measured[kind] and not getattr(seen, kind)]
     if wrong:

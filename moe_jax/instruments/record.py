@@ -28,7 +28,7 @@ from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import UserError
 from moe_jax.mesh import P
 from moe_jax.moe import probe
-from moe_jax.state import Model, State, micro_batches
+from moe_jax.state import Model, State, micro_batches, step_key
 from moe_jax.tasks import lm
 
 MANIFEST = "manifest.json"
@@ -60,7 +60,7 @@ def make_recorder(
 
     @jax.jit
     def record_of(state: State, batch: lm.Inputs) -> Any:
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), state.step)
+        rng = step_key(cfg, state.step)
         bound = model.bind(state.params, state.router_state)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
         run = lambda _, part: (None, jax.sharding.reshard(lm.record(bound, part, rng, True, probe.ROUTING), P()))

@@ -1,36 +1,53 @@
-"""What may change a token's output: a property of router x ordering x dispatcher x group together."""
+"""What may change a token's output: a property of router x ordering x dispatcher x group together, and of depth blocks."""
 
-from typing import Any
-
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sees
 
 
-def sees(moe: Any) -> Sees:
-    """`moe`: the frozen `model.moe` block of a config (config.MoEConfig)."""
+def sees(model: ModelConfig) -> Sees:
+    """Of a whole model in training."""
+    seen = _experts(model.moe) if model.num_moe_layers else Sees(False, False)
+    return seen._replace(future=seen.future or _depth(model))
+
+
+def _experts(moe: MoEConfig) -> Sees:
     router, drops = ROUTERS[moe.router].sees(moe.router_options), moe.dispatcher == "capacity"
-    future = router.future or _ordering_sees_future(moe)
+    future = router.future or _ordering(moe)
     # Rows of one group share capacity, and whatever is chosen over tokens is chosen over a group.
     shared = moe.group_rows > 1 and (drops or future)
     return Sees(future, router.batch or shared)
 
 
-def _ordering_sees_future(moe: Any) -> bool:
+def _ordering(moe: MoEConfig) -> bool:
+    """Whether the order of the assignments sees the future."""
     ordering, drops = ORDERINGS[moe.ordering], moe.dispatcher == "capacity"
     # All first choices before all second ones is the order of the tokens where there is only one choice.
     single = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options).most == 1
     return ordering.always or (drops and ordering.sees_future and not (single and moe.ordering == "k_major"))
 
 
-def reasons(moe: Any) -> list[str]:
+def _depth(model: ModelConfig) -> bool:
+    """A depth block trains on the tokens that its router scores highest in the whole row; with all of them there is no choice."""
+    return model.num_depth_blocks > 0 and model.depth.capacity < 1
+
+
+def reasons(model: ModelConfig) -> list[str]:
     """The keys that make it leak, in plain words."""
-    router, drops, found = ROUTERS[moe.router].sees(moe.router_options), moe.dispatcher == "capacity", []
+    found, moe = [], model.moe
+    if _depth(model):
+        found.append(
+            f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens that score highest in the whole sequence"
+        )
+    if not model.num_moe_layers:
+        return found
+    router, drops = ROUTERS[moe.router].sees(moe.router_options), moe.dispatcher == "capacity"
     if router.future:
         found.append(f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence')
     if router.batch:
         found.append(f'model.moe.router = "{moe.router}" chooses over all sequences of the batch')
-    if _ordering_sees_future(moe):
+    if _ordering(moe):
         found.append(f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier ones')
     if moe.group_rows > 1 and drops:
         found.append(f"model.moe.group_rows = {moe.group_rows} sequences share the capacity of an expert")

@@ -52,10 +52,8 @@ def changes(program: Program, begin: State) -> list[Check]:
     """What must not matter to the loss of a token, changed, and how much it does."""
     model = program.cfg.model
     declared = {"padding": "", "future": "", "sequences": "", "document": ""}
-    if model.num_depth_blocks and model.depth.capacity < 1:
-        declared["future"] = "depth blocks choose over the whole sequence"
-    if model.num_moe_layers and causality.sees(model.moe).future:
-        declared["future"] = "the config declares that it sees the future"
+    if causality.sees(model).future:
+        declared["future"] = "; ".join(causality.reasons(model))
     declared["document"] = declared["future"]
     if model.num_moe_layers and ROUTERS[model.moe.router].sees(model.moe.router_options).batch:
         declared["sequences"] = f"the router {model.moe.router} chooses over all sequences"

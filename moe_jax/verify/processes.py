@@ -4,7 +4,6 @@ python -m moe_jax.verify.processes JOB.json INDEX      one of them; `run` starts
 """
 
 import json
-import os
 import pickle
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax import mesh
 from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
@@ -59,9 +59,7 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | 
 def work(path: Path, index: int) -> None:
     """One process: the steps of the job on the whole mesh; process 0 writes what it saw."""
     job = json.loads(path.read_text())
-    os.environ.setdefault("PJRT_NPROC", "64")  # as in moe_jax.main: fewer threads deadlock collectives
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", SHAPE[0] * SHAPE[1] * SHAPE[2] // job["count"])
+    mesh.simulate(SHAPE[0] * SHAPE[1] * SHAPE[2] // job["count"])
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(job["address"], job["count"], index, coordinator_bind_address=job["address"])
     program = Program(job["raw"], SHAPE).compile()

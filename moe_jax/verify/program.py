@@ -107,7 +107,7 @@ class Program:
 
         step = state.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
         new, metrics = step(now, inputs)
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 1), now.step)
+        rng = state.step_key(self.cfg, now.step)
         seen_by_model = Batch(inputs.tokens_BS, inputs.position_BS, inputs.segment_BS, inputs.row_B)
         logits, sums = self.model.bind(now.params, now.router_state)(seen_by_model, rng, True)
         return new, metrics, seen[0], lm.negative_log_likelihood(logits, inputs.targets_BS), sums
