@@ -14,6 +14,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.simulate_devices = 0  # CPU devices to simulate in this process; 0 = the devices that are there
     c.profile = ""  # "10:13" writes a profiler trace of steps 10, 11 and 12
     c.mesh = mesh()
+    c.task = "lm"  # what is learned: moe_jax/tasks
+    c.tasks = tasks()
     c.model = model()
     c.optim = optim()
     c.train = train()
@@ -51,8 +53,42 @@ def mesh() -> ConfigDict:
     return c
 
 
+def tasks() -> ConfigDict:
+    c = ConfigDict()
+    c.lm = ConfigDict()  # its data: data.sources
+    c.classification = ConfigDict()
+    c.classification.dataset = "vader"  # moe_jax/data/tasks/classification.py, or "tfds:NAME"
+    c.classification.tokens = "bpe:8192"  # tokenizer: "bytes", or "bpe:N", trained on the training texts
+    c.translation = ConfigDict()
+    c.translation.dataset = "bible_en_es"  # moe_jax/data/tasks/translation.py, or "tfds:NAME"
+    c.translation.vocab_size = 8192  # of the tokenizer, trained on both sides of the training pairs
+    c.translation_prefix = ConfigDict()  # the same with a decoder alone, which has the source as prefix
+    c.translation_prefix.dataset = "bible_en_es"
+    c.translation_prefix.vocab_size = 8192
+    c.vision = ConfigDict()
+    c.vision.dataset = "digits"  # moe_jax/data/tasks/vision.py, or "tfds:NAME"
+    c.vision.patch = 2  # pixels of a side of a patch; data.seq_len is the number of patches
+    c.vision.copies = 1  # of each training image: the first as it is, the others shifted and flipped
+    c.vision.shift = 1  # pixels, at most
+    c.vision.flip = False  # mirrors half of the copies
+    c.recommendation = ConfigDict()
+    c.recommendation.dataset = "debian_depends"  # moe_jax/data/tasks/recommendation.py, or "tfds:NAME"
+    c.recommendation.min_items = 5  # of a user
+    c.recommendation.min_users = 10  # of an item
+    c.speech = ConfigDict()
+    c.speech.dataset = "fsdd"  # moe_jax/data/tasks/speech.py
+    c.speech.mel_bins = 40
+    c.speech.stack = 4  # frames of 10 ms in one vector
+    c.speech.copies = 1  # of each training recording: the first as it is, the others changed in tempo and with noise
+    c.speech.tempo = 0.1  # change of length, at most
+    c.speech.noise = 0.05  # of the root mean square, at most
+    return c
+
+
 def model() -> ConfigDict:
     c = ConfigDict()
+    c.kind = "decoder"  # which model: moe_jax/models
+    c.kinds = kinds()
     c.vocab_size = 256  # rows of the embedding; at least the tokenizer's
     c.d_model = 128  # width of the residual stream
     c.num_heads = 4
@@ -79,6 +115,35 @@ def model() -> ConfigDict:
     c.depth.capacity = 0.125  # fraction of a sequence's tokens that train a depth block (models/depth.py)
     c.depth.loss = 0.1  # coefficient of the loss that trains the causal rule, by which they evaluate and decode
     c.moe = moe()
+    return c
+
+
+def kinds() -> ConfigDict:
+    c = ConfigDict()
+    c.decoder = ConfigDict()
+    c.decoder.bidirectional_prefix = False  # a row's prefix (the source of a translation) sees all of itself
+    c.encoder = ConfigDict()
+    c.encoder.inputs = "tokens"  # or "vectors": patches of an image, frames of speech
+    c.encoder.input_dim = 1  # width of a vector
+    c.encoder.num_classes = 2
+    c.encoder.pool = "mean"  # over what is not padding: "sum", "mean", "max", "first"
+    c.encoder.attention = "full"  # to the whole segment, or "causal", as the language model that it begins from
+    c.encoder.learned_positions = 0  # rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone
+    c.encoder.head_dropout = 0.0  # of the pooled row
+    c.encdec = ConfigDict()  # the decoder's blocks are model.prefix, period, repeats and suffix
+    c.encdec.encoder_prefix = ()
+    c.encdec.encoder_period = ("moe",)
+    c.encdec.encoder_repeats = 4
+    c.encdec.encoder_suffix = ()
+    c.mmoe = ConfigDict()
+    c.mmoe.items = (1,)  # items of each task: the first so many belong to task 0, the next to task 1, and so on
+    c.mmoe.item_dropout = 0.0  # of a row's input features, in training
+    c.article = ConfigDict()
+    c.article.num_experts = 64
+    c.article.window = 16  # input places that an expert weighs: the last tokens, or the whole row
+    c.article.aggregate = "sum"  # of the experts: "sum", "mean", "gated"
+    c.article.activation = "gelu"  # of an expert: "identity", "relu", "gelu"
+    c.article.num_classes = 0  # 0 = the next token
     return c
 
 
@@ -120,6 +185,49 @@ def moe() -> ConfigDict:
     c.adaptive.rate = 0.0  # > 0: the weight of the balance losses grows by this factor a step while more drops than target_drop; 0 = off
     c.adaptive.target_drop = 0.01  # fraction of assignments
     c.adaptive.limit = 100.0  # the weight stays within [1 / limit, limit]
+    c.sparse = sparse()
+    return c
+
+
+def sparse() -> ConfigDict:
+    """Zeros inside the experts' weights (docs/sparse_weights.md)."""
+    c = ConfigDict()
+    c.rule = "none"  # who decides which weights are zero; "none" = experts are dense
+    c.rules = ConfigDict()
+    c.rules.none = ConfigDict()
+    c.rules.static = ConfigDict()  # the smallest first values, for ever
+    c.rules.static.threshold = 0.0  # those below this magnitude; 0 = as many as the pattern's density leaves
+    c.rules.threshold = ConfigDict()  # whatever is below a magnitude after an update; it may come back
+    c.rules.threshold.threshold = (
+        0.0  # the magnitude; 0 = that which leaves the pattern's density of each expert's first values
+    )
+    c.rules.magnitude = ConfigDict()  # gradual pruning, from dense to the pattern's density
+    c.rules.magnitude.begin = 0.0  # as a fraction of train.steps
+    c.rules.magnitude.end = 0.5  # likewise: from here on the masks stay
+    c.rules.magnitude.every = 20  # steps between changes of the masks
+    c.rules.set = ConfigDict()  # SET: the smallest go, random ones come
+    c.rules.set.fraction = 0.3  # of the living, replaced at each change
+    c.rules.set.every = 50
+    c.rules.set.end = 0.75  # as a fraction of train.steps
+    c.rules.rigl = ConfigDict()  # RigL: the smallest go, those with the largest gradient come
+    c.rules.rigl.fraction = 0.3  # at first; it falls to 0 as a cosine
+    c.rules.rigl.every = 50
+    c.rules.rigl.end = 0.75  # as a fraction of train.steps
+    c.rules.group_lasso = ConfigDict()  # hidden units become zero by themselves; pattern units only
+    c.rules.group_lasso.strength = 0.01  # lambda, beside the root mean square of a unit's weights
+    c.pattern = "unstructured"  # what is zero together
+    c.patterns = ConfigDict()
+    c.patterns.unstructured = ConfigDict()
+    c.patterns.unstructured.density = 0.25  # fraction of each expert's weights, of each matrix, that are not zero
+    c.patterns.n_m = ConfigDict()
+    c.patterns.n_m.n = 2  # weights that are not zero ...
+    c.patterns.n_m.m = 4  # ... of this many consecutive inputs
+    c.patterns.blocks = ConfigDict()
+    c.patterns.blocks.density = 0.25
+    c.patterns.blocks.block = 16  # a block is block x block weights
+    c.patterns.blocks.balanced = True  # as many blocks for every block of outputs
+    c.patterns.units = ConfigDict()
+    c.patterns.units.density = 0.25  # fraction of each expert's hidden units
     return c
 
 
@@ -157,6 +265,10 @@ def routers() -> ConfigDict:
     c.cosine.dim = 0  # of the hypersphere; 0 = num_experts / 2, at least 2
     c.cosine.temperature = 0.3  # first value; learned
     c.cosine.min_temperature = 0.01  # it acts at least as high
+    c.multi_gate = ConfigDict()  # MMoE
+    c.multi_gate.k = 2  # num_experts = the paper's dense mixture
+    c.multi_gate.num_gates = 2  # one for each task of the model mmoe
+    c.multi_gate.renormalize = True  # gates of a token sum to 1
     c.null = ConfigDict()
     c.null.k = 4  # choices per token, real or null
     c.null.num_null = 8  # null experts, which compute nothing
@@ -237,5 +349,6 @@ def data() -> ConfigDict:
     c.slice_bytes = 0  # training bytes of each embedded domain, as whole documents; 0 = all
     c.heldout_bytes = 0  # held-out bytes of each embedded domain, likewise
     c.heldout_every = 20  # every n-th document of a domain is held out
+    c.folder = "data"  # where files of data that the package does not have lie; not for data.sources
     c.prefetch = 4  # batches read ahead
     return c

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from rich import box
@@ -32,7 +33,7 @@ from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
-from moe_jax.tasks import lm
+from moe_jax.tasks import TASKS
 from moe_jax.weights import RouterState
 
 
@@ -127,16 +128,16 @@ def _shard_bytes(tree: Any) -> int:
     return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _rows(names: tuple[str, ...], num_rows: int, seq_len: int) -> tuple[Any, ...]:
-    """Abstract int32 arrays of a batch, [B, S] or [B] as the suffixes of their names say."""
-    make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding("batch", *[None] * (len(shape) - 1)))
-    return tuple(make(num_rows, seq_len) if name.endswith("_BS") else make(num_rows) for name in names)
+def _abstract(rows: np.ndarray) -> jax.ShapeDtypeStruct:
+    """Of an array of a batch [B, ...]."""
+    place = sharding("batch", *[None] * (rows.ndim - 1))
+    return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=place)
 
 
 def _compiled(cfg: Config, model: state.Model, abstract: state.State) -> Compiled:
     start = time.perf_counter()
     step = jax.jit(state.make_step(cfg, model, state.make_tx(cfg, abstract.params)), donate_argnums=0)
-    batch = lm.Inputs(*_rows(lm.Inputs._fields[:6], cfg.train.batch_size, cfg.data.seq_len))
+    batch = jax.tree.map(_abstract, TASKS[cfg.task].random(cfg, 0))
     stats: Any = step.lower(abstract, batch).compile().memory_analysis()
     return Compiled(
         argument=stats.argument_size_in_bytes,
@@ -218,7 +219,8 @@ def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     split = lambda key: nnx.split(MoELayer(key, moe), nnx.Param, RouterState)
     graphdef, weights, router_state = nnx.eval_shape(split, jax.random.key(0))
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
-    batch = Batch(*_rows(Batch._fields[:4], num_rows, seq_len))  # without a recording
+    zero_BS = np.zeros((num_rows, seq_len), np.int32)
+    batch = Batch(*map(_abstract, (zero_BS, zero_BS, zero_BS, zero_BS[:, 0])))  # without a recording
     x_BSD = jax.ShapeDtypeStruct((num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None))
 
     def run(weights: Any, x_BSD: jax.Array, router_state: Any, batch: Batch) -> jax.Array:

@@ -23,6 +23,16 @@ class Options(dict[str, Any]):
 
 
 @dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """Zeros inside the experts' weights: moe_jax/moe/sparse."""
+
+    rule: str
+    rule_options: Options
+    pattern: str
+    pattern_options: Options
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
     num_experts: int
     expert_hidden: int
@@ -36,6 +46,7 @@ class MoEConfig:
     dispatcher_options: Options
     losses: Options
     adaptive: Options
+    sparse: SparseConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +57,8 @@ class DepthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    kind: str
+    kind_options: Options
     vocab_size: int
     d_model: int
     num_heads: int
@@ -73,8 +86,17 @@ class ModelConfig:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order: "dense" or "moe", or one of them inside a mixture of depths: "depth:dense", "depth:moe"."""
-        return self.prefix + self.period * self.repeats + self.suffix
+        """The kind of every block, in order: "dense" or "moe", or one of them inside a mixture of depths: "depth:dense", "depth:moe".
+
+        Those of an encoder-decoder begin with its encoder's.
+        """
+        own, options = self.prefix + self.period * self.repeats + self.suffix, self.kind_options
+        if self.kind == "article":
+            return ()
+        if self.kind != "encdec":
+            return own
+        period = options["encoder_period"] * options["encoder_repeats"]
+        return options["encoder_prefix"] + period + options["encoder_suffix"] + own
 
     @property
     def num_moe_layers(self) -> int:
@@ -124,6 +146,7 @@ class DataConfig:
     slice_bytes: int
     heldout_bytes: int
     heldout_every: int
+    folder: str
     prefetch: int
 
 
@@ -172,6 +195,8 @@ class Config:
     simulate_devices: int
     profile: tuple[int, int] | None
     mesh: MeshConfig
+    task: str
+    task_options: Options
     model: ModelConfig
     train: TrainConfig
     optim: OptimConfig
@@ -194,6 +219,7 @@ RESUME_MAY_CHANGE = (
     "profile",
     "simulate_devices",
     "data.prefetch",
+    "data.folder",
 )
 
 
@@ -209,7 +235,10 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     moe = _chosen(dict(raw["model"]["moe"]), "model.moe", "router", "routers", "router_options")
     moe = _chosen(moe, "model.moe", "ordering", "orderings", "ordering_options")
     moe = _chosen(moe, "model.moe", "dispatcher", "dispatchers", "dispatcher_options")
-    model: dict[str, Any] = {**raw["model"], "moe": moe}
+    sparse = _chosen(dict(moe["sparse"]), "model.moe.sparse", "rule", "rules", "rule_options")
+    moe["sparse"] = _chosen(sparse, "model.moe.sparse", "pattern", "patterns", "pattern_options")
+    raw = _chosen(raw, "", "task", "tasks", "task_options")
+    model = _chosen({**raw["model"], "moe": moe}, "model", "kind", "kinds", "kind_options")
     model["head_dim"] = model["head_dim"] or model["d_model"] // max(model["num_heads"], 1)
     raw["model"] = model
     train = raw["train"]
@@ -225,10 +254,15 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
 def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """An option of a router, dispatcher, optimizer or schedule that is not chosen would do nothing: say so instead."""
     _refuse_unused_depth(raw["model"], defaults["model"])
+    _refuse_unused_pattern(raw["model"]["moe"]["sparse"], defaults["model"]["moe"]["sparse"])
     for path, choice, options in (
+        ("", "task", "tasks"),
+        ("model", "kind", "kinds"),
         ("model.moe", "router", "routers"),
         ("model.moe", "ordering", "orderings"),
         ("model.moe", "dispatcher", "dispatchers"),
+        ("model.moe.sparse", "rule", "rules"),
+        ("model.moe.sparse", "pattern", "patterns"),
         ("optim", "optimizer", "optimizers"),
         ("optim", "schedule", "schedules"),
     ):
@@ -237,9 +271,18 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             changed = [k for k, v in values.items() if default[options].get(name, {}).get(k, v) != v]
             if name != block[choice] and changed:
                 raise UserError(
-                    f"{path}.{options}.{name}.{changed[0]} = {values[changed[0]]} does nothing, because "
-                    f'{path}.{choice} is "{block[choice]}": set {path}.{choice}={name}, or leave the key alone'
+                    f"{_join(path, options)}.{name}.{changed[0]} = {values[changed[0]]} does nothing, because {_join(path, choice)} is "
+                    f'"{block[choice]}": set {_join(path, choice)}={name}, or leave the key alone'
                 )
+
+
+def _refuse_unused_pattern(sparse: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+    """The pattern of zeros where nobody makes any."""
+    if sparse["rule"] == "none" and (sparse["pattern"], sparse["patterns"]) != (default["pattern"], default["patterns"]):
+        raise UserError(
+            'model.moe.sparse.pattern and its options do nothing, because model.moe.sparse.rule is "none": set the rule to one of '
+            f"{', '.join(name for name in sparse['rules'] if name != 'none')}, or leave the pattern alone"
+        )
 
 
 def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:
@@ -280,7 +323,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return freeze(typing.cast(type, hint), value, path + ".")
     if hint is Options:
-        return Options(value)
+        return Options({key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     origin = typing.get_origin(hint)
     if origin is tuple:
         return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
@@ -296,7 +339,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _chosen(block: dict[str, Any], path: str, choice: str, options: str, to: str) -> dict[str, Any]:
     name = block[choice]
     if name not in block[options]:
-        raise UserError(f'{path}.{choice} = "{name}" is not known: choose one of {", ".join(block[options])}')
+        raise UserError(f'{_join(path, choice)} = "{name}" is not known: choose one of {", ".join(block[options])}')
     chosen = dict(block.pop(options)[name])
     return {**block, to: chosen}
 
@@ -306,7 +349,11 @@ def _optim(block: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {**_chosen(block, "optim", "schedule", "schedules", "schedule_options"), "steps": steps}
 
 
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
 def _at(raw: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    for key in path.split("."):
+    for key in path.split(".") if path else ():
         raw = raw[key]
     return raw

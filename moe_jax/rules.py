@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 from moe_jax.config import DEPTH, Config, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.moe import causality, losses
+from moe_jax.models import kinds
+from moe_jax.moe import causality, losses, sparse
 from moe_jax.moe.routing import ROUTERS, relu
 
 
 def check(c: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
-    for rules in (_model, _depth, _moe, _leak, _mesh, _batch, _train):
+    for rules in (_task, _model, kinds.refusals, _depth, _moe, _leak, _mesh, _batch, _train):
         for message in rules(c):
             raise UserError(message)
 
@@ -26,6 +27,27 @@ def _positive(values: dict[str, float], least: float = 1) -> Iterator[str]:
             yield f"{path} = {value} must be at least {least}"
 
 
+# The models that can learn a task.
+KINDS = {
+    "lm": ("decoder", "article"),
+    "classification": ("encoder", "article"),
+    "translation": ("encdec",),
+    "translation_prefix": ("decoder",),
+    "vision": ("encoder",),
+    "recommendation": ("mmoe",),
+    "speech": ("encoder",),
+}
+
+
+def _task(c: Config) -> Iterator[str]:
+    if c.model.kind not in KINDS[c.task]:
+        yield f'model.kind = "{c.model.kind}" cannot learn task = "{c.task}": choose one of {", ".join(KINDS[c.task])}'
+    if (c.task, c.model.kind) != ("lm", "decoder"):
+        for key, value in (("record.steps", c.record.steps), ("log.interference_every", c.log.interference_every)):
+            if value:
+                yield f'{key} = {value} looks into the language model (task "lm", model.kind "decoder") alone: leave it off'
+
+
 def _model(c: Config) -> Iterator[str]:
     m = c.model
     yield from _positive({"model.vocab_size": m.vocab_size, "model.d_model": m.d_model, "model.num_heads": m.num_heads})
@@ -34,7 +56,7 @@ def _model(c: Config) -> Iterator[str]:
     for path, blocks in (("prefix", m.prefix), ("period", m.period), ("suffix", m.suffix)):
         for block in blocks:
             yield from _choice(f"model.{path}", block, ("dense", "moe", DEPTH + "dense", DEPTH + "moe"))
-    if not m.blocks:
+    if not m.blocks and m.kind != "article":
         yield "model.prefix, model.period x model.repeats and model.suffix make no block at all: a model needs one"
     if m.num_heads % m.num_kv_heads:
         yield f"model.num_heads ({m.num_heads}) must be divisible by model.num_kv_heads ({m.num_kv_heads})"
@@ -87,6 +109,7 @@ def _moe(c: Config) -> Iterator[str]:
             f"(train.batch_size {c.train.batch_size} / train.micro_batch_size {c.train.micro_batch_size}) are not: set "
             "train.micro_batch_size=0, or the scope to group"
         )
+    yield from sparse.refusals(c.model)
     yield from _losses(c)
     others = () if e.router == "soft" else ("dropless",)
     yield from _choice("eval.dispatcher", c.eval.dispatcher, ("same", *others, e.dispatcher))
@@ -108,6 +131,7 @@ ROUTER_LEAST = {
     ("sigmoid", "bias_rate"): 0,
     ("quantile", "bins"): 2,
     ("cosine", "dim"): 0,
+    ("multi_gate", "num_gates"): 1,
     ("cosine", "min_temperature"): 1e-6,
     ("null", "num_null"): 1,
     ("base", "iterations"): 1,
@@ -199,7 +223,7 @@ def _losses(c: Config) -> Iterator[str]:
 
 
 def _leak(c: Config) -> Iterator[str]:
-    seen = causality.sees(c.model)
+    seen = causality.leaks(c.model)
     if c.model.allow_leak or not (seen.future or seen.batch):
         return
     what = "a later token" if seen.future else "another sequence"

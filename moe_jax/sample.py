@@ -25,8 +25,8 @@ from moe_jax.errors import UserError
 from moe_jax.mesh import BATCH, P
 from moe_jax.models.attention import Cache
 from moe_jax.models.decoder import empty_caches, for_decoding
+from moe_jax.models.functions import make_model
 from moe_jax.moe.layer import Batch
-from moe_jax.state import make_model
 
 STEPS = 16  # tokens drawn before the host looks at them: streaming is this coarse
 PREFILL = 256  # tokens of a row prefilled at once: bounds the memory of a long prompt, and the number of compilations

@@ -11,19 +11,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from moe_jax import optim
-from moe_jax.config import Config, ModelConfig
+from moe_jax.config import Config
 from moe_jax.mesh import BATCH, P
 from moe_jax.models import router_states
-from moe_jax.models.decoder import Decoder
-from moe_jax.moe import load, losses
+from moe_jax.models.functions import Model, make_model
+from moe_jax.moe import load, losses, sparse
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.names import name_of
-from moe_jax.tasks import lm
-from moe_jax.weights import RouterState
+from moe_jax.tasks import TASKS, contract
+
+__all__ = [
+    "Model",
+    "State",
+    "initial",
+    "make_loss",
+    "make_model",
+    "make_step",
+    "make_tx",
+    "micro_batches",
+    "parameter_names",
+    "step_key",
+]
 
 
 class State(NamedTuple):
@@ -33,35 +44,7 @@ class State(NamedTuple):
     opt_state: Any
     ema: Any  # like params, or None
     skipped: jax.Array  # steps in a row whose loss or gradient was not finite
-
-
-class Model(NamedTuple):
-    """The functions of a model: parameters go in as nested dicts of arrays, modules never leave."""
-
-    init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]  # key -> (params, router state)
-    bind: Callable[[Any, Any], Decoder]  # (params, router state) -> callable
-
-
-def make_model(cfg: ModelConfig) -> Model:
-    """Must be called with the mesh set; abstract evaluation only."""
-    split = lambda key: nnx.split(Decoder(key, cfg), nnx.Param, RouterState)
-    graphdef, params, router_state = nnx.eval_shape(split, jax.random.key(0))
-
-    def init(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
-        _, params, router_state = split(key)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(router_state)
-
-    def bind(values: Any, state_values: Any) -> Decoder:
-        return nnx.merge(graphdef, _filled(params, values), _filled(router_state, state_values))
-
-    return Model(init, bind)
-
-
-def _filled(state: Any, values: dict[str, Any]) -> Any:
-    """The nnx State of the same structure as `state` with the arrays of a nested dict."""
-    filled = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(filled, values)
-    return filled
+    masks: Any = ()  # what a rule of sparse experts keeps (moe/sparse); () = no rule
 
 
 def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
@@ -73,14 +56,15 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
 
     def init(key: jax.Array) -> State:
         params, router_state = model.init(key)
+        params, masks = sparse.begin(cfg.model.moe.sparse, params, stacked=cfg.model.scan)
         opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
         ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay else None
-        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0))
+        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks)
 
     return init
 
 
-def micro_batches(batch: lm.Inputs, num: int, group_rows: int) -> lm.Inputs:
+def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
     """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows, and no group is split."""
 
     def split(z: jax.Array) -> jax.Array:
@@ -99,11 +83,11 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
     product of batch sums, so the gradients of micro-batches do not add up to it. The body is rematerialised: memory is that of one
     micro-batch, and the cost is one more forward pass.
     """
-    num = cfg.train.num_micro_batches
+    num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
     coefficients = cfg.model.moe.losses
 
-    def totals_of(params: Any, router_state: Any, batch: lm.Inputs, rng: jax.Array) -> Any:
-        forward = lambda micro: lm.forward(model.bind(params, router_state), micro, rng)
+    def totals_of(params: Any, router_state: Any, batch: Any, rng: jax.Array) -> Any:
+        forward = lambda micro: contract.forward(task, model.bind(params, router_state), micro, rng)
         if num == 1:
             return forward(batch)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
@@ -112,9 +96,9 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
         body = jax.checkpoint(lambda sums, part: (jax.tree.map(jnp.add, sums, forward(part)), None))
         return jax.lax.scan(body, zero, micro)[0]
 
-    def loss(params: Any, router_state: Any, batch: lm.Inputs, rng: jax.Array):
+    def loss(params: Any, router_state: Any, batch: Any, rng: jax.Array):
         totals = totals_of(params, router_state, batch, rng)
-        value, parts = lm.objective(totals, coefficients)
+        value, parts = contract.objective(totals, coefficients)
         return value, (totals, parts)
 
     return loss
@@ -132,30 +116,31 @@ def make_step(
 
     To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new, which takes time and memory.
     """
-    loss_fn = make_loss(cfg, model)
+    loss_fn, zeros = make_loss(cfg, model), cfg.model.moe.sparse
     can_skip = (
         cfg.train.nonfinite_patience > 0
     )  # otherwise the run ends at such a step, and its state is never used or saved
 
-    def step(state: State, batch: lm.Inputs) -> tuple[State, dict[str, Any]]:
+    def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         rng = step_key(cfg, state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):
+            grads, params, opt_state, masks = descend(cfg, tx, state, grads, rng)
             squares = optim.squares(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old) if can_skip else new
-            params = keep(optax.apply_updates(state.params, updates), state.params)
+            params, masks = keep((params, masks), (state.params, state.masks))
             kept = {
                 **keep(opt_state, dict(state.opt_state)),
                 "rate": opt_state["rate"],
             }  # it follows the step, not the updates
             ema = optim.update_ema(state.ema, params, cfg.optim.ema_decay) if state.ema is not None else None
+            if ema is not None and zeros.rule != "none":
+                ema = sparse.mask(ema, sparse.alive(zeros, params, masks))
             router_state = keep(update_routers(cfg, state.router_state, totals["moe"]), state.router_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        new = State(state.step + 1, params, router_state, kept, ema, skipped)
+        new = State(state.step + 1, params, router_state, kept, ema, skipped, masks)
         metrics = {
             "loss": loss,
             **parts,
@@ -167,9 +152,27 @@ def make_step(
             "finite_leaves": jnp.isfinite(squares),
             "moe": load.metrics(totals["moe"]) if totals["moe"] else {},
         }
+        if zeros.rule != "none":
+            metrics["expert_density"] = sparse.density(params)
         return new, jax.sharding.reshard(metrics, P())
 
     return step
+
+
+def descend(
+    cfg: Config, tx: optax.GradientTransformation, state: State, grads: Any, rng: jax.Array
+) -> tuple[Any, Any, dict[str, Any], Any]:
+    """One update: (gradients that it followed, parameters, optimizer's state, masks), with exact zeros where sparse experts have them."""
+    zeros, dense, masks = cfg.model.moe.sparse, grads, state.masks
+    grads = sparse.mask(dense, masks)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
+    params = optax.apply_updates(state.params, updates)
+    if zeros.rule != "none":
+        now = sparse.Now(state.step + 1, cfg.train.steps, optim.schedule(cfg.optim)(state.step), rng)
+        params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)
+        opt_state = sparse.mask_moments(opt_state, masks)
+    return grads, params, opt_state, masks
 
 
 def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:

@@ -1,19 +1,18 @@
-"""What the end of a run tells: held-out bits per byte beside gzip and xz, parameters, speed, where the files are, what to do next."""
+"""What the end of a run tells: held-out figures beside their rivals, parameters, speed, where the files are, what to do next."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_jax import flops
 from moe_jax.config import Config
-from moe_jax.data.baselines import compression_table
 from moe_jax.models.decoder import why_not_decoded
 from moe_jax.progress import duration, readable
+from moe_jax.tasks import TASKS
 from moe_jax.train import Result
-
-MOST_BYTES = 4_000_000  # of a domain's text that the compressors read
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
@@ -22,11 +21,8 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)
-    rivals = compression_table(result.dataset, MOST_BYTES)
-    domains = {name: result.evaluation.get(f"domain/{name}/bits_per_byte") for name in result.dataset.domains}
-    rows = {name: {"model": bits, **rivals[name]} for name, bits in domains.items() if bits is not None}
-    rows["mean"] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
-    console.print(bits_table(rows))
+    rows = TASKS[cfg.task].table(cfg, result.data, result.evaluation)
+    console.print(figures_table(TASKS[cfg.task].title, rows))
     counts = flops.parameters(cfg.model)
     facts = {
         "steps": f"{result.step} of {cfg.train.steps}",
@@ -38,7 +34,9 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
         "routing": f"{workdir / 'routing.png'}",
         "curves": f"tensorboard --logdir {workdir}",
     }
-    if not why_not_decoded(cfg.model):
+    if (workdir / "predictions.jsonl").exists():
+        facts["predictions"] = f"{workdir / 'predictions.jsonl'}"
+    if cfg.task == "lm" and not why_not_decoded(cfg.model):
         facts["next"] = f'python -m moe_jax generate --workdir {workdir} --prompt "In the beginning"'
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
@@ -46,19 +44,21 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     console.print(table, soft_wrap=True)
     result_file = {
         "step": result.step,
-        "bits_per_byte": rows,
+        "title": TASKS[cfg.task].title,
+        "rows": rows,
         "seconds": seconds,
         "tokens_per_second": result.tokens_per_second,
     }
     (workdir / "summary.json").write_text(json.dumps(result_file, indent=1) + "\n")
 
 
-def bits_table(rows: dict[str, dict[str, float]]) -> Table:
-    """One line per domain: held-out bits per byte of the model and of the compressors, lower is better."""
-    table = Table(title="held-out bits per byte (lower is better)", title_justify="left")
-    table.add_column("domain")
-    for name in ("model", "gzip -9", "xz -9"):
+def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """One line per row; the last one, of all of them, apart. Numbers with three digits after the point."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in next(iter(rows.values())):
         table.add_column(name, justify="right")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[key]:.3f}" for key in ("model", "gzip", "xz")), end_section=name == list(rows)[-2])
+    text = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
+    for i, (name, row) in enumerate(rows.items()):
+        table.add_row(name, *map(text, row.values()), end_section=i == len(rows) - 2)
     return table

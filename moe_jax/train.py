@@ -15,15 +15,18 @@ import numpy as np
 from moe_jax import card, checkpoint, flops, metrics, optim, place, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
-from moe_jax.data.load import Dataset, open_dataset
+from moe_jax.data.contract import Data
+from moe_jax.data.load import Dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
 from moe_jax.models.decoder import why_not_decoded
+from moe_jax.moe import sparse
 from moe_jax.progress import Progress
 from moe_jax.sample import Settings, make_sampler
 from moe_jax.state import State, initial, make_model, make_step, make_tx, parameter_names
-from moe_jax.tasks import lm
+from moe_jax.tasks import TASKS
+from moe_jax.tasks.contract import Task, Trained
 
 IN_FLIGHT = {
     "cpu": 2,
@@ -38,7 +41,7 @@ class Result(NamedTuple):
     step: int
     signal: int
     evaluation: dict[str, Any]
-    dataset: Dataset
+    data: Data
     tokens_per_second: float
     sample: str
 
@@ -51,8 +54,9 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     `started`: time.monotonic() when the process began. Raises UserError, and stopping.NonFinite.
     """
     main = jax.process_index() == 0
-    dataset = open_data(cfg)
-    batches = Batches(dataset, "train", cfg.seed, cfg.train.batch_size)
+    task = TASKS[cfg.task]
+    data = task.open(cfg)
+    batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     rows = place.local_rows(cfg.train.batch_size)
 
     # Model and state
@@ -68,7 +72,7 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
         keep=cfg.checkpoint.keep,
         keep_best=cfg.checkpoint.keep_best,
     )
-    metadata = {"config": raw, "data": dataset.fingerprint}
+    metadata = {"config": raw, "data": data.fingerprint}
     state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
     notes += [card.buffer_note(cfg)] if cfg.model.num_moe_layers else []
     start = int(state.step)
@@ -77,19 +81,21 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     # What is written, and what is shown
     metrics.write_run_info(workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main)
     if main:
-        dataset.tokenizer.save(workdir / "tokenizer")
+        data.save(workdir)
     writer = metrics.Writer(workdir, resume_step=start, tensorboard=cfg.log.tensorboard, active=main)
     writer.text(start, "config", f"```json\n{json.dumps(raw, indent=1)}\n```")
     tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
     progress = Progress(last, start, tokens_per_step, active=main, console=None)
     for note in notes:
         progress.message(note)
-    evaluate, silent = make_evaluate(cfg, dataset), why_not_decoded(cfg.model)
-    sampler = None if silent else make_sampler(cfg.model, dataset.tokenizer, cfg.data.seq_len)
-    if silent and cfg.eval.sample_tokens:
-        progress.message(f"no samples will be drawn: {silent}")
+    evaluate, sampler = make_evaluate(cfg, data), None
+    if isinstance(data, Dataset) and cfg.eval.sample_tokens:
+        silent = why_not_decoded(cfg.model)
+        sampler = None if silent else make_sampler(cfg.model, data.tokenizer, cfg.data.seq_len)
+        if silent:
+            progress.message(f"no samples will be drawn: {silent}")
     interrupt, profile = stopping.Interrupt(cfg.log.every), trace.Profile(cfg.profile, workdir)
-    recorder = record.make_recorder(cfg, model, dataset.domains, workdir / "routing")
+    recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
     meter = interference.make_meter(cfg, model)
     peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
     step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
@@ -98,14 +104,17 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
 
     def evaluate_now(state: State, final: bool) -> tuple[dict[str, Any], str]:
         result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
+        if final:
+            params = state.params if state.ema is None else state.ema
+            result |= task.finish(cfg, Trained(model.bind, params, state.router_state), data, workdir)
         text = ""
-        if sampler and cfg.eval.sample_tokens:
+        if sampler:
             settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
             params = state.params if state.ema is None else state.ema
             prompt = cfg.eval.sample_prompt
             text = prompt + sampler(params, state.router_state, [prompt], settings)[0]
         if main:
-            publish(int(state.step), result, text, dataset, writer, progress, workdir if final else None)
+            publish(task, int(state.step), result, text, data, writer, progress, workdir if final else None)
         return result, text
 
     # The loop
@@ -116,7 +125,7 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
             score = None
             profile.begin(step, state)
             asked = time.monotonic()
-            batch = place.put(next(source), rows, cfg.train.batch_size, lm.Inputs)
+            batch = place.put(next(source), rows, cfg.train.batch_size, task.inputs)
             waited += time.monotonic() - asked
             recorder(step + 1, state, batch)  # before the step takes the state away
             if cfg.log.interference_every and (step + 1) % cfg.log.interference_every == 0:
@@ -172,14 +181,15 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
         writer.close()
         interrupt.close()
         saves.close()
-    return Result(int(state.step), interrupt.signal, evaluation, dataset, progress.tokens_per_second, sample)
+    return Result(int(state.step), interrupt.signal, evaluation, data, progress.tokens_per_second, sample)
 
 
 def publish(
+    task: Task,
     step: int,
     result: Mapping[str, Any],
     sample: str,
-    dataset: Dataset,
+    data: Data,
     writer: metrics.Writer,
     progress: Progress,
     pictures: Path | None,
@@ -188,29 +198,11 @@ def publish(
     writer.write(
         step, {f"eval/{name}": value for name, value in result.items() if np.ndim(value) == 0 and name != "moe"}
     )
-    progress.message(f"step {step}: held out {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f}")
+    progress.message(f"step {step}: {task.headline(result)}")
     if sample:
         writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
     if pictures and result["routing"].size:
-        writer.image(step, "moe/routing", picture.routing(result["routing"], dataset.domains, pictures / "routing.png"))
-
-
-def open_data(cfg: Config) -> Dataset:
-    """The datasets of the config; refuses a tokenizer that the embedding is too small for."""
-    dataset = open_dataset(
-        cfg.data.sources,
-        seq_len=cfg.data.seq_len,
-        slice_bytes=cfg.data.slice_bytes,
-        heldout_bytes=cfg.data.heldout_bytes,
-        heldout_every=cfg.data.heldout_every,
-        seed=cfg.seed,
-    )
-    if dataset.tokenizer.vocab_size > cfg.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of the data "
-            f"({dataset.tokenizer.vocab_size}, tokenizer {dataset.tokenizer.name}): raise model.vocab_size"
-        )
-    return dataset
+        writer.image(step, "moe/routing", picture.routing(result["routing"], data.domains, pictures / "routing.png"))
 
 
 def begin(
@@ -245,8 +237,10 @@ def begin(
     notes += [f"  loaded   {name}" for name in report.loaded]
     notes += [f"  renamed  {old} -> {new}" for old, new in report.renamed]
     notes += [f"  left     {name}: {reason}" for name, reason in report.left]
+    zeros = cfg.model.moe.sparse
+    params, masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))(params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state._replace(params=params, ema=ema), notes
+    return state._replace(params=params, ema=ema, masks=masks), notes
 
 
 def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], saves: checkpoint.Checkpoints) -> None:

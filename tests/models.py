@@ -1,6 +1,7 @@
 """Tiny configs, batches and one-step programs that several tests share."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import meshes
@@ -24,6 +25,10 @@ TINY = {
     "train.steps": 100,
     "data.seq_len": 8,
 }
+
+
+# Of a language model, as far as an evaluation asks: one domain, every token one byte.
+DATA = SimpleNamespace(domains=("all",), tokenizer=SimpleNamespace(vocab_size=64, token_bytes=lambda: np.ones(64, int)))
 
 
 def raw(changes=None):

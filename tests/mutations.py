@@ -15,7 +15,7 @@ from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
 from moe_jax.moe.grouped_matmul import expert_ffn
 from moe_jax.moe.layer import Shape
-from moe_jax.tasks import lm
+from moe_jax.tasks import contract, lm
 
 DROPLESS = {"model.moe.dispatcher": "dropless", "model.moe.dispatchers.capacity.factor": 1.25}
 E = 8
@@ -164,8 +164,8 @@ def plain_accumulation(patch):
         def loss(params, router_state, batch, rng):
             micro = state.micro_batches(batch, num, cfg.model.moe.group_rows)
             each = [jax.tree.map(lambda z, i=i: z[i], micro) for i in range(num)]
-            totals = [lm.forward(model.bind(params, router_state), one, rng) for one in each]
-            values = [lm.objective(one, cfg.model.moe.losses) for one in totals]
+            totals = [contract.forward(lm.TASK, model.bind(params, router_state), one, rng) for one in each]
+            values = [contract.objective(one, cfg.model.moe.losses) for one in totals]
             whole = jax.tree.map(lambda *z: sum(z), *totals)
             return sum(value for value, _ in values) / num, (whole, values[0][1])
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.models import attention_core
-from moe_jax.models.attention_core import attention, decode_attention
+from moe_jax.models.attention_core import across, attention, causal, decode_attention, full, prefix
 
 SCALE = 0.4
 SHAPES = {  # B, S, H, G, A: blocks and groups of the CPU's kernel come with S >= 128 and more scores than fit
@@ -60,7 +60,7 @@ def value_and_gradient(f, args, do):
     return o, *pull(do)
 
 
-own = functools.partial(attention, scale=SCALE)
+own = lambda q, k, v, segment: attention(q, k, v, causal(segment), scale=SCALE)
 
 
 def assert_near(got, want, tolerance):
@@ -172,3 +172,74 @@ def test_decoding_with_nothing_to_see_gives_zero_in_the_dtype_of_the_query():
     with jax.numpy_dtype_promotion("strict"):
         got = decode_attention(q, k, v, jnp.zeros((2, 3, 3), bool), scale=SCALE)
     assert got.dtype == jnp.bfloat16 and not np.any(got)
+
+
+# Other masks: each against a plain softmax over a boolean mask, written without runs.
+
+
+def plain(q, k, v, seen_BTS):
+    """Softmax over the keys that are seen; nothing where none is."""
+    k, v = (jnp.repeat(z, q.shape[2] // k.shape[2], axis=2) for z in (k, v))
+    score = jnp.where(seen_BTS[:, None], jnp.einsum("bqha,bkha->bhqk", q, k) * SCALE, -jnp.inf)
+    top = jnp.maximum(score.max(-1, keepdims=True), -1e30)
+    weight = jnp.exp(score - jax.lax.stop_gradient(top))
+    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-300)
+    return jnp.einsum("bhqk,bkha->bqha", weight, v)
+
+
+def seen_full(segment):
+    return (segment[:, :, None] == segment[:, None]) & (segment > 0)[:, :, None]
+
+
+def seen_prefix(segment, prefix):
+    both = prefix[:, :, None] & prefix[:, None]
+    return seen_full(segment) & (both | np.tri(segment.shape[1], dtype=bool)[None])
+
+
+def seen_across(segment, source):
+    return (segment > 0)[:, :, None] & (source > 0)[:, None]
+
+
+def mask_case(name, shape):
+    """(arguments of attention but for its keys, cotangent, keys, mask): the first tokens of every segment are its prefix."""
+    (q, k, v, segment), do = make(shape)
+    segment = np.asarray(segment)
+    if name == "full":
+        return (q, k, v), do, full(segment), seen_full(segment)
+    if name == "prefix":
+        begins = np.cumsum(np.diff(segment, axis=1, prepend=-1) != 0, 1)
+        place = np.stack([[np.sum(row[: i + 1] == row[i]) for i in range(len(row))] for row in begins])
+        mine = (place <= 1 + begins % 7) & (segment > 0)
+        return (q, k, v), do, prefix(segment, mine), seen_prefix(segment, mine)
+    rng, B, S = np.random.default_rng(1), *segment.shape
+    length = rng.integers(0, S + 6, B)
+    length[-1] = 0  # a row without any source
+    source = (np.arange(S + 5)[None] < length[:, None]).astype(np.int32)
+    k, v = (jnp.asarray(rng.normal(size=(B, S + 5, *z.shape[2:]))) for z in (k, v))
+    return (q, k, v), do, across(segment, source), seen_across(segment, source)
+
+
+@pytest.mark.parametrize("scores", [2**19, 1])
+@pytest.mark.parametrize("shape", ["tiny", "one token", "two blocks", "four uneven blocks"])
+@pytest.mark.parametrize("name", ["full", "prefix", "across"])
+def test_masks_equal_a_plain_softmax(name, shape, scores, float64, monkeypatch):
+    monkeypatch.setattr(attention_core, "SCORES", scores)
+    args, do, keys, seen = mask_case(name, SHAPES[shape])
+
+    def both(f, *keys):
+        o, pull = jax.vjp(lambda q, k, v: f(q, k, v, *keys), *args)
+        return o, *pull(do)
+
+    got = jax.jit(lambda keys: both(lambda *a: attention(*a, scale=SCALE), keys))(keys)
+    assert_near(got, jax.jit(lambda seen: both(plain, seen))(seen), 1e-12)
+    nothing = ~seen.any(2)
+    assert not np.any(np.asarray(got[0])[nothing]) and not np.any(np.asarray(got[1])[nothing])
+
+
+def test_prefix_worked_by_hand(float64):
+    """A row "a b | c d" and padding, equal scores: a and b see a and b; c sees a, b, c; d sees all four."""
+    v = jnp.asarray([1.0, 2, 4, 8, 16]).reshape(1, 5, 1, 1)
+    zero, segment = jnp.zeros((1, 5, 1, 1)), jnp.array([[1, 1, 1, 1, 0]])
+    keys = prefix(segment, jnp.array([[True, True, False, False, False]]))
+    o = attention(zero, zero, v, keys, scale=1.0)
+    np.testing.assert_allclose(o[0, :, 0, 0], [3 / 2, 3 / 2, 7 / 3, 15 / 4, 0])

@@ -22,6 +22,7 @@ from moe_jax.evaluate import summary
 from moe_jax.models import router_states
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch
+from moe_jax.tasks import lm
 
 # Every loss is on, `load` too: the router has noise, the same on every mesh. Capacity drops, and the drops drive the adaptive weight.
 ALL = {
@@ -264,6 +265,6 @@ def test_max_vio_of_a_whole_evaluation_is_not_the_mean_of_its_batches():
         np.testing.assert_allclose(load.metrics(batch)["max_vio"], [0.5, 0.5])
     both = jax.tree.map(lambda a, b: np.asarray(a + b), *batches)
     ones = {name: np.ones(1) for name in ("tokens", "nll", "correct", "bytes")}
-    result = summary(ones | {"moe": both, "depth": {}, "routing": np.zeros((2, 1, 2))}, ["all"])
+    result = summary(lm.TASK, ones | {"moe": both, "depth": {}, "routing": np.zeros((2, 1, 2))}, models.DATA)
     np.testing.assert_allclose(result["moe"]["max_vio"], [0.0, 0.5])
     assert result["max_vio"] == 0.25  # a scalar, which train.publish writes as eval/max_vio

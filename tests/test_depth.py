@@ -20,7 +20,7 @@ from moe_jax.mesh import P
 from moe_jax.models import depth
 from moe_jax.models.decoder import Context, empty_caches, with_dispatcher
 from moe_jax.moe.layer import Batch
-from moe_jax.tasks import lm
+from moe_jax.tasks import contract, lm
 
 ONE = (1, 1, 1)
 DEPTH = {"model.allow_leak": True, "model.depth.capacity": 0.375}
@@ -169,7 +169,7 @@ def test_both_losses_reach_the_router_and_the_causal_one_nothing_else(float64):
         @jax.jit
         def grads(params):
             def losses(params):
-                totals = lm.forward(model.bind(params, {}), batch, jax.random.key(0))
+                totals = contract.forward(lm.TASK, model.bind(params, {}), batch, jax.random.key(0))
                 return totals["nll"] / totals["tokens"], depth.penalty(totals["depth"])
 
             return jax.jacrev(losses)(params)
@@ -239,8 +239,8 @@ def test_training_learns_a_batch_and_the_causal_rule(float64, one_device):
             now, metrics = program.step(now, fixed)
             rows.append(jax.device_get(metrics))
         model = program.model.bind(now.params, now.router_state)
-        total = jax.jit(lambda batch: lm.evaluate(model, batch, jnp.ones(64, jnp.int32), 1))(fixed)
-    result = evaluate.summary(jax.tree.map(np.asarray, total), ["all"])
+        total = jax.jit(lambda batch: contract.evaluate(lm.TASK, model, batch, models.DATA))(fixed)
+    result = evaluate.summary(lm.TASK, jax.tree.map(np.asarray, total), models.DATA)
     assert rows[-1]["nll"] < rows[0]["nll"] - 1
     assert rows[-1]["depth_loss"] < rows[0]["depth_loss"] - 0.1
     assert rows[0]["depth_top"] == pytest.approx(3 / 8, rel=0.1)  # of the valid tokens; some rows have padding

@@ -9,8 +9,8 @@ import mutations
 import numpy as np
 import pytest
 
+from moe_jax.tasks.lm import random as batch
 from moe_jax.verify import alone, compare, shrink, states
-from moe_jax.verify.batches import batch
 from moe_jax.verify.program import Program
 from moe_jax.verify.run import ONE, against, reference
 

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.commands import verify as command
 from moe_jax.errors import UserError
+from moe_jax.tasks import lm
 from moe_jax.verify import batches, certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import Deviation, Rounded, rounded
@@ -75,8 +76,8 @@ def test_layouts():
 
 def test_changes_leave_the_places_that_they_must_not_touch():
     cfg = models.build(changes={"data.seq_len": 16})
-    inputs = batches.batch(cfg, 3)
-    for name, change in batches.changes(2).items():
+    inputs = lm.random(cfg, 3)
+    for name, change in batches.changes(inputs, inputs.segment_BS, 2, True).items():
         other, same_BS = change.apply(inputs, np.random.default_rng(0)), change.same(inputs)
         differs_BS = (other.tokens_BS != inputs.tokens_BS) | (other.targets_BS != inputs.targets_BS)
         assert differs_BS.any() and same_BS.any(), name

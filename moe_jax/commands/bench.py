@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moe_jax import config, config_file, flops, mesh, place
 from moe_jax.state import initial, make_model, make_step, make_tx
-from moe_jax.tasks import lm
+from moe_jax.tasks import TASKS
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -58,7 +57,9 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
-        batch = random_batch(cfg)
+        task, num = TASKS[cfg.task], cfg.train.batch_size
+        rows = place.local_rows(num)
+        batch = place.put(jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs)
     held: list[Any] = [state]
 
     def step() -> None:
@@ -69,16 +70,6 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
     step()
     step()
     return cfg, step
-
-
-def random_batch(cfg: config.Config) -> lm.Inputs:
-    """Random tokens: routing is close to even at the start, and the same for all variants."""
-    num, length = cfg.train.batch_size, cfg.data.seq_len
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (num, length + 1)).astype(np.int32)
-    one = np.ones((num, length), np.int32)
-    position = np.tile(np.arange(length, dtype=np.int32), (num, 1))
-    local = (tokens[:, :-1], tokens[:, 1:], one, position, one - 1, np.arange(num, dtype=np.int32))
-    return place.put(local, place.local_rows(num), num, lm.Inputs)
 
 
 def table(configs: dict[str, config.Config], times: dict[str, list[float]]) -> Table:

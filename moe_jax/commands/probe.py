@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import mesh, rules, train
+from moe_jax import mesh, rules
 from moe_jax.commands import generate
 from moe_jax.config import Config
 from moe_jax.data.batches import Batches
@@ -106,7 +106,7 @@ def open_job(cfg: Config, flags: argparse.Namespace) -> Job:
     step = flags.step if flags.step is not None else max(steps_of(directory), default=None)
     params, router_state = generate.load(cfg, directory, step, ema=bool(cfg.optim.ema_decay))
     assert step is not None  # `load` refuses a run without checkpoints
-    run = held_out.open_run(cfg, train.open_data(cfg), params, router_state, flags.batches)
+    run = held_out.open_run(cfg, lm.open_data(cfg), params, router_state, flags.batches)
     out = flags.workdir / "probe" if jax.process_index() == 0 else None
     if out:
         out.mkdir(exist_ok=True)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.data import sources
+from moe_jax.data.batches import Batch
 from moe_jax.data.embedded import open_embedded
-from moe_jax.data.pack import Rows
+from moe_jax.data.pack import Rows, interleaved, positions
 from moe_jax.data.part import Part
 from moe_jax.data.prepared import open_prepared
 from moe_jax.data.survey import Counts
@@ -21,6 +22,8 @@ from moe_jax.errors import UserError
 
 
 class Dataset(NamedTuple):
+    """Packed text of one source or of several; fulfils data/contract.py."""
+
     parts: tuple[Part, ...]
     weights: tuple[float, ...]  # of the parts in the training stream, summing to 1
     domains: tuple[str, ...]  # of all parts; a name that several parts share is one domain
@@ -29,7 +32,36 @@ class Dataset(NamedTuple):
     fingerprint: str  # sha256 of the parts' fingerprints and the weights
 
     def num_rows(self, split: str) -> int:
-        return sum(getattr(part, split).num_rows for part in self.parts)
+        return sum(self.sizes(split))
+
+    def sizes(self, split: str) -> list[int]:
+        """Rows of each part."""
+        return [getattr(part, split).num_rows for part in self.parts]
+
+    def name(self) -> str:
+        return ", ".join(part.spec for part in self.parts)
+
+    def save(self, workdir: pathlib.Path) -> None:
+        """Writes the tokenizer, for `tokenizer.load(workdir / "tokenizer")`."""
+        self.tokenizer.save(workdir / "tokenizer")
+
+    def batch(
+        self, split: str, part_B: np.ndarray, index_B: np.ndarray, row_B: np.ndarray, there_B: np.ndarray
+    ) -> Batch:
+        """Rows of the parts `part_B`, with the positions in their segments; padding where not `there_B`."""
+        fields = (np.where(there_B[:, None], field, 0) for field in self.fetch(split, part_B, index_B))
+        tokens_BS, targets_BS, segment_BS, domain_BS = fields
+        return Batch(tokens_BS, targets_BS, segment_BS, positions(segment_BS), domain_BS, row_B)
+
+    def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """(part, row) of each held-out row, one of each domain in turn."""
+        ids = _domain_ids(self.domains, tuple(part.domains for part in self.parts))
+        sizes = self.sizes("heldout")
+        domain_R = np.concatenate([ids[i][part.heldout_domain_R] for i, part in enumerate(self.parts)])
+        part_R = np.repeat(np.arange(len(sizes)), sizes)
+        index_R = np.concatenate([np.arange(size) for size in sizes])
+        order_R = interleaved(domain_R)
+        return part_R[order_R], index_R[order_R]
 
     def text(self, split: str, domain: str) -> bytes:
         """The documents of a domain one after another; prepared directories keep only the first 4 MB of each."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Config, ModelConfig
@@ -22,7 +21,7 @@ from moe_jax.models import router_states
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.place import local_rows, put
 from moe_jax.state import make_model
-from moe_jax.tasks import lm
+from moe_jax.tasks import contract, lm
 
 Arrays = dict[str, np.ndarray]
 
@@ -70,13 +69,12 @@ def put_rows(run: Run, array: np.ndarray) -> jax.Array:
 
 
 def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
-    """(params, router state, inputs) -> the held-out sums of lm.evaluate as float64; compiled once for each kind of inputs."""
-    model, bytes_V = make_model(cfg), np.zeros(cfg.vocab_size, np.int32)
-    bytes_V[: run.dataset.tokenizer.vocab_size] = run.dataset.tokenizer.token_bytes()
+    """(params, router state, inputs) -> the held-out sums of contract.evaluate as float64; compiled once for each kind of inputs."""
+    model = make_model(cfg)
 
     @jax.jit
     def sums_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
-        sums = lm.evaluate(model.bind(params, router_state), inputs, jnp.asarray(bytes_V), len(run.dataset.domains))
+        sums = contract.evaluate(lm.TASK, model.bind(params, router_state), inputs, run.dataset)
         return jax.sharding.reshard(sums, P())
 
     return lambda *args: jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(*args))
@@ -84,7 +82,7 @@ def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
 
 def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
     """Means of the sums of several batches, as evaluate.summary gives them."""
-    return summary(jax.tree.map(lambda *z: np.sum(z, 0), *sums), run.dataset.domains)
+    return summary(lm.TASK, jax.tree.map(lambda *z: np.sum(z, 0), *sums), run.dataset)
 
 
 def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:

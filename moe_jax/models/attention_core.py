@@ -1,21 +1,21 @@
-"""Causal attention within segments, on the rows and heads of one device.
+"""Attention on the rows and heads of one device: causal, bidirectional, with a bidirectional prefix, or across rows.
 
-Tokens that a query may see are one run of keys: from the first token of its segment to itself. So a mask is two
-comparisons of a key's index with two numbers per query, which a CPU's compiler vectorises; comparing segments with
-each other made the exponentials ten times slower, measured.
+The keys that a query may see are one run, `Keys`: in causal attention from the first token of its segment to itself.
+So a mask is two comparisons of a key's index with two numbers per query, which a CPU's compiler vectorises; comparing
+segments with each other made the exponentials ten times slower, measured.
 
-The CPU runs over a few static blocks of queries, each with only the keys that causality allows, and over groups of
-heads whose scores stay in the cache. Only the log of the softmax's denominator is kept for the backward pass, which
+The CPU runs over a few static blocks of queries, each with only the keys that causality allows where it is known, and
+over groups of heads whose scores stay in the cache. Only the log of the softmax's denominator is kept for the backward pass, which
 computes the scores again (Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 4). Other platforms run the
 same code as one block and one group, which is plain XLA.
 
-B rows, S sequence, H query heads, G key and value heads, r = H / G query heads per key head, A head width, N = B * G,
-Q = S * r queries of a key head (query i belongs to token i // r), K keys of a block.
+B rows, T queries and S keys of a row, H query heads, G key and value heads, r = H / G query heads per key head, A head
+width, N = B * G, Q = T * r queries of a key head (query i belongs to token i // r), K keys of a block.
 """
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +27,55 @@ MASKED = -1e30  # a score, far below every real one and far from overflow
 SCORES = 2**19  # of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and 64
 
 
-def attention(q_BSHA: Array, k_BSGA: Array, v_BSGA: Array, segment_BS: Array, *, scale: float) -> Array:
-    """o_BSHA: every token attends to itself and to earlier tokens of its segment; softmax in float32 or wider.
+class Keys(NamedTuple):
+    """The keys that each query sees: all from `first` to `last`; none where first > last."""
 
-    Segments are contiguous runs of equal ids. Segment 0 is padding: it attends to nothing and gives zero. H is a
-    multiple of G; query heads [i * r, (i + 1) * r) share key head i.
+    first_BT: Array
+    last_BT: Any  # () = the query's own place and nothing after it: queries and keys are the same tokens
+
+
+def causal(segment_BS: Array) -> Keys:
+    """Every token sees itself and earlier tokens of its segment. Segments are runs of equal ids; 0 is padding."""
+    return Keys(_first_of_run(segment_BS), ())
+
+
+def full(segment_BS: Array) -> Keys:
+    """Every token sees its whole segment."""
+    return Keys(_first_of_run(segment_BS), _last_of_run(segment_BS))
+
+
+def prefix(segment_BS: Array, prefix_BS: Array) -> Keys:
+    """Tokens where `prefix_BS` see the whole prefix of their segment, a run at its beginning; others are causal."""
+    index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
+    run_BS = jnp.where(prefix_BS, segment_BS, -1)
+    last_BS = jnp.where(prefix_BS, _last_of_run(run_BS), index_1S)
+    return Keys(_first_of_run(segment_BS), last_BS)
+
+
+def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
+    """Every token that is not padding sees all tokens of the source row that are not: one run, else what lies between."""
+    valid_BS = source_segment_BS > 0
+    S = source_segment_BS.shape[1]
+    index_1S = jnp.arange(S, dtype=jnp.int32)[None]
+    first_B1 = jnp.where(valid_BS, index_1S, S).min(1, keepdims=True)
+    last_B1 = jnp.where(valid_BS, index_1S, -1).max(1, keepdims=True)
+    first_BT = jnp.where(segment_BT > 0, first_B1, S)
+    return Keys(first_BT, jnp.broadcast_to(last_B1, first_BT.shape))
+
+
+def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale: float) -> Array:
+    """o_BTHA: every query attends to its run of keys; softmax in float32 or wider. One that sees none gives zero.
+
+    H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i.
     """
-    q_BSHA, k_BSGA, v_BSGA, segment_BS = vary_alike(q_BSHA, k_BSGA, v_BSGA, segment_BS)
-    B, S, H, A = q_BSHA.shape
+    q_BTHA, k_BSGA, v_BSGA, *runs = vary_alike(q_BTHA, k_BSGA, v_BSGA, *jax.tree.leaves(keys))
+    B, T, H, A = q_BTHA.shape
     G = k_BSGA.shape[2]
-    heads_first = lambda z: jnp.swapaxes(z.reshape(B, S, G, -1), 1, 2).reshape(B * G, -1, A)
-    first_BGSr = jnp.broadcast_to(_first_key(segment_BS)[:, None, :, None], (B, G, S, H // G))
-    o_NQA = _core(scale, heads_first(q_BSHA), heads_first(k_BSGA), heads_first(v_BSGA), first_BGSr.reshape(B * G, -1))
-    return jnp.swapaxes(o_NQA.reshape(B, G, S, -1), 1, 2).reshape(B, S, H, A)
+    heads_first = lambda z: jnp.swapaxes(z.reshape(B, z.shape[1], G, -1), 1, 2).reshape(B * G, -1, A)
+    of_heads = lambda z_BT: jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G)).reshape(B * G, -1)
+    runs = tuple(of_heads(z_BT) for z_BT in runs)
+    o_NQA = _core(scale, heads_first(q_BTHA), heads_first(k_BSGA), heads_first(v_BSGA), runs)
+    return jnp.swapaxes(o_NQA.reshape(B, G, T, -1), 1, 2).reshape(B, T, H, A)
 
 
 def decode_attention(q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Array, *, scale: float) -> Array:
@@ -57,7 +93,7 @@ def decode_attention(q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Arra
     return o_BqGrA.reshape(B, q, H, A).astype(q_BqHA.dtype)
 
 
-def _first_key(segment_BS: Array) -> Array:
+def _first_of_run(segment_BS: Array) -> Array:
     """Index of the first token of each token's segment; S, which no key has, for padding."""
     S = segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
@@ -66,28 +102,38 @@ def _first_key(segment_BS: Array) -> Array:
     return jnp.where(segment_BS > 0, first_BS, S)
 
 
+def _last_of_run(segment_BS: Array) -> Array:
+    """Index of the last token of each token's segment."""
+    S = segment_BS.shape[1]
+    index_1S = jnp.arange(S, dtype=jnp.int32)[None]
+    changes_BS = segment_BS != jnp.roll(segment_BS, -1, axis=1)
+    return lax.cummin(jnp.where(changes_BS, index_1S, S - 1), axis=1, reverse=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(scale: float, q_NQA: Array, k_NSA: Array, v_NSA: Array, first_NQ: Array) -> Array:
-    return _forward(scale, q_NQA, k_NSA, v_NSA, first_NQ)[0]
+def _core(scale: float, q_NQA: Array, k_NSA: Array, v_NSA: Array, runs: tuple[Array, ...]) -> Array:
+    """`runs`: (first_NQ,) in causal attention, else (first_NQ, last_NQ)."""
+    return _forward(scale, q_NQA, k_NSA, v_NSA, runs)[0]
 
 
-def _forward(scale: float, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+def _forward(scale: float, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
     o_NQA, log_sum_NQ = _by_platform(functools.partial(_forward_blocks, scale), *inputs)
     return o_NQA, (*inputs, o_NQA, log_sum_NQ)
 
 
-def _backward(scale: float, residue: tuple[Array, ...], do_NQA: Array) -> tuple[Array | None, ...]:
+def _backward(scale: float, residue: tuple[Any, ...], do_NQA: Array) -> tuple[Any, ...]:
     return *_by_platform(functools.partial(_backward_blocks, scale), *residue, do_NQA), None
 
 
 _core.defvjp(_forward, _backward)
 
 
-def _by_platform(run: Any, *args: Array) -> Any:
+def _by_platform(run: Any, *args: Any) -> Any:
     """The one switch: `run(num_blocks, *args)`, in blocks and groups of heads where compiled for a CPU, else at once."""
     N, Q, _ = args[0].shape
     S = args[1].shape[1]
-    num_blocks = 8 if S >= 1024 else max(1, min(4, S // 64))
+    length = S if len(args[3]) == 1 else Q
+    num_blocks = 8 if length >= 1024 else max(1, min(4, length // 64))
     fitting = max(4, SCORES // (Q * S))
     group = max(n for n in range(1, N + 1) if N % n == 0 and n <= fitting)
 
@@ -101,11 +147,11 @@ def _by_platform(run: Any, *args: Array) -> Any:
     return lax.platform_dependent(*args, cpu=in_groups, default=functools.partial(run, 1))
 
 
-def _blocks(num_blocks: int, Q: int, S: int) -> list[tuple[slice, int]]:
+def _blocks(num_blocks: int, Q: int, S: int, causal: bool) -> list[tuple[slice, int]]:
     """(queries, number of keys they may see at most) of each block; any S will do, blocks need not be equal."""
-    r = Q // S
-    edges = [S * i // num_blocks for i in range(num_blocks + 1)]
-    return [(slice(start * r, stop * r), stop) for start, stop in itertools.pairwise(edges)]
+    length, r = (S, Q // S) if causal else (Q, 1)
+    edges = [length * i // num_blocks for i in range(num_blocks + 1)]
+    return [(slice(start * r, stop * r), stop if causal else S) for start, stop in itertools.pairwise(edges)]
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
@@ -113,19 +159,22 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide_dtype(b.dtype))
 
 
-def _token(queries: slice, r: int) -> Array:
-    return jnp.arange(queries.start, queries.stop, dtype=jnp.int32) // r
+def _last(runs: tuple[Array, ...], queries: slice, r: int) -> Array:
+    """The last key of each query of a block, [N or 1, queries]."""
+    if len(runs) > 1:
+        return runs[1][:, queries]
+    return (jnp.arange(queries.start, queries.stop, dtype=jnp.int32) // r)[None]
 
 
 def _forward_blocks(
-    scale: float, num_blocks: int, q_NQA: Array, k_NSA: Array, v_NSA: Array, first_NQ: Array
+    scale: float, num_blocks: int, q_NQA: Array, k_NSA: Array, v_NSA: Array, runs: tuple[Array, ...]
 ) -> tuple[Array, Array]:
     """(o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     outputs, log_sums = [], []
-    for queries, K in _blocks(num_blocks, Q, S):
+    for queries, K in _blocks(num_blocks, Q, S, len(runs) == 1):
         key_1K = jnp.arange(K, dtype=jnp.int32)[None, None]
-        seen_NQK = (key_1K >= first_NQ[:, queries, None]) & (key_1K <= _token(queries, Q // S)[None, :, None])
+        seen_NQK = (key_1K >= runs[0][:, queries, None]) & (key_1K <= _last(runs, queries, Q // S)[:, :, None])
         score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, :K]) * scale
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # never as low as MASKED, so that a query which sees nothing has weights of zero, and not of one
@@ -144,7 +193,7 @@ def _backward_blocks(
     q_NQA: Array,
     k_NSA: Array,
     v_NSA: Array,
-    first_NQ: Array,
+    runs: tuple[Array, ...],
     o_NQA: Array,
     log_sum_NQ: Array,
     do_NQA: Array,
@@ -155,10 +204,10 @@ def _backward_blocks(
     shift_NQ = jnp.sum(o_NQA.astype(wide) * do_NQA.astype(wide), axis=-1)
     dqs = []
     dk_NSA, dv_NSA = jnp.zeros_like(k_NSA, dtype=wide), jnp.zeros_like(v_NSA, dtype=wide)
-    for queries, K in _blocks(num_blocks, Q, S):
+    for queries, K in _blocks(num_blocks, Q, S, len(runs) == 1):
         q, do, k_NKA, v_NKA = q_NQA[:, queries], do_NQA[:, queries], k_NSA[:, :K], v_NSA[:, :K]
         key_K1 = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-        seen_NKQ = (key_K1 >= first_NQ[:, None, queries]) & (key_K1 <= _token(queries, Q // S)[None, None])
+        seen_NKQ = (key_K1 >= runs[0][:, None, queries]) & (key_K1 <= _last(runs, queries, Q // S)[:, None])
         score_NKQ = _dot("NKA,NQA->NKQ", k_NKA, q) * scale
         weight_NKQ = jnp.where(seen_NKQ, jnp.exp(score_NKQ - log_sum_NQ[:, None, queries]), 0)
         dscore_NKQ = weight_NKQ * (_dot("NKA,NQA->NKQ", v_NKA, do) - shift_NQ[:, None, queries])

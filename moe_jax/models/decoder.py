@@ -1,9 +1,10 @@
 """The decoder: embedding, a pattern of pre-norm blocks (prefix, period x repeats, suffix), final norm, head. Global view.
 
 A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is dense or a mixture of experts (plus shared
-experts). A block of kind "depth:dense" or "depth:moe" is one that only some tokens go through (models/depth.py). With `scan`, one period
-is stacked over the repeats and run by lax.scan: equal first values, equal functions. Every block returns `(x, sums)`; the sums of one
-name are stacked to [L, B, ...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
+experts); the other models are made of the same blocks, with another mask, cross-attention in the middle, or no attention at all. A block
+of kind "depth:dense" or "depth:moe" is one that only some tokens go through (models/depth.py). With `scan`, one period is stacked over the
+repeats and run by lax.scan: equal first values, equal functions. Every block returns `(x, sums)`; the sums of one name are stacked to
+[L, B, ...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
 
 Shapes: B rows, S sequence, D model, V vocabulary, L MoE layers, M length of the cache.
 """
@@ -20,7 +21,7 @@ from moe_jax.config import ModelConfig, Options
 from moe_jax.errors import UserError
 from moe_jax.mesh import BATCH, P
 from moe_jax.models import depth
-from moe_jax.models.attention import Attention, Cache
+from moe_jax.models.attention import Attention, Cache, CrossAttention, Memory
 from moe_jax.models.layers import FeedForward, dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing import ROUTERS
@@ -35,21 +36,40 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 
 
+class Source(NamedTuple):
+    """What cross-attention reads: the encoder's output, and which of it is padding."""
+
+    x_BTD: Any
+    segment_BT: Any
+
+
 class Context(NamedTuple):
     """What every block reads beside the residual stream."""
 
     batch: Batch
     rng: jax.Array
     index: jax.Array  # of the block: each folds it into its key
+    source: Source | Memory | tuple = ()  # for cross-attention; Memory = already keys and values of this block
+
+
+class Look(NamedTuple):
+    """What the attention of a stack of blocks sees."""
+
+    mask: str = "causal"  # "full" = the whole segment, "prefix" = where batch.inputs [B, S] is True the prefix, "none" = no attention
+    cross: bool = False  # cross-attention to context.source
 
 
 class Block(nnx.Module):
-    def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig):
+    def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig, look: Look):
         keys = jax.random.split(key, 4)
-        self.cfg, self.kind, self.wrapped = cfg, depth.inner(kind), kind != depth.inner(kind)
+        self.cfg, self.kind, self.wrapped, self.look = cfg, depth.inner(kind), kind != depth.inner(kind), look
+        parts = {"attention": look.mask != "none", "cross": look.cross, "ffn": True}
         scale = Weight((cfg.d_model,), (None,), 0.0, 1.0)
-        self.norms = Weights(keys[0], {"attention_norm_scale": scale, "ffn_norm_scale": scale}, cfg.param_dtype)
-        self.attention = Attention(keys[1], cfg)
+        self.norms = Weights(keys[0], {f"{n}_norm_scale": scale for n in parts if parts[n]}, cfg.param_dtype)
+        if parts["attention"]:
+            self.attention = Attention(keys[1], cfg, "full" if look.mask == "full" else "causal")
+        if look.cross:
+            self.cross = CrossAttention(jax.random.fold_in(key, 5), cfg)
         width = cfg.ffn_hidden if self.kind == "dense" else cfg.moe.shared_experts * cfg.moe.expert_hidden
         if width:
             self.dense = FeedForward(keys[2], cfg.d_model, width, cfg.activation, out_std(width, cfg), cfg.param_dtype)
@@ -81,94 +101,141 @@ class Block(nnx.Module):
         cfg, batch = self.cfg, context.batch
         keys = jax.random.split(jax.random.fold_in(context.rng, context.index), 3)
         drop = lambda y, key: dropout(y, cfg.dropout if train else 0.0, key, batch.row_B)
-        h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
-        y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache, seen_BM)
-        attended = drop(y, keys[0])
+        attended = jnp.zeros_like(x_BSD)
+        if self.look.mask != "none":
+            h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
+            prefix_BS = batch.inputs if self.look.mask == "prefix" and isinstance(batch.inputs, jax.Array) else None
+            y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache, seen_BM, prefix_BS)
+            attended = drop(y, keys[0])
+        if self.look.cross:
+            h = rms_norm(x_BSD + attended, self.norms["cross_norm_scale"], cfg.norm_epsilon)
+            y = self.cross(h, batch.segment_BS, self.remember(context.source))
+            attended = attended + drop(y, jax.random.fold_in(keys[0], 1))
         h = rms_norm(x_BSD + attended, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
         y, sums = self.moe(h, batch, keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
         if hasattr(self, "dense"):
             y = y + self.dense(h)
         return (attended, drop(y, keys[2])), sums, cache
 
+    def remember(self, source: Source | Memory) -> Memory:
+        """Keys and values of the source for the cross-attention of this block."""
+        return source if isinstance(source, Memory) else self.cross.remember(source.x_BTD, source.segment_BT)
+
 
 class Period(nnx.Module):
     """The blocks that repeat."""
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
-        self.blocks = nnx.List([Block(jax.random.fold_in(key, i), kind, cfg) for i, kind in enumerate(cfg.period)])
+    def __init__(self, key: jax.Array, cfg: ModelConfig, look: Look):
+        self.blocks = blocks(key, cfg.period, cfg, look)
 
 
 class Decoder(nnx.Module):
     """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.cached(batch, caches) -> (logits_BSV, caches)`."""
 
-    repeats: Any  # with scan one Period of stacked parameters, else a list of them
+    repeats: Any
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
-        ends = {
-            "embed": Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.d_model**-0.5),
-            "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0),
-        }
+        ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
         if not cfg.tie_embeddings:
             ends["head"] = Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), cfg.d_model**-0.5)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
-        blocks = lambda key, kinds: nnx.List([Block(jax.random.fold_in(key, i), k, cfg) for i, k in enumerate(kinds)])
-        self.prefix, self.suffix = blocks(keys[1], cfg.prefix), blocks(keys[3], cfg.suffix)
-        if not cfg.repeats:
-            self.repeats = nnx.List([])
-            return
-        # Drawn stacked in both layouts: the same values, and one compiled draw however many layers there are.
-        stacked = jax.vmap(lambda key: Period(key, cfg))(jax.random.split(keys[2], cfg.repeats))
-        layer = lambda i: jax.tree.map(lambda z: z[i], stacked)
-        self.repeats = stacked if cfg.scan else nnx.List([layer(i) for i in range(cfg.repeats)])
+        look = Look("prefix" if cfg.kind_options.get("bidirectional_prefix") else "causal")
+        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, look)
 
     def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg = self.cfg
-        x = dropout(self._embed(batch.id_BS), cfg.dropout if train else 0.0, jax.random.fold_in(rng, 0), batch.row_B)
-        run = remat(cfg, train)
-        x, before = run_blocks(run, self.prefix, x, Context(batch, rng, jnp.int32(1)))
-        x, middle = self._repeats(run, x, Context(batch, rng, jnp.int32(1 + len(cfg.prefix))))
-        last = 1 + len(cfg.prefix) + len(cfg.period) * cfg.repeats
-        x, after = run_blocks(run, self.suffix, x, Context(batch, rng, jnp.int32(last)))
-        return self._head(x), by_name(jnp.concatenate, [before, middle, after])
+        x = embed(self.ends["embed"], batch.id_BS, cfg)
+        x = dropout(x, cfg.dropout if train else 0.0, jax.random.fold_in(rng, 0), batch.row_B)
+        x, sums = run_stack(self, x, Context(batch, rng, jnp.int32(1)), train)
+        return unembed(self.ends, x, cfg), sums
 
     def cached(self, batch: Batch, caches: list[Any]) -> tuple[jax.Array, list[Any]]:
         """Logits of the tokens of `batch`, which follow those in the caches (one a block, in order). Loop layout only."""
-        blocks = [*self.prefix, *(block for period in self.repeats for block in period.blocks), *self.suffix]
-        x, new = self._embed(batch.id_BS), []
-        context = Context(batch, jax.random.key(0), jnp.int32(0))
-        for block, cache in zip(blocks, caches, strict=True):
-            x, _, cache = block(x, context, False, cache)
-            new.append(cache)
-        return self._head(x), new
+        x = embed(self.ends["embed"], batch.id_BS, self.cfg)
+        sources = [()] * len(caches)
+        x, new = run_cached(self, x, batch, caches, sources)
+        return unembed(self.ends, x, self.cfg), new
 
-    def _embed(self, id_BS: jax.Array) -> jax.Array:
-        table = gather(self.ends["embed"], ("vocab", "embed"), self.cfg.dtype)
-        return table.at[id_BS].get(out_sharding=P(BATCH, None, None)) * self.cfg.d_model**0.5
 
-    def _head(self, x_BSD: jax.Array) -> jax.Array:
-        """Logits in at least float32."""
-        x = rms_norm(x_BSD, self.ends["norm_scale"], self.cfg.norm_epsilon)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        if self.cfg.tie_embeddings:
-            table = gather(self.ends["embed"], ("vocab", "embed"), self.cfg.dtype)
-            return jnp.einsum("BSD,VD->BSV", x, table, preferred_element_type=wide)
-        head = gather(self.ends["head"], ("embed", "vocab"), self.cfg.dtype)
-        return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
+def embedding(cfg: ModelConfig) -> Weight:
+    return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.d_model**-0.5)
 
-    def _repeats(self, run, x_BSD: jax.Array, context: Context):
-        size, repeats = len(self.cfg.period), self.cfg.repeats
-        at = lambda i: context._replace(index=context.index + i * size)
-        if self.cfg.scan and repeats:
-            body = lambda x, xs: run_blocks(run, xs[0].blocks, x, at(xs[1]))
-            x_BSD, sums = jax.lax.scan(body, x_BSD, (self.repeats, jnp.arange(repeats, dtype=jnp.int32)))
-            return x_BSD, jax.tree.map(lambda z: z.reshape((-1,) + z.shape[2:]), sums)
-        parts = []
-        for i, period in enumerate(self.repeats):
-            x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
-            parts.append(sums)
-        return x_BSD, by_name(jnp.concatenate, parts)
+
+def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
+    table = gather(table_VD, ("vocab", "embed"), cfg.dtype)
+    return table.at[id_BS].get(out_sharding=P(BATCH, None, None)) * cfg.d_model**0.5
+
+
+def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Final norm and head: logits in at least float32."""
+    x = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if cfg.tie_embeddings:
+        table = gather(ends["embed"], ("vocab", "embed"), cfg.dtype)
+        return jnp.einsum("BSD,VD->BSV", x, table, preferred_element_type=wide)
+    head = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
+    return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
+
+
+# A stack of blocks: a module has them as `prefix`, `repeats` (with scan one Period of stacked parameters, else a list) and `suffix`.
+
+
+def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
+    return nnx.List([Block(jax.random.fold_in(key, i), kind, cfg, look) for i, kind in enumerate(kinds)])
+
+
+def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
+    """(prefix, repeats, suffix) from three keys."""
+    prefix, suffix = blocks(keys[0], cfg.prefix, cfg, look), blocks(keys[2], cfg.suffix, cfg, look)
+    if not cfg.repeats:
+        return prefix, nnx.List([]), suffix
+    # Drawn stacked in both layouts: the same values, and one compiled draw however many layers there are.
+    stacked = jax.vmap(lambda key: Period(key, cfg, look))(jax.random.split(keys[1], cfg.repeats))
+    layer = lambda i: jax.tree.map(lambda z: z[i], stacked)
+    return prefix, stacked if cfg.scan else nnx.List([layer(i) for i in range(cfg.repeats)]), suffix
+
+
+def run_stack(model: Any, x_BSD: jax.Array, context: Context, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`; the first has `context.index`."""
+    cfg = model.cfg
+    run = remat(cfg, train)
+    at = lambda i: context._replace(index=context.index + i)
+    x_BSD, before = run_blocks(run, model.prefix, x_BSD, context)
+    x_BSD, middle = _repeats(run, model.repeats, x_BSD, at(len(cfg.prefix)), cfg)
+    last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
+    x_BSD, after = run_blocks(run, model.suffix, x_BSD, at(last))
+    return x_BSD, by_name(jnp.concatenate, [before, middle, after])
+
+
+def in_order(model: Any) -> list[Block]:
+    """The blocks of a module in the loop layout."""
+    return [*model.prefix, *(block for period in model.repeats for block in period.blocks), *model.suffix]
+
+
+def run_cached(
+    model: Any, x_BSD: jax.Array, batch: Batch, caches: list[Any], sources: list[Any]
+) -> tuple[jax.Array, list[Any]]:
+    """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
+    context, new = Context(batch, jax.random.key(0), jnp.int32(0)), []
+    for block, cache, source in zip(in_order(model), caches, sources, strict=True):
+        x_BSD, _, cache = block(x_BSD, context._replace(source=source), False, cache)
+        new.append(cache)
+    return x_BSD, new
+
+
+def _repeats(run, periods, x_BSD: jax.Array, context: Context, cfg: ModelConfig):
+    at = lambda i: context._replace(index=context.index + i * len(cfg.period))
+    if cfg.scan and cfg.repeats:
+        body = lambda x, xs: run_blocks(run, xs[0].blocks, x, at(xs[1]))
+        x_BSD, sums = jax.lax.scan(body, x_BSD, (periods, jnp.arange(cfg.repeats, dtype=jnp.int32)))
+        return x_BSD, jax.tree.map(lambda z: z.reshape((-1,) + z.shape[2:]), sums)
+    parts = []
+    for i, period in enumerate(periods):
+        x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
+        parts.append(sums)
+    return x_BSD, by_name(jnp.concatenate, parts)
 
 
 def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
@@ -223,6 +290,15 @@ def moe_config(cfg: ModelConfig) -> MoE:
 
 def why_not_decoded(cfg: ModelConfig) -> str:
     """Why a model cannot be decoded token by token; "" where it can. A router that balances in training alone can."""
+    if cfg.kind != "decoder":
+        return f'model.kind = "{cfg.kind}" continues no text'
+    if cfg.kind_options["bidirectional_prefix"]:
+        return "model.kinds.decoder.bidirectional_prefix = True translates a prefix, and continues no text"
+    return why_not_cached(cfg)
+
+
+def why_not_cached(cfg: ModelConfig) -> str:
+    """Why the experts cannot work token by token; "" where they can."""
     moe = cfg.moe
     if not cfg.num_moe_layers:
         return ""

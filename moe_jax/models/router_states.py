@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.models.encdec import decoder_config, encoder_config
 
 
 def stack(states: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
@@ -32,6 +33,11 @@ def unstack(states: Any, stacked: dict[str, jax.Array], cfg: ModelConfig) -> Any
 def layers_of(path: Any, cfg: ModelConfig) -> np.ndarray:
     """Which MoE layers a leaf of the model belongs to: a number, or one for every repeat of a scan."""
     keys = [key.key for key in path]
+    if cfg.kind == "encdec":
+        encoder = encoder_config(cfg)
+        if keys[0] == "encoder":
+            return layers_of(path[1:], encoder)
+        return encoder.num_moe_layers + layers_of(path, decoder_config(cfg))
     count = lambda blocks: sum(kind.endswith("moe") for kind in blocks)
     first, period = count(cfg.prefix), count(cfg.period)
     if keys[0] == "prefix":

@@ -1,9 +1,21 @@
-"""What may change a token's output: a property of router x ordering x dispatcher x group together, and of depth blocks."""
+"""What may change a token's output: a property of router x ordering x dispatcher x group together, and of depth blocks.
+
+In a causal model nothing but the token itself and earlier ones may. An encoder reads its whole row, and the tasks of MMoE's rows know of
+each other, so there later tokens may; another sequence may not in any model.
+"""
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sees
+
+CAUSAL = ("decoder", "encdec", "article")  # kinds of models whose outputs are predictions of what comes next
+
+
+def leaks(model: ModelConfig) -> Sees:
+    """What a model sees in training and must not."""
+    seen = sees(model)
+    return seen._replace(future=seen.future and model.kind in CAUSAL)
 
 
 def sees(model: ModelConfig) -> Sees:
@@ -36,18 +48,19 @@ def _depth(model: ModelConfig) -> bool:
 def reasons(model: ModelConfig) -> list[str]:
     """The keys that make it leak, in plain words."""
     found, moe = [], model.moe
-    if _depth(model):
+    if _depth(model) and model.kind in CAUSAL:
         found.append(
             f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens that score highest in the whole sequence"
         )
     if not model.num_moe_layers:
         return found
     router, drops = ROUTERS[moe.router].sees(moe.router_options), moe.dispatcher == "capacity"
-    if router.future:
+    causal = model.kind in CAUSAL
+    if router.future and (causal or moe.group_rows > 1):
         found.append(f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence')
     if router.batch:
         found.append(f'model.moe.router = "{moe.router}" chooses over all sequences of the batch')
-    if _ordering(moe):
+    if _ordering(moe) and (causal or moe.group_rows > 1):
         found.append(f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier ones')
     if moe.group_rows > 1 and drops:
         found.append(f"model.moe.group_rows = {moe.group_rows} sequences share the capacity of an expert")

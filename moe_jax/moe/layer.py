@@ -57,6 +57,7 @@ class Batch(NamedTuple):
     position_BS: Any
     segment_BS: Any  # 0 = padding
     row_B: Any
+    inputs: Any = ()  # what a model takes beside tokens; blocks never see it
     recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) of a recording for this layer
     removed_BE: Any = ()  # experts whose assignments go nowhere (moe/probe.py)
     barred_BE: Any = ()  # experts that the router must go round

@@ -1,19 +1,25 @@
 """Language modelling: next-token prediction over packed documents.
 
-A task returns *sums* (`totals`), never means, so that micro-batches and devices add up; `objective` is the only place that divides.
 Shapes: B rows, S sequence, V vocabulary, L MoE layers, E experts, Z domains.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.mesh import P
-from moe_jax.models import depth
-from moe_jax.moe import load, losses, probe
+from moe_jax.config import Config
+from moe_jax.data.load import Dataset, open_dataset
+from moe_jax.errors import UserError
+from moe_jax.moe import probe
 from moe_jax.moe.layer import Batch as ModelBatch
+from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+
+MOST_BYTES = 4_000_000  # of a domain's text that the compressors read
 
 
 class Inputs(NamedTuple):
@@ -34,13 +40,8 @@ class Inputs(NamedTuple):
 def _seen(batch: Inputs, record: Mapping[str, Any]) -> ModelBatch:
     by_block = lambda tree: jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tree)
     recorded, removed, barred = (by_block(z) for z in (batch.recorded, batch.removed_BME, batch.barred_BME))
-    seen = (batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return ModelBatch(*seen, recorded, removed, barred, record or ())
-
-
-def _apply(model: Callable, batch: Inputs, rng: jax.Array, train: bool):
-    logits_BSV, sums = model(_seen(batch, {}), rng, train)
-    return logits_BSV, negative_log_likelihood(logits_BSV, batch.targets_BS), batch.segment_BS > 0, sums
+    seen = ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
+    return seen._replace(recorded=recorded, removed_BE=removed, barred_BE=barred, record=record or ())
 
 
 def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
@@ -50,27 +51,10 @@ def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.
     return jax.nn.logsumexp(logits_BSV, -1) - jnp.where(hit_BSV, logits_BSV, 0).sum(-1)
 
 
-def forward(model: Callable, batch: Inputs, rng: jax.Array) -> dict[str, Any]:
-    """Training sums of a (micro-)batch: nll (nats), tokens, and the layers' totals [L, ...], `moe` and `depth`."""
-    _, nll_BS, valid_BS, sums = _apply(model, batch, rng, True)
-    return {
-        "nll": jnp.where(valid_BS, nll_BS, 0).sum(),
-        "tokens": valid_BS.sum().astype(nll_BS.dtype),
-        "moe": load.totals(depth.without(sums)),
-        "depth": depth.totals(sums),
-    }
-
-
-def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss that is differentiated: nats per token plus the router's auxiliary losses; and its parts."""
-    nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
-    loss, parts = nll, {"nll": nll, **depth.figures(totals["depth"])}
-    if totals["depth"]:
-        loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
-    if totals["moe"]:
-        extra, values = losses.auxiliary(totals["moe"], coefficients)
-        loss, parts = loss + extra.astype(nll.dtype), parts | {f"{name}_loss": value for name, value in values.items()}
-    return loss, parts
+def losses(model: Callable, batch: Inputs, rng: jax.Array, train: bool) -> Losses:
+    logits_BSV, sums = model(_seen(batch, {}), rng, train)
+    nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
+    return Losses(nll_BS, (batch.segment_BS > 0).astype(nll_BS.dtype), logits_BSV, sums)
 
 
 def record(model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,29 +62,110 @@ def record(model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: 
     return probe.split(model(_seen(batch, wanted), rng, train)[1])[1]
 
 
-def evaluate(model: Callable, batch: Inputs, bytes_V: jax.Array, num_domains: int) -> dict[str, Any]:
-    """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted; and the `moe` totals.
-
-    `routing` counts assignments per MoE layer, domain and expert [L, Z, E]; held-out rows are of one domain each.
-    """
-    logits_BSV, nll_BS, valid_BS, sums = _apply(model, batch, jax.random.key(0), False)
-    best_BS = jnp.argmax(logits_BSV, -1)
-    domain_BSZ = (batch.domain_BS[:, :, None] == jnp.arange(num_domains)[None, None]) & valid_BS[:, :, None]
-    per_domain = lambda x_BS: jnp.where(domain_BSZ, x_BS.astype(nll_BS.dtype)[:, :, None], 0).sum((0, 1))
-    text_BS = bytes_V.at[batch.targets_BS].get(out_sharding=jax.typeof(batch.targets_BS).sharding)
+def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
+    """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted."""
+    bytes_V = np.zeros(found.outputs.shape[-1], np.int32)
+    bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
+    best_BS = jnp.argmax(found.outputs, -1)
+    text_BS = jnp.asarray(bytes_V).at[batch.targets_BS].get(out_sharding=jax.typeof(batch.targets_BS).sharding)
+    valid_BS, dtype = batch.segment_BS > 0, found.nll.dtype
+    add = lambda x_BS: by_domain(x_BS.astype(dtype), valid_BS, batch.domain_BS, len(data.domains))
     return {
-        "nll": per_domain(nll_BS),
-        "tokens": per_domain(valid_BS),
-        "correct": per_domain(best_BS == batch.targets_BS),
-        "bytes": per_domain(text_BS),
-        "moe": load.totals(depth.without(sums)),
-        "depth": depth.totals(sums),
-        "routing": routing_by_domain(depth.without(sums), batch.domain_BS[:, 0], num_domains),
+        "nll": add(found.nll),
+        "tokens": add(valid_BS),
+        "correct": add(best_BS == batch.targets_BS),
+        "bytes": add(text_BS),
     }
 
 
-def routing_by_domain(sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int) -> jax.Array:
-    if not sums:
-        return jnp.zeros((0, num_domains, 1))
-    domain_BZ = (domain_B[:, None] == jnp.arange(num_domains)[None]).astype(sums["counts"].dtype)
-    return jnp.einsum("LBE,BZ->LZE", sums["counts"], domain_BZ, out_sharding=P())
+def summary(total: Mapping[str, Any], data: Dataset) -> dict[str, float]:
+    """ "loss" (nats per token), "accuracy", "bits_per_byte" (mean over domains), "domain/NAME/...": a domain without rows is left out."""
+    tokens = max(total["tokens"].sum(), 1)
+    result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
+    bits = total["nll"] / math.log(2) / np.maximum(total["bytes"], 1)
+    seen = total["bytes"] > 0
+    for i, name in enumerate(data.domains):
+        if seen[i]:
+            result[f"domain/{name}/bits_per_byte"] = bits[i]
+            result[f"domain/{name}/loss"] = total["nll"][i] / total["tokens"][i]
+    result["bits_per_byte"] = bits[seen].mean()
+    return result
+
+
+def headline(figures: Mapping[str, Any]) -> str:
+    return f"held out {figures['bits_per_byte']:.4f} bits per byte, loss {figures['loss']:.4f}"
+
+
+def open_data(cfg: Config) -> Dataset:
+    """The datasets of the config; refuses a tokenizer that the embedding is too small for."""
+    dataset = open_dataset(
+        cfg.data.sources,
+        seq_len=cfg.data.seq_len,
+        slice_bytes=cfg.data.slice_bytes,
+        heldout_bytes=cfg.data.heldout_bytes,
+        heldout_every=cfg.data.heldout_every,
+        seed=cfg.seed,
+    )
+    if dataset.tokenizer.vocab_size > cfg.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of the data "
+            f"({dataset.tokenizer.vocab_size}, tokenizer {dataset.tokenizer.name}): raise model.vocab_size"
+        )
+    return dataset
+
+
+def finish(cfg: Config, trained: Trained, data: Dataset, workdir: Path) -> dict[str, Any]:
+    """Nothing beside the evaluation: what a language model predicts is text, which `python -m moe_jax generate` writes."""
+    del cfg, trained, data, workdir
+    return {}
+
+
+def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Held-out bits per byte of each domain, beside compressors that have read the same training text."""
+    from moe_jax.data.baselines import compression_table
+
+    del cfg
+    rivals = compression_table(data, MOST_BYTES)
+    bits = {name: figures.get(f"domain/{name}/bits_per_byte") for name in data.domains}
+    rows = {
+        name: {"model": b, "gzip -9": rivals[name]["gzip"], "xz -9": rivals[name]["xz"]}
+        for name, b in bits.items()
+        if b is not None
+    }
+    rows["mean"] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
+    return rows
+
+
+def random(cfg: Config, step: int) -> Inputs:
+    """Two documents in each row, cut at random, and up to three places of padding at the end of every other row.
+
+    Documents begin with different tokens, for two equal beginnings tie: where experts choose among tokens, rounding would decide.
+    """
+    rng = np.random.default_rng([cfg.seed, step])
+    num, length = cfg.train.batch_size, cfg.data.seq_len
+    tokens = rng.integers(1, cfg.model.vocab_size, (num, length + 1), dtype=np.int32)
+    cut, tail = rng.integers(2, length - 4, (num, 1)), rng.integers(1, 4, (num, 1))
+    first = np.resize(rng.permutation(np.arange(1, cfg.model.vocab_size)), (num, 2))
+    tokens[:, :1] = first[:, :1]
+    np.put_along_axis(tokens, cut, first[:, 1:], 1)
+    place = np.arange(length, dtype=np.int32)[None]
+    segment = np.where(place < cut, 1, 2)
+    segment[::2] = np.where(place < length - tail, segment, 0)[::2]
+    position = np.where(place < cut, place, place - cut)
+    whole = lambda z: z.astype(np.int32)
+    row = np.arange(num, dtype=np.int32)
+    return Inputs(tokens[:, :-1], tokens[:, 1:], whole(segment), whole(position), whole(0 * segment), row)
+
+
+TASK = Task(
+    inputs=Inputs,
+    title="held-out bits per byte (lower is better)",
+    open=open_data,
+    losses=losses,
+    evaluate=evaluate,
+    summary=summary,
+    headline=headline,
+    finish=finish,
+    table=table,
+    random=random,
+)

@@ -39,18 +39,17 @@ def checks(program: Program, begin: State) -> list[Check]:
 
 
 def mean_loss(program: Program, begin: State) -> Check:
-    """The language loss that is trained on is the mean over the places that are not padding."""
-    inputs = batches.batch(program.cfg, 0)
+    """The task's loss that is trained on is the mean over the predictions that are not padding."""
+    inputs = program.task.random(program.cfg, 0)
     _, probe = program.step(begin, inputs)
-    nll = probe.nll_BS[inputs.segment_BS > 0].mean()
-    return Check(
-        "the loss is the mean over tokens that are not padding", abs(nll - probe.metrics["nll"]), LIMIT, "", True
-    )
+    nll = np.average(probe.nll, weights=batches.weight(inputs, probe.nll))
+    claim = "the loss is the mean over predictions that are not padding"
+    return Check(claim, abs(nll - probe.metrics["nll"]), LIMIT, "", True)
 
 
 def changes(program: Program, begin: State) -> list[Check]:
     """What must not matter to the loss of a token, changed, and how much it does."""
-    model = program.cfg.model
+    model, inputs = program.cfg.model, program.task.random(program.cfg, 0)
     declared = {"padding": "", "future": "", "sequences": "", "document": ""}
     if causality.sees(model).future:
         declared["future"] = "; ".join(causality.reasons(model))
@@ -58,21 +57,23 @@ def changes(program: Program, begin: State) -> list[Check]:
     if model.num_moe_layers and ROUTERS[model.moe.router].sees(model.moe.router_options).batch:
         declared["sequences"] = f"the router {model.moe.router} chooses over all sequences"
     group_rows = model.moe.group_rows if model.num_moe_layers else 1
-    return [_change(program, begin, name, c, declared[name]) for name, c in batches.changes(group_rows).items()]
+    _, probe = program.step(begin, inputs)
+    found = batches.changes(inputs, probe.nll, group_rows, program.cfg.task == "lm")
+    return [_change(program, begin, name, change, declared[name]) for name, change in found.items()]
 
 
 def _change(program: Program, begin: State, name: str, change: batches.Change, declared: str) -> Check:
     worst, effect, drops = 0.0, 0.0, 0.0
     for trial in range(TRIALS):
-        inputs = batches.batch(program.cfg, trial)
+        inputs = program.task.random(program.cfg, trial)
         other = change.apply(inputs, np.random.default_rng(trial))
         (_, before), (_, after) = program.step(begin, inputs), program.step(begin, other)
-        same_BS = change.same(inputs)
-        deviation = far(before.nll_BS[same_BS], after.nll_BS[same_BS])
+        same = np.broadcast_to(change.same(inputs), before.nll.shape)
+        deviation = far(before.nll[same], after.nll[same])
         if name == "padding":
             deviation = max(deviation, _everything(before, after))
         worst = deviation if not deviation <= worst else worst
-        effect = max(effect, far(before.nll_BS, after.nll_BS))
+        effect = max(effect, far(before.nll, after.nll))
         drops = max(drops, _drops(before), _drops(after))
     if not effect:
         return Check(change.claim, float("nan"), LIMIT, "nothing changed at all: the check proves nothing", True)
@@ -96,7 +97,7 @@ def _drops(probe: Probe) -> float:
 def against_reference(program: Program) -> list[Check]:
     claims = "the MoE layer equals plain arithmetic over all experts", "and so do its gradients"
     try:
-        dense = reference.compare(program, batches.batch(program.cfg, 0))
+        dense = reference.compare(program)
     except reference.NoGates:
         return [Check(claims[0], 0.0, 0.0, "the router mixes tokens: there are no gates", False)]
     worst = f"worst: {dense.where}"

@@ -1,4 +1,4 @@
-"""Random batches with packed documents and padded tails, and the changes to them that must not matter. NumPy, the same on every mesh.
+"""Changes to a batch that must not matter to some of its losses. NumPy, the same on every mesh.
 
 Shapes: B rows, S sequence.
 """
@@ -8,57 +8,60 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import Config
-from moe_jax.tasks import lm
-
-
-def batch(cfg: Config, step: int) -> lm.Inputs:
-    """Two documents in each row, cut at random, and up to three places of padding at the end of every other row.
-
-    Documents begin with different tokens, for two equal beginnings tie: where experts choose among tokens, rounding would decide.
-    """
-    rng = np.random.default_rng([cfg.seed, step])
-    num, length = cfg.train.batch_size, cfg.data.seq_len
-    tokens = rng.integers(1, cfg.model.vocab_size, (num, length + 1), dtype=np.int32)
-    cut, tail = rng.integers(2, length - 4, (num, 1)), rng.integers(1, 4, (num, 1))
-    first = np.resize(rng.permutation(np.arange(1, cfg.model.vocab_size)), (num, 2))
-    tokens[:, :1] = first[:, :1]
-    np.put_along_axis(tokens, cut, first[:, 1:], 1)
-    place = np.arange(length, dtype=np.int32)[None]
-    segment = np.where(place < cut, 1, 2)
-    segment[::2] = np.where(place < length - tail, segment, 0)[::2]
-    position = np.where(place < cut, place, place - cut)
-    whole = lambda z: z.astype(np.int32)
-    row = np.arange(num, dtype=np.int32)
-    return lm.Inputs(tokens[:, :-1], tokens[:, 1:], whole(segment), whole(position), whole(0 * segment), row)
+# What a row says, by the field of the batch, and the field that is 0 where there is padding.
+CONTENTS = {
+    "tokens_BS": "segment_BS",
+    "targets_BS": "segment_BS",
+    "values_BSP": "segment_BS",
+    "source_BS": "source_segment_BS",
+    "items_BL": "weight_BL",
+}
+LABELS = ("targets_BS", "label_B")  # what is predicted: to change it changes the loss, whoever sees it
 
 
 class Change(NamedTuple):
-    """A change to a batch, and the places whose loss it must not touch."""
+    """A change to a batch, and the predictions whose loss it must not touch."""
 
     claim: str
-    apply: Callable[[lm.Inputs, np.random.Generator], lm.Inputs]
-    same: Callable[[lm.Inputs], Any]  # [B, S] booleans
+    apply: Callable[[Any, np.random.Generator], Any]
+    same: Callable[[Any], Any]  # booleans that broadcast to the losses, [B, S] or [B]
 
 
-def changes(group_rows: int) -> dict[str, Change]:
-    """Changes by name; `group_rows` rows share capacity, so that "a sequence changes no other's loss" are those of other groups."""
+def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
+    """Where a loss counts, with the shape of the losses."""
+    if nll.ndim == 1:
+        return np.ones_like(nll) if not hasattr(batch, "weight_B") else batch.weight_B
+    return batch.weight_BS if hasattr(batch, "weight_BS") else batch.segment_BS > 0
+
+
+def changes(batch: Any, nll: np.ndarray, group_rows: int, causal: bool) -> dict[str, Change]:
+    """Changes by name to a batch with losses like `nll`; `group_rows` rows share capacity, so that "a sequence changes no other's
+    loss" are those of other groups. What a later token, or another document of the row, may do is asked of a causal model only."""
+    odd = lambda batch: batch.row_B // group_rows % 2 == 1
+    rows = lambda z_B: z_B.reshape(-1, *[1] * (nll.ndim - 1))
+    found = {
+        "padding": Change("padding changes nothing, gradients included", _padding, lambda b: weight(b, nll) > 0),
+        "sequences": Change(
+            "a sequence changes no other's loss",
+            lambda b, rng: _redraw(b, rng, lambda valid: valid & odd(b).reshape(-1, *[1] * (valid.ndim - 1))),
+            lambda b: (weight(b, nll) > 0) & rows(~odd(b)),
+        ),
+    }
+    if not any(name in type(batch)._fields for name in ("segment_BS", "weight_BL")):
+        del found["padding"]
+    return found | (_causal(group_rows) if causal else {})
+
+
+def _causal(group_rows: int) -> dict[str, Change]:
     half = lambda batch: batch.segment_BS.shape[1] // 2
     early = lambda batch: (np.arange(batch.segment_BS.shape[1]) < half(batch))[None] & (batch.segment_BS > 0)
     # The last row of each group alone: its later tokens come after every other token of the group.
     last = lambda batch: (batch.row_B % group_rows == group_rows - 1)[:, None]
-    odd = lambda batch: (batch.row_B // group_rows % 2 == 1)[:, None]
     return {
-        "padding": Change("padding changes nothing, gradients included", _padding, lambda batch: batch.segment_BS > 0),
         "future": Change(
             "later tokens change no earlier loss",
             lambda b, rng: _tokens(b, rng, (b.segment_BS > 0) & ~early(b) & last(b)),
             early,
-        ),
-        "sequences": Change(
-            "a sequence changes no other's loss",
-            lambda b, rng: _tokens(b, rng, (b.segment_BS > 0) & odd(b)),
-            lambda b: (b.segment_BS > 0) & ~odd(b),
         ),
         "document": Change(
             "a document changes no later one's loss",
@@ -68,12 +71,28 @@ def changes(group_rows: int) -> dict[str, Change]:
     }
 
 
-def _tokens(batch: lm.Inputs, rng: np.random.Generator, where_BS: np.ndarray) -> lm.Inputs:
-    fresh = rng.integers(0, batch.tokens_BS.max() + 1, batch.tokens_BS.shape, dtype=np.int32)
-    return batch._replace(tokens_BS=np.where(where_BS, fresh, batch.tokens_BS))
+def _tokens(batch: Any, rng: np.random.Generator, where_BS: np.ndarray) -> Any:
+    return batch._replace(tokens_BS=np.where(where_BS, _fresh(batch.tokens_BS, rng), batch.tokens_BS))
 
 
-def _padding(batch: lm.Inputs, rng: np.random.Generator) -> lm.Inputs:
-    pad_BS = batch.segment_BS == 0
-    fresh = rng.integers(0, batch.tokens_BS.max() + 1, batch.tokens_BS.shape, dtype=np.int32)
-    return _tokens(batch, rng, pad_BS)._replace(targets_BS=np.where(pad_BS, fresh, batch.targets_BS))
+def _fresh(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many others, tokens among those that are there."""
+    if np.issubdtype(values.dtype, np.integer):
+        return rng.integers(0, values.max() + 1, values.shape).astype(values.dtype)
+    return rng.normal(size=values.shape).astype(values.dtype)
+
+
+def _redraw(batch: Any, rng: np.random.Generator, where: Callable, skip: tuple[str, ...] = LABELS) -> Any:
+    """The contents of the batch drawn anew where `where(valid)` says."""
+    new = {}
+    for name, mask in CONTENTS.items():
+        if name in type(batch)._fields and name not in skip:
+            values, valid = getattr(batch, name), getattr(batch, mask) > 0
+            chosen = where(valid)
+            chosen = chosen.reshape(chosen.shape + (1,) * (values.ndim - chosen.ndim))
+            new[name] = np.where(chosen, _fresh(values, rng), values)
+    return batch._replace(**new)
+
+
+def _padding(batch: Any, rng: np.random.Generator) -> Any:
+    return _redraw(batch, rng, lambda valid: ~valid, skip=())

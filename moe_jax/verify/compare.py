@@ -62,7 +62,7 @@ def deviations(
 
 def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
     yield Deviation("forward", abs(want.loss - have.loss), "", step)
-    yield Deviation("tokens", far(want.nll_BS, have.nll_BS), "", step)
+    yield Deviation("tokens", far(want.nll, have.nll), "", step)
     if want.sums:
         exact = [name for name in ("counts", "dropped") if name in want.sums]
         differ = {name: unequal(want.sums[name], have.sums[name]) for name in exact}

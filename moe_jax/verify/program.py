@@ -15,9 +15,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax import config, mesh, place, state
 from moe_jax.checkpoint import flat
-from moe_jax.moe.layer import Batch
-from moe_jax.tasks import lm
-from moe_jax.verify.batches import batch
+from moe_jax.tasks import TASKS
 
 OPTIONS: Any = {"xla_backend_optimization_level": 0}
 AXES = ("data", "expert", "model")
@@ -29,7 +27,7 @@ class Probe(NamedTuple):
 
     loss: float
     metrics: dict[str, Any]
-    nll_BS: np.ndarray  # of a forward pass over the whole batch, in training mode
+    nll: np.ndarray  # of every prediction, [B, ...], of a forward pass over the whole batch in training mode
     sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
     grads: dict[str, np.ndarray]  # by name, layers unstacked
 
@@ -42,6 +40,7 @@ class Program:
         lengths = dict(zip(AXES, shape, strict=True))
         self.raw, self.shape = dict(raw), shape
         self.cfg = config.build({**raw, "mesh": lengths}, number)
+        self.task = TASKS[self.cfg.task]
         self.mesh = mesh.make(lengths, jax.devices()[:number])
         self.wide = "float64" in (self.cfg.model.dtype, self.cfg.model.param_dtype)
         with self.entered():
@@ -61,31 +60,31 @@ class Program:
 
     def lower(self) -> jax.stages.Lowered:
         with self.entered():
-            return jax.jit(self._probe).lower(self.abstract, self.put(batch(self.cfg, 0)))
+            return jax.jit(self._probe).lower(self.abstract, self.put(self.task.random(self.cfg, 0)))
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
         """Any thread may make a program and call this; `lowered` is what `lower` returned, if that was called before."""
         self.run = (lowered or self.lower()).compile(compiler_options=OPTIONS)
         return self
 
-    def put(self, inputs: lm.Inputs) -> lm.Inputs:
+    def put(self, inputs: Any) -> Any:
         number = self.cfg.train.batch_size
         rows = place.local_rows(number)
-        return place.put(tuple(z[rows] for z in inputs if len(z)), rows, number, lm.Inputs)
+        return place.put(tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs)
 
     def on_mesh(self, x: jax.Array) -> jax.Array:
         return jax.device_put(x, mesh.sharding("batch", *[None] * (x.ndim - 1)))
 
-    def step(self, now: state.State, inputs: lm.Inputs) -> tuple[state.State, Probe]:
+    def step(self, now: state.State, inputs: Any) -> tuple[state.State, Probe]:
         with self.entered():
-            new, metrics, grads, nll_BS, sums = self.run(now, self.put(inputs))
-            metrics, nll_BS, sums = host((metrics, nll_BS, sums))  # and so one step is in flight at a time
-            return new, Probe(float(metrics["loss"]), metrics, nll_BS, sums, self.named(grads))
+            new, metrics, grads, nll, sums = self.run(now, self.put(inputs))
+            metrics, nll, sums = host((metrics, nll, sums))  # and so one step is in flight at a time
+            return new, Probe(float(metrics["loss"]), metrics, nll, sums, self.named(grads))
 
     def steps(self, now: state.State, number: int) -> tuple[state.State, list[Probe]]:
         probes = []
         for step in range(number):
-            now, probe = self.step(now, batch(self.cfg, step))
+            now, probe = self.step(now, self.task.random(self.cfg, step))
             probes.append(probe)
         return now, probes
 
@@ -97,7 +96,7 @@ class Program:
             out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
         return out
 
-    def _probe(self, now: state.State, inputs: lm.Inputs):
+    def _probe(self, now: state.State, inputs: Any):
         seen = []
         tx = state.make_tx(self.cfg, now.params)
 
@@ -108,9 +107,8 @@ class Program:
         step = state.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
         new, metrics = step(now, inputs)
         rng = state.step_key(self.cfg, now.step)
-        seen_by_model = Batch(inputs.tokens_BS, inputs.position_BS, inputs.segment_BS, inputs.row_B)
-        logits, sums = self.model.bind(now.params, now.router_state)(seen_by_model, rng, True)
-        return new, metrics, seen[0], lm.negative_log_likelihood(logits, inputs.targets_BS), sums
+        found = self.task.losses(self.model.bind(now.params, now.router_state), inputs, rng, True)
+        return new, metrics, seen[0], found.nll, found.sums
 
 
 def host(tree: Any) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.config import Options
+from moe_jax.config import Config, Options
 from moe_jax.mesh import P
 from moe_jax.models.decoder import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, Dispatcher
@@ -73,15 +73,13 @@ def served(cfg: MoE) -> MoE:
     return dataclasses.replace(cfg, d_model=width, dispatcher_options=Options(options))
 
 
-def compare(program: Program, inputs: Any) -> Dense:
-    """On the mesh of `program`, which must be one device, with random activations and the batch's ids. Raises NoGates for soft MoE."""
+def compare(program: Program) -> Dense:
+    """On the mesh of `program`, which must be one device, with random activations and ids. Raises NoGates for soft MoE."""
     cfg = served(moe_config(program.cfg.model))
     with program.entered(), gates_dispatcher():
-        batch = Batch(
-            *(getattr(program.put(inputs), name) for name in ("tokens_BS", "position_BS", "segment_BS", "row_B"))
-        )
+        batch = Batch(*map(program.on_mesh, _rows(program.cfg)))
         keys = jax.random.split(jax.random.key(program.cfg.seed), 4)
-        x_BSD = jax.random.normal(keys[0], (*inputs.tokens_BS.shape, cfg.d_model), cfg.dtype)
+        x_BSD = jax.random.normal(keys[0], (*batch.id_BS.shape, cfg.d_model), cfg.dtype)
         weight_BSD = jax.random.normal(keys[1], x_BSD.shape, cfg.dtype)
         x_BSD, weight_BSD = program.on_mesh(x_BSD), program.on_mesh(weight_BSD)
         split = lambda cfg: nnx.split(MoELayer(keys[2], cfg), nnx.Param, ...)
@@ -108,6 +106,16 @@ def compare(program: Program, inputs: Any) -> Dense:
 
         have, want = jax.device_get(jax.jit(both).lower(x_BSD).compile(compiler_options=OPTIONS)(x_BSD))
     return _deviation(program, want, have)
+
+
+def _rows(cfg: Config) -> tuple[jax.Array, ...]:
+    """ids, positions, segments and row numbers: padding at the end of every other row."""
+    num, length = cfg.train.batch_size, cfg.data.seq_len
+    id_BS = np.random.default_rng(cfg.seed).integers(1, cfg.model.vocab_size, (num, length), dtype=np.int32)
+    place_BS = np.tile(np.arange(length, dtype=np.int32), (num, 1))
+    row_B = np.arange(num, dtype=np.int32)
+    segment_BS = np.where((row_B[:, None] % 2 == 0) & (place_BS >= length - 3), 0, 1).astype(np.int32)
+    return tuple(map(jnp.asarray, (id_BS, place_BS, segment_BS, row_B)))
 
 
 def dense(x_BSD: jax.Array, gate_BSE: jax.Array, weights: Mapping[str, jax.Array], activation: str) -> jax.Array:

@@ -61,6 +61,11 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "eval.batch_size", 0, "not evaluated"
     yield "train.init_from", "", "begins at random"
     yield "optim.warmup_steps", min(raw["optim"]["warmup_steps"], 1), "the first steps move the parameters"
+    zeros = model["moe"]["sparse"]
+    if "every" in zeros["rules"][zeros["rule"]]:
+        yield f"model.moe.sparse.rules.{zeros['rule']}.every", 2, "masks change within the steps that are compared"
+    if zeros["rule"] != "none" and zeros["pattern"] == "blocks":
+        yield "model.moe.sparse.patterns.blocks.block", 4, "several blocks in a small matrix"
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:

@@ -14,6 +14,7 @@ from moe_jax.moe.routing import (
     cosine,
     expert_choice,
     hash,
+    multi_gate,
     noisy_top_k,
     null,
     quantile,
@@ -37,6 +38,9 @@ ROUTERS: dict[str, Router] = {
         linear_gate, sigmoid.bias_state, quantile.route, quantile.update, sees_nothing, sigmoid.declared
     ),
     "cosine": Router(cosine.params, no_weights, cosine.route, keep_state, sees_nothing, cosine.declared),
+    "multi_gate": Router(
+        multi_gate.params, no_weights, multi_gate.route, keep_state, sees_nothing, multi_gate.declared
+    ),
     "null": Router(null.params, no_weights, null.route, keep_state, sees_nothing, null.declared),
     "uniform": Router(no_weights, no_weights, baselines.route_uniform, keep_state, sees_nothing, baselines.declared),
     "random": Router(no_weights, baselines.salt, baselines.route_random, keep_state, sees_nothing, baselines.declared),

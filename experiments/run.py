@@ -1,0 +1,280 @@
+"""Trains a grid of cells (changed keys) x seeds, and compares the cells run by run: what every experiment of this folder stands on.
+
+    python experiments/run.py --config configs/quickstart.py --out runs/width --cell wide: --cell "narrow:model.moe.expert_hidden=64"
+
+A cell is a name and its changed keys. Every run has its own directory OUT/CELL/seed_N, is not run again once it is finished, and goes on
+from its checkpoint when it was interrupted. Runs of one seed see the same data in the same order, so cells are compared by the differences
+of such pairs: much of what a seed does to a run is in both. The first cell is the reference.
+"""
+
+import argparse
+import ast
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import jax
+from scipy import stats
+
+from moe_jax import config, config_file, flops, mesh, train
+from moe_jax.errors import UserError
+from moe_jax.metrics import read_rows
+
+CONFIDENCE = 0.95
+# What is the same in every run of a grid: one device, one evaluation at the end, a checkpoint to go on from.
+PLAIN = {
+    "mesh.data": 1,
+    "eval.every": 0,
+    "eval.sample_tokens": 0,
+    "checkpoint.every": 100,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
+    "log.tensorboard": False,
+}
+VERDICT = "## Verdict"
+Changes = Mapping[str, Any]  # dotted keys of configs/base.py and their values
+Figures = dict[str, Any]
+Results = dict[str, dict[int, Figures]]  # by cell, by seed
+
+
+class Grid(NamedTuple):
+    config: Path
+    base: Changes  # of every cell, beside PLAIN
+    cells: Mapping[str, Changes]
+    seeds: Sequence[int]
+
+
+class Interval(NamedTuple):
+    """A mean and its confidence interval; `half` is infinite for one value alone."""
+
+    mean: float
+    half: float
+    number: int
+
+    @property
+    def decided(self) -> bool:
+        """Zero is not in it."""
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+class Interrupted(Exception):
+    """A run was told to end. It is saved: the same command goes on from there."""
+
+
+# Runs
+
+
+def read_config(grid: Grid, cell: str, seed: int) -> dict[str, Any]:
+    """The config of one run as a nested dict of JSON values. UserError, by the cell, for keys that do not exist or do nothing."""
+    keys = {**PLAIN, **grid.base, **grid.cells[cell], "seed": seed}
+    return config_file.read(grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:")
+
+
+def run_all(grid: Grid, out: Path) -> Results:
+    """Trains whatever is not finished, all cells of the first seed before those of the next, and returns the figures of all."""
+    for seed in grid.seeds:
+        for cell in grid.cells:
+            raw = read_config(grid, cell, seed)
+            if finished(raw, place(out, cell, seed)) is None:
+                print(f"--- {cell}, seed {seed}", flush=True)
+                run_one(grid.config, raw, place(out, cell, seed))
+    return collect(grid, out)
+
+
+def collect(grid: Grid, out: Path) -> Results:
+    """The figures of the finished runs; cells without any are left out."""
+    results: Results = {}
+    for cell in grid.cells:
+        for seed in grid.seeds:
+            figures = finished(read_config(grid, cell, seed), place(out, cell, seed))
+            if figures is not None:
+                results.setdefault(cell, {})[seed] = figures
+    return results
+
+
+def place(out: Path, cell: str, seed: int) -> Path:
+    return out / cell / f"seed_{seed}"
+
+
+def finished(raw: Mapping[str, Any], workdir: Path) -> Figures | None:
+    """The figures that a run left, None when it has not ended. UserError when they are those of another config."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found["config"] != raw:
+        changed = [key for key in raw if found["config"].get(key) != raw[key]]
+        raise UserError(
+            f"{path} is the result of another config (it differs in {', '.join(changed)}): give another --out, or remove {workdir}"
+        )
+    return found["figures"]
+
+
+def run_one(path: Path, raw: Mapping[str, Any], workdir: Path) -> Figures:
+    """One run in this process, from its checkpoint if it has one; result.json is written last."""
+    defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
+    cfg = config.build(raw, 1)
+    began = time.monotonic()
+    with jax.set_mesh(mesh.make({"data": 1, "expert": 1, "model": 1})):
+        result = train.run(cfg, raw, defaults, workdir, began)
+    if train.interrupted(result):
+        raise Interrupted(f"saved step {result.step} of {cfg.train.steps} in {workdir}")
+    figures = figures_of(cfg, result.evaluation, workdir) | {"seconds": time.monotonic() - began}
+    part = workdir / "result.part"
+    part.write_text(json.dumps({"config": raw, "figures": figures}, indent=1) + "\n")
+    part.replace(workdir / "result.json")
+    return figures
+
+
+def figures_of(cfg: config.Config, evaluation: Mapping[str, Any], workdir: Path) -> Figures:
+    """What a run is compared by.
+
+    Of the experts' density, the fraction of their weights that is not zero: that at the end, and the curve [(step, density)].
+    """
+    rows = [row for row in read_rows(workdir / "metrics.jsonl") if "train/loss" in row]
+    curve = [(row["step"], row.get("train/expert_density", 1.0)) for row in rows]
+    counts = flops.parameters(cfg.model)
+    scalars = {name: value for name, value in evaluation.items() if isinstance(value, float | int)}
+    return {
+        **scalars,
+        "train loss": statistics.mean(row["train/loss"] for row in rows[-5:]),
+        "steps": cfg.train.steps,
+        "tokens": cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len,
+        "epochs": rows[-1]["train/epoch"],
+        "parameters": counts.total,
+        "expert parameters": counts.experts,
+        "density": curve[-1][1],
+        "density curve": curve,
+    }
+
+
+# Statistics
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and half width of Student's 95 % confidence interval: t(n - 1) s / sqrt(n)."""
+    mean, number = statistics.mean(values), len(values)
+    if number < 2:
+        return Interval(mean, float("inf"), number)
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1))
+    return Interval(mean, t * statistics.stdev(values) / number**0.5, number)
+
+
+def paired(results: Results, cell: str, reference: str, figure: str) -> Interval:
+    """Of the differences cell - reference, seed by seed; the seeds that both have."""
+    a, b = results[cell], results[reference]
+    return interval([a[seed][figure] - b[seed][figure] for seed in sorted(a.keys() & b.keys())])
+
+
+def mean(results: Results, cell: str, figure: str) -> float:
+    return statistics.mean(run[figure] for run in results[cell].values())
+
+
+# What is written
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], first: str) -> str:
+    """Markdown: one line for every row, its name in the column `first`."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {first} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()])
+
+
+def write(folder: Path, title: str, parts: Sequence[str], figures: Any, draw: Callable[[Any], None], size: tuple) -> None:
+    """table.md, figures.json and plot.png of an experiment. The verdict, which people write, stays when the table is written anew.
+
+    `draw` gets a matplotlib figure of `size` inches.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "table.md"
+    old = path.read_text() if path.exists() else ""
+    verdict = old[old.index(VERDICT) :].rstrip() if VERDICT in old else f"{VERDICT}\n\nNot written yet."
+    path.write_text("\n\n".join([f"# {title}", *parts, verdict]) + "\n")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    figure = pyplot.figure(figsize=size, layout="constrained", dpi=110)
+    draw(figure)
+    figure.savefig(folder / "plot.png")
+    pyplot.close(figure)
+
+
+def compiled_once(folder: Path) -> None:
+    """Keeps compiled programs in a folder, so that a run that starts again does not compile again."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def launch(work: Callable[[], None]) -> int:
+    """Exit code of an experiment: a user's mistake is one line, and so is an interruption."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 64
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_cell(text: str) -> tuple[str, dict[str, Any]]:
+    """ "NAME:KEY=VALUE;KEY=VALUE" """
+    name, _, changes = text.partition(":")
+    pairs = [change.partition("=")[::2] for change in changes.split(";") if change]
+    return name, {key: literal(value) for key, value in pairs}
+
+
+def literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def compare(results: Results, figure: str) -> str:
+    """The table of a grid: the mean of a figure and its paired difference to the first cell."""
+    reference = next(iter(results))
+    rows = {
+        cell: {
+            figure: f"{mean(results, cell, figure):.4f}",
+            f"minus {reference}": "" if cell == reference else str(paired(results, cell, reference, figure)),
+            "seeds": len(results[cell]),
+            "epochs": f"{mean(results, cell, 'epochs'):.2f}",
+        }
+        for cell in results
+    }
+    return table(rows, "cell")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cell", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of every cell")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--figure", default="bits_per_byte")
+    args = parser.parse_args(argv)
+    base, seeds = parse_cell(":" + ";".join(args.set))[1], tuple(int(seed) for seed in args.seeds.split(","))
+    grid = Grid(args.config, base, dict(parse_cell(text) for text in args.cell), seeds)
+    compiled_once(args.out / "compiled")
+    return launch(lambda: print(compare(run_all(grid, args.out), args.figure)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,21 @@
+"""What a model has to beat: majority and popularity, and the classical method of each kind of task, on the same rows.
+
+Each module has `table(data) -> {baseline: {figure: number}}` of `examples.Examples`. Figures are of the held-out part; whatever is tuned
+is tuned on the training part alone.
+"""
+
+from moe_jax.data.examples import Classes, Examples, Market, Pairs
+from moe_jax.data.rivals import recommendation, text, translation, vectors
+
+Table = dict[str, dict[str, float | str]]
+
+
+def table(data: Examples) -> Table:
+    """The baselines of a data set of any kind."""
+    about = data.about
+    if isinstance(about, Pairs):
+        return translation.table(data)
+    if isinstance(about, Market):
+        return recommendation.table(data)
+    assert isinstance(about, Classes)
+    return text.table(data) if about.tokenizer is not None else vectors.table(data)

@@ -1,0 +1,188 @@
+"""Texts with a label: sentiment, word senses, sections of packages, intents; and any such set of TFDS.
+
+Held out is the test part of a set that has one (banking77, TFDS), else one text in `heldout_every` by a hash of its words, so equal
+texts are never on both sides; of a Debian package by its longest sentence, which the packages of one source share.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.data import examples
+from moe_jax.data.examples import Classes, Examples, Fields
+from moe_jax.data.sources.files import open_text, readable
+from moe_jax.data.tasks import folder as files
+from moe_jax.data.tasks import tfds_examples, vocabulary
+from moe_jax.data.tasks.split import is_heldout, key_of_text, longest_sentence
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+KIND = "classification"
+
+
+class Text(NamedTuple):
+    text: str
+    label: str
+    domain: str  # "" = the label
+    split: str  # "train", "heldout", or "": by the key
+    key: bytes
+
+
+def _by_key(text: str, label: str, domain: str = "") -> Text:
+    return Text(text, label, domain, "", key_of_text(text))
+
+
+def _vader(folder: str) -> Iterator[list[str]]:
+    name = "vader_sentiment_4domains.tsv.gz"
+    where = (
+        "take additional_resources/hutto_ICWSM_2014.tar.gz of the repository github.com/cjhutto/vaderSentiment and write its "
+        "*_GroundTruth.txt as lines of domain, valence, text with tabs between, under a first line of these names"
+    )
+    return files.table(files.find(folder, KIND, name, where), 3, header=True)
+
+
+def read_vader(folder: str) -> Iterator[Text]:
+    """Sentiment of sentences in four domains (Hutto & Gilbert 2014): positive or negative, those rated within +-0.5 left out."""
+    for domain, valence, text in _vader(folder):
+        if abs(float(valence)) >= 0.5:
+            yield _by_key(text, "positive" if float(valence) > 0 else "negative", domain)
+
+
+def read_vader_domain(folder: str) -> Iterator[Text]:
+    """The same sentences, all of them; the label is where they come from."""
+    return (_by_key(text, domain) for domain, _, text in _vader(folder))
+
+
+def read_wordnet(folder: str) -> Iterator[Text]:
+    """WordNet's glosses; the label is the lexicographer's file (supersense, 45 of them)."""
+    where = (
+        "write the synsets of Debian's package wordnet-base (data.noun, data.verb, data.adj, data.adv) as lines of supersense, words, "
+        "gloss with tabs between, under a first line of these names"
+    )
+    path = files.find(folder, KIND, "wordnet30_supersense.tsv.gz", where)
+    return (_by_key(gloss, sense) for sense, _, gloss in files.table(path, 3, header=True))
+
+
+def read_debian(folder: str) -> Iterator[Text]:
+    """Descriptions of Debian packages; the label is the section, of the 20 with most packages."""
+    where = (
+        "write Section, Package and Description of Debian's indices (Packages and Translation-en) as lines with tabs between, under a "
+        "first line of these names"
+    )
+    path = files.find(folder, KIND, "debian12_descriptions_by_section.tsv.gz", where)
+    rows = list(files.table(path, 3, header=True))
+    top = {section for section, _ in Counter(row[0] for row in rows).most_common(20)}
+    for section, _, text in rows:
+        if section in top:
+            yield Text(text, section, "", "", key_of_text(longest_sentence(text)))
+
+
+def read_banking77(folder: str) -> Iterator[Text]:
+    """Questions to a bank, 77 intents (Casanueva et al. 2020), with their own test part; a training text that is in it is left out."""
+    where = "take banking_data/{train,test}.csv of the repository github.com/PolyAI-LDN/task-specific-datasets, packed with gzip"
+    tested: set[bytes] = set()
+    for split, name in (("heldout", "banking77_test.csv.gz"), ("train", "banking77_train.csv.gz")):
+        path = str(files.find(folder, KIND, name, where))
+        with readable(path), open_text(path) as file:
+            for row in csv.DictReader(file):
+                found = Text(row["text"].strip(), row["category"], "", split, key_of_text(row["text"]))
+                if split == "heldout":
+                    tested.add(found.key)
+                if split == "heldout" or found.key not in tested:
+                    yield found
+
+
+def read_tfds(spec: str) -> Iterator[Text]:
+    """A set with a text and a label, such as tfds:imdb_reviews or tfds:glue/sst2#sentence."""
+    import tensorflow_datasets as tfds
+
+    from moe_jax.data.sources.tfds_datasets import text_field
+
+    stored = tfds_examples.open_stored(spec)
+    text = text_field(stored.features, stored.name, stored.field)
+    label = stored.only(tfds.features.ClassLabel, "class labels")
+    names = stored.features[label].names
+    for split, records in stored.splits(label):
+        for record in records:
+            found = record[text].decode("utf-8")
+            yield Text(found, names[record[label]], "", split, key_of_text(found))
+
+
+DATASETS: dict[str, Callable[[str], Iterator[Text]]] = {
+    "vader": read_vader,
+    "vader_domain": read_vader_domain,
+    "wordnet": read_wordnet,
+    "debian": read_debian,
+    "banking77": read_banking77,
+}
+
+
+def open_classification(
+    name: str, folder: str, *, seq_len: int, tokens: str, heldout_every: int, seed: int
+) -> Examples:
+    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledTokens`; `about` is `examples.Classes`.
+
+    `tokens` is a tokenizer ("bytes", "bpe:N", trained on the training texts alone). A text of more than seq_len - 1 tokens is cut.
+    `heldout_every` is not for sets with a test part. `seed` decides nothing here: the same rows for every run.
+    """
+    if not name.startswith(tfds_examples.PREFIX) and name not in DATASETS:
+        raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
+    found = read_tfds(name) if name.startswith(tfds_examples.PREFIX) else DATASETS[name](folder)
+    parts = split(found, heldout_every)
+    for part, texts in parts.items():
+        if not texts:
+            raise UserError(f"{name} has no {part} text: lower heldout_every ({heldout_every})")
+    return tokenized(name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]]))
+
+
+def split(found: Iterator[Text], heldout_every: int) -> dict[str, list[Text]]:
+    """The texts of both splits."""
+    parts: dict[str, list[Text]] = {"train": [], "heldout": []}
+    for text in found:
+        parts[text.split or ("heldout" if is_heldout(text.key, heldout_every) else "train")].append(text)
+    return parts
+
+
+def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tokenizer) -> Examples:
+    """Rows of the texts of both splits."""
+    every = [text for part in parts.values() for text in part]
+    labels = tuple(sorted({text.label for text in every}))
+    domains = tuple(dict.fromkeys(text.domain for text in every)) if every[0].domain else labels
+    number = {split: [_numbers(part, labels), _numbers(part, domains, domain=True)] for split, part in parts.items()}
+    rows = {split: _encode([text.text for text in part], tokens) for split, part in parts.items()}
+
+    def fetch(split: str, index_B: np.ndarray) -> Fields:
+        tokens_BS, there_BS = examples.padded(rows[split], index_B, seq_len)
+        label_N, domain_N = number[split]
+        fields = {"tokens_BS": tokens_BS.astype(np.int32), **examples.places(there_BS)}
+        return {**fields, **examples.labelled(label_N[index_B], domain_N[index_B])}
+
+    arrays = [array for split in parts for array in (*rows[split], *number[split])]
+    raw = {split: ([text.text for text in part], number[split][0]) for split, part in parts.items()}
+    cut = int((np.diff(rows["train"].starts) > seq_len).sum())
+    return Examples(
+        spec=name,
+        inputs=examples.LabelledTokens,
+        seq_len=seq_len,
+        domains=domains,
+        rows={split: len(part) for split, part in parts.items()},
+        fetch=fetch,
+        heldout_domain_R=number["heldout"][1],
+        fingerprint=examples.fingerprint([name, seq_len, labels, domains, tokens.fingerprint], arrays),
+        about=Classes(labels, tokens, 0, raw),
+        notes=(f"{cut} of {len(parts['train'])} training texts are cut to {seq_len} tokens",) if cut else (),
+    )
+
+
+def _numbers(texts: Sequence[Text], names: Sequence[str], domain: bool = False) -> np.ndarray:
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[(text.domain or text.label) if domain else text.label] for text in texts], np.int32)
+
+
+def _encode(texts: Sequence[str], tokens: Tokenizer) -> examples.Ragged:
+    boundary = np.array([tokens.boundary_id], tokens.dtype)
+    ids = tokens.encode_many(texts)
+    return examples.ragged([np.concatenate([boundary, some.astype(tokens.dtype)]) for some in ids])

@@ -1,0 +1,95 @@
+"""The model of the article that this project started from: embedding, sparse experts, aggregation, softmax. No attention.
+
+    e_j = E[:, v_j]                        the embedding of the token at place j of a window of m input places
+    z_i = f(sum over j of w_ij e_j)        expert i of n: a weighted sum of the window's embeddings, one number w_ij for each place
+    h   = g(z_1 .. z_n)                    "sum", "mean", or "gated": sum of p_i z_i with p = softmax(mean of the window's e_j, times G)
+    y   = softmax(h O)                     a fully connected layer and the softmax (sections 2.4 and 4.1 of the article)
+
+w [n, m] is the sparse matrix of the article's section 3; what keeps most of it at zero is model.moe.sparse, as for any expert.
+With f the identity, sum and mean make the experts one linear map of the window, whatever n is; docs/article.md has the worked example.
+
+Next token (num_classes = 0): the window of a token is itself and the m - 1 tokens before it, as far as they belong to its segment; place m
+is the token itself. Classification: the window is the row; a row has at most m tokens, and what is padding counts as zero.
+
+Shapes: B rows, S sequence, D embedding, n experts, m places, V vocabulary, C classes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import ModelConfig
+from moe_jax.mesh import BATCH, P
+from moe_jax.models.layers import gather
+from moe_jax.moe.layer import Batch
+from moe_jax.weights import Weight, Weights
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "identity": lambda z: z,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+}
+AGGREGATES = ("sum", "mean", "gated")
+
+
+class Article(nnx.Module):
+    """`model(batch, rng, train) -> (logits, {})`: [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random."""
+
+    def __init__(self, key: jax.Array, cfg: ModelConfig):
+        self.cfg, options = cfg, cfg.kind_options
+        keys = jax.random.split(key, 3)
+        d, n, m = cfg.d_model, options["num_experts"], options["window"]
+        num_outputs, split = (options["num_classes"], None) if options["num_classes"] else (cfg.vocab_size, "vocab")
+        ends = {
+            "embed": Weight((cfg.vocab_size, d), ("vocab", "embed"), d**-0.5),
+            "head": Weight((d, num_outputs), ("embed", split), d**-0.5),
+        }
+        self.ends = Weights(keys[0], ends, cfg.param_dtype)
+        self.experts = Weights(keys[1], {"w": Weight((n, m), ("experts", None), m**-0.5)}, cfg.param_dtype)
+        if options["aggregate"] == "gated":
+            self.router = Weights(keys[2], {"gate": Weight((d, n), ("embed", None), d**-0.5)}, cfg.param_dtype)
+
+    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del rng, train
+        cfg, classify = self.cfg, self.cfg.kind_options["num_classes"] > 0
+        table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
+        e_BSD = table.at[batch.id_BS].get(out_sharding=P(BATCH, None, None))
+        w_nm = jax.sharding.reshard(self.experts["w"].astype(cfg.dtype), P())
+        if classify:  # one window a row
+            seen_Bqm = (batch.segment_BS > 0)[:, None]
+            window_BqmD, w_nm = e_BSD[:, None], w_nm[:, : e_BSD.shape[1]]
+        else:
+            window_BqmD, seen_Bqm = windows(e_BSD, batch.segment_BS, w_nm.shape[1])
+        window_BqmD = jnp.where(seen_Bqm[..., None], window_BqmD, 0)
+        z_BqnD = jnp.einsum("BqmD,nm->BqnD", window_BqmD, w_nm)
+        z_BqnD = ACTIVATIONS[cfg.kind_options["activation"]](z_BqnD)
+        h_BqD = self._aggregate(z_BqnD, window_BqmD, seen_Bqm)
+        logits = self._output(h_BqD)
+        return logits[:, 0] if classify else logits, {}
+
+    def _aggregate(self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array) -> jax.Array:
+        how = self.cfg.kind_options["aggregate"]
+        if how != "gated":
+            return z_BqnD.sum(2) if how == "sum" else z_BqnD.mean(2)
+        num_Bq1 = jnp.maximum(seen_Bqm.sum(2), 1)[..., None].astype(z_BqnD.dtype)
+        gate_Dn = gather(self.router["gate"], ("embed", None), self.cfg.dtype)
+        logits_Bqn = jnp.einsum("BqD,Dn->Bqn", window_BqmD.sum(2) / num_Bq1, gate_Dn)
+        return jnp.einsum("Bqn,BqnD->BqD", jax.nn.softmax(logits_Bqn), z_BqnD)
+
+    def _output(self, h_BqD: jax.Array) -> jax.Array:
+        """Logits in at least float32."""
+        names = ("embed", None if self.cfg.kind_options["num_classes"] else "vocab")
+        head = gather(self.ends["head"], names, self.cfg.dtype)
+        wide = jnp.promote_types(h_BqD.dtype, jnp.float32)
+        return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
+
+
+def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
+    """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end with it, within its segment."""
+    S = e_BSD.shape[1]
+    earlier = lambda z, by: jnp.pad(z, [(0, 0), (by, 0)] + [(0, 0)] * (z.ndim - 2))[:, :S]
+    steps = range(m - 1, -1, -1)
+    same = [(earlier(segment_BS, by) == segment_BS) & (segment_BS > 0) for by in steps]
+    return jnp.stack([earlier(e_BSD, by) for by in steps], 2), jnp.stack(same, 2)

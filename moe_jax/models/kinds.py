@@ -1,0 +1,86 @@
+"""What the config refuses of the options of a kind of model. Each message names the keys, the values and the way out."""
+
+from collections.abc import Iterator
+
+from moe_jax.config import DEPTH, Config
+from moe_jax.models.article import ACTIVATIONS, AGGREGATES
+
+CHOICES = {
+    ("encoder", "inputs"): ("tokens", "vectors"),
+    ("encoder", "pool"): ("sum", "mean", "max", "first"),
+    ("encoder", "attention"): ("full", "causal"),
+    ("article", "aggregate"): AGGREGATES,
+    ("article", "activation"): tuple(ACTIVATIONS),
+}
+LEAST = {
+    ("encoder", "input_dim"): 1,
+    ("encoder", "num_classes"): 2,
+    ("encoder", "learned_positions"): 0,
+    ("encdec", "encoder_repeats"): 0,
+    ("article", "num_experts"): 1,
+    ("article", "window"): 1,
+    ("article", "num_classes"): 0,
+}
+FRACTIONS = (("encoder", "head_dropout"), ("mmoe", "item_dropout"))
+BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
+
+
+def refusals(c: Config) -> Iterator[str]:
+    kind, options = c.model.kind, c.model.kind_options
+    at = lambda name: f"model.kinds.{kind}.{name}"
+    for (owner, name), allowed in CHOICES.items():
+        if owner == kind and options[name] not in allowed:
+            yield f'{at(name)} = "{options[name]}" is not known: choose one of {", ".join(allowed)}'
+    for (owner, name), least in LEAST.items():
+        if owner == kind and options[name] < least:
+            yield f"{at(name)} = {options[name]} must be at least {least}"
+    for owner, name in FRACTIONS:
+        if owner == kind and not 0 <= options[name] < 1:
+            yield f"{at(name)} = {options[name]} must be at least 0 and below 1"
+    yield from {"encoder": _encoder, "encdec": _encdec, "mmoe": _mmoe, "article": _article}.get(kind, _nothing)(c)
+
+
+def _nothing(c: Config) -> Iterator[str]:
+    del c
+    yield from ()
+
+
+def _encoder(c: Config) -> Iterator[str]:
+    num = c.model.kind_options["learned_positions"]
+    if 0 < num < c.data.seq_len:
+        yield f"model.kinds.encoder.learned_positions ({num}) must be at least data.seq_len ({c.data.seq_len}), or 0"
+
+
+def _encdec(c: Config) -> Iterator[str]:
+    m = c.model
+    for part in ("prefix", "period", "suffix"):
+        for block in m.kind_options[f"encoder_{part}"]:
+            if block not in BLOCKS:
+                yield (f'model.kinds.encdec.encoder_{part} = "{block}" is not known: choose one of {", ".join(BLOCKS)}')
+    own = m.prefix + m.period * m.repeats + m.suffix
+    if not own or len(own) == len(m.blocks):
+        yield (
+            "an encoder-decoder needs a block in both: model.prefix, model.period x model.repeats and model.suffix are its decoder's, "
+            "model.kinds.encdec.encoder_* its encoder's"
+        )
+
+
+def _mmoe(c: Config) -> Iterator[str]:
+    m, items = c.model, c.model.kind_options["items"]
+    if not items or min(items) < 1:
+        yield f"model.kinds.mmoe.items = {items} must give every task at least one item"
+    if m.moe.router == "multi_gate" and m.moe.router_options["num_gates"] != len(items):
+        yield (
+            f"model.moe.routers.multi_gate.num_gates ({m.moe.router_options['num_gates']}) must be the number of tasks: "
+            f"model.kinds.mmoe.items {items} are {len(items)}"
+        )
+
+
+def _article(c: Config) -> Iterator[str]:
+    o = c.model.kind_options
+    if o["num_experts"] % c.mesh.expert:
+        yield f"model.kinds.article.num_experts ({o['num_experts']}) must be divisible by mesh.expert ({c.mesh.expert})"
+    if o["num_classes"] and o["window"] < c.data.seq_len:
+        yield (
+            f"model.kinds.article.window ({o['window']}) must be at least data.seq_len ({c.data.seq_len}): the window of a class is the row"
+        )

@@ -1,0 +1,133 @@
+"""Recommendation by a multi-gate mixture of experts (Ma et al. 2018, KDD, doi:10.1145/3219819.3220007) over sparse multi-hot features.
+
+    x    = weighted sum of the embeddings of a row's features (an embedding bag: rows of the table are looked up, no one-hot is ever made)
+    h    = gelu(norm(x) W + b), the shared bottom
+    h_g  = h of every task g, as token g of a row, through residual MoE layers: the router `multi_gate` has a gate for every task, so
+           h_g + sum_e gate_ge f_e(norm(h_g)) are the paper's mixtures (eq. 6; k = num_experts makes them dense, as there)
+    t_g  = h_g + gelu(norm(h_g) U_g), the tower of the task
+    score of item i = norm(t_g) . v_i + b_i, where g is the task that the item belongs to; one softmax over the items of all tasks
+
+Any router goes: one that does not read the position gives all tasks one gate (the paper's OMoE). Dropped input items in training leave
+other items to be predicted from, as in Mult-VAE (Liang et al. 2018, arXiv:1802.05814, section 2.3).
+
+Shapes: B rows, L features of a row, V features, I items, G tasks, D model.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import ModelConfig
+from moe_jax.mesh import BATCH, P
+from moe_jax.models.decoder import Context, Look, embedding, run_stack, stack
+from moe_jax.models.layers import dropout, gather, rms_norm
+from moe_jax.moe.layer import Batch
+from moe_jax.weights import Weight, Weights
+
+
+class MMoE(nnx.Module):
+    """`model(batch, rng, train) -> (logits_BI, sums)`; `batch.inputs` = (features [B, L] int32, weights [B, L], 0 = no feature).
+
+    Of the batch only `row_B` is read beside; a row without features is padding, and its logits are those of the items' biases.
+    """
+
+    repeats: Any
+
+    def __init__(self, key: jax.Array, cfg: ModelConfig):
+        self.cfg = cfg
+        keys = jax.random.split(key, 4)
+        self.ends = Weights(keys[0], {"embed": embedding(cfg)} | _bottom(cfg), cfg.param_dtype)
+        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look("none"))
+        self.towers = Weights(jax.random.fold_in(key, 4), _towers(cfg), cfg.param_dtype)
+        self.head = Weights(jax.random.fold_in(key, 5), _head(cfg), cfg.param_dtype)
+
+    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        cfg, options = self.cfg, self.cfg.kind_options
+        feature_BL, weight_BL = batch.inputs
+        valid_B = (weight_BL != 0).any(1)
+        keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
+        weight_BL = dropout(weight_BL, options["item_dropout"] if train else 0.0, keys[0], batch.row_B)
+        table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
+        h_BD = self._bottom(bags(table, feature_BL, weight_BL) * cfg.d_model**0.5)
+        h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
+        tasks = _as_tokens(batch, valid_B, len(options["items"]))
+        x_BGD = jnp.broadcast_to(h_BD[:, None], (*tasks.id_BS.shape, cfg.d_model))
+        x_BGD, sums = run_stack(self, x_BGD, Context(tasks, rng, jnp.int32(1)), train)
+        return self._scores(self._towers(x_BGD)), sums
+
+    def _bottom(self, x_BD: jax.Array) -> jax.Array:
+        w_DD = gather(self.ends["bottom"], ("embed", None), self.cfg.dtype)
+        x_BD = rms_norm(x_BD, self.ends["bag_norm_scale"], self.cfg.norm_epsilon)
+        bias_D = self.ends["bottom_bias"].astype(self.cfg.dtype)
+        return jax.nn.gelu(jnp.einsum("BD,DE->BE", x_BD, w_DD) + bias_D[None])
+
+    def _towers(self, x_BGD: jax.Array) -> jax.Array:
+        w_GDD = gather(self.towers["w"], (None, "embed", None), self.cfg.dtype)
+        h_BGD = rms_norm(x_BGD, self.towers["norm_scale"], self.cfg.norm_epsilon)
+        x_BGD = x_BGD + jax.nn.gelu(jnp.einsum("BGD,GDE->BGE", h_BGD, w_GDD))
+        return rms_norm(x_BGD, self.ends["norm_scale"], self.cfg.norm_epsilon)
+
+    def _scores(self, t_BGD: jax.Array) -> jax.Array:
+        """Logits in at least float32; every task's tower meets its own items only."""
+        wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
+        w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
+        ends = itertools.pairwise(itertools.accumulate(self.cfg.kind_options["items"], initial=0))
+        score = lambda g, a, b: jnp.einsum("BD,DI->BI", t_BGD[:, g], w_DI[:, a:b], preferred_element_type=wide)
+        scores = jnp.concatenate([score(g, a, b) for g, (a, b) in enumerate(ends)], 1)
+        return scores + self.head["b"].astype(wide)[None]
+
+
+def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
+    d = cfg.d_model
+    return {
+        "bag_norm_scale": Weight((d,), (None,), 0.0, 1.0),
+        "bottom": Weight((d, d), ("embed", None), d**-0.5),
+        "bottom_bias": Weight((d,), (None,), 0.0),
+        "norm_scale": Weight((d,), (None,), 0.0, 1.0),
+    }
+
+
+def _towers(cfg: ModelConfig) -> dict[str, Weight]:
+    d, num_tasks = cfg.d_model, len(cfg.kind_options["items"])
+    w = Weight((num_tasks, d, d), (None, "embed", None), d**-0.5)
+    return {"w": w, "norm_scale": Weight((d,), (None,), 0.0, 1.0)}
+
+
+def _head(cfg: ModelConfig) -> dict[str, Weight]:
+    num_items = sum(cfg.kind_options["items"])
+    w = Weight((cfg.d_model, num_items), ("embed", None), cfg.d_model**-0.5)
+    return {"w": w, "b": Weight((num_items,), (None,), 0.0)}
+
+
+def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
+    """Every row as a sequence of its tasks: id and position are the task's number."""
+    shape = (*valid_B.shape, num_tasks)
+    task_BG = jax.sharding.reshard(
+        jnp.broadcast_to(jnp.arange(num_tasks, dtype=jnp.int32)[None], shape), P(BATCH, None)
+    )
+    segment_BG = jnp.broadcast_to(valid_B[:, None].astype(jnp.int32), shape)
+    return batch._replace(id_BS=task_BG, position_BS=task_BG, segment_BS=segment_BG, inputs=())
+
+
+def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
+    """[B, D]: the weighted sum of each row's embeddings. Rows of one length L, on any mesh; `embedding_bag` takes rows of any length."""
+    x_BLD = table_VD.at[feature_BL].get(out_sharding=P(BATCH, None, None))
+    return jnp.einsum("BLD,BL->BD", x_BLD, weight_BL.astype(x_BLD.dtype))
+
+
+def embedding_bag(
+    table_VD: jax.Array, feature_N: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int
+) -> jax.Array:
+    """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what has row >= num_rows is left out."""
+    x_ND = table_VD.at[feature_N].get() * weight_N.astype(table_VD.dtype)[:, None]
+    return jax.ops.segment_sum(x_ND, row_N, num_segments=num_rows)
+
+
+def from_csr(start_R: Sequence[int]) -> jax.Array:
+    """row_N of the entries of a CSR matrix, from the places where its rows begin (one more than it has rows)."""
+    count_R = jnp.diff(jnp.asarray(start_R))
+    return jnp.repeat(jnp.arange(count_R.shape[0]), count_R, total_repeat_length=int(start_R[-1]))

@@ -1,0 +1,50 @@
+"""Multi-gate mixture of experts (Ma et al. 2018, KDD, doi:10.1145/3219819.3220007, eq. 6-7): a gate of its own for every task.
+
+    p = softmax(x W_g), with g the token's position modulo the number of gates;  the k largest p;  gates p / sum(p) if renormalize, else p
+
+In the model mmoe the tasks of a row are its tokens, and position is the task. k = E is the paper's dense mixture. The logits of all gates
+are computed and one is taken: a gathered matrix for every token would be E D numbers each. Shapes: G gates.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Routing,
+    Sizes,
+    Tokens,
+    statistics,
+    token_choice,
+)
+from moe_jax.weights import Weight
+
+
+def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+    shape = (options["num_gates"], sizes.d_model, sizes.num_experts)
+    return {"gate": Weight(shape, (None, "embed", None), sizes.d_model**-0.5)}
+
+
+def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+    """k assignments per token by the gate of its position, in order of falling gate."""
+    del state, rng, train
+    wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
+    x_TD, gate_GDE = tokens.x_TD.astype(wide), params["gate"].astype(wide)
+    logits_TGE = jnp.einsum("TD,GDE->TGE", x_TD, gate_GDE, precision=jax.lax.Precision.HIGHEST)
+    turn_T = tokens.position_T % gate_GDE.shape[0]
+    logits_TE = jnp.take_along_axis(logits_TGE, turn_T[:, None, None], 1)[:, 0]
+    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options["k"])
+    if cfg.options["renormalize"]:
+        gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
+    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
+    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+    del num_experts
+    return Declared(most=options["k"], exact=True, gate_sum=1.0 if options["renormalize"] else None)

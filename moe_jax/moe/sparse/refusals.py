@@ -1,0 +1,69 @@
+"""Which sparse weights make no sense, each with the reason and the way out."""
+
+from collections.abc import Iterator
+
+from moe_jax.config import ModelConfig, SparseConfig
+
+AT = "model.moe.sparse"
+# (rule, pattern): why they do not go together.
+ODD = {
+    ("threshold", "n_m"): "exactly n of every m are kept, whatever their magnitude: set the rule to static",
+    ("set", "n_m"): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
+    ("rigl", "n_m"): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
+    (
+        "set",
+        "units",
+    ): "a unit that is all zero has no gradient, so one that came would stay zero: set the rule to magnitude",
+    ("rigl", "units"): "a unit that is all zero has no gradient to be chosen by: set the rule to magnitude",
+    ("group_lasso", "unstructured"): "the penalty is that of whole hidden units: set the pattern to units",
+    ("group_lasso", "n_m"): "the penalty is that of whole hidden units: set the pattern to units",
+    ("group_lasso", "blocks"): "the penalty is that of whole hidden units: set the pattern to units",
+}
+
+
+def refusals(c: ModelConfig) -> Iterator[str]:
+    """What is wrong with model.moe.sparse, one message each; nothing when no rule is chosen."""
+    s = c.moe.sparse
+    if s.rule == "none":
+        return
+    if (s.rule, s.pattern) in ODD:
+        yield f'{AT}.rule = "{s.rule}" and {AT}.pattern = "{s.pattern}" do not go together: {ODD[s.rule, s.pattern]}'
+    if s.rule == "static" and s.pattern == "n_m" and s.rule_options["threshold"]:
+        yield f"{AT}.rules.static.threshold = {s.rule_options['threshold']} would not leave n of every m: set it to 0"
+    yield from _rule(s)
+    yield from _pattern(s)
+    for size, what in _tiles(s):
+        for path, width in (("model.d_model", c.d_model), ("model.moe.expert_hidden", c.moe.expert_hidden)):
+            if width % size:
+                yield f"{path} ({width}) must be divisible by {AT}.patterns.{s.pattern}.{what} ({size})"
+
+
+def _rule(s: SparseConfig) -> Iterator[str]:
+    at, o = f"{AT}.rules.{s.rule}", s.rule_options
+    for name in ("threshold", "strength"):
+        if o.get(name, 0) < 0:
+            yield f"{at}.{name} = {o[name]} must be at least 0"
+    if o.get("every", 1) < 1:
+        yield f"{at}.every = {o['every']} must be at least 1: steps between changes of the masks"
+    for name in ("begin", "end", "fraction"):
+        if not 0 <= o.get(name, 0) <= 1:
+            yield f"{at}.{name} = {o[name]} must lie between 0 and 1"
+    if "begin" in o and o["begin"] > o["end"]:
+        yield f"{at}.begin ({o['begin']}) must not exceed {at}.end ({o['end']})"
+
+
+def _pattern(s: SparseConfig) -> Iterator[str]:
+    at, o = f"{AT}.patterns.{s.pattern}", s.pattern_options
+    if not 0 < o.get("density", 1) <= 1:
+        yield f"{at}.density = {o['density']} must be above 0 and at most 1"
+    if s.pattern == "n_m" and not 1 <= o["n"] <= o["m"]:
+        yield f"{at}.n ({o['n']}) must lie between 1 and {at}.m ({o['m']})"
+    if s.pattern == "blocks" and o["block"] < 1:
+        yield f"{at}.block = {o['block']} must be at least 1"
+
+
+def _tiles(s: SparseConfig) -> Iterator[tuple[int, str]]:
+    """(the widths must be a multiple of this, the option's name)"""
+    name = {"n_m": "m", "blocks": "block"}.get(s.pattern)
+    if name and s.pattern_options[name] >= 1:
+        yield s.pattern_options[name], name

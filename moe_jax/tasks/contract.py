@@ -1,0 +1,146 @@
+"""What a task is: what a batch holds, the loss of every prediction, the figures of the field; and what all tasks share.
+
+A task gives the loss of *every* prediction; sums of them are taken here, once for all tasks, so that micro-batches and devices add up.
+`objective` is the only place that divides.
+
+Shapes: B rows, L MoE layers, E experts, Z domains.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import Config
+from moe_jax.data.batches import eval_batches
+from moe_jax.data.contract import Data
+from moe_jax.mesh import P
+from moe_jax.models import depth
+from moe_jax.moe import load, losses
+from moe_jax.place import local_rows, put
+
+
+class Losses(NamedTuple):
+    """Of one forward pass."""
+
+    nll: jax.Array  # nats of every prediction [B, ...]
+    weight: jax.Array  # of each, same shape; 0 = padding
+    outputs: Any  # of the model
+    sums: dict[str, jax.Array]  # of its layers [L, B, ...]
+
+
+class Trained(NamedTuple):
+    """A model at the end of a run."""
+
+    bind: Callable[..., Any]  # (params, router state) -> the module
+    params: Any
+    router_state: Any
+
+
+class Task(NamedTuple):
+    """One line of TASKS. `cfg` is the whole Config, `data` what `open` returned (data/contract.py)."""
+
+    # NamedTuple of a batch: arrays [B, ...], row_B among them.
+    inputs: type
+    # Of the table at the end of a run.
+    title: str
+    # cfg -> data
+    open: Callable[[Config], Any]
+    # (model, batch, rng, train) -> Losses
+    losses: Callable[..., Losses]
+    # (losses, batch, data) -> sums, traced: the figures of the field.
+    evaluate: Callable[..., dict[str, Any]]
+    # (sums in float64, data) -> figures; "loss" is among them, lower is better.
+    summary: Callable[..., dict[str, float]]
+    # Of the figures of an evaluation, in one line.
+    headline: Callable[[Mapping[str, Any]], str]
+    # (cfg, Trained, data, workdir) -> further figures, at the end of a run; writes the predictions. All processes call it.
+    finish: Callable[..., dict[str, Any]]
+    # (cfg, data, figures) -> {row: {column: value}}: the model beside its rivals.
+    table: Callable[..., dict[str, dict[str, Any]]]
+    # (cfg, step) -> inputs as NumPy arrays, for verify, bench and the resource card.
+    random: Callable[[Config, int], Any]
+
+
+def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str, Any]:
+    """Training sums of a (micro-)batch: nll (nats), tokens (their weight), and the layers' totals [L, ...], `moe` and `depth`."""
+    found = task.losses(model, batch, rng, True)
+    weight = found.weight.astype(found.nll.dtype)
+    return {
+        "nll": jnp.where(weight > 0, found.nll * weight, 0).sum(),
+        "tokens": weight.sum(),
+        "moe": load.totals(depth.without(found.sums)),
+        "depth": depth.totals(found.sums),
+    }
+
+
+def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss that is differentiated: nats per prediction plus the router's auxiliary losses; and its parts."""
+    nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
+    loss, parts = nll, {"nll": nll, **depth.figures(totals["depth"])}
+    if totals["depth"]:
+        loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
+    if totals["moe"]:
+        extra, values = losses.auxiliary(totals["moe"], coefficients)
+        loss, parts = loss + extra.astype(nll.dtype), parts | {f"{name}_loss": value for name, value in values.items()}
+    return loss, parts
+
+
+def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, Any]:
+    """Held-out sums: what the task adds up, the layers' totals, and `routing`, assignments per MoE layer, domain and expert [L, Z, E].
+
+    Held-out rows are of one domain each.
+    """
+    found = task.losses(model, batch, jax.random.key(0), False)
+    domain_B = batch.domain_BS[:, 0] if hasattr(batch, "domain_BS") else batch.domain_B
+    sums = depth.without(found.sums)
+    return {
+        **task.evaluate(found, batch, data),
+        "moe": load.totals(sums),
+        "depth": depth.totals(found.sums),
+        "routing": routing_by_domain(sums, domain_B, len(data.domains)),
+    }
+
+
+def of_heldout(
+    cfg: Config, task: Task, trained: Trained, data: Data, question: Callable[..., Any]
+) -> tuple[np.ndarray, Any]:
+    """(index [R] of every held-out row, `question(model, batch)` of each: arrays [R, ...]), on every host."""
+
+    @jax.jit
+    def asked(params: Any, router_state: Any, batch: Any) -> Any:
+        return jax.sharding.reshard(question(trained.bind(params, router_state), batch), P())
+
+    size = cfg.eval.batch_size
+    rows = local_rows(size)
+    answers = []
+    for batch in eval_batches(data, size, None, rows):
+        found = asked(trained.params, trained.router_state, put(batch, rows, size, task.inputs))
+        answers.append(jax.tree.map(np.asarray, found))
+    index_R = data.heldout_order()[1]
+    return index_R, jax.tree.map(lambda *z: np.concatenate(z)[: len(index_R)], *answers)
+
+
+def write_predictions(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One object a line, of every held-out row, by the first process."""
+    if jax.process_index() == 0:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (workdir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def by_domain(x: jax.Array, keep: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:
+    """Sums [Z] of x where `keep`; all of one shape, [B] or [B, S]."""
+    shape = (1,) * domain.ndim + (num_domains,)
+    of_Z = (domain[..., None] == jnp.arange(num_domains).reshape(shape)) & keep[..., None]
+    return jnp.where(of_Z, x[..., None], 0).sum(tuple(range(domain.ndim)))
+
+
+def routing_by_domain(sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int) -> jax.Array:
+    if not sums:
+        return jnp.zeros((0, num_domains, 1))
+    domain_BZ = (domain_B[:, None] == jnp.arange(num_domains)[None]).astype(sums["counts"].dtype)
+    return jnp.einsum("LBE,BZ->LZE", sums["counts"], domain_BZ, out_sharding=P())
