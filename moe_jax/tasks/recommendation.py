@@ -144,7 +144,7 @@ def random(cfg: Config, step: int) -> Baskets:
     size = rng.integers(1, length + 1, (num, 1))
     size[::2] = length
     weight_BL = (np.arange(length)[None] < size).astype(np.float32)
-    items_BL = (rng.integers(0, cfg.model.vocab_size, (num, length)) * weight_BL).astype(np.int32)
+    items_BL = (rng.integers(0, sum(cfg.model.kind_options["items"]), (num, length)) * weight_BL).astype(np.int32)
     row_B = np.arange(num, dtype=np.int32)
     return Baskets(items_BL, weight_BL, items_BL, weight_BL, 0 * row_B, row_B)
 

@@ -12,6 +12,7 @@ not in the paper but in the authors' code (tensor2tensor, noise_epsilon = 0.01):
 Shapes: see contract.py.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,20 @@ def stays_chosen(clean_TE: jax.Array, noisy_TE: jax.Array, sigma_TE: jax.Array, 
     top_TK, _ = jax.lax.top_k(noisy_TE, k + 1)
     last_in_T1, first_out_T1 = top_TK[:, k - 1 : k], top_TK[:, k:]
     threshold_TE = jnp.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
-    return jax.scipy.stats.norm.cdf((clean_TE - threshold_TE) / sigma_TE)
+    return _normal_cdf((clean_TE - threshold_TE) / sigma_TE)
+
+
+@jax.custom_jvp
+def _normal_cdf(z: jax.Array) -> jax.Array:
+    """Phi by the incomplete gamma function: erf(x) = sign(x) P(1/2, x^2).
+
+    jax 0.12's own norm.cdf, erf and erfc are polynomials whose constant coefficients a shard_map refuses to meet with what varies over
+    devices.
+    """
+    return 0.5 * (1 + jnp.sign(z) * jax.lax.igamma(jnp.full_like(z, 0.5), 0.5 * z * z))
+
+
+_normal_cdf.defjvps(lambda tangent, _, z: tangent * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
