@@ -228,6 +228,8 @@ def sparse() -> ConfigDict:
     c.patterns.blocks.balanced = True  # as many blocks for every block of outputs
     c.patterns.units = ConfigDict()
     c.patterns.units.density = 0.25  # fraction of each expert's hidden units
+    # How `convert compact` stored the experts of a model for inference: written by it, never by hand.
+    c.stored = ConfigDict({"block": 0, "w_in": 0, "w_out": 0})  # side of a block (0 = whole matrices), blocks of a column
     return c
 
 

@@ -10,6 +10,7 @@ of such pairs: much of what a seed does to a run is in both. The first cell is t
 import argparse
 import ast
 import json
+import os
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ if str(ROOT) not in sys.path:
 import jax
 from scipy import stats
 
-from moe_jax import config, config_file, flops, mesh, train
+from moe_jax import checkpoint, config, config_file, flops, mesh, train
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
 
@@ -81,23 +82,29 @@ def read_config(grid: Grid, cell: str, seed: int) -> dict[str, Any]:
     return config_file.read(grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:")
 
 
+def defaults_of(path: Path) -> dict[str, Any]:
+    return json.loads(json.dumps(config_file.defaults(path).to_dict()))
+
+
 def run_all(grid: Grid, out: Path) -> Results:
     """Trains whatever is not finished, all cells of the first seed before those of the next, and returns the figures of all."""
+    defaults = defaults_of(grid.config)
     for seed in grid.seeds:
         for cell in grid.cells:
             raw = read_config(grid, cell, seed)
-            if finished(raw, place(out, cell, seed)) is None:
+            if finished(raw, defaults, place(out, cell, seed)) is None:
                 print(f"--- {cell}, seed {seed}", flush=True)
-                run_one(grid.config, raw, place(out, cell, seed))
+                run_one(raw, defaults, place(out, cell, seed))
     return collect(grid, out)
 
 
 def collect(grid: Grid, out: Path) -> Results:
     """The figures of the finished runs; cells without any are left out."""
     results: Results = {}
+    defaults = defaults_of(grid.config)
     for cell in grid.cells:
         for seed in grid.seeds:
-            figures = finished(read_config(grid, cell, seed), place(out, cell, seed))
+            figures = finished(read_config(grid, cell, seed), defaults, place(out, cell, seed))
             if figures is not None:
                 results.setdefault(cell, {})[seed] = figures
     return results
@@ -107,23 +114,25 @@ def place(out: Path, cell: str, seed: int) -> Path:
     return out / cell / f"seed_{seed}"
 
 
-def finished(raw: Mapping[str, Any], workdir: Path) -> Figures | None:
-    """The figures that a run left, None when it has not ended. UserError when they are those of another config."""
+def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) -> Figures | None:
+    """The figures that a run left, None when it has not ended. UserError when they are those of another config.
+
+    `defaults` (configs/base.py) stands for the keys that have come into it since.
+    """
     path = workdir / "result.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    if found["config"] != raw:
-        changed = [key for key in raw if found["config"].get(key) != raw[key]]
-        raise UserError(
-            f"{path} is the result of another config (it differs in {', '.join(changed)}): give another --out, or remove {workdir}"
-        )
+    old, _ = checkpoint.fill(found["config"], defaults, config.RESUME_MAY_CHANGE)
+    try:
+        checkpoint.compare_configs(old, raw, config.RESUME_MAY_CHANGE)
+    except UserError as error:
+        raise UserError(f"{path} is the result of another config ({error}): give another --out, or remove {workdir}") from None
     return found["figures"]
 
 
-def run_one(path: Path, raw: Mapping[str, Any], workdir: Path) -> Figures:
+def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) -> Figures:
     """One run in this process, from its checkpoint if it has one; result.json is written last."""
-    defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
     cfg = config.build(raw, 1)
     began = time.monotonic()
     with jax.set_mesh(mesh.make({"data": 1, "expert": 1, "model": 1})):
@@ -213,8 +222,12 @@ def write(folder: Path, title: str, parts: Sequence[str], figures: Any, draw: Ca
     pyplot.close(figure)
 
 
-def compiled_once(folder: Path) -> None:
-    """Keeps compiled programs in a folder, so that a run that starts again does not compile again."""
+def compile_quickly(folder: Path) -> None:
+    """Before jax looks for devices: short runs are mostly compilation, and level 1 takes a third of the time for steps 1.2 times as long.
+
+    Programs are kept in a folder, so that a run that starts again does not compile again.
+    """
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -272,7 +285,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     base, seeds = parse_cell(":" + ";".join(args.set))[1], tuple(int(seed) for seed in args.seeds.split(","))
     grid = Grid(args.config, base, dict(parse_cell(text) for text in args.cell), seeds)
-    compiled_once(args.out / "compiled")
+    compile_quickly(args.out / "compiled")
     return launch(lambda: print(compare(run_all(grid, args.out), args.figure)))
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "verify": "prove that a config computes the same on every mesh",
     "leak": "measure whether later tokens or other sequences change earlier outputs",
+    "convert": "make another checkpoint of a trained model: without its zeros",
     "probe": "what a trained model's routing and experts are worth",
 }
 

@@ -30,6 +30,7 @@ class SparseConfig:
     rule_options: Options
     pattern: str
     pattern_options: Options
+    stored: Options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -248,6 +248,8 @@ def _mesh(c: Config) -> Iterator[str]:
     if m.num_moe_layers:
         needs.append(("model.moe.num_experts", e.num_experts, "mesh.expert", mesh.expert))
         needs.append(("model.moe.expert_hidden", e.expert_hidden, "mesh.model", mesh.model))
+    if e.sparse.stored["block"] and mesh.model > 1:
+        yield f"mesh.model ({mesh.model}) must be 1 for experts stored as blocks (model.moe.sparse.stored), which it cannot split"
     for path, value, axis, length in needs:
         if value % length:
             yield f"{path} ({value}) must be divisible by {axis} ({length})"

@@ -48,6 +48,7 @@ def config(case, dispatcher):
         param_dtype="float64",
         dtype="float64",
         out_std=1.0,
+        stored=Options(block=0),
     )
 
 

@@ -85,6 +85,7 @@ def config(router, **options):
         param_dtype="float32",
         dtype="float32",
         out_std=HIDDEN**-0.5,
+        stored=Options(block=0),
     )
 
 

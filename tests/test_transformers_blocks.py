@@ -105,6 +105,7 @@ def routed(block, router, options, x):
         param_dtype="float32",
         dtype="float32",
         out_std=1.0,
+        stored=Options(block=0),
     )
     gate, w_in, w_out = weights(block)
     layer = MoELayer(jax.random.key(0), cfg)

@@ -88,7 +88,9 @@ def test_changes_leave_the_places_that_they_must_not_touch():
 
 def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path):
     """A whole proof of a small config, with a mesh that is refused, in this process and two others."""
-    raw = models.raw({"model.repeats": 1, "model.dropout": 0.1, "model.moe.dispatcher": "capacity"})
+    raw = models.raw(
+        {"model.repeats": 1, "model.dropout": 0.1, "model.moe.dispatcher": "capacity", "model.moe.sparse.rule": "rigl"}
+    )
     said: list[str] = []
     wanted = Wanted([(1, 2, 2), (3, 1, 1)], 2, 2, False)
     found = verify(raw, wanted, tmp_path, said.append)

@@ -91,8 +91,8 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def read_config(workdir: Path) -> Config:
-    """The config that training wrote, for one device."""
+def read_raw(workdir: Path) -> dict[str, Any]:
+    """The config that training wrote, with the defaults of keys that were added since."""
     path = workdir / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -107,6 +107,12 @@ def read_config(workdir: Path) -> Config:
         raw, notes = checkpoint.fill(raw, defaults, config.RESUME_MAY_CHANGE)
         for note in notes:
             print(note, file=sys.stderr)
+    return raw
+
+
+def read_config(workdir: Path) -> Config:
+    """The config that training wrote, for one device."""
+    raw, path = read_raw(workdir), workdir / "config.json"
     model = raw.get("model", {})
     if "float64" in (model.get("dtype"), model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)

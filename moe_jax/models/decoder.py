@@ -285,7 +285,7 @@ def out_std(width: int, cfg: ModelConfig) -> float:
 def moe_config(cfg: ModelConfig) -> MoE:
     same = {name: getattr(cfg.moe, name) for name in MoE.__dataclass_fields__ if hasattr(cfg.moe, name)}
     shared = {name: getattr(cfg, name) for name in ("d_model", "vocab_size", "activation", "param_dtype", "dtype")}
-    return MoE(**same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg))
+    return MoE(**same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg), stored=cfg.moe.sparse.stored)
 
 
 def why_not_decoded(cfg: ModelConfig) -> str:

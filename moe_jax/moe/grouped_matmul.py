@@ -164,6 +164,23 @@ def _for_blocks(step: Callable, carry: Any, start: Array, size: Array, num_rows:
     return carry
 
 
+def serve_rows(
+    network: Callable, x_RD: Array, gate_R: Array, start_e: Array, size_e: Array, block: tuple[int, int]
+) -> Array:
+    """y_RD with y = network(i, x, gate) for the rows of expert i, some at a time; as `expert_ffn`, for inference alone."""
+
+    def expert(i: Array, y_RD: Array) -> Array:
+        start, size = start_e[i], size_e[i]
+
+        def step(y_RD: Array, offset: Array, B: int) -> Array:
+            y_BD = network(i, _read_rows(x_RD, offset, B, start + size), _read(gate_R, offset, B))
+            return _write(y_RD, y_BD, offset)
+
+        return _for_blocks(step, y_RD, start, size, x_RD.shape[0], block)
+
+    return lax.fori_loop(0, start_e.shape[0], expert, jnp.zeros_like(x_RD))
+
+
 def _read(array_RX: Array, offset: Array, B: int) -> Array:
     return lax.dynamic_slice_in_dim(array_RX, offset, B)
 

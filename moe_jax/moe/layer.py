@@ -25,6 +25,7 @@ from moe_jax.moe.grouped_matmul import expert_ffn
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens, per_row
+from moe_jax.moe.sparse import stored
 from moe_jax.weights import RouterState, Weight, Weights
 
 
@@ -48,6 +49,7 @@ class MoE:
     param_dtype: str
     dtype: str
     out_std: float  # of the first value of w_out
+    stored: Mapping  # {block, w_in, w_out}: experts as blocks, for inference (sparse/stored.py); block 0 = whole matrices
 
 
 class Batch(NamedTuple):
@@ -77,28 +79,38 @@ class MoELayer(nnx.Module):
             jax.random.fold_in(key, 1), router.state(*declared) | adaptive_state(cfg), wide, RouterState
         )
         self.experts = Weights(jax.random.fold_in(key, 2), expert_weights(cfg), cfg.param_dtype)
+        if cfg.stored["block"]:
+            self.places = Weights(key, _stored(cfg)[1], "int32")
 
     def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
         cfg = self.cfg
         axes = {name: weight.names for name, weight in expert_weights(cfg).items()}
         experts = {name: self.experts[name].astype(cfg.dtype) for name in axes}
+        places = self.places.arrays() if cfg.stored["block"] else {}
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train),
-            in_specs=(P(BATCH), P(BATCH), P(), P(), {n: spec(*names) for n, names in axes.items()}, P()),
+            in_specs=(P(BATCH), P(BATCH), P(), P(), ({n: spec(*names) for n, names in axes.items()}, P("expert")), P()),
             out_specs=(P(BATCH), P(BATCH)),
         )
         with jax.named_scope("moe"):
-            return run(x_BSD, batch, router, self.state.arrays(), experts, rng)
+            return run(x_BSD, batch, router, self.state.arrays(), (experts, places), rng)
 
 
 def expert_weights(cfg: MoE) -> dict[str, Weight]:
     """Gate and up are an axis of their own, so that F can be split over `model` without pairing wrong columns."""
     e, d, f, p = cfg.num_experts, cfg.d_model, cfg.expert_hidden, 2 if cfg.activation == "swiglu" else 1
+    if cfg.stored["block"]:
+        return _stored(cfg)[0]
     return {
         "w_in": Weight((e, d, p, f), ("experts", "expert_embed", None, "hidden"), d**-0.5),
         "w_out": Weight((e, f, d), ("experts", "hidden", "expert_embed"), cfg.out_std),
     }
+
+
+def _stored(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    outputs = stored.outputs(cfg.d_model, cfg.expert_hidden, cfg.activation)
+    return stored.declare(cfg.stored, cfg.num_experts, outputs)
 
 
 def adaptive_state(cfg: MoE) -> dict[str, Weight]:
@@ -171,8 +183,11 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
     return Tokens(x_BSD.reshape(b * s, d), *ids, valid_T, num_rows=b, recorded=recorded)
 
 
-def _experts(weights: Mapping[str, jax.Array], cfg: MoE) -> Callable[..., jax.Array]:
+def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Callable[..., jax.Array]:
     """The experts of this device as a function of grouped rows; their weights are gathered over `data` here."""
+    weights, places = parts
+    if places:
+        return stored.experts(weights, places, cfg.activation)
     with jax.named_scope("gather_experts"):
         w_in = all_gather(weights["w_in"], "data", 1)
         w_out = all_gather(weights["w_out"], "data", 2)

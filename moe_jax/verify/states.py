@@ -8,7 +8,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.state import State
 from moe_jax.verify.program import Program
 
-COMPARED = ("params/", "router_state/", "ema/")  # of a state; moments follow from the gradients
+COMPARED = ("params/", "router_state/", "ema/", "masks/")  # of a state; moments follow from the gradients
 
 
 def write(program: Program, now: State, directory: Path) -> None:

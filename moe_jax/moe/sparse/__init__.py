@@ -40,6 +40,11 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
 
     Raises UserError where there are no experts, or none that the pattern fits.
     """
+    if cfg.stored["block"]:
+        raise UserError(
+            "model.moe.sparse.stored is set: experts stored as blocks can be evaluated and decoded, but not trained. Start from a "
+            "checkpoint of whole matrices (convert compact --format dense)"
+        )
     if cfg.rule == "none":
         return params, ()
     if not any(True for _ in experts_of(params)):
