@@ -1,6 +1,6 @@
 """Trains a grid of cells (changed keys) x seeds, and compares the cells run by run: what every experiment of this folder stands on.
 
-    python experiments/run.py --config configs/quickstart.py --out runs/width --cell wide: --cell "narrow:model.moe.expert_hidden=64"
+    python -m experiments.run --config configs/quickstart.py --out runs/width --cell wide: --cell "narrow:model.moe.expert_hidden=64"
 
 A cell is a name and its changed keys. Every run has its own directory OUT/CELL/seed_N, is not run again once it is finished, and goes on
 from its checkpoint when it was interrupted. Runs of one seed see the same data in the same order, so cells are compared by the differences
@@ -18,10 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
 import jax
 from scipy import stats
 
@@ -29,6 +25,7 @@ from moe_jax import checkpoint, config, config_file, flops, mesh, train
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
 
+ROOT = Path(__file__).parent.parent
 CONFIDENCE = 0.95
 # What is the same in every run of a grid: one device, one evaluation at the end, a checkpoint to go on from.
 PLAIN = {
@@ -127,7 +124,9 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
     try:
         checkpoint.compare_configs(old, raw, config.RESUME_MAY_CHANGE)
     except UserError as error:
-        raise UserError(f"{path} is the result of another config ({error}): give another --out, or remove {workdir}") from None
+        raise UserError(
+            f"{path} is the result of another config ({error}): give another --out, or remove {workdir}"
+        ) from None
     return found["figures"]
 
 
@@ -197,10 +196,14 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str) -> str:
     """Markdown: one line for every row, its name in the column `first`."""
     columns = list(next(iter(rows.values())))
     lines = [f"| {first} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()])
+    return "\n".join(
+        lines + [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()]
+    )
 
 
-def write(folder: Path, title: str, parts: Sequence[str], figures: Any, draw: Callable[[Any], None], size: tuple) -> None:
+def write(
+    folder: Path, title: str, parts: Sequence[str], figures: Any, draw: Callable[[Any], None], size: tuple
+) -> None:
     """table.md, figures.json and plot.png of an experiment. The verdict, which people write, stays when the table is written anew.
 
     `draw` gets a matplotlib figure of `size` inches.
@@ -278,7 +281,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cell", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference")
+    parser.add_argument(
+        "--cell", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference"
+    )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of every cell")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--figure", default="bits_per_byte")
