@@ -128,7 +128,9 @@ def kinds() -> ConfigDict:
     c.encoder.num_classes = 2
     c.encoder.pool = "mean"  # over what is not padding: "sum", "mean", "max", "first"
     c.encoder.attention = "full"  # to the whole segment, or "causal", as the language model that it begins from
-    c.encoder.learned_positions = 0  # rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone
+    c.encoder.learned_positions = (
+        0  # rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone
+    )
     c.encoder.head_dropout = 0.0  # of the pooled row
     c.encdec = ConfigDict()  # the decoder's blocks are model.prefix, period, repeats and suffix
     c.encdec.encoder_prefix = ()
@@ -229,7 +231,9 @@ def sparse() -> ConfigDict:
     c.patterns.units = ConfigDict()
     c.patterns.units.density = 0.25  # fraction of each expert's hidden units
     # How `convert compact` stored the experts of a model for inference: written by it, never by hand.
-    c.stored = ConfigDict({"block": 0, "w_in": 0, "w_out": 0})  # side of a block (0 = whole matrices), blocks of a column
+    c.stored = ConfigDict(
+        {"block": 0, "w_in": 0, "w_out": 0}
+    )  # side of a block (0 = whole matrices), blocks of a column
     return c
 
 

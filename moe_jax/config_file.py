@@ -30,7 +30,12 @@ def check(path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """The config that `get_config()` of a file returns. Its directory's parent is importable, so `from configs import base` works."""
+    """The config that `get_config(arg)` of a file returns, ARG what follows a colon: "configs/vision.py:fashion_mnist".
+
+    The directory's parent is importable, so `from configs import base` works.
+    """
+    name, colon, arg = str(path).partition(":")
+    path = Path(name)
     check(path)
     spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
     assert spec and spec.loader
@@ -38,11 +43,13 @@ def load(path: Path) -> ConfigDict:
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        return module.get_config(arg) if colon else module.get_config()
     except ImportError as error:
         raise UserError(f"the config file {path} cannot be loaded: {error}") from error
     except AttributeError as error:
         raise UserError(f"the config file {path}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"the config file {path} knows no variant {error}") from error
     finally:
         sys.path.pop(0)
 
@@ -84,7 +91,7 @@ def _literal(value: str) -> Any:
 
 def defaults(path: Path) -> ConfigDict:
     """configs/base.py as it stands beside the config file, or below the current directory."""
-    for folder in (path.resolve().parent, Path("configs").resolve()):
+    for folder in (Path(str(path).partition(":")[0]).resolve().parent, Path("configs").resolve()):
         if (folder / "base.py").is_file():
             return load(folder / "base.py")
     raise UserError(
