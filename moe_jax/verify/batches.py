@@ -29,9 +29,8 @@ class Change(NamedTuple):
 
 def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
     """Where a loss counts, with the shape of the losses."""
-    if nll.ndim == 1:
-        return np.ones_like(nll) if not hasattr(batch, "weight_B") else batch.weight_B
-    return batch.weight_BS if hasattr(batch, "weight_BS") else batch.segment_BS > 0
+    names = ("weight_B",) if nll.ndim == 1 else ("weight_BS", "target_weight_BL", "segment_BS")
+    return next(getattr(batch, name) for name in names if name in type(batch)._fields) > 0
 
 
 def changes(batch: Any, nll: np.ndarray, group_rows: int, causal: bool) -> dict[str, Change]:

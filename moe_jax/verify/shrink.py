@@ -61,11 +61,27 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "eval.batch_size", 0, "not evaluated"
     yield "train.init_from", "", "begins at random"
     yield "optim.warmup_steps", min(raw["optim"]["warmup_steps"], 1), "the first steps move the parameters"
+    for name, value in _kind(model["kind"], model["kinds"].get(model["kind"], {})):
+        yield f"model.kinds.{model['kind']}.{name}", value, "small"
     zeros = model["moe"]["sparse"]
     if "every" in zeros["rules"][zeros["rule"]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 2, "masks change within the steps that are compared"
     if zeros["rule"] != "none" and zeros["pattern"] == "blocks":
         yield "model.moe.sparse.patterns.blocks.block", 4, "several blocks in a small matrix"
+
+
+def _kind(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options of a kind of model that decide its size."""
+    if kind == "encoder":
+        yield "learned_positions", min(options["learned_positions"], 16)
+        yield "input_dim", min(options["input_dim"], 8)
+    if kind == "encdec":
+        yield "encoder_repeats", min(options["encoder_repeats"], 2)
+    if kind == "mmoe":
+        yield "items", tuple(min(number, 16) for number in options["items"])
+    if kind == "article":
+        yield "num_experts", DEVICES
+        yield "window", min(options["window"], 16)
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
