@@ -31,11 +31,10 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
         "time": duration(seconds),
         "metrics": f"{workdir / 'metrics.jsonl'}",
         "checkpoints": f"{workdir / 'checkpoints'}",
-        "routing": f"{workdir / 'routing.png'}",
         "curves": f"tensorboard --logdir {workdir}",
     }
-    if (workdir / "predictions.jsonl").exists():
-        facts["predictions"] = f"{workdir / 'predictions.jsonl'}"
+    there = {name: workdir / file for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl"))}
+    facts |= {name: str(path) for name, path in there.items() if path.exists()}
     if cfg.task == "lm" and not why_not_decoded(cfg.model):
         facts["next"] = f'python -m moe_jax generate --workdir {workdir} --prompt "In the beginning"'
     table = Table.grid(padding=(0, 2))
