@@ -216,7 +216,7 @@ def sparse() -> ConfigDict:
     c.rules.rigl.every = 50
     c.rules.rigl.end = 0.75  # as a fraction of train.steps
     c.rules.group_lasso = ConfigDict()  # hidden units become zero by themselves; pattern units only
-    c.rules.group_lasso.strength = 0.01  # lambda, beside the root mean square of a unit's weights
+    c.rules.group_lasso.strength = 0.2  # lambda, beside the root mean square of a unit's weights
     c.pattern = "unstructured"  # what is zero together
     c.patterns = ConfigDict()
     c.patterns.unstructured = ConfigDict()
@@ -318,6 +318,9 @@ def optim() -> ConfigDict:
     c.warmup_steps = 20  # linear, from 0
     c.clip_norm = 1.0  # global gradient norm; 0 = off
     c.decay_mask = "matrices"  # what weight decay applies to: "matrices", "all", "none"
+    c.train_only = (
+        ""  # regular expression: only parameters in whose names it is found move ("^head/" = a linear probe); "" = all
+    )
     c.ema_decay = 0.0  # exponential moving average of the parameters, used by evaluation; 0 = off
     c.optimizer = "adamw"
     c.optimizers = ConfigDict()

@@ -123,6 +123,7 @@ class OptimConfig:
     steps: int
     clip_norm: float
     decay_mask: str
+    train_only: str
     ema_decay: float
 
 
@@ -279,7 +280,8 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
 
 def _refuse_unused_pattern(sparse: Mapping[str, Any], default: Mapping[str, Any]) -> None:
     """The pattern of zeros where nobody makes any."""
-    if sparse["rule"] == "none" and (sparse["pattern"], sparse["patterns"]) != (default["pattern"], default["patterns"]):
+    changed = any(sparse[name] != default[name] for name in ("pattern", "patterns"))
+    if sparse["rule"] == "none" and changed:
         raise UserError(
             'model.moe.sparse.pattern and its options do nothing, because model.moe.sparse.rule is "none": set the rule to one of '
             f"{', '.join(name for name in sparse['rules'] if name != 'none')}, or leave the pattern alone"

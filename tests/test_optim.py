@@ -34,6 +34,7 @@ CONFIG = OptimConfig(
     steps=100,
     clip_norm=0.0,
     decay_mask="matrices",
+    train_only="",
     ema_decay=0.0,
 )
 
@@ -338,3 +339,21 @@ def test_mistakes_are_named(changes, message):
     with pytest.raises(UserError) as error:
         optim.make(config(**changes), {"w": jnp.zeros((2, 2))}, stacked=False)
     assert message in str(error.value)
+
+
+def test_what_may_not_move_has_no_part_in_the_norm_and_neither_moments_nor_decay():
+    """The clipped norm is that of what moves: |(3, 4)| = 5, clipped to 1."""
+    params = {"head": {"w": jnp.array([[1.0, 2.0]])}, "body": {"w": jnp.array([[5.0, 6.0]])}}
+    grads = {"head": {"w": jnp.array([[3.0, 4.0]])}, "body": {"w": jnp.array([[100.0, 100.0]])}}
+    cfg = dataclasses.replace(
+        CONFIG, train_only="^head/", clip_norm=1.0, optimizer="sgd", learning_rate=1.0, warmup_steps=0
+    )
+    cfg = dataclasses.replace(cfg, schedule="constant", schedule_options={})
+    cfg = dataclasses.replace(cfg, options={"momentum": 0.9, "nesterov": False, "weight_decay": 0.0})
+    tx = optim.make(cfg, params, stacked=False)
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["head"]["w"], [[-0.6, -0.8]], rtol=1e-6)
+    assert not np.any(updates["body"]["w"]) and not np.any(state["direction"].trace["body"]["w"])
+    for pattern, message in (("(", "is no regular expression"), ("^tail", "is found in no name of a parameter")):
+        with pytest.raises(UserError, match=message):
+            optim.make(dataclasses.replace(cfg, train_only=pattern), params, stacked=False)

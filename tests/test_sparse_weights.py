@@ -375,7 +375,10 @@ def test_dense_experts_keep_no_masks():
 
 def test_experts_of_one_vector():
     params = {"experts": {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}, "other": jnp.ones(3)}
-    cfg = SparseConfig("static", Options(threshold=0.0), "unstructured", Options(density=0.5))
+    make = lambda pattern, **options: SparseConfig(
+        "static", Options(threshold=0.0), pattern, Options(options), Options(block=0)
+    )
+    cfg = make("unstructured", density=0.5)
     new, masks = sparse.begin(cfg, params, stacked=False)
     assert new["experts"]["w"].tolist() == [[0, 0, 3, 4], [0, 0, 7, 8]] and new["other"].tolist() == [1, 1, 1]
     assert float(sparse.density(new)) == 0.5
@@ -384,9 +387,7 @@ def test_experts_of_one_vector():
     assert zeroed["mu"]["experts"]["w"].tolist() == [[0, 0, 1, 1]] * 2 and zeroed["count"] == 3
     for pattern, options in (("units", {"density": 0.5}), ("n_m", {"n": 2, "m": 4})):
         with pytest.raises(UserError, match=f'pattern = "{pattern}" does not fit experts'):
-            sparse.begin(
-                cfg.__class__("static", Options(threshold=0.0), pattern, Options(options)), params, stacked=False
-            )
+            sparse.begin(make(pattern, **options), params, stacked=False)
     with pytest.raises(UserError, match="this model has none"):
         sparse.begin(cfg, {"other": jnp.ones(3)}, stacked=False)
 

@@ -217,3 +217,42 @@ def test_mistakes_are_one_message(folder, task, changes, message):
     with pytest.raises(UserError) as error:
         TASKS[task].open(models.build(changes=config(task, folder) | changes))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_linear_probe_of_a_language_model_moves_its_head_alone(tmp_path):
+    """A decoder's parameters become an encoder's, and stay as they were to the last bit; the head has moved."""
+    small = {"model.vocab_size": 264, "data.seq_len": 16, "data.slice_bytes": 20_000}
+    language = SMALL | small | {"model.param_dtype": "float32", "model.dtype": "float32", "data.heldout_every": 20}
+    run(tmp_path / "lm", language | {"train.steps": 2})
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [f"movie\t{(-1) ** i * 2}\t{'bad' if i % 2 else 'good'} {i}" for i in range(60)]
+    write(folder / "vader_sentiment_4domains.tsv.gz", ["domain\tvalence\ttext", *lines])
+    probe = config("classification", folder) | {
+        "model.kinds.encoder.attention": "causal",
+        "train.init_from": str(tmp_path / "lm"),
+        "optim.train_only": "^head/",
+        "optim.optimizer": "muon",
+    }
+    run(tmp_path / "probe", probe)
+    before, after = (saved(tmp_path / name) for name in ("lm", "probe"))
+    shared = sorted(set(before) & set(after))
+    assert len(shared) > 8 and any("experts" in name for name in shared)
+    for name in shared:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    assert np.abs(after["head/b"]).max() > 0
+
+
+def saved(workdir):
+    """The parameters of the newest checkpoint by name."""
+    from moe_jax.checkpoint import Checkpoints
+    from moe_jax.commands import generate
+
+    saves = Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    raw = json.loads((workdir / "config.json").read_text())
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        from moe_jax import config as configs
+
+        cfg = configs.build(raw, 1)
+        params, _ = generate.load(cfg, workdir / "checkpoints", saves.latest(), ema=False)
+    return dict(zip(state.parameter_names(params), map(np.asarray, jax.tree.leaves(params)), strict=True))

@@ -1,8 +1,8 @@
 """Grouped-query attention within a segment, with optional query-key norm and biases, and its key-value cache; and cross-attention.
 
-Which keys a token sees is the mask (MASKS): earlier ones, or all of its segment; where there is a prefix, all of that and earlier ones. Cross-attention sees
-the whole source row. It has no rotary embedding: positions of two languages are not on one axis, and T5 (Raffel et al. 2020,
-arXiv:1910.10683) and Marian have no position in it either; queries and keys know their places from self-attention.
+Which keys a token sees is the mask (MASKS): earlier ones, or all of its segment; where there is a prefix, all of that and earlier
+ones. Cross-attention sees the whole source row. It has no rotary embedding: positions of two languages are not on one axis, and T5
+(Raffel et al. 2020, arXiv:1910.10683) and Marian have no position in it either; queries and keys know their places from self-attention.
 
 Heads are split over `model`, rows over `data` and `expert`. The core runs inside a shard_map because its CPU kernel loops over heads and
 blocks, which global-view code may not do over a sharded dimension.

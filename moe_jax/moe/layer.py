@@ -49,7 +49,7 @@ class MoE:
     param_dtype: str
     dtype: str
     out_std: float  # of the first value of w_out
-    stored: Mapping  # {block, w_in, w_out}: experts as blocks, for inference (sparse/stored.py); block 0 = whole matrices
+    stored: Mapping  # {block, w_in, w_out}: experts as blocks (sparse/stored.py); block 0 = whole matrices
 
 
 class Batch(NamedTuple):

@@ -10,6 +10,7 @@ stack as it would the layer alone, so the loop and the scan train alike.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,12 +86,31 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
     options = dict(cfg.options)
     weight_decay = options.pop("weight_decay", 0.0)
     direction = _choose("optim.optimizer", cfg.optimizer, OPTIMIZERS, options)
+    clipped = clip(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    rate = optax.scale_by_learning_rate(schedule(cfg))
+    if cfg.train_only:  # what does not move has no part in the clipped norm, no moments but zero, and no decay
+        only = moving(cfg.train_only, leaves)
+        clipped, rate = optax.chain(only, clipped), optax.chain(rate, only)
     return optax.named_chain(
-        ("clip", clip(cfg.clip_norm) if cfg.clip_norm else optax.identity()),
+        ("clip", clipped),
         ("direction", direction(leaves, **options)),
         ("decay", optax.add_decayed_weights(weight_decay, decay_mask(cfg.decay_mask, leaves))),
-        ("rate", optax.scale_by_learning_rate(schedule(cfg))),
+        ("rate", rate),
     )
+
+
+def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
+    """Zero for all parameters but those in whose names the regular expression is found. UserError if that is none."""
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'optim.train_only = "{pattern}" is no regular expression: {error}') from None
+    moves = jax.tree.map(lambda leaf: bool(found.search(leaf.name)), leaves)
+    if not any(jax.tree.leaves(moves)):
+        some = ", ".join(leaf.name for leaf in jax.tree.leaves(leaves)[:3])
+        raise UserError(f'optim.train_only = "{pattern}" is found in no name of a parameter: they are {some}, ...')
+    keep = lambda updates: jax.tree.map(lambda g, move: g if move else jnp.zeros_like(g), updates, moves)
+    return optax.stateless(lambda updates, params: keep(updates))
 
 
 def schedule(cfg: OptimConfig) -> Schedule:

@@ -64,6 +64,6 @@ def sees(options: Mapping[str, Any]) -> Sees:
 
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
-    """Every token reads every expert; how many rows an expert computes is p for each group, whatever its tokens (flops.py)."""
+    """Every token reads every expert; how many rows an expert computes is p for each group, whatever its tokens (moe_jax/flops)."""
     del options
     return Declared(most=num_experts, exact=False, gate_sum=1.0)

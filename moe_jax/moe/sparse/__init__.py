@@ -56,7 +56,7 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
 
     def first(layer: Matrices) -> tuple[Matrices, Kept]:
         kept = rule.first(layer, shape, cfg.rule_options)
-        if cfg.rule == "threshold":
+        if rule.project:
             layer = rule.project(layer, kept, shape, Now(jnp.int32(0), 1, nothing, nothing), cfg.rule_options)
         return layer, kept
 
@@ -89,7 +89,7 @@ def advance(
 
 def _changed(cfg: SparseConfig, now: Now, shape: Shaped, params: Any, masks: Any, grads: Any, stacked: bool) -> Any:
     before, gradients, done = dict(experts_of(masks)), dict(experts_of(grads)), {}
-    update = RULES[cfg.rule].update
+    update: Any = RULES[cfg.rule].update
     for path, layer in experts_of(params):
         key, number = identity(path)
         key = jax.random.fold_in(now.key, key)
@@ -140,7 +140,8 @@ def alive(cfg: SparseConfig, params: Any, masks: dict[str, Any]) -> dict[str, An
 def density(params: Any) -> jax.Array:
     """The fraction of the experts' entries that are not zero."""
     weights = [x for _, layer in experts_of(params) for x in layer.values()]
-    return sum((x != 0).sum(dtype=jnp.float32) for x in weights) / sum(x.size for x in weights)
+    alive = jnp.stack([(x != 0).sum(dtype=jnp.float32) for x in weights]).sum()
+    return alive / sum(x.size for x in weights)
 
 
 def is_stacked(path: Path, stacked: bool) -> bool:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import DEPTH, ModelConfig, MoEConfig
+from moe_jax.flops import kinds
 from moe_jax.models import depth
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
@@ -80,6 +81,8 @@ class Breakdown(NamedTuple):
 
 def parameters(cfg: ModelConfig) -> Counts:
     """The parameters of a model. A router's state has no gradient and is none."""
+    if cfg.kind in kinds.PARAMETERS:
+        return kinds.PARAMETERS[cfg.kind](cfg, parameters)
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     num_dense, num_moe = cfg.num_dense_layers, cfg.num_moe_layers
     biases = (h + 2 * g) * a if cfg.attention_bias else 0
@@ -136,6 +139,8 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only to themselves,
     which needs fewer FLOPs than counted here.
     """
+    if cfg.kind in kinds.FORWARD:
+        return kinds.FORWARD[cfg.kind](cfg, seq_len, forward_per_token)
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
     expert = feed_forward(cfg, cfg.moe.expert_hidden)

@@ -1,0 +1,238 @@
+"""How should sparse experts be trained? Loss against density for each rule, at equal parameters and at equal training FLOPs.
+
+    python -m experiments.sparse_training_rules.py               # 24 runs of half a minute on two idle cores; goes on where it stopped
+    python -m experiments.sparse_training_rules.py --report      # the table and the plot from what is there; trains nothing
+
+Hypothesis: rules that move their zeros (SET, RigL, pruning) beat the mask they began with (static), and a sparse expert beats a dense
+expert of as many non-zero weights: what a sparse rule has to beat to be worth anything.
+
+Every cell is the same small byte-level language model but for its experts: `narrow_1_4` has dense experts of a quarter of the hidden units,
+the others keep a quarter of the weights of wide ones. FLOPs are counted from the densities that the run logged: a zero weight counts
+nothing, although on this machine it costs what any other does. `magnitude_1_4` begins dense, so in as many steps it takes more FLOPs than
+`narrow_1_4`; `magnitude_flops_1_4` has so many steps fewer that it takes as many. What group_lasso and threshold leave is their result, not
+a setting. The points of other densities are runs of sparsity_vs_quality.py, read from the same --out.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import run
+from moe_jax import config, flops
+
+OUT = Path("runs/sparse")
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (0, 1, 2)
+STEPS, HIDDEN, EVERY = 250, 256, 10
+BASE = {
+    "model.d_model": 64,
+    "model.repeats": 2,
+    "model.moe.expert_hidden": HIDDEN,
+    "data.seq_len": 128,
+    "data.slice_bytes": 400_000,
+    "data.heldout_bytes": 20_000,
+    "train.batch_size": 8,
+    "train.steps": STEPS,
+    "optim.learning_rate": 0.01,
+    "log.every": 5,
+}
+AT = "model.moe.sparse"
+MOVES = {"set": {"every": EVERY}, "rigl": {"every": EVERY}, "magnitude": {"every": EVERY}}
+# What they leave is not a setting: chosen by one run each of other values, so that about a quarter of the weights is left.
+LASSO = 0.13  # 0.1 left 54 %, 0.2 left 1 %
+FIRST = 0.5  # density at the start, from which the threshold follows; 0.25 left 12 %, 0.5 left 26 %
+
+
+def narrow(density: float) -> dict[str, Any]:
+    """Dense experts with as many weights as sparse ones of this density."""
+    return {"model.moe.expert_hidden": round(HIDDEN * density)}
+
+
+def sparse(rule: str, density: float, steps: int = STEPS) -> dict[str, Any]:
+    keys = {f"{AT}.rule": rule, f"{AT}.patterns.unstructured.density": density, "train.steps": steps}
+    return keys | {f"{AT}.rules.{rule}.{key}": value for key, value in MOVES.get(rule, {}).items()}
+
+
+def group_lasso(strength: float) -> dict[str, Any]:
+    return {
+        f"{AT}.rule": "group_lasso",
+        f"{AT}.pattern": "units",
+        f"{AT}.rules.group_lasso.strength": strength,
+    }
+
+
+def grid(cells: Mapping[str, run.Changes]) -> run.Grid:
+    return run.Grid(run.ROOT / "configs/base.py", BASE, cells, SEEDS)
+
+
+# FLOPs
+
+
+def training_flops(cfg: config.Config, curve: Sequence[tuple[int, float]]) -> float:
+    """Of a whole run, from the experts' densities at some steps: what a zero weight would cost is left out.
+
+    Forward and the gradient of activations need the weights that are not zero; the gradient of weights those that may move: under
+    `threshold` all of them, for any may come back, and under `rigl` all of them in the steps that choose which come (Evci et al. 2020,
+    arXiv:1911.11134, appendix H).
+    """
+    parts, options = flops.forward_per_token(cfg.model, cfg.data.seq_len), cfg.model.moe.sparse.rule_options
+    rule, rest = cfg.model.moe.sparse.rule, 3 * (parts.total - parts.experts)
+    tokens, total, before = cfg.train.batch_size * cfg.data.seq_len, 0.0, 0
+    for step, density in curve:  # of the steps since the last one
+        moving = {"threshold": 1.0, "rigl": density + (1 - density) / options.get("every", 1)}.get(rule, density)
+        if rule == "rigl" and step > options["end"] * cfg.train.steps:
+            moving = density
+        total += (step - before) * tokens * (rest + parts.experts * (2 * density + moving))
+        before = step
+    return total
+
+
+def forward_flops(cfg: config.Config, density: float) -> float:
+    """Per token, of the trained model."""
+    parts = flops.forward_per_token(cfg.model, cfg.data.seq_len)
+    return parts.total - parts.experts * (1 - density)
+
+
+def magnitude_curve(steps: int, density: float) -> list[tuple[int, float]]:
+    """What `magnitude` does from step to step with its default beginning and end (moe_jax/moe/sparse/rules.py)."""
+    end, now, curve = round(0.5 * steps), 1.0, []
+    for step in range(1, steps + 1):
+        curve.append((step, now))  # the step computes with the mask from before
+        if step <= end and (step % EVERY == 0 or step == end):
+            now = density + (1 - density) * (1 - step / end) ** 3
+    return curve
+
+
+def built(changes: run.Changes) -> config.Config:
+    return config.build(run.read_config(grid({"": changes}), "", 0), 1)
+
+
+def magnitude_steps(density: float) -> int:
+    """Steps of `magnitude` that take the FLOPs of the narrow dense model's STEPS."""
+    budget = training_flops(built(narrow(density)), [(STEPS, 1.0)])
+    cfg = built(sparse("magnitude", density))
+    fits = [n for n in range(50, STEPS + 1) if training_flops(cfg, magnitude_curve(n, density)) <= budget]
+    return max(fits)
+
+
+QUARTER = 0.25
+CELLS = {
+    "narrow_1_4": narrow(QUARTER),
+    "static_1_4": sparse("static", QUARTER),
+    "set_1_4": sparse("set", QUARTER),
+    "rigl_1_4": sparse("rigl", QUARTER),
+    "magnitude_1_4": sparse("magnitude", QUARTER),
+    "magnitude_flops_1_4": sparse("magnitude", QUARTER, magnitude_steps(QUARTER)),
+    "threshold": sparse("threshold", FIRST),
+    "group_lasso": group_lasso(LASSO),
+}
+SIXTEENTH = 0.0625
+# Runs of sparsity_vs_quality.py that belong into the picture: (cell, its rival of as many weights).
+OTHERS = {
+    "moe": {},
+    "narrow_1_16": narrow(SIXTEENTH),
+    "rigl_1_16": sparse("rigl", SIXTEENTH),
+    "magnitude_flops_1_16": sparse("magnitude", SIXTEENTH, magnitude_steps(SIXTEENTH)),
+}
+
+
+def reference(cell: str) -> str:
+    return "narrow_1_16" if cell.endswith("_1_16") else "narrow_1_4"
+
+
+def figures(results: run.Results) -> run.Results:
+    """With the FLOPs of every run, and its weights that are not zero."""
+    for cell, runs in results.items():
+        cfg = built((CELLS | OTHERS)[cell])
+        for found in runs.values():
+            found["training flops"] = training_flops(cfg, found.pop("density curve"))
+            found["non-zero parameters"] = found["parameters"] - found["expert parameters"] * (1 - found["density"])
+    return results
+
+
+def rows(results: run.Results) -> dict[str, dict[str, Any]]:
+    made = {}
+    for cell in results:
+        rival, mean = reference(cell), lambda name, cell=cell: run.mean(results, cell, name)
+        same = cell == rival or cell == "moe" or rival not in results
+        wide = built(OTHERS["moe"])
+        made[cell] = {
+            "bits per byte": f"{mean('bits_per_byte'):.4f}",
+            "minus narrow (95 %)": "" if same else run.paired(results, cell, rival, "bits_per_byte"),
+            "weights of experts": f"{mean('expert parameters') * mean('density') / flops.parameters(wide.model).experts:.3f}",
+            "TFLOP of training": f"{mean('training flops') / 1e12:.3f}",
+            "steps": f"{mean('steps'):.0f}",
+            "epochs": f"{mean('epochs'):.2f}",
+            "seeds": len(results[cell]),
+        }
+    return made
+
+
+def draw(results: run.Results) -> Any:
+    """Left: loss against non-zero expert weights. Middle: against FLOPs. Right: paired differences to the narrow dense model."""
+
+    def paint(figure: Any) -> None:
+        left, middle, right = figure.subplots(1, 3)
+        kind = lambda cell: cell.removesuffix("_1_4").removesuffix("_1_16")
+        colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(kind(cell) for cell in results))}
+        for cell, runs in results.items():
+            bits = run.interval([found["bits_per_byte"] for found in runs.values()])
+            weights = [found["expert parameters"] * found["density"] for found in runs.values()]
+            where = {left: sum(weights) / len(weights) / 1e6, middle: run.mean(results, cell, "training flops") / 1e12}
+            for axes, x in where.items():
+                new = kind(cell) not in axes.get_legend_handles_labels()[1]
+                style = {"color": colours[kind(cell)], "label": kind(cell) if new else None}
+                axes.errorbar(x, bits.mean, bits.half, marker="o", capsize=3, **style)
+        left.set(
+            xscale="log",
+            xlabel="non-zero expert weights (millions)",
+            ylabel="held-out bits per byte (mean of seeds, 95 %)",
+        )
+        middle.set(xlabel="training TFLOP, zeros counted as nothing")
+        left.legend(fontsize=7)
+        compared = [c for c in results if c not in ("moe", reference(c)) and reference(c) in results]
+        for y, cell in enumerate(reversed(compared)):
+            gap = run.paired(results, cell, reference(cell), "bits_per_byte")
+            right.errorbar(gap.mean, y, xerr=gap.half, marker="o", capsize=3, color=colours[kind(cell)])
+        right.set_yticks(range(len(compared)), list(reversed(compared)), fontsize=8)
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set(xlabel="minus narrow dense of as many weights, bits per byte\n(paired, 95 %; right of 0 = worse)")
+
+    return paint
+
+
+def report(out: Path) -> None:
+    results = figures(run.collect(grid(CELLS), out) | run.collect(grid(OTHERS), out))
+    about = (
+        f"Held-out bits per byte (mean over six domains) of byte models of 2 blocks of 8 experts, top-2, width 64, after {STEPS} steps of "
+        f"8 x 128 tokens with AdamW at one learning rate, {BASE['optim.learning_rate']}; seeds are paired (same data, same order). "
+        "`weights of experts`: those "
+        "that are not zero, as a fraction of those of `moe`, the dense experts of width 256. `minus narrow`: paired difference to the "
+        "dense model of as many weights (`narrow_1_4`, `narrow_1_16`), positive = worse; it is decided where the interval leaves out 0. "
+        "Training FLOPs count a zero weight as nothing."
+    )
+    parts = [about, run.table(rows(results), "cell"), "![loss against density and FLOPs](plot.png)"]
+    folder = RESULTS / "sparse_training_rules"
+    run.write(folder, "How should sparse experts be trained?", parts, results, draw(results), (14, 4.6))
+    print((folder / "table.md").read_text())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    run.compile_quickly(args.out / "compiled")
+
+    def work() -> None:
+        if not args.report:
+            run.run_all(grid(CELLS), args.out)
+        report(args.out)
+
+    return run.launch(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

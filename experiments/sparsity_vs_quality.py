@@ -1,0 +1,211 @@
+"""Sparse routing or sparse weights? Quality at equal active FLOPs and at equal memory, and what a step really takes.
+
+    python -m experiments.sparsity_vs_quality               # 21 runs of half a minute on two idle cores; goes on where it stopped
+    python -m experiments.sparsity_vs_quality --time        # the steps of all cells against each other, interleaved
+    python -m experiments.sparsity_vs_quality --report      # the table and the plot from what is there; trains nothing
+
+Hypothesis: at equal active FLOPs routing is better than sparse weights, for it has more weights to choose from; at equal memory of
+weights sparse weights are no better than dense ones. Both differ in time: a token that is not sent to an expert takes none, a zero in
+a matrix does.
+
+The feed-forward networks, with v the weights of one of width 64 (the rest of the model is the same everywhere):
+
+    cell           what it is                                               stored     active for a token
+    slim           one dense network of width 128                           2 v        2 v
+    wide           one dense network of width 512                           8 v        8 v
+    wide_sparse    the same with a quarter of its weights (RigL)            2 v        2 v
+    moe            8 experts of width 256, top-2                            32 v       8 v
+    narrow_1_4     8 experts of width 64, top-2                             8 v        2 v
+    rigl_1_4       8 experts of width 256 with a quarter of their weights   8 v        2 v
+    narrow_1_16    8 experts of width 16, top-2                             2 v        1/2 v
+    rigl_1_16      8 experts of width 256 with a sixteenth                  2 v        1/2 v
+
+`narrow_1_4` and `rigl_1_4` are runs of sparse_training_rules.py, which in turn reads those of other densities from here.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments import run
+from experiments import sparse_training_rules as rules
+
+ONE = {
+    "model.moe.num_experts": 1,
+    "model.moe.router": "uniform",
+    "model.moe.routers.uniform.k": 1,
+    "model.moe.losses.balance": 0.0,
+    "model.moe.losses.z": 0.0,
+}
+CELLS = {
+    "slim": ONE | {"model.moe.expert_hidden": 128},
+    "wide": ONE | {"model.moe.expert_hidden": 512},
+    "wide_sparse": ONE | {"model.moe.expert_hidden": 512} | rules.sparse("rigl", rules.QUARTER),
+    **rules.OTHERS,
+}
+READ = {name: rules.CELLS[name] for name in ("narrow_1_4", "rigl_1_4")}  # runs of sparse_training_rules.py
+TIMED = ("slim", "wide", "wide_sparse", "moe", "narrow_1_4", "rigl_1_4", "narrow_1_16", "rigl_1_16")
+ROUNDS = 25
+# (cell, reference): what the question compares.
+EQUAL_FLOPS = {
+    "8 v": (("moe", "wide"),),
+    "2 v": (
+        ("wide_sparse", "slim"),
+        ("narrow_1_4", "slim"),
+        ("rigl_1_4", "slim"),
+        ("narrow_1_4", "wide_sparse"),
+        ("rigl_1_4", "narrow_1_4"),
+    ),
+    "1/2 v": (("rigl_1_16", "narrow_1_16"),),
+}
+EQUAL_MEMORY = {
+    "8 v": (("narrow_1_4", "wide"), ("rigl_1_4", "wide"), ("rigl_1_4", "narrow_1_4")),
+    "2 v": (
+        ("wide_sparse", "slim"),
+        ("narrow_1_16", "slim"),
+        ("rigl_1_16", "slim"),
+        ("narrow_1_16", "wide_sparse"),
+        ("rigl_1_16", "narrow_1_16"),
+    ),
+}
+
+
+def figures(results: run.Results) -> run.Results:
+    """With the active FLOPs of a token, and the bytes of the weights: values of what is not zero, and beside them a bit for each place."""
+    for cell, runs in results.items():
+        cfg = rules.built((CELLS | READ)[cell])
+        for found in runs.values():
+            curve = found.pop("density curve")
+            sparse = cfg.model.moe.sparse.rule != "none"
+            values = 4 * (found["parameters"] - found["expert parameters"] * (1 - found["density"]))
+            found["training flops"] = rules.training_flops(cfg, curve)
+            found["active flops"] = rules.forward_flops(cfg, found["density"])
+            found["bytes of values"] = values
+            found["bytes with places"] = values + (found["expert parameters"] / 8 if sparse else 0)
+    return results
+
+
+def time_steps(out: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of a training step on random tokens, every cell in turn; compiled as training usually is."""
+    from moe_jax.commands import bench
+
+    steps = {}
+    for cell in TIMED:
+        keys = {**run.PLAIN, **rules.BASE, **(CELLS | READ)[cell]}
+        steps[cell] = bench.prepare(run.ROOT / "configs/base.py", ";".join(f"{k}={v!r}" for k, v in keys.items()))[1]
+    seconds: dict[str, list[float]] = {cell: [] for cell in steps}
+    for _ in range(ROUNDS):
+        for cell, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[cell].append(time.perf_counter() - start)
+    ratio = lambda cell: statistics.median(a / b for a, b in zip(seconds[cell], seconds["slim"], strict=True))
+    found = {c: {"ms": 1000 * statistics.median(seconds[c]), "ratio": ratio(c)} for c in steps}
+    (out / "step_times.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def rows(results: run.Results, times: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    made = {}
+    for cell in results:
+        mean = lambda name, cell=cell: run.mean(results, cell, name)
+        clock = times.get(cell)
+        made[cell] = {
+            "bits per byte": f"{mean('bits_per_byte'):.4f}",
+            "active kFLOP a token": f"{mean('active flops') / 1e3:.0f}",
+            "MB of values": f"{mean('bytes of values') / 1e6:.2f}",
+            "MB with places": f"{mean('bytes with places') / 1e6:.2f}",
+            "training TFLOP": f"{mean('training flops') / 1e12:.3f}",
+            "ms a step": f"{clock['ms']:.0f}" if clock else "",
+            "time / slim": f"{clock['ratio']:.2f}" if clock else "",
+            "steps": f"{mean('steps'):.0f}",
+            "epochs": f"{mean('epochs'):.2f}",
+            "seeds": len(results[cell]),
+        }
+    return made
+
+
+def gaps(results: run.Results, groups: dict[str, tuple[tuple[str, str], ...]]) -> str:
+    made = {}
+    for size, pairs in groups.items():
+        for cell, other in (pair for pair in pairs if set(pair) <= results.keys()):
+            gap = run.paired(results, cell, other, "bits_per_byte")
+            word = ("worse" if gap.mean > 0 else "better") if gap.decided else "not decided"
+            made[f"{cell} - {other}"] = {"both": size, "bits per byte (95 %)": gap, "": word}
+    return run.table(made, "pair") if made else "(no pair has been run)"
+
+
+def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
+    def paint(figure: Any) -> None:
+        panels = {
+            "active kFLOP of a token, zeros counted as nothing": lambda c: run.mean(results, c, "active flops") / 1e3,
+            "MB of weights (values, and a bit for each place)": lambda c: (
+                run.mean(results, c, "bytes with places") / 1e6
+            ),
+            "measured ms of a training step": lambda c: times[c]["ms"] if c in times else None,
+        }
+        for axes, (label, place) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+            for number, cell in enumerate(results):
+                bits = run.interval([found["bits_per_byte"] for found in results[cell].values()])
+                marker = "s" if cell in ("slim", "wide", "wide_sparse") else "o"
+                fill = "none" if "sparse" in cell or "rigl" in cell or "magnitude" in cell else None
+                style = {"marker": marker, "capsize": 3, "color": f"C{number}", "mfc": fill}
+                if place(cell) is not None:
+                    axes.errorbar(place(cell), bits.mean, bits.half, linestyle="none", label=cell, **style)
+            axes.set(xlabel=label, xscale="log")
+        figure.axes[0].set_ylabel("held-out bits per byte (mean of seeds, 95 %)")
+        figure.axes[0].legend(fontsize=7, title="square: one network; hollow: sparse weights", title_fontsize=7)
+
+    return paint
+
+
+def report(out: Path) -> None:
+    results = figures(run.collect(rules.grid(CELLS), out) | run.collect(rules.grid(READ), out))
+    path = out / "step_times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    about = (
+        f"Held-out bits per byte (mean over six domains) of byte models of 2 blocks, width 64, after {rules.STEPS} steps of 8 x 128 "
+        f"tokens with AdamW at one learning rate, {rules.BASE['optim.learning_rate']}; paired seeds. The cells are described in "
+        "sparsity_vs_quality.py. Active FLOPs: forward, per token, a zero weight counted as nothing. MB: weights that are not zero, in "
+        "float32; `with places`: and one bit for each entry of a sparse matrix. Step times: forward, backward and optimizer of the whole "
+        f"model, medians of {ROUNDS} rounds, every cell in turn, on two shared cores."
+    )
+    parts = [
+        about,
+        run.table(rows(results, times), "cell"),
+        "At equal active FLOPs:\n\n" + gaps(results, EQUAL_FLOPS),
+        "At equal memory of weights (values; the places of unstructured zeros come on top):\n\n"
+        + gaps(results, EQUAL_MEMORY),
+        "![loss against active FLOPs, memory and time](plot.png)",
+    ]
+    folder = rules.RESULTS / "sparsity_vs_quality"
+    kept = {"runs": results, "step times": times}
+    run.write(folder, "Sparse routing or sparse weights?", parts, kept, draw(results, times), (14, 4.8))
+    print((folder / "table.md").read_text())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=rules.OUT)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--time", action="store_true", help="time the steps and end")
+    args = parser.parse_args(argv)
+    if args.time:
+        args.out.mkdir(parents=True, exist_ok=True)
+        return run.launch(lambda: print(json.dumps(time_steps(args.out), indent=1)))
+    run.compile_quickly(args.out / "compiled")
+
+    def work() -> None:
+        if not args.report:
+            run.run_all(rules.grid(CELLS), args.out)
+        report(args.out)
+
+    return run.launch(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,228 @@
+"""Another checkpoint of a trained model: `python -m moe_jax convert WHAT --workdir RUN --out DIR`.
+
+    compact   without the experts' zeros: zero hidden units are removed, and zero blocks where that pays; the outputs stay the same
+
+The new directory is read by `generate`, by whatever evaluates a run, and (whole matrices) by train.init_from. docs/sparse_weights.md.
+"""
+
+import argparse
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import checkpoint, config, mesh, place, state
+from moe_jax.checkpoint import flat
+from moe_jax.commands import generate
+from moe_jax.errors import UserError
+from moe_jax.moe import sparse
+from moe_jax.moe.sparse import compact
+from moe_jax.tasks import TASKS
+
+LIMIT = 1e-6  # how far outputs may move, relative to the largest
+
+
+class Weights(NamedTuple):
+    """A model on the host: its config as JSON has it, and its arrays by part ("params", "ema" where there is one, "router_state")."""
+
+    raw: dict[str, Any]
+    parts: dict[str, Any]
+    step: int
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="what", required=True)
+    for name, (declare, _) in CONVERSIONS.items():
+        declare(kinds.add_parser(name))
+    flags = parser.parse_args(argv)
+    return CONVERSIONS[flags.what][1](flags)
+
+
+# compact
+
+
+def declare_compact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run that trained the model")
+    parser.add_argument("--out", type=Path, required=True, help="a new directory")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--format",
+        choices=("auto", "dense", "blocks"),
+        default="auto",
+        help="of the experts: whole matrices, blocks (for inference alone), or blocks where they are faster (default)",
+    )
+    parser.add_argument("--block", type=int, default=0, help="side of a block (default: that of the pattern blocks)")
+
+
+def run_compact(flags: argparse.Namespace) -> int:
+    """0, or 1 when the outputs moved too far."""
+    if flags.out.exists() and any(flags.out.iterdir()):
+        raise UserError(f"--out {flags.out} is not empty: name a new directory")
+    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+        old = read(flags.workdir, flags.step)
+        notes, new = shrunk(old, flags)
+        write(flags.workdir, flags.out, new)
+        deviation = compare(old, read(flags.out, None))
+    report(old, new, notes, flags)
+    sound = deviation <= LIMIT
+    print(
+        f"outputs on random inputs: largest deviation {deviation:.1e} of the largest output, float32 (limit {LIMIT:.0e})"
+    )
+    print(f"written: {flags.out}" if sound else f"{flags.out} does not compute the same: do not use it")
+    return 0 if sound else 1
+
+
+def read(workdir: Path, step: int | None) -> Weights:
+    cfg = generate.read_config(workdir)
+    saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    step = saves.latest() if step is None else step
+    params, router_state = jax.device_get(generate.load(cfg, workdir / "checkpoints", step, False))
+    parts = {"params": params, "router_state": router_state}
+    if cfg.optim.ema_decay:
+        parts["ema"] = jax.device_get(generate.load(cfg, workdir / "checkpoints", step, True)[0])
+    assert step is not None  # `load` refuses a run without checkpoints
+    return Weights(generate.read_raw(workdir), parts, step)
+
+
+def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]:
+    """(what was done, the model without its zeros)."""
+    moe = old.raw["model"]["moe"]
+    models = {name: tree for name, tree in old.parts.items() if name != "router_state"}
+    layers = [layer for tree in models.values() for _, layer in sparse.experts_of(tree)]
+    if moe["sparse"]["stored"]["block"] or not layers or any(set(layer) != {"w_in", "w_out"} for layer in layers):
+        raise UserError(
+            f"{flags.workdir} has no experts of two whole matrices (w_in and w_out), so there is nothing to compact"
+        )
+    raw = copy.deepcopy(old.raw)
+    block = flags.block or (moe["sparse"]["patterns"]["blocks"]["block"] if moe["sparse"]["pattern"] == "blocks" else 0)
+    hidden, note = new_width(old.raw, layers, block if flags.format != "dense" else 0)
+    notes = [note]
+    moe = raw["model"]["moe"]
+    moe["shared_experts"] = moe["shared_experts"] * moe["expert_hidden"] // hidden
+    moe["expert_hidden"], moe["sparse"]["rule"] = hidden, "none"
+    thin = {id(layer): compact.narrow(layer, hidden) for layer in layers}
+    form, note = block_format(list(thin.values()), block, flags)
+    notes += [note] if note else []
+    if form:
+        moe["sparse"]["stored"] = {"block": form.block, "w_in": form.w_in, "w_out": form.w_out}
+
+    def converted(tree: Any) -> Any:
+        done = {}
+        for path, layer in sparse.experts_of(tree):
+            new = compact.packed(thin[id(layer)], form) if form else {"experts": thin[id(layer)]}
+            done |= {(*path[:-1], part): value for part, value in new.items()}
+        return with_paths(tree, done)
+
+    parts = {name: converted(tree) if name in models else tree for name, tree in old.parts.items()}
+    return notes, Weights(raw, parts, old.step)
+
+
+def with_paths(tree: Any, values: Mapping[tuple, Any]) -> Any:
+    """Nested dicts with other values at some paths, new ones too."""
+    tree = jax.tree.map(lambda x: x, tree)
+    for path, value in values.items():
+        at = tree
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+    return tree
+
+
+def new_width(raw: Mapping[str, Any], layers: Sequence[compact.Layer], block: int) -> tuple[int, str]:
+    """(expert_hidden, why)."""
+    moe, axis = raw["model"]["moe"], max(1, raw["mesh"]["model"])
+    hidden, least = moe["expert_hidden"], compact.least_hidden(layers)
+    multiple = math.lcm(axis, block or 1)
+    width = next(compact.widths(least, hidden, multiple, moe["shared_experts"]), hidden)
+    why = f"the fullest expert of all layers has {least} living units of {hidden}"
+    why += f", a multiple of mesh.model = {axis}" if axis > 1 else ""
+    why += f", a multiple of the block {block}" if block else ""
+    why += f", a divisor of {moe['shared_experts']} shared experts x {hidden}" if moe["shared_experts"] else ""
+    return width, f"model.moe.expert_hidden {hidden} -> {width}: {why}"
+
+
+def block_format(layers: list[compact.Layer], block: int, flags: argparse.Namespace) -> tuple[Any, str]:
+    """(compact.Blocks or None, what to tell)."""
+    if flags.format == "dense" or (flags.format == "auto" and not block):
+        return None, ""
+    if not block:
+        raise UserError("--format blocks needs the side of a block: --block 64")
+    d, f = layers[0]["w_in"].shape[1], layers[0]["w_in"].shape[3]
+    if d % block or f % block:
+        raise UserError(f"--block {block} must divide model.d_model ({d}) and the experts' hidden width ({f})")
+    form = compact.blocks(layers, block)
+    text = f"blocks of {block} x {block}: the fullest columns have {form.w_in} and {form.w_out}, {form.share:.0%} of the matrices"
+    if flags.format == "auto" and form.share > compact.PAYS:
+        return None, f"{text}; whole matrices are as fast from {compact.PAYS:.0%} on, so they stay"
+    return form, f"{text}; stored so, for inference alone"
+
+
+def write(workdir: Path, out: Path, new: Weights) -> None:
+    """The new checkpoint, its config, and whatever the run keeps for decoding (tokenizer, names of labels)."""
+    out.mkdir(parents=True, exist_ok=True)
+    saves = checkpoint.Checkpoints(out / "checkpoints", every=0, keep=1, keep_best=0)
+    arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(new.step), **new.parts})
+    saves.save(new.step, arrays, metadata={"config": new.raw}, score=None, stacked=False)
+    saves.close()
+    (out / "config.json").write_text(json.dumps(new.raw, indent=1) + "\n", encoding="utf-8")
+    if (workdir / "tokenizer").is_dir():
+        shutil.copytree(workdir / "tokenizer", out / "tokenizer")
+    for name in KEPT:
+        if (workdir / name).is_file():
+            shutil.copy2(workdir / name, out / name)
+
+
+def compare(old: Weights, new: Weights) -> float:
+    """The largest |difference| of outputs over the largest |output|, on random inputs of the task, in float32."""
+    outputs = [forward(weights) for weights in (old, new)]
+    far = lambda a, b: float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
+    return max(far(a, b) for a, b in zip(*map(jax.tree.leaves, outputs), strict=True))
+
+
+def forward(weights: Weights) -> Any:
+    raw = copy.deepcopy(weights.raw)
+    raw["model"] |= {"scan": False, "dtype": "float32", "param_dtype": "float32"}
+    raw |= {"mesh": {"data": 1, "expert": 1, "model": 1}, "simulate_devices": 0}
+    raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
+    raw["eval"] |= {"batch_size": ROWS}
+    raw["model"]["moe"]["group_rows"] = 1
+    cfg = config.build(raw, 1)
+    task, model = TASKS[cfg.task], state.make_model(cfg.model)
+    batch = place.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(ROWS), ROWS, task.inputs)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    on_mesh = lambda x, like: jax.device_put(x.astype(like.dtype), flat.placement(like))
+    parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)
+    run = lambda params, state: task.losses(model.bind(params, state), batch, jax.random.key(0), False).outputs
+    return jax.device_get(jax.jit(run)(*parts))
+
+
+def report(old: Weights, new: Weights, notes: list[str], flags: argparse.Namespace) -> None:
+    for note in notes:
+        print(note)
+    counts = [sum(x.size for x in jax.tree.leaves(w.parts["params"])) for w in (old, new)]
+    kept, every = compact.nonzero(layer for _, layer in sparse.experts_of(old.parts["params"]))
+    print(f"experts: {kept:,} of {every:,} weights were not zero ({kept / every:.1%})")
+    print(f"parameters: {counts[0]:,} -> {counts[1]:,} ({counts[1] / counts[0]:.1%})")
+    sizes = [bytes_of(path, w.step) for path, w in ((flags.workdir, old), (flags.out, new))]
+    print(f"checkpoint on disk, optimizer included before: {sizes[0]:,} -> {sizes[1]:,} bytes")
+
+
+def bytes_of(workdir: Path, step: int) -> int:
+    saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    return sum(file.stat().st_size for file in Path(saves.path(step)).rglob("*") if file.is_file())
+
+
+ROWS = 8  # of the random inputs
+KEPT = ("labels.json", "items.json")  # what a run keeps beside its tokenizer (data/examples.py)
+CONVERSIONS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "compact": (declare_compact, run_compact),
+}
