@@ -21,7 +21,7 @@ def get_config(arg="encdec"):
     c = base.get_config()
     c.task = "translation_prefix" if arg == "prefix" else "translation"
     c.tasks[c.task].dataset = DATASETS[arg]
-    c.model.vocab_size = 8192
+    c.model.vocab_size = c.tasks[c.task].vocab_size = 4096
     c.data.seq_len = 128 if arg == "prefix" else 64
     c.model.repeats = 2
     if arg == "prefix":
@@ -31,9 +31,8 @@ def get_config(arg="encdec"):
         c.model.kinds.encdec.encoder_repeats = 2
     c.model.d_model = 128
     c.model.tie_embeddings = True
-    c.model.dropout = 0.1
     c.model.moe.expert_hidden = 192
-    c.train.steps = 2000
+    c.train.steps = 1800
     c.train.batch_size = 32
     c.optim.optimizer = "muon"
     c.optim.learning_rate = 4e-3

@@ -121,13 +121,18 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
         return None
     found = json.loads(path.read_text())
     old, _ = checkpoint.fill(found["config"], defaults, config.RESUME_MAY_CHANGE)
-    try:
-        checkpoint.compare_configs(old, raw, config.RESUME_MAY_CHANGE)
-    except UserError as error:
+    if config.build(old, 1) != config.build(raw, 1):  # options of what is not chosen may differ: they do nothing
+        keys = (key for key in sorted(flat(old).keys() | flat(raw).keys()) if flat(old).get(key) != flat(raw).get(key))
         raise UserError(
-            f"{path} is the result of another config ({error}): give another --out, or remove {workdir}"
-        ) from None
+            f"{path} is the result of another config (another {', '.join(keys)}): give another --out, or remove {workdir}"
+        )
     return found["figures"]
+
+
+def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested config by dotted keys."""
+    parts = [flat(v, f"{path}{k}.") if isinstance(v, Mapping) else {path + k: v} for k, v in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) -> Figures:

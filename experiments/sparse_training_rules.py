@@ -80,7 +80,9 @@ def training_flops(cfg: config.Config, curve: Sequence[tuple[int, float]]) -> fl
     parts, options = flops.forward_per_token(cfg.model, cfg.data.seq_len), cfg.model.moe.sparse.rule_options
     rule, rest = cfg.model.moe.sparse.rule, 3 * (parts.total - parts.experts)
     tokens, total, before = cfg.train.batch_size * cfg.data.seq_len, 0.0, 0
+    most = max(density for _, density in curve) if rule in ("static", "set", "rigl") else 0.0
     for step, density in curve:  # of the steps since the last one
+        density = max(density, most)  # weights that have just come are zero, and alive
         moving = {"threshold": 1.0, "rigl": density + (1 - density) / options.get("every", 1)}.get(rule, density)
         if rule == "rigl" and step > options["end"] * cfg.train.steps:
             moving = density
@@ -131,11 +133,12 @@ CELLS = {
 SIXTEENTH = 0.0625
 # Runs of sparsity_vs_quality.py that belong into the picture: (cell, its rival of as many weights).
 OTHERS = {
-    "moe": {},
+    "moe": {},  # dense experts
     "narrow_1_16": narrow(SIXTEENTH),
     "rigl_1_16": sparse("rigl", SIXTEENTH),
     "magnitude_flops_1_16": sparse("magnitude", SIXTEENTH, magnitude_steps(SIXTEENTH)),
 }
+WIDE = flops.parameters(built(OTHERS["moe"]).model).experts
 
 
 def reference(cell: str) -> str:
@@ -152,16 +155,25 @@ def figures(results: run.Results) -> run.Results:
     return results
 
 
+def fraction(results: run.Results, cell: str) -> float:
+    """The experts' weights that are not zero, of those of dense experts of width HIDDEN."""
+    return run.mean(results, cell, "expert parameters") * run.mean(results, cell, "density") / WIDE
+
+
+def against(results: run.Results, cell: str, other: str) -> str:
+    comparable = cell.endswith("_1_16") == other.endswith("_1_16") and cell not in ("moe", other)
+    return str(run.paired(results, cell, other, "bits_per_byte")) if comparable and other in results else ""
+
+
 def rows(results: run.Results) -> dict[str, dict[str, Any]]:
     made = {}
     for cell in results:
-        rival, mean = reference(cell), lambda name, cell=cell: run.mean(results, cell, name)
-        same = cell == rival or cell == "moe" or rival not in results
-        wide = built(OTHERS["moe"])
+        mean = lambda name, cell=cell: run.mean(results, cell, name)
         made[cell] = {
             "bits per byte": f"{mean('bits_per_byte'):.4f}",
-            "minus narrow (95 %)": "" if same else run.paired(results, cell, rival, "bits_per_byte"),
-            "weights of experts": f"{mean('expert parameters') * mean('density') / flops.parameters(wide.model).experts:.3f}",
+            "minus narrow (95 %)": against(results, cell, reference(cell)),
+            "minus static (95 %)": against(results, cell, "static_1_4"),
+            "weights of experts": f"{fraction(results, cell):.3f}",
             "TFLOP of training": f"{mean('training flops') / 1e12:.3f}",
             "steps": f"{mean('steps'):.0f}",
             "epochs": f"{mean('epochs'):.2f}",
@@ -179,20 +191,20 @@ def draw(results: run.Results) -> Any:
         colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(kind(cell) for cell in results))}
         for cell, runs in results.items():
             bits = run.interval([found["bits_per_byte"] for found in runs.values()])
-            weights = [found["expert parameters"] * found["density"] for found in runs.values()]
-            where = {left: sum(weights) / len(weights) / 1e6, middle: run.mean(results, cell, "training flops") / 1e12}
+            number = list(colours).index(kind(cell))
+            beside = 1.03 ** (number - len(colours) / 2)  # what has as many weights would hide each other
+            where = {left: fraction(results, cell) * beside, middle: run.mean(results, cell, "training flops") / 1e12}
             for axes, x in where.items():
                 new = kind(cell) not in axes.get_legend_handles_labels()[1]
                 style = {"color": colours[kind(cell)], "label": kind(cell) if new else None}
                 axes.errorbar(x, bits.mean, bits.half, marker="o", capsize=3, **style)
-        left.set(
-            xscale="log",
-            xlabel="non-zero expert weights (millions)",
-            ylabel="held-out bits per byte (mean of seeds, 95 %)",
-        )
+        left.set(xscale="log", ylabel="held-out bits per byte (mean of seeds, 95 %)")
+        left.set(xlabel="non-zero weights of the experts (moved apart a little)")
+        left.set_xticks([1 / 16, 1 / 4, 1], ["1/16", "1/4", "1"])
+        left.minorticks_off()
         middle.set(xlabel="training TFLOP, zeros counted as nothing")
-        left.legend(fontsize=7)
-        compared = [c for c in results if c not in ("moe", reference(c)) and reference(c) in results]
+        middle.legend(fontsize=7, ncols=2)
+        compared = [cell for cell in results if against(results, cell, reference(cell))]
         for y, cell in enumerate(reversed(compared)):
             gap = run.paired(results, cell, reference(cell), "bits_per_byte")
             right.errorbar(gap.mean, y, xerr=gap.half, marker="o", capsize=3, color=colours[kind(cell)])
