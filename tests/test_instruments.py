@@ -11,12 +11,12 @@ import models
 import numpy as np
 import pytest
 
-from moe_jax import train
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, interference, knockout, precision, record, replay
 from moe_jax.moe import probe
 from moe_jax.moe.routing.contract import Routing, Slots, Tokens
 from moe_jax.state import State, make_loss, make_model
+from moe_jax.tasks import lm
 
 DATA = {
     "model.vocab_size": 256,
@@ -43,7 +43,7 @@ def weights(cfg):
 def probed(shape=(1, 1, 1), changes=None, num_batches=1):
     """A model on held-out batches; called with the mesh set."""
     cfg = models.build(shape, DATA | (changes or {}))
-    return held_out.open_run(cfg, train.open_data(cfg), *weights(cfg), num_batches)
+    return held_out.open_run(cfg, lm.open_data(cfg), *weights(cfg), num_batches)
 
 
 def first_state(run):
