@@ -2,6 +2,7 @@
 
     python experiments/routers.py --out runs/routers            # all of them, about three minutes each on two CPU cores
     python experiments/routers.py --out runs/routers top_k relu # some; what is already there is not run again
+    python experiments/routers.py --speed                       # times their training steps in turn, beside top_k's
 
 Every router trains configs/quickstart.py for the same 500 steps, seed and data, changed by DELTAS. Reported: held-out bits per byte
 (mean over domains; router as at evaluation), MaxVio of the batch (mean over layers and the last 100 steps) and over the whole held-out
@@ -40,15 +41,27 @@ DELTAS = {
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/routers"))
+    parser.add_argument("--speed", action="store_true", help="times steps instead of training")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("routers", nargs="*", default=list(DELTAS))
     args = parser.parse_args(argv)
+    if args.speed:
+        return speed(args.routers)
     for router in args.routers:
         if not (args.out / router / "routing.png").exists():  # written last
             train(router, args.out / router, args.steps)
     print(table({router: results(args.out / router) for router in args.routers if (args.out / router).exists()}))
     return 0
+
+
+def speed(routers: list[str]) -> int:
+    variants = []
+    for router in dict.fromkeys(["top_k", *routers]):
+        keys = {"model.moe.router": router} | DELTAS[router]
+        variants += ["--variant", f"{router}:" + ";".join(f"{key}={value}" for key, value in keys.items())]
+    command = [sys.executable, "-m", "moe_jax", "bench", "--config", "configs/quickstart.py", "--rounds", "15"]
+    return subprocess.run(command + variants).returncode
 
 
 def train(router: str, workdir: Path, steps: int) -> None:
