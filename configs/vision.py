@@ -10,7 +10,7 @@ dataset-fashion-mnist). The end shows logistic regression and nearest neighbours
 from configs import base
 
 # Of each set: side of a patch, number of patches, copies of each image, steps, rows of a step, every n-th image held out.
-SETS = {"digits": (2, 16, 8, 900, 64, 5), "fashion_mnist": (4, 49, 2, 1500, 64, 5)}
+SETS = {"digits": (2, 16, 8, 900, 64, 5), "fashion_mnist": (4, 49, 3, 3600, 64, 5)}
 
 
 def get_config(arg="digits"):
@@ -40,6 +40,7 @@ def get_config(arg="digits"):
     c.optim.optimizer = "muon"
     c.optim.learning_rate = 4e-3
     c.optim.warmup_steps = 50
+    c.optim.ema_decay = 0.99
     c.eval.every = steps // 3
     c.eval.batch_size = 256
     c.eval.sample_tokens = 0
