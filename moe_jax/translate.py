@@ -89,7 +89,7 @@ def _begin_encdec(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, 
         return model.cached(_one_token(source, id_B, position_B, live_B, max_tokens), caches, memories)
 
     zero_B = jnp.zeros(source.row_B.shape, jnp.int32)
-    return forward, empty_caches(decoder_config(cfg), *zero_B.shape, max_tokens), zero_B + boundary_id, zero_B
+    return forward, empty_caches(decoder_config(cfg), zero_B.shape[0], max_tokens), zero_B + boundary_id, zero_B
 
 
 def _begin_decoder(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int):

@@ -49,7 +49,7 @@ class Context(NamedTuple):
     batch: Batch
     rng: jax.Array
     index: jax.Array  # of the block: each folds it into its key
-    source: Source | Memory | tuple = ()  # for cross-attention; Memory = already keys and values of this block
+    source: Any = ()  # for cross-attention: a Source, or a Memory, the keys and values that this block already made of it
 
 
 class Look(NamedTuple):

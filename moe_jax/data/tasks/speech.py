@@ -172,7 +172,7 @@ def changed_copy(recording: Recording, tempo: float, noise: float, random: np.ra
 
     wave = recording.wave
     length = max(1, round(len(wave) / random.uniform(1 - tempo, 1 + tempo)))
-    wave = resample(wave, length).astype(np.float32)
+    wave = np.asarray(resample(wave, length), np.float32)
     level = random.uniform(0, noise) * np.sqrt(np.mean(wave**2))
     return recording._replace(wave=wave + level.astype(np.float32) * random.standard_normal(length, np.float32))
 
