@@ -15,7 +15,7 @@ from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
 from moe_jax.moe.grouped_matmul import expert_ffn
 from moe_jax.moe.layer import Shape
-from moe_jax.tasks import contract, lm
+from moe_jax.tasks import TASKS, contract, lm
 
 DROPLESS = {"model.moe.dispatcher": "dropless", "model.moe.dispatchers.capacity.factor": 1.25}
 E = 8
@@ -99,13 +99,11 @@ def padding_routed(patch):
 
 
 def padding_in_loss(patch):
-    right = lm._apply
-
     def wrong(*args):
-        logits, nll, valid, sums = right(*args)
-        return logits, nll, jnp.ones_like(valid), sums
+        found = lm.losses(*args)
+        return found._replace(weight=jnp.ones_like(found.weight))
 
-    patch.setattr(lm, "_apply", wrong)
+    patch.setitem(TASKS, "lm", lm.TASK._replace(losses=wrong))
 
 
 def random_per_device(patch):
@@ -194,7 +192,7 @@ MUTATIONS: dict[str, Mutation] = {
     "mean of micro-batch losses": Mutation(plain_accumulation, "forward", "layout", {}),
     "padding routed": Mutation(padding_routed, "padding changes nothing, gradients included", "alone", {}),
     "padding in the loss": Mutation(
-        padding_in_loss, "the loss is the mean over tokens that are not padding", "alone", {}
+        padding_in_loss, "the loss is the mean over predictions that are not padding", "alone", {}
     ),
     "k-major order": Mutation(k_major, "later tokens change no earlier loss", "alone", {}),
     "combined with the wrong gate": Mutation(
