@@ -195,9 +195,8 @@ def publish(
     pictures: Path | None,
 ) -> None:
     """Writes and shows an evaluation; `pictures`: where the picture of the routing goes, at the end of a run."""
-    writer.write(
-        step, {f"eval/{name}": value for name, value in result.items() if np.ndim(value) == 0 and name != "moe"}
-    )
+    # Numbers alone: a translation's figures have the signature of its BLEU among them.
+    writer.write(step, {f"eval/{name}": value for name, value in result.items() if isinstance(value, int | float)})
     progress.message(f"step {step}: {task.headline(result)}")
     if sample:
         writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))

@@ -25,7 +25,6 @@ SMALL = {
     "eval.every": 0,
     "eval.batch_size": 8,
     "eval.sample_tokens": 0,
-    "log.tensorboard": False,
     "optim.warmup_steps": 1,
     "data.heldout_every": 3,
 }
