@@ -69,7 +69,7 @@ def run(case, dispatcher, shape, gradient=False):
         graph, abstract, abstract_state = nnx.eval_shape(split, jax.random.key(0))
         put = lambda z: meshes.put(rows(z), "batch")
         seen = (put(z) for z in (given.id_T, given.position_T, given.segment_T))
-        batch = Batch(*seen, meshes.put(given.row_T[::S], "batch"), jax.tree.map(put, given.recorded))
+        batch = Batch(*seen, meshes.put(given.row_T[::S], "batch"), recorded=jax.tree.map(put, given.recorded))
         placed = lambda like, values: jax.tree.map(
             lambda z, leaf: jax.device_put(z, jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)),
             values,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from configs import base
 from moe_jax import sample, state, translate
 from moe_jax.config import Options
-from moe_jax.models import MODELS, article, encoder, mmoe, router_states
+from moe_jax.models import MODELS, article, encoder, kinds, mmoe, router_states
 from moe_jax.moe import causality, load, losses
 from moe_jax.moe.layer import Batch
 
@@ -285,11 +286,13 @@ def test_router_states_are_those_of_the_encoder_then_of_the_decoder(float64):
     for scan in (False, True):
         cfg = dataclasses.replace(CASES["encdec"](), scan=scan)
         cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, router="sigmoid", router_options=sigmoid))
-        run = Run(cfg)
-        stacked = router_states.stack(run.router_state, cfg)
+        with jax.set_mesh(meshes.make(*ONE)):
+            abstract = jax.eval_shape(state.make_model(cfg).init, jax.random.key(0))[1]
+        states = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), abstract)
+        stacked = router_states.stack(states, cfg)
         assert stacked["bias"].shape == (cfg.num_moe_layers, 8) == (3, 8)
         marked = {"bias": jnp.arange(3.0)[:, None] + jnp.zeros((3, 8))}
-        new = router_states.unstack(run.router_state, marked, cfg)
+        new = router_states.unstack(states, marked, cfg)
         loop = translate.unstacked(new, cfg) if scan else new
         bias = lambda part, i: float(part["repeats"][i]["blocks"][0]["moe"]["state"]["bias"][0])
         assert [bias(loop["encoder"], 0), bias(loop["encoder"], 1), bias(loop, 0)] == [0, 1, 2]
@@ -375,6 +378,41 @@ def test_every_kind_has_options_and_a_model():
     assert set(MODELS) == set(base.get_config().model.kinds)
     assert {kind for _, kind in [(n, c().kind) for n, c in CASES.items()]} == set(MODELS)
     assert article.AGGREGATES == ("sum", "mean", "gated")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("encoder", {"pool": "median"}, 'pool = "median" is not known: choose one of sum, mean, max, first'),
+        ("encoder", {"attention": "none"}, 'attention = "none" is not known: choose one of full, causal'),
+        ("encoder", {"num_classes": 1}, "num_classes = 1 must be at least 2"),
+        ("encoder", {"learned_positions": 7}, r"learned_positions \(7\) must be at least data.seq_len \(8\), or 0"),
+        ("encoder", {"head_dropout": 1.0}, "head_dropout = 1.0 must be at least 0 and below 1"),
+        ("encdec", {"encoder_repeats": 0}, "needs a block in both"),
+        ("encdec", {"encoder_prefix": ("sparse",)}, 'encoder_prefix = "sparse" is not known: choose one of dense, moe'),
+        ("mmoe", {"items": (3, 0)}, r"items = \(3, 0\) must give every task at least one item"),
+        ("mmoe", {"items": (3, 4)}, r"num_gates \(3\) must be the number of tasks: .*items \(3, 4\) are 2"),
+        ("article", {"num_experts": 0}, "num_experts = 0 must be at least 1"),
+        ("article", {"num_classes": 2, "window": 7}, r"window \(7\) must be at least data.seq_len \(8\)"),
+        ("article", {"aggregate": "max"}, 'aggregate = "max" is not known: choose one of sum, mean, gated'),
+    ],
+)
+def test_bad_options_are_refused_by_name(kind, options, message):
+    whole = dataclasses.replace(models.build(), model=config(kind, options, None, MULTI if kind == "mmoe" else None))
+    found = next(kinds.refusals(whole))
+    assert re.search(message, found) and found.startswith(("model.", "an encoder-decoder"))
+
+
+@every
+def test_good_options_are_not_refused(name):
+    whole = models.build()
+    whole = dataclasses.replace(whole, model=CASES[name](), data=dataclasses.replace(whole.data, seq_len=S))
+    assert not list(kinds.refusals(whole))
+
+
+def test_experts_of_the_article_are_split_over_the_expert_axis():
+    cfg = dataclasses.replace(models.build((1, 2, 1)), model=config("article", {"num_experts": 5}))
+    assert "num_experts (5) must be divisible by mesh.expert (2)" in next(kinds.refusals(cfg))
 
 
 def test_only_what_predicts_is_causal():

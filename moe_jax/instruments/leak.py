@@ -83,7 +83,7 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
         expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options["k"]].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
     row_B = np.arange(num, dtype=np.int32)
-    return Batch(id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, recorded)
+    return Batch(id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, recorded=recorded)
 
 
 def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
