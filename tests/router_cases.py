@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
+from moe_jax.compiling import QUICK
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Tokens
 
@@ -125,4 +126,4 @@ def by_group(listed, devices=1, group_tokens=GROUP_ROWS * S, num_experts=E):
 
 def compiled(function):
     """jit with the backend's optimiser off: tiny programs that run a few times are all compilation."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(function, compiler_options=QUICK)

@@ -19,6 +19,7 @@ import pytest
 from moe_jax import train
 from moe_jax.checkpoint import Checkpoints, flat
 from moe_jax.commands import generate
+from moe_jax.compiling import QUICK, as_flags
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
 from moe_jax.state import initial, make_model
@@ -50,7 +51,7 @@ SMALL = {
 
 # Subprocesses: compiled in half the time, and one device needs no more threads than cores.
 FAST = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-FAST |= {"PYTHON": sys.executable, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"}
+FAST |= {"PYTHON": sys.executable, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {as_flags(QUICK)}"}
 
 
 def run(workdir, changes=None, shape=(1, 1, 1)):

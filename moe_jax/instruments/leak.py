@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from moe_jax import config, mesh
+from moe_jax.compiling import QUICK
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.moe import causality
@@ -104,7 +105,7 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
         return [run(mode) for mode in MODES]
 
     # It runs a dozen times: most of the time is the compiler's, which optimising would take thrice as long.
-    run = jax.jit(forward, compiler_options={"xla_backend_optimization_level": 0})
+    run = jax.jit(forward, compiler_options=QUICK)
     put = lambda z, *names: jax.device_put(z, mesh.sharding(*names))
 
     def logits(batch: Batch) -> np.ndarray:

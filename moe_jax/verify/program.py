@@ -1,6 +1,6 @@
 """One compiled program per mesh, which tells everything that is compared: an optimizer step, its gradients, and each token's loss.
 
-Compilation is what a proof costs, so LLVM's optimisations are off (half the time); XLA's passes, which decide the collectives, are not.
+Compilation is what a proof costs, so code is generated quickly (compiling.py); XLA's passes, which decide the collectives, are a run's.
 Shapes: B rows, S sequence, L MoE layers.
 """
 
@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 
 from moe_jax import config, mesh, place, state
 from moe_jax.checkpoint import flat
+from moe_jax.compiling import QUICK
 from moe_jax.tasks import TASKS
 
-OPTIONS: Any = {"xla_backend_optimization_level": 0}
 AXES = ("data", "expert", "model")
 Shape = tuple[int, int, int]  # data x expert x model
 
@@ -56,7 +56,7 @@ class Program:
     def initial(self) -> state.State:
         with self.entered():
             key = jax.random.key(self.cfg.seed)
-            return jax.jit(self._initial).lower(key).compile(compiler_options=OPTIONS)(key)
+            return jax.jit(self._initial).lower(key).compile(compiler_options=QUICK)(key)
 
     def lower(self) -> jax.stages.Lowered:
         with self.entered():
@@ -64,7 +64,7 @@ class Program:
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
         """Any thread may make a program and call this; `lowered` is what `lower` returned, if that was called before."""
-        self.run = (lowered or self.lower()).compile(compiler_options=OPTIONS)
+        self.run = (lowered or self.lower()).compile(compiler_options=QUICK)
         return self
 
     def put(self, inputs: Any) -> Any:
