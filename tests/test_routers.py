@@ -24,14 +24,6 @@ LEARNED = [c for c, (r, _) in CASES.items() if ROUTERS[r].params(router_cases.SI
 NO_GRADIENT = {"counts", "first", "tokens", "entropy", "gate", "gate_max", "dropped"}  # of the sums, by contract
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    """Tiny programs that run once or twice are all compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 every = pytest.mark.parametrize("case", CASES)
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
 
