@@ -144,7 +144,7 @@ def test_without_flags_and_help():
 
 LAYERS = [  # lower may not import higher
     {"errors", "names", "config", "config_file", "mesh", "__init__"},
-    {"weights", "place"},
+    {"weights", "place", "compiling"},
     {"moe"},
     {"rules", "models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},
     {"sample", "translate"},
