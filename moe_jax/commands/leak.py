@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     small = leak.shrink(raw)
     own = config.build(small, 1)
-    if not own.model.num_moe_layers:
+    if not own.model.num_moe_layers and (args.all or not own.model.num_depth_blocks):
         raise UserError(
             f"{args.config} has no block with experts: model.prefix, model.period and model.suffix name none"
         )
