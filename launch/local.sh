@@ -10,6 +10,8 @@ if [ $# -lt 3 ]; then
   echo "usage: $0 PROCESSES DEVICES_PER_PROCESS --config FILE --workdir DIR [flags]" >&2
   exit 64
 fi
+MOE_JAX_COMMAND=$(printf "%q " "$0" "$@") # what to type to go on
+export MOE_JAX_COMMAND
 processes=$1 devices=$2
 shift 2
 python=${PYTHON:-python}

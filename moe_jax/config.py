@@ -134,6 +134,7 @@ class TrainConfig:
     micro_batch_size: int
     nonfinite_patience: int
     init_from: str
+    init_rename: tuple[tuple[str, str], ...]
     stop_at: int
 
     @property
@@ -304,7 +305,7 @@ def profile_range(text: str) -> tuple[int, int] | None:
     """ "10:13" -> (10, 13): trace steps 10, 11 and 12."""
     if not text:
         return None
-    first, colon, last = text.partition(":")
+    first, colon, last = str(text).partition(":")
     if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise UserError(f'profile = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13')
     return int(first), int(last)
@@ -329,6 +330,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return Options({key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     origin = typing.get_origin(hint)
     if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(
+                f"{path} = {value!r} is a {type(value).__name__}; it must be a tuple, as configs/base.py has it"
+            )
         return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
     if origin in (typing.Union, types.UnionType):
         return value

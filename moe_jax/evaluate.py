@@ -14,7 +14,7 @@ from moe_jax.models import depth
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.moe import load
 from moe_jax.place import local_rows, put
-from moe_jax.state import State, make_model
+from moe_jax.state import State, judged, make_model
 from moe_jax.tasks import TASKS, contract
 
 
@@ -36,7 +36,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         return jax.sharding.reshard(sums, P())
 
     def evaluate(state: State, num_batches: int) -> dict[str, Any]:
-        params = state.params if state.ema is None else state.ema
+        params = judged(state)
         size = cfg.eval.batch_size
         rows = local_rows(size)
         total: Any = None

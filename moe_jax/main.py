@@ -3,13 +3,19 @@
 Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after Ctrl-C.
 """
 
+import contextlib
 import json
 import re
-import shlex
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from moe_jax import shell
+
+if __name__ == "__main__":  # before jax is imported, which takes seconds; the loop of the run has a handler of its own
+    signal.signal(signal.SIGINT, shell.end)
 
 import jax
 from absl import flags
@@ -137,16 +143,16 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     from moe_jax import summary, train
     from moe_jax.stopping import NonFinite
 
-    workdir = Path(FLAGS.workdir)
-    again = "python -m moe_jax.main " + shlex.join(sys.argv[1:])
+    workdir, main = Path(FLAGS.workdir), jax.process_index() == 0
     try:
-        result = train.run(cfg, raw, defaults, workdir, STARTED)
+        with shell.held(workdir, "--workdir") if main else contextlib.nullcontext():
+            result = train.run(cfg, raw, defaults, workdir, STARTED)
     except NonFinite as e:
         print(f"stopped: {e}", file=sys.stderr)
         return 76
-    if jax.process_index() == 0 and train.interrupted(result):
-        print(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {again}")
-    elif jax.process_index() == 0:
+    if main and train.interrupted(result):
+        print(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {shell.own_command()}")
+    elif main:
         summary.show(cfg, workdir, result, time.monotonic() - STARTED)
     return 130 if result.signal == 2 else 0
 

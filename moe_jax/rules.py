@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moe_jax import bounds
 from moe_jax.config import DEPTH, Config, MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.models import kinds
@@ -11,7 +12,7 @@ from moe_jax.moe.routing import ROUTERS, relu
 
 def check(c: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
-    for rules in (_task, _model, kinds.refusals, _depth, _moe, _leak, _mesh, _batch, _train):
+    for rules in (bounds.refusals, _task, _model, kinds.refusals, _depth, _moe, _leak, _mesh, _batch, _train):
         for message in rules(c):
             raise UserError(message)
 
@@ -50,9 +51,6 @@ def _task(c: Config) -> Iterator[str]:
 
 def _model(c: Config) -> Iterator[str]:
     m = c.model
-    yield from _positive({"model.vocab_size": m.vocab_size, "model.d_model": m.d_model, "model.num_heads": m.num_heads})
-    yield from _positive({"model.num_kv_heads": m.num_kv_heads, "model.ffn_hidden": m.ffn_hidden})
-    yield from _positive({"model.repeats": m.repeats}, 0)
     for path, blocks in (("prefix", m.prefix), ("period", m.period), ("suffix", m.suffix)):
         for block in blocks:
             yield from _choice(f"model.{path}", block, ("dense", "moe", DEPTH + "dense", DEPTH + "moe"))
@@ -62,8 +60,6 @@ def _model(c: Config) -> Iterator[str]:
         yield f"model.num_heads ({m.num_heads}) must be divisible by model.num_kv_heads ({m.num_kv_heads})"
     if m.head_dim % 2:
         yield f"model.head_dim ({m.head_dim}) must be even: rotary embeddings turn pairs"
-    if not 0 <= m.dropout < 1:
-        yield f"model.dropout = {m.dropout} must be at least 0 and below 1"
     yield from _choice("model.activation", m.activation, ("swiglu", "gelu"))
     yield from _choice("model.remat", m.remat, ("none", "full", "dots", "dispatch"))
     for path, dtype in (("model.param_dtype", m.param_dtype), ("model.dtype", m.dtype)):
@@ -76,16 +72,12 @@ def _depth(c: Config) -> Iterator[str]:
         return
     if not 0 < d.capacity <= 1:
         yield f"model.depth.capacity = {d.capacity} must be above 0 and at most 1: a fraction of a sequence's tokens"
-    yield from _positive({"model.depth.loss": d.loss}, 0)
 
 
 def _moe(c: Config) -> Iterator[str]:
     e = c.model.moe
     if not c.model.num_moe_layers:
         return
-    yield from _positive({"model.moe.num_experts": e.num_experts, "model.moe.expert_hidden": e.expert_hidden})
-    yield from _positive({"model.moe.group_rows": e.group_rows})
-    yield from _positive({"model.moe.shared_experts": e.shared_experts}, 0)
     k = e.router_options.get("k", 1)
     if not 1 <= k <= e.num_experts:
         yield f"model.moe.routers.{e.router}.k ({k}) must lie between 1 and model.moe.num_experts ({e.num_experts})"
@@ -258,7 +250,6 @@ def _mesh(c: Config) -> Iterator[str]:
 def _batch(c: Config) -> Iterator[str]:
     t, mesh = c.train, c.mesh
     devices = mesh.data * mesh.expert
-    yield from _positive({"train.batch_size": t.batch_size, "eval.batch_size": c.eval.batch_size})
     if t.batch_size % t.micro_batch_size:
         yield f"train.batch_size ({t.batch_size}) must be divisible by train.micro_batch_size ({t.micro_batch_size})"
     for path, rows in (("train.micro_batch_size", t.micro_batch_size), ("eval.batch_size", c.eval.batch_size)):
@@ -272,15 +263,13 @@ def _batch(c: Config) -> Iterator[str]:
 
 
 def _train(c: Config) -> Iterator[str]:
-    yield from _positive({"train.steps": c.train.steps, "data.seq_len": c.data.seq_len, "log.every": c.log.every})
-    yield from _positive({"checkpoint.keep": c.checkpoint.keep, "log.histogram_every": c.log.histogram_every})
-    yield from _positive({"eval.every": c.eval.every, "checkpoint.every": c.checkpoint.every}, 0)
-    yield from _positive({"log.interference_every": c.log.interference_every, "record.rows": c.record.rows}, 0)
-    yield from _positive({"train.nonfinite_patience": c.train.nonfinite_patience, "train.stop_at": c.train.stop_at}, 0)
-    yield from _positive({"data.heldout_every": c.data.heldout_every}, 2)
-    yield from _positive({"data.prefetch": c.data.prefetch})
     if c.optim.warmup_steps > c.train.steps:
         yield f"optim.warmup_steps ({c.optim.warmup_steps}) must not exceed train.steps ({c.train.steps})"
+    if c.profile and c.profile[0] >= c.train.steps:
+        yield f"profile = {c.profile[0]}:{c.profile[1]} begins after the last step (train.steps = {c.train.steps}): nothing would be traced"
+    for pair in c.train.init_rename:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+            yield f'train.init_rename: {pair!r} is no pair of names, as in (("repeats/0", "prefix/0"),)'
+    if c.train.init_rename and not c.train.init_from:
+        yield "train.init_rename renames what train.init_from loads, and that is empty: name a run, or leave it alone"
     yield from _choice("optim.decay_mask", c.optim.decay_mask, ("matrices", "all", "none"))
-    if not c.data.sources:
-        yield 'data.sources is empty: name at least one, as in (("embedded", 1.0),)'

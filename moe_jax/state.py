@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "State",
     "initial",
+    "judged",
     "make_loss",
     "make_model",
     "make_step",
@@ -42,9 +43,16 @@ class State(NamedTuple):
     params: dict[str, Any]
     router_state: dict[str, Any]
     opt_state: Any
-    ema: Any  # like params, or None
+    ema: Any  # like params, in at least float32; or None
     skipped: jax.Array  # steps in a row whose loss or gradient was not finite
     masks: Any = ()  # what a rule of sparse experts keeps (moe/sparse); () = no rule
+
+
+def judged(state: State) -> dict[str, Any]:
+    """The parameters that are evaluated and sampled: their moving average where there is one, in the dtype of the parameters."""
+    if state.ema is None:
+        return state.params
+    return jax.tree.map(lambda e, x: e.astype(x.dtype), state.ema, state.params)
 
 
 def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
@@ -58,7 +66,7 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
         params, router_state = model.init(key)
         params, masks = sparse.begin(cfg.model.moe.sparse, params, stacked=cfg.model.scan)
         opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
-        ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay else None
+        ema = optim.begin_ema(params) if cfg.optim.ema_decay else None
         return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks)
 
     return init
@@ -138,6 +146,7 @@ def make_step(
             ema = optim.update_ema(state.ema, params, cfg.optim.ema_decay) if state.ema is not None else None
             if ema is not None and zeros.rule != "none":
                 ema = sparse.mask(ema, sparse.alive(zeros, params, masks))
+            ema = keep(ema, state.ema)
             router_state = keep(update_routers(cfg, state.router_state, totals["moe"]), state.router_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         new = State(state.step + 1, params, router_state, kept, ema, skipped, masks)

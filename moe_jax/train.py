@@ -24,7 +24,7 @@ from moe_jax.models.decoder import why_not_decoded
 from moe_jax.moe import sparse
 from moe_jax.progress import Progress
 from moe_jax.sample import Settings, make_sampler
-from moe_jax.state import State, initial, make_model, make_step, make_tx, parameter_names
+from moe_jax.state import State, initial, judged, make_model, make_step, make_tx, parameter_names
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Task, Trained
 
@@ -105,14 +105,12 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     def evaluate_now(state: State, final: bool) -> tuple[dict[str, Any], str]:
         result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
         if final:
-            params = state.params if state.ema is None else state.ema
-            result |= task.finish(cfg, Trained(model.bind, params, state.router_state), data, workdir)
+            result |= task.finish(cfg, Trained(model.bind, judged(state), state.router_state), data, workdir)
         text = ""
         if sampler:
             settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
-            params = state.params if state.ema is None else state.ema
             prompt = cfg.eval.sample_prompt
-            text = prompt + sampler(params, state.router_state, [prompt], settings)[0]
+            text = prompt + sampler(judged(state), state.router_state, [prompt], settings)[0]
         if main:
             publish(task, int(state.step), result, text, data, writer, progress, workdir if final else None)
         return result, text
@@ -230,7 +228,7 @@ def begin(
         return state, []
     source = Path(cfg.train.init_from) / "checkpoints"
     params, report = checkpoint.load_params(
-        source, state.params, stacked=cfg.model.scan, rename={}, part="params", step=None
+        source, state.params, stacked=cfg.model.scan, rename=dict(cfg.train.init_rename), part="params", step=None
     )
     notes = [f"parameters from step {report.step} of {source}: {len(report.loaded)} loaded"]
     notes += [f"  loaded   {name}" for name in report.loaded]
@@ -238,7 +236,7 @@ def begin(
     notes += [f"  left     {name}: {reason}" for name, reason in report.left]
     zeros = cfg.model.moe.sparse
     params, masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))(params)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    ema = None if state.ema is None else optim.begin_ema(params)
     return state._replace(params=params, ema=ema, masks=masks), notes
 
 

@@ -65,6 +65,22 @@ def refused(changes, shape=(1, 1, 1)):
         ({"mesh.expert": -1, "mesh.data": -1}, (1, 1, 1), "mesh.data and mesh.expert are both -1"),
         ({"mesh.data": 3}, (1, 1, 1), "does not make 1 devices"),
         ({"model.repeats": 0}, (1, 1, 1), "make no block at all"),
+        ({"optim.clip_norm": -1.0}, (1, 1, 1), "optim.clip_norm = -1.0 must be at least 0"),
+        ({"optim.ema_decay": 1.5}, (1, 1, 1), "optim.ema_decay = 1.5 must be at least 0 and below 1"),
+        ({"optim.optimizers.adamw.b1": 1.5}, (1, 1, 1), "optim.optimizers.adamw.b1 = 1.5 must be at least 0 and below"),
+        ({"model.rope_theta": 0.0}, (1, 1, 1), "model.rope_theta = 0.0 must be above 0"),
+        ({"optim.learning_rate": float("nan")}, (1, 1, 1), "optim.learning_rate = nan must be at least 0"),
+        ({"train.micro_batch_size": -8}, (1, 1, 1), "train.micro_batch_size = -8 must be at least 1"),
+        ({"eval.batches": -1}, (1, 1, 1), "eval.batches = -1 must be at least 0"),
+        ({"seed": -1}, (1, 1, 1), "seed = -1 must be at least 0"),
+        ({"data.sources": (("embedded", -1.0),)}, (1, 1, 1), "the weight of 'embedded' (-1.0) must be a number above"),
+        (
+            {"data.sources": ("embedded", 1.0)},
+            (1, 1, 1),
+            "has 'embedded' in it: write pairs of a source and its weight",
+        ),
+        ({"profile": "100:103"}, (1, 1, 1), "profile = 100:103 begins after the last step (train.steps = 100)"),
+        ({"train.init_rename": (("a", "b"),)}, (1, 1, 1), "train.init_rename renames what train.init_from loads"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -143,10 +159,10 @@ def test_without_flags_and_help():
 
 
 LAYERS = [  # lower may not import higher
-    {"errors", "names", "config", "config_file", "mesh", "__init__"},
+    {"errors", "names", "shell", "config", "config_file", "mesh", "__init__"},
     {"weights", "place", "compiling"},
     {"moe"},
-    {"rules", "models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},
+    {"rules", "bounds", "models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},
     {"sample", "translate"},
     {"tasks"},
     {"state"},

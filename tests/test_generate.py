@@ -98,7 +98,7 @@ def test_a_terminal_is_shown_no_control_characters():
         (["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
         (["--top_p", "0"], "top_p = 0.0 must be above 0"),
         (["--step", "7"], "there is no checkpoint of step 7 in .*: it has 1, 2"),
-        (["--ema"], r"--ema: the run kept no moving average of its parameters \(optim.ema_decay = 0\)"),
+        (["--raw"], r"--raw: the run kept no moving average of its parameters \(optim.ema_decay = 0\)"),
     ],
 )
 def test_generate_refuses_bad_flags(workdir, flags, message):

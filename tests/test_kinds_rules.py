@@ -5,16 +5,19 @@ import re
 
 import jax
 import jax.numpy as jnp
+import meshes
 import models
 import numpy as np
 import pytest
-from kind_cases import CASES, MULTI, B, Run, S, close, config, inputs
+from kind_cases import CASES, MULTI, ONE, B, Run, S, close, config, inputs
 
 from configs import base
+from moe_jax import state
 from moe_jax.config import Options
 from moe_jax.models import MODELS, article, kinds
 from moe_jax.moe import causality
 from moe_jax.moe.layer import Batch
+from moe_jax.stopping import first_broken
 
 # The article.
 
@@ -60,6 +63,18 @@ def test_the_articles_windows_are_the_last_tokens_of_the_segment(float64, aggreg
 
 
 # Rules.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_went_wrong_first_has_a_place_in_every_model(float64, name):
+    """The head is nearest to the loss; of an encoder-decoder everything of the decoder is nearer than the encoder."""
+    with jax.set_mesh(meshes.make(*ONE)):
+        params = jax.eval_shape(state.make_model(CASES[name]()).init, jax.random.key(0))[0]
+    names = state.parameter_names(params)
+    assert "head" in first_broken(names, np.zeros(len(names)))
+    assert all(first_broken(names, np.arange(len(names)) != i) == names[i] for i in range(len(names)))
+    encoder = [n for n in names if n.startswith("encoder/")]
+    assert not encoder or not first_broken([*encoder, "ends/embed"], np.zeros(len(encoder) + 1)).startswith("encoder")
 
 
 def test_every_kind_has_options_and_a_model():

@@ -91,7 +91,7 @@ def test_tied_embeddings_and_gelu_train(float64):
 
 def test_nonfinite_gradients_change_nothing_but_the_step(float64):
     """A weight that is not finite makes the gradients so; parameters and moments stay, and the counter goes up."""
-    program = models.Program((1, 1, 1), {"model.repeats": 1, "train.nonfinite_patience": 1})
+    program = models.Program((1, 1, 1), {"model.repeats": 1, "train.nonfinite_patience": 1, "optim.ema_decay": 0.5})
     first = program.run(0)[0]
     broken = jax.tree.map(lambda x: x, first.params)
     broken["repeats"][0]["blocks"][0]["moe"]["experts"]["w_out"] *= np.nan
@@ -103,4 +103,5 @@ def test_nonfinite_gradients_change_nothing_but_the_step(float64):
         )
         assert all((np.asarray(m) == 0).all() for m in moments)
     np.testing.assert_array_equal(now.params["ends"]["embed"], first.params["ends"]["embed"])
+    jax.tree.map(np.testing.assert_array_equal, now.ema, first.ema)
     assert now.opt_state["rate"] != first.opt_state["rate"]

@@ -304,6 +304,14 @@ def test_clip_by_global_norm():
     assert [float(updates["a"][0]), float(updates["b"][0])] == pytest.approx([-0.6, -0.8])
 
 
+def test_the_moving_average_of_bfloat16_parameters_moves():
+    """1 + 1/256 is 1 in bfloat16, so an average kept in it never leaves its beginning: 1 - 0.999^1000 = 0.632 of the way is due."""
+    ema, target = optim.begin_ema({"w": jnp.ones(2, jnp.bfloat16)}), {"w": jnp.full(2, 2.0, jnp.bfloat16)}
+    ema = jax.lax.fori_loop(0, 1000, lambda _, e: optim.update_ema(e, target, 0.999), ema)
+    assert ema["w"].dtype == jnp.float32
+    np.testing.assert_allclose(ema["w"], 2 - 0.999**1000, rtol=1e-4)
+
+
 def test_update_ema():
     ema = optim.update_ema({"w": jnp.full(2, 1.0)}, {"w": jnp.full(2, 3.0)}, 0.75)
     np.testing.assert_allclose(ema["w"], 0.75 * 1.0 + 0.25 * 3.0)

@@ -50,7 +50,7 @@ def load_params(
     if not plan:
         raise UserError(
             f"train.init_from: no parameter of {path} matches one of this model. It has {_some(sources)}; this model "
-            f"has {_some(wanted)}. Map old prefixes of names to new ones with `rename`"
+            f"has {_some(wanted)}. Map old prefixes of names to new ones with train.init_rename"
         )
     loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked)
     renamed = [(sources[n].removeprefix(part + "/"), n) for names in plan.values() for n in names]

@@ -5,6 +5,7 @@ Uses one device, whatever mesh the model was trained on. The text goes to standa
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], help="text to stop before; may be repeated")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the parameters")
+    parser.add_argument(
+        "--raw", action="store_true", help="the parameters themselves, not their moving average (optim.ema_decay)"
+    )
     parser.add_argument(
         "--no_stream", action="store_true", help="print a text when all are finished, not as it is made"
     )
@@ -50,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, also when the reader of the output goes away; 130 when interrupted."""
     flags = parse(argv)
+    logging.basicConfig(format="\n%(message)s", level=logging.WARNING)  # such as of a prompt that is too long
     settings = Settings(
         flags.max_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed, tuple(map(printable, flags.stop))
     )
@@ -68,7 +72,12 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
     cfg = read_config(flags.workdir)
     tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
-        params, router_state = load(cfg, flags.workdir / "checkpoints", flags.step, flags.ema)
+        averaged = bool(cfg.optim.ema_decay)  # what evaluation and the samples of training use
+        if flags.raw and not averaged:
+            raise UserError(
+                "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave the flag out"
+            )
+        params, router_state = load(cfg, flags.workdir / "checkpoints", flags.step, averaged and not flags.raw)
         sampler = make_sampler(cfg.model, tokenizer, cfg.data.seq_len)
         show = Printer(prompts, sys.stdout)
         texts = sampler(params, router_state, prompts, settings, None if flags.no_stream else show)
@@ -127,9 +136,7 @@ def read_config(workdir: Path) -> Config:
 
 
 def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any, Any]:
-    """(params, router state) of a checkpoint. UserError when there is none, or it has no such parameters."""
-    if ema and not cfg.optim.ema_decay:
-        raise UserError("--ema: the run kept no moving average of its parameters (optim.ema_decay = 0)")
+    """(params, or their moving average; router state) of a checkpoint. UserError when there is none, or it has no such parameters."""
     checkpoints = checkpoint.Checkpoints(directory, every=0, keep=1, keep_best=0)
     if step is None:
         step = checkpoints.latest()

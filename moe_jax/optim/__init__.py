@@ -35,7 +35,7 @@ __all__ = [
     "schedule",
     "squares",
 ]
-__all__ += ["update_ema"]
+__all__ += ["begin_ema", "update_ema"]
 
 
 def squares(tree: Any) -> jax.Array:
@@ -118,9 +118,15 @@ def schedule(cfg: OptimConfig) -> Schedule:
     return _choose("optim.schedule", cfg.schedule, SCHEDULES, cfg.schedule_options)(cfg, **cfg.schedule_options)
 
 
+def begin_ema(params: Any) -> Any:
+    """The moving average before the first step. In float32 or wider: in bfloat16 steps below 1/256 of a weight would be lost."""
+    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+    return jax.tree.map(lambda x: jnp.array(x, wide(x)), params)  # a copy: both are donated
+
+
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
     """The exponential moving average after one more step: decay * ema + (1 - decay) * params, leaf by leaf."""
-    return optax.incremental_update(params, ema, 1.0 - decay)
+    return jax.tree.map(lambda e, x: decay * e + (1.0 - decay) * x.astype(e.dtype), ema, params)
 
 
 def decay_mask(which: str, leaves: Any) -> Any:
