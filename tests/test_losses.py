@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import router_cases
 
 from moe_jax.moe import load, losses
 from moe_jax.moe.routing.contract import Tokens, statistics
@@ -170,6 +171,20 @@ def test_conversions(float64, name, k):
     chosen_TK = np.argsort(-probs_TE, 1)[:, :k]
     mine = losses.LOSSES[ours](load.totals(sums_of(logits, k)))[0]
     np.testing.assert_allclose(theirs(chosen_TK, probs_TE), factor(6, k) * mine, rtol=1e-12)
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "quantile"])
+def test_the_sequence_wise_loss_counts_without_the_bias(float64, router):
+    """DeepSeek-V3's eq. 18 takes the top K of s, not of s + b; the load that the bias answers to is that of s + b."""
+    given, (params, state) = router_cases.tokens(router, padded=False), router_cases.weights(router)
+    state = state | {"bias": 0.3 * np.random.default_rng(3).normal(size=router_cases.E)}
+    score_TE = np.asarray(jax.nn.sigmoid(given.x_TD @ params["gate"]))
+    of_row = lambda z: z.reshape(router_cases.B, router_cases.S, -1)
+    want = np.mean([deepseek_v3_paper(np.argsort(-s, 1)[:, :2], s) for s in of_row(score_TE)])
+    sums = router_cases.answer(router, given, params, state)[1]
+    assert (sums["unbiased"] != sums["counts"]).any()
+    totals = load.totals({name: z[None] for name, z in sums.items()})
+    np.testing.assert_allclose(losses.sequence_balance(totals)[0], want, rtol=1e-12)
 
 
 def test_with_one_choice_switch_is_gshard_times_the_square_of_experts(float64):

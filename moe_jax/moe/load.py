@@ -24,9 +24,10 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
         return {}
     whole = {name: x.sum(1) for name, x in sums_LB.items()}
     parts = lambda sums: (sums["counts"], sums["probs"], sums["tokens"])
+    chosen = sums_LB.get("unbiased", sums_LB["counts"])  # of a router with a bias: what it would choose without
     any_valid = lambda sums: (sums["tokens"] > 0).astype(sums["tokens"].dtype)
     return whole | {
-        "sequence_balance": product(*parts(sums_LB)).sum(1),
+        "sequence_balance": product(chosen, sums_LB["probs"], sums_LB["tokens"]).sum(1),
         "sequences": any_valid(sums_LB).sum(1),
         "micro_batch_balance": product(*parts(whole)),
         "micro_batches": any_valid(whole),

@@ -41,7 +41,8 @@ def gshard(totals: Totals) -> jax.Array:
 def sequence_balance(totals: Totals) -> jax.Array:
     """DeepSeek-V3's sequence-wise loss (DeepSeek-AI 2024, arXiv:2412.19437, eq. 17-20): the mean over sequences of sum_e f_e P_e.
 
-    f_e = C / (K T) x the assignments to e of the sequence's T tokens, P_e = their mean probability: Switch's product of each sequence.
+    f_e = C / (K T) x how many of the sequence's T tokens have e among their K largest affinities, the bias left out (`unbiased`; without a
+    bias these are the assignments), P_e = their mean probability: Switch's product of each sequence.
     A sequence is a row of the batch (documents packed into one row share it); rows without a valid token count nowhere. 1 when every
     sequence is balanced in itself, at most C / K.
     """

@@ -12,7 +12,7 @@ for its sizes) or the largest ("max", DeepSeek-V2). Ties go to the lower index.
 
 The bias is router state: after every optimizer step, bias += bias_rate * sign(mean load - load), the load counted over the whole batch
 (Wang et al. 2024, arXiv:2408.15664, algorithm 1). bias_rate = 0 keeps it as it is. The probabilities that leave for a balance loss are
-s / sum(s) over all experts (eq. 18-19).
+s / sum(s) over all experts (eq. 19); the sequence-wise loss counts the k largest s *without* the bias (eq. 18), sums["unbiased"].
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from moe_jax.moe.routing.contract import (
     Routing,
     Sizes,
     Tokens,
+    per_row,
     router_logits,
     statistics,
     token_choice,
@@ -76,7 +77,14 @@ def from_scores(
     gate_TK = gate_TK * cfg.options["scale"]
     probs_TE = score_TE / (score_TE.sum(-1, keepdims=True) + 1e-20)
     sums = statistics(logits_TE, expert_TK, gate_TK, tokens, probs_TC=probs_TE)
+    sums["unbiased"] = per_row(_hits(score_TE, expert_TK.shape[1]) * tokens.valid_T[:, None], tokens)
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def _hits(score_TE: jax.Array, k: int) -> jax.Array:
+    """1 for the k largest affinities of a token, else 0."""
+    _, top_TK = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
+    return (top_TK[:, :, None] == jnp.arange(score_TE.shape[1])[None, None, :]).sum(1).astype(score_TE.dtype)
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
