@@ -206,11 +206,13 @@ def test_drops_of_each_layer_drive_its_own_weight(by_rows):
     assert sorted(by_rows[False][1].tolist()) == [2 / 3, 1.5]
 
 
-def test_the_adaptive_weight_is_checkpointed_as_router_state(float64, tmp_path):
-    """Written by a loop over layers on one device, read by a scan on eight; each layer keeps its own."""
+@pytest.mark.parametrize("router", ["noisy_top_k", "sigmoid", "quantile", "relu"])
+def test_router_state_is_checkpointed(float64, tmp_path, router):
+    """Written by a loop over layers on one device, read by a scan on eight; each layer keeps its own. Nothing is compiled."""
+    changes = ALL if router == "noisy_top_k" else {"model.moe.router": router}  # ALL: the adaptive weight
 
     def first(shape, scan):
-        program = models.Program(shape, ALL | {"model.scan": scan})
+        program = models.Program(shape, changes | {"model.scan": scan})
         with jax.set_mesh(program.mesh):
             return program, jax.eval_shape(program.init, jax.random.key(0))
 
@@ -219,15 +221,17 @@ def test_the_adaptive_weight_is_checkpointed_as_router_state(float64, tmp_path):
     saves = checkpoint.Checkpoints(tmp_path, every=1, keep=1, keep_best=0)
     with jax.set_mesh(loop.mesh):
         before = jax.tree.map(filled, abstract)
-        weights = {"balance_weight": jnp.array([0.25, 4.0])}
-        router_state = router_states.unstack(before.router_state, weights, loop.cfg.model)
+        count = lambda z: jnp.arange(1.0, z.size + 1).reshape(z.shape)
+        wanted = {n: count(z) for n, z in router_states.stack(before.router_state, loop.cfg.model).items()}
+        router_state = router_states.unstack(before.router_state, wanted, loop.cfg.model)
         saves.save(1, before._replace(router_state=router_state), metadata={}, score=None, stacked=False)
     scan, abstract = first((2, 2, 2), True)
     with jax.set_mesh(scan.mesh):
         after = saves.restore(1, abstract, stacked=True)
         found = router_states.stack(after.router_state, scan.cfg.model)
     saves.close()
-    np.testing.assert_array_equal(found["balance_weight"], [0.25, 4.0])
+    assert list(found) == [{"noisy_top_k": "balance_weight", "relu": "l1"}.get(router, "bias")]
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_same_on_every_mesh(float64, name):
 
 
 def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
-    """bias = rate x sign(mean count - count) of the whole step, with padding and packed rows."""
+    """bias = rate x sign(mean count - count) of the whole step, with padding and packed rows; on the mesh of two micro-batches."""
     changes = {
         "model.moe.router": "sigmoid",
         "model.moe.routers.sigmoid.bias_rate": 0.125,
@@ -352,8 +352,8 @@ def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
         "optim.clip_norm": 0.0,
     }
     ends = []
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        state, (row,) = models.Program(shape, changes).run(1)
+    for shape, micro in (((1, 1, 1), {}), ((2, 2, 2), {"train.micro_batch_size": 8})):
+        state, (row,) = models.Program(shape, changes | micro).run(1)
         counts = row["moe"]["counts"]
         (bias,) = jax.tree.leaves(jax.device_get(state.router_state))
         bias = bias.reshape(1, 8)
