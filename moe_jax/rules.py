@@ -17,6 +17,14 @@ def check(c: Config) -> None:
             raise UserError(message)
 
 
+def advice(c: Config) -> Iterator[str]:
+    """What a run is told at its start: allowed, and hardly ever meant."""
+    e = c.model.moe
+    pulls = [f"model.moe.losses.{name} = {e.losses[name]}" for name in losses.BALANCE if e.losses[name]]
+    if c.model.num_moe_layers and e.router == "relu" and pulls:
+        yield f"the router relu balances by its own L1 loss (ReMoE), and {' and '.join(pulls)} on top of it pulls at gates of any sum"
+
+
 def _choice(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
     if value not in allowed:
         yield f'{path} = "{value}" is not known: choose one of {", ".join(allowed)}'

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import card, checkpoint, flops, metrics, optim, place, stopping
+from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
@@ -74,7 +74,7 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     )
     metadata = {"config": raw, "data": data.fingerprint}
     state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
-    notes += [card.buffer_note(cfg)] if cfg.model.num_moe_layers else []
+    notes += [*rules.advice(cfg), *([card.buffer_note(cfg)] if cfg.model.num_moe_layers else [])]
     start = int(state.step)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
@@ -227,17 +227,28 @@ def begin(
     if not cfg.train.init_from:
         return state, []
     source = Path(cfg.train.init_from) / "checkpoints"
-    params, report = checkpoint.load_params(
-        source, state.params, stacked=cfg.model.scan, rename=dict(cfg.train.init_rename), part="params", step=None
-    )
-    notes = [f"parameters from step {report.step} of {source}: {len(report.loaded)} loaded"]
-    notes += [f"  loaded   {name}" for name in report.loaded]
-    notes += [f"  renamed  {old} -> {new}" for old, new in report.renamed]
-    notes += [f"  left     {name}: {reason}" for name, reason in report.left]
+    like = {"stacked": cfg.model.scan, "rename": dict(cfg.train.init_rename)}
+    params, report = checkpoint.load_params(source, state.params, part="params", step=None, **like)
+    notes = told("parameters", source, report)
+    router_state = state.router_state
+    if jax.tree.leaves(router_state):
+        of_routers = {"part": "router_state", "step": report.step, **like}
+        router_state, report = checkpoint.load_params(source, router_state, **of_routers)
+        notes += told("router state", source, report)
     zeros = cfg.model.moe.sparse
     params, masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))(params)
     ema = None if state.ema is None else optim.begin_ema(params)
-    return state._replace(params=params, ema=ema, masks=masks), notes
+    return state._replace(params=params, router_state=router_state, ema=ema, masks=masks), notes
+
+
+def told(what: str, source: Path, report: checkpoint.Report) -> list[str]:
+    """What was taken from another run and what was not, one line each."""
+    return [
+        f"{what} from step {report.step} of {source}: {len(report.loaded)} loaded",
+        *(f"  loaded   {name}" for name in report.loaded),
+        *(f"  renamed  {old} -> {new}" for old, new in report.renamed),
+        *(f"  left     {name}: {reason}" for name, reason in report.left),
+    ]
 
 
 def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], saves: checkpoint.Checkpoints) -> None:

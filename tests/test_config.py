@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 import pytest
 
-from moe_jax import config, mesh
+from moe_jax import config, mesh, rules
 from moe_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +86,13 @@ def refused(changes, shape=(1, 1, 1)):
 )
 def test_refusals(changes, shape, message):
     assert message in refused(changes, shape)
+
+
+def test_a_run_is_told_what_is_hardly_ever_meant():
+    relu = models.build((1, 1, 1), {"model.moe.router": "relu"})
+    assert "model.moe.losses.balance = 0.01 on top of it" in next(rules.advice(relu))
+    alone = models.build((1, 1, 1), {"model.moe.router": "relu", "model.moe.losses.balance": 0.0})
+    assert not list(rules.advice(alone)) and not list(rules.advice(models.build()))
 
 
 def test_an_option_of_what_is_not_chosen_is_refused():

@@ -21,7 +21,16 @@ from moe_jax.moe.routing import ROUTERS
 T = B * S
 ARRAYS = ("x_TD", "id_T", "position_T", "row_T", "segment_T", "valid_T")
 LEARNED = [c for c, (r, _) in CASES.items() if ROUTERS[r].params(router_cases.SIZES, router_cases.options(c))]
-NO_GRADIENT = {"counts", "unbiased", "first", "tokens", "entropy", "gate", "gate_max", "dropped"}  # of the sums, by contract
+NO_GRADIENT = {
+    "counts",
+    "unbiased",
+    "first",
+    "tokens",
+    "entropy",
+    "gate",
+    "gate_max",
+    "dropped",
+}  # of the sums, by contract
 
 
 every = pytest.mark.parametrize("case", CASES)
@@ -245,6 +254,17 @@ def test_the_layer_serves_what_was_routed(float64, case):
     want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
     np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-11)
     assert_alike(sums, want_sums, "sums")
+
+
+def test_an_expert_that_a_recording_names_twice_is_served_once_with_both_gates(float64):
+    given, (params, state) = router_cases.tokens("recorded", padded=False), router_cases.weights("recorded")
+    expert, gate = given.recorded[0].copy(), given.recorded[1]
+    expert[::2, 1] = expert[::2, 0]
+    dense, sums, _ = router_cases.answer("recorded", given._replace(recorded=(expert, gate)), params, state)
+    np.testing.assert_array_equal(dense["hits"].sum(1), np.where(np.arange(T) % 2, 2, 1))
+    close(dense["gates"].sum(1), gate.sum(1), atol=1e-12)
+    close(dense["gates"][np.arange(0, T, 2), expert[::2, 0]], gate[::2].sum(1), atol=1e-12)
+    assert sums["counts"].sum() == 1.5 * T
 
 
 @pytest.mark.full

@@ -5,7 +5,8 @@
 
 The batch carries the recording (`Tokens.recorded`: experts and gates [T, k]); the router reads it and nothing else of the batch, so it is
 causal whatever router was recorded. The matrix is there with either choice of gates, so that the parameters of a run with another router of
-one matrix fit; z, probs and entropy are those of the present router. A recording may name an expert twice; then it counts twice.
+one matrix fit; z, probs and entropy are those of the present router. An expert that a recording names twice for a token is served
+once, with the sum of both gates: a dispatcher takes a token's experts to be different.
 """
 
 from collections.abc import Mapping
@@ -38,8 +39,18 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
         logits_TK = jnp.take_along_axis(logits_TE, jnp.minimum(expert_TK, cfg.num_experts - 1), 1)
         gate_TK = jax.nn.softmax(logits_TK, where=real_TK)
     gate_TK = jnp.where(real_TK, gate_TK.astype(logits_TE.dtype), 0)
+    expert_TK, gate_TK, real_TK = _once(expert_TK, gate_TK, real_TK, cfg.num_experts)
     sums = statistics(logits_TE, expert_TK, gate_TK, tokens, real_TK=real_TK)
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def _once(expert_TK: jax.Array, gate_TK: jax.Array, real_TK: jax.Array, num_experts: int):
+    """The same assignments, where each of a token's experts stands once: at its first place, with all its gates."""
+    same_TKK = (expert_TK[:, :, None] == expert_TK[:, None, :]) & real_TK[:, :, None]
+    earlier_KK = jnp.tri(expert_TK.shape[1], k=-1, dtype=bool)
+    real_TK = real_TK & ~(same_TKK & earlier_KK[None]).any(2)
+    gate_TK = jnp.where(real_TK, jnp.where(same_TKK, gate_TK[:, None, :], 0).sum(2), 0)
+    return jnp.where(real_TK, expert_TK, num_experts), gate_TK, real_TK
 
 
 def _recording(tokens: Tokens, k: int) -> tuple[jax.Array, jax.Array]:
