@@ -4,6 +4,7 @@ State is everything that a step changes: {step, params, router state, optimizer 
 rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint of State resumes a run bit for bit.
 """
 
+import re
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -147,7 +148,9 @@ def make_step(
             if ema is not None and zeros.rule != "none":
                 ema = sparse.mask(ema, sparse.alive(zeros, params, masks))
             ema = keep(ema, state.ema)
-            router_state = keep(update_routers(cfg, state.router_state, totals["moe"]), state.router_state)
+            router_state = state.router_state
+            if routers_learn(cfg, state.params):
+                router_state = keep(update_routers(cfg, router_state, totals["moe"]), router_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         new = State(state.step + 1, params, router_state, kept, ema, skipped, masks)
         metrics = {
@@ -182,6 +185,11 @@ def descend(
         params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)
         opt_state = sparse.mask_moments(opt_state, masks)
     return grads, params, opt_state, masks
+
+
+def routers_learn(cfg: Config, params: Any) -> bool:
+    """Whether the routers' state may move: not where optim.train_only leaves no router and no expert that does, for that model is frozen."""
+    return any("moe" in n.split("/") and re.search(cfg.optim.train_only, n) for n in parameter_names(params))
 
 
 def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:

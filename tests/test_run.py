@@ -165,6 +165,29 @@ def test_starts_from_another_run(float64, tmp_path, straight, capsys):
     )
 
 
+@pytest.mark.parametrize(("router", "name"), [("sigmoid", "bias"), ("random", "salt")])
+def test_the_state_of_the_routers_comes_along(float64, tmp_path, router, name):
+    """Without training: a checkpoint of a state by hand, and what a run would begin with. Of another router it is left."""
+
+    def begun(router, saves, value, source=""):
+        cfg = models.build(changes=SMALL | {"model.moe.router": router, "train.init_from": source})
+        abstract = jax.eval_shape(jax.jit(initial(cfg, make_model(cfg.model))), jax.random.key(0))
+        filled = jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), abstract)
+        return train.begin(cfg, saves, {}, {}, lambda key: filled, abstract)
+
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        saves, new = (Checkpoints(tmp_path / f / "checkpoints", every=1, keep=1, keep_best=0) for f in ("old", "new"))
+        saves.save(3, begun(router, saves, 0.25)[0], metadata={}, score=None, stacked=False)
+        saves.close()
+        state, notes = begun(router, new, 0.0, str(tmp_path / "old"))
+        assert all((np.asarray(z) == 0.25).all() for z in jax.tree.leaves((state.params, state.router_state)))
+        assert f"  loaded   repeats/0/blocks/0/moe/state/{name}" in notes
+        state, notes = begun("relu", new, 0.0, str(tmp_path / "old"))
+        assert all((np.asarray(z) == 0).all() for z in jax.tree.leaves(state.router_state))
+        missing = "repeats/0/blocks/0/moe/state/l1"
+        assert f"  left     {missing}: {missing} is not in the checkpoint" in notes
+
+
 def config_file(folder, **changes):
     """A config like the tests' above, for a process of its own."""
     path = folder / "tiny.py"

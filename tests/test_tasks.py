@@ -219,10 +219,11 @@ def test_mistakes_are_one_message(folder, task, changes, message):
 
 
 def test_a_linear_probe_of_a_language_model_moves_its_head_alone(tmp_path):
-    """A decoder's parameters become an encoder's, and stay as they were to the last bit; the head has moved."""
+    """A decoder's parameters and its routers' bias become an encoder's, and stay as they were to the last bit; the head has moved."""
     small = {"model.vocab_size": 264, "data.seq_len": 16, "data.slice_bytes": 20_000}
     language = SMALL | small | {"model.param_dtype": "float32", "model.dtype": "float32", "data.heldout_every": 20}
-    run(tmp_path / "lm", language | {"train.steps": 2})
+    router = {"model.moe.router": "sigmoid", "model.moe.routers.sigmoid.bias_rate": 0.125}
+    run(tmp_path / "lm", language | router | {"train.steps": 2})
     folder = tmp_path / "data"
     folder.mkdir()
     lines = [f"movie\t{(-1) ** i * 2}\t{'bad' if i % 2 else 'good'} {i}" for i in range(60)]
@@ -233,17 +234,18 @@ def test_a_linear_probe_of_a_language_model_moves_its_head_alone(tmp_path):
         "optim.train_only": "^head/",
         "optim.optimizer": "muon",
     }
-    run(tmp_path / "probe", probe)
+    run(tmp_path / "probe", probe | router)
     before, after = (saved(tmp_path / name) for name in ("lm", "probe"))
     shared = sorted(set(before) & set(after))
     assert len(shared) > 8 and any("experts" in name for name in shared)
+    assert any(before[name].any() for name in shared if name.endswith("state/bias"))
     for name in shared:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
     assert np.abs(after["head/b"]).max() > 0
 
 
 def saved(workdir):
-    """The parameters of the newest checkpoint by name."""
+    """The parameters and router states of the newest checkpoint by name."""
     from moe_jax.checkpoint import Checkpoints
     from moe_jax.commands import generate
 
@@ -253,5 +255,6 @@ def saved(workdir):
         from moe_jax import config as configs
 
         cfg = configs.build(raw, 1)
-        params, _ = generate.load(cfg, workdir / "checkpoints", saves.latest(), ema=False)
-    return dict(zip(state.parameter_names(params), map(np.asarray, jax.tree.leaves(params)), strict=True))
+        parts = generate.load(cfg, workdir / "checkpoints", saves.latest(), ema=False)
+    named = lambda tree: zip(state.parameter_names(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True)
+    return {name: value for tree in parts for name, value in named(tree)}

@@ -32,11 +32,11 @@ def load_params(
       stacked: layers below "repeats" are stacked over a leading axis here; how the other run had them is no matter.
       rename: {old prefix: new prefix} of names, such as {"layers/repeats/0/ffn": "layers/repeats/0/shared"}. The
         longest prefix that fits counts.
-      part: the field of the saved state to read, "params" or "ema".
+      part: the field of the saved state to read, "params", "ema" or "router_state".
       step: the checkpoint to read; None = the newest sound one.
 
     Returns the parameters, with the dtypes and shardings of `params`, and the Report. Raises UserError when there is no
-    checkpoint, or nothing in it matches.
+    checkpoint, or none of its parameters matches.
     """
     run = Checkpoints(directory, every=0, keep=1, keep_best=0)
     found = run.latest() if step is None else step
@@ -47,12 +47,12 @@ def load_params(
     sources = _sources(saved, part, rename)
     wanted = flat_lib.flatten(params)
     plan, left = _match(wanted, saved, sources, stacked)
-    if not plan:
+    if not plan and part != "router_state":  # which another router does not have: it begins as the model begins it
         raise UserError(
             f"train.init_from: no parameter of {path} matches one of this model. It has {_some(sources)}; this model "
             f"has {_some(wanted)}. Map old prefixes of names to new ones with train.init_rename"
         )
-    loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked)
+    loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked) if plan else {}
     renamed = [(sources[n].removeprefix(part + "/"), n) for names in plan.values() for n in names]
     renamed = [(old, new) for old, new in renamed if old != new]
     return flat_lib.unflatten({**wanted, **loaded}, params), Report(found, list(plan), renamed, left)
