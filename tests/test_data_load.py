@@ -234,6 +234,18 @@ def test_evaluation_is_the_same_for_any_number_of_processes_and_batches(dataset)
         ((("nowhere", 1.0),), "data.sources: 'nowhere' is neither a prepared directory nor embedded"),
         ((("text:*.txt", 1.0),), "'text:.*' must be prepared first: `python -m moe_jax prepare --source 'text:"),
         ((("embedded:verse", 0.0),), "the weight 0.0 of embedded:verse must be above 0"),
+        ((("embedded:verse", float("nan")),), "the weight nan of embedded:verse must be above 0"),
+        (
+            (("embedded:verse", "1"),),
+            r"must be pairs of a source and its weight, as in .* it has \('embedded:verse', '1'\)",
+        ),
+        (("embedded:verse", 1.0), "it has 'embedded:verse' in it"),
+        (("ab",), "it has 'ab' in it"),
+        ((("embedded", 1.0, 2),), r"it has \('embedded', 1.0, 2\) in it"),
+        (((1.0, "embedded"),), "it has .1.0, 'embedded'. in it"),
+        ((), r"data.sources must be pairs .*; it is \(\)"),
+        ("embedded", "data.sources must be pairs .*; it is 'embedded'"),
+        (None, "data.sources must be pairs .*; it is None"),
     ],
 )
 def test_a_wrong_source_is_one_message(specs, message):

@@ -78,6 +78,9 @@ def test_every_nth_document_of_each_domain_is_held_out():
 def test_a_domain_that_is_too_small_to_hold_out_is_named():
     with pytest.raises(UserError, match=r"heldout_every is 6, but domain b has only 5 documents.*at most 5"):
         list(pack.split(documents(a=7, b=5), 6))
+    one = r"domain b has only 1 document, so none is held out: make one domain of several files by a label \(books=text:GLOB\)"
+    with pytest.raises(UserError, match=one):
+        list(pack.split(documents(b=1), 2))
 
 
 def test_shuffling_keeps_every_document_within_its_window():

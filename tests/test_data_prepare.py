@@ -2,10 +2,13 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from moe_jax.data import prepared, writer
 from moe_jax.data.batches import Batches, eval_batches
 from moe_jax.data.load import open_dataset
 from moe_jax.errors import UserError
+from moe_jax.tasks import lm
 
 FLAGS = ["--source", "embedded:verse", "--seq_len", "128"]
 ARGUMENTS = {"sources": ["embedded:verse"], "tokenizer": "bytes", "seq_len": 128, "heldout_every": 20, "seed": 0}
@@ -124,6 +128,15 @@ def test_an_interrupt_is_one_message_and_130(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / prepared.RECORD).exists()
 
 
+@pytest.mark.parametrize("out", ["thesis.txt", "thesis.txt/out"])
+def test_a_file_in_the_place_of_the_directory_is_one_message(tmp_path, out):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(
+        UserError, match=rf"--out .*{out} cannot be made or written to \(.*\): choose another directory"
+    ):
+        prepare.main([*FLAGS, "--out", str(tmp_path / out)])
+
+
 def test_two_at_once_and_foreign_directories_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -173,6 +186,70 @@ def test_parts_that_do_not_go_together_are_one_message(verse, tmp_path):
     taken = f"file:{tmp_path}/bpe/tokenizer/tokenizer.json"
     prepare.main([*flags[:2], "--tokenizer", taken, "--seq_len", "128", "--out", str(tmp_path / "same")])
     assert open_dataset(((str(tmp_path / "bpe"), 1.0), (str(tmp_path / "same"), 1.0)), **OPTIONS).domains == ("a",)
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory):
+    """Two domains prepared by a SentencePiece model that normalises and has an unknown token."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("lossy")
+    (folder / "corpus.txt").write_text("to be or not to be that is the question\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "sp"), vocab_size=18, minloglevel=2
+    )
+    for name, text in (("known", "to be\n\nor not  to be\n"), ("foreign", "что быть, to be\n")):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text * (1 + i % 3)}) + "\n" for i in range(20))
+        )
+    assert prepare.main(lossy_command(folder)) == 0
+    return folder
+
+
+def lossy_command(folder):
+    sources = ["--source", f"jsonl:{folder}/known.jsonl", "--source", f"jsonl:{folder}/foreign.jsonl"]
+    rest = ["--tokenizer", f"file:{folder}/sp.model", "--seq_len", "16", "--heldout_every", "4"]
+    return [*sources, *rest, "--out", str(folder / "out")]
+
+
+def heldout_sums(dataset):
+    """What an evaluation of a model that knows nothing adds up over all held-out rows."""
+    total = {}
+    for batch in eval_batches(dataset, 8):
+        inputs = lm.Inputs(*(jnp.asarray(field) for field in batch))
+        logits = jnp.zeros((*batch.tokens_BS.shape, dataset.tokenizer.vocab_size))
+        found = lm.losses(lambda *_, logits=logits: (logits, {}), inputs, jax.random.key(0), False)
+        for name, value in lm.evaluate(found, inputs, dataset).items():
+            total[name] = total.get(name, 0) + np.asarray(value, np.float64)
+    return total
+
+
+def test_bits_per_byte_are_per_byte_of_the_text_that_a_tokenizer_loses(lossy, capsys):
+    dataset = open_one(lossy / "out", seq_len=16)
+    text, pieces = dataset.text_bytes("heldout"), dataset.parts[0].heldout_piece_bytes
+    assert all(text[domain] == len(dataset.text("heldout", domain)) for domain in ("known", "foreign"))
+    assert pieces["known"] < text["known"] and 0 < pieces["foreign"] < 0.6 * text["foreign"]
+    total = heldout_sums(dataset)
+    np.testing.assert_allclose(total["bytes"], [text["known"], text["foreign"]], rtol=1e-6)
+    figures = lm.summary(total, dataset)
+    bits = total["tokens"] * np.log2(dataset.tokenizer.vocab_size) / [text["known"], text["foreign"]]
+    np.testing.assert_allclose(
+        [figures[f"domain/{name}/bits_per_byte"] for name in ("known", "foreign")], bits, rtol=1e-5
+    )
+    assert prepare.main(lossy_command(lossy)) == 0
+    note = f"changes the text: its ids stand for {pieces['foreign']} bytes where the held-out text of foreign has {text['foreign']};"
+    assert note in capsys.readouterr().out
+
+
+def test_a_directory_prepared_before_the_record_knew_is_taken_at_its_texts_bytes(lossy, verse, tmp_path, capsys):
+    np.testing.assert_array_equal(open_one(verse).byte_scale(), [1.0])
+    prepare.main([*FLAGS, "--out", str(verse)])
+    assert "note:" not in capsys.readouterr().out
+    shutil.copytree(lossy / "out", tmp_path / "old")
+    record = json.loads((tmp_path / "old" / prepared.RECORD).read_text())
+    del record["heldout_piece_bytes"]
+    (tmp_path / "old" / prepared.RECORD).write_text(json.dumps(record))
+    np.testing.assert_array_equal(open_one(tmp_path / "old", seq_len=16).byte_scale(), [1.0, 1.0])
 
 
 def test_damage_is_one_message(tmp_path):

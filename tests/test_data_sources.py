@@ -55,6 +55,14 @@ def test_parquet(tmp_path):
     assert read(f"x=parquet:{tmp_path}/*.parquet#text") == [(text, "x") for text in TEXTS]
 
 
+@pytest.mark.parametrize("ending", ["parquet.gz", "parquet.zst"])
+def test_compressed_parquet_of_a_dictionary_of_strings(tmp_path, ending):
+    categories = pa.array([TEXTS[0], TEXTS[1], None, TEXTS[0]]).dictionary_encode()
+    pq.write_table(pa.table({"text": categories, "n": [1, 2, 3, 4]}), tmp_path / "plain")
+    compressed(tmp_path / f"web.{ending}", (tmp_path / "plain").read_bytes())
+    assert read(f"parquet:{tmp_path}/web.*") == [(text, "web") for text in (TEXTS[0], TEXTS[1], TEXTS[0])]
+
+
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
     """Two datasets on disk: one to be read, one that pretends to be stored as TFRecord."""
@@ -123,6 +131,10 @@ FILES = {
     "list.jsonl": b'["text"]\n',
     "syntax.jsonl": b'{"text": "a"}\n{"text": "b"\n',
     "half.jsonl": b'{"text": "a\\ud83d"}\n',
+    "deep.jsonl": b'{"text": "a"}\n{"text": ' + b"[" * 200_000 + b"\n",
+    "digits.jsonl": b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n",
+    "noise.parquet.gz": gzip.compress(b"not a parquet file"),
+    "broken.parquet.zst": pa.compress(bytes(range(256)) * 50, codec="zstd", asbytes=True)[:-30],
 }
 
 
@@ -140,6 +152,8 @@ FILES = {
             "parquet:{}/table.parquet#body",
             r"table.parquet has no text column 'body' \(it has: text \(string\), n \(int64\)\)",
         ),
+        ("parquet:{}/noise.parquet.gz", "noise.parquet.gz cannot be read, it may be damaged"),
+        ("parquet:{}/broken.parquet.zst", "broken.parquet.zst cannot be read, it may be damaged"),
         ("parquet:{}/table.parquet#n", "table.parquet has no text column 'n'"),
         ("text:{}/empty.txt", "source 'text:.*empty.txt' has no text: every document of it is empty"),
         ("jsonl:{}/empty.jsonl", "has no text: every document of it is empty"),
@@ -151,6 +165,8 @@ FILES = {
         ("jsonl:{}/list.jsonl", r"list.jsonl, line 1 has no text in field 'text' \(it has: list\)"),
         ("jsonl:{}/syntax.jsonl", "syntax.jsonl, line 2 is not JSON: Expecting ',' delimiter at column"),
         ("jsonl:{}/half.jsonl", "half.jsonl, line 1 is no valid Unicode: half a surrogate pair at character 1"),
+        ("jsonl:{}/deep.jsonl", "deep.jsonl, line 2 is JSON beyond what Python reads .*: mend or drop the line"),
+        ("jsonl:{}/digits.jsonl", "digits.jsonl, line 1 is JSON beyond what Python reads"),
         ("web:{}/a.html", "source 'web:.*' is none of: embedded"),
         ("text:", "source 'text:' names nothing after text"),
         ("embedded:opera", "source embedded has no domain 'opera'; choose each at most once from drama, verse"),

@@ -89,4 +89,15 @@ def summary(record: dict[str, Any]) -> str:
     rows, length = record["rows"], record["arguments"]["seq_len"]
     lines.append(f"{rows['train']:,} training rows and {rows['heldout']:,} held-out rows of {length} tokens")
     lines.append(f"vocabulary {record['vocab_size']:,}, fingerprint {record['fingerprint'][:16]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_lost(record)])
+
+
+def _lost(record: dict[str, Any]) -> Iterator[str]:
+    """A note when the tokenizer changes the text: with the domain where it does so the most."""
+    pieces, text = prepared.piece_bytes(record), record["text_bytes"]["heldout"]
+    worst = max(record["domains"], key=lambda domain: abs(pieces[domain] / text[domain] - 1))
+    if pieces[worst] != text[worst]:
+        yield (
+            f"note: tokenizer {record['arguments']['tokenizer']} changes the text: its ids stand for {pieces[worst]:,} bytes where "
+            f"the held-out text of {worst} has {text[worst]:,}; bits per byte will count the bytes of the text, as gzip and xz do"
+        )

@@ -39,6 +39,7 @@ def open_embedded(
         heldout_domain_R=heldout.domain_RS[:, 0],
         documents=found.documents,
         text_bytes=found.text_bytes,
+        heldout_piece_bytes=found.text_bytes["heldout"],
         text=text,
         fingerprint=fingerprint(found, tokenizer, seq_len, heldout_every, seed),
     )

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -71,6 +72,17 @@ class Dataset(NamedTuple):
         """Bytes of text of each domain."""
         return _total(self.domains, [part.text_bytes for part in self.parts], split)
 
+    def byte_scale(self) -> np.ndarray:
+        """float64 [domains]: bytes of the held-out text for each byte that its ids stand for (Tokenizer.token_bytes).
+
+        1 unless the tokenizer normalises, has an unknown token or puts a space before each document.
+        """
+        text, pieces = self.text_bytes("heldout"), dict.fromkeys(self.domains, 0)
+        for part in self.parts:
+            for domain, size in part.heldout_piece_bytes.items():
+                pieces[domain] += size
+        return np.array([text[domain] / pieces[domain] for domain in self.domains])
+
     def documents(self, split: str) -> dict[str, int]:
         """Documents of each domain."""
         return _total(self.domains, [part.documents for part in self.parts], split)
@@ -112,6 +124,7 @@ def open_dataset(
     `slice_bytes` and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and `seed` (order of documents) are
     for embedded text; a prepared directory has its own. UserError if a spec is neither, or if they do not go together.
     """
+    _check_shape(specs)
     parts = tuple(
         _open(
             spec,
@@ -130,6 +143,20 @@ def open_dataset(
     prints = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights)])
     fingerprint = parts[0].fingerprint if len(parts) == 1 else hashlib.sha256(prints.encode()).hexdigest()
     return Dataset(parts, weights, domains, parts[0].tokenizer, seq_len, fingerprint)
+
+
+def _check_shape(specs: Sequence[tuple[str, float]]) -> None:
+    right = 'data.sources must be pairs of a source and its weight, as in (("embedded", 1.0),)'
+    if not isinstance(specs, tuple | list) or not specs:
+        raise UserError(f"{right}; it is {specs!r}")
+    for pair in specs:
+        shape = [type(value) for value in pair] if isinstance(pair, tuple | list) else []
+        if shape not in ([str, float], [str, int]):
+            raise UserError(f"{right}; it has {pair!r} in it")
+        if not 0 < pair[1] < math.inf:
+            raise UserError(
+                f"data.sources: the weight {pair[1]} of {pair[0]} must be above 0; leave a source out that is not wanted"
+            )
 
 
 def _open(spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, heldout_every: int, seed: int) -> Part:
@@ -155,15 +182,11 @@ def _open(spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, held
 
 
 def _check(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: int) -> None:
-    for part, (spec, weight) in zip(parts, specs):
+    for part, (spec, _) in zip(parts, specs):
         if part.seq_len != seq_len:
             raise UserError(
                 f"data.sources: {spec} was prepared with seq_len {part.seq_len}, but data.seq_len is {seq_len}: "
                 "set that, or prepare it again"
-            )
-        if weight <= 0:
-            raise UserError(
-                f"data.sources: the weight {weight} of {spec} must be above 0; leave a source out that is not wanted"
             )
         if part.tokenizer.fingerprint != parts[0].tokenizer.fingerprint:
             raise UserError(

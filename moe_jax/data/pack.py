@@ -74,9 +74,12 @@ def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[s
         yield ("train" if number % heldout_every else "heldout"), document
     for domain, number in seen.items():
         if number < heldout_every:
+            count, fewer = f"{number} documents", f"lower heldout_every to at most {number}, "
+            if number == 1:
+                count, fewer = "1 document", ""  # no heldout_every holds out the only one and trains on it
             raise UserError(
-                f"heldout_every is {heldout_every}, but domain {domain} has only {number} documents, so none is held "
-                f"out: lower heldout_every to at most {max(2, number)}, or cut the text into more documents"
+                f"heldout_every is {heldout_every}, but domain {domain} has only {count}, so none is held out: {fewer}make one "
+                "domain of several files by a label (books=text:GLOB), or cut the text into more documents"
             )
 
 

@@ -43,6 +43,7 @@ def write_record(
     tokens: Tokenizer,
     found: Survey,
     num_rows: dict[str, int],
+    heldout_piece_bytes: dict[str, int],
     fingerprint: str,
 ) -> None:
     """Declares `folder` finished, in one atomic step."""
@@ -56,6 +57,7 @@ def write_record(
         "rows": num_rows,
         "documents": found.documents,
         "text_bytes": found.text_bytes,
+        "heldout_piece_bytes": heldout_piece_bytes,
         "files": files,
     }
     unfinished = folder / (RECORD + ".unfinished")
@@ -106,9 +108,15 @@ def open_prepared(folder: pathlib.Path) -> Part:
         heldout_domain_R=np.load(folder / "heldout_domain.npy"),
         documents=_counts(record["documents"]),
         text_bytes=_counts(record["text_bytes"]),
+        heldout_piece_bytes=piece_bytes(record),
         text=text,
         fingerprint=record["fingerprint"],
     )
+
+
+def piece_bytes(record: dict[str, Any]) -> dict[str, int]:
+    """Bytes that the held-out ids of each domain stand for; a directory prepared long ago does not know, and is taken at its text's."""
+    return record.get("heldout_piece_bytes", record["text_bytes"]["heldout"])
 
 
 def check_files(folder: pathlib.Path, files: dict[str, int]) -> None:

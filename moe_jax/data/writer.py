@@ -29,7 +29,6 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
     An `out` that was finished with the same arguments is left as it is; unfinished work in it is begun anew.
     UserError if it holds anything else, or if another process is at it.
     """
-    out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         if (out / prepared.RECORD).exists():
             return _finished(out, arguments)
@@ -45,18 +44,25 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
         tokens = tokenizer.make(arguments["tokenizer"], texts)
         tokens.save(out / "tokenizer")
         splits = {split: _rows(split, only(documents(), split), tokens, found, arguments) for split in pack.SPLITS}
-        num_rows = _write_rows(out, arguments["seq_len"], tokens, splits, track)
+        num_rows, piece_bytes = _write_rows(out, arguments["seq_len"], tokens, splits, found.domains, track)
         rest = [arguments[name] for name in ("seq_len", "heldout_every", "seed")]
-        prepared.write_record(out, arguments, tokens, found, num_rows, fingerprint(found, tokens, *rest))
+        prepared.write_record(out, arguments, tokens, found, num_rows, piece_bytes, fingerprint(found, tokens, *rest))
     return prepared.read_record(out)
 
 
 @contextlib.contextmanager
 def _locked(out: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of `out`, which the system frees even after kill -9."""
-    if any(out.iterdir()) and not (out / prepared.LOCK).exists():
-        raise UserError(f"--out {out} is not empty and was not made by prepare: choose another directory")
-    with open(out / prepared.LOCK, "w") as lock:
+    """Makes `out` and holds its lock, which the system frees even after kill -9."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / prepared.LOCK).exists():
+            raise UserError(f"--out {out} is not empty and was not made by prepare: choose another directory")
+        file = open(out / prepared.LOCK, "w")
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be made or written to ({error.strerror}): choose another directory"
+        ) from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -103,21 +109,34 @@ def _rows(
 
 
 def _write_rows(
-    out: pathlib.Path, seq_len: int, tokens: Tokenizer, splits: dict[str, Iterator[pack.Rows]], track: Track
-) -> dict[str, int]:
-    """Writes the rows of both splits with TFDS; returns how many."""
+    out: pathlib.Path,
+    seq_len: int,
+    tokens: Tokenizer,
+    splits: dict[str, Iterator[pack.Rows]],
+    domains: tuple[str, ...],
+    track: Track,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Writes the rows of both splits with TFDS; returns how many, and the bytes that the held-out ids of each domain stand for."""
     from moe_jax.data.tfds_builder import build_packed_text
 
     heldout_domain: list[np.ndarray] = []
+    bytes_V, bytes_Z = tokens.token_bytes(), np.zeros(len(domains), np.int64)
 
     def examples(split: str) -> Iterator[dict[str, np.ndarray]]:
         for rows in splits[split]:
             if split == "heldout":
                 heldout_domain.append(rows.domain_RS[:, 0])
+                seen = rows.segment_RS > 0
+                np.add.at(bytes_Z, rows.domain_RS[seen], bytes_V[rows.targets_RS[seen]])
             yield from (dict(zip(prepared.FIELDS, row)) for row in zip(*rows))
 
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints about downloads, and there are none
         rows = {name: track(f"writing {name} rows", examples(name)) for name in splits}
         num_rows = build_packed_text(out / "rows", seq_len, tokens.dtype, rows)
+    for domain, size in zip(domains, bytes_Z):
+        if not size:
+            raise UserError(
+                f"tokenizer {tokens.name} knows nothing of the held-out text of domain {domain}: choose another"
+            )
     np.save(out / "heldout_domain.npy", np.concatenate(heldout_domain))
-    return num_rows
+    return num_rows, dict(zip(domains, bytes_Z.tolist()))

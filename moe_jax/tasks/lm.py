@@ -67,6 +67,8 @@ def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
     bytes_V = np.zeros(found.outputs.shape[-1], np.int32)
     bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
     best_BS = jnp.argmax(found.outputs, -1)
+    # By a tokenizer that changes the text, ids stand for other bytes than were read: count those that were, as gzip does.
+    scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, found.nll.dtype)
     text_BS = jnp.asarray(bytes_V).at[batch.targets_BS].get(out_sharding=jax.typeof(batch.targets_BS).sharding)
     valid_BS, dtype = batch.segment_BS > 0, found.nll.dtype
     add = lambda x_BS: by_domain(x_BS.astype(dtype), valid_BS, batch.domain_BS, len(data.domains))
@@ -74,7 +76,7 @@ def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
         "nll": add(found.nll),
         "tokens": add(valid_BS),
         "correct": add(best_BS == batch.targets_BS),
-        "bytes": add(text_BS),
+        "bytes": add(text_BS) * scale_Z,
     }
 
 
@@ -144,7 +146,9 @@ def random(cfg: Config, step: int) -> Inputs:
     rng = np.random.default_rng([cfg.seed, step])
     num, length = cfg.train.batch_size, cfg.data.seq_len
     tokens = rng.integers(1, cfg.model.vocab_size, (num, length + 1), dtype=np.int32)
-    cut, tail = rng.integers(2, length - 4, (num, 1)), rng.integers(1, 4, (num, 1))
+    least = min(2, length)  # rows of less than 7 places have less to choose from
+    cut = rng.integers(least, max(least + 1, length - 4), (num, 1))
+    tail = rng.integers(min(1, length - 1), min(4, length), (num, 1))
     first = np.resize(rng.permutation(np.arange(1, cfg.model.vocab_size)), (num, 2))
     tokens[:, :1] = first[:, :1]
     np.put_along_axis(tokens, cut, first[:, 1:], 1)

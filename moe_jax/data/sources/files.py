@@ -1,4 +1,4 @@
-"""Text, JSON lines and Parquet files: all that a glob matches, in sorted order; text and JSON also as .gz and .zst."""
+"""Text, JSON lines and Parquet files, plain, .gz or .zst: all that a glob matches, in sorted order."""
 
 import contextlib
 import glob
@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
@@ -43,6 +45,8 @@ def _field_of_line(line: str, field: str, where: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(f"{where} is JSON beyond what Python reads ({error}): mend or drop the line") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where} has no text in field {field!r} (it has: {there}); name the field after a #")
@@ -55,19 +59,26 @@ def _field_of_line(line: str, field: str, where: str) -> str:
 
 def read_parquet(argument: str, label: str) -> Iterator[Document]:
     """A row is one document: column FIELD (default "text") of strings."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     pattern, field = split_field(argument, "text")
     for path in matches("parquet", pattern):
-        with readable(path), pq.ParquetFile(path) as file:
+        with readable(path), seekable(path) as plain, pq.ParquetFile(plain) as file:
             schema = file.schema_arrow
             types = [schema.field(name).type for name in schema.names if name == field]
-            if not types or not (pa.types.is_string(types[0]) or pa.types.is_large_string(types[0])):
+            if not types or not _is_text(types[0]):
                 columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
                 raise UserError(f"{path} has no text column {field!r} (it has: {columns}); name the column after a #")
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 yield from (Document(text or "", label or stem(path)) for text in batch.column(0).to_pylist())
+
+
+def _is_text(kind: Any) -> bool:
+    """Strings, also as a dictionary of them (the categories of pandas)."""
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def matches(kind: str, pattern: str) -> list[str]:
@@ -92,13 +103,28 @@ def stem(path: str) -> str:
 
 def open_text(path: str) -> IO[str]:
     """A stream of the UTF-8 text of a plain, .gz or .zst file."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """A stream of what a plain, .gz or .zst file holds."""
     if path.endswith(".zst"):
         import pyarrow  # its reader tells a truncated file from a whole one; zstandard's does not
 
-        return io.TextIOWrapper(cast(Any, pyarrow.input_stream(path, compression="zstd")), encoding="utf-8-sig")
-    if path.endswith(".gz"):
-        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8-sig"))
-    return open(path, encoding="utf-8-sig")
+        return cast(IO[bytes], pyarrow.input_stream(path, compression="zstd"))
+    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
+
+
+@contextlib.contextmanager
+def seekable(path: str) -> Iterator[IO[bytes]]:
+    """The same for who must jump about in it: a compressed file is unpacked on disk, not in memory."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_bytes(path))
+        if path.endswith((".gz", ".zst")):
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, unpacked, BLOCK)
+            file = unpacked
+        yield file
 
 
 @contextlib.contextmanager
