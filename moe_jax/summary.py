@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from moe_jax import flops
+from moe_jax import flops, shell
 from moe_jax.config import Config
 from moe_jax.models.decoder import why_not_decoded
 from moe_jax.progress import duration, readable
@@ -16,48 +17,48 @@ from moe_jax.train import Result
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
-    """Prints the tables, and writes the same figures to summary.json."""
+    """Writes the figures to summary.json, and prints them as tables."""
+    task = TASKS[cfg.task]
+    rows = task.table(cfg, result.data, result.evaluation)
+    written = {"step": result.step, "title": task.title, "rows": rows, "seconds": seconds}
+    written["tokens_per_second"] = result.tokens_per_second
+    (workdir / "summary.json").write_text(json.dumps(written, indent=1) + "\n")
     console = Console()
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)
-    rows = TASKS[cfg.task].table(cfg, result.data, result.evaluation)
-    console.print(figures_table(TASKS[cfg.task].title, rows))
+    console.print(figures_table(task.title, rows))
+    for name, value in facts(cfg, workdir, result, seconds).items():  # not a table: a command must not wrap
+        console.print(f"{name:12}  {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[str, str]:
+    """Size, speed, where the files are, and commands that work as they are printed."""
     counts = flops.parameters(cfg.model)
-    facts = {
+    found = {
         "steps": f"{result.step} of {cfg.train.steps}",
         "parameters": f"{readable(counts.total)} in all, {readable(counts.active)} active per token",
         "tokens/s": readable(result.tokens_per_second) if result.tokens_per_second else "-",
         "time": duration(seconds),
         "metrics": f"{workdir / 'metrics.jsonl'}",
         "checkpoints": f"{workdir / 'checkpoints'}",
-        "curves": f"tensorboard --logdir {workdir}",
+        "curves": shell.command("tensorboard.main", "--logdir", workdir),
     }
     there = {name: workdir / file for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl"))}
-    facts |= {name: str(path) for name, path in there.items() if path.exists()}
+    found |= {name: str(path) for name, path in there.items() if path.exists()}
     if cfg.task == "lm" and not why_not_decoded(cfg.model):
-        facts["next"] = f'python -m moe_jax generate --workdir {workdir} --prompt "In the beginning"'
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        table.add_row(name, value)
-    console.print(table, soft_wrap=True)
-    result_file = {
-        "step": result.step,
-        "title": TASKS[cfg.task].title,
-        "rows": rows,
-        "seconds": seconds,
-        "tokens_per_second": result.tokens_per_second,
-    }
-    (workdir / "summary.json").write_text(json.dumps(result_file, indent=1) + "\n")
+        found["next"] = shell.command("moe_jax", "generate", "--workdir", workdir, "--prompt", "In the beginning")
+    return found
 
 
 def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     """One line per row; the last one, of all of them, apart. Numbers with three digits after the point."""
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in next(iter(rows.values())):
-        table.add_column(name, justify="right")
-    text = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
+        table.add_column(Text(name), justify="right", overflow="fold")
+    # As Text: names come from files, and what looks like markup in them is none.
+    text = lambda value: Text(f"{value:.3f}" if isinstance(value, float) else str(value))
     for i, (name, row) in enumerate(rows.items()):
-        table.add_row(name, *map(text, row.values()), end_section=i == len(rows) - 2)
+        table.add_row(Text(name), *map(text, row.values()), end_section=i == len(rows) - 2)
     return table

@@ -1,18 +1,24 @@
-"""Rows survive a kill, a resume takes back what it will repeat, TensorBoard agrees; the progress line is true."""
+"""Rows survive a kill, a resume takes back what it will repeat, TensorBoard agrees; the progress line and the summary are true."""
 
+import importlib.util
 import io
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax import metrics, progress
+from moe_jax import metrics, progress, summary, train
+from moe_jax.data.baselines import compression_table
 from moe_jax.metrics import Writer, read_rows, write_run_info
 from moe_jax.progress import Progress
 
@@ -242,3 +248,50 @@ def test_readable_numbers():
         "1G",
     ]
     assert [progress.duration(s) for s in (5.4, 75, 7300, 200000)] == ["5s", "1m 15s", "2h 01m", "2d 07h"]
+
+
+def test_the_summary_of_a_language_model_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "my [" / "bold] run"  # its path is no markup, and has spaces
+    workdir.mkdir(parents=True)
+    texts = {"verse": b"tiger, tiger, burning bright " * 40, "[/x]": bytes(range(97, 123)) * 30}
+    data = SimpleNamespace(domains=tuple(texts), text=lambda split, domain: texts[domain])
+    figures = {"domain/verse/bits_per_byte": 2.25, "domain/[/x]/bits_per_byte": 1.5}
+    result = train.Result(10, 0, figures, data, 1234.0, "In the [/beginning] " + "was the word " * 9)
+    monkeypatch.setenv("COLUMNS", "40")
+    summary.show(models.build(), workdir, result, 75.0)
+    out = capsys.readouterr().out
+    lines = [line.strip() for line in out.splitlines()]
+    assert result.sample.strip() in lines
+    rivals = compression_table(data, 10**6)
+    table = {
+        cells[0]: cells[1:] for cells in ([c.strip() for c in re.split("[┃│]", line)[1:-1]] for line in lines) if cells
+    }
+    assert table[""] == ["model", "gzip -9", "xz -9"]
+    for name, bits in (("verse", 2.25), ("[/x]", 1.5)):
+        assert table[name] == [f"{value:.3f}" for value in (bits, rivals[name]["gzip"], rivals[name]["xz"])]
+    assert (
+        table["mean"][0] == "1.875"
+        and json.loads((workdir / "summary.json").read_text())["rows"]["[/x]"]["model"] == 1.5
+    )
+    facts = dict(re.split("  +", line, maxsplit=1) for line in lines if re.match("(next|curves|time|metrics)  ", line))
+    assert facts["time"] == "1m 15s" and facts["metrics"] == str(workdir / "metrics.jsonl")
+    python, *rest = shlex.split(facts["next"])
+    assert shutil.which(python) and rest == [
+        "-m",
+        "moe_jax",
+        "generate",
+        "--workdir",
+        str(workdir),
+        "--prompt",
+        "In the beginning",
+    ]
+    assert shlex.split(facts["curves"]) == [python, "-m", "tensorboard.main", "--logdir", str(workdir)]
+    assert importlib.util.find_spec("tensorboard.main")
+
+
+def test_figures_are_written_before_anything_is_shown(tmp_path, monkeypatch):
+    data = SimpleNamespace(domains=("a",), text=lambda split, domain: b"abc" * 99)
+    monkeypatch.setattr(summary, "facts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        summary.show(models.build(), tmp_path, train.Result(1, 0, {"domain/a/bits_per_byte": 2.0}, data, 0.0, ""), 1.0)
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"]["mean"]["model"] == 2.0
