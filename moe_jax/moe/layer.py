@@ -128,12 +128,12 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
         total = lambda z: jax.lax.psum(z, BATCH)
         router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, min(cfg.group_rows, b), cfg.vocab_size, total)
         routing = ROUTERS[cfg.router].route(seen[0], state, seen[1], cfg=router_cfg, rng=rng, train=train)
-        sizes = {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s}
+        chosen, sizes = routing, {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s}
         if isinstance(routing, Routing):
             ordering = {"num_tokens": b * s, "options": cfg.ordering_options, "train": train}
             routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, **ordering)
     if isinstance(batch.removed_BE, jax.Array):
-        routing = probe.remove(routing, batch.removed_BE, tokens)
+        chosen, routing = (probe.remove(z, batch.removed_BE, tokens) for z in (chosen, routing))
     y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
     with jax.named_scope("combine"):
         y_TD = jax.lax.psum(y_TD, "model")
@@ -143,7 +143,9 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     if cfg.adaptive["rate"]:
         sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
     if batch.record:
-        sums |= probe.record(routing, dropped_N, tokens, batch.record, cfg.num_experts)
+        if isinstance(routing, Routing) and isinstance(chosen, Routing):  # an ordering may drop as well: it sends nowhere what was chosen
+            dropped_N = dropped_N | (routing.expert_N != chosen.expert_N)
+        sums |= probe.record(chosen, dropped_N, tokens, batch.record, cfg.num_experts)
     return y_TD.reshape(b, s, d), sums
 
 
