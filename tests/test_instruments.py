@@ -11,6 +11,7 @@ import models
 import numpy as np
 import pytest
 
+from moe_jax.config import Options
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, interference, knockout, precision, record, replay
 from moe_jax.moe import probe
@@ -149,6 +150,21 @@ def test_a_router_without_a_fixed_number_of_choices_has_a_place_for_every_expert
         probe.record(Slots(token, token, {}), token, tokens, probe.ROUTING, 3)
     with pytest.raises(UserError, match="null experts that copy the token"):
         probe.record(routing._replace(copy_T=zero_T), token, tokens, probe.ROUTING, 3)
+
+
+def test_what_an_ordering_drops_is_recorded(float64):
+    """Rounding sends assignments nowhere before a dispatcher sees them: the record has the expert, and that it was dropped."""
+    rounding = {"model.moe.ordering": "rounding", "model.moe.orderings.rounding.tile": 4, "model.allow_leak": True}
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes=rounding | {"model.repeats": 1})
+        inputs, model = held_out.place(run, run.batches[0]), make_model(run.cfg.model)
+        seen = lm._seen(inputs, probe.ROUTING)
+        train = lambda *weights: model.bind(*weights)(seen, jax.random.key(0), True)[1]
+        sums, fields = probe.split(jax.device_get(jax.jit(train)(run.params, run.router_state)))
+    valid = run.batches[0].segment_BS > 0
+    assert (fields["expert"][0][valid] < 4).all() and (fields["gate"][0][valid] > 0).all()
+    assert fields["dropped"].any() and not fields["dropped"].all()
+    np.testing.assert_array_equal(fields["dropped"].sum((2, 3)), sums["dropped"])
 
 
 def test_layers_find_their_blocks(float64):
@@ -306,9 +322,27 @@ def test_flips_and_margins_by_hand():
     before = np.array([[[[0, 1], [2, 3]]], [[[0, 1], [4, 4]]]])  # two layers; 4 = nowhere
     after = np.array([[[[1, 0], [3, 0]]], [[[2, 3], [0, 1]]]])
     np.testing.assert_array_equal(precision.flips(before, after, 4), [[1, 2], [4, 2]])
-    logits = np.array([[[[0.5, 2.0, 1.25, -1.0]]]])  # as inputs of an identity gate
-    np.testing.assert_array_equal(precision.margin(logits, np.eye(4)[None], 2), [[[0.75]]])
-    assert np.isinf(precision.margin(logits, np.eye(4)[None], 4)).all()
+    scores = np.array([[[[0.5, 2.0, 1.25, -1.0]]]])
+    np.testing.assert_array_equal(precision.margin(scores, 2), [[[0.75]]])
+    assert np.isinf(precision.margin(scores, 4)).all()
+
+
+def test_the_margin_is_of_the_scores_that_decide(float64):
+    """Of a router with a bias the k largest scores are the experts that it took; with groups they need not be."""
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes={"model.moe.router": "sigmoid", "model.repeats": 1})
+        fields, valid = recorded(run, probe.INPUTS), run.batches[0].segment_BS > 0
+        best = np.argsort(-precision.scores(run, fields["input"]), -1)[..., :2]
+        np.testing.assert_array_equal(best[:, valid], fields["expert"][:, valid])
+        logits = np.einsum("LBSD,LDE->LBSE", fields["input"], held_out.gates(run, "the test"))
+        assert (np.argsort(-logits, -1)[..., :2][:, valid] != best[:, valid]).any()
+        moe = run.cfg.model.moe
+        grouped = {"router_options": Options(moe.router_options | {"num_groups": 2})}
+        for changes, message in ((grouped, "chooses groups of experts first"), ({"router": "relu"}, "above 0")):
+            model = dataclasses.replace(run.cfg.model, moe=dataclasses.replace(moe, **changes))
+            with pytest.raises(UserError, match=message):
+                other = run._replace(cfg=dataclasses.replace(run.cfg, model=model))
+                precision.scores(other, fields["input"])
 
 
 def test_batch_composition_flips_nothing_and_bfloat16_does(run):

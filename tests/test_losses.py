@@ -75,6 +75,10 @@ def test_the_weighted_sum_and_what_is_reported(float64):
     assert losses.auxiliary(totals, coefficients)[1].keys() == losses.LOSSES.keys() - {"load"}
     weighted = totals | {"balance_weight": 3.0 * totals["tokens"]}
     np.testing.assert_allclose(losses.auxiliary(weighted, coefficients)[0], 3 * 0.5 * 1.1 + 0.25 * 2.0)
+    weighted |= {"l1_weight": 0.125 * totals["tokens"], "l1_load": totals["counts"]}  # f P = (0.45, 0.1)
+    terms = losses.terms(weighted, coefficients)
+    want = {"balance": 3 * 0.5 * 1.1, "z": 0.25 * 2.0, "l1": 0.125 * 0.55}
+    assert {name: float(value) for name, value in terms.items()} == pytest.approx(want)
 
 
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 1), (6, 2), (8, 3)])

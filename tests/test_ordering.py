@@ -97,6 +97,27 @@ def test_rounding_is_per_group_and_of_training_alone(float64):
     assert tie.expert_N.tolist() == [0, 0, 0, 0, 2]
 
 
+def test_rounding_is_the_same_on_a_mesh(float64):
+    """Four devices with two rows each, a group, against one device with all eight: experts, gates and the sums of each row."""
+    rng, sizes = np.random.default_rng(0), {"num_experts": 4, "group_tokens": 32}
+    expert, gate = rng.integers(0, 5, (8, 16, 1)).astype(np.int32), rng.random((8, 16, 1))
+
+    def run(expert, gate):
+        num_rows, num_tokens = len(expert), expert.size
+        sums = {"tokens": (expert < 4).sum((1, 2)).astype(gate.dtype)}
+        token_N = jnp.arange(num_tokens, dtype=jnp.int32)
+        routing = Routing(token_N, expert.reshape(-1), jnp.where(expert < 4, gate, 0).reshape(-1), sums, 1)
+        got = ORDERINGS["rounding"].apply(routing, **sizes, num_tokens=num_tokens, train=True, options={"tile": 4})
+        return got.expert_N.reshape(num_rows, -1), got.gate_N.reshape(num_rows, -1), got.sums
+
+    want = jax.device_get(compiled(run)(expert, gate))
+    with jax.set_mesh(meshes.make(2, 2, 2)):
+        over = jax.shard_map(run, in_specs=P(BATCH), out_specs=P(BATCH))
+        got = jax.device_get(compiled(over)(*(meshes.put(z, "batch") for z in (expert, gate))))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert want[2]["dropped"].sum() > 0 and want[2]["padding"].sum() > 0
+
+
 def test_padding_is_reported_where_rows_are_rounded():
     totals = {name: jnp.ones(1) for name in ("tokens", "z", "entropy", "gate", "gate_max", "dropped")}
     totals |= {"counts": jnp.array([[8.0, 4.0]])}

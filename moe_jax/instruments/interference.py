@@ -1,7 +1,7 @@
 """Do the auxiliary losses pull against the language loss? Cosine and norm ratio of their gradients, layer by layer.
 
 For each MoE layer and each part of it (router, experts, attention, rest), g the gradient of the language loss and a that of coefficient x
-auxiliary loss:
+auxiliary loss (x the adaptive weight, where there is one; ReLU's "l1" has its state as coefficient):
 
     cosine = <g, a> / (|g| |a|)     below 0: what balances the experts undoes what the language loss learns
     ratio  = |a| / |g|              how much of the step is the auxiliary loss's
@@ -21,6 +21,7 @@ import numpy as np
 from moe_jax.config import Config, ModelConfig
 from moe_jax.mesh import P
 from moe_jax.models import router_states
+from moe_jax.moe import losses
 from moe_jax.names import REPEATS
 from moe_jax.state import Model, State, make_loss, step_key
 
@@ -55,9 +56,9 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
 
 def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[str, jax.Array]:
-    """The language loss, all that is added to it, and each auxiliary loss with its coefficient, where there are several."""
-    parts = aside[1]
-    named = {n: c * parts[f"{n}_loss"] for n, c in coefficients.items() if c and f"{n}_loss" in parts}
+    """The language loss, all that is added to it, and each auxiliary loss as it is added, where there are several."""
+    totals, parts = aside
+    named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
     return {"nll": parts["nll"], "auxiliary": value - parts["nll"]} | (named if len(named) > 1 else {})
 
 

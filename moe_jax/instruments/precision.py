@@ -8,7 +8,8 @@
 A decision is one (token, choice); it flips if the expert is not among the token's experts any more. For a router that decides token by
 token "order" and "size" are 0 up to rounding: a matrix product of another shape may sum in another order.
 
-The margin of a token is its k-th largest logit minus the next: what a perturbation must reach to flip a decision.
+The margin of a token is the k-th largest of the scores that decide minus the next: what a perturbation must reach to flip a decision.
+They are the logits, and affinities plus bias for the routers `sigmoid` and `quantile`, unless those choose groups first.
 
 Shapes: L MoE layers, B rows, S sequence, K choices, E experts, D model, T tokens.
 """
@@ -28,6 +29,7 @@ from moe_jax.instruments.held_out import Run
 from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens
+from moe_jax.moe.routing.sigmoid import SCORES
 
 Record = Callable[..., held_out.Arrays]  # (params, router state, inputs) -> the record of a batch
 QUANTILES = (0.01, 0.1, 0.5, 0.9)
@@ -50,8 +52,11 @@ def measure(run: Run) -> dict[str, Any]:
             except UserError as error:
                 notes[name] = str(error)
         if "router" not in notes:
-            margin_LBS = margin(base["input"], held_out.gates(run, "the margin"), base["expert"].shape[3])
-            margins.append(margin_LBS[:, whole.segment_BS > 0])
+            try:
+                margin_LBS = margin(scores(run, base["input"]), base["expert"].shape[3])
+                margins.append(margin_LBS[:, whole.segment_BS > 0])
+            except UserError as error:
+                notes["margin"] = str(error)
     counts = {name: np.sum(pairs, 0) for name, pairs in compared.items() if pairs}
     spread = np.quantile(np.concatenate(margins, 1), QUANTILES, axis=1) if margins else []
     return {
@@ -81,12 +86,23 @@ def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> 
     return np.stack([(real & ~kept).sum((1, 2, 3)), real.sum((1, 2, 3))])
 
 
-def margin(input_LBSD: np.ndarray, gate_LDE: np.ndarray, k: int) -> np.ndarray:
-    """[L, B, S]: the k-th largest logit minus the next; infinite when every expert is chosen."""
+def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
+    """What the router takes the k largest of, [L, B, S, E]. UserError where a token's experts are not simply those."""
+    moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
+    options = moe.router_options
+    if moe.router == "relu" or options.get("top_groups") != options.get("num_groups"):
+        what = "takes what is above 0" if moe.router == "relu" else "chooses groups of experts first"
+        raise UserError(f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no margin')
     logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
-    if k >= logits.shape[3]:
-        return np.full(logits.shape[:3], np.inf)
-    sorted_LBSE = -np.sort(-logits, -1)
+    bias = held_out.router_state(run.router_state, run.cfg.model).get("bias")
+    return logits if bias is None else np.asarray(SCORES[options["score"]](logits)) + bias[:, None, None]
+
+
+def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
+    """[L, B, S]: the k-th largest score minus the next; infinite when every expert is chosen."""
+    if k >= score_LBSE.shape[3]:
+        return np.full(score_LBSE.shape[:3], np.inf)
+    sorted_LBSE = -np.sort(-score_LBSE, -1)
     return sorted_LBSE[..., k - 1] - sorted_LBSE[..., k]
 
 

@@ -117,12 +117,18 @@ def auxiliary(totals: Totals, coefficients: Mapping[str, float]) -> tuple[jax.Ar
     A coefficient of 0 adds nothing to the gradient; its loss is computed all the same, to be logged, unless the router has no such sum.
     """
     values = {n: LOSSES[n](totals) for n, c in coefficients.items() if c or n not in ONLY or n in totals}
-    weight_L = totals["balance_weight"] / jnp.maximum(totals["tokens"], 1) if "balance_weight" in totals else 1.0
-    weighted = [c * (values[n] * weight_L if n in BALANCE else values[n]).mean() for n, c in coefficients.items() if c]
     if "l1_weight" in totals:
         values["l1"] = relu_l1(totals)
-        weighted.append((totals["l1_weight"] / jnp.maximum(totals["tokens"], 1) * values["l1"]).mean())
-    return sum(weighted, jnp.zeros(())), {name: value.mean() for name, value in values.items()}
+    added = terms(totals, coefficients).values()
+    return sum(added, jnp.zeros(())), {name: value.mean() for name, value in values.items()}
+
+
+def terms(totals: Totals, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
+    """What each loss adds to the language loss: with its coefficient, and with the weight that is router state where there is one."""
+    of_state = lambda name: totals[name] / jnp.maximum(totals["tokens"], 1) if name in totals else 1.0
+    weight = {n: of_state("balance_weight") if n in BALANCE else 1.0 for n in coefficients}
+    found = {n: c * (LOSSES[n](totals) * weight[n]).mean() for n, c in coefficients.items() if c}
+    return found | ({"l1": (of_state("l1_weight") * relu_l1(totals)).mean()} if "l1_weight" in totals else {})
 
 
 def adapt(weight: jax.Array, totals: Totals, options: Mapping[str, float]) -> jax.Array:
