@@ -2,6 +2,10 @@
 
 In a causal model nothing but the token itself and earlier ones may. An encoder reads its whole row, and the tasks of MMoE's rows know of
 each other, so there later tokens may; another sequence may not in any model.
+
+A sequence is a row here, not a document. Documents that are packed into one row never attend to each other, but with the dispatcher
+"capacity" they share its places: an earlier one takes them first, so what it routes may drop an assignment of a later one. That is causal,
+and allowed; what must not be needs documents in rows of their own, or the dispatcher "dropless".
 """
 
 from moe_jax.config import ModelConfig, MoEConfig
