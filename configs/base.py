@@ -132,6 +132,7 @@ def kinds() -> ConfigDict:
         0  # rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone
     )
     c.encoder.head_dropout = 0.0  # of the pooled row
+    c.encoder.token_dropout = 0.0  # of whole places of the input (Iyyer et al. 2015, deep averaging networks)
     c.encdec = ConfigDict()  # the decoder's blocks are model.prefix, period, repeats and suffix
     c.encdec.encoder_prefix = ()
     c.encdec.encoder_period = ("moe",)

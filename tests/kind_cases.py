@@ -31,7 +31,7 @@ MULTI = {"router": "multi_gate", "router_options": Options(k=2, num_gates=3, ren
 NOISY = {"router": "noisy_top_k", "router_options": Options(k=2, min_noise=0.01)}
 PATTERN = {"model.prefix": ("dense",), "model.repeats": 1, "model.dropout": 0.2}
 CASES = {
-    "encoder": lambda: config("encoder", {"num_classes": 3, "head_dropout": 0.1}, PATTERN, NOISY),
+    "encoder": lambda: config("encoder", {"num_classes": 3, "head_dropout": 0.1, "token_dropout": 0.2}, PATTERN, NOISY),
     "encoder of vectors": lambda: config(
         "encoder", {"inputs": "vectors", "input_dim": P, "pool": "max", "learned_positions": S}, {"model.repeats": 1}
     ),

@@ -91,6 +91,7 @@ def test_every_kind_has_options_and_a_model():
         ("encoder", {"num_classes": 1}, "num_classes = 1 must be at least 2"),
         ("encoder", {"learned_positions": 7}, r"learned_positions \(7\) must be at least data.seq_len \(8\), or 0"),
         ("encoder", {"head_dropout": 1.0}, "head_dropout = 1.0 must be at least 0 and below 1"),
+        ("encoder", {"token_dropout": -0.1}, "token_dropout = -0.1 must be at least 0 and below 1"),
         ("encdec", {"encoder_repeats": 0}, "needs a block in both"),
         ("encdec", {"encoder_prefix": ("sparse",)}, 'encoder_prefix = "sparse" is not known: choose one of dense, moe'),
         ("mmoe", {"items": (3, 0)}, r"items = \(3, 0\) must give every task at least one item"),

@@ -44,6 +44,9 @@ class Encoder(nnx.Module):
         cfg, options = self.cfg, self.cfg.kind_options
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x = dropout(self._embed(batch), cfg.dropout if train else 0.0, keys[0], batch.row_B)
+        if train and options["token_dropout"]:
+            one_BS1 = jnp.ones_like(x[:, :, :1])
+            x = x * dropout(one_BS1, options["token_dropout"], jax.random.fold_in(keys[0], 1), batch.row_B)
         x, sums = run_stack(self, x, Context(batch._replace(inputs=()), rng, jnp.int32(1)), train)
         x = rms_norm(x, self.ends["norm_scale"], cfg.norm_epsilon)
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -21,7 +21,7 @@ LEAST = {
     ("article", "window"): 1,
     ("article", "num_classes"): 0,
 }
-FRACTIONS = (("encoder", "head_dropout"), ("mmoe", "item_dropout"))
+FRACTIONS = (("encoder", "head_dropout"), ("encoder", "token_dropout"), ("mmoe", "item_dropout"))
 BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
 
 
