@@ -77,9 +77,9 @@ def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
     """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows, and no group is split."""
 
     def split(z: jax.Array) -> jax.Array:
-        z = z.reshape((z.shape[0] // (num * group_rows), num, group_rows) + z.shape[1:])
-        # Where a device has one group of a micro-batch, the split moves an axis of length one to the wrong dimension.
-        z = jax.sharding.reshard(z, P(BATCH))
+        # Told where: beside dimensions of length one (a device with one group, a model of one block) a split is ambiguous.
+        groups = (z.shape[0] // (num * group_rows), num, group_rows)
+        z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
         return z.swapaxes(0, 1).reshape((num, -1) + z.shape[3:])
 
     return jax.tree.map(split, batch)
@@ -188,7 +188,7 @@ def descend(
 
 
 def routers_learn(cfg: Config, params: Any) -> bool:
-    """Whether the routers' state may move: not where optim.train_only leaves no router and no expert that does, for that model is frozen."""
+    """Whether the routers' state may move: not where optim.train_only trains no router and no expert, for then the model is frozen."""
     return any("moe" in n.split("/") and re.search(cfg.optim.train_only, n) for n in parameter_names(params))
 
 

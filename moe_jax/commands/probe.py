@@ -1,6 +1,7 @@
 """`python -m moe_jax probe --workdir DIR --what replay,precision,knockout,interference,record`: instruments on a trained model.
 
-    replay         held-out loss under frozen, shuffled, balanced and random routing: what the routing is worth
+    replay         held-out loss under frozen, shuffled, balanced and random routing: what the routing is worth; with --steps N
+                   after N more steps of training under each of them
     precision      the share of routing decisions that hang on rounding
     knockout       what each expert is worth, per domain: a table and heat maps
     interference   gradients of the language loss and of the auxiliary losses against each other
@@ -21,20 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import mesh, rules
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.commands import generate
 from moe_jax.config import Config
 from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
-from moe_jax.instruments import held_out, interference, knockout, precision, record, replay, tables
+from moe_jax.instruments import held_out, interference, knockout, precision, record, replay, retrain, tables
 from moe_jax.moe import probe
 from moe_jax.place import local_rows, put
-from moe_jax.state import State, make_model
+from moe_jax.state import State, initial, make_model
 from moe_jax.tasks import lm
 
 
 class Job(NamedTuple):
     """What every instrument of the command reads. `step` of the checkpoint; `out`: where its files go, None on other processes."""
 
+    cfg: Config  # of the training run; that of `run` may have another dispatcher
     run: held_out.Run
     step: int
     flags: argparse.Namespace
@@ -53,6 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--frozen", default="", help="replay: steps of earlier checkpoints, such as 30,60 (default: all)"
     )
+    parser.add_argument("--steps", type=int, default=0, help="replay: steps to train on under each routing (default 0)")
     parser.add_argument("--ways", default="removed,around", help="knockout: how an expert goes (default: both)")
     parser.add_argument("--seed", type=int, default=0, help="replay: of the shuffled and random routing")
     parser.add_argument("--mesh", default="1x1x1", help="DATAxEXPERTxMODEL (default: one device)")
@@ -110,12 +114,10 @@ def open_job(cfg: Config, flags: argparse.Namespace) -> Job:
     out = flags.workdir / "probe" if jax.process_index() == 0 else None
     if out:
         out.mkdir(exist_ok=True)
-    return Job(run, step, flags, out)
+    return Job(cfg, run, step, flags, out)
 
 
 def steps_of(directory: Path) -> list[int]:
-    from moe_jax.checkpoint import Checkpoints
-
     return Checkpoints(directory, every=0, keep=1, keep_best=0).steps()
 
 
@@ -129,6 +131,8 @@ def save(job: Job, name: str, figures: Any) -> None:
 
 def run_replay(job: Job) -> None:
     directory = job.flags.workdir / "checkpoints"
+    if job.flags.steps:
+        return run_retrain(job, directory)
     asked = [int(step) for step in job.flags.frozen.split(",") if step]
     steps = asked or [step for step in steps_of(directory) if step < job.step]
     ema = bool(job.run.cfg.optim.ema_decay)
@@ -136,7 +140,17 @@ def run_replay(job: Job) -> None:
     result = replay.evaluate(job.run, earlier, job.flags.seed)
     save(job, "replay", result)
     if job.out:
-        tables.replay(result)
+        tables.replay(result, "held-out bits per byte under another routing")
+
+
+def run_retrain(job: Job, directory: Path) -> None:
+    abstract = jax.eval_shape(jax.jit(initial(job.cfg, make_model(job.cfg.model))), jax.random.key(0))
+    state = Checkpoints(directory, every=0, keep=1, keep_best=0).restore(job.step, abstract, stacked=False)
+    result = retrain.evaluate(job.run, job.cfg, state, job.flags.steps, job.flags.seed)
+    save(job, "retrain", result)
+    if job.out:
+        title = f"held-out bits per byte after {job.flags.steps} steps under another routing, from step {job.step}"
+        tables.replay(result, title)
 
 
 def run_precision(job: Job) -> None:

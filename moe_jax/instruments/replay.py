@@ -8,7 +8,7 @@
     random     k different experts, uniformly, with the token's own gates
 
 All MoE layers are replaced at once, by the router "recorded"; other parameters are those of the checkpoint. `under` makes the same model
-for training: a step takes the routing from `lm.Inputs.recorded`.
+for training: a step takes the routing from `lm.Inputs.recorded`. retrain.py goes on training under each way.
 
 Shapes: L MoE layers, B rows, S sequence, K choices, E experts, N valid tokens.
 """
@@ -151,7 +151,7 @@ def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dic
         sums.setdefault("model", []).append(plain(run.params, run.router_state, inputs))
         record = record_of(run.params, run.router_state, inputs)
         replayed = replayed or _replay(run, record["expert"].shape[3])
-        seen = _seen(run, batch, record, np.random.default_rng([seed, number]))
+        seen = make_seen(run, batch, record, np.random.default_rng([seed, number]))
         frozen = {
             f"frozen {step}": functools.partial(_frozen, record_of, *old, inputs) for step, old in earlier.items()
         }
@@ -160,10 +160,10 @@ def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dic
                 sums.setdefault(name, []).append(replayed(batch, way(seen)))
             except UserError as error:
                 notes[name] = str(error)
-    return _gaps(run, sums, notes)
+    return gaps(run, sums, notes, "model")
 
 
-def _seen(run: Run, batch: Batch, record: Arrays, rng: np.random.Generator) -> Seen:
+def make_seen(run: Run, batch: Batch, record: Arrays, rng: np.random.Generator) -> Seen:
     valid_BS = held_out.whole(batch, run.cfg.eval.batch_size).segment_BS > 0
     probs = lambda: _probabilities(run, record["input"])
     return Seen(record["expert"], record["gate"], valid_BS, probs, run.cfg.model.moe.num_experts, rng)
@@ -196,9 +196,10 @@ def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     return exp / exp.sum(-1, keepdims=True)
 
 
-def _gaps(run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def gaps(run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str], to: str) -> dict[str, dict[str, Any]]:
+    """{way: figures of its sums of all batches, and their gaps to those of the way `to`}, and the notes."""
     every = {name: _scalars(held_out.figures(run, s)) for name, s in sums.items() if len(s) == len(run.batches)}
-    base = every["model"]
+    base = every[to]
     result = {
         name: row | {f"gap/{key}": row[key] - base[key] for key in row if key.endswith(("bits_per_byte", "loss"))}
         for name, row in every.items()

@@ -25,12 +25,12 @@ def _print(table: Table) -> None:
     Console(width=console.width if console.is_terminal else WIDE).print(table)
 
 
-def replay(result: Mapping[str, Mapping[str, Any]]) -> None:
+def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Bits per byte under each routing, and its gap to the model's own, per domain too."""
     domains = [
-        key.split("/")[1] for key in result["model"] if key.endswith("/bits_per_byte") and key.startswith("domain/")
+        key.split("/")[1] for key in result["own"] if key.endswith("/bits_per_byte") and key.startswith("domain/")
     ]
-    table = _table("held-out bits per byte under another routing", ["routing", "mean", "gap", *domains])
+    table = _table(title, ["routing", "mean", "gap", *domains])
     for name, row in result.items():
         if "note" in row:
             table.add_row(name, row["note"])

@@ -22,9 +22,10 @@ NEVER = -1e9  # a logit that no softmax, sigmoid or top-k takes while another ex
 
 
 def record(routing: Routing | Slots, dropped_N: jax.Array, tokens: Tokens, wanted: Mapping[str, Any], num_experts: int):
-    """Of this device: {"expert" (int32, E = nowhere), "gate", "dropped" (of those, by ordering or dispatcher): [b, S, K]; "input": [b, S, D]}.
+    """Of this device: {"expert" (int32, E = nowhere), "gate", "dropped": [b, S, K]; "input": [b, S, D]}, as `wanted`.
 
-    `wanted` says which. The routing is the router's, before an ordering; what the router never lists (ReLU's overflow) is not in it.
+    The routing is the router's, and "dropped" what ordering or dispatcher make of it. What the router never lists (ReLU's overflow) is
+    not in it.
     A router without a fixed number of choices is recorded with K = E places, place e for expert e. UserError for a router that mixes
     tokens, as it makes no assignments, and for one whose null experts copy the token.
     """

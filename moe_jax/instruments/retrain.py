@@ -1,0 +1,103 @@
+"""What the routing is worth while a model learns: training goes on from a checkpoint under other routings than the model's own.
+
+    own, shuffled, balanced, random     as in replay.py
+    frozen                              as the checkpoint routes the same batch, whatever has been learned since
+
+At every step the model in training routes its batch (as it evaluates: without dropout and noise), the way changes that routing, and the
+step is taken under the router "recorded"; the held-out batches are then routed alike. All ways begin with the same parameters and moments
+and see the same batches. Gates: where they are the softmax over a token's experts (top_k that renormalises), the present router gives
+them to whatever experts it is told, and learns through them; else they are constants, and it learns by its auxiliary losses alone. A
+router's state stays as it was at the checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import Config, MoEConfig
+from moe_jax.data.batches import Batch, Batches
+from moe_jax.errors import UserError
+from moe_jax.instruments import held_out, replay
+from moe_jax.instruments.held_out import Run
+from moe_jax.moe import probe
+from moe_jax.place import local_rows
+from moe_jax.state import State, judged, make_model, make_step, make_tx
+from moe_jax.tasks import lm
+
+FROZEN = "frozen"
+WAYS = {**replay.WAYS, FROZEN: replay.own}
+
+Route = Callable[[str, Any, Batch, int], lm.Inputs]  # (way, params, batch, number of its draws)
+
+
+def evaluate(run: Run, cfg: Config, state: State, steps: int, seed: int) -> dict[str, dict[str, Any]]:
+    """{way: figures} as replay.evaluate gives them, after `steps` steps under each way, with gaps to "own".
+
+    Args:
+      cfg: of the training run, as `run.cfg` may have another dispatcher.
+      state: of the checkpoint, with the moments of the optimizer.
+    """
+    size = dataclasses.replace(cfg.eval, batch_size=cfg.train.batch_size)
+    learning = run._replace(cfg=dataclasses.replace(cfg, eval=size))
+    route_heldout, route_batch = make_route(run, state, seed), make_route(learning, state, seed)
+    first = route_heldout("own", state.params, run.batches[0], 0)
+    told = first.recorded[0].shape[-1], gates(cfg.model.moe)
+    begin, step_fn = make_learner(dataclasses.replace(cfg, model=replay.under(cfg.model, *told)), state)
+    sums_of = held_out.make_sums(run, replay.under(run.cfg.model, *told))
+    batches, rows = Batches(run.dataset, "train", cfg.seed, cfg.train.batch_size), local_rows(cfg.train.batch_size)
+
+    def trained(way: str) -> State:
+        now = begin
+        for step in range(int(state.step), int(state.step) + steps):
+            now, _ = step_fn(now, route_batch(way, now.params, batches.rows(step, rows), step))
+        return now
+
+    sums: dict[str, list[Any]] = {}
+    notes: dict[str, str] = {}
+    for way in WAYS:
+        try:
+            now = trained(way)
+            parts = enumerate(run.batches)
+            inputs = [route_heldout(way, judged(now), batch, number) for number, batch in parts]
+            sums[way] = [sums_of(judged(now), now.router_state, one) for one in inputs]
+        except UserError as error:
+            notes[way] = str(error)
+    return replay.gaps(run, sums, notes, "own")
+
+
+def gates(moe: MoEConfig) -> str:
+    """Of the router "recorded": "router" where it then gives the gates of the model itself, else "recorded"."""
+    o = moe.router_options
+    own = moe.router == "top_k" and o["scale"] == 1 and (o["renormalize"] or o["softmax"] == "after")
+    return "router" if own else "recorded"
+
+
+def make_route(run: Run, old: State, seed: int) -> Route:
+    """The batch on the mesh, with what a way makes of the routing by `params` (way "frozen": by those of the checkpoint, `old`)."""
+    record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
+
+    def route(way: str, params: Any, batch: Batch, number: int) -> lm.Inputs:
+        by = run._replace(params=old.params if way == FROZEN else params, router_state=old.router_state)
+        record = record_of(by.params, by.router_state, held_out.place(run, batch))
+        seen = replay.make_seen(by, batch, record, np.random.default_rng([seed, number]))
+        expert, gate = (held_out.of_all_blocks(run.cfg.model, z) for z in WAYS[way](seen))
+        return held_out.place(run, batch, recorded=(expert.astype(np.int32), gate))
+
+    return route
+
+
+def make_learner(cfg: Config, state: State) -> tuple[State, Callable[..., Any]]:
+    """(the state as one of the model of `cfg`, its compiled step). UserError for a router with other weights than a matrix."""
+    model = make_model(cfg.model)
+    params, router_state = jax.eval_shape(model.init, jax.random.key(0))
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
+        raise UserError(
+            "to train under a replayed routing (--steps) the router must have one matrix [d_model, num_experts] and no other weights: "
+            "the moments of the optimizer are those of the checkpoint"
+        )
+    begin = state._replace(router_state=replay.fitted(state.router_state, router_state))
+    return begin, jax.jit(make_step(cfg, model, make_tx(cfg, params)))
