@@ -1,6 +1,6 @@
 """What do sparse inputs cost? Embedding bags against dense one-hot and multi-hot products, as the vocabulary grows from 10^3 to 10^6.
 
-    python -m experiments.sparse_inputs            # some minutes on two cores; trains nothing
+    python -m experiments.sparse_inputs            # 15 runs, some minutes on two cores; trains nothing; goes on where it stopped
 
 Hypothesis: a dense product costs time and memory in proportion to the vocabulary, and a bag in proportion to the items of a row, until its
 gradient is written as a table of the vocabulary's size; then that, too, grows with the vocabulary, and only an update of the touched rows
@@ -12,16 +12,20 @@ Rows are like those of a recommender: 256 rows of about 10 items (Poisson, at le
     multi-hot    rows as counts [B, V] @ table: the matrix comes as an argument
     bag          moe_jax.models.mmoe.embedding_bag: rows of the table gathered and summed by segment
 
-Timed in turn, so that a machine that changes its speed changes it for all; medians. Memory is what the compiler reserves (arguments,
-results, temporary arrays), and the process' peak. What would take more than 2 GB is not run, and nothing is extrapolated.
+A run is a vocabulary and a seed (of the rows). Its programs are timed in turn, so that a machine that changes its speed changes it for all;
+medians of rounds, then of seeds, with the lowest and the highest seed. Memory is what the compiler reserves (arguments, results, temporary
+arrays), and the process' peak. What would take more than 2 GB is not run, and nothing is extrapolated.
 """
 
 import argparse
+import itertools
+import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +37,13 @@ from moe_jax.models.mmoe import embedding_bag
 
 VOCABULARIES = (1_000, 10_000, 100_000, 300_000, 1_000_000)
 ROWS, ITEMS, WIDTH = 256, 10, 64
+SEEDS = (0, 1, 2)
 LIMIT = 2e9  # bytes
 RATE = 0.1
 ROUNDS = 15
+
+
+Figures = dict[str, list[dict[str, dict[str, Any]]]]  # by vocabulary: of each seed {program: {"ms", "MB", "peak MB"}}
 
 
 class Bags(NamedTuple):
@@ -173,9 +181,9 @@ class Timed:
             self.table = result[1]
 
 
-def measure(vocabulary: int) -> dict[str, dict[str, Any]]:
+def measure(vocabulary: int, seed: int) -> dict[str, dict[str, Any]]:
     """{program: {"ms", "MB", "peak MB"}}; "ms" is None for what does not fit."""
-    bags, table = draw_bags(vocabulary, 0), first_table(vocabulary)
+    bags, table = draw_bags(vocabulary, seed), first_table(vocabulary)
     timed = {name: Timed(name, bags, vocabulary, table) for name in PROGRAMS}
     running = [one for one in timed.values() if one.fits]
     for _ in range(ROUNDS + 2):
@@ -184,7 +192,6 @@ def measure(vocabulary: int) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "ms": 1000 * statistics.median(one.seconds[2:]) if one.fits else None,
-            "fastest ms": 1000 * min(one.seconds[2:]) if one.fits else None,
             "MB": one.bytes / 1e6,
             "peak MB": peak(name, vocabulary) if one.fits else None,
         }
@@ -212,21 +219,45 @@ def print_peak(name: str, vocabulary: int) -> None:
     print(f"{resident() - before:.1f}")
 
 
-def rows(figures: dict[str, Any], key: str, digits: int) -> dict[str, dict[str, str]]:
-    """{program: {vocabulary: text}}"""
-    text = lambda found: "more than 2 GB" if found["ms"] is None else f"{found[key]:,.{digits}f}"
-    return {name: {f"{int(v):,}": text(found[name]) for v, found in figures.items()} for name in PROGRAMS}
+def measure_all(out: Path) -> Figures:
+    """Whatever is not in `out` yet is measured; then all of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for vocabulary, seed in itertools.product(VOCABULARIES, SEEDS):
+        path = out / f"{vocabulary}_{seed}.json"
+        if not path.exists():
+            print(f"--- vocabulary {vocabulary:,}, seed {seed}", flush=True)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(measure(vocabulary, seed), indent=1))
+            part.replace(path)
+    return {str(v): [json.loads((out / f"{v}_{seed}.json").read_text()) for seed in SEEDS] for v in VOCABULARIES}
 
 
-def draw(figures: dict[str, Any]) -> Any:
+def values(figures: Figures, vocabulary: str, name: str, key: str) -> list[float]:
+    """Of every seed; none for what did not fit."""
+    return [found[name][key] for found in figures[vocabulary] if found[name]["ms"] is not None]
+
+
+def rows(figures: Figures, key: str, digits: int) -> dict[str, dict[str, str]]:
+    """{program: {vocabulary: "median (lowest to highest)"}}"""
+
+    def text(found: list[float]) -> str:
+        if not found:
+            return "more than 2 GB"
+        middle, low, high = (f"{x:,.{digits}f}" for x in (statistics.median(found), min(found), max(found)))
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+    return {name: {f"{int(v):,}": text(values(figures, v, name, key)) for v in figures} for name in PROGRAMS}
+
+
+def draw(figures: Figures) -> Any:
     def paint(figure: Any) -> None:
         sizes = [int(v) for v in figures]
         for axes, key, label in zip(
             figure.subplots(1, 2), ("ms", "MB"), ("median milliseconds", "MB that the program reserves"), strict=True
         ):
             for number, name in enumerate(PROGRAMS):
-                found = [figures[v][name] for v in figures]
-                points = [(size, f[key]) for size, f in zip(sizes, found, strict=True) if f["ms"] is not None]
+                found = [values(figures, v, name, key) for v in figures]
+                points = [(size, statistics.median(f)) for size, f in zip(sizes, found, strict=True) if f]
                 style = "--" if name.startswith("step") else "-"
                 axes.plot(*zip(*points, strict=True), style, marker="o", label=name, color=f"C{number}")
             axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel=label)
@@ -236,10 +267,11 @@ def draw(figures: dict[str, Any]) -> Any:
     return paint
 
 
-def report(figures: dict[str, Any]) -> None:
+def report(figures: Figures) -> None:
     about = (
         f"{ROWS} rows of about {ITEMS} items (Zipf), a table of width {WIDTH} in float32, on two shared CPU cores. `gradient`: forward and "
-        f"the table's gradient; `step`: these and the update by SGD, in place. Medians of {ROUNDS} rounds in turn."
+        f"the table's gradient; `step`: these and the update by SGD, in place. Medians of {ROUNDS} rounds in turn, then of "
+        f"{len(SEEDS)} seeds (lowest to highest)."
     )
     parts = [
         about,
@@ -259,11 +291,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--peak", choices=list(PROGRAMS), help="print the peak memory of one program and end")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARIES[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/sparse_inputs"))
     args = parser.parse_args(argv)
     if args.peak:
         print_peak(args.peak, args.vocabulary)
         return 0
-    report({str(vocabulary): measure(vocabulary) for vocabulary in VOCABULARIES})
+    report(measure_all(args.out))
     return 0
 
 

@@ -6,11 +6,12 @@
 Hypothesis: rules that move their zeros (SET, RigL, pruning) beat the mask they began with (static), and a sparse expert beats a dense
 expert of as many non-zero weights: what a sparse rule has to beat to be worth anything.
 
-Every cell is the same small byte-level language model but for its experts: `narrow_1_4` has dense experts of a quarter of the hidden units,
-the others keep a quarter of the weights of wide ones. FLOPs are counted from the densities that the run logged: a zero weight counts
-nothing, although on this machine it costs what any other does. `magnitude_1_4` begins dense, so in as many steps it takes more FLOPs than
-`narrow_1_4`; `magnitude_flops_1_4` has so many steps fewer that it takes as many. What group_lasso and threshold leave is their result, not
-a setting. The points of other densities are runs of sparsity_vs_quality.py, read from the same --out.
+Every cell is the same small byte-level language model but for its experts: `narrow` has dense experts of a quarter or a sixteenth of the
+hidden units, the others keep as many of the weights of wide ones. FLOPs are counted from the densities that the run logged: a zero weight
+counts nothing, although on this machine it costs what any other does. A rule that begins dense, or whose zeros may come back, takes more of
+them in a step, so magnitude, threshold and group_lasso have so many steps fewer that all cells of a density take as many. What threshold
+and group_lasso leave is their result, not a setting: about a quarter. `narrow`, `moe` and these two are runs of sparsity_vs_quality.py,
+read from the same --out.
 """
 
 import argparse
@@ -40,8 +41,9 @@ BASE = {
 }
 AT = "model.moe.sparse"
 MOVES = {"set": {"every": EVERY}, "rigl": {"every": EVERY}, "magnitude": {"every": EVERY}}
-# What they leave is not a setting: chosen by one run each of other values, so that about a quarter of the weights is left.
-LASSO = 0.068  # 0.06 left 49 %, 0.075 left 11 %
+# What they leave is not a setting: chosen by one run each of a few values, so that about a quarter of the weights is left.
+LASSO = 0.1
+RULE_STEPS = 660  # of these two rules, whose density falls along the way: so many took the FLOPs of the others
 FIRST = 0.8  # density at the start, from which the threshold follows; 0.5 left 14 %, 0.65 19 %, 0.8 25 %
 
 
@@ -57,6 +59,7 @@ def sparse(rule: str, density: float, steps: int = STEPS) -> dict[str, Any]:
 
 def group_lasso(strength: float) -> dict[str, Any]:
     return {
+        "train.steps": RULE_STEPS,
         f"{AT}.rule": "group_lasso",
         f"{AT}.pattern": "units",
         f"{AT}.rules.group_lasso.strength": strength,
@@ -115,28 +118,23 @@ def magnitude_steps(density: float) -> int:
     """Steps of `magnitude` that take the FLOPs of the narrow dense model's STEPS."""
     budget = training_flops(built(narrow(density)), [(STEPS, 1.0)])
     cfg = built(sparse("magnitude", density))
-    fits = [n for n in range(50, STEPS + 1) if training_flops(cfg, magnitude_curve(n, density)) <= budget]
-    return max(fits)
+    return max(n for n in range(50, STEPS + 1) if training_flops(cfg, magnitude_curve(n, density)) <= budget)
 
 
-QUARTER = 0.25
+QUARTER, SIXTEENTH = 0.25, 0.0625
+DENSITIES = {"1_4": QUARTER, "1_16": SIXTEENTH}
+
+
 CELLS = {
-    "narrow_1_4": narrow(QUARTER),
-    "static_1_4": sparse("static", QUARTER),
-    "set_1_4": sparse("set", QUARTER),
-    "rigl_1_4": sparse("rigl", QUARTER),
-    "magnitude_1_4": sparse("magnitude", QUARTER),
-    "magnitude_flops_1_4": sparse("magnitude", QUARTER, magnitude_steps(QUARTER)),
-    "threshold": sparse("threshold", FIRST),
-    "group_lasso": group_lasso(LASSO),
+    **{f"{rule}_{name}": sparse(rule, d) for name, d in DENSITIES.items() for rule in ("static", "set", "rigl")},
+    **{f"magnitude_flops_{name}": sparse("magnitude", d, magnitude_steps(d)) for name, d in DENSITIES.items()},
 }
-SIXTEENTH = 0.0625
-# Runs of sparsity_vs_quality.py that belong into the picture: (cell, its rival of as many weights).
+# Runs of sparsity_vs_quality.py that belong into the picture.
 OTHERS = {
     "moe": {},  # dense experts
-    "narrow_1_16": narrow(SIXTEENTH),
-    "rigl_1_16": sparse("rigl", SIXTEENTH),
-    "magnitude_flops_1_16": sparse("magnitude", SIXTEENTH, magnitude_steps(SIXTEENTH)),
+    **{f"narrow_{name}": narrow(d) for name, d in DENSITIES.items()},
+    "threshold_flops": sparse("threshold", FIRST, RULE_STEPS),
+    "group_lasso_flops": group_lasso(LASSO),
 }
 WIDE = flops.parameters(built(OTHERS["moe"]).model).experts
 

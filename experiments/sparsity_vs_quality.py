@@ -1,6 +1,6 @@
 """Sparse routing or sparse weights? Quality at equal active FLOPs and at equal memory, and what a step really takes.
 
-    python -m experiments.sparsity_vs_quality               # 21 runs of half a minute on two idle cores; goes on where it stopped
+    python -m experiments.sparsity_vs_quality               # 24 runs of half a minute on two idle cores; goes on where it stopped
     python -m experiments.sparsity_vs_quality --time        # the steps of all cells against each other, interleaved
     python -m experiments.sparsity_vs_quality --report      # the table and the plot from what is there; trains nothing
 
@@ -20,7 +20,8 @@ The feed-forward networks, with v the weights of one of width 64 (the rest of th
     narrow_1_16    8 experts of width 16, top-2                             2 v        1/2 v
     rigl_1_16      8 experts of width 256 with a sixteenth                  2 v        1/2 v
 
-`narrow_1_4` and `rigl_1_4` are runs of sparse_training_rules.py, which in turn reads those of other densities from here.
+`rigl_1_4` and `rigl_1_16` are runs of sparse_training_rules.py, which in turn reads the dense experts, and two rules that fit nowhere else
+(threshold_flops, group_lasso_flops), from here.
 """
 
 import argparse
@@ -47,8 +48,8 @@ CELLS = {
     "wide_sparse": ONE | {"model.moe.expert_hidden": 512} | rules.sparse("rigl", rules.QUARTER),
     **rules.OTHERS,
 }
-READ = {name: rules.CELLS[name] for name in ("narrow_1_4", "rigl_1_4")}  # runs of sparse_training_rules.py
-TIMED = ("slim", "wide", "wide_sparse", "moe", "narrow_1_4", "rigl_1_4", "narrow_1_16", "rigl_1_16")
+READ = {name: rules.CELLS[name] for name in ("rigl_1_4", "rigl_1_16")}  # runs of sparse_training_rules.py
+RESULTS = ("slim", "wide", "wide_sparse", "moe", "narrow_1_4", "rigl_1_4", "narrow_1_16", "rigl_1_16")
 ROUNDS = 25
 # (cell, reference): what the question compares.
 EQUAL_FLOPS = {
@@ -94,7 +95,7 @@ def time_steps(out: Path) -> dict[str, dict[str, float]]:
     from moe_jax.commands import bench
 
     steps = {}
-    for cell in TIMED:
+    for cell in RESULTS:
         keys = {**run.PLAIN, **rules.BASE, **(CELLS | READ)[cell]}
         steps[cell] = bench.prepare(run.ROOT / "configs/base.py", ";".join(f"{k}={v!r}" for k, v in keys.items()))[1]
     seconds: dict[str, list[float]] = {cell: [] for cell in steps}
@@ -164,7 +165,8 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
 
 
 def report(out: Path) -> None:
-    results = figures(run.collect(rules.grid(CELLS), out) | run.collect(rules.grid(READ), out))
+    found = run.collect(rules.grid(CELLS), out) | run.collect(rules.grid(READ), out)
+    results = figures({cell: found[cell] for cell in RESULTS if cell in found})
     path = out / "step_times.json"
     times = json.loads(path.read_text()) if path.exists() else {}
     about = (
