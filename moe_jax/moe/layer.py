@@ -143,7 +143,8 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     if cfg.adaptive["rate"]:
         sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
     if batch.record:
-        if isinstance(routing, Routing) and isinstance(chosen, Routing):  # an ordering may drop as well: it sends nowhere what was chosen
+        # An ordering may drop as well: it sends nowhere what was chosen.
+        if isinstance(routing, Routing) and isinstance(chosen, Routing):
             dropped_N = dropped_N | (routing.expert_N != chosen.expert_N)
         sums |= probe.record(chosen, dropped_N, tokens, batch.record, cfg.num_experts)
     return y_TD.reshape(b, s, d), sums
