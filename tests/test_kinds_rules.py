@@ -41,6 +41,8 @@ def test_the_articles_example(float64):
     h = run(row)[0][0]
     close(h, [0.23, 0.34], atol=1e-15)
     close(jax.nn.softmax(h), [0.472528, 0.527472], atol=1e-6)
+    run.params["ends"]["embed"] = jnp.array([[0.1, 0.3], [0.2, 0.4]])  # e_v = E[:, v], as section 4.2 has it
+    close(run(row)[0][0], [0.17, 0.39], atol=1e-15)
     assert 0.5 * 0.1 + 0.6 * 0.3 + 0.5 * 0.3 + 0.6 * 0.4 == pytest.approx(0.62)
 
 
