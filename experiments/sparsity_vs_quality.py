@@ -159,7 +159,9 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
                     axes.errorbar(place(cell), bits.mean, bits.half, linestyle="none", label=cell, **style)
             axes.set(xlabel=label, xscale="log")
         figure.axes[0].set_ylabel("held-out bits per byte (mean of seeds, 95 %)")
-        figure.axes[0].legend(fontsize=7, title="square: one network; hollow: sparse weights", title_fontsize=7)
+        figure.axes[1].legend(
+            fontsize=7, loc="upper right", title="square: one network; hollow: sparse weights", title_fontsize=7
+        )
 
     return paint
 
