@@ -127,7 +127,4 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
     ]
     assert len(waits) >= 38 and statistics.median(waits) < 0.02, waits
     first = float(re.search(r"first step done ([\d.]+) s after the start", done.stdout)[1])
-    busy = max(
-        1.0, (os.getloadavg()[1] - 1) / (os.cpu_count() or 1)
-    )  # of the last five minutes; the run itself makes 2 to 3
-    assert first < 30 * busy and seconds < 240 * busy, (first, seconds, busy)
+    assert first < 30 and seconds < 240, (first, seconds)  # of two cores that do nothing else
