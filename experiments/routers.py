@@ -28,6 +28,7 @@ DELTAS = {
     "sigmoid": NO_BALANCE,
     "quantile": NO_BALANCE,
     "cosine": {},
+    "multi_gate": {},  # two gates, by the parity of the position
     "null": {},
     "relu": NO_BALANCE,
     "hash": NO_BALANCE,

@@ -131,11 +131,9 @@ def launch(argv: list[str]) -> int:
 
 
 def dry_run(cfg: config.Config) -> int:
-    from rich.console import Console
-
     from moe_jax import card
 
-    Console().print(card.render(card.card(cfg)))
+    shell.console().print(card.render(card.card(cfg)))
     return 0
 
 

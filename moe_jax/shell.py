@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from moe_jax.errors import UserError
 
@@ -24,6 +25,14 @@ def command(*arguments: object) -> str:
 def own_command() -> str:
     """What was typed to start this process, to be typed again. launch/local.sh, which starts several, says what it was."""
     return os.environ.get("MOE_JAX_COMMAND") or command("moe_jax.main", *sys.argv[1:])
+
+
+def console() -> Any:
+    """A rich Console: as wide as the terminal, or 160 columns in a file or a pipe, so that no cell of a table is cut."""
+    from rich.console import Console  # here: this module comes before everything that takes time to import
+
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=max(plain.width, 160))
 
 
 def end(number: int, frame: FrameType | None) -> None:

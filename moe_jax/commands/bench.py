@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
-from moe_jax import config, config_file, flops, mesh, place
+from moe_jax import config, config_file, flops, mesh, place, shell
 from moe_jax.state import initial, make_model, make_step, make_tx
 from moe_jax.tasks import TASKS
 
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    Console().print(table({name: cfg for name, (cfg, _) in runs.items()}, times))
+    shell.console().print(table({name: cfg for name, (cfg, _) in runs.items()}, times))
     return 0
 
 

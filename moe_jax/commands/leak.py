@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import config, config_file
+from moe_jax import config, config_file, shell
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    args, console = parse(argv), Console()
+    args, console = parse(argv), shell.console()
     raw = config_file.read(args.config, args.set, "--set")
     jax.config.update("jax_enable_x64", True)
     from moe_jax.instruments import leak  # behind the flag: it traces in float64

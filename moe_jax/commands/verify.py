@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
-from moe_jax import config_file, mesh
+from moe_jax import config_file, mesh, shell
 from moe_jax.errors import UserError
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
@@ -49,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    args, console, start = parse(argv), Console(), time.monotonic()
+    args, console, start = parse(argv), shell.console(), time.monotonic()
     raw, shapes = config_file.read(args.config, args.set, "--set"), meshes(args.meshes)
     if args.steps < 1 or args.processes not in (1, 2, 4, 8):
         raise UserError(f"--steps {args.steps} must be at least 1, and --processes {args.processes} one of 1, 2, 4, 8")

@@ -80,7 +80,7 @@ def _change(program: Program, begin: State, name: str, change: batches.Change, d
     if not effect:
         return Check(change.claim, float("nan"), LIMIT, "nothing changed at all: the check proves nothing", True)
     note = declared
-    if name == "document" and drops and not declared:
+    if name == "document" and drops and not declared and program.cfg.model.moe.dispatcher == "capacity":
         note = "documents of a row share capacity, and some assignments were dropped"
     return Check(change.claim, worst, LIMIT, note, not note)
 

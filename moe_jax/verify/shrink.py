@@ -63,6 +63,13 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "optim.warmup_steps", min(raw["optim"]["warmup_steps"], 1), "the first steps move the parameters"
     for name, value in _kind(model["kind"], model["kinds"].get(model["kind"], {})):
         yield f"model.kinds.{model['kind']}.{name}", value, "small"
+    if model["moe"]["ordering"] == "rounding":
+        tile = min(model["moe"]["orderings"]["rounding"]["tile"], 4)
+        yield (
+            "model.moe.orderings.rounding.tile",
+            tile,
+            "about an even load of a short row: some are dropped, most are served",
+        )
     zeros = model["moe"]["sparse"]
     if "every" in zeros["rules"][zeros["rule"]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 2, "masks change within the steps that are compared"
