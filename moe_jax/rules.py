@@ -280,4 +280,10 @@ def _train(c: Config) -> Iterator[str]:
             yield f'train.init_rename: {pair!r} is no pair of names, as in (("repeats/0", "prefix/0"),)'
     if c.train.init_rename and not c.train.init_from:
         yield "train.init_rename renames what train.init_from loads, and that is empty: name a run, or leave it alone"
+    rule = c.model.moe.sparse.rule
+    if c.optim.train_only and rule not in ("none", "static"):
+        yield (
+            f'model.moe.sparse.rule = "{rule}" changes experts after an update, and optim.train_only = "{c.optim.train_only}" would not '
+            'keep it from those that are frozen: set the rule to "static" or "none", or leave train_only empty'
+        )
     yield from _choice("optim.decay_mask", c.optim.decay_mask, ("matrices", "all", "none"))

@@ -1,5 +1,6 @@
 """`convert compact`: what may go, what the outputs say, blocks, and what reads the result."""
 
+import argparse
 import json
 import re
 
@@ -13,6 +14,7 @@ import pytest
 from moe_jax import checkpoint, state
 from moe_jax.__main__ import main as entry
 from moe_jax.commands import convert, generate
+from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact, stored
@@ -140,14 +142,15 @@ def few_blocks(w):
 
 
 @pytest.mark.parametrize("format", ["auto", "blocks", "dense"])
-def test_blocks_are_stored_where_they_pay(tmp_path, capsys, format):
+def test_blocks_are_stored_on_demand(tmp_path, capsys, format):
     given = {"model.moe.sparse.rule": "static", "model.moe.sparse.pattern": "blocks"}
     source = run(tmp_path / "run", few_blocks, {**given, "model.moe.sparse.patterns.blocks.block": 4})
     assert compacted(source, tmp_path / "out", "--format", format) == 0
     told = capsys.readouterr().out
     cfg = generate.read_config(tmp_path / "out")
-    if format == "dense":
-        assert cfg.model.moe.sparse.stored["block"] == 0 and "blocks of" not in told
+    if format != "blocks":
+        assert cfg.model.moe.sparse.stored["block"] == 0
+        assert ("blocks of this side are faster up to 0%" in told) == (format == "auto")
         return
     assert "stored so, for inference alone" in told and cfg.model.moe.sparse.stored["block"] == 4
     assert float(re.search(r"largest deviation (\S+) of", told)[1]) <= 1e-6
@@ -156,6 +159,21 @@ def test_blocks_are_stored_where_they_pay(tmp_path, capsys, format):
         pytest.raises(UserError, match="can be evaluated and decoded, but not trained"),
     ):
         jax.eval_shape(state.initial(cfg, state.make_model(cfg.model)), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("block", "used", "of", "stored"),
+    [(16, 1, 64, False), (32, 16, 64, True), (32, 17, 64, False), (64, 8, 20, True), (64, 9, 20, False)]
+    + [(128, 2, 4, True), (128, 3, 4, False), (256, 1, 2, True)],
+)
+def test_auto_stores_blocks_up_to_the_share_that_pays(block, used, of, stored):
+    """Of `of` blocks in every column of blocks `used` are not zero: the limits of docs/sparse_weights.md."""
+    side = block * of
+    column = np.repeat(np.arange(of) < used, block)[None, :, None]
+    w = {"w_in": np.broadcast_to(column[..., None], (1, side, 1, block)), "w_out": np.zeros((1, block, block))}
+    w["w_out"] = w["w_in"][:, :, 0]  # one matrix twice: only counts matter here
+    form, text = convert.block_format([w], block, argparse.Namespace(format="auto"))
+    assert (form is not None) == stored and ("whole matrices stay" in text) != stored
 
 
 def test_blocks_on_a_mesh_give_the_same(tmp_path):
@@ -192,3 +210,47 @@ def test_mistakes(tmp_path, capsys):
     ):
         assert compacted(*flags) == 64
         assert message in capsys.readouterr().err
+
+
+VECTORS = {"task": "vision", "model.kind": "encoder", "model.kinds.encoder.inputs": "vectors"}
+VECTORS |= {"model.kinds.encoder.input_dim": 4, "model.kinds.encoder.learned_positions": 8}
+
+
+def test_an_encoder_of_vectors(tmp_path, capsys):
+    source = run(tmp_path / "run", dead_units, VECTORS)
+    assert compacted(source, tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert "16 -> 11" in told and float(re.search(r"largest deviation (\S+) of", told)[1]) <= 1e-6
+    for command, message in (
+        (["generate", "--prompt", "x"], 'is a run of task = "vision" (model.kind "encoder"), which has no text'),
+        (["probe"], 'is a run of task "vision", model.kind "encoder": the instruments look into the language'),
+    ):
+        assert entry([*command, "--workdir", str(tmp_path / "out")]) == 64
+        assert message in capsys.readouterr().err
+
+
+def test_what_nobody_compared_is_taken_away(tmp_path, monkeypatch):
+    source = run(tmp_path / "run", dead_units)
+
+    def fails(*weights):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "compare", fails)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(["compact", "--workdir", str(source), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists() and (source / "checkpoints").is_dir()
+
+
+def test_blocks_decode_to_the_same_text(tmp_path, capsys):
+    source = run(tmp_path / "run", few_blocks, {"model.vocab_size": 256})
+    bytes_tokenizer().save(source / "tokenizer")
+    assert compacted(source, tmp_path / "out", "--format", "blocks", "--block", "4") == 0
+    assert generate.read_config(tmp_path / "out").model.moe.sparse.stored["block"] == 4
+
+    def text(folder):
+        capsys.readouterr()
+        flags = ["--prompt", "To be", "--temperature", "0", "--max_tokens", "12"]
+        assert generate.main(["--workdir", str(folder), *flags]) == 0
+        return capsys.readouterr().out
+
+    assert text(source) == text(tmp_path / "out") and len(text(source)) > 6

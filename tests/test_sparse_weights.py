@@ -256,6 +256,14 @@ def test_masked_entries_stay_exactly_zero_under_every_optimizer(optimizer):
     assert (dense(last) != dense(first)).all() and (dense(last) != 0).all()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_blocks_of_a_static_mask_stay_exactly_zero(optimizer):
+    states = Update((1, 1, 1), changes("static", "blocks", **{"optim.optimizer": optimizer})).run(2)
+    for name, x in layers(states[-1].params).items():
+        mask = layers(states[0].masks)[name]
+        assert mask.mean() == 0.5 and (x[~mask] == 0).all() and (x[mask] != 0).all()
+
+
 def test_masks_change_when_they_are_due():
     states = Update((1, 1, 1), changes("set")).run(4)
     masks = [layers(now.masks)["w_in"] for now in states]
@@ -416,6 +424,17 @@ def test_combinations_that_make_no_sense(rule, pattern):
 def test_bad_values(given, message):
     with pytest.raises(UserError, match=re.escape(message)):
         models.build(changes={f"{AT}.rule": "static", "model.moe.expert_hidden": 24, **given})
+
+
+def test_a_rule_that_moves_experts_does_not_go_with_frozen_ones():
+    for rule in rules.RULES:
+        pattern = "units" if rule == "group_lasso" else "unstructured"
+        given = changes(rule, pattern, **{"optim.train_only": "^head/"})
+        if rule == "static":
+            models.build(changes=given)
+            continue
+        with pytest.raises(UserError, match=re.escape('optim.train_only = "^head/" would not keep it from')):
+            models.build(changes=given)
 
 
 def test_every_other_combination_runs():

@@ -2,7 +2,7 @@
 
     compact   without the experts' zeros: zero hidden units are removed, and zero blocks where that pays; the outputs stay the same
 
-The new directory is read by `generate`, by whatever evaluates a run, and (whole matrices) by train.init_from. docs/sparse_weights.md.
+A language model is read by `generate` and `probe`, and that of any task (whole matrices) by train.init_from. docs/sparse_weights.md.
 """
 
 import argparse
@@ -70,8 +70,7 @@ def run_compact(flags: argparse.Namespace) -> int:
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         old = read(flags.workdir, flags.step)
         notes, new = shrunk(old, flags)
-        write(flags.workdir, flags.out, new)
-        deviation = compare(old, read(flags.out, None))
+        deviation = written(old, new, flags)
     report(old, new, notes, flags)
     sound = deviation <= LIMIT
     print(
@@ -79,6 +78,16 @@ def run_compact(flags: argparse.Namespace) -> int:
     )
     print(f"written: {flags.out}" if sound else f"{flags.out} does not compute the same: do not use it")
     return 0 if sound else 1
+
+
+def written(old: Weights, new: Weights, flags: argparse.Namespace) -> float:
+    """The deviation of what --out holds now; --out is taken away again when anything fails, for nobody has compared it."""
+    try:
+        write(flags.workdir, flags.out, new)
+        return compare(old, read(flags.out, None))
+    except BaseException:
+        shutil.rmtree(flags.out, ignore_errors=True)
+        raise
 
 
 def read(workdir: Path, step: int | None) -> Weights:
@@ -161,8 +170,9 @@ def block_format(layers: list[compact.Layer], block: int, flags: argparse.Namesp
         raise UserError(f"--block {block} must divide model.d_model ({d}) and the experts' hidden width ({f})")
     form = compact.blocks(layers, block)
     text = f"blocks of {block} x {block}: the fullest columns have {form.w_in} and {form.w_out}, {form.share:.0%} of the matrices"
-    if flags.format == "auto" and form.share > compact.PAYS:
-        return None, f"{text}; whole matrices are as fast from {compact.PAYS:.0%} on, so they stay"
+    limit = compact.pays(block)
+    if flags.format == "auto" and form.share > limit:
+        return None, f"{text}; blocks of this side are faster up to {limit:.0%}, so whole matrices stay"
     return form, f"{text}; stored so, for inference alone"
 
 
@@ -201,8 +211,9 @@ def forward(weights: Weights) -> Any:
     like = jax.eval_shape(model.init, jax.random.key(0))
     on_mesh = lambda x, like: jax.device_put(x.astype(like.dtype), flat.placement(like))
     parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)
-    run = lambda params, state: task.losses(model.bind(params, state), batch, jax.random.key(0), False).outputs
-    return jax.device_get(jax.jit(run)(*parts))
+    # The batch is an argument: as a constant of the program it would lose how its rows are placed.
+    run = lambda params, state, batch: task.losses(model.bind(params, state), batch, jax.random.key(0), False).outputs
+    return jax.device_get(jax.jit(run)(*parts, batch))
 
 
 def report(old: Weights, new: Weights, notes: list[str], flags: argparse.Namespace) -> None:

@@ -70,6 +70,11 @@ def main(argv: list[str]) -> int:
 
 def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> None:
     cfg = read_config(flags.workdir)
+    if cfg.task != "lm":
+        raise UserError(
+            f'--workdir {flags.workdir} is a run of task = "{cfg.task}" (model.kind "{cfg.model.kind}"), which has no text to continue: '
+            "its outputs on held-out data are in predictions.jsonl there, and only a language model generates"
+        )
     tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         averaged = bool(cfg.optim.ema_decay)  # what evaluation and the samples of training use

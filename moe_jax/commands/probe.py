@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise UserError(f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}")
     start_devices(flags)
-    cfg = fitted(generate.read_config(flags.workdir), flags)
+    cfg = fitted(read_config(flags.workdir), flags)
     lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
     with jax.set_mesh(mesh.make(lengths, jax.devices()[: np.prod(list(lengths.values()))])):
         job = open_job(cfg, flags)
@@ -88,6 +88,16 @@ def start_devices(flags: argparse.Namespace) -> None:
         mesh.simulate(flags.simulate_devices)
     if flags.coordinator:
         jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+
+
+def read_config(workdir: Path) -> Config:
+    cfg = generate.read_config(workdir)
+    if (cfg.task, cfg.model.kind) != ("lm", "decoder"):
+        raise UserError(
+            f'--workdir {workdir} is a run of task "{cfg.task}", model.kind "{cfg.model.kind}": the instruments look into the language '
+            'model (task "lm", model.kind "decoder") alone'
+        )
+    return cfg
 
 
 def fitted(cfg: Config, flags: argparse.Namespace) -> Config:

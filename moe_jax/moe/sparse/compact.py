@@ -12,9 +12,8 @@ import numpy as np
 from moe_jax.moe.sparse import stored
 
 Layer = Mapping[str, Any]  # w_in [E, D, P, F], w_out [E, F, D]
-PAYS = (
-    0.4  # stored share of the blocks below which they are faster than whole matrices on a CPU (docs/sparse_weights.md)
-)
+# Block side: stored share up to which blocks are faster than whole matrices on a CPU (docs/sparse_weights.md); smaller sides never were.
+PAYS = {32: 0.25, 64: 0.4, 128: 0.5}
 
 
 class Blocks(NamedTuple):
@@ -62,6 +61,11 @@ def blocks(layers: Iterable[Layer], block: int) -> Blocks:
             sizes[name] = matrix.shape
     held = sum(most[name] * block * sizes[name][2] for name in most)
     return Blocks(block, most["w_in"], most["w_out"], held / sum(math.prod(s[1:]) for s in sizes.values()))
+
+
+def pays(block: int) -> float:
+    """The largest stored share at which blocks are faster: that of the next smaller side that was measured, or 0."""
+    return max((limit for side, limit in PAYS.items() if side <= block), default=0.0)
 
 
 def packed(layer: Layer, form: Blocks) -> dict[str, dict[str, np.ndarray]]:
