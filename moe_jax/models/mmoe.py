@@ -1,6 +1,6 @@
 """Recommendation by a multi-gate mixture of experts (Ma et al. 2018, KDD, doi:10.1145/3219819.3220007) over sparse multi-hot features.
 
-    x    = weighted sum of the embeddings of a row's features (an embedding bag: rows of the table are looked up, no one-hot is ever made)
+    x    = weighted sum of the embeddings of a row's features (an embedding bag: table rows looked up, summed by segment; no one-hot)
     h    = gelu(norm(x) W + b), the shared bottom
     h_g  = h of every task g, as token g of a row, through residual MoE layers: the router `multi_gate` has a gate for every task, so
            h_g + sum_e gate_ge f_e(norm(h_g)) are the paper's mixtures (eq. 6; k = num_experts makes them dense, as there)
@@ -114,17 +114,24 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
 
 
 def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
-    """[B, D]: the weighted sum of each row's embeddings. Rows of one length L, on any mesh; `embedding_bag` takes rows of any length."""
+    """[B, D]: an embedding bag of each row, on any mesh. Every row is summed as segments of its own, so none leaves its device."""
     x_BLD = table_VD.at[feature_BL].get(out_sharding=P(BATCH, None, None))
-    return jnp.einsum("BLD,BL->BD", x_BLD, weight_BL.astype(x_BLD.dtype))
+    one = lambda x_LD, weight_L: bag_sum(x_LD, jnp.zeros(weight_L.shape, jnp.int32), weight_L, 1)[0]
+    return jax.vmap(one)(x_BLD, weight_BL)
 
 
 def embedding_bag(
     table_VD: jax.Array, feature_N: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int
 ) -> jax.Array:
     """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what has row >= num_rows is left out."""
-    x_ND = table_VD.at[feature_N].get() * weight_N.astype(table_VD.dtype)[:, None]
-    return jax.ops.segment_sum(x_ND, row_N, num_segments=num_rows)
+    return bag_sum(table_VD.at[feature_N].get(), row_N, weight_N, num_rows)
+
+
+def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int) -> jax.Array:
+    """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter rounds after every term."""
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    weighted_ND = x_ND.astype(wide) * weight_N.astype(wide)[:, None]
+    return jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows).astype(x_ND.dtype)
 
 
 def from_csr(start_R: Sequence[int]) -> jax.Array:

@@ -65,9 +65,10 @@ def losses(model: Callable, batch: Baskets, rng: jax.Array, train: bool) -> Loss
 
 def best(logits_BI: jax.Array, batch: Baskets) -> jax.Array:
     """[B, C]: the items with the highest scores, without those that were shown."""
-    shown_BL1 = (batch.weight_BL > 0)[:, :, None]
-    seen_BI = ((batch.items_BL[:, :, None] == jnp.arange(logits_BI.shape[1])[None, None]) & shown_BL1).any(1)
-    return jax.lax.top_k(jnp.where(seen_BI, SEEN, logits_BI), CUT)[1]
+    nowhere = logits_BI.shape[1]
+    seen_BL = jnp.where(batch.weight_BL > 0, batch.items_BL, nowhere)
+    without = jax.vmap(lambda logits_I, seen_L: logits_I.at[seen_L].set(SEEN, mode="drop"))
+    return jax.lax.top_k(without(logits_BI, seen_BL), CUT)[1]
 
 
 def evaluate(found: Losses, batch: Baskets, data: Examples) -> dict[str, Any]:
