@@ -126,9 +126,9 @@ def test_training_flops_count_what_is_not_zero():
 
 def test_magnitude_at_equal_flops():
     density = [d for _, d in rules.magnitude_curve(100, 0.25)]
-    assert density[:10] == [1] * 10 and density[-50:] == [0.25] * 50
+    assert density[: rules.EVERY] == [1] * rules.EVERY and density[-50:] == [0.25] * 50
     assert all(a >= b for a, b in pairwise(density))
-    assert density[10] == pytest.approx(0.25 + 0.75 * 0.8**3)
+    assert density[rules.EVERY] == pytest.approx(0.25 + 0.75 * (1 - rules.EVERY / 50) ** 3)
     steps = rules.magnitude_steps(0.25)
     budget = rules.training_flops(rules.built(rules.narrow(0.25)), [(rules.STEPS, 1.0)])
     used = rules.training_flops(rules.built(rules.sparse("magnitude", 0.25, steps)), rules.magnitude_curve(steps, 0.25))
@@ -144,7 +144,7 @@ def test_the_grids_are_within_their_limits_and_configs():
             config.build(run.read_config(rules.grid(cells), cell, 0), 1)
     assert set(rules.OTHERS) <= set(quality.CELLS) and set(quality.READ) <= set(rules.CELLS)
     assert all(quality.CELLS[name] == rules.OTHERS[name] for name in rules.OTHERS)
-    rivals = [rules.built(cells).model for cells in (rules.CELLS["narrow_1_4"], rules.CELLS["static_1_4"])]
+    rivals = [rules.built(cells).model for cells in (rules.OTHERS["narrow_1_4"], rules.CELLS["static_1_4"])]
     assert flops.parameters(rivals[0]).experts == 0.25 * flops.parameters(rivals[1]).experts
 
 
