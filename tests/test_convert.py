@@ -254,3 +254,5 @@ def test_blocks_decode_to_the_same_text(tmp_path, capsys):
         return capsys.readouterr().out
 
     assert text(source) == text(tmp_path / "out") and len(text(source)) > 6
+    assert entry(["probe", "--workdir", str(tmp_path / "out"), "--what", "interference", "--batches", "1"]) == 64
+    assert "interference needs gradients, and experts stored as blocks have none" in capsys.readouterr().err

@@ -186,6 +186,10 @@ def run_knockout(job: Job) -> None:
 def run_interference(job: Job) -> None:
     """On the batch of the step after the checkpoint, as the training run would have taken it."""
     cfg, run = job.run.cfg, job.run
+    if cfg.model.moe.sparse.stored["block"]:
+        raise UserError(
+            "--what interference needs gradients, and experts stored as blocks have none: convert compact --format dense"
+        )
     size = cfg.train.batch_size
     rows = local_rows(size)
     local = Batches(run.dataset, "train", cfg.seed, size).rows(job.step, rows)

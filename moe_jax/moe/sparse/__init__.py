@@ -114,7 +114,10 @@ def mask(tree: Any, masks: dict[str, Any]) -> Any:
 
 
 def mask_moments(opt_state: Any, masks: dict[str, Any]) -> Any:
-    """An optimizer's state with zeros at masked entries: in every array that lies below a weight's own path and has its shape."""
+    """An optimizer's state with zeros at masked entries: in every array that lies below a weight's own path and has its shape.
+
+    Factored statistics (Adafactor's, per row and column) have no such entries, and need none: masked gradients add nothing to them.
+    """
     flat = {
         (*path, name): keep for path, kept in experts_of(masks) for name, keep in kept.items() if keep.dtype == bool
     }
