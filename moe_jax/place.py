@@ -30,4 +30,4 @@ def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: 
         shape = (batch_size,) + array.shape[1:]
         return jax.make_array_from_callback(shape, sharding("batch", *[None] * (array.ndim - 1)), shard)
 
-    return kind(*(place(array) for array in local))
+    return kind(*jax.tree.map(place, tuple(local)))  # a field may be () or several arrays
