@@ -110,7 +110,7 @@ def depends(tmp_path):
 
 
 def open_baskets(folder, **options):
-    options = {"seq_len": 8, "min_items": 5, "min_users": 10, "heldout_every": 5, "seed": 0, **options}
+    options = {"seq_len": 8, "min_items": 5, "min_users": 10, "most_items": 9, "heldout_every": 5, "seed": 0, **options}
     return recommendation.open_recommendation("debian_depends", str(folder), **options)
 
 

@@ -1,5 +1,6 @@
 """Data sets of TFDS on this disk as texts, pairs, images and ratings, without TensorFlow."""
 
+import models
 import numpy as np
 import PIL.Image
 import pytest
@@ -7,6 +8,7 @@ from task_files import all_train
 
 from moe_jax.data.tasks import classification, recommendation, translation, vision
 from moe_jax.errors import UserError
+from moe_jax.tasks import TASKS
 
 
 def stored(folder, name, features, splits):
@@ -82,6 +84,8 @@ def test_pairs_go_from_the_language_that_is_named_first():
     data = translation.open_translation("tfds:tiny_wmt#en-de", "", **options)
     assert data.about.raw["heldout"][0][2] == "5 word 2" and data.about.raw["heldout"][1][2] == "5 Wort 2"
     assert (data.about.source, data.about.target, data.rows["train"]) == ("en", "de", 12)
+    part = translation.open_translation("tfds:tiny_wmt:train[:50%]#en-de", "", **options)
+    assert part.rows == {"train": 6, "heldout": 5} and part.about.raw["train"][1][5] == "12 Wort 5"
     with pytest.raises(UserError, match="tiny_wmt has texts in de, en; #en-fr named: give #SOURCE-TARGET"):
         translation.open_translation("tfds:tiny_wmt#en-fr", "", **options)
 
@@ -95,8 +99,26 @@ def test_images_have_patches_of_all_channels():
 
 
 def test_ratings_of_four_stars_are_interactions():
-    options = {"seq_len": 16, "min_items": 2, "min_users": 5, "heldout_every": 3, "seed": 0}
+    options = {"seq_len": 16, "min_items": 2, "min_users": 5, "most_items": 9, "heldout_every": 3, "seed": 0}
     data = recommendation.open_recommendation("tfds:tiny_ratings", "", **options)
     assert sum(data.rows.values()) == 30 and set(data.about.items) == {f"m{i}" for i in range(9)}, "m9 has three stars"
+    assert data.about.items[:3] == ("m2", "m3", "m4") and data.notes == (), "the most popular first, equals by name"
+    some = recommendation.open_recommendation("tfds:tiny_ratings", "", **{**options, "most_items": 8})
+    assert some.about.items == ("m2", "m3", "m4", "m5", "m6", "m7", "m8", "m1") and max(map(len, some.about.train)) <= 8
+    assert some.notes == ("of 9 items the least popular, 1, are left out: the model has 8",)
     with pytest.raises(UserError, match="tiny_glue has no feature movie_id, user_id, user_rating"):
         recommendation.open_recommendation("tfds:tiny_glue", "", **options)
+
+
+def test_a_model_of_more_items_than_there_are_is_told_how_many():
+    changes = {
+        "task": "recommendation",
+        "tasks.recommendation.dataset": "tfds:tiny_ratings",
+        "model.kind": "mmoe",
+        "model.kinds.mmoe.items": (4, 6),
+        "model.moe.router": "multi_gate",
+        "tasks.recommendation.min_items": 2,
+        "data.heldout_every": 3,
+    }
+    with pytest.raises(UserError, match=r"the items of all tasks must be 9, as in \(1, 8\)"):
+        TASKS["recommendation"].open(models.build(changes=changes))

@@ -29,22 +29,24 @@ SEEN = -1e30  # the score of an item that the user has: never recommended again
 
 def open_data(cfg: Config) -> Examples:
     options = cfg.task_options
+    of_tasks = cfg.model.kind_options["items"]
     data = open_recommendation(
         options["dataset"],
         cfg.data.folder,
         seq_len=cfg.data.seq_len,
         min_items=options["min_items"],
         min_users=options["min_users"],
+        most_items=sum(of_tasks),
         heldout_every=cfg.data.heldout_every,
         seed=cfg.seed,
     )
     num = len(data.about.items)
-    of_tasks = cfg.model.kind_options["items"]
     if sum(of_tasks) != num or cfg.model.vocab_size < num:
         library = sum(name.startswith("lib") for name in data.about.items)
+        first = library if 0 < library < num else max(num // 5, 1)  # every task must have an item
         raise UserError(
             f"model.kinds.mmoe.items {of_tasks} and model.vocab_size ({cfg.model.vocab_size}) do not fit the {num} items of {data.spec}: "
-            f"the items of all tasks must be {num}, as in ({library}, {num - library}), and model.vocab_size at least that"
+            f"the items of all tasks must be {num}, as in ({first}, {num - first}), and model.vocab_size at least that"
         )
     return data
 

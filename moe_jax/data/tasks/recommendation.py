@@ -68,26 +68,39 @@ def filtered(users: Interactions, min_items: int, min_users: int) -> dict[str, l
 
 
 def open_recommendation(
-    name: str, folder: str, *, seq_len: int, min_items: int, min_users: int, heldout_every: int, seed: int
+    name: str,
+    folder: str,
+    *,
+    seq_len: int,
+    min_items: int,
+    min_users: int,
+    most_items: int,
+    heldout_every: int,
+    seed: int,
 ) -> Examples:
     """Opens a key of DATASETS, or tfds:NAME, as rows `examples.Baskets` of L = seq_len places; `about` is `examples.Market`.
 
     A training user's items are its targets too: the task hides some of them from the model. Of a list longer than seq_len a fixed random
     part is taken; to find a held-out user's items all of them must have a place. `seed` decides nothing: the same rows for every run.
+    Packages are numbered with the libraries first; items of TFDS by popularity, of which the `most_items` first are kept, because how many
+    pass the filters is not known before the set is read. So the first items may be a task of their own.
     """
     if name.startswith(tfds_examples.PREFIX):
         users, domain_of, domains = read_tfds(name), lambda user: name, (name,)
+        order, most = popular_first, most_items
     elif name in DATASETS:
         read, domain_of = DATASETS[name]
         users, domains = read(folder), FAMILIES
+        order, most = libraries_first, None
     else:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     if min_items < 2:
         raise UserError(f"min_items = {min_items} must be at least 2: one item to show and one to be found")
     users = filtered(users, min_items, min_users)
-    # Libraries first: the model may treat them as a task of their own.
-    items = tuple(sorted({i for some in users.values() for i in some}, key=lambda i: (not i.startswith("lib"), i)))
+    found = order(users)
+    items = tuple(found[:most])
     number = {item: i for i, item in enumerate(items)}
+    users = {user: kept for user, some in users.items() if len(kept := [i for i in some if i in number]) >= min_items}
     baskets = {user: np.array([number[i] for i in some], np.int32) for user, some in users.items()}
     parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for user, some in users.items():
@@ -100,7 +113,21 @@ def open_recommendation(
     train = [baskets[user] for user in parts["train"]]
     seen, wanted = ([shown[user][side] for user in parts["heldout"]] for side in (0, 1))
     domain = {s: np.array([domains.index(domain_of(u)) for u in some], np.int32) for s, some in parts.items()}
-    return _rows(name, Market(items, train, seen, wanted, parts), domains, domain, seq_len)
+    rows = _rows(name, Market(items, train, seen, wanted, parts), domains, domain, seq_len)
+    if len(items) == len(found):
+        return rows
+    left = f"of {len(found)} items the least popular, {len(found) - len(items)}, are left out: the model has {most}"
+    return rows._replace(notes=(left, *rows.notes))
+
+
+def libraries_first(users: Interactions) -> list[str]:
+    return sorted({i for some in users.values() for i in some}, key=lambda i: (not i.startswith("lib"), i))
+
+
+def popular_first(users: Interactions) -> list[str]:
+    """By the number of users, the most first; equals by name."""
+    count = Counter(item for items in users.values() for item in items)
+    return sorted(count, key=lambda item: (-count[item], item))
 
 
 def divided(user: str, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
