@@ -4,7 +4,8 @@
     python -m moe_jax.main --config configs/translation.py:prefix --config.data.folder=DATA --workdir runs/translation_prefix
 
 English to Spanish, the Bible, whole chapters held out. The variants: encdec (default), debian (descriptions, English to German),
-prefix (a decoder alone, which has the source as the prefix of its row), wmt (TFDS). The end shows sacreBLEU with its signature.
+prefix (a decoder alone, which has the source as the prefix of its row), wmt (TFDS's WMT16, English to German: the first 2 % of 4.5 million
+training pairs, all of newstest). The end shows sacreBLEU with its signature.
 """
 
 from configs import base
@@ -13,7 +14,7 @@ DATASETS = {
     "encdec": "bible_en_es",
     "debian": "debian_en_de",
     "prefix": "bible_en_es",
-    "wmt": "tfds:wmt16_translate/de-en",
+    "wmt": "tfds:wmt16_translate/de-en:train[:2%]#en-de",
 }
 
 
