@@ -2,15 +2,18 @@
 
     python -m moe_jax.main --config configs/speech.py --config.data.folder=DATA --workdir runs/speech
 
-Free Spoken Digit Dataset; its own test part is the recordings 0 to 4 of each digit and speaker.
+The one variant is fsdd, the Free Spoken Digit Dataset; its own test part is the recordings 0 to 4 of each digit and speaker.
 """
 
 from configs import base
 
+DATASETS = {"fsdd": "fsdd"}
 
-def get_config(arg=None):
-    c = base.get_config(arg)
+
+def get_config(arg="fsdd"):
+    c = base.get_config()
     c.task = "speech"
+    c.tasks.speech.dataset = DATASETS[arg]
     c.tasks.speech.copies = 6
     c.tasks.speech.tempo = 0.15
     c.model.kind = "encoder"
@@ -23,8 +26,9 @@ def get_config(arg=None):
     c.model.prefix = ("dense",)
     c.model.ffn_hidden = 128
     c.model.repeats = 1
-    c.model.moe.num_experts = 4
-    c.model.moe.expert_hidden = 128
+    c.model.moe.num_experts = 8  # as many as the devices of the largest mesh that `verify` tries
+    c.model.moe.expert_hidden = 64
+    c.model.moe.routers.top_k.k = 4
     c.data.seq_len = 24
     c.train.steps = 900
     c.train.batch_size = 32
