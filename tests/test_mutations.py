@@ -166,7 +166,7 @@ def test_deviations_name_the_worst_and_the_first():
 
     def probe(loss, b):
         counts = {"counts": np.ones((1, 2, 4)), "dropped": np.zeros((1, 2))}
-        return Probe(loss, {}, np.zeros((2, 3)), counts, {"a": np.ones(3), "b": np.array([2.0, b])})
+        return Probe(loss, {}, np.zeros((2, 3)), counts, {}, {"a": np.ones(3), "b": np.array([2.0, b])})
 
     want, have = [probe(1.0, 1.0), probe(1.0, 1.0)], [probe(1.0, 2.0), probe(1.001, 1.0)]
     worst, first = compare.deviations(want, have, {"params/a": np.ones(2)}, {"params/a": np.array([1.0, np.nan])})

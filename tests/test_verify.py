@@ -9,12 +9,14 @@ import pytest
 
 from moe_jax.commands import verify as command
 from moe_jax.errors import UserError
+from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.tasks import lm
-from moe_jax.verify import batches, certificate, shrink
+from moe_jax.verify import alone, batches, certificate, run, shrink, states
 from moe_jax.verify.alone import Check
-from moe_jax.verify.compare import Deviation, Rounded, rounded
-from moe_jax.verify.program import Probe
-from moe_jax.verify.run import ALL, Result, Row, Wanted, empty, verify
+from moe_jax.verify.compare import Deviation, Rounded, deviations, relative_gradients, rounded
+from moe_jax.verify.program import Probe, Program
+from moe_jax.verify.run import ALL, Result, Row, Wanted, against, empty, reference, verify
 
 LARGE = {
     "model.vocab_size": 50_000,
@@ -86,11 +88,22 @@ def test_changes_leave_the_places_that_they_must_not_touch():
     assert (inputs.segment_BS == 0).any() and (inputs.segment_BS == 2).any(1).all()
 
 
-def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path):
+# A router with a state, and what drops by gate (the ordering) and by place (the dispatcher): the test below, of all, has each alone.
+SMALL = {
+    "model.repeats": 1,
+    "model.dropout": 0.1,
+    "model.allow_leak": True,
+    "model.moe.router": "sigmoid",
+    "model.moe.ordering": "rounding",
+    "model.moe.dispatcher": "capacity",
+    "model.moe.sparse.rule": "rigl",
+}
+
+
+def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypatch):
     """A whole proof of a small config, with a mesh that is refused, in this process and two others."""
-    raw = models.raw(
-        {"model.repeats": 1, "model.dropout": 0.1, "model.moe.dispatcher": "capacity", "model.moe.sparse.rule": "rigl"}
-    )
+    raw, ones = models.raw(SMALL), []
+    monkeypatch.setattr(run, "reference", lambda *args: ones.append(reference(*args)) or ones[-1])
     said: list[str] = []
     wanted = Wanted([(1, 2, 2), (3, 1, 1)], 2, 2, False)
     found = verify(raw, wanted, tmp_path, said.append)
@@ -102,6 +115,11 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path):
     assert {d.check for d in both.deviations.values()} == set(mesh.deviations) and both.deviations["forward"].value > 0
     assert command.verdict(found).startswith("PROVEN: 3 layouts equal one device over 2 steps; 1 refused")
     assert [check.claim.split()[0] for check in found.alone][:3] == ["1x2x2", "the", "padding"]
+    assert ("model.moe.orderings.rounding.tile", 16, 4) in [rule[:3] for rule in found.rules]
+    served = found.alone[-1]
+    dropped, assigned = map(int, re.match(r"(\d+) of (\d+) assignments", served.note).groups())
+    assert served.sound and 0 < dropped < assigned / 2
+    assert moved(ones[0]) and ones[0].probes[0].routing["dropped"].sum() == ones[0].probes[0].sums["dropped"].sum()
     content = certificate.content(raw, "configs/x.py", found, command.verdict(found))
     certificate.write(tmp_path / "c.json", content)
     back = json.loads((tmp_path / "c.json").read_text())
@@ -110,6 +128,77 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path):
     certificate.write(tmp_path / "c.md", content)
     text = (tmp_path / "c.md").read_text()
     assert "| 1x2x2 |" in text and "PROVEN" in text and "model.d_model" not in text.splitlines()[0]
+
+
+def moved(one):
+    """What of the routers' state the steps changed: it is compared, so a mesh that moves it otherwise is found."""
+    begin = states.named(one.program, one.begin)
+    return {name for name in begin if name.startswith("router_state/") and (begin[name] != one.end[name]).any()}
+
+
+BALANCED = {"model.moe.losses.balance": 0.0}
+NEEDS = {
+    "base": {"model.allow_leak": True},
+    "relu": BALANCED,
+    "expert_choice": BALANCED | {"model.allow_leak": True},
+    "soft": BALANCED | {"model.allow_leak": True, "model.moe.dispatcher": "slots"},
+}
+# Of a recording there is none in a random batch; tests/test_instruments.py replays on meshes.
+CASES = {name: {"model.moe.router": name, **NEEDS.get(name, {})} for name in ROUTERS if name != "recorded"}
+CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
+CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
+CASES |= {
+    name: {
+        "model.moe.ordering": name,
+        "model.moe.dispatcher": "dropless" if ordering.always else "capacity",
+        "model.allow_leak": ordering.sees_future,
+    }
+    for name, ordering in ORDERINGS.items()
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_every_router_and_ordering(float64, tmp_path, name):
+    small, _ = shrink.shrink(models.raw({"model.repeats": 1, **CASES[name]}))
+    one = reference(small, 2)
+    states.write(one.program, one.begin, tmp_path / "begin")
+    program = Program(small, (1, 2, 2)).compile()
+    _, worst, first = against(one, program, states.read(program, tmp_path / "begin"))
+    assert first is None and set(worst) == {*run.compare.LIMITS}
+    checks = [*alone.checks(one.program, one.begin), alone.served(one.probes, program.cfg.model.moe.num_experts)]
+    assert not [check for check in checks if not check.sound]
+    drops, capacity = one.probes[0].sums["dropped"].sum() > 0, program.cfg.model.moe.dispatcher == "capacity"
+    assert drops or not (name == "rounding" or capacity)
+    assert all(check.judged or program.cfg.model.allow_leak or capacity or name == "soft" for check in checks)
+    assert bool(one.probes[0].routing) == (name not in ("soft", "null that copies"))
+    assert bool(moved(one)) == (name in ("sigmoid", "quantile", "relu"))
+
+
+def test_single_choices_are_compared():
+    """The same number of a row dropped, and of each expert counted: two tokens have exchanged their experts, or which is dropped."""
+
+    def probe(expert, dropped):
+        sums = {"counts": np.array([[[1.0, 1.0]]]), "dropped": np.array([[1.0]])}
+        choices = {"expert": np.array(expert), "dropped": np.array(dropped), "gate": np.ones(2)}
+        return Probe(1.0, {}, np.zeros(2), sums, choices, {"w": np.zeros(2)})
+
+    want = [probe([0, 1], [True, False])]
+    compared = lambda have: deviations(want, [have], {}, {})
+    assert compared(want[0])[1] is None
+    worst, first = compared(probe([1, 0], [True, False]))
+    assert first == Deviation("counts", 2.0, "single choices", 0) and worst["drops"].sound
+    assert compared(probe([0, 1], [False, True]))[1] == Deviation("drops", 2.0, "single choices", 0)
+    assert relative_gradients({"w": np.zeros(2)}, {"w": np.ones(2)})["w"] > 1  # what is 0 must be 0
+
+
+def test_nothing_is_proven_of_a_layer_that_serves_nobody():
+    sums = {"counts": np.array([[[3.0, 1.0, 5.0]], [[2.0, 2.0, 5.0]]]), "dropped": np.array([[1.0], [4.0]])}
+    probe = Probe(1.0, {}, np.zeros(1), sums, {}, {})
+    assert alone.served([probe], 2) == Check(
+        "every MoE layer serves somebody", 1.0, 0.0, "5 of 8 assignments dropped", True
+    )
+    assert alone.served([probe._replace(sums={**sums, "dropped": np.ones((2, 1))})], 2).sound
 
 
 def result(row, checks=()):
@@ -132,7 +221,7 @@ def test_verdicts():
 
 
 def test_rounding_is_reported_with_the_first_flip():
-    probe = lambda loss, first: Probe(loss, {}, np.zeros(1), {"counts": np.array([[first, 2.0]])}, {})
+    probe = lambda loss, first: Probe(loss, {}, np.zeros(1), {"counts": np.array([[first, 2.0]])}, {}, {})
     want, have = [probe(2.0, 1.0)] * 3, [probe(2.0, 1.0), probe(2.1, 3.0), probe(2.0, 1.0)]
     assert rounded(want, have) == Rounded(pytest.approx(0.05), 1, 3)
     assert rounded(want, want).flip is None

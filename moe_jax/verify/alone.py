@@ -1,5 +1,6 @@
 """Checks on one device, for faults that every mesh would share: masks, causality, and the layer against plain arithmetic."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,15 @@ def checks(program: Program, begin: State) -> list[Check]:
     if program.cfg.model.num_moe_layers:
         found += against_reference(program)
     return found
+
+
+def served(probes: Sequence[Probe], num_experts: int) -> Check:
+    """Where a layer serves nobody its experts have no gradient, and any two meshes agree about nothing."""
+    sums = [probe.sums for probe in probes]
+    assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)  # null experts are counted behind
+    dropped_L = sum(s["dropped"].sum(1) for s in sums)
+    note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
+    return Check("every MoE layer serves somebody", float(np.sum(assigned_L <= dropped_L)), 0.0, note, True)
 
 
 def mean_loss(program: Program, begin: State) -> Check:
@@ -102,7 +112,7 @@ def against_reference(program: Program) -> list[Check]:
         dense = reference.compare(program)
     except reference.NoGates:
         return [Check(claims[0], 0.0, 0.0, "the router mixes tokens: there are no gates", False)]
-    worst = f"worst: {dense.where}"
+    worst = dense.where if np.isnan(dense.output) else f"worst: {dense.where}"
     return [
         Check(claims[0], dense.output, REFERENCE_LIMIT, "", True),
         Check(claims[1], dense.gradient, REFERENCE_LIMIT, worst, True),

@@ -3,9 +3,11 @@
 check       of                                     deviation                               limit
 forward     loss of the step                       absolute, nats per token                1e-10
 tokens      loss of every token                    absolute, nats                          1e-10
-counts      assignments per row, layer, expert     how many differ                         0
-drops       dropped assignments per row, layer     how many differ                         0
-sums        all other statistics per row           relative to 1 or the value              1e-10
+counts      assignments per row, layer, expert;    how many differ                         0
+            the expert of each choice of a token
+drops       dropped assignments per row, layer;    how many differ                         0
+            whether each choice was dropped
+sums        all other statistics per row; gates    relative to 1 or the value              1e-10
 gradients   every parameter's gradient             relative to the parameter's largest     1e-9
 state       parameters and router state after k    absolute                                1e-8
 """
@@ -26,6 +28,8 @@ LIMITS = {
     "gradients": 1e-9,
     "state": 1e-8,
 }
+# What must be equal to the last one, by check: of the sums per row, and of the record of every choice (program.recordable).
+EXACT = {"counts": ("counts", "expert"), "drops": ("dropped", "dropped")}
 ORDER = tuple(LIMITS)  # as the step computes them: the first that deviates is nearest to the cause
 
 
@@ -64,11 +68,13 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
     yield Deviation("forward", abs(want.loss - have.loss), "", step)
     yield Deviation("tokens", far(want.nll, have.nll), "", step)
     if want.sums:
-        exact = [name for name in ("counts", "dropped") if name in want.sums]
-        differ = {name: unequal(want.sums[name], have.sums[name]) for name in exact}
-        yield Deviation("counts", differ.get("counts", 0.0), "", step)
-        yield Deviation("drops", differ.get("dropped", 0.0), "", step)
-        others = {name: (x, have.sums[name]) for name, x in want.sums.items() if name not in differ}
+        for check, (total, entry) in EXACT.items():
+            parts = {"rows": (total, want.sums, have.sums), "single choices": (entry, want.routing, have.routing)}
+            differ = {of: unequal(a[name], b[name]) for of, (name, a, b) in parts.items() if name in a}
+            yield _worst(check, differ, step)
+        others = {name: (x, have.sums[name]) for name, x in want.sums.items() if name not in ("counts", "dropped")}
+        if want.routing:
+            others["gates of single choices"] = (want.routing["gate"], have.routing["gate"])
         relative = {name: far(a, b, np.maximum(np.abs(a), 1)) for name, (a, b) in others.items()}
         yield _worst("sums", relative, step)
     yield _worst("gradients", relative_gradients(want.grads, have.grads), step)
@@ -76,12 +82,15 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
 
 def relative_gradients(want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Deviation of every gradient relative to its largest entry, or to a millionth of the largest of all: some are only rounding."""
-    floor = 1e-6 * max((float(np.abs(g).max()) for g in want.values()), default=0.0)
+    largest = max((float(np.abs(g).max()) for g in want.values()), default=0.0)
+    floor = max(1e-6 * largest, np.finfo(np.float64).tiny)  # where all are 0, equal is no deviation
     return {name: far(g, have[name], max(float(np.abs(g).max()), floor)) for name, g in want.items()}
 
 
 def unequal(a: np.ndarray, b: np.ndarray) -> float:
     """How many entries differ; soft MoE counts fractions, which may differ by rounding."""
+    if a.dtype == bool:
+        return float((a != b).sum())
     return float((np.abs(a - b) > (0 if whole(a) else 1e-10)).sum())
 
 

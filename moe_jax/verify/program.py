@@ -1,11 +1,11 @@
 """One compiled program per mesh, which tells everything that is compared: an optimizer step, its gradients, and each token's loss.
 
 Compilation is what a proof costs, so code is generated quickly (compiling.py); XLA's passes, which decide the collectives, are a run's.
-Shapes: B rows, S sequence, L MoE layers.
+Shapes: B rows, S sequence, L MoE layers, K choices of a token.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 from moe_jax import config, mesh, place, state
 from moe_jax.checkpoint import flat
 from moe_jax.compiling import QUICK
+from moe_jax.config import DEPTH, ModelConfig
+from moe_jax.moe.probe import ROUTING, split
 from moe_jax.tasks import TASKS
 
 AXES = ("data", "expert", "model")
@@ -29,6 +31,9 @@ class Probe(NamedTuple):
     metrics: dict[str, Any]
     nll: np.ndarray  # of every prediction, [B, ...], of a forward pass over the whole batch in training mode
     sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
+    routing: dict[
+        str, np.ndarray
+    ]  # likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no
     grads: dict[str, np.ndarray]  # by name, layers unstacked
 
 
@@ -78,8 +83,8 @@ class Program:
     def step(self, now: state.State, inputs: Any) -> tuple[state.State, Probe]:
         with self.entered():
             new, metrics, grads, nll, sums = self.run(now, self.put(inputs))
-            metrics, nll, sums = host((metrics, nll, sums))  # and so one step is in flight at a time
-            return new, Probe(float(metrics["loss"]), metrics, nll, sums, self.named(grads))
+            metrics, nll, (sums, routing) = host((metrics, nll, split(sums)))  # and so one step is in flight at a time
+            return new, Probe(float(metrics["loss"]), metrics, nll, sums, routing, self.named(grads))
 
     def steps(self, now: state.State, number: int) -> tuple[state.State, list[Probe]]:
         probes = []
@@ -107,8 +112,21 @@ class Program:
         step = state.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
         new, metrics = step(now, inputs)
         rng = state.step_key(self.cfg, now.step)
-        found = self.task.losses(self.model.bind(now.params, now.router_state), inputs, rng, True)
+        model = self.model.bind(now.params, now.router_state)
+        found = self.task.losses(recording(model) if recordable(self.cfg.model) else model, inputs, rng, True)
         return new, metrics, seen[0], found.nll, found.sums
+
+
+def recording(model: Callable) -> Callable:
+    """The model, whose layers also tell what became of every choice."""
+    return lambda batch, rng, train: model(batch._replace(record=ROUTING), rng, train)
+
+
+def recordable(model: ModelConfig) -> bool:
+    """Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer places than others beside them."""
+    moe = {block.startswith(DEPTH) for block in model.blocks if block.endswith("moe")}
+    copies = model.moe.router == "null" and model.moe.router_options["kind"] == "copy"
+    return len(moe) == 1 and model.moe.router != "soft" and not copies
 
 
 def host(tree: Any) -> Any:

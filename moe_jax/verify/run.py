@@ -92,6 +92,8 @@ def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[
         rows.append(_processes(small, one, wanted.processes, folder))
     say("masks, causality, plain arithmetic")
     found = [first_values(small, one, wanted.shapes), *alone.checks(one.program, one.begin)]
+    if "counts" in one.probes[0].sums:
+        found.append(alone.served(one.probes, small["model"]["moe"]["num_experts"]))
     return Result(rules, found, rows, wanted.steps)
 
 
