@@ -1,6 +1,7 @@
 """Every task from its data to its predictions, on tiny sets written here; and its step equal on a mesh and on one device."""
 
 import gzip
+import itertools
 import json
 import math
 import time
@@ -10,6 +11,7 @@ import meshes
 import models
 import numpy as np
 import pytest
+from scipy.io import wavfile
 
 from moe_jax import place, state, train
 from moe_jax.errors import UserError
@@ -29,6 +31,15 @@ SMALL = {
     "data.heldout_every": 3,
 }
 TEXT = {"model.vocab_size": 264, "data.seq_len": 16}
+LANGUAGE = {
+    **SMALL,
+    **TEXT,
+    "model.param_dtype": "float32",
+    "model.dtype": "float32",
+    "data.sources": (("embedded:verse", 1.0),),
+    "data.slice_bytes": 20_000,
+    "data.heldout_every": 20,
+}
 PAIRS = {"model.vocab_size": 512, "data.seq_len": 24}
 # Of each task: what its tiny config changes, and the columns of its table.
 CASES = {
@@ -72,6 +83,18 @@ CASES = {
         },
         ("recall@20", "ndcg@20"),
     ),
+    "speech": (
+        {
+            "model.kind": "encoder",
+            "model.kinds.encoder.inputs": "vectors",
+            "model.kinds.encoder.input_dim": 60,
+            "model.kinds.encoder.num_classes": 3,
+            "tasks.speech.mel_bins": 20,
+            "tasks.speech.stack": 3,
+            "data.seq_len": 8,
+        },
+        ("accuracy", "macro F1"),
+    ),
 }
 
 
@@ -94,12 +117,21 @@ def folder(tmp_path_factory):
     items = [f"lib{i}" for i in range(10)] + [f"x{i}" for i in range(20)]
     users = [" ".join(rng.choice(items, 7, replace=False)) for _ in range(80)]
     write(folder / "debian12_depends.tsv.gz", ["package\tdepends"] + [f"p{i}\t{user}" for i, user in enumerate(users)])
+    spoken(folder / "recordings")
     return folder
 
 
 def write(path, lines):
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
+
+
+def spoken(folder):
+    """Three digits by two speakers, as tones: 30 recordings of the test part and 18 to learn from."""
+    folder.mkdir()
+    for digit, speaker, index in itertools.product(range(3), ("ann", "bob"), range(8)):
+        turns = 2 * np.pi * np.arange(800 + 160 * index) * (300 * (digit + 1) + 10 * index) / 8000
+        wavfile.write(folder / f"{digit}_{speaker}_{index}.wav", 8000, (8000 * np.sin(turns)).astype(np.int16))
 
 
 def config(task, folder=None):
@@ -218,30 +250,61 @@ def test_mistakes_are_one_message(folder, task, changes, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_linear_probe_of_a_language_model_moves_its_head_alone(tmp_path):
-    """A decoder's parameters and its routers' bias become an encoder's, and stay as they were to the last bit; the head has moved."""
-    small = {"model.vocab_size": 264, "data.seq_len": 16, "data.slice_bytes": 20_000}
-    language = SMALL | small | {"model.param_dtype": "float32", "model.dtype": "float32", "data.heldout_every": 20}
-    router = {"model.moe.router": "sigmoid", "model.moe.routers.sigmoid.bias_rate": 0.125}
-    run(tmp_path / "lm", language | router | {"train.steps": 2})
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = [f"movie\t{(-1) ** i * 2}\t{'bad' if i % 2 else 'good'} {i}" for i in range(60)]
-    write(folder / "vader_sentiment_4domains.tsv.gz", ["domain\tvalence\ttext", *lines])
-    probe = config("classification", folder) | {
-        "model.kinds.encoder.attention": "causal",
-        "train.init_from": str(tmp_path / "lm"),
-        "optim.train_only": "^head/",
-        "optim.optimizer": "muon",
+def test_the_articles_model_learns_the_next_byte_with_fixed_zeros(tmp_path):
+    """Three in four of the experts' weights are zero by the rule `static`, and still are after six steps, in which the others learned."""
+    article = {
+        "model.kind": "article",
+        "model.kinds.article.num_experts": 4,
+        "model.kinds.article.window": 4,
+        "model.moe.sparse.rule": "static",
+        "model.repeats": 0,
+        "optim.learning_rate": 0.01,
     }
-    run(tmp_path / "probe", probe | router)
-    before, after = (saved(tmp_path / name) for name in ("lm", "probe"))
+    result = run(tmp_path, LANGUAGE | article)
+    assert result.step == 6 and result.evaluation["loss"] < math.log(264)
+    zeros = {name: (value == 0).mean() for name, value in saved(tmp_path).items() if "experts" in name}
+    assert zeros and all(0.7 < fraction < 0.8 for fraction in zeros.values()), zeros
+
+
+ROUTER = {"model.moe.router": "sigmoid", "model.moe.routers.sigmoid.bias_rate": 0.125}
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A language model of two steps, and a set of labelled texts beside it."""
+    folder = tmp_path_factory.mktemp("language")
+    run(folder / "lm", LANGUAGE | ROUTER | {"train.steps": 2})
+    (folder / "data").mkdir()
+    lines = [f"movie\t{(-1) ** i * 2}\t{'bad' if i % 2 else 'good'} {i}" for i in range(60)]
+    write(folder / "data" / "vader_sentiment_4domains.tsv.gz", ["domain\tvalence\ttext", *lines])
+    return folder
+
+
+def tuned(language, workdir, changes):
+    """(parameters before, after): what the language model and the classifier that began from it share; and the classifier's head."""
+    begin = {"model.kinds.encoder.attention": "causal", "train.init_from": str(language / "lm")}
+    run(workdir, config("classification", language / "data") | begin | ROUTER | changes)
+    before, after = saved(language / "lm"), saved(workdir)
     shared = sorted(set(before) & set(after))
     assert len(shared) > 8 and any("experts" in name for name in shared)
-    assert any(before[name].any() for name in shared if name.endswith("state/bias"))
-    for name in shared:
-        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
     assert np.abs(after["head/b"]).max() > 0
+    return {name: (before[name], after[name]) for name in shared}
+
+
+def test_a_linear_probe_of_a_language_model_moves_its_head_alone(language, tmp_path):
+    """A decoder's parameters and its routers' bias become an encoder's, and stay as they were to the last bit; the head has moved."""
+    shared = tuned(language, tmp_path, {"optim.train_only": "^head/", "optim.optimizer": "muon"})
+    assert any(before.any() for name, (before, _) in shared.items() if name.endswith("state/bias"))
+    for name, (before, after) in shared.items():
+        np.testing.assert_array_equal(before, after, err_msg=name)
+
+
+def test_fine_tuning_a_language_model_moves_its_trunk_from_where_it_was(language, tmp_path):
+    """One small step of AdamW: every parameter is about a learning rate from the language model's, which no fresh values would be."""
+    shared = tuned(language, tmp_path, {"train.steps": 1, "optim.warmup_steps": 0, "optim.learning_rate": 1e-4})
+    for name, (before, after) in shared.items():
+        if "state/" not in name:
+            assert 0 < np.abs(after - before).max() < 3e-4, name
 
 
 def saved(workdir):
