@@ -96,7 +96,6 @@ SMALL = {
     "model.moe.router": "sigmoid",
     "model.moe.ordering": "rounding",
     "model.moe.dispatcher": "capacity",
-    "model.moe.sparse.rule": "rigl",
 }
 
 
@@ -146,6 +145,7 @@ NEEDS = {
 # Of a recording there is none in a random batch; tests/test_instruments.py replays on meshes.
 CASES = {name: {"model.moe.router": name, **NEEDS.get(name, {})} for name in ROUTERS if name != "recorded"}
 CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
+CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
 CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
 CASES |= {
     name: {
