@@ -22,7 +22,8 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
     """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at first use.
 
     The figures of the task (tasks/NAME.py, `summary`; "loss" is one of them), "max_vio" (of all held-out tokens, mean over MoE layers),
-    "moe" (load figures of each layer), "routing" (counts of assignments per MoE layer, domain and expert [L, Z, E]).
+    "moe" (load figures of each layer), "routing" (counts of assignments per MoE layer, domain and expert [L, Z, E]),
+    "rows" (nats and tokens of each row that was evaluated, in data.heldout_order()).
 
     The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
     depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one.
@@ -40,11 +41,14 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         size = cfg.eval.batch_size
         rows = local_rows(size)
         total: Any = None
+        seen = []
         for batch in eval_batches(data, size, num_batches or None, rows):
             sums = sums_of(params, state.router_state, put(batch, rows, size, task.inputs))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            seen.append(sums.pop("rows"))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
-        return summary(task, total, data)
+        many = len(data.heldout_order()[1])
+        return summary(task, total, data) | {"rows": jax.tree.map(lambda *z: np.concatenate(z)[:many], *seen)}
 
     return evaluate
 

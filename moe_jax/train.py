@@ -105,7 +105,8 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     def evaluate_now(state: State, final: bool) -> tuple[dict[str, Any], str]:
         result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
         if final:
-            result |= task.finish(cfg, Trained(model.bind, judged(state), state.router_state), data, workdir)
+            trained = Trained(model.bind, judged(state), state.router_state, result["rows"])
+            result |= task.finish(cfg, trained, data, workdir)
         text = ""
         if sampler:
             settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())

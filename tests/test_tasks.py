@@ -14,7 +14,9 @@ import pytest
 from scipy.io import wavfile
 
 from moe_jax import place, state, train
+from moe_jax.data.batches import eval_batches
 from moe_jax.errors import UserError
+from moe_jax.metrics import read_rows
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Losses
 
@@ -267,6 +269,22 @@ def test_the_articles_model_learns_the_next_byte_with_fixed_zeros(tmp_path):
 
 
 ROUTER = {"model.moe.router": "sigmoid", "model.moe.routers.sigmoid.bias_rate": 0.125}
+
+
+def test_a_language_model_exports_how_its_last_evaluation_went(language):
+    """Of every held-out row, once; they add up to the held-out loss."""
+    rows = [json.loads(line) for line in (language / "lm" / "predictions.jsonl").read_text().splitlines()]
+    cfg = models.build(changes=LANGUAGE | ROUTER)
+    data = TASKS["lm"].open(cfg)
+    assert sorted(row["index"] for row in rows) == list(range(sum(data.sizes("heldout"))))
+    assert {row["domain"] for row in rows} == set(data.domains)
+    assert sum(row["tokens"] for row in rows) == sum(
+        batch.segment_BS.astype(bool).sum() for batch in eval_batches(data, 8)
+    )
+    said = next(r for r in read_rows(language / "lm" / "metrics.jsonl") if "eval/loss" in r)
+    assert sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows) == pytest.approx(said["eval/loss"])
+    weighted = sum(row["nats"] / row["bits_per_byte"] for row in rows) * said["eval/bits_per_byte"]
+    assert weighted == pytest.approx(sum(row["nats"] for row in rows), rel=0.02)  # rounding of a row without text
 
 
 @pytest.fixture(scope="module")

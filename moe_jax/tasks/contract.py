@@ -39,6 +39,7 @@ class Trained(NamedTuple):
     bind: Callable[..., Any]  # (params, router state) -> the module
     params: Any
     router_state: Any
+    rows: Mapping[str, np.ndarray]  # `by_row` of every row of the evaluation just made, in data.heldout_order()
 
 
 class Task(NamedTuple):
@@ -93,7 +94,7 @@ def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> t
 def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, Any]:
     """Held-out sums: what the task adds up, the layers' totals, and `routing`, assignments per MoE layer, domain and expert [L, Z, E].
 
-    Held-out rows are of one domain each.
+    Held-out rows are of one domain each. `rows` [B] are no sums over the batch but what each row gives.
     """
     found = task.losses(model, batch, jax.random.key(0), False)
     domain_B = batch.domain_BS[:, 0] if hasattr(batch, "domain_BS") else batch.domain_B
@@ -103,7 +104,15 @@ def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, An
         "moe": load.totals(sums),
         "depth": depth.totals(found.sums),
         "routing": routing_by_domain(sums, domain_B, len(data.domains)),
+        "rows": by_row(found),
     }
+
+
+def by_row(found: Losses) -> dict[str, jax.Array]:
+    """Of each row [B]: nats, and the weight of its predictions."""
+    inner = tuple(range(1, found.nll.ndim))
+    weight = found.weight.astype(found.nll.dtype)
+    return {"nats": jnp.where(weight > 0, found.nll * weight, 0).sum(inner), "tokens": weight.sum(inner)}
 
 
 def of_heldout(

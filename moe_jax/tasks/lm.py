@@ -4,7 +4,7 @@ Shapes: B rows, S sequence, V vocabulary, L MoE layers, E experts, Z domains.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Config
+from moe_jax.data.batches import eval_batches
 from moe_jax.data.load import Dataset, open_dataset
 from moe_jax.errors import UserError
 from moe_jax.moe import probe
 from moe_jax.moe.layer import Batch as ModelBatch
+from moe_jax.tasks import contract
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 
 MOST_BYTES = 4_000_000  # of a domain's text that the compressors read
@@ -117,9 +119,31 @@ def open_data(cfg: Config) -> Dataset:
 
 
 def finish(cfg: Config, trained: Trained, data: Dataset, workdir: Path) -> dict[str, Any]:
-    """Nothing beside the evaluation: what a language model predicts is text, which `python -m moe_jax generate` writes."""
-    del cfg, trained, data, workdir
+    """Writes predictions.jsonl: how well each row of the last evaluation was predicted, which costs no second pass.
+
+    Text that the model writes is for `python -m moe_jax generate`.
+    """
+    contract.write_predictions(workdir, _of_rows(trained.rows, data, cfg.eval.batch_size))
     return {}
+
+
+def _of_rows(rows: Mapping[str, np.ndarray], data: Dataset, size: int) -> Iterator[dict[str, Any]]:
+    bytes_V, scale_Z = data.tokenizer.token_bytes(), data.byte_scale()
+    batches = eval_batches(data, size, -(-len(rows["nats"]) // size))
+    # The domain of a row, and the bytes that it predicts.
+    told = (
+        (b.domain_BS[i, 0], bytes_V[b.targets_BS[i]][b.segment_BS[i] > 0].sum()) for b in batches for i in range(size)
+    )
+    places = zip(*data.heldout_order(), strict=True)
+    for (part, index), (domain, text), nats, tokens in zip(places, told, rows["nats"], rows["tokens"]):
+        yield {
+            "part": data.parts[part].spec,
+            "index": int(index),
+            "domain": data.domains[domain],
+            "nats": float(nats),
+            "tokens": int(tokens),
+            "bits_per_byte": float(nats / math.log(2) / max(text * scale_Z[domain], 1)),
+        }
 
 
 def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
