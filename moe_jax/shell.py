@@ -43,14 +43,14 @@ def end(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def held(directory: Path, flag: str) -> Iterator[None]:
+def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[None]:
     """Makes a directory and holds its lock, which the system frees even after kill -9. UserError, by the flag, where it cannot be had."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / LOCK, "w")
+        lock = open(directory / name, "w")
     except OSError as error:
         raise UserError(
-            f"{flag} {directory} cannot be written to ({error.strerror}): choose another directory"
+            f"{flag} {directory} cannot be made or written to ({error.strerror}): choose another directory"
         ) from None
     with lock:
         try:

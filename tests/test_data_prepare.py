@@ -145,7 +145,7 @@ def test_two_at_once_and_foreign_directories_are_refused(tmp_path):
     (tmp_path / "busy").mkdir()
     with open(tmp_path / "busy" / prepared.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="busy is being prepared by another process"):
+        with pytest.raises(UserError, match="busy is in use by another process"):
             prepare.main([*FLAGS, "--out", str(tmp_path / "busy")])
 
 

@@ -17,7 +17,7 @@ import models
 import numpy as np
 import pytest
 
-from moe_jax import train
+from moe_jax import shell, train
 from moe_jax.checkpoint import Checkpoints, flat
 from moe_jax.commands import generate
 from moe_jax.compiling import QUICK, as_flags
@@ -227,6 +227,22 @@ def test_what_went_wrong_first_is_nearest_to_the_loss():
     assert first_broken(names, np.array([0, 1, 1, 0, 0])) == "repeats/1/blocks/0/attention/weights/q"
     assert first_broken(names, np.array([0, 0, 0, 0, 0])) == "ends/head"
     assert first_broken(names, np.ones(5)) == "none: the loss itself"
+
+
+def test_one_process_at_a_time_writes_to_a_workdir(tmp_path):
+    with (
+        shell.held(tmp_path / "run", "--workdir"),
+        pytest.raises(UserError, match=r"--workdir .*run is in use by another process"),
+        shell.held(tmp_path / "run", "--workdir"),
+    ):
+        pass
+    with shell.held(tmp_path / "run", "--workdir"):
+        (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"--workdir .*file cannot be made or written to"),
+        shell.held(tmp_path / "file", "--workdir"),
+    ):
+        pass
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):

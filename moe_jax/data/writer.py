@@ -1,7 +1,6 @@
 """Writes a prepared directory: reads the sources several times, in bounded memory, and declares it finished last."""
 
 import contextlib
-import fcntl
 import gzip
 import io
 import itertools
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import shell
 from moe_jax.data import pack, prepared, sources, tokenizer
 from moe_jax.data.documents import Document
 from moe_jax.data.survey import Survey, fingerprint, only, survey
@@ -52,21 +52,10 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
 
 @contextlib.contextmanager
 def _locked(out: pathlib.Path) -> Iterator[None]:
-    """Makes `out` and holds its lock, which the system frees even after kill -9."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / prepared.LOCK).exists():
-            raise UserError(f"--out {out} is not empty and was not made by prepare: choose another directory")
-        file = open(out / prepared.LOCK, "w")
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be made or written to ({error.strerror}): choose another directory"
-        ) from None
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out} is being prepared by another process") from None
+    """Makes `out`, if it is not somebody else's, and holds its lock."""
+    if out.is_dir() and any(out.iterdir()) and not (out / prepared.LOCK).exists():
+        raise UserError(f"--out {out} is not empty and was not made by prepare: choose another directory")
+    with shell.held(out, "--out", prepared.LOCK):
         yield
 
 
