@@ -131,7 +131,8 @@ def _shard_bytes(tree: Any) -> int:
 def _abstract(rows: np.ndarray) -> jax.ShapeDtypeStruct:
     """Of an array of a batch [B, ...]."""
     place = sharding("batch", *[None] * (rows.ndim - 1))
-    return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=place)
+    dtype = jax.dtypes.canonicalize_dtype(rows.dtype)  # what the device makes of NumPy's float64
+    return jax.ShapeDtypeStruct(rows.shape, dtype, sharding=place)
 
 
 def _compiled(cfg: Config, model: state.Model, abstract: state.State) -> Compiled:

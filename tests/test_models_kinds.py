@@ -200,7 +200,7 @@ def test_every_task_has_its_own_gate_and_items(float64):
     params = jax.tree.map(lambda z: z, run.params)
     for layer in params["repeats"].values():
         router = layer["blocks"][0]["moe"]["router"]
-        router["gate"] = router["gate"].at[1].multiply(-1)
+        router["gate"] = router["gate"] * np.array([1.0, -1.0, 1.0])[:, None, None]
     with jax.set_mesh(run.mesh):
         change = np.abs(jax.device_get(run.run(params, run.router_state, put(batch), False))[0] - want)
     assert (change[:, :7] == 0).all() and (change[:, 11:] == 0).all()
