@@ -1,8 +1,10 @@
 """Eight simulated CPU devices for every test; nothing is ever skipped for lack of hardware."""
 
+import fcntl
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 from moe_jax.compiling import QUICK, as_flags
 
@@ -45,6 +47,22 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if not item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
     items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test marked `alone` measures wall time: no other worker of `-n 2` runs a test beside it."""
+    if not item.config.getoption("--full"):
+        return (yield)
+    # The parent of a worker's own directory is that of the session. Whoever waits for the room to empty holds the door,
+    # so that nobody enters meanwhile.
+    directory = Path(item.config._tmp_path_factory.getbasetemp())
+    directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+    with open(directory / "door", "w") as door, open(directory / "room", "w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture
