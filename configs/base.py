@@ -172,7 +172,8 @@ def moe() -> ConfigDict:
         0.0  # rows held at once, as a factor of the balanced load; 0 = the worst case in one round
     )
     c.dispatchers.capacity = ConfigDict()
-    c.dispatchers.capacity.factor = 1.25  # an expert takes ceil(factor * k * tokens / num_experts) of each group
+    # An expert takes ceil(factor * k * tokens / num_experts) of each group; for null experts k is the intended number of real ones.
+    c.dispatchers.capacity.factor = 1.25
     c.dispatchers.slots = ConfigDict()  # for the router soft alone
     c.losses = ConfigDict()
     c.losses.balance = (
@@ -294,8 +295,8 @@ def routers() -> ConfigDict:
     c.base.iterations = 10  # of Sinkhorn
     c.base.scope = "group"  # what is balanced: each "group", or the whole "batch" (not with micro-batches)
     c.base.gates = "sigmoid"  # of the chosen scores (BASE), or "softmax" (S-BASE)
-    c.relu = ConfigDict()  # ReMoE; set the balance losses to 0
-    c.relu.k = 2  # active experts per token on average, which the adaptive L1 loss steers to
+    c.relu = ConfigDict()  # ReMoE; set the balance losses and z to 0
+    c.relu.k = 2  # active experts per token on average, to which the adaptive L1 loss brings them down
     c.relu.max_active = 4  # served experts of one token at most; the others are dropped
     c.relu.l1 = 1e-8  # first coefficient of the L1 loss
     c.relu.alpha = 1.2  # factor by which a step changes the coefficient
@@ -309,6 +310,7 @@ def routers() -> ConfigDict:
     c.soft.normalize = True  # unit vectors and a learned scale in the slots' scores
     c.recorded = ConfigDict()  # replay of a recording, for instruments
     c.recorded.k = 2  # choices per token in the recording
+    c.recorded.average = 0.0  # experts per token when the load is as intended, where that is fewer; 0 = k
     c.recorded.gates = "recorded"  # or "router": softmax of the present router over the recorded experts
     return c
 

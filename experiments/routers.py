@@ -30,7 +30,7 @@ DELTAS = {
     "cosine": {},
     "multi_gate": {},  # two gates, by the parity of the position
     "null": {},
-    "relu": NO_BALANCE,
+    "relu": NO_BALANCE | {"model.moe.losses.z": 0.0},
     "hash": NO_BALANCE,
     "uniform": NO_BALANCE,
     "random": NO_BALANCE,

@@ -30,7 +30,7 @@ from moe_jax.mesh import sharding
 from moe_jax.models.decoder import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoE, MoELayer, num_intended
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
 from moe_jax.tasks import TASKS
@@ -153,7 +153,7 @@ def buffer_note(cfg: Config) -> str:
     """The memory of the dispatch buffer in one line, to be told before the first step."""
     shape, row_bytes = _shape(cfg)
     moe = cfg.model.moe
-    held, balanced = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options), shape.num_assignments
+    held, balanced = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options), shape.num_intended
     return (
         f"{moe.dispatcher} buffer: {held} rows, {_units(held * row_bytes)}B for each MoE layer and device "
         f"({held / balanced:.2f} x the balanced load)"
@@ -169,6 +169,7 @@ def _shape(cfg: Config) -> tuple[Shape, int]:
         num_experts=moe.num_experts,
         num_tokens=rows * cfg.data.seq_len,
         num_assignments=num_assignments,
+        num_intended=num_intended(moe, rows * cfg.data.seq_len, num_assignments),
         per_token=per_token,
         group_tokens=min(moe.group_rows, rows) * cfg.data.seq_len,
         expert_axis=mesh.expert,
@@ -206,7 +207,7 @@ def _dispatch(cfg: Config) -> Dispatch:
     held = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options)
     return Dispatch(
         rows_held=held,
-        rows_balanced=shape.num_assignments,
+        rows_balanced=shape.num_intended,
         rows_worst=held if moe.dispatcher == "slots" else DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
         row_bytes=row_bytes,
         forward=dict(forward),

@@ -7,7 +7,8 @@ from moe_jax.config import DEPTH, Config, MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.models import kinds
 from moe_jax.moe import causality, losses, sparse
-from moe_jax.moe.routing import ROUTERS, relu
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import Sizes
 
 
 def check(c: Config) -> None:
@@ -17,12 +18,46 @@ def check(c: Config) -> None:
             raise UserError(message)
 
 
+# Routers that are balanced without a loss. A loss on top of it is another method than that of their papers.
+BALANCED_BY = {
+    "sigmoid": "its bias",
+    "quantile": "its bias",
+    "base": "its assignment",
+    "expert_choice": "its capacity",
+    "soft": "its slots",
+    "relu": "its own L1 loss",
+}
+
+
 def advice(c: Config) -> Iterator[str]:
     """What a run is told at its start: allowed, and hardly ever meant."""
+    if not c.model.num_moe_layers:
+        return
     e = c.model.moe
-    pulls = [f"model.moe.losses.{name} = {e.losses[name]}" for name in losses.BALANCE if e.losses[name]]
-    if c.model.num_moe_layers and e.router == "relu" and pulls:
-        yield f"the router relu balances by its own L1 loss (ReMoE), and {' and '.join(pulls)} on top of it pulls at gates of any sum"
+    router = ROUTERS[e.router]
+    declared = router.declared(e.num_experts, e.router_options)
+    learns = bool(router.params(Sizes(c.model.d_model, e.num_experts, c.model.vocab_size), e.router_options))
+    pulls = " and ".join(f"model.moe.losses.{name} = {e.losses[name]}" for name in _pulls(e, learns) if e.losses[name])
+    if pulls and not learns:
+        yield f"the router {e.router} has no weights: {pulls} cannot change anything"
+    elif pulls and e.router in BALANCED_BY and e.router_options.get("bias_rate", 1):
+        yield f"the router {e.router} is balanced by {BALANCED_BY[e.router]}, and {pulls} on top of it pulls as well: 0 is its paper's"
+    if learns and declared.most == 1 and declared.gate_sum is not None:
+        yield (
+            f"the router {e.router} has one choice per token, and its gate is always {declared.gate_sum:g}: the loss of the task cannot "
+            f"teach it. Set model.moe.routers.{e.router}.renormalize=False where it has that, or model.moe.router=switch"
+        )
+    if e.dispatcher == "dropless" and e.ordering in ("k_major", "batch_priority"):
+        yield f'model.moe.ordering = "{e.ordering}" says what is dropped first, and model.moe.dispatcher = "dropless" drops nothing'
+
+
+def _pulls(e: MoEConfig, learns: bool) -> tuple[str, ...]:
+    """The losses that a router which balances itself, or cannot learn, does not have in its paper."""
+    if not learns:
+        return (*losses.BALANCE, "z")
+    more = ("z",) if e.router == "relu" else ()
+    # DeepSeek-V3 keeps a small sequence-wise loss beside the bias.
+    return (*(name for name in losses.BALANCE if (e.router, name) != ("sigmoid", "sequence_balance")), *more)
 
 
 def _choice(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
@@ -135,7 +170,7 @@ ROUTER_LEAST = {
     ("cosine", "min_temperature"): 1e-6,
     ("null", "num_null"): 1,
     ("base", "iterations"): 1,
-    ("relu", "l1"): relu.LIMITS[0],
+    ("relu", "l1"): 1e-20,
     ("soft", "slots"): 1,
 }
 
@@ -143,6 +178,8 @@ ROUTER_LEAST = {
 def _router(e: MoEConfig) -> Iterator[str]:
     """The values of the chosen router's options."""
     at, o = f"model.moe.routers.{e.router}", e.router_options
+    if o.get("scale", 1) <= 0:
+        yield f"{at}.scale = {o['scale']} must be above 0: it multiplies the gates"
     for (router, name), allowed in ROUTER_CHOICES.items():
         if router == e.router:
             yield from _choice(f"{at}.{name}", o[name], allowed)
@@ -217,8 +254,8 @@ def _losses(c: Config) -> Iterator[str]:
         )
     if e.dispatcher != "capacity":
         yield (
-            f'model.moe.adaptive.rate = {e.adaptive["rate"]} follows the drop rate, and model.moe.dispatcher = "{e.dispatcher}" drops '
-            "nothing: the weight would only fall. Set model.moe.dispatcher=capacity, or the rate to 0"
+            f"model.moe.adaptive.rate = {e.adaptive['rate']} follows what is dropped for want of room, and model.moe.dispatcher = "
+            f'"{e.dispatcher}" has room for all. Set model.moe.dispatcher=capacity, or the rate to 0'
         )
 
 

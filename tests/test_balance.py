@@ -244,7 +244,7 @@ def test_router_state_is_checkpointed(float64, tmp_path, router):
         ({"model.moe.losses.gshard": -1.0}, "model.moe.losses.gshard = -1.0 must be at least 0"),
         (
             {"model.moe.adaptive.rate": 0.1},
-            'model.moe.dispatcher = "dropless" drops nothing: the weight would only fall',
+            'model.moe.dispatcher = "dropless" has room for all',
         ),
         (
             {"model.moe.adaptive.rate": 0.1, "model.moe.losses.balance": 0.0},

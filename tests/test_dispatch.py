@@ -62,7 +62,7 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
     token = jnp.repeat(jnp.arange(b * s, dtype=jnp.int32), k)
     flat = lambda z: z.reshape(-1)
     routing = Routing(token, flat(expert), flat(jnp.where(valid[:, :, None], gate, 0)), {}, per_token=k)
-    shape = Shape(num_experts, b * s, b * s * k, k, s, jax.lax.axis_size("expert"))
+    shape = Shape(num_experts, b * s, b * s * k, b * s * k, k, s, jax.lax.axis_size("expert"))
     experts = lambda x, g, start, size, block: expert_ffn(
         x, g, start, size, w_in, w_out, activation=activation, block=block
     )
@@ -154,9 +154,11 @@ def test_equals_the_oracle_for_other_numbers_of_experts(float64, shape, num_expe
 
 def test_rows_are_bounded_by_the_worst_case():
     """n T min(k, e) rows and the padding of each expert's room, by hand: n = 4, T = 32, e = 2, k = 2: 256 rows and 2 rooms."""
-    shape = Shape(num_experts=8, num_tokens=32, num_assignments=64, per_token=2, group_tokens=4, expert_axis=4)
+    shape = Shape(8, 32, num_assignments=64, num_intended=64, per_token=2, group_tokens=4, expert_axis=4)
     rows = DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0})
     assert 256 <= rows <= 256 + 2 * 32
     assert DISPATCHERS["dropless"].rows(shape, {"buffer": 1.0}) < rows
     # capacity 1.0: C = 1.0 * 2 * 4 / 8 = 1 place of each of 8 experts in each of 8 groups
     assert DISPATCHERS["capacity"].rows(shape, {"factor": 1.0}) == 64
+    # factor 2.0 of a router that lists two experts per token and means one: the same place
+    assert DISPATCHERS["capacity"].rows(shape._replace(num_intended=32), {"factor": 2.0}) == 64

@@ -31,7 +31,7 @@ def layer(x, dispatch, combine, w_in, w_out):
         w_in = jax.lax.all_gather(w_in, "data", axis=1, tiled=True)
         w_out = jax.lax.all_gather(w_out, "data", axis=2, tiled=True)
         num, groups = x.shape[0] * S, len(dispatch)
-        shape = Shape(E, num, groups * E * SLOTS, 0, GROUP_ROWS * S, jax.lax.axis_size("expert"))
+        shape = Shape(E, num, groups * E * SLOTS, groups * E * SLOTS, 0, GROUP_ROWS * S, jax.lax.axis_size("expert"))
         experts = lambda x, g, start, size, block: expert_ffn(
             x, g, start, size, w_in, w_out, activation="swiglu", block=block
         )
@@ -78,5 +78,7 @@ def test_equals_a_dense_soft_moe(float64, shape):
 
 def test_rows_are_the_slots():
     """2 groups of 8 tokens, 4 experts of 3 slots: 24 rows on every device."""
-    shape = Shape(num_experts=4, num_tokens=16, num_assignments=24, per_token=0, group_tokens=8, expert_axis=2)
+    shape = Shape(
+        num_experts=4, num_tokens=16, num_assignments=24, num_intended=24, per_token=0, group_tokens=8, expert_axis=2
+    )
     assert DISPATCHERS["slots"].rows(shape, {}) == 24

@@ -1,5 +1,6 @@
 """Instruments on a model's routing: what is recorded, replayed, knocked out and compared, against hand-made values."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from instrument_cases import DATA, probed, weights
 
+from moe_jax.commands import probe as command
 from moe_jax.config import Options
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, interference, knockout, precision, record, replay
@@ -274,11 +276,40 @@ def test_round_an_expert_means_the_next_best(run):
     assert (fields["expert"][1] == 2).any()
 
 
-def test_a_router_without_logits_is_not_asked_for_them(float64):
+@pytest.mark.parametrize("router", ["sigmoid", "quantile"])
+def test_round_an_expert_whatever_its_bias(float64, router):
+    """Expert 2 has a bias above every affinity: all take it, and none where it is barred."""
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes={"model.moe.router": router})
+        biased = lambda z: jnp.zeros_like(z).at[..., 2].set(2.0)
+        run = run._replace(router_state=jax.tree.map(biased, run.router_state))
+        valid = run.batches[0].segment_BS > 0
+        assert (recorded(run, probe.ROUTING)["expert"][0][valid] == 2).any(-1).all()
+        assert not (recorded(run, probe.ROUTING, **knockout.told(run, "barred_BME", 0, 2))["expert"][0] == 2).any()
+
+
+def test_the_score_of_balanced_replay_is_the_routers_own(float64):
+    """With the model's own experts the gates are the model's own."""
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes={"model.moe.router": "sigmoid"})
+        fields = recorded(run, probe.INPUTS)
+        probs = np.take_along_axis(replay._probabilities(run, fields["input"]), fields["expert"].clip(0, 3), -1)
+    valid = run.batches[0].segment_BS > 0
+    own = probs / probs.sum(-1, keepdims=True)
+    np.testing.assert_allclose(fields["gate"][:, valid], own[:, valid], rtol=1e-6)
+
+
+def test_a_router_without_logits_is_not_asked_for_them(float64, tmp_path):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes={"model.moe.router": "uniform"})
         with pytest.raises(UserError, match="only a router with a linear gate can be told to go round an expert"):
             knockout.measure(run, "around")
+        job = command.Job(
+            run.cfg, run, 1, argparse.Namespace(ways="around,removed", workdir=tmp_path, mesh=None), tmp_path
+        )
+        command.run_knockout(job)
+        found = json.loads((tmp_path / "knockout.json").read_text())["knockout"]
+        assert "only a router with a linear gate" in found["around"]["note"] and "change_LEZ" in found["removed"]
         with pytest.raises(UserError, match='"uniform" has no linear gate, which balanced replay needs'):
             replay.balanced(seen(run)._replace(probs_LBSE=lambda: replay._probabilities(run, np.zeros(0))))
 
@@ -313,7 +344,8 @@ def test_the_margin_is_of_the_scores_that_decide(float64):
         assert (np.argsort(-logits, -1)[..., :2][:, valid] != best[:, valid]).any()
         moe = run.cfg.model.moe
         grouped = {"router_options": Options(moe.router_options | {"num_groups": 2})}
-        for changes, message in ((grouped, "chooses groups of experts first"), ({"router": "relu"}, "above 0")):
+        relu = {"router": "relu", "router_options": Options(k=2, max_active=4)}
+        for changes, message in ((grouped, "chooses groups of experts first"), (relu, "no fixed number of choices")):
             model = dataclasses.replace(run.cfg.model, moe=dataclasses.replace(moe, **changes))
             with pytest.raises(UserError, match=message):
                 other = run._replace(cfg=dataclasses.replace(run.cfg, model=model))

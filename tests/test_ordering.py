@@ -150,7 +150,9 @@ def on_device(x, expert, gate, w_in, w_out, *, name):
     token_N = jnp.repeat(jnp.arange(b * s, dtype=jnp.int32), K)
     routing = Routing(token_N, expert.reshape(-1), gate.reshape(-1), {}, per_token=K)
     routing = ORDERINGS[name].apply(routing, **sizes, train=True, options={})
-    shape = Shape(**sizes, num_assignments=b * s * K, per_token=K, expert_axis=jax.lax.axis_size("expert"))
+    shape = Shape(
+        **sizes, num_assignments=b * s * K, num_intended=b * s * K, per_token=K, expert_axis=jax.lax.axis_size("expert")
+    )
     experts = lambda x, g, start, size, block: expert_ffn(
         x, g, start, size, w_in, w_out, activation="swiglu", block=block
     )

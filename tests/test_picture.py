@@ -9,6 +9,8 @@ def test_mutual_information_by_hand():
     """Two domains: an expert for each says 1 bit, even use says nothing."""
     assert mutual_information(np.array([[10.0, 0.0], [0.0, 30.0]])) == 1.0
     assert mutual_information(np.array([[5.0, 5.0], [7.0, 7.0]])) == 0.0
+    assert mutual_information(np.array([[5.0, 5.0], [0.0, 0.0], [7.0, 7.0]])) == 0.0  # a domain without rows
+    assert mutual_information(np.zeros((2, 2))) == 0.0
 
 
 def test_draws_every_layer(tmp_path):

@@ -211,13 +211,16 @@ def test_relu_loss_by_hand(float64):
     np.testing.assert_allclose(value[False], [0.3, 3.0])
 
 
-def test_relu_steers_to_k_active_experts(float64):
-    """10 tokens, k = 2: 21 active is too many, 19 too few, 20 right."""
-    cfg = RouterCfg(4, options("relu", {"k": 2, "alpha": 1.25}), 1, 64, lambda z: z)
+def test_relu_coefficient_by_hand(float64):
+    """10 tokens, k = 2: 21 active is too many, 19 too few, 20 right; and it never falls below its first value."""
+    cfg = RouterCfg(4, options("relu", {"k": 2, "alpha": 1.25, "l1": 1.0}), 1, 64, lambda z: z)
     update = lambda counts: ROUTERS["relu"].update(
         {"l1": jnp.asarray(8.0)}, {"counts": jnp.asarray(counts), "tokens": 10.0}, cfg
     )
     assert [float(update([n, 5.0, 5.0, 5.0])["l1"]) for n in (6.0, 4.0, 5.0)] == [10.0, 6.4, 8.0]
+    first = {"l1": jnp.asarray(1.0)}
+    few = {"counts": jnp.asarray([4.0, 5.0, 5.0, 5.0]), "tokens": 10.0}
+    assert float(ROUTERS["relu"].update(first, few, cfg)["l1"]) == 1.0
 
 
 # Replay

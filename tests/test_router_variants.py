@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from configs import base
 from moe_jax.mesh import BATCH, P
+from moe_jax.moe import load, losses
 from moe_jax.moe.routing import ROUTERS, quantile
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Tokens
 
@@ -267,6 +268,24 @@ def test_null_by_hand(float64):
     assert zero.copy_T is None
     np.testing.assert_allclose(zero.gate_N, [4 / 7, 3 / 7, 0])
     assert zero.sums["counts"].tolist() == [[1, 1, 1, 0]]
+    assert zero.sums["assigned"].tolist() == [2] and one().sums["gate"].tolist() == pytest.approx([7 / 9])
+
+
+def test_null_classes_are_balanced_as_one(float64):
+    """AdaMoE, eq. 6. One expert and two null classes, k = 1; the null class that is taken never, or in turn, is the same loss.
+
+    P = (1/2, 1/4, 1/4) on average and half of the choices null: 3 (1/2 1/2 + 1/4 1/4 + 1/4 1/4) = 9/8.
+    """
+    prob_TC = np.array([[0.8, 0.1, 0.1], [0.2, 0.41, 0.39]]), np.array([[0.8, 0.1, 0.1], [0.2, 0.39, 0.41]])
+    for prob in (np.concatenate([prob_TC[0]] * 2), np.concatenate(prob_TC)):
+        got = route("null", prob @ np.eye(3), {"gate": np.eye(3)}, num_experts=1, k=1, num_null=2)
+        want = route("null", np.log(prob), {"gate": np.eye(3)}, num_experts=1, k=1, num_null=2)
+        assert got.expert_N.tolist() == want.expert_N.tolist() == [0, 1, 0, 1]
+        totals = load.totals({name: z[None] for name, z in want.sums.items()})
+        probs_C = prob.mean(0)
+        np.testing.assert_allclose(losses.balance(totals), 3 * (probs_C * [0.5, 0.25, 0.25]).sum())
+        np.testing.assert_allclose(losses.sequence_balance(totals), losses.balance(totals))
+        assert load.metrics(totals | {"dropped": jnp.zeros(1)})["active"].tolist() == [0.5]
 
 
 def test_null_token_without_real_expert_and_padding(float64):

@@ -73,13 +73,22 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in what if name not in INSTRUMENTS]
     if unknown:
         raise UserError(f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}")
+    ways = [way for way in flags.ways.split(",") if way not in knockout.WAYS]
+    if ways:
+        raise UserError(f"--ways: {ways[0]!r} is not known: choose from {', '.join(knockout.WAYS)}")
     start_devices(flags)
     cfg = fitted(read_config(flags.workdir), flags)
     lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
     with jax.set_mesh(mesh.make(lengths, jax.devices()[: np.prod(list(lengths.values()))])):
         job = open_job(cfg, flags)
+        refused = []
         for name in what:
-            INSTRUMENTS[name](job)
+            try:
+                INSTRUMENTS[name](job)
+            except UserError as error:  # the others go on
+                refused.append(f"--what {name}: {error}")
+    if refused:
+        raise UserError("\n".join(refused))
     return 0
 
 
@@ -173,9 +182,13 @@ def run_precision(job: Job) -> None:
 def run_knockout(job: Job) -> None:
     result = {}
     for way in job.flags.ways.split(","):
-        if way not in knockout.WAYS:
-            raise UserError(f"--ways: {way!r} is not known: choose from {', '.join(knockout.WAYS)}")
-        worth = knockout.measure(job.run, way)
+        try:
+            worth = knockout.measure(job.run, way)
+        except UserError as error:  # of this router: the other way, and the other instruments, go on
+            result[way] = {"note": str(error)}
+            if job.out:
+                tables.note(f"knock-out, {knockout.PASSIVE[way]}", str(error))
+            continue
         result[way] = {name: value.tolist() for name, value in worth._asdict().items()}
         if job.out:
             tables.knockout(worth, job.run.dataset.domains, way)

@@ -49,8 +49,11 @@ def routing(counts_LZE: np.ndarray, domains: Sequence[str], path: Path) -> np.nd
 
 
 def mutual_information(counts_ZE: np.ndarray) -> float:
-    """I(domain; expert) in bits, from counts of assignments; each domain weighs the same."""
-    conditional_ZE = counts_ZE / np.maximum(counts_ZE.sum(1, keepdims=True), 1)
+    """I(domain; expert) in bits, from counts of assignments; each domain that has any weighs the same."""
+    there_ZE = counts_ZE[counts_ZE.sum(1) > 0]
+    if not len(there_ZE):
+        return 0.0
+    conditional_ZE = there_ZE / there_ZE.sum(1, keepdims=True)
     mean_E = conditional_ZE.mean(0)
     ratio_ZE = np.where(conditional_ZE > 0, conditional_ZE / np.maximum(mean_E, 1e-30), 1)
     return float((conditional_ZE * np.log2(ratio_ZE)).sum(1).mean())

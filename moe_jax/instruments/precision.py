@@ -51,12 +51,11 @@ def measure(run: Run) -> dict[str, Any]:
                 compared.setdefault(name, []).append(flips(base["expert"], again(whole), cfg.moe.num_experts))
             except UserError as error:
                 notes[name] = str(error)
-        if "router" not in notes:
-            try:
-                margin_LBS = margin(scores(run, base["input"]), base["expert"].shape[3])
-                margins.append(margin_LBS[:, whole.segment_BS > 0])
-            except UserError as error:
-                notes["margin"] = str(error)
+        try:
+            margin_LBS = margin(scores(run, base["input"]), base["expert"].shape[3])
+            margins.append(margin_LBS[:, whole.segment_BS > 0])
+        except UserError as error:
+            notes["margin"] = str(error)
     counts = {name: np.sum(pairs, 0) for name, pairs in compared.items() if pairs}
     spread = np.quantile(np.concatenate(margins, 1), QUANTILES, axis=1) if margins else []
     return {
@@ -90,8 +89,9 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     """What the router takes the k largest of, [L, B, S, E]. UserError where a token's experts are not simply those."""
     moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
     options = moe.router_options
-    if moe.router == "relu" or options.get("top_groups") != options.get("num_groups"):
-        what = "takes what is above 0" if moe.router == "relu" else "chooses groups of experts first"
+    exact = ROUTERS[moe.router].declared(moe.num_experts, options).exact
+    if not exact or options.get("top_groups") != options.get("num_groups"):
+        what = "chooses groups of experts first" if exact else "has no fixed number of choices for a token"
         raise UserError(f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no margin')
     logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
     bias = held_out.router_state(run.router_state, run.cfg.model).get("bias")

@@ -4,7 +4,8 @@
     frozen     as an earlier checkpoint of the run routes the same batches
     shuffled   the assignments of a batch (a token's experts and gates) dealt out anew among its tokens: every expert keeps its load
     balanced   equally many tokens for every expert, and of all such assignments the one with the highest total router probability
-               (a transport problem, solved exactly; each token's gates are its probabilities, scaled to the sum of its own gates)
+               (a transport problem, solved exactly; each token's gates are its probabilities, of softmax or of the router's own
+               score, scaled to the sum of its own gates)
     random     k different experts, uniformly, with the token's own gates
 
 All MoE layers are replaced at once, by the router "recorded"; other parameters are those of the checkpoint. `under` makes the same model
@@ -28,6 +29,8 @@ from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Arrays, Run
 from moe_jax.moe import probe
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.sigmoid import SCORES
 from moe_jax.state import make_model
 
 ROUTER = "recorded"
@@ -46,7 +49,11 @@ class Seen(NamedTuple):
 
 def under(cfg: ModelConfig, num_choices: int, gates: str) -> ModelConfig:
     """The model with the router "recorded" in place of its own; gates "recorded", or of the "router", which then learns."""
-    moe = dataclasses.replace(cfg.moe, router=ROUTER, router_options=Options(k=num_choices, gates=gates))
+    average = (
+        ROUTERS[cfg.moe.router].declared(cfg.moe.num_experts, cfg.moe.router_options).average
+    )  # capacity follows it
+    options = Options(k=num_choices, gates=gates, average=average or 0.0)
+    moe = dataclasses.replace(cfg.moe, router=ROUTER, router_options=options)
     return dataclasses.replace(cfg, moe=moe)
 
 
@@ -192,8 +199,8 @@ def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
 def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     gate_LDE = held_out.gates(run, "balanced replay")
     logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
+    score = np.asarray(SCORES[run.cfg.model.moe.router_options.get("score", "softmax")](logits))
+    return score / score.sum(-1, keepdims=True)
 
 
 def gaps(run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str], to: str) -> dict[str, dict[str, Any]]:

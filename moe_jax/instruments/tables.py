@@ -25,6 +25,11 @@ def _print(table: Table) -> None:
     Console(width=console.width if console.is_terminal else WIDE).print(table)
 
 
+def note(title: str, text: str) -> None:
+    """In place of a table: why there is none."""
+    _print(_table(f"{title}: {text}", []))
+
+
 def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Bits per byte under each routing, and its gap to the model's own, per domain too."""
     domains = [

@@ -9,6 +9,7 @@ N assignments, R rows of a dispatch buffer.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -155,12 +156,12 @@ def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[
     # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
     over_model = lambda z: jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
     assigned = isinstance(routing, Routing)
+    num_places = routing.expert_N.shape[0] if assigned else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1]
     shape = Shape(
         **sizes,
         num_tokens=tokens.x_TD.shape[0],
-        num_assignments=routing.expert_N.shape[0]
-        if assigned
-        else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1],
+        num_assignments=num_places,
+        num_intended=num_intended(cfg, tokens.x_TD.shape[0], num_places),
         per_token=routing.per_token if assigned else 0,
         expert_axis=jax.lax.axis_size("expert"),
     )
@@ -174,6 +175,12 @@ def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[
         return y_TD, _dropped_per_row(dropped_N, routing, tokens), dropped_N
     dropped_b = jnp.zeros_like(routing.sums["tokens"])
     return y_TD, dropped_b, dropped_N
+
+
+def num_intended(cfg: MoE, num_tokens: int, num_places: int) -> int:
+    """How many of the places that a router may fill it fills when the load is as it intends; padding counts as tokens."""
+    average = ROUTERS[cfg.router].declared(cfg.num_experts, cfg.router_options).average
+    return num_places if average is None else min(num_places, math.ceil(average * num_tokens))
 
 
 def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:

@@ -23,8 +23,8 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
     if not sums_LB:
         return {}
     whole = {name: x.sum(1) for name, x in sums_LB.items()}
-    parts = lambda sums: (sums["counts"], sums["probs"], sums["tokens"])
-    chosen = sums_LB.get("unbiased", sums_LB["counts"])  # of a router with a bias: what it would choose without
+    parts = lambda sums: (balanced_counts(sums), sums["probs"], sums["tokens"])
+    chosen = sums_LB.get("unbiased", balanced_counts(sums_LB))  # of a router with a bias: what it would choose without
     any_valid = lambda sums: (sums["tokens"] > 0).astype(sums["tokens"].dtype)
     return whole | {
         "sequence_balance": product(chosen, sums_LB["probs"], sums_LB["tokens"]).sum(1),
@@ -32,6 +32,16 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
         "micro_batch_balance": product(*parts(whole)),
         "micro_batches": any_valid(whole),
     }
+
+
+def balanced_counts(sums: Sums) -> jax.Array:
+    """The counts of a balance loss: `level` where a router gives it, because some of its classes are alike."""
+    return sums.get("level", sums["counts"])
+
+
+def assigned(totals: Sums) -> jax.Array:
+    """Assignments to experts, [L] (or of one layer): all that were counted, unless a router counts classes that are no experts."""
+    return totals["assigned"] if "assigned" in totals else totals["counts"].sum(-1)
 
 
 def product(counts_xC: jax.Array, probs_xC: jax.Array, tokens_x: jax.Array) -> jax.Array:
@@ -49,8 +59,8 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
     router_entropy: mean entropy of the router's distribution, nats; gate: mean sum of a token's gates; gate_max: mean largest gate;
     max_vio: largest load over mean load - 1 (MaxVio of Wang et al. 2024, arXiv:2408.15664, section 4.1: MaxVio_batch in training,
     MaxVio_global when the totals are those of a whole evaluation). Where there are any: balance_weight, the adaptive weight of the balance
-    losses; l1, the coefficient of ReLU routing's loss, and active, its mean active experts per token; padding_fraction, the share of
-    padding in the rows of a grouped product whose tiles token rounding was told.
+    losses; l1, the coefficient of ReLU routing's loss; active, the mean number of experts per token of a router that does not fix it;
+    padding_fraction, the share of padding in the rows of a grouped product whose tiles token rounding was told.
     """
     counts_LE = totals["counts"]
     assigned_L = jnp.maximum(counts_LE.sum(-1), 1)
@@ -63,7 +73,7 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
         "load_max": share_LE.max(-1) * num_experts,
         "max_vio": share_LE.max(-1) * num_experts - 1,
         "load_entropy": entropy_L / jnp.log(jnp.maximum(num_experts, 2)),
-        "drop_fraction": totals["dropped"] / assigned_L,
+        "drop_fraction": totals["dropped"] / jnp.maximum(assigned(totals), 1),
         "dead_experts": (counts_LE == 0).sum(-1).astype(counts_LE.dtype),
         "z": totals["z"] / tokens_L,
         "router_entropy": totals["entropy"] / tokens_L,
@@ -73,7 +83,9 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
     if "balance_weight" in totals:
         figures["balance_weight"] = totals["balance_weight"] / tokens_L
     if "l1_weight" in totals:
-        figures |= {"l1": totals["l1_weight"] / tokens_L, "active": counts_LE.sum(-1) / tokens_L}
+        figures["l1"] = totals["l1_weight"] / tokens_L
+    if "assigned" in totals:
+        figures["active"] = totals["assigned"] / tokens_L
     if "padding" in totals:
         figures["padding_fraction"] = totals["padding"] / jnp.maximum(totals["padding"] + totals["served"], 1)
     return figures

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.load import product
+from moe_jax.moe.load import assigned, balanced_counts, product
 
 Totals = Mapping[str, jax.Array]
 
@@ -25,7 +25,7 @@ def balance(totals: Totals) -> jax.Array:
     valid tokens of the optimizer step, all devices and micro-batches ("global-batch", Qiu et al. 2025, arXiv:2501.11873). 1 when balanced,
     at most C / k.
     """
-    return product(totals["counts"], totals["probs"], totals["tokens"])
+    return product(balanced_counts(totals), totals["probs"], totals["tokens"])
 
 
 def gshard(totals: Totals) -> jax.Array:
@@ -70,7 +70,7 @@ def load(totals: Totals) -> jax.Array:
     """Shazeer et al. 2017 (arXiv:1701.06538), eq. 10-11: as `importance`, of the smooth load.
 
     The load of an expert is the sum over tokens of P(x, e), the probability that e is among the chosen under fresh noise; only a router
-    with noise (noisy_top_k) has it.
+    with noise (noisy_top_k) has it. 0 when balanced, at most C / k - 1, as no expert is chosen more than once by a token.
     """
     return variation(totals["load"])
 
@@ -135,8 +135,8 @@ def adapt(weight: jax.Array, totals: Totals, options: Mapping[str, float]) -> ja
     """The weight of one layer's balance losses after a step: x (1 + rate) if more than target_drop was dropped, else / (1 + rate).
 
     The multiplicative rule that ReMoE (Wang et al. 2024, arXiv:2412.14711) uses for its sparsity, driven by drops. It stays within
-    [1 / limit, limit]. `dropped` and `counts` are integers of the whole step, so every mesh takes the same branch.
+    [1 / limit, limit]. Drops and assignments are integers of the whole step, so every mesh takes the same branch.
     """
-    dropped = totals["dropped"] / jnp.maximum(totals["counts"].sum(), 1)
+    dropped = totals["dropped"] / jnp.maximum(assigned(totals), 1)
     factor = jnp.where(dropped > options["target_drop"], 1 + options["rate"], 1 / (1 + options["rate"]))
     return jnp.clip(weight * factor.astype(weight.dtype), 1 / options["limit"], options["limit"])

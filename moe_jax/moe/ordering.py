@@ -40,7 +40,9 @@ def k_major(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
 def batch_priority(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
     """Batch prioritized routing (V-MoE, Riquelme et al. 2021, arXiv:2106.05974, section 4.1): tokens of a group by their largest gate.
 
-    All first choices come before all second ones, as in the paper; tokens with equal gates by their place.
+    All first choices come before all second ones, as in the paper; tokens with equal gates by their place. The paper's gates are
+    probabilities over all experts: for its order set `renormalize=False` where a router has that. Gates that sum to 1 rank a token by the
+    share of its first choice among its k, and by nothing with k = 1.
     """
     del sizes
     gate_N = jax.lax.stop_gradient(routing.gate_N)

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.moe.routing.contract import Routing, Slots, Tokens
+from moe_jax.moe.routing.contract import NEVER, Routing, Slots, Tokens
 
 NAME = "record/"  # what the names of a record begin with, among the sums of a layer
 ROUTING = {"routing": ()}  # `Batch.record`: a dict with empty values is a pytree without leaves, so it is static
 INPUTS = {"routing": (), "inputs": ()}  # also the activations that the router reads
-NEVER = -1e9  # a logit that no softmax, sigmoid or top-k takes while another expert is left
 
 
 def record(routing: Routing | Slots, dropped_N: jax.Array, tokens: Tokens, wanted: Mapping[str, Any], num_experts: int):

@@ -1,8 +1,9 @@
 """Capacity dispatch: each expert takes at most C assignments of each group, and tokens travel by all-to-all over the expert axis.
 
-C = ceil(factor * assignments of a group / E), per *group* (model.moe.group_rows sequences), never per device, so the same assignments drop
-on every mesh (Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 3.2, where the group is a device's share). Earlier entries of the
-routing win: token-major order never lets a later token take an earlier one's place, so a causal model stays causal.
+C = ceil(factor * assignments of a group / E), those that the router intends (k per token, for most), per *group* (model.moe.group_rows
+sequences), never per device, so the same assignments drop on every mesh (Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 2.2,
+where the group is a device's share). Earlier entries of the routing win: token-major order never lets a later token take an earlier one's
+place, so a causal model stays causal.
 
 Buffers per device: E * (T / group) * C rows sent, as many received and computed.
 """
@@ -22,7 +23,7 @@ from moe_jax.moe.routing.contract import Routing
 
 def slots(shape: Shape, options: Mapping[str, Any]) -> int:
     """C: places of one expert in one group. No more than the group's tokens can ever be used."""
-    per_group = shape.num_assignments * shape.group_tokens / shape.num_tokens
+    per_group = shape.num_intended * shape.group_tokens / shape.num_tokens
     return max(1, min(math.ceil(options["factor"] * per_group / shape.num_experts - 1e-9), shape.group_tokens))
 
 

@@ -37,7 +37,7 @@ def rows(shape: Shape, options: Mapping[str, Any]) -> int:
     """Rows held at once per device: the worst case, or the buffer."""
     if not options["buffer"]:
         return worst(shape)
-    return min(worst(shape), round_up(math.ceil(options["buffer"] * shape.num_assignments), _block(shape)[1]))
+    return min(worst(shape), round_up(math.ceil(options["buffer"] * shape.num_intended), _block(shape)[1]))
 
 
 def apply(

@@ -14,7 +14,8 @@ class Shape(NamedTuple):
 
     num_experts: int
     num_tokens: int  # T, of this device
-    num_assignments: int  # N, of this device
+    num_assignments: int  # N, of this device: places in the list
+    num_intended: int  # of them, what is filled when the load is as intended: less than N where a token may use fewer than it may list
     per_token: int  # assignments per token when every token has as many, in token order; else 0
     group_tokens: int  # tokens that share capacity
     expert_axis: int  # length of the expert axis

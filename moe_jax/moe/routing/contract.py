@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moe_jax.weights import Weight
 
 Arrays = Mapping[str, jax.Array]
+NEVER = -1e9  # the logit of a barred expert (moe/probe.py): it comes after all others, whatever is added to its score
 
 
 class Sizes(NamedTuple):

@@ -10,7 +10,9 @@ experts of MoE++, Jin et al. 2024, arXiv:2410.07348, section 3.1).
     renormalize = "none" gates p (MoE++)
 
 counts, probs and importance run over all E + num_null classes, so a balance loss asks for k E / (E + num_null) real experts per token on
-average and lets each token differ; load figures take the null classes for experts. Ties go to the lower index, so to the real expert.
+average and lets each token differ. It sees the mean load of the null classes for each of them (AdaMoE, section 3.4, eq. 6): one does what
+another does, so it is their sum that is held. MaxVio and the histograms take the null classes for experts; the sum of gates, drops and
+active experts are of the real ones. Ties go to the lower index, so to the real expert.
 MoE++'s constant experts, gating residuals and unequal weights of the two kinds in the loss are not here.
 """
 
@@ -28,6 +30,7 @@ from moe_jax.moe.routing.contract import (
     Sizes,
     Tokens,
     linear_gate,
+    per_row,
     router_logits,
     statistics,
     token_choice,
@@ -48,6 +51,12 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     null_TK = class_TK >= cfg.num_experts
     gate_TK = gates(prob_TK, null_TK, cfg.options["renormalize"])
     sums = statistics(logits_TC, class_TK, gate_TK, tokens)
+    real_bE, null_bC = jnp.split(sums["counts"], [cfg.num_experts], axis=1)
+    sums["level"] = jnp.concatenate([real_bE, jnp.broadcast_to(null_bC.mean(1, keepdims=True), null_bC.shape)], 1)
+    sums["assigned"] = real_bE.sum(1)
+    if cfg.options["kind"] == "zero":  # gates of what does nothing weigh nothing
+        real_TK = jnp.where(null_TK | ~tokens.valid_T[:, None], 0, jax.lax.stop_gradient(gate_TK))
+        sums |= {"gate": per_row(real_TK.sum(1), tokens), "gate_max": per_row(real_TK.max(1), tokens)}
     routing = token_choice(class_TK, gate_TK, sums, tokens, cfg.num_experts)
     if cfg.options["kind"] == "zero":
         return routing

@@ -4,7 +4,7 @@ Su, https://kexue.fm/archives/11619 (2026); the estimate over the whole batch fr
 (section 2.3.3, eq. 13-14, appendix D), as in Megatron-LM (pull requests 5349 and 6637) and torchtitan (4577):
 
     s = sigmoid(x W);  the k largest s + bias;  gates from s without bias, as in sigmoid.py
-    r_te = (k + 1)-th largest of s_t + bias, minus s_te          the bias with which token t would just have chosen e
+    r_te = (k + 1)-th largest of s_t + bias, minus s_te          a bias above it, and e is among the k + 1 best of token t
     bias_e <- the k / E quantile of r_te over the tokens t, then minus the mean over the experts
 
 With that bias a share k / E of the tokens has s + bias above its own threshold, for every expert: the load is even, without a rate to
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.routing.contract import Arrays, RouterCfg, Routing, Tokens, router_logits
-from moe_jax.moe.routing.sigmoid import SCORES, from_scores
+from moe_jax.moe.routing.sigmoid import SCORES, biased, from_scores
 
 
 def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
@@ -30,7 +30,7 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     score_TE = SCORES[cfg.options["score"]](logits_TE)
     fixed_TE, bias_E = jax.lax.stop_gradient(score_TE), state["bias"].astype(score_TE.dtype)
-    top_TK, expert_TK = jax.lax.top_k(fixed_TE + bias_E[None], min(k + 1, cfg.num_experts))
+    top_TK, expert_TK = jax.lax.top_k(biased(logits_TE, score_TE, state), min(k + 1, cfg.num_experts))
     routing = from_scores(logits_TE, score_TE, expert_TK[:, :k], tokens, cfg)
     histogram = _histogram(top_TK[:, -1:] - fixed_TE, bias_E, tokens, cfg.options["bins"])
     return routing._replace(sums={**routing.sums, "histogram": histogram})

@@ -69,4 +69,4 @@ def _recording(tokens: Tokens, k: int) -> tuple[jax.Array, jax.Array]:
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=False, gate_sum=None)
+    return Declared(most=options["k"], exact=False, gate_sum=None, average=options["average"] or None)

@@ -1,7 +1,7 @@
 """DeepSeek's router: affinities, a bias that balances without a loss, and a selection limited to groups of experts.
 
-DeepSeek-V3 (arXiv:2412.19437, eq. 12-16; DeepSeek-V2, arXiv:2405.04434, section 2.2.2, with score="softmax", group_score="max" and
-renormalize=False):
+DeepSeek-V3 (arXiv:2412.19437, eq. 12-16; DeepSeek-V2, arXiv:2405.04434, section 2.2.2, with score="softmax", group_score="max",
+renormalize=False and bias_rate=0):
 
     s = sigmoid(x W)                            affinities; score="softmax": softmax(x W)
     the k largest s + bias                      inside the `top_groups` best of `num_groups` runs of E / num_groups experts
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.routing.contract import (
+    NEVER,
     Arrays,
     Declared,
     RouterCfg,
@@ -49,9 +50,15 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     del rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     score_TE = SCORES[cfg.options["score"]](logits_TE)
-    biased_TE = jax.lax.stop_gradient(score_TE) + state["bias"][None].astype(score_TE.dtype)
+    biased_TE = biased(logits_TE, score_TE, state)
     _, expert_TK = jax.lax.top_k(best_groups(biased_TE, cfg.options), cfg.options["k"])
     return from_scores(logits_TE, score_TE, expert_TK, tokens, cfg)
+
+
+def biased(logits_TE: jax.Array, score_TE: jax.Array, state: Arrays) -> jax.Array:
+    """What decides, without a gradient: affinity plus bias, and NEVER where an instrument bars an expert, whatever its bias."""
+    summed_TE = jax.lax.stop_gradient(score_TE) + state["bias"][None].astype(score_TE.dtype)
+    return jnp.where(logits_TE > NEVER / 2, summed_TE, NEVER)
 
 
 def best_groups(biased_TE: jax.Array, options: Mapping[str, Any]) -> jax.Array:
