@@ -93,10 +93,10 @@ def test_sums_are_those_of_the_assignments(float64, case):
     if "dispatch" in got:
         return
     assert (sums["first"] <= sums["counts"] + 1e-12).all() and (sums["gate_max"] <= sums["gate"] + 1e-12).all()
-    by_row = {name: value.reshape(B, S, -1).sum(1) for name, value in got.items() if name != "copy"}
+    by_row = {name: value.reshape(B, S, -1).sum(1) for name, value in ({"copy": np.zeros(T)} | got).items()}
     dropped = sums.get("dropped", np.zeros(B))
     close(sums["counts"][:, :E].sum(1), by_row["hits"].sum(1) + dropped)
-    close(sums["gate"], sums["importance"].sum(1) if not dropped.any() else by_row["gates"].sum(1))
+    close(sums["gate"], (by_row["gates"].sum(1, keepdims=True) + by_row["copy"]).sum(1))
     if not dropped.any():
         close(sums["counts"][:, :E], by_row["hits"])
         close(sums["importance"][:, :E], by_row["gates"])
