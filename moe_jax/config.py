@@ -301,6 +301,33 @@ def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -
             )
 
 
+class Due(typing.NamedTuple):
+    """The steps that are recorded: those named, and each multiple of a number."""
+
+    steps: frozenset[int]
+    every: tuple[int, ...]
+
+    def __call__(self, step: int) -> bool:
+        return step in self.steps or any(step % n == 0 for n in self.every)
+
+    @property
+    def first(self) -> int | None:
+        return min({*self.steps, *self.every}, default=None)
+
+
+def due(text: str) -> Due:
+    """What `record.steps` says of a step: "100,200", "every 50", both ("1,every 50"), or "" for none. UserError."""
+    steps, every = set(), []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        number = part.removeprefix("every ").strip()
+        if not number.isdigit() or int(number) < 1:
+            raise UserError(
+                f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 or every 50'
+            )
+        (every.append if part.startswith("every ") else steps.add)(int(number))
+    return Due(frozenset(steps), tuple(every))
+
+
 def profile_range(text: str) -> tuple[int, int] | None:
     """ "10:13" -> (10, 13): trace steps 10, 11 and 12."""
     if not text:

@@ -1,6 +1,7 @@
 """Config files: Python files with `get_config(arg)`, executed where they lie. Run only those you trust."""
 
 import ast
+import difflib
 import importlib.util
 import json
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_jax import config
@@ -68,12 +70,18 @@ def read(path: Path, changes: Sequence[str], flag: str) -> dict[str, Any]:
             with found.unlocked():
                 found.update_from_flattened_dict({key: _literal(value)})
         except (KeyError, AttributeError):
-            raise UserError(f"{flag} {change}: write KEY=VALUE with a key of configs/base.py") from None
+            near = difflib.get_close_matches(key, _keys(found), 1)
+            more = f': did you mean "{near[0]}"?' if near else ""
+            raise UserError(f"{flag} {change}: write KEY=VALUE with a key of configs/base.py{more}") from None
         except (ValueError, TypeError) as error:
             raise UserError(f"{flag} {change}: {error}") from None
     raw = json.loads(json.dumps(found.to_dict()))
     config.refuse_unchosen(raw, json.loads(json.dumps(defaults(path).to_dict())))
     return raw
+
+
+def _keys(found: ConfigDict) -> list[str]:
+    return list(flatten_dict(found.to_dict(), sep="."))
 
 
 def _at(found: Any, key: str) -> Any:

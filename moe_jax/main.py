@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> None:
         ) from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
-    if FLAGS.workdir is None and not FLAGS.dry_run:
+    if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing: name a directory for the run, such as --workdir runs/quickstart")
 
 

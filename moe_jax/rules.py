@@ -1,9 +1,10 @@
 """The rules that tie config keys to each other. Each message names the keys, both values and the way out."""
 
+import math
 from collections.abc import Iterator
 
 from moe_jax import bounds
-from moe_jax.config import DEPTH, Config, MoEConfig
+from moe_jax.config import DEPTH, Config, MoEConfig, due
 from moe_jax.errors import UserError
 from moe_jax.models import kinds
 from moe_jax.moe import causality, losses, sparse
@@ -67,7 +68,7 @@ def _choice(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
 
 def _positive(values: dict[str, float], least: float = 1) -> Iterator[str]:
     for path, value in values.items():
-        if value < least:
+        if not least <= value < math.inf:
             yield f"{path} = {value} must be at least {least}"
 
 
@@ -121,6 +122,7 @@ def _moe(c: Config) -> Iterator[str]:
     e = c.model.moe
     if not c.model.num_moe_layers:
         return
+    yield from _choice("model.moe.router", e.router, tuple(ROUTERS))
     k = e.router_options.get("k", 1)
     if not 1 <= k <= e.num_experts:
         yield f"model.moe.routers.{e.router}.k ({k}) must lie between 1 and model.moe.num_experts ({e.num_experts})"
@@ -312,6 +314,9 @@ def _train(c: Config) -> Iterator[str]:
         yield f"optim.warmup_steps ({c.optim.warmup_steps}) must not exceed train.steps ({c.train.steps})"
     if c.profile and c.profile[0] >= c.train.steps:
         yield f"profile = {c.profile[0]}:{c.profile[1]} begins after the last step (train.steps = {c.train.steps}): nothing would be traced"
+    first = due(c.record.steps).first
+    if first and first > c.train.steps:
+        yield f'record.steps = "{c.record.steps}" begins after the last step (train.steps = {c.train.steps}): nothing would be recorded'
     for pair in c.train.init_rename:
         if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
             yield f'train.init_rename: {pair!r} is no pair of names, as in (("repeats/0", "prefix/0"),)'

@@ -222,6 +222,17 @@ def begin(
                 f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, now {metadata['data'][:12]}): "
                 "restore it, or start another --workdir"
             )
+        before, now = old["train"]["steps"], cfg.train.steps
+        if now < step:
+            raise UserError(
+                f"train.steps = {now} ends before the newest checkpoint of this run (step {step}): set at least {step}, or start another "
+                "--workdir"
+            )
+        if now != before:
+            notes = [
+                f"train.steps = {before} so far, {now} from here on: so is the end of the learning rate's schedule",
+                *notes,
+            ]
         notes = [f"going on from step {step} ({saves.path(step)})", *notes]
         return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))

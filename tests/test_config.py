@@ -80,6 +80,8 @@ def refused(changes, shape=(1, 1, 1)):
             "has 'embedded' in it: write pairs of a source and its weight",
         ),
         ({"profile": "100:103"}, (1, 1, 1), "profile = 100:103 begins after the last step (train.steps = 100)"),
+        ({"record.steps": "200,every 300"}, (1, 1, 1), 'record.steps = "200,every 300" begins after the last step'),
+        ({"model.moe.losses.balance": float("nan")}, (1, 1, 1), "model.moe.losses.balance = nan must be at least 0"),
         ({"train.init_rename": (("a", "b"),)}, (1, 1, 1), "train.init_rename renames what train.init_from loads"),
     ],
     ids=lambda value: str(value)[:40],

@@ -257,11 +257,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert process.returncode == 130
     step = int(text.split("saved step ")[1].split(" ")[0])
     assert step >= 2 and shlex.join(start[2:]) in text.split("go on with:")[1]
-    again = subprocess.run(
-        [*start, f"--config.train.stop_at={step + 2}"], cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=300
-    )
+    options = {"cwd": ROOT, "env": FAST, "capture_output": True, "text": True, "timeout": 300}
+    again = subprocess.run([*start, "--config.train.steps=99000", f"--config.train.stop_at={step + 2}"], **options)
     assert again.returncode == 0 and f"going on from step {step}" in again.stdout
-    assert f"{step + 2} of 100000" in again.stdout
+    assert f"{step + 2} of 99000" in again.stdout and "train.steps = 100000 so far, 99000 from here on" in again.stdout
+    fewer = subprocess.run([*start, "--config.train.steps=2"], **options)
+    assert fewer.returncode == 64 and f"ends before the newest checkpoint of this run (step {step + 2})" in fewer.stderr
 
 
 @pytest.fixture(scope="module")

@@ -119,14 +119,21 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
     dropped, assigned = map(int, re.match(r"(\d+) of (\d+) assignments", served.note).groups())
     assert served.sound and 0 < dropped < assigned / 2
     assert moved(ones[0]) and ones[0].probes[0].routing["dropped"].sum() == ones[0].probes[0].sums["dropped"].sum()
-    content = certificate.content(raw, "configs/x.py", found, command.verdict(found))
+    content = certificate.content(raw, "configs/x.py", ["model.x=1"], found, command.verdict(found))
     certificate.write(tmp_path / "c.json", content)
     back = json.loads((tmp_path / "c.json").read_text())
     assert back["proven"] and re.fullmatch("[0-9a-f]{64}", back["config_sha256"]) and back["versions"]["jax"]
+    assert back["moe"]["router"].keys() == {"sigmoid"} and back["set"] == ["model.x=1"]
     assert back["meshes"][1]["checkpoint"] == {"read_on": "1x1x1", "unequal_arrays": []}
     certificate.write(tmp_path / "c.md", content)
     text = (tmp_path / "c.md").read_text()
-    assert "| 1x2x2 |" in text and "PROVEN" in text and "model.d_model" not in text.splitlines()[0]
+    assert (
+        "| 1x2x2 |" in text
+        and "PROVEN" in text
+        and "- set: `model.x=1`" in text
+        and '- router: `{"sigmoid"' in text
+        and "model.d_model" not in text.splitlines()[0]
+    )
 
 
 def moved(one):
@@ -233,12 +240,17 @@ def test_rounding_is_reported_with_the_first_flip():
         (["--meshes", "2x2"], "--meshes 2x2: write DATAxEXPERTxMODEL, as in 2x2x2"),
         (["--meshes", "4x4x1"], "--meshes 4x4x1 has more than the 8 devices"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
-        (["--processes", "3"], "--processes 3 one of 1, 2, 4, 8"),
-        (["--set", "model.d_modle=3"], "d_modle"),
+        (["--processes", "3"], "--processes 3 must be one of 1, 2, 4, 8"),
+        (["--set", "model.d_modle=3"], 'did you mean "model.d_model"?'),
+        (["--meshes", ""], "write DATAxEXPERTxMODEL"),
+        (["--certificate", "not/there.json"], "--certificate not/there.json cannot be written: No such file"),
         (["--set", "model.d_model"], "--set model.d_model"),
         (["--set", "model.moe.dispatchers.capacity.factor=2.0"], "does nothing"),
         (["--set", "model.moe.num_experts=9", "--set", "model.moe.routers.top_k.k=10"], "must lie between 1 and"),
-        (["--set", "model.moe.num_experts=9", "--meshes", "1x2x1"], "every mesh is refused: model.moe.num_experts (9)"),
+        (
+            ["--set", "model.moe.num_experts=9", "--meshes", "1x2x1"],
+            "every mesh is refused for the config as it was shrunk (docs/verify.md): model.moe.num_experts (9)",
+        ),
     ],
 )
 def test_mistakes(float64, arguments, message):

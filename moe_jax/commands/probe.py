@@ -73,9 +73,7 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in what if name not in INSTRUMENTS]
     if unknown:
         raise UserError(f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}")
-    ways = [way for way in flags.ways.split(",") if way not in knockout.WAYS]
-    if ways:
-        raise UserError(f"--ways: {ways[0]!r} is not known: choose from {', '.join(knockout.WAYS)}")
+    check(flags)
     start_devices(flags)
     cfg = fitted(read_config(flags.workdir), flags)
     lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
@@ -90,6 +88,22 @@ def main(argv: list[str]) -> int:
     if refused:
         raise UserError("\n".join(refused))
     return 0
+
+
+def check(flags: argparse.Namespace) -> None:
+    """UserError for a value of a flag that is wrong whatever the run is."""
+    ways = [way for way in flags.ways.split(",") if way not in knockout.WAYS]
+    if ways:
+        raise UserError(f"--ways: {ways[0]!r} is not known: choose from {', '.join(knockout.WAYS)}")
+    for name in ("batches", "batch_size", "steps", "seed"):
+        if getattr(flags, name) < 0:
+            raise UserError(f"--{name} {getattr(flags, name)} must be at least 0")
+    if flags.steps and flags.frozen:
+        raise UserError(
+            f"--frozen {flags.frozen} is of replay without training, and --steps {flags.steps} trains: take one of them"
+        )
+    if (flags.num_processes, flags.process_id) != (None, None) and not flags.coordinator:
+        raise UserError("--num_processes and --process_id need --coordinator HOST:PORT beside them")
 
 
 def start_devices(flags: argparse.Namespace) -> None:
@@ -154,6 +168,11 @@ def run_replay(job: Job) -> None:
         return run_retrain(job, directory)
     asked = [int(step) for step in job.flags.frozen.split(",") if step]
     steps = asked or [step for step in steps_of(directory) if step < job.step]
+    later = [step for step in steps if step > job.step]
+    if later:
+        raise UserError(
+            f"--frozen {later[0]} is later than the checkpoint that is looked at ({job.step}): name earlier ones"
+        )
     ema = bool(job.run.cfg.optim.ema_decay)
     earlier = {step: generate.load(job.run.cfg, directory, step, ema) for step in steps}
     result = replay.evaluate(job.run, earlier, job.flags.seed)
@@ -189,7 +208,8 @@ def run_knockout(job: Job) -> None:
             if job.out:
                 tables.note(f"knock-out, {knockout.PASSIVE[way]}", str(error))
             continue
-        result[way] = {name: value.tolist() for name, value in worth._asdict().items()}
+        null = lambda z: np.where(np.isnan(z), None, z).tolist()  # a domain without rows: JSON has no NaN
+        result[way] = {name: null(getattr(worth, name)) for name in worth._fields}
         if job.out:
             tables.knockout(worth, job.run.dataset.domains, way)
             knockout.draw(worth, job.run.dataset.domains, way, job.out / f"knockout_{way}.png")

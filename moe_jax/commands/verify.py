@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m moe_jax verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="config file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it")
-    parser.add_argument("--meshes", default="", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8")
+    parser.add_argument("--meshes", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8")
     parser.add_argument("--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps that are compared (default 5)")
     parser.add_argument("--float32", action="store_true", help="float32 on every mesh, not only on the widest")
@@ -50,8 +50,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args, console, start = parse(argv), shell.console(), time.monotonic()
     raw, shapes = config_file.read(args.config, args.set, "--set"), meshes(args.meshes)
-    if args.steps < 1 or args.processes not in (1, 2, 4, 8):
-        raise UserError(f"--steps {args.steps} must be at least 1, and --processes {args.processes} one of 1, 2, 4, 8")
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps} must be at least 1")
+    if args.processes not in (1, 2, 4, 8):
+        raise UserError(f"--processes {args.processes} must be one of 1, 2, 4, 8")
+    if args.certificate:
+        certificate.check(args.certificate)
     mesh.simulate(shrink.DEVICES)
     jax.config.update("jax_enable_x64", True)
     with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder, console.status("one device") as status:
@@ -67,19 +71,21 @@ def main(argv: list[str]) -> int:
     console.print(alone_table(found.alone))
     console.print(f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)")
     if args.certificate:
-        certificate.write(args.certificate, certificate.content(raw, str(args.config), found, text))
+        certificate.write(args.certificate, certificate.content(raw, str(args.config), args.set, found, text))
         console.print(f"certificate: {args.certificate}")
     return 0 if found.proven else 1
 
 
-def meshes(text: str) -> list[tuple[int, int, int]]:
-    shapes = [mesh.parse(part, "--meshes") for part in text.split(",") if text]
+def meshes(text: str | None) -> list[tuple[int, int, int]]:
+    if text is None:
+        return list(ALL)
+    shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
     for shape in shapes:
         if math.prod(shape) > shrink.DEVICES:
             raise UserError(
                 f"--meshes {'x'.join(map(str, shape))} has more than the {shrink.DEVICES} devices simulated"
             )
-    return shapes or list(ALL)
+    return shapes
 
 
 def verdict(found: Result) -> str:

@@ -135,8 +135,13 @@ def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def gates(run: Run, what: str) -> np.ndarray:
-    """The gate matrices [L, D, E] of a router with linear logits. UserError, which says what needs them, when it has none."""
+    """The gate matrices [L, D, E] of a router that has no other weights. UserError, which says what needs them, when that is not so."""
     weights = router_weights(run.params, run.cfg.model)
+    others = ", ".join(sorted(set(weights) - {"gate"}))
+    if others:
+        raise UserError(
+            f'model.moe.router = "{run.cfg.model.moe.router}" has other weights than a gate ({others}), and {what} knows the gate alone'
+        )
     wanted = (run.cfg.model.num_moe_layers, run.cfg.model.d_model, run.cfg.model.moe.num_experts)
     if weights.get("gate", np.zeros(0)).shape != wanted:
         raise UserError(f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} needs')

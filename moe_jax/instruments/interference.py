@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Config, ModelConfig
+from moe_jax.errors import UserError
 from moe_jax.mesh import P
 from moe_jax.models import router_states
 from moe_jax.moe import losses
@@ -33,6 +34,11 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
     What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/..."; i counts MoE layers.
     """
+    moe = cfg.model.moe
+    if not any(moe.losses.values()) and moe.router != "relu":
+        raise UserError(
+            "interference compares gradients with those of auxiliary losses, and every coefficient of model.moe.losses is 0"
+        )
     loss = make_loss(cfg, model)
 
     @jax.jit

@@ -25,11 +25,12 @@ WAYS = {"removed": "removed_BME", "around": "barred_BME"}  # and the field of lm
 
 
 class Worth(NamedTuple):
-    """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds; `share_LEZ` of a domain's assignments."""
+    """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds; NaN where no row is of that domain."""
 
     base_Z: np.ndarray
     change_LEZ: np.ndarray
-    share_LEZ: np.ndarray
+    share_LEZ: np.ndarray  # of a domain's assignments
+    load_LE: np.ndarray  # of all assignments
 
 
 def measure(run: Run, way: str) -> Worth:
@@ -43,9 +44,11 @@ def measure(run: Run, way: str) -> Worth:
         nll_LEZ = _without_each(run, sums_of, inputs, way)
         part = {"base": base["nll"], "bytes": base["bytes"], "nll": nll_LEZ, "routing": routing_LEZ}
         total = {name: total.get(name, 0) + value for name, value in part.items()}
-    bits_Z = math.log(2) * np.maximum(total["bytes"], 1)
-    share_LEZ = total["routing"] / np.maximum(total["routing"].sum(1, keepdims=True), 1)
-    return Worth(total["base"] / bits_Z, (total["nll"] - total["base"]) / bits_Z, share_LEZ)
+    bits_Z = math.log(2) * np.where(total["bytes"] > 0, total["bytes"], np.nan)
+    share = lambda z: z / np.maximum(z.sum(1, keepdims=True), 1)
+    routing_LEZ = total["routing"]
+    change_LEZ = (total["nll"] - total["base"]) / bits_Z
+    return Worth(total["base"] / bits_Z, change_LEZ, share(routing_LEZ), share(routing_LEZ.sum(2)))
 
 
 def _without_each(run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str) -> np.ndarray:
@@ -74,20 +77,22 @@ def draw(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers, num_experts, num_domains = worth.change_LEZ.shape
+    there = np.flatnonzero(~np.isnan(worth.base_Z))
+    change_LEZ, domains = worth.change_LEZ[:, :, there], [domains[int(z)] for z in there]
+    layers, num_experts, num_domains = change_LEZ.shape
     columns = min(layers, 4)
     lines = -(-layers // columns)
     width = max(2.4, 0.28 * num_experts)
     size = (1.6 + width * columns, 1.1 + (0.8 + 0.26 * num_domains) * lines)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    most = max(float(np.abs(worth.change_LEZ).max()), 1e-9)
+    most = max(float(np.abs(change_LEZ).max()), 1e-9)
     for layer, ax in enumerate(axes.flat):
         if layer >= layers:
             ax.set_visible(False)
             continue
-        ax.imshow(worth.change_LEZ[layer].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-        ax.set_title(f"MoE layer {layer}: mean {worth.change_LEZ[layer].mean():+.3f}", fontsize=9)
+        ax.imshow(change_LEZ[layer].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        ax.set_title(f"MoE layer {layer}: mean {change_LEZ[layer].mean():+.3f}", fontsize=9)
         ax.set_xticks(range(num_experts) if num_experts <= 16 else range(0, num_experts, num_experts // 8))
         ax.set_yticks(range(num_domains), domains, fontsize=8)
         ax.tick_params(labelsize=8, length=0)

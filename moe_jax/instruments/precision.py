@@ -115,11 +115,6 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray
     cfg = run.cfg.model
     gate_LDE = held_out.gates(run, "the precision of its logits")
     num_layers, num_rows, length, _ = input_LBSD.shape
-    others = set(held_out.router_weights(run.params, cfg)) - {"gate"}
-    if others:
-        raise UserError(
-            f'model.moe.router = "{cfg.moe.router}" has other weights than a gate ({", ".join(sorted(others))})'
-        )
     state = held_out.router_state(run.router_state, cfg)
     flat = lambda z_BS: jnp.asarray(np.asarray(z_BS).reshape(-1))
     ids = (flat(batch.tokens_BS), flat(batch.position_BS), flat(np.repeat(batch.row_B, length)), flat(batch.segment_BS))
@@ -154,7 +149,7 @@ def _rearranged(run: Run, record_of: Callable[..., Any], batch: Batch, order_B: 
 def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndarray:
     size = run.cfg.eval.batch_size // 2
     devices = run.cfg.mesh.data * run.cfg.mesh.expert
-    if size % devices or (size // devices) % run.cfg.model.moe.group_rows:
+    if not size or run.cfg.eval.batch_size % 2 or size % devices or (size // devices) % run.cfg.model.moe.group_rows:
         raise UserError(
             f"half of eval.batch_size ({size} rows) does not fit the mesh or model.moe.group_rows: take more rows"
         )

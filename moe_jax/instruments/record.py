@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Config, ModelConfig
+from moe_jax.config import Config, ModelConfig, due
 from moe_jax.errors import UserError
 from moe_jax.mesh import P
 from moe_jax.moe import probe
@@ -34,19 +34,6 @@ from moe_jax.tasks import lm
 MANIFEST = "manifest.json"
 SAME_RUN = ("seed", "model", "optim", "data")  # blocks of the config that make the routing; the mesh is none of them
 SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
-
-
-def due(text: str) -> Callable[[int], bool]:
-    """What `record.steps` says of a step: "100,200", "every 50", both ("1,every 50"), or "" for none. UserError."""
-    steps, every = set(), []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        number = part.removeprefix("every ").strip()
-        if not number.isdigit() or int(number) < 1:
-            raise UserError(
-                f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 or every 50'
-            )
-        (every.append if part.startswith("every ") else steps.add)(int(number))
-    return lambda step: step in steps or any(step % n == 0 for n in every)
 
 
 def make_recorder(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -19,15 +20,18 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
-    """A file or a pipe has no width, and gets the whole table."""
+def _print(table: Table, notes: Mapping[str, str] | None = None) -> None:
+    """A file or a pipe has no width, and gets the whole table. Below it what it does not have, and why."""
     console = Console()
-    Console(width=console.width if console.is_terminal else WIDE).print(table)
+    console = Console(width=console.width if console.is_terminal else WIDE)
+    console.print(table)
+    for name, text in (notes or {}).items():
+        console.print(f"no {name}: {text}", markup=False, highlight=False)
 
 
 def note(title: str, text: str) -> None:
     """In place of a table: why there is none."""
-    _print(_table(f"{title}: {text}", []))
+    Console().print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> None:
@@ -35,14 +39,13 @@ def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> None:
     domains = [
         key.split("/")[1] for key in result["own"] if key.endswith("/bits_per_byte") and key.startswith("domain/")
     ]
-    table = _table(title, ["routing", "mean", "gap", *domains])
+    table = _table(title, ["routing", "mean", "gap", *(f"gap, {domain}" for domain in domains)])
     for name, row in result.items():
         if "note" in row:
-            table.add_row(name, row["note"])
             continue
         gaps = [f"{row[f'gap/domain/{domain}/bits_per_byte']:+.4f}" for domain in domains]
         table.add_row(name, f"{row['bits_per_byte']:.4f}", f"{row['gap/bits_per_byte']:+.4f}", *gaps)
-    _print(table)
+    _print(table, {name: row["note"] for name, row in result.items() if "note" in row})
 
 
 def precision(result: Mapping[str, Any]) -> None:
@@ -53,21 +56,19 @@ def precision(result: Mapping[str, Any]) -> None:
         table.add_row(f"flips, {name}", *(f"{100 * share:.3f} %" for share in share_L))
     for quantile, margin_L in result["margins"].items():
         table.add_row(f"margin, {100 * float(quantile):g} % quantile", *(f"{margin:.2g}" for margin in margin_L))
-    for name, text in result["notes"].items():
-        table.add_row(name, text)
-    _print(table)
+    _print(table, result["notes"])
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> None:
-    """The change of every domain without each expert, and the expert's share of all assignments."""
+    """The change of every domain without each expert, the mean over domains that have rows, and the expert's share of all assignments."""
     title = f"bits per byte more when an expert is {PASSIVE[way]}"
     table = _table(title, ["layer", "expert", "load", "mean", *domains])
     layers, num_experts, _ = worth.change_LEZ.shape
     for layer in range(layers):
         for expert in range(num_experts):
             change_Z = worth.change_LEZ[layer, expert]
-            load = f"{100 * worth.share_LEZ[layer, expert].mean():.1f} %"
-            cells = [f"{change:+.4f}" for change in (change_Z.mean(), *change_Z)]
+            load = f"{100 * worth.load_LE[layer, expert]:.1f} %"
+            cells = ["-" if np.isnan(change) else f"{change:+.4f}" for change in (np.nanmean(change_Z), *change_Z)]
             table.add_row(str(layer), str(expert), load, *cells, end_section=expert == num_experts - 1)
     _print(table)
 

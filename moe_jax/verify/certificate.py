@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,17 @@ from moe_jax.verify.run import Result, Row
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def content(raw: Mapping[str, Any], config_file: str, result: Result, verdict: str) -> dict[str, Any]:
+def content(
+    raw: Mapping[str, Any], config_file: str, changes: Sequence[str], result: Result, verdict: str
+) -> dict[str, Any]:
     """Everything, as JSON values. The hash is of the config as it was resolved, keys sorted, before it was shrunk."""
     return {
         "verdict": verdict,
         "proven": result.proven,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": config_file,
+        "set": list(changes),
+        "moe": moe(raw),
         "config_sha256": config_hash(raw),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -34,6 +38,14 @@ def content(raw: Mapping[str, Any], config_file: str, result: Result, verdict: s
         "one_device": [{**check._asdict(), "value": float(check.value)} for check in result.alone],
         "meshes": [mesh(row) for row in result.rows],
     }
+
+
+def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the MoE layers was proven: router, ordering and dispatcher with their options, and the losses that are not 0."""
+    block = raw["model"]["moe"]
+    chosen = {one: {block[one]: block[one + "s"][block[one]]} for one in ("router", "ordering")}
+    chosen["dispatcher"] = {block["dispatcher"]: block["dispatchers"][block["dispatcher"]]}
+    return chosen | {"losses": {name: value for name, value in block["losses"].items() if value}}
 
 
 def mesh(row: Row) -> dict[str, Any]:
@@ -59,6 +71,18 @@ def commit() -> str:
         return ""
 
 
+def check(path: Path) -> None:
+    """UserError where no file can be written, before minutes are spent on what it shall hold. Leaves no empty file behind."""
+    there = path.exists()
+    try:
+        with path.open("a"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as e:
+        raise UserError(f"--certificate {path} cannot be written: {e.strerror}") from e
+
+
 def write(path: Path, certificate: Mapping[str, Any]) -> None:
     """JSON, or Markdown if the name ends in .md."""
     text = markdown(certificate) if path.suffix == ".md" else json.dumps(certificate, indent=1)
@@ -72,6 +96,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     facts = ("config", "config_sha256", "commit", "date", "steps")
     lines = ["# Certificate of mesh invariance", "", certificate["verdict"], ""]
     lines += [f"- {name.replace('_', ' ')}: {certificate[name]}" for name in facts if certificate[name]]
+    lines += [f"- set: `{change}`" for change in certificate["set"]]
+    lines += [f"- {name}: `{json.dumps(value)}`" for name, value in certificate["moe"].items()]
     lines += ["- " + ", ".join(f"{name} {number}" for name, number in certificate["versions"].items()), ""]
     lines += _table(("key", "yours", "shrunk", "why"), [rule.values() for rule in certificate["shrunk"]])
     checks = list(LIMITS)

@@ -82,7 +82,7 @@ def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[
     small, rules = shrink.shrink(raw)
     refusals = [refusal(small, shape) for shape in wanted.shapes]
     if all(refusals):
-        raise UserError(f"every mesh is refused: {refusals[0]}")
+        raise UserError(f"every mesh is refused for the config as it was shrunk (docs/verify.md): {refusals[0]}")
     say("one device")
     one = reference(small, wanted.steps)
     states.write(one.program, one.begin, folder / "begin")
