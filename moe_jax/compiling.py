@@ -1,10 +1,12 @@
-"""How XLA compiles for a CPU where compilation is most of the time: proofs, tests, short runs.
+"""Quick compilation, where that is most of the time (proofs, tests, short runs), and code that differs by platform.
 
 LLVM's optimisations are off and loops are emitted without MLIR: a third of the time of a usual compilation. XLA's own passes, which decide
 what is fused and which collectives run, are those of a usual run.
 """
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +16,26 @@ _OLD_EMITTERS = (
 )
 # For `jit(...).lower(...).compile(compiler_options=QUICK)`; `Any` because jax types each value.
 QUICK: Any = {"xla_backend_optimization_level": 0, **_OLD_EMITTERS}
+
+
+_others: contextvars.ContextVar[bool] = contextvars.ContextVar("others", default=False)
+
+
+def by_platform(*args: Any, cpu: Callable[..., Any], others: Callable[..., Any]) -> Any:
+    """`cpu(*args)` where it is compiled for a CPU, else `others(*args)`."""
+    import jax  # here: tests set flags that are read when jax loads
+
+    return others(*args) if _others.get() else jax.lax.platform_dependent(*args, cpu=cpu, default=others)
+
+
+@contextlib.contextmanager
+def of_other_platforms() -> Iterator[None]:
+    """What is traced inside takes the code of accelerators, so that it can be checked on a CPU."""
+    token = _others.set(True)
+    try:
+        yield
+    finally:
+        _others.reset(token)
 
 
 def as_flags(options: Mapping[str, Any]) -> str:

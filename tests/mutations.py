@@ -3,6 +3,7 @@
 Shapes as in moe/layer.py; n length of a mesh axis, G devices of the batch.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,14 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import state
-from moe_jax.models import decoder
-from moe_jax.moe import layer, load, losses
+from moe_jax.models import decoder, router_states
+from moe_jax.moe import grouped_matmul, layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
 from moe_jax.moe.grouped_matmul import expert_ffn
 from moe_jax.moe.layer import Shape
 from moe_jax.tasks import TASKS, contract, lm
 
 DROPLESS = {"model.moe.dispatcher": "dropless", "model.moe.dispatchers.capacity.factor": 1.25}
+SOFT = {"model.moe.router": "soft", "model.moe.dispatcher": "slots", "model.allow_leak": True}
+SOFT |= {"model.moe.losses.balance": 0.0, "model.moe.dispatchers.capacity.factor": 1.25}
+BIASED = {"model.moe.router": "sigmoid", "model.prefix": ("moe",)}
 E = 8
 
 
@@ -172,10 +176,77 @@ def plain_accumulation(patch):
     patch.setattr(state, "make_loss", wrong)
 
 
+def too_little_room(patch):
+    """A device whose experts are chosen half as often again as they should be leaves out what does not fit, without a word."""
+    right = dropless.worst
+    patch.setattr(dropless, "worst", lambda shape: min(right(shape), 3 * shape.num_assignments // 2))
+
+
+def kernel_without_gates(patch):
+    """The grouped product of accelerators, which no CPU runs, forgets the gates."""
+    right = grouped_matmul._forward_ragged
+    wrong = lambda act, rows, layout: right(act, rows._replace(gate_R=jnp.ones_like(rows.gate_R)), layout)
+    patch.setattr(grouped_matmul, "_forward_ragged", wrong)
+
+
+def first_documents(patch):
+    """Where attention runs over groups of heads, every group sees the documents of the first one's rows."""
+    right = jax.lax.map
+
+    def wrong(run, groups):
+        q, k, v, runs, *rest = groups
+        return right(run, (q, k, v, jax.tree.map(lambda z: jnp.broadcast_to(z[:1], z.shape), runs), *rest))
+
+    patch.setattr(jax.lax, "map", wrong)
+
+
+def mixed_back_by_dispatch(patch):
+    """Soft MoE gives a token the results of the slots with the weights with which it went into them."""
+    right = DISPATCHERS["slots"]
+    wrong = lambda x, slots, experts, **more: right.apply(
+        x, slots._replace(combine_GtEp=slots.dispatch_GtEp), experts, **more
+    )
+    patch.setitem(DISPATCHERS, "slots", right._replace(apply=wrong))
+
+
+def state_of_another_layer(patch):
+    """The states of the routers are taken in the opposite order of the layers."""
+    right = router_states.layers_of
+    patch.setattr(router_states, "layers_of", lambda path, cfg: cfg.num_moe_layers - 1 - right(path, cfg))
+
+
+def capacity_of_evaluation(patch):
+    """In evaluation all rows of a device share capacity."""
+    right = layer._on_device
+
+    def wrong(*args, cfg, train):
+        return right(*args, cfg=cfg if train else dataclasses.replace(cfg, group_rows=10**6), train=train)
+
+    patch.setattr(layer, "_on_device", wrong)
+
+
+def metrics_of_one_micro_batch(patch):
+    """What is logged of the load is that of the last micro-batch; the loss and its gradients are right."""
+    right = state.make_loss
+
+    def wrong(cfg, model):
+        num = cfg.train.num_micro_batches
+
+        def loss(params, router_state, batch, rng):
+            value, (totals, parts) = right(cfg, model)(params, router_state, batch, rng)
+            last = jax.tree.map(lambda z: z[-1], state.micro_batches(batch, num, cfg.model.moe.group_rows))
+            found = contract.forward(lm.TASK, model.bind(params, router_state), last, rng)
+            return value, (totals if num == 1 else totals | {"moe": found["moe"]}, parts)
+
+        return loss
+
+    patch.setattr(state, "make_loss", wrong)
+
+
 class Mutation(NamedTuple):
     plant: Callable[[Any], None]
     found_by: str  # "tracing", a check of compare.LIMITS, or a claim about one device
-    where: str  # "mesh", "layout" (one device, accumulated), "alone" (one device), or "arithmetic" (the layer alone)
+    where: str  # "mesh", "layout" (one device, accumulated), "alone" (one device), or a function of PARTS in test_mutations.py
     changes: dict[str, Any]  # of the config
 
 
@@ -198,4 +269,19 @@ MUTATIONS: dict[str, Mutation] = {
     "combined with the wrong gate": Mutation(
         wrong_gate, "the MoE layer equals plain arithmetic over all experts", "arithmetic", {}
     ),
+    "too little room in dropless": Mutation(too_little_room, "tokens", "mesh", DROPLESS),
+    "an accelerator's kernel without gates": Mutation(
+        kernel_without_gates, "and both with the kernel of accelerators", "arithmetic", {}
+    ),
+    "documents of another row in attention": Mutation(
+        first_documents, "attention in blocks equals attention at once", "attention", {}
+    ),
+    "soft MoE combined by dispatch weights": Mutation(
+        mixed_back_by_dispatch, "the MoE layer equals plain arithmetic over all experts", "arithmetic", SOFT
+    ),
+    "router state of another layer": Mutation(
+        state_of_another_layer, "each router's state follows the load of its own layer", "alone", BIASED
+    ),
+    "capacity per device in evaluation": Mutation(capacity_of_evaluation, "2x2x2 evaluates the same", "evaluation", {}),
+    "metrics of one micro-batch": Mutation(metrics_of_one_micro_batch, "sums", "layout", {}),
 }

@@ -411,7 +411,7 @@ def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_m
 
 
 def test_no_auxiliary_loss_no_interference(float64):
-    with pytest.raises(UserError, match="every coefficient of model.moe.losses is 0"):
+    with pytest.raises(UserError, match=r"every coefficient of model\.moe\.losses is 0"):
         metered((1, 1, 1), {"model.moe.losses.balance": 0.0, "model.moe.losses.z": 0.0, "model.repeats": 1})
 
 

@@ -12,7 +12,7 @@ import pytest
 from moe_jax.tasks.lm import random as batch
 from moe_jax.verify import alone, compare, shrink, states
 from moe_jax.verify.program import Program
-from moe_jax.verify.run import ONE, against, reference
+from moe_jax.verify.run import ONE, against, evaluated, reference
 
 MESH = (2, 2, 2)
 STEPS = 2
@@ -38,13 +38,13 @@ def tiny(changes):
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """changes -> (the reference of the sound code, the directory with its first state)."""
+    """changes -> (the reference of the sound code, the directory with its first state in "begin")."""
 
     @functools.cache
     def make(changes):
-        folder = tmp_path_factory.mktemp("begin")
+        folder = tmp_path_factory.mktemp("sound")
         one = reference(tiny(dict(changes)), STEPS)
-        states.write(one.program, one.begin, folder)
+        states.write(one.program, one.begin, folder / "begin")
         return one, folder
 
     return make
@@ -57,7 +57,7 @@ def planted(request):
     programs = {}
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
         for name, mutation in mutations.MUTATIONS.items():
-            if name not in chosen or mutation.where == "arithmetic":
+            if name not in chosen or mutation.where in PARTS:
                 continue
             with patch.context() as one:
                 mutation.plant(one)
@@ -74,6 +74,12 @@ def submit(pool, raw, where):
         return None
 
 
+# What compiles its own small programs: (reference, folder with its first state) -> checks.
+PARTS = {
+    "arithmetic": lambda one, folder: alone.against_reference(one.program),
+    "attention": lambda one, folder: [alone.attention(256)],
+    "evaluation": lambda one, folder: [evaluated(one.program.raw, one, [MESH], folder)],
+}
 FAULTS = "test_every_fault_is_found"
 
 
@@ -81,18 +87,19 @@ FAULTS = "test_every_fault_is_found"
 def test_every_fault_is_found(float64, monkeypatch, sound, planted, name):
     mutation = mutations.MUTATIONS[name]
     one, folder = sound(tuple(mutation.changes.items()))
-    if mutation.where == "arithmetic":
+    if mutation.where in PARTS:
         mutation.plant(monkeypatch)
-        found = {check.claim for check in alone.against_reference(one.program) if not check.sound}
+        found = {check.claim for check in PARTS[mutation.where](one, folder) if not check.sound}
     elif planted[name] is None:
         found = {"tracing"}
     elif mutation.where == "alone":
         program = planted[name].result()
-        checks = [alone.mean_loss(program, one.begin), *alone.changes(program, one.begin)]
+        checks = [alone.mean_loss(program, one.begin), *alone.router_updates(program, one.begin)]
+        checks += alone.changes(program, one.begin)
         found = {check.claim for check in checks if not check.sound}
     else:
         program = planted[name].result()
-        _, worst, first = against(one, program, states.read(program, folder))
+        _, worst, first = against(one, program, states.read(program, folder / "begin"))
         found = {check for check, deviation in worst.items() if not deviation.sound}
         assert first.check in found
     assert mutation.found_by in found
@@ -157,7 +164,7 @@ def right_curve(changes, sound):
 def wide_begin(program, sound):
     """The reference's first state, in float64, on the mesh of a float32 program."""
     _, folder = sound(())
-    return states.read(Program(tiny({}), program.shape), folder)
+    return states.read(Program(tiny({}), program.shape), folder / "begin")
 
 
 def test_deviations_name_the_worst_and_the_first():

@@ -208,7 +208,7 @@ def run_knockout(job: Job) -> None:
             if job.out:
                 tables.note(f"knock-out, {knockout.PASSIVE[way]}", str(error))
             continue
-        null = lambda z: np.where(np.isnan(z), None, z).tolist()  # a domain without rows: JSON has no NaN
+        null = lambda z: np.asarray(np.where(np.isnan(z), None, z)).tolist()  # a domain without rows: JSON has no NaN
         result[way] = {name: null(getattr(worth, name)) for name in worth._fields}
         if job.out:
             tables.knockout(worth, job.run.dataset.domains, way)

@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
             console.print(
                 f"{row.name}: {row.refused or row.failure}", style="dim" if row.refused else "red", markup=False
             )
+    for note in found.notes:
+        console.print(note, style="dim", markup=False, highlight=False)
     console.print(alone_table(found.alone))
     console.print(f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)")
     if args.certificate:
@@ -94,7 +96,7 @@ def verdict(found: Result) -> str:
     wrong = [check for check in found.alone if not check.sound]
     if found.proven:
         refused = len(found.rows) - len(ran)
-        more = f"; {refused} refused by the config's own rules" if refused else ""
+        more = f"; {refused} refused, for the reason above" if refused else ""
         return f"PROVEN: {len(ran)} layouts equal one device over {found.steps} steps{more}"
     if wrong:
         return f"DEVIATES on one device: not so: {wrong[0].claim} ({wrong[0].value:.1e} > {wrong[0].limit:.0e})"
@@ -104,7 +106,12 @@ def verdict(found: Result) -> str:
     if row.first:
         of = f" of {row.first.where}" if row.first.where else ""
         limit = LIMITS[row.first.check]
-        return f"DEVIATES: {row.name}, step {row.first.step}: {row.first.check}{of} by {row.first.value:.1e} (limit {limit:.0e})"
+        step = (
+            f"step {row.first.step}"
+            if row.first.step < found.steps or row.first.check == "state"
+            else "with all router scores equal"
+        )
+        return f"DEVIATES: {row.name}, {step}: {row.first.check}{of} by {row.first.value:.1e} (limit {limit:.0e})"
     return f"DEVIATES: {row.name}: its checkpoint read on {row.reader} differs in {row.unequal[0]}"
 
 

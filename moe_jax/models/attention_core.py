@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moe_jax.compiling import by_platform
 from moe_jax.moe.grouped_matmul import vary_alike, wide_dtype
 
 MASKED = -1e30  # a score, far below every real one and far from overflow
@@ -144,7 +145,7 @@ def _by_platform(run: Any, *args: Any) -> Any:
         join = lambda z: z.reshape(N, *z.shape[2:])
         return jax.tree.map(join, lax.map(lambda one: run(num_blocks, *one), jax.tree.map(split, args)))
 
-    return lax.platform_dependent(*args, cpu=in_groups, default=functools.partial(run, 1))
+    return by_platform(*args, cpu=in_groups, others=functools.partial(run, 1))
 
 
 def _blocks(num_blocks: int, Q: int, S: int, causal: bool) -> list[tuple[slice, int]]:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moe_jax.compiling import by_platform
+
 
 def swiglu(pre_BH: Array) -> Array:
     """silu(gate) * up (Shazeer 2020, eq. 6); `pre_BH` holds the gate in its first half and up in its second."""
@@ -106,22 +108,22 @@ def _grouped_ffn(activation: str, block: tuple[int, int], rows: Rows, layout: La
 
 def _forward(activation: str, block: tuple[int, int], rows: Rows, layout: Layout) -> tuple[Array, Any]:
     act = ACTIVATIONS[activation]
-    y_RD, pre_RH = lax.platform_dependent(
+    y_RD, pre_RH = by_platform(
         rows,
         layout,
         cpu=functools.partial(_forward_blocks, act, block),
-        default=functools.partial(_forward_ragged, act),
+        others=functools.partial(_forward_ragged, act),
     )
     return y_RD, (rows, layout, pre_RH)
 
 
 def _backward(activation: str, block: tuple[int, int], residue: Any, dy_RD: Array) -> tuple[Rows, None]:
     act = ACTIVATIONS[activation]
-    gradient = lax.platform_dependent(
+    gradient = by_platform(
         *residue,
         dy_RD,
         cpu=functools.partial(_backward_blocks, act, block),
-        default=functools.partial(_backward_ragged, act),
+        others=functools.partial(_backward_ragged, act),
     )
     return gradient, None
 

@@ -33,9 +33,9 @@ def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
     return next(getattr(batch, name) for name in names if name in type(batch)._fields) > 0
 
 
-def changes(batch: Any, nll: np.ndarray, group_rows: int, causal: bool) -> dict[str, Change]:
+def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
     """Changes by name to a batch with losses like `nll`; `group_rows` rows share capacity, so that "a sequence changes no other's
-    loss" are those of other groups. What a later token, or another document of the row, may do is asked of a causal model only."""
+    loss" are those of other groups."""
     odd = lambda batch: batch.row_B // group_rows % 2 == 1
     rows = lambda z_B: z_B.reshape(-1, *[1] * (nll.ndim - 1))
     found = {
@@ -48,12 +48,18 @@ def changes(batch: Any, nll: np.ndarray, group_rows: int, causal: bool) -> dict[
     }
     if not any(name in type(batch)._fields for name in ("segment_BS", "weight_BL")):
         del found["padding"]
-    return found | (_causal(group_rows) if causal else {})
+    return found
 
 
-def _causal(group_rows: int) -> dict[str, Change]:
-    half = lambda batch: batch.segment_BS.shape[1] // 2
-    early = lambda batch: (np.arange(batch.segment_BS.shape[1]) < half(batch))[None] & (batch.segment_BS > 0)
+def causal(group_rows: int) -> dict[str, Change]:
+    """Of a model that predicts what comes next: what a later token, or another document of the row, must not do."""
+
+    def early(batch):
+        """The first half of a row, and its prefix, where all tokens see each other."""
+        place_1S = np.arange(batch.segment_BS.shape[1])[None]
+        prefix_B1 = batch.prefix_BS.sum(1, keepdims=True) if hasattr(batch, "prefix_BS") else 0
+        return (place_1S < np.maximum(batch.segment_BS.shape[1] // 2, prefix_B1)) & (batch.segment_BS > 0)
+
     # The last row of each group alone: its later tokens come after every other token of the group.
     last = lambda batch: (batch.row_B % group_rows == group_rows - 1)[:, None]
     return {

@@ -7,7 +7,8 @@ counts      assignments per row, layer, expert;    how many differ              
             the expert of each choice of a token
 drops       dropped assignments per row, layer;    how many differ                         0
             whether each choice was dropped
-sums        all other statistics per row; gates    relative to 1 or the value              1e-10
+sums        all other statistics per row; gates;   relative to 1 or the value              1e-10
+            what would be logged
 gradients   every parameter's gradient             relative to the parameter's largest     1e-9
 state       parameters and router state after k    absolute                                1e-8
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from moe_jax.verify.program import Probe
 
@@ -55,7 +57,7 @@ def deviations(
     for step, (a, b) in enumerate(zip(want, have, strict=True)):
         found = {d.check: d for d in _of_step(a, b, step)}
         if step == len(want) - 1:
-            found["state"] = _worst("state", _absolute(want_state, have_state), step + 1)
+            found["state"] = _worst("state", _absolute(want_state, have_state), step)
         for check in (c for c in ORDER if c in found):
             if first is None and not found[check].sound:
                 first = found[check]
@@ -75,9 +77,18 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
         others = {name: (x, have.sums[name]) for name, x in want.sums.items() if name not in ("counts", "dropped")}
         if want.routing:
             others["gates of single choices"] = (want.routing["gate"], have.routing["gate"])
+        others |= {f"metric {name}": pair for name, pair in metrics(want, have).items()}
         relative = {name: far(a, b, np.maximum(np.abs(a), 1)) for name, (a, b) in others.items()}
         yield _worst("sums", relative, step)
     yield _worst("gradients", relative_gradients(want.grads, have.grads), step)
+
+
+def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
+    """What a run would log of the step. Not what is by its definition of each micro-batch, or of each array, which a scan stacks."""
+    skip = ("micro_batch_balance_loss", "finite_leaves")
+    flat = lambda probe: flatten_dict({n: z for n, z in probe.metrics.items() if n not in skip}, sep="/")
+    a, b = flat(want), flat(have)
+    return {name: (np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)) for name in a}
 
 
 def relative_gradients(want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]) -> dict[str, float]:

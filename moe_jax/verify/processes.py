@@ -49,7 +49,8 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | 
             process.kill()
             text = f"no end after {SECONDS} s"
         if process.returncode:
-            errors.append(f"process {index} ends with {process.returncode}: {text.strip()[-500:]}")
+            last = (text.strip().splitlines() or ["without a word"])[-1]
+            errors.append(f"process {index} of {count} ends with {process.returncode}: {last[:300]}")
     if errors:
         return errors[0]
     probes, end = pickle.loads((folder / "told").read_bytes())
@@ -63,8 +64,9 @@ def work(path: Path, index: int) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(job["address"], job["count"], index, coordinator_bind_address=job["address"])
     program = Program(job["raw"], SHAPE).compile()
-    end, probes = program.steps(states.read(program, path.parent / "begin"), job["steps"])
-    told = [tuple(probe) for probe in probes], states.named(program, end)
+    begin = states.read(program, path.parent / "begin")
+    end, probes = program.steps(begin, job["steps"])
+    told = [tuple(probe) for probe in (*probes, program.tied(begin))], states.named(program, end)
     if index == 0:
         (path.parent / "told").write_bytes(pickle.dumps(told))
 

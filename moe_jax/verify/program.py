@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -17,6 +18,7 @@ from moe_jax import config, mesh, place, state
 from moe_jax.checkpoint import flat
 from moe_jax.compiling import QUICK
 from moe_jax.config import DEPTH, ModelConfig
+from moe_jax.models.decoder import with_dispatcher
 from moe_jax.moe.probe import ROUTING, split
 from moe_jax.tasks import TASKS
 
@@ -92,6 +94,27 @@ class Program:
             now, probe = self.step(now, self.task.random(self.cfg, step))
             probes.append(probe)
         return now, probes
+
+    def tied(self, begin: state.State) -> Probe:
+        """A step whose linear gates are 0: scores tie, and ties go to the lowest experts: the worst load there is."""
+        equal = lambda path, x: jnp.zeros_like(x) if [key.key for key in path][-2:] == ["router", "gate"] else x
+        with self.entered():
+            now = begin._replace(params=jax.tree_util.tree_map_with_path(equal, begin.params))
+        return self.step(now, self.task.random(self.cfg, 0))[1]
+
+    def evaluate(self, now: state.State) -> dict[str, np.ndarray]:
+        """The loss of every prediction ("nll") and the sums per row of an evaluation, as the config evaluates; compiles it."""
+        dispatcher = self.cfg.eval.dispatcher
+        cfg = self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
+
+        def forward(params: Any, router_state: Any, inputs: Any):
+            model = state.make_model(cfg).bind(params, router_state)
+            found = self.task.losses(model, inputs, jax.random.key(0), False)
+            return {"nll": found.nll, **found.sums}
+
+        with self.entered():
+            args = now.params, now.router_state, self.put(self.task.random(self.cfg, 0))
+            return host(jax.jit(forward).lower(*args).compile(compiler_options=QUICK)(*args))
 
     def named(self, tree: Any) -> dict[str, np.ndarray]:
         """Host copies of a tree's arrays by their names on disk, where layers are never stacked."""

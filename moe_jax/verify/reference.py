@@ -1,11 +1,12 @@
-"""The MoE layer against plain arithmetic on one device: every expert works on every token, and the gates pick.
+"""One device against plain arithmetic: the MoE layer, and the kernels that differ by platform against each other.
 
-    y_t = sum over e of G_te * expert_e(x_t)
+    y_t = sum over e of G_te * expert_e(x_t)                                 assignments
+    y_t = sum over e, s of C_tes * expert_e(sum over t' of D_t'es x_t')      mixtures (soft MoE), within a group
 
-G comes from the router itself: a dispatcher that serves nobody but writes each token's gates into its output. So what is checked is
+G, or D and C, come from the router itself: a dispatcher that serves nobody but writes them into its output. So what is checked is
 everything after the router: dispatch, the grouped product, which gate meets which expert, gate and up columns, and all their gradients.
-A token's copy of itself (null experts) is one more column. Soft MoE routes mixtures instead of tokens and has no such G.
-Shapes: B rows, S sequence, T tokens, D model, E experts, F hidden, P = 2 (gate, up) or 1.
+A token's copy of itself (null experts) is one more column.
+Shapes: B rows, S sequence, T tokens, D model, E experts, F hidden, P = 2 (gate, up) or 1, G groups, t tokens of a group, p slots.
 """
 
 import contextlib
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.compiling import QUICK
+from moe_jax.compiling import QUICK, of_other_platforms
 from moe_jax.config import Config, Options
 from moe_jax.mesh import P
+from moe_jax.models import attention_core
 from moe_jax.models.decoder import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, Dispatcher
 from moe_jax.moe.layer import Batch, MoE, MoELayer
@@ -29,6 +31,7 @@ from moe_jax.verify.compare import far, relative_gradients
 from moe_jax.verify.program import Program
 
 NAME = "gates of the reference"
+LONGEST = 1024  # tokens of a sequence whose attention is compared: enough for all the blocks that there are
 
 
 class Dense(NamedTuple):
@@ -40,20 +43,20 @@ class Dense(NamedTuple):
 
 
 def gates(x_TD, routing, experts, *, shape, options):
-    """A dispatcher in form: each token's gate for every expert in the first E columns of its output, then the weight of its copy."""
+    """A dispatcher in form: the first columns of its output are a token's gates for all experts and the weight of its copy, or D and C."""
     del experts, options
+    padded = lambda told: jnp.pad(told, ((0, 0), (0, x_TD.shape[1] - told.shape[1])))
     if not isinstance(routing, Routing):
-        raise NoGates
+        told = [
+            z.reshape(shape.num_tokens, -1).astype(x_TD.dtype) for z in (routing.dispatch_GtEp, routing.combine_GtEp)
+        ]
+        return padded(jnp.concatenate(told, 1)), jnp.zeros((0,), bool)
     gate_TE = jnp.zeros_like(x_TD, shape=(shape.num_tokens, shape.num_experts))
     place = (routing.token_N, routing.expert_N)
     gate_TE = gate_TE.at[place].add(routing.gate_N.astype(x_TD.dtype), mode="drop")
     copy_T1 = jnp.zeros_like(x_TD[:, :1]) if routing.copy_T is None else routing.copy_T.astype(x_TD.dtype)[:, None]
-    told_TD = jnp.pad(jnp.concatenate([gate_TE, copy_T1], 1), ((0, 0), (0, x_TD.shape[1] - shape.num_experts - 1)))
+    told_TD = padded(jnp.concatenate([gate_TE, copy_T1], 1))
     return told_TD - copy_T1 * x_TD, jnp.zeros_like(routing.expert_N, dtype=bool)  # the layer adds the copy
-
-
-class NoGates(Exception):
-    """The router gives mixtures."""
 
 
 @contextlib.contextmanager
@@ -66,16 +69,17 @@ def gates_dispatcher() -> Iterator[None]:
 
 
 def served(cfg: MoE) -> MoE:
-    """The layer with a width for the gates of all experts, and places for every assignment."""
+    """The layer with a width for what the router tells, and places for every assignment."""
     options = dict(cfg.dispatcher_options)
     if "factor" in options:
         options["factor"] = float(cfg.num_experts)
-    width = max(cfg.d_model, -(-(cfg.num_experts + 1) // 8) * 8)
+    told = 2 * cfg.num_experts * cfg.router_options["slots"] if cfg.router == "soft" else cfg.num_experts + 1
+    width = max(cfg.d_model, -(-told // 8) * 8)
     return dataclasses.replace(cfg, d_model=width, dispatcher_options=Options(options))
 
 
 def compare(program: Program) -> Dense:
-    """On the mesh of `program`, which must be one device, with random activations and ids. Raises NoGates for soft MoE."""
+    """On the mesh of `program`, which must be one device, with random activations and ids."""
     cfg = served(moe_config(program.cfg.model))
     with program.entered(), gates_dispatcher():
         batch = Batch(*map(program.on_mesh, _rows(program.cfg)))
@@ -95,10 +99,11 @@ def compare(program: Program) -> Dense:
             return (y_BSD * weight_BSD).sum(), y_BSD
 
         def reference(params: Any, rest: Any, x_BSD: jax.Array):
-            told_BSD, e = run("gates", (params, rest), x_BSD)[0], cfg.num_experts
-            y_BSD = dense(x_BSD, told_BSD[..., :e], nnx.to_pure_dict(params)["experts"], cfg.activation)
-            y_BSD += jax.sharding.reshard(told_BSD[..., e : e + 1] * x_BSD, P())
-            return (y_BSD * jax.sharding.reshard(weight_BSD, P())).sum(), y_BSD
+            plain = lambda z: jax.sharding.reshard(z, P())
+            told_BSD, x_BSD = plain(run("gates", (params, rest), x_BSD)[0]), plain(x_BSD)
+            work = lambda x: dense(x, jax.tree.map(plain, nnx.to_pure_dict(params)["experts"]), cfg.activation)
+            y_BSD = (mixed if cfg.router == "soft" else gated)(x_BSD, told_BSD, work, cfg)
+            return (y_BSD * plain(weight_BSD)).sum(), y_BSD
 
         def both(x_BSD: jax.Array):
             _, params, rest = split(cfg)
@@ -119,13 +124,64 @@ def _rows(cfg: Config) -> tuple[jax.Array, ...]:
     return tuple(map(jnp.asarray, (id_BS, place_BS, segment_BS, row_B)))
 
 
-def dense(x_BSD: jax.Array, gate_BSE: jax.Array, weights: Mapping[str, jax.Array], activation: str) -> jax.Array:
-    plain = lambda z: jax.sharding.reshard(z, P())
-    x_BSD, gate_BSE = plain(x_BSD), plain(gate_BSE)
-    h_BSEPF = jnp.einsum("BSD,EDPF->BSEPF", x_BSD, plain(weights["w_in"]))
-    first, last = h_BSEPF[..., 0, :], h_BSEPF[..., -1, :]
-    a_BSEF = first / (1 + jnp.exp(-first)) * last if activation == "swiglu" else jax.nn.gelu(first)
-    return jnp.einsum("BSEF,EFD,BSE->BSD", a_BSEF, plain(weights["w_out"]), gate_BSE)
+def gated(x_BSD: jax.Array, told_BSD: jax.Array, work: Any, cfg: MoE) -> jax.Array:
+    """Every expert works on every token."""
+    gate_BSE, copy_BS1 = told_BSD[..., : cfg.num_experts], told_BSD[..., cfg.num_experts : cfg.num_experts + 1]
+    y_BSED = work(jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.num_experts, x_BSD.shape[2])))
+    return jnp.einsum("BSED,BSE->BSD", y_BSED, gate_BSE) + copy_BS1 * x_BSD
+
+
+def mixed(x_BSD: jax.Array, told_BSD: jax.Array, work: Any, cfg: MoE) -> jax.Array:
+    """Every expert works on its mixtures of the tokens of each group."""
+    slots = cfg.router_options["slots"]
+    num = cfg.num_experts * slots
+    groups = lambda z: z.reshape(-1, min(cfg.group_rows, z.shape[0]) * z.shape[1], *z.shape[2:])
+    by_slot = lambda z: groups(z).reshape(*groups(z).shape[:2], cfg.num_experts, slots)
+    dispatch_GtEp, combine_GtEp = by_slot(told_BSD[..., :num]), by_slot(told_BSD[..., num : 2 * num])
+    y_GpED = work(jnp.einsum("GtEp,GtD->GpED", dispatch_GtEp, groups(x_BSD)))
+    return jnp.einsum("GtEp,GpED->GtD", combine_GtEp, y_GpED).reshape(x_BSD.shape)
+
+
+def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], activation: str) -> jax.Array:
+    """What each expert makes of its own rows."""
+    h_xyEPF = jnp.einsum("xyED,EDPF->xyEPF", x_xyED, weights["w_in"])
+    first, last = h_xyEPF[..., 0, :], h_xyEPF[..., -1, :]
+    a_xyEF = first / (1 + jnp.exp(-first)) * last if activation == "swiglu" else jax.nn.gelu(first)
+    return jnp.einsum("xyEF,EFD->xyED", a_xyEF, weights["w_out"])
+
+
+def attention_kernels(length: int) -> float:
+    """The attention of a CPU, in blocks of queries and groups of heads, beside that of accelerators, all at once; gradients included.
+
+    On sequences of two documents and padding, as long as the config's (LONGEST at most: the scores of all heads are held), and so many
+    heads that they are two groups.
+    """
+    S, queries = min(length, LONGEST), 2
+    B, G, A = 2, max(4, attention_core.SCORES // (S * S * queries)), 4
+    shapes = [(B, S, G * queries, A), (B, S, G, A), (B, S, G, A), (B, S, G * queries, A)]
+    q, k, v, weight = (jnp.asarray(z) for z in map(np.random.default_rng(0).normal, [0] * 4, [1] * 4, shapes))
+    place_S = np.arange(S)
+    segment_BS = jnp.asarray(
+        np.stack([np.where(place_S < S // 3, 1, 2), np.where(place_S < S - S // 4, 1, 0)]).astype(np.int32)
+    )
+
+    def run(seen: Any) -> list[np.ndarray]:
+        def value(q, k, v):
+            o = attention_core.attention(q, k, v, seen(segment_BS), scale=0.5)
+            return (o * weight).sum(), o
+
+        (_, o), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(
+            q, k, v
+        )
+        return [np.asarray(z) for z in (o, *gradients)]
+
+    worst = 0.0
+    for seen in (attention_core.causal, attention_core.full):
+        have = run(seen)
+        with of_other_platforms():
+            want = run(seen)
+        worst = max([worst, *(far(a, b, np.abs(a).max()) for a, b in zip(want, have, strict=True))])
+    return worst
 
 
 def _deviation(program: Program, want: Any, have: Any) -> Dense:

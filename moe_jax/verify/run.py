@@ -28,7 +28,7 @@ class Reference(NamedTuple):
 
     program: Program
     begin: State
-    probes: list[Probe]
+    probes: list[Probe]  # of the steps, and of one with `Program.tied` routers
     end: dict[str, np.ndarray]  # by name, after the steps
 
 
@@ -54,6 +54,7 @@ class Result(NamedTuple):
     alone: list[alone.Check]
     rows: list[Row]
     steps: int
+    notes: list[str]  # of meshes that the config refuses as it is, and not as it was shrunk
 
     @property
     def proven(self) -> bool:
@@ -91,23 +92,34 @@ def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[
         say(f"{wanted.processes} processes")
         rows.append(_processes(small, one, wanted.processes, folder))
     say("masks, causality, plain arithmetic")
-    found = [first_values(small, one, wanted.shapes), *alone.checks(one.program, one.begin)]
+    found = [
+        first_values(small, one, wanted.shapes),
+        evaluated(small, one, wanted.shapes, folder),
+        *alone.checks(one.program, one.begin),
+        alone.attention(raw["data"]["seq_len"]),
+    ]
     if "counts" in one.probes[0].sums:
-        found.append(alone.served(one.probes, small["model"]["moe"]["num_experts"]))
-    return Result(rules, found, rows, wanted.steps)
+        found.append(alone.served(one.probes[:-1], small["model"]["moe"]["num_experts"]))
+    unlike = {shape: refusal(raw, shape) for shape, refused in zip(wanted.shapes, refusals, strict=True) if not refused}
+    notes = [
+        f"{label(shape)}: the config as it is refuses this mesh ({text}); this row is of the shrunk one"
+        for shape, text in unlike.items()
+        if text
+    ]
+    return Result(rules, found, rows, wanted.steps, notes)
 
 
 def reference(small: Mapping[str, Any], steps: int) -> Reference:
     program = Program(shrink.plain(small), ONE).compile()
     begin = program.initial()
     end, probes = program.steps(begin, steps)
-    return Reference(program, begin, probes, states.named(program, end))
+    return Reference(program, begin, [*probes, program.tied(begin)], states.named(program, end))
 
 
 def against(one: Reference, program: Program, begin: State) -> tuple[State, dict[str, Deviation], Deviation | None]:
     """The steps of a compiled program beside the reference's: (last state, worst deviations, the first beyond its limit)."""
-    end, probes = program.steps(begin, len(one.probes))
-    return end, *compare.deviations(one.probes, probes, one.end, states.named(program, end))
+    end, probes = program.steps(begin, len(one.probes) - 1)
+    return end, *compare.deviations(one.probes, [*probes, program.tied(begin)], one.end, states.named(program, end))
 
 
 def first_values(small: Mapping[str, Any], one: Reference, shapes: Sequence[Shape]) -> alone.Check:
@@ -117,6 +129,18 @@ def first_values(small: Mapping[str, Any], one: Reference, shapes: Sequence[Shap
     want, have = states.named(one.program, one.begin), states.named(program, program.initial())
     worst, name = max((compare.far(want[name], have[name]), name) for name in want)
     return alone.Check(f"{label(shape)} draws the same first values", worst, FIRST_VALUES, name if worst else "", True)
+
+
+def evaluated(small: Mapping[str, Any], one: Reference, shapes: Sequence[Shape], folder: Path) -> alone.Check:
+    """The losses and the load of an evaluation on the mesh with the most axes beside one device's."""
+    shape = widest(small, shapes)
+    program = Program(shrink.plain(small), shape)
+    want, have = one.program.evaluate(one.begin), program.evaluate(states.read(program, folder / "begin"))
+    found = {name: compare.far(want[name], have[name], np.maximum(np.abs(want[name]), 1)) for name in want}
+    name = max(found, key=lambda n: np.inf if np.isnan(found[n]) else found[n])
+    return alone.Check(
+        f"{label(shape)} evaluates the same", found[name], alone.LIMIT, name if found[name] else "", True
+    )
 
 
 def widest(small: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
@@ -193,7 +217,7 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
     refused = refusal(small, processes.SHAPE)
     if refused:
         return empty(name, refused)
-    found = processes.run(small, count, len(one.probes), folder)
+    found = processes.run(small, count, len(one.probes) - 1, folder)
     if isinstance(found, str):
         return empty(name, failure=found)
     worst, first = compare.deviations(one.probes, found.probes, one.end, found.end)

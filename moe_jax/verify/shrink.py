@@ -58,7 +58,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     many = max(count, 2)  # so that accumulation can be checked even where the config has none
     yield "train.micro_batch_size", rows if count > 1 else 0, f"{DEVICES} devices x group_rows"
     yield "train.batch_size", rows * many, f"{many} x {DEVICES} devices x group_rows"
-    yield "eval.batch_size", 0, "not evaluated"
+    yield "eval.batch_size", 0, "as many as in training"
     yield "train.init_from", "", "begins at random"
     yield "optim.warmup_steps", min(raw["optim"]["warmup_steps"], 1), "the first steps move the parameters"
     for name, value in _kind(model["kind"], model["kinds"].get(model["kind"], {})):
@@ -73,6 +73,8 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     zeros = model["moe"]["sparse"]
     if "every" in zeros["rules"][zeros["rule"]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 2, "masks change within the steps that are compared"
+    if zeros["rule"] == "magnitude":
+        yield "model.moe.sparse.rules.magnitude.begin", 0.0, "likewise"
     if zeros["rule"] != "none" and zeros["pattern"] == "blocks":
         yield "model.moe.sparse.patterns.blocks.block", 4, "several blocks in a small matrix"
 

@@ -1,6 +1,7 @@
 """States on disk: written on one mesh, read on another, equal to the last bit."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.state import State
 from moe_jax.verify.program import Program
 
+PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}  # of a model's blocks, in their order
 COMPARED = ("params/", "router_state/", "ema/", "masks/")  # of a state; moments follow from the gradients
 
 
@@ -28,6 +30,17 @@ def named(program: Program, now: State) -> dict[str, np.ndarray]:
     """What is compared of a state, by name."""
     with program.entered():
         return {name: x for name, x in program.named(now).items() if name.startswith(COMPARED)}
+
+
+def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
+    """The states of the MoE layers' routers in the order of the blocks, read off their names; [] where routers have none."""
+    found: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+    for name, value in named(program, now).items():
+        if name.startswith("router_state/"):
+            *place, last = name.split("/")[1:]
+            order = tuple(int(part) if part.isdigit() else PARTS.get(part, 0) for part in place)
+            found.setdefault((place[0] != "encoder", *order), {})[last] = value
+    return [found[place] for place in sorted(found)]
 
 
 def unequal(program: Program, now: State, reader: Program, directory: Path) -> list[str]:
