@@ -112,6 +112,7 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
     assert mesh.reader == "1x1x1" and mesh.unequal == [] and mesh.rounded.steps == 20
     assert "must be divisible by mesh.data" in refused.refused and not refused.deviations
     assert {d.check for d in both.deviations.values()} == set(mesh.deviations) and both.deviations["forward"].value > 0
+    assert (both.reader, both.unequal) == ("1x1x1", [])
     assert command.verdict(found).startswith("PROVEN: 3 layouts equal one device over 2 steps; 1 refused")
     assert [check.claim.split()[0] for check in found.alone][:4] == ["1x2x2", "1x2x2", "the", "padding"]
     assert ("model.moe.orderings.rounding.tile", 16, 4) in [rule[:3] for rule in found.rules]

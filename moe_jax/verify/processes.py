@@ -19,6 +19,7 @@ from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
 SHAPE = (2, 2, 2)
+SAVED = "of_processes"  # where they write their checkpoint together
 SECONDS = 300  # after which a process is taken to hang
 
 
@@ -67,6 +68,7 @@ def work(path: Path, index: int) -> None:
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
     told = [tuple(probe) for probe in (*probes, program.tied(begin))], states.named(program, end)
+    states.write(program, end, path.parent / SAVED)
     if index == 0:
         (path.parent / "told").write_bytes(pickle.dumps(told))
 

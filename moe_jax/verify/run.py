@@ -221,7 +221,9 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
     if isinstance(found, str):
         return empty(name, failure=found)
     worst, first = compare.deviations(one.probes, found.probes, one.end, found.end)
-    return Row(name, "", "", worst, first, "", [], None)
+    back = states.named(one.program, states.read(one.program, folder / processes.SAVED))
+    unequal = sorted(name for name in found.end if found.end[name].tobytes() != back[name].tobytes())
+    return Row(name, "", "", worst, first, label(ONE), unequal, None)
 
 
 def _line(error: BaseException) -> str:
