@@ -79,7 +79,7 @@ class Progress:
         if self._seconds:
             parts.append(f"{readable(self.tokens_per_second)} tokens/s")
         if balance is not None:
-            parts.append(f"balance {balance:.2f}")
+            parts.append(f"busiest expert {balance:.2f}x")
         return "  ".join([*parts, *self._left()])
 
     def _left(self) -> list[str]:

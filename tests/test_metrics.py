@@ -191,9 +191,9 @@ def test_plain_lines_are_throttled_and_tell_speed_and_time_left(clock):
         shown.update(step, loss=2.0 / step, balance=1.25)
     shown.close()
     lines = out.getvalue().splitlines()
-    assert lines[0] == "step 1/1000  loss 2.0000  balance 1.25"
+    assert lines[0] == "step 1/1000  loss 2.0000  busiest expert 1.25x"
     # half a second a step: 1000 tokens / 0.5 s; 998 steps are left
-    assert lines[1] == "step 2/1000  loss 1.0000  2k tokens/s  balance 1.25  8m 19s left"
+    assert lines[1] == "step 2/1000  loss 1.0000  2k tokens/s  busiest expert 1.25x  8m 19s left"
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 3, 23, 43, 63, 83]
 
 
@@ -235,7 +235,9 @@ def test_live_line_on_a_terminal(clock):
         line.strip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").split("\n")
     ]
     assert "a [sample] of text" in lines
-    assert re.match(r"step 40/100 .* loss 1\.5000  2k tokens/s  balance 1\.10  30s left", lines[-1] or lines[-2])
+    assert re.match(
+        r"step 40/100 .* loss 1\.5000  2k tokens/s  busiest expert 1\.10x  30s left", lines[-1] or lines[-2]
+    )
 
 
 def test_readable_numbers():
