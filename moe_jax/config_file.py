@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,11 +50,21 @@ def load(path: Path) -> ConfigDict:
     except ImportError as error:
         raise UserError(f"the config file {path} cannot be loaded: {error}") from error
     except AttributeError as error:
-        raise UserError(f"the config file {path}: {error}") from error
+        raise UserError(f"the config file {path}: {misspelt(error) or error}") from error
     except KeyError as error:
         raise UserError(f"the config file {path} knows no variant {error}") from error
     finally:
         sys.path.pop(0)
+
+
+def misspelt(error: BaseException) -> str:
+    """What ml_collections says in a paragraph of a key that a config file sets and that there is not, in a line; "" for other errors."""
+    text = str(error.args[0]) if error.args else ""
+    wrong = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
+    near = re.search(r'Did you mean "(\w+)"', text)
+    if not wrong:
+        return ""
+    return f'no key is called "{wrong[1]}"' + (f': did you mean "{near[1]}"?' if near else "")
 
 
 def read(path: Path, changes: Sequence[str], flag: str) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def config_path(argv: list[str]) -> Path:
 
 def plain(error: BaseException, argv: list[str]) -> str:
     """One line of what absl or ml_collections say; a misspelt key by its whole path."""
+    if found := config_file.misspelt(error):
+        return f"the config file: {found}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
     text = text.replace("module 'config_config'", "the config file")  # what ml_collections calls it

@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 import pytest
 
-from moe_jax import config, mesh, rules
+from moe_jax import config, config_file, mesh, rules
 from moe_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -240,3 +240,13 @@ def test_manual_parallelism_has_few_doors():
             assert where in doors, f"{where} opens a shard_map"
         if exchange.search(text):
             assert where.startswith("moe/dispatch/") or where == "moe/layer.py", f"{where} moves tokens"
+
+
+def test_a_misspelt_key_in_a_file_is_one_line(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    c.train.stpes = 3\n    return c\n"
+    )
+    with pytest.raises(UserError) as error:
+        config_file.load(path)
+    assert str(error.value) == f'the config file {path}: no key is called "stpes": did you mean "steps"?'
