@@ -129,6 +129,13 @@ def k_major(patch):
     dispatcher(patch, lambda routing: routing._replace(order_N=order(routing.token_N.shape[0])))
 
 
+def last_come_first_served(patch):
+    """Of the assignments of an expert the last of a group win."""
+    dispatcher(
+        patch, lambda routing: routing._replace(order_N=jnp.arange(routing.token_N.shape[0], dtype=jnp.int32)[::-1])
+    )
+
+
 def dispatcher(patch, change: Callable[[Any], Any]):
     right = DISPATCHERS["capacity"]
     wrong = lambda x, routing, experts, **more: right.apply(x, change(routing), experts, **more)
@@ -266,6 +273,7 @@ MUTATIONS: dict[str, Mutation] = {
         padding_in_loss, "the loss is the mean over predictions that are not padding", "alone", {}
     ),
     "k-major order": Mutation(k_major, "later tokens change no earlier loss", "alone", {}),
+    "last come, first served": Mutation(last_come_first_served, "later tokens change no earlier loss", "alone", {}),
     "combined with the wrong gate": Mutation(
         wrong_gate, "the MoE layer equals plain arithmetic over all experts", "arithmetic", {}
     ),

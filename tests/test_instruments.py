@@ -163,6 +163,16 @@ def test_own_routing_replayed_is_the_same_loss_on_a_mesh(float64):
         assert abs(result[name]["gap/bits_per_byte"]) > 1e-6, name
 
 
+def test_own_routing_with_null_experts_has_the_capacity_of_the_real_ones(float64):
+    """Half of the four choices are meant to be null: twice the factor of top-k's two would drop nothing here."""
+    tight = {"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 0.75, "model.repeats": 1}
+    null = {"model.moe.router": "null", "model.moe.routers.null.num_null": 4}
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes=tight | null)
+        assert recorded(run)["dropped"].any()
+        assert abs(replay.evaluate(run, {}, seed=1)["own"]["gap/loss"]) < 1e-12
+
+
 def seen(run):
     fields = recorded(run)
     valid = run.batches[0].segment_BS > 0
