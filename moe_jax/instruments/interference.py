@@ -34,10 +34,11 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
     What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/..."; i counts MoE layers.
     """
-    moe = cfg.model.moe
-    if not any(moe.losses.values()) and moe.router != "relu":
+    model_cfg = cfg.model
+    deep = model_cfg.num_depth_blocks and model_cfg.depth.loss
+    if not (any(model_cfg.moe.losses.values()) or model_cfg.moe.router == "relu" or deep):
         raise UserError(
-            "interference compares gradients with those of auxiliary losses, and every coefficient of model.moe.losses is 0"
+            "interference needs auxiliary losses beside the language loss, and every coefficient of model.moe.losses is 0"
         )
     loss = make_loss(cfg, model)
 
