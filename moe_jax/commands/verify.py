@@ -97,7 +97,7 @@ def verdict(found: Result) -> str:
     if found.proven:
         refused = len(found.rows) - len(ran)
         more = f"; {refused} refused, for the reason above" if refused else ""
-        return f"PROVEN: {len(ran)} layouts equal one device over {found.steps} steps{more}"
+        return f"PROVEN: {len(ran)} layouts equal one device over {found.steps} step{'s' * (found.steps != 1)}{more}"
     if wrong:
         return f"DEVIATES on one device: not so: {wrong[0].claim} ({wrong[0].value:.1e} > {wrong[0].limit:.0e})"
     row = next(row for row in ran if not row.sound)

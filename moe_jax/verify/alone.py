@@ -14,7 +14,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.state import State
 from moe_jax.verify import batches, reference, states
-from moe_jax.verify.compare import far
+from moe_jax.verify.compare import far, whole
 from moe_jax.verify.program import Probe, Program
 
 LIMIT = 1e-10
@@ -51,7 +51,8 @@ def served(probes: Sequence[Probe], num_experts: int) -> Check:
     sums = [probe.sums for probe in probes]
     assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)  # null experts are counted behind
     dropped_L = sum(s["dropped"].sum(1) for s in sums)
-    note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped" if "dropped" in sums[0] else ""
+    note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
+    note = note if whole(np.asarray(assigned_L)) else "mixtures of all tokens: nothing is assigned, and nothing dropped"
     return Check("every MoE layer serves somebody", float(np.sum(assigned_L <= dropped_L)), 0.0, note, True)
 
 
