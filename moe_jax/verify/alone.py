@@ -52,7 +52,11 @@ def served(probes: Sequence[Probe], num_experts: int) -> Check:
     assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)  # null experts are counted behind
     dropped_L = sum(s["dropped"].sum(1) for s in sums)
     note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
-    note = note if all(whole(s["counts"]) for s in sums) else "mixtures of all tokens: nothing is assigned, and nothing dropped"
+    note = (
+        note
+        if all(whole(s["counts"]) for s in sums)
+        else "mixtures of all tokens: nothing is assigned, and nothing dropped"
+    )
     return Check("every MoE layer serves somebody", float(np.sum(assigned_L <= dropped_L)), 0.0, note, True)
 
 
