@@ -35,7 +35,7 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
 
 
 def balanced_counts(sums: Sums) -> jax.Array:
-    """The counts of a balance loss: `level` where a router gives it, because some of its classes are alike."""
+    """The counts by which balance is judged: `level` where a router gives it, because some of its classes are alike."""
     return sums.get("level", sums["counts"])
 
 
@@ -62,14 +62,14 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
     losses; l1, the coefficient of ReLU routing's loss; active, the mean number of experts per token of a router that does not fix it;
     padding_fraction, the share of padding in the rows of a grouped product whose tiles token rounding was told.
     """
-    counts_LE = totals["counts"]
+    counts_LE = balanced_counts(totals)
     assigned_L = jnp.maximum(counts_LE.sum(-1), 1)
     tokens_L = jnp.maximum(totals["tokens"], 1)
     share_LE = counts_LE / assigned_L[:, None]
     num_experts = counts_LE.shape[1]
     entropy_L = -(share_LE * jnp.log(jnp.maximum(share_LE, 1e-30))).sum(-1)
     figures = {
-        "counts": counts_LE,
+        "counts": totals["counts"],
         "load_max": share_LE.max(-1) * num_experts,
         "max_vio": share_LE.max(-1) * num_experts - 1,
         "load_entropy": entropy_L / jnp.log(jnp.maximum(num_experts, 2)),

@@ -11,8 +11,8 @@ experts of MoE++, Jin et al. 2024, arXiv:2410.07348, section 3.1).
 
 counts, probs and importance run over all E + num_null classes, so a balance loss asks for k E / (E + num_null) real experts per token on
 average and lets each token differ. It sees the mean load of the null classes for each of them (AdaMoE, section 3.4, eq. 6): one does what
-another does, so it is their sum that is held. MaxVio and the histograms take the null classes for experts; the sum of gates, drops and
-active experts are of the real ones. Ties go to the lower index, so to the real expert.
+another does, so it is their sum that is held; so do MaxVio and its like. The sum of gates, drops and active experts are of the real
+experts. Ties go to the lower index, so to the real expert.
 MoE++'s constant experts, gating residuals and unequal weights of the two kinds in the loss are not here.
 """
 
