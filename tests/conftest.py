@@ -33,7 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also run the tests marked 'full' (up to an hour)")
+    parser.addoption("--full", action="store_true", help="also run the tests marked 'full' (16 minutes on two cores)")
 
 
 # Files whose longest tests take the most: first, so that the workers of `-n 2` end together.
