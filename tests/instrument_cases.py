@@ -4,7 +4,8 @@ import jax
 import models
 import numpy as np
 
-from moe_jax.instruments import held_out
+from moe_jax.instruments import held_out, replay
+from moe_jax.moe import probe
 from moe_jax.state import make_model
 from moe_jax.tasks import lm
 
@@ -34,3 +35,34 @@ def probed(shape=(1, 1, 1), changes=None, num_batches=1):
     """A model on held-out batches; called with the mesh set."""
     cfg = models.build(shape, DATA | (changes or {}))
     return held_out.open_run(cfg, lm.open_data(cfg), *weights(cfg), num_batches)
+
+
+def recorded(run, wanted=probe.ROUTING, **changes):
+    inputs = held_out.place(run, run.batches[0])._replace(**changes)
+    return held_out.make_record(run.cfg.model, wanted)(run.params, run.router_state, inputs)
+
+
+def loss(run, params=None, **changes):
+    inputs = held_out.place(run, run.batches[0])._replace(**changes)
+    return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)["nll"]
+
+
+def with_(run, layer, change):
+    """The parameters with some of one MoE layer changed: `change` of its {"gate", "w_in", "w_out"} gives the new ones."""
+    params = jax.tree.map(lambda x: x, run.params)
+    moe = params["repeats"]["blocks"][0]["moe"]
+    found = {name: group[name] for group in (moe["router"], moe["experts"]) for name in group}
+    for name, value in change({name: np.array(z[layer]) for name, z in found.items()}).items():
+        group = moe["router" if name == "gate" else "experts"]
+        stacked = np.array(group[name])
+        stacked[layer] = value
+        group[name] = jax.device_put(stacked, group[name].sharding)
+    return params
+
+
+def seen(run):
+    fields = recorded(run)
+    valid = run.batches[0].segment_BS > 0
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(4), fields["expert"].shape[:3])
+    return replay.Seen(fields["expert"], fields["gate"], valid, lambda: probs, 4, rng)

@@ -1,6 +1,5 @@
 """Instruments on a model's routing: what is recorded, replayed, knocked out and compared, against hand-made values."""
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -11,12 +10,11 @@ import meshes
 import models
 import numpy as np
 import pytest
-from instrument_cases import DATA, probed, weights
+from instrument_cases import DATA, probed, recorded, seen, weights, with_
 
-from moe_jax.commands import probe as command
 from moe_jax.config import Options
 from moe_jax.errors import UserError
-from moe_jax.instruments import held_out, interference, knockout, precision, record, replay
+from moe_jax.instruments import held_out, interference, precision, record, replay
 from moe_jax.moe import probe
 from moe_jax.moe.routing.contract import Routing, Slots, Tokens
 from moe_jax.state import State, make_loss, make_model
@@ -31,16 +29,6 @@ def first_state(run):
 def run(float64):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         yield probed()
-
-
-def recorded(run, wanted=probe.ROUTING, **changes):
-    inputs = held_out.place(run, run.batches[0])._replace(**changes)
-    return held_out.make_record(run.cfg.model, wanted)(run.params, run.router_state, inputs)
-
-
-def loss(run, params=None, **changes):
-    inputs = held_out.place(run, run.batches[0])._replace(**changes)
-    return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)["nll"]
 
 
 # Record
@@ -173,14 +161,6 @@ def test_own_routing_with_null_experts_has_the_capacity_of_the_real_ones(float64
         assert abs(replay.evaluate(run, {}, seed=1)["own"]["gap/loss"]) < 1e-12
 
 
-def seen(run):
-    fields = recorded(run)
-    valid = run.batches[0].segment_BS > 0
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet(np.ones(4), fields["expert"].shape[:3])
-    return replay.Seen(fields["expert"], fields["gate"], valid, lambda: probs, 4, rng)
-
-
 def loads(expert_LBSK):
     return (expert_LBSK.reshape(len(expert_LBSK), -1, 1) == np.arange(4)).sum(1)
 
@@ -213,6 +193,17 @@ def test_balanced_routing_is_the_best_of_all():
     assert (taken[:, 0] >= taken[:, 1]).all()
 
 
+def test_the_score_of_balanced_replay_is_the_routers_own(float64):
+    """With the model's own experts the gates are the model's own."""
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        run = probed(changes={"model.moe.router": "sigmoid"})
+        fields = recorded(run, probe.INPUTS)
+        probs = np.take_along_axis(replay._probabilities(run, fields["input"]), fields["expert"].clip(0, 3), -1)
+    valid = run.batches[0].segment_BS > 0
+    own = probs / probs.sum(-1, keepdims=True)
+    np.testing.assert_allclose(fields["gate"][:, valid], own[:, valid], rtol=1e-6)
+
+
 def language_gradient(run, model_cfg, inputs):
     loss = make_loss(dataclasses.replace(run.cfg, model=model_cfg), make_model(model_cfg))
     nll = lambda params: loss(params, run.router_state, inputs, jax.random.key(0))[1][1]["nll"]
@@ -233,104 +224,6 @@ def test_a_training_step_takes_the_routing_it_is_given(run):
     for a, b in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(grads[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
     assert np.abs(held_out.router_weights(grads[0], run.cfg.model)["gate"]).max() > 1e-6
-
-
-# Knock-out
-
-
-def with_(run, layer, change):
-    """The parameters with some of one MoE layer changed: `change` of its {"gate", "w_in", "w_out"} gives the new ones."""
-    params = jax.tree.map(lambda x: x, run.params)
-    moe = params["repeats"]["blocks"][0]["moe"]
-    found = {name: group[name] for group in (moe["router"], moe["experts"]) for name in group}
-    for name, value in change({name: np.array(z[layer]) for name, z in found.items()}).items():
-        group = moe["router" if name == "gate" else "experts"]
-        stacked = np.array(group[name])
-        stacked[layer] = value
-        group[name] = jax.device_put(stacked, group[name].sharding)
-    return params
-
-
-def test_an_expert_removed_is_an_expert_that_gives_zero(float64):
-    with jax.set_mesh(meshes.make(2, 2, 2)):
-        run = probed((2, 2, 2), {"model.moe.dispatcher": "capacity"})
-        for layer, expert in ((0, 1), (1, 3)):
-            zero = lambda moe, e=expert: {"w_out": np.where(np.arange(4)[:, None, None] == e, 0, moe["w_out"])}
-            removed = loss(run, **knockout.told(run, "removed_BME", layer, expert))
-            np.testing.assert_allclose(removed, loss(run, with_(run, layer, zero)), rtol=1e-13)
-            assert np.abs(removed - loss(run)).max() > 1e-3
-
-
-def test_an_expert_that_nobody_chose_is_worth_nothing(float64):
-    """Two equal columns of the gate tie, and the tie goes to the lower expert: with k = 1 expert 2 takes nothing."""
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        run = probed(changes={"model.moe.routers.top_k.k": 1})
-        twin = lambda moe: {"gate": moe["gate"][:, [0, 1, 1, 3]]}
-        run = run._replace(params=with_(run, 1, twin))
-        for way in knockout.WAYS:
-            worth = knockout.measure(run, way)
-            assert (worth.share_LEZ[1, 2] == 0).all() and np.abs(worth.change_LEZ[1, 2]).max() < 1e-13
-            assert np.abs(worth.change_LEZ[1, 3]).max() > 1e-5
-            if way == "around":  # the twin of expert 1 takes its tokens, but is another network
-                assert np.abs(worth.change_LEZ[1, 1]).max() > 1e-5
-
-
-def test_round_an_expert_means_the_next_best(run):
-    fields = recorded(run, probe.INPUTS, **knockout.told(run, "barred_BME", 0, 2))
-    logits = np.einsum("BSD,DE->BSE", fields["input"][0], held_out.gates(run, "the test")[0])
-    logits[..., 2] = -np.inf
-    valid = run.batches[0].segment_BS > 0
-    np.testing.assert_array_equal(fields["expert"][0][valid], np.argsort(-logits, -1)[valid][:, :2])
-    chosen = np.take_along_axis(np.exp(logits), fields["expert"][0].clip(0, 3), -1)[valid]
-    np.testing.assert_allclose(fields["gate"][0][valid], chosen / chosen.sum(-1, keepdims=True), rtol=1e-12)
-    assert (fields["expert"][1] == 2).any()
-
-
-@pytest.mark.parametrize("router", ["sigmoid", "quantile"])
-def test_round_an_expert_whatever_its_bias(float64, router):
-    """Expert 2 has a bias above every affinity: all take it, and none where it is barred."""
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        run = probed(changes={"model.moe.router": router})
-        biased = lambda z: jnp.zeros_like(z).at[..., 2].set(2.0)
-        run = run._replace(router_state=jax.tree.map(biased, run.router_state))
-        valid = run.batches[0].segment_BS > 0
-        assert (recorded(run, probe.ROUTING)["expert"][0][valid] == 2).any(-1).all()
-        assert not (recorded(run, probe.ROUTING, **knockout.told(run, "barred_BME", 0, 2))["expert"][0] == 2).any()
-
-
-def test_the_score_of_balanced_replay_is_the_routers_own(float64):
-    """With the model's own experts the gates are the model's own."""
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        run = probed(changes={"model.moe.router": "sigmoid"})
-        fields = recorded(run, probe.INPUTS)
-        probs = np.take_along_axis(replay._probabilities(run, fields["input"]), fields["expert"].clip(0, 3), -1)
-    valid = run.batches[0].segment_BS > 0
-    own = probs / probs.sum(-1, keepdims=True)
-    np.testing.assert_allclose(fields["gate"][:, valid], own[:, valid], rtol=1e-6)
-
-
-def test_a_router_without_logits_is_not_asked_for_them(float64, tmp_path):
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        run = probed(changes={"model.moe.router": "uniform"})
-        with pytest.raises(UserError, match="only a router with a linear gate can be told to go round an expert"):
-            knockout.measure(run, "around")
-        job = command.Job(
-            run.cfg, run, 1, argparse.Namespace(ways="around,removed", workdir=tmp_path, mesh=None), tmp_path
-        )
-        command.run_knockout(job)
-        found = json.loads((tmp_path / "knockout.json").read_text())["knockout"]
-        assert "only a router with a linear gate" in found["around"]["note"] and "change_LEZ" in found["removed"]
-        with pytest.raises(UserError, match='"uniform" has no linear gate, which balanced replay needs'):
-            replay.balanced(seen(run)._replace(probs_LBSE=lambda: replay._probabilities(run, np.zeros(0))))
-
-
-def test_draws_the_heat_map(tmp_path):
-    rng = np.random.default_rng(0)
-    change_LEZ = rng.normal(size=(5, 8, 3))
-    change_LEZ[:, :, 1] = np.nan  # a domain without rows
-    worth = knockout.Worth(np.array([1, np.nan, 1]), change_LEZ, np.full((5, 8, 3), 1 / 8), np.full((5, 8), 1 / 8))
-    knockout.draw(worth, ["drama", "verse", "novel"], "removed", tmp_path / "knockout.png")
-    assert (tmp_path / "knockout.png").stat().st_size > 5_000
 
 
 # Precision
@@ -384,6 +277,12 @@ def test_the_rounded_router_is_the_router_when_nothing_is_rounded(run):
     np.testing.assert_array_equal(expert[valid], np.argsort(-logits, -1, kind="stable")[valid][:, :2])
 
 
+def test_halves_of_an_odd_batch_are_a_note(run):
+    odd = run._replace(cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=5)))
+    with pytest.raises(UserError, match=r"half of eval\.batch_size"):
+        precision._in_halves(odd, None, run.batches[0])
+
+
 # Interference
 
 
@@ -423,25 +322,3 @@ def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_m
 def test_no_auxiliary_loss_no_interference(float64):
     with pytest.raises(UserError, match=r"every coefficient of model\.moe\.losses is 0"):
         metered((1, 1, 1), {"model.moe.losses.balance": 0.0, "model.moe.losses.z": 0.0, "model.repeats": 1})
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--what", "replay,knock"], "--what: 'knock' is no instrument"),
-        (["--ways", "aroun"], "--ways: 'aroun' is not known"),
-        (["--batches", "-1"], "--batches -1 must be at least 0"),
-        (["--seed", "-5"], "--seed -5 must be at least 0"),
-        (["--steps", "2", "--frozen", "1"], "--frozen 1 is of replay without training"),
-        (["--num_processes", "2"], "need --coordinator"),
-    ],
-)
-def test_mistakes_in_flags(tmp_path, flags, message):
-    with pytest.raises(UserError, match=message):
-        command.main(["--workdir", str(tmp_path), *flags])
-
-
-def test_halves_of_an_odd_batch_are_a_note(run):
-    odd = run._replace(cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=5)))
-    with pytest.raises(UserError, match=r"half of eval\.batch_size"):
-        precision._in_halves(odd, None, run.batches[0])
