@@ -48,8 +48,17 @@ def advice(c: Config) -> Iterator[str]:
             f"the router {e.router} has one choice per token, and its gate is always {declared.gate_sum:g}: the loss of the task cannot "
             f"teach it. Set model.moe.routers.{e.router}.renormalize=False where it has that, or model.moe.router=switch"
         )
-    if e.dispatcher == "dropless" and e.ordering in ("k_major", "batch_priority"):
+    if e.dispatcher == "dropless":
+        yield from _of_dropless(e)
+
+
+def _of_dropless(e: MoEConfig) -> Iterator[str]:
+    """What says who is dropped, or who shares room, where there is room for all."""
+    if e.ordering in ("k_major", "batch_priority"):
         yield f'model.moe.ordering = "{e.ordering}" says what is dropped first, and model.moe.dispatcher = "dropless" drops nothing'
+    alone = not ROUTERS[e.router].sees(e.router_options).future and e.ordering != "rounding"
+    if e.group_rows > 1 and alone:
+        yield f'model.moe.group_rows = {e.group_rows} rows share capacity, and model.moe.dispatcher = "dropless" has none to share'
 
 
 def _pulls(e: MoEConfig, learns: bool) -> tuple[str, ...]:

@@ -106,6 +106,7 @@ def test_refusals(changes, shape, message):
         ({"routers.top_k.k": 1, "routers.top_k.renormalize": False}, None),
         ({"router": "switch"}, None),
         ({"ordering": "k_major", "dispatcher": "dropless"}, '"dropless" drops nothing'),
+        ({"group_rows": 2, "dispatcher": "dropless"}, "group_rows = 2 rows share capacity"),
         ({"ordering": "token_major"}, None),
     ],
     ids=str,

@@ -74,11 +74,17 @@ def submit(pool, raw, where):
         return None
 
 
+def on_mesh(one, folder):
+    """(the program of a reference on MESH, its first state there)"""
+    program = Program(one.program.raw, MESH)
+    return program, states.read(program, folder / "begin")
+
+
 # What compiles its own small programs: (reference, folder with its first state) -> checks.
 PARTS = {
     "arithmetic": lambda one, folder: alone.against_reference(one.program),
     "attention": lambda one, folder: [alone.attention(256)],
-    "evaluation": lambda one, folder: [evaluated(one.program.raw, one, [MESH], folder)],
+    "evaluation": lambda one, folder: [evaluated(one, *on_mesh(one, folder))],
 }
 FAULTS = "test_every_fault_is_found"
 

@@ -14,7 +14,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.tasks import lm
 from moe_jax.verify import alone, batches, certificate, run, shrink, states
 from moe_jax.verify.alone import Check
-from moe_jax.verify.compare import Deviation, Rounded, deviations, relative_gradients, rounded
+from moe_jax.verify.compare import Deviation, Rounded, deviations, largest, relative_gradients, rounded
 from moe_jax.verify.program import Probe, Program
 from moe_jax.verify.run import ALL, Result, Row, Wanted, against, empty, reference, verify
 
@@ -228,6 +228,29 @@ def test_verdicts():
     assert not found.proven and "one device: not so: later tokens" in command.verdict(found)
     assert result(row._replace(first=None), [check._replace(judged=False)]).proven
     assert not check._replace(value=float("nan")).sound
+    tied = bad._replace(step=5)  # the step after the five that are compared
+    assert command.verdict(result(row._replace(first=tied))).startswith(
+        "DEVIATES: 2x2x2, with all router scores equal: grad"
+    )
+
+
+def test_nan_is_the_largest():
+    """For `max` it is not: max(0.0, nan) is 0.0."""
+    nan = float("nan")
+    assert largest({"a": 1.0, "b": nan, "c": 2.0})[0] == "b" and largest({}) == ("", 0.0)
+    probe = lambda loss: Probe(loss, {}, np.zeros(2), {}, {}, {"w": np.zeros(2)})
+    worst, first = deviations([probe(1.0)] * 3, [probe(1.0), probe(nan), probe(2.0)], {}, {})
+    assert np.isnan(worst["forward"].value) and first.step == 1
+    assert np.isnan(alone._everything(probe(1.0), probe(nan))["loss"])
+
+
+def test_a_mesh_that_only_the_config_as_it_is_refuses_is_told():
+    raw = models.raw({"model.num_heads": 4, "model.num_kv_heads": 4})
+    small, _ = shrink.shrink(raw)
+    (line,) = run.unlike(raw, small, [(1, 1, 8), (2, 2, 2), (3, 1, 1)])
+    assert line.startswith(
+        "1x1x8: the config as it is refuses this mesh (model.num_heads (4) must be divisible by mesh.model (8))"
+    )
 
 
 def test_rounding_is_reported_with_the_first_flip():

@@ -49,10 +49,10 @@ class Seen(NamedTuple):
 
 def under(cfg: ModelConfig, num_choices: int, gates: str) -> ModelConfig:
     """The model with the router "recorded" in place of its own; gates "recorded", or of the "router", which then learns."""
-    average = (
-        ROUTERS[cfg.moe.router].declared(cfg.moe.num_experts, cfg.moe.router_options).average
-    )  # capacity follows it
-    options = Options(k=num_choices, gates=gates, average=average or 0.0)
+    declared = ROUTERS[cfg.moe.router].declared(cfg.moe.num_experts, cfg.moe.router_options)
+    options = Options(
+        k=num_choices, gates=gates, average=declared.average or 0.0
+    )  # capacity follows the load that is meant
     moe = dataclasses.replace(cfg.moe, router=ROUTER, router_options=options)
     return dataclasses.replace(cfg, moe=moe)
 

@@ -15,7 +15,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.state import State, routers_learn
 from moe_jax.verify import batches, reference, states
-from moe_jax.verify.compare import far, whole
+from moe_jax.verify.compare import far, largest, whole
 from moe_jax.verify.program import Probe, Program
 
 LIMIT = 1e-10
@@ -115,7 +115,7 @@ def router_updates(program: Program, begin: State) -> list[Check]:
     new, probe = program.step(begin, program.task.random(program.cfg, 0))
     after, moe = states.of_routers(program, new), program.cfg.model.moe
     cfg = RouterCfg(moe.num_experts, moe.router_options, moe.group_rows, program.cfg.model.vocab_size, lambda z: z)
-    worst = 0.0
+    found: dict[str, float] = {}
     with program.entered():
         sums = depth.without({name: jnp.asarray(z) for name, z in probe.sums.items()})
         for layer, (old, have) in enumerate(zip(before, after, strict=True)):
@@ -124,22 +124,22 @@ def router_updates(program: Program, begin: State) -> list[Check]:
             want = dict(ROUTERS[moe.router].update(own, totals, cfg))
             if "balance_weight" in old:
                 want["balance_weight"] = losses.adapt(jnp.asarray(old["balance_weight"]), totals, moe.adaptive)
-            found = [worst, *(far(want[name], have[name]) for name in want)]
-            worst = max(found, key=lambda z: np.inf if np.isnan(z) else z)
-    return [Check("each router's state follows the load of its own layer", worst, LIMIT, "", True)]
+            found |= {f"{name} of layer {layer}": far(want[name], have[name]) for name in want}
+    name, value = largest(found)
+    return [Check("each router's state follows the load of its own layer", value, LIMIT, name if value else "", True)]
 
 
 def _change(program: Program, begin: State, name: str, change: batches.Change, declared: str) -> Check:
-    worst, effect, drops = 0.0, 0.0, 0.0
+    found: dict[str, float] = {}
+    effect, drops = 0.0, 0.0
     for trial in range(TRIALS):
         inputs = program.task.random(program.cfg, trial)
         other = change.apply(inputs, np.random.default_rng(trial))
         (_, before), (_, after) = program.step(begin, inputs), program.step(begin, other)
         same = np.broadcast_to(change.same(inputs), before.nll.shape)
-        deviation = far(before.nll[same], after.nll[same])
+        found[f"loss, {trial}"] = far(before.nll[same], after.nll[same])
         if name == "padding":
-            deviation = max(deviation, _everything(before, after))
-        worst = deviation if not deviation <= worst else worst
+            found |= {f"{what}, {trial}": value for what, value in _everything(before, after).items()}
         effect = max(effect, far(before.nll, after.nll))
         if name == "padding":  # where a row has one loss, padding that is changed must change none at all
             effect = max(effect, float(any(not np.array_equal(a, b) for a, b in zip(inputs, other, strict=True))))
@@ -149,14 +149,17 @@ def _change(program: Program, begin: State, name: str, change: batches.Change, d
     note = declared
     if name == "document" and drops and not declared and program.cfg.model.moe.dispatcher == "capacity":
         note = "documents of a row share capacity, and some assignments were dropped"
-    return Check(change.claim, worst, LIMIT, note, not note)
+    return Check(change.claim, largest(found)[1], LIMIT, note, not note)
 
 
-def _everything(a: Probe, b: Probe) -> float:
+def _everything(a: Probe, b: Probe) -> dict[str, float]:
     """Padding must change neither the loss nor a statistic nor a gradient."""
-    sums = [far(a.sums[name], b.sums[name]) for name in a.sums]
-    grads = [far(a.grads[name], b.grads[name]) for name in a.grads]
-    return max([abs(a.loss - b.loss), *sums, *grads], key=lambda z: np.inf if np.isnan(z) else z)
+    pairs = (
+        {"loss": (a.loss, b.loss)}
+        | {n: (a.sums[n], b.sums[n]) for n in a.sums}
+        | {n: (a.grads[n], b.grads[n]) for n in a.grads}
+    )
+    return {name: far(*pair) for name, pair in pairs.items()}
 
 
 def _drops(probe: Probe) -> float:
@@ -168,11 +171,11 @@ def against_reference(program: Program) -> list[Check]:
     with of_other_platforms():
         other = reference.compare(program)
     worst = lambda found: found.where if np.isnan(found.output) else f"worst: {found.where}"
-    largest = max((other.output, other.gradient), key=lambda z: np.inf if np.isnan(z) else z)
+    _, accelerators = largest({"output": other.output, "gradient": other.gradient})
     return [
         Check("the MoE layer equals plain arithmetic over all experts", dense.output, REFERENCE_LIMIT, "", True),
         Check("and so do its gradients", dense.gradient, REFERENCE_LIMIT, worst(dense), True),
-        Check("and both with the kernel of accelerators", largest, REFERENCE_LIMIT, worst(other), True),
+        Check("and both with the kernel of accelerators", accelerators, REFERENCE_LIMIT, worst(other), True),
     ]
 
 

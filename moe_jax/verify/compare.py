@@ -61,8 +61,8 @@ def deviations(
         for check in (c for c in ORDER if c in found):
             if first is None and not found[check].sound:
                 first = found[check]
-            if check not in worst or not found[check].value <= worst[check].value:
-                worst[check] = found[check]
+            both = {"before": worst.get(check, found[check]), "now": found[check]}
+            worst[check] = both[largest({name: d.value for name, d in both.items()})[0]]
     return worst, first
 
 
@@ -114,13 +114,19 @@ def far(a: Any, b: Any, scale: Any = 1.0) -> float:
     return float((np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / scale).max(initial=0.0))
 
 
+def largest(values: Mapping[str, float]) -> tuple[str, float]:
+    """(name, value) of the largest; NaN is larger than any number, which for `max` it is not. ("", 0) of nothing."""
+    name = max(values, key=lambda n: np.inf if np.isnan(values[n]) else values[n], default="")
+    return name, values.get(name, 0.0)
+
+
 def _absolute(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, float]:
     return {name: far(x, have[name]) for name, x in want.items()}
 
 
 def _worst(check: str, values: Mapping[str, float], step: int) -> Deviation:
-    name = max(values, key=lambda n: np.inf if np.isnan(values[n]) else values[n], default="")
-    return Deviation(check, values.get(name, 0.0), name, step)
+    name, value = largest(values)
+    return Deviation(check, value, name, step)
 
 
 class Rounded(NamedTuple):

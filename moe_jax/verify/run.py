@@ -92,21 +92,16 @@ def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[
         say(f"{wanted.processes} processes")
         rows.append(_processes(small, one, wanted.processes, folder))
     say("masks, causality, plain arithmetic")
+    wide = Program(shrink.plain(small), widest(small, wanted.shapes))
     found = [
-        first_values(small, one, wanted.shapes),
-        evaluated(small, one, wanted.shapes, folder),
+        first_values(one, wide),
+        evaluated(one, wide, states.read(wide, folder / "begin")),
         *alone.checks(one.program, one.begin),
         alone.attention(raw["data"]["seq_len"]),
     ]
     if "counts" in one.probes[0].sums:
         found.append(alone.served(one.probes[:-1], small["model"]["moe"]["num_experts"]))
-    unlike = {shape: refusal(raw, shape) for shape, refused in zip(wanted.shapes, refusals, strict=True) if not refused}
-    notes = [
-        f"{label(shape)}: the config as it is refuses this mesh ({text}); this row is of the shrunk one"
-        for shape, text in unlike.items()
-        if text
-    ]
-    return Result(rules, found, rows, wanted.steps, notes)
+    return Result(rules, found, rows, wanted.steps, unlike(raw, small, wanted.shapes))
 
 
 def reference(small: Mapping[str, Any], steps: int) -> Reference:
@@ -122,25 +117,27 @@ def against(one: Reference, program: Program, begin: State) -> tuple[State, dict
     return end, *compare.deviations(one.probes, [*probes, program.tied(begin)], one.end, states.named(program, end))
 
 
-def first_values(small: Mapping[str, Any], one: Reference, shapes: Sequence[Shape]) -> alone.Check:
-    """The first parameters, drawn on one device and on the mesh with the most axes."""
-    shape = widest(small, shapes)
-    program = Program(shrink.plain(small), shape)
+def first_values(one: Reference, program: Program) -> alone.Check:
+    """The first parameters, drawn on one device and on the mesh of `program`."""
     want, have = states.named(one.program, one.begin), states.named(program, program.initial())
-    worst, name = max((compare.far(want[name], have[name]), name) for name in want)
-    return alone.Check(f"{label(shape)} draws the same first values", worst, FIRST_VALUES, name if worst else "", True)
+    name, worst = compare.largest({name: compare.far(want[name], have[name]) for name in want})
+    claim = f"{label(program.shape)} draws the same first values"
+    return alone.Check(claim, worst, FIRST_VALUES, name if worst else "", True)
 
 
-def evaluated(small: Mapping[str, Any], one: Reference, shapes: Sequence[Shape], folder: Path) -> alone.Check:
-    """The losses and the load of an evaluation on the mesh with the most axes beside one device's."""
-    shape = widest(small, shapes)
-    program = Program(shrink.plain(small), shape)
-    want, have = one.program.evaluate(one.begin), program.evaluate(states.read(program, folder / "begin"))
-    found = {name: compare.far(want[name], have[name], np.maximum(np.abs(want[name]), 1)) for name in want}
-    name = max(found, key=lambda n: np.inf if np.isnan(found[n]) else found[n])
-    return alone.Check(
-        f"{label(shape)} evaluates the same", found[name], alone.LIMIT, name if found[name] else "", True
-    )
+def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
+    """The losses and the load of an evaluation on the mesh of `program` beside one device's; `begin` is the state there."""
+    want, have = one.program.evaluate(one.begin), program.evaluate(begin)
+    scaled = {name: compare.far(want[name], have[name], np.maximum(np.abs(want[name]), 1)) for name in want}
+    name, worst = compare.largest(scaled)
+    return alone.Check(f"{label(program.shape)} evaluates the same", worst, alone.LIMIT, name if worst else "", True)
+
+
+def unlike(raw: Mapping[str, Any], small: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
+    """A line for each mesh that the config refuses as it is, and not as it was shrunk."""
+    told = {shape: refusal(raw, shape) for shape in shapes if not refusal(small, shape)}
+    text = "the config as it is refuses this mesh"
+    return [f"{label(shape)}: {text} ({why}); this row is of the shrunk one" for shape, why in told.items() if why]
 
 
 def widest(small: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
@@ -222,8 +219,7 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
         return empty(name, failure=found)
     worst, first = compare.deviations(one.probes, found.probes, one.end, found.end)
     back = states.named(one.program, states.read(one.program, folder / processes.SAVED))
-    unequal = sorted(name for name in found.end if found.end[name].tobytes() != back[name].tobytes())
-    return Row(name, "", "", worst, first, label(ONE), unequal, None)
+    return Row(name, "", "", worst, first, label(ONE), states.differ(found.end, back), None)
 
 
 def _line(error: BaseException) -> str:

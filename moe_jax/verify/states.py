@@ -51,5 +51,10 @@ def unequal(program: Program, now: State, reader: Program, directory: Path) -> l
         want = program.named(now)
     with reader.entered():
         have = reader.named(back)
+    return differ(want, have)
+
+
+def differ(want: dict[str, np.ndarray], have: dict[str, np.ndarray]) -> list[str]:
+    """The names of the arrays that differ in a bit."""
     same = lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes()
     return sorted(name for name in want.keys() | have.keys() if not same(want[name], have[name]))
