@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from scipy import stats
 
-from moe_jax import checkpoint, config, config_file, flops, mesh, train
+from moe_jax import checkpoint, config, config_file, flops, mesh, shell, signals, train
 from moe_jax.compiling import QUICK, as_flags
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
@@ -68,7 +68,11 @@ class Interval(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A run was told to end. It is saved: the same command goes on from there."""
+    """A run was told to end by a signal. It is saved: the same command goes on from there."""
+
+    def __init__(self, signal: int, where: str):
+        super().__init__(where)
+        self.signal = signal
 
 
 # Runs
@@ -120,7 +124,10 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
     path = workdir / "result.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a full disk empties files: the run is there, and makes its figures again
+        return None
     old, _ = checkpoint.fill(found["config"], defaults, config.RESUME_MAY_CHANGE)
     if config.build(old, 1) != config.build(raw, 1):  # options of what is not chosen may differ: they do nothing
         keys = (key for key in sorted(flat(old).keys() | flat(raw).keys()) if flat(old).get(key) != flat(raw).get(key))
@@ -142,8 +149,8 @@ def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) 
     began = time.monotonic()
     with jax.set_mesh(mesh.make({"data": 1, "expert": 1, "model": 1})):
         result = train.run(cfg, raw, defaults, workdir, began)
-    if train.interrupted(result):
-        raise Interrupted(f"saved step {result.step} of {cfg.train.steps} in {workdir}")
+    if result.signal:
+        raise Interrupted(result.signal, f"saved step {result.step} of {cfg.train.steps} in {workdir}")
     figures = figures_of(cfg, result.evaluation, workdir) | {"seconds": time.monotonic() - began}
     part = workdir / "result.part"
     part.write_text(json.dumps({"config": raw, "figures": figures}, indent=1) + "\n")
@@ -221,9 +228,9 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "table.md"
-    old = path.read_text() if path.exists() else ""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
     verdict = old[old.index(VERDICT) :].rstrip() if VERDICT in old else f"{VERDICT}\n\nNot written yet."
-    path.write_text("\n\n".join([f"# {title}", *parts, verdict]) + "\n")
+    path.write_text("\n\n".join([f"# {title}", *parts, verdict]) + "\n", encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     figure = pyplot.figure(figsize=size, layout="constrained", dpi=110)
     draw(figure)
@@ -242,15 +249,23 @@ def compile_quickly(folder: Path) -> None:
 
 
 def launch(work: Callable[[], None]) -> int:
-    """Exit code of an experiment: a user's mistake is one line, and so is an interruption."""
-    try:
-        work()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 64
-    except Interrupted as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
-        return 130
+    """Exit code of an experiment: a user's mistake is one line, and so is an interruption.
+
+    Between its runs a signal ends it at once; output that nobody reads any more does not end it.
+    """
+    shell.open_output(lasting=True)
+    with signals.listening():
+        try:
+            work()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 64
+        except OSError as error:
+            print(f"error: {shell.reason(error)}", file=sys.stderr)
+            return 64
+        except Interrupted as stop:
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+            return 128 + stop.signal
     return 0
 
 

@@ -287,7 +287,7 @@ def report(figures: Figures) -> None:
     ]
     folder = run.ROOT / "experiments/results/sparse_inputs"
     run.write(folder, "What do sparse inputs cost?", parts, figures, draw(figures), (11, 4.6))
-    print((folder / "table.md").read_text())
+    print((folder / "table.md").read_text(encoding="utf-8"))
 
 
 def main(argv: list[str]) -> int:

@@ -227,7 +227,7 @@ def report(out: Path) -> None:
     parts = [about, run.table(rows(results), "cell"), "![loss against density and FLOPs](plot.png)"]
     folder = RESULTS / "sparse_training_rules"
     run.write(folder, "How should sparse experts be trained?", parts, results, draw(results), (14, 4.6))
-    print((folder / "table.md").read_text())
+    print((folder / "table.md").read_text(encoding="utf-8"))
 
 
 def main(argv: list[str]) -> int:

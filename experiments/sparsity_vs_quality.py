@@ -189,7 +189,7 @@ def report(out: Path) -> None:
     folder = rules.RESULTS / "sparsity_vs_quality"
     kept = {"runs": results, "step times": times}
     run.write(folder, "Sparse routing or sparse weights?", parts, kept, draw(results, times), (14, 4.8))
-    print((folder / "table.md").read_text())
+    print((folder / "table.md").read_text(encoding="utf-8"))
 
 
 def main(argv: list[str]) -> int:

@@ -3,8 +3,9 @@
 #
 #     launch/local.sh PROCESSES DEVICES --config configs/debug.py --workdir runs/two [any flag of moe_jax.main]
 #
-# Process 0 prints here; errors of every process do too. Ctrl-C reaches all of
-# them. The exit code is that of the first process that failed.
+# Process 0 prints here; errors of every process do too. Ctrl-C, SIGTERM and
+# SIGHUP are passed on to all of them, which save and end. The exit code is
+# that of the first process that failed.
 set -u
 if [ $# -lt 3 ]; then
   echo "usage: $0 PROCESSES DEVICES_PER_PROCESS --config FILE --workdir DIR [flags]" >&2
@@ -16,15 +17,29 @@ processes=$1 devices=$2
 shift 2
 python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-pids=()
+
+pids=() heard=
+pass_on() {
+  heard=$1
+  for pid in ${pids[@]+"${pids[@]}"}; do kill -s "$heard" "$pid" 2>/dev/null; done
+}
+for name in INT TERM HUP; do trap "pass_on $name" "$name"; done # under nohup HUP stays ignored
+
+# Each process in a process group of its own: what the terminal sends to the
+# whole group would otherwise reach it twice, and a second signal ends it at once.
+set -m
 for ((i = processes - 1; i >= 0; i--)); do
-  output=/dev/stdout
-  [ "$i" -eq 0 ] || output=/dev/null
-  "$python" -m moe_jax.main --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i" \
-    "$@" --config.simulate_devices="$devices" >"$output" &
+  command=("$python" -m moe_jax.main --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i")
+  command+=("$@" --config.simulate_devices="$devices")
+  if [ "$i" -eq 0 ]; then
+    "${command[@]}" &
+  else
+    "${command[@]}" >/dev/null &
+  fi
   pids+=($!)
+  [ -z "$heard" ] || kill -s "$heard" $! # it came while the processes were being started
 done
-trap ':' INT # the terminal signals the whole group; each process saves and ends by itself
+
 code=0
 for pid in "${pids[@]}"; do
   wait "$pid"

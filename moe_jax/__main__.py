@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from moe_jax import shell
 from moe_jax.errors import UserError
 
 COMMANDS = {
@@ -33,4 +34,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(shell.run_command(main, sys.argv[1:]))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import stopping
 from moe_jax.config import Config
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
@@ -26,7 +27,8 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
     "rows" (nats and tokens of each row that was evaluated, in data.heldout_order()).
 
     The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
-    depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one.
+    depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one. Raises stopping.Interrupted
+    between two batches.
     """
     model_cfg = cfg.model if cfg.eval.dispatcher == "same" else with_dispatcher(cfg.model, cfg.eval.dispatcher)
     model, task = make_model(model_cfg), TASKS[cfg.task]
@@ -43,6 +45,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         total: Any = None
         seen = []
         for batch in eval_batches(data, size, num_batches or None, rows):
+            stopping.check()
             sums = sums_of(params, state.router_state, put(batch, rows, size, task.inputs))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             seen.append(sums.pop("rows"))

@@ -1,21 +1,21 @@
 """`python -m moe_jax.main --config configs/x.py --workdir runs/x [--config.KEY=VALUE ...] [--dry_run]`: trains a model.
 
-Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after Ctrl-C.
+Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after Ctrl-C,
+128 + N ended by signal N when there was nothing to save yet, or by a second signal.
 """
 
-import contextlib
 import json
 import re
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from moe_jax import shell
+from moe_jax import shell, signals
 
-if __name__ == "__main__":  # before jax is imported, which takes seconds; the loop of the run has a handler of its own
-    signal.signal(signal.SIGINT, shell.end)
+if __name__ == "__main__":  # before jax is imported, which takes seconds
+    shell.open_output(lasting=True)
+    signals.LISTENER.start()
 
 import jax
 from absl import flags
@@ -96,9 +96,26 @@ def start_devices(simulate: int) -> None:
     if FLAGS.coordinator:
         if FLAGS.num_processes is None or FLAGS.process_id is None:
             raise UserError("--coordinator needs --num_processes and --process_id beside it")
-        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     elif FLAGS.distributed:
-        jax.distributed.initialize()
+        join()
+
+
+def join(*place: Any) -> None:
+    """Meets the other processes. From here on none of them ends by itself: they agree in the loop of the run."""
+    try:
+        jax.distributed.initialize(*place)
+    except (ValueError, RuntimeError) as error:
+        flags = "--coordinator, --num_processes and --process_id" if place else "--distributed"
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{flags}: jax cannot bring the processes together: {text}. --distributed is for a cluster that jax knows (SLURM, MPI, "
+            "a TPU pod); elsewhere say --coordinator HOST:PORT --num_processes N --process_id I, or use launch/local.sh"
+        ) from error
+    if signals.LISTENER.started:
+        signals.LISTENER.claim()
+        signals.LISTENER.process = f"process {jax.process_index()}: "
+        signals.LISTENER.note()
 
 
 def read_config() -> dict[str, Any]:
@@ -114,6 +131,9 @@ def main(argv: list[str]) -> int:
         return launch(argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 64
+    except OSError as e:  # a disk that is full, a directory that may not be written to
+        print(f"error: {shell.reason(e)}", file=sys.stderr)
         return 64
 
 
@@ -145,16 +165,19 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
 
     workdir, main = Path(FLAGS.workdir), jax.process_index() == 0
     try:
-        with shell.held(workdir, "--workdir") if main else contextlib.nullcontext():
-            result = train.run(cfg, raw, defaults, workdir, STARTED)
+        result = train.run(cfg, raw, defaults, workdir, STARTED)
     except NonFinite as e:
         print(f"stopped: {e}", file=sys.stderr)
         return 76
-    if main and train.interrupted(result):
-        print(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {shell.own_command()}")
-    elif main:
+    signals.LISTENER.saved = True
+    if result.signal:
+        if main:
+            command = shell.going_on(result.step, cfg.train.stop_at)
+            print(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {command}")
+        return signals.exit_code(result.signal, saved=True)
+    if main:
         summary.show(cfg, workdir, result, time.monotonic() - STARTED)
-    return 130 if result.signal == 2 else 0
+    return 0
 
 
 if __name__ == "__main__":

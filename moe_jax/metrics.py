@@ -1,5 +1,7 @@
 """What a run leaves behind to be read: metrics.jsonl, TensorBoard events, config.json and run.json."""
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.errors import UserError
+
 PACKAGES = ("moe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -27,17 +31,20 @@ class Writer:
     Args:
       resume_step: the step of the restored checkpoint; rows and events after it, which the run is about to repeat, are
         removed. 0 = a fresh start: all are.
+      evaluates_again: the run repeats the evaluation of that step too, so its row is removed.
       tensorboard: also write events, to workdir/tensorboard.
       active: False makes every method do nothing (all processes but process 0).
     """
 
-    def __init__(self, workdir: Any, *, resume_step: int, tensorboard: bool, active: bool):
+    def __init__(
+        self, workdir: Any, *, resume_step: int, tensorboard: bool, active: bool, evaluates_again: bool = False
+    ):
         self._rows, self._events = None, None
         if not active:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_rows(path, resume_step)
+        _keep_rows(path, resume_step, evaluates_again)
         self._rows = path.open("a", encoding="utf-8")
         if tensorboard:
             self._events = _events(Path(workdir) / "tensorboard", resume_step)
@@ -47,8 +54,12 @@ class Writer:
         if self._rows is None:
             return
         row = {name: np.asarray(value).item() for name, value in scalars.items()}
-        self._rows.write(json.dumps({"step": int(step)} | {k: _json(v) for k, v in row.items()}) + "\n")
-        self._rows.flush()
+        text = json.dumps({"step": int(step)} | {k: _json(v) for k, v in row.items()}) + "\n"
+        try:
+            self._rows.write(text)
+            self._rows.flush()
+        except OSError as error:
+            raise UserError(f"{self._rows.name} cannot be written: {error.strerror}; what was saved stays") from None
         if self._events is not None:
             for name, value in row.items():
                 self._events.add_scalar(name, value, step)
@@ -85,7 +96,8 @@ class Writer:
     def close(self) -> None:
         for file in (self._rows, self._events):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a row that could not be written, which `write` told
+                    file.close()
         self._rows, self._events = None, None
 
 
@@ -105,6 +117,8 @@ def read_rows(path: Any) -> list[dict[str, Any]]:
 def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str, int], active: bool) -> None:
     """Writes config.json, and appends a record of this start to run.json, so that a resumed run keeps its history.
 
+    A run.json that cannot be read (a full disk empties files) begins anew.
+
     Args:
       config: the resolved config, a nested dict of JSON values.
       mesh: axis name -> length.
@@ -119,7 +133,7 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "config.json", config)
     runs = directory / "run.json"
-    history = json.loads(runs.read_text(encoding="utf-8")) if runs.exists() else []
+    history = read_history(runs)
     devices = jax.devices()
     record = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -128,14 +142,51 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
         "processes": jax.process_count(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "mesh": dict(mesh),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "git": git_state(Path(__file__).parent),
+        **this_code(),
     }
     _replace(runs, [*history, record])
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records of a run.json, one for each start; those that cannot be read are left out."""
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [record for record in history if isinstance(record, dict)] if isinstance(history, list) else []
+
+
+def changed_code(workdir: Path) -> list[str]:
+    """A note when the code is not that of the last start in this workdir; to be asked before `write_run_info`."""
+    history = read_history(workdir / "run.json")
+    if not history:
+        return []
+    before, now = code_name(history[-1]), code_name(this_code())
+    if before == now:
+        return []
+    return [f"the code changed since this run was last started: {before} then, {now} now"]
+
+
+def this_code() -> dict[str, Any]:
+    """What a record of run.json says of the code: versions of packages, and the state of git."""
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"versions": versions, "git": git_state(Path(__file__).parent)}
+
+
+def code_name(record: Mapping[str, Any]) -> str:
+    """The code of a record of run.json by its commit; without git by its version."""
+    git, versions = record.get("git"), record.get("versions")
+    if not isinstance(git, dict):
+        return f"moe_jax {versions.get('moe_jax') if isinstance(versions, dict) else None} without git"
+    changes = git.get("changes", "unknown" if git.get("dirty") else "")
+    return f"commit {str(git.get('commit'))[:12]}" + (f" with changes ({changes})" if changes else "")
+
+
 def git_state(source: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the repository that tracks `source`; None without one, or without git."""
+    """{"commit", "dirty", "changes"} of the repository that tracks `source`; None without one, or without git.
+
+    "changes": a digest of what differs from the commit below `source`, "" for nothing.
+    """
 
     def git(*command: str) -> subprocess.CompletedProcess[str]:
         # without optional locks, a look at the repository never disturbs a commit that is under way
@@ -148,15 +199,21 @@ def git_state(source: Path) -> dict[str, Any] | None:
             return None
         commit = git("rev-parse", "HEAD")
         changes = git("status", "--porcelain", "--untracked-files=no")
+        difference = git("diff", "HEAD", "--", ".").stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return None if commit.returncode else {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+    if commit.returncode:
+        return None
+    digest = hashlib.sha256(difference.encode()).hexdigest()[:8] if difference else ""
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip()), "changes": digest}
 
 
-def _keep_rows(path: Path, resume_step: int) -> None:
+def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> None:
     if not path.exists():
         return
     rows = [row for row in read_rows(path) if resume_step > 0 and row["step"] <= resume_step]
+    if evaluates_again:
+        rows = [row for row in rows if row["step"] < resume_step or not any(name.startswith("eval/") for name in row)]
     _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

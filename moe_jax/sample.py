@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import stopping
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import Decoder, Tokenizer
 from moe_jax.errors import UserError
@@ -129,6 +130,7 @@ def generate(engine: Engine, weights: Any, rows: list["Row"], size: int, length:
     caches = engine.empty(size, length)
     caches = _prefill(engine, weights, caches, dict(enumerate(rows)), size)
     while not all(row.ended for row in rows):
+        stopping.check()
         state = _row_state(rows, size, length)
         id_NB, caches = engine.decode(weights, caches, state, dials(settings))
         for row, id_N in zip(rows, np.asarray(id_NB).T):

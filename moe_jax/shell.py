@@ -1,15 +1,17 @@
-"""What a command has of the shell: how it was typed, how it is interrupted, and a directory that it alone may write to."""
+"""What a command has of the shell: how it was typed, where its words go, and a directory that it alone may write to."""
 
 import contextlib
 import fcntl
+import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
+from moe_jax import signals
 from moe_jax.errors import UserError
 
 LOCK = ".lock"
@@ -24,7 +26,21 @@ def command(*arguments: object) -> str:
 
 def own_command() -> str:
     """What was typed to start this process, to be typed again. launch/local.sh, which starts several, says what it was."""
-    return os.environ.get("MOE_JAX_COMMAND") or command("moe_jax.main", *sys.argv[1:])
+    return os.environ.get("MOE_JAX_COMMAND", "").strip() or command("moe_jax.main", *sys.argv[1:])
+
+
+def going_on(step: int, stop_at: int) -> str:
+    """The command that goes on from a step: what was typed, without a train.stop_at that is reached, at which it would end at once."""
+    if not 0 < stop_at <= step:
+        return own_command()
+    kept, value_follows = [], False
+    for word in shlex.split(own_command()):
+        name, equals, _ = word.partition("=")
+        stop_flag = name.lstrip("-") == "config.train.stop_at"
+        if not (stop_flag or value_follows):
+            kept.append(word)
+        value_follows = stop_flag and not equals
+    return shlex.join([*kept, "--config.train.stop_at=0"])  # said aloud, for the config file may set it too
 
 
 def console() -> Any:
@@ -35,15 +51,112 @@ def console() -> Any:
     return plain if plain.is_terminal else Console(width=max(plain.width, 160))
 
 
-def end(number: int, frame: FrameType | None) -> None:
-    """For a signal before the loop of a run or after it. What is on disk is whole at any moment, so nothing is lost by ending at once."""
-    del frame
-    print("\ninterrupted: what was saved stays, and the same command goes on from there", file=sys.stderr, flush=True)
-    os._exit(128 + number)
+def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """The exit code of `main(argv)`, for a command whose words are its work.
+
+    A signal raises KeyboardInterrupt in it, so that what it has begun is cleared away: 128 + its number. Output that nobody reads any more
+    ends it without a word (128 + SIGPIPE), a file that cannot be read or written with one line (64).
+    """
+    open_output(lasting=False)
+    heard = signals.LISTENER
+    heard.start()
+    heard.interrupt()
+    code = 0
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: {reason(error)}", file=sys.stderr)
+        code = 64
+    discard_output()
+    return 128 + heard.number if heard.number else code
+
+
+def discard_output() -> None:
+    """What is still to be written would fail once more when Python ends."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with which file, in one line."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+class Lasting(io.FileIO):
+    """A file descriptor for what is said beside the work. When it cannot be written any more, it says so once and takes no more:
+    a closed pipe, a full disk or a terminal that is gone does not end a run, whose figures are in its workdir.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            with contextlib.suppress(OSError):
+                what = f"standard {'output' if self.fileno() == 1 else 'error'} is gone ({error.strerror}): going on without"
+                os.write(2, f"{what}\n".encode())
+            return len(data)
+
+
+def open_output(lasting: bool) -> None:
+    """Standard output and error that write every line at once and escape what their encoding lacks; `lasting`: as above.
+
+    For the beginning of a command. Streams that someone else has put in place stay as they are.
+    """
+    # A descriptor that was closed would be that of the next file that is opened, and what is said would go there.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
+        if stream is None:  # it was closed
+            stream = open(os.devnull, "w")
+            setattr(sys, name, stream)
+        if lasting:
+            raw = Lasting(stream.fileno(), "w", closefd=False)
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding)
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+
+class Held:
+    """A directory that is locked by this process."""
+
+    def __init__(self, path: Path, flag: str, lock: TextIO | None):
+        self._path, self._flag, self._lock = path, flag, lock
+
+    def check(self) -> None:
+        """UserError when the directory is not the one that was locked: somebody has deleted or moved it, and another may begin there."""
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._lock.fileno()))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self._flag} {self._path.parent} was deleted or moved while it was in use (its {self._path.name} is gone): nothing more "
+                "is written there; start again, there or in another directory"
+            )
+
+
+FREE = Held(Path(), "", None)  # for the processes that leave the lock to process 0
 
 
 @contextlib.contextmanager
-def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[None]:
+def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[Held]:
     """Makes a directory and holds its lock, which the system frees even after kill -9. UserError, by the flag, where it cannot be had."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,4 +172,4 @@ def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[None]:
             raise UserError(
                 f"{flag} {directory} is in use by another process: wait for it, or choose another directory"
             ) from None
-        yield
+        yield Held(directory / name, flag, lock)

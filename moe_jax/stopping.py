@@ -1,49 +1,56 @@
 """How a run ends before its time: a signal that all processes agree on, or a loss that is not a number."""
 
-import os
-import signal
 from collections.abc import Sequence
-from types import FrameType
 
 import jax
 import numpy as np
+
+from moe_jax import signals
 
 
 class NonFinite(RuntimeError):
     """The loss or a gradient was not finite more often in a row than train.nonfinite_patience allows."""
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM ask the loop to save and end after the step it is in; a second signal ends the process at once.
+class Interrupted(Exception):
+    """A signal asks the run to save its state and end."""
 
-    With several processes the loop must end at one step on all of them: `due` sums up the signals of all.
+
+def due(step: int, start: int, every: int) -> bool:
+    """Whether the run is to save and end after a step; to be asked by all processes after the same steps.
+
+    Several processes ask each other after the first step behind `start`, and after every `every` steps.
     """
+    alone = jax.process_count() == 1
+    return _agreed() if alone or step == start + 1 or step % every == 0 else False
 
-    def __init__(self, every: int):
-        self.signal = 0
-        self._every = every if jax.process_count() > 1 else 1
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
+def check() -> None:
+    """Raises Interrupted when the run is to end: to be called between the batches of all that takes long, by all processes alike.
 
-    def due(self, step: int) -> bool:
-        """To be asked by all processes after the same steps."""
-        if jax.process_count() == 1:
-            return bool(self.signal)
-        if step % self._every:
-            return False
-        from jax.experimental import multihost_utils
+    Does nothing outside of a training run.
+    """
+    if _agreed():
+        raise Interrupted
 
-        self.signal = int(multihost_utils.process_allgather(np.int32(self.signal)).max())
-        return bool(self.signal)
 
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def check_alone() -> None:
+    """`check` for what process 0 does while the others wait for it: of several processes none may leave by itself."""
+    if jax.process_count() == 1:
+        check()
+
+
+def _agreed() -> bool:
+    heard = signals.LISTENER
+    if not heard.noting:
+        return False
+    if jax.process_count() == 1:
+        return heard.number > 0
+    from jax.experimental import multihost_utils
+
+    number = int(multihost_utils.process_allgather(np.int32(heard.number)).max())
+    heard.agree(number)
+    return number > 0  # and not what this process may have heard since
 
 
 def first_broken(names: Sequence[str], finite: np.ndarray) -> str:

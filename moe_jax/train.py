@@ -1,7 +1,7 @@
 """The training run, top to bottom."""
 
+import contextlib
 import json
-import signal
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, stopping
+from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, shell, signals, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
@@ -53,6 +53,24 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     stands for the keys that a run saved long ago lacks. The mesh is set by the caller.
     `started`: time.monotonic() when the process began. Raises UserError, and stopping.NonFinite.
     """
+    lock = shell.held(workdir, "--workdir") if jax.process_index() == 0 else contextlib.nullcontext(shell.FREE)
+    with signals.listening() as heard, lock as held:
+        try:
+            return in_workdir(cfg, raw, defaults, workdir, held, heard, started)
+        finally:
+            heard.release()
+
+
+def in_workdir(
+    cfg: Config,
+    raw: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    workdir: Path,
+    held: shell.Held,
+    heard: signals.Listener,
+    started: float,
+) -> Result:
+    """`run` in a workdir that is locked, with the signals listened to."""
     main = jax.process_index() == 0
     task = TASKS[cfg.task]
     data = task.open(cfg)
@@ -76,13 +94,15 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
     notes += [*rules.advice(cfg), *([card.buffer_note(cfg)] if cfg.model.num_moe_layers else [])]
     start = int(state.step)
+    notes += metrics.changed_code(workdir) if start else []
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
     # What is written, and what is shown
     metrics.write_run_info(workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main)
     if main:
         data.save(workdir)
-    writer = metrics.Writer(workdir, resume_step=start, tensorboard=cfg.log.tensorboard, active=main)
+    about_rows = {"resume_step": start, "evaluates_again": start >= last}
+    writer = metrics.Writer(workdir, tensorboard=cfg.log.tensorboard, active=main, **about_rows)
     writer.text(start, "config", f"```json\n{json.dumps(raw, indent=1)}\n```")
     tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
     progress = Progress(last, start, tokens_per_step, active=main, console=None)
@@ -94,7 +114,7 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
         sampler = None if silent else make_sampler(cfg.model, data.tokenizer, cfg.data.seq_len)
         if silent:
             progress.message(f"no samples will be drawn: {silent}")
-    interrupt, profile = stopping.Interrupt(cfg.log.every), trace.Profile(cfg.profile, workdir)
+    profile = trace.Profile(cfg.profile, workdir)
     recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
     meter = interference.make_meter(cfg, model)
     peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
@@ -120,6 +140,7 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
     pending: deque[tuple[int, dict[str, Any]]] = deque()
     source = prefetch(batches, start, last, rows, cfg.data.prefetch)
     try:
+        stopping.check()  # several processes end here together, if one was told to before its first step
         for step in range(start, last):
             score = None
             profile.begin(step, state)
@@ -142,11 +163,14 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
             done = step + 1
             if step == start:
                 jax.block_until_ready(state.step)
+                heard.note()
                 progress.message(f"first step done {time.monotonic() - started:.1f} s after the start")
-            stop = interrupt.due(done)
+            stop = stopping.due(done, start, cfg.log.every)
             for line in profile.end(done, done == last or stop, step_fn, state, batch):
                 progress.message(line)
+            due = (cfg.eval.every and done % cfg.eval.every == 0) or saves.due(done) or done == last or stop
             if logged or stop:
+                held.check()
                 now = time.monotonic()
                 row = log_row(values)
                 progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))
@@ -160,27 +184,32 @@ def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdi
             if done % cfg.log.histogram_every == 0:
                 for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
                     writer.histogram(done, f"moe/load/layer_{layer}", counts)
-            due = (cfg.eval.every and done % cfg.eval.every == 0) or saves.due(done) or done == last or stop
             while due and pending:  # nothing is evaluated or saved before it is known to be finite
                 finish(cfg, pending.popleft(), names, saves)
-            if (cfg.eval.every and done % cfg.eval.every == 0) or (done == last and not stop):
+            if stop:
+                raise stopping.Interrupted
+            if (cfg.eval.every and done % cfg.eval.every == 0) or done == last:
                 evaluation, sample = evaluate_now(state, done == last)
                 score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
                 since, waited = time.monotonic(), 0.0
-            if saves.due(done) or done == last or stop:
+            if saves.due(done) or done == last:
+                held.check()
                 saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
-            if stop:
-                break
         if start >= last:
             evaluation, sample = evaluate_now(state, True)
+    except stopping.Interrupted:  # between two steps, or two batches of an evaluation
+        held.check()
+        saves.save(int(state.step), state, metadata=metadata, score=None, stacked=cfg.model.scan)
     finally:
-        source.close()
-        profile.close()
-        progress.close()
-        writer.close()
-        interrupt.close()
-        saves.close()
-    return Result(int(state.step), interrupt.signal, evaluation, data, progress.tokens_per_second, sample)
+        close_all(source, profile, progress, writer, saves)  # the last save is on disk when this returns
+    return Result(int(state.step), heard.release(), evaluation, data, progress.tokens_per_second, sample)
+
+
+def close_all(*things: Any) -> None:
+    """Closes all of them, in order, also when one cannot be closed; the error of that is raised then."""
+    with contextlib.ExitStack() as stack:
+        for thing in reversed(things):
+            stack.callback(thing.close)
 
 
 def publish(
@@ -288,7 +317,3 @@ def log_row(values: Mapping[str, Any]) -> dict[str, float]:
         row[f"moe/{name}"] = float(value_L.mean())
         row |= {f"moe/layer_{layer}/{name}": float(v) for layer, v in enumerate(value_L)}
     return row
-
-
-def interrupted(result: Result) -> bool:
-    return result.signal in (signal.SIGINT, signal.SIGTERM)

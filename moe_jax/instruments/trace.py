@@ -172,7 +172,7 @@ def write(directory: Path, hlo: str, steps: int) -> tuple[Path, Phases]:
         f"\nThe slowest instructions of {steps} step(s), ms a step (all are in phases.json):\n",
         *lines,
     ]
-    (path.parent / "phases.txt").write_text("\n".join(text) + "\n")
+    (path.parent / "phases.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
     for trace in path.parent.glob(path.name.replace(".xplane.pb", ".trace.json.gz")):
         annotate(trace, module[1] if module else "", scopes)
     return path.parent / "phases.txt", result

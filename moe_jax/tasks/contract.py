@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import stopping
 from moe_jax.config import Config
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
@@ -128,6 +129,7 @@ def of_heldout(
     rows = local_rows(size)
     answers = []
     for batch in eval_batches(data, size, None, rows):
+        stopping.check()
         found = asked(trained.params, trained.router_state, put(batch, rows, size, task.inputs))
         answers.append(jax.tree.map(np.asarray, found))
     index_R = data.heldout_order()[1]
@@ -137,7 +139,10 @@ def of_heldout(
 def write_predictions(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One object a line, of every held-out row, by the first process."""
     if jax.process_index() == 0:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = []
+        for row in rows:
+            stopping.check_alone()
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         (workdir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

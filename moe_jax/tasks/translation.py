@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import stopping
 from moe_jax.config import Config
 from moe_jax.data import rivals
 from moe_jax.data.batches import eval_batches
@@ -103,6 +104,7 @@ def finish(task: Task, cfg: Config, trained: Trained, data: Examples, workdir: P
     translator = make_translator(cfg.model, cfg.data.seq_len, tokens.boundary_id, tokens.vocab_size)
     rows, found = local_rows(size), []
     for batch in eval_batches(data, size, None, rows):
+        stopping.check()
         prompt = prompted(put(batch, rows, size, task.inputs))
         found.append(np.asarray(translator(trained.params, trained.router_state, prompt, GREEDY)))
     index_R = data.heldout_order()[1]

@@ -87,7 +87,7 @@ def write(path: Path, certificate: Mapping[str, Any]) -> None:
     """JSON, or Markdown if the name ends in .md."""
     text = markdown(certificate) if path.suffix == ".md" else json.dumps(certificate, indent=1)
     try:
-        path.write_text(text + "\n")
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as e:
         raise UserError(f"--certificate {path} cannot be written: {e.strerror}") from e
 
