@@ -1,7 +1,8 @@
 """Every key, its default and one line about it. A config is this file plus a few changed keys.
 
 A choice and its options are siblings: `model.moe.router = "top_k"` picks the block `model.moe.routers.top_k`. Only the chosen block
-travels on; changing a key of a block that is not chosen is an error, because it would do nothing.
+travels on; changing a key of a block that is not chosen is an error, because it would do nothing. The bounds of every number are in
+moe_jax/bounds.py.
 """
 
 from ml_collections import ConfigDict

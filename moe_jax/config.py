@@ -108,6 +108,16 @@ class ModelConfig:
         return len(self.blocks) - self.num_moe_layers
 
     @property
+    def attends(self) -> bool:
+        """Whether the model has attention at all."""
+        return self.kind not in ("mmoe", "article")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model looks up rows of a vocabulary: an encoder of vectors projects them instead."""
+        return self.kind_options.get("inputs", "tokens") == "tokens"
+
+    @property
     def num_depth_blocks(self) -> int:
         return sum(kind.startswith(DEPTH) for kind in self.blocks)
 
@@ -242,8 +252,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     moe["sparse"] = _chosen(sparse, "model.moe.sparse", "pattern", "patterns", "pattern_options")
     raw = _chosen(raw, "", "task", "tasks", "task_options")
     model = _chosen({**raw["model"], "moe": moe}, "model", "kind", "kinds", "kind_options")
-    model["head_dim"] = model["head_dim"] or model["d_model"] // max(model["num_heads"], 1)
-    raw["model"] = model
+    raw["model"] = {**model, "head_dim": model["head_dim"] or _head_dim(model["d_model"], model["num_heads"])}
     train = raw["train"]
     raw["train"] = {**train, "micro_batch_size": train["micro_batch_size"] or train["batch_size"]}
     raw["eval"] = {**raw["eval"], "batch_size": raw["eval"]["batch_size"] or train["batch_size"]}
@@ -377,6 +386,12 @@ def _chosen(block: dict[str, Any], path: str, choice: str, options: str, to: str
         raise UserError(f'{_join(path, choice)} = "{name}" is not known: choose one of {", ".join(block[options])}')
     chosen = dict(block.pop(options)[name])
     return {**block, to: chosen}
+
+
+def _head_dim(d_model: Any, num_heads: Any) -> Any:
+    """d_model / num_heads; 1 of what is no such number, which is refused by its own name."""
+    fits = isinstance(d_model, int) and isinstance(num_heads, int) and d_model > 0 < num_heads
+    return max(d_model // num_heads, 1) if fits else 1
 
 
 def _optim(block: Mapping[str, Any], steps: int) -> dict[str, Any]:

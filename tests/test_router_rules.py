@@ -24,7 +24,7 @@ from moe_jax.sample import make_sampler
             {"router": "expert_choice", "dispatcher": "capacity"},
             "dropped a second time: set model.moe.dispatcher=dropless",
         ),
-        ({"router": "expert_choice", "routers.expert_choice.factor": 9.0}, r"factor = 9.0 must be .* at most .*\(8\)"),
+        ({"router": "expert_choice", "routers.expert_choice.factor": 9.0}, r"factor = 9.0 must be at most .*\(8\)"),
         ({"router": "base", "routers.base.gates": "tanh"}, '"tanh" is not known: choose one of sigmoid, softmax'),
         ({"router": "base", "routers.base.scope": "row"}, '"row" is not known: choose one of group, batch'),
         ({"router": "base", "routers.base.iterations": 0}, "base.iterations = 0 must be at least 1"),
