@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -116,8 +117,8 @@ def in_workdir(
             progress.message(f"no samples will be drawn: {silent}")
     profile = trace.Profile(cfg.profile, workdir)
     recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
-    meter = interference.make_meter(cfg, model)
-    peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
+    meter = interference.make_meter(cfg, model) if cfg.log.interference_every else None
+    peak = flops.measure_peak(cfg.model.dtype) * jax.process_count() if start < last else math.nan
     step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
     evaluation: dict[str, Any] = {}
     sample, waited, since = "", 0.0, time.monotonic()
@@ -148,7 +149,7 @@ def in_workdir(
             batch = place.put(next(source), rows, cfg.train.batch_size, task.inputs)
             waited += time.monotonic() - asked
             recorder(step + 1, state, batch)  # before the step takes the state away
-            if cfg.log.interference_every and (step + 1) % cfg.log.interference_every == 0:
+            if meter and (step + 1) % cfg.log.interference_every == 0:
                 writer.write(step + 1, meter(state, batch))
             logged = (step + 1) % cfg.log.every == 0 or step + 1 == last or step == start
             before = copy(state.params) if logged else None
@@ -181,7 +182,7 @@ def in_workdir(
                 row |= {"perf/mfu": speed / tokens_per_step * step_flops / peak}
                 writer.write(done, row)
                 waited, since = 0.0, now
-            if done % cfg.log.histogram_every == 0:
+            if cfg.log.tensorboard and done % cfg.log.histogram_every == 0:
                 for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
                     writer.histogram(done, f"moe/load/layer_{layer}", counts)
             while due and pending:  # nothing is evaluated or saved before it is known to be finite
