@@ -5,6 +5,7 @@ Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -22,7 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe_jax import STARTED, config, config_file, mesh
-from moe_jax.errors import UserError
+from moe_jax.errors import SaveError, UserError
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h"}
@@ -129,7 +130,7 @@ def read_config() -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     try:
         return launch(argv)
-    except UserError as e:
+    except (UserError, SaveError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 64
     except OSError as e:  # a disk that is full, a directory that may not be written to
@@ -181,4 +182,8 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if code not in (0, 130):  # nothing is left to be done, and the other processes of the run are not waited for
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

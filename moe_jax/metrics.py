@@ -1,7 +1,6 @@
 """What a run leaves behind to be read: metrics.jsonl, TensorBoard events, config.json and run.json."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,7 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import starts
 from moe_jax.errors import UserError
+from moe_jax.event_file import outlast
 
 PACKAGES = ("moe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -133,7 +134,7 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "config.json", config)
     runs = directory / "run.json"
-    history = read_history(runs)
+    history = starts.read(workdir)
     devices = jax.devices()
     record = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -142,51 +143,14 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
         "processes": jax.process_count(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "mesh": dict(mesh),
-        **this_code(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "git": git_state(Path(__file__).parent),
     }
     _replace(runs, [*history, record])
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The records of a run.json, one for each start; those that cannot be read are left out."""
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [record for record in history if isinstance(record, dict)] if isinstance(history, list) else []
-
-
-def changed_code(workdir: Path) -> list[str]:
-    """A note when the code is not that of the last start in this workdir; to be asked before `write_run_info`."""
-    history = read_history(workdir / "run.json")
-    if not history:
-        return []
-    before, now = code_name(history[-1]), code_name(this_code())
-    if before == now:
-        return []
-    return [f"the code changed since this run was last started: {before} then, {now} now"]
-
-
-def this_code() -> dict[str, Any]:
-    """What a record of run.json says of the code: versions of packages, and the state of git."""
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    return {"versions": versions, "git": git_state(Path(__file__).parent)}
-
-
-def code_name(record: Mapping[str, Any]) -> str:
-    """The code of a record of run.json by its commit; without git by its version."""
-    git, versions = record.get("git"), record.get("versions")
-    if not isinstance(git, dict):
-        return f"moe_jax {versions.get('moe_jax') if isinstance(versions, dict) else None} without git"
-    changes = git.get("changes", "unknown" if git.get("dirty") else "")
-    return f"commit {str(git.get('commit'))[:12]}" + (f" with changes ({changes})" if changes else "")
-
-
 def git_state(source: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty", "changes"} of the repository that tracks `source`; None without one, or without git.
-
-    "changes": a digest of what differs from the commit below `source`, "" for nothing.
-    """
+    """{"commit", "dirty"} of the repository that tracks `source`; None without one, or without git."""
 
     def git(*command: str) -> subprocess.CompletedProcess[str]:
         # without optional locks, a look at the repository never disturbs a commit that is under way
@@ -199,13 +163,9 @@ def git_state(source: Path) -> dict[str, Any] | None:
             return None
         commit = git("rev-parse", "HEAD")
         changes = git("status", "--porcelain", "--untracked-files=no")
-        difference = git("diff", "HEAD", "--", ".").stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if commit.returncode:
-        return None
-    digest = hashlib.sha256(difference.encode()).hexdigest()[:8] if difference else ""
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip()), "changes": digest}
+    return None if commit.returncode else {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
 def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> None:
@@ -224,7 +184,7 @@ def _events(directory: Path, resume_step: int) -> Any:
     number = len(list(directory.iterdir()))  # two starts within a second would share a file and lose the first's events
     purge = resume_step + 1 if resume_step > 0 else 0
     suffix = f".{number:06d}"
-    return SummaryWriter(str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix)
+    return outlast(SummaryWriter(str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix))
 
 
 def _json(value: Any) -> Any:

@@ -117,16 +117,14 @@ def open_output(lasting: bool) -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):
             continue
-        if stream is None:  # it was closed
-            stream = open(os.devnull, "w")
-            setattr(sys, name, stream)
-        if lasting:
-            raw = Lasting(stream.fileno(), "w", closefd=False)
-            stream = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding)
+        if stream is None or lasting:  # None: it was closed
+            encoding = stream.encoding if stream else None
+            raw = Lasting(number, "w", closefd=False)
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding)
             setattr(sys, name, stream)
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
 

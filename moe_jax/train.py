@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, shell, signals, stopping
+from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, shell, signals, starts, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
@@ -95,11 +95,11 @@ def in_workdir(
     state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
     notes += [*rules.advice(cfg), *([card.buffer_note(cfg)] if cfg.model.num_moe_layers else [])]
     start = int(state.step)
-    notes += metrics.changed_code(workdir) if start else []
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
     # What is written, and what is shown
     metrics.write_run_info(workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main)
+    notes += starts.changed_code(workdir) if main and start else []
     if main:
         data.save(workdir)
     about_rows = {"resume_step": start, "evaluates_again": start >= last}
@@ -229,6 +229,7 @@ def publish(
     progress.message(f"step {step}: {task.headline(result)}")
     if sample:
         writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
+    stopping.check_alone()
     if pictures and result["routing"].size:
         writer.image(step, "moe/routing", picture.routing(result["routing"], data.domains, pictures / "routing.png"))
 

@@ -1,0 +1,25 @@
+"""TensorBoard's event file where it cannot be written (any more): a disk that is full, a directory that is gone."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+
+def outlast(writer: Any) -> Any:
+    """The tensorboardX.SummaryWriter, whose file then drops what it cannot write, instead of an error.
+
+    An error would end the thread that writes the file with a traceback, and the next few events would wait for that thread for ever. The
+    same figures are in metrics.jsonl, which does say that it cannot be written.
+    """
+    file = writer.file_writer.event_writer._ev_writer
+    for name in ("write_event", "flush", "close"):
+        setattr(file, name, _silent(getattr(file, name)))
+    return writer
+
+
+def _silent(method: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any) -> Any:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: of a file that has been closed
+            return method(*args)
+
+    return called

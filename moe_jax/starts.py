@@ -1,0 +1,33 @@
+"""The starts of a run, which run.json keeps, and whether the code has changed between the last two."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read(workdir: Any) -> list[dict[str, Any]]:
+    """The records of run.json, one for each start. What cannot be read (a full disk empties files) is left out: the list begins anew."""
+    try:
+        found = json.loads((Path(workdir) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
+
+
+def changed_code(workdir: Path) -> list[str]:
+    """A note when the start that was just recorded has other code than the one before it."""
+    codes = [code(record) for record in read(workdir)[-2:]]
+    if len(set(codes)) < 2:
+        return []
+    before, now = codes
+    return [f"the code has changed since this run was last started: {before} then, {now} now"]
+
+
+def code(record: Mapping[str, Any]) -> str:
+    """The code of a start: its commit, or without git its version."""
+    git, versions = record.get("git"), record.get("versions")
+    if isinstance(git, dict) and git.get("commit"):
+        return f"commit {str(git['commit'])[:12]}" + (" with changes" if git.get("dirty") else "")
+    version = versions.get("moe_jax") if isinstance(versions, dict) else None
+    return f"moe_jax {version or 'of an unknown version'}, without git"
