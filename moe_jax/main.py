@@ -1,7 +1,7 @@
 """`python -m moe_jax.main --config configs/x.py --workdir runs/x [--config.KEY=VALUE ...] [--dry_run]`: trains a model.
 
-Exit codes: 0 done (or saved after SIGTERM), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after Ctrl-C,
-128 + N ended by signal N when there was nothing to save yet, or by a second signal.
+Exit codes: 0 done (or saved after SIGTERM or SIGHUP), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after
+Ctrl-C, 128 + N ended by signal N when there was nothing to save yet, or by a second signal.
 """
 
 import json

@@ -42,20 +42,30 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | 
         subprocess.Popen([*command, str(i)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for i in range(count)
     ]
-    errors = []
-    for index, process in enumerate(started):
-        try:
-            text = process.communicate(timeout=SECONDS)[1]
-        except subprocess.TimeoutExpired:
+    try:
+        failures = [failure(process, f"process {index} of {count}") for index, process in enumerate(started)]
+    finally:  # none outlives this one, which may have been interrupted
+        for process in started:
             process.kill()
-            text = f"no end after {SECONDS} s"
-        if process.returncode:
-            last = (text.strip().splitlines() or ["without a word"])[-1]
-            errors.append(f"process {index} of {count} ends with {process.returncode}: {last[:300]}")
-    if errors:
-        return errors[0]
+            process.wait()
+    if any(failures):
+        return next(filter(None, failures))
     probes, end = pickle.loads((folder / "told").read_bytes())
     return Told([Probe(*probe) for probe in probes], end)
+
+
+def failure(process: subprocess.Popen[str], name: str) -> str:
+    """Waits for a process; what went wrong in it, in one line, "" for nothing."""
+    try:
+        text = process.communicate(timeout=SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text = f"no end after {SECONDS} s"
+        process.wait()
+    if not process.returncode:
+        return ""
+    last = (text.strip().splitlines() or ["without a word"])[-1]
+    return f"{name} ends with {process.returncode}: {last[:300]}"
 
 
 def work(path: Path, index: int) -> None:
