@@ -142,10 +142,13 @@ FILES = {
     ("spec", "message"),
     [
         ("text:{}/nothing*", "source text:.*nothing.* matches no file"),
-        ("text:{}/latin.txt", r"latin.txt is not UTF-8 \(byte 0xf1\): convert it"),
-        ("jsonl:{}/latin.jsonl", r"latin.jsonl is not UTF-8 \(byte 0xf1\)"),
-        ("text:{}/broken.txt.gz", "broken.txt.gz cannot be read, it may be damaged"),
-        ("text:{}/broken.txt.zst", "broken.txt.zst cannot be read, it may be damaged"),
+        (
+            "text:{}/latin.txt",
+            r"latin.txt is not UTF-8 \(byte 0xf1 after 'se'\): convert it from what it is written in, as in `iconv -f",
+        ),
+        ("jsonl:{}/latin.jsonl", r"latin.jsonl is not UTF-8 \(byte 0xf1 after '.*se'\)"),
+        ("text:{}/broken.txt.gz", "broken.txt.gz cannot be read, it is truncated .*: copy it again"),
+        ("text:{}/broken.txt.zst", "broken.txt.zst cannot be read, it is truncated .*: copy it again"),
         ("text:{}/noise.txt.gz", "noise.txt.gz cannot be read, it may be damaged"),
         ("parquet:{}/noise.parquet", "noise.parquet cannot be read, it may be damaged"),
         (
@@ -153,7 +156,7 @@ FILES = {
             r"table.parquet has no text column 'body' \(it has: text \(string\), n \(int64\)\)",
         ),
         ("parquet:{}/noise.parquet.gz", "noise.parquet.gz cannot be read, it may be damaged"),
-        ("parquet:{}/broken.parquet.zst", "broken.parquet.zst cannot be read, it may be damaged"),
+        ("parquet:{}/broken.parquet.zst", "broken.parquet.zst cannot be read, it is truncated .*: copy it again"),
         ("parquet:{}/table.parquet#n", "table.parquet has no text column 'n'"),
         ("text:{}/empty.txt", "source 'text:.*empty.txt' has no text: every document of it is empty"),
         ("jsonl:{}/empty.jsonl", "has no text: every document of it is empty"),

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from moe_jax.data.pack import SPLITS
+from moe_jax.data.tfds_import import tfds
 
 SHARD_BYTES = 1 << 28  # of rows in one file, before compression
 ROWS_AT_ONCE = 4096  # TFDS writes its description anew each time

@@ -1,18 +1,17 @@
-"""Text, JSON lines and Parquet files, plain, .gz or .zst: all that a glob matches, in sorted order."""
+"""Text, JSON lines and Parquet files, plain or packed: all that a glob matches, in sorted order."""
 
 import contextlib
 import glob
-import gzip
-import io
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from moe_jax.data.documents import Document, cut
+from moe_jax.data.sources import packed
+from moe_jax.data.sources.characters import open_text, plain, readable
 from moe_jax.errors import UserError
 
 PIECE = 16_000  # characters of a document of a long text file
@@ -26,12 +25,12 @@ def read_text(argument: str, label: str) -> Iterator[Document]:
             rest = ""
             while block := file.read(BLOCK):
                 *pieces, rest = cut(rest + block, PIECE) if len(rest) + len(block) > 2 * PIECE else [rest + block]
-                yield from (Document(piece, label or stem(path)) for piece in pieces)
-            yield Document(rest, label or stem(path))
+                yield from (Document(plain(piece, path), label or stem(path)) for piece in pieces)
+            yield Document(plain(rest, path), label or stem(path))
 
 
 def read_jsonl(argument: str, label: str) -> Iterator[Document]:
-    """A line is one document: a JSON object whose FIELD (default "text") is a string."""
+    """A line is one document: a JSON object whose FIELD (default "text") is a string, or null for none."""
     pattern, field = split_field(argument, "text")
     for path in matches("jsonl", pattern):
         with readable(path), open_text(path) as file:
@@ -41,36 +40,54 @@ def read_jsonl(argument: str, label: str) -> Iterator[Document]:
 
 
 def _field_of_line(line: str, field: str, where: str) -> str:
+    record = _json(line, where)
+    if not isinstance(record, dict) or not isinstance(record.get(field, 0), str | None):
+        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where} has no text in field {field!r} (it has: {there}); name the field after a #")
+    # Python takes the last of equal keys. They are looked for only where the name stands twice in the line, which is rare.
+    if line.count(f'"{field}"') > 1 and _times(line, field) > 1:
+        raise UserError(
+            f"{where} has field {field!r} more than once, so which is its text is not known: drop all but one"
+        )
+    return plain(record[field], where)
+
+
+def _json(line: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
         raise UserError(f"{where} is JSON beyond what Python reads ({error}): mend or drop the line") from None
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where} has no text in field {field!r} (it has: {there}); name the field after a #")
-    try:
-        record[field].encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} is no valid Unicode: half a surrogate pair at character {error.start}") from None
-    return record[field]
+
+
+def _times(line: str, field: str) -> int:
+    """How often the object of a line has a key."""
+    pairs: list[tuple[str, Any]] = json.loads(line, object_pairs_hook=list)
+    return sum(key == field for key, _ in pairs)
 
 
 def read_parquet(argument: str, label: str) -> Iterator[Document]:
-    """A row is one document: column FIELD (default "text") of strings."""
+    """A row is one document: column FIELD (default "text") of strings, or null for none."""
     import pyarrow.parquet as pq
 
     pattern, field = split_field(argument, "text")
     for path in matches("parquet", pattern):
-        with readable(path), seekable(path) as plain, pq.ParquetFile(plain) as file:
+        with readable(path), seekable(path) as unpacked, pq.ParquetFile(unpacked) as file:
             schema = file.schema_arrow
-            types = [schema.field(name).type for name in schema.names if name == field]
+            types = [column.type for column in schema if column.name == field]
+            if len(types) > 1:
+                raise UserError(
+                    f"{path} has column {field!r} more than once, so which is its text is not known: drop all but one"
+                )
             if not types or not _is_text(types[0]):
-                columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
+                columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
                 raise UserError(f"{path} has no text column {field!r} (it has: {columns}); name the column after a #")
+            row = 0
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                yield from (Document(text or "", label or stem(path)) for text in batch.column(0).to_pylist())
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield Document(plain(text, f"{path}, row {row}"), label or stem(path))
 
 
 def _is_text(kind: Any) -> bool:
@@ -97,47 +114,18 @@ def split_field(argument: str, default: str) -> tuple[str, str]:
 
 
 def stem(path: str) -> str:
-    """The file's name without its endings: data/laws.jsonl.gz -> laws."""
-    return os.path.basename(path).split(".")[0] or os.path.basename(path)
-
-
-def open_text(path: str) -> IO[str]:
-    """A stream of the UTF-8 text of a plain, .gz or .zst file."""
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
-
-
-def open_bytes(path: str) -> IO[bytes]:
-    """A stream of what a plain, .gz or .zst file holds."""
-    if path.endswith(".zst"):
-        import pyarrow  # its reader tells a truncated file from a whole one; zstandard's does not
-
-        return cast(IO[bytes], pyarrow.input_stream(path, compression="zstd"))
-    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
+    """The file's name without its endings: data/laws.jsonl.gz -> laws. Bytes of it that are no UTF-8 become U+FFFD."""
+    name = os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
+    return name.split(".")[0] or name
 
 
 @contextlib.contextmanager
 def seekable(path: str) -> Iterator[IO[bytes]]:
-    """The same for who must jump about in it: a compressed file is unpacked on disk, not in memory."""
+    """What a file holds, for who must jump about in it: a packed file is unpacked on disk, not in memory."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_bytes(path))
-        if path.endswith((".gz", ".zst")):
+        file = stack.enter_context(packed.open_bytes(path))
+        if packed.packing(path):
             unpacked = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, unpacked, BLOCK)
             file = unpacked
         yield file
-
-
-@contextlib.contextmanager
-def readable(path: str) -> Iterator[None]:
-    """Turns what goes wrong while `path` is read into one clear message."""
-    import pyarrow
-
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{path} is not UTF-8 (byte {byte:#04x}): convert it, as in `iconv -f latin1 -t utf-8`"
-        ) from None
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read, it may be damaged: {error}") from None

@@ -4,11 +4,13 @@
 only text feature there is. The folder is $TFDS_DATA_DIR, or ~/tensorflow_datasets.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_jax.data.documents import Document
+from moe_jax.data.sources.characters import plain
 from moe_jax.data.sources.files import split_field
 from moe_jax.errors import UserError
 
@@ -18,27 +20,34 @@ def read(argument: str, label: str) -> Iterator[Document]:
     name, _, split = place.partition(":")
     builder = find(name)
     field = text_field(builder.info.features, name, field)
-    records = _records(builder, name, split or "train")
-    try:
-        for record in records:
-            yield Document(record[field].decode("utf-8"), label or builder.info.name)
-    except ImportError as error:
-        raise UserError(f"dataset {name} has features that only TensorFlow decodes ({error})") from None
+    part = split or "train"
+    for number, record in enumerate(records(builder, name, part)):
+        yield Document(plain(record[field], where(name, part, number)), label or builder.info.name)
+
+
+def where(name: str, split: str, number: int) -> str:
+    """What messages call a record."""
+    return f"dataset {name}, split {split}, record {number}"
 
 
 def find(name: str) -> Any:
-    """The builder of a dataset on this disk; UserError if it is not there or needs TensorFlow to be read."""
-    import tensorflow_datasets as tfds
+    """The builder of a dataset on this disk; UserError if it is not there, is damaged or needs TensorFlow to be read."""
+    from moe_jax.data.tfds_import import tfds
 
     folder = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
+        found = builder.info.file_format.value
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"dataset {name!r} is not in {folder}, and nothing is downloaded here: prepare it where there is a network "
             "(tfds.builder(NAME, file_format='array_record').download_and_prepare()) and set TFDS_DATA_DIR"
         ) from None
-    found = builder.info.file_format.value
+    except Exception as error:  # its JSON files are read by several parsers, each of which has errors of its own
+        raise UserError(
+            f"dataset {name!r} in {folder} cannot be opened, its dataset_info.json or features.json may be damaged "
+            f"({first_line(error)}): copy or prepare it again"
+        ) from None
     if found != "array_record":
         raise UserError(
             f"dataset {name} is stored as {found}, which needs TensorFlow: convert it with "
@@ -49,7 +58,7 @@ def find(name: str) -> Any:
 
 def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
     """The feature to read: `field`, or "text", or the only text feature; UserError if that names none."""
-    import tensorflow_datasets as tfds
+    from moe_jax.data.tfds_import import tfds
 
     texts = [key for key in sorted(features) if isinstance(features[key], tfds.features.Text)]
     if not field and ("text" in texts or len(texts) == 1):
@@ -60,8 +69,42 @@ def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
     return field
 
 
-def _records(builder: Any, name: str, split: str) -> Sequence[Any]:
+def records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
+    """The decoded records of a split in their order. UserError for an unknown split, for damage, for what only TensorFlow decodes."""
+    source = opened(builder, name, split)
+    with intact(f"dataset {name}, split {split}"):
+        yield from source
+
+
+def opened(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
+    """The records of a split, each decoded when it is taken; UserError for an unknown split."""
     try:
         return builder.as_data_source(split=split)
     except ValueError as error:
-        raise UserError(f"dataset {name}, split {split!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"dataset {name}, split {split!r}: {first_line(error)}") from None
+    except (RuntimeError, OSError) as error:
+        raise damage(f"dataset {name}, split {split}", error) from None
+
+
+@contextlib.contextmanager
+def intact(what: str) -> Iterator[None]:
+    """Turns what goes wrong while records of ArrayRecord files are read into one clear message about `what`."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} has features that only TensorFlow decodes ({first_line(error)})") from None
+    except UserError:
+        raise
+    except (RuntimeError, OSError, ValueError, IndexError) as error:  # each file, chunk and record has its checksum
+        raise damage(what, error) from None
+
+
+def damage(what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{what} cannot be read, it may be damaged ({first_line(error)}): copy it again, or prepare it again"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what a library says, which may go on for pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

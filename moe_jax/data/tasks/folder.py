@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from moe_jax.data.sources.files import open_text, readable
+from moe_jax.data.sources.characters import open_text, plain, readable
 from moe_jax.errors import UserError
 
 
@@ -21,7 +21,7 @@ def table(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]
     """The lines of a file with `columns` columns between tabs; UserError for a line that has not as many."""
     with readable(str(path)), open_text(str(path)) as file:
         for number, line in enumerate(file, 1):
-            cells = line.rstrip("\n").split("\t")
+            cells = plain(line, f"{path}, line {number}").rstrip("\n").split("\t")
             if len(cells) != columns:
                 raise UserError(f"{path}, line {number} has {len(cells)} columns instead of {columns} (between tabs)")
             if number > 1 or not header:

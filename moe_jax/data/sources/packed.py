@@ -1,0 +1,151 @@
+"""What a file is by its first bytes, whatever its name says, and a stream of what a packed file holds."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple, cast
+
+from moe_jax.errors import UserError
+
+HEAD = 512  # bytes that tell what a file is: as many as the header of a tar archive
+BLOCK = 1 << 20  # bytes read at once
+
+
+class Streams(io.RawIOBase):
+    """What the bzip2 or xz streams of a file hold, one after another.
+
+    It differs from bz2.BZ2File and lzma.LZMAFile in one point: what follows a stream and is no stream is an error (OSError). Those
+    ignore it, so that one flipped bit between two streams loses all that comes after it.
+    """
+
+    def __init__(self, path: str, decompressor: Callable[[], Any]):
+        self._file = open(path, "rb")
+        self._decompressor = decompressor
+        self._stream = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills `buffer` with what comes next. EOFError where the last stream has no end, OSError or lzma.LZMAError for damage."""
+        found = b""
+        while not found:
+            if self._stream.eof:
+                packed = self._after_stream()
+                if not packed:
+                    return 0
+                self._stream = self._decompressor()
+            elif self._stream.needs_input:
+                packed = self._file.read(BLOCK)
+                if not packed:
+                    raise EOFError("it ends in the middle")
+            else:
+                packed = b""
+            found = self._stream.decompress(packed, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def _after_stream(self) -> bytes:
+        """What follows the stream that has ended, without the zeros that may stand between two; b"" at the end of the file."""
+        packed = self._stream.unused_data.lstrip(b"\0")
+        while not packed:
+            block = self._file.read(BLOCK)
+            if not block:
+                return b""
+            packed = block.lstrip(b"\0")
+        return packed
+
+
+def _open_gzip(path: str) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path))
+
+
+def _open_bzip2(path: str) -> IO[bytes]:
+    return cast(IO[bytes], io.BufferedReader(Streams(path, bz2.BZ2Decompressor), BLOCK))
+
+
+def _open_xz(path: str) -> IO[bytes]:
+    return cast(IO[bytes], io.BufferedReader(Streams(path, lzma.LZMADecompressor), BLOCK))
+
+
+def _open_zstandard(path: str) -> IO[bytes]:
+    import pyarrow  # its reader tells a truncated file from a whole one; zstandard's does not
+
+    return cast(IO[bytes], pyarrow.input_stream(path, compression="zstd"))
+
+
+class Packing(NamedTuple):
+    name: str
+    endings: tuple[str, ...]  # in lower case
+    beginnings: tuple[bytes, ...]
+    open: Callable[[str], IO[bytes]]
+
+
+# A zstandard file may begin with a frame that is to be skipped, of sixteen kinds.
+SKIPPED = tuple(bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60))
+
+PACKINGS = (
+    Packing("gzip", (".gz", ".gzip"), (b"\x1f\x8b",), _open_gzip),
+    Packing("bzip2", (".bz2", ".bzip2"), (b"BZh",), _open_bzip2),
+    Packing("xz", (".xz",), (b"\xfd7zXZ\0",), _open_xz),
+    Packing("zstandard", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *SKIPPED), _open_zstandard),
+)
+
+# What is no text, and is not unpacked here either: what it is, and the way out.
+OTHERS = (
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
+    (b"Rar!\x1a\x07", "a rar archive: unpack it"),
+    (b"\x04\x22\x4d\x18", "packed by lz4: unpack it, as in `lz4 -d FILE`"),
+    (b"\xff\x06\0\0sNaPpY", "packed by snappy: unpack it"),
+    (b"\x1f\x9d", "packed by compress (.Z): unpack it, as in `gzip -d FILE`"),
+    (b"PAR1\x15", "a Parquet file: name it as parquet:GLOB"),
+    (b"ARROW1\0\0", "an Arrow file: write it as Parquet, or as JSON lines"),
+    (b"SQLite format 3\0", "an SQLite database: write its texts as JSON lines"),
+    (b"\x89HDF\r\n", "an HDF5 file: write its texts as JSON lines"),
+    (b"\x93NUMPY", "an array of NumPy: write its texts as JSON lines"),
+    (b"%PDF-", "a PDF: take the text out of it, as in `pdftotext FILE`"),
+    (b"\x89PNG\r\n", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"\x7fELF", "a program"),
+)
+
+
+def packing(path: str) -> Packing | None:
+    """How a file is packed by its first bytes; None for a plain one. UserError for one that is packed by its name alone."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    for known in PACKINGS:
+        if head.startswith(known.beginnings):
+            return known
+    for known in PACKINGS:
+        if path.lower().endswith(known.endings):
+            found = f"begins with {head[:4]!r}" if head else "is empty"
+            raise UserError(
+                f"{path} cannot be read, it may be damaged: by its name it is packed by {known.name}, but it {found}; "
+                "a plain file must not be named so"
+            )
+    return None
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """A stream of what a plain or packed file holds."""
+    known = packing(path)
+    return known.open(path) if known else open(path, "rb")
+
+
+def other(head: bytes) -> str:
+    """What the content of a file is that begins with `head` and is no text, and the way out; "" for all that is not known."""
+    for known in PACKINGS:
+        if head.startswith(known.beginnings):
+            return f"packed twice, by {known.name} inside: unpack it once"
+    for beginning, what in OTHERS:
+        if head.startswith(beginning):
+            return what
+    return "a tar archive: unpack it" if head[257:262] == b"ustar" else ""
