@@ -93,7 +93,7 @@ def in_workdir(
     )
     metadata = {"config": raw, "data": data.fingerprint}
     state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
-    notes += [*rules.advice(cfg), *([card.buffer_note(cfg)] if cfg.model.num_moe_layers else [])]
+    notes += [*data.notes, *rules.advice(cfg), *([card.buffer_note(cfg)] if cfg.model.num_moe_layers else [])]
     start = int(state.step)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 

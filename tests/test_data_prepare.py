@@ -247,9 +247,12 @@ def test_a_directory_prepared_before_the_record_knew_is_taken_at_its_texts_bytes
     assert "note:" not in capsys.readouterr().out
     shutil.copytree(lossy / "out", tmp_path / "old")
     record = json.loads((tmp_path / "old" / prepared.RECORD).read_text())
-    del record["heldout_piece_bytes"]
+    for key in ("heldout_piece_bytes", "digests", "digest"):
+        del record[key]
     (tmp_path / "old" / prepared.RECORD).write_text(json.dumps(record))
-    np.testing.assert_array_equal(open_one(tmp_path / "old", seq_len=16).byte_scale(), [1.0, 1.0])
+    old = open_one(tmp_path / "old", seq_len=16)
+    np.testing.assert_array_equal(old.byte_scale(), [1.0, 1.0])
+    assert "was prepared before files had digests" in old.notes[0] and open_one(verse).notes == ()
 
 
 def test_damage_is_one_message(tmp_path):
@@ -267,7 +270,8 @@ def test_damage_is_one_message(tmp_path):
         open_one(tmp_path, seq_len=512)
     for text, message in [
         ("{", "is damaged"),
-        (json.dumps({**record, "format": 0}), "was prepared by another version"),
+        (json.dumps({**record, "seed": 1}), "is damaged .it is not what was written, by its digest"),
+        (json.dumps({"format": 0}), "was prepared by another version"),
     ]:
         (tmp_path / prepared.RECORD).write_text(text)
         with pytest.raises(UserError, match=message):

@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,3 +186,53 @@ def test_a_wrong_source_is_one_message(tmp_path, spec, message):
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "table.parquet")
     with pytest.raises(UserError, match=message):
         read(spec.format(tmp_path))
+
+
+IMPORTS = """
+import importlib, sys, threading
+sys.setswitchinterval(1e-5)
+wrong, ended = [], False
+def draw():  # as a progress bar does: it imports what it needs when it needs it, by relative imports
+    while not ended and not wrong:
+        sys.modules.pop("email.mime.text", None)
+        try:
+            importlib.import_module("email.mime.text")
+        except Exception as error:
+            wrong.append(repr(error))
+thread = threading.Thread(target=draw)
+thread.start()
+from moe_jax.data.tfds_import import tfds
+tfds.core.GeneratorBasedBuilder
+ended = True
+thread.join()
+sys.exit("".join(wrong) or 0)
+"""
+
+
+def test_a_thread_that_imports_is_not_disturbed_by_the_import_of_tfds():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_else_imports_tfds():
+    """So that no other import of it disturbs other threads."""
+    found = [
+        path.name for path in pathlib.Path("moe_jax").rglob("*.py") if "import tensorflow_datasets" in path.read_text()
+    ]
+    assert found == ["tfds_import.py"]
+
+
+def test_damaged_records_of_a_dataset_are_one_message(tfds_folder, tmp_path, monkeypatch):
+    shutil.copytree(tfds_folder / "tiny_texts", tmp_path / "tiny_texts")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for path in (tmp_path / "tiny_texts").rglob("*"):
+        if not path.is_file() or "test" in path.name:
+            continue
+        whole = path.read_bytes()
+        for place in (0, 20, len(whole.rstrip(b"\0")) // 2, len(whole.rstrip(b"\0")) - 2):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+            try:
+                assert read("tfds:tiny_texts") == [(text, "tiny_texts") for text in TEXTS * 4]
+            except UserError as error:
+                assert "damaged" in str(error) or "tiny_texts" in str(error)
+        path.write_bytes(whole)

@@ -32,6 +32,11 @@ class Data(Protocol):
         """Places of a row: tokens, patches, frames, items."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the run tells of the data at its start, in sentences: what was left out or cut."""
+        ...
+
     def sizes(self, split: str) -> list[int]:
         """Rows of each part; split is "train" or "heldout"."""
         ...

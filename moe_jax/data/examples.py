@@ -92,7 +92,7 @@ class Examples(NamedTuple):
     heldout_domain_R: np.ndarray
     fingerprint: str
     about: Any  # what the task and its baselines know beside the rows: Classes, Pairs, Market; has `save(workdir)`
-    notes: tuple[str, ...]  # what was left out or cut, in sentences for the log
+    notes: tuple[str, ...]  # what was left out or cut, in sentences for the log of the run
 
     @property
     def weights(self) -> tuple[float, ...]:

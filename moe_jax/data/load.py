@@ -32,6 +32,10 @@ class Dataset(NamedTuple):
     seq_len: int
     fingerprint: str  # sha256 of the parts' fingerprints and the weights
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in part.notes)
+
     def num_rows(self, split: str) -> int:
         return sum(self.sizes(split))
 

@@ -32,6 +32,7 @@ class Part(NamedTuple):
     ]  # that the ids of the held-out text stand for; other than text_bytes if some were lost
     text: Callable[[str, str], bytes]  # (split, domain) -> its documents one after another, perhaps the first only
     fingerprint: str
+    notes: tuple[str, ...] = ()  # what the run tells of it at its start
 
 
 def in_memory(rows: Rows) -> Store:

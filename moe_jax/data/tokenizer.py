@@ -9,7 +9,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Tokenizer(NamedTuple):
     def save(self, folder: pathlib.Path) -> None:
         """Writes the tokenizer into a folder, for `load`."""
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"name": self.name, "kind": self.kind, "boundary_id": self.boundary_id}
+        about = {"name": self.name, "kind": self.kind, "boundary_id": self.boundary_id, "fingerprint": self.fingerprint}
         (folder / "tokenizer_kind.json").write_text(json.dumps(about), encoding="utf-8")
         if self.model:
             (folder / MODEL_FILES[self.kind]).write_bytes(self.model)
@@ -135,13 +135,24 @@ def make(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
 
 def load(folder: pathlib.Path) -> Tokenizer:
     """The tokenizer that `save` wrote; UserError if the folder holds none or a damaged one."""
-    from moe_jax.data import tokenizer_models
-
     try:
         about = json.loads((folder / "tokenizer_kind.json").read_text(encoding="utf-8"))
-        if about["kind"] == "bytes":
-            return bytes_tokenizer()
-        model = (folder / MODEL_FILES[about["kind"]]).read_bytes()
-    except (OSError, ValueError, KeyError) as error:
+        tokens = bytes_tokenizer() if about["kind"] == "bytes" else _read(folder, about)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # also where a model lacks what its reader needs
         raise UserError(f"{folder} holds no complete tokenizer: {error}") from None
+    if about.get("fingerprint", tokens.fingerprint) != tokens.fingerprint:
+        raise UserError(f"{folder} holds no complete tokenizer: it is not what was written, by its digest")
+    return tokens
+
+
+def _read(folder: pathlib.Path, about: dict[str, Any]) -> Tokenizer:
+    from moe_jax.data import tokenizer_models
+
+    model = (folder / MODEL_FILES[about["kind"]]).read_bytes()
     return tokenizer_models.READERS[about["kind"]](about["name"], model, about["boundary_id"])

@@ -93,6 +93,8 @@ READERS = {"huggingface": read_huggingface, "sentencepiece": read_sentencepiece}
 def _tokenizer(
     name: str, kind: str, model: bytes, pieces: list[bytes], boundary_id: int, encode_many: EncodeMany
 ) -> Tokenizer:
+    if not 0 <= boundary_id < len(pieces):  # a list takes a negative number for one from its end
+        raise UserError(f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to {len(pieces) - 1}")
     pieces[boundary_id] = b""
     prefix_space = b"".join(pieces[i] for i in encode_many(["a"])[0]).startswith(b" ")
     return Tokenizer(name, kind, len(pieces), boundary_id, tuple(pieces), prefix_space, model, encode_many)

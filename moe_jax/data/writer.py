@@ -61,7 +61,7 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
 
 def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
     record = prepared.read_record(out)
-    prepared.check_files(out, record["files"])
+    prepared.check_files(out, record, small_only=False)
     for name, wanted in arguments.items():
         have = record["arguments"].get(name)
         if have != wanted:

@@ -5,6 +5,7 @@ texts are never on both sides; of a Debian package by its longest sentence, whic
 """
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,8 +14,9 @@ import numpy as np
 
 from moe_jax.data import examples
 from moe_jax.data.examples import Classes, Examples, Fields
-from moe_jax.data.sources.files import open_text, readable
+from moe_jax.data.sources.characters import open_text, plain, readable
 from moe_jax.data.tasks import folder as files
+from moe_jax.data.tasks import labels as numbers
 from moe_jax.data.tasks import tfds_examples, vocabulary
 from moe_jax.data.tasks.split import is_heldout, key_of_text, longest_sentence
 from moe_jax.data.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ KIND = "classification"
 
 class Text(NamedTuple):
     text: str
-    label: str
+    label: str  # "" = it has none: the text is left out, and counted
     domain: str  # "" = the label
     split: str  # "train", "heldout", or "": by the key
     key: bytes
@@ -46,9 +48,25 @@ def _vader(folder: str) -> Iterator[list[str]]:
 
 def read_vader(folder: str) -> Iterator[Text]:
     """Sentiment of sentences in four domains (Hutto & Gilbert 2014): positive or negative, those rated within +-0.5 left out."""
-    for domain, valence, text in _vader(folder):
-        if abs(float(valence)) >= 0.5:
-            yield _by_key(text, "positive" if float(valence) > 0 else "negative", domain)
+    for domain, cell, text in _vader(folder):
+        valence = _valence(cell)
+        if valence is None:
+            yield _by_key(text, "", domain)
+        elif abs(valence) >= 0.5:
+            yield _by_key(text, "positive" if valence > 0 else "negative", domain)
+
+
+def _valence(cell: str) -> float | None:
+    """The rating in a cell, None for an empty one; UserError for what is no number."""
+    if not cell:
+        return None
+    try:
+        valence = float(cell)
+    except ValueError:
+        valence = math.nan
+    if not math.isfinite(valence):
+        raise UserError(f"vader: the valence {cell!r} is no number: mend or drop its line")
+    return valence
 
 
 def read_vader_domain(folder: str) -> Iterator[Text]:
@@ -86,29 +104,43 @@ def read_banking77(folder: str) -> Iterator[Text]:
     tested: set[bytes] = set()
     for split, name in (("heldout", "banking77_test.csv.gz"), ("train", "banking77_train.csv.gz")):
         path = str(files.find(folder, KIND, name, where))
-        with readable(path), open_text(path) as file:
-            for row in csv.DictReader(file):
-                found = Text(row["text"].strip(), row["category"], "", split, key_of_text(row["text"]))
-                if split == "heldout":
-                    tested.add(found.key)
-                if split == "heldout" or found.key not in tested:
-                    yield found
+        for text, category in _csv(path, ("text", "category")):
+            found = Text(text.strip(), category.strip(), "", split, key_of_text(text))
+            if split == "heldout":
+                tested.add(found.key)
+            if split == "heldout" or found.key not in tested:
+                yield found
+
+
+def _csv(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The named columns of a table with commas, "" where a row ends before; UserError for a table that lacks them or is damaged."""
+    with readable(path), open_text(path) as file:
+        reader = csv.DictReader(file)
+        try:
+            there = reader.fieldnames or ()
+            if not set(columns) <= set(there):
+                raise UserError(
+                    f"{path} must have the columns {', '.join(columns)}; its first line has {', '.join(there)}"
+                )
+            for row in reader:
+                yield tuple(plain(row[column], f"{path}, line {reader.line_num}") for column in columns)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num} is no line of a table with commas: {error}") from None
 
 
 def read_tfds(spec: str) -> Iterator[Text]:
     """A set with a text and a label, such as tfds:imdb_reviews or tfds:glue/sst2#sentence."""
-    import tensorflow_datasets as tfds
-
     from moe_jax.data.sources.tfds_datasets import text_field
+    from moe_jax.data.tfds_import import tfds
 
     stored = tfds_examples.open_stored(spec)
     text = text_field(stored.features, stored.name, stored.field)
     label = stored.only(tfds.features.ClassLabel, "class labels")
     names = stored.features[label].names
-    for split, records in stored.splits(label):
-        for record in records:
-            found = record[text].decode("utf-8")
-            yield Text(found, names[record[label]], "", split, key_of_text(found))
+    for record in stored.both(label):
+        found = record.text(text)
+        number = numbers.checked(record.fields[label], len(names), record.where)
+        yield Text(found, "" if number == numbers.NONE else names[number], "", record.split, key_of_text(found))
 
 
 DATASETS: dict[str, Callable[[str], Iterator[Text]]] = {
@@ -131,11 +163,12 @@ def open_classification(
     if not name.startswith(tfds_examples.PREFIX) and name not in DATASETS:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     found = read_tfds(name) if name.startswith(tfds_examples.PREFIX) else DATASETS[name](folder)
-    parts = split(found, heldout_every)
+    parts, notes = labelled(split(found, heldout_every))
     for part, texts in parts.items():
         if not texts:
-            raise UserError(f"{name} has no {part} text: lower heldout_every ({heldout_every})")
-    return tokenized(name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]]))
+            raise UserError(f"{name} has no {part} text with a label: lower heldout_every ({heldout_every})")
+    rows = tokenized(name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]]))
+    return rows._replace(notes=(*notes, *rows.notes))
 
 
 def split(found: Iterator[Text], heldout_every: int) -> dict[str, list[Text]]:
@@ -146,12 +179,22 @@ def split(found: Iterator[Text], heldout_every: int) -> dict[str, list[Text]]:
     return parts
 
 
+def labelled(parts: dict[str, list[Text]]) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
+    """The texts that have a label, and how many have none, for the log."""
+    kept = {part: [text for text in texts if text.label] for part, texts in parts.items()}
+    total, left = (sum(map(len, some.values())) for some in (parts, kept))
+    return kept, numbers.left_out(total - left, total, "texts")
+
+
 def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tokenizer) -> Examples:
     """Rows of the texts of both splits."""
     every = [text for part in parts.values() for text in part]
     labels = tuple(sorted({text.label for text in every}))
-    domains = tuple(dict.fromkeys(text.domain for text in every)) if every[0].domain else labels
-    number = {split: [_numbers(part, labels), _numbers(part, domains, domain=True)] for split, part in parts.items()}
+    domains = tuple(dict.fromkeys(map(_domain, every))) if any(text.domain for text in every) else labels
+    number = {
+        split: [_numbers([text.label for text in part], labels), _numbers(list(map(_domain, part)), domains)]
+        for split, part in parts.items()
+    }
     rows = {split: _encode([text.text for text in part], tokens) for split, part in parts.items()}
 
     def fetch(split: str, index_B: np.ndarray) -> Fields:
@@ -177,9 +220,13 @@ def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tok
     )
 
 
-def _numbers(texts: Sequence[Text], names: Sequence[str], domain: bool = False) -> np.ndarray:
+def _domain(text: Text) -> str:
+    return text.domain or text.label
+
+
+def _numbers(found: Sequence[str], names: Sequence[str]) -> np.ndarray:
     index = {name: i for i, name in enumerate(names)}
-    return np.array([index[(text.domain or text.label) if domain else text.label] for text in texts], np.int32)
+    return np.array([index[name] for name in found], np.int32)
 
 
 def _encode(texts: Sequence[str], tokens: Tokenizer) -> examples.Ragged:

@@ -54,9 +54,9 @@ def read_tfds(spec: str) -> Interactions:
             f"dataset {stored.name} has no feature {', '.join(missing)}: name the ratings of a MovieLens set"
         )
     users: dict[str, list[str]] = {}
-    for record in stored.records(stored.split):
-        if float(record["user_rating"]) >= LIKED:
-            users.setdefault(record["user_id"].decode(), []).append(record["movie_id"].decode())
+    for record in stored.records("train", stored.split):
+        if float(record.fields["user_rating"]) >= LIKED:
+            users.setdefault(record.text("user_id"), []).append(record.text("movie_id"))
     return users
 
 

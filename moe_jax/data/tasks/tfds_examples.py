@@ -4,14 +4,28 @@ SPLIT chooses training examples (default train, `train[:10%]` works). Held out i
 keeps its labels secret (-1, as GLUE does).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.data.sources import tfds_datasets
+from moe_jax.data.sources.characters import plain
 from moe_jax.data.sources.files import split_field
+from moe_jax.data.tasks import labels
 from moe_jax.errors import UserError
 
 PREFIX = "tfds:"
+
+
+class Record(NamedTuple):
+    """One record of a set."""
+
+    split: str  # "train" or "heldout"
+    where: str  # what messages call it
+    fields: Mapping[str, Any]
+
+    def text(self, field: str) -> str:
+        """The text of a feature; UserError for one that is no UTF-8."""
+        return plain(self.fields[field], self.where)
 
 
 class Stored(NamedTuple):
@@ -24,29 +38,26 @@ class Stored(NamedTuple):
     def features(self) -> Mapping[str, Any]:
         return self.builder.info.features
 
-    def records(self, split: str) -> Sequence[dict[str, Any]]:
-        """The records of a split, decoded when they are taken; UserError for an unknown split or what only TensorFlow decodes."""
-        try:
-            source = self.builder.as_data_source(split=split)
-            source[0]
-        except (ValueError, IndexError) as error:
-            raise UserError(f"dataset {self.name}, split {split!r}: {str(error).splitlines()[0]}") from None
-        except ImportError as error:
-            message = f"dataset {self.name} has features that only TensorFlow decodes ({error})"
-            raise UserError(message) from None
-        return source
+    def records(self, part: str, split: str) -> Iterator[Record]:
+        """The records of a split of the set, as those of `part`; UserError for a split that is unknown or empty, and for damage."""
+        number = -1
+        for number, fields in enumerate(tfds_datasets.records(self.builder, self.name, split)):
+            yield Record(part, tfds_datasets.where(self.name, split, number), fields)
+        if number < 0:
+            raise UserError(f"dataset {self.name}, split {split!r} has no records")
 
-    def splits(self, label: str) -> Iterator[tuple[str, Sequence[dict[str, Any]]]]:
-        """("train", records), ("heldout", records); UserError where nothing is held out."""
-        yield "train", self.records(self.split)
+    def both(self, label: str) -> Iterator[Record]:
+        """The records of both parts; UserError where nothing is held out. `label`: the feature that has the class, "" if none has."""
+        yield from self.records("train", self.split)
         for name in ("test", "validation"):
-            if name in self.builder.info.splits:
-                records = self.records(name)
-                if not label or records[0][label] >= 0:
-                    yield "heldout", records
-                    return
+            if name in self.builder.info.splits and (not label or self._has_labels(name, label)):
+                yield from self.records("heldout", name)
+                return
         there = ", ".join(self.builder.info.splits)
         raise UserError(f"dataset {self.name} has neither a split test nor validation with labels (it has: {there})")
+
+    def _has_labels(self, split: str, label: str) -> bool:
+        return any(record.fields[label] != labels.NONE for record in self.records("heldout", split))
 
     def only(self, kind: type, what: str) -> str:
         """The one feature of a kind; UserError if there is none or several."""

@@ -71,7 +71,7 @@ DATASETS = {
 
 def _tfds(spec: str) -> Parallel:
     """A set of pairs of TFDS, `tfds:wmt16_translate/de-en#en-de`: after the # source and target (default: as the set names them)."""
-    import tensorflow_datasets as tfds
+    from moe_jax.data.tfds_import import tfds
 
     stored = tfds_examples.open_stored(spec)
     features = stored.features
@@ -83,9 +83,8 @@ def _tfds(spec: str) -> Parallel:
     source, target = wanted
 
     def read(folder: str) -> Iterator[Pair]:
-        for split, records in stored.splits(""):
-            for record in records:
-                yield Pair(record[source].decode("utf-8"), record[target].decode("utf-8"), stored.name, split, b"")
+        for record in stored.both(""):
+            yield Pair(record.text(source), record.text(target), stored.name, record.split, b"")
 
     return Parallel(source, target, read)
 
@@ -148,7 +147,12 @@ def _rows(
         return fields(rows[split], domain[split][index_B], index_B, seq_len)
 
     arrays = [array for split in parts for part in rows[split] for array in part] + list(domain.values())
+    left = len(fits) - sum(fits)
     cut = sum(not _fits(len(a), len(b), seq_len, prefix) for a, b in encoded["heldout"])
+    notes = (
+        (left, f"{left} of {len(fits)} training pairs do not fit into {seq_len} tokens and are left out"),
+        (cut, f"{cut} of {len(parts['heldout'])} held-out pairs are cut"),
+    )
     return Examples(
         spec=name,
         inputs=examples.PrefixTarget if prefix else examples.SourceTarget,
@@ -159,10 +163,7 @@ def _rows(
         heldout_domain_R=domain["heldout"],
         fingerprint=examples.fingerprint([name, seq_len, prefix, domains, tokens.fingerprint], arrays),
         about=Pairs(tokens, source, target, raw),
-        notes=(
-            f"{len(fits) - sum(fits)} of {len(fits)} training pairs do not fit into {seq_len} tokens and are left out",
-            f"{cut} of {len(parts['heldout'])} held-out pairs are cut",
-        ),
+        notes=tuple(note for number, note in notes if number),
     )
 
 

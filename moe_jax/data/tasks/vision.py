@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax.data import examples
 from moe_jax.data.examples import Classes, Examples, Fields
 from moe_jax.data.tasks import folder as files
-from moe_jax.data.tasks import tfds_examples
+from moe_jax.data.tasks import labels, tfds_examples
 from moe_jax.data.tasks.split import is_heldout
 from moe_jax.errors import UserError
 
@@ -26,7 +26,7 @@ PACKAGED = pathlib.Path("/usr/share/datasets/fashion-mnist")  # of Debian's pack
 
 class Images(NamedTuple):
     pixels_NHWC: np.ndarray  # uint8
-    label_N: np.ndarray
+    label_N: np.ndarray  # labels.NONE = it has none: the image is left out, and counted
     heldout_N: np.ndarray  # bool
     labels: tuple[str, ...]
 
@@ -43,13 +43,22 @@ def read_digits(folder: str, heldout_every: int) -> Images:
 
 def read_fashion_mnist(folder: str, heldout_every: int) -> Images:
     """60,000 + 10,000 photographs of clothes, 28 x 28 (Xiao et al. 2017), as its four idx files, with its own test part."""
-    parts = [
-        (_idx(folder, f"{part}-images-idx3-ubyte.gz"), _idx(folder, f"{part}-labels-idx1-ubyte.gz"))
-        for part in ("train", "t10k")
-    ]
-    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts))
+    parts = [_fashion(folder, part) for part in ("train", "t10k")]
+    pixels, label = (np.concatenate(arrays) for arrays in zip(*parts))
     heldout = np.arange(len(pixels)) >= len(parts[0][0])
-    return Images(pixels[..., None], labels.astype(np.int32), heldout, FASHION)
+    return Images(pixels[..., None], label.astype(np.int32), heldout, FASHION)
+
+
+def _fashion(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels [N, 28, 28], labels [N]) of "train" or "t10k"; UserError where the two files do not go together."""
+    names = [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
+    pixels, label = (_idx(folder, name) for name in names)
+    if pixels.shape != (len(label), 28, 28) or label.ndim != 1:
+        raise UserError(
+            f"{names[0]} has shape {pixels.shape} and {names[1]} {label.shape}: they must be (N, 28, 28) and (N,), one of them may be "
+            "damaged"
+        )
+    return pixels, label
 
 
 def _idx(folder: str, name: str) -> np.ndarray:
@@ -66,6 +75,8 @@ def _idx(folder: str, name: str) -> np.ndarray:
         path = packaged
     try:
         data = gzip.decompress(path.read_bytes())
+        if data[:3] != b"\0\0\x08":
+            raise ValueError(f"it begins with {data[:3]!r}, not with the mark of unsigned bytes")
         shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
@@ -77,12 +88,16 @@ DATASETS: dict[str, Callable[[str, int], Images]] = {"digits": read_digits, "fas
 
 def read_tfds(spec: str) -> Images:
     """A set with one image of one size and one label each, such as tfds:mnist or tfds:cifar10."""
-    import tensorflow_datasets as tfds
+    from moe_jax.data.tfds_import import tfds
 
     stored = tfds_examples.open_stored(spec)
     image = stored.only(tfds.features.Image, "images")
     label = stored.only(tfds.features.ClassLabel, "class labels")
-    found = [(split, r[image], r[label]) for split, records in stored.splits(label) for r in records]
+    names = tuple(stored.features[label].names)
+    found = [
+        (record.split, record.fields[image], labels.checked(record.fields[label], len(names), record.where))
+        for record in stored.both(label)
+    ]
     shapes = sorted({pixels.shape for _, pixels, _ in found})
     if len(shapes) > 1:
         raise UserError(
@@ -90,7 +105,16 @@ def read_tfds(spec: str) -> Images:
         )
     heldout = np.array([split == "heldout" for split, _, _ in found])
     pixels = np.stack([pixels for _, pixels, _ in found])
-    return Images(pixels, np.array([n for *_, n in found], np.int32), heldout, tuple(stored.features[label].names))
+    return Images(pixels, np.array([n for *_, n in found], np.int32), heldout, names)
+
+
+def labelled(name: str, images: Images) -> tuple[Images, tuple[str, ...]]:
+    """The images that have a label, and how many have none, for the log; UserError for a label that is no class."""
+    labels.all_checked(images.label_N, len(images.labels), name)
+    there_N = images.label_N != labels.NONE
+    notes = labels.left_out(int((~there_N).sum()), len(there_N), "images")
+    kept = (images.pixels_NHWC[there_N], images.label_N[there_N], images.heldout_N[there_N])
+    return (Images(*kept, images.labels) if notes else images), notes
 
 
 def open_vision(
@@ -117,6 +141,7 @@ def open_vision(
         images = DATASETS[name](folder, heldout_every)
     else:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
+    images, notes = labelled(name, images)
     _check(name, images, seq_len, patch)
     parts = {"train": np.flatnonzero(~images.heldout_N), "heldout": np.flatnonzero(images.heldout_N)}
     train = images.pixels_NHWC[parts["train"]]
@@ -145,7 +170,7 @@ def open_vision(
         heldout_domain_R=images.label_N[parts["heldout"]],
         fingerprint=examples.fingerprint([name, seq_len, patch, copies, shift, flip], arrays),
         about=Classes(images.labels, None, patch * patch * images.pixels_NHWC.shape[-1], flat),
-        notes=(),
+        notes=notes,
     )
 
 
