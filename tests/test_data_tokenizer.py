@@ -1,6 +1,10 @@
 """Tokenizers: what goes in comes out, every byte is accounted for, and mistakes are told."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -161,3 +165,64 @@ def test_a_damaged_folder_is_one_message(tmp_path, bpe):
     (tmp_path / "tokenizer_kind.json").write_text(json.dumps({"kind": "abacus"}))
     with pytest.raises(UserError, match="holds no complete tokenizer: 'abacus'"):
         tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("unit", ["ACGT", "漢字", "0123456789", "-=+", " ", "\n"])
+def test_text_without_spaces_has_pieces_of_a_bounded_length(unit):
+    text = unit * (40_000 // len(unit))  # as one piece, that of 40,000 characters takes minutes
+    tokens = tokenizer.make("bpe:400", lambda: [text])
+    assert max(len(piece.decode("utf-8", "replace")) for piece in tokens.pieces) <= 64
+    ids = tokens.encode(text)
+    assert tokens.decode(ids) == text and len(ids) < len(text) / 20
+
+
+def test_text_with_spaces_gives_the_tokenizer_that_it_always_gave(bpe):
+    """So that what is prepared again has the same fingerprint."""
+    import tokenizers
+
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    options = {
+        "vocab_size": 360,
+        "special_tokens": ["<|boundary|>"],
+        "initial_alphabet": alphabet,
+        "show_progress": False,
+    }
+    plain.train_from_iterator(CORPUS, tokenizers.trainers.BpeTrainer(**options))
+    assert bpe.model == plain.to_str().encode()
+
+
+TRAINING = """
+import random, signal, sys
+from moe_jax.data import tokenizer
+text = "".join(random.Random(0).choices("ACGT", k=2_000_000))
+def texts():
+    print("begun", flush=True)
+    yield text
+    if sys.argv[1] == "reading":
+        while True:
+            yield "more"
+    print("read", flush=True)
+try:
+    tokenizer.make("bpe:4096", texts)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("phase", "sign"), [("reading", "begun"), ("merging", "read")])
+def test_the_training_of_a_bpe_is_interrupted_at_once(phase, sign):
+    child = subprocess.Popen([sys.executable, "-c", TRAINING, phase], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    while sign not in child.stdout.readline():
+        assert child.poll() is None
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    try:
+        assert child.wait(timeout=20) == 130  # the training itself takes longer
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()

@@ -1,7 +1,9 @@
 """Tokenizers of two libraries: Hugging Face `tokenizers` (and byte-level BPE trained by it) and SentencePiece."""
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,15 +14,21 @@ EncodeMany = Callable[[Sequence[str]], list[np.ndarray]]
 
 BOUNDARY = "<|boundary|>"  # of the BPE trained here; in an existing tokenizer the first of BOUNDARIES that it has
 BOUNDARIES = (BOUNDARY, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+# Characters of a run of letters, digits, marks or white space that are one piece for the training of a BPE: the time of each merge grows
+# with the square of a piece's length, and text without spaces (Chinese, DNA, base64) is one piece. No word of English is as long.
+LONGEST_PIECE = 64
 TRAINING_BYTES = 100_000_000  # a BPE is trained on the first documents up to this; more takes minutes for little
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` ids, the boundary among them. The same texts give the same tokenizer."""
+    """Byte-level BPE of at most `vocab_size` ids, the boundary among them. The same texts give the same tokenizer.
+
+    Ctrl-C interrupts it at once.
+    """
     import tokenizers
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -28,8 +36,55 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([_cut_long_runs(), byte_level])
+    _train(bpe, _first_bytes(texts, TRAINING_BYTES), trainer)
+    bpe.pre_tokenizer = byte_level  # encoding takes no such time, so the tokenizer itself is an ordinary one
     return read_huggingface(f"bpe:{vocab_size}", bpe.to_str().encode("utf-8"), BOUNDARY)
+
+
+def _cut_long_runs() -> Any:
+    """The pre-tokenizer that makes a piece of LONGEST_PIECE characters out of as many of one class; it leaves shorter runs alone."""
+    from tokenizers import Regex, pre_tokenizers
+
+    classes = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # as byte-level pieces are made of
+    return pre_tokenizers.Split(Regex("|".join(f"{one}{{{LONGEST_PIECE}}}" for one in classes)), "isolated")
+
+
+def _train(bpe: Any, texts: Iterable[str], trainer: Any) -> None:
+    """Trains in another thread, so that this one can act on a signal while the library computes for minutes.
+
+    When a signal's handler raises, as that of Ctrl-C does, the library goes on by itself until the process ends, which is about to.
+    """
+    stop, all_read = threading.Event(), threading.Event()
+    failed: list[BaseException] = []
+
+    def until_stopped() -> Iterator[str]:
+        try:
+            for text in texts:
+                if stop.is_set():
+                    return
+                yield text
+        finally:
+            all_read.set()
+
+    def work() -> None:
+        try:
+            bpe.train_from_iterator(until_stopped(), trainer)
+        except BaseException as error:  # of the texts' reader: for the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        stop.set()
+        all_read.wait(
+            5
+        )  # a thread that is in Python when the interpreter ends would be ended inside of the library, which aborts
+        raise
+    if failed:
+        raise failed[0]
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
