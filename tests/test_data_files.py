@@ -96,7 +96,7 @@ NO_TEXT = {
     b"PAR1\x15\x04": "is no text but a Parquet file: name it as parquet:GLOB",
     b"%PDF-1.7\n": "is no text but a PDF",
     b"x" * 257 + b"ustar\0": "is no text but a tar archive",
-    gzip.compress(gzip.compress(b"text")): "is no text but packed twice, by gzip inside",
+    gzip.compress(gzip.compress(b"text")): r"is no text but packed by gzip \(twice, if it is a file\): unpack it",
     gzip.compress(b"PK\x03\x04\x14\0\0\0"): "is no text but a zip archive",
 }
 

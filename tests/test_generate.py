@@ -1,5 +1,6 @@
 """`python -m moe_jax generate`, on a run as training leaves it."""
 
+import gzip
 import io
 import itertools
 import json
@@ -72,6 +73,23 @@ def test_where_prompts_come_from():
     assert generate.read_prompts(None, io.StringIO("")) == [""]
     assert generate.read_prompts(None, Terminal("not read\n")) == [""]
     assert generate.read_prompts(["caf\udce9"], io.StringIO()) == ["caf\N{REPLACEMENT CHARACTER}"]
+
+
+def piped(data):
+    return io.TextIOWrapper(io.BytesIO(data), encoding="ascii")  # as where the shell says nothing of UTF-8
+
+
+def test_prompts_that_are_piped_are_utf8_whatever_the_shell_says():
+    for data in ("é\r\n\u2028b\n".encode(), "é\n\u2028b".encode("utf-16")):
+        assert generate.read_prompts(None, piped(data)) == ["é", "\u2028b"]
+    for data, message in (
+        ("café\n".encode("latin1"), r"standard input is not UTF-8 \(byte 0xe9 after 'caf'\): convert it"),
+        ("plain".encode("utf-16-le"), "standard input is not UTF-8 but UTF-16LE without a mark"),
+        (gzip.compress(b"text"), "standard input is no text but packed .*by gzip"),
+        (b"a\0b", "standard input is not UTF-8 but no text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate.read_prompts(None, piped(data))
 
 
 def test_texts_are_shown_in_order_whatever_order_they_come_in():

@@ -21,6 +21,7 @@ from moe_jax import metrics, progress, summary, train
 from moe_jax.data.baselines import compression_table
 from moe_jax.metrics import Writer, read_rows, write_run_info
 from moe_jax.progress import Progress
+from moe_jax.tasks import TASKS
 
 
 def open_writer(path, resume_step=0, tensorboard=False, active=True):
@@ -297,3 +298,12 @@ def test_figures_are_written_before_anything_is_shown(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         summary.show(models.build(), tmp_path, train.Result(1, 0, {"domain/a/bits_per_byte": 2.0}, data, 0.0, ""), 1.0)
     assert json.loads((tmp_path / "summary.json").read_text())["rows"]["mean"]["model"] == 2.0
+
+
+def test_a_domain_called_mean_keeps_its_row():
+    data = SimpleNamespace(domains=("mean", "mean of all", "a"), text=lambda split, domain: b"abc" * 99)
+    bits = {"mean": 1.0, "mean of all": 2.0, "a": 6.0}
+    rows = TASKS["lm"].table(
+        models.build(), data, {f"domain/{name}/bits_per_byte": value for name, value in bits.items()}
+    )
+    assert {name: row["model"] for name, row in rows.items()} == {**bits, "mean of all of all": 3.0}

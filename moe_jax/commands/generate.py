@@ -16,6 +16,8 @@ import jax
 from moe_jax import checkpoint, config, config_file, mesh
 from moe_jax.config import Config
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.data.sources.characters import encoding, plain, wrong_bytes
+from moe_jax.data.sources.packed import HEAD
 from moe_jax.errors import UserError
 from moe_jax.sample import Settings, check, make_sampler
 from moe_jax.state import make_model
@@ -93,11 +95,27 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
 
 
 def read_prompts(given: list[str] | None, stdin: TextIO) -> list[str]:
-    """The prompts of the command line, else the lines of a file or pipe on standard input, else one empty prompt."""
+    """The prompts of the command line, else the lines of a file or pipe on standard input, else one empty prompt.
+
+    UserError for standard input that is no text.
+    """
     lines = given
     if lines is None and not stdin.isatty():
-        lines = [line.rstrip("\r\n") for line in stdin]
+        text = text_of(stdin)
+        lines = text.removesuffix("\n").split("\n") if text else []
     return [printable(line) for line in lines or [""]]
+
+
+def text_of(stdin: TextIO) -> str:
+    """All of standard input by the rules of text files, whatever the encoding of the shell: UTF-8, or UTF-16 with its mark."""
+    binary = getattr(stdin, "buffer", None)
+    if binary is None:
+        return plain(stdin.read(), "standard input")
+    data = binary.read()
+    try:
+        return plain(data.decode(encoding(data[:HEAD], "standard input")), "standard input")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input {wrong_bytes(error)}") from None
 
 
 def printable(text: str) -> str:

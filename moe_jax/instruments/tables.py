@@ -36,9 +36,9 @@ def note(title: str, text: str) -> None:
 
 def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Bits per byte under each routing, and its gap to the model's own, per domain too."""
-    domains = [
-        key.split("/")[1] for key in result["own"] if key.endswith("/bits_per_byte") and key.startswith("domain/")
-    ]
+    # A domain may have slashes in its name.
+    keys = [key for key in result["own"] if key.endswith("/bits_per_byte") and key.startswith("domain/")]
+    domains = [key.removeprefix("domain/").removesuffix("/bits_per_byte") for key in keys]
     table = _table(title, ["routing", "mean", "gap", *(f"gap, {domain}" for domain in domains)])
     for name, row in result.items():
         if "note" in row:

@@ -158,8 +158,11 @@ def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, d
         for name, b in bits.items()
         if b is not None
     }
-    rows["mean"] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
-    return rows
+    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
+    name = "mean"
+    while name in rows:  # a domain has the name of its file, which may be any
+        name += " of all"
+    return {**rows, name: mean}
 
 
 def random(cfg: Config, step: int) -> Inputs:

@@ -144,7 +144,7 @@ def other(head: bytes) -> str:
     """What the content of a file is that begins with `head` and is no text, and the way out; "" for all that is not known."""
     for known in PACKINGS:
         if head.startswith(known.beginnings):
-            return f"packed twice, by {known.name} inside: unpack it once"
+            return f"packed by {known.name} (twice, if it is a file): unpack it"
     for beginning, what in OTHERS:
         if head.startswith(beginning):
             return what
