@@ -60,6 +60,8 @@ def tasks() -> ConfigDict:
     c.classification = ConfigDict()
     c.classification.dataset = "vader"  # moe_jax/data/tasks/classification.py, or "tfds:NAME"
     c.classification.tokens = "bpe:8192"  # tokenizer: "bytes", or "bpe:N", trained on the training texts
+    # True: to choose settings. The test part is left out; one training text in data.heldout_every is held out instead.
+    c.classification.select = False
     c.translation = ConfigDict()
     c.translation.dataset = "bible_en_es"  # moe_jax/data/tasks/translation.py, or "tfds:NAME"
     c.translation.vocab_size = 8192  # of the tokenizer, trained on both sides of the training pairs

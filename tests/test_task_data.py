@@ -29,7 +29,7 @@ def vader(tmp_path):
 
 
 def open_vader(folder, name="vader", **options):
-    options = {"seq_len": 24, "tokens": "bytes", "heldout_every": 5, "seed": 0, **options}
+    options = {"seq_len": 24, "tokens": "bytes", "heldout_every": 5, "select": False, "seed": 0, **options}
     return classification.open_classification(name, str(folder), **options)
 
 
@@ -111,17 +111,36 @@ def test_packages_of_one_source_are_on_one_side(tmp_path):
     assert not sentences["train"] & sentences["heldout"] and all(rows % 2 == 0 for rows in data.rows.values())
 
 
-def test_a_set_with_a_test_part_keeps_it_and_training_loses_what_is_in_it(tmp_path):
-    for name, texts in (
-        ("train", ["Where is my card?", "my PIN", "top up, please"]),
-        ("test", ["where is my card", "my pins"]),
-    ):
+def banking77(folder, train, test):
+    for name, texts in (("train", train), ("test", test)):
         text = io.StringIO()
-        csv.writer(text).writerows([("text", "category"), *((line, f"intent{i}") for i, line in enumerate(texts))])
-        packed(tmp_path / f"banking77_{name}.csv.gz", text.getvalue().splitlines())
+        csv.writer(text).writerows([("text", "category"), *((line, f"intent{i % 5}") for i, line in enumerate(texts))])
+        packed(folder / f"banking77_{name}.csv.gz", text.getvalue().splitlines())
+
+
+def test_a_set_with_a_test_part_keeps_it_and_training_loses_what_is_in_it(tmp_path):
+    banking77(tmp_path, ["Where is my card?", "my PIN", "top up, please"], ["where is my card", "my pins"])
     data = open_vader(tmp_path, "banking77")
     assert data.about.raw["train"][0] == ["my PIN", "top up, please"]
     assert data.about.raw["heldout"][0] == ["where is my card", "my pins"] and data.domains == data.about.labels
+
+
+def test_settings_are_chosen_on_training_texts_alone(tmp_path):
+    train = [f"question number {i}" for i in range(400)]
+    test = [f"question of the test {i}" for i in range(20)]
+    banking77(tmp_path, [*train, test[0]], test)
+    data = open_vader(tmp_path, "banking77", select=True, heldout_every=4)
+    chosen = {part: set(texts) for part, (texts, _) in data.about.raw.items()}
+    assert chosen["train"] | chosen["heldout"] == set(train), "no text of the test part is used"
+    assert not chosen["train"] & chosen["heldout"] and 70 < len(chosen["heldout"]) < 130
+    assert open_vader(tmp_path, "banking77", heldout_every=4).about.raw["heldout"][0] == test
+
+
+def test_of_a_set_without_a_test_part_what_is_held_out_by_hash_stays_unused(vader):
+    tested = open_vader(vader, "vader_domain").about.raw
+    chosen = open_vader(vader, "vader_domain", select=True).about.raw
+    assert sorted(chosen["train"][0] + chosen["heldout"][0]) == sorted(tested["train"][0])
+    assert 20 < len(chosen["heldout"][0]) < 70 and not set(chosen["train"][0]) & set(chosen["heldout"][0])
 
 
 VERSES = [

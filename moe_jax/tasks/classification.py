@@ -14,6 +14,7 @@ def open_data(cfg: Config) -> Examples:
         seq_len=cfg.data.seq_len,
         tokens=options["tokens"],
         heldout_every=cfg.data.heldout_every,
+        select=options["select"],
         seed=cfg.seed,
     )
 

@@ -153,17 +153,20 @@ DATASETS: dict[str, Callable[[str], Iterator[Text]]] = {
 
 
 def open_classification(
-    name: str, folder: str, *, seq_len: int, tokens: str, heldout_every: int, seed: int
+    name: str, folder: str, *, seq_len: int, tokens: str, heldout_every: int, select: bool, seed: int
 ) -> Examples:
     """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledTokens`; `about` is `examples.Classes`.
 
     `tokens` is a tokenizer ("bytes", "bpe:N", trained on the training texts alone). A text of more than seq_len - 1 tokens is cut.
-    `heldout_every` is not for sets with a test part. `seed` decides nothing here: the same rows for every run.
+    `select` is for choosing settings: the held-out texts are left out, and one training text in `heldout_every` takes their place.
+    Without it `heldout_every` is not for sets with a test part. `seed` decides nothing here: the same rows for every run.
     """
     if not name.startswith(tfds_examples.PREFIX) and name not in DATASETS:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     found = read_tfds(name) if name.startswith(tfds_examples.PREFIX) else DATASETS[name](folder)
     parts, notes = labelled(split(found, heldout_every))
+    if select:
+        parts = selection(parts["train"], heldout_every)
     for part, texts in parts.items():
         if not texts:
             raise UserError(f"{name} has no {part} text with a label: lower heldout_every ({heldout_every})")
@@ -184,6 +187,15 @@ def labelled(parts: dict[str, list[Text]]) -> tuple[dict[str, list[Text]], tuple
     kept = {part: [text for text in texts if text.label] for part, texts in parts.items()}
     total, left = (sum(map(len, some.values())) for some in (parts, kept))
     return kept, numbers.left_out(total - left, total, "texts")
+
+
+def selection(train: list[Text], every: int) -> dict[str, list[Text]]:
+    """The training texts alone, as two splits: one in `every` is held out, by a hash that no test part is chosen by."""
+    parts: dict[str, list[Text]] = {"train": [], "heldout": []}
+    for text in train:
+        chosen = is_heldout(b"selection " + text.key, every)
+        parts["heldout" if chosen else "train"].append(text)
+    return parts
 
 
 def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tokenizer) -> Examples:
