@@ -7,6 +7,7 @@ from moe_jax import shell
 from moe_jax.errors import UserError
 
 COMMANDS = {
+    "data": "make the files of a task's data set from what its publisher distributes",
     "prepare": "make a token dataset from text, once",
     "bench": "time the steps of several configs against each other",
     "generate": "continue a prompt with a trained model",

@@ -224,11 +224,11 @@ def test_the_nearest_neighbour_is_scored_by_sacrebleu(bible):
     [
         (
             open_vader,
-            r"data.folder = '.*' has neither vader_sentiment_4domains.tsv.gz nor classification/vader.*cjhutto",
+            r"data.folder = '.*' has neither vader_sentiment_4domains.tsv.gz nor classification/vader.*moe_jax data vader --from",
         ),
-        (lambda f: open_vader(f, "wordnet"), "neither wordnet30_supersense.tsv.gz nor .*wordnet-base"),
+        (lambda f: open_vader(f, "wordnet"), "neither wordnet30_supersense.tsv.gz nor .*moe_jax data wordnet --from"),
         (lambda f: open_vader(f, "sst"), "no data set 'sst': choose one of vader, .*, banking77, tfds:NAME"),
-        (open_pairs, "neither bible_kjv_rv1909_en_es.tsv.gz nor translation/.*sword-text-kjv"),
+        (open_pairs, "neither bible_kjv_rv1909_en_es.tsv.gz nor translation/.*moe_jax data bible_en_es --from"),
     ],
 )
 def test_what_is_missing_says_where_it_is(tmp_path, opening, message):

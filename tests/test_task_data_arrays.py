@@ -210,8 +210,11 @@ def test_copies_of_recordings_differ_and_come_again(recordings):
 @pytest.mark.parametrize(
     ("opening", "message"),
     [
-        (open_baskets, "neither debian12_depends.tsv.gz nor recommendation/debian12_depends.tsv.gz: write Package"),
-        (open_tones, "neither fsdd_900.tar.gz nor speech/fsdd_900.tar.gz: .*free-spoken-digit-dataset"),
+        (
+            open_baskets,
+            "neither debian12_depends.tsv.gz nor recommendation/debian12_depends.tsv.gz: .*moe_jax data debian_depends --from",
+        ),
+        (open_tones, "neither fsdd_900.tar.gz nor speech/fsdd_900.tar.gz: .*moe_jax data fsdd --from"),
     ],
 )
 def test_what_is_missing_says_where_it_is(tmp_path, opening, message):

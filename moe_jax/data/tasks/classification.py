@@ -39,11 +39,7 @@ def _by_key(text: str, label: str, domain: str = "") -> Text:
 
 def _vader(folder: str) -> Iterator[list[str]]:
     name = "vader_sentiment_4domains.tsv.gz"
-    where = (
-        "take additional_resources/hutto_ICWSM_2014.tar.gz of the repository github.com/cjhutto/vaderSentiment and write its "
-        "*_GroundTruth.txt as lines of domain, valence, text with tabs between, under a first line of these names"
-    )
-    return files.table(files.find(folder, KIND, name, where), 3, header=True)
+    return files.table(files.find(folder, KIND, name, "vader"), 3, header=True)
 
 
 def read_vader(folder: str) -> Iterator[Text]:
@@ -76,21 +72,13 @@ def read_vader_domain(folder: str) -> Iterator[Text]:
 
 def read_wordnet(folder: str) -> Iterator[Text]:
     """WordNet's glosses; the label is the lexicographer's file (supersense, 45 of them)."""
-    where = (
-        "write the synsets of Debian's package wordnet-base (data.noun, data.verb, data.adj, data.adv) as lines of supersense, words, "
-        "gloss with tabs between, under a first line of these names"
-    )
-    path = files.find(folder, KIND, "wordnet30_supersense.tsv.gz", where)
+    path = files.find(folder, KIND, "wordnet30_supersense.tsv.gz", "wordnet")
     return (_by_key(gloss, sense) for sense, _, gloss in files.table(path, 3, header=True))
 
 
 def read_debian(folder: str) -> Iterator[Text]:
     """Descriptions of Debian packages; the label is the section, of the 20 with most packages."""
-    where = (
-        "write Section, Package and Description of Debian's indices (Packages and Translation-en) as lines with tabs between, under a "
-        "first line of these names"
-    )
-    path = files.find(folder, KIND, "debian12_descriptions_by_section.tsv.gz", where)
+    path = files.find(folder, KIND, "debian12_descriptions_by_section.tsv.gz", "debian")
     rows = list(files.table(path, 3, header=True))
     top = {section for section, _ in Counter(row[0] for row in rows).most_common(20)}
     for section, _, text in rows:
@@ -100,10 +88,9 @@ def read_debian(folder: str) -> Iterator[Text]:
 
 def read_banking77(folder: str) -> Iterator[Text]:
     """Questions to a bank, 77 intents (Casanueva et al. 2020), with their own test part; a training text that is in it is left out."""
-    where = "take banking_data/{train,test}.csv of the repository github.com/PolyAI-LDN/task-specific-datasets, packed with gzip"
     tested: set[bytes] = set()
     for split, name in (("heldout", "banking77_test.csv.gz"), ("train", "banking77_train.csv.gz")):
-        path = str(files.find(folder, KIND, name, where))
+        path = str(files.find(folder, KIND, name, "banking77"))
         for text, category in _csv(path, ("text", "category")):
             found = Text(text.strip(), category.strip(), "", split, key_of_text(text))
             if split == "heldout":

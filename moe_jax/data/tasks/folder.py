@@ -2,19 +2,24 @@
 
 import os
 import pathlib
+import shlex
 from collections.abc import Iterator
 
 from moe_jax.data.sources.characters import open_text, plain, readable
 from moe_jax.errors import UserError
 
 
-def find(folder: str, kind: str, name: str, where: str) -> pathlib.Path:
-    """folder/name or folder/kind/name; UserError, with `where` to get it, if there is neither."""
+def find(folder: str, kind: str, name: str, dataset: str) -> pathlib.Path:
+    """Returns folder/name or folder/kind/name; UserError, with the command that makes it, if there is neither."""
     base = pathlib.Path(os.path.expanduser(folder))
     for path in (base / name, base / kind / name):
         if path.exists():
             return path
-    raise UserError(f"data.folder = {folder!r} has neither {name} nor {kind}/{name}: {where}")
+    command = f"python -m moe_jax data {dataset} --from FILE|DIR --out {shlex.quote(folder)}"
+    raise UserError(
+        f"data.folder = {folder!r} has neither {name} nor {kind}/{name}: `{command}` makes it from what its publisher "
+        "distributes (`python -m moe_jax data` says where that is)"
+    )
 
 
 def table(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]:

@@ -28,8 +28,7 @@ Interactions = Mapping[str, Sequence[str]]  # user -> items
 
 def read_debian_depends(folder: str) -> Interactions:
     """Packages of Debian 12 as users, what they depend on as items."""
-    where = "write Package and Depends of Debian's index Packages as lines with a tab between, names divided by spaces, under a first line"
-    path = files.find(folder, KIND, "debian12_depends.tsv.gz", where)
+    path = files.find(folder, KIND, "debian12_depends.tsv.gz", "debian_depends")
     return {user: items.split() for user, items in files.table(path, 2, header=True)}
 
 

@@ -36,20 +36,14 @@ class Recording(NamedTuple):
 
 def read_fsdd(folder: str) -> list[Recording]:
     """The recordings of fsdd_900.tar.gz, or of a folder `recordings` of wav files, in the order of their names."""
-    where = (
-        "take the folder recordings of the repository github.com/Jakobovski/free-spoken-digit-dataset, as it is or packed as "
-        "fsdd_900.tar.gz"
-    )
     try:
-        path = files.find(folder, KIND, "recordings", where)
+        path = files.find(folder, KIND, "recordings", "fsdd")
     except UserError:
-        path = files.find(folder, KIND, "fsdd_900.tar.gz", where)
+        path = files.find(folder, KIND, "fsdd_900.tar.gz", "fsdd")
     found = _files(path)
     recordings = [_recording(name, found[name]) for name in sorted(found) if NAME.fullmatch(name)]
     if {recording.heldout for recording in recordings} != {True, False}:
-        raise UserError(
-            f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and above: {where}"
-        )
+        raise UserError(f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and above")
     return recordings
 
 

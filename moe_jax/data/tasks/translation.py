@@ -39,10 +39,9 @@ class Parallel(NamedTuple):
 
 def read_bible(folder: str) -> Iterator[Pair]:
     """Verses of the King James Bible and the Reina-Valera of 1909; the domain is the testament."""
-    where = "align Debian's packages sword-text-kjv and sword-text-sparv by verse, as lines of verse, English, Spanish with tabs between"
     domain = "old"
     for verse, english, spanish in files.table(
-        files.find(folder, KIND, "bible_kjv_rv1909_en_es.tsv.gz", where), 3, header=False
+        files.find(folder, KIND, "bible_kjv_rv1909_en_es.tsv.gz", "bible_en_es"), 3, header=False
     ):
         domain = "new" if verse.startswith("Matthew ") else domain
         yield Pair(english, spanish, domain, "", verse.rpartition(":")[0].encode())
@@ -50,11 +49,7 @@ def read_bible(folder: str) -> Iterator[Pair]:
 
 def _debian(language: str) -> Callable[[str], Iterator[Pair]]:
     def read(folder: str) -> Iterator[Pair]:
-        where = (
-            f"pair the paragraphs of Debian's indices Translation-en and Translation-{language} by Description-md5, as lines of "
-            "English and translation with a tab between"
-        )
-        path = files.find(folder, KIND, f"ddtp_en_{language}.tsv.gz", where)
+        path = files.find(folder, KIND, f"ddtp_en_{language}.tsv.gz", f"debian_en_{language}")
         return (
             Pair(source, target, "debian", "", key_of_text(source))
             for source, target in files.table(path, 2, header=False)

@@ -62,13 +62,9 @@ def _fashion(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _idx(folder: str, name: str) -> np.ndarray:
-    where = (
-        f"install Debian's package dataset-fashion-mnist, whose {PACKAGED} is read too, or take the file from "
-        "github.com/zalandoresearch/fashion-mnist"
-    )
     packaged = PACKAGED / name
     try:
-        path = files.find(folder, "fashion_mnist", name, where)
+        path = files.find(folder, "fashion_mnist", name, "fashion_mnist")
     except UserError:
         if not packaged.exists():
             raise

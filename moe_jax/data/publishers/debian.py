@@ -1,0 +1,162 @@
+"""Debian's indices: Packages, Translation-XX, and the Release file with their sha256 sums.
+
+An index is a list of paragraphs of `Field: value` (deb-control(5)). A description begins with its
+short form; a line with a dot alone divides the paragraphs of the long one.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+
+from moe_jax.data.publishers.contract import Converted
+from moe_jax.data.publishers.given import Found, Given
+from moe_jax.data.publishers.written import table
+from moe_jax.errors import UserError
+
+RELEASE = "Release|InRelease|*_Release|*_InRelease"
+MEASURED = "bookworm"  # Debian 12, the release of the figures in docs/tasks.md
+LONGEST = 500  # characters of a paragraph, below which a pair is taken
+
+Paragraph = dict[str, str]
+
+
+def sections(given: Given) -> Converted:
+    """Returns section, package and description, by package; of equal descriptions the first."""
+    packages, notes = _packages(given)
+    english = _descriptions(given, "en")
+    rows = {}
+    for name, package in packages.items():
+        described = english.get(package.get("Description-md5", ""))
+        if described is not None:
+            text = " ".join(_lines(described))
+            rows.setdefault(text, (package.get("Section", ""), name, text))
+    if not rows:
+        raise UserError(f"--from {given}: Packages and Translation-en share no Description-md5: give one release")
+    lines = table([("section", "package", "description"), *rows.values()])
+    files = {"classification/debian12_descriptions_by_section.tsv.gz": lines}
+    return Converted(files, (f"{len(rows):,} descriptions", *notes))
+
+
+def depends(given: Given) -> Converted:
+    """Returns each package with what it depends on, by name; of alternatives the first."""
+    packages, notes = _packages(given)
+    needed = {name: _needed(package.get("Depends", "")) for name, package in packages.items()}
+    rows = [(name, " ".join(names)) for name, names in needed.items() if names]
+    lines = table([("package", "depends"), *rows])
+    return Converted({"recommendation/debian12_depends.tsv.gz": lines}, (f"{len(rows):,} packages", *notes))
+
+
+def translation(language: str) -> Callable[[Given], Converted]:
+    """Returns the converter of the pairs of English and a language."""
+    return functools.partial(_pairs, language=language)
+
+
+def _pairs(given: Given, language: str) -> Converted:
+    """Returns the paragraphs of descriptions that have as many in both languages, sorted.
+
+    Left out are paragraphs that are the same in both languages, have a tab, or are not shorter than
+    LONGEST.
+    """
+    english = _descriptions(given, "en")
+    pairs: set[tuple[str, str]] = set()
+    for md5, described in _descriptions(given, language).items():
+        sources, targets = _paragraphs(english.get(md5, "")), _paragraphs(described)
+        if md5 in english and len(sources) == len(targets):
+            pairs.update(zip(sources, targets))
+    kept = sorted(pair for pair in pairs if _is_prose(*pair))
+    if not kept:
+        raise UserError(f"--from {given}: Translation-en and Translation-{language} share no Description-md5")
+    notes = (f"{len(kept):,} pairs of paragraphs", *_release_notes(given))
+    return Converted({f"translation/ddtp_en_{language}.tsv.gz": table(kept)}, notes)
+
+
+def _is_prose(source: str, target: str) -> bool:
+    """Returns whether a pair is text that was translated, and short enough."""
+    return source != target and max(len(source), len(target)) < LONGEST and "\t" not in source + target
+
+
+def _packages(given: Given) -> tuple[dict[str, Paragraph], tuple[str, ...]]:
+    """Returns the packages by name, sorted, and what is to be told of their release."""
+    found = _index(given, "Packages|*_Packages")
+    wanted = ("Package", "Section", "Depends", "Description-md5")
+    packages = {paragraph["Package"]: paragraph for paragraph in _read(found, wanted, "Package")}
+    return dict(sorted(packages.items())), _release_notes(given)
+
+
+def _descriptions(given: Given, language: str) -> dict[str, str]:
+    """Returns the descriptions in a language by the md5 sum of the English one."""
+    found = _index(given, f"Translation-{language}|*_Translation-{language}")
+    field = f"Description-{language}"
+    wanted = ("Description-md5", field)
+    by_md5: dict[str, str] = {}
+    for paragraph in _read(found, wanted, "Description-md5"):
+        by_md5.setdefault(paragraph["Description-md5"], paragraph.get(field, ""))
+    return by_md5
+
+
+def _index(given: Given, patterns: str) -> Found:
+    """Returns an index, compared with the sums of the release if its Release file is given too."""
+    sums = _sums(given.one(RELEASE)) if given.has(RELEASE) else ()
+    return given.one(patterns, sums)
+
+
+def _sums(release: Found) -> list[str]:
+    """Returns all sha256 sums of a Release file."""
+    found = re.findall(r"^ ([0-9a-f]{64}) +\d+ \S+$", release.text(), flags=re.MULTILINE)
+    if not found:
+        raise UserError(f"{release.place} has no sha256 sums: give Debian's InRelease, or none")
+    return found
+
+
+def _release_notes(given: Given) -> tuple[str, ...]:
+    if not given.has(RELEASE):
+        return ("nothing was compared with Debian's sums: give the InRelease of dists/bookworm too",)
+    text = given.one(RELEASE).text()
+    codename, version = (re.search(rf"^{name}: (\S+)$", text, re.MULTILINE) for name in ("Codename", "Version"))
+    told = f"Debian {version[1] if version else ''} ({codename[1] if codename else 'unknown'})"
+    if codename and codename[1] == MEASURED:
+        return (f"{told}; figures of docs/tasks.md differ a little from one point release to the next",)
+    return (f"{told}; the figures of docs/tasks.md are of {MEASURED}: yours will differ",)
+
+
+def _read(found: Found, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph]:
+    """Yields the paragraphs with their wanted fields.
+
+    UserError if one has no `key`, or the file ends within one.
+    """
+    text = found.text()
+    if not text.endswith("\n\n"):
+        raise UserError(f"{found.place} does not end with an empty line: it was cut, or is no index of Debian")
+    for number, block in enumerate(text.split("\n\n"), 1):
+        paragraph: Paragraph = {}
+        for field in re.split(r"\n(?=\S)", block.strip("\n")):
+            name, _, value = field.partition(":")
+            if name in wanted:
+                paragraph[name] = value.strip(" ")
+        if key in paragraph:
+            yield paragraph
+        elif block.strip():
+            raise UserError(f"{found.place}, paragraph {number} has no field {key}: give Debian's own index")
+
+
+def _lines(description: str) -> list[str]:
+    """Returns the lines of a description without the dots that divide its paragraphs."""
+    return [line.strip() for line in description.split("\n") if line.strip() != "."]
+
+
+def _paragraphs(description: str) -> list[str]:
+    """Returns the short form, and the paragraphs of the long one, each as one line."""
+    short, *rest = description.split("\n")
+    joined: list[list[str]] = [[]]
+    for line in rest:
+        if line.strip() == ".":
+            joined.append([])
+        else:
+            joined[-1].append(line.strip())
+    return [short.strip(), *(" ".join(lines) for lines in joined if lines)]
+
+
+def _needed(depends: str) -> list[str]:
+    """Returns the names of a Depends field, sorted: "a (>= 1) | b, c:any" -> ["a", "c"]."""
+    first = (part.partition("|")[0].strip() for part in depends.split(","))
+    return sorted({re.split(r"[\s(:]", name)[0] for name in first if name})

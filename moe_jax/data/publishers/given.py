@@ -1,0 +1,214 @@
+"""The files that a user gives with --from: found by name, unpacked, and compared with a digest."""
+
+import bz2
+import fnmatch
+import gzip
+import hashlib
+import lzma
+import pathlib
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import pyarrow
+
+from moe_jax.errors import UserError
+
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,  # a zip archive with a password
+    NotImplementedError,  # a zip archive that is packed in a way that Python does not know
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    pyarrow.ArrowException,
+)
+
+
+def _lz4(data: bytes) -> bytes:
+    """Returns what an lz4 frame holds; apt keeps its lists packed so."""
+    with pyarrow.input_stream(pyarrow.py_buffer(data), compression="lz4") as stream:
+        return stream.read()
+
+
+UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".lz4": _lz4,
+}
+
+
+class Source(NamedTuple):
+    """A file that was used, for the record of where data comes from."""
+
+    name: str
+    size: int
+    sha256: str
+    checked: str  # the digest that it was compared with; "" = there was none
+
+
+class _Entry(NamedTuple):
+    name: str  # without its folder and without what says how it is packed
+    place: str  # for messages
+    unpack: Callable[[bytes], bytes] | None
+    read: Callable[[], bytes]
+
+
+class Found(NamedTuple):
+    """One file, as it was given and unpacked."""
+
+    place: str
+    packed: bytes
+    data: bytes
+
+    def text(self) -> str:
+        """Returns the data as UTF-8 text. UserError where it is none."""
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.place} is not UTF-8 at byte {error.start}: give the publisher's own file") from None
+
+
+class Given:
+    """All files below the paths that a user gave: files, folders, tar and zip archives.
+
+    `sources` grows with every file that is read. Archives in a folder are not opened.
+    """
+
+    def __init__(self, paths: Sequence[pathlib.Path], any_digest: bool = False) -> None:
+        """Lists the files. UserError for a path that is not there or an archive that is damaged."""
+        self.paths = tuple(paths)
+        self.any_digest = any_digest
+        self.sources: list[Source] = []
+        self._entries = [entry for path in paths for entry in _entries(path)]
+
+    def one(self, patterns: str, digests: Sequence[str] = ()) -> Found:
+        """Returns the one file of a name.
+
+        Args:
+          patterns: names with * in them, divided by "|", without an ending such as .gz.
+          digests: md5 or sha256 sums in hexadecimal, of the file as it is or unpacked, of which one
+            must fit; without any nothing is compared.
+        """
+        entries = self._matching(patterns)
+        if len(entries) != 1:
+            found = ", ".join(entry.place for entry in entries[:4])
+            wanted = patterns.replace("|", " or ")
+            several = f"{len(entries)} files {wanted} ({found}): name one of them with --from FILE"
+            none = f"no file {wanted}, plain or packed: `python -m moe_jax data` lists what to give"
+            raise UserError(f"--from {self} holds {several if entries else none}")
+        found = _read(entries[0])
+        self._record(found, digests)
+        return found
+
+    def many(self, pattern: str, what: str) -> dict[str, Found]:
+        """Returns all files that match, by name, sorted; they are one source, called `what`."""
+        found = {entry.name: _read(entry) for entry in self._matching(pattern)}
+        found = dict(sorted(found.items()))
+        if found:
+            joined = b"".join(file.packed for file in found.values())
+            digest = hashlib.sha256(joined).hexdigest()
+            self.sources.append(Source(f"{len(found)} {what}, one after another", len(joined), digest, ""))
+        return found
+
+    def has(self, patterns: str) -> bool:
+        """Returns whether any file matches."""
+        return bool(self._matching(patterns))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.paths))
+
+    def _matching(self, patterns: str) -> list[_Entry]:
+        wanted = patterns.split("|")
+        return [e for e in self._entries if any(fnmatch.fnmatchcase(e.name, p) for p in wanted)]
+
+    def _record(self, found: Found, digests: Sequence[str]) -> None:
+        sha256 = hashlib.sha256(found.packed).hexdigest()
+        checked = fitting(found, digests)
+        if digests and not checked and not self.any_digest:
+            raise _unfit(found, digests)
+        name = found.place.replace("\\", "/").rpartition("/")[2]
+        source = Source(name, len(found.packed), sha256, checked)
+        if source not in self.sources:
+            self.sources.append(source)
+
+
+def fitting(found: Found, digests: Sequence[str]) -> str:
+    """Returns the digest that a file, or what it holds, has; "" if it has none of them."""
+    for data in (found.packed, found.data):
+        for name in ("md5", "sha256"):
+            digest = hashlib.new(name, data).hexdigest()
+            if digest in digests:
+                return f"{name} {digest}"
+    return ""
+
+
+def _unfit(found: Found, digests: Sequence[str]) -> UserError:
+    """Returns the error for a file that has none of its publisher's digests."""
+    kind = "md5" if len(digests[0]) == 32 else "sha256"
+    own = hashlib.new(kind, found.packed).hexdigest()
+    right = " or ".join(digests) if len(digests) < 4 else "none of the sums that the release lists"
+    return UserError(
+        f"{found.place} has the {kind} sum {own}, its publisher's file has {right}: it was changed or cut, or is "
+        "another one; give the publisher's, or add --any_digest"
+    )
+
+
+def _read(entry: _Entry) -> Found:
+    try:
+        packed = entry.read()
+        data = entry.unpack(packed) if entry.unpack else packed
+    except DAMAGE as error:
+        raise UserError(f"{entry.place} cannot be read, it may be damaged: {error}") from None
+    return Found(entry.place, packed, data)
+
+
+def _entries(path: pathlib.Path) -> Iterator[_Entry]:
+    try:
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    yield _entry(str(file), file.read_bytes)
+        elif not path.is_file():
+            raise UserError(f"--from {path} is neither a file nor a folder")
+        elif zipfile.is_zipfile(path):
+            yield from _members(path, _zip_members(path))
+        elif tarfile.is_tarfile(path):
+            yield from _members(path, _tar_members(path))
+        else:
+            yield _entry(str(path), path.read_bytes)
+    except DAMAGE as error:
+        raise UserError(f"--from {path} cannot be read, it may be damaged: {error}") from None
+
+
+def _members(path: pathlib.Path, files: Mapping[str, bytes]) -> Iterator[_Entry]:
+    for name, data in files.items():
+        yield _entry(f"{path}/{name}", lambda data=data: data)
+
+
+def _zip_members(path: pathlib.Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()}
+
+
+def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            opened = archive.extractfile(member) if member.isfile() else None
+            if opened is not None:
+                files[member.name] = opened.read()
+    return files
+
+
+def _entry(place: str, read: Callable[[], bytes]) -> _Entry:
+    name = place.rpartition("/")[2]
+    for ending, unpack in UNPACK.items():
+        if name.endswith(ending):
+            return _Entry(name.removesuffix(ending), place, unpack, read)
+    return _Entry(name, place, None, read)

@@ -1,0 +1,67 @@
+"""What comes out: tables of text packed with gzip, and a record of where they come from."""
+
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from moe_jax.data.publishers.given import Source
+from moe_jax.errors import UserError
+
+RULES = "2026-11-28"  # the day of the rules of conversion: another one when what comes out changes
+
+
+def table(rows: Iterable[Sequence[str]]) -> bytes:
+    """Returns lines of cells with tabs between. What would end a cell or a line becomes a space."""
+    lines = ("\t".join(re.sub(r"[\t\r\n]", " ", cell) for cell in row) for row in rows)
+    return "".join(f"{line}\n" for line in lines).encode("utf-8")
+
+
+def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[Source]) -> bool:
+    """Writes `content` to `path`, packed if its name ends with .gz, and PATH.source.json beside it.
+
+    Returns False if the file is there already with this content: it is left as it is. UserError if
+    it is there with another content, so that nothing is overwritten, or if it cannot be written.
+    """
+    try:
+        if path.exists():
+            if _content(path) != content:
+                message = "is there already and holds something else: move it, or choose another --out"
+                raise UserError(f"{path} {message}")
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, gzip.compress(content, 6, mtime=0) if path.suffix == ".gz" else content)
+        record = {
+            "dataset": dataset,
+            "rules": RULES,
+            "sha256_unpacked": hashlib.sha256(content).hexdigest(),
+            "sources": [source._asdict() for source in sources],
+        }
+        _replace(
+            path.with_name(path.name + ".source.json"),
+            (json.dumps(record, indent=1) + "\n").encode(),
+        )
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
+    return True
+
+
+def _content(path: pathlib.Path) -> bytes | None:
+    """Returns what a file holds, None if it is damaged."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError):
+        return None
+
+
+def _replace(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file in one step: who is killed in between leaves no half of it under its name."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
