@@ -172,7 +172,11 @@ def test_flags_that_cannot_work_are_one_line(tmp_path, capsys):
     assert "neither a file nor a folder" in refusal(capsys, "wordnet", "--from", tmp_path / "nowhere")
     line = refusal(capsys, "wordnet", "--from", tmp_path)
     assert "holds no file data.noun, plain or packed: `python -m moe_jax data` lists what to give" in line
+    (tmp_path / "wordnet.deb").write_bytes(b"!<arch>")
+    line = refusal(capsys, "wordnet", "--from", tmp_path / "wordnet.deb")
+    assert "is a Debian package: `dpkg-deb -x" in line
     (tmp_path / "x.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    assert f"not opened, name them: {tmp_path / 'x.zip'}" in refusal(capsys, "wordnet", "--from", tmp_path)
     assert "holds no file" in refusal(capsys, "wordnet", "--from", tmp_path / "x.zip")
 
 

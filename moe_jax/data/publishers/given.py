@@ -101,7 +101,7 @@ class Given:
             wanted = patterns.replace("|", " or ")
             several = f"{len(entries)} files {wanted} ({found}): name one of them with --from FILE"
             none = f"no file {wanted}, plain or packed: `python -m moe_jax data` lists what to give"
-            raise UserError(f"--from {self} holds {several if entries else none}")
+            raise UserError(f"--from {self} holds {several if entries else none + self._closed()}")
         found = _read(entries[0])
         self._record(found, digests)
         return found
@@ -126,6 +126,11 @@ class Given:
     def _matching(self, patterns: str) -> list[_Entry]:
         wanted = patterns.split("|")
         return [e for e in self._entries if any(fnmatch.fnmatchcase(e.name, p) for p in wanted)]
+
+    def _closed(self) -> str:
+        """Returns what to say of archives that are in a folder; "" if there is none."""
+        closed = [e.place for e in self._entries if e.name.endswith((".tar", ".tgz", ".zip"))]
+        return f". Archives in a folder are not opened, name them: {', '.join(closed[:4])}" if closed else ""
 
     def _record(self, found: Found, digests: Sequence[str]) -> None:
         sha256 = hashlib.sha256(found.packed).hexdigest()
@@ -176,6 +181,8 @@ def _entries(path: pathlib.Path) -> Iterator[_Entry]:
                     yield _entry(str(file), file.read_bytes)
         elif not path.is_file():
             raise UserError(f"--from {path} is neither a file nor a folder")
+        elif path.suffix == ".deb":
+            raise UserError(f"--from {path} is a Debian package: `dpkg-deb -x {path} DIR` unpacks it, then give DIR")
         elif zipfile.is_zipfile(path):
             yield from _members(path, _zip_members(path))
         elif tarfile.is_tarfile(path):
