@@ -131,6 +131,8 @@ def test_settings_are_chosen_on_training_texts_alone(tmp_path):
     banking77(tmp_path, [*train, test[0]], test)
     data = open_vader(tmp_path, "banking77", select=True, heldout_every=4)
     chosen = {part: set(texts) for part, (texts, _) in data.about.raw.items()}
+    held = len(chosen["heldout"])
+    assert data.notes[0] == f"select: {held} of 400 training texts are held out, the test part is left out"
     assert chosen["train"] | chosen["heldout"] == set(train), "no text of the test part is used"
     assert not chosen["train"] & chosen["heldout"] and 70 < len(chosen["heldout"]) < 130
     assert open_vader(tmp_path, "banking77", heldout_every=4).about.raw["heldout"][0] == test

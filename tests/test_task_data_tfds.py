@@ -61,9 +61,7 @@ def here(folder, monkeypatch):
 
 
 def texts(name):
-    return classification.open_classification(
-        name, "", seq_len=16, tokens="bytes", heldout_every=5, select=False, seed=0
-    )
+    return classification.open_classification(name, "", seq_len=16, tokens="bytes", heldout_every=5, seed=0)
 
 
 def test_texts_are_held_out_where_labels_are_known():

@@ -140,7 +140,7 @@ DATASETS: dict[str, Callable[[str], Iterator[Text]]] = {
 
 
 def open_classification(
-    name: str, folder: str, *, seq_len: int, tokens: str, heldout_every: int, select: bool, seed: int
+    name: str, folder: str, *, seq_len: int, tokens: str, heldout_every: int, seed: int, select: bool = False
 ) -> Examples:
     """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledTokens`; `about` is `examples.Classes`.
 
@@ -154,6 +154,8 @@ def open_classification(
     parts, notes = labelled(split(found, heldout_every))
     if select:
         parts = selection(parts["train"], heldout_every)
+        chosen, every = len(parts["heldout"]), sum(map(len, parts.values()))
+        notes = (*notes, f"select: {chosen} of {every} training texts are held out, the test part is left out")
     for part, texts in parts.items():
         if not texts:
             raise UserError(f"{name} has no {part} text with a label: lower heldout_every ({heldout_every})")
