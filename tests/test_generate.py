@@ -15,6 +15,7 @@ from test_sample import one_device, raw_config, values
 from moe_jax import config
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.commands import generate
+from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.state import State
@@ -134,6 +135,12 @@ def test_generate_says_what_a_workdir_lacks(workdir, tmp_path):
         run(tmp_path, "--prompt", "x")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     with pytest.raises(UserError, match="tokenizer holds no complete tokenizer"):
+        run(tmp_path, "--prompt", "x")
+    tokenizer_lib.make("bpe:600", lambda: ["any text of another run " * 99]).save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer has \d+ ids \(bpe:600\), but the model of this run has 256"):
+        run(tmp_path, "--prompt", "x")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no complete tokenizer"):
         run(tmp_path, "--prompt", "x")
     bytes_tokenizer().save(tmp_path / "tokenizer")
     with pytest.raises(UserError, match=r"there is no checkpoint in .*checkpoints yet"):

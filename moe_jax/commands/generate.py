@@ -78,6 +78,11 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
             "its outputs on held-out data are in predictions.jsonl there, and only a language model generates"
         )
     tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
+    if tokenizer.vocab_size > cfg.model.vocab_size:  # JAX would take an id that the embedding lacks for its last one
+        raise UserError(
+            f"{flags.workdir / 'tokenizer'} has {tokenizer.vocab_size} ids ({tokenizer.name}), but the model of this run has "
+            f"{cfg.model.vocab_size} (model.vocab_size): put the tokenizer back that the run was trained with"
+        )
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         averaged = bool(cfg.optim.ema_decay)  # what evaluation and the samples of training use
         if flags.raw and not averaged:
