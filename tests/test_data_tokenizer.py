@@ -59,6 +59,9 @@ def models(tmp_path_factory, bpe):
     word.decoder = hf.decoders.WordPiece()
     word.save(str(folder / "wordpiece.json"))
     (folder / "garbage.json").write_text("{")
+    foreign = json.loads(bpe.model)
+    foreign["model"]["vocab"]["日"] = len(foreign["model"]["vocab"])
+    (folder / "foreign.json").write_text(json.dumps(foreign))
     (folder / "garbage.model").write_bytes(b"not a model")
     (folder / "empty.model").write_bytes(b"")
     return folder
@@ -144,6 +147,7 @@ def test_a_token_outside_of_the_vocabulary_is_one_message(token):
         ("bpe:many", "give a vocabulary of at least 257"),
         ("file:nowhere.json", "tokenizer file:nowhere.json cannot be read: .*No such file"),
         ("file:{}/garbage.json", "garbage.json is no tokenizer.json"),
+        ("file:{}/foreign.json", "foreign.json has the token '日', which stands for no bytes: the file may be damaged"),
         (
             "file:{}/garbage.model",
             "garbage.model is neither a SentencePiece model nor, by its ending, a",

@@ -1,6 +1,7 @@
 """Tokenizers of two libraries: Hugging Face `tokenizers` (and byte-level BPE trained by it) and SentencePiece."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -175,7 +176,15 @@ def _piece_reader(name: str, model: bytes):
     kinds = {part["type"] for part in [decoder, *decoder.get("decoders", ())] if "type" in part}
     if "ByteLevel" in kinds:
         table = _byte_level_table()
-        return lambda token: bytes(table[c] for c in token)
+
+        def byte_level(token: str) -> bytes:
+            if not set(token) <= table.keys():
+                raise UserError(
+                    f"tokenizer {name} has the token {token!r}, which stands for no bytes: the file may be damaged"
+                )
+            return bytes(table[c] for c in token)
+
+        return byte_level
     if kinds & {"Metaspace", "ByteFallback"}:
         return _sentencepiece_bytes
     raise UserError(
@@ -192,6 +201,6 @@ def _byte_level_table() -> dict[str, int]:
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
+    if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes([int(byte[1], 16)])
     return piece.replace("\u2581", " ").encode("utf-8")

@@ -33,7 +33,9 @@ class Spec(NamedTuple):
 def parse(spec: str) -> Spec:
     """`[label=]kind[:argument]` taken apart; UserError if no kind of source is meant."""
     if spec != spec.encode("utf-8", "replace").decode("utf-8"):
-        raise UserError(f"source {spec!r} has bytes that are no UTF-8: name its files by a glob, with a ? for each such byte")
+        raise UserError(
+            f"source {spec!r} has bytes that are no UTF-8: name its files by a glob, with a ? for each such byte"
+        )
     kinds = "|".join(SOURCES)
     match = re.fullmatch(rf"(?:([\w.-]+)=)?({kinds})(?::(.*))?", spec, flags=re.DOTALL)
     if not match:
