@@ -23,7 +23,7 @@ from scipy import stats
 
 from moe_jax import checkpoint, config, config_file, flops, mesh, shell, signals, train
 from moe_jax.compiling import QUICK, as_flags
-from moe_jax.errors import SaveError, UserError
+from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +257,7 @@ def launch(work: Callable[[], None]) -> int:
     with signals.listening():
         try:
             work()
-        except (UserError, SaveError) as error:
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 64
         except OSError as error:

@@ -47,6 +47,10 @@ def load(path: Path) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         return module.get_config(arg) if colon else module.get_config()
+    except SystemExit as error:
+        raise UserError(
+            f"the config file {path} ends the program (SystemExit: {error.code}), it must return a config"
+        ) from None
     except ImportError as error:
         raise UserError(f"the config file {path} cannot be loaded: {error}") from error
     except AttributeError as error:

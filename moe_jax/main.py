@@ -5,6 +5,7 @@ Ctrl-C, 128 + N ended by signal N when there was nothing to save yet, or by a se
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe_jax import STARTED, config, config_file, mesh
-from moe_jax.errors import SaveError, UserError
+from moe_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h"}
@@ -130,7 +131,7 @@ def read_config() -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     try:
         return launch(argv)
-    except (UserError, SaveError) as e:
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 64
     except OSError as e:  # a disk that is full, a directory that may not be written to
@@ -165,6 +166,8 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     from moe_jax.stopping import NonFinite
 
     workdir, main = Path(FLAGS.workdir), jax.process_index() == 0
+    # Orbax logs a traceback for each of its threads when a save fails, which the error of the run tells in one line.
+    logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
         result = train.run(cfg, raw, defaults, workdir, STARTED)
     except NonFinite as e:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import test_metrics
 
-from moe_jax import errors, event_file, main, metrics, starts
+from moe_jax import config_file, event_file, main, metrics, starts
+from moe_jax.checkpoint.store import SaveFailed
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows, write_run_info
 
@@ -111,7 +112,7 @@ def test_the_first_start_has_no_code_to_differ_from(tmp_path):
             OSError(errno.ENOSPC, "No space left on device", "runs/x/routing.png"),
             "runs/x/routing.png: No space left on",
         ),
-        (errors.SaveError("saving step_00000005 failed"), "saving step_00000005 failed"),
+        (SaveFailed("saving step_00000005 failed"), "saving step_00000005 failed"),
     ],
 )
 def test_what_cannot_be_written_ends_a_run_with_a_line(monkeypatch, capsys, error, told):
@@ -128,3 +129,10 @@ def test_processes_that_cannot_be_found_are_one_line(tmp_path):
     done = subprocess.run([*command, "--distributed"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 64 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: --distributed: jax cannot bring the processes together: ")
+
+
+@pytest.mark.parametrize("program", ["exit(3)", "def get_config(arg=None):\n    raise SystemExit('no such set')"])
+def test_a_config_file_that_ends_the_program_is_one_line(tmp_path, program):
+    (tmp_path / "tiny.py").write_text(program)
+    with pytest.raises(UserError, match=r"the config file .*tiny.py ends the program \(SystemExit: (3|no such set)\)"):
+        config_file.load(tmp_path / "tiny.py")

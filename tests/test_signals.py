@@ -55,11 +55,21 @@ def test_a_signal_is_told_at_once_and_a_second_ends_the_process():
     assert process.returncode == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_after_a_run_that_is_saved_a_signal_ends_the_process_at_once(number, code):
+    """While its baselines are measured and its tables made."""
+    process = start(
+        f'heard.start(); heard.note(); heard.release(); heard.saved = True; print("ready", flush=True); {IN_COMPILED_CODE}'
+    )
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == code
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """As nohup asks for."""
-    program = 'heard.start(); print("ready", flush=True); time.sleep(1); print("end")'
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    process = start(program, preexec_fn=ignore)
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); heard.start()\n"
+    process = start(program + 'print("ready", flush=True); time.sleep(1); print("end")')
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=20)[0] == "end\n" and process.returncode == 0
 

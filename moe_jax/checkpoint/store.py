@@ -16,11 +16,13 @@ from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoint import flat as flat_lib
 from moe_jax.checkpoint import manifest
-from moe_jax.errors import SaveError, UserError
+from moe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-# Orbax prints a traceback for each of its threads when a save fails, which `_wait` tells in one line.
-logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
+
+
+class SaveFailed(UserError, RuntimeError):
+    """A checkpoint could not be written; the text says which, and why."""
 
 
 class Checkpoints:
@@ -55,7 +57,7 @@ class Checkpoints:
           stacked: layers below "repeats" are stacked over a leading axis in `state` (model.scan).
 
         Returns False, and saves nothing, when this object has saved or restored that very step. A checkpoint of that
-        step from elsewhere (damaged, or of another history of the run) is renamed. Raises SaveError when the save
+        step from elsewhere (damaged, or of another history of the run) is renamed. Raises SaveFailed when the save
         before this one failed.
         """
         self._wait()
@@ -77,7 +79,7 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Raises SaveError when a save has failed in the background; costs nothing, so call it every step."""
+        """Raises SaveFailed when a save has failed in the background; costs nothing, so call it every step."""
         if self._pending and self._pending[1].done():
             self._wait()
 
@@ -133,7 +135,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save in the background; a process that exits without it loses that save.
 
-        Raises SaveError when the save failed.
+        Raises SaveFailed when the save failed.
         """
         try:
             self._wait()
@@ -153,7 +155,7 @@ class Checkpoints:
         path = manifest.step_path(self.directory, step)
         if error := future.exception():
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise SaveError(f"saving {path} failed{_free(path)}: {reason}") from error
+            raise SaveFailed(f"saving {path} failed{_free(path)}: {reason}") from error
         self._here.add(step)
         self._sound.add(step)
 
