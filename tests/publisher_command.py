@@ -16,7 +16,7 @@ def data(capsys, *arguments):
 def refusal(capsys, *arguments):
     """Returns the one line of a command that is refused."""
     code, out, err = data(capsys, *arguments)
-    assert code == 64 and len(err) == 1, (code, out, err)
+    assert code == 64 and not out and len(err) == 1, (code, out, err)
     return err[0]
 
 

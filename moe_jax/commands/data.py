@@ -10,7 +10,7 @@ import pathlib
 from moe_jax import shell
 from moe_jax.data.publishers import table, written
 from moe_jax.data.publishers.contract import Published
-from moe_jax.data.publishers.given import Given
+from moe_jax.data.publishers.given import Given, Source
 from moe_jax.errors import UserError
 
 REST = """\
@@ -63,17 +63,22 @@ def convert(flags: argparse.Namespace, published: Published) -> None:
     """Writes the files of a set, and says what they are and what to do with them."""
     given = Given([path.expanduser() for path in flags.given], flags.any_digest)
     converted = published.convert(given)
-    for source in given.sources:
-        print(f"read {source.name}" + (f", whose {source.checked} is right" if source.checked else ""))
+    told = [_read(source) for source in given.sources]
     for name, content in converted.files.items():
         path = flags.out / name
         new = written.write(path, content, flags.name, given.sources)
-        print(f"wrote {path}" if new else f"{path} is there already, with this content")
-    print("\n".join(converted.notes))
+        told.append(f"wrote {path}" if new else f"{path} is there already, with this content")
+    told.extend(converted.notes)
     if published.config:
         arguments = ("--config", published.config, f"--config.data.folder={flags.out}")
         train = shell.command("moe_jax.main", *arguments, "--workdir", f"runs/{flags.name}")
-        print(f"train on it with:\n  {train}")
+        told.append(f"train on it with:\n  {train}")
+    print("\n".join(told))
+
+
+def _read(source: Source) -> str:
+    """Returns the line of a file that was read."""
+    return f"read {source.name}" + (f", whose {source.checked} is right" if source.checked else "")
 
 
 def describe(name: str, published: Published) -> str:
