@@ -9,6 +9,7 @@ from moe_jax.models import kinds
 from moe_jax.moe import causality, losses, sparse
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
+from moe_jax.optim import schedules
 
 
 def check(c: Config) -> None:
@@ -31,6 +32,8 @@ BALANCED_BY = {
 
 def advice(c: Config) -> Iterator[str]:
     """What a run is told at its start: allowed, and hardly ever meant."""
+    if cut := schedules.warmup_note(c.optim):
+        yield cut
     if not c.model.num_moe_layers:
         return
     e = c.model.moe
@@ -270,8 +273,6 @@ def _batch(c: Config) -> Iterator[str]:
 
 
 def _train(c: Config) -> Iterator[str]:
-    if c.optim.warmup_steps > c.train.steps:
-        yield f"optim.warmup_steps ({c.optim.warmup_steps}) must not exceed train.steps ({c.train.steps})"
     if c.profile and c.profile[0] >= c.train.steps:
         yield f"profile = {c.profile[0]}:{c.profile[1]} begins after the last step (train.steps = {c.train.steps}): nothing would be traced"
     first = due(c.record.steps).first

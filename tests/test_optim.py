@@ -13,7 +13,7 @@ from moe_jax import optim
 from moe_jax.config import OptimConfig, Options
 from moe_jax.errors import UserError
 from moe_jax.names import name_of
-from moe_jax.optim import muon
+from moe_jax.optim import muon, schedules
 
 OPTIONS = {
     "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0},
@@ -112,6 +112,28 @@ def test_warmup_stable_decay(shape, middle):
     options = {"decay_fraction": 0.2, "final_fraction": 0.0, "shape": shape}
     cfg = config(schedule="wsd", schedule_options=options, warmup_steps=10)
     assert rates(cfg, 5, 10, 50, 80, 90, 100) == pytest.approx([0.5, 1.0, 1.0, 1.0, middle, 0.0], abs=1e-6)
+
+
+WSD = {"schedule": "wsd", "schedule_options": {"decay_fraction": 0.5, "final_fraction": 0.0, "shape": "linear"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({"warmup_steps": 100}, 100),
+        ({"warmup_steps": 101}, 50),
+        ({"warmup_steps": 20, "steps": 4}, 2),
+        ({"warmup_steps": 20, "steps": 1}, 0),
+        ({"warmup_steps": 50} | WSD, 50),
+        ({"warmup_steps": 51} | WSD, 25),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_takes_half_of_the_room(changes, takes):
+    cfg = config(**changes)
+    assert schedules.warmup(cfg) == takes
+    assert rates(cfg, takes) == [1.0] and (takes == 0 or rates(cfg, 0) == [0.0])
+    said = schedules.warmup_note(cfg)
+    assert (f"the warm-up takes {takes}" in said) == (takes < changes["warmup_steps"]) == bool(said)
 
 
 def test_rate_follows_the_count_of_updates():
@@ -334,12 +356,8 @@ def test_update_ema():
             'optim.schedules.wsd.shape = "cubic" is not known: choose one of linear, sqrt',
         ),
         (
-            {
-                "schedule": "wsd",
-                "schedule_options": {"decay_fraction": 0.9, "final_fraction": 0.0, "shape": "sqrt"},
-                "warmup_steps": 20,
-            },
-            "optim.schedules.wsd.decay_fraction = 0.9 is 90 of train.steps = 100, and leaves no room for",
+            {"schedule": "wsd", "schedule_options": {"decay_fraction": 1.1, "final_fraction": 0.0, "shape": "sqrt"}},
+            "optim.schedules.wsd.decay_fraction = 1.1 must lie between 0 and 1",
         ),
     ],
 )
@@ -362,6 +380,8 @@ def test_what_may_not_move_has_no_part_in_the_norm_and_neither_moments_nor_decay
     updates, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["w"], [[-0.6, -0.8]], rtol=1e-6)
     assert not np.any(updates["body"]["w"]) and not np.any(state["direction"].trace["body"]["w"])
-    for pattern, message in (("(", "is no regular expression"), ("^tail", "is found in no name of a parameter")):
-        with pytest.raises(UserError, match=message):
+    missed = '"^ead/" is found in no name of a parameter: did you mean head/w? they are body/w, head/w'
+    for pattern, message in (("(", "is no regular expression"), ("^ead/", missed)):
+        with pytest.raises(UserError) as error:
             optim.make(dataclasses.replace(cfg, train_only=pattern), params, stacked=False)
+        assert message in str(error.value)

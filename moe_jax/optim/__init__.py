@@ -11,7 +11,7 @@ stack as it would the layer alone, so the loop and the scan train alike.
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,10 +107,19 @@ def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
         raise UserError(f'optim.train_only = "{pattern}" is no regular expression: {error}') from None
     moves = jax.tree.map(lambda leaf: bool(found.search(leaf.name)), leaves)
     if not any(jax.tree.leaves(moves)):
-        some = ", ".join(leaf.name for leaf in jax.tree.leaves(leaves)[:3])
-        raise UserError(f'optim.train_only = "{pattern}" is found in no name of a parameter: they are {some}, ...')
+        names = [leaf.name for leaf in jax.tree.leaves(leaves)]
+        raise UserError(f'optim.train_only = "{pattern}" is found in no name of a parameter: {_names(pattern, names)}')
     keep = lambda updates: jax.tree.map(lambda g, move: g if move else jnp.zeros_like(g), updates, moves)
     return optax.stateless(lambda updates, params: keep(updates))
+
+
+def _names(pattern: str, names: Sequence[str]) -> str:
+    """The names of the parameters, those that have a word of the pattern first, layers of a stack once, as N."""
+    words = re.findall(r"[A-Za-z_]{2,}", pattern)
+    kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "N", name) for name in names))
+    near = [kind for kind in kinds if any(word in kind for word in words)]
+    meant = f"did you mean {' or '.join(near[:3])}? " if near else ""
+    return f"{meant}they are {', '.join(kinds)} (N a number)"
 
 
 def schedule(cfg: OptimConfig) -> Schedule:

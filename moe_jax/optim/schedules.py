@@ -1,8 +1,8 @@
 """Learning-rate schedules: (cfg, options) -> (step -> learning rate). A new one is a function and a line in SCHEDULES.
 
-All begin with the same warm-up: learning_rate * step / warmup_steps for step < warmup_steps. Each docstring gives the
-factor on learning_rate after it, where t = (step - warmup_steps) / (steps - warmup_steps). After `steps` the last value
-stays.
+All begin with the same warm-up: learning_rate * step / w for step < w, where w = `warmup(cfg)`: warmup_steps, or less
+where the run has no room for that. Each docstring gives the factor on learning_rate after it, where
+t = (step - w) / (steps - w). After `steps` the last value stays.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,32 @@ from moe_jax.config import OptimConfig
 from moe_jax.errors import UserError
 
 Schedule = Callable[[Any], jax.Array]
+
+
+def warmup(cfg: OptimConfig) -> int:
+    """Steps of the warm-up: optim.warmup_steps, or half of the room that a shorter run has for it.
+
+    The room is the whole run but the decay of wsd. Half of it, so that a short run comes to its peak and moves parameters.
+    """
+    room = cfg.steps - _decay_length(cfg)
+    return cfg.warmup_steps if cfg.warmup_steps <= room else int(room / 2)
+
+
+def warmup_note(cfg: OptimConfig) -> str:
+    """What a run is told whose warm-up is cut; "" where there is room for it."""
+    if warmup(cfg) == cfg.warmup_steps:
+        return ""
+    length = _decay_length(cfg)
+    decay = f", of which {cfg.schedule} decays over {length:g}" if length else ""
+    return (
+        f"optim.warmup_steps = {cfg.warmup_steps} does not fit into train.steps = {cfg.steps}{decay}: "
+        f"the warm-up takes {warmup(cfg)}"
+    )
+
+
+def _decay_length(cfg: OptimConfig) -> float:
+    """Steps at the end of the run that a schedule keeps for its decay, which the warm-up must not reach into."""
+    return cfg.schedule_options.get("decay_fraction", 0.0) * cfg.steps
 
 
 def cosine(cfg: OptimConfig, *, final_fraction: float) -> Schedule:
@@ -35,12 +61,9 @@ def wsd(cfg: OptimConfig, *, decay_fraction: float, final_fraction: float, shape
     """
     if shape not in ("linear", "sqrt"):
         raise UserError(f'optim.schedules.wsd.shape = "{shape}" is not known: choose one of linear, sqrt')
+    if not 0 <= decay_fraction <= 1:
+        raise UserError(f"optim.schedules.wsd.decay_fraction = {decay_fraction} must lie between 0 and 1")
     length = decay_fraction * cfg.steps
-    if not 0 <= decay_fraction <= 1 or length > cfg.steps - cfg.warmup_steps:
-        raise UserError(
-            f"optim.schedules.wsd.decay_fraction = {decay_fraction} is {length:g} of train.steps = {cfg.steps}, "
-            f"and leaves no room for optim.warmup_steps = {cfg.warmup_steps}: lower one of them"
-        )
 
     def factor(step: jax.Array, t: jax.Array) -> jax.Array:
         u = jnp.clip((step - (cfg.steps - length)) / max(length, 1), 0, 1)
@@ -63,10 +86,12 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def _warmed(cfg: OptimConfig, factor: Callable[[jax.Array, jax.Array], jax.Array]) -> Schedule:
+    warm_steps = warmup(cfg)
+
     def rate(step: Any) -> jax.Array:
         step = jnp.minimum(jnp.asarray(step, float), cfg.steps)
-        t = jnp.clip((step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1), 0, 1)
-        warm = step / max(cfg.warmup_steps, 1)
-        return cfg.learning_rate * jnp.where(step < cfg.warmup_steps, warm, factor(step, t))
+        t = jnp.clip((step - warm_steps) / max(cfg.steps - warm_steps, 1), 0, 1)
+        warm = step / max(warm_steps, 1)
+        return cfg.learning_rate * jnp.where(step < warm_steps, warm, factor(step, t))
 
     return rate
