@@ -3,10 +3,12 @@
 Here every router with its natural ordering, every ordering with one router, and groups of several rows; `full`: all combinations.
 """
 
+from pathlib import Path
+
 import models
 import pytest
 
-from moe_jax import __main__, config
+from moe_jax import __main__, config, config_file
 from moe_jax.instruments import leak
 from moe_jax.moe import causality
 from moe_jax.moe.ordering import ORDERINGS
@@ -95,11 +97,68 @@ def test_all_combinations_leak_as_labelled(float64, group_rows):
             raise AssertionError(f"{moe.router}, {moe.ordering}, {moe.dispatcher}: {error}") from None
 
 
-def test_the_command_prints_the_verdict(float64, capsys, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from configs import base\n\ndef get_config(arg=None):\n    c = base.get_config(arg)\n"
-        "    c.model.moe.ordering = 'batch_priority'\n    c.model.moe.dispatcher = 'capacity'\n    return c\n"
+LEAKING = ("--set", "model.moe.ordering=batch_priority", "--set", "model.moe.dispatcher=capacity")
+
+
+def leak_command(capsys, *flags, config="configs/base.py"):
+    """(exit code, standard output, standard error)"""
+    code = __main__.main(["leak", "--config", config, *flags, "--markdown"])
+    return code, *capsys.readouterr()
+
+
+def test_a_leak_that_is_not_allowed_is_an_exit_code(float64, capsys, monkeypatch):
+    """Of use in a script: 0 safe or allowed, 1 leaks and must not, 1 wrongly labelled though allowed."""
+    assert leak_command(capsys)[0] == 0
+    code, table, said = leak_command(capsys, *LEAKING)
+    assert code == 1 and "leaks the future" in table
+    assert (
+        said.startswith("error: the config leaks the future, and model.allow_leak is False") and said.count("\n") == 1
     )
-    assert __main__.main(["leak", "--config", str(file), "--markdown"]) == 0
-    assert "leaks the future" in capsys.readouterr().out
+    allowed = (*LEAKING, "--set", "model.allow_leak=True")
+    code, table, said = leak_command(capsys, *allowed)
+    assert code == 0 and "leaks the future" in table and not said
+    honest = ORDERINGS["batch_priority"]
+    monkeypatch.setitem(ORDERINGS, "batch_priority", honest._replace(sees_future=False))
+    assert leak_command(capsys, *allowed)[0] == 1
+
+
+def test_all_combinations_leak_on_purpose(float64, capsys, monkeypatch):
+    """The table of --all ends with 0 whatever leaks as labelled, and with 1 for a wrong label."""
+    leaking = built(ordering="batch_priority")
+    monkeypatch.setattr(leak, "combinations", lambda raw: [leaking])
+    assert leak_command(capsys, "--all")[:1] == (0,)
+    monkeypatch.setattr(leak, "verdict", lambda cfg, found: "FAULT: labelled safe, but sees the future")
+    code, _, said = leak_command(capsys, "--all")
+    assert code == 1 and said == "error: FAULT: labelled safe, but sees the future\n"
+
+
+# Of every kind of model one config; the other variants differ in their data.
+KINDS = ("vision.py", "classification.py", "translation.py", "translation.py:prefix", "recommendation.py", "speech.py")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_model_is_measured(float64, name):
+    raw = config_file.read(Path(f"configs/{name}"), (), "--set")
+    cfg = config.build(leak.shrink(raw), 1)
+    found = leak.measure(cfg, draws=1)
+    assert leak.verdict(cfg, found) == "safe"
+    assert any(found[mode].batch.delta for mode in leak.MODES) is False
+
+
+@pytest.mark.parametrize("name", ["classification.py", "recommendation.py"])
+def test_another_row_is_seen_in_every_kind_of_model(float64, name):
+    """Two rows in a group of one tight capacity: what a row gets depends on the other."""
+    router = "multi_gate" if name.startswith("recommendation") else "top_k"
+    changes = ["model.moe.group_rows=2", "model.moe.dispatcher=capacity", "model.moe.dispatchers.capacity.factor=0.5"]
+    raw = config_file.read(Path(f"configs/{name}"), changes, "--set")
+    cfg = config.build(leak.shrink(raw), 1)
+    found = leak.measure(cfg)
+    assert cfg.model.moe.router == router and found["train"].batch.delta > 0
+    assert leak.verdict(cfg, found) == "leaks the batch"
+
+
+def test_every_config_can_be_measured():
+    """What shrinking makes of a config and its variants is one that the rules allow."""
+    names = [f"{p.stem}.py" for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base")]
+    for name in (*names, "vision.py:fashion_mnist", "recommendation.py:movielens", "article.py:wordnet"):
+        config.build(leak.shrink(config_file.read(Path(f"configs/{name}"), (), "--set")), 1)

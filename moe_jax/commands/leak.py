@@ -4,13 +4,16 @@
     python -m moe_jax leak --config configs/base.py --all --markdown
 
 A small random model of the config in float64, in training and in evaluation mode. `--all` measures every router x
-ordering x dispatcher instead of the config's own, with capacity so tight that it binds. Exit codes: 0 nothing leaks that is labelled
-safe, 1 something does, 64 a mistake that the message names.
+ordering x dispatcher instead of the config's own, with capacity so tight that it binds.
+
+Exit codes, of use in a script: 0 the config is safe, or says model.allow_leak=True; 1 it leaks and must not, or its label is wrong (what is
+labelled safe leaks); 64 a mistake that the message names. With --all, whose table has what leaks on purpose, 1 is for a wrong label alone.
 """
 
 import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -19,6 +22,7 @@ from rich.table import Table
 from moe_jax import config, config_file, shell
 from moe_jax.config import Config
 from moe_jax.errors import UserError
+from moe_jax.instruments import leak
 
 HEAD = ("router", "ordering", "dispatcher", "future, train", "future, eval", "batch, train", "batch, eval", "verdict")
 
@@ -36,8 +40,6 @@ def main(argv: list[str]) -> int:
     args, console = parse(argv), shell.console()
     raw = config_file.read(args.config, args.set, "--set")
     jax.config.update("jax_enable_x64", True)
-    from moe_jax.instruments import leak  # behind the flag: it traces in float64
-
     small = leak.shrink(raw)
     own = config.build(small, 1)
     if not own.model.num_moe_layers and (args.all or not own.model.num_depth_blocks):
@@ -53,17 +55,39 @@ def main(argv: list[str]) -> int:
             rows.append(
                 (
                     cfg,
-                    [text(getattr(found[m], kind)) for kind in ("future", "batch") for m in leak.MODES],
+                    [*future(cfg, found), *(text(found[mode].batch) for mode in leak.MODES)],
                     leak.verdict(cfg, found),
                 )
             )
     shape = f"{own.train.batch_size} rows of {own.data.seq_len} tokens, groups of {own.model.moe.group_rows} rows"
     console.print(f"{shape}; largest change over the largest logit, share of tokens that changed")
     show(console, rows, args.markdown)
-    return int(any(label.startswith("FAULT") for _, _, label in rows))
+    wrong = failures([label for _, _, label in rows], allowed=args.all or raw["model"]["allow_leak"])
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return int(bool(wrong))
 
 
-def text(found: Any) -> str:
+def failures(labels: Sequence[str], allowed: bool) -> list[str]:
+    """What makes the command end with 1, a line for each: wrong labels, and leaks where none is `allowed`."""
+    found = []
+    for label in dict.fromkeys(labels):
+        if label.startswith(leak.FAULT):
+            found.append(label)
+        elif label != leak.SAFE and not allowed:
+            found.append(
+                f"the config {label}, and model.allow_leak is False: choose another router, ordering or dispatcher "
+                "(docs/routers.md), or set model.allow_leak=True"
+            )
+    return found
+
+
+def future(cfg: Config, found: Mapping[str, leak.Measured]) -> list[str]:
+    """Of both modes; "-" where a model reads its whole row and has no future."""
+    return [text(found[mode].future) if leak.has_future(cfg) else "-" for mode in leak.MODES]
+
+
+def text(found: leak.Leak) -> str:
     return f"{found.delta:.2g}, {found.share:.0%}" if found.delta else "0"
 
 

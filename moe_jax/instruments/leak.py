@@ -2,8 +2,9 @@
 
 A small random model of a config runs on random tokens. Then the tokens of one row from the middle on are drawn anew, with their documents
 and padding, and the logits of its first half are compared: a difference is a leak from the future. Then all tokens of that row are drawn
-anew, and the logits of all other rows are compared: a difference is a leak from the batch. Both in training mode (same key) and in
-evaluation mode. What a config claims is in moe/causality.py; here it is seen.
+anew, with the vectors, the source or the basket that it has, and the logits of all other rows are compared: a difference is a leak from the
+batch. Both in training mode (same key) and in evaluation mode. What a config claims is in moe/causality.py; here it is seen. A model that
+reads its whole row before it answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
 
 Everything is in float64. A change below NOISE of the largest logit counts as none: rows of a grouped product change their place in memory
 with the routing of other tokens, and a sum in another order rounds otherwise.
@@ -35,6 +36,7 @@ from moe_jax.weights import Weight
 NOISE = 1e-9
 TIGHT = 0.5  # capacity factor of the table of all combinations: with room to spare nothing drops and no order matters
 MODES = ("train", "eval")
+SAFE, FAULT = "safe", "FAULT"  # what a verdict begins with, beside "leaks"
 DRAWS = 4  # of tokens; the changed row is another one each time
 
 
@@ -61,12 +63,20 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
             first, other = _draw(cfg, rng, one_document=True), _draw(cfg, rng, one_document=False)
             mine_BS = np.broadcast_to(np.arange(num)[:, None] == row, (num, length))
             base, rest = logits(first), np.arange(num) != row
-            later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
-            future = _change(base[:, row, :middle], later[:, row, :middle])
-            found.append((future, _change(base[:, rest], logits(_where(mine_BS, other, first))[:, rest])))
+            future = np.zeros(2), np.zeros(2)
+            if has_future(cfg):
+                later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
+                future = _change(base[:, row, :middle], later[:, row, :middle])
+            changed = _where(mine_BS, other, first)._replace(inputs=_in_row(row, other.inputs, first.inputs))
+            found.append((future, _change(base[:, rest], logits(changed)[:, rest])))
     values = np.array(found)  # [draw, future or batch, delta or share, mode]
     leak = lambda kind, mode: Leak(float(values[:, kind, 0, mode].max()), float(values[:, kind, 1, mode].mean()))
     return {name: Measured(leak(0, mode), leak(1, mode)) for mode, name in enumerate(MODES)}
+
+
+def has_future(cfg: Config) -> bool:
+    """Whether a model answers at each place from what stands before it: only then can later tokens leak into earlier outputs."""
+    return cfg.model.kind in causality.CAUSAL
 
 
 def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
@@ -84,7 +94,32 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
         expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options["k"]].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
     row_B = np.arange(num, dtype=np.int32)
-    return Batch(id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, recorded=recorded)
+    inputs = _inputs(cfg, rng, row_B)
+    return Batch(id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, inputs=inputs, recorded=recorded)
+
+
+def _inputs(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> Any:
+    """What a kind of model reads beside tokens: vectors [B, S, P], the Batch of the sources, a basket of items; () = nothing."""
+    model, options = cfg.model, cfg.model.kind_options
+    shape = len(row_B), cfg.data.seq_len
+    if options.get("inputs") == "vectors":
+        return rng.normal(size=(*shape, options["input_dim"]))
+    if model.kind == "encdec":
+        place_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        return Batch(rng.integers(0, model.vocab_size, shape).astype(np.int32), place_BS, 1 + 0 * place_BS, row_B)
+    if model.kind == "mmoe":
+        return rng.integers(0, sum(options["items"]), shape).astype(np.int32), np.ones(shape)
+    return ()
+
+
+def _in_row(row: int, other: Any, first: Any) -> Any:
+    """The inputs of `other` in one row, in all others those of `first`."""
+    return jax.tree.map(lambda a, b: np.where(_rows_like(b) == row, a, b), other, first)
+
+
+def _rows_like(x: np.ndarray) -> np.ndarray:
+    """The number of each row [B, 1, ...], to be compared with values [B, ...]."""
+    return np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
@@ -134,7 +169,7 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2]; the modes come first."""
-    per_token = np.abs(after - before).max(-1) / np.abs(before).max()
+    per_token = np.abs(after - before).max(-1) / np.abs(before).max()  # of a whole row where that has one output
     per_token = np.where(per_token > NOISE, per_token, 0).reshape(2, -1)
     return per_token.max(-1), (per_token > 0).mean(-1)
 
@@ -153,7 +188,22 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
     small["eval"] = {**small["eval"], "batch_size": 0}
     small["mesh"], small["simulate_devices"] = {"data": 1, "expert": 1, "model": 1}, 0
+    model["kinds"] = {**model["kinds"], model["kind"]: _small_kind(small)}
     return small
+
+
+def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the chosen kind of model, fitted to the rows that are measured."""
+    options = dict(small["model"]["kinds"][small["model"]["kind"]])
+    if options.get("learned_positions"):
+        options["learned_positions"] = small["data"]["seq_len"]
+    if "input_dim" in options:
+        options["input_dim"] = min(options["input_dim"], 8)
+    if "encoder_repeats" in options:
+        options["encoder_repeats"] = min(options["encoder_repeats"], 1)
+    if "items" in options:
+        options["items"] = tuple(min(number, 16) for number in options["items"])
+    return options
 
 
 def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
@@ -182,12 +232,12 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
 
 def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
     """What the label of a config and its measurement say together: "safe", "leaks ...", or that the label is wrong."""
-    seen, kinds = causality.sees(cfg.model), ("future", "batch")
+    seen, kinds = causality.sees(cfg.model), ("future", "batch") if has_future(cfg) else ("batch",)
     measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}
     wrong = [kind for kind in kinds if measured[kind] and not getattr(seen, kind)]
     if wrong:
-        return f"FAULT: labelled safe, but sees the {' and the '.join(wrong)}"
+        return f"{FAULT}: labelled safe, but sees the {' and the '.join(wrong)}"
     labelled = [kind for kind in kinds if getattr(seen, kind)]
     quiet = [kind for kind in labelled if not measured[kind]]
-    text = f"leaks the {' and the '.join(labelled)}" if labelled else "safe"
+    text = f"leaks the {' and the '.join(labelled)}" if labelled else SAFE
     return text + (f" (not seen here: {', '.join(quiet)})" if quiet else "")
