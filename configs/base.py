@@ -7,12 +7,17 @@ moe_jax/bounds.py.
 
 from ml_collections import ConfigDict
 
+VARIANTS = ()
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    del arg
+    """All defaults. There are no variants, so an argument that a config file hands on is one that nobody knows."""
+    if arg is not None:
+        raise KeyError(arg)
     c = ConfigDict()
     c.seed = 0  # parameters, data order, dropout
     c.simulate_devices = 0  # CPU devices to simulate in this process; 0 = the devices that are there
+    c.smoke = False  # a few steps of everything, to see that it works: what --smoke sets (moe_jax/smoke.py)
     c.profile = ""  # "10:13" writes a profiler trace of steps 10, 11 and 12
     c.mesh = mesh()
     c.task = "lm"  # what is learned: moe_jax/tasks
@@ -321,12 +326,10 @@ def routers() -> ConfigDict:
 def optim() -> ConfigDict:
     c = ConfigDict()
     c.learning_rate = 3e-3  # peak
-    c.warmup_steps = 20  # linear, from 0
+    c.warmup_steps = 20  # linear, from 0; fewer in a run that is too short for them, which says so
     c.clip_norm = 1.0  # global gradient norm; 0 = off
     c.decay_mask = "matrices"  # what weight decay applies to: "matrices", "all", "none"
-    c.train_only = (
-        ""  # regular expression: only parameters in whose names it is found move ("^head/" = a linear probe); "" = all
-    )
+    c.train_only = ""  # regular expression: only parameters in whose names it is found move ("^ends/head": docs/tasks.md); "" = all
     c.ema_decay = 0.0  # exponential moving average of the parameters, used by evaluation; 0 = off
     c.optimizer = "adamw"
     c.optimizers = ConfigDict()

@@ -206,6 +206,7 @@ class MeshConfig:
 class Config:
     seed: int
     simulate_devices: int
+    smoke: bool
     profile: tuple[int, int] | None
     mesh: MeshConfig
     task: str

@@ -23,7 +23,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import STARTED, config, config_file, mesh
+from moe_jax import STARTED, config, config_file, mesh, smoke
+from moe_jax.compiling import QUICK, as_flags
 from moe_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -32,6 +33,7 @@ config_flags.DEFINE_config_file("config", None, "config file; --config.KEY=VALUE
 flags.DEFINE_string(
     "workdir", None, "where checkpoints, metrics and samples go; the same command again goes on from there"
 )
+flags.DEFINE_bool("smoke", False, "train a few steps only, with a small evaluation, to see that the whole run works")
 flags.DEFINE_bool("dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes")
 flags.DEFINE_integer("num_processes", None, "processes of the run")
@@ -45,7 +47,7 @@ def parse(argv: list[str]) -> None:
         print(f"{__doc__}\n{FLAGS.main_module_help()}")
         raise SystemExit(0)
     path = config_path(argv)
-    config_file.check(path)
+    config_file.load(path)  # says what is wrong with the file or its variant; ml_collections would not in one line
     try:
         rest = FLAGS(argv)
         FLAGS.config.to_dict()  # a file that cannot be executed shows itself at the first use only
@@ -74,7 +76,7 @@ def config_path(argv: list[str]) -> Path:
         raise UserError("--config is missing: name a config file, such as --config configs/quickstart.py")
     if len(values) > 1:
         raise UserError(f"--config is given {len(values)} times ({', '.join(values)}): name one file")
-    return Path(values[0].partition(":")[0])
+    return Path(values[0])
 
 
 def plain(error: BaseException, argv: list[str]) -> str:
@@ -123,9 +125,20 @@ def join(*place: Any) -> None:
 def read_config() -> dict[str, Any]:
     """The config as a nested dict of JSON values, so that what is compared on resume is what was saved."""
     raw = json.loads(json.dumps(FLAGS.config.to_dict()))
+    if FLAGS.smoke or raw["smoke"]:
+        raw = smoke_config(raw)
     if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
         jax.config.update("jax_enable_x64", True)
     return raw
+
+
+def smoke_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of a few steps of the run. Says what it changed, and has programs compiled quickly, which is most of the time."""
+    short, changed = smoke.shorten(raw)
+    os.environ.setdefault("XLA_FLAGS", as_flags(QUICK))
+    if not FLAGS.process_id:
+        print(f"smoke run, to see that everything works: {', '.join(changed)}", flush=True)
+    return short
 
 
 def main(argv: list[str]) -> int:
@@ -181,6 +194,11 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
         return signals.exit_code(result.signal, saved=True)
     if main:
         summary.show(cfg, workdir, result, time.monotonic() - STARTED)
+        if cfg.smoke:
+            print(
+                f"smoke run: all of it works, and nothing was learned. Remove {workdir}, or name another --workdir, "
+                "before you type the command without --smoke"
+            )
     return 0
 
 

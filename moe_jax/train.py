@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, shell, signals, starts, stopping
+from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, shell, signals, smoke, starts, stopping
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
@@ -75,6 +75,8 @@ def in_workdir(
     main = jax.process_index() == 0
     task = TASKS[cfg.task]
     data = task.open(cfg)
+    if cfg.smoke:
+        data = smoke.fewer(cfg, data)
     batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     rows = place.local_rows(cfg.train.batch_size)
 
@@ -247,6 +249,7 @@ def begin(
     if step is not None:
         saved = saves.metadata(step)
         old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
+        smoke.refuse_other(old, metadata["config"])
         checkpoint.compare_configs(old, metadata["config"], RESUME_MAY_CHANGE)
         if saved["data"] != metadata["data"]:
             raise UserError(

@@ -117,6 +117,28 @@ class Examples(NamedTuple):
     def save(self, workdir: pathlib.Path) -> None:
         self.about.save(workdir)
 
+    def fewer(self, train: int, heldout: int) -> "Examples":
+        """At most so many rows of each split, spread evenly over it, and what the task and its baselines know of them."""
+        most = {"train": train, "heldout": heldout}
+        kept = {split: _spread(self.rows[split], number) for split, number in most.items()}
+        return self._replace(
+            rows={split: len(index) for split, index in kept.items()},
+            fetch=lambda split, index_B: self.fetch(split, kept[split][index_B]),
+            heldout_domain_R=self.heldout_domain_R[kept["heldout"]],
+            about=self.about.fewer(most),
+        )
+
+
+def _spread(number: int, most: int) -> np.ndarray:
+    """Indices of at most `most` of `number` rows, as far from each other as can be."""
+    return np.linspace(0, number - 1, min(number, most)).round().astype(np.int64)
+
+
+def _some(values: Any, most: int) -> Any:
+    """The same choice of an array or a list."""
+    index = _spread(len(values), most)
+    return values[index] if isinstance(values, np.ndarray) else [values[i] for i in index]
+
 
 class Classes(NamedTuple):
     """About labelled examples. `raw` is what a classical baseline learns from: texts, or vectors [N, F] in the order of the rows."""
@@ -131,6 +153,11 @@ class Classes(NamedTuple):
             self.tokenizer.save(workdir / "tokenizer")
         save_names(workdir / "labels.json", self.labels)
 
+    def fewer(self, most: Mapping[str, int]) -> "Classes":
+        return self._replace(
+            raw={split: tuple(_some(x, most[split]) for x in pair) for split, pair in self.raw.items()}
+        )
+
 
 class Pairs(NamedTuple):
     """About a translation. `raw` has whole pairs: those held out in the order of the rows, and all for training, also the too long."""
@@ -142,6 +169,11 @@ class Pairs(NamedTuple):
 
     def save(self, workdir: pathlib.Path) -> None:
         self.tokenizer.save(workdir / "tokenizer")
+
+    def fewer(self, most: Mapping[str, int]) -> "Pairs":
+        return self._replace(
+            raw={split: tuple(_some(x, most[split]) for x in pair) for split, pair in self.raw.items()}
+        )
 
 
 class Market(NamedTuple):
@@ -155,6 +187,11 @@ class Market(NamedTuple):
 
     def save(self, workdir: pathlib.Path) -> None:
         save_names(workdir / "items.json", self.items)
+
+    def fewer(self, most: Mapping[str, int]) -> "Market":
+        lists = {name: _some(getattr(self, name), most["heldout"]) for name in ("seen", "wanted")}
+        users = {split: _some(names, most[split]) for split, names in self.users.items()}
+        return self._replace(train=_some(self.train, most["train"]), users=users, **lists)
 
 
 def save_names(path: pathlib.Path, names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import smoke
 from moe_jax.config import Config
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.load import Dataset, open_dataset
@@ -150,8 +151,7 @@ def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, d
     """Held-out bits per byte of each domain, beside compressors that have read the same training text."""
     from moe_jax.data.baselines import compression_table
 
-    del cfg
-    rivals = compression_table(data, MOST_BYTES)
+    rivals = compression_table(data, smoke.RIVAL_BYTES if cfg.smoke else MOST_BYTES)
     bits = {name: figures.get(f"domain/{name}/bits_per_byte") for name in data.domains}
     rows = {
         name: {"model": b, "gzip -9": rivals[name]["gzip"], "xz -9": rivals[name]["xz"]}

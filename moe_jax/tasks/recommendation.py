@@ -135,8 +135,7 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
 
 
 def table(cfg: Config, data: Examples, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    del cfg
-    rows = rivals.table(data) | {"model": figures}
+    rows = rivals.table(data, tune=not cfg.smoke) | {"model": figures}
     return {name: {key: row[key] for key in (f"recall@{CUT}", f"ndcg@{CUT}")} for name, row in rows.items()}
 
 

@@ -10,12 +10,12 @@ from moe_jax.data.rivals import recommendation, text, translation, vectors
 Table = dict[str, dict[str, float | str]]
 
 
-def table(data: Examples) -> Table:
-    """The baselines of a data set of any kind."""
+def table(data: Examples, tune: bool = True) -> Table:
+    """The baselines of a data set of any kind; without `tune` those that try several settings take the first."""
     about = data.about
     if isinstance(about, Pairs):
         return translation.table(data)
     if isinstance(about, Market):
-        return recommendation.table(data)
+        return recommendation.table(data, tune)
     assert isinstance(about, Classes)
     return text.table(data) if about.tokenizer is not None else vectors.table(data)
