@@ -10,13 +10,23 @@ set, dropped assignments, and the experts of a token where a router does not fix
 established. The loss of a router that sees the future is that of a model which cannot be decoded.
 """
 
-import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
+
+from experiments import run
+from experiments.command_line import Flags, launch, made
+from moe_jax.commands import bench
+from moe_jax.errors import UserError
 
 NO_BALANCE = {"model.moe.losses.balance": 0.0}
 LEAKS = {"model.allow_leak": True}
@@ -40,43 +50,44 @@ DELTAS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/routers"))
+CONFIG = run.ROOT / "configs/quickstart.py"
+
+
+def work(argv: list[str]) -> int | None:
+    parser = Flags(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/routers"), help="of the runs (default: %(default)s)")
     parser.add_argument("--speed", action="store_true", help="times steps instead of training")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("routers", nargs="*", default=list(DELTAS))
+    parser.add_argument("--steps", type=int, default=500, help="of each run (default: %(default)s)")
+    parser.add_argument("routers", nargs="*", help=f"some of {', '.join(DELTAS)} (default: all)")
     args = parser.parse_args(argv)
+    chosen = args.routers or list(DELTAS)
+    unknown = [router for router in chosen if router not in DELTAS]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is no router of this experiment: choose from {', '.join(DELTAS)}")
     if args.speed:
-        return speed(args.routers)
-    for router in args.routers:
-        if not (args.out / router / "routing.png").exists():  # written last
-            train(router, args.out / router, args.steps)
-    print(table({router: results(args.out / router) for router in args.routers if (args.out / router).exists()}))
-    return 0
+        return speed(chosen, rounds=1 if args.smoke else 15)
+    out, runs = made(args), grid(chosen, args.steps)._replace(smoke=args.smoke)
+    run.run_all(runs, out)
+    print(table({router: results(run.place(out, router, 0)) for router in chosen}))
+    return None
 
 
-def speed(routers: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
+
+
+def grid(routers: Sequence[str], steps: int) -> run.Grid:
+    """A cell for each router, with one seed."""
+    cells = {router: {"model.moe.router": router} | DELTAS[router] for router in routers}
+    return run.Grid(CONFIG, {"train.steps": steps}, cells, (0,))
+
+
+def speed(routers: Sequence[str], rounds: int) -> int:
     variants = []
     for router in dict.fromkeys(["top_k", *routers]):
         keys = {"model.moe.router": router} | DELTAS[router]
         variants += ["--variant", f"{router}:" + ";".join(f"{key}={value}" for key, value in keys.items())]
-    command = [sys.executable, "-m", "moe_jax", "bench", "--config", "configs/quickstart.py", "--rounds", "15"]
-    return subprocess.run(command + variants).returncode
-
-
-def train(router: str, workdir: Path, steps: int) -> None:
-    keys = {
-        "train.steps": steps,
-        "eval.every": 0,
-        "eval.sample_tokens": 0,
-        "checkpoint.every": 0,
-        "log.tensorboard": False,
-    }
-    keys |= {"model.moe.router": router} | DELTAS[router]
-    flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    command = [sys.executable, "-m", "moe_jax.main", "--config", "configs/quickstart.py", "--workdir", str(workdir)]
-    subprocess.run(command + flags, check=True)
+    return bench.main(["--config", str(CONFIG), "--rounds", str(rounds), *variants])
 
 
 def results(workdir: Path) -> dict[str, float]:

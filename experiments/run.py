@@ -2,12 +2,13 @@
 
     python -m experiments.run --config configs/quickstart.py --out runs/width --cell wide: --cell "narrow:model.moe.expert_hidden=64"
 
-A cell is a name and its changed keys. Every run has its own directory OUT/CELL/seed_N, is not run again once it is finished, and goes on
-from its checkpoint when it was interrupted. Runs of one seed see the same data in the same order, so cells are compared by the differences
-of such pairs: much of what a seed does to a run is in both. The first cell is the reference.
+A cell is a name and its changed keys; the first is the reference. The seeds are 0, 1 and 2, or those that are named (`--seeds 0 5` are two
+seeds), or the first so many (`--num_seeds 5`). `--smoke` trains a few steps of every cell, to see that all of them work. Every run has its
+own directory OUT/CELL/seed_N, is not run again once it is finished, and goes on from its checkpoint when it was interrupted. Runs of one
+seed see the same data in the same order, so cells are compared by the differences of such pairs: much of what a seed does to a run is in
+both.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -18,10 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
+
 import jax
 from scipy import stats
 
-from moe_jax import checkpoint, config, config_file, flops, mesh, shell, signals, train
+from experiments.command_line import Flags, Interrupted, add_seeds, launch, made, seeds, seeds_told
+from moe_jax import checkpoint, config, config_file, flops, mesh, smoke, train
 from moe_jax.compiling import QUICK, as_flags
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
@@ -49,6 +57,7 @@ class Grid(NamedTuple):
     base: Changes  # of every cell, beside PLAIN
     cells: Mapping[str, Changes]
     seeds: Sequence[int]
+    smoke: bool = False  # a few steps of each cell, with the first seed alone
 
 
 class Interval(NamedTuple):
@@ -67,21 +76,14 @@ class Interval(NamedTuple):
         return f"{self.mean:+.4f} ± {self.half:.4f}"
 
 
-class Interrupted(Exception):
-    """A run was told to end by a signal. It is saved: the same command goes on from there."""
-
-    def __init__(self, signal: int, where: str):
-        super().__init__(where)
-        self.signal = signal
-
-
 # Runs
 
 
 def read_config(grid: Grid, cell: str, seed: int) -> dict[str, Any]:
     """The config of one run as a nested dict of JSON values. UserError, by the cell, for keys that do not exist or do nothing."""
     keys = {**PLAIN, **grid.base, **grid.cells[cell], "seed": seed}
-    return config_file.read(grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:")
+    raw = config_file.read(grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:")
+    return smoke.shorten(raw)[0] if grid.smoke else raw
 
 
 def defaults_of(path: Path) -> dict[str, Any]:
@@ -91,13 +93,36 @@ def defaults_of(path: Path) -> dict[str, Any]:
 def run_all(grid: Grid, out: Path) -> Results:
     """Trains whatever is not finished, all cells of the first seed before those of the next, and returns the figures of all."""
     defaults = defaults_of(grid.config)
-    for seed in grid.seeds:
+    raws = {(seed, cell): read_config(grid, cell, seed) for seed in seeds_of(grid) for cell in grid.cells}
+    for (_, cell), raw in raws.items():
+        checked(raw, cell)  # all of them before the first is trained
+    print(
+        f"{count(len(grid.cells), 'cell')}, {seeds_told(tuple(seeds_of(grid)))}: {count(len(raws), 'run')} in {out}",
+        flush=True,
+    )
+    for seed in seeds_of(grid):
         for cell in grid.cells:
-            raw = read_config(grid, cell, seed)
+            raw = raws[seed, cell]
             if finished(raw, defaults, place(out, cell, seed)) is None:
                 print(f"--- {cell}, seed {seed}", flush=True)
                 run_one(raw, defaults, place(out, cell, seed))
     return collect(grid, out)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def seeds_of(grid: Grid) -> Sequence[int]:
+    return grid.seeds[:1] if grid.smoke else grid.seeds
+
+
+def checked(raw: Mapping[str, Any], cell: str) -> config.Config:
+    """The built config of a cell. UserError, by the cell, for what the rules refuse."""
+    try:
+        return config.build(raw, 1)
+    except UserError as error:
+        raise UserError(f"cell {cell}: {error}") from None
 
 
 def collect(grid: Grid, out: Path) -> Results:
@@ -105,10 +130,18 @@ def collect(grid: Grid, out: Path) -> Results:
     results: Results = {}
     defaults = defaults_of(grid.config)
     for cell in grid.cells:
-        for seed in grid.seeds:
+        for seed in seeds_of(grid):
             figures = finished(read_config(grid, cell, seed), defaults, place(out, cell, seed))
             if figures is not None:
                 results.setdefault(cell, {})[seed] = figures
+    return results
+
+
+def collected(grids: Sequence[Grid], out: Path) -> Results:
+    """The figures of the finished runs of several grids. UserError where there is none at all."""
+    results = {cell: runs for grid in grids for cell, runs in collect(grid, out).items()}
+    if not results:
+        raise UserError(f"--out {out} has no finished run of this experiment: train first, without --report")
     return results
 
 
@@ -147,7 +180,8 @@ def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) 
     """One run in this process, from its checkpoint if it has one; result.json is written last."""
     cfg = config.build(raw, 1)
     began = time.monotonic()
-    with jax.set_mesh(mesh.make({"data": 1, "expert": 1, "model": 1})):
+    one = mesh.make({}, jax.devices()[:1])
+    with jax.set_mesh(one):
         result = train.run(cfg, raw, defaults, workdir, began)
     if result.signal:
         raise Interrupted(result.signal, f"saved step {result.step} of {cfg.train.steps} in {workdir}")
@@ -248,32 +282,24 @@ def compile_quickly(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def launch(work: Callable[[], None]) -> int:
-    """Exit code of an experiment: a user's mistake is one line, and so is an interruption.
-
-    Between its runs a signal ends it at once; output that nobody reads any more does not end it.
-    """
-    shell.open_output(lasting=True)
-    with signals.listening():
-        try:
-            work()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 64
-        except OSError as error:
-            print(f"error: {shell.reason(error)}", file=sys.stderr)
-            return 64
-        except Interrupted as stop:
-            print(f"{stop}; the same command goes on from there", file=sys.stderr)
-            return 128 + stop.signal
-    return 0
-
-
 def parse_cell(text: str) -> tuple[str, dict[str, Any]]:
     """ "NAME:KEY=VALUE;KEY=VALUE" """
     name, _, changes = text.partition(":")
     pairs = [change.partition("=")[::2] for change in changes.split(";") if change]
     return name, {key: literal(value) for key, value in pairs}
+
+
+def parse_cells(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of --cell. UserError for a name that is no name of a directory, or that two cells have."""
+    cells: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, changes = parse_cell(text)
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"--cell {text}: write NAME:KEY=VALUE;KEY=VALUE, where NAME is that of a directory")
+        if name in cells:
+            raise UserError(f"--cell: two cells are called {name}")
+        cells[name] = changes
+    return cells
 
 
 def literal(value: str) -> Any:
@@ -286,6 +312,10 @@ def literal(value: str) -> Any:
 def compare(results: Results, figure: str) -> str:
     """The table of a grid: the mean of a figure and its paired difference to the first cell."""
     reference = next(iter(results))
+    known = next(iter(results[reference].values()))
+    if not isinstance(known.get(figure), int | float):
+        names = ", ".join(name for name, value in known.items() if isinstance(value, int | float))
+        raise UserError(f"--figure {figure}: the runs have no such figure, but {names}")
     rows = {
         cell: {
             figure: f"{mean(results, cell, figure):.4f}",
@@ -298,21 +328,32 @@ def compare(results: Results, figure: str) -> str:
     return table(rows, "cell")
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def parse(argv: list[str]) -> Any:
+    parser = Flags(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--cell", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference"
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of every cell")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--figure", default="bits_per_byte")
-    args = parser.parse_args(argv)
-    base, seeds = parse_cell(":" + ";".join(args.set))[1], tuple(int(seed) for seed in args.seeds.split(","))
-    grid = Grid(args.config, base, dict(parse_cell(text) for text in args.cell), seeds)
-    compile_quickly(args.out / "compiled")
-    return launch(lambda: print(compare(run_all(grid, args.out), args.figure)))
+    add_seeds(parser)
+    parser.add_argument("--figure", default="bits_per_byte", help="what cells are compared by (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def work(argv: list[str]) -> None:
+    args = parse(argv)
+    base = parse_cell(":" + ";".join(args.set))[1]
+    grid = Grid(args.config, base, parse_cells(args.cell), seeds(args), args.smoke)
+    for cell in grid.cells:
+        checked(read_config(grid, cell, 0), cell)  # a mistake, before a directory is made
+    out = made(args)
+    compile_quickly(out / "compiled")
+    print(compare(run_all(grid, out), args.figure))
+
+
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
 
 
 if __name__ == "__main__":

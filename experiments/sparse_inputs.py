@@ -17,7 +17,6 @@ medians of rounds, then of seeds, with the lowest and the highest seed. Memory i
 arrays), and the process' peak. What would take more than 2 GB is not run, and nothing is extrapolated.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -28,11 +27,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import run
+from experiments.command_line import Flags, launch, made
+from moe_jax.errors import UserError
 from moe_jax.models.mmoe import embedding_bag
 
 VOCABULARIES = (1_000, 10_000, 100_000, 300_000, 1_000_000)
@@ -181,19 +188,19 @@ class Timed:
             self.table = result[1]
 
 
-def measure(vocabulary: int, seed: int) -> dict[str, dict[str, Any]]:
-    """{program: {"ms", "MB", "peak MB"}}; "ms" is None for what does not fit."""
+def measure(vocabulary: int, seed: int, rounds: int = ROUNDS, peaks: bool = True) -> dict[str, dict[str, Any]]:
+    """{program: {"ms", "MB", "peak MB"}}; "ms" is None for what does not fit, "peak MB" also without `peaks`, which take a process each."""
     bags, table = draw_bags(vocabulary, seed), first_table(vocabulary)
     timed = {name: Timed(name, bags, vocabulary, table) for name in PROGRAMS}
     running = [one for one in timed.values() if one.fits]
-    for _ in range(ROUNDS + 2):
+    for _ in range(rounds + 2):
         for one in running:
             one()
     return {
         name: {
             "ms": 1000 * statistics.median(one.seconds[2:]) if one.fits else None,
             "MB": one.bytes / 1e6,
-            "peak MB": peak(name, vocabulary) if one.fits else None,
+            "peak MB": peak(name, vocabulary) if one.fits and peaks else None,
         }
         for name, one in timed.items()
     }
@@ -202,7 +209,12 @@ def measure(vocabulary: int, seed: int) -> dict[str, dict[str, Any]]:
 def peak(name: str, vocabulary: int) -> float:
     """How far the resident memory of a process rises above that of one with the table alone, in a process of its own."""
     command = [sys.executable, "-m", "experiments.sparse_inputs", "--peak", name, "--vocabulary", str(vocabulary)]
-    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(
+            f"the process that measures {name} at vocabulary {vocabulary:,} ended with code {done.returncode}: {last}"
+        )
     return float(done.stdout.split()[-1])
 
 
@@ -224,7 +236,6 @@ def print_peak(name: str, vocabulary: int) -> None:
 
 def measure_all(out: Path) -> Figures:
     """Whatever is not in `out` yet is measured; then all of it."""
-    out.mkdir(parents=True, exist_ok=True)
     for vocabulary, seed in itertools.product(VOCABULARIES, SEEDS):
         path = out / f"{vocabulary}_{seed}.json"
         if not path.exists():
@@ -290,17 +301,24 @@ def report(figures: Figures) -> None:
     print((folder / "table.md").read_text(encoding="utf-8"))
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def work(argv: list[str]) -> None:
+    parser = Flags(__doc__)
     parser.add_argument("--peak", choices=list(PROGRAMS), help="print the peak memory of one program and end")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARIES[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/sparse_inputs"))
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARIES[0], help="of --peak (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/sparse_inputs"), help="default: %(default)s")
     args = parser.parse_args(argv)
+    if args.vocabulary < 1:
+        raise UserError(f"--vocabulary {args.vocabulary} must be at least 1")
     if args.peak:
         print_peak(args.peak, args.vocabulary)
-        return 0
-    report(measure_all(args.out))
-    return 0
+    elif args.smoke:
+        print(json.dumps(measure(VOCABULARIES[0], SEEDS[0], rounds=1, peaks=False), indent=1))
+    else:
+        report(measure_all(made(args)))
+
+
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
 
 
 if __name__ == "__main__":

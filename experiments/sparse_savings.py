@@ -1,7 +1,7 @@
 """What do zeros in the experts save, on this machine? Parameters, bytes, memory, FLOPs and time of each pattern against dense experts.
 
-    PYTHONPATH=. python experiments/sparse_savings.py models     # the table of patterns, about two minutes on two CPU cores
-    PYTHONPATH=. python experiments/sparse_savings.py products   # dense, block and CSR products by density: where they cross, two minutes
+    python experiments/sparse_savings.py models     # the table of patterns, about two minutes on two CPU cores
+    python experiments/sparse_savings.py products   # dense, block and CSR products by density: where they cross, two minutes
 
 `models`: one decoder (2 MoE blocks, D 256, 8 experts of 1024, top-2) with random weights and the zeros of each pattern, as
 `convert compact` stores it. Nothing is trained: what it costs does not depend on the values. `products`: one matrix [512, 1024].
@@ -10,12 +10,19 @@ All variants are timed in turn, round by round; reported are medians, and median
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +31,10 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 
 from configs import base
+from experiments.command_line import Flags, launch
 from moe_jax import checkpoint, config, mesh, place, state
 from moe_jax.commands import convert
+from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import stored
 from moe_jax.tasks import TASKS
@@ -208,9 +217,19 @@ def medians(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, tup
     return {name: (statistics.median(values), ratio(values)) for name, values in seconds.items()}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def work(argv: list[str]) -> None:
+    parser = Flags(__doc__)
     parser.add_argument("what", choices=("models", "products"))
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    {"models": models, "products": products}[args.what](args.rounds)
+    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds} must be at least 1")
+    {"models": models, "products": products}[args.what](1 if args.smoke else args.rounds)
+
+
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

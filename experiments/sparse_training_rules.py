@@ -14,13 +14,19 @@ and group_lasso leave is their result, not a setting: about a quarter. `narrow`,
 read from the same --out.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
+
 from experiments import run
+from experiments.command_line import Flags, launch, made
 from moe_jax import config, flops
 
 OUT = Path("runs/sparse")
@@ -214,7 +220,7 @@ def draw(results: run.Results) -> Any:
 
 
 def report(out: Path) -> None:
-    results = figures(run.collect(grid(CELLS), out) | run.collect(grid(OTHERS), out))
+    results = figures(run.collected([grid(CELLS), grid(OTHERS)], out))
     about = (
         f"Held-out bits per byte (mean over six domains) of byte models of 2 blocks of 8 experts, top-2, width 64, after {STEPS} steps of "
         f"8 x 128 tokens with AdamW at one learning rate, {BASE['optim.learning_rate']}; seeds are paired (same data, same order). "
@@ -230,19 +236,25 @@ def report(out: Path) -> None:
     print((folder / "table.md").read_text(encoding="utf-8"))
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT)
+def work(argv: list[str]) -> None:
+    parser = Flags(__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="directory of the runs (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
-    run.compile_quickly(args.out / "compiled")
-
-    def work() -> None:
-        if not args.report:
-            run.run_all(grid(CELLS), args.out)
+    if args.report:
         report(args.out)
+        return
+    out = made(args)
+    run.compile_quickly(out / "compiled")
+    results = run.run_all(grid(CELLS)._replace(smoke=args.smoke), out)
+    if args.smoke:
+        print(run.compare(results, "bits_per_byte"))
+    else:
+        report(out)
 
-    return run.launch(work)
+
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
 
 
 if __name__ == "__main__":

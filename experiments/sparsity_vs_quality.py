@@ -24,7 +24,6 @@ The feed-forward networks, with v the weights of one of width 64 (the rest of th
 (threshold_flops, group_lasso_flops), from here.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -32,8 +31,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
+
 from experiments import run
 from experiments import sparse_training_rules as rules
+from experiments.command_line import Flags, launch, made
 
 ONE = {
     "model.moe.num_experts": 1,
@@ -90,7 +96,7 @@ def figures(results: run.Results) -> run.Results:
     return results
 
 
-def time_steps(out: Path) -> dict[str, dict[str, float]]:
+def time_steps(out: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a training step on random tokens, every cell in turn; compiled as training usually is."""
     from moe_jax.commands import bench
 
@@ -99,7 +105,7 @@ def time_steps(out: Path) -> dict[str, dict[str, float]]:
         keys = {**run.PLAIN, **rules.BASE, **(CELLS | READ)[cell]}
         steps[cell] = bench.prepare(run.ROOT / "configs/base.py", ";".join(f"{k}={v!r}" for k, v in keys.items()))[1]
     seconds: dict[str, list[float]] = {cell: [] for cell in steps}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for cell, step in steps.items():
             start = time.perf_counter()
             step()
@@ -167,7 +173,7 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
 
 
 def report(out: Path) -> None:
-    found = run.collect(rules.grid(CELLS), out) | run.collect(rules.grid(READ), out)
+    found = run.collected([rules.grid(CELLS), rules.grid(READ)], out)
     results = figures({cell: found[cell] for cell in RESULTS if cell in found})
     path = out / "step_times.json"
     times = json.loads(path.read_text()) if path.exists() else {}
@@ -192,23 +198,30 @@ def report(out: Path) -> None:
     print((folder / "table.md").read_text(encoding="utf-8"))
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=rules.OUT)
+def work(argv: list[str]) -> None:
+    parser = Flags(__doc__)
+    parser.add_argument("--out", type=Path, default=rules.OUT, help="directory of the runs (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--time", action="store_true", help="time the steps and end")
     args = parser.parse_args(argv)
-    if args.time:
-        args.out.mkdir(parents=True, exist_ok=True)
-        return run.launch(lambda: print(json.dumps(time_steps(args.out), indent=1)))
-    run.compile_quickly(args.out / "compiled")
-
-    def work() -> None:
-        if not args.report:
-            run.run_all(rules.grid(CELLS), args.out)
+    if args.report:
         report(args.out)
+        return
+    out = made(args)
+    if args.time:
+        rounds = 1 if args.smoke else ROUNDS
+        print(json.dumps(time_steps(out, rounds), indent=1))
+        return
+    run.compile_quickly(out / "compiled")
+    results = run.run_all(rules.grid(CELLS)._replace(smoke=args.smoke), out)
+    if args.smoke:
+        print(run.compare(results, "bits_per_byte"))
+    else:
+        report(out)
 
-    return run.launch(work)
+
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
 
 
 if __name__ == "__main__":

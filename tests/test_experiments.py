@@ -2,13 +2,19 @@
 
 import json
 import math
+import re
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import run, sparse_inputs
+from experiments import command_line, routers, run, sparse_inputs
 from experiments import sparse_training_rules as rules
 from moe_jax import config, flops, train
 from moe_jax.errors import UserError
@@ -169,3 +175,110 @@ def test_all_ways_of_sparse_inputs_are_one():
         assert sparse_inputs.compiled(name, bags, vocabulary)[1] > table.nbytes
     for other in tables[1:]:
         np.testing.assert_allclose(other, tables[0], rtol=1e-4, atol=1e-4)
+
+
+def typed(*words, cwd=run.ROOT):
+    """(exit code, standard error) of an experiment that is typed as a script."""
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("name", "flags"), [("routers", ()), ("sparse_savings", ("models",))])
+def test_an_experiment_may_be_typed_as_a_script(name, flags, tmp_path):
+    """From any directory; what is wrong with its flags is one line, and nothing is made."""
+    code, said = typed(run.ROOT / f"experiments/{name}.py", *flags, "--no_such_flag", cwd=tmp_path)
+    assert (code, said.count("\n")) == (64, 1) and said.startswith("error: ") and "--no_such_flag" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_experiment_finds_its_modules_and_hears_signals_as_a_script():
+    beginning = re.compile(
+        r'if __name__ == "__main__":.*\n    sys\.path\.insert.*\n(.*\n)*?    command_line\.hear_signals\(\)'
+    )
+    for path in (run.ROOT / "experiments").glob("*.py"):
+        text = path.read_text()
+        assert "def main(" not in text or beginning.search(
+            text[: text.index("import jax") if "import jax" in text else None]
+        )
+
+
+HERE = ("--config", str(run.ROOT / "configs/base.py"))
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        (run, ("--out", "o", "--cell", "a:"), "the following arguments are required: --config"),
+        (run, (*HERE, "--out", "o", "--cell", "a:", "--seeds", "2,x"), "--seeds: 'x' is no seed: write numbers, as in"),
+        (run, (*HERE, "--out", "o", "--cell", "a:", "--seeds", "1", "1"), "--seeds 1 1: a seed is given twice"),
+        (run, (*HERE, "--out", "o", "--cell", "a:", "--num_seeds", "0"), "--num_seeds 0 must be at least 1"),
+        (run, (*HERE, "--out", "o", "--cell", "a:", "--cell", "a:"), "two cells are called a"),
+        (run, (*HERE, "--out", "o", "--cell", "../a:"), "NAME is that of a directory"),
+        (run, (*HERE, "--out", "o", "--cell", "a:model.num_heads=3"), "cell a: model.num_heads (3) must be"),
+        (
+            run,
+            (*HERE, "--out", "file/o", "--cell", "a:"),
+            "--out file/o cannot be made or written to (Not a directory)",
+        ),
+        (routers, ("--out", "o", "top_q"), "'top_q' is no router of this experiment: choose from top_k, switch"),
+        (sparse_inputs, ("--peak", "bag"), "argument --peak: invalid choice"),
+        (rules, ("--out", "o", "--report"), "--out o has no finished run of this experiment: train first"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch, capsys, program, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert program.main(list(flags)) == 64
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (tmp_path / "o" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "want", "told"),
+    [
+        ((), (0, 1, 2), "seeds 0, 1, 2"),
+        (("--seeds", "0", "5"), (0, 5), "seeds 0, 5"),
+        (("--seeds", "0,5"), (0, 5), "seeds 0, 5"),
+        (("--seeds", "2"), (2,), "seed 2 alone (--num_seeds 2 takes 2 seeds)"),
+        (("--num_seeds", "2"), (0, 1), "seeds 0, 1"),
+        (("--num_seeds", "1"), (0,), "seed 0 alone"),
+    ],
+)
+def test_seeds_are_named_or_counted(flags, want, told):
+    found = command_line.seeds(run.parse([*HERE, "--out", "o", "--cell", "a:", *flags]))
+    assert found == want and command_line.seeds_told(found) == told
+
+
+def test_an_interrupted_run_ends_the_experiment_with_its_signal(monkeypatch, capsys, tmp_path):
+    def told_to_end(*given):
+        raise run.Interrupted(2, "saved step 3 of 9 in x")
+
+    monkeypatch.setattr(run, "run_one", told_to_end)
+    assert run.main([*HERE, "--out", str(tmp_path), "--cell", "a:"]) == 130
+    assert capsys.readouterr().err == "saved step 3 of 9 in x; the same command goes on from there\n"
+
+
+def test_ctrl_c_while_an_experiment_begins_is_one_line():
+    words = [sys.executable, "experiments/sparse_inputs.py", "--smoke"]
+    process = subprocess.Popen(words, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listens = lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & 1 << signal.SIGHUP - 1
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None and not listens():  # Python itself catches SIGINT, but no SIGHUP
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said and said.count("\n") == 1, said
+
+
+def test_a_smoke_of_a_grid_takes_the_first_seed_and_a_place_of_its_own(tmp_path, capsys):
+    changes = [f"{key}={value!r}" for key, value in BASE.items() if key not in ("train.steps", "checkpoint.every")]
+    flags = [*HERE, "--out", str(tmp_path), "--smoke", "--cell", "a:", *(w for c in changes for w in ("--set", c))]
+    cache = jax.config.jax_compilation_cache_dir
+    try:
+        assert run.main(flags) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    said = capsys.readouterr().out
+    assert "1 cell, seed 0 alone: 1 run in" in said and "| a |" in said
+    assert [path.name for path in tmp_path.iterdir()] == [".smoke"]

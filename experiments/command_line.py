@@ -1,0 +1,114 @@
+"""What the command lines of the experiments share: a wrong flag, a wrong directory and Ctrl-C are one line each; seeds.
+
+Exit codes are those of moe_jax: 0 done, 64 a mistake that the message names, 128 + N ended by signal N (130: Ctrl-C).
+"""
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from moe_jax import shell, signals
+from moe_jax.errors import UserError
+
+SEEDS = (0, 1, 2)
+SMOKE = ".smoke"  # directory of smoke runs in that of --out: no cell can be called so
+
+
+class Interrupted(Exception):
+    """A run was told to end by a signal. It is saved: the same command goes on from there."""
+
+    def __init__(self, signal: int, where: str):
+        super().__init__(where)
+        self.signal = signal
+
+
+class Flags(argparse.ArgumentParser):
+    """A parser whose mistakes are UserErrors. The help shows the whole docstring of the experiment."""
+
+    def __init__(self, about: str | None):
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument(
+            "--smoke", action="store_true", help="a few steps of each cell, to see that it works; writes no report"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def hear_signals() -> None:
+    """For a process that runs an experiment, before jax is imported, which takes seconds: Ctrl-C ends it with one line."""
+    signals.LISTENER.start()
+
+
+def launch(work: Callable[[], int | None]) -> int:
+    """Exit code of an experiment: a user's mistake is one line, and so is an interruption.
+
+    Between its runs a signal ends it at once; output that nobody reads any more does not end it.
+    """
+    shell.open_output(lasting=True)
+    with signals.listening():
+        try:
+            return work() or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 64
+        except OSError as error:
+            print(f"error: {shell.reason(error)}", file=sys.stderr)
+            return 64
+        except Interrupted as stop:
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+            return 128 + stop.signal
+
+
+def add_seeds(flags: Flags) -> None:
+    flags.add_argument("--seeds", nargs="+", metavar="SEED", help="the seeds themselves, as in 0 1 2 (the default)")
+    flags.add_argument("--num_seeds", type=int, help="instead: how many seeds, from 0")
+
+
+def seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds that were asked for, by number or by how many. UserError when they are none, or come twice."""
+    if args.num_seeds is not None:
+        if args.seeds:
+            raise UserError("--seeds and --num_seeds are both given: take one of them")
+        if args.num_seeds < 1:
+            raise UserError(f"--num_seeds {args.num_seeds} must be at least 1")
+        return tuple(range(args.num_seeds))
+    if not args.seeds:
+        return SEEDS
+    words = [word for text in args.seeds for word in text.split(",")]
+    wrong = [word for word in words if not word.isdecimal()]
+    if wrong:
+        raise UserError(f"--seeds: {wrong[0]!r} is no seed: write numbers, as in --seeds 0 1 2")
+    found = tuple(int(word) for word in words)
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds {' '.join(words)}: a seed is given twice")
+    return found
+
+
+def seeds_told(found: tuple[int, ...]) -> str:
+    """The seeds in words; of one alone, that it is no number of seeds."""
+    if len(found) > 1:
+        return f"seeds {', '.join(map(str, found))}"
+    more = f" (--num_seeds {found[0]} takes {found[0]} seeds)" if found[0] > 1 else ""
+    return f"seed {found[0]} alone{more}"
+
+
+def made(args: argparse.Namespace) -> Path:
+    """The directory of --out, made; of a smoke run an empty one in it. UserError where that cannot be, before anything is computed."""
+    out = args.out / SMOKE if args.smoke else args.out
+    try:
+        if args.smoke and out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be made or written to ({error.strerror}): choose another directory"
+        ) from None
+    return out
