@@ -10,6 +10,7 @@ the experts' weights are zero from the first values on, and stay so. docs/articl
 from configs import base
 
 CLASSES = {"bytes": 0, "wordnet": 45, "vader": 2}
+VARIANTS = tuple(CLASSES)
 
 
 def get_config(arg="bytes"):

@@ -10,8 +10,8 @@ The dense model has the same active feed-forward (hidden 1024). About a minute a
 from configs import base
 
 
-def get_config(arg=None):
-    c = base.get_config(arg)
+def get_config():
+    c = base.get_config()
     c.model.vocab_size = 4096
     c.model.d_model = 256
     c.model.num_heads = 8

@@ -16,6 +16,7 @@ SETS = {
     "banking77": ("banking77", 77, 32, "bpe:2048", 4800, 64, "max", 0.3),
     "imdb": ("tfds:imdb_reviews", 2, 256, "bpe:8192", 4000, 32, "mean", 0.0),
 }
+VARIANTS = tuple(SETS)
 
 
 def get_config(arg="wordnet"):

@@ -8,8 +8,8 @@ Half a minute on two CPU cores, most of it compilation. The loss falls a little;
 from configs import base
 
 
-def get_config(arg=None):
-    c = base.get_config(arg)
+def get_config():
+    c = base.get_config()
     c.simulate_devices = 8
     c.mesh.expert = 2
     c.mesh.model = 2

@@ -9,8 +9,8 @@ top-2, with Muon. Expected: below gzip -9 in every domain, at most 2.75 bits per
 from configs import base
 
 
-def get_config(arg=None):
-    c = base.get_config(arg)
+def get_config():
+    c = base.get_config()
     c.data.slice_bytes = 400_000
     c.data.heldout_bytes = 30_000
     c.optim.optimizer = "muon"

@@ -16,6 +16,7 @@ SETS = {
     "debian": ("debian_depends", (2057, 1112), 3200, 64),
     "movielens": ("tfds:movielens/1m-ratings", (500, 2000), 2560, 512),
 }
+VARIANTS = tuple(SETS)
 
 
 def get_config(arg="debian"):

@@ -8,6 +8,7 @@ The one variant is fsdd, the Free Spoken Digit Dataset; its own test part is the
 from configs import base
 
 DATASETS = {"fsdd": "fsdd"}
+VARIANTS = tuple(DATASETS)
 
 
 def get_config(arg="fsdd"):

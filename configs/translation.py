@@ -16,6 +16,7 @@ DATASETS = {
     "prefix": "bible_en_es",
     "wmt": "tfds:wmt16_translate/de-en:train[:2%]#en-de",
 }
+VARIANTS = tuple(DATASETS)
 
 
 def get_config(arg="encdec"):

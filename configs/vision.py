@@ -11,6 +11,7 @@ from configs import base
 
 # Of each set: side of a patch, number of patches, copies of each image, steps, rows of a step, every n-th image held out.
 SETS = {"digits": (2, 16, 8, 900, 64, 5), "fashion_mnist": (4, 49, 3, 3600, 64, 5)}
+VARIANTS = tuple(SETS)
 
 
 def get_config(arg="digits"):

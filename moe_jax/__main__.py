@@ -1,5 +1,6 @@
 """`python -m moe_jax NAME ...`: the table of commands. Training is `python -m moe_jax.main --config ... --workdir ...`."""
 
+import difflib
 import importlib
 import sys
 
@@ -16,22 +17,51 @@ COMMANDS = {
     "convert": "make another checkpoint of a trained model: without its zeros",
     "probe": "what a trained model's routing and experts are worth",
 }
+TRAINING = "python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart"
+TRAINS = f"a model is trained by `{TRAINING}`"
+GENERATES = "a trained model writes text by `python -m moe_jax generate --workdir DIR`"
+EVALUATES = (
+    "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run does so again, "
+    "and `python -m moe_jax probe --workdir DIR` looks into its routing"
+)
+# What other programs call it, and what it is here.
+ELSEWHERE = {
+    **dict.fromkeys(("train", "main", "run", "fit", "pretrain", "finetune", "resume"), TRAINS),
+    **dict.fromkeys(("eval", "evaluate", "test", "validate"), EVALUATES),
+    **dict.fromkeys(("sample", "predict", "infer", "inference", "decode", "chat"), GENERATES),
+}
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m moe_jax COMMAND ...\n")
-        print("\n".join(f"  {name:10} {about}" for name, about in COMMANDS.items()))
-        print("\n  python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart   trains a model")
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
         return 0 if argv else 64
     if argv[0] not in COMMANDS:
-        print(f"error: {argv[0]!r} is no command: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {unknown(argv[0])}", file=sys.stderr)
         return 64
     try:
         return importlib.import_module(f"moe_jax.commands.{argv[0]}").main(argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 64
+
+
+def usage() -> str:
+    lines = [f"  {name:10} {about}" for name, about in COMMANDS.items()]
+    return "\n".join(["usage: python -m moe_jax COMMAND ...\n", *lines, f"\n  {TRAINING}   trains a model"])
+
+
+def unknown(name: str) -> str:
+    """What to type instead of a command that there is not: what it is called here, or the nearest name."""
+    if name.startswith("-"):
+        return f"{name} comes before a command ({', '.join(COMMANDS)}); {TRAINS}"
+    known = ELSEWHERE.get(name.lower())
+    if known is None:
+        near = difflib.get_close_matches(name.lower(), [*COMMANDS, *ELSEWHERE], 1)
+        if near and near[0] in COMMANDS:
+            return f"{name!r} is no command: did you mean `python -m moe_jax {near[0]}`?"
+        known = ELSEWHERE[near[0]] if near else f"choose one of {', '.join(COMMANDS)}; {TRAINS}"
+    return f"{name!r} is no command: {known}"
 
 
 if __name__ == "__main__":

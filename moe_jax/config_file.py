@@ -3,9 +3,11 @@
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ def check(path: Path) -> None:
 def load(path: Path) -> ConfigDict:
     """The config that `get_config(arg)` of a file returns, ARG what follows a colon: "configs/vision.py:fashion_mnist".
 
-    The directory's parent is importable, so `from configs import base` works.
+    The directory's parent is importable, so `from configs import base` works. UserError, in one line, for whatever goes wrong in the file,
+    and for a variant that it does not have.
     """
     name, colon, arg = str(path).partition(":")
     path = Path(name)
@@ -46,19 +49,61 @@ def load(path: Path) -> ConfigDict:
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         spec.loader.exec_module(module)
-        return module.get_config(arg) if colon else module.get_config()
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"the config file has no attribute 'get_config': {path} needs a function of this name")
+        _refuse_variant(path, module, arg if colon else None)
+        found = module.get_config(arg) if colon else module.get_config()
+    except UserError:
+        raise
     except SystemExit as error:
         raise UserError(
             f"the config file {path} ends the program (SystemExit: {error.code}), it must return a config"
         ) from None
     except ImportError as error:
         raise UserError(f"the config file {path} cannot be loaded: {error}") from error
-    except AttributeError as error:
-        raise UserError(f"the config file {path}: {misspelt(error) or error}") from error
-    except KeyError as error:
-        raise UserError(f"the config file {path} knows no variant {error}") from error
+    except Exception as error:  # the file is a program: anything may go wrong in it
+        if isinstance(error, KeyError) and colon and error.args == (arg,):
+            raise UserError(f"the config file {path} has no variant {arg!r}") from error
+        if wrong_key := misspelt(error):
+            raise UserError(f"the config file {path}: {wrong_key}") from error
+        raise UserError(f"the config file {path}{_line(path, error)}: {plain(error)}") from error
     finally:
         sys.path.pop(0)
+    if not isinstance(found, ConfigDict):
+        raise UserError(
+            f"the config file {path}: get_config() returns a {type(found).__name__}, not the ConfigDict of configs/base.py"
+        )
+    return found
+
+
+def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:
+    """UserError for an argument that is none of the module's VARIANTS, or that get_config does not take.
+
+    A file that has no VARIANTS, and whose get_config takes an argument, makes of it what it likes.
+    """
+    if arg is None:
+        return
+    takes = bool(inspect.signature(module.get_config).parameters)
+    variants = getattr(module, "VARIANTS", None if takes else ())
+    if variants is None or arg in variants:
+        return
+    if not variants:
+        raise UserError(f"{path}:{arg}: the config file has no variants; name it as {path}")
+    near = difflib.get_close_matches(arg, variants, 1)
+    more = f"; did you mean {path}:{near[0]}?" if near else ""
+    raise UserError(f"the config file {path} has no variant {arg!r}: it has {', '.join(variants)}{more}")
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """ ", line N" of the file where it went wrong; "" where that is not known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def plain(error: BaseException) -> str:
+    """The name of an error and what it says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def misspelt(error: BaseException) -> str:

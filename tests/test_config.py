@@ -9,7 +9,8 @@ from pathlib import Path
 import models
 import pytest
 
-from moe_jax import config, config_file, mesh, rules
+from experiments import run as grids
+from moe_jax import __main__, config, config_file, main, mesh, rules
 from moe_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,6 @@ def refused(changes, shape=(1, 1, 1)):
         ),
         ({"model.activation": "relu"}, (1, 1, 1), 'model.activation = "relu" is not known: choose one of swiglu, gelu'),
         ({"model.num_kv_heads": 3}, (1, 1, 1), "model.num_heads (4) must be divisible by model.num_kv_heads (3)"),
-        ({"optim.warmup_steps": 101}, (1, 1, 1), "optim.warmup_steps (101) must not exceed train.steps (100)"),
         ({"profile": "5"}, (1, 1, 1), 'profile = "5" is no range of steps: write FIRST:LAST'),
         ({"mesh.expert": -1, "mesh.data": -1}, (1, 1, 1), "mesh.data and mesh.expert are both -1"),
         ({"mesh.data": 3}, (1, 1, 1), "does not make 1 devices"),
@@ -190,7 +190,7 @@ LAYERS = [  # lower may not import higher
     {"errors", "names", "shell", "config", "config_file", "mesh", "__init__"},
     {"weights", "place", "compiling"},
     {"moe"},
-    {"rules", "bounds", "models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},
+    {"rules", "bounds", "smoke", "models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},
     {"sample", "translate"},
     {"tasks"},
     {"state"},
@@ -243,6 +243,58 @@ def test_manual_parallelism_has_few_doors():
             assert where.startswith("moe/dispatch/") or where == "moe/layer.py", f"{where} moves tokens"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vision.py:mnist", "configs/vision.py has no variant 'mnist': it has digits, fashion_mnist"),
+        ("vision.py:", "configs/vision.py has no variant '': it has digits, fashion_mnist"),
+        ("translation.py:prefex", "did you mean configs/translation.py:prefix?"),
+        ("quickstart.py:foo", "configs/quickstart.py:foo: the config file has no variants"),
+        ("base.py:foo", "configs/base.py:foo: the config file has no variants"),
+    ],
+)
+def test_an_unknown_variant_is_one_line_everywhere(monkeypatch, tmp_path, capsys, name, message):
+    monkeypatch.chdir(ROOT)
+    flags = ["--config", f"configs/{name}"]
+    training = [*flags, "--workdir", str(tmp_path / "run")]
+    bench, grid = ["--variant", "a:"], ["--out", str(tmp_path / "grid"), "--cell", "a:"]
+    for run in (
+        lambda: main.main(["main", *training]),
+        *(lambda of=of: __main__.main([of, *flags]) for of in ("leak", "verify")),
+        lambda: __main__.main(["bench", *flags, *bench]),
+        lambda: grids.main([*flags, *grid]),
+    ):
+        assert run() == 64
+        said = capsys.readouterr().err
+        assert message in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(arg=None):\n    return base.get_config(arg)\n", "mine.py has no variant 'foo'"),
+        ("def get_config(arg=None):\n    return 1 / 0\n", "mine.py, line 3: ZeroDivisionError: division by zero"),
+        ("SETS = {}['foo']\n", "mine.py, line 2: KeyError: 'foo'"),
+        ("def get_config(arg=None):\n    pass\n", "mine.py: get_config() returns a NoneType, not the ConfigDict"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_config_file_is_one_line(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text("from configs import base\n" + text)
+    with pytest.raises(UserError) as error:
+        config_file.load(Path(f"{tmp_path}/mine.py" + (":foo" if "arg" in text else "")))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_without_a_list_of_variants_makes_of_its_argument_what_it_likes(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import base\n\n\ndef get_config(arg='1'):\n    c = base.get_config()\n"
+        "    c.train.steps = int(arg)\n    return c\n"
+    )
+    assert config_file.load(Path(f"{path}:7")).train.steps == 7
+
+
 def test_a_misspelt_key_in_a_file_is_one_line(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
@@ -251,3 +303,22 @@ def test_a_misspelt_key_in_a_file_is_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         config_file.load(path)
     assert str(error.value) == f'the config file {path}: no key is called "stpes": did you mean "steps"?'
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "x"], "a model is trained by `python -m moe_jax.main --config configs/quickstart.py"),
+        (["main"], "a model is trained by `python -m moe_jax.main"),
+        (["trian"], "a model is trained by `python -m moe_jax.main"),
+        (["eval"], "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run"),
+        (["sample"], "a trained model writes text by `python -m moe_jax generate"),
+        (["verfy"], "did you mean `python -m moe_jax verify`?"),
+        (["--config", "x"], "--config comes before a command ("),
+        (["xyzzy"], "choose one of "),
+    ],
+)
+def test_a_command_that_there_is_not_names_what_to_type(capsys, words, message):
+    assert __main__.main(words) == 64
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1
