@@ -1,6 +1,6 @@
 """Times the training steps of several variants of a config against each other, interleaved.
 
-    python -m moe_jax bench --config configs/bench.py --variant dense:model.period=("dense",) --variant e8: --rounds 15
+    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' --variant e8: --rounds 15
 
 Every round runs one step of each variant in turn on the same random tokens, so that a machine that changes its speed changes it for all.
 Reported are medians, and the median over rounds of each step's time over that of the first variant.

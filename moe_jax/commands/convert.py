@@ -36,14 +36,18 @@ class Weights(NamedTuple):
     step: int
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m moe_jax convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="what", required=True)
     for name, (declare, _) in CONVERSIONS.items():
         declare(kinds.add_parser(name))
-    flags = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(argv)
     return CONVERSIONS[flags.what][1](flags)
 
 
