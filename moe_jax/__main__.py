@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     try:
         return importlib.import_module(f"moe_jax.commands.{argv[0]}").main(argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        shell.tell(f"error: {e}", sys.stderr)
         return 64
 
 

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from rich import box
 from rich.console import Group
 from rich.filesize import decimal, pick_unit_and_suffix
 from rich.padding import Padding
-from rich.table import Table
 
 from moe_jax import flops, state
 from moe_jax.config import Config
@@ -33,6 +31,7 @@ from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import Batch, MoE, MoELayer, num_intended
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
+from moe_jax.table import Table, names, numbers, prose
 from moe_jax.tasks import TASKS
 from moe_jax.weights import RouterState
 
@@ -325,12 +324,12 @@ def _model_table(card: Card) -> Table:
     ):
         if total or work:
             share = f"{work / f.total:.1%}" if work else ""
-            table.add_row(name, *(f"{n:,}" if n else "" for n in (total, active, work)), share)
-    table.add_section()
-    table.add_row("all, forward", f"{p.total:,}", f"{p.active:,}", f"{f.total:,}", "100%")
-    table.add_row("without embedding and head", f"{p.total_body:,}", f"{p.active_body:,}")
-    table.add_row("training, 3 x forward", "", "", f"{card.train_per_token:,}")
-    table.add_row("training, of a step", "", "", _units(card.train_per_step))
+            table.add(name, *(f"{n:,}" if n else "" for n in (total, active, work)), share)
+    table.section()
+    table.add("all, forward", f"{p.total:,}", f"{p.active:,}", f"{f.total:,}", "100%")
+    table.add("without embedding and head", f"{p.total_body:,}", f"{p.active_body:,}")
+    table.add("training, 3 x forward", "", "", f"{card.train_per_token:,}")
+    table.add("training, of a step", "", "", _units(card.train_per_step))
     return table
 
 
@@ -347,9 +346,9 @@ def _memory_table(card: Card) -> Table:
         ("compiled step: temporary", c.temporary, "gradients, activations, buffers"),
     ):
         if size:
-            table.add_row(name, decimal(size), note)
-    table.add_section()
-    table.add_row("compiled step: peak", decimal(c.peak), f"by the compiler, after {c.seconds:.0f} s")
+            table.add(name, decimal(size), note)
+    table.section()
+    table.add("compiled step: peak", decimal(c.peak), f"by the compiler, after {c.seconds:.0f} s")
     return table
 
 
@@ -361,7 +360,7 @@ def _dispatch_table(card: Card, d: Dispatch) -> Table:
         ("balanced load", d.rows_balanced, f"fills {d.rows_balanced / d.rows_held:.0%} of the buffer"),
         ("worst case", d.rows_worst, "all choose this device"),
     ):
-        table.add_row(name, f"{rows:,}", decimal(rows * d.row_bytes), note)
+        table.add(name, f"{rows:,}", decimal(rows * d.row_bytes), note)
     return table
 
 
@@ -374,20 +373,17 @@ def _traffic_table(d: Dispatch) -> Table:
     }
     for axis in sorted({*d.forward, *d.backward}, key=lambda axis: (axis not in what, axis)):
         sizes = (decimal(part[axis]) if axis in part else "" for part in (d.forward, d.backward))
-        table.add_row(f"over {axis}", *sizes, what.get(axis, "sums of small gradients"))
+        table.add(f"over {axis}", *sizes, what.get(axis, "sums of small gradients"))
     if not table.rows:
-        table.add_row("nothing travels")
+        table.add("nothing travels")
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     """The first column is named by what the table is about, the last one holds notes where it is not a number."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(title, min_width=26)
-    for column in columns:
-        notes = column in ("", "bytes received")
-        table.add_column(column, justify="left" if notes else "right", no_wrap=not notes)
-    return table
+    notes = columns[-1] in ("", "bytes received")
+    figures = columns[:-1] if notes else columns
+    return Table([*names(title), *numbers(*figures), *prose(*columns[len(figures) :])])
 
 
 def _units(number: int) -> str:

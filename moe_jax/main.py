@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
     try:
         return launch(argv)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        shell.tell(f"error: {e}", sys.stderr)
         return 64
     except OSError as e:  # a disk that is full, a directory that may not be written to
         print(f"error: {shell.reason(e)}", file=sys.stderr)

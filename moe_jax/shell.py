@@ -5,8 +5,10 @@ import fcntl
 import io
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,11 +46,29 @@ def going_on(step: int, stop_at: int) -> str:
 
 
 def console() -> Any:
-    """A rich Console: as wide as the terminal, or 160 columns in a file or a pipe, so that no cell of a table is cut."""
+    """A rich Console, as wide as the terminal. A file or a pipe has 160 columns, or what COLUMNS says."""
     from rich.console import Console  # here: this module comes before everything that takes time to import
 
     plain = Console()
-    return plain if plain.is_terminal else Console(width=max(plain.width, 160))
+    return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(width=160)
+
+
+def tell(text: object, stream: TextIO | None = None) -> None:
+    """Prints sentences. A terminal gets its lines broken between words, a file or a pipe as they are.
+
+    A line that begins with two spaces is a command or a path on its own: it stays whole, to be copied.
+    """
+    stream = stream or sys.stdout
+    lines = str(text).split("\n")
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [line if line.startswith("  ") else _broken(line, width) for line in lines]
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _broken(line: str, width: int) -> str:
+    """A path or a number that is longer than a line is left to the terminal, which can give it back whole."""
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:

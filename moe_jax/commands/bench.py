@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.table import Table
 
-from moe_jax import config, config_file, flops, mesh, place, shell
+from moe_jax import config, config_file, flops, mesh, place, shell, working
 from moe_jax.state import initial, make_model, make_step, make_tx
+from moe_jax.table import Table, names, numbers
 from moe_jax.tasks import TASKS
 
 
@@ -34,9 +34,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     runs = {}
-    for text in args.variant:
-        name, _, changes = text.partition(":")
-        runs[name] = prepare(args.config, changes)
+    with working.shown("bench") as tell:
+        for text in args.variant:
+            name, _, changes = text.partition(":")
+            tell(f"compiling {name}")
+            runs[name] = prepare(args.config, changes)
+    # No spinner from here on: its thread would be timed too.
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.rounds):
         for name, (_, step) in runs.items():
@@ -72,15 +75,14 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
 
 
 def table(configs: dict[str, config.Config], times: dict[str, list[float]]) -> Table:
-    result = Table()
-    for column in ("variant", "ms a step", "fastest", "tokens/s", "time / first", "active", "total"):
-        result.add_column(column, justify="left" if column == "variant" else "right")
+    columns = numbers("ms a step", "fastest", "tokens/s", "time / first", "active", "total")
+    result = Table([*names("variant"), *columns])
     reference = next(iter(times.values()))
     for name, seconds in times.items():
         cfg, median = configs[name], statistics.median(seconds)
         counts = flops.parameters(cfg.model)
         ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        result.add_row(
+        result.add(
             name,
             f"{1000 * median:.0f}",
             f"{1000 * min(seconds):.0f}",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, config, mesh, place, state
+from moe_jax import checkpoint, config, mesh, place, shell, state
 from moe_jax.checkpoint import flat
 from moe_jax.commands import generate
 from moe_jax.errors import UserError
@@ -77,10 +77,10 @@ def run_compact(flags: argparse.Namespace) -> int:
         deviation = written(old, new, flags)
     report(old, new, notes, flags)
     sound = deviation <= LIMIT
-    print(
+    shell.tell(
         f"outputs on random inputs: largest deviation {deviation:.1e} of the largest output, float32 (limit {LIMIT:.0e})"
     )
-    print(f"written: {flags.out}" if sound else f"{flags.out} does not compute the same: do not use it")
+    shell.tell(f"written: {flags.out}" if sound else f"{flags.out} does not compute the same: do not use it")
     return 0 if sound else 1
 
 
@@ -222,13 +222,13 @@ def forward(weights: Weights) -> Any:
 
 def report(old: Weights, new: Weights, notes: list[str], flags: argparse.Namespace) -> None:
     for note in notes:
-        print(note)
+        shell.tell(note)
     counts = [sum(x.size for x in jax.tree.leaves(w.parts["params"])) for w in (old, new)]
     kept, every = compact.nonzero(layer for _, layer in sparse.experts_of(old.parts["params"]))
-    print(f"experts: {kept:,} of {every:,} weights were not zero ({kept / every:.1%})")
-    print(f"parameters: {counts[0]:,} -> {counts[1]:,} ({counts[1] / counts[0]:.1%})")
+    shell.tell(f"experts: {kept:,} of {every:,} weights were not zero ({kept / every:.1%})")
+    shell.tell(f"parameters: {counts[0]:,} -> {counts[1]:,} ({counts[1] / counts[0]:.1%})")
     sizes = [bytes_of(path, w.step) for path, w in ((flags.workdir, old), (flags.out, new))]
-    print(f"checkpoint on disk, optimizer included before: {sizes[0]:,} -> {sizes[1]:,} bytes")
+    shell.tell(f"checkpoint on disk, optimizer included before: {sizes[0]:,} -> {sizes[1]:,} bytes")
 
 
 def bytes_of(workdir: Path, step: int) -> int:

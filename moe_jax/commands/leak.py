@@ -16,15 +16,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
-from moe_jax import config, config_file, shell
+from moe_jax import config, config_file, shell, working
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
+from moe_jax.table import Table, names, numbers, prose
 
-HEAD = ("router", "ordering", "dispatcher", "future, train", "future, eval", "batch, train", "batch, eval", "verdict")
+COLUMNS = [
+    *names("router", "ordering", "dispatcher"),
+    *numbers("future, train", "future, eval", "batch, train", "batch, eval"),
+    *prose("verdict"),
+]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -37,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    args, console = parse(argv), shell.console()
+    args = parse(argv)
     raw = config_file.read(args.config, args.set, "--set")
     jax.config.update("jax_enable_x64", True)
     small = leak.shrink(raw)
@@ -47,24 +50,23 @@ def main(argv: list[str]) -> int:
             f"{args.config} has no block with experts: model.prefix, model.period and model.suffix name none"
         )
     rows = []
-    with console.status("") as status:
+    with working.shown("leak") as tell:
         for cfg in leak.combinations(raw) if args.all else [own]:
             moe = cfg.model.moe
-            status.update(f"{moe.router} {moe.ordering} {moe.dispatcher}")
+            tell(f"{moe.router}, {moe.ordering}, {moe.dispatcher}")
             found = leak.measure(cfg)
-            rows.append(
-                (
-                    cfg,
-                    [*future(cfg, found), *(text(found[mode].batch) for mode in leak.MODES)],
-                    leak.verdict(cfg, found),
-                )
-            )
+            cells = [*future(cfg, found), *(text(found[mode].batch) for mode in leak.MODES)]
+            rows.append((cfg, cells, leak.verdict(cfg, found)))
     shape = f"{own.train.batch_size} rows of {own.data.seq_len} tokens, groups of {own.model.moe.group_rows} rows"
-    console.print(f"{shape}; largest change over the largest logit, share of tokens that changed")
-    show(console, rows, args.markdown)
+    shell.tell(f"{shape}; largest change over the largest logit, share of tokens that changed")
+    shown = table(rows)
+    if args.markdown:
+        print(shown.markdown())
+    else:
+        shell.console().print(shown)
     wrong = failures([label for _, _, label in rows], allowed=args.all or raw["model"]["allow_leak"])
     for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
+        shell.tell(f"error: {line}", sys.stderr)
     return int(bool(wrong))
 
 
@@ -91,17 +93,9 @@ def text(found: leak.Leak) -> str:
     return f"{found.delta:.2g}, {found.share:.0%}" if found.delta else "0"
 
 
-def show(console: Console, rows: list[tuple[Config, list[str], str]], markdown: bool) -> None:
-    lines = [
-        (c.model.moe.router, c.model.moe.ordering, c.model.moe.dispatcher, *cells, label) for c, cells, label in rows
-    ]
-    if markdown:
-        for line in (HEAD, ("---",) * len(HEAD), *lines):
-            print(f"| {' | '.join(line)} |")
-        return
-    table = Table()
-    for name in HEAD:
-        table.add_column(name, overflow="fold", no_wrap=name in HEAD[:3])
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+def table(rows: list[tuple[Config, list[str], str]]) -> Table:
+    result = Table(COLUMNS, keys=3)
+    for cfg, cells, label in rows:
+        moe = cfg.model.moe
+        result.add(moe.router, moe.ordering, moe.dispatcher, *cells, label)
+    return result

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from moe_jax import shell
 from moe_jax.data import prepared, sources, writer
 from moe_jax.data.tokenizer import TOKENIZERS
 from moe_jax.errors import UserError
+from moe_jax.table import Table, names, numbers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,8 +57,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {flags.out} is not finished; the same command finishes it", file=sys.stderr)
         return 130
-    print(f"{flags.out} is finished already, with the same arguments" if before else f"{flags.out} is finished")
-    print(summary(record))
+    shell.tell(f"{flags.out} is finished already, with the same arguments" if before else f"{flags.out} is finished")
+    show(record)
     return 0
 
 
@@ -80,16 +82,24 @@ def _progress() -> Iterator[writer.Track]:
         yield track
 
 
-def summary(record: dict[str, Any]) -> str:
-    """The record as a table of domains for a person to read."""
-    lines = [f"{'domain':20} {'documents':>12} {'held out':>12} {'bytes':>14} {'held out':>14}"]
+def show(record: dict[str, Any]) -> None:
+    """Prints the record for a person to read."""
+    shell.console().print(table(record))
+    rows, length = record["rows"], record["arguments"]["seq_len"]
+    shell.tell(f"{rows['train']:,} training rows and {rows['heldout']:,} held-out rows of {length} tokens")
+    shell.tell(f"vocabulary {record['vocab_size']:,}, fingerprint {record['fingerprint'][:16]}")
+    for note in _lost(record):
+        shell.tell(note)
+
+
+def table(record: dict[str, Any]) -> Table:
+    """A row for each domain."""
+    columns = numbers("documents", "documents held out", "bytes", "bytes held out")
+    result = Table([*names("domain"), *columns])
     for domain in record["domains"]:
         counts = [record[what][split][domain] for what in ("documents", "text_bytes") for split in ("train", "heldout")]
-        lines.append("{:20} {:12,} {:12,} {:14,} {:14,}".format(domain, *counts))
-    rows, length = record["rows"], record["arguments"]["seq_len"]
-    lines.append(f"{rows['train']:,} training rows and {rows['heldout']:,} held-out rows of {length} tokens")
-    lines.append(f"vocabulary {record['vocab_size']:,}, fingerprint {record['fingerprint'][:16]}")
-    return "\n".join([*lines, *_lost(record)])
+        result.add(domain, *(f"{count:,}" for count in counts))
+    return result
 
 
 def _lost(record: dict[str, Any]) -> Iterator[str]:

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import jax
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
-from moe_jax import config_file, mesh, shell
+from moe_jax import config_file, mesh, shell, working
 from moe_jax.errors import UserError
+from moe_jax.table import Table, names, numbers, prose
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS
@@ -58,11 +60,11 @@ def main(argv: list[str]) -> int:
         certificate.check(args.certificate)
     mesh.simulate(shrink.DEVICES)
     jax.config.update("jax_enable_x64", True)
-    with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder, console.status("one device") as status:
+    with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder, working.shown("verify") as tell:
         wanted = Wanted(shapes, args.steps, args.processes, args.float32)
-        found = verify(raw, wanted, Path(folder), lambda text: status.update(text))
+        found = verify(raw, wanted, Path(folder), tell)
     text = verdict(found)
-    console.print(rules_table(found.rules), meshes_table(found))
+    console.print(rules_table(found.rules), "", meshes_table(found))
     for row in found.rows:
         if row.refused or row.failure:
             console.print(
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
             )
     for note in found.notes:
         console.print(note, style="dim", markup=False, highlight=False)
-    console.print(alone_table(found.alone))
+    console.print("", alone_table(found.alone), "")
     console.print(f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)")
     if args.certificate:
         certificate.write(args.certificate, certificate.content(raw, str(args.config), args.set, found, text))
@@ -116,38 +118,40 @@ def verdict(found: Result) -> str:
 
 
 def rules_table(rules: list[shrink.Rule]) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = Table([*names("key"), *prose("yours -> here", "why")])
     for rule in rules:
-        table.add_row(rule.key, f"{rule.yours} -> {rule.shrunk}", f"[dim]{rule.why}[/]")
+        table.add(rule.key, f"{rule.yours} -> {rule.shrunk}", Text(rule.why, style="dim"))
     return table
 
 
-def meshes_table(found: Result) -> Table:
-    table = Table(title="largest deviation from one device, float64", title_justify="left")
-    table.add_column("data x expert x model")
-    for title in (*COLUMNS.values(), "checkpoint", "float32"):
-        table.add_column(title, justify="right")
-    table.add_row("limit", *(number(LIMITS[check]) for check in COLUMNS), "equal bits", "not judged", style="dim")
+def meshes_table(found: Result) -> Group:
+    title = "largest deviation from one device, float64"
+    columns = numbers(*COLUMNS.values(), "checkpoint", "float32")
+    table = Table([*names("data x expert x model"), *columns], title=title)
+    table.add("limit", *(number(LIMITS[check]) for check in COLUMNS), "equal bits", "not judged", style="dim")
     for row in found.rows:
-        table.add_row(*cells(row))
+        table.add(*cells(row))
     worst = max((r.deviations["gradients"] for r in found.rows if r.deviations), key=lambda d: d.value, default=None)
-    if worst:
-        table.caption = f"worst gradient: {worst.where}, step {worst.step}"
-        table.caption_justify = "left"
-    return table
+    caption = [Text(f"worst gradient: {worst.where}, step {worst.step}", style="dim")] if worst else []
+    return Group(table, *caption)
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str | Text]:
     name = row.name.replace(" ", "\n", 1)
     if row.refused or row.failure:
-        return [name, "refused" if row.refused else "[red]fails[/]"]
-    marks = []
+        return [name, "refused" if row.refused else Text("fails", style="red")]
+    marks: list[str | Text] = []
     for check in COLUMNS:
         found = row.deviations.get(check)
-        text = number(found.value) if found else "-"
-        marks.append(text if not found or found.sound else f"[red]{text}[/]")
-    checkpoint = f"[red]{len(row.unequal)} differ[/]" if row.unequal else f"on {row.reader}" if row.reader else "-"
+        marks.append(judged(found.value, found.sound) if found else "-")
+    checkpoint: str | Text = f"on {row.reader}" if row.reader else "-"
+    if row.unequal:
+        checkpoint = Text(f"{len(row.unequal)} differ", style="red")
     return [name, *marks, checkpoint, float32(row)]
+
+
+def judged(value: float, sound: bool) -> Text:
+    return Text(number(value), style="" if sound else "red")
 
 
 def float32(row: Row) -> str:
@@ -162,10 +166,9 @@ def number(value: float) -> str:
 
 
 def alone_table(checks: list[Check]) -> Table:
-    table = Table(title="on one device, for faults that every mesh would share", title_justify="left")
-    for title, justify in (("claim", "left"), ("deviation", "right"), ("limit", "right"), ("note", "left")):
-        table.add_column(title, justify="right" if justify == "right" else "left")
+    title = "on one device, for faults that every mesh would share"
+    table = Table([*prose("claim"), *numbers("deviation", "limit"), *prose("note")], title=title)
     for check in checks:
-        value = number(check.value) if check.sound else f"[red]{number(check.value)}[/]"
-        table.add_row(check.claim, value, number(check.limit) if check.judged else "not judged", check.note)
+        limit = number(check.limit) if check.judged else "not judged"
+        table.add(check.claim, judged(check.value, check.sound), limit, check.note)
     return table
