@@ -18,13 +18,16 @@ from moe_jax.place import local_rows, put
 from moe_jax.state import State, judged, make_model
 from moe_jax.tasks import TASKS, contract
 
+MOST_ROWS = 4096  # whose routing is kept, for what chance gives: one of each domain in turn, so they stand for all
+
 
 def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, Any]]:
     """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at first use.
 
     The figures of the task (tasks/NAME.py, `summary`; "loss" is one of them), "max_vio" (of all held-out tokens, mean over MoE layers),
     "moe" (load figures of each layer), "routing" (counts of assignments per MoE layer, domain and expert [L, Z, E]),
-    "rows" (nats and tokens of each row that was evaluated, in data.heldout_order()).
+    "rows" (nats and tokens of each row that was evaluated, in data.heldout_order()), "row_routing" (of the first MOST_ROWS rows the
+    domain [R] and the assignments [R, L, E]).
 
     The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
     depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one. Raises stopping.Interrupted
@@ -43,15 +46,18 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         size = cfg.eval.batch_size
         rows = local_rows(size)
         total: Any = None
-        seen = []
+        seen, routed, most = [], [], -(-MOST_ROWS // size)
         for batch in eval_batches(data, size, num_batches or None, rows):
             stopping.check()
             sums = sums_of(params, state.router_state, put(batch, rows, size, task.inputs))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             seen.append(sums.pop("rows"))
+            routed.append(sums.pop("row_routing"))
+            del routed[most:]
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         many = len(data.heldout_order()[1])
-        return summary(task, total, data) | {"rows": jax.tree.map(lambda *z: np.concatenate(z)[:many], *seen)}
+        rows, row_routing = (jax.tree.map(lambda *z: np.concatenate(z)[:many], *each) for each in (seen, routed))
+        return summary(task, total, data) | {"rows": rows, "row_routing": row_routing}
 
     return evaluate
 

@@ -233,7 +233,9 @@ def publish(
         writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
     stopping.check_alone()
     if pictures and result["routing"].size:
-        writer.image(step, "moe/routing", picture.routing(result["routing"], data.domains, pictures / "routing.png"))
+        rows = result["row_routing"]
+        seen = result["routing"], rows["experts"], rows["domain"], data.domains
+        writer.image(step, "moe/routing", picture.routing(*seen, pictures / "routing.png"))
 
 
 def begin(

@@ -74,23 +74,45 @@ def test_a_router_without_logits_is_not_asked_for_them(float64, tmp_path):
         run = probed(changes={"model.moe.router": "uniform"})
         with pytest.raises(UserError, match="only a router with a linear gate can be told to go round an expert"):
             knockout.measure(run, "around")
-        job = command.Job(
-            run.cfg, run, 1, argparse.Namespace(ways="around,removed", workdir=tmp_path, mesh=None), tmp_path
-        )
-        command.run_knockout(job)
+        flags = argparse.Namespace(ways="around,removed", workdir=tmp_path, mesh=None, seed=0)
+        command.run_knockout(command.Job(run.cfg, run, 1, flags, tmp_path, []))
         found = json.loads((tmp_path / "knockout.json").read_text())["knockout"]
         assert "only a router with a linear gate" in found["around"]["note"] and "change_LEZ" in found["removed"]
         with pytest.raises(UserError, match='"uniform" has no linear gate, which balanced replay needs'):
             replay.balanced(seen(run)._replace(probs_LBSE=lambda: replay._probabilities(run, np.zeros(0))))
 
 
-def test_draws_the_heat_map(tmp_path):
-    rng = np.random.default_rng(0)
-    change_LEZ = rng.normal(size=(5, 8, 3))
-    change_LEZ[:, :, 1] = np.nan  # a domain without rows
-    worth = knockout.Worth(np.array([1, np.nan, 1]), change_LEZ, np.full((5, 8, 3), 1 / 8), np.full((5, 8), 1 / 8))
-    knockout.draw(worth, ["drama", "verse", "novel"], "removed", tmp_path / "knockout.png")
-    assert (tmp_path / "knockout.png").stat().st_size > 5_000
+def test_changes_are_those_of_the_sums_and_lie_in_their_intervals(run):
+    """The rows of a domain add up to its own sums, with bytes as the task counts them, and the same seed gives the same intervals."""
+    found = knockout.measure(run, "removed", seed=3)
+    sums = held_out.make_sums(run, run.cfg.model)
+    inputs = held_out.place(run, run.batches[0])
+    before, after = (
+        sums(run.params, run.router_state, inputs._replace(**knockout.told(run, "removed_BME", 1, expert)))
+        for expert in (None, 2)
+    )
+    change_Z = (after["nll"] - before["nll"]) / (np.log(2) * before["bytes"])
+    np.testing.assert_allclose(found.change_LEZ[1, 2], change_Z, rtol=1e-9)
+    assert (found.mean_low_LE < found.mean_LE).all() and (found.mean_LE < found.mean_high_LE).all()
+    assert (found.low_LEZ < found.change_LEZ).all() and (found.change_LEZ < found.high_LEZ).all()
+    again, other = (knockout.measure(run, "removed", seed=seed) for seed in (3, 4))
+    np.testing.assert_array_equal(found.low_LEZ, again.low_LEZ)
+    assert (found.low_LEZ != other.low_LEZ).any()
+
+
+def test_probe_tells_what_it_does_and_where_its_files_are(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = argparse.Namespace(ways="removed", workdir=tmp_path, mesh=None, seed=0, frozen="", steps=0)
+    (tmp_path / "probe").mkdir()
+    job = command.Job(run.cfg, run, 1, flags, tmp_path / "probe", [])
+    assert command.measure(job, ["record", "knockout"]) == []
+    command.tell_files(job)
+    said = capsys.readouterr()
+    assert said.err.startswith("record\n") and "\nknockout\n" in said.err
+    listed = [line.strip() for line in said.out[said.out.index("written:") :].splitlines()[1:]]
+    there = {str(path) for path in (tmp_path / "probe").rglob("*") if path.is_file()}
+    assert set(listed) == there and len(listed) == 4
+    assert "bits per byte more when an expert is removed" in said.out and "…" not in said.out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ Everything is written to DIR/probe as JSON, PNG and npz, and the tables are prin
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,27 +21,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import mesh, rules
+from moe_jax import mesh, rules, shell, working
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.commands import generate
 from moe_jax.config import Config
 from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
-from moe_jax.instruments import held_out, interference, knockout, precision, record, replay, retrain, tables
+from moe_jax.instruments import held_out, interference, knockout, picture, precision, record, replay, retrain, tables
 from moe_jax.moe import probe
 from moe_jax.place import local_rows, put
 from moe_jax.state import State, initial, make_model
+from moe_jax.table import Table
 from moe_jax.tasks import lm
+
+Found = list[Table | str]  # what an instrument prints: tables and sentences
 
 
 class Job(NamedTuple):
-    """What every instrument of the command reads. `step` of the checkpoint; `out`: where its files go, None on other processes."""
+    """What every instrument of the command reads. `step` of the checkpoint; `out`: where its files go, None on other processes.
+
+    An instrument returns what is printed, and adds the files that it wrote to `written`.
+    """
 
     cfg: Config  # of the training run; that of `run` may have another dispatcher
     run: held_out.Run
     step: int
     flags: argparse.Namespace
     out: Path | None
+    written: list[Path]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -58,7 +65,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=0, help="replay: steps to train on under each routing (default 0)")
     parser.add_argument("--ways", default="removed,around", help="knockout: how an expert goes (default: both)")
-    parser.add_argument("--seed", type=int, default=0, help="replay: of the shuffled and random routing")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of shuffled and random routing, and of the intervals of knockout"
+    )
     parser.add_argument("--mesh", default="1x1x1", help="DATAxEXPERTxMODEL (default: one device)")
     parser.add_argument("--simulate_devices", type=int, default=0, help="CPU devices to simulate for a larger mesh")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, for a run of several processes")
@@ -79,15 +88,36 @@ def main(argv: list[str]) -> int:
     lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
     with jax.set_mesh(mesh.make(lengths, jax.devices()[: np.prod(list(lengths.values()))])):
         job = open_job(cfg, flags)
-        refused = []
-        for name in what:
-            try:
-                INSTRUMENTS[name](job)
-            except UserError as error:  # the others go on
-                refused.append(f"--what {name}: {error}")
+        refused = measure(job, what)
+    if job.out:
+        tell_files(job)
     if refused:
         raise UserError("\n".join(refused))
     return 0
+
+
+def measure(job: Job, what: Sequence[str]) -> list[str]:
+    """Runs the instruments and prints what each found; returns why some could not work."""
+    refused, console = [], shell.console()
+    for name in what:
+        try:
+            with working.shown(name, active=job.out is not None) as tell:
+                found = INSTRUMENTS[name](job._replace(run=job.run._replace(tell=tell)))
+        except UserError as error:  # the others go on
+            refused.append(f"--what {name}: {error}")
+            continue
+        for part in found if job.out else []:
+            if isinstance(part, str):
+                shell.tell(part)
+            else:
+                console.print(part)
+        if job.out:
+            print(flush=True)
+    return refused
+
+
+def tell_files(job: Job) -> None:
+    shell.tell("\n".join(["written:", *(f"  {path}" for path in dict.fromkeys(job.written))]))
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -147,22 +177,29 @@ def open_job(cfg: Config, flags: argparse.Namespace) -> Job:
     out = flags.workdir / "probe" if jax.process_index() == 0 else None
     if out:
         out.mkdir(exist_ok=True)
-    return Job(cfg, run, step, flags, out)
+        shell.tell(f"step {step} of {flags.workdir}, {held_out_rows(run)} held-out rows")
+    return Job(cfg, run, step, flags, out, [])
 
 
 def steps_of(directory: Path) -> list[int]:
     return Checkpoints(directory, every=0, keep=1, keep_best=0).steps()
 
 
+def held_out_rows(run: held_out.Run) -> int:
+    """Of all processes; rows that fill up the last batch are none."""
+    return sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches) * jax.process_count()
+
+
 def save(job: Job, name: str, figures: Any) -> None:
     """Beside the figures: of which step, and of how many held-out rows."""
     if job.out:
-        rows = sum(int((batch.segment_BS > 0).any(1).sum()) for batch in job.run.batches) * jax.process_count()
-        about = {"step": job.step, "rows": rows, "mesh": job.flags.mesh}
-        (job.out / f"{name}.json").write_text(json.dumps({**about, name: figures}, indent=1) + "\n")
+        about = {"step": job.step, "rows": held_out_rows(job.run), "mesh": job.flags.mesh}
+        path = job.out / f"{name}.json"
+        path.write_text(json.dumps({**about, name: figures}, indent=1) + "\n")
+        job.written.append(path)
 
 
-def run_replay(job: Job) -> None:
+def run_replay(job: Job) -> Found:
     directory = job.flags.workdir / "checkpoints"
     if job.flags.steps:
         return run_retrain(job, directory)
@@ -177,46 +214,51 @@ def run_replay(job: Job) -> None:
     earlier = {step: generate.load(job.run.cfg, directory, step, ema) for step in steps}
     result = replay.evaluate(job.run, earlier, job.flags.seed)
     save(job, "replay", result)
-    if job.out:
-        tables.replay(result, "held-out bits per byte under another routing")
+    return tables.replay(result, "held-out bits per byte under another routing")
 
 
-def run_retrain(job: Job, directory: Path) -> None:
+def run_retrain(job: Job, directory: Path) -> Found:
     abstract = jax.eval_shape(jax.jit(initial(job.cfg, make_model(job.cfg.model))), jax.random.key(0))
     state = Checkpoints(directory, every=0, keep=1, keep_best=0).restore(job.step, abstract, stacked=False)
     result = retrain.evaluate(job.run, job.cfg, state, job.flags.steps, job.flags.seed)
     save(job, "retrain", result)
-    if job.out:
-        title = f"held-out bits per byte after {job.flags.steps} steps under another routing, from step {job.step}"
-        tables.replay(result, title)
+    title = f"held-out bits per byte after {job.flags.steps} steps under another routing, from step {job.step}"
+    return tables.replay(result, title)
 
 
-def run_precision(job: Job) -> None:
+def run_precision(job: Job) -> Found:
     result = precision.measure(job.run)
     save(job, "precision", result)
-    if job.out:
-        tables.precision(result)
+    return tables.precision(result)
 
 
-def run_knockout(job: Job) -> None:
-    result = {}
+def run_knockout(job: Job) -> Found:
+    domains = list(job.run.dataset.domains)
+    result: dict[str, Any] = {}
+    found: Found = []
     for way in job.flags.ways.split(","):
         try:
-            worth = knockout.measure(job.run, way)
+            worth = knockout.measure(job.run, way, job.flags.seed)
         except UserError as error:  # of this router: the other way, and the other instruments, go on
             result[way] = {"note": str(error)}
-            if job.out:
-                tables.note(f"knock-out, {knockout.PASSIVE[way]}", str(error))
+            found.append(f"knock-out, {knockout.PASSIVE[way]}: {error}")
             continue
-        null = lambda z: np.asarray(np.where(np.isnan(z), None, z)).tolist()  # a domain without rows: JSON has no NaN
-        result[way] = {name: null(getattr(worth, name)) for name in worth._fields}
+        result[way] = {name: without_nan(getattr(worth, name)) for name in worth._fields}
+        found += tables.knockout(worth, domains, way)
         if job.out:
-            tables.knockout(worth, job.run.dataset.domains, way)
-            knockout.draw(worth, job.run.dataset.domains, way, job.out / f"knockout_{way}.png")
-    save(job, "knockout", {"domains": list(job.run.dataset.domains), **result})
+            path = job.out / f"knockout_{way}.png"
+            picture.knockout(worth, domains, way, path)
+            job.written.append(path)
+    save(job, "knockout", {"domains": domains, **result})
+    return found
 
 
-def run_interference(job: Job) -> None:
+def without_nan(z: np.ndarray) -> list[Any]:
+    """A domain without rows is null: JSON has no NaN."""
+    return np.asarray(np.where(np.isnan(z), np.array(None), z)).tolist()
+
+
+def run_interference(job: Job) -> Found:
     """On the batch of the step after the checkpoint, as the training run would have taken it."""
     cfg, run = job.run.cfg, job.run
     if cfg.model.moe.sparse.stored["block"]:
@@ -230,24 +272,27 @@ def run_interference(job: Job) -> None:
     state = State(jnp.int32(job.step), run.params, run.router_state, {}, None, jnp.int32(0))
     result = interference.make_meter(cfg, model)(state, put(local, rows, size, lm.Inputs))
     save(job, "interference", result)
-    if job.out:
-        tables.interference(result)
+    return tables.interference(result)
 
 
-def run_record(job: Job) -> None:
+def run_record(job: Job) -> Found:
     """Files numbered by held-out batch, in probe/routing."""
     cfg, run = job.run.cfg, job.run
     record_of = held_out.make_record(cfg.model, probe.ROUTING)
     for number, batch in enumerate(run.batches):
+        run.tell(f"batch {number + 1} of {len(run.batches)}")
         fields = record_of(run.params, run.router_state, held_out.place(run, batch))
         whole = held_out.whole(batch, cfg.eval.batch_size)
         if job.out:
             arrays = record.compact(fields, whole, cfg.model.moe.num_experts, cfg.eval.batch_size)
             about = record.about(cfg, run.dataset.domains) | {"checkpoint": job.step, "split": "heldout"}
             record.write(job.out / "routing", number, arrays, about)
+            files = record.MANIFEST, record.file_name(number)
+            job.written.extend(job.out / "routing" / name for name in files)
+    return [f"the routing of {held_out_rows(run)} held-out rows in {len(run.batches)} files, one a batch"]
 
 
-INSTRUMENTS: dict[str, Callable[[Job], None]] = {
+INSTRUMENTS: dict[str, Callable[[Job], Found]] = {
     "replay": run_replay,
     "precision": run_precision,
     "knockout": run_knockout,

@@ -22,6 +22,7 @@ from moe_jax.models.decoder import with_dispatcher
 from moe_jax.place import local_rows, put
 from moe_jax.state import make_model
 from moe_jax.tasks import contract, lm
+from moe_jax.working import Tell, silent
 
 Arrays = dict[str, np.ndarray]
 
@@ -34,6 +35,7 @@ class Run(NamedTuple):
     params: Any
     router_state: Any
     batches: Sequence[Batch]  # this process's rows of each held-out batch
+    tell: Tell = silent  # is told what is being measured
 
 
 class One(NamedTuple):

@@ -5,18 +5,19 @@
 
 One compiled function serves every expert of every layer: the expert is data, a mask [B, M, E] of the batch (moe/probe.py).
 
-Shapes: L MoE layers, E experts, Z domains, B rows, M blocks.
+Shapes: L MoE layers, E experts, Z domains, B rows of a batch, R held-out rows, M blocks.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from moe_jax.data.batches import Batch
 from moe_jax.errors import UserError
-from moe_jax.instruments import held_out
+from moe_jax.instruments import bootstrap, held_out
 from moe_jax.instruments.held_out import Run
 from moe_jax.tasks import lm
 
@@ -25,42 +26,95 @@ WAYS = {"removed": "removed_BME", "around": "barred_BME"}  # and the field of lm
 
 
 class Worth(NamedTuple):
-    """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds; NaN where no row is of that domain."""
+    """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds.
+
+    `mean_LE` is the mean change over domains; `low` and `high` are the ends of 95 % intervals over held-out rows. NaN where no
+    row is of a domain, and of an interval also where one row alone is.
+    """
 
     base_Z: np.ndarray
     change_LEZ: np.ndarray
+    low_LEZ: np.ndarray
+    high_LEZ: np.ndarray
+    mean_LE: np.ndarray
+    mean_low_LE: np.ndarray
+    mean_high_LE: np.ndarray
     share_LEZ: np.ndarray  # of a domain's assignments
     load_LE: np.ndarray  # of all assignments
 
 
-def measure(run: Run, way: str) -> Worth:
-    """Takes one evaluation per expert and layer. UserError when the router cannot go round an expert."""
+class Rows(NamedTuple):
+    """Of each held-out row: the bytes that it predicts, its domain, and the nats that it loses without each expert."""
+
+    bytes_R: np.ndarray
+    domain_R: np.ndarray
+    nats_LER: np.ndarray
+
+
+def measure(run: Run, way: str, seed: int = 0) -> Worth:
+    """Takes one evaluation per expert and layer. `seed` is of the bootstrap.
+
+    UserError when the router cannot go round an expert.
+    """
     num_experts, sums_of = run.cfg.model.moe.num_experts, held_out.make_sums(run, run.cfg.model)
-    total: dict[str, np.ndarray] = {}
-    for batch in run.batches:
+    base: list[Any] = []
+    parts: list[Rows] = []
+    for number, batch in enumerate(run.batches):
         inputs = held_out.place(run, batch)
-        base = sums_of(run.params, run.router_state, inputs._replace(**told(run, WAYS[way], 0, None)))
-        routing_LEZ = np.moveaxis(base["routing"][:, :, :num_experts], 1, 2)
-        nll_LEZ = _without_each(run, sums_of, inputs, way)
-        part = {"base": base["nll"], "bytes": base["bytes"], "nll": nll_LEZ, "routing": routing_LEZ}
-        total = {name: total.get(name, 0) + value for name, value in part.items()}
-    bits_Z = math.log(2) * np.where(total["bytes"] > 0, total["bytes"], np.nan)
-    share = lambda z: z / np.maximum(z.sum(1, keepdims=True), 1)
-    routing_LEZ = total["routing"]
-    change_LEZ = (total["nll"] - total["base"]) / bits_Z
-    return Worth(total["base"] / bits_Z, change_LEZ, share(routing_LEZ), share(routing_LEZ.sum(2)))
+        before = sums_of(run.params, run.router_state, inputs._replace(**told(run, WAYS[way], 0, None)))
+        after_LEB = _without_each(run, sums_of, inputs, way, number)
+        base.append({name: before[name] for name in ("nll", "bytes", "routing")})
+        parts.append(_rows(run, batch, after_LEB - before["rows"]["nats"]))
+    total = jax.tree.map(lambda *z: np.sum(z, 0), *base)
+    rows = Rows(*(np.concatenate(z, -1) for z in zip(*parts, strict=True)))
+    routing_LEZ = np.moveaxis(total["routing"][:, :, :num_experts], 1, 2)
+    return worth(rows, total["nll"], total["bytes"], routing_LEZ, seed)
 
 
-def _without_each(run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str) -> np.ndarray:
-    """[L, E, Z]: the summed loss of a batch without each expert."""
+def worth(rows: Rows, nats_Z: np.ndarray, bytes_Z: np.ndarray, routing_LEZ: np.ndarray, seed: int) -> Worth:
+    """The figures of all rows, from what each lost and from the sums with all experts."""
+    bits_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
+    lost_LEZ = rows.nats_LER @ (rows.domain_R[:, None] == np.arange(len(bytes_Z)))
+    change_LEZ = lost_LEZ / bits_Z
+    bits_R = math.log(2) * rows.bytes_R
+    each, mean = bootstrap.ratios(rows.nats_LER, bits_R, rows.domain_R, len(bytes_Z), seed)
+    return Worth(
+        base_Z=nats_Z / bits_Z,
+        change_LEZ=change_LEZ,
+        low_LEZ=each.low,
+        high_LEZ=each.high,
+        mean_LE=np.nanmean(change_LEZ, -1),
+        mean_low_LE=mean.low,
+        mean_high_LE=mean.high,
+        share_LEZ=_shares(routing_LEZ),
+        load_LE=_shares(routing_LEZ.sum(2)),
+    )
+
+
+def _shares(counts_LE: np.ndarray) -> np.ndarray:
+    """Of the sum over experts, the second dimension."""
+    return counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)
+
+
+def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
+    """The rows of all processes; bytes are those of the text, as the task counts them (tasks/lm.py)."""
+    whole, data = held_out.whole(batch, run.cfg.eval.batch_size), run.dataset
+    domain_B = whole.domain_BS[:, 0]
+    bytes_BS = data.tokenizer.token_bytes()[whole.targets_BS] * (whole.segment_BS > 0)
+    return Rows(bytes_BS.sum(1) * data.byte_scale()[domain_B], domain_B, nats_LEB)
+
+
+def _without_each(run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str, number: int) -> np.ndarray:
+    """[L, E, B]: the nats of each row of a batch without each expert."""
     cfg = run.cfg.model
-    nll = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, len(run.dataset.domains)))
-    for layer, expert in np.ndindex(nll.shape[:2]):
+    nats = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, run.cfg.eval.batch_size))
+    for layer, expert in np.ndindex(nats.shape[:2]):
+        run.tell(f"{way}, batch {number + 1} of {len(run.batches)}, expert {expert} of layer {layer}")
         sums = sums_of(run.params, run.router_state, inputs._replace(**told(run, WAYS[way], layer, expert)))
-        nll[layer, expert] = sums["nll"]
+        nats[layer, expert] = sums["rows"]["nats"]
         if way == "around" and sums["routing"][layer, :, expert].any():
             raise UserError(f'model.moe.router = "{cfg.moe.router}" does not go round expert {expert} of layer {layer}')
-    return nll
+    return nats
 
 
 def told(run: Run, field: str, layer: int, expert: int | None) -> dict[str, Any]:
@@ -70,34 +124,3 @@ def told(run: Run, field: str, layer: int, expert: int | None) -> dict[str, Any]
     if expert is not None:
         mask[layer, :, expert] = True
     return {field: held_out.put_rows(run, held_out.of_all_blocks(cfg, mask))}
-
-
-def draw(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
-    """A heat map per layer: what a domain loses (red) or gains (blue) without an expert, in bits per byte; saved as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    there = np.flatnonzero(~np.isnan(worth.base_Z))
-    change_LEZ, domains = worth.change_LEZ[:, :, there], [domains[int(z)] for z in there]
-    layers, num_experts, num_domains = change_LEZ.shape
-    columns = min(layers, 4)
-    lines = -(-layers // columns)
-    width = max(2.4, 0.28 * num_experts)
-    size = (1.6 + width * columns, 1.1 + (0.8 + 0.26 * num_domains) * lines)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    most = max(float(np.abs(change_LEZ).max()), 1e-9)
-    for layer, ax in enumerate(axes.flat):
-        if layer >= layers:
-            ax.set_visible(False)
-            continue
-        ax.imshow(change_LEZ[layer].T, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-        ax.set_title(f"MoE layer {layer}: mean {change_LEZ[layer].mean():+.3f}", fontsize=9)
-        ax.set_xticks(range(num_experts) if num_experts <= 16 else range(0, num_experts, num_experts // 8))
-        ax.set_yticks(range(num_domains), domains, fontsize=8)
-        ax.tick_params(labelsize=8, length=0)
-        ax.set_xlabel("expert", fontsize=8)
-    figure.colorbar(axes.flat[0].images[0], ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
-    figure.suptitle(f"bits per byte more when an expert is {PASSIVE[way]}", fontsize=10)
-    FigureCanvasAgg(figure)
-    figure.savefig(path)

@@ -1,59 +1,299 @@
-"""A picture of the routing: which expert of which layer takes the tokens of which domain.
+"""Pictures of the experts: which domains they serve (`routing`), and what their loss costs (`knockout`).
 
-Shapes: L MoE layers, Z domains, E experts.
+Both have a panel for each MoE layer: figures of each expert above, domain by expert below. Places are in inches from the upper left
+corner: the automatic layouts of matplotlib take a minute for 32 layers.
+
+Shapes: L MoE layers, Z domains, E experts, R held-out rows.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.instruments import information
+from moe_jax.instruments.knockout import PASSIVE, Worth
 
-def routing(counts_LZE: np.ndarray, domains: Sequence[str], path: Path) -> np.ndarray:
-    """Draws a heat map per layer, saves it as a PNG at `path` and returns it as an image [H, W, 3], uint8.
+DPI = 110
+SMALL = 8  # points of the letters
+LETTER = 0.075  # inches of such a letter
+LINE = 0.17  # inches of a line of a title
+WIDEST = 22.0  # inches of a picture
+LONGEST = 32  # letters of a domain's name
+NUMBERED = 16  # experts up to which each has its number, and each cell its percentage
+MISSING = "0.85"  # grey
+INK, ALERT = "0.35", "#c44e52"
 
-    A cell is the share of a domain's assignments that go to an expert, over the share that an even spread gives it (1 / E): white is
-    even, red more, blue less. The title of a layer gives the mutual information of domain and expert, in bits: 0 when the expert says
-    nothing about the domain.
+INFORMATION = (
+    "How much the expert of a token tells about its domain: mutual information, in bits (0: all domains use the experts alike). "
+    "Red line: chance; a bar that ends before it shows nothing."
+)
+ORIGIN = (
+    "Where the tokens of an expert come from, in percent, if every domain had equally many (a column adds up to 100 %; white: the "
+    "even share; grey: no tokens). Bars: the load, an expert's share of all assignments (dashed: the even share)."
+)
+
+
+class Plan(NamedTuple):
+    """How the panels of the layers are put together; sizes in inches."""
+
+    left: float  # of the first panel: names of domains stand there
+    width: float  # of a panel
+    above: float  # height of the upper axes of a panel
+    below: float  # and of the lower ones
+    columns: int
+    lines: int
+
+    @property
+    def panel(self) -> float:
+        """The height of a panel with its title, its ticks and the space to the next."""
+        return self.above + self.below + 0.68
+
+    @property
+    def total(self) -> float:
+        """The width of all, with the bar of colours and its labels."""
+        return self.left + self.columns * (self.width + 0.2) + 1.2
+
+
+def plan(layers: int, num_experts: int, names: Sequence[str], above: float) -> Plan:
+    """As many columns of panels as make the picture about as high as it is wide, and no wider than WIDEST."""
+    cell = 0.34 if num_experts <= NUMBERED else 0.17 if num_experts <= 32 else 0.11
+    left = 0.9 + LETTER * max(map(len, names))
+    one = Plan(left, max(1.8, cell * num_experts), above, 0.2 * len(names), 1, layers)
+    choices = [one._replace(columns=n, lines=-(-layers // n)) for n in range(1, layers + 1)]
+    fitting = [choice for choice in choices if choice.total <= WIDEST] or choices[:1]
+    return min(fitting, key=lambda choice: max(choice.total, choice.lines * choice.panel))
+
+
+class Page:
+    """A figure on which things are placed from the top to the bottom, in inches."""
+
+    def __init__(self, width: float, height: float):
+        from matplotlib.figure import Figure  # here: a run that draws nothing need not wait for it
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=DPI)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        bottom = self.height - top - height
+        sizes = left / self.width, bottom / self.height, width / self.width, height / self.height
+        ax = self.figure.add_axes(sizes)
+        ax.tick_params(labelsize=SMALL)
+        return ax
+
+    def title(self, top: float, text: str) -> None:
+        place = 0.1 / self.width, 1 - top / self.height
+        self.figure.text(*place, "\n".join(broken(text, self.width)), fontsize=SMALL + 1, va="top")
+
+    def save(self, path: Path) -> np.ndarray:
+        """Returns the pixels [H, W, 3] too."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.image import imsave
+
+        canvas = FigureCanvasAgg(self.figure)
+        canvas.draw()
+        image = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        imsave(path, image)
+        return image
+
+
+def broken(title: str, width: float) -> list[str]:
+    return textwrap.wrap(title, int(13.5 * width))
+
+
+def routing(
+    counts_LZE: np.ndarray, experts_RLE: np.ndarray, domain_R: np.ndarray, domains: Sequence[str], path: Path
+) -> np.ndarray:
+    """Draws what an expert tells about the domain; saves a PNG at `path` and returns it as an image [H, W, 3], uint8.
+
+    Above: the mutual information of each layer, beside what chance gives and the most that is possible. Below, for each layer: the
+    load of every expert, and the domains that its tokens come from.
+
+    Args:
+      counts_LZE: assignments of all held-out rows.
+      experts_RLE: the assignments of each row, or of the first ones, for what chance gives.
+      domain_R: their domains.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layers, num_domains, num_experts = counts_LZE.shape
-    columns = min(layers, 4)
-    lines = -(-layers // columns)
-    width = max(2.4, 0.28 * num_experts)
-    figure = Figure(
-        figsize=(1.6 + width * columns, 0.9 + (0.8 + 0.26 * num_domains) * lines), dpi=110, layout="constrained"
-    )
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for ax in axes.flat[layers:]:
-        ax.set_visible(False)
-    for layer, ax in enumerate(axes.flat[:layers]):
-        share_ZE = counts_LZE[layer] / np.maximum(counts_LZE[layer].sum(1, keepdims=True), 1)
-        ax.imshow(
-            np.log2(np.maximum(share_ZE * num_experts, 1 / 16)), cmap="RdBu_r", vmin=-2.5, vmax=2.5, aspect="auto"
+    names = [_short(name) for name in domains]
+    panels = plan(layers, num_experts, names, above=0.5)
+    width = max(9.0, panels.total)
+    heights = [LINE * len(broken(title, width)) + 0.1 for title in (INFORMATION, ORIGIN)]
+    bars = 0.1 + heights[0], 0.22 * layers  # top and height
+    second = sum(bars) + 0.6
+    page = Page(width, second + heights[1] + panels.lines * panels.panel + 0.2)
+    page.title(0.1, INFORMATION)
+    chance_L = information.chance(experts_RLE, domain_R, num_domains, seed=0)
+    _draw_information(page, counts_LZE, chance_L, *bars)
+    page.title(second, ORIGIN)
+    load_LE = counts_LZE.sum(1) / np.maximum(counts_LZE.sum((1, 2))[:, None], 1)
+    there = max(int((counts_LZE.sum((0, 2)) > 0).sum()), 1)
+    pairs = _pairs(page, second + heights[1], panels, layers)
+    for layer, (above, below) in enumerate(pairs):
+        _draw_load(above, load_LE[layer], max(load_LE.max(), 1 / num_experts))
+        _draw_origin(below, counts_LZE[layer], names, 1 / there)
+    _name_panels(pairs, panels.columns, "load")
+    bar = _colour_bar(page, panels, second + heights[1], pairs)
+    marks = {0: "0 %", 1 / there: f"{100 / there:.0f} % (even)"}
+    if there > 1:
+        marks[bar.vmax] = f"{100 * bar.vmax:.0f} %"
+    bar.set_ticks(list(marks), labels=list(marks.values()))
+    return page.save(path)
+
+
+def _draw_information(page: Page, counts_LZE: np.ndarray, chance_L: np.ndarray, top: float, height: float) -> None:
+    """A bar for each layer, and beside it in words what it means."""
+    bits_L, most_L = information.mutual_information(counts_LZE), information.ceiling(counts_LZE)
+    left, words = 1.0, 4.4  # inches of the names of layers and of the words
+    width = page.width - left - words
+    ax = page.axes(left, top, width, height)
+    place_L = np.arange(len(bits_L))
+    ax.barh(place_L, bits_L, height=0.6, color="C0")
+    ax.vlines(chance_L, place_L - 0.42, place_L + 0.42, color=ALERT, linewidth=1.5)
+    far = 1.05 * max(bits_L.max(), chance_L.max(), 1e-3)
+    for layer, (bits, most, chance) in enumerate(zip(bits_L, most_L, chance_L, strict=True)):
+        share = (
+            f"{100 * bits / most:.1f} % of the {most:.2f} that are possible" if most > 1e-9 else "no more is possible"
         )
-        ax.set_title(f"MoE layer {layer}: {mutual_information(counts_LZE[layer]):.2f} bits", fontsize=9)
-        ax.set_xticks(range(num_experts) if num_experts <= 16 else range(0, num_experts, num_experts // 8))
-        ax.set_yticks(range(num_domains), domains, fontsize=8)
-        ax.tick_params(labelsize=8, length=0)
-        ax.set_xlabel("expert", fontsize=8)
-    bar = figure.colorbar(axes.flat[0].images[0], ax=axes, shrink=0.8, ticks=[-2, -1, 0, 1, 2])
-    bar.ax.set_yticklabels(["1/4", "1/2", "even", "x 2", "x 4"], fontsize=8)
-    figure.suptitle("share of a domain's tokens that an expert takes, against an even spread", fontsize=10)
-    canvas = FigureCanvasAgg(figure)
-    figure.savefig(path)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        text = f"{bits:.3f} bits, {share}; chance: {chance:.2g}"
+        ax.text(1.02 * far, layer, text, va="center", fontsize=SMALL)
+    ax.set(xlim=(0, far), ylim=(len(bits_L) - 0.5, -0.5))
+    ax.set_yticks(place_L, [f"MoE layer {layer}" for layer in place_L])
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    ax.set_xlabel("bits", fontsize=SMALL, labelpad=1)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
-def mutual_information(counts_ZE: np.ndarray) -> float:
-    """I(domain; expert) in bits, from counts of assignments; each domain that has any weighs the same."""
-    there_ZE = counts_ZE[counts_ZE.sum(1) > 0]
-    if not len(there_ZE):
-        return 0.0
-    conditional_ZE = there_ZE / there_ZE.sum(1, keepdims=True)
-    mean_E = conditional_ZE.mean(0)
-    ratio_ZE = np.where(conditional_ZE > 0, conditional_ZE / np.maximum(mean_E, 1e-30), 1)
-    return float((conditional_ZE * np.log2(ratio_ZE)).sum(1).mean())
+def _draw_load(ax: Any, load_E: np.ndarray, most: float) -> None:
+    """`most`: the highest load of all layers, so that the bars of layers can be compared."""
+    even = 1 / len(load_E)
+    ax.bar(np.arange(len(load_E)), load_E, width=0.8, color=INK)
+    ax.axhline(even, color=ALERT, linestyle="--", linewidth=1)
+    ax.set_ylim(0, 1.1 * most)
+    ax.set_yticks([even], [f"{100 * even:.3g} %"])
+
+
+def _draw_origin(ax: Any, counts_ZE: np.ndarray, names: Sequence[str], even: float) -> None:
+    """The colours reach to three times the even share, so that layers and runs can be compared."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    share_ZE = information.origin(counts_ZE)
+    image = _heat_map(ax, share_ZE, names, TwoSlopeNorm(even, 0, min(3 * even, 1) if even < 1 else 2))
+    if counts_ZE.shape[1] <= NUMBERED:
+        for (z, e), share in np.ndenumerate(share_ZE):
+            dark = abs(image.norm(share) - 0.5) > 0.38
+            text = "" if np.isnan(share) else f"{100 * share:.0f}"
+            ax.text(e, z, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+
+
+def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
+    """Draws what the loss of each expert costs, in bits per byte; saves a PNG at `path`.
+
+    Above, for each layer: the mean over domains, with its 95 % interval over held-out rows. Below: every domain, with a dot where
+    the interval leaves out 0.
+    """
+    there = np.flatnonzero(~np.isnan(worth.base_Z))
+    names = [_short(domains[int(z)]) for z in there]
+    layers, num_experts, _ = worth.change_LEZ.shape
+    panels = plan(layers, num_experts, names, above=0.9)
+    title = (
+        f"Bits per byte more when an expert is {PASSIVE[way]}. Above: mean over domains, with its 95 % interval over held-out rows. "
+        "Below: each domain; a dot where the 95 % interval of the cell leaves out 0."
+    )
+    width = max(7.0, panels.total)
+    top = 0.2 + LINE * len(broken(title, width))
+    page = Page(width, top + panels.lines * panels.panel + 0.2)
+    page.title(0.1, title)
+    pairs = _pairs(page, top, panels, layers)
+    change_LEZ = worth.change_LEZ[:, :, there]
+    decided_LEZ = ((worth.low_LEZ > 0) | (worth.high_LEZ < 0))[:, :, there]
+    limits, most = _limits(worth), max(float(np.abs(change_LEZ).max()), 1e-9)
+    for layer, (above, below) in enumerate(pairs):
+        means = worth.mean_LE[layer], worth.mean_low_LE[layer], worth.mean_high_LE[layer]
+        _draw_means(above, *means, limits)
+        _draw_changes(below, change_LEZ[layer].T, decided_LEZ[layer].T, names, most)
+    _name_panels(pairs, panels.columns, "mean")
+    _colour_bar(page, panels, top, pairs)
+    page.save(path)
+
+
+def _limits(worth: Worth) -> tuple[float, float]:
+    """Of the axis of the means: all intervals of all layers, and 0."""
+    ends = np.concatenate([np.ravel(z) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)])
+    low, high = min(0, np.nanmin(ends)), max(0, np.nanmax(ends))
+    room = max(0.08 * (high - low), 1e-9)
+    return low - room, high + room
+
+
+def _draw_means(
+    ax: Any, mean_E: np.ndarray, low_E: np.ndarray, high_E: np.ndarray, limits: tuple[float, float]
+) -> None:
+    reach = np.abs(np.nan_to_num([mean_E - low_E, high_E - mean_E]))  # no interval is known of a domain with one row
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.errorbar(np.arange(len(mean_E)), mean_E, reach, fmt="o", markersize=3, capsize=2, linewidth=1, color=INK)
+    ax.set_ylim(limits)
+
+
+def _draw_changes(ax: Any, change_ZE: np.ndarray, decided_ZE: np.ndarray, names: Sequence[str], most: float) -> None:
+    from matplotlib.colors import Normalize
+
+    _heat_map(ax, change_ZE, names, Normalize(-most, most))
+    domain, expert = np.nonzero(decided_ZE)
+    ax.plot(expert, domain, "o", markersize=2.5, color="black")
+
+
+def _pairs(page: Page, top: float, panels: Plan, layers: int) -> list[tuple[Any, Any]]:
+    """(upper axes, lower axes) of each layer, with its title."""
+    pairs = []
+    for layer in range(layers):
+        line, column = divmod(layer, panels.columns)
+        left, at = panels.left + column * (panels.width + 0.2), top + line * panels.panel + 0.25
+        above = page.axes(left, at, panels.width, panels.above)
+        below = page.axes(left, at + panels.above + 0.08, panels.width, panels.below)
+        above.set_title(f"MoE layer {layer}", fontsize=SMALL + 1, pad=3)
+        pairs.append((above, below))
+    return pairs
+
+
+def _name_panels(pairs: Sequence[tuple[Any, Any]], columns: int, what: str) -> None:
+    """Names of domains, and of what is drawn above, stand at the first column; "expert" below the last line."""
+    for layer, (above, below) in enumerate(pairs):
+        above.set_xlim(below.get_xlim())
+        above.set_xticks([])
+        above.spines[["top", "right"]].set_visible(False)
+        if layer % columns:
+            for ax in (above, below):
+                ax.set_yticklabels([])
+        else:
+            above.set_ylabel(what, fontsize=SMALL, rotation=0, ha="right", va="top", y=1)
+        if layer + columns >= len(pairs):
+            below.set_xlabel("expert", fontsize=SMALL, labelpad=1)
+
+
+def _heat_map(ax: Any, values_ZE: np.ndarray, names: Sequence[str], norm: Any) -> Any:
+    from matplotlib import colormaps
+
+    num_experts = values_ZE.shape[1]
+    colours = colormaps["RdBu_r"].with_extremes(bad=MISSING)
+    image = ax.imshow(values_ZE, cmap=colours, norm=norm, aspect="auto")
+    ax.set_xticks(range(num_experts) if num_experts <= NUMBERED else range(0, num_experts, num_experts // 8))
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    return image
+
+
+def _colour_bar(page: Page, panels: Plan, top: float, pairs: Sequence[tuple[Any, Any]]) -> Any:
+    """To the right of the panels, which all have the same colours."""
+    left = panels.left + panels.columns * (panels.width + 0.2)
+    height = min(3.0, panels.lines * panels.panel - 0.6)
+    axes = page.axes(left, top + 0.25, 0.16, height)
+    bar = page.figure.colorbar(pairs[0][1].images[0], cax=axes)
+    bar.ax.tick_params(labelsize=SMALL)
+    return bar
+
+
+def _short(name: str) -> str:
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[1 - half :]}"

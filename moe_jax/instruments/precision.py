@@ -43,10 +43,11 @@ def measure(run: Run) -> dict[str, Any]:
     compared: dict[str, list[np.ndarray]] = {}
     margins: list[np.ndarray] = []
     notes: dict[str, str] = {}
-    for batch in run.batches:
+    for number, batch in enumerate(run.batches):
         whole = held_out.whole(batch, run.cfg.eval.batch_size)
         base = record_of(run.params, run.router_state, held_out.place(run, batch))
         for name, again in _perturbed(run, record_of, low, batch, base["input"]).items():
+            run.tell(f"batch {number + 1} of {len(run.batches)}, {name}")
             try:
                 compared.setdefault(name, []).append(flips(base["expert"], again(whole), cfg.moe.num_experts))
             except UserError as error:

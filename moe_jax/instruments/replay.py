@@ -155,6 +155,7 @@ def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dic
     replayed: Callable[..., Any] | None = None
     for number, batch in enumerate(run.batches):
         inputs = held_out.place(run, batch)
+        run.tell(f"batch {number + 1} of {len(run.batches)}, the model itself")
         sums.setdefault("model", []).append(plain(run.params, run.router_state, inputs))
         record = record_of(run.params, run.router_state, inputs)
         replayed = replayed or _replay(run, record["expert"].shape[3])
@@ -163,6 +164,7 @@ def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dic
             f"frozen {step}": functools.partial(_frozen, record_of, *old, inputs) for step, old in earlier.items()
         }
         for name, way in {**WAYS, **frozen}.items():
+            run.tell(f"batch {number + 1} of {len(run.batches)}, {name}")
             try:
                 sums.setdefault(name, []).append(replayed(batch, way(seen)))
             except UserError as error:

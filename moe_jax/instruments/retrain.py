@@ -53,6 +53,7 @@ def evaluate(run: Run, cfg: Config, state: State, steps: int, seed: int) -> dict
     def trained(way: str) -> State:
         now = begin
         for step in range(int(state.step), int(state.step) + steps):
+            run.tell(f"{way}, step {step + 1} of {int(state.step) + steps}")
             now, _ = step_fn(now, route_batch(way, now.params, batches.rows(step, rows), step))
         return now
 

@@ -4,88 +4,91 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from moe_jax.instruments.interference import PARTS
 from moe_jax.instruments.knockout import PASSIVE, Worth
-
-WIDE = 180
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
-    return table
+from moe_jax.table import Table, names, numbers
 
 
-def _print(table: Table, notes: Mapping[str, str] | None = None) -> None:
-    """A file or a pipe has no width, and gets the whole table. Below it what it does not have, and why."""
-    console = Console()
-    console = Console(width=console.width if console.is_terminal else WIDE)
-    console.print(table)
-    for name, text in (notes or {}).items():
-        console.print(f"no {name}: {text}", markup=False, highlight=False)
+def notes(found: Mapping[str, str]) -> list[str]:
+    """What a table does not have, and why."""
+    return [f"no {name}: {text}" for name, text in found.items()]
 
 
-def note(title: str, text: str) -> None:
-    """In place of a table: why there is none."""
-    Console().print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> None:
+def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> list[Table | str]:
     """Bits per byte under each routing, and its gap to the model's own, per domain too."""
     # A domain may have slashes in its name.
-    keys = [key for key in result["own"] if key.endswith("/bits_per_byte") and key.startswith("domain/")]
-    domains = [key.removeprefix("domain/").removesuffix("/bits_per_byte") for key in keys]
-    table = _table(title, ["routing", "mean", "gap", *(f"gap, {domain}" for domain in domains)])
+    head, tail = "domain/", "/bits_per_byte"
+    keys = [key for key in result["own"] if key.startswith(head) and key.endswith(tail)]
+    domains = [key.removeprefix(head).removesuffix(tail) for key in keys]
+    columns = ["mean", "gap", *(f"gap, {domain}" for domain in domains)]
+    table = Table([*names("routing"), *numbers(*columns)], title=title)
+    missing = {}
     for name, row in result.items():
         if "note" in row:
+            missing[name] = row["note"]
             continue
-        gaps = [f"{row[f'gap/domain/{domain}/bits_per_byte']:+.4f}" for domain in domains]
-        table.add_row(name, f"{row['bits_per_byte']:.4f}", f"{row['gap/bits_per_byte']:+.4f}", *gaps)
-    _print(table, {name: row["note"] for name, row in result.items() if "note" in row})
+        gaps = [row["gap/bits_per_byte"], *(row[f"gap/{key}"] for key in keys)]
+        table.add(name, f"{row['bits_per_byte']:.4f}", *(f"{gap:+z.4f}" for gap in gaps))
+    return [table, *notes(missing)]
 
 
-def precision(result: Mapping[str, Any]) -> None:
+def precision(result: Mapping[str, Any]) -> list[Table | str]:
     """Flips in percent of all decisions, and quantiles of the margin, per layer."""
     num_layers = len(next(iter(result["flips"].values()), []))
-    table = _table("routing decisions that flip, and margins", ["", *(f"layer {i}" for i in range(num_layers))])
+    layers = [f"layer {i}" for i in range(num_layers)]
+    table = Table([*names(""), *numbers(*layers)], title="routing decisions that flip, and margins")
     for name, share_L in result["flips"].items():
-        table.add_row(f"flips, {name}", *(f"{100 * share:.3f} %" for share in share_L))
+        table.add(f"flips, {name}", *(f"{100 * share:.3f} %" for share in share_L))
     for quantile, margin_L in result["margins"].items():
-        table.add_row(f"margin, {100 * float(quantile):g} % quantile", *(f"{margin:.2g}" for margin in margin_L))
-    _print(table, result["notes"])
+        name = f"margin, {100 * float(quantile):g} % quantile"
+        table.add(name, *(f"{margin:.2g}" for margin in margin_L))
+    return [table, *notes(result["notes"])]
 
 
-def knockout(worth: Worth, domains: Sequence[str], way: str) -> None:
-    """The change of every domain without each expert, the mean over domains that have rows, and the expert's share of all assignments."""
-    title = f"bits per byte more when an expert is {PASSIVE[way]}"
-    table = _table(title, ["layer", "expert", "load", "mean", *domains])
+def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str]:
+    """What the loss of each expert costs every domain, and the mean over domains that have rows, with its interval."""
+    title = f"bits per byte more when an expert is {PASSIVE[way]} (*: the 95 % interval leaves out 0)"
+    columns = numbers("load", "mean", "95 % from", "to", *domains)
+    table = Table([*names("layer", "expert"), *columns], title=title, keys=2)
     layers, num_experts, _ = worth.change_LEZ.shape
     for layer in range(layers):
+        table.section()
         for expert in range(num_experts):
-            change_Z = worth.change_LEZ[layer, expert]
-            load = f"{100 * worth.load_LE[layer, expert]:.1f} %"
-            cells = ["-" if np.isnan(change) else f"{change:+.4f}" for change in (np.nanmean(change_Z), *change_Z)]
-            table.add_row(str(layer), str(expert), load, *cells, end_section=expert == num_experts - 1)
-    _print(table)
+            at = layer, expert
+            load = f"{100 * worth.load_LE[at]:.1f} %"
+            means = [_change(z[at]) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)]
+            changes = zip(worth.change_LEZ[at], worth.low_LEZ[at], worth.high_LEZ[at], strict=True)
+            cells = [_mark(low, high) + _change(change) for change, low, high in changes]
+            table.add(str(layer), str(expert), load, *means, *cells)
+    return [table]
 
 
-def interference(result: Mapping[str, float]) -> None:
+def _change(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:+z.4f}"
+
+
+def _mark(low: float, high: float) -> str:
+    return "*" if low > 0 or high < 0 else ""
+
+
+def interference(result: Mapping[str, float]) -> list[Table | str]:
     """Cosine and norm ratio of each auxiliary loss against the language loss, one line a layer and part."""
-    names = sorted({key.rsplit("/", 1)[1].rsplit("_", 1)[0] for key in result})
-    columns = [f"{name} {kind}" for name in names for kind in ("cosine", "ratio")]
-    table = _table("gradients of auxiliary losses against the language loss", ["layer", "part", *columns])
-    places = list(dict.fromkeys(key.removeprefix("interference/").rsplit("/", 1)[0] for key in result))
-    order = lambda place: (
-        place == "outside",
-        place.split("/")[0],
-        *(i for i, p in enumerate(PARTS) if place.endswith(p)),
-    )
-    for place in sorted(places, key=order):
+    losses = sorted({key.rsplit("/", 1)[1].rsplit("_", 1)[0] for key in result})
+    columns = [f"{name} {kind}" for name in losses for kind in ("cosine", "ratio")]
+    title = "gradients of auxiliary losses against the language loss"
+    table = Table([*names("layer", "part"), *numbers(*columns)], title=title, keys=2)
+    places = {key.removeprefix("interference/").rsplit("/", 1)[0] for key in result}
+    for place in sorted(places, key=_order):
         layer, _, part = place.partition("/")
         values = [result[f"interference/{place}/{column.replace(' ', '_')}"] for column in columns]
-        table.add_row(layer, part, *(f"{value:.3g}" for value in values))
-    _print(table)
+        table.add(layer, part, *(f"{value:.3g}" for value in values))
+    return [table]
+
+
+def _order(place: str) -> tuple[bool, int, int]:
+    """Layers by number, in each the parts as PARTS has them and then the rest; what is outside of them last."""
+    layer, _, part = place.partition("/")
+    if place == "outside":
+        return True, 0, 0
+    return False, int(layer.removeprefix("layer_")), PARTS.index(part) if part in PARTS else len(PARTS)

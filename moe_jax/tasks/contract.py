@@ -95,7 +95,7 @@ def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> t
 def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, Any]:
     """Held-out sums: what the task adds up, the layers' totals, and `routing`, assignments per MoE layer, domain and expert [L, Z, E].
 
-    Held-out rows are of one domain each. `rows` [B] are no sums over the batch but what each row gives.
+    Held-out rows are of one domain each. `rows` and `row_routing` [B] are no sums over the batch but what each row gives.
     """
     found = task.losses(model, batch, jax.random.key(0), False)
     domain_B = batch.domain_BS[:, 0] if hasattr(batch, "domain_BS") else batch.domain_B
@@ -106,6 +106,7 @@ def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, An
         "depth": depth.totals(found.sums),
         "routing": routing_by_domain(sums, domain_B, len(data.domains)),
         "rows": by_row(found),
+        "row_routing": {"domain": domain_B, "experts": experts_by_row(sums, len(domain_B))},
     }
 
 
@@ -151,6 +152,11 @@ def by_domain(x: jax.Array, keep: jax.Array, domain: jax.Array, num_domains: int
     shape = (1,) * domain.ndim + (num_domains,)
     of_Z = (domain[..., None] == jnp.arange(num_domains).reshape(shape)) & keep[..., None]
     return jnp.where(of_Z, x[..., None], 0).sum(tuple(range(domain.ndim)))
+
+
+def experts_by_row(sums: Mapping[str, jax.Array], num_rows: int) -> jax.Array:
+    """Assignments of each row to the experts of each MoE layer, [B, L, E]."""
+    return jnp.moveaxis(sums["counts"], 1, 0) if sums else jnp.zeros((num_rows, 0, 1))
 
 
 def routing_by_domain(sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int) -> jax.Array:
