@@ -29,10 +29,11 @@ import jax
 from scipy import stats
 
 from experiments.command_line import Flags, Interrupted, add_seeds, launch, made, seeds, seeds_told
-from moe_jax import checkpoint, config, config_file, flops, mesh, smoke, train
+from moe_jax import checkpoint, config, config_file, flops, mesh, shell, smoke, train
 from moe_jax.compiling import QUICK, as_flags
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows
+from moe_jax.table import Table, names, numbers
 
 ROOT = Path(__file__).parent.parent
 CONFIDENCE = 0.95
@@ -239,36 +240,54 @@ def mean(results: Results, cell: str, figure: str) -> float:
 # What is written
 
 
-def table(rows: Mapping[str, Mapping[str, Any]], first: str) -> str:
-    """Markdown: one line for every row, its name in the column `first`."""
+def table(rows: Mapping[str, Mapping[str, Any]], first: str) -> Table:
+    """One line for every row, its name in the column `first`."""
     columns = list(next(iter(rows.values())))
-    lines = [f"| {first} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
-    return "\n".join(
-        lines + [f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |" for name, row in rows.items()]
-    )
+    made = Table([*names(first), *numbers(*columns)])
+    for name, row in rows.items():
+        made.add(name, *(str(row[column]) for column in columns))
+    return made
+
+
+def show(*parts: str | Table) -> None:
+    """Prints sentences and tables. A terminal gets tables that fit it, a file or a pipe Markdown."""
+    for part in parts:
+        if isinstance(part, str):
+            shell.tell(part)
+        elif sys.stdout.isatty():
+            shell.console().print(part)
+        else:
+            print(part.markdown(), flush=True)
+        print()
 
 
 def write(
-    folder: Path, title: str, parts: Sequence[str], figures: Any, draw: Callable[[Any], None], size: tuple
+    folder: Path, title: str, parts: Sequence[str | Table], figures: Any, draw: Callable[[Any], None], size: tuple
 ) -> None:
     """table.md, figures.json and plot.png of an experiment. The verdict, which people write, stays when the table is written anew.
 
     `draw` gets a matplotlib figure of `size` inches.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "table.md"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    verdict = old[old.index(VERDICT) :].rstrip() if VERDICT in old else f"{VERDICT}\n\nNot written yet."
+    texts = [part.markdown() if isinstance(part, Table) else part for part in parts]
+    path.write_text("\n\n".join([f"# {title}", *texts, verdict]) + "\n", encoding="utf-8")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    plot(folder / "plot.png", draw, size)
+    show(*parts, f"written: {path}, and figures.json and plot.png beside it")
+
+
+def plot(path: Path, draw: Callable[[Any], None], size: tuple) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "table.md"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    verdict = old[old.index(VERDICT) :].rstrip() if VERDICT in old else f"{VERDICT}\n\nNot written yet."
-    path.write_text("\n\n".join([f"# {title}", *parts, verdict]) + "\n", encoding="utf-8")
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     figure = pyplot.figure(figsize=size, layout="constrained", dpi=110)
     draw(figure)
-    figure.savefig(folder / "plot.png")
+    figure.savefig(path)
     pyplot.close(figure)
 
 
@@ -309,13 +328,13 @@ def literal(value: str) -> Any:
         return value
 
 
-def compare(results: Results, figure: str) -> str:
+def compare(results: Results, figure: str) -> Table:
     """The table of a grid: the mean of a figure and its paired difference to the first cell."""
     reference = next(iter(results))
     known = next(iter(results[reference].values()))
     if not isinstance(known.get(figure), int | float):
-        names = ", ".join(name for name, value in known.items() if isinstance(value, int | float))
-        raise UserError(f"--figure {figure}: the runs have no such figure, but {names}")
+        numeric = ", ".join(name for name, value in known.items() if isinstance(value, int | float))
+        raise UserError(f"--figure {figure}: the runs have no such figure, but {numeric}")
     rows = {
         cell: {
             figure: f"{mean(results, cell, figure):.4f}",
@@ -349,7 +368,7 @@ def work(argv: list[str]) -> None:
         checked(read_config(grid, cell, 0), cell)  # a mistake, before a directory is made
     out = made(args)
     compile_quickly(out / "compiled")
-    print(compare(run_all(grid, out), args.figure))
+    show(compare(run_all(grid, out), args.figure))
 
 
 def main(argv: list[str]) -> int:

@@ -19,6 +19,7 @@ arrays), and the process' peak. What would take more than 2 GB is not run, and n
 
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import run
+from experiments import plots, run
 from experiments.command_line import Flags, launch, made
 from moe_jax.errors import UserError
 from moe_jax.models.mmoe import embedding_bag
@@ -234,6 +235,9 @@ def print_peak(name: str, vocabulary: int) -> None:
     print(f"{resident() - before:.1f}")
 
 
+SIZE = (13, 5.0)  # of the plot, in inches
+
+
 def measure_all(out: Path) -> Figures:
     """Whatever is not in `out` yet is measured; then all of it."""
     for vocabulary, seed in itertools.product(VOCABULARIES, SEEDS):
@@ -264,21 +268,29 @@ def rows(figures: Figures, key: str, digits: int) -> dict[str, dict[str, str]]:
 
 
 def draw(figures: Figures) -> Any:
+    """Time and memory against the vocabulary; bars from the lowest to the highest seed."""
+
     def paint(figure: Any) -> None:
-        sizes = [int(v) for v in figures]
-        for axes, key, label in zip(
-            figure.subplots(1, 2), ("ms", "MB"), ("median milliseconds", "MB that the program reserves"), strict=True
-        ):
-            for number, name in enumerate(PROGRAMS):
-                found = [values(figures, v, name, key) for v in figures]
-                points = [(size, statistics.median(f)) for size, f in zip(sizes, found, strict=True) if f]
-                style = "--" if name.startswith("step") else "-"
-                axes.plot(*zip(*points, strict=True), style, marker="o", label=name, color=f"C{number}")
-            axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel=label)
-        axes.axhline(LIMIT / 1e6, color="black", linewidth=0.8, linestyle=":")
-        axes.legend(fontsize=8, loc="lower right")
+        axes = figure.subplots(1, 2)
+        axes[0].set(xlabel="vocabulary", ylabel="milliseconds (median, lowest and highest seed)")
+        axes[1].set(xlabel="vocabulary", ylabel="MB that the program reserves")
+        for ax, key in zip(axes, ("ms", "MB"), strict=True):
+            plots.lines(ax, [line(figures, name, key) for name in PROGRAMS])
+            for axis in (ax.xaxis, ax.yaxis):
+                plots.plain_ticks(axis)
+            ax.set_xticks([int(v) for v in figures if math.log10(int(v)) % 1 == 0])
+        axes[1].axhline(LIMIT / 1e6, color="black", linewidth=0.8, linestyle=":")
 
     return paint
+
+
+def line(figures: Figures, name: str, key: str) -> plots.Line:
+    found = {int(v): values(figures, v, name, key) for v in figures}
+    found = {size: seeds for size, seeds in found.items() if seeds}
+    style = {"linestyle": "--" if name.startswith("step") else "-", "color": f"C{list(PROGRAMS).index(name)}"}
+    seeds = found.values()
+    middle, low, high = ([f(z) for z in seeds] for f in (statistics.median, min, max))
+    return plots.Line(name, list(found), middle, low, high, style)
 
 
 def report(figures: Figures) -> None:
@@ -289,16 +301,16 @@ def report(figures: Figures) -> None:
     )
     parts = [
         about,
-        "Milliseconds:\n\n" + run.table(rows(figures, "ms", 2), "program"),
-        "MB that the compiled program reserves (arguments, results, temporary):\n\n"
-        + run.table(rows(figures, "MB", 1), "program"),
-        "MB that the resident memory of a fresh process rises by, at its peak, with making the arguments:\n\n"
-        + run.table(rows(figures, "peak MB", 0), "program"),
+        "Milliseconds:",
+        run.table(rows(figures, "ms", 2), "program"),
+        "MB that the compiled program reserves (arguments, results, temporary):",
+        run.table(rows(figures, "MB", 1), "program"),
+        "MB that the resident memory of a fresh process rises by, at its peak, with making the arguments:",
+        run.table(rows(figures, "peak MB", 0), "program"),
         "![time and memory against the vocabulary](plot.png)",
     ]
     folder = run.ROOT / "experiments/results/sparse_inputs"
-    run.write(folder, "What do sparse inputs cost?", parts, figures, draw(figures), (11, 4.6))
-    print((folder / "table.md").read_text(encoding="utf-8"))
+    run.write(folder, "What do sparse inputs cost?", parts, figures, draw(figures), SIZE)
 
 
 def work(argv: list[str]) -> None:

@@ -32,11 +32,13 @@ from jax.experimental.sparse import BCOO
 
 from configs import base
 from experiments.command_line import Flags, launch
+from experiments.run import show
 from moe_jax import checkpoint, config, mesh, place, state
 from moe_jax.commands import convert
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import stored
+from moe_jax.table import Table, names, numbers
 from moe_jax.tasks import TASKS
 
 SIZES = {
@@ -71,15 +73,12 @@ def models(rounds: int) -> None:
             for batch, shape in BATCHES.items():
                 times[batch][name] = forward(weights, *shape)
         measured = {batch: medians(runs, rounds) for batch, runs in times.items()}
-    print(
-        "| experts | parameters | not zero | on disk, MB | zlib, MB | memory, MB | FLOPs of experts | "
-        + " | ".join(measured)
-        + " |"
-    )
-    print("| --- " * (7 + len(measured)) + "|")
+    columns = ("parameters", "not zero", "on disk, MB", "zlib, MB", "memory, MB", "FLOPs of experts", *measured)
+    table = Table([*names("experts"), *numbers(*columns)])
     for name, cells in rows.items():
         timed = [f"{m[name][0] * 1e3:.1f} ms ({m[name][1]:.2f})" for m in measured.values()]
-        print("| " + " | ".join([name, *cells, *timed]) + " |")
+        table.add(name, *cells, *timed)
+    show(table)
 
 
 def first(zeros: Mapping[str, Any]) -> convert.Weights:
@@ -148,8 +147,8 @@ def products(rounds: int) -> None:
     """One matrix product at several densities: whole, as blocks (sparse/stored.py), scipy's CSR (one thread), jax's BCOO."""
     rng = np.random.default_rng(0)
     d, f = 512, 1024
-    print("| rows | whole, ms | whole with 90 % zeros | " + " | ".join(f"{k} {100 * p:.3g} %" for k, p in CASES) + " |")
-    print("| --- " * (3 + len(CASES)) + "|")
+    cases = [f"{kind} {100 * density:.3g} %" for kind, density in CASES]
+    table = Table([*names("rows"), *numbers("whole, ms", "whole with 90 % zeros", *cases)])
     for rows in (1, 8, 64, 1024):
         x, w = rng.normal(size=(rows, d)).astype("f"), rng.normal(size=(d, f)).astype("f")
         few = w * (rng.random(w.shape) < 0.1)
@@ -159,7 +158,8 @@ def products(rounds: int) -> None:
             runs[f"{kind} {density}"] = RUNS[kind.split()[0]](x, w, kind, density)
         found = medians(runs, rounds)
         ratios = [f"{ratio:.2f}" for name, (_, ratio) in found.items() if name != "whole"]
-        print("| " + " | ".join([str(rows), f"{found['whole'][0] * 1e3:.3f}", *ratios]) + " |", flush=True)
+        table.add(str(rows), f"{found['whole'][0] * 1e3:.3f}", *ratios)
+    show(table)
 
 
 CASES = [("blocks 32", p) for p in (0.125, 0.25, 0.375, 0.5, 0.75)]

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 
     command_line.hear_signals()
 
-from experiments import run
+from experiments import plots, run
 from experiments.command_line import Flags, launch, made
 from moe_jax import config, flops
 
@@ -142,6 +142,7 @@ OTHERS = {
     "threshold_flops": sparse("threshold", FIRST, RULE_STEPS),
     "group_lasso_flops": group_lasso(LASSO),
 }
+SIZE = (15, 5.4)  # of the plot, in inches
 WIDE = flops.parameters(built(OTHERS["moe"]).model).experts
 
 
@@ -186,37 +187,44 @@ def rows(results: run.Results) -> dict[str, dict[str, Any]]:
     return made
 
 
+def kind(cell: str) -> str:
+    return cell.removesuffix("_1_4").removesuffix("_1_16")
+
+
 def draw(results: run.Results) -> Any:
     """Left: loss against non-zero expert weights. Middle: against FLOPs. Right: paired differences to the narrow dense model."""
+    kinds = list(dict.fromkeys(kind(cell) for cell in results))
+    colours = {cell: f"C{kinds.index(kind(cell))}" for cell in results}
 
     def paint(figure: Any) -> None:
-        left, middle, right = figure.subplots(1, 3)
-        kind = lambda cell: cell.removesuffix("_1_4").removesuffix("_1_16")
-        colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(kind(cell) for cell in results))}
-        for cell, runs in results.items():
-            bits = run.interval([found["bits_per_byte"] for found in runs.values()])
-            number = list(colours).index(kind(cell))
-            beside = 1.03 ** (number - len(colours) / 2)  # what has as many weights would hide each other
-            where = {left: fraction(results, cell) * beside, middle: run.mean(results, cell, "training flops") / 1e12}
-            for axes, x in where.items():
-                new = kind(cell) not in axes.get_legend_handles_labels()[1]
-                style = {"color": colours[kind(cell)], "label": kind(cell) if new else None}
-                axes.errorbar(x, bits.mean, bits.half, marker="o", capsize=3, **style)
-        left.set(xscale="log", ylabel="held-out bits per byte (mean of seeds, 95 %)")
-        left.set(xlabel="non-zero weights of the experts (moved apart a little)")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1.3, 0.8))
+        beside = "(moved apart sideways; thin lines lead to the place)"
+        left.set(ylabel="held-out bits per byte (mean of seeds, 95 %)")
+        left.set(xlabel=f"non-zero weights of the experts\n{beside}")
+        middle.set(xlabel=f"training TFLOP, zeros counted as nothing\n{beside}")
+        draw_gaps(right, results, colours)
+        bits = {cell: run.interval([f["bits_per_byte"] for f in runs.values()]) for cell, runs in results.items()}
+
+        def arm(cell: str, x: float) -> plots.Arm:
+            return plots.Arm(cell, x, bits[cell].mean, bits[cell].half, {"marker": "o", "color": colours[cell]})
+
+        plots.arms(left, [arm(cell, fraction(results, cell)) for cell in results], log=True)
         left.set_xticks([1 / 16, 1 / 4, 1], ["1/16", "1/4", "1"])
         left.minorticks_off()
-        middle.set(xlabel="training TFLOP, zeros counted as nothing")
-        middle.legend(fontsize=7, ncols=2)
-        compared = [cell for cell in results if against(results, cell, reference(cell))]
-        for y, cell in enumerate(reversed(compared)):
-            gap = run.paired(results, cell, reference(cell), "bits_per_byte")
-            right.errorbar(gap.mean, y, xerr=gap.half, marker="o", capsize=3, color=colours[kind(cell)])
-        right.set_yticks(range(len(compared)), list(reversed(compared)), fontsize=8)
-        right.axvline(0, color="black", linewidth=0.8)
-        right.set(xlabel="minus narrow dense of as many weights, bits per byte\n(paired, 95 %; right of 0 = worse)")
+        plots.arms(middle, [arm(cell, run.mean(results, cell, "training flops") / 1e12) for cell in results], log=True)
+        plots.plain_ticks(middle.xaxis)
 
     return paint
+
+
+def draw_gaps(axes: Any, results: run.Results, colours: Mapping[str, str]) -> None:
+    compared = [cell for cell in results if against(results, cell, reference(cell))]
+    for y, cell in enumerate(reversed(compared)):
+        gap = run.paired(results, cell, reference(cell), "bits_per_byte")
+        axes.errorbar(gap.mean, y, xerr=gap.half, marker="o", capsize=3, color=colours[cell])
+    axes.set_yticks(range(len(compared)), list(reversed(compared)), fontsize=8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="minus narrow dense of as many weights,\nbits per byte (paired, 95 %; right of 0 = worse)")
 
 
 def report(out: Path) -> None:
@@ -232,8 +240,7 @@ def report(out: Path) -> None:
     )
     parts = [about, run.table(rows(results), "cell"), "![loss against density and FLOPs](plot.png)"]
     folder = RESULTS / "sparse_training_rules"
-    run.write(folder, "How should sparse experts be trained?", parts, results, draw(results), (14, 4.6))
-    print((folder / "table.md").read_text(encoding="utf-8"))
+    run.write(folder, "How should sparse experts be trained?", parts, results, draw(results), SIZE)
 
 
 def work(argv: list[str]) -> None:
@@ -248,7 +255,7 @@ def work(argv: list[str]) -> None:
     run.compile_quickly(out / "compiled")
     results = run.run_all(grid(CELLS)._replace(smoke=args.smoke), out)
     if args.smoke:
-        print(run.compare(results, "bits_per_byte"))
+        run.show(run.compare(results, "bits_per_byte"))
     else:
         report(out)
 

@@ -37,9 +37,10 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 
     command_line.hear_signals()
 
-from experiments import run
+from experiments import plots, run
 from experiments import sparse_training_rules as rules
 from experiments.command_line import Flags, launch, made
+from moe_jax.table import Table
 
 ONE = {
     "model.moe.num_experts": 1,
@@ -57,6 +58,7 @@ CELLS = {
 READ = {name: rules.CELLS[name] for name in ("rigl_1_4", "rigl_1_16")}  # runs of sparse_training_rules.py
 RESULTS = ("slim", "wide", "wide_sparse", "moe", "narrow_1_4", "rigl_1_4", "narrow_1_16", "rigl_1_16")
 ROUNDS = 25
+SIZE = (14, 5.4)  # of the plot, in inches
 # (cell, reference): what the question compares.
 EQUAL_FLOPS = {
     "8 v": (("moe", "wide"),),
@@ -136,7 +138,7 @@ def rows(results: run.Results, times: dict[str, dict[str, float]]) -> dict[str, 
     return made
 
 
-def gaps(results: run.Results, groups: dict[str, tuple[tuple[str, str], ...]]) -> str:
+def gaps(results: run.Results, groups: dict[str, tuple[tuple[str, str], ...]]) -> str | Table:
     made = {}
     for size, pairs in groups.items():
         for cell, other in (pair for pair in pairs if set(pair) <= results.keys()):
@@ -147,6 +149,8 @@ def gaps(results: run.Results, groups: dict[str, tuple[tuple[str, str], ...]]) -
 
 
 def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
+    """Loss against active FLOPs, memory and time. Square: one network; hollow: sparse weights."""
+
     def paint(figure: Any) -> None:
         panels = {
             "active kFLOP of a token, zeros counted as nothing": lambda c: run.mean(results, c, "active flops") / 1e3,
@@ -155,21 +159,28 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
             ),
             "measured ms of a training step": lambda c: times[c]["ms"] if c in times else None,
         }
-        for axes, (label, place) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
-            for number, cell in enumerate(results):
-                bits = run.interval([found["bits_per_byte"] for found in results[cell].values()])
-                marker = "s" if cell in ("slim", "wide", "wide_sparse") else "o"
-                fill = "none" if "sparse" in cell or "rigl" in cell or "magnitude" in cell else None
-                style = {"marker": marker, "capsize": 3, "color": f"C{number}", "mfc": fill}
-                if place(cell) is not None:
-                    axes.errorbar(place(cell), bits.mean, bits.half, linestyle="none", label=cell, **style)
-            axes.set(xlabel=label, xscale="log")
-        figure.axes[0].set_ylabel("held-out bits per byte (mean of seeds, 95 %)")
-        figure.axes[1].legend(
-            fontsize=7, loc="upper right", title="square: one network; hollow: sparse weights", title_fontsize=7
+        figure.suptitle(
+            "square: one network; circle: experts; hollow: sparse weights. Moved apart sideways; thin lines lead to the place.",
+            fontsize=9,
         )
+        for axes, (label, place) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+            axes.set_xlabel(label)
+            if axes is figure.axes[0]:
+                axes.set_ylabel("held-out bits per byte (mean of seeds, 95 %)")
+            shown = [arm(results, cell, place(cell)) for cell in results if place(cell) is not None]
+            if shown:
+                plots.arms(axes, shown, log=True)
+                plots.plain_ticks(axes.xaxis)
 
     return paint
+
+
+def arm(results: run.Results, cell: str, x: float) -> plots.Arm:
+    bits = run.interval([found["bits_per_byte"] for found in results[cell].values()])
+    marker = "s" if cell in ("slim", "wide", "wide_sparse") else "o"
+    fill = "none" if "sparse" in cell or "rigl" in cell or "magnitude" in cell else None
+    style = {"marker": marker, "color": f"C{list(results).index(cell)}", "mfc": fill}
+    return plots.Arm(cell, x, bits.mean, bits.half, style)
 
 
 def report(out: Path) -> None:
@@ -187,15 +198,15 @@ def report(out: Path) -> None:
     parts = [
         about,
         run.table(rows(results, times), "cell"),
-        "At equal active FLOPs:\n\n" + gaps(results, EQUAL_FLOPS),
-        "At equal memory of weights (values; the places of unstructured zeros come on top):\n\n"
-        + gaps(results, EQUAL_MEMORY),
+        "At equal active FLOPs:",
+        gaps(results, EQUAL_FLOPS),
+        "At equal memory of weights (values; the places of unstructured zeros come on top):",
+        gaps(results, EQUAL_MEMORY),
         "![loss against active FLOPs, memory and time](plot.png)",
     ]
     folder = rules.RESULTS / "sparsity_vs_quality"
     kept = {"runs": results, "step times": times}
-    run.write(folder, "Sparse routing or sparse weights?", parts, kept, draw(results, times), (14, 4.8))
-    print((folder / "table.md").read_text(encoding="utf-8"))
+    run.write(folder, "Sparse routing or sparse weights?", parts, kept, draw(results, times), SIZE)
 
 
 def work(argv: list[str]) -> None:

@@ -91,7 +91,11 @@ def old(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "old")
     path = tmp_path / "old" / prepared.RECORD
     record = json.loads(path.read_text())
-    del record["digest"], record["digests"], record["files"]["tokenizer/tokenizer_kind.json"]  # which had no fingerprint either
+    del (
+        record["digest"],
+        record["digests"],
+        record["files"]["tokenizer/tokenizer_kind.json"],
+    )  # which had no fingerprint either
     path.write_text(json.dumps(record))
     about = tmp_path / "old" / "tokenizer" / "tokenizer_kind.json"
     about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "fingerprint"}))

@@ -279,7 +279,10 @@ def test_combinations_that_make_no_sense(rule, pattern):
         ({f"{AT}.rule": "lottery"}, f'{AT}.rule = "lottery" is not known: choose one of group_lasso, '),
         ({f"{AT}.patterns.unstructured.density": 0.0}, "density = 0.0 must be above 0 and at most 1"),
         ({f"{AT}.patterns.unstructured.density": 1.5}, "density = 1.5 must be above 0 and at most 1"),
-        ({f"{AT}.rule": "rigl", f"{AT}.rules.rigl.fraction": 2.0}, "rigl.fraction = 2.0 must be at least 0 and at most 1"),
+        (
+            {f"{AT}.rule": "rigl", f"{AT}.rules.rigl.fraction": 2.0},
+            "rigl.fraction = 2.0 must be at least 0 and at most 1",
+        ),
         ({f"{AT}.rule": "set", f"{AT}.rules.set.every": 0}, "set.every = 0 must be at least 1"),
         (
             {f"{AT}.pattern": "blocks"},

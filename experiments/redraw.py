@@ -1,0 +1,51 @@
+"""Draws the plots of experiments anew from their committed figures; trains and measures nothing.
+
+    python -m experiments.redraw                    # all of them
+    python -m experiments.redraw sparse_inputs
+
+Reads experiments/results/NAME/figures.json and writes plot.png beside it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from experiments import run, sparse_inputs, sparse_training_rules, sparsity_vs_quality
+
+RESULTS = run.ROOT / "experiments/results"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", default=list(DRAWINGS), metavar="NAME", help=f"of {', '.join(DRAWINGS)}")
+    asked = parser.parse_args(argv).names
+    unknown = [name for name in asked if name not in DRAWINGS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(DRAWINGS)}")
+    for name in asked:
+        figures = json.loads((RESULTS / name / "figures.json").read_text())
+        paint, size = DRAWINGS[name](figures)
+        run.plot(RESULTS / name / "plot.png", paint, size)
+        print(RESULTS / name / "plot.png")
+    return 0
+
+
+def of_quality(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
+    return sparsity_vs_quality.draw(figures["runs"], figures["step times"]), sparsity_vs_quality.SIZE
+
+
+def of_rules(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
+    return sparse_training_rules.draw(figures), sparse_training_rules.SIZE
+
+
+def of_inputs(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
+    return sparse_inputs.draw(figures), sparse_inputs.SIZE
+
+
+DRAWINGS = {"sparsity_vs_quality": of_quality, "sparse_training_rules": of_rules, "sparse_inputs": of_inputs}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
