@@ -187,7 +187,20 @@ def test_without_flags_and_help():
 
 
 LAYERS = [  # lower may not import higher
-    {"errors", "names", "shell", "signals", "starts", "table", "working", "config", "config_file", "mesh", "__init__"},
+    {
+        "errors",
+        "event_file",
+        "names",
+        "shell",
+        "signals",
+        "starts",
+        "table",
+        "working",
+        "config",
+        "config_file",
+        "mesh",
+        "__init__",
+    },
     {"weights", "place", "compiling"},
     {"moe"},
     {"rules", "bounds", "smoke", "models", "data", "optim", "checkpoint", "metrics", "progress", "stopping", "flops"},

@@ -81,7 +81,7 @@ def test_runs_of_a_seed_are_paired(results):
     assert gap.mean == pytest.approx(sum(by_hand) / 2) and gap.number == 2
     # t(1 degree of freedom) = tan(0.475 pi) = 12.706; the standard error of two values is half their distance
     assert gap.half == pytest.approx(math.tan(0.475 * math.pi) * abs(by_hand[0] - by_hand[1]) / 2)
-    assert "| sparse |" in run.compare(found, "loss")
+    assert "| sparse |" in run.compare(found, "loss").markdown()
 
 
 def test_another_config_is_no_result_of_this_one(results):
