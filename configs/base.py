@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, for the update norm
     c.log.tensorboard = True  # also write TensorBoard events
-    c.log.histogram_every = 100  # steps between expert-load histograms
+    c.log.histogram_every = 100  # steps between rows of the picture of the experts' load (TensorBoard, 4_experts)
     c.log.interference_every = (
         0  # steps between gradients of language and auxiliary losses compared (3 backward passes); 0 = off
     )

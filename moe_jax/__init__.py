@@ -2,4 +2,6 @@
 
 import time
 
+__version__ = "0.1.0"
+
 STARTED = time.monotonic()  # of the process, nearly: "first step after ..." counts imports too

@@ -149,13 +149,13 @@ def _compiled(cfg: Config, model: state.Model, abstract: state.State) -> Compile
 
 
 def buffer_note(cfg: Config) -> str:
-    """The memory of the dispatch buffer in one line, to be told before the first step."""
+    """The memory of the dispatch buffer in one line of 70 columns, to be told before the first step."""
     shape, row_bytes = _shape(cfg)
     moe = cfg.model.moe
     held, balanced = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options), shape.num_intended
     return (
-        f"{moe.dispatcher} buffer: {held} rows, {_units(held * row_bytes)}B for each MoE layer and device "
-        f"({held / balanced:.2f} x the balanced load)"
+        f"{moe.dispatcher}: {held:,} rows, {_units(held * row_bytes)}B per MoE layer and device, "
+        f"{held / balanced:.2f} x balanced"
     )
 
 

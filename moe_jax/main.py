@@ -182,7 +182,7 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     # Orbax logs a traceback for each of its threads when a save fails, which the error of the run tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
-        result = train.run(cfg, raw, defaults, workdir, STARTED)
+        result = train.run(cfg, raw, defaults, workdir, STARTED, config_flags.get_config_filename(FLAGS["config"]))
     except NonFinite as e:
         print(f"stopped: {e}", file=sys.stderr)
         return 76

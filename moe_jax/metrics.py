@@ -6,28 +6,36 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moe_jax import starts
 from moe_jax.errors import UserError
-from moe_jax.event_file import outlast
+from moe_jax.tensorboard import Events
+from moe_jax.version import source
 
-PACKAGES = ("moe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class PerStep(NamedTuple):
+    """What one step of the run takes, over all devices."""
+
+    tokens: int  # places of its batch, padding included: what tokens/s counts
+    flops: int  # useful ones (moe_jax/flops)
 
 
 class Writer:
     """Metrics of a run, one JSON object a line in metrics.jsonl, and as TensorBoard events.
 
-    A row is {"step": 10, "train/loss": 2.5, ...}. It is on disk when `write` returns. Floats are written in full;
-    NaN and infinities, which JSON does not have, as the strings "nan", "inf" and "-inf", which float() reads back.
+    A row is {"step": 10, "seconds": 12.5, "tokens": 20480, "flops": 123, "train/loss": 2.5, ...}. It is on disk when
+    `write` returns. Floats are written in full; NaN and infinities, which JSON does not have, as the strings "nan",
+    "inf" and "-inf", which float() reads back.
 
     Args:
       resume_step: the step of the restored checkpoint; rows and events after it, which the run is about to repeat, are
@@ -35,64 +43,76 @@ class Writer:
       evaluates_again: the run repeats the evaluation of that step too, so its row is removed.
       tensorboard: also write events, to workdir/tensorboard.
       active: False makes every method do nothing (all processes but process 0).
+      started: time.monotonic() when this process began. "seconds" go on from those of the last row that is kept.
+      per_step: of which "tokens" and "flops" of a row are the sums over its steps.
     """
 
     def __init__(
-        self, workdir: Any, *, resume_step: int, tensorboard: bool, active: bool, evaluates_again: bool = False
+        self,
+        workdir: Any,
+        *,
+        resume_step: int,
+        tensorboard: bool,
+        active: bool,
+        started: float,
+        per_step: PerStep,
+        evaluates_again: bool = False,
     ):
         self._rows, self._events = None, None
         if not active:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_rows(path, resume_step, evaluates_again)
+        kept = _keep_rows(path, resume_step, evaluates_again)
+        self._started, self._per_step = started - _seconds(kept), per_step
         self._rows = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._events = _events(Path(workdir) / "tensorboard", resume_step)
+            self._events = Events(Path(workdir) / "tensorboard", resume_step)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """One row: scalars are numbers or arrays without dimensions, by tags such as "train/loss"."""
         if self._rows is None:
             return
+        spent = {
+            "step": int(step),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "tokens": int(step) * self._per_step.tokens,
+            "flops": int(step) * self._per_step.flops,
+        }
         row = {name: np.asarray(value).item() for name, value in scalars.items()}
-        text = json.dumps({"step": int(step)} | {k: _json(v) for k, v in row.items()}) + "\n"
+        text = json.dumps(spent | {k: _json(v) for k, v in row.items()}) + "\n"
         try:
             self._rows.write(text)
             self._rows.flush()
         except OSError as error:
             raise UserError(f"{self._rows.name} cannot be written: {error.strerror}; what was saved stays") from None
-        if self._events is not None:
-            for name, value in row.items():
-                self._events.add_scalar(name, value, step)
-
-    def histogram(self, step: int, name: str, values: Any) -> None:
-        """A picture of values [n], one bar each (the load of every expert): bar i spans i - 1/2 to i + 1/2."""
-        if self._events is None:
-            return
-        heights = np.asarray(values, np.float64)
-        place = np.arange(len(heights))
-        self._events.add_histogram_raw(
-            name,
-            min=-0.5,
-            max=len(heights) - 0.5,
-            num=heights.sum(),
-            sum=(heights * place).sum(),
-            sum_squares=(heights * place**2).sum(),
-            bucket_limits=(place + 0.5).tolist(),
-            bucket_counts=heights.tolist(),
-            global_step=step,
-        )
+        if self._events:
+            self._events.scalars(step, row)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Markdown, such as a sample of the model (indent or fence what is to be shown as it is)."""
-        if self._events is not None:
-            self._events.add_text(name, text, step)
+        if self._events:
+            self._events.text(step, name, text)
 
     def image(self, step: int, name: str, array: Any) -> None:
         """An image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
-        if self._events is not None:
-            pixels = np.asarray(array)
-            self._events.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+        if self._events:
+            self._events.image(step, name, array)
+
+    def hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """What TensorBoard tells this run from others by: numbers, strings, booleans."""
+        if self._events:
+            self._events.hyperparameters(values)
+
+    def write_final(self, step: int, scalars: Mapping[str, Any], compared: Iterable[str]) -> None:
+        """The row of the last evaluation; by the figures `compared` TensorBoard puts the run beside others."""
+        self.write(step, scalars)
+        if self._events:
+            self._events.finished(step, scalars, compared)
+
+    @property
+    def shows_images(self) -> bool:
+        return self._events is not None
 
     def close(self) -> None:
         for file in (self._rows, self._events):
@@ -125,8 +145,8 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
       mesh: axis name -> length.
       active: False does nothing (all processes but process 0).
 
-    The record has: versions, the git commit of the source (null when it has none; "dirty" = with changes), the devices,
-    the mesh, the command line, the host and the time of the start (UTC).
+    The record has: versions, the git commit of the source (null when it is not known; "dirty" = with changes), the
+    devices, the mesh, the command line, the host and the time of the start (UTC).
     """
     if not active:
         return
@@ -135,7 +155,8 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
     _replace(directory / "config.json", config)
     runs = directory / "run.json"
     history = starts.read(workdir)
-    devices = jax.devices()
+    devices, code = jax.devices(), source()
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -143,59 +164,30 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
         "processes": jax.process_count(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "mesh": dict(mesh),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "git": git_state(Path(__file__).parent),
+        "versions": {"python": platform.python_version(), "moe_jax": code.version} | packages,
+        "git": {"commit": code.commit, "dirty": code.dirty} if code.commit else None,
     }
     _replace(runs, [*history, record])
 
 
-def git_state(source: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the repository that tracks `source`; None without one, or without git."""
-
-    def git(*command: str) -> subprocess.CompletedProcess[str]:
-        # without optional locks, a look at the repository never disturbs a commit that is under way
-        options = ("--no-optional-locks", "-C", str(source))
-        return subprocess.run(["git", *options, *command], capture_output=True, text=True, timeout=30, check=False)
-
-    try:
-        # an installed copy may lie inside a repository that has nothing to do with it
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
-            return None
-        commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if commit.returncode else {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
-
-
-def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> None:
+def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict[str, Any]]:
+    """The rows up to the restored step, which alone are left in the file."""
     if not path.exists():
-        return
+        return []
     rows = [row for row in read_rows(path) if resume_step > 0 and row["step"] <= resume_step]
     if evaluates_again:
         rows = [row for row in rows if row["step"] < resume_step or not any(name.startswith("eval/") for name in row)]
     _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
-def _events(directory: Path, resume_step: int) -> Any:
-    from tensorboardX import SummaryWriter  # here: its import takes a while, and not every run wants events
-
-    directory.mkdir(parents=True, exist_ok=True)
-    number = len(list(directory.iterdir()))  # two starts within a second would share a file and lose the first's events
-    purge = resume_step + 1 if resume_step > 0 else 0
-    suffix = f".{number:06d}"
-    return outlast(SummaryWriter(str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix))
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of the last row that has them; 0 for a run that began before rows had any."""
+    return max((float(row["seconds"]) for row in rows if "seconds" in row), default=0.0)
 
 
 def _json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # moe_jax run from its source tree: the git commit says more
 
 
 def _replace(path: Path, content: Any) -> None:

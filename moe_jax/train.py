@@ -13,7 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import card, checkpoint, flops, metrics, optim, place, rules, shell, signals, smoke, starts, stopping
+from moe_jax import (
+    banner,
+    checkpoint,
+    flops,
+    metrics,
+    optim,
+    place,
+    rules,
+    shell,
+    signals,
+    smoke,
+    starts,
+    stopping,
+    tensorboard,
+)
+from moe_jax.clock import StepClock
 from moe_jax.config import RESUME_MAY_CHANGE, Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
@@ -21,6 +36,7 @@ from moe_jax.data.load import Dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
+from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.decoder import why_not_decoded
 from moe_jax.moe import sparse
 from moe_jax.progress import Progress
@@ -47,17 +63,24 @@ class Result(NamedTuple):
     sample: str
 
 
-def run(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path, started: float) -> Result:
+def run(
+    cfg: Config,
+    raw: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    workdir: Path,
+    started: float,
+    name: str = "",
+) -> Result:
     """Trains until train.steps (or a signal), from the newest checkpoint of `workdir` if it has one.
 
     `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on resume, and `defaults` (configs/base.py)
     stands for the keys that a run saved long ago lacks. The mesh is set by the caller.
-    `started`: time.monotonic() when the process began. Raises UserError, and stopping.NonFinite.
+    `started`: time.monotonic() when the process began. `name`: of the config, to be shown. Raises UserError, and stopping.NonFinite.
     """
     lock = shell.held(workdir, "--workdir") if jax.process_index() == 0 else contextlib.nullcontext(shell.FREE)
     with signals.listening() as heard, lock as held:
         try:
-            return in_workdir(cfg, raw, defaults, workdir, held, heard, started)
+            return in_workdir(cfg, raw, defaults, workdir, held, heard, started, name)
         finally:
             heard.release()
 
@@ -70,20 +93,26 @@ def in_workdir(
     held: shell.Held,
     heard: signals.Listener,
     started: float,
+    name: str,
 ) -> Result:
     """`run` in a workdir that is locked, with the signals listened to."""
     main = jax.process_index() == 0
     task = TASKS[cfg.task]
-    data = task.open(cfg)
-    if cfg.smoke:
-        data = smoke.fewer(cfg, data)
-    batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
+    progress = Progress(active=main)
+    banner.show(progress, cfg, workdir, name)
+    with progress.doing("opening the data"):
+        data = task.open(cfg)
+        if cfg.smoke:
+            data = smoke.fewer(cfg, data)
+        batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
+    banner.show_data(progress, data)
     rows = place.local_rows(cfg.train.batch_size)
 
     # Model and state
     model = make_model(cfg.model)
     init = jax.jit(initial(cfg, model))
-    abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
+    with progress.doing("building the model"):
+        abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     names = parameter_names(abstract.params)
     step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, abstract.params)), donate_argnums=0)
     difference_norm, copy = jax.jit(optim.difference_norm), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -94,23 +123,27 @@ def in_workdir(
         keep_best=cfg.checkpoint.keep_best,
     )
     metadata = {"config": raw, "data": data.fingerprint}
-    state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
-    notes += [*data.notes, *rules.advice(cfg), *([card.buffer_note(cfg)] if cfg.model.num_moe_layers else [])]
+    with progress.doing("restoring the newest checkpoint" if saves.directory.exists() else "making the parameters"):
+        state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
     start = int(state.step)
+    banner.show_start(progress, cfg, start)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
     # What is written, and what is shown
     metrics.write_run_info(workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main)
-    notes += starts.changed_code(workdir) if main and start else []
-    if main:
-        data.save(workdir)
-    about_rows = {"resume_step": start, "evaluates_again": start >= last}
-    writer = metrics.Writer(workdir, tensorboard=cfg.log.tensorboard, active=main, **about_rows)
-    writer.text(start, "config", f"```json\n{json.dumps(raw, indent=1)}\n```")
-    tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
-    progress = Progress(last, start, tokens_per_step, active=main, console=None)
+    notes += [*data.notes, *rules.advice(cfg), *(starts.changed_code(workdir) if main and start else [])]
     for note in notes:
         progress.message(note)
+    with progress.doing("opening the files of the run"):
+        if main:
+            data.save(workdir)
+        tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
+        step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
+        about_rows = {"resume_step": start, "evaluates_again": start >= last, "started": started}
+        about_rows["per_step"] = metrics.PerStep(tokens_per_step, step_flops)
+        writer = metrics.Writer(workdir, tensorboard=cfg.log.tensorboard, active=main, **about_rows)
+        writer.text(start, "config", f"```json\n{json.dumps(raw, indent=1)}\n```")
+        writer.hyperparameters(tensorboard.hyperparameters(raw, defaults))
     evaluate, sampler = make_evaluate(cfg, data), None
     if isinstance(data, Dataset) and cfg.eval.sample_tokens:
         silent = why_not_decoded(cfg.model)
@@ -120,23 +153,29 @@ def in_workdir(
     profile = trace.Profile(cfg.profile, workdir)
     recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
     meter = interference.make_meter(cfg, model) if cfg.log.interference_every else None
-    peak = flops.measure_peak(cfg.model.dtype) * jax.process_count() if start < last else math.nan
-    step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
+    records, load = record.recorded(cfg), LoadOverTime(cfg.model.moe.num_experts)
+    with progress.doing("measuring the peak FLOP/s") if start < last else contextlib.nullcontext():
+        peak = flops.measure_peak(cfg.model.dtype) * jax.process_count() if start < last else math.nan
+    clock = StepClock(tokens_per_step, step_flops=step_flops, peak=peak)
     evaluation: dict[str, Any] = {}
-    sample, waited, since = "", 0.0, time.monotonic()
+    sample = ""
 
     def evaluate_now(state: State, final: bool) -> tuple[dict[str, Any], str]:
-        result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
+        with progress.doing("evaluating", after=state.step):
+            result = evaluate(state, cfg.eval.final_batches if final else cfg.eval.batches)
         if final:
             trained = Trained(model.bind, judged(state), state.router_state, result["rows"])
-            result |= task.finish(cfg, trained, data, workdir)
+            with progress.doing("writing predictions"):
+                result |= task.finish(cfg, trained, data, workdir)
         text = ""
         if sampler:
             settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
             prompt = cfg.eval.sample_prompt
-            text = prompt + sampler(judged(state), state.router_state, [prompt], settings)[0]
+            with progress.doing("drawing a sample"):
+                text = prompt + sampler(judged(state), state.router_state, [prompt], settings)[0]
         if main:
-            publish(task, int(state.step), result, text, data, writer, progress, workdir if final else None)
+            with progress.doing("writing what was evaluated"):
+                publish(task, int(state.step), result, text, data, writer, progress, load, workdir if final else None)
         return result, text
 
     # The loop
@@ -144,15 +183,20 @@ def in_workdir(
     source = prefetch(batches, start, last, rows, cfg.data.prefetch)
     try:
         stopping.check()  # several processes end here together, if one was told to before its first step
+        progress.start(start, last, clock)
         for step in range(start, last):
             score = None
-            profile.begin(step, state)
-            asked = time.monotonic()
-            batch = place.put(next(source), rows, cfg.train.batch_size, task.inputs)
-            waited += time.monotonic() - asked
-            recorder(step + 1, state, batch)  # before the step takes the state away
+            if profile.begins(step):
+                with progress.doing("starting the profile", after=state.step):
+                    profile.begin(step, state)
+            with clock.waiting():
+                batch = place.put(next(source), rows, cfg.train.batch_size, task.inputs)
+            if records(step + 1):
+                with progress.doing("recording the routing", after=state.step):
+                    recorder(step + 1, state, batch)  # before the step takes the state away
             if meter and (step + 1) % cfg.log.interference_every == 0:
-                writer.write(step + 1, meter(state, batch))
+                with progress.doing("measuring interference", after=state.step):
+                    writer.write(step + 1, meter(state, batch))
             logged = (step + 1) % cfg.log.every == 0 or step + 1 == last or step == start
             before = copy(state.params) if logged else None
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -169,43 +213,39 @@ def in_workdir(
                 heard.note()
                 progress.message(f"first step done {time.monotonic() - started:.1f} s after the start")
             stop = stopping.due(done, start, cfg.log.every)
-            for line in profile.end(done, done == last or stop, step_fn, state, batch):
-                progress.message(line)
+            if profile.ends(done, done == last or stop):
+                with progress.doing("reading the profile", after=state.step):
+                    for line in profile.end(done, done == last or stop, step_fn, state, batch):
+                        progress.message(line)
             due = (cfg.eval.every and done % cfg.eval.every == 0) or saves.due(done) or done == last or stop
             if logged or stop:
                 held.check()
-                now = time.monotonic()
                 row = log_row(values)
                 progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))
-                speed = progress.tokens_per_second
-                row |= {"train/epoch": batches.epoch(done), "perf/tokens_per_second": speed}
-                row |= {"perf/input_wait": waited / max(now - since, 1e-9), "perf/peak_flops": peak}
-                row |= {"perf/tflops": speed / tokens_per_step * step_flops / 1e12}
-                row |= {"perf/mfu": speed / tokens_per_step * step_flops / peak}
-                writer.write(done, row)
-                waited, since = 0.0, now
-            if cfg.log.tensorboard and done % cfg.log.histogram_every == 0:
-                for layer, counts in enumerate(np.asarray(values["moe"].get("counts", ()))):
-                    writer.histogram(done, f"moe/load/layer_{layer}", counts)
+                writer.write(done, row | {"train/epoch": batches.epoch(done), **clock.figures()})
+            if writer.shows_images and done % cfg.log.histogram_every == 0 and "counts" in values["moe"]:
+                load.note(done, values["moe"]["counts"])
             while due and pending:  # nothing is evaluated or saved before it is known to be finite
                 finish(cfg, pending.popleft(), names, saves)
+            progress.stepped(done - len(pending))
             if stop:
                 raise stopping.Interrupted
             if (cfg.eval.every and done % cfg.eval.every == 0) or done == last:
                 evaluation, sample = evaluate_now(state, done == last)
                 score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
-                since, waited = time.monotonic(), 0.0
             if saves.due(done) or done == last:
                 held.check()
-                saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
+                with progress.doing("saving", after=state.step):
+                    saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
         if start >= last:
             evaluation, sample = evaluate_now(state, True)
     except stopping.Interrupted:  # between two steps, or two batches of an evaluation
         held.check()
         saves.save(int(state.step), state, metadata=metadata, score=None, stacked=cfg.model.scan)
     finally:
-        close_all(source, profile, progress, writer, saves)  # the last save is on disk when this returns
-    return Result(int(state.step), heard.release(), evaluation, data, progress.tokens_per_second, sample)
+        with contextlib.closing(progress), progress.doing("finishing the last save"):
+            close_all(source, profile, writer, saves)  # the last save is on disk when this returns
+    return Result(int(state.step), heard.release(), evaluation, data, clock.tokens_per_second, sample)
 
 
 def close_all(*things: Any) -> None:
@@ -223,12 +263,19 @@ def publish(
     data: Data,
     writer: metrics.Writer,
     progress: Progress,
+    load: LoadOverTime,
     pictures: Path | None,
 ) -> None:
-    """Writes and shows an evaluation; `pictures`: where the picture of the routing goes, at the end of a run."""
+    """Writes and shows an evaluation; `pictures`: where that of the routing goes, at the end of a run and only there."""
     # Numbers alone: a translation's figures have the signature of its BLEU among them.
-    writer.write(step, {f"eval/{name}": value for name, value in result.items() if isinstance(value, int | float)})
+    figures = {f"eval/{name}": value for name, value in result.items() if isinstance(value, int | float)}
+    if pictures:
+        writer.write_final(step, figures, [name for name in figures if "/domain/" not in name])
+    else:
+        writer.write(step, figures)
     progress.message(f"step {step}: {task.headline(result)}")
+    if writer.shows_images and load:
+        writer.image(step, "moe/load", load.picture())
     if sample:
         writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
     stopping.check_alone()
@@ -269,7 +316,6 @@ def begin(
                 f"train.steps = {before} so far, {now} from here on: so is the end of the learning rate's schedule",
                 *notes,
             ]
-        notes = [f"going on from step {step} ({saves.path(step)})", *notes]
         return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))
     if not cfg.train.init_from:

@@ -1,7 +1,6 @@
-"""Rows survive a kill, a resume takes back what it will repeat, TensorBoard agrees; the progress line and the summary are true."""
+"""Rows survive a kill, a resume takes back what it will repeat; the record of the starts and the summary are true."""
 
 import importlib.util
-import io
 import json
 import re
 import shlex
@@ -9,45 +8,45 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from rich.console import Console
 
-from moe_jax import metrics, progress, summary, train
+from moe_jax import summary, train, version
 from moe_jax.data.baselines import compression_table
-from moe_jax.metrics import Writer, read_rows, write_run_info
-from moe_jax.progress import Progress
+from moe_jax.metrics import PerStep, Writer, read_rows, write_run_info
 from moe_jax.tasks import TASKS
 
-
-def open_writer(path, resume_step=0, tensorboard=False, active=True):
-    return Writer(path, resume_step=resume_step, tensorboard=tensorboard, active=active)
+PER_STEP = PerStep(tokens=100, flops=7_000)
 
 
-def events(path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def open_writer(path, resume_step=0, active=True, started=0.0, **options):
+    about = {"resume_step": resume_step, "started": started, "per_step": PER_STEP}
+    return Writer(path, tensorboard=False, active=active, **about, **options)
 
-    accumulator = EventAccumulator(str(path / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0})
-    return accumulator.Reload()
+
+def without_spent(row):
+    """A row without the sums that every row has: what was written."""
+    return {name: value for name, value in row.items() if name not in ("seconds", "tokens", "flops")}
 
 
 def test_rows_are_whole_precise_and_on_disk_at_once(tmp_path):
     writer = open_writer(tmp_path)
-    values = {"loss": jnp.float32(0.1), "lr": 1 / 3, "tokens": jnp.int32(7), "inf": np.float64("inf"), "nan": jnp.nan}
+    values = {"loss": jnp.float32(0.1), "lr": 1 / 3, "count": jnp.int32(7), "inf": np.float64("inf"), "nan": jnp.nan}
     writer.write(1, values)
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert text.startswith(
-        '{"step": 1, "loss": 0.10000000149011612, "lr": 0.3333333333333333, "tokens": 7, "inf": "inf"'
-    )
+    assert text.startswith('{"step": 1, "seconds": ')
+    assert '"loss": 0.10000000149011612, "lr": 0.3333333333333333, "count": 7, "inf": "inf"' in text
     row = json.loads(text, parse_constant=pytest.fail)  # no bare NaN or Infinity, which are not JSON
     assert np.float32(row["loss"]) == np.float32(0.1)
     assert float(row["inf"]) == np.inf and np.isnan(float(row["nan"]))
     writer.write(2, {"loss": jnp.bfloat16(1.5)})
-    assert read_rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": 1.5}
+    assert without_spent(read_rows(tmp_path / "metrics.jsonl")[1]) == {"step": 2, "loss": 1.5}
     writer.close()
 
 
@@ -65,7 +64,7 @@ def test_a_resume_takes_back_the_rows_it_will_repeat(tmp_path, resume_step, kept
     writer = open_writer(tmp_path, resume_step)
     writer.write(resume_step + 1, {"loss": 9.0})
     writer.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [without_spent(json.loads(line)) for line in path.read_text().splitlines()]
     assert lines == [{"step": s, "loss": s / 7} for s in kept] + [{"step": resume_step + 1, "loss": 9.0}]
 
 
@@ -80,50 +79,49 @@ def test_a_row_torn_just_before_its_end_of_line(tmp_path):
 
 def test_a_killed_process_leaves_every_row_that_it_wrote(tmp_path):
     code = (
-        "import sys, os; from moe_jax.metrics import Writer\n"
-        "w = Writer(sys.argv[1], resume_step=0, tensorboard=False, active=True)\n"
+        "import sys, os; from moe_jax.metrics import PerStep, Writer\n"
+        "w = Writer(sys.argv[1], resume_step=0, tensorboard=False, active=True, started=0, per_step=PerStep(1, 1))\n"
         "[w.write(i, {'x': i}) for i in range(50)]; os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={"PYTHONPATH": ":".join(sys.path)}, check=False)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(50))
 
 
-def test_tensorboard_events(tmp_path):
-    writer = open_writer(tmp_path, tensorboard=True)
-    writer.write(3, {"train/loss": jnp.float32(2.5)})
-    writer.histogram(3, "load", jnp.array([4.0, 0.0, 12.0]))
-    writer.text(3, "sample", "once upon a time")
-    writer.image(3, "grey", np.eye(4))
-    writer.image(3, "colour", np.zeros((4, 6, 3), np.uint8))
+def test_every_row_says_what_was_spent_and_a_resume_goes_on_from_there(tmp_path, monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    writer = open_writer(tmp_path, started=40.0)
+    writer.write(10, {"train/loss": 1.0})
+    now[0] = 70.0
+    writer.write(20, {"train/loss": 1.0})
+    writer.write(20, {"eval/loss": 1.0})
+    now[0] = 99.0
+    writer.write(30, {"train/loss": 1.0})  # repeated after the kill: so are its seconds
     writer.close()
-    read = events(tmp_path)
-    [scalar] = read.Scalars("train/loss")
-    assert (scalar.step, scalar.value) == (3, 2.5)
-    load = read.Histograms("load")[0].histogram_value
-    assert (load.bucket_limit, load.bucket) == ([0.5, 1.5, 2.5], [4.0, 0.0, 12.0])
-    assert (load.min, load.max, load.num, load.sum, load.sum_squares) == (-0.5, 2.5, 16.0, 24.0, 48.0)
-    assert read.Tensors("sample/text_summary")[0].tensor_proto.string_val == [b"once upon a time"]
-    assert [(read.Images(t)[0].height, read.Images(t)[0].width) for t in ("grey", "colour")] == [(4, 4), (4, 6)]
+    now[0] = 7.0  # another process
+    writer = open_writer(tmp_path, resume_step=20, started=2.0)
+    writer.write(21, {"train/loss": 1.0})
+    writer.close()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    spent = [(row["step"], row["seconds"], row["tokens"], row["flops"]) for row in rows]
+    assert spent == [(10, 10, 1000, 70_000), (20, 30, 2000, 140_000), (20, 30, 2000, 140_000), (21, 35, 2100, 147_000)]
 
 
-@pytest.mark.parametrize(("resume_step", "steps"), [(20, [10, 20, 21]), (0, [1])])
-def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path, resume_step, steps):
-    for start, written in ((0, (10, 20, 30, 40)), (resume_step, (resume_step + 1,))):  # within one second: two files
-        writer = open_writer(tmp_path, start, tensorboard=True)
-        for step in written:
-            writer.write(step, {"loss": float(step)})
-            writer.histogram(step, "load", [1.0, 2.0])
-        writer.close()
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
-    read = events(tmp_path)
-    assert [e.step for e in read.Scalars("loss")] == steps
-    assert [e.step for e in read.Histograms("load")] == steps
+def test_rows_from_before_they_said_what_was_spent_are_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    writer = open_writer(tmp_path, resume_step=1, started=time.monotonic())
+    writer.write(2, {"train/loss": 1.0})
+    writer.close()
+    old, new = read_rows(tmp_path / "metrics.jsonl")
+    assert old == {"step": 1, "train/loss": 2.0} and 0 <= new["seconds"] < 10
 
 
 def test_an_inactive_writer_touches_nothing(tmp_path):
-    writer = open_writer(tmp_path / "run", tensorboard=True, active=False)
+    options = {"resume_step": 0, "tensorboard": True, "active": False, "started": 0.0, "per_step": PER_STEP}
+    writer = Writer(tmp_path / "run", **options)
     writer.write(1, {"loss": 1.0})
-    writer.histogram(1, "load", [1.0])
+    writer.write_final(1, {"eval/loss": 1.0}, ["eval/loss"])
+    writer.hyperparameters({"seed": 1})
     writer.text(1, "sample", "x")
     writer.image(1, "picture", np.eye(2))
     writer.close()
@@ -141,6 +139,7 @@ def test_run_info_keeps_the_history_of_starts(tmp_path):
     assert first["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8} and first["processes"] == 1
     assert first["command"] == sys.argv
     versions = first["versions"]
+    assert versions["moe_jax"] == version.source().version
     assert versions["numpy"] == np.__version__ and {"python", "jax", "flax", "optax", "orbax-checkpoint"} < set(
         versions
     )
@@ -155,102 +154,34 @@ def test_git_state(tmp_path):
     source = tmp_path / "package"
     source.mkdir()
     (source / "__init__.py").write_text("")
-    assert metrics.git_state(source) is None  # no repository
+    assert version.git_state(source) is None  # no repository
     git("init")
-    assert metrics.git_state(source) is None  # a repository that does not track the source
+    assert version.git_state(source) is None  # a repository that does not track the source
     git("add", ".")
     git("commit", "-m", "one")
-    state = metrics.git_state(source)
+    state = version.git_state(source)
     assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and not state["dirty"]
     (source / "__init__.py").write_text("x = 1\n")
-    assert metrics.git_state(source) == {"commit": state["commit"], "dirty": True}
+    assert version.git_state(source) == {"commit": state["commit"], "dirty": True}
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes only when the test says so."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    def wait(seconds):
-        now[0] += seconds
-
-    return wait
-
-
-def open_progress(terminal, active=True, total=100, start=0):
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
-    return Progress(total, start, 1000, active=active, console=console), out
-
-
-def test_plain_lines_are_throttled_and_tell_speed_and_time_left(clock):
-    shown, out = open_progress(terminal=False, total=1000)
-    clock(60)  # compilation
-    for step in range(1, 101):
-        clock(0.5)
-        shown.update(step, loss=2.0 / step, balance=1.25)
-    shown.close()
-    lines = out.getvalue().splitlines()
-    assert lines[0] == "step 1/1000  loss 2.0000  busiest expert 1.25x"
-    # half a second a step: 1000 tokens / 0.5 s; 998 steps are left
-    assert lines[1] == "step 2/1000  loss 1.0000  2k tokens/s  busiest expert 1.25x  8m 19s left"
-    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 3, 23, 43, 63, 83]
-
-
-def test_speed_ignores_compilation_and_pauses(clock):
-    shown, out = open_progress(terminal=False, active=False)
-    assert shown.tokens_per_second == 0.0
-    clock(60)
-    shown.update(1, loss=1.0, balance=None)
-    assert shown.tokens_per_second == 0.0
-    for step in range(3, 21, 2):
-        clock(30 if step == 11 else 1)  # an evaluation before step 11
-        shown.update(step, loss=1.0, balance=None)
-    assert shown.tokens_per_second == pytest.approx(2000)
-    shown.message("nothing")
-    shown.close()
-    assert out.getvalue() == ""
-
-
-def test_a_resumed_run_counts_from_its_step_and_ends_with_a_line(clock):
-    shown, out = open_progress(terminal=False, start=50)
-    for step in range(51, 101):
-        clock(0.01)
-        shown.update(step, loss=float("nan"), balance=None)
-    lines = out.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == ["51/100", "52/100", "53/100", "100/100"]
-    assert lines[-1] == "step 100/100  loss nan  100k tokens/s"
-
-
-def test_live_line_on_a_terminal(clock):
-    shown, out = open_progress(terminal=True)
-    for step in range(1, 41):
-        clock(0.5)
-        shown.update(step, loss=1.5, balance=1.1)
-        if step == 20:
-            shown.message("a [sample] of text")
-    shown.close()
-    shown.close()
-    lines = [
-        line.strip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").split("\n")
+def test_an_installed_copy_knows_the_commit_that_pip_took_it_from(monkeypatch):
+    noted = [
+        '{"url": "https://example.org/x.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}',
+        '{"url": "x"}',
+        None,
     ]
-    assert "a [sample] of text" in lines
-    assert re.match(
-        r"step 40/100 .* loss 1\.5000  2k tokens/s  busiest expert 1\.10x  30s left", lines[-1] or lines[-2]
-    )
+    for text, commit in zip(noted, ("abc", "", ""), strict=True):
+        found = SimpleNamespace(read_text=lambda name, text=text: text)
+        monkeypatch.setattr(version.importlib.metadata, "distribution", lambda package, found=found: found)
+        assert version.installed_commit() == commit
 
 
-def test_readable_numbers():
-    assert [progress.readable(x) for x in (0, 12.345, 1234, 56789, 4.2e6, 1e9)] == [
-        "0",
-        "12.3",
-        "1.23k",
-        "56.8k",
-        "4.2M",
-        "1G",
-    ]
-    assert [progress.duration(s) for s in (5.4, 75, 7300, 200000)] == ["5s", "1m 15s", "2h 01m", "2d 07h"]
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "moe_jax.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version.source().version)
 
 
 def test_the_summary_of_a_language_model_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
@@ -307,3 +238,29 @@ def test_a_domain_called_mean_keeps_its_row():
         models.build(), data, {f"domain/{name}/bits_per_byte": value for name, value in bits.items()}
     )
     assert {name: row["model"] for name, row in rows.items()} == {**bits, "mean of all of all": 3.0}
+
+
+def test_the_closing_table_on_80_columns(tmp_path, capsys, monkeypatch):
+    """The title is one line, and what is no number, such as the signature of a BLEU, stands below the table."""
+    signature = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.5.1"
+    rows = {
+        "source copied": {"BLEU": 3.25, "chrF": 20.5, "signature": signature},
+        "nearest neighbour (TF-IDF)": {"BLEU": 11.125, "chrF": 30.5, "signature": signature},
+        "model": {"BLEU": 17.5, "chrF": 41.75, "signature": signature},
+    }
+    task = SimpleNamespace(title="held-out translations (higher is better)", table=lambda *_: rows)
+    monkeypatch.setitem(summary.TASKS, "lm", task)
+    monkeypatch.setenv("COLUMNS", "80")
+    summary.show(models.build(), tmp_path, train.Result(1, 0, {}, None, 0.0, ""), 1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert task.title in lines and f"signature     {signature}" in lines
+    table = [line for line in lines if re.match("[┏┃┡│├└]", line)]
+    assert len(table) == 8 and max(map(len, table)) < 80  # no cell takes a second line
+    assert "│ nearest neighbour (TF-IDF) │ 11.125 │ 30.500 │" in table
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == rows
+
+
+def test_words_that_differ_stand_below_the_table_for_each_row():
+    rows = {"a": {"F1": 1.0, "how": "one"}, "b": {"F1": 2.0, "how": "other"}}
+    assert summary.words(rows) == {"how, a": "one", "how, b": "other"}
+    assert summary.words({"a": {"F1": 1.0}}) == {}

@@ -65,13 +65,13 @@ SOFT = {"model.moe.router": "soft", "model.moe.dispatcher": "slots", "model.allo
 def test_the_buffer_and_the_flops_of_slots_are_told():
     """8 rows x 4 slots x 8 experts on one of two devices. A row of 8 tokens costs 32 expert rows, and mixing 2 x 32 x 16 a token."""
     cfg = models.build((2, 1, 1), SOFT)
-    assert card.buffer_note(cfg).startswith("slots buffer: 256 rows, ")
+    assert card.buffer_note(cfg).startswith("slots: 256 rows, ")
     forward = flops.forward_per_token(cfg.model, cfg.data.seq_len)
     assert forward.experts == 2 * 2 * 3 * 16 * 16 * 32 / 8  # layers, multiply-add, matrices, D, F, rows per token
     assert forward.router == 2 * 2 * (8 * 4 * 16 + 1 + 2 * 32 * 16)  # layers, multiply-add, phi, scale, mixing
     halved = models.build((2, 1, 1), SOFT | {"model.moe.group_rows": 2})
     assert flops.forward_per_token(halved.model, 8).experts == forward.experts / 2
-    assert card.buffer_note(halved).startswith("slots buffer: 128 rows, ")
+    assert card.buffer_note(halved).startswith("slots: 128 rows, ")
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,16 @@ SAME_RUN = ("seed", "model", "optim", "data")  # blocks of the config that make 
 SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
 
 
+def recorded(cfg: Config) -> Callable[[int], bool]:
+    """Whether the routing of a step is to be written."""
+    return due(cfg.record.steps)
+
+
 def make_recorder(
     cfg: Config, model: Model, domains: Sequence[str], directory: Path
 ) -> Callable[[int, State, lm.Inputs], None]:
     """(step, state before it, its batch) -> writes the file of the step, if `record.steps` asks for it. All processes call it."""
-    asked = due(cfg.record.steps)
+    asked = recorded(cfg)
     if cfg.record.steps:
         check(cfg.model)
     num, rows = cfg.train.num_micro_batches, cfg.record.rows or cfg.train.batch_size

@@ -29,19 +29,27 @@ class Profile:
         several = jax.process_count() > 1
         self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
 
+    def begins(self, step: int) -> bool:
+        """Whether the trace starts before `step`: the first step of the range that this run gets to."""
+        return self._begun < 0 and self._steps[0] <= step < self._steps[1]
+
     def begin(self, step: int, state: Any) -> None:
-        """Before `step` runs: starts the trace with the first step of the range that this run gets to."""
-        if self._begun < 0 and self._steps[0] <= step < self._steps[1]:
+        """Before `step` runs: starts the trace if it begins there."""
+        if self.begins(step):
             jax.block_until_ready(state)  # no earlier step belongs into it
             jax.profiler.start_trace(self._folder)
             self._begun = step
+
+    def ends(self, done: int, last: bool) -> bool:
+        """Whether the trace ends after `done` steps: with its range or with the run."""
+        return self._begun >= 0 and (done == self._steps[1] or last)
 
     def end(self, done: int, last: bool, step_fn: Any, state: Any, batch: Any) -> list[str]:
         """After `done` steps: ends the trace if that was the last of the range or of the run. What to show.
 
         `step_fn`: the jitted step, and its next arguments: compiled long ago, so that its text takes milliseconds.
         """
-        if self._begun < 0 or not (done == self._steps[1] or last):
+        if not self.ends(done, last):
             return []
         jax.block_until_ready(state)
         jax.profiler.stop_trace()

@@ -1,0 +1,51 @@
+"""Which code runs: the version of the package, and the commit of its source."""
+
+import importlib.metadata
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax import __version__
+
+
+class Source(NamedTuple):
+    version: str
+    commit: str  # "" = not known: a copy without its repository
+    dirty: bool  # with changes that are in no commit
+
+
+@cache
+def source() -> Source:
+    """The code that this process runs, as it was at the first call."""
+    state = git_state(Path(__file__).parent) or {"commit": installed_commit(), "dirty": False}
+    return Source(__version__, state["commit"], state["dirty"])
+
+
+def git_state(source: Path) -> dict[str, Any] | None:
+    """{"commit", "dirty"} of the repository that tracks `source`; None without one, or without git."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        # without optional locks, a look at the repository never disturbs a commit that is under way
+        options = ("--no-optional-locks", "-C", str(source))
+        return subprocess.run(["git", *options, *command], capture_output=True, text=True, timeout=30, check=False)
+
+    try:
+        # an installed copy may lie inside a repository that has nothing to do with it
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
+            return None
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if commit.returncode else {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+def installed_commit() -> str:
+    """The commit that pip has noted of a package that it took from a repository (PEP 610); "" where it has not."""
+    try:
+        noted = importlib.metadata.distribution("moe_jax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return json.loads(noted).get("vcs_info", {}).get("commit_id", "") if noted else ""
