@@ -11,24 +11,26 @@ from rich.text import Text
 from moe_jax import flops, shell
 from moe_jax.config import Config
 from moe_jax.models.decoder import why_not_decoded
-from moe_jax.progress import duration, readable
+from moe_jax.progress import Progress, duration, readable
 from moe_jax.tasks import TASKS
 from moe_jax.train import Result
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     """Writes the figures to summary.json, and prints them as tables."""
-    task = TASKS[cfg.task]
-    rows = task.table(cfg, result.data, result.evaluation)
+    task, console = TASKS[cfg.task], Console()
+    with Progress(active=True, console=console).doing("computing what the model is compared with"):
+        rows = task.table(cfg, result.data, result.evaluation)
     written = {"step": result.step, "title": task.title, "rows": rows, "seconds": seconds}
     written["tokens_per_second"] = result.tokens_per_second
     (workdir / "summary.json").write_text(json.dumps(written, indent=1) + "\n")
-    console = Console()
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)
-    console.print(figures_table(task.title, rows))
-    for name, value in facts(cfg, workdir, result, seconds).items():  # not a table: a command must not wrap
+    console.print(task.title, highlight=False, markup=False, soft_wrap=True)  # a title of the table would wrap with it
+    console.print(figures_table(rows))
+    # Not a table: a command must not wrap.
+    for name, value in {**words(rows), **facts(cfg, workdir, result, seconds)}.items():
         console.print(f"{name:12}  {value}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -51,14 +53,28 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
     return found
 
 
-def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What rows have beside numbers, such as the signature of a BLEU, which is too long for a cell: once where all have the same."""
+    found: dict[str, str] = {}
+    for column in next(iter(rows.values())):
+        texts = {name: str(row[column]) for name, row in rows.items() if not isinstance(row[column], int | float)}
+        same = len(set(texts.values())) == 1
+        found |= {column: next(iter(texts.values()))} if same else {f"{column}, {n}": text for n, text in texts.items()}
+    return found
+
+
+def figures_table(rows: dict[str, dict[str, Any]]) -> Table:
     """One line per row; the last one, of all of them, apart. Numbers with three digits after the point."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("", overflow="fold")
-    for name in next(iter(rows.values())):
+    first = next(iter(rows.values()))
+    columns = [name for name, value in first.items() if isinstance(value, int | float)]
+    for name in columns:
         table.add_column(Text(name), justify="right", overflow="fold")
-    # As Text: names come from files, and what looks like markup in them is none.
-    text = lambda value: Text(f"{value:.3f}" if isinstance(value, float) else str(value))
     for i, (name, row) in enumerate(rows.items()):
-        table.add_row(Text(name), *map(text, row.values()), end_section=i == len(rows) - 2)
+        # As Text: names come from files, and what looks like markup in them is none.
+        cells = [
+            Text(f"{row[column]:.3f}" if isinstance(row[column], float) else str(row[column])) for column in columns
+        ]
+        table.add_row(Text(name), *cells, end_section=i == len(rows) - 2)
     return table
