@@ -139,9 +139,15 @@ def in_workdir(
             data.save(workdir)
         tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
         step_flops = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens_per_step
-        about_rows = {"resume_step": start, "evaluates_again": start >= last, "started": started}
-        about_rows["per_step"] = metrics.PerStep(tokens_per_step, step_flops)
-        writer = metrics.Writer(workdir, tensorboard=cfg.log.tensorboard, active=main, **about_rows)
+        writer = metrics.Writer(
+            workdir,
+            resume_step=start,
+            evaluates_again=start >= last,
+            tensorboard=cfg.log.tensorboard,
+            active=main,
+            started=started,
+            per_step=metrics.PerStep(tokens_per_step, step_flops),
+        )
         writer.text(start, "config", f"```json\n{json.dumps(raw, indent=1)}\n```")
         writer.hyperparameters(tensorboard.hyperparameters(raw, defaults))
     evaluate, sampler = make_evaluate(cfg, data), None
