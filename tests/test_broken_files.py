@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import test_metrics
 
-from moe_jax import config_file, event_file, main, metrics, starts
+from moe_jax import config_file, event_file, main, starts
 from moe_jax.checkpoint.store import SaveFailed
 from moe_jax.errors import UserError
 from moe_jax.metrics import read_rows, write_run_info
