@@ -108,7 +108,7 @@ class Writer:
         """The row of the last evaluation; by the figures `compared` TensorBoard puts the run beside others."""
         self.write(step, scalars)
         if self._events:
-            self._events.finished(step, scalars, compared)
+            self._events.finished(compared)
 
     @property
     def shows_images(self) -> bool:

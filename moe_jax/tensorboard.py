@@ -83,11 +83,6 @@ def tag(name: str) -> str:
     return name
 
 
-# TensorBoard leaves the lowest and the highest twentieth of the (smoothed) values of a curve off its axis, which of a few
-# evaluations would be the final one. Written this often it is on it.
-FINAL_TIMES = 10
-
-
 class Events:
     """Writes the event files of a run.
 
@@ -124,10 +119,8 @@ class Events:
         self._hyperparameters = dict(values)
         self._add_hparams(("session_start_info",), ())
 
-    def finished(self, step: int, row: Mapping[str, Any], figures: Iterable[str]) -> None:
-        """Says that the run is done: with the last row of its evaluation, and the figures that it is compared by."""
-        for _ in range(FINAL_TIMES - 1):
-            self.scalars(step, row)
+    def finished(self, figures: Iterable[str]) -> None:
+        """Says that the run is done, and by the last values of which figures it is compared."""
         self._add_hparams(("experiment", "session_end_info"), figures)
 
     def _add_hparams(self, parts: tuple[str, ...], figures: Iterable[str]) -> None:
