@@ -77,10 +77,10 @@ def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
     """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows, and no group is split."""
 
     def split(z: jax.Array) -> jax.Array:
-        # Told where: beside dimensions of length one (a device with one group, a model of one block) a split is ambiguous.
+        # Told where, both times: with a dimension of length one (one group, one row) a reshape forgets what was split.
         groups = (z.shape[0] // (num * group_rows), num, group_rows)
         z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
-        return z.swapaxes(0, 1).reshape((num, -1) + z.shape[3:])
+        return jnp.reshape(z.swapaxes(0, 1), (num, -1) + z.shape[3:], out_sharding=P(None, BATCH))
 
     return jax.tree.map(split, batch)
 
