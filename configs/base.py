@@ -117,7 +117,7 @@ def model() -> ConfigDict:
     c.scan = False  # the repeats as one lax.scan over stacked parameters
     c.remat = "none"  # "none", "full", "dots", "dispatch": what the backward pass recomputes of a block
     c.allow_leak = False  # True: train a causal model although later tokens or other sequences change its outputs (moe/causality.py)
-    c.param_dtype = "float32"
+    c.param_dtype = "float32"  # of the parameters; moments and averages have at least float32 (docs/precision.md)
     c.dtype = "float32"  # of the computation; the router uses at least float32
     c.depth = ConfigDict()
     c.depth.capacity = 0.125  # fraction of a sequence's tokens that train a depth block (models/depth.py)
@@ -330,6 +330,7 @@ def optim() -> ConfigDict:
     c.clip_norm = 1.0  # global gradient norm; 0 = off
     c.decay_mask = "matrices"  # what weight decay applies to: "matrices", "all", "none"
     c.train_only = ""  # regular expression: only parameters in whose names it is found move ("^ends/head": docs/tasks.md); "" = all
+    c.master_copy = False  # of parameters in bfloat16, one in float32 beside them, which small updates add up in (docs/precision.md)
     c.ema_decay = 0.0  # exponential moving average of the parameters, used by evaluation; 0 = off
     c.optimizer = "adamw"
     c.optimizers = ConfigDict()

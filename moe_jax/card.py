@@ -43,6 +43,7 @@ class Memory(NamedTuple):
     gradients: int  # as many as the parameters, within the compiler's `temporary`
     optimizer: int
     ema: int
+    master: int  # the copy in float32 of optim.master_copy
 
 
 class Compiled(NamedTuple):
@@ -118,7 +119,8 @@ def card(cfg: Config) -> Card:
 
 def _memory(abstract: state.State) -> Memory:
     parameters = _shard_bytes(abstract.params)
-    return Memory(parameters, parameters, _shard_bytes(abstract.opt_state), _shard_bytes(abstract.ema))
+    beside = (_shard_bytes(tree) for tree in (abstract.opt_state, abstract.ema, abstract.master))
+    return Memory(parameters, parameters, *beside)
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -340,6 +342,7 @@ def _memory_table(card: Card) -> Table:
         ("parameters", m.parameters, ""),
         ("optimizer state", m.optimizer, ""),
         ("moving average", m.ema, ""),
+        ("master copy", m.master, "of the parameters, in float32"),
         ("gradients", m.gradients, "estimate: as much as the parameters"),
         ("compiled step: arguments", c.argument, "state and batch"),
         ("compiled step: new outputs", c.output - c.alias, "those not written over the state"),

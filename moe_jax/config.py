@@ -134,6 +134,7 @@ class OptimConfig:
     clip_norm: float
     decay_mask: str
     train_only: str
+    master_copy: bool
     ema_decay: float
 
 

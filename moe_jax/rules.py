@@ -34,6 +34,11 @@ def advice(c: Config) -> Iterator[str]:
     """What a run is told at its start: allowed, and hardly ever meant."""
     if cut := schedules.warmup_note(c.optim):
         yield cut
+    if c.model.param_dtype == "bfloat16" and not c.optim.master_copy:
+        yield (
+            "model.param_dtype = bfloat16 rounds away every update below 1/512 of a weight, so that at a small learning rate nothing is "
+            "learned (docs/precision.md). Set optim.master_copy=True, or model.param_dtype=float32 and model.dtype=bfloat16"
+        )
     if not c.model.num_moe_layers:
         return
     e = c.model.moe
@@ -288,5 +293,10 @@ def _train(c: Config) -> Iterator[str]:
         yield (
             f'model.moe.sparse.rule = "{rule}" changes experts after an update, and optim.train_only = "{c.optim.train_only}" would not '
             'keep it from those that are frozen: set the rule to "static" or "none", or leave train_only empty'
+        )
+    if c.optim.master_copy and c.model.param_dtype != "bfloat16":
+        yield (
+            f"optim.master_copy = True does nothing: model.param_dtype = {c.model.param_dtype} needs no copy in float32. Set "
+            "optim.master_copy=False, or model.param_dtype=bfloat16"
         )
     yield from _choice("optim.decay_mask", c.optim.decay_mask, ("matrices", "all", "none"))

@@ -1,7 +1,8 @@
 """The whole state of a run, how it begins, and one optimizer step.
 
-State is everything that a step changes: {step, params, router state, optimizer state, EMA, skipped}. The position in the data, the learning
-rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint of State resumes a run bit for bit.
+State is everything that a step changes: {step, params, router state, optimizer state, EMA, skipped, masks, master copy}.
+The position in the data, the learning rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint
+of State resumes a run bit for bit.
 """
 
 import re
@@ -27,6 +28,7 @@ from moe_jax.tasks import TASKS, contract
 __all__ = [
     "Model",
     "State",
+    "advanced",
     "initial",
     "judged",
     "make_loss",
@@ -36,6 +38,7 @@ __all__ = [
     "micro_batches",
     "parameter_names",
     "step_key",
+    "updated",
 ]
 
 
@@ -47,6 +50,8 @@ class State(NamedTuple):
     ema: Any  # like params, in at least float32; or None
     skipped: jax.Array  # steps in a row whose loss or gradient was not finite
     masks: Any = ()  # what a rule of sparse experts keeps (moe/sparse); () = no rule
+    # What updates are added to (optim.master_copy): like params, in at least float32; () = they are added to params.
+    master: Any = ()
 
 
 def judged(state: State) -> dict[str, Any]:
@@ -54,6 +59,18 @@ def judged(state: State) -> dict[str, Any]:
     if state.ema is None:
         return state.params
     return jax.tree.map(lambda e, x: e.astype(x.dtype), state.ema, state.params)
+
+
+def updated(state: State) -> Any:
+    """What updates are added to: the master copy of the parameters where there is one, else themselves."""
+    return state.params if state.master == () else state.master
+
+
+def advanced(cfg: Config, state: State, moved: Any) -> State:
+    """The state with `moved` in the place of what `updated` returns of it; the parameters follow their master copy, rounded."""
+    if not cfg.optim.master_copy:
+        return state._replace(params=moved)
+    return state._replace(params=optim.narrow_copy(moved, state.params), master=moved)
 
 
 def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
@@ -68,7 +85,8 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
         params, masks = sparse.begin(cfg.model.moe.sparse, params, stacked=cfg.model.scan)
         opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
         ema = optim.begin_ema(params) if cfg.optim.ema_decay else None
-        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks)
+        master = optim.wide_copy(params) if cfg.optim.master_copy else ()
+        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks, master)
 
     return init
 
@@ -135,29 +153,31 @@ def make_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):
-            grads, params, opt_state, masks = descend(cfg, tx, state, grads, rng)
+            grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)
             squares = optim.squares(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old) if can_skip else new
-            params, masks = keep((params, masks), (state.params, state.masks))
+            moved, masks = keep((moved, masks), (updated(state), state.masks))
             kept = {
                 **keep(opt_state, dict(state.opt_state)),
                 "rate": opt_state["rate"],
             }  # it follows the step, not the updates
-            ema = optim.update_ema(state.ema, params, cfg.optim.ema_decay) if state.ema is not None else None
+            ema = optim.update_ema(state.ema, moved, cfg.optim.ema_decay) if state.ema is not None else None
             if ema is not None and zeros.rule != "none":
-                ema = sparse.mask(ema, sparse.alive(zeros, params, masks))
+                ema = sparse.mask(ema, sparse.alive(zeros, moved, masks))
             ema = keep(ema, state.ema)
             router_state = state.router_state
             if routers_learn(cfg, state.params):
                 router_state = keep(update_routers(cfg, router_state, totals["moe"]), router_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        new = State(state.step + 1, params, router_state, kept, ema, skipped, masks)
+        new = advanced(cfg, state, moved)._replace(
+            step=state.step + 1, router_state=router_state, opt_state=kept, ema=ema, skipped=skipped, masks=masks
+        )
         metrics = {
             "loss": loss,
             **parts,
             "grad_norm": jnp.sqrt(squares.sum()),
-            "param_norm": optim.global_norm(params),
+            "param_norm": optim.global_norm(new.params),
             "learning_rate": optim.schedule(cfg.optim)(state.step),
             "tokens": totals["tokens"],
             "skipped": skipped,
@@ -165,7 +185,7 @@ def make_step(
             "moe": load.metrics(totals["moe"]) if totals["moe"] else {},
         }
         if zeros.rule != "none":
-            metrics["expert_density"] = sparse.density(params)
+            metrics["expert_density"] = sparse.density(new.params)
         return new, jax.sharding.reshard(metrics, P())
 
     return step
@@ -174,12 +194,15 @@ def make_step(
 def descend(
     cfg: Config, tx: optax.GradientTransformation, state: State, grads: Any, rng: jax.Array
 ) -> tuple[Any, Any, dict[str, Any], Any]:
-    """One update: (gradients that it followed, parameters, optimizer's state, masks), with exact zeros where sparse experts have them."""
+    """One update: (gradients that it followed, what `updated` becomes, optimizer's state, masks).
+
+    Sparse experts have exact zeros in all of them.
+    """
     zeros, dense, masks = cfg.model.moe.sparse, grads, state.masks
     grads = sparse.mask(dense, masks)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, updated(state))
     opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(updated(state), updates)
     if zeros.rule != "none":
         now = sparse.Now(state.step + 1, cfg.train.steps, optim.schedule(cfg.optim)(state.step), rng)
         params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)

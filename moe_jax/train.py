@@ -41,7 +41,7 @@ from moe_jax.models.decoder import why_not_decoded
 from moe_jax.moe import sparse
 from moe_jax.progress import Progress
 from moe_jax.sample import Settings, make_sampler
-from moe_jax.state import State, initial, judged, make_model, make_step, make_tx, parameter_names
+from moe_jax.state import State, advanced, initial, judged, make_model, make_step, make_tx, parameter_names, updated
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Task, Trained
 
@@ -328,7 +328,7 @@ def begin(
         return state, []
     source = Path(cfg.train.init_from) / "checkpoints"
     like = {"stacked": cfg.model.scan, "rename": dict(cfg.train.init_rename)}
-    params, report = checkpoint.load_params(source, state.params, part="params", step=None, **like)
+    params, report = checkpoint.load_params(source, updated(state), part="params", step=None, **like)
     notes = told("parameters", source, report)
     router_state = state.router_state
     if jax.tree.leaves(router_state):
@@ -338,7 +338,7 @@ def begin(
     zeros = cfg.model.moe.sparse
     params, masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))(params)
     ema = None if state.ema is None else optim.begin_ema(params)
-    return state._replace(params=params, router_state=router_state, ema=ema, masks=masks), notes
+    return advanced(cfg, state, params)._replace(router_state=router_state, ema=ema, masks=masks), notes
 
 
 def told(what: str, source: Path, report: checkpoint.Report) -> list[str]:

@@ -35,6 +35,7 @@ CONFIG = OptimConfig(
     clip_norm=0.0,
     decay_mask="matrices",
     train_only="",
+    master_copy=False,
     ema_decay=0.0,
 )
 

@@ -109,7 +109,11 @@ class Checkpoints:
         path = self.path(step)
         wanted = flat_lib.flatten(abstract_state)
         layers = flat_lib.abstract_layers(wanted, stacked)
-        _refuse_misfits(path, manifest.read(path)["arrays"], layers)
+        saved = manifest.read(path)["arrays"]
+        widened = _widened(saved, layers)
+        _refuse_misfits(path, {**saved, **widened}, layers)
+        if widened and jax.process_index() == 0:
+            log.warning("the checkpoint %s has moments in bfloat16: they go on in float32", path)
         arrays = flat_lib.stack(load_arrays(path, layers), wanted, stacked)
         self._here.add(step)
         return flat_lib.unflatten(arrays, abstract_state)
@@ -184,6 +188,13 @@ def load_arrays(path: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
     target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in every}
     loaded: Any = ocp.load(path, target)
     return {name: loaded[name] for name in wanted}
+
+
+def _widened(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The moments that a run saved in bfloat16, as they used to be, and that are float32 now: no digit is lost when they are read."""
+    moments = {name: saved[name] for name in wanted if name.startswith("opt_state/") and name in saved}
+    old = {n: shape for n, (shape, dtype) in moments.items() if dtype == "bfloat16" and wanted[n].dtype == "float32"}
+    return {name: [shape, "float32"] for name, shape in old.items()}
 
 
 def _refuse_misfits(path: epath.Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -4,6 +4,8 @@ The gradient is clipped by its global norm; the chosen optimizer makes a directi
 parameter is added where the mask allows (decoupled, Loshchilov & Hutter 2019, arXiv:1711.05101); all of it is scaled by
 the learning rate (SCHEDULES). Clipping, decay and schedule are therefore the same for every optimizer.
 
+All of it happens in float32 or wider, moments included, whatever the parameters and their gradients are kept in.
+
 Everything runs inside jit on an Explicit mesh; moments have the sharding of their parameters, which are nested dicts. A
 model built with scan stacks the layers of its "repeats" over a leading axis; every optimizer treats each layer of a
 stack as it would the layer alone, so the loop and the scan train alike.
@@ -35,7 +37,7 @@ __all__ = [
     "schedule",
     "squares",
 ]
-__all__ += ["begin_ema", "update_ema"]
+__all__ += ["begin_ema", "narrow_copy", "update_ema", "wide_copy"]
 
 
 def squares(tree: Any) -> jax.Array:
@@ -91,12 +93,13 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
     if cfg.train_only:  # what does not move has no part in the clipped norm, no moments but zero, and no decay
         only = moving(cfg.train_only, leaves)
         clipped, rate = optax.chain(only, clipped), optax.chain(rate, only)
-    return optax.named_chain(
+    chain = optax.named_chain(
         ("clip", clipped),
         ("direction", direction(leaves, **options)),
         ("decay", optax.add_decayed_weights(weight_decay, decay_mask(cfg.decay_mask, leaves))),
         ("rate", rate),
     )
+    return in_float32(chain)
 
 
 def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
@@ -127,10 +130,38 @@ def schedule(cfg: OptimConfig) -> Schedule:
     return _choose("optim.schedule", cfg.schedule, SCHEDULES, cfg.schedule_options)(cfg, **cfg.schedule_options)
 
 
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on float32 (or wider) gradients and parameters, so that its moments and its updates are, too.
+
+    In bfloat16 a moment that decays by less than 1/512 a step (b2 = 0.999) would never fall: each step is rounded away.
+    """
+
+    def init(params: Any) -> Any:
+        return inner.init(jax.tree.map(_wide, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return inner.update(jax.tree.map(_wide, updates), state, jax.tree.map(_wide, params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def wide_copy(params: Any) -> Any:
+    """The parameters in float32 or wider, in arrays of their own, so that both may be donated."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), params)
+
+
+def narrow_copy(wide: Any, params: Any) -> Any:
+    """`wide` in the dtypes of `params`, rounded to the nearest, in arrays of its own."""
+    return jax.tree.map(lambda w, x: jnp.array(w, x.dtype), wide, params)
+
+
 def begin_ema(params: Any) -> Any:
     """The moving average before the first step. In float32 or wider: in bfloat16 steps below 1/256 of a weight would be lost."""
-    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
-    return jax.tree.map(lambda x: jnp.array(x, wide(x)), params)  # a copy: both are donated
+    return wide_copy(params)
 
 
 def update_ema(ema: Any, params: Any, decay: float) -> Any:

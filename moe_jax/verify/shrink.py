@@ -52,6 +52,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "model.repeats", min(model["repeats"], 2), "every further period repeats the second"
     yield "model.param_dtype", "float64", "equality is provable: no rounding tie flips a routing"
     yield "model.dtype", "float64", "likewise"
+    yield "optim.master_copy", False, "parameters in float64 need none"
     yield "data.seq_len", 16, "small"
     rows = DEVICES * model["moe"]["group_rows"]
     count = min(train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES)
