@@ -49,7 +49,8 @@ def test_every_task_is_here():
 def test_one_row_or_group_at_a_time_keeps_every_sharding(float64, task, shape):
     """Traced, not compiled: shardings are part of the types."""
     for group_rows in (1, 2) if task == "lm" else (1,):
-        cfg = models.build(shape, changes_of(task, group_rows, group_rows))
+        # The statistics of a single repeat that is scanned are put beside those of a block before it.
+        cfg = models.build(shape, changes_of(task, group_rows, group_rows, **{"model.prefix": ("moe",)}))
         with jax.set_mesh(meshes.make(*shape)):
             model = state.make_model(cfg.model)
             params, router_state = jax.eval_shape(model.init, jax.random.key(0))

@@ -230,7 +230,9 @@ def _repeats(run, periods, x_BSD: jax.Array, context: Context, cfg: ModelConfig)
     if cfg.scan and cfg.repeats:
         body = lambda x, xs: run_blocks(run, xs[0].blocks, x, at(xs[1]))
         x_BSD, sums = jax.lax.scan(body, x_BSD, (periods, jnp.arange(cfg.repeats, dtype=jnp.int32)))
-        return x_BSD, jax.tree.map(lambda z: z.reshape((-1,) + z.shape[2:]), sums)
+        # Told where: beside a single repeat and a single row a reshape forgets that rows are split.
+        joined = lambda z: jnp.reshape(z, (-1,) + z.shape[2:], out_sharding=P(None, BATCH))
+        return x_BSD, jax.tree.map(joined, sums)
     parts = []
     for i, period in enumerate(periods):
         x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
