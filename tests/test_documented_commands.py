@@ -327,17 +327,21 @@ def test_a_task_without_its_data_is_refused_in_one_line(world, here, monkeypatch
 # All of them, in the order of their page
 
 
+def runs_of(source):
+    return [command for command in on_page(source, "") if command.module == "moe_jax.main"]
+
+
 NEEDED = ("runs/books", "runs/quickstart")  # by other pages than README
 
 
 def make_needed(source, here, capsys):
     """The runs of README that a page begins from and does not train itself."""
     words = [word for command in on_page(source, "") for word in resolved(command)]
-    trained = [word for command in on_page(source, documented.TRAIN) for word in resolved(command)]
+    trained = [word for command in runs_of(source) for word in command.words]
     for name in NEEDED:
         if name in trained or not any(word.endswith(name) for word in words):
             continue
-        (command,) = (c for c in on_page("README.md", documented.TRAIN) if name in c.words)
+        (command,) = (c for c in runs_of("README.md") if name in c.words)
         if name == "runs/books":
             (prepare,) = on_page("README.md", "python -m moe_jax prepare --source")
             assert typed(prepare, here, capsys)[0] == 0
