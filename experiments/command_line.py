@@ -55,13 +55,13 @@ def launch(work: Callable[[], int | None]) -> int:
         try:
             return work() or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            shell.tell(f"error: {error}", sys.stderr)
             return 64
         except OSError as error:
-            print(f"error: {shell.reason(error)}", file=sys.stderr)
+            shell.tell(f"error: {shell.reason(error)}", sys.stderr)
             return 64
         except Interrupted as stop:
-            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+            shell.tell(f"{stop}; the same command goes on from there", sys.stderr)
             return 128 + stop.signal
 
 

@@ -13,23 +13,28 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import run, sparse_inputs, sparse_training_rules, sparsity_vs_quality
+from experiments.command_line import launch
+from moe_jax.errors import UserError
 
 RESULTS = run.ROOT / "experiments/results"
 
 
-def main(argv: list[str]) -> int:
+def work(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", default=list(DRAWINGS), metavar="NAME", help=f"of {', '.join(DRAWINGS)}")
-    asked = parser.parse_args(argv).names
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DRAWINGS)} (default: all)")
+    asked = parser.parse_args(argv).names or list(DRAWINGS)
     unknown = [name for name in asked if name not in DRAWINGS]
     if unknown:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(DRAWINGS)}")
+        raise UserError(f"{unknown[0]!r} has no figures to draw: choose from {', '.join(DRAWINGS)}")
     for name in asked:
         figures = json.loads((RESULTS / name / "figures.json").read_text())
         paint, size = DRAWINGS[name](figures)
         run.plot(RESULTS / name / "plot.png", paint, size)
         print(RESULTS / name / "plot.png")
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    return launch(lambda: work(argv))
 
 
 def of_quality(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:

@@ -27,6 +27,7 @@ from experiments import run
 from experiments.command_line import Flags, launch, made
 from moe_jax.commands import bench
 from moe_jax.errors import UserError
+from moe_jax.table import Table
 
 NO_BALANCE = {"model.moe.losses.balance": 0.0}
 LEAKS = {"model.allow_leak": True}
@@ -68,7 +69,7 @@ def work(argv: list[str]) -> int | None:
         return speed(chosen, rounds=1 if args.smoke else 15)
     out, runs = made(args), grid(chosen, args.steps)._replace(smoke=args.smoke)
     run.run_all(runs, out)
-    print(table({router: results(run.place(out, router, 0)) for router in chosen}))
+    run.show(table({router: results(run.place(out, router, 0)) for router in chosen}))
     return None
 
 
@@ -109,13 +110,8 @@ def number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown."""
-    names = list(next(iter(rows.values())))
-    lines = ["| router | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    return "\n".join(
-        lines + [f"| {r} | " + " | ".join(number(row[n]) for n in names) + " |" for r, row in rows.items()]
-    )
+def table(rows: dict[str, dict[str, float]]) -> Table:
+    return run.table({r: {name: number(value) for name, value in row.items()} for r, row in rows.items()}, "router")
 
 
 if __name__ == "__main__":

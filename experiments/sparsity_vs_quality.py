@@ -226,7 +226,7 @@ def work(argv: list[str]) -> None:
     run.compile_quickly(out / "compiled")
     results = run.run_all(rules.grid(CELLS)._replace(smoke=args.smoke), out)
     if args.smoke:
-        print(run.compare(results, "bits_per_byte"))
+        run.show(run.compare(results, "bits_per_byte"))
     else:
         report(out)
 

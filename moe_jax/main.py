@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
         shell.tell(f"error: {e}", sys.stderr)
         return 64
     except OSError as e:  # a disk that is full, a directory that may not be written to
-        print(f"error: {shell.reason(e)}", file=sys.stderr)
+        shell.tell(f"error: {shell.reason(e)}", sys.stderr)
         return 64
 
 
@@ -184,18 +184,18 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     try:
         result = train.run(cfg, raw, defaults, workdir, STARTED, config_flags.get_config_filename(FLAGS["config"]))
     except NonFinite as e:
-        print(f"stopped: {e}", file=sys.stderr)
+        shell.tell(f"stopped: {e}", sys.stderr)
         return 76
     signals.LISTENER.saved = True
     if result.signal:
         if main:
             command = shell.going_on(result.step, cfg.train.stop_at)
-            print(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {command}")
+            shell.tell(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {command}")
         return signals.exit_code(result.signal, saved=True)
     if main:
         summary.show(cfg, workdir, result, time.monotonic() - STARTED)
         if cfg.smoke:
-            print(
+            shell.tell(
                 f"smoke run: all of it works, and nothing was learned. Remove {workdir}, or name another --workdir, "
                 "before you type the command without --smoke"
             )

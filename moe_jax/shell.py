@@ -90,7 +90,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"error: {reason(error)}", file=sys.stderr)
+        tell(f"error: {reason(error)}", sys.stderr)
         code = 64
     discard_output()
     return 128 + heard.number if heard.number else code

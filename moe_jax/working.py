@@ -1,6 +1,7 @@
 """What a command says while it works, on standard error, so that its results on standard output stay clean."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ def shown(what: str, *, active: bool = True) -> Iterator[Tell]:
     """Yields a function that is told what is being done now.
 
     A terminal shows it beside a spinner and the time since the beginning, and it is gone at the end. A file or a pipe gets
-    plain lines: the first at once, then at most one every QUIET seconds. `active` False says nothing (other processes).
+    plain lines: the first that is told at once, then at most one every QUIET seconds. `active` False says nothing (other processes).
 
     Print results after the block has ended, not within it.
     """
@@ -45,8 +46,7 @@ def _spinner(console: Console) -> Progress:
 
 
 def _lines(what: str) -> Tell:
-    print(what, file=sys.stderr, flush=True)
-    last = time.monotonic()
+    last = -math.inf
 
     def tell(text: str) -> None:
         nonlocal last

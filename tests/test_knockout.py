@@ -108,7 +108,7 @@ def test_probe_tells_what_it_does_and_where_its_files_are(run, tmp_path, capsys,
     assert command.measure(job, ["record", "knockout"]) == []
     command.tell_files(job)
     said = capsys.readouterr()
-    assert said.err.startswith("record\n") and "\nknockout\n" in said.err
+    assert said.err.startswith("record: batch 1 of 1\n") and "\nknockout: removed, batch 1 of 1" in said.err
     listed = [line.strip() for line in said.out[said.out.index("written:") :].splitlines()[1:]]
     there = {str(path) for path in (tmp_path / "probe").rglob("*") if path.is_file()}
     assert set(listed) == there and len(listed) == 4

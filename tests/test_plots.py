@@ -59,3 +59,10 @@ def test_one_seed_has_no_interval_and_one_arm_has_a_place():
     plots.arms(ax, [plots.Arm("alone", 3.0, 2.0, float("inf"), {"color": "C0", "marker": "o"})], log=True)
     figure.draw_without_rendering()
     assert [text.get_text() for text in ax.texts] == ["alone"] and ax.get_xlim()[0] < 3 < ax.get_xlim()[1]
+
+
+def test_a_plot_that_there_is_not_is_one_line(capsys):
+    assert redraw.main(["sparse_input"]) == 64
+    assert capsys.readouterr().err.startswith(
+        "error: 'sparse_input' has no figures to draw: choose from sparsity_vs_quality"
+    )

@@ -12,6 +12,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, Group
 
+from experiments import routers
 from experiments import run as experiments
 from moe_jax import card, flops, shell, working
 from moe_jax.commands import bench, leak, prepare, verify
@@ -127,7 +128,9 @@ def of_card():
 
 def of_experiments():
     row = {f"figure number {i} (95 %)": "-0.0465 ± 0.0583" for i in range(11)}
-    return [experiments.table({"threshold_flops_1_16": row, "moe": row}, "cell")]
+    figures = ("bits per byte", "train loss", "MaxVio, batch", "MaxVio, held out", "dropped", "experts per token")
+    every = {name: dict.fromkeys(figures, 123.456) for name in routers.DELTAS}
+    return [experiments.table({"threshold_flops_1_16": row, "moe": row}, "cell"), routers.table(every)]
 
 
 PRINTED = {
@@ -240,12 +243,13 @@ def test_a_pipe_is_as_wide_as_columns_says(monkeypatch):
 
 def test_what_a_command_does_is_told_in_lines_without_a_terminal(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 12.0, 13.0])
+    told = ("batch 1", "batch 2", "batch 3", "batch 4")
     monkeypatch.setattr(working.time, "monotonic", lambda: next(clock))
     with working.shown("replay") as tell:
-        for text in ("batch 1", "batch 2", "batch 3"):
+        for text in told:
             tell(text)
     found = capsys.readouterr()
-    assert found.err == "replay\nreplay: batch 2\n" and found.out == ""
+    assert found.err == "replay: batch 1\nreplay: batch 3\n" and found.out == ""
     with working.shown("replay", active=False) as tell:
         tell("nothing")
     assert capsys.readouterr().err == ""

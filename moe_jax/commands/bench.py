@@ -33,10 +33,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    variants = {name: changes for name, _, changes in (text.partition(":") for text in args.variant)}
+    for changes in variants.values():
+        built(args.config, changes)  # a mistake in any of them, before the first is compiled
     runs = {}
     with working.shown("bench") as tell:
-        for text in args.variant:
-            name, _, changes = text.partition(":")
+        for name, changes in variants.items():
             tell(f"compiling {name}")
             runs[name] = prepare(args.config, changes)
     # No spinner from here on: its thread would be timed too.
@@ -50,10 +52,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def built(path: Path, changes: str) -> config.Config:
+    raw = config_file.read(path, [change for change in changes.split(";") if change], "--variant")
+    return config.build(raw, len(jax.devices()))
+
+
 def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]]:
     """The config of a variant, and a function that runs one step of it; two steps have run, so nothing is left to compile."""
-    raw = config_file.read(path, [change for change in changes.split(";") if change], "--variant")
-    cfg = config.build(raw, len(jax.devices()))
+    cfg = built(path, changes)
     devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
     with jax.set_mesh(devices):
         model = make_model(cfg.model)

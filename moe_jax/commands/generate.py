@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import jax
 
-from moe_jax import checkpoint, config, config_file, mesh
+from moe_jax import checkpoint, config, config_file, mesh, shell
 from moe_jax.config import Config
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.sources.characters import encoding, plain, wrong_bytes
@@ -143,7 +143,7 @@ def read_raw(workdir: Path) -> dict[str, Any]:
         defaults = json.loads(json.dumps(config_file.load(Path("configs") / "base.py").to_dict()))
         raw, notes = checkpoint.fill(raw, defaults, config.RESUME_MAY_CHANGE)
         for note in notes:
-            print(note, file=sys.stderr)
+            shell.tell(note, sys.stderr)
     return raw
 
 

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         with _progress() as track:
             record = writer.write(flags.out, arguments, track)
     except KeyboardInterrupt:
-        print(f"interrupted: {flags.out} is not finished; the same command finishes it", file=sys.stderr)
+        shell.tell(f"interrupted: {flags.out} is not finished; the same command finishes it", sys.stderr)
         return 130
     shell.tell(f"{flags.out} is finished already, with the same arguments" if before else f"{flags.out} is finished")
     show(record)
