@@ -209,7 +209,6 @@ def test_damage_is_found_and_passed_over(tmp_path, what, caplog):
     for step, tree in trees.items():
         save(checkpoints, step, tree)
     checkpoints.close()
-    (tmp_path / "step_00000003").mkdir()
     (tmp_path / "notes").mkdir()
     newest = tmp_path / "step_00000002"
     DAMAGES[what](newest)
@@ -224,8 +223,8 @@ def test_damage_is_found_and_passed_over(tmp_path, what, caplog):
     save(again, 2, trees[2])
     again.close()
     assert open_dir(tmp_path).latest() == 2
-    assert (tmp_path / "step_00000002.old0").exists() == (what != "no manifest")
-    assert (tmp_path / "notes").exists() and not (tmp_path / "step_00000003").exists()
+    assert (tmp_path / "step_00000002.damaged0").exists() == (what != "no manifest")
+    assert (tmp_path / "notes").exists()
 
 
 def test_all_damaged_is_an_error(tmp_path):

@@ -21,11 +21,11 @@ import jax, jax.numpy as jnp
 from moe_jax.checkpoint import Checkpoints, manifest
 path, kill_in_deletion = sys.argv[1], sys.argv[2] == "deletion"
 if kill_in_deletion:
-    from etils import epath
-    def half_delete(self):
-        next(f for f in manifest._files(self)).unlink()
+    import shutil
+    def half_delete(path):
+        os.unlink(path / min(manifest.digests(path)))
         os.kill(os.getpid(), 9)
-    type(epath.Path(path)).rmtree = half_delete
+    shutil.rmtree = half_delete
 checkpoints = Checkpoints(path, every=1, keep=2, keep_best=0)
 step = checkpoints.latest()
 state = {"x": jnp.zeros(4000), "repeats": {"w": jnp.zeros((2, 8))}}
@@ -120,7 +120,7 @@ def test_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    path, outs = tmp_path / "c", [tmp_path / "out0", tmp_path / "out1"]
+    path, outs = tmp_path / "sweep[1]" / "a\\b:c\n", [tmp_path / "out0", tmp_path / "out1"]
     both = [worker(TWO_PROCESSES, address, str(i), str(path), str(outs[i]), stderr=subprocess.PIPE) for i in (0, 1)]
     for process in both:
         _, errors = process.communicate(timeout=100)

@@ -1,13 +1,11 @@
 """The parameters of one run as the beginning of another (train.init_from), as far as they fit."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from moe_jax.checkpoint import flat as flat_lib
-from moe_jax.checkpoint import manifest
-from moe_jax.checkpoint.store import Checkpoints, load_arrays
+from moe_jax.checkpoint.store import Checkpoints, load_arrays, read_manifest
 from moe_jax.errors import UserError
 
 
@@ -43,7 +41,7 @@ def load_params(
     if found is None:
         raise UserError(f"train.init_from: there is no checkpoint in {run.directory}")
     path = run.path(found)
-    saved = manifest.read(path)["arrays"]
+    saved = read_manifest(path)["arrays"]
     sources = _sources(saved, part, rename)
     wanted = flat_lib.flatten(params)
     plan, left = _match(wanted, saved, sources, stacked)
@@ -90,7 +88,7 @@ def _match(
     return plan, left
 
 
-def _load(path: epath.Path, wanted: dict[str, Any], sources: Mapping[str, str], stacked: bool) -> dict[str, Any]:
+def _load(path: Path, wanted: dict[str, Any], sources: Mapping[str, str], stacked: bool) -> dict[str, Any]:
     layers = flat_lib.abstract_layers(wanted, stacked)
     loaded = load_arrays(path, {sources[name]: x for name, x in layers.items()})
     return flat_lib.stack({name: loaded[sources[name]] for name in layers}, wanted, stacked)

@@ -6,16 +6,17 @@ import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from moe_jax.checkpoint import alias, folder, manifest
 from moe_jax.checkpoint import flat as flat_lib
-from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Any, *, every: int, keep: int, keep_best: int):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = Path(directory).absolute()
+        alias.check(self.directory)
         self.every, self.keep, self.keep_best = every, max(keep, 1), keep_best
         self._here: set[int] = set()  # steps that this object saved or restored
         self._sound: set[int] = set()  # steps whose files are known to be right
-        self._pending: tuple[int, Future[None]] | None = None
+        self._damaged: set[int] = set()  # and to be wrong; the next save sets them aside
+        self._pending: tuple[int, Path, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def due(self, step: int) -> bool:
@@ -56,31 +59,34 @@ class Checkpoints:
           score: decides which are the best (lowest); None or NaN is never the best.
           stacked: layers below "repeats" are stacked over a leading axis in `state` (model.scan).
 
-        Returns False, and saves nothing, when this object has saved or restored that very step. A checkpoint of that
-        step from elsewhere (damaged, or of another history of the run) is renamed. Raises SaveFailed when the save
-        before this one failed.
+        Returns False, and saves nothing, when this object has saved or restored that very step. Damaged checkpoints, and
+        those of this step or a later one from elsewhere (another history of the run), are renamed. Raises SaveFailed when
+        the save before this one failed, or this one cannot begin.
         """
         self._wait()
-        if step in self._here:
+        if step in self._here and self._is_there(step):
             return False
         arrays: Any = flat_lib.unstack(flat_lib.flatten(state), stacked)
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         score = None if score is None or math.isnan(score) else float(score)
         content = {"step": step, "score": score, "metadata": metadata, "arrays": described}
         json.dumps(content)  # what is not JSON fails here, not in the background
-        path = manifest.step_path(self.directory, step)
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            manifest.sweep(self.directory)
-            manifest.set_aside(path)
-        _barrier(f"checkpoint {step}")
-        response = ocp.save_async(path, arrays)
-        self._pending = step, self._thread.submit(self._commit, response, path, content)
+        self._make_room(step)
+        self.directory.mkdir(parents=True, exist_ok=True)  # a network drive may show it late to others
+        with ExitStack() as stack:
+            place = stack.enter_context(alias.plain(self.directory, _all_of))
+            response = ocp.save_async(str(folder.step_path(place, step)), arrays)
+            later = stack.pop_all()  # the directory stays open until the save has ended
+        commit = self._thread.submit(self._commit, response, place, later, content)
+        self._pending = step, place, commit
         return True
 
     def poll(self) -> None:
-        """Raises SaveFailed when a save has failed in the background; costs nothing, so call it every step."""
-        if self._pending and self._pending[1].done():
+        """Raises SaveFailed when a save has failed in the background; costs nothing, so call it every step.
+
+        A save commits itself, as soon as it is on disk: that does not wait for a call.
+        """
+        if self._pending and self._pending[-1].done():
             self._wait()
 
     def latest(self) -> int | None:
@@ -109,7 +115,7 @@ class Checkpoints:
         path = self.path(step)
         wanted = flat_lib.flatten(abstract_state)
         layers = flat_lib.abstract_layers(wanted, stacked)
-        saved = manifest.read(path)["arrays"]
+        saved = read_manifest(path)["arrays"]
         widened = _widened(saved, layers)
         _refuse_misfits(path, {**saved, **widened}, layers)
         if widened and jax.process_index() == 0:
@@ -120,9 +126,9 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What was given to `save`. Raises UserError when there is no such checkpoint."""
-        return manifest.read(self._committed(step))["metadata"]
+        return read_manifest(self._committed(step))["metadata"]
 
-    def path(self, step: int) -> epath.Path:
+    def path(self, step: int) -> Path:
         """The directory of a step, its files verified. Raises UserError as `restore` does."""
         path = self._committed(step)
         what = manifest.damage(path) if jax.process_index() == 0 and step not in self._sound else ""
@@ -134,7 +140,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that are committed, in order; their files are not verified."""
         self._wait()
-        return manifest.committed_steps(self.directory)
+        return folder.committed_steps(self.directory)
 
     def close(self) -> None:
         """Waits for the save in the background; a process that exits without it loses that save.
@@ -146,47 +152,80 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def _commit(self, response: Any, path: epath.Path, content: dict[str, Any]) -> None:
-        response.result()
+    def _is_there(self, step: int) -> bool:
+        """Is a checkpoint that was saved or restored still there? Nobody else may have removed it."""
+        path = folder.step_path(self.directory, step)
+        return bool(_agree(jax.process_index() == 0 and folder.has_manifest(path)))
+
+    def _make_room(self, step: int) -> None:
+        """Prepares the directory for a save, in process 0, and lets all processes know how that went."""
+        failure = None
         if jax.process_index() == 0:
-            manifest.write(path, content)
-            manifest.prune(self.directory, self.keep, self.keep_best)
+            try:
+                folder.begin_save(self.directory, step, self._damaged)
+            except OSError as error:
+                failure = error
+        if _agree(failure is not None):
+            where, what = folder.step_path(self.directory, step), failure or "see process 0"
+            raise SaveFailed(f"{where} cannot be saved{_free(where)}: {what}")
+        self._damaged.clear()
+
+    def _commit(self, response: Any, place: Path, stack: ExitStack, content: dict[str, Any]) -> None:
+        """Waits for Orbax and writes the manifest, once the arrays are found where a restore looks for them.
+
+        Args:
+          place: a plain name of the directory, valid until `stack` is closed.
+        """
+        step = content["step"]
+        with stack:
+            response.result()
+            if jax.process_index() == 0:
+                path = folder.step_path(place, step)
+                _refuse_unreadable(path, content["arrays"])
+                manifest.write(path, content)
+        self._sound.add(step)
+        if jax.process_index() == 0:
+            folder.end_save(self.directory, step)
+            folder.prune(self.directory, self.keep, self.keep_best, self._sound)
 
     def _wait(self) -> None:
         if not self._pending:
             return
-        (step, future), self._pending = self._pending, None
-        path = manifest.step_path(self.directory, step)
-        if error := future.exception():
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        (step, place, commit), self._pending = self._pending, None
+        path = folder.step_path(self.directory, step)
+        if error := commit.exception():
+            what = str(error).replace(str(place), str(self.directory))
+            reason = f"{type(error).__name__}: {what}".splitlines()[0]
             raise SaveFailed(f"saving {path} failed{_free(path)}: {reason}") from error
         self._here.add(step)
-        self._sound.add(step)
 
     def _newest_sound(self) -> int:
-        steps = manifest.committed_steps(self.directory)
+        steps = folder.committed_steps(self.directory)
         for step in reversed(steps):
-            path = manifest.step_path(self.directory, step)
+            path = folder.step_path(self.directory, step)
             what = "" if step in self._sound else manifest.damage(path)
             if not what:
                 self._sound.add(step)
                 return step
-            log.warning("the checkpoint %s is damaged (%s): going back to the one before it", path, what)
+            if step not in self._damaged:
+                log.warning("the checkpoint %s is damaged (%s): going back to the one before it", path, what)
+            self._damaged.add(step)
         return -2 if steps else -1
 
-    def _committed(self, step: int) -> epath.Path:
+    def _committed(self, step: int) -> Path:
         steps = self.steps()
         if step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}: {have}")
-        return manifest.step_path(self.directory, step)
+        return folder.step_path(self.directory, step)
 
 
-def load_arrays(path: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Some arrays of the checkpoint at `path`, by their names on disk; dtypes are cast to the wanted ones."""
-    every = manifest.read(path)["arrays"]
+    every = read_manifest(path)["arrays"]
     target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in every}
-    loaded: Any = ocp.load(path, target)
+    with alias.plain(path) as place:
+        loaded: Any = ocp.load(str(place), target)
     return {name: loaded[name] for name in wanted}
 
 
@@ -197,7 +236,24 @@ def _widened(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> 
     return {name: [shape, "float32"] for name, shape in old.items()}
 
 
-def _refuse_misfits(path: epath.Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint. Raises UserError when it is damaged."""
+    try:
+        return manifest.read(path)
+    except manifest.Damaged as error:
+        raise UserError(f"the checkpoint {path} is damaged ({error}): take another step") from None
+
+
+def _refuse_unreadable(path: Path, arrays: dict[str, Any]) -> None:
+    """Raises OSError unless Orbax finds every array at `path`, as it will when it restores them."""
+    found: Any = ocp.metadata(str(path)).metadata
+    for name, (shape, dtype) in arrays.items():
+        there = found.get(name) if isinstance(found, dict) else None
+        if there is None or [list(there.shape), str(there.dtype)] != [shape, dtype]:
+            raise OSError(f"{name} was written, and cannot be read back")
+
+
+def _refuse_misfits(path: Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
     misfits = []
     for name in sorted(saved.keys() | wanted.keys()):
         here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
@@ -212,16 +268,18 @@ def _refuse_misfits(path: epath.Path, saved: dict[str, Any], wanted: dict[str, j
         )
 
 
+def _all_of(value: int) -> list[int]:
+    """Returns the values of all processes, on every process."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
 def _agree(value: int) -> int:
     """The value of process 0, on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else int(value)
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _free(path: epath.Path) -> str:
+def _free(path: Path) -> str:
     parent = path.parent
     return f" ({shutil.disk_usage(parent).free:,} bytes are free there)" if os.path.isdir(parent) else ""

@@ -1,0 +1,211 @@
+"""The directory of checkpoints: which there are, and the safe ways to remove one.
+
+    step_00000500/               a checkpoint, once it has a manifest
+    step_00000500.unfinished     that step is being written or deleted by us. Without a manifest it
+                                 is a ruin that the next save may sweep away; nothing else is ours
+    step_00000500.damaged0/      set aside, because it was damaged
+    step_00000500.old0           set aside, because a save needs the name
+
+All of it is done by process 0.
+"""
+
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from moe_jax.checkpoint import manifest
+from moe_jax.errors import UserError
+
+UNFINISHED = ".unfinished"
+ORBAX_PART = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a step while it writes
+
+log = logging.getLogger(__name__)
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / manifest.step_name(step)
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Returns the steps whose directory has a manifest, in order; it may be damaged.
+
+    Raises UserError when the directory is there and cannot be listed.
+    """
+    steps = (_step_of(name) for name in _names(directory))
+    return sorted(s for s in steps if s is not None and has_manifest(step_path(directory, s)))
+
+
+def has_manifest(path: Path) -> bool:
+    """Is there a manifest, of whatever kind? One that cannot be looked at is there: it is damage."""
+    try:
+        os.lstat(path / manifest.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def set_aside(path: Path, why: str) -> Path | None:
+    """Renames what is at `path`, a link itself, to the next free PATH.`why`N, and returns that.
+
+    Returns None when there is nothing.
+    """
+    if not os.path.lexists(path):
+        return None
+    names = (path.parent / f"{path.name}.{why}{number}" for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    path.rename(aside)
+    return aside
+
+
+def begin_save(directory: Path, step: int, damaged: Iterable[int]) -> None:
+    """Makes room for a checkpoint of `step`, which will be the newest.
+
+    Sets aside the `damaged` steps, what is in the way, and every later checkpoint: it is of another
+    history of the run, and the next start would take it for the newest.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    sweep(directory)
+    for other in damaged:
+        set_aside(step_path(directory, other), "damaged")
+    path = step_path(directory, step)
+    later = [step_path(directory, s) for s in committed_steps(directory) if s > step]
+    for other in [*later, path, *_parts(path)]:
+        if aside := set_aside(other, "old"):
+            log.warning("%s was in the way of step %d: it is %s now", other, step, aside.name)
+    _mark(path)
+
+
+def end_save(directory: Path, step: int) -> None:
+    """Tells that a checkpoint is committed."""
+    _marker(step_path(directory, step)).unlink(missing_ok=True)
+
+
+def sweep(directory: Path) -> None:
+    """Deletes what killed runs of ours left half-written or half-deleted, and nothing else.
+
+    Only while nothing is being saved.
+    """
+    for name in _names(directory):
+        step = _step_of(name.removesuffix(UNFINISHED)) if name.endswith(UNFINISHED) else None
+        if step is None:
+            continue
+        path = step_path(directory, step)
+        if not has_manifest(path):
+            for ruin in [path, *_parts(path)]:
+                _delete(ruin)
+        _marker(path).unlink()
+
+
+def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
+    """Deletes all checkpoints but the last `keep` and the `keep_best` with the lowest scores.
+
+    Only sound ones are counted: one that is not yet in `sound` is verified, and then added to it
+    or set aside. A checkpoint that cannot be deleted stays, with a warning.
+    """
+    steps = committed_steps(directory)
+    if len(steps) <= keep:
+        return
+    scores = _scores(directory, steps)
+    by_score = sorted((score, step) for step, score in scores.items() if score is not None)
+    last = _first_sound(directory, sorted(scores, reverse=True), keep, sound)
+    best = _first_sound(directory, [step for _, step in by_score], keep_best, sound)
+    for step in scores:
+        path = step_path(directory, step)
+        if step not in {*last, *best} and has_manifest(path):
+            try:
+                remove(path)
+            except OSError as error:
+                log.warning("the old checkpoint %s stays, it cannot be deleted: %s", path, error)
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint; of a link to one, the link.
+
+    The manifest goes first: killed half-way, what is left is no checkpoint any more.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
+    _mark(path)
+    (path / manifest.MANIFEST).unlink()
+    shutil.rmtree(path)
+    _marker(path).unlink()
+
+
+def _scores(directory: Path, steps: Iterable[int]) -> dict[int, float | None]:
+    """Returns {step: score} of those whose manifest can be read, and sets the others aside."""
+    scores = {}
+    for step in steps:
+        try:
+            scores[step] = manifest.read(step_path(directory, step))["score"]
+        except manifest.Damaged as error:
+            _set_damaged_aside(step_path(directory, step), str(error))
+    return scores
+
+
+def _first_sound(directory: Path, steps: list[int], number: int, sound: set[int]) -> list[int]:
+    """Returns the first `number` sound ones of `steps`; the damaged that come before are set aside."""
+    found: list[int] = []
+    for step in steps:
+        path = step_path(directory, step)
+        if len(found) == number:
+            break
+        if step not in sound and has_manifest(path):
+            what = manifest.damage(path)
+            if what:
+                _set_damaged_aside(path, what)
+            else:
+                sound.add(step)
+        if step in sound:
+            found.append(step)
+    return found
+
+
+def _set_damaged_aside(path: Path, what: str) -> None:
+    aside = set_aside(path, "damaged")
+    log.warning("the checkpoint %s is damaged (%s): it is %s now", path, what, aside and aside.name)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{directory} holds no checkpoints that can be listed: {error.strerror}") from None
+
+
+def _step_of(name: str) -> int | None:
+    """Returns the step of a directory's name, None of any other name (`step_²`, `step_7`)."""
+    match = re.fullmatch(manifest.PREFIX + "([0-9]+)", name)
+    step = int(match[1]) if match else -1
+    return step if step >= 0 and name == manifest.step_name(step) else None
+
+
+def _parts(path: Path) -> list[Path]:
+    """Returns what Orbax calls a checkpoint while it writes."""
+    names = _names(path.parent)
+    return [path.parent / name for name in names if name.startswith(path.name + ORBAX_PART)]
+
+
+def _marker(path: Path) -> Path:
+    return path.parent / (path.name + UNFINISHED)
+
+
+def _mark(path: Path) -> None:
+    text = f"{path.name} is being written or deleted. Without {manifest.MANIFEST} in it, it is a ruin."
+    _marker(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _delete(path: Path) -> None:
+    """Deletes a directory, a file or a link; nothing when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
