@@ -357,7 +357,8 @@ def train() -> ConfigDict:
     )
     c.nonfinite_patience = 0  # steps in a row with a non-finite loss or gradient that are skipped before the run stops
     c.init_from = ""  # workdir of another run whose parameters this one starts from
-    c.init_rename = ()  # of those parameters: pairs of an old prefix of their names and a new one, as in (("repeats/0", "prefix/0"),)
+    # Pairs of a prefix of those parameters' names and a new one, as in (("repeats/0", "prefix/0"),); ("head", "") leaves head out.
+    c.init_rename = ()
     c.stop_at = 0  # end after this step although train.steps (and the schedule) go further; 0 = off
     return c
 

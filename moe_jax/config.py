@@ -331,7 +331,7 @@ def due(text: str) -> Due:
     steps, every = set(), []
     for part in filter(None, (p.strip() for p in text.split(","))):
         number = part.removeprefix("every ").strip()
-        if not number.isdigit() or int(number) < 1:
+        if not number.isdecimal() or int(number) < 1:
             raise UserError(
                 f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 or every 50'
             )
@@ -344,7 +344,7 @@ def profile_range(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     first, colon, last = str(text).partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise UserError(f'profile = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13')
     return int(first), int(last)
 

@@ -50,7 +50,7 @@ def simulate(devices: int) -> None:
 
 def parse(text: str, flag: str) -> tuple[int, int, int]:
     """The lengths of data, expert and model of "2x2x2". UserError, which names the flag."""
-    lengths = [int(n) if n.isdigit() else 0 for n in text.split("x")]
+    lengths = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
     if len(lengths) != 3 or 0 in lengths:
         raise UserError(f"{flag} {text}: write DATAxEXPERTxMODEL, as in 2x2x2")
     return lengths[0], lengths[1], lengths[2]

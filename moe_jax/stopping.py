@@ -70,4 +70,4 @@ def _depth(name: str) -> tuple[int, ...]:
     after_cross = any(part.startswith(("cross", "ffn", "moe", "dense")) for part in parts)
     inside = ("attention_norm_scale", "cross_norm_scale", "q", "k", "v", "o", "ffn_norm_scale", "gate", "w_in", "w_out")
     last = inside.index(parts[-1]) if parts[-1] in inside else 0
-    return (not encoder, stage, *(int(part) for part in parts if part.isdigit()), after_cross, last)
+    return (not encoder, stage, *(int(part) for part in parts if part.isdecimal()), after_cross, last)

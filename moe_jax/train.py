@@ -28,20 +28,19 @@ from moe_jax import (
     stopping,
     tensorboard,
 )
+from moe_jax.begin import begin
 from moe_jax.clock import StepClock
-from moe_jax.config import RESUME_MAY_CHANGE, Config
+from moe_jax.config import Config
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.data.load import Dataset
-from moe_jax.errors import UserError
 from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.decoder import why_not_decoded
-from moe_jax.moe import sparse
 from moe_jax.progress import Progress
 from moe_jax.sample import Settings, make_sampler
-from moe_jax.state import State, advanced, initial, judged, make_model, make_step, make_tx, parameter_names, updated
+from moe_jax.state import State, initial, judged, make_model, make_step, make_tx, parameter_names
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Task, Trained
 
@@ -124,7 +123,7 @@ def in_workdir(
     )
     metadata = {"config": raw, "data": data.fingerprint}
     with progress.doing("restoring the newest checkpoint" if saves.directory.exists() else "making the parameters"):
-        state, notes = begin(cfg, saves, metadata, defaults, init, abstract)
+        state, notes = begin(cfg, saves, metadata, defaults, init, abstract, data)
     start = int(state.step)
     banner.show_start(progress, cfg, start)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
@@ -289,66 +288,6 @@ def publish(
         rows = result["row_routing"]
         seen = result["routing"], rows["experts"], rows["domain"], data.domains
         writer.image(step, "moe/routing", picture.routing(*seen, pictures / "routing.png"))
-
-
-def begin(
-    cfg: Config,
-    saves: checkpoint.Checkpoints,
-    metadata: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    init,
-    abstract,
-) -> tuple[State, list[str]]:
-    """The state to start from: the newest checkpoint, else fresh parameters, else (init_from) those of another run; and what to tell."""
-    step = saves.latest()
-    if step is not None:
-        saved = saves.metadata(step)
-        old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
-        smoke.refuse_other(old, metadata["config"])
-        checkpoint.compare_configs(old, metadata["config"], RESUME_MAY_CHANGE)
-        if saved["data"] != metadata["data"]:
-            raise UserError(
-                f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, now {metadata['data'][:12]}): "
-                "restore it, or start another --workdir"
-            )
-        before, now = old["train"]["steps"], cfg.train.steps
-        if now < step:
-            raise UserError(
-                f"train.steps = {now} ends before the newest checkpoint of this run (step {step}): set at least {step}, or start another "
-                "--workdir"
-            )
-        if now != before:
-            notes = [
-                f"train.steps = {before} so far, {now} from here on: so is the end of the learning rate's schedule",
-                *notes,
-            ]
-        return saves.restore(step, abstract, stacked=cfg.model.scan), notes
-    state = init(jax.random.key(cfg.seed))
-    if not cfg.train.init_from:
-        return state, []
-    source = Path(cfg.train.init_from) / "checkpoints"
-    like = {"stacked": cfg.model.scan, "rename": dict(cfg.train.init_rename)}
-    params, report = checkpoint.load_params(source, updated(state), part="params", step=None, **like)
-    notes = told("parameters", source, report)
-    router_state = state.router_state
-    if jax.tree.leaves(router_state):
-        of_routers = {"part": "router_state", "step": report.step, **like}
-        router_state, report = checkpoint.load_params(source, router_state, **of_routers)
-        notes += told("router state", source, report)
-    zeros = cfg.model.moe.sparse
-    params, masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))(params)
-    ema = None if state.ema is None else optim.begin_ema(params)
-    return advanced(cfg, state, params)._replace(router_state=router_state, ema=ema, masks=masks), notes
-
-
-def told(what: str, source: Path, report: checkpoint.Report) -> list[str]:
-    """What was taken from another run and what was not, one line each."""
-    return [
-        f"{what} from step {report.step} of {source}: {len(report.loaded)} loaded",
-        *(f"  loaded   {name}" for name in report.loaded),
-        *(f"  renamed  {old} -> {new}" for old, new in report.renamed),
-        *(f"  left     {name}: {reason}" for name, reason in report.left),
-    ]
 
 
 def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], saves: checkpoint.Checkpoints) -> None:

@@ -223,7 +223,7 @@ LAYERS = [  # lower may not import higher
     {"tasks"},
     {"state"},
     {"evaluate", "card", "banner", "instruments", "verify"},
-    {"train"},
+    {"begin", "idle", "meaning", "train"},
     {"summary", "commands", "main", "__main__"},
 ]
 

@@ -15,8 +15,17 @@ before a run resumes from them (Orbax has no checksum: a flipped bit would be re
 A damaged checkpoint is passed over, and renamed by the next save; it never counts as one of the last.
 """
 
-from moe_jax.checkpoint.initial import Report, load_params
-from moe_jax.checkpoint.resume import compare_configs, fill
-from moe_jax.checkpoint.store import Checkpoints
+from moe_jax.checkpoint.initial import Report, load_params, refuse_idle_renames
+from moe_jax.checkpoint.resume import compare_configs, fill, same_data
+from moe_jax.checkpoint.store import Checkpoints, SaveFailed
 
-__all__ = ["Checkpoints", "Report", "compare_configs", "fill", "load_params"]
+__all__ = [
+    "Checkpoints",
+    "Report",
+    "SaveFailed",
+    "compare_configs",
+    "fill",
+    "load_params",
+    "refuse_idle_renames",
+    "same_data",
+]

@@ -29,7 +29,7 @@ def load_params(
         they are given.
       stacked: layers below "repeats" are stacked over a leading axis here; how the other run had them is no matter.
       rename: {old prefix: new prefix} of names, such as {"layers/repeats/0/ffn": "layers/repeats/0/shared"}. The
-        longest prefix that fits counts.
+        longest prefix that fits counts; "" as the new one leaves them out.
       part: the field of the saved state to read, "params", "ema" or "router_state".
       step: the checkpoint to read; None = the newest sound one.
 
@@ -44,7 +44,7 @@ def load_params(
     saved = read_manifest(path)["arrays"]
     sources = _sources(saved, part, rename)
     wanted = flat_lib.flatten(params)
-    plan, left = _match(wanted, saved, sources, stacked)
+    plan, left = _match(wanted, saved, sources, rename, stacked)
     if not plan and part != "router_state":  # which another router does not have: it begins as the model begins it
         raise UserError(
             f"train.init_from: no parameter of {path} matches one of this model. It has {_some(sources)}; this model "
@@ -56,20 +56,57 @@ def load_params(
     return flat_lib.unflatten({**wanted, **loaded}, params), Report(found, list(plan), renamed, left)
 
 
+def refuse_idle_renames(
+    directory: Any, step: int, here: Mapping[str, Any], *, stacked: bool, rename: Mapping[str, str]
+) -> None:
+    """Raises UserError when one of the `rename` of `load_params` has nothing to rename.
+
+    Args:
+      here: {part: tree} of this run, of all parts that are loaded.
+    """
+    path = Checkpoints(directory, every=0, keep=1, keep_best=0).path(step)
+    saved = read_manifest(path)["arrays"]
+    there = [n.removeprefix(part + "/") for part in here for n in saved if n.startswith(part + "/")]
+    trees = [flat_lib.abstract_layers(flat_lib.flatten(tree), stacked) for tree in here.values()]
+    known = {name for tree in trees for name in tree}
+    for old, new in rename.items():
+        found = [name for name in there if _is_below(name, old)]
+        renamed = [new + name.removeprefix(old) for name in found]
+        if not found:
+            raise UserError(
+                f"train.init_rename: ({old!r}, {new!r}) renames nothing, no parameter of {path} is "
+                f"called {old!r} or {old + '/...'!r}. It has {_some(there)}"
+            )
+        if new and not known.intersection(renamed):
+            raise UserError(
+                f"train.init_rename: ({old!r}, {new!r}) makes {renamed[0]!r} of {found[0]!r}, and this "
+                f'model has no such parameter. It has {_some(known)}; "" as the new name leaves it out'
+            )
+
+
 def _sources(saved: Mapping[str, Any], part: str, rename: Mapping[str, str]) -> dict[str, str]:
     """{name here, one per layer: name on disk} of every array of the part."""
     out = {}
     for name in saved:
         if name.startswith(part + "/"):
             old = name.removeprefix(part + "/")
-            fits = [p for p in rename if old == p or old.startswith(p + "/")]
-            prefix = max(fits, key=len, default="")
-            out[rename[prefix] + old.removeprefix(prefix) if prefix else old] = name
+            prefix = max((p for p in rename if _is_below(old, p)), key=len, default=None)
+            new = old if prefix is None else rename[prefix] and rename[prefix] + old.removeprefix(prefix)
+            if new:
+                out[new] = name
     return out
 
 
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + "/")
+
+
 def _match(
-    wanted: Mapping[str, Any], saved: Mapping[str, Any], sources: Mapping[str, str], stacked: bool
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    sources: Mapping[str, str],
+    rename: Mapping[str, str],
+    stacked: bool,
 ) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
     """{name: its layers' names} of what can be loaded, and (name, reason) of what cannot."""
     plan, left = {}, []
@@ -80,7 +117,9 @@ def _match(
         missing = [n for n in names if n not in sources]
         other = [n for n in names if n in sources and saved[sources[n]][0] != shape]
         if missing:
-            left.append((name, f"{missing[0]} is not in the checkpoint"))
+            out = any(not new and _is_below(missing[0], old) for old, new in rename.items())
+            why = "is left out by train.init_rename" if out else "is not in the checkpoint"
+            left.append((name, f"{missing[0]} {why}"))
         elif other:
             left.append((name, f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} here"))
         else:

@@ -25,6 +25,24 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any], may_change: 
         )
 
 
+def same_data(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Returns the saved config with the places of today's data, and a note for each that is another.
+
+    For data whose fingerprint is that of the saved run, so that only its place can differ. The
+    number, order and weights of the sources are left as they were, to be compared.
+    """
+    notes = []
+    before, now = [list(pair) for pair in old["data"]["sources"]], [list(pair) for pair in new["data"]["sources"]]
+    if [weight for _, weight in before] == [weight for _, weight in now]:
+        places = zip((place for place, _ in before), (place for place, _ in now), strict=True)
+        notes = [f"data.sources: {b} is at {n} now, the same data" for b, n in places if b != n]
+        old = {**old, "data": {**old["data"], "sources": now}}
+    folders = [config["data"].get("folder") for config in (old, new)]
+    if new.get("task", "lm") != "lm" and folders[0] != folders[1]:
+        notes.append(f"data.folder was {folders[0]}, is {folders[1]}: the same data")
+    return old, notes
+
+
 def fill(
     saved: Mapping[str, Any], defaults: Mapping[str, Any], may_change: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[str]]:

@@ -38,7 +38,7 @@ def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
     for name, value in named(program, now).items():
         if name.startswith("router_state/"):
             *place, last = name.split("/")[1:]
-            order = tuple(int(part) if part.isdigit() else PARTS.get(part, 0) for part in place)
+            order = tuple(int(part) if part.isdecimal() else PARTS.get(part, 0) for part in place)
             found.setdefault((place[0] != "encoder", *order), {})[last] = value
     return [found[place] for place in sorted(found)]
 

@@ -1,0 +1,99 @@
+"""Do rows of a table mean the same in two runs? Token 17 of one tokenizer is not that of another.
+
+A run writes what its numbers mean beside its checkpoints (`Data.save`): the tokenizer, the items of
+a recommendation, the labels of classes.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax.data import tokenizer
+from moe_jax.data.contract import Data
+from moe_jax.errors import UserError
+
+
+class Meaning(NamedTuple):
+    """What the numbers of a run stand for."""
+
+    title: str  # of all of them together
+    names: tuple[Any, ...]  # of each number
+
+
+class Kind(NamedTuple):
+    """A kind of number, and the parameters that have a row or a column for each number."""
+
+    file: str  # in the workdir
+    unit: str
+    tables: tuple[str, ...]  # prefixes of names
+
+
+KINDS = (
+    Kind("tokenizer", "token", ("ends/embed", "ends/head")),
+    Kind("items.json", "item", ("ends/embed", "head")),
+    Kind("labels.json", "class", ("head", "ends/head")),
+)
+
+
+def compare(run: Path, data: Data, loaded: Iterable[str]) -> list[str]:
+    """Returns what to tell of the parameters `loaded` from the workdir `run`.
+
+    Raises UserError when the numbers of a loaded table mean something else in `data`.
+    """
+    notes: list[str] = []
+    loaded = list(loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        data.save(Path(folder))
+        for kind in KINDS:
+            tables = [name for name in loaded if _is_below(name, kind.tables)]
+            here, there = read(Path(folder), kind), read(run, kind)
+            if not tables or here is None:
+                continue
+            if there is None:
+                notes.append(
+                    f"{run / kind.file} is missing: {' and '.join(tables)} are taken, and whether their "
+                    f"{kind.unit} numbers mean the same here is not known"
+                )
+            elif there.names != here.names:
+                raise UserError(_refusal(run, kind, tables, there, here))
+    return notes
+
+
+def read(workdir: Path, kind: Kind) -> Meaning | None:
+    """Returns what the numbers mean in a run; None when it does not say. Raises UserError."""
+    path = workdir / kind.file
+    if not path.exists():
+        return None
+    if kind.file == "tokenizer":
+        found = tokenizer.load(path)
+        pieces: list[Any] = list(found.pieces)
+        pieces[found.boundary_id] = "the boundary"
+        return Meaning(f"the tokenizer {found.name} (fingerprint {found.fingerprint[:12]})", tuple(pieces))
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return Meaning(f"{len(names)} of its own", tuple(names))
+
+
+def _refusal(run: Path, kind: Kind, tables: list[str], there: Meaning, here: Meaning) -> str:
+    numbers = range(min(len(there.names), len(here.names)))
+    other = [n for n in numbers if there.names[n] != here.names[n]]
+    example = f"{kind.unit} {other[0]} is {there.names[other[0]]!r} there and {here.names[other[0]]!r} here"
+    if not other:
+        example = f"it has {len(there.names)} {kind.unit} numbers there and {len(here.names)} here"
+    leave_out = ", ".join(f'("{name}", "")' for name in tables)
+    prepare = ""
+    if kind.file == "tokenizer":
+        prepare = f"Prepare the data with that tokenizer (file:{run / kind.file}/tokenizer.json), or leave"
+    return (
+        f"train.init_from: {run} has {there.title}, this run {here.title}: {example}, so "
+        f"{' and '.join(tables)} would be wrong. {prepare or 'Leave'} them out by "
+        f"train.init_rename=({leave_out},)"
+    )
+
+
+def _is_below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + "/") for prefix in prefixes)
