@@ -21,7 +21,7 @@ def begin(
     defaults: Mapping[str, Any],
     init: Any,
     abstract: Any,
-    data: Data | None,
+    data: Data | None = None,
 ) -> tuple[State, list[str]]:
     """Returns the state to start from and what to tell.
 

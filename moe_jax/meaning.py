@@ -19,6 +19,7 @@ class Meaning(NamedTuple):
     """What the numbers of a run stand for."""
 
     title: str  # of all of them together
+    advice: str  # the begin of a sentence that ends in "them out by ..."
     names: tuple[Any, ...]  # of each number
 
 
@@ -70,27 +71,31 @@ def read(workdir: Path, kind: Kind) -> Meaning | None:
         found = tokenizer.load(path)
         pieces: list[Any] = list(found.pieces)
         pieces[found.boundary_id] = "the boundary"
-        return Meaning(f"the tokenizer {found.name} (fingerprint {found.fingerprint[:12]})", tuple(pieces))
+        title = f"the tokenizer {found.name} (fingerprint {found.fingerprint[:12]})"
+        file = tokenizer.MODEL_FILES.get(found.kind)
+        spec = f"file:{path / file}" if file else found.kind
+        return Meaning(title, f"Give the data that tokenizer ({spec}), or leave", tuple(pieces))
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return Meaning(f"{len(names)} of its own", tuple(names))
+    if not isinstance(names, list):
+        raise UserError(f"{path} is damaged: it must hold a list of names")
+    return Meaning(f"{len(names)} {kind.unit} names", "Leave", tuple(names))
 
 
 def _refusal(run: Path, kind: Kind, tables: list[str], there: Meaning, here: Meaning) -> str:
     numbers = range(min(len(there.names), len(here.names)))
     other = [n for n in numbers if there.names[n] != here.names[n]]
-    example = f"{kind.unit} {other[0]} is {there.names[other[0]]!r} there and {here.names[other[0]]!r} here"
-    if not other:
-        example = f"it has {len(there.names)} {kind.unit} numbers there and {len(here.names)} here"
+    if other:
+        first = other[0]
+        example = f"{kind.unit} {first} is {there.names[first]!r} there and {here.names[first]!r} here"
+    else:
+        example = f"there are {len(there.names)} there and {len(here.names)} here"
     leave_out = ", ".join(f'("{name}", "")' for name in tables)
-    prepare = ""
-    if kind.file == "tokenizer":
-        prepare = f"Prepare the data with that tokenizer (file:{run / kind.file}/tokenizer.json), or leave"
     return (
         f"train.init_from: {run} has {there.title}, this run {here.title}: {example}, so "
-        f"{' and '.join(tables)} would be wrong. {prepare or 'Leave'} them out by "
+        f"{' and '.join(tables)} would be wrong. {there.advice} them out by "
         f"train.init_rename=({leave_out},)"
     )
 

@@ -136,7 +136,8 @@ def read(directory: Path, step: int) -> dict[str, np.ndarray]:
     """The arrays of a step. UserError when it was not recorded."""
     path = directory / file_name(step)
     if not path.exists():
-        have = sorted(int(p.stem.removeprefix("step_")) for p in directory.glob("step_*.npz"))
+        steps = (p.stem.removeprefix("step_") for p in directory.glob("step_*.npz"))
+        have = sorted(int(step) for step in steps if step.isdecimal())
         raise UserError(f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} (record.steps)")
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
