@@ -64,7 +64,9 @@ def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
 def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
     if asked("eval.sample_prompt") and not cfg.eval.sample_tokens:
         yield "eval.sample_prompt does nothing: eval.sample_tokens is 0"
-    text = ("data.sources", "data.slice_bytes", "data.heldout_bytes", "eval.sample_tokens", "eval.sample_prompt")
+    text = ["data.sources", "data.slice_bytes", "data.heldout_bytes", "eval.sample_prompt"]
+    if cfg.eval.sample_tokens:  # 0 asks for nothing
+        text.append("eval.sample_tokens")
     if cfg.task != "lm":
         yield from (f'{path} does nothing: it is for task "lm", not "{cfg.task}"' for path in text if asked(path))
         return

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax import card, config, config_file, state
+from moe_jax import card, config, config_file, idle, state
 from moe_jax.metrics import read_rows
 from moe_jax.tasks import TASKS, lm
 
@@ -41,6 +41,14 @@ def built(name):
     stem, colon, variant = name.partition(":")
     raw = config_file.read(Path(f"{ROOT}/configs/{stem}.py{colon}{variant}"), (), "--change")
     return config.build(raw, raw["simulate_devices"] or 1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_config_sets_nothing_that_does_nothing(name):
+    stem, colon, variant = name.partition(":")
+    path = Path(f"{ROOT}/configs/{stem}.py{colon}{variant}")
+    defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
+    assert idle.notes(built(name), config_file.read(path, (), "--change"), defaults, start=0) == []
 
 
 def traced(cfg, model, abstract):
