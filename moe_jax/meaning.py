@@ -57,8 +57,15 @@ def compare(run: Path, data: Data, loaded: Iterable[str]) -> list[str]:
                     f"{run / kind.file} is missing: {' and '.join(tables)} are taken, and whether their "
                     f"{kind.unit} numbers mean the same here is not known"
                 )
-            elif there.names != here.names:
+                continue
+            same = sum(1 for a, b in zip(there.names, here.names) if a == b)
+            if same < min(len(there.names), len(here.names)):
                 raise UserError(_refusal(run, kind, tables, there, here))
+            if len(there.names) != len(here.names):
+                notes.append(
+                    f"{run} has {there.title}, this run {here.title}: there are {len(there.names)} there "
+                    f"and {len(here.names)} here, and the first {same} mean the same"
+                )
     return notes
 
 
@@ -85,13 +92,9 @@ def read(workdir: Path, kind: Kind) -> Meaning | None:
 
 
 def _refusal(run: Path, kind: Kind, tables: list[str], there: Meaning, here: Meaning) -> str:
-    numbers = range(min(len(there.names), len(here.names)))
-    other = [n for n in numbers if there.names[n] != here.names[n]]
-    if other:
-        first = other[0]
-        example = f"{kind.unit} {first} is {there.names[first]!r} there and {here.names[first]!r} here"
-    else:
-        example = f"there are {len(there.names)} there and {len(here.names)} here"
+    pairs = enumerate(zip(there.names, here.names))
+    first, (before, now) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    example = f"{kind.unit} {first} is {before!r} there and {now!r} here"
     leave_out = ", ".join(f'("{name}", "")' for name in tables)
     return (
         f"train.init_from: {run} has {there.title}, this run {here.title}: {example}, so "

@@ -95,6 +95,18 @@ def test_round_trip_metadata_and_atomic_async_save(tmp_path, mesh):
     assert {"step", "opt_state/count"} < set(names)
 
 
+def test_a_save_commits_itself(tmp_path):
+    """It waits for no further call, so that a kill costs no more than what came after the save."""
+    checkpoints = open_dir(tmp_path)
+    save(checkpoints, 1, {"x": jnp.ones(1)})
+    end = time.monotonic() + 60
+    while not (tmp_path / "step_00000001" / "moe_jax.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert open_dir(tmp_path).latest() == 1
+    checkpoints.close()
+
+
 def test_restores_bit_for_bit_on_other_meshes(tmp_path):
     with jax.set_mesh(make_mesh(8, 1)):
         first = state(1)
