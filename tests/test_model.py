@@ -44,6 +44,13 @@ def test_scan_and_remat_change_nothing(float64, loop, changes):
         np.testing.assert_allclose(got[name], expected[name], atol=1e-11, err_msg=name)
 
 
+def test_the_first_loss_is_that_of_a_guess(loop):
+    """First logits are small, so that the first loss is log V and not half a nat more."""
+    _, rows = loop
+    vocabulary = models.build(changes=PATTERN).model.vocab_size
+    np.testing.assert_allclose(rows[0]["nll"], np.log(vocabulary), atol=0.02)
+
+
 def test_packed_documents_do_not_see_each_other(float64):
     """Logits of a document are the same whether it is packed behind another or alone in its row; and nothing sees the future."""
     program = models.Program((1, 1, 1), {"model.attention_bias": True, "model.qk_norm": True, "train.batch_size": 2})

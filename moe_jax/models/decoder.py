@@ -36,6 +36,11 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 
 
+# Standard deviation of the first logits of an untied head. 1 costs half a nat at the first step; 0 would
+# give no gradient to anything but the head there, so that a proof at the first step would prove nothing.
+FIRST_LOGITS = 0.1
+
+
 class Source(NamedTuple):
     """What cross-attention reads: the encoder's output, and which of it is padding."""
 
@@ -139,7 +144,7 @@ class Decoder(nnx.Module):
         keys = jax.random.split(key, 4)
         ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
         if not cfg.tie_embeddings:
-            ends["head"] = Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), cfg.d_model**-0.5)
+            ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
         look = Look("prefix" if cfg.kind_options.get("bidirectional_prefix") else "causal")
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, look)
@@ -161,6 +166,12 @@ class Decoder(nnx.Module):
 
 def embedding(cfg: ModelConfig) -> Weight:
     return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.d_model**-0.5)
+
+
+def output_head(cfg: ModelConfig) -> Weight:
+    """Returns the head [D, V], drawn so that first logits have the standard deviation FIRST_LOGITS."""
+    std = FIRST_LOGITS * cfg.d_model**-0.5
+    return Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std)
 
 
 def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:

@@ -28,6 +28,7 @@ from moe_jax.models.decoder import (
     embed,
     embedding,
     in_order,
+    output_head,
     run_cached,
     run_stack,
     stack,
@@ -70,7 +71,7 @@ class EncDec(nnx.Module):
         keys = jax.random.split(key, 5)
         ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
         if not cfg.tie_embeddings:
-            ends["head"] = Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), cfg.d_model**-0.5)
+            ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
         self.prefix, self.repeats, self.suffix = stack(keys[1:4], self.cfg, Look("causal", cross=True))
         self.encoder = SourceStack(keys[4], encoder_config(cfg))

@@ -17,7 +17,7 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig
 from moe_jax.mesh import BATCH, P
-from moe_jax.models.decoder import Context, Look, embed, embedding, run_stack, stack
+from moe_jax.models.decoder import FIRST_LOGITS, Context, Look, embed, embedding, run_stack, stack
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch
 from moe_jax.weights import Weight, Weights
@@ -34,8 +34,8 @@ class Encoder(nnx.Module):
         self.ends = Weights(keys[0], _ends(cfg), cfg.param_dtype)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(cfg.kind_options["attention"]))
         num_classes = cfg.kind_options["num_classes"]
-        head = {  # a tenth of the usual: a sum over many tokens begins with small logits too
-            "w": Weight((cfg.d_model, num_classes), ("embed", None), 0.1 * cfg.d_model**-0.5),
+        head = {  # a sum over many tokens begins with small logits too
+            "w": Weight((cfg.d_model, num_classes), ("embed", None), FIRST_LOGITS * cfg.d_model**-0.5),
             "b": Weight((num_classes,), (None,), 0.0),
         }
         self.head = Weights(jax.random.fold_in(key, 4), head, cfg.param_dtype)
