@@ -27,17 +27,24 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-class Flags(argparse.ArgumentParser):
-    """A parser whose mistakes are UserErrors. The help shows the whole docstring of the experiment."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are UserErrors. The help shows the whole docstring of the file."""
 
     def __init__(self, about: str | None):
         super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument(
-            "--smoke", action="store_true", help="a few steps of each cell, to see that it works; writes no report"
-        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
+
+
+class Flags(Parser):
+    """The parser of an experiment, which all can be tried with a few steps."""
+
+    def __init__(self, about: str | None):
+        super().__init__(about)
+        self.add_argument(
+            "--smoke", action="store_true", help="a few steps of each cell, to see that it works; writes no report"
+        )
 
 
 def hear_signals() -> None:

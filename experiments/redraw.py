@@ -6,21 +6,27 @@
 Reads experiments/results/NAME/figures.json and writes plot.png beside it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before jax is imported; the file may be typed as a script, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import command_line
+
+    command_line.hear_signals()
+
 from experiments import run, sparse_inputs, sparse_training_rules, sparsity_vs_quality
-from experiments.command_line import launch
+from experiments.command_line import Parser, launch
 from moe_jax.errors import UserError
 
 RESULTS = run.ROOT / "experiments/results"
 
 
 def work(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DRAWINGS)} (default: all)")
     asked = parser.parse_args(argv).names or list(DRAWINGS)
     unknown = [name for name in asked if name not in DRAWINGS]

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,12 @@ if (
 
 import jax
 import pytest
+
+# A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP. The processes that tests start would
+# inherit that, and never hear the signals that are sent to them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Programs that several tests (and the processes they start) compile are compiled once. Of this session alone: no stale entries.
 CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")

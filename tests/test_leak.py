@@ -101,9 +101,11 @@ LEAKING = ("--set", "model.moe.ordering=batch_priority", "--set", "model.moe.dis
 
 
 def leak_command(capsys, *flags, config="configs/base.py"):
-    """(exit code, standard output, standard error)"""
+    """(exit code, standard output, errors on standard error, where the progress is told too)"""
     code = __main__.main(["leak", "--config", config, *flags, "--markdown"])
-    return code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines(keepends=True) if not line.startswith("leak: ")]
+    return code, out, "".join(errors)
 
 
 def test_a_leak_that_is_not_allowed_is_an_exit_code(float64, capsys, monkeypatch):

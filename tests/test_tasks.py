@@ -240,7 +240,7 @@ def test_ranking_equals_the_one_of_the_baselines():
         ("vision", {"model.kinds.encoder.num_classes": 9}, "model.kinds.encoder.num_classes = 9, but digits needs 10"),
         ("vision", {"data.seq_len": 5}, "set data.seq_len=4"),
         ("vision", {"tasks.vision.dataset": "nothing"}, "nothing"),
-        ("classification", {"data.folder": "/nowhere"}, "vaderSentiment"),
+        ("classification", {"data.folder": "/nowhere"}, "python -m moe_jax data vader"),
         ("classification", {"model.vocab_size": 128}, "model.vocab_size (128) is smaller than the vocabulary of vader"),
         ("recommendation", {"model.kinds.mmoe.items": (10, 19)}, "must be 30, as in (10, 20)"),
         ("classification", {"record.steps": "3"}, "record.steps = 3 looks into the language model"),
