@@ -40,7 +40,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also run the tests marked 'full' (every documented command among them)")
+    parser.addoption(
+        "--full", action="store_true", help="also run the tests marked 'full' (every documented command among them)"
+    )
 
 
 # Files whose longest tests take the most: first, so that the workers of `-n 2` end together.
