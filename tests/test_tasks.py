@@ -163,6 +163,13 @@ def test_from_data_to_predictions_with_a_stop_between(tmp_path, folder, task):
     assert TASKS[task].headline(result.evaluation).startswith("held out ")
 
 
+@pytest.mark.parametrize("length", [4, 5, 6])
+def test_a_random_row_of_few_tokens_has_a_prefix_and_targets(length):
+    cfg = models.build((1, 1, 1), config("translation_prefix") | {"data.seq_len": length})
+    rows = TASKS["translation_prefix"].random(cfg, 0)
+    assert (rows.prefix_BS.sum(1) >= 2).all() and (rows.weight_BS.sum(1) >= 1).all()
+
+
 @pytest.mark.parametrize("task", CASES)
 def test_a_step_is_the_same_on_a_mesh(float64, task):
     """One optimizer step of random rows, accumulated on the mesh: loss and parameters of one device."""

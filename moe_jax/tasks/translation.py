@@ -156,7 +156,8 @@ def random_prefix(cfg: Config, step: int) -> PrefixTarget:
     row = random(cfg, step)
     length = cfg.data.seq_len
     place = np.arange(length, dtype=np.int32)[None]
-    size = np.random.default_rng([cfg.seed, step, 1]).integers(2, length // 2, (len(row.row_B), 1))
+    longest = max(length // 2, 3)  # exclusive: a row of four tokens has a prefix of two
+    size = np.random.default_rng([cfg.seed, step, 1]).integers(2, longest, (len(row.row_B), 1))
     prefix_BS = ((place < size) & (row.segment_BS > 0)).astype(np.int32)
     weight_BS = ((place >= size - 1) & (row.segment_BS > 0)).astype(np.float32)
     told = (row.segment_BS, row.position_BS, row.domain_BS, weight_BS, prefix_BS, row.row_B)
