@@ -110,6 +110,16 @@ def run_all(grid: Grid, out: Path) -> Results:
     return collect(grid, out)
 
 
+def run_and_report(grid: Grid, out: Path, report: Callable[[Path], None]) -> None:
+    """Trains what is not finished and writes the report; of a smoke run it shows the comparison alone."""
+    compile_quickly(out / "compiled")
+    results = run_all(grid, out)
+    if grid.smoke:
+        show(compare(results, "bits_per_byte"))
+    else:
+        report(out)
+
+
 def count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 

@@ -252,12 +252,7 @@ def work(argv: list[str]) -> None:
         report(args.out)
         return
     out = made(args)
-    run.compile_quickly(out / "compiled")
-    results = run.run_all(grid(CELLS)._replace(smoke=args.smoke), out)
-    if args.smoke:
-        run.show(run.compare(results, "bits_per_byte"))
-    else:
-        report(out)
+    run.run_and_report(grid(CELLS)._replace(smoke=args.smoke), out, report)
 
 
 def main(argv: list[str]) -> int:

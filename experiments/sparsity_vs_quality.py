@@ -223,12 +223,7 @@ def work(argv: list[str]) -> None:
         rounds = 1 if args.smoke else ROUNDS
         print(json.dumps(time_steps(out, rounds), indent=1))
         return
-    run.compile_quickly(out / "compiled")
-    results = run.run_all(rules.grid(CELLS)._replace(smoke=args.smoke), out)
-    if args.smoke:
-        run.show(run.compare(results, "bits_per_byte"))
-    else:
-        report(out)
+    run.run_and_report(rules.grid(CELLS)._replace(smoke=args.smoke), out, report)
 
 
 def main(argv: list[str]) -> int:
