@@ -206,6 +206,7 @@ def test_mistakes(tmp_path, capsys):
         ((source, tmp_path / "full"), "full is not empty: name a new directory"),
         ((tmp_path / "none", tmp_path / "a"), "holds no run"),
         ((source, tmp_path / "b", "--format", "blocks"), "--format blocks needs the side of a block"),
+        ((source, tmp_path / "b", "--format", "dense", "--block", "4"), "so --block 4 would do nothing"),
         ((source, tmp_path / "c", "--format", "blocks", "--block", "5"), "--block 5 must divide model.d_model (16)"),
     ):
         assert compacted(*flags) == 64

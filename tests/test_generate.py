@@ -115,6 +115,7 @@ def test_a_terminal_is_shown_no_control_characters():
     ("flags", "message"),
     [
         (["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
+        (["--temperature", "0", "--top_k", "5", "--seed", "1"], "--top_k 5 and --seed 1 would do nothing"),
         (["--top_p", "0"], "top_p = 0.0 must be above 0"),
         (["--step", "7"], "there is no checkpoint of step 7 in .*: it has 1, 2"),
         (["--raw"], r"--raw: the run kept no moving average of its parameters \(optim.ema_decay = 0\)"),

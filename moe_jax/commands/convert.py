@@ -71,6 +71,10 @@ def run_compact(flags: argparse.Namespace) -> int:
     """0, or 1 when the outputs moved too far."""
     if flags.out.exists() and any(flags.out.iterdir()):
         raise UserError(f"--out {flags.out} is not empty: name a new directory")
+    if flags.block and flags.format == "dense":
+        raise UserError(
+            f"--format dense writes whole matrices, so --block {flags.block} would do nothing: leave one out"
+        )
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         old = read(flags.workdir, flags.step)
         notes, new = shrunk(old, flags)

@@ -33,14 +33,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max_tokens", type=int, default=200, help="tokens per prompt (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default 0.8)")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0 = all (default)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens; 0 = all (default)")
     parser.add_argument(
         "--top_p",
         type=float,
-        default=0.95,
         help="draw from the likeliest tokens that make up p; 1 = all (default 0.95)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
     parser.add_argument("--stop", action="append", default=[], help="text to stop before; may be repeated")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument(
@@ -56,9 +55,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0, also when the reader of the output goes away; 130 when interrupted."""
     flags = parse(argv)
     logging.basicConfig(format="\n%(message)s", level=logging.WARNING)  # such as of a prompt that is too long
-    settings = Settings(
-        flags.max_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed, tuple(map(printable, flags.stop))
-    )
+    settings = settings_of(flags)
     check(settings)
     try:
         run(flags, read_prompts(flags.prompt, sys.stdin), settings)
@@ -68,6 +65,25 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
     return 0
+
+
+def settings_of(flags: argparse.Namespace) -> Settings:
+    """The settings that the flags ask for. UserError for one that does nothing."""
+    drawn = {"--top_k": flags.top_k, "--top_p": flags.top_p, "--seed": flags.seed}
+    idle = [f"{name} {value}" for name, value in drawn.items() if value is not None]
+    if flags.temperature == 0 and idle:
+        raise UserError(
+            f"--temperature 0 always takes the likeliest token, so {' and '.join(idle)} would do nothing: "
+            "leave it out, or give a temperature above 0"
+        )
+    return Settings(
+        max_tokens=flags.max_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k or 0,
+        top_p=0.95 if flags.top_p is None else flags.top_p,
+        seed=flags.seed or 0,
+        stop=tuple(map(printable, flags.stop)),
+    )
 
 
 def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> None:
