@@ -2,7 +2,7 @@
 
 A choice and its options are siblings: `model.moe.router = "top_k"` picks the block `model.moe.routers.top_k`. Only the chosen block
 travels on; changing a key of a block that is not chosen is an error, because it would do nothing. The bounds of every number are in
-moe_jax/bounds.py.
+moe_jax/config/bounds.py.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters, data order, dropout
     c.simulate_devices = 0  # CPU devices to simulate in this process; 0 = the devices that are there
-    c.smoke = False  # a few steps of everything, to see that it works: what --smoke sets (moe_jax/smoke.py)
+    c.smoke = False  # a few steps of everything, to see that it works: what --smoke sets (moe_jax/config/smoke.py)
     c.profile = ""  # "10:13" writes a profiler trace of steps 10, 11 and 12
     c.mesh = mesh()
     c.task = "lm"  # what is learned: moe_jax/tasks
@@ -63,28 +63,28 @@ def tasks() -> ConfigDict:
     c = ConfigDict()
     c.lm = ConfigDict()  # its data: data.sources
     c.classification = ConfigDict()
-    c.classification.dataset = "vader"  # moe_jax/data/tasks/classification.py, or "tfds:NAME"
+    c.classification.dataset = "vader"  # moe_jax/tasks/classification/data.py, or "tfds:NAME"
     c.classification.tokens = "bpe:8192"  # tokenizer: "bytes", or "bpe:N", trained on the training texts
     # True: to choose settings. The test part is left out; one training text in data.heldout_every is held out instead.
     c.classification.select = False
     c.translation = ConfigDict()
-    c.translation.dataset = "bible_en_es"  # moe_jax/data/tasks/translation.py, or "tfds:NAME"
+    c.translation.dataset = "bible_en_es"  # moe_jax/tasks/translation/data.py, or "tfds:NAME"
     c.translation.vocab_size = 8192  # of the tokenizer, trained on both sides of the training pairs
     c.translation_prefix = ConfigDict()  # the same with a decoder alone, which has the source as prefix
     c.translation_prefix.dataset = "bible_en_es"
     c.translation_prefix.vocab_size = 8192
     c.vision = ConfigDict()
-    c.vision.dataset = "digits"  # moe_jax/data/tasks/vision.py, or "tfds:NAME"
+    c.vision.dataset = "digits"  # moe_jax/tasks/vision/data.py, or "tfds:NAME"
     c.vision.patch = 2  # pixels of a side of a patch; data.seq_len is the number of patches
     c.vision.copies = 1  # of each training image: the first as it is, the others shifted and flipped
     c.vision.shift = 1  # pixels, at most
     c.vision.flip = False  # mirrors half of the copies
     c.recommendation = ConfigDict()
-    c.recommendation.dataset = "debian_depends"  # moe_jax/data/tasks/recommendation.py, or "tfds:NAME"
+    c.recommendation.dataset = "debian_depends"  # moe_jax/tasks/recommendation/data.py, or "tfds:NAME"
     c.recommendation.min_items = 5  # of a user
     c.recommendation.min_users = 10  # of an item
     c.speech = ConfigDict()
-    c.speech.dataset = "fsdd"  # moe_jax/data/tasks/speech.py
+    c.speech.dataset = "fsdd"  # moe_jax/tasks/speech/data.py
     c.speech.mel_bins = 40
     c.speech.stack = 4  # frames of 10 ms in one vector
     c.speech.copies = 1  # of each training recording: the first as it is, the others changed in tempo and with noise

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from moe_jax import shell, signals
 from moe_jax.errors import UserError
+from moe_jax.runtime import shell, signals
 
 SEEDS = (0, 1, 2)
 SMOKE = ".smoke"  # directory of smoke runs in that of --out: no cell can be called so

@@ -29,11 +29,15 @@ import jax
 from scipy import stats
 
 from experiments.command_line import Flags, Interrupted, add_seeds, launch, made, seeds, seeds_told
-from moe_jax import checkpoint, config, config_file, flops, mesh, shell, smoke, train
-from moe_jax.compiling import QUICK, as_flags
+from moe_jax import checkpoint, config, train
+from moe_jax.config import config_file, smoke
 from moe_jax.errors import UserError
-from moe_jax.metrics import read_rows
-from moe_jax.table import Table, names, numbers
+from moe_jax.parallel import mesh
+from moe_jax.parallel.compiling import QUICK, as_flags
+from moe_jax.plan import flops
+from moe_jax.report.metrics import read_rows
+from moe_jax.report.table import Table, names, numbers
+from moe_jax.runtime import shell
 
 ROOT = Path(__file__).parent.parent
 CONFIDENCE = 0.95

@@ -33,12 +33,14 @@ from jax.experimental.sparse import BCOO
 from configs import base
 from experiments.command_line import Flags, launch
 from experiments.run import show
-from moe_jax import checkpoint, config, mesh, place, state
+from moe_jax import checkpoint, config
 from moe_jax.commands import convert
 from moe_jax.errors import UserError
+from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import stored
-from moe_jax.table import Table, names, numbers
+from moe_jax.parallel import batch_rows, mesh
+from moe_jax.report.table import Table, names, numbers
 from moe_jax.tasks import TASKS
 
 SIZES = {
@@ -89,7 +91,7 @@ def first(zeros: Mapping[str, Any]) -> convert.Weights:
     cfg = config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, 1)
 
     def init(key: jax.Array) -> Any:
-        params, router_state = state.make_model(cfg.model).init(key)
+        params, router_state = make_model(cfg.model).init(key)
         return sparse.begin(cfg.model.moe.sparse, params, stacked=False)[0], router_state
 
     params, router_state = jax.device_get(jax.jit(init)(jax.random.key(0)))
@@ -134,8 +136,8 @@ def forward(weights: convert.Weights, rows: int, length: int) -> Callable[[], An
         "data": {**weights.raw["data"], "seq_len": length},
     }
     cfg = config.build(raw, 1)
-    task, model = TASKS[cfg.task], state.make_model(cfg.model)
-    batch = place.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(rows), rows, task.inputs)
+    task, model = TASKS[cfg.task], make_model(cfg.model)
+    batch = batch_rows.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(rows), rows, task.inputs)
     like = jax.eval_shape(model.init, jax.random.key(0))
     on_mesh = lambda x, like: jax.device_put(x, checkpoint.flat.placement(like))
     parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)

@@ -27,7 +27,8 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 
 from experiments import plots, run
 from experiments.command_line import Flags, launch, made
-from moe_jax import config, flops
+from moe_jax import config
+from moe_jax.plan import flops
 
 OUT = Path("runs/sparse")
 RESULTS = Path(__file__).parent / "results"

@@ -4,8 +4,8 @@ import difflib
 import importlib
 import sys
 
-from moe_jax import shell
 from moe_jax.errors import UserError
+from moe_jax.runtime import shell
 
 COMMANDS = {
     "data": "make the files of a task's data set from what its publisher distributes",

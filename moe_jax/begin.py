@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 
-from moe_jax import checkpoint, idle, meaning, optim, smoke
-from moe_jax.config import RESUME_MAY_CHANGE, Config
+from moe_jax import checkpoint, meaning, optim
+from moe_jax.config import idle, smoke
+from moe_jax.config.build import RESUME_MAY_CHANGE
 from moe_jax.data.contract import Data
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
-from moe_jax.state import State, advanced, updated
+from moe_jax.schema.config import Config
+from moe_jax.train_step import State, advanced, updated
 
 
 def begin(

@@ -6,17 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import stopping
-from moe_jax.config import Config
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
-from moe_jax.mesh import P
 from moe_jax.models import depth
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.moe import load
-from moe_jax.place import local_rows, put
-from moe_jax.state import State, judged, make_model
+from moe_jax.parallel.batch_rows import local_rows, put
+from moe_jax.parallel.mesh import P
+from moe_jax.runtime import stopping
+from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
+from moe_jax.train_step import State, judged, make_model
 
 MOST_ROWS = 4096  # whose routing is kept, for what chance gives: one of each domain in turn, so they stand for all
 

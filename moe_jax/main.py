@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_jax import shell, signals
+from moe_jax.runtime import shell, signals
 
 if __name__ == "__main__":  # before jax is imported, which takes seconds
     shell.open_output(lasting=True)
@@ -23,9 +23,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import STARTED, config, config_file, mesh, smoke
-from moe_jax.compiling import QUICK, as_flags
+from moe_jax import STARTED, config
+from moe_jax.config import config_file, smoke
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh
+from moe_jax.parallel.compiling import QUICK, as_flags
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h"}
@@ -168,15 +170,16 @@ def launch(argv: list[str]) -> int:
 
 
 def dry_run(cfg: config.Config) -> int:
-    from moe_jax import card
+    from moe_jax.plan import card
 
     shell.console().print(card.render(card.card(cfg)))
     return 0
 
 
 def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> int:
-    from moe_jax import summary, train
-    from moe_jax.stopping import NonFinite
+    from moe_jax import train
+    from moe_jax.report import summary
+    from moe_jax.runtime.stopping import NonFinite
 
     workdir, main = Path(FLAGS.workdir), jax.process_index() == 0
     # Orbax logs a traceback for each of its threads when a save fails, which the error of the run tells in one line.

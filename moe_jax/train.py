@@ -13,36 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import (
-    banner,
-    checkpoint,
-    flops,
-    metrics,
-    optim,
-    place,
-    rules,
-    shell,
-    signals,
-    smoke,
-    starts,
-    stopping,
-    tensorboard,
-)
+from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.clock import StepClock
-from moe_jax.config import Config
+from moe_jax.config import rules, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.data.load import Dataset
+from moe_jax.decoding.sample import Settings, make_sampler
 from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.decoder import why_not_decoded
-from moe_jax.progress import Progress
-from moe_jax.sample import Settings, make_sampler
-from moe_jax.state import State, initial, judged, make_model, make_step, make_tx, parameter_names
+from moe_jax.parallel import batch_rows
+from moe_jax.plan import flops
+from moe_jax.report import banner, metrics, tensorboard
+from moe_jax.report.progress import Progress
+from moe_jax.runtime import shell, signals, starts, stopping
+from moe_jax.runtime.clock import StepClock
+from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Task, Trained
+from moe_jax.train_step import State, initial, judged, make_model, make_step, make_tx, parameter_names
 
 IN_FLIGHT = {
     "cpu": 2,
@@ -105,7 +96,7 @@ def in_workdir(
             data = smoke.fewer(cfg, data)
         batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     banner.show_data(progress, data)
-    rows = place.local_rows(cfg.train.batch_size)
+    rows = batch_rows.local_rows(cfg.train.batch_size)
 
     # Model and state
     model = make_model(cfg.model)
@@ -195,7 +186,7 @@ def in_workdir(
                 with progress.doing("starting the profile", after=state.step):
                     profile.begin(step, state)
             with clock.waiting():
-                batch = place.put(next(source), rows, cfg.train.batch_size, task.inputs)
+                batch = batch_rows.put(next(source), rows, cfg.train.batch_size, task.inputs)
             if records(step + 1):
                 with progress.doing("recording the routing", after=state.step):
                     recorder(step + 1, state, batch)  # before the step takes the state away

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.mesh import spec
+from moe_jax.parallel.mesh import spec
 
 
 class Weight(NamedTuple):

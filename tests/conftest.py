@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moe_jax.compiling import QUICK, as_flags
+from moe_jax.parallel.compiling import QUICK, as_flags
 
 os.environ.setdefault("PJRT_NPROC", "64")  # read when jax loads: fewer threads deadlock collectives on two cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,13 +1,13 @@
 """A tiny language model with NumPy weights on held-out batches, as the instruments take it."""
 
 import jax
-import models
 import numpy as np
+import tiny
 
 from moe_jax.instruments import held_out, replay
 from moe_jax.moe import probe
-from moe_jax.state import make_model
-from moe_jax.tasks import lm
+from moe_jax.tasks.lm import task as lm
+from moe_jax.train_step import make_model
 
 DATA = {
     "model.vocab_size": 256,
@@ -33,7 +33,7 @@ def weights(cfg):
 
 def probed(shape=(1, 1, 1), changes=None, num_batches=1):
     """A model on held-out batches; called with the mesh set."""
-    cfg = models.build(shape, DATA | (changes or {}))
+    cfg = tiny.build(shape, DATA | (changes or {}))
     return held_out.open_run(cfg, lm.open_data(cfg), *weights(cfg), num_batches)
 
 

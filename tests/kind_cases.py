@@ -6,14 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import meshes
-import models
 import numpy as np
+import tiny
 
 from configs import base
-from moe_jax import state
-from moe_jax.config import Options
+from moe_jax.models.functions import make_model
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch
+from moe_jax.schema.config import Options
 
 B, S, T, P = 8, 6, 5, 3  # rows, tokens, source tokens, width of a vector
 ONE = (1, 1, 1)
@@ -21,7 +21,7 @@ ONE = (1, 1, 1)
 
 def config(kind, options=None, model=None, moe=None):
     """The ModelConfig of a kind with some options of its own, some keys of the model, and some of its experts."""
-    cfg = models.build(changes=model).model
+    cfg = tiny.build(changes=model).model
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in base.get_config().model.kinds[kind].items()}
     moe_cfg = dataclasses.replace(cfg.moe, **(moe or {}))
     return dataclasses.replace(cfg, kind=kind, kind_options=Options(own | (options or {})), moe=moe_cfg)
@@ -81,7 +81,7 @@ class Run:
     def __init__(self, cfg, shape=ONE):
         self.cfg, self.mesh = cfg, meshes.make(*shape)
         with jax.set_mesh(self.mesh):
-            self.model = state.make_model(cfg)
+            self.model = make_model(cfg)
             self.params, self.router_state = jax.jit(self.model.init)(jax.random.key(0))
             self.run = jax.jit(
                 lambda p, r, b, train: self.model.bind(p, r)(b, jax.random.key(3), train), static_argnums=3

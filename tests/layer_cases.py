@@ -14,9 +14,9 @@ import router_cases
 from flax import nnx
 from router_cases import CASES, GROUP_ROWS, VOCAB, B, D, E, S
 
-from moe_jax.config import Options
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.schema.config import Options
 from moe_jax.weights import RouterState
 
 F, FACTOR = 8, 0.5

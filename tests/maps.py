@@ -21,14 +21,14 @@ import optax
 import router_cases
 from flax import nnx
 
-from moe_jax import mesh
-from moe_jax.config import Options
-from moe_jax.mesh import BATCH, P
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
+from moe_jax.parallel import mesh
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import Options
 from moe_jax.weights import RouterState
 
 C, Z, B, S, E, HIDDEN = 8, 4, 8, 16, 8, 4

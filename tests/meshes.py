@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from moe_jax import mesh
+from moe_jax.parallel import mesh
 
 # Every way to write 8 as data x expert x model.
 ALL = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if s[0] * s[1] * s[2] == 8]

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import state
+from moe_jax import train_step
 from moe_jax.models import decoder, router_states
-from moe_jax.moe import grouped_matmul, layer, load, losses
+from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
-from moe_jax.moe.grouped_matmul import expert_ffn
+from moe_jax.moe.experts import grouped_matmul
+from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.layer import Shape
-from moe_jax.tasks import TASKS, contract, lm
+from moe_jax.tasks import TASKS, contract
+from moe_jax.tasks.lm import task as lm
 
 DROPLESS = {"model.moe.dispatcher": "dropless", "model.moe.dispatchers.capacity.factor": 1.25}
 SOFT = {"model.moe.router": "soft", "model.moe.dispatcher": "slots", "model.allow_leak": True}
@@ -163,7 +165,7 @@ def capacity_per_device(patch):
 
 def plain_accumulation(patch):
     """The mean of the losses of the micro-batches: a balance loss is a product of sums, which does not add up."""
-    right = state.make_loss
+    right = train_step.make_loss
 
     def wrong(cfg, model):
         num = cfg.train.num_micro_batches
@@ -171,7 +173,7 @@ def plain_accumulation(patch):
             return right(cfg, model)
 
         def loss(params, router_state, batch, rng):
-            micro = state.micro_batches(batch, num, cfg.model.moe.group_rows)
+            micro = train_step.micro_batches(batch, num, cfg.model.moe.group_rows)
             each = [jax.tree.map(lambda z, i=i: z[i], micro) for i in range(num)]
             totals = [contract.forward(lm.TASK, model.bind(params, router_state), one, rng) for one in each]
             values = [contract.objective(one, cfg.model.moe.losses) for one in totals]
@@ -180,7 +182,7 @@ def plain_accumulation(patch):
 
         return loss
 
-    patch.setattr(state, "make_loss", wrong)
+    patch.setattr(train_step, "make_loss", wrong)
 
 
 def too_little_room(patch):
@@ -234,20 +236,20 @@ def capacity_of_evaluation(patch):
 
 def metrics_of_one_micro_batch(patch):
     """What is logged of the load is that of the last micro-batch; the loss and its gradients are right."""
-    right = state.make_loss
+    right = train_step.make_loss
 
     def wrong(cfg, model):
         num = cfg.train.num_micro_batches
 
         def loss(params, router_state, batch, rng):
             value, (totals, parts) = right(cfg, model)(params, router_state, batch, rng)
-            last = jax.tree.map(lambda z: z[-1], state.micro_batches(batch, num, cfg.model.moe.group_rows))
+            last = jax.tree.map(lambda z: z[-1], train_step.micro_batches(batch, num, cfg.model.moe.group_rows))
             found = contract.forward(lm.TASK, model.bind(params, router_state), last, rng)
             return value, (totals if num == 1 else totals | {"moe": found["moe"]}, parts)
 
         return loss
 
-    patch.setattr(state, "make_loss", wrong)
+    patch.setattr(train_step, "make_loss", wrong)
 
 
 class Mutation(NamedTuple):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from moe_jax.compiling import QUICK
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Tokens
+from moe_jax.parallel.compiling import QUICK
 
 B, S, D, E, VOCAB = 8, 4, 24, 8, 64
 GROUP_ROWS = 1

@@ -15,10 +15,15 @@ from typing import Any
 
 import jax
 
-from moe_jax import config, config_file, flops, mesh, place, shell, working
-from moe_jax.state import initial, make_model, make_step, make_tx
-from moe_jax.table import Table, names, numbers
+from moe_jax import config
+from moe_jax.config import config_file
+from moe_jax.parallel import batch_rows, mesh
+from moe_jax.plan import flops
+from moe_jax.report import working
+from moe_jax.report.table import Table, names, numbers
+from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
+from moe_jax.train_step import initial, make_model, make_step, make_tx
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -66,8 +71,8 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
         task, num = TASKS[cfg.task], cfg.train.batch_size
-        rows = place.local_rows(num)
-        batch = place.put(jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs)
+        rows = batch_rows.local_rows(num)
+        batch = batch_rows.put(jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs)
     held: list[Any] = [state]
 
     def step() -> None:

@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, config, mesh, place, shell, state
+from moe_jax import checkpoint, config
 from moe_jax.checkpoint import flat
 from moe_jax.commands import generate
 from moe_jax.errors import UserError
+from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact
+from moe_jax.parallel import batch_rows, mesh
+from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
 
 LIMIT = 1e-6  # how far outputs may move, relative to the largest
@@ -214,8 +217,8 @@ def forward(weights: Weights) -> Any:
     raw["eval"] |= {"batch_size": ROWS}
     raw["model"]["moe"]["group_rows"] = 1
     cfg = config.build(raw, 1)
-    task, model = TASKS[cfg.task], state.make_model(cfg.model)
-    batch = place.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(ROWS), ROWS, task.inputs)
+    task, model = TASKS[cfg.task], make_model(cfg.model)
+    batch = batch_rows.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(ROWS), ROWS, task.inputs)
     like = jax.eval_shape(model.init, jax.random.key(0))
     on_mesh = lambda x, like: jax.device_put(x.astype(like.dtype), flat.placement(like))
     parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)

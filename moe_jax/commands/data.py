@@ -7,11 +7,11 @@ the sets: what each is, its licence, where its publisher has it, and which files
 import argparse
 import pathlib
 
-from moe_jax import shell
 from moe_jax.data.publishers import table, written
 from moe_jax.data.publishers.contract import Published
 from moe_jax.data.publishers.given import Given, Source
 from moe_jax.errors import UserError
+from moe_jax.runtime import shell
 
 REST = """\
 digits          comes with scikit-learn: nothing to give

@@ -13,14 +13,17 @@ from typing import Any, TextIO
 
 import jax
 
-from moe_jax import checkpoint, config, config_file, mesh, shell
-from moe_jax.config import Config
+from moe_jax import checkpoint, config
+from moe_jax.config import config_file
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.sources.characters import encoding, plain, wrong_bytes
 from moe_jax.data.sources.packed import HEAD
+from moe_jax.decoding.sample import Settings, check, make_sampler
 from moe_jax.errors import UserError
-from moe_jax.sample import Settings, check, make_sampler
-from moe_jax.state import make_model
+from moe_jax.parallel import mesh
+from moe_jax.runtime import shell
+from moe_jax.schema.config import Config
+from moe_jax.train_step import make_model
 
 CONTROL = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 

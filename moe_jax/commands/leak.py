@@ -17,11 +17,14 @@ from pathlib import Path
 
 import jax
 
-from moe_jax import config, config_file, shell, working
-from moe_jax.config import Config
+from moe_jax import config
+from moe_jax.config import config_file
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
-from moe_jax.table import Table, names, numbers, prose
+from moe_jax.report import working
+from moe_jax.report.table import Table, names, numbers, prose
+from moe_jax.runtime import shell
+from moe_jax.schema.config import Config
 
 COLUMNS = [
     *names("router", "ordering", "dispatcher"),

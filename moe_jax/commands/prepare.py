@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from moe_jax import shell
 from moe_jax.data import prepared, sources, writer
 from moe_jax.data.tokenizer import TOKENIZERS
 from moe_jax.errors import UserError
-from moe_jax.table import Table, names, numbers
+from moe_jax.report.table import Table, names, numbers
+from moe_jax.runtime import shell
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

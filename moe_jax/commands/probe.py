@@ -21,18 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import mesh, rules, shell, working
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.commands import generate
-from moe_jax.config import Config
+from moe_jax.config import rules
 from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, interference, knockout, picture, precision, record, replay, retrain, tables
 from moe_jax.moe import probe
-from moe_jax.place import local_rows, put
-from moe_jax.state import State, initial, make_model
-from moe_jax.table import Table
-from moe_jax.tasks import lm
+from moe_jax.parallel import mesh
+from moe_jax.parallel.batch_rows import local_rows, put
+from moe_jax.report import working
+from moe_jax.report.table import Table
+from moe_jax.runtime import shell
+from moe_jax.schema.config import Config
+from moe_jax.tasks.lm import task as lm
+from moe_jax.train_step import State, initial, make_model
 
 Found = list[Table | str]  # what an instrument prints: tables and sentences
 

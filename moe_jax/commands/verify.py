@@ -16,9 +16,12 @@ import jax
 from rich.console import Group
 from rich.text import Text
 
-from moe_jax import config_file, mesh, shell, working
+from moe_jax.config import config_file
 from moe_jax.errors import UserError
-from moe_jax.table import Table, names, numbers, prose
+from moe_jax.parallel import mesh
+from moe_jax.report import working
+from moe_jax.report.table import Table, names, numbers, prose
+from moe_jax.runtime import shell
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import shell
 from moe_jax.data import pack, prepared, sources, tokenizer
 from moe_jax.data.documents import Document
 from moe_jax.data.survey import Survey, fingerprint, only, survey
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.runtime import shell
 
 TEXT_BYTES = 4_000_000  # of each split and domain, kept for the baselines
 

@@ -10,19 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.config import Config, ModelConfig
 from moe_jax.data.batches import Batch, eval_batches
 from moe_jax.data.load import Dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
 from moe_jax.instruments import record
-from moe_jax.mesh import P
 from moe_jax.models import router_states
 from moe_jax.models.decoder import with_dispatcher
-from moe_jax.place import local_rows, put
-from moe_jax.state import make_model
-from moe_jax.tasks import contract, lm
-from moe_jax.working import Tell, silent
+from moe_jax.parallel.batch_rows import local_rows, put
+from moe_jax.parallel.mesh import P
+from moe_jax.report.working import Tell, silent
+from moe_jax.schema.config import Config, ModelConfig
+from moe_jax.tasks import contract
+from moe_jax.tasks.lm import task as lm
+from moe_jax.train_step import make_model
 
 Arrays = dict[str, np.ndarray]
 

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import UserError
-from moe_jax.mesh import P
 from moe_jax.models import router_states
 from moe_jax.moe import losses
 from moe_jax.names import REPEATS
-from moe_jax.state import Model, State, make_loss, step_key
+from moe_jax.parallel.mesh import P
+from moe_jax.schema.config import Config, ModelConfig
+from moe_jax.train_step import Model, State, make_loss, step_key
 
 PARTS = ("router", "experts", "attention", "rest")
 

@@ -19,7 +19,7 @@ from moe_jax.data.batches import Batch
 from moe_jax.errors import UserError
 from moe_jax.instruments import bootstrap, held_out
 from moe_jax.instruments.held_out import Run
-from moe_jax.tasks import lm
+from moe_jax.tasks.lm import task as lm
 
 PASSIVE = {"removed": "removed", "around": "routed around"}
 WAYS = {"removed": "removed_BME", "around": "barred_BME"}  # and the field of lm.Inputs that tells the layer

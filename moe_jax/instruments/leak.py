@@ -20,17 +20,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import config, mesh
-from moe_jax.compiling import QUICK
-from moe_jax.config import Config
+from moe_jax import config
+from moe_jax.config import causality
 from moe_jax.errors import UserError
-from moe_jax.moe import causality
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
-from moe_jax.state import make_model
+from moe_jax.parallel import mesh
+from moe_jax.parallel.compiling import QUICK
+from moe_jax.schema.config import Config
+from moe_jax.train_step import make_model
 from moe_jax.weights import Weight
 
 NOISE = 1e-9

@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Config, ModelConfig, due
 from moe_jax.errors import UserError
-from moe_jax.mesh import P
 from moe_jax.moe import probe
-from moe_jax.state import Model, State, micro_batches, step_key
-from moe_jax.tasks import lm
+from moe_jax.parallel.mesh import P
+from moe_jax.schema.config import Config, ModelConfig, due
+from moe_jax.tasks.lm import task as lm
+from moe_jax.train_step import Model, State, micro_batches, step_key
 
 MANIFEST = "manifest.json"
 SAME_RUN = ("seed", "model", "optim", "data")  # blocks of the config that make the routing; the mesh is none of them

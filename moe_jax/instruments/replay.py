@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig, Options
 from moe_jax.data.batches import Batch
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
@@ -31,7 +30,8 @@ from moe_jax.instruments.held_out import Arrays, Run
 from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.sigmoid import SCORES
-from moe_jax.state import make_model
+from moe_jax.schema.config import ModelConfig, Options
+from moe_jax.train_step import make_model
 
 ROUTER = "recorded"
 

@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Config, MoEConfig
 from moe_jax.data.batches import Batch, Batches
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, replay
 from moe_jax.instruments.held_out import Run
 from moe_jax.moe import probe
-from moe_jax.place import local_rows
-from moe_jax.state import State, judged, make_model, make_step, make_tx
-from moe_jax.tasks import lm
+from moe_jax.parallel.batch_rows import local_rows
+from moe_jax.schema.config import Config, MoEConfig
+from moe_jax.tasks.lm import task as lm
+from moe_jax.train_step import State, judged, make_model, make_step, make_tx
 
 FROZEN = "frozen"
 WAYS = {**replay.WAYS, FROZEN: replay.own}

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, P
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, P
 from moe_jax.models.attention_core import Keys, across, attention, causal, decode_attention, full, prefix
 from moe_jax.models.layers import gather, rms_norm, rope, rotate
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 
 MASKS: dict[str, Callable[..., Keys]] = {"causal": causal, "full": full}

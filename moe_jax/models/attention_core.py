@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.compiling import by_platform
-from moe_jax.moe.grouped_matmul import vary_alike, wide_dtype
+from moe_jax.moe.experts.grouped_matmul import vary_alike, wide_dtype
+from moe_jax.parallel.compiling import by_platform
 
 MASKED = -1e30  # a score, far below every real one and far from overflow
 SCORES = 2**19  # of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and 64

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig, Options
 from moe_jax.errors import UserError
-from moe_jax.mesh import BATCH, P
 from moe_jax.models import depth
 from moe_jax.models.attention import Attention, Cache, CrossAttention, Memory
 from moe_jax.models.layers import FeedForward, dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import ModelConfig, Options
 from moe_jax.weights import Weight, Weights
 
 # What the backward pass keeps of a block instead of recomputing it.

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import DEPTH, ModelConfig
 from moe_jax.models.attention import Cache
 from moe_jax.models.layers import gather
+from moe_jax.schema.config import DEPTH, ModelConfig
 from moe_jax.weights import Weight
 
 NAME = "depth/"  # what the names of the sums begin with

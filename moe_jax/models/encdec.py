@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
 from moe_jax.models.attention import Memory
 from moe_jax.models.decoder import (
     Context,
@@ -36,6 +35,7 @@ from moe_jax.models.decoder import (
 )
 from moe_jax.models.layers import dropout, rms_norm
 from moe_jax.moe.layer import Batch
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 
 

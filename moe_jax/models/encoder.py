@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, P
 from moe_jax.models.decoder import FIRST_LOGITS, Context, Look, embed, embedding, run_stack, stack
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 
 POSITION_STD = 0.02  # as in ViT

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from moe_jax.config import ModelConfig
 from moe_jax.models import MODELS
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import RouterState
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.mesh import BATCH, P, spec
+from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.weights import Weight, Weights
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig
 from moe_jax.models.encdec import decoder_config, encoder_config
+from moe_jax.schema.config import ModelConfig
 
 
 def stack(states: Any, cfg: ModelConfig) -> dict[str, jax.Array]:

@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.mesh import BATCH, P, spec
 from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens, per_row
 from moe_jax.moe.sparse import stored
+from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.weights import RouterState, Weight, Weights
 
 

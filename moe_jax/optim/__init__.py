@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.config import OptimConfig
 from moe_jax.errors import UserError
 from moe_jax.names import is_layer, name_of
 from moe_jax.optim.optimizers import OPTIMIZERS, Leaf
 from moe_jax.optim.schedules import SCHEDULES, Schedule
+from moe_jax.schema.config import OptimConfig
 
 __all__ = [
     "OPTIMIZERS",

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import OptimConfig
 from moe_jax.errors import UserError
+from moe_jax.schema.config import OptimConfig
 
 Schedule = Callable[[Any], jax.Array]
 

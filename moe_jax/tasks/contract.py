@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import stopping
-from moe_jax.config import Config
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
-from moe_jax.mesh import P
 from moe_jax.models import depth
 from moe_jax.moe import load, losses
-from moe_jax.place import local_rows, put
+from moe_jax.parallel.batch_rows import local_rows, put
+from moe_jax.parallel.mesh import P
+from moe_jax.runtime import stopping
+from moe_jax.schema.config import Config
 
 
 class Losses(NamedTuple):

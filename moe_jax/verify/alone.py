@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.compiling import of_other_platforms
-from moe_jax.config import DEPTH
+from moe_jax.config import causality
 from moe_jax.models import depth
-from moe_jax.moe import causality, losses
+from moe_jax.moe import losses
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
-from moe_jax.state import State, routers_learn
+from moe_jax.parallel.compiling import of_other_platforms
+from moe_jax.schema.config import DEPTH
+from moe_jax.train_step import State, routers_learn
 from moe_jax.verify import batches, reference, states
 from moe_jax.verify.compare import far, largest, whole
 from moe_jax.verify.program import Probe, Program

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import mesh
+from moe_jax.parallel import mesh
 from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 

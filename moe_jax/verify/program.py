@@ -14,12 +14,13 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from moe_jax import config, mesh, place, state
+from moe_jax import config, train_step
 from moe_jax.checkpoint import flat
-from moe_jax.compiling import QUICK
-from moe_jax.config import DEPTH, ModelConfig
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.moe.probe import ROUTING, split
+from moe_jax.parallel import batch_rows, mesh
+from moe_jax.parallel.compiling import QUICK
+from moe_jax.schema.config import DEPTH, ModelConfig
 from moe_jax.tasks import TASKS
 
 AXES = ("data", "expert", "model")
@@ -51,8 +52,8 @@ class Program:
         self.mesh = mesh.make(lengths, jax.devices()[:number])
         self.wide = "float64" in (self.cfg.model.dtype, self.cfg.model.param_dtype)
         with self.entered():
-            self.model = state.make_model(self.cfg.model)
-            self._initial = state.initial(self.cfg, self.model)
+            self.model = train_step.make_model(self.cfg.model)
+            self._initial = train_step.initial(self.cfg, self.model)
             self.abstract = jax.eval_shape(self._initial, jax.random.key(0))
 
     @contextlib.contextmanager
@@ -60,7 +61,7 @@ class Program:
         with jax.set_mesh(self.mesh), jax.enable_x64(self.wide):
             yield
 
-    def initial(self) -> state.State:
+    def initial(self) -> train_step.State:
         with self.entered():
             key = jax.random.key(self.cfg.seed)
             return jax.jit(self._initial).lower(key).compile(compiler_options=QUICK)(key)
@@ -76,39 +77,39 @@ class Program:
 
     def put(self, inputs: Any) -> Any:
         number = self.cfg.train.batch_size
-        rows = place.local_rows(number)
-        return place.put(tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs)
+        rows = batch_rows.local_rows(number)
+        return batch_rows.put(tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs)
 
     def on_mesh(self, x: jax.Array) -> jax.Array:
         return jax.device_put(x, mesh.sharding("batch", *[None] * (x.ndim - 1)))
 
-    def step(self, now: state.State, inputs: Any) -> tuple[state.State, Probe]:
+    def step(self, now: train_step.State, inputs: Any) -> tuple[train_step.State, Probe]:
         with self.entered():
             new, metrics, grads, nll, sums = self.run(now, self.put(inputs))
             metrics, nll, (sums, routing) = host((metrics, nll, split(sums)))  # and so one step is in flight at a time
             return new, Probe(float(metrics["loss"]), metrics, nll, sums, routing, self.named(grads))
 
-    def steps(self, now: state.State, number: int) -> tuple[state.State, list[Probe]]:
+    def steps(self, now: train_step.State, number: int) -> tuple[train_step.State, list[Probe]]:
         probes = []
         for step in range(number):
             now, probe = self.step(now, self.task.random(self.cfg, step))
             probes.append(probe)
         return now, probes
 
-    def tied(self, begin: state.State) -> Probe:
+    def tied(self, begin: train_step.State) -> Probe:
         """A step whose linear gates are 0: scores tie, and ties go to the lowest experts: the worst load there is."""
         equal = lambda path, x: jnp.zeros_like(x) if [key.key for key in path][-2:] == ["router", "gate"] else x
         with self.entered():
             now = begin._replace(params=jax.tree_util.tree_map_with_path(equal, begin.params))
         return self.step(now, self.task.random(self.cfg, 0))[1]
 
-    def evaluate(self, now: state.State) -> dict[str, np.ndarray]:
+    def evaluate(self, now: train_step.State) -> dict[str, np.ndarray]:
         """The loss of every prediction ("nll") and the sums per row of an evaluation, as the config evaluates; compiles it."""
         dispatcher = self.cfg.eval.dispatcher
         cfg = self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
 
         def forward(params: Any, router_state: Any, inputs: Any):
-            model = state.make_model(cfg).bind(params, router_state)
+            model = train_step.make_model(cfg).bind(params, router_state)
             found = self.task.losses(model, inputs, jax.random.key(0), False)
             return {"nll": found.nll, **found.sums}
 
@@ -124,17 +125,17 @@ class Program:
             out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
         return out
 
-    def _probe(self, now: state.State, inputs: Any):
+    def _probe(self, now: train_step.State, inputs: Any):
         seen = []
-        tx = state.make_tx(self.cfg, now.params)
+        tx = train_step.make_tx(self.cfg, now.params)
 
         def update(updates, state, params=None):
             seen.append(updates)
             return tx.update(updates, state, params)
 
-        step = state.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
+        step = train_step.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
         new, metrics = step(now, inputs)
-        rng = state.step_key(self.cfg, now.step)
+        rng = train_step.step_key(self.cfg, now.step)
         model = self.model.bind(now.params, now.router_state)
         found = self.task.losses(recording(model) if recordable(self.cfg.model) else model, inputs, rng, True)
         return new, metrics, seen[0], found.nll, found.sums

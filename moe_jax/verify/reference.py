@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.compiling import QUICK, of_other_platforms
-from moe_jax.config import Config, Options
-from moe_jax.mesh import P
 from moe_jax.models import attention_core
 from moe_jax.models.decoder import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, Dispatcher
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.routing.contract import Routing
+from moe_jax.parallel.compiling import QUICK, of_other_platforms
+from moe_jax.parallel.mesh import P
+from moe_jax.schema.config import Config, Options
 from moe_jax.verify.compare import far, largest, relative_gradients
 from moe_jax.verify.program import Program
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.state import State
+from moe_jax.train_step import State
 from moe_jax.verify import alone, compare, processes, shrink, states
 from moe_jax.verify.compare import Deviation, Rounded
 from moe_jax.verify.program import AXES, Probe, Program, Shape

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.state import State
+from moe_jax.train_step import State
 from moe_jax.verify.program import Program
 
 PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}  # of a model's blocks, in their order

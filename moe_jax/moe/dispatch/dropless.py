@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
-from moe_jax.moe.grouped_matmul import block_sizes, sum_rows, take_rows
+from moe_jax.moe.experts.grouped_matmul import block_sizes, sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 
 

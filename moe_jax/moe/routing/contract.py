@@ -32,7 +32,7 @@ class Sees(NamedTuple):
 
 
 class Declared(NamedTuple):
-    """What a router promises of its routing; tests/test_routers.py holds every router to it."""
+    """What a router promises of its routing; tests/moe/routing/test_routers.py holds every router to it."""
 
     most: int | None  # assignments of a token at most; None: no bound
     exact: bool  # every valid token has exactly `most`

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import SparseConfig
 from moe_jax.errors import UserError
 from moe_jax.moe.sparse.patterns import PATTERNS, UNITS, Matrices, Shaped
 from moe_jax.moe.sparse.refusals import refusals
 from moe_jax.moe.sparse.rules import RULES, Kept, Now
 from moe_jax.names import REPEATS
+from moe_jax.schema.config import SparseConfig
 
 __all__ = ["PATTERNS", "RULES", "Now", "advance", "begin", "density", "experts_of", "mask", "mask_moments", "refusals"]
 

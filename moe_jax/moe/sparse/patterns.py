@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.mesh import P
+from moe_jax.parallel.mesh import P
 
 Matrices = dict[str, jax.Array]  # of one layer's experts, by name
 Groups = dict[str, jax.Array]  # a value for every group, by matrix, or under "units"

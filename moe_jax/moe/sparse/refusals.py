@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moe_jax.config import ModelConfig, SparseConfig
+from moe_jax.schema.config import ModelConfig, SparseConfig
 
 AT = "model.moe.sparse"
 # (rule, pattern): why they do not go together.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from moe_jax.moe.grouped_matmul import ACTIVATIONS, PARTS, serve_rows, vary_alike, wide_dtype
+from moe_jax.moe.experts.grouped_matmul import ACTIVATIONS, PARTS, serve_rows, vary_alike, wide_dtype
 from moe_jax.weights import Weight
 
 NAMES = ("w_in", "w_out")

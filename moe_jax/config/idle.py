@@ -1,0 +1,93 @@
+"""Options that a user set and that do nothing in this run. Each is told when the run begins.
+
+An option that has its default was not asked for, so nothing is said of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from moe_jax.schema.config import Config, due
+
+Asked = Callable[[str], bool]
+
+
+def notes(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], start: int) -> list[str]:
+    """Returns a sentence for each option that was asked for and does nothing.
+
+    Args:
+      raw: the config as a nested dict.
+      defaults: of it.
+      start: the step from which the run goes on.
+    """
+
+    def asked(path: str) -> bool:
+        return _at(raw, path) != _at(defaults, path)
+
+    last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
+    found = [*_of_steps(cfg, start, last), *_of_training(cfg, asked), *_of_data(cfg, asked)]
+    return [sentence for sentence in found if sentence]
+
+
+def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
+    """What names steps that this run does not make: it makes those after `start` up to `last`."""
+    made = f"this run makes steps {start + 1} to {last}" if start < last else "this run makes no step"
+    if cfg.train.stop_at >= cfg.train.steps:
+        yield f"train.stop_at = {cfg.train.stop_at} does nothing: train.steps = {cfg.train.steps} ends before it"
+    if cfg.profile and not range(max(cfg.profile[0], start), min(cfg.profile[1], last)):
+        yield f"profile = {cfg.profile[0]}:{cfg.profile[1]} traces nothing: {made}"
+    wanted = due(cfg.record.steps)
+    if cfg.record.steps and not any(wanted(step) for step in range(start + 1, last + 1)):
+        yield f'record.steps = "{cfg.record.steps}" records nothing: {made}'
+    beyond = sorted(step for step in wanted.steps if step > last)
+    if beyond and len(beyond) < len(wanted.steps) + len(wanted.every):
+        yield f"record.steps: {', '.join(map(str, beyond))} will not be recorded: {made}"
+
+
+def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
+    if asked("record.rows") and not cfg.record.steps:
+        yield f'record.rows = {cfg.record.rows} does nothing: record.steps is ""'
+    if asked("checkpoint.keep_best") and cfg.checkpoint.keep_best and not _scored(cfg):
+        yield (
+            f"checkpoint.keep_best = {cfg.checkpoint.keep_best} keeps nothing more: before the end no step is both "
+            f"evaluated (eval.every = {cfg.eval.every}) and saved (checkpoint.every = {cfg.checkpoint.every})"
+        )
+    if asked("optim.decay_mask") and not cfg.optim.options.get("weight_decay"):
+        yield f'optim.decay_mask = "{cfg.optim.decay_mask}" does nothing: nothing decays (weight_decay is 0)'
+    if asked("eval.dispatcher") and not cfg.model.num_moe_layers:
+        yield f'eval.dispatcher = "{cfg.eval.dispatcher}" does nothing: the model has no MoE layer'
+    adaptive = cfg.model.moe.adaptive
+    for key in ("target_drop", "limit"):
+        if asked(f"model.moe.adaptive.{key}") and not adaptive["rate"]:
+            yield f"model.moe.adaptive.{key} = {adaptive[key]} does nothing: model.moe.adaptive.rate is 0"
+
+
+def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
+    if asked("eval.sample_prompt") and not cfg.eval.sample_tokens:
+        yield "eval.sample_prompt does nothing: eval.sample_tokens is 0"
+    text = ["data.sources", "data.slice_bytes", "data.heldout_bytes", "eval.sample_prompt"]
+    if cfg.eval.sample_tokens:  # 0 asks for nothing
+        text.append("eval.sample_tokens")
+    if cfg.task != "lm":
+        yield from (f'{path} does nothing: it is for task "lm", not "{cfg.task}"' for path in text if asked(path))
+        return
+    if asked("data.folder"):
+        yield 'data.folder does nothing: the data of task "lm" are data.sources'
+    embedded = any(source.partition(":")[0] == "embedded" for source, _ in cfg.data.sources)
+    for path in ("data.slice_bytes", "data.heldout_bytes", "data.heldout_every"):
+        if asked(path) and not embedded:
+            yield f"{path} does nothing: it is for embedded text, and prepared data have their own"
+
+
+def _scored(cfg: Config) -> bool:
+    """Does a checkpoint before the end have a score?"""
+    every, evaluated = cfg.checkpoint.every, cfg.eval.every
+    saved = range(every, cfg.train.steps, every) if every and evaluated else ()
+    return any(step % evaluated == 0 for step in saved)
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    """Returns a value by its dotted key; None when it is not there."""
+    value: Any = tree
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,98 @@
+"""The mesh, its axes, and the one table that maps logical dimension names to mesh axes.
+
+    axis     what is split over it
+    stage    (pipeline stages; length 1 today)
+    data     rows of the batch; dense parameters (FSDP); the embed dimension of expert weights
+    expert   rows of the batch; experts; dense parameters (FSDP)
+    seq      (context parallelism; length 1 today)
+    model    heads, hidden columns, vocabulary (tensor parallelism)
+
+All five axes are always there, so no spec has a conditional. Dense parameters are FSDP over data *and* expert: over data alone they
+would be replicated on every expert shard, and the gradient's reduce-scatter would become an all-reduce.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.errors import UserError
+
+AXES = ("stage", "data", "expert", "seq", "model")
+BATCH = ("data", "expert")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "batch": BATCH,
+    "embed": BATCH,  # the model width of dense parameters: FSDP
+    "experts": "expert",
+    "expert_embed": "data",  # the model width of expert weights, whose experts already use the expert axis
+    "hidden": "model",
+    "heads": "model",
+    "vocab": "model",
+}
+
+
+def simulate(devices: int) -> None:
+    """CPU devices to simulate in this process, before jax looks for devices.
+
+    Two cores give two threads, and the collectives of more devices than threads deadlock: hence PJRT_NPROC, which jax reads when it looks.
+    For one device it would only be slower (1.3 times the step: 64 threads take turns on two cores), so nothing else sets it.
+    """
+    os.environ.setdefault("PJRT_NPROC", "64")
+    for name, value in (("jax_platforms", "cpu"), ("jax_num_cpu_devices", devices)):
+        if getattr(jax.config, name) != value:  # once jax has looked, only the same may be set again
+            jax.config.update(name, value)
+
+
+def parse(text: str, flag: str) -> tuple[int, int, int]:
+    """The lengths of data, expert and model of "2x2x2". UserError, which names the flag."""
+    lengths = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
+    if len(lengths) != 3 or 0 in lengths:
+        raise UserError(f"{flag} {text}: write DATAxEXPERTxMODEL, as in 2x2x2")
+    return lengths[0], lengths[1], lengths[2]
+
+
+def spec(*names: str | None) -> P:
+    """The partition of an array from the logical names of its dimensions; refuses two names on one mesh axis."""
+    axes = [RULES[name] for name in names]
+    flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+    if len(flat) != len(set(flat)):
+        raise ValueError(
+            f"the dimensions {names} put one mesh axis twice into {axes}: change RULES in moe_jax/parallel/mesh.py"
+        )
+    return P(*axes)
+
+
+def resolve(lengths: dict[str, int], num_devices: int) -> dict[str, int]:
+    """Axis lengths with -1 filled in: `mesh.data = -1` takes the devices that the other axes leave."""
+    free = [name for name, length in lengths.items() if length == -1]
+    fixed = math.prod(length for length in lengths.values() if length != -1)
+    if len(free) > 1:
+        raise UserError(
+            f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of the devices"
+        )
+    for name, length in lengths.items():
+        if length < 1 and length != -1:
+            raise UserError(f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the devices")
+    if free and num_devices % fixed == 0:
+        return {**lengths, free[0]: num_devices // fixed}
+    if fixed != num_devices:
+        text = " x ".join(f"mesh.{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{text} does not make {num_devices} devices: change the lengths, or set simulate_devices")
+    return lengths
+
+
+def make(lengths: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """An Explicit mesh with all five axes; `lengths` names data, expert and model, without -1."""
+    shape = tuple(lengths.get(axis, 1) for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def sharding(*names: str | None) -> NamedSharding:
+    """`spec` on the mesh that `jax.set_mesh` made current."""
+    mesh = jax.sharding.get_mesh()
+    return NamedSharding(mesh, spec(*names))

@@ -1,0 +1,123 @@
+"""What a run is, in a few aligned lines: the first thing that it prints.
+
+The lines that need nothing but the config come at once; those of the data and of the start follow when they are known.
+"""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import jax
+
+from moe_jax.data.contract import Data
+from moe_jax.plan import card, flops
+from moe_jax.report.progress import Progress, readable
+from moe_jax.schema.config import Config
+from moe_jax.version import Source, source
+
+LABEL = 9  # columns before the text of a line
+
+
+def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
+    """Prints what is known before anything is opened: `name` is that of the config, as in "configs/vision.py:mnist"."""
+    lines = {
+        "run": run(name, source()),
+        "model": model(cfg),
+        "devices": devices(),
+        "length": length(cfg),
+        "buffer": card.buffer_note(cfg) if cfg.model.num_moe_layers else "",
+        "workdir": str(workdir),
+    }
+    for label, text in lines.items():
+        line(progress, label, text)
+
+
+def show_data(progress: Progress, data: Data) -> None:
+    line(progress, "data", rows(data, _width(progress)))
+
+
+def show_start(progress: Progress, cfg: Config, step: int) -> None:
+    line(progress, "start", start(cfg, step))
+
+
+def line(progress: Progress, label: str, text: str) -> None:
+    """Prints one line, wrapped under its own text where it is longer than the terminal is wide; nothing for no text."""
+    for i, part in enumerate(wrapped(text, _width(progress))):
+        progress.message(f"{label if i == 0 else '':{LABEL}}{part}")
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A text in parts of at most `width` columns. A path is never cut, for it is there to be copied."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _width(progress: Progress) -> int:
+    return max((progress.console.width if progress.console else 80) - LABEL, 20)
+
+
+def run(name: str, found: Source) -> str:
+    """The config, the version, and the commit that the code is of."""
+    commit = f", commit {found.commit[:9]}" if found.commit else ""
+    changes = " with changes" if found.dirty else ""
+    return f"{name + ', ' if name else ''}moe_jax {found.version}{commit}{changes}"
+
+
+def model(cfg: Config) -> str:
+    model, counts = cfg.model, flops.parameters(cfg.model)
+    layers = []
+    if model.num_moe_layers:
+        name = "MoE layer" if model.num_moe_layers == 1 else "MoE layers"
+        layers.append(f"{model.num_moe_layers} {name} of {model.moe.num_experts} ({model.moe.router})")
+    if model.num_dense_layers:
+        layers.append(f"{model.num_dense_layers} dense")
+    blocks = f": {', '.join(layers)}" if layers else ""
+    return f"{model.kind}{blocks}; {readable(counts.total)} parameters, {readable(counts.active)} active"
+
+
+def devices() -> str:
+    mesh = jax.sharding.get_mesh()
+    kind, number = mesh.devices.flat[0].device_kind, mesh.devices.size
+    axes = " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items() if length > 1)
+    processes = jax.process_count()
+    of_processes = f" of {processes} processes" if processes > 1 else ""
+    return f"{number} x {kind}{of_processes}{', mesh ' + axes if axes else ''}"
+
+
+def length(cfg: Config) -> str:
+    train, seq_len = cfg.train, cfg.data.seq_len
+    micro = f" in {train.num_micro_batches} micro-batches" if train.num_micro_batches > 1 else ""
+    tokens = train.steps * train.batch_size * seq_len
+    end = f", stopping at {train.stop_at}" if 0 < train.stop_at < train.steps else ""
+    batch = f"{train.batch_size} rows x {seq_len} tokens{micro}"
+    return f"{train.steps:,} steps of {batch}, {readable(tokens)} tokens in all{end}"
+
+
+def rows(data: Data, width: int) -> str:
+    """The name of the data, its rows, and its domains: as many as there is room for."""
+    train, heldout = (sum(data.sizes(split)) for split in ("train", "heldout"))
+    text = f"{data.name()}: {train:,} rows ({readable(train * data.seq_len)} tokens), {heldout:,} held out"
+    if len(data.domains) < 2:
+        return text
+    most = max((n for n in range(1, len(data.domains) + 1) if _fits(text, data.domains, n, width)), default=0)
+    return f"{text}{_listed(data.domains, most)}"
+
+
+def _fits(text: str, names: Sequence[str], number: int, width: int) -> bool:
+    whole = f"{text}{_listed(names, number)}"
+    return math.ceil(len(whole) / width) <= math.ceil(len(text) / width)
+
+
+def _listed(names: Sequence[str], number: int) -> str:
+    """Behind the rows: the first `number` of the names and how many more there are, or how many there are."""
+    if not number:
+        return f", {len(names)} domains"
+    more = f" and {len(names) - number} more" if number < len(names) else ""
+    return f"; {', '.join(names[:number])}{more}"
+
+
+def start(cfg: Config, step: int) -> str:
+    if step:
+        return f"going on from step {step}"
+    if cfg.train.init_from:
+        return f"step 0, with the parameters of {cfg.train.init_from}"
+    return f"step 0, with fresh parameters (seed {cfg.seed})"

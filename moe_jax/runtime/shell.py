@@ -1,0 +1,193 @@
+"""What a command has of the shell: how it was typed, where its words go, and a directory that it alone may write to."""
+
+import contextlib
+import fcntl
+import io
+import os
+import shlex
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from moe_jax.errors import UserError
+from moe_jax.runtime import signals
+
+LOCK = ".lock"
+
+
+def command(*arguments: object) -> str:
+    """`python -m ARGUMENTS` by the interpreter that runs now, which need not be the `python` of the user's shell."""
+    here = Path(sys.executable)
+    near = here.is_relative_to(Path.cwd()) and here.relative_to(Path.cwd())
+    return shlex.join([str(near or here), "-m", *map(str, arguments)])
+
+
+def own_command() -> str:
+    """What was typed to start this process, to be typed again. launch/local.sh, which starts several, says what it was."""
+    return os.environ.get("MOE_JAX_COMMAND", "").strip() or command("moe_jax.main", *sys.argv[1:])
+
+
+def going_on(step: int, stop_at: int) -> str:
+    """The command that goes on from a step: what was typed, without a train.stop_at that is reached, at which it would end at once."""
+    if not 0 < stop_at <= step:
+        return own_command()
+    kept, value_follows = [], False
+    for word in shlex.split(own_command()):
+        name, equals, _ = word.partition("=")
+        stop_flag = name.lstrip("-") == "config.train.stop_at"
+        if not (stop_flag or value_follows):
+            kept.append(word)
+        value_follows = stop_flag and not equals
+    return shlex.join([*kept, "--config.train.stop_at=0"])  # said aloud, for the config file may set it too
+
+
+def console() -> Any:
+    """A rich Console, as wide as the terminal. A file or a pipe has 160 columns, or what COLUMNS says."""
+    from rich.console import Console  # here: this module comes before everything that takes time to import
+
+    plain = Console()
+    return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(width=160)
+
+
+def tell(text: object, stream: TextIO | None = None) -> None:
+    """Prints sentences. A terminal gets its lines broken between words, a file or a pipe as they are.
+
+    A line that begins with two spaces is a command or a path on its own: it stays whole, to be copied.
+    """
+    stream = stream or sys.stdout
+    lines = str(text).split("\n")
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [line if line.startswith("  ") else _broken(line, width) for line in lines]
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _broken(line: str, width: int) -> str:
+    """A path or a number that is longer than a line is left to the terminal, which can give it back whole."""
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+
+
+def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """The exit code of `main(argv)`, for a command whose words are its work.
+
+    A signal raises KeyboardInterrupt in it, so that what it has begun is cleared away: 128 + its number. Output that nobody reads any more
+    ends it without a word (128 + SIGPIPE), a file that cannot be read or written with one line (64).
+    """
+    open_output(lasting=False)
+    heard = signals.LISTENER
+    heard.start()
+    heard.interrupt()
+    code = 0
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        tell(f"error: {reason(error)}", sys.stderr)
+        code = 64
+    discard_output()
+    return 128 + heard.number if heard.number else code
+
+
+def discard_output() -> None:
+    """What is still to be written would fail once more when Python ends."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with which file, in one line."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+class Lasting(io.FileIO):
+    """A file descriptor for what is said beside the work. When it cannot be written any more, it says so once and takes no more:
+    a closed pipe, a full disk or a terminal that is gone does not end a run, whose figures are in its workdir.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            with contextlib.suppress(OSError):
+                what = f"standard {'output' if self.fileno() == 1 else 'error'} is gone ({error.strerror}): going on without"
+                os.write(2, f"{what}\n".encode())
+            return len(data)
+
+
+def open_output(lasting: bool) -> None:
+    """Standard output and error that write every line at once and escape what their encoding lacks; `lasting`: as above.
+
+    For the beginning of a command. Streams that someone else has put in place stay as they are.
+    """
+    # A descriptor that was closed would be that of the next file that is opened, and what is said would go there.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
+        if stream is None or lasting:  # None: it was closed
+            encoding = stream.encoding if stream else None
+            raw = Lasting(number, "w", closefd=False)
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding)
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+
+class Held:
+    """A directory that is locked by this process."""
+
+    def __init__(self, path: Path, flag: str, lock: TextIO | None):
+        self._path, self._flag, self._lock = path, flag, lock
+
+    def check(self) -> None:
+        """UserError when the directory is not the one that was locked: somebody has deleted or moved it, and another may begin there."""
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._lock.fileno()))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self._flag} {self._path.parent} was deleted or moved while it was in use (its {self._path.name} is gone): nothing more "
+                "is written there; start again, there or in another directory"
+            )
+
+
+FREE = Held(Path(), "", None)  # for the processes that leave the lock to process 0
+
+
+@contextlib.contextmanager
+def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[Held]:
+    """Makes a directory and holds its lock, which the system frees even after kill -9. UserError, by the flag, where it cannot be had."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / name, "w")
+    except OSError as error:
+        raise UserError(
+            f"{flag} {directory} cannot be made or written to ({error.strerror}): choose another directory"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{flag} {directory} is in use by another process: wait for it, or choose another directory"
+            ) from None
+        yield Held(directory / name, flag, lock)

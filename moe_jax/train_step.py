@@ -1,0 +1,238 @@
+"""The whole state of a run, how it begins, and one optimizer step.
+
+State is everything that a step changes: {step, params, router state, optimizer state, EMA, skipped, masks, master copy}.
+The position in the data, the learning rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint
+of State resumes a run bit for bit.
+"""
+
+import re
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import optim
+from moe_jax.models import router_states
+from moe_jax.models.functions import Model, make_model
+from moe_jax.moe import load, losses, sparse
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.routing.contract import RouterCfg
+from moe_jax.names import name_of
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import Config
+from moe_jax.tasks import TASKS, contract
+
+__all__ = [
+    "Model",
+    "State",
+    "advanced",
+    "initial",
+    "judged",
+    "make_loss",
+    "make_model",
+    "make_step",
+    "make_tx",
+    "micro_batches",
+    "parameter_names",
+    "step_key",
+    "updated",
+]
+
+
+class State(NamedTuple):
+    step: jax.Array  # steps tried, int32
+    params: dict[str, Any]
+    router_state: dict[str, Any]
+    opt_state: Any
+    ema: Any  # like params, in at least float32; or None
+    skipped: jax.Array  # steps in a row whose loss or gradient was not finite
+    masks: Any = ()  # what a rule of sparse experts keeps (moe/sparse); () = no rule
+    # What updates are added to (optim.master_copy): like params, in at least float32; () = they are added to params.
+    master: Any = ()
+
+
+def judged(state: State) -> dict[str, Any]:
+    """The parameters that are evaluated and sampled: their moving average where there is one, in the dtype of the parameters."""
+    if state.ema is None:
+        return state.params
+    return jax.tree.map(lambda e, x: e.astype(x.dtype), state.ema, state.params)
+
+
+def updated(state: State) -> Any:
+    """What updates are added to: the master copy of the parameters where there is one, else themselves."""
+    return state.params if state.master == () else state.master
+
+
+def advanced(cfg: Config, state: State, moved: Any) -> State:
+    """The state with `moved` in the place of what `updated` returns of it; the parameters follow their master copy, rounded."""
+    if not cfg.optim.master_copy:
+        return state._replace(params=moved)
+    return state._replace(params=optim.narrow_copy(moved, state.params), master=moved)
+
+
+def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
+    return optim.make(cfg.optim, params, stacked=cfg.model.scan)
+
+
+def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
+    """key -> State at step 0. To be jitted: the optimizer's moments inherit the sharding of their parameters."""
+
+    def init(key: jax.Array) -> State:
+        params, router_state = model.init(key)
+        params, masks = sparse.begin(cfg.model.moe.sparse, params, stacked=cfg.model.scan)
+        opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
+        ema = optim.begin_ema(params) if cfg.optim.ema_decay else None
+        master = optim.wide_copy(params) if cfg.optim.master_copy else ()
+        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks, master)
+
+    return init
+
+
+def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
+    """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows, and no group is split."""
+
+    def split(z: jax.Array) -> jax.Array:
+        # Told where, both times: with a dimension of length one (one group, one row) a reshape forgets what was split.
+        groups = (z.shape[0] // (num * group_rows), num, group_rows)
+        z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
+        return jnp.reshape(z.swapaxes(0, 1), (num, -1) + z.shape[3:], out_sharding=P(None, BATCH))
+
+    return jax.tree.map(split, batch)
+
+
+def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
+    """(params, router state, batch, rng) -> (loss, (totals, parts of the loss)).
+
+    With micro-batches the totals of all of them are summed in a scan and the objective is taken once, of the sums: a balance loss is a
+    product of batch sums, so the gradients of micro-batches do not add up to it. The body is rematerialised: memory is that of one
+    micro-batch, and the cost is one more forward pass.
+    """
+    num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
+    coefficients = cfg.model.moe.losses
+
+    def totals_of(params: Any, router_state: Any, batch: Any, rng: jax.Array) -> Any:
+        forward = lambda micro: contract.forward(task, model.bind(params, router_state), micro, rng)
+        if num == 1:
+            return forward(batch)
+        micro = micro_batches(batch, num, cfg.model.moe.group_rows)
+        abstract = jax.eval_shape(forward, jax.tree.map(lambda z: z[0], micro))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
+        body = jax.checkpoint(lambda sums, part: (jax.tree.map(jnp.add, sums, forward(part)), None))
+        return jax.lax.scan(body, zero, micro)[0]
+
+    def loss(params: Any, router_state: Any, batch: Any, rng: jax.Array):
+        totals = totals_of(params, router_state, batch, rng)
+        value, parts = contract.objective(totals, coefficients)
+        return value, (totals, parts)
+
+    return loss
+
+
+def step_key(cfg: Config, step: jax.Array) -> jax.Array:
+    """The randomness of a step: of the seed and the step alone."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), step)
+
+
+def make_step(
+    cfg: Config, model: Model, tx: optax.GradientTransformation
+) -> Callable[..., tuple[State, dict[str, Any]]]:
+    """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters.
+
+    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new, which takes time and memory.
+    """
+    loss_fn, zeros = make_loss(cfg, model), cfg.model.moe.sparse
+    can_skip = (
+        cfg.train.nonfinite_patience > 0
+    )  # otherwise the run ends at such a step, and its state is never used or saved
+
+    def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        rng = step_key(cfg, state.step)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
+        with jax.named_scope("optimizer"):
+            grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)
+            squares = optim.squares(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old) if can_skip else new
+            moved, masks = keep((moved, masks), (updated(state), state.masks))
+            kept = {
+                **keep(opt_state, dict(state.opt_state)),
+                "rate": opt_state["rate"],
+            }  # it follows the step, not the updates
+            ema = optim.update_ema(state.ema, moved, cfg.optim.ema_decay) if state.ema is not None else None
+            if ema is not None and zeros.rule != "none":
+                ema = sparse.mask(ema, sparse.alive(zeros, moved, masks))
+            ema = keep(ema, state.ema)
+            router_state = state.router_state
+            if routers_learn(cfg, state.params):
+                router_state = keep(update_routers(cfg, router_state, totals["moe"]), router_state)
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        new = advanced(cfg, state, moved)._replace(
+            step=state.step + 1, router_state=router_state, opt_state=kept, ema=ema, skipped=skipped, masks=masks
+        )
+        metrics = {
+            "loss": loss,
+            **parts,
+            "grad_norm": jnp.sqrt(squares.sum()),
+            "param_norm": optim.global_norm(new.params),
+            "learning_rate": optim.schedule(cfg.optim)(state.step),
+            "tokens": totals["tokens"],
+            "skipped": skipped,
+            "finite_leaves": jnp.isfinite(squares),
+            "moe": load.metrics(totals["moe"]) if totals["moe"] else {},
+        }
+        if zeros.rule != "none":
+            metrics["expert_density"] = sparse.density(new.params)
+        return new, jax.sharding.reshard(metrics, P())
+
+    return step
+
+
+def descend(
+    cfg: Config, tx: optax.GradientTransformation, state: State, grads: Any, rng: jax.Array
+) -> tuple[Any, Any, dict[str, Any], Any]:
+    """One update: (gradients that it followed, what `updated` becomes, optimizer's state, masks).
+
+    Sparse experts have exact zeros in all of them.
+    """
+    zeros, dense, masks = cfg.model.moe.sparse, grads, state.masks
+    grads = sparse.mask(dense, masks)
+    updates, opt_state = tx.update(grads, state.opt_state, updated(state))
+    opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
+    params = optax.apply_updates(updated(state), updates)
+    if zeros.rule != "none":
+        now = sparse.Now(state.step + 1, cfg.train.steps, optim.schedule(cfg.optim)(state.step), rng)
+        params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)
+        opt_state = sparse.mask_moments(opt_state, masks)
+    return grads, params, opt_state, masks
+
+
+def routers_learn(cfg: Config, params: Any) -> bool:
+    """Whether the routers' state may move: not where optim.train_only trains no router and no expert, for then the model is frozen."""
+    return any("moe" in n.split("/") and re.search(cfg.optim.train_only, n) for n in parameter_names(params))
+
+
+def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:
+    """Once per optimizer step, from the totals of the whole batch, outside of autodiff."""
+    if not jax.tree.leaves(router_state):
+        return router_state
+    moe = cfg.model.moe
+    router_cfg = RouterCfg(moe.num_experts, moe.router_options, moe.group_rows, cfg.model.vocab_size, total=lambda z: z)
+
+    def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
+        """Of one layer."""
+        state = dict(state)
+        weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive["rate"] else {}
+        new = dict(ROUTERS[moe.router].update(state, totals, router_cfg))
+        return new | {name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()}
+
+    stacked = jax.vmap(update)(router_states.stack(router_state, cfg.model), totals)
+    return dict(router_states.unstack(router_state, stacked, cfg.model))
+
+
+def parameter_names(params: Any) -> list[str]:
+    """Names in the order of `jax.tree.leaves`, as in checkpoints: "repeats/0/blocks/0/attention/weights/q"."""
+    return [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

@@ -1,0 +1,281 @@
+"""What every router of ROUTERS promises, by existing: one suite for all, in float64 unless stated.
+
+The tiers: every router's routing on two meshes against one device, and through the layer on one of them with one dispatcher, where meshes
+and dispatchers take turns (here); every router with every dispatcher on three meshes, with gradients (`full`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import layer_cases
+import meshes
+import numpy as np
+import pytest
+import router_cases
+from router_cases import CASES, B, D, E, S
+
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.parallel.mesh import BATCH, P
+
+T = B * S
+ARRAYS = ("x_TD", "id_T", "position_T", "row_T", "segment_T", "valid_T")
+LEARNED = [c for c, (r, _) in CASES.items() if ROUTERS[r].params(router_cases.SIZES, router_cases.options(c))]
+NO_GRADIENT = {
+    "counts",
+    "unbiased",
+    "first",
+    "tokens",
+    "entropy",
+    "gate",
+    "gate_max",
+    "dropped",
+}  # of the sums, by contract
+
+
+every = pytest.mark.parametrize("case", CASES)
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+
+
+def router(case):
+    return ROUTERS[CASES[case][0]]
+
+
+@functools.cache
+def routed(case, train=True):
+    """(dense, sums, lists) of the standard tokens, in float64."""
+    return router_cases.answer(case, router_cases.tokens(case), *router_cases.weights(case), train=train)
+
+
+def assert_alike(have, want, what):
+    """Two dicts of arrays, to 1e-12."""
+    assert have.keys() == want.keys()
+    for name in have:
+        close(have[name], want[name], err_msg=f"{what}: {name}")
+
+
+@every
+def test_experts_of_a_token_are_distinct_and_as_many_as_declared(float64, case):
+    (got, _, listed), valid = routed(case), router_cases.tokens(case).valid_T
+    if "dispatch" in got:
+        assert (got["combine"][~valid] == 0).all() and (got["dispatch"][~valid] == 0).all()
+        return
+    promise, hits = router(case).declared(E, router_cases.options(case)), got["hits"]
+    assert hits.max() == 1, "an expert twice"
+    assert (hits[~valid] == 0).all(), "padding was routed"
+    assert len(listed[0]) == len(listed[1]) and set(listed[1]) <= set(range(E + 1))
+    if promise.most is not None:
+        assert hits.sum(1).max() <= promise.most
+    if promise.exact:
+        assert (hits[valid].sum(1) == promise.most).all()
+
+
+@every
+def test_gates_sum_as_declared(float64, case):
+    got, valid = routed(case)[0], router_cases.tokens(case).valid_T
+    promise = router(case).declared(E, router_cases.options(case))
+    gates = got["combine" if "combine" in got else "gates"].reshape(T, -1)
+    assert (gates[~valid] == 0).all() and np.isfinite(gates).all() and (gates >= 0).all()
+    if promise.gate_sum is not None:
+        missing = promise.gate_sum - gates[valid].sum(1) - got.get("copy", np.zeros(T))[valid]
+        close(missing, 0)
+
+
+@every
+def test_sums_are_those_of_the_assignments(float64, case):
+    """Per row: counts = served + dropped by the router itself; importance = the gates; tokens = valid tokens."""
+    (got, sums, _), valid = routed(case), router_cases.tokens(case).valid_T.reshape(B, S)
+    assert {"counts", "first", "probs", "importance", "z", "entropy", "gate", "gate_max", "tokens"} <= sums.keys()
+    assert all(value.shape[0] == B and value.dtype == np.float64 for value in sums.values())
+    close(sums["tokens"], valid.sum(1))
+    empty = {name: value[valid.sum(1) == 0] for name, value in sums.items()}
+    assert all((value == 0).all() for value in empty.values()), "a row of padding counts"
+    if "dispatch" in got:
+        return
+    assert (sums["first"] <= sums["counts"] + 1e-12).all() and (sums["gate_max"] <= sums["gate"] + 1e-12).all()
+    by_row = {name: value.reshape(B, S, -1).sum(1) for name, value in ({"copy": np.zeros(T)} | got).items()}
+    dropped = sums.get("dropped", np.zeros(B))
+    close(sums["counts"][:, :E].sum(1), by_row["hits"].sum(1) + dropped)
+    close(sums["gate"], (by_row["gates"].sum(1, keepdims=True) + by_row["copy"]).sum(1))
+    if not dropped.any():
+        close(sums["counts"][:, :E], by_row["hits"])
+        close(sums["importance"][:, :E], by_row["gates"])
+
+
+@every
+def test_padding_changes_nothing(float64, case):
+    """Other values in padded tokens, and further rows of padding."""
+    given, weights = router_cases.tokens(case), router_cases.weights(case)
+    pad, want = ~given.valid_T, routed(case)
+    odd = given._replace(x_TD=np.where(pad[:, None], 1e3, given.x_TD), id_T=np.where(pad, 1, given.id_T))
+    have = router_cases.answer(case, odd, *weights)
+    assert_alike(have[0], want[0], "other padding")
+    assert_alike(have[1], want[1], "other padding")
+    longer = lambda z: np.concatenate([z, np.zeros_like(z[: 2 * S])])
+    more = per_token(given, longer)._replace(num_rows=B + 2)
+    have = router_cases.answer(case, more, *weights)
+    assert all((value[T:] == 0).all() for value in have[0].values())
+    assert_alike({name: value[:T] for name, value in have[0].items()}, want[0], "more padding")
+    assert_alike({name: value[:B] for name, value in have[1].items()}, want[1], "more padding")
+
+
+def per_token(tokens, change):
+    """Tokens with every array over tokens changed alike."""
+    arrays = {name: change(getattr(tokens, name)) for name in ARRAYS}
+    return tokens._replace(**arrays, recorded=jax.tree.map(change, tokens.recorded))
+
+
+def permuted(weight, order_E):
+    """A weight with its expert dimension permuted; of E experts and further classes only the experts."""
+    for dim, length in enumerate(weight.shape):
+        if length >= E and length != D:
+            return np.take(weight, np.concatenate([order_E, np.arange(E, length)]), dim)
+    return weight
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_permuting_experts_permutes_the_result(float64, case):
+    """In evaluation: noise is drawn per expert. Groups of experts stay together."""
+    num_groups = router_cases.options(case).get("num_groups", 1)
+    order = np.arange(E).reshape(num_groups, -1)[::-1, ::-1].reshape(-1)
+    params, state = router_cases.weights(case)
+    given = router_cases.tokens(case)
+    if given.recorded:
+        given = given._replace(recorded=(np.argsort(order)[given.recorded[0]].astype(np.int32), given.recorded[1]))
+    move = lambda part: {name: permuted(weight, order) for name, weight in part.items()}
+    got, sums, _ = router_cases.answer(case, given, move(params), move(state), train=False)
+    plain, plain_sums, _ = routed(case, train=False)
+    assert_alike(got, {n: v if n == "copy" else v[:, order] for n, v in plain.items()}, "permuted")
+    classes = np.concatenate([order, np.arange(E, sums["counts"].shape[1])])
+    for name, value in sums.items():
+        if value.shape == sums["counts"].shape:
+            close(value, plain_sums[name][:, classes], err_msg=name)
+
+
+@every
+def test_permuting_the_tokens_of_a_row_permutes_the_result(float64, case):
+    """Tokens with all that belongs to them, position too; in evaluation, because noise is drawn by place."""
+    place = np.concatenate([S * row + np.random.default_rng(row).permutation(S) for row in range(B)])
+    moved = per_token(router_cases.tokens(case), lambda z: z[place])
+    got, sums, _ = router_cases.answer(case, moved, *router_cases.weights(case), train=False)
+    plain, plain_sums, _ = routed(case, train=False)
+    assert_alike(got, {n: v[place] for n, v in plain.items()}, "permuted")
+    assert_alike(sums, plain_sums, "permuted")
+
+
+@every
+def test_selection_in_bfloat16_is_that_of_float32(case):
+    """The router's own weights are float32; x comes in bfloat16. 128 tokens and more."""
+    single = lambda z: z.astype(np.float32) if z.dtype == np.float64 else z
+    weights = jax.tree.map(single, router_cases.weights(case))
+    given = router_cases.tokens(case, num_rows=32)
+    given = per_token(given, single)
+    low = given._replace(x_TD=given.x_TD.astype(jnp.bfloat16), num_rows=None)
+
+    def both(tokens, params, state):
+        """One program: where the first operation widens x, the compiler sees the two as one."""
+        tokens = tokens._replace(num_rows=32)
+        wide = tokens._replace(x_TD=tokens.x_TD.astype(jnp.float32))
+        return [router_cases.parts(router_cases.route(case, z, params, state), tokens)[:2] for z in (tokens, wide)]
+
+    results = jax.device_get(router_cases.compiled(both)(low, *weights))
+    for part in (0, 1):
+        for name, value in results[0][part].items():
+            assert value.dtype == np.float32, f"{name} is not computed in float32"
+            # The compiler may order the additions of a statistic differently; what was chosen and counted is equal.
+            rounding = 1e-5 if name == "load" else 0
+            np.testing.assert_allclose(value, results[1][part][name], rtol=rounding, err_msg=name)
+
+
+@every
+def test_gradients_are_the_finite_differences(float64, case):
+    """Of a smooth function of gates and sums, by x and parameters: the derivative along four random directions to 1e-6."""
+    given, (params, state) = router_cases.tokens(case), router_cases.weights(case)
+    rng = np.random.default_rng(3)
+    factors = jax.tree.map(lambda z: rng.normal(size=z.shape), routed(case)[:2])
+
+    def value(x_TD, params):
+        routing = router_cases.route(case, given._replace(x_TD=x_TD), params, state)
+        gates, sums, _ = router_cases.parts(routing, given)
+        terms = [(jnp.sin(z) * factors[0][name]).sum() for name, z in gates.items()]
+        return sum(terms + [(jnp.sin(z) * factors[1][n]).sum() for n, z in sums.items() if n not in NO_GRADIENT])
+
+    run = router_cases.compiled(jax.value_and_grad(value, argnums=(0, 1)))
+    at = (given.x_TD, params)
+    _, gradient = run(*at)
+    for moves in ((1, 1), (1, 0), (0, 1), (1, 1)):  # of x, of the parameters
+        way = tuple(jax.tree.map(lambda z, m=m: m * rng.normal(size=z.shape), part) for m, part in zip(moves, at))
+        up, down = (run(*jax.tree.map(lambda z, d, h=h: z + h * d, at, way))[0] for h in (1e-6, -1e-6))
+        have = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, way)))
+        np.testing.assert_allclose(have, (up - down) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+def tiered():
+    """(case, mesh): further options of a router on one mesh only, unless with --full."""
+    for case in CASES:
+        for shape in ((2, 2, 2), (1, 8, 1), (1, 1, 1)):
+            more = shape == (1, 1, 1) or (case not in ROUTERS and shape == (1, 8, 1))
+            name = f"{case}, {meshes.name(shape)}"
+            yield pytest.param(case, shape, id=name, marks=[pytest.mark.full] if more else [])
+
+
+@pytest.mark.parametrize(("case", "shape"), list(tiered()))
+def test_routing_is_the_same_on_every_mesh(float64, case, shape):
+    """The router inside a shard_map over the batch, against the router alone: equal experts in equal order, gates and sums to 1e-12."""
+    params, state = router_cases.weights(case)
+    given, devices = router_cases.tokens(case), shape[0] * shape[1]
+
+    def body(arrays, recorded, params, state):
+        local = given._replace(**dict(zip(ARRAYS, arrays)), num_rows=B // devices, recorded=recorded)
+        routing = router_cases.route(case, local, params, state, total=lambda z: jax.lax.psum(z, BATCH))
+        return router_cases.parts(routing, local)
+
+    with jax.set_mesh(meshes.make(*shape)):
+        put = functools.partial(jax.tree.map, lambda z: meshes.put(z, "batch"))
+        arrays = put((tuple(getattr(given, name) for name in ARRAYS), given.recorded))
+        run = jax.shard_map(body, in_specs=(P(BATCH), P(BATCH), P(), P()), out_specs=P(BATCH))
+        got = jax.device_get(router_cases.compiled(run)(*arrays, params, state))
+    want = routed(case)
+    assert router_cases.by_group(got[2], devices) == router_cases.by_group(want[2]), "other experts, or another order"
+    assert_alike(got[0], want[0], "routing")
+    assert_alike(got[1], want[1], "sums")
+
+
+TURNS = {case: i for i, case in enumerate(CASES)}
+SAME_LAYER = ("top_k after", "top_k raw", "sigmoid groups")  # other gates, nothing else for a layer
+some = [pytest.param(case, marks=pytest.mark.full) if case in SAME_LAYER else case for case in CASES]
+
+
+@pytest.mark.parametrize("case", some)
+def test_the_layer_serves_what_was_routed(float64, case):
+    """Output, drops and sums of the whole layer on a mesh: the oracle's loop over the routing of the router alone."""
+    dispatcher = layer_cases.dispatchers(case)[TURNS[case] % len(layer_cases.dispatchers(case))]
+    y, sums, _ = layer_cases.run(case, dispatcher, [(2, 2, 2), (1, 8, 1)][TURNS[case] // 2 % 2])
+    want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
+    np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-11)
+    assert_alike(sums, want_sums, "sums")
+
+
+def test_an_expert_that_a_recording_names_twice_is_served_once_with_both_gates(float64):
+    given, (params, state) = router_cases.tokens("recorded", padded=False), router_cases.weights("recorded")
+    expert, gate = given.recorded[0].copy(), given.recorded[1]
+    expert[::2, 1] = expert[::2, 0]
+    dense, sums, _ = router_cases.answer("recorded", given._replace(recorded=(expert, gate)), params, state)
+    np.testing.assert_array_equal(dense["hits"].sum(1), np.where(np.arange(T) % 2, 2, 1))
+    close(dense["gates"].sum(1), gate.sum(1), atol=1e-12)
+    close(dense["gates"][np.arange(0, T, 2), expert[::2, 0]], gate[::2].sum(1), atol=1e-12)
+    assert sums["counts"].sum() == 1.5 * T
+
+
+@pytest.mark.full
+@every
+def test_the_layer_is_the_same_on_every_mesh(float64, case):
+    """Every dispatcher on three meshes: output, sums, and the gradients of both by x, router and experts."""
+    for dispatcher in layer_cases.dispatchers(case):
+        want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
+        _, _, want = layer_cases.run(case, dispatcher, (1, 1, 1), gradient=True)
+        for shape in ((2, 2, 2), (1, 8, 1)):
+            y, sums, gradient = layer_cases.run(case, dispatcher, shape, gradient=True)
+            np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-11)
+            assert_alike(sums, want_sums, "sums")
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), gradient, want)

@@ -1,0 +1,95 @@
+"""Micro-batches of every size that divides, one row or one group each among them: equal gradients, and no sharding is lost on the way."""
+
+import functools
+
+import jax
+import meshes
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax import train_step
+from moe_jax.parallel import batch_rows
+from moe_jax.parallel.compiling import QUICK
+from moe_jax.plan import card
+from moe_jax.tasks import TASKS
+
+ROWS = 4
+SMALL = {
+    "train.batch_size": ROWS,
+    "model.repeats": 1,
+    "model.scan": True,
+    "model.d_model": 8,
+    "model.vocab_size": 16,
+    "model.moe.expert_hidden": 8,
+    "data.seq_len": 8,
+}
+VECTORS = {"model.kind": "encoder", "model.kinds.encoder.inputs": "vectors", "model.kinds.encoder.input_dim": 3}
+ENCDEC = {"task": "translation", "model.kind": "encdec", "model.kinds.encdec.encoder_repeats": 1}
+TASK_KEYS = {
+    "lm": {},
+    "classification": {"task": "classification", "model.kind": "encoder"},
+    "vision": {"task": "vision", **VECTORS},
+    "speech": {"task": "speech", **VECTORS},
+    "translation": ENCDEC,
+    "translation_prefix": {"task": "translation_prefix", "model.kinds.decoder.bidirectional_prefix": True},
+    "recommendation": {"task": "recommendation", "model.kind": "mmoe", "model.kinds.mmoe.items": (6,)},
+}
+
+
+def changes_of(task, micro, group_rows=1, **more):
+    keys = {"train.micro_batch_size": micro, "model.moe.group_rows": group_rows}
+    return SMALL | TASK_KEYS[task] | keys | more
+
+
+def test_every_task_is_here():
+    assert TASK_KEYS.keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("task", TASK_KEYS)
+def test_one_row_or_group_at_a_time_keeps_every_sharding(float64, task, shape):
+    """Traced, not compiled: shardings are part of the types."""
+    for group_rows in (1, 2) if task == "lm" else (1,):
+        # The statistics of a single repeat that is scanned are put beside those of a block before it.
+        cfg = tiny.build(shape, changes_of(task, group_rows, group_rows, **{"model.prefix": ("moe",)}))
+        with jax.set_mesh(meshes.make(*shape)):
+            model = train_step.make_model(cfg.model)
+            params, router_state = jax.eval_shape(model.init, jax.random.key(0))
+            batch = jax.tree.map(card._abstract, TASKS[task].random(cfg, 0))
+            loss = train_step.make_loss(cfg, model)
+            value, _ = jax.eval_shape(loss, params, router_state, batch, jax.random.key(1))
+            assert value.shape == ()
+
+
+@functools.cache
+def gradient(task, shape, micro, group_rows):
+    """(loss, gradient of the loss) of a random batch, in float64."""
+    capacity = {"model.moe.dispatcher": "capacity", "model.allow_leak": True} if group_rows > 1 else {}
+    cfg = tiny.build(shape, changes_of(task, micro, group_rows, **capacity))
+    with jax.set_mesh(meshes.make(*shape)):
+        model = train_step.make_model(cfg.model)
+        quickly = functools.partial(jax.jit, compiler_options=QUICK)
+        params, router_state = quickly(model.init)(jax.random.key(0))
+        kind = TASKS[task]
+        batch = batch_rows.put(tuple(kind.random(cfg, 0)), np.arange(ROWS), ROWS, kind.inputs)
+        loss = train_step.make_loss(cfg, model)
+        value = lambda params, batch: loss(params, router_state, batch, jax.random.key(1))[0]
+        return jax.device_get(quickly(jax.value_and_grad(value))(params, batch))
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "micro", "group_rows"),
+    [
+        ("lm", (1, 1, 1), 1, 1),
+        ("lm", (1, 1, 1), 2, 2),
+        pytest.param("lm", (1, 1, 2), 1, 1, marks=pytest.mark.full),
+        pytest.param("lm", (1, 1, 1), 2, 1, marks=pytest.mark.full),
+        pytest.param("vision", (1, 1, 1), 1, 1, marks=pytest.mark.full),
+        pytest.param("translation", (1, 1, 1), 1, 1, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_one_row_or_group_at_a_time_has_the_gradient_of_the_batch(float64, task, shape, micro, group_rows):
+    want, got = gradient(task, shape, ROWS, group_rows), gradient(task, shape, micro, group_rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), want, got)

@@ -1,0 +1,192 @@
+"""`verify` finds every planted fault of tests/mutations.py, and which of them a loss curve would have shown."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import mutations
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax.tasks.lm.task import random as batch
+from moe_jax.verify import alone, compare, shrink, states
+from moe_jax.verify.program import Program
+from moe_jax.verify.run import ONE, against, evaluated, reference
+
+MESH = (2, 2, 2)
+STEPS = 2
+# One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has something to break.
+TINY = {
+    "model.repeats": 1,
+    "model.head_dim": 4,
+    "model.dropout": 0.1,
+    "model.moe.dispatcher": "capacity",
+    "model.moe.dispatchers.capacity.factor": 1.0,
+    "model.moe.losses.balance": 0.1,
+    "optim.learning_rate": 1e-2,
+    "optim.warmup_steps": 1,
+    "data.seq_len": 16,
+}
+CURVE_STEPS = 60
+HIDDEN = 0.05  # a curve whose end is no farther off than this tells nobody
+
+
+def shrunk(changes):
+    return tiny.raw(TINY | changes)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """changes -> (the reference of the sound code, the directory with its first state in "begin")."""
+
+    @functools.cache
+    def make(changes):
+        folder = tmp_path_factory.mktemp("sound")
+        one = reference(shrunk(dict(changes)), STEPS)
+        states.write(one.program, one.begin, folder / "begin")
+        return one, folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def planted(request):
+    """name -> a future of the program with that fault (None: jax refused to trace it). Traced one by one, compiled two at a time."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if item.originalname == FAULTS}
+    programs = {}
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        for name, mutation in mutations.MUTATIONS.items():
+            if name not in chosen or mutation.where in PARTS:
+                continue
+            with patch.context() as one:
+                mutation.plant(one)
+                programs[name] = submit(pool, shrunk(mutation.changes), mutation.where)
+        yield programs
+
+
+def submit(pool, raw, where):
+    raw = shrink.changed(raw, {"train.micro_batch_size": 8}) if where == "layout" else raw
+    program = Program(raw, MESH if where == "mesh" else ONE)
+    try:
+        return pool.submit(program.compile, program.lower())
+    except ValueError:
+        return None
+
+
+def on_mesh(one, folder):
+    """(the program of a reference on MESH, its first state there)"""
+    program = Program(one.program.raw, MESH)
+    return program, states.read(program, folder / "begin")
+
+
+# What compiles its own small programs: (reference, folder with its first state) -> checks.
+PARTS = {
+    "arithmetic": lambda one, folder: alone.against_reference(one.program),
+    "attention": lambda one, folder: [alone.attention(256)],
+    "evaluation": lambda one, folder: [evaluated(one, *on_mesh(one, folder))],
+}
+FAULTS = "test_every_fault_is_found"
+
+
+@pytest.mark.parametrize("name", list(mutations.MUTATIONS))
+def test_every_fault_is_found(float64, monkeypatch, sound, planted, name):
+    mutation = mutations.MUTATIONS[name]
+    one, folder = sound(tuple(mutation.changes.items()))
+    if mutation.where in PARTS:
+        mutation.plant(monkeypatch)
+        found = {check.claim for check in PARTS[mutation.where](one, folder) if not check.sound}
+    elif planted[name] is None:
+        found = {"tracing"}
+    elif mutation.where == "alone":
+        program = planted[name].result()
+        checks = [alone.mean_loss(program, one.begin), *alone.router_updates(program, one.begin)]
+        checks += alone.changes(program, one.begin)
+        found = {check.claim for check in checks if not check.sound}
+    else:
+        program = planted[name].result()
+        _, worst, first = against(one, program, states.read(program, folder / "begin"))
+        found = {check for check, deviation in worst.items() if not deviation.sound}
+        assert first.check in found
+    assert mutation.found_by in found
+
+
+def test_nothing_is_found_where_nothing_is_wrong(float64, sound):
+    """The other half of the claim, on one device; tests/verify/test_verify.py has it on meshes."""
+    one, _ = sound(())
+    for check in alone.checks(one.program, one.begin):
+        assert check.sound, check
+        assert check.judged or "document" in check.claim  # capacity drops here, and documents of a row share it
+
+
+def curve(raw, shape, begin):
+    """Losses on sequences that count upwards, which the model learns."""
+    program = Program(raw, shape).compile()
+    now, seen = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin(program)), []
+    for step in range(CURVE_STEPS):
+        inputs = batch(program.cfg, step)
+        start = inputs.tokens_BS[:, :1]
+        tokens = (start + np.arange(inputs.tokens_BS.shape[1], dtype=np.int32)[None]) % program.cfg.model.vocab_size
+        now, probe = program.step(now, inputs._replace(tokens_BS=tokens, targets_BS=(tokens + 1) % 64))
+        seen.append(float(probe.metrics["loss"]))
+    return np.array(seen)
+
+
+@pytest.mark.full
+def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys):
+    """The table of docs/verify.md: relative difference of the mean loss of the last ten steps. Run with -s to see it."""
+    narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
+    lines, hidden = [], []
+    for name, mutation in mutations.MUTATIONS.items():
+        where = {"model.repeats": 1, **mutation.changes, **narrow}
+        where |= {"train.micro_batch_size": 8} if mutation.where == "layout" else {}
+        if mutation.where in ("attention", "evaluation") or mutation.plant is mutations.kernel_without_gates:
+            lines.append(f"{name:40} not in this run: longer sequences, evaluation, or an accelerator have it")
+            continue
+        changes = tuple(sorted(where.items()))
+        begin = lambda program, own=mutation.changes: wide_begin(program, sound, own)
+        right = right_curve(changes, begin)
+        with monkeypatch.context() as patch:
+            mutation.plant(patch)
+            try:
+                wrong = curve(shrunk(dict(changes)), MESH, begin)
+            except ValueError:
+                lines.append(f"{name:40} refused while traced")
+                continue
+        difference = abs(wrong[-10:].mean() / right[-10:].mean() - 1)
+        hidden += [name] if difference < HIDDEN else []
+        lines.append(f"{name:40} {difference:6.1%} {'hidden' if difference < HIDDEN else 'visible'}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert right[-10:].mean() < 0.7 * right[0], "the sound model must learn for its curve to say anything"
+    assert len(hidden) >= 3
+
+
+CURVES = {}
+
+
+def right_curve(changes, begin):
+    if changes not in CURVES:
+        CURVES[changes] = curve(shrunk(dict(changes)), MESH, begin)
+    return CURVES[changes]
+
+
+def wide_begin(program, sound, changes):
+    """The reference's first state, in float64, on the mesh of a float32 program."""
+    _, folder = sound(tuple(changes.items()))
+    return states.read(Program(shrunk(changes), program.shape), folder / "begin")
+
+
+def test_deviations_name_the_worst_and_the_first():
+    """Hand-made probes: the loss deviates at step 1 by 1e-3, the gradient of `b` at step 0 by half of its largest entry."""
+    from moe_jax.verify.program import Probe
+
+    def probe(loss, b):
+        counts = {"counts": np.ones((1, 2, 4)), "dropped": np.zeros((1, 2))}
+        return Probe(loss, {}, np.zeros((2, 3)), counts, {}, {"a": np.ones(3), "b": np.array([2.0, b])})
+
+    want, have = [probe(1.0, 1.0), probe(1.0, 1.0)], [probe(1.0, 2.0), probe(1.001, 1.0)]
+    worst, first = compare.deviations(want, have, {"params/a": np.ones(2)}, {"params/a": np.array([1.0, np.nan])})
+    assert first == compare.Deviation("gradients", 0.5, "b", 0)
+    assert worst["forward"].step == 1 and worst["forward"].value == pytest.approx(1e-3)
+    assert worst["counts"].sound and not worst["state"].sound and worst["state"].where == "params/a"
