@@ -27,7 +27,7 @@ from experiments import run
 from experiments.command_line import Flags, launch, made
 from moe_jax.commands import bench
 from moe_jax.errors import UserError
-from moe_jax.report.table import Table
+from moe_jax.terminal.table import Table
 
 NO_BALANCE = {"model.moe.losses.balance": 0.0}
 LEAKS = {"model.allow_leak": True}

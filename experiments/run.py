@@ -36,8 +36,8 @@ from moe_jax.parallel import mesh
 from moe_jax.parallel.compiling import QUICK, as_flags
 from moe_jax.plan import flops
 from moe_jax.report.metrics import read_rows
-from moe_jax.report.table import Table, names, numbers
 from moe_jax.runtime import shell
+from moe_jax.terminal.table import Table, names, numbers
 
 ROOT = Path(__file__).parent.parent
 CONFIDENCE = 0.95

@@ -40,8 +40,8 @@ from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import stored
 from moe_jax.parallel import batch_rows, mesh
-from moe_jax.report.table import Table, names, numbers
 from moe_jax.tasks import TASKS
+from moe_jax.terminal.table import Table, names, numbers
 
 SIZES = {
     "model.d_model": 256,

@@ -40,7 +40,7 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 from experiments import plots, run
 from experiments import sparse_training_rules as rules
 from experiments.command_line import Flags, launch, made
-from moe_jax.report.table import Table
+from moe_jax.terminal.table import Table
 
 ONE = {
     "model.moe.num_experts": 1,

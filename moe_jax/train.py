@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from moe_jax.models.decoder import why_not_decoded
 from moe_jax.parallel import batch_rows
 from moe_jax.plan import flops
 from moe_jax.report import banner, metrics, tensorboard
-from moe_jax.report.progress import Progress
+from moe_jax.report.summary import Result
 from moe_jax.runtime import shell, signals, starts, stopping
 from moe_jax.runtime.clock import StepClock
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Task, Trained
+from moe_jax.terminal.progress import Progress
 from moe_jax.train_step import State, initial, judged, make_model, make_step, make_tx, parameter_names
 
 IN_FLIGHT = {
@@ -40,17 +41,6 @@ IN_FLIGHT = {
     "gpu": 8,
     "tpu": 8,
 }  # steps queued on the devices; more than a few deadlock simulated CPU devices
-
-
-class Result(NamedTuple):
-    """How a run ended: `step` of `cfg.train.steps`, the signal that ended it (0: none), and the last evaluation."""
-
-    step: int
-    signal: int
-    evaluation: dict[str, Any]
-    data: Data
-    tokens_per_second: float
-    sample: str
 
 
 def run(

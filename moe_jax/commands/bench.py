@@ -19,10 +19,10 @@ from moe_jax import config
 from moe_jax.config import config_file
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.plan import flops
-from moe_jax.report import working
-from moe_jax.report.table import Table, names, numbers
 from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
+from moe_jax.terminal import working
+from moe_jax.terminal.table import Table, names, numbers
 from moe_jax.train_step import initial, make_model, make_step, make_tx
 
 

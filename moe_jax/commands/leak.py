@@ -21,10 +21,10 @@ from moe_jax import config
 from moe_jax.config import config_file
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
-from moe_jax.report import working
-from moe_jax.report.table import Table, names, numbers, prose
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
+from moe_jax.terminal import working
+from moe_jax.terminal.table import Table, names, numbers, prose
 
 COLUMNS = [
     *names("router", "ordering", "dispatcher"),

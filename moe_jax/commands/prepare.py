@@ -14,8 +14,8 @@ from typing import Any
 from moe_jax.data import prepared, sources, writer
 from moe_jax.data.tokenizer import TOKENIZERS
 from moe_jax.errors import UserError
-from moe_jax.report.table import Table, names, numbers
 from moe_jax.runtime import shell
+from moe_jax.terminal.table import Table, names, numbers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

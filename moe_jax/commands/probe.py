@@ -30,11 +30,11 @@ from moe_jax.instruments import held_out, interference, knockout, picture, preci
 from moe_jax.moe import probe
 from moe_jax.parallel import mesh
 from moe_jax.parallel.batch_rows import local_rows, put
-from moe_jax.report import working
-from moe_jax.report.table import Table
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.tasks.lm import task as lm
+from moe_jax.terminal import working
+from moe_jax.terminal.table import Table
 from moe_jax.train_step import State, initial, make_model
 
 Found = list[Table | str]  # what an instrument prints: tables and sentences

@@ -19,9 +19,9 @@ from rich.text import Text
 from moe_jax.config import config_file
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
-from moe_jax.report import working
-from moe_jax.report.table import Table, names, numbers, prose
 from moe_jax.runtime import shell
+from moe_jax.terminal import working
+from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS

@@ -19,10 +19,10 @@ from moe_jax.models import router_states
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.parallel.mesh import P
-from moe_jax.report.working import Tell, silent
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.tasks import contract
 from moe_jax.tasks.lm import task as lm
+from moe_jax.terminal.working import Tell, silent
 from moe_jax.train_step import make_model
 
 Arrays = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.instruments.interference import PARTS
 from moe_jax.instruments.knockout import PASSIVE, Worth
-from moe_jax.report.table import Table, names, numbers
+from moe_jax.terminal.table import Table, names, numbers
 
 
 def notes(found: Mapping[str, str]) -> list[str]:

@@ -31,9 +31,9 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
 from moe_jax.parallel.mesh import sharding
 from moe_jax.plan import flops
-from moe_jax.report.table import Table, names, numbers, prose
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
+from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.weights import RouterState
 
 

@@ -2,19 +2,30 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_jax.data.contract import Data
 from moe_jax.models.decoder import why_not_decoded
 from moe_jax.plan import flops
-from moe_jax.report.progress import Progress, duration, readable
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
-from moe_jax.train import Result
+from moe_jax.terminal.progress import Progress, duration, readable
+
+
+class Result(NamedTuple):
+    """How a run ended: `step` of `cfg.train.steps`, the signal that ended it (0: none), and the last evaluation."""
+
+    step: int
+    signal: int
+    evaluation: dict[str, Any]
+    data: Data
+    tokens_per_second: float
+    sample: str
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:

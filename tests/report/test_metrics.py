@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import train, version
+from moe_jax import version
 from moe_jax.report import summary
 from moe_jax.report.metrics import PerStep, Writer, read_rows, write_run_info
 from moe_jax.tasks import TASKS
@@ -80,7 +80,7 @@ def test_a_row_torn_just_before_its_end_of_line(tmp_path):
 
 def test_a_killed_process_leaves_every_row_that_it_wrote(tmp_path):
     code = (
-        "import sys, os; from moe_jax.metrics import PerStep, Writer\n"
+        "import sys, os; from moe_jax.report.metrics import PerStep, Writer\n"
         "w = Writer(sys.argv[1], resume_step=0, tensorboard=False, active=True, started=0, per_step=PerStep(1, 1))\n"
         "[w.write(i, {'x': i}) for i in range(50)]; os.kill(os.getpid(), 9)"
     )
@@ -191,7 +191,7 @@ def test_the_summary_of_a_language_model_on_a_narrow_terminal(tmp_path, capsys, 
     texts = {"verse": b"tiger, tiger, burning bright " * 40, "[/x]": bytes(range(97, 123)) * 30}
     data = SimpleNamespace(domains=tuple(texts), text=lambda split, domain: texts[domain])
     figures = {"domain/verse/bits_per_byte": 2.25, "domain/[/x]/bits_per_byte": 1.5}
-    result = train.Result(10, 0, figures, data, 1234.0, "In the [/beginning] " + "was the word " * 9)
+    result = summary.Result(10, 0, figures, data, 1234.0, "In the [/beginning] " + "was the word " * 9)
     monkeypatch.setenv("COLUMNS", "40")
     summary.show(tiny.build(), workdir, result, 75.0)
     out = capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_figures_are_written_before_anything_is_shown(tmp_path, monkeypatch):
     data = SimpleNamespace(domains=("a",), text=lambda split, domain: b"abc" * 99)
     monkeypatch.setattr(summary, "facts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        summary.show(tiny.build(), tmp_path, train.Result(1, 0, {"domain/a/bits_per_byte": 2.0}, data, 0.0, ""), 1.0)
+        summary.show(tiny.build(), tmp_path, summary.Result(1, 0, {"domain/a/bits_per_byte": 2.0}, data, 0.0, ""), 1.0)
     assert json.loads((tmp_path / "summary.json").read_text())["rows"]["mean"]["model"] == 2.0
 
 
@@ -252,7 +252,7 @@ def test_the_closing_table_on_80_columns(tmp_path, capsys, monkeypatch):
     task = SimpleNamespace(title="held-out translations (higher is better)", table=lambda *_: rows)
     monkeypatch.setitem(summary.TASKS, "lm", task)
     monkeypatch.setenv("COLUMNS", "80")
-    summary.show(tiny.build(), tmp_path, train.Result(1, 0, {}, None, 0.0, ""), 1.0)
+    summary.show(tiny.build(), tmp_path, summary.Result(1, 0, {}, None, 0.0, ""), 1.0)
     lines = capsys.readouterr().out.splitlines()
     assert task.title in lines and f"signature     {signature}" in lines
     table = [line for line in lines if re.match("[┏┃┡│├└]", line)]

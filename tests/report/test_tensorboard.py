@@ -112,9 +112,9 @@ def test_a_finished_run_is_compared_by_its_final_figures(tmp_path):
 
 
 def test_every_column_of_the_config_exists():
-    import models
+    import tiny
 
-    values = tensorboard.hyperparameters(models.raw(), models.raw())
+    values = tensorboard.hyperparameters(tiny.raw(), tiny.raw())
     assert values["other changes"] == "" and values["optim.optimizer"] == "adamw" and len(values) > 10
 
 

@@ -22,7 +22,7 @@ from moe_jax.tasks import contract
 ROOT = Path(__file__).parents[2]
 BEGIN = """
 import hashlib, os, sys, time
-from moe_jax import shell, signals
+from moe_jax.runtime import shell, signals
 heard = signals.LISTENER
 """
 IN_COMPILED_CODE = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)'  # a minute in which no handler in Python runs

@@ -14,10 +14,11 @@ import tiny
 from rich.console import Console
 
 from moe_jax import train
-from moe_jax.report import banner, progress
+from moe_jax.report import banner
 from moe_jax.report.metrics import read_rows
-from moe_jax.report.progress import Progress
 from moe_jax.runtime import clock
+from moe_jax.terminal import progress
+from moe_jax.terminal.progress import Progress
 from moe_jax.version import Source
 
 

@@ -20,9 +20,9 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.plan import card, flops
-from moe_jax.report import working
-from moe_jax.report.table import Table, names, numbers, prose
 from moe_jax.runtime import shell
+from moe_jax.terminal import working
+from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import Deviation, Rounded
 from moe_jax.verify.run import Result, empty
