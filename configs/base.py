@@ -16,7 +16,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise KeyError(arg)
     c = ConfigDict()
     c.seed = 0  # parameters, data order, dropout
-    c.simulate_devices = 0  # CPU devices to simulate in this process; 0 = the devices that are there
+    c.simulate_devices = (
+        0  # CPU devices to simulate in this process; 0 = the devices that are there
+    )
     c.smoke = False  # a few steps of everything, to see that it works: what --smoke sets (moe_jax/config/smoke.py)
     c.profile = ""  # "10:13" writes a profiler trace of steps 10, 11 and 12
     c.mesh = mesh()
@@ -31,7 +33,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.eval.batches = 0  # held-out batches of each evaluation on the way; 0 = all of them
     c.eval.final_batches = 0  # held-out batches of the evaluation at the end; 0 = all of them
     c.eval.batch_size = 0  # rows of an evaluation batch; 0 = train.batch_size
-    c.eval.dispatcher = "same"  # "same" as in training, or the name of another dispatcher ("dropless")
+    c.eval.dispatcher = (
+        "same"  # "same" as in training, or the name of another dispatcher ("dropless")
+    )
     c.eval.sample_tokens = 200  # tokens of the sample printed at each evaluation; 0 = none
     c.eval.sample_prompt = ""  # what the sample begins with
     c.checkpoint = ConfigDict()
@@ -41,10 +45,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, for the update norm
     c.log.tensorboard = True  # also write TensorBoard events
-    c.log.histogram_every = 100  # steps between rows of the picture of the experts' load (TensorBoard, 4_experts)
-    c.log.interference_every = (
-        0  # steps between gradients of language and auxiliary losses compared (3 backward passes); 0 = off
+    c.log.histogram_every = (
+        100  # steps between rows of the picture of the experts' load (TensorBoard, 4_experts)
     )
+    c.log.interference_every = 0  # steps between gradients of language and auxiliary losses compared (3 backward passes); 0 = off
     c.record = ConfigDict()
     c.record.steps = ""  # steps whose routing is written, token by token, to workdir/routing: "100,200", "every 50"
     c.record.rows = 0  # the first n rows of the batch; 0 = all
@@ -64,23 +68,31 @@ def tasks() -> ConfigDict:
     c.lm = ConfigDict()  # its data: data.sources
     c.classification = ConfigDict()
     c.classification.dataset = "vader"  # moe_jax/tasks/classification/data.py, or "tfds:NAME"
-    c.classification.tokens = "bpe:8192"  # tokenizer: "bytes", or "bpe:N", trained on the training texts
+    c.classification.tokens = (
+        "bpe:8192"  # tokenizer: "bytes", or "bpe:N", trained on the training texts
+    )
     # True: to choose settings. The test part is left out; one training text in data.heldout_every is held out instead.
     c.classification.select = False
     c.translation = ConfigDict()
     c.translation.dataset = "bible_en_es"  # moe_jax/tasks/translation/data.py, or "tfds:NAME"
     c.translation.vocab_size = 8192  # of the tokenizer, trained on both sides of the training pairs
-    c.translation_prefix = ConfigDict()  # the same with a decoder alone, which has the source as prefix
+    c.translation_prefix = (
+        ConfigDict()
+    )  # the same with a decoder alone, which has the source as prefix
     c.translation_prefix.dataset = "bible_en_es"
     c.translation_prefix.vocab_size = 8192
     c.vision = ConfigDict()
     c.vision.dataset = "digits"  # moe_jax/tasks/vision/data.py, or "tfds:NAME"
     c.vision.patch = 2  # pixels of a side of a patch; data.seq_len is the number of patches
-    c.vision.copies = 1  # of each training image: the first as it is, the others shifted and flipped
+    c.vision.copies = (
+        1  # of each training image: the first as it is, the others shifted and flipped
+    )
     c.vision.shift = 1  # pixels, at most
     c.vision.flip = False  # mirrors half of the copies
     c.recommendation = ConfigDict()
-    c.recommendation.dataset = "debian_depends"  # moe_jax/tasks/recommendation/data.py, or "tfds:NAME"
+    c.recommendation.dataset = (
+        "debian_depends"  # moe_jax/tasks/recommendation/data.py, or "tfds:NAME"
+    )
     c.recommendation.min_items = 5  # of a user
     c.recommendation.min_users = 10  # of an item
     c.speech = ConfigDict()
@@ -115,12 +127,16 @@ def model() -> ConfigDict:
     c.repeats = 4
     c.suffix = ()  # blocks after the last period
     c.scan = False  # the repeats as one lax.scan over stacked parameters
-    c.remat = "none"  # "none", "full", "dots", "dispatch": what the backward pass recomputes of a block
+    c.remat = (
+        "none"  # "none", "full", "dots", "dispatch": what the backward pass recomputes of a block
+    )
     c.allow_leak = False  # True: train a causal model although later tokens or other sequences change its outputs (moe/causality.py)
     c.param_dtype = "float32"  # of the parameters; moments and averages have at least float32 (docs/precision.md)
     c.dtype = "float32"  # of the computation; the router uses at least float32
     c.depth = ConfigDict()
-    c.depth.capacity = 0.125  # fraction of a sequence's tokens that train a depth block (models/depth.py)
+    c.depth.capacity = (
+        0.125  # fraction of a sequence's tokens that train a depth block (models/depth.py)
+    )
     c.depth.loss = 0.1  # coefficient of the loss that trains the causal rule, by which they evaluate and decode
     c.moe = moe()
     return c
@@ -129,25 +145,31 @@ def model() -> ConfigDict:
 def kinds() -> ConfigDict:
     c = ConfigDict()
     c.decoder = ConfigDict()
-    c.decoder.bidirectional_prefix = False  # a row's prefix (the source of a translation) sees all of itself
+    c.decoder.bidirectional_prefix = (
+        False  # a row's prefix (the source of a translation) sees all of itself
+    )
     c.encoder = ConfigDict()
     c.encoder.inputs = "tokens"  # or "vectors": patches of an image, frames of speech
     c.encoder.input_dim = 1  # width of a vector
     c.encoder.num_classes = 2
     c.encoder.pool = "mean"  # over what is not padding: "sum", "mean", "max", "first"
-    c.encoder.attention = "full"  # to the whole segment, or "causal", as the language model that it begins from
-    c.encoder.learned_positions = (
-        0  # rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone
+    c.encoder.attention = (
+        "full"  # to the whole segment, or "causal", as the language model that it begins from
     )
+    c.encoder.learned_positions = 0  # rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone
     c.encoder.head_dropout = 0.0  # of the pooled row
-    c.encoder.token_dropout = 0.0  # of whole places of the input (Iyyer et al. 2015, deep averaging networks)
+    c.encoder.token_dropout = (
+        0.0  # of whole places of the input (Iyyer et al. 2015, deep averaging networks)
+    )
     c.encdec = ConfigDict()  # the decoder's blocks are model.prefix, period, repeats and suffix
     c.encdec.encoder_prefix = ()
     c.encdec.encoder_period = ("moe",)
     c.encdec.encoder_repeats = 4
     c.encdec.encoder_suffix = ()
     c.mmoe = ConfigDict()
-    c.mmoe.items = (1,)  # items of each task: the first so many belong to task 0, the next to task 1, and so on
+    c.mmoe.items = (
+        1,
+    )  # items of each task: the first so many belong to task 0, the next to task 1, and so on
     c.mmoe.item_dropout = 0.0  # of a row's input features, in training
     c.article = ConfigDict()
     c.article.num_experts = 64
@@ -172,7 +194,9 @@ def moe() -> ConfigDict:
     c.orderings.k_major = ConfigDict()
     c.orderings.batch_priority = ConfigDict()
     c.orderings.rounding = ConfigDict()
-    c.orderings.rounding.tile = 16  # an expert's assignments of a group are rounded to a multiple of this, in training
+    c.orderings.rounding.tile = (
+        16  # an expert's assignments of a group are rounded to a multiple of this, in training
+    )
     c.dispatcher = "dropless"
     c.dispatchers = ConfigDict()
     c.dispatchers.dropless = ConfigDict()
@@ -184,12 +208,12 @@ def moe() -> ConfigDict:
     c.dispatchers.capacity.factor = 1.25
     c.dispatchers.slots = ConfigDict()  # for the router soft alone
     c.losses = ConfigDict()
-    c.losses.balance = (
-        0.01  # coefficient of Switch's load-balancing loss over the global batch; all of these: docs/balance.md
-    )
+    c.losses.balance = 0.01  # coefficient of Switch's load-balancing loss over the global batch; all of these: docs/balance.md
     c.losses.gshard = 0.0  # of GShard's loss (first choices, 1 / experts^2 when balanced)
     c.losses.sequence_balance = 0.0  # of DeepSeek-V3's sequence-wise loss
-    c.losses.micro_batch_balance = 0.0  # of Switch's loss of each micro-batch, averaged over micro-batches
+    c.losses.micro_batch_balance = (
+        0.0  # of Switch's loss of each micro-batch, averaged over micro-batches
+    )
     c.losses.importance = 0.0  # of Shazeer's importance loss (CV^2 of the sums of gates)
     c.losses.load = 0.0  # of Shazeer's load loss (CV^2 of the smooth load); router noisy_top_k only
     c.losses.z = 0.001  # of the router z-loss (ST-MoE)
@@ -208,11 +232,13 @@ def sparse() -> ConfigDict:
     c.rules = ConfigDict()
     c.rules.none = ConfigDict()
     c.rules.static = ConfigDict()  # the smallest first values, for ever
-    c.rules.static.threshold = 0.0  # those below this magnitude; 0 = as many as the pattern's density leaves
-    c.rules.threshold = ConfigDict()  # whatever is below a magnitude after an update; it may come back
-    c.rules.threshold.threshold = (
-        0.0  # the magnitude; 0 = that which leaves the pattern's density of each expert's first values
+    c.rules.static.threshold = (
+        0.0  # those below this magnitude; 0 = as many as the pattern's density leaves
     )
+    c.rules.threshold = (
+        ConfigDict()
+    )  # whatever is below a magnitude after an update; it may come back
+    c.rules.threshold.threshold = 0.0  # the magnitude; 0 = that which leaves the pattern's density of each expert's first values
     c.rules.magnitude = ConfigDict()  # gradual pruning, from dense to the pattern's density
     c.rules.magnitude.begin = 0.0  # as a fraction of train.steps
     c.rules.magnitude.end = 0.5  # likewise: from here on the masks stay
@@ -230,7 +256,9 @@ def sparse() -> ConfigDict:
     c.pattern = "unstructured"  # what is zero together
     c.patterns = ConfigDict()
     c.patterns.unstructured = ConfigDict()
-    c.patterns.unstructured.density = 0.25  # fraction of each expert's weights, of each matrix, that are not zero
+    c.patterns.unstructured.density = (
+        0.25  # fraction of each expert's weights, of each matrix, that are not zero
+    )
     c.patterns.n_m = ConfigDict()
     c.patterns.n_m.n = 2  # weights that are not zero ...
     c.patterns.n_m.m = 4  # ... of this many consecutive inputs
@@ -255,7 +283,9 @@ def routers() -> ConfigDict:
     c.top_k.renormalize = True  # gates of a token sum to 1 (softmax "after" always does)
     c.top_k.scale = 1.0  # factor on the gates
     c.switch = ConfigDict()
-    c.switch.jitter = 0.01  # training multiplies the router's input by uniform(1 - jitter, 1 + jitter)
+    c.switch.jitter = (
+        0.01  # training multiplies the router's input by uniform(1 - jitter, 1 + jitter)
+    )
     c.noisy_top_k = ConfigDict()
     c.noisy_top_k.k = 2
     c.noisy_top_k.min_noise = 0.01  # least standard deviation of the noise
@@ -267,7 +297,9 @@ def routers() -> ConfigDict:
     c.sigmoid.bias_rate = 0.001  # how far a step moves an expert's bias towards balance; 0 = never
     c.sigmoid.num_groups = 1  # groups of consecutive experts
     c.sigmoid.top_groups = 1  # groups that a token may choose from; num_groups = all
-    c.sigmoid.group_score = "top2"  # of a group: sum of its two largest affinities, or "max", the largest
+    c.sigmoid.group_score = (
+        "top2"  # of a group: sum of its two largest affinities, or "max", the largest
+    )
     c.quantile = ConfigDict()
     c.quantile.k = 2
     c.quantile.score = "sigmoid"  # or "softmax"
@@ -289,7 +321,9 @@ def routers() -> ConfigDict:
     c.null.k = 4  # choices per token, real or null
     c.null.num_null = 8  # null experts, which compute nothing
     c.null.kind = "zero"  # a null choice adds "zero", or a "copy" of the token
-    c.null.renormalize = "all"  # gates divided by the sum of all choices, of the "real" ones, or "none"
+    c.null.renormalize = (
+        "all"  # gates divided by the sum of all choices, of the "real" ones, or "none"
+    )
     c.uniform = ConfigDict()  # baseline: experts in turn by position
     c.uniform.k = 2
     c.random = ConfigDict()  # baseline: experts by a hash of layer, position and token id
@@ -301,25 +335,31 @@ def routers() -> ConfigDict:
     c.base = ConfigDict()  # BASE / Sinkhorn: balanced in training, greedy at evaluation
     c.base.k = 1
     c.base.iterations = 10  # of Sinkhorn
-    c.base.scope = "group"  # what is balanced: each "group", or the whole "batch" (not with micro-batches)
+    c.base.scope = (
+        "group"  # what is balanced: each "group", or the whole "batch" (not with micro-batches)
+    )
     c.base.gates = "sigmoid"  # of the chosen scores (BASE), or "softmax" (S-BASE)
     c.relu = ConfigDict()  # ReMoE; set the balance losses and z to 0
-    c.relu.k = 2  # active experts per token on average, to which the adaptive L1 loss brings them down
+    c.relu.k = (
+        2  # active experts per token on average, to which the adaptive L1 loss brings them down
+    )
     c.relu.max_active = 4  # served experts of one token at most; the others are dropped
     c.relu.l1 = 1e-8  # first coefficient of the L1 loss
     c.relu.alpha = 1.2  # factor by which a step changes the coefficient
     c.relu.balanced = True  # the L1 loss weighs an expert by its load
     c.expert_choice = ConfigDict()
-    c.expert_choice.factor = (
-        2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
-    )
+    c.expert_choice.factor = 2.0  # experts per token on average: each takes ceil(factor * tokens / num_experts) of a group
     c.soft = ConfigDict()  # soft MoE; dispatcher "slots" only
     c.soft.slots = 4  # of each expert in each group; about tokens of a group / num_experts costs what k = 1 does
     c.soft.normalize = True  # unit vectors and a learned scale in the slots' scores
     c.recorded = ConfigDict()  # replay of a recording, for instruments
     c.recorded.k = 2  # choices per token in the recording
-    c.recorded.average = 0.0  # experts per token when the load is as intended, where that is fewer; 0 = k
-    c.recorded.gates = "recorded"  # or "router": softmax of the present router over the recorded experts
+    c.recorded.average = (
+        0.0  # experts per token when the load is as intended, where that is fewer; 0 = k
+    )
+    c.recorded.gates = (
+        "recorded"  # or "router": softmax of the present router over the recorded experts
+    )
     return c
 
 
@@ -337,7 +377,9 @@ def optim() -> ConfigDict:
     c.optimizers.adamw = ConfigDict({"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1})
     c.optimizers.lion = ConfigDict({"b1": 0.9, "b2": 0.99, "weight_decay": 0.1})
     c.optimizers.adafactor = ConfigDict({"decay_rate": 0.8, "weight_decay": 0.0})
-    c.optimizers.muon = ConfigDict({"beta": 0.95, "ns_steps": 5, "weight_decay": 0.1, "adam_learning_rate": 1.0})
+    c.optimizers.muon = ConfigDict(
+        {"beta": 0.95, "ns_steps": 5, "weight_decay": 0.1, "adam_learning_rate": 1.0}
+    )
     c.optimizers.sgd = ConfigDict({"momentum": 0.9, "nesterov": False, "weight_decay": 0.0})
     c.schedule = "cosine"
     c.schedules = ConfigDict()
@@ -352,10 +394,10 @@ def train() -> ConfigDict:
     c = ConfigDict()
     c.steps = 1000
     c.batch_size = 16  # rows (sequences) of an optimizer step, over all devices and micro-batches
-    c.micro_batch_size = (
-        0  # rows of a micro-batch; smaller than batch_size = exact gradient accumulation; 0 = batch_size
+    c.micro_batch_size = 0  # rows of a micro-batch; smaller than batch_size = exact gradient accumulation; 0 = batch_size
+    c.nonfinite_patience = (
+        0  # steps in a row with a non-finite loss or gradient that are skipped before the run stops
     )
-    c.nonfinite_patience = 0  # steps in a row with a non-finite loss or gradient that are skipped before the run stops
     c.init_from = ""  # workdir of another run whose parameters this one starts from
     # Pairs of a prefix of those parameters' names and a new one, as in (("repeats/0", "prefix/0"),); ("head", "") leaves head out.
     c.init_rename = ()
@@ -365,11 +407,15 @@ def train() -> ConfigDict:
 
 def data() -> ConfigDict:
     c = ConfigDict()
-    c.sources = (("embedded", 1.0),)  # (source, weight): "embedded", "embedded:drama,verse" or a prepared directory
+    c.sources = (
+        ("embedded", 1.0),
+    )  # (source, weight): "embedded", "embedded:drama,verse" or a prepared directory
     c.seq_len = 256  # tokens of a row
     c.slice_bytes = 0  # training bytes of each embedded domain, as whole documents; 0 = all
     c.heldout_bytes = 0  # held-out bytes of each embedded domain, likewise
     c.heldout_every = 20  # every n-th document of a domain is held out
-    c.folder = "data"  # where files of data that the package does not have lie; not for data.sources
+    c.folder = (
+        "data"  # where files of data that the package does not have lie; not for data.sources
+    )
     c.prefetch = 4  # batches read ahead
     return c

@@ -43,7 +43,9 @@ class Flags(Parser):
     def __init__(self, about: str | None):
         super().__init__(about)
         self.add_argument(
-            "--smoke", action="store_true", help="a few steps of each cell, to see that it works; writes no report"
+            "--smoke",
+            action="store_true",
+            help="a few steps of each cell, to see that it works; writes no report",
         )
 
 
@@ -73,7 +75,9 @@ def launch(work: Callable[[], int | None]) -> int:
 
 
 def add_seeds(flags: Flags) -> None:
-    flags.add_argument("--seeds", nargs="+", metavar="SEED", help="the seeds themselves, as in 0 1 2 (the default)")
+    flags.add_argument(
+        "--seeds", nargs="+", metavar="SEED", help="the seeds themselves, as in 0 1 2 (the default)"
+    )
     flags.add_argument("--num_seeds", type=int, help="instead: how many seeds, from 0")
 
 

@@ -36,17 +36,31 @@ def arms(axes: Any, shown: Sequence[Arm], *, log: bool = False) -> None:
     for arm, half, x in zip(shown, reach, placed, strict=True):
         axes.errorbar(x, arm.y, half or None, linestyle="none", capsize=3, **arm.style)
         up = arm.y < middle
-        place = {"xytext": (0, 5 if up else -5), "textcoords": "offset points", "va": "bottom" if up else "top"}
-        text = axes.annotate(arm.name, (x, arm.y + half if up else arm.y - half), rotation=90, ha="center", **place)
+        place = {
+            "xytext": (0, 5 if up else -5),
+            "textcoords": "offset points",
+            "va": "bottom" if up else "top",
+        }
+        text = axes.annotate(
+            arm.name, (x, arm.y + half if up else arm.y - half), rotation=90, ha="center", **place
+        )
         text.set(fontsize=SMALL, color=arm.style["color"], in_layout=False)
         # A thin line leads down to the place on the axis where the arm belongs.
-        axes.plot([arm.x, x], [0, 0.05], transform=axes.get_xaxis_transform(), color=arm.style["color"], linewidth=0.8)
+        axes.plot(
+            [arm.x, x],
+            [0, 0.05],
+            transform=axes.get_xaxis_transform(),
+            color=arm.style["color"],
+            linewidth=0.8,
+        )
 
 
 def _moved_apart(axes: Any, wanted: Sequence[float], log: bool) -> list[float]:
     """Places on the x axis, APART points from each other; the limits of the axis are set so that all are inside."""
     placed = list(wanted)
-    for _ in range(4):  # wider limits bring the arms nearer together, which needs wider limits still
+    for _ in range(
+        4
+    ):  # wider limits bring the arms nearer together, which needs wider limits still
         axes.set_xlim(_limits([*wanted, *placed], 0.08, log))
         axes.figure.draw_without_rendering()  # settles where the axes are
         on_page = [axes.transData.transform((x, 1))[0] for x in wanted]
@@ -80,12 +94,16 @@ def lines(axes: Any, shown: Sequence[Line]) -> None:
     points = axes.figure.dpi / 72
     whole = [line for line in shown if max(line.x) == last]
     wanted = [axes.transData.transform((last, line.y[-1]))[1] for line in whole]
-    heights = dict(zip((line.name for line in whole), spread(wanted, LINES_APART * points), strict=True))
+    heights = dict(
+        zip((line.name for line in whole), spread(wanted, LINES_APART * points), strict=True)
+    )
     for line in shown:
         end = line.x[-1] * 1.15, line.y[-1]
         x, y = axes.transData.transform(end)
         place = axes.transData.inverted().transform((x + 6 * points, heights.get(line.name, y)))
-        text = axes.annotate(line.name, end, place, va="center", arrowprops={"arrowstyle": "-", "color": "0.7"})
+        text = axes.annotate(
+            line.name, end, place, va="center", arrowprops={"arrowstyle": "-", "color": "0.7"}
+        )
         text.set(fontsize=SMALL, color=line.style["color"], in_layout=False)
 
 

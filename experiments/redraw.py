@@ -27,7 +27,9 @@ RESULTS = run.ROOT / "experiments/results"
 
 def work(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DRAWINGS)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(DRAWINGS)} (default: all)"
+    )
     asked = parser.parse_args(argv).names or list(DRAWINGS)
     unknown = [name for name in asked if name not in DRAWINGS]
     if unknown:
@@ -44,7 +46,9 @@ def main(argv: list[str]) -> int:
 
 
 def of_quality(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
-    return sparsity_vs_quality.draw(figures["runs"], figures["step times"]), sparsity_vs_quality.SIZE
+    return sparsity_vs_quality.draw(
+        figures["runs"], figures["step times"]
+    ), sparsity_vs_quality.SIZE
 
 
 def of_rules(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
@@ -55,7 +59,11 @@ def of_inputs(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]
     return sparse_inputs.draw(figures), sparse_inputs.SIZE
 
 
-DRAWINGS = {"sparsity_vs_quality": of_quality, "sparse_training_rules": of_rules, "sparse_inputs": of_inputs}
+DRAWINGS = {
+    "sparsity_vs_quality": of_quality,
+    "sparse_training_rules": of_rules,
+    "sparse_inputs": of_inputs,
+}
 
 
 if __name__ == "__main__":

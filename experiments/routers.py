@@ -56,7 +56,9 @@ CONFIG = run.ROOT / "configs/quickstart.py"
 
 def work(argv: list[str]) -> int | None:
     parser = Flags(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/routers"), help="of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/routers"), help="of the runs (default: %(default)s)"
+    )
     parser.add_argument("--speed", action="store_true", help="times steps instead of training")
     parser.add_argument("--steps", type=int, default=500, help="of each run (default: %(default)s)")
     parser.add_argument("routers", nargs="*", help=f"some of {', '.join(DELTAS)} (default: all)")
@@ -64,7 +66,9 @@ def work(argv: list[str]) -> int | None:
     chosen = args.routers or list(DELTAS)
     unknown = [router for router in chosen if router not in DELTAS]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is no router of this experiment: choose from {', '.join(DELTAS)}")
+        raise UserError(
+            f"{unknown[0]!r} is no router of this experiment: choose from {', '.join(DELTAS)}"
+        )
     if args.speed:
         return speed(chosen, rounds=1 if args.smoke else 15)
     out, runs = made(args), grid(chosen, args.steps)._replace(smoke=args.smoke)
@@ -87,7 +91,10 @@ def speed(routers: Sequence[str], rounds: int) -> int:
     variants = []
     for router in dict.fromkeys(["top_k", *routers]):
         keys = {"model.moe.router": router} | DELTAS[router]
-        variants += ["--variant", f"{router}:" + ";".join(f"{key}={value}" for key, value in keys.items())]
+        variants += [
+            "--variant",
+            f"{router}:" + ";".join(f"{key}={value}" for key, value in keys.items()),
+        ]
     return bench.main(["--config", str(CONFIG), "--rounds", str(rounds), *variants])
 
 
@@ -95,7 +102,10 @@ def results(workdir: Path) -> dict[str, float]:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     training = [row for row in rows if "moe/max_vio" in row][-10:]
     held_out = next(row for row in reversed(rows) if "eval/bits_per_byte" in row)
-    mean = lambda name: statistics.mean(row.get(name, math.nan) for row in training)
+
+    def mean(name):
+        return statistics.mean(row.get(name, math.nan) for row in training)
+
     return {
         "bits per byte": held_out["eval/bits_per_byte"],
         "train loss": mean("train/nll"),
@@ -111,7 +121,10 @@ def number(value: float) -> str:
 
 
 def table(rows: dict[str, dict[str, float]]) -> Table:
-    return run.table({r: {name: number(value) for name, value in row.items()} for r, row in rows.items()}, "router")
+    return run.table(
+        {r: {name: number(value) for name, value in row.items()} for r, row in rows.items()},
+        "router",
+    )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ class Interval(NamedTuple):
 def read_config(grid: Grid, cell: str, seed: int) -> dict[str, Any]:
     """The config of one run as a nested dict of JSON values. UserError, by the cell, for keys that do not exist or do nothing."""
     keys = {**PLAIN, **grid.base, **grid.cells[cell], "seed": seed}
-    raw = config_file.read(grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:")
+    raw = config_file.read(
+        grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:"
+    )
     return smoke.shorten(raw)[0] if grid.smoke else raw
 
 
@@ -98,7 +100,11 @@ def defaults_of(path: Path) -> dict[str, Any]:
 def run_all(grid: Grid, out: Path) -> Results:
     """Trains whatever is not finished, all cells of the first seed before those of the next, and returns the figures of all."""
     defaults = defaults_of(grid.config)
-    raws = {(seed, cell): read_config(grid, cell, seed) for seed in seeds_of(grid) for cell in grid.cells}
+    raws = {
+        (seed, cell): read_config(grid, cell, seed)
+        for seed in seeds_of(grid)
+        for cell in grid.cells
+    }
     for (_, cell), raw in raws.items():
         checked(raw, cell)  # all of them before the first is trained
     print(
@@ -156,7 +162,9 @@ def collected(grids: Sequence[Grid], out: Path) -> Results:
     """The figures of the finished runs of several grids. UserError where there is none at all."""
     results = {cell: runs for grid in grids for cell, runs in collect(grid, out).items()}
     if not results:
-        raise UserError(f"--out {out} has no finished run of this experiment: train first, without --report")
+        raise UserError(
+            f"--out {out} has no finished run of this experiment: train first, without --report"
+        )
     return results
 
 
@@ -177,8 +185,14 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
     except ValueError:  # a full disk empties files: the run is there, and makes its figures again
         return None
     old, _ = checkpoint.fill(found["config"], defaults, config.RESUME_MAY_CHANGE)
-    if config.build(old, 1) != config.build(raw, 1):  # options of what is not chosen may differ: they do nothing
-        keys = (key for key in sorted(flat(old).keys() | flat(raw).keys()) if flat(old).get(key) != flat(raw).get(key))
+    if config.build(old, 1) != config.build(
+        raw, 1
+    ):  # options of what is not chosen may differ: they do nothing
+        keys = (
+            key
+            for key in sorted(flat(old).keys() | flat(raw).keys())
+            if flat(old).get(key) != flat(raw).get(key)
+        )
         raise UserError(
             f"{path} is the result of another config (another {', '.join(keys)}): give another --out, or remove {workdir}"
         )
@@ -187,7 +201,9 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
 
 def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """A nested config by dotted keys."""
-    parts = [flat(v, f"{path}{k}.") if isinstance(v, Mapping) else {path + k: v} for k, v in tree.items()]
+    parts = [
+        flat(v, f"{path}{k}.") if isinstance(v, Mapping) else {path + k: v} for k, v in tree.items()
+    ]
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -199,7 +215,9 @@ def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) 
     with jax.set_mesh(one):
         result = train.run(cfg, raw, defaults, workdir, began)
     if result.signal:
-        raise Interrupted(result.signal, f"saved step {result.step} of {cfg.train.steps} in {workdir}")
+        raise Interrupted(
+            result.signal, f"saved step {result.step} of {cfg.train.steps} in {workdir}"
+        )
     figures = figures_of(cfg, result.evaluation, workdir) | {"seconds": time.monotonic() - began}
     part = workdir / "result.part"
     part.write_text(json.dumps({"config": raw, "figures": figures}, indent=1) + "\n")
@@ -276,7 +294,12 @@ def show(*parts: str | Table) -> None:
 
 
 def write(
-    folder: Path, title: str, parts: Sequence[str | Table], figures: Any, draw: Callable[[Any], None], size: tuple
+    folder: Path,
+    title: str,
+    parts: Sequence[str | Table],
+    figures: Any,
+    draw: Callable[[Any], None],
+    size: tuple,
 ) -> None:
     """table.md, figures.json and plot.png of an experiment. The verdict, which people write, stays when the table is written anew.
 
@@ -285,7 +308,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "table.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    verdict = old[old.index(VERDICT) :].rstrip() if VERDICT in old else f"{VERDICT}\n\nNot written yet."
+    verdict = (
+        old[old.index(VERDICT) :].rstrip() if VERDICT in old else f"{VERDICT}\n\nNot written yet."
+    )
     texts = [part.markdown() if isinstance(part, Table) else part for part in parts]
     path.write_text("\n\n".join([f"# {title}", *texts, verdict]) + "\n", encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -328,7 +353,9 @@ def parse_cells(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     for text in texts:
         name, changes = parse_cell(text)
         if not name or "/" in name or name.startswith("."):
-            raise UserError(f"--cell {text}: write NAME:KEY=VALUE;KEY=VALUE, where NAME is that of a directory")
+            raise UserError(
+                f"--cell {text}: write NAME:KEY=VALUE;KEY=VALUE, where NAME is that of a directory"
+            )
         if name in cells:
             raise UserError(f"--cell: two cells are called {name}")
         cells[name] = changes
@@ -352,7 +379,9 @@ def compare(results: Results, figure: str) -> Table:
     rows = {
         cell: {
             figure: f"{mean(results, cell, figure):.4f}",
-            f"minus {reference}": "" if cell == reference else str(paired(results, cell, reference, figure)),
+            f"minus {reference}": ""
+            if cell == reference
+            else str(paired(results, cell, reference, figure)),
             "seeds": len(results[cell]),
             "epochs": f"{mean(results, cell, 'epochs'):.2f}",
         }
@@ -366,11 +395,18 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--cell", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference"
+        "--cell",
+        action="append",
+        required=True,
+        help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference",
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of every cell")
     add_seeds(parser)
-    parser.add_argument("--figure", default="bits_per_byte", help="what cells are compared by (default: %(default)s)")
+    parser.add_argument(
+        "--figure",
+        default="bits_per_byte",
+        help="what cells are compared by (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

@@ -51,7 +51,9 @@ RATE = 0.1
 ROUNDS = 15
 
 
-Figures = dict[str, list[dict[str, dict[str, Any]]]]  # by vocabulary: of each seed {program: {"ms", "MB", "peak MB"}}
+Figures = dict[
+    str, list[dict[str, dict[str, Any]]]
+]  # by vocabulary: of each seed {program: {"ms", "MB", "peak MB"}}
 
 
 class Bags(NamedTuple):
@@ -95,7 +97,11 @@ def by_bag(table_VD: jax.Array, item_N: jax.Array, row_N: jax.Array) -> jax.Arra
     return embedding_bag(table_VD, item_N, row_N, jnp.ones(item_N.shape), ROWS)
 
 
-FORWARD: dict[str, Callable[..., jax.Array]] = {"one-hot": by_one_hot, "multi-hot": by_multi_hot, "bag": by_bag}
+FORWARD: dict[str, Callable[..., jax.Array]] = {
+    "one-hot": by_one_hot,
+    "multi-hot": by_multi_hot,
+    "bag": by_bag,
+}
 
 
 def loss(y_BD: jax.Array, target_BD: jax.Array) -> jax.Array:
@@ -117,9 +123,14 @@ def dense_update(forward: Callable) -> Callable:
     return step
 
 
-def touched_update(table: jax.Array, target: jax.Array, item_N: jax.Array, row_N: jax.Array) -> tuple:
+def touched_update(
+    table: jax.Array, target: jax.Array, item_N: jax.Array, row_N: jax.Array
+) -> tuple:
     """The same step by the rows that were looked up alone: their gradients are subtracted where they came from."""
-    of_looked_up = lambda x_ND: loss(jax.ops.segment_sum(x_ND, row_N, num_segments=ROWS), target)
+
+    def of_looked_up(x_ND):
+        return loss(jax.ops.segment_sum(x_ND, row_N, num_segments=ROWS), target)
+
     value, grad_ND = jax.value_and_grad(of_looked_up)(table.at[item_N].get())
     return value, table.at[item_N].add(-RATE * grad_ND)
 
@@ -153,11 +164,20 @@ def rows_of(way: str, bags: Bags, vocabulary: int) -> list[Any]:
 def compiled(name: str, bags: Bags, vocabulary: int) -> tuple[Any, float]:
     """The program, and the bytes that it reserves: arguments, results that are no argument's place, temporary arrays."""
     way, function, donate = PROGRAMS[name]
-    kinds = [((vocabulary, WIDTH), np.float32), ((ROWS, WIDTH), np.float32), *shapes(way, bags, vocabulary)]
+    kinds = [
+        ((vocabulary, WIDTH), np.float32),
+        ((ROWS, WIDTH), np.float32),
+        *shapes(way, bags, vocabulary),
+    ]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds]
     program = jax.jit(function, donate_argnums=0 if donate else ()).lower(*arguments).compile()
     use = program.memory_analysis()
-    size = use.argument_size_in_bytes + use.output_size_in_bytes + use.temp_size_in_bytes - use.alias_size_in_bytes
+    size = (
+        use.argument_size_in_bytes
+        + use.output_size_in_bytes
+        + use.temp_size_in_bytes
+        - use.alias_size_in_bytes
+    )
     return program, float(size)
 
 
@@ -189,7 +209,9 @@ class Timed:
             self.table = result[1]
 
 
-def measure(vocabulary: int, seed: int, rounds: int = ROUNDS, peaks: bool = True) -> dict[str, dict[str, Any]]:
+def measure(
+    vocabulary: int, seed: int, rounds: int = ROUNDS, peaks: bool = True
+) -> dict[str, dict[str, Any]]:
     """{program: {"ms", "MB", "peak MB"}}; "ms" is None for what does not fit, "peak MB" also without `peaks`, which take a process each."""
     bags, table = draw_bags(vocabulary, seed), first_table(vocabulary)
     timed = {name: Timed(name, bags, vocabulary, table) for name in PROGRAMS}
@@ -209,7 +231,15 @@ def measure(vocabulary: int, seed: int, rounds: int = ROUNDS, peaks: bool = True
 
 def peak(name: str, vocabulary: int) -> float:
     """How far the resident memory of a process rises above that of one with the table alone, in a process of its own."""
-    command = [sys.executable, "-m", "experiments.sparse_inputs", "--peak", name, "--vocabulary", str(vocabulary)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.sparse_inputs",
+        "--peak",
+        name,
+        "--vocabulary",
+        str(vocabulary),
+    ]
     done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -247,7 +277,10 @@ def measure_all(out: Path) -> Figures:
             part = path.with_suffix(".part")
             part.write_text(json.dumps(measure(vocabulary, seed), indent=1))
             part.replace(path)
-    return {str(v): [json.loads((out / f"{v}_{seed}.json").read_text()) for seed in SEEDS] for v in VOCABULARIES}
+    return {
+        str(v): [json.loads((out / f"{v}_{seed}.json").read_text()) for seed in SEEDS]
+        for v in VOCABULARIES
+    }
 
 
 def values(figures: Figures, vocabulary: str, name: str, key: str) -> list[float]:
@@ -261,10 +294,15 @@ def rows(figures: Figures, key: str, digits: int) -> dict[str, dict[str, str]]:
     def text(found: list[float]) -> str:
         if not found:
             return "more than 2 GB"
-        middle, low, high = (f"{x:,.{digits}f}" for x in (statistics.median(found), min(found), max(found)))
+        middle, low, high = (
+            f"{x:,.{digits}f}" for x in (statistics.median(found), min(found), max(found))
+        )
         return middle if low == high else f"{middle} ({low} to {high})"
 
-    return {name: {f"{int(v):,}": text(values(figures, v, name, key)) for v in figures} for name in PROGRAMS}
+    return {
+        name: {f"{int(v):,}": text(values(figures, v, name, key)) for v in figures}
+        for name in PROGRAMS
+    }
 
 
 def draw(figures: Figures) -> Any:
@@ -287,7 +325,10 @@ def draw(figures: Figures) -> Any:
 def line(figures: Figures, name: str, key: str) -> plots.Line:
     found = {int(v): values(figures, v, name, key) for v in figures}
     found = {size: seeds for size, seeds in found.items() if seeds}
-    style = {"linestyle": "--" if name.startswith("step") else "-", "color": f"C{list(PROGRAMS).index(name)}"}
+    style = {
+        "linestyle": "--" if name.startswith("step") else "-",
+        "color": f"C{list(PROGRAMS).index(name)}",
+    }
     seeds = found.values()
     middle, low, high = ([f(z) for z in seeds] for f in (statistics.median, min, max))
     return plots.Line(name, list(found), middle, low, high, style)
@@ -315,9 +356,15 @@ def report(figures: Figures) -> None:
 
 def work(argv: list[str]) -> None:
     parser = Flags(__doc__)
-    parser.add_argument("--peak", choices=list(PROGRAMS), help="print the peak memory of one program and end")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARIES[0], help="of --peak (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/sparse_inputs"), help="default: %(default)s")
+    parser.add_argument(
+        "--peak", choices=list(PROGRAMS), help="print the peak memory of one program and end"
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=VOCABULARIES[0], help="of --peak (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/sparse_inputs"), help="default: %(default)s"
+    )
     args = parser.parse_args(argv)
     if args.vocabulary < 1:
         raise UserError(f"--vocabulary {args.vocabulary} must be at least 1")

@@ -75,7 +75,15 @@ def models(rounds: int) -> None:
             for batch, shape in BATCHES.items():
                 times[batch][name] = forward(weights, *shape)
         measured = {batch: medians(runs, rounds) for batch, runs in times.items()}
-    columns = ("parameters", "not zero", "on disk, MB", "zlib, MB", "memory, MB", "FLOPs of experts", *measured)
+    columns = (
+        "parameters",
+        "not zero",
+        "on disk, MB",
+        "zlib, MB",
+        "memory, MB",
+        "FLOPs of experts",
+        *measured,
+    )
     table = Table([*names("experts"), *numbers(*columns)])
     for name, cells in rows.items():
         timed = [f"{m[name][0] * 1e3:.1f} ms ({m[name][1]:.2f})" for m in measured.values()]
@@ -86,7 +94,9 @@ def models(rounds: int) -> None:
 def first(zeros: Mapping[str, Any]) -> convert.Weights:
     """First values with the zeros of a rule, as a run would begin."""
     c = base.get_config()
-    c.update_from_flattened_dict({**SIZES, **{f"model.moe.sparse.{key}": value for key, value in zeros.items()}})
+    c.update_from_flattened_dict(
+        {**SIZES, **{f"model.moe.sparse.{key}": value for key, value in zeros.items()}}
+    )
     raw = c.to_dict()
     cfg = config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, 1)
 
@@ -96,7 +106,9 @@ def first(zeros: Mapping[str, Any]) -> convert.Weights:
 
     params, router_state = jax.device_get(jax.jit(init)(jax.random.key(0)))
     return convert.Weights(
-        {**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, {"params": params, "router_state": router_state}, 0
+        {**raw, "mesh": {"data": 1, "expert": 1, "model": 1}},
+        {"params": params, "router_state": router_state},
+        0,
     )
 
 
@@ -114,10 +126,15 @@ def sizes(weights: convert.Weights, out: Path) -> list[str]:
     count, alive = sum(x.size for x in arrays), sum(int(np.count_nonzero(x)) for x in arrays)
     packed = sum(len(zlib.compress(np.ascontiguousarray(x).tobytes(), 6)) for x in arrays)
     experts = sum(
-        x.size // x.shape[0] for _, layer in sparse.experts_of(weights.parts["params"]) for x in layer.values()
+        x.size // x.shape[0]
+        for _, layer in sparse.experts_of(weights.parts["params"])
+        for x in layer.values()
     )
     flops = 2 * 2 * experts  # two experts a token; a multiply-add is two
-    mega = lambda n: f"{n / 1e6:.2f}"
+
+    def mega(n):
+        return f"{n / 1e6:.2f}"
+
     held = sum(x.nbytes for x in arrays)
     return [
         f"{count:,}",
@@ -137,11 +154,18 @@ def forward(weights: convert.Weights, rows: int, length: int) -> Callable[[], An
     }
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)
-    batch = batch_rows.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(rows), rows, task.inputs)
+    batch = batch_rows.put(
+        tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(rows), rows, task.inputs
+    )
     like = jax.eval_shape(model.init, jax.random.key(0))
-    on_mesh = lambda x, like: jax.device_put(x, checkpoint.flat.placement(like))
+
+    def on_mesh(x, like):
+        return jax.device_put(x, checkpoint.flat.placement(like))
+
     parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)
-    run = jax.jit(lambda p, s, b: task.losses(model.bind(p, s), b, jax.random.key(0), False).outputs)
+    run = jax.jit(
+        lambda p, s, b: task.losses(model.bind(p, s), b, jax.random.key(0), False).outputs
+    )
     return lambda: jax.block_until_ready(run(*parts, batch))
 
 
@@ -194,7 +218,9 @@ def run_csr(x: np.ndarray, w: np.ndarray, kind: str, density: float) -> Callable
 
 def run_bcoo(x: np.ndarray, w: np.ndarray, kind: str, density: float) -> Callable[[], Any]:
     """The sparse format that XLA compiles."""
-    matrix = BCOO.fromdense(jnp.asarray((w * (np.random.default_rng(1).random(w.shape) < density)).T))
+    matrix = BCOO.fromdense(
+        jnp.asarray((w * (np.random.default_rng(1).random(w.shape) < density)).T)
+    )
     run = jax.jit(lambda matrix, columns: matrix @ columns)
     columns = jnp.asarray(x.T)
     return lambda: run(matrix, columns).block_until_ready()
@@ -210,12 +236,17 @@ def medians(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, tup
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same
+        for name in (
+            names[number % len(names) :] + names[: number % len(names)]
+        ):  # nobody always follows the same
             start = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - start)
     first = next(iter(seconds.values()))
-    ratio = lambda values: statistics.median(a / b for a, b in zip(values, first, strict=True))
+
+    def ratio(values):
+        return statistics.median(a / b for a, b in zip(values, first, strict=True))
+
     return {name: (statistics.median(values), ratio(values)) for name, values in seconds.items()}
 
 

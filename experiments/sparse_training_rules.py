@@ -60,7 +60,11 @@ def narrow(density: float) -> dict[str, Any]:
 
 
 def sparse(rule: str, density: float, steps: int = STEPS) -> dict[str, Any]:
-    keys = {f"{AT}.rule": rule, f"{AT}.patterns.unstructured.density": density, "train.steps": steps}
+    keys = {
+        f"{AT}.rule": rule,
+        f"{AT}.patterns.unstructured.density": density,
+        "train.steps": steps,
+    }
     return keys | {f"{AT}.rules.{rule}.{key}": value for key, value in MOVES.get(rule, {}).items()}
 
 
@@ -87,13 +91,18 @@ def training_flops(cfg: config.Config, curve: Sequence[tuple[int, float]]) -> fl
     `threshold` all of them, for any may come back, and under `rigl` all of them in the steps that choose which come (Evci et al. 2020,
     arXiv:1911.11134, appendix H).
     """
-    parts, options = flops.forward_per_token(cfg.model, cfg.data.seq_len), cfg.model.moe.sparse.rule_options
+    parts, options = (
+        flops.forward_per_token(cfg.model, cfg.data.seq_len),
+        cfg.model.moe.sparse.rule_options,
+    )
     rule, rest = cfg.model.moe.sparse.rule, 3 * (parts.total - parts.experts)
     tokens, total, before = cfg.train.batch_size * cfg.data.seq_len, 0.0, 0
     most = max(density for _, density in curve) if rule in ("static", "set", "rigl") else 0.0
     for step, density in curve:  # of the steps since the last one
         density = max(density, most)  # weights that have just come are zero, and alive
-        moving = {"threshold": 1.0, "rigl": density + (1 - density) / options.get("every", 1)}.get(rule, density)
+        moving = {"threshold": 1.0, "rigl": density + (1 - density) / options.get("every", 1)}.get(
+            rule, density
+        )
         if rule == "rigl" and step > options["end"] * cfg.train.steps:
             moving = density
         total += (step - before) * tokens * (rest + parts.experts * (2 * density + moving))
@@ -125,7 +134,11 @@ def magnitude_steps(density: float) -> int:
     """Steps of `magnitude` that take the FLOPs of the narrow dense model's STEPS."""
     budget = training_flops(built(narrow(density)), [(STEPS, 1.0)])
     cfg = built(sparse("magnitude", density))
-    return max(n for n in range(50, STEPS + 1) if training_flops(cfg, magnitude_curve(n, density)) <= budget)
+    return max(
+        n
+        for n in range(50, STEPS + 1)
+        if training_flops(cfg, magnitude_curve(n, density)) <= budget
+    )
 
 
 QUARTER, SIXTEENTH = 0.25, 0.0625
@@ -133,8 +146,15 @@ DENSITIES = {"1_4": QUARTER, "1_16": SIXTEENTH}
 
 
 CELLS = {
-    **{f"{rule}_{name}": sparse(rule, d) for name, d in DENSITIES.items() for rule in ("static", "set", "rigl")},
-    **{f"magnitude_flops_{name}": sparse("magnitude", d, magnitude_steps(d)) for name, d in DENSITIES.items()},
+    **{
+        f"{rule}_{name}": sparse(rule, d)
+        for name, d in DENSITIES.items()
+        for rule in ("static", "set", "rigl")
+    },
+    **{
+        f"magnitude_flops_{name}": sparse("magnitude", d, magnitude_steps(d))
+        for name, d in DENSITIES.items()
+    },
 }
 # Runs of sparsity_vs_quality.py that belong into the picture.
 OTHERS = {
@@ -157,7 +177,9 @@ def figures(results: run.Results) -> run.Results:
         cfg = built((CELLS | OTHERS)[cell])
         for found in runs.values():
             found["training flops"] = training_flops(cfg, found.pop("density curve"))
-            found["non-zero parameters"] = found["parameters"] - found["expert parameters"] * (1 - found["density"])
+            found["non-zero parameters"] = found["parameters"] - found["expert parameters"] * (
+                1 - found["density"]
+            )
     return results
 
 
@@ -168,13 +190,20 @@ def fraction(results: run.Results, cell: str) -> float:
 
 def against(results: run.Results, cell: str, other: str) -> str:
     comparable = cell.endswith("_1_16") == other.endswith("_1_16") and cell not in ("moe", other)
-    return str(run.paired(results, cell, other, "bits_per_byte")) if comparable and other in results else ""
+    return (
+        str(run.paired(results, cell, other, "bits_per_byte"))
+        if comparable and other in results
+        else ""
+    )
 
 
 def rows(results: run.Results) -> dict[str, dict[str, Any]]:
     made = {}
     for cell in results:
-        mean = lambda name, cell=cell: run.mean(results, cell, name)
+
+        def mean(name, cell=cell):
+            return run.mean(results, cell, name)
+
         made[cell] = {
             "bits per byte": f"{mean('bits_per_byte'):.4f}",
             "minus narrow (95 %)": against(results, cell, reference(cell)),
@@ -204,15 +233,24 @@ def draw(results: run.Results) -> Any:
         left.set(xlabel=f"non-zero weights of the experts\n{beside}")
         middle.set(xlabel=f"training TFLOP, zeros counted as nothing\n{beside}")
         draw_gaps(right, results, colours)
-        bits = {cell: run.interval([f["bits_per_byte"] for f in runs.values()]) for cell, runs in results.items()}
+        bits = {
+            cell: run.interval([f["bits_per_byte"] for f in runs.values()])
+            for cell, runs in results.items()
+        }
 
         def arm(cell: str, x: float) -> plots.Arm:
-            return plots.Arm(cell, x, bits[cell].mean, bits[cell].half, {"marker": "o", "color": colours[cell]})
+            return plots.Arm(
+                cell, x, bits[cell].mean, bits[cell].half, {"marker": "o", "color": colours[cell]}
+            )
 
         plots.arms(left, [arm(cell, fraction(results, cell)) for cell in results], log=True)
         left.set_xticks([1 / 16, 1 / 4, 1], ["1/16", "1/4", "1"])
         left.minorticks_off()
-        plots.arms(middle, [arm(cell, run.mean(results, cell, "training flops") / 1e12) for cell in results], log=True)
+        plots.arms(
+            middle,
+            [arm(cell, run.mean(results, cell, "training flops") / 1e12) for cell in results],
+            log=True,
+        )
         plots.plain_ticks(middle.xaxis)
 
     return paint
@@ -225,7 +263,9 @@ def draw_gaps(axes: Any, results: run.Results, colours: Mapping[str, str]) -> No
         axes.errorbar(gap.mean, y, xerr=gap.half, marker="o", capsize=3, color=colours[cell])
     axes.set_yticks(range(len(compared)), list(reversed(compared)), fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="minus narrow dense of as many weights,\nbits per byte (paired, 95 %; right of 0 = worse)")
+    axes.set(
+        xlabel="minus narrow dense of as many weights,\nbits per byte (paired, 95 %; right of 0 = worse)"
+    )
 
 
 def report(out: Path) -> None:
@@ -246,7 +286,9 @@ def report(out: Path) -> None:
 
 def work(argv: list[str]) -> None:
     parser = Flags(__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="directory of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="directory of the runs (default: %(default)s)"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     if args.report:

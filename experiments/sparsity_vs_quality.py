@@ -55,8 +55,19 @@ CELLS = {
     "wide_sparse": ONE | {"model.moe.expert_hidden": 512} | rules.sparse("rigl", rules.QUARTER),
     **rules.OTHERS,
 }
-READ = {name: rules.CELLS[name] for name in ("rigl_1_4", "rigl_1_16")}  # runs of sparse_training_rules.py
-RESULTS = ("slim", "wide", "wide_sparse", "moe", "narrow_1_4", "rigl_1_4", "narrow_1_16", "rigl_1_16")
+READ = {
+    name: rules.CELLS[name] for name in ("rigl_1_4", "rigl_1_16")
+}  # runs of sparse_training_rules.py
+RESULTS = (
+    "slim",
+    "wide",
+    "wide_sparse",
+    "moe",
+    "narrow_1_4",
+    "rigl_1_4",
+    "narrow_1_16",
+    "rigl_1_16",
+)
 ROUNDS = 25
 SIZE = (14, 5.4)  # of the plot, in inches
 # (cell, reference): what the question compares.
@@ -105,14 +116,19 @@ def time_steps(out: Path, rounds: int) -> dict[str, dict[str, float]]:
     steps = {}
     for cell in RESULTS:
         keys = {**run.PLAIN, **rules.BASE, **(CELLS | READ)[cell]}
-        steps[cell] = bench.prepare(run.ROOT / "configs/base.py", ";".join(f"{k}={v!r}" for k, v in keys.items()))[1]
+        steps[cell] = bench.prepare(
+            run.ROOT / "configs/base.py", ";".join(f"{k}={v!r}" for k, v in keys.items())
+        )[1]
     seconds: dict[str, list[float]] = {cell: [] for cell in steps}
     for _ in range(rounds):
         for cell, step in steps.items():
             start = time.perf_counter()
             step()
             seconds[cell].append(time.perf_counter() - start)
-    ratio = lambda cell: statistics.median(a / b for a, b in zip(seconds[cell], seconds["slim"], strict=True))
+
+    def ratio(cell):
+        return statistics.median(a / b for a, b in zip(seconds[cell], seconds["slim"], strict=True))
+
     found = {c: {"ms": 1000 * statistics.median(seconds[c]), "ratio": ratio(c)} for c in steps}
     (out / "step_times.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -121,7 +137,10 @@ def time_steps(out: Path, rounds: int) -> dict[str, dict[str, float]]:
 def rows(results: run.Results, times: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     made = {}
     for cell in results:
-        mean = lambda name, cell=cell: run.mean(results, cell, name)
+
+        def mean(name, cell=cell):
+            return run.mean(results, cell, name)
+
         clock = times.get(cell)
         made[cell] = {
             "bits per byte": f"{mean('bits_per_byte'):.4f}",
@@ -153,7 +172,9 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
 
     def paint(figure: Any) -> None:
         panels = {
-            "active kFLOP of a token, zeros counted as nothing": lambda c: run.mean(results, c, "active flops") / 1e3,
+            "active kFLOP of a token, zeros counted as nothing": lambda c: (
+                run.mean(results, c, "active flops") / 1e3
+            ),
             "MB of weights (values, and a bit for each place)": lambda c: (
                 run.mean(results, c, "bytes with places") / 1e6
             ),
@@ -163,7 +184,9 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
             "square: one network; circle: experts; hollow: sparse weights. Moved apart sideways; thin lines lead to the place.",
             fontsize=9,
         )
-        for axes, (label, place) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+        for axes, (label, place) in zip(
+            figure.subplots(1, 3, sharey=True), panels.items(), strict=True
+        ):
             axes.set_xlabel(label)
             if axes is figure.axes[0]:
                 axes.set_ylabel("held-out bits per byte (mean of seeds, 95 %)")
@@ -211,7 +234,9 @@ def report(out: Path) -> None:
 
 def work(argv: list[str]) -> None:
     parser = Flags(__doc__)
-    parser.add_argument("--out", type=Path, default=rules.OUT, help="directory of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=rules.OUT, help="directory of the runs (default: %(default)s)"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--time", action="store_true", help="time the steps and end")
     args = parser.parse_args(argv)

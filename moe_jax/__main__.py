@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
 
 def usage() -> str:
     lines = [f"  {name:10} {about}" for name, about in COMMANDS.items()]
-    return "\n".join(["usage: python -m moe_jax COMMAND ...\n", *lines, f"\n  {TRAINING}   trains a model"])
+    return "\n".join(
+        ["usage: python -m moe_jax COMMAND ...\n", *lines, f"\n  {TRAINING}   trains a model"]
+    )
 
 
 def unknown(name: str) -> str:

@@ -91,7 +91,9 @@ def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list
     run = Path(cfg.train.init_from)
     source = run / "checkpoints"
     like = {"stacked": cfg.model.scan, "rename": renames(cfg)}
-    params, report = checkpoint.load_params(source, updated(state), part="params", step=None, **like)
+    params, report = checkpoint.load_params(
+        source, updated(state), part="params", step=None, **like
+    )
     here = {"params": params, "router_state": state.router_state}
     checkpoint.refuse_idle_renames(source, report.step, here, **like)
     notes = told("parameters", source, report)

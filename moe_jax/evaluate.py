@@ -33,7 +33,11 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
     depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one. Raises stopping.Interrupted
     between two batches.
     """
-    model_cfg = cfg.model if cfg.eval.dispatcher == "same" else with_dispatcher(cfg.model, cfg.eval.dispatcher)
+    model_cfg = (
+        cfg.model
+        if cfg.eval.dispatcher == "same"
+        else with_dispatcher(cfg.model, cfg.eval.dispatcher)
+    )
     model, task = make_model(model_cfg), TASKS[cfg.task]
 
     @jax.jit
@@ -56,7 +60,9 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
             del routed[most:]
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         many = len(data.heldout_order()[1])
-        rows, row_routing = (jax.tree.map(lambda *z: np.concatenate(z)[:many], *each) for each in (seen, routed))
+        rows, row_routing = (
+            jax.tree.map(lambda *z: np.concatenate(z)[:many], *each) for each in (seen, routed)
+        )
         return summary(task, total, data) | {"rows": rows, "row_routing": row_routing}
 
     return evaluate

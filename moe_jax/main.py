@@ -31,16 +31,28 @@ from moe_jax.parallel.compiling import QUICK, as_flags
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h"}
-config_flags.DEFINE_config_file("config", None, "config file; --config.KEY=VALUE changes a key", lock_config=True)
-flags.DEFINE_string(
-    "workdir", None, "where checkpoints, metrics and samples go; the same command again goes on from there"
+config_flags.DEFINE_config_file(
+    "config", None, "config file; --config.KEY=VALUE changes a key", lock_config=True
 )
-flags.DEFINE_bool("smoke", False, "train a few steps only, with a small evaluation, to see that the whole run works")
-flags.DEFINE_bool("dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit")
+flags.DEFINE_string(
+    "workdir",
+    None,
+    "where checkpoints, metrics and samples go; the same command again goes on from there",
+)
+flags.DEFINE_bool(
+    "smoke",
+    False,
+    "train a few steps only, with a small evaluation, to see that the whole run works",
+)
+flags.DEFINE_bool(
+    "dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit"
+)
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes")
 flags.DEFINE_integer("num_processes", None, "processes of the run")
 flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-flags.DEFINE_bool("distributed", False, "several processes that jax finds by itself (SLURM, MPI, a TPU pod)")
+flags.DEFINE_bool(
+    "distributed", False, "several processes that jax finds by itself (SLURM, MPI, a TPU pod)"
+)
 
 
 def parse(argv: list[str]) -> None:
@@ -49,20 +61,32 @@ def parse(argv: list[str]) -> None:
         print(f"{__doc__}\n{FLAGS.main_module_help()}")
         raise SystemExit(0)
     path = config_path(argv)
-    config_file.load(path)  # says what is wrong with the file or its variant; ml_collections would not in one line
+    config_file.load(
+        path
+    )  # says what is wrong with the file or its variant; ml_collections would not in one line
     try:
         rest = FLAGS(argv)
         FLAGS.config.to_dict()  # a file that cannot be executed shows itself at the first use only
     except ImportError as e:
         raise UserError(f"the config file {path} cannot be loaded: {e}") from e
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as e:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        SyntaxError,
+    ) as e:
         raise UserError(
             f"{plain(e, argv)} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)"
         ) from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
     if not FLAGS.workdir and not FLAGS.dry_run:
-        raise UserError("--workdir is missing: name a directory for the run, such as --workdir runs/quickstart")
+        raise UserError(
+            "--workdir is missing: name a directory for the run, such as --workdir runs/quickstart"
+        )
 
 
 def config_path(argv: list[str]) -> Path:
@@ -73,11 +97,17 @@ def config_path(argv: list[str]) -> Path:
         if name in ("--config", "-config"):
             values.append(value if equals else following)
             if not values[-1] or (not equals and values[-1].startswith("-")):
-                raise UserError("--config has no value: name a config file, such as --config configs/quickstart.py")
+                raise UserError(
+                    "--config has no value: name a config file, such as --config configs/quickstart.py"
+                )
     if not values:
-        raise UserError("--config is missing: name a config file, such as --config configs/quickstart.py")
+        raise UserError(
+            "--config is missing: name a config file, such as --config configs/quickstart.py"
+        )
     if len(values) > 1:
-        raise UserError(f"--config is given {len(values)} times ({', '.join(values)}): name one file")
+        raise UserError(
+            f"--config is given {len(values)} times ({', '.join(values)}): name one file"
+        )
     return Path(values[0])
 
 
@@ -91,7 +121,9 @@ def plain(error: BaseException, argv: list[str]) -> str:
     wrong = re.fullmatch(r"""\W*(\w+)\W*(?: Did you mean "(\w+)" instead of "\w+"\?)?\W*""", text)
     if not wrong:
         return text
-    flag = next((a.partition("=")[0] for a in argv if wrong[1] in a.partition("=")[0].split(".")), wrong[1])
+    flag = next(
+        (a.partition("=")[0] for a in argv if wrong[1] in a.partition("=")[0].split(".")), wrong[1]
+    )
     return f"no key is called {flag}" + (f': did you mean "{wrong[2]}"?' if wrong[2] else "")
 
 
@@ -185,7 +217,9 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     # Orbax logs a traceback for each of its threads when a save fails, which the error of the run tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
-        result = train.run(cfg, raw, defaults, workdir, STARTED, config_flags.get_config_filename(FLAGS["config"]))
+        result = train.run(
+            cfg, raw, defaults, workdir, STARTED, config_flags.get_config_filename(FLAGS["config"])
+        )
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
         return 76
@@ -193,7 +227,9 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     if result.signal:
         if main:
             command = shell.going_on(result.step, cfg.train.stop_at)
-            shell.tell(f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {command}")
+            shell.tell(
+                f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {command}"
+            )
         return signals.exit_code(result.signal, saved=True)
     if main:
         summary.show(cfg, workdir, result, time.monotonic() - STARTED)
@@ -207,7 +243,10 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
 
 if __name__ == "__main__":
     code = main(sys.argv)
-    if code not in (0, 130):  # nothing is left to be done, and the other processes of the run are not waited for
+    if code not in (
+        0,
+        130,
+    ):  # nothing is left to be done, and the other processes of the run are not waited for
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

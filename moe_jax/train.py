@@ -34,7 +34,15 @@ from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Task, Trained
 from moe_jax.terminal.progress import Progress
-from moe_jax.train_step import State, initial, judged, make_model, make_step, make_tx, parameter_names
+from moe_jax.train_step import (
+    State,
+    initial,
+    judged,
+    make_model,
+    make_step,
+    make_tx,
+    parameter_names,
+)
 
 IN_FLIGHT = {
     "cpu": 2,
@@ -57,7 +65,11 @@ def run(
     stands for the keys that a run saved long ago lacks. The mesh is set by the caller.
     `started`: time.monotonic() when the process began. `name`: of the config, to be shown. Raises UserError, and stopping.NonFinite.
     """
-    lock = shell.held(workdir, "--workdir") if jax.process_index() == 0 else contextlib.nullcontext(shell.FREE)
+    lock = (
+        shell.held(workdir, "--workdir")
+        if jax.process_index() == 0
+        else contextlib.nullcontext(shell.FREE)
+    )
     with signals.listening() as heard, lock as held:
         try:
             return in_workdir(cfg, raw, defaults, workdir, held, heard, started, name)
@@ -95,7 +107,10 @@ def in_workdir(
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     names = parameter_names(abstract.params)
     step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, abstract.params)), donate_argnums=0)
-    difference_norm, copy = jax.jit(optim.difference_norm), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    difference_norm, copy = (
+        jax.jit(optim.difference_norm),
+        jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)),
+    )
     saves = checkpoint.Checkpoints(
         workdir / "checkpoints",
         every=cfg.checkpoint.every,
@@ -103,15 +118,23 @@ def in_workdir(
         keep_best=cfg.checkpoint.keep_best,
     )
     metadata = {"config": raw, "data": data.fingerprint}
-    with progress.doing("restoring the newest checkpoint" if saves.directory.exists() else "making the parameters"):
+    with progress.doing(
+        "restoring the newest checkpoint" if saves.directory.exists() else "making the parameters"
+    ):
         state, notes = begin(cfg, saves, metadata, defaults, init, abstract, data)
     start = int(state.step)
     banner.show_start(progress, cfg, start)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
     # What is written, and what is shown
-    metrics.write_run_info(workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main)
-    notes += [*data.notes, *rules.advice(cfg), *(starts.changed_code(workdir) if main and start else [])]
+    metrics.write_run_info(
+        workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main
+    )
+    notes += [
+        *data.notes,
+        *rules.advice(cfg),
+        *(starts.changed_code(workdir) if main and start else []),
+    ]
     for note in notes:
         progress.message(note)
     with progress.doing("opening the files of the run"):
@@ -141,7 +164,9 @@ def in_workdir(
     meter = interference.make_meter(cfg, model) if cfg.log.interference_every else None
     records, load = record.recorded(cfg), LoadOverTime(cfg.model.moe.num_experts)
     with progress.doing("measuring the peak FLOP/s") if start < last else contextlib.nullcontext():
-        peak = flops.measure_peak(cfg.model.dtype) * jax.process_count() if start < last else math.nan
+        peak = (
+            flops.measure_peak(cfg.model.dtype) * jax.process_count() if start < last else math.nan
+        )
     clock = StepClock(tokens_per_step, step_flops=step_flops, peak=peak)
     evaluation: dict[str, Any] = {}
     sample = ""
@@ -155,13 +180,25 @@ def in_workdir(
                 result |= task.finish(cfg, trained, data, workdir)
         text = ""
         if sampler:
-            settings = Settings(cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=())
+            settings = Settings(
+                cfg.eval.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=cfg.seed, stop=()
+            )
             prompt = cfg.eval.sample_prompt
             with progress.doing("drawing a sample"):
                 text = prompt + sampler(judged(state), state.router_state, [prompt], settings)[0]
         if main:
             with progress.doing("writing what was evaluated"):
-                publish(task, int(state.step), result, text, data, writer, progress, load, workdir if final else None)
+                publish(
+                    task,
+                    int(state.step),
+                    result,
+                    text,
+                    data,
+                    writer,
+                    progress,
+                    load,
+                    workdir if final else None,
+                )
         return result, text
 
     # The loop
@@ -197,19 +234,30 @@ def in_workdir(
             if step == start:
                 jax.block_until_ready(state.step)
                 heard.note()
-                progress.message(f"first step done {time.monotonic() - started:.1f} s after the start")
+                progress.message(
+                    f"first step done {time.monotonic() - started:.1f} s after the start"
+                )
             stop = stopping.due(done, start, cfg.log.every)
             if profile.ends(done, done == last or stop):
                 with progress.doing("reading the profile", after=state.step):
                     for line in profile.end(done, done == last or stop, step_fn, state, batch):
                         progress.message(line)
-            due = (cfg.eval.every and done % cfg.eval.every == 0) or saves.due(done) or done == last or stop
+            due = (
+                (cfg.eval.every and done % cfg.eval.every == 0)
+                or saves.due(done)
+                or done == last
+                or stop
+            )
             if logged or stop:
                 held.check()
                 row = log_row(values)
                 progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))
                 writer.write(done, row | {"train/epoch": batches.epoch(done), **clock.figures()})
-            if writer.shows_images and done % cfg.log.histogram_every == 0 and "counts" in values["moe"]:
+            if (
+                writer.shows_images
+                and done % cfg.log.histogram_every == 0
+                and "counts" in values["moe"]
+            ):
                 load.note(done, values["moe"]["counts"])
             while due and pending:  # nothing is evaluated or saved before it is known to be finite
                 finish(cfg, pending.popleft(), names, saves)
@@ -218,7 +266,9 @@ def in_workdir(
                 raise stopping.Interrupted
             if (cfg.eval.every and done % cfg.eval.every == 0) or done == last:
                 evaluation, sample = evaluate_now(state, done == last)
-                score = evaluation["loss"]  # of this very state: a checkpoint of a later step has none
+                score = evaluation[
+                    "loss"
+                ]  # of this very state: a checkpoint of a later step has none
             if saves.due(done) or done == last:
                 held.check()
                 with progress.doing("saving", after=state.step):
@@ -231,7 +281,9 @@ def in_workdir(
     finally:
         with contextlib.closing(progress), progress.doing("finishing the last save"):
             close_all(source, profile, writer, saves)  # the last save is on disk when this returns
-    return Result(int(state.step), heard.release(), evaluation, data, clock.tokens_per_second, sample)
+    return Result(
+        int(state.step), heard.release(), evaluation, data, clock.tokens_per_second, sample
+    )
 
 
 def close_all(*things: Any) -> None:
@@ -254,7 +306,9 @@ def publish(
 ) -> None:
     """Writes and shows an evaluation; `pictures`: where that of the routing goes, at the end of a run and only there."""
     # Numbers alone: a translation's figures have the signature of its BLEU among them.
-    figures = {f"eval/{name}": value for name, value in result.items() if isinstance(value, int | float)}
+    figures = {
+        f"eval/{name}": value for name, value in result.items() if isinstance(value, int | float)
+    }
     if pictures:
         writer.write_final(step, figures, [name for name in figures if "/domain/" not in name])
     else:
@@ -271,7 +325,9 @@ def publish(
         writer.image(step, "moe/routing", picture.routing(*seen, pictures / "routing.png"))
 
 
-def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], saves: checkpoint.Checkpoints) -> None:
+def finish(
+    cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], saves: checkpoint.Checkpoints
+) -> None:
     """Waits for a step, and stops the run when too many in a row were not finite."""
     step, values = entry
     skipped = int(values["skipped"])
@@ -279,7 +335,11 @@ def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], sav
         return
     parameter = stopping.first_broken(names, np.asarray(values["finite_leaves"]))
     good = saves.latest()
-    where = "no checkpoint yet" if good is None else f"last good checkpoint: step {good} in {saves.directory}"
+    where = (
+        "no checkpoint yet"
+        if good is None
+        else f"last good checkpoint: step {good} in {saves.directory}"
+    )
     raise stopping.NonFinite(
         f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite {skipped} time(s) in a row "
         f"(train.nonfinite_patience = {cfg.train.nonfinite_patience}); the gradient of {parameter} went wrong first; {where}"
@@ -289,7 +349,9 @@ def finish(cfg: Config, entry: tuple[int, dict[str, Any]], names: list[str], sav
 def log_row(values: Mapping[str, Any]) -> dict[str, float]:
     """One row of metrics.jsonl: scalars of the step, MoE figures as means over layers and for each layer."""
     host = jax.device_get(values)
-    row = {f"train/{name}": float(v) for name, v in host.items() if np.ndim(v) == 0 and name != "moe"}
+    row = {
+        f"train/{name}": float(v) for name, v in host.items() if np.ndim(v) == 0 and name != "moe"
+    }
     for name, value_L in host["moe"].items():
         if name == "counts":
             continue

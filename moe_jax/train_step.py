@@ -86,7 +86,9 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
         opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
         ema = optim.begin_ema(params) if cfg.optim.ema_decay else None
         master = optim.wide_copy(params) if cfg.optim.master_copy else ()
-        return State(jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks, master)
+        return State(
+            jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks, master
+        )
 
     return init
 
@@ -114,7 +116,9 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
     coefficients = cfg.model.moe.losses
 
     def totals_of(params: Any, router_state: Any, batch: Any, rng: jax.Array) -> Any:
-        forward = lambda micro: contract.forward(task, model.bind(params, router_state), micro, rng)
+        def forward(micro):
+            return contract.forward(task, model.bind(params, router_state), micro, rng)
+
         if num == 1:
             return forward(batch)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
@@ -156,13 +160,24 @@ def make_step(
             grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)
             squares = optim.squares(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
-            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old) if can_skip else new
+
+            def keep(new, old):
+                return (
+                    jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+                    if can_skip
+                    else new
+                )
+
             moved, masks = keep((moved, masks), (updated(state), state.masks))
             kept = {
                 **keep(opt_state, dict(state.opt_state)),
                 "rate": opt_state["rate"],
             }  # it follows the step, not the updates
-            ema = optim.update_ema(state.ema, moved, cfg.optim.ema_decay) if state.ema is not None else None
+            ema = (
+                optim.update_ema(state.ema, moved, cfg.optim.ema_decay)
+                if state.ema is not None
+                else None
+            )
             if ema is not None and zeros.rule != "none":
                 ema = sparse.mask(ema, sparse.alive(zeros, moved, masks))
             ema = keep(ema, state.ema)
@@ -171,7 +186,12 @@ def make_step(
                 router_state = keep(update_routers(cfg, router_state, totals["moe"]), router_state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         new = advanced(cfg, state, moved)._replace(
-            step=state.step + 1, router_state=router_state, opt_state=kept, ema=ema, skipped=skipped, masks=masks
+            step=state.step + 1,
+            router_state=router_state,
+            opt_state=kept,
+            ema=ema,
+            skipped=skipped,
+            masks=masks,
         )
         metrics = {
             "loss": loss,
@@ -204,7 +224,9 @@ def descend(
     opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
     params = optax.apply_updates(updated(state), updates)
     if zeros.rule != "none":
-        now = sparse.Now(state.step + 1, cfg.train.steps, optim.schedule(cfg.optim)(state.step), rng)
+        now = sparse.Now(
+            state.step + 1, cfg.train.steps, optim.schedule(cfg.optim)(state.step), rng
+        )
         params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)
         opt_state = sparse.mask_moments(opt_state, masks)
     return grads, params, opt_state, masks
@@ -212,7 +234,10 @@ def descend(
 
 def routers_learn(cfg: Config, params: Any) -> bool:
     """Whether the routers' state may move: not where optim.train_only trains no router and no expert, for then the model is frozen."""
-    return any("moe" in n.split("/") and re.search(cfg.optim.train_only, n) for n in parameter_names(params))
+    return any(
+        "moe" in n.split("/") and re.search(cfg.optim.train_only, n)
+        for n in parameter_names(params)
+    )
 
 
 def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:
@@ -220,14 +245,18 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
     if not jax.tree.leaves(router_state):
         return router_state
     moe = cfg.model.moe
-    router_cfg = RouterCfg(moe.num_experts, moe.router_options, moe.group_rows, cfg.model.vocab_size, total=lambda z: z)
+    router_cfg = RouterCfg(
+        moe.num_experts, moe.router_options, moe.group_rows, cfg.model.vocab_size, total=lambda z: z
+    )
 
     def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
         """Of one layer."""
         state = dict(state)
         weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive["rate"] else {}
         new = dict(ROUTERS[moe.router].update(state, totals, router_cfg))
-        return new | {name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()}
+        return new | {
+            name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()
+        }
 
     stacked = jax.vmap(update)(router_states.stack(router_state, cfg.model), totals)
     return dict(router_states.unstack(router_state, stacked, cfg.model))

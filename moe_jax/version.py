@@ -29,7 +29,9 @@ def git_state(source: Path) -> dict[str, Any] | None:
     def git(*command: str) -> subprocess.CompletedProcess[str]:
         # without optional locks, a look at the repository never disturbs a commit that is under way
         options = ("--no-optional-locks", "-C", str(source))
-        return subprocess.run(["git", *options, *command], capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(
+            ["git", *options, *command], capture_output=True, text=True, timeout=30, check=False
+        )
 
     try:
         # an installed copy may lie inside a repository that has nothing to do with it
@@ -39,7 +41,11 @@ def git_state(source: Path) -> dict[str, Any] | None:
         changes = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return None if commit.returncode else {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+    return (
+        None
+        if commit.returncode
+        else {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+    )
 
 
 def installed_commit() -> str:

@@ -54,9 +54,19 @@ def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:
 class Weights(nnx.Module):
     """A module that is nothing but named parameters."""
 
-    def __init__(self, key: jax.Array, weights: dict[str, Weight], dtype: str, kind: type[nnx.Variable] = nnx.Param):
+    def __init__(
+        self,
+        key: jax.Array,
+        weights: dict[str, Weight],
+        dtype: str,
+        kind: type[nnx.Variable] = nnx.Param,
+    ):
         for name, weight in weights.items():
-            setattr(self, name, kind(draw(jax.random.fold_in(key, zlib.crc32(name.encode())), weight, dtype)))
+            setattr(
+                self,
+                name,
+                kind(draw(jax.random.fold_in(key, zlib.crc32(name.encode())), weight, dtype)),
+            )
 
     def __getitem__(self, name: str) -> jax.Array:
         return getattr(self, name)[...]

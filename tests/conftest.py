@@ -9,7 +9,9 @@ from pathlib import Path
 
 from moe_jax.parallel.compiling import QUICK, as_flags
 
-os.environ.setdefault("PJRT_NPROC", "64")  # read when jax loads: fewer threads deadlock collectives on two cores
+os.environ.setdefault(
+    "PJRT_NPROC", "64"
+)  # read when jax loads: fewer threads deadlock collectives on two cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if (
     "--full" not in sys.argv
@@ -21,7 +23,10 @@ import pytest
 
 # A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP. The processes that tests start would
 # inherit that, and never hear the signals that are sent to them.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
@@ -41,12 +46,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--full", action="store_true", help="also run the tests marked 'full' (every documented command among them)"
+        "--full",
+        action="store_true",
+        help="also run the tests marked 'full' (every documented command among them)",
     )
 
 
 # Files whose longest tests take the most: first, so that the workers of `-n 2` end together.
-SLOWEST = ("test_verify", "test_run", "test_mutations", "test_instruments", "test_depth", "test_model")
+SLOWEST = (
+    "test_verify",
+    "test_run",
+    "test_mutations",
+    "test_instruments",
+    "test_depth",
+    "test_model",
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -77,6 +91,8 @@ def pytest_runtest_protocol(item):
 @pytest.fixture
 def float64():
     """Runs a test in float64, where equality can be proven: no rounding tie flips a routing decision."""
-    jax.config.update("jax_enable_x64", True)  # globally: a checkpoint is written and read by other threads
+    jax.config.update(
+        "jax_enable_x64", True
+    )  # globally: a checkpoint is written and read by other threads
     yield
     jax.config.update("jax_enable_x64", False)

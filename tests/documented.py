@@ -67,9 +67,16 @@ def sources() -> list[tuple[str, str]]:
     """(path, text) of what is read."""
     pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
     programs = [path for pattern in PROGRAMS for path in sorted(ROOT.glob(pattern))]
-    name = lambda path: str(path.relative_to(ROOT))
-    of_program = lambda path: ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
-    return [(name(path), path.read_text()) for path in pages] + [(name(path), of_program(path)) for path in programs]
+
+    def name(path):
+        return str(path.relative_to(ROOT))
+
+    def of_program(path):
+        return ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+
+    return [(name(path), path.read_text()) for path in pages] + [
+        (name(path), of_program(path)) for path in programs
+    ]
 
 
 def read(text: str) -> list[str]:
@@ -95,7 +102,11 @@ def _of_line(line: str) -> list[str]:
 
 def rows_of_flags(text: str) -> list[str]:
     """Each row of the table of flags as the run that they are added to: the quickstart, where they name no config."""
-    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("|") and line.count("|") == 3]
+    rows = [
+        line.split("|")[2]
+        for line in text.splitlines()
+        if line.startswith("|") and line.count("|") == 3
+    ]
     spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
     found = [span.removesuffix(" ...") for span in spans if re.match(r"--\w", span)]
     return [f"{TRAIN if '--config ' in span else QUICKSTART} {span}" for span in found]

@@ -26,8 +26,13 @@ def weights(cfg):
     """Parameters and router state from NumPy: nothing is compiled to draw them, and they are the same on every mesh."""
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(jax.jit(make_model(cfg.model).init), jax.random.key(0))
-    place = lambda s: jax.sharding.NamedSharding(jax.sharding.get_mesh(), s.sharding.spec)
-    draw = lambda s: jax.device_put((0.3 * rng.normal(size=s.shape)).astype(s.dtype), place(s))
+
+    def place(s):
+        return jax.sharding.NamedSharding(jax.sharding.get_mesh(), s.sharding.spec)
+
+    def draw(s):
+        return jax.device_put((0.3 * rng.normal(size=s.shape)).astype(s.dtype), place(s))
+
     return jax.tree.map(draw, abstract)
 
 
@@ -44,7 +49,9 @@ def recorded(run, wanted=probe.ROUTING, **changes):
 
 def loss(run, params=None, **changes):
     inputs = held_out.place(run, run.batches[0])._replace(**changes)
-    return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)["nll"]
+    return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)[
+        "nll"
+    ]
 
 
 def with_(run, layer, change):

@@ -22,26 +22,42 @@ ONE = (1, 1, 1)
 def config(kind, options=None, model=None, moe=None):
     """The ModelConfig of a kind with some options of its own, some keys of the model, and some of its experts."""
     cfg = tiny.build(changes=model).model
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in base.get_config().model.kinds[kind].items()}
+    own = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in base.get_config().model.kinds[kind].items()
+    }
     moe_cfg = dataclasses.replace(cfg.moe, **(moe or {}))
-    return dataclasses.replace(cfg, kind=kind, kind_options=Options(own | (options or {})), moe=moe_cfg)
+    return dataclasses.replace(
+        cfg, kind=kind, kind_options=Options(own | (options or {})), moe=moe_cfg
+    )
 
 
 MULTI = {"router": "multi_gate", "router_options": Options(k=2, num_gates=3, renormalize=True)}
 NOISY = {"router": "noisy_top_k", "router_options": Options(k=2, min_noise=0.01)}
 PATTERN = {"model.prefix": ("dense",), "model.repeats": 1, "model.dropout": 0.2}
 CASES = {
-    "encoder": lambda: config("encoder", {"num_classes": 3, "head_dropout": 0.1, "token_dropout": 0.2}, PATTERN, NOISY),
-    "encoder of vectors": lambda: config(
-        "encoder", {"inputs": "vectors", "input_dim": P, "pool": "max", "learned_positions": S}, {"model.repeats": 1}
+    "encoder": lambda: config(
+        "encoder", {"num_classes": 3, "head_dropout": 0.1, "token_dropout": 0.2}, PATTERN, NOISY
     ),
-    "encdec": lambda: config("encdec", {"encoder_repeats": 2}, {"model.dropout": 0.2, "model.repeats": 1}),
+    "encoder of vectors": lambda: config(
+        "encoder",
+        {"inputs": "vectors", "input_dim": P, "pool": "max", "learned_positions": S},
+        {"model.repeats": 1},
+    ),
+    "encdec": lambda: config(
+        "encdec", {"encoder_repeats": 2}, {"model.dropout": 0.2, "model.repeats": 1}
+    ),
     "prefix": lambda: config("decoder", {"bidirectional_prefix": True}, {"model.repeats": 1}),
     "mmoe": lambda: config(
-        "mmoe", {"items": (7, 4, 2), "item_dropout": 0.3}, {"model.dropout": 0.2, "model.repeats": 1}, MULTI
+        "mmoe",
+        {"items": (7, 4, 2), "item_dropout": 0.3},
+        {"model.dropout": 0.2, "model.repeats": 1},
+        MULTI,
     ),
     "article": lambda: config("article", {"window": 4}),
-    "article, a class": lambda: config("article", {"window": 9, "num_classes": 3, "aggregate": "gated"}),
+    "article, a class": lambda: config(
+        "article", {"window": 9, "num_classes": 3, "aggregate": "gated"}
+    ),
 }
 close = functools.partial(np.testing.assert_allclose, rtol=0)
 
@@ -63,7 +79,9 @@ def inputs(name, seed=0):
     if name == "encdec":
         return batch._replace(inputs=tokens(rng, T, [5, 1, 0, 3, 2, 5, 4, 5]))
     if name == "prefix":
-        return batch._replace(inputs=np.arange(S)[None] < np.array([2, 3, 0, 0, 4, 1, 5, 1])[:, None])
+        return batch._replace(
+            inputs=np.arange(S)[None] < np.array([2, 3, 0, 0, 4, 1, 5, 1])[:, None]
+        )
     if name == "mmoe":
         weight = rng.random((B, 5)) * (rng.random((B, 5)) < 0.7)
         weight[3] = 0
@@ -84,11 +102,17 @@ class Run:
             self.model = make_model(cfg)
             self.params, self.router_state = jax.jit(self.model.init)(jax.random.key(0))
             self.run = jax.jit(
-                lambda p, r, b, train: self.model.bind(p, r)(b, jax.random.key(3), train), static_argnums=3
+                lambda p, r, b, train: self.model.bind(p, r)(b, jax.random.key(3), train),
+                static_argnums=3,
             )
+
             # what begins at zero or one is moved, so that nothing is special
-            odd = lambda path, z: z + 0.1 * jnp.sin(jnp.arange(z.shape[-1])) if "bias" in str(path) else z
-            self.params = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, odd))(self.params)
+            def odd(path, z):
+                return z + 0.1 * jnp.sin(jnp.arange(z.shape[-1])) if "bias" in str(path) else z
+
+            self.params = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, odd))(
+                self.params
+            )
 
     def __call__(self, batch, train=False):
         """(logits, sums) as NumPy arrays."""
@@ -99,11 +123,18 @@ class Run:
         """Of a smooth function of logits and balance losses, in training: (logits, sums, gradient)."""
 
         def value(params, batch):
-            logits, sums = self.model.bind(params, self.router_state)(batch, jax.random.key(3), True)
-            extra = losses.auxiliary(load.totals(sums), {"balance": 0.5, "z": 0.1})[0] if sums else 0.0
+            logits, sums = self.model.bind(params, self.router_state)(
+                batch, jax.random.key(3), True
+            )
+            extra = (
+                losses.auxiliary(load.totals(sums), {"balance": 0.5, "z": 0.1})[0] if sums else 0.0
+            )
             wave = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)
             place = jax.typeof(logits).sharding
-            return (jnp.sin(logits) * jax.sharding.reshard(wave, place)).sum() + extra, (logits, sums)
+            return (jnp.sin(logits) * jax.sharding.reshard(wave, place)).sum() + extra, (
+                logits,
+                sums,
+            )
 
         with jax.set_mesh(self.mesh):
             run = jax.jit(jax.grad(value, has_aux=True))

@@ -55,7 +55,10 @@ def config(case, dispatcher):
 def experts():
     """(w_in [E, D, 2, F], w_out [E, F, D], weights of the output [T, D])."""
     rng = np.random.default_rng(5)
-    normal = lambda *shape: rng.normal(size=shape)
+
+    def normal(*shape):
+        return rng.normal(size=shape)
+
     return normal(E, D, 2, F) / 4, normal(E, F, D) / 4, normal(B * S, D)
 
 
@@ -63,18 +66,34 @@ def run(case, dispatcher, shape, gradient=False):
     """(y [T, D], sums, gradients by x, router and experts or None) of the layer in training mode, on a mesh."""
     given, (params, state) = router_cases.tokens(case), router_cases.weights(case)
     w_in, w_out, dy = experts()
-    rows = lambda z: z.reshape((B, S) + z.shape[1:])
+
+    def rows(z):
+        return z.reshape((B, S) + z.shape[1:])
+
     with jax.set_mesh(meshes.make(*shape)):
-        split = lambda key: nnx.split(MoELayer(key, config(case, dispatcher)), nnx.Param, RouterState)
+
+        def split(key):
+            return nnx.split(MoELayer(key, config(case, dispatcher)), nnx.Param, RouterState)
+
         graph, abstract, abstract_state = nnx.eval_shape(split, jax.random.key(0))
-        put = lambda z: meshes.put(rows(z), "batch")
+
+        def put(z):
+            return meshes.put(rows(z), "batch")
+
         seen = (put(z) for z in (given.id_T, given.position_T, given.segment_T))
-        batch = Batch(*seen, meshes.put(given.row_T[::S], "batch"), recorded=jax.tree.map(put, given.recorded))
-        placed = lambda like, values: jax.tree.map(
-            lambda z, leaf: jax.device_put(z, jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)),
-            values,
-            like,
+        batch = Batch(
+            *seen, meshes.put(given.row_T[::S], "batch"), recorded=jax.tree.map(put, given.recorded)
         )
+
+        def placed(like, values):
+            return jax.tree.map(
+                lambda z, leaf: jax.device_put(
+                    z, jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+                ),
+                values,
+                like,
+            )
+
         weights = {"router": params, "experts": {"w_in": w_in, "w_out": w_out}}
         weights = placed(nnx.to_pure_dict(abstract), {n: w for n, w in weights.items() if w})
         values = placed(nnx.to_pure_dict(abstract_state), {"state": state} if state else {})
@@ -87,8 +106,14 @@ def run(case, dispatcher, shape, gradient=False):
             smooth = sum(jnp.sin(sums[name]).sum() for name in ("probs", "importance", "z"))
             return (y * dy_BSD).sum() + smooth, (y, sums)
 
-        program = jax.grad(loss, argnums=(0, 1), has_aux=True) if gradient else lambda *args: (None, loss(*args)[1])
-        gradients, (y, sums) = jax.device_get(router_cases.compiled(program)(put(given.x_TD), weights))
+        program = (
+            jax.grad(loss, argnums=(0, 1), has_aux=True)
+            if gradient
+            else lambda *args: (None, loss(*args)[1])
+        )
+        gradients, (y, sums) = jax.device_get(
+            router_cases.compiled(program)(put(given.x_TD), weights)
+        )
     return y.reshape(B * S, D), sums, gradients
 
 

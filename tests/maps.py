@@ -59,7 +59,10 @@ def sample(key):
     keys = jax.random.split(key)
     cluster = jax.random.randint(keys[0], (B, S), 0, C)
     z = jax.random.normal(keys[1], (B, S, Z))
-    x = jnp.concatenate([2 * jax.nn.one_hot(cluster, C), jnp.ones((B, S, 1)), z, jnp.zeros((B, S, D - C - 1 - Z))], -1)
+    x = jnp.concatenate(
+        [2 * jax.nn.one_hot(cluster, C), jnp.ones((B, S, 1)), z, jnp.zeros((B, S, D - C - 1 - Z))],
+        -1,
+    )
     target = jnp.einsum("BSij,BSj->BSi", jnp.asarray(maps())[cluster], z)
     return jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), (x, target, cluster))
 
@@ -114,14 +117,18 @@ def train_moe(cfg, seed=0):
 
         def loss(params, state, key):
             x, target, cluster = sample(key)
-            y, sums = nnx.merge(graph, params, state)(x, batch_of(key, cluster, cfg.router), key, True)
+            y, sums = nnx.merge(graph, params, state)(
+                x, batch_of(key, cluster, cfg.router), key, True
+            )
             totals = load.totals({name: z[None] for name, z in sums.items()})
             error = jnp.square(y - target).mean()
             return error + losses.auxiliary(totals, coefficients(cfg))[0], (error, totals)
 
         def update(state, totals):
             old = nnx.to_pure_dict(state)["state"] if jax.tree.leaves(state) else {}
-            new = ROUTERS[cfg.router].update(old, {name: z[0] for name, z in totals.items()}, router_cfg)
+            new = ROUTERS[cfg.router].update(
+                old, {name: z[0] for name, z in totals.items()}, router_cfg
+            )
             if old:
                 nnx.replace_by_pure_dict(state, {"state": dict(new)})
             return state
@@ -132,7 +139,9 @@ def train_moe(cfg, seed=0):
 def train_dense(hidden, seed=0):
     """The same for one dense network of that hidden width."""
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
-        graph, params = nnx.split(FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32"))
+        graph, params = nnx.split(
+            FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32")
+        )
 
         def loss(params, state, key):
             x, target, _ = sample(key)

@@ -53,7 +53,10 @@ def statistics_per_device(patch):
     def wrong(sums_LB):
         if not sums_LB:
             return right(sums_LB)
-        part = lambda z: z.reshape((z.shape[0], batch_devices(), -1) + z.shape[2:]).sum(2)
+
+        def part(z):
+            return z.reshape((z.shape[0], batch_devices(), -1) + z.shape[2:]).sum(2)
+
         counts, probs, tokens = (part(sums_LB[name]) for name in ("counts", "probs", "tokens"))
         return right(sums_LB) | {"wrong": load.product(counts, probs, tokens).mean(1)}
 
@@ -75,7 +78,9 @@ def slice_off_by_one(patch):
 
 def no_psum_over_model(patch):
     right = jax.lax.psum
-    patch.setattr(jax.lax, "psum", lambda x, axis, **more: x if axis == "model" else right(x, axis, **more))
+    patch.setattr(
+        jax.lax, "psum", lambda x, axis, **more: x if axis == "model" else right(x, axis, **more)
+    )
 
 
 def one_shard_of_model(patch):
@@ -101,7 +106,11 @@ def no_psum_over_expert(patch):
 
 def padding_routed(patch):
     right = layer._tokens
-    patch.setattr(layer, "_tokens", lambda x, b: right(x, b)._replace(valid_T=jnp.ones_like(right(x, b).valid_T)))
+    patch.setattr(
+        layer,
+        "_tokens",
+        lambda x, b: right(x, b)._replace(valid_T=jnp.ones_like(right(x, b).valid_T)),
+    )
 
 
 def padding_in_loss(patch):
@@ -115,32 +124,47 @@ def padding_in_loss(patch):
 def random_per_device(patch):
     """Dropout folds in the place of a row on its device instead of the row."""
     right = decoder.dropout
-    local = lambda row_B: row_B % (row_B.shape[0] // batch_devices())
+
+    def local(row_B):
+        return row_B % (row_B.shape[0] // batch_devices())
+
     patch.setattr(decoder, "dropout", lambda x, rate, rng, row_B: right(x, rate, rng, local(row_B)))
 
 
 def wrong_gate(patch):
     """The gates of a token's two choices are exchanged."""
-    swap = lambda gate_N: gate_N.reshape(-1, 2)[:, ::-1].reshape(-1)
+
+    def swap(gate_N):
+        return gate_N.reshape(-1, 2)[:, ::-1].reshape(-1)
+
     dispatcher(patch, lambda routing: routing._replace(gate_N=swap(routing.gate_N)))
 
 
 def k_major(patch):
     """All first choices before all second ones: a later token's first choice takes the place of an earlier one's second."""
-    order = lambda n: jnp.arange(n, dtype=jnp.int32).reshape(-1, 2).T.reshape(-1)
+
+    def order(n):
+        return jnp.arange(n, dtype=jnp.int32).reshape(-1, 2).T.reshape(-1)
+
     dispatcher(patch, lambda routing: routing._replace(order_N=order(routing.token_N.shape[0])))
 
 
 def last_come_first_served(patch):
     """Of the assignments of an expert the last of a group win."""
     dispatcher(
-        patch, lambda routing: routing._replace(order_N=jnp.arange(routing.token_N.shape[0], dtype=jnp.int32)[::-1])
+        patch,
+        lambda routing: routing._replace(
+            order_N=jnp.arange(routing.token_N.shape[0], dtype=jnp.int32)[::-1]
+        ),
     )
 
 
 def dispatcher(patch, change: Callable[[Any], Any]):
     right = DISPATCHERS["capacity"]
-    wrong = lambda x, routing, experts, **more: right.apply(x, change(routing), experts, **more)
+
+    def wrong(x, routing, experts, **more):
+        return right.apply(x, change(routing), experts, **more)
+
     patch.setitem(DISPATCHERS, "capacity", right._replace(apply=wrong))
 
 
@@ -151,7 +175,9 @@ def gate_and_up_mixed(patch):
         if on_several_devices("model"):
             n, whole = jax.lax.axis_size("model"), exchange.all_gather(w_in, "model", 3)
             fused = whole.reshape(*whole.shape[:2], n, -1)
-            mine = jax.lax.dynamic_index_in_dim(fused, jax.lax.axis_index("model"), 2, keepdims=False)
+            mine = jax.lax.dynamic_index_in_dim(
+                fused, jax.lax.axis_index("model"), 2, keepdims=False
+            )
             w_in = mine.reshape(w_in.shape)
         return expert_ffn(x, gate, start, size, w_in, w_out, **more)
 
@@ -160,7 +186,9 @@ def gate_and_up_mixed(patch):
 
 def capacity_per_device(patch):
     """The usual way: the tokens of a device share capacity, so that what drops depends on the mesh."""
-    patch.setattr(layer, "Shape", lambda **sizes: Shape(**(sizes | {"group_tokens": sizes["num_tokens"]})))
+    patch.setattr(
+        layer, "Shape", lambda **sizes: Shape(**(sizes | {"group_tokens": sizes["num_tokens"]}))
+    )
 
 
 def plain_accumulation(patch):
@@ -175,7 +203,10 @@ def plain_accumulation(patch):
         def loss(params, router_state, batch, rng):
             micro = train_step.micro_batches(batch, num, cfg.model.moe.group_rows)
             each = [jax.tree.map(lambda z, i=i: z[i], micro) for i in range(num)]
-            totals = [contract.forward(lm.TASK, model.bind(params, router_state), one, rng) for one in each]
+            totals = [
+                contract.forward(lm.TASK, model.bind(params, router_state), one, rng)
+                for one in each
+            ]
             values = [contract.objective(one, cfg.model.moe.losses) for one in totals]
             whole = jax.tree.map(lambda *z: sum(z), *totals)
             return sum(value for value, _ in values) / num, (whole, values[0][1])
@@ -188,13 +219,18 @@ def plain_accumulation(patch):
 def too_little_room(patch):
     """A device whose experts are chosen half as often again as they should be leaves out what does not fit, without a word."""
     right = dropless.worst
-    patch.setattr(dropless, "worst", lambda shape: min(right(shape), 3 * shape.num_assignments // 2))
+    patch.setattr(
+        dropless, "worst", lambda shape: min(right(shape), 3 * shape.num_assignments // 2)
+    )
 
 
 def kernel_without_gates(patch):
     """The grouped product of accelerators, which no CPU runs, forgets the gates."""
     right = grouped_matmul._forward_ragged
-    wrong = lambda act, rows, layout: right(act, rows._replace(gate_R=jnp.ones_like(rows.gate_R)), layout)
+
+    def wrong(act, rows, layout):
+        return right(act, rows._replace(gate_R=jnp.ones_like(rows.gate_R)), layout)
+
     patch.setattr(grouped_matmul, "_forward_ragged", wrong)
 
 
@@ -204,7 +240,9 @@ def first_documents(patch):
 
     def wrong(run, groups):
         q, k, v, runs, *rest = groups
-        return right(run, (q, k, v, jax.tree.map(lambda z: jnp.broadcast_to(z[:1], z.shape), runs), *rest))
+        return right(
+            run, (q, k, v, jax.tree.map(lambda z: jnp.broadcast_to(z[:1], z.shape), runs), *rest)
+        )
 
     patch.setattr(jax.lax, "map", wrong)
 
@@ -212,16 +250,19 @@ def first_documents(patch):
 def mixed_back_by_dispatch(patch):
     """Soft MoE gives a token the results of the slots with the weights with which it went into them."""
     right = DISPATCHERS["slots"]
-    wrong = lambda x, slots, experts, **more: right.apply(
-        x, slots._replace(combine_GtEp=slots.dispatch_GtEp), experts, **more
-    )
+
+    def wrong(x, slots, experts, **more):
+        return right.apply(x, slots._replace(combine_GtEp=slots.dispatch_GtEp), experts, **more)
+
     patch.setitem(DISPATCHERS, "slots", right._replace(apply=wrong))
 
 
 def state_of_another_layer(patch):
     """The states of the routers are taken in the opposite order of the layers."""
     right = router_states.layers_of
-    patch.setattr(router_states, "layers_of", lambda path, cfg: cfg.num_moe_layers - 1 - right(path, cfg))
+    patch.setattr(
+        router_states, "layers_of", lambda path, cfg: cfg.num_moe_layers - 1 - right(path, cfg)
+    )
 
 
 def capacity_of_evaluation(patch):
@@ -229,7 +270,9 @@ def capacity_of_evaluation(patch):
     right = layer._on_device
 
     def wrong(*args, cfg, train):
-        return right(*args, cfg=cfg if train else dataclasses.replace(cfg, group_rows=10**6), train=train)
+        return right(
+            *args, cfg=cfg if train else dataclasses.replace(cfg, group_rows=10**6), train=train
+        )
 
     patch.setattr(layer, "_on_device", wrong)
 
@@ -243,7 +286,9 @@ def metrics_of_one_micro_batch(patch):
 
         def loss(params, router_state, batch, rng):
             value, (totals, parts) = right(cfg, model)(params, router_state, batch, rng)
-            last = jax.tree.map(lambda z: z[-1], train_step.micro_batches(batch, num, cfg.model.moe.group_rows))
+            last = jax.tree.map(
+                lambda z: z[-1], train_step.micro_batches(batch, num, cfg.model.moe.group_rows)
+            )
             found = contract.forward(lm.TASK, model.bind(params, router_state), last, rng)
             return value, (totals if num == 1 else totals | {"moe": found["moe"]}, parts)
 
@@ -270,12 +315,16 @@ MUTATIONS: dict[str, Mutation] = {
     "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh", {}),
     "random bits per device": Mutation(random_per_device, "tokens", "mesh", {}),
     "mean of micro-batch losses": Mutation(plain_accumulation, "forward", "layout", {}),
-    "padding routed": Mutation(padding_routed, "padding changes nothing, gradients included", "alone", {}),
+    "padding routed": Mutation(
+        padding_routed, "padding changes nothing, gradients included", "alone", {}
+    ),
     "padding in the loss": Mutation(
         padding_in_loss, "the loss is the mean over predictions that are not padding", "alone", {}
     ),
     "k-major order": Mutation(k_major, "later tokens change no earlier loss", "alone", {}),
-    "last come, first served": Mutation(last_come_first_served, "later tokens change no earlier loss", "alone", {}),
+    "last come, first served": Mutation(
+        last_come_first_served, "later tokens change no earlier loss", "alone", {}
+    ),
     "combined with the wrong gate": Mutation(
         wrong_gate, "the MoE layer equals plain arithmetic over all experts", "arithmetic", {}
     ),
@@ -287,11 +336,19 @@ MUTATIONS: dict[str, Mutation] = {
         first_documents, "attention in blocks equals attention at once", "attention", {}
     ),
     "soft MoE combined by dispatch weights": Mutation(
-        mixed_back_by_dispatch, "the MoE layer equals plain arithmetic over all experts", "arithmetic", SOFT
+        mixed_back_by_dispatch,
+        "the MoE layer equals plain arithmetic over all experts",
+        "arithmetic",
+        SOFT,
     ),
     "router state of another layer": Mutation(
-        state_of_another_layer, "each router's state follows the load of its own layer", "alone", BIASED
+        state_of_another_layer,
+        "each router's state follows the load of its own layer",
+        "alone",
+        BIASED,
     ),
-    "capacity per device in evaluation": Mutation(capacity_of_evaluation, "2x2x2 evaluates the same", "evaluation", {}),
+    "capacity per device in evaluation": Mutation(
+        capacity_of_evaluation, "2x2x2 evaluates the same", "evaluation", {}
+    ),
     "metrics of one micro-batch": Mutation(metrics_of_one_micro_batch, "sums", "layout", {}),
 }

@@ -54,7 +54,9 @@ def served(expert_TK, valid_T, num_experts, group_tokens=None, factor=None, orde
     num_tokens, k = expert_TK.shape
     places = num_tokens * k
     if factor is not None:
-        places = max(1, min(math.ceil(factor * k * group_tokens / num_experts - 1e-9), group_tokens))
+        places = max(
+            1, min(math.ceil(factor * k * group_tokens / num_experts - 1e-9), group_tokens)
+        )
     taken, kept = {}, []
     for t, j in order or [(t, j) for t in range(num_tokens) for j in range(k)]:
         if not valid_T[t]:
@@ -71,7 +73,9 @@ def top_k(x_TD, gate_DE, k, softmax="before", renormalize=True, scale=1.0):
     logits = x_TD @ gate_DE
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    chosen = np.stack([sorted(range(probs.shape[1]), key=lambda e: (-row[e], e))[:k] for row in logits])
+    chosen = np.stack(
+        [sorted(range(probs.shape[1]), key=lambda e: (-row[e], e))[:k] for row in logits]
+    )
     picked = np.take_along_axis(probs, chosen, -1)
     if softmax == "after" or renormalize:
         picked = picked / picked.sum(-1, keepdims=True)

@@ -44,7 +44,10 @@ def weights(case, num_experts=E, d_model=D):
         noise = rng.normal(size=weight.shape) * (weight.std or 0.1 * abs(weight.constant or 1))
         return weight.constant + noise
 
-    return tuple({n: draw(w) for n, w in part(sizes, options(case)).items()} for part in (router.params, router.state))
+    return tuple(
+        {n: draw(w) for n, w in part(sizes, options(case)).items()}
+        for part in (router.params, router.state)
+    )
 
 
 def tokens(case, num_rows=B, length=S, seed=0, padded=True):
@@ -59,7 +62,10 @@ def tokens(case, num_rows=B, length=S, seed=0, padded=True):
         k = options(case)["k"]
         expert = np.argsort(rng.random((num, E)), -1)[:, :k].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
-    flat = lambda z: np.broadcast_to(z, (num_rows, length)).reshape(-1).astype(np.int32)
+
+    def flat(z):
+        return np.broadcast_to(z, (num_rows, length)).reshape(-1).astype(np.int32)
+
     return Tokens(
         x_TD=rng.normal(size=(num, D)),
         id_T=rng.integers(0, VOCAB, num).astype(np.int32),
@@ -72,9 +78,21 @@ def tokens(case, num_rows=B, length=S, seed=0, padded=True):
     )
 
 
-def route(case, tokens, params, state, *, train=True, group_rows=GROUP_ROWS, num_experts=E, total=lambda z: z):
+def route(
+    case,
+    tokens,
+    params,
+    state,
+    *,
+    train=True,
+    group_rows=GROUP_ROWS,
+    num_experts=E,
+    total=lambda z: z,
+):
     cfg = RouterCfg(num_experts, options(case), group_rows, VOCAB, total)
-    return ROUTERS[CASES[case][0]].route(params, state, tokens, cfg=cfg, rng=jax.random.key(7), train=train)
+    return ROUTERS[CASES[case][0]].route(
+        params, state, tokens, cfg=cfg, rng=jax.random.key(7), train=train
+    )
 
 
 def answer(case, tokens, params, state, *, train=True):
@@ -94,17 +112,25 @@ def _program(case, num_rows, train):
 
 def parts(routing, tokens):
     """What `answer` returns, of a routing inside any program."""
-    listed = (routing.token_N, routing.expert_N, routing.order_N) if isinstance(routing, Routing) else ()
+    listed = (
+        (routing.token_N, routing.expert_N, routing.order_N) if isinstance(routing, Routing) else ()
+    )
     return dense(routing, tokens.id_T.shape[0]), dict(routing.sums), listed
 
 
 def dense(routing, num_tokens, num_experts=E):
     """{name: array [T, E, ...]}: gates and number of assignments of each token and expert, or the mixtures of soft slots."""
     if not isinstance(routing, Routing):
-        flat = lambda z: z.reshape((num_tokens,) + z.shape[2:])
+
+        def flat(z):
+            return z.reshape((num_tokens,) + z.shape[2:])
+
         return {"dispatch": flat(routing.dispatch_GtEp), "combine": flat(routing.combine_GtEp)}
     empty = jnp.zeros((num_tokens, num_experts), routing.gate_N.dtype)
-    add = lambda z: empty.at[routing.token_N, routing.expert_N].add(z, mode="drop")
+
+    def add(z):
+        return empty.at[routing.token_N, routing.expert_N].add(z, mode="drop")
+
     result = {"gates": add(routing.gate_N), "hits": add(jnp.ones_like(routing.gate_N))}
     return result if routing.copy_T is None else result | {"copy": routing.copy_T}
 

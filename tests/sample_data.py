@@ -25,7 +25,10 @@ def write(folder):
         _intents(text / f"banking77_{part}.csv.gz", rng, part, number)
     verses = [(f"Genesis {i // 4}:{i % 4 + 1}", _sentence(rng, i)) for i in range(400)]
     translated = folder / "translation"
-    packed(translated / "bible_kjv_rv1909_en_es.tsv.gz", [f"{at}\t{said}\t{said[::-1]}" for at, said in verses])
+    packed(
+        translated / "bible_kjv_rv1909_en_es.tsv.gz",
+        [f"{at}\t{said}\t{said[::-1]}" for at, said in verses],
+    )
     packed(translated / "ddtp_en_de.tsv.gz", [f"{said}\t{said[::-1]}" for _, said in verses])
     _baskets(folder / "recommendation" / "debian12_depends.tsv.gz", rng)
     _recordings(folder / "speech" / "recordings")
@@ -39,7 +42,9 @@ def _sentence(rng, number):
 def _labelled(path, rng, classes, columns):
     """Lines of label, a name and a text; 20 of each class."""
     label, name = columns
-    lines = [f"{label.format(i % classes)}\t{name}{i}\t{_sentence(rng, i)}" for i in range(20 * classes)]
+    lines = [
+        f"{label.format(i % classes)}\t{name}{i}\t{_sentence(rng, i)}" for i in range(20 * classes)
+    ]
     packed(path, ["label\tname\ttext", *lines])
 
 
@@ -70,7 +75,10 @@ def _recordings(folder):
 def _images(folder, rng):
     """Fashion-MNIST's idx files with noise for images."""
     folder.mkdir()
-    head = lambda *shape: bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+
+    def head(*shape):
+        return bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+
     for part, number in (("train", 400), ("t10k", 60)):
         pixels = rng.integers(0, 256, (number, 28, 28)).astype(np.uint8)
         labels = np.arange(number).astype(np.uint8) % 10

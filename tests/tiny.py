@@ -29,7 +29,9 @@ TINY = {
 
 
 # Of a language model, as far as an evaluation asks: one domain, every token one byte.
-DATA = SimpleNamespace(domains=("all",), tokenizer=SimpleNamespace(vocab_size=64, token_bytes=lambda: np.ones(64, int)))
+DATA = SimpleNamespace(
+    domains=("all",), tokenizer=SimpleNamespace(vocab_size=64, token_bytes=lambda: np.ones(64, int))
+)
 
 
 def raw(changes=None):
@@ -41,7 +43,10 @@ def raw(changes=None):
 
 
 def build(shape=(1, 1, 1), changes=None):
-    axes = {f"mesh.{name}": length for name, length in zip(("data", "expert", "model"), shape, strict=True)}
+    axes = {
+        f"mesh.{name}": length
+        for name, length in zip(("data", "expert", "model"), shape, strict=True)
+    }
     return config.build(raw({**axes, **(changes or {})}), int(np.prod(shape)))
 
 
@@ -74,7 +79,9 @@ class Program:
             self.init = jax.jit(train_step.initial(self.cfg, self.model))
             abstract = jax.eval_shape(self.init, jax.random.key(0))
             self.step = jax.jit(
-                train_step.make_step(self.cfg, self.model, train_step.make_tx(self.cfg, abstract.params))
+                train_step.make_step(
+                    self.cfg, self.model, train_step.make_tx(self.cfg, abstract.params)
+                )
             )
 
     def run(self, steps, first=None, begin=0):

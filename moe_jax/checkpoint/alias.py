@@ -43,7 +43,9 @@ def plain(directory: Path, gather: Callable[[int], list[int]] = alone) -> Iterat
     if not OPEN_FILES.is_dir():
         yield directory
         return
-    descriptor = _same_everywhere(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), gather)
+    descriptor = _same_everywhere(
+        os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), gather
+    )
     try:
         yield OPEN_FILES / str(descriptor)
     finally:
@@ -53,7 +55,9 @@ def plain(directory: Path, gather: Callable[[int], list[int]] = alone) -> Iterat
 def _same_everywhere(descriptor: int, gather: Callable[[int], list[int]]) -> int:
     """Exchanges an open file for one whose number is the same in every process."""
     numbers = gather(descriptor)
-    while len(set(numbers)) > 1:  # all but the highest move up, each to the first number that is free
+    while (
+        len(set(numbers)) > 1
+    ):  # all but the highest move up, each to the first number that is free
         if descriptor < max(numbers):
             higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(numbers))
             os.close(descriptor)

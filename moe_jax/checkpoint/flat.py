@@ -36,7 +36,9 @@ def layer_names(name: str, shape: tuple[int, ...], stacked: bool) -> list[str] |
         return None
     parts = name.split("/")
     if not shape:
-        raise ValueError(f'{name} is a scalar below "repeats": a stacked state has a leading axis of layers there')
+        raise ValueError(
+            f'{name} is a scalar below "repeats": a stacked state has a leading axis of layers there'
+        )
     at = parts.index(REPEATS) + 1
     return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(shape[0])]
 
@@ -50,8 +52,13 @@ def unstack(flat: Mapping[str, jax.Array], stacked: bool) -> Flat:
             out[name] = x
             continue
         layers = _layers(x)
-        host = [jax.device_put(layer, layer.sharding.with_memory_kind("pinned_host")) for layer in layers]
-        out.update(zip(names, jax.block_until_ready(host)))  # before the next array takes device memory of its own
+        host = [
+            jax.device_put(layer, layer.sharding.with_memory_kind("pinned_host"))
+            for layer in layers
+        ]
+        out.update(
+            zip(names, jax.block_until_ready(host))
+        )  # before the next array takes device memory of its own
     return out
 
 
@@ -65,7 +72,9 @@ def abstract_layers(flat: Mapping[str, Any], stacked: bool) -> dict[str, jax.Sha
         else:
             if isinstance(place, NamedSharding):
                 place = NamedSharding(place.mesh, P(*place.spec[1:]))
-            out.update({n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place) for n in names})
+            out.update(
+                {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place) for n in names}
+            )
     return out
 
 
@@ -74,7 +83,11 @@ def stack(layers: Flat, flat: Mapping[str, Any], stacked: bool) -> Flat:
     out: Flat = {}
     for name, x in flat.items():
         names = layer_names(name, x.shape, stacked)
-        out[name] = layers.pop(name) if names is None else _stacker(placement(x))([layers.pop(n) for n in names])
+        out[name] = (
+            layers.pop(name)
+            if names is None
+            else _stacker(placement(x))([layers.pop(n) for n in names])
+        )
     return out
 
 

@@ -178,7 +178,9 @@ def _names(directory: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{directory} holds no checkpoints that can be listed: {error.strerror}") from None
+        raise UserError(
+            f"{directory} holds no checkpoints that can be listed: {error.strerror}"
+        ) from None
 
 
 def _step_of(name: str) -> int | None:
@@ -199,7 +201,9 @@ def _marker(path: Path) -> Path:
 
 
 def _mark(path: Path) -> None:
-    text = f"{path.name} is being written or deleted. Without {manifest.MANIFEST} in it, it is a ruin."
+    text = (
+        f"{path.name} is being written or deleted. Without {manifest.MANIFEST} in it, it is a ruin."
+    )
     _marker(path).write_text(text + "\n", encoding="utf-8")
 
 

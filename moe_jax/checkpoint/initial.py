@@ -19,7 +19,13 @@ class Report(NamedTuple):
 
 
 def load_params(
-    directory: Any, params: Any, *, stacked: bool, rename: Mapping[str, str], part: str, step: int | None
+    directory: Any,
+    params: Any,
+    *,
+    stacked: bool,
+    rename: Mapping[str, str],
+    part: str,
+    step: int | None,
 ) -> tuple[Any, Report]:
     """Loads from a checkpoint the parameters that match in name and shape.
 
@@ -45,7 +51,9 @@ def load_params(
     sources = _sources(saved, part, rename)
     wanted = flat_lib.flatten(params)
     plan, left = _match(wanted, saved, sources, rename, stacked)
-    if not plan and part != "router_state":  # which another router does not have: it begins as the model begins it
+    if (
+        not plan and part != "router_state"
+    ):  # which another router does not have: it begins as the model begins it
         raise UserError(
             f"train.init_from: no parameter of {path} matches one of this model. It has {_some(sources)}; this model "
             f"has {_some(wanted)}. Map old prefixes of names to new ones with train.init_rename"
@@ -53,7 +61,9 @@ def load_params(
     loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked) if plan else {}
     renamed = [(sources[n].removeprefix(part + "/"), n) for names in plan.values() for n in names]
     renamed = [(old, new) for old, new in renamed if old != new]
-    return flat_lib.unflatten({**wanted, **loaded}, params), Report(found, list(plan), renamed, left)
+    return flat_lib.unflatten({**wanted, **loaded}, params), Report(
+        found, list(plan), renamed, left
+    )
 
 
 def refuse_idle_renames(
@@ -91,7 +101,11 @@ def _sources(saved: Mapping[str, Any], part: str, rename: Mapping[str, str]) -> 
         if name.startswith(part + "/"):
             old = name.removeprefix(part + "/")
             prefix = max((p for p in rename if _is_below(old, p)), key=len, default=None)
-            new = old if prefix is None else rename[prefix] and rename[prefix] + old.removeprefix(prefix)
+            new = (
+                old
+                if prefix is None
+                else rename[prefix] and rename[prefix] + old.removeprefix(prefix)
+            )
             if new:
                 out[new] = name
     return out
@@ -121,13 +135,20 @@ def _match(
             why = "is left out by train.init_rename" if out else "is not in the checkpoint"
             left.append((name, f"{missing[0]} {why}"))
         elif other:
-            left.append((name, f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} here"))
+            left.append(
+                (
+                    name,
+                    f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} here",
+                )
+            )
         else:
             plan[name] = names
     return plan, left
 
 
-def _load(path: Path, wanted: dict[str, Any], sources: Mapping[str, str], stacked: bool) -> dict[str, Any]:
+def _load(
+    path: Path, wanted: dict[str, Any], sources: Mapping[str, str], stacked: bool
+) -> dict[str, Any]:
     layers = flat_lib.abstract_layers(wanted, stacked)
     loaded = load_arrays(path, {sources[name]: x for name, x in layers.items()})
     return flat_lib.stack({name: loaded[sources[name]] for name in layers}, wanted, stacked)

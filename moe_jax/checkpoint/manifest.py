@@ -63,7 +63,9 @@ def damage(path: Path) -> str:
     except Damaged as error:
         return str(error)
     with ThreadPoolExecutor(8) as pool:
-        return next(filter(None, pool.map(lambda name: _changed(path, name, files[name]), files)), "")
+        return next(
+            filter(None, pool.map(lambda name: _changed(path, name, files[name]), files)), ""
+        )
 
 
 def digests(path: Path) -> dict[str, list[Any]]:

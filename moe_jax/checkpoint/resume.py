@@ -7,7 +7,9 @@ from typing import Any
 from moe_jax.errors import UserError
 
 
-def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any], may_change: tuple[str, ...]) -> None:
+def compare_configs(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: tuple[str, ...]
+) -> None:
     """Raises UserError when a resumed run's config differs from the saved one, naming every key with both values.
 
     Args:
@@ -15,24 +17,35 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any], may_change: 
       may_change: keys that may differ, by prefix: "eval" allows "eval.every", and not "evaluate".
     """
     before, after = _flat(old), _flat(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
+    keys = [
+        key
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
     keys = [key for key in keys if not _within(key, may_change)]
     if keys:
-        changes = "; ".join(f"{k} was {before.get(k, _ABSENT)}, is {after.get(k, _ABSENT)}" for k in keys)
+        changes = "; ".join(
+            f"{k} was {before.get(k, _ABSENT)}, is {after.get(k, _ABSENT)}" for k in keys
+        )
         raise UserError(
             f"this run was started with another config: {changes}. Set these keys back, or take a new workdir (with "
             "train.init_from to begin with the parameters of this one)"
         )
 
 
-def same_data(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+def same_data(
+    old: Mapping[str, Any], new: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], list[str]]:
     """Returns the saved config with the places of today's data, and a note for each that is another.
 
     For data whose fingerprint is that of the saved run, so that only its place can differ. The
     number, order and weights of the sources are left as they were, to be compared.
     """
     notes = []
-    before, now = [list(pair) for pair in old["data"]["sources"]], [list(pair) for pair in new["data"]["sources"]]
+    before, now = (
+        [list(pair) for pair in old["data"]["sources"]],
+        [list(pair) for pair in new["data"]["sources"]],
+    )
     if [weight for _, weight in before] == [weight for _, weight in now]:
         places = zip((place for place, _ in before), (place for place, _ in now), strict=True)
         notes = [f"data.sources: {b} is at {n} now, the same data" for b, n in places if b != n]
@@ -57,17 +70,23 @@ def fill(
     notes: list[str] = []
     gone: list[str] = []
 
-    def merge(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str, chosen: str | None) -> dict[str, Any]:
+    def merge(
+        old: Mapping[str, Any], new: Mapping[str, Any], prefix: str, chosen: str | None
+    ) -> dict[str, Any]:
         gone.extend(f"{prefix}{key} = {json.dumps(old[key])}" for key in old.keys() - new.keys())
         out: dict[str, Any] = {}
         for key, value in new.items():
             if key not in old:
                 out[key] = value
                 if chosen is None or key == chosen:
-                    notes.append(f"{prefix}{key} is new since this run: taken as its default {json.dumps(value)}")
+                    notes.append(
+                        f"{prefix}{key} is new since this run: taken as its default {json.dumps(value)}"
+                    )
             elif isinstance(value, Mapping) and isinstance(old[key], Mapping):
                 choice = old.get(key.removesuffix("s"))  # "router" of "routers"
-                out[key] = merge(old[key], value, f"{prefix}{key}.", choice if isinstance(choice, str) else None)
+                out[key] = merge(
+                    old[key], value, f"{prefix}{key}.", choice if isinstance(choice, str) else None
+                )
             else:
                 out[key] = old[key]
         return out

@@ -51,7 +51,9 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
-    def save(self, step: int, state: Any, *, metadata: dict[str, Any], score: float | None, stacked: bool) -> bool:
+    def save(
+        self, step: int, state: Any, *, metadata: dict[str, Any], score: float | None, stacked: bool
+    ) -> bool:
         """Starts to save a pytree of arrays; returns once they are copied from the devices, so they may be donated.
 
         Args:
@@ -72,7 +74,9 @@ class Checkpoints:
         content = {"step": step, "score": score, "metadata": metadata, "arrays": described}
         json.dumps(content)  # what is not JSON fails here, not in the background
         self._make_room(step)
-        self.directory.mkdir(parents=True, exist_ok=True)  # a network drive may show it late to others
+        self.directory.mkdir(
+            parents=True, exist_ok=True
+        )  # a network drive may show it late to others
         with ExitStack() as stack:
             place = stack.enter_context(alias.plain(self.directory, _all_of))
             response = ocp.save_async(str(folder.step_path(place, step)), arrays)
@@ -133,7 +137,9 @@ class Checkpoints:
         path = self._committed(step)
         what = manifest.damage(path) if jax.process_index() == 0 and step not in self._sound else ""
         if _agree(bool(what)):
-            raise UserError(f"the checkpoint {path} is damaged ({what or 'see process 0'}): take another step")
+            raise UserError(
+                f"the checkpoint {path} is damaged ({what or 'see process 0'}): take another step"
+            )
         self._sound.add(step)
         return path
 
@@ -170,7 +176,9 @@ class Checkpoints:
             raise SaveFailed(f"{where} cannot be saved{_free(where)}: {what}")
         self._damaged.clear()
 
-    def _commit(self, response: Any, place: Path, stack: ExitStack, content: dict[str, Any]) -> None:
+    def _commit(
+        self, response: Any, place: Path, stack: ExitStack, content: dict[str, Any]
+    ) -> None:
         """Waits for Orbax and writes the manifest, once the arrays are found where a restore looks for them.
 
         Args:
@@ -208,7 +216,9 @@ class Checkpoints:
                 self._sound.add(step)
                 return step
             if step not in self._damaged:
-                log.warning("the checkpoint %s is damaged (%s): going back to the one before it", path, what)
+                log.warning(
+                    "the checkpoint %s is damaged (%s): going back to the one before it", path, what
+                )
             self._damaged.add(step)
         return -2 if steps else -1
 
@@ -231,8 +241,14 @@ def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str
 
 def _widened(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """The moments that a run saved in bfloat16, as they used to be, and that are float32 now: no digit is lost when they are read."""
-    moments = {name: saved[name] for name in wanted if name.startswith("opt_state/") and name in saved}
-    old = {n: shape for n, (shape, dtype) in moments.items() if dtype == "bfloat16" and wanted[n].dtype == "float32"}
+    moments = {
+        name: saved[name] for name in wanted if name.startswith("opt_state/") and name in saved
+    }
+    old = {
+        n: shape
+        for n, (shape, dtype) in moments.items()
+        if dtype == "bfloat16" and wanted[n].dtype == "float32"
+    }
     return {name: [shape, "float32"] for name, shape in old.items()}
 
 
@@ -253,7 +269,9 @@ def _refuse_unreadable(path: Path, arrays: dict[str, Any]) -> None:
             raise OSError(f"{name} was written, and cannot be read back")
 
 
-def _refuse_misfits(path: Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+def _refuse_misfits(
+    path: Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]
+) -> None:
     misfits = []
     for name in sorted(saved.keys() | wanted.keys()):
         here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
@@ -277,9 +295,17 @@ def _all_of(value: int) -> list[int]:
 
 def _agree(value: int) -> int:
     """The value of process 0, on every process."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else int(value)
+    return (
+        int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        if jax.process_count() > 1
+        else int(value)
+    )
 
 
 def _free(path: Path) -> str:
     parent = path.parent
-    return f" ({shutil.disk_usage(parent).free:,} bytes are free there)" if os.path.isdir(parent) else ""
+    return (
+        f" ({shutil.disk_usage(parent).free:,} bytes are free there)"
+        if os.path.isdir(parent)
+        else ""
+    )

@@ -27,18 +27,29 @@ from moe_jax.train_step import initial, make_model, make_step, make_tx
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m moe_jax bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="config file that the variants start from")
-    parser.add_argument(
-        "--variant", action="append", required=True, help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference"
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax bench", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant that are timed (default 15)")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="config file that the variants start from"
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        required=True,
+        help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="steps of each variant that are timed (default 15)"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    variants = {name: changes for name, _, changes in (text.partition(":") for text in args.variant)}
+    variants = {
+        name: changes for name, _, changes in (text.partition(":") for text in args.variant)
+    }
     for changes in variants.values():
         built(args.config, changes)  # a mistake in any of them, before the first is compiled
     runs = {}
@@ -72,7 +83,9 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
         task, num = TASKS[cfg.task], cfg.train.batch_size
         rows = batch_rows.local_rows(num)
-        batch = batch_rows.put(jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs)
+        batch = batch_rows.put(
+            jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs
+        )
     held: list[Any] = [state]
 
     def step() -> None:

@@ -41,7 +41,9 @@ class Weights(NamedTuple):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m moe_jax convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m moe_jax convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="what", required=True)
     for name, (declare, _) in CONVERSIONS.items():
@@ -58,7 +60,9 @@ def main(argv: list[str]) -> int:
 
 
 def declare_compact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run that trained the model")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="of the run that trained the model"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument(
@@ -67,7 +71,9 @@ def declare_compact(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the experts: whole matrices, blocks (for inference alone), or blocks where they are faster (default)",
     )
-    parser.add_argument("--block", type=int, default=0, help="side of a block (default: that of the pattern blocks)")
+    parser.add_argument(
+        "--block", type=int, default=0, help="side of a block (default: that of the pattern blocks)"
+    )
 
 
 def run_compact(flags: argparse.Namespace) -> int:
@@ -87,7 +93,11 @@ def run_compact(flags: argparse.Namespace) -> int:
     shell.tell(
         f"outputs on random inputs: largest deviation {deviation:.1e} of the largest output, float32 (limit {LIMIT:.0e})"
     )
-    shell.tell(f"written: {flags.out}" if sound else f"{flags.out} does not compute the same: do not use it")
+    shell.tell(
+        f"written: {flags.out}"
+        if sound
+        else f"{flags.out} does not compute the same: do not use it"
+    )
     return 0 if sound else 1
 
 
@@ -118,12 +128,18 @@ def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]
     moe = old.raw["model"]["moe"]
     models = {name: tree for name, tree in old.parts.items() if name != "router_state"}
     layers = [layer for tree in models.values() for _, layer in sparse.experts_of(tree)]
-    if moe["sparse"]["stored"]["block"] or not layers or any(set(layer) != {"w_in", "w_out"} for layer in layers):
+    if (
+        moe["sparse"]["stored"]["block"]
+        or not layers
+        or any(set(layer) != {"w_in", "w_out"} for layer in layers)
+    ):
         raise UserError(
             f"{flags.workdir} has no experts of two whole matrices (w_in and w_out), so there is nothing to compact"
         )
     raw = copy.deepcopy(old.raw)
-    block = flags.block or (moe["sparse"]["patterns"]["blocks"]["block"] if moe["sparse"]["pattern"] == "blocks" else 0)
+    block = flags.block or (
+        moe["sparse"]["patterns"]["blocks"]["block"] if moe["sparse"]["pattern"] == "blocks" else 0
+    )
     hidden, note = new_width(old.raw, layers, block if flags.format != "dense" else 0)
     notes = [note]
     moe = raw["model"]["moe"]
@@ -157,7 +173,9 @@ def with_paths(tree: Any, values: Mapping[tuple, Any]) -> Any:
     return tree
 
 
-def new_width(raw: Mapping[str, Any], layers: Sequence[compact.Layer], block: int) -> tuple[int, str]:
+def new_width(
+    raw: Mapping[str, Any], layers: Sequence[compact.Layer], block: int
+) -> tuple[int, str]:
     """(expert_hidden, why)."""
     moe, axis = raw["model"]["moe"], max(1, raw["mesh"]["model"])
     hidden, least = moe["expert_hidden"], compact.least_hidden(layers)
@@ -166,11 +184,17 @@ def new_width(raw: Mapping[str, Any], layers: Sequence[compact.Layer], block: in
     why = f"the fullest expert of all layers has {least} living units of {hidden}"
     why += f", a multiple of mesh.model = {axis}" if axis > 1 else ""
     why += f", a multiple of the block {block}" if block else ""
-    why += f", a divisor of {moe['shared_experts']} shared experts x {hidden}" if moe["shared_experts"] else ""
+    why += (
+        f", a divisor of {moe['shared_experts']} shared experts x {hidden}"
+        if moe["shared_experts"]
+        else ""
+    )
     return width, f"model.moe.expert_hidden {hidden} -> {width}: {why}"
 
 
-def block_format(layers: list[compact.Layer], block: int, flags: argparse.Namespace) -> tuple[Any, str]:
+def block_format(
+    layers: list[compact.Layer], block: int, flags: argparse.Namespace
+) -> tuple[Any, str]:
     """(compact.Blocks or None, what to tell)."""
     if flags.format == "dense" or (flags.format == "auto" and not block):
         return None, ""
@@ -178,12 +202,17 @@ def block_format(layers: list[compact.Layer], block: int, flags: argparse.Namesp
         raise UserError("--format blocks needs the side of a block: --block 64")
     d, f = layers[0]["w_in"].shape[1], layers[0]["w_in"].shape[3]
     if d % block or f % block:
-        raise UserError(f"--block {block} must divide model.d_model ({d}) and the experts' hidden width ({f})")
+        raise UserError(
+            f"--block {block} must divide model.d_model ({d}) and the experts' hidden width ({f})"
+        )
     form = compact.blocks(layers, block)
     text = f"blocks of {block} x {block}: the fullest columns have {form.w_in} and {form.w_out}, {form.share:.0%} of the matrices"
     limit = compact.pays(block)
     if flags.format == "auto" and form.share > limit:
-        return None, f"{text}; blocks of this side are faster up to {limit:.0%}, so whole matrices stay"
+        return (
+            None,
+            f"{text}; blocks of this side are faster up to {limit:.0%}, so whole matrices stay",
+        )
     return form, f"{text}; stored so, for inference alone"
 
 
@@ -205,7 +234,10 @@ def write(workdir: Path, out: Path, new: Weights) -> None:
 def compare(old: Weights, new: Weights) -> float:
     """The largest |difference| of outputs over the largest |output|, on random inputs of the task, in float32."""
     outputs = [forward(weights) for weights in (old, new)]
-    far = lambda a, b: float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
+
+    def far(a, b):
+        return float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
+
     return max(far(a, b) for a, b in zip(*map(jax.tree.leaves, outputs), strict=True))
 
 
@@ -218,12 +250,20 @@ def forward(weights: Weights) -> Any:
     raw["model"]["moe"]["group_rows"] = 1
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)
-    batch = batch_rows.put(tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(ROWS), ROWS, task.inputs)
+    batch = batch_rows.put(
+        tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(ROWS), ROWS, task.inputs
+    )
     like = jax.eval_shape(model.init, jax.random.key(0))
-    on_mesh = lambda x, like: jax.device_put(x.astype(like.dtype), flat.placement(like))
+
+    def on_mesh(x, like):
+        return jax.device_put(x.astype(like.dtype), flat.placement(like))
+
     parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)
+
     # The batch is an argument: as a constant of the program it would lose how its rows are placed.
-    run = lambda params, state, batch: task.losses(model.bind(params, state), batch, jax.random.key(0), False).outputs
+    def run(params, state, batch):
+        return task.losses(model.bind(params, state), batch, jax.random.key(0), False).outputs
+
     return jax.device_get(jax.jit(run)(*parts, batch))
 
 
@@ -245,6 +285,8 @@ def bytes_of(workdir: Path, step: int) -> int:
 
 ROWS = 8  # of the random inputs
 KEPT = ("labels.json", "items.json")  # what a run keeps beside its tokenizer (data/examples.py)
-CONVERSIONS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+CONVERSIONS: dict[
+    str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+] = {
     "compact": (declare_compact, run_compact),
 }

@@ -19,7 +19,9 @@ tfds:NAME       sets of TensorFlow Datasets, which its own tool prepares (docs/d
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m moe_jax data", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax data", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("name", nargs="?", help="of the set; without it the sets are listed")
     parser.add_argument(
         "--from",
@@ -54,7 +56,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"data has no set {flags.name!r}: choose one of {', '.join(table.SETS)}")
     published = table.SETS[flags.name]
     if not flags.given:
-        raise UserError(f"data {flags.name} needs --from FILE|DIR, what its publisher distributes: {published.give}")
+        raise UserError(
+            f"data {flags.name} needs --from FILE|DIR, what its publisher distributes: {published.give}"
+        )
     convert(flags, published)
     return 0
 
@@ -86,4 +90,6 @@ def describe(name: str, published: Published) -> str:
     lines = [("licence", published.licence), ("where", published.where), ("give", published.give)]
     if published.direct:
         lines.append(("or", published.direct))
-    return "\n".join([f"{name:15} {published.what}", *(f"  {label:13} {text}" for label, text in lines)])
+    return "\n".join(
+        [f"{name:15} {published.what}", *(f"  {label:13} {text}" for label, text in lines)]
+    )

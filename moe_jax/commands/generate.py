@@ -25,31 +25,49 @@ from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.train_step import make_model
 
-CONTROL = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+CONTROL = {
+    c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m moe_jax generate", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run that trained the model")
-    parser.add_argument(
-        "--prompt", action="append", help="may be repeated; none: the lines of standard input, if it is no terminal"
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax generate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--max_tokens", type=int, default=200, help="tokens per prompt (default 200)")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="of the run that trained the model"
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="may be repeated; none: the lines of standard input, if it is no terminal",
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=200, help="tokens per prompt (default 200)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default 0.8)")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens; 0 = all (default)")
+    parser.add_argument(
+        "--top_k", type=int, help="draw from the k likeliest tokens; 0 = all (default)"
+    )
     parser.add_argument(
         "--top_p",
         type=float,
         help="draw from the likeliest tokens that make up p; 1 = all (default 0.95)",
     )
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0)")
-    parser.add_argument("--stop", action="append", default=[], help="text to stop before; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text to stop before; may be repeated"
+    )
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument(
-        "--raw", action="store_true", help="the parameters themselves, not their moving average (optim.ema_decay)"
+        "--raw",
+        action="store_true",
+        help="the parameters themselves, not their moving average (optim.ema_decay)",
     )
     parser.add_argument(
-        "--no_stream", action="store_true", help="print a text when all are finished, not as it is made"
+        "--no_stream",
+        action="store_true",
+        help="print a text when all are finished, not as it is made",
     )
     return parser.parse_args(argv)
 
@@ -57,7 +75,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, also when the reader of the output goes away; 130 when interrupted."""
     flags = parse(argv)
-    logging.basicConfig(format="\n%(message)s", level=logging.WARNING)  # such as of a prompt that is too long
+    logging.basicConfig(
+        format="\n%(message)s", level=logging.WARNING
+    )  # such as of a prompt that is too long
     settings = settings_of(flags)
     check(settings)
     try:
@@ -66,7 +86,9 @@ def main(argv: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains when it flushes at exit
     return 0
 
 
@@ -97,7 +119,9 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
             "its outputs on held-out data are in predictions.jsonl there, and only a language model generates"
         )
     tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
-    if tokenizer.vocab_size > cfg.model.vocab_size:  # JAX would take an id that the embedding lacks for its last one
+    if (
+        tokenizer.vocab_size > cfg.model.vocab_size
+    ):  # JAX would take an id that the embedding lacks for its last one
         raise UserError(
             f"{flags.workdir / 'tokenizer'} has {tokenizer.vocab_size} ids ({tokenizer.name}), but the model of this run has "
             f"{cfg.model.vocab_size} (model.vocab_size): put the tokenizer back that the run was trained with"
@@ -108,7 +132,9 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
             raise UserError(
                 "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave the flag out"
             )
-        params, router_state = load(cfg, flags.workdir / "checkpoints", flags.step, averaged and not flags.raw)
+        params, router_state = load(
+            cfg, flags.workdir / "checkpoints", flags.step, averaged and not flags.raw
+        )
         sampler = make_sampler(cfg.model, tokenizer, cfg.data.seq_len)
         show = Printer(prompts, sys.stdout)
         texts = sampler(params, router_state, prompts, settings, None if flags.no_stream else show)
@@ -157,8 +183,12 @@ def read_raw(workdir: Path) -> dict[str, Any]:
             f"--workdir {workdir} holds no run, because {path} cannot be read ({error.strerror}): name the --workdir of a training run"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): start the run again, which rewrites it") from None
-    if (Path("configs") / "base.py").is_file():  # the defaults of keys that were added since the run
+        raise UserError(
+            f"{path} is damaged ({error}): start the run again, which rewrites it"
+        ) from None
+    if (
+        Path("configs") / "base.py"
+    ).is_file():  # the defaults of keys that were added since the run
         defaults = json.loads(json.dumps(config_file.load(Path("configs") / "base.py").to_dict()))
         raw, notes = checkpoint.fill(raw, defaults, config.RESUME_MAY_CHANGE)
         for note in notes:
@@ -196,10 +226,14 @@ def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any
     def read(part: str, like: Any) -> Any:
         if not jax.tree.leaves(like):
             return like
-        values, report = checkpoint.load_params(directory, like, stacked=False, rename={}, part=part, step=step)
+        values, report = checkpoint.load_params(
+            directory, like, stacked=False, rename={}, part=part, step=step
+        )
         if report.left:
             name, reason = report.left[0]
-            raise UserError(f"the checkpoint of step {step} in {directory} does not fit config.json: {name}: {reason}")
+            raise UserError(
+                f"the checkpoint of step {step} in {directory} does not fit config.json: {name}: {reason}"
+            )
         return values
 
     return read("ema" if ema else "params", params), read("router_state", router_state)
@@ -233,7 +267,11 @@ class Printer:
         if self._turn < len(self._prompts):
             prompt = self._prompts[self._turn]
             many = len(self._prompts) > 1
-            self._write(("\n" if self._turn else "") + f"=== {self._turn + 1}: {prompt!r} ===\n" if many else prompt)
+            self._write(
+                ("\n" if self._turn else "") + f"=== {self._turn + 1}: {prompt!r} ===\n"
+                if many
+                else prompt
+            )
 
     def _write(self, text: str) -> None:
         if text:

@@ -34,11 +34,21 @@ COLUMNS = [
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m moe_jax leak", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax leak", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it")
-    parser.add_argument("--all", action="store_true", help="every router x ordering x dispatcher, not the config's own")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table, as for docs/routers.md")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every router x ordering x dispatcher, not the config's own",
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a Markdown table, as for docs/routers.md"
+    )
     return parser.parse_args(argv)
 
 
@@ -67,7 +77,9 @@ def main(argv: list[str]) -> int:
         print(shown.markdown())
     else:
         shell.console().print(shown)
-    wrong = failures([label for _, _, label in rows], allowed=args.all or raw["model"]["allow_leak"])
+    wrong = failures(
+        [label for _, _, label in rows], allowed=args.all or raw["model"]["allow_leak"]
+    )
     for line in wrong:
         shell.tell(f"error: {line}", sys.stderr)
     return int(bool(wrong))

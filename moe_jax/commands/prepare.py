@@ -19,11 +19,22 @@ from moe_jax.terminal.table import Table, names, numbers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m moe_jax prepare", description=__doc__.split("\n")[0])
-    parser.add_argument("--source", action="append", required=True, help=f"may be repeated: {sources.USAGE}")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:VOCAB (trained on the source) or file:PATH")
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax prepare", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--source", action="append", required=True, help=f"may be repeated: {sources.USAGE}"
+    )
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="bytes, bpe:VOCAB (trained on the source) or file:PATH"
+    )
     parser.add_argument("--seq_len", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--heldout_every", type=int, default=20, help="every n-th document of each domain is held out")
+    parser.add_argument(
+        "--heldout_every",
+        type=int,
+        default=20,
+        help="every n-th document of each domain is held out",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new directory")
     return parser.parse_args(argv)
@@ -34,7 +45,9 @@ def check(flags: argparse.Namespace) -> None:
     for spec in flags.source:
         sources.parse(spec)
         if flags.source.count(spec) > 1:
-            raise UserError(f"--source {spec} is given twice: held-out documents would come again in training")
+            raise UserError(
+                f"--source {spec} is given twice: held-out documents would come again in training"
+            )
     if flags.tokenizer.partition(":")[0] not in TOKENIZERS:
         raise UserError(f"--tokenizer {flags.tokenizer} is none of: bytes, bpe:VOCAB, file:PATH")
     for name, least in (("seq_len", 2), ("heldout_every", 2), ("seed", 0)):
@@ -55,9 +68,15 @@ def main(argv: list[str]) -> int:
         with _progress() as track:
             record = writer.write(flags.out, arguments, track)
     except KeyboardInterrupt:
-        shell.tell(f"interrupted: {flags.out} is not finished; the same command finishes it", sys.stderr)
+        shell.tell(
+            f"interrupted: {flags.out} is not finished; the same command finishes it", sys.stderr
+        )
         return 130
-    shell.tell(f"{flags.out} is finished already, with the same arguments" if before else f"{flags.out} is finished")
+    shell.tell(
+        f"{flags.out} is finished already, with the same arguments"
+        if before
+        else f"{flags.out} is finished"
+    )
     show(record)
     return 0
 
@@ -86,7 +105,9 @@ def show(record: dict[str, Any]) -> None:
     """Prints the record for a person to read."""
     shell.console().print(table(record))
     rows, length = record["rows"], record["arguments"]["seq_len"]
-    shell.tell(f"{rows['train']:,} training rows and {rows['heldout']:,} held-out rows of {length} tokens")
+    shell.tell(
+        f"{rows['train']:,} training rows and {rows['heldout']:,} held-out rows of {length} tokens"
+    )
     shell.tell(f"vocabulary {record['vocab_size']:,}, fingerprint {record['fingerprint'][:16]}")
     for note in _lost(record):
         shell.tell(note)
@@ -97,7 +118,11 @@ def table(record: dict[str, Any]) -> Table:
     columns = numbers("documents", "documents held out", "bytes", "bytes held out")
     result = Table([*names("domain"), *columns])
     for domain in record["domains"]:
-        counts = [record[what][split][domain] for what in ("documents", "text_bytes") for split in ("train", "heldout")]
+        counts = [
+            record[what][split][domain]
+            for what in ("documents", "text_bytes")
+            for split in ("train", "heldout")
+        ]
         result.add(domain, *(f"{count:,}" for count in counts))
     return result
 

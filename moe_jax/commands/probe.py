@@ -26,7 +26,17 @@ from moe_jax.commands import generate
 from moe_jax.config import rules
 from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
-from moe_jax.instruments import held_out, interference, knockout, picture, precision, record, replay, retrain, tables
+from moe_jax.instruments import (
+    held_out,
+    interference,
+    knockout,
+    picture,
+    precision,
+    record,
+    replay,
+    retrain,
+    tables,
+)
 from moe_jax.moe import probe
 from moe_jax.parallel import mesh
 from moe_jax.parallel.batch_rows import local_rows, put
@@ -56,24 +66,48 @@ class Job(NamedTuple):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m moe_jax probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m moe_jax probe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run that trained the model")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="of the run that trained the model"
+    )
     parser.add_argument("--what", default="replay,precision,knockout", help="default: %(default)s")
-    parser.add_argument("--batches", type=int, default=2, help="held-out batches, 0 = all (default 2)")
-    parser.add_argument("--batch_size", type=int, default=0, help="rows of a batch (default: as the run evaluates)")
+    parser.add_argument(
+        "--batches", type=int, default=2, help="held-out batches, 0 = all (default 2)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=0, help="rows of a batch (default: as the run evaluates)"
+    )
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument(
-        "--frozen", default="", help="replay: steps of earlier checkpoints, such as 30,60 (default: all)"
+        "--frozen",
+        default="",
+        help="replay: steps of earlier checkpoints, such as 30,60 (default: all)",
     )
-    parser.add_argument("--steps", type=int, default=0, help="replay: steps to train on under each routing (default 0)")
-    parser.add_argument("--ways", default="removed,around", help="knockout: how an expert goes (default: both)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of shuffled and random routing, and of the intervals of knockout"
+        "--steps",
+        type=int,
+        default=0,
+        help="replay: steps to train on under each routing (default 0)",
+    )
+    parser.add_argument(
+        "--ways", default="removed,around", help="knockout: how an expert goes (default: both)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of shuffled and random routing, and of the intervals of knockout",
     )
     parser.add_argument("--mesh", default="1x1x1", help="DATAxEXPERTxMODEL (default: one device)")
-    parser.add_argument("--simulate_devices", type=int, default=0, help="CPU devices to simulate for a larger mesh")
-    parser.add_argument("--coordinator", help="HOST:PORT of process 0, for a run of several processes")
+    parser.add_argument(
+        "--simulate_devices", type=int, default=0, help="CPU devices to simulate for a larger mesh"
+    )
+    parser.add_argument(
+        "--coordinator", help="HOST:PORT of process 0, for a run of several processes"
+    )
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
     return parser.parse_args(argv)
@@ -84,7 +118,9 @@ def main(argv: list[str]) -> int:
     what = [name.strip() for name in flags.what.split(",")]
     unknown = [name for name in what if name not in INSTRUMENTS]
     if unknown:
-        raise UserError(f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}")
+        raise UserError(
+            f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}"
+        )
     check(flags)
     start_devices(flags)
     cfg = fitted(read_config(flags.workdir), flags)
@@ -165,7 +201,9 @@ def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
         )
     size = flags.batch_size or cfg.eval.batch_size
     cfg = dataclasses.replace(
-        cfg, mesh=dataclasses.replace(cfg.mesh, **lengths), eval=dataclasses.replace(cfg.eval, batch_size=size)
+        cfg,
+        mesh=dataclasses.replace(cfg.mesh, **lengths),
+        eval=dataclasses.replace(cfg.eval, batch_size=size),
     )
     rules.check(cfg)
     return cfg
@@ -190,7 +228,9 @@ def steps_of(directory: Path) -> list[int]:
 
 def held_out_rows(run: held_out.Run) -> int:
     """Of all processes; rows that fill up the last batch are none."""
-    return sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches) * jax.process_count()
+    return (
+        sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches) * jax.process_count()
+    )
 
 
 def save(job: Job, name: str, figures: Any) -> None:
@@ -221,8 +261,12 @@ def run_replay(job: Job) -> Found:
 
 
 def run_retrain(job: Job, directory: Path) -> Found:
-    abstract = jax.eval_shape(jax.jit(initial(job.cfg, make_model(job.cfg.model))), jax.random.key(0))
-    state = Checkpoints(directory, every=0, keep=1, keep_best=0).restore(job.step, abstract, stacked=False)
+    abstract = jax.eval_shape(
+        jax.jit(initial(job.cfg, make_model(job.cfg.model))), jax.random.key(0)
+    )
+    state = Checkpoints(directory, every=0, keep=1, keep_best=0).restore(
+        job.step, abstract, stacked=False
+    )
     result = retrain.evaluate(job.run, job.cfg, state, job.flags.steps, job.flags.seed)
     save(job, "retrain", result)
     title = f"held-out bits per byte after {job.flags.steps} steps under another routing, from step {job.step}"
@@ -242,7 +286,9 @@ def run_knockout(job: Job) -> Found:
     for way in job.flags.ways.split(","):
         try:
             worth = knockout.measure(job.run, way, job.flags.seed)
-        except UserError as error:  # of this router: the other way, and the other instruments, go on
+        except (
+            UserError
+        ) as error:  # of this router: the other way, and the other instruments, go on
             result[way] = {"note": str(error)}
             found.append(f"knock-out, {knockout.PASSIVE[way]}: {error}")
             continue
@@ -288,11 +334,16 @@ def run_record(job: Job) -> Found:
         whole = held_out.whole(batch, cfg.eval.batch_size)
         if job.out:
             arrays = record.compact(fields, whole, cfg.model.moe.num_experts, cfg.eval.batch_size)
-            about = record.about(cfg, run.dataset.domains) | {"checkpoint": job.step, "split": "heldout"}
+            about = record.about(cfg, run.dataset.domains) | {
+                "checkpoint": job.step,
+                "split": "heldout",
+            }
             record.write(job.out / "routing", number, arrays, about)
             files = record.MANIFEST, record.file_name(number)
             job.written.extend(job.out / "routing" / name for name in files)
-    return [f"the routing of {held_out_rows(run)} held-out rows in {len(run.batches)} files, one a batch"]
+    return [
+        f"the routing of {held_out_rows(run)} held-out rows in {len(run.batches)} files, one a batch"
+    ]
 
 
 INSTRUMENTS: dict[str, Callable[[Job], Found]] = {

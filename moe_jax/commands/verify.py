@@ -39,15 +39,29 @@ COLUMNS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m moe_jax verify", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax verify", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it")
-    parser.add_argument("--meshes", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8")
-    parser.add_argument("--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps that are compared (default 5)")
-    parser.add_argument("--float32", action="store_true", help="float32 on every mesh, not only on the widest")
     parser.add_argument(
-        "--certificate", type=Path, help="file for what was proven: JSON, or Markdown if it ends in .md"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it"
+    )
+    parser.add_argument(
+        "--meshes", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, help="optimizer steps that are compared (default 5)"
+    )
+    parser.add_argument(
+        "--float32", action="store_true", help="float32 on every mesh, not only on the widest"
+    )
+    parser.add_argument(
+        "--certificate",
+        type=Path,
+        help="file for what was proven: JSON, or Markdown if it ends in .md",
     )
     return parser.parse_args(argv)
 
@@ -63,7 +77,10 @@ def main(argv: list[str]) -> int:
         certificate.check(args.certificate)
     mesh.simulate(shrink.DEVICES)
     jax.config.update("jax_enable_x64", True)
-    with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder, working.shown("verify") as tell:
+    with (
+        tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder,
+        working.shown("verify") as tell,
+    ):
         wanted = Wanted(shapes, args.steps, args.processes, args.float32)
         found = verify(raw, wanted, Path(folder), tell)
     text = verdict(found)
@@ -71,14 +88,20 @@ def main(argv: list[str]) -> int:
     for row in found.rows:
         if row.refused or row.failure:
             console.print(
-                f"{row.name}: {row.refused or row.failure}", style="dim" if row.refused else "red", markup=False
+                f"{row.name}: {row.refused or row.failure}",
+                style="dim" if row.refused else "red",
+                markup=False,
             )
     for note in found.notes:
         console.print(note, style="dim", markup=False, highlight=False)
     console.print("", alone_table(found.alone), "")
-    console.print(f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)")
+    console.print(
+        f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)"
+    )
     if args.certificate:
-        certificate.write(args.certificate, certificate.content(raw, str(args.config), args.set, found, text))
+        certificate.write(
+            args.certificate, certificate.content(raw, str(args.config), args.set, found, text)
+        )
         console.print(f"certificate: {args.certificate}")
     return 0 if found.proven else 1
 
@@ -131,11 +154,23 @@ def meshes_table(found: Result) -> Group:
     title = "largest deviation from one device, float64"
     columns = numbers(*COLUMNS.values(), "checkpoint", "float32")
     table = Table([*names("data x expert x model"), *columns], title=title)
-    table.add("limit", *(number(LIMITS[check]) for check in COLUMNS), "equal bits", "not judged", style="dim")
+    table.add(
+        "limit",
+        *(number(LIMITS[check]) for check in COLUMNS),
+        "equal bits",
+        "not judged",
+        style="dim",
+    )
     for row in found.rows:
         table.add(*cells(row))
-    worst = max((r.deviations["gradients"] for r in found.rows if r.deviations), key=lambda d: d.value, default=None)
-    caption = [Text(f"worst gradient: {worst.where}, step {worst.step}", style="dim")] if worst else []
+    worst = max(
+        (r.deviations["gradients"] for r in found.rows if r.deviations),
+        key=lambda d: d.value,
+        default=None,
+    )
+    caption = (
+        [Text(f"worst gradient: {worst.where}, step {worst.step}", style="dim")] if worst else []
+    )
     return Group(table, *caption)
 
 

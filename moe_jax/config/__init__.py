@@ -3,4 +3,12 @@
 from moe_jax.config.build import RESUME_MAY_CHANGE, build, freeze, profile_range, refuse_unchosen
 from moe_jax.schema.config import Config, due
 
-__all__ = ["RESUME_MAY_CHANGE", "Config", "build", "due", "freeze", "profile_range", "refuse_unchosen"]
+__all__ = [
+    "RESUME_MAY_CHANGE",
+    "Config",
+    "build",
+    "due",
+    "freeze",
+    "profile_range",
+    "refuse_unchosen",
+]

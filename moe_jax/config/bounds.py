@@ -31,7 +31,10 @@ def at_least(least: int) -> Bound:
     return whole(f"at least {least}", lambda v: v >= least)
 
 
-COUNT, NUMBER = at_least(0), at_least(1)  # of things that may be none, and of things that there must be
+COUNT, NUMBER = (
+    at_least(0),
+    at_least(1),
+)  # of things that may be none, and of things that there must be
 STEPS = whole("at least 1 and below 2**31", lambda v: 1 <= v < 2**31)  # counted in an int32
 SEED = whole("at least 0 and below 2**32", lambda v: 0 <= v < 2**32)
 NO_LABEL_OR_MORE = whole("0 or at least 2", lambda v: v == 0 or v >= 2)
@@ -53,7 +56,13 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "tasks.translation_prefix": {"vocab_size": NUMBER},
     "tasks.vision": {"patch": NUMBER, "copies": NUMBER, "shift": COUNT},
     "tasks.recommendation": {"min_items": at_least(2), "min_users": NUMBER},
-    "tasks.speech": {"mel_bins": NUMBER, "stack": NUMBER, "copies": NUMBER, "tempo": BELOW_ONE, "noise": NOT_NEGATIVE},
+    "tasks.speech": {
+        "mel_bins": NUMBER,
+        "stack": NUMBER,
+        "copies": NUMBER,
+        "tempo": BELOW_ONE,
+        "noise": NOT_NEGATIVE,
+    },
     "model": {
         "vocab_size": NUMBER,
         "d_model": NUMBER,
@@ -76,8 +85,17 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     },
     "model.kinds.encdec": {"encoder_repeats": COUNT},
     "model.kinds.mmoe": {"items": NUMBER, "item_dropout": BELOW_ONE},
-    "model.kinds.article": {"num_experts": NUMBER, "window": NUMBER, "num_classes": NO_LABEL_OR_MORE},
-    "model.moe": {"num_experts": NUMBER, "expert_hidden": NUMBER, "shared_experts": COUNT, "group_rows": NUMBER},
+    "model.kinds.article": {
+        "num_experts": NUMBER,
+        "window": NUMBER,
+        "num_classes": NO_LABEL_OR_MORE,
+    },
+    "model.moe": {
+        "num_experts": NUMBER,
+        "expert_hidden": NUMBER,
+        "shared_experts": COUNT,
+        "group_rows": NUMBER,
+    },
     "model.moe.orderings.rounding": {"tile": NUMBER},
     "model.moe.dispatchers.dropless": {"buffer": NONE_OR_FROM_ONE},
     "model.moe.dispatchers.capacity": {"factor": POSITIVE},
@@ -113,7 +131,12 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "top_groups": NUMBER,
     },
     f"{_ROUTERS}.quantile": {"k": NUMBER, "scale": POSITIVE, "bins": at_least(2), "ema": BELOW_ONE},
-    f"{_ROUTERS}.cosine": {"k": NUMBER, "dim": COUNT, "temperature": NOT_TINY, "min_temperature": NOT_TINY},
+    f"{_ROUTERS}.cosine": {
+        "k": NUMBER,
+        "dim": COUNT,
+        "temperature": NOT_TINY,
+        "min_temperature": NOT_TINY,
+    },
     f"{_ROUTERS}.multi_gate": {"k": NUMBER, "num_gates": NUMBER},
     f"{_ROUTERS}.null": {"k": NUMBER, "num_null": NUMBER},
     f"{_ROUTERS}.uniform": {"k": NUMBER},
@@ -124,7 +147,12 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     f"{_ROUTERS}.expert_choice": {"factor": POSITIVE},
     f"{_ROUTERS}.soft": {"slots": NUMBER},
     f"{_ROUTERS}.recorded": {"k": NUMBER, "average": NOT_NEGATIVE},
-    "optim": {"learning_rate": NOT_NEGATIVE, "warmup_steps": COUNT, "clip_norm": NOT_NEGATIVE, "ema_decay": BELOW_ONE},
+    "optim": {
+        "learning_rate": NOT_NEGATIVE,
+        "warmup_steps": COUNT,
+        "clip_norm": NOT_NEGATIVE,
+        "ema_decay": BELOW_ONE,
+    },
     "optim.optimizers.adamw": {
         "b1": BELOW_ONE,
         "b2": BELOW_ONE,
@@ -157,7 +185,13 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "heldout_every": at_least(2),
         "prefetch": NUMBER,
     },
-    "eval": {"every": COUNT, "batches": COUNT, "final_batches": COUNT, "batch_size": NUMBER, "sample_tokens": COUNT},
+    "eval": {
+        "every": COUNT,
+        "batches": COUNT,
+        "final_batches": COUNT,
+        "batch_size": NUMBER,
+        "sample_tokens": COUNT,
+    },
     "checkpoint": {"every": COUNT, "keep": NUMBER, "keep_best": COUNT},
     "log": {"every": NUMBER, "histogram_every": NUMBER, "interference_every": COUNT},
     "record": {"rows": COUNT},

@@ -45,7 +45,10 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     moe["sparse"] = _chosen(sparse, "model.moe.sparse", "pattern", "patterns", "pattern_options")
     raw = _chosen(raw, "", "task", "tasks", "task_options")
     model = _chosen({**raw["model"], "moe": moe}, "model", "kind", "kinds", "kind_options")
-    raw["model"] = {**model, "head_dim": model["head_dim"] or _head_dim(model["d_model"], model["num_heads"])}
+    raw["model"] = {
+        **model,
+        "head_dim": model["head_dim"] or _head_dim(model["d_model"], model["num_heads"]),
+    }
     train = raw["train"]
     raw["train"] = {**train, "micro_batch_size": train["micro_batch_size"] or train["batch_size"]}
     raw["eval"] = {**raw["eval"], "batch_size": raw["eval"]["batch_size"] or train["batch_size"]}
@@ -71,7 +74,9 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     ):
         block, default = _at(raw, path), _at(defaults, path)
         for name, values in block[options].items():
-            changed = [k for k, v in values.items() if default[options].get(name, {}).get(k, v) != v]
+            changed = [
+                k for k, v in values.items() if default[options].get(name, {}).get(k, v) != v
+            ]
             if name != block[choice] and changed:
                 raise UserError(
                     f"{_join(path, options)}.{name}.{changed[0]} = {values[changed[0]]} does nothing, because {_join(path, choice)} is "
@@ -91,7 +96,9 @@ def _refuse_unused_pattern(sparse: Mapping[str, Any], default: Mapping[str, Any]
 
 def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:
     """The options of depth blocks, in a model that has none."""
-    if any(kind.startswith(DEPTH) for part in ("prefix", "period", "suffix") for kind in model[part]):
+    if any(
+        kind.startswith(DEPTH) for part in ("prefix", "period", "suffix") for kind in model[part]
+    ):
         return
     for key, value in model["depth"].items():
         if value != default["depth"].get(key, value):
@@ -107,7 +114,9 @@ def profile_range(text: str) -> tuple[int, int] | None:
         return None
     first, colon, last = str(text).partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UserError(f'profile = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13')
+        raise UserError(
+            f'profile = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13'
+        )
     return int(first), int(last)
 
 
@@ -118,7 +127,11 @@ def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     unknown = sorted(set(raw) - set(fields))
     missing = sorted(set(fields) - set(raw))
     if unknown or missing:
-        what = f"unknown key {path}{unknown[0]}" if unknown else f"the key {path}{missing[0]} is missing"
+        what = (
+            f"unknown key {path}{unknown[0]}"
+            if unknown
+            else f"the key {path}{missing[0]} is missing"
+        )
         raise UserError(f"{what}: configs/base.py lists every key")
     return cls(**{name: _convert(hints[name], raw[name], f"{path}{name}") for name in fields})
 
@@ -140,14 +153,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}")
+        raise UserError(
+            f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}"
+        )
     return value
 
 
 def _chosen(block: dict[str, Any], path: str, choice: str, options: str, to: str) -> dict[str, Any]:
     name = block[choice]
     if name not in block[options]:
-        raise UserError(f'{_join(path, choice)} = "{name}" is not known: choose one of {", ".join(block[options])}')
+        raise UserError(
+            f'{_join(path, choice)} = "{name}" is not known: choose one of {", ".join(block[options])}'
+        )
     chosen = dict(block.pop(options)[name])
     return {**block, to: chosen}
 

@@ -13,7 +13,11 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sees
 from moe_jax.schema.config import ModelConfig, MoEConfig
 
-CAUSAL = ("decoder", "encdec", "article")  # kinds of models whose outputs are predictions of what comes next
+CAUSAL = (
+    "decoder",
+    "encdec",
+    "article",
+)  # kinds of models whose outputs are predictions of what comes next
 
 
 def leaks(model: ModelConfig) -> Sees:
@@ -41,7 +45,9 @@ def _ordering(moe: MoEConfig) -> bool:
     ordering, drops = ORDERINGS[moe.ordering], moe.dispatcher == "capacity"
     # All first choices before all second ones is the order of the tokens where there is only one choice.
     single = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options).most == 1
-    return ordering.always or (drops and ordering.sees_future and not (single and moe.ordering == "k_major"))
+    return ordering.always or (
+        drops and ordering.sees_future and not (single and moe.ordering == "k_major")
+    )
 
 
 def _depth(model: ModelConfig) -> bool:
@@ -65,7 +71,11 @@ def reasons(model: ModelConfig) -> list[str]:
     if router.batch:
         found.append(f'model.moe.router = "{moe.router}" chooses over all sequences of the batch')
     if _ordering(moe) and (causal or moe.group_rows > 1):
-        found.append(f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier ones')
+        found.append(
+            f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier ones'
+        )
     if moe.group_rows > 1 and drops:
-        found.append(f"model.moe.group_rows = {moe.group_rows} sequences share the capacity of an expert")
+        found.append(
+            f"model.moe.group_rows = {moe.group_rows} sequences share the capacity of an expert"
+        )
     return found

@@ -30,7 +30,9 @@ def check(path: Path) -> None:
     except OSError as error:
         raise UserError(f"the config file {path} cannot be read: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
-        text, line = (error.msg, f", line {error.lineno}") if isinstance(error, SyntaxError) else (error, "")
+        text, line = (
+            (error.msg, f", line {error.lineno}") if isinstance(error, SyntaxError) else (error, "")
+        )
         raise UserError(f"the config file {path}{line} is no Python: {text}") from None
 
 
@@ -50,7 +52,9 @@ def load(path: Path) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
-            raise UserError(f"the config file has no attribute 'get_config': {path} needs a function of this name")
+            raise UserError(
+                f"the config file has no attribute 'get_config': {path} needs a function of this name"
+            )
         _refuse_variant(path, module, arg if colon else None)
         found = module.get_config(arg) if colon else module.get_config()
     except UserError:
@@ -91,7 +95,9 @@ def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:
         raise UserError(f"{path}:{arg}: the config file has no variants; name it as {path}")
     near = difflib.get_close_matches(arg, variants, 1)
     more = f"; did you mean {path}:{near[0]}?" if near else ""
-    raise UserError(f"the config file {path} has no variant {arg!r}: it has {', '.join(variants)}{more}")
+    raise UserError(
+        f"the config file {path} has no variant {arg!r}: it has {', '.join(variants)}{more}"
+    )
 
 
 def _line(path: Path, error: BaseException) -> str:
@@ -132,7 +138,9 @@ def read(path: Path, changes: Sequence[str], flag: str) -> dict[str, Any]:
         except (KeyError, AttributeError):
             near = difflib.get_close_matches(key, _keys(found), 1)
             more = f': did you mean "{near[0]}"?' if near else ""
-            raise UserError(f"{flag} {change}: write KEY=VALUE with a key of configs/base.py{more}") from None
+            raise UserError(
+                f"{flag} {change}: write KEY=VALUE with a key of configs/base.py{more}"
+            ) from None
         except (ValueError, TypeError) as error:
             raise UserError(f"{flag} {change}: {error}") from None
     raw = json.loads(json.dumps(found.to_dict()))

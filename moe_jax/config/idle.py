@@ -11,7 +11,9 @@ from moe_jax.schema.config import Config, due
 Asked = Callable[[str], bool]
 
 
-def notes(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], start: int) -> list[str]:
+def notes(
+    cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], start: int
+) -> list[str]:
     """Returns a sentence for each option that was asked for and does nothing.
 
     Args:
@@ -30,7 +32,9 @@ def notes(cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], star
 
 def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
     """What names steps that this run does not make: it makes those after `start` up to `last`."""
-    made = f"this run makes steps {start + 1} to {last}" if start < last else "this run makes no step"
+    made = (
+        f"this run makes steps {start + 1} to {last}" if start < last else "this run makes no step"
+    )
     if cfg.train.stop_at >= cfg.train.steps:
         yield f"train.stop_at = {cfg.train.stop_at} does nothing: train.steps = {cfg.train.steps} ends before it"
     if cfg.profile and not range(max(cfg.profile[0], start), min(cfg.profile[1], last)):
@@ -68,7 +72,11 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
     if cfg.eval.sample_tokens:  # 0 asks for nothing
         text.append("eval.sample_tokens")
     if cfg.task != "lm":
-        yield from (f'{path} does nothing: it is for task "lm", not "{cfg.task}"' for path in text if asked(path))
+        yield from (
+            f'{path} does nothing: it is for task "lm", not "{cfg.task}"'
+            for path in text
+            if asked(path)
+        )
         return
     if asked("data.folder"):
         yield 'data.folder does nothing: the data of task "lm" are data.sources'

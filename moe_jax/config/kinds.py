@@ -17,11 +17,16 @@ BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
 
 def refusals(c: Config) -> Iterator[str]:
     kind, options = c.model.kind, c.model.kind_options
-    at = lambda name: f"model.kinds.{kind}.{name}"
+
+    def at(name):
+        return f"model.kinds.{kind}.{name}"
+
     for (owner, name), allowed in CHOICES.items():
         if owner == kind and options[name] not in allowed:
             yield f'{at(name)} = "{options[name]}" is not known: choose one of {", ".join(allowed)}'
-    yield from {"encoder": _encoder, "encdec": _encdec, "mmoe": _mmoe, "article": _article}.get(kind, _nothing)(c)
+    yield from {"encoder": _encoder, "encdec": _encdec, "mmoe": _mmoe, "article": _article}.get(
+        kind, _nothing
+    )(c)
 
 
 def _nothing(c: Config) -> Iterator[str]:
@@ -40,7 +45,9 @@ def _encdec(c: Config) -> Iterator[str]:
     for part in ("prefix", "period", "suffix"):
         for block in m.kind_options[f"encoder_{part}"]:
             if block not in BLOCKS:
-                yield (f'model.kinds.encdec.encoder_{part} = "{block}" is not known: choose one of {", ".join(BLOCKS)}')
+                yield (
+                    f'model.kinds.encdec.encoder_{part} = "{block}" is not known: choose one of {", ".join(BLOCKS)}'
+                )
     own = m.prefix + m.period * m.repeats + m.suffix
     if not own or len(own) == len(m.blocks):
         yield (

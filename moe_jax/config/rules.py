@@ -13,7 +13,17 @@ from moe_jax.schema.config import DEPTH, Config, MoEConfig, due
 
 def check(c: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
-    for rules in (bounds.refusals, _task, _model, kinds.refusals, _moe, _leak, _mesh, _batch, _train):
+    for rules in (
+        bounds.refusals,
+        _task,
+        _model,
+        kinds.refusals,
+        _moe,
+        _leak,
+        _mesh,
+        _batch,
+        _train,
+    ):
         for message in rules(c):
             raise UserError(message)
 
@@ -43,8 +53,14 @@ def advice(c: Config) -> Iterator[str]:
     e = c.model.moe
     router = ROUTERS[e.router]
     declared = router.declared(e.num_experts, e.router_options)
-    learns = bool(router.params(Sizes(c.model.d_model, e.num_experts, c.model.vocab_size), e.router_options))
-    pulls = " and ".join(f"model.moe.losses.{name} = {e.losses[name]}" for name in _pulls(e, learns) if e.losses[name])
+    learns = bool(
+        router.params(Sizes(c.model.d_model, e.num_experts, c.model.vocab_size), e.router_options)
+    )
+    pulls = " and ".join(
+        f"model.moe.losses.{name} = {e.losses[name]}"
+        for name in _pulls(e, learns)
+        if e.losses[name]
+    )
     if pulls and not learns:
         yield f"the router {e.router} has no weights: {pulls} cannot change anything"
     elif pulls and e.router in BALANCED_BY and e.router_options.get("bias_rate", 1):
@@ -73,7 +89,10 @@ def _pulls(e: MoEConfig, learns: bool) -> tuple[str, ...]:
         return (*losses.BALANCE, "z")
     more = ("z",) if e.router == "relu" else ()
     # DeepSeek-V3 keeps a small sequence-wise loss beside the bias.
-    return (*(name for name in losses.BALANCE if (e.router, name) != ("sigmoid", "sequence_balance")), *more)
+    return (
+        *(name for name in losses.BALANCE if (e.router, name) != ("sigmoid", "sequence_balance")),
+        *more,
+    )
 
 
 def _choice(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
@@ -97,7 +116,10 @@ def _task(c: Config) -> Iterator[str]:
     if c.model.kind not in KINDS[c.task]:
         yield f'model.kind = "{c.model.kind}" cannot learn task = "{c.task}": choose one of {", ".join(KINDS[c.task])}'
     if (c.task, c.model.kind) != ("lm", "decoder"):
-        for key, value in (("record.steps", c.record.steps), ("log.interference_every", c.log.interference_every)):
+        for key, value in (
+            ("record.steps", c.record.steps),
+            ("log.interference_every", c.log.interference_every),
+        ):
             if value:
                 yield f'{key} = {value} looks into the language model (task "lm", model.kind "decoder") alone: leave it off'
 
@@ -106,7 +128,9 @@ def _model(c: Config) -> Iterator[str]:
     m = c.model
     for path, blocks in (("prefix", m.prefix), ("period", m.period), ("suffix", m.suffix)):
         for block in blocks:
-            yield from _choice(f"model.{path}", block, ("dense", "moe", DEPTH + "dense", DEPTH + "moe"))
+            yield from _choice(
+                f"model.{path}", block, ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
+            )
     if not m.blocks and m.kind != "article":
         yield "model.prefix, model.period x model.repeats and model.suffix make no block at all: a model needs one"
     if m.attends and m.num_heads % m.num_kv_heads:
@@ -134,7 +158,11 @@ def _moe(c: Config) -> Iterator[str]:
             "would be dropped a second time: set model.moe.dispatcher=dropless"
         )
     yield from _slots(e)
-    if e.router == "base" and e.router_options["scope"] == "batch" and c.train.num_micro_batches > 1:
+    if (
+        e.router == "base"
+        and e.router_options["scope"] == "batch"
+        and c.train.num_micro_batches > 1
+    ):
         yield (
             f'model.moe.routers.base.scope = "batch" balances over all tokens at once, which {c.train.num_micro_batches} micro-batches '
             f"(train.batch_size {c.train.batch_size} / train.micro_batch_size {c.train.micro_batch_size}) are not: set "
@@ -266,7 +294,10 @@ def _batch(c: Config) -> Iterator[str]:
     devices = mesh.data * mesh.expert
     if t.batch_size % t.micro_batch_size:
         yield f"train.batch_size ({t.batch_size}) must be divisible by train.micro_batch_size ({t.micro_batch_size})"
-    for path, rows in (("train.micro_batch_size", t.micro_batch_size), ("eval.batch_size", c.eval.batch_size)):
+    for path, rows in (
+        ("train.micro_batch_size", t.micro_batch_size),
+        ("eval.batch_size", c.eval.batch_size),
+    ):
         if rows % devices:
             yield f"{path} ({rows} rows) must be divisible by mesh.data x mesh.expert ({mesh.data} x {mesh.expert})"
         if c.model.num_moe_layers and (rows // devices) % c.model.moe.group_rows:
@@ -283,7 +314,11 @@ def _train(c: Config) -> Iterator[str]:
     if first and first > c.train.steps:
         yield f'record.steps = "{c.record.steps}" begins after the last step (train.steps = {c.train.steps}): nothing would be recorded'
     for pair in c.train.init_rename:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+        if not (
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and all(isinstance(name, str) for name in pair)
+        ):
             yield f'train.init_rename: {pair!r} is no pair of names, as in (("repeats/0", "prefix/0"),)'
     if c.train.init_rename and not c.train.init_from:
         yield "train.init_rename renames what train.init_from loads, and that is empty: name a run, or leave it alone"

@@ -54,8 +54,12 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 1
     if "copies" in raw["tasks"].get(raw["task"], {}):
         yield f"tasks.{raw['task']}.copies", 1
-    if raw["task"] == "lm" and any(str(source[0]).startswith("embedded") for source in data["sources"]):
-        rows = 2 * train["batch_size"] * data["seq_len"]  # a batch must be there, of a single domain too
+    if raw["task"] == "lm" and any(
+        str(source[0]).startswith("embedded") for source in data["sources"]
+    ):
+        rows = (
+            2 * train["batch_size"] * data["seq_len"]
+        )  # a batch must be there, of a single domain too
         yield "data.slice_bytes", _least(data["slice_bytes"], max(SLICE_BYTES, rows))
         yield "data.heldout_bytes", _least(data["heldout_bytes"], HELDOUT_BYTES)
 
@@ -81,4 +85,6 @@ def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             "run: remove the directory, or take another --workdir"
         )
     if now and not before:
-        raise UserError("this --workdir holds a run that is no smoke run: take another --workdir for --smoke")
+        raise UserError(
+            "this --workdir holds a run that is no smoke run: take another --workdir for --smoke"
+        )

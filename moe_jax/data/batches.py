@@ -41,23 +41,35 @@ class Batches:
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Any:
         """The given rows (0 .. batch_size - 1) of a step: elements step * batch_size + row of the stream."""
         row_B = np.asarray(rows, np.int32)
-        places = np.array([self._order[step * self._batch_size + int(row)] for row in row_B], np.int64).reshape(-1, 2)
-        return self._dataset.batch(self._split, places[:, 0], places[:, 1], row_B, np.ones(len(row_B), bool))
+        places = np.array(
+            [self._order[step * self._batch_size + int(row)] for row in row_B], np.int64
+        ).reshape(-1, 2)
+        return self._dataset.batch(
+            self._split, places[:, 0], places[:, 1], row_B, np.ones(len(row_B), bool)
+        )
 
     def epoch(self, step: int) -> float:
         """How often the rows have been seen before `step`; of a mixture, those of the part seen most often."""
         weights = self._dataset.weights
-        return max(step * self._batch_size * weight / size for weight, size in zip(weights, self._sizes))
+        return max(
+            step * self._batch_size * weight / size for weight, size in zip(weights, self._sizes)
+        )
 
 
 def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
     """The endless stream of (part, row): each part shuffled anew in each of its epochs, mixed by weight."""
     streams = [
-        grain.MapDataset.range(size).seed(seed).shuffle().repeat().map(lambda row, part=part: (part, row))
+        grain.MapDataset.range(size)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .map(lambda row, part=part: (part, row))
         for part, size in enumerate(sizes)
     ]
     order = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
-    order[0]  # grain sets itself up at the first element, which must not happen in two threads at once
+    order[
+        0
+    ]  # grain sets itself up at the first element, which must not happen in two threads at once
     return order
 
 
@@ -78,7 +90,10 @@ def prefetch(
 
 
 def eval_batches(
-    dataset: Data, batch_size: int, num_batches: int | None = None, rows: Sequence[int] | np.ndarray | None = None
+    dataset: Data,
+    batch_size: int,
+    num_batches: int | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Any]:
     """The held-out rows in a fixed order, one of each domain in turn, so that any first part is even over domains.
 

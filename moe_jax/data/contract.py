@@ -41,7 +41,14 @@ class Data(Protocol):
         """Rows of each part; split is "train" or "heldout"."""
         ...
 
-    def batch(self, split: str, part_B: np.ndarray, index_B: np.ndarray, row_B: np.ndarray, there_B: np.ndarray) -> Any:
+    def batch(
+        self,
+        split: str,
+        part_B: np.ndarray,
+        index_B: np.ndarray,
+        row_B: np.ndarray,
+        there_B: np.ndarray,
+    ) -> Any:
         """A NamedTuple of arrays [B, ...]: the rows `index_B` of the parts `part_B`, all of it padding where not `there_B`."""
         ...
 

@@ -45,7 +45,9 @@ def open_embedded(
     )
 
 
-def _slice(pairs: list[tuple[str, Document]], which: str, most_bytes: int) -> list[tuple[str, Document]]:
+def _slice(
+    pairs: list[tuple[str, Document]], which: str, most_bytes: int
+) -> list[tuple[str, Document]]:
     """All of the other split, and of each domain as many documents of the split `which` as fit, at least one.
 
     They are drawn by a fixed shuffle of the domain, not by the run's seed: a slice is one data set, the same for every
@@ -55,7 +57,11 @@ def _slice(pairs: list[tuple[str, Document]], which: str, most_bytes: int) -> li
         return pairs
     chosen = {i for i, (split, _) in enumerate(pairs) if split != which}
     for domain in {document.domain for _, document in pairs}:
-        mine = [i for i, (split, document) in enumerate(pairs) if (split, document.domain) == (which, domain)]
+        mine = [
+            i
+            for i, (split, document) in enumerate(pairs)
+            if (split, document.domain) == (which, domain)
+        ]
         mine = np.random.default_rng(0).permutation(np.array(mine))
         ends = np.cumsum([len(pairs[i][1].text.encode("utf-8")) for i in mine])
         chosen.update(mine[: max(1, int(np.searchsorted(ends, most_bytes, side="right")))].tolist())

@@ -88,7 +88,9 @@ class Examples(NamedTuple):
     seq_len: int
     domains: tuple[str, ...]
     rows: Mapping[str, int]  # of each split
-    fetch: Callable[[str, np.ndarray], Fields]  # (split, index_B) -> the fields of `inputs` but row_B
+    fetch: Callable[
+        [str, np.ndarray], Fields
+    ]  # (split, index_B) -> the fields of `inputs` but row_B
     heldout_domain_R: np.ndarray
     fingerprint: str
     about: Any  # what the task and its baselines know beside the rows: Classes, Pairs, Market; has `save(workdir)`
@@ -104,7 +106,14 @@ class Examples(NamedTuple):
     def name(self) -> str:
         return self.spec
 
-    def batch(self, split: str, part_B: np.ndarray, index_B: np.ndarray, row_B: np.ndarray, there_B: np.ndarray) -> Any:
+    def batch(
+        self,
+        split: str,
+        part_B: np.ndarray,
+        index_B: np.ndarray,
+        row_B: np.ndarray,
+        there_B: np.ndarray,
+    ) -> Any:
         """The rows `index_B` as `inputs`; all 0 where not `there_B` (`part_B` is 0 everywhere)."""
         fields = self.fetch(split, index_B)
         kept = {name: _kept(values, there_B) for name, values in fields.items()}
@@ -155,7 +164,10 @@ class Classes(NamedTuple):
 
     def fewer(self, most: Mapping[str, int]) -> "Classes":
         return self._replace(
-            raw={split: tuple(_some(x, most[split]) for x in pair) for split, pair in self.raw.items()}
+            raw={
+                split: tuple(_some(x, most[split]) for x in pair)
+                for split, pair in self.raw.items()
+            }
         )
 
 
@@ -172,7 +184,10 @@ class Pairs(NamedTuple):
 
     def fewer(self, most: Mapping[str, int]) -> "Pairs":
         return self._replace(
-            raw={split: tuple(_some(x, most[split]) for x in pair) for split, pair in self.raw.items()}
+            raw={
+                split: tuple(_some(x, most[split]) for x in pair)
+                for split, pair in self.raw.items()
+            }
         )
 
 
@@ -201,7 +216,11 @@ def save_names(path: pathlib.Path, names: Sequence[str]) -> None:
 
 def _kept(values: np.ndarray, there_B: np.ndarray) -> np.ndarray:
     shape = (-1, *[1] * (values.ndim - 1))
-    return values if there_B.all() else np.where(there_B.reshape(shape), values, np.zeros((), values.dtype))
+    return (
+        values
+        if there_B.all()
+        else np.where(there_B.reshape(shape), values, np.zeros((), values.dtype))
+    )
 
 
 class Ragged(NamedTuple):
@@ -214,7 +233,9 @@ class Ragged(NamedTuple):
 def ragged(sequences: Sequence[np.ndarray]) -> Ragged:
     """Joins at least one sequence, of one dtype and width."""
     lengths = [len(sequence) for sequence in sequences]
-    return Ragged(np.concatenate(sequences), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return Ragged(
+        np.concatenate(sequences), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    )
 
 
 def padded(sequences: Ragged, index_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -227,13 +248,20 @@ def padded(sequences: Ragged, index_B: np.ndarray, length: int) -> tuple[np.ndar
 
 
 def _masked(values: np.ndarray, there_BS: np.ndarray) -> np.ndarray:
-    return np.where(there_BS.reshape(*there_BS.shape, *[1] * (values.ndim - 2)), values, np.zeros((), values.dtype))
+    return np.where(
+        there_BS.reshape(*there_BS.shape, *[1] * (values.ndim - 2)),
+        values,
+        np.zeros((), values.dtype),
+    )
 
 
 def places(there_BS: np.ndarray) -> Fields:
     """Segment and position of rows that hold one sequence each."""
     place_S = np.arange(there_BS.shape[1], dtype=np.int32)
-    return {"segment_BS": there_BS.astype(np.int32), "position_BS": np.where(there_BS, place_S[None], 0)}
+    return {
+        "segment_BS": there_BS.astype(np.int32),
+        "position_BS": np.where(there_BS, place_S[None], 0),
+    }
 
 
 def labelled(label_B: np.ndarray, domain_B: np.ndarray) -> Fields:
@@ -246,5 +274,7 @@ def fingerprint(arguments: Sequence[Any], arrays: Iterable[np.ndarray]) -> str:
     """sha256 of options (as JSON) and of arrays with their shapes and types."""
     digest = hashlib.sha256(json.dumps(list(arguments)).encode())
     for array in arrays:
-        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(
+            f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+        )
     return digest.hexdigest()

@@ -51,10 +51,17 @@ class Dataset(NamedTuple):
         self.tokenizer.save(workdir / "tokenizer")
 
     def batch(
-        self, split: str, part_B: np.ndarray, index_B: np.ndarray, row_B: np.ndarray, there_B: np.ndarray
+        self,
+        split: str,
+        part_B: np.ndarray,
+        index_B: np.ndarray,
+        row_B: np.ndarray,
+        there_B: np.ndarray,
     ) -> Batch:
         """Rows of the parts `part_B`, with the positions in their segments; padding where not `there_B`."""
-        fields = (np.where(there_B[:, None], field, 0) for field in self.fetch(split, part_B, index_B))
+        fields = (
+            np.where(there_B[:, None], field, 0) for field in self.fetch(split, part_B, index_B)
+        )
         tokens_BS, targets_BS, segment_BS, domain_BS = fields
         return Batch(tokens_BS, targets_BS, segment_BS, positions(segment_BS), domain_BS, row_B)
 
@@ -62,7 +69,9 @@ class Dataset(NamedTuple):
         """(part, row) of each held-out row, one of each domain in turn."""
         ids = _domain_ids(self.domains, tuple(part.domains for part in self.parts))
         sizes = self.sizes("heldout")
-        domain_R = np.concatenate([ids[i][part.heldout_domain_R] for i, part in enumerate(self.parts)])
+        domain_R = np.concatenate(
+            [ids[i][part.heldout_domain_R] for i, part in enumerate(self.parts)]
+        )
         part_R = np.repeat(np.arange(len(sizes)), sizes)
         index_R = np.concatenate([np.arange(size) for size in sizes])
         order_R = interleaved(domain_R)
@@ -145,7 +154,9 @@ def open_dataset(
     weights = tuple(weight / total for _, weight in specs)
     domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
     prints = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights)])
-    fingerprint = parts[0].fingerprint if len(parts) == 1 else hashlib.sha256(prints.encode()).hexdigest()
+    fingerprint = (
+        parts[0].fingerprint if len(parts) == 1 else hashlib.sha256(prints.encode()).hexdigest()
+    )
     return Dataset(parts, weights, domains, parts[0].tokenizer, seq_len, fingerprint)
 
 
@@ -163,13 +174,17 @@ def _check_shape(specs: Sequence[tuple[str, float]]) -> None:
             )
 
 
-def _open(spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, heldout_every: int, seed: int) -> Part:
+def _open(
+    spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, heldout_every: int, seed: int
+) -> Part:
     if os.path.isdir(spec):
         return open_prepared(pathlib.Path(spec))
     try:
         kind = sources.parse(spec).kind
     except UserError:
-        raise UserError(f"data.sources: {spec!r} is neither a prepared directory nor embedded[:DOMAIN,...]") from None
+        raise UserError(
+            f"data.sources: {spec!r} is neither a prepared directory nor embedded[:DOMAIN,...]"
+        ) from None
     if kind != "embedded":
         raise UserError(
             f"data.sources: {spec!r} must be prepared first: `python -m moe_jax prepare --source '{spec}' --out DIR`, "

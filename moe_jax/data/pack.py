@@ -15,7 +15,9 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
 SPLITS = ("train", "heldout")
-WINDOW_BYTES = 1 << 25  # documents are shuffled within windows of 32 MB of text, so that memory is bounded
+WINDOW_BYTES = (
+    1 << 25
+)  # documents are shuffled within windows of 32 MB of text, so that memory is bounded
 ENCODE_DOCUMENTS = 256  # texts given to the tokenizer at once: its threads share them
 
 
@@ -34,7 +36,9 @@ def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: T
     total = int(lengths.sum())
     num_rows = -(-total // seq_len)
     boundary = np.array([tokenizer.boundary_id], tokenizer.dtype)
-    flat = np.concatenate([part for tokens, _ in documents for part in (boundary, tokens)] + [boundary])
+    flat = np.concatenate(
+        [part for tokens, _ in documents for part in (boundary, tokens)] + [boundary]
+    )
     flat = flat.astype(tokenizer.dtype, copy=False)
 
     def rows(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -76,14 +80,19 @@ def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[s
         if number < heldout_every:
             count, fewer = f"{number} documents", f"lower heldout_every to at most {number}, "
             if number == 1:
-                count, fewer = "1 document", ""  # no heldout_every holds out the only one and trains on it
+                count, fewer = (
+                    "1 document",
+                    "",
+                )  # no heldout_every holds out the only one and trains on it
             raise UserError(
                 f"heldout_every is {heldout_every}, but domain {domain} has only {count}, so none is held out: {fewer}make one "
                 "domain of several files by a label (books=text:GLOB), or cut the text into more documents"
             )
 
 
-def shuffled_windows(documents: Iterable[Document], seed: int, window_bytes: int) -> Iterator[list[Document]]:
+def shuffled_windows(
+    documents: Iterable[Document], seed: int, window_bytes: int
+) -> Iterator[list[Document]]:
     """Windows of about `window_bytes` of text, the documents of each in an order drawn from `seed`."""
     for number, window in enumerate(windows(documents, window_bytes)):
         order = np.random.default_rng((seed, number)).permutation(len(window))
@@ -104,19 +113,29 @@ def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[D
         yield window
 
 
-def encode(documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[str]) -> list[tuple[np.ndarray, int]]:
+def encode(
+    documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[str]
+) -> list[tuple[np.ndarray, int]]:
     """(tokens, index of the domain) of each document that has tokens (a tokenizer may drop white space)."""
     index = {name: i for i, name in enumerate(domains)}
     pairs: list[tuple[np.ndarray, int]] = []
     for i in range(0, len(documents), ENCODE_DOCUMENTS):
         some = documents[i : i + ENCODE_DOCUMENTS]
         encoded = tokenizer.encode_many([document.text for document in some])
-        pairs += [(tokens, index[document.domain]) for tokens, document in zip(encoded, some) if len(tokens)]
+        pairs += [
+            (tokens, index[document.domain])
+            for tokens, document in zip(encoded, some)
+            if len(tokens)
+        ]
     return pairs
 
 
 def pack_train(
-    documents: Iterable[Document], seq_len: int, tokenizer: Tokenizer, domains: Sequence[str], seed: int
+    documents: Iterable[Document],
+    seq_len: int,
+    tokenizer: Tokenizer,
+    domains: Sequence[str],
+    seed: int,
 ) -> Iterator[Rows]:
     """Rows of training documents, all domains shuffled together; one block of rows per window."""
     for window in shuffled_windows(documents, seed, WINDOW_BYTES):

@@ -24,13 +24,17 @@ class Part(NamedTuple):
     domains: tuple[str, ...]  # what the rows' domain numbers mean here
     train: Store
     heldout: Store
-    heldout_domain_R: np.ndarray  # the domain number of each held-out row: such a row has one domain only
+    heldout_domain_R: (
+        np.ndarray
+    )  # the domain number of each held-out row: such a row has one domain only
     documents: Counts
     text_bytes: Counts
     heldout_piece_bytes: dict[
         str, int
     ]  # that the ids of the held-out text stand for; other than text_bytes if some were lost
-    text: Callable[[str, str], bytes]  # (split, domain) -> its documents one after another, perhaps the first only
+    text: Callable[
+        [str, str], bytes
+    ]  # (split, domain) -> its documents one after another, perhaps the first only
     fingerprint: str
     notes: tuple[str, ...] = ()  # what the run tells of it at its start
 

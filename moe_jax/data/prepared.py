@@ -31,7 +31,17 @@ LOCK = ".moe_jax_prepare"  # held while a directory is prepared; its presence ma
 FORMAT = 1
 FIELDS = ("inputs", "targets", "segment", "domain")
 # Keys that every record has, and all that a record without digests may have: before, there was none.
-KEYS = {"format", "fingerprint", "arguments", "vocab_size", "domains", "rows", "documents", "text_bytes", "files"}
+KEYS = {
+    "format",
+    "fingerprint",
+    "arguments",
+    "vocab_size",
+    "domains",
+    "rows",
+    "documents",
+    "text_bytes",
+    "files",
+}
 KEYS_BEFORE_DIGESTS = KEYS | {"heldout_piece_bytes"}
 
 
@@ -97,8 +107,12 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     if "digest" in record and record["digest"] != _digest(record):
         raise _damaged(folder / RECORD, "it is not what was written, by its digest", folder)
     if record.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{folder} was prepared by another version (format {FORMAT} is read here): prepare it again")
-    if not KEYS <= set(record) or ("digest" not in record and not set(record) <= KEYS_BEFORE_DIGESTS):
+        raise UserError(
+            f"{folder} was prepared by another version (format {FORMAT} is read here): prepare it again"
+        )
+    if not KEYS <= set(record) or (
+        "digest" not in record and not set(record) <= KEYS_BEFORE_DIGESTS
+    ):
         raise _damaged(folder / RECORD, "its keys are not those of a record", folder)
     return record
 
@@ -115,7 +129,9 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _damaged(path: pathlib.Path, why: str, folder: pathlib.Path) -> UserError:
-    return UserError(f"{path} is damaged ({why}): copy {folder} again, or prepare it again in another directory")
+    return UserError(
+        f"{path} is damaged ({why}): copy {folder} again, or prepare it again in another directory"
+    )
 
 
 def open_prepared(folder: pathlib.Path) -> Part:
@@ -132,7 +148,8 @@ def open_prepared(folder: pathlib.Path) -> Part:
             return gzip.decompress(path.read_bytes())
 
     stores = {
-        split: _store(folder, split, record["rows"][split], tokens.vocab_size, len(domains)) for split in record["rows"]
+        split: _store(folder, split, record["rows"][split], tokens.vocab_size, len(domains))
+        for split in record["rows"]
     }
     old = f"{folder} was prepared before files had digests, so not all damage to it is noticed: prepare it again to have them"
     return Part(
@@ -157,10 +174,19 @@ def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray
     path = folder / "heldout_domain.npy"
     try:
         domain_R = np.load(path)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:  # its header is an expression of Python
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        SyntaxError,
+    ) as error:  # its header is an expression of Python
         raise _damaged(path, str(error), folder) from None
     rows, domains = record["rows"]["heldout"], len(record["domains"])
-    if domain_R.shape != (rows,) or domain_R.dtype.kind != "u" or (rows and domain_R.max() >= domains):
+    if (
+        domain_R.shape != (rows,)
+        or domain_R.dtype.kind != "u"
+        or (rows and domain_R.max() >= domains)
+    ):
         raise _damaged(path, f"it must have {rows} numbers below {domains}", folder)
     return domain_R
 
@@ -181,7 +207,9 @@ def check_files(folder: pathlib.Path, record: dict[str, Any], small_only: bool) 
         found = path.stat().st_size if path.exists() else -1
         if found != size:
             what = "is missing" if found < 0 else f"has {found} bytes instead of {size}"
-            raise UserError(f"{path} {what}: copy {folder} again, or prepare it again in another directory")
+            raise UserError(
+                f"{path} {what}: copy {folder} again, or prepare it again in another directory"
+            )
         large = ".array_record" in name or name.startswith("texts/")
         if not (small_only and large):
             _check_digest(folder, path, record)
@@ -189,7 +217,9 @@ def check_files(folder: pathlib.Path, record: dict[str, Any], small_only: bool) 
 
 def _check_digest(folder: pathlib.Path, path: pathlib.Path, record: dict[str, Any]) -> None:
     """UserError if a file is not what was written; a directory prepared long ago does not know."""
-    if "digests" in record and record["digests"].get(str(path.relative_to(folder))) != _sha256(path):
+    if "digests" in record and record["digests"].get(str(path.relative_to(folder))) != _sha256(
+        path
+    ):
         raise _damaged(path, "it is not what was written, by its digest", folder)
 
 
@@ -197,15 +227,15 @@ def _counts(table: dict[str, dict[str, int]]) -> Counts:
     return {split: dict(numbers) for split, numbers in table.items()}
 
 
-def _store(folder: pathlib.Path, split: str, num_rows: int, vocab_size: int, num_domains: int) -> Store:
+def _store(
+    folder: pathlib.Path, split: str, num_rows: int, vocab_size: int, num_domains: int
+) -> Store:
     from moe_jax.data.tfds_import import tfds
 
     what = f"the {split} rows of {folder}"
     try:
         source: Any = tfds.builder_from_directory(rows_folder(folder)).as_data_source(split=split)
-    except (
-        Exception
-    ) as error:  # the JSON files of a data set are read by several parsers, each of which has errors of its own
+    except Exception as error:  # the JSON files of a data set are read by several parsers, each of which has errors of its own
         raise damage(what, error) from None
     if len(source) != num_rows:
         raise UserError(
@@ -214,7 +244,9 @@ def _store(folder: pathlib.Path, split: str, num_rows: int, vocab_size: int, num
     return Store(num_rows, _fetch(source, what, vocab_size, num_domains))
 
 
-def _fetch(source: Any, what: str, vocab_size: int, num_domains: int) -> Callable[[np.ndarray], Rows]:
+def _fetch(
+    source: Any, what: str, vocab_size: int, num_domains: int
+) -> Callable[[np.ndarray], Rows]:
     """Reads rows by their indices; UserError for damage. NumPy and JAX take a token or a domain that is none for another."""
 
     def fetch(index_N: np.ndarray) -> Rows:

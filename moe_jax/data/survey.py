@@ -34,11 +34,15 @@ def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
                 table[name][domain] = table[name].get(domain, 0) + amount * (name == split)
         digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
         if len(counts["train"]) > MOST_DOMAINS:
-            raise UserError(f"more than {MOST_DOMAINS} domains: give each source one label, as in LABEL=text:GLOB")
+            raise UserError(
+                f"more than {MOST_DOMAINS} domains: give each source one label, as in LABEL=text:GLOB"
+            )
     return Survey(tuple(counts["train"]), counts, sizes, digest.hexdigest())
 
 
-def fingerprint(survey: Survey, tokenizer: Tokenizer, seq_len: int, heldout_every: int, seed: int) -> str:
+def fingerprint(
+    survey: Survey, tokenizer: Tokenizer, seq_len: int, heldout_every: int, seed: int
+) -> str:
     """sha256 of all that decides the rows: documents, tokenizer and the arguments of packing."""
     arguments = [survey.digest, tokenizer.fingerprint, seq_len, heldout_every, seed]
     return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()

@@ -29,7 +29,9 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         def tensor(dtype: np.dtype) -> tfds.features.Tensor:
             # As bytes: TFDS would store each number of a plain tensor as a varint, three times slower to write.
-            return tfds.features.Tensor(shape=(self._seq_len,), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+            return tfds.features.Tensor(
+                shape=(self._seq_len,), dtype=dtype, encoding=tfds.features.Encoding.BYTES
+            )
 
         features = {
             "inputs": tensor(self._dtype),
@@ -48,12 +50,18 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         return enumerate(self._splits[split])
 
     def _download_and_prepare(
-        self, dl_manager: tfds.download.DownloadManager, download_config: tfds.download.DownloadConfig
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig,
     ) -> None:
         """Writes each row as it comes. TFDS itself would keep a split in memory, and beyond 1 GB call TensorFlow."""
-        info = self._info()  # a new one, because the folder is another now: it is renamed at the end
+        info = (
+            self._info()
+        )  # a new one, because the folder is another now: it is renamed at the end
         most = max(1, SHARD_BYTES // (4 * self._seq_len * self._dtype.itemsize))
-        sequential = tfds.core.SequentialWriter(info, max_examples_per_shard=most, file_format="array_record")
+        sequential = tfds.core.SequentialWriter(
+            info, max_examples_per_shard=most, file_format="array_record"
+        )
         sequential.initialize_splits(list(SPLITS))
         for split, examples in self._split_generators(dl_manager).items():
             while some := [row for _, row in itertools.islice(examples, ROWS_AT_ONCE)]:
@@ -62,10 +70,16 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         self.info.set_splits(info.splits)
 
 
-def build_packed_text(folder: pathlib.Path, seq_len: int, dtype: np.dtype, splits: Splits) -> dict[str, int]:
+def build_packed_text(
+    folder: pathlib.Path, seq_len: int, dtype: np.dtype, splits: Splits
+) -> dict[str, int]:
     """Writes the splits as ArrayRecord files under `folder`; returns the number of rows of each."""
     tfds.disable_progress_bar()
-    builder = PackedText(data_dir=folder, file_format="array_record", seq_len=seq_len, dtype=dtype, splits=splits)
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    builder = PackedText(
+        data_dir=folder, file_format="array_record", seq_len=seq_len, dtype=dtype, splits=splits
+    )
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
     shutil.rmtree(folder / "downloads")  # nothing was
     return {name: split.num_examples for name, split in builder.info.splits.items()}

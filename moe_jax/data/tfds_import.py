@@ -21,7 +21,12 @@ def _lazy_for_this_thread() -> Iterator[None]:
     lazy, eager, mine = lazy_imports_utils._lazy_import, builtins.__import__, threading.get_ident()
 
     def of_thread(
-        name: str, globals_: Any = None, locals_: Any = None, fromlist: Any = (), level: int = 0, **options: Any
+        name: str,
+        globals_: Any = None,
+        locals_: Any = None,
+        fromlist: Any = (),
+        level: int = 0,
+        **options: Any,
     ) -> Any:
         if threading.get_ident() == mine:
             return lazy(name, globals_, locals_, fromlist, level, **options)

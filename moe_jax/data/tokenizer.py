@@ -54,7 +54,12 @@ class Tokenizer(NamedTuple):
     def save(self, folder: pathlib.Path) -> None:
         """Writes the tokenizer into a folder, for `load`."""
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"name": self.name, "kind": self.kind, "boundary_id": self.boundary_id, "fingerprint": self.fingerprint}
+        about = {
+            "name": self.name,
+            "kind": self.kind,
+            "boundary_id": self.boundary_id,
+            "fingerprint": self.fingerprint,
+        }
         (folder / "tokenizer_kind.json").write_text(json.dumps(about), encoding="utf-8")
         if self.model:
             (folder / MODEL_FILES[self.kind]).write_bytes(self.model)
@@ -77,7 +82,9 @@ class Decoder:
     def _bytes(self, token: int) -> bytes:
         name, size = self._tokenizer.name, self._tokenizer.vocab_size
         if not 0 <= token < size:
-            raise UserError(f"token {token} is outside the vocabulary of tokenizer {name} (ids 0 to {size - 1})")
+            raise UserError(
+                f"token {token} is outside the vocabulary of tokenizer {name} (ids 0 to {size - 1})"
+            )
         piece = self._tokenizer.pieces[token]
         if self._at_start and self._tokenizer.prefix_space:
             piece = piece.removeprefix(b" ")
@@ -92,7 +99,9 @@ def bytes_tokenizer() -> Tokenizer:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     pieces = (*(bytes([i]) for i in range(255)), b"")
-    return Tokenizer("bytes", "bytes", 256, 255, pieces, prefix_space=False, model=b"", encode_many=encode_many)
+    return Tokenizer(
+        "bytes", "bytes", 256, 255, pieces, prefix_space=False, model=b"", encode_many=encode_many
+    )
 
 
 def _make_bytes(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -105,7 +114,9 @@ def _make_bpe(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     from moe_jax.data import tokenizer_models
 
     if not argument.isdecimal() or int(argument) <= 256:
-        raise UserError(f"tokenizer bpe:{argument}: give a vocabulary of at least 257 (256 bytes and the boundary)")
+        raise UserError(
+            f"tokenizer bpe:{argument}: give a vocabulary of at least 257 (256 bytes and the boundary)"
+        )
     return tokenizer_models.train_bpe(texts(), int(argument))
 
 
@@ -147,7 +158,9 @@ def load(folder: pathlib.Path) -> Tokenizer:
     ) as error:  # also where a model lacks what its reader needs
         raise UserError(f"{folder} holds no complete tokenizer: {error}") from None
     if about.get("fingerprint", tokens.fingerprint) != tokens.fingerprint:
-        raise UserError(f"{folder} holds no complete tokenizer: it is not what was written, by its digest")
+        raise UserError(
+            f"{folder} holds no complete tokenizer: it is not what was written, by its digest"
+        )
     return tokens
 
 

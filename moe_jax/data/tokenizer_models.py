@@ -18,7 +18,9 @@ BOUNDARIES = (BOUNDARY, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|
 # Characters of a run of letters, digits, marks or white space that are one piece for the training of a BPE: the time of each merge grows
 # with the square of a piece's length, and text without spaces (Chinese, DNA, base64) is one piece. No word of English is as long.
 LONGEST_PIECE = 64
-TRAINING_BYTES = 100_000_000  # a BPE is trained on the first documents up to this; more takes minutes for little
+TRAINING_BYTES = (
+    100_000_000  # a BPE is trained on the first documents up to this; more takes minutes for little
+)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -39,7 +41,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([_cut_long_runs(), byte_level])
     _train(bpe, _first_bytes(texts, TRAINING_BYTES), trainer)
-    bpe.pre_tokenizer = byte_level  # encoding takes no such time, so the tokenizer itself is an ordinary one
+    bpe.pre_tokenizer = (
+        byte_level  # encoding takes no such time, so the tokenizer itself is an ordinary one
+    )
     return read_huggingface(f"bpe:{vocab_size}", bpe.to_str().encode("utf-8"), BOUNDARY)
 
 
@@ -48,7 +52,9 @@ def _cut_long_runs() -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     classes = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # as byte-level pieces are made of
-    return pre_tokenizers.Split(Regex("|".join(f"{one}{{{LONGEST_PIECE}}}" for one in classes)), "isolated")
+    return pre_tokenizers.Split(
+        Regex("|".join(f"{one}{{{LONGEST_PIECE}}}" for one in classes)), "isolated"
+    )
 
 
 def _train(bpe: Any, texts: Iterable[str], trainer: Any) -> None:
@@ -109,12 +115,17 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     hugging.encode_special_tokens = True  # "</s>" written in a text is text, never the boundary
 
     def encode_many(texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, np.uint32) for e in hugging.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            np.array(e.ids, np.uint32)
+            for e in hugging.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     vocabulary = {id_: token for token, id_ in hugging.get_vocab(with_added_tokens=True).items()}
     added = hugging.get_added_tokens_decoder()
     to_bytes = _piece_reader(name, model)
-    pieces = [b"" if i in added else to_bytes(vocabulary.get(i, "")) for i in range(max(vocabulary) + 1)]
+    pieces = [
+        b"" if i in added else to_bytes(vocabulary.get(i, "")) for i in range(max(vocabulary) + 1)
+    ]
     for id_, token in added.items():
         pieces[id_] = pieces[id_] if token.special else token.content.encode("utf-8")
     specials = {token.content: id_ for id_, token in added.items() if token.special}
@@ -147,13 +158,22 @@ READERS = {"huggingface": read_huggingface, "sentencepiece": read_sentencepiece}
 
 
 def _tokenizer(
-    name: str, kind: str, model: bytes, pieces: list[bytes], boundary_id: int, encode_many: EncodeMany
+    name: str,
+    kind: str,
+    model: bytes,
+    pieces: list[bytes],
+    boundary_id: int,
+    encode_many: EncodeMany,
 ) -> Tokenizer:
     if not 0 <= boundary_id < len(pieces):  # a list takes a negative number for one from its end
-        raise UserError(f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to {len(pieces) - 1}")
+        raise UserError(
+            f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to {len(pieces) - 1}"
+        )
     pieces[boundary_id] = b""
     prefix_space = b"".join(pieces[i] for i in encode_many(["a"])[0]).startswith(b" ")
-    return Tokenizer(name, kind, len(pieces), boundary_id, tuple(pieces), prefix_space, model, encode_many)
+    return Tokenizer(
+        name, kind, len(pieces), boundary_id, tuple(pieces), prefix_space, model, encode_many
+    )
 
 
 def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> int:
@@ -197,7 +217,9 @@ def _byte_level_table() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself if it prints, else the next character from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:

@@ -20,7 +20,9 @@ from moe_jax.runtime import shell
 
 TEXT_BYTES = 4_000_000  # of each split and domain, kept for the baselines
 
-Track = Callable[[str, Iterable[Any]], Iterable[Any]]  # (what is done, items) -> the same items, their progress shown
+Track = Callable[
+    [str, Iterable[Any]], Iterable[Any]
+]  # (what is done, items) -> the same items, their progress shown
 
 
 def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[str, Any]:
@@ -36,17 +38,29 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
             shutil.rmtree(out / name, ignore_errors=True)
 
         def documents() -> Iterator[tuple[str, Document]]:
-            read = itertools.chain.from_iterable(sources.read(spec) for spec in arguments["sources"])
+            read = itertools.chain.from_iterable(
+                sources.read(spec) for spec in arguments["sources"]
+            )
             return pack.split(read, arguments["heldout_every"])
 
         found = survey(_kept(track("reading documents", documents()), out))
-        texts = lambda: (d.text for d in only(track("training the tokenizer", documents()), "train"))
+
+        def texts():
+            return (d.text for d in only(track("training the tokenizer", documents()), "train"))
+
         tokens = tokenizer.make(arguments["tokenizer"], texts)
         tokens.save(out / "tokenizer")
-        splits = {split: _rows(split, only(documents(), split), tokens, found, arguments) for split in pack.SPLITS}
-        num_rows, piece_bytes = _write_rows(out, arguments["seq_len"], tokens, splits, found.domains, track)
+        splits = {
+            split: _rows(split, only(documents(), split), tokens, found, arguments)
+            for split in pack.SPLITS
+        }
+        num_rows, piece_bytes = _write_rows(
+            out, arguments["seq_len"], tokens, splits, found.domains, track
+        )
         rest = [arguments[name] for name in ("seq_len", "heldout_every", "seed")]
-        prepared.write_record(out, arguments, tokens, found, num_rows, piece_bytes, fingerprint(found, tokens, *rest))
+        prepared.write_record(
+            out, arguments, tokens, found, num_rows, piece_bytes, fingerprint(found, tokens, *rest)
+        )
     return prepared.read_record(out)
 
 
@@ -54,7 +68,9 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
 def _locked(out: pathlib.Path) -> Iterator[None]:
     """Makes `out`, if it is not somebody else's, and holds its lock."""
     if out.is_dir() and any(out.iterdir()) and not (out / prepared.LOCK).exists():
-        raise UserError(f"--out {out} is not empty and was not made by prepare: choose another directory")
+        raise UserError(
+            f"--out {out} is not empty and was not made by prepare: choose another directory"
+        )
     with shell.held(out, "--out", prepared.LOCK):
         yield
 
@@ -71,7 +87,9 @@ def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _kept(documents: Iterable[tuple[str, Document]], out: pathlib.Path) -> Iterator[tuple[str, Document]]:
+def _kept(
+    documents: Iterable[tuple[str, Document]], out: pathlib.Path
+) -> Iterator[tuple[str, Document]]:
     """The same documents; the first text of each split and domain goes into out/texts on the way."""
     (out / "texts").mkdir()
     with contextlib.ExitStack() as stack:
@@ -90,10 +108,16 @@ def _kept(documents: Iterable[tuple[str, Document]], out: pathlib.Path) -> Itera
 
 
 def _rows(
-    split: str, documents: Iterable[Document], tokens: Tokenizer, found: Survey, arguments: dict[str, Any]
+    split: str,
+    documents: Iterable[Document],
+    tokens: Tokenizer,
+    found: Survey,
+    arguments: dict[str, Any],
 ) -> Iterator[pack.Rows]:
     if split == "train":
-        return pack.pack_train(documents, arguments["seq_len"], tokens, found.domains, arguments["seed"])
+        return pack.pack_train(
+            documents, arguments["seq_len"], tokens, found.domains, arguments["seed"]
+        )
     return pack.pack_heldout(documents, arguments["seq_len"], tokens, found.domains)
 
 
@@ -119,7 +143,9 @@ def _write_rows(
                 np.add.at(bytes_Z, rows.domain_RS[seen], bytes_V[rows.targets_RS[seen]])
             yield from (dict(zip(prepared.FIELDS, row)) for row in zip(*rows))
 
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints about downloads, and there are none
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # TFDS prints about downloads, and there are none
         rows = {name: track(f"writing {name} rows", examples(name)) for name in splits}
         num_rows = build_packed_text(out / "rows", seq_len, tokens.dtype, rows)
     for domain, size in zip(domains, bytes_Z):

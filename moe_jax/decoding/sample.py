@@ -71,14 +71,21 @@ class Engine(NamedTuple):
 
     empty: Callable[..., list[Cache]]  # (B, M) -> caches, one a block
     prefill: Callable[..., list[Cache]]  # (weights, caches, id_BS, length_B, start) -> caches
-    decode: Callable[..., tuple[jax.Array, list[Cache]]]  # (weights, caches, rows, dials) -> (id_NB, caches)
+    decode: Callable[
+        ..., tuple[jax.Array, list[Cache]]
+    ]  # (weights, caches, rows, dials) -> (id_NB, caches)
 
 
 def check(settings: Settings) -> None:
     """UserError for settings that mean nothing."""
     for name, value, fits, rule in (
         ("max_tokens", settings.max_tokens, settings.max_tokens >= 1, "at least 1"),
-        ("temperature", settings.temperature, 0 <= settings.temperature < math.inf, "at least 0 (0 is greedy)"),
+        (
+            "temperature",
+            settings.temperature,
+            0 <= settings.temperature < math.inf,
+            "at least 0 (0 is greedy)",
+        ),
         ("top_k", settings.top_k, settings.top_k >= 0, "at least 0 (0 is off)"),
         ("top_p", settings.top_p, 0 < settings.top_p <= 1, "above 0 and at most 1 (1 is off)"),
         ("seed", settings.seed, 0 <= settings.seed < 2**32, "at least 0 and below 2**32"),
@@ -89,7 +96,9 @@ def check(settings: Settings) -> None:
         raise UserError("stop = '' is in every text: give a stop string that is not empty")
 
 
-def make_sampler(model_cfg: ModelConfig, tokenizer: Tokenizer, context: int) -> Callable[..., list[str]]:
+def make_sampler(
+    model_cfg: ModelConfig, tokenizer: Tokenizer, context: int
+) -> Callable[..., list[str]]:
     """`sampler(params, router_state, prompts, settings, on_text=None) -> texts`, the continuations, without the prompts.
 
     Args:
@@ -105,13 +114,20 @@ def make_sampler(model_cfg: ModelConfig, tokenizer: Tokenizer, context: int) -> 
     told: set[str] = set()
 
     def sampler(
-        params: Any, router_state: Any, prompts: Sequence[str], settings: Settings, on_text: OnText | None = None
+        params: Any,
+        router_state: Any,
+        prompts: Sequence[str],
+        settings: Settings,
+        on_text: OnText | None = None,
     ) -> list[str]:
         check(settings)
         weights = (params, router_state)
         if model_cfg.scan:
             weights = unstack(weights)
-        rows = [Row(i, prompt, tokenizer, context, settings, on_text) for i, prompt in enumerate(prompts)]
+        rows = [
+            Row(i, prompt, tokenizer, context, settings, on_text)
+            for i, prompt in enumerate(prompts)
+        ]
         _tell_cut(rows, prompts, told)
         longest = max((len(row.window) for row in rows), default=0)
         length = min(context, power_of_two(longest + settings.max_tokens, 64))
@@ -125,7 +141,9 @@ def make_sampler(model_cfg: ModelConfig, tokenizer: Tokenizer, context: int) -> 
     return sampler
 
 
-def generate(engine: Engine, weights: Any, rows: list["Row"], size: int, length: int, settings: Settings) -> None:
+def generate(
+    engine: Engine, weights: Any, rows: list["Row"], size: int, length: int, settings: Settings
+) -> None:
     """Runs one batch of at most `size` rows to the end of each."""
     caches = engine.empty(size, length)
     caches = _prefill(engine, weights, caches, dict(enumerate(rows)), size)
@@ -141,7 +159,9 @@ def generate(engine: Engine, weights: Any, rows: list["Row"], size: int, length:
         caches = _prefill(engine, weights, caches, full, size)
 
 
-def _prefill(engine: Engine, weights: Any, caches: list[Cache], rows: Mapping[int, "Row"], size: int) -> list[Cache]:
+def _prefill(
+    engine: Engine, weights: Any, caches: list[Cache], rows: Mapping[int, "Row"], size: int
+) -> list[Cache]:
     """Writes the windows of some rows (by their place in the batch) but for their last tokens; other rows stay as they are."""
     longest = max((len(row.window) - 1 for row in rows.values()), default=0)
     step = min(PREFILL, power_of_two(longest, 16))
@@ -165,13 +185,20 @@ def _row_state(rows: list["Row"], size: int, length: int) -> RowState:
 
 def dials(settings: Settings) -> Dials:
     top_k = np.int32(min(settings.top_k, 2**31 - 1))
-    return Dials(np.float32(settings.temperature), top_k, np.float32(settings.top_p), np.uint32(settings.seed))
+    return Dials(
+        np.float32(settings.temperature),
+        top_k,
+        np.float32(settings.top_p),
+        np.uint32(settings.seed),
+    )
 
 
 def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
     """`cfg` in the loop layout. Called with the mesh set."""
     model = make_model(cfg)
-    at = lambda x, *dims: jax.sharding.reshard(x, P(BATCH, *dims))
+
+    def at(x, *dims):
+        return jax.sharding.reshard(x, P(BATCH, *dims))
 
     def empty(num_rows: int, length: int) -> list[Cache]:
         return empty_caches(cfg, num_rows, length)
@@ -190,11 +217,16 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
     def decode(weights: Any, caches: list[Cache], rows: RowState, dials: Dials):
         def step(carry):
             made, id_B, live_B, id_NB, caches = carry
-            column = lambda x_B: x_B[:, None]
+
+            def column(x_B):
+                return x_B[:, None]
+
             places = (column(id_B), column(rows.position_B + made), column(live_B))
             logits_B1V, caches = forward(weights, caches, *places, rows.index_B)
             logits_BV = jax.sharding.reshard(logits_B1V, P())[:, 0]
-            logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] < tokenizer.vocab_size, logits_BV, -jnp.inf)
+            logits_BV = jnp.where(
+                jnp.arange(logits_BV.shape[1])[None] < tokenizer.vocab_size, logits_BV, -jnp.inf
+            )
             new_B = draw(logits_BV, rows.index_B, rows.count_B + made, dials)
             id_NB = id_NB.at[made].set(jnp.where(live_B, new_B, NOTHING))
             live_B = live_B & (new_B != tokenizer.boundary_id) & (made + 1 < rows.room_B)
@@ -206,7 +238,9 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
         return carry[3], carry[4]
 
     return Engine(
-        jax.jit(empty, static_argnums=(0, 1)), jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
+        jax.jit(empty, static_argnums=(0, 1)),
+        jax.jit(prefill, donate_argnums=1),
+        jax.jit(decode, donate_argnums=1),
     )
 
 
@@ -217,12 +251,19 @@ def draw(logits_BV: jax.Array, row_B: jax.Array, count_B: jax.Array, dials: Dial
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
     def sampled(key: jax.Array) -> jax.Array:
-        keys_B = jax.vmap(lambda row, count: jax.random.fold_in(jax.random.fold_in(key, row), count))(row_B, count_B)
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], logits_BV.dtype))(keys_B)
+        keys_B = jax.vmap(
+            lambda row, count: jax.random.fold_in(jax.random.fold_in(key, row), count)
+        )(row_B, count_B)
+        noise_BV = jax.vmap(
+            lambda key: jax.random.gumbel(key, logits_BV.shape[1:], logits_BV.dtype)
+        )(keys_B)
         temperature = jnp.maximum(dials.temperature, 1e-6).astype(logits_BV.dtype)
         scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
         some = (dials.top_k > 0) | (dials.top_p < 1)
-        keep = lambda x_BV: keep_likely(x_BV, dials.top_k, dials.top_p)
+
+        def keep(x_BV):
+            return keep_likely(x_BV, dials.top_k, dials.top_p)
+
         kept_BV = jax.lax.cond(some, keep, lambda x_BV: x_BV, scaled_BV)
         return jnp.argmax(kept_BV + noise_BV, -1).astype(jnp.int32)
 
@@ -251,7 +292,10 @@ def unstack_layers(tree: Any, repeats: int) -> Any:
     def loop(values: dict[str, Any]) -> dict[str, Any]:
         if "repeats" not in values:
             return values
-        layer = lambda i: jax.tree.map(lambda z: z[i], values["repeats"])
+
+        def layer(i):
+            return jax.tree.map(lambda z: z[i], values["repeats"])
+
         return {**values, "repeats": {i: layer(i) for i in range(repeats)}}
 
     return tuple(loop(values) for values in tree)
@@ -266,14 +310,22 @@ class Row:
     """One prompt on the host: the tokens that the model sees, and the text it made."""
 
     def __init__(
-        self, index: int, prompt: str, tokenizer: Tokenizer, context: int, settings: Settings, on_text: OnText | None
+        self,
+        index: int,
+        prompt: str,
+        tokenizer: Tokenizer,
+        context: int,
+        settings: Settings,
+        on_text: OnText | None,
     ):
         ids = [tokenizer.boundary_id, *(int(i) for i in tokenizer.encode(prompt))]
         self.index, self.window, self.cut = index, ids[-context:], max(len(ids) - context, 0)
         self.count, self.left, self.ended, self.text = 0, settings.max_tokens, False, ""
         self._boundary, self._stop, self._on_text = tokenizer.boundary_id, settings.stop, on_text
         self._decoder = Decoder(tokenizer)
-        self._decoder.feed(ids)  # the text goes on from the prompt: a space in front of its first word belongs to it
+        self._decoder.feed(
+            ids
+        )  # the text goes on from the prompt: a space in front of its first word belongs to it
         self._held = ""
 
     def take(self, ids: list[int]) -> None:
@@ -315,7 +367,9 @@ def _tell_cut(rows: list[Row], prompts: Sequence[str], told: set[str]) -> None:
     cut = [row for row in rows if row.cut and prompts[row.index] not in told]
     told.update(prompts[row.index] for row in cut)
     if cut and jax.process_index() == 0:
-        which = ", ".join(f"{row.index + 1} (by {row.cut})" for row in cut[:8]) + (", ..." if len(cut) > 8 else "")
+        which = ", ".join(f"{row.index + 1} (by {row.cut})" for row in cut[:8]) + (
+            ", ..." if len(cut) > 8 else ""
+        )
         log.warning(
             "longer than the context of %d tokens, so that the model sees only its end: prompt %s",
             len(cut[0].window),

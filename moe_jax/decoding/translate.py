@@ -28,7 +28,9 @@ from moe_jax.schema.config import ModelConfig
 Translator = Callable[..., jax.Array]
 
 
-def make_translator(model_cfg: ModelConfig, max_tokens: int, boundary_id: int, vocab_size: int) -> Translator:
+def make_translator(
+    model_cfg: ModelConfig, max_tokens: int, boundary_id: int, vocab_size: int
+) -> Translator:
     """`translator(params, router_state, source, dials) -> id_BN` int32, whole on every device; what follows a row's end is `boundary_id`.
 
     Args:
@@ -41,7 +43,9 @@ def make_translator(model_cfg: ModelConfig, max_tokens: int, boundary_id: int, v
     for a model that cannot decode token by token.
     """
     if model_cfg.kind not in ("encdec", "decoder"):
-        raise UserError(f'model.kind = "{model_cfg.kind}" translates nothing: only "encdec" and "decoder" do')
+        raise UserError(
+            f'model.kind = "{model_cfg.kind}" translates nothing: only "encdec" and "decoder" do'
+        )
     if reason := why_not_cached(model_cfg):
         raise UserError(f"this model cannot be decoded: {reason}")
     cfg = dataclasses.replace(with_dispatcher(model_cfg, "dropless"), scan=False)
@@ -52,7 +56,9 @@ def make_translator(model_cfg: ModelConfig, max_tokens: int, boundary_id: int, v
         if model_cfg.scan:
             params, router_state = (unstacked(tree, model_cfg) for tree in (params, router_state))
         model = bind(params, router_state)
-        source = jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH, *[None] * (z.ndim - 1))), source)
+        source = jax.tree.map(
+            lambda z: jax.sharding.reshard(z, P(BATCH, *[None] * (z.ndim - 1))), source
+        )
         begin = _begin_encdec if cfg.kind == "encdec" else _begin_decoder
         forward, caches, id_B, position_B = begin(model, cfg, source, max_tokens, boundary_id)
         row_B = jax.sharding.reshard(source.row_B, P())
@@ -61,9 +67,19 @@ def make_translator(model_cfg: ModelConfig, max_tokens: int, boundary_id: int, v
             made, id_B, live_B, id_NB, caches = carry
             logits_B1V, caches = forward(id_B, position_B + made, live_B, caches)
             logits_BV = jax.sharding.reshard(logits_B1V, P())[:, 0]
-            logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] < vocab_size, logits_BV, -jnp.inf)
-            new_B = jnp.where(live_B, draw(logits_BV, row_B, jnp.full_like(row_B, made), dials), boundary_id)
-            return made + 1, new_B, live_B & (new_B != boundary_id), id_NB.at[made].set(new_B), caches
+            logits_BV = jnp.where(
+                jnp.arange(logits_BV.shape[1])[None] < vocab_size, logits_BV, -jnp.inf
+            )
+            new_B = jnp.where(
+                live_B, draw(logits_BV, row_B, jnp.full_like(row_B, made), dials), boundary_id
+            )
+            return (
+                made + 1,
+                new_B,
+                live_B & (new_B != boundary_id),
+                id_NB.at[made].set(new_B),
+                caches,
+            )
 
         live_B = jax.sharding.reshard((source.segment_BS > 0).any(1), P())
         id_NB = jnp.full((max_tokens, *id_B.shape), boundary_id, jnp.int32)
@@ -73,9 +89,14 @@ def make_translator(model_cfg: ModelConfig, max_tokens: int, boundary_id: int, v
     return translate
 
 
-def _one_token(source: Batch, id_B: jax.Array, position_B: jax.Array, live_B: jax.Array, length: int) -> Batch:
+def _one_token(
+    source: Batch, id_B: jax.Array, position_B: jax.Array, live_B: jax.Array, length: int
+) -> Batch:
     """The next token of every row; a row that has ended is padding and writes to no slot."""
-    at = lambda z_B: jax.sharding.reshard(z_B[:, None], P(BATCH, None))
+
+    def at(z_B):
+        return jax.sharding.reshard(z_B[:, None], P(BATCH, None))
+
     position_B = jnp.where(live_B, position_B, length)
     return Batch(at(id_B), at(position_B), at(live_B.astype(jnp.int32)), source.row_B)
 
@@ -86,10 +107,17 @@ def _begin_encdec(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, 
     memories = model.memories(encoded)
 
     def forward(id_B, position_B, live_B, caches):
-        return model.cached(_one_token(source, id_B, position_B, live_B, max_tokens), caches, memories)
+        return model.cached(
+            _one_token(source, id_B, position_B, live_B, max_tokens), caches, memories
+        )
 
     zero_B = jnp.zeros(source.row_B.shape, jnp.int32)
-    return forward, empty_caches(decoder_config(cfg), zero_B.shape[0], max_tokens), zero_B + boundary_id, zero_B
+    return (
+        forward,
+        empty_caches(decoder_config(cfg), zero_B.shape[0], max_tokens),
+        zero_B + boundary_id,
+        zero_B,
+    )
 
 
 def _begin_decoder(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int):
@@ -99,11 +127,14 @@ def _begin_decoder(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int,
     caches = empty_caches(cfg, num_rows, length + max_tokens)
     there_BS = source.segment_BS > 0
     _, caches = model.cached(
-        source._replace(position_BS=jnp.where(there_BS, source.position_BS, length + max_tokens)), caches
+        source._replace(position_BS=jnp.where(there_BS, source.position_BS, length + max_tokens)),
+        caches,
     )
 
     def forward(id_B, position_B, live_B, caches):
-        return model.cached(_one_token(source, id_B, position_B, live_B, length + max_tokens), caches)
+        return model.cached(
+            _one_token(source, id_B, position_B, live_B, length + max_tokens), caches
+        )
 
     last_B = jnp.maximum(there_BS.sum(1) - 1, 0).astype(jnp.int32)
     mine_BS = jnp.arange(length)[None] == last_B[:, None]
@@ -115,7 +146,9 @@ def unstacked(values: Any, cfg: ModelConfig) -> Any:
     """Parameters (or a router's state) of a model with scan in the layout of one without."""
     out = dict(values)
     if "repeats" in out:
-        out["repeats"] = {i: jax.tree.map(lambda z, i=i: z[i], out["repeats"]) for i in range(cfg.repeats)}
+        out["repeats"] = {
+            i: jax.tree.map(lambda z, i=i: z[i], out["repeats"]) for i in range(cfg.repeats)
+        }
     if "encoder" in out:
         out["encoder"] = unstacked(
             out["encoder"], dataclasses.replace(cfg, repeats=cfg.kind_options["encoder_repeats"])

@@ -43,7 +43,9 @@ class One(NamedTuple):
     array: jax.Array
 
 
-def open_run(cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int) -> Run:
+def open_run(
+    cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int
+) -> Run:
     """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as `eval.dispatcher` says.
 
     UserError for a model whose routing is not of every token: without MoE layers, or with a mixture of depths around one.
@@ -59,7 +61,10 @@ def open_run(cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_
 def place(run: Run, batch: Batch, **told: Any) -> lm.Inputs:
     """The batch on the mesh. `told`: further fields of lm.Inputs, as host arrays [B, ...] of the *whole* batch."""
     size = run.cfg.eval.batch_size
-    one = lambda z: put_rows(run, z)
+
+    def one(z):
+        return put_rows(run, z)
+
     further = {name: jax.tree.map(one, value) for name, value in told.items()}
     return put(batch, local_rows(size), size, lm.Inputs)._replace(**further)
 
@@ -133,7 +138,9 @@ def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
-    inside = lambda key, value: {"router": value.get("router", {})} if key == "moe" else _routers(value)
+    def inside(key, value):
+        return {"router": value.get("router", {})} if key == "moe" else _routers(value)
+
     return {key: inside(key, value) for key, value in tree.items() if isinstance(value, dict)}
 
 
@@ -147,5 +154,7 @@ def gates(run: Run, what: str) -> np.ndarray:
         )
     wanted = (run.cfg.model.num_moe_layers, run.cfg.model.d_model, run.cfg.model.moe.num_experts)
     if weights.get("gate", np.zeros(0)).shape != wanted:
-        raise UserError(f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} needs')
+        raise UserError(
+            f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} needs'
+        )
     return weights["gate"]

@@ -30,7 +30,9 @@ def ceiling(counts_ZE: np.ndarray) -> np.ndarray:
     return np.minimum(_entropy(weight_Z1[..., 0]), _entropy(mean_E))
 
 
-def chance(experts_RLE: np.ndarray, domain_R: np.ndarray, num_domains: int, seed: int) -> np.ndarray:
+def chance(
+    experts_RLE: np.ndarray, domain_R: np.ndarray, num_domains: int, seed: int
+) -> np.ndarray:
     """[L]: what 95 % of shuffles stay below when the rows keep their routing but swap their domains.
 
     Few rows give mutual information even where domains do not matter: a value below this one shows nothing. Rows of one document

@@ -45,11 +45,23 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
     @jax.jit
     def measure(state: State, batch: Any) -> dict[str, Any]:
         rng = step_key(cfg, state.step)
-        run = lambda params: _terms(*loss(params, state.router_state, batch, rng), cfg.model.moe.losses)
+
+        def run(params):
+            return _terms(*loss(params, state.router_state, batch, rng), cfg.model.moe.losses)
+
         values, pull = jax.vjp(run, state.params)
-        one = lambda name: {n: (jnp.ones_like if n == name else jnp.zeros_like)(v) for n, v in values.items()}
+
+        def one(name):
+            return {
+                n: (jnp.ones_like if n == name else jnp.zeros_like)(v) for n, v in values.items()
+            }
+
         language = pull(one("nll"))[0]
-        return {name: _products(language, pull(one(name))[0], cfg.model) for name in values if name != "nll"}
+        return {
+            name: _products(language, pull(one(name))[0], cfg.model)
+            for name in values
+            if name != "nll"
+        }
 
     def meter(state: State, batch: Any) -> dict[str, float]:
         return {
@@ -66,22 +78,31 @@ def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[
     """The language loss, all that is added to it, and each auxiliary loss as it is added, where there are several."""
     totals, parts = aside
     named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
-    return {"nll": parts["nll"], "auxiliary": value - parts["nll"]} | (named if len(named) > 1 else {})
+    return {"nll": parts["nll"], "auxiliary": value - parts["nll"]} | (
+        named if len(named) > 1 else {}
+    )
 
 
 def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
     """{"layer_i/PART" or "outside": [3]}: the sums <g, a>, <g, g> and <a, a> over its parameters."""
     sums: dict[str, jax.Array] = {}
-    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(g)[0], jax.tree.leaves(a), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(g)[0], jax.tree.leaves(a), strict=True
+    ):
         keys = [key.key for key in path]
         stacked = keys[0] == REPEATS and cfg.scan
         wide = jnp.promote_types(x.dtype, jnp.float32)
         x, y = x.astype(wide), y.astype(wide)
         over = tuple(range(int(stacked), x.ndim))
-        products = jnp.stack([jax.sharding.reshard(z.sum(over), P()) for z in (x * y, x * x, y * y)], -1)
+        products = jnp.stack(
+            [jax.sharding.reshard(z.sum(over), P()) for z in (x * y, x * x, y * y)], -1
+        )
         if _kind(keys, cfg).endswith("moe"):
             layers = np.atleast_1d(router_states.layers_of(path, cfg))
-            entries = {f"layer_{layer}/{_part(keys)}": products.reshape(-1, 3)[i] for i, layer in enumerate(layers)}
+            entries = {
+                f"layer_{layer}/{_part(keys)}": products.reshape(-1, 3)[i]
+                for i, layer in enumerate(layers)
+            }
         else:
             entries = {"outside": products.reshape(-1, 3).sum(0)}
         sums |= {name: sums.get(name, 0) + three for name, three in entries.items()}

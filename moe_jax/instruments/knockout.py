@@ -22,7 +22,10 @@ from moe_jax.instruments.held_out import Run
 from moe_jax.tasks.lm import task as lm
 
 PASSIVE = {"removed": "removed", "around": "routed around"}
-WAYS = {"removed": "removed_BME", "around": "barred_BME"}  # and the field of lm.Inputs that tells the layer
+WAYS = {
+    "removed": "removed_BME",
+    "around": "barred_BME",
+}  # and the field of lm.Inputs that tells the layer
 
 
 class Worth(NamedTuple):
@@ -61,7 +64,9 @@ def measure(run: Run, way: str, seed: int = 0) -> Worth:
     parts: list[Rows] = []
     for number, batch in enumerate(run.batches):
         inputs = held_out.place(run, batch)
-        before = sums_of(run.params, run.router_state, inputs._replace(**told(run, WAYS[way], 0, None)))
+        before = sums_of(
+            run.params, run.router_state, inputs._replace(**told(run, WAYS[way], 0, None))
+        )
         after_LEB = _without_each(run, sums_of, inputs, way, number)
         base.append({name: before[name] for name in ("nll", "bytes", "routing")})
         parts.append(_rows(run, batch, after_LEB - before["rows"]["nats"]))
@@ -71,7 +76,9 @@ def measure(run: Run, way: str, seed: int = 0) -> Worth:
     return worth(rows, total["nll"], total["bytes"], routing_LEZ, seed)
 
 
-def worth(rows: Rows, nats_Z: np.ndarray, bytes_Z: np.ndarray, routing_LEZ: np.ndarray, seed: int) -> Worth:
+def worth(
+    rows: Rows, nats_Z: np.ndarray, bytes_Z: np.ndarray, routing_LEZ: np.ndarray, seed: int
+) -> Worth:
     """The figures of all rows, from what each lost and from the sums with all experts."""
     bits_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
     lost_LEZ = rows.nats_LER @ (rows.domain_R[:, None] == np.arange(len(bytes_Z)))
@@ -104,16 +111,24 @@ def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
     return Rows(bytes_BS.sum(1) * data.byte_scale()[domain_B], domain_B, nats_LEB)
 
 
-def _without_each(run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str, number: int) -> np.ndarray:
+def _without_each(
+    run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str, number: int
+) -> np.ndarray:
     """[L, E, B]: the nats of each row of a batch without each expert."""
     cfg = run.cfg.model
     nats = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, run.cfg.eval.batch_size))
     for layer, expert in np.ndindex(nats.shape[:2]):
-        run.tell(f"{way}, batch {number + 1} of {len(run.batches)}, expert {expert} of layer {layer}")
-        sums = sums_of(run.params, run.router_state, inputs._replace(**told(run, WAYS[way], layer, expert)))
+        run.tell(
+            f"{way}, batch {number + 1} of {len(run.batches)}, expert {expert} of layer {layer}"
+        )
+        sums = sums_of(
+            run.params, run.router_state, inputs._replace(**told(run, WAYS[way], layer, expert))
+        )
         nats[layer, expert] = sums["rows"]["nats"]
         if way == "around" and sums["routing"][layer, :, expert].any():
-            raise UserError(f'model.moe.router = "{cfg.moe.router}" does not go round expert {expert} of layer {layer}')
+            raise UserError(
+                f'model.moe.router = "{cfg.moe.router}" does not go round expert {expert} of layer {layer}'
+            )
     return nats
 
 

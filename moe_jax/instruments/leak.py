@@ -68,10 +68,15 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
             if has_future(cfg):
                 later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
                 future = _change(base[:, row, :middle], later[:, row, :middle])
-            changed = _where(mine_BS, other, first)._replace(inputs=_in_row(row, other.inputs, first.inputs))
+            changed = _where(mine_BS, other, first)._replace(
+                inputs=_in_row(row, other.inputs, first.inputs)
+            )
             found.append((future, _change(base[:, rest], logits(changed)[:, rest])))
     values = np.array(found)  # [draw, future or batch, delta or share, mode]
-    leak = lambda kind, mode: Leak(float(values[:, kind, 0, mode].max()), float(values[:, kind, 1, mode].mean()))
+
+    def leak(kind, mode):
+        return Leak(float(values[:, kind, 0, mode].max()), float(values[:, kind, 1, mode].mean()))
+
     return {name: Measured(leak(0, mode), leak(1, mode)) for mode, name in enumerate(MODES)}
 
 
@@ -96,7 +101,9 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
         recorded = (expert, rng.random(expert.shape))
     row_B = np.arange(num, dtype=np.int32)
     inputs = _inputs(cfg, rng, row_B)
-    return Batch(id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, inputs=inputs, recorded=recorded)
+    return Batch(
+        id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, inputs=inputs, recorded=recorded
+    )
 
 
 def _inputs(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> Any:
@@ -107,7 +114,12 @@ def _inputs(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> Any:
         return rng.normal(size=(*shape, options["input_dim"]))
     if model.kind == "encdec":
         place_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        return Batch(rng.integers(0, model.vocab_size, shape).astype(np.int32), place_BS, 1 + 0 * place_BS, row_B)
+        return Batch(
+            rng.integers(0, model.vocab_size, shape).astype(np.int32),
+            place_BS,
+            1 + 0 * place_BS,
+            row_B,
+        )
     if model.kind == "mmoe":
         return rng.integers(0, sum(options["items"]), shape).astype(np.int32), np.ones(shape)
     return ()
@@ -125,9 +137,17 @@ def _rows_like(x: np.ndarray) -> np.ndarray:
 
 def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
     """The tokens of `other` where `changed_BS`, else those of `first`."""
-    pick = lambda a, b: np.where(changed_BS, a, b)
-    pick_K = lambda a, b: np.where(changed_BS[None, :, :, None], a, b)
-    tokens = {name: pick(getattr(other, name), getattr(first, name)) for name in ("id_BS", "position_BS", "segment_BS")}
+
+    def pick(a, b):
+        return np.where(changed_BS, a, b)
+
+    def pick_K(a, b):
+        return np.where(changed_BS[None, :, :, None], a, b)
+
+    tokens = {
+        name: pick(getattr(other, name), getattr(first, name))
+        for name in ("id_BS", "position_BS", "segment_BS")
+    }
     return first._replace(**tokens, recorded=jax.tree.map(pick_K, other.recorded, first.recorded))
 
 
@@ -137,12 +157,16 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
     weights = _values(cfg, jax.eval_shape(model.init, jax.random.key(0)), rng)
 
     def forward(params, state, batch):
-        run = lambda mode: model.bind(params, state)(batch, jax.random.key(1), mode == "train")[0]
+        def run(mode):
+            return model.bind(params, state)(batch, jax.random.key(1), mode == "train")[0]
+
         return [run(mode) for mode in MODES]
 
     # It runs a dozen times: most of the time is the compiler's, which optimising would take thrice as long.
     run = jax.jit(forward, compiler_options=QUICK)
-    put = lambda z, *names: jax.device_put(z, mesh.sharding(*names))
+
+    def put(z, *names):
+        return jax.device_put(z, mesh.sharding(*names))
 
     def logits(batch: Batch) -> np.ndarray:
         recorded = jax.tree.map(lambda z: put(z, None, "batch"), batch.recorded)
@@ -160,17 +184,25 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
 
     def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         one = Weight(leaf.shape, (), 0.0, 1.0)  # scales of norms
-        weight = own.get(path[-1].key, one if leaf.ndim < 2 else one._replace(std=leaf.shape[-2] ** -0.5, constant=0.0))
+        weight = own.get(
+            path[-1].key,
+            one if leaf.ndim < 2 else one._replace(std=leaf.shape[-2] ** -0.5, constant=0.0),
+        )
         return (weight.constant + weight.std * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     here = jax.sharding.get_mesh()
-    place = lambda z, leaf: jax.device_put(z, jax.sharding.NamedSharding(here, leaf.sharding.spec))
+
+    def place(z, leaf):
+        return jax.device_put(z, jax.sharding.NamedSharding(here, leaf.sharding.spec))
+
     return jax.tree.map(place, jax.tree_util.tree_map_with_path(value, abstract), abstract)
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2]; the modes come first."""
-    per_token = np.abs(after - before).max(-1) / np.abs(before).max()  # of a whole row where that has one output
+    per_token = (
+        np.abs(after - before).max(-1) / np.abs(before).max()
+    )  # of a whole row where that has one output
     per_token = np.where(per_token > NOISE, per_token, 0).reshape(2, -1)
     return per_token.max(-1), (per_token > 0).mean(-1)
 
@@ -179,8 +211,21 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A config that is measured in seconds, from a nested dict of one: router, ordering, dispatcher, experts and group_rows are kept."""
     small = copy.deepcopy(dict(raw))
     model, group = small["model"], small["model"]["moe"]["group_rows"]
-    model |= {"d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "ffn_hidden": 32, "vocab_size": 64}
-    model |= {"param_dtype": "float64", "dtype": "float64", "dropout": 0.0, "remat": "none", "scan": False}
+    model |= {
+        "d_model": 16,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_hidden": 32,
+        "vocab_size": 64,
+    }
+    model |= {
+        "param_dtype": "float64",
+        "dtype": "float64",
+        "dropout": 0.0,
+        "remat": "none",
+        "scan": False,
+    }
     model |= {"repeats": min(model["repeats"], 1), "allow_leak": True}
     model["moe"] = {**model["moe"], "expert_hidden": 8}
     model["vocab_size"] = max(64, model["moe"]["num_experts"])
@@ -212,7 +257,9 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
     moe["dispatchers"]["capacity"]["factor"] = TIGHT
-    moe["losses"] = dict.fromkeys(moe["losses"], 0.0)  # some need a router that has their sums; nothing is trained here
+    moe["losses"] = dict.fromkeys(
+        moe["losses"], 0.0
+    )  # some need a router that has their sums; nothing is trained here
     moe["adaptive"]["rate"] = 0.0
     for router, ordering, dispatcher in itertools.product(ROUTERS, ORDERINGS, DISPATCHERS):
         chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
@@ -228,7 +275,9 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
     moe = small["model"]["moe"]
     promise = ROUTERS[router].declared(moe["num_experts"], moe["routers"][router])
     choices = promise.average or promise.most or 1
-    return max(2, round(2 * choices * small["data"]["seq_len"] * moe["group_rows"] / moe["num_experts"]))
+    return max(
+        2, round(2 * choices * small["data"]["seq_len"] * moe["group_rows"] / moe["num_experts"])
+    )
 
 
 def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:

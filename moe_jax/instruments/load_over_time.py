@@ -6,7 +6,11 @@ Shapes: L MoE layers, T steps that were noted, E experts.
 import numpy as np
 
 MOST_ROWS = 256  # steps in the picture: beyond them every second one is forgotten
-CELL, TALL, GAP = 0.16, 1.7, 0.55  # inches: width of an expert's column, height of a panel, space between panels
+CELL, TALL, GAP = (
+    0.16,
+    1.7,
+    0.55,
+)  # inches: width of an expert's column, height of a panel, space between panels
 WIDEST = 12.0  # inches of all panels of a line
 SHADES = 2.5  # powers of two above and below the mean that have a colour of their own
 
@@ -46,12 +50,25 @@ class LoadOverTime:
         figure = Figure(figsize=size, dpi=100)
         for layer in range(layers):
             line, column = divmod(layer, columns)
-            place = left + column * (width + GAP), size[1] - 0.35 - line * (TALL + GAP + 0.2) - 0.2 - TALL
-            ax = figure.add_axes((place[0] / size[0], place[1] / size[1], width / size[0], TALL / size[1]))
+            place = (
+                left + column * (width + GAP),
+                size[1] - 0.35 - line * (TALL + GAP + 0.2) - 0.2 - TALL,
+            )
+            ax = figure.add_axes(
+                (place[0] / size[0], place[1] / size[1], width / size[0], TALL / size[1])
+            )
             self._panel(ax, load_LTE[layer], f"MoE layer {layer}", first=column == 0)
-        self._shades(figure, (left + columns * (width + GAP)) / size[0], 1 - (0.55 + TALL) / size[1], TALL / size[1])
+        self._shades(
+            figure,
+            (left + columns * (width + GAP)) / size[0],
+            1 - (0.55 + TALL) / size[1],
+            TALL / size[1],
+        )
         figure.text(
-            0.01, 1 - 0.25 / size[1], "load of each expert over the mean of its layer, step by step", fontsize=9
+            0.01,
+            1 - 0.25 / size[1],
+            "load of each expert over the mean of its layer, step by step",
+            fontsize=9,
         )
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -59,7 +76,14 @@ class LoadOverTime:
 
     def _panel(self, ax, load_TE: np.ndarray, title: str, first: bool) -> None:
         powers_TE = np.log2(np.maximum(load_TE, 2.0 ** (-2 * SHADES)))
-        ax.imshow(powers_TE, cmap="RdBu_r", vmin=-SHADES, vmax=SHADES, aspect="auto", interpolation="nearest")
+        ax.imshow(
+            powers_TE,
+            cmap="RdBu_r",
+            vmin=-SHADES,
+            vmax=SHADES,
+            aspect="auto",
+            interpolation="nearest",
+        )
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("expert", fontsize=8)
         num_steps, num_experts = load_TE.shape
@@ -74,7 +98,10 @@ class LoadOverTime:
         """The scale of the colours."""
         ax = figure.add_axes((x, y, 0.012, height))
         ax.imshow(
-            np.linspace(SHADES, -SHADES, 64)[:, None], cmap="RdBu_r", aspect="auto", extent=(0, 1, -SHADES, SHADES)
+            np.linspace(SHADES, -SHADES, 64)[:, None],
+            cmap="RdBu_r",
+            aspect="auto",
+            extent=(0, 1, -SHADES, SHADES),
         )
         ax.yaxis.tick_right()
         ax.set_xticks([])

@@ -104,7 +104,11 @@ def broken(title: str, width: float) -> list[str]:
 
 
 def routing(
-    counts_LZE: np.ndarray, experts_RLE: np.ndarray, domain_R: np.ndarray, domains: Sequence[str], path: Path
+    counts_LZE: np.ndarray,
+    experts_RLE: np.ndarray,
+    domain_R: np.ndarray,
+    domains: Sequence[str],
+    path: Path,
 ) -> np.ndarray:
     """Draws what an expert tells about the domain; saves a PNG at `path` and returns it as an image [H, W, 3], uint8.
 
@@ -143,7 +147,9 @@ def routing(
     return page.save(path)
 
 
-def _draw_information(page: Page, counts_LZE: np.ndarray, chance_L: np.ndarray, top: float, height: float) -> None:
+def _draw_information(
+    page: Page, counts_LZE: np.ndarray, chance_L: np.ndarray, top: float, height: float
+) -> None:
     """A bar for each layer, and beside it in words what it means."""
     bits_L, most_L = information.mutual_information(counts_LZE), information.ceiling(counts_LZE)
     left, words = 1.0, 4.4  # inches of the names of layers and of the words
@@ -155,7 +161,9 @@ def _draw_information(page: Page, counts_LZE: np.ndarray, chance_L: np.ndarray, 
     far = 1.05 * max(bits_L.max(), chance_L.max(), 1e-3)
     for layer, (bits, most, chance) in enumerate(zip(bits_L, most_L, chance_L, strict=True)):
         share = (
-            f"{100 * bits / most:.1f} % of the {most:.2f} that are possible" if most > 1e-9 else "no more is possible"
+            f"{100 * bits / most:.1f} % of the {most:.2f} that are possible"
+            if most > 1e-9
+            else "no more is possible"
         )
         text = f"{bits:.3f} bits, {share}; chance: {chance:.2g}"
         ax.text(1.02 * far, layer, text, va="center", fontsize=SMALL)
@@ -180,12 +188,22 @@ def _draw_origin(ax: Any, counts_ZE: np.ndarray, names: Sequence[str], even: flo
     from matplotlib.colors import TwoSlopeNorm
 
     share_ZE = information.origin(counts_ZE)
-    image = _heat_map(ax, share_ZE, names, TwoSlopeNorm(even, 0, min(3 * even, 1) if even < 1 else 2))
+    image = _heat_map(
+        ax, share_ZE, names, TwoSlopeNorm(even, 0, min(3 * even, 1) if even < 1 else 2)
+    )
     if counts_ZE.shape[1] <= NUMBERED:
         for (z, e), share in np.ndenumerate(share_ZE):
             dark = abs(image.norm(share) - 0.5) > 0.38
             text = "" if np.isnan(share) else f"{100 * share:.0f}"
-            ax.text(e, z, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+            ax.text(
+                e,
+                z,
+                text,
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="white" if dark else "black",
+            )
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
@@ -221,7 +239,9 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
 
 def _limits(worth: Worth) -> tuple[float, float]:
     """Of the axis of the means: all intervals of all layers, and 0."""
-    ends = np.concatenate([np.ravel(z) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)])
+    ends = np.concatenate(
+        [np.ravel(z) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)]
+    )
     low, high = min(0, np.nanmin(ends)), max(0, np.nanmax(ends))
     room = max(0.08 * (high - low), 1e-9)
     return low - room, high + room
@@ -230,13 +250,26 @@ def _limits(worth: Worth) -> tuple[float, float]:
 def _draw_means(
     ax: Any, mean_E: np.ndarray, low_E: np.ndarray, high_E: np.ndarray, limits: tuple[float, float]
 ) -> None:
-    reach = np.abs(np.nan_to_num([mean_E - low_E, high_E - mean_E]))  # no interval is known of a domain with one row
+    reach = np.abs(
+        np.nan_to_num([mean_E - low_E, high_E - mean_E])
+    )  # no interval is known of a domain with one row
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.errorbar(np.arange(len(mean_E)), mean_E, reach, fmt="o", markersize=3, capsize=2, linewidth=1, color=INK)
+    ax.errorbar(
+        np.arange(len(mean_E)),
+        mean_E,
+        reach,
+        fmt="o",
+        markersize=3,
+        capsize=2,
+        linewidth=1,
+        color=INK,
+    )
     ax.set_ylim(limits)
 
 
-def _draw_changes(ax: Any, change_ZE: np.ndarray, decided_ZE: np.ndarray, names: Sequence[str], most: float) -> None:
+def _draw_changes(
+    ax: Any, change_ZE: np.ndarray, decided_ZE: np.ndarray, names: Sequence[str], most: float
+) -> None:
     from matplotlib.colors import Normalize
 
     _heat_map(ax, change_ZE, names, Normalize(-most, most))
@@ -278,7 +311,9 @@ def _heat_map(ax: Any, values_ZE: np.ndarray, names: Sequence[str], norm: Any) -
     num_experts = values_ZE.shape[1]
     colours = colormaps["RdBu_r"].with_extremes(bad=MISSING)
     image = ax.imshow(values_ZE, cmap=colours, norm=norm, aspect="auto")
-    ax.set_xticks(range(num_experts) if num_experts <= NUMBERED else range(0, num_experts, num_experts // 8))
+    ax.set_xticks(
+        range(num_experts) if num_experts <= NUMBERED else range(0, num_experts, num_experts // 8)
+    )
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(length=0)
     return image

@@ -49,7 +49,9 @@ def measure(run: Run) -> dict[str, Any]:
         for name, again in _perturbed(run, record_of, low, batch, base["input"]).items():
             run.tell(f"batch {number + 1} of {len(run.batches)}, {name}")
             try:
-                compared.setdefault(name, []).append(flips(base["expert"], again(whole), cfg.moe.num_experts))
+                compared.setdefault(name, []).append(
+                    flips(base["expert"], again(whole), cfg.moe.num_experts)
+                )
             except UserError as error:
                 notes[name] = str(error)
         try:
@@ -60,8 +62,13 @@ def measure(run: Run) -> dict[str, Any]:
     counts = {name: np.sum(pairs, 0) for name, pairs in compared.items() if pairs}
     spread = np.quantile(np.concatenate(margins, 1), QUANTILES, axis=1) if margins else []
     return {
-        "flips": {name: (flipped_L / np.maximum(all_L, 1)).tolist() for name, (flipped_L, all_L) in counts.items()},
-        "margins": {f"{q:g}": row.tolist() for q, row in zip(QUANTILES, spread, strict=bool(margins))},
+        "flips": {
+            name: (flipped_L / np.maximum(all_L, 1)).tolist()
+            for name, (flipped_L, all_L) in counts.items()
+        },
+        "margins": {
+            f"{q:g}": row.tolist() for q, row in zip(QUANTILES, spread, strict=bool(margins))
+        },
         "notes": notes,
     }
 
@@ -74,7 +81,9 @@ def _perturbed(
     return {
         "router": lambda whole: rounded_router(run, input_LBSD, whole),
         "model": lambda _: low(*weights, held_out.place(run, batch))["expert"],
-        "order": lambda whole: _rearranged(run, record_of, whole, np.arange(run.cfg.eval.batch_size)[::-1]),
+        "order": lambda whole: _rearranged(
+            run, record_of, whole, np.arange(run.cfg.eval.batch_size)[::-1]
+        ),
         "size": lambda whole: _in_halves(run, record_of, whole),
     }
 
@@ -92,11 +101,21 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     options = moe.router_options
     exact = ROUTERS[moe.router].declared(moe.num_experts, options).exact
     if not exact or options.get("top_groups") != options.get("num_groups"):
-        what = "chooses groups of experts first" if exact else "has no fixed number of choices for a token"
-        raise UserError(f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no margin')
+        what = (
+            "chooses groups of experts first"
+            if exact
+            else "has no fixed number of choices for a token"
+        )
+        raise UserError(
+            f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no margin'
+        )
     logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
     bias = held_out.router_state(run.router_state, run.cfg.model).get("bias")
-    return logits if bias is None else np.asarray(SCORES[options["score"]](logits)) + bias[:, None, None]
+    return (
+        logits
+        if bias is None
+        else np.asarray(SCORES[options["score"]](logits)) + bias[:, None, None]
+    )
 
 
 def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
@@ -117,9 +136,19 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray
     gate_LDE = held_out.gates(run, "the precision of its logits")
     num_layers, num_rows, length, _ = input_LBSD.shape
     state = held_out.router_state(run.router_state, cfg)
-    flat = lambda z_BS: jnp.asarray(np.asarray(z_BS).reshape(-1))
-    ids = (flat(batch.tokens_BS), flat(batch.position_BS), flat(np.repeat(batch.row_B, length)), flat(batch.segment_BS))
-    router_cfg = RouterCfg(cfg.moe.num_experts, cfg.moe.router_options, cfg.moe.group_rows, cfg.vocab_size, lambda z: z)
+
+    def flat(z_BS):
+        return jnp.asarray(np.asarray(z_BS).reshape(-1))
+
+    ids = (
+        flat(batch.tokens_BS),
+        flat(batch.position_BS),
+        flat(np.repeat(batch.row_B, length)),
+        flat(batch.segment_BS),
+    )
+    router_cfg = RouterCfg(
+        cfg.moe.num_experts, cfg.moe.router_options, cfg.moe.group_rows, cfg.vocab_size, lambda z: z
+    )
 
     @jax.jit
     def route(x_TD: jax.Array, gate_DE: jax.Array, state: Any) -> jax.Array:
@@ -130,16 +159,24 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray
             identity, state, tokens, cfg=router_cfg, rng=jax.random.key(0), train=False
         )
         if not (isinstance(routing, Routing) and routing.per_token):
-            raise UserError(f'model.moe.router = "{cfg.moe.router}" does not choose k experts for each token')
+            raise UserError(
+                f'model.moe.router = "{cfg.moe.router}" does not choose k experts for each token'
+            )
         return routing.expert_N.reshape(num_rows, length, -1)
 
-    layer = lambda i: route(
-        input_LBSD[i].reshape(num_rows * length, -1), gate_LDE[i], {n: z[i] for n, z in state.items()}
-    )
+    def layer(i):
+        return route(
+            input_LBSD[i].reshape(num_rows * length, -1),
+            gate_LDE[i],
+            {n: z[i] for n, z in state.items()},
+        )
+
     return np.stack([np.asarray(layer(i)) for i in range(num_layers)])
 
 
-def _rearranged(run: Run, record_of: Callable[..., Any], batch: Batch, order_B: np.ndarray) -> np.ndarray:
+def _rearranged(
+    run: Run, record_of: Callable[..., Any], batch: Batch, order_B: np.ndarray
+) -> np.ndarray:
     """The experts of the rows in another order, brought back to the first; a row keeps its number, and so its randomness."""
     rows = held_out.local_rows(run.cfg.eval.batch_size)
     moved = Batch(*(z[order_B][rows] for z in batch))
@@ -150,12 +187,22 @@ def _rearranged(run: Run, record_of: Callable[..., Any], batch: Batch, order_B: 
 def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndarray:
     size = run.cfg.eval.batch_size // 2
     devices = run.cfg.mesh.data * run.cfg.mesh.expert
-    if not size or run.cfg.eval.batch_size % 2 or size % devices or (size // devices) % run.cfg.model.moe.group_rows:
+    if (
+        not size
+        or run.cfg.eval.batch_size % 2
+        or size % devices
+        or (size // devices) % run.cfg.model.moe.group_rows
+    ):
         raise UserError(
             f"half of eval.batch_size ({size} rows) does not fit the mesh or model.moe.group_rows: take more rows"
         )
-    smaller = run._replace(cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size)))
+    smaller = run._replace(
+        cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size))
+    )
     rows = held_out.local_rows(size)
     parts = [Batch(*(z[at : at + size][rows] for z in batch)) for at in (0, size)]
-    experts = [record_of(run.params, run.router_state, held_out.place(smaller, part))["expert"] for part in parts]
+    experts = [
+        record_of(run.params, run.router_state, held_out.place(smaller, part))["expert"]
+        for part in parts
+    ]
     return np.concatenate(experts, 1)

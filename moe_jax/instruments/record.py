@@ -32,7 +32,12 @@ from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import Model, State, micro_batches, step_key
 
 MANIFEST = "manifest.json"
-SAME_RUN = ("seed", "model", "optim", "data")  # blocks of the config that make the routing; the mesh is none of them
+SAME_RUN = (
+    "seed",
+    "model",
+    "optim",
+    "data",
+)  # blocks of the config that make the routing; the mesh is none of them
 SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
 
 
@@ -55,16 +60,29 @@ def make_recorder(
         rng = step_key(cfg, state.step)
         bound = model.bind(state.params, state.router_state)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
-        run = lambda _, part: (None, jax.sharding.reshard(lm.record(bound, part, rng, True, probe.ROUTING), P()))
+
+        def run(_, part):
+            return (
+                None,
+                jax.sharding.reshard(lm.record(bound, part, rng, True, probe.ROUTING), P()),
+            )
+
         fields = jax.lax.scan(run, None, micro)[1]
-        whole = {name: _rows_in_order(z, num, cfg.model.moe.group_rows) for name, z in fields.items()}
+        whole = {
+            name: _rows_in_order(z, num, cfg.model.moe.group_rows) for name, z in fields.items()
+        }
         return whole, jax.sharding.reshard(batch, P())
 
     def recorder(step: int, state: State, batch: lm.Inputs) -> None:
         if asked(step):
             fields, inputs = jax.device_get(record_of(state, batch))
             if jax.process_index() == 0:
-                write(directory, step, compact(fields, inputs, cfg.model.moe.num_experts, rows), about(cfg, domains))
+                write(
+                    directory,
+                    step,
+                    compact(fields, inputs, cfg.model.moe.num_experts, rows),
+                    about(cfg, domains),
+                )
 
     return recorder
 
@@ -72,10 +90,14 @@ def make_recorder(
 def check(cfg: ModelConfig) -> None:
     """UserError for a model whose routing is not of every token: without MoE layers, or with a mixture of depths around one."""
     if not cfg.num_moe_layers:
-        raise UserError("the model has no MoE layer, so there is no routing to look at (record.steps)")
+        raise UserError(
+            "the model has no MoE layer, so there is no routing to look at (record.steps)"
+        )
     deep = [kind for kind in cfg.blocks if kind.endswith("moe") and kind != "moe"]
     if deep:
-        raise UserError(f'only some tokens go through a block "{deep[0]}": their routing cannot be recorded by token')
+        raise UserError(
+            f'only some tokens go through a block "{deep[0]}": their routing cannot be recorded by token'
+        )
 
 
 def _rows_in_order(z: jax.Array, num: int, group_rows: int) -> jax.Array:
@@ -85,9 +107,14 @@ def _rows_in_order(z: jax.Array, num: int, group_rows: int) -> jax.Array:
     return jnp.swapaxes(z, 1, 2).reshape((z.shape[0], -1) + z.shape[4:])
 
 
-def compact(fields: dict[str, np.ndarray], inputs: Any, num_experts: int, rows: int) -> dict[str, np.ndarray]:
+def compact(
+    fields: dict[str, np.ndarray], inputs: Any, num_experts: int, rows: int
+) -> dict[str, np.ndarray]:
     """The arrays of a file from a record [L, B, S, K] and its batch, of the first `rows` rows."""
-    small = lambda z: z.astype(np.min_scalar_type(int(z.max(initial=0))))
+
+    def small(z):
+        return z.astype(np.min_scalar_type(int(z.max(initial=0))))
+
     batch = {"token": inputs.tokens_BS, "segment": inputs.segment_BS, "domain": inputs.domain_BS}
     return {
         "expert": fields["expert"][:, :rows].astype(np.min_scalar_type(num_experts)),
@@ -112,9 +139,13 @@ def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
 def config_hash(cfg: Config) -> str:
     """SHA-256 of what makes the routing: equal on every mesh, and however the layers are stored or recomputed."""
     every = dataclasses.asdict(cfg)
-    chosen: dict[str, Any] = {name: every[name] for name in SAME_RUN} | {"batch_size": cfg.train.batch_size}
+    chosen: dict[str, Any] = {name: every[name] for name in SAME_RUN} | {
+        "batch_size": cfg.train.batch_size
+    }
     for block in ("model", "data"):
-        chosen[block] = {name: value for name, value in chosen[block].items() if name not in SAME_VALUES}
+        chosen[block] = {
+            name: value for name, value in chosen[block].items() if name not in SAME_VALUES
+        }
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
@@ -128,8 +159,15 @@ def write(directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict
     path = directory / MANIFEST
     files = json.loads(path.read_text())["files"] if path.exists() else {}
     described = {key: [str(z.dtype), list(z.shape)] for key, z in arrays.items()}
-    files[name] = {"step": step, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "arrays": described}
-    _replace(path, (json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1) + "\n").encode())
+    files[name] = {
+        "step": step,
+        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "arrays": described,
+    }
+    _replace(
+        path,
+        (json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1) + "\n").encode(),
+    )
 
 
 def read(directory: Path, step: int) -> dict[str, np.ndarray]:
@@ -138,7 +176,9 @@ def read(directory: Path, step: int) -> dict[str, np.ndarray]:
     if not path.exists():
         steps = (p.stem.removeprefix("step_") for p in directory.glob("step_*.npz"))
         have = sorted(int(step) for step in steps if step.isdecimal())
-        raise UserError(f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} (record.steps)")
+        raise UserError(
+            f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} (record.steps)"
+        )
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
 

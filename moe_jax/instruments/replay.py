@@ -96,14 +96,18 @@ def balanced(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
     expert, gate, probs = seen.expert_LBSK.copy(), seen.gate_LBSK.copy(), seen.probs_LBSE()
     num_choices = expert.shape[3]
     if (expert[:, seen.valid_BS] == seen.num_experts).any():
-        raise UserError("balanced replay needs a router that gives every token all of its k experts")
+        raise UserError(
+            "balanced replay needs a router that gives every token all of its k experts"
+        )
     for layer in range(len(expert)):
         probs_NE = probs[layer][seen.valid_BS]
         chosen_NK = best_balanced(probs_NE, num_choices)
         taken_NK = np.take_along_axis(probs_NE, chosen_NK, 1)
         sum_N1 = gate[layer][seen.valid_BS].sum(1, keepdims=True)
         expert[layer][seen.valid_BS] = chosen_NK
-        gate[layer][seen.valid_BS] = taken_NK / np.maximum(taken_NK.sum(1, keepdims=True), 1e-30) * sum_N1
+        gate[layer][seen.valid_BS] = (
+            taken_NK / np.maximum(taken_NK.sum(1, keepdims=True), 1e-30) * sum_N1
+        )
     return expert, gate
 
 
@@ -139,7 +143,9 @@ WAYS: dict[str, Callable[[Seen], tuple[np.ndarray, np.ndarray]]] = {
 }
 
 
-def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dict[str, dict[str, Any]]:
+def evaluate(
+    run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int
+) -> dict[str, dict[str, Any]]:
     """{way: figures}: "bits_per_byte", "loss", "domain/NAME/..." and the gaps of both to the model's own routing ("gap/...").
 
     Args:
@@ -161,7 +167,8 @@ def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dic
         replayed = replayed or _replay(run, record["expert"].shape[3])
         seen = make_seen(run, batch, record, np.random.default_rng([seed, number]))
         frozen = {
-            f"frozen {step}": functools.partial(_frozen, record_of, *old, inputs) for step, old in earlier.items()
+            f"frozen {step}": functools.partial(_frozen, record_of, *old, inputs)
+            for step, old in earlier.items()
         }
         for name, way in {**WAYS, **frozen}.items():
             run.tell(f"batch {number + 1} of {len(run.batches)}, {name}")
@@ -174,11 +181,18 @@ def evaluate(run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int) -> dic
 
 def make_seen(run: Run, batch: Batch, record: Arrays, rng: np.random.Generator) -> Seen:
     valid_BS = held_out.whole(batch, run.cfg.eval.batch_size).segment_BS > 0
-    probs = lambda: _probabilities(run, record["input"])
-    return Seen(record["expert"], record["gate"], valid_BS, probs, run.cfg.model.moe.num_experts, rng)
+
+    def probs():
+        return _probabilities(run, record["input"])
+
+    return Seen(
+        record["expert"], record["gate"], valid_BS, probs, run.cfg.model.moe.num_experts, rng
+    )
 
 
-def _frozen(record_of: Callable[..., Arrays], params: Any, router_state: Any, inputs: Any, seen: Seen):
+def _frozen(
+    record_of: Callable[..., Arrays], params: Any, router_state: Any, inputs: Any, seen: Seen
+):
     """The routing of another checkpoint, which has nothing to do with what was seen of this one."""
     del seen
     record = record_of(params, router_state, inputs)
@@ -193,7 +207,9 @@ def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
 
     def replayed(batch: Any, routing: tuple[np.ndarray, np.ndarray]) -> Any:
         expert, gate = (held_out.of_all_blocks(cfg, z) for z in routing)
-        return sums_of(*weights, held_out.place(run, batch, recorded=(expert.astype(np.int32), gate)))
+        return sums_of(
+            *weights, held_out.place(run, batch, recorded=(expert.astype(np.int32), gate))
+        )
 
     return replayed
 
@@ -205,12 +221,23 @@ def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     return score / score.sum(-1, keepdims=True)
 
 
-def gaps(run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str], to: str) -> dict[str, dict[str, Any]]:
+def gaps(
+    run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str], to: str
+) -> dict[str, dict[str, Any]]:
     """{way: figures of its sums of all batches, and their gaps to those of the way `to`}, and the notes."""
-    every = {name: _scalars(held_out.figures(run, s)) for name, s in sums.items() if len(s) == len(run.batches)}
+    every = {
+        name: _scalars(held_out.figures(run, s))
+        for name, s in sums.items()
+        if len(s) == len(run.batches)
+    }
     base = every[to]
     result = {
-        name: row | {f"gap/{key}": row[key] - base[key] for key in row if key.endswith(("bits_per_byte", "loss"))}
+        name: row
+        | {
+            f"gap/{key}": row[key] - base[key]
+            for key in row
+            if key.endswith(("bits_per_byte", "loss"))
+        }
         for name, row in every.items()
     }
     return result | {name: {"note": text} for name, text in notes.items()}

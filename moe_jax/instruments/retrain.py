@@ -34,7 +34,9 @@ WAYS = {**replay.WAYS, FROZEN: replay.own}
 Route = Callable[[str, Any, Batch, int], lm.Inputs]  # (way, params, batch, number of its draws)
 
 
-def evaluate(run: Run, cfg: Config, state: State, steps: int, seed: int) -> dict[str, dict[str, Any]]:
+def evaluate(
+    run: Run, cfg: Config, state: State, steps: int, seed: int
+) -> dict[str, dict[str, Any]]:
     """{way: figures} as replay.evaluate gives them, after `steps` steps under each way, with gaps to "own".
 
     Args:
@@ -46,9 +48,14 @@ def evaluate(run: Run, cfg: Config, state: State, steps: int, seed: int) -> dict
     route_heldout, route_batch = make_route(run, state, seed), make_route(learning, state, seed)
     first = route_heldout("own", state.params, run.batches[0], 0)
     told = first.recorded[0].shape[-1], gates(cfg.model.moe)
-    begin, step_fn = make_learner(dataclasses.replace(cfg, model=replay.under(cfg.model, *told)), state)
+    begin, step_fn = make_learner(
+        dataclasses.replace(cfg, model=replay.under(cfg.model, *told)), state
+    )
     sums_of = held_out.make_sums(run, replay.under(run.cfg.model, *told))
-    batches, rows = Batches(run.dataset, "train", cfg.seed, cfg.train.batch_size), local_rows(cfg.train.batch_size)
+    batches, rows = (
+        Batches(run.dataset, "train", cfg.seed, cfg.train.batch_size),
+        local_rows(cfg.train.batch_size),
+    )
 
     def trained(way: str) -> State:
         now = begin
@@ -73,7 +80,9 @@ def evaluate(run: Run, cfg: Config, state: State, steps: int, seed: int) -> dict
 def gates(moe: MoEConfig) -> str:
     """Of the router "recorded": "router" where it then gives the gates of the model itself, else "recorded"."""
     o = moe.router_options
-    own = moe.router == "top_k" and o["scale"] == 1 and (o["renormalize"] or o["softmax"] == "after")
+    own = (
+        moe.router == "top_k" and o["scale"] == 1 and (o["renormalize"] or o["softmax"] == "after")
+    )
     return "router" if own else "recorded"
 
 
@@ -82,7 +91,9 @@ def make_route(run: Run, old: State, seed: int) -> Route:
     record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
 
     def route(way: str, params: Any, batch: Batch, number: int) -> lm.Inputs:
-        by = run._replace(params=old.params if way == FROZEN else params, router_state=old.router_state)
+        by = run._replace(
+            params=old.params if way == FROZEN else params, router_state=old.router_state
+        )
         record = record_of(by.params, by.router_state, held_out.place(run, batch))
         seen = replay.make_seen(by, batch, record, np.random.default_rng([seed, number]))
         expert, gate = (held_out.of_all_blocks(run.cfg.model, z) for z in WAYS[way](seen))

@@ -30,12 +30,18 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
         body, _, rest = line[match.end() :].partition(", metadata={")
         opcode = re.search(r"(?:^| )([a-z][\w\-]*)\(", body)
         scope = re.search(r'op_name="((?:[^"\\]|\\.)*)"', rest)
-        called = re.findall(r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)", body)
+        called = re.findall(
+            r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)", body
+        )
         for branches in re.findall(r"branch_computations=\{(.*?)\}", body):
             called += re.findall(r"[\w.\-]+", branches)
         operands = (name for name in re.findall(r"%([\w.\-]+)", body) if name not in called)
         found[match[1]] = Instruction(
-            opcode[1] if opcode else "", computation, tuple(operands), tuple(called), scope[1] if scope else ""
+            opcode[1] if opcode else "",
+            computation,
+            tuple(operands),
+            tuple(called),
+            scope[1] if scope else "",
         )
     return found
 
@@ -55,7 +61,9 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
     def nearest(name: str, step: Callable[[str], Iterable[str]]) -> str:
         seen, edge = {name}, [name]
         while edge:
-            nexts = dict.fromkeys(other for at in edge for other in step(at) if other in instructions)
+            nexts = dict.fromkeys(
+                other for at in edge for other in step(at) if other in instructions
+            )
             edge = [other for other in nexts if other not in seen]
             seen.update(edge)
             for other in edge:
@@ -67,7 +75,9 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
         own = instructions[name]
         if own.scope:
             return own.scope
-        fused = (instructions[n].scope for called in own.called for n in reversed(inside.get(called, ())))
+        fused = (
+            instructions[n].scope for called in own.called for n in reversed(inside.get(called, ()))
+        )
         around = nearest(name, lambda at: [callers.get(instructions[at].computation, "")])
         return (
             next((scope for scope in fused if scope), "")

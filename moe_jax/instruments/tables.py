@@ -48,7 +48,9 @@ def precision(result: Mapping[str, Any]) -> list[Table | str]:
 
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str]:
     """What the loss of each expert costs every domain, and the mean over domains that have rows, with its interval."""
-    title = f"bits per byte more when an expert is {PASSIVE[way]} (*: the 95 % interval leaves out 0)"
+    title = (
+        f"bits per byte more when an expert is {PASSIVE[way]} (*: the 95 % interval leaves out 0)"
+    )
     columns = numbers("load", "mean", "95 % from", "to", *domains)
     table = Table([*names("layer", "expert"), *columns], title=title, keys=2)
     layers, num_experts, _ = worth.change_LEZ.shape
@@ -91,4 +93,8 @@ def _order(place: str) -> tuple[bool, int, int]:
     layer, _, part = place.partition("/")
     if place == "outside":
         return True, 0, 0
-    return False, int(layer.removeprefix("layer_")), PARTS.index(part) if part in PARTS else len(PARTS)
+    return (
+        False,
+        int(layer.removeprefix("layer_")),
+        PARTS.index(part) if part in PARTS else len(PARTS),
+    )

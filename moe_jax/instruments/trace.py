@@ -18,7 +18,11 @@ from jax.profiler import ProfileData
 from moe_jax.instruments.scopes import Instruction, find_scopes, phase_of, read_instructions
 
 SLOWEST = 12  # instructions in phases.txt
-CONTAINERS = ("while", "conditional", "call")  # run other instructions, which have events of their own
+CONTAINERS = (
+    "while",
+    "conditional",
+    "call",
+)  # run other instructions, which have events of their own
 
 
 class Profile:
@@ -54,7 +58,9 @@ class Profile:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         first, self._begun, self._steps = self._begun, -1, (0, 0)
-        where, phases = write(self._folder, step_fn.lower(state, batch).compile().as_text(), done - first)
+        where, phases = write(
+            self._folder, step_fn.lower(state, batch).compile().as_text(), done - first
+        )
         others = f" (this process; all: {self._folder.parent})" if jax.process_count() > 1 else ""
         return [f"profile of steps {first} to {done - 1}: {where}{others}", table(phases)]
 
@@ -94,7 +100,10 @@ def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction
                 elif event.name.startswith("end: ") and stats.get("_c") in begun:
                     # A CPU instruction may leave its work to other threads, which trace nothing, and end long after its event.
                     start, name = begun.pop(stats["_c"])
-                    changes += [Change(start, False, name, 1), Change(max(start, event.start_ns), False, name, -1)]
+                    changes += [
+                        Change(start, False, name, 1),
+                        Change(max(start, event.start_ns), False, name, -1),
+                    ]
             for start, end, name in innermost(events):
                 changes += [Change(start, True, name, 1), Change(end, True, name, -1)]
     return sorted(changes)
@@ -168,13 +177,19 @@ def write(directory: Path, hlo: str, steps: int) -> tuple[Path, Phases]:
     scopes = find_scopes(instructions)
     module = re.match(r"HloModule ([\w.\-]+)", hlo)
     times, idle = share(read_changes(path, module[1] if module else "", instructions))
-    per_step = {name: ns / steps / 1e6 for name, ns in sorted(times.items(), key=lambda item: -item[1])}
+    per_step = {
+        name: ns / steps / 1e6 for name, ns in sorted(times.items(), key=lambda item: -item[1])
+    }
     phases: defaultdict[tuple[str, str], float] = defaultdict(float)
     for name, ms in per_step.items():
         phases[phase_of(scopes.get(name, "")) if name else ("another program", "")] += ms
     result = Phases(dict(sorted(phases.items())), per_step, idle / steps / 1e6, steps)
     (path.parent / "phases.json").write_text(json.dumps(_rows(result, scopes), indent=1))
-    lines = [f"{ms:10.2f}  {name:40} {scopes.get(name, '')}" for name, ms in [*per_step.items()][:SLOWEST] if name]
+    lines = [
+        f"{ms:10.2f}  {name:40} {scopes.get(name, '')}"
+        for name, ms in [*per_step.items()][:SLOWEST]
+        if name
+    ]
     text = [
         table(result),
         f"\nThe slowest instructions of {steps} step(s), ms a step (all are in phases.json):\n",
@@ -190,9 +205,15 @@ def _rows(result: Phases, scopes: Mapping[str, str]) -> dict[str, Any]:
     return {
         "steps": result.steps,
         "idle_ms": result.idle,
-        "phases": [{"phase": phase, "pass": way, "ms": ms} for (phase, way), ms in result.phases.items()],
+        "phases": [
+            {"phase": phase, "pass": way, "ms": ms} for (phase, way), ms in result.phases.items()
+        ],
         "instructions": {
-            name: {"ms": ms, "phase": " ".join(phase_of(scopes.get(name, ""))).strip(), "scope": scopes.get(name, "")}
+            name: {
+                "ms": ms,
+                "phase": " ".join(phase_of(scopes.get(name, ""))).strip(),
+                "scope": scopes.get(name, ""),
+            }
             for name, ms in result.instructions.items()
             if name
         },
@@ -205,10 +226,16 @@ def table(result: Phases) -> str:
     lines = [f"{'phase':16}{'ms a step':>10}{'share':>8}{'forward':>10}{'backward':>10}"]
     for phase in dict.fromkeys(phase for phase, _ in result.phases):
         ms = {way: result.phases.get((phase, way), 0.0) for way in ("forward", "backward", "")}
-        ways = "".join(f"{ms[way]:10.2f}" if ms[way] else f"{'':10}" for way in ("forward", "backward"))
+        ways = "".join(
+            f"{ms[way]:10.2f}" if ms[way] else f"{'':10}" for way in ("forward", "backward")
+        )
         total = sum(ms.values())
-        lines.append(f"{phase:16}{total:10.2f}{100 * total / max(whole, 1e-9):7.1f}%{ways}".rstrip())
-    lines.append(f"{'nothing runs':16}{result.idle:10.2f}{100 * result.idle / max(whole, 1e-9):7.1f}%")
+        lines.append(
+            f"{phase:16}{total:10.2f}{100 * total / max(whole, 1e-9):7.1f}%{ways}".rstrip()
+        )
+    lines.append(
+        f"{'nothing runs':16}{result.idle:10.2f}{100 * result.idle / max(whole, 1e-9):7.1f}%"
+    )
     return "\n".join(lines)
 
 

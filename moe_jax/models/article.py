@@ -41,17 +41,25 @@ class Article(nnx.Module):
         self.cfg, options = cfg, cfg.kind_options
         keys = jax.random.split(key, 3)
         d, n, m = cfg.d_model, options["num_experts"], options["window"]
-        num_outputs, split = (options["num_classes"], None) if options["num_classes"] else (cfg.vocab_size, "vocab")
+        num_outputs, split = (
+            (options["num_classes"], None) if options["num_classes"] else (cfg.vocab_size, "vocab")
+        )
         ends = {
             "embed": Weight((cfg.vocab_size, d), ("vocab", "embed"), d**-0.5),
             "head": Weight((d, num_outputs), ("embed", split), d**-0.5),
         }
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
-        self.experts = Weights(keys[1], {"w": Weight((n, m), ("experts", None), m**-0.5)}, cfg.param_dtype)
+        self.experts = Weights(
+            keys[1], {"w": Weight((n, m), ("experts", None), m**-0.5)}, cfg.param_dtype
+        )
         if options["aggregate"] == "gated":
-            self.router = Weights(keys[2], {"gate": Weight((d, n), ("embed", None), d**-0.5)}, cfg.param_dtype)
+            self.router = Weights(
+                keys[2], {"gate": Weight((d, n), ("embed", None), d**-0.5)}, cfg.param_dtype
+            )
 
-    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del rng, train
         cfg, classify = self.cfg, self.cfg.kind_options["num_classes"] > 0
         table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
@@ -69,7 +77,9 @@ class Article(nnx.Module):
         logits = self._output(h_BqD)
         return logits[:, 0] if classify else logits, {}
 
-    def _aggregate(self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array) -> jax.Array:
+    def _aggregate(
+        self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array
+    ) -> jax.Array:
         how = self.cfg.kind_options["aggregate"]
         if how != "gated":
             return z_BqnD.sum(2) if how == "sum" else z_BqnD.mean(2)
@@ -89,7 +99,10 @@ class Article(nnx.Module):
 def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end with it, within its segment."""
     S = e_BSD.shape[1]
-    earlier = lambda z, by: jnp.pad(z, [(0, 0), (by, 0)] + [(0, 0)] * (z.ndim - 2))[:, :S]
+
+    def earlier(z, by):
+        return jnp.pad(z, [(0, 0), (by, 0)] + [(0, 0)] * (z.ndim - 2))[:, :S]
+
     steps = range(m - 1, -1, -1)
     same = [(earlier(segment_BS, by) == segment_BS) & (segment_BS > 0) for by in steps]
     return jnp.stack([earlier(e_BSD, by) for by in steps], 2), jnp.stack(same, 2)

@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.models.attention_core import Keys, across, attention, causal, decode_attention, full, prefix
+from moe_jax.models.attention_core import (
+    Keys,
+    across,
+    attention,
+    causal,
+    decode_attention,
+    full,
+    prefix,
+)
 from moe_jax.models.layers import gather, rms_norm, rope, rotate
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import ModelConfig
@@ -51,7 +59,10 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
         "o": Weight((h, a, d), ("heads", None, "embed"), out_std),
     }
     if cfg.attention_bias:
-        weights |= {f"{name}_bias": Weight((n, a), ("heads", None), 0.0) for name, n in (("q", h), ("k", g), ("v", g))}
+        weights |= {
+            f"{name}_bias": Weight((n, a), ("heads", None), 0.0)
+            for name, n in (("q", h), ("k", g), ("v", g))
+        }
     if cfg.qk_norm:
         weights |= {f"{name}_norm_scale": Weight((a,), (None,), 0.0, 1.0) for name in ("q", "k")}
     return weights
@@ -89,7 +100,9 @@ class Attention(nnx.Module):
                 o = _sharded_core(q, k, v, keys, about, cfg.head_dim**-0.5)
             else:
                 last_BS = position_BS if prefix_BS is None else _last_seen(position_BS, prefix_BS)
-                o, cache = _cached_core(q, k, v, position_BS, last_BS, cache, seen_BM, cfg.head_dim**-0.5)
+                o, cache = _cached_core(
+                    q, k, v, position_BS, last_BS, cache, seen_BM, cfg.head_dim**-0.5
+                )
         return write(self.weights, o, cfg), cache
 
 
@@ -108,13 +121,17 @@ class CrossAttention(nnx.Module):
         q = project(self.weights, "q", x_BSD, self.cfg)
         with jax.named_scope("cross_attention"):
             about = (segment_BS, memory.segment_BT)
-            o = _sharded_core(q, memory.k_BTGA, memory.v_BTGA, across, about, self.cfg.head_dim**-0.5)
+            o = _sharded_core(
+                q, memory.k_BTGA, memory.v_BTGA, across, about, self.cfg.head_dim**-0.5
+            )
         return write(self.weights, o, self.cfg)
 
 
 def project(weights: Weights, name: str, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Queries, keys or values [B, S, H or G, A] of x."""
-    y = jnp.einsum("BSD,DHA->BSHA", x_BSD, gather(weights[name], ("embed", "heads", None), cfg.dtype))
+    y = jnp.einsum(
+        "BSD,DHA->BSHA", x_BSD, gather(weights[name], ("embed", "heads", None), cfg.dtype)
+    )
     if cfg.attention_bias:
         y = y + weights[f"{name}_bias"].astype(cfg.dtype)[None, None]
     if cfg.qk_norm and name != "v":
@@ -134,7 +151,9 @@ def _last_seen(position_BS: jax.Array, prefix_BS: jax.Array) -> jax.Array:
     return jnp.where(prefix_BS, end_B1, position_BS)
 
 
-def _sharded_core(q, k, v, keys: Callable[..., Keys], about: tuple[jax.Array, ...], scale: float) -> jax.Array:
+def _sharded_core(
+    q, k, v, keys: Callable[..., Keys], about: tuple[jax.Array, ...], scale: float
+) -> jax.Array:
     """`keys(*about)`: which keys each query sees."""
     heads = P(BATCH, None, "model", None)
     run = jax.shard_map(
@@ -145,7 +164,9 @@ def _sharded_core(q, k, v, keys: Callable[..., Keys], about: tuple[jax.Array, ..
     return run(q, k, v, about)
 
 
-def _cached_core(q, k, v, position_BS, last_BS, cache: Cache, seen_BM, scale: float) -> tuple[jax.Array, Cache]:
+def _cached_core(
+    q, k, v, position_BS, last_BS, cache: Cache, seen_BM, scale: float
+) -> tuple[jax.Array, Cache]:
     """Writes the new keys and values at their positions, then attends to all positions up to each query's last (that `seen_BM` allows)."""
 
     def on_device(q, k, v, position_BS, last_BS, cache, seen_BM):
@@ -157,6 +178,14 @@ def _cached_core(q, k, v, position_BS, last_BS, cache: Cache, seen_BM, scale: fl
         return decode_attention(q, k_BMGA, v_BMGA, mask_BSM, scale=scale), Cache(k_BMGA, v_BMGA)
 
     heads = P(BATCH, None, "model", None)
-    specs = (heads, heads, heads, P(BATCH, None), P(BATCH, None), Cache(heads, heads), P(BATCH, None))
+    specs = (
+        heads,
+        heads,
+        heads,
+        P(BATCH, None),
+        P(BATCH, None),
+        Cache(heads, heads),
+        P(BATCH, None),
+    )
     run = jax.shard_map(on_device, in_specs=specs, out_specs=(heads, Cache(heads, heads)))
     return run(q, k, v, position_BS, last_BS, cache, seen_BM)

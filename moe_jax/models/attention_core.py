@@ -25,14 +25,18 @@ from moe_jax.moe.experts.grouped_matmul import vary_alike, wide_dtype
 from moe_jax.parallel.compiling import by_platform
 
 MASKED = -1e30  # a score, far below every real one and far from overflow
-SCORES = 2**19  # of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and 64
+SCORES = (
+    2**19
+)  # of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and 64
 
 
 class Keys(NamedTuple):
     """The keys that each query sees: all from `first` to `last`; none where first > last."""
 
     first_BT: Array
-    last_BT: Any  # () = the query's own place and nothing after it: queries and keys are the same tokens
+    last_BT: (
+        Any  # () = the query's own place and nothing after it: queries and keys are the same tokens
+    )
 
 
 def causal(segment_BS: Array) -> Keys:
@@ -72,14 +76,21 @@ def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale:
     q_BTHA, k_BSGA, v_BSGA, *runs = vary_alike(q_BTHA, k_BSGA, v_BSGA, *jax.tree.leaves(keys))
     B, T, H, A = q_BTHA.shape
     G = k_BSGA.shape[2]
-    heads_first = lambda z: jnp.swapaxes(z.reshape(B, z.shape[1], G, -1), 1, 2).reshape(B * G, -1, A)
-    of_heads = lambda z_BT: jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G)).reshape(B * G, -1)
+
+    def heads_first(z):
+        return jnp.swapaxes(z.reshape(B, z.shape[1], G, -1), 1, 2).reshape(B * G, -1, A)
+
+    def of_heads(z_BT):
+        return jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G)).reshape(B * G, -1)
+
     runs = tuple(of_heads(z_BT) for z_BT in runs)
     o_NQA = _core(scale, heads_first(q_BTHA), heads_first(k_BSGA), heads_first(v_BSGA), runs)
     return jnp.swapaxes(o_NQA.reshape(B, G, T, -1), 1, 2).reshape(B, T, H, A)
 
 
-def decode_attention(q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Array, *, scale: float) -> Array:
+def decode_attention(
+    q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Array, *, scale: float
+) -> Array:
     """o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says which a query may see.
 
     A query that may see nothing gives zero.
@@ -87,10 +98,16 @@ def decode_attention(q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Arra
     B, q, H, A = q_BqHA.shape
     wide = wide_dtype(q_BqHA.dtype)
     q_BqGrA = q_BqHA.reshape(B, q, k_BSGA.shape[2], -1, A)
-    score_BGrqS = jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide) * scale
+    score_BGrqS = (
+        jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide) * scale
+    )
     seen_BGrqS = mask_BqS[:, None, None]
-    weight_BGrqS = jnp.where(seen_BGrqS, jax.nn.softmax(jnp.where(seen_BGrqS, score_BGrqS, MASKED)), 0)
-    o_BqGrA = jnp.einsum("BGrqS,BSGA->BqGrA", weight_BGrqS.astype(v_BSGA.dtype), v_BSGA, preferred_element_type=wide)
+    weight_BGrqS = jnp.where(
+        seen_BGrqS, jax.nn.softmax(jnp.where(seen_BGrqS, score_BGrqS, MASKED)), 0
+    )
+    o_BqGrA = jnp.einsum(
+        "BGrqS,BSGA->BqGrA", weight_BGrqS.astype(v_BSGA.dtype), v_BSGA, preferred_element_type=wide
+    )
     return o_BqGrA.reshape(B, q, H, A).astype(q_BqHA.dtype)
 
 
@@ -141,9 +158,16 @@ def _by_platform(run: Any, *args: Any) -> Any:
     def in_groups(*args):
         if group == N:
             return run(num_blocks, *args)
-        split = lambda z: z.reshape(N // group, group, *z.shape[1:])
-        join = lambda z: z.reshape(N, *z.shape[2:])
-        return jax.tree.map(join, lax.map(lambda one: run(num_blocks, *one), jax.tree.map(split, args)))
+
+        def split(z):
+            return z.reshape(N // group, group, *z.shape[1:])
+
+        def join(z):
+            return z.reshape(N, *z.shape[2:])
+
+        return jax.tree.map(
+            join, lax.map(lambda one: run(num_blocks, *one), jax.tree.map(split, args))
+        )
 
     return by_platform(*args, cpu=in_groups, others=functools.partial(run, 1))
 
@@ -152,7 +176,10 @@ def _blocks(num_blocks: int, Q: int, S: int, causal: bool) -> list[tuple[slice, 
     """(queries, number of keys they may see at most) of each block; any S will do, blocks need not be equal."""
     length, r = (S, Q // S) if causal else (Q, 1)
     edges = [length * i // num_blocks for i in range(num_blocks + 1)]
-    return [(slice(start * r, stop * r), stop if causal else S) for start, stop in itertools.pairwise(edges)]
+    return [
+        (slice(start * r, stop * r), stop if causal else S)
+        for start, stop in itertools.pairwise(edges)
+    ]
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
@@ -175,7 +202,9 @@ def _forward_blocks(
     outputs, log_sums = [], []
     for queries, K in _blocks(num_blocks, Q, S, len(runs) == 1):
         key_1K = jnp.arange(K, dtype=jnp.int32)[None, None]
-        seen_NQK = (key_1K >= runs[0][:, queries, None]) & (key_1K <= _last(runs, queries, Q // S)[:, :, None])
+        seen_NQK = (key_1K >= runs[0][:, queries, None]) & (
+            key_1K <= _last(runs, queries, Q // S)[:, :, None]
+        )
         score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, :K]) * scale
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # never as low as MASKED, so that a query which sees nothing has weights of zero, and not of one
@@ -183,7 +212,9 @@ def _forward_blocks(
         weight_NQK = jnp.exp(score_NQK - top_NQ1)
         sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
         sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
-        outputs.append((_dot("NQK,NKA->NQA", weight_NQK, v_NSA[:, :K]) / sum_NQ1).astype(q_NQA.dtype))
+        outputs.append(
+            (_dot("NQK,NKA->NQA", weight_NQK, v_NSA[:, :K]) / sum_NQ1).astype(q_NQA.dtype)
+        )
         log_sums.append((top_NQ1 + jnp.log(sum_NQ1))[..., 0])
     return jnp.concatenate(outputs, axis=1), jnp.concatenate(log_sums, axis=1)
 
@@ -208,7 +239,9 @@ def _backward_blocks(
     for queries, K in _blocks(num_blocks, Q, S, len(runs) == 1):
         q, do, k_NKA, v_NKA = q_NQA[:, queries], do_NQA[:, queries], k_NSA[:, :K], v_NSA[:, :K]
         key_K1 = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-        seen_NKQ = (key_K1 >= runs[0][:, None, queries]) & (key_K1 <= _last(runs, queries, Q // S)[:, None])
+        seen_NKQ = (key_K1 >= runs[0][:, None, queries]) & (
+            key_K1 <= _last(runs, queries, Q // S)[:, None]
+        )
         score_NKQ = _dot("NKA,NQA->NKQ", k_NKA, q) * scale
         weight_NKQ = jnp.where(seen_NKQ, jnp.exp(score_NKQ - log_sum_NQ[:, None, queries]), 0)
         dscore_NKQ = weight_NKQ * (_dot("NKA,NQA->NKQ", v_NKA, do) - shift_NQ[:, None, queries])

@@ -32,7 +32,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep everything: no rematerialisation
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dispatch": jax.checkpoint_policies.save_only_these_names("moe_dispatch"),  # the tokens that travelled
+    "dispatch": jax.checkpoint_policies.save_only_these_names(
+        "moe_dispatch"
+    ),  # the tokens that travelled
 }
 
 
@@ -67,17 +69,30 @@ class Look(NamedTuple):
 class Block(nnx.Module):
     def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig, look: Look):
         keys = jax.random.split(key, 4)
-        self.cfg, self.kind, self.wrapped, self.look = cfg, depth.inner(kind), kind != depth.inner(kind), look
+        self.cfg, self.kind, self.wrapped, self.look = (
+            cfg,
+            depth.inner(kind),
+            kind != depth.inner(kind),
+            look,
+        )
         parts = {"attention": look.mask != "none", "cross": look.cross, "ffn": True}
         scale = Weight((cfg.d_model,), (None,), 0.0, 1.0)
-        self.norms = Weights(keys[0], {f"{n}_norm_scale": scale for n in parts if parts[n]}, cfg.param_dtype)
+        self.norms = Weights(
+            keys[0], {f"{n}_norm_scale": scale for n in parts if parts[n]}, cfg.param_dtype
+        )
         if parts["attention"]:
             self.attention = Attention(keys[1], cfg, "full" if look.mask == "full" else "causal")
         if look.cross:
             self.cross = CrossAttention(jax.random.fold_in(key, 5), cfg)
-        width = cfg.ffn_hidden if self.kind == "dense" else cfg.moe.shared_experts * cfg.moe.expert_hidden
+        width = (
+            cfg.ffn_hidden
+            if self.kind == "dense"
+            else cfg.moe.shared_experts * cfg.moe.expert_hidden
+        )
         if width:
-            self.dense = FeedForward(keys[2], cfg.d_model, width, cfg.activation, out_std(width, cfg), cfg.param_dtype)
+            self.dense = FeedForward(
+                keys[2], cfg.d_model, width, cfg.activation, out_std(width, cfg), cfg.param_dtype
+            )
         if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
         if self.wrapped:
@@ -101,30 +116,52 @@ class Block(nnx.Module):
         (attended, fed), sums, cache = self._parts(*args)
         return attended + fed, sums, cache
 
-    def _parts(self, x_BSD: jax.Array, context: Context, train: bool, cache: Cache | None, seen_BM: jax.Array | None):
+    def _parts(
+        self,
+        x_BSD: jax.Array,
+        context: Context,
+        train: bool,
+        cache: Cache | None,
+        seen_BM: jax.Array | None,
+    ):
         """((what attention adds, what the feed-forward adds), sums, cache)."""
         cfg, batch = self.cfg, context.batch
         keys = jax.random.split(jax.random.fold_in(context.rng, context.index), 3)
-        drop = lambda y, key: dropout(y, cfg.dropout if train else 0.0, key, batch.row_B)
+
+        def drop(y, key):
+            return dropout(y, cfg.dropout if train else 0.0, key, batch.row_B)
+
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask != "none":
             h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
-            prefix_BS = batch.inputs if self.look.mask == "prefix" and isinstance(batch.inputs, jax.Array) else None
-            y, cache = self.attention(h, batch.segment_BS, batch.position_BS, cache, seen_BM, prefix_BS)
+            prefix_BS = (
+                batch.inputs
+                if self.look.mask == "prefix" and isinstance(batch.inputs, jax.Array)
+                else None
+            )
+            y, cache = self.attention(
+                h, batch.segment_BS, batch.position_BS, cache, seen_BM, prefix_BS
+            )
             attended = drop(y, keys[0])
         if self.look.cross:
             h = rms_norm(x_BSD + attended, self.norms["cross_norm_scale"], cfg.norm_epsilon)
             y = self.cross(h, batch.segment_BS, self.remember(context.source))
             attended = attended + drop(y, jax.random.fold_in(keys[0], 1))
         h = rms_norm(x_BSD + attended, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
-        y, sums = self.moe(h, batch, keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
+        y, sums = (
+            self.moe(h, batch, keys[1], train) if self.kind == "moe" else (jnp.zeros_like(h), {})
+        )
         if hasattr(self, "dense"):
             y = y + self.dense(h)
         return (attended, drop(y, keys[2])), sums, cache
 
     def remember(self, source: Source | Memory) -> Memory:
         """Keys and values of the source for the cross-attention of this block."""
-        return source if isinstance(source, Memory) else self.cross.remember(source.x_BTD, source.segment_BT)
+        return (
+            source
+            if isinstance(source, Memory)
+            else self.cross.remember(source.x_BTD, source.segment_BT)
+        )
 
 
 class Period(nnx.Module):
@@ -149,7 +186,9 @@ class Decoder(nnx.Module):
         look = Look("prefix" if cfg.kind_options.get("bidirectional_prefix") else "causal")
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, look)
 
-    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg = self.cfg
         x = embed(self.ends["embed"], batch.id_BS, cfg)
         x = dropout(x, cfg.dropout if train else 0.0, jax.random.fold_in(rng, 0), batch.row_B)
@@ -194,7 +233,9 @@ def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
-    return nnx.List([Block(jax.random.fold_in(key, i), kind, cfg, look) for i, kind in enumerate(kinds)])
+    return nnx.List(
+        [Block(jax.random.fold_in(key, i), kind, cfg, look) for i, kind in enumerate(kinds)]
+    )
 
 
 def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
@@ -204,15 +245,23 @@ def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]
         return prefix, nnx.List([]), suffix
     # Drawn stacked in both layouts: the same values, and one compiled draw however many layers there are.
     stacked = jax.vmap(lambda key: Period(key, cfg, look))(jax.random.split(keys[1], cfg.repeats))
-    layer = lambda i: jax.tree.map(lambda z: z[i], stacked)
+
+    def layer(i):
+        return jax.tree.map(lambda z: z[i], stacked)
+
     return prefix, stacked if cfg.scan else nnx.List([layer(i) for i in range(cfg.repeats)]), suffix
 
 
-def run_stack(model: Any, x_BSD: jax.Array, context: Context, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+def run_stack(
+    model: Any, x_BSD: jax.Array, context: Context, train: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`; the first has `context.index`."""
     cfg = model.cfg
     run = remat(cfg, train)
-    at = lambda i: context._replace(index=context.index + i)
+
+    def at(i):
+        return context._replace(index=context.index + i)
+
     x_BSD, before = run_blocks(run, model.prefix, x_BSD, context)
     x_BSD, middle = _repeats(run, model.repeats, x_BSD, at(len(cfg.prefix)), cfg)
     last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
@@ -222,7 +271,11 @@ def run_stack(model: Any, x_BSD: jax.Array, context: Context, train: bool) -> tu
 
 def in_order(model: Any) -> list[Block]:
     """The blocks of a module in the loop layout."""
-    return [*model.prefix, *(block for period in model.repeats for block in period.blocks), *model.suffix]
+    return [
+        *model.prefix,
+        *(block for period in model.repeats for block in period.blocks),
+        *model.suffix,
+    ]
 
 
 def run_cached(
@@ -237,12 +290,20 @@ def run_cached(
 
 
 def _repeats(run, periods, x_BSD: jax.Array, context: Context, cfg: ModelConfig):
-    at = lambda i: context._replace(index=context.index + i * len(cfg.period))
+    def at(i):
+        return context._replace(index=context.index + i * len(cfg.period))
+
     if cfg.scan and cfg.repeats:
-        body = lambda x, xs: run_blocks(run, xs[0].blocks, x, at(xs[1]))
+
+        def body(x, xs):
+            return run_blocks(run, xs[0].blocks, x, at(xs[1]))
+
         x_BSD, sums = jax.lax.scan(body, x_BSD, (periods, jnp.arange(cfg.repeats, dtype=jnp.int32)))
+
         # Told where: beside a single repeat and a single row a reshape forgets that rows are split.
-        joined = lambda z: jnp.reshape(z, (-1,) + z.shape[2:], out_sharding=P(None, BATCH))
+        def joined(z):
+            return jnp.reshape(z, (-1,) + z.shape[2:], out_sharding=P(None, BATCH))
+
         return x_BSD, jax.tree.map(joined, sums)
     parts = []
     for i, period in enumerate(periods):
@@ -260,7 +321,9 @@ def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
     return x_BSD, by_name(jnp.stack, parts)
 
 
-def by_name(join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def by_name(
+    join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]
+) -> dict[str, jax.Array]:
     """Joins what is there under each name: a block has the sums of its MoE layer, of its depth router, both or none."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: join([part[name] for part in parts if name in part]) for name in names}
@@ -268,16 +331,33 @@ def by_name(join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]) -
 
 def empty_caches(cfg: ModelConfig, num_rows: int, length: int) -> list[Any]:
     """Caches of `length` tokens that hold none yet, one a block."""
-    at = lambda x, *dims: jax.sharding.reshard(x, P(BATCH, *dims))
-    zero = lambda: at(jnp.zeros((num_rows, length, cfg.num_kv_heads, cfg.head_dim), cfg.dtype), None, "model")
-    chosen = lambda: at(jnp.zeros((num_rows, length), bool), None)
-    plain = lambda kind: kind == depth.inner(kind)
-    return [Cache(zero(), zero()) if plain(kind) else depth.DepthCache(zero(), zero(), chosen()) for kind in cfg.blocks]
+
+    def at(x, *dims):
+        return jax.sharding.reshard(x, P(BATCH, *dims))
+
+    def zero():
+        return at(
+            jnp.zeros((num_rows, length, cfg.num_kv_heads, cfg.head_dim), cfg.dtype), None, "model"
+        )
+
+    def chosen():
+        return at(jnp.zeros((num_rows, length), bool), None)
+
+    def plain(kind):
+        return kind == depth.inner(kind)
+
+    return [
+        Cache(zero(), zero()) if plain(kind) else depth.DepthCache(zero(), zero(), chosen())
+        for kind in cfg.blocks
+    ]
 
 
 def remat(cfg: ModelConfig, train: bool):
     """How a block is called: plainly, or under jax.checkpoint with the policy that the config names."""
-    call = lambda block, x, context: block(x, context, train)[:2]
+
+    def call(block, x, context):
+        return block(x, context, train)[:2]
+
     if cfg.remat == "none":
         return call
     return jax.checkpoint(call, policy=REMAT[cfg.remat])
@@ -285,7 +365,10 @@ def remat(cfg: ModelConfig, train: bool):
 
 def of_block(batch: Batch, index: jax.Array) -> Batch:
     """The batch with what is told to one block (blocks count from 1) instead of [num_blocks, B, ...] of all."""
-    one = lambda z: jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
+
+    def one(z):
+        return jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
+
     told = ("recorded", "removed_BE", "barred_BE")
     return batch._replace(**{name: jax.tree.map(one, getattr(batch, name)) for name in told})
 
@@ -296,9 +379,16 @@ def out_std(width: int, cfg: ModelConfig) -> float:
 
 
 def moe_config(cfg: ModelConfig) -> MoE:
-    same = {name: getattr(cfg.moe, name) for name in MoE.__dataclass_fields__ if hasattr(cfg.moe, name)}
-    shared = {name: getattr(cfg, name) for name in ("d_model", "vocab_size", "activation", "param_dtype", "dtype")}
-    return MoE(**same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg), stored=cfg.moe.sparse.stored)
+    same = {
+        name: getattr(cfg.moe, name) for name in MoE.__dataclass_fields__ if hasattr(cfg.moe, name)
+    }
+    shared = {
+        name: getattr(cfg, name)
+        for name in ("d_model", "vocab_size", "activation", "param_dtype", "dtype")
+    }
+    return MoE(
+        **same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg), stored=cfg.moe.sparse.stored
+    )
 
 
 def why_not_decoded(cfg: ModelConfig) -> str:
@@ -338,5 +428,11 @@ def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
         raise UserError(
             f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" knows nothing of'
         )
-    options = cfg.moe.dispatcher_options if cfg.moe.dispatcher == name else {"dropless": Options(buffer=0.0)}[name]
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatcher=name, dispatcher_options=options))
+    options = (
+        cfg.moe.dispatcher_options
+        if cfg.moe.dispatcher == name
+        else {"dropless": Options(buffer=0.0)}[name]
+    )
+    return dataclasses.replace(
+        cfg, moe=dataclasses.replace(cfg.moe, dispatcher=name, dispatcher_options=options)
+    )

@@ -34,7 +34,9 @@ from moe_jax.weights import Weight
 NAME = "depth/"  # what the names of the sums begin with
 
 Sums = dict[str, jax.Array]
-Update = Callable[..., tuple[jax.Array, Sums, Any]]  # of a block: what it adds to x_BSD, its sums, its cache
+Update = Callable[
+    ..., tuple[jax.Array, Sums, Any]
+]  # of a block: what it adds to x_BSD, its sums, its cache
 
 
 class DepthCache(NamedTuple):
@@ -63,12 +65,20 @@ def choose(logit_BS: jax.Array, valid_BS: jax.Array, num: int) -> jax.Array:
     """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer; of equals the first."""
     S = logit_BS.shape[1]
     _, index_BC = jax.lax.top_k(jnp.where(valid_BS, logit_BS, -jnp.inf), num)
-    mark = lambda index_C: jnp.zeros(S, bool).at[index_C].set(True)
+
+    def mark(index_C):
+        return jnp.zeros(S, bool).at[index_C].set(True)
+
     return jax.vmap(mark)(index_BC) & valid_BS
 
 
 def through(
-    update: Update, router_D: jax.Array, x_BSD: jax.Array, context: Any, train: bool, cfg: ModelConfig
+    update: Update,
+    router_D: jax.Array,
+    x_BSD: jax.Array,
+    context: Any,
+    train: bool,
+    cfg: ModelConfig,
 ) -> tuple[jax.Array, Sums]:
     """(x_BSD after the block, sums of the block and of its depth router).
 
@@ -78,7 +88,9 @@ def through(
     logit_BS, chosen_BS, sums = _route(router_D, x_BSD, context.batch.segment_BS > 0, train, cfg)
     num = num_chosen(cfg.depth.capacity, S) if train else S
     with jax.named_scope("depth"):
-        place_BC = jax.vmap(lambda chosen_S: jnp.nonzero(chosen_S, size=num, fill_value=S)[0])(chosen_BS)
+        place_BC = jax.vmap(lambda chosen_S: jnp.nonzero(chosen_S, size=num, fill_value=S)[0])(
+            chosen_BS
+        )
         take = jax.vmap(lambda z, place_C: z.at[place_C].get(mode="fill", fill_value=0))
         batch = jax.tree.map(lambda z: take(z, place_BC) if z.ndim > 1 else z, context.batch)
         h_BCD, gate_BC = take(x_BSD, place_BC), take(logit_BS, place_BC)
@@ -90,17 +102,26 @@ def through(
 
 
 def cached(
-    update: Update, router_D: jax.Array, x_BSD: jax.Array, context: Any, cache: DepthCache, cfg: ModelConfig
+    update: Update,
+    router_D: jax.Array,
+    x_BSD: jax.Array,
+    context: Any,
+    cache: DepthCache,
+    cfg: ModelConfig,
 ) -> tuple[jax.Array, DepthCache]:
     """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key that a later one may see."""
     batch = context.batch
     logit_BS, chosen_BS, _ = _route(router_D, x_BSD, batch.segment_BS > 0, False, cfg)
     write = jax.vmap(lambda old_M, position_S, new_S: old_M.at[position_S].set(new_S, mode="drop"))
     chosen_BM = write(cache.chosen_BM, batch.position_BS, chosen_BS)
-    context = context._replace(batch=batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0)))
+    context = context._replace(
+        batch=batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0))
+    )
     y_BSD, _, new = update(x_BSD, context, False, Cache(cache.k_BMGA, cache.v_BMGA), chosen_BM)
     gate_BS = jnp.where(chosen_BS, logit_BS, 0)
-    return x_BSD + y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype), DepthCache(new.k_BMGA, new.v_BMGA, chosen_BM)
+    return x_BSD + y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype), DepthCache(
+        new.k_BMGA, new.v_BMGA, chosen_BM
+    )
 
 
 def _route(
@@ -110,12 +131,22 @@ def _route(
     with jax.named_scope("depth"):
         wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
         w_D = gather(router_D, ("embed",), str(wide))
-        scores = lambda x_BSD: jnp.einsum("BSD,D->BS", x_BSD.astype(wide), w_D)
+
+        def scores(x_BSD):
+            return jnp.einsum("BSD,D->BS", x_BSD.astype(wide), w_D)
+
         logit_BS = scores(x_BSD)
-        top_BS = choose(jax.lax.stop_gradient(logit_BS), valid_BS, num_chosen(cfg.depth.capacity, x_BSD.shape[1]))
+        top_BS = choose(
+            jax.lax.stop_gradient(logit_BS),
+            valid_BS,
+            num_chosen(cfg.depth.capacity, x_BSD.shape[1]),
+        )
         causal_BS = (logit_BS > 0) & valid_BS
         aux_BS = scores(jax.lax.stop_gradient(x_BSD))
-        per_row = lambda z_BS: jnp.where(valid_BS, z_BS.astype(wide), 0).sum(1)
+
+        def per_row(z_BS):
+            return jnp.where(valid_BS, z_BS.astype(wide), 0).sum(1)
+
         bce_B = per_row(jax.nn.softplus(aux_BS) - jnp.where(top_BS, aux_BS, 0))
         sums = {
             "tokens": per_row(valid_BS),
@@ -125,7 +156,11 @@ def _route(
             "bce": bce_B,
             "penalty": cfg.depth.loss * bce_B,
         }
-        return logit_BS, top_BS if train else causal_BS, {NAME + name: z for name, z in sums.items()}
+        return (
+            logit_BS,
+            top_BS if train else causal_BS,
+            {NAME + name: z for name, z in sums.items()},
+        )
 
 
 # What becomes of the sums.
@@ -133,7 +168,9 @@ def _route(
 
 def totals(sums_LB: Mapping[str, jax.Array]) -> Sums:
     """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
-    return {name.removeprefix(NAME): x.sum(1) for name, x in sums_LB.items() if name.startswith(NAME)}
+    return {
+        name.removeprefix(NAME): x.sum(1) for name, x in sums_LB.items() if name.startswith(NAME)
+    }
 
 
 def without(sums_LB: Mapping[str, jax.Array]) -> Sums:
@@ -154,6 +191,9 @@ def figures(totals: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not totals:
         return {}
-    mean = lambda name: (totals[name] / totals["tokens"].clip(1)).mean()
+
+    def mean(name):
+        return (totals[name] / totals["tokens"].clip(1)).mean()
+
     names = {"loss": "bce", "top": "top", "causal": "causal", "agreement": "agree"}
     return {f"depth_{name}": mean(key) for name, key in names.items()}

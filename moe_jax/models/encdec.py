@@ -41,7 +41,10 @@ from moe_jax.weights import Weight, Weights
 
 def encoder_config(cfg: ModelConfig) -> ModelConfig:
     """The encoder's stack as a model of its own: the pattern of its blocks, everything else as in `cfg`."""
-    parts = {name: cfg.kind_options[f"encoder_{name}"] for name in ("prefix", "period", "repeats", "suffix")}
+    parts = {
+        name: cfg.kind_options[f"encoder_{name}"]
+        for name in ("prefix", "period", "repeats", "suffix")
+    }
     return dataclasses.replace(cfg, kind="encoder", **parts)
 
 
@@ -57,7 +60,9 @@ class SourceStack(nnx.Module):
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
-        self.ends = Weights(keys[0], {"norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}, cfg.param_dtype)
+        self.ends = Weights(
+            keys[0], {"norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}, cfg.param_dtype
+        )
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look("full"))
 
 
@@ -73,10 +78,14 @@ class EncDec(nnx.Module):
         if not cfg.tie_embeddings:
             ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(keys[1:4], self.cfg, Look("causal", cross=True))
+        self.prefix, self.repeats, self.suffix = stack(
+            keys[1:4], self.cfg, Look("causal", cross=True)
+        )
         self.encoder = SourceStack(keys[4], encoder_config(cfg))
 
-    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         told = {name: getattr(batch, name) for name in ("removed_BE", "barred_BE", "record")}
         source, before = self.encode(batch.inputs._replace(**told), rng, train)
         index = jnp.int32(1 + len(self.encoder.cfg.blocks))
@@ -84,7 +93,9 @@ class EncDec(nnx.Module):
         x, after = run_stack(self, x, Context(batch._replace(inputs=()), rng, index, source), train)
         return unembed(self.ends, x, self.cfg), by_name(jnp.concatenate, [before, after])
 
-    def encode(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[Source, dict[str, jax.Array]]:
+    def encode(
+        self, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[Source, dict[str, jax.Array]]:
         """(what cross-attention reads, sums) of the source rows."""
         x = self._embed(batch, jax.random.fold_in(rng, 0), train)
         x, sums = run_stack(self.encoder, x, Context(batch, rng, jnp.int32(1)), train)
@@ -95,9 +106,13 @@ class EncDec(nnx.Module):
         """Keys and values of the source for every block's cross-attention. Loop layout only, as `cached`."""
         return [block.remember(source) for block in in_order(self)]
 
-    def cached(self, batch: Batch, caches: list[Any], memories: list[Memory]) -> tuple[jax.Array, list[Any]]:
+    def cached(
+        self, batch: Batch, caches: list[Any], memories: list[Memory]
+    ) -> tuple[jax.Array, list[Any]]:
         """Logits of the target tokens of `batch`, which follow those in the caches, and the caches with them."""
-        x, new = run_cached(self, embed(self.ends["embed"], batch.id_BS, self.cfg), batch, caches, memories)
+        x, new = run_cached(
+            self, embed(self.ends["embed"], batch.id_BS, self.cfg), batch, caches, memories
+        )
         return unembed(self.ends, x, self.cfg), new
 
     def _embed(self, batch: Batch, key: jax.Array, train: bool) -> jax.Array:

@@ -32,21 +32,29 @@ class Encoder(nnx.Module):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], _ends(cfg), cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(cfg.kind_options["attention"]))
+        self.prefix, self.repeats, self.suffix = stack(
+            keys[1:], cfg, Look(cfg.kind_options["attention"])
+        )
         num_classes = cfg.kind_options["num_classes"]
         head = {  # a sum over many tokens begins with small logits too
-            "w": Weight((cfg.d_model, num_classes), ("embed", None), FIRST_LOGITS * cfg.d_model**-0.5),
+            "w": Weight(
+                (cfg.d_model, num_classes), ("embed", None), FIRST_LOGITS * cfg.d_model**-0.5
+            ),
             "b": Weight((num_classes,), (None,), 0.0),
         }
         self.head = Weights(jax.random.fold_in(key, 4), head, cfg.param_dtype)
 
-    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, options = self.cfg, self.cfg.kind_options
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x = dropout(self._embed(batch), cfg.dropout if train else 0.0, keys[0], batch.row_B)
         if train and options["token_dropout"]:
             one_BS1 = jnp.ones_like(x[:, :, :1])
-            x = x * dropout(one_BS1, options["token_dropout"], jax.random.fold_in(keys[0], 1), batch.row_B)
+            x = x * dropout(
+                one_BS1, options["token_dropout"], jax.random.fold_in(keys[0], 1), batch.row_B
+            )
         x, sums = run_stack(self, x, Context(batch._replace(inputs=()), rng, jnp.int32(1)), train)
         x = rms_norm(x, self.ends["norm_scale"], cfg.norm_epsilon)
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -76,7 +84,10 @@ def _ends(cfg: ModelConfig) -> dict[str, Weight]:
         ends["embed"] = embedding(cfg)
     else:
         width = options["input_dim"]
-        ends |= {"input": Weight((width, d), (None, "embed"), width**-0.5), "input_bias": Weight((d,), (None,), 0.0)}
+        ends |= {
+            "input": Weight((width, d), (None, "embed"), width**-0.5),
+            "input_bias": Weight((d,), (None,), 0.0),
+        }
     if options["learned_positions"]:
         ends["position"] = Weight((options["learned_positions"], d), (None, "embed"), POSITION_STD)
     return ends
@@ -91,4 +102,6 @@ def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
     if how == "first":
         valid_BS1 = valid_BS1 & (jnp.cumsum(valid_BS1, 1) == 1)
     sum_BD = jnp.where(valid_BS1, x_BSD, 0).sum(1)
-    return sum_BD / jnp.maximum(valid_BS1.sum(1), 1).astype(x_BSD.dtype) if how == "mean" else sum_BD
+    return (
+        sum_BD / jnp.maximum(valid_BS1.sum(1), 1).astype(x_BSD.dtype) if how == "mean" else sum_BD
+    )

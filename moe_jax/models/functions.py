@@ -14,13 +14,18 @@ from moe_jax.weights import RouterState
 class Model(NamedTuple):
     """The functions of a model: parameters go in as nested dicts of arrays, modules never leave."""
 
-    init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]  # key -> (params, router state)
+    init: Callable[
+        [jax.Array], tuple[dict[str, Any], dict[str, Any]]
+    ]  # key -> (params, router state)
     bind: Callable[[Any, Any], Any]  # (params, router state) -> the module, callable
 
 
 def make_model(cfg: ModelConfig) -> Model:
     """Must be called with the mesh set; abstract evaluation only."""
-    split = lambda key: nnx.split(MODELS[cfg.kind](key, cfg), nnx.Param, RouterState)
+
+    def split(key):
+        return nnx.split(MODELS[cfg.kind](key, cfg), nnx.Param, RouterState)
+
     graphdef, params, router_state = nnx.eval_shape(split, jax.random.key(0))
 
     def init(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,21 +13,30 @@ from moe_jax.weights import Weight, Weights
 
 def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: str) -> jax.Array:
     """A weight without its FSDP split, for one use, in the compute dtype. Explicit: an einsum that resolves it doubles collectives."""
-    return jax.sharding.reshard(weight.astype(dtype), spec(*(None if name == "embed" else name for name in names)))
+    return jax.sharding.reshard(
+        weight.astype(dtype), spec(*(None if name == "embed" else name for name in names))
+    )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * inverse).astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
+    return (wide * inverse).astype(x.dtype) * jnp.expand_dims(
+        scale.astype(x.dtype), tuple(range(x.ndim - 1))
+    )
 
 
-def rope(position_BS: jax.Array, head_dim: int, theta: float, dtype: str) -> tuple[jax.Array, jax.Array]:
+def rope(
+    position_BS: jax.Array, head_dim: int, theta: float, dtype: str
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves of a head are the pairs."""
     wide = jnp.promote_types(dtype, jnp.float32)
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
-    angle = position_BS.astype(wide)[:, :, None, None] * jnp.concatenate([frequency, frequency])[None, None, None, :]
+    angle = (
+        position_BS.astype(wide)[:, :, None, None]
+        * jnp.concatenate([frequency, frequency])[None, None, None, :]
+    )
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -41,7 +50,10 @@ def dropout(x_BSD: jax.Array, rate: float, rng: jax.Array, row_B: jax.Array) -> 
     """Zeroes entries with probability `rate`. The key folds in the global row, so the mask is the same on every mesh and micro-batch."""
     if rate == 0:
         return x_BSD
-    draw = lambda row: jax.random.bernoulli(jax.random.fold_in(rng, row), 1 - rate, x_BSD.shape[1:])
+
+    def draw(row):
+        return jax.random.bernoulli(jax.random.fold_in(rng, row), 1 - rate, x_BSD.shape[1:])
+
     return jnp.where(jax.vmap(draw)(row_B), x_BSD / (1 - rate), 0)
 
 
@@ -55,7 +67,15 @@ def activate(h: jax.Array, activation: str) -> jax.Array:
 class FeedForward(nnx.Module):
     """A dense feed-forward of hidden width F: also the shared experts of an MoE block (n of width F are one of width n F)."""
 
-    def __init__(self, key: jax.Array, d_model: int, hidden: int, activation: str, out_std: float, param_dtype: str):
+    def __init__(
+        self,
+        key: jax.Array,
+        d_model: int,
+        hidden: int,
+        activation: str,
+        out_std: float,
+        param_dtype: str,
+    ):
         p = 2 if activation == "swiglu" else 1
         declared = {
             "w_in": Weight((d_model, p, hidden), ("embed", None, "hidden"), d_model**-0.5),

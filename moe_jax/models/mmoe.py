@@ -45,12 +45,16 @@ class MMoE(nnx.Module):
         self.towers = Weights(jax.random.fold_in(key, 4), _towers(cfg), cfg.param_dtype)
         self.head = Weights(jax.random.fold_in(key, 5), _head(cfg), cfg.param_dtype)
 
-    def __call__(self, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, batch: Batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, options = self.cfg, self.cfg.kind_options
         feature_BL, weight_BL = batch.inputs
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
-        weight_BL = dropout(weight_BL, options["item_dropout"] if train else 0.0, keys[0], batch.row_B)
+        weight_BL = dropout(
+            weight_BL, options["item_dropout"] if train else 0.0, keys[0], batch.row_B
+        )
         table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         h_BD = self._bottom(bags(table, feature_BL, weight_BL) * cfg.d_model**0.5)
         h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
@@ -76,7 +80,10 @@ class MMoE(nnx.Module):
         wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
         ends = itertools.pairwise(itertools.accumulate(self.cfg.kind_options["items"], initial=0))
-        score = lambda g, a, b: jnp.einsum("BD,DI->BI", t_BGD[:, g], w_DI[:, a:b], preferred_element_type=wide)
+
+        def score(g, a, b):
+            return jnp.einsum("BD,DI->BI", t_BGD[:, g], w_DI[:, a:b], preferred_element_type=wide)
+
         scores = jnp.concatenate([score(g, a, b) for g, (a, b) in enumerate(ends)], 1)
         return scores + self.head["b"].astype(wide)[None]
 
@@ -116,7 +123,10 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
 def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
     """[B, D]: an embedding bag of each row, on any mesh. Every row is summed as segments of its own, so none leaves its device."""
     x_BLD = table_VD.at[feature_BL].get(out_sharding=P(BATCH, None, None))
-    one = lambda x_LD, weight_L: bag_sum(x_LD, jnp.zeros(weight_L.shape, jnp.int32), weight_L, 1)[0]
+
+    def one(x_LD, weight_L):
+        return bag_sum(x_LD, jnp.zeros(weight_L.shape, jnp.int32), weight_L, 1)[0]
+
     return jax.vmap(one)(x_BLD, weight_BL)
 
 

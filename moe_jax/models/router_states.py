@@ -21,12 +21,18 @@ def stack(states: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
         name, place = path[-1].key, layers_of(path, cfg)
         parts.setdefault(name, []).append(leaf if place.ndim else leaf[None])
         layers.setdefault(name, []).append(np.atleast_1d(place))
-    return {name: jnp.concatenate(parts[name])[np.argsort(np.concatenate(layers[name]))] for name in parts}
+    return {
+        name: jnp.concatenate(parts[name])[np.argsort(np.concatenate(layers[name]))]
+        for name in parts
+    }
 
 
 def unstack(states: Any, stacked: dict[str, jax.Array], cfg: ModelConfig) -> Any:
     """The nested dict of a model, of the structure of `states`, with the arrays of `stacked`."""
-    take = lambda path, leaf: stacked[path[-1].key][layers_of(path, cfg)].astype(leaf.dtype)
+
+    def take(path, leaf):
+        return stacked[path[-1].key][layers_of(path, cfg)].astype(leaf.dtype)
+
     return jax.tree_util.tree_map_with_path(take, states)
 
 
@@ -38,7 +44,10 @@ def layers_of(path: Any, cfg: ModelConfig) -> np.ndarray:
         if keys[0] == "encoder":
             return layers_of(path[1:], encoder)
         return encoder.num_moe_layers + layers_of(path, decoder_config(cfg))
-    count = lambda blocks: sum(kind.endswith("moe") for kind in blocks)
+
+    def count(blocks):
+        return sum(kind.endswith("moe") for kind in blocks)
+
     first, period = count(cfg.prefix), count(cfg.period)
     if keys[0] == "prefix":
         return np.array(count(cfg.prefix[: keys[1]]))

@@ -77,7 +77,10 @@ class MoELayer(nnx.Module):
         wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
         self.router = Weights(jax.random.fold_in(key, 0), router.params(*declared), wide)
         self.state = Weights(
-            jax.random.fold_in(key, 1), router.state(*declared) | adaptive_state(cfg), wide, RouterState
+            jax.random.fold_in(key, 1),
+            router.state(*declared) | adaptive_state(cfg),
+            wide,
+            RouterState,
         )
         self.experts = Weights(jax.random.fold_in(key, 2), expert_weights(cfg), cfg.param_dtype)
         if cfg.stored["block"]:
@@ -91,7 +94,14 @@ class MoELayer(nnx.Module):
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train),
-            in_specs=(P(BATCH), P(BATCH), P(), P(), ({n: spec(*names) for n, names in axes.items()}, P("expert")), P()),
+            in_specs=(
+                P(BATCH),
+                P(BATCH),
+                P(),
+                P(),
+                ({n: spec(*names) for n, names in axes.items()}, P("expert")),
+                P(),
+            ),
             out_specs=(P(BATCH), P(BATCH)),
         )
         with jax.named_scope("moe"):
@@ -100,7 +110,12 @@ class MoELayer(nnx.Module):
 
 def expert_weights(cfg: MoE) -> dict[str, Weight]:
     """Gate and up are an axis of their own, so that F can be split over `model` without pairing wrong columns."""
-    e, d, f, p = cfg.num_experts, cfg.d_model, cfg.expert_hidden, 2 if cfg.activation == "swiglu" else 1
+    e, d, f, p = (
+        cfg.num_experts,
+        cfg.d_model,
+        cfg.expert_hidden,
+        2 if cfg.activation == "swiglu" else 1,
+    )
     if cfg.stored["block"]:
         return _stored(cfg)[0]
     return {
@@ -126,10 +141,20 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     if isinstance(batch.barred_BE, jax.Array):
         seen = probe.bar(router, tokens, batch.barred_BE)
     with jax.named_scope("route"):
-        total = lambda z: jax.lax.psum(z, BATCH)
-        router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, min(cfg.group_rows, b), cfg.vocab_size, total)
-        routing = ROUTERS[cfg.router].route(seen[0], state, seen[1], cfg=router_cfg, rng=rng, train=train)
-        chosen, sizes = routing, {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s}
+
+        def total(z):
+            return jax.lax.psum(z, BATCH)
+
+        router_cfg = RouterCfg(
+            cfg.num_experts, cfg.router_options, min(cfg.group_rows, b), cfg.vocab_size, total
+        )
+        routing = ROUTERS[cfg.router].route(
+            seen[0], state, seen[1], cfg=router_cfg, rng=rng, train=train
+        )
+        chosen, sizes = (
+            routing,
+            {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s},
+        )
         if isinstance(routing, Routing):
             ordering = {"num_tokens": b * s, "options": cfg.ordering_options, "train": train}
             routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, **ordering)
@@ -151,12 +176,21 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     return y_TD.reshape(b, s, d), sums
 
 
-def _dispatch(tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE):
+def _dispatch(
+    tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE
+):
     """(y_TD, a partial sum over `model`; dropped assignments per row [b], and of each assignment [N])."""
+
     # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
-    over_model = lambda z: jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
+    def over_model(z):
+        return jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
+
     assigned = isinstance(routing, Routing)
-    num_places = routing.expert_N.shape[0] if assigned else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1]
+    num_places = (
+        routing.expert_N.shape[0]
+        if assigned
+        else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1]
+    )
     shape = Shape(
         **sizes,
         num_tokens=tokens.x_TD.shape[0],
@@ -185,7 +219,10 @@ def num_intended(cfg: MoE, num_tokens: int, num_places: int) -> int:
 
 def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
     b, s, d = x_BSD.shape
-    flat = lambda z_BS: z_BS.reshape(b * s)
+
+    def flat(z_BS):
+        return z_BS.reshape(b * s)
+
     row_T = jnp.repeat(batch.row_B, s)
     valid_T = flat(batch.segment_BS) > 0
     ids = (flat(batch.id_BS), flat(batch.position_BS), row_T, flat(batch.segment_BS))

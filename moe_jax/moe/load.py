@@ -23,9 +23,17 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
     if not sums_LB:
         return {}
     whole = {name: x.sum(1) for name, x in sums_LB.items()}
-    parts = lambda sums: (balanced_counts(sums), sums["probs"], sums["tokens"])
-    chosen = sums_LB.get("unbiased", balanced_counts(sums_LB))  # of a router with a bias: what it would choose without
-    any_valid = lambda sums: (sums["tokens"] > 0).astype(sums["tokens"].dtype)
+
+    def parts(sums):
+        return (balanced_counts(sums), sums["probs"], sums["tokens"])
+
+    chosen = sums_LB.get(
+        "unbiased", balanced_counts(sums_LB)
+    )  # of a router with a bias: what it would choose without
+
+    def any_valid(sums):
+        return (sums["tokens"] > 0).astype(sums["tokens"].dtype)
+
     return whole | {
         "sequence_balance": product(chosen, sums_LB["probs"], sums_LB["tokens"]).sum(1),
         "sequences": any_valid(sums_LB).sum(1),
@@ -87,5 +95,7 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
     if "assigned" in totals:
         figures["active"] = totals["assigned"] / tokens_L
     if "padding" in totals:
-        figures["padding_fraction"] = totals["padding"] / jnp.maximum(totals["padding"] + totals["served"], 1)
+        figures["padding_fraction"] = totals["padding"] / jnp.maximum(
+            totals["padding"] + totals["served"], 1
+        )
     return figures

@@ -111,12 +111,16 @@ BALANCE = ("balance", "gshard", "sequence_balance", "micro_batch_balance", "impo
 ONLY = {"load": ("noisy_top_k",)}
 
 
-def auxiliary(totals: Totals, coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def auxiliary(
+    totals: Totals, coefficients: Mapping[str, float]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum that is added to the language loss, and each loss alone (unweighted, mean over layers).
 
     A coefficient of 0 adds nothing to the gradient; its loss is computed all the same, to be logged, unless the router has no such sum.
     """
-    values = {n: LOSSES[n](totals) for n, c in coefficients.items() if c or n not in ONLY or n in totals}
+    values = {
+        n: LOSSES[n](totals) for n, c in coefficients.items() if c or n not in ONLY or n in totals
+    }
     if "l1_weight" in totals:
         values["l1"] = relu_l1(totals)
     added = terms(totals, coefficients).values()
@@ -125,10 +129,15 @@ def auxiliary(totals: Totals, coefficients: Mapping[str, float]) -> tuple[jax.Ar
 
 def terms(totals: Totals, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
     """What each loss adds to the language loss: with its coefficient, and with the weight that is router state where there is one."""
-    of_state = lambda name: totals[name] / jnp.maximum(totals["tokens"], 1) if name in totals else 1.0
+
+    def of_state(name):
+        return totals[name] / jnp.maximum(totals["tokens"], 1) if name in totals else 1.0
+
     weight = {n: of_state("balance_weight") if n in BALANCE else 1.0 for n in coefficients}
     found = {n: c * (LOSSES[n](totals) * weight[n]).mean() for n, c in coefficients.items() if c}
-    return found | ({"l1": (of_state("l1_weight") * relu_l1(totals)).mean()} if "l1_weight" in totals else {})
+    return found | (
+        {"l1": (of_state("l1_weight") * relu_l1(totals)).mean()} if "l1_weight" in totals else {}
+    )
 
 
 def adapt(weight: jax.Array, totals: Totals, options: Mapping[str, float]) -> jax.Array:
@@ -138,5 +147,7 @@ def adapt(weight: jax.Array, totals: Totals, options: Mapping[str, float]) -> ja
     [1 / limit, limit]. Drops and assignments are integers of the whole step, so every mesh takes the same branch.
     """
     dropped = totals["dropped"] / jnp.maximum(assigned(totals), 1)
-    factor = jnp.where(dropped > options["target_drop"], 1 + options["rate"], 1 / (1 + options["rate"]))
+    factor = jnp.where(
+        dropped > options["target_drop"], 1 + options["rate"], 1 / (1 + options["rate"])
+    )
     return jnp.clip(weight * factor.astype(weight.dtype), 1 / options["limit"], options["limit"])

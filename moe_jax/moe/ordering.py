@@ -34,7 +34,9 @@ def k_major(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
     """All first choices of a group before all second ones (GShard, Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1)."""
     del sizes
     # One order for all groups: only the order inside a group matters to a dispatcher.
-    return routing._replace(order_N=jnp.argsort(_choice(routing, num_tokens), stable=True).astype(jnp.int32))
+    return routing._replace(
+        order_N=jnp.argsort(_choice(routing, num_tokens), stable=True).astype(jnp.int32)
+    )
 
 
 def batch_priority(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
@@ -46,14 +48,24 @@ def batch_priority(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
     """
     del sizes
     gate_N = jax.lax.stop_gradient(routing.gate_N)
-    best_T = jnp.full_like(gate_N, -jnp.inf, shape=(num_tokens,)).at[routing.token_N].max(gate_N, mode="drop")
+    best_T = (
+        jnp.full_like(gate_N, -jnp.inf, shape=(num_tokens,))
+        .at[routing.token_N]
+        .max(gate_N, mode="drop")
+    )
     place_T = jnp.argsort(jnp.argsort(-best_T, stable=True))
     order_N = jnp.lexsort((place_T[routing.token_N], _choice(routing, num_tokens)))
     return routing._replace(order_N=order_N.astype(jnp.int32))
 
 
 def rounding(
-    routing: Routing, *, num_experts: int, num_tokens: int, group_tokens: int, train: bool, options: Mapping[str, Any]
+    routing: Routing,
+    *,
+    num_experts: int,
+    num_tokens: int,
+    group_tokens: int,
+    train: bool,
+    options: Mapping[str, Any],
 ) -> Routing:
     """Token rounding (SonicMoE, Guo et al. 2025, arXiv:2512.14080, section 5): each expert's count of a group becomes a multiple of `tile`.
 
@@ -73,18 +85,28 @@ def rounding(
     count_GE = jnp.zeros_like(routing.expert_N, shape=(num_groups, num_experts))
     count_GE = count_GE.at[group_N, routing.expert_N].add(1, mode="drop")
     goal_GE = (2 * count_GE + tile) // (2 * tile) * tile
-    kept_N = real_N & (rank_N < goal_GE.at[group_N, routing.expert_N].get(mode="fill", fill_value=0))
+    kept_N = real_N & (
+        rank_N < goal_GE.at[group_N, routing.expert_N].get(mode="fill", fill_value=0)
+    )
     tokens_b = routing.sums["tokens"]
     num_rows = tokens_b.shape[0]
     row_N = routing.token_N // (num_tokens // num_rows)
-    per_row = lambda flag_N: jnp.zeros_like(tokens_b).at[row_N].add(flag_N.astype(tokens_b.dtype))
+
+    def per_row(flag_N):
+        return jnp.zeros_like(tokens_b).at[row_N].add(flag_N.astype(tokens_b.dtype))
+
     padding_G = jnp.maximum(goal_GE - count_GE, 0).sum(1).astype(tokens_b.dtype)
     padding_b = jnp.zeros_like(tokens_b).at[:: num_rows // num_groups].set(padding_G)
     dropped_b = routing.sums.get("dropped", jnp.zeros_like(tokens_b)) + per_row(real_N & ~kept_N)
     return routing._replace(
         expert_N=jnp.where(kept_N, routing.expert_N, num_experts),
         gate_N=jnp.where(kept_N, routing.gate_N, 0),
-        sums={**routing.sums, "dropped": dropped_b, "padding": padding_b, "served": per_row(kept_N)},
+        sums={
+            **routing.sums,
+            "dropped": dropped_b,
+            "padding": padding_b,
+            "served": per_row(kept_N),
+        },
     )
 
 

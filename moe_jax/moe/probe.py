@@ -16,11 +16,19 @@ from moe_jax.errors import UserError
 from moe_jax.moe.routing.contract import NEVER, Routing, Slots, Tokens
 
 NAME = "record/"  # what the names of a record begin with, among the sums of a layer
-ROUTING = {"routing": ()}  # `Batch.record`: a dict with empty values is a pytree without leaves, so it is static
+ROUTING = {
+    "routing": ()
+}  # `Batch.record`: a dict with empty values is a pytree without leaves, so it is static
 INPUTS = {"routing": (), "inputs": ()}  # also the activations that the router reads
 
 
-def record(routing: Routing | Slots, dropped_N: jax.Array, tokens: Tokens, wanted: Mapping[str, Any], num_experts: int):
+def record(
+    routing: Routing | Slots,
+    dropped_N: jax.Array,
+    tokens: Tokens,
+    wanted: Mapping[str, Any],
+    num_experts: int,
+):
     """Of this device: {"expert" (int32, E = nowhere), "gate", "dropped": [b, S, K]; "input": [b, S, D]}, as `wanted`.
 
     The routing is the router's, and "dropped" what ordering or dispatcher make of it. What the router never lists (ReLU's overflow) is
@@ -29,23 +37,35 @@ def record(routing: Routing | Slots, dropped_N: jax.Array, tokens: Tokens, wante
     tokens, as it makes no assignments, and for one whose null experts copy the token.
     """
     if not isinstance(routing, Routing):
-        raise UserError("a router that mixes tokens (soft MoE) makes no assignments that could be recorded")
+        raise UserError(
+            "a router that mixes tokens (soft MoE) makes no assignments that could be recorded"
+        )
     if routing.copy_T is not None:
-        raise UserError("null experts that copy the token are no assignments: their weight cannot be recorded")
+        raise UserError(
+            "null experts that copy the token are no assignments: their weight cannot be recorded"
+        )
     fields_TK = _per_token(routing, dropped_N, tokens.valid_T.shape[0], num_experts)
     if "inputs" in wanted:
         fields_TK["input"] = tokens.x_TD
-    by_row = lambda z: z.reshape((tokens.num_rows, -1) + z.shape[1:])
+
+    def by_row(z):
+        return z.reshape((tokens.num_rows, -1) + z.shape[1:])
+
     return {NAME + name: by_row(z) for name, z in fields_TK.items()}
 
 
-def _per_token(routing: Routing, dropped_N: jax.Array, num_tokens: int, num_experts: int) -> dict[str, jax.Array]:
+def _per_token(
+    routing: Routing, dropped_N: jax.Array, num_tokens: int, num_experts: int
+) -> dict[str, jax.Array]:
     fields = {"expert": routing.expert_N, "gate": routing.gate_N, "dropped": dropped_N}
     if routing.per_token:
         return {name: z.reshape(num_tokens, -1) for name, z in fields.items()}
     there_N = routing.expert_N < num_experts
     place = (routing.token_N, jnp.where(there_N, routing.expert_N, num_experts))
-    scatter = lambda z_N: jnp.zeros_like(z_N, shape=(num_tokens, num_experts)).at[place].set(z_N, mode="drop")
+
+    def scatter(z_N):
+        return jnp.zeros_like(z_N, shape=(num_tokens, num_experts)).at[place].set(z_N, mode="drop")
+
     chosen_TE = scatter(there_N)
     expert_TE = jnp.where(chosen_TE, jnp.arange(num_experts, dtype=jnp.int32)[None], num_experts)
     return {"expert": expert_TE, "gate": scatter(routing.gate_N), "dropped": scatter(dropped_N)}
@@ -57,16 +77,25 @@ def split(sums: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str
     return rest, {name.removeprefix(NAME): z for name, z in sums.items() if name.startswith(NAME)}
 
 
-def bar(params: Mapping[str, jax.Array], tokens: Tokens, barred_bE: jax.Array) -> tuple[dict[str, jax.Array], Tokens]:
+def bar(
+    params: Mapping[str, jax.Array], tokens: Tokens, barred_bE: jax.Array
+) -> tuple[dict[str, jax.Array], Tokens]:
     """(params, tokens) with which a router of linear logits never chooses the barred experts of a row, whatever else it does.
 
     Each token carries the mask of its row as E further features, and each matrix has E further lines: NEVER on the gate's diagonal.
     """
     num_experts, width = barred_bE.shape[1], tokens.x_TD.shape[1]
     if params.get("gate", jnp.zeros(0)).shape != (width, num_experts):
-        raise UserError("only a router with a linear gate can be told to go round an expert: it has no logit to mask")
-    barred_TE = jnp.repeat(barred_bE, tokens.valid_T.shape[0] // tokens.num_rows, 0).astype(tokens.x_TD.dtype)
-    longer = lambda w, below: jnp.concatenate([w, below.astype(w.dtype)]) if w.shape[:1] == (width,) else w
+        raise UserError(
+            "only a router with a linear gate can be told to go round an expert: it has no logit to mask"
+        )
+    barred_TE = jnp.repeat(barred_bE, tokens.valid_T.shape[0] // tokens.num_rows, 0).astype(
+        tokens.x_TD.dtype
+    )
+
+    def longer(w, below):
+        return jnp.concatenate([w, below.astype(w.dtype)]) if w.shape[:1] == (width,) else w
+
     wide = {name: longer(w, jnp.zeros((num_experts,) + w.shape[1:])) for name, w in params.items()}
     wide["gate"] = longer(params["gate"], NEVER * jnp.eye(num_experts))
     return wide, tokens._replace(x_TD=jnp.concatenate([tokens.x_TD, barred_TE], 1))

@@ -42,7 +42,10 @@ __all__ += ["begin_ema", "narrow_copy", "update_ema", "wide_copy"]
 
 def squares(tree: Any) -> jax.Array:
     """The sum of squares of every leaf, in the order of `jax.tree.leaves`, in float32 or wider."""
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def wide(x):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
     return jnp.stack([jnp.square(wide(x)).sum() for x in jax.tree.leaves(tree)])
 
 
@@ -90,7 +93,9 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
     direction = _choose("optim.optimizer", cfg.optimizer, OPTIMIZERS, options)
     clipped = clip(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     rate = optax.scale_by_learning_rate(schedule(cfg))
-    if cfg.train_only:  # what does not move has no part in the clipped norm, no moments but zero, and no decay
+    if (
+        cfg.train_only
+    ):  # what does not move has no part in the clipped norm, no moments but zero, and no decay
         only = moving(cfg.train_only, leaves)
         clipped, rate = optax.chain(only, clipped), optax.chain(rate, only)
     chain = optax.named_chain(
@@ -107,12 +112,19 @@ def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
     try:
         found = re.compile(pattern)
     except re.error as error:
-        raise UserError(f'optim.train_only = "{pattern}" is no regular expression: {error}') from None
+        raise UserError(
+            f'optim.train_only = "{pattern}" is no regular expression: {error}'
+        ) from None
     moves = jax.tree.map(lambda leaf: bool(found.search(leaf.name)), leaves)
     if not any(jax.tree.leaves(moves)):
         names = [leaf.name for leaf in jax.tree.leaves(leaves)]
-        raise UserError(f'optim.train_only = "{pattern}" is found in no name of a parameter: {_names(pattern, names)}')
-    keep = lambda updates: jax.tree.map(lambda g, move: g if move else jnp.zeros_like(g), updates, moves)
+        raise UserError(
+            f'optim.train_only = "{pattern}" is found in no name of a parameter: {_names(pattern, names)}'
+        )
+
+    def keep(updates):
+        return jax.tree.map(lambda g, move: g if move else jnp.zeros_like(g), updates, moves)
+
     return optax.stateless(lambda updates, params: keep(updates))
 
 
@@ -127,7 +139,9 @@ def _names(pattern: str, names: Sequence[str]) -> str:
 
 def schedule(cfg: OptimConfig) -> Schedule:
     """The function step -> learning rate of a config; step 0 is the first update. Raises UserError."""
-    return _choose("optim.schedule", cfg.schedule, SCHEDULES, cfg.schedule_options)(cfg, **cfg.schedule_options)
+    return _choose("optim.schedule", cfg.schedule, SCHEDULES, cfg.schedule_options)(
+        cfg, **cfg.schedule_options
+    )
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -173,7 +187,9 @@ def decay_mask(which: str, leaves: Any) -> Any:
     """A tree of booleans: what decays. "matrices": two dimensions or more, and neither a norm's scale nor a bias."""
     masks = {"matrices": _is_matrix, "all": lambda leaf: True, "none": lambda leaf: False}
     if which not in masks:
-        raise UserError(f'optim.decay_mask = "{which}" is not known: choose one of {", ".join(masks)}')
+        raise UserError(
+            f'optim.decay_mask = "{which}" is not known: choose one of {", ".join(masks)}'
+        )
     return jax.tree.map(masks[which], leaves)
 
 
@@ -202,5 +218,7 @@ def _choose(path: str, name: str, table: Mapping[str, Any], options: Mapping[str
     takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for option in sorted(set(takes) ^ set(options)):
         what = "is missing" if option in takes else "is not known"
-        raise UserError(f"{path}s.{name}.{option} {what}: {name} takes {', '.join(takes) or 'no options'}")
+        raise UserError(
+            f"{path}s.{name}.{option} {what}: {name} takes {', '.join(takes) or 'no options'}"
+        )
     return table[name]

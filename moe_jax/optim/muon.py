@@ -51,8 +51,15 @@ def _orthogonal(x: jax.Array, roles: str, steps: int) -> jax.Array:
     shape, places = y.shape, _to_whole_matrices(y, num_batch)
     for place in places[1:]:
         y = jax.sharding.reshard(y, place)
-    rows, columns = math.prod(shape[num_batch : num_batch + num_input]), math.prod(shape[num_batch + num_input :])
-    y = 0.2 * max(rows, columns) ** 0.5 * newton_schulz(y.reshape((*shape[:num_batch], rows, columns)), steps)
+    rows, columns = (
+        math.prod(shape[num_batch : num_batch + num_input]),
+        math.prod(shape[num_batch + num_input :]),
+    )
+    y = (
+        0.2
+        * max(rows, columns) ** 0.5
+        * newton_schulz(y.reshape((*shape[:num_batch], rows, columns)), steps)
+    )
     y = y.reshape(shape)
     for place in places[-2::-1]:
         y = jax.sharding.reshard(y, place)

@@ -41,7 +41,9 @@ def adafactor(leaves: Any, *, decay_rate: float) -> optax.GradientTransformation
     *relative* (about 1e-2). Statistics are per array: the experts of a layer are one array, the layers of a stack not.
     """
     rms = optax.scale_by_factored_rms(decay_rate=decay_rate)
-    return leaf_by_leaf(optax.chain(rms, optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()), leaves)
+    return leaf_by_leaf(
+        optax.chain(rms, optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()), leaves
+    )
 
 
 def sgd(leaves: Any, *, momentum: float, nesterov: bool) -> optax.GradientTransformation:
@@ -50,7 +52,9 @@ def sgd(leaves: Any, *, momentum: float, nesterov: bool) -> optax.GradientTransf
     return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
-def muon(leaves: Any, *, beta: float, ns_steps: int, adam_learning_rate: float) -> optax.GradientTransformation:
+def muon(
+    leaves: Any, *, beta: float, ns_steps: int, adam_learning_rate: float
+) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised, times 0.2 sqrt(max(rows, columns)).
 
     That scale (Liu et al. 2025, arXiv:2502.16982) gives the update the size of Adam's, so both parts share learning

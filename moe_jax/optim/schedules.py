@@ -45,7 +45,9 @@ def _decay_length(cfg: OptimConfig) -> float:
 
 def cosine(cfg: OptimConfig, *, final_fraction: float) -> Schedule:
     """f + (1 - f) (1 + cos(pi t)) / 2, f = final_fraction (Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5)."""
-    return _warmed(cfg, lambda step, t: final_fraction + (1 - final_fraction) * (1 + jnp.cos(jnp.pi * t)) / 2)
+    return _warmed(
+        cfg, lambda step, t: final_fraction + (1 - final_fraction) * (1 + jnp.cos(jnp.pi * t)) / 2
+    )
 
 
 def linear(cfg: OptimConfig, *, final_fraction: float) -> Schedule:
@@ -60,9 +62,13 @@ def wsd(cfg: OptimConfig, *, decay_fraction: float, final_fraction: float, shape
     arXiv:2405.18392).
     """
     if shape not in ("linear", "sqrt"):
-        raise UserError(f'optim.schedules.wsd.shape = "{shape}" is not known: choose one of linear, sqrt')
+        raise UserError(
+            f'optim.schedules.wsd.shape = "{shape}" is not known: choose one of linear, sqrt'
+        )
     if not 0 <= decay_fraction <= 1:
-        raise UserError(f"optim.schedules.wsd.decay_fraction = {decay_fraction} must lie between 0 and 1")
+        raise UserError(
+            f"optim.schedules.wsd.decay_fraction = {decay_fraction} must lie between 0 and 1"
+        )
     length = decay_fraction * cfg.steps
 
     def factor(step: jax.Array, t: jax.Array) -> jax.Array:

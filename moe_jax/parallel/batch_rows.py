@@ -12,7 +12,11 @@ def local_rows(batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, in order."""
     place = sharding("batch")
     slices = place.addressable_devices_indices_map((batch_size,)).values()
-    spans = {(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop) for s in slices if s is not None}
+    spans = {
+        (s[0].start or 0, batch_size if s[0].stop is None else s[0].stop)
+        for s in slices
+        if s is not None
+    }
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
@@ -28,6 +32,8 @@ def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: 
             return array[begin : begin + count]
 
         shape = (batch_size,) + array.shape[1:]
-        return jax.make_array_from_callback(shape, sharding("batch", *[None] * (array.ndim - 1)), shard)
+        return jax.make_array_from_callback(
+            shape, sharding("batch", *[None] * (array.ndim - 1)), shard
+        )
 
     return kind(*jax.tree.map(place, tuple(local)))  # a field may be () or several arrays

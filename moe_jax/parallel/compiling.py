@@ -12,7 +12,9 @@ from typing import Any
 
 # jaxlib 0.12 has no other emitters than those of MLIR, and ends the process at a flag that it does not know.
 _OLD_EMITTERS = (
-    {} if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 12) else {"xla_cpu_use_fusion_emitters": False}
+    {}
+    if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 12)
+    else {"xla_cpu_use_fusion_emitters": False}
 )
 # For `jit(...).lower(...).compile(compiler_options=QUICK)`; `Any` because jax types each value.
 QUICK: Any = {"xla_backend_optimization_level": 0, **_OLD_EMITTERS}
@@ -25,7 +27,11 @@ def by_platform(*args: Any, cpu: Callable[..., Any], others: Callable[..., Any])
     """`cpu(*args)` where it is compiled for a CPU, else `others(*args)`."""
     import jax  # here: tests set flags that are read when jax loads
 
-    return others(*args) if _others.get() else jax.lax.platform_dependent(*args, cpu=cpu, default=others)
+    return (
+        others(*args)
+        if _others.get()
+        else jax.lax.platform_dependent(*args, cpu=cpu, default=others)
+    )
 
 
 @contextlib.contextmanager

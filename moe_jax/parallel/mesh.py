@@ -44,7 +44,9 @@ def simulate(devices: int) -> None:
     """
     os.environ.setdefault("PJRT_NPROC", "64")
     for name, value in (("jax_platforms", "cpu"), ("jax_num_cpu_devices", devices)):
-        if getattr(jax.config, name) != value:  # once jax has looked, only the same may be set again
+        if (
+            getattr(jax.config, name) != value
+        ):  # once jax has looked, only the same may be set again
             jax.config.update(name, value)
 
 
@@ -77,19 +79,25 @@ def resolve(lengths: dict[str, int], num_devices: int) -> dict[str, int]:
         )
     for name, length in lengths.items():
         if length < 1 and length != -1:
-            raise UserError(f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the devices")
+            raise UserError(
+                f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the devices"
+            )
     if free and num_devices % fixed == 0:
         return {**lengths, free[0]: num_devices // fixed}
     if fixed != num_devices:
         text = " x ".join(f"mesh.{name} {length}" for name, length in lengths.items())
-        raise UserError(f"{text} does not make {num_devices} devices: change the lengths, or set simulate_devices")
+        raise UserError(
+            f"{text} does not make {num_devices} devices: change the lengths, or set simulate_devices"
+        )
     return lengths
 
 
 def make(lengths: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """An Explicit mesh with all five axes; `lengths` names data, expert and model, without -1."""
     shape = tuple(lengths.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        shape, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES), devices=devices
+    )
 
 
 def sharding(*names: str | None) -> NamedSharding:

@@ -126,7 +126,10 @@ def _memory(abstract: train_step.State) -> Memory:
 
 def _shard_bytes(tree: Any) -> int:
     """Of one shard of every abstract array; one without a sharding lies whole on every device."""
-    shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+
+    def shard(x):
+        return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+
     return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -139,7 +142,9 @@ def _abstract(rows: np.ndarray) -> jax.ShapeDtypeStruct:
 
 def _compiled(cfg: Config, model: train_step.Model, abstract: train_step.State) -> Compiled:
     start = time.perf_counter()
-    step = jax.jit(train_step.make_step(cfg, model, train_step.make_tx(cfg, abstract.params)), donate_argnums=0)
+    step = jax.jit(
+        train_step.make_step(cfg, model, train_step.make_tx(cfg, abstract.params)), donate_argnums=0
+    )
     batch = jax.tree.map(_abstract, TASKS[cfg.task].random(cfg, 0))
     stats: Any = step.lower(abstract, batch).compile().memory_analysis()
     return Compiled(
@@ -155,7 +160,10 @@ def buffer_note(cfg: Config) -> str:
     """The memory of the dispatch buffer in one line of 70 columns, to be told before the first step."""
     shape, row_bytes = _shape(cfg)
     moe = cfg.model.moe
-    held, balanced = DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options), shape.num_intended
+    held, balanced = (
+        DISPATCHERS[moe.dispatcher].rows(shape, moe.dispatcher_options),
+        shape.num_intended,
+    )
     return (
         f"{moe.dispatcher}: {held:,} rows, {_units(held * row_bytes)}B per MoE layer and device, "
         f"{held / balanced:.2f} x balanced"
@@ -177,7 +185,9 @@ def _shape(cfg: Config) -> tuple[Shape, int]:
         expert_axis=mesh.expert,
     )
     parts = 2 if moe.activation == "swiglu" else 1
-    width = 2 * moe.d_model + parts * moe.expert_hidden // mesh.model  # in, out and before the activation
+    width = (
+        2 * moe.d_model + parts * moe.expert_hidden // mesh.model
+    )  # in, out and before the activation
     return shape, width * jnp.dtype(moe.dtype).itemsize
 
 
@@ -185,13 +195,21 @@ def _assignments(moe: MoE, rows: int, seq_len: int) -> tuple[int, int]:
     """(assignments that the router of a layer makes on one device, or slots that it fills; how many per token, 0 if that varies)."""
     router, num = ROUTERS[moe.router], rows * seq_len
     sizes = Sizes(moe.d_model, moe.num_experts, moe.vocab_size)
-    router_cfg = RouterCfg(moe.num_experts, moe.router_options, min(moe.group_rows, rows), moe.vocab_size, lambda z: z)
+    router_cfg = RouterCfg(
+        moe.num_experts, moe.router_options, min(moe.group_rows, rows), moe.vocab_size, lambda z: z
+    )
     found: list[tuple[int, int]] = []
 
     def route() -> None:
-        weights = lambda declared: {name: jnp.zeros(w.shape) for name, w in declared(sizes, moe.router_options).items()}
+        def weights(declared):
+            return {
+                name: jnp.zeros(w.shape) for name, w in declared(sizes, moe.router_options).items()
+            }
+
         zero_T = jnp.zeros(num, jnp.int32)
-        tokens = Tokens(jnp.zeros((num, moe.d_model)), zero_T, zero_T, zero_T, zero_T, zero_T == 0, rows)
+        tokens = Tokens(
+            jnp.zeros((num, moe.d_model)), zero_T, zero_T, zero_T, zero_T, zero_T == 0, rows
+        )
         args = (weights(router.params), weights(router.state), tokens)
         routing = router.route(*args, cfg=router_cfg, rng=jax.random.key(0), train=True)
         if isinstance(routing, Slots):
@@ -210,7 +228,9 @@ def _dispatch(cfg: Config) -> Dispatch:
     return Dispatch(
         rows_held=held,
         rows_balanced=shape.num_intended,
-        rows_worst=held if moe.dispatcher == "slots" else DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
+        rows_worst=held
+        if moe.dispatcher == "slots"
+        else DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
         row_bytes=row_bytes,
         forward=dict(forward),
         backward=dict(both - forward),
@@ -220,12 +240,19 @@ def _dispatch(cfg: Config) -> Dispatch:
 def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     """(forward, forward and backward) of one MoE layer: `received` of the layer as training traces it."""
     moe = moe_config(cfg.model)
-    split = lambda key: nnx.split(MoELayer(key, moe), nnx.Param, RouterState)
+
+    def split(key):
+        return nnx.split(MoELayer(key, moe), nnx.Param, RouterState)
+
     graphdef, weights, router_state = nnx.eval_shape(split, jax.random.key(0))
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
     zero_BS = np.zeros((num_rows, seq_len), np.int32)
-    batch = Batch(*map(_abstract, (zero_BS, zero_BS, zero_BS, zero_BS[:, 0])))  # without a recording
-    x_BSD = jax.ShapeDtypeStruct((num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None))
+    batch = Batch(
+        *map(_abstract, (zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))
+    )  # without a recording
+    x_BSD = jax.ShapeDtypeStruct(
+        (num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None)
+    )
 
     def run(weights: Any, x_BSD: jax.Array, router_state: Any, batch: Batch) -> jax.Array:
         return nnx.merge(graphdef, weights, router_state)(x_BSD, batch, jax.random.key(0), True)[0]
@@ -235,7 +262,10 @@ def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
         return pull(y_BSD)
 
     arguments, lengths = (weights, x_BSD, router_state, batch), dict(jax.sharding.get_mesh().shape)
-    trace = lambda f: received(jax.make_jaxpr(f)(*arguments).jaxpr, lengths)
+
+    def trace(f):
+        return received(jax.make_jaxpr(f)(*arguments).jaxpr, lengths)
+
     return trace(run), trace(gradient)
 
 
@@ -282,7 +312,11 @@ def _bytes(aval: Any) -> int:
 def _inner(params: Mapping[str, Any]) -> list[Jaxpr]:
     """The functions that an equation calls."""
     flat = [w for v in params.values() for w in (v if isinstance(v, tuple | list) else (v,))]
-    return [w.jaxpr if isinstance(w, ClosedJaxpr) else w for w in flat if isinstance(w, ClosedJaxpr | Jaxpr)]
+    return [
+        w.jaxpr if isinstance(w, ClosedJaxpr) else w
+        for w in flat
+        if isinstance(w, ClosedJaxpr | Jaxpr)
+    ]
 
 
 FLOPS_NOTE = "FLOPs: of the matrix products, 2 for a multiply-add."
@@ -358,10 +392,20 @@ def _memory_table(card: Card) -> Table:
 
 def _dispatch_table(card: Card, d: Dispatch) -> Table:
     table = _table("an MoE layer, one device", "rows", "bytes (estimate)", "")
-    more = {"capacity": "the rest drops", "dropless": "the rest waits a round"}.get(card.dispatcher, "")
+    more = {"capacity": "the rest drops", "dropless": "the rest waits a round"}.get(
+        card.dispatcher, ""
+    )
     for name, rows, note in (
-        (f"{card.dispatcher} buffer", d.rows_held, more if d.rows_held < d.rows_worst else "never too small"),
-        ("balanced load", d.rows_balanced, f"fills {d.rows_balanced / d.rows_held:.0%} of the buffer"),
+        (
+            f"{card.dispatcher} buffer",
+            d.rows_held,
+            more if d.rows_held < d.rows_worst else "never too small",
+        ),
+        (
+            "balanced load",
+            d.rows_balanced,
+            f"fills {d.rows_balanced / d.rows_held:.0%} of the buffer",
+        ),
         ("worst case", d.rows_worst, "all choose this device"),
     ):
         table.add(name, f"{rows:,}", decimal(rows * d.row_bytes), note)

@@ -67,7 +67,9 @@ def model(cfg: Config) -> str:
     layers = []
     if model.num_moe_layers:
         name = "MoE layer" if model.num_moe_layers == 1 else "MoE layers"
-        layers.append(f"{model.num_moe_layers} {name} of {model.moe.num_experts} ({model.moe.router})")
+        layers.append(
+            f"{model.num_moe_layers} {name} of {model.moe.num_experts} ({model.moe.router})"
+        )
     if model.num_dense_layers:
         layers.append(f"{model.num_dense_layers} dense")
     blocks = f": {', '.join(layers)}" if layers else ""
@@ -98,7 +100,10 @@ def rows(data: Data, width: int) -> str:
     text = f"{data.name()}: {train:,} rows ({readable(train * data.seq_len)} tokens), {heldout:,} held out"
     if len(data.domains) < 2:
         return text
-    most = max((n for n in range(1, len(data.domains) + 1) if _fits(text, data.domains, n, width)), default=0)
+    most = max(
+        (n for n in range(1, len(data.domains) + 1) if _fits(text, data.domains, n, width)),
+        default=0,
+    )
     return f"{text}{_listed(data.domains, most)}"
 
 

@@ -85,7 +85,9 @@ class Writer:
             self._rows.write(text)
             self._rows.flush()
         except OSError as error:
-            raise UserError(f"{self._rows.name} cannot be written: {error.strerror}; what was saved stays") from None
+            raise UserError(
+                f"{self._rows.name} cannot be written: {error.strerror}; what was saved stays"
+            ) from None
         if self._events:
             self._events.scalars(step, row)
 
@@ -117,7 +119,9 @@ class Writer:
     def close(self) -> None:
         for file in (self._rows, self._events):
             if file is not None:
-                with contextlib.suppress(OSError):  # a row that could not be written, which `write` told
+                with contextlib.suppress(
+                    OSError
+                ):  # a row that could not be written, which `write` told
                     file.close()
         self._rows, self._events = None, None
 
@@ -135,7 +139,9 @@ def read_rows(path: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str, int], active: bool) -> None:
+def write_run_info(
+    workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str, int], active: bool
+) -> None:
     """Writes config.json, and appends a record of this start to run.json, so that a resumed run keeps its history.
 
     A run.json that cannot be read (a full disk empties files) begins anew.
@@ -162,7 +168,11 @@ def write_run_info(workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str
         "command": sys.argv,
         "host": platform.node(),
         "processes": jax.process_count(),
-        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+        },
         "mesh": dict(mesh),
         "versions": {"python": platform.python_version(), "moe_jax": code.version} | packages,
         "git": {"commit": code.commit, "dirty": code.dirty} if code.commit else None,
@@ -176,7 +186,11 @@ def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict
         return []
     rows = [row for row in read_rows(path) if resume_step > 0 and row["step"] <= resume_step]
     if evaluates_again:
-        rows = [row for row in rows if row["step"] < resume_step or not any(name.startswith("eval/") for name in row)]
+        rows = [
+            row
+            for row in rows
+            if row["step"] < resume_step or not any(name.startswith("eval/") for name in row)
+        ]
     _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

@@ -39,7 +39,9 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)
-    console.print(task.title, highlight=False, markup=False, soft_wrap=True)  # a title of the table would wrap with it
+    console.print(
+        task.title, highlight=False, markup=False, soft_wrap=True
+    )  # a title of the table would wrap with it
     console.print(figures_table(rows))
     # Not a table: a command must not wrap.
     for name, value in {**words(rows), **facts(cfg, workdir, result, seconds)}.items():
@@ -58,10 +60,15 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
         "checkpoints": f"{workdir / 'checkpoints'}",
         "curves": shell.command("tensorboard.main", "--logdir", workdir),
     }
-    there = {name: workdir / file for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl"))}
+    there = {
+        name: workdir / file
+        for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl"))
+    }
     found |= {name: str(path) for name, path in there.items() if path.exists()}
     if cfg.task == "lm" and not why_not_decoded(cfg.model):
-        found["next"] = shell.command("moe_jax", "generate", "--workdir", workdir, "--prompt", "In the beginning")
+        found["next"] = shell.command(
+            "moe_jax", "generate", "--workdir", workdir, "--prompt", "In the beginning"
+        )
     return found
 
 
@@ -69,9 +76,17 @@ def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What rows have beside numbers, such as the signature of a BLEU, which is too long for a cell: once where all have the same."""
     found: dict[str, str] = {}
     for column in next(iter(rows.values())):
-        texts = {name: str(row[column]) for name, row in rows.items() if not isinstance(row[column], int | float)}
+        texts = {
+            name: str(row[column])
+            for name, row in rows.items()
+            if not isinstance(row[column], int | float)
+        }
         same = len(set(texts.values())) == 1
-        found |= {column: next(iter(texts.values()))} if same else {f"{column}, {n}": text for n, text in texts.items()}
+        found |= (
+            {column: next(iter(texts.values()))}
+            if same
+            else {f"{column}, {n}": text for n, text in texts.items()}
+        )
     return found
 
 
@@ -86,7 +101,8 @@ def figures_table(rows: dict[str, dict[str, Any]]) -> Table:
     for i, (name, row) in enumerate(rows.items()):
         # As Text: names come from files, and what looks like markup in them is none.
         cells = [
-            Text(f"{row[column]:.3f}" if isinstance(row[column], float) else str(row[column])) for column in columns
+            Text(f"{row[column]:.3f}" if isinstance(row[column], float) else str(row[column]))
+            for column in columns
         ]
         table.add_row(Text(name), *cells, end_section=i == len(rows) - 2)
     return table

@@ -70,7 +70,9 @@ def hyperparameters(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     """The config of a run as the columns of the tab "HParams": `raw` and `defaults` are nested dicts of JSON values."""
     flat, usual = (flatten_dict(tree, sep=".") for tree in (raw, defaults))
     changed = (
-        f"{key}={flat[key]}" for key in sorted(flat) if flat[key] != usual.get(key) and key not in HYPERPARAMETERS
+        f"{key}={flat[key]}"
+        for key in sorted(flat)
+        if flat[key] != usual.get(key) and key not in HYPERPARAMETERS
     )
     return {key: flat[key] for key in HYPERPARAMETERS} | {"other changes": ", ".join(changed)}
 
@@ -92,13 +94,19 @@ class Events:
     """
 
     def __init__(self, directory: Path, resume_step: int):
-        from tensorboardX import SummaryWriter  # here: its import takes a while, and not every run wants events
+        from tensorboardX import (
+            SummaryWriter,
+        )  # here: its import takes a while, and not every run wants events
 
         directory.mkdir(parents=True, exist_ok=True)
-        number = len(list(directory.iterdir()))  # two starts within a second would share a file and lose the first's
+        number = len(
+            list(directory.iterdir())
+        )  # two starts within a second would share a file and lose the first's
         purge = resume_step + 1 if resume_step > 0 else 0
         suffix = f".{number:06d}"
-        self._writer = outlast(SummaryWriter(str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix))
+        self._writer = outlast(
+            SummaryWriter(str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix)
+        )
         self._writer.add_custom_scalars(LAYOUT)
         self._hyperparameters: dict[str, Any] = {}
 
@@ -112,7 +120,9 @@ class Events:
     def image(self, step: int, name: str, array: Any) -> None:
         """An image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
         pixels = np.asarray(array)
-        self._writer.add_image(tag(name), pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+        self._writer.add_image(
+            tag(name), pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC"
+        )
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Of the tab "HParams", for the run itself: `SummaryWriter.add_hparams` would make a run of its own of them."""

@@ -42,12 +42,16 @@ def going_on(step: int, stop_at: int) -> str:
         if not (stop_flag or value_follows):
             kept.append(word)
         value_follows = stop_flag and not equals
-    return shlex.join([*kept, "--config.train.stop_at=0"])  # said aloud, for the config file may set it too
+    return shlex.join(
+        [*kept, "--config.train.stop_at=0"]
+    )  # said aloud, for the config file may set it too
 
 
 def console() -> Any:
     """A rich Console, as wide as the terminal. A file or a pipe has 160 columns, or what COLUMNS says."""
-    from rich.console import Console  # here: this module comes before everything that takes time to import
+    from rich.console import (
+        Console,
+    )  # here: this module comes before everything that takes time to import
 
     plain = Console()
     return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(width=160)

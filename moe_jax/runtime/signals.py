@@ -63,7 +63,9 @@ class Listener:
         """Takes the signals (again): jax.distributed.initialize puts a handler of its own in the place of this one."""
         for number in HEARD:
             if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
-                signal.signal(number, self._in_main_thread)  # something: without any, Python writes nothing to the pipe
+                signal.signal(
+                    number, self._in_main_thread
+                )  # something: without any, Python writes nothing to the pipe
 
     def stop(self) -> None:
         """Gives the signals back to whoever had them."""

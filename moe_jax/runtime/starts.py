@@ -12,7 +12,9 @@ def read(workdir: Any) -> list[dict[str, Any]]:
         found = json.loads((Path(workdir) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
+    return (
+        [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
+    )
 
 
 def changed_code(workdir: Path) -> list[str]:

@@ -65,9 +65,35 @@ def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
 def _depth(name: str) -> tuple[int, ...]:
     """The place of a parameter in the forward pass of any model; what is not named here (of an input) comes before the blocks."""
     encoder, parts = name.startswith("encoder/"), name.removeprefix("encoder/").split("/")
-    order = {"embed": 0, "prefix": 2, "repeats": 3, "experts": 3, "suffix": 4, "norm_scale": 5, "towers": 6, "head": 7}
+    order = {
+        "embed": 0,
+        "prefix": 2,
+        "repeats": 3,
+        "experts": 3,
+        "suffix": 4,
+        "norm_scale": 5,
+        "towers": 6,
+        "head": 7,
+    }
     stage = order.get(parts[1] if parts[0] == "ends" else parts[0], 1)
     after_cross = any(part.startswith(("cross", "ffn", "moe", "dense")) for part in parts)
-    inside = ("attention_norm_scale", "cross_norm_scale", "q", "k", "v", "o", "ffn_norm_scale", "gate", "w_in", "w_out")
+    inside = (
+        "attention_norm_scale",
+        "cross_norm_scale",
+        "q",
+        "k",
+        "v",
+        "o",
+        "ffn_norm_scale",
+        "gate",
+        "w_in",
+        "w_out",
+    )
     last = inside.index(parts[-1]) if parts[-1] in inside else 0
-    return (not encoder, stage, *(int(part) for part in parts if part.isdecimal()), after_cross, last)
+    return (
+        not encoder,
+        stage,
+        *(int(part) for part in parts if part.isdecimal()),
+        after_cross,
+        last,
+    )

@@ -40,7 +40,9 @@ class Trained(NamedTuple):
     bind: Callable[..., Any]  # (params, router state) -> the module
     params: Any
     router_state: Any
-    rows: Mapping[str, np.ndarray]  # `by_row` of every row of the evaluation just made, in data.heldout_order()
+    rows: Mapping[
+        str, np.ndarray
+    ]  # `by_row` of every row of the evaluation just made, in data.heldout_order()
 
 
 class Task(NamedTuple):
@@ -80,7 +82,9 @@ def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str
     }
 
 
-def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def objective(
+    totals: Mapping[str, Any], coefficients: Mapping[str, float]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss that is differentiated: nats per prediction plus the router's auxiliary losses; and its parts."""
     nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
     loss, parts = nll, {"nll": nll, **depth.figures(totals["depth"])}
@@ -88,7 +92,10 @@ def objective(totals: Mapping[str, Any], coefficients: Mapping[str, float]) -> t
         loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
     if totals["moe"]:
         extra, values = losses.auxiliary(totals["moe"], coefficients)
-        loss, parts = loss + extra.astype(nll.dtype), parts | {f"{name}_loss": value for name, value in values.items()}
+        loss, parts = (
+            loss + extra.astype(nll.dtype),
+            parts | {f"{name}_loss": value for name, value in values.items()},
+        )
     return loss, parts
 
 
@@ -114,7 +121,10 @@ def by_row(found: Losses) -> dict[str, jax.Array]:
     """Of each row [B]: nats, and the weight of its predictions."""
     inner = tuple(range(1, found.nll.ndim))
     weight = found.weight.astype(found.nll.dtype)
-    return {"nats": jnp.where(weight > 0, found.nll * weight, 0).sum(inner), "tokens": weight.sum(inner)}
+    return {
+        "nats": jnp.where(weight > 0, found.nll * weight, 0).sum(inner),
+        "tokens": weight.sum(inner),
+    }
 
 
 def of_heldout(
@@ -159,7 +169,9 @@ def experts_by_row(sums: Mapping[str, jax.Array], num_rows: int) -> jax.Array:
     return jnp.moveaxis(sums["counts"], 1, 0) if sums else jnp.zeros((num_rows, 0, 1))
 
 
-def routing_by_domain(sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int) -> jax.Array:
+def routing_by_domain(
+    sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int
+) -> jax.Array:
     if not sums:
         return jnp.zeros((0, num_domains, 1))
     domain_BZ = (domain_B[:, None] == jnp.arange(num_domains)[None]).astype(sums["counts"].dtype)

@@ -19,7 +19,9 @@ from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 
 
-def logits(model: Callable, batch: Any, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+def logits(
+    model: Callable, batch: Any, rng: jax.Array, train: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """([B, C], sums) of a batch of tokens or of vectors."""
     tokens = isinstance(batch, LabelledTokens)
     id_BS = batch.tokens_BS if tokens else jnp.zeros_like(batch.segment_BS)
@@ -40,8 +42,13 @@ def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
     best_B, valid_B = jnp.argmax(found.outputs, -1), found.weight > 0
     right_B, dtype = best_B == batch.label_B, found.nll.dtype
     num = found.outputs.shape[1]
-    per_domain = lambda x_B: by_domain(x_B.astype(dtype), valid_B, batch.domain_B, len(data.domains))
-    per_class = lambda x_B, class_B: by_domain(x_B.astype(dtype), valid_B, class_B, num)
+
+    def per_domain(x_B):
+        return by_domain(x_B.astype(dtype), valid_B, batch.domain_B, len(data.domains))
+
+    def per_class(x_B, class_B):
+        return by_domain(x_B.astype(dtype), valid_B, class_B, num)
+
     return {
         "nll": per_domain(found.nll),
         "tokens": per_domain(valid_B),
@@ -69,12 +76,12 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
 
 
 def headline(figures: Mapping[str, Any]) -> str:
-    return (
-        f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, loss {figures['loss']:.4f}"
-    )
+    return f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, loss {figures['loss']:.4f}"
 
 
-def finish(task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
+def finish(
+    task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path
+) -> dict[str, Any]:
     """Writes predictions.jsonl: of each held-out row its index, its text where it has one, label, prediction and its probability."""
 
     def ask(model: Callable, batch: Any) -> Any:
@@ -86,7 +93,12 @@ def finish(task: Task, cfg: Config, trained: Trained, data: Examples, workdir: P
     contract.write_predictions(
         workdir,
         (
-            {"index": int(i), "label": labels[label_N[i]], "predicted": labels[best], "probability": round(float(p), 6)}
+            {
+                "index": int(i),
+                "label": labels[label_N[i]],
+                "predicted": labels[best],
+                "probability": round(float(p), 6),
+            }
             | ({"text": raw[i]} if data.about.tokenizer else {})
             for i, best, p in zip(index_R, best_R, probability_R, strict=True)
         ),
@@ -98,7 +110,8 @@ def table(cfg: Config, data: Examples, figures: Mapping[str, Any]) -> dict[str, 
     """The model below its rivals."""
     del cfg
     rows = {
-        name: {"accuracy": row["accuracy"], "macro F1": row["macro_f1"]} for name, row in rivals.table(data).items()
+        name: {"accuracy": row["accuracy"], "macro F1": row["macro_f1"]}
+        for name, row in rivals.table(data).items()
     }
     return rows | {"model": {"accuracy": figures["accuracy"], "macro F1": figures["macro_f1"]}}
 

@@ -37,15 +37,21 @@ class Progress:
 
     def __init__(self, *, active: bool, console: Console | None = None):
         self.console = (console or Console()) if active else None
-        self._is_live = bool(self.console and self.console.is_terminal and not self.console.is_dumb_terminal)
+        self._is_live = bool(
+            self.console and self.console.is_terminal and not self.console.is_dumb_terminal
+        )
         self._live: Live | None = None
         self._clock: StepClock | None = None
         self._total = self._step = self._updates = 0
         self._text = ""  # of the last update
-        self._first: tuple[float, int] | None = None  # time and step of the first update: before it is compilation
+        self._first: tuple[float, int] | None = (
+            None  # time and step of the first update: before it is compilation
+        )
         self._printed = -QUIET
         self._moved = time.monotonic()  # when a step was last done, or an activity was over
-        self._activities: list[tuple[str, float]] = []  # under way, and since when; the innermost last
+        self._activities: list[
+            tuple[str, float]
+        ] = []  # under way, and since when; the innermost last
         self._took: dict[str, float] = {}  # seconds of each activity, the last time
 
     def start(self, start_step: int, total_steps: int, clock: StepClock) -> None:
@@ -123,10 +129,17 @@ class Progress:
     def _open(self, transient: bool) -> bool:
         if not self._is_live:
             return False
-        live = Live(get_renderable=self._line, console=self.console, refresh_per_second=5, transient=transient)
+        live = Live(
+            get_renderable=self._line,
+            console=self.console,
+            refresh_per_second=5,
+            transient=transient,
+        )
         live.start()
         assert self.console
-        self.console.show_cursor(True)  # rich hides it, and a process that is killed could not bring it back
+        self.console.show_cursor(
+            True
+        )  # rich hides it, and a process that is killed could not bring it back
         self._live = live
         return True
 

@@ -79,7 +79,10 @@ class Table:
     def markdown(self) -> str:
         """The rows as a Markdown table, without the title."""
         marks = ["---:" if column.kind == "number" else "---" for column in self.columns]
-        lines = [[column.name for column in self.columns], *([_plain(z) for z in row.cells] for row in self.rows)]
+        lines = [
+            [column.name for column in self.columns],
+            *([_plain(z) for z in row.cells] for row in self.rows),
+        ]
         head, *body = (f"| {' | '.join(line)} |" for line in lines)
         return "\n".join([head, f"|{'|'.join(marks)}|", *body])
 
@@ -106,7 +109,9 @@ class Table:
 
     def _drawn(self, part: list[int], width: int) -> rich_table.Table:
         widths = self._widths(part, width)
-        drawn = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        drawn = rich_table.Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0)
+        )
         for i in part:
             justify: Any = "right" if self.columns[i].kind == "number" else "left"
             header = Text(self.columns[i].name)
@@ -131,8 +136,13 @@ class Table:
 
     def _least(self, width: int) -> list[int]:
         """How narrow each column may become on a terminal of this width."""
-        cells = [max((_width(row.cells[i]) for row in self.rows), default=0) for i in range(len(self.columns))]
-        figures = [n for n, column in zip(cells, self.columns, strict=True) if column.kind == "number"]
+        cells = [
+            max((_width(row.cells[i]) for row in self.rows), default=0)
+            for i in range(len(self.columns))
+        ]
+        figures = [
+            n for n, column in zip(cells, self.columns, strict=True) if column.kind == "number"
+        ]
         widest = max(figures, default=PROSE)
         # What names a row leaves room for the widest number beside it.
         key = _cap(cells[: self.keys], max(GAP * self.keys, min(width // 2, width - widest - GAP)))

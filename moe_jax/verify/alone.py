@@ -23,7 +23,11 @@ LIMIT = 1e-10
 REFERENCE_LIMIT = 1e-9  # relative to the largest entry
 TRIALS = 3
 # What is asked of a task whose model predicts what comes next. Rows of pairs hold one document.
-CAUSAL = {"lm": ("future", "document"), "translation": ("future",), "translation_prefix": ("future",)}
+CAUSAL = {
+    "lm": ("future", "document"),
+    "translation": ("future",),
+    "translation_prefix": ("future",),
+}
 
 
 class Check(NamedTuple):
@@ -51,12 +55,16 @@ def checks(program: Program, begin: State) -> list[Check]:
 def served(probes: Sequence[Probe], num_experts: int) -> Check:
     """Where a layer serves nobody its experts have no gradient, and any two meshes agree about nothing."""
     sums = [probe.sums for probe in probes]
-    assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)  # null experts are counted behind
+    assigned_L = sum(
+        s["counts"][..., :num_experts].sum((1, 2)) for s in sums
+    )  # null experts are counted behind
     dropped_L = sum(s["dropped"].sum(1) for s in sums)
     note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
     if not all(whole(s["counts"]) for s in sums):
         note = "mixtures of all tokens: nothing is assigned, and nothing dropped"
-    return Check("every MoE layer serves somebody", float(np.sum(assigned_L <= dropped_L)), 0.0, note, True)
+    return Check(
+        "every MoE layer serves somebody", float(np.sum(assigned_L <= dropped_L)), 0.0, note, True
+    )
 
 
 def mean_loss(program: Program, begin: State) -> Check:
@@ -80,9 +88,13 @@ def changes(program: Program, begin: State) -> list[Check]:
         declared["sequences"] = f"the router {model.moe.router} chooses over all sequences"
     _, probe = program.step(begin, inputs)
     found = batches.changes(inputs, probe.nll, group_rows)
-    checks = [_change(program, begin, name, change, declared[name]) for name, change in found.items()]
+    checks = [
+        _change(program, begin, name, change, declared[name]) for name, change in found.items()
+    ]
     asked = {
-        name: change for name, change in batches.causal(group_rows).items() if name in CAUSAL.get(program.cfg.task, ())
+        name: change
+        for name, change in batches.causal(group_rows).items()
+        if name in CAUSAL.get(program.cfg.task, ())
     }
     reason = "; ".join(causality.reasons(model)) if causality.sees(model).future else ""
     excused = [_change(program, begin, name, change, reason) for name, change in asked.items()]
@@ -91,7 +103,11 @@ def changes(program: Program, begin: State) -> list[Check]:
     plain = Program(without_excuse(program.raw), program.shape).compile()
     start = plain.initial()
     again = [_change(plain, start, name, change, "") for name, change in asked.items()]
-    return [*checks, *excused, *(c._replace(claim=f"{c.claim}, with top-k and dropless", note="") for c in again)]
+    return [
+        *checks,
+        *excused,
+        *(c._replace(claim=f"{c.claim}, with top-k and dropless", note="") for c in again),
+    ]
 
 
 def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +131,13 @@ def router_updates(program: Program, begin: State) -> list[Check]:
         return []
     new, probe = program.step(begin, program.task.random(program.cfg, 0))
     after, moe = states.of_routers(program, new), program.cfg.model.moe
-    cfg = RouterCfg(moe.num_experts, moe.router_options, moe.group_rows, program.cfg.model.vocab_size, lambda z: z)
+    cfg = RouterCfg(
+        moe.num_experts,
+        moe.router_options,
+        moe.group_rows,
+        program.cfg.model.vocab_size,
+        lambda z: z,
+    )
     found: dict[str, float] = {}
     with program.entered():
         sums = depth.without({name: jnp.asarray(z) for name, z in probe.sums.items()})
@@ -124,13 +146,25 @@ def router_updates(program: Program, begin: State) -> list[Check]:
             own = {name: jnp.asarray(z) for name, z in old.items() if name != "balance_weight"}
             want = dict(ROUTERS[moe.router].update(own, totals, cfg))
             if "balance_weight" in old:
-                want["balance_weight"] = losses.adapt(jnp.asarray(old["balance_weight"]), totals, moe.adaptive)
+                want["balance_weight"] = losses.adapt(
+                    jnp.asarray(old["balance_weight"]), totals, moe.adaptive
+                )
             found |= {f"{name} of layer {layer}": far(want[name], have[name]) for name in want}
     name, value = largest(found)
-    return [Check("each router's state follows the load of its own layer", value, LIMIT, name if value else "", True)]
+    return [
+        Check(
+            "each router's state follows the load of its own layer",
+            value,
+            LIMIT,
+            name if value else "",
+            True,
+        )
+    ]
 
 
-def _change(program: Program, begin: State, name: str, change: batches.Change, declared: str) -> Check:
+def _change(
+    program: Program, begin: State, name: str, change: batches.Change, declared: str
+) -> Check:
     found: dict[str, float] = {}
     effect, drops = 0.0, 0.0
     for trial in range(TRIALS):
@@ -140,15 +174,33 @@ def _change(program: Program, begin: State, name: str, change: batches.Change, d
         same = np.broadcast_to(change.same(inputs), before.nll.shape)
         found[f"loss, {trial}"] = far(before.nll[same], after.nll[same])
         if name == "padding":
-            found |= {f"{what}, {trial}": value for what, value in _everything(before, after).items()}
+            found |= {
+                f"{what}, {trial}": value for what, value in _everything(before, after).items()
+            }
         effect = max(effect, far(before.nll, after.nll))
-        if name == "padding":  # where a row has one loss, padding that is changed must change none at all
-            effect = max(effect, float(any(not np.array_equal(a, b) for a, b in zip(inputs, other, strict=True))))
+        if (
+            name == "padding"
+        ):  # where a row has one loss, padding that is changed must change none at all
+            effect = max(
+                effect,
+                float(any(not np.array_equal(a, b) for a, b in zip(inputs, other, strict=True))),
+            )
         drops = max(drops, _drops(before), _drops(after))
     if not effect:
-        return Check(change.claim, float("nan"), LIMIT, "nothing changed at all: the check proves nothing", True)
+        return Check(
+            change.claim,
+            float("nan"),
+            LIMIT,
+            "nothing changed at all: the check proves nothing",
+            True,
+        )
     note = declared
-    if name == "document" and drops and not declared and program.cfg.model.moe.dispatcher == "capacity":
+    if (
+        name == "document"
+        and drops
+        and not declared
+        and program.cfg.model.moe.dispatcher == "capacity"
+    ):
         note = "documents of a row share capacity, and some assignments were dropped"
     return Check(change.claim, largest(found)[1], LIMIT, note, not note)
 
@@ -171,12 +223,27 @@ def against_reference(program: Program) -> list[Check]:
     dense = reference.compare(program)
     with of_other_platforms():
         other = reference.compare(program)
-    worst = lambda found: found.where if np.isnan(found.output) else f"worst: {found.where}"
+
+    def worst(found):
+        return found.where if np.isnan(found.output) else f"worst: {found.where}"
+
     _, accelerators = largest({"output": other.output, "gradient": other.gradient})
     return [
-        Check("the MoE layer equals plain arithmetic over all experts", dense.output, REFERENCE_LIMIT, "", True),
+        Check(
+            "the MoE layer equals plain arithmetic over all experts",
+            dense.output,
+            REFERENCE_LIMIT,
+            "",
+            True,
+        ),
         Check("and so do its gradients", dense.gradient, REFERENCE_LIMIT, worst(dense), True),
-        Check("and both with the kernel of accelerators", accelerators, REFERENCE_LIMIT, worst(other), True),
+        Check(
+            "and both with the kernel of accelerators",
+            accelerators,
+            REFERENCE_LIMIT,
+            worst(other),
+            True,
+        ),
     ]
 
 
@@ -184,5 +251,9 @@ def attention(length: int) -> Check:
     """Of the sequence length of the config as it is: shrunk, it would fit one block."""
     claim = "attention in blocks equals attention at once"
     return Check(
-        claim, reference.attention_kernels(length), REFERENCE_LIMIT, f"{min(length, reference.LONGEST)} tokens", True
+        claim,
+        reference.attention_kernels(length),
+        REFERENCE_LIMIT,
+        f"{min(length, reference.LONGEST)} tokens",
+        True,
     )

@@ -16,7 +16,10 @@ CONTENTS = {
     "source_BS": "source_segment_BS",
     "items_BL": "weight_BL",
 }
-LABELS = ("targets_BS", "label_B")  # what is predicted: to change it changes the loss, whoever sees it
+LABELS = (
+    "targets_BS",
+    "label_B",
+)  # what is predicted: to change it changes the loss, whoever sees it
 
 
 class Change(NamedTuple):
@@ -36,13 +39,22 @@ def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
 def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
     """Changes by name to a batch with losses like `nll`; `group_rows` rows share capacity, so that "a sequence changes no other's
     loss" are those of other groups."""
-    odd = lambda batch: batch.row_B // group_rows % 2 == 1
-    rows = lambda z_B: z_B.reshape(-1, *[1] * (nll.ndim - 1))
+
+    def odd(batch):
+        return batch.row_B // group_rows % 2 == 1
+
+    def rows(z_B):
+        return z_B.reshape(-1, *[1] * (nll.ndim - 1))
+
     found = {
-        "padding": Change("padding changes nothing, gradients included", _padding, lambda b: weight(b, nll) > 0),
+        "padding": Change(
+            "padding changes nothing, gradients included", _padding, lambda b: weight(b, nll) > 0
+        ),
         "sequences": Change(
             "a sequence changes no other's loss",
-            lambda b, rng: _redraw(b, rng, lambda valid: valid & odd(b).reshape(-1, *[1] * (valid.ndim - 1))),
+            lambda b, rng: _redraw(
+                b, rng, lambda valid: valid & odd(b).reshape(-1, *[1] * (valid.ndim - 1))
+            ),
             lambda b: (weight(b, nll) > 0) & rows(~odd(b)),
         ),
     }
@@ -58,10 +70,14 @@ def causal(group_rows: int) -> dict[str, Change]:
         """The first half of a row, and its prefix, where all tokens see each other."""
         place_1S = np.arange(batch.segment_BS.shape[1])[None]
         prefix_B1 = batch.prefix_BS.sum(1, keepdims=True) if hasattr(batch, "prefix_BS") else 0
-        return (place_1S < np.maximum(batch.segment_BS.shape[1] // 2, prefix_B1)) & (batch.segment_BS > 0)
+        return (place_1S < np.maximum(batch.segment_BS.shape[1] // 2, prefix_B1)) & (
+            batch.segment_BS > 0
+        )
 
     # The last row of each group alone: its later tokens come after every other token of the group.
-    last = lambda batch: (batch.row_B % group_rows == group_rows - 1)[:, None]
+    def last(batch):
+        return (batch.row_B % group_rows == group_rows - 1)[:, None]
+
     return {
         "future": Change(
             "later tokens change no earlier loss",
@@ -77,7 +93,9 @@ def causal(group_rows: int) -> dict[str, Change]:
 
 
 def _tokens(batch: Any, rng: np.random.Generator, where_BS: np.ndarray) -> Any:
-    return batch._replace(tokens_BS=np.where(where_BS, _fresh(batch.tokens_BS, rng), batch.tokens_BS))
+    return batch._replace(
+        tokens_BS=np.where(where_BS, _fresh(batch.tokens_BS, rng), batch.tokens_BS)
+    )
 
 
 def _fresh(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -87,7 +105,9 @@ def _fresh(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.normal(size=values.shape).astype(values.dtype)
 
 
-def _redraw(batch: Any, rng: np.random.Generator, where: Callable, skip: tuple[str, ...] = LABELS) -> Any:
+def _redraw(
+    batch: Any, rng: np.random.Generator, where: Callable, skip: tuple[str, ...] = LABELS
+) -> Any:
     """The contents of the batch drawn anew where `where(valid)` says."""
     new = {}
     for name, mask in CONTENTS.items():

@@ -31,7 +31,10 @@ def content(
         "moe": moe(raw),
         "config_sha256": config_hash(raw),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
         "steps": result.steps,
         "limits": {**LIMITS, "one device": LIMIT},
         "shrunk": [rule._asdict() for rule in result.rules],
@@ -49,8 +52,16 @@ def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mesh(row: Row) -> dict[str, Any]:
-    worst = {d.check: {"value": d.value, "where": d.where, "step": d.step} for d in row.deviations.values()}
-    out: dict[str, Any] = {"mesh": row.name, "refused": row.refused, "failure": row.failure, "deviations": worst}
+    worst = {
+        d.check: {"value": d.value, "where": d.where, "step": d.step}
+        for d in row.deviations.values()
+    }
+    out: dict[str, Any] = {
+        "mesh": row.name,
+        "refused": row.refused,
+        "failure": row.failure,
+        "deviations": worst,
+    }
     if row.reader:
         out["checkpoint"] = {"read_on": row.reader, "unequal_arrays": row.unequal}
     if row.rounded:
@@ -64,7 +75,16 @@ def config_hash(raw: Mapping[str, Any]) -> str:
 
 def commit() -> str:
     """Of the code that ran, "" outside of a git repository; "-dirty" when files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -95,15 +115,27 @@ def write(path: Path, certificate: Mapping[str, Any]) -> None:
 def markdown(certificate: Mapping[str, Any]) -> str:
     facts = ("config", "config_sha256", "commit", "date", "steps")
     lines = ["# Certificate of mesh invariance", "", certificate["verdict"], ""]
-    lines += [f"- {name.replace('_', ' ')}: {certificate[name]}" for name in facts if certificate[name]]
+    lines += [
+        f"- {name.replace('_', ' ')}: {certificate[name]}" for name in facts if certificate[name]
+    ]
     lines += [f"- set: `{change}`" for change in certificate["set"]]
     lines += [f"- {name}: `{json.dumps(value)}`" for name, value in certificate["moe"].items()]
-    lines += ["- " + ", ".join(f"{name} {number}" for name, number in certificate["versions"].items()), ""]
-    lines += _table(("key", "yours", "shrunk", "why"), [rule.values() for rule in certificate["shrunk"]])
+    lines += [
+        "- " + ", ".join(f"{name} {number}" for name, number in certificate["versions"].items()),
+        "",
+    ]
+    lines += _table(
+        ("key", "yours", "shrunk", "why"), [rule.values() for rule in certificate["shrunk"]]
+    )
     checks = list(LIMITS)
     meshes = [[m["mesh"], *_deviations(m, checks)] for m in certificate["meshes"]]
-    lines += _table(("mesh", *checks), [["limit", *(f"{LIMITS[name]:.0e}" for name in checks)], *meshes])
-    alone = [(c["claim"], f"{c['value']:.1e}", f"{c['limit']:.0e}", c["note"]) for c in certificate["one_device"]]
+    lines += _table(
+        ("mesh", *checks), [["limit", *(f"{LIMITS[name]:.0e}" for name in checks)], *meshes]
+    )
+    alone = [
+        (c["claim"], f"{c['value']:.1e}", f"{c['limit']:.0e}", c["note"])
+        for c in certificate["one_device"]
+    ]
     return "\n".join(lines + _table(("on one device", "deviation", "limit", "note"), alone)).strip()
 
 
@@ -115,5 +147,7 @@ def _deviations(mesh: Mapping[str, Any], checks: list[str]) -> list[str]:
 
 
 def _table(head: Any, rows: Any) -> list[str]:
-    line = lambda cells: "| " + " | ".join(str(cell) for cell in cells) + " |"
+    def line(cells):
+        return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
     return [line(head), line(["---"] * len(head)), *map(line, rows), ""]

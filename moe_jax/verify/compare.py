@@ -49,7 +49,10 @@ class Deviation(NamedTuple):
 
 
 def deviations(
-    want: Sequence[Probe], have: Sequence[Probe], want_state: Mapping[str, Any], have_state: Mapping[str, Any]
+    want: Sequence[Probe],
+    have: Sequence[Probe],
+    want_state: Mapping[str, Any],
+    have_state: Mapping[str, Any],
 ) -> tuple[dict[str, Deviation], Deviation | None]:
     """(the worst of every kind, the first beyond its limit or None) of the same steps of two runs; states by name."""
     worst: dict[str, Deviation] = {}
@@ -71,10 +74,19 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
     yield Deviation("tokens", far(want.nll, have.nll), "", step)
     if want.sums:
         for check, (total, entry) in EXACT.items():
-            parts = {"rows": (total, want.sums, have.sums), "single choices": (entry, want.routing, have.routing)}
-            differ = {of: unequal(a[name], b[name]) for of, (name, a, b) in parts.items() if name in a}
+            parts = {
+                "rows": (total, want.sums, have.sums),
+                "single choices": (entry, want.routing, have.routing),
+            }
+            differ = {
+                of: unequal(a[name], b[name]) for of, (name, a, b) in parts.items() if name in a
+            }
             yield _worst(check, differ, step)
-        others = {name: (x, have.sums[name]) for name, x in want.sums.items() if name not in ("counts", "dropped")}
+        others = {
+            name: (x, have.sums[name])
+            for name, x in want.sums.items()
+            if name not in ("counts", "dropped")
+        }
         if want.routing:
             others["gates of single choices"] = (want.routing["gate"], have.routing["gate"])
         others |= {f"metric {name}": pair for name, pair in metrics(want, have).items()}
@@ -86,16 +98,23 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
 def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
     """What a run would log of the step. Not what is by its definition of each micro-batch, or of each array, which a scan stacks."""
     skip = ("micro_batch_balance_loss", "finite_leaves")
-    flat = lambda probe: flatten_dict({n: z for n, z in probe.metrics.items() if n not in skip}, sep="/")
+
+    def flat(probe):
+        return flatten_dict({n: z for n, z in probe.metrics.items() if n not in skip}, sep="/")
+
     a, b = flat(want), flat(have)
     return {name: (np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)) for name in a}
 
 
-def relative_gradients(want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]) -> dict[str, float]:
+def relative_gradients(
+    want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]
+) -> dict[str, float]:
     """Deviation of every gradient relative to its largest entry, or to a millionth of the largest of all: some are only rounding."""
     largest = max((float(np.abs(g).max()) for g in want.values()), default=0.0)
     floor = max(1e-6 * largest, np.finfo(np.float64).tiny)  # where all are 0, equal is no deviation
-    return {name: far(g, have[name], max(float(np.abs(g).max()), floor)) for name, g in want.items()}
+    return {
+        name: far(g, have[name], max(float(np.abs(g).max()), floor)) for name, g in want.items()
+    }
 
 
 def unequal(a: np.ndarray, b: np.ndarray) -> float:
@@ -111,7 +130,9 @@ def whole(a: np.ndarray) -> bool:
 
 def far(a: Any, b: Any, scale: Any = 1.0) -> float:
     """The largest |a - b| / scale; NaN where either is."""
-    return float((np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / scale).max(initial=0.0))
+    return float(
+        (np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / scale).max(initial=0.0)
+    )
 
 
 def largest(values: Mapping[str, float]) -> tuple[str, float]:
@@ -139,8 +160,13 @@ class Rounded(NamedTuple):
 
 def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
     loss = max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(want, have, strict=True))
-    parted = ("counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"]) for a, b in zip(want, have))
-    return Rounded(loss, next((step for step, differs in enumerate(parted) if differs), None), len(want))
+    parted = (
+        "counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"])
+        for a, b in zip(want, have)
+    )
+    return Rounded(
+        loss, next((step for step, differs in enumerate(parted) if differs), None), len(want)
+    )
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:

@@ -39,11 +39,15 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | 
     job.write_text(json.dumps({"raw": raw, "steps": steps, "count": count, "address": address}))
     command = [sys.executable, "-m", "moe_jax.verify.processes", str(job)]
     started = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(i)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         for i in range(count)
     ]
     try:
-        failures = [failure(process, f"process {index} of {count}") for index, process in enumerate(started)]
+        failures = [
+            failure(process, f"process {index} of {count}") for index, process in enumerate(started)
+        ]
     finally:  # none outlives this one, which may have been interrupted
         for process in started:
             process.kill()
@@ -73,7 +77,9 @@ def work(path: Path, index: int) -> None:
     job = json.loads(path.read_text())
     mesh.simulate(SHAPE[0] * SHAPE[1] * SHAPE[2] // job["count"])
     jax.config.update("jax_enable_x64", True)
-    jax.distributed.initialize(job["address"], job["count"], index, coordinator_bind_address=job["address"])
+    jax.distributed.initialize(
+        job["address"], job["count"], index, coordinator_bind_address=job["address"]
+    )
     program = Program(job["raw"], SHAPE).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])

@@ -32,7 +32,9 @@ class Probe(NamedTuple):
 
     loss: float
     metrics: dict[str, Any]
-    nll: np.ndarray  # of every prediction, [B, ...], of a forward pass over the whole batch in training mode
+    nll: (
+        np.ndarray
+    )  # of every prediction, [B, ...], of a forward pass over the whole batch in training mode
     sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
     routing: dict[
         str, np.ndarray
@@ -68,7 +70,9 @@ class Program:
 
     def lower(self) -> jax.stages.Lowered:
         with self.entered():
-            return jax.jit(self._probe).lower(self.abstract, self.put(self.task.random(self.cfg, 0)))
+            return jax.jit(self._probe).lower(
+                self.abstract, self.put(self.task.random(self.cfg, 0))
+            )
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
         """Any thread may make a program and call this; `lowered` is what `lower` returned, if that was called before."""
@@ -78,7 +82,9 @@ class Program:
     def put(self, inputs: Any) -> Any:
         number = self.cfg.train.batch_size
         rows = batch_rows.local_rows(number)
-        return batch_rows.put(tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs)
+        return batch_rows.put(
+            tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs
+        )
 
     def on_mesh(self, x: jax.Array) -> jax.Array:
         return jax.device_put(x, mesh.sharding("batch", *[None] * (x.ndim - 1)))
@@ -86,8 +92,12 @@ class Program:
     def step(self, now: train_step.State, inputs: Any) -> tuple[train_step.State, Probe]:
         with self.entered():
             new, metrics, grads, nll, sums = self.run(now, self.put(inputs))
-            metrics, nll, (sums, routing) = host((metrics, nll, split(sums)))  # and so one step is in flight at a time
-            return new, Probe(float(metrics["loss"]), metrics, nll, sums, routing, self.named(grads))
+            metrics, nll, (sums, routing) = host(
+                (metrics, nll, split(sums))
+            )  # and so one step is in flight at a time
+            return new, Probe(
+                float(metrics["loss"]), metrics, nll, sums, routing, self.named(grads)
+            )
 
     def steps(self, now: train_step.State, number: int) -> tuple[train_step.State, list[Probe]]:
         probes = []
@@ -98,7 +108,10 @@ class Program:
 
     def tied(self, begin: train_step.State) -> Probe:
         """A step whose linear gates are 0: scores tie, and ties go to the lowest experts: the worst load there is."""
-        equal = lambda path, x: jnp.zeros_like(x) if [key.key for key in path][-2:] == ["router", "gate"] else x
+
+        def equal(path, x):
+            return jnp.zeros_like(x) if [key.key for key in path][-2:] == ["router", "gate"] else x
+
         with self.entered():
             now = begin._replace(params=jax.tree_util.tree_map_with_path(equal, begin.params))
         return self.step(now, self.task.random(self.cfg, 0))[1]
@@ -106,7 +119,9 @@ class Program:
     def evaluate(self, now: train_step.State) -> dict[str, np.ndarray]:
         """The loss of every prediction ("nll") and the sums per row of an evaluation, as the config evaluates; compiles it."""
         dispatcher = self.cfg.eval.dispatcher
-        cfg = self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
+        cfg = (
+            self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
+        )
 
         def forward(params: Any, router_state: Any, inputs: Any):
             model = train_step.make_model(cfg).bind(params, router_state)
@@ -133,11 +148,15 @@ class Program:
             seen.append(updates)
             return tx.update(updates, state, params)
 
-        step = train_step.make_step(self.cfg, self.model, optax.GradientTransformation(tx.init, update))
+        step = train_step.make_step(
+            self.cfg, self.model, optax.GradientTransformation(tx.init, update)
+        )
         new, metrics = step(now, inputs)
         rng = train_step.step_key(self.cfg, now.step)
         model = self.model.bind(now.params, now.router_state)
-        found = self.task.losses(recording(model) if recordable(self.cfg.model) else model, inputs, rng, True)
+        found = self.task.losses(
+            recording(model) if recordable(self.cfg.model) else model, inputs, rng, True
+        )
         return new, metrics, seen[0], found.nll, found.sums
 
 
@@ -157,5 +176,8 @@ def host(tree: Any) -> Any:
     """NumPy copies of arrays on the mesh; with several processes, the same on each."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, jax.device_get(tree))
-    keyed = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    def keyed(x):
+        return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
     return multihost_utils.process_allgather(jax.tree.map(keyed, tree), tiled=True)

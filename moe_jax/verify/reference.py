@@ -45,18 +45,28 @@ class Dense(NamedTuple):
 def gates(x_TD, routing, experts, *, shape, options):
     """A dispatcher in form: the first columns of its output are a token's gates for all experts and the weight of its copy, or D and C."""
     del experts, options
-    padded = lambda told: jnp.pad(told, ((0, 0), (0, x_TD.shape[1] - told.shape[1])))
+
+    def padded(told):
+        return jnp.pad(told, ((0, 0), (0, x_TD.shape[1] - told.shape[1])))
+
     if not isinstance(routing, Routing):
         told = [
-            z.reshape(shape.num_tokens, -1).astype(x_TD.dtype) for z in (routing.dispatch_GtEp, routing.combine_GtEp)
+            z.reshape(shape.num_tokens, -1).astype(x_TD.dtype)
+            for z in (routing.dispatch_GtEp, routing.combine_GtEp)
         ]
         return padded(jnp.concatenate(told, 1)), jnp.zeros((0,), bool)
     gate_TE = jnp.zeros_like(x_TD, shape=(shape.num_tokens, shape.num_experts))
     place = (routing.token_N, routing.expert_N)
     gate_TE = gate_TE.at[place].add(routing.gate_N.astype(x_TD.dtype), mode="drop")
-    copy_T1 = jnp.zeros_like(x_TD[:, :1]) if routing.copy_T is None else routing.copy_T.astype(x_TD.dtype)[:, None]
+    copy_T1 = (
+        jnp.zeros_like(x_TD[:, :1])
+        if routing.copy_T is None
+        else routing.copy_T.astype(x_TD.dtype)[:, None]
+    )
     told_TD = padded(jnp.concatenate([gate_TE, copy_T1], 1))
-    return told_TD - copy_T1 * x_TD, jnp.zeros_like(routing.expert_N, dtype=bool)  # the layer adds the copy
+    return told_TD - copy_T1 * x_TD, jnp.zeros_like(
+        routing.expert_N, dtype=bool
+    )  # the layer adds the copy
 
 
 @contextlib.contextmanager
@@ -73,7 +83,11 @@ def served(cfg: MoE) -> MoE:
     options = dict(cfg.dispatcher_options)
     if "factor" in options:
         options["factor"] = float(cfg.num_experts)
-    told = 2 * cfg.num_experts * cfg.router_options["slots"] if cfg.router == "soft" else cfg.num_experts + 1
+    told = (
+        2 * cfg.num_experts * cfg.router_options["slots"]
+        if cfg.router == "soft"
+        else cfg.num_experts + 1
+    )
     width = max(cfg.d_model, -(-told // 8) * 8)
     return dataclasses.replace(cfg, d_model=width, dispatcher_options=Options(options))
 
@@ -87,9 +101,15 @@ def compare(program: Program) -> Dense:
         x_BSD = jax.random.normal(keys[0], (*batch.id_BS.shape, cfg.d_model), cfg.dtype)
         weight_BSD = jax.random.normal(keys[1], x_BSD.shape, cfg.dtype)
         x_BSD, weight_BSD = program.on_mesh(x_BSD), program.on_mesh(weight_BSD)
-        split = lambda cfg: nnx.split(MoELayer(keys[2], cfg), nnx.Param, ...)
+
+        def split(cfg):
+            return nnx.split(MoELayer(keys[2], cfg), nnx.Param, ...)
+
         spied = dataclasses.replace(cfg, dispatcher=NAME)
-        graphs = {name: nnx.eval_shape(lambda c=c: split(c))[0] for name, c in (("layer", cfg), ("gates", spied))}
+        graphs = {
+            name: nnx.eval_shape(lambda c=c: split(c))[0]
+            for name, c in (("layer", cfg), ("gates", spied))
+        }
 
         def run(name: str, values: Any, x_BSD: jax.Array):
             return nnx.merge(graphs[name], *values)(x_BSD, batch, keys[3], True)
@@ -99,35 +119,56 @@ def compare(program: Program) -> Dense:
             return (y_BSD * weight_BSD).sum(), y_BSD
 
         def reference(params: Any, rest: Any, x_BSD: jax.Array):
-            plain = lambda z: jax.sharding.reshard(z, P())
+            def plain(z):
+                return jax.sharding.reshard(z, P())
+
             told_BSD, x_BSD = plain(run("gates", (params, rest), x_BSD)[0]), plain(x_BSD)
-            work = lambda x: dense(x, jax.tree.map(plain, nnx.to_pure_dict(params)["experts"]), cfg.activation)
+
+            def work(x):
+                return dense(
+                    x, jax.tree.map(plain, nnx.to_pure_dict(params)["experts"]), cfg.activation
+                )
+
             y_BSD = (mixed if cfg.router == "soft" else gated)(x_BSD, told_BSD, work, cfg)
             return (y_BSD * plain(weight_BSD)).sum(), y_BSD
 
         def both(x_BSD: jax.Array):
             _, params, rest = split(cfg)
-            grad = lambda f: jax.grad(f, argnums=(0, 2), has_aux=True)(params, rest, x_BSD)
+
+            def grad(f):
+                return jax.grad(f, argnums=(0, 2), has_aux=True)(params, rest, x_BSD)
+
             return grad(layer), grad(reference)
 
-        have, want = jax.device_get(jax.jit(both).lower(x_BSD).compile(compiler_options=QUICK)(x_BSD))
+        have, want = jax.device_get(
+            jax.jit(both).lower(x_BSD).compile(compiler_options=QUICK)(x_BSD)
+        )
     return _deviation(program, want, have)
 
 
 def _rows(cfg: Config) -> tuple[jax.Array, ...]:
     """ids, positions, segments and row numbers: padding at the end of every other row."""
     num, length = cfg.train.batch_size, cfg.data.seq_len
-    id_BS = np.random.default_rng(cfg.seed).integers(1, cfg.model.vocab_size, (num, length), dtype=np.int32)
+    id_BS = np.random.default_rng(cfg.seed).integers(
+        1, cfg.model.vocab_size, (num, length), dtype=np.int32
+    )
     place_BS = np.tile(np.arange(length, dtype=np.int32), (num, 1))
     row_B = np.arange(num, dtype=np.int32)
-    segment_BS = np.where((row_B[:, None] % 2 == 0) & (place_BS >= length - 3), 0, 1).astype(np.int32)
+    segment_BS = np.where((row_B[:, None] % 2 == 0) & (place_BS >= length - 3), 0, 1).astype(
+        np.int32
+    )
     return tuple(map(jnp.asarray, (id_BS, place_BS, segment_BS, row_B)))
 
 
 def gated(x_BSD: jax.Array, told_BSD: jax.Array, work: Any, cfg: MoE) -> jax.Array:
     """Every expert works on every token."""
-    gate_BSE, copy_BS1 = told_BSD[..., : cfg.num_experts], told_BSD[..., cfg.num_experts : cfg.num_experts + 1]
-    y_BSED = work(jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.num_experts, x_BSD.shape[2])))
+    gate_BSE, copy_BS1 = (
+        told_BSD[..., : cfg.num_experts],
+        told_BSD[..., cfg.num_experts : cfg.num_experts + 1],
+    )
+    y_BSED = work(
+        jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.num_experts, x_BSD.shape[2]))
+    )
     return jnp.einsum("BSED,BSE->BSD", y_BSED, gate_BSE) + copy_BS1 * x_BSD
 
 
@@ -135,9 +176,17 @@ def mixed(x_BSD: jax.Array, told_BSD: jax.Array, work: Any, cfg: MoE) -> jax.Arr
     """Every expert works on its mixtures of the tokens of each group."""
     slots = cfg.router_options["slots"]
     num = cfg.num_experts * slots
-    groups = lambda z: z.reshape(-1, min(cfg.group_rows, z.shape[0]) * z.shape[1], *z.shape[2:])
-    by_slot = lambda z: groups(z).reshape(*groups(z).shape[:2], cfg.num_experts, slots)
-    dispatch_GtEp, combine_GtEp = by_slot(told_BSD[..., :num]), by_slot(told_BSD[..., num : 2 * num])
+
+    def groups(z):
+        return z.reshape(-1, min(cfg.group_rows, z.shape[0]) * z.shape[1], *z.shape[2:])
+
+    def by_slot(z):
+        return groups(z).reshape(*groups(z).shape[:2], cfg.num_experts, slots)
+
+    dispatch_GtEp, combine_GtEp = (
+        by_slot(told_BSD[..., :num]),
+        by_slot(told_BSD[..., num : 2 * num]),
+    )
     y_GpED = work(jnp.einsum("GtEp,GtD->GpED", dispatch_GtEp, groups(x_BSD)))
     return jnp.einsum("GtEp,GpED->GtD", combine_GtEp, y_GpED).reshape(x_BSD.shape)
 
@@ -160,10 +209,14 @@ def attention_kernels(length: int) -> float:
     S, queries = min(length, LONGEST), 2
     B, G, A = 2, max(4, attention_core.SCORES // (S * S * queries)), 4
     shapes = [(B, S, G * queries, A), (B, S, G, A), (B, S, G, A), (B, S, G * queries, A)]
-    q, k, v, weight = (jnp.asarray(z) for z in map(np.random.default_rng(0).normal, [0] * 4, [1] * 4, shapes))
+    q, k, v, weight = (
+        jnp.asarray(z) for z in map(np.random.default_rng(0).normal, [0] * 4, [1] * 4, shapes)
+    )
     place_S = np.arange(S)
     segment_BS = jnp.asarray(
-        np.stack([np.where(place_S < S // 3, 1, 2), np.where(place_S < S - S // 4, 1, 0)]).astype(np.int32)
+        np.stack([np.where(place_S < S // 3, 1, 2), np.where(place_S < S - S // 4, 1, 0)]).astype(
+            np.int32
+        )
     )
 
     def run(seen: Any) -> list[np.ndarray]:
@@ -171,9 +224,9 @@ def attention_kernels(length: int) -> float:
             o = attention_core.attention(q, k, v, seen(segment_BS), scale=0.5)
             return (o * weight).sum(), o
 
-        (_, o), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(
-            q, k, v
-        )
+        (_, o), gradients = jax.jit(
+            jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK
+        )(q, k, v)
         return [np.asarray(z) for z in (o, *gradients)]
 
     found: dict[str, float] = {}
@@ -190,7 +243,10 @@ def _deviation(program: Program, want: Any, have: Any) -> Dense:
     (want_grads, want_y), (have_grads, have_y) = want, have
     if not np.abs(want_y).max():
         return Dense(np.nan, np.nan, "no assignment was served: the check proves nothing")
-    name = lambda grads: program.named({"weights": nnx.to_pure_dict(grads[0]), "activations": grads[1]})
+
+    def name(grads):
+        return program.named({"weights": nnx.to_pure_dict(grads[0]), "activations": grads[1]})
+
     gradients = relative_gradients(name(want_grads), name(have_grads))
     worst, value = largest(gradients)
     return Dense(far(want_y, have_y, np.abs(want_y).max()), value, worst)

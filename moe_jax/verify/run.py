@@ -19,7 +19,9 @@ ROUNDED_STEPS = 20
 FIRST_VALUES = 1e-12
 ONE: Shape = (1, 1, 1)
 ALL: list[Shape] = [
-    (a, b, c) for a, b, c in itertools.product((1, 2, 4, 8), repeat=3) if a * b * c == shrink.DEVICES
+    (a, b, c)
+    for a, b, c in itertools.product((1, 2, 4, 8), repeat=3)
+    if a * b * c == shrink.DEVICES
 ]  # every way to write 8 as data x expert x model
 
 
@@ -74,7 +76,9 @@ class Wanted(NamedTuple):
     float32: bool  # on every mesh, not only on the one with the most axes
 
 
-def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[str], None]) -> Result:
+def verify(
+    raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[str], None]
+) -> Result:
     """Proves a config (a nested dict) on meshes of simulated devices.
 
     `folder` is an empty directory for checkpoints; `say` is told what is being done. Raises UserError for a config that is refused by
@@ -83,7 +87,9 @@ def verify(raw: Mapping[str, Any], wanted: Wanted, folder: Path, say: Callable[[
     small, rules = shrink.shrink(raw)
     refusals = [refusal(small, shape) for shape in wanted.shapes]
     if all(refusals):
-        raise UserError(f"every mesh is refused for the config as it was shrunk (docs/verify.md): {refusals[0]}")
+        raise UserError(
+            f"every mesh is refused for the config as it was shrunk (docs/verify.md): {refusals[0]}"
+        )
     say("one device")
     one = reference(small, wanted.steps)
     states.write(one.program, one.begin, folder / "begin")
@@ -111,10 +117,14 @@ def reference(small: Mapping[str, Any], steps: int) -> Reference:
     return Reference(program, begin, [*probes, program.tied(begin)], states.named(program, end))
 
 
-def against(one: Reference, program: Program, begin: State) -> tuple[State, dict[str, Deviation], Deviation | None]:
+def against(
+    one: Reference, program: Program, begin: State
+) -> tuple[State, dict[str, Deviation], Deviation | None]:
     """The steps of a compiled program beside the reference's: (last state, worst deviations, the first beyond its limit)."""
     end, probes = program.steps(begin, len(one.probes) - 1)
-    return end, *compare.deviations(one.probes, [*probes, program.tied(begin)], one.end, states.named(program, end))
+    return end, *compare.deviations(
+        one.probes, [*probes, program.tied(begin)], one.end, states.named(program, end)
+    )
 
 
 def first_values(one: Reference, program: Program) -> alone.Check:
@@ -128,21 +138,36 @@ def first_values(one: Reference, program: Program) -> alone.Check:
 def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
     """The losses and the load of an evaluation on the mesh of `program` beside one device's; `begin` is the state there."""
     want, have = one.program.evaluate(one.begin), program.evaluate(begin)
-    scaled = {name: compare.far(want[name], have[name], np.maximum(np.abs(want[name]), 1)) for name in want}
+    scaled = {
+        name: compare.far(want[name], have[name], np.maximum(np.abs(want[name]), 1))
+        for name in want
+    }
     name, worst = compare.largest(scaled)
-    return alone.Check(f"{label(program.shape)} evaluates the same", worst, alone.LIMIT, name if worst else "", True)
+    return alone.Check(
+        f"{label(program.shape)} evaluates the same",
+        worst,
+        alone.LIMIT,
+        name if worst else "",
+        True,
+    )
 
 
 def unlike(raw: Mapping[str, Any], small: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
     """A line for each mesh that the config refuses as it is, and not as it was shrunk."""
     told = {shape: refusal(raw, shape) for shape in shapes if not refusal(small, shape)}
     text = "the config as it is refuses this mesh"
-    return [f"{label(shape)}: {text} ({why}); this row is of the shrunk one" for shape, why in told.items() if why]
+    return [
+        f"{label(shape)}: {text} ({why}); this row is of the shrunk one"
+        for shape, why in told.items()
+        if why
+    ]
 
 
 def widest(small: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
     """The mesh that splits the most, of those that are not refused."""
-    return max((s for s in shapes if not refusal(small, s)), key=lambda s: sum(length > 1 for length in s))
+    return max(
+        (s for s in shapes if not refusal(small, s)), key=lambda s: sum(length > 1 for length in s)
+    )
 
 
 def refusal(small: Mapping[str, Any], shape: Shape) -> str:
@@ -161,7 +186,11 @@ class _Job(NamedTuple):
 
 
 def _rows(
-    small: Mapping[str, Any], one: Reference, wanted: Wanted, folder: Path, say: Callable[[str], None]
+    small: Mapping[str, Any],
+    one: Reference,
+    wanted: Wanted,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> Iterator[Row]:
     layout, names = shrink.layout(small)
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
@@ -184,9 +213,14 @@ def _rows(
             yield empty(job.name, failure=f"fails: {_line(error)}") if error else row.result()
 
 
-def _submit(pool: ThreadPoolExecutor, name: str, shape: Shape, raws: Sequence[Mapping[str, Any]]) -> _Job:
+def _submit(
+    pool: ThreadPoolExecutor, name: str, shape: Shape, raws: Sequence[Mapping[str, Any]]
+) -> _Job:
     refused = refusal(raws[0], shape)
-    build = lambda raw: Program(raw, shape).compile()
+
+    def build(raw):
+        return Program(raw, shape).compile()
+
     return _Job(name, shape, refused, [] if refused else [pool.submit(build, raw) for raw in raws])
 
 
@@ -199,7 +233,11 @@ def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], f
     end, worst, first = against(one, program, begin)
     unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
     readers[:] = [program]
-    rounded = compare.rounded(want, _narrow(job.programs[1].result(), begin)) if len(job.programs) > 1 else None
+    rounded = (
+        compare.rounded(want, _narrow(job.programs[1].result(), begin))
+        if len(job.programs) > 1
+        else None
+    )
     return Row(job.name, "", "", worst, first, label(reader.shape), unequal, rounded)
 
 

@@ -55,13 +55,19 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "optim.master_copy", False, "parameters in float64 need none"
     yield "data.seq_len", 16, "small"
     rows = DEVICES * model["moe"]["group_rows"]
-    count = min(train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES)
+    count = min(
+        train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES
+    )
     many = max(count, 2)  # so that accumulation can be checked even where the config has none
     yield "train.micro_batch_size", rows if count > 1 else 0, f"{DEVICES} devices x group_rows"
     yield "train.batch_size", rows * many, f"{many} x {DEVICES} devices x group_rows"
     yield "eval.batch_size", 0, "as many as in training"
     yield "train.init_from", "", "begins at random"
-    yield "optim.warmup_steps", min(raw["optim"]["warmup_steps"], 1), "the first steps move the parameters"
+    yield (
+        "optim.warmup_steps",
+        min(raw["optim"]["warmup_steps"], 1),
+        "the first steps move the parameters",
+    )
     for name, value in _kind(model["kind"], model["kinds"].get(model["kind"], {})):
         yield f"model.kinds.{model['kind']}.{name}", value, "small"
     if model["moe"]["ordering"] == "rounding":
@@ -73,7 +79,11 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         )
     zeros = model["moe"]["sparse"]
     if "every" in zeros["rules"][zeros["rule"]]:
-        yield f"model.moe.sparse.rules.{zeros['rule']}.every", 2, "masks change within the steps that are compared"
+        yield (
+            f"model.moe.sparse.rules.{zeros['rule']}.every",
+            2,
+            "masks change within the steps that are compared",
+        )
     if zeros["rule"] == "magnitude":
         yield "model.moe.sparse.rules.magnitude.begin", 0.0, "likewise"
     if zeros["rule"] != "none" and zeros["pattern"] == "blocks":
@@ -161,7 +171,9 @@ def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _layouts(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
     """(name, key, its value when off, and on) of what may not change a model."""
-    if not raw["model"]["moe"]["losses"].get("micro_batch_balance"):  # by its definition a function of the micro-batch
+    if not raw["model"]["moe"]["losses"].get(
+        "micro_batch_balance"
+    ):  # by its definition a function of the micro-batch
         yield "accumulate", "train.micro_batch_size", 0, DEVICES * raw["model"]["moe"]["group_rows"]
     yield "scan", "model.scan", False, True
     yield "remat", "model.remat", "none", "full"

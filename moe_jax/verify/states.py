@@ -10,7 +10,12 @@ from moe_jax.train_step import State
 from moe_jax.verify.program import Program
 
 PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}  # of a model's blocks, in their order
-COMPARED = ("params/", "router_state/", "ema/", "masks/")  # of a state; moments follow from the gradients
+COMPARED = (
+    "params/",
+    "router_state/",
+    "ema/",
+    "masks/",
+)  # of a state; moments follow from the gradients
 
 
 def write(program: Program, now: State, directory: Path) -> None:
@@ -56,5 +61,8 @@ def unequal(program: Program, now: State, reader: Program, directory: Path) -> l
 
 def differ(want: dict[str, np.ndarray], have: dict[str, np.ndarray]) -> list[str]:
     """The names of the arrays that differ in a bit."""
-    same = lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+    def same(a, b):
+        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
     return sorted(name for name in want.keys() | have.keys() if not same(want[name], have[name]))

@@ -88,7 +88,12 @@ def test_tables_of_another_tokenizer_are_refused(tmp_path, loaded):
     with pytest.raises(UserError) as error:
         meaning.compare(tmp_path / "old", labelled(ours), loaded)
     message = str(error.value)
-    for part in (str(tmp_path / "old"), ours.fingerprint[:12], theirs.fingerprint[:12], f'("{loaded[0]}", "")'):
+    for part in (
+        str(tmp_path / "old"),
+        ours.fingerprint[:12],
+        theirs.fingerprint[:12],
+        f'("{loaded[0]}", "")',
+    ):
         assert part in message
     assert "is b'cd' there and b'ab' here" in message
 
@@ -96,14 +101,18 @@ def test_tables_of_another_tokenizer_are_refused(tmp_path, loaded):
 def test_other_classes_and_items_are_refused_and_unknown_ones_told(tmp_path):
     bytes_tokenizer = tokenizer.bytes_tokenizer()
     labelled(bytes_tokenizer, ("dog", "cat")).save(tmp_path / "old")
-    with pytest.raises(UserError, match=r"class 0 is 'dog' there and 'cat' here.*\(\"head/w\", \"\"\)"):
+    with pytest.raises(
+        UserError, match=r"class 0 is 'dog' there and 'cat' here.*\(\"head/w\", \"\"\)"
+    ):
         meaning.compare(tmp_path / "old", labelled(bytes_tokenizer), ["ends/embed", "head/w"])
     assert meaning.compare(tmp_path / "old", labelled(bytes_tokenizer), ["ends/embed"]) == []
     (note,) = meaning.compare(tmp_path / "old", labelled(bytes_tokenizer, ("dog",)), ["head/w"])
     assert "there are 2 there and 1 here, and the first 1 mean the same" in note
     examples.Market(("a", "b"), (), (), (), {}).save(tmp_path / "old")
     with pytest.raises(UserError, match="item 1 is 'b' there and 'c' here"):
-        meaning.compare(tmp_path / "old", examples.Market(("a", "c"), (), (), (), {}), ["ends/embed"])
+        meaning.compare(
+            tmp_path / "old", examples.Market(("a", "c"), (), (), (), {}), ["ends/embed"]
+        )
     (note,) = meaning.compare(tmp_path / "none", labelled(bytes_tokenizer), ["ends/embed"])
     assert "tokenizer is missing: ends/embed are taken" in note
 
@@ -116,21 +125,30 @@ def test_renames_of_nothing_are_refused_by_name(tmp_path):
     }
     saves.save(1, there, metadata={}, score=None, stacked=False)
     saves.close()
-    here = {"params": {"embed": jnp.zeros(2), "repeats": {"v": jnp.zeros((1, 2))}}, "router_state": {"t": jnp.zeros(1)}}
+    here = {
+        "params": {"embed": jnp.zeros(2), "repeats": {"v": jnp.zeros((1, 2))}},
+        "router_state": {"t": jnp.zeros(1)},
+    }
 
     def check(**rename):
         refuse_idle_renames(tmp_path, 1, here, stacked=True, rename=rename)
 
     check(s="t", embed="")
     check(**{"repeats/0/w": "repeats/0/v"})
-    with pytest.raises(UserError, match=r"\('embd', 'embed'\) renames nothing.* It has embed, repeats/0/w, s"):
+    with pytest.raises(
+        UserError, match=r"\('embd', 'embed'\) renames nothing.* It has embed, repeats/0/w, s"
+    ):
         check(embd="embed")
     with pytest.raises(UserError, match=r"\('', 'embed'\) renames nothing"):
         check(**{"": "embed"})
     with pytest.raises(UserError, match=r"makes 'embet' of 'embed', and this model has no such"):
         check(embed="embet")
     with pytest.raises(UserError, match="renames 'a' twice"):
-        renames(tiny.build(changes={"train.init_from": "x", "train.init_rename": (("a", "b"), ("a", "c"))}))
+        renames(
+            tiny.build(
+                changes={"train.init_from": "x", "train.init_rename": (("a", "b"), ("a", "c"))}
+            )
+        )
 
 
 VISION = {"task": "vision", "model.kind": "encoder"}
@@ -142,26 +160,66 @@ DENSE = {"model.period": ("dense",)}
     [
         ({}, 0, ""),
         ({"profile": "10:12"}, 0, ""),
-        ({"profile": "10:12"}, 12, "profile = 10:12 traces nothing: this run makes steps 13 to 100"),
-        ({"profile": "10:12", "train.stop_at": 10}, 0, "profile = 10:12 traces nothing: this run makes steps 1 to 10"),
+        (
+            {"profile": "10:12"},
+            12,
+            "profile = 10:12 traces nothing: this run makes steps 13 to 100",
+        ),
+        (
+            {"profile": "10:12", "train.stop_at": 10},
+            0,
+            "profile = 10:12 traces nothing: this run makes steps 1 to 10",
+        ),
         ({"profile": "10:12"}, 100, "profile = 10:12 traces nothing: this run makes no step"),
         ({"record.steps": "5,every 20"}, 10, ""),
         ({"record.steps": "5,7"}, 10, 'record.steps = "5,7" records nothing'),
-        ({"record.steps": "5,400"}, 0, "record.steps: 400 will not be recorded: this run makes steps 1 to 100"),
-        ({"record.steps": "every 50", "train.stop_at": 40}, 0, 'record.steps = "every 50" records nothing'),
+        (
+            {"record.steps": "5,400"},
+            0,
+            "record.steps: 400 will not be recorded: this run makes steps 1 to 100",
+        ),
+        (
+            {"record.steps": "every 50", "train.stop_at": 40},
+            0,
+            'record.steps = "every 50" records nothing',
+        ),
         ({"record.rows": 3}, 0, "record.rows = 3 does nothing"),
         ({"train.stop_at": 100}, 0, "train.stop_at = 100 does nothing"),
-        ({"checkpoint.keep_best": 2, "eval.every": 0}, 0, "checkpoint.keep_best = 2 keeps nothing more"),
-        ({"checkpoint.keep_best": 2, "eval.every": 30, "checkpoint.every": 40}, 0, "checkpoint.keep_best = 2 keeps"),
+        (
+            {"checkpoint.keep_best": 2, "eval.every": 0},
+            0,
+            "checkpoint.keep_best = 2 keeps nothing more",
+        ),
+        (
+            {"checkpoint.keep_best": 2, "eval.every": 30, "checkpoint.every": 40},
+            0,
+            "checkpoint.keep_best = 2 keeps",
+        ),
         ({"checkpoint.keep_best": 2, "eval.every": 20, "checkpoint.every": 40}, 0, ""),
-        ({"optim.decay_mask": "all", "optim.optimizers.adamw.weight_decay": 0.0}, 0, 'optim.decay_mask = "all" does'),
+        (
+            {"optim.decay_mask": "all", "optim.optimizers.adamw.weight_decay": 0.0},
+            0,
+            'optim.decay_mask = "all" does',
+        ),
         ({"optim.decay_mask": "all"}, 0, ""),
         (DENSE | {"eval.dispatcher": "dropless"}, 0, 'eval.dispatcher = "dropless" does nothing'),
         ({"model.moe.adaptive.limit": 7.0}, 0, "model.moe.adaptive.limit = 7.0 does nothing"),
-        ({"eval.sample_prompt": "a", "eval.sample_tokens": 0}, 0, "eval.sample_prompt does nothing"),
-        (VISION | {"data.sources": (("x", 1.0),)}, 0, 'data.sources does nothing: it is for task "lm", not "vision"'),
+        (
+            {"eval.sample_prompt": "a", "eval.sample_tokens": 0},
+            0,
+            "eval.sample_prompt does nothing",
+        ),
+        (
+            VISION | {"data.sources": (("x", 1.0),)},
+            0,
+            'data.sources does nothing: it is for task "lm", not "vision"',
+        ),
         ({"data.folder": "x"}, 0, "data.folder does nothing"),
-        ({"data.sources": (("x", 1.0),), "data.heldout_every": 3}, 0, "data.heldout_every does nothing"),
+        (
+            {"data.sources": (("x", 1.0),), "data.heldout_every": 3},
+            0,
+            "data.heldout_every does nothing",
+        ),
         ({"data.heldout_every": 3}, 0, ""),
     ],
 )

@@ -36,14 +36,24 @@ def params(seed, stacked=True):
         value = random_state.normal(size=shape).astype(dtype)
         return jax.device_put(value, jax.NamedSharding(mesh, P(*spec)))
 
-    layers = {"w": draw((LAYERS, 8, 16), None, "data", "model"), "scale": draw((LAYERS, 8), None, None)}
+    layers = {
+        "w": draw((LAYERS, 8, 16), None, "data", "model"),
+        "scale": draw((LAYERS, 8), None, None),
+    }
     if not stacked:
         layers = {str(i): jax.tree.map(lambda x, i=i: x[i], layers) for i in range(LAYERS)}
-    return {"embed": draw((16, 8), "model", "data", dtype=jnp.bfloat16), "layers": {"repeats": layers}}
+    return {
+        "embed": draw((16, 8), "model", "data", dtype=jnp.bfloat16),
+        "layers": {"repeats": layers},
+    }
 
 
 def state(seed, stacked=True, step=7):
-    return State(jnp.int32(step), params(seed, stacked), {"mu": params(seed + 100, stacked), "count": jnp.int32(step)})
+    return State(
+        jnp.int32(step),
+        params(seed, stacked),
+        {"mu": params(seed + 100, stacked), "count": jnp.int32(step)},
+    )
 
 
 def open_dir(path, every=1, keep=2, keep_best=0):
@@ -162,7 +172,9 @@ def test_nnx_states_have_the_names_of_their_variables(tmp_path):
     save(checkpoints, 1, scan)
     assert set(manifest.read(checkpoints.path(1))["arrays"]) == {"repeats/0/w", "repeats/1/w"}
     assert_equal(checkpoints.restore(1, loop, stacked=False), loop)
-    assert_equal(checkpoints.restore(1, nnx.to_pure_dict(loop), stacked=False), nnx.to_pure_dict(loop))
+    assert_equal(
+        checkpoints.restore(1, nnx.to_pure_dict(loop), stacked=False), nnx.to_pure_dict(loop)
+    )
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
@@ -183,13 +195,21 @@ def test_misfits_are_named_with_both_values(tmp_path, mesh):
     with pytest.raises(UserError) as error:
         checkpoints.restore(1, other, stacked=True)
     message = str(error.value)
-    assert "params/layers/repeats/1/w is float32[8, 16] in the checkpoint and float32[8, 32] in this run" in message
+    assert (
+        "params/layers/repeats/1/w is float32[8, 16] in the checkpoint and float32[8, 32] in this run"
+        in message
+    )
     assert "params/embed is bfloat16[16, 8] in the checkpoint and absent in this run" in message
     assert "params/extra is absent in the checkpoint and bfloat16[16, 8] in this run" in message
     assert "step is int32[] in the checkpoint and float32[] in this run" in message
     assert "train.init_from" in message
-    with pytest.raises(UserError, match=r"params/layers/repeats/2/w is float32\[8, 16\] in the checkpoint and absent"):
-        checkpoints.restore(1, jax.tree.map(lambda x: x[:2] if x.ndim == 3 else x, state(5)), stacked=True)
+    with pytest.raises(
+        UserError,
+        match=r"params/layers/repeats/2/w is float32\[8, 16\] in the checkpoint and absent",
+    ):
+        checkpoints.restore(
+            1, jax.tree.map(lambda x: x[:2] if x.ndim == 3 else x, state(5)), stacked=True
+        )
     with pytest.raises(UserError, match=r"there is no checkpoint of step 9 in .*: it has 1"):
         checkpoints.restore(9, other, stacked=True)
 
@@ -229,7 +249,9 @@ def test_damage_is_found_and_passed_over(tmp_path, what, caplog):
     assert again.latest() == 1
     assert ("damaged" in caplog.text) == (what != "no manifest")
     assert_equal(again.restore(1, trees[1], stacked=False), trees[1])
-    with pytest.raises(UserError, match=r"step_00000002 is damaged|there is no checkpoint of step 2"):
+    with pytest.raises(
+        UserError, match=r"step_00000002 is damaged|there is no checkpoint of step 2"
+    ):
         again.restore(2, trees[2], stacked=False)
     assert newest.exists()  # reading deletes nothing
     save(again, 2, trees[2])
@@ -244,7 +266,9 @@ def test_all_damaged_is_an_error(tmp_path):
     save(checkpoints, 1, {"x": jnp.zeros(1)})
     checkpoints.close()
     flip(largest(tmp_path / "step_00000001" / "state"))
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged: move that directory away"):
+    with pytest.raises(
+        UserError, match=r"every checkpoint in .* is damaged: move that directory away"
+    ):
         open_dir(tmp_path).latest()
 
 
@@ -261,7 +285,8 @@ def test_a_failed_save_surfaces_at_the_next_call(tmp_path, monkeypatch):
         patch.setattr(manifest, "write", full)
         save(checkpoints, 2, {"x": jnp.ones(1)})
         with pytest.raises(
-            RuntimeError, match=r"saving .*step_00000002 failed .* bytes are free .*No space left on device"
+            RuntimeError,
+            match=r"saving .*step_00000002 failed .* bytes are free .*No space left on device",
         ):
             for _ in range(1000):
                 checkpoints.poll()
@@ -283,7 +308,12 @@ def test_load_params_takes_what_matches(tmp_path, mesh):
     old = {
         "embed": jnp.ones((4, 2)),
         "head": jnp.ones((2, 4)),
-        "layers": {"repeats": {"0": {"ffn": {"w": jnp.full((2, 2), 1.0)}}, "1": {"ffn": {"w": jnp.full((2, 2), 2.0)}}}},
+        "layers": {
+            "repeats": {
+                "0": {"ffn": {"w": jnp.full((2, 2), 1.0)}},
+                "1": {"ffn": {"w": jnp.full((2, 2), 2.0)}},
+            }
+        },
     }
     save(checkpoints, 5, State(jnp.int32(5), old, ()), stacked=False)
     checkpoints.close()
@@ -291,7 +321,9 @@ def test_load_params_takes_what_matches(tmp_path, mesh):
     new = {
         "embed": jnp.zeros((4, 2), jnp.bfloat16),
         "head": jnp.zeros((2, 8)),
-        "layers": {"repeats": {"shared": {"w": jax.device_put(np.zeros((2, 2, 2), np.float32), place)}}},
+        "layers": {
+            "repeats": {"shared": {"w": jax.device_put(np.zeros((2, 2, 2), np.float32), place)}}
+        },
         "router": jnp.zeros(3),
     }
     rename = {"layers/repeats/0/ffn": "layers/repeats/0/shared", "layers/repeats/1": "elsewhere"}
@@ -299,7 +331,9 @@ def test_load_params_takes_what_matches(tmp_path, mesh):
     got, report = load_params(tmp_path, new, stacked=True, rename=rename, part="params", step=None)
     assert report.step == 5
     assert report.loaded == ["embed", "layers/repeats/shared/w"]
-    assert report.renamed == [(f"layers/repeats/{i}/ffn/w", f"layers/repeats/{i}/shared/w") for i in (0, 1)]
+    assert report.renamed == [
+        (f"layers/repeats/{i}/ffn/w", f"layers/repeats/{i}/shared/w") for i in (0, 1)
+    ]
     assert report.left == [
         ("head", "head is [2, 4] in the checkpoint and [2, 8] here"),
         ("router", "router is not in the checkpoint"),
@@ -313,18 +347,30 @@ def test_load_params_takes_what_matches(tmp_path, mesh):
 
 def test_load_params_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"train.init_from: there is no checkpoint in .*"):
-        load_params(tmp_path, {"x": jnp.zeros(1)}, stacked=False, rename={}, part="params", step=None)
+        load_params(
+            tmp_path, {"x": jnp.zeros(1)}, stacked=False, rename={}, part="params", step=None
+        )
     checkpoints = open_dir(tmp_path)
     save(checkpoints, 1, State(jnp.int32(1), {"a": jnp.zeros(1), "b": jnp.zeros(1)}, ()))
     checkpoints.close()
-    with pytest.raises(UserError, match=r"no parameter of .*step_00000001 matches.* It has a, b; this model has x"):
-        load_params(tmp_path, {"x": jnp.zeros(1)}, stacked=False, rename={}, part="params", step=None)
+    with pytest.raises(
+        UserError, match=r"no parameter of .*step_00000001 matches.* It has a, b; this model has x"
+    ):
+        load_params(
+            tmp_path, {"x": jnp.zeros(1)}, stacked=False, rename={}, part="params", step=None
+        )
 
 
 def test_compare_configs():
-    old = json.loads(json.dumps({"model": {"d": 128, "period": ("moe",), "moe": {}}, "eval": {"every": 5}, "seed": 0}))
+    old = json.loads(
+        json.dumps(
+            {"model": {"d": 128, "period": ("moe",), "moe": {}}, "eval": {"every": 5}, "seed": 0}
+        )
+    )
     compare_configs(
-        old, {"model": {"d": 128, "period": ("moe",), "moe": {}}, "eval": {"every": 7}, "seed": 0}, ("eval",)
+        old,
+        {"model": {"d": 128, "period": ("moe",), "moe": {}}, "eval": {"every": 7}, "seed": 0},
+        ("eval",),
     )
     new = {"model": {"d": 64, "period": ("dense",), "moe": {}}, "eval": {"every": 5}, "evaluate": 1}
     with pytest.raises(UserError) as error:

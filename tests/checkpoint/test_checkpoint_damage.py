@@ -274,7 +274,19 @@ def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch)
     assert sorted(os.listdir(tmp_path / "c")) == ["step_00000002"]
 
 
-PATHS = ["sweep[1]", "[!a] *?", "a\\b", "50%{x,y}", "'\"~", "-n", "gs:", "x.__lock", "new\nline", "日本 é", "b\udcff"]
+PATHS = [
+    "sweep[1]",
+    "[!a] *?",
+    "a\\b",
+    "50%{x,y}",
+    "'\"~",
+    "-n",
+    "gs:",
+    "x.__lock",
+    "new\nline",
+    "日本 é",
+    "b\udcff",
+]
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -42,7 +42,9 @@ while True:
 
 def worker(*args, **kwargs):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-c", *args], stdout=subprocess.PIPE, text=True, env=env, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-c", *args], stdout=subprocess.PIPE, text=True, env=env, **kwargs
+    )
 
 
 def assert_restorable(path, at_least):
@@ -121,7 +123,10 @@ def test_two_processes(tmp_path):
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     path, outs = tmp_path / "sweep[1]" / "a\\b:c\n", [tmp_path / "out0", tmp_path / "out1"]
-    both = [worker(TWO_PROCESSES, address, str(i), str(path), str(outs[i]), stderr=subprocess.PIPE) for i in (0, 1)]
+    both = [
+        worker(TWO_PROCESSES, address, str(i), str(path), str(outs[i]), stderr=subprocess.PIPE)
+        for i in (0, 1)
+    ]
     for process in both:
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 0, errors[-3000:]

@@ -18,7 +18,11 @@ def test_variants_are_timed_in_turn(capsys):
     variants = ["--variant", f"e8:{SMALL}", "--variant", f'dense:{SMALL};model.period=("dense",)']
     assert __main__.main(["bench", "--config", "configs/base.py", "--rounds", "2", *variants]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match("(e8|dense) ", line)]
-    assert len(lines) == 2 and re.search(r" 1\.00 ", lines[0]) and all(line.endswith(" M") for line in lines)
+    assert (
+        len(lines) == 2
+        and re.search(r" 1\.00 ", lines[0])
+        and all(line.endswith(" M") for line in lines)
+    )
 
 
 def test_a_misspelt_key_is_named():

@@ -19,13 +19,21 @@ from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact, stored
 
-NARROW = {"model.param_dtype": "float32", "model.dtype": "float32", "model.num_heads": 2, "model.repeats": 1}
+NARROW = {
+    "model.param_dtype": "float32",
+    "model.dtype": "float32",
+    "model.num_heads": 2,
+    "model.repeats": 1,
+}
 NARROW |= {"model.moe.num_experts": 4, "train.batch_size": 8}
 
 
 def layer(seed=0, e=2, d=4, p=2, f=6):
     rng = np.random.default_rng(seed)
-    return {"w_in": rng.normal(size=(e, d, p, f)).astype("f"), "w_out": rng.normal(size=(e, f, d)).astype("f")}
+    return {
+        "w_in": rng.normal(size=(e, d, p, f)).astype("f"),
+        "w_out": rng.normal(size=(e, f, d)).astype("f"),
+    }
 
 
 def without(w, expert, units):
@@ -38,7 +46,9 @@ def run(folder, zeros, given=None):
     raw = tiny.raw({**NARROW, **(given or {}), "mesh.data": 1})
     cfg = tiny.build((1, 1, 1), {**NARROW, **(given or {})})
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        params, router_state = jax.device_get(jax.jit(train_step.make_model(cfg.model).init)(jax.random.key(0)))
+        params, router_state = jax.device_get(
+            jax.jit(train_step.make_model(cfg.model).init)(jax.random.key(0))
+        )
         params = jax.tree.map(np.array, params)
         for _, experts in sparse.experts_of(params):
             zeros(experts)
@@ -63,7 +73,10 @@ def test_what_lives():
     w["w_in"][0, :, 0, 2] = 0  # no gate: silu(0) = 0
     w["w_in"][0, :, 1, 3] = 0  # no up: 0 * gate
     w["w_in"][0, :3, :, 4] = 0  # one weight of each is left
-    assert compact.living(w)[0].tolist() == [True, False, False, False, True, True] and compact.living(w)[1].all()
+    assert (
+        compact.living(w)[0].tolist() == [True, False, False, False, True, True]
+        and compact.living(w)[1].all()
+    )
     thin = compact.narrow(w, 6)
     np.testing.assert_array_equal(thin["w_out"][0, :3], w["w_out"][0, [0, 4, 5]])
     np.testing.assert_array_equal(thin["w_in"][0, :, :, :3], w["w_in"][0][:, :, [0, 4, 5]])
@@ -87,7 +100,9 @@ def test_blocks_by_hand():
     assert values[0, 1].tolist() == [[5, 6], [0, 9], [0, 0], [0, 0]]
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_allclose(
-        stored.product(jnp.array(x), jnp.array(values[0]), jnp.array(places[0])), x @ matrix[0], rtol=1e-6
+        stored.product(jnp.array(x), jnp.array(values[0]), jnp.array(places[0])),
+        x @ matrix[0],
+        rtol=1e-6,
     )
     w = {"w_in": matrix[:, :, None, :], "w_out": matrix}
     assert compact.blocks([w], 2) == compact.Blocks(2, 2, 2, 1.0)
@@ -102,7 +117,10 @@ def test_units_go_and_outputs_stay(tmp_path, capsys):
     source = run(tmp_path / "run", dead_units, {"optim.ema_decay": 0.5})
     assert compacted(source, tmp_path / "out") == 0
     told = capsys.readouterr().out
-    assert "model.moe.expert_hidden 16 -> 11: the fullest expert of all layers has 11 living units of 16" in told
+    assert (
+        "model.moe.expert_hidden 16 -> 11: the fullest expert of all layers has 11 living units of 16"
+        in told
+    )
     deviation = float(re.search(r"largest deviation (\S+) of", told)[1])
     assert deviation <= 1e-6
     counts = re.search(r"parameters: ([\d,]+) -> ([\d,]+)", told)
@@ -114,11 +132,20 @@ def test_units_go_and_outputs_stay(tmp_path, capsys):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         ema, _ = generate.load(cfg, tmp_path / "out" / "checkpoints", None, True)
         params, _ = generate.load(cfg, tmp_path / "out" / "checkpoints", None, False)
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a / 2, b), jax.device_get(params), jax.device_get(ema))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a / 2, b),
+            jax.device_get(params),
+            jax.device_get(ema),
+        )
         # as train.init_from reads it
         like = jax.eval_shape(train_step.make_model(cfg.model).init, jax.random.key(0))[0]
         _, found = checkpoint.load_params(
-            tmp_path / "out" / "checkpoints", like, stacked=False, rename={}, part="params", step=None
+            tmp_path / "out" / "checkpoints",
+            like,
+            stacked=False,
+            rename={},
+            part="params",
+            step=None,
         )
         assert not found.left
 
@@ -144,7 +171,9 @@ def few_blocks(w):
 @pytest.mark.parametrize("format", ["auto", "blocks", "dense"])
 def test_blocks_are_stored_on_demand(tmp_path, capsys, format):
     given = {"model.moe.sparse.rule": "static", "model.moe.sparse.pattern": "blocks"}
-    source = run(tmp_path / "run", few_blocks, {**given, "model.moe.sparse.patterns.blocks.block": 4})
+    source = run(
+        tmp_path / "run", few_blocks, {**given, "model.moe.sparse.patterns.blocks.block": 4}
+    )
     assert compacted(source, tmp_path / "out", "--format", format) == 0
     told = capsys.readouterr().out
     cfg = generate.read_config(tmp_path / "out")
@@ -163,14 +192,23 @@ def test_blocks_are_stored_on_demand(tmp_path, capsys, format):
 
 @pytest.mark.parametrize(
     ("block", "used", "of", "stored"),
-    [(16, 1, 64, False), (32, 16, 64, True), (32, 17, 64, False), (64, 8, 20, True), (64, 9, 20, False)]
+    [
+        (16, 1, 64, False),
+        (32, 16, 64, True),
+        (32, 17, 64, False),
+        (64, 8, 20, True),
+        (64, 9, 20, False),
+    ]
     + [(128, 2, 4, True), (128, 3, 4, False), (256, 1, 2, True)],
 )
 def test_auto_stores_blocks_up_to_the_share_that_pays(block, used, of, stored):
     """Of `of` blocks in every column of blocks `used` are not zero: the limits of docs/sparse_weights.md."""
     side = block * of
     column = np.repeat(np.arange(of) < used, block)[None, :, None]
-    w = {"w_in": np.broadcast_to(column[..., None], (1, side, 1, block)), "w_out": np.zeros((1, block, block))}
+    w = {
+        "w_in": np.broadcast_to(column[..., None], (1, side, 1, block)),
+        "w_out": np.zeros((1, block, block)),
+    }
     w["w_out"] = w["w_in"][:, :, 0]  # one matrix twice: only counts matter here
     form, text = convert.block_format([w], block, argparse.Namespace(format="auto"))
     assert (form is not None) == stored and ("whole matrices stay" in text) != stored
@@ -189,10 +227,15 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
             values = generate.load(cfg, folder / "checkpoints", None, False)
             task, model = convert.TASKS[cfg.task], train_step.make_model(cfg.model)
             batch = tiny.put(cfg, tiny.batch(cfg))
-            run_it = lambda values, batch: task.losses(model.bind(*values), batch, jax.random.key(0), False).outputs
+
+            def run_it(values, batch):
+                return task.losses(model.bind(*values), batch, jax.random.key(0), False).outputs
+
             return np.asarray(jax.jit(run_it)(values, batch))
 
-    np.testing.assert_allclose(outputs(source, (1, 1, 1)), outputs(tmp_path / "out", (2, 4, 1)), atol=1e-5)
+    np.testing.assert_allclose(
+        outputs(source, (1, 1, 1)), outputs(tmp_path / "out", (2, 4, 1)), atol=1e-5
+    )
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     with pytest.raises(UserError, match=r"mesh.model \(2\) must be 1 for experts stored as blocks"):
         convert.config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 2}}, 2)
@@ -205,9 +248,18 @@ def test_mistakes(tmp_path, capsys):
     for flags, message in (
         ((source, tmp_path / "full"), "full is not empty: name a new directory"),
         ((tmp_path / "none", tmp_path / "a"), "holds no run"),
-        ((source, tmp_path / "b", "--format", "blocks"), "--format blocks needs the side of a block"),
-        ((source, tmp_path / "b", "--format", "dense", "--block", "4"), "so --block 4 would do nothing"),
-        ((source, tmp_path / "c", "--format", "blocks", "--block", "5"), "--block 5 must divide model.d_model (16)"),
+        (
+            (source, tmp_path / "b", "--format", "blocks"),
+            "--format blocks needs the side of a block",
+        ),
+        (
+            (source, tmp_path / "b", "--format", "dense", "--block", "4"),
+            "so --block 4 would do nothing",
+        ),
+        (
+            (source, tmp_path / "c", "--format", "blocks", "--block", "5"),
+            "--block 5 must divide model.d_model (16)",
+        ),
     ):
         assert compacted(*flags) == 64
         assert message in capsys.readouterr().err
@@ -223,8 +275,14 @@ def test_an_encoder_of_vectors(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "16 -> 11" in told and float(re.search(r"largest deviation (\S+) of", told)[1]) <= 1e-6
     for command, message in (
-        (["generate", "--prompt", "x"], 'is a run of task = "vision" (model.kind "encoder"), which has no text'),
-        (["probe"], 'is a run of task "vision", model.kind "encoder": the instruments look into the language'),
+        (
+            ["generate", "--prompt", "x"],
+            'is a run of task = "vision" (model.kind "encoder"), which has no text',
+        ),
+        (
+            ["probe"],
+            'is a run of task "vision", model.kind "encoder": the instruments look into the language',
+        ),
     ):
         assert entry([*command, "--workdir", str(tmp_path / "out")]) == 64
         assert message in capsys.readouterr().err
@@ -255,5 +313,21 @@ def test_blocks_decode_to_the_same_text(tmp_path, capsys):
         return capsys.readouterr().out
 
     assert text(source) == text(tmp_path / "out") and len(text(source)) > 6
-    assert entry(["probe", "--workdir", str(tmp_path / "out"), "--what", "interference", "--batches", "1"]) == 64
-    assert "interference needs gradients, and experts stored as blocks have none" in capsys.readouterr().err
+    assert (
+        entry(
+            [
+                "probe",
+                "--workdir",
+                str(tmp_path / "out"),
+                "--what",
+                "interference",
+                "--batches",
+                "1",
+            ]
+        )
+        == 64
+    )
+    assert (
+        "interference needs gradients, and experts stored as blocks have none"
+        in capsys.readouterr().err
+    )

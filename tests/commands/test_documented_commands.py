@@ -75,7 +75,11 @@ def resolved(command):
     words = [word for word in words if word is not None]
     if command.module == "moe_jax probe" and "--steps" in words:
         words[words.index("--steps") + 1] = "1"
-    if command.module == "moe_jax convert" and "--out" in words and words[words.index("--out") + 1] == "runs/books":
+    if (
+        command.module == "moe_jax convert"
+        and "--out" in words
+        and words[words.index("--out") + 1] == "runs/books"
+    ):
         words[words.index("--out") + 1] = "runs/converted"
     return words
 
@@ -86,10 +90,21 @@ def of(*modules):
     for command in COMMANDS:
         if command.module in modules:
             once.setdefault(tuple(resolved(command)), command)
-    return [pytest.param(command, id=f"{command.source} {command.text}"[:100]) for command in once.values()]
+    return [
+        pytest.param(command, id=f"{command.source} {command.text}"[:100])
+        for command in once.values()
+    ]
 
 
-OWN_FLAGS = ("workdir", "smoke", "dry_run", "coordinator", "num_processes", "process_id", "distributed")
+OWN_FLAGS = (
+    "workdir",
+    "smoke",
+    "dry_run",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "distributed",
+)
 
 
 class Typist:
@@ -106,7 +121,9 @@ class Typist:
         for name in list(flags.FLAGS):
             if name.split(".")[0] in ("config", *OWN_FLAGS):
                 delattr(flags.FLAGS, name)
-        self._monkeypatch.setattr(sys, "argv", ["main", *words])  # ml_collections reads the keys from there
+        self._monkeypatch.setattr(
+            sys, "argv", ["main", *words]
+        )  # ml_collections reads the keys from there
         return importlib.reload(main)
 
     def trains(self, *words):
@@ -135,9 +152,15 @@ def train_flags(command):
     if not any(word.startswith("--workdir") for word in words):
         assert command.source == "README.md", f"{command.source}: {command.text} has no --workdir"
         words += ["--workdir", "runs/of_the_table"]
-    simulated = [int(word.partition("=")[2]) for word in words if word.startswith("--config.simulate_devices=")]
+    simulated = [
+        int(word.partition("=")[2])
+        for word in words
+        if word.startswith("--config.simulate_devices=")
+    ]
     meshes = any(word.startswith("--config.mesh.") for word in words)
-    return words, simulated[0] if simulated else 8 if "configs/debug.py" in words else DEVICES if meshes else 1
+    return words, simulated[
+        0
+    ] if simulated else 8 if "configs/debug.py" in words else DEVICES if meshes else 1
 
 
 # Every command is one that its program takes
@@ -145,7 +168,9 @@ def train_flags(command):
 
 def test_there_are_commands_in_every_kind_of_source():
     kinds = {command.source.split("/")[0] for command in COMMANDS}
-    assert kinds == {"README.md", "docs", "experiments", "configs", "moe_jax"} and len(COMMANDS) > 80
+    assert (
+        kinds == {"README.md", "docs", "experiments", "configs", "moe_jax"} and len(COMMANDS) > 80
+    )
     text = "Type `python -m a b`:\n\n    X=1 python -m c 'd e' \\\n      f  # g\n\n| a | `--config.k=1 ...` |\n"
     assert documented.read(text) == ["python -m a b", "python -m c 'd e'  f  # g"]
     assert documented.rows_of_flags(text) == [f"{documented.QUICKSTART} --config.k=1"]
@@ -202,7 +227,9 @@ def test_every_variant_is_one_that_the_rules_allow():
         config.build(smoke.shorten(raw)[0], raw["simulate_devices"] or 1)
         config.build(leak.shrink(raw), 1)
         proven, _ = shrink.shrink(raw)
-        assert all(shrink.accepted(one) for one in (proven, shrink.plain(proven), shrink.layout(proven)[0])), name
+        assert all(
+            shrink.accepted(one) for one in (proven, shrink.plain(proven), shrink.layout(proven)[0])
+        ), name
 
 
 def variants():
@@ -215,7 +242,9 @@ def variants():
 
 
 GRIDS = {
-    "sparse_training_rules": sparse_training_rules.grid(sparse_training_rules.CELLS | sparse_training_rules.OTHERS),
+    "sparse_training_rules": sparse_training_rules.grid(
+        sparse_training_rules.CELLS | sparse_training_rules.OTHERS
+    ),
     "sparsity_vs_quality": sparse_training_rules.grid(sparsity_vs_quality.CELLS),
     "routers": routers.grid(list(routers.DELTAS), 500),
 }
@@ -250,7 +279,9 @@ class World:
 
     def _jsonl(self, texts):
         lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
-        (self.folder / "corpus" / "a.jsonl.zst").write_bytes(pa.compress(lines.encode(), codec="zstd", asbytes=True))
+        (self.folder / "corpus" / "a.jsonl.zst").write_bytes(
+            pa.compress(lines.encode(), codec="zstd", asbytes=True)
+        )
 
 
 def pieces(domain):
@@ -272,26 +303,38 @@ def typed(command, here, capsys, *more):
         code = here.trains(*words, "--smoke", *more)
     elif command.module in SHORT:
         here.has(8)
-        code = __main__.main([command.module.split()[1], *resolved(command), *SHORT[command.module], *more])
+        code = __main__.main(
+            [command.module.split()[1], *resolved(command), *SHORT[command.module], *more]
+        )
     else:
         program = importlib.import_module(command.module.removesuffix(".py").replace("/", "."))
-        code = program.main([*resolved(command), *([] if "--report" in command.flags else ["--smoke"]), *more])
+        code = program.main(
+            [*resolved(command), *([] if "--report" in command.flags else ["--smoke"]), *more]
+        )
     return code, *capsys.readouterr()
 
 
 def on_page(source, *beginnings):
     """The commands of a source that begin so, in its order."""
-    some = [command for command in COMMANDS if command.source == source and command.module not in UNTYPED]
+    some = [
+        command
+        for command in COMMANDS
+        if command.source == source and command.module not in UNTYPED
+    ]
     return [c for c in some if c.text.startswith(beginnings)]
 
 
 SMALLER = ("--config.model.repeats=1",)
 
 
-def test_the_readmes_own_data_are_prepared_trained_on_and_continued(world, here, monkeypatch, capsys):
+def test_the_readmes_own_data_are_prepared_trained_on_and_continued(
+    world, here, monkeypatch, capsys
+):
     monkeypatch.chdir(world)
     (prepare,) = on_page("README.md", "python -m moe_jax prepare --source")
-    (trained,) = (c for c in on_page("README.md", "python -m moe_jax.main") if "runs/books" in c.words)
+    (trained,) = (
+        c for c in on_page("README.md", "python -m moe_jax.main") if "runs/books" in c.words
+    )
     (generate,) = on_page("README.md", "python -m moe_jax generate")
     assert typed(prepare, here, capsys)[0] == 0
     code, said, _ = typed(trained, here, capsys, *SMALLER)
@@ -301,7 +344,11 @@ def test_the_readmes_own_data_are_prepared_trained_on_and_continued(world, here,
     code, said, _ = typed(generate, here, capsys)
     assert code == 0 and said.startswith("Once")
     (head,) = (c for c in on_page("README.md", "python -m moe_jax.main") if "train_only" in c.text)
-    sources = [word for word in trained.words if word.startswith(("--config.data.sources", "--config.model.vocab"))]
+    sources = [
+        word
+        for word in trained.words
+        if word.startswith(("--config.data.sources", "--config.model.vocab"))
+    ]
     code, said, errors = typed(head, here, capsys, *SMALLER, *sources)
     assert code == 0 and "loaded   ends/head" in said, errors
 
@@ -352,7 +399,10 @@ def make_needed(source, here, capsys):
 # What a command ends with where that is not 0.
 CODES = {
     "tfds:": (64, "is not in"),  # nothing is downloaded
-    "--report": (64, "has no finished run of this experiment"),  # in a directory where nobody has trained
+    "--report": (
+        64,
+        "has no finished run of this experiment",
+    ),  # in a directory where nobody has trained
     'model.period=("depth:moe",)': (1, "leaks the future"),
 }
 
@@ -370,7 +420,9 @@ def test_every_command_of_a_page_is_typed(source, tmp_path_factory, here, monkey
         is_run = command.module in ("moe_jax.main", "launch/local.sh")
         code, said, errors = typed(command, here, capsys, *(more if is_run else []))
         wanted, words = expected(command)
-        assert (code, words in errors) == (wanted, True), f"{command.text}: {code}\n{said[-2000:]}\n{errors[-2000:]}"
+        assert (code, words in errors) == (wanted, True), (
+            f"{command.text}: {code}\n{said[-2000:]}\n{errors[-2000:]}"
+        )
 
 
 def expected(command):
@@ -378,9 +430,15 @@ def expected(command):
     words = resolved(command)
     if command.module == "moe_jax.main":
         raw = config_file.read(Path(words[words.index("--config") + 1]), (), "--set")
-        if any(f"{name}:" in str(options) for name in ("tfds",) for options in raw["tasks"][raw["task"]].values()):
+        if any(
+            f"{name}:" in str(options)
+            for name in ("tfds",)
+            for options in raw["tasks"][raw["task"]].values()
+        ):
             return CODES["tfds:"]
-    return next((found for text, found in CODES.items() if text in words or text in command.text), (0, ""))
+    return next(
+        (found for text, found in CODES.items() if text in words or text in command.text), (0, "")
+    )
 
 
 @pytest.mark.full
@@ -389,7 +447,14 @@ def test_every_variant_runs(name, world, here, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(world)
     raw = config_file.read(Path(name), (), "--set")
     here.has(raw["simulate_devices"] or 1)
-    words = ["--config", name, "--config.data.folder=DATA", "--workdir", str(tmp_path / "run"), "--smoke"]
+    words = [
+        "--config",
+        name,
+        "--config.data.folder=DATA",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--smoke",
+    ]
     absent = any("tfds:" in str(option) for option in raw["tasks"][raw["task"]].values())
     assert here.trains(*words) == (64 if absent else 0)
     assert ("is not in" in capsys.readouterr().err) == absent

@@ -33,7 +33,14 @@ def workdir(tmp_path_factory):
     with jax.set_mesh(one_device()):
         params, router_state = values(cfg.model)
         for step in (1, 2):
-            state = State(jnp.int32(step), params, router_state, {"count": jnp.int32(step)}, None, jnp.int32(0))
+            state = State(
+                jnp.int32(step),
+                params,
+                router_state,
+                {"count": jnp.int32(step)},
+                None,
+                jnp.int32(0),
+            )
             saves.save(step, state, metadata={"config": raw}, score=None, stacked=True)
             params = jax.tree.map(lambda x: -x, params)
     saves.close()
@@ -77,14 +84,19 @@ def test_where_prompts_come_from():
 
 
 def piped(data):
-    return io.TextIOWrapper(io.BytesIO(data), encoding="ascii")  # as where the shell says nothing of UTF-8
+    return io.TextIOWrapper(
+        io.BytesIO(data), encoding="ascii"
+    )  # as where the shell says nothing of UTF-8
 
 
 def test_prompts_that_are_piped_are_utf8_whatever_the_shell_says():
     for data in ("é\r\n\u2028b\n".encode(), "é\n\u2028b".encode("utf-16")):
         assert generate.read_prompts(None, piped(data)) == ["é", "\u2028b"]
     for data, message in (
-        ("café\n".encode("latin1"), r"standard input is not UTF-8 \(byte 0xe9 after 'caf'\): convert it"),
+        (
+            "café\n".encode("latin1"),
+            r"standard input is not UTF-8 \(byte 0xe9 after 'caf'\): convert it",
+        ),
         ("plain".encode("utf-16-le"), "standard input is not UTF-8 but UTF-16LE without a mark"),
         (gzip.compress(b"text"), "standard input is no text but packed .*by gzip"),
         (b"a\0b", "standard input is not UTF-8 but no text"),
@@ -95,7 +107,9 @@ def test_prompts_that_are_piped_are_utf8_whatever_the_shell_says():
 
 def test_texts_are_shown_in_order_whatever_order_they_come_in():
     for order in itertools.permutations([(0, "a"), (0, ""), (1, "b"), (1, "")]):
-        if order.index((0, "a")) < order.index((0, "")) and order.index((1, "b")) < order.index((1, "")):
+        if order.index((0, "a")) < order.index((0, "")) and order.index((1, "b")) < order.index(
+            (1, "")
+        ):
             out = io.StringIO()
             show = generate.Printer(["x", "y"], out)
             for row, text in order:
@@ -115,10 +129,16 @@ def test_a_terminal_is_shown_no_control_characters():
     ("flags", "message"),
     [
         (["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
-        (["--temperature", "0", "--top_k", "5", "--seed", "1"], "--top_k 5 and --seed 1 would do nothing"),
+        (
+            ["--temperature", "0", "--top_k", "5", "--seed", "1"],
+            "--top_k 5 and --seed 1 would do nothing",
+        ),
         (["--top_p", "0"], "top_p = 0.0 must be above 0"),
         (["--step", "7"], "there is no checkpoint of step 7 in .*: it has 1, 2"),
-        (["--raw"], r"--raw: the run kept no moving average of its parameters \(optim.ema_decay = 0\)"),
+        (
+            ["--raw"],
+            r"--raw: the run kept no moving average of its parameters \(optim.ema_decay = 0\)",
+        ),
     ],
 )
 def test_generate_refuses_bad_flags(workdir, flags, message):
@@ -128,7 +148,8 @@ def test_generate_refuses_bad_flags(workdir, flags, message):
 
 def test_generate_says_what_a_workdir_lacks(workdir, tmp_path):
     with pytest.raises(
-        UserError, match=r"--workdir .*nowhere holds no run, because .*config.json cannot be read \(No such"
+        UserError,
+        match=r"--workdir .*nowhere holds no run, because .*config.json cannot be read \(No such",
     ):
         run(tmp_path / "nowhere", "--prompt", "x")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text()[:-30])
@@ -137,8 +158,12 @@ def test_generate_says_what_a_workdir_lacks(workdir, tmp_path):
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     with pytest.raises(UserError, match="tokenizer holds no complete tokenizer"):
         run(tmp_path, "--prompt", "x")
-    tokenizer_lib.make("bpe:600", lambda: ["any text of another run " * 99]).save(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"tokenizer has \d+ ids \(bpe:600\), but the model of this run has 256"):
+    tokenizer_lib.make("bpe:600", lambda: ["any text of another run " * 99]).save(
+        tmp_path / "tokenizer"
+    )
+    with pytest.raises(
+        UserError, match=r"tokenizer has \d+ ids \(bpe:600\), but the model of this run has 256"
+    ):
         run(tmp_path, "--prompt", "x")
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="holds no complete tokenizer"):
@@ -160,7 +185,11 @@ def copy_of(workdir, tmp_path, change):
 
 def test_keys_added_since_the_run_have_their_defaults(workdir, tmp_path, capsys, monkeypatch):
     def older(raw):
-        del raw["model"]["norm_epsilon"], raw["profile"], raw["model"]["moe"]["dispatchers"]["dropless"]
+        del (
+            raw["model"]["norm_epsilon"],
+            raw["profile"],
+            raw["model"]["moe"]["dispatchers"]["dropless"],
+        )
 
     assert run(workdir, "--prompt", "x", "--temperature", "0") == 0
     expected = capsys.readouterr().out
@@ -173,7 +202,8 @@ def test_keys_added_since_the_run_have_their_defaults(workdir, tmp_path, capsys,
     )  # and nothing of an option of the dispatcher that the run did not choose
     monkeypatch.chdir(tmp_path)  # where no configs/base.py is
     with pytest.raises(
-        UserError, match=r"the key 'profile' is missing in .*config.json: run from the directory that has configs"
+        UserError,
+        match=r"the key 'profile' is missing in .*config.json: run from the directory that has configs",
     ):
         run(old, "--prompt", "x")
 
@@ -183,7 +213,9 @@ def test_keys_that_are_no_more_are_named(workdir, tmp_path):
         raw["model"]["moe"]["jitter"], raw["glow"], raw["eval"]["extra"] = 0.5, "high", 1
 
     run_dir = copy_of(workdir, tmp_path, newer)
-    with pytest.raises(UserError, match=r'has no more: glow = "high"; model.moe.jitter = 0.5. Use the version'):
+    with pytest.raises(
+        UserError, match=r'has no more: glow = "high"; model.moe.jitter = 0.5. Use the version'
+    ):
         run(run_dir, "--prompt", "x")
 
 

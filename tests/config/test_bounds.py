@@ -25,13 +25,19 @@ def numbers(block, path=""):
         name = f"{path}.{key}" if path else key
         if isinstance(value, dict):
             found |= numbers(value, name)
-        elif is_number(value) or (isinstance(value, tuple) and value and all(map(is_number, value))):
+        elif is_number(value) or (
+            isinstance(value, tuple) and value and all(map(is_number, value))
+        ):
             found[name] = value
     return found
 
 
 NUMBERS = numbers(base.get_config().to_dict())
-BOUNDS = {f"{block}.{key}".strip("."): bound for block, keys in bounds.BOUNDS.items() for key, bound in keys.items()}
+BOUNDS = {
+    f"{block}.{key}".strip("."): bound
+    for block, keys in bounds.BOUNDS.items()
+    for key, bound in keys.items()
+}
 
 
 def test_every_number_of_the_config_has_bounds_and_lies_within():

@@ -27,7 +27,11 @@ def refused(changes, shape=(1, 1, 1)):
 @pytest.mark.parametrize(
     ("changes", "shape", "message"),
     [
-        ({"model.moe.num_experts": 6}, (1, 4, 1), "model.moe.num_experts (6) must be divisible by mesh.expert (4)"),
+        (
+            {"model.moe.num_experts": 6},
+            (1, 4, 1),
+            "model.moe.num_experts (6) must be divisible by mesh.expert (4)",
+        ),
         (
             {"model.moe.expert_hidden": 18, "model.num_kv_heads": 4},
             (1, 1, 4),
@@ -49,42 +53,94 @@ def refused(changes, shape=(1, 1, 1)):
             (1, 1, 1),
             "train.batch_size (16) must be divisible by train.micro_batch_size (5)",
         ),
-        ({"model.moe.group_rows": 4}, (4, 2, 1), "model.moe.group_rows (4) must divide the rows of one device (2 ="),
+        (
+            {"model.moe.group_rows": 4},
+            (4, 2, 1),
+            "model.moe.group_rows (4) must divide the rows of one device (2 =",
+        ),
         (
             {"model.moe.routers.top_k.k": 9},
             (1, 1, 1),
             "model.moe.routers.top_k.k (9) must lie between 1 and model.moe.num_experts (8)",
         ),
-        ({"model.moe.router": "top"}, (1, 1, 1), 'model.moe.router = "top" is not known: choose one of '),
+        (
+            {"model.moe.router": "top"},
+            (1, 1, 1),
+            'model.moe.router = "top" is not known: choose one of ',
+        ),
         (
             {"model.moe.dispatcher": "none"},
             (1, 1, 1),
             'model.moe.dispatcher = "none" is not known: choose one of capacity, dropless',
         ),
-        ({"model.activation": "relu"}, (1, 1, 1), 'model.activation = "relu" is not known: choose one of swiglu, gelu'),
-        ({"model.num_kv_heads": 3}, (1, 1, 1), "model.num_heads (4) must be divisible by model.num_kv_heads (3)"),
+        (
+            {"model.activation": "relu"},
+            (1, 1, 1),
+            'model.activation = "relu" is not known: choose one of swiglu, gelu',
+        ),
+        (
+            {"model.num_kv_heads": 3},
+            (1, 1, 1),
+            "model.num_heads (4) must be divisible by model.num_kv_heads (3)",
+        ),
         ({"profile": "5"}, (1, 1, 1), 'profile = "5" is no range of steps: write FIRST:LAST'),
         ({"mesh.expert": -1, "mesh.data": -1}, (1, 1, 1), "mesh.data and mesh.expert are both -1"),
         ({"mesh.data": 3}, (1, 1, 1), "does not make 1 devices"),
         ({"model.repeats": 0}, (1, 1, 1), "make no block at all"),
         ({"optim.clip_norm": -1.0}, (1, 1, 1), "optim.clip_norm = -1.0 must be at least 0"),
-        ({"optim.ema_decay": 1.5}, (1, 1, 1), "optim.ema_decay = 1.5 must be at least 0 and below 1"),
-        ({"optim.optimizers.adamw.b1": 1.5}, (1, 1, 1), "optim.optimizers.adamw.b1 = 1.5 must be at least 0 and below"),
+        (
+            {"optim.ema_decay": 1.5},
+            (1, 1, 1),
+            "optim.ema_decay = 1.5 must be at least 0 and below 1",
+        ),
+        (
+            {"optim.optimizers.adamw.b1": 1.5},
+            (1, 1, 1),
+            "optim.optimizers.adamw.b1 = 1.5 must be at least 0 and below",
+        ),
         ({"model.rope_theta": 0.0}, (1, 1, 1), "model.rope_theta = 0.0 must be above 0"),
-        ({"optim.learning_rate": float("nan")}, (1, 1, 1), "optim.learning_rate = nan must be finite and at"),
-        ({"train.micro_batch_size": -8}, (1, 1, 1), "train.micro_batch_size = -8 must be at least 1"),
+        (
+            {"optim.learning_rate": float("nan")},
+            (1, 1, 1),
+            "optim.learning_rate = nan must be finite and at",
+        ),
+        (
+            {"train.micro_batch_size": -8},
+            (1, 1, 1),
+            "train.micro_batch_size = -8 must be at least 1",
+        ),
         ({"eval.batches": -1}, (1, 1, 1), "eval.batches = -1 must be at least 0"),
         ({"seed": -1}, (1, 1, 1), "seed = -1 must be at least 0"),
-        ({"data.sources": (("embedded", -1.0),)}, (1, 1, 1), "the weight of 'embedded' (-1.0) must be a number above"),
+        (
+            {"data.sources": (("embedded", -1.0),)},
+            (1, 1, 1),
+            "the weight of 'embedded' (-1.0) must be a number above",
+        ),
         (
             {"data.sources": ("embedded", 1.0)},
             (1, 1, 1),
             "has 'embedded' in it: write pairs of a source and its weight",
         ),
-        ({"profile": "100:103"}, (1, 1, 1), "profile = 100:103 begins after the last step (train.steps = 100)"),
-        ({"record.steps": "200,every 300"}, (1, 1, 1), 'record.steps = "200,every 300" begins after the last step'),
-        ({"model.moe.losses.balance": float("nan")}, (1, 1, 1), "losses.balance = nan must be finite and at least 0"),
-        ({"train.init_rename": (("a", "b"),)}, (1, 1, 1), "train.init_rename renames what train.init_from loads"),
+        (
+            {"profile": "100:103"},
+            (1, 1, 1),
+            "profile = 100:103 begins after the last step (train.steps = 100)",
+        ),
+        (
+            {"record.steps": "200,every 300"},
+            (1, 1, 1),
+            'record.steps = "200,every 300" begins after the last step',
+        ),
+        (
+            {"model.moe.losses.balance": float("nan")},
+            (1, 1, 1),
+            "losses.balance = nan must be finite and at least 0",
+        ),
+        (
+            {"train.init_rename": (("a", "b"),)},
+            (1, 1, 1),
+            "train.init_rename renames what train.init_from loads",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -100,10 +156,19 @@ def test_refusals(changes, shape, message):
             "is balanced by its own L1 loss, and model.moe.losses.balance = 0.01 and model.moe.losses.z",
         ),
         ({"router": "relu", "losses.balance": 0.0, "losses.z": 0.0}, None),
-        ({"router": "sigmoid"}, "is balanced by its bias, and model.moe.losses.balance = 0.01 on top of it"),
-        ({"router": "sigmoid", "losses.balance": 0.0, "losses.sequence_balance": 1e-4}, None),  # DeepSeek-V3
+        (
+            {"router": "sigmoid"},
+            "is balanced by its bias, and model.moe.losses.balance = 0.01 on top of it",
+        ),
+        (
+            {"router": "sigmoid", "losses.balance": 0.0, "losses.sequence_balance": 1e-4},
+            None,
+        ),  # DeepSeek-V3
         ({"router": "sigmoid", "routers.sigmoid.bias_rate": 0.0}, None),  # DeepSeek-V2
-        ({"router": "hash"}, "has no weights: model.moe.losses.balance = 0.01 and model.moe.losses.z"),
+        (
+            {"router": "hash"},
+            "has no weights: model.moe.losses.balance = 0.01 and model.moe.losses.z",
+        ),
         ({"routers.top_k.k": 1}, "its gate is always 1"),
         ({"routers.top_k.k": 1, "routers.top_k.renormalize": False}, None),
         ({"router": "switch"}, None),
@@ -114,18 +179,26 @@ def test_refusals(changes, shape, message):
     ids=str,
 )
 def test_a_run_is_told_what_is_hardly_ever_meant(changes, said):
-    found = list(rules.advice(tiny.build((1, 1, 1), {f"model.moe.{key}": value for key, value in changes.items()})))
+    found = list(
+        rules.advice(
+            tiny.build((1, 1, 1), {f"model.moe.{key}": value for key, value in changes.items()})
+        )
+    )
     assert (not found) if said is None else (len(found) == 1 and said in found[0]), found
 
 
 def test_an_option_of_what_is_not_chosen_is_refused():
     changed, default = tiny.raw({"model.moe.dispatchers.capacity.factor": 2.0}), tiny.raw()
     with pytest.raises(
-        UserError, match=r"model.moe.dispatchers.capacity.factor = 2.0 does nothing, because model.moe.dispatcher is"
+        UserError,
+        match=r"model.moe.dispatchers.capacity.factor = 2.0 does nothing, because model.moe.dispatcher is",
     ):
         config.refuse_unchosen(changed, default)
     config.refuse_unchosen(
-        tiny.raw({"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 2.0}), default
+        tiny.raw(
+            {"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 2.0}
+        ),
+        default,
     )
 
 
@@ -144,21 +217,37 @@ def test_wrong_types_and_missing_keys():
 
 
 def test_minus_one_takes_the_rest():
-    assert mesh.resolve({"data": -1, "expert": 2, "model": 2}, 8) == {"data": 2, "expert": 2, "model": 2}
+    assert mesh.resolve({"data": -1, "expert": 2, "model": 2}, 8) == {
+        "data": 2,
+        "expert": 2,
+        "model": 2,
+    }
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.train.stepz=5"], 'no key is called --config.train.stepz: did you mean "steps"?'),
-        (["--config.train.steps=five"], "--config.train.steps=five: invalid literal for int() with base 10: 'five'"),
+        (
+            ["--config.train.stepz=5"],
+            'no key is called --config.train.stepz: did you mean "steps"?',
+        ),
+        (
+            ["--config.train.steps=five"],
+            "--config.train.steps=five: invalid literal for int() with base 10: 'five'",
+        ),
         (["train.steps=5"], "--config.train.steps=5"),
         (["--stepz=5"], "Unknown command line flag 'stepz'"),
         (["--config=configs/nope.py"], "error: the config file configs/nope.py does not exist\n"),
-        (["--config=configs"], "error: the config file configs is a directory: name a file in it\n"),
+        (
+            ["--config=configs"],
+            "error: the config file configs is a directory: name a file in it\n",
+        ),
         (["--config=README.md"], "error: the config file README.md, line "),
         (["--config=tests/oracle.py"], "the config file has no attribute 'get_config'"),
-        (["--config"], "error: --config has no value: name a config file, such as --config configs/quickstart.py\n"),
+        (
+            ["--config"],
+            "error: --config has no value: name a config file, such as --config configs/quickstart.py\n",
+        ),
         (["--config="], "error: --config has no value"),
         (
             ["--config=configs/debug.py", "--dry_run"],
@@ -234,7 +323,9 @@ def imported(path):
     """Dotted names, without "moe_jax.", that a module imports wherever in it; those of configs and experiments as they are."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("moe_jax.") for alias in node.names if "." in alias.name)
+            yield from (
+                alias.name.removeprefix("moe_jax.") for alias in node.names if "." in alias.name
+            )
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
         package, _, module = node.module.partition(".")
@@ -253,7 +344,9 @@ def test_dependencies_run_one_way():
             target = other.partition(".")[0]
             if target in level and target != room:
                 assert level[target] < level[room], f"{name} imports {other}, which is above it"
-                assert {target, room} != APART, f"{name} imports {other}: the task brings data and model together"
+                assert {target, room} != APART, (
+                    f"{name} imports {other}: the task brings data and model together"
+                )
 
 
 def test_manual_parallelism_has_few_doors():
@@ -264,13 +357,18 @@ def test_manual_parallelism_has_few_doors():
         if "jax.shard_map(" in text:
             assert where in doors, f"{where} opens a shard_map"
         if exchange.search(text):
-            assert where.startswith("moe/dispatch/") or where == "moe/layer.py", f"{where} moves tokens"
+            assert where.startswith("moe/dispatch/") or where == "moe/layer.py", (
+                f"{where} moves tokens"
+            )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vision.py:mnist", "configs/vision.py has no variant 'mnist': it has digits, fashion_mnist"),
+        (
+            "vision.py:mnist",
+            "configs/vision.py has no variant 'mnist': it has digits, fashion_mnist",
+        ),
         ("vision.py:", "configs/vision.py has no variant '': it has digits, fashion_mnist"),
         ("translation.py:prefex", "did you mean configs/translation.py:prefix?"),
         ("quickstart.py:foo", "configs/quickstart.py:foo: the config file has no variants"),
@@ -297,10 +395,19 @@ def test_an_unknown_variant_is_one_line_everywhere(monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def get_config(arg=None):\n    return base.get_config(arg)\n", "mine.py has no variant 'foo'"),
-        ("def get_config(arg=None):\n    return 1 / 0\n", "mine.py, line 3: ZeroDivisionError: division by zero"),
+        (
+            "def get_config(arg=None):\n    return base.get_config(arg)\n",
+            "mine.py has no variant 'foo'",
+        ),
+        (
+            "def get_config(arg=None):\n    return 1 / 0\n",
+            "mine.py, line 3: ZeroDivisionError: division by zero",
+        ),
         ("SETS = {}['foo']\n", "mine.py, line 2: KeyError: 'foo'"),
-        ("def get_config(arg=None):\n    pass\n", "mine.py: get_config() returns a NoneType, not the ConfigDict"),
+        (
+            "def get_config(arg=None):\n    pass\n",
+            "mine.py: get_config() returns a NoneType, not the ConfigDict",
+        ),
     ],
 )
 def test_whatever_goes_wrong_in_a_config_file_is_one_line(tmp_path, text, message):
@@ -326,16 +433,25 @@ def test_a_misspelt_key_in_a_file_is_one_line(tmp_path):
     )
     with pytest.raises(UserError) as error:
         config_file.load(path)
-    assert str(error.value) == f'the config file {path}: no key is called "stpes": did you mean "steps"?'
+    assert (
+        str(error.value)
+        == f'the config file {path}: no key is called "stpes": did you mean "steps"?'
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--config", "x"], "a model is trained by `python -m moe_jax.main --config configs/quickstart.py"),
+        (
+            ["train", "--config", "x"],
+            "a model is trained by `python -m moe_jax.main --config configs/quickstart.py",
+        ),
         (["main"], "a model is trained by `python -m moe_jax.main"),
         (["trian"], "a model is trained by `python -m moe_jax.main"),
-        (["eval"], "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run"),
+        (
+            ["eval"],
+            "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run",
+        ),
         (["sample"], "a trained model writes text by `python -m moe_jax generate"),
         (["verfy"], "did you mean `python -m moe_jax verify`?"),
         (["--config", "x"], "--config comes before a command ("),

@@ -35,7 +35,14 @@ ALL = [name for name in FILES if name not in VARIANTS] + [
     f"{name}:{v}" for name, some in VARIANTS.items() for v in some
 ]
 # To trace: more than 2 s. The variants of translation below differ in their data alone.
-SLOW = ("debug", "quickstart", "bench", "translation:encdec", "translation:debian", "vision:fashion_mnist")
+SLOW = (
+    "debug",
+    "quickstart",
+    "bench",
+    "translation:encdec",
+    "translation:debian",
+    "vision:fashion_mnist",
+)
 FULL = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in ALL]
 
 
@@ -97,8 +104,15 @@ def test_a_config_compiles(name):
 def test_random_rows_of_any_length(length):
     cfg = tiny.build(changes={"data.seq_len": length})
     batch = lm.random(cfg, 0)
-    assert batch.tokens_BS.shape == (cfg.train.batch_size, length) and (batch.segment_BS[1::2] > 0).all()
-    assert batch.segment_BS[:, 0].all() and (batch.position_BS >= 0).all() and np.unique(batch.segment_BS).max() <= 2
+    assert (
+        batch.tokens_BS.shape == (cfg.train.batch_size, length)
+        and (batch.segment_BS[1::2] > 0).all()
+    )
+    assert (
+        batch.segment_BS[:, 0].all()
+        and (batch.position_BS >= 0).all()
+        and np.unique(batch.segment_BS).max() <= 2
+    )
 
 
 PLAIN = (
@@ -130,12 +144,16 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
-    *rows, (last, mean) = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"].items()
+    *rows, (last, mean) = json.loads((tmp_path / "run" / "summary.json").read_text())[
+        "rows"
+    ].items()
     assert last == "mean" and len(rows) == 6 and mean["model"] <= 2.75, mean
     for domain, row in rows:
         assert row["model"] < row["gzip -9"], (domain, row)
     waits = [
-        row["perf/input_wait"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "perf/input_wait" in row
+        row["perf/input_wait"]
+        for row in read_rows(tmp_path / "run" / "metrics.jsonl")
+        if "perf/input_wait" in row
     ]
     assert len(waits) >= 38 and statistics.median(waits) < 0.02, waits
     first = float(re.search(r"first step done ([\d.]+) s after the start", done.stdout)[1])

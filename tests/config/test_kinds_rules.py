@@ -32,7 +32,9 @@ def test_the_articles_example(float64):
     The article prints h = 0.55 and 0.6: 0.55 is one number where h is a vector of two, its terms add up to 0.62 and not to 0.55 (0.05 +
     0.18 + 0.15 + 0.24), and the 0.45 of the second class comes from nowhere.
     """
-    cfg = config("article", {"num_experts": 4, "window": 2, "activation": "identity", "num_classes": 2}, {})
+    cfg = config(
+        "article", {"num_experts": 4, "window": 2, "activation": "identity", "num_classes": 2}, {}
+    )
     cfg = dataclasses.replace(cfg, d_model=2, vocab_size=2)
     run = Run(cfg)
     run.params["ends"] = {"embed": jnp.array([[0.1, 0.2], [0.3, 0.4]]), "head": jnp.eye(2)}
@@ -41,7 +43,9 @@ def test_the_articles_example(float64):
     h = run(row)[0][0]
     close(h, [0.23, 0.34], atol=1e-15)
     close(jax.nn.softmax(h), [0.472528, 0.527472], atol=1e-6)
-    run.params["ends"]["embed"] = jnp.array([[0.1, 0.3], [0.2, 0.4]])  # e_v = E[:, v], as section 4.2 has it
+    run.params["ends"]["embed"] = jnp.array(
+        [[0.1, 0.3], [0.2, 0.4]]
+    )  # e_v = E[:, v], as section 4.2 has it
     close(run(row)[0][0], [0.17, 0.39], atol=1e-15)
     assert 0.5 * 0.1 + 0.6 * 0.3 + 0.5 * 0.3 + 0.6 * 0.4 == pytest.approx(0.62)
 
@@ -49,18 +53,24 @@ def test_the_articles_example(float64):
 @pytest.mark.parametrize("aggregate", ["sum", "mean", "gated"])
 def test_the_articles_windows_are_the_last_tokens_of_the_segment(float64, aggregate):
     """Against a loop over tokens, experts and places, on packed rows with padding."""
-    cfg = config("article", {"num_experts": 8, "window": 4, "aggregate": aggregate, "activation": "relu"})
+    cfg = config(
+        "article", {"num_experts": 8, "window": 4, "aggregate": aggregate, "activation": "relu"}
+    )
     run, batch = Run(cfg), inputs("article")
     segment = np.tile(np.array([[1, 1, 2, 2, 2, 2]]), (B, 1)) * batch.segment_BS
     logits = run(batch._replace(segment_BS=segment.astype(np.int32)))[0]
-    embed, head, w = (np.asarray(z) for z in (*run.params["ends"].values(), run.params["experts"]["w"]))
+    embed, head, w = (
+        np.asarray(z) for z in (*run.params["ends"].values(), run.params["experts"]["w"])
+    )
     for b, i in np.argwhere(segment > 0):
         seen = [j for j in range(max(i - 3, 0), i + 1) if segment[b, j] == segment[b, i]]
         e = embed[batch.id_BS[b, seen]]
         z = np.maximum([w[n, 3 - i + np.array(seen)] @ e for n in range(8)], 0)
         weight = {"sum": np.ones(8), "mean": np.full(8, 1 / 8)}.get(aggregate)
         if weight is None:
-            weight = np.asarray(jax.nn.softmax(e.mean(0) @ np.asarray(run.params["router"]["gate"])))
+            weight = np.asarray(
+                jax.nn.softmax(e.mean(0) @ np.asarray(run.params["router"]["gate"]))
+            )
         close(logits[b, i], weight @ z @ head, atol=1e-12)
 
 
@@ -74,9 +84,13 @@ def test_what_went_wrong_first_has_a_place_in_every_model(float64, name):
         params = jax.eval_shape(train_step.make_model(CASES[name]()).init, jax.random.key(0))[0]
     names = train_step.parameter_names(params)
     assert "head" in first_broken(names, np.zeros(len(names)))
-    assert all(first_broken(names, np.arange(len(names)) != i) == names[i] for i in range(len(names)))
+    assert all(
+        first_broken(names, np.arange(len(names)) != i) == names[i] for i in range(len(names))
+    )
     encoder = [n for n in names if n.startswith("encoder/")]
-    assert not encoder or not first_broken([*encoder, "ends/embed"], np.zeros(len(encoder) + 1)).startswith("encoder")
+    assert not encoder or not first_broken(
+        [*encoder, "ends/embed"], np.zeros(len(encoder) + 1)
+    ).startswith("encoder")
 
 
 def test_every_kind_has_options_and_a_model():
@@ -88,19 +102,49 @@ def test_every_kind_has_options_and_a_model():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("encoder", {"pool": "median"}, 'pool = "median" is not known: choose one of sum, mean, max, first'),
-        ("encoder", {"attention": "none"}, 'attention = "none" is not known: choose one of full, causal'),
-        ("encoder", {"learned_positions": 7}, r"learned_positions \(7\) must be at least data.seq_len \(8\), or 0"),
+        (
+            "encoder",
+            {"pool": "median"},
+            'pool = "median" is not known: choose one of sum, mean, max, first',
+        ),
+        (
+            "encoder",
+            {"attention": "none"},
+            'attention = "none" is not known: choose one of full, causal',
+        ),
+        (
+            "encoder",
+            {"learned_positions": 7},
+            r"learned_positions \(7\) must be at least data.seq_len \(8\), or 0",
+        ),
         ("encdec", {"encoder_repeats": 0}, "needs a block in both"),
-        ("encdec", {"encoder_prefix": ("sparse",)}, 'encoder_prefix = "sparse" is not known: choose one of dense, moe'),
+        (
+            "encdec",
+            {"encoder_prefix": ("sparse",)},
+            'encoder_prefix = "sparse" is not known: choose one of dense, moe',
+        ),
         ("mmoe", {"items": ()}, r"items = \(\) must give every task its number of items"),
-        ("mmoe", {"items": (3, 4)}, r"num_gates \(3\) must be the number of tasks: .*items \(3, 4\) are 2"),
-        ("article", {"num_classes": 2, "window": 7}, r"window \(7\) must be at least data.seq_len \(8\)"),
-        ("article", {"aggregate": "max"}, 'aggregate = "max" is not known: choose one of sum, mean, gated'),
+        (
+            "mmoe",
+            {"items": (3, 4)},
+            r"num_gates \(3\) must be the number of tasks: .*items \(3, 4\) are 2",
+        ),
+        (
+            "article",
+            {"num_classes": 2, "window": 7},
+            r"window \(7\) must be at least data.seq_len \(8\)",
+        ),
+        (
+            "article",
+            {"aggregate": "max"},
+            'aggregate = "max" is not known: choose one of sum, mean, gated',
+        ),
     ],
 )
 def test_bad_options_are_refused_by_name(kind, options, message):
-    whole = dataclasses.replace(tiny.build(), model=config(kind, options, None, MULTI if kind == "mmoe" else None))
+    whole = dataclasses.replace(
+        tiny.build(), model=config(kind, options, None, MULTI if kind == "mmoe" else None)
+    )
     found = next(kinds.refusals(whole))
     assert re.search(message, found) and found.startswith(("model.", "an encoder-decoder"))
 
@@ -108,7 +152,9 @@ def test_bad_options_are_refused_by_name(kind, options, message):
 @pytest.mark.parametrize("name", CASES)
 def test_good_options_are_not_refused(name):
     whole = tiny.build()
-    whole = dataclasses.replace(whole, model=CASES[name](), data=dataclasses.replace(whole.data, seq_len=S))
+    whole = dataclasses.replace(
+        whole, model=CASES[name](), data=dataclasses.replace(whole.data, seq_len=S)
+    )
     assert not list(kinds.refusals(whole))
 
 

@@ -23,7 +23,11 @@ UNAIDED = {f"model.moe.losses.{name}": 0.0 for name in LOSSES} | {
 # In every test run, one that is balanced by a bias and one that makes no assignments: each takes a compilation.
 QUICKLY = ("sigmoid", "soft")
 # `recorded` replays what another run did, and trains nothing of its own.
-TRAINED = [pytest.param(n, marks=[] if n in QUICKLY else [pytest.mark.full]) for n in ROUTERS if n != "recorded"]
+TRAINED = [
+    pytest.param(n, marks=[] if n in QUICKLY else [pytest.mark.full])
+    for n in ROUTERS
+    if n != "recorded"
+]
 
 
 @pytest.mark.parametrize("router", TRAINED)
@@ -54,17 +58,36 @@ def test_what_is_off_is_not_made(tmp_path, monkeypatch):
     [
         # These models have no attention, whose heads would have to fit.
         ((1, 1, 2), {"model.kind": "article", "model.num_heads": 3, "model.num_kv_heads": 3}),
-        ((1, 1, 1), {"model.kind": "article", "model.num_heads": 3, "model.num_kv_heads": 2, "model.head_dim": 5}),
+        (
+            (1, 1, 1),
+            {
+                "model.kind": "article",
+                "model.num_heads": 3,
+                "model.num_kv_heads": 2,
+                "model.head_dim": 5,
+            },
+        ),
         ((1, 1, 2), {"task": "recommendation", "model.kind": "mmoe", "model.num_kv_heads": 1}),
         # Vectors are projected: there is no vocabulary to split.
         (
             (1, 1, 2),
-            {"task": "vision", "model.kind": "encoder", "model.kinds.encoder.inputs": "vectors", "model.vocab_size": 3},
+            {
+                "task": "vision",
+                "model.kind": "encoder",
+                "model.kinds.encoder.inputs": "vectors",
+                "model.vocab_size": 3,
+            },
         ),
         # The sources are those of the language model.
         ((1, 1, 1), {"task": "vision", "model.kind": "encoder", "data.sources": ()}),
     ],
-    ids=["heads on a mesh", "odd heads", "heads of mmoe", "vocabulary of vectors", "sources of vision"],
+    ids=[
+        "heads on a mesh",
+        "odd heads",
+        "heads of mmoe",
+        "vocabulary of vectors",
+        "sources of vision",
+    ],
 )
 def test_no_rule_is_about_what_a_model_has_not(shape, changes):
     tiny.build(shape, changes)

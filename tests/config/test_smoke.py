@@ -59,35 +59,55 @@ def test_everything_of_a_run_happens_within_a_few_steps(run):
 
 
 def test_what_comes_every_so_many_steps_comes_within_the_few():
-    changes = {"profile": "10:13", "log.interference_every": 100, "record.steps": "50", "train.stop_at": 7}
+    changes = {
+        "profile": "10:13",
+        "log.interference_every": 100,
+        "record.steps": "50",
+        "train.stop_at": 7,
+    }
     raw, changed = smoke.shorten(tiny.raw(changes | {"model.moe.sparse.rule": "rigl"}))
-    assert raw["profile"] == "2:3" and raw["record"]["steps"] == "3" and raw["log"]["interference_every"] == 1
-    assert raw["model"]["moe"]["sparse"]["rules"]["rigl"]["every"] == 1 and raw["train"]["stop_at"] == 0
+    assert (
+        raw["profile"] == "2:3"
+        and raw["record"]["steps"] == "3"
+        and raw["log"]["interference_every"] == 1
+    )
+    assert (
+        raw["model"]["moe"]["sparse"]["rules"]["rigl"]["every"] == 1
+        and raw["train"]["stop_at"] == 0
+    )
     assert "profile '10:13' -> '2:3'" in changed
 
 
 def test_what_is_off_stays_off_and_a_shorter_run_stays_shorter():
-    raw, changed = smoke.shorten(tiny.raw({"train.steps": 1, "eval.every": 0, "eval.sample_tokens": 0}))
+    raw, changed = smoke.shorten(
+        tiny.raw({"train.steps": 1, "eval.every": 0, "eval.sample_tokens": 0})
+    )
     assert raw["train"]["steps"] == 1 and raw["eval"]["every"] == raw["eval"]["sample_tokens"] == 0
     assert not (raw["profile"] or raw["record"]["steps"] or raw["log"]["interference_every"])
     assert not any(line.startswith(("train.steps", "profile", "record")) for line in changed)
 
 
 def test_a_batch_is_there_whatever_its_size():
-    raw, _ = smoke.shorten(tiny.raw({"data.sources": (("embedded:verse", 1.0),), "train.batch_size": 512}))
+    raw, _ = smoke.shorten(
+        tiny.raw({"data.sources": (("embedded:verse", 1.0),), "train.batch_size": 512})
+    )
     assert raw["data"]["slice_bytes"] >= 512 * raw["data"]["seq_len"]
 
 
 def test_nothing_goes_on_from_a_smoke_run_and_none_goes_on_from_a_run(run, tmp_path):
     workdir = run[0]
     before = (workdir / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"holds a smoke run .* remove the directory, or take another --workdir"):
+    with pytest.raises(
+        UserError, match=r"holds a smoke run .* remove the directory, or take another --workdir"
+    ):
         begin(workdir, tiny.raw(TINY))
     assert (workdir / "metrics.jsonl").read_bytes() == before
     real = {"smoke": False, "train": {"steps": 3}}
     with pytest.raises(UserError, match=r"holds a run that is no smoke run"):
         smoke.refuse_other(real, {**real, "smoke": True})
-    smoke.refuse_other({"train": {"steps": 3}}, real)  # a run that was saved before the key was thought of
+    smoke.refuse_other(
+        {"train": {"steps": 3}}, real
+    )  # a run that was saved before the key was thought of
 
 
 def test_the_warm_up_fits_into_a_run_that_is_shorter(run):
@@ -96,7 +116,15 @@ def test_the_warm_up_fits_into_a_run_that_is_shorter(run):
 
 
 def test_fewer_examples_are_spread_over_all_and_keep_what_is_known_of_them():
-    options = {"seq_len": 16, "patch": 2, "heldout_every": 5, "copies": 1, "shift": 0, "flip": False, "seed": 0}
+    options = {
+        "seq_len": 16,
+        "patch": 2,
+        "heldout_every": 5,
+        "copies": 1,
+        "shift": 0,
+        "flip": False,
+        "seed": 0,
+    }
     data = vision.open_vision("digits", "", **options)
     few = data.fewer(50, 7)
     assert few.rows == {"train": 50, "heldout": 7} and len(few.heldout_order()[1]) == 7
@@ -109,7 +137,9 @@ def test_fewer_examples_are_spread_over_all_and_keep_what_is_known_of_them():
     assert data.fewer(10**9, 10**9).rows == data.rows
 
 
-@pytest.mark.parametrize("name", ["debug.py", "vision.py", "speech.py", "article.py", "bench.py", "base.py"])
+@pytest.mark.parametrize(
+    "name", ["debug.py", "vision.py", "speech.py", "article.py", "bench.py", "base.py"]
+)
 def test_the_config_of_a_smoke_run_is_one_that_the_rules_allow(name):
     raw = config_file.read(config_file.Path("configs") / name, (), "--set")
     short, _ = smoke.shorten(raw)

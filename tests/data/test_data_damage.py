@@ -28,8 +28,15 @@ def folder(tmp_path_factory):
 
 def everything(folder):
     """All that a run can read of a prepared directory."""
-    data = open_dataset(((str(folder), 1.0),), seq_len=32, slice_bytes=0, heldout_bytes=0, heldout_every=20, seed=0)
-    found = [data.fingerprint, data.tokenizer.fingerprint, data.heldout_order()[1].tolist(), data.byte_scale().tolist()]
+    data = open_dataset(
+        ((str(folder), 1.0),), seq_len=32, slice_bytes=0, heldout_bytes=0, heldout_every=20, seed=0
+    )
+    found = [
+        data.fingerprint,
+        data.tokenizer.fingerprint,
+        data.heldout_order()[1].tolist(),
+        data.byte_scale().tolist(),
+    ]
     for split in ("train", "heldout"):
         index = np.arange(data.num_rows(split))
         found += [field.tolist() for field in data.fetch(split, 0 * index, index)]
@@ -38,7 +45,9 @@ def everything(folder):
 
 
 def files_of(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != prepared.LOCK)
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != prepared.LOCK
+    )
 
 
 def flipped(data, place, bit):
@@ -79,7 +88,8 @@ def test_the_same_preparation_again_compares_every_file(folder):
     everything(folder)
     record = prepared.read_record(folder)
     with pytest.raises(
-        UserError, match=r"train.array_record.* is damaged \(it is not what was written, by its digest\): copy"
+        UserError,
+        match=r"train.array_record.* is damaged \(it is not what was written, by its digest\): copy",
     ):
         prepared.check_files(folder, record, small_only=False)
     path.write_bytes(data)
@@ -98,7 +108,9 @@ def old(folder, tmp_path):
     )  # which had no fingerprint either
     path.write_text(json.dumps(record))
     about = tmp_path / "old" / "tokenizer" / "tokenizer_kind.json"
-    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "fingerprint"}))
+    about.write_text(
+        json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "fingerprint"})
+    )
     return tmp_path / "old"
 
 
@@ -114,9 +126,16 @@ def test_without_digests_numbers_that_are_none_are_refused(folder, tmp_path):
     path.write_bytes(data)
     about = folder / "tokenizer" / "tokenizer_kind.json"
     for boundary in (-1, 270):
-        about.write_text(json.dumps({"name": "bpe:270", "kind": "huggingface", "boundary_id": boundary}))
-        with pytest.raises(UserError, match=f"the boundary {boundary} is none of its ids, 0 to 269"):
+        about.write_text(
+            json.dumps({"name": "bpe:270", "kind": "huggingface", "boundary_id": boundary})
+        )
+        with pytest.raises(
+            UserError, match=f"the boundary {boundary} is none of its ids, 0 to 269"
+        ):
             everything(folder)
     tokenizer.bytes_tokenizer().save(folder / "tokenizer")
-    with pytest.raises(UserError, match=r"the train rows of .* have the number 2\d\d where there are 256 \(0 to 255\)"):
+    with pytest.raises(
+        UserError,
+        match=r"the train rows of .* have the number 2\d\d where there are 256 \(0 to 255\)",
+    ):
         everything(folder)

@@ -19,7 +19,13 @@ def zstandard(data):
     return pa.compress(data, codec="zstd", asbytes=True)
 
 
-PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard, "txt": bytes}
+PACK = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard,
+    "txt": bytes,
+}
 
 
 def read(spec):
@@ -46,17 +52,25 @@ def test_several_packed_parts_are_one_file(tmp_path, ending):
 
 def test_frames_and_zeros_that_are_to_be_skipped_are_skipped(tmp_path):
     skipped = b"\x57\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
-    assert text_of(tmp_path / "a.zst", skipped + zstandard(b"one\n") + skipped + zstandard(b"two\n")) == "one\ntwo\n"
+    assert (
+        text_of(tmp_path / "a.zst", skipped + zstandard(b"one\n") + skipped + zstandard(b"two\n"))
+        == "one\ntwo\n"
+    )
     for ending in ("gz", "xz", "bz2"):
         pack = PACK[ending]
-        assert text_of(tmp_path / f"a.{ending}", pack(b"one\n") + bytes(512) + pack(b"two\n")) == "one\ntwo\n"
+        assert (
+            text_of(tmp_path / f"a.{ending}", pack(b"one\n") + bytes(512) + pack(b"two\n"))
+            == "one\ntwo\n"
+        )
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
 def test_a_truncated_file_is_told_so_and_what_follows_a_packed_part_is_not_lost(tmp_path, ending):
     whole = PACK[ending](bytes(range(1, 128)) * 3000 + "".join(map(chr, range(256, 9999))).encode())
     for data in (whole[: len(whole) // 2], whole + whole[: len(whole) // 2]):
-        with pytest.raises(UserError, match=rf"a.{ending} cannot be read, it is truncated .*: copy it again"):
+        with pytest.raises(
+            UserError, match=rf"a.{ending} cannot be read, it is truncated .*: copy it again"
+        ):
             text_of(tmp_path / f"a.{ending}", data)
     with pytest.raises(UserError, match=rf"a.{ending} cannot be read, it may be damaged"):
         text_of(tmp_path / f"a.{ending}", whole + b"behind")
@@ -70,7 +84,10 @@ def frame(window):
 
 def test_a_long_window_of_zstandard_is_no_damage(tmp_path):
     assert text_of(tmp_path / "a.zst", frame(27)) == "text"
-    with pytest.raises(UserError, match=r"cannot be read: .* window of more than 128 MB .*`zstd -d --long=31 .*a.zst`"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot be read: .* window of more than 128 MB .*`zstd -d --long=31 .*a.zst`",
+    ):
         text_of(tmp_path / "a.zst", frame(31))
 
 
@@ -78,25 +95,35 @@ def test_a_long_window_of_zstandard_is_no_damage(tmp_path):
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_an_encoding_with_its_mark_is_read(tmp_path, encoding, kind):
     content = TEXT if kind == "text" else json.dumps({"text": TEXT}, ensure_ascii=False)
-    data = ("\ufeff" + content).encode("utf-16-be") if encoding.endswith("mark") else content.encode(encoding)
+    data = (
+        ("\ufeff" + content).encode("utf-16-be")
+        if encoding.endswith("mark")
+        else content.encode(encoding)
+    )
     (tmp_path / "a.gz").write_bytes(gzip.compress(data))
     assert "".join(read(f"{kind}:{tmp_path}/a.gz")) == TEXT
 
 
 NO_TEXT = {
-    "plain English".encode("utf-16-le"): "is not UTF-8 but UTF-16LE without a mark.*`iconv -f UTF-16LE -t UTF-8`",
+    "plain English".encode(
+        "utf-16-le"
+    ): "is not UTF-8 but UTF-16LE without a mark.*`iconv -f UTF-16LE -t UTF-8`",
     "plain English".encode("utf-16-be"): "is not UTF-8 but UTF-16BE without a mark",
     "plain English".encode("utf-32-le"): "is not UTF-8 but UTF-32LE without a mark",
     b"one\0 NUL": r"is not UTF-8 but no text, or text in another encoding \(byte 3 is NUL\)",
     b"one\n" * 999 + b"two\0": r"has a NUL character after '.*two', which no text has",
     b"\xff\xfea\0b": "is no valid UTF-16.*though its mark says so .*it may be damaged",
-    "señor".encode("latin1"): r"is not UTF-8 \(byte 0xf1 after 'se'\): convert it from what it is written in",
+    "señor".encode(
+        "latin1"
+    ): r"is not UTF-8 \(byte 0xf1 after 'se'\): convert it from what it is written in",
     b"\xf1": r"is not UTF-8 \(byte 0xf1 at its beginning\)",
     b"PK\x03\x04\x14\0\0\0": "is no text but a zip archive: unpack it",
     b"PAR1\x15\x04": "is no text but a Parquet file: name it as parquet:GLOB",
     b"%PDF-1.7\n": "is no text but a PDF",
     b"x" * 257 + b"ustar\0": "is no text but a tar archive",
-    gzip.compress(gzip.compress(b"text")): r"is no text but packed by gzip \(twice, if it is a file\): unpack it",
+    gzip.compress(
+        gzip.compress(b"text")
+    ): r"is no text but packed by gzip \(twice, if it is a file\): unpack it",
     gzip.compress(b"PK\x03\x04\x14\0\0\0"): "is no text but a zip archive",
 }
 
@@ -105,7 +132,10 @@ NO_TEXT = {
 def test_a_file_that_is_no_text_is_told_what_it_is(tmp_path, data):
     for kind in ("text", "jsonl"):
         (tmp_path / "a").write_bytes(data)
-        with pytest.raises(UserError, match=NO_TEXT[data] if kind == "text" else "is no text|is not|is no valid|NUL"):
+        with pytest.raises(
+            UserError,
+            match=NO_TEXT[data] if kind == "text" else "is no text|is not|is no valid|NUL",
+        ):
             read(f"{kind}:{tmp_path}/a")
 
 
@@ -122,14 +152,21 @@ def tfds_of(folder, monkeypatch, texts):
 
     from moe_jax.data.tfds_import import tfds
 
-    stored(folder, "TinyLines", {"text": tfds.features.Text()}, {"train": [{"text": text} for text in texts]})
+    stored(
+        folder,
+        "TinyLines",
+        {"text": tfds.features.Text()},
+        {"train": [{"text": text} for text in texts]},
+    )
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     return "tfds:tiny_lines"
 
 
 def test_a_record_means_the_same_in_every_kind_of_file(tmp_path, monkeypatch):
     texts = ["one\r\ntwo\rthree\n", "", "end"]
-    (tmp_path / "a.jsonl").write_bytes("\r\n".join(json.dumps({"text": text}) for text in [*texts, None]).encode())
+    (tmp_path / "a.jsonl").write_bytes(
+        "\r\n".join(json.dumps({"text": text}) for text in [*texts, None]).encode()
+    )
     pq.write_table(pa.table({"text": [*texts, None]}), tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_bytes(texts[0].encode())
     (tmp_path / "b.txt").write_bytes(b"")
@@ -141,7 +178,10 @@ def test_a_record_means_the_same_in_every_kind_of_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [(b"a\xff", r"is not UTF-8 \(byte 0xff after 'a'\)"), (b"a\0b", "has a NUL character after 'a'")],
+    [
+        (b"a\xff", r"is not UTF-8 \(byte 0xff after 'a'\)"),
+        (b"a\0b", "has a NUL character after 'a'"),
+    ],
 )
 def test_a_wrong_record_is_refused_in_every_kind_of_file(tmp_path, monkeypatch, wrong, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + wrong.replace(b"\0", b"\\u0000") + b'"}\n')

@@ -47,7 +47,10 @@ def test_every_byte_of_a_split_is_predicted_exactly_once(split):
     rows = all_rows(dataset, split)
     documents = texts(rows, 255)
     number = dataset.documents(split)["verse"]
-    assert len(documents) == number and sum(map(len, documents)) == dataset.text_bytes(split)["verse"] + number
+    assert (
+        len(documents) == number
+        and sum(map(len, documents)) == dataset.text_bytes(split)["verse"] + number
+    )
     numbers = {"train": lambda i: i % 20, "heldout": lambda i: not i % 20}[split]
     expected = [d.text.encode() for i, d in enumerate(corpora.documents("verse"), 1) if numbers(i)]
     assert documents == sorted(text + b"\xff" for text in expected)
@@ -64,7 +67,9 @@ def test_no_heldout_text_is_in_the_training_rows(dataset):
 
 def test_a_slice_is_whole_documents_and_leaves_the_heldout_rows_alone(dataset):
     whole = open_embedded(slice_bytes=0)
-    np.testing.assert_array_equal(all_rows(whole, "heldout").inputs_RS, all_rows(dataset, "heldout").inputs_RS)
+    np.testing.assert_array_equal(
+        all_rows(whole, "heldout").inputs_RS, all_rows(dataset, "heldout").inputs_RS
+    )
     assert all(15_000 < size <= 30_000 for size in dataset.text_bytes("train").values())
     assert set(texts(all_rows(dataset, "train"), 255)) < set(texts(all_rows(whole, "train"), 255))
     tiny = open_embedded(slice_bytes=1)
@@ -78,7 +83,10 @@ def test_a_slice_is_whole_documents_and_leaves_the_heldout_rows_alone(dataset):
 def test_a_batch_is_int32_and_says_what_it_is(dataset):
     batch = Batches(dataset, "train", 0, 8).rows(3, range(8))
     assert all(field.dtype == np.int32 for field in batch)
-    assert batch.tokens_BS.shape == batch.domain_BS.shape == (8, 64) and batch.row_B.tolist() == list(range(8))
+    assert batch.tokens_BS.shape == batch.domain_BS.shape == (
+        8,
+        64,
+    ) and batch.row_B.tolist() == list(range(8))
     new = np.diff(batch.segment_BS, axis=1) != 0
     np.testing.assert_array_equal(batch.position_BS[:, 1:][new], 0)
     assert (np.diff(batch.position_BS, axis=1)[~new & (batch.segment_BS[:, 1:] > 0)] == 1).all()
@@ -90,12 +98,17 @@ def test_a_batch_is_int32_and_says_what_it_is(dataset):
 def test_the_global_batch_is_the_same_for_every_number_of_processes(dataset, processes, strided):
     whole = Batches(dataset, "train", 7, 8)
     size = 8 // processes
-    shares = [range(p, 8, processes) if strided else range(p * size, (p + 1) * size) for p in range(processes)]
+    shares = [
+        range(p, 8, processes) if strided else range(p * size, (p + 1) * size)
+        for p in range(processes)
+    ]
     for step in (0, 5, 1000):
         parts = [Batches(dataset, "train", 7, 8).rows(step, share) for share in shares]
         order = np.argsort(np.concatenate([part.row_B for part in parts]))
         for name, field in whole.rows(step, range(8))._asdict().items():
-            np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts])[order], field)
+            np.testing.assert_array_equal(
+                np.concatenate([getattr(part, name) for part in parts])[order], field
+            )
 
 
 def numbered(num_rows, seq_len=4):
@@ -123,7 +136,9 @@ def test_every_epoch_sees_every_row_once_in_another_order():
 def test_a_batch_does_not_depend_on_what_was_asked_before():
     batches = Batches(numbered(37), "train", 3, 4)
     backwards = [stream(batches, [step]) for step in reversed(range(30))][::-1]
-    np.testing.assert_array_equal(np.concatenate(backwards), stream(Batches(numbered(37), "train", 3, 4), range(30)))
+    np.testing.assert_array_equal(
+        np.concatenate(backwards), stream(Batches(numbered(37), "train", 3, 4), range(30))
+    )
 
 
 def read_ahead(depth, start, stop, take):
@@ -140,7 +155,9 @@ def read_ahead(depth, start, stop, take):
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_reading_ahead_gives_the_same_batches_and_reads_nothing_before_the_start(depth):
     read, taken = read_ahead(depth, 17, 100, take=5)
-    np.testing.assert_array_equal(taken, stream(Batches(numbered(40), "train", 0, 4), range(17, 22)))
+    np.testing.assert_array_equal(
+        taken, stream(Batches(numbered(40), "train", 0, 4), range(17, 22))
+    )
     assert sorted(read) == list(range(17, 17 + len(read))) and 5 <= len(read) <= 5 + depth
     read, taken = read_ahead(depth, 3, 6, take=3)
     assert sorted(read) == [3, 4, 5] and len(taken) == 12
@@ -177,7 +194,9 @@ iterator = prefetch(Batches(dataset, "train", 0, 4), 0, 10**6, range(4), 4)
 next(iterator)
 {ending}
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -188,17 +207,23 @@ def test_a_mixture_keeps_its_proportions_and_its_domains():
     seen = []
 
     def recorded(number, part):
-        fetch = lambda index: seen.extend((number, i) for i in index) or part.train.fetch(index)
+        def fetch(index):
+            return seen.extend((number, i) for i in index) or part.train.fetch(index)
+
         return part._replace(train=part.train._replace(fetch=fetch))
 
-    mixed = mixed._replace(parts=tuple(recorded(number, part) for number, part in enumerate(mixed.parts)))
+    mixed = mixed._replace(
+        parts=tuple(recorded(number, part) for number, part in enumerate(mixed.parts))
+    )
     batches = Batches(mixed, "train", 0, 8)
     domains = np.concatenate([batches.rows(step, range(8)).domain_BS[:, 0] for step in range(100)])
     assert abs(sum(number == 0 for number, _ in seen) - 600) <= 2 and len(seen) == 800
     assert 0.05 < domains.mean() < 0.2  # novel is half of a quarter
     first = mixed.parts[0].train.num_rows
     rows = [index for number, index in seen if number == 0]
-    assert sorted(rows[:first]) == list(range(first)), "each part is gone through once before it comes again"
+    assert sorted(rows[:first]) == list(range(first)), (
+        "each part is gone through once before it comes again"
+    )
     assert batches.epoch(100) == pytest.approx(600 / first)
     assert mixed.text_bytes("train")["verse"] == 2 * mixed.parts[0].text_bytes["train"]["verse"]
 
@@ -211,7 +236,9 @@ def test_evaluation_takes_every_heldout_row_once_evenly_over_domains(dataset, ba
     rows = all_rows(dataset, "heldout")
     num_rows = len(rows.inputs_RS)
     assert len(tokens) == -(-num_rows // batch_size) * batch_size
-    np.testing.assert_array_equal(np.sort(tokens[:num_rows], axis=0), np.sort(rows.inputs_RS, axis=0))
+    np.testing.assert_array_equal(
+        np.sort(tokens[:num_rows], axis=0), np.sort(rows.inputs_RS, axis=0)
+    )
     assert not tokens[num_rows:].any() and not segments[num_rows:].any()
     assert not np.concatenate([batch.targets_BS for batch in batches])[num_rows:].any()
     domain = np.concatenate([batch.domain_BS[:, 0] for batch in batches])
@@ -221,7 +248,9 @@ def test_evaluation_takes_every_heldout_row_once_evenly_over_domains(dataset, ba
 def test_evaluation_is_the_same_for_any_number_of_processes_and_batches(dataset):
     whole = list(eval_batches(dataset, 8, 3))
     shares = [list(eval_batches(dataset, 8, 3, rows=range(p, 8, 2))) for p in range(2)]
-    assert len(whole) == 3 and sum(1 for _ in eval_batches(dataset, 8, 10**9)) == -(-dataset.num_rows("heldout") // 8)
+    assert len(whole) == 3 and sum(1 for _ in eval_batches(dataset, 8, 10**9)) == -(
+        -dataset.num_rows("heldout") // 8
+    )
     for number, batch in enumerate(whole):
         np.testing.assert_array_equal(batch.tokens_BS[1::2], shares[1][number].tokens_BS)
         np.testing.assert_array_equal(batch.row_B[::2], shares[0][number].row_B)
@@ -231,8 +260,14 @@ def test_evaluation_is_the_same_for_any_number_of_processes_and_batches(dataset)
     ("specs", "message"),
     [
         ((("embedded:opera", 1.0),), "source embedded has no domain 'opera'"),
-        ((("nowhere", 1.0),), "data.sources: 'nowhere' is neither a prepared directory nor embedded"),
-        ((("text:*.txt", 1.0),), "'text:.*' must be prepared first: `python -m moe_jax prepare --source 'text:"),
+        (
+            (("nowhere", 1.0),),
+            "data.sources: 'nowhere' is neither a prepared directory nor embedded",
+        ),
+        (
+            (("text:*.txt", 1.0),),
+            "'text:.*' must be prepared first: `python -m moe_jax prepare --source 'text:",
+        ),
         ((("embedded:verse", 0.0),), "the weight 0.0 of embedded:verse must be above 0"),
         ((("embedded:verse", float("nan")),), "the weight nan of embedded:verse must be above 0"),
         (
@@ -255,10 +290,13 @@ def test_a_wrong_source_is_one_message(specs, message):
 
 def test_too_few_rows_and_too_few_documents_are_one_message(dataset):
     with pytest.raises(
-        UserError, match=r"embedded:verse,novel: \d+ train rows of 64 tokens are too few for one batch of 9999"
+        UserError,
+        match=r"embedded:verse,novel: \d+ train rows of 64 tokens are too few for one batch of 9999",
     ):
         Batches(dataset, "train", 0, 9999)
-    with pytest.raises(UserError, match="heldout_every is 200, but domain verse has only 192 documents"):
+    with pytest.raises(
+        UserError, match="heldout_every is 200, but domain verse has only 192 documents"
+    ):
         open_embedded(heldout_every=200)
 
 
@@ -266,7 +304,9 @@ def test_compressors_use_what_they_have_seen():
     random = np.random.default_rng(0)
     noise, other = random.bytes(20_000), random.bytes(20_000)
     known, new = compression_bits_per_byte(noise, noise), compression_bits_per_byte(noise, other)
-    assert known["gzip"] < 0.2 and known["xz"] < 0.2  # 20,000 bytes are within gzip's window of 32 kB
+    assert (
+        known["gzip"] < 0.2 and known["xz"] < 0.2
+    )  # 20,000 bytes are within gzip's window of 32 kB
     assert new["gzip"] == pytest.approx(8, rel=0.01) and new["xz"] == pytest.approx(8, rel=0.01)
     far = compression_bits_per_byte(noise + other * 3, noise)
     assert far["gzip"] > 7.9 and far["xz"] < 0.2  # but 80,000 are not

@@ -24,7 +24,9 @@ def test_rows_worked_by_hand():
     np.testing.assert_array_equal(rows.targets_RS, [[a, b, c, B], [d, B, e, f], [g, B, 0, 0]])
     np.testing.assert_array_equal(rows.segment_RS, [[1, 1, 1, 1], [1, 1, 2, 2], [1, 1, 0, 0]])
     np.testing.assert_array_equal(rows.domain_RS, [[2, 2, 2, 2], [0, 0, 1, 1], [1, 1, 0, 0]])
-    np.testing.assert_array_equal(pack.positions(rows.segment_RS), [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(
+        pack.positions(rows.segment_RS), [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 0, 0]]
+    )
     assert {field.dtype for field in rows} == {np.dtype(np.uint8)}
 
 
@@ -55,11 +57,16 @@ def test_every_token_is_predicted_exactly_once_and_in_its_document(seq_len):
     inside = (rows.segment_RS[:, 1:] == rows.segment_RS[:, :-1]) & (rows.segment_RS[:, 1:] > 0)
     np.testing.assert_array_equal(rows.inputs_RS[:, 1:][inside], rows.targets_RS[:, :-1][inside])
     place = pack.positions(rows.segment_RS)
-    assert ((place[:, 1:] == place[:, :-1] + 1) == inside)[rows.segment_RS[:, 1:] > 0].all() and not place[:, 0].any()
+    assert ((place[:, 1:] == place[:, :-1] + 1) == inside)[
+        rows.segment_RS[:, 1:] > 0
+    ].all() and not place[:, 0].any()
 
 
 def test_many_short_documents_fit_the_type_of_segments():
-    shortest = [(tokens("ab"), 0), *[(tokens("a"), 0)] * 2000]  # the first moves the others, so that row ends cut them
+    shortest = [
+        (tokens("ab"), 0),
+        *[(tokens("a"), 0)] * 2000,
+    ]  # the first moves the others, so that row ends cut them
     rows = pack.pack(shortest, 508, BYTES)
     assert rows.segment_RS.dtype == np.uint8 and rows.segment_RS.max() == 255
     rows = pack.pack(shortest, 510, BYTES)
@@ -67,7 +74,11 @@ def test_many_short_documents_fit_the_type_of_segments():
 
 
 def documents(**numbers):
-    return [Document(f"{domain} {i}", domain) for domain, number in numbers.items() for i in range(number)]
+    return [
+        Document(f"{domain} {i}", domain)
+        for domain, number in numbers.items()
+        for i in range(number)
+    ]
 
 
 def test_every_nth_document_of_each_domain_is_held_out():
@@ -76,7 +87,9 @@ def test_every_nth_document_of_each_domain_is_held_out():
 
 
 def test_a_domain_that_is_too_small_to_hold_out_is_named():
-    with pytest.raises(UserError, match=r"heldout_every is 6, but domain b has only 5 documents.*at most 5"):
+    with pytest.raises(
+        UserError, match=r"heldout_every is 6, but domain b has only 5 documents.*at most 5"
+    ):
         list(pack.split(documents(a=7, b=5), 6))
     one = r"domain b has only 1 document, so none is held out: make one domain of several files by a label \(books=text:GLOB\)"
     with pytest.raises(UserError, match=one):
@@ -87,28 +100,47 @@ def test_shuffling_keeps_every_document_within_its_window():
     all_ = documents(a=100)
     windows = list(pack.shuffled_windows(all_, 0, window_bytes=90))
     assert [d for window in windows for d in sorted(window, key=lambda d: int(d.text[2:]))] == all_
-    assert len(windows) > 4 and windows == list(pack.shuffled_windows(iter(all_), 0, window_bytes=90))
+    assert len(windows) > 4 and windows == list(
+        pack.shuffled_windows(iter(all_), 0, window_bytes=90)
+    )
     assert windows != list(pack.shuffled_windows(all_, 1, window_bytes=90))
 
 
 def test_heldout_rows_have_one_domain_each_and_interleave():
     all_ = [Document("x" * 30, domain) for domain in "abca" for _ in range(2)]
     blocks = list(pack.pack_heldout(all_, 10, BYTES, ("a", "b", "c")))
-    assert all(len(set(row[seg > 0])) == 1 for rows in blocks for row, seg in zip(rows.domain_RS, rows.segment_RS))
-    np.testing.assert_array_equal(pack.interleaved(np.array([0, 0, 0, 1, 2, 2])), [0, 3, 4, 1, 5, 2])
+    assert all(
+        len(set(row[seg > 0])) == 1
+        for rows in blocks
+        for row, seg in zip(rows.domain_RS, rows.segment_RS)
+    )
+    np.testing.assert_array_equal(
+        pack.interleaved(np.array([0, 0, 0, 1, 2, 2])), [0, 3, 4, 1, 5, 2]
+    )
 
 
 def test_the_fingerprint_covers_documents_tokenizer_and_arguments():
     found = survey(pack.split(documents(a=4, b=4), 2))
-    assert found.domains == ("a", "b") and found.documents == {"train": {"a": 2, "b": 2}, "heldout": {"a": 2, "b": 2}}
+    assert found.domains == ("a", "b") and found.documents == {
+        "train": {"a": 2, "b": 2},
+        "heldout": {"a": 2, "b": 2},
+    }
     assert found.text_bytes["train"] == {"a": 6, "b": 6}
-    prints = {fingerprint(found, BYTES, *arguments) for arguments in [(8, 2, 0), (9, 2, 0), (8, 3, 0), (8, 2, 1)]}
+    prints = {
+        fingerprint(found, BYTES, *arguments)
+        for arguments in [(8, 2, 0), (9, 2, 0), (8, 3, 0), (8, 2, 1)]
+    }
     others = [documents(a=4, b=4)[::-1], documents(a=4, c=4), documents(a=4, b=5)]
     prints |= {fingerprint(survey(pack.split(other, 2)), BYTES, 8, 2, 0) for other in others}
     prints |= {fingerprint(found, BYTES._replace(boundary_id=0), 8, 2, 0)}
-    assert len(prints) == 8 and fingerprint(survey(pack.split(documents(a=4, b=4), 2)), BYTES, 8, 2, 0) in prints
+    assert (
+        len(prints) == 8
+        and fingerprint(survey(pack.split(documents(a=4, b=4), 2)), BYTES, 8, 2, 0) in prints
+    )
 
 
 def test_too_many_domains_ask_for_a_label():
-    with pytest.raises(UserError, match="more than 256 domains: give each source one label, as in LABEL=text:GLOB"):
+    with pytest.raises(
+        UserError, match="more than 256 domains: give each source one label, as in LABEL=text:GLOB"
+    ):
         survey(("train", Document("x", str(i))) for i in range(257))

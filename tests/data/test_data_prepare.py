@@ -20,7 +20,13 @@ from moe_jax.errors import UserError
 from moe_jax.tasks.lm import task as lm
 
 FLAGS = ["--source", "embedded:verse", "--seq_len", "128"]
-ARGUMENTS = {"sources": ["embedded:verse"], "tokenizer": "bytes", "seq_len": 128, "heldout_every": 20, "seed": 0}
+ARGUMENTS = {
+    "sources": ["embedded:verse"],
+    "tokenizer": "bytes",
+    "seq_len": 128,
+    "heldout_every": 20,
+    "seed": 0,
+}
 OPTIONS = {"seq_len": 128, "slice_bytes": 0, "heldout_bytes": 0, "heldout_every": 20, "seed": 0}
 
 
@@ -50,7 +56,9 @@ def verse(tmp_path_factory):
 def test_prepared_rows_are_the_rows_packed_in_memory(verse):
     disk, memory = open_one(verse), open_one("embedded:verse")
     assert_same_data(disk, memory)
-    assert disk.documents("train") == {"verse": 183} and disk.text_bytes("heldout") == memory.text_bytes("heldout")
+    assert disk.documents("train") == {"verse": 183} and disk.text_bytes(
+        "heldout"
+    ) == memory.text_bytes("heldout")
     for split in ("train", "heldout"):
         assert disk.text(split, "verse") == memory.text(split, "verse")
     batches = [Batches(dataset, "train", 5, 4).rows(900, range(4)) for dataset in (disk, memory)]
@@ -79,9 +87,17 @@ def test_the_same_again_is_finished_already_and_other_arguments_are_refused(vers
     before = {path: path.stat().st_mtime_ns for path in verse.rglob("*") if path.is_file()}
     assert prepare.main([*FLAGS, "--out", str(verse)]) == 0
     out = capsys.readouterr().out
-    assert "is finished already, with the same arguments" in out and "verse" in out and "731,415" in out
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.name != prepared.LOCK)
-    with pytest.raises(UserError, match="was prepared with seed 0, not 3: choose another directory, or delete it"):
+    assert (
+        "is finished already, with the same arguments" in out
+        and "verse" in out
+        and "731,415" in out
+    )
+    assert all(
+        path.stat().st_mtime_ns == at for path, at in before.items() if path.name != prepared.LOCK
+    )
+    with pytest.raises(
+        UserError, match="was prepared with seed 0, not 3: choose another directory, or delete it"
+    ):
         prepare.main([*FLAGS, "--seed", "3", "--out", str(verse)])
 
 
@@ -98,7 +114,8 @@ writer.write(pathlib.Path(sys.argv[1]), eval(sys.argv[2]), track)
 
 
 @pytest.mark.parametrize(
-    ("what", "number"), [("reading documents", 50), ("writing train rows", 3000), ("writing heldout rows", 20)]
+    ("what", "number"),
+    [("reading documents", 50), ("writing train rows", 3000), ("writing heldout rows", 20)],
 )
 def test_killed_at_any_moment_it_leaves_nothing_finished_and_the_same_command_finishes_it(
     verse, tmp_path, what, number
@@ -107,11 +124,17 @@ def test_killed_at_any_moment_it_leaves_nothing_finished_and_the_same_command_fi
     killed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / prepared.RECORD).exists() and (tmp_path / "texts").exists()
-    with pytest.raises(UserError, match="is not finished: its preparation was interrupted, run the same command again"):
+    with pytest.raises(
+        UserError,
+        match="is not finished: its preparation was interrupted, run the same command again",
+    ):
         open_one(tmp_path)
     assert prepare.main([*FLAGS, "--out", str(tmp_path)]) == 0
     assert_same_data(open_one(tmp_path), open_one(verse))
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (tmp_path, verse)]
+    names = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        for folder in (tmp_path, verse)
+    ]
     assert names[0] == names[1], "something of the killed run is left"
 
 
@@ -121,7 +144,10 @@ def test_an_interrupt_is_one_message_and_130(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     write = writer.write
-    stopped = lambda out, arguments, track: write(out, arguments, lambda _, items: interrupted(items))
+
+    def stopped(out, arguments, track):
+        return write(out, arguments, lambda _, items: interrupted(items))
+
     monkeypatch.setattr(writer, "write", stopped)
     assert prepare.main([*FLAGS, "--out", str(tmp_path)]) == 130
     assert "is not finished; the same command finishes it" in capsys.readouterr().err
@@ -132,7 +158,8 @@ def test_an_interrupt_is_one_message_and_130(tmp_path, capsys, monkeypatch):
 def test_a_file_in_the_place_of_the_directory_is_one_message(tmp_path, out):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(
-        UserError, match=rf"--out .*{out} cannot be made or written to \(.*\): choose another directory"
+        UserError,
+        match=rf"--out .*{out} cannot be made or written to \(.*\): choose another directory",
     ):
         prepare.main([*FLAGS, "--out", str(tmp_path / out)])
 
@@ -140,7 +167,9 @@ def test_a_file_in_the_place_of_the_directory_is_one_message(tmp_path, out):
 def test_two_at_once_and_foreign_directories_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="mine is not empty and was not made by prepare: choose another directory"):
+    with pytest.raises(
+        UserError, match="mine is not empty and was not made by prepare: choose another directory"
+    ):
         prepare.main([*FLAGS, "--out", str(tmp_path / "mine")])
     (tmp_path / "busy").mkdir()
     with open(tmp_path / "busy" / prepared.LOCK, "w") as lock:
@@ -157,35 +186,71 @@ def documents_of(rows, tokenizer):
 
 
 def test_two_sources_with_a_trained_tokenizer(tmp_path):
-    laws = [f"Artículo {i}: la señal número {i * i} será única.\n" * (1 + i % 5) for i in range(300)]
-    (tmp_path / "laws.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in laws))
+    laws = [
+        f"Artículo {i}: la señal número {i * i} será única.\n" * (1 + i % 5) for i in range(300)
+    ]
+    (tmp_path / "laws.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in laws)
+    )
     (tmp_path / "logs.txt").write_text("".join(f"line {i}\n\n" for i in range(9000)))
     for name in ("one", "two"):
-        flags = ["--source", f"jsonl:{tmp_path}/laws.jsonl", "--source", f"notes=text:{tmp_path}/logs.txt"]
-        flags += ["--tokenizer", "bpe:300", "--seq_len", "32", "--heldout_every", "3", "--out", str(tmp_path / name)]
+        flags = [
+            "--source",
+            f"jsonl:{tmp_path}/laws.jsonl",
+            "--source",
+            f"notes=text:{tmp_path}/logs.txt",
+        ]
+        flags += [
+            "--tokenizer",
+            "bpe:300",
+            "--seq_len",
+            "32",
+            "--heldout_every",
+            "3",
+            "--out",
+            str(tmp_path / name),
+        ]
         assert prepare.main(flags) == 0
     dataset = open_one(tmp_path / "one", seq_len=32)
     assert dataset.fingerprint == open_one(tmp_path / "two", seq_len=32).fingerprint
-    assert dataset.domains == ("laws", "notes") and dataset.documents("heldout") == {"laws": 100, "notes": 2}
+    assert dataset.domains == ("laws", "notes") and dataset.documents("heldout") == {
+        "laws": 100,
+        "notes": 2,
+    }
     assert dataset.tokenizer.name == "bpe:300" and dataset.tokenizer.vocab_size == 300
-    train, heldout = (documents_of(all_rows(dataset, split), dataset.tokenizer) for split in ("train", "heldout"))
-    assert [text for text in train if text in set(laws)] == sorted(text for i, text in enumerate(laws, 1) if i % 3)
+    train, heldout = (
+        documents_of(all_rows(dataset, split), dataset.tokenizer) for split in ("train", "heldout")
+    )
+    assert [text for text in train if text in set(laws)] == sorted(
+        text for i, text in enumerate(laws, 1) if i % 3
+    )
     assert set(heldout) & set(train) == set() and len(heldout) == 102
-    assert prepared.open_prepared(tmp_path / "one").train.fetch(np.array([0])).inputs_RS.dtype == np.uint16
+    assert (
+        prepared.open_prepared(tmp_path / "one").train.fetch(np.array([0])).inputs_RS.dtype
+        == np.uint16
+    )
 
 
 def test_parts_that_do_not_go_together_are_one_message(verse, tmp_path):
-    with pytest.raises(UserError, match=r"verse was prepared with seq_len 128, but data.seq_len is 256: set that"):
+    with pytest.raises(
+        UserError, match=r"verse was prepared with seq_len 128, but data.seq_len is 256: set that"
+    ):
         open_one(verse, seq_len=256)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40))
+    )
     flags = ["--source", f"jsonl:{tmp_path}/a.jsonl", "--tokenizer", "bpe:260", "--seq_len", "128"]
     prepare.main([*flags, "--out", str(tmp_path / "bpe")])
     differ = r"bpe has tokenizer bpe:260, but .*verse has bytes: prepare all with one \(--tokenizer file:"
     with pytest.raises(UserError, match=differ):
         open_dataset(((str(verse), 1.0), (str(tmp_path / "bpe"), 1.0)), **OPTIONS)
     taken = f"file:{tmp_path}/bpe/tokenizer/tokenizer.json"
-    prepare.main([*flags[:2], "--tokenizer", taken, "--seq_len", "128", "--out", str(tmp_path / "same")])
-    assert open_dataset(((str(tmp_path / "bpe"), 1.0), (str(tmp_path / "same"), 1.0)), **OPTIONS).domains == ("a",)
+    prepare.main(
+        [*flags[:2], "--tokenizer", taken, "--seq_len", "128", "--out", str(tmp_path / "same")]
+    )
+    assert open_dataset(
+        ((str(tmp_path / "bpe"), 1.0), (str(tmp_path / "same"), 1.0)), **OPTIONS
+    ).domains == ("a",)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +261,10 @@ def lossy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lossy")
     (folder / "corpus.txt").write_text("to be or not to be that is the question\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "sp"), vocab_size=18, minloglevel=2
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "sp"),
+        vocab_size=18,
+        minloglevel=2,
     )
     for name, text in (("known", "to be\n\nor not  to be\n"), ("foreign", "что быть, to be\n")):
         (folder / f"{name}.jsonl").write_text(
@@ -207,7 +275,12 @@ def lossy(tmp_path_factory):
 
 
 def lossy_command(folder):
-    sources = ["--source", f"jsonl:{folder}/known.jsonl", "--source", f"jsonl:{folder}/foreign.jsonl"]
+    sources = [
+        "--source",
+        f"jsonl:{folder}/known.jsonl",
+        "--source",
+        f"jsonl:{folder}/foreign.jsonl",
+    ]
     rest = ["--tokenizer", f"file:{folder}/sp.model", "--seq_len", "16", "--heldout_every", "4"]
     return [*sources, *rest, "--out", str(folder / "out")]
 
@@ -227,12 +300,16 @@ def heldout_sums(dataset):
 def test_bits_per_byte_are_per_byte_of_the_text_that_a_tokenizer_loses(lossy, capsys):
     dataset = open_one(lossy / "out", seq_len=16)
     text, pieces = dataset.text_bytes("heldout"), dataset.parts[0].heldout_piece_bytes
-    assert all(text[domain] == len(dataset.text("heldout", domain)) for domain in ("known", "foreign"))
+    assert all(
+        text[domain] == len(dataset.text("heldout", domain)) for domain in ("known", "foreign")
+    )
     assert pieces["known"] < text["known"] and 0 < pieces["foreign"] < 0.6 * text["foreign"]
     total = heldout_sums(dataset)
     np.testing.assert_allclose(total["bytes"], [text["known"], text["foreign"]], rtol=1e-6)
     figures = lm.summary(total, dataset)
-    bits = total["tokens"] * np.log2(dataset.tokenizer.vocab_size) / [text["known"], text["foreign"]]
+    bits = (
+        total["tokens"] * np.log2(dataset.tokenizer.vocab_size) / [text["known"], text["foreign"]]
+    )
     np.testing.assert_allclose(
         [figures[f"domain/{name}/bits_per_byte"] for name in ("known", "foreign")], bits, rtol=1e-5
     )
@@ -241,7 +318,9 @@ def test_bits_per_byte_are_per_byte_of_the_text_that_a_tokenizer_loses(lossy, ca
     assert note in capsys.readouterr().out
 
 
-def test_a_directory_prepared_before_the_record_knew_is_taken_at_its_texts_bytes(lossy, verse, tmp_path, capsys):
+def test_a_directory_prepared_before_the_record_knew_is_taken_at_its_texts_bytes(
+    lossy, verse, tmp_path, capsys
+):
     np.testing.assert_array_equal(open_one(verse).byte_scale(), [1.0])
     prepare.main([*FLAGS, "--out", str(verse)])
     assert "note:" not in capsys.readouterr().out
@@ -262,7 +341,8 @@ def test_damage_is_one_message(tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
     with pytest.raises(
-        UserError, match=rf"has {len(whole) - 100} bytes instead of {len(whole)}: copy .* again, or prepare"
+        UserError,
+        match=rf"has {len(whole) - 100} bytes instead of {len(whole)}: copy .* again, or prepare",
     ):
         open_one(tmp_path, seq_len=512)
     shard.unlink()
@@ -270,13 +350,18 @@ def test_damage_is_one_message(tmp_path):
         open_one(tmp_path, seq_len=512)
     for text, message in [
         ("{", "is damaged"),
-        (json.dumps({**record, "seed": 1}), "is damaged .it is not what was written, by its digest"),
+        (
+            json.dumps({**record, "seed": 1}),
+            "is damaged .it is not what was written, by its digest",
+        ),
         (json.dumps({"format": 0}), "was prepared by another version"),
     ]:
         (tmp_path / prepared.RECORD).write_text(text)
         with pytest.raises(UserError, match=message):
             open_one(tmp_path, seq_len=512)
-    with pytest.raises(UserError, match=r"is no prepared directory \(no moe_jax_data\.json\): make one with"):
+    with pytest.raises(
+        UserError, match=r"is no prepared directory \(no moe_jax_data\.json\): make one with"
+    ):
         open_one(tmp_path / "rows")
 
 
@@ -285,8 +370,14 @@ def test_damage_is_one_message(tmp_path):
     [
         (["--source", "text:*.nothing"], r"source text:\*.nothing matches no file"),
         (["--source", "web"], "source 'web' is none of: embedded"),
-        (["--source", "embedded", "--source", "embedded"], "--source embedded is given twice: held-out documents"),
-        (["--source", "embedded", "--tokenizer", "words"], "--tokenizer words is none of: bytes, bpe:VOCAB, file:PATH"),
+        (
+            ["--source", "embedded", "--source", "embedded"],
+            "--source embedded is given twice: held-out documents",
+        ),
+        (
+            ["--source", "embedded", "--tokenizer", "words"],
+            "--tokenizer words is none of: bytes, bpe:VOCAB, file:PATH",
+        ),
         (["--source", "embedded", "--seq_len", "1"], "--seq_len 1 must be at least 2"),
         (["--source", "embedded", "--heldout_every", "0"], "--heldout_every 0 must be at least 2"),
         (

@@ -85,7 +85,9 @@ def test_debians_indices_become_three_sets(indices, tmp_path, capsys):
     for name in ("debian", "debian_depends", "debian_en_de"):
         code, told, _ = data(capsys, name, "--from", indices, "--out", out)
         assert code == 0 and any("nothing was compared with Debian's sums" in line for line in told)
-    sections = unpacked(out / "classification" / "debian12_descriptions_by_section.tsv.gz").splitlines()
+    sections = unpacked(
+        out / "classification" / "debian12_descriptions_by_section.tsv.gz"
+    ).splitlines()
     assert sections == [
         "section\tpackage\tdescription",
         "libs\tant\tAn ant Same in both.",
@@ -94,7 +96,11 @@ def test_debians_indices_become_three_sets(indices, tmp_path, capsys):
     depends = unpacked(out / "recommendation" / "debian12_depends.tsv.gz")
     assert depends == "package\tdepends\nzoo\tlibb libc6 python3\n"
     pairs = unpacked(out / "translation" / "ddtp_en_de.tsv.gz").splitlines()
-    assert pairs == ["A zoo\tEin Zoo", "An ant\tEine Ameise", "It has many animals.\tEr hat viele Tiere."]
+    assert pairs == [
+        "A zoo\tEin Zoo",
+        "An ant\tEine Ameise",
+        "It has many animals.\tEr hat viele Tiere.",
+    ]
     assert next(iter(classification.read_debian(str(out)))).label == "libs"
     assert recommendation.read_debian_depends(str(out)) == {"zoo": ["libb", "libc6", "python3"]}
     assert next(translation.DATASETS["debian_en_de"].read(str(out))).target == "Ein Zoo"
@@ -118,7 +124,10 @@ def test_debians_sums_are_compared_where_a_release_is_given(indices, tmp_path, c
 def test_another_release_of_debian_is_told(indices, tmp_path, capsys):
     release(indices, "Packages.xz", codename="trixie")
     _, out, _ = data(capsys, "debian_depends", "--from", indices, "--out", tmp_path)
-    assert "Debian 12.15 (trixie); the figures of docs/tasks.md are of bookworm: yours will differ" in out
+    assert (
+        "Debian 12.15 (trixie); the figures of docs/tasks.md are of bookworm: yours will differ"
+        in out
+    )
 
 
 def test_aptss_lists_are_taken_by_their_names(indices, tmp_path, capsys):
@@ -132,7 +141,9 @@ def test_aptss_lists_are_taken_by_their_names(indices, tmp_path, capsys):
     assert data(capsys, "debian_depends", "--from", lists, "--out", tmp_path)[0] == 0
     (lists / "deb.debian.org_debian-security_main_binary-amd64_Packages").write_text(PACKAGES)
     line = refusal(capsys, "debian_depends", "--from", lists, "--out", tmp_path)
-    assert "holds 2 files Packages or *_Packages" in line and line.endswith("name one of them with --from FILE")
+    assert "holds 2 files Packages or *_Packages" in line and line.endswith(
+        "name one of them with --from FILE"
+    )
     one = lists / f"{prefix}binary-amd64_Packages.lz4"
     assert data(capsys, "debian_depends", "--from", one, "--out", tmp_path)[0] == 0
 
@@ -140,12 +151,24 @@ def test_aptss_lists_are_taken_by_their_names(indices, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("Packages.xz", lzma.compress(PACKAGES.encode())[:-20], "Packages.xz cannot be read, it may be damaged"),
-        ("Packages.xz", lzma.compress(PACKAGES.encode()[:-9]), "does not end with an empty line: it was cut"),
+        (
+            "Packages.xz",
+            lzma.compress(PACKAGES.encode())[:-20],
+            "Packages.xz cannot be read, it may be damaged",
+        ),
+        (
+            "Packages.xz",
+            lzma.compress(PACKAGES.encode()[:-9]),
+            "does not end with an empty line: it was cut",
+        ),
         ("Packages.xz", lzma.compress(b"no index\n\n"), "paragraph 1 has no field Package"),
         ("Packages.xz", lzma.compress(b"Package: \xff\n\n"), "Packages.xz is not UTF-8 at byte 9"),
         ("Packages.xz", b"", "Packages.xz .*(damaged|empty line)"),
-        ("Translation-en.xz", lzma.compress(GERMAN.encode().replace(b"md5: ", b"md5: x")), "share no Description-md5"),
+        (
+            "Translation-en.xz",
+            lzma.compress(GERMAN.encode().replace(b"md5: ", b"md5: x")),
+            "share no Description-md5",
+        ),
     ],
 )
 def test_an_index_that_is_none_is_refused(indices, tmp_path, capsys, name, content, message):

@@ -30,26 +30,43 @@ def test_vader_is_read_from_its_archive(tmp_path, capsys, monkeypatch):
             tar.addfile(member, io.BytesIO(line))
     assert data(capsys, "vader", "--from", archive, "--out", tmp_path)[0] == 0
     rows = unpacked(tmp_path / "classification" / "vader_sentiment_4domains.tsv.gz").splitlines()
-    assert rows[:3] == ["domain\tvalence\ttext", "movie\t2.267\tA lovely film.", "movie\t-0.6\tbad"] and len(rows) == 9
+    assert (
+        rows[:3] == ["domain\tvalence\ttext", "movie\t2.267\tA lovely film.", "movie\t-0.6\tbad"]
+        and len(rows) == 9
+    )
     assert len(list(classification.read_vader(str(tmp_path)))) == 8
     archive.write_bytes(archive.read_bytes()[:-40])
-    assert "cannot be read, it may be damaged" in refusal(capsys, "vader", "--from", archive, "--out", tmp_path)
+    assert "cannot be read, it may be damaged" in refusal(
+        capsys, "vader", "--from", archive, "--out", tmp_path
+    )
 
 
 def test_banking77_is_packed_and_its_sums_are_compared(tmp_path, capsys, monkeypatch):
-    files = {"train": b'text,category\n"Where, please?",card\n', "test": b"text,category\nHow?\n,pin\n"}
+    files = {
+        "train": b'text,category\n"Where, please?",card\n',
+        "test": b"text,category\nHow?\n,pin\n",
+    }
     folder = tmp_path / "banking_data"
     folder.mkdir()
     for part, content in files.items():
         (folder / f"{part}.csv").write_bytes(content)
     line = refusal(capsys, "banking77", "--from", folder, "--out", tmp_path)
-    assert f"train.csv has the sha256 sum {sha256(files['train'])}, its publisher's file has b06e26ac" in line
-    monkeypatch.setattr(banking77, "DIGESTS", {part: sha256(content) for part, content in files.items()})
+    assert (
+        f"train.csv has the sha256 sum {sha256(files['train'])}, its publisher's file has b06e26ac"
+        in line
+    )
+    monkeypatch.setattr(
+        banking77, "DIGESTS", {part: sha256(content) for part, content in files.items()}
+    )
     assert data(capsys, "banking77", "--from", *folder.iterdir(), "--out", tmp_path)[0] == 0
-    assert unpacked(tmp_path / "classification" / "banking77_train.csv.gz").encode() == files["train"]
+    assert (
+        unpacked(tmp_path / "classification" / "banking77_train.csv.gz").encode() == files["train"]
+    )
     assert next(iter(classification.read_banking77(str(tmp_path)))).split == "heldout"
     (folder / "train.csv").write_bytes(b"question,intent\na,b\n")
-    line = refusal(capsys, "banking77", "--from", folder, "--out", tmp_path / "other", "--any_digest")
+    line = refusal(
+        capsys, "banking77", "--from", folder, "--out", tmp_path / "other", "--any_digest"
+    )
     assert "train.csv has the columns question, intent, not text, category" in line
 
 
@@ -72,7 +89,11 @@ def clothes(tmp_path):
 def test_fashion_mnist_is_read_plain_and_packed(clothes, tmp_path, capsys):
     command = ("fashion_mnist", "--from", clothes, "--out", tmp_path / "data")
     line = refusal(capsys, *command)
-    assert "has the md5 sum" in line and "8d4fb7e6c68d591d4c3dfef9ec88bf0d" in line and "--any_digest" in line
+    assert (
+        "has the md5 sum" in line
+        and "8d4fb7e6c68d591d4c3dfef9ec88bf0d" in line
+        and "--any_digest" in line
+    )
     assert data(capsys, *command, "--any_digest")[0] == 0
     images = vision.read_fashion_mnist(str(tmp_path / "data"), 5)
     assert images.pixels_NHWC.shape == (5, 28, 28, 1) and images.label_N.tolist() == [0, 1, 2, 0, 1]
@@ -81,16 +102,26 @@ def test_fashion_mnist_is_read_plain_and_packed(clothes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t10k-labels-idx1-ubyte", idx(np.arange(2))[:-1], "holds 9 bytes, but its head says 10: it was cut"),
+        (
+            "t10k-labels-idx1-ubyte",
+            idx(np.arange(2))[:-1],
+            "holds 9 bytes, but its head says 10: it was cut",
+        ),
         ("t10k-labels-idx1-ubyte", idx(np.arange(3)), "has 2 images, but .* 3 labels"),
-        ("t10k-labels-idx1-ubyte", idx(np.ones((2, 1))), "is no idx file of bytes with 1 dimensions"),
+        (
+            "t10k-labels-idx1-ubyte",
+            idx(np.ones((2, 1))),
+            "is no idx file of bytes with 1 dimensions",
+        ),
         ("t10k-labels-idx1-ubyte", b"", "is no idx file"),
         ("t10k-images-idx3-ubyte.gz", b"no gzip", "cannot be read, it may be damaged"),
     ],
 )
 def test_an_idx_file_that_is_none_is_refused(clothes, tmp_path, capsys, name, content, message):
     (clothes / name).write_bytes(content)
-    line = refusal(capsys, "fashion_mnist", "--from", clothes, "--out", tmp_path / "data", "--any_digest")
+    line = refusal(
+        capsys, "fashion_mnist", "--from", clothes, "--out", tmp_path / "data", "--any_digest"
+    )
     assert re.search(message, line), line
 
 
@@ -129,7 +160,9 @@ def fake_pysword(monkeypatch, texts):
             return {name: {"version": "1"} for name in texts}
 
         def get_bible_from_module(self, name):
-            get = lambda books, chapters, verses: texts[name].get((chapters, verses), "")
+            def get(books, chapters, verses):
+                return texts[name].get((chapters, verses), "")
+
             return types.SimpleNamespace(get=get, get_structure=lambda: structure)
 
     module = types.ModuleType("pysword.modules")
@@ -145,7 +178,9 @@ def test_the_bible_is_aligned_by_verse(tmp_path, capsys, monkeypatch):
     assert data(capsys, "bible_en_es", "--from", tmp_path, "--out", tmp_path / "data")[0] == 0
     path = tmp_path / "data" / "translation" / "bible_kjv_rv1909_en_es.tsv.gz"
     assert unpacked(path) == "Acts 1:1\tIn the beginning\tEn el principio\n"
-    assert [pair.source for pair in translation.read_bible(str(tmp_path / "data"))] == ["In the beginning"]
+    assert [pair.source for pair in translation.read_bible(str(tmp_path / "data"))] == [
+        "In the beginning"
+    ]
 
 
 def test_what_the_bible_needs_is_told(tmp_path, capsys, monkeypatch):
@@ -153,4 +188,6 @@ def test_what_the_bible_needs_is_told(tmp_path, capsys, monkeypatch):
     command = ("bible_en_es", "--from", tmp_path, "--out", tmp_path / "data")
     assert "has no SWORD module spaRV1909eb" in refusal(capsys, *command)
     monkeypatch.setitem(sys.modules, "pysword.modules", None)
-    assert refusal(capsys, *command).endswith("needs a reader of SWORD modules: pip install pysword")
+    assert refusal(capsys, *command).endswith(
+        "needs a reader of SWORD modules: pip install pysword"
+    )

@@ -39,16 +39,24 @@ def test_text_files_are_documents_named_by_their_stems(tmp_path, ending):
 
 
 def test_a_long_text_file_is_cut_into_documents_and_none_of_it_is_lost(tmp_path):
-    text = "".join(f"línea {i}\n" + "\n" * (i % 7 == 0) for i in range(150_000))  # more than one block
+    text = "".join(
+        f"línea {i}\n" + "\n" * (i % 7 == 0) for i in range(150_000)
+    )  # more than one block
     (tmp_path / "long.txt").write_text("\ufeff" + text, encoding="utf-8")
     pieces = [document.text for document in read(f"text:{tmp_path}/long.txt")]
     assert "".join(pieces) == text
-    assert len(pieces) > 100 and max(map(len, pieces)) < 33_000 and all(p.endswith("\n\n") for p in pieces[:-1])
+    assert (
+        len(pieces) > 100
+        and max(map(len, pieces)) < 33_000
+        and all(p.endswith("\n\n") for p in pieces[:-1])
+    )
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_json_lines(tmp_path, ending):
-    lines = "\n\n".join(json.dumps({"body": text, "n": 1}, ensure_ascii=False) for text in [*TEXTS, ""])
+    lines = "\n\n".join(
+        json.dumps({"body": text, "n": 1}, ensure_ascii=False) for text in [*TEXTS, ""]
+    )
     compressed(tmp_path / f"laws.{ending}", lines.encode())
     assert read(f"jsonl:{tmp_path}/*#body") == [(text, "laws") for text in TEXTS]
 
@@ -64,7 +72,9 @@ def test_compressed_parquet_of_a_dictionary_of_strings(tmp_path, ending):
     categories = pa.array([TEXTS[0], TEXTS[1], None, TEXTS[0]]).dictionary_encode()
     pq.write_table(pa.table({"text": categories, "n": [1, 2, 3, 4]}), tmp_path / "plain")
     compressed(tmp_path / f"web.{ending}", (tmp_path / "plain").read_bytes())
-    assert read(f"parquet:{tmp_path}/web.*") == [(text, "web") for text in (TEXTS[0], TEXTS[1], TEXTS[0])]
+    assert read(f"parquet:{tmp_path}/web.*") == [
+        (text, "web") for text in (TEXTS[0], TEXTS[1], TEXTS[0])
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +89,20 @@ def tfds_folder(tmp_path_factory):
     features = tfds.features.FeaturesDict({"text": text, "title": text, "label": label})
     methods = {
         "VERSION": tfds.core.Version("1.0.0"),
-        "_info": lambda self: tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True),
-        "_split_generators": lambda self, _: {"train": enumerate(rows), "test": enumerate(rows[:2])},
+        "_info": lambda self: tfds.core.DatasetInfo(
+            builder=self, features=features, disable_shuffling=True
+        ),
+        "_split_generators": lambda self, _: {
+            "train": enumerate(rows),
+            "test": enumerate(rows[:2]),
+        },
         "_generate_examples": lambda self: None,
     }
     for name in ("TinyTexts", "TinyRecords"):
         with tfds.core.registered.skip_registration():
-            builder = type(name, (tfds.core.GeneratorBasedBuilder,), {**methods, "__module__": __name__})
+            builder = type(
+                name, (tfds.core.GeneratorBasedBuilder,), {**methods, "__module__": __name__}
+            )
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     info = folder / "tiny_records" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
@@ -102,10 +119,19 @@ def test_tfds_datasets_on_disk(tfds_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tfds:imdb_reviews", "dataset 'imdb_reviews' is not in .*, and nothing is downloaded here: prepare it where"),
-        ("tfds:tiny_records", "dataset tiny_records is stored as tfrecord, which needs TensorFlow: convert it"),
+        (
+            "tfds:imdb_reviews",
+            "dataset 'imdb_reviews' is not in .*, and nothing is downloaded here: prepare it where",
+        ),
+        (
+            "tfds:tiny_records",
+            "dataset tiny_records is stored as tfrecord, which needs TensorFlow: convert it",
+        ),
         ("tfds:tiny_texts:dev", "dataset tiny_texts, split 'dev': Unknown split 'dev'"),
-        ("tfds:tiny_texts#body", r"has no text feature 'body' \(text features: text, title\); name one after a #"),
+        (
+            "tfds:tiny_texts#body",
+            r"has no text feature 'body' \(text features: text, title\); name one after a #",
+        ),
         ("tfds:tiny_texts#label", "has no text feature 'label'"),
     ],
 )
@@ -151,8 +177,14 @@ FILES = {
             r"latin.txt is not UTF-8 \(byte 0xf1 after 'se'\): convert it from what it is written in, as in `iconv -f",
         ),
         ("jsonl:{}/latin.jsonl", r"latin.jsonl is not UTF-8 \(byte 0xf1 after '.*se'\)"),
-        ("text:{}/broken.txt.gz", "broken.txt.gz cannot be read, it is truncated .*: copy it again"),
-        ("text:{}/broken.txt.zst", "broken.txt.zst cannot be read, it is truncated .*: copy it again"),
+        (
+            "text:{}/broken.txt.gz",
+            "broken.txt.gz cannot be read, it is truncated .*: copy it again",
+        ),
+        (
+            "text:{}/broken.txt.zst",
+            "broken.txt.zst cannot be read, it is truncated .*: copy it again",
+        ),
         ("text:{}/noise.txt.gz", "noise.txt.gz cannot be read, it may be damaged"),
         ("parquet:{}/noise.parquet", "noise.parquet cannot be read, it may be damaged"),
         (
@@ -160,23 +192,44 @@ FILES = {
             r"table.parquet has no text column 'body' \(it has: text \(string\), n \(int64\)\)",
         ),
         ("parquet:{}/noise.parquet.gz", "noise.parquet.gz cannot be read, it may be damaged"),
-        ("parquet:{}/broken.parquet.zst", "broken.parquet.zst cannot be read, it is truncated .*: copy it again"),
+        (
+            "parquet:{}/broken.parquet.zst",
+            "broken.parquet.zst cannot be read, it is truncated .*: copy it again",
+        ),
         ("parquet:{}/table.parquet#n", "table.parquet has no text column 'n'"),
-        ("text:{}/empty.txt", "source 'text:.*empty.txt' has no text: every document of it is empty"),
+        (
+            "text:{}/empty.txt",
+            "source 'text:.*empty.txt' has no text: every document of it is empty",
+        ),
         ("jsonl:{}/empty.jsonl", "has no text: every document of it is empty"),
         (
             "jsonl:{}/fields.jsonl",
             r"fields.jsonl, line 2 has no text in field 'text' \(it has: txet, n\); name the field",
         ),
-        ("jsonl:{}/number.jsonl", r"number.jsonl, line 1 has no text in field 'text' \(it has: text\)"),
+        (
+            "jsonl:{}/number.jsonl",
+            r"number.jsonl, line 1 has no text in field 'text' \(it has: text\)",
+        ),
         ("jsonl:{}/list.jsonl", r"list.jsonl, line 1 has no text in field 'text' \(it has: list\)"),
-        ("jsonl:{}/syntax.jsonl", "syntax.jsonl, line 2 is not JSON: Expecting ',' delimiter at column"),
-        ("jsonl:{}/half.jsonl", "half.jsonl, line 1 is no valid Unicode: half a surrogate pair at character 1"),
-        ("jsonl:{}/deep.jsonl", "deep.jsonl, line 2 is JSON beyond what Python reads .*: mend or drop the line"),
+        (
+            "jsonl:{}/syntax.jsonl",
+            "syntax.jsonl, line 2 is not JSON: Expecting ',' delimiter at column",
+        ),
+        (
+            "jsonl:{}/half.jsonl",
+            "half.jsonl, line 1 is no valid Unicode: half a surrogate pair at character 1",
+        ),
+        (
+            "jsonl:{}/deep.jsonl",
+            "deep.jsonl, line 2 is JSON beyond what Python reads .*: mend or drop the line",
+        ),
         ("jsonl:{}/digits.jsonl", "digits.jsonl, line 1 is JSON beyond what Python reads"),
         ("web:{}/a.html", "source 'web:.*' is none of: embedded"),
         ("text:", "source 'text:' names nothing after text"),
-        ("embedded:opera", "source embedded has no domain 'opera'; choose each at most once from drama, verse"),
+        (
+            "embedded:opera",
+            "source embedded has no domain 'opera'; choose each at most once from drama, verse",
+        ),
         ("embedded:drama,drama", "source embedded names a domain twice: drama,drama"),
     ],
 )
@@ -217,7 +270,9 @@ def test_a_thread_that_imports_is_not_disturbed_by_the_import_of_tfds():
 def test_nothing_else_imports_tfds():
     """So that no other import of it disturbs other threads."""
     found = [
-        path.name for path in pathlib.Path("moe_jax").rglob("*.py") if "import tensorflow_datasets" in path.read_text()
+        path.name
+        for path in pathlib.Path("moe_jax").rglob("*.py")
+        if "import tensorflow_datasets" in path.read_text()
     ]
     assert found == ["tfds_import.py"]
 

@@ -46,8 +46,12 @@ def models(tmp_path_factory, bpe):
         | {f"<0x{i:02X}>": 3 + i for i in range(256)}
         | {"▁": 259, "a": 260, "▁a": 261}
     )
-    llama = hf.Tokenizer(hf.models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
-    llama.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
+    llama = hf.Tokenizer(
+        hf.models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    llama.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")]
+    )
     llama.decoder = hf.decoders.Sequence(
         [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
     )
@@ -68,14 +72,21 @@ def models(tmp_path_factory, bpe):
 
 
 def all_tokenizers(bpe, models):
-    files = [tokenizer.make(f"file:{models / name}", list) for name in ("sp.model", "byte_level.json", "llama.json")]
+    files = [
+        tokenizer.make(f"file:{models / name}", list)
+        for name in ("sp.model", "byte_level.json", "llama.json")
+    ]
     return [bytes_tokenizer(), bpe, *files]
 
 
 def test_every_text_comes_back_and_every_byte_is_counted(bpe, models):
     for tokens in all_tokenizers(bpe, models):
         size = tokens.token_bytes()
-        assert size.shape == (tokens.vocab_size,) and size.dtype == np.int32 and size[tokens.boundary_id] == 0
+        assert (
+            size.shape == (tokens.vocab_size,)
+            and size.dtype == np.int32
+            and size[tokens.boundary_id] == 0
+        )
         for text, ids in zip(TEXTS, tokens.encode_many(TEXTS)):
             assert tokens.decode(ids) == text
             assert tokens.boundary_id not in ids and ids.max() < tokens.vocab_size
@@ -123,18 +134,29 @@ def test_save_and_load_give_the_same_tokenizer(bpe, models, tmp_path):
     for number, tokens in enumerate(all_tokenizers(bpe, models)):
         tokens.save(tmp_path / str(number))
         loaded = tokenizer.load(tmp_path / str(number))
-        assert (loaded.fingerprint, loaded.name, loaded.pieces) == (tokens.fingerprint, tokens.name, tokens.pieces)
-        assert [a.tolist() for a in loaded.encode_many(TEXTS)] == [a.tolist() for a in tokens.encode_many(TEXTS)]
+        assert (loaded.fingerprint, loaded.name, loaded.pieces) == (
+            tokens.fingerprint,
+            tokens.name,
+            tokens.pieces,
+        )
+        assert [a.tolist() for a in loaded.encode_many(TEXTS)] == [
+            a.tolist() for a in tokens.encode_many(TEXTS)
+        ]
 
 
 def test_another_boundary_can_be_named(models):
     chosen = tokenizer.make(f"file:{models / 'llama.json'}#<s>", list)
-    assert (chosen.boundary_id, tokenizer.make(f"file:{models / 'llama.json'}", list).boundary_id) == (1, 2)
+    assert (
+        chosen.boundary_id,
+        tokenizer.make(f"file:{models / 'llama.json'}", list).boundary_id,
+    ) == (1, 2)
 
 
 @pytest.mark.parametrize("token", [256, -1, 10**6])
 def test_a_token_outside_of_the_vocabulary_is_one_message(token):
-    with pytest.raises(UserError, match=rf"token {token} is outside the vocabulary of tokenizer bytes \(ids 0 to"):
+    with pytest.raises(
+        UserError, match=rf"token {token} is outside the vocabulary of tokenizer bytes \(ids 0 to"
+    ):
         bytes_tokenizer().decode([97, token])
 
 
@@ -147,14 +169,23 @@ def test_a_token_outside_of_the_vocabulary_is_one_message(token):
         ("bpe:many", "give a vocabulary of at least 257"),
         ("file:nowhere.json", "tokenizer file:nowhere.json cannot be read: .*No such file"),
         ("file:{}/garbage.json", "garbage.json is no tokenizer.json"),
-        ("file:{}/foreign.json", "foreign.json has the token '日', which stands for no bytes: the file may be damaged"),
+        (
+            "file:{}/foreign.json",
+            "foreign.json has the token '日', which stands for no bytes: the file may be damaged",
+        ),
         (
             "file:{}/garbage.model",
             "garbage.model is neither a SentencePiece model nor, by its ending, a",
         ),
         ("file:{}/empty.model", "empty.model is neither a SentencePiece model"),
-        ("file:{}/wordpiece.json", "decodes by WordPiece, which loses bytes of the text: choose a byte-level one"),
-        ("file:{}/llama.json#<end>", r"has no special token '<end>' \(it has: <unk>, <s>, </s>\); name one"),
+        (
+            "file:{}/wordpiece.json",
+            "decodes by WordPiece, which loses bytes of the text: choose a byte-level one",
+        ),
+        (
+            "file:{}/llama.json#<end>",
+            r"has no special token '<end>' \(it has: <unk>, <s>, </s>\); name one",
+        ),
     ],
 )
 def test_a_wrong_tokenizer_is_one_message(models, spec, message):
@@ -218,7 +249,9 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(("phase", "sign"), [("reading", "begun"), ("merging", "read")])
 def test_the_training_of_a_bpe_is_interrupted_at_once(phase, sign):
-    child = subprocess.Popen([sys.executable, "-c", TRAINING, phase], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, phase], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     while sign not in child.stdout.readline():
         assert child.poll() is None

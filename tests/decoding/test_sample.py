@@ -34,9 +34,15 @@ def raw_config(**model):
     """Everything that decoding may trip over: grouped queries, norms, biases, dense and shared experts, capacity in training."""
     c = base.get_config()
     with c.unlocked():
-        c.model.update(dict(d_model=16, num_heads=4, num_kv_heads=2, ffn_hidden=16, vocab_size=VOCAB, repeats=2))
+        c.model.update(
+            dict(
+                d_model=16, num_heads=4, num_kv_heads=2, ffn_hidden=16, vocab_size=VOCAB, repeats=2
+            )
+        )
         c.model.update(dict(prefix=("dense",), qk_norm=True, attention_bias=True) | model)
-        c.model.moe.update(dict(num_experts=4, expert_hidden=16, shared_experts=1, dispatcher="capacity"))
+        c.model.moe.update(
+            dict(num_experts=4, expert_hidden=16, shared_experts=1, dispatcher="capacity")
+        )
         c.data.seq_len = CONTEXT
     return json.loads(json.dumps(c.to_dict()))
 
@@ -54,8 +60,20 @@ def one_device():
 def make_tokenizer():
     """Token i is the character chr(33 + i), so that texts and ids are one to one."""
     pieces = (*(bytes([33 + i]) for i in range(BOUNDARY)), b"")
-    encode = lambda texts: [np.array([ord(c) - 33 for c in text], np.int32) for text in texts]
-    return Tokenizer("test", "bytes", BOUNDARY + 1, BOUNDARY, pieces, prefix_space=False, model=b"", encode_many=encode)
+
+    def encode(texts):
+        return [np.array([ord(c) - 33 for c in text], np.int32) for text in texts]
+
+    return Tokenizer(
+        "test",
+        "bytes",
+        BOUNDARY + 1,
+        BOUNDARY,
+        pieces,
+        prefix_space=False,
+        model=b"",
+        encode_many=encode,
+    )
 
 
 def values(cfg):
@@ -63,13 +81,18 @@ def values(cfg):
 
     The same values in the layout of scan and without it. The boundary is seldom the likeliest token, so that texts are long.
     """
-    abstract = jax.eval_shape(make_model(dataclasses.replace(cfg, scan=False)).init, jax.random.key(0))
+    abstract = jax.eval_shape(
+        make_model(dataclasses.replace(cfg, scan=False)).init, jax.random.key(0)
+    )
     source = np.random.default_rng(0)
     here = jax.sharding.get_mesh()
 
     def fill(path, like):
         about_one = "scale" in str(path[-1])
-        x = source.normal(size=like.shape).astype(np.float32) * (0.1 if about_one else 0.4) + about_one
+        x = (
+            source.normal(size=like.shape).astype(np.float32) * (0.1 if about_one else 0.4)
+            + about_one
+        )
         if "head" in str(path[-1]):
             x[:, BOUNDARY] = 0
         return jax.device_put(x, jax.NamedSharding(here, like.sharding.spec))
@@ -96,7 +119,10 @@ def small():
         @jax.jit
         def logits(id_BS, segment_BS):
             position_BS = jnp.broadcast_to(jnp.arange(id_BS.shape[1])[None], id_BS.shape)
-            place = lambda x: jax.sharding.reshard(x, P(BATCH))
+
+            def place(x):
+                return jax.sharding.reshard(x, P(BATCH))
+
             batch = Batch(*map(place, (id_BS, position_BS, segment_BS, jnp.arange(id_BS.shape[0]))))
             return model.bind(*weights)(batch, jax.random.key(0), False)[0]
 
@@ -116,22 +142,33 @@ def test_cached_logits_equal_uncached_logits(small):
     pieces = [(0, 9), (9, 18), *((i, i + 1) for i in range(18, 23))]
     with jax.set_mesh(one_device()):
         model = make_model(cfg)
-        place = lambda x, *dims: jax.sharding.reshard(jnp.asarray(x), P(BATCH, *dims))
-        zero = lambda: place(jnp.zeros((5, CONTEXT, cfg.num_kv_heads, cfg.head_dim)), None, "model")
+
+        def place(x, *dims):
+            return jax.sharding.reshard(jnp.asarray(x), P(BATCH, *dims))
+
+        def zero():
+            return place(jnp.zeros((5, CONTEXT, cfg.num_kv_heads, cfg.head_dim)), None, "model")
+
         caches = [Cache(zero(), zero()) for _ in cfg.blocks]
 
         @jax.jit
         def cached(caches, id_BS, place_S):
             valid_BS = place_S[None] < length_B[:, None]
             position_BS = jnp.where(valid_BS, place_S[None], CONTEXT)
-            batch = Batch(*map(place, (id_BS, position_BS, valid_BS.astype(jnp.int32), jnp.arange(5))))
+            batch = Batch(
+                *map(place, (id_BS, position_BS, valid_BS.astype(jnp.int32), jnp.arange(5)))
+            )
             return model.bind(*small.values).cached(batch, caches)
 
-        full = np.asarray(small.logits(id_BS, (np.arange(CONTEXT)[None] < length_B[:, None]).astype(np.int32)))
+        full = np.asarray(
+            small.logits(id_BS, (np.arange(CONTEXT)[None] < length_B[:, None]).astype(np.int32))
+        )
         for first, last in pieces:
             got, caches = cached(caches, id_BS[:, first:last], np.arange(first, last))
             real = np.arange(first, last)[None] < length_B[:, None]
-            np.testing.assert_allclose(np.asarray(got)[real], full[:, first:last][real], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                np.asarray(got)[real], full[:, first:last][real], rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("prompt", ["", "HELLO", "LONG" * 20])
@@ -144,7 +181,11 @@ def test_greedy_is_the_argmax_of_the_uncached_model(small, prompt, caplog):
         while len(expected) < 50:
             id_BS, segment_BS = np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32)
             id_BS[0, : len(window)], segment_BS[0, : len(window)] = window, 1
-            best = int(np.asarray(small.logits(id_BS, segment_BS))[0, len(window) - 1, : tokenizer.vocab_size].argmax())
+            best = int(
+                np.asarray(small.logits(id_BS, segment_BS))[
+                    0, len(window) - 1, : tokenizer.vocab_size
+                ].argmax()
+            )
             assert best != BOUNDARY
             expected.append(best)
             window = [*window, best] if len(window) < CONTEXT else [*window, best][-CONTEXT // 2 :]
@@ -198,7 +239,12 @@ def test_more_prompts_than_a_batch_holds(small, monkeypatch):
 
 def test_streaming_gives_the_text_in_pieces_and_then_an_end(small):
     pieces = []
-    got = texts(small, ["A", "B", "C"], HOT._replace(max_tokens=40), lambda row, text: pieces.append((row, text)))
+    got = texts(
+        small,
+        ["A", "B", "C"],
+        HOT._replace(max_tokens=40),
+        lambda row, text: pieces.append((row, text)),
+    )
     for row, text in enumerate(got):
         mine = [piece for r, piece in pieces if r == row]
         assert len(mine) > len(text) / sample.STEPS and mine.index("") == len(mine) - 1
@@ -219,7 +265,10 @@ def test_stop_strings_do_not_depend_on_the_pieces():
     source = random.Random(0)
     for _ in range(500):
         text = "".join(source.choices("ab", k=12))
-        stop = tuple("".join(source.choices("ab", k=source.randint(1, 4))) for _ in range(source.randint(0, 3)))
+        stop = tuple(
+            "".join(source.choices("ab", k=source.randint(1, 4)))
+            for _ in range(source.randint(0, 3))
+        )
         ends = [(end, end - len(s)) for end in range(13) for s in stop if text[:end].endswith(s)]
         expected = text[: min(ends)[1]] if ends else text
         pieces = source.choice([list(text), [text], [text[:5], text[5:6], text[6:]]])
@@ -268,8 +317,13 @@ def test_what_waits_at_the_end_is_shown(last):
 def test_the_text_goes_on_from_the_prompt():
     """A tokenizer that puts a space before a text takes it off again only there."""
     pieces = (b" a", b" b", b"")
-    encode = lambda texts: [np.zeros(len(text), np.int32) for text in texts]
-    spaced = Tokenizer("test", "bytes", 3, 2, pieces, prefix_space=True, model=b"", encode_many=encode)
+
+    def encode(texts):
+        return [np.zeros(len(text), np.int32) for text in texts]
+
+    spaced = Tokenizer(
+        "test", "bytes", 3, 2, pieces, prefix_space=True, model=b"", encode_many=encode
+    )
     for prompt, expected in (("a", " b"), ("", "b")):
         row = Row(0, prompt, spaced, 100, GREEDY, None)
         row.take([1])
@@ -290,7 +344,8 @@ def numpy_keep(logits, k, p):
 
 
 @pytest.mark.parametrize(
-    ("k", "p"), [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.9), (0, 1e-6), (0, 0.3), (7, 0.8), (3, 0.2)]
+    ("k", "p"),
+    [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.9), (0, 1e-6), (0, 0.3), (7, 0.8), (3, 0.2)],
 )
 def test_top_k_and_top_p_keep_what_the_definition_keeps(k, p):
     logits_BV = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32) * 3
@@ -308,7 +363,9 @@ def test_tokens_are_drawn_with_their_probability():
     got = sample.draw(np.tile(logits, (rows, 1)), index, np.zeros_like(index), dials)
     # exp(x / 0.7) = 1, 4.17, 17.4, 0, 2.04 of 24.6: without the first (4 %), the other three reach 95.9 %.
     weight = np.exp(logits / 0.7) * [0, 1, 1, 1, 1]
-    np.testing.assert_allclose(np.bincount(got, minlength=5) / rows, weight / weight.sum(), atol=0.01)
+    np.testing.assert_allclose(
+        np.bincount(got, minlength=5) / rows, weight / weight.sum(), atol=0.01
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ def results(tmp_path_factory):
 
 def test_a_grid_is_run_once_and_resumes(results, monkeypatch):
     out, first = results
-    assert {cell: sorted(runs) for cell, runs in first.items()} == {"wide": [0, 1], "sparse": [0, 1]}
+    assert {cell: sorted(runs) for cell, runs in first.items()} == {
+        "wide": [0, 1],
+        "sparse": [0, 1],
+    }
     assert all(0 < found["epochs"] < 1 for runs in first.values() for found in runs.values())
     assert first["wide"][0]["density"] == 1 and first["sparse"][0]["density"] == 0.25
     # an interruption after the first step of one run: its checkpoint is there, its result is not
@@ -63,18 +66,27 @@ def test_a_grid_is_run_once_and_resumes(results, monkeypatch):
     monkeypatch.setattr(train, "run", lambda *given: started.append(given[3]) or original(*given))
     second = run.run_all(GRID, out)
     assert started == [again]
-    drop = lambda runs: {
-        c: {s: {k: v for k, v in f.items() if k != "seconds"} for s, f in r.items()} for c, r in runs.items()
-    }
+
+    def drop(runs):
+        return {
+            c: {s: {k: v for k, v in f.items() if k != "seconds"} for s, f in r.items()}
+            for c, r in runs.items()
+        }
+
     assert drop(second) == drop(first)
     assert len(json.loads((again / "run.json").read_text())) == 2
 
 
 def test_runs_of_a_seed_are_paired(results):
     out, found = results
-    tokens = lambda cell, seed: [
-        row["train/tokens"] for row in read_rows(run.place(out, cell, seed) / "metrics.jsonl") if "train/tokens" in row
-    ]
+
+    def tokens(cell, seed):
+        return [
+            row["train/tokens"]
+            for row in read_rows(run.place(out, cell, seed) / "metrics.jsonl")
+            if "train/tokens" in row
+        ]
+
     for seed in (0, 1):
         assert tokens("wide", seed) == tokens("sparse", seed)
     gap = run.paired(found, "sparse", "wide", "loss")
@@ -88,7 +100,9 @@ def test_runs_of_a_seed_are_paired(results):
 def test_another_config_is_no_result_of_this_one(results):
     out, _ = results
     other = GRID._replace(base={**BASE, "optim.learning_rate": 1.0})
-    with pytest.raises(UserError, match=r"result\.json is the result of another config .*optim\.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"result\.json is the result of another config .*optim\.learning_rate"
+    ):
         run.run_all(other, out)
     with pytest.raises(UserError, match=r"cell odd: model\.moe\.no_such_key=1"):
         run.run_all(GRID._replace(cells={"odd": {"model.moe.no_such_key": 1}}), out)
@@ -104,7 +118,9 @@ def test_an_interval_by_hand():
 
 
 def test_results_keep_the_verdict_that_people_wrote(tmp_path):
-    draw = lambda figure: figure.subplots().plot([0, 1])
+    def draw(figure):
+        return figure.subplots().plot([0, 1])
+
     run.write(tmp_path, "T", ["| a |"], {"a": 1}, draw, (2, 2))
     path = tmp_path / "table.md"
     path.write_text(path.read_text().replace("Not written yet.", "It is so."))
@@ -122,13 +138,19 @@ def test_training_flops_count_what_is_not_zero():
     dense = flops.train_per_token(cfg.model, cfg.data.seq_len) * tokens
     assert rules.training_flops(cfg, [(5, 1.0), (10, 1.0)]) == pytest.approx(10 * dense)
     experts = flops.forward_per_token(cfg.model, cfg.data.seq_len).experts
-    assert rules.training_flops(cfg, [(10, 0.25)]) == pytest.approx(10 * (dense - 3 * 0.75 * experts * tokens))
+    assert rules.training_flops(cfg, [(10, 0.25)]) == pytest.approx(
+        10 * (dense - 3 * 0.75 * experts * tokens)
+    )
     # threshold: the gradient of weights is dense, the other two products are not
     cfg = rules.built(rules.sparse("threshold", 0.25))
-    assert rules.training_flops(cfg, [(10, 0.25)]) == pytest.approx(10 * (dense - 2 * 0.75 * experts * tokens))
+    assert rules.training_flops(cfg, [(10, 0.25)]) == pytest.approx(
+        10 * (dense - 2 * 0.75 * experts * tokens)
+    )
     # static and narrow of as many weights take as many
     narrow = rules.built(rules.narrow(0.25))
-    assert flops.train_per_token(narrow.model, 128) * tokens == pytest.approx(dense - 3 * 0.75 * experts * tokens)
+    assert flops.train_per_token(narrow.model, 128) * tokens == pytest.approx(
+        dense - 3 * 0.75 * experts * tokens
+    )
 
 
 def test_magnitude_at_equal_flops():
@@ -138,7 +160,9 @@ def test_magnitude_at_equal_flops():
     assert density[rules.EVERY] == pytest.approx(0.25 + 0.75 * (1 - rules.EVERY / 50) ** 3)
     steps = rules.magnitude_steps(0.25)
     budget = rules.training_flops(rules.built(rules.narrow(0.25)), [(rules.STEPS, 1.0)])
-    used = rules.training_flops(rules.built(rules.sparse("magnitude", 0.25, steps)), rules.magnitude_curve(steps, 0.25))
+    used = rules.training_flops(
+        rules.built(rules.sparse("magnitude", 0.25, steps)), rules.magnitude_curve(steps, 0.25)
+    )
     assert 0.99 * budget < used <= budget
 
 
@@ -151,7 +175,10 @@ def test_the_grids_are_within_their_limits_and_configs():
             config.build(run.read_config(rules.grid(cells), cell, 0), 1)
     assert set(rules.OTHERS) <= set(quality.CELLS) and set(quality.READ) <= set(rules.CELLS)
     assert all(quality.CELLS[name] == rules.OTHERS[name] for name in rules.OTHERS)
-    rivals = [rules.built(cells).model for cells in (rules.OTHERS["narrow_1_4"], rules.CELLS["static_1_4"])]
+    rivals = [
+        rules.built(cells).model
+        for cells in (rules.OTHERS["narrow_1_4"], rules.CELLS["static_1_4"])
+    ]
     assert flops.parameters(rivals[0]).experts == 0.25 * flops.parameters(rivals[1]).experts
 
 
@@ -166,12 +193,19 @@ def test_all_ways_of_sparse_inputs_are_one():
     want = sparse_inputs.multi_hot(bags, vocabulary) @ np.asarray(table)
     for way, forward in sparse_inputs.FORWARD.items():
         np.testing.assert_allclose(
-            forward(table, *sparse_inputs.rows_of(way, bags, vocabulary)), want, rtol=1e-4, atol=1e-4
+            forward(table, *sparse_inputs.rows_of(way, bags, vocabulary)),
+            want,
+            rtol=1e-4,
+            atol=1e-4,
         )
     tables = []
     for name, (way, function, donates) in sparse_inputs.PROGRAMS.items():
-        value, result = jax.jit(function)(table, target, *sparse_inputs.rows_of(way, bags, vocabulary))
-        assert value == pytest.approx(np.square(want - np.asarray(target)).sum() / sparse_inputs.ROWS, rel=1e-4)
+        value, result = jax.jit(function)(
+            table, target, *sparse_inputs.rows_of(way, bags, vocabulary)
+        )
+        assert value == pytest.approx(
+            np.square(want - np.asarray(target)).sum() / sparse_inputs.ROWS, rel=1e-4
+        )
         tables.append(result if donates else table - sparse_inputs.RATE * result)
         assert sparse_inputs.compiled(name, bags, vocabulary)[1] > table.nbytes
     for other in tables[1:]:
@@ -180,7 +214,9 @@ def test_all_ways_of_sparse_inputs_are_one():
 
 def typed(*words, cwd=run.ROOT):
     """(exit code, standard error) of an experiment that is typed as a script."""
-    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stderr
 
 
@@ -188,7 +224,11 @@ def typed(*words, cwd=run.ROOT):
 def test_an_experiment_may_be_typed_as_a_script(name, flags, tmp_path):
     """From any directory; what is wrong with its flags is one line, and nothing is made."""
     code, said = typed(run.ROOT / f"experiments/{name}.py", *flags, "--no_such_flag", cwd=tmp_path)
-    assert (code, said.count("\n")) == (64, 1) and said.startswith("error: ") and "--no_such_flag" in said
+    assert (
+        (code, said.count("\n")) == (64, 1)
+        and said.startswith("error: ")
+        and "--no_such_flag" in said
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -210,23 +250,49 @@ HERE = ("--config", str(run.ROOT / "configs/base.py"))
     ("program", "flags", "message"),
     [
         (run, ("--out", "o", "--cell", "a:"), "the following arguments are required: --config"),
-        (run, (*HERE, "--out", "o", "--cell", "a:", "--seeds", "2,x"), "--seeds: 'x' is no seed: write numbers, as in"),
-        (run, (*HERE, "--out", "o", "--cell", "a:", "--seeds", "1", "1"), "--seeds 1 1: a seed is given twice"),
-        (run, (*HERE, "--out", "o", "--cell", "a:", "--num_seeds", "0"), "--num_seeds 0 must be at least 1"),
+        (
+            run,
+            (*HERE, "--out", "o", "--cell", "a:", "--seeds", "2,x"),
+            "--seeds: 'x' is no seed: write numbers, as in",
+        ),
+        (
+            run,
+            (*HERE, "--out", "o", "--cell", "a:", "--seeds", "1", "1"),
+            "--seeds 1 1: a seed is given twice",
+        ),
+        (
+            run,
+            (*HERE, "--out", "o", "--cell", "a:", "--num_seeds", "0"),
+            "--num_seeds 0 must be at least 1",
+        ),
         (run, (*HERE, "--out", "o", "--cell", "a:", "--cell", "a:"), "two cells are called a"),
         (run, (*HERE, "--out", "o", "--cell", "../a:"), "NAME is that of a directory"),
-        (run, (*HERE, "--out", "o", "--cell", "a:model.num_heads=3"), "cell a: model.num_heads (3) must be"),
+        (
+            run,
+            (*HERE, "--out", "o", "--cell", "a:model.num_heads=3"),
+            "cell a: model.num_heads (3) must be",
+        ),
         (
             run,
             (*HERE, "--out", "file/o", "--cell", "a:"),
             "--out file/o cannot be made or written to (Not a directory)",
         ),
-        (routers, ("--out", "o", "top_q"), "'top_q' is no router of this experiment: choose from top_k, switch"),
+        (
+            routers,
+            ("--out", "o", "top_q"),
+            "'top_q' is no router of this experiment: choose from top_k, switch",
+        ),
         (sparse_inputs, ("--peak", "bag"), "argument --peak: invalid choice"),
-        (rules, ("--out", "o", "--report"), "--out o has no finished run of this experiment: train first"),
+        (
+            rules,
+            ("--out", "o", "--report"),
+            "--out o has no finished run of this experiment: train first",
+        ),
     ],
 )
-def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch, capsys, program, flags, message):
+def test_a_mistake_in_an_experiment_is_one_line(
+    tmp_path, monkeypatch, capsys, program, flags, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     assert program.main(list(flags)) == 64
@@ -257,13 +323,22 @@ def test_an_interrupted_run_ends_the_experiment_with_its_signal(monkeypatch, cap
 
     monkeypatch.setattr(run, "run_one", told_to_end)
     assert run.main([*HERE, "--out", str(tmp_path), "--cell", "a:"]) == 130
-    assert capsys.readouterr().err == "saved step 3 of 9 in x; the same command goes on from there\n"
+    assert (
+        capsys.readouterr().err == "saved step 3 of 9 in x; the same command goes on from there\n"
+    )
 
 
 def test_ctrl_c_while_an_experiment_begins_is_one_line():
     words = [sys.executable, "experiments/sparse_inputs.py", "--smoke"]
-    process = subprocess.Popen(words, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    listens = lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & 1 << signal.SIGHUP - 1
+    process = subprocess.Popen(
+        words, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+    def listens():
+        return (
+            int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & 1 << signal.SIGHUP - 1
+        )
+
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None and not listens():  # Python itself catches SIGINT, but no SIGHUP
         time.sleep(0.01)
@@ -273,8 +348,20 @@ def test_ctrl_c_while_an_experiment_begins_is_one_line():
 
 
 def test_a_smoke_of_a_grid_takes_the_first_seed_and_a_place_of_its_own(tmp_path, capsys):
-    changes = [f"{key}={value!r}" for key, value in BASE.items() if key not in ("train.steps", "checkpoint.every")]
-    flags = [*HERE, "--out", str(tmp_path), "--smoke", "--cell", "a:", *(w for c in changes for w in ("--set", c))]
+    changes = [
+        f"{key}={value!r}"
+        for key, value in BASE.items()
+        if key not in ("train.steps", "checkpoint.every")
+    ]
+    flags = [
+        *HERE,
+        "--out",
+        str(tmp_path),
+        "--smoke",
+        "--cell",
+        "a:",
+        *(w for c in changes for w in ("--set", c)),
+    ]
     cache = jax.config.jax_compilation_cache_dir
     try:
         assert run.main(flags) == 0

@@ -23,9 +23,16 @@ def built(router="top_k", ordering="token_major", dispatcher=None, group_rows=1,
     """The small config of a combination, with tight capacity; dispatcher None: the one that drops, if the router goes with it."""
     own = {"soft": "slots", "expert_choice": "dropless"}
     dispatcher = dispatcher or own.get(router, "capacity")
-    chosen = {"model.moe.router": router, "model.moe.ordering": ordering, "model.moe.dispatcher": dispatcher}
+    chosen = {
+        "model.moe.router": router,
+        "model.moe.ordering": ordering,
+        "model.moe.dispatcher": dispatcher,
+    }
     chosen |= {f"model.moe.routers.{router}.{name}": value for name, value in options.items()}
-    tight = {"model.moe.dispatchers.capacity.factor": leak.TIGHT, "model.moe.group_rows": group_rows}
+    tight = {
+        "model.moe.dispatchers.capacity.factor": leak.TIGHT,
+        "model.moe.group_rows": group_rows,
+    }
     return config.build(leak.shrink(tiny.raw(chosen | tight)), 1)
 
 
@@ -35,7 +42,9 @@ def check(cfg):
     for kind in ("future", "batch"):
         deltas = [getattr(found[mode], kind).delta for mode in leak.MODES]
         if not getattr(seen, kind):
-            assert deltas == [0, 0], f"labelled as not seeing the {kind}, but its outputs change by {deltas}"
+            assert deltas == [0, 0], (
+                f"labelled as not seeing the {kind}, but its outputs change by {deltas}"
+            )
         elif (moe.router, moe.ordering) not in STRICTER:
             assert max(deltas) > 1e-6, f"labelled as seeing the {kind}, but nothing changes"
     return seen, found
@@ -68,7 +77,9 @@ def test_rows_that_share_a_group_see_each_other(float64, router, dispatcher, opt
 
 def test_depth_blocks_leak_in_training_only(float64):
     """Evaluation takes their causal rule."""
-    raw = tiny.raw({"model.period": ("depth:dense",), "model.depth.capacity": 0.25, "model.allow_leak": True})
+    raw = tiny.raw(
+        {"model.period": ("depth:dense",), "model.depth.capacity": 0.25, "model.allow_leak": True}
+    )
     seen, found = check(config.build(leak.shrink(raw), 1))
     assert seen.future and found["train"].future.delta > 0 == found["eval"].future.delta
 
@@ -94,7 +105,9 @@ def test_all_combinations_leak_as_labelled(float64, group_rows):
             check(cfg)
         except AssertionError as error:
             moe = cfg.model.moe
-            raise AssertionError(f"{moe.router}, {moe.ordering}, {moe.dispatcher}: {error}") from None
+            raise AssertionError(
+                f"{moe.router}, {moe.ordering}, {moe.dispatcher}: {error}"
+            ) from None
 
 
 LEAKING = ("--set", "model.moe.ordering=batch_priority", "--set", "model.moe.dispatcher=capacity")
@@ -114,7 +127,8 @@ def test_a_leak_that_is_not_allowed_is_an_exit_code(float64, capsys, monkeypatch
     code, table, said = leak_command(capsys, *LEAKING)
     assert code == 1 and "leaks the future" in table
     assert (
-        said.startswith("error: the config leaks the future, and model.allow_leak is False") and said.count("\n") == 1
+        said.startswith("error: the config leaks the future, and model.allow_leak is False")
+        and said.count("\n") == 1
     )
     allowed = (*LEAKING, "--set", "model.allow_leak=True")
     code, table, said = leak_command(capsys, *allowed)
@@ -129,13 +143,22 @@ def test_all_combinations_leak_on_purpose(float64, capsys, monkeypatch):
     leaking = built(ordering="batch_priority")
     monkeypatch.setattr(leak, "combinations", lambda raw: [leaking])
     assert leak_command(capsys, "--all")[:1] == (0,)
-    monkeypatch.setattr(leak, "verdict", lambda cfg, found: "FAULT: labelled safe, but sees the future")
+    monkeypatch.setattr(
+        leak, "verdict", lambda cfg, found: "FAULT: labelled safe, but sees the future"
+    )
     code, _, said = leak_command(capsys, "--all")
     assert code == 1 and said == "error: FAULT: labelled safe, but sees the future\n"
 
 
 # Of every kind of model one config; the other variants differ in their data.
-KINDS = ("vision.py", "classification.py", "translation.py", "translation.py:prefix", "recommendation.py", "speech.py")
+KINDS = (
+    "vision.py",
+    "classification.py",
+    "translation.py",
+    "translation.py:prefix",
+    "recommendation.py",
+    "speech.py",
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -151,7 +174,11 @@ def test_every_kind_of_model_is_measured(float64, name):
 def test_another_row_is_seen_in_every_kind_of_model(float64, name):
     """Two rows in a group of one tight capacity: what a row gets depends on the other."""
     router = "multi_gate" if name.startswith("recommendation") else "top_k"
-    changes = ["model.moe.group_rows=2", "model.moe.dispatcher=capacity", "model.moe.dispatchers.capacity.factor=0.5"]
+    changes = [
+        "model.moe.group_rows=2",
+        "model.moe.dispatcher=capacity",
+        "model.moe.dispatchers.capacity.factor=0.5",
+    ]
     raw = config_file.read(Path(f"configs/{name}"), changes, "--set")
     cfg = config.build(leak.shrink(raw), 1)
     found = leak.measure(cfg)
@@ -161,6 +188,13 @@ def test_another_row_is_seen_in_every_kind_of_model(float64, name):
 
 def test_every_config_can_be_measured():
     """What shrinking makes of a config and its variants is one that the rules allow."""
-    names = [f"{p.stem}.py" for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base")]
-    for name in (*names, "vision.py:fashion_mnist", "recommendation.py:movielens", "article.py:wordnet"):
+    names = [
+        f"{p.stem}.py" for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base")
+    ]
+    for name in (
+        *names,
+        "vision.py:fashion_mnist",
+        "recommendation.py:movielens",
+        "article.py:wordnet",
+    ):
         config.build(leak.shrink(config_file.read(Path(f"configs/{name}"), (), "--set")), 1)

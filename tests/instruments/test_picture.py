@@ -13,21 +13,31 @@ def test_mutual_information_by_hand():
     """Two domains: an expert for each says 1 bit, even use says nothing."""
     assert mutual_information(np.array([[10.0, 0.0], [0.0, 30.0]])) == 1.0
     assert mutual_information(np.array([[5.0, 5.0], [7.0, 7.0]])) == 0.0
-    assert mutual_information(np.array([[5.0, 5.0], [0.0, 0.0], [7.0, 7.0]])) == 0.0  # a domain without rows
+    assert (
+        mutual_information(np.array([[5.0, 5.0], [0.0, 0.0], [7.0, 7.0]])) == 0.0
+    )  # a domain without rows
     assert mutual_information(np.zeros((2, 2))) == 0.0
     for n in (2, 3, 5, 8):
         assert mutual_information(7 * np.eye(n)) == pytest.approx(np.log2(n))
         assert ceiling(7 * np.eye(n)) == pytest.approx(np.log2(n))
     # p(e | z) = (3/4, 1/4) and (1/4, 3/4): 1 - H(1/4) = 1 - 0.811278; sizes of domains do not count
-    assert mutual_information(np.array([[3.0, 1.0], [100.0, 300.0]])) == pytest.approx(0.1887219, abs=1e-6)
+    assert mutual_information(np.array([[3.0, 1.0], [100.0, 300.0]])) == pytest.approx(
+        0.1887219, abs=1e-6
+    )
 
 
 def test_the_ceiling_is_the_smaller_entropy():
-    assert ceiling(np.ones((4, 2))) == pytest.approx(1)  # two experts tell at most 1 bit of four domains
+    assert ceiling(np.ones((4, 2))) == pytest.approx(
+        1
+    )  # two experts tell at most 1 bit of four domains
     assert ceiling(np.ones((2, 4))) == pytest.approx(1)  # and two domains have but 1 bit to be told
-    assert ceiling(np.array([[3.0, 1.0]])) == 0 == ceiling(np.array([[3.0], [1.0]]))  # one domain, or one expert
+    assert (
+        ceiling(np.array([[3.0, 1.0]])) == 0 == ceiling(np.array([[3.0], [1.0]]))
+    )  # one domain, or one expert
     # three domains, of which one has no tokens, and loads of 3/4 and 1/4
-    assert ceiling(np.array([[3.0, 1.0], [0.0, 0.0], [3.0, 1.0]])) == pytest.approx(0.8112781, abs=1e-6)
+    assert ceiling(np.array([[3.0, 1.0], [0.0, 0.0], [3.0, 1.0]])) == pytest.approx(
+        0.8112781, abs=1e-6
+    )
 
 
 def rows(num_rows, tilt, seed=0):
@@ -57,7 +67,10 @@ def test_chance_is_what_rows_alone_give():
     np.testing.assert_array_equal(limit_L, chance(experts_RLE, domain_R, 3, seed=0))
     assert chance(*rows(300, tilt=0), 3, seed=0)[0] < 0.3 * chance(*rows(30, tilt=0), 3, seed=0)[0]
     # rows that fill up a batch have no assignments, and change nothing
-    more = np.concatenate([experts_RLE, np.zeros((9, 1, 4))]), np.concatenate([domain_R, np.zeros(9, int)])
+    more = (
+        np.concatenate([experts_RLE, np.zeros((9, 1, 4))]),
+        np.concatenate([domain_R, np.zeros(9, int)]),
+    )
     np.testing.assert_array_equal(limit_L, chance(*more, 3, seed=0))
 
 
@@ -103,14 +116,20 @@ def drawn_rows(layers, num_domains, num_experts, num_rows=24):
 
 
 @pytest.mark.parametrize(
-    ("layers", "num_domains", "num_experts"), [(1, 1, 2), (1, 2, 2), (5, 3, 8), (2, 20, 64), (9, 6, 17)]
+    ("layers", "num_domains", "num_experts"),
+    [(1, 1, 2), (1, 2, 2), (5, 3, 8), (2, 20, 64), (9, 6, 17)],
 )
 def test_draws_every_layer_whatever_the_sizes(tmp_path, layers, num_domains, num_experts):
     names = [f"a_domain_with_a_name_that_is_rather_long_{z}" for z in range(num_domains)]
-    image = picture.routing(*drawn_rows(layers, num_domains, num_experts), names, tmp_path / "routing.png")
+    image = picture.routing(
+        *drawn_rows(layers, num_domains, num_experts), names, tmp_path / "routing.png"
+    )
     assert (tmp_path / "routing.png").stat().st_size > 5_000
     assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 10
-    assert image.shape[1] <= picture.DPI * (picture.WIDEST + 1) and max(image.shape) / min(image.shape[:2]) < 3
+    assert (
+        image.shape[1] <= picture.DPI * (picture.WIDEST + 1)
+        and max(image.shape) / min(image.shape[:2]) < 3
+    )
 
 
 def test_everything_in_the_picture_has_its_place(tmp_path, monkeypatch):
@@ -124,12 +143,17 @@ def test_everything_in_the_picture_has_its_place(tmp_path, monkeypatch):
         page.figure.draw_without_rendering()
         edge = page.figure.bbox
         boxes = [text.get_window_extent() for text in texts(page.figure)]
-        assert all(edge.x0 <= b.x0 and b.x1 <= edge.x1 and edge.y0 <= b.y0 and b.y1 <= edge.y1 for b in boxes)
+        assert all(
+            edge.x0 <= b.x0 and b.x1 <= edge.x1 and edge.y0 <= b.y0 and b.y1 <= edge.y1
+            for b in boxes
+        )
         wide = [box.shrunk(0.9, 0.7) for box in boxes]
         assert not any(a.overlaps(b) for i, a in enumerate(wide) for b in wide[i + 1 :])
     words = " ".join(text.get_text() for text in texts(pages[0].figure))
     assert "mutual information, in bits" in words
-    assert re.search(r"0\.\d{3} bits, \d+\.\d % of the 2\.\d\d that are possible; chance: 0\.\d+", words)
+    assert re.search(
+        r"0\.\d{3} bits, \d+\.\d % of the 2\.\d\d that are possible; chance: 0\.\d+", words
+    )
 
 
 def texts(figure):
@@ -140,7 +164,12 @@ def texts(figure):
         for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            found += [label for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()]
+            found += [
+                label
+                for tick in ticks
+                for label in (tick.label1, tick.label2)
+                if label.get_visible()
+            ]
     return [text for text in found if text.get_text()]
 
 
@@ -156,7 +185,9 @@ def worth(layers, num_experts, num_domains):
 
 
 def test_draws_the_knockout_of_every_layer(tmp_path):
-    picture.knockout(worth(5, 8, 3), ["drama", "verse", "novel"], "removed", tmp_path / "knockout.png")
+    picture.knockout(
+        worth(5, 8, 3), ["drama", "verse", "novel"], "removed", tmp_path / "knockout.png"
+    )
     assert (tmp_path / "knockout.png").stat().st_size > 5_000
     unknown = worth(1, 2, 3)  # one row of each domain: no interval is known
     nothing = {
@@ -164,5 +195,7 @@ def test_draws_the_knockout_of_every_layer(tmp_path):
         for name in unknown._fields
         if "low" in name or "high" in name
     }
-    picture.knockout(unknown._replace(**nothing), ["drama", "verse", "novel"], "around", tmp_path / "one.png")
+    picture.knockout(
+        unknown._replace(**nothing), ["drama", "verse", "novel"], "around", tmp_path / "one.png"
+    )
     assert (tmp_path / "one.png").stat().st_size > 5_000

@@ -59,8 +59,14 @@ def test_gates_and_refusals(float64):
         run = probed(changes=SMALL)
         moe = run.cfg.model.moe
         assert retrain.gates(moe) == "router"
-        raw = dataclasses.replace(moe, router_options=Options(moe.router_options | {"renormalize": False}))
-        assert retrain.gates(raw) == "recorded" == retrain.gates(dataclasses.replace(moe, router="sigmoid"))
+        raw = dataclasses.replace(
+            moe, router_options=Options(moe.router_options | {"renormalize": False})
+        )
+        assert (
+            retrain.gates(raw)
+            == "recorded"
+            == retrain.gates(dataclasses.replace(moe, router="sigmoid"))
+        )
         noisy = probed(changes=SMALL | {"model.moe.router": "noisy_top_k"})
         state = State(jnp.int32(0), noisy.params, noisy.router_state, {}, None, jnp.int32(0))
         with pytest.raises(UserError, match="must have one matrix"):

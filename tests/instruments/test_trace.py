@@ -37,7 +37,9 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 def test_an_instruction_without_a_scope_has_that_of_its_surroundings():
     found = scopes.read_instructions(HLO)
     assert found["while.1"].opcode == "while" and found["while.1"].operands == ("tuple.1",)
-    assert set(found["while.1"].called) == {"cond", "body"} and found["copy.9"].computation == "body"
+    assert (
+        set(found["while.1"].called) == {"cond", "body"} and found["copy.9"].computation == "body"
+    )
     scope = scopes.find_scopes(found)
     assert scope["fusion.1"] == "jit(step)/jvp(moe)/route/mul"  # what it fuses
     assert scope["copy.9"] == "jit(s)/transpose(jvp(moe))/experts/while"  # the loop around it
@@ -46,7 +48,9 @@ def test_an_instruction_without_a_scope_has_that_of_its_surroundings():
 
 def test_phases():
     assert scopes.phase_of("jit(step)/jvp(moe)/route/dot_general") == ("moe/route", "forward")
-    assert scopes.phase_of("jit(step)/transpose(jvp(moe))/gather_experts/while/body/dispatch/x") == (
+    assert scopes.phase_of(
+        "jit(step)/transpose(jvp(moe))/gather_experts/while/body/dispatch/x"
+    ) == (
         "moe/experts",
         "backward",
     )
@@ -66,8 +70,18 @@ def test_a_loop_does_not_count_its_body_twice():
 def test_threads_share_a_moment_and_what_is_only_under_way_takes_the_rest():
     # a runs in 0..4 and is under way until 8; b runs beside it in 2..4 and alone in 4..6; nothing from 8 to 9; c in 9..10.
     changes = [
-        *(Change(0, True, "a", 1), Change(0, False, "a", 1), Change(4, True, "a", -1), Change(8, False, "a", -1)),
-        *(Change(2, True, "b", 1), Change(6, True, "b", -1), Change(9, True, "c", 1), Change(10, True, "c", -1)),
+        *(
+            Change(0, True, "a", 1),
+            Change(0, False, "a", 1),
+            Change(4, True, "a", -1),
+            Change(8, False, "a", -1),
+        ),
+        *(
+            Change(2, True, "b", 1),
+            Change(6, True, "b", -1),
+            Change(9, True, "c", 1),
+            Change(10, True, "c", -1),
+        ),
     ]
     times, idle = trace.share(sorted(changes))
     assert times == {"a": 2 + 1 + 2, "b": 1 + 2, "c": 1} and idle == 1

@@ -24,7 +24,10 @@ def make(shape, dtype=np.float64, seed=0):
     """q, k, v, segments (several per row, padding in the middle and at the end) and a cotangent."""
     B, S, H, G, A = shape
     rng = np.random.default_rng(seed)
-    draw = lambda heads: jnp.asarray(rng.normal(size=(B, S, heads, A)), dtype)
+
+    def draw(heads):
+        return jnp.asarray(rng.normal(size=(B, S, heads, A)), dtype)
+
     lengths = rng.multinomial(S, [0.3, 0.2, 0.1, 0.3, 0.1], size=B)
     segment = np.stack([np.repeat([1, 2, 0, 3, 0], n) for n in lengths])
     return (draw(H), draw(G), draw(G), jnp.asarray(segment, jnp.int32)), draw(H)
@@ -60,12 +63,15 @@ def value_and_gradient(f, args, do):
     return o, *pull(do)
 
 
-own = lambda q, k, v, segment: attention(q, k, v, causal(segment), scale=SCALE)
+def own(q, k, v, segment):
+    return attention(q, k, v, causal(segment), scale=SCALE)
 
 
 def assert_near(got, want, tolerance):
     for name, a, b in zip(("o", "q", "k", "v"), got, want, strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), atol=tolerance, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("name", ["tiny", "two blocks"])
@@ -75,7 +81,9 @@ def test_equals_a_loop_over_queries(name, float64):
     np.testing.assert_allclose(got, loop_attention(*(np.asarray(z) for z in args)), atol=1e-13)
 
 
-@pytest.mark.parametrize("scores", [2**19, 1])  # 1: every group is as small as it may be, so that there are several
+@pytest.mark.parametrize(
+    "scores", [2**19, 1]
+)  # 1: every group is as small as it may be, so that there are several
 @pytest.mark.parametrize("name", SHAPES)
 def test_value_and_gradient_equal_a_masked_softmax(name, scores, float64, monkeypatch):
     args, do = make(SHAPES[name])
@@ -109,7 +117,10 @@ def test_narrow_dtypes_stay_near_and_keep_their_dtype(dtype, tolerance):
 def test_equals_jax_on_one_segment():
     (q, k, v, _), do = make((2, 66, 4, 2, 8), np.float32)
     one = jnp.ones((2, 66), jnp.int32)
-    theirs = lambda q, k, v, _: jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True)
+
+    def theirs(q, k, v, _):
+        return jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True)
+
     args = (q, k, v, one)
     assert_near(value_and_gradient(own, args, do), value_and_gradient(theirs, args, do), 2e-5)
 
@@ -127,7 +138,9 @@ def test_inside_checkpoint_and_scan(float64):
         body = jax.checkpoint(lambda q, scale: (q + f(q, k * scale, v, segment), None))
         return jax.lax.scan(body, q, jnp.array([1.0, 0.5]))[0]
 
-    got, want = (value_and_gradient(functools.partial(layers, f), args, do) for f in (own, masked_softmax))
+    got, want = (
+        value_and_gradient(functools.partial(layers, f), args, do) for f in (own, masked_softmax)
+    )
     assert_near(got, want, 1e-12)
 
 
@@ -151,7 +164,9 @@ def test_on_a_mesh_equals_one_device(sharded_keys, float64):
 def test_the_kernel_is_chosen_by_the_platform_compiled_for():
     args, do = make((4, 256, 4, 4, 4), np.float32)
     step = jax.jit(lambda q, k, v, s, do: jax.vjp(lambda *a: own(*a, s), q, k, v)[1](do))
-    text = {p: step.trace(*args, do).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
+    text = {
+        p: step.trace(*args, do).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")
+    }
     assert "16x256x256" in text["tpu"] and "x192x" not in text["tpu"]
     assert "x192x64" in text["cpu"]  # the third block of queries and the keys before its end
 
@@ -160,7 +175,10 @@ def test_decoding_equals_the_last_rows_of_attention(float64):
     """Queries 5 and 6 against a cache of 9 places, two of them unused."""
     (q, k, v, _), _ = make((2, 7, 4, 2, 4))
     want = masked_softmax(q, k, v, jnp.ones((2, 7), jnp.int32))[:, 5:]
-    pad = lambda z: jnp.pad(z, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=1e3)
+
+    def pad(z):
+        return jnp.pad(z, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=1e3)
+
     mask = jnp.arange(9)[None, None] <= jnp.array([5, 6])[None, :, None]
     mask = jnp.broadcast_to(mask, (2, 2, 9))
     got = decode_attention(q[:, 5:], pad(k), pad(v), mask, scale=SCALE)
@@ -208,7 +226,9 @@ def mask_case(name, shape):
         return (q, k, v), do, full(segment), seen_full(segment)
     if name == "prefix":
         begins = np.cumsum(np.diff(segment, axis=1, prepend=-1) != 0, 1)
-        place = np.stack([[np.sum(row[: i + 1] == row[i]) for i in range(len(row))] for row in begins])
+        place = np.stack(
+            [[np.sum(row[: i + 1] == row[i]) for i in range(len(row))] for row in begins]
+        )
         mine = (place <= 1 + begins % 7) & (segment > 0)
         return (q, k, v), do, prefix(segment, mine), seen_prefix(segment, mine)
     rng, B, S = np.random.default_rng(1), *segment.shape

@@ -47,7 +47,12 @@ def put_batch(arrays):
 
 def test_who_is_chosen_worked_by_hand():
     """Three of six: the second row's equals go by order, the third row has two tokens beside its padding, the fourth none."""
-    logit = [[0.1, 3.0, -1.0, 2.0, 0.0, 1.0], [1, 1, 1, 1, 1, 2], [-5.0, 9.0, -6.0, 9.0, 9.0, 9.0], [1, 2, 3, 4, 5, 6]]
+    logit = [
+        [0.1, 3.0, -1.0, 2.0, 0.0, 1.0],
+        [1, 1, 1, 1, 1, 2],
+        [-5.0, 9.0, -6.0, 9.0, 9.0, 9.0],
+        [1, 2, 3, 4, 5, 6],
+    ]
     valid = np.ones((4, 6), bool)
     valid[2, [1, 3, 4, 5]] = valid[3] = False
     chosen = np.asarray(depth.choose(jnp.asarray(logit), jnp.asarray(valid), 3))
@@ -65,13 +70,20 @@ def test_chosen_tokens_make_a_row_of_their_own(float64, train):
     """Against the definition: each row's chosen tokens, by NumPy, run through the block as a shorter row without padding."""
     arrays = numpy_batch([[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 0, 0, 2, 2, 0]])
     x_BSD = np.random.default_rng(1).normal(size=(2, 8, 16))
-    mesh, model, params = on_one_device(DEPTH | {"model.period": ("depth:moe",), "model.repeats": 1})
+    mesh, model, params = on_one_device(
+        DEPTH | {"model.period": ("depth:moe",), "model.repeats": 1}
+    )
     with jax.set_mesh(mesh):
         block = model.bind(params, {}).repeats[0].blocks[0]
-        context = lambda arrays: Context(put_batch(arrays), jax.random.key(1), jnp.int32(1))
+
+        def context(arrays):
+            return Context(put_batch(arrays), jax.random.key(1), jnp.int32(1))
+
         graph, variables = nnx.split(block)
         run = jax.jit(lambda x, context: nnx.merge(graph, variables)(x, context, train)[:2])
-        update = jax.jit(lambda x, context: nnx.merge(graph, variables)._update(x, context, train, None, None)[0])
+        update = jax.jit(
+            lambda x, context: nnx.merge(graph, variables)._update(x, context, train, None, None)[0]
+        )
         got, sums = run(meshes.put(x_BSD, "batch"), context(arrays))
         logit_BS = x_BSD @ np.asarray(block.depth["router"])
         want, num = x_BSD.copy(), []
@@ -84,10 +96,17 @@ def test_chosen_tokens_make_a_row_of_their_own(float64, train):
             y = update(meshes.put(x_BSD[row : row + 1, index], "batch"), context(part))
             want[row, index] += logit_BS[row, index][:, None] * np.asarray(y)[0]
     np.testing.assert_allclose(got, want, atol=1e-12)
-    assert [n for n, _ in num] == np.asarray(sums["depth/top" if train else "depth/causal"]).tolist()
+    assert [n for n, _ in num] == np.asarray(
+        sums["depth/top" if train else "depth/causal"]
+    ).tolist()
     valid = np.asarray(sums["depth/tokens"])
     assert valid.tolist() == [8, 5]
-    agree = valid - np.asarray(sums["depth/top"]) - np.asarray(sums["depth/causal"]) + 2 * np.array([n for _, n in num])
+    agree = (
+        valid
+        - np.asarray(sums["depth/top"])
+        - np.asarray(sums["depth/causal"])
+        + 2 * np.array([n for _, n in num])
+    )
     assert np.asarray(sums["depth/agree"]).tolist() == agree.tolist()
     np.testing.assert_array_equal(np.asarray(sums["counts"]).sum(1), [2 * n for n, _ in num])
 
@@ -109,7 +128,9 @@ def on_one_device(changes):
 
 def logits_of(model, params, train):
     """Jitted: numpy arrays of a batch -> logits."""
-    apply = jax.jit(lambda params, batch: model.bind(params, {})(batch, jax.random.key(0), train)[0])
+    apply = jax.jit(
+        lambda params, batch: model.bind(params, {})(batch, jax.random.key(0), train)[0]
+    )
     return lambda arrays: np.asarray(apply(params, put_batch(arrays)))
 
 
@@ -120,10 +141,15 @@ def test_all_tokens_with_weight_one_are_the_plain_block(float64):
     mesh, model, params = on_one_device(one | {"model.period": ("depth:dense",)})
     embed = np.array(params["ends"]["embed"])
     embed[:, 0] = 1.0
-    like = lambda x, value: jax.device_put(value, x.sharding)
+
+    def like(x, value):
+        return jax.device_put(value, x.sharding)
+
     block = params["repeats"][0]["blocks"][0]
     params["ends"]["embed"] = like(params["ends"]["embed"], embed)
-    block["depth"]["router"] = like(block["depth"]["router"], np.eye(16)[0] / 4)  # x = embed sqrt(16)
+    block["depth"]["router"] = like(
+        block["depth"]["router"], np.eye(16)[0] / 4
+    )  # x = embed sqrt(16)
     with jax.set_mesh(mesh):
         top, causal = (logits_of(model, params, train)(arrays) for train in (True, False))
         del block["depth"]  # what is left are the parameters of a plain block
@@ -178,9 +204,14 @@ def test_both_losses_reach_the_router_and_the_causal_one_nothing_else(float64):
             return jax.jacrev(losses)(params)
 
         of_nll, of_penalty = grads(params)
-    path = lambda tree: np.asarray(tree["repeats"][0]["blocks"][0]["depth"]["router"])
+
+    def path(tree):
+        return np.asarray(tree["repeats"][0]["blocks"][0]["depth"]["router"])
+
     assert np.abs(path(of_nll)).max() > 1e-4 and np.abs(path(of_penalty)).max() > 1e-4
-    rest = {name: x for name, x in flat.flatten(of_penalty).items() if not name.endswith("depth/router")}
+    rest = {
+        name: x for name, x in flat.flatten(of_penalty).items() if not name.endswith("depth/router")
+    }
     assert len(rest) > 8 and all((np.asarray(x) == 0).all() for x in rest.values())
 
 
@@ -202,8 +233,13 @@ def begin(program):
     """The state of a program at step 0, with drawn parameters."""
     with jax.set_mesh(program.mesh):
         abstract = jax.eval_shape(program.init, jax.random.key(0))
-        place = lambda x: jax.NamedSharding(program.mesh, x.sharding.spec if x.sharding else P())
-        zero = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), place(x)), abstract)
+
+        def place(x):
+            return jax.NamedSharding(program.mesh, x.sharding.spec if x.sharding else P())
+
+        zero = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), place(x)), abstract
+        )
         return zero._replace(params=drawn(program.cfg.model))
 
 
@@ -229,7 +265,10 @@ def test_training_is_the_same_on_every_mesh_accumulated_and_scanned(float64, one
         np.testing.assert_allclose(have[name], value, atol=1e-8, err_msg=name)
     router = now.params["repeats"]["blocks"][0]["depth"]["router"]
     assert router.sharding.spec == P(None, ("data", "expert")) and router.shape == (2, 16)
-    assert expected[0]["moe"]["counts"].shape == (1, 8)  # of the suffix; the depth figures are of all three blocks
+    assert expected[0]["moe"]["counts"].shape == (
+        1,
+        8,
+    )  # of the suffix; the depth figures are of all three blocks
 
 
 def test_training_learns_a_batch_and_the_causal_rule(float64, one_device):
@@ -246,7 +285,9 @@ def test_training_learns_a_batch_and_the_causal_rule(float64, one_device):
     result = evaluate.summary(lm.TASK, jax.tree.map(np.asarray, total), tiny.DATA)
     assert rows[-1]["nll"] < rows[0]["nll"] - 1
     assert rows[-1]["depth_loss"] < rows[0]["depth_loss"] - 0.1
-    assert rows[0]["depth_top"] == pytest.approx(3 / 8, rel=0.1)  # of the valid tokens; some rows have padding
+    assert rows[0]["depth_top"] == pytest.approx(
+        3 / 8, rel=0.1
+    )  # of the valid tokens; some rows have padding
     assert result["loss"] < rows[0]["nll"] - 1 and result["depth_agreement"] > 0.7
     assert result["depth_top"] == pytest.approx(float(rows[0]["depth_top"]), rel=1e-12)
     assert result["routing"].shape == (1, 1, 8)
@@ -254,12 +295,19 @@ def test_training_learns_a_batch_and_the_causal_rule(float64, one_device):
 
 def test_the_router_is_wide():
     """With bfloat16 parameters too; and one that no gradient reached would be no parameter."""
-    changes = {"model.param_dtype": "bfloat16", "model.dtype": "bfloat16", "model.period": ("depth:dense",)}
+    changes = {
+        "model.param_dtype": "bfloat16",
+        "model.dtype": "bfloat16",
+        "model.period": ("depth:dense",),
+    }
     cfg = tiny.build(ONE, DEPTH | changes)
     with jax.set_mesh(meshes.make(*ONE)):
         params, _ = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
     block = params["repeats"][0]["blocks"][0]
-    assert block["depth"]["router"].dtype == jnp.float32 and block["attention"]["weights"]["q"].dtype == jnp.bfloat16
+    assert (
+        block["depth"]["router"].dtype == jnp.float32
+        and block["attention"]["weights"]["q"].dtype == jnp.bfloat16
+    )
 
 
 # Decoding.
@@ -268,7 +316,12 @@ def test_the_router_is_wide():
 def test_cached_logits_equal_uncached_logits(float64):
     """Rows padded on the right in two pieces and then one token at a time; then again from the start, over what the caches still hold."""
     length, length_B = 16, np.array([5, 16, 12, 9])
-    depths = {"prefix": ("depth:dense",), "period": ("depth:moe",), "repeats": 1, "allow_leak": True}
+    depths = {
+        "prefix": ("depth:dense",),
+        "period": ("depth:moe",),
+        "repeats": 1,
+        "allow_leak": True,
+    }
     cfg = test_sample.model_config(**depths, dtype="float64", param_dtype="float64")
     cfg = dataclasses.replace(with_dispatcher(cfg, "dropless"), scan=False)
     pieces = [(0, 9), *((i, i + 1) for i in range(9, 13))]
@@ -280,19 +333,32 @@ def test_cached_logits_equal_uncached_logits(float64):
         @jax.jit
         def cached(caches, id_BS, place_S):
             valid_BS = place_S[None] < length_B[:, None]
-            parts = (id_BS, jnp.where(valid_BS, place_S[None], length), valid_BS.astype(jnp.int32), jnp.arange(4))
-            return bound.cached(Batch(*(jax.sharding.reshard(z, P(("data", "expert"))) for z in parts)), caches)
+            parts = (
+                id_BS,
+                jnp.where(valid_BS, place_S[None], length),
+                valid_BS.astype(jnp.int32),
+                jnp.arange(4),
+            )
+            return bound.cached(
+                Batch(*(jax.sharding.reshard(z, P(("data", "expert"))) for z in parts)), caches
+            )
 
         caches = empty_caches(cfg, 4, length)
         uncached = jax.jit(lambda batch: bound(batch, jax.random.key(0), False))
         for seed in range(2):
-            arrays = numpy_batch((np.arange(length)[None] < length_B[:, None]).astype(np.int32), seed)
+            arrays = numpy_batch(
+                (np.arange(length)[None] < length_B[:, None]).astype(np.int32), seed
+            )
             full, sums = uncached(put_batch(arrays))
-            assert ((0 < sums["depth/causal"]) & (sums["depth/causal"] < sums["depth/tokens"])).all()
+            assert (
+                (0 < sums["depth/causal"]) & (sums["depth/causal"] < sums["depth/tokens"])
+            ).all()
             for first, last in pieces:
                 got, caches = cached(caches, arrays[0][:, first:last], np.arange(first, last))
                 real = np.arange(first, last)[None] < length_B[:, None]
-                np.testing.assert_allclose(np.asarray(got)[real], np.asarray(full)[:, first:last][real], atol=1e-9)
+                np.testing.assert_allclose(
+                    np.asarray(got)[real], np.asarray(full)[:, first:last][real], atol=1e-9
+                )
 
 
 # The config.
@@ -309,7 +375,10 @@ def test_cached_logits_equal_uncached_logits(float64):
             {"model.allow_leak": True, "model.depth.capacity": 0.0},
             r"model.depth.capacity = 0.0 must be above 0 and at most 1",
         ),
-        ({"model.allow_leak": True, "model.depth.loss": -1.0}, r"model.depth.loss = -1.0 must be at least 0"),
+        (
+            {"model.allow_leak": True, "model.depth.loss": -1.0},
+            r"model.depth.loss = -1.0 must be at least 0",
+        ),
         (
             {"model.suffix": ("depth:deep",)},
             'model.suffix = "depth:deep" is not known: choose one of dense, moe, depth:dense',
@@ -322,7 +391,12 @@ def test_refused(changes, message):
 
 
 def test_capacity_one_leaks_nothing_and_is_not_refused():
-    assert tiny.build(ONE, {"model.period": ("depth:moe",), "model.depth.capacity": 1.0}).model.num_depth_blocks == 2
+    assert (
+        tiny.build(
+            ONE, {"model.period": ("depth:moe",), "model.depth.capacity": 1.0}
+        ).model.num_depth_blocks
+        == 2
+    )
 
 
 # Counts.
@@ -343,9 +417,12 @@ def test_parameters_are_those_of_the_model():
 
 def test_a_depth_block_costs_its_share():
     """Of 8 tokens 2 go through: a quarter of the products, and 2 x 3 / 2 pairs of tokens instead of 8 x 9 / 2; the router reads all 8."""
-    block = lambda kind: flops.forward_per_token(
-        test_flops.make_config(model=PATTERN | {"prefix": (kind,), "repeats": 0}).model, 8
-    )
+
+    def block(kind):
+        return flops.forward_per_token(
+            test_flops.make_config(model=PATTERN | {"prefix": (kind,), "repeats": 0}).model, 8
+        )
+
     for kind in ("dense", "moe"):
         plain, part = block(kind), block(f"depth:{kind}")
         assert (part.attention_projections, part.dense, part.experts) == (

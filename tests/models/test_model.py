@@ -29,7 +29,12 @@ def loop():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model.scan": True}, {"model.scan": True, "model.remat": "dispatch"}, {"model.remat": "full"}]
+    "changes",
+    [
+        {"model.scan": True},
+        {"model.scan": True, "model.remat": "dispatch"},
+        {"model.remat": "full"},
+    ],
 )
 def test_scan_and_remat_change_nothing(float64, loop, changes):
     program = tiny.Program((1, 1, 1), PATTERN | changes)
@@ -53,7 +58,9 @@ def test_the_first_loss_is_that_of_a_guess(loop):
 
 def test_packed_documents_do_not_see_each_other(float64):
     """Logits of a document are the same whether it is packed behind another or alone in its row; and nothing sees the future."""
-    program = tiny.Program((1, 1, 1), {"model.attention_bias": True, "model.qk_norm": True, "train.batch_size": 2})
+    program = tiny.Program(
+        (1, 1, 1), {"model.attention_bias": True, "model.qk_norm": True, "train.batch_size": 2}
+    )
     cfg = program.cfg
     tokens, targets, _, _, domain, row = tiny.batch(cfg)
     segment = np.repeat([[1, 1, 1, 2, 2, 2, 2, 2]], 2, 0).astype(np.int32)
@@ -64,9 +71,15 @@ def test_packed_documents_do_not_see_each_other(float64):
     with jax.set_mesh(program.mesh):
         first = program.init(jax.random.key(0))
         model = program.model.bind(first.params, first.router_state)
-        put = lambda z: meshes.put(z.astype(np.int32), "batch")
+
+        def put(z):
+            return meshes.put(z.astype(np.int32), "batch")
+
         logits = jax.jit(lambda batch: model(batch, jax.random.key(0), False)[0])
-        run = lambda ids, seg, pos: np.asarray(logits(Batch(put(ids), put(pos), put(seg), put(row))))
+
+        def run(ids, seg, pos):
+            return np.asarray(logits(Batch(put(ids), put(pos), put(seg), put(row))))
+
         packed, changed = run(tokens, segment, position), run(other, segment, position)
         shifted = np.roll(tokens, -3, 1)
         alone_segment = np.repeat([[1, 1, 1, 1, 1, 0, 0, 0]], 2, 0).astype(np.int32)
@@ -98,7 +111,9 @@ def test_tied_embeddings_and_gelu_train(float64):
 
 def test_nonfinite_gradients_change_nothing_but_the_step(float64):
     """A weight that is not finite makes the gradients so; parameters and moments stay, and the counter goes up."""
-    program = tiny.Program((1, 1, 1), {"model.repeats": 1, "train.nonfinite_patience": 1, "optim.ema_decay": 0.5})
+    program = tiny.Program(
+        (1, 1, 1), {"model.repeats": 1, "train.nonfinite_patience": 1, "optim.ema_decay": 0.5}
+    )
     first = program.run(0)[0]
     broken = jax.tree.map(lambda x: x, first.params)
     broken["repeats"][0]["blocks"][0]["moe"]["experts"]["w_out"] *= np.nan
@@ -106,7 +121,10 @@ def test_nonfinite_gradients_change_nothing_but_the_step(float64):
     assert not np.isfinite(row["loss"]) and row["skipped"] == 1 and now.step == 1
     for name in ("mu", "nu"):
         moments = jax.tree.leaves(
-            getattr(jax.tree.leaves(now.opt_state["direction"], is_leaf=lambda z: hasattr(z, "mu"))[0], name)
+            getattr(
+                jax.tree.leaves(now.opt_state["direction"], is_leaf=lambda z: hasattr(z, "mu"))[0],
+                name,
+            )
         )
         assert all((np.asarray(m) == 0).all() for m in moments)
     np.testing.assert_array_equal(now.params["ends"]["embed"], first.params["ends"]["embed"])

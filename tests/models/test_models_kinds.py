@@ -32,7 +32,12 @@ from moe_jax.schema.config import Options
 
 every = pytest.mark.parametrize("name", CASES)
 TURNS = [
-    pytest.param(name, shape, id=f"{name}, {meshes.name(shape)}", marks=[] if i % 2 == j else [pytest.mark.full])
+    pytest.param(
+        name,
+        shape,
+        id=f"{name}, {meshes.name(shape)}",
+        marks=[] if i % 2 == j else [pytest.mark.full],
+    )
     for i, name in enumerate(CASES)
     for j, shape in enumerate([(2, 2, 2), (1, 8, 1)])
 ]
@@ -95,7 +100,9 @@ def test_an_encoder_reads_the_whole_row_in_order_unless_it_is_causal(float64):
     ids = batch.id_BS.copy()
     ids[0, 4:] = ids[0, 5:3:-1]
     for attention, differs in (("full", True), ("causal", False)):
-        run = Run(config("encoder", {"pool": "first", "attention": attention}, {"model.repeats": 1}))
+        run = Run(
+            config("encoder", {"pool": "first", "attention": attention}, {"model.repeats": 1})
+        )
         change = np.abs(run(batch)[0] - run(batch._replace(id_BS=ids))[0]).max(1)
         assert (change[0] > 1e-6) == differs and (change[1:] == 0).all()
 
@@ -103,9 +110,16 @@ def test_an_encoder_reads_the_whole_row_in_order_unless_it_is_causal(float64):
 def test_an_encoder_begins_with_what_a_decoder_has(float64):
     """Same names, shapes and first values for embedding, blocks and norm: so train.init_from loads a language model."""
     changes = {"model.prefix": ("dense",), "model.repeats": 1}
-    params = [Run(cfg).params for cfg in (config("encoder", None, changes), config("decoder", None, changes))]
-    ours, theirs = (dict(zip(train_step.parameter_names(p), jax.tree.leaves(p), strict=True)) for p in params)
-    assert set(ours) - set(theirs) == {"head/w", "head/b"} and set(theirs) - set(ours) == {"ends/head"}
+    params = [
+        Run(cfg).params
+        for cfg in (config("encoder", None, changes), config("decoder", None, changes))
+    ]
+    ours, theirs = (
+        dict(zip(train_step.parameter_names(p), jax.tree.leaves(p), strict=True)) for p in params
+    )
+    assert set(ours) - set(theirs) == {"head/w", "head/b"} and set(theirs) - set(ours) == {
+        "ends/head"
+    }
     for name in set(ours) & set(theirs):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
@@ -137,17 +151,28 @@ def greedy(run, source, num, boundary):
         if run.cfg.kind == "encdec":
             ids = np.concatenate([np.full((B, 1), boundary), out], 1)[:, :num]
             batch = source._replace(id_BS=ids.astype(np.int32), inputs=source)
-            batch = batch._replace(position_BS=np.broadcast_to(np.arange(num, dtype=np.int32), ids.shape))
-            batch, last = batch._replace(segment_BS=np.ones_like(batch.position_BS)), np.full(B, made)
+            batch = batch._replace(
+                position_BS=np.broadcast_to(np.arange(num, dtype=np.int32), ids.shape)
+            )
+            batch, last = (
+                batch._replace(segment_BS=np.ones_like(batch.position_BS)),
+                np.full(B, made),
+            )
         else:
             there = (source.segment_BS > 0).sum(1)
-            pad = lambda z: np.pad(z, ((0, 0), (0, num)))
+
+            def pad(z):
+                return np.pad(z, ((0, 0), (0, num)))
+
             ids = pad(source.id_BS)
             for b in rows:
                 ids[b, there[b] : there[b] + made] = out[b, :made]
             place = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
             segment = (place < (there + made)[:, None]).astype(np.int32)
-            batch, last = Batch(ids, place, segment, source.row_B, pad(source.inputs)), np.maximum(there + made - 1, 0)
+            batch, last = (
+                Batch(ids, place, segment, source.row_B, pad(source.inputs)),
+                np.maximum(there + made - 1, 0),
+            )
         best = run(batch)[0][rows, last].argmax(-1)
         out[:, made] = np.where(live, best, boundary)
         live = live & (out[:, made] != boundary)
@@ -178,7 +203,9 @@ def test_router_states_are_those_of_the_encoder_then_of_the_decoder(float64):
     sigmoid = Options(base.get_config().model.moe.routers.sigmoid.to_dict())
     for scan in (False, True):
         cfg = dataclasses.replace(CASES["encdec"](), scan=scan)
-        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, router="sigmoid", router_options=sigmoid))
+        cfg = dataclasses.replace(
+            cfg, moe=dataclasses.replace(cfg.moe, router="sigmoid", router_options=sigmoid)
+        )
         with jax.set_mesh(meshes.make(*ONE)):
             abstract = jax.eval_shape(train_step.make_model(cfg).init, jax.random.key(0))[1]
         states = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), abstract)
@@ -187,7 +214,10 @@ def test_router_states_are_those_of_the_encoder_then_of_the_decoder(float64):
         marked = {"bias": jnp.arange(3.0)[:, None] + jnp.zeros((3, 8))}
         new = router_states.unstack(states, marked, cfg)
         loop = translate.unstacked(new, cfg) if scan else new
-        bias = lambda part, i: float(part["repeats"][i]["blocks"][0]["moe"]["state"]["bias"][0])
+
+        def bias(part, i):
+            return float(part["repeats"][i]["blocks"][0]["moe"]["state"]["bias"][0])
+
         assert [bias(loop["encoder"], 0), bias(loop["encoder"], 1), bias(loop, 0)] == [0, 1, 2]
 
 
@@ -203,7 +233,9 @@ def test_every_task_has_its_own_gate_and_items(float64):
         router = layer["blocks"][0]["moe"]["router"]
         router["gate"] = router["gate"] * np.array([1.0, -1.0, 1.0])[:, None, None]
     with jax.set_mesh(run.mesh):
-        change = np.abs(jax.device_get(run.run(params, run.router_state, put(batch), False))[0] - want)
+        change = np.abs(
+            jax.device_get(run.run(params, run.router_state, put(batch), False))[0] - want
+        )
     assert (change[:, :7] == 0).all() and (change[:, 11:] == 0).all()
     assert (change[[0, 1, 2, 4], 7:11] > 0).all()
 
@@ -217,5 +249,9 @@ def test_bags_are_the_product_with_multi_hot_rows(float64):
         close(mmoe.bags(jnp.asarray(table), *put((feature, weight))), hot @ table, atol=1e-12)
     order = rng.permutation(feature.size)
     triples = (z.reshape(-1)[order] for z in (feature, np.repeat(np.arange(B), 5), weight))
-    close(mmoe.embedding_bag(jnp.asarray(table), *map(jnp.asarray, triples), B), hot @ table, atol=1e-12)
+    close(
+        mmoe.embedding_bag(jnp.asarray(table), *map(jnp.asarray, triples), B),
+        hot @ table,
+        atol=1e-12,
+    )
     np.testing.assert_array_equal(mmoe.from_csr([0, 2, 2, 5]), [0, 0, 2, 2, 2])

@@ -21,7 +21,9 @@ D, F, E, B, S = 32, 48, 8, 4, 16
 
 def mixtral():
     return MixtralSparseMoeBlock(
-        MixtralConfig(hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2)
+        MixtralConfig(
+            hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2
+        )
     )
 
 
@@ -31,13 +33,28 @@ def olmoe(norm_topk_prob):
 
 
 def qwen3(norm_topk_prob):
-    sizes = {"hidden_size": D, "moe_intermediate_size": F, "num_experts": E, "num_experts_per_tok": 3}
+    sizes = {
+        "hidden_size": D,
+        "moe_intermediate_size": F,
+        "num_experts": E,
+        "num_experts_per_tok": 3,
+    }
     return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**sizes, norm_topk_prob=norm_topk_prob))
 
 
 def deepseek_v3(norm_topk_prob, n_group, topk_group):
-    sizes = {"hidden_size": D, "moe_intermediate_size": F, "n_routed_experts": E, "num_experts_per_tok": 3}
-    groups = {"n_group": n_group, "topk_group": topk_group, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
+    sizes = {
+        "hidden_size": D,
+        "moe_intermediate_size": F,
+        "n_routed_experts": E,
+        "num_experts_per_tok": 3,
+    }
+    groups = {
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 2.5,
+    }
     return DeepseekV3MoE(DeepseekV3Config(**sizes, **groups, norm_topk_prob=norm_topk_prob))
 
 
@@ -45,11 +62,26 @@ TOP_K = {"softmax": "before", "scale": 1.0}
 SIGMOID = {"k": 3, "score": "sigmoid", "scale": 2.5, "bias_rate": 0.001, "group_score": "top2"}
 CASES = {
     "Mixtral": (mixtral, {}, "top_k", {**TOP_K, "k": 2, "renormalize": True}),
-    "Mixtral, softmax after": (mixtral, {}, "top_k", {"softmax": "after", "scale": 1.0, "k": 2, "renormalize": True}),
+    "Mixtral, softmax after": (
+        mixtral,
+        {},
+        "top_k",
+        {"softmax": "after", "scale": 1.0, "k": 2, "renormalize": True},
+    ),
     "OLMoE": (olmoe, {"norm_topk_prob": False}, "top_k", {**TOP_K, "k": 3, "renormalize": False}),
-    "OLMoE, normalised": (olmoe, {"norm_topk_prob": True}, "top_k", {**TOP_K, "k": 3, "renormalize": True}),
+    "OLMoE, normalised": (
+        olmoe,
+        {"norm_topk_prob": True},
+        "top_k",
+        {**TOP_K, "k": 3, "renormalize": True},
+    ),
     "Qwen3-MoE": (qwen3, {"norm_topk_prob": True}, "top_k", {**TOP_K, "k": 3, "renormalize": True}),
-    "Qwen3-MoE, raw": (qwen3, {"norm_topk_prob": False}, "top_k", {**TOP_K, "k": 3, "renormalize": False}),
+    "Qwen3-MoE, raw": (
+        qwen3,
+        {"norm_topk_prob": False},
+        "top_k",
+        {**TOP_K, "k": 3, "renormalize": False},
+    ),
     "DeepSeek-V3": (
         deepseek_v3,
         {"norm_topk_prob": True, "n_group": 4, "topk_group": 2},
@@ -152,8 +184,16 @@ def test_every_part_of_deepseek_is_needed():
     with jax.set_mesh(meshes.make(1, 1, 1)):
         placed = meshes.put(x, "batch")
         want = np.asarray(routed(block, router, options, placed))
-        for change in ({"top_groups": 4}, {"scale": 1.0}, {"renormalize": False}, {"group_score": "max"}):
+        for change in (
+            {"top_groups": 4},
+            {"scale": 1.0},
+            {"renormalize": False},
+            {"group_score": "max"},
+        ):
             got = np.asarray(routed(block, router, {**options, **change}, placed))
             assert np.abs(got - want).max() > 0.01 * np.abs(want).max(), change
         block.gate.e_score_correction_bias.zero_()
-        assert np.abs(np.asarray(routed(block, router, options, placed)) - want).max() > 0.01 * np.abs(want).max()
+        assert (
+            np.abs(np.asarray(routed(block, router, options, placed)) - want).max()
+            > 0.01 * np.abs(want).max()
+        )

@@ -35,14 +35,23 @@ ALL = {
     "data.seq_len": 32,
 }
 RNG = 7
-REST = ("tokens", "dropped", "z", "entropy", "gate", "gate_max")  # sums of load.metrics beside counts
+REST = (
+    "tokens",
+    "dropped",
+    "z",
+    "entropy",
+    "gate",
+    "gate_max",
+)  # sums of load.metrics beside counts
 
 
 def one_batch(cfg, sort=False):
     """Packed documents, padded tails, and one row of nothing but padding. `sort`: rows of one device share 8 of the 64 tokens."""
     tokens, targets, segment, *rest = tiny.batch(cfg)
     if sort:
-        tokens = tokens % 8 + 8 * (np.arange(len(tokens)) * 8 // len(tokens))[:, None].astype(np.int32)
+        tokens = tokens % 8 + 8 * (np.arange(len(tokens)) * 8 // len(tokens))[:, None].astype(
+            np.int32
+        )
     segment[3] = 0
     return tokens, targets, segment, *rest
 
@@ -52,13 +61,20 @@ def drawn(program):
 
     def draw(name, shape, place):
         names = flat.layer_names(name, shape, program.cfg.model.scan)
-        one = lambda name, shape: np.random.default_rng(zlib.crc32(name.encode())).normal(0.0, 0.25, shape)
+
+        def one(name, shape):
+            return np.random.default_rng(zlib.crc32(name.encode())).normal(0.0, 0.25, shape)
+
         value = np.stack([one(n, shape[1:]) for n in names]) if names else one(name, shape)
         return jax.device_put(value + name.endswith("scale"), NamedSharding(program.mesh, place))
 
     first = jax.eval_shape(program.init, jax.random.key(0))
-    named = {name: draw(name, x.shape, x.sharding.spec) for name, x in flat.flatten(first.params).items()}
-    return flat.unflatten(named, first.params), jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), first.router_state)
+    named = {
+        name: draw(name, x.shape, x.sharding.spec) for name, x in flat.flatten(first.params).items()
+    }
+    return flat.unflatten(named, first.params), jax.tree.map(
+        lambda x: jnp.ones(x.shape, x.dtype), first.router_state
+    )
 
 
 def pulled(program, figures):
@@ -70,10 +86,18 @@ def pulled(program, figures):
 
     @jax.jit
     def run(gates, params, router_state, batch, weights):
-        of = lambda gates: figures(flat.unflatten(flat.flatten(params) | gates, params), router_state, batch)
+        def of(gates):
+            return figures(
+                flat.unflatten(flat.flatten(params) | gates, params), router_state, batch
+            )
+
         values, pull, totals = jax.vjp(of, gates, has_aux=True)
         after = train_step.update_routers(program.cfg, router_state, totals)
-        return values, pull(weights)[0], router_states.stack(after, program.cfg.model)["balance_weight"]
+        return (
+            values,
+            pull(weights)[0],
+            router_states.stack(after, program.cfg.model)["balance_weight"],
+        )
 
     def all_of(batch):
         with jax.set_mesh(program.mesh):
@@ -81,8 +105,13 @@ def pulled(program, figures):
             args = (params, router_state, tiny.put(program.cfg, batch))
             gates = {name: x for name, x in flat.flatten(params).items() if "/router/" in name}
             zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(figures, *args)[0])
-            found = {name: run(gates, *args, zero | {name: jnp.ones_like(zero[name])}) for name in zero}
-            by_name = {name: (float(values[name]), vector(slope, scan)) for name, (values, slope, _) in found.items()}
+            found = {
+                name: run(gates, *args, zero | {name: jnp.ones_like(zero[name])}) for name in zero
+            }
+            by_name = {
+                name: (float(values[name]), vector(slope, scan))
+                for name, (values, slope, _) in found.items()
+            }
             return by_name, np.asarray(found.popitem()[1][2])
 
     return all_of
@@ -107,7 +136,9 @@ def of_step(program):
 
 def averaged(parts):
     """Each loss as the mean over the parts of a batch, {name: scalar}; `parts`: sums per row [part, L, rows, ...]."""
-    each = jax.vmap(lambda sums: {n: loss(load.totals(sums)).mean() for n, loss in losses.LOSSES.items()})(parts)
+    each = jax.vmap(
+        lambda sums: {n: loss(load.totals(sums)).mean() for n, loss in losses.LOSSES.items()}
+    )(parts)
     return {name: value.mean() for name, value in each.items()}
 
 
@@ -115,15 +146,27 @@ def of_rows(program):
     """On one device, from the sums per row: the losses averaged over n micro-batches (strided rows), or n devices (runs of rows)."""
 
     def split(sums, n, strided):
-        rows = lambda z: z.reshape((z.shape[0], z.shape[1] // n, n) + z.shape[2:]).swapaxes(1, 2) if strided else z
-        return jax.tree.map(lambda z: rows(z).reshape((z.shape[0], n, -1) + z.shape[2:]).swapaxes(0, 1), sums)
+        def rows(z):
+            return (
+                z.reshape((z.shape[0], z.shape[1] // n, n) + z.shape[2:]).swapaxes(1, 2)
+                if strided
+                else z
+            )
+
+        return jax.tree.map(
+            lambda z: rows(z).reshape((z.shape[0], n, -1) + z.shape[2:]).swapaxes(0, 1), sums
+        )
 
     def figures(params, router_state, batch):
         seen = Batch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
         sums = program.model.bind(params, router_state)(seen, jax.random.key(RNG), True)[1]
         kinds = [("strided", 1), ("strided", 2), ("strided", 4), ("alone", 2), ("alone", 8)]
         found = {f"{kind}/{n}": averaged(split(sums, n, kind == "strided")) for kind, n in kinds}
-        named = {f"{kind}/{name}": value for kind, values in found.items() for name, value in values.items()}
+        named = {
+            f"{kind}/{name}": value
+            for kind, values in found.items()
+            for name, value in values.items()
+        }
         return named, load.totals(sums)
 
     return pulled(program, figures)
@@ -146,7 +189,9 @@ def by_rows():
     ],
     ids=lambda z: meshes.name(z) if isinstance(z, tuple) else None,
 )
-def test_no_loss_changes_with_mesh_accumulation_remat_or_scan(float64, by_rows, shape, num, changes):
+def test_no_loss_changes_with_mesh_accumulation_remat_or_scan(
+    float64, by_rows, shape, num, changes
+):
     """Value and gradient of the router; `micro_batch_balance` is the mean of the products of the micro-batches, which are strided rows."""
     program = tiny.Program(shape, ALL | changes | {"train.micro_batch_size": 16 // num})
     reference, weight_L = by_rows[False]
@@ -156,20 +201,27 @@ def test_no_loss_changes_with_mesh_accumulation_remat_or_scan(float64, by_rows, 
     for name, (value, gradient) in found.items():
         want, slope = reference[f"strided/{num if name == 'micro_batch_balance' else 1}/{name}"]
         worst[name] = abs(value - want), np.abs(gradient - slope).max() / np.abs(slope).max()
-    print(f"\n{meshes.name(shape)}, {num} micro-batches: worst deviations {np.max(list(worst.values()), 0)}")
+    print(
+        f"\n{meshes.name(shape)}, {num} micro-batches: worst deviations {np.max(list(worst.values()), 0)}"
+    )
     assert all(np.max(deviation) < 1e-10 for deviation in worst.values()), worst
 
 
 def test_micro_batch_balance_depends_on_their_number_alone(by_rows):
     reference, _ = by_rows[False]
-    value = lambda n: reference[f"strided/{n}/micro_batch_balance"][0]
+
+    def value(n):
+        return reference[f"strided/{n}/micro_batch_balance"][0]
+
     assert value(1) == pytest.approx(reference["strided/1/balance"][0], rel=1e-12)
     assert abs(value(2) - value(1)) > 1e-3 and abs(value(4) - value(2)) > 1e-3
 
 
 def test_what_statistics_of_one_device_alone_get_wrong(by_rows):
     """Each device takes the loss of its own rows, and losses are averaged: the usual way. Relative to the loss of the whole batch."""
-    print("\n| loss | devices | rows | error of the loss | error of the router's gradient |\n|---|---|---|---|---|")
+    print(
+        "\n| loss | devices | rows | error of the loss | error of the router's gradient |\n|---|---|---|---|---|"
+    )
     for name in losses.LOSSES:
         for n, sort in ((2, False), (8, False), (8, True)):
             (want, slope), (value, gradient) = (
@@ -179,7 +231,9 @@ def test_what_statistics_of_one_device_alone_get_wrong(by_rows):
             of_slope = np.linalg.norm(gradient - slope) / np.linalg.norm(slope)
             rows = "sorted" if sort else "mixed"
             print(f"| `{name}` | {n} | {rows} | {100 * of_loss:.3g} % | {100 * of_slope:.3g} % |")
-            assert of_slope > 1e-3  # padding alone makes it wrong: devices have different numbers of tokens
+            assert (
+                of_slope > 1e-3
+            )  # padding alone makes it wrong: devices have different numbers of tokens
 
 
 # The adaptive weight
@@ -209,22 +263,33 @@ def test_drops_of_each_layer_drive_its_own_weight(by_rows):
 @pytest.mark.parametrize("router", ["noisy_top_k", "sigmoid", "quantile", "relu"])
 def test_router_state_is_checkpointed(float64, tmp_path, router):
     """Written by a loop over layers on one device, read by a scan on eight; each layer keeps its own. Nothing is compiled."""
-    changes = ALL if router == "noisy_top_k" else {"model.moe.router": router}  # ALL: the adaptive weight
+    changes = (
+        ALL if router == "noisy_top_k" else {"model.moe.router": router}
+    )  # ALL: the adaptive weight
 
     def first(shape, scan):
         program = tiny.Program(shape, changes | {"model.scan": scan})
         with jax.set_mesh(program.mesh):
             return program, jax.eval_shape(program.init, jax.random.key(0))
 
-    filled = lambda x: jnp.zeros(x.shape, x.dtype)  # all on one device
+    def filled(x):
+        return jnp.zeros(x.shape, x.dtype)  # all on one device
+
     loop, abstract = first((1, 1, 1), False)
     saves = checkpoint.Checkpoints(tmp_path, every=1, keep=1, keep_best=0)
     with jax.set_mesh(loop.mesh):
         before = jax.tree.map(filled, abstract)
-        count = lambda z: jnp.arange(1.0, z.size + 1).reshape(z.shape)
-        wanted = {n: count(z) for n, z in router_states.stack(before.router_state, loop.cfg.model).items()}
+
+        def count(z):
+            return jnp.arange(1.0, z.size + 1).reshape(z.shape)
+
+        wanted = {
+            n: count(z) for n, z in router_states.stack(before.router_state, loop.cfg.model).items()
+        }
         router_state = router_states.unstack(before.router_state, wanted, loop.cfg.model)
-        saves.save(1, before._replace(router_state=router_state), metadata={}, score=None, stacked=False)
+        saves.save(
+            1, before._replace(router_state=router_state), metadata={}, score=None, stacked=False
+        )
     scan, abstract = first((2, 2, 2), True)
     with jax.set_mesh(scan.mesh):
         after = saves.restore(1, abstract, stacked=True)
@@ -263,12 +328,17 @@ def test_coefficients_that_cannot_work_are_refused(changes, message):
 
 def test_max_vio_of_a_whole_evaluation_is_not_the_mean_of_its_batches():
     """Batches with counts (3, 1) and (1, 3) have MaxVio 1/2 each; together the load is (4, 4): 0. The second layer keeps (6, 2): 1/2."""
-    of = lambda counts: {"counts": jnp.array(counts), **{name: jnp.array([4.0, 4.0]) for name in REST}}
+
+    def of(counts):
+        return {"counts": jnp.array(counts), **{name: jnp.array([4.0, 4.0]) for name in REST}}
+
     batches = [of([[3.0, 1.0], [3.0, 1.0]]), of([[1.0, 3.0], [3.0, 1.0]])]
     for batch in batches:
         np.testing.assert_allclose(load.metrics(batch)["max_vio"], [0.5, 0.5])
     both = jax.tree.map(lambda a, b: np.asarray(a + b), *batches)
     ones = {name: np.ones(1) for name in ("tokens", "nll", "correct", "bytes")}
-    result = summary(lm.TASK, ones | {"moe": both, "depth": {}, "routing": np.zeros((2, 1, 2))}, tiny.DATA)
+    result = summary(
+        lm.TASK, ones | {"moe": both, "depth": {}, "routing": np.zeros((2, 1, 2))}, tiny.DATA
+    )
     np.testing.assert_allclose(result["moe"]["max_vio"], [0.0, 0.5])
     assert result["max_vio"] == 0.25  # a scalar, which train.publish writes as eval/max_vio

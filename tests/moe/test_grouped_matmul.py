@@ -26,11 +26,17 @@ BLOCK = (8, 2)
 NUM_ROWS = 40
 LAYOUTS = {
     "balanced": ([0, 8, 16, 24, 32], [8, 8, 8, 8, 8]),
-    "uneven": ([0, 4, 24, 26, 40], [3, 19, 1, 13, 0]),  # blocks reach past an expert's rows into the next one's
+    "uneven": (
+        [0, 4, 24, 26, 40],
+        [3, 19, 1, 13, 0],
+    ),  # blocks reach past an expert's rows into the next one's
     "empty experts": ([0, 0, 10, 10, 10], [0, 9, 0, 0, 7]),
     "all on one": ([0, 0, 32, 32, 32], [0, 31, 0, 0, 0]),
     "nobody": ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
-    "gaps": ([2, 14, 26, 30, 36], [7, 1, 2, 4, 1]),  # as capacity slots: rooms apart, a void beginning and end
+    "gaps": (
+        [2, 14, 26, 30, 36],
+        [7, 1, 2, 4, 1],
+    ),  # as capacity slots: rooms apart, a void beginning and end
     "full to the end": ([0, 2, 2, 2, 2], [2, 0, 0, 0, 38]),  # no room for a block to reach past R
     "one expert": ([0], [37]),
 }
@@ -41,7 +47,10 @@ def make(layout, activation="swiglu", dtype=np.float64, seed=0):
     start, size = layout
     e, num_rows, parts = len(start), NUM_ROWS, PARTS[activation]
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     x_RD, gate_R = draw(num_rows, D), draw(num_rows)
     void_R = ~np.any(owner(layout), axis=0)
     x_RD = jnp.where(void_R[:, None], 1e3, x_RD)
@@ -75,7 +84,10 @@ def all_experts(x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD, *, activati
 def value_and_gradient(f, args, dy_RD):
     """(y, cotangents of x, gate, w_in, w_out)."""
     x, gate, start, size, w_in, w_out = args
-    run = lambda x, gate, w_in, w_out: f(x, gate, start, size, w_in, w_out)
+
+    def run(x, gate, w_in, w_out):
+        return f(x, gate, start, size, w_in, w_out)
+
     y_RD, pull = jax.vjp(run, x, gate, w_in, w_out)
     return y_RD, *pull(dy_RD)
 
@@ -89,10 +101,16 @@ def ragged_ffn(activation, *args):
         y_RD, pre_RH = grouped_matmul._forward_ragged(act, rows, layout)
         return y_RD, (rows, layout, pre_RH)
 
-    ffn.defvjp(forward, lambda residue, dy_RD: (grouped_matmul._backward_ragged(act, *residue, dy_RD), None))
+    ffn.defvjp(
+        forward,
+        lambda residue, dy_RD: (grouped_matmul._backward_ragged(act, *residue, dy_RD), None),
+    )
     x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD = vary_alike(*args)
     w_in_eDH = w_in_eDPF.reshape(*w_in_eDPF.shape[:2], -1)
-    return ffn(grouped_matmul.Rows(x_RD, gate_R, w_in_eDH, w_out_eFD), grouped_matmul.Layout(start_e, size_e))
+    return ffn(
+        grouped_matmul.Rows(x_RD, gate_R, w_in_eDH, w_out_eFD),
+        grouped_matmul.Layout(start_e, size_e),
+    )
 
 
 @functools.cache  # one function per choice, so that tests share compilations
@@ -111,7 +129,9 @@ def assert_near(got, want, tolerance):
     """Every array within `tolerance` of its own largest entry."""
     for name, a, b in zip(("y", "x", "gate", "w_in", "w_out"), got, want, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-3), err_msg=name)
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-3), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "ragged"])
@@ -122,12 +142,15 @@ def test_equals_all_experts_on_every_layout(name, kernel, float64):
     assert_near(got, value_and_gradient(oracle(), args, dy_RD), 1e-12)
     void_R = ~np.any(owner(LAYOUTS[name]), axis=0)
     for array in got[:3]:
-        assert not np.any(np.asarray(array)[void_R])  # y, dx and dgate are exactly zero in nobody's rows
+        assert not np.any(
+            np.asarray(array)[void_R]
+        )  # y, dx and dgate are exactly zero in nobody's rows
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "ragged"])
 @pytest.mark.parametrize(
-    ("activation", "block"), [("swiglu", (2, 2)), ("swiglu", (32, 2)), ("gelu", (8, 2)), ("gelu", (4, 2))]
+    ("activation", "block"),
+    [("swiglu", (2, 2)), ("swiglu", (32, 2)), ("gelu", (8, 2)), ("gelu", (4, 2))],
 )
 def test_every_activation_and_ladder_of_blocks(activation, block, kernel, float64):
     args, dy_RD = make(LAYOUTS["uneven"], activation)
@@ -150,10 +173,15 @@ def test_a_weight_gradient_is_accumulated_and_returned_wider_than_the_rows():
     """bfloat16 rows of ones, float32 weights: 300 rows of gradient 1 cannot be counted in bfloat16 (256 + 1 = 256)."""
     num_rows = 304
     x_RD, gate_R = jnp.ones((num_rows, 1), jnp.bfloat16), jnp.ones((num_rows,), jnp.float32)
-    w_in, w_out = jnp.full((1, 1, 1, 1), 8.0), jnp.ones((1, 1, 1))  # gelu(8) = 8 exactly: d w_out = 8 per row
+    w_in, w_out = (
+        jnp.full((1, 1, 1, 1), 8.0),
+        jnp.ones((1, 1, 1)),
+    )  # gelu(8) = 8 exactly: d w_out = 8 per row
     args = (x_RD, gate_R, jnp.zeros((1,), jnp.int32), jnp.full((1,), 300, jnp.int32), w_in, w_out)
     ffn = own(activation="gelu", block=(8, 8))
-    y_RD, _, dgate_R, _, dw_out = value_and_gradient(ffn, args, jnp.ones((num_rows, 1), jnp.bfloat16))
+    y_RD, _, dgate_R, _, dw_out = value_and_gradient(
+        ffn, args, jnp.ones((num_rows, 1), jnp.bfloat16)
+    )
     assert (y_RD.dtype, dgate_R.dtype, dw_out.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
     assert float(dw_out[0, 0, 0]) == 2400.0
 
@@ -162,7 +190,9 @@ def test_no_expert_pays_for_another(float64):
     """Weights of NaN at an expert without rows reach nothing but the weights' own (zero) gradient."""
     args, dy_RD = make(LAYOUTS["empty experts"])
     poisoned = args[:4] + tuple(w.at[0].set(jnp.nan) for w in args[4:])
-    assert_near(value_and_gradient(own(), poisoned, dy_RD), value_and_gradient(own(), args, dy_RD), 0)
+    assert_near(
+        value_and_gradient(own(), poisoned, dy_RD), value_and_gradient(own(), args, dy_RD), 0
+    )
 
 
 def test_rows_past_the_last_group_may_be_left_undefined(float64, monkeypatch):
@@ -173,8 +203,13 @@ def test_rows_past_the_last_group_may_be_left_undefined(float64, monkeypatch):
         return jnp.where(jnp.arange(array_RX.shape[0])[:, None] < group_e.sum(), array_RX, jnp.nan)
 
     spoil_gradient = jax.custom_vjp(lambda array_RX, group_e: array_RX)
-    spoil_gradient.defvjp(lambda a, group_e: (a, group_e), lambda group_e, da: (spoil(da, group_e), None))
-    undefined = lambda a, w, group_e: spoil(ragged_dot(spoil_gradient(a, group_e), w, group_e), group_e)
+    spoil_gradient.defvjp(
+        lambda a, group_e: (a, group_e), lambda group_e, da: (spoil(da, group_e), None)
+    )
+
+    def undefined(a, w, group_e):
+        return spoil(ragged_dot(spoil_gradient(a, group_e), w, group_e), group_e)
+
     monkeypatch.setattr(jax.lax, "ragged_dot", undefined)
     args, dy_RD = make(LAYOUTS["gaps"])
     with jax.disable_jit():
@@ -186,10 +221,14 @@ def test_inside_checkpoint_and_scan(float64):
     args, dy_RD = make(LAYOUTS["uneven"])
 
     def layers(f, x, gate, start, size, w_in, w_out):
-        body = jax.checkpoint(lambda x, scale: (x + f(x, gate, start, size, w_in * scale, w_out), None))
+        body = jax.checkpoint(
+            lambda x, scale: (x + f(x, gate, start, size, w_in * scale, w_out), None)
+        )
         return jax.lax.scan(body, x, jnp.array([1.0, 0.5]))[0]
 
-    got, want = (value_and_gradient(functools.partial(layers, f), args, dy_RD) for f in (own(), oracle()))
+    got, want = (
+        value_and_gradient(functools.partial(layers, f), args, dy_RD) for f in (own(), oracle())
+    )
     assert_near(got, want, 1e-11)
 
 
@@ -200,7 +239,10 @@ def sharded_case():
     made = [make(shard, seed=i) for i, shard in enumerate(shards)]
     rows = [jnp.stack([m[0][i] for m in made]) for i in range(4)]
     rng = np.random.default_rng(9)
-    w_in, w_out = jnp.asarray(rng.normal(size=(4, D, 2, 4))), jnp.asarray(rng.normal(size=(4, 4, D)))
+    w_in, w_out = (
+        jnp.asarray(rng.normal(size=(4, D, 2, 4))),
+        jnp.asarray(rng.normal(size=(4, 4, D))),
+    )
     return (*rows, w_in, w_out), jnp.stack([m[1] for m in made])
 
 
@@ -209,7 +251,11 @@ def test_on_a_mesh_equals_one_device(kernel, float64):
     """Rows vary over data and expert, weights over expert and model: each gradient is summed over the right axes."""
     args, dy = sharded_case()
     mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "model"))
-    rows, w_in_spec, w_out_spec = P(("data", "expert")), P("expert", None, None, "model"), P("expert", "model")
+    rows, w_in_spec, w_out_spec = (
+        P(("data", "expert")),
+        P("expert", None, None, "model"),
+        P("expert", "model"),
+    )
 
     def on_device(x, gate, start, size, w_in, w_out):
         y_RD = own(kernel)(x[0], gate[0], start[0], size[0], w_in, w_out)
@@ -220,7 +266,9 @@ def test_on_a_mesh_equals_one_device(kernel, float64):
 
     def one_device(x, gate, start, size, w_in, w_out):
         rows = [[z[i] for z in (x, gate, start, size)] for i in range(4)]
-        return jnp.stack([oracle()(*z, *(w[i % 2 * 2 :][:2] for w in (w_in, w_out))) for i, z in enumerate(rows)])
+        return jnp.stack(
+            [oracle()(*z, *(w[i % 2 * 2 :][:2] for w in (w_in, w_out))) for i, z in enumerate(rows)]
+        )
 
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, s) for a, s in zip(args, in_specs)]
@@ -230,7 +278,9 @@ def test_on_a_mesh_equals_one_device(kernel, float64):
 
 def test_the_kernel_is_chosen_by_the_platform_compiled_for():
     args, _ = make(LAYOUTS["balanced"], dtype=np.float32)
-    step = jax.jit(jax.grad(lambda *a: expert_ffn(*a, activation="swiglu", block=BLOCK).sum(), (0, 4, 5)))
+    step = jax.jit(
+        jax.grad(lambda *a: expert_ffn(*a, activation="swiglu", block=BLOCK).sum(), (0, 4, 5))
+    )
     text = {p: step.trace(*args).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
     assert "ragged_dot" in text["tpu"] and "while" not in text["tpu"]
     assert "ragged_dot" not in text["cpu"] and "while" in text["cpu"]
@@ -238,7 +288,12 @@ def test_the_kernel_is_chosen_by_the_platform_compiled_for():
 
 def test_varying_alike_costs_nothing():
     args, _ = make(LAYOUTS["balanced"], dtype=np.float32)
-    text = jax.jit(lambda x, w: vary_alike(x, w)[1] @ jnp.ones((D, 2))).lower(args[0], args[5]).compile().as_text()
+    text = (
+        jax.jit(lambda x, w: vary_alike(x, w)[1] @ jnp.ones((D, 2)))
+        .lower(args[0], args[5])
+        .compile()
+        .as_text()
+    )
     assert " add(" not in text
 
 
@@ -248,7 +303,9 @@ def test_refuses_what_cannot_be_laid_out():
         expert_ffn(*args, activation="swiglu", block=(8, 5))
     with pytest.raises(ValueError, match="small size must divide R = 40"):
         expert_ffn(*args, activation="swiglu", block=(32, 16))
-    with pytest.raises(ValueError, match=r"gelu needs w_in_eDPF with P = 1, got shape \(5, 6, 2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"gelu needs w_in_eDPF with P = 1, got shape \(5, 6, 2, 5\)"
+    ):
         expert_ffn(*args, activation="gelu", block=BLOCK)
 
 
@@ -256,7 +313,12 @@ def test_block_sizes_divide_and_follow_the_load():
     for rows_mean in (0.1, 1, 7, 16, 33, 64, 100, 512, 5000):
         large, small = block_sizes(rows_mean)
         assert large % small == 0 and large <= max(8, 1.5 * rows_mean) and small <= 64
-    assert [block_sizes(mean) for mean in (1024, 512, 64, 16)] == [(1024, 64), (512, 32), (64, 16), (16, 8)]
+    assert [block_sizes(mean) for mean in (1024, 512, 64, 16)] == [
+        (1024, 64),
+        (512, 32),
+        (64, 16),
+        (16, 8),
+    ]
 
 
 def test_activations_are_jax_nn():
@@ -292,7 +354,10 @@ def test_a_fixed_number_of_choices_needs_no_scatter():
     both = jax.grad(
         lambda x: jnp.sum(
             sum_rows(
-                take_rows(x, jnp.asarray(SRC_R), jnp.asarray(DEST_TK)), jnp.asarray(DEST_TK), jnp.asarray(SRC_R), 4
+                take_rows(x, jnp.asarray(SRC_R), jnp.asarray(DEST_TK)),
+                jnp.asarray(DEST_TK),
+                jnp.asarray(SRC_R),
+                4,
             )
             ** 2
         )
@@ -325,10 +390,15 @@ def test_gathers_on_a_mesh_equal_one_device(fixed, float64):
 
     def alone(x, src, dest, scale):
         pick_RT = jnp.asarray((SRC_R[:, None] == np.arange(4)).astype(np.float64))
-        half = lambda x: sum(pick_RT.T @ jnp.sin(pick_RT @ x * s) for s in scale)
+
+        def half(x):
+            return sum(pick_RT.T @ jnp.sin(pick_RT @ x * s) for s in scale)
+
         return jnp.concatenate([half(x[:4]), half(x[4:])])
 
-    energy = lambda f, *args: jax.jit(jax.value_and_grad(lambda *args: jnp.sum(f(*args) ** 2)))(*args)
+    def energy(f, *args):
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(f(*args) ** 2)))(*args)
+
     want = energy(alone, x, src, dest, scale)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, s) for a, s in zip((x, src, dest, scale), specs)]
@@ -341,11 +411,16 @@ def test_a_buffer_smaller_than_the_large_block():
     """Three experts of 16 rows in blocks of (64, 16): no block of 64 fits into the 48 rows."""
     rng = np.random.default_rng(0)
     x, gate = rng.normal(size=(48, 4)).astype(np.float32), np.ones(48, np.float32)
-    w_in, w_out = rng.normal(size=(3, 4, 1, 8)).astype(np.float32), rng.normal(size=(3, 8, 4)).astype(np.float32)
+    w_in, w_out = (
+        rng.normal(size=(3, 4, 1, 8)).astype(np.float32),
+        rng.normal(size=(3, 8, 4)).astype(np.float32),
+    )
     start, size = np.array([0, 16, 32], np.int32), np.array([16, 16, 16], np.int32)
     arrays = [jnp.asarray(z) for z in (x, gate, start, size, w_in, w_out)]
     y = expert_ffn(*arrays, activation="gelu", block=(64, 16))
     want = jnp.einsum(
-        "erf,efd->erd", jax.nn.gelu(jnp.einsum("erd,edf->erf", x.reshape(3, 16, 4), w_in[:, :, 0])), w_out
+        "erf,efd->erd",
+        jax.nn.gelu(jnp.einsum("erd,edf->erf", x.reshape(3, 16, 4), w_in[:, :, 0])),
+        w_out,
     )
     np.testing.assert_allclose(y, want.reshape(48, 4), atol=1e-4)

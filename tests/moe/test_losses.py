@@ -21,7 +21,9 @@ def sums_of(logits_BSE, k, valid_BS=None):
     def sums(logits_TE, valid_T):
         tokens = Tokens(logits_TE, none, none, none, none, valid_T, num_rows)
         gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), k)
-        return {name: x[None] for name, x in statistics(logits_TE, expert_TK, gate_TK, tokens).items()}
+        return {
+            name: x[None] for name, x in statistics(logits_TE, expert_TK, gate_TK, tokens).items()
+        }
 
     return sums(logits_TE, jnp.asarray(valid_BS.reshape(-1)))
 
@@ -35,8 +37,15 @@ def random_logits(num_rows=4, length=16, num_experts=6, seed=0):
 
 def by_hand():
     """Two experts, k = 1, three rows: two tokens of expert 0; one of each; padding. Probabilities summed over each row."""
-    rows = {"counts": [[2.0, 0.0], [1.0, 1.0], [0.0, 0.0]], "probs": [[1.6, 0.4], [0.8, 1.2], [0.0, 0.0]]}
-    rows |= {"tokens": [2.0, 2.0, 0.0], "z": [3.0, 5.0, 0.0], "load": [[2.0, 0.5], [0.5, 1.0], [0.0, 0.0]]}
+    rows = {
+        "counts": [[2.0, 0.0], [1.0, 1.0], [0.0, 0.0]],
+        "probs": [[1.6, 0.4], [0.8, 1.2], [0.0, 0.0]],
+    }
+    rows |= {
+        "tokens": [2.0, 2.0, 0.0],
+        "z": [3.0, 5.0, 0.0],
+        "load": [[2.0, 0.5], [0.5, 1.0], [0.0, 0.0]],
+    }
     rows |= {"first": rows["counts"], "importance": rows["counts"]}
     return {name: jnp.array([value]) for name, value in rows.items()}
 
@@ -61,7 +70,9 @@ def test_micro_batches_by_hand(float64):
     summed, whole = jax.tree.map(lambda *z: sum(z), *each), load.totals(by_hand())
     np.testing.assert_allclose(losses.micro_batch_balance(summed), [1.3])
     for name in losses.LOSSES.keys() - {"micro_batch_balance"}:
-        np.testing.assert_allclose(losses.LOSSES[name](summed), losses.LOSSES[name](whole), err_msg=name)
+        np.testing.assert_allclose(
+            losses.LOSSES[name](summed), losses.LOSSES[name](whole), err_msg=name
+        )
 
 
 def test_the_weighted_sum_and_what_is_reported(float64):
@@ -74,8 +85,13 @@ def test_the_weighted_sum_and_what_is_reported(float64):
     del totals["load"]
     assert losses.auxiliary(totals, coefficients)[1].keys() == losses.LOSSES.keys() - {"load"}
     weighted = totals | {"balance_weight": 3.0 * totals["tokens"]}
-    np.testing.assert_allclose(losses.auxiliary(weighted, coefficients)[0], 3 * 0.5 * 1.1 + 0.25 * 2.0)
-    weighted |= {"l1_weight": 0.125 * totals["tokens"], "l1_load": totals["counts"]}  # f P = (0.45, 0.1)
+    np.testing.assert_allclose(
+        losses.auxiliary(weighted, coefficients)[0], 3 * 0.5 * 1.1 + 0.25 * 2.0
+    )
+    weighted |= {
+        "l1_weight": 0.125 * totals["tokens"],
+        "l1_load": totals["counts"],
+    }  # f P = (0.45, 0.1)
     terms = losses.terms(weighted, coefficients)
     want = {"balance": 3 * 0.5 * 1.1, "z": 0.25 * 2.0, "l1": 0.125 * 0.55}
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(want)
@@ -85,7 +101,9 @@ def test_the_weighted_sum_and_what_is_reported(float64):
 def test_balanced_and_worst_values(float64, num_experts, k):
     """What docs/balance.md states: balanced, every expert has the same share; worst, all tokens have probability 1 on expert 0."""
     turns = np.eye(num_experts)[np.arange(2 * num_experts) % num_experts]
-    ramp = np.stack([np.roll(-np.arange(num_experts), i) for i in range(num_experts)] * 2)  # choices i, i + 1, ..
+    ramp = np.stack(
+        [np.roll(-np.arange(num_experts), i) for i in range(num_experts)] * 2
+    )  # choices i, i + 1, ..
     balanced, worst = 1e-9 * ramp[None] + 0 * turns, np.zeros((1, 2 * num_experts, num_experts))
     worst[:, :, 0] = 1e4
     worst[:, :, 1:k] = 1
@@ -95,7 +113,9 @@ def test_balanced_and_worst_values(float64, num_experts, k):
     ):
         totals = load.totals(sums_of(logits, k))
         for name in ("balance", "sequence_balance", "micro_batch_balance"):
-            np.testing.assert_allclose(losses.LOSSES[name](totals), [switch], rtol=1e-8, err_msg=name)
+            np.testing.assert_allclose(
+                losses.LOSSES[name](totals), [switch], rtol=1e-8, err_msg=name
+            )
         np.testing.assert_allclose(losses.gshard(totals), [gshard], rtol=1e-8)
         np.testing.assert_allclose(losses.importance(totals), [variation], atol=1e-8)
 
@@ -113,7 +133,9 @@ def switch_paper(chosen_TK, probs_TE):
 
 
 def gshard_paper(chosen_TK, probs_TE):
-    return (hits(chosen_TK, probs_TE.shape[1])[:, 0].sum(0) / len(probs_TE) * probs_TE.mean(0)).mean()
+    return (
+        hits(chosen_TK, probs_TE.shape[1])[:, 0].sum(0) / len(probs_TE) * probs_TE.mean(0)
+    ).mean()
 
 
 def gshard_code(chosen_TK, probs_TE):
@@ -136,13 +158,22 @@ def megatron(chosen_TK, probs_TE):
 def megablocks(chosen_TK, probs_TE):
     """Also OLMoE. Of one layer; the mean over layers with more."""
     (num_tokens, num_experts), k = probs_TE.shape, chosen_TK.shape[1]
-    return num_experts / (num_tokens * k) * np.bincount(chosen_TK.reshape(-1), minlength=num_experts) @ probs_TE.mean(0)
+    return (
+        num_experts
+        / (num_tokens * k)
+        * np.bincount(chosen_TK.reshape(-1), minlength=num_experts)
+        @ probs_TE.mean(0)
+    )
 
 
 def deepseek_v2_code(chosen_TK, probs_TE):
     """seq_aux = False."""
     num_experts = probs_TE.shape[1]
-    return (probs_TE.mean(0) * hits(chosen_TK, num_experts).reshape(-1, num_experts).mean(0) * num_experts).sum()
+    return (
+        probs_TE.mean(0)
+        * hits(chosen_TK, num_experts).reshape(-1, num_experts).mean(0)
+        * num_experts
+    ).sum()
 
 
 def deepseek_v3_paper(chosen_TK, probs_TE):
@@ -183,7 +214,10 @@ def test_the_sequence_wise_loss_counts_without_the_bias(float64, router):
     given, (params, state) = router_cases.tokens(router, padded=False), router_cases.weights(router)
     state = state | {"bias": 0.3 * np.random.default_rng(3).normal(size=router_cases.E)}
     score_TE = np.asarray(jax.nn.sigmoid(given.x_TD @ params["gate"]))
-    of_row = lambda z: z.reshape(router_cases.B, router_cases.S, -1)
+
+    def of_row(z):
+        return z.reshape(router_cases.B, router_cases.S, -1)
+
     want = np.mean([deepseek_v3_paper(np.argsort(-s, 1)[:, :2], s) for s in of_row(score_TE)])
     sums = router_cases.answer(router, given, params, state)[1]
     assert (sums["unbiased"] != sums["counts"]).any()
@@ -195,14 +229,21 @@ def test_with_one_choice_switch_is_gshard_times_the_square_of_experts(float64):
     totals = load.totals(sums_of(random_logits(), 1))
     np.testing.assert_allclose(losses.balance(totals), 36 * losses.gshard(totals), rtol=1e-12)
     top_2 = load.totals(sums_of(random_logits(), 2))
-    assert abs(losses.balance(top_2) - 36 * losses.gshard(top_2))[0] > 1e-3  # second choices count in one only
+    assert (
+        abs(losses.balance(top_2) - 36 * losses.gshard(top_2))[0] > 1e-3
+    )  # second choices count in one only
 
 
 def test_switch_with_hard_probabilities_is_one_more_than_the_variation(float64):
     """E sum f^2 = 1 + CV^2(f): the link between Switch's and Shazeer's losses."""
     rng = np.random.default_rng(0)
     count_LE = jnp.asarray(rng.integers(1, 9, (3, 6)), jnp.float64)
-    totals = {"counts": count_LE, "probs": count_LE, "tokens": count_LE.sum(1), "importance": count_LE}
+    totals = {
+        "counts": count_LE,
+        "probs": count_LE,
+        "tokens": count_LE.sum(1),
+        "importance": count_LE,
+    }
     np.testing.assert_allclose(losses.balance(totals), 1 + losses.importance(totals), rtol=1e-12)
 
 
@@ -229,7 +270,10 @@ def test_balance_is_transformers_up_to_k(float64, k, padded):
     if padded:
         valid[0, 5:] = valid[2, :9] = valid[3] = False
     value, gradient = transformers_loss(logits[None], k, valid if padded else None)
-    ours = lambda logits: k * losses.balance(load.totals(sums_of(logits, k, valid)))[0]
+
+    def ours(logits):
+        return k * losses.balance(load.totals(sums_of(logits, k, valid)))[0]
+
     mine, slope = jax.value_and_grad(ours)(jnp.asarray(logits))
     np.testing.assert_allclose(mine, value, rtol=1e-6)
     np.testing.assert_allclose(slope[None], gradient, rtol=1e-5, atol=1e-6 * np.abs(gradient).max())

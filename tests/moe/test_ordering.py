@@ -19,11 +19,26 @@ from moe_jax.moe.routing.contract import Routing
 from moe_jax.parallel.mesh import BATCH, P, spec
 
 
-def apply(name, expert_TK, gate_TK, *, num_experts, group_tokens, num_rows=1, train=True, listed=None, **options):
+def apply(
+    name,
+    expert_TK,
+    gate_TK,
+    *,
+    num_experts,
+    group_tokens,
+    num_rows=1,
+    train=True,
+    listed=None,
+    **options,
+):
     """The ordering of a token-choice routing; `listed`: its entries in another order, as a list without per_token."""
     expert_TK, gate_TK = np.asarray(expert_TK, np.int32), np.asarray(gate_TK, np.float64)
     num_tokens, k = expert_TK.shape
-    entries = (np.repeat(np.arange(num_tokens, dtype=np.int32), k), expert_TK.reshape(-1), gate_TK.reshape(-1))
+    entries = (
+        np.repeat(np.arange(num_tokens, dtype=np.int32), k),
+        expert_TK.reshape(-1),
+        gate_TK.reshape(-1),
+    )
     entries = entries if listed is None else tuple(z[listed] for z in entries)
     per_token = k if listed is None else 0
 
@@ -64,7 +79,11 @@ ROUNDED = [[0], [0], [0], [0], [0], [1], [1], [1], [2], [3]]
     ("tile", "gone", "padding"),
     [
         (1, [], 0),
-        (4, [0, 8], 1),  # 5 -> 4: the smallest gate of expert 0 goes; 3 -> 4: one row of padding; 1 -> 0
+        (
+            4,
+            [0, 8],
+            1,
+        ),  # 5 -> 4: the smallest gate of expert 0 goes; 3 -> 4: one row of padding; 1 -> 0
         (2, [], 3),  # halves are rounded up: 5 -> 6, 3 -> 4, 1 -> 2
         (16, list(range(9)), 0),  # all are below half a tile
     ],
@@ -86,13 +105,24 @@ def test_rounding_is_per_group_and_of_training_alone(float64):
     sizes = {"num_experts": 2, "group_tokens": 4, "num_rows": 4, "tile": 4}
     got = apply("rounding", experts, gates, **sizes)
     assert got.expert_N.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
-    assert got.sums["padding"].tolist() == [1, 0, 0, 0] and got.sums["dropped"].tolist() == [0, 0, 2, 0]
+    assert got.sums["padding"].tolist() == [1, 0, 0, 0] and got.sums["dropped"].tolist() == [
+        0,
+        0,
+        2,
+        0,
+    ]
     assert got.sums["served"].tolist() == [2, 1, 0, 0]
     kept = apply("rounding", experts, gates, **sizes, train=False)
     assert kept.expert_N.tolist() == [e for (e,) in experts] and "padding" not in kept.sums
     # The same as a list in no order: equal gates are dropped from its end.
     tie = apply(
-        "rounding", [[0]] * 5, [[0.5]] * 5, num_experts=2, group_tokens=5, tile=4, listed=np.array([4, 2, 0, 1, 3])
+        "rounding",
+        [[0]] * 5,
+        [[0.5]] * 5,
+        num_experts=2,
+        group_tokens=5,
+        tile=4,
+        listed=np.array([4, 2, 0, 1, 3]),
     )
     assert tie.expert_N.tolist() == [0, 0, 0, 0, 2]
 
@@ -106,8 +136,12 @@ def test_rounding_is_the_same_on_a_mesh(float64):
         num_rows, num_tokens = len(expert), expert.size
         sums = {"tokens": (expert < 4).sum((1, 2)).astype(gate.dtype)}
         token_N = jnp.arange(num_tokens, dtype=jnp.int32)
-        routing = Routing(token_N, expert.reshape(-1), jnp.where(expert < 4, gate, 0).reshape(-1), sums, 1)
-        got = ORDERINGS["rounding"].apply(routing, **sizes, num_tokens=num_tokens, train=True, options={"tile": 4})
+        routing = Routing(
+            token_N, expert.reshape(-1), jnp.where(expert < 4, gate, 0).reshape(-1), sums, 1
+        )
+        got = ORDERINGS["rounding"].apply(
+            routing, **sizes, num_tokens=num_tokens, train=True, options={"tile": 4}
+        )
         return got.expert_N.reshape(num_rows, -1), got.gate_N.reshape(num_rows, -1), got.sums
 
     want = jax.device_get(compiled(run)(expert, gate))
@@ -119,7 +153,9 @@ def test_rounding_is_the_same_on_a_mesh(float64):
 
 
 def test_padding_is_reported_where_rows_are_rounded():
-    totals = {name: jnp.ones(1) for name in ("tokens", "z", "entropy", "gate", "gate_max", "dropped")}
+    totals = {
+        name: jnp.ones(1) for name in ("tokens", "z", "entropy", "gate", "gate_max", "dropped")
+    }
     totals |= {"counts": jnp.array([[8.0, 4.0]])}
     assert "padding_fraction" not in load.metrics(totals)
     rounded = totals | {"padding": jnp.array([4.0]), "served": jnp.array([12.0])}
@@ -145,19 +181,28 @@ def in_order(name, gate_TK):
 
 def on_device(x, expert, gate, w_in, w_out, *, name):
     b, s, d = x.shape
-    w_in, w_out = (jax.lax.all_gather(w, "data", axis=axis, tiled=True) for w, axis in ((w_in, 1), (w_out, 2)))
+    w_in, w_out = (
+        jax.lax.all_gather(w, "data", axis=axis, tiled=True) for w, axis in ((w_in, 1), (w_out, 2))
+    )
     sizes = {"num_experts": E, "num_tokens": b * s, "group_tokens": GROUP_ROWS * s}
     token_N = jnp.repeat(jnp.arange(b * s, dtype=jnp.int32), K)
     routing = Routing(token_N, expert.reshape(-1), gate.reshape(-1), {}, per_token=K)
     routing = ORDERINGS[name].apply(routing, **sizes, train=True, options={})
     shape = Shape(
-        **sizes, num_assignments=b * s * K, num_intended=b * s * K, per_token=K, expert_axis=jax.lax.axis_size("expert")
+        **sizes,
+        num_assignments=b * s * K,
+        num_intended=b * s * K,
+        per_token=K,
+        expert_axis=jax.lax.axis_size("expert"),
     )
-    experts = lambda x, g, start, size, block: expert_ffn(
-        x, g, start, size, w_in, w_out, activation="swiglu", block=block
-    )
+
+    def experts(x, g, start, size, block):
+        return expert_ffn(x, g, start, size, w_in, w_out, activation="swiglu", block=block)
+
     options = {"factor": FACTOR}
-    y, dropped = DISPATCHERS["capacity"].apply(x.reshape(-1, d), routing, experts, shape=shape, options=options)
+    y, dropped = DISPATCHERS["capacity"].apply(
+        x.reshape(-1, d), routing, experts, shape=shape, options=options
+    )
     return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
 
 
@@ -172,9 +217,15 @@ def test_capacity_serves_in_order(float64, shape):
     gate = np.where(expert < E, -np.sort(-rng.random((B, S, K))), 0)
     row, weights = (
         P(BATCH),
-        (spec("experts", "expert_embed", None, "hidden"), spec("experts", "hidden", "expert_embed")),
+        (
+            spec("experts", "expert_embed", None, "hidden"),
+            spec("experts", "hidden", "expert_embed"),
+        ),
     )
-    flat = lambda z: np.asarray(z).reshape(B * S, *z.shape[2:])
+
+    def flat(z):
+        return np.asarray(z).reshape(B * S, *z.shape[2:])
+
     valid = flat(expert)[:, 0] < E
 
     def run(x, expert, gate, w_in, w_out, dy):
@@ -207,5 +258,9 @@ def test_capacity_serves_in_order(float64, shape):
         lost[name] = {(t, j) for t in np.flatnonzero(valid).tolist() for j in range(K)} - set(kept)
         assert {tuple(pair) for pair in np.argwhere(flat(dropped)).tolist()} == lost[name], name
         np.testing.assert_allclose(flat(y), want_y, atol=1e-10, err_msg=name)
-        np.testing.assert_allclose([flat(dgate)[pair] for pair in kept], want_dgate, atol=1e-10, err_msg=name)
-    assert len({frozenset(pairs) for pairs in lost.values()}) == 3, "the orders drop the same tokens: nothing is tested"
+        np.testing.assert_allclose(
+            [flat(dgate)[pair] for pair in kept], want_dgate, atol=1e-10, err_msg=name
+        )
+    assert len({frozenset(pairs) for pairs in lost.values()}) == 3, (
+        "the orders drop the same tokens: nothing is tested"
+    )

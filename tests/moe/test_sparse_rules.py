@@ -28,7 +28,14 @@ def matrix(*rows):
 def test_exactly_as_many_are_chosen_and_ties_go_to_the_first():
     scores = jnp.array([[1.0, 3.0, 3.0, 3.0, 2.0]])
     chosen = [largest(scores, count, 1)[0].astype(int).tolist() for count in range(6)]
-    want = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    want = [
+        [0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+    ]
     assert chosen == want
 
 
@@ -47,12 +54,16 @@ def test_n_m_runs_along_the_inputs():
     assert masks["w"][0, :, 1].astype(int).tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize(("balanced", "want"), [(True, [[1, 1], [0, 0]]), (False, [[1, 0], [1, 0]])])
+@pytest.mark.parametrize(
+    ("balanced", "want"), [(True, [[1, 1], [0, 0]]), (False, [[1, 0], [1, 0]])]
+)
 def test_blocks(balanced, want):
     # 2 x 2 blocks with root mean squares [[4, 3], [3.5, 1]] over (input, output); balanced: the best of each column
     w = matrix([4, 4, 3, 3], [-4, 4, 3, -3], [3.5, 3.5, 1, 1], [3.5, 3.5, -1, 1])
     shape = shaped("blocks", density=0.5, block=2, balanced=balanced)
-    np.testing.assert_allclose(shape.norms(w)["w"][0, 0], [[4, 3.5], [3, 1]], rtol=1e-6)  # [output, input]
+    np.testing.assert_allclose(
+        shape.norms(w)["w"][0, 0], [[4, 3.5], [3, 1]], rtol=1e-6
+    )  # [output, input]
     mask = rules.first_masks(w, shape, {})["w"][0].astype(int)
     assert mask[::2, ::2].tolist() == want and (mask == np.kron(want, np.ones((2, 2)))).all()
 
@@ -69,9 +80,9 @@ def test_a_unit_is_its_columns_and_its_row():
     shape = shaped("units", density=0.5)
     np.testing.assert_allclose(shape.norms(w)["units"], [[2**0.5, 3**0.5]], rtol=1e-6)
     masks = rules.first_masks(w, shape, {})
-    assert masks["w_in"].tolist() == [[[[False, True], [False, True]]]] and masks["w_out"].tolist() == [
-        [[False], [True]]
-    ]
+    assert masks["w_in"].tolist() == [[[[False, True], [False, True]]]] and masks[
+        "w_out"
+    ].tolist() == [[[False], [True]]]
 
 
 # Rules, by hand.
@@ -79,8 +90,13 @@ def test_a_unit_is_its_columns_and_its_row():
 
 def test_threshold_of_the_article():
     w = matrix([0.5, -0.2], [0.3, -0.6])
-    zero = lambda w, kept, **options: rules.below_to_zero(w, kept, shaped("unstructured", density=0.5), now(), options)
-    np.testing.assert_allclose(zero(w, {}, threshold=0.3)["w"][0], [[0.5, 0], [0.3, -0.6]], rtol=1e-6)
+
+    def zero(w, kept, **options):
+        return rules.below_to_zero(w, kept, shaped("unstructured", density=0.5), now(), options)
+
+    np.testing.assert_allclose(
+        zero(w, {}, threshold=0.3)["w"][0], [[0.5, 0], [0.3, -0.6]], rtol=1e-6
+    )
     # of the density: the second largest of the first values, and from then on that magnitude
     kept = rules.first_thresholds(w, shaped("unstructured", density=0.5), {"threshold": 0.0})
     np.testing.assert_allclose(kept["w"], [0.5])
@@ -93,18 +109,27 @@ def test_threshold_of_the_article():
 def test_magnitude_pruning_follows_the_cubic():
     # final density 0.2, steps 2 to 10: at step 6 half the way, 0.2 + 0.8 / 8 = 0.3
     options = {"begin": 0.1, "end": 0.5, "every": 3}
-    density = [float(rules.cubic_density(now(step, 20), options, 0.2)) for step in (0, 2, 6, 10, 15)]
+    density = [
+        float(rules.cubic_density(now(step, 20), options, 0.2)) for step in (0, 2, 6, 10, 15)
+    ]
     np.testing.assert_allclose(density, [1, 1, 0.3, 0.2, 0.2], rtol=1e-6)
     due = [step for step in range(20) if rules.magnitude_due(now(step, 20), options)]
     assert due == [3, 6, 9, 10]  # every third, and the last, so that the final density is reached
     w = {"w": jnp.arange(1.0, 11.0)[None]}
-    masks = rules.magnitude_update(w, {}, {}, shaped("unstructured", density=0.2), now(6, 20), options)
+    masks = rules.magnitude_update(
+        w, {}, {}, shaped("unstructured", density=0.2), now(6, 20), options
+    )
     assert masks["w"][0].astype(int).tolist() == [0] * 7 + [1] * 3
 
 
 def regrown(update, fraction_options, w, mask, grads, **shape):
     masks = update(
-        w, {"w": jnp.array(mask, bool)}, grads, shaped("unstructured", **shape), now(0, 10), fraction_options
+        w,
+        {"w": jnp.array(mask, bool)},
+        grads,
+        shaped("unstructured", **shape),
+        now(0, 10),
+        fraction_options,
     )
     return masks["w"][0].astype(int).tolist()
 
@@ -115,13 +140,40 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
     mask = [[1, 1, 1, 1, 0, 0, 0, 0]]
     # 2 of 4 leave: those of magnitude 1 and 2. The largest gradients elsewhere: |-9| and 8; 99 is of one that stays
     grads = {"w": jnp.array([[99.0, 0.0, 0.0, 0.5, 1.0, -9.0, 7.0, 8.0]])}
-    assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [1, 0, 1, 0, 0, 1, 0, 1]
+    assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [
+        1,
+        0,
+        1,
+        0,
+        0,
+        1,
+        0,
+        1,
+    ]
     # one that just left comes back when its gradient is the largest
     grads = {"w": jnp.array([[0.0, 10.0, 0.0, 0.5, 1.0, -9.0, 7.0, 8.0]])}
-    assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [1, 1, 1, 0, 0, 1, 0, 0]
-    fraction = [float(rules.rigl_fraction(now(step, 20), {"fraction": 0.4, "end": 0.5})) for step in (0, 5, 10)]
-    np.testing.assert_allclose(fraction, [0.4, 0.2, 0], atol=1e-6)  # 0.4 / 2 (1 + cos(pi / 2)) half way
-    assert [s for s in range(12) if rules.regrowth_due(now(s, 20), {"every": 4, "end": 0.5})] == [0, 4, 8]
+    assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+    ]
+    fraction = [
+        float(rules.rigl_fraction(now(step, 20), {"fraction": 0.4, "end": 0.5}))
+        for step in (0, 5, 10)
+    ]
+    np.testing.assert_allclose(
+        fraction, [0.4, 0.2, 0], atol=1e-6
+    )  # 0.4 / 2 (1 + cos(pi / 2)) half way
+    assert [s for s in range(12) if rules.regrowth_due(now(s, 20), {"every": 4, "end": 0.5})] == [
+        0,
+        4,
+        8,
+    ]
 
 
 def test_set_replaces_the_smallest_at_random():
@@ -140,6 +192,9 @@ def test_group_lasso_is_the_proximal_step():
     np.testing.assert_allclose(new["w_in"][0, 0], [[2 * factor, 0], [2 * factor, 0]], rtol=1e-6)
     np.testing.assert_allclose(new["w_out"][0], [[factor], [0]], rtol=1e-6)
     assert (np.asarray(new["w_in"][..., 1]) == 0).all()
+
     # it minimises |x - w|^2 / 2 + cut |x|, w of length 3: a little to either side is worse
-    value = lambda s: (s - 3) ** 2 / 2 + 0.5 * 3**0.5 * s
+    def value(s):
+        return (s - 3) ** 2 / 2 + 0.5 * 3**0.5 * s
+
     assert value(3 * factor) < min(value(3 * factor + 1e-3), value(3 * factor - 1e-3))

@@ -32,7 +32,11 @@ QUICK = {  # rules that change within a few steps of 10
 def changes(rule, pattern="unstructured", **more):
     """Flat keys of a config with that rule."""
     chosen = {f"{AT}.rules.{rule}.{name}": value for name, value in QUICK[rule].items()}
-    small = {f"{AT}.patterns.blocks.block": 4, f"{AT}.patterns.blocks.density": 0.5} if pattern == "blocks" else {}
+    small = (
+        {f"{AT}.patterns.blocks.block": 4, f"{AT}.patterns.blocks.density": 0.5}
+        if pattern == "blocks"
+        else {}
+    )
     fast = {"train.steps": 10, "optim.warmup_steps": 0, "model.repeats": 1}
     return {**fast, f"{AT}.rule": rule, f"{AT}.pattern": pattern, **chosen, **small, **more}
 
@@ -44,7 +48,10 @@ def now(step=1, steps=10, rate=0.5):
 # In training: the update of a step on two layers of experts alone, which compiles in no time ...
 
 SHAPES = {"w_in": (4, 16, 2, 16), "w_out": (4, 16, 16)}
-NAMES = {"w_in": ("experts", "expert_embed", None, "hidden"), "w_out": ("experts", "hidden", "expert_embed")}
+NAMES = {
+    "w_in": ("experts", "expert_embed", None, "hidden"),
+    "w_out": ("experts", "hidden", "expert_embed"),
+}
 REPEATS = 2
 
 
@@ -54,14 +61,21 @@ def draw(seed, stacked):
     full = {name: 0.3 * rng.normal(size=(REPEATS, *shape)) for name, shape in SHAPES.items()}
     size_F = np.linspace(0.2, 2, 16)
     full = {"w_in": full["w_in"] * size_F, "w_out": full["w_out"] * size_F[:, None]}
-    place = lambda x, *names: jax.device_put(jnp.asarray(x), meshlib.sharding(*names))
-    layer = lambda i: {
-        "experts": {n: place(x[i], *NAMES[n]) for n, x in full.items()},
-        "gate": place(full["w_out"][i, 0]),
-    }
-    stack = lambda *x: jax.device_put(
-        jnp.stack(x), jax.NamedSharding(x[0].sharding.mesh, jax.P(None, *x[0].sharding.spec))
-    )
+
+    def place(x, *names):
+        return jax.device_put(jnp.asarray(x), meshlib.sharding(*names))
+
+    def layer(i):
+        return {
+            "experts": {n: place(x[i], *NAMES[n]) for n, x in full.items()},
+            "gate": place(full["w_out"][i, 0]),
+        }
+
+    def stack(*x):
+        return jax.device_put(
+            jnp.stack(x), jax.NamedSharding(x[0].sharding.mesh, jax.P(None, *x[0].sharding.spec))
+        )
+
     layers = [layer(i) for i in range(REPEATS)]
     return {"repeats": jax.tree.map(stack, *layers) if stacked else dict(enumerate(layers))}
 
@@ -78,7 +92,9 @@ class Update:
 
     def _first(self, params):
         params, masks = sparse.begin(self.cfg.model.moe.sparse, params, stacked=self.stacked)
-        return train_step.State(jnp.int32(0), params, {}, dict(self.tx.init(params)), None, jnp.int32(0), masks)
+        return train_step.State(
+            jnp.int32(0), params, {}, dict(self.tx.init(params)), None, jnp.int32(0), masks
+        )
 
     def _one(self, now, grads):
         _, params, opt_state, masks = train_step.descend(
@@ -98,30 +114,44 @@ class Update:
 def layers(tree):
     """{weight: [repeats, ...]} of the loop's tree or the scan's."""
     found = [layer for _, layer in sparse.experts_of(jax.device_get(tree))]
-    return found[0] if len(found) == 1 else {name: np.stack([layer[name] for layer in found]) for name in found[0]}
+    return (
+        found[0]
+        if len(found) == 1
+        else {name: np.stack([layer[name] for layer in found]) for name in found[0]}
+    )
 
 
 def moments(now, weight):
     """Arrays of the optimizer's state that belong to a weight, layers stacked."""
     named = [
-        (jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(jax.device_get(now.opt_state))
+        (jax.tree_util.keystr(p), x)
+        for p, x in jax.tree_util.tree_leaves_with_path(jax.device_get(now.opt_state))
     ]
-    return [x for name, x in named if f"['{weight}']" in name and x.shape == (REPEATS, *SHAPES[weight])]
+    return [
+        x for name, x in named if f"['{weight}']" in name and x.shape == (REPEATS, *SHAPES[weight])
+    ]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon", "sgd"])
 def test_masked_entries_stay_exactly_zero_under_every_optimizer(optimizer):
-    states = Update((1, 1, 1), changes("rigl", **{"optim.optimizer": optimizer, "model.scan": True})).run(3)
+    states = Update(
+        (1, 1, 1), changes("rigl", **{"optim.optimizer": optimizer, "model.scan": True})
+    ).run(3)
     first, last = states[0], states[-1]
     for name, x in layers(last.params).items():
         mask, old = layers(last.masks)[name], layers(first.masks)[name]
         assert (mask.mean((2, 3)) == 0.25).all() if name == "w_out" else mask.mean() == 0.25
         assert (mask != old).any() and (x[~mask] == 0).all()
         found = moments(last, name)
-        assert len(found) == {"adamw": 2, "adafactor": 1}.get(optimizer, 1)  # 16 columns: Adafactor factors nothing
+        assert len(found) == {"adamw": 2, "adafactor": 1}.get(
+            optimizer, 1
+        )  # 16 columns: Adafactor factors nothing
         assert all((m[~mask] == 0).all() and (m[mask & old] != 0).all() for m in found)
         assert (x[mask & old] != layers(first.params)[name][mask & old]).any()
-    dense = lambda now: now.params["repeats"]["gate"]
+
+    def dense(now):
+        return now.params["repeats"]["gate"]
+
     assert (dense(last) != dense(first)).all() and (dense(last) != 0).all()
 
 
@@ -139,7 +169,9 @@ def test_masks_change_when_they_are_due():
     assert [(a != b).any() for a, b in pairwise(masks)] == [False, True, False, True]
     # what comes, comes at 0, and moves with the next step
     new = masks[2] & ~masks[1]
-    assert (layers(states[2].params)["w_in"][new] == 0).all() and (layers(states[3].params)["w_in"][new] != 0).all()
+    assert (layers(states[2].params)["w_in"][new] == 0).all() and (
+        layers(states[3].params)["w_in"][new] != 0
+    ).all()
     # every layer and expert draws its own
     assert (masks[2][0] != masks[2][1]).any() and (masks[2][0, 0] != masks[2][0, 1]).any()
 
@@ -152,11 +184,15 @@ def test_a_static_mask_never_changes():
 
 
 def test_group_lasso_makes_whole_units_zero():
-    states = Update((1, 1, 1), changes("group_lasso", "units", **{"optim.learning_rate": 0.05})).run(3)
+    states = Update(
+        (1, 1, 1), changes("group_lasso", "units", **{"optim.learning_rate": 0.05})
+    ).run(3)
     w = layers(states[-1].params)
     dead = (w["w_out"] == 0).all(3)
     assert 0 < dead.mean() < 1 and states[-1].masks == {}
-    assert ((w["w_in"] == 0) == dead[:, :, None, None, :]).all() and ((w["w_out"] == 0) == dead[..., None]).all()
+    assert ((w["w_in"] == 0) == dead[:, :, None, None, :]).all() and (
+        (w["w_out"] == 0) == dead[..., None]
+    ).all()
 
 
 PAIRS = [("rigl", "unstructured"), ("set", "blocks"), ("magnitude", "units"), ("static", "n_m")]
@@ -180,8 +216,13 @@ def test_every_mesh_and_the_scan_have_the_same_masks_and_weights(float64, rule, 
         if want.masks:
             jax.tree.map(np.testing.assert_array_equal, layers(want.masks), layers(have.masks))
         if want.masks and rule != "threshold":
-            specs = lambda tree: [w.sharding.spec for _, e in sparse.experts_of(tree) for w in e.values()]
-            assert specs(have.masks) == specs(have.params) and any(any(spec) for spec in specs(have.masks))
+
+            def specs(tree):
+                return [w.sharding.spec for _, e in sparse.experts_of(tree) for w in e.values()]
+
+            assert specs(have.masks) == specs(have.params) and any(
+                any(spec) for spec in specs(have.masks)
+            )
 
 
 # ... and whole steps of a whole model.
@@ -190,7 +231,9 @@ def test_every_mesh_and_the_scan_have_the_same_masks_and_weights(float64, rule, 
 @pytest.fixture(scope="module")
 def programs():
     """One device with the loop, and a mesh with the scan, in float64; all that a step may have beside."""
-    given = changes("set", **{"optim.ema_decay": 0.5, "train.micro_batch_size": 8, "train.batch_size": 16})
+    given = changes(
+        "set", **{"optim.ema_decay": 0.5, "train.micro_batch_size": 8, "train.batch_size": 16}
+    )
     given["train.nonfinite_patience"] = 1
     jax.config.update("jax_enable_x64", True)
     yield tiny.Program((1, 1, 1), given), tiny.Program((2, 2, 2), {**given, "model.scan": True})
@@ -200,7 +243,9 @@ def programs():
 def compare(want, have):
     """The same zeros and the same weights; `have` may be stacked."""
     for part in ("params", "ema", "masks"):
-        (_, a), (_, b) = (next(sparse.experts_of(jax.device_get(getattr(s, part)))) for s in (want, have))
+        (_, a), (_, b) = (
+            next(sparse.experts_of(jax.device_get(getattr(s, part)))) for s in (want, have)
+        )
         for name, x in a.items():
             y = b[name].reshape(x.shape)  # one layer
             np.testing.assert_array_equal(x == 0, y == 0)
@@ -214,7 +259,8 @@ def test_steps_resume_bit_for_bit_and_on_another_mesh(float64, programs, tmp_pat
     zeros = next(sparse.experts_of(jax.device_get(want.masks)))[1]["w_in"] == 0
     assert zeros.mean() == 0.75 and rows[-1]["expert_density"] == pytest.approx(0.25, abs=0.01)
     assert all(
-        (next(sparse.experts_of(jax.device_get(t)))[1]["w_in"][zeros] == 0).all() for t in (want.params, want.ema)
+        (next(sparse.experts_of(jax.device_get(t)))[1]["w_in"][zeros] == 0).all()
+        for t in (want.params, want.ema)
     )
     with jax.set_mesh(one.mesh):
         saves = checkpoint.Checkpoints(tmp_path, every=0, keep=1, keep_best=0)
@@ -224,10 +270,14 @@ def test_steps_resume_bit_for_bit_and_on_another_mesh(float64, programs, tmp_pat
     def resumed(program, stacked):
         with jax.set_mesh(program.mesh):
             abstract = jax.eval_shape(program.init, jax.random.key(0))
-            found = checkpoint.Checkpoints(tmp_path, every=0, keep=1, keep_best=0).restore(3, abstract, stacked=stacked)
+            found = checkpoint.Checkpoints(tmp_path, every=0, keep=1, keep_best=0).restore(
+                3, abstract, stacked=stacked
+            )
         return program.run(2, found, 3)[0]
 
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(want), jax.device_get(resumed(one, False)))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(want), jax.device_get(resumed(one, False))
+    )
     compare(want, resumed(other, True))
     compare(want, other.run(5)[0])
 
@@ -239,7 +289,9 @@ def test_a_skipped_step_changes_no_mask(float64, programs):
     last, rows = program.run(1, state._replace(params={**state.params, "ends": ends}), 1)
     going, _ = program.run(1, state, 1)
     flat = [jax.tree.leaves(jax.device_get(s.masks)) for s in (state, last, going)]
-    assert rows[0]["skipped"] == 1 and all((a == b).all() for a, b in zip(flat[0], flat[1], strict=True))
+    assert rows[0]["skipped"] == 1 and all(
+        (a == b).all() for a, b in zip(flat[0], flat[1], strict=True)
+    )
     assert any((a != b).any() for a, b in zip(flat[0], flat[2], strict=True))
 
 
@@ -252,14 +304,22 @@ def test_dense_experts_keep_no_masks():
 
 def test_experts_of_one_vector():
     params = {"experts": {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}, "other": jnp.ones(3)}
-    make = lambda pattern, **options: SparseConfig(
-        "static", Options(threshold=0.0), pattern, Options(options), Options(block=0)
-    )
+
+    def make(pattern, **options):
+        return SparseConfig(
+            "static", Options(threshold=0.0), pattern, Options(options), Options(block=0)
+        )
+
     cfg = make("unstructured", density=0.5)
     new, masks = sparse.begin(cfg, params, stacked=False)
-    assert new["experts"]["w"].tolist() == [[0, 0, 3, 4], [0, 0, 7, 8]] and new["other"].tolist() == [1, 1, 1]
+    assert new["experts"]["w"].tolist() == [[0, 0, 3, 4], [0, 0, 7, 8]] and new[
+        "other"
+    ].tolist() == [1, 1, 1]
     assert float(sparse.density(new)) == 0.5
-    state = {"mu": {"experts": {"w": jnp.ones((2, 4))}, "other": jnp.ones(3)}, "count": jnp.int32(3)}
+    state = {
+        "mu": {"experts": {"w": jnp.ones((2, 4))}, "other": jnp.ones(3)},
+        "count": jnp.int32(3),
+    }
     zeroed = sparse.mask_moments(state, masks)
     assert zeroed["mu"]["experts"]["w"].tolist() == [[0, 0, 1, 1]] * 2 and zeroed["count"] == 3
     for pattern, options in (("units", {"density": 0.5}), ("n_m", {"n": 2, "m": 4})):
@@ -271,16 +331,27 @@ def test_experts_of_one_vector():
 
 @pytest.mark.parametrize(("rule", "pattern"), ODD)
 def test_combinations_that_make_no_sense(rule, pattern):
-    with pytest.raises(UserError, match=re.escape(f'{AT}.rule = "{rule}" and {AT}.pattern = "{pattern}" do not go')):
+    with pytest.raises(
+        UserError, match=re.escape(f'{AT}.rule = "{rule}" and {AT}.pattern = "{pattern}" do not go')
+    ):
         tiny.build(changes={f"{AT}.rule": rule, f"{AT}.pattern": pattern})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({f"{AT}.rule": "lottery"}, f'{AT}.rule = "lottery" is not known: choose one of group_lasso, '),
-        ({f"{AT}.patterns.unstructured.density": 0.0}, "density = 0.0 must be above 0 and at most 1"),
-        ({f"{AT}.patterns.unstructured.density": 1.5}, "density = 1.5 must be above 0 and at most 1"),
+        (
+            {f"{AT}.rule": "lottery"},
+            f'{AT}.rule = "lottery" is not known: choose one of group_lasso, ',
+        ),
+        (
+            {f"{AT}.patterns.unstructured.density": 0.0},
+            "density = 0.0 must be above 0 and at most 1",
+        ),
+        (
+            {f"{AT}.patterns.unstructured.density": 1.5},
+            "density = 1.5 must be above 0 and at most 1",
+        ),
         (
             {f"{AT}.rule": "rigl", f"{AT}.rules.rigl.fraction": 2.0},
             "rigl.fraction = 2.0 must be at least 0 and at most 1",
@@ -290,7 +361,10 @@ def test_combinations_that_make_no_sense(rule, pattern):
             {f"{AT}.pattern": "blocks"},
             "model.moe.expert_hidden (24) must be divisible by model.moe.sparse.patterns.blocks",
         ),
-        ({f"{AT}.pattern": "n_m", f"{AT}.patterns.n_m.n": 5}, "patterns.n_m.n (5) must lie between 1 and"),
+        (
+            {f"{AT}.pattern": "n_m", f"{AT}.patterns.n_m.n": 5},
+            "patterns.n_m.n (5) must lie between 1 and",
+        ),
     ],
 )
 def test_bad_values(given, message):
@@ -305,7 +379,9 @@ def test_a_rule_that_moves_experts_does_not_go_with_frozen_ones():
         if rule == "static":
             tiny.build(changes=given)
             continue
-        with pytest.raises(UserError, match=re.escape('optim.train_only = "^head/" would not keep it from')):
+        with pytest.raises(
+            UserError, match=re.escape('optim.train_only = "^head/" would not keep it from')
+        ):
             tiny.build(changes=given)
 
 
@@ -319,8 +395,13 @@ def test_every_other_combination_runs():
         if (rule, pattern) in ODD:
             continue
         cfg = tiny.build(changes=changes(rule, pattern)).model.moe.sparse
-        first, masks = jax.eval_shape(lambda p, cfg=cfg: sparse.begin(cfg, p, stacked=False), params)
-        run = lambda p, m, cfg=cfg: sparse.advance(cfg, now(), p, p, m, stacked=False)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, first, masks)) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), (first, masks)
+        first, masks = jax.eval_shape(
+            lambda p, cfg=cfg: sparse.begin(cfg, p, stacked=False), params
         )
+
+        def run(p, m, cfg=cfg):
+            return sparse.advance(cfg, now(), p, p, m, stacked=False)
+
+        assert jax.tree.map(
+            lambda x: (x.shape, x.dtype), jax.eval_shape(run, first, masks)
+        ) == jax.tree.map(lambda x: (x.shape, x.dtype), (first, masks))

@@ -30,7 +30,9 @@ class Descent:
 
     def __init__(self, changes):
         self.cfg = tiny.build(changes=BASE | changes)
-        self.first = jax.jit(train_step.initial(self.cfg, train_step.make_model(self.cfg.model)))(jax.random.key(0))
+        self.first = jax.jit(train_step.initial(self.cfg, train_step.make_model(self.cfg.model)))(
+            jax.random.key(0)
+        )
         self.tx = train_step.make_tx(self.cfg, self.first.params)
         self.step = jax.jit(self._step)
 
@@ -38,7 +40,9 @@ class Descent:
         _, moved, opt_state, masks = train_step.descend(
             self.cfg, self.tx, now, grads, train_step.step_key(self.cfg, now.step)
         )
-        return train_step.advanced(self.cfg, now, moved)._replace(step=now.step + 1, opt_state=opt_state, masks=masks)
+        return train_step.advanced(self.cfg, now, moved)._replace(
+            step=now.step + 1, opt_state=opt_state, masks=masks
+        )
 
     def run(self, steps):
         """The state after some steps down a constant slope."""
@@ -56,7 +60,12 @@ def mesh():
 
 def way(run, steps):
     """How far a weight of the attention has gone on average; Adam takes every weight one learning rate down at each step."""
-    place = lambda now: np.asarray(now.params["repeats"][0]["blocks"][0]["attention"]["weights"]["q"], np.float32)
+
+    def place(now):
+        return np.asarray(
+            now.params["repeats"][0]["blocks"][0]["attention"]["weights"]["q"], np.float32
+        )
+
     return float((place(run.first) - place(run.run(steps))).mean())
 
 
@@ -76,7 +85,10 @@ def test_the_copy_is_the_parameters_to_more_digits():
 
 
 def test_zeros_of_sparse_experts_are_zeros_of_the_copy():
-    zeros = {"model.moe.sparse.rule": "static", "model.moe.sparse.patterns.unstructured.density": 0.5}
+    zeros = {
+        "model.moe.sparse.rule": "static",
+        "model.moe.sparse.patterns.unstructured.density": 0.5,
+    }
     now = Descent(COPY | zeros).run(2)
     for tree in (now.params, now.master):
         (_, layer), *_ = sparse.experts_of(tree)
@@ -90,7 +102,10 @@ def test_moments_of_bfloat16_parameters_are_in_float32(name):
     adamw = "optim.optimizers.adamw.weight_decay"
     base = {key: value for key, value in BASE.items() if name == "adamw" or key != adamw} | keys
     cfg = tiny.build(changes=base)
-    params = {"w_out": jnp.linspace(-1, 1, 32, dtype=jnp.bfloat16).reshape(8, 4), "bias": jnp.ones(4, jnp.bfloat16)}
+    params = {
+        "w_out": jnp.linspace(-1, 1, 32, dtype=jnp.bfloat16).reshape(8, 4),
+        "bias": jnp.ones(4, jnp.bfloat16),
+    }
 
     def update(params):
         tx = optim.make(cfg.optim, params, stacked=False)
@@ -107,13 +122,19 @@ def test_moments_of_bfloat16_parameters_are_in_float32(name):
 
 def test_moments_that_were_saved_in_bfloat16_go_on_in_float32(tmp_path, caplog):
     now = Descent({}).run(2)
-    old = now._replace(opt_state=jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim else x, now.opt_state))
+    old = now._replace(
+        opt_state=jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim else x, now.opt_state)
+    )
     saves = checkpoint.Checkpoints(tmp_path, every=1, keep=1, keep_best=0)
     saves.save(2, old, metadata={}, score=None, stacked=False)
     saves.close()
-    back = checkpoint.Checkpoints(tmp_path, every=1, keep=1, keep_best=0).restore(2, now, stacked=False)
+    back = checkpoint.Checkpoints(tmp_path, every=1, keep=1, keep_best=0).restore(
+        2, now, stacked=False
+    )
     assert "has moments in bfloat16: they go on in float32" in caplog.text
-    for saved, read in zip(jax.tree.leaves(old.opt_state), jax.tree.leaves(back.opt_state), strict=True):
+    for saved, read in zip(
+        jax.tree.leaves(old.opt_state), jax.tree.leaves(back.opt_state), strict=True
+    ):
         assert read.dtype != jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(saved, read.dtype), read)
 
@@ -127,14 +148,21 @@ def test_the_copy_begins_with_all_digits_of_another_run(tmp_path):
     new = checkpoint.Checkpoints(tmp_path / "new", every=1, keep=1, keep_best=0)
     begun, _ = train.begin(run.cfg, new, {}, {}, lambda key: run.first, run.first)
     jax.tree.map(np.testing.assert_array_equal, begun.master, first.params)
-    assert {x.dtype for x in jax.tree.leaves(begun.params)} == {x.dtype for x in jax.tree.leaves(run.first.params)}
+    assert {x.dtype for x in jax.tree.leaves(begun.params)} == {
+        x.dtype for x in jax.tree.leaves(run.first.params)
+    }
 
 
 def test_what_is_said_of_it():
     (said,) = rules.advice(tiny.build(changes=BASE))
-    assert "rounds away every update below 1/512 of a weight" in said and "optim.master_copy=True" in said
+    assert (
+        "rounds away every update below 1/512 of a weight" in said
+        and "optim.master_copy=True" in said
+    )
     assert not list(rules.advice(tiny.build(changes=BASE | COPY)))
-    with pytest.raises(UserError, match=r"optim.master_copy = True does nothing: model.param_dtype = float32"):
+    with pytest.raises(
+        UserError, match=r"optim.master_copy = True does nothing: model.param_dtype = float32"
+    ):
         tiny.build(changes=BASE | COPY | {"model.param_dtype": "float32"})
     small, _ = shrink.shrink(tiny.raw(BASE | COPY | {"mesh.data": 1}))
     assert not config.build(small, 1).optim.master_copy

@@ -98,7 +98,9 @@ def test_warm_up_starts_at_zero_and_is_linear():
 def test_cosine():
     # warm-up 20 of 100: t = 1/4 at step 40, and 0.1 + 0.9 (1 + cos(pi/4)) / 2 = 0.1 + 0.45 * 1.7071 = 0.8682
     cfg = config(schedule="cosine", schedule_options={"final_fraction": 0.1}, warmup_steps=20)
-    assert rates(cfg, 10, 20, 40, 60, 100, 1000) == pytest.approx([0.5, 1.0, 0.868198, 0.55, 0.1, 0.1], abs=1e-6)
+    assert rates(cfg, 10, 20, 40, 60, 100, 1000) == pytest.approx(
+        [0.5, 1.0, 0.868198, 0.55, 0.1, 0.1], abs=1e-6
+    )
 
 
 def test_linear():
@@ -112,10 +114,15 @@ def test_warmup_stable_decay(shape, middle):
     # the last 20 of 100 steps decay: u = 1/2 at step 90
     options = {"decay_fraction": 0.2, "final_fraction": 0.0, "shape": shape}
     cfg = config(schedule="wsd", schedule_options=options, warmup_steps=10)
-    assert rates(cfg, 5, 10, 50, 80, 90, 100) == pytest.approx([0.5, 1.0, 1.0, 1.0, middle, 0.0], abs=1e-6)
+    assert rates(cfg, 5, 10, 50, 80, 90, 100) == pytest.approx(
+        [0.5, 1.0, 1.0, 1.0, middle, 0.0], abs=1e-6
+    )
 
 
-WSD = {"schedule": "wsd", "schedule_options": {"decay_fraction": 0.5, "final_fraction": 0.0, "shape": "linear"}}
+WSD = {
+    "schedule": "wsd",
+    "schedule_options": {"decay_fraction": 0.5, "final_fraction": 0.0, "shape": "linear"},
+}
 
 
 @pytest.mark.parametrize(
@@ -155,13 +162,18 @@ def test_rate_follows_the_count_of_updates():
 def test_minimises_a_quadratic(name):
     """|w - target|^2 over a matrix and a vector; the rate falls to zero, because Lion circles at a constant one."""
     cfg = config(optimizer=name, options=OPTIONS[name], learning_rate=RATES[name], steps=300)
-    cfg = dataclasses.replace(cfg, schedule="linear", schedule_options={"final_fraction": 0.0}, warmup_steps=5)
+    cfg = dataclasses.replace(
+        cfg, schedule="linear", schedule_options={"final_fraction": 0.0}, warmup_steps=5
+    )
     target = {"w_out": normal(1, (6, 4)), "bias": normal(2, (4,))}
     params = {"w_out": normal(3, (6, 4)), "bias": normal(4, (4,))}
     tx = optim.make(cfg, params, stacked=False)
 
     def loss(params):
-        return sum(jnp.sum(jnp.square(p - t)) for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(target)))
+        return sum(
+            jnp.sum(jnp.square(p - t))
+            for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(target))
+        )
 
     def step(carry, _):
         params, state = carry
@@ -175,7 +187,9 @@ def test_minimises_a_quadratic(name):
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_moments_are_sharded_like_their_parameters(name, mesh):
     params = model()
-    tx = optim.make(config(optimizer=name, options=OPTIONS[name], clip_norm=1.0), params, stacked=True)
+    tx = optim.make(
+        config(optimizer=name, options=OPTIONS[name], clip_norm=1.0), params, stacked=True
+    )
     state = jax.jit(tx.init)(params)
     gradients = jax.tree.map(jnp.ones_like, params)
     updates, after = jax.jit(tx.update)(gradients, state, params)
@@ -195,18 +209,28 @@ def test_moments_are_sharded_like_their_parameters(name, mesh):
 
 def test_adafactor_factors_every_layer_by_itself(mesh):
     params = model()
-    state = jax.jit(optim.make(config(optimizer="adafactor", options=OPTIONS["adafactor"]), params, stacked=True).init)(
-        params
-    )
+    state = jax.jit(
+        optim.make(
+            config(optimizer="adafactor", options=OPTIONS["adafactor"]), params, stacked=True
+        ).init
+    )(params)
     factored = state["direction"]["layers"]["repeats"]["experts"]["w_out"][0]
-    assert (factored.v_row.shape, factored.v_col.shape, factored.v.shape) == ((2, 2, 128), (2, 2, 128), (2, 1))
+    assert (factored.v_row.shape, factored.v_col.shape, factored.v.shape) == (
+        (2, 2, 128),
+        (2, 2, 128),
+        (2, 1),
+    )
     specs = {factored.v_row.sharding.spec, factored.v_col.sharding.spec}
     assert specs == {jax.P(None, None, "model"), jax.P(None, None, "data")}
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_a_stack_of_layers_trains_like_the_layers_alone(name):
-    repeats = {"norm": {"scale": normal(1, (2, 8))}, "q": normal(2, (2, 8, 2, 4)), "w_out": normal(3, (2, 2, 128, 128))}
+    repeats = {
+        "norm": {"scale": normal(1, (2, 8))},
+        "q": normal(2, (2, 8, 2, 4)),
+        "w_out": normal(3, (2, 2, 128, 128)),
+    }
     stack = {"embed": normal(4, (16, 8)), "layers": {"repeats": repeats}}
     cfg = config(optimizer=name, options={**OPTIONS[name], "weight_decay": 0.1}, clip_norm=1.0)
 
@@ -246,7 +270,12 @@ def test_muon_is_the_same_on_a_mesh_and_on_one_device(mesh):
     ("shape", "num_batch", "spec", "specs"),
     [
         # 4 layers take both axes of the width, minor first; 3 take none, so the matrices are gathered
-        ((4, 8, 16), 1, (None, ("data", "model"), None), [("model", "data", None), (("model", "data"), None, None)]),
+        (
+            (4, 8, 16),
+            1,
+            (None, ("data", "model"), None),
+            [("model", "data", None), (("model", "data"), None, None)],
+        ),
         ((3, 8, 16), 1, (None, "data", "model"), [(None, None, "model"), (None, None, None)]),
         # the layers are one, so the experts take the axes
         (
@@ -299,7 +328,11 @@ def test_decay_mask(mesh):
     params = model()
     for stacked, tree in ((True, params), (False, jax.eval_shape(unstack, params))):
         mask = optim.decay_mask("matrices", optim.describe(tree, stacked))
-        kept = {name_of(p).rpartition("/")[2] for p, yes in jax.tree_util.tree_leaves_with_path(mask) if yes}
+        kept = {
+            name_of(p).rpartition("/")[2]
+            for p, yes in jax.tree_util.tree_leaves_with_path(mask)
+            if yes
+        }
         assert kept == {"embed", "q", "o", "w_in", "w_out", "gate"}
     leaves = optim.describe(params, True)
     assert all(jax.tree.leaves(optim.decay_mask("all", leaves)))
@@ -321,7 +354,9 @@ def test_clip_by_global_norm():
     gradients = {"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)}
     assert float(optim.global_norm(gradients)) == pytest.approx(5.0)
     tx = optim.make(
-        config(optimizer="sgd", options={"momentum": 0.0, "nesterov": False}, clip_norm=1.0), params, stacked=False
+        config(optimizer="sgd", options={"momentum": 0.0, "nesterov": False}, clip_norm=1.0),
+        params,
+        stacked=False,
     )
     updates, _ = tx.update(gradients, tx.init(params), params)
     assert [float(updates["a"][0]), float(updates["b"][0])] == pytest.approx([-0.6, -0.8])
@@ -329,7 +364,10 @@ def test_clip_by_global_norm():
 
 def test_the_moving_average_of_bfloat16_parameters_moves():
     """1 + 1/256 is 1 in bfloat16, so an average kept in it never leaves its beginning: 1 - 0.999^1000 = 0.632 of the way is due."""
-    ema, target = optim.begin_ema({"w": jnp.ones(2, jnp.bfloat16)}), {"w": jnp.full(2, 2.0, jnp.bfloat16)}
+    ema, target = (
+        optim.begin_ema({"w": jnp.ones(2, jnp.bfloat16)}),
+        {"w": jnp.full(2, 2.0, jnp.bfloat16)},
+    )
     ema = jax.lax.fori_loop(0, 1000, lambda _, e: optim.update_ema(e, target, 0.999), ema)
     assert ema["w"].dtype == jnp.float32
     np.testing.assert_allclose(ema["w"], 2 - 0.999**1000, rtol=1e-4)
@@ -347,17 +385,42 @@ def test_update_ema():
             {"optimizer": "adam"},
             'optim.optimizer = "adam" is not known: choose one of adamw, lion, adafactor, muon, sgd',
         ),
-        ({"options": {"b1": 0.9, "b2": 0.9}}, "optim.optimizers.adamw.eps is missing: adamw takes b1, b2, eps"),
-        ({"options": {**OPTIONS["adamw"], "b3": 1}}, "optim.optimizers.adamw.b3 is not known: adamw takes b1, b2, eps"),
-        ({"schedule": "step"}, 'optim.schedule = "step" is not known: choose one of cosine, wsd, linear, constant'),
-        ({"schedule_options": {"final": 0}}, "optim.schedules.constant.final is not known: constant takes no options"),
-        ({"decay_mask": "some"}, 'optim.decay_mask = "some" is not known: choose one of matrices, all, none'),
         (
-            {"schedule": "wsd", "schedule_options": {"decay_fraction": 0.2, "final_fraction": 0.0, "shape": "cubic"}},
+            {"options": {"b1": 0.9, "b2": 0.9}},
+            "optim.optimizers.adamw.eps is missing: adamw takes b1, b2, eps",
+        ),
+        (
+            {"options": {**OPTIONS["adamw"], "b3": 1}},
+            "optim.optimizers.adamw.b3 is not known: adamw takes b1, b2, eps",
+        ),
+        (
+            {"schedule": "step"},
+            'optim.schedule = "step" is not known: choose one of cosine, wsd, linear, constant',
+        ),
+        (
+            {"schedule_options": {"final": 0}},
+            "optim.schedules.constant.final is not known: constant takes no options",
+        ),
+        (
+            {"decay_mask": "some"},
+            'optim.decay_mask = "some" is not known: choose one of matrices, all, none',
+        ),
+        (
+            {
+                "schedule": "wsd",
+                "schedule_options": {
+                    "decay_fraction": 0.2,
+                    "final_fraction": 0.0,
+                    "shape": "cubic",
+                },
+            },
             'optim.schedules.wsd.shape = "cubic" is not known: choose one of linear, sqrt',
         ),
         (
-            {"schedule": "wsd", "schedule_options": {"decay_fraction": 1.1, "final_fraction": 0.0, "shape": "sqrt"}},
+            {
+                "schedule": "wsd",
+                "schedule_options": {"decay_fraction": 1.1, "final_fraction": 0.0, "shape": "sqrt"},
+            },
             "optim.schedules.wsd.decay_fraction = 1.1 must lie between 0 and 1",
         ),
     ],
@@ -373,15 +436,24 @@ def test_what_may_not_move_has_no_part_in_the_norm_and_neither_moments_nor_decay
     params = {"head": {"w": jnp.array([[1.0, 2.0]])}, "body": {"w": jnp.array([[5.0, 6.0]])}}
     grads = {"head": {"w": jnp.array([[3.0, 4.0]])}, "body": {"w": jnp.array([[100.0, 100.0]])}}
     cfg = dataclasses.replace(
-        CONFIG, train_only="^head/", clip_norm=1.0, optimizer="sgd", learning_rate=1.0, warmup_steps=0
+        CONFIG,
+        train_only="^head/",
+        clip_norm=1.0,
+        optimizer="sgd",
+        learning_rate=1.0,
+        warmup_steps=0,
     )
     cfg = dataclasses.replace(cfg, schedule="constant", schedule_options={})
-    cfg = dataclasses.replace(cfg, options={"momentum": 0.9, "nesterov": False, "weight_decay": 0.0})
+    cfg = dataclasses.replace(
+        cfg, options={"momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
+    )
     tx = optim.make(cfg, params, stacked=False)
     updates, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["w"], [[-0.6, -0.8]], rtol=1e-6)
     assert not np.any(updates["body"]["w"]) and not np.any(state["direction"].trace["body"]["w"])
-    missed = '"^ead/" is found in no name of a parameter: did you mean head/w? they are body/w, head/w'
+    missed = (
+        '"^ead/" is found in no name of a parameter: did you mean head/w? they are body/w, head/w'
+    )
     for pattern, message in (("(", "is no regular expression"), ("^ead/", missed)):
         with pytest.raises(UserError) as error:
             optim.make(dataclasses.replace(cfg, train_only=pattern), params, stacked=False)

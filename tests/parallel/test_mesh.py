@@ -26,7 +26,8 @@ STEPS = 100
 
 def flat_params(now):
     return {
-        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(now.params)[0]
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_flatten_with_path(now.params)[0]
     }
 
 
@@ -41,13 +42,19 @@ def deviations(one_device, program):
     (want, want_rows), (now, rows) = one_device, program.run(STEPS)
     for step, (have, expected) in enumerate(zip(rows, want_rows, strict=True)):
         np.testing.assert_array_equal(
-            have["moe"]["counts"], expected["moe"]["counts"], err_msg=f"routing flips at step {step}"
+            have["moe"]["counts"],
+            expected["moe"]["counts"],
+            err_msg=f"routing flips at step {step}",
         )
-        np.testing.assert_array_equal(have["moe"]["drop_fraction"], expected["moe"]["drop_fraction"])
+        np.testing.assert_array_equal(
+            have["moe"]["drop_fraction"], expected["moe"]["drop_fraction"]
+        )
     loss = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, want_rows, strict=True))
     have = flat.unstack(flat.flatten(now.params), program.cfg.model.scan)
     expected = flat.flatten(want.params)
-    return loss, max(np.abs(np.asarray(have[name]) - np.asarray(expected[name])).max() for name in expected)
+    return loss, max(
+        np.abs(np.asarray(have[name]) - np.asarray(expected[name])).max() for name in expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,8 @@ def test_parameters_and_moments_are_sharded(float64):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dispatcher"), [((1, 8, 1), "capacity"), ((1, 8, 1), "dropless"), ((1, 1, 1), "capacity")]
+    ("shape", "dispatcher"),
+    [((1, 8, 1), "capacity"), ((1, 8, 1), "dropless"), ((1, 1, 1), "capacity")],
 )
 def test_expected_collectives(float64, shape, dispatcher):
     """Capacity dispatch is an all-to-all over `expert`, there and back, forward and backward; dropless has none of those but gathers and
@@ -108,7 +116,8 @@ def test_expected_collectives(float64, shape, dispatcher):
         batch = tiny.put(program.cfg, tiny.batch(program.cfg))
         text = program.step.lower(first, batch).compile().as_text()
     found = re.findall(
-        r" (all-to-all|all-gather|all-reduce|reduce-scatter)(?:-start)?\(.*?replica_groups=(\S+?),? ", text
+        r" (all-to-all|all-gather|all-reduce|reduce-scatter)(?:-start)?\(.*?replica_groups=(\S+?),? ",
+        text,
     )
     names = {name for name, groups in found if groups not in ("{{0}}", "[1,1]<=[1]")}
     if shape == (1, 1, 1):
@@ -124,7 +133,9 @@ def test_a_device_may_have_one_row_of_a_micro_batch(float64, shape):
     program = tiny.Program(shape, {"train.micro_batch_size": 8})
     with jax.set_mesh(program.mesh):
         first = jax.eval_shape(program.init, jax.random.key(0))
-        after, _ = jax.eval_shape(program.step, first, tiny.put(program.cfg, tiny.batch(program.cfg)))
+        after, _ = jax.eval_shape(
+            program.step, first, tiny.put(program.cfg, tiny.batch(program.cfg))
+        )
     assert jax.tree.structure(after) == jax.tree.structure(first)
 
 

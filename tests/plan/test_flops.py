@@ -25,7 +25,14 @@ ONE = (1, 1, 1)
 def make_config(shape=ONE, model=None, moe=None, train=None):
     """A Config from the defaults and a few changed keys, on a mesh of that shape."""
     raw = base.get_config().to_dict()
-    small = {"d_model": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden": 48, "vocab_size": 64, "repeats": 1}
+    small = {
+        "d_model": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_hidden": 48,
+        "vocab_size": 64,
+        "repeats": 1,
+    }
     raw["model"] |= small | (model or {})
     raw["model"]["moe"] |= {"expert_hidden": 16} | (moe or {})
     raw["mesh"] = dict(zip(("data", "expert", "model"), shape, strict=True))
@@ -35,19 +42,38 @@ def make_config(shape=ONE, model=None, moe=None, train=None):
     return config.build(raw, math.prod(shape))
 
 
-dispatcher = lambda name, **options: {"dispatcher": name, "dispatchers": {name: options}}
-top_k = lambda k: {"routers": {"top_k": {"k": k, "softmax": "before", "renormalize": True, "scale": 1.0}}}
+def dispatcher(name, **options):
+    return {"dispatcher": name, "dispatchers": {name: options}}
+
+
+def top_k(k):
+    return {"routers": {"top_k": {"k": k, "softmax": "before", "renormalize": True, "scale": 1.0}}}
 
 
 # Parameters.
 
-KINDS = {"ends/embed": "embedding", "ends/head": "head", "norm": "norms", "attention/weights": "attention"}
+KINDS = {
+    "ends/embed": "embedding",
+    "ends/head": "head",
+    "norm": "norms",
+    "attention/weights": "attention",
+}
 KINDS |= {kind: kind for kind in ("dense", "experts", "router")}
 MODELS = {
     "default": {},
     "gelu, tied": {"activation": "gelu", "tie_embeddings": True},
-    "biases, query-key norm": {"attention_bias": True, "qk_norm": True, "num_kv_heads": 1, "head_dim": 6},
-    "pattern": {"prefix": ("dense", "moe"), "period": ("dense", "moe", "moe"), "repeats": 2, "suffix": ("dense",)},
+    "biases, query-key norm": {
+        "attention_bias": True,
+        "qk_norm": True,
+        "num_kv_heads": 1,
+        "head_dim": 6,
+    },
+    "pattern": {
+        "prefix": ("dense", "moe"),
+        "period": ("dense", "moe", "moe"),
+        "repeats": 2,
+        "suffix": ("dense",),
+    },
     "scan": {"period": ("dense", "moe"), "repeats": 3, "scan": True},
     "dense only": {"period": ("dense",), "repeats": 2},
     "no repeats": {"prefix": ("moe",), "repeats": 0},
@@ -63,7 +89,9 @@ def counted(cfg):
     total = collections.Counter()
     for name, size in zip(names, sizes, strict=True):
         kind = next(kind for part, kind in KINDS.items() if part in name)
-        total["shared" if kind == "dense" and name.partition("/dense/")[0] in moe_blocks else kind] += size
+        total[
+            "shared" if kind == "dense" and name.partition("/dense/")[0] in moe_blocks else kind
+        ] += size
     return total
 
 
@@ -81,10 +109,15 @@ def test_parameters_are_those_of_the_model(name, shared):
 @pytest.mark.parametrize("k", [1, 3])
 def test_active_parameters_are_those_of_a_model_with_only_the_chosen_experts(k):
     """A model that has no more than k experts uses all of them; only its router is narrower."""
-    many = flops.parameters(make_config(model=MODELS["pattern"], moe={"num_experts": 8, **top_k(k)}).model)
+    many = flops.parameters(
+        make_config(model=MODELS["pattern"], moe={"num_experts": 8, **top_k(k)}).model
+    )
     few = counted(make_config(model=MODELS["pattern"], moe={"num_experts": k, **top_k(k)}).model)
     assert many.active - many.router == few.total() - few["router"]
-    assert many.active_body - many.router == few.total() - few["router"] - few["embedding"] - few["head"]
+    assert (
+        many.active_body - many.router
+        == few.total() - few["router"] - few["embedding"] - few["head"]
+    )
 
 
 def test_counts_worked_by_hand():
@@ -97,7 +130,12 @@ def test_counts_worked_by_hand():
     cfg = make_config(model=sizes, moe={"num_experts": 5, "expert_hidden": 3}).model
     counts = flops.parameters(cfg)
     assert counts == flops.Counts(28, 28, 48, 0, 0, 5 * 36, 2 * 36, 20, 12)
-    assert (counts.total, counts.active, counts.total_body, counts.active_body) == (316, 208, 260, 152)
+    assert (counts.total, counts.active, counts.total_body, counts.active_body) == (
+        316,
+        208,
+        260,
+        152,
+    )
     forward = flops.forward_per_token(cfg, 9)
     assert forward == flops.Breakdown(2 * 48, 80, 0, 0, 2 * 72, 2 * 20, 2 * 28)
     assert flops.train_per_token(cfg, 9) == 3 * forward.total == 3 * 416
@@ -114,7 +152,11 @@ REFERENCE_MOE = {"num_experts": 8, "expert_hidden": 64, "shared_experts": 1}
 
 
 def norm(x, scale):
-    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    return (
+        x
+        / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    )
 
 
 def project(w, x_BSD):
@@ -167,7 +209,9 @@ def block(p, x):
     y = feed_forward(p["dense"]["weights"], h)
     if "moe" in p:
         h_TD = h.reshape(B * S, -1)
-        y = y + experts(p["moe"]["experts"], h_TD, *route(p["moe"]["router"], h_TD)).reshape(h.shape)
+        y = y + experts(p["moe"]["experts"], h_TD, *route(p["moe"]["router"], h_TD)).reshape(
+            h.shape
+        )
     return x + y
 
 
@@ -190,7 +234,9 @@ def model():
     with jax.set_mesh(meshes.make(*ONE)):
         abstract, _ = jax.eval_shape(train_step.make_model(cfg).init, jax.random.key(0))
     rng = np.random.default_rng(0)
-    return cfg, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.1).astype(x.dtype), abstract)
+    return cfg, jax.tree.map(
+        lambda x: rng.normal(size=x.shape, scale=0.1).astype(x.dtype), abstract
+    )
 
 
 def test_reference_is_the_model(model):
@@ -202,8 +248,15 @@ def test_reference_is_the_model(model):
         parts = (ids, position, np.ones_like(ids), np.arange(B, dtype=np.int32))
         batch = Batch(*(meshes.put(z, "batch") for z in parts))
         functions = train_step.make_model(cfg)
-        place = jax.tree.map(lambda x: x.sharding.spec, jax.eval_shape(functions.init, jax.random.key(0))[0])
-        forward = lambda p: functions.bind(jax.sharding.reshard(p, place), {})(batch, jax.random.key(0), False)[0]
+        place = jax.tree.map(
+            lambda x: x.sharding.spec, jax.eval_shape(functions.init, jax.random.key(0))[0]
+        )
+
+        def forward(p):
+            return functions.bind(jax.sharding.reshard(p, place), {})(
+                batch, jax.random.key(0), False
+            )[0]
+
         got = np.asarray(jax.jit(forward)(params))
     want = np.asarray(jax.jit(reference)(params, ids))
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
@@ -217,9 +270,13 @@ def test_forward_is_what_the_compiler_counts(model):
     w = dense["attention"]["weights"]
     x_BSD, o_BSHA = jnp.ones((B, S, 96)), jnp.ones((B, S, 2, 64))
     x_TD, choice = x_BSD.reshape(B * S, 96), (jnp.ones((B * S, 2)), jnp.zeros((B * S, 2), int))
-    out = lambda o, w_o: jnp.einsum("BSHA,HAD->BSD", o, w_o)
+
+    def out(o, w_o):
+        return jnp.einsum("BSHA,HAD->BSD", o, w_o)
+
     parts = {
-        "attention_projections": 2 * (compiled_flops(project, w, x_BSD) + compiled_flops(out, o_BSHA, w["o"])),
+        "attention_projections": 2
+        * (compiled_flops(project, w, x_BSD) + compiled_flops(out, o_BSHA, w["o"])),
         "attention_scores": 2 * compiled_flops(attend, o_BSHA, o_BSHA[:, :, :1], o_BSHA[:, :, :1]),
         "dense": compiled_flops(feed_forward, dense["dense"]["weights"], x_BSD),
         "shared": compiled_flops(feed_forward, moe["dense"]["weights"], x_BSD),
@@ -298,14 +355,18 @@ def test_card_memory_is_what_the_compiler_needs(card):
     assert compiled.alias == state_bytes
     assert compiled.output > compiled.alias
     assert compiled.temporary > memory.gradients
-    assert compiled.peak == compiled.argument + compiled.output - compiled.alias + compiled.temporary
+    assert (
+        compiled.peak == compiled.argument + compiled.output - compiled.alias + compiled.temporary
+    )
     assert allocated < 1000
 
 
 def test_card_memory_is_that_of_one_shard(card):
     """Per device: matrices an eighth, the router's gate a quarter (split over data and expert), norms whole."""
     counts, memory = card[0].parameters, card[0].memory
-    assert memory.parameters == 4 * ((counts.total - counts.router - counts.norms) / 8 + counts.router / 4 + 96)
+    assert memory.parameters == 4 * (
+        (counts.total - counts.router - counts.norms) / 8 + counts.router / 4 + 96
+    )
     assert memory.gradients == memory.ema == memory.parameters
     assert memory.optimizer == memory.parameters + 4  # one momentum, and the count of updates
 
@@ -316,7 +377,12 @@ def test_card_shows_it(card):
     text = show(card)
     assert "8 x cpu (data 2 x expert 2 x model 2), 0 dense and 1 MoE blocks" in text
     assert "16 rows x 8 tokens = 128 tokens" in text
-    for number in (card.parameters.total, card.parameters.active, card.forward.total, card.train_per_token):
+    for number in (
+        card.parameters.total,
+        card.parameters.active,
+        card.forward.total,
+        card.train_per_token,
+    ):
         assert f"{number:,}" in text
     for words in ("estimate", "capacity buffer", "over expert", cards.FLOPS_NOTE, cards.LAYER_NOTE):
         assert words in text
@@ -356,7 +422,9 @@ def test_capacity_buffer_and_traffic(monkeypatch):
         "model": 2 * 16 * 32 * 4 // 2,  # a sum of [T, D] over two devices
     }
     assert d.backward["expert"] == d.forward["expert"] and d.backward["data"] == d.forward["data"]
-    assert d.backward["data x expert"] == 2 * 32 * 8 * 4 * 3 // 4  # the gradient of the router's gate [D, E]
+    assert (
+        d.backward["data x expert"] == 2 * 32 * 8 * 4 * 3 // 4
+    )  # the gradient of the router's gate [D, E]
     assert "in 2 micro-batches" in show(card) and "the rest drops" in show(card)
 
 
@@ -365,7 +433,10 @@ def test_dropless_buffer_and_traffic(monkeypatch):
     card = dispatch_of(monkeypatch, dispatcher("dropless", buffer=0.0))
     d = card.dispatch
     assert (d.rows_held, d.rows_balanced, d.rows_worst) == (96, 32, 96)
-    tokens, choices = 16 * 32 * 4, 32 * (4 + 4 + 4)  # of the other device: x, and (token, expert, gate) of each choice
+    tokens, choices = (
+        16 * 32 * 4,
+        32 * (4 + 4 + 4),
+    )  # of the other device: x, and (token, expert, gate) of each choice
     assert d.forward["expert"] == tokens + choices + tokens
     assert d.backward["expert"] == tokens + 32 * 4 + tokens
     assert "never too small" in show(card)
@@ -385,9 +456,16 @@ def test_received_counts_loops_and_the_dearest_branch():
     """Parts of 4 floats on 4 devices: a gather receives 3 parts of 16 bytes, a sum of 4 floats 2 x 3/4 x 16 bytes."""
 
     def f(x_4):
-        gather = lambda x: jax.lax.all_gather(x, "data", tiled=True).sum()
-        total = jax.lax.scan(lambda sum, _: (sum + gather(x_4), None), jnp.zeros_like(x_4, shape=()), length=5)[0]
-        return jax.lax.cond(x_4[0] > 0, lambda x: gather(x), lambda x: gather(x) + gather(x), x_4) + total
+        def gather(x):
+            return jax.lax.all_gather(x, "data", tiled=True).sum()
+
+        total = jax.lax.scan(
+            lambda sum, _: (sum + gather(x_4), None), jnp.zeros_like(x_4, shape=()), length=5
+        )[0]
+        return (
+            jax.lax.cond(x_4[0] > 0, lambda x: gather(x), lambda x: gather(x) + gather(x), x_4)
+            + total
+        )
 
     def g(x_4):
         return jax.lax.psum(x_4, "data")
@@ -395,7 +473,12 @@ def test_received_counts_loops_and_the_dearest_branch():
     mesh = meshes.make(4, 1, 1)
     with jax.set_mesh(mesh):
         x = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=jax.NamedSharding(mesh, P("data")))
-        trace = lambda f, out: jax.make_jaxpr(jax.shard_map(f, in_specs=P("data"), out_specs=out))(x).jaxpr
+
+        def trace(f, out):
+            return jax.make_jaxpr(jax.shard_map(f, in_specs=P("data"), out_specs=out))(x).jaxpr
+
         lengths = dict(mesh.shape)
-        assert cards.received(trace(lambda x: f(x)[None], P("data")), lengths) == {"data": (5 + 2) * 3 * 16}
+        assert cards.received(trace(lambda x: f(x)[None], P("data")), lengths) == {
+            "data": (5 + 2) * 3 * 16
+        }
         assert cards.received(trace(g, P()), lengths) == {"data": 2 * 16 * 3 // 4}

@@ -17,18 +17,25 @@ def test_parameters_are_those_of_the_model(float64, name):
     counts = flops.parameters(cfg)
     assert counts.total == sum(x.size for x in jax.tree.leaves(params))
     experts = sum(
-        x.size for path, x in zip(train_step.parameter_names(params), jax.tree.leaves(params)) if "experts" in path
+        x.size
+        for path, x in zip(train_step.parameter_names(params), jax.tree.leaves(params))
+        if "experts" in path
     )
     assert counts.experts == experts and counts.active <= counts.total
 
 
 # D 16, 4 heads of 4 and 2 key-value heads: projections are 2 x 16 x 4 x (4 + 2) = 768 weights, 1536 FLOPs a token.
-DENSE = {"model.period": ("dense",), "model.repeats": 1}  # hidden 32, SwiGLU: 3 x 16 x 32 weights, 3072 FLOPs a token
+DENSE = {
+    "model.period": ("dense",),
+    "model.repeats": 1,
+}  # hidden 32, SwiGLU: 3 x 16 x 32 weights, 3072 FLOPs a token
 
 
 def test_an_encoder_by_hand():
     """8 places: scores 4 x 4 heads x 4 x 8 keys; a head of 3 classes once a row: 2 x 16 x 3 / 8; vectors of 3: 2 x 3 x 16."""
-    cfg = kind_cases.config("encoder", {"num_classes": 3, "inputs": "vectors", "input_dim": 3}, DENSE)
+    cfg = kind_cases.config(
+        "encoder", {"num_classes": 3, "inputs": "vectors", "input_dim": 3}, DENSE
+    )
     assert flops.forward_per_token(cfg, 8) == flops.Breakdown(1536, 512, 3072, 0, 0, 0, 96 + 12)
 
 
@@ -36,7 +43,9 @@ def test_an_encoder_decoder_by_hand():
     """Three attentions: the encoder's over 8 keys, the decoder's over 4.5 on average (288), the cross-attention's over 8. V 64."""
     changes = DENSE | {"model.vocab_size": 64}
     cfg = kind_cases.config("encdec", {"encoder_repeats": 1, "encoder_period": ("dense",)}, changes)
-    assert flops.forward_per_token(cfg, 8) == flops.Breakdown(3 * 1536, 512 + 288 + 512, 2 * 3072, 0, 0, 0, 2 * 16 * 64)
+    assert flops.forward_per_token(cfg, 8) == flops.Breakdown(
+        3 * 1536, 512 + 288 + 512, 2 * 3072, 0, 0, 0, 2 * 16 * 64
+    )
 
 
 def test_the_article_by_hand():

@@ -33,17 +33,27 @@ def open_writer(path, resume_step=0, active=True, started=0.0, **options):
 
 def without_spent(row):
     """A row without the sums that every row has: what was written."""
-    return {name: value for name, value in row.items() if name not in ("seconds", "tokens", "flops")}
+    return {
+        name: value for name, value in row.items() if name not in ("seconds", "tokens", "flops")
+    }
 
 
 def test_rows_are_whole_precise_and_on_disk_at_once(tmp_path):
     writer = open_writer(tmp_path)
-    values = {"loss": jnp.float32(0.1), "lr": 1 / 3, "count": jnp.int32(7), "inf": np.float64("inf"), "nan": jnp.nan}
+    values = {
+        "loss": jnp.float32(0.1),
+        "lr": 1 / 3,
+        "count": jnp.int32(7),
+        "inf": np.float64("inf"),
+        "nan": jnp.nan,
+    }
     writer.write(1, values)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith('{"step": 1, "seconds": ')
     assert '"loss": 0.10000000149011612, "lr": 0.3333333333333333, "count": 7, "inf": "inf"' in text
-    row = json.loads(text, parse_constant=pytest.fail)  # no bare NaN or Infinity, which are not JSON
+    row = json.loads(
+        text, parse_constant=pytest.fail
+    )  # no bare NaN or Infinity, which are not JSON
     assert np.float32(row["loss"]) == np.float32(0.1)
     assert float(row["inf"]) == np.inf and np.isnan(float(row["nan"]))
     writer.write(2, {"loss": jnp.bfloat16(1.5)})
@@ -66,7 +76,9 @@ def test_a_resume_takes_back_the_rows_it_will_repeat(tmp_path, resume_step, kept
     writer.write(resume_step + 1, {"loss": 9.0})
     writer.close()
     lines = [without_spent(json.loads(line)) for line in path.read_text().splitlines()]
-    assert lines == [{"step": s, "loss": s / 7} for s in kept] + [{"step": resume_step + 1, "loss": 9.0}]
+    assert lines == [{"step": s, "loss": s / 7} for s in kept] + [
+        {"step": resume_step + 1, "loss": 9.0}
+    ]
 
 
 def test_a_row_torn_just_before_its_end_of_line(tmp_path):
@@ -84,7 +96,11 @@ def test_a_killed_process_leaves_every_row_that_it_wrote(tmp_path):
         "w = Writer(sys.argv[1], resume_step=0, tensorboard=False, active=True, started=0, per_step=PerStep(1, 1))\n"
         "[w.write(i, {'x': i}) for i in range(50)]; os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={"PYTHONPATH": ":".join(sys.path)}, check=False)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        check=False,
+    )
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(50))
 
 
@@ -105,7 +121,12 @@ def test_every_row_says_what_was_spent_and_a_resume_goes_on_from_there(tmp_path,
     writer.close()
     rows = read_rows(tmp_path / "metrics.jsonl")
     spent = [(row["step"], row["seconds"], row["tokens"], row["flops"]) for row in rows]
-    assert spent == [(10, 10, 1000, 70_000), (20, 30, 2000, 140_000), (20, 30, 2000, 140_000), (21, 35, 2100, 147_000)]
+    assert spent == [
+        (10, 10, 1000, 70_000),
+        (20, 30, 2000, 140_000),
+        (20, 30, 2000, 140_000),
+        (21, 35, 2100, 147_000),
+    ]
 
 
 def test_rows_from_before_they_said_what_was_spent_are_kept(tmp_path):
@@ -118,7 +139,13 @@ def test_rows_from_before_they_said_what_was_spent_are_kept(tmp_path):
 
 
 def test_an_inactive_writer_touches_nothing(tmp_path):
-    options = {"resume_step": 0, "tensorboard": True, "active": False, "started": 0.0, "per_step": PER_STEP}
+    options = {
+        "resume_step": 0,
+        "tensorboard": True,
+        "active": False,
+        "started": 0.0,
+        "per_step": PER_STEP,
+    }
     writer = Writer(tmp_path / "run", **options)
     writer.write(1, {"loss": 1.0})
     writer.write_final(1, {"eval/loss": 1.0}, ["eval/loss"])
@@ -132,25 +159,38 @@ def test_an_inactive_writer_touches_nothing(tmp_path):
 
 def test_run_info_keeps_the_history_of_starts(tmp_path):
     for seed in (1, 2):
-        write_run_info(tmp_path, {"seed": seed, "period": ("moe",)}, mesh={"data": 4, "expert": 2}, active=True)
+        write_run_info(
+            tmp_path, {"seed": seed, "period": ("moe",)}, mesh={"data": 4, "expert": 2}, active=True
+        )
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 2, "period": ["moe"]}
     first, second = json.loads((tmp_path / "run.json").read_text())
-    assert first["started"] <= second["started"] and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["started"])
+    assert first["started"] <= second["started"] and re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["started"]
+    )
     assert first["mesh"] == {"data": 4, "expert": 2}
-    assert first["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8} and first["processes"] == 1
+    assert (
+        first["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}
+        and first["processes"] == 1
+    )
     assert first["command"] == sys.argv
     versions = first["versions"]
     assert versions["moe_jax"] == version.source().version
-    assert versions["numpy"] == np.__version__ and {"python", "jax", "flax", "optax", "orbax-checkpoint"} < set(
-        versions
-    )
+    assert versions["numpy"] == np.__version__ and {
+        "python",
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+    } < set(versions)
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
 
 
 def test_git_state(tmp_path):
     def git(*command):
         identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-        subprocess.run(["git", *identity, "-C", str(tmp_path), *command], check=True, capture_output=True)
+        subprocess.run(
+            ["git", *identity, "-C", str(tmp_path), *command], check=True, capture_output=True
+        )
 
     source = tmp_path / "package"
     source.mkdir()
@@ -174,7 +214,9 @@ def test_an_installed_copy_knows_the_commit_that_pip_took_it_from(monkeypatch):
     ]
     for text, commit in zip(noted, ("abc", "", ""), strict=True):
         found = SimpleNamespace(read_text=lambda name, text=text: text)
-        monkeypatch.setattr(version.importlib.metadata, "distribution", lambda package, found=found: found)
+        monkeypatch.setattr(
+            version.importlib.metadata, "distribution", lambda package, found=found: found
+        )
         assert version.installed_commit() == commit
 
 
@@ -191,7 +233,9 @@ def test_the_summary_of_a_language_model_on_a_narrow_terminal(tmp_path, capsys, 
     texts = {"verse": b"tiger, tiger, burning bright " * 40, "[/x]": bytes(range(97, 123)) * 30}
     data = SimpleNamespace(domains=tuple(texts), text=lambda split, domain: texts[domain])
     figures = {"domain/verse/bits_per_byte": 2.25, "domain/[/x]/bits_per_byte": 1.5}
-    result = summary.Result(10, 0, figures, data, 1234.0, "In the [/beginning] " + "was the word " * 9)
+    result = summary.Result(
+        10, 0, figures, data, 1234.0, "In the [/beginning] " + "was the word " * 9
+    )
     monkeypatch.setenv("COLUMNS", "40")
     summary.show(tiny.build(), workdir, result, 75.0)
     out = capsys.readouterr().out
@@ -199,16 +243,24 @@ def test_the_summary_of_a_language_model_on_a_narrow_terminal(tmp_path, capsys, 
     assert result.sample.strip() in lines
     rivals = compression_table(data, 10**6)
     table = {
-        cells[0]: cells[1:] for cells in ([c.strip() for c in re.split("[┃│]", line)[1:-1]] for line in lines) if cells
+        cells[0]: cells[1:]
+        for cells in ([c.strip() for c in re.split("[┃│]", line)[1:-1]] for line in lines)
+        if cells
     }
     assert table[""] == ["model", "gzip -9", "xz -9"]
     for name, bits in (("verse", 2.25), ("[/x]", 1.5)):
-        assert table[name] == [f"{value:.3f}" for value in (bits, rivals[name]["gzip"], rivals[name]["xz"])]
+        assert table[name] == [
+            f"{value:.3f}" for value in (bits, rivals[name]["gzip"], rivals[name]["xz"])
+        ]
     assert (
         table["mean"][0] == "1.875"
         and json.loads((workdir / "summary.json").read_text())["rows"]["[/x]"]["model"] == 1.5
     )
-    facts = dict(re.split("  +", line, maxsplit=1) for line in lines if re.match("(next|curves|time|metrics)  ", line))
+    facts = dict(
+        re.split("  +", line, maxsplit=1)
+        for line in lines
+        if re.match("(next|curves|time|metrics)  ", line)
+    )
     assert facts["time"] == "1m 15s" and facts["metrics"] == str(workdir / "metrics.jsonl")
     python, *rest = shlex.split(facts["next"])
     assert shutil.which(python) and rest == [
@@ -220,7 +272,13 @@ def test_the_summary_of_a_language_model_on_a_narrow_terminal(tmp_path, capsys, 
         "--prompt",
         "In the beginning",
     ]
-    assert shlex.split(facts["curves"]) == [python, "-m", "tensorboard.main", "--logdir", str(workdir)]
+    assert shlex.split(facts["curves"]) == [
+        python,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(workdir),
+    ]
     assert importlib.util.find_spec("tensorboard.main")
 
 
@@ -228,12 +286,19 @@ def test_figures_are_written_before_anything_is_shown(tmp_path, monkeypatch):
     data = SimpleNamespace(domains=("a",), text=lambda split, domain: b"abc" * 99)
     monkeypatch.setattr(summary, "facts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        summary.show(tiny.build(), tmp_path, summary.Result(1, 0, {"domain/a/bits_per_byte": 2.0}, data, 0.0, ""), 1.0)
+        summary.show(
+            tiny.build(),
+            tmp_path,
+            summary.Result(1, 0, {"domain/a/bits_per_byte": 2.0}, data, 0.0, ""),
+            1.0,
+        )
     assert json.loads((tmp_path / "summary.json").read_text())["rows"]["mean"]["model"] == 2.0
 
 
 def test_a_domain_called_mean_keeps_its_row():
-    data = SimpleNamespace(domains=("mean", "mean of all", "a"), text=lambda split, domain: b"abc" * 99)
+    data = SimpleNamespace(
+        domains=("mean", "mean of all", "a"), text=lambda split, domain: b"abc" * 99
+    )
     bits = {"mean": 1.0, "mean of all": 2.0, "a": 6.0}
     rows = TASKS["lm"].table(
         tiny.build(), data, {f"domain/{name}/bits_per_byte": value for name, value in bits.items()}

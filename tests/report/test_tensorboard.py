@@ -14,20 +14,25 @@ from moe_jax.report.metrics import PerStep, Writer, read_rows
 
 def open_writer(path, resume_step=0):
     per_step = PerStep(tokens=1, flops=1)
-    return Writer(path, resume_step=resume_step, tensorboard=True, active=True, started=0.0, per_step=per_step)
+    return Writer(
+        path, resume_step=resume_step, tensorboard=True, active=True, started=0.0, per_step=per_step
+    )
 
 
 def events(path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    return EventAccumulator(
+        str(path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}
+    ).Reload()
 
 
 def hparams(read):
     """The parts of the tab HParams, by name."""
     found = read.PluginTagToContent("hparams")
     parts = {
-        name.removeprefix("_hparams_/"): plugin_data_pb2.HParamsPluginData.FromString(z) for name, z in found.items()
+        name.removeprefix("_hparams_/"): plugin_data_pb2.HParamsPluginData.FromString(z)
+        for name, z in found.items()
     }
     return {name: getattr(part, name) for name, part in parts.items()}
 
@@ -43,13 +48,19 @@ def test_scalars_texts_and_images(tmp_path):
     [scalar] = read.Scalars("1_train/loss")
     assert (scalar.step, scalar.value) == (3, 2.5)
     assert read.Tensors("sample/text_summary")[0].tensor_proto.string_val == [b"once upon a time"]
-    assert [(read.Images(t)[0].height, read.Images(t)[0].width) for t in ("grey", "colour")] == [(4, 4), (4, 6)]
+    assert [(read.Images(t)[0].height, read.Images(t)[0].width) for t in ("grey", "colour")] == [
+        (4, 4),
+        (4, 6),
+    ]
     assert read.Tags()["scalars"] == ["1_train/loss"]  # what was spent is of metrics.jsonl alone
 
 
 @pytest.mark.parametrize(("resume_step", "steps"), [(20, [10, 20, 21]), (0, [1])])
 def test_a_resumed_run_hides_what_it_repeats(tmp_path, resume_step, steps):
-    for start, written in ((0, (10, 20, 30, 40)), (resume_step, (resume_step + 1,))):  # within one second: two files
+    for start, written in (
+        (0, (10, 20, 30, 40)),
+        (resume_step, (resume_step + 1,)),
+    ):  # within one second: two files
         writer = open_writer(tmp_path, start)
         for step in written:
             writer.write(step, {"train/loss": float(step)})
@@ -63,15 +74,40 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path, resume_step, steps):
 
 def test_what_one_looks_at_first_comes_first():
     """No two names become one, and the first groups are small."""
-    names = ["train/loss", "train/nll", "train/grad_norm", "train/learning_rate", "train/param_norm", "train/epoch"]
-    names += ["train/balance_loss", "train/expert_density", "eval/loss", "eval/bits_per_byte", "eval/domain/a/loss"]
-    names += ["moe/load_max", "moe/layer_0/load_max", "moe/layer_11/z", "perf/mfu", "interference/layer_0/rest/z_ratio"]
+    names = [
+        "train/loss",
+        "train/nll",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/param_norm",
+        "train/epoch",
+    ]
+    names += [
+        "train/balance_loss",
+        "train/expert_density",
+        "eval/loss",
+        "eval/bits_per_byte",
+        "eval/domain/a/loss",
+    ]
+    names += [
+        "moe/load_max",
+        "moe/layer_0/load_max",
+        "moe/layer_11/z",
+        "perf/mfu",
+        "interference/layer_0/rest/z_ratio",
+    ]
     tags = {name: tensorboard.tag(name) for name in names}
     assert len(set(tags.values())) == len(names)
     groups = [tag.split("/")[0] for tag in sorted(tags.values())]
     assert groups[:4] == ["1_train"] * 4 and groups[4:6] == ["2_eval"] * 2
-    assert tags["moe/layer_0/load_max"] == "8_layers/layer_0/load_max" and tags["moe/load_max"] == "4_experts/load_max"
-    assert tags["train/balance_loss"] == "6_losses/balance_loss" and tags["eval/domain/a/loss"] == "3_domains/a/loss"
+    assert (
+        tags["moe/layer_0/load_max"] == "8_layers/layer_0/load_max"
+        and tags["moe/load_max"] == "4_experts/load_max"
+    )
+    assert (
+        tags["train/balance_loss"] == "6_losses/balance_loss"
+        and tags["eval/domain/a/loss"] == "3_domains/a/loss"
+    )
     assert all(re.match(r"\d_\w+/", tag) for tag in tags.values())
 
 
@@ -79,11 +115,23 @@ def test_each_chart_of_the_layout_has_curves(tmp_path):
     writer = open_writer(tmp_path)
     writer.close()
     assert "custom_scalars__config__" in events(tmp_path).Tags()["tensors"]
-    names = ["train/nll", "train/z_loss", "eval/loss", "eval/domain/a b/loss", "eval/domain/a b/bits_per_byte"]
-    names += [f"moe/layer_0/{name}" for name in ("load_max", "dead_experts", "drop_fraction", "router_entropy")]
+    names = [
+        "train/nll",
+        "train/z_loss",
+        "eval/loss",
+        "eval/domain/a b/loss",
+        "eval/domain/a b/bits_per_byte",
+    ]
+    names += [
+        f"moe/layer_0/{name}"
+        for name in ("load_max", "dead_experts", "drop_fraction", "router_entropy")
+    ]
     tags = [tensorboard.tag(name) for name in names]
     charts = [chart for category in tensorboard.LAYOUT.values() for chart in category.values()]
-    found = [[tag for tag in tags for pattern in patterns if re.search(pattern, tag)] for _, patterns in charts]
+    found = [
+        [tag for tag in tags for pattern in patterns if re.search(pattern, tag)]
+        for _, patterns in charts
+    ]
     assert all(found) and sorted(tag for tags in found for tag in tags) == sorted(tags)
 
 
@@ -94,20 +142,32 @@ def test_a_finished_run_is_compared_by_its_final_figures(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorboard, "HYPERPARAMETERS", columns)
         values = tensorboard.hyperparameters(raw, usual)
-    assert values == {"seed": 3, "train.steps": 10, "train.batch_size": 2, "other changes": "optim.clip_norm=0.5"}
+    assert values == {
+        "seed": 3,
+        "train.steps": 10,
+        "train.batch_size": 2,
+        "other changes": "optim.clip_norm=0.5",
+    }
     writer = open_writer(tmp_path)
     writer.hyperparameters(values)
     writer.write(5, {"eval/loss": 2.0})
     writer.write_final(10, {"eval/loss": 1.0, "eval/domain/a/loss": 1.0}, ["eval/loss"])
     writer.close()
-    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]  # no run beside it
+    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [
+        True
+    ]  # no run beside it
     read = events(tmp_path)
     parts = hparams(read)
     assert parts["session_start_info"].hparams["seed"].number_value == 3
-    assert parts["session_start_info"].hparams["other changes"].string_value == "optim.clip_norm=0.5"
+    assert (
+        parts["session_start_info"].hparams["other changes"].string_value == "optim.clip_norm=0.5"
+    )
     assert [metric.name.tag for metric in parts["experiment"].metric_infos] == ["2_eval/loss"]
     assert parts["session_end_info"].status != 0
-    assert [(event.step, event.value) for event in read.Scalars("2_eval/loss")] == [(5, 2.0), (10, 1.0)]
+    assert [(event.step, event.value) for event in read.Scalars("2_eval/loss")] == [
+        (5, 2.0),
+        (10, 1.0),
+    ]
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 2
 
 
@@ -115,7 +175,9 @@ def test_every_column_of_the_config_exists():
     import tiny
 
     values = tensorboard.hyperparameters(tiny.raw(), tiny.raw())
-    assert values["other changes"] == "" and values["optim.optimizer"] == "adamw" and len(values) > 10
+    assert (
+        values["other changes"] == "" and values["optim.optimizer"] == "adamw" and len(values) > 10
+    )
 
 
 def test_the_picture_of_the_load_has_a_row_for_each_step():

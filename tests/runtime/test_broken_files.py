@@ -129,14 +129,29 @@ def test_what_cannot_be_written_ends_a_run_with_a_line(monkeypatch, capsys, erro
 
 
 def test_processes_that_cannot_be_found_are_one_line(tmp_path):
-    command = [sys.executable, "-m", "moe_jax.main", "--config", "configs/debug.py", "--workdir", str(tmp_path / "run")]
-    done = subprocess.run([*command, "--distributed"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    command = [
+        sys.executable,
+        "-m",
+        "moe_jax.main",
+        "--config",
+        "configs/debug.py",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [*command, "--distributed"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 64 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: --distributed: jax cannot bring the processes together: ")
 
 
-@pytest.mark.parametrize("program", ["exit(3)", "def get_config(arg=None):\n    raise SystemExit('no such set')"])
+@pytest.mark.parametrize(
+    "program", ["exit(3)", "def get_config(arg=None):\n    raise SystemExit('no such set')"]
+)
 def test_a_config_file_that_ends_the_program_is_one_line(tmp_path, program):
     (tmp_path / "tiny.py").write_text(program)
-    with pytest.raises(UserError, match=r"the config file .*tiny.py ends the program \(SystemExit: (3|no such set)\)"):
+    with pytest.raises(
+        UserError,
+        match=r"the config file .*tiny.py ends the program \(SystemExit: (3|no such set)\)",
+    ):
         config_file.load(tmp_path / "tiny.py")

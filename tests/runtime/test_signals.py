@@ -31,7 +31,9 @@ IN_COMPILED_CODE = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)'  # a mi
 def start(program, *arguments, **options):
     """A process that has printed "ready"."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    process = subprocess.Popen([sys.executable, "-c", BEGIN + program, *arguments], cwd=ROOT, text=True, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGIN + program, *arguments], cwd=ROOT, text=True, **pipes
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -57,7 +59,9 @@ def test_a_signal_is_told_at_once_and_a_second_ends_the_process():
     assert process.returncode == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)]
+)
 def test_after_a_run_that_is_saved_a_signal_ends_the_process_at_once(number, code):
     """While its baselines are measured and its tables made."""
     process = start(
@@ -117,7 +121,12 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_is_saved_wherever_a_signal_comes(float64, tmp_path, monkeypatch, capfd, place):
-    changes = {"train.steps": 3, "eval.batch_size": 1, "eval.final_batches": 0, "eval.sample_tokens": 40}
+    changes = {
+        "train.steps": 3,
+        "eval.batch_size": 1,
+        "eval.final_batches": 0,
+        "eval.sample_tokens": 40,
+    }
     changes |= {"data.heldout_bytes": 400}
     owner, name = PLACES[place]
     with monkeypatch.context() as patch:
@@ -162,7 +171,9 @@ def test_the_launcher_passes_a_signal_on_once_and_waits(tmp_path, name):
     environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "FOLDER": str(tmp_path)}
     with log.open("a") as output:
         command = ["launch/local.sh", "3", "1", "--config", "x", "--workdir", "y"]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, start_new_session=True
+        )
     while not all((tmp_path / str(rank)).exists() for rank in range(3)):
         time.sleep(0.02)
     time.sleep(0.1)
@@ -196,7 +207,9 @@ def test_a_full_disk_or_a_closed_descriptor_under_the_output_ends_no_run(tmp_pat
     (tmp_path / "speaker.py").write_text(BEGIN + SPEAKER)
     command = f"PYTHONPATH=. exec {sys.executable} {tmp_path}/speaker.py </dev/null"
     for redirected in (">/dev/full", ">&-", ">&- 2>&-"):
-        done = subprocess.run(["bash", "-c", f"{command} {redirected}"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {redirected}"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
@@ -204,7 +217,9 @@ def test_a_full_disk_or_a_closed_descriptor_under_the_output_ends_no_run(tmp_pat
 def test_what_an_encoding_lacks_is_escaped(lasting):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     program = f'{BEGIN}shell.open_output(lasting={lasting}); print("\\N{{MULTIPLICATION SIGN}}")'
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("\\xd7\n", "")
 
 
@@ -212,22 +227,32 @@ def test_what_an_encoding_lacks_is_escaped(lasting):
     ("raised", "code", "told"),
     [
         ("BrokenPipeError(32, 'Broken pipe')", 128 + signal.SIGPIPE, ""),
-        ("OSError(28, 'No space left on device', 'probe/replay.json')", 64, "error: probe/replay.json: No space left"),
+        (
+            "OSError(28, 'No space left on device', 'probe/replay.json')",
+            64,
+            "error: probe/replay.json: No space left",
+        ),
     ],
 )
 def test_a_command_whose_output_cannot_be_written_ends_with_a_line(raised, code, told):
     program = f"{BEGIN}\ndef main(argv):\n    raise {raised}\nsys.exit(shell.run_command(main, []))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code and done.stderr.startswith(told) and "Traceback" not in done.stderr
+    assert (
+        done.returncode == code and done.stderr.startswith(told) and "Traceback" not in done.stderr
+    )
 
 
 def test_the_command_to_go_on_with_stops_nowhere(monkeypatch):
     monkeypatch.delenv("MOE_JAX_COMMAND", raising=False)
     for flags in (["--config.train.stop_at=5"], ["--config.train.stop_at", "5"], []):
         monkeypatch.setattr(sys, "argv", ["main.py", *flags, "--workdir", "a b"])
-        assert re.search(r"-m moe_jax.main --workdir 'a b' --config.train.stop_at=0$", shell.going_on(5, 5))
+        assert re.search(
+            r"-m moe_jax.main --workdir 'a b' --config.train.stop_at=0$", shell.going_on(5, 5)
+        )
         assert shell.going_on(4, 5) == shell.own_command()
-    monkeypatch.setenv("MOE_JAX_COMMAND", "launch/local.sh 2 4 --config.train.stop_at=5 --workdir w ")
+    monkeypatch.setenv(
+        "MOE_JAX_COMMAND", "launch/local.sh 2 4 --config.train.stop_at=5 --workdir w "
+    )
     assert shell.going_on(5, 5) == "launch/local.sh 2 4 --workdir w --config.train.stop_at=0"
 
 
@@ -236,8 +261,13 @@ def test_a_workdir_that_is_deleted_is_noticed(tmp_path):
     with shell.held(workdir, "--workdir") as held:
         held.check()
         workdir.rename(tmp_path / "elsewhere")
-        with pytest.raises(UserError, match=r"--workdir .*run was deleted or moved while it was in use"):
+        with pytest.raises(
+            UserError, match=r"--workdir .*run was deleted or moved while it was in use"
+        ):
             held.check()
-        with shell.held(workdir, "--workdir") as other, pytest.raises(UserError, match="was deleted or moved"):
+        with (
+            shell.held(workdir, "--workdir") as other,
+            pytest.raises(UserError, match="was deleted or moved"),
+        ):
             other.check()
             held.check()

@@ -51,7 +51,12 @@ CASES = {
         ("accuracy", "macro F1"),
     ),
     "translation": (
-        {"model.kind": "encdec", "model.kinds.encdec.encoder_repeats": 1, "tasks.translation.vocab_size": 300, **PAIRS},
+        {
+            "model.kind": "encdec",
+            "model.kinds.encdec.encoder_repeats": 1,
+            "tasks.translation.vocab_size": 300,
+            **PAIRS,
+        },
         ("BLEU", "chrF", "signature"),
     ),
     "translation_prefix": (
@@ -107,19 +112,31 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     words = ["good", "bad", "film", "book", "very", "not", "a", "the", "long", "end"]
-    sentence = lambda: " ".join(rng.choice(words, 3)) + f" {rng.integers(1000)}"
+
+    def sentence():
+        return " ".join(rng.choice(words, 3)) + f" {rng.integers(1000)}"
+
     write(
         folder / "vader_sentiment_4domains.tsv.gz",
         ["domain\tvalence\ttext"]
-        + [f"{rng.choice(['movie', 'nyt'])}\t{rng.choice([-2, 2])}\t{sentence()}" for _ in range(90)],
+        + [
+            f"{rng.choice(['movie', 'nyt'])}\t{rng.choice([-2, 2])}\t{sentence()}"
+            for _ in range(90)
+        ],
     )
     write(
         folder / "bible_kjv_rv1909_en_es.tsv.gz",
-        [f"Genesis {i}:1\t{text}\t{text[::-1]}" for i, text in enumerate(sentence() for _ in range(60))],
+        [
+            f"Genesis {i}:1\t{text}\t{text[::-1]}"
+            for i, text in enumerate(sentence() for _ in range(60))
+        ],
     )
     items = [f"lib{i}" for i in range(10)] + [f"x{i}" for i in range(20)]
     users = [" ".join(rng.choice(items, 7, replace=False)) for _ in range(80)]
-    write(folder / "debian12_depends.tsv.gz", ["package\tdepends"] + [f"p{i}\t{user}" for i, user in enumerate(users)])
+    write(
+        folder / "debian12_depends.tsv.gz",
+        ["package\tdepends"] + [f"p{i}\t{user}" for i, user in enumerate(users)],
+    )
     spoken(folder / "recordings")
     return folder
 
@@ -134,17 +151,25 @@ def spoken(folder):
     folder.mkdir()
     for digit, speaker, index in itertools.product(range(3), ("ann", "bob"), range(8)):
         turns = 2 * np.pi * np.arange(800 + 160 * index) * (300 * (digit + 1) + 10 * index) / 8000
-        wavfile.write(folder / f"{digit}_{speaker}_{index}.wav", 8000, (8000 * np.sin(turns)).astype(np.int16))
+        wavfile.write(
+            folder / f"{digit}_{speaker}_{index}.wav", 8000, (8000 * np.sin(turns)).astype(np.int16)
+        )
 
 
 def config(task, folder=None):
-    changes = SMALL | CASES[task][0] | {"task": task, "model.param_dtype": "float32", "model.dtype": "float32"}
+    changes = (
+        SMALL
+        | CASES[task][0]
+        | {"task": task, "model.param_dtype": "float32", "model.dtype": "float32"}
+    )
     return changes | ({"data.folder": str(folder)} if folder else {})
 
 
 def run(workdir, changes):
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        return train.run(tiny.build(changes=changes), tiny.raw(changes), tiny.raw(), workdir, time.monotonic())
+        return train.run(
+            tiny.build(changes=changes), tiny.raw(changes), tiny.raw(), workdir, time.monotonic()
+        )
 
 
 @pytest.mark.parametrize("task", CASES)
@@ -156,11 +181,15 @@ def test_from_data_to_predictions_with_a_stop_between(tmp_path, folder, task):
     result = run(tmp_path, changes)  # goes on from step 3
     assert result.step == 6 and math.isfinite(result.evaluation["loss"])
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == sum(data.sizes("heldout")) > 8  # more than a batch, and the last one not full
+    assert (
+        len(rows) == sum(data.sizes("heldout")) > 8
+    )  # more than a batch, and the last one not full
     table = TASKS[task].table(cfg, data, result.evaluation)
     assert list(table)[-1] == "model" and len(table) >= 3
     assert all(tuple(row) == CASES[task][1] for row in table.values())
-    assert result.evaluation["routing"].sum() > 0 and (tmp_path / "routing.png").stat().st_size > 1000
+    assert (
+        result.evaluation["routing"].sum() > 0 and (tmp_path / "routing.png").stat().st_size > 1000
+    )
     assert TASKS[task].headline(result.evaluation).startswith("held out ")
 
 
@@ -176,7 +205,11 @@ def test_a_step_is_the_same_on_a_mesh(float64, task):
     """One optimizer step of random rows, accumulated on the mesh: loss and parameters of one device."""
     found = []
     for shape, more in (((1, 1, 1), {}), ((2, 2, 2), {"train.micro_batch_size": 4})):
-        changes = config(task) | {"model.param_dtype": "float64", "model.dtype": "float64", "eval.batch_size": 8} | more
+        changes = (
+            config(task)
+            | {"model.param_dtype": "float64", "model.dtype": "float64", "eval.batch_size": 8}
+            | more
+        )
         cfg = tiny.build(shape, changes)
         with jax.set_mesh(meshes.make(*shape)):
             model = train_step.make_model(cfg.model)
@@ -184,7 +217,9 @@ def test_a_step_is_the_same_on_a_mesh(float64, task):
             step = jax.jit(train_step.make_step(cfg, model, train_step.make_tx(cfg, begin.params)))
             batch = batch_rows.put(TASKS[task].random(cfg, 0), np.arange(8), 8, TASKS[task].inputs)
             end, metrics = step(begin, batch)
-            found.append((float(metrics["loss"]), jax.tree.map(np.asarray, jax.device_get(end.params))))
+            found.append(
+                (float(metrics["loss"]), jax.tree.map(np.asarray, jax.device_get(end.params)))
+            )
     (loss, params), (mesh_loss, mesh_params) = found
     assert mesh_loss == pytest.approx(loss, abs=1e-11)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), params, mesh_params)
@@ -205,7 +240,9 @@ def test_figures_of_labels_by_hand():
     found = Losses(np.ones(4), batch.weight_B, logits, {})
     total = jax.tree.map(
         np.asarray,
-        labels.evaluate(jax.tree.map(jax.numpy.asarray, found), jax.tree.map(jax.numpy.asarray, batch), data),
+        labels.evaluate(
+            jax.tree.map(jax.numpy.asarray, found), jax.tree.map(jax.numpy.asarray, batch), data
+        ),
     )
     figures = labels.summary(total, data)
     assert figures["accuracy"] == pytest.approx(2 / 3) and figures["loss"] == pytest.approx(1.0)
@@ -226,15 +263,23 @@ def test_ranking_equals_the_one_of_the_baselines():
     picks = np.stack([rng.permutation(60)[:10] for _ in range(6)])
     weight = np.ones((6, 5), np.float32)
     weight[2, 3:] = 0
-    batch = Baskets(picks[:, :5], np.ones((6, 5)), picks[:, 5:], weight, np.zeros(6, np.int32), np.arange(6))
-    batch, found = jax.tree.map(jax.numpy.asarray, (batch, Losses(np.ones((6, 5)), weight, logits, {})))
+    batch = Baskets(
+        picks[:, :5], np.ones((6, 5)), picks[:, 5:], weight, np.zeros(6, np.int32), np.arange(6)
+    )
+    batch, found = jax.tree.map(
+        jax.numpy.asarray, (batch, Losses(np.ones((6, 5)), weight, logits, {}))
+    )
     data = SimpleNamespace(domains=("all",))
-    figures = recommendation.summary(jax.tree.map(np.asarray, recommendation.evaluate(found, batch, data)), data)
+    figures = recommendation.summary(
+        jax.tree.map(np.asarray, recommendation.evaluate(found, batch, data)), data
+    )
     scores = logits.copy()
     np.put_along_axis(scores, picks[:, :5], -np.inf, 1)
     wanted = [row[5:][w > 0] for row, w in zip(picks, weight, strict=True)]
     recall, ndcg = ranking(scores, wanted).mean(1)
-    assert figures["recall@20"] == pytest.approx(recall) and figures["ndcg@20"] == pytest.approx(ndcg, rel=1e-6)
+    assert figures["recall@20"] == pytest.approx(recall) and figures["ndcg@20"] == pytest.approx(
+        ndcg, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,11 +290,19 @@ def test_ranking_equals_the_one_of_the_baselines():
             {"model.kind": "decoder"},
             'model.kind = "decoder" cannot learn task = "vision": choose one of encoder',
         ),
-        ("vision", {"model.kinds.encoder.num_classes": 9}, "model.kinds.encoder.num_classes = 9, but digits needs 10"),
+        (
+            "vision",
+            {"model.kinds.encoder.num_classes": 9},
+            "model.kinds.encoder.num_classes = 9, but digits needs 10",
+        ),
         ("vision", {"data.seq_len": 5}, "set data.seq_len=4"),
         ("vision", {"tasks.vision.dataset": "nothing"}, "nothing"),
         ("classification", {"data.folder": "/nowhere"}, "python -m moe_jax data vader"),
-        ("classification", {"model.vocab_size": 128}, "model.vocab_size (128) is smaller than the vocabulary of vader"),
+        (
+            "classification",
+            {"model.vocab_size": 128},
+            "model.vocab_size (128) is smaller than the vocabulary of vader",
+        ),
         ("recommendation", {"model.kinds.mmoe.items": (10, 19)}, "must be 30, as in (10, 20)"),
         ("classification", {"record.steps": "3"}, "record.steps = 3 looks into the language model"),
     ],
@@ -272,7 +325,9 @@ def test_the_articles_model_learns_the_next_byte_with_fixed_zeros(tmp_path):
     }
     result = run(tmp_path, LANGUAGE | article)
     assert result.step == 6 and result.evaluation["loss"] < math.log(264)
-    zeros = {name: (value == 0).mean() for name, value in saved(tmp_path).items() if "experts" in name}
+    zeros = {
+        name: (value == 0).mean() for name, value in saved(tmp_path).items() if "experts" in name
+    }
     assert zeros and all(0.7 < fraction < 0.8 for fraction in zeros.values()), zeros
 
 
@@ -281,7 +336,10 @@ ROUTER = {"model.moe.router": "sigmoid", "model.moe.routers.sigmoid.bias_rate": 
 
 def test_a_language_model_exports_how_its_last_evaluation_went(language):
     """Of every held-out row, once; they add up to the held-out loss."""
-    rows = [json.loads(line) for line in (language / "lm" / "predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (language / "lm" / "predictions.jsonl").read_text().splitlines()
+    ]
     cfg = tiny.build(changes=LANGUAGE | ROUTER)
     data = TASKS["lm"].open(cfg)
     assert sorted(row["index"] for row in rows) == list(range(sum(data.sizes("heldout"))))
@@ -290,9 +348,13 @@ def test_a_language_model_exports_how_its_last_evaluation_went(language):
         batch.segment_BS.astype(bool).sum() for batch in eval_batches(data, 8)
     )
     said = next(r for r in read_rows(language / "lm" / "metrics.jsonl") if "eval/loss" in r)
-    assert sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows) == pytest.approx(said["eval/loss"])
+    assert sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows) == pytest.approx(
+        said["eval/loss"]
+    )
     weighted = sum(row["nats"] / row["bits_per_byte"] for row in rows) * said["eval/bits_per_byte"]
-    assert weighted == pytest.approx(sum(row["nats"] for row in rows), rel=0.02)  # rounding of a row without text
+    assert weighted == pytest.approx(
+        sum(row["nats"] for row in rows), rel=0.02
+    )  # rounding of a row without text
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +389,9 @@ def test_a_linear_probe_of_a_language_model_moves_its_head_alone(language, tmp_p
 
 def test_fine_tuning_a_language_model_moves_its_trunk_from_where_it_was(language, tmp_path):
     """One small step of AdamW: every parameter is about a learning rate from the language model's, which no fresh values would be."""
-    shared = tuned(language, tmp_path, {"train.steps": 1, "optim.warmup_steps": 0, "optim.learning_rate": 1e-4})
+    shared = tuned(
+        language, tmp_path, {"train.steps": 1, "optim.warmup_steps": 0, "optim.learning_rate": 1e-4}
+    )
     for name, (before, after) in shared.items():
         if "state/" not in name:
             assert 0 < np.abs(after - before).max() < 3e-4, name
@@ -345,5 +409,10 @@ def saved(workdir):
 
         cfg = configs.build(raw, 1)
         parts = generate.load(cfg, workdir / "checkpoints", saves.latest(), ema=False)
-    named = lambda tree: zip(train_step.parameter_names(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True)
+
+    def named(tree):
+        return zip(
+            train_step.parameter_names(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True
+        )
+
     return {name: value for tree in parts for name, value in named(tree)}

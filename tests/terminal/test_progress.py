@@ -106,7 +106,9 @@ def test_a_pause_that_fails_ends(wait):
     assert steps.tokens_per_second == pytest.approx(1000)
 
 
-def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(tmp_path, monkeypatch):
+def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
+    tmp_path, monkeypatch
+):
     """A whole run whose evaluations take half a second: the speed is that of its steps of milliseconds."""
     make_evaluate = train.make_evaluate
 
@@ -142,11 +144,15 @@ def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
     }
     cfg = tiny.build(changes=changes)
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        result = train.run(cfg, tiny.raw(changes), tiny.raw(), tmp_path, time.monotonic(), "tiny.py")
+        result = train.run(
+            cfg, tiny.raw(changes), tiny.raw(), tmp_path, time.monotonic(), "tiny.py"
+        )
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4, 6] and "perf/tokens_per_second" not in rows[0]
     slowest = 8 * 32 / 0.25
-    assert all(row["perf/tokens_per_second"] > slowest and row["perf/input_wait"] <= 1 for row in rows[1:])
+    assert all(
+        row["perf/tokens_per_second"] > slowest and row["perf/input_wait"] <= 1 for row in rows[1:]
+    )
     assert result.tokens_per_second == rows[-1]["perf/tokens_per_second"]
     assert rows[-1]["seconds"] > 2.5 and rows[-1]["tokens"] == 6 * 8 * 32
 
@@ -208,7 +214,12 @@ def test_activities_in_plain_lines(wait):
     with shown.doing("evaluating"):
         pass
     said = out.getvalue().splitlines()
-    assert said[3:] == ["step 1: evaluating", "step 1: saving", "step 1: evaluating", "step 1: evaluating"]
+    assert said[3:] == [
+        "step 1: evaluating",
+        "step 1: saving",
+        "step 1: evaluating",
+        "step 1: evaluating",
+    ]
 
 
 def test_a_run_that_is_finished_compiles_no_step():
@@ -269,9 +280,13 @@ def test_what_a_terminal_is_left_with(wait):
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     assert "a [sample] of text" in lines
-    assert re.match(r"step 40/100 .* loss 1\.5000  2k tokens/s  busiest expert 1\.10x  30s left", lines[-1])
+    assert re.match(
+        r"step 40/100 .* loss 1\.5000  2k tokens/s  busiest expert 1\.10x  30s left", lines[-1]
+    )
     codes = re.findall(r"\x1b\[\?25[lh]", out.getvalue())
-    assert codes and codes[1::2] == ["\x1b[?25h"] * len(codes[1::2])  # shown again at once: a kill cannot hide it
+    assert codes and codes[1::2] == ["\x1b[?25h"] * len(
+        codes[1::2]
+    )  # shown again at once: a kill cannot hide it
 
 
 def test_an_error_takes_the_live_line_away():
@@ -306,14 +321,26 @@ def test_the_banner(tmp_path, monkeypatch, width):
     banner.show_start(shown, cfg, 0)
     lines = out.getvalue().splitlines()
     labels = [line[: banner.LABEL].strip() for line in lines]
-    assert [z for z in labels if z] == ["run", "model", "devices", "length", "buffer", "workdir", "data", "start"]
+    assert [z for z in labels if z] == [
+        "run",
+        "model",
+        "devices",
+        "length",
+        "buffer",
+        "workdir",
+        "data",
+        "start",
+    ]
     assert all(len(line) <= width for line in lines if str(tmp_path) not in line)
     assert width < 80 or len(lines) <= 9
     told = " ".join(line[banner.LABEL :] for line in lines)
     assert "configs/vision.py:mnist, moe_jax 0.1.0, commit 012345678 with changes" in told
     assert "decoder: 2 MoE layers of 8 (top_k); " in told and " active" in told
     assert "8 x cpu, mesh data 2 x expert 2 x model 2" in told
-    assert "100 steps of 16 rows x 8 tokens in 2 micro-batches, 12.8k tokens in all, stopping at 50" in told
+    assert (
+        "100 steps of 16 rows x 8 tokens in 2 micro-batches, 12.8k tokens in all, stopping at 50"
+        in told
+    )
     assert "dropless: " in told and str(tmp_path / "run") in told
     assert "embedded: 9,345 rows (2.39M tokens), 512 held out; drama" in told or width == 60
     assert "step 0, with fresh parameters (seed 7)" in told
@@ -339,5 +366,18 @@ def test_every_kind_of_model_has_a_line(case):
 
 def test_readable_numbers():
     numbers = (0, 12.345, 1234, 56789, 4.2e6, 1e9, 2.5e12)
-    assert [progress.readable(x) for x in numbers] == ["0", "12.3", "1.23k", "56.8k", "4.2M", "1G", "2.5T"]
-    assert [progress.duration(s) for s in (5.4, 75, 7300, 200000)] == ["5s", "1m 15s", "2h 01m", "2d 07h"]
+    assert [progress.readable(x) for x in numbers] == [
+        "0",
+        "12.3",
+        "1.23k",
+        "56.8k",
+        "4.2M",
+        "1G",
+        "2.5T",
+    ]
+    assert [progress.duration(s) for s in (5.4, 75, 7300, 200000)] == [
+        "5s",
+        "1m 15s",
+        "2h 01m",
+        "2d 07h",
+    ]

@@ -28,7 +28,12 @@ from moe_jax.verify.compare import Deviation, Rounded
 from moe_jax.verify.run import Result, empty
 from moe_jax.verify.shrink import Rule
 
-DOMAINS = ["drama", "scripture_en", "[red]no markup[/]", "common_crawl_2019_to_2024_deduplicated_and_filtered_english"]
+DOMAINS = [
+    "drama",
+    "scripture_en",
+    "[red]no markup[/]",
+    "common_crawl_2019_to_2024_deduplicated_and_filtered_english",
+]
 DOMAINS += [f"domain_{i}" for i in range(16)]
 LAYERS, EXPERTS = 32, 3
 
@@ -36,15 +41,26 @@ LAYERS, EXPERTS = 32, 3
 def of_replay():
     figures = {"bits_per_byte": 12.3456, "gap/bits_per_byte": -10.1234}
     for domain in DOMAINS:
-        figures |= {f"domain/{domain}/bits_per_byte": 12.5, f"gap/domain/{domain}/bits_per_byte": 10.5}
-    result = {"own": figures, "balanced": {"note": "this router has no linear gate"}, "frozen 1000000": figures}
-    return tables.replay(result, "held-out bits per byte after 3000 steps under another routing, from step 1000000")
+        figures |= {
+            f"domain/{domain}/bits_per_byte": 12.5,
+            f"gap/domain/{domain}/bits_per_byte": 10.5,
+        }
+    result = {
+        "own": figures,
+        "balanced": {"note": "this router has no linear gate"},
+        "frozen 1000000": figures,
+    }
+    return tables.replay(
+        result, "held-out bits per byte after 3000 steps under another routing, from step 1000000"
+    )
 
 
 def of_precision():
     layers = [0.12345] * LAYERS
     flips = {"router": layers, "model": layers}
-    return tables.precision({"flips": flips, "margins": {"0.01": layers, "0.5": layers}, "notes": {"size": "odd"}})
+    return tables.precision(
+        {"flips": flips, "margins": {"0.01": layers, "0.5": layers}, "notes": {"size": "odd"}}
+    )
 
 
 def worth():
@@ -53,7 +69,9 @@ def worth():
     mean_LE, load_LE = np.nanmean(change_LEZ, -1), np.full((LAYERS, EXPERTS), 1 / EXPERTS)
     low, high = change_LEZ - 0.5, change_LEZ + 0.5
     means = mean_LE, mean_LE - 0.1, mean_LE + 0.1
-    return knockout.Worth(np.ones(len(DOMAINS)), change_LEZ, low, high, *means, np.ones_like(change_LEZ), load_LE)
+    return knockout.Worth(
+        np.ones(len(DOMAINS)), change_LEZ, low, high, *means, np.ones_like(change_LEZ), load_LE
+    )
 
 
 def of_knockout():
@@ -64,15 +82,22 @@ def of_interference():
     places = [f"layer_{i}/{part}" for i in (0, 31) for part in interference.PARTS] + ["outside"]
     losses = ("auxiliary", "balance", "balance_sequence", "importance", "z", "l1")
     result = {
-        f"interference/{p}/{loss}_{k}": -1.2345e-10 for p in places for loss in losses for k in ("cosine", "ratio")
+        f"interference/{p}/{loss}_{k}": -1.2345e-10
+        for p in places
+        for loss in losses
+        for k in ("cosine", "ratio")
     }
     return tables.interference(result)
 
 
 def of_leak():
     cells, rows = ["1.2e-16, 100%"] * 4, []
-    for router, ordering, dispatcher in zip(max_of(ROUTERS), max_of(ORDERINGS), max_of(DISPATCHERS)):
-        moe = dataclasses.replace(tiny.build().model.moe, router=router, ordering=ordering, dispatcher=dispatcher)
+    for router, ordering, dispatcher in zip(
+        max_of(ROUTERS), max_of(ORDERINGS), max_of(DISPATCHERS)
+    ):
+        moe = dataclasses.replace(
+            tiny.build().model.moe, router=router, ordering=ordering, dispatcher=dispatcher
+        )
         cfg = tiny.build()
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
         rows.append((cfg, cells, "leaks the future and the batch (not seen here: future, batch)"))
@@ -84,19 +109,36 @@ def max_of(registered):
 
 
 def of_verify():
-    deviations = {check: Deviation(check, 1.2e-13, "params/repeats/blocks", 0) for check in verify.COLUMNS}
+    deviations = {
+        check: Deviation(check, 1.2e-13, "params/repeats/blocks", 0) for check in verify.COLUMNS
+    }
     good = empty("1x1x1 accumulate+scan+remat")._replace(
         deviations=deviations, rounded=Rounded(1e-7, 12, 20), reader="1x1x1"
     )
-    rows = [good, good._replace(name="2x2x2, 2 processes", unequal=["a"] * 100), empty("3x1x1", refused="because")]
+    rows = [
+        good,
+        good._replace(name="2x2x2, 2 processes", unequal=["a"] * 100),
+        empty("3x1x1", refused="because"),
+    ]
     rule = Rule(
-        "model.moe.dispatchers.capacity.factor", (1, 2), 12.5, "the smallest that keeps every rule that there is"
+        "model.moe.dispatchers.capacity.factor",
+        (1, 2),
+        12.5,
+        "the smallest that keeps every rule that there is",
     )
     check = Check(
-        "padding at the end of a row changes nothing before it", 1e-13, 1e-9, "4 of 120 assignments dropped", True
+        "padding at the end of a row changes nothing before it",
+        1e-13,
+        1e-9,
+        "4 of 120 assignments dropped",
+        True,
     )
     found = Result([rule], [check], rows, 5, [])
-    return [verify.rules_table(found.rules), verify.meshes_table(found), verify.alone_table(found.alone)]
+    return [
+        verify.rules_table(found.rules),
+        verify.meshes_table(found),
+        verify.alone_table(found.alone),
+    ]
 
 
 def of_bench():
@@ -105,7 +147,10 @@ def of_bench():
 
 
 def of_prepare():
-    counts = {"train": dict.fromkeys(DOMAINS, 123_456_789_012), "heldout": dict.fromkeys(DOMAINS, 1_234_567_890)}
+    counts = {
+        "train": dict.fromkeys(DOMAINS, 123_456_789_012),
+        "heldout": dict.fromkeys(DOMAINS, 1_234_567_890),
+    }
     return [prepare.table({"domains": DOMAINS, "documents": counts, "text_bytes": counts})]
 
 
@@ -118,10 +163,23 @@ def filled(kind):
 
 def of_card():
     """Of a model of trillions of parameters."""
-    sizes = {"platform": "cpu", "mesh": {"data": 8, "expert": 64, "model": 8}, "num_layers": (1, 100)}
-    sizes |= {"batch_size": 4096, "seq_len": 8192, "num_micro_batches": 16, "dispatcher": "capacity"}
+    sizes = {
+        "platform": "cpu",
+        "mesh": {"data": 8, "expert": 64, "model": 8},
+        "num_layers": (1, 100),
+    }
+    sizes |= {
+        "batch_size": 4096,
+        "seq_len": 8192,
+        "num_micro_batches": 16,
+        "dispatcher": "capacity",
+    }
     work = {"train_per_token": MANY, "train_per_step": MANY, "forward": filled(flops.Breakdown)}
-    made = {"parameters": filled(flops.Counts), "memory": filled(card.Memory), "compiled": filled(card.Compiled)}
+    made = {
+        "parameters": filled(flops.Counts),
+        "memory": filled(card.Memory),
+        "compiled": filled(card.Compiled),
+    }
     traffic = {"data": MANY, "expert": MANY, "model": MANY}
     dispatch = filled(card.Dispatch)._replace(forward=traffic, backward=traffic)
     found = card.Card(**sizes, **work, **made, dispatch=dispatch)
@@ -130,9 +188,19 @@ def of_card():
 
 def of_experiments():
     row = {f"figure number {i} (95 %)": "-0.0465 ± 0.0583" for i in range(11)}
-    figures = ("bits per byte", "train loss", "MaxVio, batch", "MaxVio, held out", "dropped", "experts per token")
+    figures = (
+        "bits per byte",
+        "train loss",
+        "MaxVio, batch",
+        "MaxVio, held out",
+        "dropped",
+        "experts per token",
+    )
     every = {name: dict.fromkeys(figures, 123.456) for name in routers.DELTAS}
-    return [experiments.table({"threshold_flops_1_16": row, "moe": row}, "cell"), routers.table(every)]
+    return [
+        experiments.table({"threshold_flops_1_16": row, "moe": row}, "cell"),
+        routers.table(every),
+    ]
 
 
 PRINTED = {
@@ -161,7 +229,9 @@ def drawn(part, width):
 def inner(part):
     """The tables of a group."""
     if isinstance(part, Group):
-        return [table for one in part.renderables for table in inner(getattr(one, "renderable", one))]
+        return [
+            table for one in part.renderables for table in inner(getattr(one, "renderable", one))
+        ]
     return [part] if isinstance(part, Table) else []
 
 
@@ -178,10 +248,18 @@ def test_no_number_of_any_command_is_cut_or_folded(name, width):
         for i, column in enumerate(table.columns):
             cells = [str(row.cells[i]) for row in table.rows if str(row.cells[i])]
             if column.kind == "number":
-                assert all(line in whole for cell in cells for line in cell.split("\n")), (column.name, cells[:3])
-            letters = lambda text: re.sub(r"\s", "", text)
+                assert all(line in whole for cell in cells for line in cell.split("\n")), (
+                    column.name,
+                    cells[:3],
+                )
+
+            def letters(text):
+                return re.sub(r"\s", "", text)
+
             assert (
-                i < table.keys or set(column.name.split()) <= set(text.split()) or letters(column.name) in letters(text)
+                i < table.keys
+                or set(column.name.split()) <= set(text.split())
+                or letters(column.name) in letters(text)
             )
 
 
@@ -202,7 +280,9 @@ def test_prose_breaks_between_words_and_markup_is_none():
         "the first multiple of eight from twice the choices of a token on, [red]no more[/]",
     )
     text = drawn(table, 60)
-    assert "[red]no" in text and set("the first multiple of eight from twice the choices".split()) <= set(text.split())
+    assert "[red]no" in text and set(
+        "the first multiple of eight from twice the choices".split()
+    ) <= set(text.split())
     assert table.markdown().splitlines()[1] == "|---|---:|---|"
 
 
@@ -229,7 +309,10 @@ def test_sentences_break_between_words_on_a_terminal_alone(monkeypatch):
     text = "error: data.seq_len = 3 is too short for /a/path/that/is/longer/than/a/line/and/stays/whole.npz"
     text += "\n  a command to copy, longer than forty columns"
     shown = read_from_terminal(lambda terminal: shell.tell(text, terminal), 40)
-    assert shown.split() == text.split() and "\n  a command to copy, longer than forty columns\n" in shown
+    assert (
+        shown.split() == text.split()
+        and "\n  a command to copy, longer than forty columns\n" in shown
+    )
     assert shown.splitlines()[0] == "error: data.seq_len = 3 is too short for"
     plain = io.StringIO()
     shell.tell(text, plain)

@@ -24,7 +24,11 @@ SMALL = {
     "model.moe.expert_hidden": 8,
     "data.seq_len": 8,
 }
-VECTORS = {"model.kind": "encoder", "model.kinds.encoder.inputs": "vectors", "model.kinds.encoder.input_dim": 3}
+VECTORS = {
+    "model.kind": "encoder",
+    "model.kinds.encoder.inputs": "vectors",
+    "model.kinds.encoder.input_dim": 3,
+}
 ENCDEC = {"task": "translation", "model.kind": "encdec", "model.kinds.encdec.encoder_repeats": 1}
 TASK_KEYS = {
     "lm": {},
@@ -32,8 +36,15 @@ TASK_KEYS = {
     "vision": {"task": "vision", **VECTORS},
     "speech": {"task": "speech", **VECTORS},
     "translation": ENCDEC,
-    "translation_prefix": {"task": "translation_prefix", "model.kinds.decoder.bidirectional_prefix": True},
-    "recommendation": {"task": "recommendation", "model.kind": "mmoe", "model.kinds.mmoe.items": (6,)},
+    "translation_prefix": {
+        "task": "translation_prefix",
+        "model.kinds.decoder.bidirectional_prefix": True,
+    },
+    "recommendation": {
+        "task": "recommendation",
+        "model.kind": "mmoe",
+        "model.kinds.mmoe.items": (6,),
+    },
 }
 
 
@@ -52,7 +63,9 @@ def test_one_row_or_group_at_a_time_keeps_every_sharding(float64, task, shape):
     """Traced, not compiled: shardings are part of the types."""
     for group_rows in (1, 2) if task == "lm" else (1,):
         # The statistics of a single repeat that is scanned are put beside those of a block before it.
-        cfg = tiny.build(shape, changes_of(task, group_rows, group_rows, **{"model.prefix": ("moe",)}))
+        cfg = tiny.build(
+            shape, changes_of(task, group_rows, group_rows, **{"model.prefix": ("moe",)})
+        )
         with jax.set_mesh(meshes.make(*shape)):
             model = train_step.make_model(cfg.model)
             params, router_state = jax.eval_shape(model.init, jax.random.key(0))
@@ -65,7 +78,9 @@ def test_one_row_or_group_at_a_time_keeps_every_sharding(float64, task, shape):
 @functools.cache
 def gradient(task, shape, micro, group_rows):
     """(loss, gradient of the loss) of a random batch, in float64."""
-    capacity = {"model.moe.dispatcher": "capacity", "model.allow_leak": True} if group_rows > 1 else {}
+    capacity = (
+        {"model.moe.dispatcher": "capacity", "model.allow_leak": True} if group_rows > 1 else {}
+    )
     cfg = tiny.build(shape, changes_of(task, micro, group_rows, **capacity))
     with jax.set_mesh(meshes.make(*shape)):
         model = train_step.make_model(cfg.model)
@@ -74,7 +89,10 @@ def gradient(task, shape, micro, group_rows):
         kind = TASKS[task]
         batch = batch_rows.put(tuple(kind.random(cfg, 0)), np.arange(ROWS), ROWS, kind.inputs)
         loss = train_step.make_loss(cfg, model)
-        value = lambda params, batch: loss(params, router_state, batch, jax.random.key(1))[0]
+
+        def value(params, batch):
+            return loss(params, router_state, batch, jax.random.key(1))[0]
+
         return jax.device_get(quickly(jax.value_and_grad(value))(params, batch))
 
 
@@ -90,6 +108,8 @@ def gradient(task, shape, micro, group_rows):
     ],
     ids=str,
 )
-def test_one_row_or_group_at_a_time_has_the_gradient_of_the_batch(float64, task, shape, micro, group_rows):
+def test_one_row_or_group_at_a_time_has_the_gradient_of_the_batch(
+    float64, task, shape, micro, group_rows
+):
     want, got = gradient(task, shape, ROWS, group_rows), gradient(task, shape, micro, group_rows)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), want, got)

@@ -53,11 +53,17 @@ SMALL = {
 
 # Subprocesses: compiled in half the time, and one device needs no more threads than cores.
 FAST = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-FAST |= {"PYTHON": sys.executable, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {as_flags(QUICK)}"}
+FAST |= {
+    "PYTHON": sys.executable,
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {as_flags(QUICK)}",
+}
 
 
 def run(workdir, changes=None, shape=(1, 1, 1)):
-    axes = {f"mesh.{name}": length for name, length in zip(("data", "expert", "model"), shape, strict=True)}
+    axes = {
+        f"mesh.{name}": length
+        for name, length in zip(("data", "expert", "model"), shape, strict=True)
+    }
     raw = tiny.raw(SMALL | axes | (changes or {}))
     cfg = tiny.build(shape, SMALL | axes | (changes or {}))
     with jax.set_mesh(meshes.make(*shape)):
@@ -71,7 +77,10 @@ def saved(workdir, changes=None):
         abstract = jax.eval_shape(jax.jit(initial(cfg, make_model(cfg.model))), jax.random.key(0))
         saves = Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
         state = saves.restore(saves.latest(), abstract, stacked=cfg.model.scan)
-        return {name: np.asarray(x) for name, x in flat.unstack(flat.flatten(state), cfg.model.scan).items()}
+        return {
+            name: np.asarray(x)
+            for name, x in flat.unstack(flat.flatten(state), cfg.model.scan).items()
+        }
 
 
 def losses(workdir):
@@ -109,10 +118,16 @@ def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, straight, caps
     run(tmp_path / "halves", choice | {"train.stop_at": 5})
     forget(tmp_path / "halves", "optim.clip_norm")
     result = run(tmp_path / "halves", choice)
-    assert "optim.clip_norm is new since this run: taken as its default 1.0" in capsys.readouterr().out
+    assert (
+        "optim.clip_norm is new since this run: taken as its default 1.0" in capsys.readouterr().out
+    )
     assert result.step == 10
     want, got = saved(straight, choice), saved(tmp_path / "halves", choice)
-    assert want.keys() == got.keys() and "params/ends/embed" in want and any(name.startswith("ema/") for name in want)
+    assert (
+        want.keys() == got.keys()
+        and "params/ends/embed" in want
+        and any(name.startswith("ema/") for name in want)
+    )
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     assert losses(tmp_path / "halves") == losses(straight)
@@ -129,9 +144,12 @@ def test_a_profile_names_the_phases(straight):
     text = path.with_suffix(".txt").read_text()
     assert all(phase in text for phase, _ in times)
     with gzip.open(next(path.parent.glob("*.trace.json.gz")), "rt") as file:
-        events = [event for event in json.load(file)["traceEvents"] if "scope" in event.get("args", {})]
+        events = [
+            event for event in json.load(file)["traceEvents"] if "scope" in event.get("args", {})
+        ]
     assert any(
-        e["name"].startswith("moe/experts backward | ") and "transpose(jvp(moe))/experts" in e["args"]["scope"]
+        e["name"].startswith("moe/experts backward | ")
+        and "transpose(jvp(moe))/experts" in e["args"]["scope"]
         for e in events
     )
 
@@ -178,11 +196,17 @@ def test_the_state_of_the_routers_comes_along(float64, tmp_path, router, name):
         return train.begin(cfg, saves, {}, {}, lambda key: filled, abstract)
 
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        saves, new = (Checkpoints(tmp_path / f / "checkpoints", every=1, keep=1, keep_best=0) for f in ("old", "new"))
+        saves, new = (
+            Checkpoints(tmp_path / f / "checkpoints", every=1, keep=1, keep_best=0)
+            for f in ("old", "new")
+        )
         saves.save(3, begun(router, saves, 0.25)[0], metadata={}, score=None, stacked=False)
         saves.close()
         state, notes = begun(router, new, 0.0, str(tmp_path / "old"))
-        assert all((np.asarray(z) == 0.25).all() for z in jax.tree.leaves((state.params, state.router_state)))
+        assert all(
+            (np.asarray(z) == 0.25).all()
+            for z in jax.tree.leaves((state.params, state.router_state))
+        )
         assert f"  loaded   repeats/0/blocks/0/moe/state/{name}" in notes
         state, notes = begun("relu", new, 0.0, str(tmp_path / "old"))
         assert all((np.asarray(z) == 0).all() for z in jax.tree.leaves(state.router_state))
@@ -193,7 +217,13 @@ def test_the_state_of_the_routers_comes_along(float64, tmp_path, router, name):
 def config_file(folder, **changes):
     """A config like the tests' above, for a process of its own."""
     path = folder / "tiny.py"
-    flat_changes = {**tiny.TINY, **SMALL, "model.param_dtype": "float32", "model.dtype": "float32", **changes}
+    flat_changes = {
+        **tiny.TINY,
+        **SMALL,
+        "model.param_dtype": "float32",
+        "model.dtype": "float32",
+        **changes,
+    }
     path.write_text(
         "from configs import base\n\n\ndef get_config(arg=None):\n    c = base.get_config(arg)\n"
         f"    with c.unlocked():\n        c.update_from_flattened_dict({flat_changes!r})\n    return c\n"
@@ -203,19 +233,35 @@ def config_file(folder, **changes):
 
 
 def command(config, workdir, *flags):
-    return [sys.executable, "-u", "-m", "moe_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
+    return [
+        sys.executable,
+        "-u",
+        "-m",
+        "moe_jax.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(tmp_path):
     config = config_file(
-        tmp_path, **{"optim.learning_rate": 1e37, "optim.clip_norm": 0.0, "train.nonfinite_patience": 2}
+        tmp_path,
+        **{"optim.learning_rate": 1e37, "optim.clip_norm": 0.0, "train.nonfinite_patience": 2},
     )
     done = subprocess.run(
-        command(config, tmp_path / "run"), cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=300
+        command(config, tmp_path / "run"),
+        cwd=ROOT,
+        env=FAST,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 76, done.stderr
     assert "not finite 3 time(s) in a row (train.nonfinite_patience = 2)" in done.stderr
-    assert re.search(r"the gradient of (ends|repeats)/\S+ went wrong first; no checkpoint yet", done.stderr)
+    assert re.search(
+        r"the gradient of (ends|repeats)/\S+ went wrong first; no checkpoint yet", done.stderr
+    )
 
 
 def test_what_went_wrong_first_is_nearest_to_the_loss():
@@ -226,7 +272,9 @@ def test_what_went_wrong_first_is_nearest_to_the_loss():
         "repeats/0/blocks/0/moe/experts/w_out",
         "repeats/1/blocks/0/attention/weights/q",
     ]
-    assert first_broken(names, np.array([0, 1, 1, 0, 0])) == "repeats/1/blocks/0/attention/weights/q"
+    assert (
+        first_broken(names, np.array([0, 1, 1, 0, 0])) == "repeats/1/blocks/0/attention/weights/q"
+    )
     assert first_broken(names, np.array([0, 0, 0, 0, 0])) == "ends/head"
     assert first_broken(names, np.ones(5)) == "none: the loss itself"
 
@@ -260,11 +308,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     step = int(text.split("saved step ")[1].split(" ")[0])
     assert step >= 2 and shlex.join(start[2:]) in text.split("go on with:")[1]
     options = {"cwd": ROOT, "env": FAST, "capture_output": True, "text": True, "timeout": 300}
-    again = subprocess.run([*start, "--config.train.steps=99000", f"--config.train.stop_at={step + 2}"], **options)
+    again = subprocess.run(
+        [*start, "--config.train.steps=99000", f"--config.train.stop_at={step + 2}"], **options
+    )
     assert again.returncode == 0 and f"going on from step {step}" in again.stdout
-    assert f"{step + 2} of 99000" in again.stdout and "train.steps = 100000 so far, 99000 from here on" in again.stdout
+    assert (
+        f"{step + 2} of 99000" in again.stdout
+        and "train.steps = 100000 so far, 99000 from here on" in again.stdout
+    )
     fewer = subprocess.run([*start, "--config.train.steps=2"], **options)
-    assert fewer.returncode == 64 and f"ends before the newest checkpoint of this run (step {step + 2})" in fewer.stderr
+    assert (
+        fewer.returncode == 64
+        and f"ends before the newest checkpoint of this run (step {step + 2})" in fewer.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +333,16 @@ def processes(tmp_path_factory):
         "--config.model.prefix=()",
         "--config.train.steps=4",
     ]
-    flags += ["--config.eval.every=0", "--config.eval.sample_tokens=0", "--config.log.tensorboard=False"]
+    flags += [
+        "--config.eval.every=0",
+        "--config.eval.sample_tokens=0",
+        "--config.log.tensorboard=False",
+    ]
     flags += ["--config.profile=2:3"]
-    for name, start in (("one", [sys.executable, "-m", "moe_jax.main"]), ("two", ["launch/local.sh", "2", "4"])):
+    for name, start in (
+        ("one", [sys.executable, "-m", "moe_jax.main"]),
+        ("two", ["launch/local.sh", "2", "4"]),
+    ):
         line = [*start, *flags, f"--workdir={folder}/{name}"]
         done = subprocess.run(line, cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
@@ -295,7 +358,10 @@ def test_two_processes_do_what_one_does(processes):
             if name in a:
                 assert abs(a[name] - b[name]) < 2e-5 * max(1, abs(a[name])), (a["step"], name)
     assert json.loads((processes / "two/run.json").read_text())[0]["processes"] == 2
-    assert len(list((processes / "two/profile").glob("process_[01]/plugins/profile/*/phases.json"))) == 2
+    assert (
+        len(list((processes / "two/profile").glob("process_[01]/plugins/profile/*/phases.json")))
+        == 2
+    )
 
 
 def test_a_run_of_two_processes_can_be_generated_from(processes, capsys):
@@ -307,6 +373,11 @@ def test_a_run_of_two_processes_can_be_generated_from(processes, capsys):
             params, _ = generate.load(cfg, processes / name / "checkpoints", None, ema=False)
         loaded.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
     assert abs(loaded[0] - loaded[1]).mean() < 1e-6 < abs(loaded[0]).mean()
-    assert generate.main(["--workdir", str(processes / "two"), "--prompt", "To be", "--max_tokens", "4"]) == 0
+    assert (
+        generate.main(
+            ["--workdir", str(processes / "two"), "--prompt", "To be", "--max_tokens", "4"]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert text.startswith("To be") and len(text) > len("To be\n")

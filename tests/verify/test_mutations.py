@@ -53,7 +53,11 @@ def sound(tmp_path_factory):
 @pytest.fixture(scope="module")
 def planted(request):
     """name -> a future of the program with that fault (None: jax refused to trace it). Traced one by one, compiled two at a time."""
-    chosen = {item.callspec.params["name"] for item in request.session.items if item.originalname == FAULTS}
+    chosen = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.originalname == FAULTS
+    }
     programs = {}
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
         for name, mutation in mutations.MUTATIONS.items():
@@ -116,18 +120,29 @@ def test_nothing_is_found_where_nothing_is_wrong(float64, sound):
     one, _ = sound(())
     for check in alone.checks(one.program, one.begin):
         assert check.sound, check
-        assert check.judged or "document" in check.claim  # capacity drops here, and documents of a row share it
+        assert (
+            check.judged or "document" in check.claim
+        )  # capacity drops here, and documents of a row share it
 
 
 def curve(raw, shape, begin):
     """Losses on sequences that count upwards, which the model learns."""
     program = Program(raw, shape).compile()
-    now, seen = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin(program)), []
+    now, seen = (
+        jax.tree.map(
+            lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin(program)
+        ),
+        [],
+    )
     for step in range(CURVE_STEPS):
         inputs = batch(program.cfg, step)
         start = inputs.tokens_BS[:, :1]
-        tokens = (start + np.arange(inputs.tokens_BS.shape[1], dtype=np.int32)[None]) % program.cfg.model.vocab_size
-        now, probe = program.step(now, inputs._replace(tokens_BS=tokens, targets_BS=(tokens + 1) % 64))
+        tokens = (
+            start + np.arange(inputs.tokens_BS.shape[1], dtype=np.int32)[None]
+        ) % program.cfg.model.vocab_size
+        now, probe = program.step(
+            now, inputs._replace(tokens_BS=tokens, targets_BS=(tokens + 1) % 64)
+        )
         seen.append(float(probe.metrics["loss"]))
     return np.array(seen)
 
@@ -140,11 +155,19 @@ def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys)
     for name, mutation in mutations.MUTATIONS.items():
         where = {"model.repeats": 1, **mutation.changes, **narrow}
         where |= {"train.micro_batch_size": 8} if mutation.where == "layout" else {}
-        if mutation.where in ("attention", "evaluation") or mutation.plant is mutations.kernel_without_gates:
-            lines.append(f"{name:40} not in this run: longer sequences, evaluation, or an accelerator have it")
+        if (
+            mutation.where in ("attention", "evaluation")
+            or mutation.plant is mutations.kernel_without_gates
+        ):
+            lines.append(
+                f"{name:40} not in this run: longer sequences, evaluation, or an accelerator have it"
+            )
             continue
         changes = tuple(sorted(where.items()))
-        begin = lambda program, own=mutation.changes: wide_begin(program, sound, own)
+
+        def begin(program, own=mutation.changes):
+            return wide_begin(program, sound, own)
+
         right = right_curve(changes, begin)
         with monkeypatch.context() as patch:
             mutation.plant(patch)
@@ -155,10 +178,14 @@ def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys)
                 continue
         difference = abs(wrong[-10:].mean() / right[-10:].mean() - 1)
         hidden += [name] if difference < HIDDEN else []
-        lines.append(f"{name:40} {difference:6.1%} {'hidden' if difference < HIDDEN else 'visible'}")
+        lines.append(
+            f"{name:40} {difference:6.1%} {'hidden' if difference < HIDDEN else 'visible'}"
+        )
     with capsys.disabled():
         print("\n" + "\n".join(lines))
-    assert right[-10:].mean() < 0.7 * right[0], "the sound model must learn for its curve to say anything"
+    assert right[-10:].mean() < 0.7 * right[0], (
+        "the sound model must learn for its curve to say anything"
+    )
     assert len(hidden) >= 3
 
 
@@ -183,10 +210,14 @@ def test_deviations_name_the_worst_and_the_first():
 
     def probe(loss, b):
         counts = {"counts": np.ones((1, 2, 4)), "dropped": np.zeros((1, 2))}
-        return Probe(loss, {}, np.zeros((2, 3)), counts, {}, {"a": np.ones(3), "b": np.array([2.0, b])})
+        return Probe(
+            loss, {}, np.zeros((2, 3)), counts, {}, {"a": np.ones(3), "b": np.array([2.0, b])}
+        )
 
     want, have = [probe(1.0, 1.0), probe(1.0, 1.0)], [probe(1.0, 2.0), probe(1.001, 1.0)]
-    worst, first = compare.deviations(want, have, {"params/a": np.ones(2)}, {"params/a": np.array([1.0, np.nan])})
+    worst, first = compare.deviations(
+        want, have, {"params/a": np.ones(2)}, {"params/a": np.array([1.0, np.nan])}
+    )
     assert first == compare.Deviation("gradients", 0.5, "b", 0)
     assert worst["forward"].step == 1 and worst["forward"].value == pytest.approx(1e-3)
     assert worst["counts"].sound and not worst["state"].sound and worst["state"].where == "params/a"

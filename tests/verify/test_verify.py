@@ -14,7 +14,14 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.tasks.lm import task as lm
 from moe_jax.verify import alone, batches, certificate, run, shrink, states
 from moe_jax.verify.alone import Check
-from moe_jax.verify.compare import Deviation, Rounded, deviations, largest, relative_gradients, rounded
+from moe_jax.verify.compare import (
+    Deviation,
+    Rounded,
+    deviations,
+    largest,
+    relative_gradients,
+    rounded,
+)
 from moe_jax.verify.program import Probe, Program
 from moe_jax.verify.run import ALL, Result, Row, Wanted, against, empty, reference, verify
 
@@ -41,16 +48,30 @@ LARGE = {
 def test_shrinking_keeps_what_decides_the_parallelism():
     yours = tiny.raw(LARGE)
     small, rules = shrink.shrink(yours)
-    kept = ("model.prefix", "model.period", "model.scan", "model.remat", "model.moe.routers", "model.moe.group_rows")
+    kept = (
+        "model.prefix",
+        "model.period",
+        "model.scan",
+        "model.remat",
+        "model.moe.routers",
+        "model.moe.group_rows",
+    )
     assert all(shrink.get(small, key) == shrink.get(yours, key) for key in kept)
     # 16 is the first multiple of 8 from 2 k = 12 on; 4 micro-batches of 8 devices x 2 rows
     assert small["model"]["moe"]["num_experts"] == 16
     assert (small["train"]["batch_size"], small["train"]["micro_batch_size"]) == (64, 16)
-    assert small["model"]["num_heads"] == 2 * small["model"]["num_kv_heads"] and small["model"]["repeats"] == 2
+    assert (
+        small["model"]["num_heads"] == 2 * small["model"]["num_kv_heads"]
+        and small["model"]["repeats"] == 2
+    )
     found = {rule.key: (rule.yours, rule.shrunk) for rule in rules}
     assert found["model.moe.num_experts"] == (64, 16) and found["model.d_model"] == (1024, 16)
     for rule in rules:
-        assert shrink.get(yours, rule.key) == rule.yours and shrink.get(small, rule.key) == rule.shrunk and rule.why
+        assert (
+            shrink.get(yours, rule.key) == rule.yours
+            and shrink.get(small, rule.key) == rule.shrunk
+            and rule.why
+        )
     axes = ("data", "expert", "model")
     assert not any(shrink.refusal(small, dict(zip(axes, shape, strict=True))) for shape in ALL)
 
@@ -67,8 +88,16 @@ def test_layouts():
     """The reference is plain; the layout has everything on. A loss that is defined per micro-batch keeps its micro-batches in both."""
     small, _ = shrink.shrink(tiny.raw(LARGE))
     plain, (layout, names) = shrink.plain(small), shrink.layout(shrink.plain(small))
-    assert (plain["model"]["scan"], plain["model"]["remat"], plain["train"]["micro_batch_size"]) == (False, "none", 0)
-    assert (layout["model"]["scan"], layout["model"]["remat"], layout["train"]["micro_batch_size"]) == (
+    assert (
+        plain["model"]["scan"],
+        plain["model"]["remat"],
+        plain["train"]["micro_batch_size"],
+    ) == (False, "none", 0)
+    assert (
+        layout["model"]["scan"],
+        layout["model"]["remat"],
+        layout["train"]["micro_batch_size"],
+    ) == (
         True,
         "full",
         16,
@@ -111,19 +140,35 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
     assert layout.name == "1x1x1 accumulate+scan+remat" and both.name == "2x2x2, 2 processes"
     assert mesh.reader == "1x1x1" and mesh.unequal == [] and mesh.rounded.steps == 20
     assert "must be divisible by mesh.data" in refused.refused and not refused.deviations
-    assert {d.check for d in both.deviations.values()} == set(mesh.deviations) and both.deviations["forward"].value > 0
+    assert {d.check for d in both.deviations.values()} == set(mesh.deviations) and both.deviations[
+        "forward"
+    ].value > 0
     assert (both.reader, both.unequal) == ("1x1x1", [])
-    assert command.verdict(found).startswith("PROVEN: 3 layouts equal one device over 2 steps; 1 refused")
-    assert [check.claim.split()[0] for check in found.alone][:4] == ["1x2x2", "1x2x2", "the", "padding"]
+    assert command.verdict(found).startswith(
+        "PROVEN: 3 layouts equal one device over 2 steps; 1 refused"
+    )
+    assert [check.claim.split()[0] for check in found.alone][:4] == [
+        "1x2x2",
+        "1x2x2",
+        "the",
+        "padding",
+    ]
     assert ("model.moe.orderings.rounding.tile", 16, 4) in [rule[:3] for rule in found.rules]
     served = found.alone[-1]
     dropped, assigned = map(int, re.match(r"(\d+) of (\d+) assignments", served.note).groups())
     assert served.sound and 0 < dropped < assigned / 2
-    assert moved(ones[0]) and ones[0].probes[0].routing["dropped"].sum() == ones[0].probes[0].sums["dropped"].sum()
+    assert (
+        moved(ones[0])
+        and ones[0].probes[0].routing["dropped"].sum() == ones[0].probes[0].sums["dropped"].sum()
+    )
     content = certificate.content(raw, "configs/x.py", ["model.x=1"], found, command.verdict(found))
     certificate.write(tmp_path / "c.json", content)
     back = json.loads((tmp_path / "c.json").read_text())
-    assert back["proven"] and re.fullmatch("[0-9a-f]{64}", back["config_sha256"]) and back["versions"]["jax"]
+    assert (
+        back["proven"]
+        and re.fullmatch("[0-9a-f]{64}", back["config_sha256"])
+        and back["versions"]["jax"]
+    )
     assert back["moe"]["router"].keys() == {"sigmoid"} and back["set"] == ["model.x=1"]
     assert back["meshes"][1]["checkpoint"] == {"read_on": "1x1x1", "unequal_arrays": []}
     certificate.write(tmp_path / "c.md", content)
@@ -140,7 +185,11 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
 def moved(one):
     """What of the routers' state the steps changed: it is compared, so a mesh that moves it otherwise is found."""
     begin = states.named(one.program, one.begin)
-    return {name for name in begin if name.startswith("router_state/") and (begin[name] != one.end[name]).any()}
+    return {
+        name
+        for name in begin
+        if name.startswith("router_state/") and (begin[name] != one.end[name]).any()
+    }
 
 
 BALANCED = {"model.moe.losses.balance": 0.0}
@@ -151,7 +200,11 @@ NEEDS = {
     "soft": BALANCED | {"model.allow_leak": True, "model.moe.dispatcher": "slots"},
 }
 # Of a recording there is none in a random batch; tests/instruments/test_instruments.py replays on meshes.
-CASES = {name: {"model.moe.router": name, **NEEDS.get(name, {})} for name in ROUTERS if name != "recorded"}
+CASES = {
+    name: {"model.moe.router": name, **NEEDS.get(name, {})}
+    for name in ROUTERS
+    if name != "recorded"
+}
 CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
 CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
 CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
@@ -174,11 +227,19 @@ def test_every_router_and_ordering(float64, tmp_path, name):
     program = Program(small, (1, 2, 2)).compile()
     _, worst, first = against(one, program, states.read(program, tmp_path / "begin"))
     assert first is None and set(worst) == {*run.compare.LIMITS}
-    checks = [*alone.checks(one.program, one.begin), alone.served(one.probes, program.cfg.model.moe.num_experts)]
+    checks = [
+        *alone.checks(one.program, one.begin),
+        alone.served(one.probes, program.cfg.model.moe.num_experts),
+    ]
     assert not [check for check in checks if not check.sound]
-    drops, capacity = one.probes[0].sums["dropped"].sum() > 0, program.cfg.model.moe.dispatcher == "capacity"
+    drops, capacity = (
+        one.probes[0].sums["dropped"].sum() > 0,
+        program.cfg.model.moe.dispatcher == "capacity",
+    )
     assert drops or not (name == "rounding" or capacity)
-    asked_again = [check.claim for check in checks if check.claim.endswith("with top-k and dropless")]
+    asked_again = [
+        check.claim for check in checks if check.claim.endswith("with top-k and dropless")
+    ]
     assert all(check.judged or program.cfg.model.allow_leak or capacity for check in checks)
     assert len(asked_again) == (0 if all(check.judged for check in checks) else 2)
     assert bool(one.probes[0].routing) == (name not in ("soft", "null that copies"))
@@ -194,7 +255,10 @@ def test_single_choices_are_compared():
         return Probe(1.0, {}, np.zeros(2), sums, choices, {"w": np.zeros(2)})
 
     want = [probe([0, 1], [True, False])]
-    compared = lambda have: deviations(want, [have], {}, {})
+
+    def compared(have):
+        return deviations(want, [have], {}, {})
+
     assert compared(want[0])[1] is None
     worst, first = compared(probe([1, 0], [True, False]))
     assert first == Deviation("counts", 2.0, "single choices", 0) and worst["drops"].sound
@@ -203,7 +267,10 @@ def test_single_choices_are_compared():
 
 
 def test_nothing_is_proven_of_a_layer_that_serves_nobody():
-    sums = {"counts": np.array([[[3.0, 1.0, 5.0]], [[2.0, 2.0, 5.0]]]), "dropped": np.array([[1.0], [4.0]])}
+    sums = {
+        "counts": np.array([[[3.0, 1.0, 5.0]], [[2.0, 2.0, 5.0]]]),
+        "dropped": np.array([[1.0], [4.0]]),
+    }
     probe = Probe(1.0, {}, np.zeros(1), sums, {}, {})
     assert alone.served([probe], 2) == Check(
         "every MoE layer serves somebody", 1.0, 0.0, "5 of 8 assignments dropped", True
@@ -218,7 +285,10 @@ def result(row, checks=()):
 def test_verdicts():
     bad = Deviation("gradients", 1.0, "repeats/0/q", 2)
     row = Row("2x2x2", "", "", {"gradients": bad}, bad, "1x1x1", [], None)
-    assert command.verdict(result(row)) == "DEVIATES: 2x2x2, step 2: gradients of repeats/0/q by 1.0e+00 (limit 1e-09)"
+    assert (
+        command.verdict(result(row))
+        == "DEVIATES: 2x2x2, step 2: gradients of repeats/0/q by 1.0e+00 (limit 1e-09)"
+    )
     assert command.verdict(result(row._replace(first=None, unequal=["params/x"]))).endswith(
         "its checkpoint read on 1x1x1 differs in params/x"
     )
@@ -238,7 +308,10 @@ def test_nan_is_the_largest():
     """For `max` it is not: max(0.0, nan) is 0.0."""
     nan = float("nan")
     assert largest({"a": 1.0, "b": nan, "c": 2.0})[0] == "b" and largest({}) == ("", 0.0)
-    probe = lambda loss: Probe(loss, {}, np.zeros(2), {}, {}, {"w": np.zeros(2)})
+
+    def probe(loss):
+        return Probe(loss, {}, np.zeros(2), {}, {}, {"w": np.zeros(2)})
+
     worst, first = deviations([probe(1.0)] * 3, [probe(1.0), probe(nan), probe(2.0)], {}, {})
     assert np.isnan(worst["forward"].value) and first.step == 1
     assert np.isnan(alone._everything(probe(1.0), probe(nan))["loss"])
@@ -254,7 +327,9 @@ def test_a_mesh_that_only_the_config_as_it_is_refuses_is_told():
 
 
 def test_rounding_is_reported_with_the_first_flip():
-    probe = lambda loss, first: Probe(loss, {}, np.zeros(1), {"counts": np.array([[first, 2.0]])}, {}, {})
+    def probe(loss, first):
+        return Probe(loss, {}, np.zeros(1), {"counts": np.array([[first, 2.0]])}, {}, {})
+
     want, have = [probe(2.0, 1.0)] * 3, [probe(2.0, 1.0), probe(2.1, 3.0), probe(2.0, 1.0)]
     assert rounded(want, have) == Rounded(pytest.approx(0.05), 1, 3)
     assert rounded(want, want).flip is None
@@ -269,10 +344,16 @@ def test_rounding_is_reported_with_the_first_flip():
         (["--processes", "3"], "--processes 3 must be one of 1, 2, 4, 8"),
         (["--set", "model.d_modle=3"], 'did you mean "model.d_model"?'),
         (["--meshes", ""], "write DATAxEXPERTxMODEL"),
-        (["--certificate", "not/there.json"], "--certificate not/there.json cannot be written: No such file"),
+        (
+            ["--certificate", "not/there.json"],
+            "--certificate not/there.json cannot be written: No such file",
+        ),
         (["--set", "model.d_model"], "--set model.d_model"),
         (["--set", "model.moe.dispatchers.capacity.factor=2.0"], "does nothing"),
-        (["--set", "model.moe.num_experts=9", "--set", "model.moe.routers.top_k.k=10"], "must lie between 1 and"),
+        (
+            ["--set", "model.moe.num_experts=9", "--set", "model.moe.routers.top_k.k=10"],
+            "must lie between 1 and",
+        ),
         (
             ["--set", "model.moe.num_experts=9", "--meshes", "1x2x1"],
             "every mesh is refused for the config as it was shrunk (docs/verify.md): model.moe.num_experts (9)",

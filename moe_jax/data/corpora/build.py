@@ -30,7 +30,10 @@ MILTON_PARTS = (
     ("PARADISE REGAINED", "POEMATA: LATIN, GREEK AND ITALIAN POEMS BY JOHN MILTON"),
     ("ON THE MORNING OF CHRISTS NATIVITY.", "L'ALLEGRO."),
     ("SONNETS.", "Transcriber's note: Facsimile of Title page of Lycidas follows:"),
-    ("POEMS ADDED IN THE 1673 EDITION.", "COLLECTION OF PASSAGES TRANSLATED IN THE PROSE WRITINGS."),
+    (
+        "POEMS ADDED IN THE 1673 EDITION.",
+        "COLLECTION OF PASSAGES TRANSLATED IN THE PROSE WRITINGS.",
+    ),
     ("SAMSON AGONISTES", "APPENDIX."),
 )
 
@@ -69,7 +72,9 @@ def drama(text: str) -> Iterator[str]:
     works = split_before(text, r"^[^\n]+\n\nby William Shakespeare$", shortest=1)
     for work in filter(str.strip, works):
         scenes = split_before(
-            work, r"^ ?(ACT|Act|SCENE|Scene)[ .]+([IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH)\b", 600
+            work,
+            r"^ ?(ACT|Act|SCENE|Scene)[ .]+([IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH)\b",
+            600,
         )
         for scene in scenes:
             yield from cut(scene, STRETCH) if len(scenes) == 1 else cut_long(scene)
@@ -90,7 +95,9 @@ def verse(text: str) -> Iterator[str]:
 
 def novel(text: str) -> Iterator[str]:
     """A chapter is a document; the first of a volume or a book has its title."""
-    title = r"EMMA|Persuasion|PRIDE AND PREJUDICE|SENSE AND SENSIBILITY|MANSFIELD PARK|NORTHANGER ABBEY"
+    title = (
+        r"EMMA|Persuasion|PRIDE AND PREJUDICE|SENSE AND SENSIBILITY|MANSFIELD PARK|NORTHANGER ABBEY"
+    )
     for part in split_before(text, rf"^(({title})$|VOLUME |(CHAPTER|Chapter) [0-9IVXL]+)", 600):
         yield from cut_long(part)
 
@@ -99,7 +106,9 @@ def scripture(text: str, books: dict[str, str]) -> Iterator[str]:
     """A chapter is a document: its name, then one verse a line without the reference."""
     verses = (line.split("\t") for line in text.splitlines())
     for (book, chapter), group in itertools.groupby(verses, lambda verse: chapter_of(verse[0])):
-        yield from cut_long(f"{books.get(book, book)} {chapter}\n" + "".join(f"{verse}\n" for _, verse in group))
+        yield from cut_long(
+            f"{books.get(book, book)} {chapter}\n" + "".join(f"{verse}\n" for _, verse in group)
+        )
 
 
 def chapter_of(reference: str) -> tuple[str, str]:
@@ -125,7 +134,10 @@ def english(text: str) -> Iterator[str]:
 
 def spanish(text: str) -> Iterator[str]:
     names = dict.fromkeys(line.split("\t")[0].rpartition(" ")[0] for line in text.splitlines())
-    return scripture(text, dict(zip(names, (name.replace("_", " ") for name in SPANISH_BOOKS.split()), strict=True)))
+    return scripture(
+        text,
+        dict(zip(names, (name.replace("_", " ") for name in SPANISH_BOOKS.split()), strict=True)),
+    )
 
 
 CORPORA = {
@@ -142,7 +154,9 @@ def read(folder: pathlib.Path, name: str) -> str:
     """The text of `name` or `name`.gz, wherever it is in `folder`."""
     found = sorted([*folder.rglob(name), *folder.rglob(name + ".gz")])
     if not found:
-        raise UserError(f"--from {folder} holds neither {name} nor {name}.gz; NOTICE.md says where to get it")
+        raise UserError(
+            f"--from {folder} holds neither {name} nor {name}.gz; NOTICE.md says where to get it"
+        )
     data = found[0].read_bytes()
     return (gzip.decompress(data) if found[0].suffix == ".gz" else data).decode("utf-8")
 
@@ -163,9 +177,14 @@ def build(folder: pathlib.Path, out: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--from", dest="folder", type=pathlib.Path, required=True, help="where the source files are")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="default: beside build.py"
+        "--from", dest="folder", type=pathlib.Path, required=True, help="where the source files are"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parent,
+        help="default: beside build.py",
     )
     flags = parser.parse_args(argv)
     build(flags.folder, flags.out)

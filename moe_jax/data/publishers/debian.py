@@ -31,7 +31,9 @@ def sections(given: Given) -> Converted:
             text = " ".join(_lines(described))
             rows.setdefault(text, (package.get("Section", ""), name, text))
     if not rows:
-        raise UserError(f"--from {given}: Packages and Translation-en share no Description-md5: give one release")
+        raise UserError(
+            f"--from {given}: Packages and Translation-en share no Description-md5: give one release"
+        )
     lines = table([("section", "package", "description"), *rows.values()])
     files = {"classification/debian12_descriptions_by_section.tsv.gz": lines}
     return Converted(files, (f"{len(rows):,} descriptions", *notes))
@@ -43,7 +45,9 @@ def depends(given: Given) -> Converted:
     needed = {name: _needed(package.get("Depends", "")) for name, package in packages.items()}
     rows = [(name, " ".join(names)) for name, names in needed.items() if names]
     lines = table([("package", "depends"), *rows])
-    return Converted({"recommendation/debian12_depends.tsv.gz": lines}, (f"{len(rows):,} packages", *notes))
+    return Converted(
+        {"recommendation/debian12_depends.tsv.gz": lines}, (f"{len(rows):,} packages", *notes)
+    )
 
 
 def translation(language: str) -> Callable[[Given], Converted]:
@@ -65,14 +69,18 @@ def _pairs(given: Given, language: str) -> Converted:
             pairs.update(zip(sources, targets))
     kept = sorted(pair for pair in pairs if _is_prose(*pair))
     if not kept:
-        raise UserError(f"--from {given}: Translation-en and Translation-{language} share no Description-md5")
+        raise UserError(
+            f"--from {given}: Translation-en and Translation-{language} share no Description-md5"
+        )
     notes = (f"{len(kept):,} pairs of paragraphs", *_release_notes(given))
     return Converted({f"translation/ddtp_en_{language}.tsv.gz": table(kept)}, notes)
 
 
 def _is_prose(source: str, target: str) -> bool:
     """Returns whether a pair is text that was translated, and short enough."""
-    return source != target and max(len(source), len(target)) < LONGEST and "\t" not in source + target
+    return (
+        source != target and max(len(source), len(target)) < LONGEST and "\t" not in source + target
+    )
 
 
 def _packages(given: Given) -> tuple[dict[str, Paragraph], tuple[str, ...]]:
@@ -110,12 +118,18 @@ def _sums(release: Found) -> list[str]:
 
 def _release_notes(given: Given) -> tuple[str, ...]:
     if not given.has(RELEASE):
-        return ("nothing was compared with Debian's sums: give the InRelease of dists/bookworm too",)
+        return (
+            "nothing was compared with Debian's sums: give the InRelease of dists/bookworm too",
+        )
     text = given.one(RELEASE).text()
-    codename, version = (re.search(rf"^{name}: (\S+)$", text, re.MULTILINE) for name in ("Codename", "Version"))
+    codename, version = (
+        re.search(rf"^{name}: (\S+)$", text, re.MULTILINE) for name in ("Codename", "Version")
+    )
     told = f"Debian {version[1] if version else ''} ({codename[1] if codename else 'unknown'})"
     if codename and codename[1] == MEASURED:
-        return (f"{told}; figures of docs/tasks.md differ a little from one point release to the next",)
+        return (
+            f"{told}; figures of docs/tasks.md differ a little from one point release to the next",
+        )
     return (f"{told}; the figures of docs/tasks.md are of {MEASURED}: yours will differ",)
 
 
@@ -126,7 +140,9 @@ def _read(found: Found, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph
     """
     text = found.text()
     if not text.endswith("\n\n"):
-        raise UserError(f"{found.place} does not end with an empty line: it was cut, or is no index of Debian")
+        raise UserError(
+            f"{found.place} does not end with an empty line: it was cut, or is no index of Debian"
+        )
     for number, block in enumerate(text.split("\n\n"), 1):
         paragraph: Paragraph = {}
         for field in re.split(r"\n(?=\S)", block.strip("\n")):
@@ -136,7 +152,9 @@ def _read(found: Found, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph
         if key in paragraph:
             yield paragraph
         elif block.strip():
-            raise UserError(f"{found.place}, paragraph {number} has no field {key}: give Debian's own index")
+            raise UserError(
+                f"{found.place}, paragraph {number} has no field {key}: give Debian's own index"
+            )
 
 
 def _lines(description: str) -> list[str]:

@@ -43,9 +43,13 @@ def convert(given: Given) -> Converted:
         images, labels = (found[f"{part}-{name}-ubyte"] for name in ("images-idx3", "labels-idx1"))
         shape, (count,) = _shape(images, 3), _shape(labels, 1)
         if shape[0] != count:
-            raise UserError(f"{images.place} has {shape[0]} images, but {labels.place} {count} labels: give one set")
+            raise UserError(
+                f"{images.place} has {shape[0]} images, but {labels.place} {count} labels: give one set"
+            )
         notes.append(f"{shape[0]:,} images of {shape[1]} x {shape[2]} pixels in {part}")
-    return Converted({f"fashion_mnist/{name}.gz": file.data for name, file in found.items()}, tuple(notes))
+    return Converted(
+        {f"fashion_mnist/{name}.gz": file.data for name, file in found.items()}, tuple(notes)
+    )
 
 
 def _shape(found: Found, dimensions: int) -> tuple[int, ...]:
@@ -57,5 +61,7 @@ def _shape(found: Found, dimensions: int) -> tuple[int, ...]:
     shape = tuple(int(n) for n in np.frombuffer(found.data, ">u4", dimensions, 4))
     expected = start + int(np.prod(shape, dtype=np.int64))
     if len(found.data) != expected:
-        raise UserError(f"{found.place} holds {len(found.data)} bytes, but its head says {expected}: it was cut")
+        raise UserError(
+            f"{found.place} holds {len(found.data)} bytes, but its head says {expected}: it was cut"
+        )
     return shape

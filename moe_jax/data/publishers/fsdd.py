@@ -17,7 +17,11 @@ SPEAKERS = 6
 def convert(given: Given) -> Converted:
     """Returns a tar archive of the recordings below TAKEN of each digit and speaker."""
     wanted = "|".join(f"[0-9]_*_{index}.wav" for index in range(TAKEN))
-    found = {name: file for name, file in given.many(wanted, "recordings").items() if NAME.fullmatch(name)}
+    found = {
+        name: file
+        for name, file in given.many(wanted, "recordings").items()
+        if NAME.fullmatch(name)
+    }
     if len(found) < 10 * SPEAKERS * TAKEN:
         raise UserError(
             f"--from {given} holds {len(found)} of {10 * SPEAKERS * TAKEN} recordings DIGIT_SPEAKER_INDEX.wav "
@@ -35,7 +39,9 @@ def _check(file: Found) -> None:
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         raise UserError(f"{file.place} is no wav file")
     if len(file.data) != size:
-        raise UserError(f"{file.place} holds {len(file.data)} bytes, but its head says {size}: it was cut")
+        raise UserError(
+            f"{file.place} holds {len(file.data)} bytes, but its head says {size}: it was cut"
+        )
 
 
 def _archive(files: dict[str, Found]) -> bytes:

@@ -71,7 +71,9 @@ class Found(NamedTuple):
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.place} is not UTF-8 at byte {error.start}: give the publisher's own file") from None
+            raise UserError(
+                f"{self.place} is not UTF-8 at byte {error.start}: give the publisher's own file"
+            ) from None
 
 
 class Given:
@@ -113,7 +115,9 @@ class Given:
         if found:
             joined = b"".join(file.packed for file in found.values())
             digest = hashlib.sha256(joined).hexdigest()
-            self.sources.append(Source(f"{len(found)} {what}, one after another", len(joined), digest, ""))
+            self.sources.append(
+                Source(f"{len(found)} {what}, one after another", len(joined), digest, "")
+            )
         return found
 
     def has(self, patterns: str) -> bool:
@@ -130,7 +134,11 @@ class Given:
     def _closed(self) -> str:
         """Returns what to say of archives that are in a folder; "" if there is none."""
         closed = [e.place for e in self._entries if e.name.endswith((".tar", ".tgz", ".zip"))]
-        return f". Archives in a folder are not opened, name them: {', '.join(closed[:4])}" if closed else ""
+        return (
+            f". Archives in a folder are not opened, name them: {', '.join(closed[:4])}"
+            if closed
+            else ""
+        )
 
     def _record(self, found: Found, digests: Sequence[str]) -> None:
         sha256 = hashlib.sha256(found.packed).hexdigest()
@@ -182,7 +190,9 @@ def _entries(path: pathlib.Path) -> Iterator[_Entry]:
         elif not path.is_file():
             raise UserError(f"--from {path} is neither a file nor a folder")
         elif path.suffix == ".deb":
-            raise UserError(f"--from {path} is a Debian package: `dpkg-deb -x {path} DIR` unpacks it, then give DIR")
+            raise UserError(
+                f"--from {path} is a Debian package: `dpkg-deb -x {path} DIR` unpacks it, then give DIR"
+            )
         elif zipfile.is_zipfile(path):
             yield from _members(path, _zip_members(path))
         elif tarfile.is_tarfile(path):
@@ -200,7 +210,9 @@ def _members(path: pathlib.Path, files: Mapping[str, bytes]) -> Iterator[_Entry]
 
 def _zip_members(path: pathlib.Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
-        return {item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()}
+        return {
+            item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()
+        }
 
 
 def _tar_members(path: pathlib.Path) -> dict[str, bytes]:

@@ -37,11 +37,15 @@ def convert(given: Given) -> Converted:
         texts.append(_verses(bible))
         joined = "\n".join(texts[-1].values()).encode("utf-8")
         digest = hashlib.sha256(joined).hexdigest()
-        given.sources.append(Source(f"verses of SWORD module {name} {version}", len(joined), digest, ""))
+        given.sources.append(
+            Source(f"verses of SWORD module {name} {version}", len(joined), digest, "")
+        )
     rows = aligned(*texts)
     if not rows:
         raise UserError(f"--from {given}: {ENGLISH} and {SPANISH} share no verse")
-    return Converted({"translation/bible_kjv_rv1909_en_es.tsv.gz": table(rows)}, (f"{len(rows):,} verses",))
+    return Converted(
+        {"translation/bible_kjv_rv1909_en_es.tsv.gz": table(rows)}, (f"{len(rows):,} verses",)
+    )
 
 
 def aligned(english: Verses, spanish: Verses) -> list[tuple[str, str, str]]:
@@ -59,7 +63,9 @@ def _modules(given: Given) -> dict[str, tuple[Any, str]]:
     try:
         reader = importlib.import_module("pysword.modules")
     except ImportError:
-        raise UserError("bible_en_es needs a reader of SWORD modules: pip install pysword") from None
+        raise UserError(
+            "bible_en_es needs a reader of SWORD modules: pip install pysword"
+        ) from None
     found: dict[str, tuple[Any, str]] = {}
     for path in given.paths:
         try:
@@ -67,7 +73,9 @@ def _modules(given: Given) -> dict[str, tuple[Any, str]]:
             known = modules.parse_modules()
             for name in known.keys() & {ENGLISH, SPANISH}:
                 found[name] = (modules.get_bible_from_module(name), known[name].get("version", ""))
-        except Exception as error:  # pysword has no errors of its own, so a wrong file may raise any
+        except (
+            Exception
+        ) as error:  # pysword has no errors of its own, so a wrong file may raise any
             raise UserError(f"--from {path} cannot be read as SWORD modules: {error}") from None
     if missing := sorted({ENGLISH, SPANISH} - found.keys()):
         raise UserError(
@@ -86,7 +94,9 @@ def _verses(bible: Any) -> dict[str, str]:
         for book in books:
             for chapter, length in enumerate(book.chapter_lengths, 1):
                 for verse in range(1, length + 1):
-                    text = " ".join(bible.get(books=book.name, chapters=chapter, verses=verse).split())
+                    text = " ".join(
+                        bible.get(books=book.name, chapters=chapter, verses=verse).split()
+                    )
                     if text:
                         verses[f"{book.name} {chapter}:{verse}"] = text
     return verses

@@ -51,7 +51,9 @@ def _edition(found: Found) -> str:
     for edition in ("WordNet 3.0", "WordNet 3.1"):
         if f"{edition} Copyright" in head:
             return edition
-    raise UserError(f"{found.place} does not begin with the licence of WordNet 3.0 or 3.1: give the data.* of dict/")
+    raise UserError(
+        f"{found.place} does not begin with the licence of WordNet 3.0 or 3.1: give the data.* of dict/"
+    )
 
 
 def _synsets(found: Found, letter: str) -> Iterator[Row]:
@@ -78,7 +80,9 @@ def _check_end(found: Found, last: int) -> None:
     """UserError if a file ends before byte `last`, at which a synset begins."""
     if last >= len(found.data):
         size = len(found.data)
-        raise UserError(f"{found.place} ends at byte {size}, but has a synset at byte {last}: the file was cut")
+        raise UserError(
+            f"{found.place} ends at byte {size}, but has a synset at byte {last}: the file was cut"
+        )
 
 
 def _last(index: Found) -> int:

@@ -29,7 +29,9 @@ def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[So
     try:
         if path.exists():
             if _content(path) != content:
-                message = "is there already and holds something else: move it, or choose another --out"
+                message = (
+                    "is there already and holds something else: move it, or choose another --out"
+                )
                 raise UserError(f"{path} {message}")
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,9 @@ def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[So
             (json.dumps(record, indent=1) + "\n").encode(),
         )
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): choose another --out"
+        ) from None
     return True
 
 

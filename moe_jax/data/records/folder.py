@@ -28,7 +28,9 @@ def table(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]
         for number, line in enumerate(file, 1):
             cells = plain(line, f"{path}, line {number}").rstrip("\n").split("\t")
             if len(cells) != columns:
-                raise UserError(f"{path}, line {number} has {len(cells)} columns instead of {columns} (between tabs)")
+                raise UserError(
+                    f"{path}, line {number} has {len(cells)} columns instead of {columns} (between tabs)"
+                )
             if number > 1 or not header:
                 yield cells
 

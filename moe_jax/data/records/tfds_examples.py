@@ -54,7 +54,9 @@ class Stored(NamedTuple):
                 yield from self.records("heldout", name)
                 return
         there = ", ".join(self.builder.info.splits)
-        raise UserError(f"dataset {self.name} has neither a split test nor validation with labels (it has: {there})")
+        raise UserError(
+            f"dataset {self.name} has neither a split test nor validation with labels (it has: {there})"
+        )
 
     def _has_labels(self, split: str, label: str) -> bool:
         return any(record.fields[label] != labels.NONE for record in self.records("heldout", split))

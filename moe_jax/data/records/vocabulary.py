@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from moe_jax.data import tokenizer
 
-SAMPLE = 4_000_000  # characters; of more text a BPE of some thousand pieces learns little that is new
+SAMPLE = (
+    4_000_000  # characters; of more text a BPE of some thousand pieces learns little that is new
+)
 
 
 def make(spec: str, texts: Sequence[str]) -> tokenizer.Tokenizer:

@@ -39,7 +39,9 @@ def parse(spec: str) -> Spec:
     kinds = "|".join(SOURCES)
     match = re.fullmatch(rf"(?:([\w.-]+)=)?({kinds})(?::(.*))?", spec, flags=re.DOTALL)
     if not match:
-        raise UserError(f"source {spec!r} is none of: {USAGE}, each with an optional LABEL= before it")
+        raise UserError(
+            f"source {spec!r} is none of: {USAGE}, each with an optional LABEL= before it"
+        )
     label, kind, argument = match.groups()
     if kind != "embedded" and not argument:
         raise UserError(f"source {spec!r} names nothing after {kind}: the sources are {USAGE}")

@@ -80,7 +80,9 @@ def plain(text: str | bytes | None, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} is no valid Unicode: half a surrogate pair at character {error.start}") from None
+        raise UserError(
+            f"{where} is no valid Unicode: half a surrogate pair at character {error.start}"
+        ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 

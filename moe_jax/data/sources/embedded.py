@@ -13,7 +13,9 @@ def domains(argument: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in corpora.DOMAINS]
     if unknown or len(set(names)) < len(names):
         what = f"has no domain {unknown[0]!r}" if unknown else f"names a domain twice: {argument}"
-        raise UserError(f"source embedded {what}; choose each at most once from {', '.join(corpora.DOMAINS)}")
+        raise UserError(
+            f"source embedded {what}; choose each at most once from {', '.join(corpora.DOMAINS)}"
+        )
     return names
 
 

@@ -24,7 +24,11 @@ def read_text(argument: str, label: str) -> Iterator[Document]:
         with readable(path), open_text(path) as file:
             rest = ""
             while block := file.read(BLOCK):
-                *pieces, rest = cut(rest + block, PIECE) if len(rest) + len(block) > 2 * PIECE else [rest + block]
+                *pieces, rest = (
+                    cut(rest + block, PIECE)
+                    if len(rest) + len(block) > 2 * PIECE
+                    else [rest + block]
+                )
                 yield from (Document(plain(piece, path), label or stem(path)) for piece in pieces)
             yield Document(plain(rest, path), label or stem(path))
 
@@ -36,14 +40,18 @@ def read_jsonl(argument: str, label: str) -> Iterator[Document]:
         with readable(path), open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield Document(_field_of_line(line, field, f"{path}, line {number}"), label or stem(path))
+                    yield Document(
+                        _field_of_line(line, field, f"{path}, line {number}"), label or stem(path)
+                    )
 
 
 def _field_of_line(line: str, field: str, where: str) -> str:
     record = _json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get(field, 0), str | None):
         there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where} has no text in field {field!r} (it has: {there}); name the field after a #")
+        raise UserError(
+            f"{where} has no text in field {field!r} (it has: {there}); name the field after a #"
+        )
     # Python takes the last of equal keys. They are looked for only where the name stands twice in the line, which is rare.
     if line.count(f'"{field}"') > 1 and _times(line, field) > 1:
         raise UserError(
@@ -57,8 +65,13 @@ def _json(line: str, where: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
-        raise UserError(f"{where} is JSON beyond what Python reads ({error}): mend or drop the line") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(
+            f"{where} is JSON beyond what Python reads ({error}): mend or drop the line"
+        ) from None
 
 
 def _times(line: str, field: str) -> int:
@@ -82,7 +95,9 @@ def read_parquet(argument: str, label: str) -> Iterator[Document]:
                 )
             if not types or not _is_text(types[0]):
                 columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
-                raise UserError(f"{path} has no text column {field!r} (it has: {columns}); name the column after a #")
+                raise UserError(
+                    f"{path} has no text column {field!r} (it has: {columns}); name the column after a #"
+                )
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for text in batch.column(0).to_pylist():

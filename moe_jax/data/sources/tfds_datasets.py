@@ -43,7 +43,9 @@ def find(name: str) -> Any:
             f"dataset {name!r} is not in {folder}, and nothing is downloaded here: prepare it where there is a network "
             "(tfds.builder(NAME, file_format='array_record').download_and_prepare()) and set TFDS_DATA_DIR"
         ) from None
-    except Exception as error:  # its JSON files are read by several parsers, each of which has errors of its own
+    except (
+        Exception
+    ) as error:  # its JSON files are read by several parsers, each of which has errors of its own
         raise UserError(
             f"dataset {name!r} in {folder} cannot be opened, its dataset_info.json or features.json may be damaged "
             f"({first_line(error)}): copy or prepare it again"
@@ -65,7 +67,9 @@ def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
         return "text" if "text" in texts else texts[0]
     if field not in texts:
         wanted = f"no text feature {field!r}" if field else "no single text feature"
-        raise UserError(f"dataset {name} has {wanted} (text features: {', '.join(texts)}); name one after a #")
+        raise UserError(
+            f"dataset {name} has {wanted} (text features: {', '.join(texts)}); name one after a #"
+        )
     return field
 
 
@@ -92,10 +96,17 @@ def intact(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f"{what} has features that only TensorFlow decodes ({first_line(error)})") from None
+        raise UserError(
+            f"{what} has features that only TensorFlow decodes ({first_line(error)})"
+        ) from None
     except UserError:
         raise
-    except (RuntimeError, OSError, ValueError, IndexError) as error:  # each file, chunk and record has its checksum
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        IndexError,
+    ) as error:  # each file, chunk and record has its checksum
         raise damage(what, error) from None
 
 

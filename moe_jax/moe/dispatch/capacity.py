@@ -24,7 +24,12 @@ from moe_jax.moe.routing.contract import Routing
 def slots(shape: Shape, options: Mapping[str, Any]) -> int:
     """C: places of one expert in one group. No more than the group's tokens can ever be used."""
     per_group = shape.num_intended * shape.group_tokens / shape.num_tokens
-    return max(1, min(math.ceil(options["factor"] * per_group / shape.num_experts - 1e-9), shape.group_tokens))
+    return max(
+        1,
+        min(
+            math.ceil(options["factor"] * per_group / shape.num_experts - 1e-9), shape.group_tokens
+        ),
+    )
 
 
 def rows(shape: Shape, options: Mapping[str, Any]) -> int:
@@ -33,10 +38,19 @@ def rows(shape: Shape, options: Mapping[str, Any]) -> int:
 
 
 def apply(
-    x_TD: jax.Array, routing: Routing, experts: Callable[..., jax.Array], *, shape: Shape, options: Mapping[str, Any]
+    x_TD: jax.Array,
+    routing: Routing,
+    experts: Callable[..., jax.Array],
+    *,
+    shape: Shape,
+    options: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """See the contract in moe/dispatch/__init__.py. Places past C are dropped and flagged."""
-    num_experts, groups, places = shape.num_experts, shape.num_tokens // shape.group_tokens, slots(shape, options)
+    num_experts, groups, places = (
+        shape.num_experts,
+        shape.num_tokens // shape.group_tokens,
+        slots(shape, options),
+    )
     with jax.named_scope("dispatch"):
         group_N = routing.token_N // shape.group_tokens
         class_N = group_N * (num_experts + 1) + routing.expert_N

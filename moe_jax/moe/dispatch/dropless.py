@@ -37,11 +37,18 @@ def rows(shape: Shape, options: Mapping[str, Any]) -> int:
     """Rows held at once per device: the worst case, or the buffer."""
     if not options["buffer"]:
         return worst(shape)
-    return min(worst(shape), round_up(math.ceil(options["buffer"] * shape.num_intended), _block(shape)[1]))
+    return min(
+        worst(shape), round_up(math.ceil(options["buffer"] * shape.num_intended), _block(shape)[1])
+    )
 
 
 def apply(
-    x_TD: jax.Array, routing: Routing, experts: Callable[..., jax.Array], *, shape: Shape, options: Mapping[str, Any]
+    x_TD: jax.Array,
+    routing: Routing,
+    experts: Callable[..., jax.Array],
+    *,
+    shape: Shape,
+    options: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """See the contract in moe/dispatch/__init__.py. Nothing drops."""
     e, block = shape.num_experts // shape.expert_axis, _block(shape)
@@ -52,7 +59,9 @@ def apply(
         rank_M, count_e, _ = rank_in(local_M, e + 1)
         room_e = -(-count_e[:e] // block[1]) * block[1]
         start_e = jnp.cumsum(room_e) - room_e
-        row_M = jnp.where(local_M < e, start_e.at[local_M].get(mode="fill", fill_value=0) + rank_M, worst(shape))
+        row_M = jnp.where(
+            local_M < e, start_e.at[local_M].get(mode="fill", fill_value=0) + rank_M, worst(shape)
+        )
 
     def serve(x_nTD, gate_M, offset, num_rows):
         """The weighted results of the rows [offset, offset + num_rows) of the layout, summed per token."""
@@ -83,7 +92,10 @@ def apply(
 
 def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array, ...]:
     """Tokens and assignments of the whole expert axis, in the order of its devices."""
-    gather = lambda z: all_gather(z, "expert", 0)
+
+    def gather(z):
+        return all_gather(z, "expert", 0)
+
     token_N = routing.token_N + jax.lax.axis_index("expert").astype(jnp.int32) * shape.num_tokens
     return gather(x_TD), gather(token_N), gather(routing.expert_N), gather(routing.gate_N)
 
@@ -92,8 +104,12 @@ def _in_rounds(serve, x_TD, gate_M, num_rows: int, rounds: int, needed: jax.Arra
     """Rounds of `num_rows` rows until `needed` are served. The body is rematerialised, so one round's buffers exist at a time."""
 
     def body(y_TD, offset):
-        run = lambda x, gate: serve(x, gate, offset, num_rows)
-        idle = lambda x, gate: jnp.zeros_like(y_TD)
+        def run(x, gate):
+            return serve(x, gate, offset, num_rows)
+
+        def idle(x, gate):
+            return jnp.zeros_like(y_TD)
+
         return y_TD + jax.lax.cond(offset < needed, run, idle, x_TD, gate_M), None
 
     first = serve(x_TD, gate_M, 0, num_rows)

@@ -10,7 +10,11 @@ def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 def reduce_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The sum over a mesh axis, of which each device keeps its part of a dimension."""
-    return x if jax.lax.axis_size(axis) == 1 else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    return (
+        x
+        if jax.lax.axis_size(axis) == 1
+        else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    )
 
 
 def all_to_all(x: jax.Array, axis: str) -> jax.Array:

@@ -29,9 +29,15 @@ def rank_in(class_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array,
     """(rank, count, order): how many earlier entries share an entry's class [N]; entries per class [num_classes]; the stable sort [N]."""
     order_N = jnp.argsort(class_N, stable=True).astype(jnp.int32)
     sorted_N = class_N[order_N]
-    edges = jnp.searchsorted(sorted_N, jnp.arange(num_classes + 1, dtype=sorted_N.dtype)).astype(jnp.int32)
+    edges = jnp.searchsorted(sorted_N, jnp.arange(num_classes + 1, dtype=sorted_N.dtype)).astype(
+        jnp.int32
+    )
     rank_sorted_N = jnp.arange(class_N.shape[0], dtype=jnp.int32) - edges[sorted_N]
-    return jnp.zeros_like(order_N).at[order_N].set(rank_sorted_N, unique_indices=True), jnp.diff(edges), order_N
+    return (
+        jnp.zeros_like(order_N).at[order_N].set(rank_sorted_N, unique_indices=True),
+        jnp.diff(edges),
+        order_N,
+    )
 
 
 def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: int) -> jax.Array:
@@ -46,4 +52,6 @@ def assignment_of_row(row_N: jax.Array, num_rows: int) -> jax.Array:
     """The inverse of `row_N` (row == num_rows: nowhere): for each row its assignment, or N where the row is void."""
     num = row_N.shape[0]
     empty_R = jnp.full_like(row_N, num, shape=(num_rows,))
-    return empty_R.at[row_N].set(jnp.arange(num, dtype=row_N.dtype), mode="drop", unique_indices=True)
+    return empty_R.at[row_N].set(
+        jnp.arange(num, dtype=row_N.dtype), mode="drop", unique_indices=True
+    )

@@ -13,7 +13,9 @@ from moe_jax.moe.dispatch.layout import Shape, round_up
 from moe_jax.moe.experts.grouped_matmul import block_sizes
 
 
-def through_experts(x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape) -> jax.Array:
+def through_experts(
+    x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
+) -> jax.Array:
     """The results of experts for rows [E * places, D] in order of expert, in the same order; weighted by `gate_R`."""
     with jax.named_scope("dispatch"):
         x_RD, gate_R = _send(x_RD, shape), _send(gate_R, shape)
@@ -22,16 +24,28 @@ def through_experts(x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., j
         return _return(y_RD, shape)
 
 
-def _on_padded_rows(x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape) -> jax.Array:
+def _on_padded_rows(
+    x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
+) -> jax.Array:
     """Every local expert has equally many rows here; they are padded to the small block that the grouped product works in."""
     e = shape.num_experts // shape.expert_axis
     count = x_RD.shape[0] // e
     block = block_sizes(count)
     room = round_up(count, block[1])
-    pad = lambda z: jnp.pad(z.reshape((e, count) + z.shape[1:]), ((0, 0), (0, room - count)) + ((0, 0),) * (z.ndim - 1))
-    flat = lambda z: z.reshape((-1,) + z.shape[2:])
+
+    def pad(z):
+        return jnp.pad(
+            z.reshape((e, count) + z.shape[1:]),
+            ((0, 0), (0, room - count)) + ((0, 0),) * (z.ndim - 1),
+        )
+
+    def flat(z):
+        return z.reshape((-1,) + z.shape[2:])
+
     start_e = jnp.arange(e, dtype=jnp.int32) * room
-    y_RD = experts(flat(pad(x_RD)), flat(pad(gate_R)), start_e, jnp.full((e,), count, jnp.int32), block)
+    y_RD = experts(
+        flat(pad(x_RD)), flat(pad(gate_R)), start_e, jnp.full((e,), count, jnp.int32), block
+    )
     return flat(y_RD.reshape(e, room, -1)[:, :count])
 
 

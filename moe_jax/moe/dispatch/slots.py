@@ -24,7 +24,12 @@ def rows(shape: Shape, options: Mapping[str, Any]) -> int:
 
 
 def apply(
-    x_TD: jax.Array, slots: Slots, experts: Callable[..., jax.Array], *, shape: Shape, options: Mapping[str, Any]
+    x_TD: jax.Array,
+    slots: Slots,
+    experts: Callable[..., jax.Array],
+    *,
+    shape: Shape,
+    options: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """See the contract in moe/dispatch/__init__.py; there are no assignments to flag, so `dropped` is empty."""
     del options

@@ -63,7 +63,9 @@ def vary_alike(*arrays: Array) -> list[Array]:
     vary alike; the sum over the added axes is then the transpose of this function. A scalar zero made by `zeros_like`
     varies as its model does, and adding it costs nothing: XLA removes the addition, the type remains.
     """
-    zero = functools.reduce(jnp.add, (jnp.zeros_like(array, shape=(), dtype=jnp.int32) for array in arrays))
+    zero = functools.reduce(
+        jnp.add, (jnp.zeros_like(array, shape=(), dtype=jnp.int32) for array in arrays)
+    )
     return [array + zero.astype(array.dtype) for array in arrays]
 
 
@@ -93,12 +95,20 @@ def expert_ffn(
     large, small = block
     parts = w_in_eDPF.shape[2]
     if large % small or x_RD.shape[0] % small:
-        raise ValueError(f"block {block} must divide evenly, and its small size must divide R = {x_RD.shape[0]}")
+        raise ValueError(
+            f"block {block} must divide evenly, and its small size must divide R = {x_RD.shape[0]}"
+        )
     if parts != PARTS[activation]:
-        raise ValueError(f"{activation} needs w_in_eDPF with P = {PARTS[activation]}, got shape {w_in_eDPF.shape}")
+        raise ValueError(
+            f"{activation} needs w_in_eDPF with P = {PARTS[activation]}, got shape {w_in_eDPF.shape}"
+        )
     w_in_eDH = w_in_eDPF.reshape(*w_in_eDPF.shape[:2], -1)
-    x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e = vary_alike(x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e)
-    return _grouped_ffn(activation, block, Rows(x_RD, gate_R, w_in_eDH, w_out_eFD), Layout(start_e, size_e))
+    x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e = vary_alike(
+        x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e
+    )
+    return _grouped_ffn(
+        activation, block, Rows(x_RD, gate_R, w_in_eDH, w_out_eFD), Layout(start_e, size_e)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -106,7 +116,9 @@ def _grouped_ffn(activation: str, block: tuple[int, int], rows: Rows, layout: La
     return _forward(activation, block, rows, layout)[0]
 
 
-def _forward(activation: str, block: tuple[int, int], rows: Rows, layout: Layout) -> tuple[Array, Any]:
+def _forward(
+    activation: str, block: tuple[int, int], rows: Rows, layout: Layout
+) -> tuple[Array, Any]:
     act = ACTIVATIONS[activation]
     y_RD, pre_RH = by_platform(
         rows,
@@ -117,7 +129,9 @@ def _forward(activation: str, block: tuple[int, int], rows: Rows, layout: Layout
     return y_RD, (rows, layout, pre_RH)
 
 
-def _backward(activation: str, block: tuple[int, int], residue: Any, dy_RD: Array) -> tuple[Rows, None]:
+def _backward(
+    activation: str, block: tuple[int, int], residue: Any, dy_RD: Array
+) -> tuple[Rows, None]:
     act = ACTIVATIONS[activation]
     gradient = by_platform(
         *residue,
@@ -150,7 +164,9 @@ def _ladder(block: tuple[int, int]) -> tuple[int, ...]:
     return tuple(sorted({large, small * math.isqrt(large // small), small}, reverse=True))
 
 
-def _for_blocks(step: Callable, carry: Any, start: Array, size: Array, num_rows: int, block: tuple[int, int]) -> Any:
+def _for_blocks(
+    step: Callable, carry: Any, start: Array, size: Array, num_rows: int, block: tuple[int, int]
+) -> Any:
     """Folds `step(carry, offset, B)` over blocks that cover [start, start + size) in order.
 
     A block may reach past the rows by up to a quarter of itself, into rows of later experts: a few masked rows cost
@@ -161,13 +177,20 @@ def _for_blocks(step: Callable, carry: Any, start: Array, size: Array, num_rows:
     for B in (B for B in _ladder(block) if B <= num_rows):
         slack = B - 1 if B == block[1] else B // 4
         trips = jnp.minimum((jnp.maximum(end - start, 0) + slack) // B, (num_rows - start) // B)
-        carry = lax.fori_loop(0, trips, lambda j, carry, start=start, B=B: step(carry, start + j * B, B), carry)
+        carry = lax.fori_loop(
+            0, trips, lambda j, carry, start=start, B=B: step(carry, start + j * B, B), carry
+        )
         start = start + trips * B
     return carry
 
 
 def serve_rows(
-    network: Callable, x_RD: Array, gate_R: Array, start_e: Array, size_e: Array, block: tuple[int, int]
+    network: Callable,
+    x_RD: Array,
+    gate_R: Array,
+    start_e: Array,
+    size_e: Array,
+    block: tuple[int, int],
 ) -> Array:
     """y_RD with y = network(i, x, gate) for the rows of expert i, some at a time; as `expert_ffn`, for inference alone."""
 
@@ -207,7 +230,9 @@ def _dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
     return lax.dot_general(a, b, (((dim_a,), (dim_b,)), ((), ())), preferred_element_type=dtype)
 
 
-def _forward_blocks(act: Callable, block: tuple[int, int], rows: Rows, layout: Layout) -> tuple[Array, Array]:
+def _forward_blocks(
+    act: Callable, block: tuple[int, int], rows: Rows, layout: Layout
+) -> tuple[Array, Array]:
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
@@ -221,7 +246,9 @@ def _forward_blocks(act: Callable, block: tuple[int, int], rows: Rows, layout: L
             pre_BH = _dot(_read_rows(x_RD, offset, B, start + size), w_in_DH, 1, 0, dtype)
             gate_B = _read(gate_R, offset, B).astype(wide)
             hidden_BF = (act(pre_BH.astype(wide)) * gate_B[:, None]).astype(dtype)
-            return _write(y_RD, _dot(hidden_BF, w_out_FD, 1, 0, dtype), offset), _write(pre_RH, pre_BH, offset)
+            return _write(y_RD, _dot(hidden_BF, w_out_FD, 1, 0, dtype), offset), _write(
+                pre_RH, pre_BH, offset
+            )
 
         return _for_blocks(step, carry, start, size, num_rows, block)
 
@@ -243,25 +270,39 @@ def _backward_blocks(
 
         def step(carry, offset, B):
             dx_RD, dgate_R, dw_in_DH, dw_out_FD = carry
-            dy_BD = _read_rows(dy_RD, offset, B, start + size)  # zero beyond the expert's rows, so all below is
+            dy_BD = _read_rows(
+                dy_RD, offset, B, start + size
+            )  # zero beyond the expert's rows, so all below is
             dh_BF = _dot(dy_BD, w_out_FD, 1, 1, wide)
             gate_B = _read(gate_R, offset, B).astype(wide)
             h_BF, pull = jax.vjp(act, _read(pre_RH, offset, B).astype(wide))
             dpre_BH = pull(dh_BF * gate_B[:, None])[0].astype(dtype)
             hidden_BF = (h_BF * gate_B[:, None]).astype(dtype)
             first = offset == start  # the buffers still hold the previous expert's sums
-            dw_in_DH = jnp.where(first, 0, dw_in_DH) + _dot(_read(x_RD, offset, B), dpre_BH, 0, 0, wide)
+            dw_in_DH = jnp.where(first, 0, dw_in_DH) + _dot(
+                _read(x_RD, offset, B), dpre_BH, 0, 0, wide
+            )
             dw_out_FD = jnp.where(first, 0, dw_out_FD) + _dot(hidden_BF, dy_BD, 0, 0, wide)
             dx_RD = _write(dx_RD, _dot(dpre_BH, w_in_DH, 1, 1, dtype), offset)
-            return dx_RD, _write(dgate_R, jnp.sum(dh_BF * h_BF, axis=-1), offset), dw_in_DH, dw_out_FD
+            return (
+                dx_RD,
+                _write(dgate_R, jnp.sum(dh_BF * h_BF, axis=-1), offset),
+                dw_in_DH,
+                dw_out_FD,
+            )
 
         sums = (total.x_RD, total.gate_R, dw_in_DH, dw_out_FD)
         dx_RD, dgate_R, dw_in_DH, dw_out_FD = _for_blocks(step, sums, start, size, num_rows, block)
-        put = lambda dw_e, dw: dw_e.at[i].set(jnp.where(size > 0, dw, 0).astype(dw_e.dtype))
+
+        def put(dw_e, dw):
+            return dw_e.at[i].set(jnp.where(size > 0, dw, 0).astype(dw_e.dtype))
+
         total = Rows(dx_RD, dgate_R, put(total.w_in_eDH, dw_in_DH), put(total.w_out_eFD, dw_out_FD))
         return total, dw_in_DH, dw_out_FD
 
-    zero_of = lambda w_e: jnp.zeros_like(w_e, shape=w_e.shape[1:], dtype=wide)
+    def zero_of(w_e):
+        return jnp.zeros_like(w_e, shape=w_e.shape[1:], dtype=wide)
+
     carry = (jax.tree.map(jnp.zeros_like, rows), zero_of(w_in_eDH), zero_of(w_out_eFD))
     return lax.fori_loop(0, w_in_eDH.shape[0], expert, carry)[0]
 
@@ -290,14 +331,24 @@ def _forward_ragged(act: Callable, rows: Rows, layout: Layout) -> tuple[Array, A
     return jnp.where(mine_R[:, None], y_RD, 0), pre_RH
 
 
-def _backward_ragged(act: Callable, rows: Rows, layout: Layout, pre_RH: Array, dy_RD: Array) -> Rows:
+def _backward_ragged(
+    act: Callable, rows: Rows, layout: Layout, pre_RH: Array, dy_RD: Array
+) -> Rows:
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     dtype = x_RD.dtype
     wide = wide_dtype(dtype)
     group_e, mine_R = _ragged(layout, x_RD.shape[0])
-    keep = lambda array_RX: jnp.where(mine_R[:, None], array_RX, 0)  # past the last group a platform may leave anything
+
+    def keep(array_RX):
+        return jnp.where(
+            mine_R[:, None], array_RX, 0
+        )  # past the last group a platform may leave anything
+
     gate_R1 = gate_R.astype(wide)[:, None]
-    matmul = lambda a_RX, w_eXY: lax.ragged_dot(a_RX, w_eXY.astype(dtype), group_e)
+
+    def matmul(a_RX, w_eXY):
+        return lax.ragged_dot(a_RX, w_eXY.astype(dtype), group_e)
+
     h_RF, pull_act = jax.vjp(act, keep(pre_RH).astype(wide))
     _, pull_out = jax.vjp(matmul, (h_RF * gate_R1).astype(dtype), w_out_eFD)
     _, pull_in = jax.vjp(matmul, x_RD, w_in_eDH)
@@ -327,7 +378,9 @@ def sum_rows(y_RD: Array, dest_TK: Array | None, src_R: Array, num_tokens: int) 
     """y_TD with y_TD[t] = the sum of the rows r that have src_R[r] == t: the transpose of `take_rows`."""
     if dest_TK is None:
         y_RD, src_R = vary_alike(y_RD, src_R)
-        return jnp.zeros_like(y_RD, shape=(num_tokens, y_RD.shape[1])).at[src_R].add(y_RD, mode="drop")
+        return (
+            jnp.zeros_like(y_RD, shape=(num_tokens, y_RD.shape[1])).at[src_R].add(y_RD, mode="drop")
+        )
     return _gather_sum(*vary_alike(y_RD, dest_TK, src_R))
 
 

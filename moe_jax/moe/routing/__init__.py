@@ -29,21 +29,61 @@ from moe_jax.moe.routing.contract import Router, keep_state, linear_gate, no_wei
 
 ROUTERS: dict[str, Router] = {
     "top_k": Router(linear_gate, no_weights, top_k.route, keep_state, sees_nothing, top_k.declared),
-    "switch": Router(linear_gate, no_weights, switch.route, keep_state, sees_nothing, switch.declared),
+    "switch": Router(
+        linear_gate, no_weights, switch.route, keep_state, sees_nothing, switch.declared
+    ),
     "noisy_top_k": Router(
-        noisy_top_k.params, no_weights, noisy_top_k.route, keep_state, sees_nothing, noisy_top_k.declared
+        noisy_top_k.params,
+        no_weights,
+        noisy_top_k.route,
+        keep_state,
+        sees_nothing,
+        noisy_top_k.declared,
     ),
-    "sigmoid": Router(linear_gate, sigmoid.bias_state, sigmoid.route, sigmoid.update, sees_nothing, sigmoid.declared),
+    "sigmoid": Router(
+        linear_gate,
+        sigmoid.bias_state,
+        sigmoid.route,
+        sigmoid.update,
+        sees_nothing,
+        sigmoid.declared,
+    ),
     "quantile": Router(
-        linear_gate, sigmoid.bias_state, quantile.route, quantile.update, sees_nothing, sigmoid.declared
+        linear_gate,
+        sigmoid.bias_state,
+        quantile.route,
+        quantile.update,
+        sees_nothing,
+        sigmoid.declared,
     ),
-    "cosine": Router(cosine.params, no_weights, cosine.route, keep_state, sees_nothing, cosine.declared),
+    "cosine": Router(
+        cosine.params, no_weights, cosine.route, keep_state, sees_nothing, cosine.declared
+    ),
     "multi_gate": Router(
-        multi_gate.params, no_weights, multi_gate.route, keep_state, sees_nothing, multi_gate.declared
+        multi_gate.params,
+        no_weights,
+        multi_gate.route,
+        keep_state,
+        sees_nothing,
+        multi_gate.declared,
     ),
     "null": Router(null.params, no_weights, null.route, keep_state, sees_nothing, null.declared),
-    "uniform": Router(no_weights, no_weights, baselines.route_uniform, keep_state, sees_nothing, baselines.declared),
-    "random": Router(no_weights, baselines.salt, baselines.route_random, keep_state, sees_nothing, baselines.declared),
+    "uniform": Router(
+        no_weights,
+        no_weights,
+        baselines.route_uniform,
+        keep_state,
+        sees_nothing,
+        baselines.declared,
+    ),
+    "random": Router(
+        no_weights,
+        baselines.salt,
+        baselines.route_random,
+        keep_state,
+        sees_nothing,
+        baselines.declared,
+    ),
     "hash": Router(no_weights, no_weights, hash.route, keep_state, sees_nothing, hash.declared),
     "base": Router(linear_gate, no_weights, base.route, keep_state, base.sees, base.declared),
     "relu": Router(linear_gate, relu.state, relu.route, relu.update, sees_nothing, relu.declared),
@@ -57,5 +97,7 @@ ROUTERS: dict[str, Router] = {
         own_capacity=True,
     ),
     "soft": Router(soft.params, no_weights, soft.route, keep_state, soft.sees, soft.declared),
-    "recorded": Router(linear_gate, no_weights, recorded.route, keep_state, sees_nothing, recorded.declared),
+    "recorded": Router(
+        linear_gate, no_weights, recorded.route, keep_state, sees_nothing, recorded.declared
+    ),
 }

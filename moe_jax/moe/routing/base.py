@@ -35,10 +35,15 @@ from moe_jax.moe.routing.contract import (
     token_choice,
 )
 
-GATES: dict[str, Callable[[jax.Array], jax.Array]] = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+}
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """k assignments per token, in order of falling score; balanced in training, greedy otherwise."""
     del state, rng
     logits_TE = router_logits(tokens.x_TD, params["gate"])
@@ -63,7 +68,10 @@ def balanced(logits_TE: jax.Array, tokens: Tokens, cfg: RouterCfg) -> jax.Array:
 
 
 def sinkhorn(
-    logits_GtE: jax.Array, valid_Gt1: jax.Array, iterations: int, total: Callable[[jax.Array], jax.Array]
+    logits_GtE: jax.Array,
+    valid_Gt1: jax.Array,
+    iterations: int,
+    total: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """b [G, E] after so many steps from 0; `total` sums over the devices that share the tokens. A group without valid tokens has b = 0."""
     num_experts = logits_GtE.shape[2]

@@ -37,21 +37,25 @@ class Declared(NamedTuple):
     most: int | None  # assignments of a token at most; None: no bound
     exact: bool  # every valid token has exactly `most`
     gate_sum: float | None  # of a valid token's gates; None: free
-    average: float | None = None  # experts that compute for a token, when the load is as intended; None: `most`, or all
+    average: float | None = (
+        None  # experts that compute for a token, when the load is as intended; None: `most`, or all
+    )
 
 
 class Router(NamedTuple):
     """One ROUTERS line. `options` is the router's own block of the config."""
 
     params: Callable[[Sizes, Mapping[str, Any]], dict[str, Weight]]
-    state: Callable[[Sizes, Mapping[str, Any]], dict[str, Weight]]  # without gradient: a bias, quantiles, a coefficient
+    state: Callable[
+        [Sizes, Mapping[str, Any]], dict[str, Weight]
+    ]  # without gradient: a bias, quantiles, a coefficient
     route: Callable[..., Any]  # (params, state, tokens, *, cfg, rng, train) -> Routing | Slots
-    update: Callable[[Arrays, Arrays, "RouterCfg"], Arrays]  # (state, totals of the step, cfg) of one layer -> state
+    update: Callable[
+        [Arrays, Arrays, "RouterCfg"], Arrays
+    ]  # (state, totals of the step, cfg) of one layer -> state
     sees: Callable[[Mapping[str, Any]], Sees]
     declared: Callable[[int, Mapping[str, Any]], Declared]  # (num_experts, options)
-    own_capacity: bool = (
-        False  # fixes its own capacity: never dropped a second time, so it needs the dropless dispatcher
-    )
+    own_capacity: bool = False  # fixes its own capacity: never dropped a second time, so it needs the dropless dispatcher
 
 
 class Tokens(NamedTuple):
@@ -60,7 +64,9 @@ class Tokens(NamedTuple):
     x_TD: jax.Array
     id_T: jax.Array
     position_T: jax.Array
-    row_T: jax.Array  # global row id, carried by the batch: randomness folds it in, never a device index
+    row_T: (
+        jax.Array
+    )  # global row id, carried by the batch: randomness folds it in, never a device index
     segment_T: jax.Array
     valid_T: jax.Array  # False for padding
     num_rows: int
@@ -75,8 +81,12 @@ class Routing(NamedTuple):
     gate_N: jax.Array
     sums: Arrays  # per row: see `statistics`; what a router or an ordering drops by itself is counted in "dropped" [b]
     per_token: int  # k > 0: token_N is exactly 0,0,..(k times),1,1,..; 0: any order, any number
-    order_N: jax.Array | None = None  # the entries in order of priority, where that is not the order of the list
-    copy_T: jax.Array | None = None  # weight of the token itself in its output (null experts that copy)
+    order_N: jax.Array | None = (
+        None  # the entries in order of priority, where that is not the order of the list
+    )
+    copy_T: jax.Array | None = (
+        None  # weight of the token itself in its output (null experts that copy)
+    )
 
 
 class Slots(NamedTuple):
@@ -113,9 +123,14 @@ def normal(rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
     return _draw(jax.random.normal, rng, tokens, num, dtype)
 
 
-def _draw(sample: Callable[..., jax.Array], rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
+def _draw(
+    sample: Callable[..., jax.Array], rng: jax.Array, tokens: Tokens, num: int, dtype: Any
+) -> jax.Array:
     length = tokens.row_T.shape[0] // tokens.num_rows
-    draw = lambda row: sample(jax.random.fold_in(rng, row), (length, num), dtype)
+
+    def draw(row):
+        return sample(jax.random.fold_in(rng, row), (length, num), dtype)
+
     return jax.vmap(draw)(tokens.row_T[::length]).reshape(-1, num)
 
 
@@ -146,7 +161,9 @@ def statistics(
     if real_TK is not None:
         hit_TKC = hit_TKC & real_TK[:, :, None]
     gate_TC = jnp.where(hit_TKC, gate_TK.astype(logits_TC.dtype)[:, :, None], 0).sum(1)
-    return class_statistics(logits_TC, hit_TKC.sum(1), gate_TC, tokens, probs_TC=probs_TC, first_TC=hit_TKC[:, 0])
+    return class_statistics(
+        logits_TC, hit_TKC.sum(1), gate_TC, tokens, probs_TC=probs_TC, first_TC=hit_TKC[:, 0]
+    )
 
 
 def class_statistics(
@@ -171,7 +188,10 @@ def class_statistics(
     share_TC = probs_TC / jnp.maximum(probs_TC.sum(-1, keepdims=True), 1e-30)
     entropy_T = -(share_TC * jnp.log(jnp.maximum(share_TC, 1e-30))).sum(-1)
     z_T = jax.nn.logsumexp(logits_TC, -1) ** 2
-    rows = lambda x_TC: per_row(x_TC.astype(wide) * valid_T.reshape((-1,) + (1,) * (x_TC.ndim - 1)), tokens)
+
+    def rows(x_TC):
+        return per_row(x_TC.astype(wide) * valid_T.reshape((-1,) + (1,) * (x_TC.ndim - 1)), tokens)
+
     return {
         "counts": rows(jax.lax.stop_gradient(hit_TC)),
         "first": rows(first_TC),
@@ -186,7 +206,12 @@ def class_statistics(
 
 
 def token_choice(
-    expert_TK: jax.Array, gate_TK: jax.Array, sums: Arrays, tokens: Tokens, num_experts: int, real_TK: Any = None
+    expert_TK: jax.Array,
+    gate_TK: jax.Array,
+    sums: Arrays,
+    tokens: Tokens,
+    num_experts: int,
+    real_TK: Any = None,
 ) -> Routing:
     """The Routing of K choices per token in token order; padding, and classes from E on, go nowhere and have a zero gate."""
     k = expert_TK.shape[1]
@@ -205,14 +230,20 @@ def even(expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg) -> Routing:
     """`token_choice` with gates 1 / k, without logits: probabilities are uniform, and z is 0 rather than the log E of all-equal ones."""
     wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
     gate_TK = jnp.full(expert_TK.shape, 1 / expert_TK.shape[1], wide)
-    sums = statistics(jnp.zeros((expert_TK.shape[0], cfg.num_experts), wide), expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, {**sums, "z": jnp.zeros_like(sums["z"])}, tokens, cfg.num_experts)
+    sums = statistics(
+        jnp.zeros((expert_TK.shape[0], cfg.num_experts), wide), expert_TK, gate_TK, tokens
+    )
+    return token_choice(
+        expert_TK, gate_TK, {**sums, "z": jnp.zeros_like(sums["z"])}, tokens, cfg.num_experts
+    )
 
 
 def router_logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """x W in at least float32, whatever the model computes in: rounding here moves tokens between experts."""
     wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-    return jnp.einsum("TD,DE->TE", x_TD.astype(wide), gate_DE.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(
+        "TD,DE->TE", x_TD.astype(wide), gate_DE.astype(wide), precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def no_weights(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
@@ -224,7 +255,9 @@ def no_weights(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
 def linear_gate(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     """The parameters of most routers: one matrix [D, E]."""
     del options
-    return {"gate": Weight((sizes.d_model, sizes.num_experts), ("embed", None), sizes.d_model**-0.5)}
+    return {
+        "gate": Weight((sizes.d_model, sizes.num_experts), ("embed", None), sizes.d_model**-0.5)
+    }
 
 
 def keep_state(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:

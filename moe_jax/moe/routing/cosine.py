@@ -37,12 +37,16 @@ def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     }
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Assignments token by token, a token's choices in order of falling gate."""
     del state, rng, train
     token_TM = _unit(router_logits(tokens.x_TD, params["project"]), axis=1)
     expert_ME = _unit(params["experts"].astype(token_TM.dtype), axis=0)
-    temperature = jnp.maximum(params["temperature"].astype(token_TM.dtype), cfg.options["min_temperature"])
+    temperature = jnp.maximum(
+        params["temperature"].astype(token_TM.dtype), cfg.options["min_temperature"]
+    )
     logits_TE = router_logits(token_TM, expert_ME) / temperature
     gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options["k"])
     if cfg.options["renormalize"]:

@@ -30,7 +30,9 @@ from moe_jax.moe.routing.contract import (
 )
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """E C assignments of each group: group by group, expert by expert, in order of falling score."""
     del state, rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])
@@ -40,7 +42,9 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     group_tokens = num_tokens // num_groups
     open_TE = jnp.where(tokens.valid_T[:, None], jax.lax.stop_gradient(score_TE), -1)
     open_GEt = open_TE.reshape(num_groups, group_tokens, num_experts).swapaxes(1, 2)
-    best_GEC, place_GEC = jax.lax.top_k(open_GEt, capacity(group_tokens, num_experts, cfg.options["factor"]))
+    best_GEC, place_GEC = jax.lax.top_k(
+        open_GEt, capacity(group_tokens, num_experts, cfg.options["factor"])
+    )
     first_G11 = (jnp.arange(num_groups, dtype=jnp.int32) * group_tokens)[:, None, None]
     expert_E1 = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
     token_N = (place_GEC + first_G11).reshape(-1)

@@ -18,11 +18,17 @@ import numpy as np
 from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Routing, Tokens, even
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """k assignments per token by its id. There are no logits: probabilities are uniform, and z is 0."""
     del params, state, rng, train
     k = cfg.options["k"]
-    expert_TK = jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options["seed"])).at[tokens.id_T].get()
+    expert_TK = (
+        jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options["seed"]))
+        .at[tokens.id_T]
+        .get()
+    )
     return even(expert_TK, tokens, cfg)
 
 

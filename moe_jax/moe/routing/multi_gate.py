@@ -30,7 +30,9 @@ def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     return {"gate": Weight(shape, (None, "embed", None), sizes.d_model**-0.5)}
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """k assignments per token by the gate of its position, in order of falling gate."""
     del state, rng, train
     wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)

@@ -42,11 +42,15 @@ def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     return {**linear_gate(sizes, options), "noise": noise}
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Assignments token by token. Balance loss, z and entropy are of the logits without noise."""
     del state
     clean_TE = router_logits(tokens.x_TD, params["gate"])
-    sigma_TE = jax.nn.softplus(router_logits(tokens.x_TD, params["noise"])) + cfg.options["min_noise"]
+    sigma_TE = (
+        jax.nn.softplus(router_logits(tokens.x_TD, params["noise"])) + cfg.options["min_noise"]
+    )
     noisy_TE = clean_TE
     if train:
         noisy_TE = clean_TE + sigma_TE * normal(rng, tokens, cfg.num_experts, clean_TE.dtype)
@@ -58,7 +62,9 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
-def stays_chosen(clean_TE: jax.Array, noisy_TE: jax.Array, sigma_TE: jax.Array, k: int) -> jax.Array:
+def stays_chosen(
+    clean_TE: jax.Array, noisy_TE: jax.Array, sigma_TE: jax.Array, k: int
+) -> jax.Array:
     """P [T, E] of eq. 8-9: Phi((clean - k-th largest noisy logit of the others) / sigma)."""
     if k == clean_TE.shape[1]:
         return jnp.ones_like(clean_TE)

@@ -43,7 +43,9 @@ def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     return linear_gate(sizes._replace(num_experts=sizes.num_experts + options["num_null"]), options)
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Up to k assignments per token, in order of falling probability; places of null choices go nowhere."""
     del state, rng, train
     logits_TC = router_logits(tokens.x_TD, params["gate"])
@@ -52,11 +54,16 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     gate_TK = gates(prob_TK, null_TK, cfg.options["renormalize"])
     sums = statistics(logits_TC, class_TK, gate_TK, tokens)
     real_bE, null_bC = jnp.split(sums["counts"], [cfg.num_experts], axis=1)
-    sums["level"] = jnp.concatenate([real_bE, jnp.broadcast_to(null_bC.mean(1, keepdims=True), null_bC.shape)], 1)
+    sums["level"] = jnp.concatenate(
+        [real_bE, jnp.broadcast_to(null_bC.mean(1, keepdims=True), null_bC.shape)], 1
+    )
     sums["assigned"] = real_bE.sum(1)
     if cfg.options["kind"] == "zero":  # gates of what does nothing weigh nothing
         real_TK = jnp.where(null_TK | ~tokens.valid_T[:, None], 0, jax.lax.stop_gradient(gate_TK))
-        sums |= {"gate": per_row(real_TK.sum(1), tokens), "gate_max": per_row(real_TK.max(1), tokens)}
+        sums |= {
+            "gate": per_row(real_TK.sum(1), tokens),
+            "gate_max": per_row(real_TK.max(1), tokens),
+        }
     routing = token_choice(class_TK, gate_TK, sums, tokens, cfg.num_experts)
     if cfg.options["kind"] == "zero":
         return routing

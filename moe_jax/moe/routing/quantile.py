@@ -23,14 +23,18 @@ from moe_jax.moe.routing.contract import Arrays, RouterCfg, Routing, Tokens, rou
 from moe_jax.moe.routing.sigmoid import SCORES, biased, from_scores
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Assignments token by token, a token's choices in order of falling biased score."""
     del rng, train
     k = cfg.options["k"]
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     score_TE = SCORES[cfg.options["score"]](logits_TE)
     fixed_TE, bias_E = jax.lax.stop_gradient(score_TE), state["bias"].astype(score_TE.dtype)
-    top_TK, expert_TK = jax.lax.top_k(biased(logits_TE, score_TE, state), min(k + 1, cfg.num_experts))
+    top_TK, expert_TK = jax.lax.top_k(
+        biased(logits_TE, score_TE, state), min(k + 1, cfg.num_experts)
+    )
     routing = from_scores(logits_TE, score_TE, expert_TK[:, :k], tokens, cfg)
     histogram = _histogram(top_TK[:, -1:] - fixed_TE, bias_E, tokens, cfg.options["bins"])
     return routing._replace(sums={**routing.sums, "histogram": histogram})
@@ -70,5 +74,7 @@ def quantile(histogram_EM: jax.Array, share: float, low: jax.Array, width: jax.A
     full_EM = below_EM < target_E1
     before_E = jnp.where(full_EM, histogram_EM, 0).sum(1)
     bin_E = jnp.minimum(full_EM.sum(1), histogram_EM.shape[1] - 1)
-    inside_E = jnp.where(jnp.arange(histogram_EM.shape[1])[None] == bin_E[:, None], histogram_EM, 0).sum(1)
+    inside_E = jnp.where(
+        jnp.arange(histogram_EM.shape[1])[None] == bin_E[:, None], histogram_EM, 0
+    ).sum(1)
     return low + (bin_E + (target_E1[:, 0] - before_E) / jnp.maximum(inside_E, 1)) * width

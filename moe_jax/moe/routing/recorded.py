@@ -28,7 +28,9 @@ from moe_jax.moe.routing.contract import (
 )
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """The recorded assignments, in their order. UserError for a batch without a recording, or one of another k."""
     del state, rng, train
     expert_TK, gate_TK = _recording(tokens, cfg.options["k"])
@@ -69,4 +71,6 @@ def _recording(tokens: Tokens, k: int) -> tuple[jax.Array, jax.Array]:
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=False, gate_sum=None, average=options["average"] or None)
+    return Declared(
+        most=options["k"], exact=False, gate_sum=None, average=options["average"] or None
+    )

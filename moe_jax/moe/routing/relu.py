@@ -43,7 +43,9 @@ def state(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     return {"l1": Weight((), (), 0.0, options["l1"])}
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Up to max_active assignments per token, in order of falling gate; unused places go nowhere."""
     del rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])
@@ -54,7 +56,9 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
     valid_T = tokens.valid_T.astype(logits_TE.dtype)
     sums = class_statistics(logits_TE, active_TE, relu_TE, tokens, probs_TC=relu_TE)
     served = {"gate": gate_TK.sum(1), "gate_max": gate_TK[:, 0]}
-    sums |= {name: per_row(jax.lax.stop_gradient(x_T) * valid_T, tokens) for name, x_T in served.items()}
+    sums |= {
+        name: per_row(jax.lax.stop_gradient(x_T) * valid_T, tokens) for name, x_T in served.items()
+    }
     sums["dropped"] = per_row(over_T.astype(valid_T.dtype) * valid_T, tokens)
     sums["assigned"] = sums["counts"].sum(1)
     sums["l1_weight"] = state["l1"].astype(valid_T.dtype) * sums["tokens"]
@@ -66,7 +70,9 @@ def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng:
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     """alpha^sign of (active experts - k times tokens): both are whole numbers, so every mesh takes the same branch."""
-    sign = jnp.sign(totals["counts"].sum() - cfg.options["k"] * totals["tokens"]).astype(state["l1"].dtype)
+    sign = jnp.sign(totals["counts"].sum() - cfg.options["k"] * totals["tokens"]).astype(
+        state["l1"].dtype
+    )
     return {"l1": jnp.clip(state["l1"] * cfg.options["alpha"] ** sign, cfg.options["l1"], LARGEST)}
 
 

@@ -45,7 +45,9 @@ def bias_state(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     return {"bias": Weight((sizes.num_experts,), (None,), 0.0)}
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Assignments token by token, a token's choices in order of falling biased affinity."""
     del rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])
@@ -84,14 +86,20 @@ def from_scores(
     gate_TK = gate_TK * cfg.options["scale"]
     probs_TE = score_TE / (score_TE.sum(-1, keepdims=True) + 1e-20)
     sums = statistics(logits_TE, expert_TK, gate_TK, tokens, probs_TC=probs_TE)
-    sums["unbiased"] = per_row(_hits(score_TE, expert_TK.shape[1]) * tokens.valid_T[:, None], tokens)
+    sums["unbiased"] = per_row(
+        _hits(score_TE, expert_TK.shape[1]) * tokens.valid_T[:, None], tokens
+    )
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
 def _hits(score_TE: jax.Array, k: int) -> jax.Array:
     """1 for the k largest affinities of a token, else 0."""
     _, top_TK = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
-    return (top_TK[:, :, None] == jnp.arange(score_TE.shape[1])[None, None, :]).sum(1).astype(score_TE.dtype)
+    return (
+        (top_TK[:, :, None] == jnp.arange(score_TE.shape[1])[None, None, :])
+        .sum(1)
+        .astype(score_TE.dtype)
+    )
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
@@ -103,4 +111,6 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=True, gate_sum=options["scale"] if options["renormalize"] else None)
+    return Declared(
+        most=options["k"], exact=True, gate_sum=options["scale"] if options["renormalize"] else None
+    )

@@ -16,7 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Sees, Sizes, Slots, Tokens, class_statistics
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    RouterCfg,
+    Sees,
+    Sizes,
+    Slots,
+    Tokens,
+    class_statistics,
+)
 from moe_jax.weights import Weight
 
 
@@ -27,19 +36,26 @@ def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
     return weights | ({"scale": Weight((), (), 0.0, 1.0)} if options["normalize"] else {})
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Slots:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Slots:
     """The mixtures of each group."""
     del state, rng, train
     logits_TEp = slot_logits(tokens.x_TD, params, cfg.options["normalize"])
     num_groups = tokens.num_rows // cfg.group_rows
-    grouped = lambda z: z.reshape((num_groups, -1) + z.shape[1:])
+
+    def grouped(z):
+        return z.reshape((num_groups, -1) + z.shape[1:])
+
     valid_T11 = tokens.valid_T[:, None, None]
     dispatch_GtEp = jax.nn.softmax(grouped(logits_TEp), 1, where=grouped(valid_T11))
     combine_TEp = jnp.where(valid_T11, jax.nn.softmax(logits_TEp, (1, 2)), 0)
     # softmax over the experts of this is the sum of C over an expert's slots, and its log-sum-exp is that over all slots
     logits_TE = jax.nn.logsumexp(logits_TEp, 2)
     share_TE = combine_TEp.sum(2)
-    sums = class_statistics(logits_TE, share_TE, share_TE, tokens, first_TC=jax.lax.stop_gradient(share_TE))
+    sums = class_statistics(
+        logits_TE, share_TE, share_TE, tokens, first_TC=jax.lax.stop_gradient(share_TE)
+    )
     return Slots(dispatch_GtEp, grouped(combine_TEp), sums)
 
 

@@ -25,7 +25,9 @@ from moe_jax.moe.routing.contract import (
 )
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """One assignment per token."""
     del state
     jitter = cfg.options["jitter"] if train else 0.0

@@ -23,7 +23,9 @@ from moe_jax.moe.routing.contract import (
 )
 
 
-def route(params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool) -> Routing:
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
     """Assignments token by token, a token's choices in order of falling gate."""
     del state, rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])

@@ -19,7 +19,18 @@ from moe_jax.moe.sparse.rules import RULES, Kept, Now
 from moe_jax.names import REPEATS
 from moe_jax.schema.config import SparseConfig
 
-__all__ = ["PATTERNS", "RULES", "Now", "advance", "begin", "density", "experts_of", "mask", "mask_moments", "refusals"]
+__all__ = [
+    "PATTERNS",
+    "RULES",
+    "Now",
+    "advance",
+    "begin",
+    "density",
+    "experts_of",
+    "mask",
+    "mask_moments",
+    "refusals",
+]
 
 EXPERTS = "experts"
 Path = tuple[Any, ...]  # keys from the root of the parameters to a layer's experts
@@ -57,7 +68,9 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
     def first(layer: Matrices) -> tuple[Matrices, Kept]:
         kept = rule.first(layer, shape, cfg.rule_options)
         if rule.project:
-            layer = rule.project(layer, kept, shape, Now(jnp.int32(0), 1, nothing, nothing), cfg.rule_options)
+            layer = rule.project(
+                layer, kept, shape, Now(jnp.int32(0), 1, nothing, nothing), cfg.rule_options
+            )
         return layer, kept
 
     done = {}
@@ -74,28 +87,44 @@ def advance(
     """(parameters, masks) after the optimizer's update made `params`; `grads` are the dense gradients. `now.key` is the step's."""
     rule, shape = RULES[cfg.rule], Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
     if rule.update and rule.due:
-        changed = lambda masks: _changed(cfg, now, shape, mask(params, masks), masks, grads, stacked)
+
+        def changed(masks):
+            return _changed(cfg, now, shape, mask(params, masks), masks, grads, stacked)
+
         masks = jax.lax.cond(rule.due(now, cfg.rule_options), changed, lambda masks: masks, masks)
     if rule.project:
         kept = dict(experts_of(masks))
         done = {}
         for path, layer in experts_of(params):
-            project = lambda layer, kept: rule.project(layer, kept, shape, now, cfg.rule_options)
+
+            def project(layer, kept):
+                return rule.project(layer, kept, shape, now, cfg.rule_options)
+
             run = jax.vmap(project) if is_stacked(path, stacked) else project
             done[path] = run(layer, kept.get(path, {}))
         params = replaced(params, done)
     return mask(params, masks), masks
 
 
-def _changed(cfg: SparseConfig, now: Now, shape: Shaped, params: Any, masks: Any, grads: Any, stacked: bool) -> Any:
+def _changed(
+    cfg: SparseConfig, now: Now, shape: Shaped, params: Any, masks: Any, grads: Any, stacked: bool
+) -> Any:
     before, gradients, done = dict(experts_of(masks)), dict(experts_of(grads)), {}
     update: Any = RULES[cfg.rule].update
     for path, layer in experts_of(params):
         key, number = identity(path)
         key = jax.random.fold_in(now.key, key)
-        one = lambda number, layer, kept, grad, key=key: update(
-            layer, kept, grad, shape, now._replace(key=jax.random.fold_in(key, number)), cfg.rule_options
-        )
+
+        def one(number, layer, kept, grad, key=key):
+            return update(
+                layer,
+                kept,
+                grad,
+                shape,
+                now._replace(key=jax.random.fold_in(key, number)),
+                cfg.rule_options,
+            )
+
         if is_stacked(path, stacked):
             number, one = jnp.arange(jax.tree.leaves(layer)[0].shape[0]), jax.vmap(one)
         done[path] = one(number, layer, before[path], gradients[path])
@@ -105,7 +134,10 @@ def _changed(cfg: SparseConfig, now: Now, shape: Shaped, params: Any, masks: Any
 def mask(tree: Any, masks: dict[str, Any]) -> Any:
     """The tree (parameters, or shaped like them) with exact zeros where the masks say so."""
     layers = dict(experts_of(tree))
-    zero = lambda keep, x: jnp.where(keep, x, jnp.zeros_like(x)) if keep.dtype == bool else x
+
+    def zero(keep, x):
+        return jnp.where(keep, x, jnp.zeros_like(x)) if keep.dtype == bool else x
+
     done = {
         path: {name: zero(kept[name], x) if name in kept else x for name, x in layers[path].items()}
         for path, kept in experts_of(masks)
@@ -119,11 +151,16 @@ def mask_moments(opt_state: Any, masks: dict[str, Any]) -> Any:
     Factored statistics (Adafactor's, per row and column) have no such entries, and need none: masked gradients add nothing to them.
     """
     flat = {
-        (*path, name): keep for path, kept in experts_of(masks) for name, keep in kept.items() if keep.dtype == bool
+        (*path, name): keep
+        for path, kept in experts_of(masks)
+        for name, keep in kept.items()
+        if keep.dtype == bool
     }
 
     def one(path: Any, x: Any) -> Any:
-        keys = tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
+        keys = tuple(
+            getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path
+        )
         for weight, keep in flat.items():
             places = range(len(keys) - len(weight) + 1)
             if keep.shape == x.shape and any(keys[i : i + len(weight)] == weight for i in places):
@@ -137,7 +174,9 @@ def alive(cfg: SparseConfig, params: Any, masks: dict[str, Any]) -> dict[str, An
     """The masks; for rules without any, where the experts are not zero."""
     if RULES[cfg.rule].project is None:
         return masks
-    return nested({path: {name: x != 0 for name, x in layer.items()} for path, layer in experts_of(params)})
+    return nested(
+        {path: {name: x != 0 for name, x in layer.items()} for path, layer in experts_of(params)}
+    )
 
 
 def density(params: Any) -> jax.Array:
@@ -176,7 +215,9 @@ def replaced(tree: Any, layers: dict[Path, Any]) -> Any:
     def rebuild(node: Any, path: Path) -> Any:
         if path in layers:
             return layers[path]
-        return {k: rebuild(v, (*path, k)) for k, v in node.items()} if isinstance(node, dict) else node
+        return (
+            {k: rebuild(v, (*path, k)) for k, v in node.items()} if isinstance(node, dict) else node
+        )
 
     return rebuild(tree, ())
 

@@ -60,7 +60,9 @@ def blocks(layers: Iterable[Layer], block: int) -> Blocks:
             most[name] = max(most[name], int(stored.used(matrix, block).sum(2).max()))
             sizes[name] = matrix.shape
     held = sum(most[name] * block * sizes[name][2] for name in most)
-    return Blocks(block, most["w_in"], most["w_out"], held / sum(math.prod(s[1:]) for s in sizes.values()))
+    return Blocks(
+        block, most["w_in"], most["w_out"], held / sum(math.prod(s[1:]) for s in sizes.values())
+    )
 
 
 def pays(block: int) -> float:
@@ -70,8 +72,14 @@ def pays(block: int) -> float:
 
 def packed(layer: Layer, form: Blocks) -> dict[str, dict[str, np.ndarray]]:
     """{"experts": values, "places": places} of a layer (sparse/stored.py)."""
-    both = {n: stored.pack(matrix, form.block, getattr(form, n)) for n, matrix in matrices(layer).items()}
-    return {part: {n: pair[i] for n, pair in both.items()} for i, part in enumerate(("experts", "places"))}
+    both = {
+        n: stored.pack(matrix, form.block, getattr(form, n))
+        for n, matrix in matrices(layer).items()
+    }
+    return {
+        part: {n: pair[i] for n, pair in both.items()}
+        for i, part in enumerate(("experts", "places"))
+    }
 
 
 def matrices(layer: Layer) -> dict[str, np.ndarray]:

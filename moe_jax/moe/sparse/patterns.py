@@ -25,8 +25,12 @@ class Pattern(NamedTuple):
     """One line of PATTERNS."""
 
     pool: Callable[[Matrices, Mapping[str, Any]], Groups]  # sums over the entries of every group
-    spread: Callable[[Groups, Matrices, Mapping[str, Any]], Matrices]  # the value of its group for every entry
-    rows: Callable[[Mapping[str, Any]], int]  # leading dimensions of a group array that number its rows
+    spread: Callable[
+        [Groups, Matrices, Mapping[str, Any]], Matrices
+    ]  # the value of its group for every entry
+    rows: Callable[
+        [Mapping[str, Any]], int
+    ]  # leading dimensions of a group array that number its rows
     count: Callable[[Mapping[str, Any], int], int]  # groups kept of a row of n
 
 
@@ -35,8 +39,12 @@ def by_density(options: Mapping[str, Any], number: int) -> int:
     return max(1, round(options["density"] * number))
 
 
-def _each(f: Callable[[jax.Array, int], jax.Array], block: str) -> Callable[[Matrices, Mapping[str, Any]], Groups]:
-    return lambda experts, options: {name: f(whole(x), options[block]) for name, x in experts.items()}
+def _each(
+    f: Callable[[jax.Array, int], jax.Array], block: str
+) -> Callable[[Matrices, Mapping[str, Any]], Groups]:
+    return lambda experts, options: {
+        name: f(whole(x), options[block]) for name, x in experts.items()
+    }
 
 
 # N:M
@@ -48,7 +56,9 @@ def _runs(x: jax.Array, m: int) -> jax.Array:
 
 
 def _from_runs(groups: Groups, experts: Matrices, options: Mapping[str, Any]) -> Matrices:
-    return {name: reshaped(jnp.moveaxis(groups[name], -1, 2), *x.shape) for name, x in experts.items()}
+    return {
+        name: reshaped(jnp.moveaxis(groups[name], -1, 2), *x.shape) for name, x in experts.items()
+    }
 
 
 # Blocks
@@ -57,7 +67,11 @@ def _from_runs(groups: Groups, experts: Matrices, options: Mapping[str, Any]) ->
 def _blocks(x: jax.Array, b: int) -> jax.Array:
     """[E, I, ..., O] -> sums of b x b blocks [E, Q, O / b, I / b], where Q numbers what lies between I and O (gate and up)."""
     e, i, o = x.shape[0], x.shape[1], x.shape[-1]
-    return reshaped(x, e, i // b, b, x.size // (e * i * o), o // b, b).sum((2, 5)).transpose(0, 2, 3, 1)
+    return (
+        reshaped(x, e, i // b, b, x.size // (e * i * o), o // b, b)
+        .sum((2, 5))
+        .transpose(0, 2, 3, 1)
+    )
 
 
 def _from_blocks(groups: Groups, experts: Matrices, options: Mapping[str, Any]) -> Matrices:
@@ -83,19 +97,30 @@ def _units(experts: Matrices, options: Mapping[str, Any]) -> Groups:
 def _from_units(groups: Groups, experts: Matrices, options: Mapping[str, Any]) -> Matrices:
     unit_EF, (w_in, w_out) = groups["units"], (experts[name] for name in UNITS)
     middle = jnp.expand_dims(unit_EF, tuple(range(1, w_in.ndim - 1)))
-    return {"w_in": jnp.broadcast_to(middle, w_in.shape), "w_out": jnp.broadcast_to(unit_EF[:, :, None], w_out.shape)}
+    return {
+        "w_in": jnp.broadcast_to(middle, w_in.shape),
+        "w_out": jnp.broadcast_to(unit_EF[:, :, None], w_out.shape),
+    }
 
 
 PATTERNS: dict[str, Pattern] = {
     # single entries, anywhere in an expert's matrix
     "unstructured": Pattern(
-        lambda experts, options: dict(experts), lambda groups, experts, options: groups, lambda options: 1, by_density
+        lambda experts, options: dict(experts),
+        lambda groups, experts, options: groups,
+        lambda options: 1,
+        by_density,
     ),
     # n of every m consecutive inputs of an output (Mishra et al. 2021, arXiv:2104.08378: 2 of 4)
-    "n_m": Pattern(_each(_runs, "m"), _from_runs, lambda options: -1, lambda options, number: options["n"]),
+    "n_m": Pattern(
+        _each(_runs, "m"), _from_runs, lambda options: -1, lambda options, number: options["n"]
+    ),
     # b x b blocks; balanced: as many for every column of blocks, so that their products are one batch
     "blocks": Pattern(
-        _each(_blocks, "block"), _from_blocks, lambda options: -1 if options["balanced"] else 1, by_density
+        _each(_blocks, "block"),
+        _from_blocks,
+        lambda options: -1 if options["balanced"] else 1,
+        by_density,
     ),
     # whole hidden units, which `convert compact` removes
     "units": Pattern(_units, _from_units, lambda options: 1, by_density),
@@ -113,7 +138,10 @@ class Shaped(NamedTuple):
 
     def norms(self, experts: Matrices) -> Groups:
         """The root mean square of the entries of every group, in float32 or wider."""
-        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+        def wide(x):
+            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
         sums = self.pool({name: jnp.square(wide(x)) for name, x in experts.items()})
         return {key: jnp.sqrt(z / self.size(experts, key, z)) for key, z in sums.items()}
 
@@ -165,7 +193,11 @@ def whole(x: jax.Array) -> jax.Array:
 def reshaped(x: jax.Array, *shape: int) -> jax.Array:
     """Of an array that is `whole`, and stays so."""
     place = jax.typeof(x).sharding
-    return x.reshape(shape) if place.mesh.empty else jax.lax.reshape(x, shape, out_sharding=P(*place.spec[:1]))
+    return (
+        x.reshape(shape)
+        if place.mesh.empty
+        else jax.lax.reshape(x, shape, out_sharding=P(*place.spec[:1]))
+    )
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:

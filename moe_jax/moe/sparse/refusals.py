@@ -7,17 +7,35 @@ from moe_jax.schema.config import ModelConfig, SparseConfig
 AT = "model.moe.sparse"
 # (rule, pattern): why they do not go together.
 ODD = {
-    ("threshold", "n_m"): "exactly n of every m are kept, whatever their magnitude: set the rule to static",
-    ("set", "n_m"): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
-    ("rigl", "n_m"): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
+    (
+        "threshold",
+        "n_m",
+    ): "exactly n of every m are kept, whatever their magnitude: set the rule to static",
+    (
+        "set",
+        "n_m",
+    ): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
+    (
+        "rigl",
+        "n_m",
+    ): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
     (
         "set",
         "units",
     ): "a unit that is all zero has no gradient, so one that came would stay zero: set the rule to magnitude",
-    ("rigl", "units"): "a unit that is all zero has no gradient to be chosen by: set the rule to magnitude",
-    ("group_lasso", "unstructured"): "the penalty is that of whole hidden units: set the pattern to units",
+    (
+        "rigl",
+        "units",
+    ): "a unit that is all zero has no gradient to be chosen by: set the rule to magnitude",
+    (
+        "group_lasso",
+        "unstructured",
+    ): "the penalty is that of whole hidden units: set the pattern to units",
     ("group_lasso", "n_m"): "the penalty is that of whole hidden units: set the pattern to units",
-    ("group_lasso", "blocks"): "the penalty is that of whole hidden units: set the pattern to units",
+    (
+        "group_lasso",
+        "blocks",
+    ): "the penalty is that of whole hidden units: set the pattern to units",
 }
 
 
@@ -33,7 +51,10 @@ def refusals(c: ModelConfig) -> Iterator[str]:
     yield from _rule(s)
     yield from _pattern(s)
     for size, what in _tiles(s):
-        for path, width in (("model.d_model", c.d_model), ("model.moe.expert_hidden", c.moe.expert_hidden)):
+        for path, width in (
+            ("model.d_model", c.d_model),
+            ("model.moe.expert_hidden", c.moe.expert_hidden),
+        ):
             if width % size:
                 yield f"{path} ({width}) must be divisible by {AT}.patterns.{s.pattern}.{what} ({size})"
 

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from moe_jax.moe.sparse.patterns import Matrices, Shaped, largest
 
 Options = Mapping[str, Any]
-Kept = dict[str, jax.Array]  # what a rule keeps from step to step: masks by matrix, or thresholds by key of groups
+Kept = dict[
+    str, jax.Array
+]  # what a rule keeps from step to step: masks by matrix, or thresholds by key of groups
 
 
 class Now(NamedTuple):
@@ -40,8 +42,12 @@ class Rule(NamedTuple):
 
     first: Callable[[Matrices, Shaped, Options], Kept]  # from the first values
     due: Callable[[Now, Options], jax.Array] | None  # do masks change now?
-    update: Callable[[Matrices, Kept, Matrices, Shaped, Now, Options], Kept] | None  # (weights, masks, dense gradients)
-    project: Callable[[Matrices, Kept, Shaped, Now, Options], Matrices] | None  # weights after the optimizer's update
+    update: (
+        Callable[[Matrices, Kept, Matrices, Shaped, Now, Options], Kept] | None
+    )  # (weights, masks, dense gradients)
+    project: (
+        Callable[[Matrices, Kept, Shaped, Now, Options], Matrices] | None
+    )  # weights after the optimizer's update
 
 
 def first_masks(experts: Matrices, shape: Shaped, options: Options) -> Kept:
@@ -75,10 +81,15 @@ def first_thresholds(experts: Matrices, shape: Shaped, options: Options) -> Kept
     return {key: least(z) for key, z in scores.items()}
 
 
-def below_to_zero(experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options) -> Matrices:
+def below_to_zero(
+    experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options
+) -> Matrices:
     """W[|W| < threshold] = 0. An entry comes back when a single update moves it by at least the threshold."""
     scores = shape.norms(experts)
-    threshold = lambda key, z: options["threshold"] or kept[key].reshape(-1, *[1] * (z.ndim - 1))
+
+    def threshold(key, z):
+        return options["threshold"] or kept[key].reshape(-1, *[1] * (z.ndim - 1))
+
     alive = shape.spread({key: z >= threshold(key, z) for key, z in scores.items()}, experts)
     return {name: jnp.where(alive[name], x, jnp.zeros_like(x)) for name, x in experts.items()}
 
@@ -95,7 +106,11 @@ def cubic_density(now: Now, options: Options, final: float) -> jax.Array:
 
 def magnitude_due(now: Now, options: Options) -> jax.Array:
     begin, end = _span(now, options)
-    return (now.step >= begin) & (now.step <= end) & ((now.step % options["every"] == 0) | (now.step == end))
+    return (
+        (now.step >= begin)
+        & (now.step <= end)
+        & ((now.step % options["every"] == 0) | (now.step == end))
+    )
 
 
 def magnitude_update(
@@ -128,24 +143,39 @@ def regrowth_due(now: Now, options: Options) -> jax.Array:
     return (now.step < _span(now, options)[1]) & (now.step % options["every"] == 0)
 
 
-def set_update(experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options) -> Kept:
+def set_update(
+    experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options
+) -> Kept:
     scores = shape.norms(experts)
     keys = jax.random.split(now.key, len(scores))
-    draw = {key: jax.random.uniform(k, scores[key].shape) for key, k in zip(sorted(scores), keys, strict=True)}
+    draw = {
+        key: jax.random.uniform(k, scores[key].shape)
+        for key, k in zip(sorted(scores), keys, strict=True)
+    }
     return regrow(experts, masks, draw, shape, set_fraction(now, options))
 
 
-def rigl_update(experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options) -> Kept:
+def rigl_update(
+    experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options
+) -> Kept:
     return regrow(experts, masks, shape.norms(grads), shape, rigl_fraction(now, options))
 
 
-def regrow(experts: Matrices, masks: Kept, growth: Kept, shape: Shaped, fraction: jax.Array) -> Kept:
+def regrow(
+    experts: Matrices, masks: Kept, growth: Kept, shape: Shaped, fraction: jax.Array
+) -> Kept:
     """Of the k live groups of every row the `fraction` k of the least magnitude go, and as many come with the largest `growth`.
 
     Those that just went may come back, as in the paper of RigL (algorithm 1); they keep their value then. All others come at 0.
     """
-    live = {key: z > 0 for key, z in shape.pool({n: m.astype(jnp.float32) for n, m in masks.items()}).items()}
-    leave = lambda z: jnp.round(fraction * shape.kept(z)).astype(jnp.int32)
+    live = {
+        key: z > 0
+        for key, z in shape.pool({n: m.astype(jnp.float32) for n, m in masks.items()}).items()
+    }
+
+    def leave(z):
+        return jnp.round(fraction * shape.kept(z)).astype(jnp.int32)
+
     magnitude = {key: jnp.where(live[key], z, -1) for key, z in shape.norms(experts).items()}
     stay = shape.choose(magnitude, lambda z: shape.kept(z) - leave(z))
     growth = {key: jnp.where(stay[key], -1, growth[key]) for key in stay}
@@ -156,7 +186,9 @@ def regrow(experts: Matrices, masks: Kept, growth: Kept, shape: Shaped, fraction
 # Group lasso
 
 
-def shrink_units(experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options) -> Matrices:
+def shrink_units(
+    experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options
+) -> Matrices:
     """w <- max(0, 1 - rate * lambda * sqrt(n) / |w|) w for every unit w of n entries: the proximal step of lambda sqrt(n) |w|.
 
     The step size is the learning rate, also under optimizers that scale every entry's update on its own: then lambda means what it does
@@ -169,7 +201,10 @@ def shrink_units(experts: Matrices, kept: Kept, shape: Shaped, now: Now, options
 
     factors = {key: factor(z) for key, z in shape.norms(experts).items()}
     spread = shape.spread(factors, experts)
-    scale = lambda x, factor: jnp.where(factor > 0, x * factor.astype(x.dtype), jnp.zeros_like(x))  # 0, not -0
+
+    def scale(x, factor):
+        return jnp.where(factor > 0, x * factor.astype(x.dtype), jnp.zeros_like(x))  # 0, not -0
+
     return {name: scale(x, spread[name]) for name, x in experts.items()}
 
 

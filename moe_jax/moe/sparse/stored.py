@@ -15,13 +15,21 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from moe_jax.moe.experts.grouped_matmul import ACTIVATIONS, PARTS, serve_rows, vary_alike, wide_dtype
+from moe_jax.moe.experts.grouped_matmul import (
+    ACTIVATIONS,
+    PARTS,
+    serve_rows,
+    vary_alike,
+    wide_dtype,
+)
 from moe_jax.weights import Weight
 
 NAMES = ("w_in", "w_out")
 
 
-def declare(options: Mapping[str, int], num_experts: int, outputs: Mapping[str, int]) -> tuple[dict, dict]:
+def declare(
+    options: Mapping[str, int], num_experts: int, outputs: Mapping[str, int]
+) -> tuple[dict, dict]:
     """(values, places) of `model.moe.sparse.stored`: {block, w_in, w_out}, the last two blocks of a column."""
     b, values, places = options["block"], {}, {}
     for name in NAMES:
@@ -44,7 +52,9 @@ def used(matrix_EIO: np.ndarray, b: int) -> np.ndarray:
 def pack(matrix_EIO: np.ndarray, b: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """(values, places) of matrices whose columns have at most n blocks that are not zero; the order of inputs is kept."""
     e, i, o = matrix_EIO.shape
-    blocks = matrix_EIO.reshape(e, i // b, b, o // b, b).transpose(0, 3, 1, 2, 4)  # [E, J, I / b, b, b]
+    blocks = matrix_EIO.reshape(e, i // b, b, o // b, b).transpose(
+        0, 3, 1, 2, 4
+    )  # [E, J, I / b, b, b]
     here = used(matrix_EIO, b)
     places = np.argsort(~here, axis=2, kind="stable")[:, :, :n].astype(np.int32)
     values = np.take_along_axis(blocks, places[..., None, None], 2)
@@ -73,7 +83,11 @@ def experts(
 
     def run(x_RD, gate_R, start_e, size_e, block):
         x_RD, gate_R, start_e, size_e, *stored = vary_alike(
-            x_RD, gate_R, start_e, size_e, *(store[name] for name in NAMES for store in (values, places))
+            x_RD,
+            gate_R,
+            start_e,
+            size_e,
+            *(store[name] for name in NAMES for store in (values, places)),
         )
 
         def network(i: jax.Array, x_BD: jax.Array, gate_B: jax.Array) -> jax.Array:

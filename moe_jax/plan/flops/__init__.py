@@ -147,17 +147,28 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
 
     def over(kinds: tuple[str, ...], flops: Callable[[int], float]) -> int:
         """FLOPs per token of all blocks of these kinds; `flops(T)` is what T tokens cost in one of them."""
-        of_row = sum(flops(chosen if kind.startswith(DEPTH) else seq_len) for kind in cfg.blocks if kind in kinds)
+        of_row = sum(
+            flops(chosen if kind.startswith(DEPTH) else seq_len)
+            for kind in cfg.blocks
+            if kind in kinds
+        )
         return round(of_row / seq_len)
 
     dense, moe = ("dense", DEPTH + "dense"), ("moe", DEPTH + "moe")
-    per_token = lambda weights: lambda num_tokens: 2 * weights * num_tokens
+
+    def per_token(weights):
+        return lambda num_tokens: 2 * weights * num_tokens
+
     return Breakdown(
         attention_projections=over(dense + moe, per_token(2 * d * a * (h + g))),
-        attention_scores=over(dense + moe, lambda n: 2 * h * a * (n + 1) * n),  # 2 products x 2 x (n + 1) / 2 keys
+        attention_scores=over(
+            dense + moe, lambda n: 2 * h * a * (n + 1) * n
+        ),  # 2 products x 2 x (n + 1) / 2 keys
         dense=over(dense, per_token(feed_forward(cfg, cfg.ffn_hidden))),
         shared=over(moe, per_token(cfg.moe.shared_experts * expert)),
-        experts=over(moe, lambda n: 2 * expert * expert_rows(cfg.moe, n)) if cfg.num_moe_layers else 0,
+        experts=over(moe, lambda n: 2 * expert * expert_rows(cfg.moe, n))
+        if cfg.num_moe_layers
+        else 0,
         router=(over(moe, per_token(router(cfg) + mixing(cfg))) if cfg.num_moe_layers else 0)
         + 2 * cfg.num_depth_blocks * d,
         head=2 * d * cfg.vocab_size,
@@ -193,7 +204,9 @@ def measure_peak(dtype: str) -> float:
     """
     mesh = jax.sharding.get_mesh()
     devices = jax.local_devices() if mesh.empty else mesh.local_devices
-    local = jax.make_mesh((len(devices),), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    local = jax.make_mesh(
+        (len(devices),), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    )
     with jax.set_mesh(local):
         return _best(*_matrices(dtype, local))
 
@@ -203,13 +216,22 @@ def _matrices(dtype: str, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array
     size = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
     split = jax.NamedSharding(mesh, jax.P("device"))
     signs = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (2, size, size))
-    put = lambda z: jax.device_put(np.broadcast_to(z.astype(jnp.dtype(dtype)), (mesh.size, size, size)), split)
+
+    def put(z):
+        return jax.device_put(
+            np.broadcast_to(z.astype(jnp.dtype(dtype)), (mesh.size, size, size)), split
+        )
+
     return put(signs[0]), put(signs[1] * size**-0.5)
 
 
 def _best(x: jax.Array, w: jax.Array) -> float:
     """The highest FLOP/s among runs of x w w ... w, each long enough for its launch not to matter."""
-    chain = jax.jit(lambda x, w, num: jax.lax.fori_loop(0, num, lambda _, y: jnp.einsum("nij,njk->nik", y, w), x))
+    chain = jax.jit(
+        lambda x, w, num: jax.lax.fori_loop(
+            0, num, lambda _, y: jnp.einsum("nij,njk->nik", y, w), x
+        )
+    )
 
     def seconds(num: int) -> float:
         start = time.perf_counter()

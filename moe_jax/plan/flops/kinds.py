@@ -35,7 +35,9 @@ def encoder_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     found = decoder(as_decoder(cfg), seq_len)
     entry = 0 if o["inputs"] == "tokens" else 2 * o["input_dim"] * d
     scores = found.attention_scores if o["attention"] == "causal" else full(cfg, seq_len)
-    return found._replace(attention_scores=scores, head=entry + round(2 * d * o["num_classes"] / seq_len))
+    return found._replace(
+        attention_scores=scores, head=entry + round(2 * d * o["num_classes"] / seq_len)
+    )
 
 
 def full(cfg: ModelConfig, num_keys: int) -> int:
@@ -45,7 +47,13 @@ def full(cfg: ModelConfig, num_keys: int) -> int:
 
 def cross_weights(cfg: ModelConfig) -> int:
     """Of the projections of cross-attention in the decoder's blocks."""
-    return len(as_decoder(cfg).blocks) * 2 * cfg.d_model * cfg.head_dim * (cfg.num_heads + cfg.num_kv_heads)
+    return (
+        len(as_decoder(cfg).blocks)
+        * 2
+        * cfg.d_model
+        * cfg.head_dim
+        * (cfg.num_heads + cfg.num_kv_heads)
+    )
 
 
 def added(a: Any, b: Any) -> Any:
@@ -58,7 +66,9 @@ def encdec_parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     number = len(as_decoder(cfg).blocks)
     biases = cfg.attention_bias * number * (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
     norms = number * (cfg.d_model + cfg.qk_norm * 2 * cfg.head_dim)
-    return both._replace(attention=both.attention + cross_weights(cfg) + biases, norms=both.norms + norms)
+    return both._replace(
+        attention=both.attention + cross_weights(cfg) + biases, norms=both.norms + norms
+    )
 
 
 def encdec_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
@@ -67,7 +77,8 @@ def encdec_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     both = added(target, source._replace(head=0, attention_scores=full(encoder, seq_len)))
     scores = both.attention_scores + full(as_decoder(cfg), seq_len)
     return both._replace(
-        attention_projections=both.attention_projections + 2 * cross_weights(cfg), attention_scores=scores
+        attention_projections=both.attention_projections + 2 * cross_weights(cfg),
+        attention_scores=scores,
     )
 
 
@@ -86,12 +97,16 @@ def mmoe_parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 def mmoe_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     d, items = cfg.d_model, cfg.kind_options["items"]
     found, num_tasks = decoder(as_decoder(cfg), len(items)), len(items)
-    per_place = lambda of_row: round(of_row / seq_len)
+
+    def per_place(of_row):
+        return round(of_row / seq_len)
+
     gates = 2 * d * cfg.moe.num_experts * cfg.num_moe_layers  # of the one gate that a task uses
     return type(found)(
         attention_projections=0,
         attention_scores=0,
-        dense=per_place(num_tasks * (found.dense + 2 * d * d) + 2 * d * d) + 2 * d,  # the bag adds up its features
+        dense=per_place(num_tasks * (found.dense + 2 * d * d) + 2 * d * d)
+        + 2 * d,  # the bag adds up its features
         shared=per_place(num_tasks * found.shared),
         experts=per_place(num_tasks * found.experts),
         router=per_place(num_tasks * gates),
@@ -114,7 +129,9 @@ def article_parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 
 def article_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     o, d = cfg.kind_options, cfg.d_model
-    rows = seq_len if o["num_classes"] else 1  # a class is asked for once in a row, a token at every place
+    rows = (
+        seq_len if o["num_classes"] else 1
+    )  # a class is asked for once in a row, a token at every place
     num, places = o["num_experts"], min(o["window"], seq_len) if o["num_classes"] else o["window"]
     nothing = type(decoder(as_decoder(cfg), seq_len))(*(0,) * 7)
     gated = o["aggregate"] == "gated"

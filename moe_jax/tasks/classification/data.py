@@ -110,9 +110,13 @@ def _csv(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
                     f"{path} must have the columns {', '.join(columns)}; its first line has {', '.join(there)}"
                 )
             for row in reader:
-                yield tuple(plain(row[column], f"{path}, line {reader.line_num}") for column in columns)
+                yield tuple(
+                    plain(row[column], f"{path}, line {reader.line_num}") for column in columns
+                )
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num} is no line of a table with commas: {error}") from None
+            raise UserError(
+                f"{path}, line {reader.line_num} is no line of a table with commas: {error}"
+            ) from None
 
 
 def read_tfds(spec: str) -> Iterator[Text]:
@@ -127,7 +131,13 @@ def read_tfds(spec: str) -> Iterator[Text]:
     for record in stored.both(label):
         found = record.text(text)
         number = numbers.checked(record.fields[label], len(names), record.where)
-        yield Text(found, "" if number == numbers.NONE else names[number], "", record.split, key_of_text(found))
+        yield Text(
+            found,
+            "" if number == numbers.NONE else names[number],
+            "",
+            record.split,
+            key_of_text(found),
+        )
 
 
 DATASETS: dict[str, Callable[[str], Iterator[Text]]] = {
@@ -140,7 +150,14 @@ DATASETS: dict[str, Callable[[str], Iterator[Text]]] = {
 
 
 def open_classification(
-    name: str, folder: str, *, seq_len: int, tokens: str, heldout_every: int, seed: int, select: bool = False
+    name: str,
+    folder: str,
+    *,
+    seq_len: int,
+    tokens: str,
+    heldout_every: int,
+    seed: int,
+    select: bool = False,
 ) -> Examples:
     """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledTokens`; `about` is `examples.Classes`.
 
@@ -155,11 +172,18 @@ def open_classification(
     if select:
         parts = selection(parts["train"], heldout_every)
         chosen, every = len(parts["heldout"]), sum(map(len, parts.values()))
-        notes = (*notes, f"select: {chosen} of {every} training texts are held out, the test part is left out")
+        notes = (
+            *notes,
+            f"select: {chosen} of {every} training texts are held out, the test part is left out",
+        )
     for part, texts in parts.items():
         if not texts:
-            raise UserError(f"{name} has no {part} text with a label: lower heldout_every ({heldout_every})")
-    rows = tokenized(name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]]))
+            raise UserError(
+                f"{name} has no {part} text with a label: lower heldout_every ({heldout_every})"
+            )
+    rows = tokenized(
+        name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]])
+    )
     return rows._replace(notes=(*notes, *rows.notes))
 
 
@@ -167,7 +191,9 @@ def split(found: Iterator[Text], heldout_every: int) -> dict[str, list[Text]]:
     """The texts of both splits."""
     parts: dict[str, list[Text]] = {"train": [], "heldout": []}
     for text in found:
-        parts[text.split or ("heldout" if is_heldout(text.key, heldout_every) else "train")].append(text)
+        parts[text.split or ("heldout" if is_heldout(text.key, heldout_every) else "train")].append(
+            text
+        )
     return parts
 
 
@@ -191,9 +217,14 @@ def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tok
     """Rows of the texts of both splits."""
     every = [text for part in parts.values() for text in part]
     labels = tuple(sorted({text.label for text in every}))
-    domains = tuple(dict.fromkeys(map(_domain, every))) if any(text.domain for text in every) else labels
+    domains = (
+        tuple(dict.fromkeys(map(_domain, every))) if any(text.domain for text in every) else labels
+    )
     number = {
-        split: [_numbers([text.label for text in part], labels), _numbers(list(map(_domain, part)), domains)]
+        split: [
+            _numbers([text.label for text in part], labels),
+            _numbers(list(map(_domain, part)), domains),
+        ]
         for split, part in parts.items()
     }
     rows = {split: _encode([text.text for text in part], tokens) for split, part in parts.items()}
@@ -215,9 +246,13 @@ def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tok
         rows={split: len(part) for split, part in parts.items()},
         fetch=fetch,
         heldout_domain_R=number["heldout"][1],
-        fingerprint=examples.fingerprint([name, seq_len, labels, domains, tokens.fingerprint], arrays),
+        fingerprint=examples.fingerprint(
+            [name, seq_len, labels, domains, tokens.fingerprint], arrays
+        ),
         about=Classes(labels, tokens, 0, raw),
-        notes=(f"{cut} of {len(parts['train'])} training texts are cut to {seq_len} tokens",) if cut else (),
+        notes=(f"{cut} of {len(parts['train'])} training texts are cut to {seq_len} tokens",)
+        if cut
+        else (),
     )
 
 

@@ -14,7 +14,10 @@ def table(data: Examples) -> Table:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.svm import LinearSVC
 
-    (texts, label_N), (held_texts, held_label_M) = data.about.raw["train"], data.about.raw["heldout"]
+    (texts, label_N), (held_texts, held_label_M) = (
+        data.about.raw["train"],
+        data.about.raw["heldout"],
+    )
     tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, dtype=np.float32)
     machine = LinearSVC(random_state=0).fit(tfidf.fit_transform(texts), label_N)
     guessed_M = machine.predict(tfidf.transform(held_texts))

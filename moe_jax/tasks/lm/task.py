@@ -41,16 +41,25 @@ class Inputs(NamedTuple):
 
 
 def _seen(batch: Inputs, record: Mapping[str, Any]) -> ModelBatch:
-    by_block = lambda tree: jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tree)
-    recorded, removed, barred = (by_block(z) for z in (batch.recorded, batch.removed_BME, batch.barred_BME))
+    def by_block(tree):
+        return jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tree)
+
+    recorded, removed, barred = (
+        by_block(z) for z in (batch.recorded, batch.removed_BME, batch.barred_BME)
+    )
     seen = ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return seen._replace(recorded=recorded, removed_BE=removed, barred_BE=barred, record=record or ())
+    return seen._replace(
+        recorded=recorded, removed_BE=removed, barred_BE=barred, record=record or ()
+    )
 
 
 def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
     """-log p(target) in nats, [B, S]. Written so that a vocabulary split over `model` is reduced, never gathered."""
     place = jax.typeof(logits_BSV).sharding
-    hit_BSV = jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=place) == target_BS[:, :, None]
+    hit_BSV = (
+        jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=place)
+        == target_BS[:, :, None]
+    )
     return jax.nn.logsumexp(logits_BSV, -1) - jnp.where(hit_BSV, logits_BSV, 0).sum(-1)
 
 
@@ -60,7 +69,9 @@ def losses(model: Callable, batch: Inputs, rng: jax.Array, train: bool) -> Losse
     return Losses(nll_BS, (batch.segment_BS > 0).astype(nll_BS.dtype), logits_BSV, sums)
 
 
-def record(model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def record(
+    model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: Mapping[str, Any]
+) -> dict[str, Any]:
     """The routing of each token, {"expert", "gate", "dropped": [L, B, S, K]}, as `wanted` says: probe.ROUTING or probe.INPUTS."""
     return probe.split(model(_seen(batch, wanted), rng, train)[1])[1]
 
@@ -72,9 +83,16 @@ def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
     best_BS = jnp.argmax(found.outputs, -1)
     # By a tokenizer that changes the text, ids stand for other bytes than were read: count those that were, as gzip does.
     scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, found.nll.dtype)
-    text_BS = jnp.asarray(bytes_V).at[batch.targets_BS].get(out_sharding=jax.typeof(batch.targets_BS).sharding)
+    text_BS = (
+        jnp.asarray(bytes_V)
+        .at[batch.targets_BS]
+        .get(out_sharding=jax.typeof(batch.targets_BS).sharding)
+    )
     valid_BS, dtype = batch.segment_BS > 0, found.nll.dtype
-    add = lambda x_BS: by_domain(x_BS.astype(dtype), valid_BS, batch.domain_BS, len(data.domains))
+
+    def add(x_BS):
+        return by_domain(x_BS.astype(dtype), valid_BS, batch.domain_BS, len(data.domains))
+
     return {
         "nll": add(found.nll),
         "tokens": add(valid_BS),
@@ -133,10 +151,14 @@ def _of_rows(rows: Mapping[str, np.ndarray], data: Dataset, size: int) -> Iterat
     batches = eval_batches(data, size, -(-len(rows["nats"]) // size))
     # The domain of a row, and the bytes that it predicts.
     told = (
-        (b.domain_BS[i, 0], bytes_V[b.targets_BS[i]][b.segment_BS[i] > 0].sum()) for b in batches for i in range(size)
+        (b.domain_BS[i, 0], bytes_V[b.targets_BS[i]][b.segment_BS[i] > 0].sum())
+        for b in batches
+        for i in range(size)
     )
     places = zip(*data.heldout_order(), strict=True)
-    for (part, index), (domain, text), nats, tokens in zip(places, told, rows["nats"], rows["tokens"]):
+    for (part, index), (domain, text), nats, tokens in zip(
+        places, told, rows["nats"], rows["tokens"]
+    ):
         yield {
             "part": data.parts[part].spec,
             "index": int(index),
@@ -158,7 +180,9 @@ def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, d
         for name, b in bits.items()
         if b is not None
     }
-    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
+    mean = {
+        key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))
+    }
     name = "mean"
     while name in rows:  # a domain has the name of its file, which may be any
         name += " of all"
@@ -183,9 +207,14 @@ def random(cfg: Config, step: int) -> Inputs:
     segment = np.where(place < cut, 1, 2)
     segment[::2] = np.where(place < length - tail, segment, 0)[::2]
     position = np.where(place < cut, place, place - cut)
-    whole = lambda z: z.astype(np.int32)
+
+    def whole(z):
+        return z.astype(np.int32)
+
     row = np.arange(num, dtype=np.int32)
-    return Inputs(tokens[:, :-1], tokens[:, 1:], whole(segment), whole(position), whole(0 * segment), row)
+    return Inputs(
+        tokens[:, :-1], tokens[:, 1:], whole(segment), whole(position), whole(0 * segment), row
+    )
 
 
 TASK = Task(

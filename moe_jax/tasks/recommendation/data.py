@@ -62,7 +62,10 @@ def read_tfds(spec: str) -> Interactions:
 def filtered(users: Interactions, min_items: int, min_users: int) -> dict[str, list[str]]:
     """Items of at least `min_users` users, then users with at least `min_items` of these; each item of a user once."""
     count = Counter(item for items in users.values() for item in set(items))
-    kept = {user: [i for i in dict.fromkeys(items) if count[i] >= min_users] for user, items in users.items()}
+    kept = {
+        user: [i for i in dict.fromkeys(items) if count[i] >= min_users]
+        for user, items in users.items()
+    }
     return {user: items for user, items in kept.items() if len(items) >= min_items}
 
 
@@ -94,16 +97,24 @@ def open_recommendation(
     else:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     if min_items < 2:
-        raise UserError(f"min_items = {min_items} must be at least 2: one item to show and one to be found")
+        raise UserError(
+            f"min_items = {min_items} must be at least 2: one item to show and one to be found"
+        )
     users = filtered(users, min_items, min_users)
     found = order(users)
     items = tuple(found[:most])
     number = {item: i for i, item in enumerate(items)}
-    users = {user: kept for user, some in users.items() if len(kept := [i for i in some if i in number]) >= min_items}
+    users = {
+        user: kept
+        for user, some in users.items()
+        if len(kept := [i for i in some if i in number]) >= min_items
+    }
     baskets = {user: np.array([number[i] for i in some], np.int32) for user, some in users.items()}
     parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for user, some in users.items():
-        parts["heldout" if is_heldout(" ".join(sorted(some)).encode(), heldout_every) else "train"].append(user)
+        parts[
+            "heldout" if is_heldout(" ".join(sorted(some)).encode(), heldout_every) else "train"
+        ].append(user)
     if not all(parts.values()):
         raise UserError(
             f"{name} has {len(users)} users with at least {min_items} items: too few to hold out one in {heldout_every}"
@@ -111,7 +122,10 @@ def open_recommendation(
     shown = {user: divided(user, baskets[user]) for user in parts["heldout"]}
     train = [baskets[user] for user in parts["train"]]
     seen, wanted = ([shown[user][side] for user in parts["heldout"]] for side in (0, 1))
-    domain = {s: np.array([domains.index(domain_of(u)) for u in some], np.int32) for s, some in parts.items()}
+    domain = {
+        s: np.array([domains.index(domain_of(u)) for u in some], np.int32)
+        for s, some in parts.items()
+    }
     rows = _rows(name, Market(items, train, seen, wanted, parts), domains, domain, seq_len)
     if len(items) == len(found):
         return rows
@@ -120,7 +134,9 @@ def open_recommendation(
 
 
 def libraries_first(users: Interactions) -> list[str]:
-    return sorted({i for some in users.values() for i in some}, key=lambda i: (not i.startswith("lib"), i))
+    return sorted(
+        {i for some in users.values() for i in some}, key=lambda i: (not i.startswith("lib"), i)
+    )
 
 
 def popular_first(users: Interactions) -> list[str]:
@@ -136,7 +152,9 @@ def divided(user: str, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return items[order[:most]], items[order[most:]]
 
 
-def _rows(name: str, market: Market, domains: tuple[str, ...], domain: dict[str, np.ndarray], seq_len: int) -> Examples:
+def _rows(
+    name: str, market: Market, domains: tuple[str, ...], domain: dict[str, np.ndarray], seq_len: int
+) -> Examples:
     longest = max(map(len, market.wanted))
     if longest > seq_len:
         raise UserError(
@@ -159,7 +177,9 @@ def _rows(name: str, market: Market, domains: tuple[str, ...], domain: dict[str,
         }
 
     cut = sum(len(items) > seq_len for items in market.train)
-    arrays = [a for part in (*shown.values(), *asked.values()) for a in part] + list(domain.values())
+    arrays = [a for part in (*shown.values(), *asked.values()) for a in part] + list(
+        domain.values()
+    )
     return Examples(
         spec=name,
         inputs=examples.Baskets,
@@ -170,7 +190,9 @@ def _rows(name: str, market: Market, domains: tuple[str, ...], domain: dict[str,
         heldout_domain_R=domain["heldout"],
         fingerprint=examples.fingerprint([name, seq_len, market.items, domains], arrays),
         about=market,
-        notes=(f"{cut} of {len(market.train)} training users have more than {seq_len} items, which are cut",)
+        notes=(
+            f"{cut} of {len(market.train)} training users have more than {seq_len} items, which are cut",
+        )
         if cut
         else (),
     )

@@ -27,11 +27,18 @@ def table(data: Examples, tune: bool = True) -> Table:
     popular_I = np.asarray(train.sum(0)).reshape(-1)
     neighbours, shrinkage = tuned(market.train, num) if tune else (NEIGHBOURS[0], SHRINKAGES[0])
     similar = similarity(train, neighbours, shrinkage)
-    by_popularity = lambda seen: np.broadcast_to(popular_I, (seen.shape[0], num))
-    by_neighbours = lambda seen: (seen @ similar).toarray()
+
+    def by_popularity(seen):
+        return np.broadcast_to(popular_I, (seen.shape[0], num))
+
+    def by_neighbours(seen):
+        return (seen @ similar).toarray()
+
     return {
         "popularity": judged(by_popularity, market.seen, market.wanted, num),
-        f"item-kNN (k {neighbours}, shrinkage {shrinkage:g})": judged(by_neighbours, market.seen, market.wanted, num),
+        f"item-kNN (k {neighbours}, shrinkage {shrinkage:g})": judged(
+            by_neighbours, market.seen, market.wanted, num
+        ),
     }
 
 
@@ -71,7 +78,10 @@ def tuned(lists: Sequence[np.ndarray], num_items: int) -> tuple[int, float]:
     for shrinkage in SHRINKAGES:
         for neighbours in NEIGHBOURS:
             similar = similarity(train, neighbours, shrinkage)
-            score = lambda some, similar=similar: (some @ similar).toarray()
+
+            def score(some, similar=similar):
+                return (some @ similar).toarray()
+
             best[neighbours, shrinkage] = judged(score, seen, wanted, num_items)[f"ndcg@{CUT}"]
     return max(best, key=lambda choice: best[choice])
 

@@ -50,10 +50,14 @@ def open_data(cfg: Config) -> Examples:
     return data
 
 
-def scores(model: Callable, batch: Baskets, rng: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+def scores(
+    model: Callable, batch: Baskets, rng: jax.Array, train: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """([B, I] logits, sums)."""
     any_B1 = (batch.weight_BL > 0).any(1, keepdims=True).astype(jnp.int32)
-    seen = Batch(0 * any_B1, 0 * any_B1, any_B1, batch.row_B, inputs=(batch.items_BL, batch.weight_BL))
+    seen = Batch(
+        0 * any_B1, 0 * any_B1, any_B1, batch.row_B, inputs=(batch.items_BL, batch.weight_BL)
+    )
     return model(seen, rng, train)
 
 
@@ -76,14 +80,21 @@ def evaluate(found: Losses, batch: Baskets, data: Examples) -> dict[str, Any]:
     """Sums per domain [Z]: nll and tokens (items to be found), recall, ndcg and users."""
     dtype, wanted_BL = found.nll.dtype, batch.target_weight_BL > 0
     top_BC = best(found.outputs, batch)
-    hit_BC = ((top_BC[:, :, None] == batch.targets_BL[:, None]) & wanted_BL[:, None]).any(2).astype(dtype)
+    hit_BC = (
+        ((top_BC[:, :, None] == batch.targets_BL[:, None]) & wanted_BL[:, None])
+        .any(2)
+        .astype(dtype)
+    )
     number_B, most = wanted_BL.sum(1), jnp.arange(CUT)
     gain_C = 1 / jnp.log2(most.astype(dtype) + 2)
     ideal_B = jnp.where(most[None] < number_B[:, None], gain_C[None], 0).sum(1)
     recall_B = hit_BC.sum(1) / jnp.clip(number_B, 1, CUT)
     ndcg_B = (hit_BC * gain_C[None]).sum(1) / jnp.maximum(ideal_B, gain_C[0])
     users_B = number_B > 0
-    add = lambda x_B: by_domain(x_B.astype(dtype), users_B, batch.domain_B, len(data.domains))
+
+    def add(x_B):
+        return by_domain(x_B.astype(dtype), users_B, batch.domain_B, len(data.domains))
+
     return {
         "nll": add(jnp.where(wanted_BL, found.nll, 0).sum(1)),
         "tokens": add(number_B),
@@ -114,10 +125,16 @@ def headline(figures: Mapping[str, Any]) -> str:
 
 def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
     """Writes predictions.jsonl: of each held-out user the items shown, those to be found, and the 20 recommended, best first."""
-    ask = lambda model, batch: best(scores(model, batch, jax.random.key(0), False)[0], batch)
+
+    def ask(model, batch):
+        return best(scores(model, batch, jax.random.key(0), False)[0], batch)
+
     index_R, top_RC = contract.of_heldout(cfg, TASK, trained, data, ask)
     market = data.about
-    names = lambda items: [market.items[i] for i in items]
+
+    def names(items):
+        return [market.items[i] for i in items]
+
     contract.write_predictions(
         workdir,
         (
@@ -135,7 +152,10 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
 
 def table(cfg: Config, data: Examples, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     rows = rivals.table(data, tune=not cfg.smoke) | {"model": figures}
-    return {name: {key: row[key] for key in (f"recall@{CUT}", f"ndcg@{CUT}")} for name, row in rows.items()}
+    return {
+        name: {key: row[key] for key in (f"recall@{CUT}", f"ndcg@{CUT}")}
+        for name, row in rows.items()
+    }
 
 
 def random(cfg: Config, step: int) -> Baskets:
@@ -145,7 +165,9 @@ def random(cfg: Config, step: int) -> Baskets:
     size = rng.integers(1, length + 1, (num, 1))
     size[::2] = length
     weight_BL = (np.arange(length)[None] < size).astype(np.float32)
-    items_BL = (rng.integers(0, sum(cfg.model.kind_options["items"]), (num, length)) * weight_BL).astype(np.int32)
+    items_BL = (
+        rng.integers(0, sum(cfg.model.kind_options["items"]), (num, length)) * weight_BL
+    ).astype(np.int32)
     row_B = np.arange(num, dtype=np.int32)
     return Baskets(items_BL, weight_BL, items_BL, weight_BL, 0 * row_B, row_B)
 

@@ -43,7 +43,9 @@ def read_fsdd(folder: str) -> list[Recording]:
     found = _files(path)
     recordings = [_recording(name, found[name]) for name in sorted(found) if NAME.fullmatch(name)]
     if {recording.heldout for recording in recordings} != {True, False}:
-        raise UserError(f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and above")
+        raise UserError(
+            f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and above"
+        )
     return recordings
 
 
@@ -52,7 +54,9 @@ def _files(path: pathlib.Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in path.glob("*.wav")}
     try:
         with tarfile.open(path) as archive:
-            opened = {member.name.rpartition("/")[2]: archive.extractfile(member) for member in archive}
+            opened = {
+                member.name.rpartition("/")[2]: archive.extractfile(member) for member in archive
+            }
             return {name: file.read() for name, file in opened.items() if file is not None}
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{path} cannot be read, it may be damaged: {error}") from None
@@ -93,13 +97,22 @@ def open_speech(
     if name not in DATASETS:
         raise files.unknown(KIND, name, list(DATASETS))
     if not 0 <= tempo < 1:
-        raise UserError(f"tempo = {tempo} must be at least 0 and below 1: 0.1 changes the length by up to a tenth")
+        raise UserError(
+            f"tempo = {tempo} must be at least 0 and below 1: 0.1 changes the length by up to a tenth"
+        )
     found = DATASETS[name](folder)
     random = np.random.default_rng((seed, 2))
-    parts = {"train": [r for r in found if not r.heldout], "heldout": [r for r in found if r.heldout]}
-    changed = [changed_copy(r, tempo, noise, random) for _ in range(copies - 1) for r in parts["train"]]
+    parts = {
+        "train": [r for r in found if not r.heldout],
+        "heldout": [r for r in found if r.heldout],
+    }
+    changed = [
+        changed_copy(r, tempo, noise, random) for _ in range(copies - 1) for r in parts["train"]
+    ]
     whole = {"train": [*parts["train"], *changed], "heldout": parts["heldout"]}
-    mels = {split: [log_mel(r.wave, r.rate, mel_bins) for r in some] for split, some in whole.items()}
+    mels = {
+        split: [log_mel(r.wave, r.rate, mel_bins) for r in some] for split, some in whole.items()
+    }
     frames = np.concatenate(mels["train"])
     mean_M, std_M = frames.mean(0), frames.std(0) + 1e-3
     mels = {split: [(mel - mean_M) / std_M for mel in some] for split, some in mels.items()}
@@ -119,9 +132,18 @@ def _rows(
     every = [recording for part in parts.values() for recording in part]
     labels = tuple(sorted({r.label for r in every}))
     speakers = tuple(sorted({r.speaker for r in every}))
-    rows = {split: examples.ragged([stacked(mel, stack) for mel in some]) for split, some in mels.items()}
-    label = {split: np.array([labels.index(r.label) for r in part], np.int32) for split, part in parts.items()}
-    domain = {split: np.array([speakers.index(r.speaker) for r in part], np.int32) for split, part in parts.items()}
+    rows = {
+        split: examples.ragged([stacked(mel, stack) for mel in some])
+        for split, some in mels.items()
+    }
+    label = {
+        split: np.array([labels.index(r.label) for r in part], np.int32)
+        for split, part in parts.items()
+    }
+    domain = {
+        split: np.array([speakers.index(r.speaker) for r in part], np.int32)
+        for split, part in parts.items()
+    }
 
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         values_BSP, there_BS = examples.padded(rows[split], index_B, seq_len)
@@ -129,7 +151,10 @@ def _rows(
         return {"values_BSP": values_BSP, **examples.places(there_BS), **known}
 
     first = {"train": originals, "heldout": len(parts["heldout"])}
-    raw = {s: (np.stack([in_pieces(mel) for mel in mels[s][:n]]), label[s][:n]) for s, n in first.items()}
+    raw = {
+        s: (np.stack([in_pieces(mel) for mel in mels[s][:n]]), label[s][:n])
+        for s, n in first.items()
+    }
     arrays = [a for split in parts for a in (*rows[split], label[split], domain[split])]
     return Examples(
         spec=name,
@@ -141,7 +166,9 @@ def _rows(
         heldout_domain_R=domain["heldout"],
         fingerprint=examples.fingerprint([name, seq_len, stack, labels, speakers], arrays),
         about=Classes(labels, None, rows["train"].flat.shape[1], raw),
-        notes=(f"{cut} of {originals} training recordings are cut to {seq_len * stack} frames",) if cut else (),
+        notes=(f"{cut} of {originals} training recordings are cut to {seq_len * stack} frames",)
+        if cut
+        else (),
     )
 
 
@@ -160,7 +187,9 @@ def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
     return np.stack([computer.get_frame(i) for i in range(computer.num_frames_ready)])
 
 
-def changed_copy(recording: Recording, tempo: float, noise: float, random: np.random.Generator) -> Recording:
+def changed_copy(
+    recording: Recording, tempo: float, noise: float, random: np.random.Generator
+) -> Recording:
     """The recording at another speed (and pitch) and with noise."""
     from scipy.signal import resample
 
@@ -168,13 +197,19 @@ def changed_copy(recording: Recording, tempo: float, noise: float, random: np.ra
     length = max(1, round(len(wave) / random.uniform(1 - tempo, 1 + tempo)))
     wave = np.asarray(resample(wave, length), np.float32)
     level = random.uniform(0, noise) * np.sqrt(np.mean(wave**2))
-    return recording._replace(wave=wave + level.astype(np.float32) * random.standard_normal(length, np.float32))
+    return recording._replace(
+        wave=wave + level.astype(np.float32) * random.standard_normal(length, np.float32)
+    )
 
 
 def stacked(frames_FM: np.ndarray, stack: int) -> np.ndarray:
     """[F, M] -> [ceil(F / stack), stack M]; the last place is filled up with zeros, the mean."""
     missing = -len(frames_FM) % stack
-    return np.pad(frames_FM, ((0, missing), (0, 0))).reshape(-1, stack * frames_FM.shape[1]).astype(np.float32)
+    return (
+        np.pad(frames_FM, ((0, missing), (0, 0)))
+        .reshape(-1, stack * frames_FM.shape[1])
+        .astype(np.float32)
+    )
 
 
 def in_pieces(frames_FM: np.ndarray) -> np.ndarray:

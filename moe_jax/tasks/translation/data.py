@@ -74,7 +74,9 @@ def _tfds(spec: str) -> Parallel:
     wanted = stored.field.split("-") if stored.field else there
     if len(wanted) != 2 or not set(wanted) <= set(there):
         asked = f"#{stored.field}" if stored.field else "no languages"
-        raise UserError(f"dataset {stored.name} has texts in {', '.join(there)}; {asked} named: give #SOURCE-TARGET")
+        raise UserError(
+            f"dataset {stored.name} has texts in {', '.join(there)}; {asked} named: give #SOURCE-TARGET"
+        )
     source, target = wanted
 
     def read(folder: str) -> Iterator[Pair]:
@@ -85,7 +87,14 @@ def _tfds(spec: str) -> Parallel:
 
 
 def open_translation(
-    name: str, folder: str, *, seq_len: int, vocab_size: int, prefix: bool, heldout_every: int, seed: int
+    name: str,
+    folder: str,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    prefix: bool,
+    heldout_every: int,
+    seed: int,
 ) -> Examples:
     """Opens a key of DATASETS, or tfds:NAME, as rows `examples.SourceTarget`, or with `prefix` `examples.PrefixTarget`.
 
@@ -103,7 +112,9 @@ def open_translation(
         if not pairs:
             raise UserError(f"{name} has no {part} pair: lower heldout_every ({heldout_every})")
     # A sample of every n-th text would be of one language for an even n, so a pair is one text here.
-    tokens = vocabulary.make(f"bpe:{vocab_size}", [f"{pair.source}\n{pair.target}" for pair in parts["train"]])
+    tokens = vocabulary.make(
+        f"bpe:{vocab_size}", [f"{pair.source}\n{pair.target}" for pair in parts["train"]]
+    )
     return _rows(name, parts, seq_len, tokens, source, target, prefix)
 
 
@@ -111,9 +122,14 @@ def split(found: Iterator[Pair], heldout_every: int) -> dict[str, list[Pair]]:
     """The pairs of both splits; the training pairs without those whose source is held out as well."""
     parts: dict[str, list[Pair]] = {"train": [], "heldout": []}
     for pair in found:
-        parts[pair.split or ("heldout" if is_heldout(pair.key, heldout_every) else "train")].append(pair)
+        parts[pair.split or ("heldout" if is_heldout(pair.key, heldout_every) else "train")].append(
+            pair
+        )
     tested = {key_of_text(pair.source) for pair in parts["heldout"]}
-    return {**parts, "train": [pair for pair in parts["train"] if key_of_text(pair.source) not in tested]}
+    return {
+        **parts,
+        "train": [pair for pair in parts["train"] if key_of_text(pair.source) not in tested],
+    }
 
 
 def _rows(
@@ -130,22 +146,32 @@ def _rows(
     encoded = {split: _encode(pairs, tokens) for split, pairs in parts.items()}
     fits = [_fits(len(a), len(b), seq_len, prefix) for a, b in encoded["train"]]
     if not any(fits):
-        raise UserError(f"{name}: no training pair fits into data.seq_len = {seq_len} tokens: raise it")
+        raise UserError(
+            f"{name}: no training pair fits into data.seq_len = {seq_len} tokens: raise it"
+        )
     raw = {s: ([p.source for p in pairs], [p.target for p in pairs]) for s, pairs in parts.items()}
     parts = {**parts, "train": [pair for pair, fit in zip(parts["train"], fits) if fit]}
     encoded["train"] = [pair for pair, fit in zip(encoded["train"], fits) if fit]
     rows = {split: layout(pairs, seq_len, tokens) for split, pairs in encoded.items()}
-    domain = {split: np.array([domains.index(p.domain) for p in pairs], np.int32) for split, pairs in parts.items()}
+    domain = {
+        split: np.array([domains.index(p.domain) for p in pairs], np.int32)
+        for split, pairs in parts.items()
+    }
 
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         fields = _prefix_fields if prefix else _pair_fields
         return fields(rows[split], domain[split][index_B], index_B, seq_len)
 
-    arrays = [array for split in parts for part in rows[split] for array in part] + list(domain.values())
+    arrays = [array for split in parts for part in rows[split] for array in part] + list(
+        domain.values()
+    )
     left = len(fits) - sum(fits)
     cut = sum(not _fits(len(a), len(b), seq_len, prefix) for a, b in encoded["heldout"])
     notes = (
-        (left, f"{left} of {len(fits)} training pairs do not fit into {seq_len} tokens and are left out"),
+        (
+            left,
+            f"{left} of {len(fits)} training pairs do not fit into {seq_len} tokens and are left out",
+        ),
         (cut, f"{cut} of {len(parts['heldout'])} held-out pairs are cut"),
     )
     return Examples(
@@ -156,7 +182,9 @@ def _rows(
         rows={split: len(pairs) for split, pairs in parts.items()},
         fetch=fetch,
         heldout_domain_R=domain["heldout"],
-        fingerprint=examples.fingerprint([name, seq_len, prefix, domains, tokens.fingerprint], arrays),
+        fingerprint=examples.fingerprint(
+            [name, seq_len, prefix, domains, tokens.fingerprint], arrays
+        ),
         about=Pairs(tokens, source, target, raw),
         notes=tuple(note for number, note in notes if number),
     )
@@ -166,7 +194,9 @@ Ids = list[tuple[np.ndarray, np.ndarray]]  # of each pair, source and target, wi
 
 
 def _encode(pairs: list[Pair], tokens: Tokenizer) -> Ids:
-    sources, targets = (tokens.encode_many(texts) for texts in zip(*((pair.source, pair.target) for pair in pairs)))
+    sources, targets = (
+        tokens.encode_many(texts) for texts in zip(*((pair.source, pair.target) for pair in pairs))
+    )
     return [(a.astype(tokens.dtype), b.astype(tokens.dtype)) for a, b in zip(sources, targets)]
 
 
@@ -193,13 +223,20 @@ def _one_row(pairs: Ids, seq_len: int, tokens: Tokenizer) -> tuple[Ragged, Ragge
     return examples.ragged(lengths), examples.ragged(joined)
 
 
-def _pair_fields(rows: tuple[Ragged, Ragged], domain_B: np.ndarray, index_B: np.ndarray, seq_len: int) -> Fields:
+def _pair_fields(
+    rows: tuple[Ragged, Ragged], domain_B: np.ndarray, index_B: np.ndarray, seq_len: int
+) -> Fields:
     source_BS, seen_BS = examples.padded(rows[0], index_B, seq_len)
-    source = {"source_BS": source_BS.astype(np.int32), "source_segment_BS": seen_BS.astype(np.int32)}
+    source = {
+        "source_BS": source_BS.astype(np.int32),
+        "source_segment_BS": seen_BS.astype(np.int32),
+    }
     return {**source, **_predictions(rows[1], domain_B, index_B, seq_len)}
 
 
-def _prefix_fields(rows: tuple[Ragged, Ragged], domain_B: np.ndarray, index_B: np.ndarray, seq_len: int) -> Fields:
+def _prefix_fields(
+    rows: tuple[Ragged, Ragged], domain_B: np.ndarray, index_B: np.ndarray, seq_len: int
+) -> Fields:
     fields = _predictions(rows[1], domain_B, index_B, seq_len)
     place_S, length_B = np.arange(seq_len), rows[0].flat[index_B]
     weighs_BS = (fields["segment_BS"] > 0) & (place_S[None] >= length_B[:, None] - 1)
@@ -207,7 +244,9 @@ def _prefix_fields(rows: tuple[Ragged, Ragged], domain_B: np.ndarray, index_B: n
     return {**fields, "weight_BS": weighs_BS.astype(np.float32), "prefix_BS": prefix_BS}
 
 
-def _predictions(sequences: Ragged, domain_B: np.ndarray, index_B: np.ndarray, seq_len: int) -> Fields:
+def _predictions(
+    sequences: Ragged, domain_B: np.ndarray, index_B: np.ndarray, seq_len: int
+) -> Fields:
     """Inputs and, one place on, targets of sequences that begin and end with the boundary."""
     values, there = examples.padded(sequences, index_B, seq_len + 1)
     there_BS = there[:, 1:]  # a place is there if what it predicts is

@@ -51,7 +51,9 @@ def open_data(cfg: Config, prefix: bool) -> Examples:
 def seen(batch: SourceTarget | PrefixTarget) -> Batch:
     """What the model reads: beside the target its source, or which places of the row are prefix."""
     target = Batch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return target._replace(inputs=source(batch) if isinstance(batch, SourceTarget) else batch.prefix_BS)
+    return target._replace(
+        inputs=source(batch) if isinstance(batch, SourceTarget) else batch.prefix_BS
+    )
 
 
 def source(batch: SourceTarget) -> Batch:
@@ -73,8 +75,15 @@ def losses(model: Callable, batch: Any, rng: jax.Array, train: bool) -> Losses:
 def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
     """Sums per domain [Z] over the target's tokens: nll, tokens, correct."""
     best_BS, valid_BS = jnp.argmax(found.outputs, -1), found.weight > 0
-    add = lambda x_BS: by_domain(x_BS.astype(found.nll.dtype), valid_BS, batch.domain_BS, len(data.domains))
-    return {"nll": add(found.nll), "tokens": add(valid_BS), "correct": add(best_BS == batch.targets_BS)}
+
+    def add(x_BS):
+        return by_domain(x_BS.astype(found.nll.dtype), valid_BS, batch.domain_BS, len(data.domains))
+
+    return {
+        "nll": add(found.nll),
+        "tokens": add(valid_BS),
+        "correct": add(best_BS == batch.targets_BS),
+    }
 
 
 def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
@@ -88,17 +97,24 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
 
 
 def headline(figures: Mapping[str, Any]) -> str:
-    return f"held out loss {figures['loss']:.4f}, accuracy of the next token {figures['accuracy']:.4f}"
+    return (
+        f"held out loss {figures['loss']:.4f}, accuracy of the next token {figures['accuracy']:.4f}"
+    )
 
 
 def texts(token_BS: np.ndarray, data: Examples) -> list[str]:
     """The text before the first boundary of each row."""
     boundary = data.about.tokenizer.boundary_id
     ends = [np.flatnonzero(row == boundary) for row in token_BS]
-    return [data.about.tokenizer.decode(row[: end[0]] if len(end) else row) for row, end in zip(token_BS, ends)]
+    return [
+        data.about.tokenizer.decode(row[: end[0]] if len(end) else row)
+        for row, end in zip(token_BS, ends)
+    ]
 
 
-def finish(task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
+def finish(
+    task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path
+) -> dict[str, Any]:
     """Translates every held-out source greedily, writes predictions.jsonl, and scores by sacreBLEU."""
     tokens, size = data.about.tokenizer, cfg.eval.batch_size
     translator = make_translator(cfg.model, cfg.data.seq_len, tokens.boundary_id, tokens.vocab_size)
@@ -112,7 +128,9 @@ def finish(task: Task, cfg: Config, trained: Trained, data: Examples, workdir: P
     sources, references = ([part[i] for i in index_R] for part in data.about.raw["heldout"])
     keys = ("index", "source", "reference", "translation")
     rows_of = (map(int, index_R), sources, references, outputs)
-    contract.write_predictions(workdir, (dict(zip(keys, row)) for row in zip(*rows_of, strict=True)))
+    contract.write_predictions(
+        workdir, (dict(zip(keys, row)) for row in zip(*rows_of, strict=True))
+    )
     return scores(outputs, references)
 
 
@@ -121,14 +139,23 @@ def prompted(batch: SourceTarget | PrefixTarget) -> Batch:
     if isinstance(batch, SourceTarget):
         return source(batch)
     prefix_BS = batch.prefix_BS * batch.segment_BS
-    return Batch(batch.tokens_BS * prefix_BS, batch.position_BS * prefix_BS, prefix_BS, batch.row_B, inputs=prefix_BS)
+    return Batch(
+        batch.tokens_BS * prefix_BS,
+        batch.position_BS * prefix_BS,
+        prefix_BS,
+        batch.row_B,
+        inputs=prefix_BS,
+    )
 
 
 def table(cfg: Config, data: Examples, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     del cfg
-    rows = rivals.table(data) | {"model": {name: figures[name] for name in ("bleu", "chrf", "signature")}}
+    rows = rivals.table(data) | {
+        "model": {name: figures[name] for name in ("bleu", "chrf", "signature")}
+    }
     return {
-        name: {"BLEU": row["bleu"], "chrF": row["chrf"], "signature": row["signature"]} for name, row in rows.items()
+        name: {"BLEU": row["bleu"], "chrF": row["chrf"], "signature": row["signature"]}
+        for name, row in rows.items()
     }
 
 
@@ -142,7 +169,9 @@ def random(cfg: Config, step: int) -> SourceTarget:
         size = rng.integers(length // 2 + 1, length + 1, (num, 1))
         size[::2] = length
         segment = (place < size).astype(np.int32)
-        return rng.integers(1, cfg.model.vocab_size, (num, length)).astype(np.int32) * segment, segment
+        return rng.integers(1, cfg.model.vocab_size, (num, length)).astype(
+            np.int32
+        ) * segment, segment
 
     (source_BS, source_segment_BS), (tokens_BS, segment_BS) = side(), side()
     targets_BS = rng.integers(0, cfg.model.vocab_size, (num, length)).astype(np.int32) * segment_BS

@@ -20,8 +20,21 @@ from moe_jax.data.records.split import is_heldout
 from moe_jax.errors import UserError
 
 KIND = "vision"
-FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-PACKAGED = pathlib.Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+PACKAGED = pathlib.Path(
+    "/usr/share/datasets/fashion-mnist"
+)  # of Debian's package dataset-fashion-mnist
 
 
 class Images(NamedTuple):
@@ -76,10 +89,15 @@ def _idx(folder: str, name: str) -> np.ndarray:
         shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise UserError(f"{path} is no idx file packed with gzip, it may be damaged: {error}") from None
+        raise UserError(
+            f"{path} is no idx file packed with gzip, it may be damaged: {error}"
+        ) from None
 
 
-DATASETS: dict[str, Callable[[str, int], Images]] = {"digits": read_digits, "fashion_mnist": read_fashion_mnist}
+DATASETS: dict[str, Callable[[str, int], Images]] = {
+    "digits": read_digits,
+    "fashion_mnist": read_fashion_mnist,
+}
 
 
 def read_tfds(spec: str) -> Images:
@@ -91,7 +109,11 @@ def read_tfds(spec: str) -> Images:
     label = stored.only(tfds.features.ClassLabel, "class labels")
     names = tuple(stored.features[label].names)
     found = [
-        (record.split, record.fields[image], labels.checked(record.fields[label], len(names), record.where))
+        (
+            record.split,
+            record.fields[image],
+            labels.checked(record.fields[label], len(names), record.where),
+        )
         for record in stored.both(label)
     ]
     shapes = sorted({pixels.shape for _, pixels, _ in found})
@@ -139,7 +161,10 @@ def open_vision(
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     images, notes = labelled(name, images)
     _check(name, images, seq_len, patch)
-    parts = {"train": np.flatnonzero(~images.heldout_N), "heldout": np.flatnonzero(images.heldout_N)}
+    parts = {
+        "train": np.flatnonzero(~images.heldout_N),
+        "heldout": np.flatnonzero(images.heldout_N),
+    }
     train = images.pixels_NHWC[parts["train"]]
     mean_C, std_C = _moments(train)
     rows = {"train": len(parts["train"]) * copies, "heldout": len(parts["heldout"])}
@@ -152,10 +177,16 @@ def open_vision(
         values_BSP = patches((pixels.astype(np.float32) - mean_C) / std_C, patch)
         label_B = images.label_N[which_B]
         there_BS = np.ones(values_BSP.shape[:2], bool)
-        return {"values_BSP": values_BSP, **examples.places(there_BS), **examples.labelled(label_B, label_B)}
+        return {
+            "values_BSP": values_BSP,
+            **examples.places(there_BS),
+            **examples.labelled(label_B, label_B),
+        }
 
     arrays = [images.pixels_NHWC, images.label_N, images.heldout_N, moves]
-    flat = {s: (images.pixels_NHWC[p].reshape(len(p), -1), images.label_N[p]) for s, p in parts.items()}
+    flat = {
+        s: (images.pixels_NHWC[p].reshape(len(p), -1), images.label_N[p]) for s, p in parts.items()
+    }
     return Examples(
         spec=name,
         inputs=examples.LabelledVectors,
@@ -189,11 +220,16 @@ def _check(name: str, images: Images, seq_len: int, patch: int) -> None:
 def _moments(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel [1, 1, 1, C] float32, from the counts of the 256 values: exact and small."""
     value = np.arange(256)
-    counts = [np.bincount(channel.reshape(-1), minlength=256) for channel in np.moveaxis(pixels_NHWC, -1, 0)]
+    counts = [
+        np.bincount(channel.reshape(-1), minlength=256)
+        for channel in np.moveaxis(pixels_NHWC, -1, 0)
+    ]
     mean = [(value * count).sum() / count.sum() for count in counts]
     spread = [((value - m) ** 2 * count).sum() / count.sum() for m, count in zip(mean, counts)]
     shape = (1, 1, 1, -1)
-    return np.array(mean, np.float32).reshape(shape), np.sqrt(np.maximum(spread, 1e-6), dtype=np.float32).reshape(shape)
+    return np.array(mean, np.float32).reshape(shape), np.sqrt(
+        np.maximum(spread, 1e-6), dtype=np.float32
+    ).reshape(shape)
 
 
 def _moves(rows: int, images: int, shift: int, flip: bool, seed: int) -> np.ndarray:
@@ -219,5 +255,7 @@ def moved(pixels_BHWC: np.ndarray, move_B3: np.ndarray, shift: int) -> np.ndarra
 def patches(values_BHWC: np.ndarray, patch: int) -> np.ndarray:
     """[B, H, W, C] -> [B, S, P]."""
     num, height, width, channels = values_BHWC.shape
-    split = values_BHWC.reshape(num, height // patch, patch, width // patch, patch, channels).swapaxes(2, 3)
+    split = values_BHWC.reshape(
+        num, height // patch, patch, width // patch, patch, channels
+    ).swapaxes(2, 3)
     return split.reshape(num, -1, patch * patch * channels)

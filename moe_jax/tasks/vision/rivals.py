@@ -20,7 +20,10 @@ def table(data: Examples) -> Table:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    (values_NF, label_N), (held_MF, held_label_M) = data.about.raw["train"], data.about.raw["heldout"]
+    (values_NF, label_N), (held_MF, held_label_M) = (
+        data.about.raw["train"],
+        data.about.raw["heldout"],
+    )
     scale = max(1.0, float(np.abs(values_NF).max()))
     values_NF, held_MF = (v.astype(np.float32) / scale for v in (values_NF, held_MF))
     iterations = min(MOST_ITERATIONS, max(20, STEPS // len(label_N)))
@@ -28,7 +31,10 @@ def table(data: Examples) -> Table:
     nearest = KNeighborsClassifier(NEIGHBOURS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        guesses = {n: m.fit(values_NF, label_N).predict(held_MF) for n, m in (("logistic", logistic), ("knn", nearest))}
+        guesses = {
+            n: m.fit(values_NF, label_N).predict(held_MF)
+            for n, m in (("logistic", logistic), ("knn", nearest))
+        }
     return {
         "majority": figures(majority(label_N, len(held_label_M)), held_label_M),
         "logistic regression": figures(np.asarray(guesses["logistic"]), held_label_M),

@@ -31,7 +31,10 @@ NAMES = ("x", "gate", "w_in", "w_out")
 def routings(num_experts, k):
     """{name: (expert_BSK, gate_BSK, valid_BS)}: experts of a token are distinct, as every router's are."""
     rng = np.random.default_rng(0)
-    distinct = lambda shape: np.argsort(rng.random((*shape, num_experts)), -1)[..., :k]
+
+    def distinct(shape):
+        return np.argsort(rng.random((*shape, num_experts)), -1)[..., :k]
+
     gates = rng.random((B, S, k))
     valid = np.ones((B, S), bool)
     tail = valid.copy()
@@ -60,13 +63,21 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
     w_out = jax.lax.all_gather(w_out, "data", axis=2, tiled=True)
     expert = jnp.where(valid[:, :, None], expert, num_experts)
     token = jnp.repeat(jnp.arange(b * s, dtype=jnp.int32), k)
-    flat = lambda z: z.reshape(-1)
-    routing = Routing(token, flat(expert), flat(jnp.where(valid[:, :, None], gate, 0)), {}, per_token=k)
-    shape = Shape(num_experts, b * s, b * s * k, b * s * k, k, s, jax.lax.axis_size("expert"))
-    experts = lambda x, g, start, size, block: expert_ffn(
-        x, g, start, size, w_in, w_out, activation=activation, block=block
+
+    def flat(z):
+        return z.reshape(-1)
+
+    routing = Routing(
+        token, flat(expert), flat(jnp.where(valid[:, :, None], gate, 0)), {}, per_token=k
     )
-    y, dropped = DISPATCHERS[dispatcher].apply(x.reshape(-1, d), routing, experts, shape=shape, options=options)
+    shape = Shape(num_experts, b * s, b * s * k, b * s * k, k, s, jax.lax.axis_size("expert"))
+
+    def experts(x, g, start, size, block):
+        return expert_ffn(x, g, start, size, w_in, w_out, activation=activation, block=block)
+
+    y, dropped = DISPATCHERS[dispatcher].apply(
+        x.reshape(-1, d), routing, experts, shape=shape, options=options
+    )
     return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
 
 
@@ -85,14 +96,18 @@ def program(num_experts, activation):
     def run(x, gate, w_in, w_out, expert, valid, dy):
         result = {}
         for variant in VARIANTS:
-            body = functools.partial(on_device, variant=variant, num_experts=num_experts, activation=activation)
+            body = functools.partial(
+                on_device, variant=variant, num_experts=num_experts, activation=activation
+            )
             layer = jax.shard_map(body, in_specs=in_specs, out_specs=(row, row))
 
             def loss(x, gate, w_in, w_out, layer=layer):
                 y, dropped = layer(x, expert, gate, valid, w_in, w_out)
                 return (y * dy).sum(), (y, dropped)
 
-            grads, (y, dropped) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, gate, w_in, w_out)
+            grads, (y, dropped) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
+                x, gate, w_in, w_out
+            )
             result[variant] = (y, dropped, grads)
         return result
 
@@ -111,21 +126,37 @@ def check(shape, num_experts=E, k=K, parts=2):
             meshes.put(w_in, "experts", "expert_embed", None, "hidden"),
             meshes.put(w_out, "experts", "hidden", "expert_embed"),
         )
-        row = lambda z: meshes.put(z, "batch")
+
+        def row(z):
+            return meshes.put(z, "batch")
+
         for case, (expert, gate, valid) in routings(num_experts, k).items():
-            got = run(row(x), row(gate), *weights, row(expert.astype(np.int32)), row(valid), row(dy))
+            got = run(
+                row(x), row(gate), *weights, row(expert.astype(np.int32)), row(valid), row(dy)
+            )
             for variant, (y, dropped, grads) in jax.device_get(got).items():
                 factor = FACTOR if variant == "capacity" else None
-                flat = lambda z: z.reshape(B * S, *z.shape[2:])
+
+                def flat(z):
+                    return z.reshape(B * S, *z.shape[2:])
+
                 kept = oracle.served(flat(expert), flat(valid), num_experts, S, factor)
                 assignments = [(t, flat(expert)[t, j], flat(gate)[t, j]) for t, j in kept]
-                want_y, dx, dgates, dw_in, dw_out = oracle.experts(flat(x), assignments, w_in, w_out, flat(dy))
+                want_y, dx, dgates, dw_in, dw_out = oracle.experts(
+                    flat(x), assignments, w_in, w_out, flat(dy)
+                )
                 dgate = np.zeros((B * S, k))
                 lost = np.broadcast_to(flat(valid)[:, None], (B * S, k)).copy()
                 for (t, j), value in zip(kept, dgates, strict=True):
                     dgate[t, j], lost[t, j] = value, False
-                np.testing.assert_array_equal(flat(dropped), lost, err_msg=f"{case}, {variant}: other tokens dropped")
-                pairs = {"y": (flat(y), want_y), "x": (flat(grads[0]), dx), "gate": (flat(grads[1]), dgate)}
+                np.testing.assert_array_equal(
+                    flat(dropped), lost, err_msg=f"{case}, {variant}: other tokens dropped"
+                )
+                pairs = {
+                    "y": (flat(y), want_y),
+                    "x": (flat(grads[0]), dx),
+                    "gate": (flat(grads[1]), dgate),
+                }
                 pairs |= {"w_in": (grads[2], dw_in), "w_out": (grads[3], dw_out)}
                 for name, (have, want) in pairs.items():
                     deviation = np.abs(have - want).max()
@@ -154,7 +185,9 @@ def test_equals_the_oracle_for_other_numbers_of_experts(float64, shape, num_expe
 
 def test_rows_are_bounded_by_the_worst_case():
     """n T min(k, e) rows and the padding of each expert's room, by hand: n = 4, T = 32, e = 2, k = 2: 256 rows and 2 rooms."""
-    shape = Shape(8, 32, num_assignments=64, num_intended=64, per_token=2, group_tokens=4, expert_axis=4)
+    shape = Shape(
+        8, 32, num_assignments=64, num_intended=64, per_token=2, group_tokens=4, expert_axis=4
+    )
     rows = DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0})
     assert 256 <= rows <= 256 + 2 * 32
     assert DISPATCHERS["dropless"].rows(shape, {"buffer": 1.0}) < rows

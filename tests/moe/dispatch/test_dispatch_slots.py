@@ -31,18 +31,32 @@ def layer(x, dispatch, combine, w_in, w_out):
         w_in = jax.lax.all_gather(w_in, "data", axis=1, tiled=True)
         w_out = jax.lax.all_gather(w_out, "data", axis=2, tiled=True)
         num, groups = x.shape[0] * S, len(dispatch)
-        shape = Shape(E, num, groups * E * SLOTS, groups * E * SLOTS, 0, GROUP_ROWS * S, jax.lax.axis_size("expert"))
-        experts = lambda x, g, start, size, block: expert_ffn(
-            x, g, start, size, w_in, w_out, activation="swiglu", block=block
+        shape = Shape(
+            E,
+            num,
+            groups * E * SLOTS,
+            groups * E * SLOTS,
+            0,
+            GROUP_ROWS * S,
+            jax.lax.axis_size("expert"),
         )
+
+        def experts(x, g, start, size, block):
+            return expert_ffn(x, g, start, size, w_in, w_out, activation="swiglu", block=block)
+
         slots = Slots(dispatch, combine, {})
-        y, dropped = DISPATCHERS["slots"].apply(x.reshape(num, D), slots, experts, shape=shape, options={})
+        y, dropped = DISPATCHERS["slots"].apply(
+            x.reshape(num, D), slots, experts, shape=shape, options={}
+        )
         assert dropped.shape == (0,)
         return jax.lax.psum(y, "model").reshape(x.shape)
 
     row, weights = (
         P(BATCH),
-        (spec("experts", "expert_embed", None, "hidden"), spec("experts", "hidden", "expert_embed")),
+        (
+            spec("experts", "expert_embed", None, "hidden"),
+            spec("experts", "hidden", "expert_embed"),
+        ),
     )
     return jax.shard_map(on_device, in_specs=(row, row, row, *weights), out_specs=row)(
         x, dispatch, combine, w_in, w_out
@@ -57,7 +71,10 @@ def test_equals_a_dense_soft_moe(float64, shape):
     dispatch[1] = combine[1] = 0  # a group of padding
     w_in, w_out = rng.normal(size=(E, D, 2, F)) / 4, rng.normal(size=(E, F, D)) / 4
     arguments = (x, dispatch, combine, w_in, w_out)
-    names = [("batch",)] * 3 + [("experts", "expert_embed", None, "hidden"), ("experts", "hidden", "expert_embed")]
+    names = [("batch",)] * 3 + [
+        ("experts", "expert_embed", None, "hidden"),
+        ("experts", "hidden", "expert_embed"),
+    ]
 
     def both(function):
         def loss(arguments, dy):
@@ -71,14 +88,25 @@ def test_equals_a_dense_soft_moe(float64, shape):
         placed = tuple(meshes.put(z, *name) for z, name in zip(arguments, names, strict=True))
         got = jax.device_get(both(layer)(placed, meshes.put(dy, "batch")))
     for name, have, right in zip(
-        ("x", "dispatch", "combine", "w_in", "w_out", "y"), (*got[0], got[1]), (*want[0], want[1]), strict=True
+        ("x", "dispatch", "combine", "w_in", "w_out", "y"),
+        (*got[0], got[1]),
+        (*want[0], want[1]),
+        strict=True,
     ):
-        assert np.abs(have - right).max() < 1e-10, f"{name} deviates by {np.abs(have - right).max()}"
+        assert np.abs(have - right).max() < 1e-10, (
+            f"{name} deviates by {np.abs(have - right).max()}"
+        )
 
 
 def test_rows_are_the_slots():
     """2 groups of 8 tokens, 4 experts of 3 slots: 24 rows on every device."""
     shape = Shape(
-        num_experts=4, num_tokens=16, num_assignments=24, num_intended=24, per_token=0, group_tokens=8, expert_axis=2
+        num_experts=4,
+        num_tokens=16,
+        num_assignments=24,
+        num_intended=24,
+        per_token=0,
+        group_tokens=8,
+        expert_axis=2,
     )
     assert DISPATCHERS["slots"].rows(shape, {}) == 24

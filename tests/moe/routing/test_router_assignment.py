@@ -37,13 +37,17 @@ def from_logits(router, logits_TE, **rest):
     logits_TE = np.asarray(logits_TE, float)
     num = logits_TE.shape[1]
     given = {name: rest.pop(name) for name in ("state", "recorded") if name in rest}
-    run = compiled(lambda x, w, given: route(router, x, {"gate": w}, num_experts=num, **rest, **given))
+    run = compiled(
+        lambda x, w, given: route(router, x, {"gate": w}, num_experts=num, **rest, **given)
+    )
     return run(logits_TE, np.eye(num), given)
 
 
 def chosen(routing, num_experts):
     """{(token, expert): gate} of the assignments that go somewhere."""
-    entries = zip(*map(np.asarray, (routing.token_N, routing.expert_N, routing.gate_N)), strict=True)
+    entries = zip(
+        *map(np.asarray, (routing.token_N, routing.expert_N, routing.gate_N)), strict=True
+    )
     return {(int(t), int(e)): float(g) for t, e, g in entries if e < num_experts}
 
 
@@ -61,7 +65,9 @@ def test_expert_choice_by_hand(float64):
     """C = 1 * 4 / 2 = 2: expert 0 takes its best tokens 0 and 1, expert 1 takes 3 and then 2; the gates are the probabilities."""
     got = from_logits("expert_choice", np.log(SCORES), factor=1.0)
     close(chosen(got, 2), {(0, 0): 0.9, (1, 0): 0.8, (3, 1): 0.6, (2, 1): 0.3})
-    assert got.sums["counts"].tolist() == [[2, 2]] and got.sums["gate"].tolist() == pytest.approx([2.6])
+    assert got.sums["counts"].tolist() == [[2, 2]] and got.sums["gate"].tolist() == pytest.approx(
+        [2.6]
+    )
     # ceil(1.5 * 4 / 2) = 3: token 2 is taken twice, so it has two experts
     close(
         chosen(from_logits("expert_choice", np.log(SCORES), factor=1.5), 2),
@@ -81,9 +87,13 @@ def test_expert_choice_stays_within_groups(float64):
 
 def test_padding_never_takes_a_place_of_expert_choice(float64):
     """Token 0 is padding: token 2 moves up. With one valid token both experts take it, and their other places stay empty."""
-    first = from_logits("expert_choice", np.log(SCORES), factor=1.0, valid_T=[False, True, True, True])
+    first = from_logits(
+        "expert_choice", np.log(SCORES), factor=1.0, valid_T=[False, True, True, True]
+    )
     assert chosen(first, 2).keys() == {(1, 0), (2, 0), (3, 1), (2, 1)}
-    alone = from_logits("expert_choice", np.log(SCORES), factor=1.0, valid_T=[False, False, True, False])
+    alone = from_logits(
+        "expert_choice", np.log(SCORES), factor=1.0, valid_T=[False, False, True, False]
+    )
     close(chosen(alone, 2), {(2, 0): 0.7, (2, 1): 0.3})
     assert (np.asarray(alone.gate_N)[np.asarray(alone.expert_N) == 2] == 0).all()
 
@@ -108,7 +118,11 @@ def test_hash_sends_a_token_by_its_id_alone(float64):
     id_T = np.array([5, 9, 5, 63], np.int32)
     run = compiled(lambda x: route("hash", x, {}, num_experts=8, id_T=id_T, k=2))
     got = [run(rng.normal(size=(4, 3))) for _ in range(2)]
-    assert got[0].expert_N.tolist() == got[1].expert_N.tolist() == hash.table(64, 8, 2, 0)[id_T].reshape(-1).tolist()
+    assert (
+        got[0].expert_N.tolist()
+        == got[1].expert_N.tolist()
+        == hash.table(64, 8, 2, 0)[id_T].reshape(-1).tolist()
+    )
     assert got[0].gate_N.tolist() == [0.5] * 8
 
 
@@ -118,16 +132,28 @@ def test_hash_sends_a_token_by_its_id_alone(float64):
 def test_base_by_hand(float64):
     """Both tokens like expert 0 better; sigmoid(2 + d) + sigmoid(1 + d) = 1 at d = b_0 - b_1 = -1.5, so token 1 goes to expert 1."""
     logits = np.array([[2.0, 0.0], [1.0, 0.0]])
-    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+
+    def sigmoid(z):
+        return 1 / (1 + np.exp(-z))
+
     close(chosen(from_logits("base", logits), 2), {(0, 0): sigmoid(2), (1, 1): 0.5})
-    close(chosen(from_logits("base", logits, gates="softmax"), 2), {(0, 0): sigmoid(2), (1, 1): sigmoid(-1)})
-    close(chosen(from_logits("base", logits, train=False), 2), {(0, 0): sigmoid(2), (1, 0): sigmoid(1)})
+    close(
+        chosen(from_logits("base", logits, gates="softmax"), 2),
+        {(0, 0): sigmoid(2), (1, 1): sigmoid(-1)},
+    )
+    close(
+        chosen(from_logits("base", logits, train=False), 2),
+        {(0, 0): sigmoid(2), (1, 0): sigmoid(1)},
+    )
 
 
 def test_base_balances_each_group_or_the_batch(float64):
     """Two rows of two tokens, of which the second likes expert 0 more: alone each gives it one token, together the second gives both."""
     logits = [[2.0, 0.0], [1.0, 0.0], [4.0, 0.0], [3.0, 0.0]]
-    by = lambda **rest: from_logits("base", logits, num_rows=2, **rest).expert_N.tolist()
+
+    def by(**rest):
+        return from_logits("base", logits, num_rows=2, **rest).expert_N.tolist()
+
     assert by() == [0, 1, 0, 1]
     assert by(group_rows=2) == by(scope="batch") == [1, 1, 0, 0]
 
@@ -142,12 +168,17 @@ def plan(logits, iterations):
 
 
 def test_base_takes_the_largest_entries_of_the_transport_plan(float64):
-    logits = np.random.default_rng(0).normal(size=(48, 6)) + np.arange(6)  # greedily, most tokens take the last experts
+    logits = np.random.default_rng(0).normal(size=(48, 6)) + np.arange(
+        6
+    )  # greedily, most tokens take the last experts
     want = np.argsort(-plan(logits, 20), 1)[:, :2]
     got = from_logits("base", logits, k=2, iterations=20)
     assert got.expert_N.reshape(48, 2).tolist() == want.tolist()
     greedy = from_logits("base", logits, k=2, train=False)
-    spread = lambda routing: float(np.ptp(np.asarray(routing.sums["counts"])))
+
+    def spread(routing):
+        return float(np.ptp(np.asarray(routing.sums["counts"])))
+
     assert spread(got) < spread(greedy) / 3
 
 
@@ -172,7 +203,9 @@ def test_relu_by_hand(float64):
     got = from_logits("relu", logits, max_active=2, k=2, state={"l1": jnp.asarray(0.5)})
     assert got.expert_N.tolist() == [3, 0, 4, 4, 1, 4] and got.gate_N.tolist() == [2, 1, 0, 0, 3, 0]
     sums = {name: value[0].tolist() for name, value in got.sums.items()}
-    assert sums["counts"] == [1, 1, 1, 1] and sums["dropped"] == 1 and sums["probs"] == [1, 3, 0.5, 2]
+    assert (
+        sums["counts"] == [1, 1, 1, 1] and sums["dropped"] == 1 and sums["probs"] == [1, 3, 0.5, 2]
+    )
     assert sums["l1_weight"] == 0.5 * 3 and sums["gate"] == 6 and sums["gate_max"] == 5
 
 
@@ -180,28 +213,32 @@ def test_relu_loss_by_hand(float64):
     """R = (2, 0), (1, 3): P = (1.5, 1.5); two and one tokens active, so with E / k = 2 f = (2, 1): 1.5 * 3 = 4.5. Plain: 3."""
     value = {}
     for balanced in (True, False):
-        make = lambda gate, balanced=balanced: load.totals(
-            {
-                name: z[None]
-                for name, z in route(
-                    "relu",
-                    [[2.0, -1.0], [1.0, 3.0]],
-                    {"gate": gate},
-                    num_experts=2,
-                    k=1,
-                    max_active=2,
-                    balanced=balanced,
-                    state={"l1": jnp.asarray(0.1)},
-                ).sums.items()
-            }
-        )
+
+        def make(gate, balanced=balanced):
+            return load.totals(
+                {
+                    name: z[None]
+                    for name, z in route(
+                        "relu",
+                        [[2.0, -1.0], [1.0, 3.0]],
+                        {"gate": gate},
+                        num_experts=2,
+                        k=1,
+                        max_active=2,
+                        balanced=balanced,
+                        state={"l1": jnp.asarray(0.1)},
+                    ).sums.items()
+                }
+            )
 
         def auxiliary(gate, make=make):
             totals = make(gate)
             loss, parts = losses.auxiliary(totals, {"z": 0.0})
             return loss, (parts["l1"], load.metrics({**totals, "dropped": jnp.zeros(1)}))
 
-        (loss, (l1, metrics)), slope = compiled(jax.value_and_grad(auxiliary, has_aux=True))(np.eye(2))
+        (loss, (l1, metrics)), slope = compiled(jax.value_and_grad(auxiliary, has_aux=True))(
+            np.eye(2)
+        )
         value[balanced] = (float(loss), float(l1))
         # d loss / d R_te = 0.1 f_e / 2, where active; d R / d W is x
         f = np.array([2.0, 1.0]) if balanced else np.ones(2)
@@ -214,9 +251,12 @@ def test_relu_loss_by_hand(float64):
 def test_relu_coefficient_by_hand(float64):
     """10 tokens, k = 2: 21 active is too many, 19 too few, 20 right; and it never falls below its first value."""
     cfg = RouterCfg(4, options("relu", {"k": 2, "alpha": 1.25, "l1": 1.0}), 1, 64, lambda z: z)
-    update = lambda counts: ROUTERS["relu"].update(
-        {"l1": jnp.asarray(8.0)}, {"counts": jnp.asarray(counts), "tokens": 10.0}, cfg
-    )
+
+    def update(counts):
+        return ROUTERS["relu"].update(
+            {"l1": jnp.asarray(8.0)}, {"counts": jnp.asarray(counts), "tokens": 10.0}, cfg
+        )
+
     assert [float(update([n, 5.0, 5.0, 5.0])["l1"]) for n in (6.0, 4.0, 5.0)] == [10.0, 6.4, 8.0]
     first = {"l1": jnp.asarray(1.0)}
     few = {"counts": jnp.asarray([4.0, 5.0, 5.0, 5.0]), "tokens": 10.0}
@@ -229,17 +269,29 @@ def test_relu_coefficient_by_hand(float64):
 def test_recorded_by_hand(float64):
     """Logits log(1, 2, 3, 4): over experts 3 and 1 the router gives 4 / 6 and 2 / 6; over expert 2 and nowhere, 1 and 0."""
     logits = np.log([[1.0, 2.0, 3.0, 4.0]] * 3)
-    recorded = (jnp.array([[3, 1], [2, 4], [4, 4]]), jnp.array([[0.7, 0.1], [0.4, 0.9], [0.5, 0.5]]))
+    recorded = (
+        jnp.array([[3, 1], [2, 4], [4, 4]]),
+        jnp.array([[0.7, 0.1], [0.4, 0.9], [0.5, 0.5]]),
+    )
     got = from_logits("recorded", logits, recorded=recorded)
     close(chosen(got, 4), {(0, 3): 0.7, (0, 1): 0.1, (1, 2): 0.4})
-    assert got.sums["counts"].tolist() == [[0, 1, 1, 1]] and got.expert_N.tolist() == [3, 1, 2, 4, 4, 4]
+    assert got.sums["counts"].tolist() == [[0, 1, 1, 1]] and got.expert_N.tolist() == [
+        3,
+        1,
+        2,
+        4,
+        4,
+        4,
+    ]
     close(
         chosen(from_logits("recorded", logits, recorded=recorded, gates="router"), 4),
         {(0, 3): 4 / 6, (0, 1): 2 / 6, (1, 2): 1.0},
     )
 
     def gate(w):
-        return route("recorded", logits, {"gate": w}, num_experts=4, recorded=recorded, gates="router").gate_N[0]
+        return route(
+            "recorded", logits, {"gate": w}, num_experts=4, recorded=recorded, gates="router"
+        ).gate_N[0]
 
     slope = compiled(jax.grad(gate))(np.eye(4))
     np.testing.assert_allclose(
@@ -251,7 +303,9 @@ def test_a_batch_without_a_recording_is_refused(float64):
     with pytest.raises(UserError, match='"recorded" replays a recording, and this batch has none'):
         from_logits("recorded", np.zeros((2, 4)))
     recorded = (jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3)))
-    with pytest.raises(UserError, match=r"recorded.k \(2\) must be the number of choices in the recording \(3\)"):
+    with pytest.raises(
+        UserError, match=r"recorded.k \(2\) must be the number of choices in the recording \(3\)"
+    ):
         from_logits("recorded", np.zeros((2, 4)), recorded=recorded)
 
 
@@ -278,17 +332,27 @@ def test_soft_mixtures_are_those_of_the_paper(float64, normalize):
     x, phi, valid = rng.normal(size=(3, 8, 5)), rng.normal(size=(5, 4, 2)), rng.random((3, 8)) < 0.7
     valid[1] = False
     params = {"phi": phi} | ({"scale": 1.7} if normalize else {})
-    run = lambda x: route(
-        "soft", x, params, num_experts=4, num_rows=6, group_rows=2, valid_T=valid.reshape(-1), normalize=normalize
-    )
+
+    def run(x):
+        return route(
+            "soft",
+            x,
+            params,
+            num_experts=4,
+            num_rows=6,
+            group_rows=2,
+            valid_T=valid.reshape(-1),
+            normalize=normalize,
+        )
+
     got = compiled(run)(x.reshape(24, 5))
     dispatch, combine = soft_weights(x, phi, 1.7 if normalize else None, valid)
     np.testing.assert_allclose(got.dispatch_GtEp, dispatch, atol=1e-12)
     np.testing.assert_allclose(got.combine_GtEp, combine, atol=1e-12)
     np.testing.assert_allclose(got.sums["importance"].sum(0), combine.sum((0, 1, 3)), atol=1e-12)
-    zero = compiled(jax.grad(lambda x: run(x).dispatch_GtEp[0, 0, 0, 0] + run(x).combine_GtEp[0].sum()))(
-        np.zeros((24, 5))
-    )
+    zero = compiled(
+        jax.grad(lambda x: run(x).dispatch_GtEp[0, 0, 0, 0] + run(x).combine_GtEp[0].sum())
+    )(np.zeros((24, 5)))
     assert np.isfinite(zero).all(), "a token of zeros has no direction, and must have a gradient"
 
 
@@ -314,7 +378,11 @@ def test_selections_over_tokens_are_the_same_on_meshes(float64):
             flat, total = (x.reshape(-1, 5), valid.reshape(-1)), lambda z: jax.lax.psum(z, BATCH)
             rest = {"num_rows": b, "group_rows": 2, "total": total, "valid_T": flat[1], **changes}
             got = route(router, flat[0], w, num_experts=num, **rest)
-            gates = jnp.zeros((b * length, num)).at[got.token_N, got.expert_N].add(got.gate_N, mode="drop")
+            gates = (
+                jnp.zeros((b * length, num))
+                .at[got.token_N, got.expert_N]
+                .add(got.gate_N, mode="drop")
+            )
             result[case] = (gates.reshape(b, length, num), got.sums)
         return result
 

@@ -18,7 +18,9 @@ def route(x_TD, gate_DE, valid_T=None, num_rows=1, **options):
     zero = jnp.zeros(num, jnp.int32)
     valid_T = jnp.ones(num, bool) if valid_T is None else jnp.asarray(valid_T)
     tokens = Tokens(jnp.asarray(x_TD), zero, zero, zero, zero, valid_T, num_rows)
-    cfg = RouterCfg(gate_DE.shape[1], {**OPTIONS, **options}, group_rows=1, vocab_size=8, total=lambda z: z)
+    cfg = RouterCfg(
+        gate_DE.shape[1], {**OPTIONS, **options}, group_rows=1, vocab_size=8, total=lambda z: z
+    )
     args = ({"gate": jnp.asarray(gate_DE)}, {}, tokens)
     return ROUTERS["top_k"].route(*args, cfg=cfg, rng=jax.random.key(0), train=True)
 
@@ -46,7 +48,10 @@ def test_gates_and_their_gradient_equal_the_oracle(float64, renormalize):
     got = route(x, gate, **options)
     assert got.expert_N.tolist() == chosen.reshape(-1).tolist()
     np.testing.assert_allclose(got.gate_N, gates.reshape(-1), atol=1e-12)
-    loss = lambda x, gate: (route(x, gate, **options).gate_N * weight.reshape(-1)).sum()
+
+    def loss(x, gate):
+        return (route(x, gate, **options).gate_N * weight.reshape(-1)).sum()
+
     dx, dgate = jax.grad(loss, argnums=(0, 1))(x, gate)
     want_dx, want_dgate = oracle.top_k_backward(x, gate, 3, weight, renormalize, 1.7)
     np.testing.assert_allclose(dx, want_dx, atol=1e-12)
@@ -68,14 +73,27 @@ def test_padding_goes_nowhere_and_counts_nowhere(float64):
 
 def test_selection_in_bfloat16_is_that_of_float32():
     rng = np.random.default_rng(0)
-    x, gate = jnp.asarray(rng.normal(size=(256, 16)), jnp.bfloat16), jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    x, gate = (
+        jnp.asarray(rng.normal(size=(256, 16)), jnp.bfloat16),
+        jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
+    )
     assert (route(x, gate).expert_N == route(x.astype(jnp.float32), gate).expert_N).all()
 
 
 def test_load_figures_by_hand(float64):
     """Counts (4, 0, 2, 2): mean 2, so max/mean = 2; one expert of four is dead; 1 of 8 assignments dropped."""
-    totals = {"counts": jnp.array([[4.0, 0.0, 2.0, 2.0]]), "tokens": jnp.array([4.0]), "dropped": jnp.array([1.0])}
+    totals = {
+        "counts": jnp.array([[4.0, 0.0, 2.0, 2.0]]),
+        "tokens": jnp.array([4.0]),
+        "dropped": jnp.array([1.0]),
+    }
     totals |= {name: jnp.array([4.0]) for name in ("z", "entropy", "gate", "gate_max")}
     got = load.metrics(totals)
-    assert (got["load_max"][0], got["dead_experts"][0], got["drop_fraction"][0]) == (2.0, 1.0, 0.125)
-    np.testing.assert_allclose(got["load_entropy"][0], (0.5 * np.log(2) + 2 * 0.25 * np.log(4)) / np.log(4))
+    assert (got["load_max"][0], got["dead_experts"][0], got["drop_fraction"][0]) == (
+        2.0,
+        1.0,
+        0.125,
+    )
+    np.testing.assert_allclose(
+        got["load_entropy"][0], (0.5 * np.log(2) + 2 * 0.25 * np.log(4)) / np.log(4)
+    )

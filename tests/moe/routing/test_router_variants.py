@@ -32,7 +32,13 @@ def make_tokens(x_TD, num_rows=1, valid_T=None, row_b=None, id_T=None):
     place_T = jnp.arange(num) % length
     ids = jnp.zeros(num, jnp.int32) if id_T is None else jnp.asarray(id_T)
     return Tokens(
-        jnp.asarray(x_TD), ids, place_T, jnp.repeat(row_b, length), valid_T.astype(jnp.int32), valid_T, num_rows
+        jnp.asarray(x_TD),
+        ids,
+        place_T,
+        jnp.repeat(row_b, length),
+        valid_T.astype(jnp.int32),
+        valid_T,
+        num_rows,
     )
 
 
@@ -42,13 +48,17 @@ def program(name, num_experts, train, num_rows, own):
 
     def run(params, state, arrays, key):
         tokens = Tokens(*arrays, num_rows)
-        routing = ROUTERS[name].route(params, state, tokens, cfg=cfg, rng=jax.random.key(key), train=train)
+        routing = ROUTERS[name].route(
+            params, state, tokens, cfg=cfg, rng=jax.random.key(key), train=train
+        )
         return routing._replace(per_token=None, sums=dict(routing.sums))
 
     return jax.jit(run)
 
 
-def route(name, x_TD, params=None, state=None, num_experts=4, train=False, key=0, placed=None, **changes):
+def route(
+    name, x_TD, params=None, state=None, num_experts=4, train=False, key=0, placed=None, **changes
+):
     """A routing alone; `placed`: the arguments of make_tokens."""
     own = options(name, **changes)
     tokens = make_tokens(x_TD, **(placed or {}))
@@ -65,7 +75,12 @@ def first_weights(name, d_model=6, num_experts=8, **changes):
     """Parameters and state as a model starts with, but no matrix of zeros."""
     sizes, own = Sizes(d_model, num_experts, 64), options(name, **changes)
     rng = np.random.default_rng(0)
-    fill = lambda w: jnp.asarray(rng.normal(size=w.shape) * 0.7 if w.constant == 0 else np.full(w.shape, w.constant))
+
+    def fill(w):
+        return jnp.asarray(
+            rng.normal(size=w.shape) * 0.7 if w.constant == 0 else np.full(w.shape, w.constant)
+        )
+
     return {n: fill(w) for n, w in ROUTERS[name].params(sizes, own).items()}, {
         n: fill(w) for n, w in ROUTERS[name].state(sizes, own).items()
     }
@@ -111,7 +126,10 @@ def test_noisy_top_k_by_hand(float64):
 
 def test_smooth_load_is_the_expected_count(float64):
     """By the tower rule the mean of P_e over the noise is the chance that e is chosen; 8 experts, 8000 draws of one token."""
-    x, params = np.ones((8000, 1)), {"gate": np.linspace(-1, 1, 8)[None], "noise": np.linspace(1, -1, 8)[None]}
+    x, params = (
+        np.ones((8000, 1)),
+        {"gate": np.linspace(-1, 1, 8)[None], "noise": np.linspace(1, -1, 8)[None]},
+    )
     sums = route("noisy_top_k", x, params, num_experts=8, train=True, k=3).sums
     assert np.abs(sums["load"] - sums["counts"]).max() < 4 * np.sqrt(8000) * 0.5
     assert np.ptp(sums["counts"]) > 1000
@@ -138,7 +156,9 @@ def test_sigmoid_by_hand(float64):
     got = route("sigmoid", np.eye(1), gate, bias, scale=2.5)
     assert got.expert_N.tolist() == [0, 3]
     np.testing.assert_allclose(got.gate_N, [2.5 * 0.8 / 1.1, 2.5 * 0.3 / 1.1])
-    np.testing.assert_allclose(route("sigmoid", np.eye(1), gate, bias, renormalize=False).gate_N, [0.8, 0.3])
+    np.testing.assert_allclose(
+        route("sigmoid", np.eye(1), gate, bias, renormalize=False).gate_N, [0.8, 0.3]
+    )
     np.testing.assert_allclose(got.sums["probs"], s / 2.2)
 
 
@@ -148,14 +168,19 @@ def test_groups_by_hand(float64):
     gate, zero = {"gate": np.log(s / (1 - s))}, {"bias": np.zeros(4)}
     groups = {"num_groups": 2, "top_groups": 1}
     assert route("sigmoid", np.eye(1), gate, zero, **groups).expert_N.tolist() == [0, 1]
-    assert route("sigmoid", np.eye(1), gate, zero, **groups, group_score="max").expert_N.tolist() == [2, 3]
+    assert route(
+        "sigmoid", np.eye(1), gate, zero, **groups, group_score="max"
+    ).expert_N.tolist() == [2, 3]
     v2 = {"score": "softmax", "renormalize": False, "group_score": "max"}
     np.testing.assert_allclose(
-        route("sigmoid", np.eye(1), {"gate": np.log(s / s.sum())}, zero, **groups, **v2).gate_N, s[0, [2, 3]] / s.sum()
+        route("sigmoid", np.eye(1), {"gate": np.log(s / s.sum())}, zero, **groups, **v2).gate_N,
+        s[0, [2, 3]] / s.sum(),
     )
 
 
-@pytest.mark.parametrize(("groups", "renormalize"), [((1, 1), True), ((4, 2), False), ((8, 3), True)])
+@pytest.mark.parametrize(
+    ("groups", "renormalize"), [((1, 1), True), ((4, 2), False), ((8, 3), True)]
+)
 def test_sigmoid_equals_transformers_deepseek_v3(groups, renormalize):
     import torch
     from transformers import DeepseekV3Config
@@ -168,7 +193,10 @@ def test_sigmoid_equals_transformers_deepseek_v3(groups, renormalize):
             routed_scaling_factor=2.5, norm_topk_prob=renormalize,
         )
     )  # fmt: skip
-    x, weight = rng.normal(size=(64, 12)).astype(np.float32), rng.normal(size=(16, 12)).astype(np.float32)
+    x, weight = (
+        rng.normal(size=(64, 12)).astype(np.float32),
+        rng.normal(size=(16, 12)).astype(np.float32),
+    )
     bias = (0.3 * rng.normal(size=16)).astype(np.float32)
     with torch.no_grad():
         theirs.weight.copy_(torch.tensor(weight))
@@ -176,14 +204,19 @@ def test_sigmoid_equals_transformers_deepseek_v3(groups, renormalize):
         _, gates, experts = theirs(torch.tensor(x))
     own = {"k": 4, "num_groups": num, "top_groups": top, "scale": 2.5, "renormalize": renormalize}
     got = route("sigmoid", x, {"gate": weight.T}, {"bias": bias}, 16, **own)
-    dense = lambda experts, gates: np.stack([np.bincount(e, g, 16) for e, g in zip(experts, gates, strict=True)])
+
+    def dense(experts, gates):
+        return np.stack([np.bincount(e, g, 16) for e, g in zip(experts, gates, strict=True)])
+
     ours = dense(got.expert_N.reshape(64, 4), got.gate_N.reshape(64, 4))
     np.testing.assert_allclose(ours, dense(experts.numpy(), gates.numpy()), atol=1e-6)
     assert ((ours > 0).sum(1) == 4).all()
 
 
 def updated(name, state, totals, num_experts, **changes):
-    cfg = RouterCfg(num_experts, options(name, **changes), group_rows=1, vocab_size=64, total=lambda z: z)
+    cfg = RouterCfg(
+        num_experts, options(name, **changes), group_rows=1, vocab_size=64, total=lambda z: z
+    )
     return ROUTERS[name].update(state, totals, cfg)
 
 
@@ -209,7 +242,9 @@ def test_quantile_update_is_that_of_the_scores(float64):
     """Within a bin of NumPy's quantile of r = (k + 1)-th largest biased score - score; padding counts nowhere."""
     x, (params, state) = np.random.default_rng(1).normal(size=(600, 6)), first_weights("quantile")
     valid = np.arange(600) % 3 > 0
-    got = route("quantile", x, params, state, 8, placed={"num_rows": 4, "valid_T": valid}, k=3, bins=400)
+    got = route(
+        "quantile", x, params, state, 8, placed={"num_rows": 4, "valid_T": valid}, k=3, bins=400
+    )
     histogram = got.sums["histogram"]
     assert histogram.shape == (4, 8 * 400) and histogram.sum() == 400 * 8
     new = updated("quantile", state, {"histogram": histogram.sum(0)}, 8, k=3, bins=400)["bias"]
@@ -217,9 +252,13 @@ def test_quantile_update_is_that_of_the_scores(float64):
     required = np.sort(score + np.asarray(state["bias"]), 1)[:, [-4]] - score
     want = np.quantile(required, 3 / 8, axis=0)
     np.testing.assert_allclose(new, want - want.mean(), atol=2 * (2 + np.ptp(state["bias"])) / 400)
-    half = updated("quantile", state, {"histogram": histogram.sum(0)}, 8, k=3, bins=400, ema=0.5)["bias"]
+    half = updated("quantile", state, {"histogram": histogram.sum(0)}, 8, k=3, bins=400, ema=0.5)[
+        "bias"
+    ]
     np.testing.assert_allclose(half, (new + state["bias"] - state["bias"].mean()) / 2, atol=1e-12)
-    nothing = updated("quantile", state, {"histogram": 0 * histogram.sum(0)}, 8, k=3, bins=400)["bias"]
+    nothing = updated("quantile", state, {"histogram": 0 * histogram.sum(0)}, 8, k=3, bins=400)[
+        "bias"
+    ]
     np.testing.assert_array_equal(nothing, state["bias"])
 
 
@@ -239,25 +278,42 @@ def test_cosine_by_hand(float64):
     """x = (3, 4) has the cosines .6 and .8 with the axes; at temperature .5 the logits are 1.2 and 1.6. Lengths do not matter."""
     params = {"project": np.eye(2), "experts": np.diag([7.0, 0.1]), "temperature": np.array(0.5)}
     for scale in (1.0, 1e3):
-        got = route("cosine", scale * np.array([[3.0, 4.0]]), params, num_experts=2, k=1, renormalize=False)
+        got = route(
+            "cosine", scale * np.array([[3.0, 4.0]]), params, num_experts=2, k=1, renormalize=False
+        )
         assert got.expert_N.tolist() == [1]
         np.testing.assert_allclose(got.gate_N, [1 / (1 + np.exp(-0.4))])
-    cold = route("cosine", np.array([[3.0, 4.0]]), params | {"temperature": 1e-9}, num_experts=2, min_temperature=0.4)
+    cold = route(
+        "cosine",
+        np.array([[3.0, 4.0]]),
+        params | {"temperature": 1e-9},
+        num_experts=2,
+        min_temperature=0.4,
+    )
     np.testing.assert_allclose(cold.sums["z"], [np.logaddexp(1.5, 2.0) ** 2])
     assert ROUTERS["cosine"].params(Sizes(6, 8, 64), options("cosine"))["project"].shape == (6, 4)
 
 
 def test_cosine_gradients_are_those_of_differences_and_finite_for_a_zero_token(float64):
     params, _ = first_weights("cosine")
-    x, weight = np.random.default_rng(1).normal(size=(5, 6)), np.random.default_rng(2).normal(size=10)
-    loss = lambda params, x: (route("cosine", x, params, num_experts=8).gate_N * weight).sum()
+    x, weight = (
+        np.random.default_rng(1).normal(size=(5, 6)),
+        np.random.default_rng(2).normal(size=10),
+    )
+
+    def loss(params, x):
+        return (route("cosine", x, params, num_experts=8).gate_N * weight).sum()
+
     check_grads(loss, (params, x), order=1, modes="rev", atol=1e-6, rtol=1e-6)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss, (0, 1))(params, 0 * x)))
 
 
 def test_null_by_hand(float64):
     """Probabilities .4 .3 .2 .1 of two experts and two null ones, k = 3: the third choice is null."""
-    one = lambda **changes: route("null", np.eye(1), {"gate": LOGITS}, num_experts=2, k=3, num_null=2, **changes)
+
+    def one(**changes):
+        return route("null", np.eye(1), {"gate": LOGITS}, num_experts=2, k=3, num_null=2, **changes)
+
     wants = {"all": ([4 / 9, 3 / 9, 0], 2 / 9), "none": ([0.4, 0.3, 0], 0.2)}
     for renormalize, (gates, copied) in wants.items():
         got = one(kind="copy", renormalize=renormalize)
@@ -268,7 +324,9 @@ def test_null_by_hand(float64):
     assert zero.copy_T is None
     np.testing.assert_allclose(zero.gate_N, [4 / 7, 3 / 7, 0])
     assert zero.sums["counts"].tolist() == [[1, 1, 1, 0]]
-    assert zero.sums["assigned"].tolist() == [2] and one().sums["gate"].tolist() == pytest.approx([7 / 9])
+    assert zero.sums["assigned"].tolist() == [2] and one().sums["gate"].tolist() == pytest.approx(
+        [7 / 9]
+    )
 
 
 def test_null_classes_are_balanced_as_one(float64):
@@ -276,7 +334,10 @@ def test_null_classes_are_balanced_as_one(float64):
 
     P = (1/2, 1/4, 1/4) on average and half of the choices null: 3 (1/2 1/2 + 1/4 1/4 + 1/4 1/4) = 9/8.
     """
-    prob_TC = np.array([[0.8, 0.1, 0.1], [0.2, 0.41, 0.39]]), np.array([[0.8, 0.1, 0.1], [0.2, 0.39, 0.41]])
+    prob_TC = (
+        np.array([[0.8, 0.1, 0.1], [0.2, 0.41, 0.39]]),
+        np.array([[0.8, 0.1, 0.1], [0.2, 0.39, 0.41]]),
+    )
     for prob in (np.concatenate([prob_TC[0]] * 2), np.concatenate(prob_TC)):
         got = route("null", prob @ np.eye(3), {"gate": np.eye(3)}, num_experts=1, k=1, num_null=2)
         want = route("null", np.log(prob), {"gate": np.eye(3)}, num_experts=1, k=1, num_null=2)
@@ -286,17 +347,30 @@ def test_null_classes_are_balanced_as_one(float64):
         np.testing.assert_allclose(losses.balance(totals), 3 * (probs_C * [0.5, 0.25, 0.25]).sum())
         np.testing.assert_allclose(losses.sequence_balance(totals), losses.balance(totals))
         figures = load.metrics(totals | {"dropped": jnp.zeros(1)})
-        assert figures["active"].tolist() == [0.5] and figures["max_vio"].tolist() == [0.5]  # shares 1/2, 1/4, 1/4
+        assert figures["active"].tolist() == [0.5] and figures["max_vio"].tolist() == [
+            0.5
+        ]  # shares 1/2, 1/4, 1/4
 
 
 def test_null_token_without_real_expert_and_padding(float64):
     gate = {"gate": np.log([[1.0, 2.0, 3.0, 4.0]])}
     none = route("null", np.eye(1), gate, num_experts=2, k=2, num_null=2, renormalize="real")
-    assert none.expert_N.tolist() == [2, 2] and none.gate_N.tolist() == [0, 0] and np.isfinite(none.sums["gate"]).all()
-    loss = lambda gate: route("null", np.eye(1), gate, num_experts=2, k=2, num_null=2, renormalize="real").gate_N.sum()
+    assert (
+        none.expert_N.tolist() == [2, 2]
+        and none.gate_N.tolist() == [0, 0]
+        and np.isfinite(none.sums["gate"]).all()
+    )
+
+    def loss(gate):
+        return route(
+            "null", np.eye(1), gate, num_experts=2, k=2, num_null=2, renormalize="real"
+        ).gate_N.sum()
+
     assert np.isfinite(jax.grad(loss)(gate)["gate"]).all()
     placed = {"valid_T": [True, False]}
-    copied = route("null", np.ones((2, 1)), gate, num_experts=2, k=2, num_null=2, kind="copy", placed=placed)
+    copied = route(
+        "null", np.ones((2, 1)), gate, num_experts=2, k=2, num_null=2, kind="copy", placed=placed
+    )
     np.testing.assert_allclose(copied.copy_T, [1, 0])
 
 
@@ -310,7 +384,12 @@ def test_uniform_is_exactly_even(num_experts, k):
     for begin in range(num_experts):
         spread = np.ptp(np.cumsum(counts_TE[begin:], 0), axis=1)
         assert spread.max() <= 1
-        assert (spread[num_experts // np.gcd(num_experts, k) - 1 :: num_experts // np.gcd(num_experts, k)] == 0).all()
+        assert (
+            spread[
+                num_experts // np.gcd(num_experts, k) - 1 :: num_experts // np.gcd(num_experts, k)
+            ]
+            == 0
+        ).all()
     np.testing.assert_allclose(got.gate_N, 1 / k)
 
 
@@ -324,11 +403,20 @@ def test_random_is_a_function_of_layer_position_and_token():
     assert all(len(set(row)) == 3 for row in chosen.reshape(-1, 3).tolist())
     assert np.abs(got.sums["counts"].sum(0) - 192).max() < 5 * np.sqrt(512 * 3 / 8 * 5 / 8)
     alone = route(
-        "random", x[128:256], None, salt, train=True, key=9, placed={"row_b": [77], "id_T": ids[128:256]}, **args
+        "random",
+        x[128:256],
+        None,
+        salt,
+        train=True,
+        key=9,
+        placed={"row_b": [77], "id_T": ids[128:256]},
+        **args,
     )
     assert alone.expert_N.tolist() == chosen[1].reshape(-1).tolist()
     for other in ({"state": {"salt": jnp.float32(0.31)}}, {"state": salt, "seed": 1}):
-        assert (route("random", x, None, placed=placed, **{**args, **other}).expert_N != got.expert_N).mean() > 0.5
+        assert (
+            route("random", x, None, placed=placed, **{**args, **other}).expert_N != got.expert_N
+        ).mean() > 0.5
     moved = route("random", x, None, salt, placed={"num_rows": 4, "id_T": np.roll(ids, 1)}, **args)
     assert (moved.expert_N != got.expert_N).mean() > 0.5
 
@@ -342,13 +430,24 @@ def test_same_on_every_mesh(float64, name):
     own = options(name, **({"kind": "copy", "k": 3, "num_null": 2} if name == "null" else {}))
     params, state = first_weights(name, **own)
     rng = np.random.default_rng(1)
-    x, ids, valid = rng.normal(size=(8, 6, 6)), rng.integers(0, 64, (8, 6)), rng.random((8, 6)) > 0.2
+    x, ids, valid = (
+        rng.normal(size=(8, 6, 6)),
+        rng.integers(0, 64, (8, 6)),
+        rng.random((8, 6)) > 0.2,
+    )
     cfg = RouterCfg(8, own, group_rows=1, vocab_size=64, total=lambda z: z)
 
     def run(params, state, x, ids, valid, row):
-        placed = {"num_rows": len(x), "valid_T": valid.reshape(-1), "row_b": row, "id_T": ids.reshape(-1)}
+        placed = {
+            "num_rows": len(x),
+            "valid_T": valid.reshape(-1),
+            "row_b": row,
+            "id_T": ids.reshape(-1),
+        }
         tokens = make_tokens(x.reshape(-1, 6), **placed)
-        routing = ROUTERS[name].route(params, state, tokens, cfg=cfg, rng=jax.random.key(3), train=True)
+        routing = ROUTERS[name].route(
+            params, state, tokens, cfg=cfg, rng=jax.random.key(3), train=True
+        )
         return routing.expert_N, routing.gate_N, routing.copy_T, dict(routing.sums)
 
     batch = (x, ids, valid, np.arange(8))
@@ -390,8 +489,12 @@ def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
 def test_a_step_takes_routers_without_weights_and_with_other_ones(router, optimizer):
     """Traced alone: no parameters, no state, a scalar, two matrices."""
     dtypes = {"model.param_dtype": "float32", "model.dtype": "float32"}
-    program = tiny.Program((1, 1, 1), {"model.moe.router": router, "optim.optimizer": optimizer, **dtypes})
+    program = tiny.Program(
+        (1, 1, 1), {"model.moe.router": router, "optim.optimizer": optimizer, **dtypes}
+    )
     with jax.set_mesh(program.mesh):
         state = jax.eval_shape(program.init, jax.random.key(0))
-        after, _ = jax.eval_shape(program.step, state, tiny.put(program.cfg, tiny.batch(program.cfg)))
+        after, _ = jax.eval_shape(
+            program.step, state, tiny.put(program.cfg, tiny.batch(program.cfg))
+        )
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -20,7 +20,11 @@ from moe_jax.parallel.mesh import BATCH, P
 
 T = B * S
 ARRAYS = ("x_TD", "id_T", "position_T", "row_T", "segment_T", "valid_T")
-LEARNED = [c for c, (r, _) in CASES.items() if ROUTERS[r].params(router_cases.SIZES, router_cases.options(c))]
+LEARNED = [
+    c
+    for c, (r, _) in CASES.items()
+    if ROUTERS[r].params(router_cases.SIZES, router_cases.options(c))
+]
 NO_GRADIENT = {
     "counts",
     "unbiased",
@@ -44,7 +48,9 @@ def router(case):
 @functools.cache
 def routed(case, train=True):
     """(dense, sums, lists) of the standard tokens, in float64."""
-    return router_cases.answer(case, router_cases.tokens(case), *router_cases.weights(case), train=train)
+    return router_cases.answer(
+        case, router_cases.tokens(case), *router_cases.weights(case), train=train
+    )
 
 
 def assert_alike(have, want, what):
@@ -85,15 +91,30 @@ def test_gates_sum_as_declared(float64, case):
 def test_sums_are_those_of_the_assignments(float64, case):
     """Per row: counts = served + dropped by the router itself; importance = the gates; tokens = valid tokens."""
     (got, sums, _), valid = routed(case), router_cases.tokens(case).valid_T.reshape(B, S)
-    assert {"counts", "first", "probs", "importance", "z", "entropy", "gate", "gate_max", "tokens"} <= sums.keys()
+    assert {
+        "counts",
+        "first",
+        "probs",
+        "importance",
+        "z",
+        "entropy",
+        "gate",
+        "gate_max",
+        "tokens",
+    } <= sums.keys()
     assert all(value.shape[0] == B and value.dtype == np.float64 for value in sums.values())
     close(sums["tokens"], valid.sum(1))
     empty = {name: value[valid.sum(1) == 0] for name, value in sums.items()}
     assert all((value == 0).all() for value in empty.values()), "a row of padding counts"
     if "dispatch" in got:
         return
-    assert (sums["first"] <= sums["counts"] + 1e-12).all() and (sums["gate_max"] <= sums["gate"] + 1e-12).all()
-    by_row = {name: value.reshape(B, S, -1).sum(1) for name, value in ({"copy": np.zeros(T)} | got).items()}
+    assert (sums["first"] <= sums["counts"] + 1e-12).all() and (
+        sums["gate_max"] <= sums["gate"] + 1e-12
+    ).all()
+    by_row = {
+        name: value.reshape(B, S, -1).sum(1)
+        for name, value in ({"copy": np.zeros(T)} | got).items()
+    }
     dropped = sums.get("dropped", np.zeros(B))
     close(sums["counts"][:, :E].sum(1), by_row["hits"].sum(1) + dropped)
     close(sums["gate"], (by_row["gates"].sum(1, keepdims=True) + by_row["copy"]).sum(1))
@@ -107,11 +128,16 @@ def test_padding_changes_nothing(float64, case):
     """Other values in padded tokens, and further rows of padding."""
     given, weights = router_cases.tokens(case), router_cases.weights(case)
     pad, want = ~given.valid_T, routed(case)
-    odd = given._replace(x_TD=np.where(pad[:, None], 1e3, given.x_TD), id_T=np.where(pad, 1, given.id_T))
+    odd = given._replace(
+        x_TD=np.where(pad[:, None], 1e3, given.x_TD), id_T=np.where(pad, 1, given.id_T)
+    )
     have = router_cases.answer(case, odd, *weights)
     assert_alike(have[0], want[0], "other padding")
     assert_alike(have[1], want[1], "other padding")
-    longer = lambda z: np.concatenate([z, np.zeros_like(z[: 2 * S])])
+
+    def longer(z):
+        return np.concatenate([z, np.zeros_like(z[: 2 * S])])
+
     more = per_token(given, longer)._replace(num_rows=B + 2)
     have = router_cases.answer(case, more, *weights)
     assert all((value[T:] == 0).all() for value in have[0].values())
@@ -141,8 +167,13 @@ def test_permuting_experts_permutes_the_result(float64, case):
     params, state = router_cases.weights(case)
     given = router_cases.tokens(case)
     if given.recorded:
-        given = given._replace(recorded=(np.argsort(order)[given.recorded[0]].astype(np.int32), given.recorded[1]))
-    move = lambda part: {name: permuted(weight, order) for name, weight in part.items()}
+        given = given._replace(
+            recorded=(np.argsort(order)[given.recorded[0]].astype(np.int32), given.recorded[1])
+        )
+
+    def move(part):
+        return {name: permuted(weight, order) for name, weight in part.items()}
+
     got, sums, _ = router_cases.answer(case, given, move(params), move(state), train=False)
     plain, plain_sums, _ = routed(case, train=False)
     assert_alike(got, {n: v if n == "copy" else v[:, order] for n, v in plain.items()}, "permuted")
@@ -155,7 +186,9 @@ def test_permuting_experts_permutes_the_result(float64, case):
 @every
 def test_permuting_the_tokens_of_a_row_permutes_the_result(float64, case):
     """Tokens with all that belongs to them, position too; in evaluation, because noise is drawn by place."""
-    place = np.concatenate([S * row + np.random.default_rng(row).permutation(S) for row in range(B)])
+    place = np.concatenate(
+        [S * row + np.random.default_rng(row).permutation(S) for row in range(B)]
+    )
     moved = per_token(router_cases.tokens(case), lambda z: z[place])
     got, sums, _ = router_cases.answer(case, moved, *router_cases.weights(case), train=False)
     plain, plain_sums, _ = routed(case, train=False)
@@ -166,7 +199,10 @@ def test_permuting_the_tokens_of_a_row_permutes_the_result(float64, case):
 @every
 def test_selection_in_bfloat16_is_that_of_float32(case):
     """The router's own weights are float32; x comes in bfloat16. 128 tokens and more."""
-    single = lambda z: z.astype(np.float32) if z.dtype == np.float64 else z
+
+    def single(z):
+        return z.astype(np.float32) if z.dtype == np.float64 else z
+
     weights = jax.tree.map(single, router_cases.weights(case))
     given = router_cases.tokens(case, num_rows=32)
     given = per_token(given, single)
@@ -176,7 +212,10 @@ def test_selection_in_bfloat16_is_that_of_float32(case):
         """One program: where the first operation widens x, the compiler sees the two as one."""
         tokens = tokens._replace(num_rows=32)
         wide = tokens._replace(x_TD=tokens.x_TD.astype(jnp.float32))
-        return [router_cases.parts(router_cases.route(case, z, params, state), tokens)[:2] for z in (tokens, wide)]
+        return [
+            router_cases.parts(router_cases.route(case, z, params, state), tokens)[:2]
+            for z in (tokens, wide)
+        ]
 
     results = jax.device_get(router_cases.compiled(both)(low, *weights))
     for part in (0, 1):
@@ -198,14 +237,22 @@ def test_gradients_are_the_finite_differences(float64, case):
         routing = router_cases.route(case, given._replace(x_TD=x_TD), params, state)
         gates, sums, _ = router_cases.parts(routing, given)
         terms = [(jnp.sin(z) * factors[0][name]).sum() for name, z in gates.items()]
-        return sum(terms + [(jnp.sin(z) * factors[1][n]).sum() for n, z in sums.items() if n not in NO_GRADIENT])
+        return sum(
+            terms
+            + [(jnp.sin(z) * factors[1][n]).sum() for n, z in sums.items() if n not in NO_GRADIENT]
+        )
 
     run = router_cases.compiled(jax.value_and_grad(value, argnums=(0, 1)))
     at = (given.x_TD, params)
     _, gradient = run(*at)
     for moves in ((1, 1), (1, 0), (0, 1), (1, 1)):  # of x, of the parameters
-        way = tuple(jax.tree.map(lambda z, m=m: m * rng.normal(size=z.shape), part) for m, part in zip(moves, at))
-        up, down = (run(*jax.tree.map(lambda z, d, h=h: z + h * d, at, way))[0] for h in (1e-6, -1e-6))
+        way = tuple(
+            jax.tree.map(lambda z, m=m: m * rng.normal(size=z.shape), part)
+            for m, part in zip(moves, at)
+        )
+        up, down = (
+            run(*jax.tree.map(lambda z, d, h=h: z + h * d, at, way))[0] for h in (1e-6, -1e-6)
+        )
         have = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, way)))
         np.testing.assert_allclose(have, (up - down) / 2e-6, rtol=1e-6, atol=1e-6)
 
@@ -226,8 +273,12 @@ def test_routing_is_the_same_on_every_mesh(float64, case, shape):
     given, devices = router_cases.tokens(case), shape[0] * shape[1]
 
     def body(arrays, recorded, params, state):
-        local = given._replace(**dict(zip(ARRAYS, arrays)), num_rows=B // devices, recorded=recorded)
-        routing = router_cases.route(case, local, params, state, total=lambda z: jax.lax.psum(z, BATCH))
+        local = given._replace(
+            **dict(zip(ARRAYS, arrays)), num_rows=B // devices, recorded=recorded
+        )
+        routing = router_cases.route(
+            case, local, params, state, total=lambda z: jax.lax.psum(z, BATCH)
+        )
         return router_cases.parts(routing, local)
 
     with jax.set_mesh(meshes.make(*shape)):
@@ -236,14 +287,18 @@ def test_routing_is_the_same_on_every_mesh(float64, case, shape):
         run = jax.shard_map(body, in_specs=(P(BATCH), P(BATCH), P(), P()), out_specs=P(BATCH))
         got = jax.device_get(router_cases.compiled(run)(*arrays, params, state))
     want = routed(case)
-    assert router_cases.by_group(got[2], devices) == router_cases.by_group(want[2]), "other experts, or another order"
+    assert router_cases.by_group(got[2], devices) == router_cases.by_group(want[2]), (
+        "other experts, or another order"
+    )
     assert_alike(got[0], want[0], "routing")
     assert_alike(got[1], want[1], "sums")
 
 
 TURNS = {case: i for i, case in enumerate(CASES)}
 SAME_LAYER = ("top_k after", "top_k raw", "sigmoid groups")  # other gates, nothing else for a layer
-some = [pytest.param(case, marks=pytest.mark.full) if case in SAME_LAYER else case for case in CASES]
+some = [
+    pytest.param(case, marks=pytest.mark.full) if case in SAME_LAYER else case for case in CASES
+]
 
 
 @pytest.mark.parametrize("case", some)
@@ -257,10 +312,15 @@ def test_the_layer_serves_what_was_routed(float64, case):
 
 
 def test_an_expert_that_a_recording_names_twice_is_served_once_with_both_gates(float64):
-    given, (params, state) = router_cases.tokens("recorded", padded=False), router_cases.weights("recorded")
+    given, (params, state) = (
+        router_cases.tokens("recorded", padded=False),
+        router_cases.weights("recorded"),
+    )
     expert, gate = given.recorded[0].copy(), given.recorded[1]
     expert[::2, 1] = expert[::2, 0]
-    dense, sums, _ = router_cases.answer("recorded", given._replace(recorded=(expert, gate)), params, state)
+    dense, sums, _ = router_cases.answer(
+        "recorded", given._replace(recorded=(expert, gate)), params, state
+    )
     np.testing.assert_array_equal(dense["hits"].sum(1), np.where(np.arange(T) % 2, 2, 1))
     close(dense["gates"].sum(1), gate.sum(1), atol=1e-12)
     close(dense["gates"][np.arange(0, T, 2), expert[::2, 0]], gate[::2].sum(1), atol=1e-12)
@@ -278,4 +338,6 @@ def test_the_layer_is_the_same_on_every_mesh(float64, case):
             y, sums, gradient = layer_cases.run(case, dispatcher, shape, gradient=True)
             np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-11)
             assert_alike(sums, want_sums, "sums")
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), gradient, want)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), gradient, want
+            )

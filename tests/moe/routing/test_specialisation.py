@@ -7,11 +7,16 @@ from moe_jax.moe.routing import ROUTERS
 
 # What a router must reach: 0 is what no dense network of equal active size surpasses, 1 the right assignment.
 BLIND = ("uniform", "random", "hash")  # read nothing of the cluster
-MIXING = ("soft",)  # an expert sees mixtures of tokens, and cannot tell one token's z from another's
+MIXING = (
+    "soft",
+)  # an expert sees mixtures of tokens, and cannot tell one token's z from another's
 ORACLE = ("recorded",)  # replays the right assignment
 LEARNED = [name for name in ROUTERS if name not in BLIND + MIXING + ORACLE]
 SLOW = ("switch", "cosine", "quantile", "null", "noisy_top_k", "random", "hash", "soft")
-some = lambda names: [pytest.param(n, marks=pytest.mark.full) if n in SLOW else n for n in names]
+
+
+def some(names):
+    return [pytest.param(n, marks=pytest.mark.full) if n in SLOW else n for n in names]
 
 
 def trained(router):
