@@ -1,20 +1,24 @@
-"""The article's system: embedding, sparse experts over a window, aggregation, softmax. No attention (moe_jax/models/article.py).
+"""The article's system: embedding, sparse experts over a window, aggregation, softmax.
+
+No attention (moe_jax/models/article.py).
 
     python -m moe_jax.main --config configs/article.py --workdir runs/article
-    python -m moe_jax.main --config configs/article.py:wordnet --config.data.folder=DATA --workdir runs/article_wordnet
+    python -m moe_jax.main --config configs/article.py:wordnet --config.data.folder=DATA \
+        --workdir runs/article_wordnet
 
-The variants: bytes (next byte of the embedded text, the default), and the sets of text classification wordnet and vader. Three in four of
-the experts' weights are zero from the first values on, and stay so. docs/article.md has the worked example.
+The variants: bytes (next byte of the embedded text, the default), and the sets of text
+classification wordnet and vader. Three in four of the experts' weights are zero from the first
+values on, and stay so. docs/article.md has the worked example.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
 CLASSES = {"bytes": 0, "wordnet": 45, "vader": 2}
 VARIANTS = tuple(CLASSES)
 
 
 def get_config(arg="bytes"):
-    c = base.get_config()
+    c = defaults()
     classes = CLASSES[arg]
     c.model.kind = "article"
     c.model.kinds.article.num_classes = classes

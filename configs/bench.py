@@ -1,17 +1,19 @@
 """The shapes that speeds are quoted for: vocabulary 4096, d_model 256, 4 blocks, 8 heads, SwiGLU experts of 512, top-2, 8 x 256 tokens.
 
-    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' --variant e8: \
-        --variant 'e8 capacity:model.moe.dispatcher="capacity"' --variant 'e64:model.moe.num_experts=64' \
+    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' \
+        --variant e8: \
+        --variant 'e8 capacity:model.moe.dispatcher="capacity"' \
+        --variant 'e64:model.moe.num_experts=64' \
         --variant 'e64 capacity:model.moe.num_experts=64;model.moe.dispatcher="capacity"'
 
 The dense model has the same active feed-forward (hidden 1024). About a minute and a half on two CPU cores.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
 
 def get_config():
-    c = base.get_config()
+    c = defaults()
     c.model.vocab_size = 4096
     c.model.d_model = 256
     c.model.num_heads = 8

@@ -1,14 +1,17 @@
 """Text classification by a bidirectional MoE encoder.
 
-    python -m moe_jax.main --config configs/classification.py:wordnet --config.data.folder=DATA --workdir runs/wordnet
+    python -m moe_jax.main --config configs/classification.py:wordnet --config.data.folder=DATA \
+        --workdir runs/wordnet
 
-The variant names the data: wordnet (45 supersenses of glosses), debian (20 sections of package descriptions), vader (sentiment),
-banking77 (77 intents), imdb (TFDS). The end shows a TF-IDF + linear SVM beside the model.
+The variant names the data: wordnet (45 supersenses of glosses), debian (20 sections of package
+descriptions), vader (sentiment), banking77 (77 intents), imdb (TFDS). The end shows a TF-IDF +
+linear SVM beside the model.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
-# Of each set: classes, places of a row, tokenizer, steps, rows of a step, pooling, dropout of tokens (small sets: the more).
+# Of each set: classes, places of a row, tokenizer, steps, rows of a step, pooling, dropout of
+# tokens (small sets: the more).
 SETS = {
     "wordnet": ("wordnet", 45, 32, "bpe:8192", 3300, 96, "mean", 0.0),
     "debian": ("debian", 20, 96, "bpe:8192", 1400, 64, "mean", 0.0),
@@ -20,7 +23,7 @@ VARIANTS = tuple(SETS)
 
 
 def get_config(arg="wordnet"):
-    c = base.get_config()
+    c = defaults()
     name, classes, seq_len, tokens, steps, rows, pool, token_dropout = SETS[arg]
     c.task = "classification"
     c.tasks.classification.dataset = name

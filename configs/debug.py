@@ -1,15 +1,16 @@
-"""The smallest run that exercises everything: eight simulated devices, a mesh of 2 x 2 x 2, accumulation, evaluation, checkpoints.
+"""The smallest run that exercises everything: eight simulated devices, a mesh of 2 x 2 x 2,
+accumulation, evaluation, checkpoints.
 
     python -m moe_jax.main --config configs/debug.py --workdir runs/debug
 
 Half a minute on two CPU cores, most of it compilation. The loss falls a little; nothing is learned.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
 
 def get_config():
-    c = base.get_config()
+    c = defaults()
     c.simulate_devices = 8
     c.mesh.expert = 2
     c.mesh.model = 2

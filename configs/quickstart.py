@@ -2,15 +2,16 @@
 
     python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Trains on 400 kB of each embedded domain (drama, verse, novel, English and Spanish scripture, dictionary): 4 MoE blocks of 8 experts,
-top-2, with Muon. Expected: below gzip -9 in every domain, at most 2.75 bits per byte on average.
+Trains on 400 kB of each embedded domain (drama, verse, novel, English and Spanish scripture,
+dictionary): 4 MoE blocks of 8 experts, top-2, with Muon. Expected: below gzip -9 in every domain,
+at most 2.75 bits per byte on average.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
 
 def get_config():
-    c = base.get_config()
+    c = defaults()
     c.data.slice_bytes = 400_000
     c.data.heldout_bytes = 30_000
     c.optim.optimizer = "muon"

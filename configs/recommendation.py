@@ -1,16 +1,21 @@
-"""Recommendation by a multi-gate mixture of experts: which items a user will take, given four in five of them.
+"""Recommendation by a multi-gate mixture of experts: which items a user will take, given four in
+five of them.
 
-    python -m moe_jax.main --config configs/recommendation.py --config.data.folder=DATA --workdir runs/recommendation
+    python -m moe_jax.main --config configs/recommendation.py --config.data.folder=DATA \
+        --workdir runs/recommendation
     python -m moe_jax.main --config configs/recommendation.py:movielens --workdir runs/movielens
 
-The variant names the data, of two tasks with a gate and a tower each: debian (which packages a Debian package will depend on; libraries
-and all other packages, 3,169 items; the default), or movielens (TFDS's movielens/1m-ratings; the 500 movies that most users gave four
-stars or more, and the 2,000 that come next; others are left out). The end shows popularity and item-kNN beside the model.
+The variant names the data, of two tasks with a gate and a tower each: debian (which packages a
+Debian package will depend on; libraries and all other packages, 3,169 items; the default), or
+movielens (TFDS's movielens/1m-ratings; the 500 movies that most users gave four stars or more, and
+the 2,000 that come next; others are left out). The end shows popularity and item-kNN beside the
+model.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
-# Of each set: its name, items of each task, size of the table, places of a row. A user of movielens rated 2,314 movies, the most of all:
+# Of each set: its name, items of each task, size of the table, places of a row. A user of movielens
+# rated 2,314 movies, the most of all:
 # were all liked, 463 of them would be to be found.
 SETS = {
     "debian": ("debian_depends", (2057, 1112), 3200, 64),
@@ -20,7 +25,7 @@ VARIANTS = tuple(SETS)
 
 
 def get_config(arg="debian"):
-    c = base.get_config()
+    c = defaults()
     name, items, vocabulary, seq_len = SETS[arg]
     c.task = "recommendation"
     c.tasks.recommendation.dataset = name

@@ -1,18 +1,20 @@
 """Spoken digits: log-mel frames, an MoE encoder, mean pooling.
 
-    python -m moe_jax.main --config configs/speech.py --config.data.folder=DATA --workdir runs/speech
+    python -m moe_jax.main --config configs/speech.py --config.data.folder=DATA \
+        --workdir runs/speech
 
-The one variant is fsdd, the Free Spoken Digit Dataset; its own test part is the recordings 0 to 4 of each digit and speaker.
+The one variant is fsdd, the Free Spoken Digit Dataset; its own test part is the recordings 0 to 4
+of each digit and speaker.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
 DATASETS = {"fsdd": "fsdd"}
 VARIANTS = tuple(DATASETS)
 
 
 def get_config(arg="fsdd"):
-    c = base.get_config()
+    c = defaults()
     c.task = "speech"
     c.tasks.speech.dataset = DATASETS[arg]
     c.tasks.speech.copies = 6

@@ -1,14 +1,17 @@
 """Translation by an encoder-decoder with mixtures of experts in both halves.
 
-    python -m moe_jax.main --config configs/translation.py --config.data.folder=DATA --workdir runs/translation
-    python -m moe_jax.main --config configs/translation.py:prefix --config.data.folder=DATA --workdir runs/translation_prefix
+    python -m moe_jax.main --config configs/translation.py --config.data.folder=DATA \
+        --workdir runs/translation
+    python -m moe_jax.main --config configs/translation.py:prefix --config.data.folder=DATA \
+        --workdir runs/translation_prefix
 
-English to Spanish, the Bible, whole chapters held out. The variants: encdec (default), debian (descriptions, English to German),
-prefix (a decoder alone, which has the source as the prefix of its row), wmt (TFDS's WMT16, English to German: the first 2 % of 4.5 million
-training pairs, all of newstest). The end shows sacreBLEU with its signature.
+English to Spanish, the Bible, whole chapters held out. The variants: encdec (default), debian
+(descriptions, English to German), prefix (a decoder alone, which has the source as the prefix of
+its row), wmt (TFDS's WMT16, English to German: the first 2 % of 4.5 million training pairs, all of
+newstest). The end shows sacreBLEU with its signature.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
 DATASETS = {
     "encdec": "bible_en_es",
@@ -20,7 +23,7 @@ VARIANTS = tuple(DATASETS)
 
 
 def get_config(arg="encdec"):
-    c = base.get_config()
+    c = defaults()
     c.task = "translation_prefix" if arg == "prefix" else "translation"
     c.tasks[c.task].dataset = DATASETS[arg]
     c.model.vocab_size = c.tasks[c.task].vocab_size = 4096

@@ -1,21 +1,25 @@
-"""Images by a small V-MoE (Riquelme et al. 2021): patches, an MoE encoder with batch-priority routing and capacity, mean pooling.
+"""Images by a small V-MoE (Riquelme et al.
+
+2021): patches, an MoE encoder with batch-priority routing and capacity, mean pooling.
 
     python -m moe_jax.main --config configs/vision.py --workdir runs/digits
     python -m moe_jax.main --config configs/vision.py:fashion_mnist --workdir runs/fashion_mnist
 
-The variant names the data: digits (scikit-learn, nothing to download) or fashion_mnist (its files in data.folder, or Debian's package
-dataset-fashion-mnist). The end shows logistic regression and nearest neighbours beside the model.
+The variant names the data: digits (scikit-learn, nothing to download) or fashion_mnist (its files
+in data.folder, or Debian's package dataset-fashion-mnist). The end shows logistic regression and
+nearest neighbours beside the model.
 """
 
-from configs import base
+from moe_jax.config import defaults
 
-# Of each set: side of a patch, number of patches, copies of each image, steps, rows of a step, every n-th image held out.
+# Of each set: side of a patch, number of patches, copies of each image, steps, rows of a step,
+# every n-th image held out.
 SETS = {"digits": (2, 16, 8, 900, 64, 5), "fashion_mnist": (4, 49, 3, 3600, 64, 5)}
 VARIANTS = tuple(SETS)
 
 
 def get_config(arg="digits"):
-    c = base.get_config()
+    c = defaults()
     patch, number, copies, steps, rows, heldout_every = SETS[arg]
     c.task = "vision"
     c.tasks.vision.dataset = arg

@@ -1,6 +1,8 @@
-"""What the command lines of the experiments share: a wrong flag, a wrong directory and Ctrl-C are one line each; seeds.
+"""What the command lines of the experiments share: a wrong flag, a wrong directory and Ctrl-C are
+one line each; seeds.
 
-Exit codes are those of moe_jax: 0 done, 64 a mistake that the message names, 128 + N ended by signal N (130: Ctrl-C).
+Exit codes are those of moe_jax: 0 done, 64 a mistake that the message names, 128 + N ended by
+signal N (130: Ctrl-C).
 """
 
 import argparse
@@ -50,7 +52,10 @@ class Flags(Parser):
 
 
 def hear_signals() -> None:
-    """For a process that runs an experiment, before jax is imported, which takes seconds: Ctrl-C ends it with one line."""
+    """For a process that runs an experiment, before jax is imported, which takes seconds:
+
+    Ctrl-C ends it with one line.
+    """
     signals.LISTENER.start()
 
 
@@ -82,7 +87,10 @@ def add_seeds(flags: Flags) -> None:
 
 
 def seeds(args: argparse.Namespace) -> tuple[int, ...]:
-    """The seeds that were asked for, by number or by how many. UserError when they are none, or come twice."""
+    """The seeds that were asked for, by number or by how many.
+
+    UserError when they are none, or come twice.
+    """
     if args.num_seeds is not None:
         if args.seeds:
             raise UserError("--seeds and --num_seeds are both given: take one of them")
@@ -110,7 +118,10 @@ def seeds_told(found: tuple[int, ...]) -> str:
 
 
 def made(args: argparse.Namespace) -> Path:
-    """The directory of --out, made; of a smoke run an empty one in it. UserError where that cannot be, before anything is computed."""
+    """The directory of --out, made; of a smoke run an empty one in it.
+
+    UserError where that cannot be, before anything is computed.
+    """
     out = args.out / SMOKE if args.smoke else args.out
     try:
         if args.smoke and out.exists():

@@ -1,4 +1,6 @@
-"""What the plots of experiments share: arms that stand side by side, names where the arms are, plain numbers at the ticks."""
+"""What the plots of experiments share: arms that stand side by side, names where the arms are,
+plain numbers at the ticks.
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +26,8 @@ class Arm(NamedTuple):
 def arms(axes: Any, shown: Sequence[Arm], *, log: bool = False) -> None:
     """Draws arms with their names upright at the ends of their intervals.
 
-    Arms of nearly the same x would hide each other: they are moved apart sideways, as little as that needs. Call it when the labels of
-    the axes are set.
+    Arms of nearly the same x would hide each other: they are moved apart sideways, as little as
+    that needs. Call it when the labels of the axes are set.
     """
     reach = [arm.half if math.isfinite(arm.half) else 0.0 for arm in shown]
     axes.set_xscale("log" if log else "linear")
@@ -56,7 +58,9 @@ def arms(axes: Any, shown: Sequence[Arm], *, log: bool = False) -> None:
 
 
 def _moved_apart(axes: Any, wanted: Sequence[float], log: bool) -> list[float]:
-    """Places on the x axis, APART points from each other; the limits of the axis are set so that all are inside."""
+    """Places on the x axis, APART points from each other; the limits of the axis are set so that
+    all are inside.
+    """
     placed = list(wanted)
     for _ in range(
         4
@@ -81,7 +85,9 @@ class Line(NamedTuple):
 
 
 def lines(axes: Any, shown: Sequence[Line]) -> None:
-    """Draws curves on logarithmic axes, each with its name at its right end and its points a little beside those of the others."""
+    """Draws curves on logarithmic axes, each with its name at its right end and its points a little
+    beside those of the others.
+    """
     axes.set(xscale="log", yscale="log")
     for number, line in enumerate(shown):
         beside = np.asarray(line.x) * 1.04 ** (number - (len(shown) - 1) / 2)
@@ -108,7 +114,9 @@ def lines(axes: Any, shown: Sequence[Line]) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """The positions nearest to the wanted ones (least squares) of which no two are closer than `gap`; their order stays."""
+    """The positions nearest to the wanted ones (least squares) of which no two are closer than
+    `gap`; their order stays.
+    """
     from scipy.optimize import isotonic_regression
 
     order = np.argsort(wanted, kind="stable")
@@ -119,7 +127,10 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def plain(value: float, place: int | None = None) -> str:
-    """A number as people write it: 0.5 and 2,000, not 5 x 10^-1 and 2e+03. `place` is given by matplotlib, and not used."""
+    """A number as people write it:
+
+    0.5 and 2,000, not 5 x 10^-1 and 2e+03. `place` is given by matplotlib, and not used.
+    """
     del place
     return f"{value:,.10g}"
 

@@ -1,13 +1,19 @@
-"""Which router trains best at equal steps, how evenly does it load the experts, and what does it cost?
+"""Which router trains best at equal steps, how evenly does it load the experts, and what does it
+cost?
 
-    python experiments/routers.py --out runs/routers            # all of them, about three minutes each on two CPU cores
-    python experiments/routers.py --out runs/routers top_k relu # some; what is already there is not run again
-    python experiments/routers.py --speed                       # times their training steps in turn, beside top_k's
+    python experiments/routers.py \
+        --out runs/routers            # all of them, about three minutes each on two CPU cores
+    python experiments/routers.py \
+        --out runs/routers top_k relu # some; what is already there is not run again
+    python experiments/routers.py \
+        --speed                       # times their training steps in turn, beside top_k's
 
-Every router trains configs/quickstart.py for the same 500 steps, seed and data, changed by DELTAS. Reported: held-out bits per byte
-(mean over domains; router as at evaluation), MaxVio of the batch (mean over layers and the last 100 steps) and over the whole held-out
-set, dropped assignments, and the experts of a token where a router does not fix them. One seed: gaps below 0.02 bits per byte are not
-established. The loss of a router that sees the future is that of a model which cannot be decoded.
+Every router trains configs/quickstart.py for the same 500 steps, seed and data, changed by DELTAS.
+Reported: held-out bits per byte (mean over domains; router as at evaluation), MaxVio of the batch
+(mean over layers and the last 100 steps) and over the whole held-out set, dropped assignments, and
+the experts of a token where a router does not fix them. One seed: gaps below 0.02 bits per byte are
+not established. The loss of a router that sees the future is that of a model which cannot be
+decoded.
 """
 
 import json

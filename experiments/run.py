@@ -1,12 +1,15 @@
-"""Trains a grid of cells (changed keys) x seeds, and compares the cells run by run: what every experiment of this folder stands on.
+"""Trains a grid of cells (changed keys) x seeds, and compares the cells run by run: what every
+experiment of this folder stands on.
 
-    python -m experiments.run --config configs/quickstart.py --out runs/width --cell wide: --cell "narrow:model.moe.expert_hidden=64"
+    python -m experiments.run --config configs/quickstart.py --out runs/width --cell wide: \
+        --cell "narrow:model.moe.expert_hidden=64"
 
-A cell is a name and its changed keys; the first is the reference. The seeds are 0, 1 and 2, or those that are named (`--seeds 0 5` are two
-seeds), or the first so many (`--num_seeds 5`). `--smoke` trains a few steps of every cell, to see that all of them work. Every run has its
-own directory OUT/CELL/seed_N, is not run again once it is finished, and goes on from its checkpoint when it was interrupted. Runs of one
-seed see the same data in the same order, so cells are compared by the differences of such pairs: much of what a seed does to a run is in
-both.
+A cell is a name and its changed keys; the first is the reference. The seeds are 0, 1 and 2, or
+those that are named (`--seeds 0 5` are two seeds), or the first so many (`--num_seeds 5`).
+`--smoke` trains a few steps of every cell, to see that all of them work. Every run has its own
+directory OUT/CELL/seed_N, is not run again once it is finished, and goes on from its checkpoint
+when it was interrupted. Runs of one seed see the same data in the same order, so cells are compared
+by the differences of such pairs: much of what a seed does to a run is in both.
 """
 
 import ast
@@ -41,7 +44,8 @@ from moe_jax.terminal.table import Table, names, numbers
 
 ROOT = Path(__file__).parent.parent
 CONFIDENCE = 0.95
-# What is the same in every run of a grid: one device, one evaluation at the end, a checkpoint to go on from.
+# What is the same in every run of a grid: one device, one evaluation at the end, a checkpoint to go
+# on from.
 PLAIN = {
     "mesh.data": 1,
     "eval.every": 0,
@@ -85,7 +89,10 @@ class Interval(NamedTuple):
 
 
 def read_config(grid: Grid, cell: str, seed: int) -> dict[str, Any]:
-    """The config of one run as a nested dict of JSON values. UserError, by the cell, for keys that do not exist or do nothing."""
+    """The config of one run as a nested dict of JSON values.
+
+    UserError, by the cell, for keys that do not exist or do nothing.
+    """
     keys = {**PLAIN, **grid.base, **grid.cells[cell], "seed": seed}
     raw = config_file.read(
         grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:"
@@ -98,7 +105,9 @@ def defaults_of(path: Path) -> dict[str, Any]:
 
 
 def run_all(grid: Grid, out: Path) -> Results:
-    """Trains whatever is not finished, all cells of the first seed before those of the next, and returns the figures of all."""
+    """Trains whatever is not finished, all cells of the first seed before those of the next, and
+    returns the figures of all.
+    """
     defaults = defaults_of(grid.config)
     raws = {
         (seed, cell): read_config(grid, cell, seed)
@@ -108,7 +117,8 @@ def run_all(grid: Grid, out: Path) -> Results:
     for (_, cell), raw in raws.items():
         checked(raw, cell)  # all of them before the first is trained
     print(
-        f"{count(len(grid.cells), 'cell')}, {seeds_told(tuple(seeds_of(grid)))}: {count(len(raws), 'run')} in {out}",
+        f"{count(len(grid.cells), 'cell')}, {seeds_told(tuple(seeds_of(grid)))}: "
+        f"{count(len(raws), 'run')} in {out}",
         flush=True,
     )
     for seed in seeds_of(grid):
@@ -121,7 +131,9 @@ def run_all(grid: Grid, out: Path) -> Results:
 
 
 def run_and_report(grid: Grid, out: Path, report: Callable[[Path], None]) -> None:
-    """Trains what is not finished and writes the report; of a smoke run it shows the comparison alone."""
+    """Trains what is not finished and writes the report; of a smoke run it shows the comparison
+    alone.
+    """
     compile_quickly(out / "compiled")
     results = run_all(grid, out)
     if grid.smoke:
@@ -173,7 +185,9 @@ def place(out: Path, cell: str, seed: int) -> Path:
 
 
 def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) -> Figures | None:
-    """The figures that a run left, None when it has not ended. UserError when they are those of another config.
+    """The figures that a run left, None when it has not ended.
+
+    UserError when they are those of another config.
 
     `defaults` (configs/base.py) stands for the keys that have come into it since.
     """
@@ -194,7 +208,8 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
             if flat(old).get(key) != flat(raw).get(key)
         )
         raise UserError(
-            f"{path} is the result of another config (another {', '.join(keys)}): give another --out, or remove {workdir}"
+            f"{path} is the result of another config (another {', '.join(keys)}): give another "
+            f"--out, or remove {workdir}"
         )
     return found["figures"]
 
@@ -228,7 +243,8 @@ def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) 
 def figures_of(cfg: config.Config, evaluation: Mapping[str, Any], workdir: Path) -> Figures:
     """What a run is compared by.
 
-    Of the experts' density, the fraction of their weights that is not zero: that at the end, and the curve [(step, density)].
+    Of the experts' density, the fraction of their weights that is not zero: that at the end, and
+    the curve [(step, density)].
     """
     rows = [row for row in read_rows(workdir / "metrics.jsonl") if "train/loss" in row]
     curve = [(row["step"], row.get("train/expert_density", 1.0)) for row in rows]
@@ -301,7 +317,9 @@ def write(
     draw: Callable[[Any], None],
     size: tuple,
 ) -> None:
-    """table.md, figures.json and plot.png of an experiment. The verdict, which people write, stays when the table is written anew.
+    """table.md, figures.json and plot.png of an experiment.
+
+    The verdict, which people write, stays when the table is written anew.
 
     `draw` gets a matplotlib figure of `size` inches.
     """
@@ -331,7 +349,8 @@ def plot(path: Path, draw: Callable[[Any], None], size: tuple) -> None:
 
 
 def compile_quickly(folder: Path) -> None:
-    """Before jax looks for devices: short runs are mostly compilation; level 1 makes steps of about the usual speed.
+    """Before jax looks for devices: short runs are mostly compilation; level 1 makes steps of about
+    the usual speed.
 
     Programs are kept in a folder, so that a run that starts again does not compile again.
     """

@@ -1,20 +1,23 @@
-"""What do sparse inputs cost? Embedding bags against dense one-hot and multi-hot products, as the vocabulary grows from 10^3 to 10^6.
+"""What do sparse inputs cost? Embedding bags against dense one-hot and multi-hot products, as the
+vocabulary grows from 10^3 to 10^6.
 
     python -m experiments.sparse_inputs            # 15 runs, some minutes on two cores; trains nothing; goes on where it stopped
 
-Hypothesis: a dense product costs time and memory in proportion to the vocabulary, and a bag in proportion to the items of a row, until its
-gradient is written as a table of the vocabulary's size; then that, too, grows with the vocabulary, and only an update of the touched rows
-does not.
+Hypothesis: a dense product costs time and memory in proportion to the vocabulary, and a bag in
+proportion to the items of a row, until its gradient is written as a table of the vocabulary's size;
+then that, too, grows with the vocabulary, and only an update of the touched rows does not.
 
-Rows are like those of a recommender: 256 rows of about 10 items (Poisson, at least 1), items by Zipf's law, a table of width 64, float32.
+Rows are like those of a recommender: 256 rows of about 10 items (Poisson, at least 1), items by
+Zipf's law, a table of width 64, float32.
 
     one-hot      one_hot(items)[B, L, V] @ table, summed over the items of a row: made in the program from padded ids
     multi-hot    rows as counts [B, V] @ table: the matrix comes as an argument
     bag          moe_jax.models.mmoe.embedding_bag: rows of the table gathered and summed by segment
 
-A run is a vocabulary and a seed (of the rows). Its programs are timed in turn, so that a machine that changes its speed changes it for all;
-medians of rounds, then of seeds, with the lowest and the highest seed. Memory is what the compiler reserves (arguments, results, temporary
-arrays), and the process' peak. What would take more than 2 GB is not run, and nothing is extrapolated.
+A run is a vocabulary and a seed (of the rows). Its programs are timed in turn, so that a machine
+that changes its speed changes it for all; medians of rounds, then of seeds, with the lowest and the
+highest seed. Memory is what the compiler reserves (arguments, results, temporary arrays), and the
+process' peak. What would take more than 2 GB is not run, and nothing is extrapolated.
 """
 
 import itertools
@@ -114,7 +117,9 @@ def gradient(forward: Callable) -> Callable:
 
 
 def dense_update(forward: Callable) -> Callable:
-    """(table, target, rows) -> (loss, the table after a step of SGD), through a gradient of the table's size."""
+    """(table, target, rows) -> (loss, the table after a step of SGD), through a gradient of the
+    table's size.
+    """
 
     def step(table: jax.Array, target: jax.Array, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         value, grad = gradient(forward)(table, target, *rows)
@@ -126,7 +131,9 @@ def dense_update(forward: Callable) -> Callable:
 def touched_update(
     table: jax.Array, target: jax.Array, item_N: jax.Array, row_N: jax.Array
 ) -> tuple:
-    """The same step by the rows that were looked up alone: their gradients are subtracted where they came from."""
+    """The same step by the rows that were looked up alone: their gradients are subtracted where
+    they came from.
+    """
 
     def of_looked_up(x_ND):
         return loss(jax.ops.segment_sum(x_ND, row_N, num_segments=ROWS), target)
@@ -135,7 +142,8 @@ def touched_update(
     return value, table.at[item_N].add(-RATE * grad_ND)
 
 
-# (name, function, donate the table): a step keeps no second table, a gradient is a result of its own.
+# (name, function, donate the table): a step keeps no second table, a gradient is a result of its
+# own.
 PROGRAMS: dict[str, tuple[str, Callable, bool]] = {
     "gradient, one-hot": ("one-hot", gradient(by_one_hot), False),
     "gradient, multi-hot": ("multi-hot", gradient(by_multi_hot), False),
@@ -162,7 +170,9 @@ def rows_of(way: str, bags: Bags, vocabulary: int) -> list[Any]:
 
 
 def compiled(name: str, bags: Bags, vocabulary: int) -> tuple[Any, float]:
-    """The program, and the bytes that it reserves: arguments, results that are no argument's place, temporary arrays."""
+    """The program, and the bytes that it reserves: arguments, results that are no argument's place,
+    temporary arrays.
+    """
     way, function, donate = PROGRAMS[name]
     kinds = [
         ((vocabulary, WIDTH), np.float32),
@@ -190,7 +200,9 @@ def first_target() -> jax.Array:
 
 
 class Timed:
-    """A compiled program with its arguments; a step's table is handed on, for the old one is given away."""
+    """A compiled program with its arguments; a step's table is handed on, for the old one is given
+    away.
+    """
 
     def __init__(self, name: str, bags: Bags, vocabulary: int, table: jax.Array):
         way, _, self.donates = PROGRAMS[name]
@@ -212,7 +224,9 @@ class Timed:
 def measure(
     vocabulary: int, seed: int, rounds: int = ROUNDS, peaks: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """{program: {"ms", "MB", "peak MB"}}; "ms" is None for what does not fit, "peak MB" also without `peaks`, which take a process each."""
+    """{program: {"ms", "MB", "peak MB"}}; "ms" is None for what does not fit, "peak MB" also
+    without `peaks`, which take a process each.
+    """
     bags, table = draw_bags(vocabulary, seed), first_table(vocabulary)
     timed = {name: Timed(name, bags, vocabulary, table) for name in PROGRAMS}
     running = [one for one in timed.values() if one.fits]
@@ -230,7 +244,9 @@ def measure(
 
 
 def peak(name: str, vocabulary: int) -> float:
-    """How far the resident memory of a process rises above that of one with the table alone, in a process of its own."""
+    """How far the resident memory of a process rises above that of one with the table alone, in a
+    process of its own.
+    """
     command = [
         sys.executable,
         "-m",
@@ -244,13 +260,17 @@ def peak(name: str, vocabulary: int) -> float:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(
-            f"the process that measures {name} at vocabulary {vocabulary:,} ended with code {done.returncode}: {last}"
+            f"the process that measures {name} at vocabulary {vocabulary:,} ended with code "
+            f"{done.returncode}: {last}"
         )
     return float(done.stdout.split()[-1])
 
 
 def resident() -> float:
-    """The most MB of memory that this program has held so far. (getrusage's ru_maxrss also knows the process that started it.)"""
+    """The most MB of memory that this program has held so far.
+
+    (getrusage's ru_maxrss also knows the process that started it.)
+    """
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
@@ -336,8 +356,10 @@ def line(figures: Figures, name: str, key: str) -> plots.Line:
 
 def report(figures: Figures) -> None:
     about = (
-        f"{ROWS} rows of about {ITEMS} items (Zipf), a table of width {WIDTH} in float32, on two shared CPU cores. `gradient`: forward and "
-        f"the table's gradient; `step`: these and the update by SGD, in place. Medians of {ROUNDS} rounds in turn, then of "
+        f"{ROWS} rows of about {ITEMS} items (Zipf), a table of width {WIDTH} in float32, on two "
+        "shared CPU cores. `gradient`: forward and "
+        f"the table's gradient; `step`: these and the update by SGD, in place. Medians of {ROUNDS} "
+        "rounds in turn, then of "
         f"{len(SEEDS)} seeds (lowest to highest)."
     )
     parts = [
@@ -346,7 +368,8 @@ def report(figures: Figures) -> None:
         run.table(rows(figures, "ms", 2), "program"),
         "MB that the compiled program reserves (arguments, results, temporary):",
         run.table(rows(figures, "MB", 1), "program"),
-        "MB that the resident memory of a fresh process rises by, at its peak, with making the arguments:",
+        "MB that the resident memory of a fresh process rises by, at its peak, with making the "
+        "arguments:",
         run.table(rows(figures, "peak MB", 0), "program"),
         "![time and memory against the vocabulary](plot.png)",
     ]

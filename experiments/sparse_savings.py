@@ -1,11 +1,13 @@
-"""What do zeros in the experts save, on this machine? Parameters, bytes, memory, FLOPs and time of each pattern against dense experts.
+"""What do zeros in the experts save, on this machine? Parameters, bytes, memory, FLOPs and time of
+each pattern against dense experts.
 
     python experiments/sparse_savings.py models     # the table of patterns, about two minutes on two CPU cores
     python experiments/sparse_savings.py products   # dense, block and CSR products by density: where they cross, two minutes
 
-`models`: one decoder (2 MoE blocks, D 256, 8 experts of 1024, top-2) with random weights and the zeros of each pattern, as
-`convert compact` stores it. Nothing is trained: what it costs does not depend on the values. `products`: one matrix [512, 1024].
-All variants are timed in turn, round by round; reported are medians, and medians of each round's ratio to dense.
+`models`: one decoder (2 MoE blocks, D 256, 8 experts of 1024, top-2) with random weights and the
+zeros of each pattern, as `convert compact` stores it. Nothing is trained: what it costs does not
+depend on the values. `products`: one matrix [512, 1024]. All variants are timed in turn, round by
+round; reported are medians, and medians of each round's ratio to dense.
 """
 
 import argparse
@@ -121,7 +123,9 @@ def compacted(old: convert.Weights, out: Path) -> convert.Weights:
 
 
 def sizes(weights: convert.Weights, out: Path) -> list[str]:
-    """Parameters, those of them that are not zero, megabytes on disk, compressed and in memory, FLOPs of a token's experts."""
+    """Parameters, those of them that are not zero, megabytes on disk, compressed and in memory,
+    FLOPs of a token's experts.
+    """
     arrays = jax.tree.leaves(weights.parts["params"])
     count, alive = sum(x.size for x in arrays), sum(int(np.count_nonzero(x)) for x in arrays)
     packed = sum(len(zlib.compress(np.ascontiguousarray(x).tobytes(), 6)) for x in arrays)
@@ -170,7 +174,9 @@ def forward(weights: convert.Weights, rows: int, length: int) -> Callable[[], An
 
 
 def products(rounds: int) -> None:
-    """One matrix product at several densities: whole, as blocks (sparse/stored.py), scipy's CSR (one thread), jax's BCOO."""
+    """One matrix product at several densities: whole, as blocks (sparse/stored.py), scipy's CSR
+    (one thread), jax's BCOO.
+    """
     rng = np.random.default_rng(0)
     d, f = 512, 1024
     cases = [f"{kind} {100 * density:.3g} %" for kind, density in CASES]

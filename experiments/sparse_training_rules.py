@@ -1,17 +1,22 @@
-"""How should sparse experts be trained? Loss against density for each rule, at equal parameters and at equal training FLOPs.
+"""How should sparse experts be trained? Loss against density for each rule, at equal parameters and
+at equal training FLOPs.
 
     python -m experiments.sparse_training_rules               # 24 runs of half a minute on two idle cores; goes on where it stopped
-    python -m experiments.sparse_training_rules --report      # the table and the plot from what is there; trains nothing
+    python -m experiments.sparse_training_rules \
+        --report      # the table and the plot from what is there; trains nothing
 
-Hypothesis: rules that move their zeros (SET, RigL, pruning) beat the mask they began with (static), and a sparse expert beats a dense
-expert of as many non-zero weights: what a sparse rule has to beat to be worth anything.
+Hypothesis: rules that move their zeros (SET, RigL, pruning) beat the mask they began with (static),
+and a sparse expert beats a dense expert of as many non-zero weights: what a sparse rule has to beat
+to be worth anything.
 
-Every cell is the same small byte-level language model but for its experts: `narrow` has dense experts of a quarter or a sixteenth of the
-hidden units, the others keep as many of the weights of wide ones. FLOPs are counted from the densities that the run logged: a zero weight
-counts nothing, although on this machine it costs what any other does. A rule that begins dense, or whose zeros may come back, takes more of
-them in a step, so magnitude, threshold and group_lasso have so many steps fewer that all cells of a density take as many. What threshold
-and group_lasso leave is their result, not a setting: about a quarter. `narrow`, `moe` and these two are runs of sparsity_vs_quality.py,
-read from the same --out.
+Every cell is the same small byte-level language model but for its experts: `narrow` has dense
+experts of a quarter or a sixteenth of the hidden units, the others keep as many of the weights of
+wide ones. FLOPs are counted from the densities that the run logged: a zero weight counts nothing,
+although on this machine it costs what any other does. A rule that begins dense, or whose zeros may
+come back, takes more of them in a step, so magnitude, threshold and group_lasso have so many steps
+fewer that all cells of a density take as many. What threshold and group_lasso leave is their
+result, not a setting: about a quarter. `narrow`, `moe` and these two are runs of
+sparsity_vs_quality.py, read from the same --out.
 """
 
 import sys
@@ -48,9 +53,11 @@ BASE = {
 }
 AT = "model.moe.sparse"
 MOVES = {"set": {"every": EVERY}, "rigl": {"every": EVERY}, "magnitude": {"every": EVERY}}
-# What they leave is not a setting: chosen by one run each of a few values, so that about a quarter of the weights is left.
+# What they leave is not a setting: chosen by one run each of a few values, so that about a quarter
+# of the weights is left.
 LASSO = 0.085  # 0.1 left 4 %
-RULE_STEPS = 660  # of these two rules, whose density falls along the way: so many took the FLOPs of the others
+# of these two rules, whose density falls along the way: so many took the FLOPs of the others
+RULE_STEPS = 660
 FIRST = 0.7  # density at the start, from which the threshold follows; 0.75 left 29 %, 0.8 31 %
 
 
@@ -85,11 +92,13 @@ def grid(cells: Mapping[str, run.Changes]) -> run.Grid:
 
 
 def training_flops(cfg: config.Config, curve: Sequence[tuple[int, float]]) -> float:
-    """Of a whole run, from the experts' densities at some steps: what a zero weight would cost is left out.
+    """Of a whole run, from the experts' densities at some steps: what a zero weight would cost is
+    left out.
 
-    Forward and the gradient of activations need the weights that are not zero; the gradient of weights those that may move: under
-    `threshold` all of them, for any may come back, and under `rigl` all of them in the steps that choose which come (Evci et al. 2020,
-    arXiv:1911.11134, appendix H).
+    Forward and the gradient of activations need the weights that are not zero; the gradient of
+    weights those that may move: under `threshold` all of them, for any may come back, and under
+    `rigl` all of them in the steps that choose which come (Evci et al. 2020, arXiv:1911.11134,
+    appendix H).
     """
     parts, options = (
         flops.forward_per_token(cfg.model, cfg.data.seq_len),
@@ -117,7 +126,9 @@ def forward_flops(cfg: config.Config, density: float) -> float:
 
 
 def magnitude_curve(steps: int, density: float) -> list[tuple[int, float]]:
-    """What `magnitude` does from step to step with its default beginning and end (moe_jax/moe/sparse/rules.py)."""
+    """What `magnitude` does from step to step with its default beginning and end
+    (moe_jax/moe/sparse/rules.py).
+    """
     end, now, curve = round(0.5 * steps), 1.0, []
     for step in range(1, steps + 1):
         curve.append((step, now))  # the step computes with the mask from before
@@ -222,7 +233,10 @@ def kind(cell: str) -> str:
 
 
 def draw(results: run.Results) -> Any:
-    """Left: loss against non-zero expert weights. Middle: against FLOPs. Right: paired differences to the narrow dense model."""
+    """Left: loss against non-zero expert weights.
+
+    Middle: against FLOPs. Right: paired differences to the narrow dense model.
+    """
     kinds = list(dict.fromkeys(kind(cell) for cell in results))
     colours = {cell: f"C{kinds.index(kind(cell))}" for cell in results}
 
@@ -264,18 +278,23 @@ def draw_gaps(axes: Any, results: run.Results, colours: Mapping[str, str]) -> No
     axes.set_yticks(range(len(compared)), list(reversed(compared)), fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(
-        xlabel="minus narrow dense of as many weights,\nbits per byte (paired, 95 %; right of 0 = worse)"
+        xlabel="minus narrow dense of as many weights,\nbits per byte (paired, 95 %; right of 0 = "
+        "worse)"
     )
 
 
 def report(out: Path) -> None:
     results = figures(run.collected([grid(CELLS), grid(OTHERS)], out))
     about = (
-        f"Held-out bits per byte (mean over six domains) of byte models of 2 blocks of 8 experts, top-2, width 64, after {STEPS} steps of "
-        f"8 x 128 tokens with AdamW at one learning rate, {BASE['optim.learning_rate']}; seeds are paired (same data, same order). "
+        "Held-out bits per byte (mean over six domains) of byte models of 2 blocks of 8 experts, "
+        f"top-2, width 64, after {STEPS} steps of "
+        f"8 x 128 tokens with AdamW at one learning rate, {BASE['optim.learning_rate']}; seeds are "
+        "paired (same data, same order). "
         "`weights of experts`: those "
-        "that are not zero, as a fraction of those of `moe`, the dense experts of width 256. `minus narrow`: paired difference to the "
-        "dense model of as many weights (`narrow_1_4`, `narrow_1_16`), positive = worse; it is decided where the interval leaves out 0. "
+        "that are not zero, as a fraction of those of `moe`, the dense experts of width 256. "
+        "`minus narrow`: paired difference to the "
+        "dense model of as many weights (`narrow_1_4`, `narrow_1_16`), positive = worse; it is "
+        "decided where the interval leaves out 0. "
         "Training FLOPs count a zero weight as nothing. "
         "group_lasso_flops ended with fewer weights than what it is compared with."
     )

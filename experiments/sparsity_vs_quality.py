@@ -1,14 +1,18 @@
-"""Sparse routing or sparse weights? Quality at equal active FLOPs and at equal memory, and what a step really takes.
+"""Sparse routing or sparse weights? Quality at equal active FLOPs and at equal memory, and what a
+step really takes.
 
     python -m experiments.sparsity_vs_quality               # 24 runs of half a minute on two idle cores; goes on where it stopped
-    python -m experiments.sparsity_vs_quality --time        # the steps of all cells against each other, interleaved
-    python -m experiments.sparsity_vs_quality --report      # the table and the plot from what is there; trains nothing
+    python -m experiments.sparsity_vs_quality \
+        --time        # the steps of all cells against each other, interleaved
+    python -m experiments.sparsity_vs_quality \
+        --report      # the table and the plot from what is there; trains nothing
 
-Hypothesis: at equal active FLOPs routing is better than sparse weights, for it has more weights to choose from; at equal memory of
-weights sparse weights are no better than dense ones. Both differ in time: a token that is not sent to an expert takes none, a zero in
-a matrix does.
+Hypothesis: at equal active FLOPs routing is better than sparse weights, for it has more weights to
+choose from; at equal memory of weights sparse weights are no better than dense ones. Both differ in
+time: a token that is not sent to an expert takes none, a zero in a matrix does.
 
-The feed-forward networks, with v the weights of one of width 64 (the rest of the model is the same everywhere):
+The feed-forward networks, with v the weights of one of width 64 (the rest of the model is the same
+everywhere):
 
     cell           what it is                                               stored     active for a token
     slim           one dense network of width 128                           2 v        2 v
@@ -20,8 +24,8 @@ The feed-forward networks, with v the weights of one of width 64 (the rest of th
     narrow_1_16    8 experts of width 16, top-2                             2 v        1/2 v
     rigl_1_16      8 experts of width 256 with a sixteenth                  2 v        1/2 v
 
-`rigl_1_4` and `rigl_1_16` are runs of sparse_training_rules.py, which in turn reads the dense experts, and two rules that fit nowhere else
-(threshold_flops, group_lasso_flops), from here.
+`rigl_1_4` and `rigl_1_16` are runs of sparse_training_rules.py, which in turn reads the dense
+experts, and two rules that fit nowhere else (threshold_flops, group_lasso_flops), from here.
 """
 
 import json
@@ -95,7 +99,9 @@ EQUAL_MEMORY = {
 
 
 def figures(results: run.Results) -> run.Results:
-    """With the active FLOPs of a token, and the bytes of the weights: values of what is not zero, and beside them a bit for each place."""
+    """With the active FLOPs of a token, and the bytes of the weights: values of what is not zero,
+    and beside them a bit for each place.
+    """
     for cell, runs in results.items():
         cfg = rules.built((CELLS | READ)[cell])
         for found in runs.values():
@@ -110,7 +116,9 @@ def figures(results: run.Results) -> run.Results:
 
 
 def time_steps(out: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of a training step on random tokens, every cell in turn; compiled as training usually is."""
+    """Milliseconds of a training step on random tokens, every cell in turn; compiled as training
+    usually is.
+    """
     from moe_jax.commands import bench
 
     steps = {}
@@ -181,7 +189,8 @@ def draw(results: run.Results, times: dict[str, dict[str, float]]) -> Any:
             "measured ms of a training step": lambda c: times[c]["ms"] if c in times else None,
         }
         figure.suptitle(
-            "square: one network; circle: experts; hollow: sparse weights. Moved apart sideways; thin lines lead to the place.",
+            "square: one network; circle: experts; hollow: sparse weights. Moved apart sideways; "
+            "thin lines lead to the place.",
             fontsize=9,
         )
         for axes, (label, place) in zip(
@@ -212,10 +221,14 @@ def report(out: Path) -> None:
     path = out / "step_times.json"
     times = json.loads(path.read_text()) if path.exists() else {}
     about = (
-        f"Held-out bits per byte (mean over six domains) of byte models of 2 blocks, width 64, after {rules.STEPS} steps of 8 x 128 "
-        f"tokens with AdamW at one learning rate, {rules.BASE['optim.learning_rate']}; paired seeds. The cells are described in "
-        "sparsity_vs_quality.py. Active FLOPs: forward, per token, a zero weight counted as nothing. MB: weights that are not zero, in "
-        "float32; `with places`: and one bit for each entry of a sparse matrix. Step times: forward, backward and optimizer of the whole "
+        "Held-out bits per byte (mean over six domains) of byte models of 2 blocks, width 64, "
+        f"after {rules.STEPS} steps of 8 x 128 "
+        f"tokens with AdamW at one learning rate, {rules.BASE['optim.learning_rate']}; paired "
+        "seeds. The cells are described in "
+        "sparsity_vs_quality.py. Active FLOPs: forward, per token, a zero weight counted as "
+        "nothing. MB: weights that are not zero, in "
+        "float32; `with places`: and one bit for each entry of a sparse matrix. Step times: "
+        "forward, backward and optimizer of the whole "
         f"model, medians of {ROUNDS} rounds, every cell in turn, on two shared cores."
     )
     parts = [

@@ -1,4 +1,6 @@
-"""Sparse Mixture-of-Experts transformers in JAX: parallelism that is proven, routing that can be seen."""
+"""Sparse Mixture-of-Experts transformers in JAX: parallelism that is proven, routing that can be
+seen.
+"""
 
 import time
 

@@ -1,4 +1,7 @@
-"""`python -m moe_jax NAME ...`: the table of commands. Training is `python -m moe_jax.main --config ... --workdir ...`."""
+"""`python -m moe_jax NAME ...`: the table of commands.
+
+Training is `python -m moe_jax.main --config ... --workdir ...`.
+"""
 
 import difflib
 import importlib
@@ -21,7 +24,8 @@ TRAINING = "python -m moe_jax.main --config configs/quickstart.py --workdir runs
 TRAINS = f"a model is trained by `{TRAINING}`"
 GENERATES = "a trained model writes text by `python -m moe_jax generate --workdir DIR`"
 EVALUATES = (
-    "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run does so again, "
+    "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run does so "
+    "again, "
     "and `python -m moe_jax probe --workdir DIR` looks into its routing"
 )
 # What other programs call it, and what it is here.
@@ -54,7 +58,9 @@ def usage() -> str:
 
 
 def unknown(name: str) -> str:
-    """What to type instead of a command that there is not: what it is called here, or the nearest name."""
+    """What to type instead of a command that there is not: what it is called here, or the nearest
+    name.
+    """
     if name.startswith("-"):
         return f"{name} comes before a command ({', '.join(COMMANDS)}); {TRAINS}"
     known = ELSEWHERE.get(name.lower())

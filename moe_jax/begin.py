@@ -61,7 +61,8 @@ def resumed(
     if not (isinstance(saved.get("config"), Mapping) and isinstance(saved.get("data"), str)):
         raise UserError(
             f"{path} holds a model and no training run to go on with (`convert` writes such): "
-            f"begin with its parameters in another --workdir, by train.init_from={saves.directory.parent}"
+            "begin with its parameters in another --workdir, by "
+            f"train.init_from={saves.directory.parent}"
         )
     old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
     if saved["data"] == metadata["data"]:
@@ -87,7 +88,9 @@ def resumed(
 
 
 def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list[str]]:
-    """Returns a fresh state with the parameters of train.init_from, as far as they fit, and what to tell."""
+    """Returns a fresh state with the parameters of train.init_from, as far as they fit, and what to
+    tell.
+    """
     run = Path(cfg.train.init_from)
     source = run / "checkpoints"
     like = {"stacked": cfg.model.scan, "rename": renames(cfg)}

@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in a config, file, checkpoint or flag. The message names the key or file, the values and the way out."""
+    """A mistake in a config, file, checkpoint or flag.
+
+    The message names the key or file, the values and the way out.
+    """

@@ -18,20 +18,23 @@ from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
 from moe_jax.train_step import State, judged, make_model
 
-MOST_ROWS = 4096  # whose routing is kept, for what chance gives: one of each domain in turn, so they stand for all
+# whose routing is kept, for what chance gives: one of each domain in turn, so they stand for all
+MOST_ROWS = 4096
 
 
 def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, Any]]:
-    """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at first use.
+    """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at
+    first use.
 
-    The figures of the task (tasks/NAME.py, `summary`; "loss" is one of them), "max_vio" (of all held-out tokens, mean over MoE layers),
-    "moe" (load figures of each layer), "routing" (counts of assignments per MoE layer, domain and expert [L, Z, E]),
-    "rows" (nats and tokens of each row that was evaluated, in data.heldout_order()), "row_routing" (of the first MOST_ROWS rows the
+    The figures of the task (tasks/NAME.py, `summary`; "loss" is one of them), "max_vio" (of all
+    held-out tokens, mean over MoE layers), "moe" (load figures of each layer), "routing" (counts of
+    assignments per MoE layer, domain and expert [L, Z, E]), "rows" (nats and tokens of each row
+    that was evaluated, in data.heldout_order()), "row_routing" (of the first MOST_ROWS rows the
     domain [R] and the assignments [R, L, E]).
 
-    The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so the result does not
-    depend on how the rows fall into batches. Evaluates the moving average of the parameters where there is one. Raises stopping.Interrupted
-    between two batches.
+    The last batch is filled up with padding, which counts nowhere; sums are added up in float64, so
+    the result does not depend on how the rows fall into batches. Evaluates the moving average of
+    the parameters where there is one. Raises stopping.Interrupted between two batches.
     """
     model_cfg = (
         cfg.model

@@ -1,7 +1,9 @@
-"""`python -m moe_jax.main --config configs/x.py --workdir runs/x [--config.KEY=VALUE ...] [--dry_run]`: trains a model.
+"""`python -m moe_jax.main --config configs/x.py --workdir runs/x [--config.KEY=VALUE ...]
+[--dry_run]`: trains a model.
 
-Exit codes: 0 done (or saved after SIGTERM or SIGHUP), 64 a mistake that the message names, 76 stopped by a non-finite loss, 130 saved after
-Ctrl-C, 128 + N ended by signal N when there was nothing to save yet, or by a second signal.
+Exit codes: 0 done (or saved after SIGTERM or SIGHUP), 64 a mistake that the message names, 76
+stopped by a non-finite loss, 130 saved after Ctrl-C, 128 + N ended by signal N when there was
+nothing to save yet, or by a second signal.
 """
 
 import json
@@ -79,7 +81,8 @@ def parse(argv: list[str]) -> None:
         SyntaxError,
     ) as e:
         raise UserError(
-            f"{plain(e, argv)} (python -m moe_jax.main --help lists the flags, configs/base.py the keys)"
+            f"{plain(e, argv)} (python -m moe_jax.main --help lists the flags, configs/base.py the "
+            "keys)"
         ) from e
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
@@ -90,7 +93,11 @@ def parse(argv: list[str]) -> None:
 
 
 def config_path(argv: list[str]) -> Path:
-    """The file of --config. UserError when there is none or there are two: absl says it badly, or takes the one that it can read."""
+    """The file of --config.
+
+    UserError when there is none or there are two: absl says it badly, or takes the one that it can
+    read.
+    """
     values = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
@@ -98,7 +105,8 @@ def config_path(argv: list[str]) -> Path:
             values.append(value if equals else following)
             if not values[-1] or (not equals and values[-1].startswith("-")):
                 raise UserError(
-                    "--config has no value: name a config file, such as --config configs/quickstart.py"
+                    "--config has no value: name a config file, such as --config "
+                    "configs/quickstart.py"
                 )
     if not values:
         raise UserError(
@@ -140,15 +148,20 @@ def start_devices(simulate: int) -> None:
 
 
 def join(*place: Any) -> None:
-    """Meets the other processes. From here on none of them ends by itself: they agree in the loop of the run."""
+    """Meets the other processes.
+
+    From here on none of them ends by itself: they agree in the loop of the run.
+    """
     try:
         jax.distributed.initialize(*place)
     except (ValueError, RuntimeError) as error:
         flags = "--coordinator, --num_processes and --process_id" if place else "--distributed"
         text = " ".join(str(error).split())
         raise UserError(
-            f"{flags}: jax cannot bring the processes together: {text}. --distributed is for a cluster that jax knows (SLURM, MPI, "
-            "a TPU pod); elsewhere say --coordinator HOST:PORT --num_processes N --process_id I, or use launch/local.sh"
+            f"{flags}: jax cannot bring the processes together: {text}. --distributed is for a "
+            "cluster that jax knows (SLURM, MPI, "
+            "a TPU pod); elsewhere say --coordinator HOST:PORT --num_processes N --process_id I, "
+            "or use launch/local.sh"
         ) from error
     if signals.LISTENER.started:
         signals.LISTENER.claim()
@@ -157,7 +170,9 @@ def join(*place: Any) -> None:
 
 
 def read_config() -> dict[str, Any]:
-    """The config as a nested dict of JSON values, so that what is compared on resume is what was saved."""
+    """The config as a nested dict of JSON values, so that what is compared on resume is what was
+    saved.
+    """
     raw = json.loads(json.dumps(FLAGS.config.to_dict()))
     if FLAGS.smoke or raw["smoke"]:
         raw = smoke_config(raw)
@@ -167,7 +182,10 @@ def read_config() -> dict[str, Any]:
 
 
 def smoke_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config of a few steps of the run. Says what it changed, and has programs compiled quickly, which is most of the time."""
+    """The config of a few steps of the run.
+
+    Says what it changed, and has programs compiled quickly, which is most of the time.
+    """
     short, changed = smoke.shorten(raw)
     os.environ.setdefault("XLA_FLAGS", as_flags(QUICK))
     if not FLAGS.process_id:
@@ -214,7 +232,8 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     from moe_jax.runtime.stopping import NonFinite
 
     workdir, main = Path(FLAGS.workdir), jax.process_index() == 0
-    # Orbax logs a traceback for each of its threads when a save fails, which the error of the run tells in one line.
+    # Orbax logs a traceback for each of its threads when a save fails, which the error of the run
+    # tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
         result = train.run(
@@ -228,14 +247,16 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
         if main:
             command = shell.going_on(result.step, cfg.train.stop_at)
             shell.tell(
-                f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  {command}"
+                f"saved step {result.step} of {cfg.train.steps} in {workdir}; go on with:\n  "
+                f"{command}"
             )
         return signals.exit_code(result.signal, saved=True)
     if main:
         summary.show(cfg, workdir, result, time.monotonic() - STARTED)
         if cfg.smoke:
             shell.tell(
-                f"smoke run: all of it works, and nothing was learned. Remove {workdir}, or name another --workdir, "
+                f"smoke run: all of it works, and nothing was learned. Remove {workdir}, or name "
+                "another --workdir, "
                 "before you type the command without --smoke"
             )
     return 0

@@ -54,7 +54,8 @@ def compare(run: Path, data: Data, loaded: Iterable[str]) -> list[str]:
                 continue
             if there is None:
                 notes.append(
-                    f"{run / kind.file} is missing: {' and '.join(tables)} are taken, and whether their "
+                    f"{run / kind.file} is missing: {' and '.join(tables)} are taken, and whether "
+                    "their "
                     f"{kind.unit} numbers mean the same here is not known"
                 )
                 continue
@@ -63,7 +64,8 @@ def compare(run: Path, data: Data, loaded: Iterable[str]) -> list[str]:
                 raise UserError(_refusal(run, kind, tables, there, here))
             if len(there.names) != len(here.names):
                 notes.append(
-                    f"{run} has {there.title}, this run {here.title}: there are {len(there.names)} there "
+                    f"{run} has {there.title}, this run {here.title}: there are {len(there.names)} "
+                    "there "
                     f"and {len(here.names)} here, and the first {same} mean the same"
                 )
     return notes

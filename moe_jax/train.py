@@ -59,11 +59,13 @@ def run(
     started: float,
     name: str = "",
 ) -> Result:
-    """Trains until train.steps (or a signal), from the newest checkpoint of `workdir` if it has one.
+    """Trains until train.steps (or a signal), from the newest checkpoint of `workdir` if it has
+    one.
 
-    `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on resume, and `defaults` (configs/base.py)
-    stands for the keys that a run saved long ago lacks. The mesh is set by the caller.
-    `started`: time.monotonic() when the process began. `name`: of the config, to be shown. Raises UserError, and stopping.NonFinite.
+    `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on
+    resume, and `defaults` (configs/base.py) stands for the keys that a run saved long ago lacks.
+    The mesh is set by the caller. `started`: time.monotonic() when the process began. `name`: of
+    the config, to be shown. Raises UserError, and stopping.NonFinite.
     """
     lock = (
         shell.held(workdir, "--workdir")
@@ -205,7 +207,8 @@ def in_workdir(
     pending: deque[tuple[int, dict[str, Any]]] = deque()
     source = prefetch(batches, start, last, rows, cfg.data.prefetch)
     try:
-        stopping.check()  # several processes end here together, if one was told to before its first step
+        # several processes end here together, if one was told to before its first step
+        stopping.check()
         progress.start(start, last, clock)
         for step in range(start, last):
             score = None
@@ -287,7 +290,9 @@ def in_workdir(
 
 
 def close_all(*things: Any) -> None:
-    """Closes all of them, in order, also when one cannot be closed; the error of that is raised then."""
+    """Closes all of them, in order, also when one cannot be closed; the error of that is raised
+    then.
+    """
     with contextlib.ExitStack() as stack:
         for thing in reversed(things):
             stack.callback(thing.close)
@@ -304,7 +309,9 @@ def publish(
     load: LoadOverTime,
     pictures: Path | None,
 ) -> None:
-    """Writes and shows an evaluation; `pictures`: where that of the routing goes, at the end of a run and only there."""
+    """Writes and shows an evaluation; `pictures`: where that of the routing goes, at the end of a
+    run and only there.
+    """
     # Numbers alone: a translation's figures have the signature of its BLEU among them.
     figures = {
         f"eval/{name}": value for name, value in result.items() if isinstance(value, int | float)
@@ -341,13 +348,17 @@ def finish(
         else f"last good checkpoint: step {good} in {saves.directory}"
     )
     raise stopping.NonFinite(
-        f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite {skipped} time(s) in a row "
-        f"(train.nonfinite_patience = {cfg.train.nonfinite_patience}); the gradient of {parameter} went wrong first; {where}"
+        f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: "
+        f"not finite {skipped} time(s) in a row "
+        f"(train.nonfinite_patience = {cfg.train.nonfinite_patience}); the gradient of {parameter} "
+        f"went wrong first; {where}"
     )
 
 
 def log_row(values: Mapping[str, Any]) -> dict[str, float]:
-    """One row of metrics.jsonl: scalars of the step, MoE figures as means over layers and for each layer."""
+    """One row of metrics.jsonl: scalars of the step, MoE figures as means over layers and for each
+    layer.
+    """
     host = jax.device_get(values)
     row = {
         f"train/{name}": float(v) for name, v in host.items() if np.ndim(v) == 0 and name != "moe"

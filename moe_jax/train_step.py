@@ -1,8 +1,8 @@
 """The whole state of a run, how it begins, and one optimizer step.
 
-State is everything that a step changes: {step, params, router state, optimizer state, EMA, skipped, masks, master copy}.
-The position in the data, the learning rate and all randomness derive from `step`; nothing else is stateful, so a checkpoint
-of State resumes a run bit for bit.
+State is everything that a step changes: {step, params, router state, optimizer state, EMA, skipped,
+masks, master copy}. The position in the data, the learning rate and all randomness derive from
+`step`; nothing else is stateful, so a checkpoint of State resumes a run bit for bit.
 """
 
 import re
@@ -50,24 +50,31 @@ class State(NamedTuple):
     ema: Any  # like params, in at least float32; or None
     skipped: jax.Array  # steps in a row whose loss or gradient was not finite
     masks: Any = ()  # what a rule of sparse experts keeps (moe/sparse); () = no rule
-    # What updates are added to (optim.master_copy): like params, in at least float32; () = they are added to params.
+    # What updates are added to (optim.master_copy): like params, in at least float32; () = they are
+    # added to params.
     master: Any = ()
 
 
 def judged(state: State) -> dict[str, Any]:
-    """The parameters that are evaluated and sampled: their moving average where there is one, in the dtype of the parameters."""
+    """The parameters that are evaluated and sampled: their moving average where there is one, in
+    the dtype of the parameters.
+    """
     if state.ema is None:
         return state.params
     return jax.tree.map(lambda e, x: e.astype(x.dtype), state.ema, state.params)
 
 
 def updated(state: State) -> Any:
-    """What updates are added to: the master copy of the parameters where there is one, else themselves."""
+    """What updates are added to: the master copy of the parameters where there is one, else
+    themselves.
+    """
     return state.params if state.master == () else state.master
 
 
 def advanced(cfg: Config, state: State, moved: Any) -> State:
-    """The state with `moved` in the place of what `updated` returns of it; the parameters follow their master copy, rounded."""
+    """The state with `moved` in the place of what `updated` returns of it; the parameters follow
+    their master copy, rounded.
+    """
     if not cfg.optim.master_copy:
         return state._replace(params=moved)
     return state._replace(params=optim.narrow_copy(moved, state.params), master=moved)
@@ -78,7 +85,10 @@ def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
 
 
 def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
-    """key -> State at step 0. To be jitted: the optimizer's moments inherit the sharding of their parameters."""
+    """key -> State at step 0.
+
+    To be jitted: the optimizer's moments inherit the sharding of their parameters.
+    """
 
     def init(key: jax.Array) -> State:
         params, router_state = model.init(key)
@@ -94,10 +104,13 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
 
 
 def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
-    """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows, and no group is split."""
+    """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows,
+    and no group is split.
+    """
 
     def split(z: jax.Array) -> jax.Array:
-        # Told where, both times: with a dimension of length one (one group, one row) a reshape forgets what was split.
+        # Told where, both times: with a dimension of length one (one group, one row) a reshape
+        # forgets what was split.
         groups = (z.shape[0] // (num * group_rows), num, group_rows)
         z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
         return jnp.reshape(z.swapaxes(0, 1), (num, -1) + z.shape[3:], out_sharding=P(None, BATCH))
@@ -108,9 +121,10 @@ def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
 def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
     """(params, router state, batch, rng) -> (loss, (totals, parts of the loss)).
 
-    With micro-batches the totals of all of them are summed in a scan and the objective is taken once, of the sums: a balance loss is a
-    product of batch sums, so the gradients of micro-batches do not add up to it. The body is rematerialised: memory is that of one
-    micro-batch, and the cost is one more forward pass.
+    With micro-batches the totals of all of them are summed in a scan and the objective is taken
+    once, of the sums: a balance loss is a product of batch sums, so the gradients of micro-batches
+    do not add up to it. The body is rematerialised: memory is that of one micro-batch, and the cost
+    is one more forward pass.
     """
     num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
     coefficients = cfg.model.moe.losses
@@ -143,9 +157,12 @@ def step_key(cfg: Config, step: jax.Array) -> jax.Array:
 def make_step(
     cfg: Config, model: Model, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
-    """(state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counters.
+    """(state, batch) -> (state, metrics).
 
-    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new, which takes time and memory.
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new,
+    which takes time and memory.
     """
     loss_fn, zeros = make_loss(cfg, model), cfg.model.moe.sparse
     can_skip = (
@@ -233,7 +250,9 @@ def descend(
 
 
 def routers_learn(cfg: Config, params: Any) -> bool:
-    """Whether the routers' state may move: not where optim.train_only trains no router and no expert, for then the model is frozen."""
+    """Whether the routers' state may move: not where optim.train_only trains no router and no
+    expert, for then the model is frozen.
+    """
     return any(
         "moe" in n.split("/") and re.search(cfg.optim.train_only, n)
         for n in parameter_names(params)
@@ -263,5 +282,8 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
 
 
 def parameter_names(params: Any) -> list[str]:
-    """Names in the order of `jax.tree.leaves`, as in checkpoints: "repeats/0/blocks/0/attention/weights/q"."""
+    """Names in the order of `jax.tree.leaves`, as in checkpoints:
+
+    "repeats/0/blocks/0/attention/weights/q".
+    """
     return [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

@@ -49,7 +49,9 @@ def git_state(source: Path) -> dict[str, Any] | None:
 
 
 def installed_commit() -> str:
-    """The commit that pip has noted of a package that it took from a repository (PEP 610); "" where it has not."""
+    """The commit that pip has noted of a package that it took from a repository (PEP 610); "" where
+    it has not.
+    """
     try:
         noted = importlib.metadata.distribution("moe_jax").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,5 @@
-"""How parameters are declared: a shape, the logical name of every dimension, and how the first value is drawn.
+"""How parameters are declared: a shape, the logical name of every dimension, and how the first
+value is drawn.
 
     weight                    first value                    shape                  split over (mesh.RULES)
     embed                     N(0, 1/D)                      [V, D]                 vocab, embed
@@ -16,10 +17,11 @@
     other router weights      beside their router, in `params` and `state` of moe/routing/NAME.py
     depth router              moe_jax/models/depth.py, `declare`
 
-D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L blocks; P = 2 (gate and up) for SwiGLU, 1
-for GELU. The division by sqrt(2 L) keeps the residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3).
-Why a head begins small is in docs/first_values.md.
-A key depends on the parameter's name only, so the loop and the scan over layers, and every mesh, draw the same values.
+D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L
+blocks; P = 2 (gate and up) for SwiGLU, 1 for GELU. The division by sqrt(2 L) keeps the residual
+stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins small is in
+docs/first_values.md. A key depends on the parameter's name only, so the loop and the scan over
+layers, and every mesh, draw the same values.
 """
 
 import zlib

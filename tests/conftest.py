@@ -21,7 +21,8 @@ if (
 import jax
 import pytest
 
-# A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP. The processes that tests start would
+# A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP. The
+# processes that tests start would
 # inherit that, and never hear the signals that are sent to them.
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
@@ -30,7 +31,8 @@ for number, handler in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
-# Programs that several tests (and the processes they start) compile are compiled once. Of this session alone: no stale entries.
+# Programs that several tests (and the processes they start) compile are compiled once. Of this
+# session alone: no stale entries.
 CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")
 for name, value in (
     ("jax_compilation_cache_dir", CACHE.name),
@@ -77,7 +79,8 @@ def pytest_runtest_protocol(item):
     """A test marked `alone` measures wall time: no other worker of `-n 2` runs a test beside it."""
     if not item.config.getoption("--full"):
         return (yield)
-    # The parent of a worker's own directory is that of the session. Whoever waits for the room to empty holds the door,
+    # The parent of a worker's own directory is that of the session. Whoever waits for the room to
+    # empty holds the door,
     # so that nobody enters meanwhile.
     directory = Path(item.config._tmp_path_factory.getbasetemp())
     directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
@@ -90,7 +93,9 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture
 def float64():
-    """Runs a test in float64, where equality can be proven: no rounding tie flips a routing decision."""
+    """Runs a test in float64, where equality can be proven: no rounding tie flips a routing
+    decision.
+    """
     jax.config.update(
         "jax_enable_x64", True
     )  # globally: a checkpoint is written and read by other threads

@@ -1,7 +1,9 @@
-"""The commands that are written in the documentation, read from its text: a new one is found by being written.
+"""The commands that are written in the documentation, read from its text: a new one is found by
+being written.
 
-A command is a line of a fenced or an indented block, or a span in backticks, that begins with python, launch/local.sh or tensorboard. A row
-of README's table of flags is a command, too: what is added to a training run.
+A command is a line of a fenced or an indented block, or a span in backticks, that begins with
+python, launch/local.sh or tensorboard. A row of README's table of flags is a command, too: what is
+added to a training run.
 """
 
 import ast
@@ -39,7 +41,9 @@ class Command(NamedTuple):
 
     @property
     def module(self) -> str:
-        """ "moe_jax.main", "moe_jax leak", "experiments.run", "tests/maps.py", "launch/local.sh", ..."""
+        """ "moe_jax.main", "moe_jax leak", "experiments.run", "tests/maps.py", "launch/local.sh",
+        ...
+        """
         first, *rest = self.words
         if not first.endswith(("python", "python3")):
             return first
@@ -57,7 +61,9 @@ class Command(NamedTuple):
 
 
 def found() -> list[Command]:
-    """Every command of every source, in the order of the text; what is written twice in a source comes once."""
+    """Every command of every source, in the order of the text; what is written twice in a source
+    comes once.
+    """
     commands = [Command(name, command) for name, text in sources() for command in read(text)]
     commands += [Command(TABLE, command) for command in rows_of_flags((ROOT / TABLE).read_text())]
     return list(dict.fromkeys(commands))
@@ -95,13 +101,17 @@ def read(text: str) -> list[str]:
 
 
 def _of_line(line: str) -> list[str]:
-    """The commands of a line of shell: several are joined by &&, and NAME=VALUE may stand before one."""
+    """The commands of a line of shell: several are joined by &&, and NAME=VALUE may stand before
+    one.
+    """
     parts = [re.sub(r"^(?:[A-Z_]+=\S+\s+)*", "", part.strip()) for part in line.split("&&")]
     return [part for part in parts if START.match(part)]
 
 
 def rows_of_flags(text: str) -> list[str]:
-    """Each row of the table of flags as the run that they are added to: the quickstart, where they name no config."""
+    """Each row of the table of flags as the run that they are added to: the quickstart, where they
+    name no config.
+    """
     rows = [
         line.split("|")[2]
         for line in text.splitlines()

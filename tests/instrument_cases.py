@@ -23,7 +23,9 @@ DATA = {
 
 
 def weights(cfg):
-    """Parameters and router state from NumPy: nothing is compiled to draw them, and they are the same on every mesh."""
+    """Parameters and router state from NumPy: nothing is compiled to draw them, and they are the
+    same on every mesh.
+    """
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(jax.jit(make_model(cfg.model).init), jax.random.key(0))
 
@@ -55,7 +57,10 @@ def loss(run, params=None, **changes):
 
 
 def with_(run, layer, change):
-    """The parameters with some of one MoE layer changed: `change` of its {"gate", "w_in", "w_out"} gives the new ones."""
+    """The parameters with some of one MoE layer changed:
+
+    `change` of its {"gate", "w_in", "w_out"} gives the new ones.
+    """
     params = jax.tree.map(lambda x: x, run.params)
     moe = params["repeats"]["blocks"][0]["moe"]
     found = {name: group[name] for group in (moe["router"], moe["experts"]) for name in group}

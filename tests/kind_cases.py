@@ -20,7 +20,9 @@ ONE = (1, 1, 1)
 
 
 def config(kind, options=None, model=None, moe=None):
-    """The ModelConfig of a kind with some options of its own, some keys of the model, and some of its experts."""
+    """The ModelConfig of a kind with some options of its own, some keys of the model, and some of
+    its experts.
+    """
     cfg = tiny.build(changes=model).model
     own = {
         k: tuple(v) if isinstance(v, list) else v

@@ -1,4 +1,5 @@
-"""The routers of router_cases.py inside a whole MoE layer on a mesh, and what the NumPy oracle makes of the same routing.
+"""The routers of router_cases.py inside a whole MoE layer on a mesh, and what the NumPy oracle
+makes of the same routing.
 
 Sizes as in router_cases.py; F expert hidden. Capacity is so tight that assignments drop.
 """
@@ -63,7 +64,9 @@ def experts():
 
 
 def run(case, dispatcher, shape, gradient=False):
-    """(y [T, D], sums, gradients by x, router and experts or None) of the layer in training mode, on a mesh."""
+    """(y [T, D], sums, gradients by x, router and experts or None) of the layer in training mode,
+    on a mesh.
+    """
     given, (params, state) = router_cases.tokens(case), router_cases.weights(case)
     w_in, w_out, dy = experts()
 
@@ -124,7 +127,9 @@ def filled(state, values):
 
 
 def expected(case, dispatcher, dense, sums, listed):
-    """(y, sums) from the routing of the router alone: the first C assignments of an expert in a group are served."""
+    """(y, sums) from the routing of the router alone: the first C assignments of an expert in a
+    group are served.
+    """
     x = router_cases.tokens(case).x_TD
     w_in, w_out, dy = experts()
     if "dispatch" in dense:

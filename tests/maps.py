@@ -1,15 +1,19 @@
-"""A task in which experts must specialise: inputs come from C clusters, and each cluster has its own linear map into its own subspace.
+"""A task in which experts must specialise: inputs come from C clusters, and each cluster has its
+own linear map into its own subspace.
 
-    x = (2 x one-hot cluster, 1, z, 0);  z ~ N(0, I_Z);  target = A_c z in R^D,  D = C Z;  the columns of all A_c are orthonormal
+    x = (2 x one-hot cluster, 1, z, 0);  z ~ N(0, I_Z);  target = A_c z in R^D,  D = C Z;  the
+    columns of all A_c are orthonormal
 
 The loss is the mean squared error per coordinate. Known without training:
 
     right assignment   0: an expert of hidden width Z computes A_c z exactly (the coordinate that is 1 makes its gates constant)
-    one dense network  its outputs lie in the column space of w_out, so it is at best the projection of the target on the H largest
-                       principal directions (H hidden units, any activation). The covariance is I / C: at least (D - H) / (C D).
+    one dense network  its outputs lie in the column space of w_out, so it is at best the projection
+    of the target on the H largest
+                       principal directions (H hidden units, any activation). The covariance is I /
+                       C: at least (D - H) / (C D).
 
-score = 1 - loss / that floor, with H the active hidden width (2 experts): 0 is what no dense network of equal active size surpasses, 1 is
-the right assignment.
+score = 1 - loss / that floor, with H the active hidden width (2 experts): 0 is what no dense
+network of equal active size surpasses, 1 is the right assignment.
 
 Shapes: B rows, S tokens of a row, C clusters, Z width of z, D = C Z model, E experts.
 """
@@ -45,7 +49,9 @@ def maps():
 
 
 def floor(hidden):
-    """The least loss of any dense network of that hidden width, from the principal directions of the target (Eckart and Young 1936)."""
+    """The least loss of any dense network of that hidden width, from the principal directions of
+    the target (Eckart and Young 1936).
+    """
     covariance = np.einsum("cij,ckj->ik", maps(), maps()) / C
     return float(np.linalg.eigvalsh(covariance)[: D - hidden].sum() / D)
 
@@ -93,7 +99,9 @@ def config(router, **options):
 
 
 def batch_of(key, cluster, router):
-    """What a router may read beside x: ids and positions tell nothing of the cluster; a recording is the right assignment."""
+    """What a router may read beside x: ids and positions tell nothing of the cluster; a recording
+    is the right assignment.
+    """
     ids = jax.random.randint(key, (B, S), 0, VOCAB)
     position = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     batch = Batch(ids, position, jnp.ones((B, S), jnp.int32), jnp.arange(B, dtype=jnp.int32))
@@ -109,7 +117,9 @@ def coefficients(cfg):
 
 
 def train_moe(cfg, seed=0):
-    """The loss of an MoE layer alone after STEPS steps of Adam: the mean of the last fiftieth of steps, on fresh samples."""
+    """The loss of an MoE layer alone after STEPS steps of Adam: the mean of the last fiftieth of
+    steps, on fresh samples.
+    """
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         layer = MoELayer(jax.random.key(seed), cfg)
         graph, params, state = nnx.split(layer, nnx.Param, RouterState)

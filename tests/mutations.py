@@ -1,4 +1,5 @@
-"""Faults that parallel mixtures of experts have in practice, planted one at a time, and what of `verify` must find each.
+"""Faults that parallel mixtures of experts have in practice, planted one at a time, and what of
+`verify` must find each.
 
 Shapes as in moe/layer.py; n length of a mesh axis, G devices of the batch.
 """
@@ -37,7 +38,9 @@ def batch_devices() -> int:
 
 
 def gradient_times_axis(patch):
-    """The backward of the gather over `data` sums what is already a sum: n times the gradient, the forward pass untouched."""
+    """The backward of the gather over `data` sums what is already a sum: n times the gradient, the
+    forward pass untouched.
+    """
 
     def wrong(x, axis, dim):
         y, n = exchange.all_gather(x, axis, dim), jax.lax.axis_size(axis)
@@ -84,7 +87,9 @@ def no_psum_over_model(patch):
 
 
 def one_shard_of_model(patch):
-    """As if the psum were missing, in a way that jax's check of replication cannot see: the part of the first shard alone."""
+    """As if the psum were missing, in a way that jax's check of replication cannot see: the part of
+    the first shard alone.
+    """
     right = jax.lax.psum
 
     def wrong(x, axis, **more):
@@ -141,7 +146,9 @@ def wrong_gate(patch):
 
 
 def k_major(patch):
-    """All first choices before all second ones: a later token's first choice takes the place of an earlier one's second."""
+    """All first choices before all second ones: a later token's first choice takes the place of an
+    earlier one's second.
+    """
 
     def order(n):
         return jnp.arange(n, dtype=jnp.int32).reshape(-1, 2).T.reshape(-1)
@@ -169,7 +176,9 @@ def dispatcher(patch, change: Callable[[Any], Any]):
 
 
 def gate_and_up_mixed(patch):
-    """A fused [E, D, 2F] split over `model`: each device takes its first half for gates, whatever the columns were."""
+    """A fused [E, D, 2F] split over `model`: each device takes its first half for gates, whatever
+    the columns were.
+    """
 
     def wrong(x, gate, start, size, w_in, w_out, **more):
         if on_several_devices("model"):
@@ -192,7 +201,9 @@ def capacity_per_device(patch):
 
 
 def plain_accumulation(patch):
-    """The mean of the losses of the micro-batches: a balance loss is a product of sums, which does not add up."""
+    """The mean of the losses of the micro-batches: a balance loss is a product of sums, which does
+    not add up.
+    """
     right = train_step.make_loss
 
     def wrong(cfg, model):
@@ -217,7 +228,9 @@ def plain_accumulation(patch):
 
 
 def too_little_room(patch):
-    """A device whose experts are chosen half as often again as they should be leaves out what does not fit, without a word."""
+    """A device whose experts are chosen half as often again as they should be leaves out what does
+    not fit, without a word.
+    """
     right = dropless.worst
     patch.setattr(
         dropless, "worst", lambda shape: min(right(shape), 3 * shape.num_assignments // 2)
@@ -235,7 +248,9 @@ def kernel_without_gates(patch):
 
 
 def first_documents(patch):
-    """Where attention runs over groups of heads, every group sees the documents of the first one's rows."""
+    """Where attention runs over groups of heads, every group sees the documents of the first one's
+    rows.
+    """
     right = jax.lax.map
 
     def wrong(run, groups):
@@ -248,7 +263,9 @@ def first_documents(patch):
 
 
 def mixed_back_by_dispatch(patch):
-    """Soft MoE gives a token the results of the slots with the weights with which it went into them."""
+    """Soft MoE gives a token the results of the slots with the weights with which it went into
+    them.
+    """
     right = DISPATCHERS["slots"]
 
     def wrong(x, slots, experts, **more):
@@ -278,7 +295,9 @@ def capacity_of_evaluation(patch):
 
 
 def metrics_of_one_micro_batch(patch):
-    """What is logged of the load is that of the last micro-batch; the loss and its gradients are right."""
+    """What is logged of the load is that of the last micro-batch; the loss and its gradients are
+    right.
+    """
     right = train_step.make_loss
 
     def wrong(cfg, model):
@@ -300,7 +319,9 @@ def metrics_of_one_micro_batch(patch):
 class Mutation(NamedTuple):
     plant: Callable[[Any], None]
     found_by: str  # "tracing", a check of compare.LIMITS, or a claim about one device
-    where: str  # "mesh", "layout" (one device, accumulated), "alone" (one device), or a function of PARTS in test_mutations.py
+    # "mesh", "layout" (one device, accumulated), "alone" (one device), or a function of PARTS in
+    # test_mutations.py
+    where: str
     changes: dict[str, Any]  # of the config
 
 

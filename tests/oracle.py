@@ -1,6 +1,9 @@
-"""A mixture of experts as NumPy loops, forward and backward by hand, in float64. Slow, obvious, and sharing no code with the product.
+"""A mixture of experts as NumPy loops, forward and backward by hand, in float64.
 
-Shapes: T tokens, K choices, E experts, D model, F hidden, P = 2 (gate, up) for SwiGLU or 1 for GELU.
+Slow, obvious, and sharing no code with the product.
+
+Shapes: T tokens, K choices, E experts, D model, F hidden, P = 2 (gate, up) for SwiGLU or 1 for
+GELU.
 """
 
 import math
@@ -28,7 +31,8 @@ def activate(h_PF):
 def experts(x_TD, assignments, w_in_EDPF, w_out_EFD, dy_TD):
     """y_t = sum over kept (t, e, gate) of gate * expert_e(x_t), and the gradients of sum(y * dy).
 
-    `assignments`: (token, expert, gate) of those that are served. Returns (y, dx, dgate per assignment, dw_in, dw_out).
+    `assignments`: (token, expert, gate) of those that are served. Returns (y, dx, dgate per
+    assignment, dw_in, dw_out).
     """
     y, dx = np.zeros_like(x_TD), np.zeros_like(x_TD)
     dw_in, dw_out, dgates = np.zeros_like(w_in_EDPF), np.zeros_like(w_out_EFD), []
@@ -47,7 +51,9 @@ def experts(x_TD, assignments, w_in_EDPF, w_out_EFD, dy_TD):
 
 
 def served(expert_TK, valid_T, num_experts, group_tokens=None, factor=None, order=None):
-    """The (t, k) pairs that are served. With a capacity factor: at most C per expert and group, in order.
+    """The (t, k) pairs that are served.
+
+    With a capacity factor: at most C per expert and group, in order.
 
     `order`: all pairs by falling priority; token by token, a token's choices in turn, unless given.
     """
@@ -83,7 +89,9 @@ def top_k(x_TD, gate_DE, k, softmax="before", renormalize=True, scale=1.0):
 
 
 def top_k_backward(x_TD, gate_DE, k, dgates_TK, renormalize=True, scale=1.0):
-    """(dx, dW) of the gates of `top_k` (softmax before), by the chain rule through renormalisation and softmax."""
+    """(dx, dW) of the gates of `top_k` (softmax before), by the chain rule through renormalisation
+    and softmax.
+    """
     chosen, _, probs = top_k(x_TD, gate_DE, k, renormalize=False)
     dlogits = np.zeros_like(probs)
     for t in range(len(x_TD)):

@@ -1,7 +1,8 @@
-"""Every router on a few random tokens, called alone, and its answer in a form that does not depend on the order of the list.
+"""Every router on a few random tokens, called alone, and its answer in a form that does not depend
+on the order of the list.
 
-CASES holds every line of ROUTERS with the options of configs/base.py, so that a new router is covered by existing, and a few further
-options. Sizes: b rows of S tokens each, D model, E experts.
+CASES holds every line of ROUTERS with the options of configs/base.py, so that a new router is
+covered by existing, and a few further options. Sizes: b rows of S tokens each, D model, E experts.
 """
 
 import functools
@@ -35,7 +36,9 @@ def options(case):
 
 
 def weights(case, num_experts=E, d_model=D):
-    """(params, state) as NumPy arrays: what starts at zero or one is moved a little, so that nothing is special."""
+    """(params, state) as NumPy arrays: what starts at zero or one is moved a little, so that
+    nothing is special.
+    """
     rng = np.random.default_rng(1)
     router = ROUTERS[CASES[case][0]]
     sizes = Sizes(d_model, num_experts, VOCAB)
@@ -51,7 +54,10 @@ def weights(case, num_experts=E, d_model=D):
 
 
 def tokens(case, num_rows=B, length=S, seed=0, padded=True):
-    """Random tokens; with `padded`, a row of padding and two padded tails. The rows' ids are no run of numbers."""
+    """Random tokens; with `padded`, a row of padding and two padded tails.
+
+    The rows' ids are no run of numbers.
+    """
     rng = np.random.default_rng(seed)
     num = num_rows * length
     valid = np.ones((num_rows, length), bool)
@@ -96,7 +102,9 @@ def route(
 
 
 def answer(case, tokens, params, state, *, train=True):
-    """(dense, sums, the lists of a Routing or ()) of a router alone, as NumPy arrays; compiled once per shape."""
+    """(dense, sums, the lists of a Routing or ()) of a router alone, as NumPy arrays; compiled once
+    per shape.
+    """
     arrays = tokens._replace(num_rows=None)
     return jax.device_get(_program(case, tokens.num_rows, train)(arrays, params, state))
 
@@ -119,7 +127,9 @@ def parts(routing, tokens):
 
 
 def dense(routing, num_tokens, num_experts=E):
-    """{name: array [T, E, ...]}: gates and number of assignments of each token and expert, or the mixtures of soft slots."""
+    """{name: array [T, E, ...]}: gates and number of assignments of each token and expert, or the
+    mixtures of soft slots.
+    """
     if not isinstance(routing, Routing):
 
         def flat(z):
@@ -136,7 +146,11 @@ def dense(routing, num_tokens, num_experts=E):
 
 
 def by_group(listed, devices=1, group_tokens=GROUP_ROWS * S, num_experts=E):
-    """{group: [(token, expert)]} of the assignments that go somewhere, in order of priority; the devices' lists one after another."""
+    """{group:
+
+    [(token, expert)]} of the assignments that go somewhere, in order of priority; the devices'
+    lists one after another.
+    """
     groups: dict = {}
     if not listed:
         return groups

@@ -1,4 +1,6 @@
-"""Small files in the formats of the sets that the tasks read, with as many classes and items as configs/ has: for runs of a few steps."""
+"""Small files in the formats of the sets that the tasks read, with as many classes and items as
+configs/ has: for runs of a few steps.
+"""
 
 import csv
 import gzip
@@ -9,7 +11,8 @@ from scipy.io import wavfile
 from task_files import packed
 
 WORDS = np.array(
-    "time river stone light music paper garden window bridge letter morning city horse ship winter table".split()
+    "time river stone light music paper garden window bridge letter morning city horse ship winter "
+    "table".split()
 )
 
 
@@ -56,14 +59,18 @@ def _intents(path, rng, part, number):
 
 
 def _baskets(path, rng):
-    """The 2,057 libraries and 1,112 other packages of configs/recommendation.py, each wanted by 14 users."""
+    """The 2,057 libraries and 1,112 other packages of configs/recommendation.py, each wanted by 14
+    users.
+    """
     items = np.array([f"lib{i:04}" for i in range(2057)] + [f"tool{i:04}" for i in range(1112)])
     users = [user for _ in range(14) for user in np.array_split(rng.permutation(items), 130)]
     packed(path, ["package\tdepends", *(f"p{i}\t{' '.join(user)}" for i, user in enumerate(users))])
 
 
 def _recordings(folder):
-    """Ten digits as tones by two speakers: five recordings each of the test part, and three to learn from."""
+    """Ten digits as tones by two speakers: five recordings each of the test part, and three to
+    learn from.
+    """
     folder.mkdir(parents=True)
     for digit in range(10):
         for number in range(16):

@@ -1,4 +1,6 @@
-"""Small files in the formats that the readers of the tasks' data take, and all rows of a split at once."""
+"""Small files in the formats that the readers of the tasks' data take, and all rows of a split at
+once.
+"""
 
 import gzip
 

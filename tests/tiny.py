@@ -51,7 +51,9 @@ def build(shape=(1, 1, 1), changes=None):
 
 
 def batch(cfg, step=0):
-    """Random tokens with two packed documents in each row and a padded tail in some; NumPy, the same on every mesh."""
+    """Random tokens with two packed documents in each row and a padded tail in some; NumPy, the
+    same on every mesh.
+    """
     rng = np.random.default_rng(step)
     num, length = cfg.train.batch_size, cfg.data.seq_len
     tokens = rng.integers(0, cfg.model.vocab_size, (num, length + 1)).astype(np.int32)

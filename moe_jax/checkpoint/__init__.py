@@ -11,8 +11,8 @@ A directory without a manifest is not a checkpoint. It is swept away by the next
 writing or deleting it (`.unfinished`), and otherwise left alone: it is somebody else's. Deleting
 removes the manifest first, so a kill at any time leaves every listed checkpoint whole. The manifest
 is written once the arrays are found where a restore looks for them. Files are checked against it
-before a run resumes from them (Orbax has no checksum: a flipped bit would be restored silently).
-A damaged checkpoint is passed over, and renamed by the next save; it never counts as one of the last.
+before a run resumes from them (Orbax has no checksum: a flipped bit would be restored silently). A
+damaged checkpoint is passed over, and renamed by the next save; it never counts as one of the last.
 """
 
 from moe_jax.checkpoint.initial import Report, load_params, refuse_idle_renames

@@ -1,8 +1,9 @@
 """Another name for a directory, of plain characters, which is what Orbax and TensorStore are given.
 
-Orbax looks for its own files with a glob over the whole path, so it does not see them below `sweep[1]`.
-TensorStore takes a backslash for a slash, and refuses colons, `.__lock` and names that are not UTF-8.
-A directory that is open has a second name, /proc/self/fd/NUMBER, which is free of all that.
+Orbax looks for its own files with a glob over the whole path, so it does not see them below
+`sweep[1]`. TensorStore takes a backslash for a slash, and refuses colons, `.__lock` and names that
+are not UTF-8. A directory that is open has a second name, /proc/self/fd/NUMBER, which is free of
+all that.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ def check(directory: Path) -> None:
     if not OPEN_FILES.is_dir() and not PLAIN.fullmatch(os.fspath(directory)):
         strange = sorted(set(PLAIN.sub("", os.fspath(directory))))
         raise UserError(
-            f"checkpoints cannot be written to {os.fspath(directory)!r} on this system: the library "
+            f"checkpoints cannot be written to {os.fspath(directory)!r} on this system: the "
+            "library "
             f"that writes them misreads {' '.join(map(repr, strange))} in a path. Choose another"
         )
 

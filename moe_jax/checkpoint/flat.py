@@ -1,8 +1,9 @@
 """A state as a flat dict of named arrays, with the layers unstacked.
 
-Names are the path of a leaf joined by "/": "params/layers/repeats/0/attention/q". A model built with scan holds the
-layers below a key "repeats" stacked over a leading axis; on disk a layer is always an array of its own, with its number
-after "repeats", which is where a model that loops over its layers has it too. So both read each other's checkpoints.
+Names are the path of a leaf joined by "/": "params/layers/repeats/0/attention/q". A model built
+with scan holds the layers below a key "repeats" stacked over a leading axis; on disk a layer is
+always an array of its own, with its number after "repeats", which is where a model that loops over
+its layers has it too. So both read each other's checkpoints.
 """
 
 import functools
@@ -37,14 +38,18 @@ def layer_names(name: str, shape: tuple[int, ...], stacked: bool) -> list[str] |
     parts = name.split("/")
     if not shape:
         raise ValueError(
-            f'{name} is a scalar below "repeats": a stacked state has a leading axis of layers there'
+            f'{name} is a scalar below "repeats": a stacked state has a leading axis of layers '
+            "there"
         )
     at = parts.index(REPEATS) + 1
     return ["/".join((*parts[:at], str(i), *parts[at:])) for i in range(shape[0])]
 
 
 def unstack(flat: Mapping[str, jax.Array], stacked: bool) -> Flat:
-    """The arrays as they are on disk. Layers are sliced on the devices, one array at a time, and kept on the host."""
+    """The arrays as they are on disk.
+
+    Layers are sliced on the devices, one array at a time, and kept on the host.
+    """
     out: Flat = {}
     for name, x in flat.items():
         names = layer_names(name, x.shape, stacked)
@@ -63,7 +68,9 @@ def unstack(flat: Mapping[str, jax.Array], stacked: bool) -> Flat:
 
 
 def abstract_layers(flat: Mapping[str, Any], stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every array on disk, for abstract (or concrete) arrays of a state."""
+    """Shape, dtype and sharding of every array on disk, for abstract (or concrete) arrays of a
+    state.
+    """
     out = {}
     for name, x in flat.items():
         place, names = placement(x), layer_names(name, x.shape, stacked)
@@ -79,7 +86,9 @@ def abstract_layers(flat: Mapping[str, Any], stacked: bool) -> dict[str, jax.Sha
 
 
 def stack(layers: Flat, flat: Mapping[str, Any], stacked: bool) -> Flat:
-    """The arrays of a state from the arrays on disk; empties `layers`, so that each is freed once it is stacked."""
+    """The arrays of a state from the arrays on disk; empties `layers`, so that each is freed once
+    it is stacked.
+    """
     out: Flat = {}
     for name, x in flat.items():
         names = layer_names(name, x.shape, stacked)
@@ -92,7 +101,9 @@ def stack(layers: Flat, flat: Mapping[str, Any], stacked: bool) -> Flat:
 
 
 def placement(x: Any) -> jax.sharding.Sharding:
-    """The concrete sharding of an array or its abstract value; on the current mesh when that only knows its axes."""
+    """The concrete sharding of an array or its abstract value; on the current mesh when that only
+    knows its axes.
+    """
     place, mesh = getattr(x, "sharding", None), jax.sharding.get_mesh()
     if isinstance(place, NamedSharding) and isinstance(place.mesh, AbstractMesh):
         place = None if place.mesh.empty else NamedSharding(mesh, place.spec)

@@ -31,16 +31,19 @@ def load_params(
 
     Args:
       directory: the checkpoints of the other run.
-      params: the parameters of this run, or their abstract values with shardings. Those that do not match stay as
+      params: the parameters of this run, or their abstract values with shardings. Those that do not
+          match stay as
         they are given.
-      stacked: layers below "repeats" are stacked over a leading axis here; how the other run had them is no matter.
-      rename: {old prefix: new prefix} of names, such as {"layers/repeats/0/ffn": "layers/repeats/0/shared"}. The
+      stacked: layers below "repeats" are stacked over a leading axis here; how the other run had
+          them is no matter.
+      rename: {old prefix: new prefix} of names, such as {"layers/repeats/0/ffn":
+          "layers/repeats/0/shared"}. The
         longest prefix that fits counts; "" as the new one leaves them out.
       part: the field of the saved state to read, "params", "ema" or "router_state".
       step: the checkpoint to read; None = the newest sound one.
 
-    Returns the parameters, with the dtypes and shardings of `params`, and the Report. Raises UserError when there is no
-    checkpoint, or none of its parameters matches.
+    Returns the parameters, with the dtypes and shardings of `params`, and the Report. Raises
+    UserError when there is no checkpoint, or none of its parameters matches.
     """
     run = Checkpoints(directory, every=0, keep=1, keep_best=0)
     found = run.latest() if step is None else step
@@ -55,7 +58,8 @@ def load_params(
         not plan and part != "router_state"
     ):  # which another router does not have: it begins as the model begins it
         raise UserError(
-            f"train.init_from: no parameter of {path} matches one of this model. It has {_some(sources)}; this model "
+            f"train.init_from: no parameter of {path} matches one of this model. It has "
+            f"{_some(sources)}; this model "
             f"has {_some(wanted)}. Map old prefixes of names to new ones with train.init_rename"
         )
     loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked) if plan else {}
@@ -89,8 +93,10 @@ def refuse_idle_renames(
             )
         if new and not known.intersection(renamed):
             raise UserError(
-                f"train.init_rename: ({old!r}, {new!r}) makes {renamed[0]!r} of {found[0]!r}, and this "
-                f'model has no such parameter. It has {_some(known)}; "" as the new name leaves it out'
+                f"train.init_rename: ({old!r}, {new!r}) makes {renamed[0]!r} of {found[0]!r}, and "
+                "this "
+                f'model has no such parameter. It has {_some(known)}; "" as the new name leaves it '
+                "out"
             )
 
 
@@ -138,7 +144,8 @@ def _match(
             left.append(
                 (
                     name,
-                    f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} here",
+                    f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} "
+                    "here",
                 )
             )
         else:

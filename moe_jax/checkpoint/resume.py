@@ -10,10 +10,12 @@ from moe_jax.errors import UserError
 def compare_configs(
     old: Mapping[str, Any], new: Mapping[str, Any], may_change: tuple[str, ...]
 ) -> None:
-    """Raises UserError when a resumed run's config differs from the saved one, naming every key with both values.
+    """Raises UserError when a resumed run's config differs from the saved one, naming every key
+    with both values.
 
     Args:
-      old, new: nested dicts, as given to `Checkpoints.save` and as they are now; tuples and lists are the same.
+      old, new: nested dicts, as given to `Checkpoints.save` and as they are now; tuples and lists
+      are the same.
       may_change: keys that may differ, by prefix: "eval" allows "eval.every", and not "evaluate".
     """
     before, after = _flat(old), _flat(new)
@@ -28,7 +30,8 @@ def compare_configs(
             f"{k} was {before.get(k, _ABSENT)}, is {after.get(k, _ABSENT)}" for k in keys
         )
         raise UserError(
-            f"this run was started with another config: {changes}. Set these keys back, or take a new workdir (with "
+            f"this run was started with another config: {changes}. Set these keys back, or take a "
+            "new workdir (with "
             "train.init_from to begin with the parameters of this one)"
         )
 
@@ -36,7 +39,8 @@ def compare_configs(
 def same_data(
     old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """Returns the saved config with the places of today's data, and a note for each that is another.
+    """Returns the saved config with the places of today's data, and a note for each that is
+    another.
 
     For data whose fingerprint is that of the saved run, so that only its place can differ. The
     number, order and weights of the sources are left as they were, to be compared.
@@ -59,13 +63,16 @@ def same_data(
 def fill(
     saved: Mapping[str, Any], defaults: Mapping[str, Any], may_change: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The saved config of a run with the keys of today, and what to tell of those that were added since: they have their defaults.
+    """The saved config of a run with the keys of today, and what to tell of those that were added
+    since: they have their defaults.
 
-    Options of a router, dispatcher, optimizer or schedule that the run did not choose go untold: they do nothing.
+    Options of a router, dispatcher, optimizer or schedule that the run did not choose go untold:
+    they do nothing.
 
     Args:
       defaults: of today (configs/base.py).
-      may_change: keys, by prefix, that are left out without a word if today has them no more. Any other is a UserError that names all.
+      may_change: keys, by prefix, that are left out without a word if today has them no more. Any
+          other is a UserError that names all.
     """
     notes: list[str] = []
     gone: list[str] = []
@@ -80,7 +87,8 @@ def fill(
                 out[key] = value
                 if chosen is None or key == chosen:
                     notes.append(
-                        f"{prefix}{key} is new since this run: taken as its default {json.dumps(value)}"
+                        f"{prefix}{key} is new since this run: taken as its default "
+                        f"{json.dumps(value)}"
                     )
             elif isinstance(value, Mapping) and isinstance(old[key], Mapping):
                 choice = old.get(key.removesuffix("s"))  # "router" of "routers"
@@ -95,7 +103,8 @@ def fill(
     gone = sorted(key for key in gone if not _within(key.partition(" ")[0], may_change))
     if gone:
         raise UserError(
-            f"this run was saved with keys that moe_jax has no more: {'; '.join(gone)}. Use the version that started the run, or "
+            f"this run was saved with keys that moe_jax has no more: {'; '.join(gone)}. Use the "
+            "version that started the run, or "
             "a new workdir (with train.init_from to begin with the parameters of this one)"
         )
     return filled, notes

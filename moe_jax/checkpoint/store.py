@@ -1,4 +1,7 @@
-"""The checkpoints of one run. The only file that imports orbax (v1, whose names still move between releases)."""
+"""The checkpoints of one run.
+
+The only file that imports orbax (v1, whose names still move between releases).
+"""
 
 import json
 import logging
@@ -27,7 +30,9 @@ class SaveFailed(UserError, RuntimeError):
 
 
 class Checkpoints:
-    """Saves, finds and restores the states of one run. All processes of the run make the same calls in the same order.
+    """Saves, finds and restores the states of one run.
+
+    All processes of the run make the same calls in the same order.
 
     Args:
       directory: where the checkpoints are; one that all processes see.
@@ -35,7 +40,8 @@ class Checkpoints:
       keep: the last n are kept, at least 1.
       keep_best: and the n with the lowest scores.
 
-    Nothing is created or deleted before the first `save`, so a reader may open the directory of a running job.
+    Nothing is created or deleted before the first `save`, so a reader may open the directory of a
+    running job.
     """
 
     def __init__(self, directory: Any, *, every: int, keep: int, keep_best: int):
@@ -54,16 +60,18 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, *, metadata: dict[str, Any], score: float | None, stacked: bool
     ) -> bool:
-        """Starts to save a pytree of arrays; returns once they are copied from the devices, so they may be donated.
+        """Starts to save a pytree of arrays; returns once they are copied from the devices, so they
+        may be donated.
 
         Args:
           metadata: anything JSON, such as the config; `metadata(step)` returns it.
           score: decides which are the best (lowest); None or NaN is never the best.
           stacked: layers below "repeats" are stacked over a leading axis in `state` (model.scan).
 
-        Returns False, and saves nothing, when this object has saved or restored that very step. Damaged checkpoints, and
-        those of this step or a later one from elsewhere (another history of the run), are renamed. Raises SaveFailed when
-        the save before this one failed, or this one cannot begin.
+        Returns False, and saves nothing, when this object has saved or restored that very step.
+        Damaged checkpoints, and those of this step or a later one from elsewhere (another history
+        of the run), are renamed. Raises SaveFailed when the save before this one failed, or this
+        one cannot begin.
         """
         self._wait()
         if step in self._here and self._is_there(step):
@@ -86,7 +94,8 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Raises SaveFailed when a save has failed in the background; costs nothing, so call it every step.
+        """Raises SaveFailed when a save has failed in the background; costs nothing, so call it
+        every step.
 
         A save commits itself, as soon as it is on disk: that does not wait for a call.
         """
@@ -96,13 +105,15 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step that can be restored, its files verified; None when there is none.
 
-        A damaged checkpoint is reported (logging, a warning) and passed over. Raises UserError when all are damaged.
+        A damaged checkpoint is reported (logging, a warning) and passed over. Raises UserError when
+        all are damaged.
         """
         self._wait()
         found = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
         if found == -2:
             raise UserError(
-                f"every checkpoint in {self.directory} is damaged: move that directory away to start again from step 0"
+                f"every checkpoint in {self.directory} is damaged: move that directory away to "
+                "start again from step 0"
             )
         return None if found == -1 else found
 
@@ -110,11 +121,13 @@ class Checkpoints:
         """The state of a step, bit for bit.
 
         Args:
-          abstract_state: a pytree of jax.ShapeDtypeStruct (or arrays) with the shapes, dtypes and shardings to restore
+          abstract_state: a pytree of jax.ShapeDtypeStruct (or arrays) with the shapes, dtypes and
+              shardings to restore
             into, on any mesh; the result of jax.eval_shape will do.
           stacked: as in `save`; need not be what it was there.
 
-        Raises UserError when there is no such checkpoint, when it is damaged, or when it does not fit the state.
+        Raises UserError when there is no such checkpoint, when it is damaged, or when it does not
+        fit the state.
         """
         path = self.path(step)
         wanted = flat_lib.flatten(abstract_state)
@@ -164,7 +177,9 @@ class Checkpoints:
         return bool(_agree(jax.process_index() == 0 and folder.has_manifest(path)))
 
     def _make_room(self, step: int) -> None:
-        """Prepares the directory for a save, in process 0, and lets all processes know how that went."""
+        """Prepares the directory for a save, in process 0, and lets all processes know how that
+        went.
+        """
         failure = None
         if jax.process_index() == 0:
             try:
@@ -179,7 +194,8 @@ class Checkpoints:
     def _commit(
         self, response: Any, place: Path, stack: ExitStack, content: dict[str, Any]
     ) -> None:
-        """Waits for Orbax and writes the manifest, once the arrays are found where a restore looks for them.
+        """Waits for Orbax and writes the manifest, once the arrays are found where a restore looks
+        for them.
 
         Args:
           place: a plain name of the directory, valid until `stack` is closed.
@@ -231,7 +247,9 @@ class Checkpoints:
 
 
 def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Some arrays of the checkpoint at `path`, by their names on disk; dtypes are cast to the wanted ones."""
+    """Some arrays of the checkpoint at `path`, by their names on disk; dtypes are cast to the
+    wanted ones.
+    """
     every = read_manifest(path)["arrays"]
     target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in every}
     with alias.plain(path) as place:
@@ -240,7 +258,9 @@ def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str
 
 
 def _widened(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The moments that a run saved in bfloat16, as they used to be, and that are float32 now: no digit is lost when they are read."""
+    """The moments that a run saved in bfloat16, as they used to be, and that are float32 now: no
+    digit is lost when they are read.
+    """
     moments = {
         name: saved[name] for name in wanted if name.startswith("opt_state/") and name in saved
     }
@@ -281,7 +301,8 @@ def _refuse_misfits(
     if misfits:
         more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
         raise UserError(
-            f"the checkpoint {path} does not fit this run: {'; '.join(misfits[:8])}{more}. Resume with the config it "
+            f"the checkpoint {path} does not fit this run: {'; '.join(misfits[:8])}{more}. Resume "
+            "with the config it "
             "was saved with, or start a new run from its parameters with train.init_from"
         )
 

@@ -1,9 +1,11 @@
 """Times the training steps of several variants of a config against each other, interleaved.
 
-    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' --variant e8: --rounds 15
+    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' \
+        --variant e8: --rounds 15
 
-Every round runs one step of each variant in turn on the same random tokens, so that a machine that changes its speed changes it for all.
-Reported are medians, and the median over rounds of each step's time over that of the first variant.
+Every round runs one step of each variant in turn on the same random tokens, so that a machine that
+changes its speed changes it for all. Reported are medians, and the median over rounds of each
+step's time over that of the first variant.
 """
 
 import argparse
@@ -74,7 +76,9 @@ def built(path: Path, changes: str) -> config.Config:
 
 
 def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]]:
-    """The config of a variant, and a function that runs one step of it; two steps have run, so nothing is left to compile."""
+    """The config of a variant, and a function that runs one step of it; two steps have run, so
+    nothing is left to compile.
+    """
     cfg = built(path, changes)
     devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
     with jax.set_mesh(devices):

@@ -2,7 +2,8 @@
 
     compact   without the experts' zeros: zero hidden units are removed, and zero blocks where that pays; the outputs stay the same
 
-A language model is read by `generate` and `probe`, and that of any task (whole matrices) by train.init_from. docs/sparse_weights.md.
+A language model is read by `generate` and `probe`, and that of any task (whole matrices) by
+train.init_from. docs/sparse_weights.md.
 """
 
 import argparse
@@ -32,7 +33,9 @@ LIMIT = 1e-6  # how far outputs may move, relative to the largest
 
 
 class Weights(NamedTuple):
-    """A model on the host: its config as JSON has it, and its arrays by part ("params", "ema" where there is one, "router_state")."""
+    """A model on the host: its config as JSON has it, and its arrays by part ("params", "ema" where
+    there is one, "router_state").
+    """
 
     raw: dict[str, Any]
     parts: dict[str, Any]
@@ -69,7 +72,8 @@ def declare_compact(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "dense", "blocks"),
         default="auto",
-        help="of the experts: whole matrices, blocks (for inference alone), or blocks where they are faster (default)",
+        help="of the experts: whole matrices, blocks (for inference alone), or blocks where they "
+        "are faster (default)",
     )
     parser.add_argument(
         "--block", type=int, default=0, help="side of a block (default: that of the pattern blocks)"
@@ -82,7 +86,8 @@ def run_compact(flags: argparse.Namespace) -> int:
         raise UserError(f"--out {flags.out} is not empty: name a new directory")
     if flags.block and flags.format == "dense":
         raise UserError(
-            f"--format dense writes whole matrices, so --block {flags.block} would do nothing: leave one out"
+            f"--format dense writes whole matrices, so --block {flags.block} would do nothing: "
+            "leave one out"
         )
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         old = read(flags.workdir, flags.step)
@@ -91,7 +96,8 @@ def run_compact(flags: argparse.Namespace) -> int:
     report(old, new, notes, flags)
     sound = deviation <= LIMIT
     shell.tell(
-        f"outputs on random inputs: largest deviation {deviation:.1e} of the largest output, float32 (limit {LIMIT:.0e})"
+        f"outputs on random inputs: largest deviation {deviation:.1e} of the largest output, "
+        f"float32 (limit {LIMIT:.0e})"
     )
     shell.tell(
         f"written: {flags.out}"
@@ -102,7 +108,9 @@ def run_compact(flags: argparse.Namespace) -> int:
 
 
 def written(old: Weights, new: Weights, flags: argparse.Namespace) -> float:
-    """The deviation of what --out holds now; --out is taken away again when anything fails, for nobody has compared it."""
+    """The deviation of what --out holds now; --out is taken away again when anything fails, for
+    nobody has compared it.
+    """
     try:
         write(flags.workdir, flags.out, new)
         return compare(old, read(flags.out, None))
@@ -134,7 +142,8 @@ def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]
         or any(set(layer) != {"w_in", "w_out"} for layer in layers)
     ):
         raise UserError(
-            f"{flags.workdir} has no experts of two whole matrices (w_in and w_out), so there is nothing to compact"
+            f"{flags.workdir} has no experts of two whole matrices (w_in and w_out), so there is "
+            "nothing to compact"
         )
     raw = copy.deepcopy(old.raw)
     block = flags.block or (
@@ -217,7 +226,9 @@ def block_format(
 
 
 def write(workdir: Path, out: Path, new: Weights) -> None:
-    """The new checkpoint, its config, and whatever the run keeps for decoding (tokenizer, names of labels)."""
+    """The new checkpoint, its config, and whatever the run keeps for decoding (tokenizer, names of
+    labels).
+    """
     out.mkdir(parents=True, exist_ok=True)
     saves = checkpoint.Checkpoints(out / "checkpoints", every=0, keep=1, keep_best=0)
     arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(new.step), **new.parts})
@@ -232,7 +243,9 @@ def write(workdir: Path, out: Path, new: Weights) -> None:
 
 
 def compare(old: Weights, new: Weights) -> float:
-    """The largest |difference| of outputs over the largest |output|, on random inputs of the task, in float32."""
+    """The largest |difference| of outputs over the largest |output|, on random inputs of the task,
+    in float32.
+    """
     outputs = [forward(weights) for weights in (old, new)]
 
     def far(a, b):

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
     published = table.SETS[flags.name]
     if not flags.given:
         raise UserError(
-            f"data {flags.name} needs --from FILE|DIR, what its publisher distributes: {published.give}"
+            f"data {flags.name} needs --from FILE|DIR, what its publisher distributes: "
+            f"{published.give}"
         )
     convert(flags, published)
     return 0

@@ -1,6 +1,7 @@
 """`python -m moe_jax generate --workdir DIR --prompt TEXT`: text from a trained model.
 
-Uses one device, whatever mesh the model was trained on. The text goes to standard output, the prompt in front of it.
+Uses one device, whatever mesh the model was trained on. The text goes to standard output, the
+prompt in front of it.
 """
 
 import argparse
@@ -98,7 +99,8 @@ def settings_of(flags: argparse.Namespace) -> Settings:
     idle = [f"{name} {value}" for name, value in drawn.items() if value is not None]
     if flags.temperature == 0 and idle:
         raise UserError(
-            f"--temperature 0 always takes the likeliest token, so {' and '.join(idle)} would do nothing: "
+            f"--temperature 0 always takes the likeliest token, so {' and '.join(idle)} would do "
+            "nothing: "
             "leave it out, or give a temperature above 0"
         )
     return Settings(
@@ -115,22 +117,27 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
     cfg = read_config(flags.workdir)
     if cfg.task != "lm":
         raise UserError(
-            f'--workdir {flags.workdir} is a run of task = "{cfg.task}" (model.kind "{cfg.model.kind}"), which has no text to continue: '
-            "its outputs on held-out data are in predictions.jsonl there, and only a language model generates"
+            f'--workdir {flags.workdir} is a run of task = "{cfg.task}" (model.kind '
+            f'"{cfg.model.kind}"), which has no text to continue: '
+            "its outputs on held-out data are in predictions.jsonl there, and only a language "
+            "model generates"
         )
     tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
     if (
         tokenizer.vocab_size > cfg.model.vocab_size
     ):  # JAX would take an id that the embedding lacks for its last one
         raise UserError(
-            f"{flags.workdir / 'tokenizer'} has {tokenizer.vocab_size} ids ({tokenizer.name}), but the model of this run has "
-            f"{cfg.model.vocab_size} (model.vocab_size): put the tokenizer back that the run was trained with"
+            f"{flags.workdir / 'tokenizer'} has {tokenizer.vocab_size} ids ({tokenizer.name}), but "
+            "the model of this run has "
+            f"{cfg.model.vocab_size} (model.vocab_size): put the tokenizer back that the run was "
+            "trained with"
         )
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
         averaged = bool(cfg.optim.ema_decay)  # what evaluation and the samples of training use
         if flags.raw and not averaged:
             raise UserError(
-                "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave the flag out"
+                "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): "
+                "leave the flag out"
             )
         params, router_state = load(
             cfg, flags.workdir / "checkpoints", flags.step, averaged and not flags.raw
@@ -145,7 +152,8 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
 
 
 def read_prompts(given: list[str] | None, stdin: TextIO) -> list[str]:
-    """The prompts of the command line, else the lines of a file or pipe on standard input, else one empty prompt.
+    """The prompts of the command line, else the lines of a file or pipe on standard input, else one
+    empty prompt.
 
     UserError for standard input that is no text.
     """
@@ -157,7 +165,10 @@ def read_prompts(given: list[str] | None, stdin: TextIO) -> list[str]:
 
 
 def text_of(stdin: TextIO) -> str:
-    """All of standard input by the rules of text files, whatever the encoding of the shell: UTF-8, or UTF-16 with its mark."""
+    """All of standard input by the rules of text files, whatever the encoding of the shell:
+
+    UTF-8, or UTF-16 with its mark.
+    """
     binary = getattr(stdin, "buffer", None)
     if binary is None:
         return plain(stdin.read(), "standard input")
@@ -169,7 +180,10 @@ def text_of(stdin: TextIO) -> str:
 
 
 def printable(text: str) -> str:
-    """Bytes of the command line that are no UTF-8 come as surrogates, which no tokenizer takes: U+FFFD instead."""
+    """Bytes of the command line that are no UTF-8 come as surrogates, which no tokenizer takes:
+
+    U+FFFD instead.
+    """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -180,7 +194,8 @@ def read_raw(workdir: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"--workdir {workdir} holds no run, because {path} cannot be read ({error.strerror}): name the --workdir of a training run"
+            f"--workdir {workdir} holds no run, because {path} cannot be read ({error.strerror}): "
+            "name the --workdir of a training run"
         ) from None
     except ValueError as error:
         raise UserError(
@@ -213,13 +228,17 @@ def read_config(workdir: Path) -> Config:
 
 
 def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any, Any]:
-    """(params, or their moving average; router state) of a checkpoint. UserError when there is none, or it has no such parameters."""
+    """(params, or their moving average; router state) of a checkpoint.
+
+    UserError when there is none, or it has no such parameters.
+    """
     checkpoints = checkpoint.Checkpoints(directory, every=0, keep=1, keep_best=0)
     if step is None:
         step = checkpoints.latest()
     if step is None:
         raise UserError(
-            f"there is no checkpoint in {directory} yet: the first comes after checkpoint.every steps of training"
+            f"there is no checkpoint in {directory} yet: the first comes after checkpoint.every "
+            "steps of training"
         )
     params, router_state = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
 
@@ -232,7 +251,8 @@ def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any
         if report.left:
             name, reason = report.left[0]
             raise UserError(
-                f"the checkpoint of step {step} in {directory} does not fit config.json: {name}: {reason}"
+                f"the checkpoint of step {step} in {directory} does not fit config.json: {name}: "
+                f"{reason}"
             )
         return values
 
@@ -240,7 +260,9 @@ def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any
 
 
 class Printer:
-    """Shows the texts in order: that of the first unfinished row as it comes, the others when it is their turn."""
+    """Shows the texts in order: that of the first unfinished row as it comes, the others when it is
+    their turn.
+    """
 
     def __init__(self, prompts: list[str], out: TextIO):
         self._prompts, self._out, self._turn = prompts, out, 0

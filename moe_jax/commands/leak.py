@@ -1,13 +1,16 @@
-"""Measures whether a later token, or another sequence of the batch, changes an earlier token's output; docs/routers.md has the table.
+"""Measures whether a later token, or another sequence of the batch, changes an earlier token's
+output; docs/routers.md has the table.
 
     python -m moe_jax leak --config configs/quickstart.py
     python -m moe_jax leak --config configs/base.py --all --markdown
 
-A small random model of the config in float64, in training and in evaluation mode. `--all` measures every router x
-ordering x dispatcher instead of the config's own, with capacity so tight that it binds.
+A small random model of the config in float64, in training and in evaluation mode. `--all` measures
+every router x ordering x dispatcher instead of the config's own, with capacity so tight that it
+binds.
 
-Exit codes, of use in a script: 0 the config is safe, or says model.allow_leak=True; 1 it leaks and must not, or its label is wrong (what is
-labelled safe leaks); 64 a mistake that the message names. With --all, whose table has what leaks on purpose, 1 is for a wrong label alone.
+Exit codes, of use in a script: 0 the config is safe, or says model.allow_leak=True; 1 it leaks and
+must not, or its label is wrong (what is labelled safe leaks); 64 a mistake that the message names.
+With --all, whose table has what leaks on purpose, 1 is for a wrong label alone.
 """
 
 import argparse
@@ -60,7 +63,8 @@ def main(argv: list[str]) -> int:
     own = config.build(small, 1)
     if not own.model.num_moe_layers and (args.all or not own.model.num_depth_blocks):
         raise UserError(
-            f"{args.config} has no block with experts: model.prefix, model.period and model.suffix name none"
+            f"{args.config} has no block with experts: model.prefix, model.period and model.suffix "
+            "name none"
         )
     rows = []
     with working.shown("leak") as tell:
@@ -86,14 +90,17 @@ def main(argv: list[str]) -> int:
 
 
 def failures(labels: Sequence[str], allowed: bool) -> list[str]:
-    """What makes the command end with 1, a line for each: wrong labels, and leaks where none is `allowed`."""
+    """What makes the command end with 1, a line for each: wrong labels, and leaks where none is
+    `allowed`.
+    """
     found = []
     for label in dict.fromkeys(labels):
         if label.startswith(leak.FAULT):
             found.append(label)
         elif label != leak.SAFE and not allowed:
             found.append(
-                f"the config {label}, and model.allow_leak is False: choose another router, ordering or dispatcher "
+                f"the config {label}, and model.allow_leak is False: choose another router, "
+                "ordering or dispatcher "
                 "(docs/routers.md), or set model.allow_leak=True"
             )
     return found

@@ -1,7 +1,7 @@
 """`python -m moe_jax prepare`: tokenizes and packs text once, for runs to read.
 
-Finished work is recognised and kept; an interrupted run leaves nothing that looks finished, and the same command
-finishes it.
+Finished work is recognised and kept; an interrupted run leaves nothing that looks finished, and the
+same command finishes it.
 """
 
 import argparse
@@ -133,6 +133,8 @@ def _lost(record: dict[str, Any]) -> Iterator[str]:
     worst = max(record["domains"], key=lambda domain: abs(pieces[domain] / text[domain] - 1))
     if pieces[worst] != text[worst]:
         yield (
-            f"note: tokenizer {record['arguments']['tokenizer']} changes the text: its ids stand for {pieces[worst]:,} bytes where "
-            f"the held-out text of {worst} has {text[worst]:,}; bits per byte will count the bytes of the text, as gzip and xz do"
+            f"note: tokenizer {record['arguments']['tokenizer']} changes the text: its ids stand "
+            f"for {pieces[worst]:,} bytes where "
+            f"the held-out text of {worst} has {text[worst]:,}; bits per byte will count the bytes "
+            "of the text, as gzip and xz do"
         )

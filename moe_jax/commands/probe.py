@@ -1,4 +1,5 @@
-"""`python -m moe_jax probe --workdir DIR --what replay,precision,knockout,interference,record`: instruments on a trained model.
+"""`python -m moe_jax probe --workdir DIR --what replay,precision,knockout,interference,record`:
+instruments on a trained model.
 
     replay         held-out loss under frozen, shuffled, balanced and random routing: what the routing is worth; with --steps N
                    after N more steps of training under each of them
@@ -7,7 +8,8 @@
     interference   gradients of the language loss and of the auxiliary losses against each other
     record         the routing of the held-out batches, token by token
 
-Everything is written to DIR/probe as JSON, PNG and npz, and the tables are printed. docs/instruments.md explains them.
+Everything is written to DIR/probe as JSON, PNG and npz, and the tables are printed.
+docs/instruments.md explains them.
 """
 
 import argparse
@@ -51,7 +53,9 @@ Found = list[Table | str]  # what an instrument prints: tables and sentences
 
 
 class Job(NamedTuple):
-    """What every instrument of the command reads. `step` of the checkpoint; `out`: where its files go, None on other processes.
+    """What every instrument of the command reads.
+
+    `step` of the checkpoint; `out`: where its files go, None on other processes.
 
     An instrument returns what is printed, and adds the files that it wrote to `written`.
     """
@@ -169,7 +173,8 @@ def check(flags: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(flags, name)} must be at least 0")
     if flags.steps and flags.frozen:
         raise UserError(
-            f"--frozen {flags.frozen} is of replay without training, and --steps {flags.steps} trains: take one of them"
+            f"--frozen {flags.frozen} is of replay without training, and --steps {flags.steps} "
+            "trains: take one of them"
         )
     if (flags.num_processes, flags.process_id) != (None, None) and not flags.coordinator:
         raise UserError("--num_processes and --process_id need --coordinator HOST:PORT beside them")
@@ -186,7 +191,8 @@ def read_config(workdir: Path) -> Config:
     cfg = generate.read_config(workdir)
     if (cfg.task, cfg.model.kind) != ("lm", "decoder"):
         raise UserError(
-            f'--workdir {workdir} is a run of task "{cfg.task}", model.kind "{cfg.model.kind}": the instruments look into the language '
+            f'--workdir {workdir} is a run of task "{cfg.task}", model.kind "{cfg.model.kind}": '
+            "the instruments look into the language "
             'model (task "lm", model.kind "decoder") alone'
         )
     return cfg
@@ -197,7 +203,8 @@ def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
     lengths = dict(zip(("data", "expert", "model"), mesh.parse(flags.mesh, "--mesh"), strict=True))
     if np.prod(list(lengths.values())) > len(jax.devices()):
         raise UserError(
-            f"--mesh {flags.mesh} needs more than the {len(jax.devices())} devices there are: --simulate_devices"
+            f"--mesh {flags.mesh} needs more than the {len(jax.devices())} devices there are: "
+            "--simulate_devices"
         )
     size = flags.batch_size or cfg.eval.batch_size
     cfg = dataclasses.replace(
@@ -251,7 +258,8 @@ def run_replay(job: Job) -> Found:
     later = [step for step in steps if step > job.step]
     if later:
         raise UserError(
-            f"--frozen {later[0]} is later than the checkpoint that is looked at ({job.step}): name earlier ones"
+            f"--frozen {later[0]} is later than the checkpoint that is looked at ({job.step}): "
+            "name earlier ones"
         )
     ema = bool(job.run.cfg.optim.ema_decay)
     earlier = {step: generate.load(job.run.cfg, directory, step, ema) for step in steps}
@@ -312,7 +320,8 @@ def run_interference(job: Job) -> Found:
     cfg, run = job.run.cfg, job.run
     if cfg.model.moe.sparse.stored["block"]:
         raise UserError(
-            "--what interference needs gradients, and experts stored as blocks have none: convert compact --format dense"
+            "--what interference needs gradients, and experts stored as blocks have none: convert "
+            "compact --format dense"
         )
     size = cfg.train.batch_size
     rows = local_rows(size)
@@ -342,7 +351,8 @@ def run_record(job: Job) -> Found:
             files = record.MANIFEST, record.file_name(number)
             job.written.extend(job.out / "routing" / name for name in files)
     return [
-        f"the routing of {held_out_rows(run)} held-out rows in {len(run.batches)} files, one a batch"
+        f"the routing of {held_out_rows(run)} held-out rows in {len(run.batches)} files, one a "
+        "batch"
     ]
 
 

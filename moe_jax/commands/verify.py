@@ -1,9 +1,12 @@
-"""Proves that a config computes the same on every mesh, in float64, on simulated devices; docs/verify.md tells how to read the table.
+"""Proves that a config computes the same on every mesh, in float64, on simulated devices;
+docs/verify.md tells how to read the table.
 
     python -m moe_jax verify --config configs/quickstart.py
-    python -m moe_jax verify --config configs/debug.py --set 'model.moe.dispatcher="capacity"' --meshes 2x2x2,1x8x1 --processes 2
+    python -m moe_jax verify --config configs/debug.py --set 'model.moe.dispatcher="capacity"' \
+        --meshes 2x2x2,1x8x1 --processes 2
 
-Exit codes: 0 proven, 1 something deviates (the verdict says what and where first), 64 a mistake that the message names.
+Exit codes: 0 proven, 1 something deviates (the verdict says what and where first), 64 a mistake
+that the message names.
 """
 
 import argparse
@@ -113,7 +116,8 @@ def meshes(text: str | None) -> list[tuple[int, int, int]]:
     for shape in shapes:
         if math.prod(shape) > shrink.DEVICES:
             raise UserError(
-                f"--meshes {'x'.join(map(str, shape))} has more than the {shrink.DEVICES} devices simulated"
+                f"--meshes {'x'.join(map(str, shape))} has more than the {shrink.DEVICES} devices "
+                "simulated"
             )
     return shapes
 

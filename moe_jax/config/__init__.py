@@ -1,6 +1,9 @@
-"""From config files and flags to the frozen `Config`: reading, defaults, bounds, and the rules between keys."""
+"""From config files and flags to the frozen `Config`: reading, defaults, bounds, and the rules
+between keys.
+"""
 
 from moe_jax.config.build import RESUME_MAY_CHANGE, build, freeze, profile_range, refuse_unchosen
+from moe_jax.config.tree import defaults
 from moe_jax.schema.config import Config, due
 
 __all__ = [

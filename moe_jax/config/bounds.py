@@ -1,7 +1,8 @@
-"""What a number of a config may be on its own, whatever the other keys are: a misplaced sign or point trains something else, silently.
+"""What a number of a config may be on its own, whatever the other keys are: a misplaced sign or
+point trains something else, silently.
 
-BOUNDS has the blocks of configs/base.py, and in each every key that is a number: a test fails for one without bounds. Rules that tie
-keys to each other are in rules.py.
+BOUNDS has the blocks of configs/base.py, and in each every key that is a number: a test fails for
+one without bounds. Rules that tie keys to each other are in rules.py.
 """
 
 import math
@@ -12,7 +13,10 @@ from moe_jax.schema.config import Config
 
 
 class Bound(NamedTuple):
-    """Whole or real numbers that a key may have. `words` end the sentence "KEY = VALUE must be ..."."""
+    """Whole or real numbers that a key may have.
+
+    `words` end the sentence "KEY = VALUE must be ...".
+    """
 
     words: str
     holds: Callable[[Any], bool]

@@ -1,7 +1,8 @@
 """From a ConfigDict to the frozen config, and what ties the choice of a component to its options.
 
-The dataclasses have no defaults (configs/base.py has them all), so a key that is missing or misspelt fails here, by its config path,
-before anything is compiled. The rules between keys are in rules.py; `build` ends with them.
+The dataclasses have no defaults (configs/base.py has them all), so a key that is missing or
+misspelt fails here, by its config path, before anything is compiled. The rules between keys are in
+rules.py; `build` ends with them.
 """
 
 import dataclasses
@@ -32,7 +33,10 @@ RESUME_MAY_CHANGE = (
 
 
 def build(raw: Mapping[str, Any], num_devices: int) -> Config:
-    """The checked, frozen config. `raw` is a plain nested dict (ConfigDict.to_dict()); `num_devices` fills -1 in the mesh."""
+    """The checked, frozen config.
+
+    `raw` is a plain nested dict (ConfigDict.to_dict()); `num_devices` fills -1 in the mesh.
+    """
     raw = dict(raw)
     lengths = mesh.resolve({k: int(v) for k, v in raw["mesh"].items()}, num_devices)
     raw["mesh"] = lengths
@@ -58,7 +62,9 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
 
 
 def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """An option of a router, dispatcher, optimizer or schedule that is not chosen would do nothing: say so instead."""
+    """An option of a router, dispatcher, optimizer or schedule that is not chosen would do nothing:
+    say so instead.
+    """
     _refuse_unused_depth(raw["model"], defaults["model"])
     _refuse_unused_pattern(raw["model"]["moe"]["sparse"], defaults["model"]["moe"]["sparse"])
     for path, choice, options in (
@@ -79,7 +85,8 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             ]
             if name != block[choice] and changed:
                 raise UserError(
-                    f"{_join(path, options)}.{name}.{changed[0]} = {values[changed[0]]} does nothing, because {_join(path, choice)} is "
+                    f"{_join(path, options)}.{name}.{changed[0]} = {values[changed[0]]} does "
+                    f"nothing, because {_join(path, choice)} is "
                     f'"{block[choice]}": set {_join(path, choice)}={name}, or leave the key alone'
                 )
 
@@ -89,8 +96,10 @@ def _refuse_unused_pattern(sparse: Mapping[str, Any], default: Mapping[str, Any]
     changed = any(sparse[name] != default[name] for name in ("pattern", "patterns"))
     if sparse["rule"] == "none" and changed:
         raise UserError(
-            'model.moe.sparse.pattern and its options do nothing, because model.moe.sparse.rule is "none": set the rule to one of '
-            f"{', '.join(name for name in sparse['rules'] if name != 'none')}, or leave the pattern alone"
+            "model.moe.sparse.pattern and its options do nothing, because model.moe.sparse.rule is "
+            '"none": set the rule to one of '
+            f"{', '.join(name for name in sparse['rules'] if name != 'none')}, or leave the "
+            "pattern alone"
         )
 
 
@@ -103,8 +112,10 @@ def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -
     for key, value in model["depth"].items():
         if value != default["depth"].get(key, value):
             raise UserError(
-                f"model.depth.{key} = {value} does nothing, because no block is one of depth: write "
-                f'"{DEPTH}dense" or "{DEPTH}moe" in model.prefix, model.period or model.suffix, or leave the key alone'
+                f"model.depth.{key} = {value} does nothing, because no block is one of depth: "
+                "write "
+                f'"{DEPTH}dense" or "{DEPTH}moe" in model.prefix, model.period or model.suffix, or '
+                "leave the key alone"
             )
 
 
@@ -145,7 +156,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(
-                f"{path} = {value!r} is a {type(value).__name__}; it must be a tuple, as configs/base.py has it"
+                f"{path} = {value!r} is a {type(value).__name__}; it must be a tuple, as "
+                "configs/base.py has it"
             )
         return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
     if origin in (typing.Union, types.UnionType):
@@ -163,7 +175,8 @@ def _chosen(block: dict[str, Any], path: str, choice: str, options: str, to: str
     name = block[choice]
     if name not in block[options]:
         raise UserError(
-            f'{_join(path, choice)} = "{name}" is not known: choose one of {", ".join(block[options])}'
+            f'{_join(path, choice)} = "{name}" is not known: choose one of '
+            f"{', '.join(block[options])}"
         )
     chosen = dict(block.pop(options)[name])
     return {**block, to: chosen}

@@ -1,11 +1,14 @@
-"""What may change a token's output: a property of router x ordering x dispatcher x group together, and of depth blocks.
+"""What may change a token's output: a property of router x ordering x dispatcher x group together,
+and of depth blocks.
 
-In a causal model nothing but the token itself and earlier ones may. An encoder reads its whole row, and the tasks of MMoE's rows know of
-each other, so there later tokens may; another sequence may not in any model.
+In a causal model nothing but the token itself and earlier ones may. An encoder reads its whole row,
+and the tasks of MMoE's rows know of each other, so there later tokens may; another sequence may not
+in any model.
 
-A sequence is a row here, not a document. Documents that are packed into one row never attend to each other, but with the dispatcher
-"capacity" they share its places: an earlier one takes them first, so what it routes may drop an assignment of a later one. That is causal,
-and allowed; what must not be needs documents in rows of their own, or the dispatcher "dropless".
+A sequence is a row here, not a document. Documents that are packed into one row never attend to
+each other, but with the dispatcher "capacity" they share its places: an earlier one takes them
+first, so what it routes may drop an assignment of a later one. That is causal, and allowed; what
+must not be needs documents in rows of their own, or the dispatcher "dropless".
 """
 
 from moe_jax.moe.ordering import ORDERINGS
@@ -43,7 +46,8 @@ def _experts(moe: MoEConfig) -> Sees:
 def _ordering(moe: MoEConfig) -> bool:
     """Whether the order of the assignments sees the future."""
     ordering, drops = ORDERINGS[moe.ordering], moe.dispatcher == "capacity"
-    # All first choices before all second ones is the order of the tokens where there is only one choice.
+    # All first choices before all second ones is the order of the tokens where there is only one
+    # choice.
     single = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options).most == 1
     return ordering.always or (
         drops and ordering.sees_future and not (single and moe.ordering == "k_major")
@@ -51,7 +55,9 @@ def _ordering(moe: MoEConfig) -> bool:
 
 
 def _depth(model: ModelConfig) -> bool:
-    """A depth block trains on the tokens that its router scores highest in the whole row; with all of them there is no choice."""
+    """A depth block trains on the tokens that its router scores highest in the whole row; with all
+    of them there is no choice.
+    """
     return model.num_depth_blocks > 0 and model.depth.capacity < 1
 
 
@@ -60,7 +66,8 @@ def reasons(model: ModelConfig) -> list[str]:
     found, moe = [], model.moe
     if _depth(model) and model.kind in CAUSAL:
         found.append(
-            f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens that score highest in the whole sequence"
+            f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens "
+            "that score highest in the whole sequence"
         )
     if not model.num_moe_layers:
         return found
@@ -72,7 +79,8 @@ def reasons(model: ModelConfig) -> list[str]:
         found.append(f'model.moe.router = "{moe.router}" chooses over all sequences of the batch')
     if _ordering(moe) and (causal or moe.group_rows > 1):
         found.append(
-            f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier ones'
+            f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier '
+            "ones"
         )
     if moe.group_rows > 1 and drops:
         found.append(

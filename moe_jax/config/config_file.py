@@ -1,4 +1,7 @@
-"""Config files: Python files with `get_config(arg)`, executed where they lie. Run only those you trust."""
+"""Config files:
+
+Python files with `get_config(arg)`, executed where they lie. Run only those you trust.
+"""
 
 import ast
 import difflib
@@ -37,10 +40,12 @@ def check(path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """The config that `get_config(arg)` of a file returns, ARG what follows a colon: "configs/vision.py:fashion_mnist".
+    """The config that `get_config(arg)` of a file returns, ARG what follows a colon:
 
-    The directory's parent is importable, so `from configs import base` works. UserError, in one line, for whatever goes wrong in the file,
-    and for a variant that it does not have.
+    "configs/vision.py:fashion_mnist".
+
+    The directory's parent is importable, so `from configs import base` works. UserError, in one
+    line, for whatever goes wrong in the file, and for a variant that it does not have.
     """
     name, colon, arg = str(path).partition(":")
     path = Path(name)
@@ -53,7 +58,8 @@ def load(path: Path) -> ConfigDict:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(
-                f"the config file has no attribute 'get_config': {path} needs a function of this name"
+                f"the config file has no attribute 'get_config': {path} needs a function of this "
+                "name"
             )
         _refuse_variant(path, module, arg if colon else None)
         found = module.get_config(arg) if colon else module.get_config()
@@ -61,7 +67,8 @@ def load(path: Path) -> ConfigDict:
         raise
     except SystemExit as error:
         raise UserError(
-            f"the config file {path} ends the program (SystemExit: {error.code}), it must return a config"
+            f"the config file {path} ends the program (SystemExit: {error.code}), it must return a "
+            "config"
         ) from None
     except ImportError as error:
         raise UserError(f"the config file {path} cannot be loaded: {error}") from error
@@ -75,13 +82,15 @@ def load(path: Path) -> ConfigDict:
         sys.path.pop(0)
     if not isinstance(found, ConfigDict):
         raise UserError(
-            f"the config file {path}: get_config() returns a {type(found).__name__}, not the ConfigDict of configs/base.py"
+            f"the config file {path}: get_config() returns a {type(found).__name__}, not the "
+            "ConfigDict of configs/base.py"
         )
     return found
 
 
 def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:
-    """UserError for an argument that is none of the module's VARIANTS, or that get_config does not take.
+    """UserError for an argument that is none of the module's VARIANTS, or that get_config does not
+    take.
 
     A file that has no VARIANTS, and whose get_config takes an argument, makes of it what it likes.
     """
@@ -113,7 +122,9 @@ def plain(error: BaseException) -> str:
 
 
 def misspelt(error: BaseException) -> str:
-    """What ml_collections says in a paragraph of a key that a config file sets and that there is not, in a line; "" for other errors."""
+    """What ml_collections says in a paragraph of a key that a config file sets and that there is
+    not, in a line; "" for other errors.
+    """
     text = str(error.args[0]) if error.args else ""
     wrong = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
     near = re.search(r'Did you mean "(\w+)"', text)
@@ -123,9 +134,12 @@ def misspelt(error: BaseException) -> str:
 
 
 def read(path: Path, changes: Sequence[str], flag: str) -> dict[str, Any]:
-    """The config of a file as a nested dict of JSON values, with some keys changed: "KEY=VALUE" each, VALUE a Python literal or plain text.
+    """The config of a file as a nested dict of JSON values, with some keys changed:
 
-    UserError for a change that cannot be made, by the `flag` that asked for it, and for an option of what is not chosen.
+    "KEY=VALUE" each, VALUE a Python literal or plain text.
+
+    UserError for a change that cannot be made, by the `flag` that asked for it, and for an option
+    of what is not chosen.
     """
     found = load(path)
     for change in changes:
@@ -171,5 +185,6 @@ def defaults(path: Path) -> ConfigDict:
         if (folder / "base.py").is_file():
             return load(folder / "base.py")
     raise UserError(
-        "configs/base.py is not there: run from the directory that has configs/, or keep base.py beside your config"
+        "configs/base.py is not there: run from the directory that has configs/, or keep base.py "
+        "beside your config"
     )

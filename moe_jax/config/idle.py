@@ -52,8 +52,10 @@ def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
         yield f'record.rows = {cfg.record.rows} does nothing: record.steps is ""'
     if asked("checkpoint.keep_best") and cfg.checkpoint.keep_best and not _scored(cfg):
         yield (
-            f"checkpoint.keep_best = {cfg.checkpoint.keep_best} keeps nothing more: before the end no step is both "
-            f"evaluated (eval.every = {cfg.eval.every}) and saved (checkpoint.every = {cfg.checkpoint.every})"
+            f"checkpoint.keep_best = {cfg.checkpoint.keep_best} keeps nothing more: before the end "
+            "no step is both "
+            f"evaluated (eval.every = {cfg.eval.every}) and saved (checkpoint.every = "
+            f"{cfg.checkpoint.every})"
         )
     if asked("optim.decay_mask") and not cfg.optim.options.get("weight_decay"):
         yield f'optim.decay_mask = "{cfg.optim.decay_mask}" does nothing: nothing decays (weight_decay is 0)'

@@ -1,4 +1,7 @@
-"""What the config refuses of the options of a kind of model. Each message names the keys, the values and the way out."""
+"""What the config refuses of the options of a kind of model.
+
+Each message names the keys, the values and the way out.
+"""
 
 from collections.abc import Iterator
 
@@ -46,12 +49,14 @@ def _encdec(c: Config) -> Iterator[str]:
         for block in m.kind_options[f"encoder_{part}"]:
             if block not in BLOCKS:
                 yield (
-                    f'model.kinds.encdec.encoder_{part} = "{block}" is not known: choose one of {", ".join(BLOCKS)}'
+                    f'model.kinds.encdec.encoder_{part} = "{block}" is not known: choose one of '
+                    f"{', '.join(BLOCKS)}"
                 )
     own = m.prefix + m.period * m.repeats + m.suffix
     if not own or len(own) == len(m.blocks):
         yield (
-            "an encoder-decoder needs a block in both: model.prefix, model.period x model.repeats and model.suffix are its decoder's, "
+            "an encoder-decoder needs a block in both: model.prefix, model.period x model.repeats "
+            "and model.suffix are its decoder's, "
             "model.kinds.encdec.encoder_* its encoder's"
         )
 
@@ -62,7 +67,8 @@ def _mmoe(c: Config) -> Iterator[str]:
         yield "model.kinds.mmoe.items = () must give every task its number of items: there is no task"
     if m.moe.router == "multi_gate" and m.moe.router_options["num_gates"] != len(items):
         yield (
-            f"model.moe.routers.multi_gate.num_gates ({m.moe.router_options['num_gates']}) must be the number of tasks: "
+            f"model.moe.routers.multi_gate.num_gates ({m.moe.router_options['num_gates']}) must be "
+            "the number of tasks: "
             f"model.kinds.mmoe.items {items} are {len(items)}"
         )
 
@@ -73,5 +79,6 @@ def _article(c: Config) -> Iterator[str]:
         yield f"model.kinds.article.num_experts ({o['num_experts']}) must be divisible by mesh.expert ({c.mesh.expert})"
     if o["num_classes"] and o["window"] < c.data.seq_len:
         yield (
-            f"model.kinds.article.window ({o['window']}) must be at least data.seq_len ({c.data.seq_len}): the window of a class is the row"
+            f"model.kinds.article.window ({o['window']}) must be at least data.seq_len "
+            f"({c.data.seq_len}): the window of a class is the row"
         )

@@ -1,4 +1,7 @@
-"""The rules that tie config keys to each other. Each message names the keys, both values and the way out."""
+"""The rules that tie config keys to each other.
+
+Each message names the keys, both values and the way out.
+"""
 
 from collections.abc import Iterator
 
@@ -28,7 +31,8 @@ def check(c: Config) -> None:
             raise UserError(message)
 
 
-# Routers that are balanced without a loss. A loss on top of it is another method than that of their papers.
+# Routers that are balanced without a loss. A loss on top of it is another method than that of their
+# papers.
 BALANCED_BY = {
     "sigmoid": "its bias",
     "quantile": "its bias",
@@ -45,8 +49,10 @@ def advice(c: Config) -> Iterator[str]:
         yield cut
     if c.model.param_dtype == "bfloat16" and not c.optim.master_copy:
         yield (
-            "model.param_dtype = bfloat16 rounds away every update below 1/512 of a weight, so that at a small learning rate nothing is "
-            "learned (docs/precision.md). Set optim.master_copy=True, or model.param_dtype=float32 and model.dtype=bfloat16"
+            "model.param_dtype = bfloat16 rounds away every update below 1/512 of a weight, so "
+            "that at a small learning rate nothing is "
+            "learned (docs/precision.md). Set optim.master_copy=True, or model.param_dtype=float32 "
+            "and model.dtype=bfloat16"
         )
     if not c.model.num_moe_layers:
         return
@@ -67,8 +73,10 @@ def advice(c: Config) -> Iterator[str]:
         yield f"the router {e.router} is balanced by {BALANCED_BY[e.router]}, and {pulls} on top of it pulls as well: 0 is its paper's"
     if learns and declared.most == 1 and declared.gate_sum is not None:
         yield (
-            f"the router {e.router} has one choice per token, and its gate is always {declared.gate_sum:g}: the loss of the task cannot "
-            f"teach it. Set model.moe.routers.{e.router}.renormalize=False where it has that, or model.moe.router=switch"
+            f"the router {e.router} has one choice per token, and its gate is always "
+            f"{declared.gate_sum:g}: the loss of the task cannot "
+            f"teach it. Set model.moe.routers.{e.router}.renormalize=False where it has that, or "
+            "model.moe.router=switch"
         )
     if e.dispatcher == "dropless":
         yield from _of_dropless(e)
@@ -154,7 +162,8 @@ def _moe(c: Config) -> Iterator[str]:
     yield from _router(e)
     if ROUTERS[e.router].own_capacity and e.dispatcher != "dropless":
         yield (
-            f'model.moe.router = "{e.router}" fixes the capacity of each expert itself; with model.moe.dispatcher = "{e.dispatcher}" it '
+            f'model.moe.router = "{e.router}" fixes the capacity of each expert itself; with '
+            f'model.moe.dispatcher = "{e.dispatcher}" it '
             "would be dropped a second time: set model.moe.dispatcher=dropless"
         )
     yield from _slots(e)
@@ -164,8 +173,10 @@ def _moe(c: Config) -> Iterator[str]:
         and c.train.num_micro_batches > 1
     ):
         yield (
-            f'model.moe.routers.base.scope = "batch" balances over all tokens at once, which {c.train.num_micro_batches} micro-batches '
-            f"(train.batch_size {c.train.batch_size} / train.micro_batch_size {c.train.micro_batch_size}) are not: set "
+            'model.moe.routers.base.scope = "batch" balances over all tokens at once, which '
+            f"{c.train.num_micro_batches} micro-batches "
+            f"(train.batch_size {c.train.batch_size} / train.micro_batch_size "
+            f"{c.train.micro_batch_size}) are not: set "
             "train.micro_batch_size=0, or the scope to group"
         )
     yield from sparse.refusals(c.model)
@@ -197,14 +208,16 @@ def _router(e: MoEConfig) -> Iterator[str]:
         yield f"{at}.temperature ({o['temperature']}) must be at least {at}.min_temperature ({o['min_temperature']})"
     if e.router == "null" and o["kind"] == "copy" and o["renormalize"] == "real":
         yield (
-            f'{at}.renormalize = "real" gives null choices no weight, so {at}.kind = "copy" would copy nothing: set renormalize to "all" '
+            f'{at}.renormalize = "real" gives null choices no weight, so {at}.kind = "copy" would '
+            'copy nothing: set renormalize to "all" '
             'or "none", or kind to "zero"'
         )
     if e.router == "sigmoid":
         yield from _expert_groups(e)
     if e.router == "relu" and not o["k"] <= o["max_active"] <= e.num_experts:
         yield (
-            f"{at}.max_active ({o['max_active']}) must lie between {at}.k ({o['k']}) and model.moe.num_experts ({e.num_experts})"
+            f"{at}.max_active ({o['max_active']}) must lie between {at}.k ({o['k']}) and "
+            f"model.moe.num_experts ({e.num_experts})"
         )
     if e.router == "expert_choice" and o["factor"] > e.num_experts:
         yield f"{at}.factor = {o['factor']} must be at most model.moe.num_experts ({e.num_experts}): experts per token"
@@ -219,13 +232,16 @@ def _expert_groups(e: MoEConfig) -> Iterator[str]:
         yield f"{at}.top_groups ({top}) must lie between 1 and {at}.num_groups ({num})"
     if o["k"] > top * e.num_experts // num:
         yield (
-            f"{at}.k ({o['k']}) must not exceed the {top * e.num_experts // num} experts of {at}.top_groups ({top}) groups of "
+            f"{at}.k ({o['k']}) must not exceed the {top * e.num_experts // num} experts of "
+            f"{at}.top_groups ({top}) groups of "
             f"{e.num_experts // num}"
         )
 
 
 def _slots(e: MoEConfig) -> Iterator[str]:
-    """Soft MoE mixes tokens into slots: neither works with another partner, and there are no assignments to order."""
+    """Soft MoE mixes tokens into slots: neither works with another partner, and there are no
+    assignments to order.
+    """
     if e.router == "soft" and e.dispatcher != "slots":
         yield f'model.moe.router = "soft" fills slots, which model.moe.dispatcher = "{e.dispatcher}" knows nothing of: set it to slots'
     if e.router != "soft" and e.dispatcher == "slots":
@@ -239,20 +255,24 @@ def _losses(c: Config) -> Iterator[str]:
     for name, routers in losses.ONLY.items():
         if e.losses[name] and e.router not in routers:
             yield (
-                f'model.moe.losses.{name} = {e.losses[name]} needs a sum that model.moe.router = "{e.router}" does not give: '
+                f"model.moe.losses.{name} = {e.losses[name]} needs a sum that model.moe.router = "
+                f'"{e.router}" does not give: '
                 f"set it to 0, or choose {' or '.join(routers)}"
             )
     if not e.adaptive["rate"]:
         return
     if not any(e.losses[name] for name in losses.BALANCE):
         yield (
-            f"model.moe.adaptive.rate = {e.adaptive['rate']} drives the weight of the balance losses, but all their coefficients are 0: "
+            f"model.moe.adaptive.rate = {e.adaptive['rate']} drives the weight of the balance "
+            "losses, but all their coefficients are 0: "
             f"give one (of model.moe.losses: {', '.join(losses.BALANCE)}), or set the rate to 0"
         )
     if e.dispatcher != "capacity":
         yield (
-            f"model.moe.adaptive.rate = {e.adaptive['rate']} follows what is dropped for want of room, and model.moe.dispatcher = "
-            f'"{e.dispatcher}" has room for all. Set model.moe.dispatcher=capacity, or the rate to 0'
+            f"model.moe.adaptive.rate = {e.adaptive['rate']} follows what is dropped for want of "
+            "room, and model.moe.dispatcher = "
+            f'"{e.dispatcher}" has room for all. Set model.moe.dispatcher=capacity, or the rate to '
+            "0"
         )
 
 
@@ -262,8 +282,10 @@ def _leak(c: Config) -> Iterator[str]:
         return
     what = "a later token" if seen.future else "another sequence"
     yield (
-        f"{'; '.join(causality.reasons(c.model))}: in training {what} would change an earlier token's output, so the training loss of this "
-        "causal model would be that of one that cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set "
+        f"{'; '.join(causality.reasons(c.model))}: in training {what} would change an earlier "
+        "token's output, so the training loss of this "
+        "causal model would be that of one that cannot be decoded (docs/routers.md has the "
+        "measured leaks). Choose another, or set "
         "model.allow_leak=True"
     )
 
@@ -302,8 +324,10 @@ def _batch(c: Config) -> Iterator[str]:
             yield f"{path} ({rows} rows) must be divisible by mesh.data x mesh.expert ({mesh.data} x {mesh.expert})"
         if c.model.num_moe_layers and (rows // devices) % c.model.moe.group_rows:
             yield (
-                f"model.moe.group_rows ({c.model.moe.group_rows}) must divide the rows of one device "
-                f"({rows // devices} = {path} {rows} / (mesh.data {mesh.data} x mesh.expert {mesh.expert}))"
+                f"model.moe.group_rows ({c.model.moe.group_rows}) must divide the rows of one "
+                "device "
+                f"({rows // devices} = {path} {rows} / (mesh.data {mesh.data} x mesh.expert "
+                f"{mesh.expert}))"
             )
 
 
@@ -325,12 +349,15 @@ def _train(c: Config) -> Iterator[str]:
     rule = c.model.moe.sparse.rule
     if c.optim.train_only and rule not in ("none", "static"):
         yield (
-            f'model.moe.sparse.rule = "{rule}" changes experts after an update, and optim.train_only = "{c.optim.train_only}" would not '
-            'keep it from those that are frozen: set the rule to "static" or "none", or leave train_only empty'
+            f'model.moe.sparse.rule = "{rule}" changes experts after an update, and '
+            f'optim.train_only = "{c.optim.train_only}" would not '
+            'keep it from those that are frozen: set the rule to "static" or "none", or leave '
+            "train_only empty"
         )
     if c.optim.master_copy and c.model.param_dtype != "bfloat16":
         yield (
-            f"optim.master_copy = True does nothing: model.param_dtype = {c.model.param_dtype} needs no copy in float32. Set "
+            f"optim.master_copy = True does nothing: model.param_dtype = {c.model.param_dtype} "
+            "needs no copy in float32. Set "
             "optim.master_copy=False, or model.param_dtype=bfloat16"
         )
     yield from _choice("optim.decay_mask", c.optim.decay_mask, ("matrices", "all", "none"))

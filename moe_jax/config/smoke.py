@@ -1,7 +1,9 @@
-"""`--smoke`: a few steps of any run, to see that all of it works: data, steps, evaluation, sample, checkpoint, rivals, summary.
+"""`--smoke`: a few steps of any run, to see that all of it works: data, steps, evaluation, sample,
+checkpoint, rivals, summary.
 
-The model, the mesh, the batch and the optimizer stay as they are: what is too large for the machine fails here, too. The key `smoke` of the
-config says that a run is one of these, so that none of its files is taken for those of the run itself.
+The model, the mesh, the batch and the optimizer stay as they are: what is too large for the machine
+fails here, too. The key `smoke` of the config says that a run is one of these, so that none of its
+files is taken for those of the run itself.
 """
 
 import copy
@@ -23,7 +25,9 @@ RIVAL_BYTES = 50_000  # of each domain, for the compressors
 
 
 def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(a config that runs for a few steps, what was changed: a line for each key), from a config as nested dict."""
+    """(a config that runs for a few steps, what was changed: a line for each key), from a config as
+    nested dict.
+    """
     new = flatten_dict(copy.deepcopy(dict(raw)), sep=".", keep_empty_nodes=True)
     changed = []
     for key, value in _changes(raw):
@@ -34,7 +38,10 @@ def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and their new values. What is off stays off; what comes every so many steps comes within the few."""
+    """Keys and their new values.
+
+    What is off stays off; what comes every so many steps comes within the few.
+    """
     train, evaluation, log, data = raw["train"], raw["eval"], raw["log"], raw["data"]
     steps = min(train["steps"], STEPS)
     yield "train.steps", steps
@@ -70,7 +77,10 @@ def _least(own: int, most: int) -> int:
 
 
 def fewer(cfg: Config, data: Data) -> Data:
-    """The data of a smoke run: of a set of examples some rows alone, at least a batch. Packed text is read by rows anyway."""
+    """The data of a smoke run: of a set of examples some rows alone, at least a batch.
+
+    Packed text is read by rows anyway.
+    """
     if isinstance(data, Examples):
         return data.fewer(max(TRAIN_ROWS, cfg.train.batch_size), HELDOUT_ROWS)
     return data
@@ -81,7 +91,8 @@ def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     before, now = (bool(config.get("smoke")) for config in (old, new))
     if before and not now:
         raise UserError(
-            "this --workdir holds a smoke run (--smoke), which trained a few steps only and is no beginning of this "
+            "this --workdir holds a smoke run (--smoke), which trained a few steps only and is no "
+            "beginning of this "
             "run: remove the directory, or take another --workdir"
         )
     if now and not before:

@@ -1,4 +1,5 @@
-"""Batches as a pure function of (seed, step, row): to resume is to ask for another step, and no process needs another.
+"""Batches as a pure function of (seed, step, row): to resume is to ask for another step, and no
+process needs another.
 
 Shapes: B rows of a batch (or of this process's share of it), S positions.
 """
@@ -14,7 +15,10 @@ from moe_jax.errors import UserError
 
 
 class Batch(NamedTuple):
-    """Packed text, int32. Padding has segment 0 and target 0; so has a whole row that fills up the last batch."""
+    """Packed text, int32.
+
+    Padding has segment 0 and target 0; so has a whole row that fills up the last batch.
+    """
 
     tokens_BS: np.ndarray
     targets_BS: np.ndarray
@@ -33,13 +37,16 @@ class Batches:
         self._sizes = dataset.sizes(split)
         if sum(self._sizes) < batch_size:
             raise UserError(
-                f"{dataset.name()}: {sum(self._sizes)} {split} rows of {dataset.seq_len} tokens are too few for one batch of "
+                f"{dataset.name()}: {sum(self._sizes)} {split} rows of {dataset.seq_len} tokens "
+                "are too few for one batch of "
                 f"{batch_size}: lower train.batch_size or data.seq_len, or take more data"
             )
         self._order = _order(self._sizes, dataset.weights, seed)
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Any:
-        """The given rows (0 .. batch_size - 1) of a step: elements step * batch_size + row of the stream."""
+        """The given rows (0 .. batch_size - 1) of a step: elements step * batch_size + row of the
+        stream.
+        """
         row_B = np.asarray(rows, np.int32)
         places = np.array(
             [self._order[step * self._batch_size + int(row)] for row in row_B], np.int64
@@ -49,7 +56,9 @@ class Batches:
         )
 
     def epoch(self, step: int) -> float:
-        """How often the rows have been seen before `step`; of a mixture, those of the part seen most often."""
+        """How often the rows have been seen before `step`; of a mixture, those of the part seen
+        most often.
+        """
         weights = self._dataset.weights
         return max(
             step * self._batch_size * weight / size for weight, size in zip(weights, self._sizes)
@@ -57,7 +66,9 @@ class Batches:
 
 
 def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """The endless stream of (part, row): each part shuffled anew in each of its epochs, mixed by weight."""
+    """The endless stream of (part, row): each part shuffled anew in each of its epochs, mixed by
+    weight.
+    """
     streams = [
         grain.MapDataset.range(size)
         .seed(seed)
@@ -76,7 +87,9 @@ def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.M
 def prefetch(
     batches: Batches, start_step: int, stop_step: int, rows: Sequence[int] | np.ndarray, depth: int
 ) -> Generator[Any, None, None]:
-    """Batches of steps start_step .. stop_step - 1, read ahead by threads: `depth` of them (0: none) are kept ready.
+    """Batches of steps start_step .. stop_step - 1, read ahead by threads:
+
+    `depth` of them (0: none) are kept ready.
 
     Nothing before start_step is read. Ends its threads when it is exhausted or closed.
     """
@@ -95,9 +108,11 @@ def eval_batches(
     num_batches: int | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Any]:
-    """The held-out rows in a fixed order, one of each domain in turn, so that any first part is even over domains.
+    """The held-out rows in a fixed order, one of each domain in turn, so that any first part is
+    even over domains.
 
-    `num_batches` None: all of them, the last batch filled up with padding. `rows`: this process's rows of each batch.
+    `num_batches` None: all of them, the last batch filled up with padding. `rows`: this process's
+    rows of each batch.
     """
     part_R, index_R = dataset.heldout_order()
     row_B = np.arange(batch_size, dtype=np.int32) if rows is None else np.asarray(rows, np.int32)

@@ -1,8 +1,9 @@
-"""What the data of any task is to training, evaluation and the instruments: rows by number, in two splits.
+"""What the data of any task is to training, evaluation and the instruments: rows by number, in two
+splits.
 
-Row order, shuffling, epochs and resuming are the business of data/batches.py, which needs no more than this. It is fulfilled by
-`load.Dataset` (packed text) and `examples.Examples` (labelled texts, vectors, pairs of sentences, baskets). Shapes: B rows of a batch,
-R held-out rows, Z domains.
+Row order, shuffling, epochs and resuming are the business of data/batches.py, which needs no more
+than this. It is fulfilled by `load.Dataset` (packed text) and `examples.Examples` (labelled texts,
+vectors, pairs of sentences, baskets). Shapes: B rows of a batch, R held-out rows, Z domains.
 """
 
 import pathlib
@@ -14,7 +15,9 @@ import numpy as np
 class Data(Protocol):
     @property
     def domains(self) -> tuple[str, ...]:
-        """Labels of held-out rows in the pictures of the routing: domains of text, or classes; at least one."""
+        """Labels of held-out rows in the pictures of the routing: domains of text, or classes; at
+        least one.
+        """
         ...
 
     @property
@@ -49,11 +52,15 @@ class Data(Protocol):
         row_B: np.ndarray,
         there_B: np.ndarray,
     ) -> Any:
-        """A NamedTuple of arrays [B, ...]: the rows `index_B` of the parts `part_B`, all of it padding where not `there_B`."""
+        """A NamedTuple of arrays [B, ...]: the rows `index_B` of the parts `part_B`, all of it
+        padding where not `there_B`.
+        """
         ...
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """(part_R, index_R) of every held-out row in the order of evaluation, one of each domain in turn."""
+        """(part_R, index_R) of every held-out row in the order of evaluation, one of each domain in
+        turn.
+        """
         ...
 
     def name(self) -> str:
@@ -61,5 +68,7 @@ class Data(Protocol):
         ...
 
     def save(self, workdir: pathlib.Path) -> None:
-        """Writes what reading a model's outputs needs later: the tokenizer, the names of the labels."""
+        """Writes what reading a model's outputs needs later: the tokenizer, the names of the
+        labels.
+        """
         ...

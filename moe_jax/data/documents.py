@@ -4,16 +4,20 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """One text that stands alone: attention never crosses its ends, and it is held out as a whole or not at all."""
+    """One text that stands alone: attention never crosses its ends, and it is held out as a whole
+    or not at all.
+    """
 
     text: str
     domain: str
 
 
 def cut(text: str, size: int) -> list[str]:
-    """Cuts `text` into near-equal pieces of about `size` characters (the pieces concatenate to the text).
+    """Cuts `text` into near-equal pieces of about `size` characters (the pieces concatenate to the
+    text).
 
-    A cut falls after the last blank line within half a piece of its place, else after a line, else exactly there.
+    A cut falls after the last blank line within half a piece of its place, else after a line, else
+    exactly there.
     """
     num_pieces = max(1, round(len(text) / size))
     ends = [_end_near(text, len(text) * i // num_pieces, size // 2) for i in range(1, num_pieces)]

@@ -1,4 +1,6 @@
-"""The embedded text, packed in memory when a run starts: no preparation, the first step after a second or two."""
+"""The embedded text, packed in memory when a run starts: no preparation, the first step after a
+second or two.
+"""
 
 from collections.abc import Iterable
 
@@ -16,8 +18,9 @@ def open_embedded(
 ) -> Part:
     """Packs the source `spec` (embedded[:DOMAIN,...]) as bytes.
 
-    `slice_bytes` bounds the training text of each domain, `heldout_bytes` its held-out text (0: all of it). The two are
-    drawn apart, so that runs on training slices of different sizes are compared on the same held-out documents.
+    `slice_bytes` bounds the training text of each domain, `heldout_bytes` its held-out text (0: all
+    of it). The two are drawn apart, so that runs on training slices of different sizes are compared
+    on the same held-out documents.
     """
     pairs = list(pack.split(sources.read(spec), heldout_every))
     pairs = _slice(_slice(pairs, "train", slice_bytes), "heldout", heldout_bytes)
@@ -48,10 +51,11 @@ def open_embedded(
 def _slice(
     pairs: list[tuple[str, Document]], which: str, most_bytes: int
 ) -> list[tuple[str, Document]]:
-    """All of the other split, and of each domain as many documents of the split `which` as fit, at least one.
+    """All of the other split, and of each domain as many documents of the split `which` as fit, at
+    least one.
 
-    They are drawn by a fixed shuffle of the domain, not by the run's seed: a slice is one data set, the same for every
-    run and whatever other domains are chosen.
+    They are drawn by a fixed shuffle of the domain, not by the run's seed: a slice is one data set,
+    the same for every run and whatever other domains are chosen.
     """
     if not most_bytes:
         return pairs

@@ -1,9 +1,12 @@
-"""Examples in memory: labelled texts and vectors, pairs of sentences, baskets of items. Each is one row; nothing is packed.
+"""Examples in memory: labelled texts and vectors, pairs of sentences, baskets of items.
 
-A row is built when it is asked for, from compact arrays. `Examples` does not know what is in a row: it is generic over the NamedTuple
-of a task's inputs, of which the kinds stand here. In all of them padding has segment 0 (or weight 0), tokens 0 and position 0, and
-arrays are int32 where no other type is named. Shapes: B rows, S places of a row, P width of a vector, L items of a basket, N examples,
-R held-out rows.
+Each is one row; nothing is packed.
+
+A row is built when it is asked for, from compact arrays. `Examples` does not know what is in a row:
+it is generic over the NamedTuple of a task's inputs, of which the kinds stand here. In all of them
+padding has segment 0 (or weight 0), tokens 0 and position 0, and arrays are int32 where no other
+type is named. Shapes: B rows, S places of a row, P width of a vector, L items of a basket, N
+examples, R held-out rows.
 """
 
 import hashlib
@@ -44,7 +47,10 @@ class LabelledVectors(NamedTuple):
 
 
 class SourceTarget(NamedTuple):
-    """For an encoder and a decoder. The source ends in the boundary; the target's inputs begin with it, its targets end in it."""
+    """For an encoder and a decoder.
+
+    The source ends in the boundary; the target's inputs begin with it, its targets end in it.
+    """
 
     source_BS: Any
     source_segment_BS: Any
@@ -70,7 +76,9 @@ class PrefixTarget(NamedTuple):
 
 
 class Baskets(NamedTuple):
-    """A user's items, and those to be predicted: all of them in training, others than the items when held out."""
+    """A user's items, and those to be predicted: all of them in training, others than the items
+    when held out.
+    """
 
     items_BL: Any
     weight_BL: Any  # float32; 0 = padding
@@ -93,7 +101,9 @@ class Examples(NamedTuple):
     ]  # (split, index_B) -> the fields of `inputs` but row_B
     heldout_domain_R: np.ndarray
     fingerprint: str
-    about: Any  # what the task and its baselines know beside the rows: Classes, Pairs, Market; has `save(workdir)`
+    # what the task and its baselines know beside the rows: Classes, Pairs, Market; has
+    # `save(workdir)`
+    about: Any
     notes: tuple[str, ...]  # what was left out or cut, in sentences for the log of the run
 
     @property
@@ -127,7 +137,9 @@ class Examples(NamedTuple):
         self.about.save(workdir)
 
     def fewer(self, train: int, heldout: int) -> "Examples":
-        """At most so many rows of each split, spread evenly over it, and what the task and its baselines know of them."""
+        """At most so many rows of each split, spread evenly over it, and what the task and its
+        baselines know of them.
+        """
         most = {"train": train, "heldout": heldout}
         kept = {split: _spread(self.rows[split], number) for split, number in most.items()}
         return self._replace(
@@ -150,7 +162,11 @@ def _some(values: Any, most: int) -> Any:
 
 
 class Classes(NamedTuple):
-    """About labelled examples. `raw` is what a classical baseline learns from: texts, or vectors [N, F] in the order of the rows."""
+    """About labelled examples.
+
+    `raw` is what a classical baseline learns from: texts, or vectors [N, F] in the order of the
+    rows.
+    """
 
     labels: tuple[str, ...]
     tokenizer: Any  # None for vectors
@@ -172,7 +188,11 @@ class Classes(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """About a translation. `raw` has whole pairs: those held out in the order of the rows, and all for training, also the too long."""
+    """About a translation.
+
+    `raw` has whole pairs: those held out in the order of the rows, and all for training, also the
+    too long.
+    """
 
     tokenizer: Any
     source: str  # names of the languages
@@ -239,7 +259,9 @@ def ragged(sequences: Sequence[np.ndarray]) -> Ragged:
 
 
 def padded(sequences: Ragged, index_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values [B, length, ...] of the sequences' type, there [B, length]); longer sequences are cut, shorter ones followed by 0."""
+    """(values [B, length, ...] of the sequences' type, there [B, length]); longer sequences are
+    cut, shorter ones followed by 0.
+    """
     start_B = sequences.starts[index_B]
     place_S = np.arange(length)
     there_BS = place_S[None] < (sequences.starts[index_B + 1] - start_B)[:, None]

@@ -1,4 +1,6 @@
-"""Opens the data of a run: prepared directories and embedded text, one of them or a weighted mixture."""
+"""Opens the data of a run: prepared directories and embedded text, one of them or a weighted
+mixture.
+"""
 
 import functools
 import hashlib
@@ -58,7 +60,9 @@ class Dataset(NamedTuple):
         row_B: np.ndarray,
         there_B: np.ndarray,
     ) -> Batch:
-        """Rows of the parts `part_B`, with the positions in their segments; padding where not `there_B`."""
+        """Rows of the parts `part_B`, with the positions in their segments; padding where not
+        `there_B`.
+        """
         fields = (
             np.where(there_B[:, None], field, 0) for field in self.fetch(split, part_B, index_B)
         )
@@ -78,7 +82,9 @@ class Dataset(NamedTuple):
         return part_R[order_R], index_R[order_R]
 
     def text(self, split: str, domain: str) -> bytes:
-        """The documents of a domain one after another; prepared directories keep only the first 4 MB of each."""
+        """The documents of a domain one after another; prepared directories keep only the first 4
+        MB of each.
+        """
         return b"".join(part.text(split, domain) for part in self.parts if domain in part.domains)
 
     def text_bytes(self, split: str) -> dict[str, int]:
@@ -86,9 +92,11 @@ class Dataset(NamedTuple):
         return _total(self.domains, [part.text_bytes for part in self.parts], split)
 
     def byte_scale(self) -> np.ndarray:
-        """float64 [domains]: bytes of the held-out text for each byte that its ids stand for (Tokenizer.token_bytes).
+        """float64 [domains]: bytes of the held-out text for each byte that its ids stand for
+        (Tokenizer.token_bytes).
 
-        1 unless the tokenizer normalises, has an unknown token or puts a space before each document.
+        1 unless the tokenizer normalises, has an unknown token or puts a space before each
+        document.
         """
         text, pieces = self.text_bytes("heldout"), dict.fromkeys(self.domains, 0)
         for part in self.parts:
@@ -132,10 +140,12 @@ def open_dataset(
     heldout_every: int,
     seed: int,
 ) -> Dataset:
-    """Opens (spec, weight) pairs; a spec is a prepared directory or `embedded[:DOMAIN,...]`, packed here and now.
+    """Opens (spec, weight) pairs; a spec is a prepared directory or `embedded[:DOMAIN,...]`, packed
+    here and now.
 
-    `slice_bytes` and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and `seed` (order of documents) are
-    for embedded text; a prepared directory has its own. UserError if a spec is neither, or if they do not go together.
+    `slice_bytes` and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and
+    `seed` (order of documents) are for embedded text; a prepared directory has its own. UserError
+    if a spec is neither, or if they do not go together.
     """
     _check_shape(specs)
     parts = tuple(
@@ -170,7 +180,8 @@ def _check_shape(specs: Sequence[tuple[str, float]]) -> None:
             raise UserError(f"{right}; it has {pair!r} in it")
         if not 0 < pair[1] < math.inf:
             raise UserError(
-                f"data.sources: the weight {pair[1]} of {pair[0]} must be above 0; leave a source out that is not wanted"
+                f"data.sources: the weight {pair[1]} of {pair[0]} must be above 0; leave a source "
+                "out that is not wanted"
             )
 
 
@@ -187,7 +198,8 @@ def _open(
         ) from None
     if kind != "embedded":
         raise UserError(
-            f"data.sources: {spec!r} must be prepared first: `python -m moe_jax prepare --source '{spec}' --out DIR`, "
+            f"data.sources: {spec!r} must be prepared first: `python -m moe_jax prepare --source "
+            f"'{spec}' --out DIR`, "
             "then name DIR here"
         )
     return open_embedded(
@@ -204,12 +216,14 @@ def _check(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: i
     for part, (spec, _) in zip(parts, specs):
         if part.seq_len != seq_len:
             raise UserError(
-                f"data.sources: {spec} was prepared with seq_len {part.seq_len}, but data.seq_len is {seq_len}: "
+                f"data.sources: {spec} was prepared with seq_len {part.seq_len}, but data.seq_len "
+                f"is {seq_len}: "
                 "set that, or prepare it again"
             )
         if part.tokenizer.fingerprint != parts[0].tokenizer.fingerprint:
             raise UserError(
                 f"data.sources: {spec} has tokenizer {part.tokenizer.name}, but {specs[0][0]} has "
-                f"{parts[0].tokenizer.name}: prepare all with one (--tokenizer file:DIR/tokenizer/tokenizer.json takes "
+                f"{parts[0].tokenizer.name}: prepare all with one (--tokenizer "
+                "file:DIR/tokenizer/tokenizer.json takes "
                 "that of a prepared DIR)"
             )

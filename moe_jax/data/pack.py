@@ -1,8 +1,10 @@
-"""Documents into rows of fixed length, none wasted and none mixed up; and which documents are held out.
+"""Documents into rows of fixed length, none wasted and none mixed up; and which documents are held
+out.
 
-A document of n tokens becomes n + 1 predictions: inputs [boundary, t1 .. tn], targets [t1 .. tn, boundary], so every
-token of the text is predicted exactly once. Documents are laid one after another; one that a row's end cuts goes on in
-the next row as a new segment. Shapes: R rows, S positions of a row.
+A document of n tokens becomes n + 1 predictions: inputs [boundary, t1 .. tn], targets [t1 .. tn,
+boundary], so every token of the text is predicted exactly once. Documents are laid one after
+another; one that a row's end cuts goes on in the next row as a new segment. Shapes: R rows, S
+positions of a row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +56,8 @@ def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: T
     segment_RS = np.cumsum(begins_RS, axis=1, dtype=np.min_scalar_type(seq_len // 2 + 1))
     segment_RS.reshape(-1)[total:] = 0
     domain = np.repeat(np.array([domain for _, domain in documents], np.uint8), lengths)
-    # Behind a document's last token stands the boundary of the next, so the targets are the inputs one place on.
+    # Behind a document's last token stands the boundary of the next, so the targets are the inputs
+    # one place on.
     inputs_RS, targets_RS = (rows(part, tokenizer.dtype) for part in (flat[:-1], flat[1:]))
     return Rows(inputs_RS, targets_RS, segment_RS, rows(domain, np.dtype(np.uint8)))
 
@@ -85,8 +88,10 @@ def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[s
                     "",
                 )  # no heldout_every holds out the only one and trains on it
             raise UserError(
-                f"heldout_every is {heldout_every}, but domain {domain} has only {count}, so none is held out: {fewer}make one "
-                "domain of several files by a label (books=text:GLOB), or cut the text into more documents"
+                f"heldout_every is {heldout_every}, but domain {domain} has only {count}, so none "
+                f"is held out: {fewer}make one "
+                "domain of several files by a label (books=text:GLOB), or cut the text into more "
+                "documents"
             )
 
 
@@ -116,7 +121,9 @@ def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[D
 def encode(
     documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[str]
 ) -> list[tuple[np.ndarray, int]]:
-    """(tokens, index of the domain) of each document that has tokens (a tokenizer may drop white space)."""
+    """(tokens, index of the domain) of each document that has tokens (a tokenizer may drop white
+    space).
+    """
     index = {name: i for i, name in enumerate(domains)}
     pairs: list[tuple[np.ndarray, int]] = []
     for i in range(0, len(documents), ENCODE_DOCUMENTS):
@@ -145,7 +152,9 @@ def pack_train(
 def pack_heldout(
     documents: Iterable[Document], seq_len: int, tokenizer: Tokenizer, domains: Sequence[str]
 ) -> Iterator[Rows]:
-    """Rows of held-out documents, each of one domain, so that an evaluation can be even over the domains."""
+    """Rows of held-out documents, each of one domain, so that an evaluation can be even over the
+    domains.
+    """
     for window in windows(documents, WINDOW_BYTES):
         for domain in domains:
             some = [document for document in window if document.domain == domain]

@@ -1,4 +1,6 @@
-"""One source, opened: rows of both splits that are read by index, whether they lie in memory or on disk."""
+"""One source, opened: rows of both splits that are read by index, whether they lie in memory or on
+disk.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +13,10 @@ from moe_jax.data.tokenizer import Tokenizer
 
 
 class Store(NamedTuple):
-    """Rows of one split. `fetch` takes indices [n] (any order, repeats allowed) and gives those rows."""
+    """Rows of one split.
+
+    `fetch` takes indices [n] (any order, repeats allowed) and gives those rows.
+    """
 
     num_rows: int
     fetch: Callable[[np.ndarray], Rows]

@@ -27,10 +27,12 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
 RECORD = "moe_jax_data.json"
-LOCK = ".moe_jax_prepare"  # held while a directory is prepared; its presence marks the directory as ours
+# held while a directory is prepared; its presence marks the directory as ours
+LOCK = ".moe_jax_prepare"
 FORMAT = 1
 FIELDS = ("inputs", "targets", "segment", "domain")
-# Keys that every record has, and all that a record without digests may have: before, there was none.
+# Keys that every record has, and all that a record without digests may have: before, there was
+# none.
 KEYS = {
     "format",
     "fingerprint",
@@ -89,16 +91,20 @@ def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """The record of a finished directory; UserError if it is not finished, not ours, or of another version."""
+    """The record of a finished directory; UserError if it is not finished, not ours, or of another
+    version.
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (folder / LOCK).exists():
             raise UserError(
-                f"{folder} is not finished: its preparation was interrupted, run the same command again"
+                f"{folder} is not finished: its preparation was interrupted, run the same command "
+                "again"
             ) from None
         raise UserError(
-            f"{folder} is no prepared directory (no {RECORD}): make one with `python -m moe_jax prepare`"
+            f"{folder} is no prepared directory (no {RECORD}): make one with `python -m moe_jax "
+            "prepare`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder / RECORD, str(error), folder) from None
@@ -108,7 +114,8 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
         raise _damaged(folder / RECORD, "it is not what was written, by its digest", folder)
     if record.get("format", FORMAT) != FORMAT:
         raise UserError(
-            f"{folder} was prepared by another version (format {FORMAT} is read here): prepare it again"
+            f"{folder} was prepared by another version (format {FORMAT} is read here): prepare it "
+            "again"
         )
     if not KEYS <= set(record) or (
         "digest" not in record and not set(record) <= KEYS_BEFORE_DIGESTS
@@ -170,7 +177,9 @@ def open_prepared(folder: pathlib.Path) -> Part:
 
 
 def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray:
-    """The domain number of each held-out row; UserError if one of them is none, or if there are too few or too many."""
+    """The domain number of each held-out row; UserError if one of them is none, or if there are too
+    few or too many.
+    """
     path = folder / "heldout_domain.npy"
     try:
         domain_R = np.load(path)
@@ -192,15 +201,19 @@ def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray
 
 
 def piece_bytes(record: dict[str, Any]) -> dict[str, int]:
-    """Bytes that the held-out ids of each domain stand for; a directory prepared long ago does not know, and is taken at its text's."""
+    """Bytes that the held-out ids of each domain stand for; a directory prepared long ago does not
+    know, and is taken at its text's.
+    """
     return record.get("heldout_piece_bytes", record["text_bytes"]["heldout"])
 
 
 def check_files(folder: pathlib.Path, record: dict[str, Any], small_only: bool) -> None:
-    """UserError if a file of a finished directory is missing, or is not what was written, by its size or its digest.
+    """UserError if a file of a finished directory is missing, or is not what was written, by its
+    size or its digest.
 
-    `small_only`: of the rows and the texts the size alone, so that a run begins at once. The rows' files have a checksum for every
-    block of rows, which is compared when it is read (`_store`); the texts' digests are, when they are read.
+    `small_only`: of the rows and the texts the size alone, so that a run begins at once. The rows'
+    files have a checksum for every block of rows, which is compared when it is read (`_store`); the
+    texts' digests are, when they are read.
     """
     for name, size in record["files"].items():
         path = folder / name
@@ -235,11 +248,13 @@ def _store(
     what = f"the {split} rows of {folder}"
     try:
         source: Any = tfds.builder_from_directory(rows_folder(folder)).as_data_source(split=split)
-    except Exception as error:  # the JSON files of a data set are read by several parsers, each of which has errors of its own
+    # the JSON files of a data set are read by several parsers, each of which has errors of its own
+    except Exception as error:
         raise damage(what, error) from None
     if len(source) != num_rows:
         raise UserError(
-            f"{what} are {len(source)} instead of {num_rows}: copy it again, or prepare it again in another directory"
+            f"{what} are {len(source)} instead of {num_rows}: copy it again, or prepare it again "
+            "in another directory"
         )
     return Store(num_rows, _fetch(source, what, vocab_size, num_domains))
 
@@ -247,7 +262,10 @@ def _store(
 def _fetch(
     source: Any, what: str, vocab_size: int, num_domains: int
 ) -> Callable[[np.ndarray], Rows]:
-    """Reads rows by their indices; UserError for damage. NumPy and JAX take a token or a domain that is none for another."""
+    """Reads rows by their indices; UserError for damage.
+
+    NumPy and JAX take a token or a domain that is none for another.
+    """
 
     def fetch(index_N: np.ndarray) -> Rows:
         with intact(what):
@@ -260,7 +278,8 @@ def _fetch(
         ):
             if values.size and values.max() >= number:
                 raise UserError(
-                    f"{what} have the number {values.max()} where there are {number} (0 to {number - 1}): they do not belong to the "
+                    f"{what} have the number {values.max()} where there are {number} (0 to "
+                    f"{number - 1}): they do not belong to the "
                     "tokenizer and the record beside them; prepare it again"
                 )
         return rows

@@ -1,4 +1,6 @@
-"""What a source holds, found by reading it once: domains, documents, bytes, and a digest of every document."""
+"""What a source holds, found by reading it once: domains, documents, bytes, and a digest of every
+document.
+"""
 
 import hashlib
 import json
@@ -35,7 +37,8 @@ def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
         digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
         if len(counts["train"]) > MOST_DOMAINS:
             raise UserError(
-                f"more than {MOST_DOMAINS} domains: give each source one label, as in LABEL=text:GLOB"
+                f"more than {MOST_DOMAINS} domains: give each source one label, as in "
+                "LABEL=text:GLOB"
             )
     return Survey(tuple(counts["train"]), counts, sizes, digest.hexdigest())
 

@@ -1,4 +1,7 @@
-"""The TFDS dataset of packed rows. Imported only while a directory is prepared: importing TFDS takes half a second."""
+"""The TFDS dataset of packed rows.
+
+Imported only while a directory is prepared: importing TFDS takes half a second.
+"""
 
 import itertools
 import pathlib
@@ -18,7 +21,9 @@ Splits = dict[str, Iterable[dict[str, np.ndarray]]]  # split -> rows by the name
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
-    """Rows of `moe_jax.data.pack`, in the order of packing (shuffled when they are read, anew in each epoch)."""
+    """Rows of `moe_jax.data.pack`, in the order of packing (shuffled when they are read, anew in
+    each epoch).
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -28,7 +33,8 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         def tensor(dtype: np.dtype) -> tfds.features.Tensor:
-            # As bytes: TFDS would store each number of a plain tensor as a varint, three times slower to write.
+            # As bytes: TFDS would store each number of a plain tensor as a varint, three times
+            # slower to write.
             return tfds.features.Tensor(
                 shape=(self._seq_len,), dtype=dtype, encoding=tfds.features.Encoding.BYTES
             )
@@ -54,7 +60,10 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig,
     ) -> None:
-        """Writes each row as it comes. TFDS itself would keep a split in memory, and beyond 1 GB call TensorFlow."""
+        """Writes each row as it comes.
+
+        TFDS itself would keep a split in memory, and beyond 1 GB call TensorFlow.
+        """
         info = (
             self._info()
         )  # a new one, because the folder is another now: it is renamed at the end

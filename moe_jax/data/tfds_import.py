@@ -1,10 +1,13 @@
-"""TensorFlow Datasets, imported so that other threads can go on importing meanwhile: `from moe_jax.data.tfds_import import tfds`.
+"""TensorFlow Datasets, imported so that other threads can go on importing meanwhile:
+
+`from moe_jax.data.tfds_import import tfds`.
 
 Import this module inside the functions that need it: it takes half a second.
 
-TFDS replaces `builtins.__import__` while it imports itself (etils.epy.lazy_imports), for all threads. If another thread imports just
-then, such as the one that draws a progress bar, it gets "Relative import statements not supported" or a module that is none. Here the
-replacement is for the importing thread alone.
+TFDS replaces `builtins.__import__` while it imports itself (etils.epy.lazy_imports), for all
+threads. If another thread imports just then, such as the one that draws a progress bar, it gets
+"Relative import statements not supported" or a module that is none. Here the replacement is for the
+importing thread alone.
 """
 
 import builtins

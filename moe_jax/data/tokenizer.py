@@ -1,7 +1,10 @@
-"""Text to token ids and back: `bytes`, `bpe:VOCAB` (trained on the source) and `file:PATH` (an existing tokenizer).
+"""Text to token ids and back:
 
-Whatever its kind, a tokenizer is a table of the bytes that each id stands for, and a function from texts to ids.
-Decoding needs the table alone, so it is the same for all kinds, and half a UTF-8 character can wait for the rest of it.
+`bytes`, `bpe:VOCAB` (trained on the source) and `file:PATH` (an existing tokenizer).
+
+Whatever its kind, a tokenizer is a table of the bytes that each id stands for, and a function from
+texts to ids. Decoding needs the table alone, so it is the same for all kinds, and half a UTF-8
+character can wait for the rest of it.
 """
 
 import codecs
@@ -33,12 +36,17 @@ class Tokenizer(NamedTuple):
         return self.encode_many([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids that begin a document; invalid UTF-8 becomes U+FFFD. UserError for an unknown id."""
+        """The text of ids that begin a document; invalid UTF-8 becomes U+FFFD.
+
+        UserError for an unknown id.
+        """
         decoder = Decoder(self)
         return decoder.feed(ids) + decoder.finish()
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: bytes of text that each id stands for; the boundary and other special tokens 0."""
+        """int32 [vocab_size]: bytes of text that each id stands for; the boundary and other special
+        tokens 0.
+        """
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @property
@@ -66,7 +74,10 @@ class Tokenizer(NamedTuple):
 
 
 class Decoder:
-    """Decodes ids as they come: `feed` gives the text that is certain by now, `finish` what is left of it."""
+    """Decodes ids as they come:
+
+    `feed` gives the text that is certain by now, `finish` what is left of it.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -115,7 +126,8 @@ def _make_bpe(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
 
     if not argument.isdecimal() or int(argument) <= 256:
         raise UserError(
-            f"tokenizer bpe:{argument}: give a vocabulary of at least 257 (256 bytes and the boundary)"
+            f"tokenizer bpe:{argument}: give a vocabulary of at least 257 (256 bytes and the "
+            "boundary)"
         )
     return tokenizer_models.train_bpe(texts(), int(argument))
 
@@ -137,7 +149,10 @@ MODEL_FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.mode
 
 
 def make(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of a spec; `texts` is called only by one that must be trained. UserError for an unknown spec."""
+    """The tokenizer of a spec; `texts` is called only by one that must be trained.
+
+    UserError for an unknown spec.
+    """
     kind, _, argument = spec.partition(":")
     if kind not in TOKENIZERS:
         raise UserError(f"tokenizer {spec!r} is none of: bytes, bpe:VOCAB, file:PATH[#BOUNDARY]")

@@ -1,4 +1,7 @@
-"""Tokenizers of two libraries: Hugging Face `tokenizers` (and byte-level BPE trained by it) and SentencePiece."""
+"""Tokenizers of two libraries:
+
+Hugging Face `tokenizers` (and byte-level BPE trained by it) and SentencePiece.
+"""
 
 import json
 import re
@@ -13,10 +16,13 @@ from moe_jax.errors import UserError
 
 EncodeMany = Callable[[Sequence[str]], list[np.ndarray]]
 
-BOUNDARY = "<|boundary|>"  # of the BPE trained here; in an existing tokenizer the first of BOUNDARIES that it has
+# of the BPE trained here; in an existing tokenizer the first of BOUNDARIES that it has
+BOUNDARY = "<|boundary|>"
 BOUNDARIES = (BOUNDARY, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
-# Characters of a run of letters, digits, marks or white space that are one piece for the training of a BPE: the time of each merge grows
-# with the square of a piece's length, and text without spaces (Chinese, DNA, base64) is one piece. No word of English is as long.
+# Characters of a run of letters, digits, marks or white space that are one piece for the training
+# of a BPE: the time of each merge grows
+# with the square of a piece's length, and text without spaces (Chinese, DNA, base64) is one piece.
+# No word of English is as long.
 LONGEST_PIECE = 64
 TRAINING_BYTES = (
     100_000_000  # a BPE is trained on the first documents up to this; more takes minutes for little
@@ -24,7 +30,9 @@ TRAINING_BYTES = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` ids, the boundary among them. The same texts give the same tokenizer.
+    """Byte-level BPE of at most `vocab_size` ids, the boundary among them.
+
+    The same texts give the same tokenizer.
 
     Ctrl-C interrupts it at once.
     """
@@ -48,7 +56,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _cut_long_runs() -> Any:
-    """The pre-tokenizer that makes a piece of LONGEST_PIECE characters out of as many of one class; it leaves shorter runs alone."""
+    """The pre-tokenizer that makes a piece of LONGEST_PIECE characters out of as many of one class;
+    it leaves shorter runs alone.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     classes = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # as byte-level pieces are made of
@@ -58,9 +68,11 @@ def _cut_long_runs() -> Any:
 
 
 def _train(bpe: Any, texts: Iterable[str], trainer: Any) -> None:
-    """Trains in another thread, so that this one can act on a signal while the library computes for minutes.
+    """Trains in another thread, so that this one can act on a signal while the library computes for
+    minutes.
 
-    When a signal's handler raises, as that of Ctrl-C does, the library goes on by itself until the process ends, which is about to.
+    When a signal's handler raises, as that of Ctrl-C does, the library goes on by itself until the
+    process ends, which is about to.
     """
     stop, all_read = threading.Event(), threading.Event()
     failed: list[BaseException] = []
@@ -103,7 +115,9 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
-    """A tokenizer.json whose tokens stand for bytes (byte-level, or SentencePiece's with byte fallback)."""
+    """A tokenizer.json whose tokens stand for bytes (byte-level, or SentencePiece's with byte
+    fallback).
+    """
     import tokenizers
 
     try:
@@ -167,7 +181,8 @@ def _tokenizer(
 ) -> Tokenizer:
     if not 0 <= boundary_id < len(pieces):  # a list takes a negative number for one from its end
         raise UserError(
-            f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to {len(pieces) - 1}"
+            f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to "
+            f"{len(pieces) - 1}"
         )
     pieces[boundary_id] = b""
     prefix_space = b"".join(pieces[i] for i in encode_many(["a"])[0]).startswith(b" ")
@@ -177,7 +192,9 @@ def _tokenizer(
 
 
 def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> int:
-    """The id of the boundary token: given as an id, by its name, or ("") the first known one there is."""
+    """The id of the boundary token: given as an id, by its name, or ("") the first known one there
+    is.
+    """
     if isinstance(boundary, int):
         return boundary
     for token in (boundary,) if boundary else BOUNDARIES:
@@ -186,12 +203,15 @@ def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> in
     wanted = repr(boundary) if boundary else "of the usual names for the end of a document"
     there = ", ".join(list(specials)[:20])
     raise UserError(
-        f"tokenizer {name} has no special token {wanted} (it has: {there}); name one, as in file:PATH#TOKEN"
+        f"tokenizer {name} has no special token {wanted} (it has: {there}); name one, as in "
+        "file:PATH#TOKEN"
     )
 
 
 def _piece_reader(name: str, model: bytes):
-    """The function from a token's name to the bytes that it stands for, by the decoder of the tokenizer.json."""
+    """The function from a token's name to the bytes that it stands for, by the decoder of the
+    tokenizer.json.
+    """
     decoder = json.loads(model).get("decoder") or {}
     kinds = {part["type"] for part in [decoder, *decoder.get("decoders", ())] if "type" in part}
     if "ByteLevel" in kinds:
@@ -200,7 +220,8 @@ def _piece_reader(name: str, model: bytes):
         def byte_level(token: str) -> bytes:
             if not set(token) <= table.keys():
                 raise UserError(
-                    f"tokenizer {name} has the token {token!r}, which stands for no bytes: the file may be damaged"
+                    f"tokenizer {name} has the token {token!r}, which stands for no bytes: the "
+                    "file may be damaged"
                 )
             return bytes(table[c] for c in token)
 
@@ -208,13 +229,16 @@ def _piece_reader(name: str, model: bytes):
     if kinds & {"Metaspace", "ByteFallback"}:
         return _sentencepiece_bytes
     raise UserError(
-        f"tokenizer {name} decodes by {', '.join(sorted(kinds)) or 'nothing'}, which loses bytes of the text: "
+        f"tokenizer {name} decodes by {', '.join(sorted(kinds)) or 'nothing'}, which loses bytes "
+        "of the text: "
         "choose a byte-level one (GPT-2, Llama 3) or one with byte fallback (Llama 2, Mixtral)"
     )
 
 
 def _byte_level_table() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself if it prints, else the next character from U+0100 on."""
+    """GPT-2's printable stand-in for each byte: itself if it prints, else the next character from
+    U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -1,4 +1,6 @@
-"""Writes a prepared directory: reads the sources several times, in bounded memory, and declares it finished last."""
+"""Writes a prepared directory: reads the sources several times, in bounded memory, and declares it
+finished last.
+"""
 
 import contextlib
 import gzip
@@ -26,10 +28,11 @@ Track = Callable[
 
 
 def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[str, Any]:
-    """Prepares `arguments` (sources, tokenizer, seq_len, heldout_every, seed) into `out` and returns its record.
+    """Prepares `arguments` (sources, tokenizer, seq_len, heldout_every, seed) into `out` and
+    returns its record.
 
-    An `out` that was finished with the same arguments is left as it is; unfinished work in it is begun anew.
-    UserError if it holds anything else, or if another process is at it.
+    An `out` that was finished with the same arguments is left as it is; unfinished work in it is
+    begun anew. UserError if it holds anything else, or if another process is at it.
     """
     with _locked(out):
         if (out / prepared.RECORD).exists():
@@ -82,7 +85,8 @@ def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
         have = record["arguments"].get(name)
         if have != wanted:
             raise UserError(
-                f"--out {out} was prepared with {name} {have}, not {wanted}: choose another directory, or delete it"
+                f"--out {out} was prepared with {name} {have}, not {wanted}: choose another "
+                "directory, or delete it"
             )
     return record
 
@@ -129,7 +133,9 @@ def _write_rows(
     domains: tuple[str, ...],
     track: Track,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Writes the rows of both splits with TFDS; returns how many, and the bytes that the held-out ids of each domain stand for."""
+    """Writes the rows of both splits with TFDS; returns how many, and the bytes that the held-out
+    ids of each domain stand for.
+    """
     from moe_jax.data.tfds_builder import build_packed_text
 
     heldout_domain: list[np.ndarray] = []
@@ -151,7 +157,8 @@ def _write_rows(
     for domain, size in zip(domains, bytes_Z):
         if not size:
             raise UserError(
-                f"tokenizer {tokens.name} knows nothing of the held-out text of domain {domain}: choose another"
+                f"tokenizer {tokens.name} knows nothing of the held-out text of domain {domain}: "
+                "choose another"
             )
     np.save(out / "heldout_domain.npy", np.concatenate(heldout_domain))
     return num_rows, dict(zip(domains, bytes_Z.tolist()))

@@ -1,11 +1,15 @@
-"""Text from a model: batches of prompts, a key-value cache, and a decoding loop that stays on the devices for STEPS tokens.
+"""Text from a model: batches of prompts, a key-value cache, and a decoding loop that stays on the
+devices for STEPS tokens.
 
-Every prompt begins with the tokenizer's boundary, as documents do in training, so an empty prompt is a prompt too. A row's window is the
-tokens the model sees: prefill writes all but the last of them to the cache, and each step feeds the last and draws the next. Padding is
-written nowhere (its position lies behind the cache) and routed nowhere (its segment is 0), and decoding is dropless, so that what a row
-says depends on nothing but the row. A full window goes on as a new one: its last half, prefilled again.
+Every prompt begins with the tokenizer's boundary, as documents do in training, so an empty prompt
+is a prompt too. A row's window is the tokens the model sees: prefill writes all but the last of
+them to the cache, and each step feeds the last and draws the next. Padding is written nowhere (its
+position lies behind the cache) and routed nowhere (its segment is 0), and decoding is dropless, so
+that what a row says depends on nothing but the row. A full window goes on as a new one: its last
+half, prefilled again.
 
-The loop runs alike on every process: all see the same tokens, and nothing but the tokens decides how it goes on.
+The loop runs alike on every process: all see the same tokens, and nothing but the tokens decides
+how it goes on.
 
 Shapes: B rows, S tokens of a prefill, M length of the cache, N = STEPS, V vocabulary.
 """
@@ -30,7 +34,9 @@ from moe_jax.runtime import stopping
 from moe_jax.schema.config import ModelConfig
 
 STEPS = 16  # tokens drawn before the host looks at them: streaming is this coarse
-PREFILL = 256  # tokens of a row prefilled at once: bounds the memory of a long prompt, and the number of compilations
+# tokens of a row prefilled at once: bounds the memory of a long prompt, and the number of
+# compilations
+PREFILL = 256
 ROWS = 32  # prompts decoded at once
 NOTHING = -1  # the place of a token that a finished row did not draw
 
@@ -99,14 +105,17 @@ def check(settings: Settings) -> None:
 def make_sampler(
     model_cfg: ModelConfig, tokenizer: Tokenizer, context: int
 ) -> Callable[..., list[str]]:
-    """`sampler(params, router_state, prompts, settings, on_text=None) -> texts`, the continuations, without the prompts.
+    """`sampler(params, router_state, prompts, settings, on_text=None) -> texts`, the continuations,
+    without the prompts.
 
     Args:
-      model_cfg: of the parameters that the sampler will be given; stacked layers (scan) are copied into single ones, once a call.
+      model_cfg: of the parameters that the sampler will be given; stacked layers (scan) are copied
+          into single ones, once a call.
       context: tokens of a training row, which the model never sees more of.
 
-    Both are called with the mesh set, and the sampler by all processes. A text ends before the boundary token, before a stop string, or
-    after max_tokens. `on_text(row, text)` is given each piece of text once it is certain, and "" when the row has ended.
+    Both are called with the mesh set, and the sampler by all processes. A text ends before the
+    boundary token, before a stop string, or after max_tokens. `on_text(row, text)` is given each
+    piece of text once it is certain, and "" when the row has ended.
     """
     cfg = for_decoding(model_cfg)
     engine = make_engine(cfg, tokenizer)
@@ -162,7 +171,9 @@ def generate(
 def _prefill(
     engine: Engine, weights: Any, caches: list[Cache], rows: Mapping[int, "Row"], size: int
 ) -> list[Cache]:
-    """Writes the windows of some rows (by their place in the batch) but for their last tokens; other rows stay as they are."""
+    """Writes the windows of some rows (by their place in the batch) but for their last tokens;
+    other rows stay as they are.
+    """
     longest = max((len(row.window) - 1 for row in rows.values()), default=0)
     step = min(PREFILL, power_of_two(longest, 16))
     for start in range(0, longest, step):
@@ -245,7 +256,10 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
 
 
 def draw(logits_BV: jax.Array, row_B: jax.Array, count_B: jax.Array, dials: Dials) -> jax.Array:
-    """The next token of each row, int32 [B]. The key is (seed, row, tokens drawn), so no row changes another's text."""
+    """The next token of each row, int32 [B].
+
+    The key is (seed, row, tokens drawn), so no row changes another's text.
+    """
 
     def greedy(_) -> jax.Array:
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
@@ -273,8 +287,9 @@ def draw(logits_BV: jax.Array, row_B: jax.Array, count_B: jax.Array, dials: Dial
 def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """The logits of the tokens that may be drawn, -inf for the others.
 
-    First the `top_k` likeliest (Fan et al. 2018, arXiv:1805.04833), then, of their renormalised distribution, the fewest that reach
-    `top_p` together (Holtzman et al. 2020, arXiv:1904.09751), at least one. Tokens that tie with the last one kept are kept too.
+    First the `top_k` likeliest (Fan et al. 2018, arXiv:1805.04833), then, of their renormalised
+    distribution, the fewest that reach `top_p` together (Holtzman et al. 2020, arXiv:1904.09751),
+    at least one. Tokens that tie with the last one kept are kept too.
     """
     sorted_BV = -jnp.sort(-logits_BV, axis=-1)
     rank_1V = jnp.arange(logits_BV.shape[1])[None]
@@ -329,7 +344,10 @@ class Row:
         self._held = ""
 
     def take(self, ids: list[int]) -> None:
-        """Tokens that were drawn, in order; nothing may follow the boundary. What lies behind a stop string is lost."""
+        """Tokens that were drawn, in order; nothing may follow the boundary.
+
+        What lies behind a stop string is lost.
+        """
         if self.ended:
             return
         self.window += ids
@@ -351,7 +369,8 @@ class Row:
 def split_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
     """(text before the stop string, text that may be the beginning of one, has one been found).
 
-    The stop string that is complete first counts, so the result does not depend on how the text comes in pieces.
+    The stop string that is complete first counts, so the result does not depend on how the text
+    comes in pieces.
     """
     found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     if found:

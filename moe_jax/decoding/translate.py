@@ -1,10 +1,13 @@
-"""Decoding of a target row for each source row: an encoder-decoder, or a decoder with a prefix, with keys and values kept.
+"""Decoding of a target row for each source row: an encoder-decoder, or a decoder with a prefix,
+with keys and values kept.
 
     encdec     the source is encoded once; the target begins with the boundary token
     decoder    the source is the row's beginning, whose last token predicts the target's first; `source.inputs` [B, T] tells which of its
-               tokens are the prefix that sees all of itself (model.kinds.decoder.bidirectional_prefix)
+               tokens are the prefix that sees all of itself
+               (model.kinds.decoder.bidirectional_prefix)
 
-One jitted program of static shapes: a row stops at the boundary token, the loop when all have. Temperature 0 takes the likeliest token.
+One jitted program of static shapes: a row stops at the boundary token, the loop when all have.
+Temperature 0 takes the likeliest token.
 
 Shapes: B rows, T source sequence, N target tokens at most, M length of the cache.
 """
@@ -31,16 +34,19 @@ Translator = Callable[..., jax.Array]
 def make_translator(
     model_cfg: ModelConfig, max_tokens: int, boundary_id: int, vocab_size: int
 ) -> Translator:
-    """`translator(params, router_state, source, dials) -> id_BN` int32, whole on every device; what follows a row's end is `boundary_id`.
+    """`translator(params, router_state, source, dials) -> id_BN` int32, whole on every device; what
+    follows a row's end is `boundary_id`.
 
     Args:
-      model_cfg: of the parameters that the translator will be given; stacked layers (scan) are copied into single ones.
+      model_cfg: of the parameters that the translator will be given; stacked layers (scan) are
+          copied into single ones.
       max_tokens: N.
       vocab_size: of the tokenizer; ids from there on are never drawn.
 
-    `source` is a Batch of int32 [B, T] (NumPy, the same in every process, or on the mesh), its tokens at the beginning of their rows,
-    segment 0 where there is padding. `dials` are those of sample.py (`sample.dials(settings)`). Called with the mesh set. Raises UserError
-    for a model that cannot decode token by token.
+    `source` is a Batch of int32 [B, T] (NumPy, the same in every process, or on the mesh), its
+    tokens at the beginning of their rows, segment 0 where there is padding. `dials` are those of
+    sample.py (`sample.dials(settings)`). Called with the mesh set. Raises UserError for a model
+    that cannot decode token by token.
     """
     if model_cfg.kind not in ("encdec", "decoder"):
         raise UserError(
@@ -121,7 +127,9 @@ def _begin_encdec(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, 
 
 
 def _begin_decoder(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int):
-    """The source goes through once and leaves its keys; its last token goes through again, which gives the first logits."""
+    """The source goes through once and leaves its keys; its last token goes through again, which
+    gives the first logits.
+    """
     del boundary_id
     num_rows, length = source.id_BS.shape
     caches = empty_caches(cfg, num_rows, length + max_tokens)

@@ -1,8 +1,9 @@
 """How far figures of held-out rows would move with other rows: intervals by the bootstrap.
 
-Rows of one domain are drawn anew with replacement, as many as there are. The interval is the figure plus and minus Student's t times the
-standard error of the draws, which is made larger by sqrt(n / (n - 1)) for n rows: with few rows plain percentiles of the draws are far too
-narrow (Hesterberg 2015, arXiv:1411.5279).
+Rows of one domain are drawn anew with replacement, as many as there are. The interval is the figure
+plus and minus Student's t times the standard error of the draws, which is made larger by sqrt(n /
+(n - 1)) for n rows: with few rows plain percentiles of the draws are far too narrow (Hesterberg
+2015, arXiv:1411.5279).
 
 Shapes: R rows, Z domains, N draws; "..." stands for any number of figures of a row.
 """
@@ -25,7 +26,8 @@ class Interval(NamedTuple):
 def ratios(
     sum_R: np.ndarray, size_R: np.ndarray, domain_R: np.ndarray, num_domains: int, seed: int
 ) -> tuple[Interval, Interval]:
-    """Intervals of the ratios of sums: in each domain, sum_R over size_R; and of their mean over the domains that have rows.
+    """Intervals of the ratios of sums: in each domain, sum_R over size_R; and of their mean over
+    the domains that have rows.
 
     Args:
       sum_R: [..., R], such as the nats of each row.

@@ -1,4 +1,5 @@
-"""What the instruments on a finished run share: its held-out batches on the mesh, their sums, and the record of their routing.
+"""What the instruments on a finished run share: its held-out batches on the mesh, their sums, and
+the record of their routing.
 
 Shapes: B rows, S sequence, L MoE layers, M blocks, E experts, K choices.
 """
@@ -46,9 +47,11 @@ class One(NamedTuple):
 def open_run(
     cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int
 ) -> Run:
-    """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as `eval.dispatcher` says.
+    """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as
+    `eval.dispatcher` says.
 
-    UserError for a model whose routing is not of every token: without MoE layers, or with a mixture of depths around one.
+    UserError for a model whose routing is not of every token: without MoE layers, or with a mixture
+    of depths around one.
     """
     record.check(cfg.model)
     if cfg.eval.dispatcher != "same":
@@ -59,7 +62,10 @@ def open_run(
 
 
 def place(run: Run, batch: Batch, **told: Any) -> lm.Inputs:
-    """The batch on the mesh. `told`: further fields of lm.Inputs, as host arrays [B, ...] of the *whole* batch."""
+    """The batch on the mesh.
+
+    `told`: further fields of lm.Inputs, as host arrays [B, ...] of the *whole* batch.
+    """
     size = run.cfg.eval.batch_size
 
     def one(z):
@@ -77,7 +83,9 @@ def put_rows(run: Run, array: np.ndarray) -> jax.Array:
 
 
 def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
-    """(params, router state, inputs) -> the held-out sums of contract.evaluate as float64; compiled once for each kind of inputs."""
+    """(params, router state, inputs) -> the held-out sums of contract.evaluate as float64; compiled
+    once for each kind of inputs.
+    """
     model = make_model(cfg)
 
     @jax.jit
@@ -94,7 +102,9 @@ def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
 
 
 def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:
-    """(params, router state, inputs) -> the record of the evaluated routing, [L, B, S, ...] of the whole batch on every host."""
+    """(params, router state, inputs) -> the record of the evaluated routing, [L, B, S, ...] of the
+    whole batch on every host.
+    """
     model = make_model(cfg)
 
     @jax.jit
@@ -145,16 +155,21 @@ def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def gates(run: Run, what: str) -> np.ndarray:
-    """The gate matrices [L, D, E] of a router that has no other weights. UserError, which says what needs them, when that is not so."""
+    """The gate matrices [L, D, E] of a router that has no other weights.
+
+    UserError, which says what needs them, when that is not so.
+    """
     weights = router_weights(run.params, run.cfg.model)
     others = ", ".join(sorted(set(weights) - {"gate"}))
     if others:
         raise UserError(
-            f'model.moe.router = "{run.cfg.model.moe.router}" has other weights than a gate ({others}), and {what} knows the gate alone'
+            f'model.moe.router = "{run.cfg.model.moe.router}" has other weights than a gate '
+            f"({others}), and {what} knows the gate alone"
         )
     wanted = (run.cfg.model.num_moe_layers, run.cfg.model.d_model, run.cfg.model.moe.num_experts)
     if weights.get("gate", np.zeros(0)).shape != wanted:
         raise UserError(
-            f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} needs'
+            f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} '
+            "needs"
         )
     return weights["gate"]

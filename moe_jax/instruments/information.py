@@ -1,8 +1,11 @@
-"""How much the choice of an expert tells about the domain of a token: mutual information, its ceiling, and what chance gives.
+"""How much the choice of an expert tells about the domain of a token: mutual information, its
+ceiling, and what chance gives.
 
-Every domain that has assignments weighs the same, so that a large domain does not decide the figures.
+Every domain that has assignments weighs the same, so that a large domain does not decide the
+figures.
 
-Shapes: L MoE layers, Z domains, E experts, R held-out rows; "..." stands for any dimensions in front.
+Shapes: L MoE layers, Z domains, E experts, R held-out rows; "..." stands for any dimensions in
+front.
 """
 
 import numpy as np
@@ -24,7 +27,9 @@ def mutual_information(counts_ZE: np.ndarray) -> np.ndarray:
 
 
 def ceiling(counts_ZE: np.ndarray) -> np.ndarray:
-    """The most that the mutual information could be, in bits: the smaller of the entropies of domain and expert."""
+    """The most that the mutual information could be, in bits: the smaller of the entropies of
+    domain and expert.
+    """
     conditional_ZE, weight_Z1 = _conditional(counts_ZE)
     mean_E = (weight_Z1 * conditional_ZE).sum(-2)
     return np.minimum(_entropy(weight_Z1[..., 0]), _entropy(mean_E))
@@ -33,10 +38,11 @@ def ceiling(counts_ZE: np.ndarray) -> np.ndarray:
 def chance(
     experts_RLE: np.ndarray, domain_R: np.ndarray, num_domains: int, seed: int
 ) -> np.ndarray:
-    """[L]: what 95 % of shuffles stay below when the rows keep their routing but swap their domains.
+    """[L]: what 95 % of shuffles stay below when the rows keep their routing but swap their
+    domains.
 
-    Few rows give mutual information even where domains do not matter: a value below this one shows nothing. Rows of one document
-    are alike, so chance reaches somewhat further than this.
+    Few rows give mutual information even where domains do not matter: a value below this one shows
+    nothing. Rows of one document are alike, so chance reaches somewhat further than this.
     """
     rows, layers, num_experts = experts_RLE.shape
     there = experts_RLE.reshape(rows, -1).sum(1) > 0
@@ -52,7 +58,8 @@ def chance(
 
 
 def origin(counts_ZE: np.ndarray) -> np.ndarray:
-    """[..., Z, E]: the share of an expert's assignments that come from each domain, if all domains had equally many.
+    """[..., Z, E]: the share of an expert's assignments that come from each domain, if all domains
+    had equally many.
 
     Adds up to 1 over domains. NaN for an expert without assignments, and for a domain without any.
     """
@@ -63,7 +70,9 @@ def origin(counts_ZE: np.ndarray) -> np.ndarray:
 
 
 def _conditional(counts_ZE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(p(expert | domain), the weight of each domain [..., Z, 1]: equal for those that have assignments, 0 for others)."""
+    """(p(expert | domain), the weight of each domain [..., Z, 1]: equal for those that have
+    assignments, 0 for others).
+    """
     sum_Z1 = counts_ZE.sum(-1, keepdims=True)
     there_Z1 = sum_Z1 > 0
     weight_Z1 = there_Z1 / np.maximum(there_Z1.sum(-2, keepdims=True), 1)

@@ -1,13 +1,16 @@
-"""Do the auxiliary losses pull against the language loss? Cosine and norm ratio of their gradients, layer by layer.
+"""Do the auxiliary losses pull against the language loss? Cosine and norm ratio of their gradients,
+layer by layer.
 
-For each MoE layer and each part of it (router, experts, attention, rest), g the gradient of the language loss and a that of coefficient x
-auxiliary loss (x the adaptive weight, where there is one; ReLU's "l1" has its state as coefficient):
+For each MoE layer and each part of it (router, experts, attention, rest), g the gradient of the
+language loss and a that of coefficient x auxiliary loss (x the adaptive weight, where there is one;
+ReLU's "l1" has its state as coefficient):
 
     cosine = <g, a> / (|g| |a|)     below 0: what balances the experts undoes what the language loss learns
     ratio  = |a| / |g|              how much of the step is the auxiliary loss's
 
-of all auxiliary losses together ("auxiliary") and of each alone. The gradients are pulled back from *one* forward pass, through the same
-totals of all micro-batches as in training, so both are exact under accumulation. 0 where a gradient is zero.
+of all auxiliary losses together ("auxiliary") and of each alone. The gradients are pulled back from
+*one* forward pass, through the same totals of all micro-batches as in training, so both are exact
+under accumulation. 0 where a gradient is zero.
 """
 
 import math
@@ -30,15 +33,18 @@ PARTS = ("router", "experts", "attention", "rest")
 
 
 def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, float]]:
-    """(state, batch) -> {"interference/layer_i/PART/LOSS_cosine": .., ".._ratio": ..} with the randomness of that step.
+    """(state, batch) -> {"interference/layer_i/PART/LOSS_cosine": .., ".._ratio": ..} with the
+    randomness of that step.
 
-    What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/..."; i counts MoE layers.
+    What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/...";
+    i counts MoE layers.
     """
     model_cfg = cfg.model
     deep = model_cfg.num_depth_blocks and model_cfg.depth.loss
     if not (any(model_cfg.moe.losses.values()) or model_cfg.moe.router == "relu" or deep):
         raise UserError(
-            "interference needs auxiliary losses beside the language loss, and every coefficient of model.moe.losses is 0"
+            "interference needs auxiliary losses beside the language loss, and every coefficient "
+            "of model.moe.losses is 0"
         )
     loss = make_loss(cfg, model)
 
@@ -75,7 +81,9 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
 
 def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[str, jax.Array]:
-    """The language loss, all that is added to it, and each auxiliary loss as it is added, where there are several."""
+    """The language loss, all that is added to it, and each auxiliary loss as it is added, where
+    there are several.
+    """
     totals, parts = aside
     named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
     return {"nll": parts["nll"], "auxiliary": value - parts["nll"]} | (

@@ -3,7 +3,8 @@
     removed    its assignments go nowhere; the other gates of a token stay as they are
     around     its logit is masked, so that the next best expert takes its tokens (a router with a linear gate)
 
-One compiled function serves every expert of every layer: the expert is data, a mask [B, M, E] of the batch (moe/probe.py).
+One compiled function serves every expert of every layer: the expert is data, a mask [B, M, E] of
+the batch (moe/probe.py).
 
 Shapes: L MoE layers, E experts, Z domains, B rows of a batch, R held-out rows, M blocks.
 """
@@ -31,8 +32,8 @@ WAYS = {
 class Worth(NamedTuple):
     """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds.
 
-    `mean_LE` is the mean change over domains; `low` and `high` are the ends of 95 % intervals over held-out rows. NaN where no
-    row is of a domain, and of an interval also where one row alone is.
+    `mean_LE` is the mean change over domains; `low` and `high` are the ends of 95 % intervals over
+    held-out rows. NaN where no row is of a domain, and of an interval also where one row alone is.
     """
 
     base_Z: np.ndarray
@@ -47,7 +48,9 @@ class Worth(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Of each held-out row: the bytes that it predicts, its domain, and the nats that it loses without each expert."""
+    """Of each held-out row: the bytes that it predicts, its domain, and the nats that it loses
+    without each expert.
+    """
 
     bytes_R: np.ndarray
     domain_R: np.ndarray
@@ -104,7 +107,9 @@ def _shares(counts_LE: np.ndarray) -> np.ndarray:
 
 
 def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
-    """The rows of all processes; bytes are those of the text, as the task counts them (tasks/lm.py)."""
+    """The rows of all processes; bytes are those of the text, as the task counts them
+    (tasks/lm.py).
+    """
     whole, data = held_out.whole(batch, run.cfg.eval.batch_size), run.dataset
     domain_B = whole.domain_BS[:, 0]
     bytes_BS = data.tokenizer.token_bytes()[whole.targets_BS] * (whole.segment_BS > 0)
@@ -127,13 +132,16 @@ def _without_each(
         nats[layer, expert] = sums["rows"]["nats"]
         if way == "around" and sums["routing"][layer, :, expert].any():
             raise UserError(
-                f'model.moe.router = "{cfg.moe.router}" does not go round expert {expert} of layer {layer}'
+                f'model.moe.router = "{cfg.moe.router}" does not go round expert {expert} of layer '
+                f"{layer}"
             )
     return nats
 
 
 def told(run: Run, field: str, layer: int, expert: int | None) -> dict[str, Any]:
-    """The field of lm.Inputs that takes one expert of one MoE layer away, on every row; None: no expert."""
+    """The field of lm.Inputs that takes one expert of one MoE layer away, on every row; None: no
+    expert.
+    """
     cfg = run.cfg.model
     mask = np.zeros((cfg.num_moe_layers, run.cfg.eval.batch_size, cfg.moe.num_experts), bool)
     if expert is not None:

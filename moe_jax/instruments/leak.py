@@ -1,13 +1,17 @@
-"""Leaks, measured: does a later token, or another sequence of the batch, change what an earlier token's output is?
+"""Leaks, measured: does a later token, or another sequence of the batch, change what an earlier
+token's output is?
 
-A small random model of a config runs on random tokens. Then the tokens of one row from the middle on are drawn anew, with their documents
-and padding, and the logits of its first half are compared: a difference is a leak from the future. Then all tokens of that row are drawn
-anew, with the vectors, the source or the basket that it has, and the logits of all other rows are compared: a difference is a leak from the
-batch. Both in training mode (same key) and in evaluation mode. What a config claims is in moe/causality.py; here it is seen. A model that
-reads its whole row before it answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
+A small random model of a config runs on random tokens. Then the tokens of one row from the middle
+on are drawn anew, with their documents and padding, and the logits of its first half are compared:
+a difference is a leak from the future. Then all tokens of that row are drawn anew, with the
+vectors, the source or the basket that it has, and the logits of all other rows are compared: a
+difference is a leak from the batch. Both in training mode (same key) and in evaluation mode. What a
+config claims is in moe/causality.py; here it is seen. A model that reads its whole row before it
+answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
 
-Everything is in float64. A change below NOISE of the largest logit counts as none: rows of a grouped product change their place in memory
-with the routing of other tokens, and a sum in another order rounds otherwise.
+Everything is in float64. A change below NOISE of the largest logit counts as none: rows of a
+grouped product change their place in memory with the routing of other tokens, and a sum in another
+order rounds otherwise.
 
 Shapes: B rows, S sequence, V vocabulary, K choices of a recording.
 """
@@ -35,14 +39,18 @@ from moe_jax.train_step import make_model
 from moe_jax.weights import Weight
 
 NOISE = 1e-9
-TIGHT = 0.5  # capacity factor of the table of all combinations: with room to spare nothing drops and no order matters
+# capacity factor of the table of all combinations: with room to spare nothing drops and no order
+# matters
+TIGHT = 0.5
 MODES = ("train", "eval")
 SAFE, FAULT = "safe", "FAULT"  # what a verdict begins with, beside "leaks"
 DRAWS = 4  # of tokens; the changed row is another one each time
 
 
 class Leak(NamedTuple):
-    """Of the outputs that must not change: the largest change over the largest |logit|, and the share of tokens that changed."""
+    """Of the outputs that must not change: the largest change over the largest |logit|, and the
+    share of tokens that changed.
+    """
 
     delta: float
     share: float
@@ -54,7 +62,10 @@ class Measured(NamedTuple):
 
 
 def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measured]:
-    """{"train": ..., "eval": ...} of a small config (see `shrink`), on one device. Needs jax_enable_x64, or NOISE is below the rounding."""
+    """{"train": ..., "eval": ...} of a small config (see `shrink`), on one device.
+
+    Needs jax_enable_x64, or NOISE is below the rounding.
+    """
     rng, found = np.random.default_rng(seed), []
     num, length = cfg.train.batch_size, cfg.data.seq_len
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
@@ -81,12 +92,16 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
 
 
 def has_future(cfg: Config) -> bool:
-    """Whether a model answers at each place from what stands before it: only then can later tokens leak into earlier outputs."""
+    """Whether a model answers at each place from what stands before it: only then can later tokens
+    leak into earlier outputs.
+    """
     return cfg.model.kind in causality.CAUSAL
 
 
 def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
-    """Random tokens with all that belongs to them: without `one_document`, another document begins in each row, and its end is padding."""
+    """Random tokens with all that belongs to them: without `one_document`, another document begins
+    in each row, and its end is padding.
+    """
     num, length, moe = cfg.train.batch_size, cfg.data.seq_len, cfg.model.moe
     place_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (num, length))
     cut_B1 = rng.integers(length // 2 + 1, length - 2, (num, 1)).astype(np.int32)
@@ -107,7 +122,9 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
 
 
 def _inputs(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> Any:
-    """What a kind of model reads beside tokens: vectors [B, S, P], the Batch of the sources, a basket of items; () = nothing."""
+    """What a kind of model reads beside tokens: vectors [B, S, P], the Batch of the sources, a
+    basket of items; () = nothing.
+    """
     model, options = cfg.model, cfg.model.kind_options
     shape = len(row_B), cfg.data.seq_len
     if options.get("inputs") == "vectors":
@@ -162,7 +179,8 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
 
         return [run(mode) for mode in MODES]
 
-    # It runs a dozen times: most of the time is the compiler's, which optimising would take thrice as long.
+    # It runs a dozen times: most of the time is the compiler's, which optimising would take thrice
+    # as long.
     run = jax.jit(forward, compiler_options=QUICK)
 
     def put(z, *names):
@@ -177,7 +195,9 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
 
 
 def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
-    """Random parameters and router state, drawn in NumPy: to compile the model's own draw takes longer than all the rest."""
+    """Random parameters and router state, drawn in NumPy: to compile the model's own draw takes
+    longer than all the rest.
+    """
     moe = cfg.model.moe
     declared = (Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size), moe.router_options)
     own = ROUTERS[moe.router].params(*declared) | ROUTERS[moe.router].state(*declared)
@@ -199,7 +219,9 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2]; the modes come first."""
+    """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2];
+    the modes come first.
+    """
     per_token = (
         np.abs(after - before).max(-1) / np.abs(before).max()
     )  # of a whole row where that has one output
@@ -208,7 +230,9 @@ def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that is measured in seconds, from a nested dict of one: router, ordering, dispatcher, experts and group_rows are kept."""
+    """A config that is measured in seconds, from a nested dict of one: router, ordering,
+    dispatcher, experts and group_rows are kept.
+    """
     small = copy.deepcopy(dict(raw))
     model, group = small["model"], small["model"]["moe"]["group_rows"]
     model |= {
@@ -253,7 +277,9 @@ def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
-    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise are `raw`'s; capacity and tile bind."""
+    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise
+    are `raw`'s; capacity and tile bind.
+    """
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
     moe["dispatchers"]["capacity"]["factor"] = TIGHT
@@ -271,7 +297,9 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
 
 
 def _tile(small: Mapping[str, Any], router: str) -> int:
-    """Twice an even load: an expert's count is rounded to nothing or to all, whichever is nearer, so that rounding shows."""
+    """Twice an even load: an expert's count is rounded to nothing or to all, whichever is nearer,
+    so that rounding shows.
+    """
     moe = small["model"]["moe"]
     promise = ROUTERS[router].declared(moe["num_experts"], moe["routers"][router])
     choices = promise.average or promise.most or 1
@@ -281,7 +309,10 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
 
 
 def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
-    """What the label of a config and its measurement say together: "safe", "leaks ...", or that the label is wrong."""
+    """What the label of a config and its measurement say together:
+
+    "safe", "leaks ...", or that the label is wrong.
+    """
     seen, kinds = causality.sees(cfg.model), ("future", "batch") if has_future(cfg) else ("batch",)
     measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}
     wrong = [kind for kind in kinds if measured[kind] and not getattr(seen, kind)]

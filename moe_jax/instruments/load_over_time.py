@@ -1,4 +1,5 @@
-"""The load of every expert over the steps of a run: one panel for each MoE layer, steps downwards, experts to the right.
+"""The load of every expert over the steps of a run: one panel for each MoE layer, steps downwards,
+experts to the right.
 
 Shapes: L MoE layers, T steps that were noted, E experts.
 """

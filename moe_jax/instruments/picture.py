@@ -1,6 +1,8 @@
-"""Pictures of the experts: which domains they serve (`routing`), and what their loss costs (`knockout`).
+"""Pictures of the experts: which domains they serve (`routing`), and what their loss costs
+(`knockout`).
 
-Both have a panel for each MoE layer: figures of each expert above, domain by expert below. Places are in inches from the upper left
+Both have a panel for each MoE layer: figures of each expert above, domain by expert below. Places
+are in inches from the upper left
 corner: the automatic layouts of matplotlib take a minute for 32 layers.
 
 Shapes: L MoE layers, Z domains, E experts, R held-out rows.
@@ -27,12 +29,15 @@ MISSING = "0.85"  # grey
 INK, ALERT = "0.35", "#c44e52"
 
 INFORMATION = (
-    "How much the expert of a token tells about its domain: mutual information, in bits (0: all domains use the experts alike). "
+    "How much the expert of a token tells about its domain: mutual information, in bits (0: all "
+    "domains use the experts alike). "
     "Red line: chance; a bar that ends before it shows nothing."
 )
 ORIGIN = (
-    "Where the tokens of an expert come from, in percent, if every domain had equally many (a column adds up to 100 %; white: the "
-    "even share; grey: no tokens). Bars: the load, an expert's share of all assignments (dashed: the even share)."
+    "Where the tokens of an expert come from, in percent, if every domain had equally many (a "
+    "column adds up to 100 %; white: the "
+    "even share; grey: no tokens). Bars: the load, an expert's share of all assignments (dashed: "
+    "the even share)."
 )
 
 
@@ -58,7 +63,9 @@ class Plan(NamedTuple):
 
 
 def plan(layers: int, num_experts: int, names: Sequence[str], above: float) -> Plan:
-    """As many columns of panels as make the picture about as high as it is wide, and no wider than WIDEST."""
+    """As many columns of panels as make the picture about as high as it is wide, and no wider than
+    WIDEST.
+    """
     cell = 0.34 if num_experts <= NUMBERED else 0.17 if num_experts <= 32 else 0.11
     left = 0.9 + LETTER * max(map(len, names))
     one = Plan(left, max(1.8, cell * num_experts), above, 0.2 * len(names), 1, layers)
@@ -110,10 +117,12 @@ def routing(
     domains: Sequence[str],
     path: Path,
 ) -> np.ndarray:
-    """Draws what an expert tells about the domain; saves a PNG at `path` and returns it as an image [H, W, 3], uint8.
+    """Draws what an expert tells about the domain; saves a PNG at `path` and returns it as an image
+    [H, W, 3], uint8.
 
-    Above: the mutual information of each layer, beside what chance gives and the most that is possible. Below, for each layer: the
-    load of every expert, and the domains that its tokens come from.
+    Above: the mutual information of each layer, beside what chance gives and the most that is
+    possible. Below, for each layer: the load of every expert, and the domains that its tokens come
+    from.
 
     Args:
       counts_LZE: assignments of all held-out rows.
@@ -209,15 +218,16 @@ def _draw_origin(ax: Any, counts_ZE: np.ndarray, names: Sequence[str], even: flo
 def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
     """Draws what the loss of each expert costs, in bits per byte; saves a PNG at `path`.
 
-    Above, for each layer: the mean over domains, with its 95 % interval over held-out rows. Below: every domain, with a dot where
-    the interval leaves out 0.
+    Above, for each layer: the mean over domains, with its 95 % interval over held-out rows. Below:
+    every domain, with a dot where the interval leaves out 0.
     """
     there = np.flatnonzero(~np.isnan(worth.base_Z))
     names = [_short(domains[int(z)]) for z in there]
     layers, num_experts, _ = worth.change_LEZ.shape
     panels = plan(layers, num_experts, names, above=0.9)
     title = (
-        f"Bits per byte more when an expert is {PASSIVE[way]}. Above: mean over domains, with its 95 % interval over held-out rows. "
+        f"Bits per byte more when an expert is {PASSIVE[way]}. Above: mean over domains, with its "
+        "95 % interval over held-out rows. "
         "Below: each domain; a dot where the 95 % interval of the cell leaves out 0."
     )
     width = max(7.0, panels.total)
@@ -291,7 +301,9 @@ def _pairs(page: Page, top: float, panels: Plan, layers: int) -> list[tuple[Any,
 
 
 def _name_panels(pairs: Sequence[tuple[Any, Any]], columns: int, what: str) -> None:
-    """Names of domains, and of what is drawn above, stand at the first column; "expert" below the last line."""
+    """Names of domains, and of what is drawn above, stand at the first column; "expert" below the
+    last line.
+    """
     for layer, (above, below) in enumerate(pairs):
         above.set_xlim(below.get_xlim())
         above.set_xticks([])

@@ -1,15 +1,18 @@
-"""How many routing decisions hang on rounding: the share of chosen experts that change with precision and with batch composition.
+"""How many routing decisions hang on rounding: the share of chosen experts that change with
+precision and with batch composition.
 
     router     the router's logits in bfloat16 (its activations, weights and logits rounded), on the same activations
     model      the whole model in bfloat16, its router in float32 as always
     order      the same rows in reverse order
     size       the same rows in batches of half the size
 
-A decision is one (token, choice); it flips if the expert is not among the token's experts any more. For a router that decides token by
-token "order" and "size" are 0 up to rounding: a matrix product of another shape may sum in another order.
+A decision is one (token, choice); it flips if the expert is not among the token's experts any more.
+For a router that decides token by token "order" and "size" are 0 up to rounding: a matrix product
+of another shape may sum in another order.
 
-The margin of a token is the k-th largest of the scores that decide minus the next: what a perturbation must reach to flip a decision.
-They are the logits, and affinities plus bias for the routers `sigmoid` and `quantile`, unless those choose groups first.
+The margin of a token is the k-th largest of the scores that decide minus the next: what a
+perturbation must reach to flip a decision. They are the logits, and affinities plus bias for the
+routers `sigmoid` and `quantile`, unless those choose groups first.
 
 Shapes: L MoE layers, B rows, S sequence, K choices, E experts, D model, T tokens.
 """
@@ -36,7 +39,11 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9)
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """{"flips": {kind: [L]}, "margins": {quantile: [L]}, "notes": {kind: why it is missing}}, means over valid decisions."""
+    """{"flips": {kind:
+
+    [L]}, "margins": {quantile: [L]}, "notes": {kind: why it is missing}}, means over valid
+    decisions.
+    """
     cfg = run.cfg.model
     record_of = held_out.make_record(cfg, probe.INPUTS)
     low = held_out.make_record(dataclasses.replace(cfg, dtype="bfloat16"), probe.ROUTING)
@@ -76,7 +83,9 @@ def measure(run: Run) -> dict[str, Any]:
 def _perturbed(
     run: Run, record_of: Record, low: Record, batch: Batch, input_LBSD: np.ndarray
 ) -> dict[str, Callable[[Batch], np.ndarray]]:
-    """{kind: the batch of all processes -> the experts [L, B, S, K] that are taken now}; `batch` is of this process."""
+    """{kind: the batch of all processes -> the experts [L, B, S, K] that are taken now}; `batch` is
+    of this process.
+    """
     weights = run.params, run.router_state
     return {
         "router": lambda whole: rounded_router(run, input_LBSD, whole),
@@ -89,14 +98,21 @@ def _perturbed(
 
 
 def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> np.ndarray:
-    """[2, L]: (decisions of `before` that `after` does not make, decisions); the order of a token's experts does not count."""
+    """[2, L]:
+
+    (decisions of `before` that `after` does not make, decisions); the order of a token's experts
+    does not count.
+    """
     kept = (before_LBSK[..., :, None] == after_LBSK[..., None, :]).any(-1)
     real = before_LBSK < num_experts
     return np.stack([(real & ~kept).sum((1, 2, 3)), real.sum((1, 2, 3))])
 
 
 def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
-    """What the router takes the k largest of, [L, B, S, E]. UserError where a token's experts are not simply those."""
+    """What the router takes the k largest of, [L, B, S, E].
+
+    UserError where a token's experts are not simply those.
+    """
     moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
     options = moe.router_options
     exact = ROUTERS[moe.router].declared(moe.num_experts, options).exact
@@ -107,7 +123,8 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
             else "has no fixed number of choices for a token"
         )
         raise UserError(
-            f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no margin'
+            f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no '
+            "margin"
         )
     logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
     bias = held_out.router_state(run.router_state, run.cfg.model).get("bias")
@@ -127,10 +144,11 @@ def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
 
 
 def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray:
-    """The experts [L, B, S, K] that the router takes when its logits are those of a bfloat16 product.
+    """The experts [L, B, S, K] that the router takes when its logits are those of a bfloat16
+    product.
 
-    The rounded logits are given to the router itself as activations, with the identity as its gate, so that all that comes after the
-    logits (softmax, bias, groups) is the router's own.
+    The rounded logits are given to the router itself as activations, with the identity as its gate,
+    so that all that comes after the logits (softmax, bias, groups) is the router's own.
     """
     cfg = run.cfg.model
     gate_LDE = held_out.gates(run, "the precision of its logits")
@@ -177,7 +195,9 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray
 def _rearranged(
     run: Run, record_of: Callable[..., Any], batch: Batch, order_B: np.ndarray
 ) -> np.ndarray:
-    """The experts of the rows in another order, brought back to the first; a row keeps its number, and so its randomness."""
+    """The experts of the rows in another order, brought back to the first; a row keeps its number,
+    and so its randomness.
+    """
     rows = held_out.local_rows(run.cfg.eval.batch_size)
     moved = Batch(*(z[order_B][rows] for z in batch))
     expert = record_of(run.params, run.router_state, held_out.place(run, moved))["expert"]
@@ -194,7 +214,8 @@ def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndar
         or (size // devices) % run.cfg.model.moe.group_rows
     ):
         raise UserError(
-            f"half of eval.batch_size ({size} rows) does not fit the mesh or model.moe.group_rows: take more rows"
+            f"half of eval.batch_size ({size} rows) does not fit the mesh or model.moe.group_rows: "
+            "take more rows"
         )
     smaller = run._replace(
         cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size))

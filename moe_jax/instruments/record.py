@@ -3,13 +3,15 @@
     workdir/routing/manifest.json        what the run is, what each file holds
     workdir/routing/step_00000100.npz    of the batch that step 100 took
 
-A file has, for L MoE layers, R rows of the batch, S tokens and K choices of a token (K = num_experts, in their order, where a router has
-no fixed number of choices): "expert" [L, R, S, K] (num_experts = nowhere: padding, an unused place), "gate" (float16), "dropped" (chosen,
-but the expert had no place); "token", "segment" (a document; 0 = padding) and "domain" [R, S]. Integers have the smallest type that holds
-them.
+A file has, for L MoE layers, R rows of the batch, S tokens and K choices of a token (K =
+num_experts, in their order, where a router has no fixed number of choices): "expert" [L, R, S, K]
+(num_experts = nowhere: padding, an unused place), "gate" (float16), "dropped" (chosen, but the
+expert had no place); "token", "segment" (a document; 0 = padding) and "domain" [R, S]. Integers
+have the smallest type that holds them.
 
-The record is a forward pass of its own, with the randomness of the step: a run that records nothing pays nothing. Numbers that are not
-integers may differ between meshes in their last bit, and in float32 a tie may be decided differently; in float64 the files are equal.
+The record is a forward pass of its own, with the randomness of the step: a run that records nothing
+pays nothing. Numbers that are not integers may differ between meshes in their last bit, and in
+float32 a tie may be decided differently; in float64 the files are equal.
 """
 
 import dataclasses
@@ -49,7 +51,9 @@ def recorded(cfg: Config) -> Callable[[int], bool]:
 def make_recorder(
     cfg: Config, model: Model, domains: Sequence[str], directory: Path
 ) -> Callable[[int, State, lm.Inputs], None]:
-    """(step, state before it, its batch) -> writes the file of the step, if `record.steps` asks for it. All processes call it."""
+    """(step, state before it, its batch) -> writes the file of the step, if `record.steps` asks for
+    it. All processes call it.
+    """
     asked = recorded(cfg)
     if cfg.record.steps:
         check(cfg.model)
@@ -88,7 +92,9 @@ def make_recorder(
 
 
 def check(cfg: ModelConfig) -> None:
-    """UserError for a model whose routing is not of every token: without MoE layers, or with a mixture of depths around one."""
+    """UserError for a model whose routing is not of every token: without MoE layers, or with a
+    mixture of depths around one.
+    """
     if not cfg.num_moe_layers:
         raise UserError(
             "the model has no MoE layer, so there is no routing to look at (record.steps)"
@@ -96,7 +102,8 @@ def check(cfg: ModelConfig) -> None:
     deep = [kind for kind in cfg.blocks if kind.endswith("moe") and kind != "moe"]
     if deep:
         raise UserError(
-            f'only some tokens go through a block "{deep[0]}": their routing cannot be recorded by token'
+            f'only some tokens go through a block "{deep[0]}": their routing cannot be recorded by '
+            "token"
         )
 
 
@@ -137,7 +144,9 @@ def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
 
 
 def config_hash(cfg: Config) -> str:
-    """SHA-256 of what makes the routing: equal on every mesh, and however the layers are stored or recomputed."""
+    """SHA-256 of what makes the routing: equal on every mesh, and however the layers are stored or
+    recomputed.
+    """
     every = dataclasses.asdict(cfg)
     chosen: dict[str, Any] = {name: every[name] for name in SAME_RUN} | {
         "batch_size": cfg.train.batch_size
@@ -177,7 +186,8 @@ def read(directory: Path, step: int) -> dict[str, np.ndarray]:
         steps = (p.stem.removeprefix("step_") for p in directory.glob("step_*.npz"))
         have = sorted(int(step) for step in steps if step.isdecimal())
         raise UserError(
-            f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} (record.steps)"
+            f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} "
+            "(record.steps)"
         )
     with np.load(path) as file:
         return {name: file[name] for name in file.files}

@@ -1,15 +1,17 @@
-"""What the routing is worth: the held-out loss under another routing than the model's own, everything else as it is.
+"""What the routing is worth: the held-out loss under another routing than the model's own,
+everything else as it is.
 
     own        recorded and replayed: no gap, which proves the replay
     frozen     as an earlier checkpoint of the run routes the same batches
     shuffled   the assignments of a batch (a token's experts and gates) dealt out anew among its tokens: every expert keeps its load
     balanced   equally many tokens for every expert, and of all such assignments the one with the highest total router probability
-               (a transport problem, solved exactly; each token's gates are its probabilities, of softmax or of the router's own
-               score, scaled to the sum of its own gates)
+               (a transport problem, solved exactly; each token's gates are its probabilities, of
+               softmax or of the router's own score, scaled to the sum of its own gates)
     random     k different experts, uniformly, with the token's own gates
 
-All MoE layers are replaced at once, by the router "recorded"; other parameters are those of the checkpoint. `under` makes the same model
-for training: a step takes the routing from `lm.Inputs.recorded`. retrain.py goes on training under each way.
+All MoE layers are replaced at once, by the router "recorded"; other parameters are those of the
+checkpoint. `under` makes the same model for training: a step takes the routing from
+`lm.Inputs.recorded`. retrain.py goes on training under each way.
 
 Shapes: L MoE layers, B rows, S sequence, K choices, E experts, N valid tokens.
 """
@@ -37,7 +39,9 @@ ROUTER = "recorded"
 
 
 class Seen(NamedTuple):
-    """What a way of routing may use: the model's own routing of a batch, and what its router thought."""
+    """What a way of routing may use: the model's own routing of a batch, and what its router
+    thought.
+    """
 
     expert_LBSK: np.ndarray
     gate_LBSK: np.ndarray
@@ -48,7 +52,9 @@ class Seen(NamedTuple):
 
 
 def under(cfg: ModelConfig, num_choices: int, gates: str) -> ModelConfig:
-    """The model with the router "recorded" in place of its own; gates "recorded", or of the "router", which then learns."""
+    """The model with the router "recorded" in place of its own; gates "recorded", or of the
+    "router", which then learns.
+    """
     declared = ROUTERS[cfg.moe.router].declared(cfg.moe.num_experts, cfg.moe.router_options)
     options = Options(
         k=num_choices, gates=gates, average=declared.average or 0.0
@@ -58,7 +64,9 @@ def under(cfg: ModelConfig, num_choices: int, gates: str) -> ModelConfig:
 
 
 def fitted(values: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The weights of a model as those of the same model `under` another routing (`like`): what its router lacks is zero."""
+    """The weights of a model as those of the same model `under` another routing (`like`): what its
+    router lacks is zero.
+    """
 
     def one(key: Any, wanted: Any) -> Any:
         if isinstance(wanted, Mapping):
@@ -76,7 +84,9 @@ def own(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shuffled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """A token's experts and gates stay together, so its experts stay different and every load stays what it is."""
+    """A token's experts and gates stay together, so its experts stay different and every load stays
+    what it is.
+    """
     expert, gate = seen.expert_LBSK.copy(), seen.gate_LBSK.copy()
     for layer in range(len(expert)):
         order_N = seen.rng.permutation(int(seen.valid_BS.sum()))
@@ -112,9 +122,11 @@ def balanced(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best_balanced(probs_NE: np.ndarray, num_choices: int) -> np.ndarray:
-    """[N, K]: k different experts for each token, at most ceil(N k / E) tokens for each expert, the largest total probability.
+    """[N, K]: k different experts for each token, at most ceil(N k / E) tokens for each expert, the
+    largest total probability.
 
-    The linear program of a transport problem, whose corners are whole numbers; a token's experts in order of falling probability.
+    The linear program of a transport problem, whose corners are whole numbers; a token's experts in
+    order of falling probability.
     """
     from scipy import optimize, sparse
 
@@ -146,7 +158,10 @@ WAYS: dict[str, Callable[[Seen], tuple[np.ndarray, np.ndarray]]] = {
 def evaluate(
     run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """{way: figures}: "bits_per_byte", "loss", "domain/NAME/..." and the gaps of both to the model's own routing ("gap/...").
+    """{way: figures}:
+
+    "bits_per_byte", "loss", "domain/NAME/..." and the gaps of both to the model's own routing
+    ("gap/...").
 
     Args:
       earlier: {step: (params, router state)} of earlier checkpoints, each the way "frozen STEP".
@@ -224,7 +239,9 @@ def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
 def gaps(
     run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str], to: str
 ) -> dict[str, dict[str, Any]]:
-    """{way: figures of its sums of all batches, and their gaps to those of the way `to`}, and the notes."""
+    """{way: figures of its sums of all batches, and their gaps to those of the way `to`}, and the
+    notes.
+    """
     every = {
         name: _scalars(held_out.figures(run, s))
         for name, s in sums.items()

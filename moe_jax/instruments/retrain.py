@@ -1,13 +1,16 @@
-"""What the routing is worth while a model learns: training goes on from a checkpoint under other routings than the model's own.
+"""What the routing is worth while a model learns: training goes on from a checkpoint under other
+routings than the model's own.
 
     own, shuffled, balanced, random     as in replay.py
     frozen                              as the checkpoint routes the same batch, whatever has been learned since
 
-At every step the model in training routes its batch (as it evaluates: without dropout and noise), the way changes that routing, and the
-step is taken under the router "recorded"; the held-out batches are then routed alike. All ways begin with the same parameters and moments
-and see the same batches. Gates: where they are the softmax over a token's experts (top_k that renormalises), the present router gives
-them to whatever experts it is told, and learns through them; else they are constants, and it learns by its auxiliary losses alone. A
-router's state stays as it was at the checkpoint.
+At every step the model in training routes its batch (as it evaluates: without dropout and noise),
+the way changes that routing, and the step is taken under the router "recorded"; the held-out
+batches are then routed alike. All ways begin with the same parameters and moments and see the same
+batches. Gates: where they are the softmax over a token's experts (top_k that renormalises), the
+present router gives them to whatever experts it is told, and learns through them; else they are
+constants, and it learns by its auxiliary losses alone. A router's state stays as it was at the
+checkpoint.
 """
 
 import dataclasses
@@ -37,7 +40,8 @@ Route = Callable[[str, Any, Batch, int], lm.Inputs]  # (way, params, batch, numb
 def evaluate(
     run: Run, cfg: Config, state: State, steps: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """{way: figures} as replay.evaluate gives them, after `steps` steps under each way, with gaps to "own".
+    """{way: figures} as replay.evaluate gives them, after `steps` steps under each way, with gaps
+    to "own".
 
     Args:
       cfg: of the training run, as `run.cfg` may have another dispatcher.
@@ -78,7 +82,10 @@ def evaluate(
 
 
 def gates(moe: MoEConfig) -> str:
-    """Of the router "recorded": "router" where it then gives the gates of the model itself, else "recorded"."""
+    """Of the router "recorded":
+
+    "router" where it then gives the gates of the model itself, else "recorded".
+    """
     o = moe.router_options
     own = (
         moe.router == "top_k" and o["scale"] == 1 and (o["renormalize"] or o["softmax"] == "after")
@@ -87,7 +94,9 @@ def gates(moe: MoEConfig) -> str:
 
 
 def make_route(run: Run, old: State, seed: int) -> Route:
-    """The batch on the mesh, with what a way makes of the routing by `params` (way "frozen": by those of the checkpoint, `old`)."""
+    """The batch on the mesh, with what a way makes of the routing by `params` (way "frozen": by
+    those of the checkpoint, `old`).
+    """
     record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
 
     def route(way: str, params: Any, batch: Batch, number: int) -> lm.Inputs:
@@ -103,12 +112,16 @@ def make_route(run: Run, old: State, seed: int) -> Route:
 
 
 def make_learner(cfg: Config, state: State) -> tuple[State, Callable[..., Any]]:
-    """(the state as one of the model of `cfg`, its compiled step). UserError for a router with other weights than a matrix."""
+    """(the state as one of the model of `cfg`, its compiled step).
+
+    UserError for a router with other weights than a matrix.
+    """
     model = make_model(cfg.model)
     params, router_state = jax.eval_shape(model.init, jax.random.key(0))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
         raise UserError(
-            "to train under a replayed routing (--steps) the router must have one matrix [d_model, num_experts] and no other weights: "
+            "to train under a replayed routing (--steps) the router must have one matrix [d_model, "
+            "num_experts] and no other weights: "
             "the moments of the optimizer are those of the checkpoint"
         )
     begin = state._replace(router_state=replay.fitted(state.router_state, router_state))

@@ -1,4 +1,6 @@
-"""Which `jax.named_scope` each instruction of a compiled program comes from, and which phase of a step that is."""
+"""Which `jax.named_scope` each instruction of a compiled program comes from, and which phase of a
+step that is.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +10,11 @@ MOE = ("route", "dispatch", "experts", "combine")
 
 
 class Instruction(NamedTuple):
-    """One line of compiled text. `computation`: where it stands. `called`: the computations that it runs. `scope`: "" = not known."""
+    """One line of compiled text.
+
+    `computation`: where it stands. `called`: the computations that it runs. `scope`: "" = not
+    known.
+    """
 
     opcode: str
     computation: str
@@ -18,7 +24,10 @@ class Instruction(NamedTuple):
 
 
 def read_instructions(hlo: str) -> dict[str, Instruction]:
-    """{name: Instruction} of the text of a compiled module (`jitted.lower(...).compile().as_text()`)."""
+    """{name:
+
+    Instruction} of the text of a compiled module (`jitted.lower(...).compile().as_text()`).
+    """
     found: dict[str, Instruction] = {}
     computation = ""
     for line in hlo.splitlines():
@@ -47,7 +56,9 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
 
 
 def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
-    """{instruction: scope path}. One that the compiler added takes the scope of what it fuses, else of the loop around it, of the
+    """{instruction: scope path}.
+
+    One that the compiler added takes the scope of what it fuses, else of the loop around it, of the
     first instruction that uses it (a copy is made for its user), or of what it uses.
     """
     users: dict[str, list[str]] = {}
@@ -93,7 +104,8 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
 def phase_of(scope: str) -> tuple[str, str]:
     """ "jit(step)/transpose(jvp(moe))/experts/cond/dot" -> ("moe/experts", "backward").
 
-    What rematerialisation computes again counts as backward. The optimizer has no passes: ("optimizer", "").
+    What rematerialisation computes again counts as backward. The optimizer has no passes:
+    ("optimizer", "").
     """
     parts = re.split(r"[/()]+", scope)  # with the names inside of "jvp(...)" and "transpose(...)"
     if "optimizer" in parts:

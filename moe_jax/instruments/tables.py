@@ -47,7 +47,9 @@ def precision(result: Mapping[str, Any]) -> list[Table | str]:
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str]:
-    """What the loss of each expert costs every domain, and the mean over domains that have rows, with its interval."""
+    """What the loss of each expert costs every domain, and the mean over domains that have rows,
+    with its interval.
+    """
     title = (
         f"bits per byte more when an expert is {PASSIVE[way]} (*: the 95 % interval leaves out 0)"
     )
@@ -75,7 +77,9 @@ def _mark(low: float, high: float) -> str:
 
 
 def interference(result: Mapping[str, float]) -> list[Table | str]:
-    """Cosine and norm ratio of each auxiliary loss against the language loss, one line a layer and part."""
+    """Cosine and norm ratio of each auxiliary loss against the language loss, one line a layer and
+    part.
+    """
     losses = sorted({key.rsplit("/", 1)[1].rsplit("_", 1)[0] for key in result})
     columns = [f"{name} {kind}" for name in losses for kind in ("cosine", "ratio")]
     title = "gradients of auxiliary losses against the language loss"
@@ -89,7 +93,9 @@ def interference(result: Mapping[str, float]) -> list[Table | str]:
 
 
 def _order(place: str) -> tuple[bool, int, int]:
-    """Layers by number, in each the parts as PARTS has them and then the rest; what is outside of them last."""
+    """Layers by number, in each the parts as PARTS has them and then the rest; what is outside of
+    them last.
+    """
     layer, _, part = place.partition("/")
     if place == "outside":
         return True, 0, 0

@@ -1,7 +1,9 @@
-"""Where the time of a step goes: a profiler trace whose instructions carry the phases of the MoE layer, on a CPU too.
+"""Where the time of a step goes: a profiler trace whose instructions carry the phases of the MoE
+layer, on a CPU too.
 
-A trace names compiled instructions ("ynn_fusion.65"); the compiled text of the step says which `jax.named_scope` each comes from. Together:
-milliseconds of moe/route, moe/dispatch, moe/experts, moe/combine, attention and optimizer, forward and backward.
+A trace names compiled instructions ("ynn_fusion.65"); the compiled text of the step says which
+`jax.named_scope` each comes from. Together: milliseconds of moe/route, moe/dispatch, moe/experts,
+moe/combine, attention and optimizer, forward and backward.
 """
 
 import gzip
@@ -26,7 +28,9 @@ CONTAINERS = (
 
 
 class Profile:
-    """The trace of the steps [first, last) that `profile = "first:last"` asks for, of this process alone."""
+    """The trace of the steps [first, last) that `profile = "first:last"` asks for, of this process
+    alone.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, workdir: Path):
         self._steps, self._begun = steps or (0, 0), -1
@@ -34,7 +38,9 @@ class Profile:
         self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
 
     def begins(self, step: int) -> bool:
-        """Whether the trace starts before `step`: the first step of the range that this run gets to."""
+        """Whether the trace starts before `step`: the first step of the range that this run gets
+        to.
+        """
         return self._begun < 0 and self._steps[0] <= step < self._steps[1]
 
     def begin(self, step: int, state: Any) -> None:
@@ -49,9 +55,12 @@ class Profile:
         return self._begun >= 0 and (done == self._steps[1] or last)
 
     def end(self, done: int, last: bool, step_fn: Any, state: Any, batch: Any) -> list[str]:
-        """After `done` steps: ends the trace if that was the last of the range or of the run. What to show.
+        """After `done` steps: ends the trace if that was the last of the range or of the run.
 
-        `step_fn`: the jitted step, and its next arguments: compiled long ago, so that its text takes milliseconds.
+        What to show.
+
+        `step_fn`: the jitted step, and its next arguments: compiled long ago, so that its text
+        takes milliseconds.
         """
         if not self.ends(done, last):
             return []
@@ -75,7 +84,9 @@ class Profile:
 
 
 class Change(NamedTuple):
-    """At `time` (ns) an instruction begins (`by` = 1) or ends (-1) to run on a thread, or to be under way on others."""
+    """At `time` (ns) an instruction begins (`by` = 1) or ends (-1) to run on a thread, or to be
+    under way on others.
+    """
 
     time: float
     running: bool
@@ -84,7 +95,10 @@ class Change(NamedTuple):
 
 
 def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction]) -> list[Change]:
-    """What happens in a trace (*.xplane.pb), in order. Instructions of other modules have the name ""."""
+    """What happens in a trace (*.xplane.pb), in order.
+
+    Instructions of other modules have the name "".
+    """
     changes: list[Change] = []
     begun: dict[int, tuple[float, str]] = {}
     for plane in ProfileData.from_file(str(path)).planes:
@@ -98,7 +112,8 @@ def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction
                     if name in instructions and instructions[name].opcode not in CONTAINERS:
                         begun[stats.get("_p", 0)] = event.start_ns, name
                 elif event.name.startswith("end: ") and stats.get("_c") in begun:
-                    # A CPU instruction may leave its work to other threads, which trace nothing, and end long after its event.
+                    # A CPU instruction may leave its work to other threads, which trace nothing,
+                    # and end long after its event.
                     start, name = begun.pop(stats["_c"])
                     changes += [
                         Change(start, False, name, 1),
@@ -110,7 +125,9 @@ def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction
 
 
 def innermost(events: list[tuple[float, float, str]]) -> Iterator[tuple[float, float, str]]:
-    """The events (start, end, name) of one thread, each without the time of the events within it: no time counts twice."""
+    """The events (start, end, name) of one thread, each without the time of the events within it:
+    no time counts twice.
+    """
     stack: list[tuple[float, str]] = []
     at = 0.0
     for start, end, name in [*sorted(events, key=lambda e: (e[0], -e[1])), (float("inf"), 0.0, "")]:
@@ -126,10 +143,12 @@ def innermost(events: list[tuple[float, float, str]]) -> Iterator[tuple[float, f
 
 
 def share(changes: list[Change]) -> tuple[dict[str, float], float]:
-    """({name: ns}, ns in which nothing runs). The sum is the time from the first change to the last.
+    """({name: ns}, ns in which nothing runs).
 
-    Instructions that run at the same moment, on several threads or devices, share it evenly; those that are only under way share what
-    is left.
+    The sum is the time from the first change to the last.
+
+    Instructions that run at the same moment, on several threads or devices, share it evenly; those
+    that are only under way share what is left.
     """
     times: defaultdict[str, float] = defaultdict(float)
     idle, at = 0.0, changes[0].time if changes else 0.0
@@ -163,7 +182,8 @@ class Phases(NamedTuple):
 
 
 def write(directory: Path, hlo: str, steps: int) -> tuple[Path, Phases]:
-    """Writes phases.json and phases.txt beside the newest trace below `directory`, and the scopes into the trace.
+    """Writes phases.json and phases.txt beside the newest trace below `directory`, and the scopes
+    into the trace.
 
     Args:
       directory: as given to `jax.profiler.start_trace`.
@@ -240,7 +260,9 @@ def table(result: Phases) -> str:
 
 
 def annotate(path: Path, module: str, scopes: Mapping[str, str]) -> None:
-    """Puts the phase in front of the name of each instruction of a *.trace.json.gz, and its scope among the arguments: for Perfetto."""
+    """Puts the phase in front of the name of each instruction of a *.trace.json.gz, and its scope
+    among the arguments: for Perfetto.
+    """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         trace = json.load(file)
     for event in trace["traceEvents"]:

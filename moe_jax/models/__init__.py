@@ -1,6 +1,9 @@
-"""The models by `model.kind`: one file and one line each. A model is an nnx.Module `Model(key, cfg)`.
+"""The models by `model.kind`: one file and one line each.
 
-It is called with (batch, rng, train) and gives (outputs, sums), sums per row of its layers {name: [L, B, ...]}.
+A model is an nnx.Module `Model(key, cfg)`.
+
+It is called with (batch, rng, train) and gives (outputs, sums), sums per row of its layers {name:
+[L, B, ...]}.
 """
 
 from typing import Any

@@ -1,15 +1,18 @@
-"""The model of the article that this project started from: embedding, sparse experts, aggregation, softmax. No attention.
+"""The model of the article that this project started from: embedding, sparse experts, aggregation,
+softmax. No attention.
 
     e_j = E[:, v_j]                        the embedding of the token at place j of a window of m input places
     z_i = f(sum over j of w_ij e_j)        expert i of n: a weighted sum of the window's embeddings, one number w_ij for each place
     h   = g(z_1 .. z_n)                    "sum", "mean", or "gated": sum of p_i z_i with p = softmax(mean of the window's e_j, times G)
     y   = softmax(h O)                     a fully connected layer and the softmax (sections 2.4 and 4.1 of the article)
 
-w [n, m] is the sparse matrix of the article's section 3; what keeps most of it at zero is model.moe.sparse, as for any expert.
-With f the identity, sum and mean make the experts one linear map of the window, whatever n is; docs/article.md has the worked example.
+w [n, m] is the sparse matrix of the article's section 3; what keeps most of it at zero is
+model.moe.sparse, as for any expert. With f the identity, sum and mean make the experts one linear
+map of the window, whatever n is; docs/article.md has the worked example.
 
-Next token (num_classes = 0): the window of a token is itself and the m - 1 tokens before it, as far as they belong to its segment; place m
-is the token itself. Classification: the window is the row; a row has at most m tokens, and what is padding counts as zero.
+Next token (num_classes = 0): the window of a token is itself and the m - 1 tokens before it, as far
+as they belong to its segment; place m is the token itself. Classification: the window is the row; a
+row has at most m tokens, and what is padding counts as zero.
 
 Shapes: B rows, S sequence, D embedding, n experts, m places, V vocabulary, C classes.
 """
@@ -35,7 +38,10 @@ AGGREGATES = ("sum", "mean", "gated")
 
 
 class Article(nnx.Module):
-    """`model(batch, rng, train) -> (logits, {})`: [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random."""
+    """`model(batch, rng, train) -> (logits, {})`:
+
+    [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random.
+    """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg, options = cfg, cfg.kind_options
@@ -97,7 +103,9 @@ class Article(nnx.Module):
 
 
 def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
-    """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end with it, within its segment."""
+    """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end
+    with it, within its segment.
+    """
     S = e_BSD.shape[1]
 
     def earlier(z, by):

@@ -1,13 +1,18 @@
-"""Grouped-query attention within a segment, with optional query-key norm and biases, and its key-value cache; and cross-attention.
+"""Grouped-query attention within a segment, with optional query-key norm and biases, and its
+key-value cache; and cross-attention.
 
-Which keys a token sees is the mask (MASKS): earlier ones, or all of its segment; where there is a prefix, all of that and earlier
-ones. Cross-attention sees the whole source row. It has no rotary embedding: positions of two languages are not on one axis, and T5
-(Raffel et al. 2020, arXiv:1910.10683) and Marian have no position in it either; queries and keys know their places from self-attention.
+Which keys a token sees is the mask (MASKS): earlier ones, or all of its segment; where there is a
+prefix, all of that and earlier ones. Cross-attention sees the whole source row. It has no rotary
+embedding: positions of two languages are not on one axis, and T5 (Raffel et al. 2020,
+arXiv:1910.10683) and Marian have no position in it either; queries and keys know their places from
+self-attention.
 
-Heads are split over `model`, rows over `data` and `expert`. The core runs inside a shard_map because its CPU kernel loops over heads and
-blocks, which global-view code may not do over a sharded dimension.
+Heads are split over `model`, rows over `data` and `expert`. The core runs inside a shard_map
+because its CPU kernel loops over heads and blocks, which global-view code may not do over a sharded
+dimension.
 
-Shapes: B rows, S sequence, T tokens of a source row, D model, H query heads, G key-value heads, A head width, M length of the cache.
+Shapes: B rows, S sequence, T tokens of a source row, D model, H query heads, G key-value heads, A
+head width, M length of the cache.
 """
 
 from collections.abc import Callable
@@ -35,14 +40,19 @@ MASKS: dict[str, Callable[..., Keys]] = {"causal": causal, "full": full}
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far; slot i of a row holds the token at position i. An argument and a return, never a variable."""
+    """Keys and values of the tokens so far; slot i of a row holds the token at position i.
+
+    An argument and a return, never a variable.
+    """
 
     k_BMGA: Any  # arrays; or their specs
     v_BMGA: Any
 
 
 class Memory(NamedTuple):
-    """Keys and values of the source rows for the cross-attention of one block: constant while the target is decoded."""
+    """Keys and values of the source rows for the cross-attention of one block: constant while the
+    target is decoded.
+    """
 
     k_BTGA: Any
     v_BTGA: Any
@@ -69,10 +79,12 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 class Attention(nnx.Module):
-    """`attention(x_BSD, segment_BS, position_BS) -> (y_BSD, None)`, or with a cache `-> (y_BSD, cache)`.
+    """`attention(x_BSD, segment_BS, position_BS) -> (y_BSD, None)`, or with a cache `-> (y_BSD,
+    cache)`.
 
-    `seen_BM` (with a cache only): which of its slots hold a key; None = all up to the query's own. `prefix_BS`: which tokens see
-    their whole prefix instead; with a cache all of a row's prefix comes in one call.
+    `seen_BM` (with a cache only): which of its slots hold a key; None = all up to the query's own.
+    `prefix_BS`: which tokens see their whole prefix instead; with a cache all of a row's prefix
+    comes in one call.
     """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig, mask: str = "causal"):
@@ -107,7 +119,9 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """`cross(x_BSD, segment_BS, memory) -> y_BSD`, where `memory = cross.remember(source_BTD, segment_BT)`."""
+    """`cross(x_BSD, segment_BS, memory) -> y_BSD`, where `memory = cross.remember(source_BTD,
+    segment_BT)`.
+    """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
@@ -167,7 +181,9 @@ def _sharded_core(
 def _cached_core(
     q, k, v, position_BS, last_BS, cache: Cache, seen_BM, scale: float
 ) -> tuple[jax.Array, Cache]:
-    """Writes the new keys and values at their positions, then attends to all positions up to each query's last (that `seen_BM` allows)."""
+    """Writes the new keys and values at their positions, then attends to all positions up to each
+    query's last (that `seen_BM` allows).
+    """
 
     def on_device(q, k, v, position_BS, last_BS, cache, seen_BM):
         row = jnp.arange(q.shape[0])[:, None]

@@ -1,16 +1,20 @@
-"""Attention on the rows and heads of one device: causal, bidirectional, with a bidirectional prefix, or across rows.
+"""Attention on the rows and heads of one device: causal, bidirectional, with a bidirectional
+prefix, or across rows.
 
-The keys that a query may see are one run, `Keys`: in causal attention from the first token of its segment to itself.
-So a mask is two comparisons of a key's index with two numbers per query, which a CPU's compiler vectorises; comparing
-segments with each other made the exponentials ten times slower, measured.
+The keys that a query may see are one run, `Keys`: in causal attention from the first token of its
+segment to itself. So a mask is two comparisons of a key's index with two numbers per query, which a
+CPU's compiler vectorises; comparing segments with each other made the exponentials ten times
+slower, measured.
 
-The CPU runs over a few static blocks of queries, each with only the keys that causality allows where it is known, and
-over groups of heads whose scores stay in the cache. Only the log of the softmax's denominator is kept for the backward pass, which
-computes the scores again (Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 4). Other platforms run the
-same code as one block and one group, which is plain XLA.
+The CPU runs over a few static blocks of queries, each with only the keys that causality allows
+where it is known, and over groups of heads whose scores stay in the cache. Only the log of the
+softmax's denominator is kept for the backward pass, which computes the scores again (Dao et al.
+2022, FlashAttention, arXiv:2205.14135, algorithm 4). Other platforms run the same code as one block
+and one group, which is plain XLA.
 
-B rows, T queries and S keys of a row, H query heads, G key and value heads, r = H / G query heads per key head, A head
-width, N = B * G, Q = T * r queries of a key head (query i belongs to token i // r), K keys of a block.
+B rows, T queries and S keys of a row, H query heads, G key and value heads, r = H / G query heads
+per key head, A head width, N = B * G, Q = T * r queries of a key head (query i belongs to token i
+// r), K keys of a block.
 """
 
 import functools
@@ -40,7 +44,10 @@ class Keys(NamedTuple):
 
 
 def causal(segment_BS: Array) -> Keys:
-    """Every token sees itself and earlier tokens of its segment. Segments are runs of equal ids; 0 is padding."""
+    """Every token sees itself and earlier tokens of its segment.
+
+    Segments are runs of equal ids; 0 is padding.
+    """
     return Keys(_first_of_run(segment_BS), ())
 
 
@@ -50,7 +57,9 @@ def full(segment_BS: Array) -> Keys:
 
 
 def prefix(segment_BS: Array, prefix_BS: Array) -> Keys:
-    """Tokens where `prefix_BS` see the whole prefix of their segment, a run at its beginning; others are causal."""
+    """Tokens where `prefix_BS` see the whole prefix of their segment, a run at its beginning;
+    others are causal.
+    """
     index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
     run_BS = jnp.where(prefix_BS, segment_BS, -1)
     last_BS = jnp.where(prefix_BS, _last_of_run(run_BS), index_1S)
@@ -58,7 +67,9 @@ def prefix(segment_BS: Array, prefix_BS: Array) -> Keys:
 
 
 def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
-    """Every token that is not padding sees all tokens of the source row that are not: one run, else what lies between."""
+    """Every token that is not padding sees all tokens of the source row that are not: one run, else
+    what lies between.
+    """
     valid_BS = source_segment_BS > 0
     S = source_segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
@@ -69,7 +80,9 @@ def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
 
 
 def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale: float) -> Array:
-    """o_BTHA: every query attends to its run of keys; softmax in float32 or wider. One that sees none gives zero.
+    """o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
+
+    One that sees none gives zero.
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i.
     """
@@ -91,7 +104,8 @@ def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale:
 def decode_attention(
     q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Array, *, scale: float
 ) -> Array:
-    """o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says which a query may see.
+    """o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says which a
+    query may see.
 
     A query that may see nothing gives zero.
     """
@@ -147,7 +161,10 @@ _core.defvjp(_forward, _backward)
 
 
 def _by_platform(run: Any, *args: Any) -> Any:
-    """The one switch: `run(num_blocks, *args)`, in blocks and groups of heads where compiled for a CPU, else at once."""
+    """The one switch:
+
+    `run(num_blocks, *args)`, in blocks and groups of heads where compiled for a CPU, else at once.
+    """
     N, Q, _ = args[0].shape
     S = args[1].shape[1]
     length = S if len(args[3]) == 1 else Q
@@ -173,7 +190,9 @@ def _by_platform(run: Any, *args: Any) -> Any:
 
 
 def _blocks(num_blocks: int, Q: int, S: int, causal: bool) -> list[tuple[slice, int]]:
-    """(queries, number of keys they may see at most) of each block; any S will do, blocks need not be equal."""
+    """(queries, number of keys they may see at most) of each block; any S will do, blocks need not
+    be equal.
+    """
     length, r = (S, Q // S) if causal else (Q, 1)
     edges = [length * i // num_blocks for i in range(num_blocks + 1)]
     return [
@@ -207,7 +226,8 @@ def _forward_blocks(
         )
         score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, :K]) * scale
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
-        # never as low as MASKED, so that a query which sees nothing has weights of zero, and not of one
+        # never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
+        # one
         top_NQ1 = jnp.maximum(jnp.max(score_NQK, axis=-1, keepdims=True), MASKED / 2)
         weight_NQK = jnp.exp(score_NQK - top_NQ1)
         sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
@@ -230,7 +250,10 @@ def _backward_blocks(
     log_sum_NQ: Array,
     do_NQA: Array,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv). Scores lie keys first here: then only one of the five products needs a transposed operand."""
+    """(dq, dk, dv).
+
+    Scores lie keys first here: then only one of the five products needs a transposed operand.
+    """
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
     shift_NQ = jnp.sum(o_NQA.astype(wide) * do_NQA.astype(wide), axis=-1)

@@ -1,10 +1,13 @@
-"""The decoder: embedding, a pattern of pre-norm blocks (prefix, period x repeats, suffix), final norm, head. Global view.
+"""The decoder: embedding, a pattern of pre-norm blocks (prefix, period x repeats, suffix), final
+norm, head. Global view.
 
-A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is dense or a mixture of experts (plus shared
-experts); the other models are made of the same blocks, with another mask, cross-attention in the middle, or no attention at all. A block
-of kind "depth:dense" or "depth:moe" is one that only some tokens go through (models/depth.py). With `scan`, one period is stacked over the
-repeats and run by lax.scan: equal first values, equal functions. Every block returns `(x, sums)`; the sums of one name are stacked to
-[L, B, ...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
+A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is
+dense or a mixture of experts (plus shared experts); the other models are made of the same blocks,
+with another mask, cross-attention in the middle, or no attention at all. A block of kind
+"depth:dense" or "depth:moe" is one that only some tokens go through (models/depth.py). With `scan`,
+one period is stacked over the repeats and run by lax.scan: equal first values, equal functions.
+Every block returns `(x, sums)`; the sums of one name are stacked to [L, B, ...] in the order of the
+blocks that have it: the MoE blocks, or the depth blocks.
 
 Shapes: B rows, S sequence, D model, V vocabulary, L MoE layers, M length of the cache.
 """
@@ -38,8 +41,10 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 
 
-# Standard deviation of the first logits of an untied head. 1 costs half a nat at the first step; 0 would
-# give no gradient to anything but the head there, so that a proof at the first step would prove nothing.
+# Standard deviation of the first logits of an untied head. 1 costs half a nat at the first step; 0
+# would
+# give no gradient to anything but the head there, so that a proof at the first step would prove
+# nothing.
 FIRST_LOGITS = 0.1
 
 
@@ -56,13 +61,17 @@ class Context(NamedTuple):
     batch: Batch
     rng: jax.Array
     index: jax.Array  # of the block: each folds it into its key
-    source: Any = ()  # for cross-attention: a Source, or a Memory, the keys and values that this block already made of it
+    # for cross-attention: a Source, or a Memory, the keys and values that this block already made
+    # of it
+    source: Any = ()
 
 
 class Look(NamedTuple):
     """What the attention of a stack of blocks sees."""
 
-    mask: str = "causal"  # "full" = the whole segment, "prefix" = where batch.inputs [B, S] is True the prefix, "none" = no attention
+    # "full" = the whole segment, "prefix" = where batch.inputs [B, S] is True the prefix, "none" =
+    # no attention
+    mask: str = "causal"
     cross: bool = False  # cross-attention to context.source
 
 
@@ -172,7 +181,9 @@ class Period(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.cached(batch, caches) -> (logits_BSV, caches)`."""
+    """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.cached(batch, caches) ->
+    (logits_BSV, caches)`.
+    """
 
     repeats: Any
 
@@ -196,7 +207,9 @@ class Decoder(nnx.Module):
         return unembed(self.ends, x, cfg), sums
 
     def cached(self, batch: Batch, caches: list[Any]) -> tuple[jax.Array, list[Any]]:
-        """Logits of the tokens of `batch`, which follow those in the caches (one a block, in order). Loop layout only."""
+        """Logits of the tokens of `batch`, which follow those in the caches (one a block, in
+        order). Loop layout only.
+        """
         x = embed(self.ends["embed"], batch.id_BS, self.cfg)
         sources = [()] * len(caches)
         x, new = run_cached(self, x, batch, caches, sources)
@@ -229,7 +242,8 @@ def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
 
 
-# A stack of blocks: a module has them as `prefix`, `repeats` (with scan one Period of stacked parameters, else a list) and `suffix`.
+# A stack of blocks: a module has them as `prefix`, `repeats` (with scan one Period of stacked
+# parameters, else a list) and `suffix`.
 
 
 def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
@@ -243,7 +257,8 @@ def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]
     prefix, suffix = blocks(keys[0], cfg.prefix, cfg, look), blocks(keys[2], cfg.suffix, cfg, look)
     if not cfg.repeats:
         return prefix, nnx.List([]), suffix
-    # Drawn stacked in both layouts: the same values, and one compiled draw however many layers there are.
+    # Drawn stacked in both layouts: the same values, and one compiled draw however many layers
+    # there are.
     stacked = jax.vmap(lambda key: Period(key, cfg, look))(jax.random.split(keys[1], cfg.repeats))
 
     def layer(i):
@@ -255,7 +270,9 @@ def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]
 def run_stack(
     model: Any, x_BSD: jax.Array, context: Context, train: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`; the first has `context.index`."""
+    """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`; the
+    first has `context.index`.
+    """
     cfg = model.cfg
     run = remat(cfg, train)
 
@@ -313,7 +330,9 @@ def _repeats(run, periods, x_BSD: jax.Array, context: Context, cfg: ModelConfig)
 
 
 def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
-    """Runs blocks in order; the sums of each name, stacked [n, B, ...] over the n blocks that have it."""
+    """Runs blocks in order; the sums of each name, stacked [n, B, ...] over the n blocks that have
+    it.
+    """
     parts = []
     for i, block in enumerate(blocks):
         x_BSD, sums = run(block, x_BSD, context._replace(index=context.index + i))
@@ -324,7 +343,9 @@ def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
 def by_name(
     join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]
 ) -> dict[str, jax.Array]:
-    """Joins what is there under each name: a block has the sums of its MoE layer, of its depth router, both or none."""
+    """Joins what is there under each name: a block has the sums of its MoE layer, of its depth
+    router, both or none.
+    """
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: join([part[name] for part in parts if name in part]) for name in names}
 
@@ -353,7 +374,9 @@ def empty_caches(cfg: ModelConfig, num_rows: int, length: int) -> list[Any]:
 
 
 def remat(cfg: ModelConfig, train: bool):
-    """How a block is called: plainly, or under jax.checkpoint with the policy that the config names."""
+    """How a block is called: plainly, or under jax.checkpoint with the policy that the config
+    names.
+    """
 
     def call(block, x, context):
         return block(x, context, train)[:2]
@@ -364,7 +387,9 @@ def remat(cfg: ModelConfig, train: bool):
 
 
 def of_block(batch: Batch, index: jax.Array) -> Batch:
-    """The batch with what is told to one block (blocks count from 1) instead of [num_blocks, B, ...] of all."""
+    """The batch with what is told to one block (blocks count from 1) instead of [num_blocks, B,
+    ...] of all.
+    """
 
     def one(z):
         return jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
@@ -392,7 +417,10 @@ def moe_config(cfg: ModelConfig) -> MoE:
 
 
 def why_not_decoded(cfg: ModelConfig) -> str:
-    """Why a model cannot be decoded token by token; "" where it can. A router that balances in training alone can."""
+    """Why a model cannot be decoded token by token; "" where it can.
+
+    A router that balances in training alone can.
+    """
     if cfg.kind != "decoder":
         return f'model.kind = "{cfg.kind}" continues no text'
     if cfg.kind_options["bidirectional_prefix"]:
@@ -409,24 +437,32 @@ def why_not_cached(cfg: ModelConfig) -> str:
         return 'model.moe.router = "recorded" replays a recording, and there is none of text that is yet to be written'
     if ROUTERS[moe.router].own_capacity or moe.dispatcher == "slots":
         return (
-            f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence, at evaluation too: token by token it would be '
+            f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence, at '
+            "evaluation too: token by token it would be "
             "another model than the one that was trained"
         )
     return ""
 
 
 def for_decoding(cfg: ModelConfig) -> ModelConfig:
-    """The same model as `Decoder.cached` runs it: nothing drops, layers unstacked. UserError where `why_not_decoded`."""
+    """The same model as `Decoder.cached` runs it: nothing drops, layers unstacked.
+
+    UserError where `why_not_decoded`.
+    """
     if reason := why_not_decoded(cfg):
         raise UserError(f"this model cannot be decoded: {reason}")
     return dataclasses.replace(with_dispatcher(cfg, "dropless"), scan=False)
 
 
 def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
-    """The same model with another dispatcher (dropless for decoding, or for evaluation). UserError for soft MoE, which has but one."""
+    """The same model with another dispatcher (dropless for decoding, or for evaluation).
+
+    UserError for soft MoE, which has but one.
+    """
     if cfg.moe.dispatcher == "slots" != name:
         raise UserError(
-            f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" knows nothing of'
+            f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" '
+            "knows nothing of"
         )
     options = (
         cfg.moe.dispatcher_options

@@ -1,22 +1,31 @@
-"""Mixture of depths: a whole block that only some tokens of a row go through (Raposo et al. 2024, arXiv:2404.02258).
+"""Mixture of depths: a whole block that only some tokens of a row go through (Raposo et al.
 
-A linear router gives every token a scalar r_i = w . x_i (section 3.4), in at least float32. The tokens that are chosen go through the
-block, and attend only to each other; the others skip it (eq. 1):
+2024, arXiv:2404.02258).
+
+A linear router gives every token a scalar r_i = w . x_i (section 3.4), in at least float32. The
+tokens that are chosen go through the block, and attend only to each other; the others skip it (eq.
+1):
 
     x_i + r_i f_i(chosen x)   if i is chosen,      x_i   if not,
 
-where f is all that the block would add to the residual stream. The factor r_i is how the loss reaches the router.
+where f is all that the block would add to the residual stream. The factor r_i is how the loss
+reaches the router.
 
-Training chooses the `capacity` S largest r_i of each row, padding apart ("expert choice", section 3.3): a fixed number, so the block costs
-that fraction. Whether a token is among them depends on later tokens, so a causal language model that trains so has a leak, and config asks
-for `model.allow_leak`. Nothing can be decoded by that rule. Evaluation and generation therefore *always* use the causal rule of section
-3.5: token i is chosen if sigmoid(r_i) > 1/2, so bits per byte are those of a model that can be decoded. The rule is trained by a binary
-cross-entropy whose logits are the r_i and whose targets say which tokens were among the largest; its gradient reaches w and not x. The
-causal rule chooses any number of tokens: all S places are computed, and those that no token needs are padding.
+Training chooses the `capacity` S largest r_i of each row, padding apart ("expert choice", section
+3.3): a fixed number, so the block costs that fraction. Whether a token is among them depends on
+later tokens, so a causal language model that trains so has a leak, and config asks for
+`model.allow_leak`. Nothing can be decoded by that rule. Evaluation and generation therefore
+*always* use the causal rule of section 3.5: token i is chosen if sigmoid(r_i) > 1/2, so bits per
+byte are those of a model that can be decoded. The rule is trained by a binary cross-entropy whose
+logits are the r_i and whose targets say which tokens were among the largest; its gradient reaches w
+and not x. The causal rule chooses any number of tokens: all S places are computed, and those that
+no token needs are padding.
 
-Statistics leave as sums per row, named "depth/...", beside those of the MoE layers: one entry per depth block.
+Statistics leave as sums per row, named "depth/...", beside those of the MoE layers: one entry per
+depth block.
 
-Shapes: B rows, S sequence, C places in the block (S or fewer), D model, M length of the cache, L depth blocks.
+Shapes: B rows, S sequence, C places in the block (S or fewer), D model, M length of the cache, L
+depth blocks.
 """
 
 import math
@@ -40,7 +49,9 @@ Update = Callable[
 
 
 class DepthCache(NamedTuple):
-    """The keys and values of a depth block, slot by position, and which positions hold a token that went through it."""
+    """The keys and values of a depth block, slot by position, and which positions hold a token that
+    went through it.
+    """
 
     k_BMGA: Any
     v_BMGA: Any
@@ -57,12 +68,16 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def num_chosen(capacity: float, seq_len: int) -> int:
-    """C = ceil(capacity S) tokens of a row go through a block in training; rounding errors of the product do not add one."""
+    """C = ceil(capacity S) tokens of a row go through a block in training; rounding errors of the
+    product do not add one.
+    """
     return max(1, math.ceil(capacity * seq_len - 1e-9))
 
 
 def choose(logit_BS: jax.Array, valid_BS: jax.Array, num: int) -> jax.Array:
-    """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer; of equals the first."""
+    """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer;
+    of equals the first.
+    """
     S = logit_BS.shape[1]
     _, index_BC = jax.lax.top_k(jnp.where(valid_BS, logit_BS, -jnp.inf), num)
 
@@ -82,7 +97,8 @@ def through(
 ) -> tuple[jax.Array, Sums]:
     """(x_BSD after the block, sums of the block and of its depth router).
 
-    The chosen tokens stand first, in order, as rows of C places with their own ids, positions and segments; what is left is segment 0.
+    The chosen tokens stand first, in order, as rows of C places with their own ids, positions and
+    segments; what is left is segment 0.
     """
     S = x_BSD.shape[1]
     logit_BS, chosen_BS, sums = _route(router_D, x_BSD, context.batch.segment_BS > 0, train, cfg)
@@ -109,7 +125,9 @@ def cached(
     cache: DepthCache,
     cfg: ModelConfig,
 ) -> tuple[jax.Array, DepthCache]:
-    """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key that a later one may see."""
+    """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key
+    that a later one may see.
+    """
     batch = context.batch
     logit_BS, chosen_BS, _ = _route(router_D, x_BSD, batch.segment_BS > 0, False, cfg)
     write = jax.vmap(lambda old_M, position_S, new_S: old_M.at[position_S].set(new_S, mode="drop"))
@@ -179,15 +197,18 @@ def without(sums_LB: Mapping[str, jax.Array]) -> Sums:
 
 
 def penalty(totals: Mapping[str, jax.Array]) -> jax.Array:
-    """What the objective adds: model.depth.loss times the cross-entropy of the causal rule, mean over tokens, then over blocks."""
+    """What the objective adds: model.depth.loss times the cross-entropy of the causal rule, mean
+    over tokens, then over blocks.
+    """
     return (totals["penalty"] / jnp.maximum(totals["tokens"], 1)).mean()
 
 
 def figures(totals: Mapping[str, Any]) -> dict[str, Any]:
     """Means over depth blocks: {} without any.
 
-    depth_loss: cross-entropy of the causal rule, nats per token (log 2 = it knows nothing); depth_top and depth_causal: fraction of the
-    tokens that each rule lets through the block; depth_agreement: fraction of the tokens that both rules treat alike.
+    depth_loss: cross-entropy of the causal rule, nats per token (log 2 = it knows nothing);
+    depth_top and depth_causal: fraction of the tokens that each rule lets through the block;
+    depth_agreement: fraction of the tokens that both rules treat alike.
     """
     if not totals:
         return {}

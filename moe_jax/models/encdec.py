@@ -1,12 +1,14 @@
-"""The encoder-decoder: a source row in, a target row out, mixtures of experts in both (Vaswani et al. 2017, arXiv:1706.03762).
+"""The encoder-decoder: a source row in, a target row out, mixtures of experts in both (Vaswani et
+al. 2017, arXiv:1706.03762).
 
-    source tokens -> embedding -> blocks with attention to the whole source -> norm
-    target tokens -> the same embedding -> blocks with causal attention, then cross-attention to the source, then the feed-forward
-    -> norm -> head
+    source tokens -> embedding -> blocks with attention to the whole source -> norm target tokens ->
+    the same embedding -> blocks with causal attention, then cross-attention to the source, then the
+    feed-forward -> norm -> head
 
-Blocks are those of the decoder (models/decoder.py); the encoder's pattern is model.kinds.encdec.encoder_*, the decoder's that of any model.
-A target token sees no later one, so the model is causal in its targets; a row without source is a language model's.
-Sums of the layers are those of the encoder's, then those of the decoder's.
+Blocks are those of the decoder (models/decoder.py); the encoder's pattern is
+model.kinds.encdec.encoder_*, the decoder's that of any model. A target token sees no later one, so
+the model is causal in its targets; a row without source is a language model's. Sums of the layers
+are those of the encoder's, then those of the decoder's.
 
 Shapes: B rows, S target sequence, T source sequence, D model, V vocabulary, M length of the cache.
 """
@@ -40,7 +42,9 @@ from moe_jax.weights import Weight, Weights
 
 
 def encoder_config(cfg: ModelConfig) -> ModelConfig:
-    """The encoder's stack as a model of its own: the pattern of its blocks, everything else as in `cfg`."""
+    """The encoder's stack as a model of its own: the pattern of its blocks, everything else as in
+    `cfg`.
+    """
     parts = {
         name: cfg.kind_options[f"encoder_{name}"]
         for name in ("prefix", "period", "repeats", "suffix")
@@ -67,7 +71,9 @@ class SourceStack(nnx.Module):
 
 
 class EncDec(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.inputs` is the Batch of the source rows."""
+    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.inputs` is the Batch of the
+    source rows.
+    """
 
     repeats: Any
 
@@ -103,13 +109,18 @@ class EncDec(nnx.Module):
         return Source(x, batch.segment_BS), sums
 
     def memories(self, source: Source) -> list[Memory]:
-        """Keys and values of the source for every block's cross-attention. Loop layout only, as `cached`."""
+        """Keys and values of the source for every block's cross-attention.
+
+        Loop layout only, as `cached`.
+        """
         return [block.remember(source) for block in in_order(self)]
 
     def cached(
         self, batch: Batch, caches: list[Any], memories: list[Memory]
     ) -> tuple[jax.Array, list[Any]]:
-        """Logits of the target tokens of `batch`, which follow those in the caches, and the caches with them."""
+        """Logits of the target tokens of `batch`, which follow those in the caches, and the caches
+        with them.
+        """
         x, new = run_cached(
             self, embed(self.ends["embed"], batch.id_BS, self.cfg), batch, caches, memories
         )

@@ -1,12 +1,15 @@
-"""The encoder: one label for a row of tokens or of vectors (patches of an image, frames of speech). Global view.
+"""The encoder: one label for a row of tokens or of vectors (patches of an image, frames of speech).
+Global view.
 
-    tokens or vectors -> the blocks of the decoder, with attention to the whole segment -> final norm -> pooling over what is not padding
-    -> a linear head in at least float32
+    tokens or vectors -> the blocks of the decoder, with attention to the whole segment -> final
+    norm -> pooling over what is not padding -> a linear head in at least float32
 
-Embedding, blocks and final norm have the names and first values that they have in a decoder of the same sizes, so a language model is
-loaded by train.init_from; a linear probe is that with optim.train_only="^head/", and attention="causal" leaves its mask as it was. Vectors
-are projected by a matrix instead of looked up; patches have no natural order, so positions may be learned beside the rotary ones
-(Dosovitskiy et al. 2021, ViT, arXiv:2010.11929, section 3.1; V-MoE, arXiv:2106.05974, puts experts into it).
+Embedding, blocks and final norm have the names and first values that they have in a decoder of the
+same sizes, so a language model is loaded by train.init_from; a linear probe is that with
+optim.train_only="^head/", and attention="causal" leaves its mask as it was. Vectors are projected
+by a matrix instead of looked up; patches have no natural order, so positions may be learned beside
+the rotary ones (Dosovitskiy et al. 2021, ViT, arXiv:2010.11929, section 3.1; V-MoE,
+arXiv:2106.05974, puts experts into it).
 
 Shapes: B rows, S sequence, P width of a vector, D model, C classes.
 """
@@ -26,7 +29,9 @@ POSITION_STD = 0.02  # as in ViT
 
 
 class Encoder(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BC, sums)`; `batch.inputs` [B, S, P] holds the vectors where inputs = "vectors"."""
+    """`model(batch, rng, train) -> (logits_BC, sums)`; `batch.inputs` [B, S, P] holds the vectors
+    where inputs = "vectors".
+    """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
@@ -94,7 +99,9 @@ def _ends(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
-    """[B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them; zero for a row without any."""
+    """[B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them; zero for a
+    row without any.
+    """
     valid_BS1 = valid_BS[:, :, None]
     if how == "max":
         top_BD = jnp.where(valid_BS1, x_BSD, -jnp.inf).max(1)

@@ -1,6 +1,8 @@
-"""Small dense parts of a block, in global view: gathers, norms, rotary embeddings, the dense feed-forward, dropout.
+"""Small dense parts of a block, in global view: gathers, norms, rotary embeddings, the dense
+feed-forward, dropout.
 
-Shapes: B rows, S sequence, D model, F hidden, P = 2 (gate, up) for SwiGLU or 1 for GELU, A head width.
+Shapes: B rows, S sequence, D model, F hidden, P = 2 (gate, up) for SwiGLU or 1 for GELU, A head
+width.
 """
 
 import jax
@@ -12,14 +14,19 @@ from moe_jax.weights import Weight, Weights
 
 
 def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: str) -> jax.Array:
-    """A weight without its FSDP split, for one use, in the compute dtype. Explicit: an einsum that resolves it doubles collectives."""
+    """A weight without its FSDP split, for one use, in the compute dtype.
+
+    Explicit: an einsum that resolves it doubles collectives.
+    """
     return jax.sharding.reshard(
         weight.astype(dtype), spec(*(None if name == "embed" else name for name in names))
     )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019,
+    arXiv:1910.07467).
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return (wide * inverse).astype(x.dtype) * jnp.expand_dims(
@@ -30,7 +37,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 def rope(
     position_BS: jax.Array, head_dim: int, theta: float, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves of a head are the pairs."""
+    """cos and sin [B, S, 1, A] of the rotary angles (Su et al.
+
+    2021, arXiv:2104.09864); the halves of a head are the pairs.
+    """
     wide = jnp.promote_types(dtype, jnp.float32)
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     angle = (
@@ -47,7 +57,10 @@ def rotate(x_BSHA: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def dropout(x_BSD: jax.Array, rate: float, rng: jax.Array, row_B: jax.Array) -> jax.Array:
-    """Zeroes entries with probability `rate`. The key folds in the global row, so the mask is the same on every mesh and micro-batch."""
+    """Zeroes entries with probability `rate`.
+
+    The key folds in the global row, so the mask is the same on every mesh and micro-batch.
+    """
     if rate == 0:
         return x_BSD
 
@@ -58,14 +71,18 @@ def dropout(x_BSD: jax.Array, rate: float, rng: jax.Array, row_B: jax.Array) -> 
 
 
 def activate(h: jax.Array, activation: str) -> jax.Array:
-    """[..., P, F] -> [..., F]: silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh approximation), as the experts do."""
+    """[..., P, F] -> [..., F]: silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh
+    approximation), as the experts do.
+    """
     if activation == "swiglu":
         return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
     return jax.nn.gelu(h[..., 0, :])
 
 
 class FeedForward(nnx.Module):
-    """A dense feed-forward of hidden width F: also the shared experts of an MoE block (n of width F are one of width n F)."""
+    """A dense feed-forward of hidden width F: also the shared experts of an MoE block (n of width F
+    are one of width n F).
+    """
 
     def __init__(
         self,

@@ -1,14 +1,19 @@
-"""Recommendation by a multi-gate mixture of experts (Ma et al. 2018, KDD, doi:10.1145/3219819.3220007) over sparse multi-hot features.
+"""Recommendation by a multi-gate mixture of experts (Ma et al.
+
+2018, KDD, doi:10.1145/3219819.3220007) over sparse multi-hot features.
 
     x    = weighted sum of the embeddings of a row's features (an embedding bag: table rows looked up, summed by segment; no one-hot)
     h    = gelu(norm(x) W + b), the shared bottom
-    h_g  = h of every task g, as token g of a row, through residual MoE layers: the router `multi_gate` has a gate for every task, so
-           h_g + sum_e gate_ge f_e(norm(h_g)) are the paper's mixtures (eq. 6; k = num_experts makes them dense, as there)
-    t_g  = h_g + gelu(norm(h_g) U_g), the tower of the task
-    score of item i = norm(t_g) . v_i + b_i, where g is the task that the item belongs to; one softmax over the items of all tasks
+    h_g  = h of every task g, as token g of a row, through residual MoE layers: the router
+    `multi_gate` has a gate for every task, so
+           h_g + sum_e gate_ge f_e(norm(h_g)) are the paper's mixtures (eq. 6; k = num_experts makes
+           them dense, as there)
+    t_g  = h_g + gelu(norm(h_g) U_g), the tower of the task score of item i = norm(t_g) . v_i + b_i,
+    where g is the task that the item belongs to; one softmax over the items of all tasks
 
-Any router goes: one that does not read the position gives all tasks one gate (the paper's OMoE). Dropped input items in training leave
-other items to be predicted from, as in Mult-VAE (Liang et al. 2018, arXiv:1802.05814, section 2.3).
+Any router goes: one that does not read the position gives all tasks one gate (the paper's OMoE).
+Dropped input items in training leave other items to be predicted from, as in Mult-VAE (Liang et al.
+2018, arXiv:1802.05814, section 2.3).
 
 Shapes: B rows, L features of a row, V features, I items, G tasks, D model.
 """
@@ -30,9 +35,11 @@ from moe_jax.weights import Weight, Weights
 
 
 class MMoE(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BI, sums)`; `batch.inputs` = (features [B, L] int32, weights [B, L], 0 = no feature).
+    """`model(batch, rng, train) -> (logits_BI, sums)`; `batch.inputs` = (features [B, L] int32,
+    weights [B, L], 0 = no feature).
 
-    Of the batch only `row_B` is read beside; a row without features is padding, and its logits are those of the items' biases.
+    Of the batch only `row_B` is read beside; a row without features is padding, and its logits are
+    those of the items' biases.
     """
 
     repeats: Any
@@ -121,7 +128,10 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
 
 
 def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
-    """[B, D]: an embedding bag of each row, on any mesh. Every row is summed as segments of its own, so none leaves its device."""
+    """[B, D]: an embedding bag of each row, on any mesh.
+
+    Every row is summed as segments of its own, so none leaves its device.
+    """
     x_BLD = table_VD.at[feature_BL].get(out_sharding=P(BATCH, None, None))
 
     def one(x_LD, weight_L):
@@ -133,18 +143,24 @@ def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> ja
 def embedding_bag(
     table_VD: jax.Array, feature_N: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int
 ) -> jax.Array:
-    """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what has row >= num_rows is left out."""
+    """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what
+    has row >= num_rows is left out.
+    """
     return bag_sum(table_VD.at[feature_N].get(), row_N, weight_N, num_rows)
 
 
 def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int) -> jax.Array:
-    """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter rounds after every term."""
+    """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter
+    rounds after every term.
+    """
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     weighted_ND = x_ND.astype(wide) * weight_N.astype(wide)[:, None]
     return jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows).astype(x_ND.dtype)
 
 
 def from_csr(start_R: Sequence[int]) -> jax.Array:
-    """row_N of the entries of a CSR matrix, from the places where its rows begin (one more than it has rows)."""
+    """row_N of the entries of a CSR matrix, from the places where its rows begin (one more than it
+    has rows).
+    """
     count_R = jnp.diff(jnp.asarray(start_R))
     return jnp.repeat(jnp.arange(count_R.shape[0]), count_R, total_repeat_length=int(start_R[-1]))

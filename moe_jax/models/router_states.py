@@ -1,6 +1,8 @@
-"""The states of all routers of a model as arrays over its MoE layers, in the order of `totals`, and back.
+"""The states of all routers of a model as arrays over its MoE layers, in the order of `totals`, and
+back.
 
-The model holds them where its blocks are: a list for the loop, stacked over the repeats for the scan. Shapes: L MoE layers.
+The model holds them where its blocks are: a list for the loop, stacked over the repeats for the
+scan. Shapes: L MoE layers.
 """
 
 from typing import Any

@@ -1,11 +1,13 @@
-"""The MoE layer: the one place where a router, a dispatcher and the experts meet, inside one fully manual shard_map.
+"""The MoE layer: the one place where a router, a dispatcher and the experts meet, inside one fully
+manual shard_map.
 
-Every device routes its own rows, the dispatcher moves tokens over the expert axis, each device computes its experts with its share of the
-hidden columns, and one psum over `model` ends the layer. Expert weights are gathered over `data` inside the manual region: the backward of
-that gather is a reduce-scatter. Statistics leave as sums per row, sharded like the batch.
+Every device routes its own rows, the dispatcher moves tokens over the expert axis, each device
+computes its experts with its share of the hidden columns, and one psum over `model` ends the layer.
+Expert weights are gathered over `data` inside the manual region: the backward of that gather is a
+reduce-scatter. Statistics leave as sums per row, sharded like the batch.
 
-Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D model, E experts, F expert hidden, P = 2 for SwiGLU else 1,
-N assignments, R rows of a dispatch buffer.
+Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D model, E experts, F
+expert hidden, P = 2 for SwiGLU else 1, N assignments, R rows of a dispatch buffer.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ from moe_jax.weights import RouterState, Weight, Weights
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
-    """What the layer is told: the config's `model.moe` block, and what it shares with the rest of the model."""
+    """What the layer is told: the config's `model.moe` block, and what it shares with the rest of
+    the model.
+    """
 
     num_experts: int
     group_rows: int
@@ -50,7 +54,8 @@ class MoE:
     param_dtype: str
     dtype: str
     out_std: float  # of the first value of w_out
-    stored: Mapping  # {block, w_in, w_out}: experts as blocks (sparse/stored.py); block 0 = whole matrices
+    # {block, w_in, w_out}: experts as blocks (sparse/stored.py); block 0 = whole matrices
+    stored: Mapping
 
 
 class Batch(NamedTuple):
@@ -68,7 +73,11 @@ class Batch(NamedTuple):
 
 
 class MoELayer(nnx.Module):
-    """Routed experts. `layer(x_BSD, batch, rng, train) -> (y_BSD, sums)`; sums: {name: [B, ...]} per row, see moe/load.py."""
+    """Routed experts.
+
+    `layer(x_BSD, batch, rng, train) -> (y_BSD, sums)`; sums: {name: [B, ...]} per row, see
+    moe/load.py.
+    """
 
     def __init__(self, key: jax.Array, cfg: MoE):
         self.cfg = cfg
@@ -109,7 +118,9 @@ class MoELayer(nnx.Module):
 
 
 def expert_weights(cfg: MoE) -> dict[str, Weight]:
-    """Gate and up are an axis of their own, so that F can be split over `model` without pairing wrong columns."""
+    """Gate and up are an axis of their own, so that F can be split over `model` without pairing
+    wrong columns.
+    """
     e, d, f, p = (
         cfg.num_experts,
         cfg.d_model,
@@ -179,9 +190,12 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
 def _dispatch(
     tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE
 ):
-    """(y_TD, a partial sum over `model`; dropped assignments per row [b], and of each assignment [N])."""
+    """(y_TD, a partial sum over `model`; dropped assignments per row [b], and of each assignment
+    [N]).
+    """
 
-    # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the R rows of a buffer.
+    # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the
+    # R rows of a buffer.
     def over_model(z):
         return jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
 
@@ -212,7 +226,9 @@ def _dispatch(
 
 
 def num_intended(cfg: MoE, num_tokens: int, num_places: int) -> int:
-    """How many of the places that a router may fill it fills when the load is as it intends; padding counts as tokens."""
+    """How many of the places that a router may fill it fills when the load is as it intends;
+    padding counts as tokens.
+    """
     average = ROUTERS[cfg.router].declared(cfg.num_experts, cfg.router_options).average
     return num_places if average is None else min(num_places, math.ceil(average * num_tokens))
 
@@ -231,7 +247,9 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
 
 
 def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Callable[..., jax.Array]:
-    """The experts of this device as a function of grouped rows; their weights are gathered over `data` here."""
+    """The experts of this device as a function of grouped rows; their weights are gathered over
+    `data` here.
+    """
     weights, places = parts
     if places:
         return stored.experts(weights, places, cfg.activation)

@@ -1,9 +1,12 @@
-"""Orderings: which assignment wins when capacity is short. Any ordering goes with any token-choice router.
+"""Orderings: which assignment wins when capacity is short.
 
-An ordering is `apply(routing, *, num_experts, num_tokens, group_tokens, train, options) -> Routing`, on the assignments of one device. It
-never moves tokens between groups. It may set `order_N` (the entries in order of priority) or send assignments nowhere, which it counts per
-row in `sums["dropped"]`. `sees_future`: may a later token change an earlier output, given a dispatcher that drops; `always`: without one,
-too.
+Any ordering goes with any token-choice router.
+
+An ordering is `apply(routing, *, num_experts, num_tokens, group_tokens, train, options) ->
+Routing`, on the assignments of one device. It never moves tokens between groups. It may set
+`order_N` (the entries in order of priority) or send assignments nowhere, which it counts per row in
+`sums["dropped"]`. `sees_future`: may a later token change an earlier output, given a dispatcher
+that drops; `always`: without one, too.
 
 Shapes: N assignments, T tokens of this device, E experts, G groups, b rows.
 """
@@ -25,13 +28,19 @@ class Ordering(NamedTuple):
 
 
 def token_major(routing: Routing, **sizes) -> Routing:
-    """As the router lists them: token by token, a token's choices in order of falling gate. Causal: later tokens never win over earlier."""
+    """As the router lists them: token by token, a token's choices in order of falling gate.
+
+    Causal: later tokens never win over earlier.
+    """
     del sizes
     return routing
 
 
 def k_major(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
-    """All first choices of a group before all second ones (GShard, Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1)."""
+    """All first choices of a group before all second ones (GShard, Lepikhin et al.
+
+    2020, arXiv:2006.16668, algorithm 1).
+    """
     del sizes
     # One order for all groups: only the order inside a group matters to a dispatcher.
     return routing._replace(
@@ -40,11 +49,14 @@ def k_major(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
 
 
 def batch_priority(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
-    """Batch prioritized routing (V-MoE, Riquelme et al. 2021, arXiv:2106.05974, section 4.1): tokens of a group by their largest gate.
+    """Batch prioritized routing (V-MoE, Riquelme et al.
 
-    All first choices come before all second ones, as in the paper; tokens with equal gates by their place. The paper's gates are
-    probabilities over all experts: for its order set `renormalize=False` where a router has that. Gates that sum to 1 rank a token by the
-    share of its first choice among its k, and by nothing with k = 1.
+    2021, arXiv:2106.05974, section 4.1): tokens of a group by their largest gate.
+
+    All first choices come before all second ones, as in the paper; tokens with equal gates by their
+    place. The paper's gates are probabilities over all experts: for its order set
+    `renormalize=False` where a router has that. Gates that sum to 1 rank a token by the share of
+    its first choice among its k, and by nothing with k = 1.
     """
     del sizes
     gate_N = jax.lax.stop_gradient(routing.gate_N)
@@ -67,12 +79,15 @@ def rounding(
     train: bool,
     options: Mapping[str, Any],
 ) -> Routing:
-    """Token rounding (SonicMoE, Guo et al. 2025, arXiv:2512.14080, section 5): each expert's count of a group becomes a multiple of `tile`.
+    """Token rounding (SonicMoE, Guo et al.
 
-    To the nearest; half a tile is rounded up. Down: the assignments with the smallest gates (of equal ones the later) go nowhere and count
-    as dropped. Up: the difference is rows of padding, where SonicMoE would take further tokens. `sums["padding"]` [b] holds them, at the
-    first row of each group, and `sums["served"]` [b] the assignments that are left: a grouped product in tiles computes both. Evaluation
-    and decoding do not round, as in the paper.
+    2025, arXiv:2512.14080, section 5): each expert's count of a group becomes a multiple of `tile`.
+
+    To the nearest; half a tile is rounded up. Down: the assignments with the smallest gates (of
+    equal ones the later) go nowhere and count as dropped. Up: the difference is rows of padding,
+    where SonicMoE would take further tokens. `sums["padding"]` [b] holds them, at the first row of
+    each group, and `sums["served"]` [b] the assignments that are left: a grouped product in tiles
+    computes both. Evaluation and decoding do not round, as in the paper.
     """
     if not train:
         return routing

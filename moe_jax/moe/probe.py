@@ -1,9 +1,10 @@
-"""What an instrument may ask of an MoE layer: a record of its routing, experts that are removed, experts that are barred.
+"""What an instrument may ask of an MoE layer: a record of its routing, experts that are removed,
+experts that are barred.
 
 All of it travels in the layer's `Batch` and is compiled in only when it is there.
 
-Shapes: b rows of this device, S sequence, T = b S tokens, D model, E experts, K choices of a token (E where a router has no fixed number),
-N assignments, G groups, t tokens of a group, p slots.
+Shapes: b rows of this device, S sequence, T = b S tokens, D model, E experts, K choices of a token
+(E where a router has no fixed number), N assignments, G groups, t tokens of a group, p slots.
 """
 
 from collections.abc import Mapping
@@ -29,12 +30,14 @@ def record(
     wanted: Mapping[str, Any],
     num_experts: int,
 ):
-    """Of this device: {"expert" (int32, E = nowhere), "gate", "dropped": [b, S, K]; "input": [b, S, D]}, as `wanted`.
+    """Of this device: {"expert" (int32, E = nowhere), "gate", "dropped":
 
-    The routing is the router's, and "dropped" what ordering or dispatcher make of it. What the router never lists (ReLU's overflow) is
-    not in it.
-    A router without a fixed number of choices is recorded with K = E places, place e for expert e. UserError for a router that mixes
-    tokens, as it makes no assignments, and for one whose null experts copy the token.
+    [b, S, K]; "input": [b, S, D]}, as `wanted`.
+
+    The routing is the router's, and "dropped" what ordering or dispatcher make of it. What the
+    router never lists (ReLU's overflow) is not in it. A router without a fixed number of choices is
+    recorded with K = E places, place e for expert e. UserError for a router that mixes tokens, as
+    it makes no assignments, and for one whose null experts copy the token.
     """
     if not isinstance(routing, Routing):
         raise UserError(
@@ -80,14 +83,17 @@ def split(sums: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str
 def bar(
     params: Mapping[str, jax.Array], tokens: Tokens, barred_bE: jax.Array
 ) -> tuple[dict[str, jax.Array], Tokens]:
-    """(params, tokens) with which a router of linear logits never chooses the barred experts of a row, whatever else it does.
+    """(params, tokens) with which a router of linear logits never chooses the barred experts of a
+    row, whatever else it does.
 
-    Each token carries the mask of its row as E further features, and each matrix has E further lines: NEVER on the gate's diagonal.
+    Each token carries the mask of its row as E further features, and each matrix has E further
+    lines: NEVER on the gate's diagonal.
     """
     num_experts, width = barred_bE.shape[1], tokens.x_TD.shape[1]
     if params.get("gate", jnp.zeros(0)).shape != (width, num_experts):
         raise UserError(
-            "only a router with a linear gate can be told to go round an expert: it has no logit to mask"
+            "only a router with a linear gate can be told to go round an expert: it has no logit "
+            "to mask"
         )
     barred_TE = jnp.repeat(barred_bE, tokens.valid_T.shape[0] // tokens.num_rows, 0).astype(
         tokens.x_TD.dtype
@@ -102,7 +108,9 @@ def bar(
 
 
 def remove(routing: Routing | Slots, removed_bE: jax.Array, tokens: Tokens) -> Routing | Slots:
-    """The routing without the removed experts of each row: their assignments go nowhere, and the other gates stay as they are."""
+    """The routing without the removed experts of each row: their assignments go nowhere, and the
+    other gates stay as they are.
+    """
     num_experts = removed_bE.shape[1]
     removed_TE = jnp.repeat(removed_bE, tokens.valid_T.shape[0] // tokens.num_rows, 0)
     if not isinstance(routing, Routing):

@@ -1,14 +1,17 @@
 """From a config to one gradient transformation: `clip -> direction -> decay -> rate`.
 
-The gradient is clipped by its global norm; the chosen optimizer makes a direction of it (OPTIMIZERS); weight_decay *
-parameter is added where the mask allows (decoupled, Loshchilov & Hutter 2019, arXiv:1711.05101); all of it is scaled by
-the learning rate (SCHEDULES). Clipping, decay and schedule are therefore the same for every optimizer.
+The gradient is clipped by its global norm; the chosen optimizer makes a direction of it
+(OPTIMIZERS); weight_decay * parameter is added where the mask allows (decoupled, Loshchilov &
+Hutter 2019, arXiv:1711.05101); all of it is scaled by the learning rate (SCHEDULES). Clipping,
+decay and schedule are therefore the same for every optimizer.
 
-All of it happens in float32 or wider, moments included, whatever the parameters and their gradients are kept in.
+All of it happens in float32 or wider, moments included, whatever the parameters and their gradients
+are kept in.
 
-Everything runs inside jit on an Explicit mesh; moments have the sharding of their parameters, which are nested dicts. A
-model built with scan stacks the layers of its "repeats" over a leading axis; every optimizer treats each layer of a
-stack as it would the layer alone, so the loop and the scan train alike.
+Everything runs inside jit on an Explicit mesh; moments have the sharding of their parameters, which
+are nested dicts. A model built with scan stacks the layers of its "repeats" over a leading axis;
+every optimizer treats each layer of a stack as it would the layer alone, so the loop and the scan
+train alike.
 """
 
 import inspect
@@ -56,14 +59,16 @@ def global_norm(tree: Any) -> jax.Array:
 def difference_norm(new: Any, old: Any) -> jax.Array:
     """|new - old| over all leaves: the norm of an update once it is applied.
 
-    Taken of the updates inside the step, this norm would make XLA's CPU compiler write every one of them out: 1.5 times
-    the time of an AdamW update, measured at 104 M parameters.
+    Taken of the updates inside the step, this norm would make XLA's CPU compiler write every one of
+    them out: 1.5 times the time of an AdamW update, measured at 104 M parameters.
     """
     return global_norm(jax.tree.map(jnp.subtract, new, old))
 
 
 def clip(limit: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one multiplication, which XLA fuses into what follows; the norm's squares are `squares`."""
+    """optax.clip_by_global_norm as one multiplication, which XLA fuses into what follows; the
+    norm's squares are `squares`.
+    """
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
@@ -80,10 +85,12 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
     Args:
       cfg: the chosen optimizer and schedule, with the options of both.
       params: the parameters or their abstract values; only names and shapes are read.
-      stacked: layers below a key "repeats" are stacked over a leading axis (the model was built with scan).
+      stacked: layers below a key "repeats" are stacked over a leading axis (the model was built
+          with scan).
 
     Returns:
-      A transformation whose state is {"clip", "direction", "decay", "rate"}; `rate` counts the updates made: the step.
+      A transformation whose state is {"clip", "direction", "decay", "rate"}; `rate` counts the
+      updates made: the step.
 
     Raises UserError for a name or an option that does not exist.
     """
@@ -108,7 +115,10 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
 
 
 def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
-    """Zero for all parameters but those in whose names the regular expression is found. UserError if that is none."""
+    """Zero for all parameters but those in whose names the regular expression is found.
+
+    UserError if that is none.
+    """
     try:
         found = re.compile(pattern)
     except re.error as error:
@@ -119,7 +129,8 @@ def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
     if not any(jax.tree.leaves(moves)):
         names = [leaf.name for leaf in jax.tree.leaves(leaves)]
         raise UserError(
-            f'optim.train_only = "{pattern}" is found in no name of a parameter: {_names(pattern, names)}'
+            f'optim.train_only = "{pattern}" is found in no name of a parameter: '
+            f"{_names(pattern, names)}"
         )
 
     def keep(updates):
@@ -129,7 +140,9 @@ def moving(pattern: str, leaves: Any) -> optax.GradientTransformation:
 
 
 def _names(pattern: str, names: Sequence[str]) -> str:
-    """The names of the parameters, those that have a word of the pattern first, layers of a stack once, as N."""
+    """The names of the parameters, those that have a word of the pattern first, layers of a stack
+    once, as N.
+    """
     words = re.findall(r"[A-Za-z_]{2,}", pattern)
     kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "N", name) for name in names))
     near = [kind for kind in kinds if any(word in kind for word in words)]
@@ -145,9 +158,11 @@ def schedule(cfg: OptimConfig) -> Schedule:
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on float32 (or wider) gradients and parameters, so that its moments and its updates are, too.
+    """`inner` on float32 (or wider) gradients and parameters, so that its moments and its updates
+    are, too.
 
-    In bfloat16 a moment that decays by less than 1/512 a step (b2 = 0.999) would never fall: each step is rounded away.
+    In bfloat16 a moment that decays by less than 1/512 a step (b2 = 0.999) would never fall: each
+    step is rounded away.
     """
 
     def init(params: Any) -> Any:
@@ -174,17 +189,25 @@ def narrow_copy(wide: Any, params: Any) -> Any:
 
 
 def begin_ema(params: Any) -> Any:
-    """The moving average before the first step. In float32 or wider: in bfloat16 steps below 1/256 of a weight would be lost."""
+    """The moving average before the first step.
+
+    In float32 or wider: in bfloat16 steps below 1/256 of a weight would be lost.
+    """
     return wide_copy(params)
 
 
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
-    """The exponential moving average after one more step: decay * ema + (1 - decay) * params, leaf by leaf."""
+    """The exponential moving average after one more step: decay * ema + (1 - decay) * params, leaf
+    by leaf.
+    """
     return jax.tree.map(lambda e, x: decay * e + (1.0 - decay) * x.astype(e.dtype), ema, params)
 
 
 def decay_mask(which: str, leaves: Any) -> Any:
-    """A tree of booleans: what decays. "matrices": two dimensions or more, and neither a norm's scale nor a bias."""
+    """A tree of booleans: what decays.
+
+    "matrices": two dimensions or more, and neither a norm's scale nor a bias.
+    """
     masks = {"matrices": _is_matrix, "all": lambda leaf: True, "none": lambda leaf: False}
     if which not in masks:
         raise UserError(

@@ -1,8 +1,9 @@
 """The orthogonalisation of Muon for sharded stacks of matrices.
 
-optax.contrib.muon computes the same (a test compares them), but it merges layers and experts into one dimension and
-multiplies sharded matrices, which an Explicit mesh refuses. Here the mesh axes that split a matrix first move to its
-batch dimensions (layers, experts) where those divide: every device then orthogonalises whole matrices of its own.
+optax.contrib.muon computes the same (a test compares them), but it merges layers and experts into
+one dimension and multiplies sharded matrices, which an Explicit mesh refuses. Here the mesh axes
+that split a matrix first move to its batch dimensions (layers, experts) where those divide: every
+device then orthogonalises whole matrices of its own.
 """
 
 import math
@@ -16,12 +17,15 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.names import name_of
 
-# The last dimensions of a weight, by the last part of its name: i(nput), o(utput), b(atch); all before are batch.
+# The last dimensions of a weight, by the last part of its name: i(nput), o(utput), b(atch); all
+# before are batch.
 MATRICES = {"q": "ioo", "k": "ioo", "v": "ioo", "o": "iio", "w_in": "ibo", "w_out": "io"}
 
 
 def orthogonalize(steps: int) -> optax.GradientTransformation:
-    """Replaces every matrix U S V' of the updates by about U V', times 0.2 sqrt(max(rows, columns)). Keeps no state."""
+    """Replaces every matrix U S V' of the updates by about U V', times 0.2 sqrt(max(rows,
+    columns)). Keeps no state.
+    """
 
     def one(path: Any, x: jax.Array) -> jax.Array:
         roles = MATRICES[name_of(path).rpartition("/")[2]]
@@ -31,9 +35,11 @@ def orthogonalize(steps: int) -> optax.GradientTransformation:
 
 
 def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
-    """About U V' of every matrix U S V' in x [..., rows, columns]: the singular values end between 0.7 and 1.2.
+    """About U V' of every matrix U S V' in x [..., rows, columns]: the singular values end between
+    0.7 and 1.2.
 
-    The quintic iteration with the coefficients of Jordan (https://kellerjordan.github.io/posts/muon).
+    The quintic iteration with the coefficients of Jordan
+    (https://kellerjordan.github.io/posts/muon).
     """
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # so that the Gram matrix is of the shorter side
@@ -67,10 +73,11 @@ def _orthogonal(x: jax.Array, roles: str, steps: int) -> jax.Array:
 
 
 def _to_whole_matrices(x: jax.Array, num_batch: int) -> list[NamedSharding]:
-    """Shardings from that of x to one that splits no matrix; axes move to batch dimensions that they divide, or go.
+    """Shardings from that of x to one that splits no matrix; axes move to batch dimensions that
+    they divide, or go.
 
-    One axis at a time, the minor one of a dimension first: each move is then a plain all-to-all (or all-gather). Taken
-    in one leap, the compiler finds no way and gathers everything first.
+    One axis at a time, the minor one of a dimension first: each move is then a plain all-to-all (or
+    all-gather). Taken in one leap, the compiler finds no way and gathers everything first.
     """
     place = jax.typeof(x).sharding
     if place.mesh.empty:

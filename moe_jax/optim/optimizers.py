@@ -1,6 +1,9 @@
-"""Optimizers: `(leaves, options) -> the direction of the update`, before weight decay and the learning rate.
+"""Optimizers:
 
-A new one is a function here and a line in OPTIMIZERS. `leaves` is a tree of Leaf, shaped like the parameters.
+`(leaves, options) -> the direction of the update`, before weight decay and the learning rate.
+
+A new one is a function here and a line in OPTIMIZERS. `leaves` is a tree of Leaf, shaped like the
+parameters.
 """
 
 import dataclasses
@@ -29,16 +32,21 @@ def adamw(leaves: Any, *, b1: float, b2: float, eps: float) -> optax.GradientTra
 
 
 def lion(leaves: Any, *, b1: float, b2: float) -> optax.GradientTransformation:
-    """Lion (arXiv:2302.06675): the sign of momentum mixed with the gradient. Wants about a tenth of AdamW's rate."""
+    """Lion (arXiv:2302.06675): the sign of momentum mixed with the gradient.
+
+    Wants about a tenth of AdamW's rate.
+    """
     del leaves
     return optax.scale_by_lion(b1=b1, b2=b2)
 
 
 def adafactor(leaves: Any, *, decay_rate: float) -> optax.GradientTransformation:
-    """Adafactor (arXiv:1804.04235) without momentum; the mean square is factored over the two largest dims >= 128.
+    """Adafactor (arXiv:1804.04235) without momentum; the mean square is factored over the two
+    largest dims >= 128.
 
-    The update is clipped to a root mean square of 1 and scaled by that of the parameter, so the learning rate is
-    *relative* (about 1e-2). Statistics are per array: the experts of a layer are one array, the layers of a stack not.
+    The update is clipped to a root mean square of 1 and scaled by that of the parameter, so the
+    learning rate is *relative* (about 1e-2). Statistics are per array: the experts of a layer are
+    one array, the layers of a stack not.
     """
     rms = optax.scale_by_factored_rms(decay_rate=decay_rate)
     return leaf_by_leaf(
@@ -55,10 +63,12 @@ def sgd(leaves: Any, *, momentum: float, nesterov: bool) -> optax.GradientTransf
 def muon(
     leaves: Any, *, beta: float, ns_steps: int, adam_learning_rate: float
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised, times 0.2 sqrt(max(rows, columns)).
+    """Muon (Jordan et al.
 
-    That scale (Liu et al. 2025, arXiv:2502.16982) gives the update the size of Adam's, so both parts share learning
-    rate and weight decay. For every layer, of a stack too:
+    2024): the momentum of a matrix, orthogonalised, times 0.2 sqrt(max(rows, columns)).
+
+    That scale (Liu et al. 2025, arXiv:2502.16982) gives the update the size of Adam's, so both
+    parts share learning rate and weight decay. For every layer, of a stack too:
 
         Muon    q, k, v as one matrix [D, H A] each; o as [H A, D]; w_in, dense or expert, as P matrices [D, F] (gate
                 and up); w_out as [F, D]; every expert by itself. The table is muon.MATRICES
@@ -87,7 +97,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def leaf_by_leaf(inner: optax.GradientTransformation, leaves: Any) -> optax.GradientTransformation:
-    """Runs `inner` on every array alone, and on every layer of a stack alone; one inner state per array."""
+    """Runs `inner` on every array alone, and on every layer of a stack alone; one inner state per
+    array.
+    """
     flat, treedef = jax.tree.flatten(leaves)
 
     def each(f: Callable[..., Any], *trees: Any) -> list[Any]:

@@ -21,7 +21,9 @@ def local_rows(batch_size: int) -> np.ndarray:
 
 
 def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: type) -> Any:
-    """Arrays of the global batch, sharded over rows, from this process's rows (`rows` of `local_rows`); returned as `kind`."""
+    """Arrays of the global batch, sharded over rows, from this process's rows (`rows` of
+    `local_rows`); returned as `kind`.
+    """
 
     def place(array: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

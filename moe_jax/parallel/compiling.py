@@ -1,7 +1,9 @@
-"""Quick compilation, where that is most of the time (proofs, tests, short runs), and code that differs by platform.
+"""Quick compilation, where that is most of the time (proofs, tests, short runs), and code that
+differs by platform.
 
-LLVM's optimisations are off and loops are emitted without MLIR: a third of the time of a usual compilation. XLA's own passes, which decide
-what is fused and which collectives run, are those of a usual run.
+LLVM's optimisations are off and loops are emitted without MLIR: a third of the time of a usual
+compilation. XLA's own passes, which decide what is fused and which collectives run, are those of a
+usual run.
 """
 
 import contextlib
@@ -10,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-# jaxlib 0.12 has no other emitters than those of MLIR, and ends the process at a flag that it does not know.
+# jaxlib 0.12 has no other emitters than those of MLIR, and ends the process at a flag that it does
+# not know.
 _OLD_EMITTERS = (
     {}
     if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 12)
@@ -45,5 +48,7 @@ def of_other_platforms() -> Iterator[None]:
 
 
 def as_flags(options: Mapping[str, Any]) -> str:
-    """The same for the environment variable XLA_FLAGS, which is read when jax first looks for devices."""
+    """The same for the environment variable XLA_FLAGS, which is read when jax first looks for
+    devices.
+    """
     return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())

@@ -7,8 +7,9 @@
     seq      (context parallelism; length 1 today)
     model    heads, hidden columns, vocabulary (tensor parallelism)
 
-All five axes are always there, so no spec has a conditional. Dense parameters are FSDP over data *and* expert: over data alone they
-would be replicated on every expert shard, and the gradient's reduce-scatter would become an all-reduce.
+All five axes are always there, so no spec has a conditional. Dense parameters are FSDP over data
+*and* expert: over data alone they would be replicated on every expert shard, and the gradient's
+reduce-scatter would become an all-reduce.
 """
 
 import math
@@ -29,7 +30,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH,
     "embed": BATCH,  # the model width of dense parameters: FSDP
     "experts": "expert",
-    "expert_embed": "data",  # the model width of expert weights, whose experts already use the expert axis
+    # the model width of expert weights, whose experts already use the expert axis
+    "expert_embed": "data",
     "hidden": "model",
     "heads": "model",
     "vocab": "model",
@@ -39,8 +41,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 def simulate(devices: int) -> None:
     """CPU devices to simulate in this process, before jax looks for devices.
 
-    Two cores give two threads, and the collectives of more devices than threads deadlock: hence PJRT_NPROC, which jax reads when it looks.
-    For one device it would only be slower (1.3 times the step: 64 threads take turns on two cores), so nothing else sets it.
+    Two cores give two threads, and the collectives of more devices than threads deadlock: hence
+    PJRT_NPROC, which jax reads when it looks. For one device it would only be slower (1.3 times the
+    step: 64 threads take turns on two cores), so nothing else sets it.
     """
     os.environ.setdefault("PJRT_NPROC", "64")
     for name, value in (("jax_platforms", "cpu"), ("jax_num_cpu_devices", devices)):
@@ -59,12 +62,15 @@ def parse(text: str, flag: str) -> tuple[int, int, int]:
 
 
 def spec(*names: str | None) -> P:
-    """The partition of an array from the logical names of its dimensions; refuses two names on one mesh axis."""
+    """The partition of an array from the logical names of its dimensions; refuses two names on one
+    mesh axis.
+    """
     axes = [RULES[name] for name in names]
     flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
     if len(flat) != len(set(flat)):
         raise ValueError(
-            f"the dimensions {names} put one mesh axis twice into {axes}: change RULES in moe_jax/parallel/mesh.py"
+            f"the dimensions {names} put one mesh axis twice into {axes}: change RULES in "
+            "moe_jax/parallel/mesh.py"
         )
     return P(*axes)
 
@@ -75,19 +81,22 @@ def resolve(lengths: dict[str, int], num_devices: int) -> dict[str, int]:
     fixed = math.prod(length for length in lengths.values() if length != -1)
     if len(free) > 1:
         raise UserError(
-            f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of the devices"
+            f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of "
+            "the devices"
         )
     for name, length in lengths.items():
         if length < 1 and length != -1:
             raise UserError(
-                f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the devices"
+                f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the "
+                "devices"
             )
     if free and num_devices % fixed == 0:
         return {**lengths, free[0]: num_devices // fixed}
     if fixed != num_devices:
         text = " x ".join(f"mesh.{name} {length}" for name, length in lengths.items())
         raise UserError(
-            f"{text} does not make {num_devices} devices: change the lengths, or set simulate_devices"
+            f"{text} does not make {num_devices} devices: change the lengths, or set "
+            "simulate_devices"
         )
     return lengths
 

@@ -1,10 +1,12 @@
-"""The resource card of a config, `--dry_run`: parameters, FLOPs, memory and traffic, before anything is allocated.
+"""The resource card of a config, `--dry_run`: parameters, FLOPs, memory and traffic, before
+anything is allocated.
 
-Counts and shards are exact, the compiler's figures are those of the step that training runs, for the platform of these
-devices. What is an estimate says so. Everything is abstract: the card costs the compilation and no memory.
+Counts and shards are exact, the compiler's figures are those of the step that training runs, for
+the platform of these devices. What is an estimate says so. Everything is abstract: the card costs
+the compilation and no memory.
 
-Shapes: B rows, S sequence, T tokens of a device in one micro-batch, D model, F expert hidden, R rows of a dispatch
-buffer.
+Shapes: B rows, S sequence, T tokens of a device in one micro-batch, D model, F expert hidden, R
+rows of a dispatch buffer.
 """
 
 import math
@@ -94,7 +96,10 @@ class Card(NamedTuple):
 
 
 def card(cfg: Config) -> Card:
-    """The card of a config on the current mesh. Compiles the train step once; allocates nothing on the devices."""
+    """The card of a config on the current mesh.
+
+    Compiles the train step once; allocates nothing on the devices.
+    """
     model, seq_len = cfg.model, cfg.data.seq_len
     functions = train_step.make_model(model)
     abstract = jax.eval_shape(train_step.initial(cfg, functions), jax.random.key(0))
@@ -157,7 +162,9 @@ def _compiled(cfg: Config, model: train_step.Model, abstract: train_step.State) 
 
 
 def buffer_note(cfg: Config) -> str:
-    """The memory of the dispatch buffer in one line of 70 columns, to be told before the first step."""
+    """The memory of the dispatch buffer in one line of 70 columns, to be told before the first
+    step.
+    """
     shape, row_bytes = _shape(cfg)
     moe = cfg.model.moe
     held, balanced = (
@@ -192,7 +199,9 @@ def _shape(cfg: Config) -> tuple[Shape, int]:
 
 
 def _assignments(moe: MoE, rows: int, seq_len: int) -> tuple[int, int]:
-    """(assignments that the router of a layer makes on one device, or slots that it fills; how many per token, 0 if that varies)."""
+    """(assignments that the router of a layer makes on one device, or slots that it fills; how many
+    per token, 0 if that varies).
+    """
     router, num = ROUTERS[moe.router], rows * seq_len
     sizes = Sizes(moe.d_model, moe.num_experts, moe.vocab_size)
     router_cfg = RouterCfg(
@@ -238,7 +247,10 @@ def _dispatch(cfg: Config) -> Dispatch:
 
 
 def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
-    """(forward, forward and backward) of one MoE layer: `received` of the layer as training traces it."""
+    """(forward, forward and backward) of one MoE layer:
+
+    `received` of the layer as training traces it.
+    """
     moe = moe_config(cfg.model)
 
     def split(key):
@@ -270,11 +282,12 @@ def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
 
 
 def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
-    """Bytes that a device receives in the collectives of a traced function, by mesh axis; `lengths` of the mesh's axes.
+    """Bytes that a device receives in the collectives of a traced function, by mesh axis; `lengths`
+    of the mesh's axes.
 
-    Of n parts a device has one and receives n - 1; a sum over devices is a reduce-scatter and an all-gather (Thakur et
-    al. 2005). Loops count every trip, of branches the dearest counts. Only collectives that the code writes are seen,
-    not those that the compiler inserts.
+    Of n parts a device has one and receives n - 1; a sum over devices is a reduce-scatter and an
+    all-gather (Thakur et al. 2005). Loops count every trip, of branches the dearest counts. Only
+    collectives that the code writes are seen, not those that the compiler inserts.
     """
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
@@ -339,7 +352,8 @@ def _heading(card: Card) -> str:
     dense, moe = card.num_layers
     return (
         f"{devices}, {dense} dense and {moe} MoE blocks\n"
-        f"a step: {card.batch_size} rows x {card.seq_len} tokens = {card.tokens_per_step:,} tokens{micro}"
+        f"a step: {card.batch_size} rows x {card.seq_len} tokens = {card.tokens_per_step:,} "
+        f"tokens{micro}"
     )
 
 
@@ -428,7 +442,9 @@ def _traffic_table(d: Dispatch) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """The first column is named by what the table is about, the last one holds notes where it is not a number."""
+    """The first column is named by what the table is about, the last one holds notes where it is
+    not a number.
+    """
     notes = columns[-1] in ("", "bytes received")
     figures = columns[:-1] if notes else columns
     return Table([*names(title), *numbers(*figures), *prose(*columns[len(figures) :])])

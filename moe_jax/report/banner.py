@@ -1,6 +1,7 @@
 """What a run is, in a few aligned lines: the first thing that it prints.
 
-The lines that need nothing but the config come at once; those of the data and of the start follow when they are known.
+The lines that need nothing but the config come at once; those of the data and of the start follow
+when they are known.
 """
 
 import math
@@ -19,7 +20,10 @@ LABEL = 9  # columns before the text of a line
 
 
 def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
-    """Prints what is known before anything is opened: `name` is that of the config, as in "configs/vision.py:mnist"."""
+    """Prints what is known before anything is opened:
+
+    `name` is that of the config, as in "configs/vision.py:mnist".
+    """
     lines = {
         "run": run(name, source()),
         "model": model(cfg),
@@ -41,13 +45,18 @@ def show_start(progress: Progress, cfg: Config, step: int) -> None:
 
 
 def line(progress: Progress, label: str, text: str) -> None:
-    """Prints one line, wrapped under its own text where it is longer than the terminal is wide; nothing for no text."""
+    """Prints one line, wrapped under its own text where it is longer than the terminal is wide;
+    nothing for no text.
+    """
     for i, part in enumerate(wrapped(text, _width(progress))):
         progress.message(f"{label if i == 0 else '':{LABEL}}{part}")
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A text in parts of at most `width` columns. A path is never cut, for it is there to be copied."""
+    """A text in parts of at most `width` columns.
+
+    A path is never cut, for it is there to be copied.
+    """
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
@@ -113,7 +122,9 @@ def _fits(text: str, names: Sequence[str], number: int, width: int) -> bool:
 
 
 def _listed(names: Sequence[str], number: int) -> str:
-    """Behind the rows: the first `number` of the names and how many more there are, or how many there are."""
+    """Behind the rows: the first `number` of the names and how many more there are, or how many
+    there are.
+    """
     if not number:
         return f", {len(names)} domains"
     more = f" and {len(names) - number} more" if number < len(names) else ""

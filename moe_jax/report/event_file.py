@@ -1,4 +1,6 @@
-"""TensorBoard's event file where it cannot be written (any more): a disk that is full, a directory that is gone."""
+"""TensorBoard's event file where it cannot be written (any more): a disk that is full, a directory
+that is gone.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -6,10 +8,12 @@ from typing import Any
 
 
 def outlast(writer: Any) -> Any:
-    """The tensorboardX.SummaryWriter, whose file then drops what it cannot write, instead of an error.
+    """The tensorboardX.SummaryWriter, whose file then drops what it cannot write, instead of an
+    error.
 
-    An error would end the thread that writes the file with a traceback, and the next few events would wait for that thread for ever. The
-    same figures are in metrics.jsonl, which does say that it cannot be written.
+    An error would end the thread that writes the file with a traceback, and the next few events
+    would wait for that thread for ever. The same figures are in metrics.jsonl, which does say that
+    it cannot be written.
     """
     file = writer.file_writer.event_writer._ev_writer
     for name in ("write_event", "flush", "close"):

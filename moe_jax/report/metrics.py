@@ -33,17 +33,19 @@ class PerStep(NamedTuple):
 class Writer:
     """Metrics of a run, one JSON object a line in metrics.jsonl, and as TensorBoard events.
 
-    A row is {"step": 10, "seconds": 12.5, "tokens": 20480, "flops": 123, "train/loss": 2.5, ...}. It is on disk when
-    `write` returns. Floats are written in full; NaN and infinities, which JSON does not have, as the strings "nan",
-    "inf" and "-inf", which float() reads back.
+    A row is {"step": 10, "seconds": 12.5, "tokens": 20480, "flops": 123, "train/loss": 2.5, ...}.
+    It is on disk when `write` returns. Floats are written in full; NaN and infinities, which JSON
+    does not have, as the strings "nan", "inf" and "-inf", which float() reads back.
 
     Args:
-      resume_step: the step of the restored checkpoint; rows and events after it, which the run is about to repeat, are
+      resume_step: the step of the restored checkpoint; rows and events after it, which the run is
+          about to repeat, are
         removed. 0 = a fresh start: all are.
       evaluates_again: the run repeats the evaluation of that step too, so its row is removed.
       tensorboard: also write events, to workdir/tensorboard.
       active: False makes every method do nothing (all processes but process 0).
-      started: time.monotonic() when this process began. "seconds" go on from those of the last row that is kept.
+      started: time.monotonic() when this process began. "seconds" go on from those of the last row
+          that is kept.
       per_step: of which "tokens" and "flops" of a row are the sums over its steps.
     """
 
@@ -107,7 +109,9 @@ class Writer:
             self._events.hyperparameters(values)
 
     def write_final(self, step: int, scalars: Mapping[str, Any], compared: Iterable[str]) -> None:
-        """The row of the last evaluation; by the figures `compared` TensorBoard puts the run beside others."""
+        """The row of the last evaluation; by the figures `compared` TensorBoard puts the run beside
+        others.
+        """
         self.write(step, scalars)
         if self._events:
             self._events.finished(compared)
@@ -127,7 +131,9 @@ class Writer:
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; lines that are no row (a kill can tear the last one) are left out."""
+    """The rows of a metrics.jsonl; lines that are no row (a kill can tear the last one) are left
+    out.
+    """
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -142,7 +148,8 @@ def read_rows(path: Any) -> list[dict[str, Any]]:
 def write_run_info(
     workdir: Any, config: Mapping[str, Any], *, mesh: Mapping[str, int], active: bool
 ) -> None:
-    """Writes config.json, and appends a record of this start to run.json, so that a resumed run keeps its history.
+    """Writes config.json, and appends a record of this start to run.json, so that a resumed run
+    keeps its history.
 
     A run.json that cannot be read (a full disk empties files) begins anew.
 
@@ -151,8 +158,9 @@ def write_run_info(
       mesh: axis name -> length.
       active: False does nothing (all processes but process 0).
 
-    The record has: versions, the git commit of the source (null when it is not known; "dirty" = with changes), the
-    devices, the mesh, the command line, the host and the time of the start (UTC).
+    The record has: versions, the git commit of the source (null when it is not known; "dirty" =
+    with changes), the devices, the mesh, the command line, the host and the time of the start
+    (UTC).
     """
     if not active:
         return

@@ -1,4 +1,6 @@
-"""What the end of a run tells: held-out figures beside their rivals, parameters, speed, where the files are, what to do next."""
+"""What the end of a run tells: held-out figures beside their rivals, parameters, speed, where the
+files are, what to do next.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,10 @@ from moe_jax.terminal.progress import Progress, duration, readable
 
 
 class Result(NamedTuple):
-    """How a run ended: `step` of `cfg.train.steps`, the signal that ended it (0: none), and the last evaluation."""
+    """How a run ended:
+
+    `step` of `cfg.train.steps`, the signal that ended it (0: none), and the last evaluation.
+    """
 
     step: int
     signal: int
@@ -53,7 +58,8 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
     counts = flops.parameters(cfg.model)
     found = {
         "steps": f"{result.step} of {cfg.train.steps}",
-        "parameters": f"{readable(counts.total)} in all, {readable(counts.active)} active per token",
+        "parameters": f"{readable(counts.total)} in all, {readable(counts.active)} active per "
+        "token",
         "tokens/s": readable(result.tokens_per_second) if result.tokens_per_second else "-",
         "time": duration(seconds),
         "metrics": f"{workdir / 'metrics.jsonl'}",
@@ -73,7 +79,9 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
 
 
 def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What rows have beside numbers, such as the signature of a BLEU, which is too long for a cell: once where all have the same."""
+    """What rows have beside numbers, such as the signature of a BLEU, which is too long for a cell:
+    once where all have the same.
+    """
     found: dict[str, str] = {}
     for column in next(iter(rows.values())):
         texts = {
@@ -91,7 +99,10 @@ def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def figures_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """One line per row; the last one, of all of them, apart. Numbers with three digits after the point."""
+    """One line per row; the last one, of all of them, apart.
+
+    Numbers with three digits after the point.
+    """
     table = Table()
     table.add_column("", overflow="fold")
     first = next(iter(rows.values()))

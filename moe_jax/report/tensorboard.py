@@ -1,7 +1,8 @@
 """The figures of a run as TensorBoard shows them best: what one looks at first comes first.
 
-TensorBoard puts scalars into groups by what stands before the first "/" of their names, and sorts the groups. So the
-names of metrics.jsonl are given groups with numbers, with few cards in the first ones.
+TensorBoard puts scalars into groups by what stands before the first "/" of their names, and sorts
+the groups. So the names of metrics.jsonl are given groups with numbers, with few cards in the first
+ones.
 """
 
 import re
@@ -26,7 +27,8 @@ GROUPS = (
     (r"moe/", "8_layers/"),
     (r"interference/", "9_interference/"),
 )
-# Of the tab "Custom Scalars": curves that belong together in one chart. Regular expressions of names above.
+# Of the tab "Custom Scalars": curves that belong together in one chart. Regular expressions of
+# names above.
 LAYOUT = {
     "training and held out": {
         "nats per prediction": ["Multiline", ["^1_train/nll$", "^2_eval/loss$"]],
@@ -43,7 +45,8 @@ LAYOUT = {
 }
 
 
-# Keys of the config that runs are told from each other by in the tab "HParams". All that was changed beside them is in
+# Keys of the config that runs are told from each other by in the tab "HParams". All that was
+# changed beside them is in
 # one column more, for the columns must be the same in all runs.
 HYPERPARAMETERS = (
     "task",
@@ -67,7 +70,10 @@ HYPERPARAMETERS = (
 
 
 def hyperparameters(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a run as the columns of the tab "HParams": `raw` and `defaults` are nested dicts of JSON values."""
+    """The config of a run as the columns of the tab "HParams":
+
+    `raw` and `defaults` are nested dicts of JSON values.
+    """
     flat, usual = (flatten_dict(tree, sep=".") for tree in (raw, defaults))
     changed = (
         f"{key}={flat[key]}"
@@ -125,7 +131,10 @@ class Events:
         )
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Of the tab "HParams", for the run itself: `SummaryWriter.add_hparams` would make a run of its own of them."""
+        """Of the tab "HParams", for the run itself:
+
+        `SummaryWriter.add_hparams` would make a run of its own of them.
+        """
         self._hyperparameters = dict(values)
         self._add_hparams(("session_start_info",), ())
 

@@ -1,4 +1,6 @@
-"""The time of training steps alone: what else a run does (evaluation, saving, samples, pictures) is taken out."""
+"""The time of training steps alone: what else a run does (evaluation, saving, samples, pictures) is
+taken out.
+"""
 
 import contextlib
 import statistics
@@ -31,7 +33,10 @@ class StepClock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Takes the time inside out. No step may be under way when it begins. A pause inside a pause counts once."""
+        """Takes the time inside out.
+
+        No step may be under way when it begins. A pause inside a pause counts once.
+        """
         self._depth += 1
         begun = time.monotonic()
         try:

@@ -1,4 +1,6 @@
-"""What a command has of the shell: how it was typed, where its words go, and a directory that it alone may write to."""
+"""What a command has of the shell: how it was typed, where its words go, and a directory that it
+alone may write to.
+"""
 
 import contextlib
 import fcntl
@@ -20,19 +22,25 @@ LOCK = ".lock"
 
 
 def command(*arguments: object) -> str:
-    """`python -m ARGUMENTS` by the interpreter that runs now, which need not be the `python` of the user's shell."""
+    """`python -m ARGUMENTS` by the interpreter that runs now, which need not be the `python` of the
+    user's shell.
+    """
     here = Path(sys.executable)
     near = here.is_relative_to(Path.cwd()) and here.relative_to(Path.cwd())
     return shlex.join([str(near or here), "-m", *map(str, arguments)])
 
 
 def own_command() -> str:
-    """What was typed to start this process, to be typed again. launch/local.sh, which starts several, says what it was."""
+    """What was typed to start this process, to be typed again. launch/local.sh, which starts
+    several, says what it was.
+    """
     return os.environ.get("MOE_JAX_COMMAND", "").strip() or command("moe_jax.main", *sys.argv[1:])
 
 
 def going_on(step: int, stop_at: int) -> str:
-    """The command that goes on from a step: what was typed, without a train.stop_at that is reached, at which it would end at once."""
+    """The command that goes on from a step: what was typed, without a train.stop_at that is
+    reached, at which it would end at once.
+    """
     if not 0 < stop_at <= step:
         return own_command()
     kept, value_follows = [], False
@@ -48,7 +56,10 @@ def going_on(step: int, stop_at: int) -> str:
 
 
 def console() -> Any:
-    """A rich Console, as wide as the terminal. A file or a pipe has 160 columns, or what COLUMNS says."""
+    """A rich Console, as wide as the terminal.
+
+    A file or a pipe has 160 columns, or what COLUMNS says.
+    """
     from rich.console import (
         Console,
     )  # here: this module comes before everything that takes time to import
@@ -58,9 +69,12 @@ def console() -> Any:
 
 
 def tell(text: object, stream: TextIO | None = None) -> None:
-    """Prints sentences. A terminal gets its lines broken between words, a file or a pipe as they are.
+    """Prints sentences.
 
-    A line that begins with two spaces is a command or a path on its own: it stays whole, to be copied.
+    A terminal gets its lines broken between words, a file or a pipe as they are.
+
+    A line that begins with two spaces is a command or a path on its own: it stays whole, to be
+    copied.
     """
     stream = stream or sys.stdout
     lines = str(text).split("\n")
@@ -71,15 +85,18 @@ def tell(text: object, stream: TextIO | None = None) -> None:
 
 
 def _broken(line: str, width: int) -> str:
-    """A path or a number that is longer than a line is left to the terminal, which can give it back whole."""
+    """A path or a number that is longer than a line is left to the terminal, which can give it back
+    whole.
+    """
     return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """The exit code of `main(argv)`, for a command whose words are its work.
 
-    A signal raises KeyboardInterrupt in it, so that what it has begun is cleared away: 128 + its number. Output that nobody reads any more
-    ends it without a word (128 + SIGPIPE), a file that cannot be read or written with one line (64).
+    A signal raises KeyboardInterrupt in it, so that what it has begun is cleared away: 128 + its
+    number. Output that nobody reads any more ends it without a word (128 + SIGPIPE), a file that
+    cannot be read or written with one line (64).
     """
     open_output(lasting=False)
     heard = signals.LISTENER
@@ -115,8 +132,10 @@ def reason(error: OSError) -> str:
 
 
 class Lasting(io.FileIO):
-    """A file descriptor for what is said beside the work. When it cannot be written any more, it says so once and takes no more:
-    a closed pipe, a full disk or a terminal that is gone does not end a run, whose figures are in its workdir.
+    """A file descriptor for what is said beside the work.
+
+    When it cannot be written any more, it says so once and takes no more: a closed pipe, a full
+    disk or a terminal that is gone does not end a run, whose figures are in its workdir.
     """
 
     def write(self, data: Any) -> int:
@@ -131,11 +150,13 @@ class Lasting(io.FileIO):
 
 
 def open_output(lasting: bool) -> None:
-    """Standard output and error that write every line at once and escape what their encoding lacks; `lasting`: as above.
+    """Standard output and error that write every line at once and escape what their encoding lacks;
+    `lasting`: as above.
 
     For the beginning of a command. Streams that someone else has put in place stay as they are.
     """
-    # A descriptor that was closed would be that of the next file that is opened, and what is said would go there.
+    # A descriptor that was closed would be that of the next file that is opened, and what is said
+    # would go there.
     for number in range(3):
         try:
             os.fstat(number)
@@ -160,7 +181,9 @@ class Held:
         self._path, self._flag, self._lock = path, flag, lock
 
     def check(self) -> None:
-        """UserError when the directory is not the one that was locked: somebody has deleted or moved it, and another may begin there."""
+        """UserError when the directory is not the one that was locked: somebody has deleted or
+        moved it, and another may begin there.
+        """
         if self._lock is None:
             return
         try:
@@ -169,7 +192,8 @@ class Held:
             same = False
         if not same:
             raise UserError(
-                f"{self._flag} {self._path.parent} was deleted or moved while it was in use (its {self._path.name} is gone): nothing more "
+                f"{self._flag} {self._path.parent} was deleted or moved while it was in use (its "
+                f"{self._path.name} is gone): nothing more "
                 "is written there; start again, there or in another directory"
             )
 
@@ -179,19 +203,24 @@ FREE = Held(Path(), "", None)  # for the processes that leave the lock to proces
 
 @contextlib.contextmanager
 def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[Held]:
-    """Makes a directory and holds its lock, which the system frees even after kill -9. UserError, by the flag, where it cannot be had."""
+    """Makes a directory and holds its lock, which the system frees even after kill -9.
+
+    UserError, by the flag, where it cannot be had.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / name, "w")
     except OSError as error:
         raise UserError(
-            f"{flag} {directory} cannot be made or written to ({error.strerror}): choose another directory"
+            f"{flag} {directory} cannot be made or written to ({error.strerror}): choose another "
+            "directory"
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{flag} {directory} is in use by another process: wait for it, or choose another directory"
+                f"{flag} {directory} is in use by another process: wait for it, or choose another "
+                "directory"
             ) from None
         yield Held(directory / name, flag, lock)

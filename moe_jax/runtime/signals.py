@@ -1,14 +1,17 @@
-"""Ctrl-C, SIGTERM and SIGHUP: heard at once, whatever the process is doing, and obeyed where nothing is lost by it.
+"""Ctrl-C, SIGTERM and SIGHUP: heard at once, whatever the process is doing, and obeyed where
+nothing is lost by it.
 
-A handler written in Python runs only once the main thread is back from compiled code, and a compilation takes minutes. So a thread
-listens: Python's handler in C writes the number of every signal to a pipe at once, and the thread reads it, says so, and obeys:
+A handler written in Python runs only once the main thread is back from compiled code, and a
+compilation takes minutes. So a thread
+listens: Python's handler in C writes the number of every signal to a pipe at once, and the thread
+reads it, says so, and obeys:
 
     at once     nothing would be lost: the process ends. So a run begins, and so it is again once all is saved
     noted       `Listener.note()`: a training run asks for the number between steps and batches, saves, and ends
     raised      `Listener.interrupt()`: KeyboardInterrupt in the main thread, for commands that have files or processes to clear away
 
-A second signal ends the process at once, whatever it is in. SIGHUP, which a terminal sends when it is closed, counts as SIGTERM; a process
-that was started to ignore it (nohup) goes on ignoring it.
+A second signal ends the process at once, whatever it is in. SIGHUP, which a terminal sends when it
+is closed, counts as SIGTERM; a process that was started to ignore it (nohup) goes on ignoring it.
 """
 
 import contextlib
@@ -20,14 +23,17 @@ from collections.abc import Iterator
 from types import FrameType
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# `timeout` and whatever ends all processes of a group send one request twice, to a process and to its parent, which passes it on.
+# `timeout` and whatever ends all processes of a group send one request twice, to a process and to
+# its parent, which passes it on.
 SAME_REQUEST = 0.3  # seconds
 AT_ONCE, NOTED, RAISED = range(3)
 KEPT = "what was saved stays, and the same command goes on from there"
 
 
 class Listener:
-    """Hears the signals of this process from `start` to `stop`, both to be called in the main thread."""
+    """Hears the signals of this process from `start` to `stop`, both to be called in the main
+    thread.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,7 +66,9 @@ class Listener:
         threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True).start()
 
     def claim(self) -> None:
-        """Takes the signals (again): jax.distributed.initialize puts a handler of its own in the place of this one."""
+        """Takes the signals (again): jax.distributed.initialize puts a handler of its own in the
+        place of this one.
+        """
         for number in HEARD:
             if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
                 signal.signal(
@@ -85,7 +93,10 @@ class Listener:
             self._policy = RAISED
 
     def release(self) -> int:
-        """All is saved: from here on a signal ends the process at once. Returns the signal that was noted, and forgets it; 0 = none."""
+        """All is saved: from here on a signal ends the process at once.
+
+        Returns the signal that was noted, and forgets it; 0 = none.
+        """
         with self._lock:
             number, self._number = self._number, 0
             self._policy = AT_ONCE
@@ -124,7 +135,8 @@ class Listener:
             if self._policy == NOTED:
                 self._number = number
                 _say(
-                    f"{name}: heard, the run saves and ends after this step or batch (a second signal ends it unsaved)"
+                    f"{name}: heard, the run saves and ends after this step or batch (a second "
+                    "signal ends it unsaved)"
                 )
             else:
                 _say(f"{name}: heard, ending (a second signal ends it at once)")
@@ -135,7 +147,9 @@ LISTENER = Listener()
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
-    """The listener of this process; started here, and stopped again, where no command has started it for the whole process."""
+    """The listener of this process; started here, and stopped again, where no command has started
+    it for the whole process.
+    """
     if LISTENER.started:
         yield LISTENER
         return
@@ -148,12 +162,16 @@ def listening() -> Iterator[Listener]:
 
 
 def exit_code(number: int, saved: bool) -> int:
-    """128 + the number of the signal; 0 when a run was told to end by something else than Ctrl-C and could save all it had."""
+    """128 + the number of the signal; 0 when a run was told to end by something else than Ctrl-C
+    and could save all it had.
+    """
     return 0 if saved and number != signal.SIGINT else 128 + number
 
 
 def _say(text: str) -> None:
-    """Past the streams of Python, which the main thread may be in the middle of; a terminal that is gone is no matter."""
+    """Past the streams of Python, which the main thread may be in the middle of; a terminal that is
+    gone is no matter.
+    """
     clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # the live line may have hidden the cursor
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{text}\n".encode())

@@ -7,7 +7,10 @@ from typing import Any
 
 
 def read(workdir: Any) -> list[dict[str, Any]]:
-    """The records of run.json, one for each start. What cannot be read (a full disk empties files) is left out: the list begins anew."""
+    """The records of run.json, one for each start.
+
+    What cannot be read (a full disk empties files) is left out: the list begins anew.
+    """
     try:
         found = json.loads((Path(workdir) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,6 @@
-"""How a run ends before its time: a signal that all processes agree on, or a loss that is not a number."""
+"""How a run ends before its time: a signal that all processes agree on, or a loss that is not a
+number.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +11,9 @@ from moe_jax.runtime import signals
 
 
 class NonFinite(RuntimeError):
-    """The loss or a gradient was not finite more often in a row than train.nonfinite_patience allows."""
+    """The loss or a gradient was not finite more often in a row than train.nonfinite_patience
+    allows.
+    """
 
 
 class Interrupted(Exception):
@@ -17,16 +21,19 @@ class Interrupted(Exception):
 
 
 def due(step: int, start: int, every: int) -> bool:
-    """Whether the run is to save and end after a step; to be asked by all processes after the same steps.
+    """Whether the run is to save and end after a step; to be asked by all processes after the same
+    steps.
 
-    Several processes ask each other after the first step behind `start`, and after every `every` steps.
+    Several processes ask each other after the first step behind `start`, and after every `every`
+    steps.
     """
     alone = jax.process_count() == 1
     return _agreed() if alone or step == start + 1 or step % every == 0 else False
 
 
 def check() -> None:
-    """Raises Interrupted when the run is to end: to be called between the batches of all that takes long, by all processes alike.
+    """Raises Interrupted when the run is to end: to be called between the batches of all that takes
+    long, by all processes alike.
 
     Does nothing outside of a training run.
     """
@@ -35,7 +42,9 @@ def check() -> None:
 
 
 def check_alone() -> None:
-    """`check` for what process 0 does while the others wait for it: of several processes none may leave by itself."""
+    """`check` for what process 0 does while the others wait for it: of several processes none may
+    leave by itself.
+    """
     if jax.process_count() == 1:
         check()
 
@@ -54,7 +63,8 @@ def _agreed() -> bool:
 
 
 def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
-    """The parameter whose gradient went wrong first: of those not finite, the one that the backward pass reaches first.
+    """The parameter whose gradient went wrong first: of those not finite, the one that the backward
+    pass reaches first.
 
     The backward pass walks from the head to the embedding, so that is the one nearest to the loss.
     """
@@ -63,7 +73,9 @@ def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
 
 
 def _depth(name: str) -> tuple[int, ...]:
-    """The place of a parameter in the forward pass of any model; what is not named here (of an input) comes before the blocks."""
+    """The place of a parameter in the forward pass of any model; what is not named here (of an
+    input) comes before the blocks.
+    """
     encoder, parts = name.startswith("encoder/"), name.removeprefix("encoder/").split("/")
     order = {
         "embed": 0,

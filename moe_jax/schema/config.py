@@ -1,15 +1,20 @@
-"""The frozen config: below train.py no ConfigDict travels. config/build.py makes it from the tree that users change."""
+"""The frozen config: below train.py no ConfigDict travels. config/build.py makes it from the tree
+that users change.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
 
-DEPTH = "depth:"  # what the kind of a block begins with that only some tokens go through, as in "depth:moe"
+# what the kind of a block begins with that only some tokens go through, as in "depth:moe"
+DEPTH = "depth:"
 
 
 class Options(dict[str, Any]):
-    """The options of a chosen router, dispatcher, optimizer or schedule: a dict that nobody changes, so that jax may hash it."""
+    """The options of a chosen router, dispatcher, optimizer or schedule: a dict that nobody
+    changes, so that jax may hash it.
+    """
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.items())))
@@ -80,7 +85,9 @@ class ModelConfig:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order: "dense" or "moe", or one of them inside a mixture of depths: "depth:dense", "depth:moe".
+        """The kind of every block, in order:
+
+        "dense" or "moe", or one of them inside a mixture of depths: "depth:dense", "depth:moe".
 
         Those of an encoder-decoder begin with its encoder's.
         """
@@ -107,7 +114,9 @@ class ModelConfig:
 
     @property
     def embeds(self) -> bool:
-        """Whether the model looks up rows of a vocabulary: an encoder of vectors projects them instead."""
+        """Whether the model looks up rows of a vocabulary: an encoder of vectors projects them
+        instead.
+        """
         return self.kind_options.get("inputs", "tokens") == "tokens"
 
     @property
@@ -230,13 +239,17 @@ class Due(NamedTuple):
 
 
 def due(text: str) -> Due:
-    """What `record.steps` says of a step: "100,200", "every 50", both ("1,every 50"), or "" for none. UserError."""
+    """What `record.steps` says of a step:
+
+    "100,200", "every 50", both ("1,every 50"), or "" for none. UserError.
+    """
     steps, every = set(), []
     for part in filter(None, (p.strip() for p in text.split(","))):
         number = part.removeprefix("every ").strip()
         if not number.isdecimal() or int(number) < 1:
             raise UserError(
-                f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 or every 50'
+                f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 '
+                "or every 50"
             )
         (every.append if part.startswith("every ") else steps.add)(int(number))
     return Due(frozenset(steps), tuple(every))

@@ -1,7 +1,8 @@
-"""What a task is: what a batch holds, the loss of every prediction, the figures of the field; and what all tasks share.
+"""What a task is: what a batch holds, the loss of every prediction, the figures of the field; and
+what all tasks share.
 
-A task gives the loss of *every* prediction; sums of them are taken here, once for all tasks, so that micro-batches and devices add up.
-`objective` is the only place that divides.
+A task gives the loss of *every* prediction; sums of them are taken here, once for all tasks, so
+that micro-batches and devices add up. `objective` is the only place that divides.
 
 Shapes: B rows, L MoE layers, E experts, Z domains.
 """
@@ -62,7 +63,8 @@ class Task(NamedTuple):
     summary: Callable[..., dict[str, float]]
     # Of the figures of an evaluation, in one line.
     headline: Callable[[Mapping[str, Any]], str]
-    # (cfg, Trained, data, workdir) -> further figures, at the end of a run; writes the predictions. All processes call it.
+    # (cfg, Trained, data, workdir) -> further figures, at the end of a run; writes the predictions.
+    # All processes call it.
     finish: Callable[..., dict[str, Any]]
     # (cfg, data, figures) -> {row: {column: value}}: the model beside its rivals.
     table: Callable[..., dict[str, dict[str, Any]]]
@@ -71,7 +73,9 @@ class Task(NamedTuple):
 
 
 def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str, Any]:
-    """Training sums of a (micro-)batch: nll (nats), tokens (their weight), and the layers' totals [L, ...], `moe` and `depth`."""
+    """Training sums of a (micro-)batch: nll (nats), tokens (their weight), and the layers' totals
+    [L, ...], `moe` and `depth`.
+    """
     found = task.losses(model, batch, rng, True)
     weight = found.weight.astype(found.nll.dtype)
     return {
@@ -85,7 +89,9 @@ def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str
 def objective(
     totals: Mapping[str, Any], coefficients: Mapping[str, float]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss that is differentiated: nats per prediction plus the router's auxiliary losses; and its parts."""
+    """The loss that is differentiated: nats per prediction plus the router's auxiliary losses; and
+    its parts.
+    """
     nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
     loss, parts = nll, {"nll": nll, **depth.figures(totals["depth"])}
     if totals["depth"]:
@@ -100,9 +106,11 @@ def objective(
 
 
 def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, Any]:
-    """Held-out sums: what the task adds up, the layers' totals, and `routing`, assignments per MoE layer, domain and expert [L, Z, E].
+    """Held-out sums: what the task adds up, the layers' totals, and `routing`, assignments per MoE
+    layer, domain and expert [L, Z, E].
 
-    Held-out rows are of one domain each. `rows` and `row_routing` [B] are no sums over the batch but what each row gives.
+    Held-out rows are of one domain each. `rows` and `row_routing` [B] are no sums over the batch
+    but what each row gives.
     """
     found = task.losses(model, batch, jax.random.key(0), False)
     domain_B = batch.domain_BS[:, 0] if hasattr(batch, "domain_BS") else batch.domain_B
@@ -130,7 +138,9 @@ def by_row(found: Losses) -> dict[str, jax.Array]:
 def of_heldout(
     cfg: Config, task: Task, trained: Trained, data: Data, question: Callable[..., Any]
 ) -> tuple[np.ndarray, Any]:
-    """(index [R] of every held-out row, `question(model, batch)` of each: arrays [R, ...]), on every host."""
+    """(index [R] of every held-out row, `question(model, batch)` of each: arrays [R, ...]), on
+    every host.
+    """
 
     @jax.jit
     def asked(params: Any, router_state: Any, batch: Any) -> Any:

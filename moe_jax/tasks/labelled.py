@@ -60,7 +60,9 @@ def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
 
 
 def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
-    """ "loss" (nats per row), "accuracy", "macro_f1" (mean of F1 over the classes that occur or are predicted), "domain/NAME/accuracy"."""
+    """ "loss" (nats per row), "accuracy", "macro_f1" (mean of F1 over the classes that occur or are
+    predicted), "domain/NAME/accuracy".
+    """
     rows = max(total["tokens"].sum(), 1)
     either = total["class_rows"] + total["class_predicted"]
     f1 = 2 * total["class_hits"] / np.maximum(either, 1)
@@ -82,7 +84,9 @@ def headline(figures: Mapping[str, Any]) -> str:
 def finish(
     task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path
 ) -> dict[str, Any]:
-    """Writes predictions.jsonl: of each held-out row its index, its text where it has one, label, prediction and its probability."""
+    """Writes predictions.jsonl: of each held-out row its index, its text where it has one, label,
+    prediction and its probability.
+    """
 
     def ask(model: Callable, batch: Any) -> Any:
         probability_BC = jax.nn.softmax(logits(model, batch, jax.random.key(0), False)[0])
@@ -126,18 +130,22 @@ def check(cfg: Config, data: Examples) -> Examples:
     for key, value in needs.items():
         if options[key] != value:
             raise UserError(
-                f"model.kinds.{cfg.model.kind}.{key} = {options[key]!r}, but {data.spec} needs {value!r}: set it"
+                f"model.kinds.{cfg.model.kind}.{key} = {options[key]!r}, but {data.spec} needs "
+                f"{value!r}: set it"
             )
     if about.tokenizer is not None and about.tokenizer.vocab_size > cfg.model.vocab_size:
         raise UserError(
-            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of {data.spec} "
+            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of "
+            f"{data.spec} "
             f"({about.tokenizer.vocab_size}): raise it"
         )
     return data
 
 
 def random(cfg: Config, step: int) -> LabelledTokens | LabelledVectors:
-    """Rows of random tokens or vectors, every other one with up to half a row of padding, and random labels."""
+    """Rows of random tokens or vectors, every other one with up to half a row of padding, and
+    random labels.
+    """
     rng = np.random.default_rng([cfg.seed, step])
     options, num, length = cfg.model.kind_options, cfg.train.batch_size, cfg.data.seq_len
     size_B = rng.integers(length // 2 + 1, length + 1, num)

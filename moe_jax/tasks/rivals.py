@@ -1,7 +1,8 @@
-"""What a model has to beat: majority and popularity, and the classical method of each kind of task, on the same rows.
+"""What a model has to beat: majority and popularity, and the classical method of each kind of task,
+on the same rows.
 
-Each module has `table(data) -> {baseline: {figure: number}}` of `examples.Examples`. Figures are of the held-out part; whatever is tuned
-is tuned on the training part alone.
+Each module has `table(data) -> {baseline: {figure: number}}` of `examples.Examples`. Figures are of
+the held-out part; whatever is tuned is tuned on the training part alone.
 """
 
 from moe_jax.data.examples import Classes, Examples, Market, Pairs
@@ -14,7 +15,9 @@ Table = dict[str, dict[str, float | str]]
 
 
 def table(data: Examples, tune: bool = True) -> Table:
-    """The baselines of a data set of any kind; without `tune` those that try several settings take the first."""
+    """The baselines of a data set of any kind; without `tune` those that try several settings take
+    the first.
+    """
     about = data.about
     if isinstance(about, Pairs):
         return translation.table(data)

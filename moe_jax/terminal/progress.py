@@ -1,4 +1,6 @@
-"""What the person in front of the terminal sees of a run: a live line, or plain lines where there is no terminal."""
+"""What the person in front of the terminal sees of a run: a live line, or plain lines where there
+is no terminal.
+"""
 
 import contextlib
 import time
@@ -25,10 +27,11 @@ FIRST_STEP = "compiling the first step"
 
 
 class Progress:
-    """Shows what a run does: before its steps one activity after another, then step, loss, speed and the time left.
+    """Shows what a run does: before its steps one activity after another, then step, loss, speed
+    and the time left.
 
-    In a terminal it is one live line, drawn by a thread, with a sign that turns and the seconds of what takes long;
-    elsewhere it is plain lines.
+    In a terminal it is one live line, drawn by a thread, with a sign that turns and the seconds of
+    what takes long; elsewhere it is plain lines.
 
     Args:
       active: False shows nothing (all processes but process 0).
@@ -55,7 +58,9 @@ class Progress:
         self._took: dict[str, float] = {}  # seconds of each activity, the last time
 
     def start(self, start_step: int, total_steps: int, clock: StepClock) -> None:
-        """Begins with the steps after `start_step`, if there are any; `clock` stands still during every activity from here on."""
+        """Begins with the steps after `start_step`, if there are any; `clock` stands still during
+        every activity from here on.
+        """
         self._step, self._total, self._clock = start_step, total_steps, clock
         if start_step >= total_steps:
             return
@@ -64,9 +69,11 @@ class Progress:
 
     @contextlib.contextmanager
     def doing(self, activity: str, after: Any = None) -> Iterator[None]:
-        """Shows an activity beside the steps while it lasts, and takes its time out of that of the steps.
+        """Shows an activity beside the steps while it lasts, and takes its time out of that of the
+        steps.
 
-        `after`: arrays of the last step, which is waited for first: it belongs to the time of the steps.
+        `after`: arrays of the last step, which is waited for first: it belongs to the time of the
+        steps.
         """
         jax.block_until_ready(after)
         opened = self._live is None and self._open(transient=True)
@@ -85,7 +92,10 @@ class Progress:
             self._step, self._moved = step, time.monotonic()
 
     def update(self, step: int, *, loss: float, balance: float | None) -> None:
-        """After each logged step. `balance`: load of the busiest expert over the mean; None = no experts."""
+        """After each logged step.
+
+        `balance`: load of the busiest expert over the mean; None = no experts.
+        """
         if self._clock:
             self._clock.row(step)
         now = time.monotonic()
@@ -189,7 +199,9 @@ class Progress:
         return "  ".join([*parts, *self._left(now)])
 
     def _left(self, now: float) -> list[str]:
-        """The time left, from all that passed since the first update: evaluations and saves will come again."""
+        """The time left, from all that passed since the first update: evaluations and saves will
+        come again.
+        """
         if self._first is None or self._step <= self._first[1] or self._step >= self._total:
             return []
         per_step = (now - self._first[0]) / (self._step - self._first[1])

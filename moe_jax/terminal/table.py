@@ -24,7 +24,8 @@ PROSE = 24  # a column of prose is made no narrower than this before the table i
 
 class Column(NamedTuple):
     name: str
-    # "number" stays on one line, to the right; "name" is folded only in need; "prose" breaks between words.
+    # "number" stays on one line, to the right; "name" is folded only in need; "prose" breaks
+    # between words.
     kind: str
 
 
@@ -165,7 +166,9 @@ class Table:
 
 
 def _cap(widths: Sequence[int], room: int) -> int:
-    """The largest width that all columns can be cut to so that they and the gaps behind them fit; at least 1."""
+    """The largest width that all columns can be cut to so that they and the gaps behind them fit;
+    at least 1.
+    """
     caps = range(max(widths, default=1), 1, -1)
     return next((cap for cap in caps if sum(min(n, cap) + GAP for n in widths) <= room), 1)
 

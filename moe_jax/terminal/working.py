@@ -1,4 +1,6 @@
-"""What a command says while it works, on standard error, so that its results on standard output stay clean."""
+"""What a command says while it works, on standard error, so that its results on standard output
+stay clean.
+"""
 
 import contextlib
 import math
@@ -23,8 +25,9 @@ def silent(text: str) -> None:
 def shown(what: str, *, active: bool = True) -> Iterator[Tell]:
     """Yields a function that is told what is being done now.
 
-    A terminal shows it beside a spinner and the time since the beginning, and it is gone at the end. A file or a pipe gets
-    plain lines: the first that is told at once, then at most one every QUIET seconds. `active` False says nothing (other processes).
+    A terminal shows it beside a spinner and the time since the beginning, and it is gone at the
+    end. A file or a pipe gets plain lines: the first that is told at once, then at most one every
+    QUIET seconds. `active` False says nothing (other processes).
 
     Print results after the block has ended, not within it.
     """
@@ -41,7 +44,8 @@ def shown(what: str, *, active: bool = True) -> Iterator[Tell]:
 
 def _spinner(console: Console) -> Progress:
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    # Standard output may be a file: what is printed there must not be drawn above the spinner instead.
+    # Standard output may be a file: what is printed there must not be drawn above the spinner
+    # instead.
     return Progress(*columns, console=console, transient=True, redirect_stdout=False)
 
 

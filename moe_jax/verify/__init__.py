@@ -1,1 +1,4 @@
-"""Proof that a config computes the same on every mesh: `python -m moe_jax verify`. docs/verify.md tells what is checked."""
+"""Proof that a config computes the same on every mesh:
+
+`python -m moe_jax verify`. docs/verify.md tells what is checked.
+"""

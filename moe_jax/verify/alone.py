@@ -1,4 +1,6 @@
-"""Checks on one device, for faults that every mesh would share: masks, causality, and the layer against plain arithmetic."""
+"""Checks on one device, for faults that every mesh would share: masks, causality, and the layer
+against plain arithmetic.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -53,7 +55,9 @@ def checks(program: Program, begin: State) -> list[Check]:
 
 
 def served(probes: Sequence[Probe], num_experts: int) -> Check:
-    """Where a layer serves nobody its experts have no gradient, and any two meshes agree about nothing."""
+    """Where a layer serves nobody its experts have no gradient, and any two meshes agree about
+    nothing.
+    """
     sums = [probe.sums for probe in probes]
     assigned_L = sum(
         s["counts"][..., :num_experts].sum((1, 2)) for s in sums
@@ -79,7 +83,8 @@ def mean_loss(program: Program, begin: State) -> Check:
 def changes(program: Program, begin: State) -> list[Check]:
     """What must not matter to the loss of a token, changed, and how much it does.
 
-    What a router, an ordering or capacity excuses is asked again of the same model without it: attention has no such excuse.
+    What a router, an ordering or capacity excuses is asked again of the same model without it:
+    attention has no such excuse.
     """
     model, inputs = program.cfg.model, program.task.random(program.cfg, 0)
     group_rows = model.moe.group_rows if model.num_moe_layers else 1
@@ -111,7 +116,9 @@ def changes(program: Program, begin: State) -> list[Check]:
 
 
 def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with a router, an ordering and a dispatcher that see no later token, and no mixture of depths."""
+    """The config with a router, an ordering and a dispatcher that see no later token, and no
+    mixture of depths.
+    """
     new = copy.deepcopy(dict(raw))
     model, moe = new["model"], new["model"]["moe"]
     moe |= {"router": "top_k", "ordering": "token_major", "dispatcher": "dropless"}

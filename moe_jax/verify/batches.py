@@ -37,8 +37,9 @@ def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
 
 
 def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
-    """Changes by name to a batch with losses like `nll`; `group_rows` rows share capacity, so that "a sequence changes no other's
-    loss" are those of other groups."""
+    """Changes by name to a batch with losses like `nll`; `group_rows` rows share capacity, so that
+    "a sequence changes no other's loss" are those of other groups.
+    """
 
     def odd(batch):
         return batch.row_B // group_rows % 2 == 1
@@ -64,7 +65,9 @@ def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
 
 
 def causal(group_rows: int) -> dict[str, Change]:
-    """Of a model that predicts what comes next: what a later token, or another document of the row, must not do."""
+    """Of a model that predicts what comes next: what a later token, or another document of the row,
+    must not do.
+    """
 
     def early(batch):
         """The first half of a row, and its prefix, where all tokens see each other."""

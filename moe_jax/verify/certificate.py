@@ -21,7 +21,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 def content(
     raw: Mapping[str, Any], config_file: str, changes: Sequence[str], result: Result, verdict: str
 ) -> dict[str, Any]:
-    """Everything, as JSON values. The hash is of the config as it was resolved, keys sorted, before it was shrunk."""
+    """Everything, as JSON values.
+
+    The hash is of the config as it was resolved, keys sorted, before it was shrunk.
+    """
     return {
         "verdict": verdict,
         "proven": result.proven,
@@ -44,7 +47,9 @@ def content(
 
 
 def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the MoE layers was proven: router, ordering and dispatcher with their options, and the losses that are not 0."""
+    """What of the MoE layers was proven: router, ordering and dispatcher with their options, and
+    the losses that are not 0.
+    """
     block = raw["model"]["moe"]
     chosen = {one: {block[one]: block[one + "s"][block[one]]} for one in ("router", "ordering")}
     chosen["dispatcher"] = {block["dispatcher"]: block["dispatchers"][block["dispatcher"]]}
@@ -92,7 +97,10 @@ def commit() -> str:
 
 
 def check(path: Path) -> None:
-    """UserError where no file can be written, before minutes are spent on what it shall hold. Leaves no empty file behind."""
+    """UserError where no file can be written, before minutes are spent on what it shall hold.
+
+    Leaves no empty file behind.
+    """
     there = path.exists()
     try:
         with path.open("a"):

@@ -1,4 +1,5 @@
-"""What is compared between two runs of one config, how far apart they may be, and where they part first.
+"""What is compared between two runs of one config, how far apart they may be, and where they part
+first.
 
 check       of                                     deviation                               limit
 forward     loss of the step                       absolute, nats per token                1e-10
@@ -30,7 +31,8 @@ LIMITS = {
     "gradients": 1e-9,
     "state": 1e-8,
 }
-# What must be equal to the last one, by check: of the sums per row, and of the record of every choice (program.recordable).
+# What must be equal to the last one, by check: of the sums per row, and of the record of every
+# choice (program.recordable).
 EXACT = {"counts": ("counts", "expert"), "drops": ("dropped", "dropped")}
 ORDER = tuple(LIMITS)  # as the step computes them: the first that deviates is nearest to the cause
 
@@ -54,7 +56,9 @@ def deviations(
     want_state: Mapping[str, Any],
     have_state: Mapping[str, Any],
 ) -> tuple[dict[str, Deviation], Deviation | None]:
-    """(the worst of every kind, the first beyond its limit or None) of the same steps of two runs; states by name."""
+    """(the worst of every kind, the first beyond its limit or None) of the same steps of two runs;
+    states by name.
+    """
     worst: dict[str, Deviation] = {}
     first = None
     for step, (a, b) in enumerate(zip(want, have, strict=True)):
@@ -96,7 +100,10 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
 
 
 def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
-    """What a run would log of the step. Not what is by its definition of each micro-batch, or of each array, which a scan stacks."""
+    """What a run would log of the step.
+
+    Not what is by its definition of each micro-batch, or of each array, which a scan stacks.
+    """
     skip = ("micro_batch_balance_loss", "finite_leaves")
 
     def flat(probe):
@@ -109,7 +116,9 @@ def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
 def relative_gradients(
     want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Deviation of every gradient relative to its largest entry, or to a millionth of the largest of all: some are only rounding."""
+    """Deviation of every gradient relative to its largest entry, or to a millionth of the largest
+    of all: some are only rounding.
+    """
     largest = max((float(np.abs(g).max()) for g in want.values()), default=0.0)
     floor = max(1e-6 * largest, np.finfo(np.float64).tiny)  # where all are 0, equal is no deviation
     return {
@@ -136,7 +145,10 @@ def far(a: Any, b: Any, scale: Any = 1.0) -> float:
 
 
 def largest(values: Mapping[str, float]) -> tuple[str, float]:
-    """(name, value) of the largest; NaN is larger than any number, which for `max` it is not. ("", 0) of nothing."""
+    """(name, value) of the largest; NaN is larger than any number, which for `max` it is not.
+
+    ("", 0) of nothing.
+    """
     name = max(values, key=lambda n: np.inf if np.isnan(values[n]) else values[n], default="")
     return name, values.get(name, 0.0)
 
@@ -151,7 +163,9 @@ def _worst(check: str, values: Mapping[str, float], step: int) -> Deviation:
 
 
 class Rounded(NamedTuple):
-    """A float32 run beside one device's: reported, never judged, because one rounding tie flips a routing and the curves part."""
+    """A float32 run beside one device's: reported, never judged, because one rounding tie flips a
+    routing and the curves part.
+    """
 
     loss: float  # largest deviation of the loss over the steps, relative
     flip: int | None  # the first step whose counts differ

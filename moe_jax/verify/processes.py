@@ -1,4 +1,5 @@
-"""The same program on several real processes, each with its share of the simulated devices, as a cluster would run it.
+"""The same program on several real processes, each with its share of the simulated devices, as a
+cluster would run it.
 
 python -m moe_jax.verify.processes JOB.json INDEX      one of them; `run` starts them
 """
@@ -31,7 +32,9 @@ class Told(NamedTuple):
 
 
 def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | str:
-    """Runs a config on `count` processes from the state in folder/begin; the report, or what went wrong."""
+    """Runs a config on `count` processes from the state in folder/begin; the report, or what went
+    wrong.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"

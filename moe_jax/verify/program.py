@@ -1,6 +1,8 @@
-"""One compiled program per mesh, which tells everything that is compared: an optimizer step, its gradients, and each token's loss.
+"""One compiled program per mesh, which tells everything that is compared: an optimizer step, its
+gradients, and each token's loss.
 
-Compilation is what a proof costs, so code is generated quickly (compiling.py); XLA's passes, which decide the collectives, are a run's.
+Compilation is what a proof costs, so code is generated quickly (compiling.py); XLA's passes, which
+decide the collectives, are a run's.
 Shapes: B rows, S sequence, L MoE layers, K choices of a token.
 """
 
@@ -43,7 +45,10 @@ class Probe(NamedTuple):
 
 
 class Program:
-    """A config on a mesh of the first devices. `compile()` before `step`; all methods set the mesh themselves."""
+    """A config on a mesh of the first devices.
+
+    `compile()` before `step`; all methods set the mesh themselves.
+    """
 
     def __init__(self, raw: Mapping[str, Any], shape: Shape):
         number = int(np.prod(shape))
@@ -75,7 +80,9 @@ class Program:
             )
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
-        """Any thread may make a program and call this; `lowered` is what `lower` returned, if that was called before."""
+        """Any thread may make a program and call this; `lowered` is what `lower` returned, if that
+        was called before.
+        """
         self.run = (lowered or self.lower()).compile(compiler_options=QUICK)
         return self
 
@@ -107,7 +114,9 @@ class Program:
         return now, probes
 
     def tied(self, begin: train_step.State) -> Probe:
-        """A step whose linear gates are 0: scores tie, and ties go to the lowest experts: the worst load there is."""
+        """A step whose linear gates are 0: scores tie, and ties go to the lowest experts: the worst
+        load there is.
+        """
 
         def equal(path, x):
             return jnp.zeros_like(x) if [key.key for key in path][-2:] == ["router", "gate"] else x
@@ -117,7 +126,9 @@ class Program:
         return self.step(now, self.task.random(self.cfg, 0))[1]
 
     def evaluate(self, now: train_step.State) -> dict[str, np.ndarray]:
-        """The loss of every prediction ("nll") and the sums per row of an evaluation, as the config evaluates; compiles it."""
+        """The loss of every prediction ("nll") and the sums per row of an evaluation, as the config
+        evaluates; compiles it.
+        """
         dispatcher = self.cfg.eval.dispatcher
         cfg = (
             self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
@@ -166,7 +177,9 @@ def recording(model: Callable) -> Callable:
 
 
 def recordable(model: ModelConfig) -> bool:
-    """Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer places than others beside them."""
+    """Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer
+    places than others beside them.
+    """
     moe = {block.startswith(DEPTH) for block in model.blocks if block.endswith("moe")}
     copies = model.moe.router == "null" and model.moe.router_options["kind"] == "copy"
     return len(moe) == 1 and model.moe.router != "soft" and not copies

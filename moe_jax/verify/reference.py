@@ -1,12 +1,15 @@
-"""One device against plain arithmetic: the MoE layer, and the kernels that differ by platform against each other.
+"""One device against plain arithmetic: the MoE layer, and the kernels that differ by platform
+against each other.
 
     y_t = sum over e of G_te * expert_e(x_t)                                 assignments
     y_t = sum over e, s of C_tes * expert_e(sum over t' of D_t'es x_t')      mixtures (soft MoE), within a group
 
-G, or D and C, come from the router itself: a dispatcher that serves nobody but writes them into its output. So what is checked is
-everything after the router: dispatch, the grouped product, which gate meets which expert, gate and up columns, and all their gradients.
-A token's copy of itself (null experts) is one more column.
-Shapes: B rows, S sequence, T tokens, D model, E experts, F hidden, P = 2 (gate, up) or 1, G groups, t tokens of a group, p slots.
+G, or D and C, come from the router itself: a dispatcher that serves nobody but writes them into its
+output. So what is checked is everything after the router: dispatch, the grouped product, which gate
+meets which expert, gate and up columns, and all their gradients. A token's copy of itself (null
+experts) is one more column.
+Shapes: B rows, S sequence, T tokens, D model, E experts, F hidden, P = 2 (gate, up) or 1, G groups,
+t tokens of a group, p slots.
 """
 
 import contextlib
@@ -31,7 +34,8 @@ from moe_jax.verify.compare import far, largest, relative_gradients
 from moe_jax.verify.program import Program
 
 NAME = "gates of the reference"
-LONGEST = 1024  # tokens of a sequence whose attention is compared: enough for all the blocks that there are
+# tokens of a sequence whose attention is compared: enough for all the blocks that there are
+LONGEST = 1024
 
 
 class Dense(NamedTuple):
@@ -43,7 +47,9 @@ class Dense(NamedTuple):
 
 
 def gates(x_TD, routing, experts, *, shape, options):
-    """A dispatcher in form: the first columns of its output are a token's gates for all experts and the weight of its copy, or D and C."""
+    """A dispatcher in form: the first columns of its output are a token's gates for all experts and
+    the weight of its copy, or D and C.
+    """
     del experts, options
 
     def padded(told):
@@ -201,10 +207,11 @@ def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], activation: str) 
 
 @jax.enable_x64(True)
 def attention_kernels(length: int) -> float:
-    """The attention of a CPU, in blocks of queries and groups of heads, beside that of accelerators, all at once; gradients included.
+    """The attention of a CPU, in blocks of queries and groups of heads, beside that of
+    accelerators, all at once; gradients included.
 
-    On sequences of two documents and padding, as long as the config's (LONGEST at most: the scores of all heads are held), and so many
-    heads that they are two groups.
+    On sequences of two documents and padding, as long as the config's (LONGEST at most: the scores
+    of all heads are held), and so many heads that they are two groups.
     """
     S, queries = min(length, LONGEST), 2
     B, G, A = 2, max(4, attention_core.SCORES // (S * S * queries)), 4

@@ -81,8 +81,8 @@ def verify(
 ) -> Result:
     """Proves a config (a nested dict) on meshes of simulated devices.
 
-    `folder` is an empty directory for checkpoints; `say` is told what is being done. Raises UserError for a config that is refused by
-    its rules, on one device or on every mesh.
+    `folder` is an empty directory for checkpoints; `say` is told what is being done. Raises
+    UserError for a config that is refused by its rules, on one device or on every mesh.
     """
     small, rules = shrink.shrink(raw)
     refusals = [refusal(small, shape) for shape in wanted.shapes]
@@ -120,7 +120,10 @@ def reference(small: Mapping[str, Any], steps: int) -> Reference:
 def against(
     one: Reference, program: Program, begin: State
 ) -> tuple[State, dict[str, Deviation], Deviation | None]:
-    """The steps of a compiled program beside the reference's: (last state, worst deviations, the first beyond its limit)."""
+    """The steps of a compiled program beside the reference's:
+
+    (last state, worst deviations, the first beyond its limit).
+    """
     end, probes = program.steps(begin, len(one.probes) - 1)
     return end, *compare.deviations(
         one.probes, [*probes, program.tied(begin)], one.end, states.named(program, end)
@@ -136,7 +139,9 @@ def first_values(one: Reference, program: Program) -> alone.Check:
 
 
 def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
-    """The losses and the load of an evaluation on the mesh of `program` beside one device's; `begin` is the state there."""
+    """The losses and the load of an evaluation on the mesh of `program` beside one device's;
+    `begin` is the state there.
+    """
     want, have = one.program.evaluate(one.begin), program.evaluate(begin)
     scaled = {
         name: compare.far(want[name], have[name], np.maximum(np.abs(want[name]), 1))
@@ -195,7 +200,8 @@ def _rows(
     layout, names = shrink.layout(small)
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
     chosen = list(wanted.shapes) if wanted.float32 else [widest(small, wanted.shapes)]
-    # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what they have compiled.
+    # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what
+    # they have compiled.
     with ThreadPoolExecutor(2) as compiling, ThreadPoolExecutor(1) as running:
         rounded = _submit(compiling, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
         jobs = [_submit(compiling, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
@@ -208,7 +214,8 @@ def _rows(
             job = jobs.pop(0)  # a program is freed once it has run
             say(job.name)
             row = running.submit(_row, job, one, want, readers, folder)
-            # Whatever a layout raises while it is traced, compiled or run is a result: jax's checks of sharding are faults found.
+            # Whatever a layout raises while it is traced, compiled or run is a result: jax's checks
+            # of sharding are faults found.
             error = row.exception()
             yield empty(job.name, failure=f"fails: {_line(error)}") if error else row.result()
 
@@ -225,7 +232,9 @@ def _submit(
 
 
 def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], folder: Path) -> Row:
-    """Runs one layout; its checkpoint is read on the mesh before it, of which `readers` keeps the last."""
+    """Runs one layout; its checkpoint is read on the mesh before it, of which `readers` keeps the
+    last.
+    """
     if job.refused:
         return empty(job.name, job.refused)
     program, reader = job.programs[0].result(), readers[-1]

@@ -1,7 +1,9 @@
-"""A user's config made small enough to be proven in minutes, by stated rules that keep whatever decides how it is parallelised.
+"""A user's config made small enough to be proven in minutes, by stated rules that keep whatever
+decides how it is parallelised.
 
-Kept as they are: the router and its options, the dispatcher and its options, the losses, group_rows, shared experts, prefix, period and
-suffix, scan, remat, activation, biases, norms, tying, dropout, the optimizer and its options. What changes is listed, with a reason.
+Kept as they are: the router and its options, the dispatcher and its options, the losses,
+group_rows, shared experts, prefix, period and suffix, scan, remat, activation, biases, norms,
+tying, dropout, the optimizer and its options. What changes is listed, with a reason.
 """
 
 import copy
@@ -26,7 +28,10 @@ class Rule(NamedTuple):
 
 
 def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
-    """(the small config, the rules that were applied). `raw` is the nested dict of a config; raises UserError when it is a bad one."""
+    """(the small config, the rules that were applied).
+
+    `raw` is the nested dict of a config; raises UserError when it is a bad one.
+    """
     yours = {**copy.deepcopy(dict(raw)), "mesh": ONE}
     config.build(yours, 1)
     small, rules = copy.deepcopy(yours), []
@@ -105,7 +110,9 @@ def _kind(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
-    """As few experts as keep their number modulo the expert axis, leave a choice to the router, and suit its options."""
+    """As few experts as keep their number modulo the expert axis, leave a choice to the router, and
+    suit its options.
+    """
     key, moe = "model.moe.num_experts", small["model"]["moe"]
     number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
     if number % DEVICES == 0:
@@ -155,12 +162,16 @@ def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference that every layout must equal: one large batch, a loop over the layers, nothing rematerialised."""
+    """The reference that every layout must equal: one large batch, a loop over the layers, nothing
+    rematerialised.
+    """
     return changed(raw, {key: off for _, key, off, _ in _layouts(raw)})
 
 
 def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the config with accumulation, scan and remat all on, their names): its own where it has them, without what it cannot have."""
+    """(the config with accumulation, scan and remat all on, their names): its own where it has
+    them, without what it cannot have.
+    """
     new, names = dict(raw), []
     for name, key, off, on in _layouts(raw):
         trial = changed(new, {key: on}) if get(raw, key) == off else new

@@ -38,7 +38,9 @@ def named(program: Program, now: State) -> dict[str, np.ndarray]:
 
 
 def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
-    """The states of the MoE layers' routers in the order of the blocks, read off their names; [] where routers have none."""
+    """The states of the MoE layers' routers in the order of the blocks, read off their names; []
+    where routers have none.
+    """
     found: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
     for name, value in named(program, now).items():
         if name.startswith("router_state/"):
@@ -49,7 +51,9 @@ def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
 
 
 def unequal(program: Program, now: State, reader: Program, directory: Path) -> list[str]:
-    """Writes a state of `program` and reads it on the mesh of `reader`: the names of the arrays that differ in a bit."""
+    """Writes a state of `program` and reads it on the mesh of `reader`: the names of the arrays
+    that differ in a bit.
+    """
     write(program, now, directory)
     back = read(reader, directory)
     with program.entered():

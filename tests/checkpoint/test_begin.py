@@ -1,4 +1,6 @@
-"""What a run begins from: data at another place, another run's parameters, and options that do nothing."""
+"""What a run begins from: data at another place, another run's parameters, and options that do
+nothing.
+"""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,6 @@
-"""Checkpoints survive kill -9 at any moment, damage is found; every mesh, and scan and loop, read each other's."""
+"""Checkpoints survive kill -9 at any moment, damage is found; every mesh, and scan and loop, read
+each other's.
+"""
 
 import json
 import os
@@ -196,8 +198,8 @@ def test_misfits_are_named_with_both_values(tmp_path, mesh):
         checkpoints.restore(1, other, stacked=True)
     message = str(error.value)
     assert (
-        "params/layers/repeats/1/w is float32[8, 16] in the checkpoint and float32[8, 32] in this run"
-        in message
+        "params/layers/repeats/1/w is float32[8, 16] in the checkpoint and float32[8, 32] in this "
+        "run" in message
     )
     assert "params/embed is bfloat16[16, 8] in the checkpoint and absent in this run" in message
     assert "params/extra is absent in the checkpoint and bfloat16[16, 8] in this run" in message

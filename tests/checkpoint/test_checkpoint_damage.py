@@ -147,7 +147,9 @@ def test_damage_is_one_step_back_with_one_warning(three, what, caplog):
 
 
 def test_damage_never_takes_the_place_of_a_sound_checkpoint(three, caplog):
-    """With keep = 1 and a damaged newest step, a save of a lower number is what stays and what is found."""
+    """With keep = 1 and a damaged newest step, a save of a lower number is what stays and what is
+    found.
+    """
     flip(largest(step_dir(three, 39)), 80)
     checkpoints = open_dir(three, keep=1)
     assert checkpoints.latest() == 26
@@ -160,7 +162,9 @@ def test_damage_never_takes_the_place_of_a_sound_checkpoint(three, caplog):
 
 
 def test_pruning_counts_sound_checkpoints_alone(three, caplog):
-    """Step 26 is the best by its score, and the second of the last two; it is damaged, which nobody knew."""
+    """Step 26 is the best by its score, and the second of the last two; it is damaged, which nobody
+    knew.
+    """
     flip(largest(step_dir(three, 26)), 80)
     last = open_dir(three, keep=3)
     save(last, 50)

@@ -1,4 +1,6 @@
-"""The command `bench`: every variant runs, is timed beside the first, and is told with its parameters."""
+"""The command `bench`: every variant runs, is timed beside the first, and is told with its
+parameters.
+"""
 
 import re
 

@@ -42,7 +42,9 @@ def without(w, expert, units):
 
 
 def run(folder, zeros, given=None):
-    """A run's directory with the first values of a model, after `zeros(layer)` of each of its layers."""
+    """A run's directory with the first values of a model, after `zeros(layer)` of each of its
+    layers.
+    """
     raw = tiny.raw({**NARROW, **(given or {}), "mesh.data": 1})
     cfg = tiny.build((1, 1, 1), {**NARROW, **(given or {})})
     with jax.set_mesh(meshes.make(1, 1, 1)):
@@ -118,8 +120,8 @@ def test_units_go_and_outputs_stay(tmp_path, capsys):
     assert compacted(source, tmp_path / "out") == 0
     told = capsys.readouterr().out
     assert (
-        "model.moe.expert_hidden 16 -> 11: the fullest expert of all layers has 11 living units of 16"
-        in told
+        "model.moe.expert_hidden 16 -> 11: the fullest expert of all layers has 11 living units of "
+        "16" in told
     )
     deviation = float(re.search(r"largest deviation (\S+) of", told)[1])
     assert deviation <= 1e-6
@@ -202,7 +204,9 @@ def test_blocks_are_stored_on_demand(tmp_path, capsys, format):
     + [(128, 2, 4, True), (128, 3, 4, False), (256, 1, 2, True)],
 )
 def test_auto_stores_blocks_up_to_the_share_that_pays(block, used, of, stored):
-    """Of `of` blocks in every column of blocks `used` are not zero: the limits of docs/sparse_weights.md."""
+    """Of `of` blocks in every column of blocks `used` are not zero: the limits of
+    docs/sparse_weights.md.
+    """
     side = block * of
     column = np.repeat(np.arange(of) < used, block)[None, :, None]
     w = {
@@ -281,7 +285,8 @@ def test_an_encoder_of_vectors(tmp_path, capsys):
         ),
         (
             ["probe"],
-            'is a run of task "vision", model.kind "encoder": the instruments look into the language',
+            'is a run of task "vision", model.kind "encoder": the instruments look into the '
+            "language",
         ),
     ):
         assert entry([*command, "--workdir", str(tmp_path / "out")]) == 64

@@ -1,8 +1,10 @@
-"""Every command of the documentation works: they are read from the text (tests/documented.py), so a new one is covered by being written.
+"""Every command of the documentation works: they are read from the text (tests/documented.py), so a
+new one is covered by being written.
 
-Here all of them are parsed by bash and by their own flags, every training run and every cell of the experiments is built, and some are
-typed: a few steps each, by --smoke, in this process. `full`: every one is typed, in the order of its page, in a directory that has what the
-placeholders name.
+Here all of them are parsed by bash and by their own flags, every training run and every cell of the
+experiments is built, and some are
+typed: a few steps each, by --smoke, in this process. `full`: every one is typed, in the order of
+its page, in a directory that has what the placeholders name.
 """
 
 import importlib
@@ -34,7 +36,8 @@ UNTYPED = {
     "venv": "makes an environment and fills it from the network",
     "pytest": "is this suite, or a part of it",
     "tensorboard": "is a server, which does not end",
-    "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has small files of their formats",
+    "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has "
+    "small files of their formats",
 }
 # Mentioned by name, without what they need.
 MENTIONED = {
@@ -45,7 +48,8 @@ MENTIONED = {
     "python -m moe_jax.main --config ... --workdir ...",
 }
 COMMANDS = [command for command in documented.found() if command.text not in MENTIONED]
-# Words that stand for others. DATA, books/*.txt and other files are there by these names: see `world`.
+# Words that stand for others. DATA, books/*.txt and other files are there by these names: see
+# `world`.
 PLACEHOLDERS = {
     "configs/x.py": "configs/quickstart.py",
     "WHAT": "compact",
@@ -70,7 +74,9 @@ DEVICES = 4  # of the rows of README that name a mesh and no devices
 
 
 def resolved(command):
-    """The flags of a command with what its placeholders stand for; of `probe`, as many steps of training as a test has time for."""
+    """The flags of a command with what its placeholders stand for; of `probe`, as many steps of
+    training as a test has time for.
+    """
     words = [PLACEHOLDERS.get(word, word) for word in command.flags]
     words = [word for word in words if word is not None]
     if command.module == "moe_jax probe" and "--steps" in words:
@@ -85,7 +91,9 @@ def resolved(command):
 
 
 def of(*modules):
-    """The documented commands of some programs, and a name for each; the same words of several sources come once."""
+    """The documented commands of some programs, and a name for each; the same words of several
+    sources come once.
+    """
     once = {}
     for command in COMMANDS:
         if command.module in modules:
@@ -117,7 +125,9 @@ class Typist:
         self._monkeypatch.setattr(jax, "devices", lambda *args: self._devices[:number])
 
     def program(self, words):
-        """moe_jax.main as in a new process that was started with these words: absl's flags are those of a process."""
+        """moe_jax.main as in a new process that was started with these words: absl's flags are
+        those of a process.
+        """
         for name in list(flags.FLAGS):
             if name.split(".")[0] in ("config", *OWN_FLAGS):
                 delattr(flags.FLAGS, name)
@@ -132,7 +142,10 @@ class Typist:
 
 @pytest.fixture
 def here(monkeypatch):
-    """In the root of the repository, one device. What commands set for their process is put back at the end."""
+    """In the root of the repository, one device.
+
+    What commands set for their process is put back at the end.
+    """
     cache = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.chdir(ROOT)
@@ -144,7 +157,9 @@ def here(monkeypatch):
 
 
 def train_flags(command):
-    """(flags of moe_jax.main, devices) of a training command, or of one that is started by launch/local.sh."""
+    """(flags of moe_jax.main, devices) of a training command, or of one that is started by
+    launch/local.sh.
+    """
     words = resolved(command)
     if command.module == "launch/local.sh":
         processes, each, *words = words
@@ -195,7 +210,9 @@ def test_every_program_is_one_that_is_there():
 
 @pytest.mark.parametrize("command", of("moe_jax.main", "launch/local.sh"))
 def test_a_documented_run_is_one_that_the_rules_allow(command, here, tmp_path):
-    """The flags are parsed and the config is built; what it begins from and reads need not be there."""
+    """The flags are parsed and the config is built; what it begins from and reads need not be
+    there.
+    """
     words, devices = train_flags(command)
     program = here.program([*words, "--smoke"])
     program.parse(sys.argv)
@@ -415,7 +432,8 @@ def test_every_command_of_a_page_is_typed(source, tmp_path_factory, here, monkey
     make_needed(source, here, capsys)
     for number, command in enumerate(on_page(source, "")):
         if command.module == "tests/maps.py":
-            continue  # trains for minutes; the maps are measured by tests/moe/routing/test_router_variants.py
+            # trains for minutes; the maps are measured by tests/moe/routing/test_router_variants.py
+            continue
         more = [f"--workdir=runs/of_the_table_{number}"] if "--workdir" not in command.text else []
         is_run = command.module in ("moe_jax.main", "launch/local.sh")
         code, said, errors = typed(command, here, capsys, *(more if is_run else []))

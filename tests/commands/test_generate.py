@@ -23,7 +23,9 @@ from moe_jax.train_step import State
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run as training leaves it: two checkpoints of a model with scan and bytes, the second with other parameters."""
+    """A run as training leaves it: two checkpoints of a model with scan and bytes, the second with
+    other parameters.
+    """
     folder = tmp_path_factory.mktemp("run")
     raw = raw_config(scan=True, vocab_size=256, prefix=(), repeats=1)
     cfg = config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, 1)
@@ -198,12 +200,14 @@ def test_keys_added_since_the_run_have_their_defaults(workdir, tmp_path, capsys,
     out, err = capsys.readouterr()
     assert out == expected
     assert err == (
-        'model.norm_epsilon is new since this run: taken as its default 1e-06\nprofile is new since this run: taken as its default ""\n'
+        "model.norm_epsilon is new since this run: taken as its default 1e-06\nprofile is new "
+        'since this run: taken as its default ""\n'
     )  # and nothing of an option of the dispatcher that the run did not choose
     monkeypatch.chdir(tmp_path)  # where no configs/base.py is
     with pytest.raises(
         UserError,
-        match=r"the key 'profile' is missing in .*config.json: run from the directory that has configs",
+        match=r"the key 'profile' is missing in .*config.json: run from the directory that has "
+        r"configs",
     ):
         run(old, "--prompt", "x")
 

@@ -1,4 +1,6 @@
-"""Every number of a config has bounds, and what lies outside of them is one message with the key, the value and the bound."""
+"""Every number of a config has bounds, and what lies outside of them is one message with the key,
+the value and the bound.
+"""
 
 import math
 
@@ -10,7 +12,8 @@ from moe_jax import config
 from moe_jax.config import bounds
 from moe_jax.errors import UserError
 
-# Keys whose value "as another key says" lies outside: `config.build` puts a number there before the bounds are looked at.
+# Keys whose value "as another key says" lies outside: `config.build` puts a number there before the
+# bounds are looked at.
 FILLED = {"mesh.data": -1, "model.head_dim": 0, "train.micro_batch_size": 0, "eval.batch_size": 0}
 
 

@@ -1,4 +1,6 @@
-"""Every wrong key is one message that names the key, both values and the way out; nothing is compiled before it."""
+"""Every wrong key is one message that names the key, both values and the way out; nothing is
+compiled before it.
+"""
 
 import ast
 import re
@@ -153,7 +155,8 @@ def test_refusals(changes, shape, message):
     [
         (
             {"router": "relu"},
-            "is balanced by its own L1 loss, and model.moe.losses.balance = 0.01 and model.moe.losses.z",
+            "is balanced by its own L1 loss, and model.moe.losses.balance = 0.01 and "
+            "model.moe.losses.z",
         ),
         ({"router": "relu", "losses.balance": 0.0, "losses.z": 0.0}, None),
         (
@@ -191,7 +194,8 @@ def test_an_option_of_what_is_not_chosen_is_refused():
     changed, default = tiny.raw({"model.moe.dispatchers.capacity.factor": 2.0}), tiny.raw()
     with pytest.raises(
         UserError,
-        match=r"model.moe.dispatchers.capacity.factor = 2.0 does nothing, because model.moe.dispatcher is",
+        match=r"model.moe.dispatchers.capacity.factor = 2.0 does nothing, because "
+        r"model.moe.dispatcher is",
     ):
         config.refuse_unchosen(changed, default)
     config.refuse_unchosen(
@@ -246,7 +250,8 @@ def test_minus_one_takes_the_rest():
         (["--config=tests/oracle.py"], "the config file has no attribute 'get_config'"),
         (
             ["--config"],
-            "error: --config has no value: name a config file, such as --config configs/quickstart.py\n",
+            "error: --config has no value: name a config file, such as --config "
+            "configs/quickstart.py\n",
         ),
         (["--config="], "error: --config has no value"),
         (
@@ -277,7 +282,8 @@ def test_without_flags_and_help():
         assert len(done.stderr.strip().splitlines()) == (1 if code else 0)
 
 
-# The rooms of moe_jax in the order of their dependencies: each may import those before it, and no other.
+# The rooms of moe_jax in the order of their dependencies: each may import those before it, and no
+# other.
 ROOMS = (
     "errors",
     "names",
@@ -320,7 +326,9 @@ def modules():
 
 
 def imported(path):
-    """Dotted names, without "moe_jax.", that a module imports wherever in it; those of configs and experiments as they are."""
+    """Dotted names, without "moe_jax.", that a module imports wherever in it; those of configs and
+    experiments as they are.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (
@@ -429,7 +437,8 @@ def test_a_file_without_a_list_of_variants_makes_of_its_argument_what_it_likes(t
 def test_a_misspelt_key_in_a_file_is_one_line(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
-        "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    c.train.stpes = 3\n    return c\n"
+        "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    "
+        "c.train.stpes = 3\n    return c\n"
     )
     with pytest.raises(UserError) as error:
         config_file.load(path)

@@ -1,4 +1,6 @@
-"""Every config of configs/ and its variants builds and has a resource card; the quickstart keeps what its docstring promises."""
+"""Every config of configs/ and its variants builds and has a resource card; the quickstart keeps
+what its docstring promises.
+"""
 
 import json
 import os
@@ -47,7 +49,9 @@ FULL = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for
 
 
 def built(name):
-    """The checked config of configs/NAME.py, or NAME:VARIANT, on one device or on those that it simulates."""
+    """The checked config of configs/NAME.py, or NAME:VARIANT, on one device or on those that it
+    simulates.
+    """
     stem, colon, variant = name.partition(":")
     raw = config_file.read(Path(f"{ROOT}/configs/{stem}.py{colon}{variant}"), (), "--change")
     return config.build(raw, raw["simulate_devices"] or 1)
@@ -62,7 +66,9 @@ def test_a_config_sets_nothing_that_does_nothing(name):
 
 
 def traced(cfg, model, abstract):
-    """The compiled train step of the card, traced and not compiled: every shape fits, and no seconds pass."""
+    """The compiled train step of the card, traced and not compiled: every shape fits, and no
+    seconds pass.
+    """
     step = train_step.make_step(cfg, model, train_step.make_tx(cfg, abstract.params))
     jax.eval_shape(step, abstract, jax.tree.map(card._abstract, TASKS[cfg.task].random(cfg, 0)))
     return card.Compiled(argument=4, output=3, alias=2, temporary=1, seconds=0.0)

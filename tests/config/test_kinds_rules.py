@@ -23,14 +23,18 @@ from moe_jax.schema.config import Options
 
 
 def test_the_articles_example(float64):
-    """Section 4.3: E has the rows apple (0.1, 0.2) and banana (0.3, 0.4), W the rows (0.5, 0), (0, 0.6), (0, 0), (0, 0); g is the sum.
+    """Section 4.3:
+
+    E has the rows apple (0.1, 0.2) and banana (0.3, 0.4), W the rows (0.5, 0), (0, 0.6), (0, 0),
+    (0, 0); g is the sum.
 
         z_1 = 0.5 (0.1, 0.2) = (0.05, 0.10)      z_2 = 0.6 (0.3, 0.4) = (0.18, 0.24)      z_3 = z_4 = (0, 0)
         h = z_1 + z_2 = (0.23, 0.34)
         softmax(h) = (1 / (1 + e^0.11), 1 / (1 + e^-0.11)) = (0.472528, 0.527472)
 
-    The article prints h = 0.55 and 0.6: 0.55 is one number where h is a vector of two, its terms add up to 0.62 and not to 0.55 (0.05 +
-    0.18 + 0.15 + 0.24), and the 0.45 of the second class comes from nowhere.
+    The article prints h = 0.55 and 0.6: 0.55 is one number where h is a vector of two, its terms
+    add up to 0.62 and not to 0.55 (0.05 + 0.18 + 0.15 + 0.24), and the 0.45 of the second class
+    comes from nowhere.
     """
     cfg = config(
         "article", {"num_experts": 4, "window": 2, "activation": "identity", "num_classes": 2}, {}
@@ -79,7 +83,9 @@ def test_the_articles_windows_are_the_last_tokens_of_the_segment(float64, aggreg
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_went_wrong_first_has_a_place_in_every_model(float64, name):
-    """The head is nearest to the loss; of an encoder-decoder everything of the decoder is nearer than the encoder."""
+    """The head is nearest to the loss; of an encoder-decoder everything of the decoder is nearer
+    than the encoder.
+    """
     with jax.set_mesh(meshes.make(*ONE)):
         params = jax.eval_shape(train_step.make_model(CASES[name]()).init, jax.random.key(0))[0]
     names = train_step.parameter_names(params)

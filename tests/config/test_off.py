@@ -1,4 +1,6 @@
-"""What is switched off costs nothing and refuses nothing: coefficients of 0, instruments that nobody asked for, idle keys."""
+"""What is switched off costs nothing and refuses nothing: coefficients of 0, instruments that
+nobody asked for, idle keys.
+"""
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ UNAIDED = {f"model.moe.losses.{name}": 0.0 for name in LOSSES} | {
     "train.steps": 2,
     "optim.ema_decay": 0.0,
 }
-# In every test run, one that is balanced by a bias and one that makes no assignments: each takes a compilation.
+# In every test run, one that is balanced by a bias and one that makes no assignments: each takes a
+# compilation.
 QUICKLY = ("sigmoid", "soft")
 # `recorded` replays what another run did, and trains nothing of its own.
 TRAINED = [
@@ -39,7 +42,9 @@ def test_every_router_trains_without_auxiliary_losses(tmp_path, router):
 
 
 def test_what_is_off_is_not_made(tmp_path, monkeypatch):
-    """Without its option an instrument is not even built, so that it can neither refuse nor take time."""
+    """Without its option an instrument is not even built, so that it can neither refuse nor take
+    time.
+    """
     asked = []
     monkeypatch.setattr(train.interference, "make_meter", lambda *_: asked.append("meter"))
     monkeypatch.setattr(train, "make_sampler", lambda *_: asked.append("sampler"))

@@ -1,4 +1,6 @@
-"""What the config refuses of the routers that assign over many tokens, what cannot be decoded, and what the card says of slots."""
+"""What the config refuses of the routers that assign over many tokens, what cannot be decoded, and
+what the card says of slots.
+"""
 
 import pytest
 import tiny
@@ -97,7 +99,10 @@ SOFT = {"model.moe.router": "soft", "model.moe.dispatcher": "slots", "model.allo
 
 
 def test_the_buffer_and_the_flops_of_slots_are_told():
-    """8 rows x 4 slots x 8 experts on one of two devices. A row of 8 tokens costs 32 expert rows, and mixing 2 x 32 x 16 a token."""
+    """8 rows x 4 slots x 8 experts on one of two devices.
+
+    A row of 8 tokens costs 32 expert rows, and mixing 2 x 32 x 16 a token.
+    """
     cfg = tiny.build((2, 1, 1), SOFT)
     assert card.buffer_note(cfg).startswith("slots: 256 rows, ")
     forward = flops.forward_per_token(cfg.model, cfg.data.seq_len)

@@ -1,4 +1,6 @@
-"""`--smoke`: a few steps of any config exercise the whole run, it says what it changed, and nothing goes on from it."""
+"""`--smoke`: a few steps of any config exercise the whole run, it says what it changed, and nothing
+goes on from it.
+"""
 
 import json
 import time

@@ -89,7 +89,8 @@ def test_the_same_preparation_again_compares_every_file(folder):
     record = prepared.read_record(folder)
     with pytest.raises(
         UserError,
-        match=r"train.array_record.* is damaged \(it is not what was written, by its digest\): copy",
+        match=r"train.array_record.* is damaged \(it is not what was written, by its digest\): "
+        r"copy",
     ):
         prepared.check_files(folder, record, small_only=False)
     path.write_bytes(data)

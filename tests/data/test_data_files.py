@@ -1,4 +1,6 @@
-"""Files as they come: packed in any way, in any encoding that says so, broken or no text at all; the same rules for every kind."""
+"""Files as they come: packed in any way, in any encoding that says so, broken or no text at all;
+the same rules for every kind.
+"""
 
 import bz2
 import gzip

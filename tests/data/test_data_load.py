@@ -1,4 +1,6 @@
-"""Opening data and drawing batches: nothing lost or leaked, the same for any number of processes and any resume."""
+"""Opening data and drawing batches: nothing lost or leaked, the same for any number of processes
+and any resume.
+"""
 
 import subprocess
 import sys
@@ -142,7 +144,9 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
 
 
 def read_ahead(depth, start, stop, take):
-    """The steps whose rows were read, and the batches taken, when reading ahead is closed after `take` of them."""
+    """The steps whose rows were read, and the batches taken, when reading ahead is closed after
+    `take` of them.
+    """
     batches = Batches(numbered(40), "train", 0, 4)
     read, rows = [], batches.rows
     batches.rows = lambda step, share: read.append(step) or rows(step, share)
@@ -291,7 +295,8 @@ def test_a_wrong_source_is_one_message(specs, message):
 def test_too_few_rows_and_too_few_documents_are_one_message(dataset):
     with pytest.raises(
         UserError,
-        match=r"embedded:verse,novel: \d+ train rows of 64 tokens are too few for one batch of 9999",
+        match=r"embedded:verse,novel: \d+ train rows of 64 tokens are too few for one batch of "
+        r"9999",
     ):
         Batches(dataset, "train", 0, 9999)
     with pytest.raises(

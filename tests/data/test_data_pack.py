@@ -1,4 +1,6 @@
-"""Packing: hand-worked rows, every token predicted exactly once, positions, the split and the orders."""
+"""Packing: hand-worked rows, every token predicted exactly once, positions, the split and the
+orders.
+"""
 
 import numpy as np
 import pytest

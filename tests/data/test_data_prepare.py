@@ -1,4 +1,6 @@
-"""The prepare command: rows on disk equal rows in memory, a kill at any moment does no harm, mistakes are refused."""
+"""The prepare command: rows on disk equal rows in memory, a kill at any moment does no harm,
+mistakes are refused.
+"""
 
 import fcntl
 import json

@@ -1,4 +1,6 @@
-"""WordNet's files become what the reader takes; where they come from is recorded; what is wrong is told in one line."""
+"""WordNet's files become what the reader takes; where they come from is recorded; what is wrong is
+told in one line.
+"""
 
 import bz2
 import gzip

@@ -1,4 +1,6 @@
-"""VADER's text, banking77's csv, Fashion-MNIST's idx files, recordings and Bibles become what the readers take."""
+"""VADER's text, banking77's csv, Fashion-MNIST's idx files, recordings and Bibles become what the
+readers take.
+"""
 
 import gzip
 import io
@@ -148,7 +150,9 @@ def test_the_recordings_of_the_figures_are_taken(tmp_path, capsys, monkeypatch):
 
 
 def fake_pysword(monkeypatch, texts):
-    """Puts a module in the place of pysword that has one book, with these texts by chapter and verse."""
+    """Puts a module in the place of pysword that has one book, with these texts by chapter and
+    verse.
+    """
     book = types.SimpleNamespace(name="Acts", chapter_lengths=[2, 0, 0, 0, 0, 0, 0, 37])
     structure = types.SimpleNamespace(get_books=lambda: {"nt": [book]})
 

@@ -174,7 +174,8 @@ FILES = {
         ("text:{}/nothing*", "source text:.*nothing.* matches no file"),
         (
             "text:{}/latin.txt",
-            r"latin.txt is not UTF-8 \(byte 0xf1 after 'se'\): convert it from what it is written in, as in `iconv -f",
+            r"latin.txt is not UTF-8 \(byte 0xf1 after 'se'\): convert it from what it is written "
+            r"in, as in `iconv -f",
         ),
         ("jsonl:{}/latin.jsonl", r"latin.jsonl is not UTF-8 \(byte 0xf1 after '.*se'\)"),
         (

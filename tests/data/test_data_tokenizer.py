@@ -15,7 +15,8 @@ from moe_jax.errors import UserError
 
 TEXTS = [
     "En el principio crió Dios los cielos y la tierra. ¿Qué señal? ¡Él viene!\n",
-    "In the beginning God created the heaven and the earth.\n\tAnd  the spirit, 1234 <|boundary|> </s>\n",
+    "In the beginning God created the heaven and the earth.\n\tAnd  the spirit, 1234 <|boundary|> "
+    "</s>\n",
     "emoji 🙂, 日本語, combining e\u0301, null \x00, ÿ\n",
 ]
 CORPUS = [text * 20 for text in TEXTS]
@@ -28,7 +29,9 @@ def bpe():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, bpe):
-    """Files of existing tokenizers: a SentencePiece model, and tokenizer.json files of several kinds."""
+    """Files of existing tokenizers: a SentencePiece model, and tokenizer.json files of several
+    kinds.
+    """
     import sentencepiece
     import tokenizers as hf
 

@@ -1,4 +1,6 @@
-"""Decoding with a cache says what the uncached model says, whatever the batch, the mesh and the layout."""
+"""Decoding with a cache says what the uncached model says, whatever the batch, the mesh and the
+layout.
+"""
 
 import dataclasses
 import json
@@ -31,7 +33,9 @@ HOT = GREEDY._replace(temperature=1.5, top_k=40, top_p=0.97, seed=3)
 
 
 def raw_config(**model):
-    """Everything that decoding may trip over: grouped queries, norms, biases, dense and shared experts, capacity in training."""
+    """Everything that decoding may trip over: grouped queries, norms, biases, dense and shared
+    experts, capacity in training.
+    """
     c = base.get_config()
     with c.unlocked():
         c.model.update(
@@ -77,9 +81,11 @@ def make_tokenizer():
 
 
 def values(cfg):
-    """Random (params, router state) on the current mesh, drawn by NumPy: compiling the model's own draw takes longer than the tests.
+    """Random (params, router state) on the current mesh, drawn by NumPy: compiling the model's own
+    draw takes longer than the tests.
 
-    The same values in the layout of scan and without it. The boundary is seldom the likeliest token, so that texts are long.
+    The same values in the layout of scan and without it. The boundary is seldom the likeliest
+    token, so that texts are long.
     """
     abstract = jax.eval_shape(
         make_model(dataclasses.replace(cfg, scan=False)).init, jax.random.key(0)
@@ -135,7 +141,9 @@ def texts(small, prompts, settings, on_text=None):
 
 
 def test_cached_logits_equal_uncached_logits(small):
-    """Five rows' tokens in two pieces and then one at a time, the rows padded on the right, against one uncached pass."""
+    """Five rows' tokens in two pieces and then one at a time, the rows padded on the right, against
+    one uncached pass.
+    """
     cfg = dataclasses.replace(with_dispatcher(model_config(), "dropless"), scan=False)
     id_BS = np.random.default_rng(1).integers(0, VOCAB, (5, CONTEXT)).astype(np.int32)
     length_B = np.array([5, 32, 20, 9, 1])
@@ -173,7 +181,9 @@ def test_cached_logits_equal_uncached_logits(small):
 
 @pytest.mark.parametrize("prompt", ["", "HELLO", "LONG" * 20])
 def test_greedy_is_the_argmax_of_the_uncached_model(small, prompt, caplog):
-    """50 tokens pass the end of a context of 32 twice: each time the last half goes on as a new window."""
+    """50 tokens pass the end of a context of 32 twice: each time the last half goes on as a new
+    window.
+    """
     tokenizer = make_tokenizer()
     window = [BOUNDARY, *tokenizer.encode(prompt)][-CONTEXT:]
     expected = []
@@ -261,7 +271,9 @@ def test_a_stop_string_ends_the_text_before_it(small):
 
 
 def test_stop_strings_do_not_depend_on_the_pieces():
-    """Against the definition: the text ends where the first stop string is complete, and is cut where that one (the longest) begins."""
+    """Against the definition: the text ends where the first stop string is complete, and is cut
+    where that one (the longest) begins.
+    """
     source = random.Random(0)
     for _ in range(500):
         text = "".join(source.choices("ab", k=12))
@@ -303,7 +315,9 @@ def test_text_waits_for_the_rest_of_a_character_and_of_a_stop_string():
 
 @pytest.mark.parametrize("last", [[255], list(b"z" * 47)])
 def test_what_waits_at_the_end_is_shown(last):
-    """At the boundary, or when the 50 tokens are used up: half a stop string is text, half a character is U+FFFD."""
+    """At the boundary, or when the 50 tokens are used up: half a stop string is text, half a
+    character is U+FFFD.
+    """
     row = row_of("", ("END",), [])
     row.take(list(b"aEN"))
     assert row.text == "a"
@@ -361,7 +375,8 @@ def test_tokens_are_drawn_with_their_probability():
     dials = sample.dials(GREEDY._replace(temperature=0.7, top_p=0.95))
     index = np.arange(rows, dtype=np.int32)
     got = sample.draw(np.tile(logits, (rows, 1)), index, np.zeros_like(index), dials)
-    # exp(x / 0.7) = 1, 4.17, 17.4, 0, 2.04 of 24.6: without the first (4 %), the other three reach 95.9 %.
+    # exp(x / 0.7) = 1, 4.17, 17.4, 0, 2.04 of 24.6: without the first (4 %), the other three reach
+    # 95.9 %.
     weight = np.exp(logits / 0.7) * [0, 1, 1, 1, 1]
     np.testing.assert_allclose(
         np.bincount(got, minlength=5) / rows, weight / weight.sum(), atol=0.01

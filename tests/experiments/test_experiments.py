@@ -1,4 +1,6 @@
-"""The runner of experiments: what is finished is not run again, what was interrupted goes on, runs of a seed are compared, by hand."""
+"""The runner of experiments: what is finished is not run again, what was interrupted goes on, runs
+of a seed are compared, by hand.
+"""
 
 import json
 import math
@@ -92,7 +94,8 @@ def test_runs_of_a_seed_are_paired(results):
     gap = run.paired(found, "sparse", "wide", "loss")
     by_hand = [found["sparse"][seed]["loss"] - found["wide"][seed]["loss"] for seed in (0, 1)]
     assert gap.mean == pytest.approx(sum(by_hand) / 2) and gap.number == 2
-    # t(1 degree of freedom) = tan(0.475 pi) = 12.706; the standard error of two values is half their distance
+    # t(1 degree of freedom) = tan(0.475 pi) = 12.706; the standard error of two values is half
+    # their distance
     assert gap.half == pytest.approx(math.tan(0.475 * math.pi) * abs(by_hand[0] - by_hand[1]) / 2)
     assert "| sparse |" in run.compare(found, "loss").markdown()
 
@@ -109,7 +112,8 @@ def test_another_config_is_no_result_of_this_one(results):
 
 
 def test_an_interval_by_hand():
-    # 1, 2, 4: mean 7/3, variance ((4/3)^2 + (1/3)^2 + (5/3)^2) / 2 = 7/3; t(2 degrees of freedom, 97.5 %) = 4.302653
+    # 1, 2, 4: mean 7/3, variance ((4/3)^2 + (1/3)^2 + (5/3)^2) / 2 = 7/3; t(2 degrees of freedom,
+    # 97.5 %) = 4.302653
     found = run.interval([1.0, 2.0, 4.0])
     assert found.mean == pytest.approx(7 / 3)
     assert found.half == pytest.approx(4.302653 * (7 / 3 / 3) ** 0.5, rel=1e-6)
@@ -234,7 +238,8 @@ def test_an_experiment_may_be_typed_as_a_script(name, flags, tmp_path):
 
 def test_every_experiment_finds_its_modules_and_hears_signals_as_a_script():
     beginning = re.compile(
-        r'if __name__ == "__main__":.*\n    sys\.path\.insert.*\n(.*\n)*?    command_line\.hear_signals\(\)'
+        r'if __name__ == "__main__":.*\n    sys\.path\.insert.*\n(.*\n)*?    '
+        r"command_line\.hear_signals\(\)"
     )
     for path in (run.ROOT / "experiments").glob("*.py"):
         text = path.read_text()

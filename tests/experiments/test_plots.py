@@ -1,4 +1,6 @@
-"""The plots of experiments from their committed figures: names stand where the arms are, nothing hides anything, plain ticks."""
+"""The plots of experiments from their committed figures: names stand where the arms are, nothing
+hides anything, plain ticks.
+"""
 
 import itertools
 import json

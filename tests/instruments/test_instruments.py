@@ -1,4 +1,6 @@
-"""Instruments on a model's routing: what is recorded, replayed, knocked out and compared, against hand-made values."""
+"""Instruments on a model's routing: what is recorded, replayed, knocked out and compared, against
+hand-made values.
+"""
 
 import dataclasses
 import itertools
@@ -111,7 +113,9 @@ def test_what_cannot_be_recorded_is_refused(float64):
 
 
 def test_a_router_without_a_fixed_number_of_choices_has_a_place_for_every_expert():
-    """Two rows of one token, three experts, as expert choice lists them: token 0 by experts 2 and 0, token 1 by expert 2; one void."""
+    """Two rows of one token, three experts, as expert choice lists them: token 0 by experts 2 and
+    0, token 1 by expert 2; one void.
+    """
     zero_T = jnp.zeros(2, jnp.int32)
     tokens = Tokens(jnp.zeros((2, 4)), zero_T, zero_T, zero_T, zero_T + 1, zero_T == 0, num_rows=2)
     token, expert, gate = (
@@ -131,7 +135,9 @@ def test_a_router_without_a_fixed_number_of_choices_has_a_place_for_every_expert
 
 
 def test_what_an_ordering_drops_is_recorded(float64):
-    """Rounding sends assignments nowhere before a dispatcher sees them: the record has the expert, and that it was dropped."""
+    """Rounding sends assignments nowhere before a dispatcher sees them: the record has the expert,
+    and that it was dropped.
+    """
     rounding = {
         "model.moe.ordering": "rounding",
         "model.moe.orderings.rounding.tile": 4,
@@ -177,7 +183,9 @@ def test_own_routing_replayed_is_the_same_loss_on_a_mesh(float64):
 
 
 def test_own_routing_with_null_experts_has_the_capacity_of_the_real_ones(float64):
-    """Half of the four choices are meant to be null: twice the factor of top-k's two would drop nothing here."""
+    """Half of the four choices are meant to be null: twice the factor of top-k's two would drop
+    nothing here.
+    """
     tight = {
         "model.moe.dispatcher": "capacity",
         "model.moe.dispatchers.capacity.factor": 0.75,
@@ -251,7 +259,9 @@ def language_gradient(run, model_cfg, inputs):
 
 @pytest.mark.full  # test_retrain.py takes such steps in every run
 def test_a_training_step_takes_the_routing_it_is_given(run):
-    """Own experts, gates by the router over them: the gradients of the language loss are those of the model itself."""
+    """Own experts, gates by the router over them: the gradients of the language loss are those of
+    the model itself.
+    """
     fields = recorded(run)
     expert, gate = (
         held_out.of_all_blocks(run.cfg.model, fields[name]) for name in ("expert", "gate")
@@ -280,7 +290,9 @@ def test_flips_and_margins_by_hand():
 
 
 def test_the_margin_is_of_the_scores_that_decide(float64):
-    """Of a router with a bias the k largest scores are the experts that it took; with groups they need not be."""
+    """Of a router with a bias the k largest scores are the experts that it took; with groups they
+    need not be.
+    """
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes={"model.moe.router": "sigmoid", "model.repeats": 1})
         fields, valid = recorded(run, probe.INPUTS), run.batches[0].segment_BS > 0

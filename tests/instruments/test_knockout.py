@@ -1,4 +1,6 @@
-"""Knock-out: what an expert is worth, and who may go round it; and the flags of the command `probe`."""
+"""Knock-out: what an expert is worth, and who may go round it; and the flags of the command
+`probe`.
+"""
 
 import argparse
 import json
@@ -36,7 +38,9 @@ def test_an_expert_removed_is_an_expert_that_gives_zero(float64):
 
 
 def test_an_expert_that_nobody_chose_is_worth_nothing(float64):
-    """Two equal columns of the gate tie, and the tie goes to the lower expert: with k = 1 expert 2 takes nothing."""
+    """Two equal columns of the gate tie, and the tie goes to the lower expert: with k = 1 expert 2
+    takes nothing.
+    """
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes={"model.moe.routers.top_k.k": 1})
 
@@ -107,7 +111,9 @@ def test_a_router_without_logits_is_not_asked_for_them(float64, tmp_path):
 
 
 def test_changes_are_those_of_the_sums_and_lie_in_their_intervals(run):
-    """The rows of a domain add up to its own sums, with bytes as the task counts them, and the same seed gives the same intervals."""
+    """The rows of a domain add up to its own sums, with bytes as the task counts them, and the same
+    seed gives the same intervals.
+    """
     found = knockout.measure(run, "removed", seed=3)
     sums = held_out.make_sums(run, run.cfg.model)
     inputs = held_out.place(run, run.batches[0])

@@ -1,6 +1,8 @@
-"""The leak detector against the labels: what is called safe does not leak at all, what is called leaking does.
+"""The leak detector against the labels: what is called safe does not leak at all, what is called
+leaking does.
 
-Here every router with its natural ordering, every ordering with one router, and groups of several rows; `full`: all combinations.
+Here every router with its natural ordering, every ordering with one router, and groups of several
+rows; `full`: all combinations.
 """
 
 from pathlib import Path
@@ -14,13 +16,16 @@ from moe_jax.instruments import leak
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 
-# Labelled as leaking although these routers, with their default options, give an ordering nothing to order by: all gates are equal, and an
+# Labelled as leaking although these routers, with their default options, give an ordering nothing
+# to order by: all gates are equal, and an
 # expert is always a token's only choice (hash), or always its first or always its second (uniform).
 STRICTER = {("hash", "batch_priority"), ("uniform", "batch_priority"), ("uniform", "k_major")}
 
 
 def built(router="top_k", ordering="token_major", dispatcher=None, group_rows=1, **options):
-    """The small config of a combination, with tight capacity; dispatcher None: the one that drops, if the router goes with it."""
+    """The small config of a combination, with tight capacity; dispatcher None: the one that drops,
+    if the router goes with it.
+    """
     own = {"soft": "slots", "expert_choice": "dropless"}
     dispatcher = dispatcher or own.get(router, "capacity")
     chosen = {
@@ -122,7 +127,10 @@ def leak_command(capsys, *flags, config="configs/base.py"):
 
 
 def test_a_leak_that_is_not_allowed_is_an_exit_code(float64, capsys, monkeypatch):
-    """Of use in a script: 0 safe or allowed, 1 leaks and must not, 1 wrongly labelled though allowed."""
+    """Of use in a script:
+
+    0 safe or allowed, 1 leaks and must not, 1 wrongly labelled though allowed.
+    """
     assert leak_command(capsys)[0] == 0
     code, table, said = leak_command(capsys, *LEAKING)
     assert code == 1 and "leaks the future" in table

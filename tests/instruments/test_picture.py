@@ -41,7 +41,9 @@ def test_the_ceiling_is_the_smaller_entropy():
 
 
 def rows(num_rows, tilt, seed=0):
-    """(assignments [R, 1, 4], domains): in each row its own shares of the experts, moved by its domain."""
+    """(assignments [R, 1, 4], domains): in each row its own shares of the experts, moved by its
+    domain.
+    """
     rng = np.random.default_rng(seed)
     domain_R = np.arange(num_rows) % 3
     logits_RE = rng.normal(size=(num_rows, 4)) + tilt * np.eye(4)[domain_R]
@@ -54,7 +56,9 @@ def by_domain(experts_RLE, domain_R, num_domains=3):
 
 
 def test_chance_is_what_rows_alone_give():
-    """Domains that do not matter stay below it 19 times of 20, domains that do are above; fewer rows give more by chance."""
+    """Domains that do not matter stay below it 19 times of 20, domains that do are above; fewer
+    rows give more by chance.
+    """
     below = 0
     for seed in range(40):
         experts_RLE, domain_R = rows(30, tilt=0, seed=seed)
@@ -75,14 +79,18 @@ def test_chance_is_what_rows_alone_give():
 
 
 def test_where_the_tokens_of_an_expert_come_from():
-    """Expert 0: half of domain 0 and a quarter of domain 1; neither the load nor the size of a domain counts."""
+    """Expert 0: half of domain 0 and a quarter of domain 1; neither the load nor the size of a
+    domain counts.
+    """
     counts = np.array([[10.0, 10.0, 0.0], [100.0, 300.0, 0.0], [0.0, 0.0, 0.0]])
     want = np.array([[2 / 3, 0.4, np.nan], [1 / 3, 0.6, np.nan], [np.nan, np.nan, np.nan]])
     np.testing.assert_allclose(origin(counts), want)
 
 
 def test_an_interval_covers_what_is_known():
-    """Of rows whose ratio is known to be 0.5 the interval has it 19 times of 20, with 4 rows and with 40; so has the mean's."""
+    """Of rows whose ratio is known to be 0.5 the interval has it 19 times of 20, with 4 rows and
+    with 40; so has the mean's.
+    """
     for num_rows in (4, 40):
         rng, domain_R = np.random.default_rng(num_rows), np.repeat([0, 1], num_rows)
         size_R = rng.uniform(80, 120, 2 * num_rows)
@@ -93,7 +101,10 @@ def test_an_interval_covers_what_is_known():
 
 
 def test_an_interval_by_hand():
-    """Rows of one size: the interval is Student's, mean +- t s / sqrt(n), up to the 1000 draws. 1, 2, 4: t(2) = 4.302653, s^2 = 7/3."""
+    """Rows of one size: the interval is Student's, mean +- t s / sqrt(n), up to the 1000 draws.
+
+    1, 2, 4: t(2) = 4.302653, s^2 = 7/3.
+    """
     sum_R, domain_R = np.array([1.0, 2.0, 4.0, 8.0, 0.0]), np.array([0, 0, 0, 2, 1])
     each, mean = bootstrap.ratios(sum_R, np.array([1.0, 1, 1, 1, 0]), domain_R, 3, seed=0)
     assert each.high[0] - 7 / 3 == pytest.approx(4.302653 * np.sqrt(7 / 9), rel=0.1)
@@ -133,7 +144,9 @@ def test_draws_every_layer_whatever_the_sizes(tmp_path, layers, num_domains, num
 
 
 def test_everything_in_the_picture_has_its_place(tmp_path, monkeypatch):
-    """No text of the page is cut by its edge, none lies on another one, and what a number means is said."""
+    """No text of the page is cut by its edge, none lies on another one, and what a number means is
+    said.
+    """
     pages = []
     monkeypatch.setattr(picture.Page, "save", lambda page, path: pages.append(page))
     names = [f"domain_{z}_of_a_corpus" for z in range(6)]

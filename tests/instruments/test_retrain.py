@@ -1,4 +1,6 @@
-"""Training under a replayed routing: under its own it is the training itself, under another it is not."""
+"""Training under a replayed routing: under its own it is the training itself, under another it is
+not.
+"""
 
 import dataclasses
 
@@ -36,7 +38,9 @@ def begun(run, step):
 
 
 def test_own_routing_is_the_training_itself_and_no_other_is(float64):
-    """Two steps with two micro-batches from step 3 on: the held-out loss of the run, to 1e-12; any other way is another."""
+    """Two steps with two micro-batches from step 3 on: the held-out loss of the run, to 1e-12; any
+    other way is another.
+    """
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes=SMALL)
         state, step_fn = begun(run, 3)

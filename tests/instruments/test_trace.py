@@ -68,7 +68,8 @@ def test_a_loop_does_not_count_its_body_twice():
 
 
 def test_threads_share_a_moment_and_what_is_only_under_way_takes_the_rest():
-    # a runs in 0..4 and is under way until 8; b runs beside it in 2..4 and alone in 4..6; nothing from 8 to 9; c in 9..10.
+    # a runs in 0..4 and is under way until 8; b runs beside it in 2..4 and alone in 4..6; nothing
+    # from 8 to 9; c in 9..10.
     changes = [
         *(
             Change(0, True, "a", 1),

@@ -1,4 +1,6 @@
-"""Attention against a NumPy loop over queries and against JAX's own, on packed rows, on one device and eight."""
+"""Attention against a NumPy loop over queries and against JAX's own, on packed rows, on one device
+and eight.
+"""
 
 import functools
 
@@ -12,7 +14,8 @@ from moe_jax.models import attention_core
 from moe_jax.models.attention_core import across, attention, causal, decode_attention, full, prefix
 
 SCALE = 0.4
-SHAPES = {  # B, S, H, G, A: blocks and groups of the CPU's kernel come with S >= 128 and more scores than fit
+# B, S, H, G, A: blocks and groups of the CPU's kernel come with S >= 128 and more scores than fit
+SHAPES = {
     "tiny": (2, 7, 4, 2, 4),
     "one token": (1, 1, 2, 1, 2),
     "two blocks": (1, 130, 2, 2, 4),
@@ -146,7 +149,9 @@ def test_inside_checkpoint_and_scan(float64):
 
 @pytest.mark.parametrize("sharded_keys", [True, False])
 def test_on_a_mesh_equals_one_device(sharded_keys, float64):
-    """Rows over data and expert, query heads over model; key heads over model too, or one for all devices."""
+    """Rows over data and expert, query heads over model; key heads over model too, or one for all
+    devices.
+    """
     shape = (4, 130, 4, 2 if sharded_keys else 1, 4)
     args, do = make(shape)
     want = value_and_gradient(masked_softmax, args, do)
@@ -219,7 +224,9 @@ def seen_across(segment, source):
 
 
 def mask_case(name, shape):
-    """(arguments of attention but for its keys, cotangent, keys, mask): the first tokens of every segment are its prefix."""
+    """(arguments of attention but for its keys, cotangent, keys, mask): the first tokens of every
+    segment are its prefix.
+    """
     (q, k, v, segment), do = make(shape)
     segment = np.asarray(segment)
     if name == "full":
@@ -257,7 +264,9 @@ def test_masks_equal_a_plain_softmax(name, shape, scores, float64, monkeypatch):
 
 
 def test_prefix_worked_by_hand(float64):
-    """A row "a b | c d" and padding, equal scores: a and b see a and b; c sees a, b, c; d sees all four."""
+    """A row "a b | c d" and padding, equal scores: a and b see a and b; c sees a, b, c; d sees all
+    four.
+    """
     v = jnp.asarray([1.0, 2, 4, 8, 16]).reshape(1, 5, 1, 1)
     zero, segment = jnp.zeros((1, 5, 1, 1)), jnp.array([[1, 1, 1, 1, 0]])
     keys = prefix(segment, jnp.array([[True, True, False, False, False]]))

@@ -1,4 +1,6 @@
-"""Mixture of depths: who goes through a block, what it does to them, and that decoding, meshes and layouts say the same."""
+"""Mixture of depths: who goes through a block, what it does to them, and that decoding, meshes and
+layouts say the same.
+"""
 
 import dataclasses
 import math
@@ -46,7 +48,9 @@ def put_batch(arrays):
 
 
 def test_who_is_chosen_worked_by_hand():
-    """Three of six: the second row's equals go by order, the third row has two tokens beside its padding, the fourth none."""
+    """Three of six: the second row's equals go by order, the third row has two tokens beside its
+    padding, the fourth none.
+    """
     logit = [
         [0.1, 3.0, -1.0, 2.0, 0.0, 1.0],
         [1, 1, 1, 1, 1, 2],
@@ -60,14 +64,18 @@ def test_who_is_chosen_worked_by_hand():
 
 
 def test_how_many_are_chosen():
-    """0.1 x 30 is 3.0000000000000004 in floating point; a block that nobody goes through would be none."""
+    """0.1 x 30 is 3.0000000000000004 in floating point; a block that nobody goes through would be
+    none.
+    """
     cases = [(0.125, 256), (0.1, 30), (0.125, 9), (0.01, 8), (1.0, 7)]
     assert [depth.num_chosen(*case) for case in cases] == [32, 3, 2, 1, 7]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["top", "causal"])
 def test_chosen_tokens_make_a_row_of_their_own(float64, train):
-    """Against the definition: each row's chosen tokens, by NumPy, run through the block as a shorter row without padding."""
+    """Against the definition: each row's chosen tokens, by NumPy, run through the block as a
+    shorter row without padding.
+    """
     arrays = numpy_batch([[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 0, 0, 2, 2, 0]])
     x_BSD = np.random.default_rng(1).normal(size=(2, 8, 16))
     mesh, model, params = on_one_device(
@@ -115,7 +123,9 @@ def test_chosen_tokens_make_a_row_of_their_own(float64, train):
 
 
 def drawn(cfg):
-    """Parameters drawn by NumPy on the current mesh: compiling the model's own draw takes longer than the tests."""
+    """Parameters drawn by NumPy on the current mesh: compiling the model's own draw takes longer
+    than the tests.
+    """
     return jax.tree.map(lambda x: x.astype(cfg.param_dtype), test_sample.values(cfg)[0])
 
 
@@ -135,7 +145,9 @@ def logits_of(model, params, train):
 
 
 def test_all_tokens_with_weight_one_are_the_plain_block(float64):
-    """The router reads an embedding column that is the same for all tokens, so that r = 1; capacity 1 takes all, and so does r > 0."""
+    """The router reads an embedding column that is the same for all tokens, so that r = 1; capacity
+    1 takes all, and so does r > 0.
+    """
     arrays = numpy_batch([[1, 1, 1, 2, 2, 2, 2, 0]])
     one = {"model.repeats": 1, "model.depth.capacity": 1.0}
     mesh, model, params = on_one_device(one | {"model.period": ("depth:dense",)})
@@ -160,7 +172,9 @@ def test_all_tokens_with_weight_one_are_the_plain_block(float64):
 
 
 def test_evaluation_does_not_see_the_future_nor_other_documents_and_training_does(float64):
-    """By the causal rule a document says the same packed behind another as alone, and no token hears a later one; by the top C it does."""
+    """By the causal rule a document says the same packed behind another as alone, and no token
+    hears a later one; by the top C it does.
+    """
     packed = numpy_batch([[1, 1, 1, 2, 2, 2, 2, 2]] * 2)
     packed[0][1] = packed[0][0]
     other, alone = ([z.copy() for z in packed] for _ in range(2))
@@ -250,7 +264,9 @@ def one_device():
 
 
 def test_training_is_the_same_on_every_mesh_accumulated_and_scanned(float64, one_device):
-    """20 steps in float64: losses to 1e-10, parameters to 1e-8, and who goes through which block exactly."""
+    """20 steps in float64: losses to 1e-10, parameters to 1e-8, and who goes through which block
+    exactly.
+    """
     want, expected = one_device.run(20, begin(one_device))
     program = tiny.Program((2, 2, 2), TRAINED | {"train.micro_batch_size": 8, "model.scan": True})
     now, rows = program.run(20, begin(program))
@@ -314,7 +330,9 @@ def test_the_router_is_wide():
 
 
 def test_cached_logits_equal_uncached_logits(float64):
-    """Rows padded on the right in two pieces and then one token at a time; then again from the start, over what the caches still hold."""
+    """Rows padded on the right in two pieces and then one token at a time; then again from the
+    start, over what the caches still hold.
+    """
     length, length_B = 16, np.array([5, 16, 12, 9])
     depths = {
         "prefix": ("depth:dense",),
@@ -369,7 +387,8 @@ def test_cached_logits_equal_uncached_logits(float64):
     [
         (
             {},
-            r"depth blocks \(model.depth.capacity = 0.125\) train on the tokens that score highest.*or set model.allow_leak=True",
+            r"depth blocks \(model.depth.capacity = 0.125\) train on the tokens that score "
+            r"highest.*or set model.allow_leak=True",
         ),
         (
             {"model.allow_leak": True, "model.depth.capacity": 0.0},
@@ -416,7 +435,9 @@ def test_parameters_are_those_of_the_model():
 
 
 def test_a_depth_block_costs_its_share():
-    """Of 8 tokens 2 go through: a quarter of the products, and 2 x 3 / 2 pairs of tokens instead of 8 x 9 / 2; the router reads all 8."""
+    """Of 8 tokens 2 go through: a quarter of the products, and 2 x 3 / 2 pairs of tokens instead of
+    8 x 9 / 2; the router reads all 8.
+    """
 
     def block(kind):
         return flops.forward_per_token(

@@ -57,7 +57,9 @@ def test_the_first_loss_is_that_of_a_guess(loop):
 
 
 def test_packed_documents_do_not_see_each_other(float64):
-    """Logits of a document are the same whether it is packed behind another or alone in its row; and nothing sees the future."""
+    """Logits of a document are the same whether it is packed behind another or alone in its row;
+    and nothing sees the future.
+    """
     program = tiny.Program(
         (1, 1, 1), {"model.attention_bias": True, "model.qk_norm": True, "train.batch_size": 2}
     )
@@ -110,7 +112,9 @@ def test_tied_embeddings_and_gelu_train(float64):
 
 
 def test_nonfinite_gradients_change_nothing_but_the_step(float64):
-    """A weight that is not finite makes the gradients so; parameters and moments stay, and the counter goes up."""
+    """A weight that is not finite makes the gradients so; parameters and moments stay, and the
+    counter goes up.
+    """
     program = tiny.Program(
         (1, 1, 1), {"model.repeats": 1, "train.nonfinite_patience": 1, "optim.ema_decay": 0.5}
     )

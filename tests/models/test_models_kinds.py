@@ -1,4 +1,7 @@
-"""Every kind of model: equal on every mesh, padding, scan, and small cases worked by hand. In float64."""
+"""Every kind of model: equal on every mesh, padding, scan, and small cases worked by hand.
+
+In float64.
+"""
 
 import dataclasses
 
@@ -45,7 +48,9 @@ TURNS = [
 
 @pytest.mark.parametrize(("name", "shape"), TURNS)
 def test_equal_on_every_mesh(float64, name, shape):
-    """Logits, sums and the gradient of every parameter, in training (dropout, noise and item dropout are the same too)."""
+    """Logits, sums and the gradient of every parameter, in training (dropout, noise and item
+    dropout are the same too).
+    """
     got = Run(CASES[name](), shape).value_and_gradient(inputs(name))
     want = alone_gradient(name)
     assert_alike(got, want, 1e-10)
@@ -95,7 +100,9 @@ def test_pooling_worked_by_hand(float64):
 
 
 def test_an_encoder_reads_the_whole_row_in_order_unless_it_is_causal(float64):
-    """The first token's output: it depends on the last token, and on the order of the tokens, in the full mask alone."""
+    """The first token's output: it depends on the last token, and on the order of the tokens, in
+    the full mask alone.
+    """
     batch = inputs("encoder")
     ids = batch.id_BS.copy()
     ids[0, 4:] = ids[0, 5:3:-1]
@@ -108,7 +115,9 @@ def test_an_encoder_reads_the_whole_row_in_order_unless_it_is_causal(float64):
 
 
 def test_an_encoder_begins_with_what_a_decoder_has(float64):
-    """Same names, shapes and first values for embedding, blocks and norm: so train.init_from loads a language model."""
+    """Same names, shapes and first values for embedding, blocks and norm: so train.init_from loads
+    a language model.
+    """
     changes = {"model.prefix": ("dense",), "model.repeats": 1}
     params = [
         Run(cfg).params

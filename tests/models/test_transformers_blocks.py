@@ -1,4 +1,6 @@
-"""Our MoE blocks equal transformers' on random weights: oracles that do not share our misreadings. Float32, to 1e-5 of the output."""
+"""Our MoE blocks equal transformers' on random weights: oracles that do not share our misreadings.
+Float32, to 1e-5 of the output.
+"""
 
 import jax
 import meshes
@@ -113,7 +115,9 @@ def numpy(tensor):
 
 
 def weights(block):
-    """(gate [D, E], w_in [E, D, 2, F], w_out [E, F, D]) from their gate [E, D], gate_up [E, 2 F, D], down [E, D, F]."""
+    """(gate [D, E], w_in [E, D, 2, F], w_out [E, F, D]) from their gate [E, D], gate_up [E, 2 F,
+    D], down [E, D, F].
+    """
     w_in = numpy(block.experts.gate_up_proj).reshape(E, 2, F, D).transpose(0, 3, 1, 2)
     return numpy(block.gate.weight).T, w_in, numpy(block.experts.down_proj).transpose(0, 2, 1)
 

@@ -1,5 +1,6 @@
-"""What may not change a balance loss: mesh, accumulation, remat, scan; what statistics of one device alone would get wrong; the adaptive
-weight; and MaxVio. The definitions of the losses are in test_losses.py.
+"""What may not change a balance loss: mesh, accumulation, remat, scan; what statistics of one
+device alone would get wrong; the adaptive weight; and MaxVio. The definitions of the losses are
+in test_losses.py.
 
 `pytest tests/moe/test_balance.py -k one_device_alone -s` prints the figures of docs/balance.md.
 """
@@ -24,7 +25,8 @@ from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch
 from moe_jax.tasks.lm import task as lm
 
-# Every loss is on, `load` too: the router has noise, the same on every mesh. Capacity drops, and the drops drive the adaptive weight.
+# Every loss is on, `load` too: the router has noise, the same on every mesh. Capacity drops, and
+# the drops drive the adaptive weight.
 ALL = {
     "model.moe.router": "noisy_top_k",
     **{f"model.moe.losses.{name}": 0.1 for name in losses.LOSSES},
@@ -46,7 +48,10 @@ REST = (
 
 
 def one_batch(cfg, sort=False):
-    """Packed documents, padded tails, and one row of nothing but padding. `sort`: rows of one device share 8 of the 64 tokens."""
+    """Packed documents, padded tails, and one row of nothing but padding.
+
+    `sort`: rows of one device share 8 of the 64 tokens.
+    """
     tokens, targets, segment, *rest = tiny.batch(cfg)
     if sort:
         tokens = tokens % 8 + 8 * (np.arange(len(tokens)) * 8 // len(tokens))[:, None].astype(
@@ -57,7 +62,9 @@ def one_batch(cfg, sort=False):
 
 
 def drawn(program):
-    """(parameters, router state): the same numbers on every mesh and in every layout, without compiling `init`."""
+    """(parameters, router state): the same numbers on every mesh and in every layout, without
+    compiling `init`.
+    """
 
     def draw(name, shape, place):
         names = flat.layer_names(name, shape, program.cfg.model.scan)
@@ -78,7 +85,10 @@ def drawn(program):
 
 
 def pulled(program, figures):
-    """batch -> ({name: (value, gradient of the routers' matrices)}, weights of the balance losses after the step [L]); compiled once.
+    """batch -> ({name:
+
+    (value, gradient of the routers' matrices)}, weights of the balance losses after the step [L]);
+    compiled once.
 
     `figures(params, router state, batch)` -> (a dict of scalars, the MoE layers' totals).
     """
@@ -135,7 +145,9 @@ def of_step(program):
 
 
 def averaged(parts):
-    """Each loss as the mean over the parts of a batch, {name: scalar}; `parts`: sums per row [part, L, rows, ...]."""
+    """Each loss as the mean over the parts of a batch, {name: scalar}; `parts`: sums per row [part,
+    L, rows, ...].
+    """
     each = jax.vmap(
         lambda sums: {n: loss(load.totals(sums)).mean() for n, loss in losses.LOSSES.items()}
     )(parts)
@@ -143,7 +155,9 @@ def averaged(parts):
 
 
 def of_rows(program):
-    """On one device, from the sums per row: the losses averaged over n micro-batches (strided rows), or n devices (runs of rows)."""
+    """On one device, from the sums per row: the losses averaged over n micro-batches (strided
+    rows), or n devices (runs of rows).
+    """
 
     def split(sums, n, strided):
         def rows(z):
@@ -192,7 +206,9 @@ def by_rows():
 def test_no_loss_changes_with_mesh_accumulation_remat_or_scan(
     float64, by_rows, shape, num, changes
 ):
-    """Value and gradient of the router; `micro_batch_balance` is the mean of the products of the micro-batches, which are strided rows."""
+    """Value and gradient of the router; `micro_batch_balance` is the mean of the products of the
+    micro-batches, which are strided rows.
+    """
     program = tiny.Program(shape, ALL | changes | {"train.micro_batch_size": 16 // num})
     reference, weight_L = by_rows[False]
     found, changed_L = of_step(program)(one_batch(program.cfg))
@@ -202,7 +218,8 @@ def test_no_loss_changes_with_mesh_accumulation_remat_or_scan(
         want, slope = reference[f"strided/{num if name == 'micro_batch_balance' else 1}/{name}"]
         worst[name] = abs(value - want), np.abs(gradient - slope).max() / np.abs(slope).max()
     print(
-        f"\n{meshes.name(shape)}, {num} micro-batches: worst deviations {np.max(list(worst.values()), 0)}"
+        f"\n{meshes.name(shape)}, {num} micro-batches: worst deviations "
+        f"{np.max(list(worst.values()), 0)}"
     )
     assert all(np.max(deviation) < 1e-10 for deviation in worst.values()), worst
 
@@ -218,9 +235,13 @@ def test_micro_batch_balance_depends_on_their_number_alone(by_rows):
 
 
 def test_what_statistics_of_one_device_alone_get_wrong(by_rows):
-    """Each device takes the loss of its own rows, and losses are averaged: the usual way. Relative to the loss of the whole batch."""
+    """Each device takes the loss of its own rows, and losses are averaged: the usual way.
+
+    Relative to the loss of the whole batch.
+    """
     print(
-        "\n| loss | devices | rows | error of the loss | error of the router's gradient |\n|---|---|---|---|---|"
+        "\n| loss | devices | rows | error of the loss | error of the router's gradient "
+        "|\n|---|---|---|---|---|"
     )
     for name in losses.LOSSES:
         for n, sort in ((2, False), (8, False), (8, True)):
@@ -245,7 +266,9 @@ def dropping(dropped):
 
 
 def test_the_adaptive_weight_by_hand(float64):
-    """Rate 1/2, target 1 %: x 3/2 while more than one of 100 is dropped, then / (3/2); never beyond 2 or 1/2."""
+    """Rate 1/2, target 1 %: x 3/2 while more than one of 100 is dropped, then / (3/2); never beyond
+    2 or 1/2.
+    """
     options, weight, seen = {"rate": 0.5, "target_drop": 0.01, "limit": 2.0}, jnp.float64(1.0), []
     for dropped in (2.0, 2.0, 1.0, 1.0, 0.0, 0.0, 30.0):
         weight = losses.adapt(weight, dropping(dropped), options)
@@ -262,7 +285,9 @@ def test_drops_of_each_layer_drive_its_own_weight(by_rows):
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "sigmoid", "quantile", "relu"])
 def test_router_state_is_checkpointed(float64, tmp_path, router):
-    """Written by a loop over layers on one device, read by a scan on eight; each layer keeps its own. Nothing is compiled."""
+    """Written by a loop over layers on one device, read by a scan on eight; each layer keeps its
+    own. Nothing is compiled.
+    """
     changes = (
         ALL if router == "noisy_top_k" else {"model.moe.router": router}
     )  # ALL: the adaptive weight
@@ -313,7 +338,8 @@ def test_router_state_is_checkpointed(float64, tmp_path, router):
         ),
         (
             {"model.moe.adaptive.rate": 0.1, "model.moe.losses.balance": 0.0},
-            "model.moe.adaptive.rate = 0.1 drives the weight of the balance losses, but all their coefficients are 0",
+            "model.moe.adaptive.rate = 0.1 drives the weight of the balance losses, but all their "
+            "coefficients are 0",
         ),
         ({"model.moe.adaptive.limit": 0.5}, "model.moe.adaptive.limit = 0.5 must be at least 1"),
     ],
@@ -327,7 +353,10 @@ def test_coefficients_that_cannot_work_are_refused(changes, message):
 
 
 def test_max_vio_of_a_whole_evaluation_is_not_the_mean_of_its_batches():
-    """Batches with counts (3, 1) and (1, 3) have MaxVio 1/2 each; together the load is (4, 4): 0. The second layer keeps (6, 2): 1/2."""
+    """Batches with counts (3, 1) and (1, 3) have MaxVio 1/2 each; together the load is (4, 4):
+
+    0. The second layer keeps (6, 2): 1/2.
+    """
 
     def of(counts):
         return {"counts": jnp.array(counts), **{name: jnp.array([4.0, 4.0]) for name in REST}}

@@ -1,4 +1,6 @@
-"""The experts' kernels against all experts on all rows, on every layout a dispatcher can make, on one and 8 devices."""
+"""The experts' kernels against all experts on all rows, on every layout a dispatcher can make, on
+one and 8 devices.
+"""
 
 import functools
 
@@ -22,7 +24,8 @@ from moe_jax.moe.experts.grouped_matmul import (
 D, F = 6, 5
 BLOCK = (8, 2)
 
-# (start, size) per expert: every layout has its own trouble. One shape for all, so that one compilation serves all.
+# (start, size) per expert: every layout has its own trouble. One shape for all, so that one
+# compilation serves all.
 NUM_ROWS = 40
 LAYOUTS = {
     "balanced": ([0, 8, 16, 24, 32], [8, 8, 8, 8, 8]),
@@ -93,7 +96,9 @@ def value_and_gradient(f, args, dy_RD):
 
 
 def ragged_ffn(activation, *args):
-    """The kernel of the other platforms, put together as `expert_ffn` does it for the platform compiled for."""
+    """The kernel of the other platforms, put together as `expert_ffn` does it for the platform
+    compiled for.
+    """
     act = ACTIVATIONS[activation]
     ffn = jax.custom_vjp(lambda rows, layout: grouped_matmul._forward_ragged(act, rows, layout)[0])
 
@@ -170,7 +175,10 @@ def test_narrow_dtypes_stay_near_and_keep_their_dtype(dtype, tolerance, kernel):
 
 
 def test_a_weight_gradient_is_accumulated_and_returned_wider_than_the_rows():
-    """bfloat16 rows of ones, float32 weights: 300 rows of gradient 1 cannot be counted in bfloat16 (256 + 1 = 256)."""
+    """bfloat16 rows of ones, float32 weights:
+
+    300 rows of gradient 1 cannot be counted in bfloat16 (256 + 1 = 256).
+    """
     num_rows = 304
     x_RD, gate_R = jnp.ones((num_rows, 1), jnp.bfloat16), jnp.ones((num_rows,), jnp.float32)
     w_in, w_out = (
@@ -248,7 +256,9 @@ def sharded_case():
 
 @pytest.mark.parametrize("kernel", ["blocks", "ragged"])
 def test_on_a_mesh_equals_one_device(kernel, float64):
-    """Rows vary over data and expert, weights over expert and model: each gradient is summed over the right axes."""
+    """Rows vary over data and expert, weights over expert and model: each gradient is summed over
+    the right axes.
+    """
     args, dy = sharded_case()
     mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "model"))
     rows, w_in_spec, w_out_spec = (

@@ -1,4 +1,7 @@
-"""The auxiliary losses: by hand, and in terms of other codebases' definitions. What may not change them is in test_balance.py."""
+"""The auxiliary losses: by hand, and in terms of other codebases' definitions.
+
+What may not change them is in test_balance.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +39,10 @@ def random_logits(num_rows=4, length=16, num_experts=6, seed=0):
 
 
 def by_hand():
-    """Two experts, k = 1, three rows: two tokens of expert 0; one of each; padding. Probabilities summed over each row."""
+    """Two experts, k = 1, three rows: two tokens of expert 0; one of each; padding.
+
+    Probabilities summed over each row.
+    """
     rows = {
         "counts": [[2.0, 0.0], [1.0, 1.0], [0.0, 0.0]],
         "probs": [[1.6, 0.4], [0.8, 1.2], [0.0, 0.0]],
@@ -51,9 +57,12 @@ def by_hand():
 
 
 def test_every_loss_by_hand(float64):
-    """Of the batch f = (3/4, 1/4), P = (0.6, 0.4). Switch: 2 (0.45 + 0.1) = 1.1; GShard: (0.45 + 0.1) / 2 = 0.275.
+    """Of the batch f = (3/4, 1/4), P = (0.6, 0.4).
 
-    Row 1: f = (1, 0), P = (0.8, 0.2): 2 x 0.8 = 1.6; row 2: f = (1/2, 1/2): 1; the padded row counts nowhere: mean 1.3.
+    Switch: 2 (0.45 + 0.1) = 1.1; GShard: (0.45 + 0.1) / 2 = 0.275.
+
+    Row 1: f = (1, 0), P = (0.8, 0.2): 2 x 0.8 = 1.6; row 2: f = (1/2, 1/2): 1; the padded row
+    counts nowhere: mean 1.3.
     Importance (3, 1): mean 2, variance 1: 1/4. Load (2.5, 1.5): variance 1/4: 1/16. z: 8 / 4.
     """
     totals = load.totals(by_hand())
@@ -65,7 +74,9 @@ def test_every_loss_by_hand(float64):
 
 
 def test_micro_batches_by_hand(float64):
-    """The rows above as three micro-batches: products 1.6 and 1, and one without tokens that counts nowhere; the rest is as before."""
+    """The rows above as three micro-batches: products 1.6 and 1, and one without tokens that counts
+    nowhere; the rest is as before.
+    """
     each = [load.totals(jax.tree.map(lambda z, i=i: z[:, i : i + 1], by_hand())) for i in range(3)]
     summed, whole = jax.tree.map(lambda *z: sum(z), *each), load.totals(by_hand())
     np.testing.assert_allclose(losses.micro_batch_balance(summed), [1.3])
@@ -76,7 +87,9 @@ def test_micro_batches_by_hand(float64):
 
 
 def test_the_weighted_sum_and_what_is_reported(float64):
-    """Zero coefficients add nothing but are reported; a loss that the router has no sum for is left out unless it is asked for."""
+    """Zero coefficients add nothing but are reported; a loss that the router has no sum for is left
+    out unless it is asked for.
+    """
     totals = load.totals(by_hand())
     coefficients = dict.fromkeys(losses.LOSSES, 0.0) | {"balance": 0.5, "z": 0.25}
     value, parts = losses.auxiliary(totals, coefficients)
@@ -99,7 +112,9 @@ def test_the_weighted_sum_and_what_is_reported(float64):
 
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 1), (6, 2), (8, 3)])
 def test_balanced_and_worst_values(float64, num_experts, k):
-    """What docs/balance.md states: balanced, every expert has the same share; worst, all tokens have probability 1 on expert 0."""
+    """What docs/balance.md states: balanced, every expert has the same share; worst, all tokens
+    have probability 1 on expert 0.
+    """
     turns = np.eye(num_experts)[np.arange(2 * num_experts) % num_experts]
     ramp = np.stack(
         [np.roll(-np.arange(num_experts), i) for i in range(num_experts)] * 2
@@ -120,7 +135,8 @@ def test_balanced_and_worst_values(float64, num_experts, k):
         np.testing.assert_allclose(losses.importance(totals), [variation], atol=1e-8)
 
 
-# Other definitions, each as its source writes it: arguments chosen [T, K], probs [T, E]; docs/balance.md has the sources.
+# Other definitions, each as its source writes it: arguments chosen [T, K], probs [T, E];
+# docs/balance.md has the sources.
 
 
 def hits(chosen_TK, num_experts):
@@ -210,7 +226,10 @@ def test_conversions(float64, name, k):
 
 @pytest.mark.parametrize("router", ["sigmoid", "quantile"])
 def test_the_sequence_wise_loss_counts_without_the_bias(float64, router):
-    """DeepSeek-V3's eq. 18 takes the top K of s, not of s + b; the load that the bias answers to is that of s + b."""
+    """DeepSeek-V3's eq.
+
+    18 takes the top K of s, not of s + b; the load that the bias answers to is that of s + b.
+    """
     given, (params, state) = router_cases.tokens(router, padded=False), router_cases.weights(router)
     state = state | {"bias": 0.3 * np.random.default_rng(3).normal(size=router_cases.E)}
     score_TE = np.asarray(jax.nn.sigmoid(given.x_TD @ params["gate"]))
@@ -280,7 +299,9 @@ def test_balance_is_transformers_up_to_k(float64, k, padded):
 
 
 def test_transformers_multiplies_after_it_has_averaged_the_layers(float64):
-    """So with several layers it is our loss of the layers' summed statistics, which imbalances of opposite sign leave at 1."""
+    """So with several layers it is our loss of the layers' summed statistics, which imbalances of
+    opposite sign leave at 1.
+    """
     logits = np.stack([random_logits(seed=0), -random_logits(seed=0)])
     value, _ = transformers_loss(logits, 2)
     layers = [load.totals(sums_of(z, 2)) for z in logits]

@@ -1,4 +1,6 @@
-"""Orderings by hand, and with a dispatcher that drops against the oracle, in the oracle's own order, on meshes."""
+"""Orderings by hand, and with a dispatcher that drops against the oracle, in the oracle's own
+order, on meshes.
+"""
 
 import functools
 
@@ -31,7 +33,9 @@ def apply(
     listed=None,
     **options,
 ):
-    """The ordering of a token-choice routing; `listed`: its entries in another order, as a list without per_token."""
+    """The ordering of a token-choice routing; `listed`: its entries in another order, as a list
+    without per_token.
+    """
     expert_TK, gate_TK = np.asarray(expert_TK, np.int32), np.asarray(gate_TK, np.float64)
     num_tokens, k = expert_TK.shape
     entries = (
@@ -59,14 +63,17 @@ SIZES = {"num_experts": 3, "group_tokens": 4}
 def test_k_major_by_hand(float64):
     """Entries 0 2 4 6 are the first choices of the four tokens, 1 3 5 7 the second ones."""
     assert apply("k_major", EXPERTS, GATES, **SIZES).order_N.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    # The same entries expert by expert: an entry's choice is how many entries of its token come before it.
+    # The same entries expert by expert: an entry's choice is how many entries of its token come
+    # before it.
     listed = [0, 3, 4, 1, 2, 7, 5, 6]  # tokens 0 1 2 0 1 3 2 3
     order = apply("k_major", EXPERTS, GATES, **SIZES, listed=np.array(listed)).order_N.tolist()
     assert [listed[i] for i in order] == [0, 3, 4, 7, 1, 2, 5, 6]
 
 
 def test_batch_priority_by_hand(float64):
-    """Largest gates 0.5, 0.6, 0.9, 0.6: tokens 2, 1, 3 (a tie: by place), 0; first choices before second ones."""
+    """Largest gates 0.5, 0.6, 0.9, 0.6: tokens 2, 1, 3 (a tie: by place), 0; first choices before
+    second ones.
+    """
     tokens = [2, 1, 3, 0]
     want = [2 * t for t in tokens] + [2 * t + 1 for t in tokens]
     assert apply("batch_priority", EXPERTS, GATES, **SIZES).order_N.tolist() == want
@@ -89,7 +96,9 @@ ROUNDED = [[0], [0], [0], [0], [0], [1], [1], [1], [2], [3]]
     ],
 )
 def test_rounding_by_hand(float64, tile, gone, padding):
-    """Three experts with 5, 3 and 1 assignments, and one assignment (expert 3 of 3) that goes nowhere."""
+    """Three experts with 5, 3 and 1 assignments, and one assignment (expert 3 of 3) that goes
+    nowhere.
+    """
     gates = [[0.1], [0.3], [0.2], [0.5], [0.4], [0.9], [0.1], [0.5], [0.7], [0.0]]
     got = apply("rounding", ROUNDED, gates, num_experts=3, group_tokens=10, tile=tile)
     assert [i for i in range(9) if got.expert_N[i] == 3] == gone and got.expert_N[9] == 3
@@ -100,7 +109,10 @@ def test_rounding_by_hand(float64, tile, gone, padding):
 
 
 def test_rounding_is_per_group_and_of_training_alone(float64):
-    """Four rows in two groups of 4 tokens: 3 -> 4 of expert 0 in the first, 1 -> 0 of each in the second; tile 4."""
+    """Four rows in two groups of 4 tokens:
+
+    3 -> 4 of expert 0 in the first, 1 -> 0 of each in the second; tile 4.
+    """
     experts, gates = [[0], [0], [0], [2], [0], [1], [2], [2]], [[0.5]] * 8
     sizes = {"num_experts": 2, "group_tokens": 4, "num_rows": 4, "tile": 4}
     got = apply("rounding", experts, gates, **sizes)
@@ -128,7 +140,9 @@ def test_rounding_is_per_group_and_of_training_alone(float64):
 
 
 def test_rounding_is_the_same_on_a_mesh(float64):
-    """Four devices with two rows each, a group, against one device with all eight: experts, gates and the sums of each row."""
+    """Four devices with two rows each, a group, against one device with all eight: experts, gates
+    and the sums of each row.
+    """
     rng, sizes = np.random.default_rng(0), {"num_experts": 4, "group_tokens": 32}
     expert, gate = rng.integers(0, 5, (8, 16, 1)).astype(np.int32), rng.random((8, 16, 1))
 
@@ -208,7 +222,9 @@ def on_device(x, expert, gate, w_in, w_out, *, name):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 1)], ids=meshes.name)
 def test_capacity_serves_in_order(float64, shape):
-    """The tokens that drop, the output and the gradient of the gates, against the oracle; each order drops others."""
+    """The tokens that drop, the output and the gradient of the gates, against the oracle; each
+    order drops others.
+    """
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(2, B, S, D))
     w_in, w_out = rng.normal(size=(E, D, 2, F)) / 4, rng.normal(size=(E, F, D)) / 4

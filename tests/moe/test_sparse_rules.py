@@ -1,4 +1,7 @@
-"""Sparse weights of experts: patterns and rules of masks, worked by hand. What they do in training: test_sparse_weights.py."""
+"""Sparse weights of experts: patterns and rules of masks, worked by hand.
+
+What they do in training: test_sparse_weights.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +43,16 @@ def test_exactly_as_many_are_chosen_and_ties_go_to_the_first():
 
 
 def test_unstructured_counts_in_each_expert_alone():
-    # density 0.5 of 4: two of the first expert, two of the second, however small those are; an expert may be one vector
+    # density 0.5 of 4: two of the first expert, two of the second, however small those are; an
+    # expert may be one vector
     w = {"w": jnp.array([[9.0, -8.0, 7.0, 6.0], [0.1, 0.2, -0.4, 0.3]])}
     masks = rules.first_masks(w, shaped("unstructured", density=0.5), {})
     assert masks["w"].astype(int).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
 def test_n_m_runs_along_the_inputs():
-    # columns are outputs: of the first, 5 and 4 of inputs 0-3, then 1 and 3; rows are never compared
+    # columns are outputs: of the first, 5 and 4 of inputs 0-3, then 1 and 3; rows are never
+    # compared
     w = matrix([5, 1], [2, 2], [-4, 3], [3, 4], [0, -9], [1, 8], [3, 7], [-1, 6])
     masks = rules.first_masks(w, shaped("n_m", n=2, m=4), {})
     assert masks["w"][0, :, 0].astype(int).tolist() == [1, 0, 1, 0, 0, 1, 1, 0]
@@ -58,7 +63,8 @@ def test_n_m_runs_along_the_inputs():
     ("balanced", "want"), [(True, [[1, 1], [0, 0]]), (False, [[1, 0], [1, 0]])]
 )
 def test_blocks(balanced, want):
-    # 2 x 2 blocks with root mean squares [[4, 3], [3.5, 1]] over (input, output); balanced: the best of each column
+    # 2 x 2 blocks with root mean squares [[4, 3], [3.5, 1]] over (input, output); balanced: the
+    # best of each column
     w = matrix([4, 4, 3, 3], [-4, 4, 3, -3], [3.5, 3.5, 1, 1], [3.5, 3.5, -1, 1])
     shape = shaped("blocks", density=0.5, block=2, balanced=balanced)
     np.testing.assert_allclose(
@@ -75,7 +81,8 @@ def test_blocks_keep_gate_and_up_apart():
 
 
 def test_a_unit_is_its_columns_and_its_row():
-    # squares of unit 0: 1 + 1 in w_in (gate and up of one input), 4 in w_out: sqrt(6 / 3); of unit 1: 9 + 0, 0: sqrt(9 / 3)
+    # squares of unit 0: 1 + 1 in w_in (gate and up of one input), 4 in w_out: sqrt(6 / 3); of unit
+    # 1: 9 + 0, 0: sqrt(9 / 3)
     w = {"w_in": jnp.array([[[[1.0, 3.0], [-1.0, 0.0]]]]), "w_out": jnp.array([[[2.0], [0.0]]])}
     shape = shaped("units", density=0.5)
     np.testing.assert_allclose(shape.norms(w)["units"], [[2**0.5, 3**0.5]], rtol=1e-6)
@@ -138,7 +145,8 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
     options = {"fraction": 0.5, "end": 1.0, "every": 1}
     w = {"w": jnp.array([[4.0, -1.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0]])}
     mask = [[1, 1, 1, 1, 0, 0, 0, 0]]
-    # 2 of 4 leave: those of magnitude 1 and 2. The largest gradients elsewhere: |-9| and 8; 99 is of one that stays
+    # 2 of 4 leave: those of magnitude 1 and 2. The largest gradients elsewhere: |-9| and 8; 99 is
+    # of one that stays
     grads = {"w": jnp.array([[99.0, 0.0, 0.0, 0.5, 1.0, -9.0, 7.0, 8.0]])}
     assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [
         1,
@@ -185,7 +193,8 @@ def test_set_replaces_the_smallest_at_random():
 
 
 def test_group_lasso_is_the_proximal_step():
-    # unit 0: n = 3 entries (2, 2, 1), norm 3; cut = rate 0.5 * strength 1 * sqrt(3): factor 1 - 0.866 / 3. Unit 1: norm 0.5 < 0.866
+    # unit 0: n = 3 entries (2, 2, 1), norm 3; cut = rate 0.5 * strength 1 * sqrt(3): factor 1 -
+    # 0.866 / 3. Unit 1: norm 0.5 < 0.866
     w = {"w_in": jnp.array([[[[2.0, 0.3], [2.0, 0.4]]]]), "w_out": jnp.array([[[1.0], [0.0]]])}
     new = rules.shrink_units(w, {}, shaped("units", density=1.0), now(), {"strength": 1.0})
     factor = 1 - 0.5 * 3**0.5 / 3

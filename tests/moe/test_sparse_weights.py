@@ -1,4 +1,6 @@
-"""Sparse weights of experts in training: exact zeros under every optimizer, every mesh, scan, and resuming."""
+"""Sparse weights of experts in training: exact zeros under every optimizer, every mesh, scan, and
+resuming.
+"""
 
 import re
 from itertools import pairwise, product
@@ -56,7 +58,9 @@ REPEATS = 2
 
 
 def draw(seed, stacked):
-    """Random values for every weight, small and large hidden units; the loop and the scan have the same."""
+    """Random values for every weight, small and large hidden units; the loop and the scan have the
+    same.
+    """
     rng = np.random.default_rng(seed)
     full = {name: 0.3 * rng.normal(size=(REPEATS, *shape)) for name, shape in SHAPES.items()}
     size_F = np.linspace(0.2, 2, 16)
@@ -230,7 +234,9 @@ def test_every_mesh_and_the_scan_have_the_same_masks_and_weights(float64, rule, 
 
 @pytest.fixture(scope="module")
 def programs():
-    """One device with the loop, and a mesh with the scan, in float64; all that a step may have beside."""
+    """One device with the loop, and a mesh with the scan, in float64; all that a step may have
+    beside.
+    """
     given = changes(
         "set", **{"optim.ema_decay": 0.5, "train.micro_batch_size": 8, "train.batch_size": 16}
     )

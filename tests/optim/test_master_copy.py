@@ -1,4 +1,6 @@
-"""Parameters in bfloat16: what small updates come to, with a master copy in float32 and without; and what is in float32 anyway."""
+"""Parameters in bfloat16: what small updates come to, with a master copy in float32 and without;
+and what is in float32 anyway.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,9 @@ def mesh():
 
 
 def way(run, steps):
-    """How far a weight of the attention has gone on average; Adam takes every weight one learning rate down at each step."""
+    """How far a weight of the attention has gone on average; Adam takes every weight one learning
+    rate down at each step.
+    """
 
     def place(now):
         return np.asarray(
@@ -70,7 +74,10 @@ def way(run, steps):
 
 
 def test_small_updates_are_lost_without_a_copy_and_add_up_with_one():
-    """100 steps of 1e-5 are a way of 1e-3. The next number above 0.25 is 2^-9 away, so that one step of 1e-5 does not get there."""
+    """100 steps of 1e-5 are a way of 1e-3.
+
+    The next number above 0.25 is 2^-9 away, so that one step of 1e-5 does not get there.
+    """
     assert way(Descent({"model.param_dtype": "float32"}), 100) == pytest.approx(1e-3, rel=1e-3)
     assert way(Descent(COPY), 100) == pytest.approx(1e-3, rel=0.3)
     assert way(Descent({}), 100) < 1e-4

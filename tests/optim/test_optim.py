@@ -1,4 +1,6 @@
-"""Schedules by hand-worked values; every optimizer learns, shards like its parameters and treats a stack by layers."""
+"""Schedules by hand-worked values; every optimizer learns, shards like its parameters and treats a
+stack by layers.
+"""
 
 import dataclasses
 import math
@@ -51,7 +53,10 @@ def normal(seed, shape, spec=()):
 
 
 def model(num_layers=2):
-    """One parameter of every kind; 128 columns so that Adafactor factors. Layers are stacked, as scan has them."""
+    """One parameter of every kind; 128 columns so that Adafactor factors.
+
+    Layers are stacked, as scan has them.
+    """
     L = num_layers
     return {
         "embed": normal(1, (128, 128), ("model", "data")),
@@ -96,7 +101,8 @@ def test_warm_up_starts_at_zero_and_is_linear():
 
 
 def test_cosine():
-    # warm-up 20 of 100: t = 1/4 at step 40, and 0.1 + 0.9 (1 + cos(pi/4)) / 2 = 0.1 + 0.45 * 1.7071 = 0.8682
+    # warm-up 20 of 100: t = 1/4 at step 40, and 0.1 + 0.9 (1 + cos(pi/4)) / 2 = 0.1 + 0.45 * 1.7071
+    # = 0.8682
     cfg = config(schedule="cosine", schedule_options={"final_fraction": 0.1}, warmup_steps=20)
     assert rates(cfg, 10, 20, 40, 60, 100, 1000) == pytest.approx(
         [0.5, 1.0, 0.868198, 0.55, 0.1, 0.1], abs=1e-6
@@ -160,7 +166,9 @@ def test_rate_follows_the_count_of_updates():
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_minimises_a_quadratic(name):
-    """|w - target|^2 over a matrix and a vector; the rate falls to zero, because Lion circles at a constant one."""
+    """|w - target|^2 over a matrix and a vector; the rate falls to zero, because Lion circles at a
+    constant one.
+    """
     cfg = config(optimizer=name, options=OPTIONS[name], learning_rate=RATES[name], steps=300)
     cfg = dataclasses.replace(
         cfg, schedule="linear", schedule_options={"final_fraction": 0.0}, warmup_steps=5
@@ -269,7 +277,8 @@ def test_muon_is_the_same_on_a_mesh_and_on_one_device(mesh):
 @pytest.mark.parametrize(
     ("shape", "num_batch", "spec", "specs"),
     [
-        # 4 layers take both axes of the width, minor first; 3 take none, so the matrices are gathered
+        # 4 layers take both axes of the width, minor first; 3 take none, so the matrices are
+        # gathered
         (
             (4, 8, 16),
             1,
@@ -301,7 +310,9 @@ def test_muon_never_makes_the_compiler_gather_everything(mesh, capfd):
 
 
 def test_muon_equals_optax_contrib():
-    """The same momentum rule, Newton-Schulz steps and scale; optax's bias correction cancels in the normalisation."""
+    """The same momentum rule, Newton-Schulz steps and scale; optax's bias correction cancels in the
+    normalisation.
+    """
     params = {"w_out": normal(1, (3, 8, 6)), "q": normal(2, (8, 2, 4))}
     gradients = jax.tree.map(jnp.sin, params)
     axes = optax.contrib.MuonDimensionNumbers
@@ -363,7 +374,10 @@ def test_clip_by_global_norm():
 
 
 def test_the_moving_average_of_bfloat16_parameters_moves():
-    """1 + 1/256 is 1 in bfloat16, so an average kept in it never leaves its beginning: 1 - 0.999^1000 = 0.632 of the way is due."""
+    """1 + 1/256 is 1 in bfloat16, so an average kept in it never leaves its beginning:
+
+    1 - 0.999^1000 = 0.632 of the way is due.
+    """
     ema, target = (
         optim.begin_ema({"w": jnp.ones(2, jnp.bfloat16)}),
         {"w": jnp.full(2, 2.0, jnp.bfloat16)},
@@ -383,7 +397,8 @@ def test_update_ema():
     [
         (
             {"optimizer": "adam"},
-            'optim.optimizer = "adam" is not known: choose one of adamw, lion, adafactor, muon, sgd',
+            'optim.optimizer = "adam" is not known: choose one of adamw, lion, adafactor, muon, '
+            "sgd",
         ),
         (
             {"options": {"b1": 0.9, "b2": 0.9}},

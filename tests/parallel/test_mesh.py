@@ -1,4 +1,6 @@
-"""What the mesh may not change: first parameters, 100 steps in float64, balance losses under accumulation; and where arrays lie."""
+"""What the mesh may not change: first parameters, 100 steps in float64, balance losses under
+accumulation; and where arrays lie.
+"""
 
 import re
 
@@ -12,7 +14,8 @@ from moe_jax.checkpoint import flat
 from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import P
 
-# Two MoE layers whose capacity drops tokens, all statistics in the loss, dropout on: whatever depends on the mesh would show.
+# Two MoE layers whose capacity drops tokens, all statistics in the loss, dropout on: whatever
+# depends on the mesh would show.
 HARD = {
     "model.moe.dispatcher": "capacity",
     "model.moe.dispatchers.capacity.factor": 1.0,
@@ -38,7 +41,9 @@ def one_device():
 
 
 def deviations(one_device, program):
-    """Worst deviation of (loss, parameters) over the same steps; routing and drops must be identical."""
+    """Worst deviation of (loss, parameters) over the same steps; routing and drops must be
+    identical.
+    """
     (want, want_rows), (now, rows) = one_device, program.run(STEPS)
     for step, (have, expected) in enumerate(zip(rows, want_rows, strict=True)):
         np.testing.assert_array_equal(
@@ -106,8 +111,9 @@ def test_parameters_and_moments_are_sharded(float64):
     [((1, 8, 1), "capacity"), ((1, 8, 1), "dropless"), ((1, 1, 1), "capacity")],
 )
 def test_expected_collectives(float64, shape, dispatcher):
-    """Capacity dispatch is an all-to-all over `expert`, there and back, forward and backward; dropless has none of those but gathers and
-    scatters; on one device no collective has a second member.
+    """Capacity dispatch is an all-to-all over `expert`, there and back, forward and backward;
+    dropless has none of those but gathers and scatters; on one device no collective has a second
+    member.
     """
     changes = {"model.moe.dispatcher": dispatcher, "model.repeats": 1}
     program = tiny.Program(shape, changes)

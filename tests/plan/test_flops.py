@@ -1,4 +1,6 @@
-"""Counts equal those of the real model; FLOPs equal the compiler's; the resource card equals what the compiler allocates."""
+"""Counts equal those of the real model; FLOPs equal the compiler's; the resource card equals what
+the compiler allocates.
+"""
 
 import collections
 import contextlib
@@ -81,7 +83,9 @@ MODELS = {
 
 
 def counted(cfg):
-    """The sizes of the real model's parameters by kind; the feed-forward beside experts is that of the shared ones."""
+    """The sizes of the real model's parameters by kind; the feed-forward beside experts is that of
+    the shared ones.
+    """
     with jax.set_mesh(meshes.make(*ONE)):
         params, _ = jax.eval_shape(train_step.make_model(cfg).init, jax.random.key(0))
     names, sizes = train_step.parameter_names(params), [x.size for x in jax.tree.leaves(params)]
@@ -121,10 +125,12 @@ def test_active_parameters_are_those_of_a_model_with_only_the_chosen_experts(k):
 
 
 def test_counts_worked_by_hand():
-    """D 4, 2 heads of 2, 1 key-value head, F 3, 5 experts of which 2 are used, V 7, one MoE block, SwiGLU, untied.
+    """D 4, 2 heads of 2, 1 key-value head, F 3, 5 experts of which 2 are used, V 7, one MoE block,
+    SwiGLU, untied.
 
-    attention: q 4x4, k and v 4x2 each, o 4x4 = 48; an expert: gate, up and out of 4x3 = 36; router 4x5; norms 3x4.
-    FLOPs of a token in a row of 9: 2 per weight; scores: 2 products of width 4 with (1 + ... + 9) / 9 = 5 keys = 80.
+    attention: q 4x4, k and v 4x2 each, o 4x4 = 48; an expert: gate, up and out of 4x3 = 36; router
+    4x5; norms 3x4. FLOPs of a token in a row of 9: 2 per weight; scores: 2 products of width 4 with
+    (1 + ... + 9) / 9 = 5 keys = 80.
     """
     sizes = {"d_model": 4, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 7}
     cfg = make_config(model=sizes, moe={"num_experts": 5, "expert_hidden": 3}).model
@@ -141,7 +147,8 @@ def test_counts_worked_by_hand():
     assert flops.train_per_token(cfg, 9) == 3 * forward.total == 3 * 416
 
 
-# FLOPs, against the compiler's count of a reference model without loops: each token's own experts, each query's own keys.
+# FLOPs, against the compiler's count of a reference model without loops: each token's own experts,
+# each query's own keys.
 
 B, S = 2, 4
 REFERENCE = {
@@ -263,7 +270,9 @@ def test_reference_is_the_model(model):
 
 
 def test_forward_is_what_the_compiler_counts(model):
-    """Each part within 3 %: beside its products a part has a softmax, an activation or a gate, which are left out."""
+    """Each part within 3 %: beside its products a part has a softmax, an activation or a gate,
+    which are left out.
+    """
     cfg, p = model
     want = flops.forward_per_token(cfg, S)
     dense, moe = p["prefix"][0], p["repeats"][0]["blocks"][0]
@@ -290,7 +299,9 @@ def test_forward_is_what_the_compiler_counts(model):
 
 
 def test_training_is_what_the_compiler_counts(model):
-    """Forward and backward of the whole model; what is left out (norms, softmaxes, activations) is a few percent more."""
+    """Forward and backward of the whole model; what is left out (norms, softmaxes, activations) is
+    a few percent more.
+    """
     cfg, params = model
 
     def loss(params, ids):
@@ -313,7 +324,9 @@ def test_mfu():
 
 @pytest.mark.parametrize("shape", [None, (2, 1, 1), (2, 2, 2)])
 def test_peak_counts_all_devices_at_once(shape, monkeypatch):
-    """By a clock that ticks 10 ms a look: the first run takes 10 ms, so the others chain 4 products, 2.5 ms for each."""
+    """By a clock that ticks 10 ms a look: the first run takes 10 ms, so the others chain 4
+    products, 2.5 ms for each.
+    """
     ticks = iter(range(1000))
     monkeypatch.setattr(flops.time, "perf_counter", lambda: next(ticks) / 100)
     with jax.set_mesh(meshes.make(*shape)) if shape else contextlib.nullcontext():
@@ -362,7 +375,9 @@ def test_card_memory_is_what_the_compiler_needs(card):
 
 
 def test_card_memory_is_that_of_one_shard(card):
-    """Per device: matrices an eighth, the router's gate a quarter (split over data and expert), norms whole."""
+    """Per device: matrices an eighth, the router's gate a quarter (split over data and expert),
+    norms whole.
+    """
     counts, memory = card[0].parameters, card[0].memory
     assert memory.parameters == 4 * (
         (counts.total - counts.router - counts.norms) / 8 + counts.router / 4 + 96
@@ -400,8 +415,10 @@ def test_card_of_a_dense_model_on_one_device():
     assert "MoE layer" not in text and "expert" not in text
 
 
-# One layer's buffers and traffic, without compiling: 8 rows of 8 tokens a micro-batch, so T = 16 on each of 4 devices.
-#   N = k T = 32 assignments, n = 2 devices on the expert axis, e = 4 of 8 experts on each, D = 32, F = 16 (8 a shard).
+# One layer's buffers and traffic, without compiling: 8 rows of 8 tokens a micro-batch, so T = 16 on
+# each of 4 devices.
+# N = k T = 32 assignments, n = 2 devices on the expert axis, e = 4 of 8 experts on each, D = 32, F
+# = 16 (8 a shard).
 
 
 def dispatch_of(monkeypatch, moe, shape=(2, 2, 2)):
@@ -412,7 +429,9 @@ def dispatch_of(monkeypatch, moe, shape=(2, 2, 2)):
 
 
 def test_capacity_buffer_and_traffic(monkeypatch):
-    """C = ceil(1.5 x 16 / 8) = 3 places of an expert in a group (a row), 8 experts x 2 groups x 3 = 48 rows."""
+    """C = ceil(1.5 x 16 / 8) = 3 places of an expert in a group (a row), 8 experts x 2 groups x 3 =
+    48 rows.
+    """
     card = dispatch_of(monkeypatch, dispatcher("capacity", factor=1.5))
     d = card.dispatch
     assert (d.rows_held, d.rows_balanced, d.row_bytes) == (48, 32, 4 * (32 + 32 + 2 * 8))
@@ -429,7 +448,9 @@ def test_capacity_buffer_and_traffic(monkeypatch):
 
 
 def test_dropless_buffer_and_traffic(monkeypatch):
-    """Worst: both choices of all n T = 32 tokens are local, 64 rows, and each of 4 experts may waste 7 of a block of 8."""
+    """Worst: both choices of all n T = 32 tokens are local, 64 rows, and each of 4 experts may
+    waste 7 of a block of 8.
+    """
     card = dispatch_of(monkeypatch, dispatcher("dropless", buffer=0.0))
     d = card.dispatch
     assert (d.rows_held, d.rows_balanced, d.rows_worst) == (96, 32, 96)
@@ -453,7 +474,9 @@ def test_nothing_travels_on_one_device(monkeypatch):
 
 
 def test_received_counts_loops_and_the_dearest_branch():
-    """Parts of 4 floats on 4 devices: a gather receives 3 parts of 16 bytes, a sum of 4 floats 2 x 3/4 x 16 bytes."""
+    """Parts of 4 floats on 4 devices: a gather receives 3 parts of 16 bytes, a sum of 4 floats 2 x
+    3/4 x 16 bytes.
+    """
 
     def f(x_4):
         def gather(x):

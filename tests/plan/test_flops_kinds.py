@@ -24,7 +24,8 @@ def test_parameters_are_those_of_the_model(float64, name):
     assert counts.experts == experts and counts.active <= counts.total
 
 
-# D 16, 4 heads of 4 and 2 key-value heads: projections are 2 x 16 x 4 x (4 + 2) = 768 weights, 1536 FLOPs a token.
+# D 16, 4 heads of 4 and 2 key-value heads: projections are 2 x 16 x 4 x (4 + 2) = 768 weights, 1536
+# FLOPs a token.
 DENSE = {
     "model.period": ("dense",),
     "model.repeats": 1,
@@ -32,7 +33,10 @@ DENSE = {
 
 
 def test_an_encoder_by_hand():
-    """8 places: scores 4 x 4 heads x 4 x 8 keys; a head of 3 classes once a row: 2 x 16 x 3 / 8; vectors of 3: 2 x 3 x 16."""
+    """8 places: scores 4 x 4 heads x 4 x 8 keys; a head of 3 classes once a row:
+
+    2 x 16 x 3 / 8; vectors of 3: 2 x 3 x 16.
+    """
     cfg = kind_cases.config(
         "encoder", {"num_classes": 3, "inputs": "vectors", "input_dim": 3}, DENSE
     )
@@ -40,7 +44,9 @@ def test_an_encoder_by_hand():
 
 
 def test_an_encoder_decoder_by_hand():
-    """Three attentions: the encoder's over 8 keys, the decoder's over 4.5 on average (288), the cross-attention's over 8. V 64."""
+    """Three attentions: the encoder's over 8 keys, the decoder's over 4.5 on average (288), the
+    cross-attention's over 8. V 64.
+    """
     changes = DENSE | {"model.vocab_size": 64}
     cfg = kind_cases.config("encdec", {"encoder_repeats": 1, "encoder_period": ("dense",)}, changes)
     assert flops.forward_per_token(cfg, 8) == flops.Breakdown(
@@ -49,13 +55,18 @@ def test_an_encoder_decoder_by_hand():
 
 
 def test_the_article_by_hand():
-    """5 experts over windows of 4 places: 2 x 5 x 4 x 16 = 640; gates 2 x 16 x 5 and their sum 2 x 5 x 16; V 64."""
+    """5 experts over windows of 4 places:
+
+    2 x 5 x 4 x 16 = 640; gates 2 x 16 x 5 and their sum 2 x 5 x 16; V 64.
+    """
     cfg = kind_cases.config("article", {"num_experts": 5, "window": 4, "aggregate": "gated"})
     assert flops.forward_per_token(cfg, 8) == flops.Breakdown(0, 0, 0, 0, 640, 320, 2 * 16 * 64)
 
 
 def test_tasks_of_mmoe_by_hand():
-    """A row of 8 features, 2 tasks, dense mixtures: bottom 2 x 256, towers 2 x 2 x 256, the bag's additions; 6 items."""
+    """A row of 8 features, 2 tasks, dense mixtures: bottom 2 x 256, towers 2 x 2 x 256, the bag's
+    additions; 6 items.
+    """
     cfg = kind_cases.config("mmoe", {"items": (4, 2)}, {"model.repeats": 1}, kind_cases.MULTI)
     expert = 3 * 16 * cfg.moe.expert_hidden
     found = flops.forward_per_token(cfg, 8)

@@ -1,4 +1,6 @@
-"""Rows survive a kill, a resume takes back what it will repeat; the record of the starts and the summary are true."""
+"""Rows survive a kill, a resume takes back what it will repeat; the record of the starts and the
+summary are true.
+"""
 
 import importlib.util
 import json
@@ -93,7 +95,8 @@ def test_a_row_torn_just_before_its_end_of_line(tmp_path):
 def test_a_killed_process_leaves_every_row_that_it_wrote(tmp_path):
     code = (
         "import sys, os; from moe_jax.report.metrics import PerStep, Writer\n"
-        "w = Writer(sys.argv[1], resume_step=0, tensorboard=False, active=True, started=0, per_step=PerStep(1, 1))\n"
+        "w = Writer(sys.argv[1], resume_step=0, tensorboard=False, active=True, started=0, "
+        "per_step=PerStep(1, 1))\n"
         "[w.write(i, {'x': i}) for i in range(50)]; os.kill(os.getpid(), 9)"
     )
     subprocess.run(
@@ -307,7 +310,9 @@ def test_a_domain_called_mean_keeps_its_row():
 
 
 def test_the_closing_table_on_80_columns(tmp_path, capsys, monkeypatch):
-    """The title is one line, and what is no number, such as the signature of a BLEU, stands below the table."""
+    """The title is one line, and what is no number, such as the signature of a BLEU, stands below
+    the table.
+    """
     signature = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.5.1"
     rows = {
         "source copied": {"BLEU": 3.25, "chrF": 20.5, "signature": signature},

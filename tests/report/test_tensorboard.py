@@ -1,4 +1,6 @@
-"""What TensorBoard reads of a run: groups in order, a layout, hyperparameters, the load; a resume hides what it repeats."""
+"""What TensorBoard reads of a run: groups in order, a layout, hyperparameters, the load; a resume
+hides what it repeats.
+"""
 
 import re
 
@@ -181,7 +183,9 @@ def test_every_column_of_the_config_exists():
 
 
 def test_the_picture_of_the_load_has_a_row_for_each_step():
-    """The panel is searched for its colours: an expert without tokens is the darkest blue, a balanced one white."""
+    """The panel is searched for its colours: an expert without tokens is the darkest blue, a
+    balanced one white.
+    """
     load = LoadOverTime(num_experts=4)
     assert not load
     load.note(10, np.array([[0, 8, 8, 16, 99]]))  # the last class is no expert

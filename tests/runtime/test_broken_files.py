@@ -1,4 +1,6 @@
-"""What a run leaves on disk may be emptied, full or unwritable: one line with the path, and nothing that was saved is lost."""
+"""What a run leaves on disk may be emptied, full or unwritable: one line with the path, and nothing
+that was saved is lost.
+"""
 
 import errno
 import json

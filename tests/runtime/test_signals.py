@@ -1,4 +1,6 @@
-"""Signals are heard at once and lose nothing, wherever in a run they come; output that goes away ends no run."""
+"""Signals are heard at once and lose nothing, wherever in a run they come; output that goes away
+ends no run.
+"""
 
 import os
 import re
@@ -25,7 +27,8 @@ import hashlib, os, sys, time
 from moe_jax.runtime import shell, signals
 heard = signals.LISTENER
 """
-IN_COMPILED_CODE = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)'  # a minute in which no handler in Python runs
+# a minute in which no handler in Python runs
+IN_COMPILED_CODE = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)'
 
 
 def start(program, *arguments, **options):
@@ -65,7 +68,8 @@ def test_a_signal_is_told_at_once_and_a_second_ends_the_process():
 def test_after_a_run_that_is_saved_a_signal_ends_the_process_at_once(number, code):
     """While its baselines are measured and its tables made."""
     process = start(
-        f'heard.start(); heard.note(); heard.release(); heard.saved = True; print("ready", flush=True); {IN_COMPILED_CODE}'
+        'heard.start(); heard.note(); heard.release(); heard.saved = True; print("ready", '
+        f"flush=True); {IN_COMPILED_CODE}"
     )
     process.send_signal(number)
     process.communicate(timeout=20)
@@ -98,7 +102,9 @@ sys.exit(shell.run_command(main, []))
 
 
 def interrupting(function, number=signal.SIGTERM):
-    """The function, which sends a signal to its own process before it does anything, and waits until it is heard."""
+    """The function, which sends a signal to its own process before it does anything, and waits
+    until it is heard.
+    """
 
     def called(*args, **kwargs):
         os.kill(os.getpid(), number)

@@ -1,4 +1,6 @@
-"""Labelled texts and pairs of sentences: rows as the tasks expect them, nothing leaked between the splits, clear messages."""
+"""Labelled texts and pairs of sentences: rows as the tasks expect them, nothing leaked between the
+splits, clear messages.
+"""
 
 import csv
 import io
@@ -25,7 +27,8 @@ def vader(tmp_path):
     for i in range(240):
         word, sign = (GOOD, 1) if i % 2 else (BAD, -1)
         lines.append(
-            f"{('movie', 'tweets')[i % 3 > 0]}\t{sign * (0.4 + i % 5)}\tA {word[i % 3]} film, the {i // 2}th of them."
+            f"{('movie', 'tweets')[i % 3 > 0]}\t{sign * (0.4 + i % 5)}\tA {word[i % 3]} film, the "
+            f"{i // 2}th of them."
         )
     packed(
         tmp_path / "classification" / "vader_sentiment_4domains.tsv.gz", [*lines, lines[1].upper()]
@@ -308,7 +311,8 @@ def test_the_nearest_neighbour_is_scored_by_sacrebleu(bible):
     [
         (
             open_vader,
-            r"data.folder = '.*' has neither vader_sentiment_4domains.tsv.gz nor classification/vader.*moe_jax data vader --from",
+            r"data.folder = '.*' has neither vader_sentiment_4domains.tsv.gz nor "
+            r"classification/vader.*moe_jax data vader --from",
         ),
         (
             lambda f: open_vader(f, "wordnet"),
@@ -320,7 +324,8 @@ def test_the_nearest_neighbour_is_scored_by_sacrebleu(bible):
         ),
         (
             open_pairs,
-            "neither bible_kjv_rv1909_en_es.tsv.gz nor translation/.*moe_jax data bible_en_es --from",
+            "neither bible_kjv_rv1909_en_es.tsv.gz nor translation/.*moe_jax data bible_en_es "
+            "--from",
         ),
     ],
 )

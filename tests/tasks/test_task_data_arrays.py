@@ -1,4 +1,6 @@
-"""Images, recordings and baskets: rows as the tasks expect them, the same every time, nothing leaked, clear messages."""
+"""Images, recordings and baskets: rows as the tasks expect them, the same every time, nothing
+leaked, clear messages.
+"""
 
 import gzip
 import io
@@ -83,7 +85,8 @@ def test_an_image_moves_down_right_and_in_the_mirror():
 def test_a_wrong_number_of_patches_names_both():
     with pytest.raises(
         UserError,
-        match=r"data.seq_len = 20, but an image of digits \(8 x 8\) has 16 patches of 2 x 2: set data.seq_len=16",
+        match=r"data.seq_len = 20, but an image of digits \(8 x 8\) has 16 patches of 2 x 2: set "
+        r"data.seq_len=16",
     ):
         open_digits(seq_len=20)
     with pytest.raises(UserError, match="patches of 3 pixels do not divide images of 8 x 8"):
@@ -190,14 +193,16 @@ def test_recall_and_ndcg_by_hand():
     scores = np.array([[5.0, 4.0, 3.0, 2.0] + [0.0] * 30])
     recall, ndcg = rivals.recommendation.ranking(scores, [np.array([1, 3, 33])])[:, 0]
     assert recall == pytest.approx(2 / 3)
-    # Hits at ranks 2 and 4 of three that could stand at 1, 2 and 3: (1/log2 3 + 1/log2 5) / (1 + 1/log2 3 + 1/2).
+    # Hits at ranks 2 and 4 of three that could stand at 1, 2 and 3: (1/log2 3 + 1/log2 5) / (1 +
+    # 1/log2 3 + 1/2).
     assert ndcg == pytest.approx((0.63093 + 0.43068) / (1 + 0.63093 + 0.5), abs=1e-4)
 
 
 def test_similarity_by_hand():
     train = rivals.recommendation.matrix([np.array([0, 1]), np.array([0, 1]), np.array([0, 2])], 3)
     similar = rivals.recommendation.similarity(train, 1, 0.0).toarray()
-    # |0| = sqrt 3, |1| = sqrt 2, |2| = 1; 0 and 1 share two users, 0 and 2 one. Each column keeps its largest.
+    # |0| = sqrt 3, |1| = sqrt 2, |2| = 1; 0 and 1 share two users, 0 and 2 one. Each column keeps
+    # its largest.
     expected = [[0, 2 / 6**0.5, 1 / 3**0.5], [2 / 6**0.5, 0, 0], [0, 0, 0]]
     np.testing.assert_allclose(similar, expected, rtol=1e-6)
 
@@ -261,7 +266,8 @@ def test_frames_are_stacked_and_standardised_and_the_test_part_is_its_own(record
     assert data.rows == {"train": 18, "heldout": 30} and data.domains == ("ann", "bob")
     rows = all_train(data)
     assert rows.values_BSP.shape == (18, 8, 60) and data.about.width == 60
-    # Index 5 has 1,600 samples = 20 frames of 10 ms = 7 places of 3, the last of them with one frame of zeros.
+    # Index 5 has 1,600 samples = 20 frames of 10 ms = 7 places of 3, the last of them with one
+    # frame of zeros.
     assert (
         rows.segment_BS[0].sum() == 7
         and not rows.values_BSP[0, 6, 40:].any()
@@ -290,7 +296,8 @@ def test_copies_of_recordings_differ_and_come_again(recordings):
     [
         (
             open_baskets,
-            "neither debian12_depends.tsv.gz nor recommendation/debian12_depends.tsv.gz: .*moe_jax data debian_depends --from",
+            "neither debian12_depends.tsv.gz nor recommendation/debian12_depends.tsv.gz: .*moe_jax "
+            "data debian_depends --from",
         ),
         (
             open_tones,

@@ -1,4 +1,6 @@
-"""Labels that are none: left out and counted where the set says so, refused where they are damage; no index is guessed."""
+"""Labels that are none: left out and counted where the set says so, refused where they are damage;
+no index is guessed.
+"""
 
 import csv
 import gzip
@@ -51,7 +53,9 @@ def tfds(tmp_path, monkeypatch):
 
 
 def store_texts(folder, features, labels):
-    """A set TinyLabels whose training texts have these labels, and of whose held-out ones the first has none."""
+    """A set TinyLabels whose training texts have these labels, and of whose held-out ones the first
+    has none.
+    """
     kind = {"text": features.Text(), "label": features.ClassLabel(names=["neg", "pos"])}
 
     def rows(numbers):
@@ -91,7 +95,8 @@ def test_a_label_that_is_no_class_is_refused(tmp_path, tfds, monkeypatch, label)
     monkeypatch.setattr(tfds_datasets, "opened", lambda *_: rows)
     with pytest.raises(
         UserError,
-        match=rf"tiny_labels, split train, record 1 has label {label}, but the 2 classes are 0 to 1",
+        match=rf"tiny_labels, split train, record 1 has label {label}, but the 2 classes are 0 to "
+        r"1",
     ):
         texts("tfds:tiny_labels")
 
@@ -128,7 +133,8 @@ def idx(path, array):
         ([0, 1, 255, 2], r"example 2 has label 255"),
         (
             [0, 1, 2],
-            r"train-images-idx3-ubyte.gz has shape \(4, 28, 28\) and train-labels-idx1-ubyte.gz \(3,\)",
+            r"train-images-idx3-ubyte.gz has shape \(4, 28, 28\) and train-labels-idx1-ubyte.gz "
+            r"\(3,\)",
         ),
     ],
 )

@@ -107,7 +107,8 @@ def test_texts_are_held_out_where_labels_are_known():
         texts("tfds:tiny_alone")
     with pytest.raises(
         UserError,
-        match=r"'imdb_reviews' is not in .*nothing is downloaded here: prepare it where there is a network",
+        match=r"'imdb_reviews' is not in .*nothing is downloaded here: prepare it where there is a "
+        r"network",
     ):
         texts("tfds:imdb_reviews")
 

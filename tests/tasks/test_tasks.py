@@ -1,4 +1,6 @@
-"""Every task from its data to its predictions, on tiny sets written here; and its step equal on a mesh and on one device."""
+"""Every task from its data to its predictions, on tiny sets written here; and its step equal on a
+mesh and on one device.
+"""
 
 import gzip
 import itertools
@@ -202,7 +204,9 @@ def test_a_random_row_of_few_tokens_has_a_prefix_and_targets(length):
 
 @pytest.mark.parametrize("task", CASES)
 def test_a_step_is_the_same_on_a_mesh(float64, task):
-    """One optimizer step of random rows, accumulated on the mesh: loss and parameters of one device."""
+    """One optimizer step of random rows, accumulated on the mesh: loss and parameters of one
+    device.
+    """
     found = []
     for shape, more in (((1, 1, 1), {}), ((2, 2, 2), {"train.micro_batch_size": 4})):
         changes = (
@@ -226,7 +230,9 @@ def test_a_step_is_the_same_on_a_mesh(float64, task):
 
 
 def test_figures_of_labels_by_hand():
-    """Three rows and a filler: accuracy 2 / 3; class 0 has F1 2 * 1 / (1 + 2), class 1 has 2 * 1 / (2 + 1)."""
+    """Three rows and a filler: accuracy 2 / 3; class 0 has F1 2 * 1 / (1 + 2), class 1 has 2 * 1 /
+    (2 + 1).
+    """
     from types import SimpleNamespace
 
     from moe_jax.data.examples import LabelledTokens
@@ -314,7 +320,9 @@ def test_mistakes_are_one_message(folder, task, changes, message):
 
 
 def test_the_articles_model_learns_the_next_byte_with_fixed_zeros(tmp_path):
-    """Three in four of the experts' weights are zero by the rule `static`, and still are after six steps, in which the others learned."""
+    """Three in four of the experts' weights are zero by the rule `static`, and still are after six
+    steps, in which the others learned.
+    """
     article = {
         "model.kind": "article",
         "model.kinds.article.num_experts": 4,
@@ -369,7 +377,9 @@ def language(tmp_path_factory):
 
 
 def tuned(language, workdir, changes):
-    """(parameters before, after): what the language model and the classifier that began from it share; and the classifier's head."""
+    """(parameters before, after): what the language model and the classifier that began from it
+    share; and the classifier's head.
+    """
     begin = {"model.kinds.encoder.attention": "causal", "train.init_from": str(language / "lm")}
     run(workdir, config("classification", language / "data") | begin | ROUTER | changes)
     before, after = saved(language / "lm"), saved(workdir)
@@ -380,7 +390,9 @@ def tuned(language, workdir, changes):
 
 
 def test_a_linear_probe_of_a_language_model_moves_its_head_alone(language, tmp_path):
-    """A decoder's parameters and its routers' bias become an encoder's, and stay as they were to the last bit; the head has moved."""
+    """A decoder's parameters and its routers' bias become an encoder's, and stay as they were to
+    the last bit; the head has moved.
+    """
     shared = tuned(language, tmp_path, {"optim.train_only": "^head/", "optim.optimizer": "muon"})
     assert any(before.any() for name, (before, _) in shared.items() if name.endswith("state/bias"))
     for name, (before, after) in shared.items():
@@ -388,7 +400,9 @@ def test_a_linear_probe_of_a_language_model_moves_its_head_alone(language, tmp_p
 
 
 def test_fine_tuning_a_language_model_moves_its_trunk_from_where_it_was(language, tmp_path):
-    """One small step of AdamW: every parameter is about a learning rate from the language model's, which no fresh values would be."""
+    """One small step of AdamW: every parameter is about a learning rate from the language model's,
+    which no fresh values would be.
+    """
     shared = tuned(
         language, tmp_path, {"train.steps": 1, "optim.warmup_steps": 0, "optim.learning_rate": 1e-4}
     )

@@ -1,4 +1,6 @@
-"""What a run shows: its banner, its live line or its plain lines; and a speed in which nothing but steps counts."""
+"""What a run shows: its banner, its live line or its plain lines; and a speed in which nothing but
+steps counts.
+"""
 
 import contextlib
 import io
@@ -59,7 +61,9 @@ def drawn(shown):
 @pytest.mark.parametrize("eval_every", [1, 3, 5, 0])
 @pytest.mark.parametrize("start", [0, 7])
 def test_the_speed_is_that_of_the_steps_alone(wait, log_every, eval_every, start):
-    """Steps of half a second, of which a tenth is a wait for data: whatever else the run does, and however often."""
+    """Steps of half a second, of which a tenth is a wait for data: whatever else the run does, and
+    however often.
+    """
     steps = clock.StepClock(1000, step_flops=10**9, peak=4e9)
     wait(60)  # before the first step
     seen = []
@@ -109,7 +113,9 @@ def test_a_pause_that_fails_ends(wait):
 def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
     tmp_path, monkeypatch
 ):
-    """A whole run whose evaluations take half a second: the speed is that of its steps of milliseconds."""
+    """A whole run whose evaluations take half a second: the speed is that of its steps of
+    milliseconds.
+    """
     make_evaluate = train.make_evaluate
 
     def slow(cfg, data):

@@ -1,4 +1,6 @@
-"""Every table that a command prints, at 80 and 120 columns: no number is cut or folded, and nothing is wider than the terminal."""
+"""Every table that a command prints, at 80 and 120 columns: no number is cut or folded, and nothing
+is wider than the terminal.
+"""
 
 import dataclasses
 import io

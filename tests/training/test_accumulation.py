@@ -1,4 +1,6 @@
-"""Micro-batches of every size that divides, one row or one group each among them: equal gradients, and no sharding is lost on the way."""
+"""Micro-batches of every size that divides, one row or one group each among them: equal gradients,
+and no sharding is lost on the way.
+"""
 
 import functools
 
@@ -62,7 +64,8 @@ def test_every_task_is_here():
 def test_one_row_or_group_at_a_time_keeps_every_sharding(float64, task, shape):
     """Traced, not compiled: shardings are part of the types."""
     for group_rows in (1, 2) if task == "lm" else (1,):
-        # The statistics of a single repeat that is scanned are put beside those of a block before it.
+        # The statistics of a single repeat that is scanned are put beside those of a block before
+        # it.
         cfg = tiny.build(
             shape, changes_of(task, group_rows, group_rows, **{"model.prefix": ("moe",)})
         )

@@ -1,4 +1,6 @@
-"""Whole runs: resumed bit for bit, refused when changed, stopped by Ctrl-C or a loss that is not finite, started from another run."""
+"""Whole runs: resumed bit for bit, refused when changed, stopped by Ctrl-C or a loss that is not
+finite, started from another run.
+"""
 
 import gzip
 import json
@@ -187,7 +189,10 @@ def test_starts_from_another_run(float64, tmp_path, straight, capsys):
 
 @pytest.mark.parametrize(("router", "name"), [("sigmoid", "bias"), ("random", "salt")])
 def test_the_state_of_the_routers_comes_along(float64, tmp_path, router, name):
-    """Without training: a checkpoint of a state by hand, and what a run would begin with. Of another router it is left."""
+    """Without training: a checkpoint of a state by hand, and what a run would begin with.
+
+    Of another router it is left.
+    """
 
     def begun(router, saves, value, source=""):
         cfg = tiny.build(changes=SMALL | {"model.moe.router": router, "train.init_from": source})
@@ -226,7 +231,8 @@ def config_file(folder, **changes):
     }
     path.write_text(
         "from configs import base\n\n\ndef get_config(arg=None):\n    c = base.get_config(arg)\n"
-        f"    with c.unlocked():\n        c.update_from_flattened_dict({flat_changes!r})\n    return c\n"
+        f"    with c.unlocked():\n        c.update_from_flattened_dict({flat_changes!r})\n    "
+        "return c\n"
     )
     (folder / "base.py").write_text((ROOT / "configs/base.py").read_text())
     return path
@@ -325,7 +331,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """A folder with the run of one process of eight devices and of two of four (launch/local.sh): configs/debug.py, a little smaller."""
+    """A folder with the run of one process of eight devices and of two of four (launch/local.sh):
+    configs/debug.py, a little smaller.
+    """
     folder = tmp_path_factory.mktemp("processes")
     flags = [
         "--config=configs/debug.py",
@@ -365,7 +373,9 @@ def test_two_processes_do_what_one_does(processes):
 
 
 def test_a_run_of_two_processes_can_be_generated_from(processes, capsys):
-    """By one process, as always: generate makes a mesh of one device, whatever wrote the checkpoint."""
+    """By one process, as always: generate makes a mesh of one device, whatever wrote the
+    checkpoint.
+    """
     loaded = []
     for name in ("one", "two"):
         cfg = generate.read_config(processes / name)

@@ -1,4 +1,6 @@
-"""`verify` finds every planted fault of tests/mutations.py, and which of them a loss curve would have shown."""
+"""`verify` finds every planted fault of tests/mutations.py, and which of them a loss curve would
+have shown.
+"""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,8 @@ from moe_jax.verify.run import ONE, against, evaluated, reference
 
 MESH = (2, 2, 2)
 STEPS = 2
-# One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has something to break.
+# One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has
+# something to break.
 TINY = {
     "model.repeats": 1,
     "model.head_dim": 4,
@@ -52,7 +55,10 @@ def sound(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planted(request):
-    """name -> a future of the program with that fault (None: jax refused to trace it). Traced one by one, compiled two at a time."""
+    """name -> a future of the program with that fault (None: jax refused to trace it).
+
+    Traced one by one, compiled two at a time.
+    """
     chosen = {
         item.callspec.params["name"]
         for item in request.session.items
@@ -149,7 +155,10 @@ def curve(raw, shape, begin):
 
 @pytest.mark.full
 def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys):
-    """The table of docs/verify.md: relative difference of the mean loss of the last ten steps. Run with -s to see it."""
+    """The table of docs/verify.md: relative difference of the mean loss of the last ten steps.
+
+    Run with -s to see it.
+    """
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
     lines, hidden = [], []
     for name, mutation in mutations.MUTATIONS.items():
@@ -160,7 +169,8 @@ def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys)
             or mutation.plant is mutations.kernel_without_gates
         ):
             lines.append(
-                f"{name:40} not in this run: longer sequences, evaluation, or an accelerator have it"
+                f"{name:40} not in this run: longer sequences, evaluation, or an accelerator have "
+                "it"
             )
             continue
         changes = tuple(sorted(where.items()))
@@ -205,7 +215,9 @@ def wide_begin(program, sound, changes):
 
 
 def test_deviations_name_the_worst_and_the_first():
-    """Hand-made probes: the loss deviates at step 1 by 1e-3, the gradient of `b` at step 0 by half of its largest entry."""
+    """Hand-made probes: the loss deviates at step 1 by 1e-3, the gradient of `b` at step 0 by half
+    of its largest entry.
+    """
     from moe_jax.verify.program import Probe
 
     def probe(loss, b):

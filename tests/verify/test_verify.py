@@ -1,4 +1,6 @@
-"""The command `verify`: shrinking, meshes that are refused, the table, the verdict, the certificate, two processes, bad arguments."""
+"""The command `verify`: shrinking, meshes that are refused, the table, the verdict, the
+certificate, two processes, bad arguments.
+"""
 
 import json
 import re
@@ -85,7 +87,10 @@ def test_experts_that_the_axis_does_not_divide_stay():
 
 
 def test_layouts():
-    """The reference is plain; the layout has everything on. A loss that is defined per micro-batch keeps its micro-batches in both."""
+    """The reference is plain; the layout has everything on.
+
+    A loss that is defined per micro-batch keeps its micro-batches in both.
+    """
     small, _ = shrink.shrink(tiny.raw(LARGE))
     plain, (layout, names) = shrink.plain(small), shrink.layout(shrink.plain(small))
     assert (
@@ -117,7 +122,8 @@ def test_changes_leave_the_places_that_they_must_not_touch():
     assert (inputs.segment_BS == 0).any() and (inputs.segment_BS == 2).any(1).all()
 
 
-# A router with a state, and what drops by gate (the ordering) and by place (the dispatcher): the test below, of all, has each alone.
+# A router with a state, and what drops by gate (the ordering) and by place (the dispatcher): the
+# test below, of all, has each alone.
 SMALL = {
     "model.repeats": 1,
     "model.dropout": 0.1,
@@ -183,7 +189,9 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
 
 
 def moved(one):
-    """What of the routers' state the steps changed: it is compared, so a mesh that moves it otherwise is found."""
+    """What of the routers' state the steps changed: it is compared, so a mesh that moves it
+    otherwise is found.
+    """
     begin = states.named(one.program, one.begin)
     return {
         name
@@ -199,7 +207,8 @@ NEEDS = {
     "expert_choice": BALANCED | {"model.allow_leak": True},
     "soft": BALANCED | {"model.allow_leak": True, "model.moe.dispatcher": "slots"},
 }
-# Of a recording there is none in a random batch; tests/instruments/test_instruments.py replays on meshes.
+# Of a recording there is none in a random batch; tests/instruments/test_instruments.py replays on
+# meshes.
 CASES = {
     name: {"model.moe.router": name, **NEEDS.get(name, {})}
     for name in ROUTERS
@@ -247,7 +256,9 @@ def test_every_router_and_ordering(float64, tmp_path, name):
 
 
 def test_single_choices_are_compared():
-    """The same number of a row dropped, and of each expert counted: two tokens have exchanged their experts, or which is dropped."""
+    """The same number of a row dropped, and of each expert counted: two tokens have exchanged their
+    experts, or which is dropped.
+    """
 
     def probe(expert, dropped):
         sums = {"counts": np.array([[[1.0, 1.0]]]), "dropped": np.array([[1.0]])}
@@ -322,7 +333,8 @@ def test_a_mesh_that_only_the_config_as_it_is_refuses_is_told():
     small, _ = shrink.shrink(raw)
     (line,) = run.unlike(raw, small, [(1, 1, 8), (2, 2, 2), (3, 1, 1)])
     assert line.startswith(
-        "1x1x8: the config as it is refuses this mesh (model.num_heads (4) must be divisible by mesh.model (8))"
+        "1x1x8: the config as it is refuses this mesh (model.num_heads (4) must be divisible by "
+        "mesh.model (8))"
     )
 
 
@@ -356,7 +368,8 @@ def test_rounding_is_reported_with_the_first_flip():
         ),
         (
             ["--set", "model.moe.num_experts=9", "--meshes", "1x2x1"],
-            "every mesh is refused for the config as it was shrunk (docs/verify.md): model.moe.num_experts (9)",
+            "every mesh is refused for the config as it was shrunk (docs/verify.md): "
+            "model.moe.num_experts (9)",
         ),
     ],
 )

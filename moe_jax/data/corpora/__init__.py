@@ -1,6 +1,8 @@
-"""The embedded text: six domains, 29 MB, shipped compressed, so that the first run needs no network.
+"""The embedded text: six domains, 29 MB, shipped compressed, so that the first run needs no
+network.
 
-docs/data.md tells what a document is in each; NOTICE.md where the text comes from and its licences; build.py makes it.
+docs/data.md tells what a document is in each; NOTICE.md where the text comes from and its licences;
+build.py makes it.
 """
 
 import importlib.resources
@@ -14,7 +16,9 @@ DOMAINS = ("drama", "verse", "novel", "scripture_en", "scripture_es", "dictionar
 
 
 def documents(domain: str, max_bytes: int | None = None) -> Iterator[Document]:
-    """The documents of an embedded domain in their order, as many whole ones as fit into `max_bytes` of UTF-8."""
+    """The documents of an embedded domain in their order, as many whole ones as fit into
+    `max_bytes` of UTF-8.
+    """
     if domain not in DOMAINS:
         raise UserError(f"no embedded domain {domain!r}; there are {', '.join(DOMAINS)}")
     packed = importlib.resources.files(__name__).joinpath(f"{domain}.txt.xz").read_bytes()

@@ -1,8 +1,9 @@
 """Makes the embedded corpora: `python -m moe_jax.data.corpora.build --from DIR`.
 
-DIR holds the sources (NOTICE.md says where each comes from), plain or gzipped: shakespeare.txt, milton.txt, austen.txt,
-bible_kjv.txt, bible_sparv.txt and wordnet30_supersense.tsv. Each corpus becomes one `.txt.xz` beside this file, its
-documents separated by a form feed, and a line of its statistics is printed.
+DIR holds the sources (NOTICE.md says where each comes from), plain or gzipped: shakespeare.txt,
+milton.txt, austen.txt, bible_kjv.txt, bible_sparv.txt and wordnet30_supersense.tsv. Each corpus
+becomes one `.txt.xz` beside this file, its documents separated by a form feed, and a line of its
+statistics is printed.
 """
 
 import argparse
@@ -22,8 +23,10 @@ STRETCH = 4_000  # characters of a document of continuous verse or prose
 DICTIONARY_RUN = 200  # entries of a document of the dictionary
 NUMBER = "[IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH"  # of an act or a scene
 
-# The verse among the Milton files, each kept once: the same poems come again in other editions, which held out would be
-# a test on training text. A part reaches from the first line (at or after the end of the last part) to the second.
+# The verse among the Milton files, each kept once: the same poems come again in other editions,
+# which held out would be
+# a test on training text. A part reaches from the first line (at or after the end of the last part)
+# to the second.
 MILTON_PARTS = (
     ("L'ALLEGRO", "PARADISE LOST"),
     ("PARADISE LOST", "PARADISE REGAINED"),
@@ -38,11 +41,16 @@ MILTON_PARTS = (
 )
 
 SPANISH_BOOKS = (
-    "Génesis Éxodo Levítico Números Deuteronomio Josué Jueces Rut 1_Samuel 2_Samuel 1_Reyes 2_Reyes 1_Crónicas "
-    "2_Crónicas Esdras Nehemías Ester Job Salmos Proverbios Eclesiastés Cantares Isaías Jeremías Lamentaciones "
-    "Ezequiel Daniel Oseas Joel Amós Abdías Jonás Miqueas Nahum Habacuc Sofonías Hageo Zacarías Malaquías Mateo "
-    "Marcos Lucas Juan Hechos Romanos 1_Corintios 2_Corintios Gálatas Efesios Filipenses Colosenses 1_Tesalonicenses "
-    "2_Tesalonicenses 1_Timoteo 2_Timoteo Tito Filemón Hebreos Santiago 1_Pedro 2_Pedro 1_Juan 2_Juan 3_Juan "
+    "Génesis Éxodo Levítico Números Deuteronomio Josué Jueces Rut 1_Samuel 2_Samuel 1_Reyes "
+    "2_Reyes 1_Crónicas "
+    "2_Crónicas Esdras Nehemías Ester Job Salmos Proverbios Eclesiastés Cantares Isaías Jeremías "
+    "Lamentaciones "
+    "Ezequiel Daniel Oseas Joel Amós Abdías Jonás Miqueas Nahum Habacuc Sofonías Hageo Zacarías "
+    "Malaquías Mateo "
+    "Marcos Lucas Juan Hechos Romanos 1_Corintios 2_Corintios Gálatas Efesios Filipenses "
+    "Colosenses 1_Tesalonicenses "
+    "2_Tesalonicenses 1_Timoteo 2_Timoteo Tito Filemón Hebreos Santiago 1_Pedro 2_Pedro 1_Juan "
+    "2_Juan 3_Juan "
     "Judas Apocalipsis"
 )
 
@@ -54,7 +62,9 @@ def tidy(text: str) -> str:
 
 
 def split_before(text: str, heading: str, shortest: int) -> list[str]:
-    """Splits before each line that matches `heading`; a part below `shortest` characters joins the next one."""
+    """Splits before each line that matches `heading`; a part below `shortest` characters joins the
+    next one.
+    """
     starts = [m.start() for m in re.finditer(heading, text, flags=re.MULTILINE)]
     parts: list[str] = []
     begin = 0
@@ -68,7 +78,9 @@ def split_before(text: str, heading: str, shortest: int) -> list[str]:
 
 
 def drama(text: str) -> Iterator[str]:
-    """A scene is a document, the cast list another; the poems, which have no scenes, are cut into stretches."""
+    """A scene is a document, the cast list another; the poems, which have no scenes, are cut into
+    stretches.
+    """
     works = split_before(text, r"^[^\n]+\n\nby William Shakespeare$", shortest=1)
     for work in filter(str.strip, works):
         scenes = split_before(
@@ -117,7 +129,9 @@ def chapter_of(reference: str) -> tuple[str, str]:
 
 
 def dictionary(text: str) -> Iterator[str]:
-    """Runs of 200 entries in WordNet's order, which keeps what is alike together: a line is `words: gloss`."""
+    """Runs of 200 entries in WordNet's order, which keeps what is alike together: a line is `words:
+    gloss`.
+    """
     rows = (line.split("\t")[1:] for line in text.splitlines()[1:])
     entries = (f"{words}: {re.sub(r'(?<=[^ ])_(?=[^ ])', ' ', gloss)}\n" for words, gloss in rows)
     while run := list(itertools.islice(entries, DICTIONARY_RUN)):
@@ -171,7 +185,8 @@ def build(folder: pathlib.Path, out: pathlib.Path) -> None:
         sizes = sorted(len(text.encode("utf-8")) for text in documents)
         quantiles = [sizes[min(len(sizes) - 1, len(sizes) * q // 4)] for q in range(5)]
         print(
-            f"{domain:13} {len(documents):5} documents {len(joined):9} bytes {len(packed):8} packed; sizes {quantiles}"
+            f"{domain:13} {len(documents):5} documents {len(joined):9} bytes {len(packed):8} "
+            f"packed; sizes {quantiles}"
         )
 
 

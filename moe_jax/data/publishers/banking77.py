@@ -24,7 +24,8 @@ def convert(given: Given) -> Converted:
         if rows.fieldnames != ["text", "category"]:
             columns = ", ".join(rows.fieldnames or [])
             raise UserError(
-                f"{found.place} has the columns {columns}, not text, category: give banking_data/{part}.csv"
+                f"{found.place} has the columns {columns}, not text, category: give "
+                f"banking_data/{part}.csv"
             )
         notes.append(f"{sum(1 for _ in rows):,} questions of the {part} part")
         files[f"classification/banking77_{part}.csv.gz"] = found.data

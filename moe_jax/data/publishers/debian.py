@@ -32,7 +32,8 @@ def sections(given: Given) -> Converted:
             rows.setdefault(text, (package.get("Section", ""), name, text))
     if not rows:
         raise UserError(
-            f"--from {given}: Packages and Translation-en share no Description-md5: give one release"
+            f"--from {given}: Packages and Translation-en share no Description-md5: give one "
+            "release"
         )
     lines = table([("section", "package", "description"), *rows.values()])
     files = {"classification/debian12_descriptions_by_section.tsv.gz": lines}

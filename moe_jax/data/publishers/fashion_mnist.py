@@ -44,7 +44,8 @@ def convert(given: Given) -> Converted:
         shape, (count,) = _shape(images, 3), _shape(labels, 1)
         if shape[0] != count:
             raise UserError(
-                f"{images.place} has {shape[0]} images, but {labels.place} {count} labels: give one set"
+                f"{images.place} has {shape[0]} images, but {labels.place} {count} labels: give "
+                "one set"
             )
         notes.append(f"{shape[0]:,} images of {shape[1]} x {shape[2]} pixels in {part}")
     return Converted(

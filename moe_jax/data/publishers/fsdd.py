@@ -24,7 +24,8 @@ def convert(given: Given) -> Converted:
     }
     if len(found) < 10 * SPEAKERS * TAKEN:
         raise UserError(
-            f"--from {given} holds {len(found)} of {10 * SPEAKERS * TAKEN} recordings DIGIT_SPEAKER_INDEX.wav "
+            f"--from {given} holds {len(found)} of {10 * SPEAKERS * TAKEN} recordings "
+            "DIGIT_SPEAKER_INDEX.wav "
             f"with indices below {TAKEN}: give the folder recordings of the repository"
         )
     for file in found.values():

@@ -167,7 +167,8 @@ def _unfit(found: Found, digests: Sequence[str]) -> UserError:
     own = hashlib.new(kind, found.packed).hexdigest()
     right = " or ".join(digests) if len(digests) < 4 else "none of the sums that the release lists"
     return UserError(
-        f"{found.place} has the {kind} sum {own}, its publisher's file has {right}: it was changed or cut, or is "
+        f"{found.place} has the {kind} sum {own}, its publisher's file has {right}: it was changed "
+        "or cut, or is "
         "another one; give the publisher's, or add --any_digest"
     )
 
@@ -191,7 +192,8 @@ def _entries(path: pathlib.Path) -> Iterator[_Entry]:
             raise UserError(f"--from {path} is neither a file nor a folder")
         elif path.suffix == ".deb":
             raise UserError(
-                f"--from {path} is a Debian package: `dpkg-deb -x {path} DIR` unpacks it, then give DIR"
+                f"--from {path} is a Debian package: `dpkg-deb -x {path} DIR` unpacks it, then "
+                "give DIR"
             )
         elif zipfile.is_zipfile(path):
             yield from _members(path, _zip_members(path))

@@ -79,7 +79,8 @@ def _modules(given: Given) -> dict[str, tuple[Any, str]]:
             raise UserError(f"--from {path} cannot be read as SWORD modules: {error}") from None
     if missing := sorted({ENGLISH, SPANISH} - found.keys()):
         raise UserError(
-            f"--from {given} has no SWORD module {' and '.join(missing)}: give the folder that holds mods.d and modules"
+            f"--from {given} has no SWORD module {' and '.join(missing)}: give the folder that "
+            "holds mods.d and modules"
         )
     return found
 

@@ -13,7 +13,8 @@ def _translation(code: str, language: str) -> Published:
         licence=DESCRIPTIONS,
         where=INDICES,
         give=(
-            f"main/i18n/Translation-en.xz and Translation-{code}.bz2; InRelease too, whose sha256 sums are "
+            f"main/i18n/Translation-en.xz and Translation-{code}.bz2; InRelease too, whose sha256 "
+            "sums are "
             "then compared"
         ),
         direct="",
@@ -27,7 +28,8 @@ VADER = Published(
     licence="MIT (the ratings); the sentences are quotes of reviews, tweets and editorials",
     where="https://github.com/cjhutto/vaderSentiment",
     give=(
-        "additional_resources/hutto_ICWSM_2014.tar.gz, or the folder of its *_GroundTruth.txt; their sha256 "
+        "additional_resources/hutto_ICWSM_2014.tar.gz, or the folder of its *_GroundTruth.txt; "
+        "their sha256 "
         "sums are compared"
     ),
     direct="",
@@ -53,7 +55,8 @@ SETS = {
         licence=DESCRIPTIONS,
         where=INDICES,
         give=(
-            "main/binary-amd64/Packages.xz and main/i18n/Translation-en.xz; InRelease too, whose sha256 sums "
+            "main/binary-amd64/Packages.xz and main/i18n/Translation-en.xz; InRelease too, whose "
+            "sha256 sums "
             "are then compared"
         ),
         direct="",
@@ -66,7 +69,8 @@ SETS = {
         what="questions to a bank, 77 intents (Casanueva et al. 2020)",
         licence="CC BY 4.0",
         where="https://github.com/PolyAI-LDN/task-specific-datasets",
-        give="the folder banking_data, or its train.csv and test.csv; their sha256 sums are compared",
+        give="the folder banking_data, or its train.csv and test.csv; their sha256 sums are "
+        "compared",
         direct="",
         config="configs/classification.py:banking77",
         convert=banking77.convert,
@@ -86,7 +90,8 @@ SETS = {
     "fashion_mnist": Published(
         what="70,000 photographs of clothes, 28 x 28 (Xiao et al. 2017)",
         licence="MIT",
-        where="https://github.com/zalandoresearch/fashion-mnist, or Debian's package dataset-fashion-mnist",
+        where="https://github.com/zalandoresearch/fashion-mnist, or Debian's package "
+        "dataset-fashion-mnist",
         give="the folder of the four *-ubyte.gz files; their md5 sums are compared",
         direct="where Debian's package is installed, it is read as it is: nothing to convert",
         config="configs/vision.py:fashion_mnist",

@@ -1,7 +1,7 @@
 """WordNet's database files (wndb(5WN)): glosses with the lexicographer's file of each synset.
 
-A line of data.POS is a synset. It begins with its own place in the file, in bytes, so that a changed
-or truncated file is recognised. W_CNT, the number of words, is hexadecimal:
+A line of data.POS is a synset. It begins with its own place in the file, in bytes, so that a
+changed or truncated file is recognised. W_CNT, the number of words, is hexadecimal:
 
     OFFSET LEX_FILENUM SS_TYPE W_CNT [WORD LEX_ID]... P_CNT [POINTER OFFSET POS SOURCE]... | GLOSS
 """
@@ -52,7 +52,8 @@ def _edition(found: Found) -> str:
         if f"{edition} Copyright" in head:
             return edition
     raise UserError(
-        f"{found.place} does not begin with the licence of WordNet 3.0 or 3.1: give the data.* of dict/"
+        f"{found.place} does not begin with the licence of WordNet 3.0 or 3.1: give the data.* of "
+        "dict/"
     )
 
 
@@ -95,7 +96,8 @@ def _last(index: Found) -> int:
                 last = max(last, *map(int, fields[-int(fields[2]) :]))
             except (ValueError, IndexError):
                 raise UserError(
-                    f"{index.place} is no index file of WordNet: leave it out, or give the publisher's"
+                    f"{index.place} is no index file of WordNet: leave it out, or give the "
+                    "publisher's"
                 ) from None
     return last
 

@@ -10,26 +10,32 @@ from moe_jax.errors import UserError
 
 
 def find(folder: str, kind: str, name: str, dataset: str) -> pathlib.Path:
-    """Returns folder/name or folder/kind/name; UserError, with the command that makes it, if there is neither."""
+    """Returns folder/name or folder/kind/name; UserError, with the command that makes it, if there
+    is neither.
+    """
     base = pathlib.Path(os.path.expanduser(folder))
     for path in (base / name, base / kind / name):
         if path.exists():
             return path
     command = f"python -m moe_jax data {dataset} --from FILE|DIR --out {shlex.quote(folder)}"
     raise UserError(
-        f"data.folder = {folder!r} has neither {name} nor {kind}/{name}: `{command}` makes it from what its publisher "
+        f"data.folder = {folder!r} has neither {name} nor {kind}/{name}: `{command}` makes it from "
+        "what its publisher "
         "distributes (`python -m moe_jax data` says where that is)"
     )
 
 
 def table(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]:
-    """The lines of a file with `columns` columns between tabs; UserError for a line that has not as many."""
+    """The lines of a file with `columns` columns between tabs; UserError for a line that has not as
+    many.
+    """
     with readable(str(path)), open_text(str(path)) as file:
         for number, line in enumerate(file, 1):
             cells = plain(line, f"{path}, line {number}").rstrip("\n").split("\t")
             if len(cells) != columns:
                 raise UserError(
-                    f"{path}, line {number} has {len(cells)} columns instead of {columns} (between tabs)"
+                    f"{path}, line {number} has {len(cells)} columns instead of {columns} (between "
+                    "tabs)"
                 )
             if number > 1 or not header:
                 yield cells

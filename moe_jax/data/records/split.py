@@ -1,7 +1,7 @@
 """Which examples are held out: one in `every`, by a hash of what an example is recognised by.
 
-The rule needs no list and no order: equal keys are always on the same side, so no held-out example has its equal in training, and
-adding examples moves none of the others.
+The rule needs no list and no order: equal keys are always on the same side, so no held-out example
+has its equal in training, and adding examples moves none of the others.
 """
 
 import hashlib
@@ -14,7 +14,9 @@ def is_heldout(key: bytes, every: int) -> bool:
 
 
 def key_of_text(text: str) -> bytes:
-    """The words of a text in lower case: texts that differ in white space, case or punctuation alone have one key."""
+    """The words of a text in lower case: texts that differ in white space, case or punctuation
+    alone have one key.
+    """
     words = re.findall(r"\w+", text.lower())
     return " ".join(words or [text]).encode("utf-8")
 

@@ -1,7 +1,9 @@
-"""Labelled examples, pairs and ratings of a prepared TFDS data set: `tfds:NAME[/CONFIG][:SPLIT][#FIELD]`, without TensorFlow.
+"""Labelled examples, pairs and ratings of a prepared TFDS data set:
 
-SPLIT chooses training examples (default train, `train[:10%]` works). Held out is the split test, or validation where test is absent or
-keeps its labels secret (-1, as GLUE does).
+`tfds:NAME[/CONFIG][:SPLIT][#FIELD]`, without TensorFlow.
+
+SPLIT chooses training examples (default train, `train[:10%]` works). Held out is the split test, or
+validation where test is absent or keeps its labels secret (-1, as GLUE does).
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,7 +41,9 @@ class Stored(NamedTuple):
         return self.builder.info.features
 
     def records(self, part: str, split: str) -> Iterator[Record]:
-        """The records of a split of the set, as those of `part`; UserError for a split that is unknown or empty, and for damage."""
+        """The records of a split of the set, as those of `part`; UserError for a split that is
+        unknown or empty, and for damage.
+        """
         number = -1
         for number, fields in enumerate(tfds_datasets.records(self.builder, self.name, split)):
             yield Record(part, tfds_datasets.where(self.name, split, number), fields)
@@ -47,7 +51,10 @@ class Stored(NamedTuple):
             raise UserError(f"dataset {self.name}, split {split!r} has no records")
 
     def both(self, label: str) -> Iterator[Record]:
-        """The records of both parts; UserError where nothing is held out. `label`: the feature that has the class, "" if none has."""
+        """The records of both parts; UserError where nothing is held out.
+
+        `label`: the feature that has the class, "" if none has.
+        """
         yield from self.records("train", self.split)
         for name in ("test", "validation"):
             if name in self.builder.info.splits and (not label or self._has_labels(name, label)):
@@ -55,7 +62,8 @@ class Stored(NamedTuple):
                 return
         there = ", ".join(self.builder.info.splits)
         raise UserError(
-            f"dataset {self.name} has neither a split test nor validation with labels (it has: {there})"
+            f"dataset {self.name} has neither a split test nor validation with labels (it has: "
+            f"{there})"
         )
 
     def _has_labels(self, split: str, label: str) -> bool:
@@ -66,7 +74,8 @@ class Stored(NamedTuple):
         found = [key for key in sorted(self.features) if isinstance(self.features[key], kind)]
         if len(found) != 1:
             raise UserError(
-                f"dataset {self.name} has {len(found)} features that are {what} ({', '.join(found)}), not one"
+                f"dataset {self.name} has {len(found)} features that are {what} "
+                f"({', '.join(found)}), not one"
             )
         return found[0]
 

@@ -1,8 +1,9 @@
 """Where text comes from: `SOURCES[kind](argument, label)` yields documents.
 
-A source is named by a spec: `[label=]kind[:argument]`, for example `embedded:drama,verse`, `text:notes/*.txt`,
-`laws=jsonl:laws/*.jsonl.zst#body`. The label is the domain of all its documents; without one it is the stem of the file
-or the name of the dataset. To add a kind of source, write the function and add its line here.
+A source is named by a spec: `[label=]kind[:argument]`, for example `embedded:drama,verse`,
+`text:notes/*.txt`, `laws=jsonl:laws/*.jsonl.zst#body`. The label is the domain of all its
+documents; without one it is the stem of the file or the name of the dataset. To add a kind of
+source, write the function and add its line here.
 """
 
 import re
@@ -34,7 +35,8 @@ def parse(spec: str) -> Spec:
     """`[label=]kind[:argument]` taken apart; UserError if no kind of source is meant."""
     if spec != spec.encode("utf-8", "replace").decode("utf-8"):
         raise UserError(
-            f"source {spec!r} has bytes that are no UTF-8: name its files by a glob, with a ? for each such byte"
+            f"source {spec!r} has bytes that are no UTF-8: name its files by a glob, with a ? for "
+            "each such byte"
         )
     kinds = "|".join(SOURCES)
     match = re.fullmatch(rf"(?:([\w.-]+)=)?({kinds})(?::(.*))?", spec, flags=re.DOTALL)
@@ -49,7 +51,9 @@ def parse(spec: str) -> Spec:
 
 
 def read(spec: str) -> Iterator[Document]:
-    """The documents of a source in a fixed order, without the empty ones; UserError if there is none at all."""
+    """The documents of a source in a fixed order, without the empty ones; UserError if there is
+    none at all.
+    """
     kind, argument, label = parse(spec)
     empty = True
     for document in SOURCES[kind](argument, label):

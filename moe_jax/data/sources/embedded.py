@@ -8,7 +8,9 @@ from moe_jax.errors import UserError
 
 
 def domains(argument: str) -> tuple[str, ...]:
-    """The domains named by `drama,verse`, all of them for ""; UserError for an unknown or a repeated one."""
+    """The domains named by `drama,verse`, all of them for ""; UserError for an unknown or a
+    repeated one.
+    """
     names = tuple(name.strip() for name in argument.split(",")) if argument else corpora.DOMAINS
     unknown = [name for name in names if name not in corpora.DOMAINS]
     if unknown or len(set(names)) < len(names):

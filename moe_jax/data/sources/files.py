@@ -19,7 +19,9 @@ BLOCK = 1 << 20  # characters read at once
 
 
 def read_text(argument: str, label: str) -> Iterator[Document]:
-    """A file is one document; a file of more than two pieces is cut into documents of about 16,000 characters."""
+    """A file is one document; a file of more than two pieces is cut into documents of about 16,000
+    characters.
+    """
     for path in matches("text", argument):
         with readable(path), open_text(path) as file:
             rest = ""
@@ -34,7 +36,9 @@ def read_text(argument: str, label: str) -> Iterator[Document]:
 
 
 def read_jsonl(argument: str, label: str) -> Iterator[Document]:
-    """A line is one document: a JSON object whose FIELD (default "text") is a string, or null for none."""
+    """A line is one document: a JSON object whose FIELD (default "text") is a string, or null for
+    none.
+    """
     pattern, field = split_field(argument, "text")
     for path in matches("jsonl", pattern):
         with readable(path), open_text(path) as file:
@@ -52,10 +56,12 @@ def _field_of_line(line: str, field: str, where: str) -> str:
         raise UserError(
             f"{where} has no text in field {field!r} (it has: {there}); name the field after a #"
         )
-    # Python takes the last of equal keys. They are looked for only where the name stands twice in the line, which is rare.
+    # Python takes the last of equal keys. They are looked for only where the name stands twice in
+    # the line, which is rare.
     if line.count(f'"{field}"') > 1 and _times(line, field) > 1:
         raise UserError(
-            f"{where} has field {field!r} more than once, so which is its text is not known: drop all but one"
+            f"{where} has field {field!r} more than once, so which is its text is not known: drop "
+            "all but one"
         )
     return plain(record[field], where)
 
@@ -91,12 +97,14 @@ def read_parquet(argument: str, label: str) -> Iterator[Document]:
             types = [column.type for column in schema if column.name == field]
             if len(types) > 1:
                 raise UserError(
-                    f"{path} has column {field!r} more than once, so which is its text is not known: drop all but one"
+                    f"{path} has column {field!r} more than once, so which is its text is not "
+                    "known: drop all but one"
                 )
             if not types or not _is_text(types[0]):
                 columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
                 raise UserError(
-                    f"{path} has no text column {field!r} (it has: {columns}); name the column after a #"
+                    f"{path} has no text column {field!r} (it has: {columns}); name the column "
+                    "after a #"
                 )
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[field]):
@@ -114,7 +122,9 @@ def _is_text(kind: Any) -> bool:
 
 
 def matches(kind: str, pattern: str) -> list[str]:
-    """The files of a glob (`**` goes into folders, `~` is the home folder), sorted; UserError if there is none."""
+    """The files of a glob (`**` goes into folders, `~` is the home folder), sorted; UserError if
+    there is none.
+    """
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = sorted(path for path in found if os.path.isfile(path))
     if not paths:
@@ -129,14 +139,19 @@ def split_field(argument: str, default: str) -> tuple[str, str]:
 
 
 def stem(path: str) -> str:
-    """The file's name without its endings: data/laws.jsonl.gz -> laws. Bytes of it that are no UTF-8 become U+FFFD."""
+    """The file's name without its endings: data/laws.jsonl.gz -> laws.
+
+    Bytes of it that are no UTF-8 become U+FFFD.
+    """
     name = os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
     return name.split(".")[0] or name
 
 
 @contextlib.contextmanager
 def seekable(path: str) -> Iterator[IO[bytes]]:
-    """What a file holds, for who must jump about in it: a packed file is unpacked on disk, not in memory."""
+    """What a file holds, for who must jump about in it: a packed file is unpacked on disk, not in
+    memory.
+    """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(packed.open_bytes(path))
         if packed.packing(path):

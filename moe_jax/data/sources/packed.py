@@ -1,4 +1,6 @@
-"""What a file is by its first bytes, whatever its name says, and a stream of what a packed file holds."""
+"""What a file is by its first bytes, whatever its name says, and a stream of what a packed file
+holds.
+"""
 
 import bz2
 import gzip
@@ -16,8 +18,9 @@ BLOCK = 1 << 20  # bytes read at once
 class Streams(io.RawIOBase):
     """What the bzip2 or xz streams of a file hold, one after another.
 
-    It differs from bz2.BZ2File and lzma.LZMAFile in one point: what follows a stream and is no stream is an error (OSError). Those
-    ignore it, so that one flipped bit between two streams loses all that comes after it.
+    It differs from bz2.BZ2File and lzma.LZMAFile in one point: what follows a stream and is no
+    stream is an error (OSError). Those ignore it, so that one flipped bit between two streams loses
+    all that comes after it.
     """
 
     def __init__(self, path: str, decompressor: Callable[[], Any]):
@@ -33,7 +36,10 @@ class Streams(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """Fills `buffer` with what comes next. EOFError where the last stream has no end, OSError or lzma.LZMAError for damage."""
+        """Fills `buffer` with what comes next.
+
+        EOFError where the last stream has no end, OSError or lzma.LZMAError for damage.
+        """
         found = b""
         while not found:
             if self._stream.eof:
@@ -52,7 +58,9 @@ class Streams(io.RawIOBase):
         return len(found)
 
     def _after_stream(self) -> bytes:
-        """What follows the stream that has ended, without the zeros that may stand between two; b"" at the end of the file."""
+        """What follows the stream that has ended, without the zeros that may stand between two; b""
+        at the end of the file.
+        """
         packed = self._stream.unused_data.lstrip(b"\0")
         while not packed:
             block = self._file.read(BLOCK)
@@ -118,7 +126,10 @@ OTHERS = (
 
 
 def packing(path: str) -> Packing | None:
-    """How a file is packed by its first bytes; None for a plain one. UserError for one that is packed by its name alone."""
+    """How a file is packed by its first bytes; None for a plain one.
+
+    UserError for one that is packed by its name alone.
+    """
     with open(path, "rb") as file:
         head = file.read(HEAD)
     for known in PACKINGS:
@@ -128,7 +139,8 @@ def packing(path: str) -> Packing | None:
         if path.lower().endswith(known.endings):
             found = f"begins with {head[:4]!r}" if head else "is empty"
             raise UserError(
-                f"{path} cannot be read, it may be damaged: by its name it is packed by {known.name}, but it {found}; "
+                f"{path} cannot be read, it may be damaged: by its name it is packed by "
+                f"{known.name}, but it {found}; "
                 "a plain file must not be named so"
             )
     return None
@@ -141,7 +153,9 @@ def open_bytes(path: str) -> IO[bytes]:
 
 
 def other(head: bytes) -> str:
-    """What the content of a file is that begins with `head` and is no text, and the way out; "" for all that is not known."""
+    """What the content of a file is that begins with `head` and is no text, and the way out; "" for
+    all that is not known.
+    """
     for known in PACKINGS:
         if head.startswith(known.beginnings):
             return f"packed by {known.name} (twice, if it is a file): unpack it"

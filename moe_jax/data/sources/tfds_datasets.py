@@ -1,7 +1,9 @@
-"""Text datasets of TensorFlow Datasets that are already on this disk, read without TensorFlow and without a network.
+"""Text datasets of TensorFlow Datasets that are already on this disk, read without TensorFlow and
+without a network.
 
-`tfds:NAME[/CONFIG][:SPLIT][#FIELD]`: SPLIT defaults to train (`train[:10%]` works), FIELD to "text", or else to the
-only text feature there is. The folder is $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+`tfds:NAME[/CONFIG][:SPLIT][#FIELD]`: SPLIT defaults to train (`train[:10%]` works), FIELD to
+"text", or else to the only text feature there is. The folder is $TFDS_DATA_DIR, or
+~/tensorflow_datasets.
 """
 
 import contextlib
@@ -31,7 +33,9 @@ def where(name: str, split: str, number: int) -> str:
 
 
 def find(name: str) -> Any:
-    """The builder of a dataset on this disk; UserError if it is not there, is damaged or needs TensorFlow to be read."""
+    """The builder of a dataset on this disk; UserError if it is not there, is damaged or needs
+    TensorFlow to be read.
+    """
     from moe_jax.data.tfds_import import tfds
 
     folder = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
@@ -40,14 +44,17 @@ def find(name: str) -> Any:
         found = builder.info.file_format.value
     except tfds.core.DatasetNotFoundError:
         raise UserError(
-            f"dataset {name!r} is not in {folder}, and nothing is downloaded here: prepare it where there is a network "
-            "(tfds.builder(NAME, file_format='array_record').download_and_prepare()) and set TFDS_DATA_DIR"
+            f"dataset {name!r} is not in {folder}, and nothing is downloaded here: prepare it "
+            "where there is a network "
+            "(tfds.builder(NAME, file_format='array_record').download_and_prepare()) and set "
+            "TFDS_DATA_DIR"
         ) from None
     except (
         Exception
     ) as error:  # its JSON files are read by several parsers, each of which has errors of its own
         raise UserError(
-            f"dataset {name!r} in {folder} cannot be opened, its dataset_info.json or features.json may be damaged "
+            f"dataset {name!r} in {folder} cannot be opened, its dataset_info.json or "
+            "features.json may be damaged "
             f"({first_line(error)}): copy or prepare it again"
         ) from None
     if found != "array_record":
@@ -59,7 +66,10 @@ def find(name: str) -> Any:
 
 
 def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
-    """The feature to read: `field`, or "text", or the only text feature; UserError if that names none."""
+    """The feature to read:
+
+    `field`, or "text", or the only text feature; UserError if that names none.
+    """
     from moe_jax.data.tfds_import import tfds
 
     texts = [key for key in sorted(features) if isinstance(features[key], tfds.features.Text)]
@@ -74,7 +84,10 @@ def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
 
 
 def records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    """The decoded records of a split in their order. UserError for an unknown split, for damage, for what only TensorFlow decodes."""
+    """The decoded records of a split in their order.
+
+    UserError for an unknown split, for damage, for what only TensorFlow decodes.
+    """
     source = opened(builder, name, split)
     with intact(f"dataset {name}, split {split}"):
         yield from source
@@ -92,7 +105,9 @@ def opened(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
 
 @contextlib.contextmanager
 def intact(what: str) -> Iterator[None]:
-    """Turns what goes wrong while records of ArrayRecord files are read into one clear message about `what`."""
+    """Turns what goes wrong while records of ArrayRecord files are read into one clear message
+    about `what`.
+    """
     try:
         yield
     except ImportError as error:
@@ -112,7 +127,8 @@ def intact(what: str) -> Iterator[None]:
 
 def damage(what: str, error: Exception) -> UserError:
     return UserError(
-        f"{what} cannot be read, it may be damaged ({first_line(error)}): copy it again, or prepare it again"
+        f"{what} cannot be read, it may be damaged ({first_line(error)}): copy it again, or "
+        "prepare it again"
     )
 
 

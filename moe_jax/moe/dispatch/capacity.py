@@ -1,9 +1,11 @@
-"""Capacity dispatch: each expert takes at most C assignments of each group, and tokens travel by all-to-all over the expert axis.
+"""Capacity dispatch: each expert takes at most C assignments of each group, and tokens travel by
+all-to-all over the expert axis.
 
-C = ceil(factor * assignments of a group / E), those that the router intends (k per token, for most), per *group* (model.moe.group_rows
-sequences), never per device, so the same assignments drop on every mesh (Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 2.2,
-where the group is a device's share). Earlier entries of the routing win: token-major order never lets a later token take an earlier one's
-place, so a causal model stays causal.
+C = ceil(factor * assignments of a group / E), those that the router intends (k per token, for
+most), per *group* (model.moe.group_rows sequences), never per device, so the same assignments drop
+on every mesh (Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 2.2, where the group is a
+device's share). Earlier entries of the routing win: token-major order never lets a later token take
+an earlier one's place, so a causal model stays causal.
 
 Buffers per device: E * (T / group) * C rows sent, as many received and computed.
 """

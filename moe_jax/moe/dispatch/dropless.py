@@ -1,10 +1,12 @@
 """Dropless dispatch: every assignment is served, whatever the imbalance.
 
-The tokens of the expert axis are gathered, each device works on the rows of its own experts, and a reduce-scatter brings the sums home:
-T rows sent, n T received (n = length of the expert axis), fewer bytes than a dense all-to-all emulation for every k > 1.
+The tokens of the expert axis are gathered, each device works on the rows of its own experts, and a
+reduce-scatter brings the sums home: T rows sent, n T received (n = length of the expert axis),
+fewer bytes than a dense all-to-all emulation for every k > 1.
 
-`buffer` chooses the memory. 0: one round with room for the worst case, n T min(k, e) rows. f >= 1: rounds of f times the balanced load;
-rounds that nobody needs are skipped, so time grows with the imbalance and memory does not (each round is recomputed in the backward pass).
+`buffer` chooses the memory. 0: one round with room for the worst case, n T min(k, e) rows. f >= 1:
+rounds of f times the balanced load; rounds that nobody needs are skipped, so time grows with the
+imbalance and memory does not (each round is recomputed in the backward pass).
 """
 
 import math
@@ -26,7 +28,9 @@ def _block(shape: Shape) -> tuple[int, int]:
 
 
 def worst(shape: Shape) -> int:
-    """Rows that one device may have to serve: a token's experts are distinct, so at most min(k, e) of them are local."""
+    """Rows that one device may have to serve: a token's experts are distinct, so at most min(k, e)
+    of them are local.
+    """
     n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
     small = _block(shape)[1]
     local = min(shape.per_token, e) * shape.num_tokens if shape.per_token else shape.num_assignments
@@ -64,7 +68,9 @@ def apply(
         )
 
     def serve(x_nTD, gate_M, offset, num_rows):
-        """The weighted results of the rows [offset, offset + num_rows) of the layout, summed per token."""
+        """The weighted results of the rows [offset, offset + num_rows) of the layout, summed per
+        token.
+        """
         with jax.named_scope("dispatch"):
             here_M = (row_M >= offset) & (row_M < offset + num_rows) & (local_M < e)
             place_M = jnp.where(here_M, row_M - offset, num_rows)
@@ -101,7 +107,10 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
 
 
 def _in_rounds(serve, x_TD, gate_M, num_rows: int, rounds: int, needed: jax.Array) -> jax.Array:
-    """Rounds of `num_rows` rows until `needed` are served. The body is rematerialised, so one round's buffers exist at a time."""
+    """Rounds of `num_rows` rows until `needed` are served.
+
+    The body is rematerialised, so one round's buffers exist at a time.
+    """
 
     def body(y_TD, offset):
         def run(x, gate):

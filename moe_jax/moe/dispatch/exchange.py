@@ -1,10 +1,15 @@
-"""The collectives of the layer. On an axis of length one each is the identity: XLA's CPU compiler would copy the operand instead."""
+"""The collectives of the layer.
+
+On an axis of length one each is the identity: XLA's CPU compiler would copy the operand instead.
+"""
 
 import jax
 
 
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Shards of all devices of a mesh axis, one after another along a dimension; the backward pass is a reduce-scatter."""
+    """Shards of all devices of a mesh axis, one after another along a dimension; the backward pass
+    is a reduce-scatter.
+    """
     return x if jax.lax.axis_size(axis) == 1 else jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 

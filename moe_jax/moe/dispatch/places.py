@@ -1,6 +1,8 @@
-"""Buffers in which every expert has equally many places: sent over the expert axis, computed, sent back. For capacity and slots.
+"""Buffers in which every expert has equally many places: sent over the expert axis, computed, sent
+back. For capacity and slots.
 
-Shapes: n devices of the expert axis, E experts, e of this device, R rows; "places" are the rows of one expert on one device.
+Shapes: n devices of the expert axis, E experts, e of this device, R rows; "places" are the rows of
+one expert on one device.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from moe_jax.moe.experts.grouped_matmul import block_sizes
 def through_experts(
     x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
 ) -> jax.Array:
-    """The results of experts for rows [E * places, D] in order of expert, in the same order; weighted by `gate_R`."""
+    """The results of experts for rows [E * places, D] in order of expert, in the same order;
+    weighted by `gate_R`.
+    """
     with jax.named_scope("dispatch"):
         x_RD, gate_R = _send(x_RD, shape), _send(gate_R, shape)
     y_RD = _on_padded_rows(x_RD, gate_R, experts, shape)
@@ -27,7 +31,9 @@ def through_experts(
 def _on_padded_rows(
     x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
 ) -> jax.Array:
-    """Every local expert has equally many rows here; they are padded to the small block that the grouped product works in."""
+    """Every local expert has equally many rows here; they are padded to the small block that the
+    grouped product works in.
+    """
     e = shape.num_experts // shape.expert_axis
     count = x_RD.shape[0] // e
     block = block_sizes(count)
@@ -50,7 +56,9 @@ def _on_padded_rows(
 
 
 def _send(x: jax.Array, shape: Shape) -> jax.Array:
-    """[E * places, ...] in order of expert -> [e * (n * places), ...]: the rows of the local experts, from all n devices of the axis."""
+    """[E * places, ...] in order of expert -> [e * (n * places), ...]: the rows of the local
+    experts, from all n devices of the axis.
+    """
     n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
     x = x.reshape((n, e, -1) + x.shape[1:])
     return jnp.moveaxis(all_to_all(x, "expert"), 0, 1).reshape((-1,) + x.shape[3:])

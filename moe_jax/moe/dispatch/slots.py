@@ -1,9 +1,13 @@
-"""Slots dispatch (soft MoE, Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-2): experts work on mixtures of the tokens of a group.
+"""Slots dispatch (soft MoE, Puigcerver et al.
 
-Every expert has p slots in each group; a slot is a weighted sum of the group's tokens, and a token's output a weighted sum of the results
-of all slots. Nothing can be dropped. Mixtures are made where their tokens are and travel by all-to-all, as capacity's places do.
+2023, arXiv:2308.00951, eq. 1-2): experts work on mixtures of the tokens of a group.
 
-Buffers per device: E G p rows sent, as many received and computed. Shapes: G groups of this device, t tokens of a group, p slots.
+Every expert has p slots in each group; a slot is a weighted sum of the group's tokens, and a
+token's output a weighted sum of the results of all slots. Nothing can be dropped. Mixtures are made
+where their tokens are and travel by all-to-all, as capacity's places do.
+
+Buffers per device: E G p rows sent, as many received and computed. Shapes: G groups of this device,
+t tokens of a group, p slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +22,9 @@ from moe_jax.moe.routing.contract import Slots
 
 
 def rows(shape: Shape, options: Mapping[str, Any]) -> int:
-    """Rows received and computed per device: all slots of the local experts, of all groups of the expert axis."""
+    """Rows received and computed per device: all slots of the local experts, of all groups of the
+    expert axis.
+    """
     del options
     return shape.num_assignments
 
@@ -31,7 +37,9 @@ def apply(
     shape: Shape,
     options: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
-    """See the contract in moe/dispatch/__init__.py; there are no assignments to flag, so `dropped` is empty."""
+    """See the contract in moe/dispatch/__init__.py; there are no assignments to flag, so `dropped`
+    is empty.
+    """
     del options
     num_groups, group_tokens, num_experts, num_slots = slots.dispatch_GtEp.shape
     with jax.named_scope("dispatch"):

@@ -1,16 +1,18 @@
 """The experts' feed-forward network on rows grouped by expert, and the gathers that group them.
 
-`jax.lax.ragged_dot` costs E times the useful work on a CPU, so there the kernel is our own: it visits the experts one
-after another with their weights held (one copy of the weights per expert), and runs over the rows of each in blocks
-of a few static sizes with trip counts known only at run time. An expert without rows costs nothing. Such loops have
-no derivative, hence the `custom_vjp`. Every other platform takes `ragged_dot`; the choice is by the platform compiled
-for, so that a plan made on a CPU for a TPU is the TPU's.
+`jax.lax.ragged_dot` costs E times the useful work on a CPU, so there the kernel is our own: it
+visits the experts one after another with their weights held (one copy of the weights per expert),
+and runs over the rows of each in blocks of a few static sizes with trip counts known only at run
+time. An expert without rows costs nothing. Such loops have no derivative, hence the `custom_vjp`.
+Every other platform takes `ragged_dot`; the choice is by the platform compiled for, so that a plan
+made on a CPU for a TPU is the TPU's.
 
-Everything here may be called inside a `jax.shard_map` with `check_vma=True` whatever varies over which mesh axis, and
-on a single device.
+Everything here may be called inside a `jax.shard_map` with `check_vma=True` whatever varies over
+which mesh axis, and on a single device.
 
-T tokens, K choices per token, R rows, e experts on this device, D model, F expert hidden, P parts of the first weight
-(2: gate and up, 1 otherwise), H = P * F pre-activations of a row, B rows of a block.
+T tokens, K choices per token, R rows, e experts on this device, D model, F expert hidden, P parts
+of the first weight (2: gate and up, 1 otherwise), H = P * F pre-activations of a row, B rows of a
+block.
 """
 
 import functools
@@ -26,7 +28,10 @@ from moe_jax.parallel.compiling import by_platform
 
 
 def swiglu(pre_BH: Array) -> Array:
-    """silu(gate) * up (Shazeer 2020, eq. 6); `pre_BH` holds the gate in its first half and up in its second."""
+    """silu(gate) * up (Shazeer 2020, eq.
+
+    6); `pre_BH` holds the gate in its first half and up in its second.
+    """
     gate_BF, up_BF = jnp.split(pre_BH, 2, axis=-1)
     return jax.nn.silu(gate_BF) * up_BF
 
@@ -57,11 +62,13 @@ class Layout(NamedTuple):
 
 
 def vary_alike(*arrays: Array) -> list[Array]:
-    """Makes all arrays vary over the union of the mesh axes that any of them varies over, inside a `shard_map`.
+    """Makes all arrays vary over the union of the mesh axes that any of them varies over, inside a
+    `shard_map`.
 
-    A `custom_vjp` must return cotangents that vary exactly as its primals do, which is certain only when all of them
-    vary alike; the sum over the added axes is then the transpose of this function. A scalar zero made by `zeros_like`
-    varies as its model does, and adding it costs nothing: XLA removes the addition, the type remains.
+    A `custom_vjp` must return cotangents that vary exactly as its primals do, which is certain only
+    when all of them vary alike; the sum over the added axes is then the transpose of this function.
+    A scalar zero made by `zeros_like` varies as its model does, and adding it costs nothing: XLA
+    removes the addition, the type remains.
     """
     zero = functools.reduce(
         jnp.add, (jnp.zeros_like(array, shape=(), dtype=jnp.int32) for array in arrays)
@@ -80,17 +87,20 @@ def expert_ffn(
     activation: str,
     block: tuple[int, int],
 ) -> Array:
-    """y_RD with y = (activation(x @ w_in[i]) * gate) @ w_out[i] for every row of expert i; zero for all other rows.
+    """y_RD with y = (activation(x @ w_in[i]) * gate) @ w_out[i] for every row of expert i; zero for
+    all other rows.
 
     The router's weight multiplies the hidden row, so combining is a plain sum over a token's rows.
 
-    Rows of expert i are [start_e[i], start_e[i] + size_e[i]). Starts never decrease with i and are multiples of `block[1]`,
-    as R is; the room up to the next multiple belongs to the expert too. Rows in nobody's range (padding of a room,
-    gaps, the end of the buffer) may hold anything finite: they give zero and pass no gradient on.
+    Rows of expert i are [start_e[i], start_e[i] + size_e[i]). Starts never decrease with i and are
+    multiples of `block[1]`, as R is; the room up to the next multiple belongs to the expert too.
+    Rows in nobody's range (padding of a room, gaps, the end of the buffer) may hold anything
+    finite: they give zero and pass no gradient on.
 
-    `block` is (large, small) rows per step, from `block_sizes`; the first is a multiple of the second. Weights may be
-    wider than the rows: they are rounded to the rows' dtype at use, and their gradient is accumulated in float32 or
-    wider and comes in their own dtype. Where F is sharded, y is this shard's part of the sum over shards.
+    `block` is (large, small) rows per step, from `block_sizes`; the first is a multiple of the
+    second. Weights may be wider than the rows: they are rounded to the rows' dtype at use, and
+    their gradient is accumulated in float32 or wider and comes in their own dtype. Where F is
+    sharded, y is this shard's part of the sum over shards.
     """
     large, small = block
     parts = w_in_eDPF.shape[2]
@@ -100,7 +110,8 @@ def expert_ffn(
         )
     if parts != PARTS[activation]:
         raise ValueError(
-            f"{activation} needs w_in_eDPF with P = {PARTS[activation]}, got shape {w_in_eDPF.shape}"
+            f"{activation} needs w_in_eDPF with P = {PARTS[activation]}, got shape "
+            f"{w_in_eDPF.shape}"
         )
     w_in_eDH = w_in_eDPF.reshape(*w_in_eDPF.shape[:2], -1)
     x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e = vary_alike(
@@ -151,8 +162,9 @@ _grouped_ffn.defvjp(_forward, _backward)
 def block_sizes(rows_mean: float) -> tuple[int, int]:
     """(large, small) block for a mean number of rows per expert.
 
-    A large block near the mean serves most experts in one or two steps, the small one bounds the padding. Measured at
-    2048 and 4096 tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice was better by more than the noise.
+    A large block near the mean serves most experts in one or two steps, the small one bounds the
+    padding. Measured at 2048 and 4096 tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice
+    was better by more than the noise.
     """
     large = 2 ** min(max(round(math.log2(max(rows_mean, 1.0))), 3), 10)
     return large, large // 16 if large > 256 else 16 if large > 16 else 8
@@ -169,9 +181,10 @@ def _for_blocks(
 ) -> Any:
     """Folds `step(carry, offset, B)` over blocks that cover [start, start + size) in order.
 
-    A block may reach past the rows by up to a quarter of itself, into rows of later experts: a few masked rows cost
-    less than another round over the weights. So steps must mask, and what they write there must be overwritten by
-    those experts' own steps, which come later. `num_rows` (R) keeps blocks inside the buffer.
+    A block may reach past the rows by up to a quarter of itself, into rows of later experts: a few
+    masked rows cost less than another round over the weights. So steps must mask, and what they
+    write there must be overwritten by those experts' own steps, which come later. `num_rows` (R)
+    keeps blocks inside the buffer.
     """
     end = start + size
     for B in (B for B in _ladder(block) if B <= num_rows):
@@ -192,7 +205,9 @@ def serve_rows(
     size_e: Array,
     block: tuple[int, int],
 ) -> Array:
-    """y_RD with y = network(i, x, gate) for the rows of expert i, some at a time; as `expert_ffn`, for inference alone."""
+    """y_RD with y = network(i, x, gate) for the rows of expert i, some at a time; as `expert_ffn`,
+    for inference alone.
+    """
 
     def expert(i: Array, y_RD: Array) -> Array:
         start, size = start_e[i], size_e[i]
@@ -221,7 +236,10 @@ def _write(array_RX: Array, block_BX: Array, offset: Array) -> Array:
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype to add up in: float32, or float64 for float64. (`promote_types` refuses under strict promotion.)"""
+    """The dtype to add up in: float32, or float64 for float64.
+
+    (`promote_types` refuses under strict promotion.)
+    """
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
@@ -311,7 +329,9 @@ def _backward_blocks(
 
 
 def _ragged(layout: Layout, num_rows: int) -> tuple[Array, Array]:
-    """(group sizes for `ragged_dot`, which rows count): a gap goes to the expert before it, the end to nobody."""
+    """(group sizes for `ragged_dot`, which rows count): a gap goes to the expert before it, the end
+    to nobody.
+    """
     start_e, size_e = layout
     stop_e = jnp.concatenate([start_e[1:], start_e[-1:] + size_e[-1:]])
     group_e = jnp.diff(stop_e, prepend=jnp.zeros_like(stop_e[:1]))
@@ -366,8 +386,9 @@ def _backward_ragged(
 def take_rows(x_TD: Array, src_R: Array, dest_TK: Array | None) -> Array:
     """x_RD with x_RD[r] = x_TD[src_R[r]], zero where src_R[r] == T.
 
-    `dest_TK` lists the rows of every token (R: none); it makes the backward pass a gather. Without it (None, a routing
-    with no fixed number of choices per token) the backward pass is a scatter-add.
+    `dest_TK` lists the rows of every token (R: none); it makes the backward pass a gather. Without
+    it (None, a routing with no fixed number of choices per token) the backward pass is a
+    scatter-add.
     """
     if dest_TK is None:
         return _gather(x_TD, src_R)
@@ -375,7 +396,9 @@ def take_rows(x_TD: Array, src_R: Array, dest_TK: Array | None) -> Array:
 
 
 def sum_rows(y_RD: Array, dest_TK: Array | None, src_R: Array, num_tokens: int) -> Array:
-    """y_TD with y_TD[t] = the sum of the rows r that have src_R[r] == t: the transpose of `take_rows`."""
+    """y_TD with y_TD[t] = the sum of the rows r that have src_R[r] == t: the transpose of
+    `take_rows`.
+    """
     if dest_TK is None:
         y_RD, src_R = vary_alike(y_RD, src_R)
         return (
@@ -389,7 +412,9 @@ def _gather(x_TD: Array, index_N: Array) -> Array:
 
 
 def _gather_and_add(y_RD: Array, dest_TK: Array) -> Array:
-    """One gather per choice, added as it is read: a [T, K, D] array and its reduction cost twice the time."""
+    """One gather per choice, added as it is read: a [T, K, D] array and its reduction cost twice
+    the time.
+    """
     wide = wide_dtype(y_RD.dtype)
     taken = (_gather(y_RD, dest_TK[:, k]).astype(wide) for k in range(dest_TK.shape[1]))
     return functools.reduce(jnp.add, taken).astype(y_RD.dtype)

@@ -1,11 +1,14 @@
 """Routers: which experts take which token, and with what weight.
 
-A new router is one file here, one line in ROUTERS, and its options in configs/base.py. The contract is in contract.py; field by field:
+A new router is one file here, one line in ROUTERS, and its options in configs/base.py. The contract
+is in contract.py; field by field:
 
-`params(sizes, options)` and `state(sizes, options)` declare weights. `route` is one-device code on the tokens of one device, in at least
-float32, and returns a Routing: a flat list of assignments in order of priority, with every statistic as a *sum per row*, so that balance
-losses are the same on every mesh. `update` runs once per optimizer step and layer, on the totals of the whole batch, outside of autodiff.
-`sees` tells what a token's output may depend on: a causal model refuses a router that sees the future (moe/causality.py).
+`params(sizes, options)` and `state(sizes, options)` declare weights. `route` is one-device code on
+the tokens of one device, in at least float32, and returns a Routing: a flat list of assignments in
+order of priority, with every statistic as a *sum per row*, so that balance losses are the same on
+every mesh. `update` runs once per optimizer step and layer, on the totals of the whole batch,
+outside of autodiff. `sees` tells what a token's output may depend on: a causal model refuses a
+router that sees the future (moe/causality.py).
 """
 
 from moe_jax.moe.routing import (

@@ -1,19 +1,24 @@
-"""Balanced assignment by Sinkhorn's algorithm: BASE layers (Lewis et al. 2021, arXiv:2103.16716, section 3) as S-BASE solves them (Clark et
-al. 2022, arXiv:2202.01169, section 3.1 and appendix B.2).
+"""Balanced assignment by Sinkhorn's algorithm:
+
+BASE layers (Lewis et al. 2021, arXiv:2103.16716, section 3) as S-BASE solves them (Clark et al.
+2022, arXiv:2202.01169, section 3.1 and appendix B.2).
 
     in training     the k largest of x W + b, with the b of `iterations` Sinkhorn steps:
-                        P_te = softmax over e of (x W + b);  b_e <- b_e + log((n / E) / sum over the n valid tokens of P_te)
+                        P_te = softmax over e of (x W + b);  b_e <- b_e + log((n / E) / sum over the
+                        n valid tokens of P_te)
     in evaluation   the k largest of x W: greedy, token by token, so causal
     gates           "sigmoid": sigmoid(x W) of the chosen (BASE, eq. 1);  "softmax": softmax(x W) of the chosen (S-BASE)
 
-The transport plan diag(u) exp(x W) diag(v) has n / E tokens' worth of mass in every column; its rows' factors u do not change which of a
-token's entries is largest, so b = log v is all that the selection needs. BASE solves the assignment exactly (an auction); the k largest of
-the plan are only nearly balanced, more so the more peaked the scores are. No gradient goes through b.
+The transport plan diag(u) exp(x W) diag(v) has n / E tokens' worth of mass in every column; its
+rows' factors u do not change which of a token's entries is largest, so b = log v is all that the
+selection needs. BASE solves the assignment exactly (an auction); the k largest of the plan are only
+nearly balanced, more so the more peaked the scores are. No gradient goes through b.
 
-The tokens that are balanced: scope = "group" those of a group; "batch" all of the micro-batch, over all devices, which is why it cannot be
-exact under gradient accumulation and is refused there. BASE shuffles tokens across devices first, because those of one sequence want the
-same experts: "batch", or groups of several rows, are nearer to it than the default group of one row. Either way a training step lets a
-token's experts depend on later tokens.
+The tokens that are balanced: scope = "group" those of a group; "batch" all of the micro-batch, over
+all devices, which is why it cannot be exact under gradient accumulation and is refused there. BASE
+shuffles tokens across devices first, because those of one sequence want the same experts: "batch",
+or groups of several rows, are nearer to it than the default group of one row. Either way a training
+step lets a token's experts depend on later tokens.
 Shapes: G groups, t tokens of a group.
 """
 
@@ -73,7 +78,10 @@ def sinkhorn(
     iterations: int,
     total: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """b [G, E] after so many steps from 0; `total` sums over the devices that share the tokens. A group without valid tokens has b = 0."""
+    """b [G, E] after so many steps from 0; `total` sums over the devices that share the tokens.
+
+    A group without valid tokens has b = 0.
+    """
     num_experts = logits_GtE.shape[2]
     share_G1 = total(valid_Gt1.sum(1)) / num_experts
     tiny = jnp.finfo(logits_GtE.dtype).tiny

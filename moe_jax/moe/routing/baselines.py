@@ -1,14 +1,17 @@
-"""Baselines that learn nothing: what is routing by content worth? Both give every one of k experts the gate 1 / k.
+"""Baselines that learn nothing: what is routing by content worth? Both give every one of k experts
+the gate 1 / k.
 
-uniform: a token at position p of its document takes the experts p k, p k + 1, .., p k + k - 1 modulo E: round robin. Any
-E / gcd(E, k) tokens in a row take every expert equally often, so in every document (and every part of one) the loads of two experts
-differ by at most one.
+uniform: a token at position p of its document takes the experts p k, p k + 1, .., p k + k - 1
+modulo E: round robin. Any E / gcd(E, k) tokens in a row take every expert equally often, so in
+every document (and every part of one) the loads of two experts differ by at most one.
 
-random: k distinct experts, a pure function of (option seed, layer, position, token id). Every expert is equally likely, so loads are
-even on average. The row is deliberately not in it: which row a document lies in is an accident of the batch, and a row that is decoded
-alone must route as it did in training. For the same reason nothing is drawn from the step's rng, which changes from step to step and does
-not exist at decoding. Equal tokens at equal positions of two documents go to the same experts. The layer enters through `salt`, a number
-that each layer draws once, keeps as router state and so saves in the checkpoint.
+random: k distinct experts, a pure function of (option seed, layer, position, token id). Every
+expert is equally likely, so loads are even on average. The row is deliberately not in it: which row
+a document lies in is an accident of the batch, and a row that is decoded alone must route as it did
+in training. For the same reason nothing is drawn from the step's rng, which changes from step to
+step and does not exist at decoding. Equal tokens at equal positions of two documents go to the same
+experts. The layer enters through `salt`, a number that each layer draws once, keeps as router state
+and so saves in the checkpoint.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
 """What a router is, reads and returns.
 
-Shapes: T tokens of this device, N assignments, b rows (sequences) of this device, D model, E experts, K choices of a token, C classes that
-are counted (E, or E + null experts), G groups of this device, p slots of one expert in one group.
+Shapes: T tokens of this device, N assignments, b rows (sequences) of this device, D model, E
+experts, K choices of a token, C classes that are counted (E, or E + null experts), G groups of this
+device, p slots of one expert in one group.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from moe_jax.weights import Weight
 
 Arrays = Mapping[str, jax.Array]
-NEVER = -1e9  # the logit of a barred expert (moe/probe.py): it comes after all others, whatever is added to its score
+# the logit of a barred expert (moe/probe.py): it comes after all others, whatever is added to its
+# score
+NEVER = -1e9
 
 
 class Sizes(NamedTuple):
@@ -25,14 +28,18 @@ class Sizes(NamedTuple):
 
 
 class Sees(NamedTuple):
-    """What may change the output of a token, beside the token itself and earlier tokens of its sequence."""
+    """What may change the output of a token, beside the token itself and earlier tokens of its
+    sequence.
+    """
 
     future: bool  # later tokens of the sequence
     batch: bool  # other sequences
 
 
 class Declared(NamedTuple):
-    """What a router promises of its routing; tests/moe/routing/test_routers.py holds every router to it."""
+    """What a router promises of its routing; tests/moe/routing/test_routers.py holds every router
+    to it.
+    """
 
     most: int | None  # assignments of a token at most; None: no bound
     exact: bool  # every valid token has exactly `most`
@@ -55,11 +62,14 @@ class Router(NamedTuple):
     ]  # (state, totals of the step, cfg) of one layer -> state
     sees: Callable[[Mapping[str, Any]], Sees]
     declared: Callable[[int, Mapping[str, Any]], Declared]  # (num_experts, options)
-    own_capacity: bool = False  # fixes its own capacity: never dropped a second time, so it needs the dropless dispatcher
+    # fixes its own capacity: never dropped a second time, so it needs the dropless dispatcher
+    own_capacity: bool = False
 
 
 class Tokens(NamedTuple):
-    """What a router may read, one entry per token of this device; rows are contiguous runs of T / num_rows tokens."""
+    """What a router may read, one entry per token of this device; rows are contiguous runs of T /
+    num_rows tokens.
+    """
 
     x_TD: jax.Array
     id_T: jax.Array
@@ -74,12 +84,17 @@ class Tokens(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Assignments in order of priority: earlier ones win capacity. `expert_N == E` goes nowhere (padding, an unused place, null)."""
+    """Assignments in order of priority: earlier ones win capacity.
+
+    `expert_N == E` goes nowhere (padding, an unused place, null).
+    """
 
     token_N: jax.Array
     expert_N: jax.Array
     gate_N: jax.Array
-    sums: Arrays  # per row: see `statistics`; what a router or an ordering drops by itself is counted in "dropped" [b]
+    # per row: see `statistics`; what a router or an ordering drops by itself is counted in
+    # "dropped" [b]
+    sums: Arrays
     per_token: int  # k > 0: token_N is exactly 0,0,..(k times),1,1,..; 0: any order, any number
     order_N: jax.Array | None = (
         None  # the entries in order of priority, where that is not the order of the list
@@ -90,7 +105,9 @@ class Routing(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Mixtures instead of assignments (soft MoE): slot s of expert e takes sum_t dispatch[t] x_t, token t gets sum combine y."""
+    """Mixtures instead of assignments (soft MoE): slot s of expert e takes sum_t dispatch[t] x_t,
+    token t gets sum combine y.
+    """
 
     dispatch_GtEp: jax.Array
     combine_GtEp: jax.Array
@@ -104,7 +121,8 @@ class RouterCfg(NamedTuple):
     options: Mapping[str, Any]  # of its own block in the config
     group_rows: int  # rows of a group: what balances or selects over tokens does so inside a group
     vocab_size: int
-    # Sums over the devices of the batch, for a router that balances over the whole micro-batch (it sees_batch).
+    # Sums over the devices of the batch, for a router that balances over the whole micro-batch (it
+    # sees_batch).
     total: Callable[[jax.Array], jax.Array]
 
 
@@ -114,7 +132,9 @@ def per_row(x_T: jax.Array, tokens: Tokens) -> jax.Array:
 
 
 def uniform(rng: jax.Array, tokens: Tokens, num: int, dtype: Any) -> jax.Array:
-    """[T, num] uniform numbers in [0, 1) that depend on the row and the place in it, so they are the same on every mesh."""
+    """[T, num] uniform numbers in [0, 1) that depend on the row and the place in it, so they are
+    the same on every mesh.
+    """
     return _draw(jax.random.uniform, rng, tokens, num, dtype)
 
 
@@ -143,19 +163,22 @@ def statistics(
     probs_TC: jax.Array | None = None,
     real_TK: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """The sums per row that every load-balancing loss and every load metric is made of; padding counts nowhere.
+    """The sums per row that every load-balancing loss and every load metric is made of; padding
+    counts nowhere.
 
     Args:
       logits_TC: scores before any normalisation, for z = logsumexp(logits)^2.
       expert_TK: the chosen classes.
       gate_TK: their gates.
-      probs_TC: what the router calls a token's distribution over classes; softmax(logits) unless given.
+      probs_TC: what the router calls a token's distribution over classes; softmax(logits) unless
+          given.
       real_TK: which choices exist, where a token may have fewer than K.
 
     Returns:
-      counts [b, C] assignments; first [b, C] of them those that are a token's first choice; probs [b, C] of `probs_TC`, with a gradient;
-      importance [b, C] of the gates, with a gradient (Shazeer et al. 2017, eq. 6); z, entropy (nats), gate (sum of a token's gates),
-      gate_max, tokens: [b].
+      counts [b, C] assignments; first [b, C] of them those that are a token's first choice; probs
+      [b, C] of `probs_TC`, with a gradient; importance [b, C] of the gates, with a gradient
+      (Shazeer et al. 2017, eq. 6); z, entropy (nats), gate (sum of a token's gates), gate_max,
+      tokens: [b].
     """
     hit_TKC = expert_TK[:, :, None] == jnp.arange(logits_TC.shape[1])[None, None, :]
     if real_TK is not None:
@@ -175,7 +198,8 @@ def class_statistics(
     probs_TC: jax.Array | None = None,
     first_TC: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """`statistics` of a router that has no list of choices for each token: whether (or how much) each class counts, and its gate, [T, C].
+    """`statistics` of a router that has no list of choices for each token: whether (or how much)
+    each class counts, and its gate, [T, C].
 
     first_TC: what counts as the first choice; the largest gate among those that count unless given.
     """
@@ -213,7 +237,9 @@ def token_choice(
     num_experts: int,
     real_TK: Any = None,
 ) -> Routing:
-    """The Routing of K choices per token in token order; padding, and classes from E on, go nowhere and have a zero gate."""
+    """The Routing of K choices per token in token order; padding, and classes from E on, go nowhere
+    and have a zero gate.
+    """
     k = expert_TK.shape[1]
     goes_TK = tokens.valid_T[:, None] & (expert_TK < num_experts)
     goes_TK = goes_TK if real_TK is None else goes_TK & real_TK
@@ -227,7 +253,9 @@ def token_choice(
 
 
 def even(expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg) -> Routing:
-    """`token_choice` with gates 1 / k, without logits: probabilities are uniform, and z is 0 rather than the log E of all-equal ones."""
+    """`token_choice` with gates 1 / k, without logits: probabilities are uniform, and z is 0 rather
+    than the log E of all-equal ones.
+    """
     wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
     gate_TK = jnp.full(expert_TK.shape, 1 / expert_TK.shape[1], wide)
     sums = statistics(
@@ -239,7 +267,9 @@ def even(expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg) -> Routing:
 
 
 def router_logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
-    """x W in at least float32, whatever the model computes in: rounding here moves tokens between experts."""
+    """x W in at least float32, whatever the model computes in: rounding here moves tokens between
+    experts.
+    """
     wide = jnp.promote_types(x_TD.dtype, jnp.float32)
     return jnp.einsum(
         "TD,DE->TE", x_TD.astype(wide), gate_DE.astype(wide), precision=jax.lax.Precision.HIGHEST

@@ -1,10 +1,13 @@
-"""The cosine router of X-MoE (Chi et al. 2022, arXiv:2204.09179, section 3, eq. 6-7): scores on a low-dimensional hypersphere.
+"""The cosine router of X-MoE (Chi et al.
+
+2022, arXiv:2204.09179, section 3, eq. 6-7): scores on a low-dimensional hypersphere.
 
     s_e = (P x) . e_e / (|P x| |e_e|);   logits = s / temperature;   then top-k as in top_k.py, softmax before the selection
 
-`dim` is the width of the hypersphere; 0 = E / 2 as in the paper, at least 2. The temperature is learned, one number per layer that starts
-at `temperature` (0.3 in the paper) and is clamped from below at `min_temperature` in use. The probabilities of the balance loss are
-those of the learned temperature too, where the paper keeps the first one (eq. 8). Ties go to the lower index.
+`dim` is the width of the hypersphere; 0 = E / 2 as in the paper, at least 2. The temperature is
+learned, one number per layer that starts at `temperature` (0.3 in the paper) and is clamped from
+below at `min_temperature` in use. The probabilities of the balance loss are those of the learned
+temperature too, where the paper keeps the first one (eq. 8). Ties go to the lower index.
 """
 
 from collections.abc import Mapping

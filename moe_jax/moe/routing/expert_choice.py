@@ -1,14 +1,20 @@
-"""Expert choice (Zhou et al. 2022, arXiv:2202.09368, section 3.2, eq. 1-3): experts choose tokens, so the load is even by construction.
+"""Expert choice (Zhou et al.
 
-    S = softmax(x W) over the experts;  each expert takes the C tokens of a group with its largest S;  gates S
-    C = ceil(factor * tokens of a group / E)
+2022, arXiv:2202.09368, section 3.2, eq. 1-3): experts choose tokens, so the load is even by
+construction.
 
-`factor` is the mean number of experts per token; a token may be taken by any number of experts, or by none. Padding never takes a place:
-places that the valid tokens do not fill stay empty. C counts padding among the tokens of a group, as the shapes do. Ties go to the earlier
-token. The capacity is fixed here, so the dispatcher must not drop.
+    S = softmax(x W) over the experts;  each expert takes the C tokens of a group with its largest
+    S;  gates S C = ceil(factor * tokens of a group / E)
 
-Whether a token is taken depends on every other token of its group: a causal model leaks, and cannot be decoded token by token.
-Shapes: G groups, t tokens of a group, C places of an expert in a group, n = E C assignments of a group.
+`factor` is the mean number of experts per token; a token may be taken by any number of experts, or
+by none. Padding never takes a place: places that the valid tokens do not fill stay empty. C counts
+padding among the tokens of a group, as the shapes do. Ties go to the earlier token. The capacity is
+fixed here, so the dispatcher must not drop.
+
+Whether a token is taken depends on every other token of its group: a causal model leaks, and cannot
+be decoded token by token.
+Shapes: G groups, t tokens of a group, C places of an expert in a group, n = E C assignments of a
+group.
 """
 
 import math

@@ -1,10 +1,14 @@
-"""Hash routing (Roller et al. 2021, arXiv:2106.04426, section 3): a fixed random table from token ids to experts, nothing is learned.
+"""Hash routing (Roller et al.
+
+2021, arXiv:2106.04426, section 3): a fixed random table from token ids to experts, nothing is
+learned.
 
     experts of a token = table[id], k distinct ones;  gates 1 / k
 
-The table is drawn from the option `seed` alone, the same in every layer, and balanced over the *vocabulary*: of its k V entries every
-expert has k V / E, give or take one (the paper's balanced hash balances over the training set's frequencies instead, so here loads follow
-the frequencies of the ids). Reads no activation, so it has no parameters and depends on nothing but the token itself.
+The table is drawn from the option `seed` alone, the same in every layer, and balanced over the
+*vocabulary*: of its k V entries every expert has k V / E, give or take one (the paper's balanced
+hash balances over the training set's frequencies instead, so here loads follow the frequencies of
+the ids). Reads no activation, so it has no parameters and depends on nothing but the token itself.
 """
 
 import functools
@@ -21,7 +25,10 @@ from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Routing, T
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k assignments per token by its id. There are no logits: probabilities are uniform, and z is 0."""
+    """k assignments per token by its id.
+
+    There are no logits: probabilities are uniform, and z is 0.
+    """
     del params, state, rng, train
     k = cfg.options["k"]
     expert_TK = (
@@ -36,8 +43,9 @@ def route(
 def table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:
     """[V, k] int32: the k distinct experts of every id.
 
-    The ids in random order are cut into blocks of E. Inside a block, id i takes the k entries from i k on of a random order of the experts,
-    round and round, so a whole block gives k ids to every expert, and a part of one differs by at most one.
+    The ids in random order are cut into blocks of E. Inside a block, id i takes the k entries from
+    i k on of a random order of the experts, round and round, so a whole block gives k ids to every
+    expert, and a part of one differs by at most one.
     """
     rng = np.random.default_rng(seed)
     id_V = rng.permutation(vocab_size)

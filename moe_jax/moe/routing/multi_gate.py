@@ -1,9 +1,13 @@
-"""Multi-gate mixture of experts (Ma et al. 2018, KDD, doi:10.1145/3219819.3220007, eq. 6-7): a gate of its own for every task.
+"""Multi-gate mixture of experts (Ma et al.
 
-    p = softmax(x W_g), with g the token's position modulo the number of gates;  the k largest p;  gates p / sum(p) if renormalize, else p
+2018, KDD, doi:10.1145/3219819.3220007, eq. 6-7): a gate of its own for every task.
 
-In the model mmoe the tasks of a row are its tokens, and position is the task. k = E is the paper's dense mixture. The logits of all gates
-are computed and one is taken: a gathered matrix for every token would be E D numbers each. Shapes: G gates.
+    p = softmax(x W_g), with g the token's position modulo the number of gates;  the k largest p;
+    gates p / sum(p) if renormalize, else p
+
+In the model mmoe the tasks of a row are its tokens, and position is the task. k = E is the paper's
+dense mixture. The logits of all gates are computed and one is taken: a gathered matrix for every
+token would be E D numbers each. Shapes: G gates.
 """
 
 from collections.abc import Mapping

@@ -1,13 +1,17 @@
-"""Noisy top-k (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5) with its smooth estimate of the load (appendix A, eq. 8-10).
+"""Noisy top-k (Shazeer et al.
+
+2017, arXiv:1701.06538, eq. 3-5) with its smooth estimate of the load (appendix A, eq. 8-10).
 
     h = x W + noise * sigma,  sigma = softplus(x W_noise) + min_noise       noise is standard normal; none outside of training
     the k largest h;  gates = softmax over those k
     load_e = sum over tokens of P_e;  P_e = Phi((x W - threshold_e) / sigma)
 
-P_e is the probability that expert e stays chosen when its own noise is drawn again: threshold_e is the k-th largest h of the other
-experts. Its sum per row is sums["load"] [b, E], with a gradient, which counts have not; the loss "load" is its squared coefficient of
-variation (eq. 10-11). W_noise starts at zero as in the paper; W does not, so that this router starts where the others do. `min_noise` is
-not in the paper but in the authors' code (tensor2tensor, noise_epsilon = 0.01): it bounds the division. Ties go to the lower index.
+P_e is the probability that expert e stays chosen when its own noise is drawn again: threshold_e is
+the k-th largest h of the other experts. Its sum per row is sums["load"] [b, E], with a gradient,
+which counts have not; the loss "load" is its squared coefficient of variation (eq. 10-11). W_noise
+starts at zero as in the paper; W does not, so that this router starts where the others do.
+`min_noise` is not in the paper but in the authors' code (tensor2tensor, noise_epsilon = 0.01): it
+bounds the division. Ties go to the lower index.
 
 Shapes: see contract.py.
 """
@@ -78,8 +82,8 @@ def stays_chosen(
 def _normal_cdf(z: jax.Array) -> jax.Array:
     """Phi by the incomplete gamma function: erf(x) = sign(x) P(1/2, x^2).
 
-    jax 0.12's own norm.cdf, erf and erfc are polynomials whose constant coefficients a shard_map refuses to meet with what varies over
-    devices.
+    jax 0.12's own norm.cdf, erf and erfc are polynomials whose constant coefficients a shard_map
+    refuses to meet with what varies over devices.
     """
     return 0.5 * (1 + jnp.sign(z) * jax.lax.igamma(jnp.full_like(z, 0.5), 0.5 * z * z))
 

@@ -1,19 +1,24 @@
-"""Null experts that compute nothing: a token that needs less chooses less (AdaMoE, Zeng et al. 2024, arXiv:2406.13233; zero and copy
-experts of MoE++, Jin et al. 2024, arXiv:2410.07348, section 3.1).
+"""Null experts that compute nothing: a token that needs less chooses less (AdaMoE, Zeng et al.
 
-    p = softmax(x W) over E + num_null classes;  the k largest;  classes E, E + 1, .. are null experts and go nowhere
+2024, arXiv:2406.13233; zero and copy experts of MoE++, Jin et al. 2024, arXiv:2410.07348, section
+3.1).
+
+    p = softmax(x W) over E + num_null classes;  the k largest;  classes E, E + 1, .. are null
+    experts and go nowhere
 
     kind = "zero"        a null choice adds nothing to the output
     kind = "copy"        it adds its gate times the token itself (Routing.copy_T)
     renormalize = "all"  gates p / sum of the k chosen p
-    renormalize = "real" gates of the real experts p / sum of those alone (AdaMoE); null choices weigh nothing, so not with "copy"
+    renormalize = "real" gates of the real experts p / sum of those alone (AdaMoE); null choices
+    weigh nothing, so not with "copy"
     renormalize = "none" gates p (MoE++)
 
-counts, probs and importance run over all E + num_null classes, so a balance loss asks for k E / (E + num_null) real experts per token on
-average and lets each token differ. It sees the mean load of the null classes for each of them (AdaMoE, section 3.4, eq. 6): one does what
-another does, so it is their sum that is held; so do MaxVio and its like. The sum of gates, drops and active experts are of the real
-experts. Ties go to the lower index, so to the real expert.
-MoE++'s constant experts, gating residuals and unequal weights of the two kinds in the loss are not here.
+counts, probs and importance run over all E + num_null classes, so a balance loss asks for k E / (E
++ num_null) real experts per token on average and lets each token differ. It sees the mean load of
+the null classes for each of them (AdaMoE, section 3.4, eq. 6): one does what another does, so it is
+their sum that is held; so do MaxVio and its like. The sum of gates, drops and active experts are of
+the real experts. Ties go to the lower index, so to the real expert. MoE++'s constant experts,
+gating residuals and unequal weights of the two kinds in the loss are not here.
 """
 
 from collections.abc import Mapping
@@ -46,7 +51,9 @@ def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Up to k assignments per token, in order of falling probability; places of null choices go nowhere."""
+    """Up to k assignments per token, in order of falling probability; places of null choices go
+    nowhere.
+    """
     del state, rng, train
     logits_TC = router_logits(tokens.x_TD, params["gate"])
     prob_TK, class_TK = jax.lax.top_k(jax.nn.softmax(logits_TC), cfg.options["k"])
@@ -80,6 +87,8 @@ def gates(prob_TK: jax.Array, null_TK: jax.Array, renormalize: str) -> jax.Array
 
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
-    """The gates of the real experts alone have no fixed sum: all k may be null, k num_null / (E + num_null) are on average."""
+    """The gates of the real experts alone have no fixed sum: all k may be null, k num_null / (E +
+    num_null) are on average.
+    """
     real = options["k"] * num_experts / (num_experts + options["num_null"])
     return Declared(most=options["k"], exact=False, gate_sum=None, average=real)

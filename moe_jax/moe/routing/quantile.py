@@ -1,19 +1,24 @@
-"""Quantile balancing: the bias of an expert is the quantile that would have given it its share of the last batch.
+"""Quantile balancing: the bias of an expert is the quantile that would have given it its share of
+the last batch.
 
-Su, https://kexue.fm/archives/11619 (2026); the estimate over the whole batch from a histogram is that of the Kimi K3 technical report
-(section 2.3.3, eq. 13-14, appendix D), as in Megatron-LM (pull requests 5349 and 6637) and torchtitan (4577):
+Su, https://kexue.fm/archives/11619 (2026); the estimate over the whole batch from a histogram is
+that of the Kimi K3 technical report (section 2.3.3, eq. 13-14, appendix D), as in Megatron-LM (pull
+requests 5349 and 6637) and torchtitan (4577):
 
     s = sigmoid(x W);  the k largest s + bias;  gates from s without bias, as in sigmoid.py
     r_te = (k + 1)-th largest of s_t + bias, minus s_te          a bias above it, and e is among the k + 1 best of token t
     bias_e <- the k / E quantile of r_te over the tokens t, then minus the mean over the experts
 
-With that bias a share k / E of the tokens has s + bias above its own threshold, for every expert: the load is even, without a rate to
-tune and without a loss. It is one step of an alternating minimisation, so a few steps get there. `ema` keeps a part of the old bias.
+With that bias a share k / E of the tokens has s + bias above its own threshold, for every expert:
+the load is even, without a rate to tune and without a loss. It is one step of an alternating
+minimisation, so a few steps get there. `ema` keeps a part of the old bias.
 
-Causal: a step routes with the bias of the steps before it. The sums are a histogram per row, sums["histogram"] [b, E * bins], over
-[min(bias) - 1, max(bias) + 1], which holds every r because scores lie in [0, 1]: counts, so they add up exactly over rows, devices and
-micro-batches. The quantile is interpolated inside a bin, of which there are `bins`: Kimi K3 takes 1000; an activation of b * E * bins
-numbers per layer is what more bins cost. Experts that take all tokens (k = E) have no threshold: their bias does nothing.
+Causal: a step routes with the bias of the steps before it. The sums are a histogram per row,
+sums["histogram"] [b, E * bins], over [min(bias) - 1, max(bias) + 1], which holds every r because
+scores lie in [0, 1]: counts, so they add up exactly over rows, devices and micro-batches. The
+quantile is interpolated inside a bin, of which there are `bins`: Kimi K3 takes 1000; an activation
+of b * E * bins numbers per layer is what more bins cost. Experts that take all tokens (k = E) have
+no threshold: their bias does nothing.
 """
 
 import jax
@@ -68,7 +73,9 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
 
 
 def quantile(histogram_EM: jax.Array, share: float, low: jax.Array, width: jax.Array) -> jax.Array:
-    """The value [E] that a share of each histogram [E, M bins] lies below, by interpolation inside its bin."""
+    """The value [E] that a share of each histogram [E, M bins] lies below, by interpolation inside
+    its bin.
+    """
     below_EM = jnp.cumsum(histogram_EM, axis=1)
     target_E1 = share * below_EM[:, -1:]
     full_EM = below_EM < target_E1

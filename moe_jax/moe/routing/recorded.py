@@ -1,12 +1,16 @@
-"""Replay: the experts of a recording, whatever the present router would choose (instruments make and change recordings).
+"""Replay: the experts of a recording, whatever the present router would choose (instruments make
+and change recordings).
 
-    experts = those recorded for the token; E there means nowhere
-    gates "recorded": the recorded gates;  "router": softmax(x W) over the token's recorded experts, so that gradients reach the router
+    experts = those recorded for the token; E there means nowhere gates "recorded": the recorded
+    gates;  "router": softmax(x W) over the token's recorded experts, so that gradients reach the
+    router
 
-The batch carries the recording (`Tokens.recorded`: experts and gates [T, k]); the router reads it and nothing else of the batch, so it is
-causal whatever router was recorded. The matrix is there with either choice of gates, so that the parameters of a run with another router of
-one matrix fit; z, probs and entropy are those of the present router. An expert that a recording names twice for a token is served
-once, with the sum of both gates: a dispatcher takes a token's experts to be different.
+The batch carries the recording (`Tokens.recorded`: experts and gates [T, k]); the router reads it
+and nothing else of the batch, so it is causal whatever router was recorded. The matrix is there
+with either choice of gates, so that the parameters of a run with another router of one matrix fit;
+z, probs and entropy are those of the present router. An expert that a recording names twice for a
+token is served once, with the sum of both gates: a dispatcher takes a token's experts to be
+different.
 """
 
 from collections.abc import Mapping
@@ -31,7 +35,10 @@ from moe_jax.moe.routing.contract import (
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """The recorded assignments, in their order. UserError for a batch without a recording, or one of another k."""
+    """The recorded assignments, in their order.
+
+    UserError for a batch without a recording, or one of another k.
+    """
     del state, rng, train
     expert_TK, gate_TK = _recording(tokens, cfg.options["k"])
     logits_TE = router_logits(tokens.x_TD, params["gate"])
@@ -47,7 +54,9 @@ def route(
 
 
 def _once(expert_TK: jax.Array, gate_TK: jax.Array, real_TK: jax.Array, num_experts: int):
-    """The same assignments, where each of a token's experts stands once: at its first place, with all its gates."""
+    """The same assignments, where each of a token's experts stands once: at its first place, with
+    all its gates.
+    """
     same_TKK = (expert_TK[:, :, None] == expert_TK[:, None, :]) & real_TK[:, :, None]
     earlier_KK = jnp.tri(expert_TK.shape[1], k=-1, dtype=bool)
     real_TK = real_TK & ~(same_TKK & earlier_KK[None]).any(2)
@@ -58,13 +67,15 @@ def _once(expert_TK: jax.Array, gate_TK: jax.Array, real_TK: jax.Array, num_expe
 def _recording(tokens: Tokens, k: int) -> tuple[jax.Array, jax.Array]:
     if not len(tokens.recorded):
         raise UserError(
-            'model.moe.router = "recorded" replays a recording, and this batch has none: it is for the instruments that record and '
+            'model.moe.router = "recorded" replays a recording, and this batch has none: it is for '
+            "the instruments that record and "
             "replay a run's routing; to train, sample or plan a model choose another router"
         )
     expert_TK, gate_TK = tokens.recorded
     if expert_TK.shape[1] != k:
         raise UserError(
-            f"model.moe.routers.recorded.k ({k}) must be the number of choices in the recording ({expert_TK.shape[1]})"
+            f"model.moe.routers.recorded.k ({k}) must be the number of choices in the recording "
+            f"({expert_TK.shape[1]})"
         )
     return expert_TK, gate_TK
 

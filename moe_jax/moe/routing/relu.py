@@ -1,17 +1,21 @@
-"""ReLU routing (ReMoE, Wang et al. 2024, arXiv:2412.14711, section 3, eq. 5-11): differentiable everywhere, and as sparse as it is told.
+"""ReLU routing (ReMoE, Wang et al.
+
+2024, arXiv:2412.14711, section 3, eq. 5-11): differentiable everywhere, and as sparse as it is
+told.
 
     gates R = ReLU(x W);  a token uses every expert whose R is positive
     loss  + l1 * sum_e f_e mean_t R_te       f_e = E / (k n) * tokens with R_te > 0 if balanced, else 1     (n valid tokens of the step)
     l1 <- l1 * alpha^sign(active - k n)     once per step: up when more than k experts per token were active, down when fewer
 
-Here the shapes are static: of a token's active experts the `max_active` largest are served; what lies beyond is an overflow, which counts
-as assigned (it drives l1) and as dropped. l1 is the state of each layer, driven by that layer's own sparsity, while the paper has one for
-the mean over layers. The loss only pushes down: a layer in which fewer than k are active stays there until the language loss opens more
-(docs/routers.md has what was measured). So l1 never falls below its first value, which does nothing: else it would take as many steps to
-come back as it had fallen.
+Here the shapes are static: of a token's active experts the `max_active` largest are served; what
+lies beyond is an overflow, which counts as assigned (it drives l1) and as dropped. l1 is the state
+of each layer, driven by that layer's own sparsity, while the paper has one for the mean over
+layers. The loss only pushes down: a layer in which fewer than k are active stays there until the
+language loss opens more (docs/routers.md has what was measured). So l1 never falls below its first
+value, which does nothing: else it would take as many steps to come back as it had fallen.
 
-A balance loss of moe/losses.py would act on R as if it were a distribution, and the z-loss closes experts: give those coefficients 0; the
-refined l1 balances by itself.
+A balance loss of moe/losses.py would act on R as if it were a distribution, and the z-loss closes
+experts: give those coefficients 0; the refined l1 balances by itself.
 """
 
 from collections.abc import Mapping
@@ -69,7 +73,9 @@ def route(
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
-    """alpha^sign of (active experts - k times tokens): both are whole numbers, so every mesh takes the same branch."""
+    """alpha^sign of (active experts - k times tokens): both are whole numbers, so every mesh takes
+    the same branch.
+    """
     sign = jnp.sign(totals["counts"].sum() - cfg.options["k"] * totals["tokens"]).astype(
         state["l1"].dtype
     )

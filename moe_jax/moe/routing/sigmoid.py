@@ -1,18 +1,22 @@
-"""DeepSeek's router: affinities, a bias that balances without a loss, and a selection limited to groups of experts.
+"""DeepSeek's router: affinities, a bias that balances without a loss, and a selection limited to
+groups of experts.
 
-DeepSeek-V3 (arXiv:2412.19437, eq. 12-16; DeepSeek-V2, arXiv:2405.04434, section 2.2.2, with score="softmax", group_score="max",
-renormalize=False and bias_rate=0):
+DeepSeek-V3 (arXiv:2412.19437, eq. 12-16; DeepSeek-V2, arXiv:2405.04434, section 2.2.2, with
+score="softmax", group_score="max", renormalize=False and bias_rate=0):
 
     s = sigmoid(x W)                            affinities; score="softmax": softmax(x W)
     the k largest s + bias                      inside the `top_groups` best of `num_groups` runs of E / num_groups experts
     gates = scale * s / sum of the chosen s     without the bias; renormalize=False: scale * s
 
-The score of a group is the sum of its two largest biased affinities ("top2", the code of DeepSeek-V3; the paper's K_r / M of them is 2
-for its sizes) or the largest ("max", DeepSeek-V2). Ties go to the lower index.
+The score of a group is the sum of its two largest biased affinities ("top2", the code of
+DeepSeek-V3; the paper's K_r / M of them is 2 for its sizes) or the largest ("max", DeepSeek-V2).
+Ties go to the lower index.
 
-The bias is router state: after every optimizer step, bias += bias_rate * sign(mean load - load), the load counted over the whole batch
-(Wang et al. 2024, arXiv:2408.15664, algorithm 1). bias_rate = 0 keeps it as it is. The probabilities that leave for a balance loss are
-s / sum(s) over all experts (eq. 19); the sequence-wise loss counts the k largest s *without* the bias (eq. 18), sums["unbiased"].
+The bias is router state: after every optimizer step, bias += bias_rate * sign(mean load - load),
+the load counted over the whole batch (Wang et al. 2024, arXiv:2408.15664, algorithm 1). bias_rate =
+0 keeps it as it is. The probabilities that leave for a balance loss are s / sum(s) over all experts
+(eq. 19); the sequence-wise loss counts the k largest s *without* the bias (eq. 18),
+sums["unbiased"].
 """
 
 from collections.abc import Mapping
@@ -58,13 +62,17 @@ def route(
 
 
 def biased(logits_TE: jax.Array, score_TE: jax.Array, state: Arrays) -> jax.Array:
-    """What decides, without a gradient: affinity plus bias, and NEVER where an instrument bars an expert, whatever its bias."""
+    """What decides, without a gradient: affinity plus bias, and NEVER where an instrument bars an
+    expert, whatever its bias.
+    """
     summed_TE = jax.lax.stop_gradient(score_TE) + state["bias"][None].astype(score_TE.dtype)
     return jnp.where(logits_TE > NEVER / 2, summed_TE, NEVER)
 
 
 def best_groups(biased_TE: jax.Array, options: Mapping[str, Any]) -> jax.Array:
-    """The biased affinities [T, E] with -inf at the experts of every group that is not among the `top_groups` best."""
+    """The biased affinities [T, E] with -inf at the experts of every group that is not among the
+    `top_groups` best.
+    """
     num_groups = options["num_groups"]
     if options["top_groups"] == num_groups:
         return biased_TE
@@ -79,7 +87,9 @@ def best_groups(biased_TE: jax.Array, options: Mapping[str, Any]) -> jax.Array:
 def from_scores(
     logits_TE: jax.Array, score_TE: jax.Array, expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg
 ) -> Routing:
-    """The Routing of chosen experts, with gates from their affinities (options renormalize and scale)."""
+    """The Routing of chosen experts, with gates from their affinities (options renormalize and
+    scale).
+    """
     gate_TK = jnp.take_along_axis(score_TE, expert_TK, axis=1)
     if cfg.options["renormalize"]:
         gate_TK = gate_TK / (gate_TK.sum(-1, keepdims=True) + 1e-20)
@@ -103,7 +113,9 @@ def _hits(score_TE: jax.Array, k: int) -> jax.Array:
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
-    """The bias of a layer after a step: up by bias_rate where the load was below the mean, down where it was above."""
+    """The bias of a layer after a step: up by bias_rate where the load was below the mean, down
+    where it was above.
+    """
     counts_E = totals["counts"]
     step_E = cfg.options["bias_rate"] * jnp.sign(counts_E.mean() - counts_E)
     return {"bias": state["bias"] + step_E.astype(state["bias"].dtype)}

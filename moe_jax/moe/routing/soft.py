@@ -1,13 +1,18 @@
-"""Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, section 2.1, eq. 1-2): experts work on mixtures of tokens, nothing is assigned.
+"""Soft MoE (Puigcerver et al.
+
+2023, arXiv:2308.00951, section 2.1, eq. 1-2): experts work on mixtures of tokens, nothing is
+assigned.
 
     l_tes = x_t . phi_es                               p slots of each of E experts, for each group of tokens
     D = softmax over the tokens of l   (eq. 1)         slot s of expert e takes sum over t of D_tes x_t
     C = softmax over all slots of l    (eq. 2)         token t gets sum over e, s of C_tes times what expert e makes of slot s
-    normalize: x_t / |x_t| and scale * phi_es / |phi_es| in l alone, with a learned scale (section 2.3); without, l grows with D model
+    normalize: x_t / |x_t| and scale * phi_es / |phi_es| in l alone, with a learned scale (section
+        2.3); without, l grows with D model
 
-Padding is in no slot and gets nothing. Every slot mixes all tokens of its group: a causal model leaks, and cannot be decoded. Goes with the
-dispatcher "slots" alone. Statistics: counts and importance of an expert are the sum of C over its slots, for every token uses
-every expert; gates sum to 1. Shapes: G groups, t tokens of a group, p slots of an expert.
+Padding is in no slot and gets nothing. Every slot mixes all tokens of its group: a causal model
+leaks, and cannot be decoded. Goes with the dispatcher "slots" alone. Statistics: counts and
+importance of an expert are the sum of C over its slots, for every token uses every expert; gates
+sum to 1. Shapes: G groups, t tokens of a group, p slots of an expert.
 """
 
 from collections.abc import Mapping
@@ -50,7 +55,8 @@ def route(
     valid_T11 = tokens.valid_T[:, None, None]
     dispatch_GtEp = jax.nn.softmax(grouped(logits_TEp), 1, where=grouped(valid_T11))
     combine_TEp = jnp.where(valid_T11, jax.nn.softmax(logits_TEp, (1, 2)), 0)
-    # softmax over the experts of this is the sum of C over an expert's slots, and its log-sum-exp is that over all slots
+    # softmax over the experts of this is the sum of C over an expert's slots, and its log-sum-exp
+    # is that over all slots
     logits_TE = jax.nn.logsumexp(logits_TEp, 2)
     share_TE = combine_TEp.sum(2)
     sums = class_statistics(
@@ -70,7 +76,9 @@ def slot_logits(x_TD: jax.Array, params: Arrays, normalize: bool) -> jax.Array:
 
 
 def unit(x: jax.Array, dim: int) -> jax.Array:
-    """x / |x| along a dimension, 0 where x is 0 (padding may be); the paper's 1e-6 is inside the root here, where it has a gradient."""
+    """x / |x| along a dimension, 0 where x is 0 (padding may be); the paper's 1e-6 is inside the
+    root here, where it has a gradient.
+    """
     return x * jax.lax.rsqrt(jnp.square(x).sum(dim, keepdims=True) + 1e-12)
 
 
@@ -80,6 +88,8 @@ def sees(options: Mapping[str, Any]) -> Sees:
 
 
 def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
-    """Every token reads every expert; how many rows an expert computes is p for each group, whatever its tokens (moe_jax/flops)."""
+    """Every token reads every expert; how many rows an expert computes is p for each group,
+    whatever its tokens (moe_jax/flops).
+    """
     del options
     return Declared(most=num_experts, exact=False, gate_sum=1.0)

@@ -1,9 +1,13 @@
-"""Switch routing: one expert per token (Fedus et al. 2021, arXiv:2101.03961, eq. 1-2 with k = 1; jitter in appendix C).
+"""Switch routing: one expert per token (Fedus et al.
 
-    p = softmax(x' W);  the expert with the largest p;  its gate is p itself, not renormalised, or the router would have no gradient
+2021, arXiv:2101.03961, eq. 1-2 with k = 1; jitter in appendix C).
 
-x' = x times uniform(1 - jitter, 1 + jitter), elementwise and in training only; the experts take x. The draw is of the row and the place
-in it, the same on every mesh. Ties go to the expert with the lower index. The published loss is `balance` (eq. 4-6, moe/losses.py).
+    p = softmax(x' W);  the expert with the largest p;  its gate is p itself, not renormalised, or
+    the router would have no gradient
+
+x' = x times uniform(1 - jitter, 1 + jitter), elementwise and in training only; the experts take x.
+The draw is of the row and the place in it, the same on every mesh. Ties go to the expert with the
+lower index. The published loss is `balance` (eq. 4-6, moe/losses.py).
 """
 
 from collections.abc import Mapping

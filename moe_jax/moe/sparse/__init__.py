@@ -1,8 +1,10 @@
-"""Sparse weights inside experts: what is zero together (patterns.py), who decides it (rules.py), and what a training step does (here).
+"""Sparse weights inside experts: what is zero together (patterns.py), who decides it (rules.py),
+and what a training step does (here).
 
-Parameters hold exact zeros, so the model needs no masks, and `jax.grad` gives dense gradients, which RigL grows by. The masks are in
-the state of the run beside the parameters, shaped and placed like the experts' weights: {"experts": {"w_in": bool [E, D, P, F], ...}}
-below the same keys. A layer is whatever lies below a key "experts"; with scan, layers are stacked and treated one by one.
+Parameters hold exact zeros, so the model needs no masks, and `jax.grad` gives dense gradients,
+which RigL grows by. The masks are in the state of the run beside the parameters, shaped and placed
+like the experts' weights: {"experts": {"w_in": bool [E, D, P, F], ...}} below the same keys. A
+layer is whatever lies below a key "experts"; with scan, layers are stacked and treated one by one.
 """
 
 import zlib
@@ -47,20 +49,24 @@ def experts_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Matrices]]:
 
 
 def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
-    """(parameters with their first zeros, the masks) from first values, drawn or loaded. To be jitted.
+    """(parameters with their first zeros, the masks) from first values, drawn or loaded.
+
+    To be jitted.
 
     Raises UserError where there are no experts, or none that the pattern fits.
     """
     if cfg.stored["block"]:
         raise UserError(
-            "model.moe.sparse.stored is set: experts stored as blocks can be evaluated and decoded, but not trained. Start from a "
+            "model.moe.sparse.stored is set: experts stored as blocks can be evaluated and "
+            "decoded, but not trained. Start from a "
             "checkpoint of whole matrices (convert compact --format dense)"
         )
     if cfg.rule == "none":
         return params, ()
     if not any(True for _ in experts_of(params)):
         raise UserError(
-            f'model.moe.sparse.rule = "{cfg.rule}" is about experts, and this model has none: set it to "none"'
+            f'model.moe.sparse.rule = "{cfg.rule}" is about experts, and this model has none: set '
+            'it to "none"'
         )
     rule, shape = RULES[cfg.rule], Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
     nothing = jnp.float32(0)
@@ -84,7 +90,9 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
 def advance(
     cfg: SparseConfig, now: Now, grads: Any, params: Any, masks: dict[str, Any], *, stacked: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """(parameters, masks) after the optimizer's update made `params`; `grads` are the dense gradients. `now.key` is the step's."""
+    """(parameters, masks) after the optimizer's update made `params`; `grads` are the dense
+    gradients. `now.key` is the step's.
+    """
     rule, shape = RULES[cfg.rule], Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
     if rule.update and rule.due:
 
@@ -146,9 +154,11 @@ def mask(tree: Any, masks: dict[str, Any]) -> Any:
 
 
 def mask_moments(opt_state: Any, masks: dict[str, Any]) -> Any:
-    """An optimizer's state with zeros at masked entries: in every array that lies below a weight's own path and has its shape.
+    """An optimizer's state with zeros at masked entries: in every array that lies below a weight's
+    own path and has its shape.
 
-    Factored statistics (Adafactor's, per row and column) have no such entries, and need none: masked gradients add nothing to them.
+    Factored statistics (Adafactor's, per row and column) have no such entries, and need none:
+    masked gradients add nothing to them.
     """
     flat = {
         (*path, name): keep
@@ -191,7 +201,9 @@ def is_stacked(path: Path, stacked: bool) -> bool:
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """(a number of the layer's place in its period, the repeat): what randomness is of, the same for the loop and the scan."""
+    """(a number of the layer's place in its period, the repeat): what randomness is of, the same
+    for the loop and the scan.
+    """
     if REPEATS not in path or not isinstance(path[path.index(REPEATS) + 1], int):
         return zlib.crc32("/".join(map(str, path)).encode()), 0
     at = path.index(REPEATS) + 1
@@ -231,5 +243,6 @@ def _refuse_misfit(cfg: SparseConfig, path: Path, layer: Matrices, stacked: bool
         what = "an expert is one vector, which has no inputs and outputs to make blocks of"
     if what:
         raise UserError(
-            f'model.moe.sparse.pattern = "{cfg.pattern}" does not fit {"/".join(map(str, path))}: {what}: set it to unstructured'
+            f'model.moe.sparse.pattern = "{cfg.pattern}" does not fit {"/".join(map(str, path))}: '
+            f"{what}: set it to unstructured"
         )

@@ -1,4 +1,6 @@
-"""What can be taken out of trained experts without changing what they compute. NumPy, on the host, one model at a time.
+"""What can be taken out of trained experts without changing what they compute.
+
+NumPy, on the host, one model at a time.
 
 Shapes: E experts, D model, P gate and up (or one), F hidden units.
 """
@@ -12,12 +14,15 @@ import numpy as np
 from moe_jax.moe.sparse import stored
 
 Layer = Mapping[str, Any]  # w_in [E, D, P, F], w_out [E, F, D]
-# Block side: stored share up to which blocks are faster than whole matrices on a CPU (docs/sparse_weights.md); never below 32.
+# Block side: stored share up to which blocks are faster than whole matrices on a CPU
+# (docs/sparse_weights.md); never below 32.
 PAYS = {32: 0.25, 64: 0.4, 128: 0.5}
 
 
 class Blocks(NamedTuple):
-    """How many blocks of side `block` a column of each matrix has at most, and the share of all that is stored then."""
+    """How many blocks of side `block` a column of each matrix has at most, and the share of all
+    that is stored then.
+    """
 
     block: int
     w_in: int
@@ -26,7 +31,9 @@ class Blocks(NamedTuple):
 
 
 def living(layer: Layer) -> np.ndarray:
-    """Units that do something [E, F]: a zero row of w_out does not, nor a zero column of gate or up, for act(0) = 0 and 0 * up = 0."""
+    """Units that do something [E, F]: a zero row of w_out does not, nor a zero column of gate or
+    up, for act(0) = 0 and 0 * up = 0.
+    """
     return (layer["w_in"] != 0).any(1).all(1) & (layer["w_out"] != 0).any(2)
 
 
@@ -36,7 +43,9 @@ def least_hidden(layers: Iterable[Layer]) -> int:
 
 
 def widths(least: int, hidden: int, multiple: int, shared: int) -> Iterator[int]:
-    """Widths from `least` to `hidden` that a model may have: a multiple; and `shared` experts of the old width must be some of the new."""
+    """Widths from `least` to `hidden` that a model may have: a multiple; and `shared` experts of
+    the old width must be some of the new.
+    """
     for width in range(least, hidden + 1):
         if width % multiple == 0 and shared * hidden % width == 0:
             yield width
@@ -66,7 +75,9 @@ def blocks(layers: Iterable[Layer], block: int) -> Blocks:
 
 
 def pays(block: int) -> float:
-    """The largest stored share at which blocks are faster: that of the next smaller side that was measured, or 0."""
+    """The largest stored share at which blocks are faster: that of the next smaller side that was
+    measured, or 0.
+    """
     return max((limit for side, limit in PAYS.items() if side <= block), default=0.0)
 
 

@@ -1,10 +1,13 @@
-"""Which entries of an expert's matrices are zero together: a pattern pools entries into groups, and spreads a choice over entries.
+"""Which entries of an expert's matrices are zero together: a pattern pools entries into groups, and
+spreads a choice over entries.
 
-A pattern never decides: a rule (rules.py) scores the groups and keeps the `count` best of every row of groups, or those above a threshold.
-Everything is global view on an Explicit mesh and the same on every one: what has to see a whole row is first gathered to whole experts.
+A pattern never decides: a rule (rules.py) scores the groups and keeps the `count` best of every row
+of groups, or those above a threshold. Everything is global view on an Explicit mesh and the same on
+every one: what has to see a whole row is first gathered to whole experts.
 
-Matrices are [E, I, ..., O]: experts, input, output (w_in [E, D, P, F], w_out [E, F, D]; an expert of one vector is [E, I]). Groups are
-{key: array}, where `rows` of the leading dimensions number independent rows, and a row is what follows.
+Matrices are [E, I, ..., O]: experts, input, output (w_in [E, D, P, F], w_out [E, F, D]; an expert
+of one vector is [E, I]). Groups are {key: array}, where `rows` of the leading dimensions number
+independent rows, and a row is what follows.
 """
 
 import math
@@ -65,7 +68,9 @@ def _from_runs(groups: Groups, experts: Matrices, options: Mapping[str, Any]) ->
 
 
 def _blocks(x: jax.Array, b: int) -> jax.Array:
-    """[E, I, ..., O] -> sums of b x b blocks [E, Q, O / b, I / b], where Q numbers what lies between I and O (gate and up)."""
+    """[E, I, ..., O] -> sums of b x b blocks [E, Q, O / b, I / b], where Q numbers what lies
+    between I and O (gate and up).
+    """
     e, i, o = x.shape[0], x.shape[1], x.shape[-1]
     return (
         reshaped(x, e, i // b, b, x.size // (e * i * o), o // b, b)
@@ -89,7 +94,9 @@ def _from_blocks(groups: Groups, experts: Matrices, options: Mapping[str, Any]) 
 
 
 def _units(experts: Matrices, options: Mapping[str, Any]) -> Groups:
-    """Unit f of an expert is w_in[e, :, :, f] together with w_out[e, f, :]: without one the other does nothing."""
+    """Unit f of an expert is w_in[e, :, :, f] together with w_out[e, f, :]: without one the other
+    does nothing.
+    """
     w_in, w_out = (experts[name] for name in UNITS)
     return {"units": w_in.sum(tuple(range(1, w_in.ndim - 1))) + w_out.sum(2)}
 
@@ -115,7 +122,8 @@ PATTERNS: dict[str, Pattern] = {
     "n_m": Pattern(
         _each(_runs, "m"), _from_runs, lambda options: -1, lambda options, number: options["n"]
     ),
-    # b x b blocks; balanced: as many for every column of blocks, so that their products are one batch
+    # b x b blocks; balanced: as many for every column of blocks, so that their products are one
+    # batch
     "blocks": Pattern(
         _each(_blocks, "block"),
         _from_blocks,
@@ -172,7 +180,9 @@ class Shaped(NamedTuple):
 
 
 def largest(scores: jax.Array, count: Any, rows: int) -> jax.Array:
-    """Marks the `count` largest scores of every row; of equal ones those with the lowest index, so exactly `count`."""
+    """Marks the `count` largest scores of every row; of equal ones those with the lowest index, so
+    exactly `count`.
+    """
     whole_rows = whole(scores)
     flat = reshaped(whole_rows, *scores.shape[:rows], math.prod(scores.shape[rows:]))
     number = flat.shape[-1]

@@ -14,15 +14,18 @@ ODD = {
     (
         "set",
         "n_m",
-    ): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
+    ): "a fraction of n weights is none of them or half of them: set the rule to static or "
+    "magnitude",
     (
         "rigl",
         "n_m",
-    ): "a fraction of n weights is none of them or half of them: set the rule to static or magnitude",
+    ): "a fraction of n weights is none of them or half of them: set the rule to static or "
+    "magnitude",
     (
         "set",
         "units",
-    ): "a unit that is all zero has no gradient, so one that came would stay zero: set the rule to magnitude",
+    ): "a unit that is all zero has no gradient, so one that came would stay zero: set the rule to "
+    "magnitude",
     (
         "rigl",
         "units",

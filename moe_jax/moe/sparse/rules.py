@@ -1,8 +1,11 @@
-"""Rules: which entries of the experts are zero, from the first step to the last. A new one is its functions and a line in RULES.
+"""Rules: which entries of the experts are zero, from the first step to the last.
 
-A rule either keeps masks (`update` makes new ones; entries outside stay exactly zero, and so do their moments), or acts on the weights
-after every update of the optimizer (`project`; what it makes zero may come back). All work on the experts of one layer, {name:
-[E, I, ..., O]}, with a pattern that says what is zero together; a group's magnitude is the root mean square of its entries.
+A new one is its functions and a line in RULES.
+
+A rule either keeps masks (`update` makes new ones; entries outside stay exactly zero, and so do
+their moments), or acts on the weights after every update of the optimizer (`project`; what it makes
+zero may come back). All work on the experts of one layer, {name: [E, I, ..., O]}, with a pattern
+that says what is zero together; a group's magnitude is the root mean square of its entries.
 
 rule          what is zero                                                    paper
 static        for ever what is smallest in the random first values            the article "why sparse experts", section 3.2
@@ -51,9 +54,12 @@ class Rule(NamedTuple):
 
 
 def first_masks(experts: Matrices, shape: Shaped, options: Options) -> Kept:
-    """W = random; W[|W| < threshold] = 0, and later only non-zero entries move (the article, section 3.1 and 3.2).
+    """W = random; W[|W| < threshold] = 0, and later only non-zero entries move (the article,
+    section 3.1 and 3.2).
 
-    The entries of the largest groups; with options["threshold"] > 0 those of the groups of at least that magnitude."""
+    The entries of the largest groups; with options["threshold"] > 0 those of the groups of at least
+    that magnitude.
+    """
     scores = shape.norms(experts)
     if options.get("threshold", 0):
         return shape.spread({key: z >= options["threshold"] for key, z in scores.items()}, experts)
@@ -68,7 +74,9 @@ def all_masks(experts: Matrices, shape: Shaped, options: Options) -> Kept:
 
 
 def first_thresholds(experts: Matrices, shape: Shaped, options: Options) -> Kept:
-    """Nothing for a given threshold; else, for every expert, the magnitude that leaves the pattern's density of its first values [E]."""
+    """Nothing for a given threshold; else, for every expert, the magnitude that leaves the
+    pattern's density of its first values [E].
+    """
     if options["threshold"]:
         return {}
     scores = shape.norms(experts)
@@ -84,7 +92,10 @@ def first_thresholds(experts: Matrices, shape: Shaped, options: Options) -> Kept
 def below_to_zero(
     experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options
 ) -> Matrices:
-    """W[|W| < threshold] = 0. An entry comes back when a single update moves it by at least the threshold."""
+    """W[|W| < threshold] = 0.
+
+    An entry comes back when a single update moves it by at least the threshold.
+    """
     scores = shape.norms(experts)
 
     def threshold(key, z):
@@ -98,7 +109,9 @@ def below_to_zero(
 
 
 def cubic_density(now: Now, options: Options, final: float) -> jax.Array:
-    """1 - s_f + s_f (1 - (t - t_0) / (t_1 - t_0))^3, final = 1 - s_f (equation 1 of the paper, from sparsity 0)."""
+    """1 - s_f + s_f (1 - (t - t_0) / (t_1 - t_0))^3, final = 1 - s_f (equation 1 of the paper, from
+    sparsity 0).
+    """
     begin, end = _span(now, options)
     t = jnp.clip((now.step - begin) / max(end - begin, 1), 0.0, 1.0)
     return final + (1 - final) * (1 - t) ** 3
@@ -164,9 +177,11 @@ def rigl_update(
 def regrow(
     experts: Matrices, masks: Kept, growth: Kept, shape: Shaped, fraction: jax.Array
 ) -> Kept:
-    """Of the k live groups of every row the `fraction` k of the least magnitude go, and as many come with the largest `growth`.
+    """Of the k live groups of every row the `fraction` k of the least magnitude go, and as many
+    come with the largest `growth`.
 
-    Those that just went may come back, as in the paper of RigL (algorithm 1); they keep their value then. All others come at 0.
+    Those that just went may come back, as in the paper of RigL (algorithm 1); they keep their value
+    then. All others come at 0.
     """
     live = {
         key: z > 0
@@ -189,10 +204,12 @@ def regrow(
 def shrink_units(
     experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options
 ) -> Matrices:
-    """w <- max(0, 1 - rate * lambda * sqrt(n) / |w|) w for every unit w of n entries: the proximal step of lambda sqrt(n) |w|.
+    """w <- max(0, 1 - rate * lambda * sqrt(n) / |w|) w for every unit w of n entries: the proximal
+    step of lambda sqrt(n) |w|.
 
-    The step size is the learning rate, also under optimizers that scale every entry's update on its own: then lambda means what it does
-    for weight decay there (decoupled), and the zeros are as exact.
+    The step size is the learning rate, also under optimizers that scale every entry's update on its
+    own: then lambda means what it does for weight decay there (decoupled), and the zeros are as
+    exact.
     """
 
     def factor(rms: jax.Array) -> jax.Array:  # |w| / sqrt(n) is the root mean square

@@ -1,12 +1,14 @@
-"""Experts stored as their non-zero blocks, for inference: less memory, and on a CPU less time where few blocks are left.
+"""Experts stored as their non-zero blocks, for inference: less memory, and on a CPU less time where
+few blocks are left.
 
-The blocks of a column of b outputs lie below each other, so that the column is one product with the inputs that they meet:
+The blocks of a column of b outputs lie below each other, so that the column is one product with the
+inputs that they meet:
 
     values [E, J, n b, b]   n blocks for each of J columns of blocks, zeros where a column has fewer
     places [E, J, n]        the block of inputs that each is multiplied with
 
-w_in is taken as one matrix [D, P F]. `convert compact` writes this format (docs/sparse_weights.md has the measured crossover). It has no
-derivative, and its columns are not split over `model`.
+w_in is taken as one matrix [D, P F]. `convert compact` writes this format (docs/sparse_weights.md
+has the measured crossover). It has no derivative, and its columns are not split over `model`.
 Shapes: E experts, I inputs, O outputs, J = O / b, R rows, B rows at a time.
 """
 
@@ -30,7 +32,9 @@ NAMES = ("w_in", "w_out")
 def declare(
     options: Mapping[str, int], num_experts: int, outputs: Mapping[str, int]
 ) -> tuple[dict, dict]:
-    """(values, places) of `model.moe.sparse.stored`: {block, w_in, w_out}, the last two blocks of a column."""
+    """(values, places) of `model.moe.sparse.stored`: {block, w_in, w_out}, the last two blocks of a
+    column.
+    """
     b, values, places = options["block"], {}, {}
     for name in NAMES:
         shape = (num_experts, outputs[name] // b, options[name])
@@ -50,7 +54,9 @@ def used(matrix_EIO: np.ndarray, b: int) -> np.ndarray:
 
 
 def pack(matrix_EIO: np.ndarray, b: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values, places) of matrices whose columns have at most n blocks that are not zero; the order of inputs is kept."""
+    """(values, places) of matrices whose columns have at most n blocks that are not zero; the order
+    of inputs is kept.
+    """
     e, i, o = matrix_EIO.shape
     blocks = matrix_EIO.reshape(e, i // b, b, o // b, b).transpose(
         0, 3, 1, 2, 4
@@ -78,7 +84,9 @@ def product(x_BI: jax.Array, values_JKb: jax.Array, places_Jn: jax.Array) -> jax
 def experts(
     values: Mapping[str, jax.Array], places: Mapping[str, jax.Array], activation: str
 ) -> Callable[..., jax.Array]:
-    """The experts of this device as a function of grouped rows, as `grouped_matmul.expert_ffn` with whole matrices."""
+    """The experts of this device as a function of grouped rows, as `grouped_matmul.expert_ffn` with
+    whole matrices.
+    """
     act = ACTIVATIONS[activation]
 
     def run(x_RD, gate_R, start_e, size_e, block):

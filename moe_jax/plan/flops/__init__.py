@@ -1,13 +1,16 @@
-"""Parameters and FLOPs of a model, counted from its config; and the speed of this machine to compare with.
+"""Parameters and FLOPs of a model, counted from its config; and the speed of this machine to
+compare with.
 
-One multiply-add is 2 FLOPs. Counted are the matrix products: projections, attention scores, feed-forwards, experts,
-router, head. Left out are norms, softmaxes, rotary embeddings, activations, gates, gathers and the embedding's lookup,
-a few percent at any useful width. Attention is causal and counted so: the token at position i has i + 1 keys, (S + 1) /
-2 on average. (PaLM counts all S keys of every token.) Routed experts count as used, with the k experts of a token: what
-a dispatcher pads is not useful work, and what capacity drops still counts. A depth block counts in training for the C of
-S tokens that go through it, which attend to each other; its router for all.
+One multiply-add is 2 FLOPs. Counted are the matrix products: projections, attention scores,
+feed-forwards, experts, router, head. Left out are norms, softmaxes, rotary embeddings, activations,
+gates, gathers and the embedding's lookup, a few percent at any useful width. Attention is causal
+and counted so: the token at position i has i + 1 keys, (S + 1) / 2 on average. (PaLM counts all S
+keys of every token.) Routed experts count as used, with the k experts of a token: what a dispatcher
+pads is not useful work, and what capacity drops still counts. A depth block counts in training for
+the C of S tokens that go through it, which attend to each other; its router for all.
 
-Shapes: D model, F hidden, H query heads, G key-value heads, A head width, E experts, V vocabulary, S sequence.
+Shapes: D model, F hidden, H query heads, G key-value heads, A head width, E experts, V vocabulary,
+S sequence.
 """
 
 import math
@@ -29,9 +32,12 @@ PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilati
 
 
 class Counts(NamedTuple):
-    """Parameters by kind, over all layers; "body" is without embedding and head (Kaplan et al. 2020, arXiv:2001.08361).
+    """Parameters by kind, over all layers; "body" is without embedding and head (Kaplan et al.
 
-    Embedding and head count in `total` and in `active`, whole, although a token looks up one row of the embedding.
+    2020, arXiv:2001.08361).
+
+    Embedding and head count in `total` and in `active`, whole, although a token looks up one row of
+    the embedding.
     """
 
     embedding: int  # also the head where they are tied
@@ -51,7 +57,10 @@ class Counts(NamedTuple):
 
     @property
     def active(self) -> int:
-        """What one token uses: everything but the routed experts that it does not choose. It may skip depth blocks, which count whole."""
+        """What one token uses: everything but the routed experts that it does not choose.
+
+        It may skip depth blocks, which count whole.
+        """
         return sum(self) - self.experts
 
     @property
@@ -101,7 +110,9 @@ def parameters(cfg: ModelConfig) -> Counts:
 
 
 def feed_forward(cfg: ModelConfig, hidden: int) -> int:
-    """Parameters of a feed-forward of hidden width F: gate, up and out for SwiGLU, in and out for GELU."""
+    """Parameters of a feed-forward of hidden width F: gate, up and out for SwiGLU, in and out for
+    GELU.
+    """
     return (3 if cfg.activation == "swiglu" else 2) * cfg.d_model * hidden
 
 
@@ -121,23 +132,28 @@ def experts_per_token(moe: MoEConfig) -> float:
 
 
 def expert_rows(moe: MoEConfig, num_tokens: int) -> float:
-    """Rows that the routed experts compute for a sequence of so many tokens; slots are as many however long it is."""
+    """Rows that the routed experts compute for a sequence of so many tokens; slots are as many
+    however long it is.
+    """
     if moe.dispatcher == "slots":
         return moe.num_experts * moe.router_options["slots"] / moe.group_rows
     return experts_per_token(moe) * num_tokens
 
 
 def mixing(cfg: ModelConfig) -> int:
-    """Multiply-adds per token and layer of mixing tokens into slots and the slots' results into tokens."""
+    """Multiply-adds per token and layer of mixing tokens into slots and the slots' results into
+    tokens.
+    """
     slots = cfg.moe.router_options["slots"] if cfg.moe.dispatcher == "slots" else 0
     return 2 * cfg.moe.num_experts * slots * cfg.d_model
 
 
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
-    """FLOPs of the forward pass in training, per token of a row of `seq_len` tokens that attend to all tokens before them.
+    """FLOPs of the forward pass in training, per token of a row of `seq_len` tokens that attend to
+    all tokens before them.
 
-    A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only to themselves,
-    which needs fewer FLOPs than counted here.
+    A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only
+    to themselves, which needs fewer FLOPs than counted here.
     """
     if cfg.kind in kinds.FORWARD:
         return kinds.FORWARD[cfg.kind](cfg, seq_len, forward_per_token)
@@ -146,7 +162,9 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
 
     def over(kinds: tuple[str, ...], flops: Callable[[int], float]) -> int:
-        """FLOPs per token of all blocks of these kinds; `flops(T)` is what T tokens cost in one of them."""
+        """FLOPs per token of all blocks of these kinds; `flops(T)` is what T tokens cost in one of
+        them.
+        """
         of_row = sum(
             flops(chosen if kind.startswith(DEPTH) else seq_len)
             for kind in cfg.blocks
@@ -176,16 +194,20 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
 
 
 def train_per_token(cfg: ModelConfig, seq_len: int) -> int:
-    """FLOPs of a training step per token: forward, and twice that for the gradients of activations and of weights.
+    """FLOPs of a training step per token: forward, and twice that for the gradients of activations
+    and of weights.
 
-    What rematerialisation and micro-batches compute again is not counted, so this gives the *model* FLOPs utilization
-    (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B). The optimizer's arithmetic is not counted either.
+    What rematerialisation and micro-batches compute again is not counted, so this gives the *model*
+    FLOPs utilization (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B). The optimizer's
+    arithmetic is not counted either.
     """
     return 3 * forward_per_token(cfg, seq_len).total
 
 
 def mfu(tokens_per_second: float, cfg: ModelConfig, seq_len: int, peak: float) -> float:
-    """Model FLOPs utilization: the useful FLOP/s of training over `peak`. Both are those of *all* devices of the run.
+    """Model FLOPs utilization: the useful FLOP/s of training over `peak`.
+
+    Both are those of *all* devices of the run.
 
     Raises ValueError for a peak that is not positive.
     """
@@ -195,12 +217,14 @@ def mfu(tokens_per_second: float, cfg: ModelConfig, seq_len: int, peak: float) -
 
 
 def measure_peak(dtype: str) -> float:
-    """FLOP/s of a square matrix product on all the devices of this process together: measured, not from a data sheet.
+    """FLOP/s of a square matrix product on all the devices of this process together: measured, not
+    from a data sheet.
 
-    Every device of the mesh (without a mesh: every device) that belongs to this process multiplies matrices of its own
-    at the same time, so simulated devices that share cores are measured together. The best of a few runs, within about
-    0.3 s after compilation; it differs from call to call as the machine does. In a run of several processes every one
-    measures its own devices: the peak of the run is the sum.
+    Every device of the mesh (without a mesh: every device) that belongs to this process multiplies
+    matrices of its own at the same time, so simulated devices that share cores are measured
+    together. The best of a few runs, within about 0.3 s after compilation; it differs from call to
+    call as the machine does. In a run of several processes every one measures its own devices: the
+    peak of the run is the sum.
     """
     mesh = jax.sharding.get_mesh()
     devices = jax.local_devices() if mesh.empty else mesh.local_devices
@@ -212,7 +236,9 @@ def measure_peak(dtype: str) -> float:
 
 
 def _matrices(dtype: str, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
-    """Two arrays [devices, M, M], one matrix on every device: signs, and signs scaled to keep products near 1."""
+    """Two arrays [devices, M, M], one matrix on every device: signs, and signs scaled to keep
+    products near 1.
+    """
     size = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
     split = jax.NamedSharding(mesh, jax.P("device"))
     signs = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (2, size, size))

@@ -1,7 +1,9 @@
-"""Parameters and FLOPs of the models that are no decoder, from what a decoder with the same blocks has.
+"""Parameters and FLOPs of the models that are no decoder, from what a decoder with the same blocks
+has.
 
-A token is a place of a row, as in the data: of an encoder-decoder a place of the target, with a place of the source beside it; of mmoe
-one of the L input features. What a row computes once (a head, a tower) is divided by its places.
+A token is a place of a row, as in the data: of an encoder-decoder a place of the target, with a
+place of the source beside it; of mmoe one of the L input features. What a row computes once (a
+head, a tower) is divided by its places.
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ Decoder = Callable[..., Any]  # flops.parameters, or flops.forward_per_token, of
 
 
 def as_decoder(cfg: ModelConfig, part: str = "") -> ModelConfig:
-    """The blocks of a model, or the `part` of them that its options name "encoder_...", as those of a decoder."""
+    """The blocks of a model, or the `part` of them that its options name "encoder_...", as those of
+    a decoder.
+    """
     names = ("prefix", "period", "repeats", "suffix") if part else ()
     own = {name: cfg.kind_options[f"{part}{name}"] for name in names}
     return dataclasses.replace(cfg, kind="decoder", **own)
@@ -41,7 +45,9 @@ def encoder_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def full(cfg: ModelConfig, num_keys: int) -> int:
-    """FLOPs of scores and of weights times values, of a query that sees all keys, over the blocks (depth blocks counted whole)."""
+    """FLOPs of scores and of weights times values, of a query that sees all keys, over the blocks
+    (depth blocks counted whole).
+    """
     return len(cfg.blocks) * 4 * cfg.num_heads * cfg.head_dim * num_keys
 
 

@@ -1,7 +1,9 @@
-"""Texts with a label: sentiment, word senses, sections of packages, intents; and any such set of TFDS.
+"""Texts with a label: sentiment, word senses, sections of packages, intents; and any such set of
+TFDS.
 
-Held out is the test part of a set that has one (banking77, TFDS), else one text in `heldout_every` by a hash of its words, so equal
-texts are never on both sides; of a Debian package by its longest sentence, which the packages of one source share.
+Held out is the test part of a set that has one (banking77, TFDS), else one text in `heldout_every`
+by a hash of its words, so equal texts are never on both sides; of a Debian package by its longest
+sentence, which the packages of one source share.
 """
 
 import csv
@@ -43,7 +45,9 @@ def _vader(folder: str) -> Iterator[list[str]]:
 
 
 def read_vader(folder: str) -> Iterator[Text]:
-    """Sentiment of sentences in four domains (Hutto & Gilbert 2014): positive or negative, those rated within +-0.5 left out."""
+    """Sentiment of sentences in four domains (Hutto & Gilbert 2014): positive or negative, those
+    rated within +-0.5 left out.
+    """
     for domain, cell, text in _vader(folder):
         valence = _valence(cell)
         if valence is None:
@@ -87,7 +91,10 @@ def read_debian(folder: str) -> Iterator[Text]:
 
 
 def read_banking77(folder: str) -> Iterator[Text]:
-    """Questions to a bank, 77 intents (Casanueva et al. 2020), with their own test part; a training text that is in it is left out."""
+    """Questions to a bank, 77 intents (Casanueva et al.
+
+    2020), with their own test part; a training text that is in it is left out.
+    """
     tested: set[bytes] = set()
     for split, name in (("heldout", "banking77_test.csv.gz"), ("train", "banking77_train.csv.gz")):
         path = str(files.find(folder, KIND, name, "banking77"))
@@ -100,14 +107,17 @@ def read_banking77(folder: str) -> Iterator[Text]:
 
 
 def _csv(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The named columns of a table with commas, "" where a row ends before; UserError for a table that lacks them or is damaged."""
+    """The named columns of a table with commas, "" where a row ends before; UserError for a table
+    that lacks them or is damaged.
+    """
     with readable(path), open_text(path) as file:
         reader = csv.DictReader(file)
         try:
             there = reader.fieldnames or ()
             if not set(columns) <= set(there):
                 raise UserError(
-                    f"{path} must have the columns {', '.join(columns)}; its first line has {', '.join(there)}"
+                    f"{path} must have the columns {', '.join(columns)}; its first line has "
+                    f"{', '.join(there)}"
                 )
             for row in reader:
                 yield tuple(
@@ -159,11 +169,13 @@ def open_classification(
     seed: int,
     select: bool = False,
 ) -> Examples:
-    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledTokens`; `about` is `examples.Classes`.
+    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledTokens`; `about` is
+    `examples.Classes`.
 
-    `tokens` is a tokenizer ("bytes", "bpe:N", trained on the training texts alone). A text of more than seq_len - 1 tokens is cut.
-    `select` is for choosing settings: the held-out texts are left out, and one training text in `heldout_every` takes their place.
-    Without it `heldout_every` is not for sets with a test part. `seed` decides nothing here: the same rows for every run.
+    `tokens` is a tokenizer ("bytes", "bpe:N", trained on the training texts alone). A text of more
+    than seq_len - 1 tokens is cut. `select` is for choosing settings: the held-out texts are left
+    out, and one training text in `heldout_every` takes their place. Without it `heldout_every` is
+    not for sets with a test part. `seed` decides nothing here: the same rows for every run.
     """
     if not name.startswith(tfds_examples.PREFIX) and name not in DATASETS:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
@@ -205,7 +217,9 @@ def labelled(parts: dict[str, list[Text]]) -> tuple[dict[str, list[Text]], tuple
 
 
 def selection(train: list[Text], every: int) -> dict[str, list[Text]]:
-    """The training texts alone, as two splits: one in `every` is held out, by a hash that no test part is chosen by."""
+    """The training texts alone, as two splits: one in `every` is held out, by a hash that no test
+    part is chosen by.
+    """
     parts: dict[str, list[Text]] = {"train": [], "heldout": []}
     for text in train:
         chosen = is_heldout(b"selection " + text.key, every)

@@ -1,4 +1,6 @@
-"""Baselines of text classification: the most frequent label, and a linear SVM on TF-IDF of words and pairs of words."""
+"""Baselines of text classification: the most frequent label, and a linear SVM on TF-IDF of words
+and pairs of words.
+"""
 
 from collections.abc import Sequence
 

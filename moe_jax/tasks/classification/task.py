@@ -1,4 +1,7 @@
-"""Text classification: sentiment, word senses, sections, intents. A bidirectional encoder reads the text, a head its pooled output."""
+"""Text classification: sentiment, word senses, sections, intents.
+
+A bidirectional encoder reads the text, a head its pooled output.
+"""
 
 from moe_jax.data.examples import Examples, LabelledTokens
 from moe_jax.schema.config import Config

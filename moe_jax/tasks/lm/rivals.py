@@ -8,7 +8,8 @@ from moe_jax.data.load import Dataset
 
 
 def compression_bits_per_byte(train_bytes: bytes, heldout_bytes: bytes) -> dict[str, float]:
-    """Bits per held-out byte of gzip -9 and xz -9, which have the training text of the same domain before them.
+    """Bits per held-out byte of gzip -9 and xz -9, which have the training text of the same domain
+    before them.
 
     It is the growth of the compressed size when the held-out text is appended to the training text.
     """
@@ -22,7 +23,8 @@ def _gzip(data: bytes) -> int:
 
 
 def _xz(data: bytes) -> int:
-    # The dictionary of -9 is 64 MB, for which it takes 674 MB of memory; one that holds the data packs it just as well.
+    # The dictionary of -9 is 64 MB, for which it takes 674 MB of memory; one that holds the data
+    # packs it just as well.
     dictionary = max(1 << 16, 1 << (len(data) - 1).bit_length()) if data else 1 << 16
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(dictionary, 1 << 26)}]
     return len(lzma.compress(data, filters=filters))

@@ -26,7 +26,9 @@ MOST_BYTES = 4_000_000  # of a domain's text that the compressors read
 
 
 class Inputs(NamedTuple):
-    """A batch (arrays or their specs), all int32 and sharded over rows; segment 0 and target 0 where there is padding."""
+    """A batch (arrays or their specs), all int32 and sharded over rows; segment 0 and target 0
+    where there is padding.
+    """
 
     tokens_BS: Any
     targets_BS: Any
@@ -34,7 +36,8 @@ class Inputs(NamedTuple):
     position_BS: Any
     domain_BS: Any
     row_B: Any
-    # What instruments tell the MoE layers, for all M blocks of the model (moe/probe.py); () = nothing.
+    # What instruments tell the MoE layers, for all M blocks of the model (moe/probe.py); () =
+    # nothing.
     recorded: Any = ()  # (experts, gates) [B, M, S, K] of a recording
     removed_BME: Any = ()  # experts whose assignments go nowhere
     barred_BME: Any = ()  # experts that the router must go round
@@ -54,7 +57,10 @@ def _seen(batch: Inputs, record: Mapping[str, Any]) -> ModelBatch:
 
 
 def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
-    """-log p(target) in nats, [B, S]. Written so that a vocabulary split over `model` is reduced, never gathered."""
+    """-log p(target) in nats, [B, S].
+
+    Written so that a vocabulary split over `model` is reduced, never gathered.
+    """
     place = jax.typeof(logits_BSV).sharding
     hit_BSV = (
         jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=place)
@@ -72,7 +78,10 @@ def losses(model: Callable, batch: Inputs, rng: jax.Array, train: bool) -> Losse
 def record(
     model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The routing of each token, {"expert", "gate", "dropped": [L, B, S, K]}, as `wanted` says: probe.ROUTING or probe.INPUTS."""
+    """The routing of each token, {"expert", "gate", "dropped":
+
+    [L, B, S, K]}, as `wanted` says: probe.ROUTING or probe.INPUTS.
+    """
     return probe.split(model(_seen(batch, wanted), rng, train)[1])[1]
 
 
@@ -81,7 +90,8 @@ def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
     bytes_V = np.zeros(found.outputs.shape[-1], np.int32)
     bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
     best_BS = jnp.argmax(found.outputs, -1)
-    # By a tokenizer that changes the text, ids stand for other bytes than were read: count those that were, as gzip does.
+    # By a tokenizer that changes the text, ids stand for other bytes than were read: count those
+    # that were, as gzip does.
     scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, found.nll.dtype)
     text_BS = (
         jnp.asarray(bytes_V)
@@ -102,7 +112,9 @@ def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
 
 
 def summary(total: Mapping[str, Any], data: Dataset) -> dict[str, float]:
-    """ "loss" (nats per token), "accuracy", "bits_per_byte" (mean over domains), "domain/NAME/...": a domain without rows is left out."""
+    """ "loss" (nats per token), "accuracy", "bits_per_byte" (mean over domains), "domain/NAME/...":
+    a domain without rows is left out.
+    """
     tokens = max(total["tokens"].sum(), 1)
     result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
     bits = total["nll"] / math.log(2) / np.maximum(total["bytes"], 1)
@@ -132,13 +144,15 @@ def open_data(cfg: Config) -> Dataset:
     if dataset.tokenizer.vocab_size > cfg.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of the data "
-            f"({dataset.tokenizer.vocab_size}, tokenizer {dataset.tokenizer.name}): raise model.vocab_size"
+            f"({dataset.tokenizer.vocab_size}, tokenizer {dataset.tokenizer.name}): raise "
+            "model.vocab_size"
         )
     return dataset
 
 
 def finish(cfg: Config, trained: Trained, data: Dataset, workdir: Path) -> dict[str, Any]:
-    """Writes predictions.jsonl: how well each row of the last evaluation was predicted, which costs no second pass.
+    """Writes predictions.jsonl: how well each row of the last evaluation was predicted, which costs
+    no second pass.
 
     Text that the model writes is for `python -m moe_jax generate`.
     """
@@ -170,7 +184,9 @@ def _of_rows(rows: Mapping[str, np.ndarray], data: Dataset, size: int) -> Iterat
 
 
 def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Held-out bits per byte of each domain, beside compressors that have read the same training text."""
+    """Held-out bits per byte of each domain, beside compressors that have read the same training
+    text.
+    """
     from moe_jax.tasks.lm.rivals import compression_table
 
     rivals = compression_table(data, smoke.RIVAL_BYTES if cfg.smoke else MOST_BYTES)
@@ -190,9 +206,11 @@ def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, d
 
 
 def random(cfg: Config, step: int) -> Inputs:
-    """Two documents in each row, cut at random, and up to three places of padding at the end of every other row.
+    """Two documents in each row, cut at random, and up to three places of padding at the end of
+    every other row.
 
-    Documents begin with different tokens, for two equal beginnings tie: where experts choose among tokens, rounding would decide.
+    Documents begin with different tokens, for two equal beginnings tie: where experts choose among
+    tokens, rounding would decide.
     """
     rng = np.random.default_rng([cfg.seed, step])
     num, length = cfg.train.batch_size, cfg.data.seq_len

@@ -1,8 +1,9 @@
 """Baskets of users with implicit feedback: packages and what they depend on; MovieLens of TFDS.
 
-Users are split, not baskets, and held-out users are strangers to the model ("strong generalisation", as in Liang et al. 2018,
-arXiv:1802.05814): of a held-out user's items four in five, drawn at random but always the same, are shown and the others are to be found.
-One user in `heldout_every` is held out, by a hash of the set of items, so equal users are on the same side.
+Users are split, not baskets, and held-out users are strangers to the model ("strong
+generalisation", as in Liang et al. 2018, arXiv:1802.05814): of a held-out user's items four in
+five, drawn at random but always the same, are shown and the others are to be found. One user in
+`heldout_every` is held out, by a hash of the set of items, so equal users are on the same side.
 """
 
 import zlib
@@ -45,12 +46,15 @@ DATASETS: dict[str, tuple[Callable[[str], Interactions], Callable[[str], str]]] 
 
 
 def read_tfds(spec: str) -> Interactions:
-    """A set of ratings with user_id, movie_id and user_rating, such as tfds:movielens/1m-ratings; ratings of LIKED or more count."""
+    """A set of ratings with user_id, movie_id and user_rating, such as tfds:movielens/1m-ratings;
+    ratings of LIKED or more count.
+    """
     stored = tfds_examples.open_stored(spec)
     missing = sorted({"user_id", "movie_id", "user_rating"} - set(stored.features))
     if missing:
         raise UserError(
-            f"dataset {stored.name} has no feature {', '.join(missing)}: name the ratings of a MovieLens set"
+            f"dataset {stored.name} has no feature {', '.join(missing)}: name the ratings of a "
+            "MovieLens set"
         )
     users: dict[str, list[str]] = {}
     for record in stored.records("train", stored.split):
@@ -60,7 +64,9 @@ def read_tfds(spec: str) -> Interactions:
 
 
 def filtered(users: Interactions, min_items: int, min_users: int) -> dict[str, list[str]]:
-    """Items of at least `min_users` users, then users with at least `min_items` of these; each item of a user once."""
+    """Items of at least `min_users` users, then users with at least `min_items` of these; each item
+    of a user once.
+    """
     count = Counter(item for items in users.values() for item in set(items))
     kept = {
         user: [i for i in dict.fromkeys(items) if count[i] >= min_users]
@@ -80,12 +86,15 @@ def open_recommendation(
     heldout_every: int,
     seed: int,
 ) -> Examples:
-    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.Baskets` of L = seq_len places; `about` is `examples.Market`.
+    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.Baskets` of L = seq_len places;
+    `about` is `examples.Market`.
 
-    A training user's items are its targets too: the task hides some of them from the model. Of a list longer than seq_len a fixed random
-    part is taken; to find a held-out user's items all of them must have a place. `seed` decides nothing: the same rows for every run.
-    Packages are numbered with the libraries first; items of TFDS by popularity, of which the `most_items` first are kept, because how many
-    pass the filters is not known before the set is read. So the first items may be a task of their own.
+    A training user's items are its targets too: the task hides some of them from the model. Of a
+    list longer than seq_len a fixed random part is taken; to find a held-out user's items all of
+    them must have a place. `seed` decides nothing: the same rows for every run. Packages are
+    numbered with the libraries first; items of TFDS by popularity, of which the `most_items` first
+    are kept, because how many pass the filters is not known before the set is read. So the first
+    items may be a task of their own.
     """
     if name.startswith(tfds_examples.PREFIX):
         users, domain_of, domains = read_tfds(name), lambda user: name, (name,)
@@ -117,7 +126,8 @@ def open_recommendation(
         ].append(user)
     if not all(parts.values()):
         raise UserError(
-            f"{name} has {len(users)} users with at least {min_items} items: too few to hold out one in {heldout_every}"
+            f"{name} has {len(users)} users with at least {min_items} items: too few to hold out "
+            f"one in {heldout_every}"
         )
     shown = {user: divided(user, baskets[user]) for user in parts["heldout"]}
     train = [baskets[user] for user in parts["train"]]
@@ -146,7 +156,9 @@ def popular_first(users: Interactions) -> list[str]:
 
 
 def divided(user: str, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(shown, to be found): a random order decided by the user's name, at least one item in each part."""
+    """(shown, to be found): a random order decided by the user's name, at least one item in each
+    part.
+    """
     order = np.random.default_rng(zlib.crc32(user.encode("utf-8"))).permutation(len(items))
     most = min(max(1, round(SHOWN * len(items))), len(items) - 1)
     return items[order[:most]], items[order[most:]]
@@ -158,7 +170,8 @@ def _rows(
     longest = max(map(len, market.wanted))
     if longest > seq_len:
         raise UserError(
-            f"data.seq_len = {seq_len} is too short for {name}: a user has {longest} items to be found; set at least that"
+            f"data.seq_len = {seq_len} is too short for {name}: a user has {longest} items to be "
+            "found; set at least that"
         )
     shuffled = [divided(str(i), items) for i, items in enumerate(market.train)]
     train = examples.ragged([np.concatenate(both) for both in shuffled])
@@ -191,7 +204,8 @@ def _rows(
         fingerprint=examples.fingerprint([name, seq_len, market.items, domains], arrays),
         about=market,
         notes=(
-            f"{cut} of {len(market.train)} training users have more than {seq_len} items, which are cut",
+            f"{cut} of {len(market.train)} training users have more than {seq_len} items, which "
+            "are cut",
         )
         if cut
         else (),

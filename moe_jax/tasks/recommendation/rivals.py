@@ -1,4 +1,5 @@
-"""Baselines of recommendation: the most popular items, and item-based nearest neighbours (Sarwar et al. 2001), tuned on training users.
+"""Baselines of recommendation: the most popular items, and item-based nearest neighbours (Sarwar et
+al. 2001), tuned on training users.
 
 Shapes: U users, I items.
 """
@@ -20,7 +21,9 @@ TUNED_ON = 10  # one training user in so many
 
 
 def table(data: Examples, tune: bool = True) -> Table:
-    """Recall and NDCG at 20 of held-out users; without `tune` by the first of the settings, for that takes most of the time."""
+    """Recall and NDCG at 20 of held-out users; without `tune` by the first of the settings, for
+    that takes most of the time.
+    """
     market = data.about
     num = len(market.items)
     train = matrix(market.train, num)
@@ -52,7 +55,9 @@ def matrix(lists: Sequence[np.ndarray], num_items: int) -> Any:
 
 
 def similarity(train: Any, neighbours: int, shrinkage: float) -> Any:
-    """Sparse [I, I]: of each item (column) its `neighbours` most similar others, users in common / (|i| |j| + shrinkage)."""
+    """Sparse [I, I]: of each item (column) its `neighbours` most similar others, users in common /
+    (|i| |j| + shrinkage).
+    """
     from scipy.sparse import csc_array, hstack
 
     norm_I = np.sqrt(np.asarray(train.sum(0)).reshape(-1))
@@ -70,7 +75,9 @@ def similarity(train: Any, neighbours: int, shrinkage: float) -> Any:
 
 
 def tuned(lists: Sequence[np.ndarray], num_items: int) -> tuple[int, float]:
-    """(neighbours, shrinkage) with the best NDCG on one training user in TUNED_ON, who is left out of the counts."""
+    """(neighbours, shrinkage) with the best NDCG on one training user in TUNED_ON, who is left out
+    of the counts.
+    """
     asked = [divided(str(i), items) for i, items in enumerate(lists) if i % TUNED_ON == 0]
     train = matrix([items for i, items in enumerate(lists) if i % TUNED_ON], num_items)
     seen, wanted = zip(*asked)
@@ -89,7 +96,9 @@ def tuned(lists: Sequence[np.ndarray], num_items: int) -> tuple[int, float]:
 def judged(
     score: Any, seen: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_items: int
 ) -> dict[str, float | str]:
-    """Mean figures of users, of scores [u, I] of a function of sparse [u, I] of seen items, which are not recommended again."""
+    """Mean figures of users, of scores [u, I] of a function of sparse [u, I] of seen items, which
+    are not recommended again.
+    """
     found = []
     for start in range(0, len(seen), BLOCK):
         some = slice(start, start + BLOCK)
@@ -101,7 +110,10 @@ def judged(
 
 
 def ranking(scores_UI: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
-    """[2, U]: recall and NDCG of the CUT highest scores (Liang et al. 2018, section 4.1): hits / min(CUT, wanted items); binary gains."""
+    """[2, U]: recall and NDCG of the CUT highest scores (Liang et al.
+
+    2018, section 4.1): hits / min(CUT, wanted items); binary gains.
+    """
     order_UC = np.argsort(-scores_UI, axis=1, kind="stable")[:, :CUT]
     hit_UC = np.array([np.isin(order, items) for order, items in zip(order_UC, wanted)])
     gain_C = 1 / np.log2(np.arange(2, CUT + 2))

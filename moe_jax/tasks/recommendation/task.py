@@ -1,7 +1,8 @@
-"""Recommendation from implicit feedback: which further items a user will take, given some (Liang et al. 2018, arXiv:1802.05814).
+"""Recommendation from implicit feedback: which further items a user will take, given some (Liang et
+al. 2018, arXiv:1802.05814).
 
-Training predicts all items of a user from those that the model's input dropout leaves; held-out users are strangers, of whom some items
-are shown and the others are to be found.
+Training predicts all items of a user from those that the model's input dropout leaves; held-out
+users are strangers, of whom some items are shown and the others are to be found.
 
 Shapes: B rows (users), L items of a row, I items in all, Z domains, C = 20 items recommended.
 """
@@ -44,8 +45,10 @@ def open_data(cfg: Config) -> Examples:
         library = sum(name.startswith("lib") for name in data.about.items)
         first = library if 0 < library < num else max(num // 5, 1)  # every task must have an item
         raise UserError(
-            f"model.kinds.mmoe.items {of_tasks} and model.vocab_size ({cfg.model.vocab_size}) do not fit the {num} items of {data.spec}: "
-            f"the items of all tasks must be {num}, as in ({first}, {num - first}), and model.vocab_size at least that"
+            f"model.kinds.mmoe.items {of_tasks} and model.vocab_size ({cfg.model.vocab_size}) do "
+            f"not fit the {num} items of {data.spec}: "
+            f"the items of all tasks must be {num}, as in ({first}, {num - first}), and "
+            "model.vocab_size at least that"
         )
     return data
 
@@ -105,7 +108,9 @@ def evaluate(found: Losses, batch: Baskets, data: Examples) -> dict[str, Any]:
 
 
 def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
-    """ "loss" (nats per item to be found), "recall@20" and "ndcg@20" (means over users), "domain/NAME/ndcg@20"."""
+    """ "loss" (nats per item to be found), "recall@20" and "ndcg@20" (means over users),
+    "domain/NAME/ndcg@20".
+    """
     users = max(total["users"].sum(), 1)
     result = {
         "loss": total["nll"].sum() / max(total["tokens"].sum(), 1),
@@ -124,7 +129,9 @@ def headline(figures: Mapping[str, Any]) -> str:
 
 
 def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
-    """Writes predictions.jsonl: of each held-out user the items shown, those to be found, and the 20 recommended, best first."""
+    """Writes predictions.jsonl: of each held-out user the items shown, those to be found, and the
+    20 recommended, best first.
+    """
 
     def ask(model, batch):
         return best(scores(model, batch, jax.random.key(0), False)[0], batch)

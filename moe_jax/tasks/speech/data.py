@@ -1,8 +1,8 @@
 """Spoken digits as log-mel frames: the Free Spoken Digit Dataset (FSDD), 8 kHz, six speakers.
 
-Its own rule: recordings 0 to 4 of each digit and speaker are the test part, all others are for training. Frames are computed by
-kaldi-native-fbank (25 ms every 10 ms); `stack` of them side by side are one place of a row. Shapes: N recordings, F frames, M mel
-bins, S places, P = stack M.
+Its own rule: recordings 0 to 4 of each digit and speaker are the test part, all others are for
+training. Frames are computed by kaldi-native-fbank (25 ms every 10 ms); `stack` of them side by
+side are one place of a row. Shapes: N recordings, F frames, M mel bins, S places, P = stack M.
 """
 
 import io
@@ -35,7 +35,9 @@ class Recording(NamedTuple):
 
 
 def read_fsdd(folder: str) -> list[Recording]:
-    """The recordings of fsdd_900.tar.gz, or of a folder `recordings` of wav files, in the order of their names."""
+    """The recordings of fsdd_900.tar.gz, or of a folder `recordings` of wav files, in the order of
+    their names.
+    """
     try:
         path = files.find(folder, KIND, "recordings", "fsdd")
     except UserError:
@@ -44,7 +46,8 @@ def read_fsdd(folder: str) -> list[Recording]:
     recordings = [_recording(name, found[name]) for name in sorted(found) if NAME.fullmatch(name)]
     if {recording.heldout for recording in recordings} != {True, False}:
         raise UserError(
-            f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and above"
+            f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and "
+            "above"
         )
     return recordings
 
@@ -88,17 +91,20 @@ def open_speech(
     noise: float,
     seed: int,
 ) -> Examples:
-    """Opens a key of DATASETS as rows `examples.LabelledVectors` of `stack` frames each; the domain is the speaker.
+    """Opens a key of DATASETS as rows `examples.LabelledVectors` of `stack` frames each; the domain
+    is the speaker.
 
-    Each mel bin is standardised over the training frames. A recording of more than seq_len * stack frames is cut. The training part
-    holds `copies` of each recording: the first as it is, the others resampled to 1 / (1 +- `tempo`) of their length and with Gaussian
-    noise of up to `noise` of their root mean square, as `seed` decides.
+    Each mel bin is standardised over the training frames. A recording of more than seq_len * stack
+    frames is cut. The training part holds `copies` of each recording: the first as it is, the
+    others resampled to 1 / (1 +- `tempo`) of their length and with Gaussian noise of up to `noise`
+    of their root mean square, as `seed` decides.
     """
     if name not in DATASETS:
         raise files.unknown(KIND, name, list(DATASETS))
     if not 0 <= tempo < 1:
         raise UserError(
-            f"tempo = {tempo} must be at least 0 and below 1: 0.1 changes the length by up to a tenth"
+            f"tempo = {tempo} must be at least 0 and below 1: 0.1 changes the length by up to a "
+            "tenth"
         )
     found = DATASETS[name](folder)
     random = np.random.default_rng((seed, 2))

@@ -1,8 +1,10 @@
-"""Pairs of sentences: the Bible in English and Spanish, Debian's descriptions in English and German, French, Italian; WMT of TFDS.
+"""Pairs of sentences: the Bible in English and Spanish, Debian's descriptions in English and
+German, French, Italian; WMT of TFDS.
 
-One pair in `heldout_every` is held out, by a hash of the words of its source; of the Bible whole chapters are, because neighbouring
-verses repeat each other; of a TFDS set its own test or validation part is. A training pair whose source is also held out is left out, so
-equal sources are never on both sides. One tokenizer serves both languages.
+One pair in `heldout_every` is held out, by a hash of the words of its source; of the Bible whole
+chapters are, because neighbouring verses repeat each other; of a TFDS set its own test or
+validation part is. A training pair whose source is also held out is left out, so equal sources are
+never on both sides. One tokenizer serves both languages.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,7 +67,9 @@ DATASETS = {
 
 
 def _tfds(spec: str) -> Parallel:
-    """A set of pairs of TFDS, `tfds:wmt16_translate/de-en#en-de`: after the # source and target (default: as the set names them)."""
+    """A set of pairs of TFDS, `tfds:wmt16_translate/de-en#en-de`: after the # source and target
+    (default: as the set names them).
+    """
     from moe_jax.data.tfds_import import tfds
 
     stored = tfds_examples.open_stored(spec)
@@ -75,7 +79,8 @@ def _tfds(spec: str) -> Parallel:
     if len(wanted) != 2 or not set(wanted) <= set(there):
         asked = f"#{stored.field}" if stored.field else "no languages"
         raise UserError(
-            f"dataset {stored.name} has texts in {', '.join(there)}; {asked} named: give #SOURCE-TARGET"
+            f"dataset {stored.name} has texts in {', '.join(there)}; {asked} named: give "
+            "#SOURCE-TARGET"
         )
     source, target = wanted
 
@@ -96,10 +101,12 @@ def open_translation(
     heldout_every: int,
     seed: int,
 ) -> Examples:
-    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.SourceTarget`, or with `prefix` `examples.PrefixTarget`.
+    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.SourceTarget`, or with `prefix`
+    `examples.PrefixTarget`.
 
-    The tokenizer is a BPE of `vocab_size` ids, trained on both sides of the training part. Training pairs of which a side (or, with
-    `prefix`, the whole) is longer than seq_len are left out; held-out ones are cut. `about` is `examples.Pairs`. `seed` decides nothing.
+    The tokenizer is a BPE of `vocab_size` ids, trained on both sides of the training part. Training
+    pairs of which a side (or, with `prefix`, the whole) is longer than seq_len are left out;
+    held-out ones are cut. `about` is `examples.Pairs`. `seed` decides nothing.
     """
     if name.startswith(tfds_examples.PREFIX):
         source, target, read = _tfds(name)
@@ -111,7 +118,8 @@ def open_translation(
     for part, pairs in parts.items():
         if not pairs:
             raise UserError(f"{name} has no {part} pair: lower heldout_every ({heldout_every})")
-    # A sample of every n-th text would be of one language for an even n, so a pair is one text here.
+    # A sample of every n-th text would be of one language for an even n, so a pair is one text
+    # here.
     tokens = vocabulary.make(
         f"bpe:{vocab_size}", [f"{pair.source}\n{pair.target}" for pair in parts["train"]]
     )
@@ -170,7 +178,8 @@ def _rows(
     notes = (
         (
             left,
-            f"{left} of {len(fits)} training pairs do not fit into {seq_len} tokens and are left out",
+            f"{left} of {len(fits)} training pairs do not fit into {seq_len} tokens and are left "
+            "out",
         ),
         (cut, f"{cut} of {len(parts['heldout'])} held-out pairs are cut"),
     )
@@ -213,7 +222,9 @@ def _two_rows(pairs: Ids, seq_len: int, tokens: Tokenizer) -> tuple[Ragged, Ragg
 
 
 def _one_row(pairs: Ids, seq_len: int, tokens: Tokenizer) -> tuple[Ragged, Ragged]:
-    """(prefixes' lengths, boundary source boundary target boundary); a source that is cut leaves half of the row."""
+    """(prefixes' lengths, boundary source boundary target boundary); a source that is cut leaves
+    half of the row.
+    """
     end = np.array([tokens.boundary_id], tokens.dtype)
     joined, lengths = [], []
     for source, target in pairs:

@@ -1,4 +1,6 @@
-"""The baseline of translation: the target of the training pair whose source is nearest, by cosine of TF-IDF of words and pairs of words."""
+"""The baseline of translation: the target of the training pair whose source is nearest, by cosine
+of TF-IDF of words and pairs of words.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,9 @@ BLOCK = 256  # held-out sentences compared at once
 
 
 def table(data: Examples) -> Table:
-    """sacreBLEU and chrF of the nearest neighbour, and of giving the source back untranslated, on all held-out pairs."""
+    """sacreBLEU and chrF of the nearest neighbour, and of giving the source back untranslated, on
+    all held-out pairs.
+    """
     raw = data.about.raw
     sources, targets = raw["heldout"]
     found = nearest(raw["train"][0], sources)

@@ -1,4 +1,5 @@
-"""Machine translation: an encoder-decoder, or a decoder that has the source as the prefix of its row; greedy decoding, sacreBLEU.
+"""Machine translation: an encoder-decoder, or a decoder that has the source as the prefix of its
+row; greedy decoding, sacreBLEU.
 
 Shapes: B rows, S places, V vocabulary, Z domains.
 """
@@ -42,7 +43,8 @@ def open_data(cfg: Config, prefix: bool) -> Examples:
     )
     if data.about.tokenizer.vocab_size > cfg.model.vocab_size:
         raise UserError(
-            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of {data.spec} "
+            f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of "
+            f"{data.spec} "
             f"({data.about.tokenizer.vocab_size}): raise it"
         )
     return data
@@ -87,7 +89,9 @@ def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
 
 
 def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
-    """ "loss" (nats per token of the target), "accuracy" (of the next token, the true ones before it given), "domain/NAME/loss"."""
+    """ "loss" (nats per token of the target), "accuracy" (of the next token, the true ones before it
+    given), "domain/NAME/loss".
+    """
     tokens = max(total["tokens"].sum(), 1)
     result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
     for name, nll, number in zip(data.domains, total["nll"], total["tokens"], strict=True):

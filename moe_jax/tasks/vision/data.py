@@ -1,7 +1,8 @@
 """Images cut into patches: scikit-learn's digits, Fashion-MNIST, and image sets of TFDS.
 
-Held out is the test part of a set that has one, else one image in `heldout_every` by a hash of its pixels. Shapes: N images of H x W
-pixels with C channels; a row has S = (H / p) (W / p) patches of P = p p C values, patches and pixels from left to right, top to bottom.
+Held out is the test part of a set that has one, else one image in `heldout_every` by a hash of its
+pixels. Shapes: N images of H x W pixels with C channels; a row has S = (H / p) (W / p) patches of P
+= p p C values, patches and pixels from left to right, top to bottom.
 """
 
 import gzip
@@ -45,7 +46,9 @@ class Images(NamedTuple):
 
 
 def read_digits(folder: str, heldout_every: int) -> Images:
-    """1,797 handwritten digits of 8 x 8 pixels, which scikit-learn has in its package (UCI, Alpaydin & Kaynak 1998)."""
+    """1,797 handwritten digits of 8 x 8 pixels, which scikit-learn has in its package (UCI,
+    Alpaydin & Kaynak 1998).
+    """
     from sklearn.datasets import load_digits
 
     found: Any = load_digits()
@@ -55,7 +58,10 @@ def read_digits(folder: str, heldout_every: int) -> Images:
 
 
 def read_fashion_mnist(folder: str, heldout_every: int) -> Images:
-    """60,000 + 10,000 photographs of clothes, 28 x 28 (Xiao et al. 2017), as its four idx files, with its own test part."""
+    """60,000 + 10,000 photographs of clothes, 28 x 28 (Xiao et al.
+
+    2017), as its four idx files, with its own test part.
+    """
     parts = [_fashion(folder, part) for part in ("train", "t10k")]
     pixels, label = (np.concatenate(arrays) for arrays in zip(*parts))
     heldout = np.arange(len(pixels)) >= len(parts[0][0])
@@ -63,12 +69,15 @@ def read_fashion_mnist(folder: str, heldout_every: int) -> Images:
 
 
 def _fashion(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels [N, 28, 28], labels [N]) of "train" or "t10k"; UserError where the two files do not go together."""
+    """(pixels [N, 28, 28], labels [N]) of "train" or "t10k"; UserError where the two files do not
+    go together.
+    """
     names = [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
     pixels, label = (_idx(folder, name) for name in names)
     if pixels.shape != (len(label), 28, 28) or label.ndim != 1:
         raise UserError(
-            f"{names[0]} has shape {pixels.shape} and {names[1]} {label.shape}: they must be (N, 28, 28) and (N,), one of them may be "
+            f"{names[0]} has shape {pixels.shape} and {names[1]} {label.shape}: they must be (N, "
+            "28, 28) and (N,), one of them may be "
             "damaged"
         )
     return pixels, label
@@ -119,7 +128,8 @@ def read_tfds(spec: str) -> Images:
     shapes = sorted({pixels.shape for _, pixels, _ in found})
     if len(shapes) > 1:
         raise UserError(
-            f"dataset {stored.name} has images of {len(shapes)} sizes ({shapes[0]}, {shapes[1]} ...): one only"
+            f"dataset {stored.name} has images of {len(shapes)} sizes ({shapes[0]}, {shapes[1]} "
+            "...): one only"
         )
     heldout = np.array([split == "heldout" for split, _, _ in found])
     pixels = np.stack([pixels for _, pixels, _ in found])
@@ -127,7 +137,9 @@ def read_tfds(spec: str) -> Images:
 
 
 def labelled(name: str, images: Images) -> tuple[Images, tuple[str, ...]]:
-    """The images that have a label, and how many have none, for the log; UserError for a label that is no class."""
+    """The images that have a label, and how many have none, for the log; UserError for a label that
+    is no class.
+    """
     labels.all_checked(images.label_N, len(images.labels), name)
     there_N = images.label_N != labels.NONE
     notes = labels.left_out(int((~there_N).sum()), len(there_N), "images")
@@ -147,11 +159,14 @@ def open_vision(
     flip: bool,
     seed: int,
 ) -> Examples:
-    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledVectors` of square patches of `patch` pixels.
+    """Opens a key of DATASETS, or tfds:NAME, as rows `examples.LabelledVectors` of square patches
+    of `patch` pixels.
 
-    Pixels are standardised by the mean and the standard deviation of the training images, one number each per channel. The training
-    part holds `copies` of each image: the first as it is, the others moved by up to `shift` pixels each way (what comes in repeats
-    the border) and, with `flip`, half of them mirrored, as `seed` decides. UserError if seq_len is not the number of patches.
+    Pixels are standardised by the mean and the standard deviation of the training images, one
+    number each per channel. The training part holds `copies` of each image: the first as it is, the
+    others moved by up to `shift` pixels each way (what comes in repeats the border) and, with
+    `flip`, half of them mirrored, as `seed` decides. UserError if seq_len is not the number of
+    patches.
     """
     if name.startswith(tfds_examples.PREFIX):
         images = read_tfds(name)
@@ -205,12 +220,14 @@ def _check(name: str, images: Images, seq_len: int, patch: int) -> None:
     height, width = images.pixels_NHWC.shape[1:3]
     if patch < 1 or height % patch or width % patch:
         raise UserError(
-            f"{name}: patches of {patch} pixels do not divide images of {height} x {width}: choose a divisor"
+            f"{name}: patches of {patch} pixels do not divide images of {height} x {width}: choose "
+            "a divisor"
         )
     num = (height // patch) * (width // patch)
     if num != seq_len:
         raise UserError(
-            f"data.seq_len = {seq_len}, but an image of {name} ({height} x {width}) has {num} patches of {patch} x {patch}: "
+            f"data.seq_len = {seq_len}, but an image of {name} ({height} x {width}) has {num} "
+            f"patches of {patch} x {patch}: "
             f"set data.seq_len={num}, or another size of patch"
         )
     if images.heldout_N.all() or not images.heldout_N.any():
@@ -218,7 +235,9 @@ def _check(name: str, images: Images, seq_len: int, patch: int) -> None:
 
 
 def _moments(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel [1, 1, 1, C] float32, from the counts of the 256 values: exact and small."""
+    """Mean and standard deviation of each channel [1, 1, 1, C] float32, from the counts of the 256
+    values: exact and small.
+    """
     value = np.arange(256)
     counts = [
         np.bincount(channel.reshape(-1), minlength=256)
@@ -242,7 +261,9 @@ def _moves(rows: int, images: int, shift: int, flip: bool, seed: int) -> np.ndar
 
 
 def moved(pixels_BHWC: np.ndarray, move_B3: np.ndarray, shift: int) -> np.ndarray:
-    """Images moved down and to the right by the first two numbers of `move_B3`, then mirrored if the third is 1."""
+    """Images moved down and to the right by the first two numbers of `move_B3`, then mirrored if
+    the third is 1.
+    """
     height, width = pixels_BHWC.shape[1:3]
     framed = np.pad(pixels_BHWC, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     down_BH = shift - move_B3[:, :1] + np.arange(height)[None]

@@ -1,4 +1,6 @@
-"""Baselines of images and recordings: the most frequent label, multinomial logistic regression, the nearest neighbours."""
+"""Baselines of images and recordings: the most frequent label, multinomial logistic regression, the
+nearest neighbours.
+"""
 
 import warnings
 
@@ -13,7 +15,9 @@ STEPS = 2_000_000  # iterations times examples: a large set has seen enough afte
 
 
 def table(data: Examples) -> Table:
-    """Accuracy and macro-averaged F1 on the held-out part, from whole pixels or pooled frames, unchanged copies only."""
+    """Accuracy and macro-averaged F1 on the held-out part, from whole pixels or pooled frames,
+    unchanged copies only.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

@@ -1,4 +1,7 @@
-"""Image classification: patches, an MoE encoder (V-MoE, Riquelme et al. 2021, arXiv:2106.05974), mean pooling."""
+"""Image classification: patches, an MoE encoder (V-MoE, Riquelme et al.
+
+2021, arXiv:2106.05974), mean pooling.
+"""
 
 from moe_jax.data.examples import Examples, LabelledVectors
 from moe_jax.schema.config import Config

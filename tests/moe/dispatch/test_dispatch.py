@@ -1,6 +1,8 @@
-"""Both dispatchers against the NumPy oracle in float64, forward and gradient, on every mesh of eight devices, under hostile routings.
+"""Both dispatchers against the NumPy oracle in float64, forward and gradient, on every mesh of
+eight devices, under hostile routings.
 
-The routing is data, so that one compiled program per mesh serves all cases: the program runs three dispatchers at once.
+The routing is data, so that one compiled program per mesh serves all cases: the program runs three
+dispatchers at once.
 """
 
 import functools
@@ -29,7 +31,10 @@ NAMES = ("x", "gate", "w_in", "w_out")
 
 
 def routings(num_experts, k):
-    """{name: (expert_BSK, gate_BSK, valid_BS)}: experts of a token are distinct, as every router's are."""
+    """{name:
+
+    (expert_BSK, gate_BSK, valid_BS)}: experts of a token are distinct, as every router's are.
+    """
     rng = np.random.default_rng(0)
 
     def distinct(shape):
@@ -82,7 +87,10 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
 
 
 def program(num_experts, activation):
-    """(x, gate, w_in, w_out, expert, valid, dy) -> {variant: (y, dropped, gradients)} in one compilation."""
+    """(x, gate, w_in, w_out, expert, valid, dy) -> {variant:
+
+    (y, dropped, gradients)} in one compilation.
+    """
     row = P(BATCH)
     in_specs = (
         row,
@@ -184,7 +192,9 @@ def test_equals_the_oracle_for_other_numbers_of_experts(float64, shape, num_expe
 
 
 def test_rows_are_bounded_by_the_worst_case():
-    """n T min(k, e) rows and the padding of each expert's room, by hand: n = 4, T = 32, e = 2, k = 2: 256 rows and 2 rooms."""
+    """n T min(k, e) rows and the padding of each expert's room, by hand: n = 4, T = 32, e = 2, k =
+    2: 256 rows and 2 rooms.
+    """
     shape = Shape(
         8, 32, num_assignments=64, num_intended=64, per_token=2, group_tokens=4, expert_axis=4
     )

@@ -1,4 +1,6 @@
-"""The slots dispatcher against a dense soft MoE in float64, forward and gradient, on meshes with and without an expert axis."""
+"""The slots dispatcher against a dense soft MoE in float64, forward and gradient, on meshes with
+and without an expert axis.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ G = B // GROUP_ROWS
 
 
 def dense(x_BSD, dispatch, combine, w_in, w_out):
-    """The paper's three lines: mixtures of each group's tokens, every expert on its slots, mixtures of their results."""
+    """The paper's three lines: mixtures of each group's tokens, every expert on its slots, mixtures
+    of their results.
+    """
     x_GtD = x_BSD.reshape(G, GROUP_ROWS * S, D)
     slot_GEpD = jnp.einsum("gtep,gtd->gepd", dispatch, x_GtD)
     gate, up = jnp.moveaxis(jnp.einsum("gepd,edcf->gepcf", slot_GEpD, w_in), 3, 0)

@@ -1,4 +1,6 @@
-"""Routers that assign over many tokens, or without scores: hand-worked cases and meshes, each alone, in float64."""
+"""Routers that assign over many tokens, or without scores: hand-worked cases and meshes, each
+alone, in float64.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,9 @@ def close(got, want):
 
 
 def test_expert_choice_by_hand(float64):
-    """C = 1 * 4 / 2 = 2: expert 0 takes its best tokens 0 and 1, expert 1 takes 3 and then 2; the gates are the probabilities."""
+    """C = 1 * 4 / 2 = 2: expert 0 takes its best tokens 0 and 1, expert 1 takes 3 and then 2; the
+    gates are the probabilities.
+    """
     got = from_logits("expert_choice", np.log(SCORES), factor=1.0)
     close(chosen(got, 2), {(0, 0): 0.9, (1, 0): 0.8, (3, 1): 0.6, (2, 1): 0.3})
     assert got.sums["counts"].tolist() == [[2, 2]] and got.sums["gate"].tolist() == pytest.approx(
@@ -76,7 +80,9 @@ def test_expert_choice_by_hand(float64):
 
 
 def test_expert_choice_stays_within_groups(float64):
-    """Two groups of two tokens, C = 1: each expert takes one token of each; as one group of two rows it is the case above."""
+    """Two groups of two tokens, C = 1: each expert takes one token of each; as one group of two
+    rows it is the case above.
+    """
     got = from_logits("expert_choice", np.log(SCORES), factor=1.0, num_rows=2)
     close(chosen(got, 2), {(0, 0): 0.9, (1, 1): 0.2, (2, 0): 0.7, (3, 1): 0.6})
     assert got.sums["counts"].tolist() == [[1, 1], [1, 1]]
@@ -86,7 +92,10 @@ def test_expert_choice_stays_within_groups(float64):
 
 
 def test_padding_never_takes_a_place_of_expert_choice(float64):
-    """Token 0 is padding: token 2 moves up. With one valid token both experts take it, and their other places stay empty."""
+    """Token 0 is padding: token 2 moves up.
+
+    With one valid token both experts take it, and their other places stay empty.
+    """
     first = from_logits(
         "expert_choice", np.log(SCORES), factor=1.0, valid_T=[False, True, True, True]
     )
@@ -130,7 +139,9 @@ def test_hash_sends_a_token_by_its_id_alone(float64):
 
 
 def test_base_by_hand(float64):
-    """Both tokens like expert 0 better; sigmoid(2 + d) + sigmoid(1 + d) = 1 at d = b_0 - b_1 = -1.5, so token 1 goes to expert 1."""
+    """Both tokens like expert 0 better; sigmoid(2 + d) + sigmoid(1 + d) = 1 at d = b_0 - b_1 =
+    -1.5, so token 1 goes to expert 1.
+    """
     logits = np.array([[2.0, 0.0], [1.0, 0.0]])
 
     def sigmoid(z):
@@ -148,7 +159,9 @@ def test_base_by_hand(float64):
 
 
 def test_base_balances_each_group_or_the_batch(float64):
-    """Two rows of two tokens, of which the second likes expert 0 more: alone each gives it one token, together the second gives both."""
+    """Two rows of two tokens, of which the second likes expert 0 more: alone each gives it one
+    token, together the second gives both.
+    """
     logits = [[2.0, 0.0], [1.0, 0.0], [4.0, 0.0], [3.0, 0.0]]
 
     def by(**rest):
@@ -159,7 +172,9 @@ def test_base_balances_each_group_or_the_batch(float64):
 
 
 def plan(logits, iterations):
-    """diag(u) exp(logits) diag(v) with columns of n / E and rows of 1, by the textbook's two divisions."""
+    """diag(u) exp(logits) diag(v) with columns of n / E and rows of 1, by the textbook's two
+    divisions.
+    """
     kernel, v = np.exp(logits), np.ones(logits.shape[1])
     for _ in range(iterations):
         u = 1 / (kernel @ v)
@@ -198,7 +213,9 @@ def test_base_ignores_padding_and_survives_extreme_scores(float64):
 
 
 def test_relu_by_hand(float64):
-    """Token 0 has three active experts of which the two largest are served; token 1 none; token 2 one."""
+    """Token 0 has three active experts of which the two largest are served; token 1 none; token 2
+    one.
+    """
     logits = [[1.0, -1.0, 0.5, 2.0], [-1.0, -2.0, -0.5, 0.0], [-1.0, 3.0, -1.0, -1.0]]
     got = from_logits("relu", logits, max_active=2, k=2, state={"l1": jnp.asarray(0.5)})
     assert got.expert_N.tolist() == [3, 0, 4, 4, 1, 4] and got.gate_N.tolist() == [2, 1, 0, 0, 3, 0]
@@ -210,7 +227,11 @@ def test_relu_by_hand(float64):
 
 
 def test_relu_loss_by_hand(float64):
-    """R = (2, 0), (1, 3): P = (1.5, 1.5); two and one tokens active, so with E / k = 2 f = (2, 1): 1.5 * 3 = 4.5. Plain: 3."""
+    """R = (2, 0), (1, 3):
+
+    P = (1.5, 1.5); two and one tokens active, so with E / k = 2 f = (2, 1): 1.5 * 3 = 4.5. Plain:
+    3.
+    """
     value = {}
     for balanced in (True, False):
 
@@ -249,7 +270,10 @@ def test_relu_loss_by_hand(float64):
 
 
 def test_relu_coefficient_by_hand(float64):
-    """10 tokens, k = 2: 21 active is too many, 19 too few, 20 right; and it never falls below its first value."""
+    """10 tokens, k = 2:
+
+    21 active is too many, 19 too few, 20 right; and it never falls below its first value.
+    """
     cfg = RouterCfg(4, options("relu", {"k": 2, "alpha": 1.25, "l1": 1.0}), 1, 64, lambda z: z)
 
     def update(counts):
@@ -267,7 +291,9 @@ def test_relu_coefficient_by_hand(float64):
 
 
 def test_recorded_by_hand(float64):
-    """Logits log(1, 2, 3, 4): over experts 3 and 1 the router gives 4 / 6 and 2 / 6; over expert 2 and nowhere, 1 and 0."""
+    """Logits log(1, 2, 3, 4): over experts 3 and 1 the router gives 4 / 6 and 2 / 6; over expert 2
+    and nowhere, 1 and 0.
+    """
     logits = np.log([[1.0, 2.0, 3.0, 4.0]] * 3)
     recorded = (
         jnp.array([[3, 1], [2, 4], [4, 4]]),
@@ -313,7 +339,9 @@ def test_a_batch_without_a_recording_is_refused(float64):
 
 
 def soft_weights(x_GtD, phi, scale, valid_Gt):
-    """(dispatch, combine) of the paper by loops: softmax over the valid tokens of a group, and over all slots."""
+    """(dispatch, combine) of the paper by loops: softmax over the valid tokens of a group, and over
+    all slots.
+    """
     if scale is not None:
         x_GtD = x_GtD / np.linalg.norm(x_GtD, axis=-1, keepdims=True)
         phi = scale * phi / np.linalg.norm(phi, axis=0)
@@ -360,7 +388,9 @@ def test_soft_mixtures_are_those_of_the_paper(float64, normalize):
 
 
 def test_selections_over_tokens_are_the_same_on_meshes(float64):
-    """Groups of two rows, and Sinkhorn over the whole batch: bit-equal assignments on one device and on four shards of the batch."""
+    """Groups of two rows, and Sinkhorn over the whole batch: bit-equal assignments on one device
+    and on four shards of the batch.
+    """
     rng = np.random.default_rng(0)
     rows, length, num = 8, 6, 4
     x, valid = rng.normal(size=(rows, length, 5)), rng.random((rows, length)) < 0.8

@@ -1,4 +1,6 @@
-"""The top-k router: hand-worked cases, the oracle's gradient, padding, ties, and the load figures made of its sums."""
+"""The top-k router: hand-worked cases, the oracle's gradient, padding, ties, and the load figures
+made of its sums.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ def route(x_TD, gate_DE, valid_T=None, num_rows=1, **options):
 
 
 def test_hand_worked_gates(float64):
-    """Logits (log 4, log 3, log 2, log 1) have probabilities .4 .3 .2 .1: the two largest are experts 0 and 1."""
+    """Logits (log 4, log 3, log 2, log 1) have probabilities .4 .3 .2 .1: the two largest are
+    experts 0 and 1.
+    """
     x, gate = np.eye(1), np.log([[4.0, 3.0, 2.0, 1.0]])
     assert route(x, gate).expert_N.tolist() == [0, 1]
     np.testing.assert_allclose(route(x, gate).gate_N, [4 / 7, 3 / 7])
@@ -81,7 +85,9 @@ def test_selection_in_bfloat16_is_that_of_float32():
 
 
 def test_load_figures_by_hand(float64):
-    """Counts (4, 0, 2, 2): mean 2, so max/mean = 2; one expert of four is dead; 1 of 8 assignments dropped."""
+    """Counts (4, 0, 2, 2): mean 2, so max/mean = 2; one expert of four is dead; 1 of 8 assignments
+    dropped.
+    """
     totals = {
         "counts": jnp.array([[4.0, 0.0, 2.0, 2.0]]),
         "tokens": jnp.array([4.0]),

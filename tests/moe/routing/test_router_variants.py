@@ -1,4 +1,6 @@
-"""Routers other than top-k: hand-worked cases, what each paper promises, the same on every mesh, and the updates of their states."""
+"""Routers other than top-k: hand-worked cases, what each paper promises, the same on every mesh,
+and the updates of their states.
+"""
 
 import functools
 
@@ -93,7 +95,9 @@ def test_switch_gate_is_the_probability_itself(float64):
 
 
 def test_switch_jitter_is_bounded_and_in_training_only(float64):
-    """With one input and the logits x' (1, 0), the logit of the gate is x' itself: within 1 +- 0.1, with that spread, and mean 1."""
+    """With one input and the logits x' (1, 0), the logit of the gate is x' itself: within 1 +- 0.1,
+    with that spread, and mean 1.
+    """
     x, gate = np.ones((4000, 1)), {"gate": np.array([[1.0, 0.0]])}
     gates = np.asarray(route("switch", x, gate, num_experts=2, train=True, jitter=0.1).gate_N)
     factor = np.log(gates / (1 - gates))
@@ -114,7 +118,9 @@ def test_noise_belongs_to_the_row_not_to_its_place_in_the_batch(float64, name):
 
 
 def test_noisy_top_k_by_hand(float64):
-    """Logits (1, 0), k = 1, no noise drawn: the other's logit is each one's threshold; sigma = softplus(0) + 0.01 = log 2 + 0.01."""
+    """Logits (1, 0), k = 1, no noise drawn: the other's logit is each one's threshold; sigma =
+    softplus(0) + 0.01 = log 2 + 0.01.
+    """
     params = {"gate": np.array([[1.0, 0.0]]), "noise": np.zeros((1, 2))}
     got, sigma = route("noisy_top_k", np.eye(1), params, num_experts=2, k=1), np.log(2) + 0.01
     np.testing.assert_allclose(got.sums["load"], [[norm.cdf(1 / sigma), norm.cdf(-1 / sigma)]])
@@ -125,7 +131,9 @@ def test_noisy_top_k_by_hand(float64):
 
 
 def test_smooth_load_is_the_expected_count(float64):
-    """By the tower rule the mean of P_e over the noise is the chance that e is chosen; 8 experts, 8000 draws of one token."""
+    """By the tower rule the mean of P_e over the noise is the chance that e is chosen; 8 experts,
+    8000 draws of one token.
+    """
     x, params = (
         np.ones((8000, 1)),
         {"gate": np.linspace(-1, 1, 8)[None], "noise": np.linspace(1, -1, 8)[None]},
@@ -150,7 +158,9 @@ def test_load_has_a_gradient_for_both_matrices_and_none_of_padding(float64):
 
 
 def test_sigmoid_by_hand(float64):
-    """Affinities .8 .6 .5 .3, bias (0, 0, 0, .4): chosen are .8 and .3 + .4; gates without the bias."""
+    """Affinities .8 .6 .5 .3, bias (0, 0, 0, .4): chosen are .8 and .3 + .4; gates without the
+    bias.
+    """
     s = np.array([[0.8, 0.6, 0.5, 0.3]])
     gate, bias = {"gate": np.log(s / (1 - s))}, {"bias": np.array([0, 0, 0, 0.4])}
     got = route("sigmoid", np.eye(1), gate, bias, scale=2.5)
@@ -163,7 +173,10 @@ def test_sigmoid_by_hand(float64):
 
 
 def test_groups_by_hand(float64):
-    """Groups (.5 .4) and (.6 .1): two largest .9 against .7, the largest .5 against .6. DeepSeek-V2's softmax keeps the order."""
+    """Groups (.5 .4) and (.6 .1): two largest .9 against .7, the largest .5 against .6.
+
+    DeepSeek-V2's softmax keeps the order.
+    """
     s = np.array([[0.5, 0.4, 0.6, 0.1]])
     gate, zero = {"gate": np.log(s / (1 - s))}, {"bias": np.zeros(4)}
     groups = {"num_groups": 2, "top_groups": 1}
@@ -221,7 +234,10 @@ def updated(name, state, totals, num_experts, **changes):
 
 
 def test_bias_update_by_hand(float64):
-    """Counts (4, 0, 2, 2) have the mean 2: down, up, and two that stay. Without tokens nothing moves."""
+    """Counts (4, 0, 2, 2) have the mean 2: down, up, and two that stay.
+
+    Without tokens nothing moves.
+    """
     state = {"bias": jnp.array([0.1, 0.2, 0.3, 0.4])}
     new = updated("sigmoid", state, {"counts": jnp.array([4.0, 0, 2, 2])}, 4, bias_rate=0.05)
     np.testing.assert_allclose(new["bias"], [0.05, 0.25, 0.3, 0.4])
@@ -231,7 +247,11 @@ def test_bias_update_by_hand(float64):
 
 
 def test_quantile_of_a_histogram_by_hand(float64):
-    """4 bins of width 1/2 from -1. A quarter of (0, 4, 4, 0) is 2, half of the second bin: -0.25. Half of (2, 0, 0, 2) ends the first."""
+    """4 bins of width 1/2 from -1.
+
+    A quarter of (0, 4, 4, 0) is 2, half of the second bin: -0.25. Half of (2, 0, 0, 2) ends the
+    first.
+    """
     histogram = jnp.array([[0.0, 4, 4, 0], [2, 0, 0, 2]])
     np.testing.assert_allclose(quantile.quantile(histogram, 0.25, -1.0, 0.5), [-0.25, -0.75])
     np.testing.assert_allclose(quantile.quantile(histogram, 0.5, -1.0, 0.5), [0.0, -0.5])
@@ -239,7 +259,9 @@ def test_quantile_of_a_histogram_by_hand(float64):
 
 
 def test_quantile_update_is_that_of_the_scores(float64):
-    """Within a bin of NumPy's quantile of r = (k + 1)-th largest biased score - score; padding counts nowhere."""
+    """Within a bin of NumPy's quantile of r = (k + 1)-th largest biased score - score; padding
+    counts nowhere.
+    """
     x, (params, state) = np.random.default_rng(1).normal(size=(600, 6)), first_weights("quantile")
     valid = np.arange(600) % 3 > 0
     got = route(
@@ -263,7 +285,9 @@ def test_quantile_update_is_that_of_the_scores(float64):
 
 
 def test_quantile_bias_balances_in_a_few_steps(float64):
-    """Logits with expert means from -1 to 1; the bias of the sigmoid router would need a thousand steps of 0.001."""
+    """Logits with expert means from -1 to 1; the bias of the sigmoid router would need a thousand
+    steps of 0.001.
+    """
     x = np.concatenate([np.random.default_rng(1).normal(size=(2048, 8)), np.ones((2048, 1))], 1)
     params = {"gate": np.concatenate([0.7 * np.eye(8), np.linspace(-1, 1, 8)[None]])}
     state, excess = {"bias": jnp.zeros(8)}, []
@@ -275,7 +299,9 @@ def test_quantile_bias_balances_in_a_few_steps(float64):
 
 
 def test_cosine_by_hand(float64):
-    """x = (3, 4) has the cosines .6 and .8 with the axes; at temperature .5 the logits are 1.2 and 1.6. Lengths do not matter."""
+    """x = (3, 4) has the cosines .6 and .8 with the axes; at temperature .5 the logits are 1.2 and
+    1.6. Lengths do not matter.
+    """
     params = {"project": np.eye(2), "experts": np.diag([7.0, 0.1]), "temperature": np.array(0.5)}
     for scale in (1.0, 1e3):
         got = route(
@@ -330,9 +356,13 @@ def test_null_by_hand(float64):
 
 
 def test_null_classes_are_balanced_as_one(float64):
-    """AdaMoE, eq. 6. One expert and two null classes, k = 1; the null class that is taken never, or in turn, is the same loss.
+    """AdaMoE, eq.
 
-    P = (1/2, 1/4, 1/4) on average and half of the choices null: 3 (1/2 1/2 + 1/4 1/4 + 1/4 1/4) = 9/8.
+    6. One expert and two null classes, k = 1; the null class that is taken never, or in turn, is
+    the same loss.
+
+    P = (1/2, 1/4, 1/4) on average and half of the choices null: 3 (1/2 1/2 + 1/4 1/4 + 1/4 1/4) =
+    9/8.
     """
     prob_TC = (
         np.array([[0.8, 0.1, 0.1], [0.2, 0.41, 0.39]]),
@@ -376,7 +406,9 @@ def test_null_token_without_real_expert_and_padding(float64):
 
 @pytest.mark.parametrize(("num_experts", "k"), [(8, 2), (8, 3), (6, 4), (4, 4)])
 def test_uniform_is_exactly_even(num_experts, k):
-    """In every prefix of a document, and with it in every part, loads differ by at most one; after E / gcd(E, k) tokens by none."""
+    """In every prefix of a document, and with it in every part, loads differ by at most one; after
+    E / gcd(E, k) tokens by none.
+    """
     got = route("uniform", np.zeros((2 * num_experts, 2)), num_experts=num_experts, k=k)
     chosen_TK = np.asarray(got.expert_N).reshape(-1, k)
     counts_TE = (chosen_TK[:, :, None] == np.arange(num_experts)).sum(1)
@@ -426,7 +458,9 @@ NAMES = ["switch", "noisy_top_k", "sigmoid", "quantile", "cosine", "null", "unif
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_on_every_mesh(float64, name):
-    """Each of four devices routes two of eight rows: what one device routes, with one token in five padding."""
+    """Each of four devices routes two of eight rows: what one device routes, with one token in five
+    padding.
+    """
     own = options(name, **({"kind": "copy", "k": 3, "num_null": 2} if name == "null" else {}))
     params, state = first_weights(name, **own)
     rng = np.random.default_rng(1)
@@ -462,7 +496,9 @@ def test_same_on_every_mesh(float64, name):
 
 
 def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
-    """bias = rate x sign(mean count - count) of the whole step, with padding and packed rows; on the mesh of two micro-batches."""
+    """bias = rate x sign(mean count - count) of the whole step, with padding and packed rows; on
+    the mesh of two micro-batches.
+    """
     changes = {
         "model.moe.router": "sigmoid",
         "model.moe.routers.sigmoid.bias_rate": 0.125,

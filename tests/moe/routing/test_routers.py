@@ -1,7 +1,8 @@
 """What every router of ROUTERS promises, by existing: one suite for all, in float64 unless stated.
 
-The tiers: every router's routing on two meshes against one device, and through the layer on one of them with one dispatcher, where meshes
-and dispatchers take turns (here); every router with every dispatcher on three meshes, with gradients (`full`).
+The tiers: every router's routing on two meshes against one device, and through the layer on one of
+them with one dispatcher, where meshes and dispatchers take turns (here); every router with every
+dispatcher on three meshes, with gradients (`full`).
 """
 
 import functools
@@ -89,7 +90,9 @@ def test_gates_sum_as_declared(float64, case):
 
 @every
 def test_sums_are_those_of_the_assignments(float64, case):
-    """Per row: counts = served + dropped by the router itself; importance = the gates; tokens = valid tokens."""
+    """Per row: counts = served + dropped by the router itself; importance = the gates; tokens =
+    valid tokens.
+    """
     (got, sums, _), valid = routed(case), router_cases.tokens(case).valid_T.reshape(B, S)
     assert {
         "counts",
@@ -152,7 +155,9 @@ def per_token(tokens, change):
 
 
 def permuted(weight, order_E):
-    """A weight with its expert dimension permuted; of E experts and further classes only the experts."""
+    """A weight with its expert dimension permuted; of E experts and further classes only the
+    experts.
+    """
     for dim, length in enumerate(weight.shape):
         if length >= E and length != D:
             return np.take(weight, np.concatenate([order_E, np.arange(E, length)]), dim)
@@ -185,7 +190,9 @@ def test_permuting_experts_permutes_the_result(float64, case):
 
 @every
 def test_permuting_the_tokens_of_a_row_permutes_the_result(float64, case):
-    """Tokens with all that belongs to them, position too; in evaluation, because noise is drawn by place."""
+    """Tokens with all that belongs to them, position too; in evaluation, because noise is drawn by
+    place.
+    """
     place = np.concatenate(
         [S * row + np.random.default_rng(row).permutation(S) for row in range(B)]
     )
@@ -221,14 +228,17 @@ def test_selection_in_bfloat16_is_that_of_float32(case):
     for part in (0, 1):
         for name, value in results[0][part].items():
             assert value.dtype == np.float32, f"{name} is not computed in float32"
-            # The compiler may order the additions of a statistic differently; what was chosen and counted is equal.
+            # The compiler may order the additions of a statistic differently; what was chosen and
+            # counted is equal.
             rounding = 1e-5 if name == "load" else 0
             np.testing.assert_allclose(value, results[1][part][name], rtol=rounding, err_msg=name)
 
 
 @every
 def test_gradients_are_the_finite_differences(float64, case):
-    """Of a smooth function of gates and sums, by x and parameters: the derivative along four random directions to 1e-6."""
+    """Of a smooth function of gates and sums, by x and parameters: the derivative along four random
+    directions to 1e-6.
+    """
     given, (params, state) = router_cases.tokens(case), router_cases.weights(case)
     rng = np.random.default_rng(3)
     factors = jax.tree.map(lambda z: rng.normal(size=z.shape), routed(case)[:2])
@@ -268,7 +278,9 @@ def tiered():
 
 @pytest.mark.parametrize(("case", "shape"), list(tiered()))
 def test_routing_is_the_same_on_every_mesh(float64, case, shape):
-    """The router inside a shard_map over the batch, against the router alone: equal experts in equal order, gates and sums to 1e-12."""
+    """The router inside a shard_map over the batch, against the router alone: equal experts in
+    equal order, gates and sums to 1e-12.
+    """
     params, state = router_cases.weights(case)
     given, devices = router_cases.tokens(case), shape[0] * shape[1]
 
@@ -303,7 +315,9 @@ some = [
 
 @pytest.mark.parametrize("case", some)
 def test_the_layer_serves_what_was_routed(float64, case):
-    """Output, drops and sums of the whole layer on a mesh: the oracle's loop over the routing of the router alone."""
+    """Output, drops and sums of the whole layer on a mesh: the oracle's loop over the routing of
+    the router alone.
+    """
     dispatcher = layer_cases.dispatchers(case)[TURNS[case] % len(layer_cases.dispatchers(case))]
     y, sums, _ = layer_cases.run(case, dispatcher, [(2, 2, 2), (1, 8, 1)][TURNS[case] // 2 % 2])
     want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
@@ -330,7 +344,9 @@ def test_an_expert_that_a_recording_names_twice_is_served_once_with_both_gates(f
 @pytest.mark.full
 @every
 def test_the_layer_is_the_same_on_every_mesh(float64, case):
-    """Every dispatcher on three meshes: output, sums, and the gradients of both by x, router and experts."""
+    """Every dispatcher on three meshes: output, sums, and the gradients of both by x, router and
+    experts.
+    """
     for dispatcher in layer_cases.dispatchers(case):
         want_y, want_sums = layer_cases.expected(case, dispatcher, *routed(case))
         _, _, want = layer_cases.run(case, dispatcher, (1, 1, 1), gradient=True)

@@ -1,11 +1,14 @@
-"""Training finds the right experts where there are right experts: tests/maps.py has the task, its floors, and the table of all routers."""
+"""Training finds the right experts where there are right experts: tests/maps.py has the task, its
+floors, and the table of all routers.
+"""
 
 import maps
 import pytest
 
 from moe_jax.moe.routing import ROUTERS
 
-# What a router must reach: 0 is what no dense network of equal active size surpasses, 1 the right assignment.
+# What a router must reach: 0 is what no dense network of equal active size surpasses, 1 the right
+# assignment.
 BLIND = ("uniform", "random", "hash")  # read nothing of the cluster
 MIXING = (
     "soft",
@@ -26,7 +29,9 @@ def trained(router):
 
 
 def test_no_dense_network_of_equal_active_size_passes_the_floor():
-    """The floor is a bound, and training comes within 2 % of it, so the bound is what a dense network can do."""
+    """The floor is a bound, and training comes within 2 % of it, so the bound is what a dense
+    network can do.
+    """
     assert maps.floor(8) == pytest.approx((maps.D - 8) / (maps.C * maps.D))
     assert -0.02 < maps.score(maps.train_dense(maps.ACTIVE * maps.HIDDEN)) <= 1e-3
 
