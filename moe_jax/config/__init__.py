@@ -10,6 +10,7 @@ __all__ = [
     "RESUME_MAY_CHANGE",
     "Config",
     "build",
+    "defaults",
     "due",
     "freeze",
     "profile_range",
