@@ -1,19 +1,15 @@
 """Routers: which experts take which token, and with what weight.
 
-A new router is one file here, one line in ROUTERS, and its options in configs/base.py. The contract
-is in contract.py; field by field:
-
-`params(sizes, options)` and `state(sizes, options)` declare weights. `route` is one-device code on
-the tokens of one device, in at least float32, and returns a Routing: a flat list of assignments in
-order of priority, with every statistic as a *sum per row*, so that balance losses are the same on
-every mesh. `update` runs once per optimizer step and layer, on the totals of the whole batch,
-outside of autodiff. `sees` tells what a token's output may depend on: a causal model refuses a
-router that sees the future (moe/causality.py).
+A new router is one file here and one line in ROUTERS: its Options, its functions, and `ROUTER`, which
+says all that others need to know of it. The contract is in contract.py, field by field. `route` is
+one-device code on the tokens of one device, in at least float32; it returns a flat list of
+assignments in order of priority, with every statistic as a *sum per row*, so that balance losses
+are the same on every mesh. `update` runs once per optimizer step and layer, on the totals of the
+whole batch, outside of autodiff.
 """
 
 from moe_jax.moe.routing import (
     base,
-    baselines,
     cosine,
     expert_choice,
     hash,
@@ -21,86 +17,32 @@ from moe_jax.moe.routing import (
     noisy_top_k,
     null,
     quantile,
+    random,
     recorded,
     relu,
     sigmoid,
     soft,
     switch,
     top_k,
+    uniform,
 )
-from moe_jax.moe.routing.contract import Router, keep_state, linear_gate, no_weights, sees_nothing
+from moe_jax.moe.routing.contract import Router
 
 ROUTERS: dict[str, Router] = {
-    "top_k": Router(linear_gate, no_weights, top_k.route, keep_state, sees_nothing, top_k.declared),
-    "switch": Router(
-        linear_gate, no_weights, switch.route, keep_state, sees_nothing, switch.declared
-    ),
-    "noisy_top_k": Router(
-        noisy_top_k.params,
-        no_weights,
-        noisy_top_k.route,
-        keep_state,
-        sees_nothing,
-        noisy_top_k.declared,
-    ),
-    "sigmoid": Router(
-        linear_gate,
-        sigmoid.bias_state,
-        sigmoid.route,
-        sigmoid.update,
-        sees_nothing,
-        sigmoid.declared,
-    ),
-    "quantile": Router(
-        linear_gate,
-        sigmoid.bias_state,
-        quantile.route,
-        quantile.update,
-        sees_nothing,
-        sigmoid.declared,
-    ),
-    "cosine": Router(
-        cosine.params, no_weights, cosine.route, keep_state, sees_nothing, cosine.declared
-    ),
-    "multi_gate": Router(
-        multi_gate.params,
-        no_weights,
-        multi_gate.route,
-        keep_state,
-        sees_nothing,
-        multi_gate.declared,
-    ),
-    "null": Router(null.params, no_weights, null.route, keep_state, sees_nothing, null.declared),
-    "uniform": Router(
-        no_weights,
-        no_weights,
-        baselines.route_uniform,
-        keep_state,
-        sees_nothing,
-        baselines.declared,
-    ),
-    "random": Router(
-        no_weights,
-        baselines.salt,
-        baselines.route_random,
-        keep_state,
-        sees_nothing,
-        baselines.declared,
-    ),
-    "hash": Router(no_weights, no_weights, hash.route, keep_state, sees_nothing, hash.declared),
-    "base": Router(linear_gate, no_weights, base.route, keep_state, base.sees, base.declared),
-    "relu": Router(linear_gate, relu.state, relu.route, relu.update, sees_nothing, relu.declared),
-    "expert_choice": Router(
-        linear_gate,
-        no_weights,
-        expert_choice.route,
-        keep_state,
-        expert_choice.sees,
-        expert_choice.declared,
-        own_capacity=True,
-    ),
-    "soft": Router(soft.params, no_weights, soft.route, keep_state, soft.sees, soft.declared),
-    "recorded": Router(
-        linear_gate, no_weights, recorded.route, keep_state, sees_nothing, recorded.declared
-    ),
+    "top_k": top_k.ROUTER,
+    "switch": switch.ROUTER,
+    "noisy_top_k": noisy_top_k.ROUTER,
+    "sigmoid": sigmoid.ROUTER,
+    "quantile": quantile.ROUTER,
+    "cosine": cosine.ROUTER,
+    "multi_gate": multi_gate.ROUTER,
+    "null": null.ROUTER,
+    "uniform": uniform.ROUTER,
+    "random": random.ROUTER,
+    "hash": hash.ROUTER,
+    "base": base.ROUTER,
+    "relu": relu.ROUTER,
+    "expert_choice": expert_choice.ROUTER,
+    "soft": soft.ROUTER,
+    "recorded": recorded.ROUTER,
 }

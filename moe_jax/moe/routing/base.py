@@ -22,8 +22,8 @@ step lets a token's experts depend on later tokens.
 Shapes: G groups, t tokens of a group.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,34 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
     Sees,
+    Setting,
     Tokens,
     router_logits,
     statistics,
     token_choice,
 )
+from moe_jax.schema.options import NUMBER, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(1, "experts per token", NUMBER)
+    iterations: int = option(10, "of Sinkhorn", NUMBER)
+    scope: str = option(
+        "group",
+        'what is balanced: each "group", or the whole "batch" (not with micro-batches)',
+        choices=("group", "batch"),
+    )
+    gates: str = option(
+        "sigmoid",
+        'of the chosen scores (BASE), or "softmax" (S-BASE)',
+        choices=("sigmoid", "softmax"),
+    )
+
 
 GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": jax.nn.sigmoid,
@@ -55,20 +75,20 @@ def route(
     score_TE = jax.lax.stop_gradient(logits_TE)
     if train:
         score_TE = balanced(score_TE, tokens, cfg)
-    _, expert_TK = jax.lax.top_k(score_TE, cfg.options["k"])
-    gate_TK = jnp.take_along_axis(GATES[cfg.options["gates"]](logits_TE), expert_TK, 1)
+    _, expert_TK = jax.lax.top_k(score_TE, cfg.options.k)
+    gate_TK = jnp.take_along_axis(GATES[cfg.options.gates](logits_TE), expert_TK, 1)
     sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
 def balanced(logits_TE: jax.Array, tokens: Tokens, cfg: RouterCfg) -> jax.Array:
     """x W + b, [T, E], with b per group, or of the whole batch."""
-    num_experts, whole = logits_TE.shape[1], cfg.options["scope"] == "batch"
+    num_experts, whole = logits_TE.shape[1], cfg.options.scope == "batch"
     num_groups = 1 if whole else tokens.num_rows // cfg.group_rows
     logits_GtE = logits_TE.reshape(num_groups, -1, num_experts)
     valid_Gt1 = tokens.valid_T.reshape(num_groups, -1, 1).astype(logits_TE.dtype)
     total = cfg.total if whole else lambda z: z
-    bias_GE = sinkhorn(logits_GtE, valid_Gt1, cfg.options["iterations"], total)
+    bias_GE = sinkhorn(logits_GtE, valid_Gt1, cfg.options.iterations, total)
     return (logits_GtE + bias_GE[:, None]).reshape(-1, num_experts)
 
 
@@ -96,11 +116,31 @@ def sinkhorn(
     return jax.lax.fori_loop(0, iterations, step, zero_GE)
 
 
-def sees(options: Mapping[str, Any]) -> Sees:
+def sees(options: Options) -> Sees:
     """Of training: evaluation is greedy."""
-    return Sees(future=True, batch=options["scope"] == "batch")
+    return Sees(future=True, batch=options.scope == "batch")
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=True, gate_sum=None)
+    return Declared(most=options.k, exact=True, gate_sum=None)
+
+
+def balanced_by(options: Options) -> str:
+    """Names the assignment."""
+    del options
+    return "its assignment"
+
+
+def refusals(options: Options, setting: Setting) -> Iterator[str]:
+    """A balance over the whole batch needs the whole batch at once."""
+    number = setting.batch_size // setting.micro_batch_size
+    if options.scope == "batch" and number > 1:
+        yield (
+            f'{setting.at}.scope = "batch" balances over all tokens at once, which {number} '
+            f"micro-batches (train.batch_size {setting.batch_size} / train.micro_batch_size "
+            f"{setting.micro_batch_size}) are not: set train.micro_batch_size=0, or the scope to group"
+        )
+
+
+ROUTER = Router(Options, route, sees, declared, balanced_by=balanced_by, refusals=refusals)

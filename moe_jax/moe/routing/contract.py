@@ -5,7 +5,7 @@ experts, K choices of a token, C classes that are counted (E, or E + null expert
 device, p slots of one expert in one group.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,26 +44,108 @@ class Declared(NamedTuple):
     most: int | None  # assignments of a token at most; None: no bound
     exact: bool  # every valid token has exactly `most`
     gate_sum: float | None  # of a valid token's gates; None: free
-    average: float | None = (
-        None  # experts that compute for a token, when the load is as intended; None: `most`, or all
-    )
+    # Experts that compute for a token, when the load is as intended; None: `most`, or all.
+    average: float | None = None
+    # A choice of no expert may copy the token into its output.
+    copies: bool = False
+
+
+class Setting(NamedTuple):
+    """What a router's refusals may depend on beside its own options."""
+
+    at: str  # the path of its block in the config
+    num_experts: int
+    batch_size: int  # rows of an optimizer step
+    micro_batch_size: int
+
+
+def no_weights(sizes: Sizes, options: Any) -> dict[str, Weight]:
+    """Declares nothing: for a router without parameters, or without state."""
+    del sizes, options
+    return {}
+
+
+def linear_gate(sizes: Sizes, options: Any) -> dict[str, Weight]:
+    """Declares the parameters of most routers: one matrix [D, E]."""
+    del options
+    gate = Weight((sizes.d_model, sizes.num_experts), ("embed", None), sizes.d_model**-0.5)
+    return {"gate": gate}
+
+
+def keep_state(state: Arrays, totals: Arrays, cfg: "RouterCfg") -> Arrays:
+    """Returns the state as it was: the update of a router whose state never changes."""
+    del totals, cfg
+    return state
+
+
+def sees_nothing(options: Any) -> Sees:
+    """Says that a router decides token by token."""
+    del options
+    return Sees(future=False, batch=False)
+
+
+def nothing_balances(options: Any) -> str:
+    """Says that a router has no balance of its own, so that it needs a loss."""
+    del options
+    return ""
+
+
+def no_slots(options: Any) -> int:
+    """Says that a router assigns tokens to experts, and mixes none into slots."""
+    del options
+    return 0
+
+
+def no_refusals(options: Any, setting: Setting) -> Iterator[str]:
+    """Refuses nothing: every value within its bounds goes with every other."""
+    del options, setting
+    yield from ()
+
+
+def softmax_scores(options: Any) -> Callable[[jax.Array], jax.Array]:
+    """Says that a router ranks experts by the softmax of its logits."""
+    del options
+    return jax.nn.softmax
 
 
 class Router(NamedTuple):
-    """One ROUTERS line. `options` is the router's own block of the config."""
+    """All that there is to know of a router; `ROUTER` of its file. `options` is one of its Options.
 
-    params: Callable[[Sizes, Mapping[str, Any]], dict[str, Weight]]
-    state: Callable[
-        [Sizes, Mapping[str, Any]], dict[str, Weight]
-    ]  # without gradient: a bias, quantiles, a coefficient
-    route: Callable[..., Any]  # (params, state, tokens, *, cfg, rng, train) -> Routing | Slots
-    update: Callable[
-        [Arrays, Arrays, "RouterCfg"], Arrays
-    ]  # (state, totals of the step, cfg) of one layer -> state
-    sees: Callable[[Mapping[str, Any]], Sees]
-    declared: Callable[[int, Mapping[str, Any]], Declared]  # (num_experts, options)
-    # fixes its own capacity: never dropped a second time, so it needs the dropless dispatcher
+    What has no default would be silently wrong if it were forgotten.
+    """
+
+    # The frozen dataclass of its block in the config (schema/options.py).
+    options: type
+    # (params, state, tokens, *, cfg, rng, train) -> Routing | Slots, on the tokens of one device.
+    route: Callable[..., Any]
+    # What a token's output may depend on in training: a causal model refuses what sees the future.
+    sees: Callable[[Any], Sees]
+    # (num_experts, options) -> what its routing promises.
+    declared: Callable[[int, Any], Declared]
+    # Weights with a gradient, and without one: a bias, quantiles, a coefficient.
+    params: Callable[[Sizes, Any], dict[str, Weight]] = linear_gate
+    state: Callable[[Sizes, Any], dict[str, Weight]] = no_weights
+    # (state, totals of the step, cfg) of one layer -> state; once per optimizer step.
+    update: Callable[[Arrays, Arrays, "RouterCfg"], Arrays] = keep_state
+    # It fixes the capacity of its experts itself, so no dispatcher may drop a second time.
     own_capacity: bool = False
+    # What balances its load without a loss, in words; "" = nothing does.
+    balanced_by: Callable[[Any], str] = nothing_balances
+    # Balance losses that its paper has beside `balanced_by`, and the other losses that it has not.
+    losses: tuple[str, ...] = ()
+    no_losses: tuple[str, ...] = ()
+    # Sums per row that it gives beside those of `statistics`, for losses that need them.
+    sums: tuple[str, ...] = ()
+    # It adds a loss of its own, whose coefficient is its state: sums "l1_load" and "l1_weight".
+    own_loss: bool = False
+    # Slots of an expert in a group, of a router that mixes tokens; 0 = it makes assignments.
+    num_slots: Callable[[Any], int] = no_slots
+    # It replays a recording that the batch carries, so only instruments can use it.
+    replays: bool = False
+    # logits -> the scores by which it ranks experts, for instruments that replay or perturb it.
+    score: Callable[[Any], Callable[[jax.Array], jax.Array]] = softmax_scores
+    # Yields what is wrong with its options together, one sentence each.
+    refusals: Callable[[Any, Setting], Iterator[str]] = no_refusals
 
 
 class Tokens(NamedTuple):
@@ -118,7 +200,7 @@ class RouterCfg(NamedTuple):
     """What every router is told."""
 
     num_experts: int
-    options: Mapping[str, Any]  # of its own block in the config
+    options: Any  # of its own block in the config: one of its Options
     group_rows: int  # rows of a group: what balances or selects over tokens does so inside a group
     vocab_size: int
     # Sums over the devices of the batch, for a router that balances over the whole micro-batch (it
@@ -274,29 +356,3 @@ def router_logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     return jnp.einsum(
         "TD,DE->TE", x_TD.astype(wide), gate_DE.astype(wide), precision=jax.lax.Precision.HIGHEST
     )
-
-
-def no_weights(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
-    """For a router without parameters, or without state."""
-    del sizes, options
-    return {}
-
-
-def linear_gate(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
-    """The parameters of most routers: one matrix [D, E]."""
-    del options
-    return {
-        "gate": Weight((sizes.d_model, sizes.num_experts), ("embed", None), sizes.d_model**-0.5)
-    }
-
-
-def keep_state(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
-    """The update of a router whose state never changes."""
-    del totals, cfg
-    return state
-
-
-def sees_nothing(options: Mapping[str, Any]) -> Sees:
-    """Of a router that decides token by token."""
-    del options
-    return Sees(future=False, batch=False)

@@ -10,8 +10,8 @@ below at `min_temperature` in use. The probabilities of the balance loss are tho
 temperature too, where the paper keeps the first one (eq. 8). Ties go to the lower index.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,37 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
+    Setting,
     Sizes,
     Tokens,
     router_logits,
+    sees_nothing,
     statistics,
     token_choice,
 )
+from moe_jax.schema.options import COUNT, NOT_TINY, NUMBER, option
 from moe_jax.weights import Weight
 
 
-def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(2, "experts per token", NUMBER)
+    renormalize: bool = option(True, "gates of a token sum to 1")
+    dim: int = option(0, "of the hypersphere; 0 = num_experts / 2, at least 2", COUNT)
+    temperature: float = option(0.3, "first value; learned", NOT_TINY)
+    min_temperature: float = option(0.01, "it acts at least as high", NOT_TINY)
+
+
+def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
     """The projection [D, dim], an embedding per expert [dim, E] and the temperature."""
-    dim = options["dim"] or max(2, sizes.num_experts // 2)
+    dim = options.dim or max(2, sizes.num_experts // 2)
     return {
         "project": Weight((sizes.d_model, dim), ("embed", None), sizes.d_model**-0.5),
         "experts": Weight((dim, sizes.num_experts), (None, None), dim**-0.5),
-        "temperature": Weight((), (), 0.0, options["temperature"]),
+        "temperature": Weight((), (), 0.0, options.temperature),
     }
 
 
@@ -48,11 +61,11 @@ def route(
     token_TM = _unit(router_logits(tokens.x_TD, params["project"]), axis=1)
     expert_ME = _unit(params["experts"].astype(token_TM.dtype), axis=0)
     temperature = jnp.maximum(
-        params["temperature"].astype(token_TM.dtype), cfg.options["min_temperature"]
+        params["temperature"].astype(token_TM.dtype), cfg.options.min_temperature
     )
     logits_TE = router_logits(token_TM, expert_ME) / temperature
-    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options["k"])
-    if cfg.options["renormalize"]:
+    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options.k)
+    if cfg.options.renormalize:
         gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
     sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
@@ -63,6 +76,19 @@ def _unit(x: jax.Array, axis: int) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-24))
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=True, gate_sum=1.0 if options["renormalize"] else None)
+    return Declared(most=options.k, exact=True, gate_sum=1.0 if options.renormalize else None)
+
+
+def refusals(options: Options, setting: Setting) -> Iterator[str]:
+    """The first temperature must be one that may act."""
+    at = setting.at
+    if options.temperature < options.min_temperature:
+        yield (
+            f"{at}.temperature ({options.temperature}) must be at least {at}.min_temperature "
+            f"({options.min_temperature})"
+        )
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=params, refusals=refusals)

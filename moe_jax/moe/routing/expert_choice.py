@@ -17,9 +17,9 @@ Shapes: G groups, t tokens of a group, C places of an expert in a group, n = E C
 group.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,25 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
     Sees,
+    Setting,
     Tokens,
     class_statistics,
     router_logits,
 )
+from moe_jax.schema.options import POSITIVE, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    factor: float = option(
+        2.0,
+        "experts per token on average: each takes ceil(factor * tokens / num_experts) of a group",
+        POSITIVE,
+    )
 
 
 def route(
@@ -49,7 +61,7 @@ def route(
     open_TE = jnp.where(tokens.valid_T[:, None], jax.lax.stop_gradient(score_TE), -1)
     open_GEt = open_TE.reshape(num_groups, group_tokens, num_experts).swapaxes(1, 2)
     best_GEC, place_GEC = jax.lax.top_k(
-        open_GEt, capacity(group_tokens, num_experts, cfg.options["factor"])
+        open_GEt, capacity(group_tokens, num_experts, cfg.options.factor)
     )
     first_G11 = (jnp.arange(num_groups, dtype=jnp.int32) * group_tokens)[:, None, None]
     expert_E1 = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
@@ -70,10 +82,36 @@ def capacity(group_tokens: int, num_experts: int, factor: float) -> int:
     return max(1, min(math.ceil(factor * group_tokens / num_experts - 1e-9), group_tokens))
 
 
-def sees(options: Mapping[str, Any]) -> Sees:
+def sees(options: Options) -> Sees:
     del options
     return Sees(future=True, batch=False)
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
-    return Declared(most=num_experts, exact=False, gate_sum=None, average=options["factor"])
+def declared(num_experts: int, options: Options) -> Declared:
+    return Declared(most=num_experts, exact=False, gate_sum=None, average=options.factor)
+
+
+def balanced_by(options: Options) -> str:
+    """Names the capacity."""
+    del options
+    return "its capacity"
+
+
+def refusals(options: Options, setting: Setting) -> Iterator[str]:
+    """No token has more experts than there are."""
+    if options.factor > setting.num_experts:
+        yield (
+            f"{setting.at}.factor = {options.factor} must be at most model.moe.num_experts "
+            f"({setting.num_experts}): experts per token"
+        )
+
+
+ROUTER = Router(
+    Options,
+    route,
+    sees,
+    declared,
+    own_capacity=True,
+    balanced_by=balanced_by,
+    refusals=refusals,
+)

@@ -11,15 +11,31 @@ hash balances over the training set's frequencies instead, so here loads follow 
 the ids). Reads no activation, so it has no parameters and depends on nothing but the token itself.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.moe.routing.contract import Arrays, Declared, RouterCfg, Routing, Tokens, even
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    Router,
+    RouterCfg,
+    Routing,
+    Tokens,
+    even,
+    no_weights,
+    sees_nothing,
+)
+from moe_jax.schema.options import NUMBER, SEED, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(1, "experts per token", NUMBER)
+    seed: int = option(0, "of the random draw", SEED)
 
 
 def route(
@@ -30,9 +46,9 @@ def route(
     There are no logits: probabilities are uniform, and z is 0.
     """
     del params, state, rng, train
-    k = cfg.options["k"]
+    k = cfg.options.k
     expert_TK = (
-        jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options["seed"]))
+        jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options.seed))
         .at[tokens.id_T]
         .get()
     )
@@ -57,6 +73,9 @@ def table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:
     return table_VK
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=True, gate_sum=1.0)
+    return Declared(most=options.k, exact=True, gate_sum=1.0)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=no_weights)

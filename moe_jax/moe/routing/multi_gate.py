@@ -10,8 +10,7 @@ dense mixture. The logits of all gates are computed and one is taken: a gathered
 token would be E D numbers each. Shapes: G gates.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +18,28 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
     Sizes,
     Tokens,
+    sees_nothing,
     statistics,
     token_choice,
 )
+from moe_jax.schema.options import NUMBER, option
 from moe_jax.weights import Weight
 
 
-def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
-    shape = (options["num_gates"], sizes.d_model, sizes.num_experts)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(2, "num_experts = the paper's dense mixture", NUMBER)
+    num_gates: int = option(2, "one for each task of the model mmoe", NUMBER)
+    renormalize: bool = option(True, "gates of a token sum to 1")
+
+
+def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
+    shape = (options.num_gates, sizes.d_model, sizes.num_experts)
     return {"gate": Weight(shape, (None, "embed", None), sizes.d_model**-0.5)}
 
 
@@ -44,13 +53,16 @@ def route(
     logits_TGE = jnp.einsum("TD,GDE->TGE", x_TD, gate_GDE, precision=jax.lax.Precision.HIGHEST)
     turn_T = tokens.position_T % gate_GDE.shape[0]
     logits_TE = jnp.take_along_axis(logits_TGE, turn_T[:, None, None], 1)[:, 0]
-    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options["k"])
-    if cfg.options["renormalize"]:
+    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options.k)
+    if cfg.options.renormalize:
         gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
     sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=True, gate_sum=1.0 if options["renormalize"] else None)
+    return Declared(most=options.k, exact=True, gate_sum=1.0 if options.renormalize else None)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=params)

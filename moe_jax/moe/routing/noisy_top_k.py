@@ -16,9 +16,8 @@ bounds the division. Ties go to the lower index.
 Shapes: see contract.py.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
     Sizes,
@@ -34,13 +34,21 @@ from moe_jax.moe.routing.contract import (
     normal,
     per_row,
     router_logits,
+    sees_nothing,
     statistics,
     token_choice,
 )
+from moe_jax.schema.options import NOT_TINY, NUMBER, option
 from moe_jax.weights import Weight
 
 
-def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(2, "experts per token", NUMBER)
+    min_noise: float = option(0.01, "least standard deviation of the noise", NOT_TINY)
+
+
+def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
     """The gate and the matrix of the noise, both [D, E]."""
     noise = Weight((sizes.d_model, sizes.num_experts), ("embed", None), 0.0)
     return {**linear_gate(sizes, options), "noise": noise}
@@ -52,15 +60,13 @@ def route(
     """Assignments token by token. Balance loss, z and entropy are of the logits without noise."""
     del state
     clean_TE = router_logits(tokens.x_TD, params["gate"])
-    sigma_TE = (
-        jax.nn.softplus(router_logits(tokens.x_TD, params["noise"])) + cfg.options["min_noise"]
-    )
+    sigma_TE = jax.nn.softplus(router_logits(tokens.x_TD, params["noise"])) + cfg.options.min_noise
     noisy_TE = clean_TE
     if train:
         noisy_TE = clean_TE + sigma_TE * normal(rng, tokens, cfg.num_experts, clean_TE.dtype)
-    top_TK, expert_TK = jax.lax.top_k(noisy_TE, cfg.options["k"])
+    top_TK, expert_TK = jax.lax.top_k(noisy_TE, cfg.options.k)
     gate_TK = jax.nn.softmax(top_TK)
-    chance_TE = stays_chosen(clean_TE, noisy_TE, sigma_TE, cfg.options["k"])
+    chance_TE = stays_chosen(clean_TE, noisy_TE, sigma_TE, cfg.options.k)
     load_TE = jnp.where(tokens.valid_T[:, None], chance_TE, 0)
     sums = {**statistics(clean_TE, expert_TK, gate_TK, tokens), "load": per_row(load_TE, tokens)}
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
@@ -91,6 +97,9 @@ def _normal_cdf(z: jax.Array) -> jax.Array:
 _normal_cdf.defjvps(lambda tangent, _, z: tangent * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(most=options["k"], exact=True, gate_sum=1.0)
+    return Declared(most=options.k, exact=True, gate_sum=1.0)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=params, sums=("load",))

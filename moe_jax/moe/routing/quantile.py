@@ -21,11 +21,34 @@ of b * E * bins numbers per layer is what more bins cost. Experts that take all 
 no threshold: their bias does nothing.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.routing.contract import Arrays, RouterCfg, Routing, Tokens, router_logits
-from moe_jax.moe.routing.sigmoid import SCORES, biased, from_scores
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Router,
+    RouterCfg,
+    Routing,
+    Tokens,
+    router_logits,
+    sees_nothing,
+)
+from moe_jax.moe.routing.sigmoid import SCORES, bias_state, biased, declared, from_scores, score
+from moe_jax.schema.options import BELOW_ONE, NUMBER, POSITIVE, at_least, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(2, "experts per token", NUMBER)
+    score: str = option("sigmoid", 'or "softmax"', choices=("sigmoid", "softmax"))
+    renormalize: bool = option(True, "gates of a token sum to 1")
+    scale: float = option(1.0, "factor on the gates", POSITIVE)
+    bins: int = option(
+        256, "of each expert's histogram, from which the quantile is interpolated", at_least(2)
+    )
+    ema: float = option(0.0, "share of the old bias that a step keeps", BELOW_ONE)
 
 
 def route(
@@ -33,15 +56,15 @@ def route(
 ) -> Routing:
     """Assignments token by token, a token's choices in order of falling biased score."""
     del rng, train
-    k = cfg.options["k"]
+    k = cfg.options.k
     logits_TE = router_logits(tokens.x_TD, params["gate"])
-    score_TE = SCORES[cfg.options["score"]](logits_TE)
+    score_TE = SCORES[cfg.options.score](logits_TE)
     fixed_TE, bias_E = jax.lax.stop_gradient(score_TE), state["bias"].astype(score_TE.dtype)
     top_TK, expert_TK = jax.lax.top_k(
         biased(logits_TE, score_TE, state), min(k + 1, cfg.num_experts)
     )
     routing = from_scores(logits_TE, score_TE, expert_TK[:, :k], tokens, cfg)
-    histogram = _histogram(top_TK[:, -1:] - fixed_TE, bias_E, tokens, cfg.options["bins"])
+    histogram = _histogram(top_TK[:, -1:] - fixed_TE, bias_E, tokens, cfg.options.bins)
     return routing._replace(sums={**routing.sums, "histogram": histogram})
 
 
@@ -65,9 +88,9 @@ def _range(bias_E: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     """The bias of a layer from the histogram of a step; a step without tokens changes nothing."""
-    old_E, bins, ema = state["bias"], cfg.options["bins"], cfg.options["ema"]
+    old_E, bins, ema = state["bias"], cfg.options.bins, cfg.options.ema
     histogram_EM = totals["histogram"].reshape(cfg.num_experts, bins)
-    new_E = quantile(histogram_EM, cfg.options["k"] / cfg.num_experts, *_range(old_E, bins))
+    new_E = quantile(histogram_EM, cfg.options.k / cfg.num_experts, *_range(old_E, bins))
     new_E = ema * old_E + (1 - ema) * new_E.astype(old_E.dtype)
     return {"bias": jnp.where(histogram_EM.sum() > 0, new_E - new_E.mean(), old_E)}
 
@@ -85,3 +108,21 @@ def quantile(histogram_EM: jax.Array, share: float, low: jax.Array, width: jax.A
         jnp.arange(histogram_EM.shape[1])[None] == bin_E[:, None], histogram_EM, 0
     ).sum(1)
     return low + (bin_E + (target_E1[:, 0] - before_E) / jnp.maximum(inside_E, 1)) * width
+
+
+def balanced_by(options: Options) -> str:
+    """Names the bias."""
+    del options
+    return "its bias"
+
+
+ROUTER = Router(
+    Options,
+    route,
+    sees_nothing,
+    declared,
+    state=bias_state,
+    update=update,
+    balanced_by=balanced_by,
+    score=score,
+)

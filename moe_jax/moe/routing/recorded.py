@@ -13,8 +13,7 @@ token is served once, with the sum of both gates: a dispatcher takes a token's e
 different.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,31 @@ from moe_jax.errors import UserError
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
     Tokens,
     router_logits,
+    sees_nothing,
     statistics,
     token_choice,
 )
+from moe_jax.schema.options import NOT_NEGATIVE, NUMBER, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(2, "choices per token in the recording", NUMBER)
+    average: float = option(
+        0.0,
+        "experts per token when the load is as intended, where that is fewer; 0 = k",
+        NOT_NEGATIVE,
+    )
+    gates: str = option(
+        "recorded",
+        'or "router": softmax of the present router over the recorded experts',
+        choices=("recorded", "router"),
+    )
 
 
 def route(
@@ -40,11 +57,11 @@ def route(
     UserError for a batch without a recording, or one of another k.
     """
     del state, rng, train
-    expert_TK, gate_TK = _recording(tokens, cfg.options["k"])
+    expert_TK, gate_TK = _recording(tokens, cfg.options.k)
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     real_TK = (expert_TK >= 0) & (expert_TK < cfg.num_experts)
     expert_TK = jnp.where(real_TK, expert_TK, cfg.num_experts)
-    if cfg.options["gates"] == "router":
+    if cfg.options.gates == "router":
         logits_TK = jnp.take_along_axis(logits_TE, jnp.minimum(expert_TK, cfg.num_experts - 1), 1)
         gate_TK = jax.nn.softmax(logits_TK, where=real_TK)
     gate_TK = jnp.where(real_TK, gate_TK.astype(logits_TE.dtype), 0)
@@ -80,8 +97,9 @@ def _recording(tokens: Tokens, k: int) -> tuple[jax.Array, jax.Array]:
     return expert_TK, gate_TK
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(
-        most=options["k"], exact=False, gate_sum=None, average=options["average"] or None
-    )
+    return Declared(most=options.k, exact=False, gate_sum=None, average=options.average or None)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, replays=True)

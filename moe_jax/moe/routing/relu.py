@@ -18,8 +18,8 @@ A balance loss of moe/losses.py would act on R as if it were a distribution, and
 experts: give those coefficients 0; the refined l1 balances by itself.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +27,44 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
+    Setting,
     Sizes,
     Tokens,
     class_statistics,
     per_row,
     router_logits,
+    sees_nothing,
     token_choice,
 )
+from moe_jax.schema.options import FROM_ONE, IN_FLOAT32, NUMBER, option
 from moe_jax.weights import Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(
+        2,
+        "active experts per token on average, to which the adaptive L1 loss brings them down",
+        NUMBER,
+    )
+    max_active: int = option(
+        4, "served experts of one token at most; the others are dropped", NUMBER
+    )
+    l1: float = option(1e-8, "first coefficient of the L1 loss", IN_FLOAT32)
+    alpha: float = option(1.2, "factor by which a step changes the coefficient", FROM_ONE)
+    balanced: bool = option(True, "the L1 loss weighs an expert by its load")
+
 
 LARGEST = 1e20  # of l1
 
 
-def state(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+def state(sizes: Sizes, options: Options) -> dict[str, Weight]:
     """The coefficient of the loss, from its first value on."""
     del sizes
-    return {"l1": Weight((), (), 0.0, options["l1"])}
+    return {"l1": Weight((), (), 0.0, options.l1)}
 
 
 def route(
@@ -55,8 +75,8 @@ def route(
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     relu_TE = jax.nn.relu(logits_TE)
     active_TE = relu_TE > 0
-    gate_TK, expert_TK = jax.lax.top_k(relu_TE, cfg.options["max_active"])
-    over_T = jnp.maximum(active_TE.sum(1) - cfg.options["max_active"], 0)
+    gate_TK, expert_TK = jax.lax.top_k(relu_TE, cfg.options.max_active)
+    over_T = jnp.maximum(active_TE.sum(1) - cfg.options.max_active, 0)
     valid_T = tokens.valid_T.astype(logits_TE.dtype)
     sums = class_statistics(logits_TE, active_TE, relu_TE, tokens, probs_TC=relu_TE)
     served = {"gate": gate_TK.sum(1), "gate_max": gate_TK[:, 0]}
@@ -66,9 +86,9 @@ def route(
     sums["dropped"] = per_row(over_T.astype(valid_T.dtype) * valid_T, tokens)
     sums["assigned"] = sums["counts"].sum(1)
     sums["l1_weight"] = state["l1"].astype(valid_T.dtype) * sums["tokens"]
-    balance = cfg.num_experts / cfg.options["k"]
+    balance = cfg.num_experts / cfg.options.k
     one_bE = jnp.broadcast_to(sums["tokens"][:, None], sums["counts"].shape)
-    sums["l1_load"] = balance * sums["counts"] if cfg.options["balanced"] else one_bE
+    sums["l1_load"] = balance * sums["counts"] if cfg.options.balanced else one_bE
     return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts, real_TK=gate_TK > 0)
 
 
@@ -76,12 +96,42 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     """alpha^sign of (active experts - k times tokens): both are whole numbers, so every mesh takes
     the same branch.
     """
-    sign = jnp.sign(totals["counts"].sum() - cfg.options["k"] * totals["tokens"]).astype(
+    sign = jnp.sign(totals["counts"].sum() - cfg.options.k * totals["tokens"]).astype(
         state["l1"].dtype
     )
-    return {"l1": jnp.clip(state["l1"] * cfg.options["alpha"] ** sign, cfg.options["l1"], LARGEST)}
+    return {"l1": jnp.clip(state["l1"] * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    return Declared(most=options["max_active"], exact=False, gate_sum=None, average=options["k"])
+    return Declared(most=options.max_active, exact=False, gate_sum=None, average=options.k)
+
+
+def balanced_by(options: Options) -> str:
+    """Names the loss that comes with the router."""
+    del options
+    return "its own L1 loss"
+
+
+def refusals(options: Options, setting: Setting) -> Iterator[str]:
+    """A token needs room for as many experts as are active on average."""
+    at, num_experts = setting.at, setting.num_experts
+    if not options.k <= options.max_active <= num_experts:
+        yield (
+            f"{at}.max_active ({options.max_active}) must lie between {at}.k ({options.k}) and "
+            f"model.moe.num_experts ({num_experts})"
+        )
+
+
+ROUTER = Router(
+    Options,
+    route,
+    sees_nothing,
+    declared,
+    state=state,
+    update=update,
+    balanced_by=balanced_by,
+    no_losses=("z",),
+    own_loss=True,
+    refusals=refusals,
+)

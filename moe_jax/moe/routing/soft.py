@@ -15,8 +15,7 @@ importance of an expert are the sum of C over its slots, for every token uses ev
 sum to 1. Shapes: G groups, t tokens of a group, p slots of an expert.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Sees,
     Sizes,
@@ -31,14 +31,25 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     class_statistics,
 )
+from moe_jax.schema.options import NUMBER, option
 from moe_jax.weights import Weight
 
 
-def params(sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Weight]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    slots: int = option(
+        4,
+        "of each expert in each group; about tokens of a group / num_experts costs what k = 1 does",
+        NUMBER,
+    )
+    normalize: bool = option(True, "unit vectors and a learned scale in the slots' scores")
+
+
+def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
     """phi [D, E, p], and the scale of its normalised columns."""
-    shape = (sizes.d_model, sizes.num_experts, options["slots"])
+    shape = (sizes.d_model, sizes.num_experts, options.slots)
     weights = {"phi": Weight(shape, ("embed", None, None), sizes.d_model**-0.5)}
-    return weights | ({"scale": Weight((), (), 0.0, 1.0)} if options["normalize"] else {})
+    return weights | ({"scale": Weight((), (), 0.0, 1.0)} if options.normalize else {})
 
 
 def route(
@@ -46,7 +57,7 @@ def route(
 ) -> Slots:
     """The mixtures of each group."""
     del state, rng, train
-    logits_TEp = slot_logits(tokens.x_TD, params, cfg.options["normalize"])
+    logits_TEp = slot_logits(tokens.x_TD, params, cfg.options.normalize)
     num_groups = tokens.num_rows // cfg.group_rows
 
     def grouped(z):
@@ -82,14 +93,30 @@ def unit(x: jax.Array, dim: int) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).sum(dim, keepdims=True) + 1e-12)
 
 
-def sees(options: Mapping[str, Any]) -> Sees:
+def sees(options: Options) -> Sees:
     del options
     return Sees(future=True, batch=False)
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     """Every token reads every expert; how many rows an expert computes is p for each group,
     whatever its tokens (moe_jax/flops).
     """
     del options
     return Declared(most=num_experts, exact=False, gate_sum=1.0)
+
+
+def balanced_by(options: Options) -> str:
+    """Names the slots."""
+    del options
+    return "its slots"
+
+
+def num_slots(options: Options) -> int:
+    """Returns p, the slots of an expert in a group."""
+    return options.slots
+
+
+ROUTER = Router(
+    Options, route, sees, declared, params=params, balanced_by=balanced_by, num_slots=num_slots
+)

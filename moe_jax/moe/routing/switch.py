@@ -10,8 +10,7 @@ The draw is of the row and the place in it, the same on every mesh. Ties go to t
 lower index. The published loss is `balance` (eq. 4-6, moe/losses.py).
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +18,24 @@ import jax.numpy as jnp
 from moe_jax.moe.routing.contract import (
     Arrays,
     Declared,
+    Router,
     RouterCfg,
     Routing,
     Tokens,
     router_logits,
+    sees_nothing,
     statistics,
     token_choice,
     uniform,
 )
+from moe_jax.schema.options import BELOW_ONE, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    jitter: float = option(
+        0.01, "training multiplies the router's input by uniform(1 - jitter, 1 + jitter)", BELOW_ONE
+    )
 
 
 def route(
@@ -34,7 +43,7 @@ def route(
 ) -> Routing:
     """One assignment per token."""
     del state
-    jitter = cfg.options["jitter"] if train else 0.0
+    jitter = cfg.options.jitter if train else 0.0
     x_TD = jittered(tokens, jitter, rng) if jitter else tokens.x_TD
     logits_TE = router_logits(x_TD, params["gate"])
     gate_T1, expert_T1 = jax.lax.top_k(jax.nn.softmax(logits_TE), 1)
@@ -48,6 +57,9 @@ def jittered(tokens: Tokens, jitter: float, rng: jax.Array) -> jax.Array:
     return x_TD * (1 - jitter + 2 * jitter * uniform(rng, tokens, x_TD.shape[1], x_TD.dtype))
 
 
-def declared(num_experts: int, options: Mapping[str, Any]) -> Declared:
+def declared(num_experts: int, options: Options) -> Declared:
     del num_experts, options
     return Declared(most=1, exact=True, gate_sum=None)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared)

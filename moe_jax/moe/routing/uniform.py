@@ -1,0 +1,47 @@
+"""Round robin: a baseline that learns nothing. What is routing by content worth?
+
+A token at position p of its document takes the experts p k, p k + 1, .., p k + k - 1 modulo E, each
+with the gate 1 / k. Any E / gcd(E, k) tokens in a row take every expert equally often, so in every
+document (and every part of one) the loads of two experts differ by at most one.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.routing.contract import (
+    Arrays,
+    Declared,
+    Router,
+    RouterCfg,
+    Routing,
+    Tokens,
+    even,
+    no_weights,
+    sees_nothing,
+)
+from moe_jax.schema.options import NUMBER, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    k: int = option(2, "experts per token", NUMBER)
+
+
+def route(
+    params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
+) -> Routing:
+    """k experts in turn by position."""
+    del params, state, rng, train
+    k = cfg.options.k
+    first_T1 = (tokens.position_T % cfg.num_experts * k)[:, None]
+    return even((first_T1 + jnp.arange(k)[None]) % cfg.num_experts, tokens, cfg)
+
+
+def declared(num_experts: int, options: Options) -> Declared:
+    del num_experts
+    return Declared(most=options.k, exact=True, gate_sum=1.0)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=no_weights)

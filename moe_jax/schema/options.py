@@ -1,0 +1,188 @@
+"""How a key of the config is declared: one line of a frozen dataclass, beside the code that reads it.
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        k: int = option(2, "experts per token", NUMBER)
+        softmax: str = option("before", "the selection", choices=("before", "after"))
+
+The tree that users change (config/tree.py), its printed comments, the types and the bounds all come
+from these lines. Rules that tie keys to each other are `refusals` of a component, or of
+config/rules.py.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from moe_jax.errors import UserError
+
+KEY = "option"  # of a field's metadata
+
+
+class Bound(NamedTuple):
+    """Whole or real numbers that a key may have. `words` end the sentence "KEY = VALUE must be"."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    whole: bool
+
+
+class Option(NamedTuple):
+    """What is declared of a key beside its name and type."""
+
+    default: Any
+    comment: str
+    bound: Bound | None  # of a number, or of each number of a tuple
+    choices: tuple[str, ...]  # the texts that it may be; () = any
+    block: str  # of a choice: the key of the blocks that have the options of what may be chosen
+    derived: bool  # no key: `build` computes it from others
+    parse: Callable[[Any, str], Any] | None  # (what the user wrote, path) -> the value
+
+
+def whole(words: str, holds: Callable[[Any], bool]) -> Bound:
+    return Bound(words, holds, True)
+
+
+def real(words: str, holds: Callable[[Any], bool]) -> Bound:
+    return Bound(words, holds, False)
+
+
+def at_least(least: int) -> Bound:
+    return whole(f"at least {least}", lambda v: v >= least)
+
+
+# Of things that may be none, and of things that there must be.
+COUNT, NUMBER = at_least(0), at_least(1)
+STEPS = whole("at least 1 and below 2**31", lambda v: 1 <= v < 2**31)  # counted in an int32
+SEED = whole("at least 0 and below 2**32", lambda v: 0 <= v < 2**32)
+NO_LABEL_OR_MORE = whole("0 or at least 2", lambda v: v == 0 or v >= 2)
+NOT_NEGATIVE = real("at least 0", lambda v: v >= 0)
+POSITIVE = real("above 0", lambda v: v > 0)
+FROM_ONE = real("at least 1", lambda v: v >= 1)
+NONE_OR_FROM_ONE = real("0 or at least 1", lambda v: v == 0 or v >= 1)
+FRACTION = real("at least 0 and at most 1", lambda v: 0 <= v <= 1)
+PART = real("above 0 and at most 1", lambda v: 0 < v <= 1)
+BELOW_ONE = real("at least 0 and below 1", lambda v: 0 <= v < 1)
+NOT_TINY = real("at least 1e-06", lambda v: v >= 1e-6)
+IN_FLOAT32 = real("at least 1e-20", lambda v: v >= 1e-20)
+# mesh.data = -1 takes the devices that the other axes leave; parallel/mesh.py says what else is wrong.
+AXIS = whole("at least 1, or -1 for the rest of the devices", lambda v: v == -1 or v >= 1)
+
+
+def option(
+    default: Any,
+    comment: str = "",
+    bound: Bound | None = None,
+    choices: tuple[str, ...] = (),
+    parse: Callable[[Any, str], Any] | None = None,
+) -> Any:
+    """Declares a key as the default of a dataclass field."""
+    declared = Option(default, comment, bound, choices, "", False, parse)
+    return dataclasses.field(default=default, metadata={KEY: declared})
+
+
+def choice(default: str, block: str, comment: str = "") -> Any:
+    """Declares the choice of a component, whose options are below the key `block`.
+
+    A choice and its options are siblings: `moe.router = "sinkhorn"` and
+    `moe.routers.sinkhorn.iterations = 8`. The field after it gets the options of what is chosen.
+    """
+    declared = Option(default, comment, None, (), block, False, None)
+    return dataclasses.field(default=default, metadata={KEY: declared})
+
+
+def derived() -> Any:
+    """Declares a field that is no key of the config: `build` computes it."""
+    return dataclasses.field(metadata={KEY: Option(None, "", None, (), "", True, None)})
+
+
+def declared(cls: type) -> dict[str, Option]:
+    """Returns what a dataclass declares of each of its keys, in their order."""
+    return {
+        field.name: field.metadata[KEY] for field in dataclasses.fields(cls) if KEY in field.metadata
+    }
+
+
+def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
+    """Returns a dataclass from a nested dict; every key must be there, be known and have its type.
+
+    `path` is that of the block, with a dot at its end where it is not the root. Raises UserError.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(raw) - set(names))
+    missing = sorted(set(names) - set(raw))
+    if unknown or missing:
+        what = f"unknown key {path}{unknown[0]}"
+        if not unknown:
+            what = f"the key {path}{missing[0]} is missing"
+        raise UserError(f"{what}: `python -m moe_jax config` lists every key")
+    hints = typing.get_type_hints(cls)
+    keys = declared(cls)
+    values = {}
+    for name in names:
+        values[name] = _convert(hints[name], raw[name], path + name, keys.get(name))
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return freeze(typing.cast(type, hint), value, path + ".")
+    if key and key.parse:
+        return key.parse(value, path)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(
+                f"{path} = {value!r} is a {type(value).__name__}; it must be a tuple, as its "
+                "default is"
+            )
+        return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
+    if hint is Any or origin in (typing.Union, types.UnionType, Mapping):
+        return value
+    if key and key.bound and not isinstance(value, str):
+        return value  # `refusals` says what number it must be
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(
+            f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}"
+        )
+    return value
+
+
+def refusals(options: Any, path: str) -> Iterator[str]:
+    """Yields a message for each key of a frozen block, and of the blocks in it, that is out of its
+    bounds or none of its choices.
+    """
+    for name, key in declared(type(options)).items():
+        value = getattr(options, name)
+        at = f"{path}{name}"
+        if key.bound:
+            yield from _of_number(at, value, key.bound)
+        if key.choices:
+            yield from not_among(at, value, key.choices)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if KEY not in field.metadata and dataclasses.is_dataclass(value):
+            yield from refusals(value, f"{path}{field.name}.")
+
+
+def not_among(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
+    """Yields a message for a text that is none of those that are allowed."""
+    if value not in allowed:
+        yield f'{path} = "{value}" is not known: choose one of {", ".join(allowed)}'
+
+
+def _of_number(path: str, value: Any, bound: Bound) -> Iterator[str]:
+    kind = int if bound.whole else int | float
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, kind):
+            word = "whole number" if bound.whole else "number"
+            yield f"{path} = {value} must be a {word}, {bound.words}"
+        elif not math.isfinite(number):
+            yield f"{path} = {value} must be finite and {bound.words}"
+        elif not bound.holds(number):
+            yield f"{path} = {value} must be {bound.words}"
