@@ -1,103 +1,243 @@
-"""The frozen config: below train.py no ConfigDict travels. config/build.py makes it from the tree
-that users change.
+"""The frozen config: every key that belongs to no component, with default, comment and bounds.
+
+Below train.py no ConfigDict travels. The tree that users change is assembled from these dataclasses
+and from the Options of the components (config/tree.py); config/build.py makes a Config of it.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.schema.options import (
+    AXIS,
+    BELOW_ONE,
+    COUNT,
+    FRACTION,
+    FROM_ONE,
+    NOT_NEGATIVE,
+    NUMBER,
+    PART,
+    POSITIVE,
+    SEED,
+    STEPS,
+    at_least,
+    choice,
+    derived,
+    option,
+)
 
-# what the kind of a block begins with that only some tokens go through, as in "depth:moe"
+# What the kind of a block begins with that only some tokens go through, as in "depth:moe".
 DEPTH = "depth:"
+# The name of no rule that makes zeros.
+NO_RULE = "none"
+BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
 
 
-class Options(dict[str, Any]):
-    """The options of a chosen router, dispatcher, optimizer or schedule: a dict that nobody
-    changes, so that jax may hash it.
-    """
+class Due(NamedTuple):
+    """The steps at which something is done: those named, and each multiple of a number."""
 
-    def __hash__(self) -> int:
-        return hash(tuple(sorted(self.items())))
+    steps: frozenset[int]
+    every: tuple[int, ...]
+    text: str  # as the config has it
+
+    def __call__(self, step: int) -> bool:
+        return step in self.steps or any(step % n == 0 for n in self.every)
+
+    @property
+    def first(self) -> int | None:
+        return min({*self.steps, *self.every}, default=None)
 
 
-@dataclasses.dataclass(frozen=True)
+def due(text: str, path: str) -> Due:
+    """Returns the steps of "100,200", "every 50", both ("1,every 50"), or "" (none). UserError."""
+    steps, every = set(), []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        number = part.removeprefix("every ").strip()
+        if not number.isdecimal() or int(number) < 1:
+            raise UserError(
+                f'{path} = "{text}": {part!r} is neither a step nor "every N": write 100,200 or '
+                "every 50"
+            )
+        if part.startswith("every "):
+            every.append(int(number))
+        else:
+            steps.add(int(number))
+    return Due(frozenset(steps), tuple(every), text)
+
+
+def profile_range(text: str, path: str) -> tuple[int, int] | None:
+    """Returns (10, 13) of "10:13", which traces steps 10, 11 and 12; None of "". UserError."""
+    if not text:
+        return None
+    first, colon, last = str(text).partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(
+            f'{path} = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13'
+        )
+    return int(first), int(last)
+
+
+class KindOptions:
+    """What the Options of a kind of model say of its blocks; each kind says what differs."""
+
+    attends: ClassVar[bool] = True  # it has attention at all
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model looks up rows of a vocabulary."""
+        return True
+
+    def all_blocks(self, own: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the kind of every block, from those of model.prefix, period, repeats, suffix."""
+        return own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int = option(
+        -1, "data parallel and FSDP; -1 = the devices that the other axes leave", AXIS
+    )
+    expert: int = option(1, "expert parallel (also shards the batch)", AXIS)
+    model: int = option(1, "tensor parallel: heads, hidden columns, vocabulary", AXIS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig:
+    """The weight of the balance losses, driven by what drops (moe/losses)."""
+
+    rate: float = option(
+        0.0,
+        "> 0: the weight of the balance losses grows by this factor a step while more drops than "
+        "target_drop; 0 = off",
+        NOT_NEGATIVE,
+    )
+    target_drop: float = option(0.01, "fraction of assignments", FRACTION)
+    limit: float = option(100.0, "the weight stays within [1 / limit, limit]", FROM_ONE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredConfig:
+    """How `convert compact` stored the experts of a model for inference: never written by hand."""
+
+    block: int = option(0, "side of a block; 0 = whole matrices", COUNT)
+    w_in: int = option(0, "blocks of a column", COUNT)
+    w_out: int = option(0, "blocks of a column", COUNT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseConfig:
-    """Zeros inside the experts' weights: moe_jax/moe/sparse."""
+    """Zeros inside the experts' weights (docs/sparse_weights.md)."""
 
-    rule: str
-    rule_options: Options
-    pattern: str
-    pattern_options: Options
-    stored: Options
+    rule: str = choice(
+        NO_RULE, "rules", 'who decides which weights are zero; "none" = experts are dense'
+    )
+    rule_options: Any = derived()
+    pattern: str = choice("unstructured", "patterns", "what is zero together")
+    pattern_options: Any = derived()
+    stored: StoredConfig
+
+    @property
+    def dense(self) -> bool:
+        """Whether no rule makes zeros."""
+        return self.rule == NO_RULE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    num_experts: int
-    expert_hidden: int
-    shared_experts: int
-    group_rows: int
-    router: str
-    router_options: Options
-    ordering: str
-    ordering_options: Options
-    dispatcher: str
-    dispatcher_options: Options
-    losses: Options
-    adaptive: Options
+    num_experts: int = option(8, "routed experts of a layer", NUMBER)
+    expert_hidden: int = option(256, "hidden width of one expert", NUMBER)
+    shared_experts: int = option(
+        0, "always-on experts of width expert_hidden, added to the routed ones", COUNT
+    )
+    group_rows: int = option(1, "rows (sequences) that share expert capacity and ordering", NUMBER)
+    router: str = choice("top_k", "routers", "which experts take which token")
+    router_options: Any = derived()
+    ordering: str = choice(
+        "token_major", "orderings", "which assignment wins when an expert is full"
+    )
+    ordering_options: Any = derived()
+    dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
+    dispatcher_options: Any = derived()
+    losses: Mapping[str, float] = derived()  # coefficients by name: moe/losses
+    adaptive: AdaptiveConfig
     sparse: SparseConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthConfig:
-    capacity: float
-    loss: float
+    capacity: float = option(
+        0.125, "fraction of a sequence's tokens that train a depth block (models/depth.py)", PART
+    )
+    loss: float = option(
+        0.1,
+        "coefficient of the loss that trains the causal rule, by which they evaluate and decode",
+        NOT_NEGATIVE,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    kind: str
-    kind_options: Options
-    vocab_size: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qk_norm: bool
-    attention_bias: bool
-    rope_theta: float
-    norm_epsilon: float
-    ffn_hidden: int
-    activation: str
-    tie_embeddings: bool
-    dropout: float
-    prefix: tuple[str, ...]
-    period: tuple[str, ...]
-    repeats: int
-    suffix: tuple[str, ...]
-    scan: bool
-    remat: str
-    allow_leak: bool
-    param_dtype: str
-    dtype: str
+    kind: str = choice("decoder", "kinds", "which model: moe_jax/models")
+    kind_options: KindOptions = derived()
+    vocab_size: int = option(256, "rows of the embedding; at least the tokenizer's", NUMBER)
+    d_model: int = option(128, "width of the residual stream", NUMBER)
+    num_heads: int = option(4, "query heads", NUMBER)
+    num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)
+    head_dim: int = option(0, "0 = d_model / num_heads", NUMBER)
+    qk_norm: bool = option(
+        False, "RMSNorm of queries and keys (Henry et al. 2020, arXiv:2010.04245)"
+    )
+    attention_bias: bool = option(False, "biases of the query, key and value projections")
+    rope_theta: float = option(
+        10_000.0, "base of the rotary frequencies (Su et al. 2021, arXiv:2104.09864)", POSITIVE
+    )
+    norm_epsilon: float = option(1e-6, "of RMSNorm, inside its root", POSITIVE)
+    ffn_hidden: int = option(512, "hidden width of a dense block", NUMBER)
+    activation: str = option(
+        "swiglu", '"swiglu" or "gelu", dense and expert', choices=("swiglu", "gelu")
+    )
+    tie_embeddings: bool = option(False, "the head is the embedding's transpose")
+    dropout: float = option(0.0, "of the embedding and of each residual branch", BELOW_ONE)
+    prefix: tuple[str, ...] = option(
+        (),
+        'blocks before the period: a tuple of "dense", "moe", and "depth:dense", "depth:moe" '
+        "(mixture of depths)",
+    )
+    period: tuple[str, ...] = option(("moe",), "blocks repeated `repeats` times")
+    repeats: int = option(4, "of the period", COUNT)
+    suffix: tuple[str, ...] = option((), "blocks after the last period")
+    scan: bool = option(False, "the repeats as one lax.scan over stacked parameters")
+    remat: str = option(
+        "none",
+        '"none", "full", "dots", "dispatch": what the backward pass recomputes of a block',
+        choices=("none", "full", "dots", "dispatch"),
+    )
+    allow_leak: bool = option(
+        False,
+        "True: train a causal model although later tokens or other sequences change its outputs "
+        "(config/causality.py)",
+    )
+    param_dtype: str = option(
+        "float32",
+        "of the parameters; moments and averages have at least float32 (docs/precision.md)",
+        choices=("float32", "bfloat16", "float64"),
+    )
+    dtype: str = option(
+        "float32",
+        "of the computation; the router uses at least float32",
+        choices=("float32", "bfloat16", "float64"),
+    )
     depth: DepthConfig
     moe: MoEConfig
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order:
-
-        "dense" or "moe", or one of them inside a mixture of depths: "depth:dense", "depth:moe".
+        """The kind of every block, in order: one of BLOCKS.
 
         Those of an encoder-decoder begin with its encoder's.
         """
-        own, options = self.prefix + self.period * self.repeats + self.suffix, self.kind_options
-        if self.kind == "article":
-            return ()
-        if self.kind != "encdec":
-            return own
-        period = options["encoder_period"] * options["encoder_repeats"]
-        return options["encoder_prefix"] + period + options["encoder_suffix"] + own
+        return self.kind_options.all_blocks(self.prefix + self.period * self.repeats + self.suffix)
 
     @property
     def num_moe_layers(self) -> int:
@@ -108,148 +248,170 @@ class ModelConfig:
         return len(self.blocks) - self.num_moe_layers
 
     @property
-    def attends(self) -> bool:
-        """Whether the model has attention at all."""
-        return self.kind not in ("mmoe", "article")
-
-    @property
-    def embeds(self) -> bool:
-        """Whether the model looks up rows of a vocabulary: an encoder of vectors projects them
-        instead.
-        """
-        return self.kind_options.get("inputs", "tokens") == "tokens"
-
-    @property
     def num_depth_blocks(self) -> int:
         return sum(kind.startswith(DEPTH) for kind in self.blocks)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    optimizer: str
-    options: Options
-    learning_rate: float
-    schedule: str
-    schedule_options: Options
-    warmup_steps: int
-    steps: int
-    clip_norm: float
-    decay_mask: str
-    train_only: str
-    master_copy: bool
-    ema_decay: float
+    learning_rate: float = option(3e-3, "peak", NOT_NEGATIVE)
+    warmup_steps: int = option(
+        20, "linear, from 0; fewer in a run that is too short for them, which says so", COUNT
+    )
+    clip_norm: float = option(1.0, "global gradient norm; 0 = off", NOT_NEGATIVE)
+    decay_mask: str = option(
+        "matrices",
+        'what weight decay applies to: "matrices", "all", "none"',
+        choices=("matrices", "all", "none"),
+    )
+    train_only: str = option(
+        "",
+        'regular expression: only parameters in whose names it is found move ("^ends/head": '
+        'docs/tasks.md); "" = all',
+    )
+    master_copy: bool = option(
+        False,
+        "of parameters in bfloat16, one in float32 beside them, which small updates add up in "
+        "(docs/precision.md)",
+    )
+    ema_decay: float = option(
+        0.0, "exponential moving average of the parameters, used by evaluation; 0 = off", BELOW_ONE
+    )
+    optimizer: str = choice("adamw", "optimizers", "what makes an update of a gradient")
+    options: Any = derived()
+    schedule: str = choice("cosine", "schedules", "of the learning rate, after the warm-up")
+    schedule_options: Any = derived()
+    steps: int = derived()  # train.steps
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    nonfinite_patience: int
-    init_from: str
-    init_rename: tuple[tuple[str, str], ...]
-    stop_at: int
+    steps: int = option(1000, "optimizer steps of the run", STEPS)
+    batch_size: int = option(
+        16, "rows (sequences) of an optimizer step, over all devices and micro-batches", NUMBER
+    )
+    micro_batch_size: int = option(
+        0,
+        "rows of a micro-batch; smaller than batch_size = exact gradient accumulation; 0 = "
+        "batch_size",
+        NUMBER,
+    )
+    nonfinite_patience: int = option(
+        0,
+        "steps in a row with a non-finite loss or gradient that are skipped before the run stops",
+        COUNT,
+    )
+    init_from: str = option("", "workdir of another run whose parameters this one starts from")
+    init_rename: tuple[tuple[str, str], ...] = option(
+        (),
+        "pairs of a prefix of those parameters' names and a new one, as in "
+        '(("repeats/0", "prefix/0"),); ("head", "") leaves head out',
+    )
+    stop_at: int = option(
+        0, "end after this step although train.steps (and the schedule) go further; 0 = off", COUNT
+    )
 
     @property
     def num_micro_batches(self) -> int:
         return self.batch_size // self.micro_batch_size
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    sources: tuple[tuple[str, float], ...]
-    seq_len: int
-    slice_bytes: int
-    heldout_bytes: int
-    heldout_every: int
-    folder: str
-    prefetch: int
+    sources: tuple[tuple[str, float], ...] = option(
+        (("embedded", 1.0),),
+        '(source, weight): "embedded", "embedded:drama,verse" or a prepared directory',
+    )
+    seq_len: int = option(256, "tokens of a row", NUMBER)
+    slice_bytes: int = option(
+        0, "training bytes of each embedded domain, as whole documents; 0 = all", COUNT
+    )
+    heldout_bytes: int = option(0, "held-out bytes of each embedded domain, likewise", COUNT)
+    heldout_every: int = option(20, "every n-th document of a domain is held out", at_least(2))
+    folder: str = option(
+        "data", "where files of data that the package does not have lie; not for data.sources"
+    )
+    prefetch: int = option(4, "batches read ahead", NUMBER)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int
-    batches: int
-    final_batches: int
-    batch_size: int
-    dispatcher: str
-    sample_tokens: int
-    sample_prompt: str
+    every: int = option(100, "steps between evaluations; 0 = only at the end", COUNT)
+    batches: int = option(
+        0, "held-out batches of each evaluation on the way; 0 = all of them", COUNT
+    )
+    final_batches: int = option(
+        0, "held-out batches of the evaluation at the end; 0 = all of them", COUNT
+    )
+    batch_size: int = option(0, "rows of an evaluation batch; 0 = train.batch_size", NUMBER)
+    dispatcher: str = option(
+        "same", '"same" as in training, or the name of another dispatcher ("dropless")'
+    )
+    sample_tokens: int = option(
+        200, "tokens of the sample printed at each evaluation; 0 = none", COUNT
+    )
+    sample_prompt: str = option("", "what the sample begins with")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int
-    keep: int
-    keep_best: int
+    every: int = option(500, "steps between checkpoints; 0 = only at the end", COUNT)
+    keep: int = option(2, "the last n are kept", NUMBER)
+    keep_best: int = option(1, "and the best n by held-out loss", COUNT)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    every: int
-    tensorboard: bool
-    histogram_every: int
-    interference_every: int
+    every: int = option(
+        10,
+        "steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, "
+        "for the update norm",
+        NUMBER,
+    )
+    tensorboard: bool = option(True, "also write TensorBoard events")
+    histogram_every: int = option(
+        100,
+        "steps between rows of the picture of the experts' load (TensorBoard, 4_experts)",
+        NUMBER,
+    )
+    interference_every: int = option(
+        0,
+        "steps between gradients of language and auxiliary losses compared (3 backward passes); 0 "
+        "= off",
+        COUNT,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordConfig:
-    steps: str
-    rows: int
+    steps: Due = option(
+        "",
+        'steps whose routing is written, token by token, to workdir/routing: "100,200", "every 50"',
+        parse=due,
+    )
+    rows: int = option(0, "the first n rows of the batch; 0 = all", COUNT)
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int
-    expert: int
-    model: int
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    seed: int
-    simulate_devices: int
-    smoke: bool
-    profile: tuple[int, int] | None
+    seed: int = option(0, "parameters, data order, dropout", SEED)
+    simulate_devices: int = option(
+        0, "CPU devices to simulate in this process; 0 = the devices that are there", COUNT
+    )
+    smoke: bool = option(
+        False, "a few steps of everything, to see that it works: what --smoke sets"
+    )
+    profile: tuple[int, int] | None = option(
+        "", '"10:13" writes a profiler trace of steps 10, 11 and 12', parse=profile_range
+    )
     mesh: MeshConfig
-    task: str
-    task_options: Options
+    task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
+    task_options: Any = derived()
     model: ModelConfig
-    train: TrainConfig
     optim: OptimConfig
+    train: TrainConfig
     data: DataConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig
     record: RecordConfig
-
-
-class Due(NamedTuple):
-    """The steps that are recorded: those named, and each multiple of a number."""
-
-    steps: frozenset[int]
-    every: tuple[int, ...]
-
-    def __call__(self, step: int) -> bool:
-        return step in self.steps or any(step % n == 0 for n in self.every)
-
-    @property
-    def first(self) -> int | None:
-        return min({*self.steps, *self.every}, default=None)
-
-
-def due(text: str) -> Due:
-    """What `record.steps` says of a step:
-
-    "100,200", "every 50", both ("1,every 50"), or "" for none. UserError.
-    """
-    steps, every = set(), []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        number = part.removeprefix("every ").strip()
-        if not number.isdecimal() or int(number) < 1:
-            raise UserError(
-                f'record.steps = "{text}": {part!r} is neither a step nor "every N": write 100,200 '
-                "or every 50"
-            )
-        (every.append if part.startswith("every ") else steps.add)(int(number))
-    return Due(frozenset(steps), tuple(every))

@@ -1,4 +1,4 @@
-"""How a key of the config is declared: one line of a frozen dataclass, beside the code that reads it.
+"""How a key of the config is declared: a line of a frozen dataclass, beside the code that reads it.
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -68,7 +68,7 @@ PART = real("above 0 and at most 1", lambda v: 0 < v <= 1)
 BELOW_ONE = real("at least 0 and below 1", lambda v: 0 <= v < 1)
 NOT_TINY = real("at least 1e-06", lambda v: v >= 1e-6)
 IN_FLOAT32 = real("at least 1e-20", lambda v: v >= 1e-20)
-# mesh.data = -1 takes the devices that the other axes leave; parallel/mesh.py says what else is wrong.
+# mesh.data = -1 takes the devices that the other axes leave; see parallel/mesh.py.
 AXIS = whole("at least 1, or -1 for the rest of the devices", lambda v: v == -1 or v >= 1)
 
 
@@ -79,8 +79,10 @@ def option(
     choices: tuple[str, ...] = (),
     parse: Callable[[Any, str], Any] | None = None,
 ) -> Any:
-    """Declares a key as the default of a dataclass field."""
+    """Declares a key of the config."""
     declared = Option(default, comment, bound, choices, "", False, parse)
+    if parse:  # the value is another than what the user writes, so the default is no value
+        return dataclasses.field(metadata={KEY: declared})
     return dataclasses.field(default=default, metadata={KEY: declared})
 
 
@@ -102,7 +104,9 @@ def derived() -> Any:
 def declared(cls: type) -> dict[str, Option]:
     """Returns what a dataclass declares of each of its keys, in their order."""
     return {
-        field.name: field.metadata[KEY] for field in dataclasses.fields(cls) if KEY in field.metadata
+        field.name: field.metadata[KEY]
+        for field in dataclasses.fields(cls)
+        if KEY in field.metadata
     }
 
 

@@ -10,31 +10,41 @@ an earlier one's place, so a causal model stays causal.
 Buffers per device: E * (T / group) * C rows sent, as many received and computed.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order
 from moe_jax.moe.dispatch.places import through_experts
 from moe_jax.moe.experts.grouped_matmul import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
+from moe_jax.schema.options import POSITIVE, option
 
 
-def slots(shape: Shape, options: Mapping[str, Any]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    factor: float = option(
+        1.25,
+        "An expert takes ceil(factor * k * tokens / num_experts) of each group; for null experts k "
+        "is the intended number of real ones.",
+        POSITIVE,
+    )
+
+
+def slots(shape: Shape, options: Options) -> int:
     """C: places of one expert in one group. No more than the group's tokens can ever be used."""
     per_group = shape.num_intended * shape.group_tokens / shape.num_tokens
     return max(
         1,
-        min(
-            math.ceil(options["factor"] * per_group / shape.num_experts - 1e-9), shape.group_tokens
-        ),
+        min(math.ceil(options.factor * per_group / shape.num_experts - 1e-9), shape.group_tokens),
     )
 
 
-def rows(shape: Shape, options: Mapping[str, Any]) -> int:
+def rows(shape: Shape, options: Options) -> int:
     """Rows received and computed per device: all places of the local experts, filled or not."""
     return shape.num_experts * (shape.num_tokens // shape.group_tokens) * slots(shape, options)
 
@@ -45,7 +55,7 @@ def apply(
     experts: Callable[..., jax.Array],
     *,
     shape: Shape,
-    options: Mapping[str, Any],
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """See the contract in moe/dispatch/__init__.py. Places past C are dropped and flagged."""
     num_experts, groups, places = (
@@ -70,3 +80,6 @@ def apply(
     with jax.named_scope("combine"):
         y_TD = sum_rows(y_RD, dest_TK, src_R, shape.num_tokens)
     return y_TD, real_N & ~kept_N
+
+
+DISPATCHER = Dispatcher(Options, apply, rows, drops=True, overflow="the rest drops")

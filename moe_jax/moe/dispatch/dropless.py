@@ -9,18 +9,29 @@ rounds of f times the balanced load; rounds that nobody needs are skipped, so ti
 imbalance and memory does not (each round is recomputed in the backward pass).
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
 from moe_jax.moe.experts.grouped_matmul import block_sizes, sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
+from moe_jax.schema.options import NONE_OR_FROM_ONE, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    buffer: float = option(
+        0.0,
+        "rows held at once, as a factor of the balanced load; 0 = the worst case in one round",
+        NONE_OR_FROM_ONE,
+    )
 
 
 def _block(shape: Shape) -> tuple[int, int]:
@@ -37,12 +48,12 @@ def worst(shape: Shape) -> int:
     return round_up(n * local + e * (small - 1), small)
 
 
-def rows(shape: Shape, options: Mapping[str, Any]) -> int:
+def rows(shape: Shape, options: Options) -> int:
     """Rows held at once per device: the worst case, or the buffer."""
-    if not options["buffer"]:
+    if not options.buffer:
         return worst(shape)
     return min(
-        worst(shape), round_up(math.ceil(options["buffer"] * shape.num_intended), _block(shape)[1])
+        worst(shape), round_up(math.ceil(options.buffer * shape.num_intended), _block(shape)[1])
     )
 
 
@@ -52,7 +63,7 @@ def apply(
     experts: Callable[..., jax.Array],
     *,
     shape: Shape,
-    options: Mapping[str, Any],
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """See the contract in moe/dispatch/__init__.py. Nothing drops."""
     e, block = shape.num_experts // shape.expert_axis, _block(shape)
@@ -124,3 +135,6 @@ def _in_rounds(serve, x_TD, gate_M, num_rows: int, rounds: int, needed: jax.Arra
     first = serve(x_TD, gate_M, 0, num_rows)
     offsets = jnp.arange(1, rounds, dtype=jnp.int32) * num_rows
     return jax.lax.scan(jax.checkpoint(body), first, offsets)[0]
+
+
+DISPATCHER = Dispatcher(Options, apply, rows, drops=False, overflow="the rest waits a round")

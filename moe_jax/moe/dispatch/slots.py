@@ -10,18 +10,24 @@ Buffers per device: E G p rows sent, as many received and computed. Shapes: G gr
 t tokens of a group, p slots.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.dispatch.places import through_experts
 from moe_jax.moe.routing.contract import Slots
 
 
-def rows(shape: Shape, options: Mapping[str, Any]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """There are none."""
+
+
+def rows(shape: Shape, options: Options) -> int:
     """Rows received and computed per device: all slots of the local experts, of all groups of the
     expert axis.
     """
@@ -35,7 +41,7 @@ def apply(
     experts: Callable[..., jax.Array],
     *,
     shape: Shape,
-    options: Mapping[str, Any],
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """See the contract in moe/dispatch/__init__.py; there are no assignments to flag, so `dropped`
     is empty.
@@ -52,3 +58,6 @@ def apply(
         y_EGpD = y_RD.reshape(num_experts, num_groups, num_slots, -1)
         y_GtD = jnp.einsum("GtEp,EGpD->GtD", slots.combine_GtEp, y_EGpD)
     return y_GtD.reshape(x_TD.shape), jnp.zeros_like(slots.dispatch_GtEp, shape=(0,), dtype=bool)
+
+
+DISPATCHER = Dispatcher(Options, apply, rows, drops=False, mixes=True)

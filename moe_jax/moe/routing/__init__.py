@@ -1,9 +1,9 @@
 """Routers: which experts take which token, and with what weight.
 
-A new router is one file here and one line in ROUTERS: its Options, its functions, and `ROUTER`, which
-says all that others need to know of it. The contract is in contract.py, field by field. `route` is
-one-device code on the tokens of one device, in at least float32; it returns a flat list of
-assignments in order of priority, with every statistic as a *sum per row*, so that balance losses
+A new router is one file here and one line in ROUTERS: its Options, its functions, and `ROUTER`,
+which says all that others need to know of it. The contract is in contract.py, field by field.
+`route` is one-device code on the tokens of one device, in at least float32; it returns a flat list
+of assignments in order of priority, with every statistic as a *sum per row*, so that balance losses
 are the same on every mesh. `update` runs once per optimizer step and layer, on the totals of the
 whole batch, outside of autodiff.
 """

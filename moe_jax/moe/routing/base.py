@@ -139,7 +139,8 @@ def refusals(options: Options, setting: Setting) -> Iterator[str]:
         yield (
             f'{setting.at}.scope = "batch" balances over all tokens at once, which {number} '
             f"micro-batches (train.batch_size {setting.batch_size} / train.micro_batch_size "
-            f"{setting.micro_batch_size}) are not: set train.micro_batch_size=0, or the scope to group"
+            f"{setting.micro_batch_size}) are not: set train.micro_batch_size=0, or the scope to "
+            "group"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sparse weights inside experts: what is zero together (patterns.py), who decides it (rules.py),
+"""Sparse weights inside experts: what is zero together (patterns/), who decides it (rules/),
 and what a training step does (here).
 
 Parameters hold exact zeros, so the model needs no masks, and `jax.grad` gives dense gradients,
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.moe.sparse.patterns import PATTERNS, UNITS, Matrices, Shaped
+from moe_jax.moe.sparse.patterns import PATTERNS
+from moe_jax.moe.sparse.patterns.contract import Matrices, Shaped
 from moe_jax.moe.sparse.refusals import refusals
-from moe_jax.moe.sparse.rules import RULES, Kept, Now
+from moe_jax.moe.sparse.rules import RULES
+from moe_jax.moe.sparse.rules.contract import Kept, Now
 from moe_jax.names import REPEATS
 from moe_jax.schema.config import SparseConfig
 
@@ -55,13 +57,13 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
 
     Raises UserError where there are no experts, or none that the pattern fits.
     """
-    if cfg.stored["block"]:
+    if cfg.stored.block:
         raise UserError(
             "model.moe.sparse.stored is set: experts stored as blocks can be evaluated and "
             "decoded, but not trained. Start from a "
             "checkpoint of whole matrices (convert compact --format dense)"
         )
-    if cfg.rule == "none":
+    if cfg.dense:
         return params, ()
     if not any(True for _ in experts_of(params)):
         raise UserError(
@@ -236,12 +238,7 @@ def replaced(tree: Any, layers: dict[Path, Any]) -> Any:
 
 def _refuse_misfit(cfg: SparseConfig, path: Path, layer: Matrices, stacked: bool) -> None:
     dims = {name: x.ndim - stacked for name, x in layer.items()}
-    what = ""
-    if cfg.pattern == "units" and not set(UNITS) <= set(layer):
-        what = f"hidden units are rows of w_out and columns of w_in, and the experts have {', '.join(layer)}"
-    elif cfg.pattern in ("n_m", "blocks") and min(dims.values()) < 3:
-        what = "an expert is one vector, which has no inputs and outputs to make blocks of"
-    if what:
+    if what := PATTERNS[cfg.pattern].misfit(dims):
         raise UserError(
             f'model.moe.sparse.pattern = "{cfg.pattern}" does not fit {"/".join(map(str, path))}: '
             f"{what}: set it to unstructured"

@@ -24,20 +24,21 @@ from moe_jax.moe.experts.grouped_matmul import (
     vary_alike,
     wide_dtype,
 )
+from moe_jax.schema.config import StoredConfig
 from moe_jax.weights import Weight
 
 NAMES = ("w_in", "w_out")
 
 
 def declare(
-    options: Mapping[str, int], num_experts: int, outputs: Mapping[str, int]
+    stored: StoredConfig, num_experts: int, outputs: Mapping[str, int]
 ) -> tuple[dict, dict]:
     """(values, places) of `model.moe.sparse.stored`: {block, w_in, w_out}, the last two blocks of a
     column.
     """
-    b, values, places = options["block"], {}, {}
+    b, values, places = stored.block, {}, {}
     for name in NAMES:
-        shape = (num_experts, outputs[name] // b, options[name])
+        shape = (num_experts, outputs[name] // b, getattr(stored, name))
         values[name] = Weight((*shape[:2], shape[2] * b, b), ("experts", None, None, None), 1.0)
         places[name] = Weight(shape, ("experts", None, None), 0.0)
     return values, places

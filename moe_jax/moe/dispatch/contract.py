@@ -1,0 +1,37 @@
+"""What a dispatcher is.
+
+Inside the layer's shard_map, all five mesh axes manual:
+
+    apply(x_TD, routing, experts, *, shape, options) -> (y_TD, dropped_N)
+
+It moves tokens to the devices of their experts, calls `experts(x_RD, gate_R, start_e, size_e,
+block) -> y_RD` on rows that are grouped by local expert (the layout is stated in
+moe/experts/grouped_matmul.py), and brings the weighted results back: y_t = sum over the assignments
+of t of gate * expert(x_t). y_TD is still a partial sum over `model`. dropped_N flags the
+assignments of *this* device that found no room. `rows(shape, options)` is the static number of rows
+R held at once per device: the memory is known before step 1.
+
+A dispatcher is correct when it equals tests/oracle.py for every kind of routing, on every mesh,
+forward and gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Dispatcher(NamedTuple):
+    """All that there is to know of a dispatcher; `DISPATCHER` of its file."""
+
+    # The frozen dataclass of its block in the config.
+    options: type
+    apply: Callable[..., tuple[jax.Array, jax.Array]]
+    rows: Callable[..., Any]
+    # Assignments may find no room: then the order of priority, and whoever shares the room, matter.
+    drops: bool
+    # It takes the Slots of a router that mixes tokens, instead of a Routing.
+    mixes: bool = False
+    # What happens to the load beyond the rows that are held, for the resource card; "" = there is
+    # none.
+    overflow: str = ""

@@ -1,0 +1,39 @@
+"""Tokens with large gates first (batch prioritized routing, V-MoE)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.ordering.contract import Ordering, choice_index
+from moe_jax.moe.routing.contract import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """There are none."""
+
+
+def apply(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
+    """Batch prioritized routing (V-MoE, Riquelme et al.
+
+    2021, arXiv:2106.05974, section 4.1): tokens of a group by their largest gate.
+
+    All first choices come before all second ones, as in the paper; tokens with equal gates by their
+    place. The paper's gates are probabilities over all experts: for its order set
+    `renormalize=False` where a router has that. Gates that sum to 1 rank a token by the share of
+    its first choice among its k, and by nothing with k = 1.
+    """
+    del sizes
+    gate_N = jax.lax.stop_gradient(routing.gate_N)
+    best_T = (
+        jnp.full_like(gate_N, -jnp.inf, shape=(num_tokens,))
+        .at[routing.token_N]
+        .max(gate_N, mode="drop")
+    )
+    rank_T = jnp.argsort(jnp.argsort(-best_T, stable=True))
+    order_N = jnp.lexsort((rank_T[routing.token_N], choice_index(routing, num_tokens)))
+    return routing._replace(order_N=order_N.astype(jnp.int32))
+
+
+ORDERING = Ordering(Options, apply, sees_future=True, always=False)

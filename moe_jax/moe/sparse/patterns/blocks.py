@@ -1,0 +1,68 @@
+"""b x b blocks; balanced: as many for every column of blocks, so that products are one batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.sparse.patterns.contract import (
+    Groups,
+    Matrices,
+    Pattern,
+    by_density,
+    needs_matrices,
+    reshaped,
+    whole,
+)
+from moe_jax.schema.options import NUMBER, PART, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    density: float = option(
+        0.25, "fraction of the blocks of each expert's matrices that are not zero", PART
+    )
+    block: int = option(16, "a block is block x block weights", NUMBER)
+    balanced: bool = option(True, "as many blocks for every block of outputs")
+
+
+def pool(experts: Matrices, options: Options) -> Groups:
+    """Returns the sums of blocks."""
+    return {name: _blocks(whole(x), options.block) for name, x in experts.items()}
+
+
+def _blocks(x: jax.Array, b: int) -> jax.Array:
+    """[E, I, ..., O] -> sums of b x b blocks [E, Q, O / b, I / b], where Q numbers what lies
+    between I and O (gate and up).
+    """
+    e, i, o = x.shape[0], x.shape[1], x.shape[-1]
+    return (
+        reshaped(x, e, i // b, b, x.size // (e * i * o), o // b, b)
+        .sum((2, 5))
+        .transpose(0, 2, 3, 1)
+    )
+
+
+def spread(groups: Groups, experts: Matrices, options: Options) -> Matrices:
+    """Returns the value of its block for every entry."""
+    b = options.block
+
+    def one(group: jax.Array, x: jax.Array) -> jax.Array:
+        y = group.transpose(0, 3, 1, 2)[:, :, None, :, :, None]  # [E, I / b, 1, Q, O / b, 1]
+        y = jnp.broadcast_to(y, (y.shape[0], y.shape[1], b, y.shape[3], y.shape[4], b))
+        return reshaped(y, *x.shape)
+
+    return {name: one(groups[name], x) for name, x in experts.items()}
+
+
+def rows(options: Options) -> int:
+    """Says whether every column of blocks is a row of its own."""
+    return -1 if options.balanced else 1
+
+
+def tile(options: Options) -> tuple[int, str]:
+    """Says that a width must be made of whole blocks."""
+    return options.block, "block"
+
+
+PATTERN = Pattern(Options, pool, spread, rows, by_density, tile=tile, misfit=needs_matrices)
