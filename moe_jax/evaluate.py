@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
 from moe_jax.models import depth
-from moe_jax.models.decoder import with_dispatcher
+from moe_jax.models.decodable import with_dispatcher
 from moe_jax.moe import load
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.parallel.mesh import P

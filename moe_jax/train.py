@@ -23,7 +23,7 @@ from moe_jax.decoding.sample import Settings, make_sampler
 from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
-from moe_jax.models.decoder import why_not_decoded
+from moe_jax.models.decodable import why_not_decoded
 from moe_jax.parallel import batch_rows
 from moe_jax.plan import flops
 from moe_jax.report import banner, metrics, tensorboard

@@ -215,7 +215,7 @@ def make_step(
             **parts,
             "grad_norm": jnp.sqrt(squares.sum()),
             "param_norm": optim.global_norm(new.params),
-            "learning_rate": optim.schedule(cfg.optim)(state.step),
+            "learning_rate": optim.rate(cfg.optim)(state.step),
             "tokens": totals["tokens"],
             "skipped": skipped,
             "finite_leaves": jnp.isfinite(squares),
@@ -241,9 +241,7 @@ def descend(
     opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
     params = optax.apply_updates(updated(state), updates)
     if zeros.rule != "none":
-        now = sparse.Now(
-            state.step + 1, cfg.train.steps, optim.schedule(cfg.optim)(state.step), rng
-        )
+        now = sparse.Now(state.step + 1, cfg.train.steps, optim.rate(cfg.optim)(state.step), rng)
         params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)
         opt_state = sparse.mask_moments(opt_state, masks)
     return grads, params, opt_state, masks
@@ -271,7 +269,7 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
     def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
         """Of one layer."""
         state = dict(state)
-        weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive["rate"] else {}
+        weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive.rate else {}
         new = dict(ROUTERS[moe.router].update(state, totals, router_cfg))
         return new | {
             name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()

@@ -318,7 +318,7 @@ def without_nan(z: np.ndarray) -> list[Any]:
 def run_interference(job: Job) -> Found:
     """On the batch of the step after the checkpoint, as the training run would have taken it."""
     cfg, run = job.run.cfg, job.run
-    if cfg.model.moe.sparse.stored["block"]:
+    if cfg.model.moe.sparse.stored.block:
         raise UserError(
             "--what interference needs gradients, and experts stored as blocks have none: convert "
             "compact --format dense"

@@ -1,18 +1,7 @@
-"""From config files and flags to the frozen `Config`: reading, defaults, bounds, and the rules
-between keys.
-"""
+"""From config files and flags to the frozen `Config`: the tree of keys, its defaults, the rules."""
 
-from moe_jax.config.build import RESUME_MAY_CHANGE, build, freeze, profile_range, refuse_unchosen
+from moe_jax.config.build import RESUME_MAY_CHANGE, build, refuse_unchosen
 from moe_jax.config.tree import defaults
-from moe_jax.schema.config import Config, due
+from moe_jax.schema.config import Config
 
-__all__ = [
-    "RESUME_MAY_CHANGE",
-    "Config",
-    "build",
-    "defaults",
-    "due",
-    "freeze",
-    "profile_range",
-    "refuse_unchosen",
-]
+__all__ = ["RESUME_MAY_CHANGE", "Config", "build", "defaults", "refuse_unchosen"]

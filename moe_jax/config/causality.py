@@ -11,22 +11,18 @@ first, so what it routes may drop an assignment of a later one. That is causal, 
 must not be needs documents in rows of their own, or the dispatcher "dropless".
 """
 
+from moe_jax.models import MODELS
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sees
 from moe_jax.schema.config import ModelConfig, MoEConfig
 
-CAUSAL = (
-    "decoder",
-    "encdec",
-    "article",
-)  # kinds of models whose outputs are predictions of what comes next
-
 
 def leaks(model: ModelConfig) -> Sees:
     """What a model sees in training and must not."""
     seen = sees(model)
-    return seen._replace(future=seen.future and model.kind in CAUSAL)
+    return seen._replace(future=seen.future and MODELS[model.kind].causal)
 
 
 def sees(model: ModelConfig) -> Sees:
@@ -36,7 +32,8 @@ def sees(model: ModelConfig) -> Sees:
 
 
 def _experts(moe: MoEConfig) -> Sees:
-    router, drops = ROUTERS[moe.router].sees(moe.router_options), moe.dispatcher == "capacity"
+    router = ROUTERS[moe.router].sees(moe.router_options)
+    drops = DISPATCHERS[moe.dispatcher].drops
     future = router.future or _ordering(moe)
     # Rows of one group share capacity, and whatever is chosen over tokens is chosen over a group.
     shared = moe.group_rows > 1 and (drops or future)
@@ -45,12 +42,12 @@ def _experts(moe: MoEConfig) -> Sees:
 
 def _ordering(moe: MoEConfig) -> bool:
     """Whether the order of the assignments sees the future."""
-    ordering, drops = ORDERINGS[moe.ordering], moe.dispatcher == "capacity"
+    ordering, drops = ORDERINGS[moe.ordering], DISPATCHERS[moe.dispatcher].drops
     # All first choices before all second ones is the order of the tokens where there is only one
     # choice.
     single = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options).most == 1
     return ordering.always or (
-        drops and ordering.sees_future and not (single and moe.ordering == "k_major")
+        drops and ordering.sees_future and not (single and ordering.by_choice)
     )
 
 
@@ -64,15 +61,16 @@ def _depth(model: ModelConfig) -> bool:
 def reasons(model: ModelConfig) -> list[str]:
     """The keys that make it leak, in plain words."""
     found, moe = [], model.moe
-    if _depth(model) and model.kind in CAUSAL:
+    if _depth(model) and MODELS[model.kind].causal:
         found.append(
             f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens "
             "that score highest in the whole sequence"
         )
     if not model.num_moe_layers:
         return found
-    router, drops = ROUTERS[moe.router].sees(moe.router_options), moe.dispatcher == "capacity"
-    causal = model.kind in CAUSAL
+    router = ROUTERS[moe.router].sees(moe.router_options)
+    drops = DISPATCHERS[moe.dispatcher].drops
+    causal = MODELS[model.kind].causal
     if router.future and (causal or moe.group_rows > 1):
         found.append(f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence')
     if router.batch:

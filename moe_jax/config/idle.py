@@ -6,7 +6,8 @@ An option that has its default was not asked for, so nothing is said of it.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from moe_jax.schema.config import Config, due
+from moe_jax.schema.config import Config
+from moe_jax.tasks import TASKS
 
 Asked = Callable[[str], bool]
 
@@ -39,16 +40,16 @@ def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
         yield f"train.stop_at = {cfg.train.stop_at} does nothing: train.steps = {cfg.train.steps} ends before it"
     if cfg.profile and not range(max(cfg.profile[0], start), min(cfg.profile[1], last)):
         yield f"profile = {cfg.profile[0]}:{cfg.profile[1]} traces nothing: {made}"
-    wanted = due(cfg.record.steps)
-    if cfg.record.steps and not any(wanted(step) for step in range(start + 1, last + 1)):
-        yield f'record.steps = "{cfg.record.steps}" records nothing: {made}'
+    wanted = cfg.record.steps
+    if wanted.text and not any(wanted(step) for step in range(start + 1, last + 1)):
+        yield f'record.steps = "{wanted.text}" records nothing: {made}'
     beyond = sorted(step for step in wanted.steps if step > last)
     if beyond and len(beyond) < len(wanted.steps) + len(wanted.every):
         yield f"record.steps: {', '.join(map(str, beyond))} will not be recorded: {made}"
 
 
 def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
-    if asked("record.rows") and not cfg.record.steps:
+    if asked("record.rows") and not cfg.record.steps.text:
         yield f'record.rows = {cfg.record.rows} does nothing: record.steps is ""'
     if asked("checkpoint.keep_best") and cfg.checkpoint.keep_best and not _scored(cfg):
         yield (
@@ -57,14 +58,14 @@ def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
             f"evaluated (eval.every = {cfg.eval.every}) and saved (checkpoint.every = "
             f"{cfg.checkpoint.every})"
         )
-    if asked("optim.decay_mask") and not cfg.optim.options.get("weight_decay"):
+    if asked("optim.decay_mask") and not cfg.optim.options.weight_decay:
         yield f'optim.decay_mask = "{cfg.optim.decay_mask}" does nothing: nothing decays (weight_decay is 0)'
     if asked("eval.dispatcher") and not cfg.model.num_moe_layers:
         yield f'eval.dispatcher = "{cfg.eval.dispatcher}" does nothing: the model has no MoE layer'
     adaptive = cfg.model.moe.adaptive
     for key in ("target_drop", "limit"):
-        if asked(f"model.moe.adaptive.{key}") and not adaptive["rate"]:
-            yield f"model.moe.adaptive.{key} = {adaptive[key]} does nothing: model.moe.adaptive.rate is 0"
+        if asked(f"model.moe.adaptive.{key}") and not adaptive.rate:
+            yield f"model.moe.adaptive.{key} = {getattr(adaptive, key)} does nothing: model.moe.adaptive.rate is 0"
 
 
 def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
@@ -73,7 +74,7 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
     text = ["data.sources", "data.slice_bytes", "data.heldout_bytes", "eval.sample_prompt"]
     if cfg.eval.sample_tokens:  # 0 asks for nothing
         text.append("eval.sample_tokens")
-    if cfg.task != "lm":
+    if not TASKS[cfg.task].is_language:
         yield from (
             f'{path} does nothing: it is for task "lm", not "{cfg.task}"'
             for path in text

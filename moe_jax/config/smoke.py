@@ -16,12 +16,12 @@ from moe_jax.data.contract import Data
 from moe_jax.data.examples import Examples
 from moe_jax.errors import UserError
 from moe_jax.schema.config import Config
+from moe_jax.tasks import TASKS
 
 STEPS = 3
 SAMPLE_TOKENS = 8
 TRAIN_ROWS, HELDOUT_ROWS = 512, 32  # of a set of examples, for its rivals and its predictions
 SLICE_BYTES, HELDOUT_BYTES = 20_000, 2_000  # of each embedded domain
-RIVAL_BYTES = 50_000  # of each domain, for the compressors
 
 
 def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -61,7 +61,7 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 1
     if "copies" in raw["tasks"].get(raw["task"], {}):
         yield f"tasks.{raw['task']}.copies", 1
-    if raw["task"] == "lm" and any(
+    if TASKS[raw["task"]].is_language and any(
         str(source[0]).startswith("embedded") for source in data["sources"]
     ):
         rows = (

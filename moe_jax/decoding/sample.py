@@ -26,7 +26,8 @@ import numpy as np
 from moe_jax.data.tokenizer import Decoder, Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.attention import Cache
-from moe_jax.models.decoder import empty_caches, for_decoding
+from moe_jax.models.decodable import for_decoding
+from moe_jax.models.decoder import empty_caches
 from moe_jax.models.functions import make_model
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P

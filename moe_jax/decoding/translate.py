@@ -21,9 +21,11 @@ import jax.numpy as jnp
 
 from moe_jax.decoding.sample import Dials, draw
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import empty_caches, why_not_cached, with_dispatcher
-from moe_jax.models.encdec import decoder_config
+from moe_jax.models import decoder, encdec
+from moe_jax.models.decodable import why_not_cached, with_dispatcher
+from moe_jax.models.decoder import empty_caches
 from moe_jax.models.functions import make_model
+from moe_jax.moe.dispatch import LOSSLESS
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import ModelConfig
@@ -48,13 +50,14 @@ def make_translator(
     sample.py (`sample.dials(settings)`). Called with the mesh set. Raises UserError for a model
     that cannot decode token by token.
     """
-    if model_cfg.kind not in ("encdec", "decoder"):
+    if model_cfg.kind not in (encdec.NAME, decoder.NAME):
         raise UserError(
-            f'model.kind = "{model_cfg.kind}" translates nothing: only "encdec" and "decoder" do'
+            f'model.kind = "{model_cfg.kind}" translates nothing: only "{encdec.NAME}" and '
+            f'"{decoder.NAME}" do'
         )
     if reason := why_not_cached(model_cfg):
         raise UserError(f"this model cannot be decoded: {reason}")
-    cfg = dataclasses.replace(with_dispatcher(model_cfg, "dropless"), scan=False)
+    cfg = dataclasses.replace(with_dispatcher(model_cfg, LOSSLESS), scan=False)
     bind = make_model(cfg).bind
 
     @jax.jit
@@ -65,7 +68,7 @@ def make_translator(
         source = jax.tree.map(
             lambda z: jax.sharding.reshard(z, P(BATCH, *[None] * (z.ndim - 1))), source
         )
-        begin = _begin_encdec if cfg.kind == "encdec" else _begin_decoder
+        begin = _begin_encdec if cfg.kind == encdec.NAME else _begin_decoder
         forward, caches, id_B, position_B = begin(model, cfg, source, max_tokens, boundary_id)
         row_B = jax.sharding.reshard(source.row_B, P())
 
@@ -120,7 +123,7 @@ def _begin_encdec(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, 
     zero_B = jnp.zeros(source.row_B.shape, jnp.int32)
     return (
         forward,
-        empty_caches(decoder_config(cfg), zero_B.shape[0], max_tokens),
+        empty_caches(decoder.as_decoder(cfg), zero_B.shape[0], max_tokens),
         zero_B + boundary_id,
         zero_B,
     )
@@ -158,7 +161,5 @@ def unstacked(values: Any, cfg: ModelConfig) -> Any:
             i: jax.tree.map(lambda z, i=i: z[i], out["repeats"]) for i in range(cfg.repeats)
         }
     if "encoder" in out:
-        out["encoder"] = unstacked(
-            out["encoder"], dataclasses.replace(cfg, repeats=cfg.kind_options["encoder_repeats"])
-        )
+        out["encoder"] = unstacked(out["encoder"], encdec.encoder_config(cfg))
     return out

@@ -17,7 +17,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
 from moe_jax.instruments import record
 from moe_jax.models import router_states
-from moe_jax.models.decoder import with_dispatcher
+from moe_jax.models.decodable import with_dispatcher
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import Config, ModelConfig

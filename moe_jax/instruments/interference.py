@@ -24,6 +24,7 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.models import router_states
 from moe_jax.moe import losses
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.names import REPEATS
 from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import Config, ModelConfig
@@ -41,7 +42,7 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
     """
     model_cfg = cfg.model
     deep = model_cfg.num_depth_blocks and model_cfg.depth.loss
-    if not (any(model_cfg.moe.losses.values()) or model_cfg.moe.router == "relu" or deep):
+    if not (any(model_cfg.moe.losses.values()) or ROUTERS[model_cfg.moe.router].own_loss or deep):
         raise UserError(
             "interference needs auxiliary losses beside the language loss, and every coefficient "
             "of model.moe.losses is 0"

@@ -27,6 +27,7 @@ import numpy as np
 from moe_jax import config
 from moe_jax.config import causality
 from moe_jax.errors import UserError
+from moe_jax.models import MODELS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
@@ -95,7 +96,7 @@ def has_future(cfg: Config) -> bool:
     """Whether a model answers at each place from what stands before it: only then can later tokens
     leak into earlier outputs.
     """
-    return cfg.model.kind in causality.CAUSAL
+    return MODELS[cfg.model.kind].causal
 
 
 def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
@@ -110,36 +111,16 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
     id_BS = rng.integers(0, cfg.model.vocab_size, (num, length)).astype(np.int32)
     segment_BS = np.where(padding_BS, 0, 1 + again_BS).astype(np.int32)
     recorded: Any = ()
-    if moe.router == "recorded":
+    if ROUTERS[moe.router].replays:
         shape = (len(cfg.model.blocks), num, length, moe.num_experts)
-        expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options["k"]].astype(np.int32)
+        expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options.k].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
     row_B = np.arange(num, dtype=np.int32)
-    inputs = _inputs(cfg, rng, row_B)
+    kind = MODELS[cfg.model.kind]
+    inputs = kind.random_inputs(cfg.model.kind_options, cfg.model.vocab_size, (num, length), rng)
     return Batch(
         id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, inputs=inputs, recorded=recorded
     )
-
-
-def _inputs(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> Any:
-    """What a kind of model reads beside tokens: vectors [B, S, P], the Batch of the sources, a
-    basket of items; () = nothing.
-    """
-    model, options = cfg.model, cfg.model.kind_options
-    shape = len(row_B), cfg.data.seq_len
-    if options.get("inputs") == "vectors":
-        return rng.normal(size=(*shape, options["input_dim"]))
-    if model.kind == "encdec":
-        place_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        return Batch(
-            rng.integers(0, model.vocab_size, shape).astype(np.int32),
-            place_BS,
-            1 + 0 * place_BS,
-            row_B,
-        )
-    if model.kind == "mmoe":
-        return rng.integers(0, sum(options["items"]), shape).astype(np.int32), np.ones(shape)
-    return ()
 
 
 def _in_row(row: int, other: Any, first: Any) -> Any:
@@ -282,14 +263,17 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
     """
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
-    moe["dispatchers"]["capacity"]["factor"] = TIGHT
+    for options in moe["dispatchers"].values():
+        if "factor" in options:
+            options["factor"] = TIGHT
     moe["losses"] = dict.fromkeys(
         moe["losses"], 0.0
     )  # some need a router that has their sums; nothing is trained here
     moe["adaptive"]["rate"] = 0.0
     for router, ordering, dispatcher in itertools.product(ROUTERS, ORDERINGS, DISPATCHERS):
         chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
-        chosen["orderings"] = {**moe["orderings"], "rounding": {"tile": _tile(small, router)}}
+        if "tile" in moe["orderings"][ordering]:
+            chosen["orderings"] = {**moe["orderings"], ordering: {"tile": _tile(small, router)}}
         try:
             yield config.build({**small, "model": {**small["model"], "moe": chosen}}, 1)
         except UserError:  # a pair that makes no sense: its rule says why
@@ -301,7 +285,9 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
     so that rounding shows.
     """
     moe = small["model"]["moe"]
-    promise = ROUTERS[router].declared(moe["num_experts"], moe["routers"][router])
+    promise = ROUTERS[router].declared(
+        moe["num_experts"], ROUTERS[router].options(**moe["routers"][router])
+    )
     choices = promise.average or promise.most or 1
     return max(
         2, round(2 * choices * small["data"]["seq_len"] * moe["group_rows"] / moe["num_experts"])

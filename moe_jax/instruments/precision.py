@@ -32,7 +32,6 @@ from moe_jax.instruments.held_out import Run
 from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens
-from moe_jax.moe.routing.sigmoid import SCORES
 
 Record = Callable[..., held_out.Arrays]  # (params, router state, inputs) -> the record of a batch
 QUANTILES = (0.01, 0.1, 0.5, 0.9)
@@ -116,7 +115,8 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
     options = moe.router_options
     exact = ROUTERS[moe.router].declared(moe.num_experts, options).exact
-    if not exact or options.get("top_groups") != options.get("num_groups"):
+    grouped = getattr(options, "top_groups", 1) != getattr(options, "num_groups", 1)
+    if not exact or grouped:
         what = (
             "chooses groups of experts first"
             if exact
@@ -131,7 +131,7 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     return (
         logits
         if bias is None
-        else np.asarray(SCORES[options["score"]](logits)) + bias[:, None, None]
+        else np.asarray(ROUTERS[moe.router].score(options)(logits)) + bias[:, None, None]
     )
 
 

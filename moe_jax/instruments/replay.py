@@ -30,12 +30,12 @@ from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Arrays, Run
 from moe_jax.moe import probe
-from moe_jax.moe.routing import ROUTERS
-from moe_jax.moe.routing.sigmoid import SCORES
-from moe_jax.schema.config import ModelConfig, Options
+from moe_jax.moe.routing import ROUTERS, recorded
+from moe_jax.schema.config import ModelConfig
 from moe_jax.train_step import make_model
 
-ROUTER = "recorded"
+# The router that replays a recording.
+ROUTER = next(name for name, router in ROUTERS.items() if router.replays)
 
 
 class Seen(NamedTuple):
@@ -56,9 +56,8 @@ def under(cfg: ModelConfig, num_choices: int, gates: str) -> ModelConfig:
     "router", which then learns.
     """
     declared = ROUTERS[cfg.moe.router].declared(cfg.moe.num_experts, cfg.moe.router_options)
-    options = Options(
-        k=num_choices, gates=gates, average=declared.average or 0.0
-    )  # capacity follows the load that is meant
+    # Capacity follows the load that is meant.
+    options = recorded.Options(k=num_choices, gates=gates, average=declared.average or 0.0)
     moe = dataclasses.replace(cfg.moe, router=ROUTER, router_options=options)
     return dataclasses.replace(cfg, moe=moe)
 
@@ -232,7 +231,8 @@ def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
 def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     gate_LDE = held_out.gates(run, "balanced replay")
     logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
-    score = np.asarray(SCORES[run.cfg.model.moe.router_options.get("score", "softmax")](logits))
+    moe = run.cfg.model.moe
+    score = np.asarray(ROUTERS[moe.router].score(moe.router_options)(logits))
     return score / score.sum(-1, keepdims=True)
 
 

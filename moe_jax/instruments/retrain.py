@@ -26,6 +26,7 @@ from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, replay
 from moe_jax.instruments.held_out import Run
 from moe_jax.moe import probe
+from moe_jax.moe.routing import top_k
 from moe_jax.parallel.batch_rows import local_rows
 from moe_jax.schema.config import Config, MoEConfig
 from moe_jax.tasks.lm import task as lm
@@ -87,9 +88,8 @@ def gates(moe: MoEConfig) -> str:
     "router" where it then gives the gates of the model itself, else "recorded".
     """
     o = moe.router_options
-    own = (
-        moe.router == "top_k" and o["scale"] == 1 and (o["renormalize"] or o["softmax"] == "after")
-    )
+    softmax = isinstance(o, top_k.Options) and o.scale == 1
+    own = softmax and (o.renormalize or o.softmax == "after")
     return "router" if own else "recorded"
 
 

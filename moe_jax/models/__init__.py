@@ -1,23 +1,12 @@
-"""The models by `model.kind`: one file and one line each.
+"""The models by `model.kind`: one file and one line each; the contract is in contract.py."""
 
-A model is an nnx.Module `Model(key, cfg)`.
+from moe_jax.models import article, decoder, encdec, encoder, mmoe
+from moe_jax.models.contract import Kind
 
-It is called with (batch, rng, train) and gives (outputs, sums), sums per row of its layers {name:
-[L, B, ...]}.
-"""
-
-from typing import Any
-
-from moe_jax.models.article import Article
-from moe_jax.models.decoder import Decoder
-from moe_jax.models.encdec import EncDec
-from moe_jax.models.encoder import Encoder
-from moe_jax.models.mmoe import MMoE
-
-MODELS: dict[str, Any] = {
-    "decoder": Decoder,
-    "encoder": Encoder,
-    "encdec": EncDec,
-    "mmoe": MMoE,
-    "article": Article,
+MODELS: dict[str, Kind] = {
+    decoder.NAME: decoder.KIND,
+    encoder.NAME: encoder.KIND,
+    encdec.NAME: encdec.KIND,
+    mmoe.NAME: mmoe.KIND,
+    article.NAME: article.KIND,
 }

@@ -17,17 +17,53 @@ row has at most m tokens, and what is padding counts as zero.
 Shapes: B rows, S sequence, D embedding, n experts, m places, V vocabulary, C classes.
 """
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.counting import Decoder
+from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import ModelConfig
+from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option
 from moe_jax.weights import Weight, Weights
+
+NAME = "article"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(KindOptions):
+    num_experts: int = option(64, "experts, each a weighted sum of the window", NUMBER)
+    window: int = option(
+        16, "input places that an expert weighs: the last tokens, or the whole row", NUMBER
+    )
+    aggregate: str = option(
+        "sum", 'of the experts: "sum", "mean", "gated"', choices=("sum", "mean", "gated")
+    )
+    activation: str = option(
+        "gelu", 'of an expert: "identity", "relu", "gelu"', choices=("identity", "relu", "gelu")
+    )
+    num_classes: int = option(0, "0 = the next token", NO_LABEL_OR_MORE)
+    attends: ClassVar[bool] = False
+
+    def all_blocks(self, own: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns none: the model is made of no blocks."""
+        del own
+        return ()
+
+
+def _options(cfg: ModelConfig) -> Options:
+    assert isinstance(cfg.kind_options, Options)
+    return cfg.kind_options
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda z: z,
@@ -44,11 +80,11 @@ class Article(nnx.Module):
     """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
-        self.cfg, options = cfg, cfg.kind_options
+        self.cfg, options = cfg, _options(cfg)
         keys = jax.random.split(key, 3)
-        d, n, m = cfg.d_model, options["num_experts"], options["window"]
+        d, n, m = cfg.d_model, options.num_experts, options.window
         num_outputs, split = (
-            (options["num_classes"], None) if options["num_classes"] else (cfg.vocab_size, "vocab")
+            (options.num_classes, None) if options.num_classes else (cfg.vocab_size, "vocab")
         )
         ends = {
             "embed": Weight((cfg.vocab_size, d), ("vocab", "embed"), d**-0.5),
@@ -58,7 +94,7 @@ class Article(nnx.Module):
         self.experts = Weights(
             keys[1], {"w": Weight((n, m), ("experts", None), m**-0.5)}, cfg.param_dtype
         )
-        if options["aggregate"] == "gated":
+        if options.aggregate == "gated":
             self.router = Weights(
                 keys[2], {"gate": Weight((d, n), ("embed", None), d**-0.5)}, cfg.param_dtype
             )
@@ -67,7 +103,7 @@ class Article(nnx.Module):
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del rng, train
-        cfg, classify = self.cfg, self.cfg.kind_options["num_classes"] > 0
+        cfg, classify = self.cfg, _options(self.cfg).num_classes > 0
         table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         e_BSD = table.at[batch.id_BS].get(out_sharding=P(BATCH, None, None))
         w_nm = jax.sharding.reshard(self.experts["w"].astype(cfg.dtype), P())
@@ -78,7 +114,7 @@ class Article(nnx.Module):
             window_BqmD, seen_Bqm = windows(e_BSD, batch.segment_BS, w_nm.shape[1])
         window_BqmD = jnp.where(seen_Bqm[..., None], window_BqmD, 0)
         z_BqnD = jnp.einsum("BqmD,nm->BqnD", window_BqmD, w_nm)
-        z_BqnD = ACTIVATIONS[cfg.kind_options["activation"]](z_BqnD)
+        z_BqnD = ACTIVATIONS[_options(cfg).activation](z_BqnD)
         h_BqD = self._aggregate(z_BqnD, window_BqmD, seen_Bqm)
         logits = self._output(h_BqD)
         return logits[:, 0] if classify else logits, {}
@@ -86,7 +122,7 @@ class Article(nnx.Module):
     def _aggregate(
         self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array
     ) -> jax.Array:
-        how = self.cfg.kind_options["aggregate"]
+        how = _options(self.cfg).aggregate
         if how != "gated":
             return z_BqnD.sum(2) if how == "sum" else z_BqnD.mean(2)
         num_Bq1 = jnp.maximum(seen_Bqm.sum(2), 1)[..., None].astype(z_BqnD.dtype)
@@ -96,7 +132,7 @@ class Article(nnx.Module):
 
     def _output(self, h_BqD: jax.Array) -> jax.Array:
         """Logits in at least float32."""
-        names = ("embed", None if self.cfg.kind_options["num_classes"] else "vocab")
+        names = ("embed", None if _options(self.cfg).num_classes else "vocab")
         head = gather(self.ends["head"], names, self.cfg.dtype)
         wide = jnp.promote_types(h_BqD.dtype, jnp.float32)
         return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
@@ -114,3 +150,67 @@ def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array,
     steps = range(m - 1, -1, -1)
     same = [(earlier(segment_BS, by) == segment_BS) & (segment_BS > 0) for by in steps]
     return jnp.stack([earlier(e_BSD, by) for by in steps], 2), jnp.stack(same, 2)
+
+
+def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
+    """Returns the Counts of the article's model."""
+    o, d, found = _options(cfg), cfg.d_model, decoder(as_decoder(cfg))
+    nothing = type(found)(*(0 for _ in found))
+    experts = o.num_experts * o.window
+    return nothing._replace(
+        embedding=cfg.vocab_size * d,
+        head=d * (o.num_classes or cfg.vocab_size),
+        experts=experts,
+        experts_active=experts,
+        router=d * o.num_experts if o.aggregate == "gated" else 0,
+    )
+
+
+def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
+    """Returns the Breakdown of the article's model's forward pass."""
+    o, d = _options(cfg), cfg.d_model
+    rows = (
+        seq_len if o.num_classes else 1
+    )  # a class is asked for once in a row, a token at every place
+    num, places = o.num_experts, min(o.window, seq_len) if o.num_classes else o.window
+    nothing = type(decoder(as_decoder(cfg), seq_len))(*(0,) * 7)
+    gated = o.aggregate == "gated"
+    return nothing._replace(
+        experts=math.ceil(2 * num * places * d / rows),
+        router=math.ceil((2 * d * num + 2 * num * d) / rows) if gated else 0,
+        head=math.ceil(2 * d * (o.num_classes or cfg.vocab_size) / rows),
+    )
+
+
+def refusals(cfg: Config) -> Iterator[str]:
+    """Experts are split over the mesh, and the window of a class is the row."""
+    options = _options(cfg.model)
+    if options.num_experts % cfg.mesh.expert:
+        yield (
+            f"model.kinds.article.num_experts ({options.num_experts}) must be divisible by "
+            f"mesh.expert ({cfg.mesh.expert})"
+        )
+    if options.num_classes and options.window < cfg.data.seq_len:
+        yield (
+            f"model.kinds.article.window ({options.window}) must be at least data.seq_len "
+            f"({cfg.data.seq_len}): the window of a class is the row"
+        )
+
+
+def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields few experts of a short window: 8, one for each simulated device."""
+    yield "num_experts", 8
+    yield "window", min(options["window"], 16)
+
+
+KIND = Kind(
+    Options,
+    Article,
+    causal=True,
+    parameters=parameters,
+    forward_flops=forward_flops,
+    continues_no_text=writes_nothing,
+    has_blocks=False,
+    refusals=refusals,
+    small=small,
+)

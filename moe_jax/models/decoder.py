@@ -20,16 +20,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.errors import UserError
 from moe_jax.models import depth
 from moe_jax.models.attention import Attention, Cache, CrossAttention, Memory
+from moe_jax.models.contract import Kind
 from moe_jax.models.layers import FeedForward, dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch, MoE, MoELayer
-from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import ModelConfig, Options
+from moe_jax.schema.config import KindOptions, ModelConfig
+from moe_jax.schema.options import option
 from moe_jax.weights import Weight, Weights
 
+
+@dataclasses.dataclass(frozen=True)
+class Options(KindOptions):
+    bidirectional_prefix: bool = option(
+        False, "a row's prefix (the source of a translation) sees all of itself"
+    )
+
+
+NAME = "decoder"
 # What the backward pass keeps of a block instead of recomputing it.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep everything: no rematerialisation
@@ -194,7 +203,7 @@ class Decoder(nnx.Module):
         if not cfg.tie_embeddings:
             ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
-        look = Look("prefix" if cfg.kind_options.get("bidirectional_prefix") else "causal")
+        look = Look("prefix" if bidirectional(cfg) else "causal")
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, look)
 
     def __call__(
@@ -404,71 +413,52 @@ def out_std(width: int, cfg: ModelConfig) -> float:
 
 
 def moe_config(cfg: ModelConfig) -> MoE:
-    same = {
-        name: getattr(cfg.moe, name) for name in MoE.__dataclass_fields__ if hasattr(cfg.moe, name)
-    }
-    shared = {
-        name: getattr(cfg, name)
-        for name in ("d_model", "vocab_size", "activation", "param_dtype", "dtype")
-    }
+    """Returns what the MoE layer is told: its block of the config, and what it shares."""
+    moe = cfg.moe
     return MoE(
-        **same, **shared, out_std=out_std(cfg.moe.expert_hidden, cfg), stored=cfg.moe.sparse.stored
+        num_experts=moe.num_experts,
+        expert_hidden=moe.expert_hidden,
+        group_rows=moe.group_rows,
+        router=moe.router,
+        router_options=moe.router_options,
+        ordering=moe.ordering,
+        ordering_options=moe.ordering_options,
+        dispatcher=moe.dispatcher,
+        dispatcher_options=moe.dispatcher_options,
+        adaptive=moe.adaptive,
+        stored=moe.sparse.stored,
+        d_model=cfg.d_model,
+        vocab_size=cfg.vocab_size,
+        activation=cfg.activation,
+        param_dtype=cfg.param_dtype,
+        dtype=cfg.dtype,
+        out_std=out_std(moe.expert_hidden, cfg),
     )
 
 
-def why_not_decoded(cfg: ModelConfig) -> str:
-    """Why a model cannot be decoded token by token; "" where it can.
-
-    A router that balances in training alone can.
-    """
-    if cfg.kind != "decoder":
-        return f'model.kind = "{cfg.kind}" continues no text'
-    if cfg.kind_options["bidirectional_prefix"]:
-        return "model.kinds.decoder.bidirectional_prefix = True translates a prefix, and continues no text"
-    return why_not_cached(cfg)
+def bidirectional(cfg: ModelConfig) -> bool:
+    """Whether a row's prefix sees all of itself; the blocks of other kinds never ask."""
+    return isinstance(cfg.kind_options, Options) and cfg.kind_options.bidirectional_prefix
 
 
-def why_not_cached(cfg: ModelConfig) -> str:
-    """Why the experts cannot work token by token; "" where they can."""
-    moe = cfg.moe
-    if not cfg.num_moe_layers:
-        return ""
-    if moe.router == "recorded":
-        return 'model.moe.router = "recorded" replays a recording, and there is none of text that is yet to be written'
-    if ROUTERS[moe.router].own_capacity or moe.dispatcher == "slots":
-        return (
-            f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence, at '
-            "evaluation too: token by token it would be "
-            "another model than the one that was trained"
-        )
+def as_decoder(cfg: ModelConfig) -> ModelConfig:
+    """Returns the blocks of model.prefix, period, repeats and suffix as a decoder."""
+    return dataclasses.replace(cfg, kind=NAME, kind_options=Options())
+
+
+def continues_no_text(options: Options) -> str:
+    """Says that a translator of prefixes is no language model."""
+    if options.bidirectional_prefix:
+        return "bidirectional_prefix = True translates a prefix, and continues no text"
     return ""
 
 
-def for_decoding(cfg: ModelConfig) -> ModelConfig:
-    """The same model as `Decoder.cached` runs it: nothing drops, layers unstacked.
-
-    UserError where `why_not_decoded`.
-    """
-    if reason := why_not_decoded(cfg):
-        raise UserError(f"this model cannot be decoded: {reason}")
-    return dataclasses.replace(with_dispatcher(cfg, "dropless"), scan=False)
-
-
-def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
-    """The same model with another dispatcher (dropless for decoding, or for evaluation).
-
-    UserError for soft MoE, which has but one.
-    """
-    if cfg.moe.dispatcher == "slots" != name:
-        raise UserError(
-            f'model.moe.router = "{cfg.moe.router}" fills slots, which the dispatcher "{name}" '
-            "knows nothing of"
-        )
-    options = (
-        cfg.moe.dispatcher_options
-        if cfg.moe.dispatcher == name
-        else {"dropless": Options(buffer=0.0)}[name]
-    )
-    return dataclasses.replace(
-        cfg, moe=dataclasses.replace(cfg.moe, dispatcher=name, dispatcher_options=options)
-    )
+KIND = Kind(
+    Options,
+    Decoder,
+    causal=True,
+    parameters=None,
+    forward_flops=None,
+    continues_no_text=continues_no_text,
+    instruments=True,
+)

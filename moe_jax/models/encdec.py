@@ -14,17 +14,23 @@ Shapes: B rows, S target sequence, T source sequence, D model, V vocabulary, M l
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from moe_jax.models import encoder
 from moe_jax.models.attention import Memory
+from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.counting import Decoder, added, full
 from moe_jax.models.decoder import (
     Context,
     Look,
     Source,
+    as_decoder,
     by_name,
     embed,
     embedding,
@@ -37,23 +43,39 @@ from moe_jax.models.decoder import (
 )
 from moe_jax.models.layers import dropout, rms_norm
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.config import ModelConfig
+from moe_jax.schema.config import BLOCKS, Config, KindOptions, ModelConfig
+from moe_jax.schema.options import COUNT, not_among, option
 from moe_jax.weights import Weight, Weights
+
+NAME = "encdec"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(KindOptions):
+    encoder_prefix: tuple[str, ...] = option((), "blocks before the encoder's period")
+    encoder_period: tuple[str, ...] = option(("moe",), "blocks repeated `encoder_repeats` times")
+    encoder_repeats: int = option(4, "of the encoder's period", COUNT)
+    encoder_suffix: tuple[str, ...] = option((), "blocks after the encoder's last period")
+
+    def all_blocks(self, own: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the blocks of the encoder, then those of the decoder."""
+        period = self.encoder_period * self.encoder_repeats
+        return self.encoder_prefix + period + self.encoder_suffix + own
 
 
 def encoder_config(cfg: ModelConfig) -> ModelConfig:
-    """The encoder's stack as a model of its own: the pattern of its blocks, everything else as in
-    `cfg`.
-    """
-    parts = {
-        name: cfg.kind_options[f"encoder_{name}"]
-        for name in ("prefix", "period", "repeats", "suffix")
-    }
-    return dataclasses.replace(cfg, kind="encoder", **parts)
-
-
-def decoder_config(cfg: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(cfg, kind="decoder")
+    """Returns the encoder's stack as a model of its own: its blocks, everything else as in `cfg`."""
+    options = cfg.kind_options
+    assert isinstance(options, Options)
+    return dataclasses.replace(
+        cfg,
+        kind=encoder.NAME,
+        kind_options=encoder.Options(),
+        prefix=options.encoder_prefix,
+        period=options.encoder_period,
+        repeats=options.encoder_repeats,
+        suffix=options.encoder_suffix,
+    )
 
 
 class SourceStack(nnx.Module):
@@ -78,7 +100,7 @@ class EncDec(nnx.Module):
     repeats: Any
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
-        self.cfg = decoder_config(cfg)
+        self.cfg = as_decoder(cfg)
         keys = jax.random.split(key, 5)
         ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
         if not cfg.tie_embeddings:
@@ -129,3 +151,81 @@ class EncDec(nnx.Module):
     def _embed(self, batch: Batch, key: jax.Array, train: bool) -> jax.Array:
         x = embed(self.ends["embed"], batch.id_BS, self.cfg)
         return dropout(x, self.cfg.dropout if train else 0.0, key, batch.row_B)
+
+
+def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
+    """Returns the Counts of an encoder-decoder."""
+    target, source = decoder(as_decoder(cfg)), decoder(as_decoder(encoder_config(cfg)))
+    both = added(target, source._replace(embedding=0, head=0))
+    number = len(as_decoder(cfg).blocks)
+    biases = cfg.attention_bias * number * (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    norms = number * (cfg.d_model + cfg.qk_norm * 2 * cfg.head_dim)
+    return both._replace(
+        attention=both.attention + cross_weights(cfg) + biases, norms=both.norms + norms
+    )
+
+
+def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
+    """Returns the Breakdown of an encoder-decoder's forward pass."""
+    encoder = as_decoder(encoder_config(cfg))
+    target, source = decoder(as_decoder(cfg), seq_len), decoder(encoder, seq_len)
+    both = added(target, source._replace(head=0, attention_scores=full(encoder, seq_len)))
+    scores = both.attention_scores + full(as_decoder(cfg), seq_len)
+    return both._replace(
+        attention_projections=both.attention_projections + 2 * cross_weights(cfg),
+        attention_scores=scores,
+    )
+
+
+def cross_weights(cfg: ModelConfig) -> int:
+    """Returns the weights of the projections of cross-attention in the decoder's blocks."""
+    return (
+        len(as_decoder(cfg).blocks)
+        * 2
+        * cfg.d_model
+        * cfg.head_dim
+        * (cfg.num_heads + cfg.num_kv_heads)
+    )
+
+
+def refusals(cfg: Config) -> Iterator[str]:
+    """Both parts are made of known blocks, and have one."""
+    model = cfg.model
+    for part in ("prefix", "period", "suffix"):
+        for block in getattr(model.kind_options, f"encoder_{part}"):
+            yield from not_among(f"model.kinds.encdec.encoder_{part}", block, BLOCKS)
+    own = model.prefix + model.period * model.repeats + model.suffix
+    if not own or len(own) == len(model.blocks):
+        yield (
+            "an encoder-decoder needs a block in both: model.prefix, model.period x model.repeats "
+            "and model.suffix are its decoder's, model.kinds.encdec.encoder_* its encoder's"
+        )
+
+
+def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields few blocks of the encoder."""
+    yield "encoder_repeats", min(options["encoder_repeats"], 2)
+
+
+def random_inputs(
+    options: Options, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
+) -> Batch:
+    """Returns the Batch of the sources, one document in each row."""
+    del options
+    position_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    id_BS = rng.integers(0, vocab_size, shape).astype(np.int32)
+    row_B = np.arange(shape[0], dtype=np.int32)
+    return Batch(id_BS, position_BS, 1 + 0 * position_BS, row_B)
+
+
+KIND = Kind(
+    Options,
+    EncDec,
+    causal=True,
+    parameters=parameters,
+    forward_flops=forward_flops,
+    continues_no_text=writes_nothing,
+    refusals=refusals,
+    small=small,
+    random_inputs=random_inputs,
+)

@@ -14,16 +14,76 @@ arXiv:2106.05974, puts experts into it).
 Shapes: B rows, S sequence, P width of a vector, D model, C classes.
 """
 
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from moe_jax.models.decoder import FIRST_LOGITS, Context, Look, embed, embedding, run_stack, stack
+from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.counting import Decoder, full
+from moe_jax.models.decoder import (
+    FIRST_LOGITS,
+    Context,
+    Look,
+    as_decoder,
+    embed,
+    embedding,
+    run_stack,
+    stack,
+)
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import ModelConfig
+from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.options import BELOW_ONE, COUNT, NUMBER, at_least, option
 from moe_jax.weights import Weight, Weights
+
+NAME = "encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(KindOptions):
+    inputs: str = option(
+        "tokens",
+        'or "vectors": patches of an image, frames of speech',
+        choices=("tokens", "vectors"),
+    )
+    input_dim: int = option(1, "width of a vector", NUMBER)
+    num_classes: int = option(2, "labels of the data", at_least(2))
+    pool: str = option(
+        "mean",
+        'over what is not padding: "sum", "mean", "max", "first"',
+        choices=("sum", "mean", "max", "first"),
+    )
+    attention: str = option(
+        "full",
+        'to the whole segment, or "causal", as the language model that it begins from',
+        choices=("full", "causal"),
+    )
+    learned_positions: int = option(
+        0,
+        "rows of a learned table of positions, at least data.seq_len; 0 = rotary embeddings alone",
+        COUNT,
+    )
+    head_dropout: float = option(0.0, "of the pooled row", BELOW_ONE)
+    token_dropout: float = option(
+        0.0, "of whole places of the input (Iyyer et al. 2015, deep averaging networks)", BELOW_ONE
+    )
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the inputs are tokens: vectors are projected instead."""
+        return self.inputs == "tokens"
+
+
+def _options(cfg: ModelConfig) -> Options:
+    assert isinstance(cfg.kind_options, Options)
+    return cfg.kind_options
+
 
 POSITION_STD = 0.02  # as in ViT
 
@@ -37,10 +97,8 @@ class Encoder(nnx.Module):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], _ends(cfg), cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(
-            keys[1:], cfg, Look(cfg.kind_options["attention"])
-        )
-        num_classes = cfg.kind_options["num_classes"]
+        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(_options(cfg).attention))
+        num_classes = _options(cfg).num_classes
         head = {  # a sum over many tokens begins with small logits too
             "w": Weight(
                 (cfg.d_model, num_classes), ("embed", None), FIRST_LOGITS * cfg.d_model**-0.5
@@ -52,49 +110,49 @@ class Encoder(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cfg, options = self.cfg, self.cfg.kind_options
+        cfg, options = self.cfg, _options(self.cfg)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x = dropout(self._embed(batch), cfg.dropout if train else 0.0, keys[0], batch.row_B)
-        if train and options["token_dropout"]:
+        if train and options.token_dropout:
             one_BS1 = jnp.ones_like(x[:, :, :1])
             x = x * dropout(
-                one_BS1, options["token_dropout"], jax.random.fold_in(keys[0], 1), batch.row_B
+                one_BS1, options.token_dropout, jax.random.fold_in(keys[0], 1), batch.row_B
             )
         x, sums = run_stack(self, x, Context(batch._replace(inputs=()), rng, jnp.int32(1)), train)
         x = rms_norm(x, self.ends["norm_scale"], cfg.norm_epsilon)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        x_BD = pool(x.astype(wide), batch.segment_BS > 0, options["pool"])
-        x_BD = dropout(x_BD, options["head_dropout"] if train else 0.0, keys[1], batch.row_B)
+        x_BD = pool(x.astype(wide), batch.segment_BS > 0, options.pool)
+        x_BD = dropout(x_BD, options.head_dropout if train else 0.0, keys[1], batch.row_B)
         w_DC = gather(self.head["w"], ("embed", None), str(wide))
         return jnp.einsum("BD,DC->BC", x_BD, w_DC) + self.head["b"].astype(wide)[None], sums
 
     def _embed(self, batch: Batch) -> jax.Array:
-        cfg, options = self.cfg, self.cfg.kind_options
-        if options["inputs"] == "tokens":
+        cfg, options = self.cfg, _options(self.cfg)
+        if options.inputs == "tokens":
             x = embed(self.ends["embed"], batch.id_BS, cfg)
         else:
             w_PD = gather(self.ends["input"], (None, "embed"), cfg.dtype)
             x = jnp.einsum("BSP,PD->BSD", batch.inputs.astype(cfg.dtype), w_PD)
             x = x + self.ends["input_bias"].astype(cfg.dtype)[None, None]
-        if options["learned_positions"]:
+        if options.learned_positions:
             table = gather(self.ends["position"], (None, "embed"), cfg.dtype)
             x = x + table.at[batch.position_BS].get(out_sharding=P(BATCH, None, None))
         return x
 
 
 def _ends(cfg: ModelConfig) -> dict[str, Weight]:
-    d, options = cfg.d_model, cfg.kind_options
+    d, options = cfg.d_model, _options(cfg)
     ends = {"norm_scale": Weight((d,), (None,), 0.0, 1.0)}
-    if options["inputs"] == "tokens":
+    if options.inputs == "tokens":
         ends["embed"] = embedding(cfg)
     else:
-        width = options["input_dim"]
+        width = options.input_dim
         ends |= {
             "input": Weight((width, d), (None, "embed"), width**-0.5),
             "input_bias": Weight((d,), (None,), 0.0),
         }
-    if options["learned_positions"]:
-        ends["position"] = Weight((options["learned_positions"], d), (None, "embed"), POSITION_STD)
+    if options.learned_positions:
+        ends["position"] = Weight((options.learned_positions, d), (None, "embed"), POSITION_STD)
     return ends
 
 
@@ -112,3 +170,61 @@ def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
     return (
         sum_BD / jnp.maximum(valid_BS1.sum(1), 1).astype(x_BSD.dtype) if how == "mean" else sum_BD
     )
+
+
+def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
+    """Returns the Counts of an encoder."""
+    o, d = _options(cfg), cfg.d_model
+    tokens = o.embeds
+    entry = cfg.vocab_size * d if tokens else (o.input_dim + 1) * d
+    return decoder(as_decoder(cfg))._replace(
+        embedding=entry + o.learned_positions * d, head=(d + 1) * o.num_classes
+    )
+
+
+def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
+    """Returns the Breakdown of an encoder's forward pass."""
+    o, d = _options(cfg), cfg.d_model
+    found = decoder(as_decoder(cfg), seq_len)
+    entry = 0 if o.embeds else 2 * o.input_dim * d
+    scores = found.attention_scores if o.attention == "causal" else full(cfg, seq_len)
+    return found._replace(
+        attention_scores=scores, head=entry + round(2 * d * o.num_classes / seq_len)
+    )
+
+
+def refusals(cfg: Config) -> Iterator[str]:
+    """Every place of a row needs its learned position."""
+    num = _options(cfg.model).learned_positions
+    if 0 < num < cfg.data.seq_len:
+        yield (
+            f"model.kinds.encoder.learned_positions ({num}) must be at least data.seq_len "
+            f"({cfg.data.seq_len}), or 0"
+        )
+
+
+def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields short tables and narrow vectors."""
+    yield "learned_positions", min(options["learned_positions"], 16)
+    yield "input_dim", min(options["input_dim"], 8)
+
+
+def random_inputs(
+    options: Options, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
+) -> Any:
+    """Returns vectors [B, S, P], where the inputs are no tokens."""
+    del vocab_size
+    return () if options.embeds else rng.normal(size=(*shape, options.input_dim))
+
+
+KIND = Kind(
+    Options,
+    Encoder,
+    causal=False,
+    parameters=parameters,
+    forward_flops=forward_flops,
+    continues_no_text=writes_nothing,
+    refusals=refusals,
+    small=small,
+    random_inputs=random_inputs,
+)

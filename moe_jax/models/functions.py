@@ -24,7 +24,7 @@ def make_model(cfg: ModelConfig) -> Model:
     """Must be called with the mesh set; abstract evaluation only."""
 
     def split(key):
-        return nnx.split(MODELS[cfg.kind](key, cfg), nnx.Param, RouterState)
+        return nnx.split(MODELS[cfg.kind].module(key, cfg), nnx.Param, RouterState)
 
     graphdef, params, router_state = nnx.eval_shape(split, jax.random.key(0))
 

@@ -18,20 +18,44 @@ Dropped input items in training leave other items to be predicted from, as in Mu
 Shapes: B rows, L features of a row, V features, I items, G tasks, D model.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from moe_jax.models.decoder import Context, Look, embedding, run_stack, stack
+from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.counting import Decoder
+from moe_jax.models.decoder import Context, Look, as_decoder, embedding, run_stack, stack
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import ModelConfig
+from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.options import BELOW_ONE, NUMBER, option
 from moe_jax.weights import Weight, Weights
+
+NAME = "mmoe"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(KindOptions):
+    items: tuple[int, ...] = option(
+        (1,),
+        "items of each task: the first so many belong to task 0, the next to task 1, and so on",
+        NUMBER,
+    )
+    item_dropout: float = option(0.0, "of a row's input features, in training", BELOW_ONE)
+    attends: ClassVar[bool] = False
+
+
+def _options(cfg: ModelConfig) -> Options:
+    assert isinstance(cfg.kind_options, Options)
+    return cfg.kind_options
 
 
 class MMoE(nnx.Module):
@@ -55,17 +79,15 @@ class MMoE(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cfg, options = self.cfg, self.cfg.kind_options
+        cfg, options = self.cfg, _options(self.cfg)
         feature_BL, weight_BL = batch.inputs
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
-        weight_BL = dropout(
-            weight_BL, options["item_dropout"] if train else 0.0, keys[0], batch.row_B
-        )
+        weight_BL = dropout(weight_BL, options.item_dropout if train else 0.0, keys[0], batch.row_B)
         table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         h_BD = self._bottom(bags(table, feature_BL, weight_BL) * cfg.d_model**0.5)
         h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
-        tasks = _as_tokens(batch, valid_B, len(options["items"]))
+        tasks = _as_tokens(batch, valid_B, len(options.items))
         x_BGD = jnp.broadcast_to(h_BD[:, None], (*tasks.id_BS.shape, cfg.d_model))
         x_BGD, sums = run_stack(self, x_BGD, Context(tasks, rng, jnp.int32(1)), train)
         return self._scores(self._towers(x_BGD)), sums
@@ -86,7 +108,7 @@ class MMoE(nnx.Module):
         """Logits in at least float32; every task's tower meets its own items only."""
         wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
-        ends = itertools.pairwise(itertools.accumulate(self.cfg.kind_options["items"], initial=0))
+        ends = itertools.pairwise(itertools.accumulate(_options(self.cfg).items, initial=0))
 
         def score(g, a, b):
             return jnp.einsum("BD,DI->BI", t_BGD[:, g], w_DI[:, a:b], preferred_element_type=wide)
@@ -106,13 +128,13 @@ def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def _towers(cfg: ModelConfig) -> dict[str, Weight]:
-    d, num_tasks = cfg.d_model, len(cfg.kind_options["items"])
+    d, num_tasks = cfg.d_model, len(_options(cfg).items)
     w = Weight((num_tasks, d, d), (None, "embed", None), d**-0.5)
     return {"w": w, "norm_scale": Weight((d,), (None,), 0.0, 1.0)}
 
 
 def _head(cfg: ModelConfig) -> dict[str, Weight]:
-    num_items = sum(cfg.kind_options["items"])
+    num_items = sum(_options(cfg).items)
     w = Weight((cfg.d_model, num_items), ("embed", None), cfg.d_model**-0.5)
     return {"w": w, "b": Weight((num_items,), (None,), 0.0)}
 
@@ -164,3 +186,76 @@ def from_csr(start_R: Sequence[int]) -> jax.Array:
     """
     count_R = jnp.diff(jnp.asarray(start_R))
     return jnp.repeat(jnp.arange(count_R.shape[0]), count_R, total_repeat_length=int(start_R[-1]))
+
+
+def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
+    """Returns the Counts of an MMoE."""
+    d, items = cfg.d_model, _options(cfg).items
+    found = decoder(as_decoder(cfg))
+    return found._replace(
+        embedding=cfg.vocab_size * d,
+        head=(d + 1) * sum(items),
+        attention=0,
+        dense=found.dense + d * d + d + len(items) * d * d,  # the bottom and the towers
+        norms=3 * d + len(cfg.blocks) * d,
+    )
+
+
+def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
+    """Returns the Breakdown of an MMoE's forward pass."""
+    d, items = cfg.d_model, _options(cfg).items
+    found, num_tasks = decoder(as_decoder(cfg), len(items)), len(items)
+
+    def per_place(of_row):
+        return round(of_row / seq_len)
+
+    gates = 2 * d * cfg.moe.num_experts * cfg.num_moe_layers  # of the one gate that a task uses
+    return type(found)(
+        attention_projections=0,
+        attention_scores=0,
+        dense=per_place(num_tasks * (found.dense + 2 * d * d) + 2 * d * d)
+        + 2 * d,  # the bag adds up its features
+        shared=per_place(num_tasks * found.shared),
+        experts=per_place(num_tasks * found.experts),
+        router=per_place(num_tasks * gates),
+        head=per_place(2 * d * sum(items)),
+    )
+
+
+def refusals(cfg: Config) -> Iterator[str]:
+    """There are tasks, and as many of them as a router with a gate for each has gates."""
+    options, moe = _options(cfg.model), cfg.model.moe
+    num_gates = ROUTERS[moe.router].num_gates(moe.router_options)
+    if not options.items:
+        yield "model.kinds.mmoe.items = () must give every task its number of items: there is no task"
+    if num_gates and num_gates != len(options.items):
+        yield (
+            f"model.moe.routers.{moe.router}.num_gates ({num_gates}) must be the number of tasks: "
+            f"model.kinds.mmoe.items {options.items} are {len(options.items)}"
+        )
+
+
+def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields few items of every task."""
+    yield "items", tuple(min(number, 16) for number in options["items"])
+
+
+def random_inputs(
+    options: Options, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
+) -> Any:
+    """Returns baskets of items, (features [B, L], weights [B, L])."""
+    del vocab_size
+    return rng.integers(0, sum(options.items), shape).astype(np.int32), np.ones(shape)
+
+
+KIND = Kind(
+    Options,
+    MMoE,
+    causal=False,
+    parameters=parameters,
+    forward_flops=forward_flops,
+    continues_no_text=writes_nothing,
+    refusals=refusals,
+    small=small,
+    random_inputs=random_inputs,
+)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.models.encdec import decoder_config, encoder_config
+from moe_jax.models import encdec
+from moe_jax.models.decoder import as_decoder
+from moe_jax.models.encdec import encoder_config
 from moe_jax.schema.config import ModelConfig
 
 
@@ -41,11 +43,11 @@ def unstack(states: Any, stacked: dict[str, jax.Array], cfg: ModelConfig) -> Any
 def layers_of(path: Any, cfg: ModelConfig) -> np.ndarray:
     """Which MoE layers a leaf of the model belongs to: a number, or one for every repeat of a scan."""
     keys = [key.key for key in path]
-    if cfg.kind == "encdec":
+    if cfg.kind == encdec.NAME:
         encoder = encoder_config(cfg)
         if keys[0] == "encoder":
             return layers_of(path[1:], encoder)
-        return encoder.num_moe_layers + layers_of(path, decoder_config(cfg))
+        return encoder.num_moe_layers + layers_of(path, as_decoder(cfg))
 
     def count(blocks):
         return sum(kind.endswith("moe") for kind in blocks)

@@ -29,6 +29,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens, per_row
 from moe_jax.moe.sparse import stored
 from moe_jax.parallel.mesh import BATCH, P, spec
+from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState, Weight, Weights
 
 
@@ -41,13 +42,13 @@ class MoE:
     num_experts: int
     group_rows: int
     router: str
-    router_options: Mapping
+    router_options: Any
     ordering: str
-    ordering_options: Mapping
-    adaptive: Mapping
+    ordering_options: Any
+    adaptive: AdaptiveConfig
     vocab_size: int
     dispatcher: str
-    dispatcher_options: Mapping
+    dispatcher_options: Any
     d_model: int
     expert_hidden: int
     activation: str
@@ -55,7 +56,7 @@ class MoE:
     dtype: str
     out_std: float  # of the first value of w_out
     # {block, w_in, w_out}: experts as blocks (sparse/stored.py); block 0 = whole matrices
-    stored: Mapping
+    stored: StoredConfig  # experts as blocks (sparse/stored.py); block 0 = whole matrices
 
 
 class Batch(NamedTuple):
@@ -92,14 +93,14 @@ class MoELayer(nnx.Module):
             RouterState,
         )
         self.experts = Weights(jax.random.fold_in(key, 2), expert_weights(cfg), cfg.param_dtype)
-        if cfg.stored["block"]:
+        if cfg.stored.block:
             self.places = Weights(key, _stored(cfg)[1], "int32")
 
     def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
         cfg = self.cfg
         axes = {name: weight.names for name, weight in expert_weights(cfg).items()}
         experts = {name: self.experts[name].astype(cfg.dtype) for name in axes}
-        places = self.places.arrays() if cfg.stored["block"] else {}
+        places = self.places.arrays() if cfg.stored.block else {}
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train),
@@ -127,7 +128,7 @@ def expert_weights(cfg: MoE) -> dict[str, Weight]:
         cfg.expert_hidden,
         2 if cfg.activation == "swiglu" else 1,
     )
-    if cfg.stored["block"]:
+    if cfg.stored.block:
         return _stored(cfg)[0]
     return {
         "w_in": Weight((e, d, p, f), ("experts", "expert_embed", None, "hidden"), d**-0.5),
@@ -142,7 +143,7 @@ def _stored(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
 
 def adaptive_state(cfg: MoE) -> dict[str, Weight]:
     """The weight of the balance losses where the drop rate drives it (moe/losses.py)."""
-    return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive["rate"] else {}
+    return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive.rate else {}
 
 
 def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
@@ -177,7 +178,7 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
         if isinstance(routing, Routing) and routing.copy_T is not None:
             y_TD = y_TD + routing.copy_T.astype(y_TD.dtype)[:, None] * tokens.x_TD
     sums = dict(routing.sums, dropped=dropped_b + routing.sums.get("dropped", 0))
-    if cfg.adaptive["rate"]:
+    if cfg.adaptive.rate:
         sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
     if batch.record:
         # An ordering may drop as well: it sends nowhere what was chosen.

@@ -14,9 +14,8 @@ every optimizer treats each layer of a stack as it would the layer alone, so the
 train alike.
 """
 
-import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,8 +24,9 @@ import optax
 
 from moe_jax.errors import UserError
 from moe_jax.names import is_layer, name_of
-from moe_jax.optim.optimizers import OPTIMIZERS, Leaf
-from moe_jax.optim.schedules import SCHEDULES, Schedule
+from moe_jax.optim.optimizers import OPTIMIZERS
+from moe_jax.optim.optimizers.contract import Leaf
+from moe_jax.optim.schedules import SCHEDULES, rate
 from moe_jax.schema.config import OptimConfig
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "difference_norm",
     "global_norm",
     "make",
-    "schedule",
+    "rate",
     "squares",
 ]
 __all__ += ["begin_ema", "narrow_copy", "update_ema", "wide_copy"]
@@ -95,21 +95,20 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
     Raises UserError for a name or an option that does not exist.
     """
     leaves = describe(params, stacked)
-    options = dict(cfg.options)
-    weight_decay = options.pop("weight_decay", 0.0)
-    direction = _choose("optim.optimizer", cfg.optimizer, OPTIMIZERS, options)
+    direction = OPTIMIZERS[cfg.optimizer].direction(leaves, cfg.options)
+    decayed = decay_mask(cfg.decay_mask, leaves)
     clipped = clip(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    rate = optax.scale_by_learning_rate(schedule(cfg))
+    scaled = optax.scale_by_learning_rate(rate(cfg))
     if (
         cfg.train_only
     ):  # what does not move has no part in the clipped norm, no moments but zero, and no decay
         only = moving(cfg.train_only, leaves)
-        clipped, rate = optax.chain(only, clipped), optax.chain(rate, only)
+        clipped, scaled = optax.chain(only, clipped), optax.chain(scaled, only)
     chain = optax.named_chain(
         ("clip", clipped),
-        ("direction", direction(leaves, **options)),
-        ("decay", optax.add_decayed_weights(weight_decay, decay_mask(cfg.decay_mask, leaves))),
-        ("rate", rate),
+        ("direction", direction),
+        ("decay", optax.add_decayed_weights(cfg.options.weight_decay, decayed)),
+        ("rate", scaled),
     )
     return in_float32(chain)
 
@@ -148,13 +147,6 @@ def _names(pattern: str, names: Sequence[str]) -> str:
     near = [kind for kind in kinds if any(word in kind for word in words)]
     meant = f"did you mean {' or '.join(near[:3])}? " if near else ""
     return f"{meant}they are {', '.join(kinds)} (N a number)"
-
-
-def schedule(cfg: OptimConfig) -> Schedule:
-    """The function step -> learning rate of a config; step 0 is the first update. Raises UserError."""
-    return _choose("optim.schedule", cfg.schedule, SCHEDULES, cfg.schedule_options)(
-        cfg, **cfg.schedule_options
-    )
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -231,17 +223,3 @@ def _is_matrix(leaf: Leaf) -> bool:
     *parents, last = leaf.name.split("/")
     norm = any("norm" in part for part in (*parents, last)) or last == "scale"
     return leaf.ndim >= 2 and not norm and "bias" not in last
-
-
-def _choose(path: str, name: str, table: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """The entry of a table, after a check that the options are exactly the ones it takes."""
-    if name not in table:
-        raise UserError(f'{path} = "{name}" is not known: choose one of {", ".join(table)}')
-    parameters = inspect.signature(table[name]).parameters.values()
-    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for option in sorted(set(takes) ^ set(options)):
-        what = "is missing" if option in takes else "is not known"
-        raise UserError(
-            f"{path}s.{name}.{option} {what}: {name} takes {', '.join(takes) or 'no options'}"
-        )
-    return table[name]

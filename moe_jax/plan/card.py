@@ -26,7 +26,7 @@ from rich.padding import Padding
 
 from moe_jax import train_step
 from moe_jax.models.decoder import moe_config
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import Batch, MoE, MoELayer, num_intended
 from moe_jax.moe.routing import ROUTERS
@@ -238,8 +238,8 @@ def _dispatch(cfg: Config) -> Dispatch:
         rows_held=held,
         rows_balanced=shape.num_intended,
         rows_worst=held
-        if moe.dispatcher == "slots"
-        else DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0}),
+        if DISPATCHERS[moe.dispatcher].mixes
+        else DISPATCHERS[LOSSLESS].rows(shape, DISPATCHERS[LOSSLESS].options()),
         row_bytes=row_bytes,
         forward=dict(forward),
         backward=dict(both - forward),
@@ -406,9 +406,7 @@ def _memory_table(card: Card) -> Table:
 
 def _dispatch_table(card: Card, d: Dispatch) -> Table:
     table = _table("an MoE layer, one device", "rows", "bytes (estimate)", "")
-    more = {"capacity": "the rest drops", "dropless": "the rest waits a round"}.get(
-        card.dispatcher, ""
-    )
+    more = DISPATCHERS[card.dispatcher].overflow
     for name, rows, note in (
         (
             f"{card.dispatcher} buffer",

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_jax.data.contract import Data
-from moe_jax.models.decoder import why_not_decoded
+from moe_jax.models.decodable import why_not_decoded
 from moe_jax.plan import flops
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
@@ -71,7 +71,7 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
         for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl"))
     }
     found |= {name: str(path) for name, path in there.items() if path.exists()}
-    if cfg.task == "lm" and not why_not_decoded(cfg.model):
+    if TASKS[cfg.task].is_language and not why_not_decoded(cfg.model):
         found["next"] = shell.command(
             "moe_jax", "generate", "--workdir", workdir, "--prompt", "In the beginning"
         )

@@ -5,7 +5,6 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.errors import UserError
@@ -76,6 +75,13 @@ def profile_range(text: str, path: str) -> tuple[int, int] | None:
             f'{path} = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13'
         )
     return int(first), int(last)
+
+
+class Coefficients(dict[str, float]):
+    """The coefficients of the auxiliary losses: a dict that nobody changes, so that jax may hash it."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.items())))
 
 
 class KindOptions:
@@ -159,7 +165,7 @@ class MoEConfig:
     ordering_options: Any = derived()
     dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
     dispatcher_options: Any = derived()
-    losses: Mapping[str, float] = derived()  # coefficients by name: moe/losses
+    losses: Coefficients = derived()  # coefficients by name: moe/losses
     adaptive: AdaptiveConfig
     sparse: SparseConfig
 

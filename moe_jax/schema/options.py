@@ -165,7 +165,7 @@ def refusals(options: Any, path: str) -> Iterator[str]:
         value = getattr(options, name)
         at = f"{path}{name}"
         if key.bound:
-            yield from _of_number(at, value, key.bound)
+            yield from of_number(at, value, key.bound)
         if key.choices:
             yield from not_among(at, value, key.choices)
     for field in dataclasses.fields(options):
@@ -180,7 +180,8 @@ def not_among(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
         yield f'{path} = "{value}" is not known: choose one of {", ".join(allowed)}'
 
 
-def _of_number(path: str, value: Any, bound: Bound) -> Iterator[str]:
+def of_number(path: str, value: Any, bound: Bound) -> Iterator[str]:
+    """Yields a message for a number, or for each of a tuple, that is out of its bounds."""
     kind = int if bound.whole else int | float
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, kind):
@@ -190,3 +191,19 @@ def _of_number(path: str, value: Any, bound: Bound) -> Iterator[str]:
             yield f"{path} = {value} must be finite and {bound.words}"
         elif not bound.holds(number):
             yield f"{path} = {value} must be {bound.words}"
+
+
+def of_sources(sources: Any) -> Iterator[str]:
+    """Yields what is wrong with data.sources, which are pairs of a source and its weight."""
+    right = (
+        'write pairs of a source and its weight, as in (("embedded", 1.0),) or '
+        '(("datasets/a", 3.0), ("datasets/b", 1.0))'
+    )
+    if not sources:
+        yield 'data.sources is empty: name at least one, as in (("embedded", 1.0),)'
+    for entry in sources:
+        pair = isinstance(entry, tuple | list) and len(entry) == 2
+        if not (pair and isinstance(entry[0], str) and isinstance(entry[1], float | int)):
+            yield f"data.sources = {sources!r} has {entry!r} in it: {right}"
+        elif not (math.isfinite(entry[1]) and entry[1] > 0):
+            yield f"data.sources: the weight of {entry[0]!r} ({entry[1]}) must be a number above 0"

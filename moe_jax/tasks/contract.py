@@ -47,7 +47,15 @@ class Trained(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One line of TASKS. `cfg` is the whole Config, `data` what `open` returned (data/contract.py)."""
+    """All that there is to know of a task; `TASK` of its file.
+
+    `cfg` is the whole Config, `data` what `open` returned (data/contract.py).
+    """
+
+    # The frozen dataclass of its block in the config.
+    options: type
+    # Names of the models that can learn it.
+    kinds: tuple[str, ...]
 
     # NamedTuple of a batch: arrays [B, ...], row_B among them.
     inputs: type
@@ -70,6 +78,11 @@ class Task(NamedTuple):
     table: Callable[..., dict[str, dict[str, Any]]]
     # (cfg, step) -> inputs as NumPy arrays, for verify, bench and the resource card.
     random: Callable[[Config, int], Any]
+    # It predicts the next token of a text: its data are data.sources, its model can write.
+    is_language: bool = False
+    # Parts of a batch that must not change a prediction, for proofs: "future" tokens, another
+    # "document" of the row.
+    hidden: tuple[str, ...] = ()
 
 
 def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str, Any]:

@@ -122,15 +122,16 @@ def table(cfg: Config, data: Examples, figures: Mapping[str, Any]) -> dict[str, 
 
 def check(cfg: Config, data: Examples) -> Examples:
     """UserError where the model does not fit the data."""
-    options, about = cfg.model.kind_options, data.about
+    options: Any = cfg.model.kind_options
+    about = data.about
     needs = {"num_classes": len(about.labels)}
-    if "inputs" in options:
+    if hasattr(options, "inputs"):
         needs |= {"inputs": "vectors" if about.tokenizer is None else "tokens"}
         needs |= {"input_dim": about.width} if about.tokenizer is None else {}
     for key, value in needs.items():
-        if options[key] != value:
+        if getattr(options, key) != value:
             raise UserError(
-                f"model.kinds.{cfg.model.kind}.{key} = {options[key]!r}, but {data.spec} needs "
+                f"model.kinds.{cfg.model.kind}.{key} = {getattr(options, key)!r}, but {data.spec} needs "
                 f"{value!r}: set it"
             )
     if about.tokenizer is not None and about.tokenizer.vocab_size > cfg.model.vocab_size:
@@ -147,27 +148,36 @@ def random(cfg: Config, step: int) -> LabelledTokens | LabelledVectors:
     random labels.
     """
     rng = np.random.default_rng([cfg.seed, step])
-    options, num, length = cfg.model.kind_options, cfg.train.batch_size, cfg.data.seq_len
+    options: Any = cfg.model.kind_options
+    num, length = cfg.train.batch_size, cfg.data.seq_len
     size_B = rng.integers(length // 2 + 1, length + 1, num)
     size_B[::2] = length
     segment_BS = (np.arange(length)[None] < size_B[:, None]).astype(np.int32)
     position_BS = segment_BS * np.arange(length, dtype=np.int32)[None]
-    label_B = rng.integers(0, options["num_classes"], num).astype(np.int32)
+    label_B = rng.integers(0, options.num_classes, num).astype(np.int32)
     told = (0 * label_B, label_B, np.ones(num, np.float32), np.arange(num, dtype=np.int32))
-    if options.get("inputs", "tokens") == "vectors":
-        values_BSP = rng.normal(size=(num, length, options["input_dim"])).astype(np.float32)
+    if not options.embeds:
+        values_BSP = rng.normal(size=(num, length, options.input_dim)).astype(np.float32)
         return LabelledVectors(values_BSP * segment_BS[:, :, None], segment_BS, position_BS, *told)
     tokens_BS = rng.integers(1, cfg.model.vocab_size, (num, length)).astype(np.int32)
     return LabelledTokens(tokens_BS * segment_BS, segment_BS, position_BS, *told)
 
 
-def make(inputs: type, open_data: Callable[[Config], Examples], title: str) -> Task:
-    """The task of a kind of data."""
+def make(
+    options: type,
+    inputs: type,
+    open_data: Callable[[Config], Examples],
+    title: str,
+    kinds: tuple[str, ...],
+) -> Task:
+    """Returns the task of a kind of data."""
 
     def finished(*args: Any) -> dict[str, Any]:
         return finish(task, *args)
 
     task = Task(
+        options=options,
+        kinds=kinds,
         inputs=inputs,
         title=title,
         open=lambda cfg: check(cfg, open_data(cfg)),

@@ -12,6 +12,9 @@ import numpy as np
 from moe_jax.config import causality
 from moe_jax.models import depth
 from moe_jax.moe import losses
+from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
+from moe_jax.moe.losses import LOSSES
+from moe_jax.moe.ordering import AS_LISTED
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.parallel.compiling import of_other_platforms
@@ -24,12 +27,8 @@ from moe_jax.verify.program import Probe, Program
 LIMIT = 1e-10
 REFERENCE_LIMIT = 1e-9  # relative to the largest entry
 TRIALS = 3
-# What is asked of a task whose model predicts what comes next. Rows of pairs hold one document.
-CAUSAL = {
-    "lm": ("future", "document"),
-    "translation": ("future",),
-    "translation_prefix": ("future",),
-}
+# A router of which no token's output depends on another token.
+SAFE_ROUTER = "top_k"
 
 
 class Check(NamedTuple):
@@ -99,7 +98,7 @@ def changes(program: Program, begin: State) -> list[Check]:
     asked = {
         name: change
         for name, change in batches.causal(group_rows).items()
-        if name in CAUSAL.get(program.cfg.task, ())
+        if name in program.task.hidden
     }
     reason = "; ".join(causality.reasons(model)) if causality.sees(model).future else ""
     excused = [_change(program, begin, name, change, reason) for name, change in asked.items()]
@@ -121,9 +120,11 @@ def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     new = copy.deepcopy(dict(raw))
     model, moe = new["model"], new["model"]["moe"]
-    moe |= {"router": "top_k", "ordering": "token_major", "dispatcher": "dropless"}
-    moe["routers"]["top_k"]["k"] = min(moe["routers"]["top_k"]["k"], moe["num_experts"])
-    moe["losses"] |= dict.fromkeys(losses.ONLY, 0.0)
+    moe |= {"router": SAFE_ROUTER, "ordering": AS_LISTED, "dispatcher": LOSSLESS}
+    safe = moe["routers"][SAFE_ROUTER]
+    safe["k"] = min(safe["k"], moe["num_experts"])
+    needing = [name for name, loss in LOSSES.items() if loss.needs]
+    moe["losses"] |= dict.fromkeys(needing, 0.0)
     moe["adaptive"]["rate"] = 0.0
     new["eval"]["dispatcher"] = "same"
     for part in ("prefix", "period", "suffix"):
@@ -206,7 +207,7 @@ def _change(
         name == "document"
         and drops
         and not declared
-        and program.cfg.model.moe.dispatcher == "capacity"
+        and DISPATCHERS[program.cfg.model.moe.dispatcher].drops
     ):
         note = "documents of a row share capacity, and some assignments were dropped"
     return Check(change.claim, largest(found)[1], LIMIT, note, not note)

@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 
 from moe_jax import config, train_step
 from moe_jax.checkpoint import flat
-from moe_jax.models.decoder import with_dispatcher
+from moe_jax.models.decodable import with_dispatcher
 from moe_jax.moe.probe import ROUTING, split
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.parallel.compiling import QUICK
 from moe_jax.schema.config import DEPTH, ModelConfig
@@ -181,8 +182,9 @@ def recordable(model: ModelConfig) -> bool:
     places than others beside them.
     """
     moe = {block.startswith(DEPTH) for block in model.blocks if block.endswith("moe")}
-    copies = model.moe.router == "null" and model.moe.router_options["kind"] == "copy"
-    return len(moe) == 1 and model.moe.router != "soft" and not copies
+    router, options = ROUTERS[model.moe.router], model.moe.router_options
+    copies = router.declared(model.moe.num_experts, options).copies
+    return len(moe) == 1 and not router.num_slots(options) and not copies
 
 
 def host(tree: Any) -> Any:

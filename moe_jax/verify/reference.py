@@ -26,10 +26,11 @@ from moe_jax.models import attention_core
 from moe_jax.models.decoder import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, Dispatcher
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.parallel.compiling import QUICK, of_other_platforms
 from moe_jax.parallel.mesh import P
-from moe_jax.schema.config import Config, Options
+from moe_jax.schema.config import Config
 from moe_jax.verify.compare import far, largest, relative_gradients
 from moe_jax.verify.program import Program
 
@@ -77,7 +78,7 @@ def gates(x_TD, routing, experts, *, shape, options):
 
 @contextlib.contextmanager
 def gates_dispatcher() -> Iterator[None]:
-    DISPATCHERS[NAME] = Dispatcher(gates, lambda shape, options: 0)
+    DISPATCHERS[NAME] = Dispatcher(object, gates, lambda shape, options: 0, drops=False)
     try:
         yield
     finally:
@@ -86,16 +87,13 @@ def gates_dispatcher() -> Iterator[None]:
 
 def served(cfg: MoE) -> MoE:
     """The layer with a width for what the router tells, and places for every assignment."""
-    options = dict(cfg.dispatcher_options)
-    if "factor" in options:
-        options["factor"] = float(cfg.num_experts)
-    told = (
-        2 * cfg.num_experts * cfg.router_options["slots"]
-        if cfg.router == "soft"
-        else cfg.num_experts + 1
-    )
+    options = cfg.dispatcher_options
+    if hasattr(options, "factor"):
+        options = dataclasses.replace(options, factor=float(cfg.num_experts))
+    num_slots = ROUTERS[cfg.router].num_slots(cfg.router_options)
+    told = 2 * cfg.num_experts * num_slots if num_slots else cfg.num_experts + 1
     width = max(cfg.d_model, -(-told // 8) * 8)
-    return dataclasses.replace(cfg, d_model=width, dispatcher_options=Options(options))
+    return dataclasses.replace(cfg, d_model=width, dispatcher_options=options)
 
 
 def compare(program: Program) -> Dense:
@@ -135,7 +133,9 @@ def compare(program: Program) -> Dense:
                     x, jax.tree.map(plain, nnx.to_pure_dict(params)["experts"]), cfg.activation
                 )
 
-            y_BSD = (mixed if cfg.router == "soft" else gated)(x_BSD, told_BSD, work, cfg)
+            y_BSD = (mixed if ROUTERS[cfg.router].num_slots(cfg.router_options) else gated)(
+                x_BSD, told_BSD, work, cfg
+            )
             return (y_BSD * plain(weight_BSD)).sum(), y_BSD
 
         def both(x_BSD: jax.Array):
@@ -180,7 +180,7 @@ def gated(x_BSD: jax.Array, told_BSD: jax.Array, work: Any, cfg: MoE) -> jax.Arr
 
 def mixed(x_BSD: jax.Array, told_BSD: jax.Array, work: Any, cfg: MoE) -> jax.Array:
     """Every expert works on its mixtures of the tokens of each group."""
-    slots = cfg.router_options["slots"]
+    slots = ROUTERS[cfg.router].num_slots(cfg.router_options)
     num = cfg.num_experts * slots
 
     def groups(z):

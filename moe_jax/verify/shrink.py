@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.errors import UserError
+from moe_jax.models import MODELS
+from moe_jax.moe.losses import LOSSES
+from moe_jax.schema.config import NO_RULE
 
 DEVICES = 8  # what is simulated; every factorisation of it is a mesh
 MICRO_BATCHES = 4
@@ -73,13 +76,13 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         min(raw["optim"]["warmup_steps"], 1),
         "the first steps move the parameters",
     )
-    for name, value in _kind(model["kind"], model["kinds"].get(model["kind"], {})):
+    for name, value in MODELS[model["kind"]].small(model["kinds"][model["kind"]]):
         yield f"model.kinds.{model['kind']}.{name}", value, "small"
-    if model["moe"]["ordering"] == "rounding":
-        tile = min(model["moe"]["orderings"]["rounding"]["tile"], 4)
+    ordering = model["moe"]["ordering"]
+    if "tile" in model["moe"]["orderings"][ordering]:
         yield (
-            "model.moe.orderings.rounding.tile",
-            tile,
+            f"model.moe.orderings.{ordering}.tile",
+            min(model["moe"]["orderings"][ordering]["tile"], 4),
             "about an even load of a short row: some are dropped, most are served",
         )
     zeros = model["moe"]["sparse"]
@@ -89,24 +92,11 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             2,
             "masks change within the steps that are compared",
         )
-    if zeros["rule"] == "magnitude":
-        yield "model.moe.sparse.rules.magnitude.begin", 0.0, "likewise"
-    if zeros["rule"] != "none" and zeros["pattern"] == "blocks":
-        yield "model.moe.sparse.patterns.blocks.block", 4, "several blocks in a small matrix"
-
-
-def _kind(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options of a kind of model that decide its size."""
-    if kind == "encoder":
-        yield "learned_positions", min(options["learned_positions"], 16)
-        yield "input_dim", min(options["input_dim"], 8)
-    if kind == "encdec":
-        yield "encoder_repeats", min(options["encoder_repeats"], 2)
-    if kind == "mmoe":
-        yield "items", tuple(min(number, 16) for number in options["items"])
-    if kind == "article":
-        yield "num_experts", DEVICES
-        yield "window", min(options["window"], 16)
+    if "begin" in zeros["rules"][zeros["rule"]]:
+        yield f"model.moe.sparse.rules.{zeros['rule']}.begin", 0.0, "likewise"
+    if zeros["rule"] != NO_RULE and "block" in zeros["patterns"][zeros["pattern"]]:
+        at = f"model.moe.sparse.patterns.{zeros['pattern']}.block"
+        yield at, 4, "several blocks in a small matrix"
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
@@ -182,9 +172,8 @@ def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _layouts(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
     """(name, key, its value when off, and on) of what may not change a model."""
-    if not raw["model"]["moe"]["losses"].get(
-        "micro_batch_balance"
-    ):  # by its definition a function of the micro-batch
+    coefficients = raw["model"]["moe"]["losses"]
+    if not any(coefficients[name] for name, loss in LOSSES.items() if loss.of_micro_batches):
         yield "accumulate", "train.micro_batch_size", 0, DEVICES * raw["model"]["moe"]["group_rows"]
     yield "scan", "model.scan", False, True
     yield "remat", "model.remat", "none", "full"

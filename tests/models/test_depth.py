@@ -19,7 +19,8 @@ from moe_jax import evaluate
 from moe_jax.checkpoint import flat
 from moe_jax.errors import UserError
 from moe_jax.models import depth
-from moe_jax.models.decoder import Context, empty_caches, with_dispatcher
+from moe_jax.models.decodable import with_dispatcher
+from moe_jax.models.decoder import Context, empty_caches
 from moe_jax.models.functions import make_model
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import P

@@ -96,6 +96,12 @@ def no_slots(options: Any) -> int:
     return 0
 
 
+def one_gate(options: Any) -> int:
+    """Says that a router has the same gate for all tokens."""
+    del options
+    return 0
+
+
 def no_refusals(options: Any, setting: Setting) -> Iterator[str]:
     """Refuses nothing: every value within its bounds goes with every other."""
     del options, setting
@@ -140,6 +146,8 @@ class Router(NamedTuple):
     own_loss: bool = False
     # Slots of an expert in a group, of a router that mixes tokens; 0 = it makes assignments.
     num_slots: Callable[[Any], int] = no_slots
+    # Gates of a router that has one for each task; 0 = it has one for all tokens.
+    num_gates: Callable[[Any], int] = one_gate
     # It replays a recording that the batch carries, so only instruments can use it.
     replays: bool = False
     # logits -> the scores by which it ranks experts, for instruments that replay or perturb it.

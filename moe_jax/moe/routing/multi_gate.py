@@ -65,4 +65,9 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=1.0 if options.renormalize else None)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=params)
+def num_gates(options: Options) -> int:
+    """Returns the number of gates, one for each task."""
+    return options.num_gates
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=params, num_gates=num_gates)

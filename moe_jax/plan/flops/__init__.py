@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.models import depth
+from moe_jax.models import MODELS, depth
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
-from moe_jax.plan.flops import kinds
 from moe_jax.schema.config import DEPTH, ModelConfig, MoEConfig
 
 PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilation
@@ -90,8 +89,8 @@ class Breakdown(NamedTuple):
 
 def parameters(cfg: ModelConfig) -> Counts:
     """The parameters of a model. A router's state has no gradient and is none."""
-    if cfg.kind in kinds.PARAMETERS:
-        return kinds.PARAMETERS[cfg.kind](cfg, parameters)
+    if count := MODELS[cfg.kind].parameters:
+        return count(cfg, parameters)
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     num_dense, num_moe = cfg.num_dense_layers, cfg.num_moe_layers
     biases = (h + 2 * g) * a if cfg.attention_bias else 0
@@ -135,8 +134,8 @@ def expert_rows(moe: MoEConfig, num_tokens: int) -> float:
     """Rows that the routed experts compute for a sequence of so many tokens; slots are as many
     however long it is.
     """
-    if moe.dispatcher == "slots":
-        return moe.num_experts * moe.router_options["slots"] / moe.group_rows
+    if num_slots := ROUTERS[moe.router].num_slots(moe.router_options):
+        return moe.num_experts * num_slots / moe.group_rows
     return experts_per_token(moe) * num_tokens
 
 
@@ -144,8 +143,8 @@ def mixing(cfg: ModelConfig) -> int:
     """Multiply-adds per token and layer of mixing tokens into slots and the slots' results into
     tokens.
     """
-    slots = cfg.moe.router_options["slots"] if cfg.moe.dispatcher == "slots" else 0
-    return 2 * cfg.moe.num_experts * slots * cfg.d_model
+    num_slots = ROUTERS[cfg.moe.router].num_slots(cfg.moe.router_options)
+    return 2 * cfg.moe.num_experts * num_slots * cfg.d_model
 
 
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
@@ -155,8 +154,8 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only
     to themselves, which needs fewer FLOPs than counted here.
     """
-    if cfg.kind in kinds.FORWARD:
-        return kinds.FORWARD[cfg.kind](cfg, seq_len, forward_per_token)
+    if count := MODELS[cfg.kind].forward_flops:
+        return count(cfg, seq_len, forward_per_token)
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
     expert = feed_forward(cfg, cfg.moe.expert_hidden)

@@ -3,23 +3,50 @@
 A bidirectional encoder reads the text, a head its pooled output.
 """
 
+import dataclasses
+
 from moe_jax.data.examples import Examples, LabelledTokens
+from moe_jax.models import article, encoder
 from moe_jax.schema.config import Config
+from moe_jax.schema.options import option
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.classification.data import open_classification
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    dataset: str = option("vader", 'tasks/classification/data.py, or "tfds:NAME"')
+    tokens: str = option(
+        "bpe:8192", 'tokenizer: "bytes", or "bpe:N", trained on the training texts'
+    )
+    select: bool = option(
+        False,
+        "True: to choose settings. The test part is left out; one training text in data.heldout_every is held out instead.",
+    )
+
+
+def _options(cfg: Config) -> Options:
+    assert isinstance(cfg.task_options, Options)
+    return cfg.task_options
+
+
 def open_data(cfg: Config) -> Examples:
-    options = cfg.task_options
+    options = _options(cfg)
     return open_classification(
-        options["dataset"],
+        options.dataset,
         cfg.data.folder,
         seq_len=cfg.data.seq_len,
-        tokens=options["tokens"],
+        tokens=options.tokens,
         heldout_every=cfg.data.heldout_every,
-        select=options["select"],
+        select=options.select,
         seed=cfg.seed,
     )
 
 
-TASK = labels.make(LabelledTokens, open_data, "held-out texts (higher is better)")
+TASK = labels.make(
+    Options,
+    LabelledTokens,
+    open_data,
+    "held-out texts (higher is better)",
+    (encoder.NAME, article.NAME),
+)

@@ -3,6 +3,7 @@
 Shapes: B rows, S sequence, V vocabulary, L MoE layers, E experts, Z domains.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,17 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import smoke
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.load import Dataset, open_dataset
 from moe_jax.errors import UserError
+from moe_jax.models import article, decoder
 from moe_jax.moe import probe
 from moe_jax.moe.layer import Batch as ModelBatch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 
-MOST_BYTES = 4_000_000  # of a domain's text that the compressors read
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """There are none."""
+
+
+# Of a domain's text that the compressors read, and that they read of it in a smoke run.
+MOST_BYTES, SMOKE_BYTES = 4_000_000, 50_000
 
 
 class Inputs(NamedTuple):
@@ -189,7 +197,7 @@ def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, d
     """
     from moe_jax.tasks.lm.rivals import compression_table
 
-    rivals = compression_table(data, smoke.RIVAL_BYTES if cfg.smoke else MOST_BYTES)
+    rivals = compression_table(data, SMOKE_BYTES if cfg.smoke else MOST_BYTES)
     bits = {name: figures.get(f"domain/{name}/bits_per_byte") for name in data.domains}
     rows = {
         name: {"model": b, "gzip -9": rivals[name]["gzip"], "xz -9": rivals[name]["xz"]}
@@ -236,6 +244,8 @@ def random(cfg: Config, step: int) -> Inputs:
 
 
 TASK = Task(
+    options=Options,
+    kinds=(decoder.NAME, article.NAME),
     inputs=Inputs,
     title="held-out bits per byte (lower is better)",
     open=open_data,
@@ -246,4 +256,6 @@ TASK = Task(
     finish=finish,
     table=table,
     random=random,
+    is_language=True,
+    hidden=("future", "document"),
 )

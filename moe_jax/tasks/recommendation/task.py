@@ -7,6 +7,7 @@ users are strangers, of whom some items are shown and the others are to be found
 Shapes: B rows (users), L items of a row, I items in all, Z domains, C = 20 items recommended.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,46 @@ import numpy as np
 
 from moe_jax.data.examples import Baskets, Examples
 from moe_jax.errors import UserError
+from moe_jax.models import mmoe
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
+from moe_jax.schema.options import NUMBER, at_least, option
 from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 from moe_jax.tasks.recommendation.data import open_recommendation
 from moe_jax.tasks.recommendation.rivals import CUT
 
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    dataset: str = option("debian_depends", 'tasks/recommendation/data.py, or "tfds:NAME"')
+    min_items: int = option(5, "of a user", at_least(2))
+    min_users: int = option(10, "of an item", NUMBER)
+
+
 SEEN = -1e30  # the score of an item that the user has: never recommended again
 
 
+def _options(cfg: Config) -> Options:
+    assert isinstance(cfg.task_options, Options)
+    return cfg.task_options
+
+
+def _items(cfg: Config) -> tuple[int, ...]:
+    """Returns the number of items of each task of the model."""
+    assert isinstance(cfg.model.kind_options, mmoe.Options)
+    return cfg.model.kind_options.items
+
+
 def open_data(cfg: Config) -> Examples:
-    options = cfg.task_options
-    of_tasks = cfg.model.kind_options["items"]
+    options = _options(cfg)
+    of_tasks = _items(cfg)
     data = open_recommendation(
-        options["dataset"],
+        options.dataset,
         cfg.data.folder,
         seq_len=cfg.data.seq_len,
-        min_items=options["min_items"],
-        min_users=options["min_users"],
+        min_items=options.min_items,
+        min_users=options.min_users,
         most_items=sum(of_tasks),
         heldout_every=cfg.data.heldout_every,
         seed=cfg.seed,
@@ -172,14 +194,14 @@ def random(cfg: Config, step: int) -> Baskets:
     size = rng.integers(1, length + 1, (num, 1))
     size[::2] = length
     weight_BL = (np.arange(length)[None] < size).astype(np.float32)
-    items_BL = (
-        rng.integers(0, sum(cfg.model.kind_options["items"]), (num, length)) * weight_BL
-    ).astype(np.int32)
+    items_BL = (rng.integers(0, sum(_items(cfg)), (num, length)) * weight_BL).astype(np.int32)
     row_B = np.arange(num, dtype=np.int32)
     return Baskets(items_BL, weight_BL, items_BL, weight_BL, 0 * row_B, row_B)
 
 
 TASK = Task(
+    options=Options,
+    kinds=(mmoe.NAME,),
     inputs=Baskets,
     title="held-out users (higher is better)",
     open=open_data,

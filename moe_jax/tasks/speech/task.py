@@ -1,24 +1,49 @@
 """Spoken words: log-mel frames, an MoE encoder, mean pooling."""
 
+import dataclasses
+
 from moe_jax.data.examples import Examples, LabelledVectors
+from moe_jax.models import encoder
 from moe_jax.schema.config import Config
+from moe_jax.schema.options import BELOW_ONE, NOT_NEGATIVE, NUMBER, option
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.speech.data import open_speech
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    dataset: str = option("fsdd", "tasks/speech/data.py")
+    mel_bins: int = option(40, "of a frame", NUMBER)
+    stack: int = option(4, "frames of 10 ms in one vector", NUMBER)
+    copies: int = option(
+        1,
+        "of each training recording: the first as it is, the others changed in tempo and with noise",
+        NUMBER,
+    )
+    tempo: float = option(0.1, "change of length, at most", BELOW_ONE)
+    noise: float = option(0.05, "of the root mean square, at most", NOT_NEGATIVE)
+
+
+def _options(cfg: Config) -> Options:
+    assert isinstance(cfg.task_options, Options)
+    return cfg.task_options
+
+
 def open_data(cfg: Config) -> Examples:
-    options = cfg.task_options
+    options = _options(cfg)
     return open_speech(
-        options["dataset"],
+        options.dataset,
         cfg.data.folder,
         seq_len=cfg.data.seq_len,
-        mel_bins=options["mel_bins"],
-        stack=options["stack"],
-        copies=options["copies"],
-        tempo=options["tempo"],
-        noise=options["noise"],
+        mel_bins=options.mel_bins,
+        stack=options.stack,
+        copies=options.copies,
+        tempo=options.tempo,
+        noise=options.noise,
         seed=cfg.seed,
     )
 
 
-TASK = labels.make(LabelledVectors, open_data, "held-out recordings (higher is better)")
+TASK = labels.make(
+    Options, LabelledVectors, open_data, "held-out recordings (higher is better)", (encoder.NAME,)
+)

@@ -4,6 +4,7 @@ row; greedy decoding, sacreBLEU.
 Shapes: B rows, S places, V vocabulary, Z domains.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,42 @@ from moe_jax.data.examples import Examples, PrefixTarget, SourceTarget
 from moe_jax.decoding.sample import Settings, dials
 from moe_jax.decoding.translate import make_translator
 from moe_jax.errors import UserError
+from moe_jax.models import decoder, encdec
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.runtime import stopping
 from moe_jax.schema.config import Config
+from moe_jax.schema.options import NUMBER, option
 from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 from moe_jax.tasks.lm import task as lm
 from moe_jax.tasks.translation.data import open_translation
 from moe_jax.tasks.translation.rivals import scores
 
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    dataset: str = option("bible_en_es", 'tasks/translation/data.py, or "tfds:NAME"')
+    vocab_size: int = option(
+        8192, "of the tokenizer, trained on both sides of the training pairs", NUMBER
+    )
+
+
 GREEDY = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=()))
 
 
+def _options(cfg: Config) -> Options:
+    assert isinstance(cfg.task_options, Options)
+    return cfg.task_options
+
+
 def open_data(cfg: Config, prefix: bool) -> Examples:
-    options = cfg.task_options
+    options = _options(cfg)
     data = open_translation(
-        options["dataset"],
+        options.dataset,
         cfg.data.folder,
         seq_len=cfg.data.seq_len,
-        vocab_size=options["vocab_size"],
+        vocab_size=options.vocab_size,
         prefix=prefix,
         heldout_every=cfg.data.heldout_every,
         seed=cfg.seed,
@@ -197,11 +214,15 @@ def random_prefix(cfg: Config, step: int) -> PrefixTarget:
     return PrefixTarget(row.tokens_BS, row.targets_BS, *told)
 
 
-def make(inputs: type, prefix: bool, random: Callable[..., Any]) -> Task:
+def make(inputs: type, prefix: bool, random: Callable[..., Any], kind: str) -> Task:
+    """Returns the task of pairs of sentences for a kind of model."""
+
     def finished(*args: Any) -> dict[str, Any]:
         return finish(task, *args)
 
     task = Task(
+        options=Options,
+        kinds=(kind,),
         inputs=inputs,
         title="held-out translations (higher is better)",
         open=lambda cfg: open_data(cfg, prefix),
@@ -212,9 +233,10 @@ def make(inputs: type, prefix: bool, random: Callable[..., Any]) -> Task:
         finish=finished,
         table=table,
         random=random,
+        hidden=("future",),
     )
     return task
 
 
-TASK = make(SourceTarget, False, random)
-PREFIX_TASK = make(PrefixTarget, True, random_prefix)
+TASK = make(SourceTarget, False, random, encdec.NAME)
+PREFIX_TASK = make(PrefixTarget, True, random_prefix, decoder.NAME)

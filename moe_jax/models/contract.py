@@ -1,0 +1,69 @@
+"""What a kind of model is.
+
+A model is an nnx.Module `Model(key, cfg)`. It is called with (batch, rng, train) and gives (outputs,
+sums), sums per row of its layers {name: [L, B, ...]}.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.models.counting import Decoder
+from moe_jax.schema.config import Config, ModelConfig
+
+
+def no_refusals(cfg: Config) -> Iterator[str]:
+    """Refuses nothing."""
+    del cfg
+    yield from ()
+
+
+def small_already(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Changes nothing: no option decides the size of the model."""
+    del options
+    yield from ()
+
+
+def tokens_alone(
+    options: Any, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
+) -> Any:
+    """Says that a model reads nothing beside tokens."""
+    del options, vocab_size, shape, rng
+    return ()
+
+
+class Kind(NamedTuple):
+    """All that there is to know of a kind of model; `KIND` of its file.
+
+    What has no default would be silently wrong if it were forgotten.
+    """
+
+    # The frozen dataclass of its block in the config, a KindOptions (schema/config.py).
+    options: type
+    # (key, cfg) -> the module.
+    module: Callable[..., Any]
+    # Its outputs are predictions of what comes next: what a later token changes is a leak.
+    causal: bool
+    # (cfg, decoder) -> plan.flops.Counts; None = it has the parameters of a decoder.
+    parameters: Callable[[ModelConfig, Decoder], Any] | None
+    # (cfg, seq_len, decoder) -> plan.flops.Breakdown of a token's forward pass; None likewise.
+    forward_flops: Callable[[ModelConfig, int, Decoder], Any] | None
+    # Options -> why it continues no text; "" = it does.
+    continues_no_text: Callable[[Any], str]
+    # It has blocks: model.prefix, period, repeats and suffix.
+    has_blocks: bool = True
+    # Instruments that look into the routing of each token know it.
+    instruments: bool = False
+    # (raw options) -> changed keys and values that make its model small, for proofs.
+    small: Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]] = small_already
+    # (options, vocab_size, shape [B, S], rng) -> what it reads beside tokens, as random NumPy arrays.
+    random_inputs: Callable[..., Any] = tokens_alone
+    # Yields what is wrong with its options together.
+    refusals: Callable[[Config], Iterator[str]] = no_refusals
+
+
+def writes_nothing(options: Any) -> str:
+    """Says that a kind of model predicts no next token of a text."""
+    del options
+    return "continues no text"

@@ -1,0 +1,28 @@
+"""Parameters and FLOPs of the models that are no decoder, from what a decoder with the same blocks
+has.
+
+A token is a place of a row, as in the data: of an encoder-decoder a place of the target, with a
+place of the source beside it; of mmoe one of the L input features. What a row computes once (a
+head, a tower) is divided by its places.
+
+`decoder` is flops.parameters or flops.forward_per_token (plan/flops), which count a decoder.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_jax.schema.config import ModelConfig
+
+Decoder = Callable[..., Any]
+
+
+def full(cfg: ModelConfig, num_keys: int) -> int:
+    """Returns the FLOPs of scores and of weights times values, of a query that sees all keys, over the blocks
+    (depth blocks counted whole).
+    """
+    return len(cfg.blocks) * 4 * cfg.num_heads * cfg.head_dim * num_keys
+
+
+def added(a: Any, b: Any) -> Any:
+    """Returns the sums of two counts, field by field."""
+    return type(a)(*(x + y for x, y in zip(a, b, strict=True)))

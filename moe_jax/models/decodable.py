@@ -1,0 +1,70 @@
+"""Whether a model can be decoded token by token, and the model that is decoded."""
+
+import dataclasses
+
+from moe_jax.errors import UserError
+from moe_jax.models import MODELS
+from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.schema.config import ModelConfig
+
+
+def why_not_decoded(cfg: ModelConfig) -> str:
+    """Returns why a model cannot be decoded token by token; "" where it can.
+
+    A router that balances in training alone can.
+    """
+    if reason := MODELS[cfg.kind].continues_no_text(cfg.kind_options):
+        option = reason.partition(" ")[0]
+        if hasattr(cfg.kind_options, option):
+            return f"model.kinds.{cfg.kind}.{reason}"
+        return f'model.kind = "{cfg.kind}" {reason}'
+    return why_not_cached(cfg)
+
+
+def why_not_cached(cfg: ModelConfig) -> str:
+    """Returns why the experts cannot work token by token; "" where they can."""
+    moe = cfg.moe
+    if not cfg.num_moe_layers:
+        return ""
+    router = ROUTERS[moe.router]
+    if router.replays:
+        return (
+            f'model.moe.router = "{moe.router}" replays a recording, and there is none of text '
+            "that is yet to be written"
+        )
+    if router.own_capacity or DISPATCHERS[moe.dispatcher].mixes:
+        return (
+            f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence, at '
+            "evaluation too: token by token it would be "
+            "another model than the one that was trained"
+        )
+    return ""
+
+
+def for_decoding(cfg: ModelConfig) -> ModelConfig:
+    """Returns the same model as `Decoder.cached` runs it: nothing drops, layers unstacked.
+
+    UserError where `why_not_decoded`.
+    """
+    if reason := why_not_decoded(cfg):
+        raise UserError(f"this model cannot be decoded: {reason}")
+    return dataclasses.replace(with_dispatcher(cfg, LOSSLESS), scan=False)
+
+
+def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
+    """Returns the same model with another dispatcher, for decoding or for evaluation.
+
+    UserError for soft MoE, which has but one.
+    """
+    moe = cfg.moe
+    if moe.dispatcher == name:
+        return cfg
+    if DISPATCHERS[moe.dispatcher].mixes:
+        raise UserError(
+            f'model.moe.router = "{moe.router}" fills slots, which the dispatcher "{name}" '
+            "knows nothing of"
+        )
+    options = DISPATCHERS[name].options()
+    changed = dataclasses.replace(moe, dispatcher=name, dispatcher_options=options)
+    return dataclasses.replace(cfg, moe=changed)
