@@ -109,10 +109,11 @@ def training_flops(cfg: config.Config, curve: Sequence[tuple[int, float]]) -> fl
     most = max(density for _, density in curve) if rule in ("static", "set", "rigl") else 0.0
     for step, density in curve:  # of the steps since the last one
         density = max(density, most)  # weights that have just come are zero, and alive
-        moving = {"threshold": 1.0, "rigl": density + (1 - density) / options.get("every", 1)}.get(
-            rule, density
-        )
-        if rule == "rigl" and step > options["end"] * cfg.train.steps:
+        moving = {
+            "threshold": 1.0,
+            "rigl": density + (1 - density) / getattr(options, "every", 1),
+        }.get(rule, density)
+        if rule == "rigl" and step > options.end * cfg.train.steps:
             moving = density
         total += (step - before) * tokens * (rest + parts.experts * (2 * density + moving))
         before = step

@@ -9,11 +9,11 @@ import meshes
 import numpy as np
 import tiny
 
-from configs import base
+from moe_jax.models import MODELS
 from moe_jax.models.functions import make_model
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.config import Options
+from moe_jax.moe.routing import ROUTERS
 
 B, S, T, P = 8, 6, 5, 3  # rows, tokens, source tokens, width of a vector
 ONE = (1, 1, 1)
@@ -24,18 +24,14 @@ def config(kind, options=None, model=None, moe=None):
     its experts.
     """
     cfg = tiny.build(changes=model).model
-    own = {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in base.get_config().model.kinds[kind].items()
-    }
     moe_cfg = dataclasses.replace(cfg.moe, **(moe or {}))
     return dataclasses.replace(
-        cfg, kind=kind, kind_options=Options(own | (options or {})), moe=moe_cfg
+        cfg, kind=kind, kind_options=MODELS[kind].options(**(options or {})), moe=moe_cfg
     )
 
 
-MULTI = {"router": "multi_gate", "router_options": Options(k=2, num_gates=3, renormalize=True)}
-NOISY = {"router": "noisy_top_k", "router_options": Options(k=2, min_noise=0.01)}
+MULTI = {"router": "multi_gate", "router_options": ROUTERS["multi_gate"].options(num_gates=3)}
+NOISY = {"router": "noisy_top_k", "router_options": ROUTERS["noisy_top_k"].options()}
 PATTERN = {"model.prefix": ("dense",), "model.repeats": 1, "model.dropout": 0.2}
 CASES = {
     "encoder": lambda: config(

@@ -15,13 +15,16 @@ import router_cases
 from flax import nnx
 from router_cases import CASES, GROUP_ROWS, VOCAB, B, D, E, S
 
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.schema.config import Options
+from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState
 
 F, FACTOR = 8, 0.5
-OPTIONS = {"capacity": Options(factor=FACTOR), "dropless": Options(buffer=0.0), "slots": Options()}
+OPTIONS = {name: one.options() for name, one in DISPATCHERS.items()}
+OPTIONS["capacity"] = DISPATCHERS["capacity"].options(factor=FACTOR)
 
 
 def dispatchers(case):
@@ -36,10 +39,10 @@ def config(case, dispatcher):
         num_experts=E,
         group_rows=GROUP_ROWS,
         router=CASES[case][0],
-        router_options=Options(router_cases.options(case)),
+        router_options=router_cases.options(case),
         ordering="token_major",
-        ordering_options=Options(),
-        adaptive=Options(rate=0.0),
+        ordering_options=ORDERINGS["token_major"].options(),
+        adaptive=AdaptiveConfig(),
         vocab_size=VOCAB,
         dispatcher=dispatcher,
         dispatcher_options=OPTIONS[dispatcher],
@@ -49,7 +52,7 @@ def config(case, dispatcher):
         param_dtype="float64",
         dtype="float64",
         out_std=1.0,
-        stored=Options(block=0),
+        stored=StoredConfig(),
     )
 
 

@@ -25,14 +25,17 @@ import optax
 import router_cases
 from flax import nnx
 
+from configs import base
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe import load, losses
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Options
+from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState
 
 C, Z, B, S, E, HIDDEN = 8, 4, 8, 16, 8, 4
@@ -75,26 +78,25 @@ def sample(key):
 
 def config(router, **options):
     options |= {"k": 1} if router == "recorded" else {}
-    own = router_cases.base.get_config().model.moe.routers[router].to_dict() | options
     dispatcher = "slots" if router == "soft" else "dropless"
     return MoE(
         num_experts=E,
         group_rows=1,
         router=router,
-        router_options=Options(own),
+        router_options=ROUTERS[router].options(**options),
         ordering="token_major",
-        ordering_options=Options(),
-        adaptive=Options(rate=0.0),
+        ordering_options=ORDERINGS["token_major"].options(),
+        adaptive=AdaptiveConfig(),
         vocab_size=VOCAB,
         dispatcher=dispatcher,
-        dispatcher_options=Options(buffer=0.0) if dispatcher == "dropless" else Options(),
+        dispatcher_options=DISPATCHERS[dispatcher].options(),
         d_model=D,
         expert_hidden=HIDDEN,
         activation="swiglu",
         param_dtype="float32",
         dtype="float32",
         out_std=HIDDEN**-0.5,
-        stored=Options(block=0),
+        stored=StoredConfig(),
     )
 
 
@@ -112,7 +114,7 @@ def batch_of(key, cluster, router):
 
 def coefficients(cfg):
     """Those of configs/base.py; ReLU routing balances by itself."""
-    given = router_cases.base.get_config().model.moe.losses.to_dict()
+    given = base.get_config().model.moe.losses.to_dict()
     return {name: value for name, value in given.items() if value and cfg.router != "relu"}
 
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Tokens
 from moe_jax.parallel.compiling import QUICK
@@ -32,7 +31,7 @@ CASES = {name: (name, {}) for name in ROUTERS} | MORE
 
 def options(case):
     router, changes = CASES[case]
-    return base.get_config().model.moe.routers[router].to_dict() | changes
+    return ROUTERS[router].options(**changes)
 
 
 def weights(case, num_experts=E, d_model=D):
@@ -65,7 +64,7 @@ def tokens(case, num_rows=B, length=S, seed=0, padded=True):
         valid[1, length // 2 :] = valid[-1, -1:] = valid[num_rows // 2] = False
     recorded = ()
     if CASES[case][0] == "recorded":
-        k = options(case)["k"]
+        k = options(case).k
         expert = np.argsort(rng.random((num, E)), -1)[:, :k].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
 

@@ -29,22 +29,20 @@ class Nothing:
     """The options of what has none."""
 
 
-def _options(registry: Mapping[str, Any]) -> dict[str, type]:
-    return {name: component.options for name, component in registry.items()}
-
-
-# The path of a choice: what may be chosen there, with the dataclass of its options.
-CHOICES: dict[str, dict[str, type]] = {
-    "task": _options(TASKS),
-    "model.kind": _options(MODELS),
-    "model.moe.router": _options(ROUTERS),
-    "model.moe.ordering": _options(ORDERINGS),
-    "model.moe.dispatcher": _options(DISPATCHERS),
-    "model.moe.sparse.rule": {NO_RULE: Nothing, **_options(RULES)},
-    "model.moe.sparse.pattern": _options(PATTERNS),
-    "optim.optimizer": _options(OPTIMIZERS),
-    "optim.schedule": _options(SCHEDULES),
+# The path of a choice: the registry of what may be chosen there.
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "task": TASKS,
+    "model.kind": MODELS,
+    "model.moe.router": ROUTERS,
+    "model.moe.ordering": ORDERINGS,
+    "model.moe.dispatcher": DISPATCHERS,
+    "model.moe.sparse.rule": RULES,
+    "model.moe.sparse.pattern": PATTERNS,
+    "optim.optimizer": OPTIMIZERS,
+    "optim.schedule": SCHEDULES,
 }
+# What may be chosen beside the components of a registry: nothing at all.
+NO_CHOICE = {"model.moe.sparse.rule": NO_RULE}
 COEFFICIENTS = "model.moe.losses"
 
 
@@ -86,6 +84,15 @@ def defaults() -> ConfigDict:
     return ConfigDict(tree).lock()
 
 
+def options_of(path: str) -> dict[str, type]:
+    """Returns the dataclass of the options of everything that may be chosen at a path.
+
+    A registry is asked each time, so a component that is registered later counts.
+    """
+    named: dict[str, type] = {NO_CHOICE[path]: Nothing} if path in NO_CHOICE else {}
+    return named | {name: one.options for name, one in REGISTRIES[path].items()}
+
+
 def _keys(cls: type, path: str) -> Iterator[Key]:
     hints = typing.get_type_hints(cls)
     own = declared(cls)
@@ -100,7 +107,7 @@ def _keys(cls: type, path: str) -> Iterator[Key]:
         else:
             yield Key(at, option.default, option)
             if option.block:
-                for name, options in CHOICES[at].items():
+                for name, options in options_of(at).items():
                     yield from _keys(options, f"{path}{option.block}.{name}.")
 
 
@@ -120,7 +127,7 @@ def _choices(cls: type, path: str) -> Iterator[Choice]:
             yield from _choices(hints[name], f"{path}{name}.")
         elif option.block:
             # The field after a choice has the options of what is chosen (schema/options.py).
-            yield Choice(path + name, path + option.block, following, CHOICES[path + name])
+            yield Choice(path + name, path + option.block, following, options_of(path + name))
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:

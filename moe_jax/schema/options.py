@@ -132,6 +132,8 @@ def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
+    if key and key.derived:
+        return value  # made by `build`; what it was made of has bounds of its own
     if dataclasses.is_dataclass(hint):
         return freeze(typing.cast(type, hint), value, path + ".")
     if key and key.parse:

@@ -1,5 +1,5 @@
-"""Every number of a config has bounds, and what lies outside of them is one message with the key,
-the value and the bound.
+"""Every key of a config says what it is, every number of one has bounds, and what lies outside of
+them is one message with the key, the value and the bound.
 """
 
 import math
@@ -9,7 +9,7 @@ import tiny
 
 from configs import base
 from moe_jax import config
-from moe_jax.config import bounds
+from moe_jax.config import tree
 from moe_jax.errors import UserError
 
 # Keys whose value "as another key says" lies outside: `config.build` puts a number there before the
@@ -35,12 +35,9 @@ def numbers(block, path=""):
     return found
 
 
+KEYS = {key.path: key for key in tree.keys()}
 NUMBERS = numbers(base.get_config().to_dict())
-BOUNDS = {
-    f"{block}.{key}".strip("."): bound
-    for block, keys in bounds.BOUNDS.items()
-    for key, bound in keys.items()
-}
+BOUNDS = {path: key.option.bound for path, key in KEYS.items() if key.option.bound}
 
 
 def test_every_number_of_the_config_has_bounds_and_lies_within():
@@ -51,14 +48,23 @@ def test_every_number_of_the_config_has_bounds_and_lies_within():
         assert FILLED.get(path) == value or all(map(BOUNDS[path].holds, several)), path
 
 
+def test_every_key_says_what_it_is_and_every_default_may_be_chosen():
+    for path, key in KEYS.items():
+        assert key.option.comment, path
+        assert not key.option.choices or key.default in key.option.choices, path
+    for choice in tree.choices():
+        assert KEYS[choice.path].default in choice.options, choice.path
+
+
 def refusal(path, value):
     """What is said of a value; the block that has the key is chosen."""
     raw = tiny.raw({"mesh.data": 1})
     *parents, key = path.split(".")
     block, name = ".".join(parents[:-1]), parents[-1] if parents else ""
-    if block in bounds.CHOSEN:
-        *place, choice = bounds.CHOSEN[block][0].split(".")
-        _at(raw, place)[choice] = name
+    for choice in tree.choices():
+        if choice.blocks == block:
+            *place, chosen = choice.path.split(".")
+            _at(raw, place)[chosen] = name
     _at(raw, parents)[key] = value
     with pytest.raises(UserError) as error:
         config.build(raw, 1)

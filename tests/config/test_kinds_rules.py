@@ -13,11 +13,12 @@ from kind_cases import CASES, MULTI, ONE, B, Run, S, close, config, inputs
 
 from configs import base
 from moe_jax import train_step
-from moe_jax.config import causality, kinds
+from moe_jax.config import causality
 from moe_jax.models import MODELS, article
 from moe_jax.moe.layer import Batch
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.runtime.stopping import first_broken
-from moe_jax.schema.config import Options
+from moe_jax.schema import options
 
 # The article.
 
@@ -81,6 +82,13 @@ def test_the_articles_windows_are_the_last_tokens_of_the_segment(float64, aggreg
 # Rules.
 
 
+def messages(cfg):
+    """What is refused of the options of the kind of model."""
+    kind = cfg.model.kind
+    yield from options.refusals(cfg.model.kind_options, f"model.kinds.{kind}.")
+    yield from MODELS[kind].refusals(cfg)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_went_wrong_first_has_a_place_in_every_model(float64, name):
     """The head is nearest to the loss; of an encoder-decoder everything of the decoder is nearer
@@ -106,7 +114,7 @@ def test_every_kind_has_options_and_a_model():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("kind", "changes", "message"),
     [
         (
             "encoder",
@@ -147,11 +155,11 @@ def test_every_kind_has_options_and_a_model():
         ),
     ],
 )
-def test_bad_options_are_refused_by_name(kind, options, message):
+def test_bad_options_are_refused_by_name(kind, changes, message):
     whole = dataclasses.replace(
-        tiny.build(), model=config(kind, options, None, MULTI if kind == "mmoe" else None)
+        tiny.build(), model=config(kind, changes, None, MULTI if kind == "mmoe" else None)
     )
-    found = next(kinds.refusals(whole))
+    found = next(messages(whole))
     assert re.search(message, found) and found.startswith(("model.", "an encoder-decoder"))
 
 
@@ -161,16 +169,16 @@ def test_good_options_are_not_refused(name):
     whole = dataclasses.replace(
         whole, model=CASES[name](), data=dataclasses.replace(whole.data, seq_len=S)
     )
-    assert not list(kinds.refusals(whole))
+    assert not list(messages(whole))
 
 
 def test_experts_of_the_article_are_split_over_the_expert_axis():
     cfg = dataclasses.replace(tiny.build((1, 2, 1)), model=config("article", {"num_experts": 5}))
-    assert "num_experts (5) must be divisible by mesh.expert (2)" in next(kinds.refusals(cfg))
+    assert "num_experts (5) must be divisible by mesh.expert (2)" in next(messages(cfg))
 
 
 def test_only_what_predicts_is_causal():
-    choice = Options(factor=2.0)
+    choice = ROUTERS["expert_choice"].options(factor=2.0)
     moe = {"router": "expert_choice", "router_options": choice}
     assert causality.leaks(config("decoder", None, None, moe)).future
     assert causality.leaks(config("encdec", None, None, moe)).future

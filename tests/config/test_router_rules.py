@@ -7,9 +7,9 @@ import tiny
 
 from moe_jax.decoding.sample import make_sampler
 from moe_jax.errors import UserError
-from moe_jax.models import decoder
+from moe_jax.models import decodable
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.plan import card, flops
-from moe_jax.schema.config import Options
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_what_cannot_be_decoded_is_refused(changes, message):
 
 def test_base_is_decoded_greedily():
     cfg = tiny.build(changes={"model.moe.router": "base", "model.allow_leak": True}).model
-    assert decoder.for_decoding(cfg).moe.dispatcher_options == Options(buffer=0.0)
+    assert decodable.for_decoding(cfg).moe.dispatcher_options == DISPATCHERS["dropless"].options()
 
 
 def test_soft_moe_has_no_other_dispatcher():
     with pytest.raises(
         UserError, match='"soft" fills slots, which the dispatcher "dropless" knows nothing of'
     ):
-        decoder.with_dispatcher(tiny.build(changes=SOFT).model, "dropless")
+        decodable.with_dispatcher(tiny.build(changes=SOFT).model, "dropless")
     with pytest.raises(
         UserError, match=r'eval.dispatcher = "dropless" is not known: choose one of same, slots'
     ):

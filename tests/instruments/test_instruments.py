@@ -17,8 +17,8 @@ from instrument_cases import DATA, probed, recorded, seen, weights, with_
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, interference, precision, record, replay
 from moe_jax.moe import probe
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Routing, Slots, Tokens
-from moe_jax.schema.config import Options
 from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, make_loss, make_model
 
@@ -301,8 +301,8 @@ def test_the_margin_is_of_the_scores_that_decide(float64):
         logits = np.einsum("LBSD,LDE->LBSE", fields["input"], held_out.gates(run, "the test"))
         assert (np.argsort(-logits, -1)[..., :2][:, valid] != best[:, valid]).any()
         moe = run.cfg.model.moe
-        grouped = {"router_options": Options(moe.router_options | {"num_groups": 2})}
-        relu = {"router": "relu", "router_options": Options(k=2, max_active=4)}
+        grouped = {"router_options": dataclasses.replace(moe.router_options, num_groups=2)}
+        relu = {"router": "relu", "router_options": ROUTERS["relu"].options(k=2, max_active=4)}
         for changes, message in (
             (grouped, "chooses groups of experts first"),
             (relu, "no fixed number of choices"),

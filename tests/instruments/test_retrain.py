@@ -15,7 +15,6 @@ from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, retrain
 from moe_jax.parallel.batch_rows import local_rows, put
-from moe_jax.schema.config import Options
 from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, make_model, make_step, make_tx
 
@@ -64,7 +63,7 @@ def test_gates_and_refusals(float64):
         moe = run.cfg.model.moe
         assert retrain.gates(moe) == "router"
         raw = dataclasses.replace(
-            moe, router_options=Options(moe.router_options | {"renormalize": False})
+            moe, router_options=dataclasses.replace(moe.router_options, renormalize=False)
         )
         assert (
             retrain.gates(raw)

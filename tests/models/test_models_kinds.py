@@ -26,12 +26,11 @@ from kind_cases import (
     tokens,
 )
 
-from configs import base
 from moe_jax import train_step
 from moe_jax.decoding import sample, translate
 from moe_jax.models import encoder, mmoe, router_states
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.config import Options
+from moe_jax.moe.routing import ROUTERS
 
 every = pytest.mark.parametrize("name", CASES)
 TURNS = [
@@ -209,7 +208,7 @@ def test_translation_with_a_cache_is_the_argmax_without(float64, name, shape):
 
 
 def test_router_states_are_those_of_the_encoder_then_of_the_decoder(float64):
-    sigmoid = Options(base.get_config().model.moe.routers.sigmoid.to_dict())
+    sigmoid = ROUTERS["sigmoid"].options()
     for scan in (False, True):
         cfg = dataclasses.replace(CASES["encdec"](), scan=scan)
         cfg = dataclasses.replace(

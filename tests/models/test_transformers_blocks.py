@@ -15,8 +15,11 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moe_jax.models.layers import FeedForward
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch, MoE, MoELayer
-from moe_jax.schema.config import Options
+from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 
 D, F, E, B, S = 32, 48, 8, 4, 16
 
@@ -128,20 +131,20 @@ def routed(block, router, options, x):
         num_experts=E,
         group_rows=1,
         router=router,
-        router_options=Options(options),
+        router_options=ROUTERS[router].options(**options),
         ordering="token_major",
-        ordering_options=Options(),
-        adaptive=Options(rate=0.0),
+        ordering_options=ORDERINGS["token_major"].options(),
+        adaptive=AdaptiveConfig(),
         vocab_size=64,
         dispatcher="dropless",
-        dispatcher_options=Options(buffer=0.0),
+        dispatcher_options=DISPATCHERS["dropless"].options(),
         d_model=D,
         expert_hidden=F,
         activation="swiglu",
         param_dtype="float32",
         dtype="float32",
         out_std=1.0,
-        stored=Options(block=0),
+        stored=StoredConfig(),
     )
     gate, w_in, w_out = weights(block)
     layer = MoELayer(jax.random.key(0), cfg)

@@ -149,7 +149,7 @@ def averaged(parts):
     L, rows, ...].
     """
     each = jax.vmap(
-        lambda sums: {n: loss(load.totals(sums)).mean() for n, loss in losses.LOSSES.items()}
+        lambda sums: {n: loss.value(load.totals(sums)).mean() for n, loss in losses.LOSSES.items()}
     )(parts)
     return {name: value.mean() for name, value in each.items()}
 

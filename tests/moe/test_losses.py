@@ -70,7 +70,7 @@ def test_every_loss_by_hand(float64):
     want |= {"importance": 0.25, "load": 0.0625, "z": 2.0}
     assert want.keys() == losses.LOSSES.keys()
     for name, value in want.items():
-        np.testing.assert_allclose(losses.LOSSES[name](totals), [value], err_msg=name)
+        np.testing.assert_allclose(losses.LOSSES[name].value(totals), [value], err_msg=name)
 
 
 def test_micro_batches_by_hand(float64):
@@ -79,10 +79,10 @@ def test_micro_batches_by_hand(float64):
     """
     each = [load.totals(jax.tree.map(lambda z, i=i: z[:, i : i + 1], by_hand())) for i in range(3)]
     summed, whole = jax.tree.map(lambda *z: sum(z), *each), load.totals(by_hand())
-    np.testing.assert_allclose(losses.micro_batch_balance(summed), [1.3])
+    np.testing.assert_allclose(losses.micro_batch_balance.value(summed), [1.3])
     for name in losses.LOSSES.keys() - {"micro_batch_balance"}:
         np.testing.assert_allclose(
-            losses.LOSSES[name](summed), losses.LOSSES[name](whole), err_msg=name
+            losses.LOSSES[name].value(summed), losses.LOSSES[name].value(whole), err_msg=name
         )
 
 
@@ -129,10 +129,10 @@ def test_balanced_and_worst_values(float64, num_experts, k):
         totals = load.totals(sums_of(logits, k))
         for name in ("balance", "sequence_balance", "micro_batch_balance"):
             np.testing.assert_allclose(
-                losses.LOSSES[name](totals), [switch], rtol=1e-8, err_msg=name
+                losses.LOSSES[name].value(totals), [switch], rtol=1e-8, err_msg=name
             )
-        np.testing.assert_allclose(losses.gshard(totals), [gshard], rtol=1e-8)
-        np.testing.assert_allclose(losses.importance(totals), [variation], atol=1e-8)
+        np.testing.assert_allclose(losses.gshard.value(totals), [gshard], rtol=1e-8)
+        np.testing.assert_allclose(losses.importance.value(totals), [variation], atol=1e-8)
 
 
 # Other definitions, each as its source writes it: arguments chosen [T, K], probs [T, E];
@@ -220,7 +220,7 @@ def test_conversions(float64, name, k):
     logits = random_logits(num_rows=1, length=64)
     probs_TE = np.asarray(jax.nn.softmax(logits[0]))
     chosen_TK = np.argsort(-probs_TE, 1)[:, :k]
-    mine = losses.LOSSES[ours](load.totals(sums_of(logits, k)))[0]
+    mine = losses.LOSSES[ours].value(load.totals(sums_of(logits, k)))[0]
     np.testing.assert_allclose(theirs(chosen_TK, probs_TE), factor(6, k) * mine, rtol=1e-12)
 
 
@@ -241,15 +241,17 @@ def test_the_sequence_wise_loss_counts_without_the_bias(float64, router):
     sums = router_cases.answer(router, given, params, state)[1]
     assert (sums["unbiased"] != sums["counts"]).any()
     totals = load.totals({name: z[None] for name, z in sums.items()})
-    np.testing.assert_allclose(losses.sequence_balance(totals)[0], want, rtol=1e-12)
+    np.testing.assert_allclose(losses.sequence_balance.value(totals)[0], want, rtol=1e-12)
 
 
 def test_with_one_choice_switch_is_gshard_times_the_square_of_experts(float64):
     totals = load.totals(sums_of(random_logits(), 1))
-    np.testing.assert_allclose(losses.balance(totals), 36 * losses.gshard(totals), rtol=1e-12)
+    np.testing.assert_allclose(
+        losses.balance.value(totals), 36 * losses.gshard.value(totals), rtol=1e-12
+    )
     top_2 = load.totals(sums_of(random_logits(), 2))
     assert (
-        abs(losses.balance(top_2) - 36 * losses.gshard(top_2))[0] > 1e-3
+        abs(losses.balance.value(top_2) - 36 * losses.gshard.value(top_2))[0] > 1e-3
     )  # second choices count in one only
 
 
@@ -263,7 +265,9 @@ def test_switch_with_hard_probabilities_is_one_more_than_the_variation(float64):
         "tokens": count_LE.sum(1),
         "importance": count_LE,
     }
-    np.testing.assert_allclose(losses.balance(totals), 1 + losses.importance(totals), rtol=1e-12)
+    np.testing.assert_allclose(
+        losses.balance.value(totals), 1 + losses.importance.value(totals), rtol=1e-12
+    )
 
 
 # transformers: sums over layers before the product, and k times Switch's
@@ -291,7 +295,7 @@ def test_balance_is_transformers_up_to_k(float64, k, padded):
     value, gradient = transformers_loss(logits[None], k, valid if padded else None)
 
     def ours(logits):
-        return k * losses.balance(load.totals(sums_of(logits, k, valid)))[0]
+        return k * losses.balance.value(load.totals(sums_of(logits, k, valid)))[0]
 
     mine, slope = jax.value_and_grad(ours)(jnp.asarray(logits))
     np.testing.assert_allclose(mine, value, rtol=1e-6)
@@ -306,5 +310,5 @@ def test_transformers_multiplies_after_it_has_averaged_the_layers(float64):
     value, _ = transformers_loss(logits, 2)
     layers = [load.totals(sums_of(z, 2)) for z in logits]
     summed = jax.tree.map(lambda *z: sum(z), *layers)
-    np.testing.assert_allclose(2 * losses.balance(summed)[0], value, rtol=1e-6)
-    assert abs(2 * np.mean([losses.balance(t)[0] for t in layers]) - value) > 1e-2
+    np.testing.assert_allclose(2 * losses.balance.value(summed)[0], value, rtol=1e-6)
+    assert abs(2 * np.mean([losses.balance.value(t)[0] for t in layers]) - value) > 1e-2

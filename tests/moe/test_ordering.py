@@ -16,7 +16,7 @@ from moe_jax.moe import load
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
-from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.ordering import ORDERINGS, rounding
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.parallel.mesh import BATCH, P, spec
 
@@ -50,7 +50,9 @@ def apply(
         sums = {"tokens": jnp.full(num_rows, num_tokens / num_rows)}
         routing = Routing(token_N, expert_N, gate_N, sums, per_token)
         sizes = {"num_experts": num_experts, "num_tokens": num_tokens, "group_tokens": group_tokens}
-        return ORDERINGS[name].apply(routing, **sizes, train=train, options=options)
+        return ORDERINGS[name].apply(
+            routing, **sizes, train=train, options=ORDERINGS[name].options(**options)
+        )
 
     return compiled(run)(*entries)
 
@@ -154,7 +156,7 @@ def test_rounding_is_the_same_on_a_mesh(float64):
             token_N, expert.reshape(-1), jnp.where(expert < 4, gate, 0).reshape(-1), sums, 1
         )
         got = ORDERINGS["rounding"].apply(
-            routing, **sizes, num_tokens=num_tokens, train=True, options={"tile": 4}
+            routing, **sizes, num_tokens=num_tokens, train=True, options=rounding.Options(tile=4)
         )
         return got.expert_N.reshape(num_rows, -1), got.gate_N.reshape(num_rows, -1), got.sums
 
@@ -201,7 +203,7 @@ def on_device(x, expert, gate, w_in, w_out, *, name):
     sizes = {"num_experts": E, "num_tokens": b * s, "group_tokens": GROUP_ROWS * s}
     token_N = jnp.repeat(jnp.arange(b * s, dtype=jnp.int32), K)
     routing = Routing(token_N, expert.reshape(-1), gate.reshape(-1), {}, per_token=K)
-    routing = ORDERINGS[name].apply(routing, **sizes, train=True, options={})
+    routing = ORDERINGS[name].apply(routing, **sizes, train=True, options=ORDERINGS[name].options())
     shape = Shape(
         **sizes,
         num_assignments=b * s * K,
@@ -213,7 +215,7 @@ def on_device(x, expert, gate, w_in, w_out, *, name):
     def experts(x, g, start, size, block):
         return expert_ffn(x, g, start, size, w_in, w_out, activation="swiglu", block=block)
 
-    options = {"factor": FACTOR}
+    options = DISPATCHERS["capacity"].options(factor=FACTOR)
     y, dropped = DISPATCHERS["capacity"].apply(
         x.reshape(-1, d), routing, experts, shape=shape, options=options
     )

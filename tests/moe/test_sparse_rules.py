@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe.sparse import rules
-from moe_jax.moe.sparse.patterns import PATTERNS, Shaped, largest
+from moe_jax.moe.sparse.patterns import PATTERNS
+from moe_jax.moe.sparse.patterns.contract import Shaped, largest
+from moe_jax.moe.sparse.rules import group_lasso, magnitude, regrowth, rigl, set, static, threshold
+from moe_jax.moe.sparse.rules.contract import Now, first_masks
 
 
 def shaped(name, **options):
-    return Shaped(PATTERNS[name], options)
+    return Shaped(PATTERNS[name], PATTERNS[name].options(**options))
 
 
 def now(step=1, steps=10, rate=0.5):
-    return rules.Now(jnp.int32(step), steps, jnp.float32(rate), jax.random.key(0))
+    return Now(jnp.int32(step), steps, jnp.float32(rate), jax.random.key(0))
 
 
 def matrix(*rows):
@@ -46,7 +48,7 @@ def test_unstructured_counts_in_each_expert_alone():
     # density 0.5 of 4: two of the first expert, two of the second, however small those are; an
     # expert may be one vector
     w = {"w": jnp.array([[9.0, -8.0, 7.0, 6.0], [0.1, 0.2, -0.4, 0.3]])}
-    masks = rules.first_masks(w, shaped("unstructured", density=0.5), {})
+    masks = first_masks(w, shaped("unstructured", density=0.5), static.Options())
     assert masks["w"].astype(int).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
@@ -54,7 +56,7 @@ def test_n_m_runs_along_the_inputs():
     # columns are outputs: of the first, 5 and 4 of inputs 0-3, then 1 and 3; rows are never
     # compared
     w = matrix([5, 1], [2, 2], [-4, 3], [3, 4], [0, -9], [1, 8], [3, 7], [-1, 6])
-    masks = rules.first_masks(w, shaped("n_m", n=2, m=4), {})
+    masks = first_masks(w, shaped("n_m", n=2, m=4), static.Options())
     assert masks["w"][0, :, 0].astype(int).tolist() == [1, 0, 1, 0, 0, 1, 1, 0]
     assert masks["w"][0, :, 1].astype(int).tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
@@ -70,13 +72,15 @@ def test_blocks(balanced, want):
     np.testing.assert_allclose(
         shape.norms(w)["w"][0, 0], [[4, 3.5], [3, 1]], rtol=1e-6
     )  # [output, input]
-    mask = rules.first_masks(w, shape, {})["w"][0].astype(int)
+    mask = first_masks(w, shape, static.Options())["w"][0].astype(int)
     assert mask[::2, ::2].tolist() == want and (mask == np.kron(want, np.ones((2, 2)))).all()
 
 
 def test_blocks_keep_gate_and_up_apart():
     w = {"w_in": jnp.arange(16.0).reshape(1, 4, 2, 2)}  # [E, D, P, F]
-    mask = rules.first_masks(w, shaped("blocks", density=0.5, block=2, balanced=True), {})["w_in"]
+    mask = first_masks(w, shaped("blocks", density=0.5, block=2, balanced=True), static.Options())[
+        "w_in"
+    ]
     assert mask.shape == (1, 4, 2, 2) and mask[0, 2:].all() and not mask[0, :2].any()
 
 
@@ -86,7 +90,7 @@ def test_a_unit_is_its_columns_and_its_row():
     w = {"w_in": jnp.array([[[[1.0, 3.0], [-1.0, 0.0]]]]), "w_out": jnp.array([[[2.0], [0.0]]])}
     shape = shaped("units", density=0.5)
     np.testing.assert_allclose(shape.norms(w)["units"], [[2**0.5, 3**0.5]], rtol=1e-6)
-    masks = rules.first_masks(w, shape, {})
+    masks = first_masks(w, shape, static.Options())
     assert masks["w_in"].tolist() == [[[[False, True], [False, True]]]] and masks[
         "w_out"
     ].tolist() == [[[False], [True]]]
@@ -98,34 +102,33 @@ def test_a_unit_is_its_columns_and_its_row():
 def test_threshold_of_the_article():
     w = matrix([0.5, -0.2], [0.3, -0.6])
 
-    def zero(w, kept, **options):
-        return rules.below_to_zero(w, kept, shaped("unstructured", density=0.5), now(), options)
+    def zero(w, kept, least):
+        options = threshold.Options(threshold=least)
+        shape = shaped("unstructured", density=0.5)
+        return threshold.below_to_zero(w, kept, shape, now(), options)
 
-    np.testing.assert_allclose(
-        zero(w, {}, threshold=0.3)["w"][0], [[0.5, 0], [0.3, -0.6]], rtol=1e-6
-    )
+    np.testing.assert_allclose(zero(w, {}, 0.3)["w"][0], [[0.5, 0], [0.3, -0.6]], rtol=1e-6)
     # of the density: the second largest of the first values, and from then on that magnitude
-    kept = rules.first_thresholds(w, shaped("unstructured", density=0.5), {"threshold": 0.0})
+    shape = shaped("unstructured", density=0.5)
+    kept = threshold.first_thresholds(w, shape, threshold.Options(threshold=0.0))
     np.testing.assert_allclose(kept["w"], [0.5])
-    back = zero(matrix([0.4, -0.7], [0.5, 0.0]), kept, threshold=0.0)
+    back = zero(matrix([0.4, -0.7], [0.5, 0.0]), kept, 0.0)
     np.testing.assert_allclose(back["w"][0], [[0, -0.7], [0.5, 0]], rtol=1e-6)
-    masks = rules.first_masks(w, shaped("unstructured", density=0.5), {"threshold": 0.3})
+    masks = first_masks(w, shaped("unstructured", density=0.5), static.Options(threshold=0.3))
     assert masks["w"][0].astype(int).tolist() == [[1, 0], [1, 1]]
 
 
 def test_magnitude_pruning_follows_the_cubic():
     # final density 0.2, steps 2 to 10: at step 6 half the way, 0.2 + 0.8 / 8 = 0.3
-    options = {"begin": 0.1, "end": 0.5, "every": 3}
+    options = magnitude.Options(begin=0.1, end=0.5, every=3)
     density = [
-        float(rules.cubic_density(now(step, 20), options, 0.2)) for step in (0, 2, 6, 10, 15)
+        float(magnitude.cubic_density(now(step, 20), options, 0.2)) for step in (0, 2, 6, 10, 15)
     ]
     np.testing.assert_allclose(density, [1, 1, 0.3, 0.2, 0.2], rtol=1e-6)
-    due = [step for step in range(20) if rules.magnitude_due(now(step, 20), options)]
+    due = [step for step in range(20) if magnitude.due(now(step, 20), options)]
     assert due == [3, 6, 9, 10]  # every third, and the last, so that the final density is reached
     w = {"w": jnp.arange(1.0, 11.0)[None]}
-    masks = rules.magnitude_update(
-        w, {}, {}, shaped("unstructured", density=0.2), now(6, 20), options
-    )
+    masks = magnitude.update(w, {}, {}, shaped("unstructured", density=0.2), now(6, 20), options)
     assert masks["w"][0].astype(int).tolist() == [0] * 7 + [1] * 3
 
 
@@ -142,13 +145,13 @@ def regrown(update, fraction_options, w, mask, grads, **shape):
 
 
 def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
-    options = {"fraction": 0.5, "end": 1.0, "every": 1}
+    options = rigl.Options(fraction=0.5, end=1.0, every=1)
     w = {"w": jnp.array([[4.0, -1.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0]])}
     mask = [[1, 1, 1, 1, 0, 0, 0, 0]]
     # 2 of 4 leave: those of magnitude 1 and 2. The largest gradients elsewhere: |-9| and 8; 99 is
     # of one that stays
     grads = {"w": jnp.array([[99.0, 0.0, 0.0, 0.5, 1.0, -9.0, 7.0, 8.0]])}
-    assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [
+    assert regrown(rigl.update, options, w, mask, grads, density=0.5) == [
         1,
         0,
         1,
@@ -160,7 +163,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
     ]
     # one that just left comes back when its gradient is the largest
     grads = {"w": jnp.array([[0.0, 10.0, 0.0, 0.5, 1.0, -9.0, 7.0, 8.0]])}
-    assert regrown(rules.rigl_update, options, w, mask, grads, density=0.5) == [
+    assert regrown(rigl.update, options, w, mask, grads, density=0.5) == [
         1,
         1,
         1,
@@ -171,13 +174,15 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
         0,
     ]
     fraction = [
-        float(rules.rigl_fraction(now(step, 20), {"fraction": 0.4, "end": 0.5}))
+        float(rigl.fraction(now(step, 20), rigl.Options(fraction=0.4, end=0.5)))
         for step in (0, 5, 10)
     ]
     np.testing.assert_allclose(
         fraction, [0.4, 0.2, 0], atol=1e-6
     )  # 0.4 / 2 (1 + cos(pi / 2)) half way
-    assert [s for s in range(12) if rules.regrowth_due(now(s, 20), {"every": 4, "end": 0.5})] == [
+    assert [
+        s for s in range(12) if regrowth.regrowth_due(now(s, 20), set.Options(every=4, end=0.5))
+    ] == [
         0,
         4,
         8,
@@ -187,7 +192,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
 def test_set_replaces_the_smallest_at_random():
     w = {"w": jnp.where(jnp.arange(200) < 100, jnp.arange(200.0, 0, -1), 0)[None]}
     mask = [[1] * 100 + [0] * 100]
-    after = regrown(rules.set_update, {"fraction": 0.3}, w, mask, {}, density=0.5)
+    after = regrown(set.update, set.Options(fraction=0.3), w, mask, {}, density=0.5)
     assert sum(after) == 100 and after[:70] == [1] * 70  # the 70 largest stay
     assert 10 < sum(after[100:]) < 30  # 30 come, of 130 places at random: about 23 of the 100 here
 
@@ -196,7 +201,9 @@ def test_group_lasso_is_the_proximal_step():
     # unit 0: n = 3 entries (2, 2, 1), norm 3; cut = rate 0.5 * strength 1 * sqrt(3): factor 1 -
     # 0.866 / 3. Unit 1: norm 0.5 < 0.866
     w = {"w_in": jnp.array([[[[2.0, 0.3], [2.0, 0.4]]]]), "w_out": jnp.array([[[1.0], [0.0]]])}
-    new = rules.shrink_units(w, {}, shaped("units", density=1.0), now(), {"strength": 1.0})
+    new = group_lasso.shrink_units(
+        w, {}, shaped("units", density=1.0), now(), group_lasso.Options(strength=1.0)
+    )
     factor = 1 - 0.5 * 3**0.5 / 3
     np.testing.assert_allclose(new["w_in"][0, 0], [[2 * factor, 0], [2 * factor, 0]], rtol=1e-6)
     np.testing.assert_allclose(new["w_out"][0], [[factor], [0]], rtol=1e-6)

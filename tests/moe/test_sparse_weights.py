@@ -16,11 +16,22 @@ from moe_jax import checkpoint, train_step
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import patterns, rules
-from moe_jax.moe.sparse.refusals import ODD
+from moe_jax.moe.sparse.rules.contract import Now
 from moe_jax.parallel import mesh as meshlib
-from moe_jax.schema.config import Options, SparseConfig
+from moe_jax.schema.config import SparseConfig, StoredConfig
 
 AT = "model.moe.sparse"
+# (rule, pattern) that do not go together.
+ODD = [
+    ("threshold", "n_m"),
+    ("set", "n_m"),
+    ("rigl", "n_m"),
+    ("set", "units"),
+    ("rigl", "units"),
+    ("group_lasso", "unstructured"),
+    ("group_lasso", "n_m"),
+    ("group_lasso", "blocks"),
+]
 QUICK = {  # rules that change within a few steps of 10
     "static": {},
     "threshold": {},
@@ -44,7 +55,7 @@ def changes(rule, pattern="unstructured", **more):
 
 
 def now(step=1, steps=10, rate=0.5):
-    return rules.Now(jnp.int32(step), steps, jnp.float32(rate), jax.random.key(0))
+    return Now(jnp.int32(step), steps, jnp.float32(rate), jax.random.key(0))
 
 
 # In training: the update of a step on two layers of experts alone, which compiles in no time ...
@@ -313,7 +324,11 @@ def test_experts_of_one_vector():
 
     def make(pattern, **options):
         return SparseConfig(
-            "static", Options(threshold=0.0), pattern, Options(options), Options(block=0)
+            rule="static",
+            rule_options=rules.RULES["static"].options(),
+            pattern=pattern,
+            pattern_options=patterns.PATTERNS[pattern].options(**options),
+            stored=StoredConfig(),
         )
 
     cfg = make("unstructured", density=0.5)

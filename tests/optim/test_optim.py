@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from moe_jax import optim
+from moe_jax.config import build
 from moe_jax.errors import UserError
 from moe_jax.names import name_of
-from moe_jax.optim import muon, schedules
-from moe_jax.schema.config import OptimConfig, Options
+from moe_jax.optim import OPTIMIZERS, SCHEDULES, orthogonal, schedules
+from moe_jax.schema.config import OptimConfig
 
 OPTIONS = {
     "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0},
@@ -28,10 +30,10 @@ RATES = {"adamw": 0.05, "lion": 0.06, "adafactor": 0.1, "muon": 0.3, "sgd": 0.02
 
 CONFIG = OptimConfig(
     optimizer="adamw",
-    options=Options(OPTIONS["adamw"]),
+    options=OPTIMIZERS["adamw"].options(**OPTIONS["adamw"]),
     learning_rate=1.0,
     schedule="constant",
-    schedule_options=Options(),
+    schedule_options=SCHEDULES["constant"].options(),
     warmup_steps=0,
     steps=100,
     clip_norm=0.0,
@@ -42,8 +44,13 @@ CONFIG = OptimConfig(
 )
 
 
-def config(**changes):
-    return dataclasses.replace(CONFIG, **changes)
+def config(optimizer="adamw", options=None, schedule="constant", schedule_options=None, **changes):
+    """A config with options given as dicts; those of an optimizer that are not given are OPTIONS."""
+    options = OPTIMIZERS[optimizer].options(**{**OPTIONS[optimizer], **(options or {})})
+    factors = SCHEDULES[schedule].options(**(schedule_options or {}))
+    chosen = {"optimizer": optimizer, "options": options}
+    chosen |= {"schedule": schedule, "schedule_options": factors}
+    return dataclasses.replace(CONFIG, **chosen, **changes)
 
 
 def normal(seed, shape, spec=()):
@@ -92,7 +99,7 @@ def mesh():
 
 
 def rates(cfg, *steps):
-    return [float(optim.schedule(cfg)(step)) for step in steps]
+    return [float(optim.rate(cfg)(step)) for step in steps]
 
 
 def test_warm_up_starts_at_zero_and_is_linear():
@@ -169,10 +176,8 @@ def test_minimises_a_quadratic(name):
     """|w - target|^2 over a matrix and a vector; the rate falls to zero, because Lion circles at a
     constant one.
     """
-    cfg = config(optimizer=name, options=OPTIONS[name], learning_rate=RATES[name], steps=300)
-    cfg = dataclasses.replace(
-        cfg, schedule="linear", schedule_options={"final_fraction": 0.0}, warmup_steps=5
-    )
+    given = {"learning_rate": RATES[name], "steps": 300, "warmup_steps": 5}
+    cfg = config(name, OPTIONS[name], "linear", {"final_fraction": 0.0}, **given)
     target = {"w_out": normal(1, (6, 4)), "bias": normal(2, (4,))}
     params = {"w_out": normal(3, (6, 4)), "bias": normal(4, (4,))}
     tx = optim.make(cfg, params, stacked=False)
@@ -296,7 +301,7 @@ def test_muon_is_the_same_on_a_mesh_and_on_one_device(mesh):
     ],
 )
 def test_muon_moves_whole_matrices_to_devices_axis_by_axis(mesh, shape, num_batch, spec, specs):
-    places = muon._to_whole_matrices(normal(1, shape, spec), num_batch)
+    places = orthogonal._to_whole_matrices(normal(1, shape, spec), num_batch)
     assert [place.spec for place in places] == [jax.P(*s) for s in (spec, *specs)]
 
 
@@ -331,7 +336,7 @@ def test_muon_equals_optax_contrib():
 
 def test_newton_schulz_makes_singular_values_equal():
     x = normal(1, (3, 5, 9))
-    values = jnp.linalg.svd(muon.newton_schulz(x, 5), compute_uv=False)
+    values = jnp.linalg.svd(orthogonal.newton_schulz(x, 5), compute_uv=False)
     assert values.shape == (3, 5) and 0.5 < float(values.min()) and float(values.max()) < 1.3
 
 
@@ -400,49 +405,40 @@ def test_update_ema():
             'optim.optimizer = "adam" is not known: choose one of adamw, lion, adafactor, muon, '
             "sgd",
         ),
-        (
-            {"options": {"b1": 0.9, "b2": 0.9}},
-            "optim.optimizers.adamw.eps is missing: adamw takes b1, b2, eps",
-        ),
-        (
-            {"options": {**OPTIONS["adamw"], "b3": 1}},
-            "optim.optimizers.adamw.b3 is not known: adamw takes b1, b2, eps",
-        ),
+        ({"optimizers.adamw": {"b1": 0.9, "b2": 0.9}}, "optim.optimizers.adamw.eps is missing"),
+        ({"optimizers.adamw.b3": 1}, "unknown key optim.optimizers.adamw.b3"),
         (
             {"schedule": "step"},
             'optim.schedule = "step" is not known: choose one of cosine, wsd, linear, constant',
         ),
         (
-            {"schedule_options": {"final": 0}},
-            "optim.schedules.constant.final is not known: constant takes no options",
+            {"schedule": "constant", "schedules.constant.final": 0},
+            "unknown key optim.schedules.constant.final",
         ),
         (
             {"decay_mask": "some"},
             'optim.decay_mask = "some" is not known: choose one of matrices, all, none',
         ),
         (
-            {
-                "schedule": "wsd",
-                "schedule_options": {
-                    "decay_fraction": 0.2,
-                    "final_fraction": 0.0,
-                    "shape": "cubic",
-                },
-            },
+            {"schedule": "wsd", "schedules.wsd.shape": "cubic"},
             'optim.schedules.wsd.shape = "cubic" is not known: choose one of linear, sqrt',
         ),
         (
-            {
-                "schedule": "wsd",
-                "schedule_options": {"decay_fraction": 1.1, "final_fraction": 0.0, "shape": "sqrt"},
-            },
-            "optim.schedules.wsd.decay_fraction = 1.1 must lie between 0 and 1",
+            {"schedule": "wsd", "schedules.wsd.decay_fraction": 1.1},
+            "optim.schedules.wsd.decay_fraction = 1.1 must be at least 0 and at most 1",
         ),
     ],
 )
 def test_mistakes_are_named(changes, message):
+    raw = tiny.raw({"mesh.data": 1})
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        block = raw["optim"]
+        for parent in parents:
+            block = block[parent]
+        block[last] = value
     with pytest.raises(UserError) as error:
-        optim.make(config(**changes), {"w": jnp.zeros((2, 2))}, stacked=False)
+        build.build(raw, 1)
     assert message in str(error.value)
 
 
@@ -450,17 +446,13 @@ def test_what_may_not_move_has_no_part_in_the_norm_and_neither_moments_nor_decay
     """The clipped norm is that of what moves: |(3, 4)| = 5, clipped to 1."""
     params = {"head": {"w": jnp.array([[1.0, 2.0]])}, "body": {"w": jnp.array([[5.0, 6.0]])}}
     grads = {"head": {"w": jnp.array([[3.0, 4.0]])}, "body": {"w": jnp.array([[100.0, 100.0]])}}
-    cfg = dataclasses.replace(
-        CONFIG,
+    cfg = config(
+        "sgd",
+        {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0},
         train_only="^head/",
         clip_norm=1.0,
-        optimizer="sgd",
         learning_rate=1.0,
         warmup_steps=0,
-    )
-    cfg = dataclasses.replace(cfg, schedule="constant", schedule_options={})
-    cfg = dataclasses.replace(
-        cfg, options={"momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
     )
     tx = optim.make(cfg, params, stacked=False)
     updates, state = tx.update(grads, tx.init(params), params)

@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch import DISPATCHERS, capacity, dropless
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.routing.contract import Routing
@@ -23,9 +23,9 @@ from moe_jax.parallel.mesh import BATCH, P, spec
 B, S, D, F, E, K = 8, 4, 16, 16, 8, 2
 FACTOR = 1.0
 VARIANTS = {
-    "dropless": ("dropless", {"buffer": 0.0}),
-    "rounds": ("dropless", {"buffer": 1.0}),
-    "capacity": ("capacity", {"factor": FACTOR}),
+    "dropless": ("dropless", dropless.Options(buffer=0.0)),
+    "rounds": ("dropless", dropless.Options(buffer=1.0)),
+    "capacity": ("capacity", capacity.Options(factor=FACTOR)),
 }
 NAMES = ("x", "gate", "w_in", "w_out")
 

@@ -50,7 +50,7 @@ def layer(x, dispatch, combine, w_in, w_out):
 
         slots = Slots(dispatch, combine, {})
         y, dropped = DISPATCHERS["slots"].apply(
-            x.reshape(num, D), slots, experts, shape=shape, options={}
+            x.reshape(num, D), slots, experts, shape=shape, options=DISPATCHERS["slots"].options()
         )
         assert dropped.shape == (0,)
         return jax.lax.psum(y, "model").reshape(x.shape)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from router_cases import compiled
 
-from configs import base as base_config
 from moe_jax.errors import UserError
 from moe_jax.moe import load, losses
 from moe_jax.moe.routing import ROUTERS, hash
@@ -18,7 +17,7 @@ from moe_jax.parallel.mesh import BATCH, P
 
 
 def options(router, changes):
-    return base_config.get_config().model.moe.routers[router].to_dict() | changes
+    return ROUTERS[router].options(**changes)
 
 
 def route(router, x_TD, params, *, num_experts, valid_T=None, num_rows=1, group_rows=1, **rest):

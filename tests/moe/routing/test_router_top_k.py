@@ -12,8 +12,6 @@ from moe_jax.moe import load
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Tokens
 
-OPTIONS = {"k": 2, "softmax": "before", "renormalize": True, "scale": 1.0}
-
 
 def route(x_TD, gate_DE, valid_T=None, num_rows=1, **options):
     num = len(x_TD)
@@ -21,7 +19,11 @@ def route(x_TD, gate_DE, valid_T=None, num_rows=1, **options):
     valid_T = jnp.ones(num, bool) if valid_T is None else jnp.asarray(valid_T)
     tokens = Tokens(jnp.asarray(x_TD), zero, zero, zero, zero, valid_T, num_rows)
     cfg = RouterCfg(
-        gate_DE.shape[1], {**OPTIONS, **options}, group_rows=1, vocab_size=8, total=lambda z: z
+        gate_DE.shape[1],
+        ROUTERS["top_k"].options(**options),
+        group_rows=1,
+        vocab_size=8,
+        total=lambda z: z,
     )
     args = ({"gate": jnp.asarray(gate_DE)}, {}, tokens)
     return ROUTERS["top_k"].route(*args, cfg=cfg, rng=jax.random.key(0), train=True)

@@ -13,7 +13,6 @@ import tiny
 from jax.test_util import check_grads
 from scipy.stats import norm
 
-from configs import base
 from moe_jax.moe import load, losses
 from moe_jax.moe.routing import ROUTERS, quantile
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Tokens
@@ -23,7 +22,7 @@ LOGITS = np.log([[4.0, 3.0, 2.0, 1.0]])  # probabilities .4 .3 .2 .1
 
 
 def options(name, **changes):
-    return {**base.get_config().model.moe.routers[name].to_dict(), **changes}
+    return ROUTERS[name].options(**changes)
 
 
 def make_tokens(x_TD, num_rows=1, valid_T=None, row_b=None, id_T=None):
@@ -46,7 +45,7 @@ def make_tokens(x_TD, num_rows=1, valid_T=None, row_b=None, id_T=None):
 
 @functools.cache  # one small program each: a dozen times as quick as its operations one by one
 def program(name, num_experts, train, num_rows, own):
-    cfg = RouterCfg(num_experts, dict(own), group_rows=1, vocab_size=64, total=lambda z: z)
+    cfg = RouterCfg(num_experts, own, group_rows=1, vocab_size=64, total=lambda z: z)
 
     def run(params, state, arrays, key):
         tokens = Tokens(*arrays, num_rows)
@@ -64,9 +63,9 @@ def route(
     """A routing alone; `placed`: the arguments of make_tokens."""
     own = options(name, **changes)
     tokens = make_tokens(x_TD, **(placed or {}))
-    run = program(name, num_experts, train, tokens.num_rows, tuple(sorted(own.items())))
+    run = program(name, num_experts, train, tokens.num_rows, own)
     routing = run(as_arrays(params), as_arrays(state), tokens[:6], key)
-    return routing._replace(per_token=own.get("k", 1))
+    return routing._replace(per_token=getattr(own, "k", 1))
 
 
 def as_arrays(weights):
@@ -461,8 +460,9 @@ def test_same_on_every_mesh(float64, name):
     """Each of four devices routes two of eight rows: what one device routes, with one token in five
     padding.
     """
-    own = options(name, **({"kind": "copy", "k": 3, "num_null": 2} if name == "null" else {}))
-    params, state = first_weights(name, **own)
+    changes = {"kind": "copy", "k": 3, "num_null": 2} if name == "null" else {}
+    own = options(name, **changes)
+    params, state = first_weights(name, **changes)
     rng = np.random.default_rng(1)
     x, ids, valid = (
         rng.normal(size=(8, 6, 6)),

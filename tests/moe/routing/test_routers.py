@@ -167,7 +167,7 @@ def permuted(weight, order_E):
 @pytest.mark.parametrize("case", LEARNED)
 def test_permuting_experts_permutes_the_result(float64, case):
     """In evaluation: noise is drawn per expert. Groups of experts stay together."""
-    num_groups = router_cases.options(case).get("num_groups", 1)
+    num_groups = getattr(router_cases.options(case), "num_groups", 1)
     order = np.arange(E).reshape(num_groups, -1)[::-1, ::-1].reshape(-1)
     params, state = router_cases.weights(case)
     given = router_cases.tokens(case)
