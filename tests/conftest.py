@@ -21,6 +21,9 @@ if (
 import jax
 import pytest
 
+# Its checks explain themselves as those of a test module do.
+pytest.register_assert_rewrite("router_suite")
+
 # A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP. The
 # processes that tests start would
 # inherit that, and never hear the signals that are sent to them.

@@ -146,9 +146,8 @@ def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]
             "nothing to compact"
         )
     raw = copy.deepcopy(old.raw)
-    block = flags.block or (
-        moe["sparse"]["patterns"]["blocks"]["block"] if moe["sparse"]["pattern"] == "blocks" else 0
-    )
+    pattern = moe["sparse"]["patterns"][moe["sparse"]["pattern"]]
+    block = flags.block or pattern.get("block", 0)
     hidden, note = new_width(old.raw, layers, block if flags.format != "dense" else 0)
     notes = [note]
     moe = raw["model"]["moe"]

@@ -202,16 +202,17 @@ def _slots(e: MoEConfig) -> Iterator[str]:
     """
     mixes = bool(ROUTERS[e.router].num_slots(e.router_options))
     takes = DISPATCHERS[e.dispatcher].mixes
-    of_slots = ", ".join(name for name, one in DISPATCHERS.items() if one.mixes)
+    of_slots = " or ".join(name for name, one in DISPATCHERS.items() if one.mixes)
     if mixes and not takes:
         yield (
             f'model.moe.router = "{e.router}" fills slots, which model.moe.dispatcher = '
             f'"{e.dispatcher}" knows nothing of: set it to {of_slots}'
         )
     if takes and not mixes:
+        mixing = (name for name, one in ROUTERS.items() if one.num_slots(one.options()))
         yield (
-            f'model.moe.dispatcher = "{e.dispatcher}" needs the slots of a router that mixes tokens '
-            f'(soft); "{e.router}" makes assignments'
+            f'model.moe.dispatcher = "{e.dispatcher}" needs the slots of model.moe.router = '
+            f'"{" or ".join(mixing)}"; "{e.router}" makes assignments'
         )
     if mixes and e.ordering != AS_LISTED:
         yield (
@@ -238,7 +239,7 @@ def _losses(c: Config) -> Iterator[str]:
             f"give one (of model.moe.losses: {', '.join(BALANCE)}), or set the rate to 0"
         )
     if not DISPATCHERS[e.dispatcher].drops:
-        dropping = ", ".join(name for name, one in DISPATCHERS.items() if one.drops)
+        dropping = " or ".join(name for name, one in DISPATCHERS.items() if one.drops)
         yield (
             f"model.moe.adaptive.rate = {e.adaptive.rate} follows what is dropped for want of room, "
             f'and model.moe.dispatcher = "{e.dispatcher}" has room for all. Set '

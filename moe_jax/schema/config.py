@@ -43,6 +43,10 @@ class Due(NamedTuple):
     def __call__(self, step: int) -> bool:
         return step in self.steps or any(step % n == 0 for n in self.every)
 
+    def __bool__(self) -> bool:
+        """Whether there is any such step: a tuple of three would always be true."""
+        return bool(self.steps or self.every)
+
     @property
     def first(self) -> int | None:
         return min({*self.steps, *self.every}, default=None)
