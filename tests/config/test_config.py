@@ -309,6 +309,7 @@ ROOMS = (
     "begin",
     "instruments",
     "verify",
+    "publish",
     "train",
     "commands",
     "main",

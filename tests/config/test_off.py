@@ -7,7 +7,7 @@ import pytest
 import tiny
 from test_run import losses, run
 
-from moe_jax import train
+from moe_jax import publish, train
 from moe_jax.moe.losses import LOSSES
 from moe_jax.moe.routing import ROUTERS
 
@@ -47,7 +47,7 @@ def test_what_is_off_is_not_made(tmp_path, monkeypatch):
     """
     asked = []
     monkeypatch.setattr(train.interference, "make_meter", lambda *_: asked.append("meter"))
-    monkeypatch.setattr(train, "make_sampler", lambda *_: asked.append("sampler"))
+    monkeypatch.setattr(publish, "make_sampler", lambda *_: asked.append("sampler"))
     monkeypatch.setattr(train.record, "check", lambda *_: asked.append("record"))
     monkeypatch.setattr(train.LoadOverTime, "note", lambda *_: asked.append("load"))
     monkeypatch.setattr(train.flops, "measure_peak", lambda *_: asked.append("peak") or 1e12)

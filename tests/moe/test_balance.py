@@ -370,4 +370,4 @@ def test_max_vio_of_a_whole_evaluation_is_not_the_mean_of_its_batches():
         lm.TASK, ones | {"moe": both, "depth": {}, "routing": np.zeros((2, 1, 2))}, tiny.DATA
     )
     np.testing.assert_allclose(result["moe"]["max_vio"], [0.0, 0.5])
-    assert result["max_vio"] == 0.25  # a scalar, which train.publish writes as eval/max_vio
+    assert result["max_vio"] == 0.25  # a scalar, which publish.py writes as eval/max_vio

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from rich.console import Console
 
-from moe_jax import train
+from moe_jax import publish, train
 from moe_jax.report import banner
 from moe_jax.report.metrics import read_rows
 from moe_jax.runtime import clock
@@ -116,7 +116,7 @@ def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
     """A whole run whose evaluations take half a second: the speed is that of its steps of
     milliseconds.
     """
-    make_evaluate = train.make_evaluate
+    make_evaluate = publish.make_evaluate
 
     def slow(cfg, data):
         evaluate = make_evaluate(cfg, data)
@@ -127,7 +127,7 @@ def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
 
         return slowly
 
-    monkeypatch.setattr(train, "make_evaluate", slow)
+    monkeypatch.setattr(publish, "make_evaluate", slow)
     changes = {
         "model.vocab_size": 256,
         "model.repeats": 1,
