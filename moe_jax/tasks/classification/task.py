@@ -3,6 +3,7 @@
 A bidirectional encoder reads the text, a head its pooled output.
 """
 
+from moe_jax import extras
 from moe_jax.data.examples import Examples, LabelledTokens
 from moe_jax.schema.config import Config
 from moe_jax.tasks import labelled as labels
@@ -10,6 +11,7 @@ from moe_jax.tasks.classification.data import open_classification
 
 
 def open_data(cfg: Config) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "sklearn")
     options = cfg.task_options
     return open_classification(
         options["dataset"],

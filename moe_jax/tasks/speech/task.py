@@ -1,5 +1,6 @@
 """Spoken words: log-mel frames, an MoE encoder, mean pooling."""
 
+from moe_jax import extras
 from moe_jax.data.examples import Examples, LabelledVectors
 from moe_jax.schema.config import Config
 from moe_jax.tasks import labelled as labels
@@ -7,6 +8,7 @@ from moe_jax.tasks.speech.data import open_speech
 
 
 def open_data(cfg: Config) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "kaldi_native_fbank", "sklearn")
     options = cfg.task_options
     return open_speech(
         options["dataset"],

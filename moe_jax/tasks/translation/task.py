@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import extras
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.examples import Examples, PrefixTarget, SourceTarget
 from moe_jax.decoding.sample import Settings, dials
@@ -31,6 +32,7 @@ GREEDY = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=())
 
 
 def open_data(cfg: Config, prefix: bool) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "sacrebleu", "sklearn")
     options = cfg.task_options
     data = open_translation(
         options["dataset"],

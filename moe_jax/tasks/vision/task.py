@@ -3,6 +3,7 @@
 2021, arXiv:2106.05974), mean pooling.
 """
 
+from moe_jax import extras
 from moe_jax.data.examples import Examples, LabelledVectors
 from moe_jax.schema.config import Config
 from moe_jax.tasks import labelled as labels
@@ -10,6 +11,7 @@ from moe_jax.tasks.vision.data import open_vision
 
 
 def open_data(cfg: Config) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "sklearn")
     options = cfg.task_options
     return open_vision(
         options["dataset"],
