@@ -25,6 +25,6 @@ def require(purpose: str, *modules: str) -> None:
     missing = [DISTRIBUTIONS[name] for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"{purpose} needs {' and '.join(missing)}, which is not installed: "
+            f"{purpose} needs {' and '.join(missing)} (not installed): "
             f"pip install {' '.join(missing)}, or install moe_jax with its extra [tasks]"
         )

@@ -67,7 +67,7 @@ def test_a_language_model_trains_without_the_libraries_of_tasks(tmp_path):
 def test_a_missing_library_is_one_line_before_the_training(task, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     cfg = config.build(config_file.read(ROOT / "configs" / f"{task}.py", (), "--change"), 1)
-    message = f"task = '{task}' needs {extras.DISTRIBUTIONS[module]}, which is not installed"
+    message = f"task = '{task}' needs {extras.DISTRIBUTIONS[module]} (not installed)"
     with pytest.raises(UserError, match=re.escape(message)) as error:
         TASKS[task].open(cfg)
     assert "extra [tasks]" in str(error.value) and "\n" not in str(error.value)

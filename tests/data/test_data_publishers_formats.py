@@ -195,4 +195,4 @@ def test_what_the_bible_needs_is_told(tmp_path, capsys, monkeypatch):
     command = ("bible_en_es", "--from", tmp_path, "--out", tmp_path / "data")
     assert "has no SWORD module spaRV1909eb" in refusal(capsys, *command)
     monkeypatch.setitem(sys.modules, "pysword", None)
-    assert "bible_en_es needs pysword, which is not installed" in refusal(capsys, *command)
+    assert "bible_en_es needs pysword (not installed)" in refusal(capsys, *command)
