@@ -72,5 +72,10 @@ def unknown(name: str) -> str:
     return f"{name!r} is no command: {known}"
 
 
+def console() -> int:
+    """Runs the command that the shell gave, and returns its exit code: the script `moe_jax`."""
+    return shell.run_command(main, sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(shell.run_command(main, sys.argv[1:]))
+    sys.exit(console())

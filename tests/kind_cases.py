@@ -1,4 +1,4 @@
-"""A model of every kind, small, with a batch for it: test_models_kinds.py and test_kinds_rules.py."""
+"""A small model of every kind, with a batch: for test_models_kinds.py and test_kinds_rules.py."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def tokens(rng, length, lengths):
 
 
 def inputs(name, seed=0):
-    """A batch for the kind: rows of several lengths, one without any token, and one without source."""
+    """Returns a batch with rows of several lengths, one without any token, one without source."""
     rng = np.random.default_rng(seed)
     batch = tokens(rng, S, [6, 3, 1, 0, 6, 2, 5, 4])
     if name == "encoder of vectors":
@@ -118,7 +118,7 @@ class Run:
             return jax.device_get(self.run(self.params, self.router_state, put(batch), train))
 
     def value_and_gradient(self, batch):
-        """Of a smooth function of logits and balance losses, in training: (logits, sums, gradient)."""
+        """Returns (logits, sums, gradient) of a smooth function of logits and balance losses."""
 
         def value(params, batch):
             logits, sums = self.model.bind(params, self.router_state)(

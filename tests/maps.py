@@ -6,7 +6,8 @@ own linear map into its own subspace.
 
 The loss is the mean squared error per coordinate. Known without training:
 
-    right assignment   0: an expert of hidden width Z computes A_c z exactly (the coordinate that is 1 makes its gates constant)
+    right assignment   0: an expert of hidden width Z computes A_c z exactly (the coordinate that
+    is 1 makes its gates constant)
     one dense network  its outputs lie in the column space of w_out, so it is at best the projection
     of the target on the H largest
                        principal directions (H hidden units, any activation). The covariance is I /

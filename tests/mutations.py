@@ -195,7 +195,7 @@ def gate_and_up_mixed(patch):
 
 
 def capacity_per_device(patch):
-    """The usual way: the tokens of a device share capacity, so that what drops depends on the mesh."""
+    """The tokens of a device share capacity, the usual way: what drops depends on the mesh."""
     patch.setattr(
         layer, "Shape", lambda **sizes: Shape(**(sizes | {"group_tokens": sizes["num_tokens"]}))
     )

@@ -164,5 +164,5 @@ def by_group(listed, devices=1, group_tokens=GROUP_ROWS * S, num_experts=E):
 
 
 def compiled(function):
-    """jit with the backend's optimiser off: tiny programs that run a few times are all compilation."""
+    """Jits without the backend's optimiser: a tiny program that runs a few times is compilation."""
     return jax.jit(function, compiler_options=QUICK)

@@ -2,6 +2,7 @@
 files are, what to do next.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
         "time": duration(seconds),
         "metrics": f"{workdir / 'metrics.jsonl'}",
         "checkpoints": f"{workdir / 'checkpoints'}",
-        "curves": shell.command("tensorboard.main", "--logdir", workdir),
+        "curves": curves(workdir),
     }
     there = {
         name: workdir / file
@@ -76,6 +77,14 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
             "moe_jax", "generate", "--workdir", workdir, "--prompt", "In the beginning"
         )
     return found
+
+
+def curves(workdir: Path) -> str:
+    """Returns the command that shows the curves of a run, and what to install for it first."""
+    command = shell.command("tensorboard.main", "--logdir", workdir)
+    if importlib.util.find_spec("tensorboard") is None:
+        command += "  # after pip install tensorboard"
+    return command
 
 
 def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:

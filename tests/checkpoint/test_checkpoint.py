@@ -144,7 +144,7 @@ def test_scan_and_loop_models_read_each_other(tmp_path, mesh, saved_stacked):
 
 
 def test_a_stack_split_over_its_layers(tmp_path):
-    """As a pipeline would have it: a dimension that is split cannot be indexed before it is moved."""
+    """A pipeline splits this dimension, which cannot be indexed before it is moved."""
     mesh = make_mesh(2, 4)
     with jax.set_mesh(mesh):
         place = jax.NamedSharding(mesh, P("data", "model"))

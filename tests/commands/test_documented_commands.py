@@ -186,7 +186,10 @@ def test_there_are_commands_in_every_kind_of_source():
     assert (
         kinds == {"README.md", "docs", "experiments", "configs", "moe_jax"} and len(COMMANDS) > 80
     )
-    text = "Type `python -m a b`:\n\n    X=1 python -m c 'd e' \\\n      f  # g\n\n| a | `--config.k=1 ...` |\n"
+    text = (
+        "Type `python -m a b`:\n\n    X=1 python -m c 'd e' \\\n      f  # g\n\n"
+        "| a | `--config.k=1 ...` |\n"
+    )
     assert documented.read(text) == ["python -m a b", "python -m c 'd e'  f  # g"]
     assert documented.rows_of_flags(text) == [f"{documented.QUICKSTART} --config.k=1"]
     assert documented.Command("x", "python -m c 'd e' f  # g").flags == ["d e", "f"]

@@ -286,6 +286,7 @@ def test_without_flags_and_help():
 # other.
 ROOMS = (
     "errors",
+    "extras",
     "names",
     "version",
     "runtime",

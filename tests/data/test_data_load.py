@@ -193,7 +193,8 @@ def test_the_interpreter_exits_without_a_word(ending):
     code = f"""
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.load import open_dataset
-dataset = open_dataset((("embedded:verse", 1.0),), seq_len=64, slice_bytes=20000, heldout_bytes=0, heldout_every=20, seed=0)
+options = dict(seq_len=64, slice_bytes=20000, heldout_bytes=0, heldout_every=20, seed=0)
+dataset = open_dataset((("embedded:verse", 1.0),), **options)
 iterator = prefetch(Batches(dataset, "train", 0, 4), 0, 10**6, range(4), 4)
 next(iterator)
 {ending}

@@ -93,7 +93,10 @@ def test_a_domain_that_is_too_small_to_hold_out_is_named():
         UserError, match=r"heldout_every is 6, but domain b has only 5 documents.*at most 5"
     ):
         list(pack.split(documents(a=7, b=5), 6))
-    one = r"domain b has only 1 document, so none is held out: make one domain of several files by a label \(books=text:GLOB\)"
+    one = (
+        "domain b has only 1 document, so none is held out: "
+        r"make one domain of several files by a label \(books=text:GLOB\)"
+    )
     with pytest.raises(UserError, match=one):
         list(pack.split(documents(b=1), 2))
 

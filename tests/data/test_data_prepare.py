@@ -243,7 +243,10 @@ def test_parts_that_do_not_go_together_are_one_message(verse, tmp_path):
     )
     flags = ["--source", f"jsonl:{tmp_path}/a.jsonl", "--tokenizer", "bpe:260", "--seq_len", "128"]
     prepare.main([*flags, "--out", str(tmp_path / "bpe")])
-    differ = r"bpe has tokenizer bpe:260, but .*verse has bytes: prepare all with one \(--tokenizer file:"
+    differ = (
+        "bpe has tokenizer bpe:260, but .*verse has bytes: "
+        r"prepare all with one \(--tokenizer file:"
+    )
     with pytest.raises(UserError, match=differ):
         open_dataset(((str(verse), 1.0), (str(tmp_path / "bpe"), 1.0)), **OPTIONS)
     taken = f"file:{tmp_path}/bpe/tokenizer/tokenizer.json"
@@ -316,7 +319,10 @@ def test_bits_per_byte_are_per_byte_of_the_text_that_a_tokenizer_loses(lossy, ca
         [figures[f"domain/{name}/bits_per_byte"] for name in ("known", "foreign")], bits, rtol=1e-5
     )
     assert prepare.main(lossy_command(lossy)) == 0
-    note = f"changes the text: its ids stand for {pieces['foreign']} bytes where the held-out text of foreign has {text['foreign']};"
+    note = (
+        f"changes the text: its ids stand for {pieces['foreign']} bytes where the held-out text of "
+        f"foreign has {text['foreign']};"
+    )
     assert note in capsys.readouterr().out
 
 

@@ -22,7 +22,10 @@ from moe_jax.tasks.speech import data as speech
 from moe_jax.tasks.translation import data as translation
 from moe_jax.tasks.vision import data as vision
 
-LICENCE = "  1 This software and database is being provided to you  \n  2 WordNet 3.0 Copyright 2006 by Princeton  \n"
+LICENCE = (
+    "  1 This software and database is being provided to you  \n"
+    "  2 WordNet 3.0 Copyright 2006 by Princeton  \n"
+)
 SYNSETS = {
     "noun": [
         (3, "01 entity 0", "~", "that which is perceived"),

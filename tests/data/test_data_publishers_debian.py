@@ -1,4 +1,6 @@
-"""Debian's indices become descriptions, dependencies and pairs; the sums of a release are compared."""
+"""Debian's indices become descriptions, dependencies and pairs; the sums of a release are
+compared.
+"""
 
 import bz2
 import lzma

@@ -246,7 +246,8 @@ IMPORTS = """
 import importlib, sys, threading
 sys.setswitchinterval(1e-5)
 wrong, ended = [], False
-def draw():  # as a progress bar does: it imports what it needs when it needs it, by relative imports
+# A progress bar imports what it needs when it needs it, by relative imports.
+def draw():
     while not ended and not wrong:
         sys.modules.pop("email.mime.text", None)
         try:

@@ -38,10 +38,17 @@ def models(tmp_path_factory, bpe):
     folder = tmp_path_factory.mktemp("models")
     (folder / "corpus.txt").write_text("".join(CORPUS), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "sp"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-        character_coverage=0.98, user_defined_symbols=["\n", "\t"],
-    )  # fmt: skip
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "sp"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        character_coverage=0.98,
+        user_defined_symbols=["\n", "\t"],
+    )
     (folder / "byte_level.json").write_bytes(bpe.model)
 
     vocabulary = (

@@ -202,7 +202,10 @@ def test_greedy_is_the_argmax_of_the_uncached_model(small, prompt, caplog):
     assert texts(small, [prompt], GREEDY._replace(max_tokens=50)) == [tokenizer.decode(expected)]
     texts(small, [prompt], GREEDY)
     said = [r.getMessage() for r in caplog.records]
-    cut = "longer than the context of 32 tokens, so that the model sees only its end: prompt 1 (by 49)"
+    cut = (
+        "longer than the context of 32 tokens, so that the model sees only its end: "
+        "prompt 1 (by 49)"
+    )
     assert said == ([cut] if len(prompt) > CONTEXT else [])
 
 
@@ -234,7 +237,7 @@ def test_another_mesh_stacked_layers_and_shorter_loops_say_the_same(small, monke
 
 
 def test_a_row_ends_at_the_boundary_and_draws_no_token_without_text(small):
-    """Nearly uniform: 3 of 64 places are no token of the tokenizer, and decoding one would raise."""
+    """Nearly uniform: 3 of 64 ids are no token of the tokenizer, and decoding one would raise."""
     got = texts(small, ["A", "B", "C"], GREEDY._replace(temperature=50.0, max_tokens=150))
     assert min(map(len, got)) < 150 and max(map(len, got)) > 20
 

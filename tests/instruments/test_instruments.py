@@ -218,7 +218,7 @@ def test_other_routings_keep_what_they_promise(run):
 
 
 def test_balanced_routing_is_the_best_of_all():
-    """4 tokens, 3 experts, k = 2: at most ceil(8 / 3) = 3 tokens each; all 3^4 assignments tried."""
+    """4 tokens, 3 experts, k = 2: at most ceil(8 / 3) = 3 tokens each; all 3^4 are tried."""
     probs_NE = np.random.default_rng(3).dirichlet(np.ones(3), 4)
     pairs = [(0, 1), (0, 2), (1, 2)]
 

@@ -26,7 +26,8 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
   %fusion.1 = f32[4]{0} fusion(%a), kind=kLoop, calls=%fused
   %tuple.1 = (s32[], /*index=1*/f32[4]{0}) tuple(%a, %fusion.1)
-  %while.1 = (s32[], f32[4]{0}) while(%tuple.1), condition=%cond, body=%body, metadata={op_name="jit(s)/transpose(jvp(moe))/experts/while"}
+  %while.1 = (s32[], f32[4]{0}) while(%tuple.1), condition=%cond, body=%body, \
+metadata={op_name="jit(s)/transpose(jvp(moe))/experts/while"}
   %copy.1 = f32[4]{0} copy(%a)
   %copy.2 = f32[4]{0} copy(%copy.1)
   ROOT %add.1 = f32[4]{0} add(%a, %copy.2), metadata={op_name="jit(step)/optimizer/add"}

@@ -422,9 +422,12 @@ def test_capacity_one_leaks_nothing_and_is_not_refused():
 # Counts.
 
 PATTERN = {
-    "prefix": ("depth:dense", "dense"), "period": ("moe", "depth:moe"), "repeats": 2, "allow_leak": True,
+    "prefix": ("depth:dense", "dense"),
+    "period": ("moe", "depth:moe"),
+    "repeats": 2,
+    "allow_leak": True,
     "depth": {"capacity": 0.25, "loss": 0.0},
-}  # fmt: skip
+}
 
 
 def test_parameters_are_those_of_the_model():

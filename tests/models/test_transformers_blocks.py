@@ -184,7 +184,7 @@ def test_equals_the_block_of_transformers(case):
 
 
 def test_every_part_of_deepseek_is_needed():
-    """A wrong bias, number of groups or scale would be seen: each of them alone changes the output."""
+    """Bias, number of groups and scale: each of them alone changes the output."""
     make, kwargs, router, options = CASES["DeepSeek-V3"]
     block = random_block(make, kwargs)
     x = np.random.default_rng(0).normal(size=(B, S, D)).astype(np.float32)

@@ -195,7 +195,7 @@ def test_a_weight_gradient_is_accumulated_and_returned_wider_than_the_rows():
 
 
 def test_no_expert_pays_for_another(float64):
-    """Weights of NaN at an expert without rows reach nothing but the weights' own (zero) gradient."""
+    """NaN in weights of an expert without rows reaches nothing but their own (zero) gradient."""
     args, dy_RD = make(LAYOUTS["empty experts"])
     poisoned = args[:4] + tuple(w.at[0].set(jnp.nan) for w in args[4:])
     assert_near(

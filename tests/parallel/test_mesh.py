@@ -122,7 +122,8 @@ def test_expected_collectives(float64, shape, dispatcher):
         batch = tiny.put(program.cfg, tiny.batch(program.cfg))
         text = program.step.lower(first, batch).compile().as_text()
     found = re.findall(
-        r" (all-to-all|all-gather|all-reduce|reduce-scatter)(?:-start)?\(.*?replica_groups=(\S+?),? ",
+        r" (all-to-all|all-gather|all-reduce|reduce-scatter)(?:-start)?"
+        r"\(.*?replica_groups=(\S+?),? ",
         text,
     )
     names = {name for name, groups in found if groups not in ("{{0}}", "[1,1]<=[1]")}

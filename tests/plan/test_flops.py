@@ -152,9 +152,16 @@ def test_counts_worked_by_hand():
 
 B, S = 2, 4
 REFERENCE = {
-    "d_model": 96, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "ffn_hidden": 160, "vocab_size": 128,
-    "prefix": ("dense",), "qk_norm": True, "attention_bias": True,
-}  # fmt: skip
+    "d_model": 96,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 64,
+    "ffn_hidden": 160,
+    "vocab_size": 128,
+    "prefix": ("dense",),
+    "qk_norm": True,
+    "attention_bias": True,
+}
 REFERENCE_MOE = {"num_experts": 8, "expert_hidden": 64, "shared_experts": 1}
 
 

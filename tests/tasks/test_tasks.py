@@ -149,7 +149,7 @@ def write(path, lines):
 
 
 def spoken(folder):
-    """Three digits by two speakers, as tones: 30 recordings of the test part and 18 to learn from."""
+    """Three digits by two speakers, as tones: 30 recordings to be tested on, 18 to learn from."""
     folder.mkdir()
     for digit, speaker, index in itertools.product(range(3), ("ann", "bob"), range(8)):
         turns = 2 * np.pi * np.arange(800 + 160 * index) * (300 * (digit + 1) + 10 * index) / 8000

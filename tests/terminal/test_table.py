@@ -308,7 +308,8 @@ def read_from_terminal(write, columns):
 
 def test_sentences_break_between_words_on_a_terminal_alone(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    text = "error: data.seq_len = 3 is too short for /a/path/that/is/longer/than/a/line/and/stays/whole.npz"
+    text = "error: data.seq_len = 3 is too short for "
+    text += "/a/path/that/is/longer/than/a/line/and/stays/whole.npz"
     text += "\n  a command to copy, longer than forty columns"
     shown = read_from_terminal(lambda terminal: shell.tell(text, terminal), 40)
     assert (

@@ -41,7 +41,7 @@ def shrunk(changes):
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """changes -> (the reference of the sound code, the directory with its first state in "begin")."""
+    """Returns changes -> (the reference of the sound code, a directory with its first state)."""
 
     @functools.cache
     def make(changes):

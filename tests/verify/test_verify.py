@@ -135,7 +135,7 @@ SMALL = {
 
 
 def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypatch):
-    """A whole proof of a small config, with a mesh that is refused, in this process and two others."""
+    """Proves a small config, with a mesh that is refused, in this process and two others."""
     raw, ones = tiny.raw(SMALL), []
     monkeypatch.setattr(run, "reference", lambda *args: ones.append(reference(*args)) or ones[-1])
     said: list[str] = []

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax import extras
 from moe_jax.data.publishers.contract import Converted
 from moe_jax.data.publishers.given import Given, Source
 from moe_jax.data.publishers.written import table
@@ -60,12 +61,8 @@ def _plain(text: str) -> str:
 
 def _modules(given: Given) -> dict[str, tuple[Any, str]]:
     """Returns (Bible, version) of both modules, from folders with mods.d or from zip files."""
-    try:
-        reader = importlib.import_module("pysword.modules")
-    except ImportError:
-        raise UserError(
-            "bible_en_es needs a reader of SWORD modules: pip install pysword"
-        ) from None
+    extras.require("bible_en_es", "pysword")
+    reader = importlib.import_module("pysword.modules")
     found: dict[str, tuple[Any, str]] = {}
     for path in given.paths:
         try:

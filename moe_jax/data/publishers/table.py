@@ -78,7 +78,7 @@ SETS = {
     "bible_en_es": Published(
         what="verses of the King James Bible and the Reina-Valera of 1909",
         licence="public domain (in the United Kingdom the English text has a royal patent)",
-        where="Debian's packages sword-text-kjv and sword-text-sparv; needs `pip install pysword`",
+        where="Debian's packages sword-text-kjv and sword-text-sparv; needs pysword (extra [tasks])",
         give="/usr/share/sword, or the folder that holds mods.d and modules after `dpkg-deb -x`",
         direct="",
         config="configs/translation.py",

@@ -5,6 +5,7 @@ A bidirectional encoder reads the text, a head its pooled output.
 
 import dataclasses
 
+from moe_jax import extras
 from moe_jax.data.examples import Examples, LabelledTokens
 from moe_jax.models import article, encoder
 from moe_jax.schema.config import Config
@@ -31,6 +32,7 @@ def _options(cfg: Config) -> Options:
 
 
 def open_data(cfg: Config) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "sklearn")
     options = _options(cfg)
     return open_classification(
         options.dataset,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import extras
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.examples import Examples, PrefixTarget, SourceTarget
 from moe_jax.decoding.sample import Settings, dials
@@ -48,6 +49,7 @@ def _options(cfg: Config) -> Options:
 
 
 def open_data(cfg: Config, prefix: bool) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "sacrebleu", "sklearn")
     options = _options(cfg)
     data = open_translation(
         options.dataset,

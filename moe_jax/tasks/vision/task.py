@@ -5,6 +5,7 @@
 
 import dataclasses
 
+from moe_jax import extras
 from moe_jax.data.examples import Examples, LabelledVectors
 from moe_jax.models import encoder
 from moe_jax.schema.config import Config
@@ -32,6 +33,7 @@ def _options(cfg: Config) -> Options:
 
 
 def open_data(cfg: Config) -> Examples:
+    extras.require(f"task = {cfg.task!r}", "sklearn")
     options = _options(cfg)
     return open_vision(
         options.dataset,

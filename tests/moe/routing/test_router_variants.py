@@ -334,7 +334,7 @@ def test_cosine_gradients_are_those_of_differences_and_finite_for_a_zero_token(f
 
 
 def test_null_by_hand(float64):
-    """Probabilities .4 .3 .2 .1 of two experts and two null ones, k = 3: the third choice is null."""
+    """Probabilities .4 .3 .2 .1 of two experts and two null ones, k = 3: the third is null."""
 
     def one(**changes):
         return route("null", np.eye(1), {"gate": LOGITS}, num_experts=2, k=3, num_null=2, **changes)

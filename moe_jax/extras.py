@@ -1,0 +1,30 @@
+"""Libraries that only some tasks need: training a language model imports none of them.
+
+The extra `tasks` of the package installs them all (requirements/tasks.txt).
+"""
+
+import importlib.util
+
+from moe_jax.errors import UserError
+
+# What Python imports -> what pip installs.
+DISTRIBUTIONS = {
+    "kaldi_native_fbank": "kaldi-native-fbank",
+    "pysword": "pysword",
+    "sacrebleu": "sacrebleu",
+    "sklearn": "scikit-learn",
+}
+
+
+def require(purpose: str, *modules: str) -> None:
+    """Raises UserError when one of `modules` (keys of DISTRIBUTIONS) is not installed.
+
+    Call it before the work whose last step needs the library: a missing baseline must not show
+    itself after the training. `purpose` begins the message, such as "task = 'speech'".
+    """
+    missing = [DISTRIBUTIONS[name] for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{purpose} needs {' and '.join(missing)} (not installed): "
+            f"pip install {' '.join(missing)}, or install moe_jax with its extra [tasks]"
+        )
