@@ -20,7 +20,7 @@ from moe_jax.data.pack import Rows, interleaved, positions
 from moe_jax.data.part import Part
 from moe_jax.data.prepared import open_prepared
 from moe_jax.data.survey import Counts
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 

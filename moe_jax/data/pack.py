@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.data.documents import Document
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 SPLITS = ("train", "heldout")

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.data.pack import Rows
 from moe_jax.data.survey import Counts
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 
 
 class Store(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moe_jax.data.documents import Document
 from moe_jax.data.pack import SPLITS
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 MOST_DOMAINS = 256  # a row stores the domain of each token in a byte

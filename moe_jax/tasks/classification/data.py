@@ -21,7 +21,7 @@ from moe_jax.data.records import labels as numbers
 from moe_jax.data.records import tfds_examples, vocabulary
 from moe_jax.data.records.split import is_heldout, key_of_text, longest_sentence
 from moe_jax.data.sources.characters import open_text, plain, readable
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 KIND = "classification"

@@ -17,7 +17,7 @@ from moe_jax.data.examples import Examples, Fields, Pairs, Ragged
 from moe_jax.data.records import folder as files
 from moe_jax.data.records import tfds_examples, vocabulary
 from moe_jax.data.records.split import is_heldout, key_of_text
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 KIND = "translation"
