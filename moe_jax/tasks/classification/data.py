@@ -246,7 +246,7 @@ def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tok
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         tokens_BS, there_BS = examples.padded(rows[split], index_B, seq_len)
         label_N, domain_N = number[split]
-        fields = {"tokens_BS": tokens_BS.astype(np.int32), **examples.places(there_BS)}
+        fields = {"tokens_BS": tokens_BS.astype(np.int32), **examples.one_segment(there_BS)}
         return {**fields, **examples.labelled(label_N[index_B], domain_N[index_B])}
 
     arrays = [array for split in parts for array in (*rows[split], *number[split])]

@@ -264,6 +264,6 @@ def _predictions(
     return {
         "tokens_BS": np.where(there_BS, values[:, :-1], 0).astype(np.int32),
         "targets_BS": values[:, 1:].astype(np.int32),
-        **examples.places(there_BS),
+        **examples.one_segment(there_BS),
         "domain_BS": np.where(there_BS, domain_B[:, None], 0),
     }
