@@ -41,7 +41,7 @@ def _by_key(text: str, label: str, domain: str = "") -> Text:
 
 def _vader(folder: str) -> Iterator[list[str]]:
     name = "vader_sentiment_4domains.tsv.gz"
-    return files.table(files.find(folder, KIND, name, "vader"), 3, header=True)
+    return files.read_tsv(files.find(folder, KIND, name, "vader"), 3, header=True)
 
 
 def read_vader(folder: str) -> Iterator[Text]:
@@ -77,13 +77,13 @@ def read_vader_domain(folder: str) -> Iterator[Text]:
 def read_wordnet(folder: str) -> Iterator[Text]:
     """WordNet's glosses; the label is the lexicographer's file (supersense, 45 of them)."""
     path = files.find(folder, KIND, "wordnet30_supersense.tsv.gz", "wordnet")
-    return (_by_key(gloss, sense) for sense, _, gloss in files.table(path, 3, header=True))
+    return (_by_key(gloss, sense) for sense, _, gloss in files.read_tsv(path, 3, header=True))
 
 
 def read_debian(folder: str) -> Iterator[Text]:
     """Descriptions of Debian packages; the label is the section, of the 20 with most packages."""
     path = files.find(folder, KIND, "debian12_descriptions_by_section.tsv.gz", "debian")
-    rows = list(files.table(path, 3, header=True))
+    rows = list(files.read_tsv(path, 3, header=True))
     top = {section for section, _ in Counter(row[0] for row in rows).most_common(20)}
     for section, _, text in rows:
         if section in top:

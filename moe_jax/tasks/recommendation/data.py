@@ -30,7 +30,7 @@ Interactions = Mapping[str, Sequence[str]]  # user -> items
 def read_debian_depends(folder: str) -> Interactions:
     """Packages of Debian 12 as users, what they depend on as items."""
     path = files.find(folder, KIND, "debian12_depends.tsv.gz", "debian_depends")
-    return {user: items.split() for user, items in files.table(path, 2, header=True)}
+    return {user: items.split() for user, items in files.read_tsv(path, 2, header=True)}
 
 
 def family(package: str) -> str:

@@ -42,7 +42,7 @@ class Parallel(NamedTuple):
 def read_bible(folder: str) -> Iterator[Pair]:
     """Verses of the King James Bible and the Reina-Valera of 1909; the domain is the testament."""
     domain = "old"
-    for verse, english, spanish in files.table(
+    for verse, english, spanish in files.read_tsv(
         files.find(folder, KIND, "bible_kjv_rv1909_en_es.tsv.gz", "bible_en_es"), 3, header=False
     ):
         domain = "new" if verse.startswith("Matthew ") else domain
@@ -54,7 +54,7 @@ def _debian(language: str) -> Callable[[str], Iterator[Pair]]:
         path = files.find(folder, KIND, f"ddtp_en_{language}.tsv.gz", f"debian_en_{language}")
         return (
             Pair(source, target, "debian", "", key_of_text(source))
-            for source, target in files.table(path, 2, header=False)
+            for source, target in files.read_tsv(path, 2, header=False)
         )
 
     return read
