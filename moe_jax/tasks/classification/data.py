@@ -19,7 +19,7 @@ from moe_jax.data.examples import Classes, Examples, Fields
 from moe_jax.data.records import folder as files
 from moe_jax.data.records import labels as numbers
 from moe_jax.data.records import tfds_examples, vocabulary
-from moe_jax.data.records.split import is_heldout, key_of_text, longest_sentence
+from moe_jax.data.records.split import is_heldout, key_of_text, longest_sentence, split_examples
 from moe_jax.data.sources.characters import open_text, plain, readable
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
@@ -180,7 +180,7 @@ def open_classification(
     if not name.startswith(tfds_examples.PREFIX) and name not in DATASETS:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     found = read_tfds(name) if name.startswith(tfds_examples.PREFIX) else DATASETS[name](folder)
-    parts, notes = labelled(split(found, heldout_every))
+    parts, notes = labelled(split_examples(found, heldout_every))
     if select:
         parts = selection(parts["train"], heldout_every)
         chosen, every = len(parts["heldout"]), sum(map(len, parts.values()))
@@ -197,16 +197,6 @@ def open_classification(
         name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]])
     )
     return rows._replace(notes=(*notes, *rows.notes))
-
-
-def split(found: Iterator[Text], heldout_every: int) -> dict[str, list[Text]]:
-    """The texts of both splits."""
-    parts: dict[str, list[Text]] = {"train": [], "heldout": []}
-    for text in found:
-        parts[text.split or ("heldout" if is_heldout(text.key, heldout_every) else "train")].append(
-            text
-        )
-    return parts
 
 
 def labelled(parts: dict[str, list[Text]]) -> tuple[dict[str, list[Text]], tuple[str, ...]]:

@@ -16,7 +16,7 @@ from moe_jax.data import examples
 from moe_jax.data.examples import Examples, Fields, Pairs, Ragged
 from moe_jax.data.records import folder as files
 from moe_jax.data.records import tfds_examples, vocabulary
-from moe_jax.data.records.split import is_heldout, key_of_text
+from moe_jax.data.records.split import key_of_text, split_examples
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
@@ -127,17 +127,11 @@ def open_translation(
 
 
 def split(found: Iterator[Pair], heldout_every: int) -> dict[str, list[Pair]]:
-    """The pairs of both splits; the training pairs without those whose source is held out as well."""
-    parts: dict[str, list[Pair]] = {"train": [], "heldout": []}
-    for pair in found:
-        parts[pair.split or ("heldout" if is_heldout(pair.key, heldout_every) else "train")].append(
-            pair
-        )
-    tested = {key_of_text(pair.source) for pair in parts["heldout"]}
-    return {
-        **parts,
-        "train": [pair for pair in parts["train"] if key_of_text(pair.source) not in tested],
-    }
+    """Returns the pairs of both splits, without training pairs whose source is held out as well."""
+    parts = split_examples(found, heldout_every)
+    held_out = {key_of_text(pair.source) for pair in parts["heldout"]}
+    train = [pair for pair in parts["train"] if key_of_text(pair.source) not in held_out]
+    return {**parts, "train": train}
 
 
 def _rows(
