@@ -179,7 +179,7 @@ def _rows(
 
 
 def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
-    """float32 [F, M]: logarithms of the energies in mel bands, F = samples / (rate / 100) rounded."""
+    """Returns log energies in mel bands, float32 [F, M]; F = samples / (rate / 100), rounded."""
     import kaldi_native_fbank
 
     options = kaldi_native_fbank.FbankOptions()
