@@ -40,7 +40,7 @@ def committed_steps(directory: Path) -> list[int]:
 
 
 def has_manifest(path: Path) -> bool:
-    """Is there a manifest, of whatever kind? One that cannot be looked at is there: it is damage."""
+    """Returns whether there is a manifest; one that cannot be looked at counts: it is damage."""
     try:
         os.lstat(path / manifest.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -150,7 +150,7 @@ def _scores(directory: Path, steps: Iterable[int]) -> dict[int, float | None]:
 
 
 def _first_sound(directory: Path, steps: list[int], number: int, sound: set[int]) -> list[int]:
-    """Returns the first `number` sound ones of `steps`; the damaged that come before are set aside."""
+    """Returns the first `number` sound `steps`; damaged ones before them are set aside."""
     found: list[int] = []
     for step in steps:
         path = step_path(directory, step)

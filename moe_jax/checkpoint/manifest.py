@@ -112,7 +112,7 @@ def _changed(path: Path, name: str, wanted: list[Any]) -> str:
 
 
 def _refuse_damage(content: Any, name: str) -> None:
-    """Raises Damaged unless `content` is the manifest of the directory `name`, as it was written."""
+    """Raises Damaged unless `content` is the manifest of directory `name`, as it was written."""
     if not isinstance(content, dict):
         raise Damaged(f"{MANIFEST} is a {type(content).__name__}")
     signed = OWN_DIGEST in content

@@ -172,7 +172,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def _is_there(self, step: int) -> bool:
-        """Is a checkpoint that was saved or restored still there? Nobody else may have removed it."""
+        """Returns whether a checkpoint that was saved or restored is still there."""
         path = folder.step_path(self.directory, step)
         return bool(_agree(jax.process_index() == 0 and folder.has_manifest(path)))
 

@@ -1,6 +1,6 @@
-"""Batches as a pure function of (seed, step, row): to resume is to ask for another step, and no
-process needs another.
+"""Batches as a pure function of (seed, step, row).
 
+To resume is to ask for another step, and each process reads its own rows without the others.
 Shapes: B rows of a batch (or of this process's share of it), S positions.
 """
 
@@ -25,15 +25,17 @@ class Batch(NamedTuple):
     segment_BS: np.ndarray
     position_BS: np.ndarray
     domain_BS: np.ndarray
-    row_B: np.ndarray  # place of the row in the batch of all processes
+    row_B: np.ndarray  # index of the row in the batch of all processes
 
 
 class Batches:
     """The endless shuffled stream of the rows of one split, in batches."""
 
     def __init__(self, dataset: Data, split: str, seed: int, batch_size: int):
-        """UserError if the split has fewer rows than one batch."""
-        self._dataset, self._split, self._batch_size = dataset, split, batch_size
+        """Orders the rows; UserError if the split has fewer rows than one batch."""
+        self._dataset = dataset
+        self._split = split
+        self._batch_size = batch_size
         self._sizes = dataset.sizes(split)
         if sum(self._sizes) < batch_size:
             raise UserError(
@@ -44,54 +46,48 @@ class Batches:
         self._order = _order(self._sizes, dataset.weights, seed)
 
     def rows(self, step: int, rows: Sequence[int] | np.ndarray) -> Any:
-        """The given rows (0 .. batch_size - 1) of a step: elements step * batch_size + row of the
-        stream.
+        """Returns the given rows (0 .. batch_size - 1) of a step, as `Data.batch` has them.
+
+        Row r is element step * batch_size + r of the stream.
         """
         row_B = np.asarray(rows, np.int32)
-        places = np.array(
-            [self._order[step * self._batch_size + int(row)] for row in row_B], np.int64
-        ).reshape(-1, 2)
-        return self._dataset.batch(
-            self._split, places[:, 0], places[:, 1], row_B, np.ones(len(row_B), bool)
-        )
+        first = step * self._batch_size
+        pairs = [self._order[first + int(row)] for row in row_B]
+        part_B, index_B = np.array(pairs, np.int64).reshape(-1, 2).T
+        return self._dataset.batch(self._split, part_B, index_B, row_B, np.ones(len(row_B), bool))
 
     def epoch(self, step: int) -> float:
-        """How often the rows have been seen before `step`; of a mixture, those of the part seen
-        most often.
+        """Returns how often the rows were read before `step`.
+
+        Of a mixture it is the part that was read most often.
         """
+        num_rows = step * self._batch_size
         weights = self._dataset.weights
-        return max(
-            step * self._batch_size * weight / size for weight, size in zip(weights, self._sizes)
-        )
+        return max(num_rows * weight / size for weight, size in zip(weights, self._sizes))
 
 
 def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """The endless stream of (part, row): each part shuffled anew in each of its epochs, mixed by
-    weight.
+    """Returns the endless stream of (part, index of the row in it).
+
+    Each part is shuffled anew in each of its epochs; several parts are mixed by weight.
     """
-    streams = [
-        grain.MapDataset.range(size)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map(lambda row, part=part: (part, row))
-        for part, size in enumerate(sizes)
-    ]
+    streams = []
+    for part, size in enumerate(sizes):
+        index = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+        streams.append(index.map(lambda row, part=part: (part, row)))
     order = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
-    order[
-        0
-    ]  # grain sets itself up at the first element, which must not happen in two threads at once
+    # grain sets itself up at the first element, which must not happen in two threads at once.
+    order[0]
     return order
 
 
 def prefetch(
     batches: Batches, start_step: int, stop_step: int, rows: Sequence[int] | np.ndarray, depth: int
 ) -> Generator[Any, None, None]:
-    """Batches of steps start_step .. stop_step - 1, read ahead by threads:
+    """Yields the batches of steps start_step .. stop_step - 1, read ahead by threads.
 
-    `depth` of them (0: none) are kept ready.
-
-    Nothing before start_step is read. Ends its threads when it is exhausted or closed.
+    The threads keep `depth` batches ready (0: none is read ahead). Nothing before start_step is
+    read. The threads end when the generator is exhausted or closed.
     """
     options = grain.ReadOptions(num_threads=min(depth, 2), prefetch_buffer_size=depth)
     steps = grain.MapDataset.range(start_step, stop_step).map(lambda step: batches.rows(step, rows))
@@ -108,17 +104,17 @@ def eval_batches(
     num_batches: int | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Any]:
-    """The held-out rows in a fixed order, one of each domain in turn, so that any first part is
-    even over domains.
+    """Yields the held-out rows in a fixed order, one of each domain in turn.
 
-    `num_batches` None: all of them, the last batch filled up with padding. `rows`: this process's
-    rows of each batch.
+    So any first batches are even over the domains. `num_batches` None means all of them; the last
+    batch is filled up with padding. `rows`: this process's rows of each batch (None: all).
     """
     part_R, index_R = dataset.heldout_order()
     row_B = np.arange(batch_size, dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
     most = -(-len(part_R) // batch_size)
-    for number in range(most if num_batches is None else min(num_batches, most)):
-        place_B = number * batch_size + row_B
-        there_B = place_B < len(part_R)
-        place_B = np.where(there_B, place_B, 0)
-        yield dataset.batch("heldout", part_R[place_B], index_R[place_B], row_B, there_B)
+    count = most if num_batches is None else min(num_batches, most)
+    for number in range(count):
+        order_B = number * batch_size + row_B
+        valid_B = order_B < len(part_R)
+        order_B = np.where(valid_B, order_B, 0)
+        yield dataset.batch("heldout", part_R[order_B], index_R[order_B], row_B, valid_B)

@@ -1,9 +1,9 @@
-"""What the data of any task is to training, evaluation and the instruments: rows by number, in two
-splits.
+"""The data of a task as training, evaluation and the instruments see it: rows by index, two splits.
 
 Row order, shuffling, epochs and resuming are the business of data/batches.py, which needs no more
 than this. It is fulfilled by `load.Dataset` (packed text) and `examples.Examples` (labelled texts,
-vectors, pairs of sentences, baskets). Shapes: B rows of a batch, R held-out rows, Z domains.
+vectors, pairs of sentences, baskets). The held-out split is called "heldout" in names of files and
+of functions. Shapes: B rows of a batch, R held-out rows, Z domains.
 """
 
 import pathlib
@@ -15,33 +15,31 @@ import numpy as np
 class Data(Protocol):
     @property
     def domains(self) -> tuple[str, ...]:
-        """Labels of held-out rows in the pictures of the routing: domains of text, or classes; at
-        least one.
-        """
+        """The names [Z] by which held-out rows are told apart: domains of text, or classes."""
         ...
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the parts in the training stream, summing to 1."""
+        """The share of each part in the training stream, summing to 1."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what decides the rows; checked on resume."""
+        """The sha256 of what decides the rows; a run that resumes compares it."""
         ...
 
     @property
     def seq_len(self) -> int:
-        """Places of a row: tokens, patches, frames, items."""
+        """The number of positions of a row: tokens, patches, frames or items."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the run tells of the data at its start, in sentences: what was left out or cut."""
+        """Sentences for the log of the run at its start: what was left out or cut."""
         ...
 
     def sizes(self, split: str) -> list[int]:
-        """Rows of each part; split is "train" or "heldout"."""
+        """Returns the number of rows of each part; split is "train" or "heldout"."""
         ...
 
     def batch(
@@ -50,25 +48,25 @@ class Data(Protocol):
         part_B: np.ndarray,
         index_B: np.ndarray,
         row_B: np.ndarray,
-        there_B: np.ndarray,
+        valid_B: np.ndarray,
     ) -> Any:
-        """A NamedTuple of arrays [B, ...]: the rows `index_B` of the parts `part_B`, all of it
-        padding where not `there_B`.
+        """Returns a NamedTuple of arrays [B, ...]: the rows `index_B` of the parts `part_B`.
+
+        `row_B` goes into it as it is. A row is all padding where not `valid_B`.
         """
         ...
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """(part_R, index_R) of every held-out row in the order of evaluation, one of each domain in
-        turn.
+        """Returns (part_R, index_R) of all held-out rows in the order of evaluation.
+
+        It takes one row of each domain in turn.
         """
         ...
 
     def name(self) -> str:
-        """What messages call it."""
+        """Returns the name of the data in messages."""
         ...
 
     def save(self, workdir: pathlib.Path) -> None:
-        """Writes what reading a model's outputs needs later: the tokenizer, the names of the
-        labels.
-        """
+        """Writes what a reader of the model's outputs needs: tokenizer, names of the labels."""
         ...

@@ -1,11 +1,13 @@
-"""What every source yields: a document with its domain, and how a long text is cut into documents."""
+"""The document that every source yields, and how a long text is cut into documents."""
 
+import itertools
 from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """One text that stands alone: attention never crosses its ends, and it is held out as a whole
-    or not at all.
+    """One text that stands alone.
+
+    Attention never crosses its ends, and it is held out as a whole or not at all.
     """
 
     text: str
@@ -13,21 +15,22 @@ class Document(NamedTuple):
 
 
 def cut(text: str, size: int) -> list[str]:
-    """Cuts `text` into near-equal pieces of about `size` characters (the pieces concatenate to the
-    text).
+    """Cuts `text` into near-equal pieces of about `size` characters, which concatenate to it.
 
-    A cut falls after the last blank line within half a piece of its place, else after a line, else
-    exactly there.
+    Of each cut between equal pieces the last blank line within half a piece before it is taken,
+    else the last end of a line, else the cut itself.
     """
     num_pieces = max(1, round(len(text) / size))
-    ends = [_end_near(text, len(text) * i // num_pieces, size // 2) for i in range(1, num_pieces)]
-    starts = [0, *sorted(set(ends))]
-    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
+    equal_cuts = [len(text) * i // num_pieces for i in range(1, num_pieces)]
+    cuts = {_cut_before(text, offset, size // 2) for offset in equal_cuts}
+    bounds = [0, *sorted(cuts), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def _end_near(text: str, place: int, window: int) -> int:
+def _cut_before(text: str, offset: int, window: int) -> int:
+    """Returns where to cut, at most `window` characters before `offset`."""
     for mark in ("\n\n", "\n"):
-        found = text.rfind(mark, place - window, place)
-        if found >= 0:
-            return found + len(mark)
-    return place
+        start = text.rfind(mark, offset - window, offset)
+        if start >= 0:
+            return start + len(mark)
+    return offset

@@ -1,5 +1,6 @@
-"""The embedded text, packed in memory when a run starts: no preparation, the first step after a
-second or two.
+"""Packs the embedded text in memory when a run starts.
+
+It needs no preparation: the first step follows after a second or two.
 """
 
 from collections.abc import Iterable
@@ -24,53 +25,57 @@ def open_embedded(
     """
     pairs = list(pack.split(sources.read(spec), heldout_every))
     pairs = _slice(_slice(pairs, "train", slice_bytes), "heldout", heldout_bytes)
-    found = survey(pairs)
+    surveyed = survey(pairs)
+    domains = surveyed.domains
     tokenizer = bytes_tokenizer()
-    train = _joined(pack.pack_train(only(pairs, "train"), seq_len, tokenizer, found.domains, seed))
-    heldout = _joined(pack.pack_heldout(only(pairs, "heldout"), seq_len, tokenizer, found.domains))
+    train = _joined(pack.pack_train(only(pairs, "train"), seq_len, tokenizer, domains, seed))
+    heldout = _joined(pack.pack_heldout(only(pairs, "heldout"), seq_len, tokenizer, domains))
 
     def text(split: str, domain: str) -> bytes:
-        return b"".join(d.text.encode("utf-8") for d in only(pairs, split) if d.domain == domain)
+        texts = [document.text for document in only(pairs, split) if document.domain == domain]
+        return "".join(texts).encode("utf-8")
 
     return Part(
         spec=spec,
         tokenizer=tokenizer,
         seq_len=seq_len,
-        domains=found.domains,
+        domains=domains,
         train=in_memory(train),
         heldout=in_memory(heldout),
         heldout_domain_R=heldout.domain_RS[:, 0],
-        documents=found.documents,
-        text_bytes=found.text_bytes,
-        heldout_piece_bytes=found.text_bytes["heldout"],
+        documents=surveyed.documents,
+        text_bytes=surveyed.text_bytes,
+        # The ids of `bytes` stand for exactly the bytes of the text.
+        heldout_piece_bytes=surveyed.text_bytes["heldout"],
         text=text,
-        fingerprint=fingerprint(found, tokenizer, seq_len, heldout_every, seed),
+        fingerprint=fingerprint(surveyed, tokenizer, seq_len, heldout_every, seed),
     )
 
 
 def _slice(
-    pairs: list[tuple[str, Document]], which: str, most_bytes: int
+    pairs: list[tuple[str, Document]], sliced: str, most_bytes: int
 ) -> list[tuple[str, Document]]:
-    """All of the other split, and of each domain as many documents of the split `which` as fit, at
-    least one.
+    """Returns the pairs with at most `most_bytes` of each domain in the split `sliced` (0: all).
 
-    They are drawn by a fixed shuffle of the domain, not by the run's seed: a slice is one data set,
-    the same for every run and whatever other domains are chosen.
+    At least one document of each domain stays. They are drawn by a fixed shuffle of the domain, not
+    by the run's seed: a slice is one data set, the same for every run and whatever other domains
+    are chosen. The other split stays as it is.
     """
     if not most_bytes:
         return pairs
-    chosen = {i for i, (split, _) in enumerate(pairs) if split != which}
-    for domain in {document.domain for _, document in pairs}:
-        mine = [
-            i
-            for i, (split, document) in enumerate(pairs)
-            if (split, document.domain) == (which, domain)
-        ]
-        mine = np.random.default_rng(0).permutation(np.array(mine))
-        ends = np.cumsum([len(pairs[i][1].text.encode("utf-8")) for i in mine])
-        chosen.update(mine[: max(1, int(np.searchsorted(ends, most_bytes, side="right")))].tolist())
-    return [pair for i, pair in enumerate(pairs) if i in chosen]
+    kept = {i for i, (split, _) in enumerate(pairs) if split != sliced}
+    by_domain: dict[str, list[int]] = {}
+    for i, (split, document) in enumerate(pairs):
+        if split == sliced:
+            by_domain.setdefault(document.domain, []).append(i)
+    for indices in by_domain.values():
+        shuffled = np.random.default_rng(0).permutation(np.array(indices))
+        ends = np.cumsum([len(pairs[i][1].text.encode("utf-8")) for i in shuffled])
+        fitting = int(np.searchsorted(ends, most_bytes, side="right"))
+        kept.update(shuffled[: max(1, fitting)].tolist())
+    return [pair for i, pair in enumerate(pairs) if i in kept]
 
 
 def _joined(blocks: Iterable[pack.Rows]) -> pack.Rows:
+    """Returns all rows of the blocks as one."""
     return pack.Rows(*(np.concatenate(fields) for fields in zip(*blocks)))

@@ -1,12 +1,11 @@
 """Examples in memory: labelled texts and vectors, pairs of sentences, baskets of items.
 
-Each is one row; nothing is packed.
+Each example is one row; nothing is packed. A row is built from compact arrays when it is asked for.
 
-A row is built when it is asked for, from compact arrays. `Examples` does not know what is in a row:
-it is generic over the NamedTuple of a task's inputs, of which the kinds stand here. In all of them
-padding has segment 0 (or weight 0), tokens 0 and position 0, and arrays are int32 where no other
-type is named. Shapes: B rows, S places of a row, P width of a vector, L items of a basket, N
-examples, R held-out rows.
+`Examples` does not know what is in a row: it is generic over the NamedTuple of a task's inputs. The
+kinds of inputs stand here. In all of them padding has segment 0 (or weight 0), tokens 0 and
+position 0, and arrays are int32 where no other type is named. Shapes: B rows, S positions of a row,
+P width of a vector, L items of a basket, N examples, R held-out rows.
 """
 
 import hashlib
@@ -19,11 +18,14 @@ import numpy as np
 
 from moe_jax.data.pack import interleaved
 
-Fields = dict[str, np.ndarray]  # of a batch, all but row_B
+Fields = dict[str, np.ndarray]  # the arrays of a batch by name, all but row_B
 
 
 class LabelledTokens(NamedTuple):
-    """Texts, each beginning with the tokenizer's boundary, as the rows of a language model do."""
+    """Texts with one label each.
+
+    A text begins with the tokenizer's boundary, as the rows of a language model do.
+    """
 
     tokens_BS: Any
     segment_BS: Any  # 1 where there is a token
@@ -35,7 +37,10 @@ class LabelledTokens(NamedTuple):
 
 
 class LabelledVectors(NamedTuple):
-    """Patches of an image or frames of a recording, standardised by the training part."""
+    """Patches of images or frames of recordings with one label each.
+
+    The values are standardised by the mean and the deviation of the training part.
+    """
 
     values_BSP: Any  # float32
     segment_BS: Any
@@ -47,7 +52,7 @@ class LabelledVectors(NamedTuple):
 
 
 class SourceTarget(NamedTuple):
-    """For an encoder and a decoder.
+    """Pairs of sentences for an encoder and a decoder.
 
     The source ends in the boundary; the target's inputs begin with it, its targets end in it.
     """
@@ -63,21 +68,25 @@ class SourceTarget(NamedTuple):
 
 
 class PrefixTarget(NamedTuple):
-    """Boundary, source, boundary, target in one row. Only what the target predicts has a weight."""
+    """Pairs of sentences in one row: boundary, source, boundary, target.
+
+    Only predictions of the target and of the boundary after it have a weight.
+    """
 
     tokens_BS: Any
     targets_BS: Any
     segment_BS: Any
     position_BS: Any
     domain_BS: Any
-    weight_BS: Any  # float32; 1 where a token of the target, or the boundary after it, is predicted
+    weight_BS: Any  # float32, 1 where the loss counts
     prefix_BS: Any  # 1 on the source and both boundaries around it, which may all see each other
     row_B: Any
 
 
 class Baskets(NamedTuple):
-    """A user's items, and those to be predicted: all of them in training, others than the items
-    when held out.
+    """The items of users and the items to predict.
+
+    In training these are the same items; of a held-out user they are others.
     """
 
     items_BL: Any
@@ -91,18 +100,16 @@ class Baskets(NamedTuple):
 class Examples(NamedTuple):
     """Rows of both splits in memory; fulfils data/contract.py with one part."""
 
-    spec: str  # what messages call it
+    spec: str  # the name in messages
     inputs: type  # NamedTuple of a batch, one of the kinds above
     seq_len: int
     domains: tuple[str, ...]
-    rows: Mapping[str, int]  # of each split
-    fetch: Callable[
-        [str, np.ndarray], Fields
-    ]  # (split, index_B) -> the fields of `inputs` but row_B
+    rows: Mapping[str, int]  # split -> number of rows
+    # (split, index_B) -> the fields of `inputs` but row_B
+    fetch: Callable[[str, np.ndarray], Fields]
     heldout_domain_R: np.ndarray
     fingerprint: str
-    # what the task and its baselines know beside the rows: Classes, Pairs, Market; has
-    # `save(workdir)`
+    # What the task and its baselines know beside the rows: Classes, Pairs or Market.
     about: Any
     notes: tuple[str, ...]  # what was left out or cut, in sentences for the log of the run
 
@@ -122,12 +129,12 @@ class Examples(NamedTuple):
         part_B: np.ndarray,
         index_B: np.ndarray,
         row_B: np.ndarray,
-        there_B: np.ndarray,
+        valid_B: np.ndarray,
     ) -> Any:
-        """The rows `index_B` as `inputs`; all 0 where not `there_B` (`part_B` is 0 everywhere)."""
+        """Returns the rows `index_B` as `inputs`, 0 where not `valid_B`; `part_B` is 0."""
         fields = self.fetch(split, index_B)
-        kept = {name: _kept(values, there_B) for name, values in fields.items()}
-        return self.inputs(**kept, row_B=row_B)
+        masked = {name: _masked(values, valid_B) for name, values in fields.items()}
+        return self.inputs(**masked, row_B=row_B)
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         order_R = interleaved(self.heldout_domain_R)
@@ -137,34 +144,43 @@ class Examples(NamedTuple):
         self.about.save(workdir)
 
     def fewer(self, train: int, heldout: int) -> "Examples":
-        """At most so many rows of each split, spread evenly over it, and what the task and its
-        baselines know of them.
+        """Returns at most so many rows of each split, spread evenly over it.
+
+        `about` keeps what belongs to these rows.
         """
-        most = {"train": train, "heldout": heldout}
-        kept = {split: _spread(self.rows[split], number) for split, number in most.items()}
+        most_rows = {"train": train, "heldout": heldout}
+        kept = {split: _spread(self.rows[split], most) for split, most in most_rows.items()}
         return self._replace(
             rows={split: len(index) for split, index in kept.items()},
             fetch=lambda split, index_B: self.fetch(split, kept[split][index_B]),
             heldout_domain_R=self.heldout_domain_R[kept["heldout"]],
-            about=self.about.fewer(most),
+            about=self.about.fewer(most_rows),
         )
 
 
-def _spread(number: int, most: int) -> np.ndarray:
-    """Indices of at most `most` of `number` rows, as far from each other as can be."""
-    return np.linspace(0, number - 1, min(number, most)).round().astype(np.int64)
+def _spread(num_rows: int, most: int) -> np.ndarray:
+    """Returns the indices of at most `most` of `num_rows` rows, evenly spaced, int64."""
+    return np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(np.int64)
 
 
-def _some(values: Any, most: int) -> Any:
-    """The same choice of an array or a list."""
+def _spread_values(values: Any, most: int) -> Any:
+    """Returns the values of an array or a list at the indices of `_spread`."""
     index = _spread(len(values), most)
     return values[index] if isinstance(values, np.ndarray) else [values[i] for i in index]
 
 
-class Classes(NamedTuple):
-    """About labelled examples.
+def _fewer_raw(raw: Mapping[str, tuple], most_rows: Mapping[str, int]) -> dict[str, tuple]:
+    """Returns {split: (inputs, answers)} with at most `most_rows` of each split."""
+    fewer: dict[str, tuple] = {}
+    for split, columns in raw.items():
+        fewer[split] = tuple(_spread_values(column, most_rows[split]) for column in columns)
+    return fewer
 
-    `raw` is what a classical baseline learns from: texts, or vectors [N, F] in the order of the
+
+class Classes(NamedTuple):
+    """What is known of labelled examples beside the rows.
+
+    `raw` is what a classical baseline learns from: texts, or vectors [N, F], in the order of the
     rows.
     """
 
@@ -174,24 +190,21 @@ class Classes(NamedTuple):
     raw: Mapping[str, tuple[Any, np.ndarray]]  # split -> (texts or vectors, label_N)
 
     def save(self, workdir: pathlib.Path) -> None:
+        """Writes the tokenizer, if there is one, and the names of the labels."""
         if self.tokenizer is not None:
             self.tokenizer.save(workdir / "tokenizer")
         save_names(workdir / "labels.json", self.labels)
 
-    def fewer(self, most: Mapping[str, int]) -> "Classes":
-        return self._replace(
-            raw={
-                split: tuple(_some(x, most[split]) for x in pair)
-                for split, pair in self.raw.items()
-            }
-        )
+    def fewer(self, most_rows: Mapping[str, int]) -> "Classes":
+        """Returns what is known of at most `most_rows` rows of each split."""
+        return self._replace(raw=_fewer_raw(self.raw, most_rows))
 
 
 class Pairs(NamedTuple):
-    """About a translation.
+    """What is known of pairs of sentences beside the rows.
 
-    `raw` has whole pairs: those held out in the order of the rows, and all for training, also the
-    too long.
+    `raw` has whole pairs: the held-out ones in the order of the rows, and all training pairs, also
+    those that are too long for a row.
     """
 
     tokenizer: Any
@@ -200,51 +213,48 @@ class Pairs(NamedTuple):
     raw: Mapping[str, tuple[Sequence[str], Sequence[str]]]  # split -> (sources, targets)
 
     def save(self, workdir: pathlib.Path) -> None:
+        """Writes the tokenizer."""
         self.tokenizer.save(workdir / "tokenizer")
 
-    def fewer(self, most: Mapping[str, int]) -> "Pairs":
-        return self._replace(
-            raw={
-                split: tuple(_some(x, most[split]) for x in pair)
-                for split, pair in self.raw.items()
-            }
-        )
+    def fewer(self, most_rows: Mapping[str, int]) -> "Pairs":
+        """Returns what is known of at most `most_rows` pairs of each split."""
+        return self._replace(raw=_fewer_raw(self.raw, most_rows))
 
 
 class Market(NamedTuple):
-    """About baskets. `raw` holds whole lists; a held-out user's are in `seen` and `wanted`."""
+    """What is known of baskets beside the rows: the whole lists of items, as item numbers."""
 
-    items: tuple[str, ...]
-    train: Sequence[np.ndarray]  # of each training user, its items
-    seen: Sequence[np.ndarray]  # of each held-out user, the items that are shown
-    wanted: Sequence[np.ndarray]  # and those that are to be found
+    items: tuple[str, ...]  # names by number
+    train: Sequence[np.ndarray]  # the items of each training user
+    shown: Sequence[np.ndarray]  # the items of each held-out user that the model is given
+    hidden: Sequence[np.ndarray]  # the items of each held-out user that it must predict
     users: Mapping[str, Sequence[str]]  # split -> names
 
     def save(self, workdir: pathlib.Path) -> None:
+        """Writes the names of the items."""
         save_names(workdir / "items.json", self.items)
 
-    def fewer(self, most: Mapping[str, int]) -> "Market":
-        lists = {name: _some(getattr(self, name), most["heldout"]) for name in ("seen", "wanted")}
-        users = {split: _some(names, most[split]) for split, names in self.users.items()}
-        return self._replace(train=_some(self.train, most["train"]), users=users, **lists)
+    def fewer(self, most_rows: Mapping[str, int]) -> "Market":
+        """Returns what is known of at most `most_rows` users of each split."""
+        users = {
+            split: _spread_values(names, most_rows[split]) for split, names in self.users.items()
+        }
+        return self._replace(
+            train=_spread_values(self.train, most_rows["train"]),
+            shown=_spread_values(self.shown, most_rows["heldout"]),
+            hidden=_spread_values(self.hidden, most_rows["heldout"]),
+            users=users,
+        )
 
 
 def save_names(path: pathlib.Path, names: Sequence[str]) -> None:
+    """Writes names as a JSON list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(names), ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _kept(values: np.ndarray, there_B: np.ndarray) -> np.ndarray:
-    shape = (-1, *[1] * (values.ndim - 1))
-    return (
-        values
-        if there_B.all()
-        else np.where(there_B.reshape(shape), values, np.zeros((), values.dtype))
-    )
-
-
 class Ragged(NamedTuple):
-    """Sequences of unequal length end to end."""
+    """Sequences of unequal length end to end: sequence i is flat[starts[i] : starts[i + 1]]."""
 
     flat: np.ndarray  # [total, ...]
     starts: np.ndarray  # int64 [N + 1]
@@ -253,50 +263,53 @@ class Ragged(NamedTuple):
 def ragged(sequences: Sequence[np.ndarray]) -> Ragged:
     """Joins at least one sequence, of one dtype and width."""
     lengths = [len(sequence) for sequence in sequences]
-    return Ragged(
-        np.concatenate(sequences), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    )
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Ragged(np.concatenate(sequences), starts)
 
 
 def padded(sequences: Ragged, index_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values [B, length, ...] of the sequences' type, there [B, length]); longer sequences are
-    cut, shorter ones followed by 0.
+    """Returns (values [B, length, ...] of the sequences' type, valid [B, length]).
+
+    Longer sequences are cut, shorter ones followed by 0.
     """
     start_B = sequences.starts[index_B]
-    place_S = np.arange(length)
-    there_BS = place_S[None] < (sequences.starts[index_B + 1] - start_B)[:, None]
-    values = sequences.flat[np.where(there_BS, start_B[:, None] + place_S[None], 0)]
-    return _masked(values, there_BS), there_BS
+    length_B = sequences.starts[index_B + 1] - start_B
+    position_S = np.arange(length)
+    valid_BS = position_S[None] < length_B[:, None]
+    flat_index_BS = np.where(valid_BS, start_B[:, None] + position_S[None], 0)
+    return _masked(sequences.flat[flat_index_BS], valid_BS), valid_BS
 
 
-def _masked(values: np.ndarray, there_BS: np.ndarray) -> np.ndarray:
-    return np.where(
-        there_BS.reshape(*there_BS.shape, *[1] * (values.ndim - 2)),
-        values,
-        np.zeros((), values.dtype),
-    )
+def _masked(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Returns `values` with 0 where not `valid`, which has their leading dimensions."""
+    if valid.all():
+        return values
+    shape = (*valid.shape, *[1] * (values.ndim - valid.ndim))
+    return np.where(valid.reshape(shape), values, np.zeros((), values.dtype))
 
 
-def places(there_BS: np.ndarray) -> Fields:
-    """Segment and position of rows that hold one sequence each."""
-    place_S = np.arange(there_BS.shape[1], dtype=np.int32)
+def one_segment(valid_BS: np.ndarray) -> Fields:
+    """Returns segment and position of rows that hold one sequence each."""
+    position_S = np.arange(valid_BS.shape[1], dtype=np.int32)
     return {
-        "segment_BS": there_BS.astype(np.int32),
-        "position_BS": np.where(there_BS, place_S[None], 0),
+        "segment_BS": valid_BS.astype(np.int32),
+        "position_BS": np.where(valid_BS, position_S[None], 0),
     }
 
 
 def labelled(label_B: np.ndarray, domain_B: np.ndarray) -> Fields:
-    """Fields of rows that have a label each."""
-    label_B, domain_B = label_B.astype(np.int32), domain_B.astype(np.int32)
-    return {"label_B": label_B, "domain_B": domain_B, "weight_B": np.ones(len(label_B), np.float32)}
+    """Returns label, domain and weight (1) of rows that have a label each."""
+    return {
+        "label_B": label_B.astype(np.int32),
+        "domain_B": domain_B.astype(np.int32),
+        "weight_B": np.ones(len(label_B), np.float32),
+    }
 
 
 def fingerprint(arguments: Sequence[Any], arrays: Iterable[np.ndarray]) -> str:
-    """sha256 of options (as JSON) and of arrays with their shapes and types."""
+    """Returns the sha256 of options (as JSON) and of arrays with their shapes and types."""
     digest = hashlib.sha256(json.dumps(list(arguments)).encode())
     for array in arrays:
-        digest.update(
-            f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
-        )
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -1,6 +1,4 @@
-"""Opens the data of a run: prepared directories and embedded text, one of them or a weighted
-mixture.
-"""
+"""Opens the packed text of a run: prepared directories and embedded text, one or a mixture."""
 
 import functools
 import hashlib
@@ -20,7 +18,7 @@ from moe_jax.data.pack import Rows, interleaved, positions
 from moe_jax.data.part import Part
 from moe_jax.data.prepared import open_prepared
 from moe_jax.data.survey import Counts
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 
@@ -42,7 +40,7 @@ class Dataset(NamedTuple):
         return sum(self.sizes(split))
 
     def sizes(self, split: str) -> list[int]:
-        """Rows of each part."""
+        """Returns the number of rows of each part."""
         return [getattr(part, split).num_rows for part in self.parts]
 
     def name(self) -> str:
@@ -58,76 +56,81 @@ class Dataset(NamedTuple):
         part_B: np.ndarray,
         index_B: np.ndarray,
         row_B: np.ndarray,
-        there_B: np.ndarray,
+        valid_B: np.ndarray,
     ) -> Batch:
-        """Rows of the parts `part_B`, with the positions in their segments; padding where not
-        `there_B`.
-        """
-        fields = (
-            np.where(there_B[:, None], field, 0) for field in self.fetch(split, part_B, index_B)
+        """Returns the rows `index_B` of the parts `part_B`; padding where not `valid_B`."""
+        rows = self.fetch(split, part_B, index_B)
+        tokens_BS, targets_BS, segment_BS, domain_BS = (
+            np.where(valid_B[:, None], field, 0) for field in rows
         )
-        tokens_BS, targets_BS, segment_BS, domain_BS = fields
         return Batch(tokens_BS, targets_BS, segment_BS, positions(segment_BS), domain_BS, row_B)
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """(part, row) of each held-out row, one of each domain in turn."""
-        ids = _domain_ids(self.domains, tuple(part.domains for part in self.parts))
+        """Returns (part_R, index_R) of all held-out rows, one of each domain in turn."""
         sizes = self.sizes("heldout")
-        domain_R = np.concatenate(
-            [ids[i][part.heldout_domain_R] for i, part in enumerate(self.parts)]
-        )
         part_R = np.repeat(np.arange(len(sizes)), sizes)
         index_R = np.concatenate([np.arange(size) for size in sizes])
+        domain_ids = self._domain_ids()
+        domain_R = np.concatenate(
+            [ids[part.heldout_domain_R] for ids, part in zip(domain_ids, self.parts)]
+        )
         order_R = interleaved(domain_R)
         return part_R[order_R], index_R[order_R]
 
     def text(self, split: str, domain: str) -> bytes:
-        """The documents of a domain one after another; prepared directories keep only the first 4
-        MB of each.
+        """Returns the documents of a domain one after another.
+
+        Prepared directories keep only the first 4 MB of each.
         """
         return b"".join(part.text(split, domain) for part in self.parts if domain in part.domains)
 
     def text_bytes(self, split: str) -> dict[str, int]:
-        """Bytes of text of each domain."""
+        """Returns the bytes of text of each domain."""
         return _total(self.domains, [part.text_bytes for part in self.parts], split)
 
     def byte_scale(self) -> np.ndarray:
-        """float64 [domains]: bytes of the held-out text for each byte that its ids stand for
-        (Tokenizer.token_bytes).
+        """Returns the bytes of held-out text per byte that its ids stand for, float64 [Z].
 
-        1 unless the tokenizer normalises, has an unknown token or puts a space before each
-        document.
+        It is 1 unless the tokenizer normalises, has an unknown token or puts a space before each
+        document (Tokenizer.token_bytes counts the bytes of an id).
         """
-        text, pieces = self.text_bytes("heldout"), dict.fromkeys(self.domains, 0)
+        text_bytes = self.text_bytes("heldout")
+        piece_bytes = dict.fromkeys(self.domains, 0)
         for part in self.parts:
             for domain, size in part.heldout_piece_bytes.items():
-                pieces[domain] += size
-        return np.array([text[domain] / pieces[domain] for domain in self.domains])
+                piece_bytes[domain] += size
+        return np.array([text_bytes[domain] / piece_bytes[domain] for domain in self.domains])
 
     def documents(self, split: str) -> dict[str, int]:
-        """Documents of each domain."""
+        """Returns the number of documents of each domain."""
         return _total(self.domains, [part.documents for part in self.parts], split)
 
     def fetch(self, split: str, part_N: np.ndarray, index_N: np.ndarray) -> Rows:
-        """Rows [n] of int32 by part and index in it, with the dataset's domain numbers."""
-        ids = _domain_ids(self.domains, tuple(part.domains for part in self.parts))
-        fields = [np.zeros((len(part_N), self.seq_len), np.int32) for _ in Rows._fields]
-        for number in np.unique(part_N):
-            mine = part_N == number
-            rows = getattr(self.parts[number], split).fetch(index_N[mine])
-            for field, values in zip(fields, rows):
-                field[mine] = values
-            fields[3][mine] = ids[number][rows.domain_RS]
-        return Rows(*fields)
+        """Returns rows [n] of int32 by part and index in it, with the dataset's domain numbers."""
+        domain_ids = self._domain_ids()
+        shape = (len(part_N), self.seq_len)
+        fetched = Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields))
+        for part in np.unique(part_N):
+            of_part = part_N == part
+            rows = getattr(self.parts[part], split).fetch(index_N[of_part])
+            for field, values in zip(fetched, rows):
+                field[of_part] = values
+            # A part numbers its own domains; the dataset numbers those of all parts.
+            fetched.domain_RS[of_part] = domain_ids[part][rows.domain_RS]
+        return fetched
+
+    def _domain_ids(self) -> list[np.ndarray]:
+        return _domain_ids(self.domains, tuple(part.domains for part in self.parts))
 
 
 def _total(domains: Sequence[str], counts: Sequence[Counts], split: str) -> dict[str, int]:
+    """Returns the sum of the parts' counts for each domain."""
     return {domain: sum(count[split].get(domain, 0) for count in counts) for domain in domains}
 
 
 @functools.cache
 def _domain_ids(domains: tuple[str, ...], parts: tuple[tuple[str, ...], ...]) -> list[np.ndarray]:
-    """For each part the dataset's number of each of its domains."""
+    """Returns for each part the numbers in `domains` of the part's domains."""
     return [np.array([domains.index(name) for name in part], np.int32) for part in parts]
 
 
@@ -140,14 +143,14 @@ def open_dataset(
     heldout_every: int,
     seed: int,
 ) -> Dataset:
-    """Opens (spec, weight) pairs; a spec is a prepared directory or `embedded[:DOMAIN,...]`, packed
-    here and now.
+    """Opens (spec, weight) pairs as one dataset.
 
-    `slice_bytes` and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and
-    `seed` (order of documents) are for embedded text; a prepared directory has its own. UserError
-    if a spec is neither, or if they do not go together.
+    A spec is a prepared directory, or `embedded[:DOMAIN,...]`, which is packed now. `slice_bytes`
+    and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and `seed` (order
+    of documents) are for embedded text; a prepared directory has its own. UserError if a spec is
+    neither, or if the specs do not go together.
     """
-    _check_shape(specs)
+    _check_specs(specs)
     parts = tuple(
         _open(
             spec,
@@ -159,28 +162,37 @@ def open_dataset(
         )
         for spec, _ in specs
     )
-    _check(parts, specs, seq_len)
+    _check_parts(parts, specs, seq_len)
     total = sum(weight for _, weight in specs)
     weights = tuple(weight / total for _, weight in specs)
+    # A dict keeps the order in which the names first come.
     domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
-    prints = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights)])
-    fingerprint = (
-        parts[0].fingerprint if len(parts) == 1 else hashlib.sha256(prints.encode()).hexdigest()
+    return Dataset(
+        parts, weights, domains, parts[0].tokenizer, seq_len, _fingerprint(parts, weights)
     )
-    return Dataset(parts, weights, domains, parts[0].tokenizer, seq_len, fingerprint)
 
 
-def _check_shape(specs: Sequence[tuple[str, float]]) -> None:
-    right = 'data.sources must be pairs of a source and its weight, as in (("embedded", 1.0),)'
+def _fingerprint(parts: Sequence[Part], weights: Sequence[float]) -> str:
+    """Returns the part's own fingerprint, or of several parts the sha256 of theirs and weights."""
+    if len(parts) == 1:
+        return parts[0].fingerprint
+    weighted = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights)])
+    return hashlib.sha256(weighted.encode()).hexdigest()
+
+
+def _check_specs(specs: Sequence[tuple[str, float]]) -> None:
+    """UserError if `specs` is not a list of pairs (source, weight above 0)."""
+    expected = 'data.sources must be pairs of a source and its weight, as in (("embedded", 1.0),)'
     if not isinstance(specs, tuple | list) or not specs:
-        raise UserError(f"{right}; it is {specs!r}")
+        raise UserError(f"{expected}; it is {specs!r}")
     for pair in specs:
-        shape = [type(value) for value in pair] if isinstance(pair, tuple | list) else []
-        if shape not in ([str, float], [str, int]):
-            raise UserError(f"{right}; it has {pair!r} in it")
-        if not 0 < pair[1] < math.inf:
+        types = [type(value) for value in pair] if isinstance(pair, tuple | list) else []
+        if types not in ([str, float], [str, int]):
+            raise UserError(f"{expected}; it has {pair!r} in it")
+        spec, weight = pair
+        if not 0 < weight < math.inf:
             raise UserError(
-                f"data.sources: the weight {pair[1]} of {pair[0]} must be above 0; leave a source "
+                f"data.sources: the weight {weight} of {spec} must be above 0; leave a source "
                 "out that is not wanted"
             )
 
@@ -188,6 +200,7 @@ def _check_shape(specs: Sequence[tuple[str, float]]) -> None:
 def _open(
     spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, heldout_every: int, seed: int
 ) -> Part:
+    """Opens one spec; UserError if it is neither a prepared directory nor embedded text."""
     if os.path.isdir(spec):
         return open_prepared(pathlib.Path(spec))
     try:
@@ -199,8 +212,7 @@ def _open(
     if kind != "embedded":
         raise UserError(
             f"data.sources: {spec!r} must be prepared first: `python -m moe_jax prepare --source "
-            f"'{spec}' --out DIR`, "
-            "then name DIR here"
+            f"'{spec}' --out DIR`, then name DIR here"
         )
     return open_embedded(
         spec,
@@ -212,18 +224,17 @@ def _open(
     )
 
 
-def _check(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: int) -> None:
+def _check_parts(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: int) -> None:
+    """UserError if a part has another row length, or another tokenizer than the first one."""
     for part, (spec, _) in zip(parts, specs):
         if part.seq_len != seq_len:
             raise UserError(
                 f"data.sources: {spec} was prepared with seq_len {part.seq_len}, but data.seq_len "
-                f"is {seq_len}: "
-                "set that, or prepare it again"
+                f"is {seq_len}: set that, or prepare it again"
             )
         if part.tokenizer.fingerprint != parts[0].tokenizer.fingerprint:
             raise UserError(
                 f"data.sources: {spec} has tokenizer {part.tokenizer.name}, but {specs[0][0]} has "
                 f"{parts[0].tokenizer.name}: prepare all with one (--tokenizer "
-                "file:DIR/tokenizer/tokenizer.json takes "
-                "that of a prepared DIR)"
+                "file:DIR/tokenizer/tokenizer.json takes that of a prepared DIR)"
             )

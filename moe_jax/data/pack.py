@@ -1,5 +1,4 @@
-"""Documents into rows of fixed length, none wasted and none mixed up; and which documents are held
-out.
+"""Packs documents into rows of fixed length, and chooses which documents are held out.
 
 A document of n tokens becomes n + 1 predictions: inputs [boundary, t1 .. tn], targets [t1 .. tn,
 boundary], so every token of the text is predicted exactly once. Documents are laid one after
@@ -13,18 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.data.documents import Document
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 SPLITS = ("train", "heldout")
-WINDOW_BYTES = (
-    1 << 25
-)  # documents are shuffled within windows of 32 MB of text, so that memory is bounded
+# Documents are shuffled within windows of 32 MB of text, so that memory is bounded.
+WINDOW_BYTES = 1 << 25
 ENCODE_DOCUMENTS = 256  # texts given to the tokenizer at once: its threads share them
 
 
 class Rows(NamedTuple):
-    """Packed text, in the smallest unsigned types; padding has segment 0, and 0 everywhere else."""
+    """Packed text in the smallest unsigned types; padding is 0 in every field."""
 
     inputs_RS: np.ndarray
     targets_RS: np.ndarray
@@ -35,39 +33,49 @@ class Rows(NamedTuple):
 def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: Tokenizer) -> Rows:
     """Lays (tokens, domain) after one another in rows of `seq_len`; the last row is padded."""
     lengths = np.array([len(tokens) + 1 for tokens, _ in documents], np.int64)
-    total = int(lengths.sum())
-    num_rows = -(-total // seq_len)
+    num_rows = -(-int(lengths.sum()) // seq_len)
     boundary = np.array([tokenizer.boundary_id], tokenizer.dtype)
-    flat = np.concatenate(
-        [part for tokens, _ in documents for part in (boundary, tokens)] + [boundary]
+    # flat: boundary, document, boundary, document, ..., boundary. Behind a document's last token
+    # stands the boundary of the next, so the targets are the inputs one position on.
+    pieces = [boundary]
+    for tokens, _ in documents:
+        pieces += [tokens, boundary]
+    flat = np.concatenate(pieces).astype(tokenizer.dtype, copy=False)
+    domains = np.array([domain for _, domain in documents], np.uint8)
+    return Rows(
+        inputs_RS=_in_rows(flat[:-1], num_rows, seq_len),
+        targets_RS=_in_rows(flat[1:], num_rows, seq_len),
+        segment_RS=_segments(lengths, num_rows, seq_len),
+        domain_RS=_in_rows(np.repeat(domains, lengths), num_rows, seq_len),
     )
-    flat = flat.astype(tokenizer.dtype, copy=False)
 
-    def rows(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        out = np.zeros(num_rows * seq_len, dtype)
-        out[:total] = values
-        return out.reshape(num_rows, seq_len)
 
-    begins_RS = np.zeros(num_rows * seq_len, bool)
-    begins_RS[np.cumsum(lengths) - lengths] = True
-    begins_RS = begins_RS.reshape(num_rows, seq_len)
-    begins_RS[:, 0] = True  # also what the row before has begun
-    # A segment has two places or more, but for the first of a row, which may be the end of one.
+def _in_rows(values: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
+    """Returns `values` [n] as rows [R, S] of their type; what is left of the last row is 0."""
+    padded = np.zeros(num_rows * seq_len, values.dtype)
+    padded[: len(values)] = values
+    return padded.reshape(num_rows, seq_len)
+
+
+def _segments(lengths: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
+    """Returns the segments [R, S], 1, 2, ... in each row, of documents of these lengths."""
+    begins = np.zeros(num_rows * seq_len, bool)
+    begins[np.cumsum(lengths) - lengths] = True
+    begins_RS = begins.reshape(num_rows, seq_len)
+    begins_RS[:, 0] = True  # a document that goes on from the row before is a new segment here
+    # A segment has at least two positions, except the first of a row, which may be the last
+    # position of a document. So seq_len // 2 + 1 is the largest number.
     segment_RS = np.cumsum(begins_RS, axis=1, dtype=np.min_scalar_type(seq_len // 2 + 1))
-    segment_RS.reshape(-1)[total:] = 0
-    domain = np.repeat(np.array([domain for _, domain in documents], np.uint8), lengths)
-    # Behind a document's last token stands the boundary of the next, so the targets are the inputs
-    # one place on.
-    inputs_RS, targets_RS = (rows(part, tokenizer.dtype) for part in (flat[:-1], flat[1:]))
-    return Rows(inputs_RS, targets_RS, segment_RS, rows(domain, np.dtype(np.uint8)))
+    segment_RS.reshape(-1)[int(lengths.sum()) :] = 0
+    return segment_RS
 
 
 def positions(segment_BS: np.ndarray) -> np.ndarray:
-    """int32 [B, S]: the place of each token in its segment, from 0; 0 in padding."""
-    place_S = np.arange(segment_BS.shape[1], dtype=np.int32)
+    """Returns the position of each token in its segment, from 0, int32 [B, S]; 0 in padding."""
+    position_S = np.arange(segment_BS.shape[1], dtype=np.int32)
     begins_BS = np.diff(segment_BS.astype(np.int32), axis=1, prepend=-1) != 0
-    start_BS = np.maximum.accumulate(np.where(begins_BS, place_S, 0), axis=1)
-    return np.where(segment_BS > 0, place_S - start_BS, 0).astype(np.int32)
+    start_BS = np.maximum.accumulate(np.where(begins_BS, position_S, 0), axis=1)
+    return np.where(segment_BS > 0, position_S - start_BS, 0).astype(np.int32)
 
 
 def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[str, Document]]:
@@ -75,37 +83,39 @@ def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[s
 
     UserError, at the end, for a domain with so few documents that none is held out.
     """
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for document in documents:
-        number = seen[document.domain] = seen.get(document.domain, 0) + 1
-        yield ("train" if number % heldout_every else "heldout"), document
-    for domain, number in seen.items():
-        if number < heldout_every:
-            count, fewer = f"{number} documents", f"lower heldout_every to at most {number}, "
-            if number == 1:
-                count, fewer = (
-                    "1 document",
-                    "",
-                )  # no heldout_every holds out the only one and trains on it
-            raise UserError(
-                f"heldout_every is {heldout_every}, but domain {domain} has only {count}, so none "
-                f"is held out: {fewer}make one "
-                "domain of several files by a label (books=text:GLOB), or cut the text into more "
-                "documents"
-            )
+        count = counts.get(document.domain, 0) + 1
+        counts[document.domain] = count
+        yield ("train" if count % heldout_every else "heldout"), document
+    for domain, count in counts.items():
+        if count < heldout_every:
+            raise _none_held_out(domain, count, heldout_every)
+
+
+def _none_held_out(domain: str, count: int, heldout_every: int) -> UserError:
+    """Returns the error for a domain of fewer documents than `heldout_every`."""
+    # No heldout_every holds out an only document and trains on it.
+    lower = f"lower heldout_every to at most {count}, " if count > 1 else ""
+    documents = f"{count} documents" if count > 1 else "1 document"
+    return UserError(
+        f"heldout_every is {heldout_every}, but domain {domain} has only {documents}, so none "
+        f"is held out: {lower}make one domain of several files by a label (books=text:GLOB), or "
+        "cut the text into more documents"
+    )
 
 
 def shuffled_windows(
     documents: Iterable[Document], seed: int, window_bytes: int
 ) -> Iterator[list[Document]]:
-    """Windows of about `window_bytes` of text, the documents of each in an order drawn from `seed`."""
+    """Yields windows of about `window_bytes` of text, each in an order drawn from `seed`."""
     for number, window in enumerate(windows(documents, window_bytes)):
         order = np.random.default_rng((seed, number)).permutation(len(window))
         yield [window[i] for i in order]
 
 
 def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[Document]]:
-    """Consecutive documents in lists of at least `window_bytes` of text (the last may have less)."""
+    """Yields lists of consecutive documents of at least `window_bytes` (the last may have less)."""
     window: list[Document] = []
     size = 0
     for document in documents:
@@ -113,7 +123,8 @@ def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[D
         size += len(document.text)
         if size >= window_bytes:
             yield window
-            window, size = [], 0
+            window = []
+            size = 0
     if window:
         yield window
 
@@ -121,19 +132,18 @@ def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[D
 def encode(
     documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[str]
 ) -> list[tuple[np.ndarray, int]]:
-    """(tokens, index of the domain) of each document that has tokens (a tokenizer may drop white
-    space).
+    """Returns (tokens, index of the domain) of each document that has tokens.
+
+    A tokenizer may drop white space, so a document may have none.
     """
-    index = {name: i for i, name in enumerate(domains)}
+    domain_index = {name: i for i, name in enumerate(domains)}
     pairs: list[tuple[np.ndarray, int]] = []
-    for i in range(0, len(documents), ENCODE_DOCUMENTS):
-        some = documents[i : i + ENCODE_DOCUMENTS]
-        encoded = tokenizer.encode_many([document.text for document in some])
-        pairs += [
-            (tokens, index[document.domain])
-            for tokens, document in zip(encoded, some)
-            if len(tokens)
-        ]
+    for start in range(0, len(documents), ENCODE_DOCUMENTS):
+        batch = documents[start : start + ENCODE_DOCUMENTS]
+        encoded = tokenizer.encode_many([document.text for document in batch])
+        for tokens, document in zip(encoded, batch):
+            if len(tokens):
+                pairs.append((tokens, domain_index[document.domain]))
     return pairs
 
 
@@ -144,7 +154,7 @@ def pack_train(
     domains: Sequence[str],
     seed: int,
 ) -> Iterator[Rows]:
-    """Rows of training documents, all domains shuffled together; one block of rows per window."""
+    """Yields rows of training documents, a block per window, all domains shuffled together."""
     for window in shuffled_windows(documents, seed, WINDOW_BYTES):
         yield pack(encode(window, tokenizer, domains), seq_len, tokenizer)
 
@@ -152,20 +162,21 @@ def pack_train(
 def pack_heldout(
     documents: Iterable[Document], seq_len: int, tokenizer: Tokenizer, domains: Sequence[str]
 ) -> Iterator[Rows]:
-    """Rows of held-out documents, each of one domain, so that an evaluation can be even over the
-    domains.
+    """Yields the rows of held-out documents.
+
+    Each row has text of one domain only, so that an evaluation can be even over the domains.
     """
     for window in windows(documents, WINDOW_BYTES):
         for domain in domains:
-            some = [document for document in window if document.domain == domain]
-            if some:
-                yield pack(encode(some, tokenizer, domains), seq_len, tokenizer)
+            of_domain = [document for document in window if document.domain == domain]
+            if of_domain:
+                yield pack(encode(of_domain, tokenizer, domains), seq_len, tokenizer)
 
 
 def interleaved(domain_R: np.ndarray) -> np.ndarray:
-    """An order of rows that takes one of each domain in turn, as long as each has any: [R] indices."""
+    """Returns row indices [R] that take one row of each domain in turn, while each has any."""
     rank_R = np.zeros(len(domain_R), np.int64)
     for domain in np.unique(domain_R):
-        mine = domain_R == domain
-        rank_R[mine] = np.arange(mine.sum())
+        of_domain_R = domain_R == domain
+        rank_R[of_domain_R] = np.arange(of_domain_R.sum())
     return np.lexsort((domain_R, rank_R))

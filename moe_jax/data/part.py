@@ -1,6 +1,4 @@
-"""One source, opened: rows of both splits that are read by index, whether they lie in memory or on
-disk.
-"""
+"""One opened source: rows of both splits by index, whether they lie in memory or on disk."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,13 +7,13 @@ import numpy as np
 
 from moe_jax.data.pack import Rows
 from moe_jax.data.survey import Counts
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 
 
 class Store(NamedTuple):
-    """Rows of one split.
+    """The rows of one split.
 
-    `fetch` takes indices [n] (any order, repeats allowed) and gives those rows.
+    `fetch` takes indices [n] (any order, repeats allowed) and returns those rows.
     """
 
     num_rows: int
@@ -23,26 +21,31 @@ class Store(NamedTuple):
 
 
 class Part(NamedTuple):
+    """Packed text of one source, with what is known of it."""
+
     spec: str
     tokenizer: Tokenizer
     seq_len: int
-    domains: tuple[str, ...]  # what the rows' domain numbers mean here
+    domains: tuple[str, ...]  # names of the rows' domain numbers
     train: Store
     heldout: Store
-    heldout_domain_R: (
-        np.ndarray
-    )  # the domain number of each held-out row: such a row has one domain only
+    # The domain number of each held-out row, which has text of one domain only.
+    heldout_domain_R: np.ndarray
     documents: Counts
     text_bytes: Counts
-    heldout_piece_bytes: dict[
-        str, int
-    ]  # that the ids of the held-out text stand for; other than text_bytes if some were lost
-    text: Callable[
-        [str, str], bytes
-    ]  # (split, domain) -> its documents one after another, perhaps the first only
+    # Bytes that the ids of the held-out text stand for, by domain. They differ from text_bytes
+    # where a tokenizer loses or adds some.
+    heldout_piece_bytes: dict[str, int]
+    # (split, domain) -> its documents one after another, perhaps the first of them only
+    text: Callable[[str, str], bytes]
     fingerprint: str
-    notes: tuple[str, ...] = ()  # what the run tells of it at its start
+    notes: tuple[str, ...] = ()  # sentences for the log of the run at its start
 
 
 def in_memory(rows: Rows) -> Store:
-    return Store(len(rows.inputs_RS), lambda index_N: Rows(*(field[index_N] for field in rows)))
+    """Returns a store of rows that are already arrays."""
+
+    def fetch(index_N: np.ndarray) -> Rows:
+        return Rows(*(field[index_N] for field in rows))
+
+    return Store(len(rows.inputs_RS), fetch)

@@ -1,7 +1,8 @@
-"""A prepared directory: what `python -m moe_jax prepare` leaves, and how it is read.
+"""The prepared directory that `python -m moe_jax prepare` writes, and how it is read.
 
-DIR/moe_jax_data.json     the record, written last: a directory without it is not finished; it has a digest of every file and of itself
-DIR/rows/packed_text/     the rows, a TFDS dataset in ArrayRecord files with the splits train and heldout
+DIR/moe_jax_data.json     the record: digests of every file and of itself; it is written last, so a
+                          directory without it is not finished
+DIR/rows/packed_text/     the rows: a TFDS dataset in ArrayRecord files, splits train and heldout
 DIR/tokenizer/            the tokenizer
 DIR/heldout_domain.npy    the domain number of each held-out row
 DIR/texts/SPLIT.N.gz      the first text of domain N, for the baselines of general compressors
@@ -12,27 +13,26 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data import tokenizer
 from moe_jax.data.pack import Rows
 from moe_jax.data.part import Part, Store
 from moe_jax.data.sources.characters import readable
 from moe_jax.data.sources.tfds_datasets import damage, intact
-from moe_jax.data.survey import Counts, Survey
+from moe_jax.data.survey import Survey
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import load as load_tokenizer
 from moe_jax.errors import UserError
 
 RECORD = "moe_jax_data.json"
-# held while a directory is prepared; its presence marks the directory as ours
+# The lock is held while a directory is prepared; its presence marks the directory as ours.
 LOCK = ".moe_jax_prepare"
 FORMAT = 1
-FIELDS = ("inputs", "targets", "segment", "domain")
-# Keys that every record has, and all that a record without digests may have: before, there was
-# none.
+FIELDS = ("inputs", "targets", "segment", "domain")  # of a stored row, in the order of pack.Rows
+# Every record has KEYS. Older records have no digests; KEYS_BEFORE_DIGESTS are all their keys, so
+# that a newer record that has lost its digests is not taken for one of them.
 KEYS = {
     "format",
     "fingerprint",
@@ -48,33 +48,35 @@ KEYS_BEFORE_DIGESTS = KEYS | {"heldout_piece_bytes"}
 
 
 def rows_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Returns where TFDS puts the rows of a prepared directory."""
     return folder / "rows" / "packed_text" / "1.0.0"
 
 
-def text_file(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
-    return folder / "texts" / f"{split}.{number}.gz"
+def text_file(folder: pathlib.Path, split: str, domain: int) -> pathlib.Path:
+    """Returns the file of the first text of a domain, given by its number."""
+    return folder / "texts" / f"{split}.{domain}.gz"
 
 
 def write_record(
     folder: pathlib.Path,
     arguments: dict[str, Any],
-    tokens: Tokenizer,
-    found: Survey,
+    tokenizer: Tokenizer,
+    surveyed: Survey,
     num_rows: dict[str, int],
     heldout_piece_bytes: dict[str, int],
     fingerprint: str,
 ) -> None:
-    """Declares `folder` finished, in one atomic step."""
+    """Writes the record, which declares `folder` finished, in one atomic step."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in _data_files(folder)}
     record = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "arguments": arguments,
-        "vocab_size": tokens.vocab_size,
-        "domains": list(found.domains),
+        "vocab_size": tokenizer.vocab_size,
+        "domains": list(surveyed.domains),
         "rows": num_rows,
-        "documents": found.documents,
-        "text_bytes": found.text_bytes,
+        "documents": surveyed.documents,
+        "text_bytes": surveyed.text_bytes,
         "heldout_piece_bytes": heldout_piece_bytes,
         "files": files,
         "digests": {name: _sha256(folder / name) for name in files},
@@ -86,13 +88,15 @@ def write_record(
 
 
 def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns all files of a prepared directory, sorted, without the record and the lock."""
     paths = sorted(folder.rglob("*"))
     return [path for path in paths if path.is_file() and not path.name.startswith((".", RECORD))]
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """The record of a finished directory; UserError if it is not finished, not ours, or of another
-    version.
+    """Returns the record of a finished directory.
+
+    UserError if the directory is not finished, not ours, damaged, or of another version.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -117,15 +121,15 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} was prepared by another version (format {FORMAT} is read here): prepare it "
             "again"
         )
-    if not KEYS <= set(record) or (
-        "digest" not in record and not set(record) <= KEYS_BEFORE_DIGESTS
-    ):
+    keys = set(record)
+    lost_digest = "digest" not in keys and not keys <= KEYS_BEFORE_DIGESTS
+    if not keys >= KEYS or lost_digest:
         raise _damaged(folder / RECORD, "its keys are not those of a record", folder)
     return record
 
 
 def _digest(record: dict[str, Any]) -> str:
-    """sha256 of a record but for its digest."""
+    """Returns the sha256 of a record without its own digest."""
     rest = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -136,6 +140,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _damaged(path: pathlib.Path, why: str, folder: pathlib.Path) -> UserError:
+    """Returns the error for a damaged file of the prepared directory `folder`."""
     return UserError(
         f"{path} is damaged ({why}): copy {folder} again, or prepare it again in another directory"
     )
@@ -146,7 +151,7 @@ def open_prepared(folder: pathlib.Path) -> Part:
     record = read_record(folder)
     check_files(folder, record, small_only=True)
     domains = tuple(record["domains"])
-    tokens = tokenizer.load(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
 
     def text(split: str, domain: str) -> bytes:
         path = text_file(folder, split, domains.index(domain))
@@ -155,100 +160,103 @@ def open_prepared(folder: pathlib.Path) -> Part:
             return gzip.decompress(path.read_bytes())
 
     stores = {
-        split: _store(folder, split, record["rows"][split], tokens.vocab_size, len(domains))
-        for split in record["rows"]
+        split: _store(folder, split, num_rows, tokenizer.vocab_size, len(domains))
+        for split, num_rows in record["rows"].items()
     }
-    old = f"{folder} was prepared before files had digests, so not all damage to it is noticed: prepare it again to have them"
+    without_digests = (
+        f"{folder} was prepared before files had digests, so not all damage to it is noticed: "
+        "prepare it again to have them"
+    )
     return Part(
         spec=str(folder),
-        tokenizer=tokens,
+        tokenizer=tokenizer,
         seq_len=record["arguments"]["seq_len"],
         domains=domains,
         train=stores["train"],
         heldout=stores["heldout"],
         heldout_domain_R=_heldout_domains(folder, record),
-        documents=_counts(record["documents"]),
-        text_bytes=_counts(record["text_bytes"]),
+        documents=record["documents"],
+        text_bytes=record["text_bytes"],
         heldout_piece_bytes=piece_bytes(record),
         text=text,
         fingerprint=record["fingerprint"],
-        notes=() if "digests" in record else (old,),
+        notes=() if "digests" in record else (without_digests,),
     )
 
 
 def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray:
-    """The domain number of each held-out row; UserError if one of them is none, or if there are too
-    few or too many.
+    """Returns the domain number of each held-out row.
+
+    UserError if there are too few or too many, or if one of them is no domain.
     """
     path = folder / "heldout_domain.npy"
     try:
         domain_R = np.load(path)
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        SyntaxError,
-    ) as error:  # its header is an expression of Python
+    # SyntaxError: the header of the file is an expression of Python.
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise _damaged(path, str(error), folder) from None
-    rows, domains = record["rows"]["heldout"], len(record["domains"])
-    if (
-        domain_R.shape != (rows,)
-        or domain_R.dtype.kind != "u"
-        or (rows and domain_R.max() >= domains)
-    ):
-        raise _damaged(path, f"it must have {rows} numbers below {domains}", folder)
+    num_rows = record["rows"]["heldout"]
+    num_domains = len(record["domains"])
+    right_type = domain_R.shape == (num_rows,) and domain_R.dtype.kind == "u"
+    if not right_type or (num_rows and domain_R.max() >= num_domains):
+        raise _damaged(path, f"it must have {num_rows} numbers below {num_domains}", folder)
     return domain_R
 
 
 def piece_bytes(record: dict[str, Any]) -> dict[str, int]:
-    """Bytes that the held-out ids of each domain stand for; a directory prepared long ago does not
-    know, and is taken at its text's.
+    """Returns the bytes that the held-out ids of each domain stand for.
+
+    An old record does not have them; they are taken to be the bytes of the text.
     """
     return record.get("heldout_piece_bytes", record["text_bytes"]["heldout"])
 
 
 def check_files(folder: pathlib.Path, record: dict[str, Any], small_only: bool) -> None:
-    """UserError if a file of a finished directory is missing, or is not what was written, by its
-    size or its digest.
+    """UserError if a file of a finished directory is missing or is not what was written.
 
-    `small_only`: of the rows and the texts the size alone, so that a run begins at once. The rows'
-    files have a checksum for every block of rows, which is compared when it is read (`_store`); the
-    texts' digests are, when they are read.
+    Sizes and digests are compared. With `small_only`, rows and texts are compared by size alone, so
+    that a run begins at once. Their content is checked when it is read: ArrayRecord has a checksum
+    for every block of rows, and `Part.text` compares the digest.
     """
     for name, size in record["files"].items():
         path = folder / name
-        found = path.stat().st_size if path.exists() else -1
-        if found != size:
-            what = "is missing" if found < 0 else f"has {found} bytes instead of {size}"
-            raise UserError(
-                f"{path} {what}: copy {folder} again, or prepare it again in another directory"
-            )
+        if not path.exists():
+            raise _lost(path, "is missing", folder)
+        actual = path.stat().st_size
+        if actual != size:
+            raise _lost(path, f"has {actual} bytes instead of {size}", folder)
         large = ".array_record" in name or name.startswith("texts/")
         if not (small_only and large):
             _check_digest(folder, path, record)
 
 
+def _lost(path: pathlib.Path, what: str, folder: pathlib.Path) -> UserError:
+    """Returns the error for a file that is not there, or not all of it."""
+    return UserError(
+        f"{path} {what}: copy {folder} again, or prepare it again in another directory"
+    )
+
+
 def _check_digest(folder: pathlib.Path, path: pathlib.Path, record: dict[str, Any]) -> None:
-    """UserError if a file is not what was written; a directory prepared long ago does not know."""
-    if "digests" in record and record["digests"].get(str(path.relative_to(folder))) != _sha256(
-        path
-    ):
+    """UserError if a file is not what was written, by the digests of the record if it has any."""
+    if "digests" not in record:
+        return
+    name = str(path.relative_to(folder))
+    if record["digests"].get(name) != _sha256(path):
         raise _damaged(path, "it is not what was written, by its digest", folder)
-
-
-def _counts(table: dict[str, dict[str, int]]) -> Counts:
-    return {split: dict(numbers) for split, numbers in table.items()}
 
 
 def _store(
     folder: pathlib.Path, split: str, num_rows: int, vocab_size: int, num_domains: int
 ) -> Store:
+    """Opens the rows of a split; UserError for damage or another number than recorded."""
     from moe_jax.data.tfds_import import tfds
 
     what = f"the {split} rows of {folder}"
     try:
-        source: Any = tfds.builder_from_directory(rows_folder(folder)).as_data_source(split=split)
-    # the JSON files of a data set are read by several parsers, each of which has errors of its own
+        builder = tfds.builder_from_directory(rows_folder(folder))
+        source: Any = builder.as_data_source(split=split)
+    # The JSON files of a data set are read by several parsers, each of which has errors of its own.
     except Exception as error:
         raise damage(what, error) from None
     if len(source) != num_rows:
@@ -256,32 +264,25 @@ def _store(
             f"{what} are {len(source)} instead of {num_rows}: copy it again, or prepare it again "
             "in another directory"
         )
-    return Store(num_rows, _fetch(source, what, vocab_size, num_domains))
-
-
-def _fetch(
-    source: Any, what: str, vocab_size: int, num_domains: int
-) -> Callable[[np.ndarray], Rows]:
-    """Reads rows by their indices; UserError for damage.
-
-    NumPy and JAX take a token or a domain that is none for another.
-    """
 
     def fetch(index_N: np.ndarray) -> Rows:
         with intact(what):
             records = source.__getitems__([int(i) for i in index_N])
         rows = Rows(*(np.stack([record[name] for record in records]) for name in FIELDS))
-        for values, number in (
-            (rows.inputs_RS, vocab_size),
-            (rows.targets_RS, vocab_size),
-            (rows.domain_RS, num_domains),
-        ):
-            if values.size and values.max() >= number:
-                raise UserError(
-                    f"{what} have the number {values.max()} where there are {number} (0 to "
-                    f"{number - 1}): they do not belong to the "
-                    "tokenizer and the record beside them; prepare it again"
-                )
+        # NumPy and JAX would take an index that is out of range for another one, without a word.
+        _check_range(rows.inputs_RS, vocab_size, what)
+        _check_range(rows.targets_RS, vocab_size, what)
+        _check_range(rows.domain_RS, num_domains, what)
         return rows
 
-    return fetch
+    return Store(num_rows, fetch)
+
+
+def _check_range(values: np.ndarray, end: int, what: str) -> None:
+    """UserError if a value is not below `end`."""
+    if values.size and values.max() >= end:
+        raise UserError(
+            f"{what} have the number {values.max()} where there are {end} (0 to "
+            f"{end - 1}): they do not belong to the "
+            "tokenizer and the record beside them; prepare it again"
+        )

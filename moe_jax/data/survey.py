@@ -1,6 +1,4 @@
-"""What a source holds, found by reading it once: domains, documents, bytes, and a digest of every
-document.
-"""
+"""Counts what a source holds by reading it once: domains, documents, bytes, and their digest."""
 
 import hashlib
 import json
@@ -9,7 +7,7 @@ from typing import NamedTuple
 
 from moe_jax.data.documents import Document
 from moe_jax.data.pack import SPLITS
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 MOST_DOMAINS = 256  # a row stores the domain of each token in a byte
@@ -18,6 +16,8 @@ Counts = dict[str, dict[str, int]]  # split -> domain -> number
 
 
 class Survey(NamedTuple):
+    """What a source holds."""
+
     domains: tuple[str, ...]  # in the order of their first documents
     documents: Counts
     text_bytes: Counts  # of UTF-8
@@ -25,15 +25,18 @@ class Survey(NamedTuple):
 
 
 def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
-    """Counts (split, document) pairs. UserError for too many domains."""
+    """Returns the counts of (split, document) pairs; UserError for too many domains."""
     counts: Counts = {split: {} for split in SPLITS}
     sizes: Counts = {split: {} for split in SPLITS}
     digest = hashlib.sha256()
     for split, (text, domain) in documents:
         data = text.encode("utf-8")
-        for table, amount in ((counts, 1), (sizes, len(data))):
-            for name in SPLITS:
-                table[name][domain] = table[name].get(domain, 0) + amount * (name == split)
+        # Both splits list every domain, in the order of its first document.
+        for name in SPLITS:
+            counts[name].setdefault(domain, 0)
+            sizes[name].setdefault(domain, 0)
+        counts[split][domain] += 1
+        sizes[split][domain] += len(data)
         digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
         if len(counts["train"]) > MOST_DOMAINS:
             raise UserError(
@@ -46,11 +49,11 @@ def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
 def fingerprint(
     survey: Survey, tokenizer: Tokenizer, seq_len: int, heldout_every: int, seed: int
 ) -> str:
-    """sha256 of all that decides the rows: documents, tokenizer and the arguments of packing."""
+    """Returns the sha256 of what decides the rows: documents, tokenizer, arguments of packing."""
     arguments = [survey.digest, tokenizer.fingerprint, seq_len, heldout_every, seed]
     return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
 
 
 def only(documents: Iterable[tuple[str, Document]], split: str) -> Iterator[Document]:
-    """The documents of one split."""
+    """Returns the documents of one split."""
     return (document for name, document in documents if name == split)

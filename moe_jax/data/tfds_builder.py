@@ -21,29 +21,33 @@ Splits = dict[str, Iterable[dict[str, np.ndarray]]]  # split -> rows by the name
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):
-    """Rows of `moe_jax.data.pack`, in the order of packing (shuffled when they are read, anew in
-    each epoch).
+    """The rows of `moe_jax.data.pack`, in the order of packing.
+
+    They are shuffled when they are read, anew in each epoch.
     """
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, seq_len: int, dtype: np.dtype, splits: Splits, **kwargs: Any):
-        self._seq_len, self._dtype, self._splits = seq_len, dtype, splits
+        self._seq_len = seq_len
+        self._dtype = dtype
+        self._splits = splits
         super().__init__(**kwargs)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        def tensor(dtype: np.dtype) -> tfds.features.Tensor:
-            # As bytes: TFDS would store each number of a plain tensor as a varint, three times
-            # slower to write.
-            return tfds.features.Tensor(
-                shape=(self._seq_len,), dtype=dtype, encoding=tfds.features.Encoding.BYTES
-            )
+    def _tensor(self, dtype: np.dtype) -> tfds.features.Tensor:
+        # TFDS would store each number of a plain tensor as a varint, which is three times slower to
+        # write than bytes.
+        return tfds.features.Tensor(
+            shape=(self._seq_len,), dtype=dtype, encoding=tfds.features.Encoding.BYTES
+        )
 
+    def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "inputs": tensor(self._dtype),
-            "targets": tensor(self._dtype),
-            "segment": tensor(np.min_scalar_type(self._seq_len // 2 + 1)),
-            "domain": tensor(np.dtype(np.uint8)),
+            "inputs": self._tensor(self._dtype),
+            "targets": self._tensor(self._dtype),
+            # the largest segment number (pack._segments)
+            "segment": self._tensor(np.min_scalar_type(self._seq_len // 2 + 1)),
+            "domain": self._tensor(np.dtype(np.uint8)),
         }
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -64,17 +68,17 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
         TFDS itself would keep a split in memory, and beyond 1 GB call TensorFlow.
         """
-        info = (
-            self._info()
-        )  # a new one, because the folder is another now: it is renamed at the end
-        most = max(1, SHARD_BYTES // (4 * self._seq_len * self._dtype.itemsize))
+        # TFDS writes into another folder, which it renames at the end. So self.info, which was made
+        # before, has the wrong folder.
+        info = self._info()
+        most_rows = max(1, SHARD_BYTES // (4 * self._seq_len * self._dtype.itemsize))
         sequential = tfds.core.SequentialWriter(
-            info, max_examples_per_shard=most, file_format="array_record"
+            info, max_examples_per_shard=most_rows, file_format="array_record"
         )
         sequential.initialize_splits(list(SPLITS))
         for split, examples in self._split_generators(dl_manager).items():
-            while some := [row for _, row in itertools.islice(examples, ROWS_AT_ONCE)]:
-                sequential.add_examples({split: some})
+            while rows := [row for _, row in itertools.islice(examples, ROWS_AT_ONCE)]:
+                sequential.add_examples({split: rows})
         sequential.close_all()
         self.info.set_splits(info.splits)
 
@@ -90,5 +94,5 @@ def build_packed_text(
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
-    shutil.rmtree(folder / "downloads")  # nothing was
+    shutil.rmtree(folder / "downloads")  # TFDS makes it, and it is empty
     return {name: split.num_examples for name, split in builder.info.splits.items()}

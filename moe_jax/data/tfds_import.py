@@ -1,8 +1,7 @@
-"""TensorFlow Datasets, imported so that other threads can go on importing meanwhile:
+"""Imports TensorFlow Datasets without disturbing other threads that import meanwhile.
 
-`from moe_jax.data.tfds_import import tfds`.
-
-Import this module inside the functions that need it: it takes half a second.
+Write `from moe_jax.data.tfds_import import tfds` inside the functions that need it: it takes half a
+second.
 
 TFDS replaces `builtins.__import__` while it imports itself (etils.epy.lazy_imports), for all
 threads. If another thread imports just then, such as the one that draws a progress bar, it gets
@@ -21,9 +20,12 @@ from etils.epy import lazy_imports_utils
 
 @contextlib.contextmanager
 def _lazy_for_this_thread() -> Iterator[None]:
-    lazy, eager, mine = lazy_imports_utils._lazy_import, builtins.__import__, threading.get_ident()
+    """Makes the lazy import of etils apply to this thread only."""
+    lazy = lazy_imports_utils._lazy_import
+    eager = builtins.__import__
+    importing_thread = threading.get_ident()
 
-    def of_thread(
+    def import_by_thread(
         name: str,
         globals_: Any = None,
         locals_: Any = None,
@@ -31,11 +33,11 @@ def _lazy_for_this_thread() -> Iterator[None]:
         level: int = 0,
         **options: Any,
     ) -> Any:
-        if threading.get_ident() == mine:
+        if threading.get_ident() == importing_thread:
             return lazy(name, globals_, locals_, fromlist, level, **options)
         return eager(name, globals_, locals_, fromlist, level)
 
-    lazy_imports_utils._lazy_import = of_thread
+    lazy_imports_utils._lazy_import = import_by_thread
     try:
         yield
     finally:

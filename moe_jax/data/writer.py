@@ -1,5 +1,7 @@
-"""Writes a prepared directory: reads the sources several times, in bounded memory, and declares it
-finished last.
+"""Writes a prepared directory.
+
+The sources are read several times, in bounded memory. The record, which declares the directory
+finished, is written last.
 """
 
 import contextlib
@@ -8,63 +10,75 @@ import io
 import itertools
 import pathlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
-from moe_jax.data import pack, prepared, sources, tokenizer
+from moe_jax.data import pack, prepared, sources
 from moe_jax.data.documents import Document
-from moe_jax.data.survey import Survey, fingerprint, only, survey
+from moe_jax.data.survey import fingerprint, only, survey
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import make as make_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.runtime import shell
 
 TEXT_BYTES = 4_000_000  # of each split and domain, kept for the baselines
 
-Track = Callable[
-    [str, Iterable[Any]], Iterable[Any]
-]  # (what is done, items) -> the same items, their progress shown
+# (what is done, items) -> the same items, while their progress is shown
+Track = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
 def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[str, Any]:
-    """Prepares `arguments` (sources, tokenizer, seq_len, heldout_every, seed) into `out` and
-    returns its record.
+    """Prepares `out` and returns its record.
 
-    An `out` that was finished with the same arguments is left as it is; unfinished work in it is
-    begun anew. UserError if it holds anything else, or if another process is at it.
+    `arguments` has sources, tokenizer, seq_len, heldout_every and seed. An `out` that was finished
+    with the same arguments is left as it is; unfinished work in it is begun anew. UserError if it
+    holds anything else, or if another process is at it.
     """
     with _locked(out):
         if (out / prepared.RECORD).exists():
             return _finished(out, arguments)
         for name in ("rows", "tokenizer", "texts"):
             shutil.rmtree(out / name, ignore_errors=True)
-
-        def documents() -> Iterator[tuple[str, Document]]:
-            read = itertools.chain.from_iterable(
-                sources.read(spec) for spec in arguments["sources"]
-            )
-            return pack.split(read, arguments["heldout_every"])
-
-        found = survey(_kept(track("reading documents", documents()), out))
-
-        def texts():
-            return (d.text for d in only(track("training the tokenizer", documents()), "train"))
-
-        tokens = tokenizer.make(arguments["tokenizer"], texts)
-        tokens.save(out / "tokenizer")
-        splits = {
-            split: _rows(split, only(documents(), split), tokens, found, arguments)
-            for split in pack.SPLITS
-        }
-        num_rows, piece_bytes = _write_rows(
-            out, arguments["seq_len"], tokens, splits, found.domains, track
-        )
-        rest = [arguments[name] for name in ("seq_len", "heldout_every", "seed")]
-        prepared.write_record(
-            out, arguments, tokens, found, num_rows, piece_bytes, fingerprint(found, tokens, *rest)
-        )
+        _write(out, arguments, track)
     return prepared.read_record(out)
+
+
+def _write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> None:
+    """Writes all of a prepared directory: texts, tokenizer, rows, record."""
+    seq_len, heldout_every, seed = (
+        arguments[name] for name in ("seq_len", "heldout_every", "seed")
+    )
+
+    # The sources may be larger than memory, so each step reads them anew.
+    def documents() -> Iterator[tuple[str, Document]]:
+        of_sources = (sources.read(spec) for spec in arguments["sources"])
+        return pack.split(itertools.chain.from_iterable(of_sources), heldout_every)
+
+    def training_texts() -> Iterator[str]:
+        tracked = track("training the tokenizer", documents())
+        return (document.text for document in only(tracked, "train"))
+
+    surveyed = survey(_with_texts_kept(track("reading documents", documents()), out))
+    domains = surveyed.domains
+    tokenizer = make_tokenizer(arguments["tokenizer"], training_texts)
+    tokenizer.save(out / "tokenizer")
+    splits = {
+        "train": pack.pack_train(only(documents(), "train"), seq_len, tokenizer, domains, seed),
+        "heldout": pack.pack_heldout(only(documents(), "heldout"), seq_len, tokenizer, domains),
+    }
+    num_rows, piece_bytes = _write_rows(out, seq_len, tokenizer, splits, domains, track)
+    prepared.write_record(
+        out,
+        arguments,
+        tokenizer,
+        surveyed,
+        num_rows,
+        piece_bytes,
+        fingerprint(surveyed, tokenizer, seq_len, heldout_every, seed),
+    )
 
 
 @contextlib.contextmanager
@@ -79,86 +93,85 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
 
 
 def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of a finished `out`; UserError if it has other arguments."""
     record = prepared.read_record(out)
     prepared.check_files(out, record, small_only=False)
     for name, wanted in arguments.items():
-        have = record["arguments"].get(name)
-        if have != wanted:
+        recorded = record["arguments"].get(name)
+        if recorded != wanted:
             raise UserError(
-                f"--out {out} was prepared with {name} {have}, not {wanted}: choose another "
+                f"--out {out} was prepared with {name} {recorded}, not {wanted}: choose another "
                 "directory, or delete it"
             )
     return record
 
 
-def _kept(
+def _with_texts_kept(
     documents: Iterable[tuple[str, Document]], out: pathlib.Path
 ) -> Iterator[tuple[str, Document]]:
-    """The same documents; the first text of each split and domain goes into out/texts on the way."""
+    """Yields the same documents, and writes the first text of each split and domain.
+
+    A file of out/texts takes documents until it has TEXT_BYTES; the last one is whole.
+    """
     (out / "texts").mkdir()
     with contextlib.ExitStack() as stack:
-        numbers: dict[str, int] = {}
-        files: dict[tuple[str, str], list[Any]] = {}
+        domain_index: dict[str, int] = {}
+        files: dict[tuple[str, str], IO[bytes]] = {}
+        sizes: Counter[tuple[str, str]] = Counter()
         for split, document in documents:
-            number = numbers.setdefault(document.domain, len(numbers))
-            key = (split, document.domain)
+            domain = document.domain
+            key = (split, domain)
+            domain_index.setdefault(domain, len(domain_index))
             if key not in files:
-                path = prepared.text_file(out, split, number)
-                files[key] = [stack.enter_context(gzip.open(path, "wb", compresslevel=6)), 0]
-            file, size = files[key]
-            if size < TEXT_BYTES:
-                files[key][1] += file.write(document.text.encode("utf-8"))
+                path = prepared.text_file(out, split, domain_index[domain])
+                files[key] = stack.enter_context(_open_gzip(path))
+            if sizes[key] < TEXT_BYTES:
+                sizes[key] += files[key].write(document.text.encode("utf-8"))
             yield split, document
 
 
-def _rows(
-    split: str,
-    documents: Iterable[Document],
-    tokens: Tokenizer,
-    found: Survey,
-    arguments: dict[str, Any],
-) -> Iterator[pack.Rows]:
-    if split == "train":
-        return pack.pack_train(
-            documents, arguments["seq_len"], tokens, found.domains, arguments["seed"]
-        )
-    return pack.pack_heldout(documents, arguments["seq_len"], tokens, found.domains)
+def _open_gzip(path: pathlib.Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "wb", compresslevel=6))
 
 
 def _write_rows(
     out: pathlib.Path,
     seq_len: int,
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     splits: dict[str, Iterator[pack.Rows]],
     domains: tuple[str, ...],
     track: Track,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Writes the rows of both splits with TFDS; returns how many, and the bytes that the held-out
-    ids of each domain stand for.
+    """Writes the rows of both splits with TFDS, and the domains of the held-out ones.
+
+    Returns the number of rows of each split, and the bytes that the held-out ids of each domain
+    stand for. UserError if those are none: bits per byte would have no meaning.
     """
     from moe_jax.data.tfds_builder import build_packed_text
 
     heldout_domain: list[np.ndarray] = []
-    bytes_V, bytes_Z = tokens.token_bytes(), np.zeros(len(domains), np.int64)
+    bytes_V = tokenizer.token_bytes()
+    bytes_Z = np.zeros(len(domains), np.int64)
 
-    def examples(split: str) -> Iterator[dict[str, np.ndarray]]:
+    def stored_rows(split: str) -> Iterator[dict[str, np.ndarray]]:
         for rows in splits[split]:
             if split == "heldout":
                 heldout_domain.append(rows.domain_RS[:, 0])
-                seen = rows.segment_RS > 0
-                np.add.at(bytes_Z, rows.domain_RS[seen], bytes_V[rows.targets_RS[seen]])
-            yield from (dict(zip(prepared.FIELDS, row)) for row in zip(*rows))
+                valid_RS = rows.segment_RS > 0
+                target_bytes = bytes_V[rows.targets_RS[valid_RS]]
+                np.add.at(bytes_Z, rows.domain_RS[valid_RS], target_bytes)
+            for row in zip(*rows):
+                yield dict(zip(prepared.FIELDS, row))
 
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # TFDS prints about downloads, and there are none
-        rows = {name: track(f"writing {name} rows", examples(name)) for name in splits}
-        num_rows = build_packed_text(out / "rows", seq_len, tokens.dtype, rows)
+    # TFDS prints about downloads, and there are none.
+    with contextlib.redirect_stdout(io.StringIO()):
+        rows = {split: track(f"writing {split} rows", stored_rows(split)) for split in splits}
+        num_rows = build_packed_text(out / "rows", seq_len, tokenizer.dtype, rows)
     for domain, size in zip(domains, bytes_Z):
         if not size:
             raise UserError(
-                f"tokenizer {tokens.name} knows nothing of the held-out text of domain {domain}: "
-                "choose another"
+                f"tokenizer {tokenizer.name} knows nothing of the held-out text of domain "
+                f"{domain}: choose another"
             )
     np.save(out / "heldout_domain.npy", np.concatenate(heldout_domain))
     return num_rows, dict(zip(domains, bytes_Z.tolist()))

@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read: metrics.jsonl, TensorBoard events, config.json and run.json."""
+"""Writes the records of a run: metrics.jsonl, TensorBoard events, config.json and run.json."""
 
 import contextlib
 import importlib.metadata
@@ -72,7 +72,7 @@ class Writer:
             self._events = Events(Path(workdir) / "tensorboard", resume_step)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """One row: scalars are numbers or arrays without dimensions, by tags such as "train/loss"."""
+        """Writes a row; scalars are numbers or arrays without dimensions, by tags ("train/loss")."""
         if self._rows is None:
             return
         spent = {
@@ -94,7 +94,7 @@ class Writer:
             self._events.scalars(step, row)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Markdown, such as a sample of the model (indent or fence what is to be shown as it is)."""
+        """Writes Markdown, such as a sample; indent or fence what is to be shown as it is."""
         if self._events:
             self._events.text(step, name, text)
 

@@ -68,7 +68,7 @@ class StepClock:
         return self._tokens_per_step / statistics.median(self._per_step) if self._per_step else 0.0
 
     def figures(self) -> dict[str, Any]:
-        """The perf/... figures of the row; those of speed are left out as long as it is not known."""
+        """Returns the perf/... figures of the row; those of speed only when it is known."""
         found = {"perf/peak_flops": self._peak}
         if not self._per_step:
             return found

@@ -1,4 +1,4 @@
-"""The starts of a run, which run.json keeps, and whether the code has changed between the last two."""
+"""Reads the starts of a run from run.json, and whether the code changed between the last two."""
 
 import json
 from collections.abc import Mapping

@@ -123,7 +123,7 @@ class Table:
         return drawn
 
     def _widths(self, part: list[int], width: int) -> dict[int, int]:
-        """The least widths, and what is left of the terminal dealt out to columns that want more."""
+        """Returns the least widths, with the rest dealt out to columns that want more."""
         least = self._least(width)
         widths = {i: least[i] for i in part}
         left = width - sum(widths.values()) - GAP * (len(part) - 1)

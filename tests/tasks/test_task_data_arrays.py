@@ -174,7 +174,7 @@ def test_held_out_users_are_strangers_of_whom_a_part_is_shown(depends):
     np.testing.assert_array_equal(rows.items_BL, rows.targets_BL)
     assert (rows.weight_BL.sum(1) == 7).all() and not rows.items_BL[rows.weight_BL == 0].any()
     assert all(sorted(row[:7]) == sorted(items) for row, items in zip(rows.items_BL, market.train))
-    for seen, wanted in zip(market.seen, market.wanted):
+    for seen, wanted in zip(market.shown, market.hidden):
         assert len(seen) == 6 and len(wanted) == 1 and not set(seen) & set(wanted)
     held = next(iter(eval_batches(data, 4)))
     assert held.weight_BL.sum() == 24 and held.target_weight_BL.sum() == 4

@@ -1,8 +1,7 @@
-"""The embedded text: six domains, 29 MB, shipped compressed, so that the first run needs no
-network.
+"""The embedded text: six domains, 29 MB, shipped compressed.
 
-docs/data.md tells what a document is in each; NOTICE.md where the text comes from and its licences;
-build.py makes it.
+So the first run needs no network. docs/data.md says what a document is in each domain, NOTICE.md
+where the text comes from and its licences; build.py makes the files.
 """
 
 import importlib.resources
@@ -16,8 +15,10 @@ DOMAINS = ("drama", "verse", "novel", "scripture_en", "scripture_es", "dictionar
 
 
 def documents(domain: str, max_bytes: int | None = None) -> Iterator[Document]:
-    """The documents of an embedded domain in their order, as many whole ones as fit into
-    `max_bytes` of UTF-8.
+    """Yields the documents of an embedded domain in their order.
+
+    With `max_bytes` it yields as many whole ones as fit into so many bytes of UTF-8. UserError for
+    an unknown domain.
     """
     if domain not in DOMAINS:
         raise UserError(f"no embedded domain {domain!r}; there are {', '.join(DOMAINS)}")

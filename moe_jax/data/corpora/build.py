@@ -23,10 +23,9 @@ STRETCH = 4_000  # characters of a document of continuous verse or prose
 DICTIONARY_RUN = 200  # entries of a document of the dictionary
 NUMBER = "[IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH"  # of an act or a scene
 
-# The verse among the Milton files, each kept once: the same poems come again in other editions,
-# which held out would be
-# a test on training text. A part reaches from the first line (at or after the end of the last part)
-# to the second.
+# The verse among the Milton files, each poem once. The same poems come again in other editions;
+# held out, those would be a test on training text. A part reaches from its first line (at or after
+# the end of the part before) to the line before its second.
 MILTON_PARTS = (
     ("L'ALLEGRO", "PARADISE LOST"),
     ("PARADISE LOST", "PARADISE REGAINED"),
@@ -40,32 +39,33 @@ MILTON_PARTS = (
     ("SAMSON AGONISTES", "APPENDIX."),
 )
 
+# The names of the books in the order of the Spanish file, which has them in English.
 SPANISH_BOOKS = (
     "Génesis Éxodo Levítico Números Deuteronomio Josué Jueces Rut 1_Samuel 2_Samuel 1_Reyes "
-    "2_Reyes 1_Crónicas "
-    "2_Crónicas Esdras Nehemías Ester Job Salmos Proverbios Eclesiastés Cantares Isaías Jeremías "
-    "Lamentaciones "
-    "Ezequiel Daniel Oseas Joel Amós Abdías Jonás Miqueas Nahum Habacuc Sofonías Hageo Zacarías "
-    "Malaquías Mateo "
-    "Marcos Lucas Juan Hechos Romanos 1_Corintios 2_Corintios Gálatas Efesios Filipenses "
-    "Colosenses 1_Tesalonicenses "
+    "2_Reyes 1_Crónicas 2_Crónicas Esdras Nehemías Ester Job Salmos Proverbios Eclesiastés "
+    "Cantares Isaías Jeremías Lamentaciones Ezequiel Daniel Oseas Joel Amós Abdías Jonás Miqueas "
+    "Nahum Habacuc Sofonías Hageo Zacarías Malaquías Mateo Marcos Lucas Juan Hechos Romanos "
+    "1_Corintios 2_Corintios Gálatas Efesios Filipenses Colosenses 1_Tesalonicenses "
     "2_Tesalonicenses 1_Timoteo 2_Timoteo Tito Filemón Hebreos Santiago 1_Pedro 2_Pedro 1_Juan "
-    "2_Juan 3_Juan "
-    "Judas Apocalipsis"
+    "2_Juan 3_Juan Judas Apocalipsis"
 )
 
 
 def tidy(text: str) -> str:
-    """No white space at the ends of lines, never two blank lines in a row, one newline at the end."""
+    """Returns the text without white space at the ends of lines or several blank lines in a row.
+
+    It ends in one newline.
+    """
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
 def split_before(text: str, heading: str, shortest: int) -> list[str]:
-    """Splits before each line that matches `heading`; a part below `shortest` characters joins the
-    next one.
+    """Splits before each line that matches `heading`.
+
+    A part below `shortest` characters joins the next one, the last such part the one before.
     """
-    starts = [m.start() for m in re.finditer(heading, text, flags=re.MULTILINE)]
+    starts = [match.start() for match in re.finditer(heading, text, flags=re.MULTILINE)]
     parts: list[str] = []
     begin = 0
     for end in [*starts, len(text)]:
@@ -78,35 +78,33 @@ def split_before(text: str, heading: str, shortest: int) -> list[str]:
 
 
 def drama(text: str) -> Iterator[str]:
-    """A scene is a document, the cast list another; the poems, which have no scenes, are cut into
-    stretches.
-    """
+    """Yields the scenes and the cast lists of plays; poems, which have no scenes, in stretches."""
     works = split_before(text, r"^[^\n]+\n\nby William Shakespeare$", shortest=1)
     for work in filter(str.strip, works):
-        scenes = split_before(
-            work,
-            r"^ ?(ACT|Act|SCENE|Scene)[ .]+([IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH)\b",
-            600,
-        )
+        scenes = split_before(work, rf"^ ?(ACT|Act|SCENE|Scene)[ .]+({NUMBER})\b", 600)
         for scene in scenes:
             yield from cut(scene, STRETCH) if len(scenes) == 1 else cut_long(scene)
 
 
 def verse(text: str) -> Iterator[str]:
-    """Stretches of 4,000 characters of one part; printed line numbers and mail quoting are removed."""
+    """Yields stretches of about STRETCH characters of each part of MILTON_PARTS.
+
+    Printed line numbers and the quoting of mail are removed.
+    """
     text = re.sub(r" {2,}[0-9]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^>From", "From", text, flags=re.MULTILINE).replace("............", "   ")
-    lines = [line.strip().lstrip("ï»¿") for line in text.split("\n")]
-    whole = text.split("\n")
-    at = 0
+    lines = text.split("\n")
+    # "ï»¿" is the mark of UTF-8 at the beginning of a file, read as Latin-1.
+    headings = [line.strip().lstrip("ï»¿") for line in lines]
+    end = 0
     for first, last in MILTON_PARTS:
-        begin = lines.index(first, at)
-        at = lines.index(last, begin + 1)
-        yield from cut(tidy("\n".join(whole[begin:at])), STRETCH)
+        begin = headings.index(first, end)
+        end = headings.index(last, begin + 1)
+        yield from cut(tidy("\n".join(lines[begin:end])), STRETCH)
 
 
 def novel(text: str) -> Iterator[str]:
-    """A chapter is a document; the first of a volume or a book has its title."""
+    """Yields chapters; the first of a volume or a book has its title."""
     title = (
         r"EMMA|Persuasion|PRIDE AND PREJUDICE|SENSE AND SENSIBILITY|MANSFIELD PARK|NORTHANGER ABBEY"
     )
@@ -115,43 +113,54 @@ def novel(text: str) -> Iterator[str]:
 
 
 def scripture(text: str, books: dict[str, str]) -> Iterator[str]:
-    """A chapter is a document: its name, then one verse a line without the reference."""
-    verses = (line.split("\t") for line in text.splitlines())
+    """Yields chapters: the name, then one verse a line without its reference.
+
+    `books` has the names of books that are renamed.
+    """
+    verses = [line.split("\t") for line in text.splitlines()]
     for (book, chapter), group in itertools.groupby(verses, lambda verse: chapter_of(verse[0])):
-        yield from cut_long(
-            f"{books.get(book, book)} {chapter}\n" + "".join(f"{verse}\n" for _, verse in group)
-        )
+        lines = [f"{books.get(book, book)} {chapter}\n"]
+        lines += [f"{verse}\n" for _, verse in group]
+        yield from cut_long("".join(lines))
 
 
 def chapter_of(reference: str) -> tuple[str, str]:
-    book, _, place = reference.rpartition(" ")
-    return book, place.split(":")[0]
+    """Returns book and chapter of a verse: "1 Samuel 2:3" -> ("1 Samuel", "2")."""
+    book, _, verse = reference.rpartition(" ")
+    return book, verse.split(":")[0]
 
 
 def dictionary(text: str) -> Iterator[str]:
-    """Runs of 200 entries in WordNet's order, which keeps what is alike together: a line is `words:
-    gloss`.
+    """Yields runs of DICTIONARY_RUN entries, a line `words: gloss` each.
+
+    They keep the order of WordNet, in which related entries stand together.
     """
-    rows = (line.split("\t")[1:] for line in text.splitlines()[1:])
-    entries = (f"{words}: {re.sub(r'(?<=[^ ])_(?=[^ ])', ' ', gloss)}\n" for words, gloss in rows)
-    while run := list(itertools.islice(entries, DICTIONARY_RUN)):
-        yield "".join(run)
+    entries: list[str] = []
+    for line in text.splitlines()[1:]:
+        _, words, gloss = line.split("\t")
+        # The file has _ for some spaces within a gloss.
+        spaced_gloss = re.sub(r"(?<=[^ ])_(?=[^ ])", " ", gloss)
+        entries.append(f"{words}: {spaced_gloss}\n")
+    for start in range(0, len(entries), DICTIONARY_RUN):
+        yield "".join(entries[start : start + DICTIONARY_RUN])
 
 
 def cut_long(text: str) -> list[str]:
+    """Returns the text, or its near-equal parts if it has more than LONGEST characters."""
     return cut(text, LONGEST * 2 // 3) if len(text) > LONGEST else [text]
 
 
 def english(text: str) -> Iterator[str]:
+    """Yields the chapters of the King James Bible."""
     return scripture(text, {"Revelation of John": "Revelation"})
 
 
 def spanish(text: str) -> Iterator[str]:
-    names = dict.fromkeys(line.split("\t")[0].rpartition(" ")[0] for line in text.splitlines())
-    return scripture(
-        text,
-        dict(zip(names, (name.replace("_", " ") for name in SPANISH_BOOKS.split()), strict=True)),
-    )
+    """Yields the chapters of the Reina-Valera of 1909 with Spanish names of the books."""
+    # A dict keeps the order in which the books first come.
+    books = dict.fromkeys(chapter_of(line.split("\t")[0])[0] for line in text.splitlines())
+    names = [name.replace("_", " ") for name in SPANISH_BOOKS.split()]
+    return scripture(text, dict(zip(books, names, strict=True)))
 
 
 CORPORA = {
@@ -165,14 +174,17 @@ CORPORA = {
 
 
 def read(folder: pathlib.Path, name: str) -> str:
-    """The text of `name` or `name`.gz, wherever it is in `folder`."""
-    found = sorted([*folder.rglob(name), *folder.rglob(name + ".gz")])
-    if not found:
+    """Returns the text of `name` or `name`.gz, wherever it is in `folder`; UserError if nowhere."""
+    paths = sorted([*folder.rglob(name), *folder.rglob(name + ".gz")])
+    if not paths:
         raise UserError(
             f"--from {folder} holds neither {name} nor {name}.gz; NOTICE.md says where to get it"
         )
-    data = found[0].read_bytes()
-    return (gzip.decompress(data) if found[0].suffix == ".gz" else data).decode("utf-8")
+    path = paths[0]
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    return data.decode("utf-8")
 
 
 def build(folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -183,7 +195,8 @@ def build(folder: pathlib.Path, out: pathlib.Path) -> None:
         packed = lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)
         (out / f"{domain}.txt.xz").write_bytes(packed)
         sizes = sorted(len(text.encode("utf-8")) for text in documents)
-        quantiles = [sizes[min(len(sizes) - 1, len(sizes) * q // 4)] for q in range(5)]
+        last = len(sizes) - 1
+        quantiles = [sizes[min(last, len(sizes) * quarter // 4)] for quarter in range(5)]
         print(
             f"{domain:13} {len(documents):5} documents {len(joined):9} bytes {len(packed):8} "
             f"packed; sizes {quantiles}"
@@ -191,6 +204,7 @@ def build(folder: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Builds the corpora and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--from", dest="folder", type=pathlib.Path, required=True, help="where the source files are"

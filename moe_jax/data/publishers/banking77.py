@@ -19,14 +19,14 @@ def convert(given: Given) -> Converted:
     files: dict[str, bytes] = {}
     notes: list[str] = []
     for part, digest in DIGESTS.items():
-        found = given.one(f"{part}.csv", [digest])
-        rows = csv.DictReader(io.StringIO(found.text(), newline=""))
+        file = given.one(f"{part}.csv", [digest])
+        rows = csv.DictReader(io.StringIO(file.text(), newline=""))
         if rows.fieldnames != ["text", "category"]:
             columns = ", ".join(rows.fieldnames or [])
             raise UserError(
-                f"{found.place} has the columns {columns}, not text, category: give "
+                f"{file.path} has the columns {columns}, not text, category: give "
                 f"banking_data/{part}.csv"
             )
         notes.append(f"{sum(1 for _ in rows):,} questions of the {part} part")
-        files[f"classification/banking77_{part}.csv.gz"] = found.data
+        files[f"classification/banking77_{part}.csv.gz"] = file.data
     return Converted(files, tuple(notes))

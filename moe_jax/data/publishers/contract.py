@@ -1,4 +1,4 @@
-"""What a converter is given, and what it gives back."""
+"""The contract of a converter, and the facts about a published data set."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -7,9 +7,9 @@ from moe_jax.data.publishers.given import Given
 
 
 class Converted(NamedTuple):
-    """The files of one set.
+    """The files that a converter makes of one set.
 
-    files: the path of each below the output folder, and its bytes before they are packed with gzip.
+    files: path below the output folder -> the content before it is packed with gzip.
     notes: what a person should know of them, one sentence each.
     """
 
@@ -24,15 +24,15 @@ class Published(NamedTuple):
     licence: the terms, in the publisher's words.
     where: addresses and packages; for a person to read.
     give: the files to name behind --from.
-    direct: how the set is read without this command; "" = it is not.
-    config: the config file that learns it, with its variant.
     convert: makes the files.
+    config: the config file that learns it, with its variant; "" = there is none.
+    direct: how the set is read without this command; "" = it is not.
     """
 
     what: str
     licence: str
     where: str
     give: str
-    direct: str
-    config: str
     convert: Callable[[Given], Converted]
+    config: str = ""
+    direct: str = ""

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from moe_jax.data.publishers.contract import Converted
-from moe_jax.data.publishers.given import Found, Given
-from moe_jax.data.publishers.written import table
+from moe_jax.data.publishers.given import Given, GivenFile
+from moe_jax.data.publishers.written import tsv
 from moe_jax.errors import UserError
 
 RELEASE = "Release|InRelease|*_Release|*_InRelease"
@@ -24,7 +24,7 @@ def sections(given: Given) -> Converted:
     """Returns section, package and description, by package; of equal descriptions the first."""
     packages, notes = _packages(given)
     english = _descriptions(given, "en")
-    rows = {}
+    rows: dict[str, tuple[str, str, str]] = {}  # by description
     for name, package in packages.items():
         described = english.get(package.get("Description-md5", ""))
         if described is not None:
@@ -35,7 +35,7 @@ def sections(given: Given) -> Converted:
             f"--from {given}: Packages and Translation-en share no Description-md5: give one "
             "release"
         )
-    lines = table([("section", "package", "description"), *rows.values()])
+    lines = tsv([("section", "package", "description"), *rows.values()])
     files = {"classification/debian12_descriptions_by_section.tsv.gz": lines}
     return Converted(files, (f"{len(rows):,} descriptions", *notes))
 
@@ -43,12 +43,13 @@ def sections(given: Given) -> Converted:
 def depends(given: Given) -> Converted:
     """Returns each package with what it depends on, by name; of alternatives the first."""
     packages, notes = _packages(given)
-    needed = {name: _needed(package.get("Depends", "")) for name, package in packages.items()}
-    rows = [(name, " ".join(names)) for name, names in needed.items() if names]
-    lines = table([("package", "depends"), *rows])
-    return Converted(
-        {"recommendation/debian12_depends.tsv.gz": lines}, (f"{len(rows):,} packages", *notes)
-    )
+    rows: list[tuple[str, str]] = []
+    for name, package in packages.items():
+        dependencies = _dependencies(package.get("Depends", ""))
+        if dependencies:
+            rows.append((name, " ".join(dependencies)))
+    files = {"recommendation/debian12_depends.tsv.gz": tsv([("package", "depends"), *rows])}
+    return Converted(files, (f"{len(rows):,} packages", *notes))
 
 
 def translation(language: str) -> Callable[[Given], Converted]:
@@ -65,8 +66,11 @@ def _pairs(given: Given, language: str) -> Converted:
     english = _descriptions(given, "en")
     pairs: set[tuple[str, str]] = set()
     for md5, described in _descriptions(given, language).items():
-        sources, targets = _paragraphs(english.get(md5, "")), _paragraphs(described)
-        if md5 in english and len(sources) == len(targets):
+        if md5 not in english:
+            continue
+        sources = _paragraphs(english[md5])
+        targets = _paragraphs(described)
+        if len(sources) == len(targets):
             pairs.update(zip(sources, targets))
     kept = sorted(pair for pair in pairs if _is_prose(*pair))
     if not kept:
@@ -74,75 +78,74 @@ def _pairs(given: Given, language: str) -> Converted:
             f"--from {given}: Translation-en and Translation-{language} share no Description-md5"
         )
     notes = (f"{len(kept):,} pairs of paragraphs", *_release_notes(given))
-    return Converted({f"translation/ddtp_en_{language}.tsv.gz": table(kept)}, notes)
+    return Converted({f"translation/ddtp_en_{language}.tsv.gz": tsv(kept)}, notes)
 
 
 def _is_prose(source: str, target: str) -> bool:
     """Returns whether a pair is text that was translated, and short enough."""
-    return (
-        source != target and max(len(source), len(target)) < LONGEST and "\t" not in source + target
-    )
+    short = max(len(source), len(target)) < LONGEST
+    return short and source != target and "\t" not in source + target
 
 
 def _packages(given: Given) -> tuple[dict[str, Paragraph], tuple[str, ...]]:
-    """Returns the packages by name, sorted, and what is to be told of their release."""
-    found = _index(given, "Packages|*_Packages")
+    """Returns the packages by name, sorted, and the notes on their release."""
+    index = _index(given, "Packages|*_Packages")
     wanted = ("Package", "Section", "Depends", "Description-md5")
-    packages = {paragraph["Package"]: paragraph for paragraph in _read(found, wanted, "Package")}
+    packages = {paragraph["Package"]: paragraph for paragraph in _read(index, wanted, "Package")}
     return dict(sorted(packages.items())), _release_notes(given)
 
 
 def _descriptions(given: Given, language: str) -> dict[str, str]:
     """Returns the descriptions in a language by the md5 sum of the English one."""
-    found = _index(given, f"Translation-{language}|*_Translation-{language}")
+    index = _index(given, f"Translation-{language}|*_Translation-{language}")
     field = f"Description-{language}"
     wanted = ("Description-md5", field)
     by_md5: dict[str, str] = {}
-    for paragraph in _read(found, wanted, "Description-md5"):
+    for paragraph in _read(index, wanted, "Description-md5"):
         by_md5.setdefault(paragraph["Description-md5"], paragraph.get(field, ""))
     return by_md5
 
 
-def _index(given: Given, patterns: str) -> Found:
+def _index(given: Given, patterns: str) -> GivenFile:
     """Returns an index, compared with the sums of the release if its Release file is given too."""
     sums = _sums(given.one(RELEASE)) if given.has(RELEASE) else ()
     return given.one(patterns, sums)
 
 
-def _sums(release: Found) -> list[str]:
+def _sums(release: GivenFile) -> list[str]:
     """Returns all sha256 sums of a Release file."""
-    found = re.findall(r"^ ([0-9a-f]{64}) +\d+ \S+$", release.text(), flags=re.MULTILINE)
-    if not found:
-        raise UserError(f"{release.place} has no sha256 sums: give Debian's InRelease, or none")
-    return found
+    sums = re.findall(r"^ ([0-9a-f]{64}) +\d+ \S+$", release.text(), flags=re.MULTILINE)
+    if not sums:
+        raise UserError(f"{release.path} has no sha256 sums: give Debian's InRelease, or none")
+    return sums
 
 
 def _release_notes(given: Given) -> tuple[str, ...]:
+    """Returns which release the indices are of, and what follows for the figures."""
     if not given.has(RELEASE):
         return (
             "nothing was compared with Debian's sums: give the InRelease of dists/bookworm too",
         )
     text = given.one(RELEASE).text()
-    codename, version = (
-        re.search(rf"^{name}: (\S+)$", text, re.MULTILINE) for name in ("Codename", "Version")
-    )
-    told = f"Debian {version[1] if version else ''} ({codename[1] if codename else 'unknown'})"
+    codename = re.search(r"^Codename: (\S+)$", text, re.MULTILINE)
+    version = re.search(r"^Version: (\S+)$", text, re.MULTILINE)
+    release = f"Debian {version[1] if version else ''} ({codename[1] if codename else 'unknown'})"
     if codename and codename[1] == MEASURED:
-        return (
-            f"{told}; figures of docs/tasks.md differ a little from one point release to the next",
-        )
-    return (f"{told}; the figures of docs/tasks.md are of {MEASURED}: yours will differ",)
+        note = "figures of docs/tasks.md differ a little from one point release to the next"
+    else:
+        note = f"the figures of docs/tasks.md are of {MEASURED}: yours will differ"
+    return (f"{release}; {note}",)
 
 
-def _read(found: Found, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph]:
+def _read(index: GivenFile, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph]:
     """Yields the paragraphs with their wanted fields.
 
     UserError if one has no `key`, or the file ends within one.
     """
-    text = found.text()
+    text = index.text()
     if not text.endswith("\n\n"):
         raise UserError(
-            f"{found.place} does not end with an empty line: it was cut, or is no index of Debian"
+            f"{index.path} does not end with an empty line: it was cut, or is no index of Debian"
         )
     for number, block in enumerate(text.split("\n\n"), 1):
         paragraph: Paragraph = {}
@@ -154,7 +157,7 @@ def _read(found: Found, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph
             yield paragraph
         elif block.strip():
             raise UserError(
-                f"{found.place}, paragraph {number} has no field {key}: give Debian's own index"
+                f"{index.path}, paragraph {number} has no field {key}: give Debian's own index"
             )
 
 
@@ -175,7 +178,11 @@ def _paragraphs(description: str) -> list[str]:
     return [short.strip(), *(" ".join(lines) for lines in joined if lines)]
 
 
-def _needed(depends: str) -> list[str]:
+def _dependencies(depends: str) -> list[str]:
     """Returns the names of a Depends field, sorted: "a (>= 1) | b, c:any" -> ["a", "c"]."""
-    first = (part.partition("|")[0].strip() for part in depends.split(","))
-    return sorted({re.split(r"[\s(:]", name)[0] for name in first if name})
+    names: set[str] = set()
+    for alternatives in depends.split(","):
+        first = alternatives.partition("|")[0].strip()
+        if first:
+            names.add(re.split(r"[\s(:]", first)[0])
+    return sorted(names)

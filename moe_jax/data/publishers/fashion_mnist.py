@@ -7,7 +7,7 @@ dimensions, and each dimension as four bytes.
 import numpy as np
 
 from moe_jax.data.publishers.contract import Converted
-from moe_jax.data.publishers.given import Found, Given
+from moe_jax.data.publishers.given import Given, GivenFile
 from moe_jax.errors import UserError
 
 # md5 sums of each file: in the publisher's README, as Debian's package packs it, and unpacked.
@@ -36,33 +36,34 @@ FILES = {
 
 
 def convert(given: Given) -> Converted:
-    """Returns the four files; as many labels as images in each part."""
-    found = {name: given.one(name, digests) for name, digests in FILES.items()}
+    """Returns the four files; UserError if a part has not as many labels as images."""
+    files = {name: given.one(name, digests) for name, digests in FILES.items()}
     notes: list[str] = []
     for part in ("train", "t10k"):
-        images, labels = (found[f"{part}-{name}-ubyte"] for name in ("images-idx3", "labels-idx1"))
-        shape, (count,) = _shape(images, 3), _shape(labels, 1)
-        if shape[0] != count:
+        images = files[f"{part}-images-idx3-ubyte"]
+        labels = files[f"{part}-labels-idx1-ubyte"]
+        num_images, height, width = _shape(images, 3)
+        (num_labels,) = _shape(labels, 1)
+        if num_images != num_labels:
             raise UserError(
-                f"{images.place} has {shape[0]} images, but {labels.place} {count} labels: give "
-                "one set"
+                f"{images.path} has {num_images} images, but {labels.path} {num_labels} labels: "
+                "give one set"
             )
-        notes.append(f"{shape[0]:,} images of {shape[1]} x {shape[2]} pixels in {part}")
-    return Converted(
-        {f"fashion_mnist/{name}.gz": file.data for name, file in found.items()}, tuple(notes)
-    )
+        notes.append(f"{num_images:,} images of {height} x {width} pixels in {part}")
+    packed = {f"fashion_mnist/{name}.gz": file.data for name, file in files.items()}
+    return Converted(packed, tuple(notes))
 
 
-def _shape(found: Found, dimensions: int) -> tuple[int, ...]:
+def _shape(file: GivenFile, dimensions: int) -> tuple[int, ...]:
     """Returns the shape in the head of an idx file. UserError if the file has another size."""
     start = 4 + 4 * dimensions
     head = bytes((0, 0, 8, dimensions))
-    if len(found.data) < start or found.data[:4] != head:
-        raise UserError(f"{found.place} is no idx file of bytes with {dimensions} dimensions")
-    shape = tuple(int(n) for n in np.frombuffer(found.data, ">u4", dimensions, 4))
+    if len(file.data) < start or file.data[:4] != head:
+        raise UserError(f"{file.path} is no idx file of bytes with {dimensions} dimensions")
+    shape = tuple(int(n) for n in np.frombuffer(file.data, ">u4", dimensions, 4))
     expected = start + int(np.prod(shape, dtype=np.int64))
-    if len(found.data) != expected:
+    if len(file.data) != expected:
         raise UserError(
-            f"{found.place} holds {len(found.data)} bytes, but its head says {expected}: it was cut"
+            f"{file.path} holds {len(file.data)} bytes, but its head says {expected}: it was cut"
         )
     return shape

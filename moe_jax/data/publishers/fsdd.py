@@ -5,7 +5,7 @@ import re
 import tarfile
 
 from moe_jax.data.publishers.contract import Converted
-from moe_jax.data.publishers.given import Found, Given
+from moe_jax.data.publishers.given import Given, GivenFile
 from moe_jax.errors import UserError
 
 NAME = re.compile(r"\d_[a-z]+_(\d+)\.wav")
@@ -16,36 +16,36 @@ SPEAKERS = 6
 
 def convert(given: Given) -> Converted:
     """Returns a tar archive of the recordings below TAKEN of each digit and speaker."""
-    wanted = "|".join(f"[0-9]_*_{index}.wav" for index in range(TAKEN))
-    found = {
-        name: file
-        for name, file in given.many(wanted, "recordings").items()
-        if NAME.fullmatch(name)
-    }
-    if len(found) < 10 * SPEAKERS * TAKEN:
+    patterns = "|".join(f"[0-9]_*_{index}.wav" for index in range(TAKEN))
+    files = given.many(patterns, "recordings")
+    recordings = {name: file for name, file in files.items() if NAME.fullmatch(name)}
+    expected = 10 * SPEAKERS * TAKEN
+    if len(recordings) < expected:
         raise UserError(
-            f"--from {given} holds {len(found)} of {10 * SPEAKERS * TAKEN} recordings "
+            f"--from {given} holds {len(recordings)} of {expected} recordings "
             "DIGIT_SPEAKER_INDEX.wav "
             f"with indices below {TAKEN}: give the folder recordings of the repository"
         )
-    for file in found.values():
-        _check(file)
-    note = f"{len(found):,} recordings: indices 0 to {TAKEN - 1} of each digit and speaker"
-    return Converted({"speech/fsdd_900.tar.gz": _archive(found)}, (note,))
+    for file in recordings.values():
+        _check_wav(file)
+    note = f"{len(recordings):,} recordings: indices 0 to {TAKEN - 1} of each digit and speaker"
+    return Converted({"speech/fsdd_900.tar.gz": _archive(recordings)}, (note,))
 
 
-def _check(file: Found) -> None:
+def _check_wav(file: GivenFile) -> None:
     """UserError if a file is no wav file, or shorter or longer than its head says."""
-    head, size = file.data[:12], int.from_bytes(file.data[4:8], "little") + 8
+    head = file.data[:12]  # "RIFF", size of what follows, "WAVE"
+    size = int.from_bytes(head[4:8], "little") + 8
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        raise UserError(f"{file.place} is no wav file")
+        raise UserError(f"{file.path} is no wav file")
     if len(file.data) != size:
         raise UserError(
-            f"{file.place} holds {len(file.data)} bytes, but its head says {size}: it was cut"
+            f"{file.path} holds {len(file.data)} bytes, but its head says {size}: it was cut"
         )
 
 
-def _archive(files: dict[str, Found]) -> bytes:
+def _archive(files: dict[str, GivenFile]) -> bytes:
+    """Returns a tar archive of the files, the same bytes for the same files."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, file in files.items():

@@ -1,4 +1,4 @@
-"""The files that a user gives with --from: found by name, unpacked, and compared with a digest."""
+"""Finds the files that a user gives with --from by name, unpacks them, and compares digests."""
 
 import bz2
 import fnmatch
@@ -16,6 +16,7 @@ import pyarrow
 
 from moe_jax.errors import UserError
 
+# What reading and unpacking a damaged file raises.
 DAMAGE = (
     OSError,
     EOFError,
@@ -30,7 +31,7 @@ DAMAGE = (
 
 
 def _lz4(data: bytes) -> bytes:
-    """Returns what an lz4 frame holds; apt keeps its lists packed so."""
+    """Returns the content of an lz4 frame; apt keeps its lists packed so."""
     with pyarrow.input_stream(pyarrow.py_buffer(data), compression="lz4") as stream:
         return stream.read()
 
@@ -53,16 +54,18 @@ class Source(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    name: str  # without its folder and without what says how it is packed
-    place: str  # for messages
+    """One file that a user gave and that is not read yet."""
+
+    name: str  # without its folder and without an ending such as .gz
+    path: str  # for messages; ARCHIVE/MEMBER in an archive
     unpack: Callable[[bytes], bytes] | None
     read: Callable[[], bytes]
 
 
-class Found(NamedTuple):
+class GivenFile(NamedTuple):
     """One file, as it was given and unpacked."""
 
-    place: str
+    path: str  # for messages; ARCHIVE/MEMBER in an archive
     packed: bytes
     data: bytes
 
@@ -72,7 +75,7 @@ class Found(NamedTuple):
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.place} is not UTF-8 at byte {error.start}: give the publisher's own file"
+                f"{self.path} is not UTF-8 at byte {error.start}: give the publisher's own file"
             ) from None
 
 
@@ -89,7 +92,7 @@ class Given:
         self.sources: list[Source] = []
         self._entries = [entry for path in paths for entry in _entries(path)]
 
-    def one(self, patterns: str, digests: Sequence[str] = ()) -> Found:
+    def one(self, patterns: str, digests: Sequence[str] = ()) -> GivenFile:
         """Returns the one file of a name.
 
         Args:
@@ -99,26 +102,35 @@ class Given:
         """
         entries = self._matching(patterns)
         if len(entries) != 1:
-            found = ", ".join(entry.place for entry in entries[:4])
-            wanted = patterns.replace("|", " or ")
-            several = f"{len(entries)} files {wanted} ({found}): name one of them with --from FILE"
-            none = f"no file {wanted}, plain or packed: `python -m moe_jax data` lists what to give"
-            raise UserError(f"--from {self} holds {several if entries else none + self._closed()}")
-        found = _read(entries[0])
-        self._record(found, digests)
-        return found
+            raise self._not_one(patterns, entries)
+        file = _read(entries[0])
+        self._record(file, digests)
+        return file
 
-    def many(self, pattern: str, what: str) -> dict[str, Found]:
+    def _not_one(self, patterns: str, entries: Sequence[_Entry]) -> UserError:
+        """Returns the error for no file, or several files, of a name."""
+        wanted = patterns.replace("|", " or ")
+        if entries:
+            paths = ", ".join(entry.path for entry in entries[:4])
+            what = f"{len(entries)} files {wanted} ({paths}): name one of them with --from FILE"
+        else:
+            what = (
+                f"no file {wanted}, plain or packed: `python -m moe_jax data` lists what to give"
+                f"{self._closed()}"
+            )
+        return UserError(f"--from {self} holds {what}")
+
+    def many(self, pattern: str, what: str) -> dict[str, GivenFile]:
         """Returns all files that match, by name, sorted; they are one source, called `what`."""
-        found = {entry.name: _read(entry) for entry in self._matching(pattern)}
-        found = dict(sorted(found.items()))
-        if found:
-            joined = b"".join(file.packed for file in found.values())
+        by_name = {entry.name: _read(entry) for entry in self._matching(pattern)}
+        files = dict(sorted(by_name.items()))
+        if files:
+            joined = b"".join(file.packed for file in files.values())
             digest = hashlib.sha256(joined).hexdigest()
             self.sources.append(
-                Source(f"{len(found)} {what}, one after another", len(joined), digest, "")
+                Source(f"{len(files)} {what}, one after another", len(joined), digest, "")
             )
-        return found
+        return files
 
     def has(self, patterns: str) -> bool:
         """Returns whether any file matches."""
@@ -128,32 +140,37 @@ class Given:
         return ", ".join(map(str, self.paths))
 
     def _matching(self, patterns: str) -> list[_Entry]:
+        """Returns the files whose name matches one of the patterns between "|"."""
         wanted = patterns.split("|")
-        return [e for e in self._entries if any(fnmatch.fnmatchcase(e.name, p) for p in wanted)]
+
+        def matches(entry: _Entry) -> bool:
+            return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in wanted)
+
+        return [entry for entry in self._entries if matches(entry)]
 
     def _closed(self) -> str:
         """Returns what to say of archives that are in a folder; "" if there is none."""
-        closed = [e.place for e in self._entries if e.name.endswith((".tar", ".tgz", ".zip"))]
-        return (
-            f". Archives in a folder are not opened, name them: {', '.join(closed[:4])}"
-            if closed
-            else ""
-        )
+        endings = (".tar", ".tgz", ".zip")
+        closed = [entry.path for entry in self._entries if entry.name.endswith(endings)]
+        if not closed:
+            return ""
+        return f". Archives in a folder are not opened, name them: {', '.join(closed[:4])}"
 
-    def _record(self, found: Found, digests: Sequence[str]) -> None:
-        sha256 = hashlib.sha256(found.packed).hexdigest()
-        checked = fitting(found, digests)
+    def _record(self, file: GivenFile, digests: Sequence[str]) -> None:
+        """Adds a file to the sources; UserError if it has none of the digests."""
+        sha256 = hashlib.sha256(file.packed).hexdigest()
+        checked = fitting(file, digests)
         if digests and not checked and not self.any_digest:
-            raise _unfit(found, digests)
-        name = found.place.replace("\\", "/").rpartition("/")[2]
-        source = Source(name, len(found.packed), sha256, checked)
+            raise _unfit(file, digests)
+        name = file.path.replace("\\", "/").rpartition("/")[2]
+        source = Source(name, len(file.packed), sha256, checked)
         if source not in self.sources:
             self.sources.append(source)
 
 
-def fitting(found: Found, digests: Sequence[str]) -> str:
-    """Returns the digest that a file, or what it holds, has; "" if it has none of them."""
-    for data in (found.packed, found.data):
+def fitting(file: GivenFile, digests: Sequence[str]) -> str:
+    """Returns the digest that a file has, as given or unpacked; "" if it has none of them."""
+    for data in (file.packed, file.data):
         for name in ("md5", "sha256"):
             digest = hashlib.new(name, data).hexdigest()
             if digest in digests:
@@ -161,28 +178,32 @@ def fitting(found: Found, digests: Sequence[str]) -> str:
     return ""
 
 
-def _unfit(found: Found, digests: Sequence[str]) -> UserError:
+def _unfit(file: GivenFile, digests: Sequence[str]) -> UserError:
     """Returns the error for a file that has none of its publisher's digests."""
     kind = "md5" if len(digests[0]) == 32 else "sha256"
-    own = hashlib.new(kind, found.packed).hexdigest()
+    own = hashlib.new(kind, file.packed).hexdigest()
     right = " or ".join(digests) if len(digests) < 4 else "none of the sums that the release lists"
     return UserError(
-        f"{found.place} has the {kind} sum {own}, its publisher's file has {right}: it was changed "
-        "or cut, or is "
-        "another one; give the publisher's, or add --any_digest"
+        f"{file.path} has the {kind} sum {own}, its publisher's file has {right}: it was changed "
+        "or cut, or is another one; give the publisher's, or add --any_digest"
     )
 
 
-def _read(entry: _Entry) -> Found:
+def _read(entry: _Entry) -> GivenFile:
+    """Reads and unpacks a file; UserError if it is damaged."""
     try:
         packed = entry.read()
         data = entry.unpack(packed) if entry.unpack else packed
     except DAMAGE as error:
-        raise UserError(f"{entry.place} cannot be read, it may be damaged: {error}") from None
-    return Found(entry.place, packed, data)
+        raise UserError(f"{entry.path} cannot be read, it may be damaged: {error}") from None
+    return GivenFile(entry.path, packed, data)
 
 
 def _entries(path: pathlib.Path) -> Iterator[_Entry]:
+    """Yields the files of a path: a file, a folder, a tar or zip archive.
+
+    UserError for a path that is not there, a Debian package, or a damaged archive.
+    """
     try:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
@@ -206,15 +227,15 @@ def _entries(path: pathlib.Path) -> Iterator[_Entry]:
 
 
 def _members(path: pathlib.Path, files: Mapping[str, bytes]) -> Iterator[_Entry]:
+    """Yields the members of an archive, which are unpacked already."""
     for name, data in files.items():
         yield _entry(f"{path}/{name}", lambda data=data: data)
 
 
 def _zip_members(path: pathlib.Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
-        return {
-            item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()
-        }
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        return {member.filename: archive.read(member) for member in members}
 
 
 def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
@@ -227,9 +248,9 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
     return files
 
 
-def _entry(place: str, read: Callable[[], bytes]) -> _Entry:
-    name = place.rpartition("/")[2]
+def _entry(path: str, read: Callable[[], bytes]) -> _Entry:
+    name = path.rpartition("/")[2]
     for ending, unpack in UNPACK.items():
         if name.endswith(ending):
-            return _Entry(name.removesuffix(ending), place, unpack, read)
-    return _Entry(name, place, None, read)
+            return _Entry(name.removesuffix(ending), path, unpack, read)
+    return _Entry(name, path, None, read)

@@ -9,7 +9,7 @@ from typing import Any
 from moe_jax import extras
 from moe_jax.data.publishers.contract import Converted
 from moe_jax.data.publishers.given import Given, Source
-from moe_jax.data.publishers.written import table
+from moe_jax.data.publishers.written import tsv
 from moe_jax.errors import UserError
 
 ENGLISH, SPANISH = "engKJV2006eb", "spaRV1909eb"  # King James Version, Reina-Valera 1909
@@ -44,9 +44,8 @@ def convert(given: Given) -> Converted:
     rows = aligned(*texts)
     if not rows:
         raise UserError(f"--from {given}: {ENGLISH} and {SPANISH} share no verse")
-    return Converted(
-        {"translation/bible_kjv_rv1909_en_es.tsv.gz": table(rows)}, (f"{len(rows):,} verses",)
-    )
+    files = {"translation/bible_kjv_rv1909_en_es.tsv.gz": tsv(rows)}
+    return Converted(files, (f"{len(rows):,} verses",))
 
 
 def aligned(english: Verses, spanish: Verses) -> list[tuple[str, str, str]]:
@@ -56,6 +55,7 @@ def aligned(english: Verses, spanish: Verses) -> list[tuple[str, str, str]]:
 
 
 def _plain(text: str) -> str:
+    """Returns a verse without pilcrows."""
     return text.replace("¶", "").strip()
 
 
@@ -63,28 +63,30 @@ def _modules(given: Given) -> dict[str, tuple[Any, str]]:
     """Returns (Bible, version) of both modules, from folders with mods.d or from zip files."""
     extras.require("bible_en_es", "pysword")
     reader = importlib.import_module("pysword.modules")
-    found: dict[str, tuple[Any, str]] = {}
+    wanted = {ENGLISH, SPANISH}
+    bibles: dict[str, tuple[Any, str]] = {}
     for path in given.paths:
         try:
             modules = reader.SwordModules(str(path))
-            known = modules.parse_modules()
-            for name in known.keys() & {ENGLISH, SPANISH}:
-                found[name] = (modules.get_bible_from_module(name), known[name].get("version", ""))
-        except (
-            Exception
-        ) as error:  # pysword has no errors of its own, so a wrong file may raise any
+            facts = modules.parse_modules()
+            for name in facts.keys() & wanted:
+                bible = modules.get_bible_from_module(name)
+                bibles[name] = (bible, facts[name].get("version", ""))
+        # pysword has no errors of its own, so a wrong file may raise any.
+        except Exception as error:
             raise UserError(f"--from {path} cannot be read as SWORD modules: {error}") from None
-    if missing := sorted({ENGLISH, SPANISH} - found.keys()):
+    missing = sorted(wanted - bibles.keys())
+    if missing:
         raise UserError(
             f"--from {given} has no SWORD module {' and '.join(missing)}: give the folder that "
             "holds mods.d and modules"
         )
-    return found
+    return bibles
 
 
 def _verses(bible: Any) -> dict[str, str]:
     """Returns the verses that are not empty, by reference."""
-    # pysword unpacks a whole book for each verse: the last one is kept.
+    # pysword unpacks a whole book for each verse, so the last book is kept unpacked.
     if hasattr(bible, "_decompressed_text"):
         bible._decompressed_text = functools.lru_cache(1)(bible._decompressed_text)
     verses: dict[str, str] = {}
@@ -92,9 +94,8 @@ def _verses(bible: Any) -> dict[str, str]:
         for book in books:
             for chapter, length in enumerate(book.chapter_lengths, 1):
                 for verse in range(1, length + 1):
-                    text = " ".join(
-                        bible.get(books=book.name, chapters=chapter, verses=verse).split()
-                    )
-                    if text:
-                        verses[f"{book.name} {chapter}:{verse}"] = text
+                    text = bible.get(books=book.name, chapters=chapter, verses=verse)
+                    words = text.split()
+                    if words:
+                        verses[f"{book.name} {chapter}:{verse}"] = " ".join(words)
     return verses

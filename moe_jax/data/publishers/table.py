@@ -1,25 +1,43 @@
-"""The table of the data sets that `python -m moe_jax data` converts."""
+"""The data sets that `python -m moe_jax data` converts: SETS, by name."""
+
+from collections.abc import Callable
 
 from moe_jax.data.publishers import banking77, debian, fashion_mnist, fsdd, sword, vader, wordnet
-from moe_jax.data.publishers.contract import Published
+from moe_jax.data.publishers.contract import Converted, Published
+from moe_jax.data.publishers.given import Given
 
-INDICES = "https://deb.debian.org/debian/dists/bookworm/ (Debian 12), or /var/lib/apt/lists where apt keeps them"
 DESCRIPTIONS = "each description under its package's own free licence"
 
 
-def _translation(code: str, language: str) -> Published:
+def _debian(
+    what: str,
+    licence: str,
+    indices: str,
+    convert: Callable[[Given], Converted],
+    config: str = "",
+) -> Published:
+    """Returns the facts about a set that is made of Debian's indices."""
     return Published(
+        what=what,
+        licence=licence,
+        where=(
+            "https://deb.debian.org/debian/dists/bookworm/ (Debian 12), or /var/lib/apt/lists "
+            "where apt keeps them"
+        ),
+        give=f"{indices}; InRelease too, whose sha256 sums are then compared",
+        convert=convert,
+        config=config,
+    )
+
+
+def _translation(code: str, language: str, config: str = "") -> Published:
+    """Returns the facts about the pairs of English and the language of a two-letter code."""
+    return _debian(
         what=f"paragraphs of Debian's package descriptions, English and {language}",
         licence=DESCRIPTIONS,
-        where=INDICES,
-        give=(
-            f"main/i18n/Translation-en.xz and Translation-{code}.bz2; InRelease too, whose sha256 "
-            "sums are "
-            "then compared"
-        ),
-        direct="",
-        config="configs/translation.py:debian" if code == "de" else "",
+        indices=f"main/i18n/Translation-en.xz and Translation-{code}.bz2",
         convert=debian.translation(code),
+        config=config,
     )
 
 
@@ -29,12 +47,10 @@ VADER = Published(
     where="https://github.com/cjhutto/vaderSentiment",
     give=(
         "additional_resources/hutto_ICWSM_2014.tar.gz, or the folder of its *_GroundTruth.txt; "
-        "their sha256 "
-        "sums are compared"
+        "their sha256 sums are compared"
     ),
-    direct="",
-    config="configs/classification.py:vader",
     convert=vader.convert,
+    config="configs/classification.py:vader",
 )
 
 SETS = {
@@ -46,24 +62,18 @@ SETS = {
             "https://wordnetcode.princeton.edu/3.0/WNdb-3.0.tar.gz"
         ),
         give="the folder of data.noun, data.verb, data.adj and data.adv, or the archive",
-        direct="",
         config="configs/classification.py:wordnet",
         convert=wordnet.convert,
     ),
-    "debian": Published(
+    "debian": _debian(
         what="descriptions of Debian's packages, by section",
         licence=DESCRIPTIONS,
-        where=INDICES,
-        give=(
-            "main/binary-amd64/Packages.xz and main/i18n/Translation-en.xz; InRelease too, whose "
-            "sha256 sums "
-            "are then compared"
-        ),
-        direct="",
-        config="configs/classification.py:debian",
+        indices="main/binary-amd64/Packages.xz and main/i18n/Translation-en.xz",
         convert=debian.sections,
+        config="configs/classification.py:debian",
     ),
     "vader": VADER,
+    # The same sentences, whose label is the domain.
     "vader_domain": VADER._replace(config=""),
     "banking77": Published(
         what="questions to a bank, 77 intents (Casanueva et al. 2020)",
@@ -71,7 +81,6 @@ SETS = {
         where="https://github.com/PolyAI-LDN/task-specific-datasets",
         give="the folder banking_data, or its train.csv and test.csv; their sha256 sums are "
         "compared",
-        direct="",
         config="configs/classification.py:banking77",
         convert=banking77.convert,
     ),
@@ -80,11 +89,10 @@ SETS = {
         licence="public domain (in the United Kingdom the English text has a royal patent)",
         where="Debian's packages sword-text-kjv and sword-text-sparv; needs pysword (extra [tasks])",
         give="/usr/share/sword, or the folder that holds mods.d and modules after `dpkg-deb -x`",
-        direct="",
         config="configs/translation.py",
         convert=sword.convert,
     ),
-    "debian_en_de": _translation("de", "German"),
+    "debian_en_de": _translation("de", "German", config="configs/translation.py:debian"),
     "debian_en_fr": _translation("fr", "French"),
     "debian_en_it": _translation("it", "Italian"),
     "fashion_mnist": Published(
@@ -97,14 +105,12 @@ SETS = {
         config="configs/vision.py:fashion_mnist",
         convert=fashion_mnist.convert,
     ),
-    "debian_depends": Published(
+    "debian_depends": _debian(
         what="Debian's packages and what they depend on",
         licence="facts",
-        where=INDICES,
-        give="main/binary-amd64/Packages.xz; InRelease too, whose sha256 sums are then compared",
-        direct="",
-        config="configs/recommendation.py",
+        indices="main/binary-amd64/Packages.xz",
         convert=debian.depends,
+        config="configs/recommendation.py",
     ),
     "fsdd": Published(
         what="spoken digits of six speakers, 8 kHz",

@@ -4,8 +4,8 @@ A line of *_GroundTruth.txt has an id, the mean rating from -4 to 4, and the sen
 """
 
 from moe_jax.data.publishers.contract import Converted
-from moe_jax.data.publishers.given import Found, Given
-from moe_jax.data.publishers.written import table
+from moe_jax.data.publishers.given import Given, GivenFile
+from moe_jax.data.publishers.written import tsv
 from moe_jax.errors import UserError
 
 # Of each domain: its file in the publisher's hutto_ICWSM_2014.tar.gz, and its sha256 sum.
@@ -33,22 +33,22 @@ def convert(given: Given) -> Converted:
     """Returns the sentences of all domains; ratings are rounded to three places."""
     rows = [("domain", "valence", "text")]
     for domain, (name, digest) in DOMAINS.items():
-        rows.extend((domain, valence, text) for valence, text in _rated(given.one(name, [digest])))
-    return Converted(
-        {"classification/vader_sentiment_4domains.tsv.gz": table(rows)},
-        (f"{len(rows) - 1:,} sentences of {len(DOMAINS)} domains",),
-    )
+        for valence, text in _rated(given.one(name, [digest])):
+            rows.append((domain, valence, text))
+    files = {"classification/vader_sentiment_4domains.tsv.gz": tsv(rows)}
+    return Converted(files, (f"{len(rows) - 1:,} sentences of {len(DOMAINS)} domains",))
 
 
-def _rated(found: Found) -> list[tuple[str, str]]:
+def _rated(file: GivenFile) -> list[tuple[str, str]]:
+    """Returns (rating, sentence) of each line; UserError for a line that is none."""
     rows: list[tuple[str, str]] = []
-    for number, line in enumerate(found.text().splitlines(), 1):
+    for number, line in enumerate(file.text().splitlines(), 1):
         if not line.strip():
             continue
         try:
             _, valence, text = line.split("\t")
             rows.append((str(round(float(valence), 3)), text.strip()))
         except ValueError:
-            message = f"{found.place}, line {number} is not: id, rating, sentence with tabs between"
+            message = f"{file.path}, line {number} is not: id, rating, sentence with tabs between"
             raise UserError(message) from None
     return rows

@@ -1,4 +1,4 @@
-"""What comes out: tables of text packed with gzip, and a record of where they come from."""
+"""Writes converted files, packed with gzip, and a record of where each comes from."""
 
 import gzip
 import hashlib
@@ -11,13 +11,17 @@ from collections.abc import Iterable, Sequence
 from moe_jax.data.publishers.given import Source
 from moe_jax.errors import UserError
 
-RULES = "2026-11-28"  # the day of the rules of conversion: another one when what comes out changes
+# The day of the rules of conversion. It changes when what comes out changes.
+RULES = "2026-11-28"
 
 
-def table(rows: Iterable[Sequence[str]]) -> bytes:
+def tsv(rows: Iterable[Sequence[str]]) -> bytes:
     """Returns lines of cells with tabs between. What would end a cell or a line becomes a space."""
-    lines = ("\t".join(re.sub(r"[\t\r\n]", " ", cell) for cell in row) for row in rows)
-    return "".join(f"{line}\n" for line in lines).encode("utf-8")
+    lines: list[str] = []
+    for row in rows:
+        cells = [re.sub(r"[\t\r\n]", " ", cell) for cell in row]
+        lines.append("\t".join(cells) + "\n")
+    return "".join(lines).encode("utf-8")
 
 
 def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[Source]) -> bool:
@@ -29,12 +33,13 @@ def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[So
     try:
         if path.exists():
             if _content(path) != content:
-                message = (
-                    "is there already and holds something else: move it, or choose another --out"
+                raise UserError(
+                    f"{path} is there already and holds something else: move it, or choose "
+                    "another --out"
                 )
-                raise UserError(f"{path} {message}")
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
+        # mtime=0: the same content gives the same bytes.
         _replace(path, gzip.compress(content, 6, mtime=0) if path.suffix == ".gz" else content)
         record = {
             "dataset": dataset,
@@ -42,10 +47,8 @@ def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[So
             "sha256_unpacked": hashlib.sha256(content).hexdigest(),
             "sources": [source._asdict() for source in sources],
         }
-        _replace(
-            path.with_name(path.name + ".source.json"),
-            (json.dumps(record, indent=1) + "\n").encode(),
-        )
+        record_path = path.with_name(path.name + ".source.json")
+        _replace(record_path, (json.dumps(record, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): choose another --out"
@@ -54,15 +57,16 @@ def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[So
 
 
 def _content(path: pathlib.Path) -> bytes | None:
-    """Returns what a file holds, None if it is damaged."""
+    """Returns the content of a file, None if it is damaged."""
+    data = path.read_bytes()
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
     except (gzip.BadGzipFile, EOFError):
         return None
 
 
 def _replace(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file in one step: who is killed in between leaves no half of it under its name."""
+    """Writes a file in one step, so that a killed process leaves no half of it under its name."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

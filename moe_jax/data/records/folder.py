@@ -1,4 +1,4 @@
-"""Files of `data.folder`: found there or in a folder of their kind in it, read as tables of text."""
+"""Finds the files of a data set below `data.folder`, and reads tables of text."""
 
 import os
 import pathlib
@@ -10,8 +10,9 @@ from moe_jax.errors import UserError
 
 
 def find(folder: str, kind: str, name: str, dataset: str) -> pathlib.Path:
-    """Returns folder/name or folder/kind/name; UserError, with the command that makes it, if there
-    is neither.
+    """Returns folder/name or folder/kind/name.
+
+    UserError, with the command that makes the file, if there is neither.
     """
     base = pathlib.Path(os.path.expanduser(folder))
     for path in (base / name, base / kind / name):
@@ -20,14 +21,14 @@ def find(folder: str, kind: str, name: str, dataset: str) -> pathlib.Path:
     command = f"python -m moe_jax data {dataset} --from FILE|DIR --out {shlex.quote(folder)}"
     raise UserError(
         f"data.folder = {folder!r} has neither {name} nor {kind}/{name}: `{command}` makes it from "
-        "what its publisher "
-        "distributes (`python -m moe_jax data` says where that is)"
+        "what its publisher distributes (`python -m moe_jax data` says where that is)"
     )
 
 
-def table(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]:
-    """The lines of a file with `columns` columns between tabs; UserError for a line that has not as
-    many.
+def read_tsv(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]:
+    """Yields the cells of each line of a file with tabs between `columns` columns.
+
+    With `header` the first line is left out. UserError for a line with another number of columns.
     """
     with readable(str(path)), open_text(str(path)) as file:
         for number, line in enumerate(file, 1):
@@ -42,5 +43,5 @@ def table(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]
 
 
 def unknown(kind: str, name: str, known: list[str]) -> UserError:
-    """The error for a data set that there is not."""
+    """Returns the error for a data set that does not exist."""
     return UserError(f"{kind} has no data set {name!r}: choose one of {', '.join(known)}")

@@ -1,8 +1,7 @@
-"""Labels as numbers: checked against the number of classes before anything is looked up by them.
+"""Checks that labels are classes before anything is looked up by them.
 
 NumPy counts a negative index from the end, and JAX moves an index that is out of range to the
-nearest that is not. So a label that is none would become the first or the last class, without a
-word.
+nearest one in range. So a wrong label would silently become the first or the last class.
 """
 
 import numpy as np
@@ -13,9 +12,9 @@ NONE = -1  # the label of an example that has none, by the convention of TFDS
 
 
 def checked(label: int, classes: int, where: str) -> int:
-    """The label, from 0 to classes - 1, or NONE; UserError for any other.
+    """Returns the label if it is 0 .. classes - 1, or NONE; UserError for any other.
 
-    `where`: what messages call its example.
+    `where`: the name of its example in messages.
     """
     if not NONE <= label < classes:
         raise UserError(
@@ -26,14 +25,14 @@ def checked(label: int, classes: int, where: str) -> int:
 
 
 def all_checked(label_N: np.ndarray, classes: int, where: str) -> None:
-    """UserError for labels of which one is neither from 0 to classes - 1 nor NONE.
+    """UserError for the first of the labels that is neither 0 .. classes - 1 nor NONE.
 
-    `where`: what messages call their file or set.
+    `where`: the name of their file or set in messages.
     """
-    for number in np.flatnonzero((label_N < NONE) | (label_N >= classes))[:1]:
-        checked(int(label_N[number]), classes, f"{where}, example {number}")
+    for index in np.flatnonzero((label_N < NONE) | (label_N >= classes))[:1]:
+        checked(int(label_N[index]), classes, f"{where}, example {index}")
 
 
 def left_out(number: int, total: int, what: str) -> tuple[str, ...]:
-    """What the run tells of examples without a label."""
+    """Returns the note for the log of the run that `number` examples have no label."""
     return (f"{number} of {total} {what} have no label and are left out",) if number else ()

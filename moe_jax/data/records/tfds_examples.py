@@ -1,9 +1,8 @@
-"""Labelled examples, pairs and ratings of a prepared TFDS data set:
+"""Reads labelled examples, pairs and ratings of a prepared TFDS data set, without TensorFlow.
 
-`tfds:NAME[/CONFIG][:SPLIT][#FIELD]`, without TensorFlow.
-
-SPLIT chooses training examples (default train, `train[:10%]` works). Held out is the split test, or
-validation where test is absent or keeps its labels secret (-1, as GLUE does).
+A set is named `tfds:NAME[/CONFIG][:SPLIT][#FIELD]`. SPLIT chooses training examples (default train,
+`train[:10%]` works). The split test is held out, or validation where test is absent or keeps its
+labels secret (-1, as GLUE does).
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,15 +21,17 @@ class Record(NamedTuple):
     """One record of a set."""
 
     split: str  # "train" or "heldout"
-    where: str  # what messages call it
+    where: str  # the record's name in messages
     fields: Mapping[str, Any]
 
     def text(self, field: str) -> str:
-        """The text of a feature; UserError for one that is no UTF-8."""
+        """Returns the text of a feature; UserError for one that is no UTF-8."""
         return plain(self.fields[field], self.where)
 
 
 class Stored(NamedTuple):
+    """A TFDS data set on this disk."""
+
     name: str
     field: str  # what follows the #, "" if nothing does
     split: str  # of the training examples
@@ -38,50 +39,54 @@ class Stored(NamedTuple):
 
     @property
     def features(self) -> Mapping[str, Any]:
+        """The features of a record by name."""
         return self.builder.info.features
 
     def records(self, part: str, split: str) -> Iterator[Record]:
-        """The records of a split of the set, as those of `part`; UserError for a split that is
-        unknown or empty, and for damage.
+        """Yields the records of a split of the set as records of `part`, "train" or "heldout".
+
+        UserError for a split that is unknown or empty, and for damage.
         """
-        number = -1
+        empty = True
         for number, fields in enumerate(tfds_datasets.records(self.builder, self.name, split)):
+            empty = False
             yield Record(part, tfds_datasets.where(self.name, split, number), fields)
-        if number < 0:
+        if empty:
             raise UserError(f"dataset {self.name}, split {split!r} has no records")
 
     def both(self, label: str) -> Iterator[Record]:
-        """The records of both parts; UserError where nothing is held out.
+        """Yields the records of both parts; UserError where nothing is held out.
 
         `label`: the feature that has the class, "" if none has.
         """
         yield from self.records("train", self.split)
+        splits = self.builder.info.splits
         for name in ("test", "validation"):
-            if name in self.builder.info.splits and (not label or self._has_labels(name, label)):
+            if name in splits and (not label or self._has_labels(name, label)):
                 yield from self.records("heldout", name)
                 return
-        there = ", ".join(self.builder.info.splits)
         raise UserError(
             f"dataset {self.name} has neither a split test nor validation with labels (it has: "
-            f"{there})"
+            f"{', '.join(splits)})"
         )
 
     def _has_labels(self, split: str, label: str) -> bool:
+        """Returns whether any record of a split has its label."""
         return any(record.fields[label] != labels.NONE for record in self.records("heldout", split))
 
     def only(self, kind: type, what: str) -> str:
-        """The one feature of a kind; UserError if there is none or several."""
-        found = [key for key in sorted(self.features) if isinstance(self.features[key], kind)]
-        if len(found) != 1:
+        """Returns the name of the one feature of a kind; UserError if there is none or several."""
+        names = [name for name in sorted(self.features) if isinstance(self.features[name], kind)]
+        if len(names) != 1:
             raise UserError(
-                f"dataset {self.name} has {len(found)} features that are {what} "
-                f"({', '.join(found)}), not one"
+                f"dataset {self.name} has {len(names)} features that are {what} "
+                f"({', '.join(names)}), not one"
             )
-        return found[0]
+        return names[0]
 
 
 def open_stored(spec: str) -> Stored:
-    """What `tfds:...` names; UserError if it is not on this disk."""
-    place, field = split_field(spec.removeprefix(PREFIX), "")
-    name, _, split = place.partition(":")
+    """Opens the set that `tfds:...` names; UserError if it is not on this disk."""
+    dataset, field = split_field(spec.removeprefix(PREFIX), "")
+    name, _, split = dataset.partition(":")
     return Stored(name, field, split or "train", tfds_datasets.find(name))

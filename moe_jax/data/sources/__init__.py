@@ -22,17 +22,23 @@ SOURCES = {
     "tfds": tfds_datasets.read,
 }
 
-USAGE = "embedded[:DOMAIN,...]  text:GLOB  jsonl:GLOB[#FIELD]  parquet:GLOB[#FIELD]  tfds:NAME[/CONFIG][:SPLIT][#FIELD]"
+USAGE = (
+    "embedded[:DOMAIN,...]  text:GLOB  jsonl:GLOB[#FIELD]  parquet:GLOB[#FIELD]  "
+    "tfds:NAME[/CONFIG][:SPLIT][#FIELD]"
+)
 
 
 class Spec(NamedTuple):
+    """A source spec, taken apart."""
+
     kind: str  # a key of SOURCES
     argument: str  # what follows "kind:", "" if nothing does
     label: str  # domain of all documents; "" = named by the source
 
 
 def parse(spec: str) -> Spec:
-    """`[label=]kind[:argument]` taken apart; UserError if no kind of source is meant."""
+    """Returns the parts of `[label=]kind[:argument]`; UserError if it names no kind of source."""
+    # A name with bytes that are no UTF-8 has surrogates, which do not encode.
     if spec != spec.encode("utf-8", "replace").decode("utf-8"):
         raise UserError(
             f"source {spec!r} has bytes that are no UTF-8: name its files by a glob, with a ? for "
@@ -51,8 +57,9 @@ def parse(spec: str) -> Spec:
 
 
 def read(spec: str) -> Iterator[Document]:
-    """The documents of a source in a fixed order, without the empty ones; UserError if there is
-    none at all.
+    """Yields the documents of a source in a fixed order, without the empty ones.
+
+    UserError if there is no other.
     """
     kind, argument, label = parse(spec)
     empty = True

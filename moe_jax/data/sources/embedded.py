@@ -1,4 +1,4 @@
-"""The text that ships with the package: `embedded` (all of it) or `embedded:drama,verse`."""
+"""The source `embedded`: the text that ships with the package, or chosen domains of it."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,9 @@ from moe_jax.errors import UserError
 
 
 def domains(argument: str) -> tuple[str, ...]:
-    """The domains named by `drama,verse`, all of them for ""; UserError for an unknown or a
-    repeated one.
+    """Returns the domains that `drama,verse` names, all of them for "".
+
+    UserError for an unknown or a repeated one.
     """
     names = tuple(name.strip() for name in argument.split(",")) if argument else corpora.DOMAINS
     unknown = [name for name in names if name not in corpora.DOMAINS]
@@ -22,6 +23,7 @@ def domains(argument: str) -> tuple[str, ...]:
 
 
 def read(argument: str, label: str) -> Iterator[Document]:
+    """Yields the documents of the domains that `argument` names; `label` renames their domain."""
     for domain in domains(argument):
         for text, name in corpora.documents(domain):
             yield Document(text, label or name)

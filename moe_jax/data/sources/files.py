@@ -1,4 +1,4 @@
-"""Text, JSON lines and Parquet files, plain or packed: all that a glob matches, in sorted order."""
+"""The sources `text`, `jsonl` and `parquet`: files that a glob matches, plain or packed, sorted."""
 
 import contextlib
 import glob
@@ -19,46 +19,48 @@ BLOCK = 1 << 20  # characters read at once
 
 
 def read_text(argument: str, label: str) -> Iterator[Document]:
-    """A file is one document; a file of more than two pieces is cut into documents of about 16,000
-    characters.
+    """Yields a file as one document, or as documents of about PIECE characters if it is long.
+
+    Long is a file of more than two pieces. It is read and cut block by block.
     """
     for path in matches("text", argument):
+        domain = label or stem(path)
         with readable(path), open_text(path) as file:
-            rest = ""
+            rest = ""  # what is read and not yet a document
             while block := file.read(BLOCK):
-                *pieces, rest = (
-                    cut(rest + block, PIECE)
-                    if len(rest) + len(block) > 2 * PIECE
-                    else [rest + block]
-                )
-                yield from (Document(plain(piece, path), label or stem(path)) for piece in pieces)
-            yield Document(plain(rest, path), label or stem(path))
+                rest += block
+                if len(rest) > 2 * PIECE:
+                    *pieces, rest = cut(rest, PIECE)
+                    for piece in pieces:
+                        yield Document(plain(piece, path), domain)
+            yield Document(plain(rest, path), domain)
 
 
 def read_jsonl(argument: str, label: str) -> Iterator[Document]:
-    """A line is one document: a JSON object whose FIELD (default "text") is a string, or null for
-    none.
+    """Yields each line as one document.
+
+    A line is a JSON object whose FIELD (default "text") is a string, or null for no text.
     """
     pattern, field = split_field(argument, "text")
     for path in matches("jsonl", pattern):
+        domain = label or stem(path)
         with readable(path), open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield Document(
-                        _field_of_line(line, field, f"{path}, line {number}"), label or stem(path)
-                    )
+                    yield Document(_text_of_line(line, field, f"{path}, line {number}"), domain)
 
 
-def _field_of_line(line: str, field: str, where: str) -> str:
+def _text_of_line(line: str, field: str, where: str) -> str:
+    """Returns the text in a field of the JSON object of a line; UserError if there is none."""
     record = _json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get(field, 0), str | None):
-        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        content = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(
-            f"{where} has no text in field {field!r} (it has: {there}); name the field after a #"
+            f"{where} has no text in field {field!r} (it has: {content}); name the field after a #"
         )
     # Python takes the last of equal keys. They are looked for only where the name stands twice in
     # the line, which is rare.
-    if line.count(f'"{field}"') > 1 and _times(line, field) > 1:
+    if line.count(f'"{field}"') > 1 and _count_key(line, field) > 1:
         raise UserError(
             f"{where} has field {field!r} more than once, so which is its text is not known: drop "
             "all but one"
@@ -67,79 +69,84 @@ def _field_of_line(line: str, field: str, where: str) -> str:
 
 
 def _json(line: str, where: str) -> Any:
+    """Returns the JSON value of a line; UserError if it is none."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, brackets a thousand deep
+    # A number of thousands of digits, or brackets a thousand deep.
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where} is JSON beyond what Python reads ({error}): mend or drop the line"
         ) from None
 
 
-def _times(line: str, field: str) -> int:
-    """How often the object of a line has a key."""
+def _count_key(line: str, key: str) -> int:
+    """Returns how often the JSON object of a line has a key."""
     pairs: list[tuple[str, Any]] = json.loads(line, object_pairs_hook=list)
-    return sum(key == field for key, _ in pairs)
+    return sum(name == key for name, _ in pairs)
 
 
 def read_parquet(argument: str, label: str) -> Iterator[Document]:
-    """A row is one document: column FIELD (default "text") of strings, or null for none."""
+    """Yields each row as one document: column FIELD (default "text"), strings or null."""
     import pyarrow.parquet as pq
 
     pattern, field = split_field(argument, "text")
     for path in matches("parquet", pattern):
+        domain = label or stem(path)
         with readable(path), seekable(path) as unpacked, pq.ParquetFile(unpacked) as file:
-            schema = file.schema_arrow
-            types = [column.type for column in schema if column.name == field]
-            if len(types) > 1:
-                raise UserError(
-                    f"{path} has column {field!r} more than once, so which is its text is not "
-                    "known: drop all but one"
-                )
-            if not types or not _is_text(types[0]):
-                columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
-                raise UserError(
-                    f"{path} has no text column {field!r} (it has: {columns}); name the column "
-                    "after a #"
-                )
-            row = 0
+            _check_column(file.schema_arrow, field, path)
+            number = 0
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield Document(plain(text, f"{path}, row {row}"), label or stem(path))
+                    number += 1
+                    yield Document(plain(text, f"{path}, row {number}"), domain)
 
 
-def _is_text(kind: Any) -> bool:
-    """Strings, also as a dictionary of them (the categories of pandas)."""
+def _check_column(schema: Any, field: str, path: str) -> None:
+    """UserError if the schema of a Parquet file has not one text column `field`."""
+    types = [column.type for column in schema if column.name == field]
+    if len(types) > 1:
+        raise UserError(
+            f"{path} has column {field!r} more than once, so which is its text is not "
+            "known: drop all but one"
+        )
+    if not types or not _is_text(types[0]):
+        columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
+        raise UserError(
+            f"{path} has no text column {field!r} (it has: {columns}); name the column after a #"
+        )
+
+
+def _is_text(column_type: Any) -> bool:
+    """Returns whether a column has strings, also as a dictionary of them (categories of pandas)."""
     import pyarrow as pa
 
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
 
 
 def matches(kind: str, pattern: str) -> list[str]:
-    """The files of a glob (`**` goes into folders, `~` is the home folder), sorted; UserError if
-    there is none.
+    """Returns the files that a glob matches, sorted; UserError if there is none.
+
+    `**` goes into folders, `~` is the home folder.
     """
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    paths = sorted(path for path in found if os.path.isfile(path))
+    matched = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = sorted(path for path in matched if os.path.isfile(path))
     if not paths:
         raise UserError(f"source {kind}:{pattern} matches no file (looked from {os.getcwd()})")
     return paths
 
 
 def split_field(argument: str, default: str) -> tuple[str, str]:
-    """`GLOB#FIELD` into its two parts."""
+    """Returns the two parts of `GLOB#FIELD`, or the whole and the default where no # is."""
     pattern, _, field = argument.rpartition("#")
     return (pattern, field) if pattern else (argument, default)
 
 
 def stem(path: str) -> str:
-    """The file's name without its endings: data/laws.jsonl.gz -> laws.
+    """Returns the file's name without its endings: data/laws.jsonl.gz -> laws.
 
     Bytes of it that are no UTF-8 become U+FFFD.
     """
@@ -149,8 +156,9 @@ def stem(path: str) -> str:
 
 @contextlib.contextmanager
 def seekable(path: str) -> Iterator[IO[bytes]]:
-    """What a file holds, for who must jump about in it: a packed file is unpacked on disk, not in
-    memory.
+    """Opens the content of a file for a reader that seeks in it.
+
+    A packed file is unpacked on disk, not in memory.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(packed.open_bytes(path))

@@ -1,6 +1,4 @@
-"""What a file is by its first bytes, whatever its name says, and a stream of what a packed file
-holds.
-"""
+"""Recognises what a file is by its first bytes, and opens the content of a packed one."""
 
 import bz2
 import gzip
@@ -11,16 +9,16 @@ from typing import IO, Any, NamedTuple, cast
 
 from moe_jax.errors import UserError
 
-HEAD = 512  # bytes that tell what a file is: as many as the header of a tar archive
+HEAD = 512  # the first bytes of a file that are looked at, as many as the header of a tar archive
 BLOCK = 1 << 20  # bytes read at once
 
 
 class Streams(io.RawIOBase):
-    """What the bzip2 or xz streams of a file hold, one after another.
+    """The content of the bzip2 or xz streams of a file, one after another.
 
     It differs from bz2.BZ2File and lzma.LZMAFile in one point: what follows a stream and is no
-    stream is an error (OSError). Those ignore it, so that one flipped bit between two streams loses
-    all that comes after it.
+    stream is an error (OSError). Those classes ignore it, so that one flipped bit between two
+    streams loses all that comes after it.
     """
 
     def __init__(self, path: str, decompressor: Callable[[], Any]):
@@ -36,12 +34,12 @@ class Streams(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """Fills `buffer` with what comes next.
+        """Writes the next bytes of the content into `buffer` and returns their number.
 
         EOFError where the last stream has no end, OSError or lzma.LZMAError for damage.
         """
-        found = b""
-        while not found:
+        content = b""
+        while not content:
             if self._stream.eof:
                 packed = self._after_stream()
                 if not packed:
@@ -53,13 +51,14 @@ class Streams(io.RawIOBase):
                     raise EOFError("it ends in the middle")
             else:
                 packed = b""
-            found = self._stream.decompress(packed, len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
+            content = self._stream.decompress(packed, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
     def _after_stream(self) -> bytes:
-        """What follows the stream that has ended, without the zeros that may stand between two; b""
-        at the end of the file.
+        """Returns the first packed bytes of the next stream; b"" at the end of the file.
+
+        Zeros may stand between two streams.
         """
         packed = self._stream.unused_data.lstrip(b"\0")
         while not packed:
@@ -83,19 +82,21 @@ def _open_xz(path: str) -> IO[bytes]:
 
 
 def _open_zstandard(path: str) -> IO[bytes]:
-    import pyarrow  # its reader tells a truncated file from a whole one; zstandard's does not
+    import pyarrow  # its reader recognises a truncated file; that of zstandard does not
 
     return cast(IO[bytes], pyarrow.input_stream(path, compression="zstd"))
 
 
 class Packing(NamedTuple):
+    """A way to pack a file: how it is recognised and opened."""
+
     name: str
     endings: tuple[str, ...]  # in lower case
     beginnings: tuple[bytes, ...]
     open: Callable[[str], IO[bytes]]
 
 
-# A zstandard file may begin with a frame that is to be skipped, of sixteen kinds.
+# A zstandard file may begin with a frame to skip, of sixteen kinds.
 SKIPPED = tuple(bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60))
 
 PACKINGS = (
@@ -105,7 +106,7 @@ PACKINGS = (
     Packing("zstandard", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *SKIPPED), _open_zstandard),
 )
 
-# What is no text, and is not unpacked here either: what it is, and the way out.
+# First bytes of content that is neither text nor unpacked here: what it is, and the way out.
 OTHERS = (
     (b"PK\x03\x04", "a zip archive: unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
@@ -126,40 +127,47 @@ OTHERS = (
 
 
 def packing(path: str) -> Packing | None:
-    """How a file is packed by its first bytes; None for a plain one.
+    """Returns how a file is packed by its first bytes; None for a plain one.
 
     UserError for one that is packed by its name alone.
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    for known in PACKINGS:
-        if head.startswith(known.beginnings):
-            return known
-    for known in PACKINGS:
-        if path.lower().endswith(known.endings):
-            found = f"begins with {head[:4]!r}" if head else "is empty"
+    known = _packing_of(head)
+    if known:
+        return known
+    for named in PACKINGS:
+        if path.lower().endswith(named.endings):
+            beginning = f"begins with {head[:4]!r}" if head else "is empty"
             raise UserError(
                 f"{path} cannot be read, it may be damaged: by its name it is packed by "
-                f"{known.name}, but it {found}; "
+                f"{named.name}, but it {beginning}; "
                 "a plain file must not be named so"
             )
     return None
 
 
+def _packing_of(head: bytes) -> Packing | None:
+    """Returns how content that begins with `head` is packed; None if it is not."""
+    return next((known for known in PACKINGS if head.startswith(known.beginnings)), None)
+
+
 def open_bytes(path: str) -> IO[bytes]:
-    """A stream of what a plain or packed file holds."""
+    """Opens the content of a plain or packed file."""
     known = packing(path)
     return known.open(path) if known else open(path, "rb")
 
 
 def other(head: bytes) -> str:
-    """What the content of a file is that begins with `head` and is no text, and the way out; "" for
-    all that is not known.
+    """Returns what content that begins with `head` is if it is no text, and the way out.
+
+    It is "" for all that is not recognised.
     """
-    for known in PACKINGS:
-        if head.startswith(known.beginnings):
-            return f"packed by {known.name} (twice, if it is a file): unpack it"
+    known = _packing_of(head)
+    if known:
+        return f"packed by {known.name} (twice, if it is a file): unpack it"
     for beginning, what in OTHERS:
         if head.startswith(beginning):
             return what
+    # The mark of a tar archive stands behind the names of its first file.
     return "a tar archive: unpack it" if head[257:262] == b"ustar" else ""

@@ -1,5 +1,6 @@
-"""Text datasets of TensorFlow Datasets that are already on this disk, read without TensorFlow and
-without a network.
+"""The source `tfds`: datasets of TensorFlow Datasets that are already on this disk.
+
+They are read without TensorFlow and without a network.
 
 `tfds:NAME[/CONFIG][:SPLIT][#FIELD]`: SPLIT defaults to train (`train[:10%]` works), FIELD to
 "text", or else to the only text feature there is. The folder is $TFDS_DATA_DIR, or
@@ -18,30 +19,33 @@ from moe_jax.errors import UserError
 
 
 def read(argument: str, label: str) -> Iterator[Document]:
-    place, field = split_field(argument, "")
-    name, _, split = place.partition(":")
+    """Yields the text of each record of `NAME[/CONFIG][:SPLIT][#FIELD]` as one document."""
+    dataset, field = split_field(argument, "")
+    name, _, split = dataset.partition(":")
+    split = split or "train"
     builder = find(name)
     field = text_field(builder.info.features, name, field)
-    part = split or "train"
-    for number, record in enumerate(records(builder, name, part)):
-        yield Document(plain(record[field], where(name, part, number)), label or builder.info.name)
+    for number, record in enumerate(records(builder, name, split)):
+        text = plain(record[field], where(name, split, number))
+        yield Document(text, label or builder.info.name)
 
 
 def where(name: str, split: str, number: int) -> str:
-    """What messages call a record."""
+    """Returns the name of a record in messages."""
     return f"dataset {name}, split {split}, record {number}"
 
 
 def find(name: str) -> Any:
-    """The builder of a dataset on this disk; UserError if it is not there, is damaged or needs
-    TensorFlow to be read.
+    """Returns the builder of a dataset on this disk.
+
+    UserError if it is not there, is damaged, or needs TensorFlow to be read.
     """
     from moe_jax.data.tfds_import import tfds
 
     folder = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
-        found = builder.info.file_format.value
+        file_format = builder.info.file_format.value
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"dataset {name!r} is not in {folder}, and nothing is downloaded here: prepare it "
@@ -49,32 +53,33 @@ def find(name: str) -> Any:
             "(tfds.builder(NAME, file_format='array_record').download_and_prepare()) and set "
             "TFDS_DATA_DIR"
         ) from None
-    except (
-        Exception
-    ) as error:  # its JSON files are read by several parsers, each of which has errors of its own
+    # Its JSON files are read by several parsers, each of which has errors of its own.
+    except Exception as error:
         raise UserError(
             f"dataset {name!r} in {folder} cannot be opened, its dataset_info.json or "
             "features.json may be damaged "
             f"({first_line(error)}): copy or prepare it again"
         ) from None
-    if found != "array_record":
+    if file_format != "array_record":
         raise UserError(
-            f"dataset {name} is stored as {found}, which needs TensorFlow: convert it with "
+            f"dataset {name} is stored as {file_format}, which needs TensorFlow: convert it with "
             "`tfds convert_format --out_file_format=array_record`"
         )
     return builder
 
 
 def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
-    """The feature to read:
+    """Returns the feature to read: `field`, or "text", or the only text feature.
 
-    `field`, or "text", or the only text feature; UserError if that names none.
+    UserError if there is no such feature.
     """
     from moe_jax.data.tfds_import import tfds
 
-    texts = [key for key in sorted(features) if isinstance(features[key], tfds.features.Text)]
-    if not field and ("text" in texts or len(texts) == 1):
-        return "text" if "text" in texts else texts[0]
+    texts = [name for name in sorted(features) if isinstance(features[name], tfds.features.Text)]
+    if not field and "text" in texts:
+        return "text"
+    if not field and len(texts) == 1:
+        return texts[0]
     if field not in texts:
         wanted = f"no text feature {field!r}" if field else "no single text feature"
         raise UserError(
@@ -84,7 +89,7 @@ def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
 
 
 def records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    """The decoded records of a split in their order.
+    """Yields the decoded records of a split in their order.
 
     UserError for an unknown split, for damage, for what only TensorFlow decodes.
     """
@@ -94,7 +99,10 @@ def records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
 
 
 def opened(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
-    """The records of a split, each decoded when it is taken; UserError for an unknown split."""
+    """Returns the records of a split, each decoded when it is taken.
+
+    UserError for an unknown split, and for damage.
+    """
     try:
         return builder.as_data_source(split=split)
     except ValueError as error:
@@ -105,9 +113,7 @@ def opened(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
 
 @contextlib.contextmanager
 def intact(what: str) -> Iterator[None]:
-    """Turns what goes wrong while records of ArrayRecord files are read into one clear message
-    about `what`.
-    """
+    """Turns what goes wrong while records of ArrayRecord files are read into a UserError."""
     try:
         yield
     except ImportError as error:
@@ -116,16 +122,13 @@ def intact(what: str) -> Iterator[None]:
         ) from None
     except UserError:
         raise
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        IndexError,
-    ) as error:  # each file, chunk and record has its checksum
+    # Each file, chunk and record has its checksum.
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
         raise damage(what, error) from None
 
 
 def damage(what: str, error: Exception) -> UserError:
+    """Returns the error for damaged records, which are called `what`."""
     return UserError(
         f"{what} cannot be read, it may be damaged ({first_line(error)}): copy it again, or "
         "prepare it again"
@@ -133,5 +136,6 @@ def damage(what: str, error: Exception) -> UserError:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of what a library says, which may go on for pages."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """Returns the beginning of what a library says, which may go on for pages."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -251,7 +251,7 @@ def _matrices(dtype: str, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array
 
 
 def _best(x: jax.Array, w: jax.Array) -> float:
-    """The highest FLOP/s among runs of x w w ... w, each long enough for its launch not to matter."""
+    """Returns the highest FLOP/s among runs of x w w ... w, long enough to hide their launch."""
     chain = jax.jit(
         lambda x, w, num: jax.lax.fori_loop(
             0, num, lambda _, y: jnp.einsum("nij,njk->nik", y, w), x

@@ -19,9 +19,9 @@ from moe_jax.data.examples import Classes, Examples, Fields
 from moe_jax.data.records import folder as files
 from moe_jax.data.records import labels as numbers
 from moe_jax.data.records import tfds_examples, vocabulary
-from moe_jax.data.records.split import is_heldout, key_of_text, longest_sentence
+from moe_jax.data.records.split import is_heldout, key_of_text, longest_sentence, split_examples
 from moe_jax.data.sources.characters import open_text, plain, readable
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 KIND = "classification"
@@ -41,7 +41,7 @@ def _by_key(text: str, label: str, domain: str = "") -> Text:
 
 def _vader(folder: str) -> Iterator[list[str]]:
     name = "vader_sentiment_4domains.tsv.gz"
-    return files.table(files.find(folder, KIND, name, "vader"), 3, header=True)
+    return files.read_tsv(files.find(folder, KIND, name, "vader"), 3, header=True)
 
 
 def read_vader(folder: str) -> Iterator[Text]:
@@ -77,13 +77,13 @@ def read_vader_domain(folder: str) -> Iterator[Text]:
 def read_wordnet(folder: str) -> Iterator[Text]:
     """WordNet's glosses; the label is the lexicographer's file (supersense, 45 of them)."""
     path = files.find(folder, KIND, "wordnet30_supersense.tsv.gz", "wordnet")
-    return (_by_key(gloss, sense) for sense, _, gloss in files.table(path, 3, header=True))
+    return (_by_key(gloss, sense) for sense, _, gloss in files.read_tsv(path, 3, header=True))
 
 
 def read_debian(folder: str) -> Iterator[Text]:
     """Descriptions of Debian packages; the label is the section, of the 20 with most packages."""
     path = files.find(folder, KIND, "debian12_descriptions_by_section.tsv.gz", "debian")
-    rows = list(files.table(path, 3, header=True))
+    rows = list(files.read_tsv(path, 3, header=True))
     top = {section for section, _ in Counter(row[0] for row in rows).most_common(20)}
     for section, _, text in rows:
         if section in top:
@@ -180,7 +180,7 @@ def open_classification(
     if not name.startswith(tfds_examples.PREFIX) and name not in DATASETS:
         raise files.unknown(KIND, name, [*DATASETS, "tfds:NAME"])
     found = read_tfds(name) if name.startswith(tfds_examples.PREFIX) else DATASETS[name](folder)
-    parts, notes = labelled(split(found, heldout_every))
+    parts, notes = labelled(split_examples(found, heldout_every))
     if select:
         parts = selection(parts["train"], heldout_every)
         chosen, every = len(parts["heldout"]), sum(map(len, parts.values()))
@@ -197,16 +197,6 @@ def open_classification(
         name, parts, seq_len, vocabulary.make(tokens, [text.text for text in parts["train"]])
     )
     return rows._replace(notes=(*notes, *rows.notes))
-
-
-def split(found: Iterator[Text], heldout_every: int) -> dict[str, list[Text]]:
-    """The texts of both splits."""
-    parts: dict[str, list[Text]] = {"train": [], "heldout": []}
-    for text in found:
-        parts[text.split or ("heldout" if is_heldout(text.key, heldout_every) else "train")].append(
-            text
-        )
-    return parts
 
 
 def labelled(parts: dict[str, list[Text]]) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
@@ -246,7 +236,7 @@ def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tok
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         tokens_BS, there_BS = examples.padded(rows[split], index_B, seq_len)
         label_N, domain_N = number[split]
-        fields = {"tokens_BS": tokens_BS.astype(np.int32), **examples.places(there_BS)}
+        fields = {"tokens_BS": tokens_BS.astype(np.int32), **examples.one_segment(there_BS)}
         return {**fields, **examples.labelled(label_N[index_B], domain_N[index_B])}
 
     arrays = [array for split in parts for array in (*rows[split], *number[split])]

@@ -34,7 +34,7 @@ COMPRESSORS = {"gzip": _gzip, "xz": _xz}
 
 
 def compression_table(dataset: Dataset, most_bytes: int) -> dict[str, dict[str, float]]:
-    """Baselines of every domain, each from at most `most_bytes` of training and of held-out text."""
+    """Returns the baselines of every domain from at most `most_bytes` of text of each split."""
 
     def of_domain(domain: str) -> dict[str, float]:
         texts = [dataset.text(split, domain)[:most_bytes] for split in ("train", "heldout")]

@@ -30,7 +30,7 @@ Interactions = Mapping[str, Sequence[str]]  # user -> items
 def read_debian_depends(folder: str) -> Interactions:
     """Packages of Debian 12 as users, what they depend on as items."""
     path = files.find(folder, KIND, "debian12_depends.tsv.gz", "debian_depends")
-    return {user: items.split() for user, items in files.table(path, 2, header=True)}
+    return {user: items.split() for user, items in files.read_tsv(path, 2, header=True)}
 
 
 def family(package: str) -> str:
@@ -167,7 +167,7 @@ def divided(user: str, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _rows(
     name: str, market: Market, domains: tuple[str, ...], domain: dict[str, np.ndarray], seq_len: int
 ) -> Examples:
-    longest = max(map(len, market.wanted))
+    longest = max(map(len, market.hidden))
     if longest > seq_len:
         raise UserError(
             f"data.seq_len = {seq_len} is too short for {name}: a user has {longest} items to be "
@@ -175,8 +175,8 @@ def _rows(
         )
     shuffled = [divided(str(i), items) for i, items in enumerate(market.train)]
     train = examples.ragged([np.concatenate(both) for both in shuffled])
-    shown = {"train": train, "heldout": examples.ragged(market.seen)}
-    asked = {"train": train, "heldout": examples.ragged(market.wanted)}
+    shown = {"train": train, "heldout": examples.ragged(market.shown)}
+    asked = {"train": train, "heldout": examples.ragged(market.hidden)}
 
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         items_BL, there_BL = examples.padded(shown[split], index_B, seq_len)
@@ -198,7 +198,7 @@ def _rows(
         inputs=examples.Baskets,
         seq_len=seq_len,
         domains=domains,
-        rows={"train": len(market.train), "heldout": len(market.seen)},
+        rows={"train": len(market.train), "heldout": len(market.shown)},
         fetch=fetch,
         heldout_domain_R=domain["heldout"],
         fingerprint=examples.fingerprint([name, seq_len, market.items, domains], arrays),

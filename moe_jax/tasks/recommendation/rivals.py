@@ -38,9 +38,9 @@ def table(data: Examples, tune: bool = True) -> Table:
         return (seen @ similar).toarray()
 
     return {
-        "popularity": judged(by_popularity, market.seen, market.wanted, num),
+        "popularity": judged(by_popularity, market.shown, market.hidden, num),
         f"item-kNN (k {neighbours}, shrinkage {shrinkage:g})": judged(
-            by_neighbours, market.seen, market.wanted, num
+            by_neighbours, market.shown, market.hidden, num
         ),
     }
 

@@ -169,8 +169,8 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
         (
             {
                 "user": market.users["heldout"][i],
-                "shown": names(market.seen[i]),
-                "wanted": names(market.wanted[i]),
+                "shown": names(market.shown[i]),
+                "wanted": names(market.hidden[i]),
                 "recommended": names(item for item in top if item < len(market.items)),
             }
             for i, top in zip(index_R, top_RC, strict=True)

@@ -154,7 +154,7 @@ def _rows(
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         values_BSP, there_BS = examples.padded(rows[split], index_B, seq_len)
         known = examples.labelled(label[split][index_B], domain[split][index_B])
-        return {"values_BSP": values_BSP, **examples.places(there_BS), **known}
+        return {"values_BSP": values_BSP, **examples.one_segment(there_BS), **known}
 
     first = {"train": originals, "heldout": len(parts["heldout"])}
     raw = {
@@ -179,7 +179,7 @@ def _rows(
 
 
 def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
-    """float32 [F, M]: logarithms of the energies in mel bands, F = samples / (rate / 100) rounded."""
+    """Returns log energies in mel bands, float32 [F, M]; F = samples / (rate / 100), rounded."""
     import kaldi_native_fbank
 
     options = kaldi_native_fbank.FbankOptions()

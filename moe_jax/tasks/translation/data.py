@@ -16,8 +16,8 @@ from moe_jax.data import examples
 from moe_jax.data.examples import Examples, Fields, Pairs, Ragged
 from moe_jax.data.records import folder as files
 from moe_jax.data.records import tfds_examples, vocabulary
-from moe_jax.data.records.split import is_heldout, key_of_text
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.records.split import key_of_text, split_examples
+from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 KIND = "translation"
@@ -42,7 +42,7 @@ class Parallel(NamedTuple):
 def read_bible(folder: str) -> Iterator[Pair]:
     """Verses of the King James Bible and the Reina-Valera of 1909; the domain is the testament."""
     domain = "old"
-    for verse, english, spanish in files.table(
+    for verse, english, spanish in files.read_tsv(
         files.find(folder, KIND, "bible_kjv_rv1909_en_es.tsv.gz", "bible_en_es"), 3, header=False
     ):
         domain = "new" if verse.startswith("Matthew ") else domain
@@ -54,7 +54,7 @@ def _debian(language: str) -> Callable[[str], Iterator[Pair]]:
         path = files.find(folder, KIND, f"ddtp_en_{language}.tsv.gz", f"debian_en_{language}")
         return (
             Pair(source, target, "debian", "", key_of_text(source))
-            for source, target in files.table(path, 2, header=False)
+            for source, target in files.read_tsv(path, 2, header=False)
         )
 
     return read
@@ -127,17 +127,11 @@ def open_translation(
 
 
 def split(found: Iterator[Pair], heldout_every: int) -> dict[str, list[Pair]]:
-    """The pairs of both splits; the training pairs without those whose source is held out as well."""
-    parts: dict[str, list[Pair]] = {"train": [], "heldout": []}
-    for pair in found:
-        parts[pair.split or ("heldout" if is_heldout(pair.key, heldout_every) else "train")].append(
-            pair
-        )
-    tested = {key_of_text(pair.source) for pair in parts["heldout"]}
-    return {
-        **parts,
-        "train": [pair for pair in parts["train"] if key_of_text(pair.source) not in tested],
-    }
+    """Returns the pairs of both splits, without training pairs whose source is held out as well."""
+    parts = split_examples(found, heldout_every)
+    held_out = {key_of_text(pair.source) for pair in parts["heldout"]}
+    train = [pair for pair in parts["train"] if key_of_text(pair.source) not in held_out]
+    return {**parts, "train": train}
 
 
 def _rows(
@@ -264,6 +258,6 @@ def _predictions(
     return {
         "tokens_BS": np.where(there_BS, values[:, :-1], 0).astype(np.int32),
         "targets_BS": values[:, 1:].astype(np.int32),
-        **examples.places(there_BS),
+        **examples.one_segment(there_BS),
         "domain_BS": np.where(there_BS, domain_B[:, None], 0),
     }

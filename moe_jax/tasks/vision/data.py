@@ -194,7 +194,7 @@ def open_vision(
         there_BS = np.ones(values_BSP.shape[:2], bool)
         return {
             "values_BSP": values_BSP,
-            **examples.places(there_BS),
+            **examples.one_segment(there_BS),
             **examples.labelled(label_B, label_B),
         }
 
