@@ -307,6 +307,7 @@ ROOMS = (
     "report",
     "meaning",
     "begin",
+    "run",
     "instruments",
     "verify",
     "train",
