@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import rules, smoke
+from moe_jax.config import build, command_line, config_file, rules, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.data.load import Dataset
@@ -24,7 +24,7 @@ from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.decoder import why_not_decoded
-from moe_jax.parallel import batch_rows
+from moe_jax.parallel import batch_rows, mesh
 from moe_jax.plan import flops
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
@@ -63,7 +63,7 @@ def run(
     one.
 
     `raw` is the config as a nested dict of JSON values: it is saved with the run and compared on
-    resume, and `defaults` (configs/base.py) stands for the keys that a run saved long ago lacks.
+    resume, and `defaults` stands for the keys that a run saved long ago lacks.
     The mesh is set by the caller. `started`: time.monotonic() when the process began. `name`: of
     the config, to be shown. Raises UserError, and stopping.NonFinite.
     """
@@ -77,6 +77,30 @@ def run(
             return in_workdir(cfg, raw, defaults, workdir, held, heard, started, name)
         finally:
             heard.release()
+
+
+def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
+    """Trains a config on the devices that are there, and returns its figures: `train.run` without a
+    command line.
+
+    The same call again goes on from the newest checkpoint, as the command does.
+
+    Args:
+      config: a config file, or the name of a shipped config ("vision:digits").
+      workdir: where checkpoints, metrics and samples go.
+      changes: as on a command line, "--config.KEY=VALUE".
+
+    Raises UserError, and stopping.NonFinite.
+    """
+    started = time.monotonic()
+    raw = command_line.read(Path(config), changes)
+    if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
+        jax.config.update("jax_enable_x64", True)
+    cfg = build(raw, len(jax.devices()))
+    lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
+    defaults = config_file.as_json(config_file.defaults())
+    with jax.set_mesh(mesh.make(lengths)):
+        return run(cfg, raw, defaults, Path(workdir), started, config)
 
 
 def in_workdir(
