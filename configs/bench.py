@@ -1,10 +1,12 @@
 """The shapes that speeds are quoted for: vocabulary 4096, d_model 256, 4 blocks, 8 heads, SwiGLU experts of 512, top-2, 8 x 256 tokens.
 
-    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' \
+    python -m moe_jax bench --config bench \
+        --variant 'dense: --config.model.period=dense' \
         --variant e8: \
-        --variant 'e8 capacity:model.moe.dispatcher="capacity"' \
-        --variant 'e64:model.moe.num_experts=64' \
-        --variant 'e64 capacity:model.moe.num_experts=64;model.moe.dispatcher="capacity"'
+        --variant 'e8 capacity: --config.model.moe.dispatcher=capacity' \
+        --variant 'e64: --config.model.moe.num_experts=64' \
+        --variant "e64 capacity: --config.model.moe.num_experts=64 \
+        --config.model.moe.dispatcher=capacity"
 
 The dense model has the same active feed-forward (hidden 1024). About a minute and a half on two CPU cores.
 """

@@ -32,6 +32,7 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 from experiments import run
 from experiments.command_line import Flags, launch, made
 from moe_jax.commands import bench
+from moe_jax.config import command_line as config_flags
 from moe_jax.errors import UserError
 from moe_jax.terminal.table import Table
 
@@ -97,10 +98,7 @@ def speed(routers: Sequence[str], rounds: int) -> int:
     variants = []
     for router in dict.fromkeys(["top_k", *routers]):
         keys = {"model.moe.router": router} | DELTAS[router]
-        variants += [
-            "--variant",
-            f"{router}:" + ";".join(f"{key}={value}" for key, value in keys.items()),
-        ]
+        variants += ["--variant", f"{router}: {config_flags.text_of(keys)}"]
     return bench.main(["--config", str(CONFIG), "--rounds", str(rounds), *variants])
 
 

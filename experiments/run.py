@@ -2,9 +2,10 @@
 experiment of this folder stands on.
 
     python -m experiments.run --config configs/quickstart.py --out runs/width --cell wide: \
-        --cell "narrow:model.moe.expert_hidden=64"
+        --cell "narrow: --config.model.moe.expert_hidden=64"
 
-A cell is a name and its changed keys; the first is the reference. The seeds are 0, 1 and 2, or
+A cell is a name and its changed keys; the first is the reference. Keys that are changed outside of
+a cell are changed in all. The seeds are 0, 1 and 2, or
 those that are named (`--seeds 0 5` are two seeds), or the first so many (`--num_seeds 5`).
 `--smoke` trains a few steps of every cell, to see that all of them work. Every run has its own
 directory OUT/CELL/seed_N, is not run again once it is finished, and goes on from its checkpoint
@@ -12,7 +13,6 @@ when it was interrupted. Runs of one seed see the same data in the same order, s
 by the differences of such pairs: much of what a seed does to a run is in both.
 """
 
-import ast
 import json
 import os
 import statistics
@@ -33,6 +33,7 @@ from scipy import stats
 
 from experiments.command_line import Flags, Interrupted, add_seeds, launch, made, seeds, seeds_told
 from moe_jax import checkpoint, config, train
+from moe_jax.config import command_line as config_flags
 from moe_jax.config import config_file, smoke
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
@@ -56,7 +57,7 @@ PLAIN = {
     "log.tensorboard": False,
 }
 VERDICT = "## Verdict"
-Changes = Mapping[str, Any]  # dotted keys of configs/base.py and their values
+Changes = Mapping[str, Any]  # dotted keys of a config and their values
 Figures = dict[str, Any]
 Results = dict[str, dict[int, Figures]]  # by cell, by seed
 
@@ -93,22 +94,16 @@ def read_config(grid: Grid, cell: str, seed: int) -> dict[str, Any]:
 
     UserError, by the cell, for keys that do not exist or do nothing.
     """
-    keys = {**PLAIN, **grid.base, **grid.cells[cell], "seed": seed}
-    raw = config_file.read(
-        grid.config, [f"{key}={value!r}" for key, value in keys.items()], f"cell {cell}:"
-    )
+    changes = {**PLAIN, **grid.base, **grid.cells[cell], "seed": seed}
+    raw = config_file.read(grid.config, changes, f"cell {cell}: ")
     return smoke.shorten(raw)[0] if grid.smoke else raw
-
-
-def defaults_of(path: Path) -> dict[str, Any]:
-    return json.loads(json.dumps(config_file.defaults(path).to_dict()))
 
 
 def run_all(grid: Grid, out: Path) -> Results:
     """Trains whatever is not finished, all cells of the first seed before those of the next, and
     returns the figures of all.
     """
-    defaults = defaults_of(grid.config)
+    defaults = config_file.as_json(config.defaults())
     raws = {
         (seed, cell): read_config(grid, cell, seed)
         for seed in seeds_of(grid)
@@ -161,7 +156,7 @@ def checked(raw: Mapping[str, Any], cell: str) -> config.Config:
 def collect(grid: Grid, out: Path) -> Results:
     """The figures of the finished runs; cells without any are left out."""
     results: Results = {}
-    defaults = defaults_of(grid.config)
+    defaults = config_file.as_json(config.defaults())
     for cell in grid.cells:
         for seed in seeds_of(grid):
             figures = finished(read_config(grid, cell, seed), defaults, place(out, cell, seed))
@@ -189,7 +184,7 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
 
     UserError when they are those of another config.
 
-    `defaults` (configs/base.py) stands for the keys that have come into it since.
+    `defaults` stands for the keys that have come into it since.
     """
     path = workdir / "result.json"
     if not path.exists():
@@ -202,14 +197,14 @@ def finished(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path)
     if config.build(old, 1) != config.build(
         raw, 1
     ):  # options of what is not chosen may differ: they do nothing
-        keys = (
+        different = (
             key
             for key in sorted(flat(old).keys() | flat(raw).keys())
             if flat(old).get(key) != flat(raw).get(key)
         )
         raise UserError(
-            f"{path} is the result of another config (another {', '.join(keys)}): give another "
-            f"--out, or remove {workdir}"
+            f"{path} is the result of another config (another {', '.join(different)}): give "
+            f"another --out, or remove {workdir}"
         )
     return found["figures"]
 
@@ -359,33 +354,26 @@ def compile_quickly(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse_cell(text: str) -> tuple[str, dict[str, Any]]:
-    """ "NAME:KEY=VALUE;KEY=VALUE" """
-    name, _, changes = text.partition(":")
-    pairs = [change.partition("=")[::2] for change in changes.split(";") if change]
-    return name, {key: literal(value) for key, value in pairs}
+def parse_cells(texts: Sequence[str], path: Path) -> dict[str, Changes]:
+    """Returns the cells of --cell, their values typed by the config of a file.
 
-
-def parse_cells(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of --cell. UserError for a name that is no name of a directory, or that two cells have."""
-    cells: dict[str, dict[str, Any]] = {}
+    Raises UserError for a name that is no name of a directory, or that two cells have.
+    """
+    cells: dict[str, Changes] = {}
     for text in texts:
-        name, changes = parse_cell(text)
+        name, words = config_flags.named(text, "--cell")
         if not name or "/" in name or name.startswith("."):
             raise UserError(
-                f"--cell {text}: write NAME:KEY=VALUE;KEY=VALUE, where NAME is that of a directory"
+                f"--cell {text}: write 'NAME: --config.KEY=VALUE', where NAME is that of a "
+                "directory"
             )
         if name in cells:
             raise UserError(f"--cell: two cells are called {name}")
-        cells[name] = changes
+        try:
+            cells[name] = config_flags.changed(config_file.load(path), words)
+        except UserError as error:
+            raise UserError(f"cell {name}: {error}" if words else str(error)) from None
     return cells
-
-
-def literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 def compare(results: Results, figure: str) -> Table:
@@ -411,28 +399,27 @@ def compare(results: Results, figure: str) -> Table:
 
 def parse(argv: list[str]) -> Any:
     parser = Flags(__doc__)
-    parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--cell",
         action="append",
         required=True,
-        help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference",
+        help="'NAME: --config.KEY=VALUE --config.KEY=VALUE'; the first is the reference",
     )
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of every cell")
     add_seeds(parser)
     parser.add_argument(
         "--figure",
         default="bits_per_byte",
         help="what cells are compared by (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    return config_flags.parse(parser, argv)
 
 
 def work(argv: list[str]) -> None:
     args = parse(argv)
-    base = parse_cell(":" + ";".join(args.set))[1]
-    grid = Grid(args.config, base, parse_cells(args.cell), seeds(args), args.smoke)
+    base = config_flags.changed(config_file.load(args.config), args.changes)
+    cells = parse_cells(args.cell, args.config)
+    grid = Grid(args.config, base, cells, seeds(args), args.smoke)
     for cell in grid.cells:
         checked(read_config(grid, cell, 0), cell)  # a mistake, before a directory is made
     out = made(args)

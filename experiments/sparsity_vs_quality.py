@@ -44,6 +44,7 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 from experiments import plots, run
 from experiments import sparse_training_rules as rules
 from experiments.command_line import Flags, launch, made
+from moe_jax.config import config_file
 from moe_jax.terminal.table import Table
 
 ONE = {
@@ -124,9 +125,7 @@ def time_steps(out: Path, rounds: int) -> dict[str, dict[str, float]]:
     steps = {}
     for cell in RESULTS:
         keys = {**run.PLAIN, **rules.BASE, **(CELLS | READ)[cell]}
-        steps[cell] = bench.prepare(
-            run.ROOT / "configs/base.py", ";".join(f"{k}={v!r}" for k, v in keys.items())
-        )[1]
+        steps[cell] = bench.prepare(config_file.read(Path("base"), keys))[1]
     seconds: dict[str, list[float]] = {cell: [] for cell in steps}
     for _ in range(rounds):
         for cell, step in steps.items():

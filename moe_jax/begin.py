@@ -99,7 +99,11 @@ def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list
     )
     here = {"params": params, "router_state": state.router_state}
     checkpoint.refuse_idle_renames(source, report.step, here, **like)
-    notes = told("parameters", source, report)
+    saved = checkpoint.Checkpoints(source, every=0, keep=1, keep_best=0).metadata(report.step)
+    notes = [
+        *smoke.notes(saved.get("config", {}), f"train.init_from={run}"),
+        *told("parameters", source, report),
+    ]
     if data is not None:
         notes += meaning.compare(run, data, report.loaded)
     router_state = state.router_state

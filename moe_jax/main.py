@@ -6,10 +6,8 @@ stopped by a non-finite loss, 130 saved after Ctrl-C, 128 + N ended by signal N 
 nothing to save yet, or by a second signal.
 """
 
-import json
 import logging
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -23,19 +21,17 @@ if __name__ == "__main__":  # before jax is imported, which takes seconds
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from moe_jax import STARTED, config
-from moe_jax.config import config_file, smoke
+from moe_jax.config import command_line, config_file, smoke
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.parallel.compiling import QUICK, as_flags
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h"}
-config_flags.DEFINE_config_file(
-    "config", None, "config file; --config.KEY=VALUE changes a key", lock_config=True
-)
+flags.DEFINE_string("config", None, command_line.HELP)
 flags.DEFINE_string(
     "workdir",
     None,
@@ -57,39 +53,25 @@ flags.DEFINE_bool(
 )
 
 
-def parse(argv: list[str]) -> None:
-    """Reads the flags; whatever is wrong with them becomes one message."""
+def parse(argv: list[str]) -> ConfigDict:
+    """Reads the flags and returns the config; whatever is wrong with them becomes one message."""
     if HELP & set(argv):
         print(f"{__doc__}\n{FLAGS.main_module_help()}")
         raise SystemExit(0)
-    path = config_path(argv)
-    config_file.load(
-        path
-    )  # says what is wrong with the file or its variant; ml_collections would not in one line
+    config = config_file.load(config_path(argv))
+    changes, words = command_line.split(argv)
     try:
-        rest = FLAGS(argv)
-        FLAGS.config.to_dict()  # a file that cannot be executed shows itself at the first use only
-    except ImportError as e:
-        raise UserError(f"the config file {path} cannot be loaded: {e}") from e
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        SyntaxError,
-    ) as e:
-        raise UserError(
-            f"{plain(e, argv)} (python -m moe_jax.main --help lists the flags, configs/base.py the "
-            "keys)"
-        ) from e
+        rest = FLAGS(words)
+    except flags.Error as error:
+        raise UserError(command_line.plain(error, words) + command_line.HINT) from error
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
+    command_line.changed(config, changes)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError(
             "--workdir is missing: name a directory for the run, such as --workdir runs/quickstart"
         )
+    return config
 
 
 def config_path(argv: list[str]) -> Path:
@@ -117,22 +99,6 @@ def config_path(argv: list[str]) -> Path:
             f"--config is given {len(values)} times ({', '.join(values)}): name one file"
         )
     return Path(values[0])
-
-
-def plain(error: BaseException, argv: list[str]) -> str:
-    """One line of what absl or ml_collections say; a misspelt key by its whole path."""
-    if found := config_file.misspelt(error):
-        return f"the config file: {found}"
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
-    text = text.replace("module 'config_config'", "the config file")  # what ml_collections calls it
-    wrong = re.fullmatch(r"""\W*(\w+)\W*(?: Did you mean "(\w+)" instead of "\w+"\?)?\W*""", text)
-    if not wrong:
-        return text
-    flag = next(
-        (a.partition("=")[0] for a in argv if wrong[1] in a.partition("=")[0].split(".")), wrong[1]
-    )
-    return f"no key is called {flag}" + (f': did you mean "{wrong[2]}"?' if wrong[2] else "")
 
 
 def start_devices(simulate: int) -> None:
@@ -169,11 +135,11 @@ def join(*place: Any) -> None:
         signals.LISTENER.note()
 
 
-def read_config() -> dict[str, Any]:
-    """The config as a nested dict of JSON values, so that what is compared on resume is what was
-    saved.
+def read_config(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as a nested dict of JSON values, so that what is compared on resume is
+    what was saved.
     """
-    raw = json.loads(json.dumps(FLAGS.config.to_dict()))
+    raw = config_file.values(config)
     if FLAGS.smoke or raw["smoke"]:
         raw = smoke_config(raw)
     if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
@@ -205,12 +171,9 @@ def main(argv: list[str]) -> int:
 
 
 def launch(argv: list[str]) -> int:
-    parse(argv)
-    raw = read_config()
+    raw = read_config(parse(argv))
     start_devices(raw["simulate_devices"])
-    path = Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
-    defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
-    config.refuse_unchosen(raw, defaults)
+    defaults = config_file.as_json(config.defaults())
     cfg = config.build(raw, len(jax.devices()))
     lengths = {"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model}
     with jax.set_mesh(mesh.make(lengths)):
@@ -236,9 +199,7 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     # tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
-        result = train.run(
-            cfg, raw, defaults, workdir, STARTED, config_flags.get_config_filename(FLAGS["config"])
-        )
+        result = train.run(cfg, raw, defaults, workdir, STARTED, FLAGS.config)
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
         return 76

@@ -15,13 +15,13 @@ import numpy as np
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import rules, smoke
+from moe_jax.config import build, command_line, config_file, rules, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.functions import make_model
-from moe_jax.parallel import batch_rows
+from moe_jax.parallel import batch_rows, mesh
 from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
@@ -145,6 +145,29 @@ def run(
             return in_workdir(job, held, listener)
         finally:
             listener.release()
+
+
+def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
+    """Trains a config on the devices that are there, and returns how the run ended.
+
+    The same call again goes on from the newest checkpoint, as the command does.
+
+    Args:
+      config: a config file, or the name of a shipped config ("vision:digits").
+      workdir: where checkpoints, metrics and samples go.
+      changes: as on a command line, "--config.KEY=VALUE".
+
+    Raises UserError, and stopping.NonFinite.
+    """
+    started = time.monotonic()
+    raw = command_line.read(Path(config), changes)
+    if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
+        jax.config.update("jax_enable_x64", True)
+    cfg = build(raw, len(jax.devices()))
+    lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
+    defaults = config_file.as_json(config_file.defaults())
+    with jax.set_mesh(mesh.make(lengths)):
+        return run(cfg, raw, defaults, Path(workdir), started, config)
 
 
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:

@@ -1,7 +1,10 @@
 """Times the training steps of several variants of a config against each other, interleaved.
 
-    python -m moe_jax bench --config configs/bench.py --variant 'dense:model.period=("dense",)' \
-        --variant e8: --rounds 15
+    python -m moe_jax bench --config bench --rounds 15 --variant e8: \
+        --variant "e64 capacity: --config.model.moe.num_experts=64 \
+        --config.model.moe.dispatcher=capacity"
+
+Keys that are changed outside of a variant are changed in all.
 
 Every round runs one step of each variant in turn on the same random tokens, so that a machine that
 changes its speed changes it for all. Reported are medians, and the median over rounds of each
@@ -11,14 +14,14 @@ step's time over that of the first variant.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from moe_jax import config
-from moe_jax.config import config_file
+from moe_jax.config import command_line
+from moe_jax.errors import UserError
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.plan import flops
 from moe_jax.runtime import shell
@@ -33,32 +36,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "python -m moe_jax bench", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument(
-        "--config", type=Path, required=True, help="config file that the variants start from"
-    )
-    parser.add_argument(
         "--variant",
         action="append",
         required=True,
-        help="NAME:KEY=VALUE;KEY=VALUE; the first is the reference",
+        help="'NAME: --config.KEY=VALUE --config.KEY=VALUE'; the first is the reference",
     )
     parser.add_argument(
         "--rounds", type=int, default=15, help="steps of each variant that are timed (default 15)"
     )
-    return parser.parse_args(argv)
+    return command_line.parse(parser, argv)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    variants = {
-        name: changes for name, _, changes in (text.partition(":") for text in args.variant)
-    }
-    for changes in variants.values():
-        built(args.config, changes)  # a mistake in any of them, before the first is compiled
+    variants = {}
+    for text in args.variant:
+        name, changes = command_line.named(text, "--variant")
+        try:
+            variants[name] = command_line.read(args.config, [*args.changes, *changes])
+            config.build(variants[name], len(jax.devices()))  # all, before the first is compiled
+        except UserError as error:
+            raise UserError(f"--variant {name}: {error}" if changes else str(error)) from None
     runs = {}
     with working.shown("bench") as tell:
-        for name, changes in variants.items():
+        for name, raw in variants.items():
             tell(f"compiling {name}")
-            runs[name] = prepare(args.config, changes)
+            runs[name] = prepare(raw)
     # No spinner from here on: its thread would be timed too.
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.rounds):
@@ -70,16 +73,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def built(path: Path, changes: str) -> config.Config:
-    raw = config_file.read(path, [change for change in changes.split(";") if change], "--variant")
-    return config.build(raw, len(jax.devices()))
+def prepare(raw: Mapping[str, Any]) -> tuple[config.Config, Callable[[], None]]:
+    """Returns the frozen config of a variant, and a function that runs one step of it.
 
-
-def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]]:
-    """The config of a variant, and a function that runs one step of it; two steps have run, so
-    nothing is left to compile.
+    Two steps have run, so nothing is left to compile.
     """
-    cfg = built(path, changes)
+    cfg = config.build(raw, len(jax.devices()))
     devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
     with jax.set_mesh(devices):
         model = make_model(cfg.model)

@@ -20,12 +20,12 @@ import numpy as np
 
 from moe_jax import checkpoint, config
 from moe_jax.checkpoint import flat
-from moe_jax.commands import generate
 from moe_jax.errors import UserError
 from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact
 from moe_jax.parallel import batch_rows, mesh
+from moe_jax.run import Run, open_run
 from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
 
@@ -90,7 +90,7 @@ def run_compact(flags: argparse.Namespace) -> int:
             "leave one out"
         )
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
-        old = read(flags.workdir, flags.step)
+        old = read(open_run(flags.workdir, flags.step))
         notes, new = shrunk(old, flags)
         deviation = written(old, new, flags)
     report(old, new, notes, flags)
@@ -113,22 +113,18 @@ def written(old: Weights, new: Weights, flags: argparse.Namespace) -> float:
     """
     try:
         write(flags.workdir, flags.out, new)
-        return compare(old, read(flags.out, None))
+        return compare(old, read(open_run(flags.out, silent=True)))
     except BaseException:
         shutil.rmtree(flags.out, ignore_errors=True)
         raise
 
 
-def read(workdir: Path, step: int | None) -> Weights:
-    cfg = generate.read_config(workdir)
-    saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
-    step = saves.latest() if step is None else step
-    params, router_state = jax.device_get(generate.load(cfg, workdir / "checkpoints", step, False))
-    parts = {"params": params, "router_state": router_state}
-    if cfg.optim.ema_decay:
-        parts["ema"] = jax.device_get(generate.load(cfg, workdir / "checkpoints", step, True)[0])
-    assert step is not None  # `load` refuses a run without checkpoints
-    return Weights(generate.read_raw(workdir), parts, step)
+def read(trained: Run) -> Weights:
+    """Returns the arrays of a run on the host."""
+    parts = {"params": trained.parameters, "router_state": trained.router_state}
+    if trained.moving_average is not None:
+        parts["ema"] = trained.moving_average
+    return Weights(trained.raw, jax.device_get(parts), trained.step)
 
 
 def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]:

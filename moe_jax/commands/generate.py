@@ -5,26 +5,20 @@ prompt in front of it.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 
-from moe_jax import checkpoint, config
-from moe_jax.config import config_file
-from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.sources.characters import encoding, plain, wrong_bytes
 from moe_jax.data.sources.packed import HEAD
 from moe_jax.decoding.sample import Settings, check, make_sampler
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
-from moe_jax.runtime import shell
-from moe_jax.schema.config import Config
-from moe_jax.train_step import make_model
+from moe_jax.run import open_run
 
 CONTROL = {
     c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"
@@ -114,7 +108,9 @@ def settings_of(flags: argparse.Namespace) -> Settings:
 
 
 def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> None:
-    cfg = read_config(flags.workdir)
+    """Reads the run and prints a text for every prompt."""
+    trained = open_run(flags.workdir, flags.step)
+    cfg = trained.config
     if cfg.task != "lm":
         raise UserError(
             f'--workdir {flags.workdir} is a run of task = "{cfg.task}" (model.kind '
@@ -122,29 +118,18 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
             "its outputs on held-out data are in predictions.jsonl there, and only a language "
             "model generates"
         )
-    tokenizer = tokenizer_lib.load(flags.workdir / "tokenizer")
-    if (
-        tokenizer.vocab_size > cfg.model.vocab_size
-    ):  # JAX would take an id that the embedding lacks for its last one
+    tokenizer = trained.tokenizer
+    if flags.raw and not cfg.optim.ema_decay:
         raise UserError(
-            f"{flags.workdir / 'tokenizer'} has {tokenizer.vocab_size} ids ({tokenizer.name}), but "
-            "the model of this run has "
-            f"{cfg.model.vocab_size} (model.vocab_size): put the tokenizer back that the run was "
-            "trained with"
+            "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave "
+            "the flag out"
         )
     with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
-        averaged = bool(cfg.optim.ema_decay)  # what evaluation and the samples of training use
-        if flags.raw and not averaged:
-            raise UserError(
-                "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): "
-                "leave the flag out"
-            )
-        params, router_state = load(
-            cfg, flags.workdir / "checkpoints", flags.step, averaged and not flags.raw
-        )
+        params = trained.parameters if flags.raw else trained.judged
         sampler = make_sampler(cfg.model, tokenizer, cfg.data.seq_len)
         show = Printer(prompts, sys.stdout)
-        texts = sampler(params, router_state, prompts, settings, None if flags.no_stream else show)
+        stream = None if flags.no_stream else show
+        texts = sampler(params, trained.router_state, prompts, settings, stream)
     if flags.no_stream:
         for row, text in enumerate(texts):
             show(row, text)
@@ -185,78 +170,6 @@ def printable(text: str) -> str:
     U+FFFD instead.
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def read_raw(workdir: Path) -> dict[str, Any]:
-    """The config that training wrote, with the defaults of keys that were added since."""
-    path = workdir / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--workdir {workdir} holds no run, because {path} cannot be read ({error.strerror}): "
-            "name the --workdir of a training run"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): start the run again, which rewrites it"
-        ) from None
-    if (
-        Path("configs") / "base.py"
-    ).is_file():  # the defaults of keys that were added since the run
-        defaults = json.loads(json.dumps(config_file.load(Path("configs") / "base.py").to_dict()))
-        raw, notes = checkpoint.fill(raw, defaults, config.RESUME_MAY_CHANGE)
-        for note in notes:
-            shell.tell(note, sys.stderr)
-    return raw
-
-
-def read_config(workdir: Path) -> Config:
-    """The config that training wrote, for one device."""
-    raw, path = read_raw(workdir), workdir / "config.json"
-    model = raw.get("model", {})
-    if "float64" in (model.get("dtype"), model.get("param_dtype")):
-        jax.config.update("jax_enable_x64", True)
-    one = {"data": 1, "expert": 1, "model": 1}
-    model["scan"] = False  # layers are single on disk, and the sampler wants them so
-    try:
-        return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)
-    except KeyError as error:
-        raise UserError(
-            f"the key {error} is missing in {path}: run from the directory that has configs/base.py"
-        ) from None
-
-
-def load(cfg: Config, directory: Path, step: int | None, ema: bool) -> tuple[Any, Any]:
-    """(params, or their moving average; router state) of a checkpoint.
-
-    UserError when there is none, or it has no such parameters.
-    """
-    checkpoints = checkpoint.Checkpoints(directory, every=0, keep=1, keep_best=0)
-    if step is None:
-        step = checkpoints.latest()
-    if step is None:
-        raise UserError(
-            f"there is no checkpoint in {directory} yet: the first comes after checkpoint.every "
-            "steps of training"
-        )
-    params, router_state = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
-
-    def read(part: str, like: Any) -> Any:
-        if not jax.tree.leaves(like):
-            return like
-        values, report = checkpoint.load_params(
-            directory, like, stacked=False, rename={}, part=part, step=step
-        )
-        if report.left:
-            name, reason = report.left[0]
-            raise UserError(
-                f"the checkpoint of step {step} in {directory} does not fit config.json: {name}: "
-                f"{reason}"
-            )
-        return values
-
-    return read("ema" if ema else "params", params), read("router_state", router_state)
 
 
 class Printer:

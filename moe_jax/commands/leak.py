@@ -1,8 +1,8 @@
 """Measures whether a later token, or another sequence of the batch, changes an earlier token's
 output; docs/routers.md has the table.
 
-    python -m moe_jax leak --config configs/quickstart.py
-    python -m moe_jax leak --config configs/base.py --all --markdown
+    python -m moe_jax leak --config quickstart --config.model.moe.dispatcher=capacity
+    python -m moe_jax leak --config base --all --markdown
 
 A small random model of the config in float64, in training and in evaluation mode. `--all` measures
 every router x ordering x dispatcher instead of the config's own, with capacity so tight that it
@@ -16,12 +16,11 @@ With --all, whose table has what leaks on purpose, 1 is for a wrong label alone.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 
 from moe_jax import config
-from moe_jax.config import config_file
+from moe_jax.config import command_line
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.runtime import shell
@@ -40,10 +39,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m moe_jax leak", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it"
-    )
     parser.add_argument(
         "--all",
         action="store_true",
@@ -52,12 +47,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--markdown", action="store_true", help="print a Markdown table, as for docs/routers.md"
     )
-    return parser.parse_args(argv)
+    return command_line.parse(parser, argv)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    raw = config_file.read(args.config, args.set, "--set")
+    raw = command_line.read(args.config, args.changes)
     jax.config.update("jax_enable_x64", True)
     small = leak.shrink(raw)
     own = config.build(small, 1)

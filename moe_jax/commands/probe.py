@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.commands import generate
 from moe_jax.config import rules
 from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
@@ -42,6 +40,7 @@ from moe_jax.instruments import (
 from moe_jax.moe import probe
 from moe_jax.parallel import mesh
 from moe_jax.parallel.batch_rows import local_rows, put
+from moe_jax.run import Run, checkpoints, open_run
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.tasks.lm import task as lm
@@ -55,14 +54,14 @@ Found = list[Table | str]  # what an instrument prints: tables and sentences
 class Job(NamedTuple):
     """What every instrument of the command reads.
 
-    `step` of the checkpoint; `out`: where its files go, None on other processes.
+    `trained`: the run at its checkpoint; `out`: where files go, None on other processes.
 
     An instrument returns what is printed, and adds the files that it wrote to `written`.
     """
 
     cfg: Config  # of the training run; that of `run` may have another dispatcher
     run: held_out.Run
-    step: int
+    trained: Run
     flags: argparse.Namespace
     out: Path | None
     written: list[Path]
@@ -127,10 +126,12 @@ def main(argv: list[str]) -> int:
         )
     check(flags)
     start_devices(flags)
-    cfg = fitted(read_config(flags.workdir), flags)
+    trained = open_run(flags.workdir, flags.step)
+    refuse_other(trained.config, flags.workdir)
+    cfg = fitted(trained.config, flags)
     lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
     with jax.set_mesh(mesh.make(lengths, jax.devices()[: np.prod(list(lengths.values()))])):
-        job = open_job(cfg, flags)
+        job = open_job(cfg, trained, flags)
         refused = measure(job, what)
     if job.out:
         tell_files(job)
@@ -187,15 +188,14 @@ def start_devices(flags: argparse.Namespace) -> None:
         jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
 
 
-def read_config(workdir: Path) -> Config:
-    cfg = generate.read_config(workdir)
+def refuse_other(cfg: Config, workdir: Path) -> None:
+    """Raises UserError for a run of anything but the language model."""
     if (cfg.task, cfg.model.kind) != ("lm", "decoder"):
         raise UserError(
             f'--workdir {workdir} is a run of task "{cfg.task}", model.kind "{cfg.model.kind}": '
             "the instruments look into the language "
             'model (task "lm", model.kind "decoder") alone'
         )
-    return cfg
 
 
 def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
@@ -216,21 +216,15 @@ def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
     return cfg
 
 
-def open_job(cfg: Config, flags: argparse.Namespace) -> Job:
-    directory = flags.workdir / "checkpoints"
-    step = flags.step if flags.step is not None else max(steps_of(directory), default=None)
-    params, router_state = generate.load(cfg, directory, step, ema=bool(cfg.optim.ema_decay))
-    assert step is not None  # `load` refuses a run without checkpoints
-    run = held_out.open_run(cfg, lm.open_data(cfg), params, router_state, flags.batches)
+def open_job(cfg: Config, trained: Run, flags: argparse.Namespace) -> Job:
+    """Returns what the instruments read. `cfg`: of the run, on the mesh of the flags."""
+    data = lm.open_data(cfg)
+    run = held_out.open_run(cfg, data, trained.judged, trained.router_state, flags.batches)
     out = flags.workdir / "probe" if jax.process_index() == 0 else None
     if out:
         out.mkdir(exist_ok=True)
-        shell.tell(f"step {step} of {flags.workdir}, {held_out_rows(run)} held-out rows")
-    return Job(cfg, run, step, flags, out, [])
-
-
-def steps_of(directory: Path) -> list[int]:
-    return Checkpoints(directory, every=0, keep=1, keep_best=0).steps()
+        shell.tell(f"step {trained.step} of {flags.workdir}, {held_out_rows(run)} held-out rows")
+    return Job(cfg, run, trained, flags, out, [])
 
 
 def held_out_rows(run: held_out.Run) -> int:
@@ -243,41 +237,43 @@ def held_out_rows(run: held_out.Run) -> int:
 def save(job: Job, name: str, figures: Any) -> None:
     """Beside the figures: of which step, and of how many held-out rows."""
     if job.out:
-        about = {"step": job.step, "rows": held_out_rows(job.run), "mesh": job.flags.mesh}
+        about = {"step": job.trained.step, "rows": held_out_rows(job.run), "mesh": job.flags.mesh}
         path = job.out / f"{name}.json"
         path.write_text(json.dumps({**about, name: figures}, indent=1) + "\n")
         job.written.append(path)
 
 
 def run_replay(job: Job) -> Found:
-    directory = job.flags.workdir / "checkpoints"
     if job.flags.steps:
-        return run_retrain(job, directory)
+        return run_retrain(job)
+    last = job.trained.step
     asked = [int(step) for step in job.flags.frozen.split(",") if step]
-    steps = asked or [step for step in steps_of(directory) if step < job.step]
-    later = [step for step in steps if step > job.step]
+    steps = asked or [step for step in job.trained.steps() if step < last]
+    later = [step for step in steps if step > last]
     if later:
         raise UserError(
-            f"--frozen {later[0]} is later than the checkpoint that is looked at ({job.step}): "
+            f"--frozen {later[0]} is later than the checkpoint that is looked at ({last}): "
             "name earlier ones"
         )
-    ema = bool(job.run.cfg.optim.ema_decay)
-    earlier = {step: generate.load(job.run.cfg, directory, step, ema) for step in steps}
+    runs = {step: job.trained.at(step) for step in steps}
+    earlier = {step: (run.judged, run.router_state) for step, run in runs.items()}
     result = replay.evaluate(job.run, earlier, job.flags.seed)
     save(job, "replay", result)
     return tables.replay(result, "held-out bits per byte under another routing")
 
 
-def run_retrain(job: Job, directory: Path) -> Found:
+def run_retrain(job: Job) -> Found:
+    step = job.trained.step
     abstract = jax.eval_shape(
         jax.jit(initial(job.cfg, make_model(job.cfg.model))), jax.random.key(0)
     )
-    state = Checkpoints(directory, every=0, keep=1, keep_best=0).restore(
-        job.step, abstract, stacked=False
-    )
+    state = checkpoints(job.trained.workdir).restore(step, abstract, stacked=False)
     result = retrain.evaluate(job.run, job.cfg, state, job.flags.steps, job.flags.seed)
     save(job, "retrain", result)
-    title = f"held-out bits per byte after {job.flags.steps} steps under another routing, from step {job.step}"
+    title = (
+        f"held-out bits per byte after {job.flags.steps} steps under another routing, "
+        f"from step {step}"
+    )
     return tables.replay(result, title)
 
 
@@ -325,9 +321,9 @@ def run_interference(job: Job) -> Found:
         )
     size = cfg.train.batch_size
     rows = local_rows(size)
-    local = Batches(run.dataset, "train", cfg.seed, size).rows(job.step, rows)
+    local = Batches(run.dataset, "train", cfg.seed, size).rows(job.trained.step, rows)
     model = make_model(cfg.model)
-    state = State(jnp.int32(job.step), run.params, run.router_state, {}, None, jnp.int32(0))
+    state = State(jnp.int32(job.trained.step), run.params, run.router_state, {}, None, jnp.int32(0))
     result = interference.make_meter(cfg, model)(state, put(local, rows, size, lm.Inputs))
     save(job, "interference", result)
     return tables.interference(result)
@@ -344,7 +340,7 @@ def run_record(job: Job) -> Found:
         if job.out:
             arrays = record.compact(fields, whole, cfg.model.moe.num_experts, cfg.eval.batch_size)
             about = record.about(cfg, run.dataset.domains) | {
-                "checkpoint": job.step,
+                "checkpoint": job.trained.step,
                 "split": "heldout",
             }
             record.write(job.out / "routing", number, arrays, about)

@@ -1,8 +1,8 @@
 """Proves that a config computes the same on every mesh, in float64, on simulated devices;
 docs/verify.md tells how to read the table.
 
-    python -m moe_jax verify --config configs/quickstart.py
-    python -m moe_jax verify --config configs/debug.py --set 'model.moe.dispatcher="capacity"' \
+    python -m moe_jax verify --config quickstart
+    python -m moe_jax verify --config debug --config.model.moe.dispatcher=capacity \
         --meshes 2x2x2,1x8x1 --processes 2
 
 Exit codes: 0 proven, 1 something deviates (the verdict says what and where first), 64 a mistake
@@ -19,7 +19,7 @@ import jax
 from rich.console import Group
 from rich.text import Text
 
-from moe_jax.config import config_file
+from moe_jax.config import command_line
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.runtime import shell
@@ -45,10 +45,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m moe_jax verify", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="changes a key of it"
-    )
     parser.add_argument(
         "--meshes", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8"
     )
@@ -66,12 +62,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         help="file for what was proven: JSON, or Markdown if it ends in .md",
     )
-    return parser.parse_args(argv)
+    return command_line.parse(parser, argv)
 
 
 def main(argv: list[str]) -> int:
     args, console, start = parse(argv), shell.console(), time.monotonic()
-    raw, shapes = config_file.read(args.config, args.set, "--set"), meshes(args.meshes)
+    raw, shapes = command_line.read(args.config, args.changes), meshes(args.meshes)
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     if args.processes not in (1, 2, 4, 8):
@@ -103,7 +99,7 @@ def main(argv: list[str]) -> int:
     )
     if args.certificate:
         certificate.write(
-            args.certificate, certificate.content(raw, str(args.config), args.set, found, text)
+            args.certificate, certificate.content(raw, str(args.config), args.changes, found, text)
         )
         console.print(f"certificate: {args.certificate}")
     return 0 if found.proven else 1

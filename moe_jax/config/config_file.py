@@ -3,15 +3,13 @@
 Python files with `get_config(arg)`, executed where they lie. Run only those you trust.
 """
 
-import ast
 import difflib
 import importlib.util
 import inspect
 import json
 import re
-import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,40 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_jax.config.build import refuse_unchosen
+from moe_jax.config.tree import defaults
 from moe_jax.errors import UserError
+
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel the shipped configs are in the package, in the repository beside it.
+SHIPPED = _PACKAGE / "configs"
+if not SHIPPED.is_dir():
+    SHIPPED = _PACKAGE.parent / "configs"
+
+
+def shipped() -> list[str]:
+    """Returns the names of the configs that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("[!_]*.py"))
+
+
+def resolve(path: Path) -> Path:
+    """Returns the file that --config names: a path as it is, a shipped config by its name.
+
+    "vision:digits" becomes "configs/vision.py:digits". Raises UserError for a name that is unknown.
+    """
+    name, colon, arg = str(path).partition(":")
+    if "/" in name or name.endswith(".py"):
+        return path
+    names = shipped()
+    if name in names:
+        return Path(f"{SHIPPED / name}.py{colon}{arg}")
+    if Path(name).exists():
+        return path
+    near = difflib.get_close_matches(name, names, 1)
+    more = f"did you mean {near[0]}{colon}{arg}?" if near else f"choose one of {', '.join(names)}"
+    raise UserError(
+        f"--config {path}: no shipped config is called {name!r}, and no file; {more} (a file of "
+        "your own ends in .py)"
+    )
 
 
 def check(path: Path) -> None:
@@ -40,20 +71,19 @@ def check(path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """The config that `get_config(arg)` of a file returns, ARG what follows a colon:
+    """Returns the config that `get_config(arg)` of a file returns, ARG what follows a colon:
+    "configs/vision.py:fashion_mnist", or by name "vision:fashion_mnist".
 
-    "configs/vision.py:fashion_mnist".
-
-    The directory's parent is importable, so `from configs import base` works. UserError, in one
-    line, for whatever goes wrong in the file, and for a variant that it does not have.
+    Raises UserError, in one line, for whatever goes wrong in the file, and for a variant that it
+    does not have.
     """
+    path = resolve(path)
     name, colon, arg = str(path).partition(":")
     path = Path(name)
     check(path)
     spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
@@ -71,19 +101,23 @@ def load(path: Path) -> ConfigDict:
             "config"
         ) from None
     except ImportError as error:
-        raise UserError(f"the config file {path} cannot be loaded: {error}") from error
+        more = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+            more = (
+                ": `from configs import base` works in a directory that has configs/; elsewhere "
+                "take `from moe_jax.config import defaults` for base.get_config"
+            )
+        raise UserError(f"the config file {path} cannot be loaded: {error}{more}") from error
     except Exception as error:  # the file is a program: anything may go wrong in it
         if isinstance(error, KeyError) and colon and error.args == (arg,):
             raise UserError(f"the config file {path} has no variant {arg!r}") from error
         if wrong_key := misspelt(error):
             raise UserError(f"the config file {path}: {wrong_key}") from error
         raise UserError(f"the config file {path}{_line(path, error)}: {plain(error)}") from error
-    finally:
-        sys.path.pop(0)
     if not isinstance(found, ConfigDict):
         raise UserError(
             f"the config file {path}: get_config() returns a {type(found).__name__}, not the "
-            "ConfigDict of configs/base.py"
+            "ConfigDict of moe_jax.config.defaults()"
         )
     return found
 
@@ -133,58 +167,47 @@ def misspelt(error: BaseException) -> str:
     return f'no key is called "{wrong[1]}"' + (f': did you mean "{near[1]}"?' if near else "")
 
 
-def read(path: Path, changes: Sequence[str], flag: str) -> dict[str, Any]:
-    """The config of a file as a nested dict of JSON values, with some keys changed:
+def read(path: Path, changes: Mapping[str, Any] | None = None, of: str = "") -> dict[str, Any]:
+    """Returns the config of a file or name, some dotted keys changed, as a nested dict of JSON
+    values.
 
-    "KEY=VALUE" each, VALUE a Python literal or plain text.
-
-    UserError for a change that cannot be made, by the `flag` that asked for it, and for an option
-    of what is not chosen.
+    Raises UserError for a change that cannot be made, and for an option of what is not chosen; `of`
+    begins what it says of a change, as in "cell a: ".
     """
-    found = load(path)
-    for change in changes:
-        key, equals, value = change.partition("=")
+    config = load(path)
+    for key, value in (changes or {}).items():
         try:
-            if not equals or isinstance(_at(found, key), ConfigDict):
+            if isinstance(_at(config, key), ConfigDict):
                 raise KeyError(key)
-            with found.unlocked():
-                found.update_from_flattened_dict({key: _literal(value)})
+            with config.unlocked():
+                config.update_from_flattened_dict({key: value})
         except (KeyError, AttributeError):
-            near = difflib.get_close_matches(key, _keys(found), 1)
+            keys = list(flatten_dict(config.to_dict(), sep="."))
+            near = difflib.get_close_matches(key, keys, 1)
             more = f': did you mean "{near[0]}"?' if near else ""
-            raise UserError(
-                f"{flag} {change}: write KEY=VALUE with a key of configs/base.py{more}"
-            ) from None
+            raise UserError(f"{of}{key} = {value!r}: no key is called {key}{more}") from None
         except (ValueError, TypeError) as error:
-            raise UserError(f"{flag} {change}: {error}") from None
-    raw = json.loads(json.dumps(found.to_dict()))
-    refuse_unchosen(raw, json.loads(json.dumps(defaults(path).to_dict())))
+            raise UserError(f"{of}{key} = {value!r}: {error}") from None
+    return values(config)
+
+
+def values(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as a nested dict of JSON values, so that what is compared on resume is what
+    was saved.
+
+    Raises UserError for an option of what is not chosen.
+    """
+    raw = as_json(config)
+    refuse_unchosen(raw, as_json(defaults()))
     return raw
 
 
-def _keys(found: ConfigDict) -> list[str]:
-    return list(flatten_dict(found.to_dict(), sep="."))
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as a nested dict of JSON values."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def _at(found: Any, key: str) -> Any:
     for part in key.split("."):
         found = found[part]
     return found
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def defaults(path: Path) -> ConfigDict:
-    """configs/base.py as it stands beside the config file, or below the current directory."""
-    for folder in (Path(str(path).partition(":")[0]).resolve().parent, Path("configs").resolve()):
-        if (folder / "base.py").is_file():
-            return load(folder / "base.py")
-    raise UserError(
-        "configs/base.py is not there: run from the directory that has configs/, or keep base.py "
-        "beside your config"
-    )

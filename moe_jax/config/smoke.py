@@ -8,6 +8,7 @@ files is taken for those of the run itself.
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -84,6 +85,15 @@ def fewer(cfg: Config, data: Data) -> Data:
     if isinstance(data, Examples):
         return data.fewer(max(TRAIN_ROWS, cfg.train.batch_size), HELDOUT_ROWS)
     return data
+
+
+def notes(raw: Mapping[str, Any], workdir: Path | str) -> list[str]:
+    """Returns one line for whoever reads a smoke run as if it were a trained model; none of another
+    run.
+    """
+    if not raw.get("smoke"):
+        return []
+    return [f"{workdir} is a smoke run (--smoke): a few steps of training, nothing was learned"]
 
 
 def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

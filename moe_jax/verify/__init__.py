@@ -1,4 +1,44 @@
-"""Proof that a config computes the same on every mesh:
-
-`python -m moe_jax verify`. docs/verify.md tells what is checked.
+"""Proof that a config computes the same on every mesh: `python -m moe_jax verify`, and
+`from_config` in a program. docs/verify.md tells what is checked.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_jax.verify.run import Result
+
+
+def from_config(
+    config: str, *changes: str, meshes: Sequence[str] = ("2x2x2",), steps: int = 2
+) -> "Result":
+    """Returns what was compared: `proven`, and `rows` with the deviations of each mesh.
+
+    Simulates eight CPU devices and computes in float64, so it comes before anything else that uses
+    jax in the process; other programs want jax_enable_x64 off again after it.
+
+    Args:
+      config: a config file, or the name of a shipped config.
+      changes: as on a command line, "--config.KEY=VALUE".
+      meshes: "DATAxEXPERTxMODEL" each, of up to eight devices.
+      steps: optimizer steps that are compared.
+
+    Raises UserError for a config that is refused by its rules.
+    """
+    # Imported here, because these modules are in the package that is being imported.
+    import tempfile
+    from pathlib import Path
+
+    import jax
+
+    from moe_jax.config import command_line
+    from moe_jax.parallel import mesh
+    from moe_jax.verify import run, shrink
+
+    raw = command_line.read(Path(config), changes)
+    shapes = [mesh.parse(text, "meshes") for text in meshes]
+    mesh.simulate(shrink.DEVICES)
+    jax.config.update("jax_enable_x64", True)
+    wanted = run.Wanted(shapes, steps, processes=1, float32=False)
+    with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder:
+        return run.verify(raw, wanted, Path(folder), say=lambda text: None)

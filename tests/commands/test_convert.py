@@ -1,6 +1,7 @@
 """`convert compact`: what may go, what the outputs say, blocks, and what reads the result."""
 
 import argparse
+import dataclasses
 import json
 import re
 
@@ -18,6 +19,7 @@ from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact, stored
+from moe_jax.run import open_run
 
 NARROW = {
     "model.param_dtype": "float32",
@@ -129,15 +131,14 @@ def test_units_go_and_outputs_stay(tmp_path, capsys):
     before, after = (int(text.replace(",", "")) for text in counts.groups())
     assert before - after == 4 * 5 * 16 * 3  # experts x units x width x (gate, up, out)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["a", "b"]
-    cfg = generate.read_config(tmp_path / "out")
+    made = open_run(tmp_path / "out")
+    cfg = made.config
     assert cfg.model.moe.expert_hidden == 11 and cfg.model.moe.sparse.rule == "none"
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        ema, _ = generate.load(cfg, tmp_path / "out" / "checkpoints", None, True)
-        params, _ = generate.load(cfg, tmp_path / "out" / "checkpoints", None, False)
         jax.tree.map(
             lambda a, b: np.testing.assert_array_equal(a / 2, b),
-            jax.device_get(params),
-            jax.device_get(ema),
+            jax.device_get(made.parameters),
+            jax.device_get(made.moving_average),
         )
         # as train.init_from reads it
         like = jax.eval_shape(train_step.make_model(cfg.model).init, jax.random.key(0))[0]
@@ -156,7 +157,7 @@ def test_shared_experts_and_the_model_axis_round_the_width_up(tmp_path, capsys):
     source = run(tmp_path / "run", dead_units, {"model.moe.shared_experts": 3})
     assert compacted(source, tmp_path / "out") == 0
     assert "16 -> 12: " in capsys.readouterr().out
-    moe = generate.read_config(tmp_path / "out").model.moe
+    moe = open_run(tmp_path / "out").config.model.moe
     assert (moe.expert_hidden, moe.shared_experts) == (12, 4)
     raw = json.loads((source / "config.json").read_text())
     raw["mesh"]["model"] = 4
@@ -178,7 +179,7 @@ def test_blocks_are_stored_on_demand(tmp_path, capsys, format):
     )
     assert compacted(source, tmp_path / "out", "--format", format) == 0
     told = capsys.readouterr().out
-    cfg = generate.read_config(tmp_path / "out")
+    cfg = open_run(tmp_path / "out").config
     if format != "blocks":
         assert cfg.model.moe.sparse.stored["block"] == 0
         assert ("blocks of this side are faster up to 0%" in told) == (format == "auto")
@@ -228,7 +229,8 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
         lengths = dict(zip(("data", "expert", "model"), shape, strict=True))
         cfg = convert.config.build({**raw, "mesh": lengths}, int(np.prod(shape)))
         with jax.set_mesh(meshes.make(*shape)):
-            values = generate.load(cfg, folder / "checkpoints", None, False)
+            run = dataclasses.replace(open_run(folder), config=cfg)
+            values = run.parameters, run.router_state
             task, model = convert.TASKS[cfg.task], train_step.make_model(cfg.model)
             batch = tiny.put(cfg, tiny.batch(cfg))
 
@@ -309,7 +311,7 @@ def test_blocks_decode_to_the_same_text(tmp_path, capsys):
     source = run(tmp_path / "run", few_blocks, {"model.vocab_size": 256})
     bytes_tokenizer().save(source / "tokenizer")
     assert compacted(source, tmp_path / "out", "--format", "blocks", "--block", "4") == 0
-    assert generate.read_config(tmp_path / "out").model.moe.sparse.stored["block"] == 4
+    assert open_run(tmp_path / "out").config.model.moe.sparse.stored["block"] == 4
 
     def text(folder):
         capsys.readouterr()

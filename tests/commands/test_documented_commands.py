@@ -23,13 +23,11 @@ from absl import flags
 
 from experiments import routers, run, sparse_training_rules, sparsity_vs_quality
 from moe_jax import __main__, config, main
-from moe_jax.config import config_file, smoke
+from moe_jax.config import command_line, config_file, smoke
 from moe_jax.data.corpora import documents
 from moe_jax.instruments import leak
 from moe_jax.verify import shrink
 
-# What reads the file of --config is old, and its loader will go.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 ROOT = documented.ROOT
 # Which are not typed here, by their program, and why.
 UNTYPED = {
@@ -131,9 +129,7 @@ class Typist:
         for name in list(flags.FLAGS):
             if name.split(".")[0] in ("config", *OWN_FLAGS):
                 delattr(flags.FLAGS, name)
-        self._monkeypatch.setattr(
-            sys, "argv", ["main", *words]
-        )  # ml_collections reads the keys from there
+        self._monkeypatch.setattr(sys, "argv", ["main", *words])
         return importlib.reload(main)
 
     def trains(self, *words):
@@ -173,9 +169,9 @@ def train_flags(command):
         if word.startswith("--config.simulate_devices=")
     ]
     meshes = any(word.startswith("--config.mesh.") for word in words)
-    return words, simulated[
-        0
-    ] if simulated else 8 if "configs/debug.py" in words else DEVICES if meshes else 1
+    return words, simulated[0] if simulated else 8 if {"configs/debug.py", "debug"} & {
+        *words
+    } else DEVICES if meshes else 1
 
 
 # Every command is one that its program takes
@@ -218,9 +214,7 @@ def test_a_documented_run_is_one_that_the_rules_allow(command, here, tmp_path):
     """
     words, devices = train_flags(command)
     program = here.program([*words, "--smoke"])
-    program.parse(sys.argv)
-    raw = program.read_config()
-    config.refuse_unchosen(raw, run.defaults_of(ROOT / "configs/base.py"))
+    raw = program.read_config(program.parse(sys.argv))
     cfg = config.build(raw, devices)
     assert cfg.smoke and cfg.train.steps <= smoke.STEPS
 
@@ -233,17 +227,17 @@ def test_a_documented_command_has_flags_that_it_takes(command, here):
     module = importlib.import_module(f"moe_jax.commands.{command.module.split()[1]}")
     found = module.parse(resolved(command))
     if command.module in ("moe_jax leak", "moe_jax verify"):
-        config.build(leak.shrink(config_file.read(found.config, found.set, "--set")), 1)
+        config.build(leak.shrink(command_line.read(found.config, found.changes)), 1)
     if command.module == "moe_jax bench":
         for text in found.variant:
-            changes = [change for change in text.partition(":")[2].split(";") if change]
-            config.build(config_file.read(found.config, changes, "--variant"), 1)
+            _, changes = command_line.named(text, "--variant")
+            config.build(command_line.read(found.config, [*found.changes, *changes]), 1)
 
 
 def test_every_variant_is_one_that_the_rules_allow():
     """As it is written, and as --smoke, leak and verify make it small."""
     for name in variants():
-        raw = config_file.read(Path(name), (), "--set")
+        raw = config_file.read(Path(name))
         config.build(smoke.shorten(raw)[0], raw["simulate_devices"] or 1)
         config.build(leak.shrink(raw), 1)
         proven, _ = shrink.shrink(raw)
@@ -423,7 +417,7 @@ CODES = {
         64,
         "has no finished run of this experiment",
     ),  # in a directory where nobody has trained
-    'model.period=("depth:moe",)': (1, "leaks the future"),
+    "--config.model.period=depth:moe": (1, "leaks the future"),
 }
 
 
@@ -450,7 +444,7 @@ def expected(command):
     """(exit code, words of standard error) of a command."""
     words = resolved(command)
     if command.module == "moe_jax.main":
-        raw = config_file.read(Path(words[words.index("--config") + 1]), (), "--set")
+        raw = config_file.read(Path(words[words.index("--config") + 1]))
         if any(
             f"{name}:" in str(options)
             for name in ("tfds",)
@@ -466,7 +460,7 @@ def expected(command):
 @pytest.mark.parametrize("name", list(variants()))
 def test_every_variant_runs(name, world, here, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(world)
-    raw = config_file.read(Path(name), (), "--set")
+    raw = config_file.read(Path(name))
     here.has(raw["simulate_devices"] or 1)
     words = [
         "--config",

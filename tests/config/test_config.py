@@ -4,16 +4,20 @@ compiled before it.
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import tiny
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
 from experiments import run as grids
 from moe_jax import __main__, config, main
-from moe_jax.config import config_file, rules
+from moe_jax.config import command_line, config_file, rules
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 
@@ -302,12 +306,14 @@ ROOMS = (
     "decoding",
     "tasks",
     "config",
+    "library",
     "train_step",
     "evaluate",
     "plan",
     "report",
     "meaning",
     "begin",
+    "run",
     "instruments",
     "verify",
     "publish",
@@ -400,6 +406,72 @@ def test_an_unknown_variant_is_one_line_everywhere(monkeypatch, tmp_path, capsys
         said = capsys.readouterr().err
         assert message in said and said.startswith("error: ") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", [".", "tests"])
+def test_a_shipped_config_has_a_name(monkeypatch, folder):
+    monkeypatch.chdir(ROOT / folder)
+    for name, file in (("quickstart", "quickstart.py"), ("vision:digits", "vision.py:digits")):
+        by_name = config_file.read(Path(name))
+        assert by_name == config_file.read(ROOT / "configs" / file)
+    assert "quickstart" in config_file.shipped() and "__init__" not in config_file.shipped()
+    for name, message in (
+        (
+            "quickstrat",
+            "no shipped config is called 'quickstrat', and no file; did you mean quicks",
+        ),
+        ("vison:digits", "did you mean vision:digits?"),
+        ("xyzzy", "choose one of article, base, "),
+        ("vision:digit", "has no variant 'digit': it has digits, fashion_mnist"),
+    ):
+        with pytest.raises(UserError) as error:
+            config_file.load(Path(name))
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_file_is_executed_without_a_change_of_the_path(tmp_path, monkeypatch):
+    """It imports moe_jax everywhere, and `configs` in a directory that has it."""
+    (tmp_path / "mine.py").write_text(
+        "import sys\nPATH = list(sys.path)\nfrom configs import base\n"
+    )
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path or ".") != ROOT])
+    monkeypatch.delitem(sys.modules, "configs", raising=False)
+    monkeypatch.delitem(sys.modules, "configs.base", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        config_file.load(Path("mine.py"))
+    assert "take `from moe_jax.config import defaults`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config.train.steps=7"],
+        ["--config.train.steps", "7"],
+        ["--config.optim.learning_rate=1"],
+        ["--config.model.scan", "--noconfig.log.tensorboard"],
+        ["--config.model.period=dense", "--config.model.period=moe"],
+        ['--config.data.sources=(("embedded:verse", 2.0),)'],
+        ["--config.eval.sample_prompt=it's = 3"],
+        ["--config.mesh.expert", "-1"],
+    ],
+)
+def test_keys_are_changed_alike_in_every_command(words):
+    """As ml_collections changes them, whose flags stand in other programs."""
+    own = absl_flags.FlagValues()
+    argv = ["x", "--config", str(ROOT / "configs/base.py"), *words]
+    with warnings.catch_warnings():  # its loader is old
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config_flags.DEFINE_config_file("config", None, flag_values=own, sys_argv=argv)
+        own(argv)
+        theirs = own.config.to_dict()
+    changes, others = command_line.split([*words, "--rounds", "3"])
+    assert others == ["--rounds", "3"]
+    ours = config_file.load(Path("base"))
+    command_line.changed(ours, changes)
+    assert ours.to_dict() == theirs != config.defaults().to_dict()
+    name, again = command_line.named("a: " + shlex.join(words), "--variant")
+    assert (name, again) == ("a", words)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def built(name):
     simulates.
     """
     stem, colon, variant = name.partition(":")
-    raw = config_file.read(Path(f"{ROOT}/configs/{stem}.py{colon}{variant}"), (), "--change")
+    raw = config_file.read(Path(f"{ROOT}/configs/{stem}.py{colon}{variant}"))
     return config.build(raw, raw["simulate_devices"] or 1)
 
 
@@ -61,8 +61,8 @@ def built(name):
 def test_a_config_sets_nothing_that_does_nothing(name):
     stem, colon, variant = name.partition(":")
     path = Path(f"{ROOT}/configs/{stem}.py{colon}{variant}")
-    defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
-    assert idle.notes(built(name), config_file.read(path, (), "--change"), defaults, start=0) == []
+    defaults = config_file.as_json(config.defaults())
+    assert idle.notes(built(name), config_file.read(path), defaults, start=0) == []
 
 
 def traced(cfg, model, abstract):

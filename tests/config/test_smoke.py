@@ -143,7 +143,7 @@ def test_fewer_examples_are_spread_over_all_and_keep_what_is_known_of_them():
     "name", ["debug.py", "vision.py", "speech.py", "article.py", "bench.py", "base.py"]
 )
 def test_the_config_of_a_smoke_run_is_one_that_the_rules_allow(name):
-    raw = config_file.read(config_file.Path("configs") / name, (), "--set")
+    raw = config_file.read(config_file.Path("configs") / name)
     short, _ = smoke.shorten(raw)
     cfg = config.build(short, raw["simulate_devices"] or 1)
     assert cfg.smoke and cfg.train.batch_size == raw["train"]["batch_size"]

@@ -19,6 +19,7 @@ import pytest
 from experiments import command_line, routers, run, sparse_inputs
 from experiments import sparse_training_rules as rules
 from moe_jax import config, train
+from moe_jax.config import command_line as config_flags
 from moe_jax.errors import UserError
 from moe_jax.plan import flops
 from moe_jax.report.metrics import read_rows
@@ -107,7 +108,7 @@ def test_another_config_is_no_result_of_this_one(results):
         UserError, match=r"result\.json is the result of another config .*optim\.learning_rate"
     ):
         run.run_all(other, out)
-    with pytest.raises(UserError, match=r"cell odd: model\.moe\.no_such_key=1"):
+    with pytest.raises(UserError, match=r"cell odd: model\.moe\.no_such_key = 1: no key is called"):
         run.run_all(GRID._replace(cells={"odd": {"model.moe.no_such_key": 1}}), out)
 
 
@@ -274,7 +275,7 @@ HERE = ("--config", str(run.ROOT / "configs/base.py"))
         (run, (*HERE, "--out", "o", "--cell", "../a:"), "NAME is that of a directory"),
         (
             run,
-            (*HERE, "--out", "o", "--cell", "a:model.num_heads=3"),
+            (*HERE, "--out", "o", "--cell", "a: --config.model.num_heads=3"),
             "cell a: model.num_heads (3) must be",
         ),
         (
@@ -353,11 +354,9 @@ def test_ctrl_c_while_an_experiment_begins_is_one_line():
 
 
 def test_a_smoke_of_a_grid_takes_the_first_seed_and_a_place_of_its_own(tmp_path, capsys):
-    changes = [
-        f"{key}={value!r}"
-        for key, value in BASE.items()
-        if key not in ("train.steps", "checkpoint.every")
-    ]
+    changes = {
+        key: value for key, value in BASE.items() if key not in ("train.steps", "checkpoint.every")
+    }
     flags = [
         *HERE,
         "--out",
@@ -365,7 +364,7 @@ def test_a_smoke_of_a_grid_takes_the_first_seed_and_a_place_of_its_own(tmp_path,
         "--smoke",
         "--cell",
         "a:",
-        *(w for c in changes for w in ("--set", c)),
+        *config_flags.words_of(changes),
     ]
     cache = jax.config.jax_compilation_cache_dir
     try:

@@ -4,6 +4,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,9 @@ def test_a_router_without_logits_is_not_asked_for_them(float64, tmp_path):
         ):
             knockout.measure(run, "around")
         flags = argparse.Namespace(ways="around,removed", workdir=tmp_path, mesh=None, seed=0)
-        command.run_knockout(command.Job(run.cfg, run, 1, flags, tmp_path, []))
+        command.run_knockout(
+            command.Job(run.cfg, run, SimpleNamespace(step=1), flags, tmp_path, [])
+        )
         found = json.loads((tmp_path / "knockout.json").read_text())["knockout"]
         assert (
             "only a router with a linear gate" in found["around"]["note"]
@@ -140,7 +143,7 @@ def test_probe_tells_what_it_does_and_where_its_files_are(run, tmp_path, capsys,
         ways="removed", workdir=tmp_path, mesh=None, seed=0, frozen="", steps=0
     )
     (tmp_path / "probe").mkdir()
-    job = command.Job(run.cfg, run, 1, flags, tmp_path / "probe", [])
+    job = command.Job(run.cfg, run, SimpleNamespace(step=1), flags, tmp_path / "probe", [])
     assert command.measure(job, ["record", "knockout"]) == []
     command.tell_files(job)
     said = capsys.readouterr()

@@ -115,7 +115,10 @@ def test_all_combinations_leak_as_labelled(float64, group_rows):
             ) from None
 
 
-LEAKING = ("--set", "model.moe.ordering=batch_priority", "--set", "model.moe.dispatcher=capacity")
+LEAKING = (
+    "--config.model.moe.ordering=batch_priority",
+    "--config.model.moe.dispatcher=capacity",
+)
 
 
 def leak_command(capsys, *flags, config="configs/base.py"):
@@ -138,7 +141,7 @@ def test_a_leak_that_is_not_allowed_is_an_exit_code(float64, capsys, monkeypatch
         said.startswith("error: the config leaks the future, and model.allow_leak is False")
         and said.count("\n") == 1
     )
-    allowed = (*LEAKING, "--set", "model.allow_leak=True")
+    allowed = (*LEAKING, "--config.model.allow_leak=True")
     code, table, said = leak_command(capsys, *allowed)
     assert code == 0 and "leaks the future" in table and not said
     honest = ORDERINGS["batch_priority"]
@@ -171,7 +174,7 @@ KINDS = (
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model_is_measured(float64, name):
-    raw = config_file.read(Path(f"configs/{name}"), (), "--set")
+    raw = config_file.read(Path(f"configs/{name}"))
     cfg = config.build(leak.shrink(raw), 1)
     found = leak.measure(cfg, draws=1)
     assert leak.verdict(cfg, found) == "safe"
@@ -182,12 +185,12 @@ def test_every_kind_of_model_is_measured(float64, name):
 def test_another_row_is_seen_in_every_kind_of_model(float64, name):
     """Two rows in a group of one tight capacity: what a row gets depends on the other."""
     router = "multi_gate" if name.startswith("recommendation") else "top_k"
-    changes = [
-        "model.moe.group_rows=2",
-        "model.moe.dispatcher=capacity",
-        "model.moe.dispatchers.capacity.factor=0.5",
-    ]
-    raw = config_file.read(Path(f"configs/{name}"), changes, "--set")
+    changes = {
+        "model.moe.group_rows": 2,
+        "model.moe.dispatcher": "capacity",
+        "model.moe.dispatchers.capacity.factor": 0.5,
+    }
+    raw = config_file.read(Path(f"configs/{name}"), changes)
     cfg = config.build(leak.shrink(raw), 1)
     found = leak.measure(cfg)
     assert cfg.model.moe.router == router and found["train"].batch.delta > 0
@@ -205,4 +208,4 @@ def test_every_config_can_be_measured():
         "recommendation.py:movielens",
         "article.py:wordnet",
     ):
-        config.build(leak.shrink(config_file.read(Path(f"configs/{name}"), (), "--set")), 1)
+        config.build(leak.shrink(config_file.read(Path(f"configs/{name}"))), 1)

@@ -20,6 +20,7 @@ from moe_jax.data.batches import eval_batches
 from moe_jax.errors import UserError
 from moe_jax.parallel import batch_rows
 from moe_jax.report.metrics import read_rows
+from moe_jax.run import load_run
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.contract import Losses
 
@@ -413,16 +414,9 @@ def test_fine_tuning_a_language_model_moves_its_trunk_from_where_it_was(language
 
 def saved(workdir):
     """The parameters and router states of the newest checkpoint by name."""
-    from moe_jax.checkpoint import Checkpoints
-    from moe_jax.commands import generate
-
-    saves = Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
-    raw = json.loads((workdir / "config.json").read_text())
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        from moe_jax import config as configs
-
-        cfg = configs.build(raw, 1)
-        parts = generate.load(cfg, workdir / "checkpoints", saves.latest(), ema=False)
+        run = load_run(workdir)
+        parts = run.parameters, run.router_state
 
     def named(tree):
         return zip(

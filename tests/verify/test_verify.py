@@ -354,20 +354,24 @@ def test_rounding_is_reported_with_the_first_flip():
         (["--meshes", "4x4x1"], "--meshes 4x4x1 has more than the 8 devices"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--processes", "3"], "--processes 3 must be one of 1, 2, 4, 8"),
-        (["--set", "model.d_modle=3"], 'did you mean "model.d_model"?'),
+        (
+            ["--config.model.d_modle=3"],
+            'no key is called --config.model.d_modle: did you mean "d_model"?',
+        ),
+        (["--set", "model.d_model=3"], "--set model.d_model=3: write --config.model.d_model=3"),
         (["--meshes", ""], "write DATAxEXPERTxMODEL"),
         (
             ["--certificate", "not/there.json"],
             "--certificate not/there.json cannot be written: No such file",
         ),
-        (["--set", "model.d_model"], "--set model.d_model"),
-        (["--set", "model.moe.dispatchers.capacity.factor=2.0"], "does nothing"),
+        (["--config.model.d_model"], "Missing value for flag --config.model.d_model"),
+        (["--config.model.moe.dispatchers.capacity.factor=2.0"], "does nothing"),
         (
-            ["--set", "model.moe.num_experts=9", "--set", "model.moe.routers.top_k.k=10"],
+            ["--config.model.moe.num_experts=9", "--config.model.moe.routers.top_k.k=10"],
             "must lie between 1 and",
         ),
         (
-            ["--set", "model.moe.num_experts=9", "--meshes", "1x2x1"],
+            ["--config.model.moe.num_experts=9", "--meshes", "1x2x1"],
             "every mesh is refused for the config as it was shrunk (docs/verify.md): "
             "model.moe.num_experts (9)",
         ),
