@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax import layout
 from moe_jax.data.batches import Batch, eval_batches
 from moe_jax.data.load import Dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
 from moe_jax.instruments import record
-from moe_jax.models import router_states
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.parallel.mesh import P
@@ -126,7 +126,7 @@ def whole(batch: Batch, size: int) -> Batch:
 def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:
     """[L, B, ...] of the MoE layers -> [B, M, ...] of all blocks, zero for the others."""
     blocks = np.zeros((len(cfg.blocks),) + layers.shape[1:], layers.dtype)
-    blocks[[i for i, kind in enumerate(cfg.blocks) if kind.endswith("moe")]] = layers
+    blocks[layout.moe_blocks(cfg)] = layers
     return np.moveaxis(blocks, 0, 1)
 
 
@@ -143,7 +143,7 @@ def router_state(states: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
     if not jax.tree.leaves(tree):
         return {}
-    stacked = jax.jit(lambda tree: jax.sharding.reshard(router_states.stack(tree, cfg), P()))(tree)
+    stacked = jax.jit(lambda tree: jax.sharding.reshard(layout.by_moe_layer(tree, cfg), P()))(tree)
     return {name: np.asarray(w) for name, w in stacked.items()}
 
 

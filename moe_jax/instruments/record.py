@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import layout
 from moe_jax.errors import UserError
 from moe_jax.moe import probe
 from moe_jax.parallel.mesh import P
@@ -133,12 +134,11 @@ def compact(
 
 def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
     """What the manifest says of the run."""
-    moe = [i for i, kind in enumerate(cfg.model.blocks) if kind.endswith("moe")]
     return {
         "config": config_hash(cfg),
         "router": cfg.model.moe.router,
         "num_experts": cfg.model.moe.num_experts,
-        "blocks": moe,
+        "blocks": layout.moe_blocks(cfg.model).tolist(),
         "domains": list(domains),
     }
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import layout
 from moe_jax.errors import UserError
 from moe_jax.models import depth
 from moe_jax.models.attention import Attention, Cache, CrossAttention, Memory
@@ -242,8 +243,8 @@ def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
 
 
-# A stack of blocks: a module has them as `prefix`, `repeats` (with scan one Period of stacked
-# parameters, else a list) and `suffix`.
+# A stack of blocks: a module has them as `prefix`, `repeats` (as layout.draw_repeats makes them) and
+# `suffix`.
 
 
 def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
@@ -255,16 +256,11 @@ def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look)
 def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
     """(prefix, repeats, suffix) from three keys."""
     prefix, suffix = blocks(keys[0], cfg.prefix, cfg, look), blocks(keys[2], cfg.suffix, cfg, look)
-    if not cfg.repeats:
-        return prefix, nnx.List([]), suffix
-    # Drawn stacked in both layouts: the same values, and one compiled draw however many layers
-    # there are.
-    stacked = jax.vmap(lambda key: Period(key, cfg, look))(jax.random.split(keys[1], cfg.repeats))
 
-    def layer(i):
-        return jax.tree.map(lambda z: z[i], stacked)
+    def period(key):
+        return Period(key, cfg, look)
 
-    return prefix, stacked if cfg.scan else nnx.List([layer(i) for i in range(cfg.repeats)]), suffix
+    return prefix, layout.draw_repeats(period, keys[1], cfg.repeats, cfg.scan), suffix
 
 
 def run_stack(
@@ -279,20 +275,15 @@ def run_stack(
     def at(i):
         return context._replace(index=context.index + i)
 
+    def run_period(period, x_BSD, repeat):
+        index = len(cfg.prefix) + repeat * len(cfg.period)
+        return run_blocks(run, period.blocks, x_BSD, at(index))
+
     x_BSD, before = run_blocks(run, model.prefix, x_BSD, context)
-    x_BSD, middle = _repeats(run, model.repeats, x_BSD, at(len(cfg.prefix)), cfg)
+    x_BSD, middle = layout.run_repeats(run_period, model.repeats, x_BSD, cfg)
     last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
     x_BSD, after = run_blocks(run, model.suffix, x_BSD, at(last))
-    return x_BSD, by_name(jnp.concatenate, [before, middle, after])
-
-
-def in_order(model: Any) -> list[Block]:
-    """The blocks of a module in the loop layout."""
-    return [
-        *model.prefix,
-        *(block for period in model.repeats for block in period.blocks),
-        *model.suffix,
-    ]
+    return x_BSD, layout.join_sums(jnp.concatenate, [before, middle, after])
 
 
 def run_cached(
@@ -300,33 +291,10 @@ def run_cached(
 ) -> tuple[jax.Array, list[Any]]:
     """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
     context, new = Context(batch, jax.random.key(0), jnp.int32(0)), []
-    for block, cache, source in zip(in_order(model), caches, sources, strict=True):
+    for block, cache, source in zip(layout.blocks_in_order(model), caches, sources, strict=True):
         x_BSD, _, cache = block(x_BSD, context._replace(source=source), False, cache)
         new.append(cache)
     return x_BSD, new
-
-
-def _repeats(run, periods, x_BSD: jax.Array, context: Context, cfg: ModelConfig):
-    def at(i):
-        return context._replace(index=context.index + i * len(cfg.period))
-
-    if cfg.scan and cfg.repeats:
-
-        def body(x, xs):
-            return run_blocks(run, xs[0].blocks, x, at(xs[1]))
-
-        x_BSD, sums = jax.lax.scan(body, x_BSD, (periods, jnp.arange(cfg.repeats, dtype=jnp.int32)))
-
-        # Told where: beside a single repeat and a single row a reshape forgets that rows are split.
-        def joined(z):
-            return jnp.reshape(z, (-1,) + z.shape[2:], out_sharding=P(None, BATCH))
-
-        return x_BSD, jax.tree.map(joined, sums)
-    parts = []
-    for i, period in enumerate(periods):
-        x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
-        parts.append(sums)
-    return x_BSD, by_name(jnp.concatenate, parts)
 
 
 def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
@@ -337,17 +305,7 @@ def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
     for i, block in enumerate(blocks):
         x_BSD, sums = run(block, x_BSD, context._replace(index=context.index + i))
         parts.append(sums)
-    return x_BSD, by_name(jnp.stack, parts)
-
-
-def by_name(
-    join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]
-) -> dict[str, jax.Array]:
-    """Joins what is there under each name: a block has the sums of its MoE layer, of its depth
-    router, both or none.
-    """
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: join([part[name] for part in parts if name in part]) for name in names}
+    return x_BSD, layout.join_sums(jnp.stack, parts)
 
 
 def empty_caches(cfg: ModelConfig, num_rows: int, length: int) -> list[Any]:

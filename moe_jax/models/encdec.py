@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.layout import blocks_in_order, join_sums
 from moe_jax.models.attention import Memory
 from moe_jax.models.decoder import (
     Context,
     Look,
     Source,
-    by_name,
     embed,
     embedding,
-    in_order,
     output_head,
     run_cached,
     run_stack,
@@ -45,11 +44,7 @@ def encoder_config(cfg: ModelConfig) -> ModelConfig:
     """The encoder's stack as a model of its own: the pattern of its blocks, everything else as in
     `cfg`.
     """
-    parts = {
-        name: cfg.kind_options[f"encoder_{name}"]
-        for name in ("prefix", "period", "repeats", "suffix")
-    }
-    return dataclasses.replace(cfg, kind="encoder", **parts)
+    return dataclasses.replace(cfg, kind="encoder", **cfg.stacks["encoder"]._asdict())
 
 
 def decoder_config(cfg: ModelConfig) -> ModelConfig:
@@ -97,7 +92,7 @@ class EncDec(nnx.Module):
         index = jnp.int32(1 + len(self.encoder.cfg.blocks))
         x = self._embed(batch, jax.random.fold_in(jax.random.fold_in(rng, 0), 1), train)
         x, after = run_stack(self, x, Context(batch._replace(inputs=()), rng, index, source), train)
-        return unembed(self.ends, x, self.cfg), by_name(jnp.concatenate, [before, after])
+        return unembed(self.ends, x, self.cfg), join_sums(jnp.concatenate, [before, after])
 
     def encode(
         self, batch: Batch, rng: jax.Array, train: bool
@@ -113,7 +108,7 @@ class EncDec(nnx.Module):
 
         Loop layout only, as `cached`.
         """
-        return [block.remember(source) for block in in_order(self)]
+        return [block.remember(source) for block in blocks_in_order(self)]
 
     def cached(
         self, batch: Batch, caches: list[Any], memories: list[Memory]

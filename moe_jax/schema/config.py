@@ -54,6 +54,20 @@ class DepthConfig:
     loss: float
 
 
+class Stack(NamedTuple):
+    """The kinds of blocks that run one after another: prefix, `repeats` times period, suffix."""
+
+    prefix: tuple[str, ...]
+    period: tuple[str, ...]
+    repeats: int
+    suffix: tuple[str, ...]
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The kind of every block, in order."""
+        return self.prefix + self.period * self.repeats + self.suffix
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     kind: str
@@ -84,6 +98,19 @@ class ModelConfig:
     moe: MoEConfig
 
     @property
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks of blocks in the order in which they run, by the key below which the arrays
+        of each lie in the model's parameters; "" is the root.
+        """
+        if self.kind == "article":
+            return {}
+        own = {"": Stack(self.prefix, self.period, self.repeats, self.suffix)}
+        if self.kind != "encdec":
+            return own
+        options = {name: self.kind_options[f"encoder_{name}"] for name in Stack._fields}
+        return {"encoder": Stack(**options)} | own
+
+    @property
     def blocks(self) -> tuple[str, ...]:
         """The kind of every block, in order:
 
@@ -91,13 +118,7 @@ class ModelConfig:
 
         Those of an encoder-decoder begin with its encoder's.
         """
-        own, options = self.prefix + self.period * self.repeats + self.suffix, self.kind_options
-        if self.kind == "article":
-            return ()
-        if self.kind != "encdec":
-            return own
-        period = options["encoder_period"] * options["encoder_repeats"]
-        return options["encoder_prefix"] + period + options["encoder_suffix"] + own
+        return tuple(kind for stack in self.stacks.values() for kind in stack.blocks)
 
     @property
     def num_moe_layers(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from moe_jax import config, train_step
+from moe_jax import config, layout, train_step
 from moe_jax.checkpoint import flat
 from moe_jax.models.decoder import with_dispatcher
 from moe_jax.moe.probe import ROUTING, split
@@ -147,7 +147,7 @@ class Program:
         """Host copies of a tree's arrays by their names on disk, where layers are never stacked."""
         out = {}
         for name, x in flat.flatten(host(tree)).items():
-            names = flat.layer_names(name, x.shape, self.cfg.model.scan)
+            names = layout.layer_names(name, x.shape, self.cfg.model.scan)
             out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
         return out
 

@@ -293,6 +293,7 @@ ROOMS = (
     "parallel",
     "weights",
     "schema",
+    "layout",
     "checkpoint",
     "data",
     "moe",

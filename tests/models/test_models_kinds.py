@@ -27,9 +27,9 @@ from kind_cases import (
 )
 
 from configs import base
-from moe_jax import train_step
+from moe_jax import layout, train_step
 from moe_jax.decoding import sample, translate
-from moe_jax.models import encoder, mmoe, router_states
+from moe_jax.models import encoder, mmoe
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Options
 
@@ -85,7 +85,7 @@ def test_scan_is_the_loop(float64, name):
     want, want_sums, want_gradient = alone_gradient(name)
     close(logits, want, atol=1e-11)
     assert_alike(sums, want_sums, 1e-11)
-    assert_alike(translate.unstacked(gradient, run.cfg), want_gradient, 1e-10)
+    assert_alike(layout.unstack(gradient, run.cfg), want_gradient, 1e-10)
 
 
 # The encoder.
@@ -218,11 +218,11 @@ def test_router_states_are_those_of_the_encoder_then_of_the_decoder(float64):
         with jax.set_mesh(meshes.make(*ONE)):
             abstract = jax.eval_shape(train_step.make_model(cfg).init, jax.random.key(0))[1]
         states = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), abstract)
-        stacked = router_states.stack(states, cfg)
+        stacked = layout.by_moe_layer(states, cfg)
         assert stacked["bias"].shape == (cfg.num_moe_layers, 8) == (3, 8)
         marked = {"bias": jnp.arange(3.0)[:, None] + jnp.zeros((3, 8))}
-        new = router_states.unstack(states, marked, cfg)
-        loop = translate.unstacked(new, cfg) if scan else new
+        new = layout.into_moe_layers(marked, states, cfg)
+        loop = layout.unstack(new, cfg)
 
         def bias(part, i):
             return float(part["repeats"][i]["blocks"][0]["moe"]["state"]["bias"][0])
