@@ -212,8 +212,7 @@ def launch(argv: list[str]) -> int:
     defaults = json.loads(json.dumps(config_file.defaults(path).to_dict()))
     config.refuse_unchosen(raw, defaults)
     cfg = config.build(raw, len(jax.devices()))
-    lengths = {"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model}
-    with jax.set_mesh(mesh.make(lengths)):
+    with jax.set_mesh(mesh.make(cfg.mesh)):
         if FLAGS.dry_run:
             return dry_run(cfg)
         return train(cfg, raw, defaults)

@@ -24,7 +24,7 @@ from moe_jax.evaluate import make_evaluate
 from moe_jax.instruments import interference, picture, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.decoder import why_not_decoded
-from moe_jax.parallel import batch_rows
+from moe_jax.parallel import batch_rows, mesh
 from moe_jax.plan import flops
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
@@ -129,9 +129,8 @@ def in_workdir(
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
 
     # What is written, and what is shown
-    metrics.write_run_info(
-        workdir, raw, mesh={a: n for a, n in jax.sharding.get_mesh().shape.items()}, active=main
-    )
+    lengths = mesh.of(jax.sharding.get_mesh())
+    metrics.write_run_info(workdir, raw, mesh=lengths._asdict(), active=main)
     notes += [
         *data.notes,
         *rules.advice(cfg),

@@ -120,7 +120,7 @@ def train_moe(cfg, seed=0):
     """The loss of an MoE layer alone after STEPS steps of Adam: the mean of the last fiftieth of
     steps, on fresh samples.
     """
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         layer = MoELayer(jax.random.key(seed), cfg)
         graph, params, state = nnx.split(layer, nnx.Param, RouterState)
         router_cfg = RouterCfg(E, cfg.router_options, 1, VOCAB, lambda z: z)
@@ -148,7 +148,7 @@ def train_moe(cfg, seed=0):
 
 def train_dense(hidden, seed=0):
     """The same for one dense network of that hidden width."""
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         graph, params = nnx.split(
             FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32")
         )

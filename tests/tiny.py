@@ -10,6 +10,7 @@ import numpy as np
 from configs import base
 from moe_jax import config, train_step
 from moe_jax.parallel import batch_rows
+from moe_jax.parallel.mesh import WRITTEN
 from moe_jax.tasks.lm import task as lm
 
 TINY = {
@@ -43,10 +44,7 @@ def raw(changes=None):
 
 
 def build(shape=(1, 1, 1), changes=None):
-    axes = {
-        f"mesh.{name}": length
-        for name, length in zip(("data", "expert", "model"), shape, strict=True)
-    }
+    axes = {f"mesh.{axis}": length for axis, length in zip(WRITTEN, shape, strict=True)}
     return config.build(raw({**axes, **(changes or {})}), int(np.prod(shape)))
 
 

@@ -80,7 +80,7 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
     nothing is left to compile.
     """
     cfg = built(path, changes)
-    devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
+    devices = mesh.make(cfg.mesh)
     with jax.set_mesh(devices):
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))

@@ -89,7 +89,7 @@ def run_compact(flags: argparse.Namespace) -> int:
             f"--format dense writes whole matrices, so --block {flags.block} would do nothing: "
             "leave one out"
         )
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         old = read(flags.workdir, flags.step)
         notes, new = shrunk(old, flags)
         deviation = written(old, new, flags)
@@ -257,7 +257,7 @@ def compare(old: Weights, new: Weights) -> float:
 def forward(weights: Weights) -> Any:
     raw = copy.deepcopy(weights.raw)
     raw["model"] |= {"scan": False, "dtype": "float32", "param_dtype": "float32"}
-    raw |= {"mesh": {"data": 1, "expert": 1, "model": 1}, "simulate_devices": 0}
+    raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
     raw["eval"] |= {"batch_size": ROWS}
     raw["model"]["moe"]["group_rows"] = 1

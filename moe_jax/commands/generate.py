@@ -132,7 +132,7 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
             f"{cfg.model.vocab_size} (model.vocab_size): put the tokenizer back that the run was "
             "trained with"
         )
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         averaged = bool(cfg.optim.ema_decay)  # what evaluation and the samples of training use
         if flags.raw and not averaged:
             raise UserError(
@@ -217,10 +217,11 @@ def read_config(workdir: Path) -> Config:
     model = raw.get("model", {})
     if "float64" in (model.get("dtype"), model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)
-    one = {"data": 1, "expert": 1, "model": 1}
     model["scan"] = False  # layers are single on disk, and the sampler wants them so
     try:
-        return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)
+        return config.build(
+            {**raw, "model": model, "mesh": mesh.ONE.written(), "simulate_devices": 0}, 1
+        )
     except KeyError as error:
         raise UserError(
             f"the key {error} is missing in {path}: run from the directory that has configs/base.py"

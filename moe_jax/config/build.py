@@ -8,7 +8,7 @@ rules.py; `build` ends with them.
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.config import rules
@@ -38,8 +38,9 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     `raw` is a plain nested dict (ConfigDict.to_dict()); `num_devices` fills -1 in the mesh.
     """
     raw = dict(raw)
-    lengths = mesh.resolve({k: int(v) for k, v in raw["mesh"].items()}, num_devices)
-    raw["mesh"] = lengths
+    _refuse_other_keys(raw["mesh"], mesh.WRITTEN, "mesh.")
+    lengths = mesh.Lengths(**{axis: int(length) for axis, length in raw["mesh"].items()})
+    raw["mesh"] = mesh.resolve(lengths, num_devices)
     raw["profile"] = profile_range(raw["profile"])
     raw["optim"] = _optim(raw["optim"], raw["train"]["steps"])
     moe = _chosen(dict(raw["model"]["moe"]), "model.moe", "router", "routers", "router_options")
@@ -133,10 +134,15 @@ def profile_range(text: str) -> tuple[int, int] | None:
 
 def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     """A dataclass from a nested dict; every key must be there, be known and have its type."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = [field.name for field in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(raw) - set(fields))
-    missing = sorted(set(fields) - set(raw))
+    _refuse_other_keys(raw, fields, path)
+    return cls(**{name: _convert(hints[name], raw[name], f"{path}{name}") for name in fields})
+
+
+def _refuse_other_keys(raw: Mapping[str, Any], known: Sequence[str], path: str) -> None:
+    unknown = sorted(set(raw) - set(known))
+    missing = sorted(set(known) - set(raw))
     if unknown or missing:
         what = (
             f"unknown key {path}{unknown[0]}"
@@ -144,7 +150,6 @@ def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
             else f"the key {path}{missing[0]} is missing"
         )
         raise UserError(f"{what}: configs/base.py lists every key")
-    return cls(**{name: _convert(hints[name], raw[name], f"{path}{name}") for name in fields})
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -68,7 +68,7 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
     """
     rng, found = np.random.default_rng(seed), []
     num, length = cfg.train.batch_size, cfg.data.seq_len
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         logits = _program(cfg, rng)
         for draw in range(draws):
             row, middle = draw % num, length // 2
@@ -257,7 +257,7 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     small["data"] = {**small["data"], "seq_len": max(32, 4 * model["moe"]["num_experts"] // group)}
     small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
     small["eval"] = {**small["eval"], "batch_size": 0}
-    small["mesh"], small["simulate_devices"] = {"data": 1, "expert": 1, "model": 1}, 0
+    small["mesh"], small["simulate_devices"] = mesh.ONE.written(), 0
     model["kinds"] = {**model["kinds"], model["kind"]: _small_kind(small)}
     return small
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import Lengths
 
 # what the kind of a block begins with that only some tokens go through, as in "depth:moe"
 DEPTH = "depth:"
@@ -220,19 +221,12 @@ class RecordConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int
-    expert: int
-    model: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
     simulate_devices: int
     smoke: bool
     profile: tuple[int, int] | None
-    mesh: MeshConfig
+    mesh: Lengths
     task: str
     task_options: Options
     model: ModelConfig

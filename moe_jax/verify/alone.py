@@ -105,7 +105,7 @@ def changes(program: Program, begin: State) -> list[Check]:
     excused = [_change(program, begin, name, change, reason) for name, change in asked.items()]
     if all(check.judged for check in excused):
         return [*checks, *excused]
-    plain = Program(without_excuse(program.raw), program.shape).compile()
+    plain = Program(without_excuse(program.raw), program.lengths).compile()
     start = plain.initial()
     again = [_change(plain, start, name, change, "") for name, change in asked.items()]
     return [

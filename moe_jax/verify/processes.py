@@ -19,7 +19,7 @@ from moe_jax.parallel import mesh
 from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
-SHAPE = (2, 2, 2)
+LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
 SAVED = "of_processes"  # where they write their checkpoint together
 SECONDS = 300  # after which a process is taken to hang
 
@@ -78,12 +78,12 @@ def failure(process: subprocess.Popen[str], name: str) -> str:
 def work(path: Path, index: int) -> None:
     """One process: the steps of the job on the whole mesh; process 0 writes what it saw."""
     job = json.loads(path.read_text())
-    mesh.simulate(SHAPE[0] * SHAPE[1] * SHAPE[2] // job["count"])
+    mesh.simulate(LENGTHS.num_devices // job["count"])
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(
         job["address"], job["count"], index, coordinator_bind_address=job["address"]
     )
-    program = Program(job["raw"], SHAPE).compile()
+    program = Program(job["raw"], LENGTHS).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
     told = [tuple(probe) for probe in (*probes, program.tied(begin))], states.named(program, end)

@@ -25,9 +25,6 @@ from moe_jax.parallel.compiling import QUICK
 from moe_jax.schema.config import DEPTH, ModelConfig
 from moe_jax.tasks import TASKS
 
-AXES = ("data", "expert", "model")
-Shape = tuple[int, int, int]  # data x expert x model
-
 
 class Probe(NamedTuple):
     """What one step tells, as NumPy arrays on the host."""
@@ -50,13 +47,11 @@ class Program:
     `compile()` before `step`; all methods set the mesh themselves.
     """
 
-    def __init__(self, raw: Mapping[str, Any], shape: Shape):
-        number = int(np.prod(shape))
-        lengths = dict(zip(AXES, shape, strict=True))
-        self.raw, self.shape = dict(raw), shape
-        self.cfg = config.build({**raw, "mesh": lengths}, number)
+    def __init__(self, raw: Mapping[str, Any], lengths: mesh.Lengths):
+        self.raw, self.lengths = dict(raw), lengths
+        self.cfg = config.build({**raw, "mesh": lengths.written()}, lengths.num_devices)
         self.task = TASKS[self.cfg.task]
-        self.mesh = mesh.make(lengths, jax.devices()[:number])
+        self.mesh = mesh.make(lengths, jax.devices()[: lengths.num_devices])
         self.wide = "float64" in (self.cfg.model.dtype, self.cfg.model.param_dtype)
         with self.entered():
             self.model = train_step.make_model(self.cfg.model)

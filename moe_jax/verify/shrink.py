@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import ONE, Lengths
 
 DEVICES = 8  # what is simulated; every factorisation of it is a mesh
 MICRO_BATCHES = 4
-ONE = {"data": 1, "expert": 1, "model": 1}
 
 
 class Rule(NamedTuple):
@@ -32,7 +32,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
 
     `raw` is the nested dict of a config; raises UserError when it is a bad one.
     """
-    yours = {**copy.deepcopy(dict(raw)), "mesh": ONE}
+    yours = {**copy.deepcopy(dict(raw)), "mesh": ONE.written()}
     config.build(yours, 1)
     small, rules = copy.deepcopy(yours), []
     small["simulate_devices"] = DEVICES
@@ -130,11 +130,10 @@ def accepted(raw: Mapping[str, Any]) -> bool:
     return not refusal(raw, ONE)
 
 
-def refusal(raw: Mapping[str, Any], lengths: Mapping[str, int]) -> str:
+def refusal(raw: Mapping[str, Any], lengths: Lengths) -> str:
     """Why the rules of the config refuse a mesh; "" when they do not."""
-    number = lengths["data"] * lengths["expert"] * lengths["model"]
     try:
-        config.build({**copy.deepcopy(dict(raw)), "mesh": dict(lengths)}, number)
+        config.build({**copy.deepcopy(dict(raw)), "mesh": lengths.written()}, lengths.num_devices)
     except UserError as e:
         return str(e)
     return ""
