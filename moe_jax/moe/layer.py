@@ -179,7 +179,9 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     sums = dict(routing.sums, dropped=dropped_b + routing.sums.get("dropped", 0))
     if cfg.adaptive["rate"]:
         sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
-    if batch.record:
+    if "gates" in batch.record:
+        sums |= probe.gates(routing, tokens, cfg.num_experts)
+    elif batch.record:
         # An ordering may drop as well: it sends nowhere what was chosen.
         if isinstance(routing, Routing) and isinstance(chosen, Routing):
             dropped_N = dropped_N | (routing.expert_N != chosen.expert_N)
