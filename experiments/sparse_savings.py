@@ -161,9 +161,7 @@ def forward(weights: convert.Weights, rows: int, length: int) -> Callable[[], An
     }
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)
-    batch = batch_rows.put(
-        tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(rows), rows, task.inputs
-    )
+    batch = batch_rows.put(task.random(cfg, 0), np.arange(rows), rows)
     like = jax.eval_shape(model.init, jax.random.key(0))
 
     def on_mesh(x, like):

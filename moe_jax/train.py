@@ -215,7 +215,7 @@ def in_workdir(
                 with progress.doing("starting the profile", after=state.step):
                     profile.begin(step, state)
             with clock.waiting():
-                batch = batch_rows.put(next(source), rows, cfg.train.batch_size, task.inputs)
+                batch = batch_rows.put(next(source), rows, cfg.train.batch_size)
             if records(step + 1):
                 with progress.doing("recording the routing", after=state.step):
                     recorder(step + 1, state, batch)  # before the step takes the state away

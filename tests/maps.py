@@ -28,6 +28,7 @@ from flax import nnx
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.parallel import mesh
@@ -106,8 +107,11 @@ def batch_of(key, cluster, router):
     position = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     batch = Batch(ids, position, jnp.ones((B, S), jnp.int32), jnp.arange(B, dtype=jnp.int32))
     batch = jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), batch)
+    if router != "recorded":
+        return batch
     one = jnp.ones(1)[None, None] * (cluster >= 0)[:, :, None]
-    return batch._replace(recorded=(cluster[:, :, None], one)) if router == "recorded" else batch
+    request = Request((cluster[:, :, None], one))
+    return batch._replace(request=request)
 
 
 def coefficients(cfg):

@@ -87,9 +87,8 @@ def prepare(path: Path, changes: str) -> tuple[config.Config, Callable[[], None]
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
         task, num = TASKS[cfg.task], cfg.train.batch_size
         rows = batch_rows.local_rows(num)
-        batch = batch_rows.put(
-            jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs
-        )
+        local = jax.tree.map(lambda z: z[rows], task.random(cfg, 0))
+        batch = batch_rows.put(local, rows, num)
     held: list[Any] = [state]
 
     def step() -> None:

@@ -327,7 +327,7 @@ def run_interference(job: Job) -> Found:
     local = Batches(run.dataset, "train", cfg.seed, size).rows(job.step, rows)
     model = make_model(cfg.model)
     state = State(jnp.int32(job.step), run.params, run.router_state, {}, None, jnp.int32(0))
-    result = interference.make_meter(cfg, model)(state, put(local, rows, size, lm.Inputs))
+    result = interference.make_meter(cfg, model)(state, put(local, rows, size))
     save(job, "interference", result)
     return tables.interference(result)
 

@@ -3,7 +3,7 @@
 Each is one row; nothing is packed.
 
 A row is built when it is asked for, from compact arrays. `Examples` does not know what is in a row:
-it is generic over the NamedTuple of a task's inputs, of which the kinds stand here. In all of them
+it is generic over the NamedTuple of a task's batch, of which the kinds stand here. In all of them
 padding has segment 0 (or weight 0), tokens 0 and position 0, and arrays are int32 where no other
 type is named. Shapes: B rows, S places of a row, P width of a vector, L items of a basket, N
 examples, R held-out rows.
@@ -92,13 +92,13 @@ class Examples(NamedTuple):
     """Rows of both splits in memory; fulfils data/contract.py with one part."""
 
     spec: str  # what messages call it
-    inputs: type  # NamedTuple of a batch, one of the kinds above
+    batch_type: type  # one of the NamedTuples above
     seq_len: int
     domains: tuple[str, ...]
     rows: Mapping[str, int]  # of each split
     fetch: Callable[
         [str, np.ndarray], Fields
-    ]  # (split, index_B) -> the fields of `inputs` but row_B
+    ]  # (split, index_B) -> the fields of a batch but row_B
     heldout_domain_R: np.ndarray
     fingerprint: str
     # what the task and its baselines know beside the rows: Classes, Pairs, Market; has
@@ -124,10 +124,10 @@ class Examples(NamedTuple):
         row_B: np.ndarray,
         there_B: np.ndarray,
     ) -> Any:
-        """The rows `index_B` as `inputs`; all 0 where not `there_B` (`part_B` is 0 everywhere)."""
+        """The rows `index_B` as `batch_type`; all 0 where not `there_B` (`part_B` is 0 everywhere)."""
         fields = self.fetch(split, index_B)
         kept = {name: _kept(values, there_B) for name, values in fields.items()}
-        return self.inputs(**kept, row_B=row_B)
+        return self.batch_type(**kept, row_B=row_B)
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         order_R = interleaved(self.heldout_domain_R)

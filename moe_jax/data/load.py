@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.data import sources
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.data.embedded import open_embedded
 from moe_jax.data.pack import Rows, interleaved, positions
 from moe_jax.data.part import Part
@@ -59,15 +59,20 @@ class Dataset(NamedTuple):
         index_B: np.ndarray,
         row_B: np.ndarray,
         there_B: np.ndarray,
-    ) -> Batch:
+    ) -> PackedText:
         """Rows of the parts `part_B`, with the positions in their segments; padding where not
         `there_B`.
         """
-        fields = (
-            np.where(there_B[:, None], field, 0) for field in self.fetch(split, part_B, index_B)
+        fetched = self.fetch(split, part_B, index_B)
+        rows = Rows(*(np.where(there_B[:, None], field, 0) for field in fetched))
+        return PackedText(
+            tokens_BS=rows.tokens_RS,
+            targets_BS=rows.targets_RS,
+            segment_BS=rows.segment_RS,
+            position_BS=positions(rows.segment_RS),
+            domain_BS=rows.domain_RS,
+            row_B=row_B,
         )
-        tokens_BS, targets_BS, segment_BS, domain_BS = fields
-        return Batch(tokens_BS, targets_BS, segment_BS, positions(segment_BS), domain_BS, row_B)
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         """(part, row) of each held-out row, one of each domain in turn."""

@@ -1,7 +1,7 @@
 """Documents into rows of fixed length, none wasted and none mixed up; and which documents are held
 out.
 
-A document of n tokens becomes n + 1 predictions: inputs [boundary, t1 .. tn], targets [t1 .. tn,
+A document of n tokens becomes n + 1 predictions: tokens [boundary, t1 .. tn], targets [t1 .. tn,
 boundary], so every token of the text is predicted exactly once. Documents are laid one after
 another; one that a row's end cuts goes on in the next row as a new segment. Shapes: R rows, S
 positions of a row.
@@ -26,7 +26,7 @@ ENCODE_DOCUMENTS = 256  # texts given to the tokenizer at once: its threads shar
 class Rows(NamedTuple):
     """Packed text, in the smallest unsigned types; padding has segment 0, and 0 everywhere else."""
 
-    inputs_RS: np.ndarray
+    tokens_RS: np.ndarray
     targets_RS: np.ndarray
     segment_RS: np.ndarray  # 1, 2, ... in each row: attention stays inside one
     domain_RS: np.ndarray  # index into the names of the domains
@@ -56,10 +56,10 @@ def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: T
     segment_RS = np.cumsum(begins_RS, axis=1, dtype=np.min_scalar_type(seq_len // 2 + 1))
     segment_RS.reshape(-1)[total:] = 0
     domain = np.repeat(np.array([domain for _, domain in documents], np.uint8), lengths)
-    # Behind a document's last token stands the boundary of the next, so the targets are the inputs
+    # Behind a document's last token stands the boundary of the next, so the targets are the tokens
     # one place on.
-    inputs_RS, targets_RS = (rows(part, tokenizer.dtype) for part in (flat[:-1], flat[1:]))
-    return Rows(inputs_RS, targets_RS, segment_RS, rows(domain, np.dtype(np.uint8)))
+    tokens_RS, targets_RS = (rows(part, tokenizer.dtype) for part in (flat[:-1], flat[1:]))
+    return Rows(tokens_RS, targets_RS, segment_RS, rows(domain, np.dtype(np.uint8)))
 
 
 def positions(segment_BS: np.ndarray) -> np.ndarray:

@@ -45,4 +45,4 @@ class Part(NamedTuple):
 
 
 def in_memory(rows: Rows) -> Store:
-    return Store(len(rows.inputs_RS), lambda index_N: Rows(*(field[index_N] for field in rows)))
+    return Store(len(rows.tokens_RS), lambda index_N: Rows(*(field[index_N] for field in rows)))

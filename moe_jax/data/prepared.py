@@ -30,6 +30,7 @@ RECORD = "moe_jax_data.json"
 # held while a directory is prepared; its presence marks the directory as ours
 LOCK = ".moe_jax_prepare"
 FORMAT = 1
+# The fields of pack.Rows, in their order, under their names on disk.
 FIELDS = ("inputs", "targets", "segment", "domain")
 # Keys that every record has, and all that a record without digests may have: before, there was
 # none.
@@ -272,7 +273,7 @@ def _fetch(
             records = source.__getitems__([int(i) for i in index_N])
         rows = Rows(*(np.stack([record[name] for record in records]) for name in FIELDS))
         for values, number in (
-            (rows.inputs_RS, vocab_size),
+            (rows.tokens_RS, vocab_size),
             (rows.targets_RS, vocab_size),
             (rows.domain_RS, num_domains),
         ):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from moe_jax import layout
-from moe_jax.data.batches import Batch, eval_batches
+from moe_jax.data.batches import PackedText, eval_batches
 from moe_jax.data.load import Dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
@@ -36,12 +36,8 @@ class Run(NamedTuple):
     dataset: Dataset
     params: Any
     router_state: Any
-    batches: Sequence[Batch]  # this process's rows of each held-out batch
+    batches: Sequence[PackedText]  # this process's rows of each held-out batch
     tell: Tell = silent  # is told what is being measured
-
-
-class One(NamedTuple):
-    array: jax.Array
 
 
 def open_run(
@@ -61,36 +57,34 @@ def open_run(
     return Run(cfg, dataset, params, router_state, batches)
 
 
-def place(run: Run, batch: Batch, **told: Any) -> lm.Inputs:
-    """The batch on the mesh.
+def place(run: Run, batch: PackedText, request: Any = ()) -> PackedText:
+    """Returns the batch on the mesh.
 
-    `told`: further fields of lm.Inputs, as host arrays [B, ...] of the *whole* batch.
+    Args:
+      request: a Request to the MoE layers, in host arrays [B, M, ...] of the *whole* batch;
+          () = none.
     """
     size = run.cfg.eval.batch_size
-
-    def one(z):
-        return put_rows(run, z)
-
-    further = {name: jax.tree.map(one, value) for name, value in told.items()}
-    return put(batch, local_rows(size), size, lm.Inputs)._replace(**further)
+    told = jax.tree.map(lambda z: put_rows(run, z), request)
+    return put(batch, local_rows(size), size)._replace(request=told)
 
 
 def put_rows(run: Run, array: np.ndarray) -> jax.Array:
     """A host array [B, ...] of the whole batch, sharded over rows."""
     size = run.cfg.eval.batch_size
     rows = local_rows(size)
-    return put((np.asarray(array)[rows],), rows, size, One).array
+    return put(np.asarray(array)[rows], rows, size)
 
 
 def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
-    """(params, router state, inputs) -> the held-out sums of contract.evaluate as float64; compiled
-    once for each kind of inputs.
+    """(params, router state, batch) -> the held-out sums of contract.evaluate as float64; compiled
+    once for each kind of request.
     """
     model = make_model(cfg)
 
     @jax.jit
-    def sums_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
-        sums = contract.evaluate(lm.TASK, model.bind(params, router_state), inputs, run.dataset)
+    def sums_of(params: Any, router_state: Any, batch: PackedText) -> Any:
+        sums = contract.evaluate(lm.TASK, model.bind(params, router_state), batch, run.dataset)
         return jax.sharding.reshard(sums, P())
 
     return lambda *args: jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(*args))
@@ -102,25 +96,25 @@ def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
 
 
 def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:
-    """(params, router state, inputs) -> the record of the evaluated routing, [L, B, S, ...] of the
+    """(params, router state, batch) -> the record of the evaluated routing, [L, B, S, ...] of the
     whole batch on every host.
     """
     model = make_model(cfg)
 
     @jax.jit
-    def record_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
+    def record_of(params: Any, router_state: Any, batch: PackedText) -> Any:
         bound = model.bind(params, router_state)
-        return jax.sharding.reshard(lm.record(bound, inputs, jax.random.key(0), False, wanted), P())
+        return jax.sharding.reshard(lm.record(bound, batch, jax.random.key(0), False, wanted), P())
 
     return lambda *args: {name: np.asarray(z) for name, z in record_of(*args).items()}
 
 
-def whole(batch: Batch, size: int) -> Batch:
+def whole(batch: PackedText, size: int) -> PackedText:
     """The batch of all processes on every host, from this process's rows."""
     if jax.process_count() == 1:
         return batch
     rows = local_rows(size)
-    return Batch(*(np.asarray(jax.sharding.reshard(z, P())) for z in put(batch, rows, size, Batch)))
+    return jax.tree.map(lambda z: np.asarray(jax.sharding.reshard(z, P())), put(batch, rows, size))
 
 
 def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:

@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import bootstrap, held_out
 from moe_jax.instruments.held_out import Run
-from moe_jax.tasks.lm import task as lm
+from moe_jax.moe.probe import Request
 
 PASSIVE = {"removed": "removed", "around": "routed around"}
 WAYS = {
-    "removed": "removed_BME",
-    "around": "barred_BME",
-}  # and the field of lm.Inputs that tells the layer
+    "removed": "removed",
+    "around": "barred",
+}  # and the field of the Request for it
 
 
 class Worth(NamedTuple):
@@ -66,11 +66,13 @@ def measure(run: Run, way: str, seed: int = 0) -> Worth:
     base: list[Any] = []
     parts: list[Rows] = []
     for number, batch in enumerate(run.batches):
-        inputs = held_out.place(run, batch)
+        on_mesh = held_out.place(run, batch)
         before = sums_of(
-            run.params, run.router_state, inputs._replace(**told(run, WAYS[way], 0, None))
+            run.params,
+            run.router_state,
+            on_mesh._replace(request=without(run, WAYS[way], 0, None)),
         )
-        after_LEB = _without_each(run, sums_of, inputs, way, number)
+        after_LEB = _without_each(run, sums_of, on_mesh, way, number)
         base.append({name: before[name] for name in ("nll", "bytes", "routing")})
         parts.append(_rows(run, batch, after_LEB - before["rows"]["nats"]))
     total = jax.tree.map(lambda *z: np.sum(z, 0), *base)
@@ -106,7 +108,7 @@ def _shares(counts_LE: np.ndarray) -> np.ndarray:
     return counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)
 
 
-def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
+def _rows(run: Run, batch: PackedText, nats_LEB: np.ndarray) -> Rows:
     """The rows of all processes; bytes are those of the text, as the task counts them
     (tasks/lm.py).
     """
@@ -117,7 +119,7 @@ def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
 
 
 def _without_each(
-    run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str, number: int
+    run: Run, sums_of: Callable[..., Any], batch: PackedText, way: str, number: int
 ) -> np.ndarray:
     """[L, E, B]: the nats of each row of a batch without each expert."""
     cfg = run.cfg.model
@@ -127,7 +129,9 @@ def _without_each(
             f"{way}, batch {number + 1} of {len(run.batches)}, expert {expert} of layer {layer}"
         )
         sums = sums_of(
-            run.params, run.router_state, inputs._replace(**told(run, WAYS[way], layer, expert))
+            run.params,
+            run.router_state,
+            batch._replace(request=without(run, WAYS[way], layer, expert)),
         )
         nats[layer, expert] = sums["rows"]["nats"]
         if way == "around" and sums["routing"][layer, :, expert].any():
@@ -138,12 +142,12 @@ def _without_each(
     return nats
 
 
-def told(run: Run, field: str, layer: int, expert: int | None) -> dict[str, Any]:
-    """The field of lm.Inputs that takes one expert of one MoE layer away, on every row; None: no
+def without(run: Run, field: str, layer: int, expert: int | None) -> Request:
+    """Returns the request that takes one expert of one MoE layer away, on every row; None: no
     expert.
     """
     cfg = run.cfg.model
     mask = np.zeros((cfg.num_moe_layers, run.cfg.eval.batch_size, cfg.moe.num_experts), bool)
     if expert is not None:
         mask[layer, :, expert] = True
-    return {field: held_out.put_rows(run, held_out.of_all_blocks(cfg, mask))}
+    return Request()._replace(**{field: held_out.put_rows(run, held_out.of_all_blocks(cfg, mask))})

@@ -30,6 +30,7 @@ from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
 from moe_jax.parallel import mesh
@@ -80,7 +81,7 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
                 later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
                 future = _change(base[:, row, :middle], later[:, row, :middle])
             changed = _where(mine_BS, other, first)._replace(
-                inputs=_in_row(row, other.inputs, first.inputs)
+                **{name: _in_row(row, getattr(other, name), getattr(first, name)) for name in OTHER}
             )
             found.append((future, _change(base[:, rest], logits(changed)[:, rest])))
     values = np.array(found)  # [draw, future or batch, delta or share, mode]
@@ -115,35 +116,38 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
         expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options["k"]].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
     row_B = np.arange(num, dtype=np.int32)
-    inputs = _inputs(cfg, rng, row_B)
     return Batch(
-        id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, inputs=inputs, recorded=recorded
+        id_BS=id_BS,
+        position_BS=place_BS - again_BS * cut_B1,
+        segment_BS=segment_BS,
+        row_B=row_B,
+        request=Request(recorded),
+        **_other(cfg, rng, row_B),
     )
 
 
-def _inputs(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> Any:
-    """What a kind of model reads beside tokens: vectors [B, S, P], the Batch of the sources, a
-    basket of items; () = nothing.
-    """
+# The fields of a Batch that hold what a kind of model reads beside tokens.
+OTHER = ("vectors_BSP", "source_rows", "feature_BL", "feature_weight_BL")
+
+
+def _other(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> dict[str, Any]:
+    """Returns those of `OTHER` that the model of `cfg` reads, drawn at random."""
     model, options = cfg.model, cfg.model.kind_options
     shape = len(row_B), cfg.data.seq_len
     if options.get("inputs") == "vectors":
-        return rng.normal(size=(*shape, options["input_dim"]))
+        return {"vectors_BSP": rng.normal(size=(*shape, options["input_dim"]))}
     if model.kind == "encdec":
         place_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        return Batch(
-            rng.integers(0, model.vocab_size, shape).astype(np.int32),
-            place_BS,
-            1 + 0 * place_BS,
-            row_B,
-        )
+        id_BS = rng.integers(0, model.vocab_size, shape).astype(np.int32)
+        return {"source_rows": Batch(id_BS, place_BS, 1 + 0 * place_BS, row_B)}
     if model.kind == "mmoe":
-        return rng.integers(0, sum(options["items"]), shape).astype(np.int32), np.ones(shape)
-    return ()
+        items = rng.integers(0, sum(options["items"]), shape).astype(np.int32)
+        return {"feature_BL": items, "feature_weight_BL": np.ones(shape)}
+    return {}
 
 
 def _in_row(row: int, other: Any, first: Any) -> Any:
-    """The inputs of `other` in one row, in all others those of `first`."""
+    """The arrays of `other` in one row, in all others those of `first`."""
     return jax.tree.map(lambda a, b: np.where(_rows_like(b) == row, a, b), other, first)
 
 
@@ -165,7 +169,8 @@ def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
         name: pick(getattr(other, name), getattr(first, name))
         for name in ("id_BS", "position_BS", "segment_BS")
     }
-    return first._replace(**tokens, recorded=jax.tree.map(pick_K, other.recorded, first.recorded))
+    request = jax.tree.map(pick_K, other.request, first.request)
+    return first._replace(**tokens, request=request)
 
 
 def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndarray]:
@@ -187,9 +192,10 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
         return jax.device_put(z, mesh.sharding(*names))
 
     def logits(batch: Batch) -> np.ndarray:
-        recorded = jax.tree.map(lambda z: put(z, None, "batch"), batch.recorded)
-        placed = jax.tree.map(lambda z: put(z, "batch"), batch._replace(recorded=()))
-        return np.stack(jax.device_get(run(*weights, placed._replace(recorded=recorded))))
+        request = jax.tree.map(lambda z: put(z, None, "batch"), batch.request)
+        rest = batch._replace(request=Request())
+        placed = jax.tree.map(lambda z: put(z, "batch"), rest)._replace(request=request)
+        return np.stack(jax.device_get(run(*weights, placed)))
 
     return logits
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Run
@@ -81,8 +81,8 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def _perturbed(
-    run: Run, record_of: Record, low: Record, batch: Batch, input_LBSD: np.ndarray
-) -> dict[str, Callable[[Batch], np.ndarray]]:
+    run: Run, record_of: Record, low: Record, batch: PackedText, input_LBSD: np.ndarray
+) -> dict[str, Callable[[PackedText], np.ndarray]]:
     """{kind: the batch of all processes -> the experts [L, B, S, K] that are taken now}; `batch` is
     of this process.
     """
@@ -143,7 +143,7 @@ def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
     return sorted_LBSE[..., k - 1] - sorted_LBSE[..., k]
 
 
-def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray:
+def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.ndarray:
     """The experts [L, B, S, K] that the router takes when its logits are those of a bfloat16
     product.
 
@@ -193,20 +193,20 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray
 
 
 def _rearranged(
-    run: Run, record_of: Callable[..., Any], batch: Batch, order_B: np.ndarray
+    run: Run, record_of: Callable[..., Any], batch: PackedText, order_B: np.ndarray
 ) -> np.ndarray:
     """The experts of the rows in another order, brought back to the first; a row keeps its number,
     and so its randomness.
     """
     rows = held_out.local_rows(run.cfg.eval.batch_size)
-    moved = Batch(*(z[order_B][rows] for z in batch))
+    moved = jax.tree.map(lambda z: z[order_B][rows], batch)
     expert = record_of(run.params, run.router_state, held_out.place(run, moved))["expert"]
     return expert[:, np.argsort(order_B)]
 
 
-def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndarray:
+def _in_halves(run: Run, record_of: Callable[..., Any], batch: PackedText) -> np.ndarray:
     size = run.cfg.eval.batch_size // 2
-    devices = run.cfg.mesh.data * run.cfg.mesh.expert
+    devices = run.cfg.mesh.batch_devices
     if (
         not size
         or run.cfg.eval.batch_size % 2
@@ -221,7 +221,7 @@ def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndar
         cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size))
     )
     rows = held_out.local_rows(size)
-    parts = [Batch(*(z[at : at + size][rows] for z in batch)) for at in (0, size)]
+    parts = [jax.tree.map(lambda z, at=at: z[at : at + size][rows], batch) for at in (0, size)]
     experts = [
         record_of(run.params, run.router_state, held_out.place(smaller, part))["expert"]
         for part in parts

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import layout
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.moe import probe
 from moe_jax.parallel.mesh import P
@@ -51,7 +52,7 @@ def recorded(cfg: Config) -> Callable[[int], bool]:
 
 def make_recorder(
     cfg: Config, model: Model, domains: Sequence[str], directory: Path
-) -> Callable[[int, State, lm.Inputs], None]:
+) -> Callable[[int, State, PackedText], None]:
     """(step, state before it, its batch) -> writes the file of the step, if `record.steps` asks for
     it. All processes call it.
     """
@@ -61,7 +62,7 @@ def make_recorder(
     num, rows = cfg.train.num_micro_batches, cfg.record.rows or cfg.train.batch_size
 
     @jax.jit
-    def record_of(state: State, batch: lm.Inputs) -> Any:
+    def record_of(state: State, batch: PackedText) -> Any:
         rng = step_key(cfg, state.step)
         bound = model.bind(state.params, state.router_state)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
@@ -78,14 +79,14 @@ def make_recorder(
         }
         return whole, jax.sharding.reshard(batch, P())
 
-    def recorder(step: int, state: State, batch: lm.Inputs) -> None:
+    def recorder(step: int, state: State, batch: PackedText) -> None:
         if asked(step):
-            fields, inputs = jax.device_get(record_of(state, batch))
+            fields, whole = jax.device_get(record_of(state, batch))
             if jax.process_index() == 0:
                 write(
                     directory,
                     step,
-                    compact(fields, inputs, cfg.model.moe.num_experts, rows),
+                    compact(fields, whole, cfg.model.moe.num_experts, rows),
                     about(cfg, domains),
                 )
 
@@ -116,19 +117,19 @@ def _rows_in_order(z: jax.Array, num: int, group_rows: int) -> jax.Array:
 
 
 def compact(
-    fields: dict[str, np.ndarray], inputs: Any, num_experts: int, rows: int
+    fields: dict[str, np.ndarray], batch: Any, num_experts: int, rows: int
 ) -> dict[str, np.ndarray]:
     """The arrays of a file from a record [L, B, S, K] and its batch, of the first `rows` rows."""
 
     def small(z):
         return z.astype(np.min_scalar_type(int(z.max(initial=0))))
 
-    batch = {"token": inputs.tokens_BS, "segment": inputs.segment_BS, "domain": inputs.domain_BS}
+    read = {"token": batch.tokens_BS, "segment": batch.segment_BS, "domain": batch.domain_BS}
     return {
         "expert": fields["expert"][:, :rows].astype(np.min_scalar_type(num_experts)),
         "gate": fields["gate"][:, :rows].astype(np.float16),
         "dropped": fields["dropped"][:, :rows].astype(bool),
-        **{name: small(np.asarray(z)[:rows]) for name, z in batch.items()},
+        **{name: small(np.asarray(z)[:rows]) for name, z in read.items()},
     }
 
 

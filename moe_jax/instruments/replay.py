@@ -11,7 +11,7 @@ everything else as it is.
 
 All MoE layers are replaced at once, by the router "recorded"; other parameters are those of the
 checkpoint. `under` makes the same model for training: a step takes the routing from
-`lm.Inputs.recorded`. retrain.py goes on training under each way.
+`Request.recorded`. retrain.py goes on training under each way.
 
 Shapes: L MoE layers, B rows, S sequence, K choices, E experts, N valid tokens.
 """
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Arrays, Run
@@ -194,7 +194,7 @@ def evaluate(
     return gaps(run, sums, notes, "model")
 
 
-def make_seen(run: Run, batch: Batch, record: Arrays, rng: np.random.Generator) -> Seen:
+def make_seen(run: Run, batch: PackedText, record: Arrays, rng: np.random.Generator) -> Seen:
     valid_BS = held_out.whole(batch, run.cfg.eval.batch_size).segment_BS > 0
 
     def probs():
@@ -223,7 +223,7 @@ def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
     def replayed(batch: Any, routing: tuple[np.ndarray, np.ndarray]) -> Any:
         expert, gate = (held_out.of_all_blocks(cfg, z) for z in routing)
         return sums_of(
-            *weights, held_out.place(run, batch, recorded=(expert.astype(np.int32), gate))
+            *weights, held_out.place(run, batch, probe.Request((expert.astype(np.int32), gate)))
         )
 
     return replayed

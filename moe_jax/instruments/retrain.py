@@ -21,20 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import Batch, Batches
+from moe_jax.data.batches import Batches, PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, replay
 from moe_jax.instruments.held_out import Run
 from moe_jax.moe import probe
 from moe_jax.parallel.batch_rows import local_rows
 from moe_jax.schema.config import Config, MoEConfig
-from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, judged, make_model, make_step, make_tx
 
 FROZEN = "frozen"
 WAYS = {**replay.WAYS, FROZEN: replay.own}
 
-Route = Callable[[str, Any, Batch, int], lm.Inputs]  # (way, params, batch, number of its draws)
+Route = Callable[
+    [str, Any, PackedText, int], PackedText
+]  # (way, params, batch, number of its draws)
 
 
 def evaluate(
@@ -51,7 +52,7 @@ def evaluate(
     learning = run._replace(cfg=dataclasses.replace(cfg, eval=size))
     route_heldout, route_batch = make_route(run, state, seed), make_route(learning, state, seed)
     first = route_heldout("own", state.params, run.batches[0], 0)
-    told = first.recorded[0].shape[-1], gates(cfg.model.moe)
+    told = first.request.recorded[0].shape[-1], gates(cfg.model.moe)
     begin, step_fn = make_learner(
         dataclasses.replace(cfg, model=replay.under(cfg.model, *told)), state
     )
@@ -99,14 +100,14 @@ def make_route(run: Run, old: State, seed: int) -> Route:
     """
     record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
 
-    def route(way: str, params: Any, batch: Batch, number: int) -> lm.Inputs:
+    def route(way: str, params: Any, batch: PackedText, number: int) -> PackedText:
         by = run._replace(
             params=old.params if way == FROZEN else params, router_state=old.router_state
         )
         record = record_of(by.params, by.router_state, held_out.place(run, batch))
         seen = replay.make_seen(by, batch, record, np.random.default_rng([seed, number]))
         expert, gate = (held_out.of_all_blocks(run.cfg.model, z) for z in WAYS[way](seen))
-        return held_out.place(run, batch, recorded=(expert.astype(np.int32), gate))
+        return held_out.place(run, batch, probe.Request((expert.astype(np.int32), gate)))
 
     return route
 

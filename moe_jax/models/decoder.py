@@ -70,7 +70,7 @@ class Context(NamedTuple):
 class Look(NamedTuple):
     """What the attention of a stack of blocks sees."""
 
-    # "full" = the whole segment, "prefix" = where batch.inputs [B, S] is True the prefix, "none" =
+    # "full" = the whole segment, "prefix" = where batch.prefix_BS is not 0 the prefix, "none" =
     # no attention
     mask: str = "causal"
     cross: bool = False  # cross-attention to context.source
@@ -144,11 +144,8 @@ class Block(nnx.Module):
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask != "none":
             h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
-            prefix_BS = (
-                batch.inputs
-                if self.look.mask == "prefix" and isinstance(batch.inputs, jax.Array)
-                else None
-            )
+            has_prefix = self.look.mask == "prefix" and isinstance(batch.prefix_BS, jax.Array)
+            prefix_BS = batch.prefix_BS if has_prefix else None
             y, cache = self.attention(
                 h, batch.segment_BS, batch.position_BS, cache, seen_BM, prefix_BS
             )
@@ -345,15 +342,15 @@ def remat(cfg: ModelConfig, train: bool):
 
 
 def of_block(batch: Batch, index: jax.Array) -> Batch:
-    """The batch with what is told to one block (blocks count from 1) instead of [num_blocks, B,
-    ...] of all.
+    """Returns the batch with the request to one block, instead of that to all of them.
+
+    `index` counts blocks from 1.
     """
 
     def one(z):
         return jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
 
-    told = ("recorded", "removed_BE", "barred_BE")
-    return batch._replace(**{name: jax.tree.map(one, getattr(batch, name)) for name in told})
+    return batch._replace(request=jax.tree.map(one, batch.request))
 
 
 def out_std(width: int, cfg: ModelConfig) -> float:

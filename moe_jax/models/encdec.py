@@ -66,8 +66,8 @@ class SourceStack(nnx.Module):
 
 
 class EncDec(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.inputs` is the Batch of the
-    source rows.
+    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.source_rows` is a Batch.
+    A recording is not replayed in the encoder.
     """
 
     repeats: Any
@@ -87,11 +87,13 @@ class EncDec(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        told = {name: getattr(batch, name) for name in ("removed_BE", "barred_BE", "record")}
-        source, before = self.encode(batch.inputs._replace(**told), rng, train)
+        request = batch.request._replace(recorded=())
+        source_rows = batch.source_rows._replace(request=request)
+        source, before = self.encode(source_rows, rng, train)
         index = jnp.int32(1 + len(self.encoder.cfg.blocks))
         x = self._embed(batch, jax.random.fold_in(jax.random.fold_in(rng, 0), 1), train)
-        x, after = run_stack(self, x, Context(batch._replace(inputs=()), rng, index, source), train)
+        context = Context(batch._replace(source_rows=()), rng, index, source)
+        x, after = run_stack(self, x, context, train)
         return unembed(self.ends, x, self.cfg), join_sums(jnp.concatenate, [before, after])
 
     def encode(

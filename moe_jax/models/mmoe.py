@@ -35,10 +35,10 @@ from moe_jax.weights import Weight, Weights
 
 
 class MMoE(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BI, sums)`; `batch.inputs` = (features [B, L] int32,
-    weights [B, L], 0 = no feature).
+    """`model(batch, rng, train) -> (logits_BI, sums)`; reads `feature_BL`, `feature_weight_BL`
+    and `row_B` of the batch.
 
-    Of the batch only `row_B` is read beside; a row without features is padding, and its logits are
+    A row without features is padding, and its logits are
     those of the items' biases.
     """
 
@@ -56,7 +56,7 @@ class MMoE(nnx.Module):
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, options = self.cfg, self.cfg.kind_options
-        feature_BL, weight_BL = batch.inputs
+        feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         weight_BL = dropout(
@@ -124,7 +124,7 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
         jnp.broadcast_to(jnp.arange(num_tasks, dtype=jnp.int32)[None], shape), P(BATCH, None)
     )
     segment_BG = jnp.broadcast_to(valid_B[:, None].astype(jnp.int32), shape)
-    return batch._replace(id_BS=task_BG, position_BS=task_BG, segment_BS=segment_BG, inputs=())
+    return Batch(task_BG, task_BG, segment_BG, batch.row_B, batch.request)
 
 
 def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:

@@ -1,14 +1,14 @@
 """What an instrument may ask of an MoE layer: a record of its routing, experts that are removed,
 experts that are barred.
 
-All of it travels in the layer's `Batch` and is compiled in only when it is there.
+All of it travels in the layer's `Batch` as a Request and is compiled in only when it is there.
 
 Shapes: b rows of this device, S sequence, T = b S tokens, D model, E experts, K choices of a token
 (E where a router has no fixed number), N assignments, G groups, t tokens of a group, p slots.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,22 @@ from moe_jax.moe.routing.contract import NEVER, Routing, Slots, Tokens
 NAME = "record/"  # what the names of a record begin with, among the sums of a layer
 ROUTING = {
     "routing": ()
-}  # `Batch.record`: a dict with empty values is a pytree without leaves, so it is static
+}  # `Request.record`: a dict with empty values is a pytree without leaves, so it is static
 INPUTS = {"routing": (), "inputs": ()}  # also the activations that the router reads
 GATES = {"gates": ()}  # what weighs the experts' outputs, for a proof: see `gates`
+
+
+class Request(NamedTuple):
+    """What instruments ask of an MoE layer; () in a field = nothing.
+
+    The arrays of one layer are [B, ...]. A model takes those of all its M blocks, [M, B, ...], and a
+    batch of text has them as [B, M, ...], so that micro-batches split its rows.
+    """
+
+    recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) that the router "recorded" replays
+    removed: Any = ()  # bool [B, E]: experts whose assignments go nowhere
+    barred: Any = ()  # bool [B, E]: experts that the router must go round
+    record: Any = ()  # what to return of each token: ROUTING, INPUTS or GATES
 
 
 def record(

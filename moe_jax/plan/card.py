@@ -259,9 +259,7 @@ def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     graphdef, weights, router_state = nnx.eval_shape(split, jax.random.key(0))
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
     zero_BS = np.zeros((num_rows, seq_len), np.int32)
-    batch = Batch(
-        *map(_abstract, (zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))
-    )  # without a recording
+    batch = jax.tree.map(_abstract, Batch(zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))
     x_BSD = jax.ShapeDtypeStruct(
         (num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None)
     )

@@ -81,19 +81,17 @@ class Program:
         self.run = (lowered or self.lower()).compile(compiler_options=QUICK)
         return self
 
-    def put(self, inputs: Any) -> Any:
+    def put(self, batch: Any) -> Any:
         number = self.cfg.train.batch_size
         rows = batch_rows.local_rows(number)
-        return batch_rows.put(
-            tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs
-        )
+        return batch_rows.put(jax.tree.map(lambda z: z[rows], batch), rows, number)
 
     def on_mesh(self, x: jax.Array) -> jax.Array:
         return jax.device_put(x, mesh.sharding("batch", *[None] * (x.ndim - 1)))
 
-    def step(self, now: train_step.State, inputs: Any) -> tuple[train_step.State, Probe]:
+    def step(self, now: train_step.State, batch: Any) -> tuple[train_step.State, Probe]:
         with self.entered():
-            new, metrics, grads, nll, sums = self.run(now, self.put(inputs))
+            new, metrics, grads, nll, sums = self.run(now, self.put(batch))
             metrics, nll, (sums, routing) = host(
                 (metrics, nll, split(sums))
             )  # and so one step is in flight at a time
@@ -129,9 +127,9 @@ class Program:
             self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
         )
 
-        def forward(params: Any, router_state: Any, inputs: Any):
+        def forward(params: Any, router_state: Any, batch: Any):
             model = train_step.make_model(cfg).bind(params, router_state)
-            found = self.task.losses(model, inputs, jax.random.key(0), False)
+            found = self.task.losses(model, batch, jax.random.key(0), False)
             return {"nll": found.nll, **found.sums}
 
         with self.entered():
@@ -146,7 +144,7 @@ class Program:
             out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
         return out
 
-    def _probe(self, now: train_step.State, inputs: Any):
+    def _probe(self, now: train_step.State, batch: Any):
         seen = []
         tx = train_step.make_tx(self.cfg, now.params)
 
@@ -157,18 +155,23 @@ class Program:
         step = train_step.make_step(
             self.cfg, self.model, optax.GradientTransformation(tx.init, update)
         )
-        new, metrics = step(now, inputs)
+        new, metrics = step(now, batch)
         rng = train_step.step_key(self.cfg, now.step)
         model = self.model.bind(now.params, now.router_state)
         found = self.task.losses(
-            recording(model) if recordable(self.cfg.model) else model, inputs, rng, True
+            recording(model) if recordable(self.cfg.model) else model, batch, rng, True
         )
         return new, metrics, seen[0], found.nll, found.sums
 
 
 def recording(model: Callable) -> Callable:
     """The model, whose layers also tell what became of every choice."""
-    return lambda batch, rng, train: model(batch._replace(record=ROUTING), rng, train)
+
+    def recorded(batch, rng, train):
+        request = batch.request._replace(record=ROUTING)
+        return model(batch._replace(request=request), rng, train)
+
+    return recorded
 
 
 def recordable(model: ModelConfig) -> bool:

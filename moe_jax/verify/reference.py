@@ -54,7 +54,7 @@ def compare(program: Program) -> Dense:
     """On the mesh of `program`, which must be one device, with random activations and ids."""
     cfg = served(moe_config(program.cfg.model))
     with program.entered():
-        batch = Batch(*map(program.on_mesh, _rows(program.cfg)))
+        batch = jax.tree.map(program.on_mesh, _rows(program.cfg))
         keys = jax.random.split(jax.random.key(program.cfg.seed), 4)
         x_BSD = jax.random.normal(keys[0], (*batch.id_BS.shape, cfg.d_model), cfg.dtype)
         weight_BSD = jax.random.normal(keys[1], x_BSD.shape, cfg.dtype)
@@ -73,7 +73,7 @@ def compare(program: Program) -> Dense:
             def plain(z):
                 return jax.sharding.reshard(z, P())
 
-            asked = batch._replace(record=probe.GATES)
+            asked = batch._replace(request=probe.Request(record=probe.GATES))
             _, sums = nnx.merge(graph, params, rest)(x_BSD, asked, keys[3], True)
             recorded = probe.split(sums)[1]
             weights = {name: plain(z).astype(x_BSD.dtype) for name, z in recorded.items()}
@@ -100,8 +100,8 @@ def compare(program: Program) -> Dense:
     return _deviation(program, want, have)
 
 
-def _rows(cfg: Config) -> tuple[jax.Array, ...]:
-    """ids, positions, segments and row numbers: padding at the end of every other row."""
+def _rows(cfg: Config) -> Batch:
+    """Returns random ids, with padding at the end of every other row."""
     num, length = cfg.train.batch_size, cfg.data.seq_len
     id_BS = np.random.default_rng(cfg.seed).integers(
         1, cfg.model.vocab_size, (num, length), dtype=np.int32
@@ -111,7 +111,8 @@ def _rows(cfg: Config) -> tuple[jax.Array, ...]:
     segment_BS = np.where((row_B[:, None] % 2 == 0) & (place_BS >= length - 3), 0, 1).astype(
         np.int32
     )
-    return tuple(map(jnp.asarray, (id_BS, place_BS, segment_BS, row_B)))
+    batch = Batch(id_BS=id_BS, position_BS=place_BS, segment_BS=segment_BS, row_B=row_B)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def gated(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: MoE) -> jax.Array:

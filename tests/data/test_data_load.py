@@ -70,7 +70,7 @@ def test_no_heldout_text_is_in_the_training_rows(dataset):
 def test_a_slice_is_whole_documents_and_leaves_the_heldout_rows_alone(dataset):
     whole = open_embedded(slice_bytes=0)
     np.testing.assert_array_equal(
-        all_rows(whole, "heldout").inputs_RS, all_rows(dataset, "heldout").inputs_RS
+        all_rows(whole, "heldout").tokens_RS, all_rows(dataset, "heldout").tokens_RS
     )
     assert all(15_000 < size <= 30_000 for size in dataset.text_bytes("train").values())
     assert set(texts(all_rows(dataset, "train"), 255)) < set(texts(all_rows(whole, "train"), 255))
@@ -238,10 +238,10 @@ def test_evaluation_takes_every_heldout_row_once_evenly_over_domains(dataset, ba
     tokens = np.concatenate([batch.tokens_BS for batch in batches])
     segments = np.concatenate([batch.segment_BS for batch in batches])
     rows = all_rows(dataset, "heldout")
-    num_rows = len(rows.inputs_RS)
+    num_rows = len(rows.tokens_RS)
     assert len(tokens) == -(-num_rows // batch_size) * batch_size
     np.testing.assert_array_equal(
-        np.sort(tokens[:num_rows], axis=0), np.sort(rows.inputs_RS, axis=0)
+        np.sort(tokens[:num_rows], axis=0), np.sort(rows.tokens_RS, axis=0)
     )
     assert not tokens[num_rows:].any() and not segments[num_rows:].any()
     assert not np.concatenate([batch.targets_BS for batch in batches])[num_rows:].any()

@@ -51,13 +51,14 @@ def one_batch(cfg, sort=False):
 
     `sort`: rows of one device share 8 of the 64 tokens.
     """
-    tokens, targets, segment, *rest = tiny.batch(cfg)
+    batch = tiny.batch(cfg)
+    tokens = batch.tokens_BS
     if sort:
         tokens = tokens % 8 + 8 * (np.arange(len(tokens)) * 8 // len(tokens))[:, None].astype(
             np.int32
         )
-    segment[3] = 0
-    return tokens, targets, segment, *rest
+    batch.segment_BS[3] = 0
+    return batch._replace(tokens_BS=tokens)
 
 
 def drawn(program):

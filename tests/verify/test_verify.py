@@ -81,9 +81,9 @@ def test_shrinking_keeps_what_decides_the_parallelism():
 def test_experts_that_the_axis_does_not_divide_stay():
     small, _ = shrink.shrink(tiny.raw(LARGE | {"model.moe.num_experts": 60}))
     assert small["model"]["moe"]["num_experts"] == 60
-    why = shrink.refusal(small, {"data": 1, "expert": 8, "model": 1})
+    why = shrink.refusal(small, Lengths(expert=8))
     assert why == "model.moe.num_experts (60) must be divisible by mesh.expert (8)"
-    assert not shrink.refusal(small, {"data": 2, "expert": 4, "model": 1})
+    assert not shrink.refusal(small, Lengths(data=2, expert=4))
 
 
 def test_layouts():
@@ -331,7 +331,9 @@ def test_nan_is_the_largest():
 def test_a_mesh_that_only_the_config_as_it_is_refuses_is_told():
     raw = tiny.raw({"model.num_heads": 4, "model.num_kv_heads": 4})
     small, _ = shrink.shrink(raw)
-    (line,) = run.unlike(raw, small, [(1, 1, 8), (2, 2, 2), (3, 1, 1)])
+    (line,) = run.unlike(
+        raw, small, [Lengths(model=8), Lengths(data=2, expert=2, model=2), Lengths(data=3)]
+    )
     assert line.startswith(
         "1x1x8: the config as it is refuses this mesh (model.num_heads (4) must be divisible by "
         "mesh.model (8))"

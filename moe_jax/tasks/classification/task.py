@@ -3,7 +3,7 @@
 A bidirectional encoder reads the text, a head its pooled output.
 """
 
-from moe_jax.data.examples import Examples, LabelledTokens
+from moe_jax.data.examples import Examples
 from moe_jax.schema.config import Config
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.classification.data import open_classification
@@ -22,4 +22,4 @@ def open_data(cfg: Config) -> Examples:
     )
 
 
-TASK = labels.make(LabelledTokens, open_data, "held-out texts (higher is better)")
+TASK = labels.make(open_data, "held-out texts (higher is better)")

@@ -1,6 +1,6 @@
 """Spoken words: log-mel frames, an MoE encoder, mean pooling."""
 
-from moe_jax.data.examples import Examples, LabelledVectors
+from moe_jax.data.examples import Examples
 from moe_jax.schema.config import Config
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.speech.data import open_speech
@@ -21,4 +21,4 @@ def open_data(cfg: Config) -> Examples:
     )
 
 
-TASK = labels.make(LabelledVectors, open_data, "held-out recordings (higher is better)")
+TASK = labels.make(open_data, "held-out recordings (higher is better)")

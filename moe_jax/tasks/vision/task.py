@@ -3,7 +3,7 @@
 2021, arXiv:2106.05974), mean pooling.
 """
 
-from moe_jax.data.examples import Examples, LabelledVectors
+from moe_jax.data.examples import Examples
 from moe_jax.schema.config import Config
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.vision.data import open_vision
@@ -24,4 +24,4 @@ def open_data(cfg: Config) -> Examples:
     )
 
 
-TASK = labels.make(LabelledVectors, open_data, "held-out images (higher is better)")
+TASK = labels.make(open_data, "held-out images (higher is better)")
