@@ -32,8 +32,9 @@ class Told(NamedTuple):
 
 
 def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | str:
-    """Runs a config on `count` processes from the state in folder/begin; the report, or what went
-    wrong.
+    """Runs a config on `count` processes from the state in folder/begin.
+
+    Returns the report, or what went wrong.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -62,7 +63,7 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | 
 
 
 def failure(process: subprocess.Popen[str], name: str) -> str:
-    """Waits for a process; what went wrong in it, in one line, "" for nothing."""
+    """Waits for a process, and returns in one line what went wrong in it, "" for nothing."""
     try:
         text = process.communicate(timeout=SECONDS)[1]
     except subprocess.TimeoutExpired:
@@ -76,7 +77,7 @@ def failure(process: subprocess.Popen[str], name: str) -> str:
 
 
 def work(path: Path, index: int) -> None:
-    """One process: the steps of the job on the whole mesh; process 0 writes what it saw."""
+    """Runs one process: the steps of the job on the whole mesh. Process 0 writes the report."""
     job = json.loads(path.read_text())
     mesh.simulate(LENGTHS.num_devices // job["count"])
     jax.config.update("jax_enable_x64", True)

@@ -2,11 +2,13 @@
 against each other.
 
     y_t = sum over e of G_te * expert_e(x_t)                                 assignments
-    y_t = sum over e, s of C_tes * expert_e(sum over t' of D_t'es x_t')      mixtures (soft MoE), within a group
+    y_t = sum over e, s of C_tes * expert_e(sum over t' of D_t'es x_t')      mixtures (soft MoE)
 
-G, or D and C, come from the router itself: the layer records them (probe.GATES). So what is checked
-is everything after the router: dispatch, the grouped product, which gate meets which expert, gate
-and up columns, and all their gradients. A token's copy of itself (null experts) has its own weight.
+The tokens t' of a mixture are those of a group. G, or D and C, come from the router itself: the
+layer records them (probe.GATES). So what is checked is everything after the router: dispatch, the
+grouped product, which gate meets which expert, gate and up columns, and all their gradients. A
+token's copy of itself (null experts) has its own weight.
+
 Shapes: B rows, S sequence, T tokens, D model, E experts, F hidden, P = 2 (gate, up) or 1, G groups,
 t tokens of a group, p slots.
 """
@@ -35,7 +37,7 @@ LONGEST = 1024
 
 
 class Dense(NamedTuple):
-    """The layer beside the reference."""
+    """How far the layer is from the reference."""
 
     output: float  # largest deviation relative to the largest output
     gradient: float  # likewise of the worst gradient
@@ -51,7 +53,9 @@ def served(cfg: MoE) -> MoE:
 
 
 def compare(program: Program) -> Dense:
-    """On the mesh of `program`, which must be one device, with random activations and ids."""
+    """Compares layer and reference on the mesh of `program`, which must be one device, with random
+    activations and ids.
+    """
     cfg = served(moe_config(program.cfg.model))
     with program.entered():
         batch = jax.tree.map(program.on_mesh, _rows(program.cfg))
@@ -116,7 +120,7 @@ def _rows(cfg: Config) -> Batch:
 
 
 def gated(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: MoE) -> jax.Array:
-    """Every expert works on every token."""
+    """Returns the layer's output [B, S, D] where every expert works on every token."""
     every_BSED = jnp.broadcast_to(
         x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.num_experts, x_BSD.shape[2])
     )
@@ -125,7 +129,9 @@ def gated(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: Mo
 
 
 def mixed(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: MoE) -> jax.Array:
-    """Every expert works on its mixtures of the tokens of each group."""
+    """Returns the layer's output [B, S, D] where every expert works on its mixtures of the tokens
+    of each group.
+    """
 
     def groups(z):
         return z.reshape(-1, min(cfg.group_rows, z.shape[0]) * z.shape[1], *z.shape[2:])
@@ -136,7 +142,7 @@ def mixed(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: Mo
 
 
 def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], activation: str) -> jax.Array:
-    """What each expert makes of its own rows."""
+    """Returns what each expert makes of its own rows."""
     h_xyEPF = jnp.einsum("xyED,EDPF->xyEPF", x_xyED, weights["w_in"])
     first, last = h_xyEPF[..., 0, :], h_xyEPF[..., -1, :]
     a_xyEF = first / (1 + jnp.exp(-first)) * last if activation == "swiglu" else jax.nn.gelu(first)
@@ -145,11 +151,11 @@ def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], activation: str) 
 
 @jax.enable_x64(True)
 def attention_kernels(length: int) -> float:
-    """The attention of a CPU, in blocks of queries and groups of heads, beside that of
-    accelerators, all at once; gradients included.
+    """Returns how far the attention of a CPU, in blocks of queries and groups of heads, is from
+    that of accelerators, all at once; gradients included.
 
-    On sequences of two documents and padding, as long as the config's (LONGEST at most: the scores
-    of all heads are held), and so many heads that they are two groups.
+    The sequences are of two documents and padding, as long as the config's (LONGEST at most: the
+    scores of all heads are held), and have so many heads that they are two groups.
     """
     S, queries = min(length, LONGEST), 2
     B, G, A = 2, max(4, attention_core.SCORES // (S * S * queries)), 4
@@ -185,6 +191,7 @@ def attention_kernels(length: int) -> float:
 
 
 def _deviation(program: Program, want: Any, have: Any) -> Dense:
+    """Returns how far output and gradients are apart; NaN where nothing was served."""
     (want_grads, want_y), (have_grads, have_y) = want, have
     if not np.abs(want_y).max():
         return Dense(np.nan, np.nan, "no assignment was served: the check proves nothing")

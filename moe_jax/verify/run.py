@@ -65,11 +65,12 @@ class Result(NamedTuple):
 
 
 def empty(name: str, refused: str = "", failure: str = "") -> Row:
+    """Returns the row of a layout that gave no figures."""
     return Row(name, refused, failure, {}, None, "", [], None)
 
 
 class Wanted(NamedTuple):
-    """What to prove it on."""
+    """What a config is to be proven on."""
 
     meshes: Sequence[Lengths]
     steps: int
@@ -112,6 +113,7 @@ def verify(
 
 
 def reference(small: Mapping[str, Any], steps: int) -> Reference:
+    """Runs the steps of the reference."""
     program = Program(shrink.plain(small), ONE).compile()
     begin = program.initial()
     end, probes = program.steps(begin, steps)
@@ -121,9 +123,9 @@ def reference(small: Mapping[str, Any], steps: int) -> Reference:
 def against(
     one: Reference, program: Program, begin: State
 ) -> tuple[State, dict[str, Deviation], Deviation | None]:
-    """The steps of a compiled program beside the reference's:
+    """Runs the steps of a compiled program beside the reference's.
 
-    (last state, worst deviations, the first beyond its limit).
+    Returns the last state, the worst deviations, and the first beyond its limit.
     """
     end, probes = program.steps(begin, len(one.probes) - 1)
     return end, *compare.deviations(
@@ -132,7 +134,7 @@ def against(
 
 
 def first_values(one: Reference, program: Program) -> alone.Check:
-    """The first parameters, drawn on one device and on the mesh of `program`."""
+    """Checks that the mesh of `program` draws the same first parameters as one device."""
     want, have = states.named(one.program, one.begin), states.named(program, program.initial())
     name, worst = compare.largest({name: compare.far(want[name], have[name]) for name in want})
     claim = f"{program.lengths} draws the same first values"
@@ -140,8 +142,10 @@ def first_values(one: Reference, program: Program) -> alone.Check:
 
 
 def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
-    """The losses and the load of an evaluation on the mesh of `program` beside one device's;
-    `begin` is the state there.
+    """Checks that an evaluation on the mesh of `program` has the losses and the load of one
+    device's.
+
+    `begin` is the state on that mesh.
     """
     want, have = one.program.evaluate(one.begin), program.evaluate(begin)
     scaled = {
@@ -161,7 +165,7 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
 def unlike(
     raw: Mapping[str, Any], small: Mapping[str, Any], meshes: Sequence[Lengths]
 ) -> list[str]:
-    """A line for each mesh that the config refuses as it is, and not as it was shrunk."""
+    """Returns a line for each mesh that the config refuses as it is, and not as it was shrunk."""
     told = {
         lengths: shrink.refusal(raw, lengths)
         for lengths in meshes
@@ -176,7 +180,7 @@ def unlike(
 
 
 def widest(small: Mapping[str, Any], meshes: Sequence[Lengths]) -> Lengths:
-    """The mesh that splits the most, of those that are not refused."""
+    """Returns the mesh that splits the most, of those that are not refused."""
     return max(
         (s for s in meshes if not shrink.refusal(small, s)),
         key=lambda s: sum(length > 1 for length in s),
@@ -197,6 +201,7 @@ def _rows(
     folder: Path,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
+    """Yields the rows of all layouts and meshes, which are compiled while others run."""
     layout, names = shrink.layout(small)
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
     chosen = list(wanted.meshes) if wanted.float32 else [widest(small, wanted.meshes)]
@@ -223,6 +228,7 @@ def _rows(
 def _submit(
     pool: ThreadPoolExecutor, name: str, lengths: Lengths, raws: Sequence[Mapping[str, Any]]
 ) -> _Job:
+    """Begins to compile programs of one mesh in `pool`, unless the config refuses it."""
     refused = shrink.refusal(raws[0], lengths)
 
     def build(raw):
@@ -244,21 +250,20 @@ def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], f
     end, worst, first = against(one, program, begin)
     unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
     readers[:] = [program]
-    rounded = (
-        compare.rounded(want, _narrow(job.programs[1].result(), begin))
-        if len(job.programs) > 1
-        else None
-    )
+    rounded = None
+    if len(job.programs) > 1:
+        rounded = compare.rounded(want, _narrow(job.programs[1].result(), begin))
     return Row(job.name, "", "", worst, first, str(reader.lengths), unequal, rounded)
 
 
 def _narrow(program: Program, begin: State) -> list[Probe]:
-    """The probes of a float32 run from the rounded state of a float64 one."""
+    """Returns the probes of a float32 run from the rounded state of a float64 one."""
     rounded = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin)
     return program.steps(rounded, ROUNDED_STEPS)[1]
 
 
 def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Path) -> Row:
+    """Runs the mesh of several processes, and compares what they report."""
     name = f"{processes.LENGTHS}, {count} processes"
     refused = shrink.refusal(small, processes.LENGTHS)
     if refused:
@@ -272,5 +277,6 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
 
 
 def _line(error: BaseException) -> str:
+    """Returns the text of an error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -28,9 +28,9 @@ class Rule(NamedTuple):
 
 
 def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
-    """(the small config, the rules that were applied).
+    """Returns the small config, and the rules that were applied.
 
-    `raw` is the nested dict of a config; raises UserError when it is a bad one.
+    `raw` is the nested dict of a config. Raises UserError when it is a bad one.
     """
     yours = {**copy.deepcopy(dict(raw)), "mesh": ONE.written()}
     config.build(yours, 1)
@@ -45,6 +45,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
 
 
 def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yields (key, value, why) of every key that may shrink."""
     model, train = raw["model"], raw["train"]
     ratio = min(model["num_heads"] // model["num_kv_heads"], 2)
     yield "model.d_model", 16, "small; divisible by data x expert"
@@ -63,7 +64,8 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     count = min(
         train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES
     )
-    many = max(count, 2)  # so that accumulation can be checked even where the config has none
+    # At least two, so that accumulation can be checked even where the config has none.
+    many = max(count, 2)
     yield "train.micro_batch_size", rows if count > 1 else 0, f"{DEVICES} devices x group_rows"
     yield "train.batch_size", rows * many, f"{many} x {DEVICES} devices x group_rows"
     yield "eval.batch_size", 0, "as many as in training"
@@ -96,7 +98,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _kind(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options of a kind of model that decide its size."""
+    """Yields the options of a kind of model that decide its size, as they are shrunk."""
     if kind == "encoder":
         yield "learned_positions", min(options["learned_positions"], 16)
         yield "input_dim", min(options["input_dim"], 8)
@@ -110,8 +112,8 @@ def _kind(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
-    """As few experts as keep their number modulo the expert axis, leave a choice to the router, and
-    suit its options.
+    """Returns the config with as few experts as keep their number modulo the expert axis, leave a
+    choice to the router, and suit its options.
     """
     key, moe = "model.moe.num_experts", small["model"]["moe"]
     number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
@@ -127,11 +129,12 @@ def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, A
 
 
 def accepted(raw: Mapping[str, Any]) -> bool:
+    """Returns whether the rules of the config accept one device."""
     return not refusal(raw, ONE)
 
 
 def refusal(raw: Mapping[str, Any], lengths: Lengths) -> str:
-    """Why the rules of the config refuse a mesh; "" when they do not."""
+    """Returns why the rules of the config refuse a mesh; "" when they do not."""
     try:
         config.build({**copy.deepcopy(dict(raw)), "mesh": lengths.written()}, lengths.num_devices)
     except UserError as e:
@@ -153,7 +156,7 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with some keys ("model.scan") set."""
+    """Returns a copy with some keys ("model.scan") set."""
     new = copy.deepcopy(dict(raw))
     for key, value in changes.items():
         put(new, key, value)
@@ -161,15 +164,16 @@ def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference that every layout must equal: one large batch, a loop over the layers, nothing
-    rematerialised.
+    """Returns the reference that every layout must equal: one large batch, a loop over the layers,
+    nothing rematerialised.
     """
     return changed(raw, {key: off for _, key, off, _ in _layouts(raw)})
 
 
 def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the config with accumulation, scan and remat all on, their names): its own where it has
-    them, without what it cannot have.
+    """Returns the config with accumulation, scan and remat all on, and their names.
+
+    It keeps its own where it has them, and leaves out what it cannot have.
     """
     new, names = dict(raw), []
     for name, key, off, on in _layouts(raw):
@@ -180,10 +184,10 @@ def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _layouts(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
-    """(name, key, its value when off, and on) of what may not change a model."""
-    if not raw["model"]["moe"]["losses"].get(
-        "micro_batch_balance"
-    ):  # by its definition a function of the micro-batch
-        yield "accumulate", "train.micro_batch_size", 0, DEVICES * raw["model"]["moe"]["group_rows"]
+    """Yields (name, key, its value when off, and on) of what may not change a model."""
+    moe = raw["model"]["moe"]
+    # That loss is by its definition a function of the micro-batch.
+    if not moe["losses"].get("micro_batch_balance"):
+        yield "accumulate", "train.micro_batch_size", 0, DEVICES * moe["group_rows"]
     yield "scan", "model.scan", False, True
     yield "remat", "model.remat", "none", "full"
