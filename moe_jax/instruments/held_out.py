@@ -43,11 +43,11 @@ class Run(NamedTuple):
 def open_run(
     cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int
 ) -> Run:
-    """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as
-    `eval.dispatcher` says.
+    """Returns a Run on `num_batches` held-out batches of eval.batch_size rows, 0 = all; the model
+    evaluates as `eval.dispatcher` says.
 
-    UserError for a model whose routing is not of every token: without MoE layers, or with a mixture
-    of depths around one.
+    Raises UserError for a model whose routing is not of every token: without MoE layers, or with a
+    mixture of depths around one.
     """
     record.check(cfg.model)
     if cfg.eval.dispatcher != "same":
@@ -70,15 +70,16 @@ def place(run: Run, batch: PackedText, request: Any = ()) -> PackedText:
 
 
 def put_rows(run: Run, array: np.ndarray) -> jax.Array:
-    """A host array [B, ...] of the whole batch, sharded over rows."""
+    """Returns a host array [B, ...] of the whole batch on the mesh, sharded over rows."""
     size = run.cfg.eval.batch_size
     rows = local_rows(size)
     return put(np.asarray(array)[rows], rows, size)
 
 
 def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
-    """(params, router state, batch) -> the held-out sums of contract.evaluate as float64; compiled
-    once for each kind of request.
+    """Returns (params, router state, batch) -> the held-out sums of contract.evaluate as float64.
+
+    The function is compiled once for each kind of request in the batch.
     """
     model = make_model(cfg)
 
@@ -91,13 +92,13 @@ def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
 
 
 def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
-    """Means of the sums of several batches, as evaluate.summary gives them."""
+    """Returns the means of the sums of several batches, as evaluate.summary gives them."""
     return summary(lm.TASK, jax.tree.map(lambda *z: np.sum(z, 0), *sums), run.dataset)
 
 
 def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:
-    """(params, router state, batch) -> the record of the evaluated routing, [L, B, S, ...] of the
-    whole batch on every host.
+    """Returns (params, router state, batch) -> the record of the evaluated routing: [L, B, S, ...]
+    of the whole batch, on every host.
     """
     model = make_model(cfg)
 
@@ -110,7 +111,7 @@ def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Array
 
 
 def whole(batch: PackedText, size: int) -> PackedText:
-    """The batch of all processes on every host, from this process's rows."""
+    """Returns the batch of all processes on every host, from this process's rows."""
     if jax.process_count() == 1:
         return batch
     rows = local_rows(size)
@@ -118,19 +119,19 @@ def whole(batch: PackedText, size: int) -> PackedText:
 
 
 def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:
-    """[L, B, ...] of the MoE layers -> [B, M, ...] of all blocks, zero for the others."""
+    """Returns [B, M, ...] of all blocks from [L, B, ...] of the MoE layers: zero for the others."""
     blocks = np.zeros((len(cfg.blocks),) + layers.shape[1:], layers.dtype)
     blocks[layout.moe_blocks(cfg)] = layers
     return np.moveaxis(blocks, 0, 1)
 
 
 def router_weights(params: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """{name: [L, ...]} of the routers' parameters, on every host."""
+    """Returns the routers' parameters as {name: [L, ...]}, on every host."""
     return _stacked(_routers(params), cfg)
 
 
 def router_state(states: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """{name: [L, ...]} of the routers' states, on every host."""
+    """Returns the routers' states as {name: [L, ...]}, on every host."""
     return _stacked(states, cfg)
 
 
@@ -149,9 +150,9 @@ def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def gates(run: Run, what: str) -> np.ndarray:
-    """The gate matrices [L, D, E] of a router that has no other weights.
+    """Returns the gate matrices [L, D, E] of a router that has no other weights.
 
-    UserError, which says what needs them, when that is not so.
+    Raises UserError, which says what needs them, when that is not so.
     """
     weights = router_weights(run.params, run.cfg.model)
     others = ", ".join(sorted(set(weights) - {"gate"}))

@@ -5,7 +5,7 @@ For each MoE layer and each part of it (router, experts, attention, rest), g the
 language loss and a that of coefficient x auxiliary loss (x the adaptive weight, where there is one;
 ReLU's "l1" has its state as coefficient):
 
-    cosine = <g, a> / (|g| |a|)     below 0: what balances the experts undoes what the language loss learns
+    cosine = <g, a> / (|g| |a|)     below 0: balancing undoes what the language loss learns
     ratio  = |a| / |g|              how much of the step is the auxiliary loss's
 
 of all auxiliary losses together ("auxiliary") and of each alone. The gradients are pulled back from
@@ -32,8 +32,8 @@ PARTS = ("router", "experts", "attention", "rest")
 
 
 def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, float]]:
-    """(state, batch) -> {"interference/layer_i/PART/LOSS_cosine": .., ".._ratio": ..} with the
-    randomness of that step.
+    """Returns (state, batch) -> {"interference/layer_i/PART/LOSS_cosine": .., ".._ratio": ..}, with
+    the randomness of that step.
 
     What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/...";
     i counts MoE layers.
@@ -80,8 +80,8 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
 
 def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[str, jax.Array]:
-    """The language loss, all that is added to it, and each auxiliary loss as it is added, where
-    there are several.
+    """Returns the language loss, the sum of all that is added to it, and each auxiliary loss as it
+    is added, where there are several.
     """
     totals, parts = aside
     named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
@@ -91,7 +91,9 @@ def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[
 
 
 def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
-    """{"layer_i/PART" or "outside": [3]}: the sums <g, a>, <g, g> and <a, a> over its parameters."""
+    """Returns {"layer_i/PART" or "outside": [3]}: the sums <g, a>, <g, g> and <a, a> over its
+    parameters.
+    """
     sums: dict[str, jax.Array] = {}
     for (path, x), y in zip(
         jax.tree_util.tree_flatten_with_path(g)[0], jax.tree.leaves(a), strict=True

@@ -1,7 +1,8 @@
 """What each expert is worth: the held-out loss, per domain, without it.
 
     removed    its assignments go nowhere; the other gates of a token stay as they are
-    around     its logit is masked, so that the next best expert takes its tokens (a router with a linear gate)
+    around     its logit is masked, so that the next best expert takes its tokens (a router with a
+               linear gate)
 
 One compiled function serves every expert of every layer: the expert is data, a mask [B, M, E] of
 the batch (moe/probe.py).
@@ -23,14 +24,12 @@ from moe_jax.instruments.held_out import Run
 from moe_jax.moe.probe import Request
 
 PASSIVE = {"removed": "removed", "around": "routed around"}
-WAYS = {
-    "removed": "removed",
-    "around": "barred",
-}  # and the field of the Request for it
+WAYS = {"removed": "removed", "around": "barred"}  # and the field of the Request for each
 
 
 class Worth(NamedTuple):
-    """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds.
+    """What the experts are worth, in bits per byte: `base_Z` with all experts, `change_LEZ` what
+    the loss of an expert adds.
 
     `mean_LE` is the mean change over domains; `low` and `high` are the ends of 95 % intervals over
     held-out rows. NaN where no row is of a domain, and of an interval also where one row alone is.
@@ -48,8 +47,8 @@ class Worth(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Of each held-out row: the bytes that it predicts, its domain, and the nats that it loses
-    without each expert.
+    """The bytes that each held-out row predicts, its domain, and the nats that it loses without
+    each expert.
     """
 
     bytes_R: np.ndarray
@@ -58,9 +57,13 @@ class Rows(NamedTuple):
 
 
 def measure(run: Run, way: str, seed: int = 0) -> Worth:
-    """Takes one evaluation per expert and layer. `seed` is of the bootstrap.
+    """Returns what each expert is worth, after one evaluation per expert and layer.
 
-    UserError when the router cannot go round an expert.
+    Args:
+      way: a key of WAYS.
+      seed: of the bootstrap.
+
+    Raises UserError when the router cannot go round an expert.
     """
     num_experts, sums_of = run.cfg.model.moe.num_experts, held_out.make_sums(run, run.cfg.model)
     base: list[Any] = []
@@ -84,7 +87,7 @@ def measure(run: Run, way: str, seed: int = 0) -> Worth:
 def worth(
     rows: Rows, nats_Z: np.ndarray, bytes_Z: np.ndarray, routing_LEZ: np.ndarray, seed: int
 ) -> Worth:
-    """The figures of all rows, from what each lost and from the sums with all experts."""
+    """Returns the figures of all rows, from what each lost and from the sums with all experts."""
     bits_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
     lost_LEZ = rows.nats_LER @ (rows.domain_R[:, None] == np.arange(len(bytes_Z)))
     change_LEZ = lost_LEZ / bits_Z
@@ -104,13 +107,13 @@ def worth(
 
 
 def _shares(counts_LE: np.ndarray) -> np.ndarray:
-    """Of the sum over experts, the second dimension."""
+    """Returns counts as shares of their sum over experts, the second dimension."""
     return counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)
 
 
 def _rows(run: Run, batch: PackedText, nats_LEB: np.ndarray) -> Rows:
-    """The rows of all processes; bytes are those of the text, as the task counts them
-    (tasks/lm.py).
+    """Returns the rows of all processes; bytes are those of the text, as the task counts them
+    (tasks/lm).
     """
     whole, data = held_out.whole(batch, run.cfg.eval.batch_size), run.dataset
     domain_B = whole.domain_BS[:, 0]
@@ -121,7 +124,7 @@ def _rows(run: Run, batch: PackedText, nats_LEB: np.ndarray) -> Rows:
 def _without_each(
     run: Run, sums_of: Callable[..., Any], batch: PackedText, way: str, number: int
 ) -> np.ndarray:
-    """[L, E, B]: the nats of each row of a batch without each expert."""
+    """Returns the nats [L, E, B] of each row of a batch without each expert."""
     cfg = run.cfg.model
     nats = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, run.cfg.eval.batch_size))
     for layer, expert in np.ndindex(nats.shape[:2]):

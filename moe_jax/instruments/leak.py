@@ -6,8 +6,8 @@ on are drawn anew, with their documents and padding, and the logits of its first
 a difference is a leak from the future. Then all tokens of that row are drawn anew, with the
 vectors, the source or the basket that it has, and the logits of all other rows are compared: a
 difference is a leak from the batch. Both in training mode (same key) and in evaluation mode. What a
-config claims is in moe/causality.py; here it is seen. A model that reads its whole row before it
-answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
+config claims is in config/causality.py; here it is measured. A model that reads its whole row
+before it answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
 
 Everything is in float64. A change below NOISE of the largest logit counts as none: rows of a
 grouped product change their place in memory with the routing of other tokens, and a sum in another
@@ -49,8 +49,8 @@ DRAWS = 4  # of tokens; the changed row is another one each time
 
 
 class Leak(NamedTuple):
-    """Of the outputs that must not change: the largest change over the largest |logit|, and the
-    share of tokens that changed.
+    """How far outputs moved that must not change: the largest change over the largest |logit|, and
+    the share of tokens that changed.
     """
 
     delta: float
@@ -58,14 +58,16 @@ class Leak(NamedTuple):
 
 
 class Measured(NamedTuple):
+    """How far outputs move when other tokens are drawn."""
+
     future: Leak  # when later tokens of the sequence change
     batch: Leak  # when another sequence changes
 
 
 def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measured]:
-    """{"train": ..., "eval": ...} of a small config (see `shrink`), on one device.
+    """Returns {"train": ..., "eval": ...} of a small config (see `shrink`), measured on one device.
 
-    Needs jax_enable_x64, or NOISE is below the rounding.
+    It needs jax_enable_x64, or NOISE is below the rounding.
     """
     rng, found = np.random.default_rng(seed), []
     num, length = cfg.train.batch_size, cfg.data.seq_len
@@ -73,7 +75,8 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
         logits = _program(cfg, rng)
         for draw in range(draws):
             row, middle = draw % num, length // 2
-            first, other = _draw(cfg, rng, one_document=True), _draw(cfg, rng, one_document=False)
+            first = _draw(cfg, rng, one_document=True)
+            other = _draw(cfg, rng, one_document=False)
             mine_BS = np.broadcast_to(np.arange(num)[:, None] == row, (num, length))
             base, rest = logits(first), np.arange(num) != row
             future = np.zeros(2), np.zeros(2)
@@ -93,15 +96,15 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
 
 
 def has_future(cfg: Config) -> bool:
-    """Whether a model answers at each place from what stands before it: only then can later tokens
-    leak into earlier outputs.
+    """Returns whether a model answers at each place from what stands before it: only then can later
+    tokens leak into earlier outputs.
     """
     return cfg.model.kind in causality.CAUSAL
 
 
 def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
-    """Random tokens with all that belongs to them: without `one_document`, another document begins
-    in each row, and its end is padding.
+    """Draws random tokens with all that belongs to them; without `one_document`, another document
+    begins in each row, and its end is padding.
     """
     num, length, moe = cfg.train.batch_size, cfg.data.seq_len, cfg.model.moe
     place_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (num, length))
@@ -147,17 +150,17 @@ def _other(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> dict[str
 
 
 def _in_row(row: int, other: Any, first: Any) -> Any:
-    """The arrays of `other` in one row, in all others those of `first`."""
+    """Returns the arrays of `other` in one row, in all other rows those of `first`."""
     return jax.tree.map(lambda a, b: np.where(_rows_like(b) == row, a, b), other, first)
 
 
 def _rows_like(x: np.ndarray) -> np.ndarray:
-    """The number of each row [B, 1, ...], to be compared with values [B, ...]."""
+    """Returns the number of each row [B, 1, ...], to be compared with values [B, ...]."""
     return np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
-    """The tokens of `other` where `changed_BS`, else those of `first`."""
+    """Returns the batch `first` with the tokens of `other` where `changed_BS`."""
 
     def pick(a, b):
         return np.where(changed_BS, a, b)
@@ -174,7 +177,7 @@ def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
 
 
 def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndarray]:
-    """batch -> logits [2, B, S, V] in training and in evaluation mode, of one random model."""
+    """Returns batch -> logits [2, B, S, V] of one random model, in training and evaluation mode."""
     model = make_model(cfg.model)
     weights = _values(cfg, jax.eval_shape(model.init, jax.random.key(0)), rng)
 
@@ -201,8 +204,8 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
 
 
 def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
-    """Random parameters and router state, drawn in NumPy: to compile the model's own draw takes
-    longer than all the rest.
+    """Returns random parameters and router state, drawn in NumPy: to compile the model's own draw
+    takes longer than all the rest.
     """
     moe = cfg.model.moe
     declared = (Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size), moe.router_options)
@@ -225,18 +228,17 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2];
-    the modes come first.
+    """Returns, for each mode [2], the largest change over the largest |logit| and the share of
+    tokens that changed; modes are the first dimension of the logits.
     """
-    per_token = (
-        np.abs(after - before).max(-1) / np.abs(before).max()
-    )  # of a whole row where that has one output
+    # Of a whole row, where a model gives one output for a row.
+    per_token = np.abs(after - before).max(-1) / np.abs(before).max()
     per_token = np.where(per_token > NOISE, per_token, 0).reshape(2, -1)
     return per_token.max(-1), (per_token > 0).mean(-1)
 
 
 def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that is measured in seconds, from a nested dict of one: router, ordering,
+    """Returns a config that is measured in seconds, from a nested dict of one: router, ordering,
     dispatcher, experts and group_rows are kept.
     """
     small = copy.deepcopy(dict(raw))
@@ -259,7 +261,7 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     model |= {"repeats": min(model["repeats"], 1), "allow_leak": True}
     model["moe"] = {**model["moe"], "expert_hidden": 8}
     model["vocab_size"] = max(64, model["moe"]["num_experts"])
-    # Of a group at least 4 tokens per expert, so that capacity is not all rounding.
+    # A group has at least 4 tokens per expert, so that capacity is not all rounding.
     small["data"] = {**small["data"], "seq_len": max(32, 4 * model["moe"]["num_experts"] // group)}
     small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
     small["eval"] = {**small["eval"], "batch_size": 0}
@@ -269,7 +271,7 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the chosen kind of model, fitted to the rows that are measured."""
+    """Returns the options of the chosen kind of model, fitted to the rows that are measured."""
     options = dict(small["model"]["kinds"][small["model"]["kind"]])
     if options.get("learned_positions"):
         options["learned_positions"] = small["data"]["seq_len"]
@@ -283,15 +285,14 @@ def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
-    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise
-    are `raw`'s; capacity and tile bind.
+    """Yields every router x ordering x dispatcher that the rules allow, as small configs that are
+    otherwise like `raw`; capacity and tile bind.
     """
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
     moe["dispatchers"]["capacity"]["factor"] = TIGHT
-    moe["losses"] = dict.fromkeys(
-        moe["losses"], 0.0
-    )  # some need a router that has their sums; nothing is trained here
+    # Some losses need a router that has their sums, and nothing is trained here.
+    moe["losses"] = dict.fromkeys(moe["losses"], 0.0)
     moe["adaptive"]["rate"] = 0.0
     for router, ordering, dispatcher in itertools.product(ROUTERS, ORDERINGS, DISPATCHERS):
         chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
@@ -303,8 +304,8 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
 
 
 def _tile(small: Mapping[str, Any], router: str) -> int:
-    """Twice an even load: an expert's count is rounded to nothing or to all, whichever is nearer,
-    so that rounding shows.
+    """Returns twice an even load: an expert's count is rounded to nothing or to all, whichever is
+    nearer, so that rounding shows.
     """
     moe = small["model"]["moe"]
     promise = ROUTERS[router].declared(moe["num_experts"], moe["routers"][router])
@@ -315,9 +316,8 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
 
 
 def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
-    """What the label of a config and its measurement say together:
-
-    "safe", "leaks ...", or that the label is wrong.
+    """Returns what the label of a config and its measurement say together: "safe", "leaks ...", or
+    that the label is wrong.
     """
     seen, kinds = causality.sees(cfg.model), ("future", "batch") if has_future(cfg) else ("batch",)
     measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}
