@@ -27,7 +27,7 @@ GATES = {"gates": ()}  # what weighs the experts' outputs, for a proof: see `gat
 class Request(NamedTuple):
     """What instruments ask of an MoE layer; () in a field = nothing.
 
-    The arrays of one layer are [B, ...]. A model takes those of all its M blocks, [M, B, ...], and a
+    The arrays of one layer are [B, ...]. A model takes those of all M blocks, [M, B, ...], and a
     batch of text has them as [B, M, ...], so that micro-batches split its rows.
     """
 
