@@ -221,7 +221,7 @@ def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) 
     """One run in this process, from its checkpoint if it has one; result.json is written last."""
     cfg = config.build(raw, 1)
     began = time.monotonic()
-    one = mesh.make({}, jax.devices()[:1])
+    one = mesh.make(mesh.ONE, jax.devices()[:1])
     with jax.set_mesh(one):
         result = train.run(cfg, raw, defaults, workdir, began)
     if result.signal:

@@ -70,7 +70,10 @@ BATCHES = {"1024 tokens": (4, 256), "8 tokens": (1, 8)}
 def models(rounds: int) -> None:
     times: dict[str, dict[str, Callable[[], Any]]] = {name: {} for name in BATCHES}
     rows: dict[str, list[str]] = {}
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])), tempfile.TemporaryDirectory() as folder:
+    with (
+        jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         for name, zeros in ZEROS.items():
             weights = compacted(first(zeros), Path(folder) / name)
             rows[name] = sizes(weights, Path(folder) / name)
@@ -100,7 +103,7 @@ def first(zeros: Mapping[str, Any]) -> convert.Weights:
         {**SIZES, **{f"model.moe.sparse.{key}": value for key, value in zeros.items()}}
     )
     raw = c.to_dict()
-    cfg = config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, 1)
+    cfg = config.build({**raw, "mesh": mesh.ONE.written()}, 1)
 
     def init(key: jax.Array) -> Any:
         params, router_state = make_model(cfg.model).init(key)
@@ -108,7 +111,7 @@ def first(zeros: Mapping[str, Any]) -> convert.Weights:
 
     params, router_state = jax.device_get(jax.jit(init)(jax.random.key(0)))
     return convert.Weights(
-        {**raw, "mesh": {"data": 1, "expert": 1, "model": 1}},
+        {**raw, "mesh": mesh.ONE.written()},
         {"params": params, "router_state": router_state},
         0,
     )
@@ -158,9 +161,7 @@ def forward(weights: convert.Weights, rows: int, length: int) -> Callable[[], An
     }
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)
-    batch = batch_rows.put(
-        tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(rows), rows, task.inputs
-    )
+    batch = batch_rows.put(task.random(cfg, 0), np.arange(rows), rows)
     like = jax.eval_shape(model.init, jax.random.key(0))
 
     def on_mesh(x, like):

@@ -56,7 +56,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         seen, routed, most = [], [], -(-MOST_ROWS // size)
         for batch in eval_batches(data, size, num_batches or None, rows):
             stopping.check()
-            sums = sums_of(params, state.router_state, put(batch, rows, size, task.inputs))
+            sums = sums_of(params, state.router_state, put(batch, rows, size))
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             seen.append(sums.pop("rows"))
             routed.append(sums.pop("row_routing"))

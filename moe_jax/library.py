@@ -44,7 +44,7 @@ class RoutingStatistics:
 
     def loss(self, name: str) -> jax.Array:
         """Returns an auxiliary loss, without coefficient; `name`: a key of moe/losses.py LOSSES."""
-        return losses.LOSSES[name](self.totals())[0]
+        return losses.LOSSES[name].value(self.totals())[0]
 
     def auxiliary(self, **coefficients: float) -> jax.Array:
         """Returns the weighted sum of auxiliary losses, as in auxiliary(balance=0.01, z=0.001).
@@ -163,7 +163,7 @@ def _applied(graph, train: bool, on_mesh: bool, state, x_BSD, valid_BS, id_BS, r
     segment_BS = jnp.ones((b, s), jnp.int32) if valid_BS is None else valid_BS.astype(jnp.int32)
     id_BS = jnp.zeros((b, s), jnp.int32) if id_BS is None else id_BS
     row_B = jnp.arange(b, dtype=jnp.int32)
-    one = mesh.make({}, jax.devices()[:1]).abstract_mesh
+    one = mesh.make(mesh.ONE, jax.devices()[:1]).abstract_mesh
     with contextlib.nullcontext() if on_mesh else jax.sharding.use_abstract_mesh(one):
         x_BSD, *read = (
             jax.sharding.reshard(z, P(BATCH))
@@ -188,7 +188,7 @@ def _one_device() -> contextlib.AbstractContextManager[Any]:
     """A mesh of one device, unless one is set."""
     if _mesh_is_set():
         return contextlib.nullcontext()
-    return jax.set_mesh(mesh.make({}, jax.devices()[:1]))
+    return jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1]))
 
 
 def _built(changes: Mapping[str, Any]) -> Any:

@@ -175,8 +175,7 @@ def launch(argv: list[str]) -> int:
     start_devices(raw["simulate_devices"])
     defaults = config_file.as_json(config.defaults())
     cfg = config.build(raw, len(jax.devices()))
-    lengths = {"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model}
-    with jax.set_mesh(mesh.make(lengths)):
+    with jax.set_mesh(mesh.make(cfg.mesh)):
         if FLAGS.dry_run:
             return dry_run(cfg)
         return train(cfg, raw, defaults)

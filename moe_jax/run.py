@@ -53,7 +53,7 @@ class Run:
     def mesh(self) -> Mesh:
         """The mesh that was set when this was first asked for; one device where none was."""
         current = jax.sharding.get_mesh()
-        return meshes.make({}, jax.devices()[:1]) if current.empty else current
+        return meshes.make(meshes.ONE, jax.devices()[:1]) if current.empty else current
 
     @functools.cached_property
     def functions(self) -> Model:

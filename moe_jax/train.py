@@ -164,16 +164,14 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
         jax.config.update("jax_enable_x64", True)
     cfg = build(raw, len(jax.devices()))
-    lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
     defaults = config_file.as_json(config_file.defaults())
-    with jax.set_mesh(mesh.make(lengths)):
+    with jax.set_mesh(mesh.make(cfg.mesh)):
         return run(cfg, raw, defaults, Path(workdir), started, config)
 
 
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:
     """`run` in a workdir that is locked, with the signals listened to."""
     cfg, workdir = job.cfg, job.workdir
-    task = TASKS[cfg.task]
     progress = Progress(active=jax.process_index() == 0)
     banner.show(progress, cfg, workdir, job.name)
 
@@ -232,7 +230,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 with progress.doing("starting the profile", after=state.step):
                     profile.begin(step, state)
             with clock.waiting():
-                batch = batch_rows.put(next(stream), rows, cfg.train.batch_size, task.inputs)
+                batch = batch_rows.put(next(stream), rows, cfg.train.batch_size)
             # Before the step takes the state away.
             if due.records_routing(done):
                 with progress.doing("recording the routing", after=state.step):
@@ -309,8 +307,8 @@ def open_files(
     """Tells the notes of the run, and returns what writes its figures."""
     cfg, workdir = job.cfg, job.workdir
     main = jax.process_index() == 0
-    mesh = dict(jax.sharding.get_mesh().shape)
-    metrics.write_run_info(workdir, job.raw, mesh=mesh, active=main)
+    lengths = mesh.of(jax.sharding.get_mesh())
+    metrics.write_run_info(workdir, job.raw, mesh=lengths._asdict(), active=main)
     changed = starts.changed_code(workdir) if main and due.start else []
     for note in (*notes, *data.notes, *rules.advice(cfg), *changed):
         progress.message(note)

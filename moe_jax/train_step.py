@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import optim
-from moe_jax.models import router_states
+from moe_jax import layout, optim
 from moe_jax.models.functions import Model, make_model
 from moe_jax.moe import load, losses, sparse
 from moe_jax.moe.routing import ROUTERS
@@ -275,8 +274,8 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
             name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()
         }
 
-    stacked = jax.vmap(update)(router_states.stack(router_state, cfg.model), totals)
-    return dict(router_states.unstack(router_state, stacked, cfg.model))
+    new = jax.vmap(update)(layout.by_moe_layer(router_state, cfg.model), totals)
+    return dict(layout.into_moe_layers(new, router_state, cfg.model))
 
 
 def parameter_names(params: Any) -> list[str]:

@@ -44,13 +44,13 @@ def probed(shape=(1, 1, 1), changes=None, num_batches=1):
     return held_out.open_run(cfg, lm.open_data(cfg), *weights(cfg), num_batches)
 
 
-def recorded(run, wanted=probe.ROUTING, **changes):
-    inputs = held_out.place(run, run.batches[0])._replace(**changes)
+def recorded(run, wanted=probe.ROUTING, request=()):
+    inputs = held_out.place(run, run.batches[0])._replace(request=request)
     return held_out.make_record(run.cfg.model, wanted)(run.params, run.router_state, inputs)
 
 
-def loss(run, params=None, **changes):
-    inputs = held_out.place(run, run.batches[0])._replace(**changes)
+def loss(run, params=None, request=()):
+    inputs = held_out.place(run, run.batches[0])._replace(request=request)
     return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)[
         "nll"
     ]

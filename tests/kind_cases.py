@@ -73,17 +73,18 @@ def inputs(name, seed=0):
     rng = np.random.default_rng(seed)
     batch = tokens(rng, S, [6, 3, 1, 0, 6, 2, 5, 4])
     if name == "encoder of vectors":
-        return batch._replace(inputs=rng.normal(size=(B, S, P)))
+        return batch._replace(vectors_BSP=rng.normal(size=(B, S, P)))
     if name == "encdec":
-        return batch._replace(inputs=tokens(rng, T, [5, 1, 0, 3, 2, 5, 4, 5]))
+        return batch._replace(source_rows=tokens(rng, T, [5, 1, 0, 3, 2, 5, 4, 5]))
     if name == "prefix":
         return batch._replace(
-            inputs=np.arange(S)[None] < np.array([2, 3, 0, 0, 4, 1, 5, 1])[:, None]
+            prefix_BS=np.arange(S)[None] < np.array([2, 3, 0, 0, 4, 1, 5, 1])[:, None]
         )
     if name == "mmoe":
         weight = rng.random((B, 5)) * (rng.random((B, 5)) < 0.7)
         weight[3] = 0
-        return batch._replace(inputs=(rng.integers(0, 64, (B, 5)).astype(np.int32), weight))
+        feature = rng.integers(0, 64, (B, 5)).astype(np.int32)
+        return batch._replace(feature_BL=feature, feature_weight_BL=weight)
     return batch
 
 

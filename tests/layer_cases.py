@@ -18,6 +18,7 @@ from router_cases import CASES, GROUP_ROWS, VOCAB, B, D, E, S
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState
@@ -87,9 +88,8 @@ def run(case, dispatcher, shape, gradient=False):
             return meshes.put(rows(z), "batch")
 
         seen = (put(z) for z in (given.id_T, given.position_T, given.segment_T))
-        batch = Batch(
-            *seen, meshes.put(given.row_T[::S], "batch"), recorded=jax.tree.map(put, given.recorded)
-        )
+        request = Request(jax.tree.map(put, given.recorded))
+        batch = Batch(*seen, meshes.put(given.row_T[::S], "batch"), request)
 
         def placed(like, values):
             return jax.tree.map(

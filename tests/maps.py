@@ -32,6 +32,7 @@ from moe_jax.moe import load, losses
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.parallel import mesh
@@ -109,8 +110,11 @@ def batch_of(key, cluster, router):
     position = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     batch = Batch(ids, position, jnp.ones((B, S), jnp.int32), jnp.arange(B, dtype=jnp.int32))
     batch = jax.tree.map(lambda z: jax.sharding.reshard(z, P(BATCH)), batch)
+    if router != "recorded":
+        return batch
     one = jnp.ones(1)[None, None] * (cluster >= 0)[:, :, None]
-    return batch._replace(recorded=(cluster[:, :, None], one)) if router == "recorded" else batch
+    request = Request((cluster[:, :, None], one))
+    return batch._replace(request=request)
 
 
 def coefficients(cfg):
@@ -123,7 +127,7 @@ def train_moe(cfg, seed=0):
     """The loss of an MoE layer alone after STEPS steps of Adam: the mean of the last fiftieth of
     steps, on fresh samples.
     """
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         layer = MoELayer(jax.random.key(seed), cfg)
         graph, params, state = nnx.split(layer, nnx.Param, RouterState)
         router_cfg = RouterCfg(E, cfg.router_options, 1, VOCAB, lambda z: z)
@@ -151,7 +155,7 @@ def train_moe(cfg, seed=0):
 
 def train_dense(hidden, seed=0):
     """The same for one dense network of that hidden width."""
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         graph, params = nnx.split(
             FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32")
         )

@@ -12,8 +12,8 @@ ALL = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if s[0] * s[1] * s[2
 
 
 def make(data, expert, model):
-    num = data * expert * model
-    return mesh.make({"data": data, "expert": expert, "model": model}, jax.devices()[:num])
+    lengths = mesh.Lengths(data=data, expert=expert, model=model)
+    return mesh.make(lengths, jax.devices()[: lengths.num_devices])
 
 
 def put(array, *names):

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import train_step
-from moe_jax.models import decoder, router_states
+from moe_jax import layout, train_step
+from moe_jax.models import decoder
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
 from moe_jax.moe.experts import grouped_matmul
@@ -277,9 +277,9 @@ def mixed_back_by_dispatch(patch):
 
 def state_of_another_layer(patch):
     """The states of the routers are taken in the opposite order of the layers."""
-    right = router_states.layers_of
+    right = layout.moe_layer_numbers
     patch.setattr(
-        router_states, "layers_of", lambda path, cfg: cfg.num_moe_layers - 1 - right(path, cfg)
+        layout, "moe_layer_numbers", lambda keys, cfg: cfg.num_moe_layers - 1 - right(keys, cfg)
     )
 
 

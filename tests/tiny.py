@@ -9,8 +9,9 @@ import numpy as np
 
 from configs import base
 from moe_jax import config, train_step
+from moe_jax.data.batches import PackedText
 from moe_jax.parallel import batch_rows
-from moe_jax.tasks.lm import task as lm
+from moe_jax.parallel.mesh import WRITTEN
 
 TINY = {
     "model.vocab_size": 64,
@@ -43,10 +44,7 @@ def raw(changes=None):
 
 
 def build(shape=(1, 1, 1), changes=None):
-    axes = {
-        f"mesh.{name}": length
-        for name, length in zip(("data", "expert", "model"), shape, strict=True)
-    }
+    axes = {f"mesh.{axis}": length for axis, length in zip(WRITTEN, shape, strict=True)}
     return config.build(raw({**axes, **(changes or {})}), int(np.prod(shape)))
 
 
@@ -63,11 +61,11 @@ def batch(cfg, step=0):
     segment[:: num // 4 or 1, length - 2 :] = 0
     position = np.where(place_S < cut, place_S, place_S - cut)
     arrays = (tokens[:, :-1], tokens[:, 1:], segment, position, np.zeros_like(segment))
-    return (*(a.astype(np.int32) for a in arrays), np.arange(num, dtype=np.int32))
+    return PackedText(*(a.astype(np.int32) for a in arrays), np.arange(num, dtype=np.int32))
 
 
 def put(cfg, local):
-    return batch_rows.put(local, np.arange(cfg.train.batch_size), cfg.train.batch_size, lm.Inputs)
+    return batch_rows.put(local, np.arange(cfg.train.batch_size), cfg.train.batch_size)
 
 
 class Program:

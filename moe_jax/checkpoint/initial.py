@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_jax import layout
 from moe_jax.checkpoint import flat as flat_lib
 from moe_jax.checkpoint.store import Checkpoints, load_arrays, read_manifest
 from moe_jax.errors import UserError
@@ -131,7 +132,7 @@ def _match(
     """{name: its layers' names} of what can be loaded, and (name, reason) of what cannot."""
     plan, left = {}, []
     for name, x in wanted.items():
-        names = flat_lib.layer_names(name, x.shape, stacked)
+        names = layout.layer_names(name, x.shape, stacked)
         shape = list(x.shape if names is None else x.shape[1:])
         names = names or [name]
         missing = [n for n in names if n not in sources]

@@ -79,16 +79,15 @@ def prepare(raw: Mapping[str, Any]) -> tuple[config.Config, Callable[[], None]]:
     Two steps have run, so nothing is left to compile.
     """
     cfg = config.build(raw, len(jax.devices()))
-    devices = mesh.make({"data": cfg.mesh.data, "expert": cfg.mesh.expert, "model": cfg.mesh.model})
+    devices = mesh.make(cfg.mesh)
     with jax.set_mesh(devices):
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
         task, num = TASKS[cfg.task], cfg.train.batch_size
         rows = batch_rows.local_rows(num)
-        batch = batch_rows.put(
-            jax.tree.map(lambda z: z[rows], task.random(cfg, 0)), rows, num, task.inputs
-        )
+        local = jax.tree.map(lambda z: z[rows], task.random(cfg, 0))
+        batch = batch_rows.put(local, rows, num)
     held: list[Any] = [state]
 
     def step() -> None:

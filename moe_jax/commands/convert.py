@@ -89,7 +89,7 @@ def run_compact(flags: argparse.Namespace) -> int:
             f"--format dense writes whole matrices, so --block {flags.block} would do nothing: "
             "leave one out"
         )
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         old = read(open_run(flags.workdir, flags.step))
         notes, new = shrunk(old, flags)
         deviation = written(old, new, flags)
@@ -252,15 +252,13 @@ def compare(old: Weights, new: Weights) -> float:
 def forward(weights: Weights) -> Any:
     raw = copy.deepcopy(weights.raw)
     raw["model"] |= {"scan": False, "dtype": "float32", "param_dtype": "float32"}
-    raw |= {"mesh": {"data": 1, "expert": 1, "model": 1}, "simulate_devices": 0}
+    raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
     raw["eval"] |= {"batch_size": ROWS}
     raw["model"]["moe"]["group_rows"] = 1
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)
-    batch = batch_rows.put(
-        tuple(z for z in task.random(cfg, 0) if len(z)), np.arange(ROWS), ROWS, task.inputs
-    )
+    batch = batch_rows.put(task.random(cfg, 0), np.arange(ROWS), ROWS)
     like = jax.eval_shape(model.init, jax.random.key(0))
 
     def on_mesh(x, like):

@@ -124,7 +124,7 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
             "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave "
             "the flag out"
         )
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         params = trained.parameters if flags.raw else trained.judged
         sampler = make_sampler(cfg.model, tokenizer, cfg.data.seq_len)
         show = Printer(prompts, sys.stdout)

@@ -129,8 +129,7 @@ def main(argv: list[str]) -> int:
     trained = open_run(flags.workdir, flags.step)
     refuse_other(trained.config, flags.workdir)
     cfg = fitted(trained.config, flags)
-    lengths = {name: getattr(cfg.mesh, name) for name in ("data", "expert", "model")}
-    with jax.set_mesh(mesh.make(lengths, jax.devices()[: np.prod(list(lengths.values()))])):
+    with jax.set_mesh(mesh.make(cfg.mesh, jax.devices()[: cfg.mesh.num_devices])):
         job = open_job(cfg, trained, flags)
         refused = measure(job, what)
     if job.out:
@@ -200,8 +199,8 @@ def refuse_other(cfg: Config, workdir: Path) -> None:
 
 def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
     """The config of the run on the mesh and with the batch size of the flags."""
-    lengths = dict(zip(("data", "expert", "model"), mesh.parse(flags.mesh, "--mesh"), strict=True))
-    if np.prod(list(lengths.values())) > len(jax.devices()):
+    lengths = mesh.parse(flags.mesh, "--mesh")
+    if lengths.num_devices > len(jax.devices()):
         raise UserError(
             f"--mesh {flags.mesh} needs more than the {len(jax.devices())} devices there are: "
             "--simulate_devices"
@@ -209,7 +208,7 @@ def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
     size = flags.batch_size or cfg.eval.batch_size
     cfg = dataclasses.replace(
         cfg,
-        mesh=dataclasses.replace(cfg.mesh, **lengths),
+        mesh=lengths,
         eval=dataclasses.replace(cfg.eval, batch_size=size),
     )
     rules.check(cfg)
@@ -324,7 +323,7 @@ def run_interference(job: Job) -> Found:
     local = Batches(run.dataset, "train", cfg.seed, size).rows(job.trained.step, rows)
     model = make_model(cfg.model)
     state = State(jnp.int32(job.trained.step), run.params, run.router_state, {}, None, jnp.int32(0))
-    result = interference.make_meter(cfg, model)(state, put(local, rows, size, lm.Inputs))
+    result = interference.make_meter(cfg, model)(state, put(local, rows, size))
     save(job, "interference", result)
     return tables.interference(result)
 

@@ -10,7 +10,6 @@ that the message names.
 """
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -105,15 +104,14 @@ def main(argv: list[str]) -> int:
     return 0 if found.proven else 1
 
 
-def meshes(text: str | None) -> list[tuple[int, int, int]]:
+def meshes(text: str | None) -> list[mesh.Lengths]:
     if text is None:
         return list(ALL)
     shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
     for shape in shapes:
-        if math.prod(shape) > shrink.DEVICES:
+        if shape.num_devices > shrink.DEVICES:
             raise UserError(
-                f"--meshes {'x'.join(map(str, shape))} has more than the {shrink.DEVICES} devices "
-                "simulated"
+                f"--meshes {shape} has more than the {shrink.DEVICES} devices simulated"
             )
     return shapes
 

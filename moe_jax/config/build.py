@@ -14,7 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel import mesh
 from moe_jax.schema.config import DEPTH, NO_RULE, Coefficients, Config
-from moe_jax.schema.options import freeze
+from moe_jax.schema.options import freeze, refuse_other_keys
 
 # Keys that do not change what is computed, or that a run may go on with.
 RESUME_MAY_CHANGE = (
@@ -43,11 +43,12 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     Raises UserError.
     """
     tree = copy.deepcopy(dict(raw))
-    lengths = {name: int(length) for name, length in tree["mesh"].items()}
+    refuse_other_keys(tree["mesh"], mesh.WRITTEN, "mesh.")
+    lengths = mesh.Lengths(**{axis: int(length) for axis, length in tree["mesh"].items()})
     tree["mesh"] = mesh.resolve(lengths, num_devices)
     for choice in choices():
         _choose(tree, choice)
-    _refuse_unknown_losses(tree)
+    refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
     tree["model"]["moe"]["losses"] = Coefficients(tree["model"]["moe"]["losses"])
     model, train = tree["model"], tree["train"]
     tree["optim"]["steps"] = train["steps"]
@@ -70,13 +71,6 @@ def _choose(tree: dict[str, Any], choice: Choice) -> None:
         raise UserError(f'{choice.path} = "{chosen}" is not known: choose one of {known}')
     options = blocks.get(chosen, {})
     block[choice.frozen] = freeze(choice.options[chosen], options, f"{choice.blocks}.{chosen}.")
-
-
-def _refuse_unknown_losses(tree: Mapping[str, Any]) -> None:
-    for name in at(tree, COEFFICIENTS):
-        if name not in LOSSES:
-            known = ", ".join(LOSSES)
-            raise UserError(f"unknown key {COEFFICIENTS}.{name}: there are {known}")
 
 
 def _head_dim(d_model: Any, num_heads: Any) -> Any:

@@ -263,7 +263,7 @@ def _leak(c: Config) -> Iterator[str]:
 
 def _mesh(c: Config) -> Iterator[str]:
     m, mesh, e = c.model, c.mesh, c.model.moe
-    batch = mesh.data * mesh.expert
+    batch = mesh.batch_devices
     needs = [("model.d_model", m.d_model, "mesh.data x mesh.expert", batch)]
     if m.kind_options.attends:
         needs.append(("model.num_heads", m.num_heads, "mesh.model", mesh.model))
@@ -284,7 +284,7 @@ def _mesh(c: Config) -> Iterator[str]:
 
 def _batch(c: Config) -> Iterator[str]:
     t, mesh = c.train, c.mesh
-    devices = mesh.data * mesh.expert
+    devices = mesh.batch_devices
     if t.batch_size % t.micro_batch_size:
         yield f"train.batch_size ({t.batch_size}) must be divisible by train.micro_batch_size ({t.micro_batch_size})"
     for path, rows in (

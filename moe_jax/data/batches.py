@@ -14,18 +14,21 @@ from moe_jax.data.contract import Data
 from moe_jax.errors import UserError
 
 
-class Batch(NamedTuple):
-    """Packed text, int32.
+class PackedText(NamedTuple):
+    """A batch of packed text: int32 arrays on the host or on the mesh.
 
     Padding has segment 0 and target 0; so has a whole row that fills up the last batch.
     """
 
-    tokens_BS: np.ndarray
-    targets_BS: np.ndarray
-    segment_BS: np.ndarray
-    position_BS: np.ndarray
-    domain_BS: np.ndarray
-    row_B: np.ndarray  # index of the row in the batch of all processes
+    tokens_BS: Any
+    targets_BS: Any
+    segment_BS: Any
+    position_BS: Any
+    domain_BS: Any
+    row_B: Any  # index of the row in the batch of all processes
+    # What an instrument asks of the MoE layers (moe.probe.Request, whose arrays are [B, M, ...]
+    # for all M blocks of the model); () = nothing.
+    request: Any = ()
 
 
 class Batches:

@@ -2,8 +2,8 @@
 
 Each example is one row; nothing is packed. A row is built from compact arrays when it is asked for.
 
-`Examples` does not know what is in a row: it is generic over the NamedTuple of a task's inputs. The
-kinds of inputs stand here. In all of them padding has segment 0 (or weight 0), tokens 0 and
+`Examples` does not know what is in a row: it is generic over the NamedTuple of a task's batch. The
+kinds of batches stand here. In all of them padding has segment 0 (or weight 0), tokens 0 and
 position 0, and arrays are int32 where no other type is named. Shapes: B rows, S positions of a row,
 P width of a vector, L items of a basket, N examples, R held-out rows.
 """
@@ -101,11 +101,11 @@ class Examples(NamedTuple):
     """Rows of both splits in memory; fulfils data/contract.py with one part."""
 
     spec: str  # the name in messages
-    inputs: type  # NamedTuple of a batch, one of the kinds above
+    batch_type: type  # one of the NamedTuples above
     seq_len: int
     domains: tuple[str, ...]
     rows: Mapping[str, int]  # split -> number of rows
-    # (split, index_B) -> the fields of `inputs` but row_B
+    # (split, index_B) -> the fields of a batch but row_B
     fetch: Callable[[str, np.ndarray], Fields]
     heldout_domain_R: np.ndarray
     fingerprint: str
@@ -131,10 +131,10 @@ class Examples(NamedTuple):
         row_B: np.ndarray,
         valid_B: np.ndarray,
     ) -> Any:
-        """Returns the rows `index_B` as `inputs`, 0 where not `valid_B`; `part_B` is 0."""
+        """Returns the rows `index_B` as `batch_type`, 0 where not `valid_B`; `part_B` is 0."""
         fields = self.fetch(split, index_B)
         masked = {name: _masked(values, valid_B) for name, values in fields.items()}
-        return self.inputs(**masked, row_B=row_B)
+        return self.batch_type(**masked, row_B=row_B)
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         order_R = interleaved(self.heldout_domain_R)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.data import sources
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.data.embedded import open_embedded
 from moe_jax.data.pack import Rows, interleaved, positions
 from moe_jax.data.part import Part
@@ -57,13 +57,18 @@ class Dataset(NamedTuple):
         index_B: np.ndarray,
         row_B: np.ndarray,
         valid_B: np.ndarray,
-    ) -> Batch:
+    ) -> PackedText:
         """Returns the rows `index_B` of the parts `part_B`; padding where not `valid_B`."""
-        rows = self.fetch(split, part_B, index_B)
-        tokens_BS, targets_BS, segment_BS, domain_BS = (
-            np.where(valid_B[:, None], field, 0) for field in rows
+        fetched = self.fetch(split, part_B, index_B)
+        rows = Rows(*(np.where(valid_B[:, None], field, 0) for field in fetched))
+        return PackedText(
+            tokens_BS=rows.tokens_RS,
+            targets_BS=rows.targets_RS,
+            segment_BS=rows.segment_RS,
+            position_BS=positions(rows.segment_RS),
+            domain_BS=rows.domain_RS,
+            row_B=row_B,
         )
-        return Batch(tokens_BS, targets_BS, segment_BS, positions(segment_BS), domain_BS, row_B)
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (part_R, index_R) of all held-out rows, one of each domain in turn."""

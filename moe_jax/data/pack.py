@@ -1,6 +1,6 @@
 """Packs documents into rows of fixed length, and chooses which documents are held out.
 
-A document of n tokens becomes n + 1 predictions: inputs [boundary, t1 .. tn], targets [t1 .. tn,
+A document of n tokens becomes n + 1 predictions: tokens [boundary, t1 .. tn], targets [t1 .. tn,
 boundary], so every token of the text is predicted exactly once. Documents are laid one after
 another; one that a row's end cuts goes on in the next row as a new segment. Shapes: R rows, S
 positions of a row.
@@ -24,7 +24,7 @@ ENCODE_DOCUMENTS = 256  # texts given to the tokenizer at once: its threads shar
 class Rows(NamedTuple):
     """Packed text in the smallest unsigned types; padding is 0 in every field."""
 
-    inputs_RS: np.ndarray
+    tokens_RS: np.ndarray
     targets_RS: np.ndarray
     segment_RS: np.ndarray  # 1, 2, ... in each row: attention stays inside one
     domain_RS: np.ndarray  # index into the names of the domains
@@ -43,7 +43,7 @@ def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: T
     flat = np.concatenate(pieces).astype(tokenizer.dtype, copy=False)
     domains = np.array([domain for _, domain in documents], np.uint8)
     return Rows(
-        inputs_RS=_in_rows(flat[:-1], num_rows, seq_len),
+        tokens_RS=_in_rows(flat[:-1], num_rows, seq_len),
         targets_RS=_in_rows(flat[1:], num_rows, seq_len),
         segment_RS=_segments(lengths, num_rows, seq_len),
         domain_RS=_in_rows(np.repeat(domains, lengths), num_rows, seq_len),

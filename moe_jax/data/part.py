@@ -48,4 +48,4 @@ def in_memory(rows: Rows) -> Store:
     def fetch(index_N: np.ndarray) -> Rows:
         return Rows(*(field[index_N] for field in rows))
 
-    return Store(len(rows.inputs_RS), fetch)
+    return Store(len(rows.tokens_RS), fetch)

@@ -30,7 +30,8 @@ RECORD = "moe_jax_data.json"
 # The lock is held while a directory is prepared; its presence marks the directory as ours.
 LOCK = ".moe_jax_prepare"
 FORMAT = 1
-FIELDS = ("inputs", "targets", "segment", "domain")  # of a stored row, in the order of pack.Rows
+# The fields of pack.Rows, in their order, under their names on disk.
+FIELDS = ("inputs", "targets", "segment", "domain")
 # Every record has KEYS. Older records have no digests; KEYS_BEFORE_DIGESTS are all their keys, so
 # that a newer record that has lost its digests is not taken for one of them.
 KEYS = {
@@ -270,7 +271,7 @@ def _store(
             records = source.__getitems__([int(i) for i in index_N])
         rows = Rows(*(np.stack([record[name] for record in records]) for name in FIELDS))
         # NumPy and JAX would take an index that is out of range for another one, without a word.
-        _check_range(rows.inputs_RS, vocab_size, what)
+        _check_range(rows.tokens_RS, vocab_size, what)
         _check_range(rows.targets_RS, vocab_size, what)
         _check_range(rows.domain_RS, num_domains, what)
         return rows

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import layout
 from moe_jax.data.tokenizer import Decoder, Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.models.attention import Cache
@@ -120,7 +121,7 @@ def make_sampler(
     """
     cfg = for_decoding(model_cfg)
     engine = make_engine(cfg, tokenizer)
-    unstack = jax.jit(lambda tree: unstack_layers(tree, cfg.repeats))
+    unstack = jax.jit(lambda weights: tuple(layout.unstack(tree, model_cfg) for tree in weights))
     told: set[str] = set()
 
     def sampler(
@@ -300,21 +301,6 @@ def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax
     nucleus_BV = (before_BV < top_p) | (rank_1V == 0) | (top_p >= 1)
     last_B1 = jnp.where(likely_1V & nucleus_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
-
-
-def unstack_layers(tree: Any, repeats: int) -> Any:
-    """(params, router state) of a model with scan in the layout of one without."""
-
-    def loop(values: dict[str, Any]) -> dict[str, Any]:
-        if "repeats" not in values:
-            return values
-
-        def layer(i):
-            return jax.tree.map(lambda z: z[i], values["repeats"])
-
-        return {**values, "repeats": {i: layer(i) for i in range(repeats)}}
-
-    return tuple(loop(values) for values in tree)
 
 
 def power_of_two(n: int, least: int) -> int:

@@ -2,8 +2,8 @@
 with keys and values kept.
 
     encdec     the source is encoded once; the target begins with the boundary token
-    decoder    the source is the row's beginning, whose last token predicts the target's first; `source.inputs` [B, T] tells which of its
-               tokens are the prefix that sees all of itself
+    decoder    the source is the row's beginning, whose last token predicts the target's first; `source.prefix_BS`
+               tells which of its tokens are the prefix that sees all of itself
                (model.kinds.decoder.bidirectional_prefix)
 
 One jitted program of static shapes: a row stops at the boundary token, the loop when all have.
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax import layout
 from moe_jax.decoding.sample import Dials, draw
 from moe_jax.errors import UserError
 from moe_jax.models import decoder, encdec
@@ -62,8 +63,7 @@ def make_translator(
 
     @jax.jit
     def translate(params: Any, router_state: Any, source: Batch, dials: Dials) -> jax.Array:
-        if model_cfg.scan:
-            params, router_state = (unstacked(tree, model_cfg) for tree in (params, router_state))
+        params, router_state = (layout.unstack(tree, model_cfg) for tree in (params, router_state))
         model = bind(params, router_state)
         source = jax.tree.map(
             lambda z: jax.sharding.reshard(z, P(BATCH, *[None] * (z.ndim - 1))), source
@@ -151,15 +151,3 @@ def _begin_decoder(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int,
     mine_BS = jnp.arange(length)[None] == last_B[:, None]
     id_B = jnp.where(mine_BS, source.id_BS, 0).sum(1, dtype=jnp.int32)
     return forward, caches, *(jax.sharding.reshard(z, P()) for z in (id_B, last_B))
-
-
-def unstacked(values: Any, cfg: ModelConfig) -> Any:
-    """Parameters (or a router's state) of a model with scan in the layout of one without."""
-    out = dict(values)
-    if "repeats" in out:
-        out["repeats"] = {
-            i: jax.tree.map(lambda z, i=i: z[i], out["repeats"]) for i in range(cfg.repeats)
-        }
-    if "encoder" in out:
-        out["encoder"] = unstacked(out["encoder"], encdec.encoder_config(cfg))
-    return out

@@ -17,7 +17,9 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """NaN where a domain has fewer than two rows, of which no interval can be known."""
+    """The ends of 95 % intervals; NaN where a domain has fewer than two rows, of which no interval
+    can be known.
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -26,15 +28,13 @@ class Interval(NamedTuple):
 def ratios(
     sum_R: np.ndarray, size_R: np.ndarray, domain_R: np.ndarray, num_domains: int, seed: int
 ) -> tuple[Interval, Interval]:
-    """Intervals of the ratios of sums: in each domain, sum_R over size_R; and of their mean over
-    the domains that have rows.
+    """Returns intervals of ratios of sums: of sum_R over size_R in each domain, [..., Z], and of
+    their mean over the domains that have rows, [...].
 
     Args:
       sum_R: [..., R], such as the nats of each row.
       size_R: [R], such as its bytes; rows of size 0 are left out.
       seed: equal seeds give equal intervals.
-
-    Returns (Interval of [..., Z], Interval of [...]).
     """
     rng = np.random.default_rng(seed)
     shape = sum_R.shape[:-1]
@@ -55,7 +55,7 @@ def ratios(
 
 
 def _standard_error(sum_R: np.ndarray, size_R: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[...], of the ratio of the rows of one domain; NaN of a single row."""
+    """Returns the standard error [...] of the ratio in one domain; NaN of a single row."""
     num = len(size_R)
     if num < 2:
         return np.full(sum_R.shape[:-1], np.nan)
@@ -65,7 +65,7 @@ def _standard_error(sum_R: np.ndarray, size_R: np.ndarray, rng: np.random.Genera
 
 
 def _interval(figure: np.ndarray, error: np.ndarray, freedom: int) -> Interval:
-    """`freedom`: degrees of freedom of the error."""
+    """Returns the interval of a figure whose standard error has `freedom` degrees of freedom."""
     from scipy import stats  # here: training imports this module, and scipy takes a second
 
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1)) * error

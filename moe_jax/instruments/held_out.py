@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.data.batches import Batch, eval_batches
+from moe_jax import layout
+from moe_jax.data.batches import PackedText, eval_batches
 from moe_jax.data.load import Dataset
 from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
 from moe_jax.instruments import record
-from moe_jax.models import router_states
 from moe_jax.models.decodable import with_dispatcher
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.parallel.mesh import P
@@ -36,22 +36,18 @@ class Run(NamedTuple):
     dataset: Dataset
     params: Any
     router_state: Any
-    batches: Sequence[Batch]  # this process's rows of each held-out batch
+    batches: Sequence[PackedText]  # this process's rows of each held-out batch
     tell: Tell = silent  # is told what is being measured
-
-
-class One(NamedTuple):
-    array: jax.Array
 
 
 def open_run(
     cfg: Config, dataset: Dataset, params: Any, router_state: Any, num_batches: int
 ) -> Run:
-    """`num_batches` held-out batches of eval.batch_size rows, 0 = all; the model evaluates as
-    `eval.dispatcher` says.
+    """Returns a Run on `num_batches` held-out batches of eval.batch_size rows, 0 = all; the model
+    evaluates as `eval.dispatcher` says.
 
-    UserError for a model whose routing is not of every token: without MoE layers, or with a mixture
-    of depths around one.
+    Raises UserError for a model whose routing is not of every token: without MoE layers, or with a
+    mixture of depths around one.
     """
     record.check(cfg.model)
     if cfg.eval.dispatcher != "same":
@@ -61,89 +57,88 @@ def open_run(
     return Run(cfg, dataset, params, router_state, batches)
 
 
-def place(run: Run, batch: Batch, **told: Any) -> lm.Inputs:
-    """The batch on the mesh.
+def place(run: Run, batch: PackedText, request: Any = ()) -> PackedText:
+    """Returns the batch on the mesh.
 
-    `told`: further fields of lm.Inputs, as host arrays [B, ...] of the *whole* batch.
+    Args:
+      request: a Request to the MoE layers, in host arrays [B, M, ...] of the *whole* batch;
+          () = none.
     """
     size = run.cfg.eval.batch_size
-
-    def one(z):
-        return put_rows(run, z)
-
-    further = {name: jax.tree.map(one, value) for name, value in told.items()}
-    return put(batch, local_rows(size), size, lm.Inputs)._replace(**further)
+    told = jax.tree.map(lambda z: put_rows(run, z), request)
+    return put(batch, local_rows(size), size)._replace(request=told)
 
 
 def put_rows(run: Run, array: np.ndarray) -> jax.Array:
-    """A host array [B, ...] of the whole batch, sharded over rows."""
+    """Returns a host array [B, ...] of the whole batch on the mesh, sharded over rows."""
     size = run.cfg.eval.batch_size
     rows = local_rows(size)
-    return put((np.asarray(array)[rows],), rows, size, One).array
+    return put(np.asarray(array)[rows], rows, size)
 
 
 def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
-    """(params, router state, inputs) -> the held-out sums of contract.evaluate as float64; compiled
-    once for each kind of inputs.
+    """Returns (params, router state, batch) -> the held-out sums of contract.evaluate as float64.
+
+    The function is compiled once for each kind of request in the batch.
     """
     model = make_model(cfg)
 
     @jax.jit
-    def sums_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
-        sums = contract.evaluate(lm.TASK, model.bind(params, router_state), inputs, run.dataset)
+    def sums_of(params: Any, router_state: Any, batch: PackedText) -> Any:
+        sums = contract.evaluate(lm.TASK, model.bind(params, router_state), batch, run.dataset)
         return jax.sharding.reshard(sums, P())
 
     return lambda *args: jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(*args))
 
 
 def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
-    """Means of the sums of several batches, as evaluate.summary gives them."""
+    """Returns the means of the sums of several batches, as evaluate.summary gives them."""
     return summary(lm.TASK, jax.tree.map(lambda *z: np.sum(z, 0), *sums), run.dataset)
 
 
 def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:
-    """(params, router state, inputs) -> the record of the evaluated routing, [L, B, S, ...] of the
-    whole batch on every host.
+    """Returns (params, router state, batch) -> the record of the evaluated routing: [L, B, S, ...]
+    of the whole batch, on every host.
     """
     model = make_model(cfg)
 
     @jax.jit
-    def record_of(params: Any, router_state: Any, inputs: lm.Inputs) -> Any:
+    def record_of(params: Any, router_state: Any, batch: PackedText) -> Any:
         bound = model.bind(params, router_state)
-        return jax.sharding.reshard(lm.record(bound, inputs, jax.random.key(0), False, wanted), P())
+        return jax.sharding.reshard(lm.record(bound, batch, jax.random.key(0), False, wanted), P())
 
     return lambda *args: {name: np.asarray(z) for name, z in record_of(*args).items()}
 
 
-def whole(batch: Batch, size: int) -> Batch:
-    """The batch of all processes on every host, from this process's rows."""
+def whole(batch: PackedText, size: int) -> PackedText:
+    """Returns the batch of all processes on every host, from this process's rows."""
     if jax.process_count() == 1:
         return batch
     rows = local_rows(size)
-    return Batch(*(np.asarray(jax.sharding.reshard(z, P())) for z in put(batch, rows, size, Batch)))
+    return jax.tree.map(lambda z: np.asarray(jax.sharding.reshard(z, P())), put(batch, rows, size))
 
 
 def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:
-    """[L, B, ...] of the MoE layers -> [B, M, ...] of all blocks, zero for the others."""
+    """Returns [B, M, ...] of all blocks from [L, B, ...] of the MoE layers: zero for the others."""
     blocks = np.zeros((len(cfg.blocks),) + layers.shape[1:], layers.dtype)
-    blocks[[i for i, kind in enumerate(cfg.blocks) if kind.endswith("moe")]] = layers
+    blocks[layout.moe_blocks(cfg)] = layers
     return np.moveaxis(blocks, 0, 1)
 
 
 def router_weights(params: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """{name: [L, ...]} of the routers' parameters, on every host."""
+    """Returns the routers' parameters as {name: [L, ...]}, on every host."""
     return _stacked(_routers(params), cfg)
 
 
 def router_state(states: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """{name: [L, ...]} of the routers' states, on every host."""
+    """Returns the routers' states as {name: [L, ...]}, on every host."""
     return _stacked(states, cfg)
 
 
 def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
     if not jax.tree.leaves(tree):
         return {}
-    stacked = jax.jit(lambda tree: jax.sharding.reshard(router_states.stack(tree, cfg), P()))(tree)
+    stacked = jax.jit(lambda tree: jax.sharding.reshard(layout.by_moe_layer(tree, cfg), P()))(tree)
     return {name: np.asarray(w) for name, w in stacked.items()}
 
 
@@ -155,9 +150,9 @@ def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def gates(run: Run, what: str) -> np.ndarray:
-    """The gate matrices [L, D, E] of a router that has no other weights.
+    """Returns the gate matrices [L, D, E] of a router that has no other weights.
 
-    UserError, which says what needs them, when that is not so.
+    Raises UserError, which says what needs them, when that is not so.
     """
     weights = router_weights(run.params, run.cfg.model)
     others = ", ".join(sorted(set(weights) - {"gate"}))

@@ -15,9 +15,10 @@ QUANTILE = 0.95
 
 
 def mutual_information(counts_ZE: np.ndarray) -> np.ndarray:
-    """I(domain; expert) in bits, from counts of assignments [..., Z, E]; never negative.
+    """Returns I(domain; expert) in bits, at least 0, from counts of assignments [..., Z, E].
 
-    0: all domains use the experts alike. With an expert for each of n domains it is log2(n).
+    It is 0 where all domains use the experts alike, and log2(n) with an expert for each of n
+    domains.
     """
     conditional_ZE, weight_Z1 = _conditional(counts_ZE)
     mean_1E = (weight_Z1 * conditional_ZE).sum(-2, keepdims=True)
@@ -27,8 +28,8 @@ def mutual_information(counts_ZE: np.ndarray) -> np.ndarray:
 
 
 def ceiling(counts_ZE: np.ndarray) -> np.ndarray:
-    """The most that the mutual information could be, in bits: the smaller of the entropies of
-    domain and expert.
+    """Returns the most that the mutual information could be, in bits: the smaller of the entropies
+    of domain and expert.
     """
     conditional_ZE, weight_Z1 = _conditional(counts_ZE)
     mean_E = (weight_Z1 * conditional_ZE).sum(-2)
@@ -38,8 +39,8 @@ def ceiling(counts_ZE: np.ndarray) -> np.ndarray:
 def chance(
     experts_RLE: np.ndarray, domain_R: np.ndarray, num_domains: int, seed: int
 ) -> np.ndarray:
-    """[L]: what 95 % of shuffles stay below when the rows keep their routing but swap their
-    domains.
+    """Returns [L]: the mutual information below which 95 % of shuffles stay, when rows keep their
+    routing but swap their domains.
 
     Few rows give mutual information even where domains do not matter: a value below this one shows
     nothing. Rows of one document are alike, so chance reaches somewhat further than this.
@@ -58,10 +59,11 @@ def chance(
 
 
 def origin(counts_ZE: np.ndarray) -> np.ndarray:
-    """[..., Z, E]: the share of an expert's assignments that come from each domain, if all domains
-    had equally many.
+    """Returns [..., Z, E]: the share of an expert's assignments that come from each domain, if all
+    domains had equally many.
 
-    Adds up to 1 over domains. NaN for an expert without assignments, and for a domain without any.
+    The shares add up to 1 over domains. They are NaN for an expert without assignments, and for a
+    domain without any.
     """
     conditional_ZE, _ = _conditional(counts_ZE)
     sum_1E = conditional_ZE.sum(-2, keepdims=True)
@@ -70,8 +72,8 @@ def origin(counts_ZE: np.ndarray) -> np.ndarray:
 
 
 def _conditional(counts_ZE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(p(expert | domain), the weight of each domain [..., Z, 1]: equal for those that have
-    assignments, 0 for others).
+    """Returns p(expert | domain) [..., Z, E] and the weight of each domain [..., Z, 1]: equal for
+    those that have assignments, 0 for others.
     """
     sum_Z1 = counts_ZE.sum(-1, keepdims=True)
     there_Z1 = sum_Z1 > 0

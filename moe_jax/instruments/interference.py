@@ -5,7 +5,7 @@ For each MoE layer and each part of it (router, experts, attention, rest), g the
 language loss and a that of coefficient x auxiliary loss (x the adaptive weight, where there is one;
 ReLU's "l1" has its state as coefficient):
 
-    cosine = <g, a> / (|g| |a|)     below 0: what balances the experts undoes what the language loss learns
+    cosine = <g, a> / (|g| |a|)     below 0: balancing undoes what the language loss learns
     ratio  = |a| / |g|              how much of the step is the auxiliary loss's
 
 of all auxiliary losses together ("auxiliary") and of each alone. The gradients are pulled back from
@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import layout
 from moe_jax.errors import UserError
-from moe_jax.models import router_states
 from moe_jax.moe import losses
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.names import REPEATS
 from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.train_step import Model, State, make_loss, step_key
@@ -34,8 +33,8 @@ PARTS = ("router", "experts", "attention", "rest")
 
 
 def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, float]]:
-    """(state, batch) -> {"interference/layer_i/PART/LOSS_cosine": .., ".._ratio": ..} with the
-    randomness of that step.
+    """Returns (state, batch) -> {"interference/layer_i/PART/LOSS_cosine": .., ".._ratio": ..}, with
+    the randomness of that step.
 
     What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/...";
     i counts MoE layers.
@@ -82,8 +81,8 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
 
 
 def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[str, jax.Array]:
-    """The language loss, all that is added to it, and each auxiliary loss as it is added, where
-    there are several.
+    """Returns the language loss, the sum of all that is added to it, and each auxiliary loss as it
+    is added, where there are several.
     """
     totals, parts = aside
     named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
@@ -93,21 +92,23 @@ def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[
 
 
 def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
-    """{"layer_i/PART" or "outside": [3]}: the sums <g, a>, <g, g> and <a, a> over its parameters."""
+    """Returns {"layer_i/PART" or "outside": [3]}: the sums <g, a>, <g, g> and <a, a> over its
+    parameters.
+    """
     sums: dict[str, jax.Array] = {}
     for (path, x), y in zip(
         jax.tree_util.tree_flatten_with_path(g)[0], jax.tree.leaves(a), strict=True
     ):
-        keys = [key.key for key in path]
-        stacked = keys[0] == REPEATS and cfg.scan
+        keys = layout.keys_of(path)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         x, y = x.astype(wide), y.astype(wide)
-        over = tuple(range(int(stacked), x.ndim))
+        over = tuple(range(int(layout.is_stacked(keys, cfg.scan)), x.ndim))
         products = jnp.stack(
             [jax.sharding.reshard(z.sum(over), P()) for z in (x * y, x * x, y * y)], -1
         )
-        if _kind(keys, cfg).endswith("moe"):
-            layers = np.atleast_1d(router_states.layers_of(path, cfg))
+        blocks = layout.block_numbers(keys, cfg)
+        if blocks is not None and layout.has_experts(cfg)[blocks].all():
+            layers = np.atleast_1d(layout.moe_layer_numbers(keys, cfg))
             entries = {
                 f"layer_{layer}/{_part(keys)}": products.reshape(-1, 3)[i]
                 for i, layer in enumerate(layers)
@@ -116,13 +117,6 @@ def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
             entries = {"outside": products.reshape(-1, 3).sum(0)}
         sums |= {name: sums.get(name, 0) + three for name, three in entries.items()}
     return sums
-
-
-def _kind(keys: list[Any], cfg: ModelConfig) -> str:
-    """Of the block that a parameter belongs to; "" for the embedding and the head."""
-    if keys[0] in ("prefix", "suffix"):
-        return getattr(cfg, keys[0])[keys[1]]
-    return cfg.period[keys[2 if cfg.scan else 3]] if keys[0] == REPEATS else ""
 
 
 def _part(keys: list[Any]) -> str:

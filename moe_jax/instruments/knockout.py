@@ -1,7 +1,8 @@
 """What each expert is worth: the held-out loss, per domain, without it.
 
     removed    its assignments go nowhere; the other gates of a token stay as they are
-    around     its logit is masked, so that the next best expert takes its tokens (a router with a linear gate)
+    around     its logit is masked, so that the next best expert takes its tokens (a router with a
+               linear gate)
 
 One compiled function serves every expert of every layer: the expert is data, a mask [B, M, E] of
 the batch (moe/probe.py).
@@ -16,21 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import bootstrap, held_out
 from moe_jax.instruments.held_out import Run
-from moe_jax.tasks.lm import task as lm
+from moe_jax.moe.probe import Request
 
 PASSIVE = {"removed": "removed", "around": "routed around"}
-WAYS = {
-    "removed": "removed_BME",
-    "around": "barred_BME",
-}  # and the field of lm.Inputs that tells the layer
+WAYS = {"removed": "removed", "around": "barred"}  # and the field of the Request for each
 
 
 class Worth(NamedTuple):
-    """In bits per byte: `base_Z` with all experts, `change_LEZ` what the loss of an expert adds.
+    """What the experts are worth, in bits per byte: `base_Z` with all experts, `change_LEZ` what
+    the loss of an expert adds.
 
     `mean_LE` is the mean change over domains; `low` and `high` are the ends of 95 % intervals over
     held-out rows. NaN where no row is of a domain, and of an interval also where one row alone is.
@@ -48,8 +47,8 @@ class Worth(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Of each held-out row: the bytes that it predicts, its domain, and the nats that it loses
-    without each expert.
+    """The bytes that each held-out row predicts, its domain, and the nats that it loses without
+    each expert.
     """
 
     bytes_R: np.ndarray
@@ -58,19 +57,25 @@ class Rows(NamedTuple):
 
 
 def measure(run: Run, way: str, seed: int = 0) -> Worth:
-    """Takes one evaluation per expert and layer. `seed` is of the bootstrap.
+    """Returns what each expert is worth, after one evaluation per expert and layer.
 
-    UserError when the router cannot go round an expert.
+    Args:
+      way: a key of WAYS.
+      seed: of the bootstrap.
+
+    Raises UserError when the router cannot go round an expert.
     """
     num_experts, sums_of = run.cfg.model.moe.num_experts, held_out.make_sums(run, run.cfg.model)
     base: list[Any] = []
     parts: list[Rows] = []
     for number, batch in enumerate(run.batches):
-        inputs = held_out.place(run, batch)
+        on_mesh = held_out.place(run, batch)
         before = sums_of(
-            run.params, run.router_state, inputs._replace(**told(run, WAYS[way], 0, None))
+            run.params,
+            run.router_state,
+            on_mesh._replace(request=without(run, WAYS[way], 0, None)),
         )
-        after_LEB = _without_each(run, sums_of, inputs, way, number)
+        after_LEB = _without_each(run, sums_of, on_mesh, way, number)
         base.append({name: before[name] for name in ("nll", "bytes", "routing")})
         parts.append(_rows(run, batch, after_LEB - before["rows"]["nats"]))
     total = jax.tree.map(lambda *z: np.sum(z, 0), *base)
@@ -82,7 +87,7 @@ def measure(run: Run, way: str, seed: int = 0) -> Worth:
 def worth(
     rows: Rows, nats_Z: np.ndarray, bytes_Z: np.ndarray, routing_LEZ: np.ndarray, seed: int
 ) -> Worth:
-    """The figures of all rows, from what each lost and from the sums with all experts."""
+    """Returns the figures of all rows, from what each lost and from the sums with all experts."""
     bits_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
     lost_LEZ = rows.nats_LER @ (rows.domain_R[:, None] == np.arange(len(bytes_Z)))
     change_LEZ = lost_LEZ / bits_Z
@@ -102,13 +107,13 @@ def worth(
 
 
 def _shares(counts_LE: np.ndarray) -> np.ndarray:
-    """Of the sum over experts, the second dimension."""
+    """Returns counts as shares of their sum over experts, the second dimension."""
     return counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)
 
 
-def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
-    """The rows of all processes; bytes are those of the text, as the task counts them
-    (tasks/lm.py).
+def _rows(run: Run, batch: PackedText, nats_LEB: np.ndarray) -> Rows:
+    """Returns the rows of all processes; bytes are those of the text, as the task counts them
+    (tasks/lm).
     """
     whole, data = held_out.whole(batch, run.cfg.eval.batch_size), run.dataset
     domain_B = whole.domain_BS[:, 0]
@@ -117,9 +122,9 @@ def _rows(run: Run, batch: Batch, nats_LEB: np.ndarray) -> Rows:
 
 
 def _without_each(
-    run: Run, sums_of: Callable[..., Any], inputs: lm.Inputs, way: str, number: int
+    run: Run, sums_of: Callable[..., Any], batch: PackedText, way: str, number: int
 ) -> np.ndarray:
-    """[L, E, B]: the nats of each row of a batch without each expert."""
+    """Returns the nats [L, E, B] of each row of a batch without each expert."""
     cfg = run.cfg.model
     nats = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, run.cfg.eval.batch_size))
     for layer, expert in np.ndindex(nats.shape[:2]):
@@ -127,7 +132,9 @@ def _without_each(
             f"{way}, batch {number + 1} of {len(run.batches)}, expert {expert} of layer {layer}"
         )
         sums = sums_of(
-            run.params, run.router_state, inputs._replace(**told(run, WAYS[way], layer, expert))
+            run.params,
+            run.router_state,
+            batch._replace(request=without(run, WAYS[way], layer, expert)),
         )
         nats[layer, expert] = sums["rows"]["nats"]
         if way == "around" and sums["routing"][layer, :, expert].any():
@@ -138,12 +145,12 @@ def _without_each(
     return nats
 
 
-def told(run: Run, field: str, layer: int, expert: int | None) -> dict[str, Any]:
-    """The field of lm.Inputs that takes one expert of one MoE layer away, on every row; None: no
+def without(run: Run, field: str, layer: int, expert: int | None) -> Request:
+    """Returns the request that takes one expert of one MoE layer away, on every row; None: no
     expert.
     """
     cfg = run.cfg.model
     mask = np.zeros((cfg.num_moe_layers, run.cfg.eval.batch_size, cfg.moe.num_experts), bool)
     if expert is not None:
         mask[layer, :, expert] = True
-    return {field: held_out.put_rows(run, held_out.of_all_blocks(cfg, mask))}
+    return Request()._replace(**{field: held_out.put_rows(run, held_out.of_all_blocks(cfg, mask))})

@@ -6,8 +6,8 @@ on are drawn anew, with their documents and padding, and the logits of its first
 a difference is a leak from the future. Then all tokens of that row are drawn anew, with the
 vectors, the source or the basket that it has, and the logits of all other rows are compared: a
 difference is a leak from the batch. Both in training mode (same key) and in evaluation mode. What a
-config claims is in moe/causality.py; here it is seen. A model that reads its whole row before it
-answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
+config claims is in config/causality.py; here it is measured. A model that reads its whole row
+before it answers (an encoder, MMoE) has no future, so of it the second comparison is made alone.
 
 Everything is in float64. A change below NOISE of the largest logit counts as none: rows of a
 grouped product change their place in memory with the routing of other tokens, and a sum in another
@@ -31,6 +31,7 @@ from moe_jax.models import MODELS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
+from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
 from moe_jax.parallel import mesh
@@ -49,8 +50,8 @@ DRAWS = 4  # of tokens; the changed row is another one each time
 
 
 class Leak(NamedTuple):
-    """Of the outputs that must not change: the largest change over the largest |logit|, and the
-    share of tokens that changed.
+    """How far outputs moved that must not change: the largest change over the largest |logit|, and
+    the share of tokens that changed.
     """
 
     delta: float
@@ -58,22 +59,25 @@ class Leak(NamedTuple):
 
 
 class Measured(NamedTuple):
+    """How far outputs move when other tokens are drawn."""
+
     future: Leak  # when later tokens of the sequence change
     batch: Leak  # when another sequence changes
 
 
 def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measured]:
-    """{"train": ..., "eval": ...} of a small config (see `shrink`), on one device.
+    """Returns {"train": ..., "eval": ...} of a small config (see `shrink`), measured on one device.
 
-    Needs jax_enable_x64, or NOISE is below the rounding.
+    It needs jax_enable_x64, or NOISE is below the rounding.
     """
     rng, found = np.random.default_rng(seed), []
     num, length = cfg.train.batch_size, cfg.data.seq_len
-    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         logits = _program(cfg, rng)
         for draw in range(draws):
             row, middle = draw % num, length // 2
-            first, other = _draw(cfg, rng, one_document=True), _draw(cfg, rng, one_document=False)
+            first = _draw(cfg, rng, one_document=True)
+            other = _draw(cfg, rng, one_document=False)
             mine_BS = np.broadcast_to(np.arange(num)[:, None] == row, (num, length))
             base, rest = logits(first), np.arange(num) != row
             future = np.zeros(2), np.zeros(2)
@@ -81,7 +85,7 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
                 later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
                 future = _change(base[:, row, :middle], later[:, row, :middle])
             changed = _where(mine_BS, other, first)._replace(
-                inputs=_in_row(row, other.inputs, first.inputs)
+                **{name: _in_row(row, getattr(other, name), getattr(first, name)) for name in OTHER}
             )
             found.append((future, _change(base[:, rest], logits(changed)[:, rest])))
     values = np.array(found)  # [draw, future or batch, delta or share, mode]
@@ -93,15 +97,15 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
 
 
 def has_future(cfg: Config) -> bool:
-    """Whether a model answers at each place from what stands before it: only then can later tokens
-    leak into earlier outputs.
+    """Returns whether a model answers at each place from what stands before it: only then can later
+    tokens leak into earlier outputs.
     """
     return MODELS[cfg.model.kind].causal
 
 
 def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
-    """Random tokens with all that belongs to them: without `one_document`, another document begins
-    in each row, and its end is padding.
+    """Draws random tokens with all that belongs to them; without `one_document`, another document
+    begins in each row, and its end is padding.
     """
     num, length, moe = cfg.train.batch_size, cfg.data.seq_len, cfg.model.moe
     place_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (num, length))
@@ -116,25 +120,39 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
         expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options.k].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
     row_B = np.arange(num, dtype=np.int32)
-    kind = MODELS[cfg.model.kind]
-    inputs = kind.random_inputs(cfg.model.kind_options, cfg.model.vocab_size, (num, length), rng)
     return Batch(
-        id_BS, place_BS - again_BS * cut_B1, segment_BS, row_B, inputs=inputs, recorded=recorded
+        id_BS=id_BS,
+        position_BS=place_BS - again_BS * cut_B1,
+        segment_BS=segment_BS,
+        row_B=row_B,
+        request=Request(recorded),
+        **_other(cfg, rng, row_B),
     )
 
 
+# The fields of a Batch that hold what a kind of model reads beside tokens.
+OTHER = ("vectors_BSP", "source_rows", "feature_BL", "feature_weight_BL")
+
+
+def _other(cfg: Config, rng: np.random.Generator, row_B: np.ndarray) -> dict[str, Any]:
+    """Returns those of `OTHER` that the model of `cfg` reads, drawn at random."""
+    shape = len(row_B), cfg.data.seq_len
+    kind = MODELS[cfg.model.kind]
+    return kind.random_inputs(cfg.model.kind_options, cfg.model.vocab_size, shape, rng)
+
+
 def _in_row(row: int, other: Any, first: Any) -> Any:
-    """The inputs of `other` in one row, in all others those of `first`."""
+    """Returns the arrays of `other` in one row, in all other rows those of `first`."""
     return jax.tree.map(lambda a, b: np.where(_rows_like(b) == row, a, b), other, first)
 
 
 def _rows_like(x: np.ndarray) -> np.ndarray:
-    """The number of each row [B, 1, ...], to be compared with values [B, ...]."""
+    """Returns the number of each row [B, 1, ...], to be compared with values [B, ...]."""
     return np.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
-    """The tokens of `other` where `changed_BS`, else those of `first`."""
+    """Returns the batch `first` with the tokens of `other` where `changed_BS`."""
 
     def pick(a, b):
         return np.where(changed_BS, a, b)
@@ -146,11 +164,12 @@ def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
         name: pick(getattr(other, name), getattr(first, name))
         for name in ("id_BS", "position_BS", "segment_BS")
     }
-    return first._replace(**tokens, recorded=jax.tree.map(pick_K, other.recorded, first.recorded))
+    request = jax.tree.map(pick_K, other.request, first.request)
+    return first._replace(**tokens, request=request)
 
 
 def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndarray]:
-    """batch -> logits [2, B, S, V] in training and in evaluation mode, of one random model."""
+    """Returns batch -> logits [2, B, S, V] of one random model, in training and evaluation mode."""
     model = make_model(cfg.model)
     weights = _values(cfg, jax.eval_shape(model.init, jax.random.key(0)), rng)
 
@@ -168,16 +187,17 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
         return jax.device_put(z, mesh.sharding(*names))
 
     def logits(batch: Batch) -> np.ndarray:
-        recorded = jax.tree.map(lambda z: put(z, None, "batch"), batch.recorded)
-        placed = jax.tree.map(lambda z: put(z, "batch"), batch._replace(recorded=()))
-        return np.stack(jax.device_get(run(*weights, placed._replace(recorded=recorded))))
+        request = jax.tree.map(lambda z: put(z, None, "batch"), batch.request)
+        rest = batch._replace(request=Request())
+        placed = jax.tree.map(lambda z: put(z, "batch"), rest)._replace(request=request)
+        return np.stack(jax.device_get(run(*weights, placed)))
 
     return logits
 
 
 def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
-    """Random parameters and router state, drawn in NumPy: to compile the model's own draw takes
-    longer than all the rest.
+    """Returns random parameters and router state, drawn in NumPy: to compile the model's own draw
+    takes longer than all the rest.
     """
     moe = cfg.model.moe
     declared = (Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size), moe.router_options)
@@ -200,18 +220,17 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(largest change over the largest |logit|, share of tokens that changed) of each mode, [2];
-    the modes come first.
+    """Returns, for each mode [2], the largest change over the largest |logit| and the share of
+    tokens that changed; modes are the first dimension of the logits.
     """
-    per_token = (
-        np.abs(after - before).max(-1) / np.abs(before).max()
-    )  # of a whole row where that has one output
+    # Of a whole row, where a model gives one output for a row.
+    per_token = np.abs(after - before).max(-1) / np.abs(before).max()
     per_token = np.where(per_token > NOISE, per_token, 0).reshape(2, -1)
     return per_token.max(-1), (per_token > 0).mean(-1)
 
 
 def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that is measured in seconds, from a nested dict of one: router, ordering,
+    """Returns a config that is measured in seconds, from a nested dict of one: router, ordering,
     dispatcher, experts and group_rows are kept.
     """
     small = copy.deepcopy(dict(raw))
@@ -234,17 +253,17 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     model |= {"repeats": min(model["repeats"], 1), "allow_leak": True}
     model["moe"] = {**model["moe"], "expert_hidden": 8}
     model["vocab_size"] = max(64, model["moe"]["num_experts"])
-    # Of a group at least 4 tokens per expert, so that capacity is not all rounding.
+    # A group has at least 4 tokens per expert, so that capacity is not all rounding.
     small["data"] = {**small["data"], "seq_len": max(32, 4 * model["moe"]["num_experts"] // group)}
     small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
     small["eval"] = {**small["eval"], "batch_size": 0}
-    small["mesh"], small["simulate_devices"] = {"data": 1, "expert": 1, "model": 1}, 0
+    small["mesh"], small["simulate_devices"] = mesh.ONE.written(), 0
     model["kinds"] = {**model["kinds"], model["kind"]: _small_kind(small)}
     return small
 
 
 def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the chosen kind of model, fitted to the rows that are measured."""
+    """Returns the options of the chosen kind of model, fitted to the rows that are measured."""
     options = dict(small["model"]["kinds"][small["model"]["kind"]])
     if options.get("learned_positions"):
         options["learned_positions"] = small["data"]["seq_len"]
@@ -258,17 +277,16 @@ def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
-    """Every router x ordering x dispatcher that the rules allow, as small configs that otherwise
-    are `raw`'s; capacity and tile bind.
+    """Yields every router x ordering x dispatcher that the rules allow, as small configs that are
+    otherwise like `raw`; capacity and tile bind.
     """
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
     for options in moe["dispatchers"].values():
         if "factor" in options:
             options["factor"] = TIGHT
-    moe["losses"] = dict.fromkeys(
-        moe["losses"], 0.0
-    )  # some need a router that has their sums; nothing is trained here
+    # Some losses need a router that has their sums, and nothing is trained here.
+    moe["losses"] = dict.fromkeys(moe["losses"], 0.0)
     moe["adaptive"]["rate"] = 0.0
     for router, ordering, dispatcher in itertools.product(ROUTERS, ORDERINGS, DISPATCHERS):
         chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
@@ -281,8 +299,8 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
 
 
 def _tile(small: Mapping[str, Any], router: str) -> int:
-    """Twice an even load: an expert's count is rounded to nothing or to all, whichever is nearer,
-    so that rounding shows.
+    """Returns twice an even load: an expert's count is rounded to nothing or to all, whichever is
+    nearer, so that rounding shows.
     """
     moe = small["model"]["moe"]
     promise = ROUTERS[router].declared(
@@ -295,9 +313,8 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
 
 
 def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
-    """What the label of a config and its measurement say together:
-
-    "safe", "leaks ...", or that the label is wrong.
+    """Returns what the label of a config and its measurement say together: "safe", "leaks ...", or
+    that the label is wrong.
     """
     seen, kinds = causality.sees(cfg.model), ("future", "batch") if has_future(cfg) else ("batch",)
     measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}

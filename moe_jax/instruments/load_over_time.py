@@ -7,17 +7,14 @@ Shapes: L MoE layers, T steps that were noted, E experts.
 import numpy as np
 
 MOST_ROWS = 256  # steps in the picture: beyond them every second one is forgotten
-CELL, TALL, GAP = (
-    0.16,
-    1.7,
-    0.55,
-)  # inches: width of an expert's column, height of a panel, space between panels
+# Inches: the width of an expert's column, the height of a panel, the space between panels.
+CELL, TALL, GAP = 0.16, 1.7, 0.55
 WIDEST = 12.0  # inches of all panels of a line
 SHADES = 2.5  # powers of two above and below the mean that have a colour of their own
 
 
 class LoadOverTime:
-    """Notes the assignments of a step to the experts of each layer, and draws all that were noted."""
+    """Notes the assignments of steps to the experts of each layer, and draws them."""
 
     def __init__(self, num_experts: int):
         self._num_experts = num_experts
@@ -25,7 +22,7 @@ class LoadOverTime:
         self._load: list[np.ndarray] = []  # over the mean of the layer [L, E]
 
     def note(self, step: int, counts_LC: np.ndarray) -> None:
-        """The counts of a step; classes behind the experts (null experts) are left out."""
+        """Notes the counts of a step; classes behind the experts (null experts) are left out."""
         counts_LE = np.asarray(counts_LC, np.float64)[:, : self._num_experts]
         mean_L1 = counts_LE.mean(1, keepdims=True)
         self._steps.append(step)
@@ -37,7 +34,9 @@ class LoadOverTime:
         return len(self._steps)
 
     def picture(self) -> np.ndarray:
-        """An image [H, W, 3], uint8. White is the mean load of the layer, red more, blue less."""
+        """Returns an image [H, W, 3], uint8: white is the mean load of the layer, red more, blue
+        less.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -51,13 +50,9 @@ class LoadOverTime:
         figure = Figure(figsize=size, dpi=100)
         for layer in range(layers):
             line, column = divmod(layer, columns)
-            place = (
-                left + column * (width + GAP),
-                size[1] - 0.35 - line * (TALL + GAP + 0.2) - 0.2 - TALL,
-            )
-            ax = figure.add_axes(
-                (place[0] / size[0], place[1] / size[1], width / size[0], TALL / size[1])
-            )
+            x = left + column * (width + GAP)
+            y = size[1] - 0.35 - line * (TALL + GAP + 0.2) - 0.2 - TALL
+            ax = figure.add_axes((x / size[0], y / size[1], width / size[0], TALL / size[1]))
             self._panel(ax, load_LTE[layer], f"MoE layer {layer}", first=column == 0)
         self._shades(
             figure,
@@ -96,7 +91,7 @@ class LoadOverTime:
             ax.set_ylabel("step", fontsize=8)
 
     def _shades(self, figure, x: float, y: float, height: float) -> None:
-        """The scale of the colours."""
+        """Draws the scale of the colours."""
         ax = figure.add_axes((x, y, 0.012, height))
         ax.imshow(
             np.linspace(SHADES, -SHADES, 64)[:, None],

@@ -2,8 +2,8 @@
 (`knockout`).
 
 Both have a panel for each MoE layer: figures of each expert above, domain by expert below. Places
-are in inches from the upper left
-corner: the automatic layouts of matplotlib take a minute for 32 layers.
+are in inches from the upper left corner: the automatic layouts of matplotlib take a minute for 32
+layers.
 
 Shapes: L MoE layers, Z domains, E experts, R held-out rows.
 """
@@ -53,18 +53,18 @@ class Plan(NamedTuple):
 
     @property
     def panel(self) -> float:
-        """The height of a panel with its title, its ticks and the space to the next."""
+        """Returns the height of a panel with its title, its ticks and the space to the next."""
         return self.above + self.below + 0.68
 
     @property
     def total(self) -> float:
-        """The width of all, with the bar of colours and its labels."""
+        """Returns the width of all panels, with the bar of colours and its labels."""
         return self.left + self.columns * (self.width + 0.2) + 1.2
 
 
 def plan(layers: int, num_experts: int, names: Sequence[str], above: float) -> Plan:
-    """As many columns of panels as make the picture about as high as it is wide, and no wider than
-    WIDEST.
+    """Returns the plan with as many columns of panels as make the picture about as high as it is
+    wide, and no wider than WIDEST.
     """
     cell = 0.34 if num_experts <= NUMBERED else 0.17 if num_experts <= 32 else 0.11
     left = 0.9 + LETTER * max(map(len, names))
@@ -95,7 +95,7 @@ class Page:
         self.figure.text(*place, "\n".join(broken(text, self.width)), fontsize=SMALL + 1, va="top")
 
     def save(self, path: Path) -> np.ndarray:
-        """Returns the pixels [H, W, 3] too."""
+        """Writes a PNG, and returns the pixels [H, W, 3] too."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.image import imsave
 
@@ -159,7 +159,7 @@ def routing(
 def _draw_information(
     page: Page, counts_LZE: np.ndarray, chance_L: np.ndarray, top: float, height: float
 ) -> None:
-    """A bar for each layer, and beside it in words what it means."""
+    """Draws a bar for each layer, and writes beside it what it means."""
     bits_L, most_L = information.mutual_information(counts_LZE), information.ceiling(counts_LZE)
     left, words = 1.0, 4.4  # inches of the names of layers and of the words
     width = page.width - left - words
@@ -184,7 +184,9 @@ def _draw_information(
 
 
 def _draw_load(ax: Any, load_E: np.ndarray, most: float) -> None:
-    """`most`: the highest load of all layers, so that the bars of layers can be compared."""
+    """Draws the load of each expert; `most` is the highest load of all layers, so that the bars of
+    layers can be compared.
+    """
     even = 1 / len(load_E)
     ax.bar(np.arange(len(load_E)), load_E, width=0.8, color=INK)
     ax.axhline(even, color=ALERT, linestyle="--", linewidth=1)
@@ -193,7 +195,9 @@ def _draw_load(ax: Any, load_E: np.ndarray, most: float) -> None:
 
 
 def _draw_origin(ax: Any, counts_ZE: np.ndarray, names: Sequence[str], even: float) -> None:
-    """The colours reach to three times the even share, so that layers and runs can be compared."""
+    """Draws where tokens come from; the colours reach to three times the even share, so that layers
+    and runs can be compared.
+    """
     from matplotlib.colors import TwoSlopeNorm
 
     share_ZE = information.origin(counts_ZE)
@@ -248,7 +252,7 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
 
 
 def _limits(worth: Worth) -> tuple[float, float]:
-    """Of the axis of the means: all intervals of all layers, and 0."""
+    """Returns the ends of the axis of the means, which holds all intervals of all layers, and 0."""
     ends = np.concatenate(
         [np.ravel(z) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)]
     )
@@ -260,9 +264,8 @@ def _limits(worth: Worth) -> tuple[float, float]:
 def _draw_means(
     ax: Any, mean_E: np.ndarray, low_E: np.ndarray, high_E: np.ndarray, limits: tuple[float, float]
 ) -> None:
-    reach = np.abs(
-        np.nan_to_num([mean_E - low_E, high_E - mean_E])
-    )  # no interval is known of a domain with one row
+    # No interval is known of a domain with one row.
+    reach = np.abs(np.nan_to_num([mean_E - low_E, high_E - mean_E]))
     ax.axhline(0, color="black", linewidth=0.8)
     ax.errorbar(
         np.arange(len(mean_E)),
@@ -288,7 +291,7 @@ def _draw_changes(
 
 
 def _pairs(page: Page, top: float, panels: Plan, layers: int) -> list[tuple[Any, Any]]:
-    """(upper axes, lower axes) of each layer, with its title."""
+    """Returns (upper axes, lower axes) of each layer, with its title."""
     pairs = []
     for layer in range(layers):
         line, column = divmod(layer, panels.columns)
@@ -301,8 +304,8 @@ def _pairs(page: Page, top: float, panels: Plan, layers: int) -> list[tuple[Any,
 
 
 def _name_panels(pairs: Sequence[tuple[Any, Any]], columns: int, what: str) -> None:
-    """Names of domains, and of what is drawn above, stand at the first column; "expert" below the
-    last line.
+    """Writes the names of domains, and of what is drawn above, at the first column, and "expert"
+    below the last line.
     """
     for layer, (above, below) in enumerate(pairs):
         above.set_xlim(below.get_xlim())
@@ -332,7 +335,7 @@ def _heat_map(ax: Any, values_ZE: np.ndarray, names: Sequence[str], norm: Any) -
 
 
 def _colour_bar(page: Page, panels: Plan, top: float, pairs: Sequence[tuple[Any, Any]]) -> Any:
-    """To the right of the panels, which all have the same colours."""
+    """Draws the bar of colours to the right of the panels, which all have the same colours."""
     left = panels.left + panels.columns * (panels.width + 0.2)
     height = min(3.0, panels.lines * panels.panel - 0.6)
     axes = page.axes(left, top + 0.25, 0.16, height)

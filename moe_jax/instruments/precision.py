@@ -1,7 +1,8 @@
 """How many routing decisions hang on rounding: the share of chosen experts that change with
 precision and with batch composition.
 
-    router     the router's logits in bfloat16 (its activations, weights and logits rounded), on the same activations
+    router     the router's logits in bfloat16 (its activations, weights and logits rounded), on
+               the same activations
     model      the whole model in bfloat16, its router in float32 as always
     order      the same rows in reverse order
     size       the same rows in batches of half the size
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Run
@@ -33,15 +34,13 @@ from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens
 
-Record = Callable[..., held_out.Arrays]  # (params, router state, inputs) -> the record of a batch
+Record = Callable[..., held_out.Arrays]  # (params, router state, batch) -> its record
 QUANTILES = (0.01, 0.1, 0.5, 0.9)
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """{"flips": {kind:
-
-    [L]}, "margins": {quantile: [L]}, "notes": {kind: why it is missing}}, means over valid
-    decisions.
+    """Returns {"flips": {kind: [L]}, "margins": {quantile: [L]}, "notes": {kind: why it is
+    missing}}, means over valid decisions.
     """
     cfg = run.cfg.model
     record_of = held_out.make_record(cfg, probe.INPUTS)
@@ -80,10 +79,10 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def _perturbed(
-    run: Run, record_of: Record, low: Record, batch: Batch, input_LBSD: np.ndarray
-) -> dict[str, Callable[[Batch], np.ndarray]]:
-    """{kind: the batch of all processes -> the experts [L, B, S, K] that are taken now}; `batch` is
-    of this process.
+    run: Run, record_of: Record, low: Record, batch: PackedText, input_LBSD: np.ndarray
+) -> dict[str, Callable[[PackedText], np.ndarray]]:
+    """Returns {kind: the batch of all processes -> the experts [L, B, S, K] that are taken now};
+    `batch` is of this process.
     """
     weights = run.params, run.router_state
     return {
@@ -97,10 +96,9 @@ def _perturbed(
 
 
 def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> np.ndarray:
-    """[2, L]:
+    """Returns [2, L]: the decisions of `before` that `after` does not make, and all decisions.
 
-    (decisions of `before` that `after` does not make, decisions); the order of a token's experts
-    does not count.
+    The order of a token's experts does not count.
     """
     kept = (before_LBSK[..., :, None] == after_LBSK[..., None, :]).any(-1)
     real = before_LBSK < num_experts
@@ -108,9 +106,9 @@ def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> 
 
 
 def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
-    """What the router takes the k largest of, [L, B, S, E].
+    """Returns the scores [L, B, S, E] of which the router takes the k largest.
 
-    UserError where a token's experts are not simply those.
+    Raises UserError where a token's experts are not simply those.
     """
     moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
     options = moe.router_options
@@ -136,16 +134,18 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
 
 
 def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
-    """[L, B, S]: the k-th largest score minus the next; infinite when every expert is chosen."""
+    """Returns [L, B, S]: the k-th largest score minus the next; infinite when every expert is
+    chosen.
+    """
     if k >= score_LBSE.shape[3]:
         return np.full(score_LBSE.shape[:3], np.inf)
     sorted_LBSE = -np.sort(-score_LBSE, -1)
     return sorted_LBSE[..., k - 1] - sorted_LBSE[..., k]
 
 
-def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray:
-    """The experts [L, B, S, K] that the router takes when its logits are those of a bfloat16
-    product.
+def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.ndarray:
+    """Returns the experts [L, B, S, K] that the router takes when its logits are those of a
+    bfloat16 product.
 
     The rounded logits are given to the router itself as activations, with the identity as its gate,
     so that all that comes after the logits (softmax, bias, groups) is the router's own.
@@ -193,20 +193,21 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: Batch) -> np.ndarray
 
 
 def _rearranged(
-    run: Run, record_of: Callable[..., Any], batch: Batch, order_B: np.ndarray
+    run: Run, record_of: Callable[..., Any], batch: PackedText, order_B: np.ndarray
 ) -> np.ndarray:
-    """The experts of the rows in another order, brought back to the first; a row keeps its number,
-    and so its randomness.
+    """Returns the experts of the rows in another order, brought back to the first order; a row
+    keeps its number, and so its randomness.
     """
     rows = held_out.local_rows(run.cfg.eval.batch_size)
-    moved = Batch(*(z[order_B][rows] for z in batch))
+    moved = jax.tree.map(lambda z: z[order_B][rows], batch)
     expert = record_of(run.params, run.router_state, held_out.place(run, moved))["expert"]
     return expert[:, np.argsort(order_B)]
 
 
-def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndarray:
+def _in_halves(run: Run, record_of: Callable[..., Any], batch: PackedText) -> np.ndarray:
+    """Returns the experts of the same rows in two batches of half the size."""
     size = run.cfg.eval.batch_size // 2
-    devices = run.cfg.mesh.data * run.cfg.mesh.expert
+    devices = run.cfg.mesh.batch_devices
     if (
         not size
         or run.cfg.eval.batch_size % 2
@@ -221,7 +222,7 @@ def _in_halves(run: Run, record_of: Callable[..., Any], batch: Batch) -> np.ndar
         cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size))
     )
     rows = held_out.local_rows(size)
-    parts = [Batch(*(z[at : at + size][rows] for z in batch)) for at in (0, size)]
+    parts = [jax.tree.map(lambda z, at=at: z[at : at + size][rows], batch) for at in (0, size)]
     experts = [
         record_of(run.params, run.router_state, held_out.place(smaller, part))["expert"]
         for part in parts

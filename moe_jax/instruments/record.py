@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import layout
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.moe import probe
 from moe_jax.parallel.mesh import P
@@ -34,25 +36,21 @@ from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import Model, State, micro_batches, step_key
 
 MANIFEST = "manifest.json"
-SAME_RUN = (
-    "seed",
-    "model",
-    "optim",
-    "data",
-)  # blocks of the config that make the routing; the mesh is none of them
+# The blocks of the config that make the routing; the mesh is none of them.
+SAME_RUN = ("seed", "model", "optim", "data")
 SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
 
 
 def recorded(cfg: Config) -> Callable[[int], bool]:
-    """Whether the routing of a step is to be written."""
+    """Returns the test whether the routing of a step is to be written."""
     return cfg.record.steps
 
 
 def make_recorder(
     cfg: Config, model: Model, domains: Sequence[str], directory: Path
-) -> Callable[[int, State, lm.Inputs], None]:
-    """(step, state before it, its batch) -> writes the file of the step, if `record.steps` asks for
-    it. All processes call it.
+) -> Callable[[int, State, PackedText], None]:
+    """Returns (step, state before it, its batch) -> None, which writes the file of the step if
+    `record.steps` asks for it. All processes call it.
     """
     asked = recorded(cfg)
     if cfg.record.steps:
@@ -60,16 +58,14 @@ def make_recorder(
     num, rows = cfg.train.num_micro_batches, cfg.record.rows or cfg.train.batch_size
 
     @jax.jit
-    def record_of(state: State, batch: lm.Inputs) -> Any:
+    def record_of(state: State, batch: PackedText) -> Any:
         rng = step_key(cfg, state.step)
         bound = model.bind(state.params, state.router_state)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
 
         def run(_, part):
-            return (
-                None,
-                jax.sharding.reshard(lm.record(bound, part, rng, True, probe.ROUTING), P()),
-            )
+            record = lm.record(bound, part, rng, True, probe.ROUTING)
+            return None, jax.sharding.reshard(record, P())
 
         fields = jax.lax.scan(run, None, micro)[1]
         whole = {
@@ -77,23 +73,20 @@ def make_recorder(
         }
         return whole, jax.sharding.reshard(batch, P())
 
-    def recorder(step: int, state: State, batch: lm.Inputs) -> None:
-        if asked(step):
-            fields, inputs = jax.device_get(record_of(state, batch))
-            if jax.process_index() == 0:
-                write(
-                    directory,
-                    step,
-                    compact(fields, inputs, cfg.model.moe.num_experts, rows),
-                    about(cfg, domains),
-                )
+    def recorder(step: int, state: State, batch: PackedText) -> None:
+        if not asked(step):
+            return
+        fields, whole = jax.device_get(record_of(state, batch))
+        if jax.process_index() == 0:
+            arrays = compact(fields, whole, cfg.model.moe.num_experts, rows)
+            write(directory, step, arrays, about(cfg, domains))
 
     return recorder
 
 
 def check(cfg: ModelConfig) -> None:
-    """UserError for a model whose routing is not of every token: without MoE layers, or with a
-    mixture of depths around one.
+    """Raises UserError for a model whose routing is not of every token: without MoE layers, or with
+    a mixture of depths around one.
     """
     if not cfg.num_moe_layers:
         raise UserError(
@@ -108,44 +101,47 @@ def check(cfg: ModelConfig) -> None:
 
 
 def _rows_in_order(z: jax.Array, num: int, group_rows: int) -> jax.Array:
-    """[num, L, B / num, ...] of micro-batches -> [L, B, ...]: the inverse of `micro_batches`."""
+    """Returns [L, B, ...] from [num, L, B / num, ...] of micro-batches: the inverse of
+    `micro_batches`.
+    """
     z = jnp.moveaxis(z, 0, 1)
     z = z.reshape((z.shape[0], num, z.shape[2] // group_rows, group_rows) + z.shape[3:])
     return jnp.swapaxes(z, 1, 2).reshape((z.shape[0], -1) + z.shape[4:])
 
 
 def compact(
-    fields: dict[str, np.ndarray], inputs: Any, num_experts: int, rows: int
+    fields: dict[str, np.ndarray], batch: Any, num_experts: int, rows: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of a file from a record [L, B, S, K] and its batch, of the first `rows` rows."""
+    """Returns the arrays of a file from a record [L, B, S, K] and its batch, of the first `rows`
+    rows.
+    """
 
     def small(z):
         return z.astype(np.min_scalar_type(int(z.max(initial=0))))
 
-    batch = {"token": inputs.tokens_BS, "segment": inputs.segment_BS, "domain": inputs.domain_BS}
+    read = {"token": batch.tokens_BS, "segment": batch.segment_BS, "domain": batch.domain_BS}
     return {
         "expert": fields["expert"][:, :rows].astype(np.min_scalar_type(num_experts)),
         "gate": fields["gate"][:, :rows].astype(np.float16),
         "dropped": fields["dropped"][:, :rows].astype(bool),
-        **{name: small(np.asarray(z)[:rows]) for name, z in batch.items()},
+        **{name: small(np.asarray(z)[:rows]) for name, z in read.items()},
     }
 
 
 def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says of the run."""
-    moe = [i for i, kind in enumerate(cfg.model.blocks) if kind.endswith("moe")]
+    """Returns what the manifest says of the run."""
     return {
         "config": config_hash(cfg),
         "router": cfg.model.moe.router,
         "num_experts": cfg.model.moe.num_experts,
-        "blocks": moe,
+        "blocks": layout.moe_blocks(cfg.model).tolist(),
         "domains": list(domains),
     }
 
 
 def config_hash(cfg: Config) -> str:
-    """SHA-256 of what makes the routing: equal on every mesh, and however the layers are stored or
-    recomputed.
+    """Returns the SHA-256 of what makes the routing: equal on every mesh, and however the layers
+    are stored or recomputed.
     """
     every = dataclasses.asdict(cfg)
     chosen: dict[str, Any] = {name: every[name] for name in SAME_RUN} | {
@@ -159,7 +155,7 @@ def config_hash(cfg: Config) -> str:
 
 
 def write(directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    """Writes the file of a step and its line in the manifest; a file of the same step is replaced."""
+    """Writes the file of a step and its line in the manifest; replaces a file of the same step."""
     directory.mkdir(parents=True, exist_ok=True)
     name, buffer = file_name(step), io.BytesIO()
     save: Any = np.savez_compressed  # whose keyword arguments are the arrays
@@ -180,7 +176,7 @@ def write(directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict
 
 
 def read(directory: Path, step: int) -> dict[str, np.ndarray]:
-    """The arrays of a step. UserError when it was not recorded."""
+    """Returns the arrays of a step. Raises UserError when it was not recorded."""
     path = directory / file_name(step)
     if not path.exists():
         steps = (p.stem.removeprefix("step_") for p in directory.glob("step_*.npz"))

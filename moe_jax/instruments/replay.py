@@ -3,15 +3,17 @@ everything else as it is.
 
     own        recorded and replayed: no gap, which proves the replay
     frozen     as an earlier checkpoint of the run routes the same batches
-    shuffled   the assignments of a batch (a token's experts and gates) dealt out anew among its tokens: every expert keeps its load
-    balanced   equally many tokens for every expert, and of all such assignments the one with the highest total router probability
-               (a transport problem, solved exactly; each token's gates are its probabilities, of
-               softmax or of the router's own score, scaled to the sum of its own gates)
+    shuffled   the assignments of a batch (a token's experts and gates) dealt out anew among its
+               tokens: every expert keeps its load
+    balanced   equally many tokens for every expert, and of all such assignments the one with the
+               highest total router probability (a transport problem, solved exactly; each token's
+               gates are its probabilities, of softmax or of the router's own score, scaled to the
+               sum of its own gates)
     random     k different experts, uniformly, with the token's own gates
 
 All MoE layers are replaced at once, by the router "recorded"; other parameters are those of the
 checkpoint. `under` makes the same model for training: a step takes the routing from
-`lm.Inputs.recorded`. retrain.py goes on training under each way.
+`Request.recorded`. retrain.py goes on training under each way.
 
 Shapes: L MoE layers, B rows, S sequence, K choices, E experts, N valid tokens.
 """
@@ -25,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out
 from moe_jax.instruments.held_out import Arrays, Run
@@ -52,19 +54,21 @@ class Seen(NamedTuple):
 
 
 def under(cfg: ModelConfig, num_choices: int, gates: str) -> ModelConfig:
-    """The model with the router "recorded" in place of its own; gates "recorded", or of the
-    "router", which then learns.
+    """Returns the model with the router "recorded" in place of its own.
+
+    Args:
+      gates: "recorded", or "router", whose gates then learn.
     """
     declared = ROUTERS[cfg.moe.router].declared(cfg.moe.num_experts, cfg.moe.router_options)
-    # Capacity follows the load that is meant.
+    # Capacity follows the load that the router means to have.
     options = recorded.Options(k=num_choices, gates=gates, average=declared.average or 0.0)
     moe = dataclasses.replace(cfg.moe, router=ROUTER, router_options=options)
     return dataclasses.replace(cfg, moe=moe)
 
 
 def fitted(values: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The weights of a model as those of the same model `under` another routing (`like`): what its
-    router lacks is zero.
+    """Returns the weights of a model as those of the same model `under` another routing (`like`):
+    what its router lacks is zero.
     """
 
     def one(key: Any, wanted: Any) -> Any:
@@ -79,11 +83,14 @@ def fitted(values: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]
 
 
 def own(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the model's own routing."""
     return seen.expert_LBSK, seen.gate_LBSK
 
 
 def shuffled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """A token's experts and gates stay together, so its experts stay different and every load stays
+    """Deals the assignments of a layer out anew among its tokens.
+
+    A token's experts and gates stay together, so its experts stay different and every load stays
     what it is.
     """
     expert, gate = seen.expert_LBSK.copy(), seen.gate_LBSK.copy()
@@ -95,13 +102,17 @@ def shuffled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
 
 
 def uniform(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """Places that the router left empty stay empty."""
+    """Draws k different experts for each token; places that the router left empty stay empty."""
     draws = seen.rng.random(seen.expert_LBSK.shape[:3] + (seen.num_experts,))
     expert = np.argsort(draws, -1)[..., : seen.expert_LBSK.shape[3]]
     return np.where(seen.expert_LBSK < seen.num_experts, expert, seen.num_experts), seen.gate_LBSK
 
 
 def balanced(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the assignment that is balanced and has the highest router probability.
+
+    Raises UserError for a router that leaves places empty.
+    """
     expert, gate, probs = seen.expert_LBSK.copy(), seen.gate_LBSK.copy(), seen.probs_LBSE()
     num_choices = expert.shape[3]
     if (expert[:, seen.valid_BS] == seen.num_experts).any():
@@ -114,18 +125,17 @@ def balanced(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
         taken_NK = np.take_along_axis(probs_NE, chosen_NK, 1)
         sum_N1 = gate[layer][seen.valid_BS].sum(1, keepdims=True)
         expert[layer][seen.valid_BS] = chosen_NK
-        gate[layer][seen.valid_BS] = (
-            taken_NK / np.maximum(taken_NK.sum(1, keepdims=True), 1e-30) * sum_N1
-        )
+        share_NK = taken_NK / np.maximum(taken_NK.sum(1, keepdims=True), 1e-30)
+        gate[layer][seen.valid_BS] = share_NK * sum_N1
     return expert, gate
 
 
 def best_balanced(probs_NE: np.ndarray, num_choices: int) -> np.ndarray:
-    """[N, K]: k different experts for each token, at most ceil(N k / E) tokens for each expert, the
-    largest total probability.
+    """Returns [N, K]: k different experts for each token, at most ceil(N k / E) tokens for each
+    expert, with the largest total probability.
 
-    The linear program of a transport problem, whose corners are whole numbers; a token's experts in
-    order of falling probability.
+    It is the linear program of a transport problem, whose corners are whole numbers. A token's
+    experts are in order of falling probability.
     """
     from scipy import optimize, sparse
 
@@ -157,16 +167,14 @@ WAYS: dict[str, Callable[[Seen], tuple[np.ndarray, np.ndarray]]] = {
 def evaluate(
     run: Run, earlier: Mapping[int, tuple[Any, Any]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """{way: figures}:
+    """Returns {way: figures}: "bits_per_byte", "loss", "domain/NAME/..." and the gaps of both to
+    the model's own routing ("gap/...").
 
-    "bits_per_byte", "loss", "domain/NAME/..." and the gaps of both to the model's own routing
-    ("gap/...").
+    A way that this router does not allow has no figures but the reason, under "note".
 
     Args:
       earlier: {step: (params, router state)} of earlier checkpoints, each the way "frozen STEP".
       seed: of the shuffled and random ways.
-
-    A way that this router does not allow has no figures but the reason, under "note".
     """
     plain = held_out.make_sums(run, run.cfg.model)
     record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
@@ -174,14 +182,14 @@ def evaluate(
     notes: dict[str, str] = {}
     replayed: Callable[..., Any] | None = None
     for number, batch in enumerate(run.batches):
-        inputs = held_out.place(run, batch)
+        on_mesh = held_out.place(run, batch)
         run.tell(f"batch {number + 1} of {len(run.batches)}, the model itself")
-        sums.setdefault("model", []).append(plain(run.params, run.router_state, inputs))
-        record = record_of(run.params, run.router_state, inputs)
+        sums.setdefault("model", []).append(plain(run.params, run.router_state, on_mesh))
+        record = record_of(run.params, run.router_state, on_mesh)
         replayed = replayed or _replay(run, record["expert"].shape[3])
         seen = make_seen(run, batch, record, np.random.default_rng([seed, number]))
         frozen = {
-            f"frozen {step}": functools.partial(_frozen, record_of, *old, inputs)
+            f"frozen {step}": functools.partial(_frozen, record_of, *old, on_mesh)
             for step, old in earlier.items()
         }
         for name, way in {**WAYS, **frozen}.items():
@@ -193,7 +201,8 @@ def evaluate(
     return gaps(run, sums, notes, "model")
 
 
-def make_seen(run: Run, batch: Batch, record: Arrays, rng: np.random.Generator) -> Seen:
+def make_seen(run: Run, batch: PackedText, record: Arrays, rng: np.random.Generator) -> Seen:
+    """Returns what a way may use of a record of `batch`."""
     valid_BS = held_out.whole(batch, run.cfg.eval.batch_size).segment_BS > 0
 
     def probs():
@@ -205,15 +214,16 @@ def make_seen(run: Run, batch: Batch, record: Arrays, rng: np.random.Generator) 
 
 
 def _frozen(
-    record_of: Callable[..., Arrays], params: Any, router_state: Any, inputs: Any, seen: Seen
+    record_of: Callable[..., Arrays], params: Any, router_state: Any, batch: Any, seen: Seen
 ):
-    """The routing of another checkpoint, which has nothing to do with what was seen of this one."""
+    """Returns the routing of another checkpoint, which does not depend on that of this one."""
     del seen
-    record = record_of(params, router_state, inputs)
+    record = record_of(params, router_state, batch)
     return record["expert"], record["gate"]
 
 
 def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
+    """Returns (batch, routing) -> the held-out sums of the model under that routing."""
     cfg = under(run.cfg.model, num_choices, "recorded")
     like = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
     weights = tuple(fitted(z, l) for z, l in zip((run.params, run.router_state), like, strict=True))
@@ -222,7 +232,7 @@ def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
     def replayed(batch: Any, routing: tuple[np.ndarray, np.ndarray]) -> Any:
         expert, gate = (held_out.of_all_blocks(cfg, z) for z in routing)
         return sums_of(
-            *weights, held_out.place(run, batch, recorded=(expert.astype(np.int32), gate))
+            *weights, held_out.place(run, batch, probe.Request((expert.astype(np.int32), gate)))
         )
 
     return replayed
@@ -239,8 +249,8 @@ def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
 def gaps(
     run: Run, sums: Mapping[str, list[Any]], notes: Mapping[str, str], to: str
 ) -> dict[str, dict[str, Any]]:
-    """{way: figures of its sums of all batches, and their gaps to those of the way `to`}, and the
-    notes.
+    """Returns {way: figures of its sums of all batches, and their gaps to those of the way `to`},
+    and the notes.
     """
     every = {
         name: _scalars(held_out.figures(run, s))

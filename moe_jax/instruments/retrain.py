@@ -2,7 +2,8 @@
 routings than the model's own.
 
     own, shuffled, balanced, random     as in replay.py
-    frozen                              as the checkpoint routes the same batch, whatever has been learned since
+    frozen                              as the checkpoint routes the same batch, whatever has been
+                                        learned since
 
 At every step the model in training routes its batch (as it evaluates: without dropout and noise),
 the way changes that routing, and the step is taken under the router "recorded"; the held-out
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import Batch, Batches
+from moe_jax.data.batches import Batches, PackedText
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, replay
 from moe_jax.instruments.held_out import Run
@@ -29,20 +30,20 @@ from moe_jax.moe import probe
 from moe_jax.moe.routing import top_k
 from moe_jax.parallel.batch_rows import local_rows
 from moe_jax.schema.config import Config, MoEConfig
-from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, judged, make_model, make_step, make_tx
 
 FROZEN = "frozen"
 WAYS = {**replay.WAYS, FROZEN: replay.own}
 
-Route = Callable[[str, Any, Batch, int], lm.Inputs]  # (way, params, batch, number of its draws)
+# (way, params, batch, number of its draws) -> the batch with its routing
+Route = Callable[[str, Any, PackedText, int], PackedText]
 
 
 def evaluate(
     run: Run, cfg: Config, state: State, steps: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """{way: figures} as replay.evaluate gives them, after `steps` steps under each way, with gaps
-    to "own".
+    """Returns {way: figures} as replay.evaluate gives them, after `steps` steps under each way,
+    with gaps to "own".
 
     Args:
       cfg: of the training run, as `run.cfg` may have another dispatcher.
@@ -52,15 +53,13 @@ def evaluate(
     learning = run._replace(cfg=dataclasses.replace(cfg, eval=size))
     route_heldout, route_batch = make_route(run, state, seed), make_route(learning, state, seed)
     first = route_heldout("own", state.params, run.batches[0], 0)
-    told = first.recorded[0].shape[-1], gates(cfg.model.moe)
+    choices_and_gates = first.request.recorded[0].shape[-1], gates(cfg.model.moe)
     begin, step_fn = make_learner(
-        dataclasses.replace(cfg, model=replay.under(cfg.model, *told)), state
+        dataclasses.replace(cfg, model=replay.under(cfg.model, *choices_and_gates)), state
     )
-    sums_of = held_out.make_sums(run, replay.under(run.cfg.model, *told))
-    batches, rows = (
-        Batches(run.dataset, "train", cfg.seed, cfg.train.batch_size),
-        local_rows(cfg.train.batch_size),
-    )
+    sums_of = held_out.make_sums(run, replay.under(run.cfg.model, *choices_and_gates))
+    batches = Batches(run.dataset, "train", cfg.seed, cfg.train.batch_size)
+    rows = local_rows(cfg.train.batch_size)
 
     def trained(way: str) -> State:
         now = begin
@@ -75,17 +74,16 @@ def evaluate(
         try:
             now = trained(way)
             parts = enumerate(run.batches)
-            inputs = [route_heldout(way, judged(now), batch, number) for number, batch in parts]
-            sums[way] = [sums_of(judged(now), now.router_state, one) for one in inputs]
+            routed = [route_heldout(way, judged(now), batch, number) for number, batch in parts]
+            sums[way] = [sums_of(judged(now), now.router_state, batch) for batch in routed]
         except UserError as error:
             notes[way] = str(error)
     return replay.gaps(run, sums, notes, "own")
 
 
 def gates(moe: MoEConfig) -> str:
-    """Of the router "recorded":
-
-    "router" where it then gives the gates of the model itself, else "recorded".
+    """Returns whose gates the router "recorded" shall give: "router" where it then gives those of
+    the model itself, else "recorded".
     """
     o = moe.router_options
     softmax = isinstance(o, top_k.Options) and o.scale == 1
@@ -94,27 +92,27 @@ def gates(moe: MoEConfig) -> str:
 
 
 def make_route(run: Run, old: State, seed: int) -> Route:
-    """The batch on the mesh, with what a way makes of the routing by `params` (way "frozen": by
-    those of the checkpoint, `old`).
+    """Returns the Route: the batch on the mesh, with what a way makes of the routing by `params`
+    (way "frozen": by those of the checkpoint, `old`).
     """
     record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
 
-    def route(way: str, params: Any, batch: Batch, number: int) -> lm.Inputs:
+    def route(way: str, params: Any, batch: PackedText, number: int) -> PackedText:
         by = run._replace(
             params=old.params if way == FROZEN else params, router_state=old.router_state
         )
         record = record_of(by.params, by.router_state, held_out.place(run, batch))
         seen = replay.make_seen(by, batch, record, np.random.default_rng([seed, number]))
         expert, gate = (held_out.of_all_blocks(run.cfg.model, z) for z in WAYS[way](seen))
-        return held_out.place(run, batch, recorded=(expert.astype(np.int32), gate))
+        return held_out.place(run, batch, probe.Request((expert.astype(np.int32), gate)))
 
     return route
 
 
 def make_learner(cfg: Config, state: State) -> tuple[State, Callable[..., Any]]:
-    """(the state as one of the model of `cfg`, its compiled step).
+    """Returns the state as one of the model of `cfg`, and its compiled step.
 
-    UserError for a router with other weights than a matrix.
+    Raises UserError for a router with other weights than a matrix.
     """
     model = make_model(cfg.model)
     params, router_state = jax.eval_shape(model.init, jax.random.key(0))

@@ -12,8 +12,8 @@ MOE = ("route", "dispatch", "experts", "combine")
 class Instruction(NamedTuple):
     """One line of compiled text.
 
-    `computation`: where it stands. `called`: the computations that it runs. `scope`: "" = not
-    known.
+    `computation` is the one in which it stands, `called` are those that it runs. `scope` is ""
+    where it is not known.
     """
 
     opcode: str
@@ -24,9 +24,8 @@ class Instruction(NamedTuple):
 
 
 def read_instructions(hlo: str) -> dict[str, Instruction]:
-    """{name:
-
-    Instruction} of the text of a compiled module (`jitted.lower(...).compile().as_text()`).
+    """Returns {name: Instruction} of the text of a compiled module
+    (`jitted.lower(...).compile().as_text()`).
     """
     found: dict[str, Instruction] = {}
     computation = ""
@@ -56,10 +55,10 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
 
 
 def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
-    """{instruction: scope path}.
+    """Returns {instruction: scope path}.
 
-    One that the compiler added takes the scope of what it fuses, else of the loop around it, of the
-    first instruction that uses it (a copy is made for its user), or of what it uses.
+    An instruction that the compiler added takes the scope of what it fuses, else of the loop around
+    it, of the first instruction that uses it (a copy is made for its user), or of what it uses.
     """
     users: dict[str, list[str]] = {}
     inside: dict[str, list[str]] = {}

@@ -11,12 +11,12 @@ from moe_jax.terminal.table import Table, names, numbers
 
 
 def notes(found: Mapping[str, str]) -> list[str]:
-    """What a table does not have, and why."""
+    """Returns lines that say what a table does not have, and why."""
     return [f"no {name}: {text}" for name, text in found.items()]
 
 
 def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> list[Table | str]:
-    """Bits per byte under each routing, and its gap to the model's own, per domain too."""
+    """Returns bits per byte under each routing, and its gap to the model's own, per domain too."""
     # A domain may have slashes in its name.
     head, tail = "domain/", "/bits_per_byte"
     keys = [key for key in result["own"] if key.startswith(head) and key.endswith(tail)]
@@ -34,7 +34,7 @@ def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> list[Table | 
 
 
 def precision(result: Mapping[str, Any]) -> list[Table | str]:
-    """Flips in percent of all decisions, and quantiles of the margin, per layer."""
+    """Returns flips in percent of all decisions, and quantiles of the margin, per layer."""
     num_layers = len(next(iter(result["flips"].values()), []))
     layers = [f"layer {i}" for i in range(num_layers)]
     table = Table([*names(""), *numbers(*layers)], title="routing decisions that flip, and margins")
@@ -47,8 +47,8 @@ def precision(result: Mapping[str, Any]) -> list[Table | str]:
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str]:
-    """What the loss of each expert costs every domain, and the mean over domains that have rows,
-    with its interval.
+    """Returns what the loss of each expert costs every domain, and the mean over domains that have
+    rows, with its interval.
     """
     title = (
         f"bits per byte more when an expert is {PASSIVE[way]} (*: the 95 % interval leaves out 0)"
@@ -77,8 +77,8 @@ def _mark(low: float, high: float) -> str:
 
 
 def interference(result: Mapping[str, float]) -> list[Table | str]:
-    """Cosine and norm ratio of each auxiliary loss against the language loss, one line a layer and
-    part.
+    """Returns the cosine and the norm ratio of each auxiliary loss against the language loss, one
+    line a layer and part.
     """
     losses = sorted({key.rsplit("/", 1)[1].rsplit("_", 1)[0] for key in result})
     columns = [f"{name} {kind}" for name in losses for kind in ("cosine", "ratio")]
@@ -93,8 +93,8 @@ def interference(result: Mapping[str, float]) -> list[Table | str]:
 
 
 def _order(place: str) -> tuple[bool, int, int]:
-    """Layers by number, in each the parts as PARTS has them and then the rest; what is outside of
-    them last.
+    """Returns the key by which lines are sorted: layers by number, in each the parts as PARTS has
+    them and then the rest; what is outside of layers comes last.
     """
     layer, _, part = place.partition("/")
     if place == "outside":

@@ -20,11 +20,8 @@ from jax.profiler import ProfileData
 from moe_jax.instruments.scopes import Instruction, find_scopes, phase_of, read_instructions
 
 SLOWEST = 12  # instructions in phases.txt
-CONTAINERS = (
-    "while",
-    "conditional",
-    "call",
-)  # run other instructions, which have events of their own
+# They run other instructions, which have events of their own.
+CONTAINERS = ("while", "conditional", "call")
 
 
 class Profile:
@@ -38,29 +35,30 @@ class Profile:
         self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
 
     def begins(self, step: int) -> bool:
-        """Whether the trace starts before `step`: the first step of the range that this run gets
-        to.
+        """Returns whether the trace starts before `step`: the first step of the range that this run
+        gets to.
         """
         return self._begun < 0 and self._steps[0] <= step < self._steps[1]
 
     def begin(self, step: int, state: Any) -> None:
-        """Before `step` runs: starts the trace if it begins there."""
+        """Starts the trace if it begins before `step`, which runs next."""
         if self.begins(step):
             jax.block_until_ready(state)  # no earlier step belongs into it
             jax.profiler.start_trace(self._folder)
             self._begun = step
 
     def ends(self, done: int, last: bool) -> bool:
-        """Whether the trace ends after `done` steps: with its range or with the run."""
+        """Returns whether the trace ends after `done` steps: with its range or with the run."""
         return self._begun >= 0 and (done == self._steps[1] or last)
 
     def end(self, done: int, last: bool, step_fn: Any, state: Any, batch: Any) -> list[str]:
-        """After `done` steps: ends the trace if that was the last of the range or of the run.
+        """Ends the trace if the step before `done` was the last of the range or of the run.
 
-        What to show.
+        Args:
+          step_fn: the jitted step, whose next arguments are `state` and `batch`: it was compiled
+              long ago, so that its text takes milliseconds.
 
-        `step_fn`: the jitted step, and its next arguments: compiled long ago, so that its text
-        takes milliseconds.
+        Returns what to show: nothing, or where the profile is and its table.
         """
         if not self.ends(done, last):
             return []
@@ -95,7 +93,7 @@ class Change(NamedTuple):
 
 
 def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction]) -> list[Change]:
-    """What happens in a trace (*.xplane.pb), in order.
+    """Returns what happens in a trace (*.xplane.pb), in order.
 
     Instructions of other modules have the name "".
     """
@@ -125,8 +123,8 @@ def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction
 
 
 def innermost(events: list[tuple[float, float, str]]) -> Iterator[tuple[float, float, str]]:
-    """The events (start, end, name) of one thread, each without the time of the events within it:
-    no time counts twice.
+    """Yields the events (start, end, name) of one thread, each without the time of the events
+    within it: no time counts twice.
     """
     stack: list[tuple[float, str]] = []
     at = 0.0
@@ -143,9 +141,8 @@ def innermost(events: list[tuple[float, float, str]]) -> Iterator[tuple[float, f
 
 
 def share(changes: list[Change]) -> tuple[dict[str, float], float]:
-    """({name: ns}, ns in which nothing runs).
-
-    The sum is the time from the first change to the last.
+    """Returns {name: ns}, and the ns in which nothing runs; together the time from the first change
+    to the last.
 
     Instructions that run at the same moment, on several threads or devices, share it evenly; those
     that are only under way share what is left.
@@ -188,9 +185,9 @@ def write(directory: Path, hlo: str, steps: int) -> tuple[Path, Phases]:
     Args:
       directory: as given to `jax.profiler.start_trace`.
       hlo: compiled text of the step.
-      steps: that were traced.
+      steps: the number that were traced.
 
-    Returns: (path of phases.txt, the phases).
+    Returns the path of phases.txt, and the phases.
     """
     path = max(directory.glob("plugins/profile/*/*.xplane.pb"), key=lambda p: p.stat().st_mtime)
     instructions = read_instructions(hlo)
@@ -241,7 +238,7 @@ def _rows(result: Phases, scopes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def table(result: Phases) -> str:
-    """The phases as text: ms a step, forward and backward, and their share of a step."""
+    """Returns the phases as text: ms a step, forward and backward, and their share of a step."""
     whole = sum(result.phases.values()) + result.idle
     lines = [f"{'phase':16}{'ms a step':>10}{'share':>8}{'forward':>10}{'backward':>10}"]
     for phase in dict.fromkeys(phase for phase, _ in result.phases):

@@ -32,7 +32,7 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.config import Config, KindOptions, ModelConfig, Stack
 from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option
 from moe_jax.weights import Weight, Weights
 
@@ -54,10 +54,10 @@ class Options(KindOptions):
     num_classes: int = option(0, "0 = the next token", NO_LABEL_OR_MORE)
     attends: ClassVar[bool] = False
 
-    def all_blocks(self, own: tuple[str, ...]) -> tuple[str, ...]:
+    def stacks(self, own: Stack) -> dict[str, Stack]:
         """Returns none: the model is made of no blocks."""
         del own
-        return ()
+        return {}
 
 
 def _options(cfg: ModelConfig) -> Options:

@@ -27,10 +27,10 @@ def small_already(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def tokens_alone(
     options: Any, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
-) -> Any:
+) -> dict[str, Any]:
     """Says that a model reads nothing beside tokens."""
     del options, vocab_size, shape, rng
-    return ()
+    return {}
 
 
 class Kind(NamedTuple):
@@ -57,7 +57,8 @@ class Kind(NamedTuple):
     instruments: bool = False
     # (raw options) -> changed keys and values that make its model small, for proofs.
     small: Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]] = small_already
-    # (options, vocab_size, shape [B, S], rng) -> what it reads beside tokens, as random NumPy arrays.
+    # (options, vocab_size, shape [B, S], rng) -> the fields of a Batch that it reads beside tokens,
+    # as random NumPy arrays.
     random_inputs: Callable[..., Any] = tokens_alone
     # Yields what is wrong with its options together.
     refusals: Callable[[Config], Iterator[str]] = no_refusals

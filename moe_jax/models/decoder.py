@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import layout
 from moe_jax.models import depth
 from moe_jax.models.attention import Attention, Cache, CrossAttention, Memory
 from moe_jax.models.contract import Kind
@@ -78,7 +79,7 @@ class Context(NamedTuple):
 class Look(NamedTuple):
     """What the attention of a stack of blocks sees."""
 
-    # "full" = the whole segment, "prefix" = where batch.inputs [B, S] is True the prefix, "none" =
+    # "full" = the whole segment, "prefix" = where batch.prefix_BS is not 0 the prefix, "none" =
     # no attention
     mask: str = "causal"
     cross: bool = False  # cross-attention to context.source
@@ -152,11 +153,8 @@ class Block(nnx.Module):
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask != "none":
             h = rms_norm(x_BSD, self.norms["attention_norm_scale"], cfg.norm_epsilon)
-            prefix_BS = (
-                batch.inputs
-                if self.look.mask == "prefix" and isinstance(batch.inputs, jax.Array)
-                else None
-            )
+            has_prefix = self.look.mask == "prefix" and isinstance(batch.prefix_BS, jax.Array)
+            prefix_BS = batch.prefix_BS if has_prefix else None
             y, cache = self.attention(
                 h, batch.segment_BS, batch.position_BS, cache, seen_BM, prefix_BS
             )
@@ -251,8 +249,8 @@ def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
 
 
-# A stack of blocks: a module has them as `prefix`, `repeats` (with scan one Period of stacked
-# parameters, else a list) and `suffix`.
+# A stack of blocks: a module has them as `prefix`, `repeats` (as layout.draw_repeats makes them) and
+# `suffix`.
 
 
 def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
@@ -264,16 +262,11 @@ def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look)
 def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
     """(prefix, repeats, suffix) from three keys."""
     prefix, suffix = blocks(keys[0], cfg.prefix, cfg, look), blocks(keys[2], cfg.suffix, cfg, look)
-    if not cfg.repeats:
-        return prefix, nnx.List([]), suffix
-    # Drawn stacked in both layouts: the same values, and one compiled draw however many layers
-    # there are.
-    stacked = jax.vmap(lambda key: Period(key, cfg, look))(jax.random.split(keys[1], cfg.repeats))
 
-    def layer(i):
-        return jax.tree.map(lambda z: z[i], stacked)
+    def period(key):
+        return Period(key, cfg, look)
 
-    return prefix, stacked if cfg.scan else nnx.List([layer(i) for i in range(cfg.repeats)]), suffix
+    return prefix, layout.draw_repeats(period, keys[1], cfg.repeats, cfg.scan), suffix
 
 
 def run_stack(
@@ -288,20 +281,15 @@ def run_stack(
     def at(i):
         return context._replace(index=context.index + i)
 
+    def run_period(period, x_BSD, repeat):
+        index = len(cfg.prefix) + repeat * len(cfg.period)
+        return run_blocks(run, period.blocks, x_BSD, at(index))
+
     x_BSD, before = run_blocks(run, model.prefix, x_BSD, context)
-    x_BSD, middle = _repeats(run, model.repeats, x_BSD, at(len(cfg.prefix)), cfg)
+    x_BSD, middle = layout.run_repeats(run_period, model.repeats, x_BSD, cfg)
     last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
     x_BSD, after = run_blocks(run, model.suffix, x_BSD, at(last))
-    return x_BSD, by_name(jnp.concatenate, [before, middle, after])
-
-
-def in_order(model: Any) -> list[Block]:
-    """The blocks of a module in the loop layout."""
-    return [
-        *model.prefix,
-        *(block for period in model.repeats for block in period.blocks),
-        *model.suffix,
-    ]
+    return x_BSD, layout.join_sums(jnp.concatenate, [before, middle, after])
 
 
 def run_cached(
@@ -309,33 +297,10 @@ def run_cached(
 ) -> tuple[jax.Array, list[Any]]:
     """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
     context, new = Context(batch, jax.random.key(0), jnp.int32(0)), []
-    for block, cache, source in zip(in_order(model), caches, sources, strict=True):
+    for block, cache, source in zip(layout.blocks_in_order(model), caches, sources, strict=True):
         x_BSD, _, cache = block(x_BSD, context._replace(source=source), False, cache)
         new.append(cache)
     return x_BSD, new
-
-
-def _repeats(run, periods, x_BSD: jax.Array, context: Context, cfg: ModelConfig):
-    def at(i):
-        return context._replace(index=context.index + i * len(cfg.period))
-
-    if cfg.scan and cfg.repeats:
-
-        def body(x, xs):
-            return run_blocks(run, xs[0].blocks, x, at(xs[1]))
-
-        x_BSD, sums = jax.lax.scan(body, x_BSD, (periods, jnp.arange(cfg.repeats, dtype=jnp.int32)))
-
-        # Told where: beside a single repeat and a single row a reshape forgets that rows are split.
-        def joined(z):
-            return jnp.reshape(z, (-1,) + z.shape[2:], out_sharding=P(None, BATCH))
-
-        return x_BSD, jax.tree.map(joined, sums)
-    parts = []
-    for i, period in enumerate(periods):
-        x_BSD, sums = run_blocks(run, period.blocks, x_BSD, at(i))
-        parts.append(sums)
-    return x_BSD, by_name(jnp.concatenate, parts)
 
 
 def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
@@ -346,17 +311,7 @@ def run_blocks(run, blocks, x_BSD: jax.Array, context: Context):
     for i, block in enumerate(blocks):
         x_BSD, sums = run(block, x_BSD, context._replace(index=context.index + i))
         parts.append(sums)
-    return x_BSD, by_name(jnp.stack, parts)
-
-
-def by_name(
-    join: Callable[..., jax.Array], parts: list[dict[str, jax.Array]]
-) -> dict[str, jax.Array]:
-    """Joins what is there under each name: a block has the sums of its MoE layer, of its depth
-    router, both or none.
-    """
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: join([part[name] for part in parts if name in part]) for name in names}
+    return x_BSD, layout.join_sums(jnp.stack, parts)
 
 
 def empty_caches(cfg: ModelConfig, num_rows: int, length: int) -> list[Any]:
@@ -396,15 +351,15 @@ def remat(cfg: ModelConfig, train: bool):
 
 
 def of_block(batch: Batch, index: jax.Array) -> Batch:
-    """The batch with what is told to one block (blocks count from 1) instead of [num_blocks, B,
-    ...] of all.
+    """Returns the batch with the request to one block, instead of that to all of them.
+
+    `index` counts blocks from 1.
     """
 
     def one(z):
         return jax.lax.dynamic_index_in_dim(z, index - 1, keepdims=False)
 
-    told = ("recorded", "removed_BE", "barred_BE")
-    return batch._replace(**{name: jax.tree.map(one, getattr(batch, name)) for name in told})
+    return batch._replace(request=jax.tree.map(one, batch.request))
 
 
 def out_std(width: int, cfg: ModelConfig) -> float:

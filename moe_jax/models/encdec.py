@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.layout import blocks_in_order, join_sums
 from moe_jax.models import encoder
 from moe_jax.models.attention import Memory
 from moe_jax.models.contract import Kind, writes_nothing
@@ -31,10 +32,8 @@ from moe_jax.models.decoder import (
     Look,
     Source,
     as_decoder,
-    by_name,
     embed,
     embedding,
-    in_order,
     output_head,
     run_cached,
     run_stack,
@@ -43,7 +42,7 @@ from moe_jax.models.decoder import (
 )
 from moe_jax.models.layers import dropout, rms_norm
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.config import BLOCKS, Config, KindOptions, ModelConfig
+from moe_jax.schema.config import BLOCKS, Config, KindOptions, ModelConfig, Stack
 from moe_jax.schema.options import COUNT, not_among, option
 from moe_jax.weights import Weight, Weights
 
@@ -57,24 +56,19 @@ class Options(KindOptions):
     encoder_repeats: int = option(4, "of the encoder's period", COUNT)
     encoder_suffix: tuple[str, ...] = option((), "blocks after the encoder's last period")
 
-    def all_blocks(self, own: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns the blocks of the encoder, then those of the decoder."""
-        period = self.encoder_period * self.encoder_repeats
-        return self.encoder_prefix + period + self.encoder_suffix + own
+    def stacks(self, own: Stack) -> dict[str, Stack]:
+        """Returns the stack of the encoder, then that of the decoder."""
+        encoder = Stack(
+            self.encoder_prefix, self.encoder_period, self.encoder_repeats, self.encoder_suffix
+        )
+        return {"encoder": encoder, "": own}
 
 
 def encoder_config(cfg: ModelConfig) -> ModelConfig:
     """Returns the encoder's stack as a model of its own: its blocks, everything else as in `cfg`."""
-    options = cfg.kind_options
-    assert isinstance(options, Options)
+    stack = cfg.stacks["encoder"]
     return dataclasses.replace(
-        cfg,
-        kind=encoder.NAME,
-        kind_options=encoder.Options(),
-        prefix=options.encoder_prefix,
-        period=options.encoder_period,
-        repeats=options.encoder_repeats,
-        suffix=options.encoder_suffix,
+        cfg, kind=encoder.NAME, kind_options=encoder.Options(), **stack._asdict()
     )
 
 
@@ -93,8 +87,8 @@ class SourceStack(nnx.Module):
 
 
 class EncDec(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.inputs` is the Batch of the
-    source rows.
+    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.source_rows` is a Batch.
+    A recording is not replayed in the encoder.
     """
 
     repeats: Any
@@ -114,12 +108,14 @@ class EncDec(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        told = {name: getattr(batch, name) for name in ("removed_BE", "barred_BE", "record")}
-        source, before = self.encode(batch.inputs._replace(**told), rng, train)
+        request = batch.request._replace(recorded=())
+        source_rows = batch.source_rows._replace(request=request)
+        source, before = self.encode(source_rows, rng, train)
         index = jnp.int32(1 + len(self.encoder.cfg.blocks))
         x = self._embed(batch, jax.random.fold_in(jax.random.fold_in(rng, 0), 1), train)
-        x, after = run_stack(self, x, Context(batch._replace(inputs=()), rng, index, source), train)
-        return unembed(self.ends, x, self.cfg), by_name(jnp.concatenate, [before, after])
+        context = Context(batch._replace(source_rows=()), rng, index, source)
+        x, after = run_stack(self, x, context, train)
+        return unembed(self.ends, x, self.cfg), join_sums(jnp.concatenate, [before, after])
 
     def encode(
         self, batch: Batch, rng: jax.Array, train: bool
@@ -135,7 +131,7 @@ class EncDec(nnx.Module):
 
         Loop layout only, as `cached`.
         """
-        return [block.remember(source) for block in in_order(self)]
+        return [block.remember(source) for block in blocks_in_order(self)]
 
     def cached(
         self, batch: Batch, caches: list[Any], memories: list[Memory]
@@ -209,13 +205,13 @@ def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def random_inputs(
     options: Options, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
-) -> Batch:
+) -> dict[str, Any]:
     """Returns the Batch of the sources, one document in each row."""
     del options
     position_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     id_BS = rng.integers(0, vocab_size, shape).astype(np.int32)
     row_B = np.arange(shape[0], dtype=np.int32)
-    return Batch(id_BS, position_BS, 1 + 0 * position_BS, row_B)
+    return {"source_rows": Batch(id_BS, position_BS, 1 + 0 * position_BS, row_B)}
 
 
 KIND = Kind(

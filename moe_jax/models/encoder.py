@@ -89,8 +89,8 @@ POSITION_STD = 0.02  # as in ViT
 
 
 class Encoder(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BC, sums)`; `batch.inputs` [B, S, P] holds the vectors
-    where inputs = "vectors".
+    """`model(batch, rng, train) -> (logits_BC, sums)`; `batch.vectors_BSP` is read
+    instead of ids where inputs = "vectors".
     """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
@@ -118,7 +118,8 @@ class Encoder(nnx.Module):
             x = x * dropout(
                 one_BS1, options.token_dropout, jax.random.fold_in(keys[0], 1), batch.row_B
             )
-        x, sums = run_stack(self, x, Context(batch._replace(inputs=()), rng, jnp.int32(1)), train)
+        context = Context(batch._replace(vectors_BSP=()), rng, jnp.int32(1))
+        x, sums = run_stack(self, x, context, train)
         x = rms_norm(x, self.ends["norm_scale"], cfg.norm_epsilon)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         x_BD = pool(x.astype(wide), batch.segment_BS > 0, options.pool)
@@ -132,7 +133,7 @@ class Encoder(nnx.Module):
             x = embed(self.ends["embed"], batch.id_BS, cfg)
         else:
             w_PD = gather(self.ends["input"], (None, "embed"), cfg.dtype)
-            x = jnp.einsum("BSP,PD->BSD", batch.inputs.astype(cfg.dtype), w_PD)
+            x = jnp.einsum("BSP,PD->BSD", batch.vectors_BSP.astype(cfg.dtype), w_PD)
             x = x + self.ends["input_bias"].astype(cfg.dtype)[None, None]
         if options.learned_positions:
             table = gather(self.ends["position"], (None, "embed"), cfg.dtype)
@@ -211,10 +212,10 @@ def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def random_inputs(
     options: Options, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
-) -> Any:
+) -> dict[str, Any]:
     """Returns vectors [B, S, P], where the inputs are no tokens."""
     del vocab_size
-    return () if options.embeds else rng.normal(size=(*shape, options.input_dim))
+    return {} if options.embeds else {"vectors_BSP": rng.normal(size=(*shape, options.input_dim))}
 
 
 KIND = Kind(

@@ -59,10 +59,10 @@ def _options(cfg: ModelConfig) -> Options:
 
 
 class MMoE(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BI, sums)`; `batch.inputs` = (features [B, L] int32,
-    weights [B, L], 0 = no feature).
+    """`model(batch, rng, train) -> (logits_BI, sums)`; reads `feature_BL`, `feature_weight_BL`
+    and `row_B` of the batch.
 
-    Of the batch only `row_B` is read beside; a row without features is padding, and its logits are
+    A row without features is padding, and its logits are
     those of the items' biases.
     """
 
@@ -80,7 +80,7 @@ class MMoE(nnx.Module):
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, options = self.cfg, _options(self.cfg)
-        feature_BL, weight_BL = batch.inputs
+        feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         weight_BL = dropout(weight_BL, options.item_dropout if train else 0.0, keys[0], batch.row_B)
@@ -146,7 +146,7 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
         jnp.broadcast_to(jnp.arange(num_tasks, dtype=jnp.int32)[None], shape), P(BATCH, None)
     )
     segment_BG = jnp.broadcast_to(valid_B[:, None].astype(jnp.int32), shape)
-    return batch._replace(id_BS=task_BG, position_BS=task_BG, segment_BS=segment_BG, inputs=())
+    return Batch(task_BG, task_BG, segment_BG, batch.row_B, batch.request)
 
 
 def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
@@ -242,10 +242,11 @@ def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def random_inputs(
     options: Options, vocab_size: int, shape: tuple[int, int], rng: np.random.Generator
-) -> Any:
+) -> dict[str, Any]:
     """Returns baskets of items, (features [B, L], weights [B, L])."""
     del vocab_size
-    return rng.integers(0, sum(options.items), shape).astype(np.int32), np.ones(shape)
+    items = rng.integers(0, sum(options.items), shape).astype(np.int32)
+    return {"feature_BL": items, "feature_weight_BL": np.ones(shape)}
 
 
 KIND = Kind(

@@ -60,17 +60,21 @@ class MoE:
 
 
 class Batch(NamedTuple):
-    """What the router may read beside the activations; sharded over rows."""
+    """What a model reads, sharded over rows; a router may read all but the last five beside the
+    activations.
+    """
 
     id_BS: Any  # arrays; or their specs
     position_BS: Any
     segment_BS: Any  # 0 = padding
     row_B: Any
-    inputs: Any = ()  # what a model takes beside tokens; blocks never see it
-    recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) of a recording for this layer
-    removed_BE: Any = ()  # experts whose assignments go nowhere (moe/probe.py)
-    barred_BE: Any = ()  # experts that the router must go round
-    record: Any = ()  # what to return of each token, probe.ROUTING or probe.INPUTS; () = nothing
+    request: probe.Request = probe.Request()
+    # What some kinds of models read, () in the others. Blocks see of these the prefix alone.
+    prefix_BS: Any = ()  # not 0 where tokens of a row see each other, whatever their order
+    source_rows: Any = ()  # the Batch that an encoder-decoder's encoder reads
+    vectors_BSP: Any = ()  # in the place of ids: patches of an image, frames of speech
+    feature_BL: Any = ()  # int32: of a bag of features
+    feature_weight_BL: Any = ()  # 0 = no feature
 
 
 class MoELayer(nnx.Module):
@@ -149,9 +153,9 @@ def adaptive_state(cfg: MoE) -> dict[str, Weight]:
 def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
     b, s, d = x_BSD.shape
     tokens = _tokens(x_BSD, batch)
-    seen = router, tokens
-    if isinstance(batch.barred_BE, jax.Array):
-        seen = probe.bar(router, tokens, batch.barred_BE)
+    seen, request = (router, tokens), batch.request
+    if isinstance(request.barred, jax.Array):
+        seen = probe.bar(router, tokens, request.barred)
     with jax.named_scope("route"):
 
         def total(z):
@@ -170,8 +174,8 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
         if isinstance(routing, Routing):
             ordering = {"num_tokens": b * s, "options": cfg.ordering_options, "train": train}
             routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, **ordering)
-    if isinstance(batch.removed_BE, jax.Array):
-        chosen, routing = (probe.remove(z, batch.removed_BE, tokens) for z in (chosen, routing))
+    if isinstance(request.removed, jax.Array):
+        chosen, routing = (probe.remove(z, request.removed, tokens) for z in (chosen, routing))
     y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
     with jax.named_scope("combine"):
         y_TD = jax.lax.psum(y_TD, "model")
@@ -180,11 +184,13 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     sums = dict(routing.sums, dropped=dropped_b + routing.sums.get("dropped", 0))
     if cfg.adaptive.rate:
         sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
-    if batch.record:
+    if "gates" in request.record:
+        sums |= probe.gates(routing, tokens, cfg.num_experts)
+    elif request.record:
         # An ordering may drop as well: it sends nowhere what was chosen.
         if isinstance(routing, Routing) and isinstance(chosen, Routing):
             dropped_N = dropped_N | (routing.expert_N != chosen.expert_N)
-        sums |= probe.record(chosen, dropped_N, tokens, batch.record, cfg.num_experts)
+        sums |= probe.record(chosen, dropped_N, tokens, request.record, cfg.num_experts)
     return y_TD.reshape(b, s, d), sums
 
 
@@ -243,7 +249,7 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
     row_T = jnp.repeat(batch.row_B, s)
     valid_T = flat(batch.segment_BS) > 0
     ids = (flat(batch.id_BS), flat(batch.position_BS), row_T, flat(batch.segment_BS))
-    recorded = jax.tree.map(lambda z_BSK: z_BSK.reshape(b * s, -1), batch.recorded)
+    recorded = jax.tree.map(lambda z_BSK: z_BSK.reshape(b * s, -1), batch.request.recorded)
     return Tokens(x_BSD.reshape(b * s, d), *ids, valid_T, num_rows=b, recorded=recorded)
 
 

@@ -1,14 +1,14 @@
 """What an instrument may ask of an MoE layer: a record of its routing, experts that are removed,
 experts that are barred.
 
-All of it travels in the layer's `Batch` and is compiled in only when it is there.
+All of it travels in the layer's `Batch` as a Request and is compiled in only when it is there.
 
 Shapes: b rows of this device, S sequence, T = b S tokens, D model, E experts, K choices of a token
 (E where a router has no fixed number), N assignments, G groups, t tokens of a group, p slots.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,22 @@ from moe_jax.moe.routing.contract import NEVER, Routing, Slots, Tokens
 NAME = "record/"  # what the names of a record begin with, among the sums of a layer
 ROUTING = {
     "routing": ()
-}  # `Batch.record`: a dict with empty values is a pytree without leaves, so it is static
+}  # `Request.record`: a dict with empty values is a pytree without leaves, so it is static
 INPUTS = {"routing": (), "inputs": ()}  # also the activations that the router reads
+GATES = {"gates": ()}  # what weighs the experts' outputs, for a proof: see `gates`
+
+
+class Request(NamedTuple):
+    """What instruments ask of an MoE layer; () in a field = nothing.
+
+    The arrays of one layer are [B, ...]. A model takes those of all M blocks, [M, B, ...], and a
+    batch of text has them as [B, M, ...], so that micro-batches split its rows.
+    """
+
+    recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) that the router "recorded" replays
+    removed: Any = ()  # bool [B, E]: experts whose assignments go nowhere
+    barred: Any = ()  # bool [B, E]: experts that the router must go round
+    record: Any = ()  # what to return of each token: ROUTING, INPUTS or GATES
 
 
 def record(
@@ -55,6 +69,30 @@ def record(
         return z.reshape((tokens.num_rows, -1) + z.shape[1:])
 
     return {NAME + name: by_row(z) for name, z in fields_TK.items()}
+
+
+def gates(routing: Routing | Slots, tokens: Tokens, num_experts: int) -> dict[str, jax.Array]:
+    """Returns what a dispatcher is given, as dense arrays of this device through which gradients
+    reach the router: of a proof that computes the layer without any dispatcher.
+
+    Of assignments, {"gate": [b, S, E], "copy": [b, S]}: y = sum over e of gate * expert_e(x), plus
+    copy * x. Of mixtures, {"dispatch", "combine": [b, S, E, p]}, whose tokens are those of a group.
+    """
+
+    def by_row(z_T):
+        return z_T.reshape((tokens.num_rows, -1) + z_T.shape[1:])
+
+    if isinstance(routing, Routing):
+        gate_TE = jnp.zeros_like(routing.gate_N, shape=(tokens.valid_T.shape[0], num_experts))
+        at = (routing.token_N, routing.expert_N)
+        # Assignments to nowhere have expert E, which is out of bounds.
+        fields = {"gate": gate_TE.at[at].add(routing.gate_N, mode="drop")}
+        copy_T = routing.copy_T
+        fields["copy"] = jnp.zeros_like(gate_TE[:, 0]) if copy_T is None else copy_T
+    else:
+        weights = {"dispatch": routing.dispatch_GtEp, "combine": routing.combine_GtEp}
+        fields = {name: z.reshape((-1,) + z.shape[2:]) for name, z in weights.items()}
+    return {NAME + name: by_row(z) for name, z in fields.items()}
 
 
 def _per_token(

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax import layout
 from moe_jax.errors import UserError
-from moe_jax.names import is_layer, name_of
+from moe_jax.names import name_of
 from moe_jax.optim.optimizers import OPTIMIZERS
 from moe_jax.optim.optimizers.contract import Leaf
 from moe_jax.optim.schedules import SCHEDULES, rate
@@ -213,7 +214,7 @@ def describe(params: Any, stacked: bool) -> Any:
 
     def leaf(path: Any, x: Any) -> Leaf:
         name = name_of(path)
-        here = stacked and is_layer(name)
+        here = layout.is_stacked(name.split("/"), stacked)
         return Leaf(name, len(x.shape) - here, here)
 
     return jax.tree_util.tree_map_with_path(leaf, params)

@@ -20,9 +20,12 @@ def local_rows(batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
-def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: type) -> Any:
-    """Arrays of the global batch, sharded over rows, from this process's rows (`rows` of
-    `local_rows`); returned as `kind`.
+def put(local: Any, rows: np.ndarray, batch_size: int) -> Any:
+    """Returns the global batch, sharded over rows, from this process's rows.
+
+    Args:
+      local: a tree of NumPy arrays, as a rule the NamedTuple of a task; its type is kept.
+      rows: what `local_rows` returns.
     """
 
     def place(array: np.ndarray) -> jax.Array:
@@ -38,4 +41,4 @@ def put(local: tuple[np.ndarray, ...], rows: np.ndarray, batch_size: int, kind: 
             shape, sharding("batch", *[None] * (array.ndim - 1)), shard
         )
 
-    return kind(*jax.tree.map(place, tuple(local)))  # a field may be () or several arrays
+    return jax.tree.map(place, local)

@@ -1,4 +1,5 @@
-"""The mesh, its axes, and the one table that maps logical dimension names to mesh axes.
+"""The mesh, its axes and their lengths, and the one table that maps logical dimension names to
+mesh axes.
 
     axis     what is split over it
     stage    (pipeline stages; length 1 today)
@@ -15,6 +16,7 @@ reduce-scatter would become an all-reduce.
 import math
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -22,8 +24,47 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
 
-AXES = ("stage", "data", "expert", "seq", "model")
 BATCH = ("data", "expert")
+WRITTEN = ("data", "expert", "model")  # the axes that a config, a flag and a label name
+
+
+class Lengths(NamedTuple):
+    """The length of every axis; in a config that is not built yet, -1 for the devices left over.
+
+    `str` and `parse` write and read DATAxEXPERTxMODEL, as in 2x2x2.
+    """
+
+    stage: int = 1
+    data: int = 1
+    expert: int = 1
+    seq: int = 1
+    model: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self)
+
+    @property
+    def batch_devices(self) -> int:
+        """The number of devices among which the rows of a batch are split."""
+        return self.data * self.expert
+
+    def written(self) -> dict[str, int]:
+        """Returns the lengths that a config's mesh block has, by its keys."""
+        return {axis: getattr(self, axis) for axis in WRITTEN}
+
+    def split(self) -> str:
+        """Returns the axes that split something, as in "data 2 x expert 4"; "" for one device."""
+        return " x ".join(
+            f"{axis} {length}" for axis, length in self._asdict().items() if length > 1
+        )
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.written().values()))
+
+
+AXES = Lengths._fields
+ONE = Lengths()  # one device
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
@@ -53,12 +94,17 @@ def simulate(devices: int) -> None:
             jax.config.update(name, value)
 
 
-def parse(text: str, flag: str) -> tuple[int, int, int]:
-    """The lengths of data, expert and model of "2x2x2". UserError, which names the flag."""
+def parse(text: str, flag: str) -> Lengths:
+    """Returns the lengths of "2x2x2" (data, expert, model). UserError, which names the flag."""
     lengths = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
     if len(lengths) != 3 or 0 in lengths:
         raise UserError(f"{flag} {text}: write DATAxEXPERTxMODEL, as in 2x2x2")
-    return lengths[0], lengths[1], lengths[2]
+    return Lengths(**dict(zip(WRITTEN, lengths, strict=True)))
+
+
+def of(mesh: Mesh) -> Lengths:
+    """Returns the lengths of a mesh that `make` made."""
+    return Lengths(**mesh.shape)
 
 
 def spec(*names: str | None) -> P:
@@ -75,25 +121,28 @@ def spec(*names: str | None) -> P:
     return P(*axes)
 
 
-def resolve(lengths: dict[str, int], num_devices: int) -> dict[str, int]:
-    """Axis lengths with -1 filled in: `mesh.data = -1` takes the devices that the other axes leave."""
-    free = [name for name, length in lengths.items() if length == -1]
-    fixed = math.prod(length for length in lengths.values() if length != -1)
+def resolve(lengths: Lengths, num_devices: int) -> Lengths:
+    """Returns lengths with -1 filled in: `mesh.data = -1` takes the devices that the other axes
+    leave. Raises UserError where they do not make `num_devices`.
+    """
+    written = lengths.written()
+    free = [name for name, length in written.items() if length == -1]
+    fixed = math.prod(length for length in written.values() if length != -1)
     if len(free) > 1:
         raise UserError(
             f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of "
             "the devices"
         )
-    for name, length in lengths.items():
+    for name, length in written.items():
         if length < 1 and length != -1:
             raise UserError(
                 f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the "
                 "devices"
             )
     if free and num_devices % fixed == 0:
-        return {**lengths, free[0]: num_devices // fixed}
+        return lengths._replace(**{free[0]: num_devices // fixed})
     if fixed != num_devices:
-        text = " x ".join(f"mesh.{name} {length}" for name, length in lengths.items())
+        text = " x ".join(f"mesh.{name} {length}" for name, length in written.items())
         raise UserError(
             f"{text} does not make {num_devices} devices: change the lengths, or set "
             "simulate_devices"
@@ -101,12 +150,10 @@ def resolve(lengths: dict[str, int], num_devices: int) -> dict[str, int]:
     return lengths
 
 
-def make(lengths: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """An Explicit mesh with all five axes; `lengths` names data, expert and model, without -1."""
-    shape = tuple(lengths.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(
-        shape, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES), devices=devices
-    )
+def make(lengths: Lengths, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns an Explicit mesh with all five axes, of `devices` or of all that there are."""
+    types = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(tuple(lengths), AXES, axis_types=types, devices=devices)
 
 
 def sharding(*names: str | None) -> NamedSharding:

@@ -31,7 +31,7 @@ from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import Batch, MoE, MoELayer, num_intended
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
-from moe_jax.parallel.mesh import sharding
+from moe_jax.parallel.mesh import Lengths, of, sharding
 from moe_jax.plan import flops
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
@@ -76,7 +76,7 @@ class Dispatch(NamedTuple):
 
 class Card(NamedTuple):
     platform: str
-    mesh: Mapping[str, int]
+    mesh: Lengths
     num_layers: tuple[int, int]  # dense, MoE
     batch_size: int
     seq_len: int
@@ -107,7 +107,7 @@ def card(cfg: Config) -> Card:
     train = flops.train_per_token(model, seq_len)
     return Card(
         platform=mesh.devices.flat[0].device_kind,
-        mesh=dict(mesh.shape),
+        mesh=of(mesh),
         num_layers=(model.num_dense_layers, model.num_moe_layers),
         batch_size=cfg.train.batch_size,
         seq_len=seq_len,
@@ -180,7 +180,7 @@ def buffer_note(cfg: Config) -> str:
 def _shape(cfg: Config) -> tuple[Shape, int]:
     """(the sizes that a dispatcher works with, estimated bytes of a row in its buffers)."""
     moe, mesh = moe_config(cfg.model), cfg.mesh
-    rows = cfg.train.micro_batch_size // (mesh.data * mesh.expert)
+    rows = cfg.train.micro_batch_size // mesh.batch_devices
     num_assignments, per_token = _assignments(moe, rows, cfg.data.seq_len)
     shape = Shape(
         num_experts=moe.num_experts,
@@ -259,9 +259,7 @@ def _traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     graphdef, weights, router_state = nnx.eval_shape(split, jax.random.key(0))
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
     zero_BS = np.zeros((num_rows, seq_len), np.int32)
-    batch = Batch(
-        *map(_abstract, (zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))
-    )  # without a recording
+    batch = jax.tree.map(_abstract, Batch(zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))
     x_BSD = jax.ShapeDtypeStruct(
         (num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None)
     )
@@ -346,9 +344,9 @@ def render(card: Card) -> Group:
 
 
 def _heading(card: Card) -> str:
-    axes = " x ".join(f"{axis} {length}" for axis, length in card.mesh.items() if length > 1)
+    axes = card.mesh.split()
     micro = f", in {card.num_micro_batches} micro-batches" if card.num_micro_batches > 1 else ""
-    devices = f"{math.prod(card.mesh.values())} x {card.platform}{f' ({axes})' if axes else ''}"
+    devices = f"{card.mesh.num_devices} x {card.platform}{f' ({axes})' if axes else ''}"
     dense, moe = card.num_layers
     return (
         f"{devices}, {dense} dense and {moe} MoE blocks\n"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from moe_jax.data.contract import Data
+from moe_jax.parallel.mesh import of
 from moe_jax.plan import card, flops
 from moe_jax.schema.config import Config
 from moe_jax.terminal.progress import Progress, readable
@@ -88,7 +89,7 @@ def model(cfg: Config) -> str:
 def devices() -> str:
     mesh = jax.sharding.get_mesh()
     kind, number = mesh.devices.flat[0].device_kind, mesh.devices.size
-    axes = " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items() if length > 1)
+    axes = of(mesh).split()
     processes = jax.process_count()
     of_processes = f" of {processes} processes" if processes > 1 else ""
     return f"{number} x {kind}{of_processes}{', mesh ' + axes if axes else ''}"

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import Lengths
 from moe_jax.schema.options import (
     AXIS,
     BELOW_ONE,
@@ -88,6 +89,20 @@ class Coefficients(dict[str, float]):
         return hash(tuple(sorted(self.items())))
 
 
+class Stack(NamedTuple):
+    """The kinds of blocks that run one after another: prefix, `repeats` times period, suffix."""
+
+    prefix: tuple[str, ...]
+    period: tuple[str, ...]
+    repeats: int
+    suffix: tuple[str, ...]
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The kind of every block, in order."""
+        return self.prefix + self.period * self.repeats + self.suffix
+
+
 class KindOptions:
     """What the Options of a kind of model say of its blocks; each kind says what differs."""
 
@@ -98,9 +113,12 @@ class KindOptions:
         """Whether the model looks up rows of a vocabulary."""
         return True
 
-    def all_blocks(self, own: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns the kind of every block, from those of model.prefix, period, repeats, suffix."""
-        return own
+    def stacks(self, own: Stack) -> dict[str, Stack]:
+        """Returns the stacks of the model, from that of model.prefix, period, repeats and suffix.
+
+        The order is that in which they run, the keys are those of the model's parameters.
+        """
+        return {"": own}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,12 +260,19 @@ class ModelConfig:
     moe: MoEConfig
 
     @property
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks of blocks in the order in which they run, by the key below which the arrays
+        of each lie in the model's parameters; "" is the root.
+        """
+        return self.kind_options.stacks(Stack(self.prefix, self.period, self.repeats, self.suffix))
+
+    @property
     def blocks(self) -> tuple[str, ...]:
         """The kind of every block, in order: one of BLOCKS.
 
         Those of an encoder-decoder begin with its encoder's.
         """
-        return self.kind_options.all_blocks(self.prefix + self.period * self.repeats + self.suffix)
+        return tuple(kind for stack in self.stacks.values() for kind in stack.blocks)
 
     @property
     def num_moe_layers(self) -> int:
@@ -414,7 +439,7 @@ class Config:
     profile: tuple[int, int] | None = option(
         "", '"10:13" writes a profiler trace of steps 10, 11 and 12', parse=profile_range
     )
-    mesh: MeshConfig
+    mesh: Lengths = derived()  # from the keys of MeshConfig
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
     task_options: Any = derived()
     model: ModelConfig

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
@@ -116,19 +116,24 @@ def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     `path` is that of the block, with a dot at its end where it is not the root. Raises UserError.
     """
     names = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(raw) - set(names))
-    missing = sorted(set(names) - set(raw))
-    if unknown or missing:
-        what = f"unknown key {path}{unknown[0]}"
-        if not unknown:
-            what = f"the key {path}{missing[0]} is missing"
-        raise UserError(f"{what}: `python -m moe_jax config` lists every key")
+    refuse_other_keys(raw, names, path)
     hints = typing.get_type_hints(cls)
     keys = declared(cls)
     values = {}
     for name in names:
         values[name] = _convert(hints[name], raw[name], path + name, keys.get(name))
     return cls(**values)
+
+
+def refuse_other_keys(raw: Mapping[str, Any], known: Sequence[str], path: str) -> None:
+    """Raises a UserError for a key of a block that is not known, or that is missing."""
+    unknown = sorted(set(raw) - set(known))
+    missing = sorted(set(known) - set(raw))
+    if unknown or missing:
+        what = f"unknown key {path}{unknown[0]}"
+        if not unknown:
+            what = f"the key {path}{missing[0]} is missing"
+        raise UserError(f"{what}: `python -m moe_jax config` lists every key")
 
 
 def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:

@@ -57,8 +57,6 @@ class Task(NamedTuple):
     # Names of the models that can learn it.
     kinds: tuple[str, ...]
 
-    # NamedTuple of a batch: arrays [B, ...], row_B among them.
-    inputs: type
     # Of the table at the end of a run.
     title: str
     # cfg -> data
@@ -76,7 +74,7 @@ class Task(NamedTuple):
     finish: Callable[..., dict[str, Any]]
     # (cfg, data, figures) -> {row: {column: value}}: the model beside its rivals.
     table: Callable[..., dict[str, dict[str, Any]]]
-    # (cfg, step) -> inputs as NumPy arrays, for verify, bench and the resource card.
+    # (cfg, step) -> a batch of NumPy arrays, as `data` has them, for verify, bench and the resource card.
     random: Callable[[Config, int], Any]
     # It predicts the next token of a text: its data are data.sources, its model can write.
     is_language: bool = False
@@ -149,7 +147,7 @@ def by_row(found: Losses) -> dict[str, jax.Array]:
 
 
 def of_heldout(
-    cfg: Config, task: Task, trained: Trained, data: Data, question: Callable[..., Any]
+    cfg: Config, trained: Trained, data: Data, question: Callable[..., Any]
 ) -> tuple[np.ndarray, Any]:
     """(index [R] of every held-out row, `question(model, batch)` of each: arrays [R, ...]), on
     every host.
@@ -164,7 +162,7 @@ def of_heldout(
     answers = []
     for batch in eval_batches(data, size, None, rows):
         stopping.check()
-        found = asked(trained.params, trained.router_state, put(batch, rows, size, task.inputs))
+        found = asked(trained.params, trained.router_state, put(batch, rows, size))
         answers.append(jax.tree.map(np.asarray, found))
     index_R = data.heldout_order()[1]
     return index_R, jax.tree.map(lambda *z: np.concatenate(z)[: len(index_R)], *answers)

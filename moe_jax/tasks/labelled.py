@@ -26,7 +26,7 @@ def logits(
     tokens = isinstance(batch, LabelledTokens)
     id_BS = batch.tokens_BS if tokens else jnp.zeros_like(batch.segment_BS)
     seen = Batch(id_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return model(seen if tokens else seen._replace(inputs=batch.values_BSP), rng, train)
+    return model(seen if tokens else seen._replace(vectors_BSP=batch.values_BSP), rng, train)
 
 
 def losses(model: Callable, batch: Any, rng: jax.Array, train: bool) -> Losses:
@@ -81,9 +81,7 @@ def headline(figures: Mapping[str, Any]) -> str:
     return f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, loss {figures['loss']:.4f}"
 
 
-def finish(
-    task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path
-) -> dict[str, Any]:
+def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
     """Writes predictions.jsonl: of each held-out row its index, its text where it has one, label,
     prediction and its probability.
     """
@@ -92,7 +90,7 @@ def finish(
         probability_BC = jax.nn.softmax(logits(model, batch, jax.random.key(0), False)[0])
         return jnp.argmax(probability_BC, -1), probability_BC.max(-1)
 
-    index_R, (best_R, probability_R) = contract.of_heldout(cfg, task, trained, data, ask)
+    index_R, (best_R, probability_R) = contract.of_heldout(cfg, trained, data, ask)
     labels, (raw, label_N) = data.about.labels, data.about.raw["heldout"]
     contract.write_predictions(
         workdir,
@@ -164,29 +162,19 @@ def random(cfg: Config, step: int) -> LabelledTokens | LabelledVectors:
 
 
 def make(
-    options: type,
-    inputs: type,
-    open_data: Callable[[Config], Examples],
-    title: str,
-    kinds: tuple[str, ...],
+    options: type, open_data: Callable[[Config], Examples], title: str, kinds: tuple[str, ...]
 ) -> Task:
     """Returns the task of a kind of data."""
-
-    def finished(*args: Any) -> dict[str, Any]:
-        return finish(task, *args)
-
-    task = Task(
+    return Task(
         options=options,
         kinds=kinds,
-        inputs=inputs,
         title=title,
         open=lambda cfg: check(cfg, open_data(cfg)),
         losses=losses,
         evaluate=evaluate,
         summary=summary,
         headline=headline,
-        finish=finished,
+        finish=finish,
         table=table,
         random=random,
     )
-    return task

@@ -46,7 +46,7 @@ class Check(NamedTuple):
 
 
 def checks(program: Program, begin: State) -> list[Check]:
-    """`program` is compiled and has one device; `begin` is its state."""
+    """Returns all checks of `program`, compiled and of one device; `begin` is its state."""
     found = [mean_loss(program, begin), *changes(program, begin)]
     if program.cfg.model.num_moe_layers:
         found += [*router_updates(program, begin), *against_reference(program)]
@@ -54,13 +54,14 @@ def checks(program: Program, begin: State) -> list[Check]:
 
 
 def served(probes: Sequence[Probe], num_experts: int) -> Check:
-    """Where a layer serves nobody its experts have no gradient, and any two meshes agree about
+    """Checks that every MoE layer serves somebody.
+
+    Where a layer serves nobody its experts have no gradient, and any two meshes agree about
     nothing.
     """
     sums = [probe.sums for probe in probes]
-    assigned_L = sum(
-        s["counts"][..., :num_experts].sum((1, 2)) for s in sums
-    )  # null experts are counted behind
+    # Null experts are counted behind the others.
+    assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)
     dropped_L = sum(s["dropped"].sum(1) for s in sums)
     note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
     if not all(whole(s["counts"]) for s in sums):
@@ -71,27 +72,29 @@ def served(probes: Sequence[Probe], num_experts: int) -> Check:
 
 
 def mean_loss(program: Program, begin: State) -> Check:
-    """The task's loss that is trained on is the mean over the predictions that are not padding."""
-    inputs = program.task.random(program.cfg, 0)
-    _, probe = program.step(begin, inputs)
-    nll = np.average(probe.nll, weights=batches.weight(inputs, probe.nll))
+    """Checks that the loss that is trained on is the mean over the predictions that are not
+    padding.
+    """
+    batch = program.task.random(program.cfg, 0)
+    _, probe = program.step(begin, batch)
+    nll = np.average(probe.nll, weights=batches.weight(batch, probe.nll))
     claim = "the loss is the mean over predictions that are not padding"
     return Check(claim, abs(nll - probe.metrics["nll"]), LIMIT, "", True)
 
 
 def changes(program: Program, begin: State) -> list[Check]:
-    """What must not matter to the loss of a token, changed, and how much it does.
+    """Changes what must not matter to the loss of a token, and checks that it does not.
 
     What a router, an ordering or capacity excuses is asked again of the same model without it:
     attention has no such excuse.
     """
-    model, inputs = program.cfg.model, program.task.random(program.cfg, 0)
+    model, batch = program.cfg.model, program.task.random(program.cfg, 0)
     group_rows = model.moe.group_rows if model.num_moe_layers else 1
     declared = {"padding": "", "sequences": ""}
     if model.num_moe_layers and ROUTERS[model.moe.router].sees(model.moe.router_options).batch:
         declared["sequences"] = f"the router {model.moe.router} chooses over all sequences"
-    _, probe = program.step(begin, inputs)
-    found = batches.changes(inputs, probe.nll, group_rows)
+    _, probe = program.step(begin, batch)
+    found = batches.changes(batch, probe.nll, group_rows)
     checks = [
         _change(program, begin, name, change, declared[name]) for name, change in found.items()
     ]
@@ -104,7 +107,7 @@ def changes(program: Program, begin: State) -> list[Check]:
     excused = [_change(program, begin, name, change, reason) for name, change in asked.items()]
     if all(check.judged for check in excused):
         return [*checks, *excused]
-    plain = Program(without_excuse(program.raw), program.shape).compile()
+    plain = Program(without_excuse(program.raw), program.lengths).compile()
     start = plain.initial()
     again = [_change(plain, start, name, change, "") for name, change in asked.items()]
     return [
@@ -115,8 +118,8 @@ def changes(program: Program, begin: State) -> list[Check]:
 
 
 def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with a router, an ordering and a dispatcher that see no later token, and no
-    mixture of depths.
+    """Returns the config with a router, an ordering and a dispatcher that see no later token, and
+    no mixture of depths.
     """
     new = copy.deepcopy(dict(raw))
     model, moe = new["model"], new["model"]["moe"]
@@ -133,7 +136,9 @@ def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def router_updates(program: Program, begin: State) -> list[Check]:
-    """After a step the state of each router is its own rule applied to the load of its own layer."""
+    """Checks that after a step the state of each router is its own rule applied to the load of its
+    own layer.
+    """
     before = states.of_routers(program, begin)
     if not before or not routers_learn(program.cfg, begin.params):
         return []
@@ -173,26 +178,28 @@ def router_updates(program: Program, begin: State) -> list[Check]:
 def _change(
     program: Program, begin: State, name: str, change: batches.Change, declared: str
 ) -> Check:
+    """Applies one change to several batches; `declared` is why the config excuses an effect, "" =
+    it does not.
+    """
     found: dict[str, float] = {}
     effect, drops = 0.0, 0.0
     for trial in range(TRIALS):
-        inputs = program.task.random(program.cfg, trial)
-        other = change.apply(inputs, np.random.default_rng(trial))
-        (_, before), (_, after) = program.step(begin, inputs), program.step(begin, other)
-        same = np.broadcast_to(change.same(inputs), before.nll.shape)
+        batch = program.task.random(program.cfg, trial)
+        other = change.apply(batch, np.random.default_rng(trial))
+        _, before = program.step(begin, batch)
+        _, after = program.step(begin, other)
+        same = np.broadcast_to(change.same(batch), before.nll.shape)
         found[f"loss, {trial}"] = far(before.nll[same], after.nll[same])
         if name == "padding":
             found |= {
                 f"{what}, {trial}": value for what, value in _everything(before, after).items()
             }
         effect = max(effect, far(before.nll, after.nll))
-        if (
-            name == "padding"
-        ):  # where a row has one loss, padding that is changed must change none at all
-            effect = max(
-                effect,
-                float(any(not np.array_equal(a, b) for a, b in zip(inputs, other, strict=True))),
-            )
+        if name == "padding":
+            # Where a row has one loss, changed padding must change none at all: so the effect that
+            # proves the change is that on the batch itself.
+            pairs = zip(batch, other, strict=True)
+            effect = max(effect, float(any(not np.array_equal(a, b) for a, b in pairs)))
         drops = max(drops, _drops(before), _drops(after))
     if not effect:
         return Check(
@@ -214,20 +221,20 @@ def _change(
 
 
 def _everything(a: Probe, b: Probe) -> dict[str, float]:
-    """Padding must change neither the loss nor a statistic nor a gradient."""
-    pairs = (
-        {"loss": (a.loss, b.loss)}
-        | {n: (a.sums[n], b.sums[n]) for n in a.sums}
-        | {n: (a.grads[n], b.grads[n]) for n in a.grads}
-    )
+    """Returns how far loss, statistics and gradients are apart: padding may change none of them."""
+    pairs = {"loss": (a.loss, b.loss)}
+    pairs |= {name: (a.sums[name], b.sums[name]) for name in a.sums}
+    pairs |= {name: (a.grads[name], b.grads[name]) for name in a.grads}
     return {name: far(*pair) for name, pair in pairs.items()}
 
 
 def _drops(probe: Probe) -> float:
+    """Returns how many assignments were dropped."""
     return float(probe.sums["dropped"].sum()) if "dropped" in probe.sums else 0.0
 
 
 def against_reference(program: Program) -> list[Check]:
+    """Checks the MoE layer against plain arithmetic, with the kernels of CPUs and accelerators."""
     dense = reference.compare(program)
     with of_other_platforms():
         other = reference.compare(program)
@@ -256,7 +263,9 @@ def against_reference(program: Program) -> list[Check]:
 
 
 def attention(length: int) -> Check:
-    """Of the sequence length of the config as it is: shrunk, it would fit one block."""
+    """Checks attention of the sequence length of the config as it is: shrunk, it would fit one
+    block.
+    """
     claim = "attention in blocks equals attention at once"
     return Check(
         claim,

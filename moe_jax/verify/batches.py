@@ -16,10 +16,8 @@ CONTENTS = {
     "source_BS": "source_segment_BS",
     "items_BL": "weight_BL",
 }
-LABELS = (
-    "targets_BS",
-    "label_B",
-)  # what is predicted: to change it changes the loss, whoever sees it
+# What is predicted: to change it changes the loss, whoever sees it.
+LABELS = ("targets_BS", "label_B")
 
 
 class Change(NamedTuple):
@@ -31,14 +29,15 @@ class Change(NamedTuple):
 
 
 def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
-    """Where a loss counts, with the shape of the losses."""
+    """Returns where a loss counts, with the shape of the losses."""
     names = ("weight_B",) if nll.ndim == 1 else ("weight_BS", "target_weight_BL", "segment_BS")
     return next(getattr(batch, name) for name in names if name in type(batch)._fields) > 0
 
 
 def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
-    """Changes by name to a batch with losses like `nll`; `group_rows` rows share capacity, so that
-    "a sequence changes no other's loss" are those of other groups.
+    """Returns changes by name to a batch with losses like `nll`.
+
+    `group_rows` rows share capacity, so a sequence must change no loss of another group.
     """
 
     def odd(batch):
@@ -65,12 +64,14 @@ def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
 
 
 def causal(group_rows: int) -> dict[str, Change]:
-    """Of a model that predicts what comes next: what a later token, or another document of the row,
-    must not do.
+    """Returns changes by name to a batch of a model that predicts what comes next: what a later
+    token, or another document of the row, must not do.
     """
 
     def early(batch):
-        """The first half of a row, and its prefix, where all tokens see each other."""
+        """Returns where the first half of a row is, and its prefix, where all tokens see each
+        other.
+        """
         place_1S = np.arange(batch.segment_BS.shape[1])[None]
         prefix_B1 = batch.prefix_BS.sum(1, keepdims=True) if hasattr(batch, "prefix_BS") else 0
         return (place_1S < np.maximum(batch.segment_BS.shape[1] // 2, prefix_B1)) & (
@@ -96,13 +97,14 @@ def causal(group_rows: int) -> dict[str, Change]:
 
 
 def _tokens(batch: Any, rng: np.random.Generator, where_BS: np.ndarray) -> Any:
+    """Returns the batch with other tokens where `where_BS`."""
     return batch._replace(
         tokens_BS=np.where(where_BS, _fresh(batch.tokens_BS, rng), batch.tokens_BS)
     )
 
 
 def _fresh(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many others, tokens among those that are there."""
+    """Returns as many other values; tokens are drawn among those that are there."""
     if np.issubdtype(values.dtype, np.integer):
         return rng.integers(0, values.max() + 1, values.shape).astype(values.dtype)
     return rng.normal(size=values.shape).astype(values.dtype)
@@ -111,7 +113,7 @@ def _fresh(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _redraw(
     batch: Any, rng: np.random.Generator, where: Callable, skip: tuple[str, ...] = LABELS
 ) -> Any:
-    """The contents of the batch drawn anew where `where(valid)` says."""
+    """Returns the batch with its contents drawn anew where `where(valid)` says."""
     new = {}
     for name, mask in CONTENTS.items():
         if name in type(batch)._fields and name not in skip:
@@ -123,4 +125,5 @@ def _redraw(
 
 
 def _padding(batch: Any, rng: np.random.Generator) -> Any:
+    """Returns the batch with other contents in its padding, labels included."""
     return _redraw(batch, rng, lambda valid: ~valid, skip=())

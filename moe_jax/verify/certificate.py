@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 def content(
     raw: Mapping[str, Any], config_file: str, changes: Sequence[str], result: Result, verdict: str
 ) -> dict[str, Any]:
-    """Everything, as JSON values.
+    """Returns the certificate as JSON values.
 
     The hash is of the config as it was resolved, keys sorted, before it was shrunk.
     """
@@ -47,8 +47,8 @@ def content(
 
 
 def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the MoE layers was proven: router, ordering and dispatcher with their options, and
-    the losses that are not 0.
+    """Returns what of the MoE layers was proven: router, ordering and dispatcher with their
+    options, and the losses that are not 0.
     """
     block = raw["model"]["moe"]
     chosen = {one: {block[one]: block[one + "s"][block[one]]} for one in ("router", "ordering")}
@@ -57,6 +57,7 @@ def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mesh(row: Row) -> dict[str, Any]:
+    """Returns what was proven on one mesh, or why it was not."""
     worst = {
         d.check: {"value": d.value, "where": d.where, "step": d.step}
         for d in row.deviations.values()
@@ -75,11 +76,14 @@ def mesh(row: Row) -> dict[str, Any]:
 
 
 def config_hash(raw: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a config, keys sorted."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def commit() -> str:
-    """Of the code that ran, "" outside of a git repository; "-dirty" when files differ from it."""
+    """Returns the commit of the code that ran, "" outside of a git repository; it ends in "-dirty"
+    when files differ from it.
+    """
     command = [
         "git",
         "-C",
@@ -97,9 +101,10 @@ def commit() -> str:
 
 
 def check(path: Path) -> None:
-    """UserError where no file can be written, before minutes are spent on what it shall hold.
+    """Raises UserError where no file can be written, before minutes are spent on what it shall
+    hold.
 
-    Leaves no empty file behind.
+    It leaves no empty file behind.
     """
     there = path.exists()
     try:
@@ -112,7 +117,7 @@ def check(path: Path) -> None:
 
 
 def write(path: Path, certificate: Mapping[str, Any]) -> None:
-    """JSON, or Markdown if the name ends in .md."""
+    """Writes the certificate as JSON, or as Markdown if the name ends in .md."""
     text = markdown(certificate) if path.suffix == ".md" else json.dumps(certificate, indent=1)
     try:
         path.write_text(text + "\n", encoding="utf-8")
@@ -121,6 +126,7 @@ def write(path: Path, certificate: Mapping[str, Any]) -> None:
 
 
 def markdown(certificate: Mapping[str, Any]) -> str:
+    """Returns the certificate as Markdown."""
     facts = ("config", "config_sha256", "commit", "date", "steps")
     lines = ["# Certificate of mesh invariance", "", certificate["verdict"], ""]
     lines += [
@@ -148,6 +154,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
 
 
 def _deviations(mesh: Mapping[str, Any], checks: list[str]) -> list[str]:
+    """Returns the cells of one mesh: its worst deviations, or why there are none."""
     if not mesh["deviations"]:
         return [mesh["refused"] or mesh["failure"], *[""] * (len(checks) - 1)]
     found = mesh["deviations"]

@@ -56,8 +56,10 @@ def deviations(
     want_state: Mapping[str, Any],
     have_state: Mapping[str, Any],
 ) -> tuple[dict[str, Deviation], Deviation | None]:
-    """(the worst of every kind, the first beyond its limit or None) of the same steps of two runs;
-    states by name.
+    """Returns, of the same steps of two runs, the worst deviation of every kind and the first
+    beyond its limit, or None.
+
+    States are given by the names of their arrays.
     """
     worst: dict[str, Deviation] = {}
     first = None
@@ -74,6 +76,7 @@ def deviations(
 
 
 def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
+    """Yields the deviations of one step, kind by kind."""
     yield Deviation("forward", abs(want.loss - have.loss), "", step)
     yield Deviation("tokens", far(want.nll, have.nll), "", step)
     if want.sums:
@@ -100,9 +103,10 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
 
 
 def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
-    """What a run would log of the step.
+    """Returns pairs of what the two runs would log of the step, by name.
 
-    Not what is by its definition of each micro-batch, or of each array, which a scan stacks.
+    It leaves out what is by its definition of each micro-batch, or of each array, which a scan
+    stacks.
     """
     skip = ("micro_batch_balance_loss", "finite_leaves")
 
@@ -116,8 +120,8 @@ def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
 def relative_gradients(
     want: Mapping[str, np.ndarray], have: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Deviation of every gradient relative to its largest entry, or to a millionth of the largest
-    of all: some are only rounding.
+    """Returns the deviation of every gradient relative to its largest entry, or to a millionth of
+    the largest of all: some are only rounding.
     """
     largest = max((float(np.abs(g).max()) for g in want.values()), default=0.0)
     floor = max(1e-6 * largest, np.finfo(np.float64).tiny)  # where all are 0, equal is no deviation
@@ -127,27 +131,28 @@ def relative_gradients(
 
 
 def unequal(a: np.ndarray, b: np.ndarray) -> float:
-    """How many entries differ; soft MoE counts fractions, which may differ by rounding."""
+    """Returns how many entries differ; soft MoE counts fractions, which may differ by rounding."""
     if a.dtype == bool:
         return float((a != b).sum())
     return float((np.abs(a - b) > (0 if whole(a) else 1e-10)).sum())
 
 
 def whole(a: np.ndarray) -> bool:
+    """Returns whether all entries are whole numbers."""
     return np.array_equal(a, np.round(a))
 
 
 def far(a: Any, b: Any, scale: Any = 1.0) -> float:
-    """The largest |a - b| / scale; NaN where either is."""
+    """Returns the largest |a - b| / scale; NaN where either is."""
     return float(
         (np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / scale).max(initial=0.0)
     )
 
 
 def largest(values: Mapping[str, float]) -> tuple[str, float]:
-    """(name, value) of the largest; NaN is larger than any number, which for `max` it is not.
+    """Returns (name, value) of the largest value, ("", 0) of none.
 
-    ("", 0) of nothing.
+    NaN counts as larger than any number, which for `max` it is not.
     """
     name = max(values, key=lambda n: np.inf if np.isnan(values[n]) else values[n], default="")
     return name, values.get(name, 0.0)
@@ -173,6 +178,7 @@ class Rounded(NamedTuple):
 
 
 def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
+    """Returns how a float32 run compares with one device's, step by step."""
     loss = max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(want, have, strict=True))
     parted = (
         "counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"])

@@ -19,7 +19,7 @@ from moe_jax.parallel import mesh
 from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
-SHAPE = (2, 2, 2)
+LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
 SAVED = "of_processes"  # where they write their checkpoint together
 SECONDS = 300  # after which a process is taken to hang
 
@@ -32,8 +32,9 @@ class Told(NamedTuple):
 
 
 def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | str:
-    """Runs a config on `count` processes from the state in folder/begin; the report, or what went
-    wrong.
+    """Runs a config on `count` processes from the state in folder/begin.
+
+    Returns the report, or what went wrong.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -62,7 +63,7 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | 
 
 
 def failure(process: subprocess.Popen[str], name: str) -> str:
-    """Waits for a process; what went wrong in it, in one line, "" for nothing."""
+    """Waits for a process, and returns in one line what went wrong in it, "" for nothing."""
     try:
         text = process.communicate(timeout=SECONDS)[1]
     except subprocess.TimeoutExpired:
@@ -76,14 +77,14 @@ def failure(process: subprocess.Popen[str], name: str) -> str:
 
 
 def work(path: Path, index: int) -> None:
-    """One process: the steps of the job on the whole mesh; process 0 writes what it saw."""
+    """Runs one process: the steps of the job on the whole mesh. Process 0 writes the report."""
     job = json.loads(path.read_text())
-    mesh.simulate(SHAPE[0] * SHAPE[1] * SHAPE[2] // job["count"])
+    mesh.simulate(LENGTHS.num_devices // job["count"])
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(
         job["address"], job["count"], index, coordinator_bind_address=job["address"]
     )
-    program = Program(job["raw"], SHAPE).compile()
+    program = Program(job["raw"], LENGTHS).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
     told = [tuple(probe) for probe in (*probes, program.tied(begin))], states.named(program, end)

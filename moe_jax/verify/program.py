@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from moe_jax import config, train_step
+from moe_jax import config, layout, train_step
 from moe_jax.checkpoint import flat
 from moe_jax.models.decodable import with_dispatcher
 from moe_jax.moe.probe import ROUTING, split
@@ -26,38 +26,31 @@ from moe_jax.parallel.compiling import QUICK
 from moe_jax.schema.config import DEPTH, ModelConfig
 from moe_jax.tasks import TASKS
 
-AXES = ("data", "expert", "model")
-Shape = tuple[int, int, int]  # data x expert x model
-
 
 class Probe(NamedTuple):
     """What one step tells, as NumPy arrays on the host."""
 
     loss: float
     metrics: dict[str, Any]
-    nll: (
-        np.ndarray
-    )  # of every prediction, [B, ...], of a forward pass over the whole batch in training mode
+    # Of every prediction, [B, ...], of a forward pass over the whole batch in training mode.
+    nll: np.ndarray
     sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
-    routing: dict[
-        str, np.ndarray
-    ]  # likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no
+    # Likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no.
+    routing: dict[str, np.ndarray]
     grads: dict[str, np.ndarray]  # by name, layers unstacked
 
 
 class Program:
     """A config on a mesh of the first devices.
 
-    `compile()` before `step`; all methods set the mesh themselves.
+    `compile()` comes before `step`; all methods set the mesh themselves.
     """
 
-    def __init__(self, raw: Mapping[str, Any], shape: Shape):
-        number = int(np.prod(shape))
-        lengths = dict(zip(AXES, shape, strict=True))
-        self.raw, self.shape = dict(raw), shape
-        self.cfg = config.build({**raw, "mesh": lengths}, number)
+    def __init__(self, raw: Mapping[str, Any], lengths: mesh.Lengths):
+        self.raw, self.lengths = dict(raw), lengths
+        self.cfg = config.build({**raw, "mesh": lengths.written()}, lengths.num_devices)
         self.task = TASKS[self.cfg.task]
-        self.mesh = mesh.make(lengths, jax.devices()[:number])
+        self.mesh = mesh.make(lengths, jax.devices()[: lengths.num_devices])
         self.wide = "float64" in (self.cfg.model.dtype, self.cfg.model.param_dtype)
         with self.entered():
             self.model = train_step.make_model(self.cfg.model)
@@ -66,48 +59,52 @@ class Program:
 
     @contextlib.contextmanager
     def entered(self):
+        """Sets the mesh and the precision of the program."""
         with jax.set_mesh(self.mesh), jax.enable_x64(self.wide):
             yield
 
     def initial(self) -> train_step.State:
+        """Returns the first state, drawn with the seed of the config."""
         with self.entered():
             key = jax.random.key(self.cfg.seed)
             return jax.jit(self._initial).lower(key).compile(compiler_options=QUICK)(key)
 
     def lower(self) -> jax.stages.Lowered:
+        """Returns the lowered step, which `compile` takes."""
         with self.entered():
             return jax.jit(self._probe).lower(
                 self.abstract, self.put(self.task.random(self.cfg, 0))
             )
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
-        """Any thread may make a program and call this; `lowered` is what `lower` returned, if that
-        was called before.
+        """Compiles the step, and returns the program.
+
+        Any thread may make a program and call this. `lowered` is what `lower` returned, if that was
+        called before.
         """
         self.run = (lowered or self.lower()).compile(compiler_options=QUICK)
         return self
 
-    def put(self, inputs: Any) -> Any:
+    def put(self, batch: Any) -> Any:
+        """Returns a batch of all rows on the mesh."""
         number = self.cfg.train.batch_size
         rows = batch_rows.local_rows(number)
-        return batch_rows.put(
-            tuple(z[rows] for z in inputs if len(z)), rows, number, self.task.inputs
-        )
+        return batch_rows.put(jax.tree.map(lambda z: z[rows], batch), rows, number)
 
     def on_mesh(self, x: jax.Array) -> jax.Array:
         return jax.device_put(x, mesh.sharding("batch", *[None] * (x.ndim - 1)))
 
-    def step(self, now: train_step.State, inputs: Any) -> tuple[train_step.State, Probe]:
+    def step(self, now: train_step.State, batch: Any) -> tuple[train_step.State, Probe]:
+        """Returns the state after one step, and what the step tells."""
         with self.entered():
-            new, metrics, grads, nll, sums = self.run(now, self.put(inputs))
-            metrics, nll, (sums, routing) = host(
-                (metrics, nll, split(sums))
-            )  # and so one step is in flight at a time
-            return new, Probe(
-                float(metrics["loss"]), metrics, nll, sums, routing, self.named(grads)
-            )
+            new, metrics, grads, nll, sums = self.run(now, self.put(batch))
+            # The host waits here, so one step is in flight at a time.
+            metrics, nll, (sums, routing) = host((metrics, nll, split(sums)))
+            loss = float(metrics["loss"])
+            return new, Probe(loss, metrics, nll, sums, routing, self.named(grads))
 
     def steps(self, now: train_step.State, number: int) -> tuple[train_step.State, list[Probe]]:
+        """Returns the state after some steps on the task's random batches, and what each tells."""
         probes = []
         for step in range(number):
             now, probe = self.step(now, self.task.random(self.cfg, step))
@@ -115,8 +112,9 @@ class Program:
         return now, probes
 
     def tied(self, begin: train_step.State) -> Probe:
-        """A step whose linear gates are 0: scores tie, and ties go to the lowest experts: the worst
-        load there is.
+        """Takes a step whose linear gates are 0.
+
+        All scores tie, and ties go to the lowest experts: the worst load there is.
         """
 
         def equal(path, x):
@@ -127,17 +125,18 @@ class Program:
         return self.step(now, self.task.random(self.cfg, 0))[1]
 
     def evaluate(self, now: train_step.State) -> dict[str, np.ndarray]:
-        """The loss of every prediction ("nll") and the sums per row of an evaluation, as the config
-        evaluates; compiles it.
+        """Compiles and runs an evaluation as the config evaluates.
+
+        Returns the loss of every prediction ("nll") and the sums per row.
         """
         dispatcher = self.cfg.eval.dispatcher
         cfg = (
             self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
         )
 
-        def forward(params: Any, router_state: Any, inputs: Any):
+        def forward(params: Any, router_state: Any, batch: Any):
             model = train_step.make_model(cfg).bind(params, router_state)
-            found = self.task.losses(model, inputs, jax.random.key(0), False)
+            found = self.task.losses(model, batch, jax.random.key(0), False)
             return {"nll": found.nll, **found.sums}
 
         with self.entered():
@@ -145,14 +144,17 @@ class Program:
             return host(jax.jit(forward).lower(*args).compile(compiler_options=QUICK)(*args))
 
     def named(self, tree: Any) -> dict[str, np.ndarray]:
-        """Host copies of a tree's arrays by their names on disk, where layers are never stacked."""
+        """Returns host copies of a tree's arrays by their names on disk, where layers are never
+        stacked.
+        """
         out = {}
         for name, x in flat.flatten(host(tree)).items():
-            names = flat.layer_names(name, x.shape, self.cfg.model.scan)
+            names = layout.layer_names(name, x.shape, self.cfg.model.scan)
             out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
         return out
 
-    def _probe(self, now: train_step.State, inputs: Any):
+    def _probe(self, now: train_step.State, batch: Any):
+        """Takes a step, traced, and returns everything that a Probe holds."""
         seen = []
         tx = train_step.make_tx(self.cfg, now.params)
 
@@ -163,23 +165,30 @@ class Program:
         step = train_step.make_step(
             self.cfg, self.model, optax.GradientTransformation(tx.init, update)
         )
-        new, metrics = step(now, inputs)
+        new, metrics = step(now, batch)
         rng = train_step.step_key(self.cfg, now.step)
         model = self.model.bind(now.params, now.router_state)
         found = self.task.losses(
-            recording(model) if recordable(self.cfg.model) else model, inputs, rng, True
+            recording(model) if recordable(self.cfg.model) else model, batch, rng, True
         )
         return new, metrics, seen[0], found.nll, found.sums
 
 
 def recording(model: Callable) -> Callable:
-    """The model, whose layers also tell what became of every choice."""
-    return lambda batch, rng, train: model(batch._replace(record=ROUTING), rng, train)
+    """Returns the model whose layers also tell what became of every choice."""
+
+    def recorded(batch, rng, train):
+        request = batch.request._replace(record=ROUTING)
+        return model(batch._replace(request=request), rng, train)
+
+    return recorded
 
 
 def recordable(model: ModelConfig) -> bool:
-    """Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer
-    places than others beside them.
+    """Returns whether every token's choices can be recorded.
+
+    Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer places
+    than others beside them.
     """
     moe = {block.startswith(DEPTH) for block in model.blocks if block.endswith("moe")}
     router, options = ROUTERS[model.moe.router], model.moe.router_options
@@ -188,7 +197,7 @@ def recordable(model: ModelConfig) -> bool:
 
 
 def host(tree: Any) -> Any:
-    """NumPy copies of arrays on the mesh; with several processes, the same on each."""
+    """Returns NumPy copies of arrays on the mesh; with several processes, the same on each."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, jax.device_get(tree))
 

@@ -1,7 +1,7 @@
 """The whole proof: one device as the reference, then every layout and mesh against it."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,19 +10,20 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.train_step import State
 from moe_jax.verify import alone, compare, processes, shrink, states
 from moe_jax.verify.compare import Deviation, Rounded
-from moe_jax.verify.program import AXES, Probe, Program, Shape
+from moe_jax.verify.program import Probe, Program
 
 ROUNDED_STEPS = 20
 FIRST_VALUES = 1e-12
-ONE: Shape = (1, 1, 1)
-ALL: list[Shape] = [
-    (a, b, c)
-    for a, b, c in itertools.product((1, 2, 4, 8), repeat=3)
-    if a * b * c == shrink.DEVICES
-]  # every way to write 8 as data x expert x model
+# Every way to write 8 as data x expert x model.
+ALL = [
+    lengths
+    for data, expert, model in itertools.product((1, 2, 4, 8), repeat=3)
+    if (lengths := Lengths(data=data, expert=expert, model=model)).num_devices == shrink.DEVICES
+]
 
 
 class Reference(NamedTuple):
@@ -64,13 +65,14 @@ class Result(NamedTuple):
 
 
 def empty(name: str, refused: str = "", failure: str = "") -> Row:
+    """Returns the row of a layout that gave no figures."""
     return Row(name, refused, failure, {}, None, "", [], None)
 
 
 class Wanted(NamedTuple):
-    """What to prove it on."""
+    """What a config is to be proven on."""
 
-    shapes: Sequence[Shape]
+    meshes: Sequence[Lengths]
     steps: int
     processes: int  # more than 1: also on as many real ones
     float32: bool  # on every mesh, not only on the one with the most axes
@@ -85,7 +87,7 @@ def verify(
     UserError for a config that is refused by its rules, on one device or on every mesh.
     """
     small, rules = shrink.shrink(raw)
-    refusals = [refusal(small, shape) for shape in wanted.shapes]
+    refusals = [shrink.refusal(small, lengths) for lengths in wanted.meshes]
     if all(refusals):
         raise UserError(
             f"every mesh is refused for the config as it was shrunk (docs/verify.md): {refusals[0]}"
@@ -98,7 +100,7 @@ def verify(
         say(f"{wanted.processes} processes")
         rows.append(_processes(small, one, wanted.processes, folder))
     say("masks, causality, plain arithmetic")
-    wide = Program(shrink.plain(small), widest(small, wanted.shapes))
+    wide = Program(shrink.plain(small), widest(small, wanted.meshes))
     found = [
         first_values(one, wide),
         evaluated(one, wide, states.read(wide, folder / "begin")),
@@ -107,10 +109,11 @@ def verify(
     ]
     if "counts" in one.probes[0].sums:
         found.append(alone.served(one.probes[:-1], small["model"]["moe"]["num_experts"]))
-    return Result(rules, found, rows, wanted.steps, unlike(raw, small, wanted.shapes))
+    return Result(rules, found, rows, wanted.steps, unlike(raw, small, wanted.meshes))
 
 
 def reference(small: Mapping[str, Any], steps: int) -> Reference:
+    """Runs the steps of the reference."""
     program = Program(shrink.plain(small), ONE).compile()
     begin = program.initial()
     end, probes = program.steps(begin, steps)
@@ -120,9 +123,9 @@ def reference(small: Mapping[str, Any], steps: int) -> Reference:
 def against(
     one: Reference, program: Program, begin: State
 ) -> tuple[State, dict[str, Deviation], Deviation | None]:
-    """The steps of a compiled program beside the reference's:
+    """Runs the steps of a compiled program beside the reference's.
 
-    (last state, worst deviations, the first beyond its limit).
+    Returns the last state, the worst deviations, and the first beyond its limit.
     """
     end, probes = program.steps(begin, len(one.probes) - 1)
     return end, *compare.deviations(
@@ -131,16 +134,18 @@ def against(
 
 
 def first_values(one: Reference, program: Program) -> alone.Check:
-    """The first parameters, drawn on one device and on the mesh of `program`."""
+    """Checks that the mesh of `program` draws the same first parameters as one device."""
     want, have = states.named(one.program, one.begin), states.named(program, program.initial())
     name, worst = compare.largest({name: compare.far(want[name], have[name]) for name in want})
-    claim = f"{label(program.shape)} draws the same first values"
+    claim = f"{program.lengths} draws the same first values"
     return alone.Check(claim, worst, FIRST_VALUES, name if worst else "", True)
 
 
 def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
-    """The losses and the load of an evaluation on the mesh of `program` beside one device's;
-    `begin` is the state there.
+    """Checks that an evaluation on the mesh of `program` has the losses and the load of one
+    device's.
+
+    `begin` is the state on that mesh.
     """
     want, have = one.program.evaluate(one.begin), program.evaluate(begin)
     scaled = {
@@ -149,7 +154,7 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
     }
     name, worst = compare.largest(scaled)
     return alone.Check(
-        f"{label(program.shape)} evaluates the same",
+        f"{program.lengths} evaluates the same",
         worst,
         alone.LIMIT,
         name if worst else "",
@@ -157,35 +162,34 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
     )
 
 
-def unlike(raw: Mapping[str, Any], small: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
-    """A line for each mesh that the config refuses as it is, and not as it was shrunk."""
-    told = {shape: refusal(raw, shape) for shape in shapes if not refusal(small, shape)}
+def unlike(
+    raw: Mapping[str, Any], small: Mapping[str, Any], meshes: Sequence[Lengths]
+) -> list[str]:
+    """Returns a line for each mesh that the config refuses as it is, and not as it was shrunk."""
+    told = {
+        lengths: shrink.refusal(raw, lengths)
+        for lengths in meshes
+        if not shrink.refusal(small, lengths)
+    }
     text = "the config as it is refuses this mesh"
     return [
-        f"{label(shape)}: {text} ({why}); this row is of the shrunk one"
-        for shape, why in told.items()
+        f"{lengths}: {text} ({why}); this row is of the shrunk one"
+        for lengths, why in told.items()
         if why
     ]
 
 
-def widest(small: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
-    """The mesh that splits the most, of those that are not refused."""
+def widest(small: Mapping[str, Any], meshes: Sequence[Lengths]) -> Lengths:
+    """Returns the mesh that splits the most, of those that are not refused."""
     return max(
-        (s for s in shapes if not refusal(small, s)), key=lambda s: sum(length > 1 for length in s)
+        (s for s in meshes if not shrink.refusal(small, s)),
+        key=lambda s: sum(length > 1 for length in s),
     )
-
-
-def refusal(small: Mapping[str, Any], shape: Shape) -> str:
-    return shrink.refusal(small, dict(zip(AXES, shape, strict=True)))
-
-
-def label(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 class _Job(NamedTuple):
     name: str
-    shape: Shape
+    lengths: Lengths
     refused: str
     programs: list[Future[Program]]  # in float64, and in float32 if that is asked for
 
@@ -197,17 +201,18 @@ def _rows(
     folder: Path,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
+    """Yields the rows of all layouts and meshes, which are compiled while others run."""
     layout, names = shrink.layout(small)
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
-    chosen = list(wanted.shapes) if wanted.float32 else [widest(small, wanted.shapes)]
+    chosen = list(wanted.meshes) if wanted.float32 else [widest(small, wanted.meshes)]
     # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what
     # they have compiled.
     with ThreadPoolExecutor(2) as compiling, ThreadPoolExecutor(1) as running:
         rounded = _submit(compiling, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
         jobs = [_submit(compiling, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
-        for shape in wanted.shapes:
-            also = [shrink.changed(small, narrow)] if shape in chosen else []
-            jobs.append(_submit(compiling, label(shape), shape, [small, *also]))
+        for lengths in wanted.meshes:
+            also = [shrink.changed(small, narrow)] if lengths in chosen else []
+            jobs.append(_submit(compiling, str(lengths), lengths, [small, *also]))
         want = _narrow(rounded.programs[0].result(), one.begin)
         readers = [one.program]
         while jobs:
@@ -221,14 +226,17 @@ def _rows(
 
 
 def _submit(
-    pool: ThreadPoolExecutor, name: str, shape: Shape, raws: Sequence[Mapping[str, Any]]
+    pool: ThreadPoolExecutor, name: str, lengths: Lengths, raws: Sequence[Mapping[str, Any]]
 ) -> _Job:
-    refused = refusal(raws[0], shape)
+    """Begins to compile programs of one mesh in `pool`, unless the config refuses it."""
+    refused = shrink.refusal(raws[0], lengths)
 
     def build(raw):
-        return Program(raw, shape).compile()
+        return Program(raw, lengths).compile()
 
-    return _Job(name, shape, refused, [] if refused else [pool.submit(build, raw) for raw in raws])
+    return _Job(
+        name, lengths, refused, [] if refused else [pool.submit(build, raw) for raw in raws]
+    )
 
 
 def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], folder: Path) -> Row:
@@ -242,23 +250,22 @@ def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], f
     end, worst, first = against(one, program, begin)
     unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
     readers[:] = [program]
-    rounded = (
-        compare.rounded(want, _narrow(job.programs[1].result(), begin))
-        if len(job.programs) > 1
-        else None
-    )
-    return Row(job.name, "", "", worst, first, label(reader.shape), unequal, rounded)
+    rounded = None
+    if len(job.programs) > 1:
+        rounded = compare.rounded(want, _narrow(job.programs[1].result(), begin))
+    return Row(job.name, "", "", worst, first, str(reader.lengths), unequal, rounded)
 
 
 def _narrow(program: Program, begin: State) -> list[Probe]:
-    """The probes of a float32 run from the rounded state of a float64 one."""
+    """Returns the probes of a float32 run from the rounded state of a float64 one."""
     rounded = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, begin)
     return program.steps(rounded, ROUNDED_STEPS)[1]
 
 
 def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Path) -> Row:
-    name = f"{label(processes.SHAPE)}, {count} processes"
-    refused = refusal(small, processes.SHAPE)
+    """Runs the mesh of several processes, and compares what they report."""
+    name = f"{processes.LENGTHS}, {count} processes"
+    refused = shrink.refusal(small, processes.LENGTHS)
     if refused:
         return empty(name, refused)
     found = processes.run(small, count, len(one.probes) - 1, folder)
@@ -266,9 +273,10 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
         return empty(name, failure=found)
     worst, first = compare.deviations(one.probes, found.probes, one.end, found.end)
     back = states.named(one.program, states.read(one.program, folder / processes.SAVED))
-    return Row(name, "", "", worst, first, label(ONE), states.differ(found.end, back), None)
+    return Row(name, "", "", worst, first, str(ONE), states.differ(found.end, back), None)
 
 
 def _line(error: BaseException) -> str:
+    """Returns the text of an error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -14,11 +14,11 @@ from moe_jax import config
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
 from moe_jax.moe.losses import LOSSES
+from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.schema.config import NO_RULE
 
 DEVICES = 8  # what is simulated; every factorisation of it is a mesh
 MICRO_BATCHES = 4
-ONE = {"data": 1, "expert": 1, "model": 1}
 
 
 class Rule(NamedTuple):
@@ -31,11 +31,11 @@ class Rule(NamedTuple):
 
 
 def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
-    """(the small config, the rules that were applied).
+    """Returns the small config, and the rules that were applied.
 
-    `raw` is the nested dict of a config; raises UserError when it is a bad one.
+    `raw` is the nested dict of a config. Raises UserError when it is a bad one.
     """
-    yours = {**copy.deepcopy(dict(raw)), "mesh": ONE}
+    yours = {**copy.deepcopy(dict(raw)), "mesh": ONE.written()}
     config.build(yours, 1)
     small, rules = copy.deepcopy(yours), []
     small["simulate_devices"] = DEVICES
@@ -48,6 +48,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
 
 
 def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yields (key, value, why) of every key that may shrink."""
     model, train = raw["model"], raw["train"]
     ratio = min(model["num_heads"] // model["num_kv_heads"], 2)
     yield "model.d_model", 16, "small; divisible by data x expert"
@@ -66,7 +67,8 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     count = min(
         train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES
     )
-    many = max(count, 2)  # so that accumulation can be checked even where the config has none
+    # At least two, so that accumulation can be checked even where the config has none.
+    many = max(count, 2)
     yield "train.micro_batch_size", rows if count > 1 else 0, f"{DEVICES} devices x group_rows"
     yield "train.batch_size", rows * many, f"{many} x {DEVICES} devices x group_rows"
     yield "eval.batch_size", 0, "as many as in training"
@@ -100,8 +102,8 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
-    """As few experts as keep their number modulo the expert axis, leave a choice to the router, and
-    suit its options.
+    """Returns the config with as few experts as keep their number modulo the expert axis, leave a
+    choice to the router, and suit its options.
     """
     key, moe = "model.moe.num_experts", small["model"]["moe"]
     number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
@@ -117,14 +119,14 @@ def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, A
 
 
 def accepted(raw: Mapping[str, Any]) -> bool:
+    """Returns whether the rules of the config accept one device."""
     return not refusal(raw, ONE)
 
 
-def refusal(raw: Mapping[str, Any], lengths: Mapping[str, int]) -> str:
-    """Why the rules of the config refuse a mesh; "" when they do not."""
-    number = lengths["data"] * lengths["expert"] * lengths["model"]
+def refusal(raw: Mapping[str, Any], lengths: Lengths) -> str:
+    """Returns why the rules of the config refuse a mesh; "" when they do not."""
     try:
-        config.build({**copy.deepcopy(dict(raw)), "mesh": dict(lengths)}, number)
+        config.build({**copy.deepcopy(dict(raw)), "mesh": lengths.written()}, lengths.num_devices)
     except UserError as e:
         return str(e)
     return ""
@@ -144,7 +146,7 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with some keys ("model.scan") set."""
+    """Returns a copy with some keys ("model.scan") set."""
     new = copy.deepcopy(dict(raw))
     for key, value in changes.items():
         put(new, key, value)
@@ -152,15 +154,16 @@ def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference that every layout must equal: one large batch, a loop over the layers, nothing
-    rematerialised.
+    """Returns the reference that every layout must equal: one large batch, a loop over the layers,
+    nothing rematerialised.
     """
     return changed(raw, {key: off for _, key, off, _ in _layouts(raw)})
 
 
 def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the config with accumulation, scan and remat all on, their names): its own where it has
-    them, without what it cannot have.
+    """Returns the config with accumulation, scan and remat all on, and their names.
+
+    It keeps its own where it has them, and leaves out what it cannot have.
     """
     new, names = dict(raw), []
     for name, key, off, on in _layouts(raw):
@@ -171,9 +174,10 @@ def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _layouts(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
-    """(name, key, its value when off, and on) of what may not change a model."""
-    coefficients = raw["model"]["moe"]["losses"]
-    if not any(coefficients[name] for name, loss in LOSSES.items() if loss.of_micro_batches):
-        yield "accumulate", "train.micro_batch_size", 0, DEVICES * raw["model"]["moe"]["group_rows"]
+    """Yields (name, key, its value when off, and on) of what may not change a model."""
+    moe = raw["model"]["moe"]
+    # A loss of micro-batches is by its definition a function of their size.
+    if not any(moe["losses"][name] for name, loss in LOSSES.items() if loss.of_micro_batches):
+        yield "accumulate", "train.micro_batch_size", 0, DEVICES * moe["group_rows"]
     yield "scan", "model.scan", False, True
     yield "remat", "model.remat", "none", "full"

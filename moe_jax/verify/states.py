@@ -10,15 +10,12 @@ from moe_jax.train_step import State
 from moe_jax.verify.program import Program
 
 PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}  # of a model's blocks, in their order
-COMPARED = (
-    "params/",
-    "router_state/",
-    "ema/",
-    "masks/",
-)  # of a state; moments follow from the gradients
+# What is compared of a state; moments follow from the gradients.
+COMPARED = ("params/", "router_state/", "ema/", "masks/")
 
 
 def write(program: Program, now: State, directory: Path) -> None:
+    """Writes a state as a checkpoint in `directory`."""
     with program.entered():
         checkpoints = Checkpoints(directory, every=0, keep=1, keep_best=0)
         checkpoints.save(0, now, metadata={}, score=None, stacked=program.cfg.model.scan)
@@ -26,20 +23,24 @@ def write(program: Program, now: State, directory: Path) -> None:
 
 
 def read(program: Program, directory: Path) -> State:
+    """Returns the state in `directory`, on the mesh of `program`."""
     with program.entered():
         checkpoints = Checkpoints(directory, every=0, keep=1, keep_best=0)
         return checkpoints.restore(0, program.abstract, stacked=program.cfg.model.scan)
 
 
 def named(program: Program, now: State) -> dict[str, np.ndarray]:
-    """What is compared of a state, by name."""
+    """Returns what is compared of a state, by name."""
     with program.entered():
         return {name: x for name, x in program.named(now).items() if name.startswith(COMPARED)}
 
 
 def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
-    """The states of the MoE layers' routers in the order of the blocks, read off their names; []
-    where routers have none.
+    """Returns the states of the MoE layers' routers in the order of the blocks; [] where routers
+    have none.
+
+    They are sorted by their names, and not numbered by moe_jax.layout, which is part of what is
+    proven.
     """
     found: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
     for name, value in named(program, now).items():
@@ -51,8 +52,8 @@ def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
 
 
 def unequal(program: Program, now: State, reader: Program, directory: Path) -> list[str]:
-    """Writes a state of `program` and reads it on the mesh of `reader`: the names of the arrays
-    that differ in a bit.
+    """Writes a state of `program`, reads it on the mesh of `reader`, and returns the names of the
+    arrays that differ in a bit.
     """
     write(program, now, directory)
     back = read(reader, directory)
@@ -64,7 +65,7 @@ def unequal(program: Program, now: State, reader: Program, directory: Path) -> l
 
 
 def differ(want: dict[str, np.ndarray], have: dict[str, np.ndarray]) -> list[str]:
-    """The names of the arrays that differ in a bit."""
+    """Returns the names of the arrays that differ in a bit."""
 
     def same(a, b):
         return a.dtype == b.dtype and a.tobytes() == b.tobytes()

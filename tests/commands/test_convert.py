@@ -19,6 +19,7 @@ from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact, stored
+from moe_jax.parallel.mesh import WRITTEN
 from moe_jax.run import open_run
 
 NARROW = {
@@ -226,7 +227,7 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
 
     def outputs(folder, shape):
         raw = json.loads((folder / "config.json").read_text())
-        lengths = dict(zip(("data", "expert", "model"), shape, strict=True))
+        lengths = dict(zip(WRITTEN, shape, strict=True))
         cfg = convert.config.build({**raw, "mesh": lengths}, int(np.prod(shape)))
         with jax.set_mesh(meshes.make(*shape)):
             run = dataclasses.replace(open_run(folder), config=cfg)

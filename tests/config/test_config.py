@@ -225,11 +225,7 @@ def test_wrong_types_and_missing_keys():
 
 
 def test_minus_one_takes_the_rest():
-    assert mesh.resolve({"data": -1, "expert": 2, "model": 2}, 8) == {
-        "data": 2,
-        "expert": 2,
-        "model": 2,
-    }
+    assert mesh.resolve(mesh.Lengths(data=-1, expert=2, model=2), 8) == (1, 2, 2, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +294,7 @@ ROOMS = (
     "parallel",
     "weights",
     "schema",
+    "layout",
     "checkpoint",
     "data",
     "moe",

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -70,7 +71,7 @@ def test_no_heldout_text_is_in_the_training_rows(dataset):
 def test_a_slice_is_whole_documents_and_leaves_the_heldout_rows_alone(dataset):
     whole = open_embedded(slice_bytes=0)
     np.testing.assert_array_equal(
-        all_rows(whole, "heldout").inputs_RS, all_rows(dataset, "heldout").inputs_RS
+        all_rows(whole, "heldout").tokens_RS, all_rows(dataset, "heldout").tokens_RS
     )
     assert all(15_000 < size <= 30_000 for size in dataset.text_bytes("train").values())
     assert set(texts(all_rows(dataset, "train"), 255)) < set(texts(all_rows(whole, "train"), 255))
@@ -84,7 +85,7 @@ def test_a_slice_is_whole_documents_and_leaves_the_heldout_rows_alone(dataset):
 
 def test_a_batch_is_int32_and_says_what_it_is(dataset):
     batch = Batches(dataset, "train", 0, 8).rows(3, range(8))
-    assert all(field.dtype == np.int32 for field in batch)
+    assert all(field.dtype == np.int32 for field in jax.tree.leaves(batch))
     assert batch.tokens_BS.shape == batch.domain_BS.shape == (
         8,
         64,
@@ -107,10 +108,13 @@ def test_the_global_batch_is_the_same_for_every_number_of_processes(dataset, pro
     for step in (0, 5, 1000):
         parts = [Batches(dataset, "train", 7, 8).rows(step, share) for share in shares]
         order = np.argsort(np.concatenate([part.row_B for part in parts]))
-        for name, field in whole.rows(step, range(8))._asdict().items():
-            np.testing.assert_array_equal(
-                np.concatenate([getattr(part, name) for part in parts])[order], field
-            )
+
+        def joined(*fields, order=order):
+            return np.concatenate(fields)[order]
+
+        jax.tree.map(
+            np.testing.assert_array_equal, jax.tree.map(joined, *parts), whole.rows(step, range(8))
+        )
 
 
 def numbered(num_rows, seq_len=4):
@@ -239,10 +243,10 @@ def test_evaluation_takes_every_heldout_row_once_evenly_over_domains(dataset, ba
     tokens = np.concatenate([batch.tokens_BS for batch in batches])
     segments = np.concatenate([batch.segment_BS for batch in batches])
     rows = all_rows(dataset, "heldout")
-    num_rows = len(rows.inputs_RS)
+    num_rows = len(rows.tokens_RS)
     assert len(tokens) == -(-num_rows // batch_size) * batch_size
     np.testing.assert_array_equal(
-        np.sort(tokens[:num_rows], axis=0), np.sort(rows.inputs_RS, axis=0)
+        np.sort(tokens[:num_rows], axis=0), np.sort(rows.tokens_RS, axis=0)
     )
     assert not tokens[num_rows:].any() and not segments[num_rows:].any()
     assert not np.concatenate([batch.targets_BS for batch in batches])[num_rows:].any()

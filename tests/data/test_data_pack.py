@@ -22,7 +22,7 @@ def tokens(text):
 def test_rows_worked_by_hand():
     rows = pack.pack([(tokens("abc"), 2), (tokens("d"), 0), (tokens("efg"), 1)], 4, BYTES)
     a, b, c, d, e, f, g = b"abcdefg"
-    np.testing.assert_array_equal(rows.inputs_RS, [[B, a, b, c], [B, d, B, e], [f, g, 0, 0]])
+    np.testing.assert_array_equal(rows.tokens_RS, [[B, a, b, c], [B, d, B, e], [f, g, 0, 0]])
     np.testing.assert_array_equal(rows.targets_RS, [[a, b, c, B], [d, B, e, f], [g, B, 0, 0]])
     np.testing.assert_array_equal(rows.segment_RS, [[1, 1, 1, 1], [1, 1, 2, 2], [1, 1, 0, 0]])
     np.testing.assert_array_equal(rows.domain_RS, [[2, 2, 2, 2], [0, 0, 1, 1], [1, 1, 0, 0]])
@@ -35,9 +35,9 @@ def test_rows_worked_by_hand():
 def unpacked(rows):
     """(domain, text) of each document, put together again from the targets alone."""
     documents, text = [], []
-    for row in range(len(rows.inputs_RS)):
+    for row in range(len(rows.tokens_RS)):
         for place in np.flatnonzero(rows.segment_RS[row]):
-            if rows.inputs_RS[row, place] == B:
+            if rows.tokens_RS[row, place] == B:
                 assert not text
             if rows.targets_RS[row, place] == B:
                 documents.append((int(rows.domain_RS[row, place]), bytes(text).decode()))
@@ -55,9 +55,9 @@ def test_every_token_is_predicted_exactly_once_and_in_its_document(seq_len):
     rows = pack.pack([(tokens(text), domain) for text, domain in documents], seq_len, BYTES)
     assert unpacked(rows) == [(domain, text) for text, domain in documents]
     total = sum(len(text.encode()) + 1 for text, _ in documents)
-    assert (rows.segment_RS > 0).sum() == total and len(rows.inputs_RS) == -(-total // seq_len)
+    assert (rows.segment_RS > 0).sum() == total and len(rows.tokens_RS) == -(-total // seq_len)
     inside = (rows.segment_RS[:, 1:] == rows.segment_RS[:, :-1]) & (rows.segment_RS[:, 1:] > 0)
-    np.testing.assert_array_equal(rows.inputs_RS[:, 1:][inside], rows.targets_RS[:, :-1][inside])
+    np.testing.assert_array_equal(rows.tokens_RS[:, 1:][inside], rows.targets_RS[:, :-1][inside])
     place = pack.positions(rows.segment_RS)
     assert ((place[:, 1:] == place[:, :-1] + 1) == inside)[
         rows.segment_RS[:, 1:] > 0

@@ -228,7 +228,7 @@ def test_two_sources_with_a_trained_tokenizer(tmp_path):
     )
     assert set(heldout) & set(train) == set() and len(heldout) == 102
     assert (
-        prepared.open_prepared(tmp_path / "one").train.fetch(np.array([0])).inputs_RS.dtype
+        prepared.open_prepared(tmp_path / "one").train.fetch(np.array([0])).tokens_RS.dtype
         == np.uint16
     )
 
@@ -294,7 +294,7 @@ def heldout_sums(dataset):
     """What an evaluation of a model that knows nothing adds up over all held-out rows."""
     total = {}
     for batch in eval_batches(dataset, 8):
-        inputs = lm.Inputs(*(jnp.asarray(field) for field in batch))
+        inputs = jax.tree.map(jnp.asarray, batch)
         logits = jnp.zeros((*batch.tokens_BS.shape, dataset.tokenizer.vocab_size))
         found = lm.losses(lambda *_, logits=logits: (logits, {}), inputs, jax.random.key(0), False)
         for name, value in lm.evaluate(found, inputs, dataset).items():

@@ -58,7 +58,7 @@ def model_config(**model):
 
 
 def one_device():
-    return mesh.make({}, jax.devices()[:1])
+    return mesh.make(mesh.ONE, jax.devices()[:1])
 
 
 def make_tokenizer():
@@ -230,7 +230,7 @@ def test_another_mesh_stacked_layers_and_shorter_loops_say_the_same(small, monke
     expected = [texts(small, prompts, settings) for settings in (GREEDY, HOT)]
     cfg = model_config(scan=True)
     monkeypatch.setattr(sample, "STEPS", 7)
-    with jax.set_mesh(mesh.make({"data": 2, "expert": 2, "model": 2})):
+    with jax.set_mesh(mesh.make(mesh.Lengths(data=2, expert=2, model=2))):
         sampler = make_sampler(cfg, make_tokenizer(), CONTEXT)
         weights = values(cfg)
         assert [sampler(*weights, prompts, settings) for settings in (GREEDY, HOT)] == expected

@@ -146,7 +146,7 @@ def test_what_an_ordering_drops_is_recorded(float64):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes=rounding | {"model.repeats": 1})
         inputs, model = held_out.place(run, run.batches[0]), make_model(run.cfg.model)
-        seen = lm._seen(inputs, probe.ROUTING)
+        seen = lm.model_batch(inputs, probe.ROUTING)
 
         def train(*weights):
             return model.bind(*weights)(seen, jax.random.key(0), True)[1]
@@ -266,7 +266,7 @@ def test_a_training_step_takes_the_routing_it_is_given(run):
     expert, gate = (
         held_out.of_all_blocks(run.cfg.model, fields[name]) for name in ("expert", "gate")
     )
-    given = held_out.place(run, run.batches[0], recorded=(expert, gate))
+    given = held_out.place(run, run.batches[0], probe.Request((expert, gate)))
     plain = held_out.place(run, run.batches[0])
     grads = [
         language_gradient(run, run.cfg.model, plain),

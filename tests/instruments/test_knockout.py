@@ -33,7 +33,7 @@ def test_an_expert_removed_is_an_expert_that_gives_zero(float64):
             def zero(moe, e=expert):
                 return {"w_out": np.where(np.arange(4)[:, None, None] == e, 0, moe["w_out"])}
 
-            removed = loss(run, **knockout.told(run, "removed_BME", layer, expert))
+            removed = loss(run, request=knockout.without(run, "removed", layer, expert))
             np.testing.assert_allclose(removed, loss(run, with_(run, layer, zero)), rtol=1e-13)
             assert np.abs(removed - loss(run)).max() > 1e-3
 
@@ -60,7 +60,7 @@ def test_an_expert_that_nobody_chose_is_worth_nothing(float64):
 
 
 def test_round_an_expert_means_the_next_best(run):
-    fields = recorded(run, probe.INPUTS, **knockout.told(run, "barred_BME", 0, 2))
+    fields = recorded(run, probe.INPUTS, knockout.without(run, "barred", 0, 2))
     logits = np.einsum("BSD,DE->BSE", fields["input"][0], held_out.gates(run, "the test")[0])
     logits[..., 2] = -np.inf
     valid = run.batches[0].segment_BS > 0
@@ -85,7 +85,7 @@ def test_round_an_expert_whatever_its_bias(float64, router):
         valid = run.batches[0].segment_BS > 0
         assert (recorded(run, probe.ROUTING)["expert"][0][valid] == 2).any(-1).all()
         assert not (
-            recorded(run, probe.ROUTING, **knockout.told(run, "barred_BME", 0, 2))["expert"][0] == 2
+            recorded(run, probe.ROUTING, knockout.without(run, "barred", 0, 2))["expert"][0] == 2
         ).any()
 
 
@@ -124,7 +124,7 @@ def test_changes_are_those_of_the_sums_and_lie_in_their_intervals(run):
         sums(
             run.params,
             run.router_state,
-            inputs._replace(**knockout.told(run, "removed_BME", 1, expert)),
+            inputs._replace(request=knockout.without(run, "removed", 1, expert)),
         )
         for expert in (None, 2)
     )

@@ -15,7 +15,6 @@ from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, retrain
 from moe_jax.parallel.batch_rows import local_rows, put
-from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, make_model, make_step, make_tx
 
 SMALL = {
@@ -48,7 +47,7 @@ def test_own_routing_is_the_training_itself_and_no_other_is(float64):
         batches = Batches(run.dataset, "train", run.cfg.seed, size)
         for step in (3, 4):
             rows = local_rows(size)
-            now, _ = step_fn(now, put(batches.rows(step, rows), rows, size, lm.Inputs))
+            now, _ = step_fn(now, put(batches.rows(step, rows), rows, size))
         sums_of = held_out.make_sums(run, run.cfg.model)
         sums = sums_of(now.params, now.router_state, held_out.place(run, run.batches[0]))
     assert abs(result["own"]["loss"] - held_out.figures(run, [sums])["loss"]) < 1e-12

@@ -64,7 +64,7 @@ def test_packed_documents_do_not_see_each_other(float64):
         (1, 1, 1), {"model.attention_bias": True, "model.qk_norm": True, "train.batch_size": 2}
     )
     cfg = program.cfg
-    tokens, targets, _, _, domain, row = tiny.batch(cfg)
+    tokens, targets, _, _, domain, row, _ = tiny.batch(cfg)
     segment = np.repeat([[1, 1, 1, 2, 2, 2, 2, 2]], 2, 0).astype(np.int32)
     position = np.repeat([[0, 1, 2, 0, 1, 2, 3, 4]], 2, 0).astype(np.int32)
     other = tokens.copy()

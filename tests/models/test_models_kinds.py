@@ -26,9 +26,9 @@ from kind_cases import (
     tokens,
 )
 
-from moe_jax import train_step
+from moe_jax import layout, train_step
 from moe_jax.decoding import sample, translate
-from moe_jax.models import encoder, mmoe, router_states
+from moe_jax.models import encoder, mmoe
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 
@@ -64,13 +64,12 @@ def test_padding_changes_nothing(float64, name):
     pad = batch.segment_BS == 0
     odd = batch._replace(id_BS=np.where(pad, 9, batch.id_BS))
     if name == "encoder of vectors":
-        odd = odd._replace(inputs=np.where(pad[:, :, None], 1e3, batch.inputs))
+        odd = odd._replace(vectors_BSP=np.where(pad[:, :, None], 1e3, batch.vectors_BSP))
     if name == "encdec":
-        ids = np.where(batch.inputs.segment_BS == 0, 9, batch.inputs.id_BS)
-        odd = odd._replace(inputs=batch.inputs._replace(id_BS=ids))
+        ids = np.where(batch.source_rows.segment_BS == 0, 9, batch.source_rows.id_BS)
+        odd = odd._replace(source_rows=batch.source_rows._replace(id_BS=ids))
     if name == "mmoe":
-        features, weight = batch.inputs
-        odd = odd._replace(inputs=(np.where(weight == 0, 9, features), weight))
+        odd = odd._replace(feature_BL=np.where(batch.feature_weight_BL == 0, 9, batch.feature_BL))
     got, got_sums = alone(name)(odd)
     keep = ~pad if got.shape[:2] == pad.shape else slice(None)
     close(got[keep], want[keep], atol=1e-12)
@@ -84,7 +83,7 @@ def test_scan_is_the_loop(float64, name):
     want, want_sums, want_gradient = alone_gradient(name)
     close(logits, want, atol=1e-11)
     assert_alike(sums, want_sums, 1e-11)
-    assert_alike(translate.unstacked(gradient, run.cfg), want_gradient, 1e-10)
+    assert_alike(layout.unstack(gradient, run.cfg), want_gradient, 1e-10)
 
 
 # The encoder.
@@ -137,7 +136,7 @@ def test_an_encoder_begins_with_what_a_decoder_has(float64):
 
 def test_targets_see_the_source_and_no_later_target(float64):
     batch = inputs("encdec")
-    ids, source = batch.id_BS.copy(), batch.inputs.id_BS.copy()
+    ids, source = batch.id_BS.copy(), batch.source_rows.id_BS.copy()
     ids[0, 4:] = (ids[0, 4:] + 1) % 64
     source[1, 0] = (source[1, 0] + 1) % 64
     run = alone("encdec")
@@ -145,7 +144,7 @@ def test_targets_see_the_source_and_no_later_target(float64):
     later = run(batch._replace(id_BS=ids))[0]
     close(later[0, :4], base[0, :4], atol=1e-12)
     assert np.abs(later[0, 4:] - base[0, 4:]).min() > 0
-    other = run(batch._replace(inputs=batch.inputs._replace(id_BS=source)))[0]
+    other = run(batch._replace(source_rows=batch.source_rows._replace(id_BS=source)))[0]
     assert np.abs(other[1, :3] - base[1, :3]).max() > 1e-6
     close(other[2:], base[2:], atol=1e-12)
 
@@ -158,7 +157,7 @@ def greedy(run, source, num, boundary):
     for made in range(num):
         if run.cfg.kind == "encdec":
             ids = np.concatenate([np.full((B, 1), boundary), out], 1)[:, :num]
-            batch = source._replace(id_BS=ids.astype(np.int32), inputs=source)
+            batch = source._replace(id_BS=ids.astype(np.int32), source_rows=source)
             batch = batch._replace(
                 position_BS=np.broadcast_to(np.arange(num, dtype=np.int32), ids.shape)
             )
@@ -178,7 +177,7 @@ def greedy(run, source, num, boundary):
             place = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
             segment = (place < (there + made)[:, None]).astype(np.int32)
             batch, last = (
-                Batch(ids, place, segment, source.row_B, pad(source.inputs)),
+                Batch(ids, place, segment, source.row_B, prefix_BS=pad(source.prefix_BS)),
                 np.maximum(there + made - 1, 0),
             )
         best = run(batch)[0][rows, last].argmax(-1)
@@ -194,7 +193,7 @@ def test_translation_with_a_cache_is_the_argmax_without(float64, name, shape):
     run = alone(name)
     source = tokens(np.random.default_rng(2), T, [5, 1, 0, 3, 2, 5, 4, 5])
     if name == "prefix":
-        source = source._replace(inputs=source.segment_BS > 0)
+        source = source._replace(prefix_BS=source.segment_BS > 0)
     free = greedy(run, source, 6, -1 % 64)
     boundary = int(free[0, 3])
     want = greedy(run, source, 6, boundary)
@@ -217,11 +216,11 @@ def test_router_states_are_those_of_the_encoder_then_of_the_decoder(float64):
         with jax.set_mesh(meshes.make(*ONE)):
             abstract = jax.eval_shape(train_step.make_model(cfg).init, jax.random.key(0))[1]
         states = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), abstract)
-        stacked = router_states.stack(states, cfg)
+        stacked = layout.by_moe_layer(states, cfg)
         assert stacked["bias"].shape == (cfg.num_moe_layers, 8) == (3, 8)
         marked = {"bias": jnp.arange(3.0)[:, None] + jnp.zeros((3, 8))}
-        new = router_states.unstack(states, marked, cfg)
-        loop = translate.unstacked(new, cfg) if scan else new
+        new = layout.into_moe_layers(marked, states, cfg)
+        loop = layout.unstack(new, cfg)
 
         def bias(part, i):
             return float(part["repeats"][i]["blocks"][0]["moe"]["state"]["bias"][0])
@@ -250,7 +249,8 @@ def test_every_task_has_its_own_gate_and_items(float64):
 
 def test_bags_are_the_product_with_multi_hot_rows(float64):
     rng = np.random.default_rng(0)
-    table, (feature, weight) = rng.normal(size=(64, 4)), inputs("mmoe").inputs
+    table, batch = rng.normal(size=(64, 4)), inputs("mmoe")
+    feature, weight = batch.feature_BL, batch.feature_weight_BL
     hot = np.zeros((B, 64))
     np.add.at(hot, (np.arange(B)[:, None], feature), weight)
     with jax.set_mesh(meshes.make(*ONE)):

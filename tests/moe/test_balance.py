@@ -16,11 +16,10 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 
-from moe_jax import checkpoint, train_step
+from moe_jax import checkpoint, layout, train_step
 from moe_jax.checkpoint import flat
 from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
-from moe_jax.models import router_states
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch
 from moe_jax.tasks.lm import task as lm
@@ -52,13 +51,14 @@ def one_batch(cfg, sort=False):
 
     `sort`: rows of one device share 8 of the 64 tokens.
     """
-    tokens, targets, segment, *rest = tiny.batch(cfg)
+    batch = tiny.batch(cfg)
+    tokens = batch.tokens_BS
     if sort:
         tokens = tokens % 8 + 8 * (np.arange(len(tokens)) * 8 // len(tokens))[:, None].astype(
             np.int32
         )
-    segment[3] = 0
-    return tokens, targets, segment, *rest
+    batch.segment_BS[3] = 0
+    return batch._replace(tokens_BS=tokens)
 
 
 def drawn(program):
@@ -67,7 +67,7 @@ def drawn(program):
     """
 
     def draw(name, shape, place):
-        names = flat.layer_names(name, shape, program.cfg.model.scan)
+        names = layout.layer_names(name, shape, program.cfg.model.scan)
 
         def one(name, shape):
             return np.random.default_rng(zlib.crc32(name.encode())).normal(0.0, 0.25, shape)
@@ -106,7 +106,7 @@ def pulled(program, figures):
         return (
             values,
             pull(weights)[0],
-            router_states.stack(after, program.cfg.model)["balance_weight"],
+            layout.by_moe_layer(after, program.cfg.model)["balance_weight"],
         )
 
     def all_of(batch):
@@ -309,16 +309,16 @@ def test_router_state_is_checkpointed(float64, tmp_path, router):
             return jnp.arange(1.0, z.size + 1).reshape(z.shape)
 
         wanted = {
-            n: count(z) for n, z in router_states.stack(before.router_state, loop.cfg.model).items()
+            n: count(z) for n, z in layout.by_moe_layer(before.router_state, loop.cfg.model).items()
         }
-        router_state = router_states.unstack(before.router_state, wanted, loop.cfg.model)
+        router_state = layout.into_moe_layers(wanted, before.router_state, loop.cfg.model)
         saves.save(
             1, before._replace(router_state=router_state), metadata={}, score=None, stacked=False
         )
     scan, abstract = first((2, 2, 2), True)
     with jax.set_mesh(scan.mesh):
         after = saves.restore(1, abstract, stacked=True)
-        found = router_states.stack(after.router_state, scan.cfg.model)
+        found = layout.by_moe_layer(after.router_state, scan.cfg.model)
     saves.close()
     assert list(found) == [{"noisy_top_k": "balance_weight", "relu": "l1"}.get(router, "bias")]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)

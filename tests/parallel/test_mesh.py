@@ -153,3 +153,12 @@ def test_one_table_refuses_a_collision():
 
 def test_every_factorisation_is_there():
     assert len(meshes.ALL) == 10
+
+
+def test_lengths_are_written_and_parsed_in_one_form():
+    lengths = mesh.parse("2x1x4", "--mesh")
+    assert lengths == mesh.Lengths(data=2, model=4) and str(lengths) == f"{lengths}" == "2x1x4"
+    assert lengths.num_devices == 8 and lengths.batch_devices == 2
+    assert lengths.split() == "data 2 x model 4" and mesh.ONE.split() == ""
+    assert lengths.written() == {"data": 2, "expert": 1, "model": 4}
+    assert mesh.of(meshes.make(2, 1, 4)) == lengths

@@ -17,7 +17,7 @@ from rich.console import Console
 from configs import base
 from moe_jax import config, train_step
 from moe_jax.moe.layer import Batch
-from moe_jax.parallel.mesh import P
+from moe_jax.parallel.mesh import WRITTEN, P
 from moe_jax.plan import card as cards
 from moe_jax.plan import flops
 
@@ -37,7 +37,7 @@ def make_config(shape=ONE, model=None, moe=None, train=None):
     }
     raw["model"] |= small | (model or {})
     raw["model"]["moe"] |= {"expert_hidden": 16} | (moe or {})
-    raw["mesh"] = dict(zip(("data", "expert", "model"), shape, strict=True))
+    raw["mesh"] = dict(zip(WRITTEN, shape, strict=True))
     raw["data"]["seq_len"], raw["train"]["batch_size"] = 8, 16
     raw["train"] |= train or {}
     raw["optim"] |= {"optimizer": "sgd", "ema_decay": 0.9}

@@ -21,6 +21,7 @@ from moe_jax.instruments import interference, knockout, tables
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.parallel.mesh import Lengths
 from moe_jax.plan import card, flops
 from moe_jax.runtime import shell
 from moe_jax.terminal import working
@@ -167,7 +168,7 @@ def of_card():
     """Of a model of trillions of parameters."""
     sizes = {
         "platform": "cpu",
-        "mesh": {"data": 8, "expert": 64, "model": 8},
+        "mesh": Lengths(data=8, expert=64, model=8),
         "num_layers": (1, 100),
     }
     sizes |= {

@@ -90,7 +90,7 @@ def gradient(task, shape, micro, group_rows):
         quickly = functools.partial(jax.jit, compiler_options=QUICK)
         params, router_state = quickly(model.init)(jax.random.key(0))
         kind = TASKS[task]
-        batch = batch_rows.put(tuple(kind.random(cfg, 0)), np.arange(ROWS), ROWS, kind.inputs)
+        batch = batch_rows.put(kind.random(cfg, 0), np.arange(ROWS), ROWS)
         loss = train_step.make_loss(cfg, model)
 
         def value(params, batch):

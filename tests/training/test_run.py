@@ -24,6 +24,7 @@ from moe_jax.checkpoint import Checkpoints, flat
 from moe_jax.commands import generate
 from moe_jax.errors import UserError
 from moe_jax.parallel.compiling import QUICK, as_flags
+from moe_jax.parallel.mesh import WRITTEN
 from moe_jax.report.metrics import read_rows
 from moe_jax.run import load_run
 from moe_jax.runtime import shell
@@ -63,10 +64,7 @@ FAST |= {
 
 
 def run(workdir, changes=None, shape=(1, 1, 1)):
-    axes = {
-        f"mesh.{name}": length
-        for name, length in zip(("data", "expert", "model"), shape, strict=True)
-    }
+    axes = {f"mesh.{axis}": length for axis, length in zip(WRITTEN, shape, strict=True)}
     raw = tiny.raw(SMALL | axes | (changes or {}))
     cfg = tiny.build(shape, SMALL | axes | (changes or {}))
     with jax.set_mesh(meshes.make(*shape)):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
+from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.tasks.lm.task import random as batch
 from moe_jax.verify import alone, compare, shrink, states
 from moe_jax.verify.program import Program
-from moe_jax.verify.run import ONE, against, evaluated, reference
+from moe_jax.verify.run import against, evaluated, reference
 
-MESH = (2, 2, 2)
+MESH = Lengths(data=2, expert=2, model=2)
 STEPS = 2
 # One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has
 # something to break.
@@ -211,7 +212,7 @@ def right_curve(changes, begin):
 def wide_begin(program, sound, changes):
     """The reference's first state, in float64, on the mesh of a float32 program."""
     _, folder = sound(tuple(changes.items()))
-    return states.read(Program(shrunk(changes), program.shape), folder / "begin")
+    return states.read(Program(shrunk(changes), program.lengths), folder / "begin")
 
 
 def test_deviations_name_the_worst_and_the_first():

@@ -13,6 +13,7 @@ from moe_jax.commands import verify as command
 from moe_jax.errors import UserError
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.parallel.mesh import Lengths
 from moe_jax.tasks.lm import task as lm
 from moe_jax.verify import alone, batches, certificate, run, shrink, states
 from moe_jax.verify.alone import Check
@@ -74,16 +75,15 @@ def test_shrinking_keeps_what_decides_the_parallelism():
             and shrink.get(small, rule.key) == rule.shrunk
             and rule.why
         )
-    axes = ("data", "expert", "model")
-    assert not any(shrink.refusal(small, dict(zip(axes, shape, strict=True))) for shape in ALL)
+    assert not any(shrink.refusal(small, lengths) for lengths in ALL)
 
 
 def test_experts_that_the_axis_does_not_divide_stay():
     small, _ = shrink.shrink(tiny.raw(LARGE | {"model.moe.num_experts": 60}))
     assert small["model"]["moe"]["num_experts"] == 60
-    why = shrink.refusal(small, {"data": 1, "expert": 8, "model": 1})
+    why = shrink.refusal(small, Lengths(expert=8))
     assert why == "model.moe.num_experts (60) must be divisible by mesh.expert (8)"
-    assert not shrink.refusal(small, {"data": 2, "expert": 4, "model": 1})
+    assert not shrink.refusal(small, Lengths(data=2, expert=4))
 
 
 def test_layouts():
@@ -139,7 +139,7 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
     raw, ones = tiny.raw(SMALL), []
     monkeypatch.setattr(run, "reference", lambda *args: ones.append(reference(*args)) or ones[-1])
     said: list[str] = []
-    wanted = Wanted([(1, 2, 2), (3, 1, 1)], 2, 2, False)
+    wanted = Wanted([Lengths(expert=2, model=2), Lengths(data=3)], 2, 2, False)
     found = verify(raw, wanted, tmp_path, said.append)
     assert found.proven, command.verdict(found)
     layout, mesh, refused, both = found.rows
@@ -233,7 +233,7 @@ def test_every_router_and_ordering(float64, tmp_path, name):
     small, _ = shrink.shrink(tiny.raw({"model.repeats": 1, **CASES[name]}))
     one = reference(small, 2)
     states.write(one.program, one.begin, tmp_path / "begin")
-    program = Program(small, (1, 2, 2)).compile()
+    program = Program(small, Lengths(expert=2, model=2)).compile()
     _, worst, first = against(one, program, states.read(program, tmp_path / "begin"))
     assert first is None and set(worst) == {*run.compare.LIMITS}
     checks = [
@@ -331,7 +331,9 @@ def test_nan_is_the_largest():
 def test_a_mesh_that_only_the_config_as_it_is_refuses_is_told():
     raw = tiny.raw({"model.num_heads": 4, "model.num_kv_heads": 4})
     small, _ = shrink.shrink(raw)
-    (line,) = run.unlike(raw, small, [(1, 1, 8), (2, 2, 2), (3, 1, 1)])
+    (line,) = run.unlike(
+        raw, small, [Lengths(model=8), Lengths(data=2, expert=2, model=2), Lengths(data=3)]
+    )
     assert line.startswith(
         "1x1x8: the config as it is refuses this mesh (model.num_heads (4) must be divisible by "
         "mesh.model (8))"

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax import layout
 from moe_jax.errors import UserError
 from moe_jax.moe.sparse.patterns import PATTERNS
 from moe_jax.moe.sparse.patterns.contract import Matrices, Shaped
 from moe_jax.moe.sparse.refusals import refusals
 from moe_jax.moe.sparse.rules import RULES
 from moe_jax.moe.sparse.rules.contract import Kept, Now
-from moe_jax.names import REPEATS
 from moe_jax.schema.config import SparseConfig
 
 __all__ = [
@@ -83,8 +83,9 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
 
     done = {}
     for path, layer in experts_of(params):
-        _refuse_misfit(cfg, path, layer, is_stacked(path, stacked))
-        done[path] = (jax.vmap(first) if is_stacked(path, stacked) else first)(layer)
+        many = layout.is_stacked(path, stacked)
+        _refuse_misfit(cfg, path, layer, many)
+        done[path] = layout.per_layer(first, many)(layer)
     masks = nested({path: kept for path, (_, kept) in done.items() if kept})
     return mask(replaced(params, {path: layer for path, (layer, _) in done.items()}), masks), masks
 
@@ -110,7 +111,7 @@ def advance(
             def project(layer, kept):
                 return rule.project(layer, kept, shape, now, cfg.rule_options)
 
-            run = jax.vmap(project) if is_stacked(path, stacked) else project
+            run = layout.per_layer(project, layout.is_stacked(path, stacked))
             done[path] = run(layer, kept.get(path, {}))
         params = replaced(params, done)
     return mask(params, masks), masks
@@ -135,9 +136,10 @@ def _changed(
                 cfg.rule_options,
             )
 
-        if is_stacked(path, stacked):
-            number, one = jnp.arange(jax.tree.leaves(layer)[0].shape[0]), jax.vmap(one)
-        done[path] = one(number, layer, before[path], gradients[path])
+        many = layout.is_stacked(path, stacked)
+        if many:
+            number = jnp.arange(jax.tree.leaves(layer)[0].shape[0])
+        done[path] = layout.per_layer(one, many)(number, layer, before[path], gradients[path])
     return nested(done)
 
 
@@ -198,18 +200,12 @@ def density(params: Any) -> jax.Array:
     return alive / sum(x.size for x in weights)
 
 
-def is_stacked(path: Path, stacked: bool) -> bool:
-    return stacked and REPEATS in path
-
-
 def identity(path: Path) -> tuple[int, int]:
-    """(a number of the layer's place in its period, the repeat): what randomness is of, the same
-    for the loop and the scan.
+    """Returns (a hash of the layer's keys without its repeat, the repeat): what the layer's
+    randomness is of, the same for the loop and the scan.
     """
-    if REPEATS not in path or not isinstance(path[path.index(REPEATS) + 1], int):
-        return zlib.crc32("/".join(map(str, path)).encode()), 0
-    at = path.index(REPEATS) + 1
-    return zlib.crc32("/".join(map(str, (*path[:at], *path[at + 1 :]))).encode()), path[at]
+    keys, repeat = layout.without_repeat(path)
+    return zlib.crc32("/".join(map(str, keys)).encode()), repeat
 
 
 def nested(layers: dict[Path, Any]) -> dict[str, Any]:

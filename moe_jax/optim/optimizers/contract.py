@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from moe_jax import layout
+
 
 class Optimizer(NamedTuple):
     """All that there is to know of an optimizer; `OPTIMIZER` of its file."""
@@ -37,7 +39,7 @@ def leaf_by_leaf(inner: optax.GradientTransformation, leaves: Any) -> optax.Grad
 
     def each(f: Callable[..., Any], *trees: Any) -> list[Any]:
         rows = zip(flat, *(treedef.flatten_up_to(tree) for tree in trees))
-        return [(jax.vmap(f) if leaf.stacked else f)(*row) for leaf, *row in rows]
+        return [layout.per_layer(f, leaf.stacked)(*row) for leaf, *row in rows]
 
     def init(params: Any) -> Any:
         return treedef.unflatten(each(inner.init, params))

@@ -244,7 +244,7 @@ def tokenized(name: str, parts: dict[str, list[Text]], seq_len: int, tokens: Tok
     cut = int((np.diff(rows["train"].starts) > seq_len).sum())
     return Examples(
         spec=name,
-        inputs=examples.LabelledTokens,
+        batch_type=examples.LabelledTokens,
         seq_len=seq_len,
         domains=domains,
         rows={split: len(part) for split, part in parts.items()},

@@ -6,7 +6,7 @@ A bidirectional encoder reads the text, a head its pooled output.
 import dataclasses
 
 from moe_jax import extras
-from moe_jax.data.examples import Examples, LabelledTokens
+from moe_jax.data.examples import Examples
 from moe_jax.models import article, encoder
 from moe_jax.schema.config import Config
 from moe_jax.schema.options import option
@@ -46,9 +46,5 @@ def open_data(cfg: Config) -> Examples:
 
 
 TASK = labels.make(
-    Options,
-    LabelledTokens,
-    open_data,
-    "held-out texts (higher is better)",
-    (encoder.NAME, article.NAME),
+    Options, open_data, "held-out texts (higher is better)", (encoder.NAME, article.NAME)
 )

@@ -7,18 +7,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.data.batches import eval_batches
+from moe_jax.data.batches import PackedText, eval_batches
 from moe_jax.data.load import Dataset, open_dataset
 from moe_jax.errors import UserError
 from moe_jax.models import article, decoder
 from moe_jax.moe import probe
-from moe_jax.moe.layer import Batch as ModelBatch
+from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
@@ -33,34 +33,17 @@ class Options:
 MOST_BYTES, SMOKE_BYTES = 4_000_000, 50_000
 
 
-class Inputs(NamedTuple):
-    """A batch (arrays or their specs), all int32 and sharded over rows; segment 0 and target 0
-    where there is padding.
-    """
-
-    tokens_BS: Any
-    targets_BS: Any
-    segment_BS: Any
-    position_BS: Any
-    domain_BS: Any
-    row_B: Any
-    # What instruments tell the MoE layers, for all M blocks of the model (moe/probe.py); () =
-    # nothing.
-    recorded: Any = ()  # (experts, gates) [B, M, S, K] of a recording
-    removed_BME: Any = ()  # experts whose assignments go nowhere
-    barred_BME: Any = ()  # experts that the router must go round
-
-
-def _seen(batch: Inputs, record: Mapping[str, Any]) -> ModelBatch:
-    def by_block(tree):
-        return jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tree)
-
-    recorded, removed, barred = (
-        by_block(z) for z in (batch.recorded, batch.removed_BME, batch.barred_BME)
-    )
-    seen = ModelBatch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return seen._replace(
-        recorded=recorded, removed_BE=removed, barred_BE=barred, record=record or ()
+def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> Batch:
+    """Returns what the model reads; `record`: what its MoE layers return, as Request has it."""
+    request = batch.request or probe.Request()
+    # Blocks come first in a model, so that each takes its own.
+    request = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), request)
+    return Batch(
+        id_BS=batch.tokens_BS,
+        position_BS=batch.position_BS,
+        segment_BS=batch.segment_BS,
+        row_B=batch.row_B,
+        request=request._replace(record=record or ()),
     )
 
 
@@ -77,23 +60,23 @@ def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.
     return jax.nn.logsumexp(logits_BSV, -1) - jnp.where(hit_BSV, logits_BSV, 0).sum(-1)
 
 
-def losses(model: Callable, batch: Inputs, rng: jax.Array, train: bool) -> Losses:
-    logits_BSV, sums = model(_seen(batch, {}), rng, train)
+def losses(model: Callable, batch: PackedText, rng: jax.Array, train: bool) -> Losses:
+    logits_BSV, sums = model(model_batch(batch), rng, train)
     nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
     return Losses(nll_BS, (batch.segment_BS > 0).astype(nll_BS.dtype), logits_BSV, sums)
 
 
 def record(
-    model: Callable, batch: Inputs, rng: jax.Array, train: bool, wanted: Mapping[str, Any]
+    model: Callable, batch: PackedText, rng: jax.Array, train: bool, wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The routing of each token, {"expert", "gate", "dropped":
 
     [L, B, S, K]}, as `wanted` says: probe.ROUTING or probe.INPUTS.
     """
-    return probe.split(model(_seen(batch, wanted), rng, train)[1])[1]
+    return probe.split(model(model_batch(batch, wanted), rng, train)[1])[1]
 
 
-def evaluate(found: Losses, batch: Inputs, data: Dataset) -> dict[str, Any]:
+def evaluate(found: Losses, batch: PackedText, data: Dataset) -> dict[str, Any]:
     """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted."""
     bytes_V = np.zeros(found.outputs.shape[-1], np.int32)
     bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
@@ -213,7 +196,7 @@ def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, d
     return {**rows, name: mean}
 
 
-def random(cfg: Config, step: int) -> Inputs:
+def random(cfg: Config, step: int) -> PackedText:
     """Two documents in each row, cut at random, and up to three places of padding at the end of
     every other row.
 
@@ -237,16 +220,19 @@ def random(cfg: Config, step: int) -> Inputs:
     def whole(z):
         return z.astype(np.int32)
 
-    row = np.arange(num, dtype=np.int32)
-    return Inputs(
-        tokens[:, :-1], tokens[:, 1:], whole(segment), whole(position), whole(0 * segment), row
+    return PackedText(
+        tokens_BS=tokens[:, :-1],
+        targets_BS=tokens[:, 1:],
+        segment_BS=whole(segment),
+        position_BS=whole(position),
+        domain_BS=whole(0 * segment),
+        row_B=np.arange(num, dtype=np.int32),
     )
 
 
 TASK = Task(
     options=Options,
     kinds=(decoder.NAME, article.NAME),
-    inputs=Inputs,
     title="held-out bits per byte (lower is better)",
     open=open_data,
     losses=losses,

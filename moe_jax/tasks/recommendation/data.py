@@ -195,7 +195,7 @@ def _rows(
     )
     return Examples(
         spec=name,
-        inputs=examples.Baskets,
+        batch_type=examples.Baskets,
         seq_len=seq_len,
         domains=domains,
         rows={"train": len(market.train), "heldout": len(market.shown)},

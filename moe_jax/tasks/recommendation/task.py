@@ -80,10 +80,8 @@ def scores(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """([B, I] logits, sums)."""
     any_B1 = (batch.weight_BL > 0).any(1, keepdims=True).astype(jnp.int32)
-    seen = Batch(
-        0 * any_B1, 0 * any_B1, any_B1, batch.row_B, inputs=(batch.items_BL, batch.weight_BL)
-    )
-    return model(seen, rng, train)
+    features = {"feature_BL": batch.items_BL, "feature_weight_BL": batch.weight_BL}
+    return model(Batch(0 * any_B1, 0 * any_B1, any_B1, batch.row_B, **features), rng, train)
 
 
 def losses(model: Callable, batch: Baskets, rng: jax.Array, train: bool) -> Losses:
@@ -158,7 +156,7 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
     def ask(model, batch):
         return best(scores(model, batch, jax.random.key(0), False)[0], batch)
 
-    index_R, top_RC = contract.of_heldout(cfg, TASK, trained, data, ask)
+    index_R, top_RC = contract.of_heldout(cfg, trained, data, ask)
     market = data.about
 
     def names(items):
@@ -202,7 +200,6 @@ def random(cfg: Config, step: int) -> Baskets:
 TASK = Task(
     options=Options,
     kinds=(mmoe.NAME,),
-    inputs=Baskets,
     title="held-out users (higher is better)",
     open=open_data,
     losses=losses,

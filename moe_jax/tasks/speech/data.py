@@ -164,7 +164,7 @@ def _rows(
     arrays = [a for split in parts for a in (*rows[split], label[split], domain[split])]
     return Examples(
         spec=name,
-        inputs=examples.LabelledVectors,
+        batch_type=examples.LabelledVectors,
         seq_len=seq_len,
         domains=speakers,
         rows={split: len(part) for split, part in parts.items()},

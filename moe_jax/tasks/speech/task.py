@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_jax import extras
-from moe_jax.data.examples import Examples, LabelledVectors
+from moe_jax.data.examples import Examples
 from moe_jax.models import encoder
 from moe_jax.schema.config import Config
 from moe_jax.schema.options import BELOW_ONE, NOT_NEGATIVE, NUMBER, option
@@ -46,6 +46,4 @@ def open_data(cfg: Config) -> Examples:
     )
 
 
-TASK = labels.make(
-    Options, LabelledVectors, open_data, "held-out recordings (higher is better)", (encoder.NAME,)
-)
+TASK = labels.make(Options, open_data, "held-out recordings (higher is better)", (encoder.NAME,))

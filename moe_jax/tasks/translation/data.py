@@ -179,7 +179,7 @@ def _rows(
     )
     return Examples(
         spec=name,
-        inputs=examples.PrefixTarget if prefix else examples.SourceTarget,
+        batch_type=examples.PrefixTarget if prefix else examples.SourceTarget,
         seq_len=seq_len,
         domains=domains,
         rows={split: len(pairs) for split, pairs in parts.items()},

@@ -72,9 +72,9 @@ def open_data(cfg: Config, prefix: bool) -> Examples:
 def seen(batch: SourceTarget | PrefixTarget) -> Batch:
     """What the model reads: beside the target its source, or which places of the row are prefix."""
     target = Batch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return target._replace(
-        inputs=source(batch) if isinstance(batch, SourceTarget) else batch.prefix_BS
-    )
+    if isinstance(batch, SourceTarget):
+        return target._replace(source_rows=source(batch))
+    return target._replace(prefix_BS=batch.prefix_BS)
 
 
 def source(batch: SourceTarget) -> Batch:
@@ -135,16 +135,14 @@ def texts(token_BS: np.ndarray, data: Examples) -> list[str]:
     ]
 
 
-def finish(
-    task: Task, cfg: Config, trained: Trained, data: Examples, workdir: Path
-) -> dict[str, Any]:
+def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
     """Translates every held-out source greedily, writes predictions.jsonl, and scores by sacreBLEU."""
     tokens, size = data.about.tokenizer, cfg.eval.batch_size
     translator = make_translator(cfg.model, cfg.data.seq_len, tokens.boundary_id, tokens.vocab_size)
     rows, found = local_rows(size), []
     for batch in eval_batches(data, size, None, rows):
         stopping.check()
-        prompt = prompted(put(batch, rows, size, task.inputs))
+        prompt = prompted(put(batch, rows, size))
         found.append(np.asarray(translator(trained.params, trained.router_state, prompt, GREEDY)))
     index_R = data.heldout_order()[1]
     outputs = texts(np.concatenate(found)[: len(index_R)], data)
@@ -167,7 +165,7 @@ def prompted(batch: SourceTarget | PrefixTarget) -> Batch:
         batch.position_BS * prefix_BS,
         prefix_BS,
         batch.row_B,
-        inputs=prefix_BS,
+        prefix_BS=prefix_BS,
     )
 
 
@@ -216,29 +214,23 @@ def random_prefix(cfg: Config, step: int) -> PrefixTarget:
     return PrefixTarget(row.tokens_BS, row.targets_BS, *told)
 
 
-def make(inputs: type, prefix: bool, random: Callable[..., Any], kind: str) -> Task:
+def make(prefix: bool, random: Callable[..., Any], kind: str) -> Task:
     """Returns the task of pairs of sentences for a kind of model."""
-
-    def finished(*args: Any) -> dict[str, Any]:
-        return finish(task, *args)
-
-    task = Task(
+    return Task(
         options=Options,
         kinds=(kind,),
-        inputs=inputs,
         title="held-out translations (higher is better)",
         open=lambda cfg: open_data(cfg, prefix),
         losses=losses,
         evaluate=evaluate,
         summary=summary,
         headline=headline,
-        finish=finished,
+        finish=finish,
         table=table,
         random=random,
         hidden=("future",),
     )
-    return task
 
 
-TASK = make(SourceTarget, False, random, encdec.NAME)
-PREFIX_TASK = make(PrefixTarget, True, random_prefix, decoder.NAME)
+TASK = make(False, random, encdec.NAME)
+PREFIX_TASK = make(True, random_prefix, decoder.NAME)

@@ -204,7 +204,7 @@ def open_vision(
     }
     return Examples(
         spec=name,
-        inputs=examples.LabelledVectors,
+        batch_type=examples.LabelledVectors,
         seq_len=seq_len,
         domains=images.labels,
         rows=rows,

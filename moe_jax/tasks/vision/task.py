@@ -6,7 +6,7 @@
 import dataclasses
 
 from moe_jax import extras
-from moe_jax.data.examples import Examples, LabelledVectors
+from moe_jax.data.examples import Examples
 from moe_jax.models import encoder
 from moe_jax.schema.config import Config
 from moe_jax.schema.options import COUNT, NUMBER, option
@@ -48,6 +48,4 @@ def open_data(cfg: Config) -> Examples:
     )
 
 
-TASK = labels.make(
-    Options, LabelledVectors, open_data, "held-out images (higher is better)", (encoder.NAME,)
-)
+TASK = labels.make(Options, open_data, "held-out images (higher is better)", (encoder.NAME,))
