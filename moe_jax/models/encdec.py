@@ -69,7 +69,7 @@ class EncDec(nnx.Module):
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = decoder_config(cfg)
         keys = jax.random.split(key, 5)
-        ends = {"embed": embedding(cfg, cfg.tie_embeddings), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
+        ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
         if not cfg.tie_embeddings:
             ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
