@@ -11,6 +11,7 @@ from moe_jax.errors import UserError
 from moe_jax.runtime import shell
 
 COMMANDS = {
+    "config": "print every key of a config, with its comment, and mark what was changed",
     "data": "make the files of a task's data set from what its publisher distributes",
     "prepare": "make a token dataset from text, once",
     "bench": "time the steps of several configs against each other",

@@ -3,6 +3,7 @@ value is drawn.
 
     weight                    first value                    shape                  split over (mesh.RULES)
     embed                     N(0, 1/D)                      [V, D]                 vocab, embed
+    embed, a decoder's head  N(0, 1/D) / 10                 [V, D]                 vocab, embed
     head (untied)             N(0, 1/D) / 10                 [D, V]                 embed, vocab
     attention q, k, v         N(0, 1/D)                      [D, H or G, A]         embed, heads, -
     attention o               N(0, 1/(H A)) / sqrt(2 L)      [H, A, D]              heads, -, embed

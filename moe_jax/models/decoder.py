@@ -51,10 +51,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 
 
-# Standard deviation of the first logits of an untied head. 1 costs half a nat at the first step; 0
-# would
-# give no gradient to anything but the head there, so that a proof at the first step would prove
-# nothing.
+# Standard deviation of the first logits. 1 costs half a nat at the first step, and of a tied head
+# five nats; 0 would give no gradient to anything but the head there, so that a proof at the first
+# step would prove nothing (docs/first_values.md).
 FIRST_LOGITS = 0.1
 
 
@@ -197,7 +196,10 @@ class Decoder(nnx.Module):
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
-        ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
+        ends = {
+            "embed": embedding(cfg, cfg.tie_embeddings),
+            "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0),
+        }
         if not cfg.tie_embeddings:
             ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
@@ -223,8 +225,13 @@ class Decoder(nnx.Module):
         return unembed(self.ends, x, self.cfg), new
 
 
-def embedding(cfg: ModelConfig) -> Weight:
-    return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.d_model**-0.5)
+def embedding(cfg: ModelConfig, tied: bool = False) -> Weight:
+    """Returns the embedding [V, D]. `tied`: it is the head, too, and begins as small as a head does.
+
+    The logit of the token itself would otherwise be about sqrt(D): a guess that every token repeats.
+    """
+    std = (FIRST_LOGITS if tied else 1.0) * cfg.d_model**-0.5
+    return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), std)
 
 
 def output_head(cfg: ModelConfig) -> Weight:

@@ -34,11 +34,14 @@ UNTYPED = {
     "venv": "makes an environment and fills it from the network",
     "pytest": "is this suite, or a part of it",
     "tensorboard": "is a server, which does not end",
+    "experiments.redraw": "draws the plots of this very repository again: "
+    "tests/experiments/test_plots.py draws each of them",
     "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has "
     "small files of their formats",
 }
 # Mentioned by name, without what they need.
 MENTIONED = {
+    "python -m moe_jax",
     "python -m moe_jax NAME",
     "python -m moe_jax NAME ...",
     "python -m moe_jax bench",
@@ -118,6 +121,7 @@ class Typist:
 
     def __init__(self, monkeypatch):
         self._monkeypatch, self._devices = monkeypatch, jax.devices()
+        self.cache = jax.config.jax_compilation_cache_dir
 
     def has(self, number):
         self._monkeypatch.setattr(jax, "devices", lambda *args: self._devices[:number])
@@ -325,6 +329,8 @@ def typed(command, here, capsys, *more):
         code = program.main(
             [*resolved(command), *([] if "--report" in command.flags else ["--smoke"]), *more]
         )
+    # A command has its own process, and sets there where it keeps compiled programs.
+    jax.config.update("jax_compilation_cache_dir", here.cache)
     return code, *capsys.readouterr()
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from moe_jax import layout
-from moe_jax.schema.config import Options
+from moe_jax.models.encdec import Options
 
 PATTERN = {
     "model.prefix": ("dense", "moe"),
@@ -27,7 +27,7 @@ def model(scan, **changes):
 def encdec(scan):
     encoder = {"prefix": (), "period": ("moe", "dense"), "repeats": 2, "suffix": ()}
     options = {f"encoder_{name}": value for name, value in encoder.items()}
-    return model(scan, kind="encdec", kind_options=Options(options))
+    return model(scan, kind="encdec", kind_options=Options(**options))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def test_the_first_loss_is_that_of_a_guess(loop):
     np.testing.assert_allclose(rows[0]["nll"], np.log(vocabulary), atol=0.02)
 
 
+def test_the_first_loss_of_a_tied_head_is_that_of_a_guess(float64):
+    """At its full size an embedding that is the head guesses that every token repeats."""
+    program = tiny.Program((1, 1, 1), {"model.tie_embeddings": True, "model.d_model": 64})
+    _, rows = program.run(1)
+    vocabulary = program.cfg.model.vocab_size
+    np.testing.assert_allclose(rows[0]["nll"], np.log(vocabulary), atol=0.05)
+
+
 def test_packed_documents_do_not_see_each_other(float64):
     """Logits of a document are the same whether it is packed behind another or alone in its row;
     and nothing sees the future.
