@@ -19,6 +19,7 @@ from moe_jax.decoding.sample import Settings, check, make_sampler
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.run import open_run
+from moe_jax.tasks import TASKS
 
 CONTROL = {
     c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"
@@ -111,7 +112,7 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
     """Reads the run and prints a text for every prompt."""
     trained = open_run(flags.workdir, flags.step)
     cfg = trained.config
-    if cfg.task != "lm":
+    if not TASKS[cfg.task].is_language:
         raise UserError(
             f'--workdir {flags.workdir} is a run of task = "{cfg.task}" (model.kind '
             f'"{cfg.model.kind}"), which has no text to continue: '

@@ -37,12 +37,14 @@ from moe_jax.instruments import (
     retrain,
     tables,
 )
+from moe_jax.models import MODELS
 from moe_jax.moe import probe
 from moe_jax.parallel import mesh
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.run import Run, checkpoints, open_run
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
+from moe_jax.tasks import TASKS
 from moe_jax.tasks.lm import task as lm
 from moe_jax.terminal import working
 from moe_jax.terminal.table import Table
@@ -189,7 +191,7 @@ def start_devices(flags: argparse.Namespace) -> None:
 
 def refuse_other(cfg: Config, workdir: Path) -> None:
     """Raises UserError for a run of anything but the language model."""
-    if (cfg.task, cfg.model.kind) != ("lm", "decoder"):
+    if not (TASKS[cfg.task].is_language and MODELS[cfg.model.kind].instruments):
         raise UserError(
             f'--workdir {workdir} is a run of task "{cfg.task}", model.kind "{cfg.model.kind}": '
             "the instruments look into the language "

@@ -237,7 +237,6 @@ REGISTRIES = {
 }
 # What still knows a name. This list only shrinks: each says why, or what will take its place.
 LEFT = {
-    "commands/generate.py": "TASKS[...].is_language says it",
     "moe/load.py": "sums of the layers, which two losses are made of and named like",
     "moe/routing/contract.py": "sums of a router, which two losses are made of and named like",
 }

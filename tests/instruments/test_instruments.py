@@ -19,6 +19,7 @@ from moe_jax.instruments import held_out, interference, precision, record, repla
 from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Routing, Slots, Tokens
+from moe_jax.schema.config import due
 from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, make_loss, make_model
 
@@ -96,12 +97,12 @@ def test_micro_batches_come_back_in_the_order_of_the_rows():
 
 def test_which_steps():
     def chosen(text):
-        return [step for step in range(1, 13) if record.due(text)(step)]
+        return [step for step in range(1, 13) if due(text, "record.steps")(step)]
 
     assert chosen("") == [] and chosen("3, 11") == [3, 11] and chosen("1,every 5") == [1, 5, 10]
     for text in ("every", "0", "every 0", "1-3"):
         with pytest.raises(UserError, match=f'record.steps = "{text}".*write 100,200 or every 50'):
-            record.due(text)
+            due(text, "record.steps")
 
 
 def test_what_cannot_be_recorded_is_refused(float64):

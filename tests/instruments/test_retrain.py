@@ -14,6 +14,7 @@ from router_cases import compiled
 from moe_jax.data.batches import Batches
 from moe_jax.errors import UserError
 from moe_jax.instruments import held_out, retrain
+from moe_jax.moe.routing import sigmoid
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.train_step import State, make_model, make_step, make_tx
 
@@ -67,7 +68,9 @@ def test_gates_and_refusals(float64):
         assert (
             retrain.gates(raw)
             == "recorded"
-            == retrain.gates(dataclasses.replace(moe, router="sigmoid"))
+            == retrain.gates(
+                dataclasses.replace(moe, router="sigmoid", router_options=sigmoid.Options())
+            )
         )
         noisy = probed(changes=SMALL | {"model.moe.router": "noisy_top_k"})
         state = State(jnp.int32(0), noisy.params, noisy.router_state, {}, None, jnp.int32(0))

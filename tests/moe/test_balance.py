@@ -22,6 +22,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluate import summary
 from moe_jax.moe import load, losses
 from moe_jax.moe.layer import Batch
+from moe_jax.schema.config import AdaptiveConfig
 from moe_jax.tasks.lm import task as lm
 
 # Every loss is on, `load` too: the router has noise, the same on every mesh. Capacity drops, and
@@ -269,7 +270,8 @@ def test_the_adaptive_weight_by_hand(float64):
     """Rate 1/2, target 1 %: x 3/2 while more than one of 100 is dropped, then / (3/2); never beyond
     2 or 1/2.
     """
-    options, weight, seen = {"rate": 0.5, "target_drop": 0.01, "limit": 2.0}, jnp.float64(1.0), []
+    options = AdaptiveConfig(rate=0.5, target_drop=0.01, limit=2.0)
+    weight, seen = jnp.float64(1.0), []
     for dropped in (2.0, 2.0, 1.0, 1.0, 0.0, 0.0, 30.0):
         weight = losses.adapt(weight, dropping(dropped), options)
         seen.append(float(weight))

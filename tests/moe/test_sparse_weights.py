@@ -363,7 +363,7 @@ def test_combinations_that_make_no_sense(rule, pattern):
     [
         (
             {f"{AT}.rule": "lottery"},
-            f'{AT}.rule = "lottery" is not known: choose one of group_lasso, ',
+            f'{AT}.rule = "lottery" is not known: choose one of none, static, ',
         ),
         (
             {f"{AT}.patterns.unstructured.density": 0.0},

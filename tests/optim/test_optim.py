@@ -438,7 +438,7 @@ def test_mistakes_are_named(changes, message):
             block = block[parent]
         block[last] = value
     with pytest.raises(UserError) as error:
-        build.build(raw, 1)
+        build(raw, 1)
     assert message in str(error.value)
 
 

@@ -198,10 +198,13 @@ def test_rows_are_bounded_by_the_worst_case():
     shape = Shape(
         8, 32, num_assignments=64, num_intended=64, per_token=2, group_tokens=4, expert_axis=4
     )
-    rows = DISPATCHERS["dropless"].rows(shape, {"buffer": 0.0})
+    rows = DISPATCHERS["dropless"].rows(shape, dropless.Options(buffer=0.0))
     assert 256 <= rows <= 256 + 2 * 32
-    assert DISPATCHERS["dropless"].rows(shape, {"buffer": 1.0}) < rows
+    assert DISPATCHERS["dropless"].rows(shape, dropless.Options(buffer=1.0)) < rows
     # capacity 1.0: C = 1.0 * 2 * 4 / 8 = 1 place of each of 8 experts in each of 8 groups
-    assert DISPATCHERS["capacity"].rows(shape, {"factor": 1.0}) == 64
+    assert DISPATCHERS["capacity"].rows(shape, capacity.Options(factor=1.0)) == 64
     # factor 2.0 of a router that lists two experts per token and means one: the same place
-    assert DISPATCHERS["capacity"].rows(shape._replace(num_intended=32), {"factor": 2.0}) == 64
+    assert (
+        DISPATCHERS["capacity"].rows(shape._replace(num_intended=32), capacity.Options(factor=2.0))
+        == 64
+    )
