@@ -14,6 +14,8 @@ import importlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from moe_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from moe_jax import train, verify
     from moe_jax.library import MoELayer
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from moe_jax.run import load_run
 
 __all__ = ["ROUTERS", "MoELayer", "load_run", "train", "verify"]
-__version__ = "0.1.0"
 
 STARTED = time.monotonic()  # of the process, nearly: "first step after ..." counts imports too
 _MODULES = {"MoELayer": "library", "ROUTERS": "moe.routing", "load_run": "run"}

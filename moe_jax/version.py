@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_jax import __version__
+__version__ = "0.1.0"
 
 
 class Source(NamedTuple):

@@ -59,5 +59,5 @@ def test_the_index_has_every_page():
 
 def test_the_citation_has_the_version():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    written = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())
+    written = re.search(r'__version__ = "(.+)"', (PACKAGE / "version.py").read_text())
     assert cited and written and cited[1] == written[1]

@@ -115,7 +115,8 @@ def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -
     for key, value in model["depth"].items():
         if value != default["depth"].get(key, value):
             raise UserError(
-                f"model.depth.{key} = {value} does nothing, because no block is one of depth: write "
+                f"model.depth.{key} = {value} does nothing, because no block is one of depth: "
+                "write "
                 f'"{DEPTH}dense" or "{DEPTH}moe" in model.prefix, model.period or model.suffix, or '
                 "leave the key alone"
             )

@@ -241,7 +241,8 @@ def _losses(c: Config) -> Iterator[str]:
     if not DISPATCHERS[e.dispatcher].drops:
         dropping = " or ".join(name for name, one in DISPATCHERS.items() if one.drops)
         yield (
-            f"model.moe.adaptive.rate = {e.adaptive.rate} follows what is dropped for want of room, "
+            f"model.moe.adaptive.rate = {e.adaptive.rate} follows what is dropped for want of "
+            "room, "
             f'and model.moe.dispatcher = "{e.dispatcher}" has room for all. Set '
             f"model.moe.dispatcher={dropping}, or the rate to 0"
         )

@@ -1,7 +1,7 @@
 """What a kind of model is.
 
-A model is an nnx.Module `Model(key, cfg)`. It is called with (batch, rng, train) and gives (outputs,
-sums), sums per row of its layers {name: [L, B, ...]}.
+A model is an nnx.Module `Model(key, cfg)`. It is called with (batch, rng, train) and gives
+(outputs, sums), sums per row of its layers {name: [L, B, ...]}.
 """
 
 from collections.abc import Callable, Iterator, Mapping

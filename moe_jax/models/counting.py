@@ -17,8 +17,8 @@ Decoder = Callable[..., Any]
 
 
 def full(cfg: ModelConfig, num_keys: int) -> int:
-    """Returns the FLOPs of scores and of weights times values, of a query that sees all keys, over the blocks
-    (depth blocks counted whole).
+    """Returns the FLOPs of scores and of weights times values, of a query that sees all keys, over
+    the blocks (depth blocks counted whole).
     """
     return len(cfg.blocks) * 4 * cfg.num_heads * cfg.head_dim * num_keys
 

@@ -226,9 +226,12 @@ class Decoder(nnx.Module):
 
 
 def embedding(cfg: ModelConfig, tied: bool = False) -> Weight:
-    """Returns the embedding [V, D]. `tied`: it is the head, too, and begins as small as a head does.
+    """Returns the embedding [V, D].
 
-    The logit of the token itself would otherwise be about sqrt(D): a guess that every token repeats.
+    `tied`: it is the head, too, and begins as small as a head does.
+
+    The logit of the token itself would otherwise be about sqrt(D): a guess that every token
+    repeats.
     """
     std = (FIRST_LOGITS if tied else 1.0) * cfg.d_model**-0.5
     return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), std)
@@ -256,7 +259,8 @@ def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     return jnp.einsum("BSD,DV->BSV", x, head, preferred_element_type=wide)
 
 
-# A stack of blocks: a module has them as `prefix`, `repeats` (as layout.draw_repeats makes them) and
+# A stack of blocks: a module has them as `prefix`, `repeats` (as layout.draw_repeats makes them)
+# and
 # `suffix`.
 
 

@@ -1,6 +1,5 @@
-"""Mixture of depths: a whole block that only some tokens of a row go through (Raposo et al.
-
-2024, arXiv:2404.02258).
+"""Mixture of depths: a whole block that only some tokens of a row go through (Raposo et al. 2024,
+arXiv:2404.02258).
 
 A linear router gives every token a scalar r_i = w . x_i (section 3.4), in at least float32. The
 tokens that are chosen go through the block, and attend only to each other; the others skip it (eq.

@@ -37,9 +37,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 def rope(
     position_BS: jax.Array, head_dim: int, theta: float, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, S, 1, A] of the rotary angles (Su et al.
-
-    2021, arXiv:2104.09864); the halves of a head are the pairs.
+    """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves
+    of a head are the pairs.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)

@@ -1,6 +1,5 @@
-"""Recommendation by a multi-gate mixture of experts (Ma et al.
-
-2018, KDD, doi:10.1145/3219819.3220007) over sparse multi-hot features.
+"""Recommendation by a multi-gate mixture of experts (Ma et al. 2018, KDD,
+doi:10.1145/3219819.3220007) over sparse multi-hot features.
 
     x    = weighted sum of the embeddings of a row's features (an embedding bag: table rows looked up, summed by segment; no one-hot)
     h    = gelu(norm(x) W + b), the shared bottom

@@ -83,7 +83,9 @@ def profile_range(text: str, path: str) -> tuple[int, int] | None:
 
 
 class Coefficients(dict[str, float]):
-    """The coefficients of the auxiliary losses: a dict that nobody changes, so that jax may hash it."""
+    """The coefficients of the auxiliary losses: a dict that nobody changes, so that jax may hash
+    it.
+    """
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.items())))

@@ -74,7 +74,8 @@ class Task(NamedTuple):
     finish: Callable[..., dict[str, Any]]
     # (cfg, data, figures) -> {row: {column: value}}: the model beside its rivals.
     table: Callable[..., dict[str, dict[str, Any]]]
-    # (cfg, step) -> a batch of NumPy arrays, as `data` has them, for verify, bench and the resource card.
+    # (cfg, step) -> a batch of NumPy arrays, as `data` has them, for verify, bench and the resource
+    # card.
     random: Callable[[Config, int], Any]
     # It predicts the next token of a text: its data are data.sources, its model can write.
     is_language: bool = False

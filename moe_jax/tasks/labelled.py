@@ -129,7 +129,8 @@ def check(cfg: Config, data: Examples) -> Examples:
     for key, value in needs.items():
         if getattr(options, key) != value:
             raise UserError(
-                f"model.kinds.{cfg.model.kind}.{key} = {getattr(options, key)!r}, but {data.spec} needs "
+                f"model.kinds.{cfg.model.kind}.{key} = {getattr(options, key)!r}, but {data.spec} "
+                "needs "
                 f"{value!r}: set it"
             )
     if about.tokenizer is not None and about.tokenizer.vocab_size > cfg.model.vocab_size:

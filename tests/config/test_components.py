@@ -34,6 +34,7 @@ from moe_jax.moe.routing.contract import (
     token_choice,
 )
 from moe_jax.moe.sparse import RULES
+from moe_jax.parallel import mesh
 from moe_jax.plan import flops
 from moe_jax.schema.config import KindOptions
 from moe_jax.schema.options import NUMBER, POSITIVE, option
@@ -156,7 +157,9 @@ def test_the_flops_of_a_router_are_those_of_its_weights_and_choices(router):
 def test_a_router_is_proven_on_a_mesh(float64, router, tmp_path):
     raw = raw_with(tree.defaults(), CHOSEN)
     said: list[str] = []
-    found = verify(raw, Wanted([(1, 1, 2)], 1, 1, False), tmp_path, said.append)
+    found = verify(
+        raw, Wanted([mesh.Lengths(expert=1, model=2)], 1, 1, False), tmp_path, said.append
+    )
     assert found.proven, said
 
 

@@ -226,7 +226,9 @@ def test_an_installed_copy_knows_the_commit_that_pip_took_it_from(monkeypatch):
 def test_the_version_is_that_of_the_package():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "moe_jax.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {
+        "attr": "moe_jax.version.__version__"
+    }
     assert re.fullmatch(r"\d+\.\d+\.\d+", version.source().version)
 
 

@@ -87,7 +87,8 @@ SETS = {
     "bible_en_es": Published(
         what="verses of the King James Bible and the Reina-Valera of 1909",
         licence="public domain (in the United Kingdom the English text has a royal patent)",
-        where="Debian's packages sword-text-kjv and sword-text-sparv; needs pysword (extra [tasks])",
+        where="Debian's packages sword-text-kjv and sword-text-sparv; needs pysword (extra "
+        "[tasks])",
         give="/usr/share/sword, or the folder that holds mods.d and modules after `dpkg-deb -x`",
         config="configs/translation.py",
         convert=sword.convert,

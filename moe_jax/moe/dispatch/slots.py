@@ -1,6 +1,5 @@
-"""Slots dispatch (soft MoE, Puigcerver et al.
-
-2023, arXiv:2308.00951, eq. 1-2): experts work on mixtures of the tokens of a group.
+"""Slots dispatch (soft MoE, Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-2): experts work on
+mixtures of the tokens of a group.
 
 Every expert has p slots in each group; a slot is a weighted sum of the group's tokens, and a
 token's output a weighted sum of the results of all slots. Nothing can be dropped. Mixtures are made

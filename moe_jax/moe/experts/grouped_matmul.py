@@ -28,9 +28,8 @@ from moe_jax.parallel.compiling import by_platform
 
 
 def swiglu(pre_BH: Array) -> Array:
-    """silu(gate) * up (Shazeer 2020, eq.
-
-    6); `pre_BH` holds the gate in its first half and up in its second.
+    """silu(gate) * up (Shazeer 2020, eq. 6); `pre_BH` holds the gate in its first half and up in
+    its second.
     """
     gate_BF, up_BF = jnp.split(pre_BH, 2, axis=-1)
     return jax.nn.silu(gate_BF) * up_BF

@@ -1,6 +1,5 @@
-"""Switch's load-balancing loss (Fedus et al.
-
-2021, arXiv:2101.03961, eq. 4-6), for k choices, of the global batch.
+"""Switch's load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, eq. 4-6), for k choices, of
+the global batch.
 
 C sum_e f_e P_e: f_e = assignments to e / all assignments (sum f = 1 for every k), P_e = mean
 router probability of e; both over all valid tokens of the optimizer step, all devices and

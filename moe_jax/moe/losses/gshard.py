@@ -1,6 +1,5 @@
-"""GShard's auxiliary loss (Lepikhin et al.
-
-2020, arXiv:2006.16668, section 2.2, algorithm 1), of the global batch.
+"""GShard's auxiliary loss (Lepikhin et al. 2020, arXiv:2006.16668, section 2.2, algorithm 1), of
+the global batch.
 
 (1 / C) sum_e (c_e / S) m_e: c_e = tokens whose *first* choice is e, before any capacity; m_e =
 mean router probability of e; S = valid tokens. 1 / C^2 when balanced, at most 1 / C: C^2 times

@@ -1,7 +1,5 @@
-"""Shazeer et al.
-
-2017 (arXiv:1701.06538), eq. 6-7: the squared coefficient of variation of each expert's sum of
-gates.
+"""Shazeer et al. 2017 (arXiv:1701.06538), eq. 6-7: the squared coefficient of variation of each
+expert's sum of gates.
 
 CV(I)^2 = var(I) / mean(I)^2 = C sum_e (I_e / sum I)^2 - 1, with the variance over all C (not C
 - 1). 0 when balanced, at most C - 1.

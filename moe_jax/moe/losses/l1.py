@@ -1,6 +1,5 @@
-"""ReMoE's L1 loss of the ReLU router (Wang et al.
-
-2024, arXiv:2412.14711, section 3.3-3.4): sum_e f_e P_e.
+"""ReMoE's L1 loss of the ReLU router (Wang et al. 2024, arXiv:2412.14711, section 3.3-3.4): sum_e
+f_e P_e.
 
 P_e = mean over valid tokens of ReLU(x W)_e. f_e = C / (k S) x tokens that e is active for, of S
 valid ones (1 when balanced and k are active), or 1 for the plain L1 norm: `l1_load` / S. Its

@@ -1,6 +1,5 @@
-"""DeepSeek-V3's sequence-wise loss (DeepSeek-AI 2024, arXiv:2412.19437, eq.
-
-17-20): the mean over sequences of sum_e f_e P_e.
+"""DeepSeek-V3's sequence-wise loss (DeepSeek-AI 2024, arXiv:2412.19437, eq. 17-20): the mean over
+sequences of sum_e f_e P_e.
 
 f_e = C / (K T) x how many of the sequence's T tokens have e among their K largest affinities,
 the bias left out (`unbiased`; without a bias these are the assignments), P_e = their mean

@@ -1,6 +1,5 @@
-"""Router z-loss (Zoph et al.
-
-2022, ST-MoE, arXiv:2202.08906, eq. 5): mean over valid tokens of logsumexp(logits)^2.
+"""Router z-loss (Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5): mean over valid tokens of
+logsumexp(logits)^2.
 """
 
 import jax

@@ -15,9 +15,8 @@ class Options:
 
 
 def apply(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
-    """Batch prioritized routing (V-MoE, Riquelme et al.
-
-    2021, arXiv:2106.05974, section 4.1): tokens of a group by their largest gate.
+    """Batch prioritized routing (V-MoE, Riquelme et al. 2021, arXiv:2106.05974, section 4.1):
+    tokens of a group by their largest gate.
 
     All first choices come before all second ones, as in the paper; tokens with equal gates by their
     place. The paper's gates are probabilities over all experts: for its order set

@@ -29,9 +29,8 @@ def apply(
     train: bool,
     options: Options,
 ) -> Routing:
-    """Token rounding (SonicMoE, Guo et al.
-
-    2025, arXiv:2512.14080, section 5): each expert's count of a group becomes a multiple of `tile`.
+    """Token rounding (SonicMoE, Guo et al. 2025, arXiv:2512.14080, section 5): each expert's count
+    of a group becomes a multiple of `tile`.
 
     To the nearest; half a tile is rounded up. Down: the assignments with the smallest gates (of
     equal ones the later) go nowhere and count as dropped. Up: the difference is rows of padding,

@@ -1,6 +1,5 @@
-"""The cosine router of X-MoE (Chi et al.
-
-2022, arXiv:2204.09179, section 3, eq. 6-7): scores on a low-dimensional hypersphere.
+"""The cosine router of X-MoE (Chi et al. 2022, arXiv:2204.09179, section 3, eq. 6-7): scores on a
+low-dimensional hypersphere.
 
     s_e = (P x) . e_e / (|P x| |e_e|);   logits = s / temperature;   then top-k as in top_k.py, softmax before the selection
 

@@ -1,7 +1,5 @@
-"""Expert choice (Zhou et al.
-
-2022, arXiv:2202.09368, section 3.2, eq. 1-3): experts choose tokens, so the load is even by
-construction.
+"""Expert choice (Zhou et al. 2022, arXiv:2202.09368, section 3.2, eq. 1-3): experts choose tokens,
+so the load is even by construction.
 
     S = softmax(x W) over the experts;  each expert takes the C tokens of a group with its largest
     S;  gates S C = ceil(factor * tokens of a group / E)

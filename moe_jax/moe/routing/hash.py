@@ -1,7 +1,5 @@
-"""Hash routing (Roller et al.
-
-2021, arXiv:2106.04426, section 3): a fixed random table from token ids to experts, nothing is
-learned.
+"""Hash routing (Roller et al. 2021, arXiv:2106.04426, section 3): a fixed random table from token
+ids to experts, nothing is learned.
 
     experts of a token = table[id], k distinct ones;  gates 1 / k
 

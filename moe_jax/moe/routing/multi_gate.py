@@ -1,6 +1,5 @@
-"""Multi-gate mixture of experts (Ma et al.
-
-2018, KDD, doi:10.1145/3219819.3220007, eq. 6-7): a gate of its own for every task.
+"""Multi-gate mixture of experts (Ma et al. 2018, KDD, doi:10.1145/3219819.3220007, eq. 6-7): a gate
+of its own for every task.
 
     p = softmax(x W_g), with g the token's position modulo the number of gates;  the k largest p;
     gates p / sum(p) if renormalize, else p

@@ -1,5 +1,4 @@
 """Null experts that compute nothing: a token that needs less chooses less (AdaMoE, Zeng et al.
-
 2024, arXiv:2406.13233; zero and copy experts of MoE++, Jin et al. 2024, arXiv:2410.07348, section
 3.1).
 

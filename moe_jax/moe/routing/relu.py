@@ -1,7 +1,5 @@
-"""ReLU routing (ReMoE, Wang et al.
-
-2024, arXiv:2412.14711, section 3, eq. 5-11): differentiable everywhere, and as sparse as it is
-told.
+"""ReLU routing (ReMoE, Wang et al. 2024, arXiv:2412.14711, section 3, eq. 5-11): differentiable
+everywhere, and as sparse as it is told.
 
     gates R = ReLU(x W);  a token uses every expert whose R is positive
     loss  + l1 * sum_e f_e mean_t R_te       f_e = E / (k n) * tokens with R_te > 0 if balanced, else 1     (n valid tokens of the step)

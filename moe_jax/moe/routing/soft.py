@@ -1,7 +1,5 @@
-"""Soft MoE (Puigcerver et al.
-
-2023, arXiv:2308.00951, section 2.1, eq. 1-2): experts work on mixtures of tokens, nothing is
-assigned.
+"""Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, section 2.1, eq. 1-2): experts work on
+mixtures of tokens, nothing is assigned.
 
     l_tes = x_t . phi_es                               p slots of each of E experts, for each group of tokens
     D = softmax over the tokens of l   (eq. 1)         slot s of expert e takes sum over t of D_tes x_t

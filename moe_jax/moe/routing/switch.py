@@ -1,6 +1,5 @@
-"""Switch routing: one expert per token (Fedus et al.
-
-2021, arXiv:2101.03961, eq. 1-2 with k = 1; jitter in appendix C).
+"""Switch routing: one expert per token (Fedus et al. 2021, arXiv:2101.03961, eq. 1-2 with k = 1;
+jitter in appendix C).
 
     p = softmax(x' W);  the expert with the largest p;  its gate is p itself, not renormalised, or
     the router would have no gradient

@@ -1,6 +1,5 @@
-"""Token-choice top-k (Shazeer et al.
-
-2017, arXiv:1701.06538, eq. 3-5; softmax before the selection as in Mixtral and OLMoE).
+"""Token-choice top-k (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5; softmax before the selection
+as in Mixtral and OLMoE).
 
     softmax = "before":  p = softmax(x W);  the k largest p;  gates p / sum(p) if renormalize, else
     p

@@ -1,4 +1,6 @@
-"""Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised, times 0.2 sqrt(max(rows, columns)).
+"""Muon (Jordan et al.
+
+2024): the momentum of a matrix, orthogonalised, times 0.2 sqrt(max(rows, columns)).
 
 That scale (Liu et al. 2025, arXiv:2502.16982) gives the update the size of Adam's, so both
 parts share learning rate and weight decay. For every layer, of a stack too:

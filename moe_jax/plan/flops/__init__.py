@@ -32,7 +32,6 @@ PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilati
 
 class Counts(NamedTuple):
     """Parameters by kind, over all layers; "body" is without embedding and head (Kaplan et al.
-
     2020, arXiv:2001.08361).
 
     Embedding and head count in `total` and in `active`, whole, although a token looks up one row of

@@ -91,9 +91,8 @@ def read_debian(folder: str) -> Iterator[Text]:
 
 
 def read_banking77(folder: str) -> Iterator[Text]:
-    """Questions to a bank, 77 intents (Casanueva et al.
-
-    2020), with their own test part; a training text that is in it is left out.
+    """Questions to a bank, 77 intents (Casanueva et al. 2020), with their own test part; a training
+    text that is in it is left out.
     """
     tested: set[bytes] = set()
     for split, name in (("heldout", "banking77_test.csv.gz"), ("train", "banking77_train.csv.gz")):

@@ -22,7 +22,8 @@ class Options:
     )
     select: bool = option(
         False,
-        "True: to choose settings. The test part is left out; one training text in data.heldout_every is held out instead.",
+        "True: to choose settings. The test part is left out; one training text in "
+        "data.heldout_every is held out instead.",
     )
 
 

@@ -110,9 +110,8 @@ def judged(
 
 
 def ranking(scores_UI: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
-    """[2, U]: recall and NDCG of the CUT highest scores (Liang et al.
-
-    2018, section 4.1): hits / min(CUT, wanted items); binary gains.
+    """[2, U]: recall and NDCG of the CUT highest scores (Liang et al. 2018, section 4.1): hits /
+    min(CUT, wanted items); binary gains.
     """
     order_UC = np.argsort(-scores_UI, axis=1, kind="stable")[:, :CUT]
     hit_UC = np.array([np.isin(order, items) for order, items in zip(order_UC, wanted)])

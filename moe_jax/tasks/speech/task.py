@@ -18,7 +18,8 @@ class Options:
     stack: int = option(4, "frames of 10 ms in one vector", NUMBER)
     copies: int = option(
         1,
-        "of each training recording: the first as it is, the others changed in tempo and with noise",
+        "of each training recording: the first as it is, the others changed in tempo and with "
+        "noise",
         NUMBER,
     )
     tempo: float = option(0.1, "change of length, at most", BELOW_ONE)

@@ -58,9 +58,8 @@ def read_digits(folder: str, heldout_every: int) -> Images:
 
 
 def read_fashion_mnist(folder: str, heldout_every: int) -> Images:
-    """60,000 + 10,000 photographs of clothes, 28 x 28 (Xiao et al.
-
-    2017), as its four idx files, with its own test part.
+    """60,000 + 10,000 photographs of clothes, 28 x 28 (Xiao et al. 2017), as its four idx files,
+    with its own test part.
     """
     parts = [_fashion(folder, part) for part in ("train", "t10k")]
     pixels, label = (np.concatenate(arrays) for arrays in zip(*parts))

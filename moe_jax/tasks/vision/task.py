@@ -1,6 +1,5 @@
-"""Image classification: patches, an MoE encoder (V-MoE, Riquelme et al.
-
-2021, arXiv:2106.05974), mean pooling.
+"""Image classification: patches, an MoE encoder (V-MoE, Riquelme et al. 2021, arXiv:2106.05974),
+mean pooling.
 """
 
 import dataclasses

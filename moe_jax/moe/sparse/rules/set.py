@@ -43,7 +43,8 @@ def unfit(pattern: Pattern) -> str:
         )
     if pattern.of_units:
         return (
-            "a unit that is all zero has no gradient, so one that came would stay zero: set the rule to "
+            "a unit that is all zero has no gradient, so one that came would stay zero: set the "
+            "rule to "
             "magnitude"
         )
     return ""

@@ -1,4 +1,6 @@
-"""After each update, what is below a magnitude is zero; it may come back (the article, section 3.3)."""
+"""After each update, what is below a magnitude is zero; it may come back (the article, section
+3.3).
+"""
 
 import dataclasses
 import math
