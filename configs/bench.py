@@ -1,4 +1,5 @@
-"""The shapes that speeds are quoted for: vocabulary 4096, d_model 256, 4 blocks, 8 heads, SwiGLU experts of 512, top-2, 8 x 256 tokens.
+"""The shapes that speeds are quoted for: vocabulary 4096, d_model 256, 4 blocks, 8 heads, SwiGLU
+experts of 512, top-2, 8 x 256 tokens.
 
     python -m moe_jax bench --config bench \
         --variant 'dense: --config.model.period=dense' \
@@ -8,7 +9,8 @@
         --variant "e64 capacity: --config.model.moe.num_experts=64 \
         --config.model.moe.dispatcher=capacity"
 
-The dense model has the same active feed-forward (hidden 1024). About a minute and a half on two CPU cores.
+The dense model has the same active feed-forward (hidden 1024). About a minute and a half on two CPU
+cores.
 """
 
 from moe_jax.config import defaults

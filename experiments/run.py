@@ -293,7 +293,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], first: str) -> Table:
 
 
 def show(*parts: str | Table) -> None:
-    """Prints sentences and tables. A terminal gets tables that fit it, a file or a pipe Markdown."""
+    """Prints sentences and tables: a terminal gets tables that fit it, a file or pipe Markdown."""
     for part in parts:
         if isinstance(part, str):
             shell.tell(part)

@@ -1,7 +1,8 @@
 """What do sparse inputs cost? Embedding bags against dense one-hot and multi-hot products, as the
 vocabulary grows from 10^3 to 10^6.
 
-    python -m experiments.sparse_inputs            # 15 runs, some minutes on two cores; trains nothing; goes on where it stopped
+    # 15 runs, some minutes on two cores; trains nothing; goes on where it stopped
+    python -m experiments.sparse_inputs
 
 Hypothesis: a dense product costs time and memory in proportion to the vocabulary, and a bag in
 proportion to the items of a row, until its gradient is written as a table of the vocabulary's size;
@@ -10,7 +11,8 @@ then that, too, grows with the vocabulary, and only an update of the touched row
 Rows are like those of a recommender: 256 rows of about 10 items (Poisson, at least 1), items by
 Zipf's law, a table of width 64, float32.
 
-    one-hot      one_hot(items)[B, L, V] @ table, summed over the items of a row: made in the program from padded ids
+    one-hot      one_hot(items)[B, L, V] @ table, summed over the items of a row: made in the
+                 program from padded ids
     multi-hot    rows as counts [B, V] @ table: the matrix comes as an argument
     bag          moe_jax.models.mmoe.embedding_bag: rows of the table gathered and summed by segment
 
@@ -68,7 +70,7 @@ class Bags(NamedTuple):
 
 
 def draw_bags(vocabulary: int, seed: int) -> Bags:
-    """Items by Zipf's law, P(i) ~ 1 / (i + 1); one may come twice in a row, then it counts twice."""
+    """Items by Zipf's law, P(i) ~ 1 / (i + 1); one that comes twice in a row counts twice."""
     rng = np.random.default_rng(seed)
     count_B = np.maximum(rng.poisson(ITEMS, ROWS), 1)
     total = np.cumsum(1 / np.arange(1, vocabulary + 1))

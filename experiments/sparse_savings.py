@@ -1,8 +1,10 @@
 """What do zeros in the experts save, on this machine? Parameters, bytes, memory, FLOPs and time of
 each pattern against dense experts.
 
-    python experiments/sparse_savings.py models     # the table of patterns, about two minutes on two CPU cores
-    python experiments/sparse_savings.py products   # dense, block and CSR products by density: where they cross, two minutes
+    # the table of patterns, about two minutes on two CPU cores
+    python experiments/sparse_savings.py models
+    # dense, block and CSR products by density: where they cross, two minutes
+    python experiments/sparse_savings.py products
 
 `models`: one decoder (2 MoE blocks, D 256, 8 experts of 1024, top-2) with random weights and the
 zeros of each pattern, as `convert compact` stores it. Nothing is trained: what it costs does not

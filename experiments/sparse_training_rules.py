@@ -1,9 +1,10 @@
 """How should sparse experts be trained? Loss against density for each rule, at equal parameters and
 at equal training FLOPs.
 
-    python -m experiments.sparse_training_rules               # 24 runs of half a minute on two idle cores; goes on where it stopped
-    python -m experiments.sparse_training_rules \
-        --report      # the table and the plot from what is there; trains nothing
+    # 24 runs of half a minute on two idle cores; goes on where it stopped
+    python -m experiments.sparse_training_rules
+    # the table and the plot from what is there; trains nothing
+    python -m experiments.sparse_training_rules --report
 
 Hypothesis: rules that move their zeros (SET, RigL, pruning) beat the mask they began with (static),
 and a sparse expert beats a dense expert of as many non-zero weights: what a sparse rule has to beat

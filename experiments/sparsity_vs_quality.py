@@ -1,11 +1,12 @@
 """Sparse routing or sparse weights? Quality at equal active FLOPs and at equal memory, and what a
 step really takes.
 
-    python -m experiments.sparsity_vs_quality               # 24 runs of half a minute on two idle cores; goes on where it stopped
-    python -m experiments.sparsity_vs_quality \
-        --time        # the steps of all cells against each other, interleaved
-    python -m experiments.sparsity_vs_quality \
-        --report      # the table and the plot from what is there; trains nothing
+    # 24 runs of half a minute on two idle cores; goes on where it stopped
+    python -m experiments.sparsity_vs_quality
+    # the steps of all cells against each other, interleaved
+    python -m experiments.sparsity_vs_quality --time
+    # the table and the plot from what is there; trains nothing
+    python -m experiments.sparsity_vs_quality --report
 
 Hypothesis: at equal active FLOPs routing is better than sparse weights, for it has more weights to
 choose from; at equal memory of weights sparse weights are no better than dense ones. Both differ in
@@ -14,15 +15,15 @@ time: a token that is not sent to an expert takes none, a zero in a matrix does.
 The feed-forward networks, with v the weights of one of width 64 (the rest of the model is the same
 everywhere):
 
-    cell           what it is                                               stored     active for a token
-    slim           one dense network of width 128                           2 v        2 v
-    wide           one dense network of width 512                           8 v        8 v
-    wide_sparse    the same with a quarter of its weights (RigL)            2 v        2 v
-    moe            8 experts of width 256, top-2                            32 v       8 v
-    narrow_1_4     8 experts of width 64, top-2                             8 v        2 v
-    rigl_1_4       8 experts of width 256 with a quarter of their weights   8 v        2 v
-    narrow_1_16    8 experts of width 16, top-2                             2 v        1/2 v
-    rigl_1_16      8 experts of width 256 with a sixteenth                  2 v        1/2 v
+    cell          what it is                                               stored   active per token
+    slim          one dense network of width 128                           2 v      2 v
+    wide          one dense network of width 512                           8 v      8 v
+    wide_sparse   the same with a quarter of its weights (RigL)            2 v      2 v
+    moe           8 experts of width 256, top-2                            32 v     8 v
+    narrow_1_4    8 experts of width 64, top-2                             8 v      2 v
+    rigl_1_4      8 experts of width 256 with a quarter of their weights   8 v      2 v
+    narrow_1_16   8 experts of width 16, top-2                             2 v      1/2 v
+    rigl_1_16     8 experts of width 256 with a sixteenth                  2 v      1/2 v
 
 `rigl_1_4` and `rigl_1_16` are runs of sparse_training_rules.py, which in turn reads the dense
 experts, and two rules that fit nowhere else (threshold_flops, group_lasso_flops), from here.

@@ -24,7 +24,7 @@ def source() -> Source:
 
 
 def git_state(source: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the repository that tracks `source`; None without one, or without git."""
+    """{"commit", "dirty"} of the repository tracking `source`; None without one, or without git."""
 
     def git(*command: str) -> subprocess.CompletedProcess[str]:
         # without optional locks, a look at the repository never disturbs a commit that is under way

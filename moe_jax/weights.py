@@ -1,22 +1,24 @@
 """How parameters are declared: a shape, the logical name of every dimension, and how the first
 value is drawn.
 
-    weight                    first value                    shape                  split over (mesh.RULES)
-    embed                     N(0, 1/D)                      [V, D]                 vocab, embed
-    embed, a decoder's head  N(0, 1/D) / 10                 [V, D]                 vocab, embed
-    head (untied)             N(0, 1/D) / 10                 [D, V]                 embed, vocab
-    attention q, k, v         N(0, 1/D)                      [D, H or G, A]         embed, heads, -
-    attention o               N(0, 1/(H A)) / sqrt(2 L)      [H, A, D]              heads, -, embed
-    attention bias q, k, v    0                              [H or G, A]            heads, -
-    query and key norm        1                              [A]                    -
-    norm scale                1                              [D]                    -
-    dense w_in                N(0, 1/D)                      [D, P, F]              embed, -, hidden
-    dense w_out               N(0, 1/F) / sqrt(2 L)          [F, D]                 hidden, embed
-    expert w_in               N(0, 1/D)                      [E, D, P, F]           experts, expert_embed, -, hidden
-    expert w_out              N(0, 1/F) / sqrt(2 L)          [E, F, D]              experts, hidden, expert_embed
-    router gate               N(0, 1/D)                      [D, E]                 embed, -
-    other router weights      beside their router, in `params` and `state` of moe/routing/NAME.py
-    depth router              moe_jax/models/depth.py, `declare`
+    weight                   first value                shape           split over (mesh.RULES)
+    embed                    N(0, 1/D)                  [V, D]          vocab, embed
+    embed, a decoder's head  N(0, 1/D) / 10             [V, D]          vocab, embed
+    head (untied)            N(0, 1/D) / 10             [D, V]          embed, vocab
+    attention q, k, v        N(0, 1/D)                  [D, H or G, A]  embed, heads, -
+    attention o              N(0, 1/(H A)) / sqrt(2 L)  [H, A, D]       heads, -, embed
+    attention bias q, k, v   0                          [H or G, A]     heads, -
+    query and key norm       1                          [A]             -
+    norm scale               1                          [D]             -
+    dense w_in               N(0, 1/D)                  [D, P, F]       embed, -, hidden
+    dense w_out              N(0, 1/F) / sqrt(2 L)      [F, D]          hidden, embed
+    expert w_in              N(0, 1/D)                  [E, D, P, F]    experts, expert_embed, -,
+                                                                        hidden
+    expert w_out             N(0, 1/F) / sqrt(2 L)      [E, F, D]       experts, hidden,
+                                                                        expert_embed
+    router gate              N(0, 1/D)                  [D, E]          embed, -
+    other router weights     beside their router, in `params` and `state` of moe/routing/NAME.py
+    depth router             moe_jax/models/depth.py, `declare`
 
 D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L
 blocks; P = 2 (gate and up) for SwiGLU, 1 for GELU. The division by sqrt(2 L) keeps the residual
@@ -43,7 +45,7 @@ class Weight(NamedTuple):
 
 
 class RouterState(nnx.Variable):
-    """What a router keeps from step to step without a gradient (a bias, quantiles, a coefficient)."""
+    """What a router keeps from step to step without a gradient (bias, quantiles, coefficient)."""
 
 
 def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:

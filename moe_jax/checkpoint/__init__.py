@@ -1,8 +1,8 @@
 """Checkpoints: atomic, verified, readable on another mesh and by a model with or without scan.
 
-    step_00000500/moe_jax.json    written last: the commit marker. Step, score, metadata (the config),
-                                  the shape and dtype of every array, the size and SHA-256 of every
-                                  file, and a SHA-256 of the manifest itself
+    step_00000500/moe_jax.json    written last: the commit marker. Step, score, metadata (the
+                                  config), the shape and dtype of every array, the size and SHA-256
+                                  of every file, and a SHA-256 of the manifest itself
     step_00000500/state/          the arrays, by Orbax, under flat names: "params/embed"
     step_00000500.unfinished      there while that step is being written or deleted
     step_00000500.damaged0/       a damaged checkpoint that was set aside; nobody reads it

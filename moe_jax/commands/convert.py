@@ -1,6 +1,7 @@
 """Another checkpoint of a trained model: `python -m moe_jax convert WHAT --workdir RUN --out DIR`.
 
-    compact   without the experts' zeros: zero hidden units are removed, and zero blocks where that pays; the outputs stay the same
+    compact   without the experts' zeros: zero hidden units are removed, and zero blocks where that
+              pays; the outputs stay the same
 
 A language model is read by `generate` and `probe`, and that of any task (whole matrices) by
 train.init_from. docs/sparse_weights.md.
@@ -210,7 +211,10 @@ def block_format(
             f"--block {block} must divide model.d_model ({d}) and the experts' hidden width ({f})"
         )
     form = compact.blocks(layers, block)
-    text = f"blocks of {block} x {block}: the fullest columns have {form.w_in} and {form.w_out}, {form.share:.0%} of the matrices"
+    text = (
+        f"blocks of {block} x {block}: the fullest columns have {form.w_in} and {form.w_out}, "
+        f"{form.share:.0%} of the matrices"
+    )
     limit = compact.pays(block)
     if flags.format == "auto" and form.share > limit:
         return (

@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0, also when the reader of the output goes away; 130 when interrupted."""
+    """Returns the exit code: 0, also when the output's reader goes away; 130 when interrupted."""
     flags = parse(argv)
     logging.basicConfig(
         format="\n%(message)s", level=logging.WARNING

@@ -69,7 +69,10 @@ def main(argv: list[str]) -> int:
             found = leak.measure(cfg)
             cells = [*future(cfg, found), *(text(found[mode].batch) for mode in leak.MODES)]
             rows.append((cfg, cells, leak.verdict(cfg, found)))
-    shape = f"{own.train.batch_size} rows of {own.data.seq_len} tokens, groups of {own.model.moe.group_rows} rows"
+    shape = (
+        f"{own.train.batch_size} rows of {own.data.seq_len} tokens, "
+        f"groups of {own.model.moe.group_rows} rows"
+    )
     shell.tell(f"{shape}; largest change over the largest logit, share of tokens that changed")
     shown = table(rows)
     if args.markdown:

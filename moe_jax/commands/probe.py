@@ -1,8 +1,9 @@
 """`python -m moe_jax probe --workdir DIR --what replay,precision,knockout,interference,record`:
 instruments on a trained model.
 
-    replay         held-out loss under frozen, shuffled, balanced and random routing: what the routing is worth; with --steps N
-                   after N more steps of training under each of them
+    replay         held-out loss under frozen, shuffled, balanced and random routing: what the
+                   routing is worth; with --steps N after N more steps of training under each of
+                   them
     precision      the share of routing decisions that hang on rounding
     knockout       what each expert is worth, per domain: a table and heat maps
     interference   gradients of the language loss and of the auxiliary losses against each other

@@ -123,9 +123,15 @@ def verdict(found: Result) -> str:
     if found.proven:
         refused = len(found.rows) - len(ran)
         more = f"; {refused} refused, for the reason above" if refused else ""
-        return f"PROVEN: {len(ran)} layouts equal one device over {found.steps} step{'s' * (found.steps != 1)}{more}"
+        return (
+            f"PROVEN: {len(ran)} layouts equal one device over {found.steps} "
+            f"step{'s' * (found.steps != 1)}{more}"
+        )
     if wrong:
-        return f"DEVIATES on one device: not so: {wrong[0].claim} ({wrong[0].value:.1e} > {wrong[0].limit:.0e})"
+        return (
+            f"DEVIATES on one device: not so: {wrong[0].claim} "
+            f"({wrong[0].value:.1e} > {wrong[0].limit:.0e})"
+        )
     row = next(row for row in ran if not row.sound)
     if row.failure:
         return f"DEVIATES: {row.name} {row.failure}"
@@ -137,7 +143,10 @@ def verdict(found: Result) -> str:
             if row.first.step < found.steps or row.first.check == "state"
             else "with all router scores equal"
         )
-        return f"DEVIATES: {row.name}, {step}: {row.first.check}{of} by {row.first.value:.1e} (limit {limit:.0e})"
+        return (
+            f"DEVIATES: {row.name}, {step}: {row.first.check}{of} by {row.first.value:.1e} "
+            f"(limit {limit:.0e})"
+        )
     return f"DEVIATES: {row.name}: its checkpoint read on {row.reader} differs in {row.unequal[0]}"
 
 

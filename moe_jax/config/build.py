@@ -74,7 +74,7 @@ def _choose(tree: dict[str, Any], choice: Choice) -> None:
 
 
 def _head_dim(d_model: Any, num_heads: Any) -> Any:
-    """Returns d_model / num_heads; 1 of what is no such number, which is refused by its own name."""
+    """Returns d_model / num_heads; 1 of what is no such number, which is refused by its name."""
     fits = isinstance(d_model, int) and isinstance(num_heads, int) and d_model > 0 < num_heads
     return max(d_model // num_heads, 1) if fits else 1
 

@@ -37,7 +37,10 @@ def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
         f"this run makes steps {start + 1} to {last}" if start < last else "this run makes no step"
     )
     if cfg.train.stop_at >= cfg.train.steps:
-        yield f"train.stop_at = {cfg.train.stop_at} does nothing: train.steps = {cfg.train.steps} ends before it"
+        yield (
+            f"train.stop_at = {cfg.train.stop_at} does nothing: "
+            f"train.steps = {cfg.train.steps} ends before it"
+        )
     if cfg.profile and not range(max(cfg.profile[0], start), min(cfg.profile[1], last)):
         yield f"profile = {cfg.profile[0]}:{cfg.profile[1]} traces nothing: {made}"
     wanted = cfg.record.steps
@@ -59,13 +62,19 @@ def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
             f"{cfg.checkpoint.every})"
         )
     if asked("optim.decay_mask") and not cfg.optim.options.weight_decay:
-        yield f'optim.decay_mask = "{cfg.optim.decay_mask}" does nothing: nothing decays (weight_decay is 0)'
+        yield (
+            f'optim.decay_mask = "{cfg.optim.decay_mask}" does nothing: '
+            "nothing decays (weight_decay is 0)"
+        )
     if asked("eval.dispatcher") and not cfg.model.num_moe_layers:
         yield f'eval.dispatcher = "{cfg.eval.dispatcher}" does nothing: the model has no MoE layer'
     adaptive = cfg.model.moe.adaptive
     for key in ("target_drop", "limit"):
         if asked(f"model.moe.adaptive.{key}") and not adaptive.rate:
-            yield f"model.moe.adaptive.{key} = {getattr(adaptive, key)} does nothing: model.moe.adaptive.rate is 0"
+            yield (
+                f"model.moe.adaptive.{key} = {getattr(adaptive, key)} does nothing: "
+                "model.moe.adaptive.rate is 0"
+            )
 
 
 def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:

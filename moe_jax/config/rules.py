@@ -277,7 +277,10 @@ def _mesh(c: Config) -> Iterator[str]:
         needs.append(("model.moe.num_experts", e.num_experts, "mesh.expert", mesh.expert))
         needs.append(("model.moe.expert_hidden", e.expert_hidden, "mesh.model", mesh.model))
     if e.sparse.stored.block and mesh.model > 1:
-        yield f"mesh.model ({mesh.model}) must be 1 for experts stored as blocks (model.moe.sparse.stored), which it cannot split"
+        yield (
+            f"mesh.model ({mesh.model}) must be 1 for experts stored as blocks "
+            "(model.moe.sparse.stored), which it cannot split"
+        )
     for path, value, axis, length in needs:
         if value % length:
             yield f"{path} ({value}) must be divisible by {axis} ({length})"
@@ -287,13 +290,19 @@ def _batch(c: Config) -> Iterator[str]:
     t, mesh = c.train, c.mesh
     devices = mesh.batch_devices
     if t.batch_size % t.micro_batch_size:
-        yield f"train.batch_size ({t.batch_size}) must be divisible by train.micro_batch_size ({t.micro_batch_size})"
+        yield (
+            f"train.batch_size ({t.batch_size}) must be divisible by "
+            f"train.micro_batch_size ({t.micro_batch_size})"
+        )
     for path, rows in (
         ("train.micro_batch_size", t.micro_batch_size),
         ("eval.batch_size", c.eval.batch_size),
     ):
         if rows % devices:
-            yield f"{path} ({rows} rows) must be divisible by mesh.data x mesh.expert ({mesh.data} x {mesh.expert})"
+            yield (
+                f"{path} ({rows} rows) must be divisible by "
+                f"mesh.data x mesh.expert ({mesh.data} x {mesh.expert})"
+            )
         if c.model.num_moe_layers and (rows // devices) % c.model.moe.group_rows:
             yield (
                 f"model.moe.group_rows ({c.model.moe.group_rows}) must divide the rows of one "
@@ -305,19 +314,31 @@ def _batch(c: Config) -> Iterator[str]:
 
 def _train(c: Config) -> Iterator[str]:
     if c.profile and c.profile[0] >= c.train.steps:
-        yield f"profile = {c.profile[0]}:{c.profile[1]} begins after the last step (train.steps = {c.train.steps}): nothing would be traced"
+        yield (
+            f"profile = {c.profile[0]}:{c.profile[1]} begins after the last step "
+            f"(train.steps = {c.train.steps}): nothing would be traced"
+        )
     first = c.record.steps.first
     if first and first > c.train.steps:
-        yield f'record.steps = "{c.record.steps.text}" begins after the last step (train.steps = {c.train.steps}): nothing would be recorded'
+        yield (
+            f'record.steps = "{c.record.steps.text}" begins after the last step '
+            f"(train.steps = {c.train.steps}): nothing would be recorded"
+        )
     for pair in c.train.init_rename:
         if not (
             isinstance(pair, tuple)
             and len(pair) == 2
             and all(isinstance(name, str) for name in pair)
         ):
-            yield f'train.init_rename: {pair!r} is no pair of names, as in (("repeats/0", "prefix/0"),)'
+            yield (
+                f"train.init_rename: {pair!r} is no pair of names, "
+                'as in (("repeats/0", "prefix/0"),)'
+            )
     if c.train.init_rename and not c.train.init_from:
-        yield "train.init_rename renames what train.init_from loads, and that is empty: name a run, or leave it alone"
+        yield (
+            "train.init_rename renames what train.init_from loads, and that is empty: "
+            "name a run, or leave it alone"
+        )
     zeros = c.model.moe.sparse
     rule = zeros.rule
     if c.optim.train_only and not zeros.dense and RULES[rule].moves:

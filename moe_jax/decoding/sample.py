@@ -66,7 +66,7 @@ class RowState(NamedTuple):
 
 
 class Dials(NamedTuple):
-    """The settings that the device loop reads, as arguments: another value compiles nothing anew."""
+    """Settings that the device loop reads, as arguments: another value compiles nothing anew."""
 
     temperature: Any
     top_k: Any

@@ -2,8 +2,8 @@
 with keys and values kept.
 
     encdec     the source is encoded once; the target begins with the boundary token
-    decoder    the source is the row's beginning, whose last token predicts the target's first; `source.prefix_BS`
-               tells which of its tokens are the prefix that sees all of itself
+    decoder    the source is the row's beginning, whose last token predicts the target's first;
+               `source.prefix_BS` tells which of its tokens are the prefix that sees all of itself
                (model.kinds.decoder.bidirectional_prefix)
 
 One jitted program of static shapes: a row stops at the boundary token, the loop when all have.

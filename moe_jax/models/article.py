@@ -1,10 +1,14 @@
 """The model of the article that this project started from: embedding, sparse experts, aggregation,
 softmax. No attention.
 
-    e_j = E[:, v_j]                        the embedding of the token at place j of a window of m input places
-    z_i = f(sum over j of w_ij e_j)        expert i of n: a weighted sum of the window's embeddings, one number w_ij for each place
-    h   = g(z_1 .. z_n)                    "sum", "mean", or "gated": sum of p_i z_i with p = softmax(mean of the window's e_j, times G)
-    y   = softmax(h O)                     a fully connected layer and the softmax (sections 2.4 and 4.1 of the article)
+    e_j = E[:, v_j]                   the embedding of the token at place j of a window of m input
+                                      places
+    z_i = f(sum over j of w_ij e_j)   expert i of n: a weighted sum of the window's embeddings, one
+                                      number w_ij for each place
+    h   = g(z_1 .. z_n)               "sum", "mean", or "gated": sum of p_i z_i with
+                                      p = softmax(mean of the window's e_j, times G)
+    y   = softmax(h O)                a fully connected layer and the softmax (sections 2.4 and 4.1
+                                      of the article)
 
 w [n, m] is the sparse matrix of the article's section 3; what keeps most of it at zero is
 model.moe.sparse, as for any expert. With f the identity, sum and mean make the experts one linear

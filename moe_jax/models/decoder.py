@@ -238,7 +238,7 @@ def embedding(cfg: ModelConfig, tied: bool = False) -> Weight:
 
 
 def output_head(cfg: ModelConfig) -> Weight:
-    """Returns the head [D, V], drawn so that first logits have the standard deviation FIRST_LOGITS."""
+    """Returns the head [D, V], drawn so that first logits have standard deviation FIRST_LOGITS."""
     std = FIRST_LOGITS * cfg.d_model**-0.5
     return Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std)
 

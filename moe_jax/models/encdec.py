@@ -65,7 +65,7 @@ class Options(KindOptions):
 
 
 def encoder_config(cfg: ModelConfig) -> ModelConfig:
-    """Returns the encoder's stack as a model of its own: its blocks, everything else as in `cfg`."""
+    """Returns the encoder's stack as a model of its own: its blocks, all else as in `cfg`."""
     stack = cfg.stacks["encoder"]
     return dataclasses.replace(
         cfg, kind=encoder.NAME, kind_options=encoder.Options(), **stack._asdict()

@@ -1,14 +1,15 @@
 """Recommendation by a multi-gate mixture of experts (Ma et al. 2018, KDD,
 doi:10.1145/3219819.3220007) over sparse multi-hot features.
 
-    x    = weighted sum of the embeddings of a row's features (an embedding bag: table rows looked up, summed by segment; no one-hot)
+    x    = weighted sum of the embeddings of a row's features (an embedding bag: table rows looked
+           up, summed by segment; no one-hot)
     h    = gelu(norm(x) W + b), the shared bottom
     h_g  = h of every task g, as token g of a row, through residual MoE layers: the router
-    `multi_gate` has a gate for every task, so
-           h_g + sum_e gate_ge f_e(norm(h_g)) are the paper's mixtures (eq. 6; k = num_experts makes
-           them dense, as there)
-    t_g  = h_g + gelu(norm(h_g) U_g), the tower of the task score of item i = norm(t_g) . v_i + b_i,
-    where g is the task that the item belongs to; one softmax over the items of all tasks
+           `multi_gate` has a gate for every task, so h_g + sum_e gate_ge f_e(norm(h_g)) are the
+           paper's mixtures (eq. 6; k = num_experts makes them dense, as there)
+    t_g  = h_g + gelu(norm(h_g) U_g), the tower of the task
+    score of item i = norm(t_g) . v_i + b_i, where g is the task that the item belongs to; one
+           softmax over the items of all tasks
 
 Any router goes: one that does not read the position gives all tasks one gate (the paper's OMoE).
 Dropped input items in training leave other items to be predicted from, as in Mult-VAE (Liang et al.
@@ -226,7 +227,9 @@ def refusals(cfg: Config) -> Iterator[str]:
     options, moe = _options(cfg.model), cfg.model.moe
     num_gates = ROUTERS[moe.router].num_gates(moe.router_options)
     if not options.items:
-        yield "model.kinds.mmoe.items = () must give every task its number of items: there is no task"
+        yield (
+            "model.kinds.mmoe.items = () must give every task its number of items: there is no task"
+        )
     if num_gates and num_gates != len(options.items):
         yield (
             f"model.moe.routers.{moe.router}.num_gates ({num_gates}) must be the number of tasks: "

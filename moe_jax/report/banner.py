@@ -83,7 +83,10 @@ def model(cfg: Config) -> str:
     if model.num_dense_layers:
         layers.append(f"{model.num_dense_layers} dense")
     blocks = f": {', '.join(layers)}" if layers else ""
-    return f"{model.kind}{blocks}; {readable(counts.total)} parameters, {readable(counts.active)} active"
+    return (
+        f"{model.kind}{blocks}; {readable(counts.total)} parameters, "
+        f"{readable(counts.active)} active"
+    )
 
 
 def devices() -> str:
@@ -107,7 +110,10 @@ def length(cfg: Config) -> str:
 def rows(data: Data, width: int) -> str:
     """The name of the data, its rows, and its domains: as many as there is room for."""
     train, heldout = (sum(data.sizes(split)) for split in ("train", "heldout"))
-    text = f"{data.name()}: {train:,} rows ({readable(train * data.seq_len)} tokens), {heldout:,} held out"
+    text = (
+        f"{data.name()}: {train:,} rows ({readable(train * data.seq_len)} tokens), "
+        f"{heldout:,} held out"
+    )
     if len(data.domains) < 2:
         return text
     most = max(

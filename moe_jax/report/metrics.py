@@ -72,7 +72,7 @@ class Writer:
             self._events = Events(Path(workdir) / "tensorboard", resume_step)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes a row; scalars are numbers or arrays without dimensions, by tags ("train/loss")."""
+        """Writes a row; scalars are numbers or arrays without dimensions, by tag ("train/loss")."""
         if self._rows is None:
             return
         spent = {

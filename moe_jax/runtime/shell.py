@@ -144,7 +144,10 @@ class Lasting(io.FileIO):
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             with contextlib.suppress(OSError):
-                what = f"standard {'output' if self.fileno() == 1 else 'error'} is gone ({error.strerror}): going on without"
+                what = (
+                    f"standard {'output' if self.fileno() == 1 else 'error'} is gone "
+                    f"({error.strerror}): going on without"
+                )
                 os.write(2, f"{what}\n".encode())
             return len(data)
 

@@ -2,13 +2,15 @@
 nothing is lost by it.
 
 A handler written in Python runs only once the main thread is back from compiled code, and a
-compilation takes minutes. So a thread
-listens: Python's handler in C writes the number of every signal to a pipe at once, and the thread
-reads it, says so, and obeys:
+compilation takes minutes. So a thread listens: Python's handler in C writes the number of every
+signal to a pipe at once, and the thread reads it, says so, and obeys:
 
-    at once     nothing would be lost: the process ends. So a run begins, and so it is again once all is saved
-    noted       `Listener.note()`: a training run asks for the number between steps and batches, saves, and ends
-    raised      `Listener.interrupt()`: KeyboardInterrupt in the main thread, for commands that have files or processes to clear away
+    at once     nothing would be lost: the process ends. So a run begins, and so it is again once
+                all is saved
+    noted       `Listener.note()`: a training run asks for the number between steps and batches,
+                saves, and ends
+    raised      `Listener.interrupt()`: KeyboardInterrupt in the main thread, for commands that have
+                files or processes to clear away
 
 A second signal ends the process at once, whatever it is in. SIGHUP, which a terminal sends when it
 is closed, counts as SIGTERM; a process that was started to ignore it (nohup) goes on ignoring it.

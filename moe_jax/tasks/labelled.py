@@ -38,7 +38,7 @@ def losses(model: Callable, batch: Any, rng: jax.Array, train: bool) -> Losses:
 
 
 def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
-    """Sums per domain [Z]: nll, tokens (rows), correct; and per class [C]: rows, predicted, hits."""
+    """Sums per domain [Z]: nll, tokens (rows), correct; per class [C]: rows, predicted, hits."""
     best_B, valid_B = jnp.argmax(found.outputs, -1), found.weight > 0
     right_B, dtype = best_B == batch.label_B, found.nll.dtype
     num = found.outputs.shape[1]
@@ -78,7 +78,10 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
 
 
 def headline(figures: Mapping[str, Any]) -> str:
-    return f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, loss {figures['loss']:.4f}"
+    return (
+        f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, "
+        f"loss {figures['loss']:.4f}"
+    )
 
 
 def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:

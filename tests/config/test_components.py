@@ -303,4 +303,4 @@ def test_nothing_but_its_own_file_and_its_registry_knows_a_component_by_name():
         for line, choice, names in (*comparisons(module), *tables(module)):
             if names != {path.stem} and names != {path.parent.name}:
                 found.setdefault(file, []).append(f"{file}:{line}: {choice} {sorted(names)}")
-    assert found.keys() == LEFT.keys(), "\n".join(sum(found.values(), []))
+    assert found.keys() == LEFT.keys(), "\n".join(line for some in found.values() for line in some)

@@ -45,7 +45,7 @@ CONFIG = OptimConfig(
 
 
 def config(optimizer="adamw", options=None, schedule="constant", schedule_options=None, **changes):
-    """A config with options given as dicts; those of an optimizer that are not given are OPTIONS."""
+    """A config with options given as dicts; an optimizer's that are not given are OPTIONS."""
     options = OPTIMIZERS[optimizer].options(**{**OPTIONS[optimizer], **(options or {})})
     factors = SCHEDULES[schedule].options(**(schedule_options or {}))
     chosen = {"optimizer": optimizer, "options": options}

@@ -4,10 +4,11 @@ BASE layers (Lewis et al. 2021, arXiv:2103.16716, section 3) as S-BASE solves th
 2022, arXiv:2202.01169, section 3.1 and appendix B.2).
 
     in training     the k largest of x W + b, with the b of `iterations` Sinkhorn steps:
-                        P_te = softmax over e of (x W + b);  b_e <- b_e + log((n / E) / sum over the
-                        n valid tokens of P_te)
+                        P_te = softmax over e of (x W + b)
+                        b_e <- b_e + log((n / E) / sum over the n valid tokens of P_te)
     in evaluation   the k largest of x W: greedy, token by token, so causal
-    gates           "sigmoid": sigmoid(x W) of the chosen (BASE, eq. 1);  "softmax": softmax(x W) of the chosen (S-BASE)
+    gates           "sigmoid": sigmoid(x W) of the chosen (BASE, eq. 1)
+                    "softmax": softmax(x W) of the chosen (S-BASE)
 
 The transport plan diag(u) exp(x W) diag(v) has n / E tokens' worth of mass in every column; its
 rows' factors u do not change which of a token's entries is largest, so b = log v is all that the
@@ -69,7 +70,7 @@ GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k assignments per token, in order of falling score; balanced in training, greedy otherwise."""
+    """k assignments per token, in order of falling score; balanced in training, else greedy."""
     del state, rng
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     score_TE = jax.lax.stop_gradient(logits_TE)

@@ -1,7 +1,8 @@
 """The cosine router of X-MoE (Chi et al. 2022, arXiv:2204.09179, section 3, eq. 6-7): scores on a
 low-dimensional hypersphere.
 
-    s_e = (P x) . e_e / (|P x| |e_e|);   logits = s / temperature;   then top-k as in top_k.py, softmax before the selection
+    s_e = (P x) . e_e / (|P x| |e_e|);   logits = s / temperature;
+    then top-k as in top_k.py, softmax before the selection
 
 `dim` is the width of the hypersphere; 0 = E / 2 as in the paper, at least 2. The temperature is
 learned, one number per layer that starts at `temperature` (0.3 in the paper) and is clamped from
@@ -71,7 +72,7 @@ def route(
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:
-    """x of length 1 along an axis; zero, as padding may be, stays zero and has a finite gradient."""
+    """x of length 1 along an axis; zero, as padding may be, stays zero with a finite gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-24))
 
 

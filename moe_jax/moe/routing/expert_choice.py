@@ -49,7 +49,7 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """E C assignments of each group: group by group, expert by expert, in order of falling score."""
+    """E C assignments of a group: group by group, expert by expert, in order of falling score."""
     del state, rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     score_TE = jax.nn.softmax(logits_TE)

@@ -1,7 +1,8 @@
 """Noisy top-k (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5) with its smooth estimate of the load
 (appendix A, eq. 8-10).
 
-    h = x W + noise * sigma,  sigma = softplus(x W_noise) + min_noise       noise is standard normal; none outside of training
+    h = x W + noise * sigma,  sigma = softplus(x W_noise) + min_noise
+        noise is standard normal; none outside of training
     the k largest h;  gates = softmax over those k
     load_e = sum over tokens of P_e;  P_e = Phi((x W - threshold_e) / sigma)
 

@@ -6,7 +6,8 @@ that of the Kimi K3 technical report (section 2.3.3, eq. 13-14, appendix D), as 
 requests 5349 and 6637) and torchtitan (4577):
 
     s = sigmoid(x W);  the k largest s + bias;  gates from s without bias, as in sigmoid.py
-    r_te = (k + 1)-th largest of s_t + bias, minus s_te          a bias above it, and e is among the k + 1 best of token t
+    r_te = (k + 1)-th largest of s_t + bias, minus s_te
+           a bias above it, and e is among the k + 1 best of token t
     bias_e <- the k / E quantile of r_te over the tokens t, then minus the mean over the experts
 
 With that bias a share k / E of the tokens has s + bias above its own threshold, for every expert:

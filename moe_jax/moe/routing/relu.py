@@ -2,8 +2,10 @@
 everywhere, and as sparse as it is told.
 
     gates R = ReLU(x W);  a token uses every expert whose R is positive
-    loss  + l1 * sum_e f_e mean_t R_te       f_e = E / (k n) * tokens with R_te > 0 if balanced, else 1     (n valid tokens of the step)
-    l1 <- l1 * alpha^sign(active - k n)     once per step: up when more than k experts per token were active, down when fewer
+    loss  + l1 * sum_e f_e mean_t R_te    f_e = E / (k n) * tokens with R_te > 0 if balanced, else 1
+                                          (n valid tokens of the step)
+    l1 <- l1 * alpha^sign(active - k n)   once per step: up when more than k experts per token were
+                                          active, down when fewer
 
 Here the shapes are static: of a token's active experts the `max_active` largest are served; what
 lies beyond is an overflow, which counts as assigned (it drives l1) and as dropped. l1 is the state
@@ -68,7 +70,7 @@ def state(sizes: Sizes, options: Options) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Up to max_active assignments per token, in order of falling gate; unused places go nowhere."""
+    """Up to max_active assignments a token, in order of falling gate; unused places go nowhere."""
     del rng, train
     logits_TE = router_logits(tokens.x_TD, params["gate"])
     relu_TE = jax.nn.relu(logits_TE)

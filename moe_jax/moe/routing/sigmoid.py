@@ -5,7 +5,8 @@ DeepSeek-V3 (arXiv:2412.19437, eq. 12-16; DeepSeek-V2, arXiv:2405.04434, section
 score="softmax", group_score="max", renormalize=False and bias_rate=0):
 
     s = sigmoid(x W)                            affinities; score="softmax": softmax(x W)
-    the k largest s + bias                      inside the `top_groups` best of `num_groups` runs of E / num_groups experts
+    the k largest s + bias                      inside the `top_groups` best of `num_groups` runs of
+                                                E / num_groups experts
     gates = scale * s / sum of the chosen s     without the bias; renormalize=False: scale * s
 
 The score of a group is the sum of its two largest biased affinities ("top2", the code of

@@ -1,9 +1,11 @@
 """Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, section 2.1, eq. 1-2): experts work on
 mixtures of tokens, nothing is assigned.
 
-    l_tes = x_t . phi_es                               p slots of each of E experts, for each group of tokens
-    D = softmax over the tokens of l   (eq. 1)         slot s of expert e takes sum over t of D_tes x_t
-    C = softmax over all slots of l    (eq. 2)         token t gets sum over e, s of C_tes times what expert e makes of slot s
+    l_tes = x_t . phi_es                         p slots of each of E experts, for each group of
+                                                 tokens
+    D = softmax over the tokens of l   (eq. 1)   slot s of expert e takes sum over t of D_tes x_t
+    C = softmax over all slots of l    (eq. 2)   token t gets sum over e, s of C_tes times what
+                                                 expert e makes of slot s
     normalize: x_t / |x_t| and scale * phi_es / |phi_es| in l alone, with a learned scale (section
         2.3); without, l grows with D model
 

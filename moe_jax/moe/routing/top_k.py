@@ -1,9 +1,10 @@
 """Token-choice top-k (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5; softmax before the selection
 as in Mixtral and OLMoE).
 
-    softmax = "before":  p = softmax(x W);  the k largest p;  gates p / sum(p) if renormalize, else
-    p
-    softmax = "after":   the k largest logits;  gates = softmax over those k   (equal to "before" with renormalize, up to rounding)
+    softmax = "before":  p = softmax(x W);  the k largest p;
+                         gates p / sum(p) if renormalize, else p
+    softmax = "after":   the k largest logits;  gates = softmax over those k
+                         (equal to "before" with renormalize, up to rounding)
 
 Ties go to the expert with the lower index. Gates are multiplied by `scale`.
 """

@@ -1,14 +1,14 @@
-"""Muon (Jordan et al.
-
-2024): the momentum of a matrix, orthogonalised, times 0.2 sqrt(max(rows, columns)).
+"""Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised, times
+0.2 sqrt(max(rows, columns)).
 
 That scale (Liu et al. 2025, arXiv:2502.16982) gives the update the size of Adam's, so both
 parts share learning rate and weight decay. For every layer, of a stack too:
 
-    Muon    q, k, v as one matrix [D, H A] each; o as [H A, D]; w_in, dense or expert, as P matrices [D, F] (gate
-            and up); w_out as [F, D]; every expert by itself. The table is muon.MATRICES
-    Adam    (0.9, 0.95), its rate times `adam_learning_rate`: embed, head, router, norms, biases, and any name that
-            the table does not have
+    Muon    q, k, v as one matrix [D, H A] each; o as [H A, D]; w_in, dense or expert, as P matrices
+            [D, F] (gate and up); w_out as [F, D]; every expert by itself. The table is
+            muon.MATRICES
+    Adam    (0.9, 0.95), its rate times `adam_learning_rate`: embed, head, router, norms, biases,
+            and any name that the table does not have
 """
 
 import dataclasses

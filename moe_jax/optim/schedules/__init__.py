@@ -1,4 +1,4 @@
-"""Learning-rate schedules. A new one is one file here and one line in SCHEDULES; see contract.py."""
+"""Learning-rate schedules. A new one is a file here and a line in SCHEDULES; see contract.py."""
 
 from typing import Any
 

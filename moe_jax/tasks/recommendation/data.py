@@ -139,7 +139,10 @@ def open_recommendation(
     rows = _rows(name, Market(items, train, seen, wanted, parts), domains, domain, seq_len)
     if len(items) == len(found):
         return rows
-    left = f"of {len(found)} items the least popular, {len(found) - len(items)}, are left out: the model has {most}"
+    left = (
+        f"of {len(found)} items the least popular, {len(found) - len(items)}, are left out: "
+        f"the model has {most}"
+    )
     return rows._replace(notes=(left, *rows.notes))
 
 

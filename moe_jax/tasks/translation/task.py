@@ -108,8 +108,8 @@ def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
 
 
 def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
-    """ "loss" (nats per token of the target), "accuracy" (of the next token, the true ones before it
-    given), "domain/NAME/loss".
+    """ "loss" (nats per token of the target), "accuracy" (of the next token, the true ones before
+    it given), "domain/NAME/loss".
     """
     tokens = max(total["tokens"].sum(), 1)
     result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
@@ -136,7 +136,7 @@ def texts(token_BS: np.ndarray, data: Examples) -> list[str]:
 
 
 def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict[str, Any]:
-    """Translates every held-out source greedily, writes predictions.jsonl, and scores by sacreBLEU."""
+    """Translates all held-out sources greedily, writes predictions.jsonl, scores by sacreBLEU."""
     tokens, size = data.about.tokenizer, cfg.eval.batch_size
     translator = make_translator(cfg.model, cfg.data.seq_len, tokens.boundary_id, tokens.vocab_size)
     rows, found = local_rows(size), []
