@@ -123,10 +123,11 @@ NO_TEXT = {
     b"PAR1\x15\x04": "is no text but a Parquet file: name it as parquet:GLOB",
     b"%PDF-1.7\n": "is no text but a PDF",
     b"x" * 257 + b"ustar\0": "is no text but a tar archive",
+    # Without the time of packing, or two workers of pytest-xdist have tests of different names.
     gzip.compress(
-        gzip.compress(b"text")
+        gzip.compress(b"text", mtime=0), mtime=0
     ): r"is no text but packed by gzip \(twice, if it is a file\): unpack it",
-    gzip.compress(b"PK\x03\x04\x14\0\0\0"): "is no text but a zip archive",
+    gzip.compress(b"PK\x03\x04\x14\0\0\0", mtime=0): "is no text but a zip archive",
 }
 
 
