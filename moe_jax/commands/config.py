@@ -1,4 +1,6 @@
-"""`python -m moe_jax config [--config FILE] [--config.KEY=VALUE]`: every key, with its comment.
+"""Every key of a config, with its comment: `python -m moe_jax config`.
+
+    python -m moe_jax config --config configs/quickstart.py --config.model.moe.router=sigmoid
 
 Without a file these are the defaults. What a file or a flag changed is marked, and the default
 stands beside it.

@@ -130,8 +130,9 @@ def refuse_other_keys(raw: Mapping[str, Any], known: Sequence[str], path: str) -
     unknown = sorted(set(raw) - set(known))
     missing = sorted(set(known) - set(raw))
     if unknown or missing:
-        what = f"unknown key {path}{unknown[0]}"
-        if not unknown:
+        if unknown:
+            what = f"unknown key {path}{unknown[0]}"
+        else:
             what = f"the key {path}{missing[0]} is missing"
         raise UserError(f"{what}: `python -m moe_jax config` lists every key")
 

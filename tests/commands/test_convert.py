@@ -182,10 +182,10 @@ def test_blocks_are_stored_on_demand(tmp_path, capsys, format):
     told = capsys.readouterr().out
     cfg = open_run(tmp_path / "out").config
     if format != "blocks":
-        assert cfg.model.moe.sparse.stored["block"] == 0
+        assert cfg.model.moe.sparse.stored.block == 0
         assert ("blocks of this side are faster up to 0%" in told) == (format == "auto")
         return
-    assert "stored so, for inference alone" in told and cfg.model.moe.sparse.stored["block"] == 4
+    assert "stored so, for inference alone" in told and cfg.model.moe.sparse.stored.block == 4
     assert float(re.search(r"largest deviation (\S+) of", told)[1]) <= 1e-6
     with (
         jax.set_mesh(meshes.make(1, 1, 1)),
@@ -312,7 +312,7 @@ def test_blocks_decode_to_the_same_text(tmp_path, capsys):
     source = run(tmp_path / "run", few_blocks, {"model.vocab_size": 256})
     bytes_tokenizer().save(source / "tokenizer")
     assert compacted(source, tmp_path / "out", "--format", "blocks", "--block", "4") == 0
-    assert open_run(tmp_path / "out").config.model.moe.sparse.stored["block"] == 4
+    assert open_run(tmp_path / "out").config.model.moe.sparse.stored.block == 4
 
     def text(folder):
         capsys.readouterr()

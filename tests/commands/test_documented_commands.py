@@ -63,6 +63,7 @@ PLACEHOLDERS = {
 }
 # What makes a command short, by its program; `--smoke` for those that have it.
 SHORT = {
+    "moe_jax config": [],
     "moe_jax verify": ["--meshes", "1x1x2", "--steps", "1", "--processes", "1"],
     "moe_jax bench": ["--rounds", "1"],
     "moe_jax generate": ["--max_tokens", "4"],

@@ -321,7 +321,8 @@ def test_the_closing_table_on_80_columns(tmp_path, capsys, monkeypatch):
         "nearest neighbour (TF-IDF)": {"BLEU": 11.125, "chrF": 30.5, "signature": signature},
         "model": {"BLEU": 17.5, "chrF": 41.75, "signature": signature},
     }
-    task = SimpleNamespace(title="held-out translations (higher is better)", table=lambda *_: rows)
+    title = "held-out translations (higher is better)"
+    task = TASKS["lm"]._replace(title=title, table=lambda *_: rows)
     monkeypatch.setitem(summary.TASKS, "lm", task)
     monkeypatch.setenv("COLUMNS", "80")
     summary.show(tiny.build(), tmp_path, summary.Result(1, 0, {}, None, 0.0, ""), 1.0)
