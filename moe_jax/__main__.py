@@ -59,8 +59,8 @@ def usage() -> str:
 
 
 def unknown(name: str) -> str:
-    """What to type instead of a command that there is not: what it is called here, or the nearest
-    name.
+    """Returns what to type instead of a command that there is not: what it is called here, or the
+    nearest name.
     """
     if name.startswith("-"):
         return f"{name} comes before a command ({', '.join(COMMANDS)}); {TRAINS}"

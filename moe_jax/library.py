@@ -30,7 +30,7 @@ from moe_jax.parallel.mesh import BATCH, P
 
 @flax.struct.dataclass
 class RoutingStatistics:
-    """What a layer's routing of one batch adds up to. A pytree: it may leave jit and grad.
+    """Holds what a layer's routing of one batch adds up to. A pytree: it may leave jit and grad.
 
     Fields:
       sums: {name: [B, ...]} per row, see moe/load.py.

@@ -16,7 +16,7 @@ from moe_jax.errors import UserError
 
 
 class Meaning(NamedTuple):
-    """What the numbers of a run stand for."""
+    """Holds what the numbers of a run stand for."""
 
     title: str  # of all of them together
     advice: str  # the begin of a sentence that ends in "them out by ..."

@@ -75,7 +75,7 @@ class Run:
 
     @functools.cached_property
     def router_state(self) -> Any:
-        """What routers keep without a gradient, a nested dict of arrays."""
+        """Returns what routers keep without a gradient, a nested dict of arrays."""
         return self._read("router_state", 1)
 
     @property

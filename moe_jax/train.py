@@ -38,7 +38,7 @@ IN_FLIGHT = {"cpu": 2, "gpu": 8, "tpu": 8}
 
 
 class Job(NamedTuple):
-    """What a run is asked to do."""
+    """Holds what a run is asked to do."""
 
     cfg: Config
     raw: Mapping[str, Any]  # the config as a nested dict of JSON values
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 class Calendar(NamedTuple):
-    """What is due after a step: each condition stands here, and nowhere else.
+    """Holds what is due after a step: each condition stands here, and nowhere else.
 
     `done` counts the steps that are finished, from 1.
     """

@@ -64,7 +64,7 @@ def judged(state: State) -> dict[str, Any]:
 
 
 def updated(state: State) -> Any:
-    """What updates are added to: the master copy of the parameters where there is one, else
+    """Returns what updates are added to: the master copy of the parameters where there is one, else
     themselves.
     """
     return state.params if state.master == () else state.master
@@ -266,7 +266,7 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
     )
 
     def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
-        """Of one layer."""
+        """Returns the router state of one layer after the step."""
         state = dict(state)
         weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive.rate else {}
         new = dict(ROUTERS[moe.router].update(state, totals, router_cfg))

@@ -45,7 +45,9 @@ class Weight(NamedTuple):
 
 
 class RouterState(nnx.Variable):
-    """What a router keeps from step to step without a gradient (bias, quantiles, coefficient)."""
+    """Holds what a router keeps from step to step without a gradient (bias, quantiles,
+    coefficient).
+    """
 
 
 def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:

@@ -11,7 +11,7 @@ from moe_jax.errors import UserError
 
 
 class Report(NamedTuple):
-    """What `load_params` did, by the names of the parameters of the new run."""
+    """Holds what `load_params` did, by the names of the parameters of the new run."""
 
     step: int
     loaded: list[str]

@@ -142,7 +142,7 @@ class Checkpoints:
         return flat_lib.unflatten(arrays, abstract_state)
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What was given to `save`. Raises UserError when there is no such checkpoint."""
+        """Returns what was given to `save`. Raises UserError when there is no such checkpoint."""
         return read_manifest(self._committed(step))["metadata"]
 
     def path(self, step: int) -> Path:

@@ -88,8 +88,8 @@ def main(argv: list[str]) -> int:
 
 
 def failures(labels: Sequence[str], allowed: bool) -> list[str]:
-    """What makes the command end with 1, a line for each: wrong labels, and leaks where none is
-    `allowed`.
+    """Returns what makes the command end with 1, a line for each: wrong labels, and leaks where
+    none is `allowed`.
     """
     found = []
     for label in dict.fromkeys(labels):
@@ -105,7 +105,7 @@ def failures(labels: Sequence[str], allowed: bool) -> list[str]:
 
 
 def future(cfg: Config, found: Mapping[str, leak.Measured]) -> list[str]:
-    """Of both modes; "-" where a model reads its whole row and has no future."""
+    """Returns the leak of both modes; "-" where a model reads its whole row and has no future."""
     return [text(found[mode].future) if leak.has_future(cfg) else "-" for mode in leak.MODES]
 
 

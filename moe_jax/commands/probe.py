@@ -55,7 +55,7 @@ Found = list[Table | str]  # what an instrument prints: tables and sentences
 
 
 class Job(NamedTuple):
-    """What every instrument of the command reads.
+    """Holds what every instrument of the command reads.
 
     `trained`: the run at its checkpoint; `out`: where files go, None on other processes.
 
@@ -230,7 +230,7 @@ def open_job(cfg: Config, trained: Run, flags: argparse.Namespace) -> Job:
 
 
 def held_out_rows(run: held_out.Run) -> int:
-    """Of all processes; rows that fill up the last batch are none."""
+    """Returns the rows of all processes; rows that fill up the last batch are none."""
     return (
         sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches) * jax.process_count()
     )

@@ -20,13 +20,13 @@ from moe_jax.schema.config import ModelConfig, MoEConfig
 
 
 def leaks(model: ModelConfig) -> Sees:
-    """What a model sees in training and must not."""
+    """Returns what a model sees in training and must not."""
     seen = sees(model)
     return seen._replace(future=seen.future and MODELS[model.kind].causal)
 
 
 def sees(model: ModelConfig) -> Sees:
-    """Of a whole model in training."""
+    """Returns what a whole model sees in training."""
     seen = _experts(model.moe) if model.num_moe_layers else Sees(False, False)
     return seen._replace(future=seen.future or _depth(model))
 

@@ -156,8 +156,8 @@ def plain(error: BaseException) -> str:
 
 
 def misspelt(error: BaseException) -> str:
-    """What ml_collections says in a paragraph of a key that a config file sets and that there is
-    not, in a line; "" for other errors.
+    """Returns what ml_collections says in a paragraph of a key that a config file sets and that
+    there is not, in a line; "" for other errors.
     """
     text = str(error.args[0]) if error.args else ""
     wrong = re.search(r'Key "(\w+)" does not exist and cannot be added', text)

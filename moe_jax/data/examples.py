@@ -178,7 +178,7 @@ def _fewer_raw(raw: Mapping[str, tuple], most_rows: Mapping[str, int]) -> dict[s
 
 
 class Classes(NamedTuple):
-    """What is known of labelled examples beside the rows.
+    """Holds what is known of labelled examples beside the rows.
 
     `raw` is what a classical baseline learns from: texts, or vectors [N, F], in the order of the
     rows.
@@ -201,7 +201,7 @@ class Classes(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What is known of pairs of sentences beside the rows.
+    """Holds what is known of pairs of sentences beside the rows.
 
     `raw` has whole pairs: the held-out ones in the order of the rows, and all training pairs, also
     those that are too long for a row.
@@ -222,7 +222,7 @@ class Pairs(NamedTuple):
 
 
 class Market(NamedTuple):
-    """What is known of baskets beside the rows: the whole lists of items, as item numbers."""
+    """Holds what is known of baskets beside the rows: the whole lists of items, as item numbers."""
 
     items: tuple[str, ...]  # names by number
     train: Sequence[np.ndarray]  # the items of each training user

@@ -16,7 +16,7 @@ Counts = dict[str, dict[str, int]]  # split -> domain -> number
 
 
 class Survey(NamedTuple):
-    """What a source holds."""
+    """Holds what a source holds."""
 
     domains: tuple[str, ...]  # in the order of their first documents
     documents: Counts

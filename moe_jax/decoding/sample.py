@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """What the device loop is told of each row: NumPy arrays on the host."""
+    """Holds what the device loop is told of each row: NumPy arrays on the host."""
 
     index_B: Any  # of the prompt: randomness folds it in
     id_B: Any  # the window's last token

@@ -28,8 +28,8 @@ WAYS = {"removed": "removed", "around": "barred"}  # and the field of the Reques
 
 
 class Worth(NamedTuple):
-    """What the experts are worth, in bits per byte: `base_Z` with all experts, `change_LEZ` what
-    the loss of an expert adds.
+    """Holds what the experts are worth, in bits per byte: `base_Z` with all experts, `change_LEZ`
+    what the loss of an expert adds.
 
     `mean_LE` is the mean change over domains; `low` and `high` are the ends of 95 % intervals over
     held-out rows. NaN where no row is of a domain, and of an interval also where one row alone is.

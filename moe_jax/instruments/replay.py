@@ -41,7 +41,7 @@ ROUTER = next(name for name, router in ROUTERS.items() if router.replays)
 
 
 class Seen(NamedTuple):
-    """What a way of routing may use: the model's own routing of a batch, and what its router
+    """Holds what a way of routing may use: the model's own routing of a batch, and what its router
     thought.
     """
 

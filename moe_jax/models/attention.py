@@ -154,7 +154,7 @@ def project(weights: Weights, name: str, x_BSD: jax.Array, cfg: ModelConfig) -> 
 
 
 def write(weights: Weights, o_BSHA: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """What the heads add to the residual stream."""
+    """Returns what the heads add to the residual stream."""
     w_o = gather(weights["o"], ("heads", None, "embed"), cfg.dtype)
     return jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_o, out_sharding=P(BATCH, None, None))
 

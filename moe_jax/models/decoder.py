@@ -58,14 +58,14 @@ FIRST_LOGITS = 0.1
 
 
 class Source(NamedTuple):
-    """What cross-attention reads: the encoder's output, and which of it is padding."""
+    """Holds what cross-attention reads: the encoder's output, and which of it is padding."""
 
     x_BTD: Any
     segment_BT: Any
 
 
 class Context(NamedTuple):
-    """What every block reads beside the residual stream."""
+    """Holds what every block reads beside the residual stream."""
 
     batch: Batch
     rng: jax.Array
@@ -76,7 +76,7 @@ class Context(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What the attention of a stack of blocks sees."""
+    """Holds what the attention of a stack of blocks sees."""
 
     # "full" = the whole segment, "prefix" = where batch.prefix_BS is not 0 the prefix, "none" =
     # no attention
@@ -130,7 +130,7 @@ class Block(nnx.Module):
         return x_BSD + attended + fed, sums, cache
 
     def _update(self, *args):
-        """What the block adds to the residual stream; otherwise as `_parts`."""
+        """Returns what the block adds to the residual stream; otherwise as `_parts`."""
         (attended, fed), sums, cache = self._parts(*args)
         return attended + fed, sums, cache
 
@@ -374,7 +374,9 @@ def of_block(batch: Batch, index: jax.Array) -> Batch:
 
 
 def out_std(width: int, cfg: ModelConfig) -> float:
-    """Of the first value of a matrix that writes to the residual stream."""
+    """Returns the standard deviation of the first value of a matrix that writes to the residual
+    stream.
+    """
     return width**-0.5 * (2 * len(cfg.blocks)) ** -0.5
 
 

@@ -196,8 +196,8 @@ def without(sums_LB: Mapping[str, jax.Array]) -> Sums:
 
 
 def penalty(totals: Mapping[str, jax.Array]) -> jax.Array:
-    """What the objective adds: model.depth.loss times the cross-entropy of the causal rule, mean
-    over tokens, then over blocks.
+    """Returns what the objective adds: model.depth.loss times the cross-entropy of the causal rule,
+    mean over tokens, then over blocks.
     """
     return (totals["penalty"] / jnp.maximum(totals["tokens"], 1)).mean()
 

@@ -35,8 +35,8 @@ from moe_jax.weights import RouterState, Weight, Weights
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
-    """What the layer is told: the config's `model.moe` block, and what it shares with the rest of
-    the model.
+    """Holds what the layer is told: the config's `model.moe` block, and what it shares with the
+    rest of the model.
     """
 
     num_experts: int
@@ -60,8 +60,8 @@ class MoE:
 
 
 class Batch(NamedTuple):
-    """What a model reads, sharded over rows; a router may read all but the last five beside the
-    activations.
+    """Holds what a model reads, sharded over rows; a router may read all but the last five beside
+    the activations.
     """
 
     id_BS: Any  # arrays; or their specs

@@ -25,7 +25,7 @@ GATES = {"gates": ()}  # what weighs the experts' outputs, for a proof: see `gat
 
 
 class Request(NamedTuple):
-    """What instruments ask of an MoE layer; () in a field = nothing.
+    """Holds what instruments ask of an MoE layer; () in a field = nothing.
 
     The arrays of one layer are [B, ...]. A model takes those of all M blocks, [M, B, ...], and a
     batch of text has them as [B, M, ...], so that micro-batches split its rows.
@@ -44,7 +44,7 @@ def record(
     wanted: Mapping[str, Any],
     num_experts: int,
 ):
-    """Of this device: {"expert" (int32, E = nowhere), "gate", "dropped":
+    """Returns of this device {"expert" (int32, E = nowhere), "gate", "dropped":
 
     [b, S, K]; "input": [b, S, D]}, as `wanted`.
 

@@ -130,7 +130,9 @@ def _memory(abstract: train_step.State) -> Memory:
 
 
 def _shard_bytes(tree: Any) -> int:
-    """Of one shard of every abstract array; one without a sharding lies whole on every device."""
+    """Returns the bytes of one shard of every abstract array; one without a sharding lies whole on
+    every device.
+    """
 
     def shard(x):
         return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
@@ -139,7 +141,7 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def _abstract(rows: np.ndarray) -> jax.ShapeDtypeStruct:
-    """Of an array of a batch [B, ...]."""
+    """Returns the shape and sharding of an array of a batch [B, ...]."""
     place = sharding("batch", *[None] * (rows.ndim - 1))
     dtype = jax.dtypes.canonicalize_dtype(rows.dtype)  # what the device makes of NumPy's float64
     return jax.ShapeDtypeStruct(rows.shape, dtype, sharding=place)

@@ -24,7 +24,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 class PerStep(NamedTuple):
-    """What one step of the run takes, over all devices."""
+    """Holds what one step of the run takes, over all devices."""
 
     tokens: int  # places of its batch, padding included: what tokens/s counts
     flops: int  # useful ones (moe_jax/flops)
@@ -104,7 +104,7 @@ class Writer:
             self._events.image(step, name, array)
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """What TensorBoard tells this run from others by: numbers, strings, booleans."""
+        """Returns what TensorBoard tells this run from others by: numbers, strings, booleans."""
         if self._events:
             self._events.hyperparameters(values)
 
@@ -204,7 +204,9 @@ def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Of the last row that has them; 0 for a run that began before rows had any."""
+    """Returns the seconds of the last row that has them; 0 for a run that began before rows had
+    any.
+    """
     return max((float(row["seconds"]) for row in rows if "seconds" in row), default=0.0)
 
 

@@ -88,8 +88,8 @@ def curves(workdir: Path) -> str:
 
 
 def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What rows have beside numbers, such as the signature of a BLEU, which is too long for a cell:
-    once where all have the same.
+    """Returns what rows have beside numbers, such as the signature of a BLEU, which is too long for
+    a cell: once where all have the same.
     """
     found: dict[str, str] = {}
     for column in next(iter(rows.values())):

@@ -131,7 +131,7 @@ class Events:
         )
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Of the tab "HParams", for the run itself:
+        """Returns the values of the tab "HParams" for the run itself.
 
         `SummaryWriter.add_hparams` would make a run of its own of them.
         """

@@ -31,8 +31,9 @@ def command(*arguments: object) -> str:
 
 
 def own_command() -> str:
-    """What was typed to start this process, to be typed again. launch/local.sh, which starts
-    several, says what it was.
+    """Returns what was typed to start this process, to be typed again.
+
+    launch/local.sh, which starts several, says what it was.
     """
     return os.environ.get("MOE_JAX_COMMAND", "").strip() or command("moe_jax.main", *sys.argv[1:])
 
@@ -126,7 +127,7 @@ def discard_output() -> None:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong with which file, in one line."""
+    """Returns what went wrong with which file, in one line."""
     text = error.strerror or str(error)
     return f"{error.filename}: {text}" if error.filename else text
 

@@ -106,7 +106,7 @@ class Stack(NamedTuple):
 
 
 class KindOptions:
-    """What the Options of a kind of model say of its blocks; each kind says what differs."""
+    """Holds what the Options of a kind of model say of its blocks; each kind says what differs."""
 
     attends: ClassVar[bool] = True  # it has attention at all
 

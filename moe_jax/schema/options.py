@@ -31,7 +31,7 @@ class Bound(NamedTuple):
 
 
 class Option(NamedTuple):
-    """What is declared of a key beside its name and type."""
+    """Holds what is declared of a key beside its name and type."""
 
     default: Any
     comment: str

@@ -27,7 +27,7 @@ from moe_jax.schema.config import Config
 
 
 class Losses(NamedTuple):
-    """Of one forward pass."""
+    """Holds the results of one forward pass."""
 
     nll: jax.Array  # nats of every prediction [B, ...]
     weight: jax.Array  # of each, same shape; 0 = padding
@@ -138,7 +138,7 @@ def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, An
 
 
 def by_row(found: Losses) -> dict[str, jax.Array]:
-    """Of each row [B]: nats, and the weight of its predictions."""
+    """Returns of each row [B]: nats, and the weight of its predictions."""
     inner = tuple(range(1, found.nll.ndim))
     weight = found.weight.astype(found.nll.dtype)
     return {

@@ -25,7 +25,7 @@ SECONDS = 300  # after which a process is taken to hang
 
 
 class Told(NamedTuple):
-    """What process 0 reports."""
+    """Holds what process 0 reports."""
 
     probes: list[Probe]
     end: dict[str, Any]

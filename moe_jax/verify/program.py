@@ -28,7 +28,7 @@ from moe_jax.tasks import TASKS
 
 
 class Probe(NamedTuple):
-    """What one step tells, as NumPy arrays on the host."""
+    """Holds what one step tells, as NumPy arrays on the host."""
 
     loss: float
     metrics: dict[str, Any]

@@ -70,7 +70,7 @@ def empty(name: str, refused: str = "", failure: str = "") -> Row:
 
 
 class Wanted(NamedTuple):
-    """What a config is to be proven on."""
+    """Holds what a config is to be proven on."""
 
     meshes: Sequence[Lengths]
     steps: int

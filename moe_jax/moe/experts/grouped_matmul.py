@@ -45,7 +45,7 @@ PARTS = {"swiglu": 2, "gelu": 1}
 
 
 class Rows(NamedTuple):
-    """What `expert_ffn` works on; cotangents have the same structure."""
+    """Holds what `expert_ffn` works on; cotangents have the same structure."""
 
     x_RD: Array
     gate_R: Array
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the rows of each expert are."""
+    """Says where the rows of each expert are."""
 
     start_e: Array
     size_e: Array

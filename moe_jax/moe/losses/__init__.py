@@ -61,8 +61,8 @@ def auxiliary(
 
 
 def terms(totals: Totals, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
-    """What each loss adds to the language loss: with its coefficient, and with the weight that is
-    router state where there is one.
+    """Returns what each loss adds to the language loss: with its coefficient, and with the weight
+    that is router state where there is one.
     """
 
     def of_state(name):

@@ -118,7 +118,7 @@ def sinkhorn(
 
 
 def sees(options: Options) -> Sees:
-    """Of training: evaluation is greedy."""
+    """Returns what a training step sees: evaluation is greedy."""
     return Sees(future=True, batch=options.scope == "batch")
 
 

@@ -20,7 +20,7 @@ NEVER = -1e9
 
 
 class Sizes(NamedTuple):
-    """What the shapes of a router's weights may depend on."""
+    """Holds what the shapes of a router's weights may depend on."""
 
     d_model: int
     num_experts: int
@@ -28,8 +28,8 @@ class Sizes(NamedTuple):
 
 
 class Sees(NamedTuple):
-    """What may change the output of a token, beside the token itself and earlier tokens of its
-    sequence.
+    """Holds what may change the output of a token, beside the token itself and earlier tokens of
+    its sequence.
     """
 
     future: bool  # later tokens of the sequence
@@ -37,8 +37,8 @@ class Sees(NamedTuple):
 
 
 class Declared(NamedTuple):
-    """What a router promises of its routing; tests/moe/routing/test_routers.py holds every router
-    to it.
+    """Holds what a router promises of its routing; tests/moe/routing/test_routers.py holds every
+    router to it.
     """
 
     most: int | None  # assignments of a token at most; None: no bound
@@ -51,7 +51,7 @@ class Declared(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a router's refusals may depend on beside its own options."""
+    """Holds what a router's refusals may depend on beside its own options."""
 
     at: str  # the path of its block in the config
     num_experts: int
@@ -157,8 +157,8 @@ class Router(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a router may read, one entry per token of this device; rows are contiguous runs of T /
-    num_rows tokens.
+    """Holds what a router may read, one entry per token of this device; rows are contiguous runs of
+    T / num_rows tokens.
     """
 
     x_TD: jax.Array
@@ -205,7 +205,7 @@ class Slots(NamedTuple):
 
 
 class RouterCfg(NamedTuple):
-    """What every router is told."""
+    """Holds what every router is told."""
 
     num_experts: int
     options: Any  # of its own block in the config: one of its Options

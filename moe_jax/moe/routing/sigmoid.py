@@ -91,8 +91,8 @@ def route(
 
 
 def biased(logits_TE: jax.Array, score_TE: jax.Array, state: Arrays) -> jax.Array:
-    """What decides, without a gradient: affinity plus bias, and NEVER where an instrument bars an
-    expert, whatever its bias.
+    """Returns what decides, without a gradient: affinity plus bias, and NEVER where an instrument
+    bars an expert, whatever its bias.
     """
     summed_TE = jax.lax.stop_gradient(score_TE) + state["bias"][None].astype(score_TE.dtype)
     return jnp.where(logits_TE > NEVER / 2, summed_TE, NEVER)

@@ -62,7 +62,9 @@ def narrow(layer: Layer, hidden: int) -> dict[str, np.ndarray]:
 
 
 def blocks(layers: Iterable[Layer], block: int) -> Blocks:
-    """What it takes to store all layers as blocks: as many for every column as the fullest has."""
+    """Returns what it takes to store all layers as blocks: as many for every column as the fullest
+    has.
+    """
     most, sizes = dict.fromkeys(stored.NAMES, 1), {}
     for layer in layers:
         for name, matrix in matrices(layer).items():

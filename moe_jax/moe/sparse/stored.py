@@ -49,7 +49,7 @@ def outputs(d_model: int, hidden: int, activation: str) -> dict[str, int]:
 
 
 def used(matrix_EIO: np.ndarray, b: int) -> np.ndarray:
-    """Which blocks are not all zero [E, J, I / b]."""
+    """Returns which blocks are not all zero [E, J, I / b]."""
     e, i, o = matrix_EIO.shape
     return (matrix_EIO.reshape(e, i // b, b, o // b, b) != 0).any((2, 4)).transpose(0, 2, 1)
 

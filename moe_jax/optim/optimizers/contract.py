@@ -24,7 +24,7 @@ class Optimizer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What an optimizer may know of a parameter besides its gradient."""
+    """Holds what an optimizer may know of a parameter besides its gradient."""
 
     name: str  # "layers/repeats/attention/q"
     ndim: int  # without the axis of layers

@@ -55,7 +55,7 @@ class Counts(NamedTuple):
 
     @property
     def active(self) -> int:
-        """What one token uses: everything but the routed experts that it does not choose.
+        """Returns what one token uses: everything but the routed experts that it does not choose.
 
         It may skip depth blocks, which count whole.
         """

@@ -34,7 +34,7 @@ def read_debian_depends(folder: str) -> Interactions:
 
 
 def family(package: str) -> str:
-    """What kind of package a name is of: "python3-yaml" -> "python"."""
+    """Returns what kind of package a name is of: "python3-yaml" -> "python"."""
     first = package.partition("-")[0].rstrip("0123456789")
     first = "perl" if package.endswith("-perl") else first
     return first if first in FAMILIES else "lib" if first.startswith("lib") else "other"

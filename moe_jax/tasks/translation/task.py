@@ -70,7 +70,9 @@ def open_data(cfg: Config, prefix: bool) -> Examples:
 
 
 def seen(batch: SourceTarget | PrefixTarget) -> Batch:
-    """What the model reads: beside the target its source, or which places of the row are prefix."""
+    """Returns what the model reads: beside the target its source, or which places of the row are
+    prefix.
+    """
     target = Batch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
     if isinstance(batch, SourceTarget):
         return target._replace(source_rows=source(batch))
@@ -156,7 +158,7 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
 
 
 def prompted(batch: SourceTarget | PrefixTarget) -> Batch:
-    """What is translated: the source, or the prefix of the row."""
+    """Returns what is translated: the source, or the prefix of the row."""
     if isinstance(batch, SourceTarget):
         return source(batch)
     prefix_BS = batch.prefix_BS * batch.segment_BS

@@ -16,8 +16,8 @@ def regrowth_due(now: Now, options: Any) -> jax.Array:
 def regrow(
     experts: Matrices, masks: Kept, growth: Kept, shape: Shaped, fraction: jax.Array
 ) -> Kept:
-    """Of the k live groups of every row the `fraction` k of the least magnitude go, and as many
-    come with the largest `growth`.
+    """Replaces groups at constant density: of the k live groups of every row the `fraction` k of
+    the least magnitude go, and as many come with the largest `growth`.
 
     Those that just went may come back, as in the paper of RigL (algorithm 1); they keep their value
     then. All others come at 0.
