@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_sample import one_device, raw_config, values
+from sample_cases import one_device, raw_config, values
 
 from moe_jax import config
 from moe_jax.checkpoint import Checkpoints

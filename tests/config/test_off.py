@@ -5,7 +5,7 @@ nobody asked for, idle keys.
 import numpy as np
 import pytest
 import tiny
-from test_run import losses, run
+from run_cases import losses, run
 
 from moe_jax import publish, train
 from moe_jax.moe.losses import LOSSES

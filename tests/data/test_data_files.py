@@ -151,7 +151,7 @@ def test_a_name_that_promises_a_packed_file_is_not_believed(tmp_path):
 
 def tfds_of(folder, monkeypatch, texts):
     """A data set of these texts (bytes or str) on disk, and its spec."""
-    from test_task_data_tfds import stored
+    from tfds_cases import stored
 
     from moe_jax.data.tfds_import import tfds
 

@@ -5,13 +5,13 @@ layouts say the same.
 import dataclasses
 import math
 
+import flops_cases
 import jax
 import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
-import test_flops
-import test_sample
+import sample_cases
 import tiny
 from flax import nnx
 
@@ -127,7 +127,7 @@ def drawn(cfg):
     """Parameters drawn by NumPy on the current mesh: compiling the model's own draw takes longer
     than the tests.
     """
-    return jax.tree.map(lambda x: x.astype(cfg.param_dtype), test_sample.values(cfg)[0])
+    return jax.tree.map(lambda x: x.astype(cfg.param_dtype), sample_cases.values(cfg)[0])
 
 
 def on_one_device(changes):
@@ -341,11 +341,11 @@ def test_cached_logits_equal_uncached_logits(float64):
         "repeats": 1,
         "allow_leak": True,
     }
-    cfg = test_sample.model_config(**depths, dtype="float64", param_dtype="float64")
+    cfg = sample_cases.model_config(**depths, dtype="float64", param_dtype="float64")
     cfg = dataclasses.replace(with_dispatcher(cfg, "dropless"), scan=False)
     pieces = [(0, 9), *((i, i + 1) for i in range(9, 13))]
-    with jax.set_mesh(test_sample.one_device()):
-        model, weights = make_model(cfg), test_sample.values(cfg)
+    with jax.set_mesh(sample_cases.one_device()):
+        model, weights = make_model(cfg), sample_cases.values(cfg)
         weights = jax.tree.map(lambda x: x.astype(jnp.float64), weights)
         bound = model.bind(*weights)
 
@@ -431,8 +431,8 @@ PATTERN = {
 
 
 def test_parameters_are_those_of_the_model():
-    cfg = test_flops.make_config(model=PATTERN, moe={"shared_experts": 1}).model
-    counts, want = flops.parameters(cfg), test_flops.counted(cfg)
+    cfg = flops_cases.make_config(model=PATTERN, moe={"shared_experts": 1}).model
+    counts, want = flops.parameters(cfg), flops_cases.counted(cfg)
     for kind in set(counts._fields) - {"experts_active"}:
         assert getattr(counts, kind) == want[kind], kind
     assert counts.total == want.total()
@@ -445,7 +445,7 @@ def test_a_depth_block_costs_its_share():
 
     def block(kind):
         return flops.forward_per_token(
-            test_flops.make_config(model=PATTERN | {"prefix": (kind,), "repeats": 0}).model, 8
+            flops_cases.make_config(model=PATTERN | {"prefix": (kind,), "repeats": 0}).model, 8
         )
 
     for kind in ("dense", "moe"):

@@ -18,26 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from metrics_cases import PER_STEP, open_writer, without_spent
 
 from moe_jax import version
 from moe_jax.report import summary
-from moe_jax.report.metrics import PerStep, Writer, read_rows, write_run_info
+from moe_jax.report.metrics import Writer, read_rows, write_run_info
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.lm.rivals import compression_table
-
-PER_STEP = PerStep(tokens=100, flops=7_000)
-
-
-def open_writer(path, resume_step=0, active=True, started=0.0, **options):
-    about = {"resume_step": resume_step, "started": started, "per_step": PER_STEP}
-    return Writer(path, tensorboard=False, active=active, **about, **options)
-
-
-def without_spent(row):
-    """A row without the sums that every row has: what was written."""
-    return {
-        name: value for name, value in row.items() if name not in ("seconds", "tokens", "flops")
-    }
 
 
 def test_rows_are_whole_precise_and_on_disk_at_once(tmp_path):

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import metrics_cases
 import pytest
-import test_metrics
 
 from moe_jax import main
 from moe_jax.checkpoint.store import SaveFailed
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_full_disk_under_the_metrics_is_one_line(tmp_path):
-    writer = test_metrics.open_writer(tmp_path)
+    writer = metrics_cases.open_writer(tmp_path)
     writer.write(1, {"loss": 1.0})
     path = writer._rows.name
     writer._rows.close()
@@ -51,22 +51,22 @@ def test_an_emptied_file_does_not_block_a_restart(tmp_path, text):
     for name in ("run.json", "config.json", "metrics.jsonl"):
         (tmp_path / name).write_text(text)
     write_run_info(tmp_path, {"seed": 1}, mesh={"data": 1}, active=True)
-    writer = test_metrics.open_writer(tmp_path, resume_step=5)
+    writer = metrics_cases.open_writer(tmp_path, resume_step=5)
     writer.write(6, {"loss": 1.0})
     writer.close()
     assert len(json.loads((tmp_path / "run.json").read_text())) == 1
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
     [row] = read_rows(tmp_path / "metrics.jsonl")
-    assert test_metrics.without_spent(row) == {"step": 6, "loss": 1.0}
+    assert metrics_cases.without_spent(row) == {"step": 6, "loss": 1.0}
 
 
 def test_a_run_that_only_evaluates_again_takes_its_row_back(tmp_path):
-    writer = test_metrics.open_writer(tmp_path)
+    writer = metrics_cases.open_writer(tmp_path)
     for step in (5, 10):
         writer.write(step, {"train/loss": 1.0})
         writer.write(step, {"eval/loss": 1.0})
     writer.close()
-    again = test_metrics.open_writer(tmp_path, resume_step=10, evaluates_again=True)
+    again = metrics_cases.open_writer(tmp_path, resume_step=10, evaluates_again=True)
     again.write(10, {"eval/loss": 2.0})
     again.close()
     found = [(row["step"], row.get("eval/loss")) for row in read_rows(tmp_path / "metrics.jsonl")]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import test_run
+import run_cases
 
 from moe_jax import checkpoint, evaluate, train
 from moe_jax.decoding import sample
@@ -137,12 +137,12 @@ def test_a_run_is_saved_wherever_a_signal_comes(float64, tmp_path, monkeypatch, 
     owner, name = PLACES[place]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupting(getattr(owner, name)))
-        result = test_run.run(tmp_path, changes)
+        result = run_cases.run(tmp_path, changes)
     step = 2 if place == "a step" else 3
     assert result.signal == signal.SIGTERM and result.step == step
     assert (tmp_path / f"checkpoints/step_0000000{step}/moe_jax.json").exists()
     assert "SIGTERM: heard, the run saves and ends" in capfd.readouterr().err
-    assert test_run.run(tmp_path, changes).signal == 0
+    assert run_cases.run(tmp_path, changes).signal == 0
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
     assert [row["step"] for row in rows if "eval/loss" in row] == [3]

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from task_files import all_train, packed
-from test_task_data_tfds import stored
+from tfds_cases import stored
 
 from moe_jax.errors import UserError
 from moe_jax.tasks.classification import data as classification

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import tiny
 from task_files import all_train
+from tfds_cases import stored
 
 from moe_jax.errors import UserError
 from moe_jax.tasks import TASKS
@@ -12,27 +13,6 @@ from moe_jax.tasks.classification import data as classification
 from moe_jax.tasks.recommendation import data as recommendation
 from moe_jax.tasks.translation import data as translation
 from moe_jax.tasks.vision import data as vision
-
-
-def stored(folder, name, features, splits):
-    import tensorflow_datasets as tfds
-
-    methods = {
-        "VERSION": tfds.core.Version("1.0.0"),
-        "_info": lambda self: tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        ),
-        "_split_generators": lambda self, _: {
-            split: enumerate(rows) for split, rows in splits.items()
-        },
-        "_generate_examples": lambda self: None,
-    }
-    tfds.disable_progress_bar()
-    with tfds.core.registered.skip_registration():
-        builder = type(
-            name, (tfds.core.GeneratorBasedBuilder,), {**methods, "__module__": __name__}
-        )
-    builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -18,13 +17,13 @@ import meshes
 import numpy as np
 import pytest
 import tiny
+from run_cases import SMALL, losses, run
 
 from moe_jax import train
 from moe_jax.checkpoint import Checkpoints, flat
 from moe_jax.commands import generate
 from moe_jax.errors import UserError
 from moe_jax.parallel.compiling import QUICK, as_flags
-from moe_jax.parallel.mesh import WRITTEN
 from moe_jax.report.metrics import read_rows
 from moe_jax.run import load_run
 from moe_jax.runtime import shell
@@ -32,27 +31,6 @@ from moe_jax.runtime.stopping import first_broken
 from moe_jax.train_step import initial, make_model
 
 ROOT = Path(__file__).parents[2]
-SMALL = {
-    "model.vocab_size": 256,
-    "model.repeats": 1,
-    "model.dropout": 0.1,
-    "data.sources": (("embedded:verse", 1.0),),
-    "data.slice_bytes": 20_000,
-    "data.heldout_bytes": 2_000,
-    "data.seq_len": 32,
-    "train.steps": 10,
-    "train.batch_size": 8,
-    "optim.warmup_steps": 2,
-    "optim.ema_decay": 0.5,
-    "eval.every": 0,
-    "eval.batches": 1,
-    "eval.final_batches": 1,
-    "eval.sample_tokens": 0,
-    "checkpoint.every": 0,
-    "log.every": 1,
-    "log.tensorboard": False,
-    "mesh.data": 1,
-}
 
 
 # Subprocesses: compiled in half the time, and one device needs no more threads than cores.
@@ -61,14 +39,6 @@ FAST |= {
     "PYTHON": sys.executable,
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {as_flags(QUICK)}",
 }
-
-
-def run(workdir, changes=None, shape=(1, 1, 1)):
-    axes = {f"mesh.{axis}": length for axis, length in zip(WRITTEN, shape, strict=True)}
-    raw = tiny.raw(SMALL | axes | (changes or {}))
-    cfg = tiny.build(shape, SMALL | axes | (changes or {}))
-    with jax.set_mesh(meshes.make(*shape)):
-        return train.run(cfg, raw, tiny.raw(), workdir, time.monotonic())
 
 
 def saved(workdir, changes=None):
@@ -82,12 +52,6 @@ def saved(workdir, changes=None):
             name: np.asarray(x)
             for name, x in flat.unstack(flat.flatten(state), cfg.model.scan).items()
         }
-
-
-def losses(workdir):
-    rows = [row for row in read_rows(workdir / "metrics.jsonl") if "train/loss" in row]
-    assert len({row["step"] for row in rows}) == len(rows)
-    return {row["step"]: row["train/loss"] for row in rows}
 
 
 @pytest.fixture(scope="module")
