@@ -103,7 +103,7 @@ def run_all(grid: Grid, out: Path) -> Results:
     """Trains whatever is not finished, all cells of the first seed before those of the next, and
     returns the figures of all.
     """
-    defaults = config_file.as_json(config.defaults())
+    defaults = config_file.default_values()
     raws = {
         (seed, cell): read_config(grid, cell, seed)
         for seed in seeds_of(grid)
@@ -156,7 +156,7 @@ def checked(raw: Mapping[str, Any], cell: str) -> config.Config:
 def collect(grid: Grid, out: Path) -> Results:
     """The figures of the finished runs; cells without any are left out."""
     results: Results = {}
-    defaults = config_file.as_json(config.defaults())
+    defaults = config_file.default_values()
     for cell in grid.cells:
         for seed in seeds_of(grid):
             figures = finished(read_config(grid, cell, seed), defaults, place(out, cell, seed))

@@ -135,15 +135,14 @@ def join(*place: Any) -> None:
         signals.LISTENER.note()
 
 
-def read_config(config: ConfigDict) -> dict[str, Any]:
+def read_config(tree: ConfigDict) -> dict[str, Any]:
     """Returns the config as a nested dict of JSON values, so that what is compared on resume is
     what was saved.
     """
-    raw = config_file.values(config)
+    raw = config_file.values(tree)
     if FLAGS.smoke or raw["smoke"]:
         raw = smoke_config(raw)
-    if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
-        jax.config.update("jax_enable_x64", True)
+    config.allow_float64(raw)
     return raw
 
 
@@ -173,7 +172,7 @@ def main(argv: list[str]) -> int:
 def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
     start_devices(raw["simulate_devices"])
-    defaults = config_file.as_json(config.defaults())
+    defaults = config_file.default_values()
     cfg = config.build(raw, len(jax.devices()))
     with jax.set_mesh(mesh.make(cfg.mesh)):
         if FLAGS.dry_run:

@@ -1,6 +1,6 @@
-"""Names of the leaves of a tree, as checkpoints store them and messages show them:
+"""Names of the leaves of a tree, as checkpoints store them and messages show them.
 
-"layers/repeats/0/attention/q".
+An example is "layers/repeats/0/attention/q".
 """
 
 from typing import Any

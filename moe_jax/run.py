@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, config
-from moe_jax.config import smoke
+from moe_jax.config import config_file, smoke
 from moe_jax.data import tokenizer as tokenizers
 from moe_jax.errors import UserError
 from moe_jax.models.functions import Model, make_model
@@ -195,8 +195,7 @@ def read_raw(workdir: Path) -> tuple[dict[str, Any], list[str]]:
         raise UserError(
             f"{path} is damaged ({error}): start the run again, which rewrites it"
         ) from None
-    defaults = json.loads(json.dumps(config.defaults().to_dict()))
-    raw, notes = checkpoint.fill(raw, defaults, config.RESUME_MAY_CHANGE)
+    raw, notes = checkpoint.fill(raw, config_file.default_values(), config.RESUME_MAY_CHANGE)
     return raw, notes + smoke.notes(raw, workdir)
 
 
@@ -205,8 +204,7 @@ def for_one_device(raw: dict[str, Any], workdir: Path) -> Config:
 
     The layers are single, as they are on disk and as sampling wants them.
     """
+    config.allow_float64(raw)
     model = {**raw.get("model", {}), "scan": False}
-    if "float64" in (model.get("dtype"), model.get("param_dtype")):
-        jax.config.update("jax_enable_x64", True)
-    one = {"data": 1, "expert": 1, "model": 1}
+    one = meshes.ONE.written()
     return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import build, command_line, config_file, rules, smoke
+from moe_jax.config import allow_float64, build, command_line, config_file, rules, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
@@ -161,10 +161,9 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     """
     started = time.monotonic()
     raw = command_line.read(Path(config), changes)
-    if "float64" in (raw["model"]["dtype"], raw["model"]["param_dtype"]):
-        jax.config.update("jax_enable_x64", True)
+    allow_float64(raw)
     cfg = build(raw, len(jax.devices()))
-    defaults = config_file.as_json(config_file.defaults())
+    defaults = config_file.default_values()
     with jax.set_mesh(mesh.make(cfg.mesh)):
         return run(cfg, raw, defaults, Path(workdir), started, config)
 

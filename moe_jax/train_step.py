@@ -279,8 +279,8 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
 
 
 def parameter_names(params: Any) -> list[str]:
-    """Names in the order of `jax.tree.leaves`, as in checkpoints:
+    """Names in the order of `jax.tree.leaves`, as in checkpoints.
 
-    "repeats/0/blocks/0/attention/weights/q".
+    One is "repeats/0/blocks/0/attention/weights/q".
     """
     return [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_jax import config
 from moe_jax.config import command_line, tree
-from moe_jax.config.config_file import as_json, values
+from moe_jax.config.config_file import default_values, values
 
 WIDTH = 100
 CHANGED = "*"  # in front of a key that is not as by default
@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Prints the tree of a config, and returns 0."""
     flags = parse(argv)
-    defaults = as_json(config.defaults())
+    defaults = default_values()
     if flags.config:
         raw = command_line.read(flags.config, flags.changes)
     else:

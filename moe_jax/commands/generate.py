@@ -151,9 +151,9 @@ def read_prompts(given: list[str] | None, stdin: TextIO) -> list[str]:
 
 
 def text_of(stdin: TextIO) -> str:
-    """All of standard input by the rules of text files, whatever the encoding of the shell:
+    """Returns all of standard input, whatever the encoding of the shell.
 
-    UTF-8, or UTF-16 with its mark.
+    The rules are those of text files: UTF-8, or UTF-16 with its mark.
     """
     binary = getattr(stdin, "buffer", None)
     if binary is None:

@@ -10,11 +10,9 @@ that the message names.
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 
-import jax
 from rich.console import Group
 from rich.text import Text
 
@@ -27,7 +25,7 @@ from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS
-from moe_jax.verify.run import ALL, Result, Row, Wanted, verify
+from moe_jax.verify.run import ALL, Result, Row, Wanted, prove
 
 COLUMNS = {
     "forward": "loss",
@@ -73,14 +71,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--processes {args.processes} must be one of 1, 2, 4, 8")
     if args.certificate:
         certificate.check(args.certificate)
-    mesh.simulate(shrink.DEVICES)
-    jax.config.update("jax_enable_x64", True)
-    with (
-        tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder,
-        working.shown("verify") as tell,
-    ):
-        wanted = Wanted(shapes, args.steps, args.processes, args.float32)
-        found = verify(raw, wanted, Path(folder), tell)
+    wanted = Wanted(shapes, args.steps, args.processes, args.float32)
+    with working.shown("verify") as tell:
+        found = prove(raw, wanted, tell)
     text = verdict(found)
     console.print(rules_table(found.rules), "", meshes_table(found))
     for row in found.rows:

@@ -5,16 +5,19 @@ rules between keys are in rules.py; `build` ends with them.
 """
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from moe_jax.config import rules
 from moe_jax.config.tree import COEFFICIENTS, Choice, at, choices
 from moe_jax.errors import UserError
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel import mesh
-from moe_jax.schema.config import DEPTH, NO_RULE, Coefficients, Config
-from moe_jax.schema.options import freeze, refuse_other_keys
+from moe_jax.schema.config import DEPTH, NO_RULE, Coefficients, Config, MeshConfig
+from moe_jax.schema.options import freeze, refusals, refuse_other_keys
 
 # Keys that do not change what is computed, or that a run may go on with.
 RESUME_MAY_CHANGE = (
@@ -43,9 +46,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     Raises UserError.
     """
     tree = copy.deepcopy(dict(raw))
-    refuse_other_keys(tree["mesh"], mesh.WRITTEN, "mesh.")
-    lengths = mesh.Lengths(**{axis: int(length) for axis, length in tree["mesh"].items()})
-    tree["mesh"] = mesh.resolve(lengths, num_devices)
+    tree["mesh"] = mesh.resolve(_lengths(tree["mesh"]), num_devices)
     for choice in choices():
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
@@ -58,6 +59,14 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     config = freeze(Config, tree, "")
     rules.check(config)
     return config
+
+
+def _lengths(raw: Mapping[str, Any]) -> mesh.Lengths:
+    """Returns the lengths of the mesh as they are written, -1 for the rest of the devices."""
+    written = freeze(MeshConfig, raw, "mesh.")
+    for message in refusals(written, "mesh."):
+        raise UserError(message)
+    return mesh.Lengths(**dataclasses.asdict(written))
 
 
 def _choose(tree: dict[str, Any], choice: Choice) -> None:
@@ -77,6 +86,13 @@ def _head_dim(d_model: Any, num_heads: Any) -> Any:
     """Returns d_model / num_heads; 1 of what is no such number, which is refused by its name."""
     fits = isinstance(d_model, int) and isinstance(num_heads, int) and d_model > 0 < num_heads
     return max(d_model // num_heads, 1) if fits else 1
+
+
+def allow_float64(raw: Mapping[str, Any]) -> None:
+    """Turns jax_enable_x64 on for a model in float64. For the whole process."""
+    model = raw.get("model", {})
+    if "float64" in (model.get("dtype"), model.get("param_dtype")):
+        jax.config.update("jax_enable_x64", True)
 
 
 def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

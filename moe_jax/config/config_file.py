@@ -1,7 +1,4 @@
-"""Config files:
-
-Python files with `get_config(arg)`, executed where they lie. Run only those you trust.
-"""
+"""Reads config files, which are Python files with `get_config(arg)`: run only those you trust."""
 
 import difflib
 import importlib.util
@@ -198,13 +195,18 @@ def values(config: ConfigDict) -> dict[str, Any]:
     Raises UserError for an option of what is not chosen.
     """
     raw = as_json(config)
-    refuse_unchosen(raw, as_json(defaults()))
+    refuse_unchosen(raw, default_values())
     return raw
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """Returns a config as a nested dict of JSON values."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def default_values() -> dict[str, Any]:
+    """Returns all defaults as a nested dict of JSON values."""
+    return as_json(defaults())
 
 
 def _at(found: Any, key: str) -> Any:

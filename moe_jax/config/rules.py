@@ -151,7 +151,7 @@ def _model(c: Config) -> Iterator[str]:
     for path, blocks in (("prefix", m.prefix), ("period", m.period), ("suffix", m.suffix)):
         for block in blocks:
             yield from not_among(f"model.{path}", block, BLOCKS)
-    if not m.blocks and kind.has_blocks:
+    if m.stacks and not m.blocks:
         yield (
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "
             "model needs one"

@@ -19,7 +19,7 @@ from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.sparse import PATTERNS, RULES
 from moe_jax.optim import OPTIMIZERS, SCHEDULES
-from moe_jax.schema.config import NO_RULE, Config, MeshConfig
+from moe_jax.schema.config import NO_RULE, Config
 from moe_jax.schema.options import NOT_NEGATIVE, Option, declared
 from moe_jax.tasks import TASKS
 
@@ -104,8 +104,8 @@ def _keys(cls: type, path: str) -> Iterator[Key]:
         elif option.derived:
             if at == COEFFICIENTS:
                 yield from _coefficients()
-            if at == "mesh":
-                yield from _keys(MeshConfig, "mesh.")
+            if option.keys:
+                yield from _keys(option.keys, at + ".")
         else:
             yield Key(at, option.default, option)
             if option.block:

@@ -258,22 +258,10 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
     small["eval"] = {**small["eval"], "batch_size": 0}
     small["mesh"], small["simulate_devices"] = mesh.ONE.written(), 0
-    model["kinds"] = {**model["kinds"], model["kind"]: _small_kind(small)}
+    kind, options = model["kind"], model["kinds"][model["kind"]]
+    changes = dict(MODELS[kind].small(options, small["data"]["seq_len"]))
+    model["kinds"] = {**model["kinds"], kind: {**options, **changes}}
     return small
-
-
-def _small_kind(small: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of the chosen kind of model, fitted to the rows that are measured."""
-    options = dict(small["model"]["kinds"][small["model"]["kind"]])
-    if options.get("learned_positions"):
-        options["learned_positions"] = small["data"]["seq_len"]
-    if "input_dim" in options:
-        options["input_dim"] = min(options["input_dim"], 8)
-    if "encoder_repeats" in options:
-        options["encoder_repeats"] = min(options["encoder_repeats"], 1)
-    if "items" in options:
-        options["items"] = tuple(min(number, 16) for number in options["items"])
-    return options
 
 
 def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:

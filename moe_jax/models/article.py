@@ -30,17 +30,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, KindOptions, ModelConfig, Stack
-from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option
+from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 
 NAME = "article"
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "identity": lambda z: z,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+}
+AGGREGATES = ("sum", "mean", "gated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +55,9 @@ class Options(KindOptions):
     window: int = option(
         16, "input places that an expert weighs: the last tokens, or the whole row", NUMBER
     )
-    aggregate: str = option(
-        "sum", 'of the experts: "sum", "mean", "gated"', choices=("sum", "mean", "gated")
-    )
+    aggregate: str = option("sum", 'of the experts: "sum", "mean", "gated"', choices=AGGREGATES)
     activation: str = option(
-        "gelu", 'of an expert: "identity", "relu", "gelu"', choices=("identity", "relu", "gelu")
+        "gelu", 'of an expert: "identity", "relu", "gelu"', choices=tuple(ACTIVATIONS)
     )
     num_classes: int = option(0, "0 = the next token", NO_LABEL_OR_MORE)
     attends: ClassVar[bool] = False
@@ -64,27 +68,14 @@ class Options(KindOptions):
         return {}
 
 
-def _options(cfg: ModelConfig) -> Options:
-    assert isinstance(cfg.kind_options, Options)
-    return cfg.kind_options
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "identity": lambda z: z,
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-}
-AGGREGATES = ("sum", "mean", "gated")
-
-
 class Article(nnx.Module):
-    """`model(batch, rng, train) -> (logits, {})`:
+    """`model(batch, rng, train) -> (logits, {})`.
 
-    [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random.
+    The logits are [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random.
     """
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
-        self.cfg, options = cfg, _options(cfg)
+        self.cfg, options = cfg, typed_options(Options, cfg.kind_options)
         keys = jax.random.split(key, 3)
         d, n, m = cfg.d_model, options.num_experts, options.window
         num_outputs, split = (
@@ -107,7 +98,7 @@ class Article(nnx.Module):
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del rng, train
-        cfg, classify = self.cfg, _options(self.cfg).num_classes > 0
+        cfg, classify = self.cfg, typed_options(Options, self.cfg.kind_options).num_classes > 0
         table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         e_BSD = table.at[batch.id_BS].get(out_sharding=P(BATCH, None, None))
         w_nm = jax.sharding.reshard(self.experts["w"].astype(cfg.dtype), P())
@@ -118,7 +109,7 @@ class Article(nnx.Module):
             window_BqmD, seen_Bqm = windows(e_BSD, batch.segment_BS, w_nm.shape[1])
         window_BqmD = jnp.where(seen_Bqm[..., None], window_BqmD, 0)
         z_BqnD = jnp.einsum("BqmD,nm->BqnD", window_BqmD, w_nm)
-        z_BqnD = ACTIVATIONS[_options(cfg).activation](z_BqnD)
+        z_BqnD = ACTIVATIONS[typed_options(Options, cfg.kind_options).activation](z_BqnD)
         h_BqD = self._aggregate(z_BqnD, window_BqmD, seen_Bqm)
         logits = self._output(h_BqD)
         return logits[:, 0] if classify else logits, {}
@@ -126,7 +117,7 @@ class Article(nnx.Module):
     def _aggregate(
         self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array
     ) -> jax.Array:
-        how = _options(self.cfg).aggregate
+        how = typed_options(Options, self.cfg.kind_options).aggregate
         if how != "gated":
             return z_BqnD.sum(2) if how == "sum" else z_BqnD.mean(2)
         num_Bq1 = jnp.maximum(seen_Bqm.sum(2), 1)[..., None].astype(z_BqnD.dtype)
@@ -136,7 +127,10 @@ class Article(nnx.Module):
 
     def _output(self, h_BqD: jax.Array) -> jax.Array:
         """Logits in at least float32."""
-        names = ("embed", None if _options(self.cfg).num_classes else "vocab")
+        names = (
+            "embed",
+            None if typed_options(Options, self.cfg.kind_options).num_classes else "vocab",
+        )
         head = gather(self.ends["head"], names, self.cfg.dtype)
         wide = jnp.promote_types(h_BqD.dtype, jnp.float32)
         return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
@@ -158,7 +152,7 @@ def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array,
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of the article's model."""
-    o, d, found = _options(cfg), cfg.d_model, decoder(as_decoder(cfg))
+    o, d, found = typed_options(Options, cfg.kind_options), cfg.d_model, decoder(as_decoder(cfg))
     nothing = type(found)(*(0 for _ in found))
     experts = o.num_experts * o.window
     return nothing._replace(
@@ -172,7 +166,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of the article's model's forward pass."""
-    o, d = _options(cfg), cfg.d_model
+    o, d = typed_options(Options, cfg.kind_options), cfg.d_model
     rows = (
         seq_len if o.num_classes else 1
     )  # a class is asked for once in a row, a token at every place
@@ -188,7 +182,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 def refusals(cfg: Config) -> Iterator[str]:
     """Experts are split over the mesh, and the window of a class is the row."""
-    options = _options(cfg.model)
+    options = typed_options(Options, cfg.model.kind_options)
     if options.num_experts % cfg.mesh.expert:
         yield (
             f"model.kinds.article.num_experts ({options.num_experts}) must be divisible by "
@@ -201,10 +195,11 @@ def refusals(cfg: Config) -> Iterator[str]:
         )
 
 
-def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields few experts of a short window: 8, one for each simulated device."""
+def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
+    """Yields 8 experts, one for each simulated device, and a window of a row at most."""
     yield "num_experts", 8
-    yield "window", min(options["window"], 16)
+    # The window of a class is the row.
+    yield "window", seq_len if options["num_classes"] else min(options["window"], seq_len)
 
 
 KIND = Kind(
@@ -213,8 +208,7 @@ KIND = Kind(
     causal=True,
     parameters=parameters,
     forward_flops=forward_flops,
-    continues_no_text=writes_nothing,
-    has_blocks=False,
+    writes_text=False,
     refusals=refusals,
     small=small,
 )

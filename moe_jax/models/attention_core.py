@@ -161,7 +161,7 @@ _core.defvjp(_forward, _backward)
 
 
 def _by_platform(run: Any, *args: Any) -> Any:
-    """The one switch:
+    """Switches by platform, here and nowhere else.
 
     `run(num_blocks, *args)`, in blocks and groups of heads where compiled for a CPU, else at once.
     """

@@ -19,9 +19,9 @@ def no_refusals(cfg: Config) -> Iterator[str]:
     yield from ()
 
 
-def small_already(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def small_already(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
     """Changes nothing: no option decides the size of the model."""
-    del options
+    del options, seq_len
     yield from ()
 
 
@@ -31,6 +31,12 @@ def tokens_alone(
     """Says that a model reads nothing beside tokens."""
     del options, vocab_size, shape, rng
     return {}
+
+
+def never_silent(options: Any) -> str:
+    """Says that no option keeps a kind of model from continuing a text."""
+    del options
+    return ""
 
 
 class Kind(NamedTuple):
@@ -49,22 +55,16 @@ class Kind(NamedTuple):
     parameters: Callable[[ModelConfig, Decoder], Any] | None
     # (cfg, seq_len, decoder) -> plan.flops.Breakdown of a token's forward pass; None likewise.
     forward_flops: Callable[[ModelConfig, int, Decoder], Any] | None
-    # Options -> why it continues no text; "" = it does.
-    continues_no_text: Callable[[Any], str]
-    # It has blocks: model.prefix, period, repeats and suffix.
-    has_blocks: bool = True
+    # It predicts the next token of a text, so it can continue one.
+    writes_text: bool
+    # Options -> why it continues no text with them, although its kind does; "" = it does.
+    why_silent: Callable[[Any], str] = never_silent
     # Instruments that look into the routing of each token know it.
     instruments: bool = False
-    # (raw options) -> changed keys and values that make its model small, for proofs.
-    small: Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]] = small_already
+    # (raw options, seq_len) -> keys and values that make its model small, for rows of that length.
+    small: Callable[[Mapping[str, Any], int], Iterator[tuple[str, Any]]] = small_already
     # (options, vocab_size, shape [B, S], rng) -> the fields of a Batch that it reads beside tokens,
     # as random NumPy arrays.
     random_inputs: Callable[..., Any] = tokens_alone
     # Yields what is wrong with its options together.
     refusals: Callable[[Config], Iterator[str]] = no_refusals
-
-
-def writes_nothing(options: Any) -> str:
-    """Says that a kind of model predicts no next token of a text."""
-    del options
-    return "continues no text"

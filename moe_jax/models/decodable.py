@@ -14,12 +14,10 @@ def why_not_decoded(cfg: ModelConfig) -> str:
 
     A router that balances in training alone can.
     """
-    if reason := MODELS[cfg.kind].continues_no_text(cfg.kind_options):
-        option = reason.partition(" ")[0]
-        if hasattr(cfg.kind_options, option):
-            return f"model.kinds.{cfg.kind}.{reason}"
-        return f'model.kind = "{cfg.kind}" {reason}'
-    return why_not_cached(cfg)
+    kind = MODELS[cfg.kind]
+    if not kind.writes_text:
+        return f'model.kind = "{cfg.kind}" continues no text'
+    return kind.why_silent(cfg.kind_options) or why_not_cached(cfg)
 
 
 def why_not_cached(cfg: ModelConfig) -> str:

@@ -414,10 +414,13 @@ def as_decoder(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, kind=NAME, kind_options=Options())
 
 
-def continues_no_text(options: Options) -> str:
+def why_silent(options: Options) -> str:
     """Says that a translator of prefixes is no language model."""
     if options.bidirectional_prefix:
-        return "bidirectional_prefix = True translates a prefix, and continues no text"
+        return (
+            "model.kinds.decoder.bidirectional_prefix = True translates a prefix, and continues no "
+            "text"
+        )
     return ""
 
 
@@ -427,6 +430,7 @@ KIND = Kind(
     causal=True,
     parameters=None,
     forward_flops=None,
-    continues_no_text=continues_no_text,
+    writes_text=True,
+    why_silent=why_silent,
     instruments=True,
 )

@@ -25,7 +25,7 @@ from flax import nnx
 from moe_jax.layout import blocks_in_order, join_sums
 from moe_jax.models import encoder
 from moe_jax.models.attention import Memory
-from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder, added, full
 from moe_jax.models.decoder import (
     Context,
@@ -198,8 +198,9 @@ def refusals(cfg: Config) -> Iterator[str]:
         )
 
 
-def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
     """Yields few blocks of the encoder."""
+    del seq_len
     yield "encoder_repeats", min(options["encoder_repeats"], 2)
 
 
@@ -220,7 +221,7 @@ KIND = Kind(
     causal=True,
     parameters=parameters,
     forward_flops=forward_flops,
-    continues_no_text=writes_nothing,
+    writes_text=False,
     refusals=refusals,
     small=small,
     random_inputs=random_inputs,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder, full
 from moe_jax.models.decoder import (
     FIRST_LOGITS,
@@ -39,7 +39,7 @@ from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, KindOptions, ModelConfig
-from moe_jax.schema.options import BELOW_ONE, COUNT, NUMBER, at_least, option
+from moe_jax.schema.options import BELOW_ONE, COUNT, NUMBER, at_least, option, typed_options
 from moe_jax.weights import Weight, Weights
 
 NAME = "encoder"
@@ -80,11 +80,6 @@ class Options(KindOptions):
         return self.inputs == "tokens"
 
 
-def _options(cfg: ModelConfig) -> Options:
-    assert isinstance(cfg.kind_options, Options)
-    return cfg.kind_options
-
-
 POSITION_STD = 0.02  # as in ViT
 
 
@@ -97,8 +92,10 @@ class Encoder(nnx.Module):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], _ends(cfg), cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(_options(cfg).attention))
-        num_classes = _options(cfg).num_classes
+        self.prefix, self.repeats, self.suffix = stack(
+            keys[1:], cfg, Look(typed_options(Options, cfg.kind_options).attention)
+        )
+        num_classes = typed_options(Options, cfg.kind_options).num_classes
         head = {  # a sum over many tokens begins with small logits too
             "w": Weight(
                 (cfg.d_model, num_classes), ("embed", None), FIRST_LOGITS * cfg.d_model**-0.5
@@ -110,7 +107,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cfg, options = self.cfg, _options(self.cfg)
+        cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x = dropout(self._embed(batch), cfg.dropout if train else 0.0, keys[0], batch.row_B)
         if train and options.token_dropout:
@@ -128,7 +125,7 @@ class Encoder(nnx.Module):
         return jnp.einsum("BD,DC->BC", x_BD, w_DC) + self.head["b"].astype(wide)[None], sums
 
     def _embed(self, batch: Batch) -> jax.Array:
-        cfg, options = self.cfg, _options(self.cfg)
+        cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         if options.inputs == "tokens":
             x = embed(self.ends["embed"], batch.id_BS, cfg)
         else:
@@ -142,7 +139,7 @@ class Encoder(nnx.Module):
 
 
 def _ends(cfg: ModelConfig) -> dict[str, Weight]:
-    d, options = cfg.d_model, _options(cfg)
+    d, options = cfg.d_model, typed_options(Options, cfg.kind_options)
     ends = {"norm_scale": Weight((d,), (None,), 0.0, 1.0)}
     if options.inputs == "tokens":
         ends["embed"] = embedding(cfg)
@@ -175,7 +172,7 @@ def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an encoder."""
-    o, d = _options(cfg), cfg.d_model
+    o, d = typed_options(Options, cfg.kind_options), cfg.d_model
     tokens = o.embeds
     entry = cfg.vocab_size * d if tokens else (o.input_dim + 1) * d
     return decoder(as_decoder(cfg))._replace(
@@ -185,7 +182,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an encoder's forward pass."""
-    o, d = _options(cfg), cfg.d_model
+    o, d = typed_options(Options, cfg.kind_options), cfg.d_model
     found = decoder(as_decoder(cfg), seq_len)
     entry = 0 if o.embeds else 2 * o.input_dim * d
     scores = found.attention_scores if o.attention == "causal" else full(cfg, seq_len)
@@ -196,7 +193,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 def refusals(cfg: Config) -> Iterator[str]:
     """Every place of a row needs its learned position."""
-    num = _options(cfg.model).learned_positions
+    num = typed_options(Options, cfg.model.kind_options).learned_positions
     if 0 < num < cfg.data.seq_len:
         yield (
             f"model.kinds.encoder.learned_positions ({num}) must be at least data.seq_len "
@@ -204,9 +201,9 @@ def refusals(cfg: Config) -> Iterator[str]:
         )
 
 
-def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields short tables and narrow vectors."""
-    yield "learned_positions", min(options["learned_positions"], 16)
+def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
+    """Yields a table as long as a row, where there is one, and narrow vectors."""
+    yield "learned_positions", seq_len if options["learned_positions"] else 0
     yield "input_dim", min(options["input_dim"], 8)
 
 
@@ -224,7 +221,7 @@ KIND = Kind(
     causal=False,
     parameters=parameters,
     forward_flops=forward_flops,
-    continues_no_text=writes_nothing,
+    writes_text=False,
     refusals=refusals,
     small=small,
     random_inputs=random_inputs,

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.models.contract import Kind, writes_nothing
+from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
 from moe_jax.models.decoder import Context, Look, as_decoder, embedding, run_stack, stack
 from moe_jax.models.layers import dropout, gather, rms_norm
@@ -36,7 +36,7 @@ from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, KindOptions, ModelConfig
-from moe_jax.schema.options import BELOW_ONE, NUMBER, option
+from moe_jax.schema.options import BELOW_ONE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 
 NAME = "mmoe"
@@ -51,11 +51,6 @@ class Options(KindOptions):
     )
     item_dropout: float = option(0.0, "of a row's input features, in training", BELOW_ONE)
     attends: ClassVar[bool] = False
-
-
-def _options(cfg: ModelConfig) -> Options:
-    assert isinstance(cfg.kind_options, Options)
-    return cfg.kind_options
 
 
 class MMoE(nnx.Module):
@@ -79,7 +74,7 @@ class MMoE(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cfg, options = self.cfg, _options(self.cfg)
+        cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
@@ -108,7 +103,9 @@ class MMoE(nnx.Module):
         """Logits in at least float32; every task's tower meets its own items only."""
         wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
-        ends = itertools.pairwise(itertools.accumulate(_options(self.cfg).items, initial=0))
+        ends = itertools.pairwise(
+            itertools.accumulate(typed_options(Options, self.cfg.kind_options).items, initial=0)
+        )
 
         def score(g, a, b):
             return jnp.einsum("BD,DI->BI", t_BGD[:, g], w_DI[:, a:b], preferred_element_type=wide)
@@ -128,13 +125,13 @@ def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def _towers(cfg: ModelConfig) -> dict[str, Weight]:
-    d, num_tasks = cfg.d_model, len(_options(cfg).items)
+    d, num_tasks = cfg.d_model, len(typed_options(Options, cfg.kind_options).items)
     w = Weight((num_tasks, d, d), (None, "embed", None), d**-0.5)
     return {"w": w, "norm_scale": Weight((d,), (None,), 0.0, 1.0)}
 
 
 def _head(cfg: ModelConfig) -> dict[str, Weight]:
-    num_items = sum(_options(cfg).items)
+    num_items = sum(typed_options(Options, cfg.kind_options).items)
     w = Weight((cfg.d_model, num_items), ("embed", None), cfg.d_model**-0.5)
     return {"w": w, "b": Weight((num_items,), (None,), 0.0)}
 
@@ -190,7 +187,7 @@ def from_csr(start_R: Sequence[int]) -> jax.Array:
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an MMoE."""
-    d, items = cfg.d_model, _options(cfg).items
+    d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
     found = decoder(as_decoder(cfg))
     return found._replace(
         embedding=cfg.vocab_size * d,
@@ -203,7 +200,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an MMoE's forward pass."""
-    d, items = cfg.d_model, _options(cfg).items
+    d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
     found, num_tasks = decoder(as_decoder(cfg), len(items)), len(items)
 
     def per_place(of_row):
@@ -224,7 +221,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 def refusals(cfg: Config) -> Iterator[str]:
     """There are tasks, and as many of them as a router with a gate for each has gates."""
-    options, moe = _options(cfg.model), cfg.model.moe
+    options, moe = typed_options(Options, cfg.model.kind_options), cfg.model.moe
     num_gates = ROUTERS[moe.router].num_gates(moe.router_options)
     if not options.items:
         yield (
@@ -237,8 +234,9 @@ def refusals(cfg: Config) -> Iterator[str]:
         )
 
 
-def small(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
     """Yields few items of every task."""
+    del seq_len
     yield "items", tuple(min(number, 16) for number in options["items"])
 
 
@@ -257,7 +255,7 @@ KIND = Kind(
     causal=False,
     parameters=parameters,
     forward_flops=forward_flops,
-    continues_no_text=writes_nothing,
+    writes_text=False,
     refusals=refusals,
     small=small,
     random_inputs=random_inputs,

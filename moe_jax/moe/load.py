@@ -46,9 +46,9 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
 
 
 def balanced_counts(sums: Sums) -> jax.Array:
-    """The counts by which balance is judged:
+    """Returns the counts by which balance is judged.
 
-    `level` where a router gives it, because some of its classes are alike.
+    They are `level` where a router gives it, because some of its classes are alike.
     """
     return sums.get("level", sums["counts"])
 

@@ -133,12 +133,6 @@ def resolve(lengths: Lengths, num_devices: int) -> Lengths:
             f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest of "
             "the devices"
         )
-    for name, length in written.items():
-        if length < 1 and length != -1:
-            raise UserError(
-                f"mesh.{name} = {length}: an axis has a positive length, or -1 for the rest of the "
-                "devices"
-            )
     if free and num_devices % fixed == 0:
         return lengths._replace(**{free[0]: num_devices // fixed})
     if fixed != num_devices:

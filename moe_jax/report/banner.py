@@ -21,7 +21,7 @@ LABEL = 9  # columns before the text of a line
 
 
 def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
-    """Prints what is known before anything is opened:
+    """Prints what is known before anything is opened.
 
     `name` is that of the config, as in "configs/vision.py:mnist".
     """

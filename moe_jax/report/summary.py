@@ -21,7 +21,7 @@ from moe_jax.terminal.progress import Progress, duration, readable
 
 
 class Result(NamedTuple):
-    """How a run ended:
+    """Holds how a run ended.
 
     `step` of `cfg.train.steps`, the signal that ended it (0: none), and the last evaluation.
     """

@@ -7,7 +7,6 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
-from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.schema.options import (
     AXIS,
@@ -26,60 +25,13 @@ from moe_jax.schema.options import (
     derived,
     option,
 )
+from moe_jax.schema.steps import Due, due, profile_range
 
 # What the kind of a block begins with that only some tokens go through, as in "depth:moe".
 DEPTH = "depth:"
 # The name of no rule that makes zeros.
 NO_RULE = "none"
 BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
-
-
-class Due(NamedTuple):
-    """The steps at which something is done: those named, and each multiple of a number."""
-
-    steps: frozenset[int]
-    every: tuple[int, ...]
-    text: str  # as the config has it
-
-    def __call__(self, step: int) -> bool:
-        return step in self.steps or any(step % n == 0 for n in self.every)
-
-    def __bool__(self) -> bool:
-        """Whether there is any such step: a tuple of three would always be true."""
-        return bool(self.steps or self.every)
-
-    @property
-    def first(self) -> int | None:
-        return min({*self.steps, *self.every}, default=None)
-
-
-def due(text: str, path: str) -> Due:
-    """Returns the steps of "100,200", "every 50", both ("1,every 50"), or "" (none). UserError."""
-    steps, every = set(), []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        number = part.removeprefix("every ").strip()
-        if not number.isdecimal() or int(number) < 1:
-            raise UserError(
-                f'{path} = "{text}": {part!r} is neither a step nor "every N": write 100,200 or '
-                "every 50"
-            )
-        if part.startswith("every "):
-            every.append(int(number))
-        else:
-            steps.add(int(number))
-    return Due(frozenset(steps), tuple(every), text)
-
-
-def profile_range(text: str, path: str) -> tuple[int, int] | None:
-    """Returns (10, 13) of "10:13", which traces steps 10, 11 and 12; None of "". UserError."""
-    if not text:
-        return None
-    first, colon, last = str(text).partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UserError(
-            f'{path} = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13'
-        )
-    return int(first), int(last)
 
 
 class Coefficients(dict[str, float]):
@@ -441,7 +393,7 @@ class Config:
     profile: tuple[int, int] | None = option(
         "", '"10:13" writes a profiler trace of steps 10, 11 and 12', parse=profile_range
     )
-    mesh: Lengths = derived()  # from the keys of MeshConfig
+    mesh: Lengths = derived(MeshConfig)
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
     task_options: Any = derived()
     model: ModelConfig

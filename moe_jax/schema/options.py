@@ -15,10 +15,11 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from moe_jax.errors import UserError
 
+T = TypeVar("T")
 KEY = "option"  # of a field's metadata
 
 
@@ -38,8 +39,9 @@ class Option(NamedTuple):
     bound: Bound | None  # of a number, or of each number of a tuple
     choices: tuple[str, ...]  # the texts that it may be; () = any
     block: str  # of a choice: the key of the blocks that have the options of what may be chosen
-    derived: bool  # no key: `build` computes it from others
+    derived: bool  # no key: `build` computes it from others, or from those of `keys`
     parse: Callable[[Any, str], Any] | None  # (what the user wrote, path) -> the value
+    keys: type | None = None  # of a derived field that is a block: the dataclass of its keys
 
 
 def whole(words: str, holds: Callable[[Any], bool]) -> Bound:
@@ -96,9 +98,18 @@ def choice(default: str, block: str, comment: str = "") -> Any:
     return dataclasses.field(default=default, metadata={KEY: declared})
 
 
-def derived() -> Any:
-    """Declares a field that is no key of the config: `build` computes it."""
-    return dataclasses.field(metadata={KEY: Option(None, "", None, (), "", True, None)})
+def derived(keys: type | None = None) -> Any:
+    """Declares a field that `build` computes, and that is no key of the config.
+
+    `keys`: the dataclass of the keys below its name, from which it is computed.
+    """
+    return dataclasses.field(metadata={KEY: Option(None, "", None, (), "", True, None, keys)})
+
+
+def typed_options(cls: type[T], options: Any) -> T:
+    """Returns the options of what is chosen, which a component knows to be its own `cls`."""
+    assert isinstance(options, cls), f"{options} are no options of {cls.__module__}"
+    return options
 
 
 def declared(cls: type) -> dict[str, Option]:

@@ -1,6 +1,7 @@
 """The whole proof: one device as the reference, then every layout and mesh against it."""
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.train_step import State
 from moe_jax.verify import alone, compare, processes, shrink, states
@@ -76,6 +78,17 @@ class Wanted(NamedTuple):
     steps: int
     processes: int  # more than 1: also on as many real ones
     float32: bool  # on every mesh, not only on the one with the most axes
+
+
+def prove(raw: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> Result:
+    """`verify` in a process of its own: simulates the devices, in float64, and keeps no files.
+
+    Before anything else of the process uses jax. jax_enable_x64 stays on.
+    """
+    mesh.simulate(shrink.DEVICES)
+    jax.config.update("jax_enable_x64", True)
+    with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder:
+        return verify(raw, wanted, Path(folder), say)
 
 
 def verify(

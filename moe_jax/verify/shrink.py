@@ -19,6 +19,7 @@ from moe_jax.schema.config import NO_RULE
 
 DEVICES = 8  # what is simulated; every factorisation of it is a mesh
 MICRO_BATCHES = 4
+SEQ_LEN = 16
 
 
 class Rule(NamedTuple):
@@ -62,7 +63,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "model.param_dtype", "float64", "equality is provable: no rounding tie flips a routing"
     yield "model.dtype", "float64", "likewise"
     yield "optim.master_copy", False, "parameters in float64 need none"
-    yield "data.seq_len", 16, "small"
+    yield "data.seq_len", SEQ_LEN, "small"
     rows = DEVICES * model["moe"]["group_rows"]
     count = min(
         train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES
@@ -78,7 +79,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         min(raw["optim"]["warmup_steps"], 1),
         "the first steps move the parameters",
     )
-    for name, value in MODELS[model["kind"]].small(model["kinds"][model["kind"]]):
+    for name, value in MODELS[model["kind"]].small(model["kinds"][model["kind"]], SEQ_LEN):
         yield f"model.kinds.{model['kind']}.{name}", value, "small"
     ordering = model["moe"]["ordering"]
     if "tile" in model["moe"]["orderings"][ordering]:

@@ -61,7 +61,7 @@ def built(name):
 def test_a_config_sets_nothing_that_does_nothing(name):
     stem, colon, variant = name.partition(":")
     path = Path(f"{ROOT}/configs/{stem}.py{colon}{variant}")
-    defaults = config_file.as_json(config.defaults())
+    defaults = config_file.default_values()
     assert idle.notes(built(name), config_file.read(path), defaults, start=0) == []
 
 

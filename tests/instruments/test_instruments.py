@@ -19,7 +19,7 @@ from moe_jax.instruments import held_out, interference, precision, record, repla
 from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Routing, Slots, Tokens
-from moe_jax.schema.config import due
+from moe_jax.schema.steps import due
 from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import State, make_loss, make_model
 

@@ -28,7 +28,7 @@ from kind_cases import (
 
 from moe_jax import layout, train_step
 from moe_jax.decoding import sample, translate
-from moe_jax.models import encoder, mmoe
+from moe_jax.models import MODELS, encoder, mmoe
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 
@@ -263,3 +263,16 @@ def test_bags_are_the_product_with_multi_hot_rows(float64):
         atol=1e-12,
     )
     np.testing.assert_array_equal(mmoe.from_csr([0, 2, 2, 5]), [0, 0, 2, 2, 2])
+
+
+@pytest.mark.parametrize("seq_len", [8, 32])
+def test_a_kind_made_small_fits_rows_of_any_length(seq_len):
+    """A table of positions and the window of a class are as long as a row, also as a longer one."""
+    positions = dict(MODELS["encoder"].small({"learned_positions": 16, "input_dim": 64}, seq_len))
+    assert positions == {"learned_positions": seq_len, "input_dim": 8}
+    assert dict(MODELS["encoder"].small({"learned_positions": 0, "input_dim": 1}, seq_len)) == {
+        "learned_positions": 0,
+        "input_dim": 1,
+    }
+    article = MODELS["article"].small({"num_classes": 4, "window": 16}, seq_len)
+    assert dict(article) == {"num_experts": 8, "window": seq_len}

@@ -1,7 +1,7 @@
-"""Balanced assignment by Sinkhorn's algorithm:
+"""Balanced assignment by Sinkhorn's algorithm.
 
-BASE layers (Lewis et al. 2021, arXiv:2103.16716, section 3) as S-BASE solves them (Clark et al.
-2022, arXiv:2202.01169, section 3.1 and appendix B.2).
+It is that of BASE layers (Lewis et al. 2021, arXiv:2103.16716, section 3) as S-BASE solves them
+(Clark et al. 2022, arXiv:2202.01169, section 3.1 and appendix B.2).
 
     in training     the k largest of x W + b, with the b of `iterations` Sinkhorn steps:
                         P_te = softmax over e of (x W + b)
@@ -44,6 +44,11 @@ from moe_jax.moe.routing.contract import (
 )
 from moe_jax.schema.options import NUMBER, option
 
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -57,14 +62,8 @@ class Options:
     gates: str = option(
         "sigmoid",
         'of the chosen scores (BASE), or "softmax" (S-BASE)',
-        choices=("sigmoid", "softmax"),
+        choices=tuple(GATES),
     )
-
-
-GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "sigmoid": jax.nn.sigmoid,
-    "softmax": jax.nn.softmax,
-}
 
 
 def route(

@@ -43,7 +43,7 @@ from moe_jax.schema.options import BELOW_ONE, NUMBER, POSITIVE, at_least, option
 @dataclasses.dataclass(frozen=True)
 class Options:
     k: int = option(2, "experts per token", NUMBER)
-    score: str = option("sigmoid", 'or "softmax"', choices=("sigmoid", "softmax"))
+    score: str = option("sigmoid", 'or "softmax"', choices=tuple(SCORES))
     renormalize: bool = option(True, "gates of a token sum to 1")
     scale: float = option(1.0, "factor on the gates", POSITIVE)
     bins: int = option(

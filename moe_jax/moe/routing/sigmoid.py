@@ -46,6 +46,8 @@ from moe_jax.moe.routing.contract import (
 from moe_jax.schema.options import NOT_NEGATIVE, NUMBER, POSITIVE, option
 from moe_jax.weights import Weight
 
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -53,7 +55,7 @@ class Options:
     score: str = option(
         "sigmoid",
         'affinities: "sigmoid", or "softmax" as in DeepSeek-V2',
-        choices=("sigmoid", "softmax"),
+        choices=tuple(SCORES),
     )
     renormalize: bool = option(True, "gates of a token sum to scale")
     scale: float = option(1.0, "factor on the gates (routed scaling)", POSITIVE)
@@ -67,9 +69,6 @@ class Options:
         'of a group: sum of its two largest affinities, or "max", the largest',
         choices=("top2", "max"),
     )
-
-
-SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 
 
 def bias_state(sizes: Sizes, options: Any) -> dict[str, Weight]:

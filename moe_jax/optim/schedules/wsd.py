@@ -1,6 +1,6 @@
-"""Warm-up, stable, decay:
+"""Warm-up, stable, decay.
 
-1 until the last `decay_fraction` of all steps, then 1 - (1 - f) d(u).
+The factor is 1 until the last `decay_fraction` of all steps, then 1 - (1 - f) d(u).
 
 f = final_fraction; u runs from 0 to 1 over the decay; d(u) = u ("linear", arXiv:2404.06395) or
 sqrt(u) ("sqrt", arXiv:2405.18392).

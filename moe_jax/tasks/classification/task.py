@@ -9,7 +9,7 @@ from moe_jax import extras
 from moe_jax.data.examples import Examples
 from moe_jax.models import article, encoder
 from moe_jax.schema.config import Config
-from moe_jax.schema.options import option
+from moe_jax.schema.options import option, typed_options
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.classification.data import open_classification
 
@@ -27,14 +27,9 @@ class Options:
     )
 
 
-def _options(cfg: Config) -> Options:
-    assert isinstance(cfg.task_options, Options)
-    return cfg.task_options
-
-
 def open_data(cfg: Config) -> Examples:
     extras.require(f"task = {cfg.task!r}", "sklearn")
-    options = _options(cfg)
+    options = typed_options(Options, cfg.task_options)
     return open_classification(
         options.dataset,
         cfg.data.folder,

@@ -21,7 +21,7 @@ from moe_jax.errors import UserError
 from moe_jax.models import mmoe
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
-from moe_jax.schema.options import NUMBER, at_least, option
+from moe_jax.schema.options import NUMBER, at_least, option, typed_options
 from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 from moe_jax.tasks.recommendation.data import open_recommendation
@@ -38,19 +38,13 @@ class Options:
 SEEN = -1e30  # the score of an item that the user has: never recommended again
 
 
-def _options(cfg: Config) -> Options:
-    assert isinstance(cfg.task_options, Options)
-    return cfg.task_options
-
-
 def _items(cfg: Config) -> tuple[int, ...]:
     """Returns the number of items of each task of the model."""
-    assert isinstance(cfg.model.kind_options, mmoe.Options)
-    return cfg.model.kind_options.items
+    return typed_options(mmoe.Options, cfg.model.kind_options).items
 
 
 def open_data(cfg: Config) -> Examples:
-    options = _options(cfg)
+    options = typed_options(Options, cfg.task_options)
     of_tasks = _items(cfg)
     data = open_recommendation(
         options.dataset,

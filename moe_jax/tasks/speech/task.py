@@ -6,7 +6,7 @@ from moe_jax import extras
 from moe_jax.data.examples import Examples
 from moe_jax.models import encoder
 from moe_jax.schema.config import Config
-from moe_jax.schema.options import BELOW_ONE, NOT_NEGATIVE, NUMBER, option
+from moe_jax.schema.options import BELOW_ONE, NOT_NEGATIVE, NUMBER, option, typed_options
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.speech.data import open_speech
 
@@ -26,14 +26,9 @@ class Options:
     noise: float = option(0.05, "of the root mean square, at most", NOT_NEGATIVE)
 
 
-def _options(cfg: Config) -> Options:
-    assert isinstance(cfg.task_options, Options)
-    return cfg.task_options
-
-
 def open_data(cfg: Config) -> Examples:
     extras.require(f"task = {cfg.task!r}", "kaldi_native_fbank", "sklearn")
-    options = _options(cfg)
+    options = typed_options(Options, cfg.task_options)
     return open_speech(
         options.dataset,
         cfg.data.folder,

@@ -24,7 +24,7 @@ from moe_jax.moe.layer import Batch
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.runtime import stopping
 from moe_jax.schema.config import Config
-from moe_jax.schema.options import NUMBER, option
+from moe_jax.schema.options import NUMBER, option, typed_options
 from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
 from moe_jax.tasks.lm import task as lm
@@ -43,14 +43,9 @@ class Options:
 GREEDY = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=()))
 
 
-def _options(cfg: Config) -> Options:
-    assert isinstance(cfg.task_options, Options)
-    return cfg.task_options
-
-
 def open_data(cfg: Config, prefix: bool) -> Examples:
     extras.require(f"task = {cfg.task!r}", "sacrebleu", "sklearn")
-    options = _options(cfg)
+    options = typed_options(Options, cfg.task_options)
     data = open_translation(
         options.dataset,
         cfg.data.folder,

@@ -8,7 +8,7 @@ from moe_jax import extras
 from moe_jax.data.examples import Examples
 from moe_jax.models import encoder
 from moe_jax.schema.config import Config
-from moe_jax.schema.options import COUNT, NUMBER, option
+from moe_jax.schema.options import COUNT, NUMBER, option, typed_options
 from moe_jax.tasks import labelled as labels
 from moe_jax.tasks.vision.data import open_vision
 
@@ -26,14 +26,9 @@ class Options:
     flip: bool = option(False, "mirrors half of the copies")
 
 
-def _options(cfg: Config) -> Options:
-    assert isinstance(cfg.task_options, Options)
-    return cfg.task_options
-
-
 def open_data(cfg: Config) -> Examples:
     extras.require(f"task = {cfg.task!r}", "sklearn")
-    options = _options(cfg)
+    options = typed_options(Options, cfg.task_options)
     return open_vision(
         options.dataset,
         cfg.data.folder,
