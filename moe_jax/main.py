@@ -1,15 +1,20 @@
 """`python -m moe_jax.main --config configs/x.py --workdir runs/x [--config.KEY=VALUE ...]
 [--dry_run]`: trains a model.
 
-Exit codes: 0 done (or saved after SIGTERM or SIGHUP), 64 a mistake that the message names, 76
-stopped by a non-finite loss, 130 saved after Ctrl-C, 128 + N ended by signal N when there was
-nothing to save yet, or by a second signal.
+Exit codes: 0 done (or saved after SIGTERM or SIGHUP), 64 a mistake that the message names, 70 a
+fault of the program, 75 another process or a machine failed (start again), 76 stopped by a
+non-finite loss, 77 every checkpoint is damaged, 78 the processes differ, 130 saved after Ctrl-C,
+128 + N ended by signal N when there was nothing to save yet, or by a second signal.
 """
 
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 import time
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +26,16 @@ if __name__ == "__main__":  # before jax is imported, which takes seconds
 
 import jax
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from moe_jax import STARTED, config
+from moe_jax import STARTED, config, exit_codes, version
 from moe_jax.config import command_line, config_file, smoke
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.parallel.compiling import QUICK, as_flags
+from moe_jax.runtime import cluster
+from moe_jax.schema.config import LimitsConfig
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h"}
@@ -101,27 +109,31 @@ def config_path(argv: list[str]) -> Path:
     return Path(values[0])
 
 
-def start_devices(simulate: int) -> None:
+def start_devices(raw: Mapping[str, Any]) -> None:
     """Simulated devices and the other processes of the run, before jax looks for devices."""
-    if simulate:
-        mesh.simulate(simulate)
-    if FLAGS.coordinator:
-        if FLAGS.num_processes is None or FLAGS.process_id is None:
-            raise UserError("--coordinator needs --num_processes and --process_id beside it")
-        join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    elif FLAGS.distributed:
-        join()
+    if raw["simulate_devices"]:
+        mesh.simulate(raw["simulate_devices"])
+    if FLAGS.coordinator and (FLAGS.num_processes is None or FLAGS.process_id is None):
+        raise UserError("--coordinator needs --num_processes and --process_id beside it")
+    if FLAGS.coordinator or FLAGS.distributed:
+        join(raw)
 
 
-def join(*place: Any) -> None:
-    """Meets the other processes.
+def join(raw: Mapping[str, Any]) -> None:
+    """Meets the other processes, and refuses a run whose processes were started differently.
 
     From here on none of them ends by itself: they agree in the loop of the run.
     """
+    limits = LimitsConfig(**raw["limits"])
+    where = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if not FLAGS.coordinator:
+        where = (None, None, None)
     try:
-        jax.distributed.initialize(*place)
+        cluster.join(*where, timeout=limits.join, heartbeat=limits.heartbeat)
     except (ValueError, RuntimeError) as error:
-        flags = "--coordinator, --num_processes and --process_id" if place else "--distributed"
+        flags = "--coordinator, --num_processes and --process_id"
+        if not FLAGS.coordinator:
+            flags = "--distributed"
         text = " ".join(str(error).split())
         raise UserError(
             f"{flags}: jax cannot bring the processes together: {text}. --distributed is for a "
@@ -130,9 +142,22 @@ def join(*place: Any) -> None:
             "or use launch/local.sh"
         ) from error
     if signals.LISTENER.started:
-        signals.LISTENER.claim()
         signals.LISTENER.process = f"process {jax.process_index()}: "
         signals.LISTENER.note()
+    said = {**flatten_dict(dict(raw), sep="."), "--workdir": FLAGS.workdir}
+    cluster.compare("config", said, limits.join)
+    cluster.compare("code", code(), limits.join)
+
+
+def code() -> dict[str, str]:
+    """Returns what a program is made by: the source, Python, and the libraries that compile."""
+    source = version.source()
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return {
+        "moe_jax": f"{source.version} {source.commit}{' with changes' if source.dirty else ''}",
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def read_config(tree: ConfigDict) -> dict[str, Any]:
@@ -159,19 +184,29 @@ def smoke_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
+    """Returns the exit code. In a run of several processes, one that fails ends all of them."""
     try:
         return launch(argv)
-    except UserError as e:
-        shell.tell(f"error: {e}", sys.stderr)
-        return 64
-    except OSError as e:  # a disk that is full, a directory that may not be written to
-        shell.tell(f"error: {shell.reason(e)}", sys.stderr)
-        return 64
+    except UserError as error:
+        code, reason = error.code, str(error)
+        shell.tell(f"error: {reason}", sys.stderr)
+    except OSError as error:  # a disk that is full, a directory that may not be written to
+        code, reason = exit_codes.CONFIG, shell.reason(error)
+        shell.tell(f"error: {reason}", sys.stderr)
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            cluster.wait_for_reason()
+        # Printed here: nothing may come after it in the log of this process.
+        code, reason = exit_codes.INTERNAL, f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    if cluster.PEERS.started:
+        cluster.end(code, reason)
+    return code
 
 
 def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
-    start_devices(raw["simulate_devices"])
+    start_devices(raw)
     defaults = config_file.default_values()
     cfg = config.build(raw, len(jax.devices()))
     with jax.set_mesh(mesh.make(cfg.mesh)):
@@ -200,8 +235,11 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
         result = train.run(cfg, raw, defaults, workdir, STARTED, FLAGS.config)
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
-        return 76
+        if cluster.PEERS.started:
+            cluster.end(exit_codes.NOT_FINITE, str(e))
+        return exit_codes.NOT_FINITE
     signals.LISTENER.saved = True
+    cluster.PEERS.finish()
     if result.signal:
         if main:
             command = shell.going_on(result.step, cfg.train.stop_at)

@@ -1,6 +1,7 @@
 """The training run, top to bottom."""
 
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -26,14 +27,17 @@ from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
-from moe_jax.runtime import shell, signals, starts, stopping
+from moe_jax.runtime import cluster, shell, signals, starts, stopping
 from moe_jax.runtime.clock import StepClock
+from moe_jax.runtime.faults import Injector
+from moe_jax.runtime.watchdog import WATCHDOG
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.terminal.progress import Progress
-from moe_jax.train_step import initial, make_step, make_tx, parameter_names
+from moe_jax.train_step import State, initial, make_step, make_tx, parameter_names
 
 # Steps queued on the devices; more than a few deadlock simulated CPU devices.
+FOREVER = 1e6  # seconds
 IN_FLIGHT = {"cpu": 2, "gpu": 8, "tpu": 8}
 
 
@@ -141,9 +145,13 @@ def run(
     if jax.process_index() == 0:
         lock = shell.held(workdir, "--workdir")
     with signals.listening() as listener, lock as held:
+        limits = cfg.limits
+        stacks = workdir / "stacks" / f"process_{jax.process_index()}.txt"
+        WATCHDOG.start(step=limits.step, other=limits.other, grace=limits.grace, stacks=stacks)
         try:
             return in_workdir(job, held, listener)
         finally:
+            WATCHDOG.stop()
             listener.release()
 
 
@@ -176,6 +184,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
 
     # Data
     data = open_data(cfg, progress)
+    cluster.compare("data", {"fingerprint": data.fingerprint}, cfg.limits.other or FOREVER)
     batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     banner.show_data(progress, data)
     rows = batch_rows.local_rows(cfg.train.batch_size)
@@ -200,6 +209,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     with progress.doing(source or "making the parameters"):
         state, notes = begin(cfg, saves, metadata, job.defaults, init, abstract, data)
     start = int(state.step)
+    # A workdir that the processes do not share has checkpoints for one of them alone.
+    cluster.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
     due = Calendar(cfg, saves, start, last)
     banner.show_start(progress, cfg, start)
@@ -214,6 +225,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     if cfg.log.interference_every:
         measure_interference = interference.make_meter(cfg, model)
     clock = make_clock(cfg, progress, idle=start >= last)
+    faults = Injector(cfg.faults, workdir, jax.process_index())
     in_flight = InFlight(cfg, parameter_names(abstract.params), saves)
 
     # The loop
@@ -225,6 +237,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         for step in range(start, last):
             done = step + 1
             score = None
+            faults.before(done)
             if profile.begins(step):
                 with progress.doing("starting the profile", after=state.step):
                     profile.begin(step, state)
@@ -239,6 +252,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                     writer.write(done, measure_interference(state, batch))
             logs = due.logs(done)
             before = copy(state.params) if logs else None
+            if step == start:
+                compare_programs(step_fn, state, batch, cfg.limits.join)
 
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = step_fn(state, batch)
@@ -247,8 +262,11 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 values["update_norm"] = difference_norm(state.params, before)
             in_flight.add(done, values)
             saves.poll()
+            if step > start:
+                WATCHDOG.step_done()
             if step == start:
                 jax.block_until_ready(state.step)
+                WATCHDOG.step_done()
                 listener.note()
                 seconds = time.monotonic() - job.started
                 progress.message(f"first step done {seconds:.1f} s after the start")
@@ -291,6 +309,19 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     signal = listener.release()
     speed = clock.tokens_per_second
     return Result(int(state.step), signal, evaluation.figures, data, speed, evaluation.sample)
+
+
+def compare_programs(step_fn: Any, state: State, batch: Any, timeout: float) -> None:
+    """Raises Drift when the processes of the run would not run the same program.
+
+    Different programs wait for each other in collectives that never meet. One process alone is not
+    lowered twice.
+    """
+    if jax.process_count() == 1:
+        return
+    program = step_fn.lower(state, batch).as_text()
+    digest = hashlib.sha256(program.encode()).hexdigest()[:16]
+    cluster.compare("program", {"digest": digest}, timeout)
 
 
 def open_data(cfg: Config, progress: Progress) -> Data:

@@ -31,6 +31,8 @@ RESUME_MAY_CHANGE = (
     "mesh",
     "profile",
     "simulate_devices",
+    "limits",
+    "faults",
     "data.prefetch",
     "data.folder",
 )

@@ -129,19 +129,19 @@ class Listener:
             again, self._time = bool(self._time), now
             name = self.process + signal.Signals(number).name
             if self._policy == AT_ONCE:
-                _say(f"{name}: interrupted; {KEPT}")
+                say(f"{name}: interrupted; {KEPT}")
                 os._exit(exit_code(number, self.saved))
             if again:
-                _say(f"{name} again: ended at once; {KEPT}")
+                say(f"{name} again: ended at once; {KEPT}")
                 os._exit(128 + number)
             if self._policy == NOTED:
                 self._number = number
-                _say(
+                say(
                     f"{name}: heard, the run saves and ends after this step or batch (a second "
                     "signal ends it unsaved)"
                 )
             else:
-                _say(f"{name}: heard, ending (a second signal ends it at once)")
+                say(f"{name}: heard, ending (a second signal ends it at once)")
 
 
 LISTENER = Listener()
@@ -170,7 +170,7 @@ def exit_code(number: int, saved: bool) -> int:
     return 0 if saved and number != signal.SIGINT else 128 + number
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Past the streams of Python, which the main thread may be in the middle of; a terminal that is
     gone is no matter.
     """

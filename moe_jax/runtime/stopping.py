@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from moe_jax.runtime import signals
+from moe_jax.runtime.watchdog import WATCHDOG
 
 
 class NonFinite(RuntimeError):
@@ -37,6 +38,7 @@ def check() -> None:
 
     Does nothing outside of a training run.
     """
+    WATCHDOG.alive()
     if _agreed():
         raise Interrupted
 

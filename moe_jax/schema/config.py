@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.parallel.mesh import Lengths
+from moe_jax.runtime.faults import Fault, parse
 from moe_jax.schema.options import (
     AXIS,
     BELOW_ONE,
@@ -382,6 +383,31 @@ class RecordConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    join: int = option(300, "seconds to wait for the other processes of the run to start", NUMBER)
+    heartbeat: float = option(
+        60.0,
+        "seconds after which a process that is not heard from counts as dead, and all others end",
+        FROM_ONE,
+    )
+    step: float = option(
+        600.0,
+        "seconds without a step after which a process counts as stuck and ends; 0 = never",
+        NOT_NEGATIVE,
+    )
+    other: float = option(
+        7200.0,
+        "the same inside a compilation, an evaluation or a save; 0 = never",
+        NOT_NEGATIVE,
+    )
+    grace: float = option(
+        120.0,
+        "seconds after SIGTERM or Ctrl-C after which a process that hangs ends unsaved; 0 = never",
+        NOT_NEGATIVE,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = option(0, "parameters, data order, dropout", SEED)
     simulate_devices: int = option(
@@ -392,6 +418,9 @@ class Config:
     )
     profile: tuple[int, int] | None = option(
         "", '"10:13" writes a profiler trace of steps 10, 11 and 12', parse=profile_range
+    )
+    faults: tuple[Fault, ...] = option(
+        "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
     mesh: Lengths = derived(MeshConfig)
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
@@ -404,3 +433,4 @@ class Config:
     checkpoint: CheckpointConfig
     log: LogConfig
     record: RecordConfig
+    limits: LimitsConfig

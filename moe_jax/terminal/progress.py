@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_jax.runtime.clock import StepClock
+from moe_jax.runtime.watchdog import WATCHDOG
 
 FIRST = 3  # updates that are always printed as plain lines
 QUIET = 10.0  # seconds between plain lines after them
@@ -79,7 +80,8 @@ class Progress:
         opened = self._live is None and self._open(transient=True)
         self._begin(activity)
         try:
-            with self._clock.paused() if self._clock else contextlib.nullcontext():
+            paused = self._clock.paused() if self._clock else contextlib.nullcontext()
+            with paused, WATCHDOG.slow(activity):
                 yield
         finally:
             self._end()

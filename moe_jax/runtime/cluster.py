@@ -1,0 +1,322 @@
+"""The processes of one run: how they meet, what they compare before the first step, and how each
+of them learns that another one has failed.
+
+The engine is jax.distributed: process 0 runs its coordination service, a small key-value store
+that every process reaches over the network. Keys are used here for three things:
+
+    moe_jax/beat/I    counts up while process I lives. Process 0 reads them
+    moe_jax/end       why the run ends now, written by whoever finds a fault first. All read it
+    moe_jax/same/...  what the processes compare before the first step
+
+JAX has heartbeats of its own, but it ends a process by an abort under a C++ stack, after 100 s.
+The ones here come first, and say in one line who is missing.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from moe_jax import exit_codes
+from moe_jax.errors import Drift, UserError
+from moe_jax.runtime import signals
+
+ROOT = "moe_jax"
+BEATS, END = f"{ROOT}/beat/", f"{ROOT}/end"
+DONE = "done"  # the beat of a process whose run is over
+# JAX's own heartbeats are the second line: they speak when the thread here cannot.
+JAX_LATER = 2.0
+# Time for the others to read why the run ends, before a process is gone.
+READ_BY_OTHERS = 1.0
+
+
+def join(
+    address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    timeout: float,
+    heartbeat: float,
+) -> None:
+    """Meets the other processes of the run, and begins to watch them.
+
+    Args:
+      address: HOST:PORT of process 0; None = the cluster says it (SLURM, MPI, a TPU pod), and
+        the two numbers too.
+      num_processes: how many there are.
+      process_id: the number of this one.
+      timeout: seconds to wait for all of them.
+      heartbeat: seconds after which a process that is not heard from counts as dead.
+
+    Raises UserError when they do not meet.
+    """
+    # JAX's preemption service would take SIGTERM for itself: moe_jax.runtime.signals hears it.
+    jax.config.update("jax_enable_preemption_service", False)
+    local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
+    devices = [int(number) for number in local_devices.split(",") if number] or None
+    if address is None:
+        address, num_processes, process_id, devices = detect(timeout)
+    jax.distributed.initialize(
+        address,
+        num_processes,
+        process_id,
+        local_device_ids=devices,
+        # What is not given is meant: under SLURM, JAX would take one GPU of a process that has
+        # the whole node.
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(timeout),
+        heartbeat_timeout_seconds=int(JAX_LATER * heartbeat + 5),
+        # JAX would listen on every interface of the machine, and whoever reaches the port can end
+        # the run (SECURITY.md).
+        coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address),
+    )
+    PEERS.start(heartbeat)
+
+
+def detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
+    """Returns what the cluster says: HOST:PORT of process 0, how many processes there are, the
+    number of this one, and its devices (None = all of its machine).
+
+    JAX's own detection (SLURM, Open MPI, a TPU pod, ...), called here because the address is
+    needed to listen on that interface alone. Raises UserError when it finds no cluster.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    address, number, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(timeout)
+    )
+    if address is None or number is None or process is None:
+        raise UserError(
+            "--distributed: jax knows no cluster here (SLURM's srun, Open MPI, a TPU pod, ...): "
+            "say --coordinator HOST:PORT --num_processes N --process_id I, or use launch/local.sh"
+        )
+    # JAX gives a task of SLURM one GPU, also when it is alone on its node.
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    return address, number, process, None if alone else devices
+
+
+class Peers:
+    """Watches the other processes of the run, from a thread, and tells them when this one fails.
+
+    A process that finds a fault writes why to the key END. Every process reads that key a few
+    times per heartbeat, prints the reason and ends with its exit code, whatever its main thread
+    is in: a collective that waits for a dead peer never returns by itself.
+    """
+
+    def __init__(self) -> None:
+        self._client: Any = None
+        self._heartbeat = 0.0
+        self._answered = 0.0  # time.monotonic() of the coordinator's last answer
+        self._lock = threading.Lock()
+        self._over = False
+
+    @property
+    def started(self) -> bool:
+        return self._client is not None
+
+    @property
+    def patience(self) -> float:
+        """Seconds within which the failure of another process is known here."""
+        return self._heartbeat + 2 * READ_BY_OTHERS
+
+    def start(self, heartbeat: float) -> None:
+        """Begins to watch; `heartbeat` seconds of silence count as a death."""
+        from jax._src import distributed  # the public API has no key-value store
+
+        self._client = distributed.global_state.client
+        self._heartbeat = heartbeat
+        self._answered = time.monotonic()
+        if jax.process_index() > 0:
+            _explain_abort(f"process {jax.process_index()}: process 0, the coordinator, is gone")
+        threading.Thread(target=self._beat, name="peers", daemon=True).start()
+        threading.Thread(target=self._watch_answers, name="coordinator", daemon=True).start()
+
+    def finish(self) -> None:
+        """The run is done in this process: what happens to the others from here on is no fault."""
+        with self._lock:
+            self._over = True
+        if self.started:
+            with contextlib.suppress(Exception):
+                self._set(_beat_of(jax.process_index()), DONE)
+
+    def end(self, code: int, reason: str) -> None:
+        """Ends this process, and tells the others why, which end with the same code.
+
+        Does not return. Whatever JAX would do at the end of Python (a barrier with all processes)
+        is left out.
+        """
+        with self._lock:
+            tells, self._over = self.started and not self._over, True
+        if tells:
+            message = {"process": jax.process_index(), "code": code, "reason": reason}
+            with contextlib.suppress(Exception):  # the coordinator may be what has failed
+                self._client.key_value_set(END, json.dumps(message), allow_overwrite=False)
+            # Process 0 holds the store: when it is gone, nobody can read the key any more.
+            if jax.process_index() == 0:
+                time.sleep(READ_BY_OTHERS)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+    def _set(self, key: str, value: str) -> None:
+        self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def _interval(self) -> float:
+        return min(READ_BY_OTHERS / 3, self._heartbeat / 5)
+
+    def _beat(self) -> None:
+        """Counts up the key of this process, and reads those of the others."""
+        me, count = jax.process_index(), 0
+        heard: dict[int, tuple[str, float]] = {}  # the last beat of a process, and when it changed
+        while not self._over:
+            count += 1
+            try:
+                self._set(_beat_of(me), str(count))
+                ended = self._client.key_value_dir_get(END)
+                beats = self._client.key_value_dir_get(BEATS) if me == 0 else []
+            except Exception:
+                # The coordinator does not answer. JAX's own thread or `_watch_answers` says so.
+                time.sleep(self._interval())
+                continue
+            self._answered = now = time.monotonic()
+            for _, message in ended:
+                self._obey(json.loads(message))
+            for key, beat in beats:
+                process = int(key.rpartition("/")[2])
+                if heard.get(process, ("", 0.0))[0] != beat:
+                    heard[process] = beat, now
+            for process, (_, when) in heard.items():
+                done = heard[process][0] == DONE
+                if now - when > self._heartbeat and not (done or self._over):
+                    self._miss(process, now - when)
+            time.sleep(self._interval())
+
+    def _watch_answers(self) -> None:
+        """Ends this process when the coordinator lives but does not answer, or when this process
+        itself was stopped for so long that the others have given it up.
+        """
+        while not self._over:
+            silent = time.monotonic() - self._answered
+            if silent > self._heartbeat and not self._over:
+                self._say(f"process 0, the coordinator, has not answered for {silent:.0f} s")
+                os._exit(exit_codes.RETRY)
+            time.sleep(self._interval())
+
+    def _miss(self, process: int, seconds: float) -> None:
+        reason = (
+            f"process {process} has not been heard from for {seconds:.0f} s: it was killed or "
+            "stopped, or its machine is gone"
+        )
+        self._say(reason)
+        self.end(exit_codes.RETRY, reason)
+
+    def _obey(self, message: Mapping[str, Any]) -> None:
+        """Ends this process, because another one wrote why the run ends."""
+        with self._lock:
+            if self._over or message["process"] == jax.process_index():
+                return
+            self._over = True
+        self._say(f"ending, because process {message['process']} ended: {message['reason']}")
+        if jax.process_index() == 0:
+            time.sleep(READ_BY_OTHERS)
+        os._exit(int(message["code"]))
+
+    def _say(self, text: str) -> None:
+        signals.say(f"process {jax.process_index()}: {text}")
+
+
+def _beat_of(process: int) -> str:
+    return f"{BEATS}{process}"
+
+
+PEERS = Peers()
+
+
+def end(code: int, reason: str) -> None:
+    """Ends this process at once, and with it the others of the run, which say the reason."""
+    PEERS.end(code, reason)
+
+
+def wait_for_reason() -> None:
+    """Gives the thread that watches the peers the time to say which of them has failed.
+
+    To be called after an exception that may only be the echo of a failure elsewhere: a collective
+    that lost its peer raises before the silence of that peer is long enough. Returns when nobody
+    else has failed; else the process ends here.
+    """
+    if PEERS.started:
+        time.sleep(PEERS.patience)
+
+
+def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
+    """Compares a flat dict of JSON values with that of every other process of the run.
+
+    Every process sees the same values, so all of them raise the same Drift. Does nothing in a run
+    of one process.
+
+    Args:
+      name: what is compared, such as "config".
+      values: those of this process.
+      timeout: seconds to wait for the others.
+
+    Raises Drift when one differs, naming the keys, both values and the process.
+    """
+    if not PEERS.started:
+        return
+    client, me = PEERS._client, jax.process_index()
+    client.key_value_set(f"{ROOT}/same/{name}/{me}", json.dumps(dict(values), sort_keys=True))
+    first: Mapping[str, Any] = {}
+    differences = []
+    for process in range(jax.process_count()):
+        key = f"{ROOT}/same/{name}/{process}"
+        try:
+            other = json.loads(client.blocking_key_value_get(key, int(timeout * 1000)))
+        except jax.errors.JaxRuntimeError:
+            raise UserError(
+                f"process {process} did not say its {name} within {timeout:.0f} s "
+                "(limits.join): look at its log"
+            ) from None
+        if process == 0:
+            first = other
+            continue
+        for changed in sorted({*first, *other}):
+            ours, theirs = first.get(changed, "nothing"), other.get(changed, "nothing")
+            if ours != theirs:
+                differences.append(
+                    f"{changed} = {ours!r} in process 0, {theirs!r} in process {process}"
+                )
+    if differences:
+        raise Drift(
+            f"the processes of this run differ in their {name}: {'; '.join(differences[:8])}. "
+            "Start all of them with the same command, code and data"
+        )
+
+
+def _explain_abort(reason: str) -> None:
+    """Ends the process with one line and RETRY where C++ would end it with an abort.
+
+    When the coordinator is gone, a thread of JAX logs a stack and calls abort(): 0.1 s later
+    nothing of Python runs any more. So the handler of SIGABRT is a C callback.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(number: int) -> None:
+        del number
+        signals.say(reason)
+        os._exit(exit_codes.RETRY)
+
+    _KEPT.append(aborted)  # ctypes does not keep it alive
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), aborted)
+
+
+_KEPT: list[Callable[[int], None]] = []
