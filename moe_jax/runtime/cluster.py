@@ -61,6 +61,10 @@ def join(
     """
     # JAX's preemption service would take SIGTERM for itself: moe_jax.runtime.signals hears it.
     jax.config.update("jax_enable_preemption_service", False)
+    # gRPC would ask a proxy for the way to process 0, which no proxy knows. Nothing else here uses
+    # the network.
+    for proxy in ("grpc_proxy", "https_proxy", "http_proxy"):
+        os.environ.pop(proxy, None)
     local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
     devices = [int(number) for number in local_devices.split(",") if number] or None
     if address is None:
