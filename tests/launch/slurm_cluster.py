@@ -130,7 +130,12 @@ class Cluster:
         output = self.root / f"{name}.out"
         command = ["sbatch", "--parsable", f"--output={output}", "--nodes=2", *words]
         done = subprocess.run(
-            command, cwd=ROOT, env=self.env | (env or {}), capture_output=True, text=True, timeout=60
+            command,
+            cwd=ROOT,
+            env=self.env | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()

@@ -6,9 +6,9 @@ for what is tried there is what the script makes of exit codes and signals.
 
 import os
 import shlex
-import stat
 import subprocess
 
+import program
 import pytest
 import slurm_cluster
 
@@ -98,9 +98,7 @@ eval "$PLAN"
 @pytest.fixture(scope="module")
 def submit(cluster):
     """Submits a job whose processes are lines of bash; `start` and `SLURM_PROCID` say which."""
-    python = cluster.root / "python"
-    python.write_text(STAND_IN)
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    python = program.write(cluster.root / "python", STAND_IN)
 
     def submit(name, plan, *words, **env):
         stand_in = {"PYTHON": str(python), "STAND_IN": str(cluster.root / name), "PLAN": plan}
