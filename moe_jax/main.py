@@ -53,6 +53,9 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
     "dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit"
 )
+flags.DEFINE_bool(
+    "preflight", False, "look at every process, its disk and the network between them, and exit"
+)
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes")
 flags.DEFINE_integer("num_processes", None, "processes of the run")
 flags.DEFINE_integer("process_id", None, "number of this process, from 0")
@@ -212,6 +215,8 @@ def launch(argv: list[str]) -> int:
     with jax.set_mesh(mesh.make(cfg.mesh)):
         if FLAGS.dry_run:
             return dry_run(cfg)
+        if FLAGS.preflight:
+            return preflight(cfg)
         return train(cfg, raw, defaults)
 
 
@@ -220,6 +225,16 @@ def dry_run(cfg: config.Config) -> int:
 
     shell.console().print(card.render(card.card(cfg)))
     return 0
+
+
+def preflight(cfg: config.Config) -> int:
+    from moe_jax import preflight
+
+    report = preflight.run(cfg, Path(FLAGS.workdir), code())
+    if jax.process_index() == 0:
+        shell.console().print(preflight.render(report), highlight=False)
+    cluster.PEERS.finish()
+    return report.code
 
 
 def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> int:
