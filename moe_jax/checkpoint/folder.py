@@ -102,6 +102,15 @@ def sweep(directory: Path) -> None:
         _marker(path).unlink()
 
 
+def marked(directory: Path) -> list[Path]:
+    """Returns what `sweep` would delete: ruins that have a mark of ours beside them."""
+    names = [name for name in _names(directory) if name.endswith(UNFINISHED)]
+    steps = [_step_of(name.removesuffix(UNFINISHED)) for name in names]
+    paths = [step_path(directory, step) for step in steps if step is not None]
+    ruins = [path for path in paths if not has_manifest(path)]
+    return [part for path in ruins for part in [path, *_parts(path)]]
+
+
 def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
     """Deletes all checkpoints but the last `keep` and the `keep_best` with the lowest scores.
 

@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoint import alias, folder, manifest
 from moe_jax.checkpoint import flat as flat_lib
-from moe_jax.errors import UserError
+from moe_jax.errors import NoCheckpoint, UserError
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Checkpoints:
         self._wait()
         found = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
         if found == -2:
-            raise UserError(
+            raise NoCheckpoint(
                 f"every checkpoint in {self.directory} is damaged: move that directory away to "
                 "start again from step 0"
             )

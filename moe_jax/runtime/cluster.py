@@ -5,7 +5,7 @@ The engine is jax.distributed: process 0 runs its coordination service, a small 
 that every process reaches over the network. Keys are used here for three things:
 
     moe_jax/beat/I    counts up while process I lives. Process 0 reads them
-    moe_jax/end       why the run ends now, written by whoever finds a fault first. All read it
+    moe_jax/end/first why the run ends now, written by whoever finds a fault first. All read it
     moe_jax/same/...  what the processes compare before the first step
 
 JAX has heartbeats of its own, but it ends a process by an abort under a C++ stack, after 100 s.
@@ -31,7 +31,8 @@ from moe_jax.errors import Drift, UserError
 from moe_jax.runtime import signals
 
 ROOT = "moe_jax"
-BEATS, END, SAME = f"{ROOT}/beat/", f"{ROOT}/end", f"{ROOT}/same/"
+# Directories of keys, which is why they end with a slash.
+BEATS, END, SAME = f"{ROOT}/beat/", f"{ROOT}/end/", f"{ROOT}/same/"
 DONE = "done"  # the beat of a process whose run is over
 # JAX's own heartbeats are the second line: they speak when the thread here cannot.
 JAX_LATER = 2.0
@@ -107,7 +108,7 @@ def detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
 class Peers:
     """Watches the other processes of the run, from a thread, and tells them when this one fails.
 
-    A process that finds a fault writes why to the key END. Every process reads that key a few
+    A process that finds a fault writes why to a key below END. Every process reads that key a few
     times per heartbeat, prints the reason and ends with its exit code, whatever its main thread
     is in: a collective that waits for a dead peer never returns by itself.
     """
@@ -159,7 +160,9 @@ class Peers:
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
             with contextlib.suppress(Exception):  # the coordinator may be what has failed
-                self._client.key_value_set(END, json.dumps(message), allow_overwrite=False)
+                self._client.key_value_set(
+                    f"{END}first", json.dumps(message), allow_overwrite=False
+                )
             # Process 0 holds the store: when it is gone, nobody can read the key any more.
             if jax.process_index() == 0:
                 time.sleep(READ_BY_OTHERS)
