@@ -150,9 +150,7 @@ def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
     }
     cfg = tiny.build(changes=changes)
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        result = train.run(
-            cfg, tiny.raw(changes), tiny.raw(), tmp_path, time.monotonic(), "tiny.py"
-        )
+        result = train.run(cfg, tiny.raw(changes), tmp_path, time.monotonic(), "tiny.py")
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4, 6] and "perf/tokens_per_second" not in rows[0]
     slowest = 8 * 32 / 0.25
