@@ -13,8 +13,9 @@ from moe_jax.plan import flops
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
-from moe_jax.terminal.progress import Progress, duration, readable
+from moe_jax.terminal.progress import Progress
 from moe_jax.terminal.table import Table, names, numbers
+from moe_jax.terminal.units import duration, readable
 
 
 class Result(NamedTuple):

@@ -19,7 +19,7 @@ from moe_jax import publish, train
 from moe_jax.report import banner
 from moe_jax.report.metrics import read_rows
 from moe_jax.runtime import clock
-from moe_jax.terminal import progress
+from moe_jax.terminal import live_line, progress, units
 from moe_jax.terminal.progress import Progress
 from moe_jax.version import Source
 
@@ -268,7 +268,7 @@ def test_the_live_line_says_what_happens_and_for_how_long(wait, width):
     for _ in range(8):
         wait(0.2)
         signs.add(drawn(shown)[0])
-    assert signs == set(progress.SPINNER)  # it turns although nothing is told
+    assert signs == set(live_line.SPINNER)  # it turns although nothing is told
     shown.close()
 
 
@@ -370,7 +370,7 @@ def test_every_kind_of_model_has_a_line(case):
 
 def test_readable_numbers():
     numbers = (0, 12.345, 1234, 56789, 4.2e6, 1e9, 2.5e12)
-    assert [progress.readable(x) for x in numbers] == [
+    assert [units.readable(x) for x in numbers] == [
         "0",
         "12.3",
         "1.23k",
@@ -379,7 +379,7 @@ def test_readable_numbers():
         "1G",
         "2.5T",
     ]
-    assert [progress.duration(s) for s in (5.4, 75, 7300, 200000)] == [
+    assert [units.duration(s) for s in (5.4, 75, 7300, 200000)] == [
         "5s",
         "1m 15s",
         "2h 01m",
