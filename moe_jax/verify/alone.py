@@ -18,7 +18,7 @@ from moe_jax.moe.ordering import AS_LISTED
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.parallel.compiling import of_other_platforms
-from moe_jax.schema.config import DEPTH
+from moe_jax.schema.blocks import DEPTH
 from moe_jax.train_step import State, routers_learn
 from moe_jax.verify import batches, reference, states
 from moe_jax.verify.compare import far, largest, whole
