@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from moe_jax import checkpoint, meaning, optim
-from moe_jax.config import idle, smoke
+from moe_jax.config import config_file, idle, smoke
 from moe_jax.config.build import RESUME_MAY_CHANGE
 from moe_jax.data.contract import Data
 from moe_jax.errors import UserError
@@ -20,7 +20,6 @@ def begin(
     cfg: Config,
     saves: checkpoint.Checkpoints,
     metadata: Mapping[str, Any],
-    defaults: Mapping[str, Any],
     init: Any,
     abstract: Any,
     data: Data | None = None,
@@ -32,17 +31,16 @@ def begin(
 
     Args:
       metadata: of the checkpoints of this run, {"config": ..., "data": fingerprint}.
-      defaults: of the config, for the keys that a run saved long ago lacks.
       init: key -> a fresh state.
       abstract: its shapes, dtypes and shardings.
       data: compared with that of train.init_from; None = it is not.
     """
     step = saves.latest()
     if step is not None:
-        notes = resumed(cfg, saves, step, metadata, defaults)
+        notes = resumed(cfg, saves, step, metadata)
         return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))
-    notes = idle.notes(cfg, metadata.get("config", {}), defaults, start=0)
+    notes = idle.notes(cfg, metadata.get("config", {}), start=0)
     if not cfg.train.init_from:
         return state, notes
     state, taken = inherited(cfg, state, data)
@@ -54,7 +52,6 @@ def resumed(
     saves: checkpoint.Checkpoints,
     step: int,
     metadata: Mapping[str, Any],
-    defaults: Mapping[str, Any],
 ) -> list[str]:
     """Returns what to tell of a run that goes on from `step`. Raises UserError when it may not."""
     saved, path = saves.metadata(step), saves.path(step)
@@ -64,6 +61,8 @@ def resumed(
             "begin with its parameters in another --workdir, by "
             f"train.init_from={saves.directory.parent}"
         )
+    # A run that was saved long ago lacks the keys that came later.
+    defaults = config_file.default_values()
     old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
     if saved["data"] == metadata["data"]:
         old, moved = checkpoint.same_data(old, metadata["config"])
@@ -84,7 +83,7 @@ def resumed(
     if now != before:
         end = "so is the end of the learning rate's schedule"
         notes = [f"train.steps = {before} so far, {now} from here on: {end}", *notes]
-    return notes + idle.notes(cfg, metadata["config"], defaults, start=step)
+    return notes + idle.notes(cfg, metadata["config"], start=step)
 
 
 def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list[str]]:

@@ -210,14 +210,13 @@ def main(argv: list[str]) -> int:
 def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
     start_devices(raw)
-    defaults = config_file.default_values()
     cfg = config.build(raw, len(jax.devices()))
     with jax.set_mesh(mesh.make(cfg.mesh)):
         if FLAGS.dry_run:
             return dry_run(cfg)
         if FLAGS.preflight:
             return preflight(cfg)
-        return train(cfg, raw, defaults)
+        return train(cfg, raw)
 
 
 def dry_run(cfg: config.Config) -> int:
@@ -237,7 +236,7 @@ def preflight(cfg: config.Config) -> int:
     return report.code
 
 
-def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> int:
+def train(cfg: config.Config, raw: dict[str, Any]) -> int:
     from moe_jax import train
     from moe_jax.report import summary
     from moe_jax.runtime.stopping import NonFinite
@@ -247,7 +246,7 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     # tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
-        result = train.run(cfg, raw, defaults, workdir, STARTED, FLAGS.config)
+        result = train.run(cfg, raw, workdir, STARTED, FLAGS.config)
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
         if cluster.PEERS.started:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import allow_float64, build, command_line, config_file, rules, smoke
+from moe_jax.config import allow_float64, build, command_line, rules, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
@@ -46,7 +46,6 @@ class Job(NamedTuple):
 
     cfg: Config
     raw: Mapping[str, Any]  # the config as a nested dict of JSON values
-    defaults: Mapping[str, Any]  # for the keys that a run saved long ago lacks
     workdir: Path
     started: float  # time.monotonic() when the process began
     name: str  # of the config, to be shown
@@ -129,7 +128,6 @@ class InFlight:
 def run(
     cfg: Config,
     raw: Mapping[str, Any],
-    defaults: Mapping[str, Any],
     workdir: Path,
     started: float,
     name: str = "",
@@ -140,7 +138,7 @@ def run(
     `raw` is saved with the run and compared on resume. The mesh is set by the caller. The arguments
     are those of Job. Raises UserError, and stopping.NonFinite.
     """
-    job = Job(cfg, raw, defaults, workdir, started, name)
+    job = Job(cfg, raw, workdir, started, name)
     lock = contextlib.nullcontext(shell.FREE)
     if jax.process_index() == 0:
         lock = shell.held(workdir, "--workdir")
@@ -171,9 +169,8 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     raw = command_line.read(Path(config), changes)
     allow_float64(raw)
     cfg = build(raw, len(jax.devices()))
-    defaults = config_file.default_values()
     with jax.set_mesh(mesh.make(cfg.mesh)):
-        return run(cfg, raw, defaults, Path(workdir), started, config)
+        return run(cfg, raw, Path(workdir), started, config)
 
 
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:
@@ -207,7 +204,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     metadata = {"config": job.raw, "data": data.fingerprint}
     source = "restoring the newest checkpoint" if saves.directory.exists() else None
     with progress.doing(source or "making the parameters"):
-        state, notes = begin(cfg, saves, metadata, job.defaults, init, abstract, data)
+        state, notes = begin(cfg, saves, metadata, init, abstract, data)
     start = int(state.step)
     # A workdir that the processes do not share has checkpoints for one of them alone.
     cluster.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
@@ -356,7 +353,7 @@ def open_files(
             per_step=metrics.PerStep(tokens, step_flops),
         )
         writer.text(due.start, "config", f"```json\n{json.dumps(job.raw, indent=1)}\n```")
-        writer.hyperparameters(tensorboard.hyperparameters(job.raw, job.defaults))
+        writer.hyperparameters(tensorboard.hyperparameters(job.raw))
     return writer
 
 

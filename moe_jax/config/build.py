@@ -16,7 +16,8 @@ from moe_jax.config.tree import COEFFICIENTS, Choice, at, choices
 from moe_jax.errors import UserError
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel import mesh
-from moe_jax.schema.config import DEPTH, NO_RULE, Coefficients, Config, MeshConfig
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import NO_RULE, Coefficients, Config, MeshConfig
 from moe_jax.schema.options import freeze, refusals, refuse_other_keys
 
 # Keys that do not change what is computed, or that a run may go on with.

@@ -6,22 +6,22 @@ An option that has its default was not asked for, so nothing is said of it.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from moe_jax.config.config_file import default_values
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 
 Asked = Callable[[str], bool]
 
 
-def notes(
-    cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], start: int
-) -> list[str]:
+def notes(cfg: Config, raw: Mapping[str, Any], start: int) -> list[str]:
     """Returns a sentence for each option that was asked for and does nothing.
 
     Args:
       raw: the config as a nested dict.
-      defaults: of it.
       start: the step from which the run goes on.
     """
+
+    defaults = default_values()
 
     def asked(path: str) -> bool:
         return _at(raw, path) != _at(defaults, path)

@@ -18,7 +18,8 @@ from moe_jax.moe.routing.contract import Setting, Sizes
 from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
 from moe_jax.schema import options
-from moe_jax.schema.config import BLOCKS, Config, MoEConfig
+from moe_jax.schema.blocks import BLOCKS
+from moe_jax.schema.config import Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
 

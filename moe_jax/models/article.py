@@ -36,7 +36,8 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Config, KindOptions, ModelConfig, Stack
+from moe_jax.schema.blocks import KindOptions, Stack
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 

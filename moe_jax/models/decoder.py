@@ -27,7 +27,8 @@ from moe_jax.models.contract import Kind
 from moe_jax.models.layers import FeedForward, dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import KindOptions, ModelConfig
+from moe_jax.schema.blocks import KindOptions
+from moe_jax.schema.config import ModelConfig
 from moe_jax.schema.options import option
 from moe_jax.weights import Weight, Weights
 

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 
 from moe_jax.models.attention import Cache
 from moe_jax.models.layers import gather
-from moe_jax.schema.config import DEPTH, ModelConfig
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight
 
 NAME = "depth/"  # what the names of the sums begin with

@@ -42,7 +42,8 @@ from moe_jax.models.decoder import (
 )
 from moe_jax.models.layers import dropout, rms_norm
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.config import BLOCKS, Config, KindOptions, ModelConfig, Stack
+from moe_jax.schema.blocks import BLOCKS, KindOptions, Stack
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import COUNT, not_among, option
 from moe_jax.weights import Weight, Weights
 

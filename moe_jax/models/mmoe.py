@@ -35,7 +35,8 @@ from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.blocks import KindOptions
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import BELOW_ONE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 

@@ -44,8 +44,8 @@ def advance(window: Window, loss: jax.Array, norm: jax.Array, spike: jax.Array) 
     """Returns the window after a step. One that is a spike, or not finite, is not put into it."""
     value_2 = jnp.stack([loss, norm]).astype(jnp.float32)
     takes = ~spike & jnp.isfinite(value_2).all()
-    place = window.taken % WINDOW
-    written = window.value_2W.at[:, place].set(value_2)
+    slot = window.taken % WINDOW
+    written = window.value_2W.at[:, slot].set(value_2)
     return Window(
         jnp.where(takes, written, window.value_2W),
         window.taken + takes,

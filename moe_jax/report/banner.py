@@ -14,7 +14,8 @@ from moe_jax.data.contract import Data
 from moe_jax.parallel.mesh import of
 from moe_jax.plan import card, flops
 from moe_jax.schema.config import Config
-from moe_jax.terminal.progress import Progress, readable
+from moe_jax.terminal.progress import Progress
+from moe_jax.terminal.units import readable
 from moe_jax.version import Source, source
 
 LABEL = 9  # columns before the text of a line

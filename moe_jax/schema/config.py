@@ -5,10 +5,11 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.runtime.faults import Fault, parse
+from moe_jax.schema.blocks import DEPTH, KindOptions, Stack
 from moe_jax.schema.options import (
     AXIS,
     BELOW_ONE,
@@ -28,11 +29,8 @@ from moe_jax.schema.options import (
 )
 from moe_jax.schema.steps import Due, due, profile_range
 
-# What the kind of a block begins with that only some tokens go through, as in "depth:moe".
-DEPTH = "depth:"
 # The name of no rule that makes zeros.
 NO_RULE = "none"
-BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
 
 
 class Coefficients(dict[str, float]):
@@ -42,38 +40,6 @@ class Coefficients(dict[str, float]):
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.items())))
-
-
-class Stack(NamedTuple):
-    """The kinds of blocks that run one after another: prefix, `repeats` times period, suffix."""
-
-    prefix: tuple[str, ...]
-    period: tuple[str, ...]
-    repeats: int
-    suffix: tuple[str, ...]
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order."""
-        return self.prefix + self.period * self.repeats + self.suffix
-
-
-class KindOptions:
-    """Holds what the Options of a kind of model say of its blocks; each kind says what differs."""
-
-    attends: ClassVar[bool] = True  # it has attention at all
-
-    @property
-    def embeds(self) -> bool:
-        """Whether the model looks up rows of a vocabulary."""
-        return True
-
-    def stacks(self, own: Stack) -> dict[str, Stack]:
-        """Returns the stacks of the model, from that of model.prefix, period, repeats and suffix.
-
-        The order is that in which they run, the keys are those of the model's parameters.
-        """
-        return {"": own}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from moe_jax.moe.routing.contract import (
 from moe_jax.moe.sparse import RULES
 from moe_jax.parallel import mesh
 from moe_jax.plan import flops
-from moe_jax.schema.config import KindOptions
+from moe_jax.schema.blocks import KindOptions
 from moe_jax.schema.options import NUMBER, POSITIVE, option
 from moe_jax.tasks import TASKS
 from moe_jax.verify.run import Wanted, verify

@@ -61,8 +61,7 @@ def built(name):
 def test_a_config_sets_nothing_that_does_nothing(name):
     stem, colon, variant = name.partition(":")
     path = Path(f"{ROOT}/configs/{stem}.py{colon}{variant}")
-    defaults = config_file.default_values()
-    assert idle.notes(built(name), config_file.read(path), defaults, start=0) == []
+    assert idle.notes(built(name), config_file.read(path), start=0) == []
 
 
 def traced(cfg, model, abstract):

@@ -170,9 +170,7 @@ def config(task, folder=None):
 
 def run(workdir, changes):
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        return train.run(
-            tiny.build(changes=changes), tiny.raw(changes), tiny.raw(), workdir, time.monotonic()
-        )
+        return train.run(tiny.build(changes=changes), tiny.raw(changes), workdir, time.monotonic())
 
 
 @pytest.mark.parametrize("task", CASES)

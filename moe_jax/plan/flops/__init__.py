@@ -25,7 +25,8 @@ import numpy as np
 from moe_jax.models import MODELS, depth
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
-from moe_jax.schema.config import DEPTH, ModelConfig, MoEConfig
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import ModelConfig, MoEConfig
 
 PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilation
 
