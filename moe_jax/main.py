@@ -220,9 +220,9 @@ def launch(argv: list[str]) -> int:
 
 
 def dry_run(cfg: config.Config) -> int:
-    from moe_jax.plan import card
+    from moe_jax.plan import card, card_tables
 
-    shell.console().print(card.render(card.card(cfg)))
+    shell.console().print(card_tables.render(card.card(cfg)))
     return 0
 
 

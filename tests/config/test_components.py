@@ -18,6 +18,7 @@ import tiny
 import moe_jax
 from moe_jax import config
 from moe_jax.config import causality, tree
+from moe_jax.data.sources import SOURCES
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.models import MODELS, decoder
@@ -225,6 +226,7 @@ CHOICES = {
     "pattern": set(tree.options_of("model.moe.sparse.pattern")),
     "optimizer": set(tree.options_of("optim.optimizer")),
     "schedule": set(tree.options_of("optim.schedule")),
+    "source": set(SOURCES),
 }
 REGISTRIES = {
     "moe/routing/__init__.py",
@@ -237,6 +239,7 @@ REGISTRIES = {
     "tasks/__init__.py",
     "optim/optimizers/__init__.py",
     "optim/schedules/__init__.py",
+    "data/sources/__init__.py",
 }
 # What still knows a name. This list only shrinks: each says why, or what will take its place.
 LEFT = {

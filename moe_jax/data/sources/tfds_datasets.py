@@ -1,9 +1,6 @@
-"""The source `tfds`: datasets of TensorFlow Datasets that are already on this disk.
+"""Reads datasets of TensorFlow Datasets that are already on this disk: their records, in order.
 
-They are read without TensorFlow and without a network.
-
-`tfds:NAME[/CONFIG][:SPLIT][#FIELD]`: SPLIT defaults to train (`train[:10%]` works), FIELD to
-"text", or else to the only text feature there is. The folder is $TFDS_DATA_DIR, or
+TensorFlow is not needed and nothing is downloaded. The folder of the datasets is $TFDS_DATA_DIR, or
 ~/tensorflow_datasets.
 """
 
@@ -12,22 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_jax.data.documents import Document
-from moe_jax.data.sources.characters import plain
-from moe_jax.data.sources.files import split_field
 from moe_jax.errors import UserError
-
-
-def read(argument: str, label: str) -> Iterator[Document]:
-    """Yields the text of each record of `NAME[/CONFIG][:SPLIT][#FIELD]` as one document."""
-    dataset, field = split_field(argument, "")
-    name, _, split = dataset.partition(":")
-    split = split or "train"
-    builder = find(name)
-    field = text_field(builder.info.features, name, field)
-    for number, record in enumerate(records(builder, name, split)):
-        text = plain(record[field], where(name, split, number))
-        yield Document(text, label or builder.info.name)
 
 
 def where(name: str, split: str, number: int) -> str:
