@@ -170,8 +170,10 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
 
     @jax.jit
     def route(x_TD: jax.Array, gate_DE: jax.Array, state: Any) -> jax.Array:
-        logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.bfloat16), gate_DE.astype(jnp.bfloat16))
-        tokens = Tokens(logits_TE, *ids, ids[3] > 0, num_rows)
+        router_logits_TE = jnp.einsum(
+            "TD,DE->TE", x_TD.astype(jnp.bfloat16), gate_DE.astype(jnp.bfloat16)
+        )
+        tokens = Tokens(router_logits_TE, *ids, ids[3] > 0, num_rows)
         identity = {"gate": jnp.eye(cfg.moe.num_experts, dtype=gate_DE.dtype)}
         routing = ROUTERS[cfg.moe.router].route(
             identity, state, tokens, cfg=router_cfg, rng=jax.random.key(0), train=False
@@ -180,7 +182,7 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
             raise UserError(
                 f'model.moe.router = "{cfg.moe.router}" does not choose k experts for each token'
             )
-        return routing.expert_N.reshape(num_rows, length, -1)
+        return routing.expert_index_N.reshape(num_rows, length, -1)
 
     def layer(i):
         return route(

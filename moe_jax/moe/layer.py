@@ -26,9 +26,11 @@ from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens, per_row
+from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
+from moe_jax.moe.routing.statistics import per_row
 from moe_jax.moe.sparse import stored
 from moe_jax.parallel.mesh import BATCH, P, spec
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState, Weight, Weights
 
@@ -88,7 +90,7 @@ class MoELayer(nnx.Module):
         self.cfg = cfg
         router = ROUTERS[cfg.router]
         declared = (Sizes(cfg.d_model, cfg.num_experts, cfg.vocab_size), cfg.router_options)
-        wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
+        wide = str(wide_dtype(cfg.param_dtype))
         self.router = Weights(jax.random.fold_in(key, 0), router.params(*declared), wide)
         self.state = Weights(
             jax.random.fold_in(key, 1),
@@ -146,7 +148,7 @@ def _stored(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
 
 
 def adaptive_state(cfg: MoE) -> dict[str, Weight]:
-    """The weight of the balance losses where the drop rate drives it (moe/losses.py)."""
+    """The weight of the balance losses where the drop rate drives it (`losses.adapt`)."""
     return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive.rate else {}
 
 
@@ -189,7 +191,7 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     elif request.record:
         # An ordering may drop as well: it sends nowhere what was chosen.
         if isinstance(routing, Routing) and isinstance(chosen, Routing):
-            dropped_N = dropped_N | (routing.expert_N != chosen.expert_N)
+            dropped_N = dropped_N | (routing.expert_index_N != chosen.expert_index_N)
         sums |= probe.record(chosen, dropped_N, tokens, request.record, cfg.num_experts)
     return y_TD.reshape(b, s, d), sums
 
@@ -208,7 +210,7 @@ def _dispatch(
 
     assigned = isinstance(routing, Routing)
     num_places = (
-        routing.expert_N.shape[0]
+        routing.expert_index_N.shape[0]
         if assigned
         else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1]
     )

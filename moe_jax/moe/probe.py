@@ -84,7 +84,7 @@ def gates(routing: Routing | Slots, tokens: Tokens, num_experts: int) -> dict[st
 
     if isinstance(routing, Routing):
         gate_TE = jnp.zeros_like(routing.gate_N, shape=(tokens.valid_T.shape[0], num_experts))
-        at = (routing.token_N, routing.expert_N)
+        at = (routing.token_N, routing.expert_index_N)
         # Assignments to nowhere have expert E, which is out of bounds.
         fields = {"gate": gate_TE.at[at].add(routing.gate_N, mode="drop")}
         copy_T = routing.copy_T
@@ -98,11 +98,11 @@ def gates(routing: Routing | Slots, tokens: Tokens, num_experts: int) -> dict[st
 def _per_token(
     routing: Routing, dropped_N: jax.Array, num_tokens: int, num_experts: int
 ) -> dict[str, jax.Array]:
-    fields = {"expert": routing.expert_N, "gate": routing.gate_N, "dropped": dropped_N}
+    fields = {"expert": routing.expert_index_N, "gate": routing.gate_N, "dropped": dropped_N}
     if routing.per_token:
         return {name: z.reshape(num_tokens, -1) for name, z in fields.items()}
-    there_N = routing.expert_N < num_experts
-    place = (routing.token_N, jnp.where(there_N, routing.expert_N, num_experts))
+    there_N = routing.expert_index_N < num_experts
+    place = (routing.token_N, jnp.where(there_N, routing.expert_index_N, num_experts))
 
     def scatter(z_N):
         return jnp.zeros_like(z_N, shape=(num_tokens, num_experts)).at[place].set(z_N, mode="drop")
@@ -154,6 +154,10 @@ def remove(routing: Routing | Slots, removed_bE: jax.Array, tokens: Tokens) -> R
     if not isinstance(routing, Routing):
         keep_GtE1 = ~removed_TE.reshape(routing.combine_GtEp.shape[:2] + (num_experts, 1))
         return routing._replace(combine_GtEp=jnp.where(keep_GtE1, routing.combine_GtEp, 0))
-    gone_N = removed_TE.at[routing.token_N, routing.expert_N].get(mode="fill", fill_value=False)
-    expert_N = jnp.where(gone_N, num_experts, routing.expert_N)
-    return routing._replace(expert_N=expert_N, gate_N=jnp.where(gone_N, 0, routing.gate_N))
+    gone_N = removed_TE.at[routing.token_N, routing.expert_index_N].get(
+        mode="fill", fill_value=False
+    )
+    expert_index_N = jnp.where(gone_N, num_experts, routing.expert_index_N)
+    return routing._replace(
+        expert_index_N=expert_index_N, gate_N=jnp.where(gone_N, 0, routing.gate_N)
+    )

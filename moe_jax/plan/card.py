@@ -226,7 +226,7 @@ def _assignments(moe: MoE, rows: int, seq_len: int) -> tuple[int, int]:
         if isinstance(routing, Slots):
             found.append((routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1], 0))
         else:
-            found.append((routing.expert_N.size, routing.per_token))
+            found.append((routing.expert_index_N.size, routing.per_token))
 
     jax.eval_shape(route)  # shapes only: nothing is computed
     return found[0]

@@ -65,12 +65,14 @@ def apply(
     )
     with jax.named_scope("dispatch"):
         group_N = routing.token_N // shape.group_tokens
-        class_N = group_N * (num_experts + 1) + routing.expert_N
+        class_N = group_N * (num_experts + 1) + routing.expert_index_N
         rank_N = rank_in_order(class_N, routing.order_N, groups * (num_experts + 1))
-        real_N = routing.expert_N < num_experts
+        real_N = routing.expert_index_N < num_experts
         kept_N = real_N & (rank_N < places)
         num_rows = num_experts * groups * places
-        row_N = jnp.where(kept_N, (routing.expert_N * groups + group_N) * places + rank_N, num_rows)
+        row_N = jnp.where(
+            kept_N, (routing.expert_index_N * groups + group_N) * places + rank_N, num_rows
+        )
         assignment_R = assignment_of_row(row_N, num_rows)
         src_R = routing.token_N.at[assignment_R].get(mode="fill", fill_value=shape.num_tokens)
         dest_TK = row_N.reshape(-1, shape.per_token) if shape.per_token else None

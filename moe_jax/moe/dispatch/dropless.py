@@ -68,8 +68,8 @@ def apply(
     """See the contract in moe/dispatch/__init__.py. Nothing drops."""
     e, block = shape.num_experts // shape.expert_axis, _block(shape)
     with jax.named_scope("dispatch"):
-        x_nTD, token_M, expert_M, gate_M = _gather(x_TD, routing, shape)
-        local_M = expert_M - jax.lax.axis_index("expert") * e
+        x_nTD, token_M, expert_index_M, gate_M = _gather(x_TD, routing, shape)
+        local_M = expert_index_M - jax.lax.axis_index("expert") * e
         local_M = jnp.where((local_M >= 0) & (local_M < e), local_M, e)
         rank_M, count_e, _ = rank_in(local_M, e + 1)
         room_e = -(-count_e[:e] // block[1]) * block[1]
@@ -104,7 +104,7 @@ def apply(
         y_nTD = _in_rounds(serve, x_nTD, gate_M, num_rows, rounds, needed)
     with jax.named_scope("combine"):
         y_TD = reduce_scatter(y_nTD, "expert", 0)
-    return y_TD, jnp.zeros_like(routing.expert_N, dtype=bool)
+    return y_TD, jnp.zeros_like(routing.expert_index_N, dtype=bool)
 
 
 def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array, ...]:
@@ -114,7 +114,12 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
         return all_gather(z, "expert", 0)
 
     token_N = routing.token_N + jax.lax.axis_index("expert").astype(jnp.int32) * shape.num_tokens
-    return gather(x_TD), gather(token_N), gather(routing.expert_N), gather(routing.gate_N)
+    return (
+        gather(x_TD),
+        gather(token_N),
+        gather(routing.expert_index_N),
+        gather(routing.gate_N),
+    )
 
 
 def _in_rounds(serve, x_TD, gate_M, num_rows: int, rounds: int, needed: jax.Array) -> jax.Array:

@@ -42,15 +42,15 @@ def apply(
         return routing
     tile, num_groups = options.tile, num_tokens // group_tokens
     group_N = routing.token_N // group_tokens
-    class_N = group_N * (num_experts + 1) + routing.expert_N
+    class_N = group_N * (num_experts + 1) + routing.expert_index_N
     order_N = jnp.argsort(-jax.lax.stop_gradient(routing.gate_N), stable=True)
     rank_N = rank_in_order(class_N, order_N, num_groups * (num_experts + 1))
-    real_N = routing.expert_N < num_experts
-    count_GE = jnp.zeros_like(routing.expert_N, shape=(num_groups, num_experts))
-    count_GE = count_GE.at[group_N, routing.expert_N].add(1, mode="drop")
+    real_N = routing.expert_index_N < num_experts
+    count_GE = jnp.zeros_like(routing.expert_index_N, shape=(num_groups, num_experts))
+    count_GE = count_GE.at[group_N, routing.expert_index_N].add(1, mode="drop")
     goal_GE = (2 * count_GE + tile) // (2 * tile) * tile
     kept_N = real_N & (
-        rank_N < goal_GE.at[group_N, routing.expert_N].get(mode="fill", fill_value=0)
+        rank_N < goal_GE.at[group_N, routing.expert_index_N].get(mode="fill", fill_value=0)
     )
     tokens_b = routing.sums["tokens"]
     num_rows = tokens_b.shape[0]
@@ -63,7 +63,7 @@ def apply(
     padding_b = jnp.zeros_like(tokens_b).at[:: num_rows // num_groups].set(padding_G)
     dropped_b = routing.sums.get("dropped", jnp.zeros_like(tokens_b)) + per_row(real_N & ~kept_N)
     return routing._replace(
-        expert_N=jnp.where(kept_N, routing.expert_N, num_experts),
+        expert_index_N=jnp.where(kept_N, routing.expert_index_N, num_experts),
         gate_N=jnp.where(kept_N, routing.gate_N, 0),
         sums={
             **routing.sums,
