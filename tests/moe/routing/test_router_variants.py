@@ -500,6 +500,7 @@ def test_same_on_every_mesh(float64, name):
     assert (want[0].reshape(48, -1)[~valid.reshape(-1)] == 8).all() and (want[0] < 8).any()
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
     """bias = rate x sign(mean count - count) of the whole step, with padding and packed rows; on
     the mesh of two micro-batches.
@@ -523,6 +524,7 @@ def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
     np.testing.assert_array_equal(*ends)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("router", "optimizer"),
     [("random", "muon"), ("uniform", "adamw"), ("cosine", "adafactor"), ("noisy_top_k", "muon")],
