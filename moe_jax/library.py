@@ -43,7 +43,7 @@ class RoutingStatistics:
         return load.totals({name: x[None] for name, x in self.sums.items()})
 
     def loss(self, name: str) -> jax.Array:
-        """Returns an auxiliary loss, without coefficient; `name`: a key of moe/losses.py LOSSES."""
+        """Returns an auxiliary loss, without coefficient; `name`: a key of LOSSES (moe/losses)."""
         return losses.LOSSES[name].value(self.totals())[0]
 
     def auxiliary(self, **coefficients: float) -> jax.Array:

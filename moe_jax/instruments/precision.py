@@ -179,8 +179,8 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
     @jax.jit
     def route(x_TD: jax.Array, gate_DE: jax.Array, state: Any) -> jax.Array:
         x_TD, rounded_DE = x_TD.astype(jnp.bfloat16), gate_DE.astype(jnp.bfloat16)
-        logits_TE = jnp.einsum("TD,DE->TE", x_TD, rounded_DE)
-        tokens = Tokens(logits_TE, *ids, segment_T > 0, num_rows)
+        router_logits_TE = jnp.einsum("TD,DE->TE", x_TD, rounded_DE)
+        tokens = Tokens(router_logits_TE, *ids, segment_T > 0, num_rows)
         identity = {"gate": jnp.eye(cfg.moe.num_experts, dtype=gate_DE.dtype)}
         routing = ROUTERS[cfg.moe.router].route(
             identity, state, tokens, cfg=router_cfg, rng=jax.random.key(0), train=False
@@ -189,7 +189,7 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
             raise UserError(
                 f'model.moe.router = "{cfg.moe.router}" does not choose k experts for each token'
             )
-        return routing.expert_N.reshape(num_rows, length, -1)
+        return routing.expert_index_N.reshape(num_rows, length, -1)
 
     experts = []
     for layer in range(num_layers):

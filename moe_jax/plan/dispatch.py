@@ -135,7 +135,7 @@ def _assignments(moe: MoE, rows: int, seq_len: int) -> tuple[int, int]:
             num_slots = routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1]
             noted.append((num_slots, 0))
         else:
-            noted.append((routing.expert_N.size, routing.per_token))
+            noted.append((routing.expert_index_N.size, routing.per_token))
 
     jax.eval_shape(route)  # shapes only: nothing is computed
     return noted[0]

@@ -31,9 +31,9 @@ from moe_jax.moe.routing.contract import (
     Router,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
 from moe_jax.moe.sparse import RULES
 from moe_jax.parallel import mesh
 from moe_jax.plan import flops
@@ -53,11 +53,11 @@ class LeastOptions:
 def least(params, state, tokens, *, cfg, rng, train):
     """Routes each token to the k experts of the smallest logits, with equal gates."""
     del state, rng, train
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(-logits_TE), cfg.options.k)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    gate_TK, expert_index_TK = jax.lax.top_k(jax.nn.softmax(-router_logits_TE), cfg.options.k)
     gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
 def least_declared(num_experts, options):

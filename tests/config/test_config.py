@@ -288,6 +288,7 @@ ROOMS = (
     "errors",
     "extras",
     "names",
+    "precision",
     "version",
     "runtime",
     "terminal",
