@@ -25,7 +25,7 @@ from rich.filesize import decimal, pick_unit_and_suffix
 from rich.padding import Padding
 
 from moe_jax import train_step
-from moe_jax.models.decoder import moe_config
+from moe_jax.models.block import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import Batch, MoE, MoELayer, num_intended

@@ -5,7 +5,7 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.schema.options import (
@@ -60,7 +60,10 @@ class Stack(NamedTuple):
 class KindOptions:
     """Holds what the Options of a kind of model say of its blocks; each kind says what differs."""
 
-    attends: ClassVar[bool] = True  # it has attention at all
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The masks of the self-attention of its stacks (models/attentions); () = it has none."""
+        return ("causal",)
 
     @property
     def embeds(self) -> bool:
@@ -164,6 +167,8 @@ class ModelConfig:
     kind_options: KindOptions = derived()
     vocab_size: int = option(256, "rows of the embedding; at least the tokenizer's", NUMBER)
     d_model: int = option(128, "width of the residual stream", NUMBER)
+    attention: str = choice("grouped_query", "attentions", "which tokens a token sees")
+    attention_options: Any = derived()
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)
     head_dim: int = option(0, "0 = d_model / num_heads", NUMBER)
