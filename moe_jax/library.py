@@ -20,7 +20,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.config import config_file
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import moe_config
+from moe_jax.models.block import moe_config
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg

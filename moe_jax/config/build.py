@@ -14,6 +14,7 @@ import jax
 from moe_jax.config import rules
 from moe_jax.config.tree import COEFFICIENTS, Choice, at, choices
 from moe_jax.errors import UserError
+from moe_jax.models import MODELS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel import mesh
 from moe_jax.schema.blocks import DEPTH
@@ -101,6 +102,7 @@ def allow_float64(raw: Mapping[str, Any]) -> None:
 def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises a UserError for a changed option of what is not chosen: it would do nothing."""
     _refuse_unused_depth(raw["model"], defaults["model"])
+    _refuse_unused_attention(raw["model"], defaults["model"])
     _refuse_unused_pattern(raw["model"]["moe"]["sparse"], defaults["model"]["moe"]["sparse"])
     for choice in choices():
         chosen, default_blocks = at(raw, choice.path), at(defaults, choice.blocks)
@@ -123,6 +125,19 @@ def _refuse_unused_pattern(sparse: Mapping[str, Any], default: Mapping[str, Any]
         raise UserError(
             "model.moe.sparse.pattern and its options do nothing, because model.moe.sparse.rule is "
             f'"{NO_RULE}": set the rule to one of {names}, or leave the pattern alone'
+        )
+
+
+def _refuse_unused_attention(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+    """Refuses an attention in a kind of model that has none."""
+    kind = model["kind"]
+    # What is no kind of model is told by `build`.
+    if kind not in MODELS or model["attention"] == default["attention"]:
+        return
+    if not MODELS[kind].options(**model["kinds"][kind]).masks:
+        raise UserError(
+            f'model.attention = "{model["attention"]}" does nothing, because model.kind = "{kind}" '
+            "has no attention: leave the key alone"
         )
 
 

@@ -24,8 +24,8 @@ from moe_jax.decoding.sample import Dials, draw
 from moe_jax.errors import UserError
 from moe_jax.models import decoder, encdec
 from moe_jax.models.decodable import why_not_cached, with_dispatcher
-from moe_jax.models.decoder import empty_caches
 from moe_jax.models.functions import make_model
+from moe_jax.models.stack import empty_caches
 from moe_jax.moe.dispatch import LOSSLESS
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P

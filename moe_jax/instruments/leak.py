@@ -28,6 +28,7 @@ from moe_jax import config
 from moe_jax.config import causality
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
@@ -291,6 +292,9 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     options = model["kinds"][kind]
     changes = dict(MODELS[kind].small(options, seq_len))
     model["kinds"] = {**model["kinds"], kind: {**options, **changes}}
+    attention, options = model["attention"], model["attentions"][model["attention"]]
+    changes = dict(ATTENTIONS[attention].small(options, small["data"]["seq_len"]))
+    model["attentions"] = {**model["attentions"], attention: {**options, **changes}}
     return small
 
 

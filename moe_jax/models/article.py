@@ -24,7 +24,7 @@ Shapes: B rows, S sequence, D embedding, n experts, m places, V vocabulary, C cl
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,11 @@ class Options(KindOptions):
         "gelu", 'of an expert: "identity", "relu", "gelu"', choices=tuple(ACTIVATIONS)
     )
     num_classes: int = option(0, "0 = the next token", NO_LABEL_OR_MORE)
-    attends: ClassVar[bool] = False
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Returns none: a window of tokens is weighed by place alone."""
+        return ()
 
     def stacks(self, own: Stack) -> dict[str, Stack]:
         """Returns none: the model is made of no blocks."""

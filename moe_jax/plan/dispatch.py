@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.filesize import pick_unit_and_suffix
 
-from moe_jax.models.decoder import moe_config
+from moe_jax.models.block import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.layer import MoE, num_intended

@@ -4,13 +4,13 @@ compare with.
 One multiply-add is 2 FLOPs. Counted are the matrix products: projections, attention scores,
 feed-forwards, experts, router, head. Left out are norms, softmaxes, rotary embeddings, activations,
 gates, gathers and the embedding's lookup, a few percent at any useful width. Attention is causal
-and counted so: the token at position i has i + 1 keys, (S + 1) / 2 on average. (PaLM counts all S
-keys of every token.) Routed experts count as used, with the k experts of a token: what a dispatcher
-pads is not useful work, and what capacity drops still counts. A depth block counts in training for
-the C of S tokens that go through it, which attend to each other; its router for all.
+and counted so: the token at position i has i + 1 keys, (S + 1) / 2 on average, or as many as a
+window shows. (PaLM counts all S keys of every token.) Routed experts count as used, with the k
+experts of a token: what a dispatcher pads is not useful work, and what capacity drops still counts.
+A depth block counts in training for the C of S tokens that go through it, which attend to each
+other; its router for all.
 
-Shapes: D model, F hidden, H query heads, G key-value heads, A head width, E experts, V vocabulary,
-S sequence.
+Shapes: D model, F hidden, E experts, V vocabulary, S sequence.
 """
 
 import math
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.models import MODELS, depth
+from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.counting import projections
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
 from moe_jax.schema.blocks import DEPTH
@@ -91,20 +93,19 @@ def parameters(cfg: ModelConfig) -> Counts:
     """The parameters of a model. A router's state has no gradient and is none."""
     if count := MODELS[cfg.kind].parameters:
         return count(cfg, parameters)
-    d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    num_dense, num_moe = cfg.num_dense_layers, cfg.num_moe_layers
-    biases = (h + 2 * g) * a if cfg.attention_bias else 0
+    d, num_dense, num_moe = cfg.d_model, cfg.num_dense_layers, cfg.num_moe_layers
+    attention = projections(ATTENTIONS[cfg.attention].weights(cfg))
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
     return Counts(
         embedding=cfg.vocab_size * d,
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
-        attention=len(cfg.blocks) * (2 * d * a * (h + g) + biases),
+        attention=len(cfg.blocks) * (attention.matrices + attention.biases),
         dense=num_dense * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * cfg.moe.shared_experts * expert,
         experts=num_moe * cfg.moe.num_experts * expert,
         experts_active=round(num_moe * experts_per_token(cfg.moe) * expert) if num_moe else 0,
         router=num_moe * router(cfg) + cfg.num_depth_blocks * d,
-        norms=d + len(cfg.blocks) * (2 * d + (2 * a if cfg.qk_norm else 0)),
+        norms=d + len(cfg.blocks) * (2 * d + attention.scales),
     )
 
 
@@ -149,14 +150,14 @@ def mixing(cfg: ModelConfig) -> int:
 
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     """FLOPs of the forward pass in training, per token of a row of `seq_len` tokens that attend to
-    all tokens before them.
+    the tokens before them.
 
     A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only
     to themselves, which needs fewer FLOPs than counted here.
     """
     if count := MODELS[cfg.kind].forward_flops:
         return count(cfg, seq_len, forward_per_token)
-    d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    d, attention = cfg.d_model, ATTENTIONS[cfg.attention]
     chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
 
@@ -176,11 +177,15 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     def per_token(weights):
         return lambda num_tokens: 2 * weights * num_tokens
 
+    def scores(num_tokens):
+        # Queries times keys and weights times values: two products of 2 FLOPs.
+        pairs = attention.num_pairs(num_tokens, cfg.attention_options)
+        return 4 * cfg.num_heads * cfg.head_dim * pairs
+
+    matrices = projections(attention.weights(cfg)).matrices
     return Breakdown(
-        attention_projections=over(dense + moe, per_token(2 * d * a * (h + g))),
-        attention_scores=over(
-            dense + moe, lambda n: 2 * h * a * (n + 1) * n
-        ),  # 2 products x 2 x (n + 1) / 2 keys
+        attention_projections=over(dense + moe, per_token(matrices)),
+        attention_scores=over(dense + moe, scores),
         dense=over(dense, per_token(feed_forward(cfg, cfg.ffn_hidden))),
         shared=over(moe, per_token(cfg.moe.shared_experts * expert)),
         experts=over(moe, lambda n: 2 * expert * expert_rows(cfg.moe, n))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from moe_jax.models.decoder import moe_config
+from moe_jax.models.block import moe_config
 from moe_jax.moe.layer import Batch, MoELayer
 from moe_jax.parallel.mesh import sharding
 from moe_jax.plan.abstract import abstract_batch

@@ -1,6 +1,6 @@
 """The kinds of blocks of a model, and the stacks in which they run."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 # What the kind of a block begins with that only some tokens go through, as in "depth:moe".
 DEPTH = "depth:"
@@ -24,7 +24,10 @@ class Stack(NamedTuple):
 class KindOptions:
     """Holds what the Options of a kind of model say of its blocks; each kind says what differs."""
 
-    attends: ClassVar[bool] = True  # it has attention at all
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The masks of the self-attention of its stacks (models/attentions); () = it has none."""
+        return ("causal",)
 
     @property
     def embeds(self) -> bool:

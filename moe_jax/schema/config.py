@@ -131,6 +131,8 @@ class ModelConfig:
     kind_options: KindOptions = derived()
     vocab_size: int = option(256, "rows of the embedding; at least the tokenizer's", NUMBER)
     d_model: int = option(128, "width of the residual stream", NUMBER)
+    attention: str = choice("grouped_query", "attentions", "which tokens a token sees")
+    attention_options: Any = derived()
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)
     head_dim: int = option(0, "0 = d_model / num_heads", NUMBER)
