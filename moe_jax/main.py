@@ -149,10 +149,10 @@ def join(raw: Mapping[str, Any]) -> None:
         signals.LISTENER.note()
     said = {**flatten_dict(dict(raw), sep="."), "--workdir": FLAGS.workdir}
     cluster.compare("config", said, limits.join)
-    cluster.compare("code", code(), limits.join)
+    cluster.compare("code", made_by(), limits.join)
 
 
-def code() -> dict[str, str]:
+def made_by() -> dict[str, str]:
     """Returns what a program is made by: the source, Python, and the libraries that compile."""
     source = version.source()
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
@@ -229,7 +229,7 @@ def dry_run(cfg: config.Config) -> int:
 def preflight(cfg: config.Config) -> int:
     from moe_jax import preflight
 
-    report = preflight.run(cfg, Path(FLAGS.workdir), code())
+    report = preflight.run(cfg, Path(FLAGS.workdir), made_by())
     if jax.process_index() == 0:
         shell.console().print(preflight.render(report), highlight=False)
     cluster.PEERS.finish()

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,8 @@ def join(
     # JAX's preemption service would take SIGTERM for itself: moe_jax.runtime.signals hears it.
     jax.config.update("jax_enable_preemption_service", False)
     local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
-    devices = [int(number) for number in local_devices.split(",") if number] or None
+    numbers = [int(number) for number in local_devices.split(",") if number]
+    devices: Sequence[int] | None = numbers or None
     if address is None:
         address, num_processes, process_id, devices = detect(timeout)
     jax.distributed.initialize(
@@ -83,7 +84,7 @@ def join(
     PEERS.start(heartbeat)
 
 
-def detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
+def detect(timeout: float) -> tuple[str, int, int, Sequence[int] | None]:
     """Returns what the cluster says: HOST:PORT of process 0, how many processes there are, the
     number of this one, and its devices (None = all of its machine).
 

@@ -259,6 +259,12 @@ class TrainConfig:
         "steps in a row with a non-finite loss or gradient that are skipped before the run stops",
         COUNT,
     )
+    spike_sigma: float = option(
+        0.0,
+        "a step is not taken whose loss or gradient norm is so many standard deviations above the "
+        "mean of the last 128; 0 = off",
+        NOT_NEGATIVE,
+    )
     init_from: str = option("", "workdir of another run whose parameters this one starts from")
     init_rename: tuple[tuple[str, str], ...] = option(
         (),
