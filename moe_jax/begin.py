@@ -23,6 +23,7 @@ def begin(
     init: Any,
     abstract: Any,
     data: Data | None = None,
+    allowed: tuple[str, ...] = (),
 ) -> tuple[State, list[str]]:
     """Returns the state to start from and what to tell.
 
@@ -34,10 +35,11 @@ def begin(
       init: key -> a fresh state.
       abstract: its shapes, dtypes and shardings.
       data: compared with that of train.init_from; None = it is not.
+      allowed: keys, by prefix, that may differ from the saved config (--allow_change).
     """
     step = saves.latest()
     if step is not None:
-        notes = resumed(cfg, saves, step, metadata)
+        notes = resumed(cfg, saves, step, metadata, allowed)
         return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))
     notes = idle.notes(cfg, metadata.get("config", {}), start=0)
@@ -52,6 +54,7 @@ def resumed(
     saves: checkpoint.Checkpoints,
     step: int,
     metadata: Mapping[str, Any],
+    allowed: tuple[str, ...],
 ) -> list[str]:
     """Returns what to tell of a run that goes on from `step`. Raises UserError when it may not."""
     saved, path = saves.metadata(step), saves.path(step)
@@ -68,7 +71,8 @@ def resumed(
         old, moved = checkpoint.same_data(old, metadata["config"])
         notes += moved
     smoke.refuse_other(old, metadata["config"])
-    checkpoint.compare_configs(old, metadata["config"], RESUME_MAY_CHANGE)
+    notes += checkpoint.allowed_changes(old, metadata["config"], allowed)
+    checkpoint.compare_configs(old, metadata["config"], (*RESUME_MAY_CHANGE, *allowed))
     if saved["data"] != metadata["data"]:
         raise UserError(
             f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, "

@@ -53,6 +53,12 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
     "dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit"
 )
+flags.DEFINE_multi_string(
+    "allow_change",
+    [],
+    "key that may differ from the config this run was started with, such as optim.learning_rate; "
+    "may be given several times",
+)
 flags.DEFINE_bool(
     "preflight", False, "look at every process, its disk and the network between them, and exit"
 )
@@ -246,7 +252,7 @@ def train(cfg: config.Config, raw: dict[str, Any]) -> int:
     # tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
-        result = train.run(cfg, raw, workdir, STARTED, FLAGS.config)
+        result = train.run(cfg, raw, workdir, STARTED, FLAGS.config, tuple(FLAGS.allow_change))
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
         if cluster.PEERS.started:

@@ -16,13 +16,14 @@ damaged checkpoint is passed over, and renamed by the next save; it never counts
 """
 
 from moe_jax.checkpoint.initial import Report, load_params, refuse_idle_renames
-from moe_jax.checkpoint.resume import compare_configs, fill, same_data
+from moe_jax.checkpoint.resume import allowed_changes, compare_configs, fill, same_data
 from moe_jax.checkpoint.store import Checkpoints, SaveFailed
 
 __all__ = [
     "Checkpoints",
     "Report",
     "SaveFailed",
+    "allowed_changes",
     "compare_configs",
     "fill",
     "load_params",

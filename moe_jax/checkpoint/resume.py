@@ -32,8 +32,35 @@ def compare_configs(
         raise UserError(
             f"this run was started with another config: {changes}. Set these keys back, or take a "
             "new workdir (with "
-            "train.init_from to begin with the parameters of this one)"
+            "train.init_from to begin with the parameters of this one); --allow_change=KEY goes on "
+            "with another value"
         )
+
+
+def allowed_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], allowed: tuple[str, ...]
+) -> list[str]:
+    """Returns a note for each key of `allowed` (by prefix) that differs from the saved config.
+
+    Raises UserError for one that is no key.
+    """
+    before, after = _flat(old), _flat(new)
+    keys = sorted(before.keys() | after.keys())
+    notes = []
+    for prefix in allowed:
+        named = [key for key in keys if _within(key, (prefix,))]
+        changed = [k for k in named if before.get(k, _ABSENT) != after.get(k, _ABSENT)]
+        if not named:
+            raise UserError(f"--allow_change={prefix}: the config has no such key")
+        if not changed:
+            # No mistake: a cluster starts a run again by the same command.
+            notes.append(f"--allow_change={prefix}: nothing of it differs from what was saved")
+        notes += [
+            f"{key} was {before.get(key, _ABSENT)}, is {after.get(key, _ABSENT)} from here on "
+            "(--allow_change)"
+            for key in changed
+        ]
+    return notes
 
 
 def same_data(
@@ -85,7 +112,8 @@ def fill(
         for key, value in new.items():
             if key not in old:
                 out[key] = value
-                if chosen is None or key == chosen:
+                quiet = _within(prefix + key, may_change)
+                if not quiet and (chosen is None or key == chosen):
                     notes.append(
                         f"{prefix}{key} is new since this run: taken as its default "
                         f"{json.dumps(value)}"

@@ -50,7 +50,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     Raises UserError.
     """
     tree = copy.deepcopy(dict(raw))
-    tree["mesh"] = mesh.resolve(_lengths(tree["mesh"]), num_devices)
+    tree["mesh"] = _lengths(tree["mesh"], num_devices)
     for choice in choices():
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
@@ -65,12 +65,23 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     return config
 
 
-def _lengths(raw: Mapping[str, Any]) -> mesh.Lengths:
-    """Returns the lengths of the mesh as they are written, -1 for the rest of the devices."""
+def _lengths(raw: Mapping[str, Any], num_devices: int) -> mesh.Lengths:
+    """Returns the lengths of the mesh for these devices: those of the config, or else the first of
+    mesh.fallbacks that fits.
+    """
     written = freeze(MeshConfig, raw, "mesh.")
     for message in refusals(written, "mesh."):
         raise UserError(message)
-    return mesh.Lengths(**dataclasses.asdict(written))
+    fallbacks = [mesh.parse(text, "mesh.fallbacks") for text in written.fallbacks]
+    lengths = dataclasses.asdict(written)
+    del lengths["fallbacks"]
+    try:
+        return mesh.resolve(mesh.Lengths(**lengths), num_devices)
+    except UserError:
+        for fallback in fallbacks:
+            if fallback.num_devices == num_devices:
+                return fallback
+        raise
 
 
 def _choose(tree: dict[str, Any], choice: Choice) -> None:

@@ -30,6 +30,7 @@ class Result(NamedTuple):
     data: Data
     tokens_per_second: float
     sample: str
+    goodput: str = ""  # in words, over all starts of the run
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
@@ -58,6 +59,7 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
         "parameters": f"{total} in all, {active} active per token",
         "tokens/s": readable(result.tokens_per_second) if result.tokens_per_second else "-",
         "time": duration(seconds),
+        "goodput": result.goodput,
         "metrics": str(workdir / "metrics.jsonl"),
         "checkpoints": str(workdir / "checkpoints"),
         "curves": curves(workdir),

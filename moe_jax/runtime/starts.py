@@ -29,6 +29,18 @@ def changed_code(workdir: Path) -> list[str]:
     return [f"the code has changed since this run was last started: {before} then, {now} now"]
 
 
+def changed_mesh(workdir: Path) -> list[str]:
+    """Returns a note when the start that was just recorded has another mesh than the one before."""
+    meshes = [record.get("mesh") for record in read(workdir)[-2:]]
+    if len(meshes) < 2 or meshes[0] == meshes[1] or not all(isinstance(m, dict) for m in meshes):
+        return []
+    before, now = (
+        " x ".join(f"{axis} {n}" for axis, n in lengths.items() if n != 1) or "one device"
+        for lengths in meshes
+    )
+    return [f"the mesh was {before} at the last start, it is {now} now"]
+
+
 def code(record: Mapping[str, Any]) -> str:
     """The code of a start: its commit, or without git its version."""
     git, versions = record.get("git"), record.get("versions")

@@ -49,6 +49,10 @@ class MeshConfig:
     )
     expert: int = option(1, "expert parallel (also shards the batch)", AXIS)
     model: int = option(1, "tensor parallel: heads, hidden columns, vocabulary", AXIS)
+    fallbacks: tuple[str, ...] = option(
+        (),
+        'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

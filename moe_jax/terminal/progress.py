@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from moe_jax.runtime.clock import StepClock
+from moe_jax.runtime.goodput import STEPS, Goodput
 from moe_jax.runtime.watchdog import WATCHDOG
 from moe_jax.terminal import live_line
 from moe_jax.terminal.live_line import one_line
@@ -38,9 +39,13 @@ class Progress:
     Args:
       active: False shows nothing (all processes but process 0).
       console: where to; None = standard output.
+      goodput: counts the seconds of every activity; None = nobody does.
     """
 
-    def __init__(self, *, active: bool, console: Console | None = None):
+    def __init__(
+        self, *, active: bool, console: Console | None = None, goodput: Goodput | None = None
+    ):
+        self.goodput = goodput or Goodput(time.monotonic())
         self.console = (console or Console()) if active else None
         self._is_live = bool(self.console and live_line.can_be_shown(self.console))
         self._live: Live | None = None
@@ -65,6 +70,7 @@ class Progress:
         if start_step >= total_steps:
             return
         self._begin(FIRST_STEP)
+        self.goodput.phase(FIRST_STEP)
         self._open(transient=False)
 
     @contextlib.contextmanager
@@ -80,7 +86,7 @@ class Progress:
         self._begin(activity)
         try:
             paused = self._clock.paused() if self._clock else contextlib.nullcontext()
-            with paused, WATCHDOG.slow(activity):
+            with paused, WATCHDOG.slow(activity), self.goodput.doing(activity):
                 yield
         finally:
             self._end()
@@ -103,6 +109,7 @@ class Progress:
         if self._first is None:
             self._first = now, step
             self._activities.clear()  # the first step is compiled
+            self.goodput.phase(STEPS)
         self._step, self._updates, self._moved = step, self._updates + 1, now
         if not self.console:
             return
