@@ -8,7 +8,7 @@ Goodput, 2024). workdir/goodput.json keeps the seconds of every start.
 import contextlib
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Goodput:
     """
 
     def __init__(self, started: float, first: str = "start"):
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._activities = [first]  # under way; the innermost last, to which the time belongs
         self._since = started
         self._earlier: list[dict[str, Any]] = []  # the starts before this one
@@ -69,14 +69,15 @@ class Goodput:
 
     def seconds(self, step: int) -> dict[str, float]:
         """Returns the seconds of every activity over all starts of the run; `step` is done."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for start in [*self._earlier, self._own(step)]:
-            spent = Counter(start["seconds"])
             made, kept = start["last_step"] - start["first_step"], start["kept_steps"]
-            redone = spent[STEPS] * (1 - kept / made) if made else 0.0
-            spent[STEPS] -= redone
-            spent[REDONE] += redone
-            total += spent
+            for name, value in start["seconds"].items():
+                total[name] += value
+            if made > kept:
+                redone = start["seconds"].get(STEPS, 0.0) * (1 - kept / made)
+                total[STEPS] -= redone
+                total[REDONE] += redone
         return dict(total)
 
     def share(self, step: int) -> float:

@@ -32,13 +32,16 @@ def changed_code(workdir: Path) -> list[str]:
 def changed_mesh(workdir: Path) -> list[str]:
     """Returns a note when the start that was just recorded has another mesh than the one before."""
     meshes = [record.get("mesh") for record in read(workdir)[-2:]]
-    if len(meshes) < 2 or meshes[0] == meshes[1] or not all(isinstance(m, dict) for m in meshes):
+    texts = [_split(lengths) for lengths in meshes if isinstance(lengths, dict)]
+    if len(set(texts)) < 2:
         return []
-    before, now = (
-        " x ".join(f"{axis} {n}" for axis, n in lengths.items() if n != 1) or "one device"
-        for lengths in meshes
-    )
+    before, now = texts
     return [f"the mesh was {before} at the last start, it is {now} now"]
+
+
+def _split(lengths: Mapping[str, int]) -> str:
+    """Returns the axes of a mesh that split something, as in "data 2 x expert 4"."""
+    return " x ".join(f"{axis} {n}" for axis, n in lengths.items() if n != 1) or "one device"
 
 
 def code(record: Mapping[str, Any]) -> str:
