@@ -88,10 +88,9 @@ def rows_of(workdir: Path) -> dict[int, tuple[str, ...]]:
 def arrays_of(workdir: Path) -> dict[str, bytes]:
     """Returns the bytes of every array of the newest checkpoint."""
     path = sorted((workdir / "checkpoints").glob("step_????????"))[-1]
-    described = manifest.read(path)["arrays"]
     wanted = {
-        array["name"]: jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"])
-        for array in described
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+        for name, (shape, dtype) in manifest.read(path)["arrays"].items()
     }
     loaded = store.load_arrays(path, wanted)
     return {name: np.asarray(array).tobytes() for name, array in loaded.items()}
