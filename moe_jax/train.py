@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
@@ -27,6 +28,8 @@ from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
+from moe_jax.report.trackers import Trackers, require
+from moe_jax.report.trackers.contract import Start
 from moe_jax.runtime import cluster, shell, signals, starts, stopping
 from moe_jax.runtime.clock import StepClock
 from moe_jax.runtime.faults import Injector
@@ -179,6 +182,7 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:
     """`run` in a workdir that is locked, with the signals listened to."""
     cfg, workdir = job.cfg, job.workdir
+    require(cfg.log.trackers)
     main = jax.process_index() == 0
     goodput = Goodput(job.started)
     progress = Progress(active=main, goodput=goodput)
@@ -363,10 +367,21 @@ def open_files(
             active=main,
             started=job.started,
             per_step=metrics.PerStep(tokens, step_flops),
+            trackers=open_trackers(job, progress) if main and cfg.log.trackers else None,
         )
         writer.text(due.start, "config", f"```json\n{json.dumps(job.raw, indent=1)}\n```")
         writer.hyperparameters(tensorboard.hyperparameters(job.raw))
     return writer
+
+
+def open_trackers(job: Job, progress: Progress) -> Trackers:
+    """Returns the trackers of the run, which go on where an earlier start of it ended."""
+    flat = flatten_dict(dict(job.raw), sep=".")
+    start = Start(job.workdir, job.cfg.log.project, flat, identity="")
+    opened = Trackers(job.cfg.log.trackers, start, progress.message)
+    for name, where in opened.where.items():
+        progress.message(f"{name:8} {where}")
+    return opened
 
 
 def make_clock(cfg: Config, progress: Progress, idle: bool) -> StepClock:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from moe_jax.data.contract import Data
 from moe_jax.models.decodable import why_not_decoded
 from moe_jax.plan import flops
+from moe_jax.report import trackers
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
@@ -64,6 +65,7 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
         "checkpoints": str(workdir / "checkpoints"),
         "curves": curves(workdir),
     }
+    lines |= tracked(workdir)
     # Not every task writes these.
     for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl")):
         if (workdir / file).exists():
@@ -72,6 +74,15 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
         prompt = ("--prompt", "In the beginning")
         lines["next"] = shell.command("moe_jax", "generate", "--workdir", workdir, *prompt)
     return lines
+
+
+def tracked(workdir: Path) -> dict[str, str]:
+    """Returns where the trackers of the run have it."""
+    try:
+        known = json.loads((workdir / trackers.FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: run["where"] for name, run in known.items()}
 
 
 def curves(workdir: Path) -> str:

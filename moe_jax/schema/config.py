@@ -337,6 +337,10 @@ class LogConfig:
         NUMBER,
     )
     tensorboard: bool = option(True, "also write TensorBoard events")
+    trackers: tuple[str, ...] = option(
+        (), 'services that get the figures too: ("wandb",), ("mlflow",); moe_jax/report/trackers'
+    )
+    project: str = option("moe_jax", "the project or experiment of the run there")
     histogram_every: int = option(
         100,
         "steps between rows of the picture of the experts' load (TensorBoard, 4_experts)",
