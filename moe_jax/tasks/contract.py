@@ -30,16 +30,21 @@ from moe_jax.schema.config import Config
 class Losses(NamedTuple):
     """Holds the results of one forward pass."""
 
-    nll: jax.Array  # nats of every prediction [B, ...]
-    weight: jax.Array  # of each, same shape; 0 = padding
-    outputs: Any  # of the model
-    sums: dict[str, jax.Array]  # of its layers [L, B, ...]
+    # Nats of every prediction [B, ...].
+    nll: jax.Array
+    # Weight of every prediction, of the same shape; 0 = padding.
+    weight: jax.Array
+    # What the model returns, as `evaluate` of the task reads it: mostly logits.
+    outputs: Any
+    # Sums of the layers for each row [L, B, ...], which add up over rows and devices.
+    sums: dict[str, jax.Array]
 
 
 class Trained(NamedTuple):
     """A model at the end of a run."""
 
-    bind: Callable[..., Any]  # (params, router state) -> the module
+    # (params, router state) -> the module
+    bind: Callable[..., Any]
     params: Any
     router_state: Any
     # `by_row` of every row of the evaluation just made, in data.heldout_order().
@@ -108,12 +113,14 @@ def objective(
 
     The loss is nats per prediction plus the auxiliary losses of the layers.
     """
+    # At least 1: a batch of padding alone has no predictions.
     nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
     loss = nll
     parts = {"nll": nll, **depth.figures(totals["depth"])}
     if totals["depth"]:
         loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
     if totals["moe"]:
+        # Routers compute in float32 or wider, and so are their losses.
         auxiliary, values = auxiliary_losses.auxiliary(totals["moe"], coefficients)
         loss = loss + auxiliary.astype(nll.dtype)
         parts |= {f"{name}_loss": value for name, value in values.items()}
@@ -162,6 +169,7 @@ def of_heldout(
     @jax.jit
     def answer(params: Any, router_state: Any, batch: Any) -> Any:
         model = trained.bind(params, router_state)
+        # Whole on every device, so that each host can read all of it.
         return jax.sharding.reshard(question(model, batch), P())
 
     size = cfg.eval.batch_size
@@ -202,6 +210,7 @@ def by_domain(x: jax.Array, keep: jax.Array, domain: jax.Array, num_domains: int
 
 def experts_by_row(sums: Mapping[str, jax.Array], num_rows: int) -> jax.Array:
     """Returns the assignments of each row to the experts of each MoE layer, [B, L, E]."""
+    # Without MoE layers there are no experts to count.
     if not sums:
         return jnp.zeros((num_rows, 0, 1))
     return jnp.moveaxis(sums["counts"], 1, 0)
@@ -214,4 +223,5 @@ def routing_by_domain(
     if not sums:
         return jnp.zeros((0, num_domains, 1))
     domain_BZ = (domain_B[:, None] == jnp.arange(num_domains)[None]).astype(sums["counts"].dtype)
+    # Summed over the rows of all devices, and whole on each of them.
     return jnp.einsum("LBE,BZ->LZE", sums["counts"], domain_BZ, out_sharding=P())

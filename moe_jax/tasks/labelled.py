@@ -86,6 +86,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
         "macro_f1": f1[rows_or_predicted > 0].mean(),
     }
     for name, correct, number in zip(data.domains, total["correct"], total["tokens"], strict=True):
+        # A short evaluation may have had no row of a domain.
         if number:
             result[f"domain/{name}/accuracy"] = correct / number
     return result
@@ -119,7 +120,10 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
                 "predicted": labels[predicted],
                 "probability": round(float(probability), 6),
             }
-            yield row | {"text": raw[i]} if data.about.tokenizer else row
+            # Of vectors there is nothing to read.
+            if data.about.tokenizer:
+                row["text"] = raw[i]
+            yield row
 
     contract.write_predictions(workdir, rows())
     return {}
@@ -171,6 +175,7 @@ def random(cfg: Config, step: int) -> LabelledTokens | LabelledVectors:
     options: Any = cfg.model.kind_options
     num, length = cfg.train.batch_size, cfg.data.seq_len
     size_B = rng.integers(length // 2 + 1, length + 1, num)
+    # Proofs need both kinds of rows: full ones and ones with padding.
     size_B[::2] = length
     segment_BS = (np.arange(length)[None] < size_B[:, None]).astype(np.int32)
     position_BS = segment_BS * np.arange(length, dtype=np.int32)[None]

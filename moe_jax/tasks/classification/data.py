@@ -31,9 +31,13 @@ class Text(NamedTuple):
     """A text as it is read, with all that decides on which side it is."""
 
     text: str
-    label: str  # "" = it has none: the text is left out, and counted
-    domain: str  # "" = the label
-    split: str  # "train", "heldout", or "": by the key
+    # "" = it has none: the text is left out, and counted.
+    label: str
+    # "" = the label.
+    domain: str
+    # "train", "heldout", or "": by the key.
+    split: str
+    # Texts of one key are on one side.
     key: bytes
 
 

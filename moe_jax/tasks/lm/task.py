@@ -63,7 +63,9 @@ def losses(model: Callable, batch: PackedText, rng: jax.Array, train: bool) -> L
     """Returns the losses of all tokens that are no padding."""
     logits_BSV, sums = model(model_batch(batch), rng, train)
     nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
-    return Losses(nll_BS, (batch.segment_BS > 0).astype(nll_BS.dtype), logits_BSV, sums)
+    # Segment 0 is padding.
+    weight_BS = (batch.segment_BS > 0).astype(nll_BS.dtype)
+    return Losses(nll_BS, weight_BS, logits_BSV, sums)
 
 
 def record(
@@ -112,6 +114,7 @@ def summary(total: Mapping[str, Any], data: Dataset) -> dict[str, float]:
     """
     tokens = max(total["tokens"].sum(), 1)
     result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
+    # Nats are bits times ln 2. Bytes are those of the text, so tokenizers are comparable.
     bits = total["nll"] / math.log(2) / np.maximum(total["bytes"], 1)
     has_rows = total["bytes"] > 0
     for i, name in enumerate(data.domains):
@@ -232,6 +235,7 @@ def random(cfg: Config, step: int) -> PackedText:
     cut_B1 = rng.integers(least, max(least + 1, length - 4), (num, 1))
     padding_B1 = rng.integers(min(1, length - 1), min(4, length), (num, 1))
     distinct = rng.permutation(np.arange(1, cfg.model.vocab_size))
+    # Repeated from the beginning where a small vocabulary has not enough.
     first_B2 = np.resize(distinct, (num, 2))
     tokens[:, :1] = first_B2[:, :1]
     np.put_along_axis(tokens, cut_B1, first_B2[:, 1:], 1)

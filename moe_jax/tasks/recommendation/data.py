@@ -66,6 +66,7 @@ def read_tfds(spec: str) -> Interactions:
             "MovieLens set"
         )
     users: dict[str, list[str]] = {}
+    # One split of the set is read: users are held out here, not by the set.
     for record in stored.records("train", stored.split):
         if float(record.fields["user_rating"]) >= LIKED:
             user = record.text("user_id")

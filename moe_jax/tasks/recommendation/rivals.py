@@ -14,7 +14,9 @@ from moe_jax.tasks.classification.rivals import Figures
 from moe_jax.tasks.recommendation.data import divided
 
 CUT = 20  # length of the lists that are judged
-BLOCK = 512  # users, or items, at once
+# Users, or items, at once: their scores for all items are dense.
+BLOCK = 512
+# The settings that are tried, each with each.
 NEIGHBOURS = (20, 100, 500, 2500)
 SHRINKAGES = (0.0, 5.0, 20.0)
 TUNED_ON = 10  # one training user in so many
@@ -124,6 +126,7 @@ def ranking(scores_UI: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
 
     Recall is hits / min(CUT, wanted items); NDCG has binary gains (Liang et al. 2018, section 4.1).
     """
+    # Stable, so that equal scores are ranked by the number of the item on every machine.
     order_UC = np.argsort(-scores_UI, axis=1, kind="stable")[:, :CUT]
     hit_UC = np.array([np.isin(order, items) for order, items in zip(order_UC, wanted)])
     gain_C = 1 / np.log2(np.arange(2, CUT + 2))

@@ -35,7 +35,8 @@ class Options:
     min_users: int = option(10, "of an item", NUMBER)
 
 
-SHOWN_SCORE = -1e30  # the score of an item that the user has: never recommended again
+# The score of an item that the user has, which is never recommended again.
+SHOWN_SCORE = -1e30
 
 
 def _items(cfg: Config) -> tuple[int, ...]:
@@ -46,6 +47,7 @@ def _items(cfg: Config) -> tuple[int, ...]:
 def open_data(cfg: Config) -> Examples:
     """Opens the baskets of the config; UserError where the model has not as many items."""
     options = typed_options(Options, cfg.task_options)
+    # The number of items is known only once the set is read; the model has its size before that.
     items_of_tasks = _items(cfg)
     data = open_recommendation(
         options.dataset,
@@ -154,6 +156,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
         f"ndcg@{CUT}": total["ndcg"].sum() / num_users,
     }
     for name, ndcg, number in zip(data.domains, total["ndcg"], total["users"], strict=True):
+        # A short evaluation may have had no user of a domain.
         if number:
             result[f"domain/{name}/ndcg@{CUT}"] = ndcg / number
     return result
@@ -207,6 +210,7 @@ def random(cfg: Config, step: int) -> Baskets:
     rng = np.random.default_rng([cfg.seed, step])
     num, length = cfg.train.batch_size, cfg.data.seq_len
     size_B1 = rng.integers(1, length + 1, (num, 1))
+    # Proofs need both kinds of rows: full ones and ones with padding.
     size_B1[::2] = length
     weight_BL = (np.arange(length)[None] < size_B1).astype(np.float32)
     item_BL = rng.integers(0, sum(_items(cfg)), (num, length))

@@ -25,11 +25,15 @@ KIND = "translation"
 
 
 class Pair(NamedTuple):
+    """A pair of sentences as it is read, with all that decides on which side it is."""
+
     source: str
     target: str
     domain: str
-    split: str  # "train", "heldout", or "": by the key
-    key: bytes  # what is held out together
+    # "train", "heldout", or "": by the key.
+    split: str
+    # Pairs of one key are held out together.
+    key: bytes
 
 
 class Parallel(NamedTuple):
@@ -146,6 +150,7 @@ def open_translation(
 def split(pairs: Iterator[Pair], heldout_every: int) -> dict[str, list[Pair]]:
     """Returns the pairs of both splits, without training pairs whose source is held out as well."""
     parts = split_examples(pairs, heldout_every)
+    # A chapter is held out as a whole, and so a verse of it may come again in another one.
     held_out = {key_of_text(pair.source) for pair in parts["heldout"]}
     train = [pair for pair in parts["train"] if key_of_text(pair.source) not in held_out]
     return {**parts, "train": train}
@@ -184,6 +189,7 @@ def _examples(
         fields = _prefix_fields if prefix else _pair_fields
         return fields(rows[part], domain[part][index_B], index_B, seq_len)
 
+    # The order is part of the fingerprint, which old runs are compared by.
     arrays = [array for part in parts for sequences in rows[part] for array in sequences]
     arrays += domain.values()
     arguments = [name, seq_len, prefix, domains, tokens.fingerprint]

@@ -40,6 +40,7 @@ class Options:
     )
 
 
+# Temperature 0 takes the likeliest token; the other dials do nothing then.
 GREEDY = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=()))
 
 
@@ -115,6 +116,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
     tokens = max(total["tokens"].sum(), 1)
     result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
     for name, nll, number in zip(data.domains, total["nll"], total["tokens"], strict=True):
+        # A short evaluation may have had no row of a domain.
         if number:
             result[f"domain/{name}/loss"] = nll / number
     return result

@@ -29,6 +29,7 @@ def baseline_figures(data: Examples) -> Figures:
 
     values_NF, label_N = data.about.raw["train"]
     heldout_MF, heldout_label_M = data.about.raw["heldout"]
+    # Pixels go from 0 to 255 and frames are standardised: both are brought below 1.
     scale = max(1.0, float(np.abs(values_NF).max()))
     values_NF = values_NF.astype(np.float32) / scale
     heldout_MF = heldout_MF.astype(np.float32) / scale
