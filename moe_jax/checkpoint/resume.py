@@ -47,7 +47,9 @@ def same_data(
     # Lists, as they are in a saved config: a tuple would differ from them.
     old_sources = [list(pair) for pair in old["data"]["sources"]]
     new_sources = [list(pair) for pair in new["data"]["sources"]]
-    if [weight for _, weight in old_sources] == [weight for _, weight in new_sources]:
+    old_weights = [weight for _, weight in old_sources]
+    new_weights = [weight for _, weight in new_sources]
+    if old_weights == new_weights:
         for (old_path, _), (new_path, _) in zip(old_sources, new_sources, strict=True):
             if old_path != new_path:
                 notes.append(f"data.sources: {old_path} is at {new_path} now, the same data")

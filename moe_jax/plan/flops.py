@@ -268,7 +268,8 @@ def _matrices(dtype: str, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array
     # Large enough that the product, not its launch or its memory, takes the time.
     size = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
     sharding = jax.NamedSharding(mesh, jax.P("device"))
-    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (2, size, size))
+    random = np.random.default_rng(0)
+    signs = random.choice(np.array([-1, 1], np.int8), (2, size, size))
 
     def put(matrix):
         on_each = np.broadcast_to(matrix.astype(jnp.dtype(dtype)), (mesh.size, size, size))

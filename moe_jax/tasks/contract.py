@@ -26,6 +26,9 @@ from moe_jax.parallel.mesh import P
 from moe_jax.runtime import stopping
 from moe_jax.schema.config import Config
 
+Figures = Mapping[str, Any]  # of an evaluation, by name
+Table = dict[str, dict[str, Any]]  # row -> column -> value
+
 
 class Losses(NamedTuple):
     """Holds the results of one forward pass."""
@@ -73,12 +76,12 @@ class Task(NamedTuple):
     # (sums in float64, data) -> figures; "loss" is among them, lower is better.
     summary: Callable[..., dict[str, float]]
     # Of the figures of an evaluation, in one line.
-    headline: Callable[[Mapping[str, Any]], str]
+    headline: Callable[[Figures], str]
     # (cfg, Trained, data, workdir) -> further figures, at the end of a run; writes the predictions.
     # All processes call it.
     finish: Callable[..., dict[str, Any]]
     # (cfg, data, figures) -> {row: {column: value}}: the table of the model beside its rivals.
-    comparison: Callable[..., dict[str, dict[str, Any]]]
+    comparison: Callable[..., Table]
     # (cfg, step) -> a batch of NumPy arrays, as `data` has them, for verify, bench and the resource
     # card.
     random: Callable[[Config, int], Any]
@@ -202,10 +205,12 @@ def write_predictions(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def by_domain(x: jax.Array, keep: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:
     """Returns the sums [Z] of x where `keep`; all of one shape, [B] or [B, S]."""
-    shape = (1,) * domain.ndim + (num_domains,)
-    is_domain = domain[..., None] == jnp.arange(num_domains).reshape(shape)
-    counts = is_domain & keep[..., None]
-    return jnp.where(counts, x[..., None], 0).sum(tuple(range(domain.ndim)))
+    # Z becomes the last dimension of all, and the others are summed over.
+    rows_and_places = tuple(range(domain.ndim))
+    domain_Z = jnp.arange(num_domains)
+    domain_Z = jnp.expand_dims(domain_Z, rows_and_places)
+    counts = (domain[..., None] == domain_Z) & keep[..., None]
+    return jnp.where(counts, x[..., None], 0).sum(rows_and_places)
 
 
 def experts_by_row(sums: Mapping[str, jax.Array], num_rows: int) -> jax.Array:

@@ -16,7 +16,7 @@ from moe_jax.errors import UserError
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract, rivals
-from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
 
 
 def logits(
@@ -92,7 +92,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
     return result
 
 
-def headline(figures: Mapping[str, Any]) -> str:
+def headline(figures: Figures) -> str:
     return (
         f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, "
         f"loss {figures['loss']:.4f}"
@@ -129,9 +129,7 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
     return {}
 
 
-def comparison(
-    cfg: Config, data: Examples, figures: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def comparison(cfg: Config, data: Examples, figures: Figures) -> Table:
     """Returns the scores of the baselines and, below them, of the model."""
     del cfg
     rows = {**rivals.baseline_figures(data), "model": figures}

@@ -2,7 +2,7 @@
 on the same rows.
 
 Each module has `baseline_figures(data) -> {baseline: {figure: number}}` of `examples.Examples`.
-Figures are of the held-out part; whatever is tuned is tuned on the training part alone.
+BaselineFigures are of the held-out part; whatever is tuned is tuned on the training part alone.
 """
 
 from moe_jax.data.examples import Classes, Examples, Market, Pairs
@@ -11,10 +11,10 @@ from moe_jax.tasks.recommendation import rivals as recommendation
 from moe_jax.tasks.translation import rivals as translation
 from moe_jax.tasks.vision import rivals as vectors
 
-Figures = dict[str, dict[str, float | str]]  # baseline -> figure -> number
+BaselineFigures = dict[str, dict[str, float | str]]  # baseline -> figure -> number
 
 
-def baseline_figures(data: Examples, tune: bool = True) -> Figures:
+def baseline_figures(data: Examples, tune: bool = True) -> BaselineFigures:
     """Returns the figures of the baselines of a data set of any kind.
 
     Without `tune` those that try several settings take the first.

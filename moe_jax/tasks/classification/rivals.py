@@ -10,10 +10,10 @@ import numpy as np
 
 from moe_jax.data.examples import Examples
 
-Figures = dict[str, dict[str, float | str]]  # baseline -> figure -> number
+BaselineFigures = dict[str, dict[str, float | str]]  # baseline -> figure -> number
 
 
-def baseline_figures(data: Examples) -> Figures:
+def baseline_figures(data: Examples) -> BaselineFigures:
     """Returns accuracy and macro-averaged F1 of each baseline on the held-out part."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.svm import LinearSVC

@@ -21,7 +21,7 @@ from moe_jax.moe import probe
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract
-from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +112,25 @@ def summary(total: Mapping[str, Any], data: Dataset) -> dict[str, float]:
 
     Bits per byte are the mean over the domains. A domain without rows is left out.
     """
-    tokens = max(total["tokens"].sum(), 1)
-    result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
+    nll_Z, tokens_Z, bytes_Z = total["nll"], total["tokens"], total["bytes"]
+    num_tokens = max(tokens_Z.sum(), 1)
+    result = {
+        "loss": nll_Z.sum() / num_tokens,
+        "accuracy": total["correct"].sum() / num_tokens,
+    }
     # Nats are bits times ln 2. Bytes are those of the text, so tokenizers are comparable.
-    bits = total["nll"] / math.log(2) / np.maximum(total["bytes"], 1)
-    has_rows = total["bytes"] > 0
+    bits_Z = nll_Z / math.log(2)
+    bits_per_byte_Z = bits_Z / np.maximum(bytes_Z, 1)
+    has_rows_Z = bytes_Z > 0
     for i, name in enumerate(data.domains):
-        if has_rows[i]:
-            result[f"domain/{name}/bits_per_byte"] = bits[i]
-            result[f"domain/{name}/loss"] = total["nll"][i] / total["tokens"][i]
-    result["bits_per_byte"] = bits[has_rows].mean()
+        if has_rows_Z[i]:
+            result[f"domain/{name}/bits_per_byte"] = bits_per_byte_Z[i]
+            result[f"domain/{name}/loss"] = nll_Z[i] / tokens_Z[i]
+    result["bits_per_byte"] = bits_per_byte_Z[has_rows_Z].mean()
     return result
 
 
-def headline(figures: Mapping[str, Any]) -> str:
+def headline(figures: Figures) -> str:
     return f"held out {figures['bits_per_byte']:.4f} bits per byte, loss {figures['loss']:.4f}"
 
 
@@ -192,7 +197,7 @@ def _domain_and_bytes(data: Dataset, size: int, num_rows: int) -> Iterator[tuple
             yield batch.domain_BS[i, 0], bytes_V[batch.targets_BS[i]][valid_S].sum()
 
 
-def comparison(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def comparison(cfg: Config, data: Dataset, figures: Figures) -> Table:
     """Returns the held-out bits per byte of each domain, of the model and of compressors.
 
     The compressors have read the same training text.

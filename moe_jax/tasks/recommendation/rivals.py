@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.examples import Examples
-from moe_jax.tasks.classification.rivals import Figures
+from moe_jax.tasks.classification.rivals import BaselineFigures
 from moe_jax.tasks.recommendation.data import divided
 
 CUT = 20  # length of the lists that are judged
@@ -22,7 +22,7 @@ SHRINKAGES = (0.0, 5.0, 20.0)
 TUNED_ON = 10  # one training user in so many
 
 
-def baseline_figures(data: Examples, tune: bool = True) -> Figures:
+def baseline_figures(data: Examples, tune: bool = True) -> BaselineFigures:
     """Returns recall and NDCG at 20 of each baseline, over held-out users.
 
     Without `tune` the first of the settings is taken, for tuning takes most of the time.
@@ -64,16 +64,19 @@ def similarity(train: Any, neighbours: int, shrinkage: float) -> Any:
     """
     from scipy.sparse import csc_array, hstack
 
-    norm_I = np.sqrt(np.asarray(train.sum(0)).reshape(-1))
+    users_of_item_I = np.asarray(train.sum(0)).reshape(-1)
+    norm_I = np.sqrt(users_of_item_I)
+    num_items = train.shape[1]
     columns = []
-    for start in range(0, train.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, train.shape[1]))
+    for start in range(0, num_items, BLOCK):
+        block = slice(start, min(start + BLOCK, num_items))
         common = (train.T @ train[:, block]).toarray()
         norms = norm_I[:, None] * norm_I[None, block] + shrinkage
         # An item without training users has norm 0, and no users in common with any other.
         values = common / np.maximum(norms, 1e-9)
         # An item is no neighbour of its own.
-        values[np.arange(block.start, block.stop), np.arange(values.shape[1])] = 0
+        item_of_column = np.arange(block.start, block.stop)
+        values[item_of_column, np.arange(len(item_of_column))] = 0
         if neighbours < len(values):
             smallest_kept = np.partition(values, -neighbours, axis=0)[-neighbours]
             values[values < smallest_kept[None]] = 0
@@ -128,10 +131,14 @@ def ranking(scores_UI: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
     """
     # Stable, so that equal scores are ranked by the number of the item on every machine.
     order_UC = np.argsort(-scores_UI, axis=1, kind="stable")[:, :CUT]
-    hit_UC = np.array([np.isin(order, items) for order, items in zip(order_UC, wanted)])
+    hits = [np.isin(order_C, items) for order_C, items in zip(order_UC, wanted)]
+    hit_UC = np.array(hits)
+    # Ranks count from 1, so the first gain is 1 / log2(2) = 1.
     gain_C = 1 / np.log2(np.arange(2, CUT + 2))
     most_hits_U = np.array([min(CUT, len(items)) for items in wanted])
-    ideal_U = np.cumsum(gain_C)[most_hits_U - 1]
+    # The best ranking has the wanted items on the first ranks.
+    gains_so_far_C = np.cumsum(gain_C)
+    ideal_U = gains_so_far_C[most_hits_U - 1]
     recall_U = hit_UC.sum(1) / most_hits_U
     # A set of less than CUT items has shorter rankings.
     ndcg_U = (hit_UC @ gain_C[: hit_UC.shape[1]]) / ideal_U

@@ -23,7 +23,7 @@ from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.schema.options import NUMBER, at_least, option, typed_options
 from moe_jax.tasks import contract, rivals
-from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
 from moe_jax.tasks.recommendation.data import open_recommendation
 from moe_jax.tasks.recommendation.rivals import CUT
 
@@ -162,7 +162,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
     return result
 
 
-def headline(figures: Mapping[str, Any]) -> str:
+def headline(figures: Figures) -> str:
     recall, ndcg = figures[f"recall@{CUT}"], figures[f"ndcg@{CUT}"]
     return f"held out recall@{CUT} {recall:.4f}, NDCG@{CUT} {ndcg:.4f}, loss {figures['loss']:.4f}"
 
@@ -196,9 +196,7 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
     return {}
 
 
-def comparison(
-    cfg: Config, data: Examples, figures: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def comparison(cfg: Config, data: Examples, figures: Figures) -> Table:
     """Returns the scores of the baselines and, below them, of the model."""
     rows = {**rivals.baseline_figures(data, tune=not cfg.smoke), "model": figures}
     columns = (f"recall@{CUT}", f"ndcg@{CUT}")

@@ -160,7 +160,9 @@ def _raw(parts: dict[str, list[Pair]]) -> dict[str, tuple[list[str], list[str]]]
     """Returns {split: (sources, targets)}, whole."""
     raw: dict[str, tuple[list[str], list[str]]] = {}
     for part, pairs in parts.items():
-        raw[part] = [pair.source for pair in pairs], [pair.target for pair in pairs]
+        sources = [pair.source for pair in pairs]
+        targets = [pair.target for pair in pairs]
+        raw[part] = sources, targets
     return raw
 
 
@@ -250,8 +252,12 @@ def _two_rows(pairs: list[IdPair], seq_len: int, tokens: Tokenizer) -> tuple[Rag
     A target is one longer than its row, because inputs and targets are shifted by one.
     """
     end = np.array([tokens.boundary_id], tokens.dtype)
-    sources = [np.concatenate([source[: seq_len - 1], end]) for source, _ in pairs]
-    targets = [np.concatenate([end, target[: seq_len - 1], end]) for _, target in pairs]
+    # Beside a boundary.
+    room = seq_len - 1
+    sources, targets = [], []
+    for source, target in pairs:
+        sources.append(np.concatenate([source[:room], end]))
+        targets.append(np.concatenate([end, target[:room], end]))
     return examples.ragged(sources), examples.ragged(targets)
 
 
@@ -266,8 +272,10 @@ def _one_row(pairs: list[IdPair], seq_len: int, tokens: Tokenizer) -> tuple[Ragg
     for source, target in pairs:
         if not _fits((source, target), seq_len, prefix=True):
             source = source[: seq_len // 2 - 1]
-        room = seq_len - 2 - len(source)
-        lengths.append(np.array([len(source) + 2], np.int32))
+        # The prefix has the two boundaries around the source.
+        prefix_length = len(source) + 2
+        room = seq_len - prefix_length
+        lengths.append(np.array([prefix_length], np.int32))
         joined.append(np.concatenate([end, source, end, target[:room], end]))
     return examples.ragged(lengths), examples.ragged(joined)
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.examples import Examples
-from moe_jax.tasks.classification.rivals import Figures
+from moe_jax.tasks.classification.rivals import BaselineFigures
 
 BLOCK = 256  # held-out sentences compared at once
 
 
-def baseline_figures(data: Examples) -> Figures:
+def baseline_figures(data: Examples) -> BaselineFigures:
     """Returns sacreBLEU and chrF of each baseline on all held-out pairs.
 
     The baselines are the nearest neighbour, and giving the source back untranslated.

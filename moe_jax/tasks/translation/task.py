@@ -26,7 +26,7 @@ from moe_jax.runtime import stopping
 from moe_jax.schema.config import Config
 from moe_jax.schema.options import NUMBER, option, typed_options
 from moe_jax.tasks import contract, rivals
-from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
 from moe_jax.tasks.lm import task as lm
 from moe_jax.tasks.translation.data import open_translation
 from moe_jax.tasks.translation.rivals import scores
@@ -122,7 +122,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
     return result
 
 
-def headline(figures: Mapping[str, Any]) -> str:
+def headline(figures: Figures) -> str:
     return (
         f"held out loss {figures['loss']:.4f}, accuracy of the next token {figures['accuracy']:.4f}"
     )
@@ -183,9 +183,7 @@ def prompt_batch(batch: SourceTarget | PrefixTarget) -> Batch:
     )
 
 
-def comparison(
-    cfg: Config, data: Examples, figures: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def comparison(cfg: Config, data: Examples, figures: Figures) -> Table:
     """Returns the scores of the baselines and, below them, of the model."""
     del cfg
     rows = {**rivals.baseline_figures(data), "model": figures}

@@ -307,9 +307,11 @@ def _moments(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, variance = [], []
     for channel in np.moveaxis(pixels_NHWC, -1, 0):
         count = np.bincount(channel.reshape(-1), minlength=256)
-        total = count.sum()
-        mean.append((value * count).sum() / total)
-        variance.append(((value - mean[-1]) ** 2 * count).sum() / total)
+        num_pixels = count.sum()
+        channel_mean = (value * count).sum() / num_pixels
+        squares = (value - channel_mean) ** 2
+        mean.append(channel_mean)
+        variance.append((squares * count).sum() / num_pixels)
     # A channel of one value has no variance to divide by.
     deviation = np.sqrt(np.maximum(variance, 1e-6), dtype=np.float32)
     shape = (1, 1, 1, -1)
@@ -341,7 +343,11 @@ def moved(pixels_BHWC: np.ndarray, move_B3: np.ndarray, shift: int) -> np.ndarra
     mirrored_B1 = mirror_B1 == 1
     column_BW = np.where(mirrored_B1, column_BW[:, ::-1], column_BW)
     image_B = np.arange(len(pixels_BHWC))
-    return framed[image_B[:, None, None], line_BH[:, :, None], column_BW[:, None, :]]
+    # The three indices are spread over one another: [B, H, W].
+    images = image_B[:, None, None]
+    lines = line_BH[:, :, None]
+    columns = column_BW[:, None, :]
+    return framed[images, lines, columns]
 
 
 def patches(values_BHWC: np.ndarray, patch: int) -> np.ndarray:

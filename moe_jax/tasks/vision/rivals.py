@@ -9,14 +9,14 @@ import warnings
 import numpy as np
 
 from moe_jax.data.examples import Examples
-from moe_jax.tasks.classification.rivals import Figures, figures, majority
+from moe_jax.tasks.classification.rivals import BaselineFigures, figures, majority
 
 NEIGHBOURS = 5
 MOST_ITERATIONS = 200  # of the logistic regression
 STEPS = 2_000_000  # iterations times examples: a large set has seen enough after fewer
 
 
-def baseline_figures(data: Examples) -> Figures:
+def baseline_figures(data: Examples) -> BaselineFigures:
     """Returns accuracy and macro-averaged F1 of each baseline on the held-out part.
 
     They learn from whole pixels or pooled frames, of unchanged examples alone.
