@@ -15,8 +15,10 @@ class Report(NamedTuple):
 
     step: int
     loaded: list[str]
-    renamed: list[tuple[str, str]]  # (name in the checkpoint, name here); these are in `loaded` too
-    left: list[tuple[str, str]]  # (name here, reason): not in the checkpoint, or of another shape
+    # (name in the checkpoint, name here); these are in `loaded` too.
+    renamed: list[tuple[str, str]]
+    # (name here, reason): not in the checkpoint, or of another shape.
+    left: list[tuple[str, str]]
 
 
 def load_params(

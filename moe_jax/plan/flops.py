@@ -38,14 +38,20 @@ class Counts(NamedTuple):
     the embedding.
     """
 
-    embedding: int  # also the head where they are tied
+    # Also the head where they are tied.
+    embedding: int
     head: int
     attention: int
-    dense: int  # feed-forwards of the dense blocks
-    shared: int  # shared experts
-    experts: int  # routed experts, all of them
-    experts_active: int  # routed experts, those of one token
-    router: int  # of experts and of depth
+    # Feed-forwards of the dense blocks.
+    dense: int
+    # Shared experts.
+    shared: int
+    # Routed experts, all of them.
+    experts: int
+    # Routed experts, those of one token.
+    experts_active: int
+    # Of experts and of depth.
+    router: int
     norms: int
 
     @property
@@ -75,8 +81,10 @@ class Counts(NamedTuple):
 class Breakdown(NamedTuple):
     """FLOPs of one token's forward pass, over all layers."""
 
+    # Of queries, keys, values and outputs.
     attention_projections: int
-    attention_scores: int  # queries times keys and weights times values, causal
+    # Queries times keys and weights times values, causal.
+    attention_scores: int
     dense: int
     shared: int
     experts: int

@@ -83,9 +83,11 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
         primitive = equation.primitive.name
         if primitive in COLLECTIVES:
             total.update(_of_collective(equation, lengths))
+        # A layer has its collectives inside of shard_map, jit and scan.
         inner = [received(function, lengths) for function in _called(equation.params)]
         if primitive == "cond":
             inner = [max(inner, key=lambda counter: counter.total())]
+        # A while loop has no length, so its body counts once.
         trips = equation.params.get("length", 1) if primitive == "scan" else 1
         for counter in inner:
             total.update({axis: trips * count for axis, count in counter.items()})

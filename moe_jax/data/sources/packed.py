@@ -94,7 +94,8 @@ class Packing(NamedTuple):
     """A way to pack a file: how it is recognised and opened."""
 
     name: str
-    endings: tuple[str, ...]  # in lower case
+    # In lower case.
+    endings: tuple[str, ...]
     beginnings: tuple[bytes, ...]
     open: Callable[[str], IO[bytes]]
 

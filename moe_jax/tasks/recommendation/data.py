@@ -79,10 +79,12 @@ class Catalogue(NamedTuple):
 
     users: Interactions
     domains: tuple[str, ...]
-    domain_of: Callable[[str], str]  # user -> one of `domains`
+    # User -> one of `domains`.
+    domain_of: Callable[[str], str]
     # The items in the order in which they are numbered.
     order: Callable[[Interactions], list[str]]
-    most_items: int | None  # items that are kept of that order; None = all
+    # Items that are kept of that order; None = all.
+    most_items: int | None
 
 
 def read_catalogue(name: str, folder: str, most_items: int) -> Catalogue:

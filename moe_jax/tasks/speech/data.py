@@ -31,8 +31,10 @@ PIECES = 8  # of a recording of any length, whose means are what a classical bas
 class Recording(NamedTuple):
     """A recording, and the side that it is on."""
 
-    wave: np.ndarray  # float32, in units of a 16-bit sample
-    rate: int  # Hz
+    # float32, in units of a 16-bit sample.
+    wave: np.ndarray
+    # Samples a second.
+    rate: int
     label: str
     speaker: str
     heldout: bool
