@@ -95,26 +95,29 @@ def open_split(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any
 
 
 @contextlib.contextmanager
-def intact(what: str) -> Iterator[None]:
-    """Turns what goes wrong while records of ArrayRecord files are read into a UserError."""
+def intact(name: str) -> Iterator[None]:
+    """Turns what goes wrong while records of ArrayRecord files are read into a UserError.
+
+    `name`: of the records in messages.
+    """
     try:
         yield
     except ImportError as error:
         raise UserError(
-            f"{what} has features that only TensorFlow decodes ({first_line(error)})"
+            f"{name} has features that only TensorFlow decodes ({first_line(error)})"
         ) from None
     # A UserError is a ValueError, and says already what is wrong.
     except UserError:
         raise
     # Each file, chunk and record of ArrayRecord has a checksum, which is compared as it is read.
     except (RuntimeError, OSError, ValueError, IndexError) as error:
-        raise damage_error(what, error) from None
+        raise damage_error(name, error) from None
 
 
-def damage_error(what: str, error: Exception) -> UserError:
-    """Returns the error for damaged records, which are called `what`."""
+def damage_error(name: str, error: Exception) -> UserError:
+    """Returns the error for damaged records, which are called `name`."""
     return UserError(
-        f"{what} cannot be read, it may be damaged ({first_line(error)}): copy it again, or "
+        f"{name} cannot be read, it may be damaged ({first_line(error)}): copy it again, or "
         "prepare it again"
     )
 
