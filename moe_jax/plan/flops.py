@@ -61,7 +61,7 @@ class Counts(NamedTuple):
 
     @property
     def active(self) -> int:
-        """What one token uses: everything but the routed experts that it does not choose.
+        """Parameters that one token uses: all but those of experts that it does not choose.
 
         It may skip depth blocks, which count whole.
         """
@@ -74,7 +74,7 @@ class Counts(NamedTuple):
 
     @property
     def active_body(self) -> int:
-        """What one token uses, without embedding and head."""
+        """Parameters that one token uses, without embedding and head."""
         return self.active - self.embedding - self.head
 
 
