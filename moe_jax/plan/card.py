@@ -24,10 +24,12 @@ class Memory(NamedTuple):
     """Bytes on one device, from the shardings; every device holds as much."""
 
     parameters: int
-    gradients: int  # as many as the parameters, within the compiler's `temporary`
+    # As many as the parameters, within the compiler's `temporary`.
+    gradients: int
     optimizer: int
     ema: int
-    master: int  # the copy in float32 of optim.master_copy
+    # The copy in float32 of optim.master_copy.
+    master: int
 
 
 class Compiled(NamedTuple):
@@ -35,7 +37,9 @@ class Compiled(NamedTuple):
 
     argument: int
     output: int
-    alias: int  # of the output: written over a donated argument
+    # Of the output: written over a donated argument.
+    alias: int
+    # Gradients, activations and buffers, for as long as the step runs.
     temporary: int
     seconds: float
 
@@ -50,17 +54,21 @@ class Card(NamedTuple):
 
     platform: str
     mesh: Lengths
-    num_layers: tuple[int, int]  # dense, MoE
+    # Dense ones and MoE ones.
+    num_layers: tuple[int, int]
     batch_size: int
     seq_len: int
     num_micro_batches: int
     parameters: flops.Counts
-    forward: flops.Breakdown  # FLOPs per token
-    train_per_token: int  # FLOPs
+    # FLOPs per token.
+    forward: flops.Breakdown
+    # FLOPs of a training step, per token and whole.
+    train_per_token: int
     train_per_step: int
     memory: Memory
     dispatcher: str
-    dispatch: Dispatch | None  # None without MoE layers
+    # None without MoE layers.
+    dispatch: Dispatch | None
     compiled: Compiled
 
     @property

@@ -24,11 +24,16 @@ from moe_jax.schema.config import Config
 class Dispatch(NamedTuple):
     """One MoE layer on one device, for one micro-batch."""
 
-    rows_held: int  # the buffer's, filled or not
-    rows_balanced: int  # what arrives when every expert is chosen equally often
-    rows_worst: int  # what arrives when every token chooses the experts of this device
-    row_bytes: int  # estimate
-    forward: Mapping[str, int]  # bytes received, by mesh axis
+    # The buffer's, filled or not.
+    rows_held: int
+    # What arrives when every expert is chosen equally often.
+    rows_balanced: int
+    # What arrives when every token chooses the experts of this device.
+    rows_worst: int
+    # An estimate, see `row_bytes`.
+    row_bytes: int
+    # Bytes received, by mesh axis.
+    forward: Mapping[str, int]
     backward: Mapping[str, int]
 
 
@@ -36,6 +41,7 @@ def of_layer(cfg: Config) -> Dispatch:
     """Returns the figures of an MoE layer of a config on the current mesh."""
     moe = cfg.model.moe
     shape = buffer_shape(cfg)
+    # The backward pass alone cannot be traced: it is what both take beyond the forward pass.
     forward, both_passes = layer_traffic(cfg)
     dispatcher = DISPATCHERS[moe.dispatcher]
     held = dispatcher.rows(shape, moe.dispatcher_options)

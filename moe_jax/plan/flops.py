@@ -41,14 +41,20 @@ class Counts(NamedTuple):
     the embedding.
     """
 
-    embedding: int  # also the head where they are tied
+    # Also the head where they are tied.
+    embedding: int
     head: int
     attention: int
-    dense: int  # feed-forwards of the dense blocks
-    shared: int  # shared experts
-    experts: int  # routed experts, all of them
-    experts_active: int  # routed experts, those of one token
-    router: int  # of experts and of depth
+    # Feed-forwards of the dense blocks.
+    dense: int
+    # Shared experts.
+    shared: int
+    # Routed experts, all of them.
+    experts: int
+    # Routed experts, those of one token.
+    experts_active: int
+    # Of experts and of depth.
+    router: int
     norms: int
 
     @property
@@ -58,7 +64,7 @@ class Counts(NamedTuple):
 
     @property
     def active(self) -> int:
-        """Returns what one token uses: everything but the routed experts that it does not choose.
+        """Parameters that one token uses: all but those of experts that it does not choose.
 
         It may skip depth blocks, which count whole.
         """
@@ -66,18 +72,22 @@ class Counts(NamedTuple):
 
     @property
     def total_body(self) -> int:
+        """Every parameter but those of embedding and head."""
         return self.total - self.embedding - self.head
 
     @property
     def active_body(self) -> int:
+        """Parameters that one token uses, without embedding and head."""
         return self.active - self.embedding - self.head
 
 
 class Breakdown(NamedTuple):
     """FLOPs of one token's forward pass, over all layers."""
 
+    # Of queries, keys, values and outputs.
     attention_projections: int
-    attention_scores: int  # queries times keys and weights times values, causal
+    # Queries times keys and weights times values, causal.
+    attention_scores: int
     dense: int
     shared: int
     experts: int
@@ -90,34 +100,41 @@ class Breakdown(NamedTuple):
 
 
 def parameters(cfg: ModelConfig) -> Counts:
-    """The parameters of a model. A router's state has no gradient and is none."""
+    """Returns the parameters of a model. A router's state has no gradient and is none."""
+    # A kind of model that is no decoder counts itself, from the counts of decoders.
     if count := MODELS[cfg.kind].parameters:
         return count(cfg, parameters)
-    d, num_dense, num_moe = cfg.d_model, cfg.num_dense_layers, cfg.num_moe_layers
+    d, num_blocks, num_moe = cfg.d_model, len(cfg.blocks), cfg.num_moe_layers
     attention = projections(ATTENTIONS[cfg.attention].weights(cfg))
+    # Before attention, before the feed-forward, and of queries and keys where they are normalised.
+    norms = 2 * d + attention.scales
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
     return Counts(
         embedding=cfg.vocab_size * d,
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
-        attention=len(cfg.blocks) * (attention.matrices + attention.biases),
-        dense=num_dense * feed_forward(cfg, cfg.ffn_hidden),
+        attention=num_blocks * (attention.matrices + attention.biases),
+        dense=cfg.num_dense_layers * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * cfg.moe.shared_experts * expert,
         experts=num_moe * cfg.moe.num_experts * expert,
         experts_active=round(num_moe * experts_per_token(cfg.moe) * expert) if num_moe else 0,
+        # A depth block scores each token by a vector of D.
         router=num_moe * router(cfg) + cfg.num_depth_blocks * d,
-        norms=d + len(cfg.blocks) * (2 * d + attention.scales),
+        # One more before the head.
+        norms=num_blocks * norms + d,
     )
 
 
 def feed_forward(cfg: ModelConfig, hidden: int) -> int:
-    """Parameters of a feed-forward of hidden width F: gate, up and out for SwiGLU, in and out for
-    GELU.
+    """Returns the parameters of a feed-forward of hidden width F.
+
+    They are those of gate, up and out for SwiGLU, of in and out for GELU.
     """
-    return (3 if cfg.activation == "swiglu" else 2) * cfg.d_model * hidden
+    num_matrices = 3 if cfg.activation == "swiglu" else 2
+    return num_matrices * cfg.d_model * hidden
 
 
 def router(cfg: ModelConfig) -> int:
-    """Parameters of one layer's router, as it declares them."""
+    """Returns the parameters of one layer's router, as it declares them."""
     moe = cfg.moe
     sizes = Sizes(cfg.d_model, moe.num_experts, cfg.vocab_size)
     declared = ROUTERS[moe.router].params(sizes, moe.router_options)
@@ -125,82 +142,96 @@ def router(cfg: ModelConfig) -> int:
 
 
 def experts_per_token(moe: MoEConfig) -> float:
-    """Routed experts that one token uses, on average where the router does not fix it."""
+    """Returns how many routed experts one token uses.
+
+    It is the average where the router declares one, else the most, else all of them.
+    """
     declared = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options)
-    known = (declared.average, declared.most, moe.num_experts)
-    return next(number for number in known if number is not None)
+    for number in (declared.average, declared.most):
+        if number is not None:
+            return number
+    return moe.num_experts
 
 
 def expert_rows(moe: MoEConfig, num_tokens: int) -> float:
-    """Rows that the routed experts compute for a sequence of so many tokens; slots are as many
-    however long it is.
-    """
+    """Returns how many rows the routed experts compute for a sequence of so many tokens."""
+    # Slots are as many however long the sequence is; the rows of a group share them.
     if num_slots := ROUTERS[moe.router].num_slots(moe.router_options):
         return moe.num_experts * num_slots / moe.group_rows
     return experts_per_token(moe) * num_tokens
 
 
 def mixing(cfg: ModelConfig) -> int:
-    """Multiply-adds per token and layer of mixing tokens into slots and the slots' results into
-    tokens.
+    """Returns the multiply-adds per token and layer that fill and empty slots.
+
+    Tokens are mixed into slots, and the slots' results into tokens.
     """
     num_slots = ROUTERS[cfg.moe.router].num_slots(cfg.moe.router_options)
     return 2 * cfg.moe.num_experts * num_slots * cfg.d_model
 
 
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
-    """FLOPs of the forward pass in training, per token of a row of `seq_len` tokens that attend to
-    the tokens before them.
+    """Returns the FLOPs of the forward pass in training, per token of a row of `seq_len` tokens.
 
-    A weight of a matrix takes one multiply-add per token. Documents packed into one row attend only
-    to themselves, which needs fewer FLOPs than counted here.
+    A weight of a matrix takes one multiply-add per token. Each token attends to all tokens before
+    it. Documents that are packed into one row attend only to themselves, which needs fewer FLOPs
+    than are counted here.
     """
+    # A kind of model that is no decoder counts itself, from the FLOPs of decoders.
     if count := MODELS[cfg.kind].forward_flops:
         return count(cfg, seq_len, forward_per_token)
     d, attention = cfg.d_model, ATTENTIONS[cfg.attention]
-    chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
+    num_chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
+    dense_kinds, moe_kinds = ("dense", DEPTH + "dense"), ("moe", DEPTH + "moe")
+    all_kinds = dense_kinds + moe_kinds
 
-    def over(kinds: tuple[str, ...], flops: Callable[[int], float]) -> int:
-        """FLOPs per token of all blocks of these kinds; `flops(T)` is what T tokens cost in one of
-        them.
+    def over(kinds: tuple[str, ...], of_block: Callable[[int], float]) -> int:
+        """Returns the FLOPs per token of all blocks of these kinds.
+
+        `of_block(N)` is what N tokens cost in one of them.
         """
-        of_row = sum(
-            flops(chosen if kind.startswith(DEPTH) else seq_len)
-            for kind in cfg.blocks
-            if kind in kinds
-        )
+        of_row: float = 0
+        for kind in cfg.blocks:
+            if kind in kinds:
+                of_row += of_block(num_chosen if kind.startswith(DEPTH) else seq_len)
         return round(of_row / seq_len)
 
-    dense, moe = ("dense", DEPTH + "dense"), ("moe", DEPTH + "moe")
+    def of_weights(weights: int) -> Callable[[int], float]:
+        """Returns what a block with so many weights costs by the number of tokens."""
 
-    def per_token(weights):
-        return lambda num_tokens: 2 * weights * num_tokens
+        def of_block(num_tokens: int) -> float:
+            return 2 * weights * num_tokens
 
-    def scores(num_tokens):
+        return of_block
+
+    def of_scores(num_tokens: int) -> float:
         # Queries times keys and weights times values: two products of 2 FLOPs.
         pairs = attention.num_pairs(num_tokens, cfg.attention_options)
         return 4 * cfg.num_heads * cfg.head_dim * pairs
 
+    def of_experts(num_tokens: int) -> float:
+        return 2 * expert * expert_rows(cfg.moe, num_tokens)
+
     matrices = projections(attention.weights(cfg)).matrices
+    experts = over(moe_kinds, of_experts) if cfg.num_moe_layers else 0
+    routers = over(moe_kinds, of_weights(router(cfg) + mixing(cfg))) if cfg.num_moe_layers else 0
     return Breakdown(
-        attention_projections=over(dense + moe, per_token(matrices)),
-        attention_scores=over(dense + moe, scores),
-        dense=over(dense, per_token(feed_forward(cfg, cfg.ffn_hidden))),
-        shared=over(moe, per_token(cfg.moe.shared_experts * expert)),
-        experts=over(moe, lambda n: 2 * expert * expert_rows(cfg.moe, n))
-        if cfg.num_moe_layers
-        else 0,
-        router=(over(moe, per_token(router(cfg) + mixing(cfg))) if cfg.num_moe_layers else 0)
-        + 2 * cfg.num_depth_blocks * d,
+        attention_projections=over(all_kinds, of_weights(matrices)),
+        attention_scores=over(all_kinds, of_scores),
+        dense=over(dense_kinds, of_weights(feed_forward(cfg, cfg.ffn_hidden))),
+        shared=over(moe_kinds, of_weights(cfg.moe.shared_experts * expert)),
+        experts=experts,
+        # The router of a depth block sees every token, also those that do not go through.
+        router=routers + 2 * cfg.num_depth_blocks * d,
         head=2 * d * cfg.vocab_size,
     )
 
 
 def train_per_token(cfg: ModelConfig, seq_len: int) -> int:
-    """FLOPs of a training step per token: forward, and twice that for the gradients of activations
-    and of weights.
+    """Returns the FLOPs of a training step per token.
 
+    They are those of the forward pass, and twice that for the gradients of activations and weights.
     What rematerialisation and micro-batches compute again is not counted, so this gives the *model*
     FLOPs utilization (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B). The optimizer's
     arithmetic is not counted either.
@@ -209,7 +240,7 @@ def train_per_token(cfg: ModelConfig, seq_len: int) -> int:
 
 
 def mfu(tokens_per_second: float, cfg: ModelConfig, seq_len: int, peak: float) -> float:
-    """Model FLOPs utilization: the useful FLOP/s of training over `peak`.
+    """Returns the model FLOPs utilization: the useful FLOP/s of training over `peak`.
 
     Both are those of *all* devices of the run.
 
@@ -221,14 +252,13 @@ def mfu(tokens_per_second: float, cfg: ModelConfig, seq_len: int, peak: float) -
 
 
 def measure_peak(dtype: str) -> float:
-    """FLOP/s of a square matrix product on all the devices of this process together: measured, not
-    from a data sheet.
+    """Returns the FLOP/s of a square matrix product on all the devices of this process together.
 
-    Every device of the mesh (without a mesh: every device) that belongs to this process multiplies
-    matrices of its own at the same time, so simulated devices that share cores are measured
-    together. The best of a few runs, within about 0.3 s after compilation; it differs from call to
-    call as the machine does. In a run of several processes every one measures its own devices: the
-    peak of the run is the sum.
+    It is measured, not from a data sheet. Every device of the mesh (without a mesh: every device)
+    that belongs to this process multiplies matrices of its own at the same time, so simulated
+    devices that share cores are measured together. The best of a few runs counts, within about 0.3
+    s after compilation; it differs from call to call as the machine does. In a run of several
+    processes every one measures its own devices: the peak of the run is the sum.
     """
     mesh = jax.sharding.get_mesh()
     devices = jax.local_devices() if mesh.empty else mesh.local_devices
@@ -240,37 +270,44 @@ def measure_peak(dtype: str) -> float:
 
 
 def _matrices(dtype: str, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
-    """Two arrays [devices, M, M], one matrix on every device: signs, and signs scaled to keep
-    products near 1.
-    """
-    size = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
-    split = jax.NamedSharding(mesh, jax.P("device"))
-    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (2, size, size))
+    """Returns two arrays [devices, M, M], one matrix on every device.
 
-    def put(z):
-        return jax.device_put(
-            np.broadcast_to(z.astype(jnp.dtype(dtype)), (mesh.size, size, size)), split
-        )
+    They are signs, and signs that are scaled to keep products near 1.
+    """
+    # Large enough that the product, not its launch or its memory, takes the time.
+    size = 512 if mesh.devices.flat[0].platform == "cpu" else 4096
+    sharding = jax.NamedSharding(mesh, jax.P("device"))
+    random = np.random.default_rng(0)
+    signs = random.choice(np.array([-1, 1], np.int8), (2, size, size))
+
+    def put(matrix):
+        on_each = np.broadcast_to(matrix.astype(jnp.dtype(dtype)), (mesh.size, size, size))
+        return jax.device_put(on_each, sharding)
 
     return put(signs[0]), put(signs[1] * size**-0.5)
 
 
 def _best(x: jax.Array, w: jax.Array) -> float:
     """Returns the highest FLOP/s among runs of x w w ... w, long enough to hide their launch."""
-    chain = jax.jit(
-        lambda x, w, num: jax.lax.fori_loop(
-            0, num, lambda _, y: jnp.einsum("nij,njk->nik", y, w), x
-        )
-    )
 
-    def seconds(num: int) -> float:
+    @jax.jit
+    def chain(x, w, num_products):
+        def product(_, y):
+            return jnp.einsum("nij,njk->nik", y, w)
+
+        return jax.lax.fori_loop(0, num_products, product, x)
+
+    def seconds(num_products: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(chain(x, w, num))
+        jax.block_until_ready(chain(x, w, num_products))
         return time.perf_counter() - start
 
     seconds(1)  # compiles
-    once, end = seconds(1), time.perf_counter() + PEAK_SECONDS
-    num = max(1, round(PEAK_SECONDS / 5 / once))
+    best = seconds(1)
+    end = time.perf_counter() + PEAK_SECONDS
+    # About five runs fit into the time.
+    num_products = max(1, round(PEAK_SECONDS / 5 / best))
     while time.perf_counter() < end:
-        once = min(once, seconds(num) / num)
-    return 2 * x.shape[0] * x.shape[1] ** 3 / once
+        best = min(best, seconds(num_products) / num_products)
+    num_devices, size, _ = x.shape
+    return 2 * num_devices * size**3 / best

@@ -83,9 +83,11 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
         primitive = equation.primitive.name
         if primitive in COLLECTIVES:
             total.update(_of_collective(equation, lengths))
+        # A layer has its collectives inside of shard_map, jit and scan.
         inner = [received(function, lengths) for function in _called(equation.params)]
         if primitive == "cond":
             inner = [max(inner, key=lambda counter: counter.total())]
+        # A while loop has no length, so its body counts once.
         trips = equation.params.get("length", 1) if primitive == "scan" else 1
         for counter in inner:
             total.update({axis: trips * count for axis, count in counter.items()})
@@ -98,13 +100,15 @@ def _of_collective(equation: JaxprEqn, lengths: Mapping[str, int]) -> dict[str, 
 
     Of n equal parts of the larger side a device has one and receives n - 1.
     """
-    axes = equation.params.get("axis_name", equation.params.get("axes"))
-    axes = (axes,) if isinstance(axes, str) else axes
-    axes = tuple(axis for axis in axes if lengths[axis] > 1)
+    # Sums name their axes otherwise than the other collectives.
+    named = equation.params.get("axis_name", equation.params.get("axes"))
+    named = (named,) if isinstance(named, str) else named
+    axes = [axis for axis in named if lengths[axis] > 1]
     num_parts = math.prod(lengths[axis] for axis in axes)
-    larger_side = max(_num_bytes(equation.invars), _num_bytes(equation.outvars))
+    num_bytes = max(_num_bytes(equation.invars), _num_bytes(equation.outvars))
     passes = COLLECTIVES[equation.primitive.name]
-    return {" x ".join(axes): passes * larger_side * (num_parts - 1) // num_parts}
+    received_bytes = passes * num_bytes * (num_parts - 1) // num_parts
+    return {" x ".join(axes): received_bytes}
 
 
 def _num_bytes(variables: Any) -> int:

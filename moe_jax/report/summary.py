@@ -38,7 +38,7 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     """Writes the figures to summary.json, and prints them for a person to read."""
     task, console = TASKS[cfg.task], shell.console()
     with Progress(active=True, console=console).doing("computing what the model is compared with"):
-        rows = task.table(cfg, result.data, result.evaluation)
+        rows = task.comparison(cfg, result.data, result.evaluation)
     written = {"step": result.step, "title": task.title, "rows": rows, "seconds": seconds}
     written["tokens_per_second"] = result.tokens_per_second
     (workdir / "summary.json").write_text(json.dumps(written, indent=1) + "\n")

@@ -223,6 +223,11 @@ DENSE = {"model.period": ("dense",)}
             "data.heldout_every does nothing",
         ),
         ({"data.heldout_every": 3}, 0, ""),
+        (
+            {"data.sources": (("poems=embedded:verse", 1.0),), "data.heldout_every": 3},
+            0,
+            "",
+        ),
     ],
 )
 def test_what_does_nothing_is_told(changes, start, said):

@@ -289,7 +289,7 @@ def test_a_domain_called_mean_keeps_its_row():
         domains=("mean", "mean of all", "a"), text=lambda split, domain: b"abc" * 99
     )
     bits = {"mean": 1.0, "mean of all": 2.0, "a": 6.0}
-    rows = TASKS["lm"].table(
+    rows = TASKS["lm"].comparison(
         tiny.build(), data, {f"domain/{name}/bits_per_byte": value for name, value in bits.items()}
     )
     assert {name: row["model"] for name, row in rows.items()} == {**bits, "mean of all of all": 3.0}
@@ -306,7 +306,7 @@ def test_the_closing_table_on_80_columns(tmp_path, capsys, monkeypatch):
         "model": {"BLEU": 17.5, "chrF": 41.75, "signature": signature},
     }
     title = "held-out translations (higher is better)"
-    task = TASKS["lm"]._replace(title=title, table=lambda *_: rows)
+    task = TASKS["lm"]._replace(title=title, comparison=lambda *_: rows)
     monkeypatch.setitem(summary.TASKS, "lm", task)
     monkeypatch.setenv("COLUMNS", "80")
     summary.show(tiny.build(), tmp_path, summary.Result(1, 0, {}, None, 0.0, ""), 1.0)

@@ -185,7 +185,7 @@ def test_from_data_to_predictions_with_a_stop_between(tmp_path, folder, task):
     assert (
         len(rows) == sum(data.sizes("heldout")) > 8
     )  # more than a batch, and the last one not full
-    table = TASKS[task].table(cfg, data, result.evaluation)
+    table = TASKS[task].comparison(cfg, data, result.evaluation)
     assert list(table)[-1] == "model" and len(table) >= 3
     assert all(tuple(row) == CASES[task][1] for row in table.values())
     assert (

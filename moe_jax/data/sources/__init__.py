@@ -31,9 +31,12 @@ SOURCES: dict[str, Source] = {
 class Spec(NamedTuple):
     """A source spec, taken apart."""
 
-    kind: str  # a key of SOURCES
-    argument: str  # what follows "kind:", "" if nothing does
-    label: str  # domain of all documents; "" = named by the source
+    # A key of SOURCES.
+    kind: str
+    # What follows "kind:", "" if nothing does.
+    argument: str
+    # Domain of all documents; "" = named by the source.
+    label: str
 
 
 def usage() -> str:

@@ -10,7 +10,12 @@ from moe_jax.data.documents import Document
 from moe_jax.data.sources.characters import plain
 from moe_jax.data.sources.contract import Source
 from moe_jax.data.sources.files import split_field
-from moe_jax.data.sources.tfds_datasets import find, records, text_field, where
+from moe_jax.data.sources.tfds_datasets import (
+    find_dataset,
+    read_records,
+    record_name,
+    text_field,
+)
 
 
 def read(argument: str) -> Iterator[Document]:
@@ -18,10 +23,10 @@ def read(argument: str) -> Iterator[Document]:
     dataset, field = split_field(argument, "")
     name, _, split = dataset.partition(":")
     split = split or "train"
-    builder = find(name)
+    builder = find_dataset(name)
     field = text_field(builder.info.features, name, field)
-    for number, record in enumerate(records(builder, name, split)):
-        text = plain(record[field], where(name, split, number))
+    for number, record in enumerate(read_records(builder, name, split)):
+        text = plain(record[field], record_name(name, split, number))
         yield Document(text, builder.info.name)
 
 

@@ -31,9 +31,13 @@ class Text(NamedTuple):
     """A text as it is read, with all that decides on which side it is."""
 
     text: str
-    label: str  # "" = it has none: the text is left out, and counted
-    domain: str  # "" = the label
-    split: str  # "train", "heldout", or "": by the key
+    # "" = it has none: the text is left out, and counted.
+    label: str
+    # "" = the label.
+    domain: str
+    # "train", "heldout", or "": by the key.
+    split: str
+    # Texts of one key are on one side.
     key: bytes
 
 
@@ -215,9 +219,13 @@ def open_classification(
 
 def labelled(parts: dict[str, list[Text]]) -> tuple[dict[str, list[Text]], tuple[str, ...]]:
     """Returns the texts that have a label, and a note for the log of how many have none."""
-    kept = {part: [text for text in texts if text.label] for part, texts in parts.items()}
-    num_texts, num_kept = (sum(map(len, some.values())) for some in (parts, kept))
-    return kept, numbers.left_out(num_texts - num_kept, num_texts, "texts")
+    kept: dict[str, list[Text]] = {}
+    num_texts, num_left_out = 0, 0
+    for part, texts in parts.items():
+        kept[part] = [text for text in texts if text.label]
+        num_texts += len(texts)
+        num_left_out += len(texts) - len(kept[part])
+    return kept, numbers.left_out(num_left_out, num_texts, "texts")
 
 
 def selection(train: list[Text], every: int) -> dict[str, list[Text]]:

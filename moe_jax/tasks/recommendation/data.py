@@ -66,6 +66,7 @@ def read_tfds(spec: str) -> Interactions:
             "MovieLens set"
         )
     users: dict[str, list[str]] = {}
+    # One split of the set is read: users are held out here, not by the set.
     for record in stored.records("train", stored.split):
         if float(record.fields["user_rating"]) >= LIKED:
             user = record.text("user_id")
@@ -78,10 +79,12 @@ class Catalogue(NamedTuple):
 
     users: Interactions
     domains: tuple[str, ...]
-    domain_of: Callable[[str], str]  # user -> one of `domains`
+    # User -> one of `domains`.
+    domain_of: Callable[[str], str]
     # The items in the order in which they are numbered.
     order: Callable[[Interactions], list[str]]
-    most_items: int | None  # items that are kept of that order; None = all
+    # Items that are kept of that order; None = all.
+    most_items: int | None
 
 
 def read_catalogue(name: str, folder: str, most_items: int) -> Catalogue:

@@ -31,8 +31,10 @@ PIECES = 8  # of a recording of any length, whose means are what a classical bas
 class Recording(NamedTuple):
     """A recording, and the side that it is on."""
 
-    wave: np.ndarray  # float32, in units of a 16-bit sample
-    rate: int  # Hz
+    # float32, in units of a 16-bit sample.
+    wave: np.ndarray
+    # Samples a second.
+    rate: int
     label: str
     speaker: str
     heldout: bool
@@ -43,11 +45,13 @@ def read_fsdd(folder: str) -> list[Recording]:
 
     They are in the order of their names.
     """
+    # A folder of recordings comes first: a user who has both has chosen by unpacking.
     try:
         path = files.find(folder, KIND, "recordings", "fsdd")
     except UserError:
         path = files.find(folder, KIND, "fsdd_900.tar.gz", "fsdd")
     content = _files(path)
+    # An archive and a folder list their files in orders of their own.
     names = [name for name in sorted(content) if NAME.fullmatch(name)]
     recordings = [_recording(name, content[name]) for name in names]
     if {recording.heldout for recording in recordings} != {True, False}:
@@ -162,9 +166,12 @@ def _examples(
     label: dict[str, np.ndarray] = {}
     domain: dict[str, np.ndarray] = {}
     for split, part in parts.items():
-        rows[split] = examples.ragged([stacked(mel, stack) for mel in mels[split]])
-        label[split] = np.array([labels.index(r.label) for r in part], np.int32)
-        domain[split] = np.array([speakers.index(r.speaker) for r in part], np.int32)
+        vectors = [stacked(mel, stack) for mel in mels[split]]
+        rows[split] = examples.ragged(vectors)
+        label_index = [labels.index(recording.label) for recording in part]
+        label[split] = np.array(label_index, np.int32)
+        speaker_index = [speakers.index(recording.speaker) for recording in part]
+        domain[split] = np.array(speaker_index, np.int32)
 
     def fetch(split: str, index_B: np.ndarray) -> Fields:
         values_BSP, valid_BS = examples.padded(rows[split], index_B, seq_len)
@@ -174,12 +181,6 @@ def _examples(
             **examples.labelled(label[split][index_B], domain[split][index_B]),
         }
 
-    # A classical baseline learns from the originals alone.
-    num_raw = {"train": num_originals, "heldout": len(parts["heldout"])}
-    raw: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for split, number in num_raw.items():
-        vectors = [in_pieces(mel) for mel in mels[split][:number]]
-        raw[split] = np.stack(vectors), label[split][:number]
     # The order is part of the fingerprint, which old runs are compared by.
     arrays = [array for split in parts for array in (*rows[split], label[split], domain[split])]
     num_cut = sum(len(mel) > seq_len * stack for mel in mels["train"][:num_originals])
@@ -193,9 +194,29 @@ def _examples(
         fetch=fetch,
         heldout_domain_R=domain["heldout"],
         fingerprint=examples.fingerprint([name, seq_len, stack, labels, speakers], arrays),
-        about=Classes(labels, tokenizer=None, width=rows["train"].flat.shape[1], raw=raw),
+        about=Classes(
+            labels=labels,
+            tokenizer=None,
+            width=rows["train"].flat.shape[1],
+            raw=_raw(mels, label, num_originals),
+        ),
         notes=(note,) if num_cut else (),
     )
+
+
+def _raw(
+    mels: dict[str, list[np.ndarray]], label: dict[str, np.ndarray], num_originals: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns {split: (vectors [N, F], label_N)} for classical baselines.
+
+    They learn from the originals alone, and from as many numbers of each recording.
+    """
+    raw: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for split, of_split in mels.items():
+        number = num_originals if split == "train" else len(of_split)
+        vectors = [in_pieces(mel) for mel in of_split[:number]]
+        raw[split] = np.stack(vectors), label[split][:number]
+    return raw
 
 
 def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
@@ -222,6 +243,7 @@ def changed_copy(
     from scipy.signal import resample
 
     wave = recording.wave
+    # Played at the old rate, fewer samples are faster and higher.
     length = max(1, round(len(wave) / random.uniform(1 - tempo, 1 + tempo)))
     wave = np.asarray(resample(wave, length), np.float32)
     root_mean_square = np.sqrt(np.mean(wave**2))

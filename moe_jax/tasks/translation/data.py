@@ -25,11 +25,15 @@ KIND = "translation"
 
 
 class Pair(NamedTuple):
+    """A pair of sentences as it is read, with all that decides on which side it is."""
+
     source: str
     target: str
     domain: str
-    split: str  # "train", "heldout", or "": by the key
-    key: bytes  # what is held out together
+    # "train", "heldout", or "": by the key.
+    split: str
+    # Pairs of one key are held out together.
+    key: bytes
 
 
 class Parallel(NamedTuple):
@@ -146,6 +150,7 @@ def open_translation(
 def split(pairs: Iterator[Pair], heldout_every: int) -> dict[str, list[Pair]]:
     """Returns the pairs of both splits, without training pairs whose source is held out as well."""
     parts = split_examples(pairs, heldout_every)
+    # A chapter is held out as a whole, and so a verse of it may come again in another one.
     held_out = {key_of_text(pair.source) for pair in parts["heldout"]}
     train = [pair for pair in parts["train"] if key_of_text(pair.source) not in held_out]
     return {**parts, "train": train}
@@ -155,7 +160,9 @@ def _raw(parts: dict[str, list[Pair]]) -> dict[str, tuple[list[str], list[str]]]
     """Returns {split: (sources, targets)}, whole."""
     raw: dict[str, tuple[list[str], list[str]]] = {}
     for part, pairs in parts.items():
-        raw[part] = [pair.source for pair in pairs], [pair.target for pair in pairs]
+        sources = [pair.source for pair in pairs]
+        targets = [pair.target for pair in pairs]
+        raw[part] = sources, targets
     return raw
 
 
@@ -184,6 +191,7 @@ def _examples(
         fields = _prefix_fields if prefix else _pair_fields
         return fields(rows[part], domain[part][index_B], index_B, seq_len)
 
+    # The order is part of the fingerprint, which old runs are compared by.
     arrays = [array for part in parts for sequences in rows[part] for array in sequences]
     arrays += domain.values()
     arguments = [name, seq_len, prefix, domains, tokens.fingerprint]
@@ -244,8 +252,12 @@ def _two_rows(pairs: list[IdPair], seq_len: int, tokens: Tokenizer) -> tuple[Rag
     A target is one longer than its row, because inputs and targets are shifted by one.
     """
     end = np.array([tokens.boundary_id], tokens.dtype)
-    sources = [np.concatenate([source[: seq_len - 1], end]) for source, _ in pairs]
-    targets = [np.concatenate([end, target[: seq_len - 1], end]) for _, target in pairs]
+    # Beside a boundary.
+    room = seq_len - 1
+    sources, targets = [], []
+    for source, target in pairs:
+        sources.append(np.concatenate([source[:room], end]))
+        targets.append(np.concatenate([end, target[:room], end]))
     return examples.ragged(sources), examples.ragged(targets)
 
 
@@ -260,8 +272,10 @@ def _one_row(pairs: list[IdPair], seq_len: int, tokens: Tokenizer) -> tuple[Ragg
     for source, target in pairs:
         if not _fits((source, target), seq_len, prefix=True):
             source = source[: seq_len // 2 - 1]
-        room = seq_len - 2 - len(source)
-        lengths.append(np.array([len(source) + 2], np.int32))
+        # The prefix has the two boundaries around the source.
+        prefix_length = len(source) + 2
+        room = seq_len - prefix_length
+        lengths.append(np.array([prefix_length], np.int32))
         joined.append(np.concatenate([end, source, end, target[:room], end]))
     return examples.ragged(lengths), examples.ragged(joined)
 

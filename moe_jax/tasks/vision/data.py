@@ -41,9 +41,14 @@ PACKAGED = pathlib.Path("/usr/share/datasets/fashion-mnist")
 
 
 class Images(NamedTuple):
-    pixels_NHWC: np.ndarray  # uint8
-    label_N: np.ndarray  # labels.NONE = it has none: the image is left out, and counted
-    heldout_N: np.ndarray  # bool
+    """A set of images as it is read."""
+
+    # uint8.
+    pixels_NHWC: np.ndarray
+    # An index in `labels`, or labels.NONE: the image is left out, and counted.
+    label_N: np.ndarray
+    # bool.
+    heldout_N: np.ndarray
     labels: tuple[str, ...]
 
 
@@ -70,6 +75,7 @@ def read_fashion_mnist(folder: str, heldout_every: int) -> Images:
     del heldout_every
     parts = [_fashion(folder, part) for part in ("train", "t10k")]
     pixels, label = (np.concatenate(arrays) for arrays in zip(*parts))
+    # The training part comes first.
     heldout = np.arange(len(pixels)) >= len(parts[0][0])
     return Images(pixels[..., None], label.astype(np.int32), heldout, FASHION)
 
@@ -104,6 +110,7 @@ def _idx(folder: str, name: str) -> np.ndarray:
         path = packaged
     try:
         data = gzip.decompress(path.read_bytes())
+        # Other types of numbers have other marks, and no image set has them.
         if data[:3] != b"\0\0\x08":
             raise ValueError(f"it begins with {data[:3]!r}, not with the mark of unsigned bytes")
         num_dimensions = data[3]
@@ -300,9 +307,11 @@ def _moments(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, variance = [], []
     for channel in np.moveaxis(pixels_NHWC, -1, 0):
         count = np.bincount(channel.reshape(-1), minlength=256)
-        total = count.sum()
-        mean.append((value * count).sum() / total)
-        variance.append(((value - mean[-1]) ** 2 * count).sum() / total)
+        num_pixels = count.sum()
+        channel_mean = (value * count).sum() / num_pixels
+        squares = (value - channel_mean) ** 2
+        mean.append(channel_mean)
+        variance.append((squares * count).sum() / num_pixels)
     # A channel of one value has no variance to divide by.
     deviation = np.sqrt(np.maximum(variance, 1e-6), dtype=np.float32)
     shape = (1, 1, 1, -1)
@@ -311,6 +320,7 @@ def _moments(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _moves(rows: int, images: int, shift: int, flip: bool, seed: int) -> np.ndarray:
     """Returns int8 [rows, 3]: down, right, mirrored; zero for the first copy of each image."""
+    # A stream of its own: the seed alone would give the numbers that other parts of a run draw.
     random = np.random.default_rng((seed, 1))
     moves = random.integers(-shift, shift, (rows, 3), np.int8, endpoint=True)
     moves[:, 2] = random.integers(0, 2, rows) if flip else 0
@@ -327,12 +337,17 @@ def moved(pixels_BHWC: np.ndarray, move_B3: np.ndarray, shift: int) -> np.ndarra
     frame = ((0, 0), (shift, shift), (shift, shift), (0, 0))
     framed = np.pad(pixels_BHWC, frame, mode="edge")
     # Of each pixel of the result: its line and its column in the framed image.
-    line_BH = shift - move_B3[:, :1] + np.arange(height)[None]
-    column_BW = shift - move_B3[:, 1:2] + np.arange(width)[None]
-    mirrored_B1 = move_B3[:, 2:] == 1
+    down_B1, right_B1, mirror_B1 = move_B3[:, :1], move_B3[:, 1:2], move_B3[:, 2:]
+    line_BH = shift - down_B1 + np.arange(height)[None]
+    column_BW = shift - right_B1 + np.arange(width)[None]
+    mirrored_B1 = mirror_B1 == 1
     column_BW = np.where(mirrored_B1, column_BW[:, ::-1], column_BW)
     image_B = np.arange(len(pixels_BHWC))
-    return framed[image_B[:, None, None], line_BH[:, :, None], column_BW[:, None, :]]
+    # The three indices are spread over one another: [B, H, W].
+    images = image_B[:, None, None]
+    lines = line_BH[:, :, None]
+    columns = column_BW[:, None, :]
+    return framed[images, lines, columns]
 
 
 def patches(values_BHWC: np.ndarray, patch: int) -> np.ndarray:
