@@ -121,7 +121,7 @@ def run_all(grid: Grid, out: Path) -> Results:
             raw = raws[seed, cell]
             if finished(raw, defaults, place(out, cell, seed)) is None:
                 print(f"--- {cell}, seed {seed}", flush=True)
-                run_one(raw, defaults, place(out, cell, seed))
+                run_one(raw, place(out, cell, seed))
     return collect(grid, out)
 
 
@@ -217,13 +217,13 @@ def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def run_one(raw: Mapping[str, Any], defaults: Mapping[str, Any], workdir: Path) -> Figures:
+def run_one(raw: Mapping[str, Any], workdir: Path) -> Figures:
     """One run in this process, from its checkpoint if it has one; result.json is written last."""
     cfg = config.build(raw, 1)
     began = time.monotonic()
     one = mesh.make(mesh.ONE, jax.devices()[:1])
     with jax.set_mesh(one):
-        result = train.run(cfg, raw, defaults, workdir, began)
+        result = train.run(cfg, raw, workdir, began)
     if result.signal:
         raise Interrupted(
             result.signal, f"saved step {result.step} of {cfg.train.steps} in {workdir}"

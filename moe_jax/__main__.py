@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": "prove that a config computes the same on every mesh",
     "leak": "measure whether later tokens or other sequences change earlier outputs",
     "convert": "make another checkpoint of a trained model: without its zeros",
+    "fsck": "check the files of a run, and repair what can be",
     "probe": "what a trained model's routing and experts are worth",
 }
 TRAINING = "python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart"
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         return importlib.import_module(f"moe_jax.commands.{argv[0]}").main(argv[1:])
     except UserError as e:
         shell.tell(f"error: {e}", sys.stderr)
-        return 64
+        return e.code
 
 
 def usage() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from moe_jax import checkpoint, meaning, optim
-from moe_jax.config import idle, smoke
+from moe_jax.config import config_file, idle, smoke
 from moe_jax.config.build import RESUME_MAY_CHANGE
 from moe_jax.data.contract import Data
 from moe_jax.errors import UserError
@@ -20,10 +20,10 @@ def begin(
     cfg: Config,
     saves: checkpoint.Checkpoints,
     metadata: Mapping[str, Any],
-    defaults: Mapping[str, Any],
     init: Any,
     abstract: Any,
     data: Data | None = None,
+    allowed: tuple[str, ...] = (),
 ) -> tuple[State, list[str]]:
     """Returns the state to start from and what to tell.
 
@@ -32,17 +32,17 @@ def begin(
 
     Args:
       metadata: of the checkpoints of this run, {"config": ..., "data": fingerprint}.
-      defaults: of the config, for the keys that a run saved long ago lacks.
       init: key -> a fresh state.
       abstract: its shapes, dtypes and shardings.
       data: compared with that of train.init_from; None = it is not.
+      allowed: keys, by prefix, that may differ from the saved config (--allow_change).
     """
     step = saves.latest()
     if step is not None:
-        notes = resumed(cfg, saves, step, metadata, defaults)
+        notes = resumed(cfg, saves, step, metadata, allowed)
         return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))
-    notes = idle.notes(cfg, metadata.get("config", {}), defaults, start=0)
+    notes = idle.notes(cfg, metadata.get("config", {}), start=0)
     if not cfg.train.init_from:
         return state, notes
     state, taken = inherited(cfg, state, data)
@@ -54,7 +54,7 @@ def resumed(
     saves: checkpoint.Checkpoints,
     step: int,
     metadata: Mapping[str, Any],
-    defaults: Mapping[str, Any],
+    allowed: tuple[str, ...],
 ) -> list[str]:
     """Returns what to tell of a run that goes on from `step`. Raises UserError when it may not."""
     saved, path = saves.metadata(step), saves.path(step)
@@ -64,12 +64,15 @@ def resumed(
             "begin with its parameters in another --workdir, by "
             f"train.init_from={saves.directory.parent}"
         )
+    # A run that was saved long ago lacks the keys that came later.
+    defaults = config_file.default_values()
     old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
     if saved["data"] == metadata["data"]:
         old, moved = checkpoint.same_data(old, metadata["config"])
         notes += moved
     smoke.refuse_other(old, metadata["config"])
-    checkpoint.compare_configs(old, metadata["config"], RESUME_MAY_CHANGE)
+    notes += checkpoint.allowed_changes(old, metadata["config"], allowed)
+    checkpoint.compare_configs(old, metadata["config"], (*RESUME_MAY_CHANGE, *allowed))
     if saved["data"] != metadata["data"]:
         raise UserError(
             f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, "
@@ -84,7 +87,7 @@ def resumed(
     if now != before:
         end = "so is the end of the learning rate's schedule"
         notes = [f"train.steps = {before} so far, {now} from here on: {end}", *notes]
-    return notes + idle.notes(cfg, metadata["config"], defaults, start=step)
+    return notes + idle.notes(cfg, metadata["config"], start=step)
 
 
 def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list[str]]:

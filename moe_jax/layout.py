@@ -1,6 +1,6 @@
 """How a model keeps its layers: the only module that stacks and unstacks them and numbers them.
 
-A stack of blocks is `prefix`, then `period` times `repeats`, then `suffix` (schema.config.Stack).
+A stack of blocks is `prefix`, then `period` times `repeats`, then `suffix` (schema.blocks.Stack).
 The periods lie below the key "repeats" in one of two layouts:
 
     loop   repeats/2/blocks/0/...   one array per layer
@@ -25,7 +25,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import ModelConfig, Stack
+from moe_jax.schema.blocks import Stack
+from moe_jax.schema.config import ModelConfig
 
 REPEATS = "repeats"  # the key below which the periods of a stack lie
 Keys = Sequence[Any]  # of nested dicts, from the root of a tree to an array, or a name split at "/"

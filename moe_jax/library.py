@@ -20,7 +20,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.config import config_file
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import moe_config
+from moe_jax.models.block import moe_config
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
@@ -43,7 +43,7 @@ class RoutingStatistics:
         return load.totals({name: x[None] for name, x in self.sums.items()})
 
     def loss(self, name: str) -> jax.Array:
-        """Returns an auxiliary loss, without coefficient; `name`: a key of moe/losses.py LOSSES."""
+        """Returns an auxiliary loss, without coefficient; `name`: a key of LOSSES (moe/losses)."""
         return losses.LOSSES[name].value(self.totals())[0]
 
     def auxiliary(self, **coefficients: float) -> jax.Array:

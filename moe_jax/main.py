@@ -53,6 +53,15 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
     "dry_run", False, "print the resource card of the config (parameters, FLOPs, memory) and exit"
 )
+flags.DEFINE_multi_string(
+    "allow_change",
+    [],
+    "key that may differ from the config this run was started with, such as optim.learning_rate; "
+    "may be given several times",
+)
+flags.DEFINE_bool(
+    "preflight", False, "look at every process, its disk and the network between them, and exit"
+)
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes")
 flags.DEFINE_integer("num_processes", None, "processes of the run")
 flags.DEFINE_integer("process_id", None, "number of this process, from 0")
@@ -146,10 +155,10 @@ def join(raw: Mapping[str, Any]) -> None:
         signals.LISTENER.note()
     said = {**flatten_dict(dict(raw), sep="."), "--workdir": FLAGS.workdir}
     cluster.compare("config", said, limits.join)
-    cluster.compare("code", code(), limits.join)
+    cluster.compare("code", made_by(), limits.join)
 
 
-def code() -> dict[str, str]:
+def made_by() -> dict[str, str]:
     """Returns what a program is made by: the source, Python, and the libraries that compile."""
     source = version.source()
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
@@ -207,22 +216,33 @@ def main(argv: list[str]) -> int:
 def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
     start_devices(raw)
-    defaults = config_file.default_values()
     cfg = config.build(raw, len(jax.devices()))
     with jax.set_mesh(mesh.make(cfg.mesh)):
         if FLAGS.dry_run:
             return dry_run(cfg)
-        return train(cfg, raw, defaults)
+        if FLAGS.preflight:
+            return preflight(cfg)
+        return train(cfg, raw)
 
 
 def dry_run(cfg: config.Config) -> int:
-    from moe_jax.plan import card
+    from moe_jax.plan import card, card_tables
 
-    shell.console().print(card.render(card.card(cfg)))
+    shell.console().print(card_tables.render(card.card(cfg)))
     return 0
 
 
-def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> int:
+def preflight(cfg: config.Config) -> int:
+    from moe_jax import preflight
+
+    report = preflight.run(cfg, Path(FLAGS.workdir), made_by())
+    if jax.process_index() == 0:
+        shell.console().print(preflight.render(report), highlight=False)
+    cluster.PEERS.finish()
+    return report.code
+
+
+def train(cfg: config.Config, raw: dict[str, Any]) -> int:
     from moe_jax import train
     from moe_jax.report import summary
     from moe_jax.runtime.stopping import NonFinite
@@ -232,7 +252,7 @@ def train(cfg: config.Config, raw: dict[str, Any], defaults: dict[str, Any]) -> 
     # tells in one line.
     logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in str(record.msg))
     try:
-        result = train.run(cfg, raw, defaults, workdir, STARTED, FLAGS.config)
+        result = train.run(cfg, raw, workdir, STARTED, FLAGS.config, tuple(FLAGS.allow_change))
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
         if cluster.PEERS.started:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import allow_float64, build, command_line, config_file, rules, smoke
+from moe_jax.config import allow_float64, build, command_line, rules, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
@@ -27,9 +28,12 @@ from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
+from moe_jax.report.trackers import Trackers, require
+from moe_jax.report.trackers.contract import Start
 from moe_jax.runtime import cluster, shell, signals, starts, stopping
 from moe_jax.runtime.clock import StepClock
 from moe_jax.runtime.faults import Injector
+from moe_jax.runtime.goodput import Goodput
 from moe_jax.runtime.watchdog import WATCHDOG
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
@@ -46,10 +50,10 @@ class Job(NamedTuple):
 
     cfg: Config
     raw: Mapping[str, Any]  # the config as a nested dict of JSON values
-    defaults: Mapping[str, Any]  # for the keys that a run saved long ago lacks
     workdir: Path
     started: float  # time.monotonic() when the process began
     name: str  # of the config, to be shown
+    allowed: tuple[str, ...]  # keys that may differ from those of the checkpoint it goes on from
 
 
 class Calendar(NamedTuple):
@@ -129,10 +133,10 @@ class InFlight:
 def run(
     cfg: Config,
     raw: Mapping[str, Any],
-    defaults: Mapping[str, Any],
     workdir: Path,
     started: float,
     name: str = "",
+    allowed: tuple[str, ...] = (),
 ) -> Result:
     """Trains until train.steps (or a signal), from the newest checkpoint of `workdir` if it has
     one.
@@ -140,7 +144,7 @@ def run(
     `raw` is saved with the run and compared on resume. The mesh is set by the caller. The arguments
     are those of Job. Raises UserError, and stopping.NonFinite.
     """
-    job = Job(cfg, raw, defaults, workdir, started, name)
+    job = Job(cfg, raw, workdir, started, name, allowed)
     lock = contextlib.nullcontext(shell.FREE)
     if jax.process_index() == 0:
         lock = shell.held(workdir, "--workdir")
@@ -171,15 +175,17 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     raw = command_line.read(Path(config), changes)
     allow_float64(raw)
     cfg = build(raw, len(jax.devices()))
-    defaults = config_file.default_values()
     with jax.set_mesh(mesh.make(cfg.mesh)):
-        return run(cfg, raw, defaults, Path(workdir), started, config)
+        return run(cfg, raw, Path(workdir), started, config)
 
 
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:
     """`run` in a workdir that is locked, with the signals listened to."""
     cfg, workdir = job.cfg, job.workdir
-    progress = Progress(active=jax.process_index() == 0)
+    require(cfg.log.trackers)
+    main = jax.process_index() == 0
+    goodput = Goodput(job.started)
+    progress = Progress(active=main, goodput=goodput)
     banner.show(progress, cfg, workdir, job.name)
 
     # Data
@@ -207,7 +213,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     metadata = {"config": job.raw, "data": data.fingerprint}
     source = "restoring the newest checkpoint" if saves.directory.exists() else None
     with progress.doing(source or "making the parameters"):
-        state, notes = begin(cfg, saves, metadata, job.defaults, init, abstract, data)
+        state, notes = begin(cfg, saves, metadata, init, abstract, data, job.allowed)
     start = int(state.step)
     # A workdir that the processes do not share has checkpoints for one of them alone.
     cluster.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
@@ -217,6 +223,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
 
     # What is written, and what is shown
     writer = open_files(job, data, due, notes, progress)
+    if main:
+        goodput.open(workdir, start)
     load = LoadOverTime(cfg.model.moe.num_experts)
     evaluation = Evaluation(cfg, model, data, workdir, writer, progress, load)
     profile = trace.Profile(cfg.profile, workdir)
@@ -241,7 +249,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
             if profile.begins(step):
                 with progress.doing("starting the profile", after=state.step):
                     profile.begin(step, state)
-            with clock.waiting():
+            with clock.waiting(), goodput.doing("waiting for data"):
                 batch = batch_rows.put(next(stream), rows, cfg.train.batch_size)
             # Before the step takes the state away.
             if due.records_routing(done):
@@ -280,7 +288,9 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 held.check()
                 row = log_row(values)
                 progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))
-                writer.write(done, row | {"train/epoch": batches.epoch(done), **clock.figures()})
+                row |= {"train/epoch": batches.epoch(done), "perf/goodput": goodput.share(done)}
+                writer.write(done, row | clock.figures())
+                goodput.write(done)
             if writer.shows_images and due.notes_load(done) and "counts" in values["moe"]:
                 load.note(done, values["moe"]["counts"])
             if due.evaluates(done) or due.saves_state(done) or stop:
@@ -306,9 +316,10 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     finally:
         with contextlib.closing(progress), progress.doing("finishing the last save"):
             close_all(stream, profile, writer, saves)
-    signal = listener.release()
-    speed = clock.tokens_per_second
-    return Result(int(state.step), signal, evaluation.figures, data, speed, evaluation.sample)
+    signal, done = listener.release(), int(state.step)
+    goodput.write(done)
+    speed, spent = clock.tokens_per_second, goodput.text(done)
+    return Result(done, signal, evaluation.figures, data, speed, evaluation.sample, spent)
 
 
 def compare_programs(step_fn: Any, state: State, batch: Any, timeout: float) -> None:
@@ -339,7 +350,9 @@ def open_files(
     main = jax.process_index() == 0
     lengths = mesh.of(jax.sharding.get_mesh())
     metrics.write_run_info(workdir, job.raw, mesh=lengths._asdict(), active=main)
-    changed = starts.changed_code(workdir) if main and due.start else []
+    changed = []
+    if main and due.start:
+        changed = starts.changed_code(workdir) + starts.changed_mesh(workdir)
     for note in (*notes, *data.notes, *rules.advice(cfg), *changed):
         progress.message(note)
     with progress.doing("opening the files of the run"):
@@ -354,10 +367,21 @@ def open_files(
             active=main,
             started=job.started,
             per_step=metrics.PerStep(tokens, step_flops),
+            trackers=open_trackers(job, progress) if main and cfg.log.trackers else None,
         )
         writer.text(due.start, "config", f"```json\n{json.dumps(job.raw, indent=1)}\n```")
-        writer.hyperparameters(tensorboard.hyperparameters(job.raw, job.defaults))
+        writer.hyperparameters(tensorboard.hyperparameters(job.raw))
     return writer
+
+
+def open_trackers(job: Job, progress: Progress) -> Trackers:
+    """Returns the trackers of the run, which go on where an earlier start of it ended."""
+    flat = flatten_dict(dict(job.raw), sep=".")
+    start = Start(job.workdir, job.cfg.log.project, flat, identity="")
+    opened = Trackers(job.cfg.log.trackers, start, progress.message)
+    for name, where in opened.where.items():
+        progress.message(f"{name:8} {where}")
+    return opened
 
 
 def make_clock(cfg: Config, progress: Progress, idle: bool) -> StepClock:

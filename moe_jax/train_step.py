@@ -20,6 +20,7 @@ from moe_jax.moe import load, losses, sparse
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.names import name_of
+from moe_jax.optim import spikes
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
@@ -52,6 +53,7 @@ class State(NamedTuple):
     # What updates are added to (optim.master_copy): like params, in at least float32; () = they are
     # added to params.
     master: Any = ()
+    spikes: Any = ()  # the last losses and gradient norms (train.spike_sigma); () = not kept
 
 
 def judged(state: State) -> dict[str, Any]:
@@ -95,9 +97,9 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
         opt_state = dict(typing.cast(Any, make_tx(cfg, params).init(params)))
         ema = optim.begin_ema(params) if cfg.optim.ema_decay else None
         master = optim.wide_copy(params) if cfg.optim.master_copy else ()
-        return State(
-            jnp.int32(0), params, router_state, opt_state, ema, jnp.int32(0), masks, master
-        )
+        window = spikes.begin() if cfg.train.spike_sigma else ()
+        none = jnp.int32(0)
+        return State(none, params, router_state, opt_state, ema, none, masks, master, window)
 
     return init
 
@@ -158,15 +160,16 @@ def make_step(
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
     """(state, batch) -> (state, metrics).
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite, or a spike (optim/spikes.py), changes nothing but
+    the counters.
 
-    To be able to skip one (train.nonfinite_patience > 0) the old moments must outlive the new,
-    which takes time and memory.
+    To be able to skip one (train.nonfinite_patience > 0, train.spike_sigma > 0) the old moments
+    must outlive the new, which takes time and memory.
     """
     loss_fn, zeros = make_loss(cfg, model), cfg.model.moe.sparse
-    can_skip = (
-        cfg.train.nonfinite_patience > 0
-    )  # otherwise the run ends at such a step, and its state is never used or saved
+    sigma = cfg.train.spike_sigma
+    # Otherwise the run ends at such a step, and its state is never used or saved.
+    can_skip = cfg.train.nonfinite_patience > 0 or sigma > 0
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         rng = step_key(cfg, state.step)
@@ -176,13 +179,16 @@ def make_step(
             grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)
             squares = optim.squares(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
+            takes, window = finite, state.spikes
+            if sigma:
+                norm = jnp.sqrt(squares.sum())
+                spike = spikes.is_spike(window, loss, norm, sigma)
+                takes, window = finite & ~spike, spikes.advance(window, loss, norm, spike)
 
             def keep(new, old):
-                return (
-                    jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-                    if can_skip
-                    else new
-                )
+                if not can_skip:
+                    return new
+                return jax.tree.map(lambda n, o: jnp.where(takes, n, o), new, old)
 
             moved, masks = keep((moved, masks), (updated(state), state.masks))
             kept = {
@@ -208,6 +214,7 @@ def make_step(
             ema=ema,
             skipped=skipped,
             masks=masks,
+            spikes=window,
         )
         metrics = {
             "loss": loss,
@@ -220,6 +227,8 @@ def make_step(
             "finite_leaves": jnp.isfinite(squares),
             "moe": load.metrics(totals["moe"]) if totals["moe"] else {},
         }
+        if sigma:
+            metrics["spikes"] = window.spikes
         if zeros.rule != "none":
             metrics["expert_density"] = sparse.density(new.params)
         return new, jax.sharding.reshard(metrics, P())

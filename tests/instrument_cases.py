@@ -45,12 +45,12 @@ def probed(shape=(1, 1, 1), changes=None, num_batches=1):
 
 
 def recorded(run, wanted=probe.ROUTING, request=()):
-    inputs = held_out.place(run, run.batches[0])._replace(request=request)
+    inputs = held_out.put_batch(run, run.batches[0])._replace(request=request)
     return held_out.make_record(run.cfg.model, wanted)(run.params, run.router_state, inputs)
 
 
 def loss(run, params=None, request=()):
-    inputs = held_out.place(run, run.batches[0])._replace(request=request)
+    inputs = held_out.put_batch(run, run.batches[0])._replace(request=request)
     return held_out.make_sums(run, run.cfg.model)(params or run.params, run.router_state, inputs)[
         "nll"
     ]
@@ -77,4 +77,4 @@ def seen(run):
     valid = run.batches[0].segment_BS > 0
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), fields["expert"].shape[:3])
-    return replay.Seen(fields["expert"], fields["gate"], valid, lambda: probs, 4, rng)
+    return replay.OwnRouting(fields["expert"], fields["gate"], valid, lambda: probs, 4, rng)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import layout, train_step
-from moe_jax.models import decoder
+from moe_jax.models import block, decoder
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
 from moe_jax.moe.experts import grouped_matmul
@@ -129,12 +129,13 @@ def padding_in_loss(patch):
 
 def random_per_device(patch):
     """Dropout folds in the place of a row on its device instead of the row."""
-    right = decoder.dropout
+    right = block.dropout
 
-    def local(row_B):
-        return row_B % (row_B.shape[0] // batch_devices())
+    def wrong(x, rate, rng, row_B):
+        return right(x, rate, rng, row_B % (row_B.shape[0] // batch_devices()))
 
-    patch.setattr(decoder, "dropout", lambda x, rate, rng, row_B: right(x, rate, rng, local(row_B)))
+    for module in (block, decoder):
+        patch.setattr(module, "dropout", wrong)
 
 
 def wrong_gate(patch):

@@ -120,7 +120,9 @@ def _program(case, num_rows, train):
 def parts(routing, tokens):
     """What `answer` returns, of a routing inside any program."""
     listed = (
-        (routing.token_N, routing.expert_N, routing.order_N) if isinstance(routing, Routing) else ()
+        (routing.token_N, routing.expert_index_N, routing.order_N)
+        if isinstance(routing, Routing)
+        else ()
     )
     return dense(routing, tokens.id_T.shape[0]), dict(routing.sums), listed
 
@@ -138,7 +140,7 @@ def dense(routing, num_tokens, num_experts=E):
     empty = jnp.zeros((num_tokens, num_experts), routing.gate_N.dtype)
 
     def add(z):
-        return empty.at[routing.token_N, routing.expert_N].add(z, mode="drop")
+        return empty.at[routing.token_N, routing.expert_index_N].add(z, mode="drop")
 
     result = {"gates": add(routing.gate_N), "hits": add(jnp.ones_like(routing.gate_N))}
     return result if routing.copy_T is None else result | {"copy": routing.copy_T}

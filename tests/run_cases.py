@@ -38,7 +38,7 @@ def run(workdir, changes=None, shape=(1, 1, 1)):
     raw = tiny.raw(SMALL | axes | (changes or {}))
     cfg = tiny.build(shape, SMALL | axes | (changes or {}))
     with jax.set_mesh(meshes.make(*shape)):
-        return train.run(cfg, raw, tiny.raw(), workdir, time.monotonic())
+        return train.run(cfg, raw, workdir, time.monotonic())
 
 
 def losses(workdir):

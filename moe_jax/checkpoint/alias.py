@@ -19,14 +19,14 @@ OPEN_FILES = Path("/proc/self/fd")  # Linux; other systems have no such names fo
 PLAIN = re.compile(r"[\w/ .,=+@-]*", re.ASCII)
 
 
-def check(directory: Path) -> None:
+def refuse_unreadable(directory: Path) -> None:
     """Raises UserError when checkpoints in `directory` could not be read back on this system."""
     if not OPEN_FILES.is_dir() and not PLAIN.fullmatch(os.fspath(directory)):
         strange = sorted(set(PLAIN.sub("", os.fspath(directory))))
         raise UserError(
             f"checkpoints cannot be written to {os.fspath(directory)!r} on this system: the "
-            "library "
-            f"that writes them misreads {' '.join(map(repr, strange))} in a path. Choose another"
+            f"library that writes them misreads {' '.join(map(repr, strange))} in a path. Choose "
+            "another"
         )
 
 
@@ -45,9 +45,8 @@ def plain(directory: Path, gather: Callable[[int], list[int]] = alone) -> Iterat
     if not OPEN_FILES.is_dir():
         yield directory
         return
-    descriptor = _same_everywhere(
-        os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), gather
-    )
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = _same_everywhere(opened, gather)
     try:
         yield OPEN_FILES / str(descriptor)
     finally:
@@ -57,9 +56,9 @@ def plain(directory: Path, gather: Callable[[int], list[int]] = alone) -> Iterat
 def _same_everywhere(descriptor: int, gather: Callable[[int], list[int]]) -> int:
     """Exchanges an open file for one whose number is the same in every process."""
     numbers = gather(descriptor)
-    while (
-        len(set(numbers)) > 1
-    ):  # all but the highest move up, each to the first number that is free
+    # All but the highest move up, each to the first number that is free from the highest on. That
+    # may be above it, so they ask again until all agree.
+    while len(set(numbers)) > 1:
         if descriptor < max(numbers):
             higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(numbers))
             os.close(descriptor)

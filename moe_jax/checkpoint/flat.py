@@ -20,73 +20,83 @@ Flat = dict[str, Any]
 
 
 def flatten(tree: Any) -> Flat:
-    """{"params/embed": leaf, ...}"""
+    """Returns the leaves of a tree by their names: {"params/embed": leaf, ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {name_of(path): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
-    """The inverse of `flatten`, with the structure of `like`."""
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
+    """Returns a tree with the structure of `like` from its leaves by name."""
+    leaves = [flat[name] for name in flatten(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def unstack(flat: Mapping[str, jax.Array], stacked: bool) -> Flat:
-    """The arrays as they are on disk.
+    """Returns the arrays as they are on disk: a layer each, by its name in a loop over layers.
 
     Layers are sliced on the devices, one array at a time, and kept on the host.
     """
-    out: Flat = {}
+    on_disk: Flat = {}
     for name, x in flat.items():
-        names = layout.layer_names(name, x.shape, stacked)
-        if names is None:
-            out[name] = x
+        layer_names = layout.layer_names(name, x.shape, stacked)
+        if layer_names is None:
+            on_disk[name] = x
             continue
-        host = [
-            jax.device_put(layer, layer.sharding.with_memory_kind("pinned_host"))
-            for layer in layout.layers_of(x)
-        ]
+        layers = []
+        for layer in layout.layers_of(x):
+            # A second copy of all layers may not fit into the memory of the devices.
+            host_sharding = layer.sharding.with_memory_kind("pinned_host")
+            layers.append(jax.device_put(layer, host_sharding))
         # Wait, before the next array takes device memory of its own.
-        out.update(zip(names, jax.block_until_ready(host)))
-    return out
+        on_disk.update(zip(layer_names, jax.block_until_ready(layers)))
+    return on_disk
 
 
 def abstract_layers(flat: Mapping[str, Any], stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every array on disk, for abstract (or concrete) arrays of a
-    state.
+    """Returns shape, dtype and sharding of every array on disk, by its name there.
+
+    `flat`: the abstract (or concrete) arrays of a state.
     """
-    out = {}
+    on_disk: dict[str, jax.ShapeDtypeStruct] = {}
     for name, x in flat.items():
-        sharding, names = placement(x), layout.layer_names(name, x.shape, stacked)
-        if names is None:
-            out[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        else:
-            sharding = layout.layer_sharding(sharding)
-            layer = jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-            out.update(dict.fromkeys(names, layer))
-    return out
+        sharding = placement(x)
+        layer_names = layout.layer_names(name, x.shape, stacked)
+        if layer_names is None:
+            on_disk[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            continue
+        layer_sharding = layout.layer_sharding(sharding)
+        # The leading axis of a stacked array counts its layers.
+        layer = jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=layer_sharding)
+        on_disk.update(dict.fromkeys(layer_names, layer))
+    return on_disk
 
 
 def stack(layers: Flat, flat: Mapping[str, Any], stacked: bool) -> Flat:
-    """The arrays of a state from the arrays on disk; empties `layers`, so that each is freed once
-    it is stacked.
+    """Returns the arrays of a state from the arrays on disk, with the shapes of `flat`.
+
+    Empties `layers`, so that each array is freed once it is stacked.
     """
-    out: Flat = {}
+    state: Flat = {}
     for name, x in flat.items():
-        names = layout.layer_names(name, x.shape, stacked)
-        if names is None:
-            out[name] = layers.pop(name)
+        layer_names = layout.layer_names(name, x.shape, stacked)
+        if layer_names is None:
+            state[name] = layers.pop(name)
         else:
-            out[name] = layout.stack_layers([layers.pop(n) for n in names], placement(x))
-    return out
+            of_array = [layers.pop(layer_name) for layer_name in layer_names]
+            state[name] = layout.stack_layers(of_array, placement(x))
+    return state
 
 
 def placement(x: Any) -> jax.sharding.Sharding:
-    """The concrete sharding of an array or its abstract value; on the current mesh when that only
-    knows its axes.
+    """Returns the concrete sharding of an array or of its abstract value.
+
+    One that only knows axes, as jax.eval_shape gives it, is taken to be on the current mesh; none
+    at all means whole on every device of it.
     """
-    place, mesh = getattr(x, "sharding", None), jax.sharding.get_mesh()
-    if isinstance(place, NamedSharding) and isinstance(place.mesh, AbstractMesh):
-        place = None if place.mesh.empty else NamedSharding(mesh, place.spec)
-    if place is None:
-        return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, P())
-    return place
+    sharding = getattr(x, "sharding", None)
+    mesh = jax.sharding.get_mesh()
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        sharding = None if sharding.mesh.empty else NamedSharding(mesh, sharding.spec)
+    if sharding is not None:
+        return sharding
+    return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, P())

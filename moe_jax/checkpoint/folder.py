@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def step_path(directory: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step is, or would be."""
     return directory / manifest.step_name(step)
 
 
@@ -35,12 +36,17 @@ def committed_steps(directory: Path) -> list[int]:
 
     Raises UserError when the directory is there and cannot be listed.
     """
-    steps = (_step_of(name) for name in _names(directory))
-    return sorted(s for s in steps if s is not None and has_manifest(step_path(directory, s)))
+    steps = []
+    for name in _names(directory):
+        step = _step_of(name)
+        if step is not None and has_manifest(directory / name):
+            steps.append(step)
+    return sorted(steps)
 
 
 def has_manifest(path: Path) -> bool:
     """Returns whether there is a manifest; one that cannot be looked at counts: it is damage."""
+    # lstat, so that a link to a manifest that is gone counts too: damage, and no ruin of ours.
     try:
         os.lstat(path / manifest.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -57,8 +63,9 @@ def set_aside(path: Path, why: str) -> Path | None:
     """
     if not os.path.lexists(path):
         return None
-    names = (path.parent / f"{path.name}.{why}{number}" for number in itertools.count())
-    aside = next(name for name in names if not os.path.lexists(name))
+    candidates = (path.parent / f"{path.name}.{why}{number}" for number in itertools.count())
+    aside = next(candidate for candidate in candidates if not os.path.lexists(candidate))
+    # A rename keeps the files, in case somebody can still make use of them.
     path.rename(aside)
     return aside
 
@@ -71,18 +78,24 @@ def begin_save(directory: Path, step: int, damaged: Iterable[int]) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
-    for other in damaged:
-        set_aside(step_path(directory, other), "damaged")
+    for damaged_step in damaged:
+        set_aside(step_path(directory, damaged_step), "damaged")
     path = step_path(directory, step)
+    # Renames only: a kill here leaves every checkpoint whole, some under other names.
     later = [step_path(directory, s) for s in committed_steps(directory) if s > step]
-    for other in [*later, path, *_parts(path)]:
-        if aside := set_aside(other, "old"):
-            log.warning("%s was in the way of step %d: it is %s now", other, step, aside.name)
+    for in_the_way in [*later, path, *_parts(path)]:
+        if aside := set_aside(in_the_way, "old"):
+            log.warning("%s was in the way of step %d: it is %s now", in_the_way, step, aside.name)
+    # Last, and before Orbax makes the directory: what it leaves half-written is known to be ours,
+    # and what was in the way, which is not ours, is never taken for it.
     _mark(path)
 
 
 def end_save(directory: Path, step: int) -> None:
-    """Tells that a checkpoint is committed."""
+    """Takes the marker away from a checkpoint that is committed.
+
+    A kill before that does no harm: `sweep` leaves what has a manifest alone.
+    """
     _marker(step_path(directory, step)).unlink(missing_ok=True)
 
 
@@ -92,14 +105,27 @@ def sweep(directory: Path) -> None:
     Only while nothing is being saved.
     """
     for name in _names(directory):
-        step = _step_of(name.removesuffix(UNFINISHED)) if name.endswith(UNFINISHED) else None
+        if not name.endswith(UNFINISHED):
+            continue
+        step = _step_of(name.removesuffix(UNFINISHED))
         if step is None:
             continue
         path = step_path(directory, step)
+        # With a manifest it is a checkpoint: killed after its commit, or before its deletion.
         if not has_manifest(path):
             for ruin in [path, *_parts(path)]:
                 _delete(ruin)
+        # Last: killed before it, the marker still says whose ruin it is.
         _marker(path).unlink()
+
+
+def marked(directory: Path) -> list[Path]:
+    """Returns what `sweep` would delete: ruins that have a mark of ours beside them."""
+    names = [name for name in _names(directory) if name.endswith(UNFINISHED)]
+    steps = [_step_of(name.removesuffix(UNFINISHED)) for name in names]
+    paths = [step_path(directory, step) for step in steps if step is not None]
+    ruins = [path for path in paths if not has_manifest(path)]
+    return [part for path in ruins for part in [path, *_parts(path)]]
 
 
 def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
@@ -113,10 +139,13 @@ def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
         return
     scores = _scores(directory, steps)
     by_score = sorted((score, step) for step, score in scores.items() if score is not None)
+    # Sound ones are found before anything is deleted: a damaged one must not take the place of the
+    # last that a run can go on from.
     last = _first_sound(directory, sorted(scores, reverse=True), keep, sound)
     best = _first_sound(directory, [step for _, step in by_score], keep_best, sound)
     for step in scores:
         path = step_path(directory, step)
+        # It has no manifest here if it was found damaged meanwhile and set aside.
         if step not in {*last, *best} and has_manifest(path):
             try:
                 remove(path)
@@ -127,8 +156,10 @@ def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
 def remove(path: Path) -> None:
     """Deletes a checkpoint; of a link to one, the link.
 
-    The manifest goes first: killed half-way, what is left is no checkpoint any more.
+    The manifest goes before the files: killed half-way, what is left is no checkpoint any more, and
+    the marker, which is there from beginning to end, says that it is ours to sweep.
     """
+    # The files behind a link are somebody else's.
     if path.is_symlink():
         path.unlink()
         return
@@ -140,7 +171,7 @@ def remove(path: Path) -> None:
 
 def _scores(directory: Path, steps: Iterable[int]) -> dict[int, float | None]:
     """Returns {step: score} of those whose manifest can be read, and sets the others aside."""
-    scores = {}
+    scores: dict[int, float | None] = {}
     for step in steps:
         try:
             scores[step] = manifest.read(step_path(directory, step))["score"]
@@ -151,28 +182,31 @@ def _scores(directory: Path, steps: Iterable[int]) -> dict[int, float | None]:
 
 def _first_sound(directory: Path, steps: list[int], number: int, sound: set[int]) -> list[int]:
     """Returns the first `number` sound `steps`; damaged ones before them are set aside."""
-    found: list[int] = []
+    first: list[int] = []
     for step in steps:
-        path = step_path(directory, step)
-        if len(found) == number:
+        # Files are read for a digest only as far as is needed.
+        if len(first) == number:
             break
+        path = step_path(directory, step)
         if step not in sound and has_manifest(path):
-            what = manifest.damage(path)
-            if what:
-                _set_damaged_aside(path, what)
+            damage = manifest.damage(path)
+            if damage:
+                _set_damaged_aside(path, damage)
             else:
                 sound.add(step)
         if step in sound:
-            found.append(step)
-    return found
+            first.append(step)
+    return first
 
 
-def _set_damaged_aside(path: Path, what: str) -> None:
+def _set_damaged_aside(path: Path, damage: str) -> None:
     aside = set_aside(path, "damaged")
-    log.warning("the checkpoint %s is damaged (%s): it is %s now", path, what, aside and aside.name)
+    new_name = aside and aside.name
+    log.warning("the checkpoint %s is damaged (%s): it is %s now", path, damage, new_name)
 
 
 def _names(directory: Path) -> list[str]:
+    """Returns the names in a directory, sorted; none where it is not there."""
     try:
         return sorted(os.listdir(directory))
     except FileNotFoundError:
@@ -186,17 +220,21 @@ def _names(directory: Path) -> list[str]:
 def _step_of(name: str) -> int | None:
     """Returns the step of a directory's name, None of any other name (`step_²`, `step_7`)."""
     match = re.fullmatch(manifest.PREFIX + "([0-9]+)", name)
-    step = int(match[1]) if match else -1
-    return step if step >= 0 and name == manifest.step_name(step) else None
+    if not match:
+        return None
+    step = int(match[1])
+    # A number has one name: without its zeros, or with too many, it is not ours.
+    return step if name == manifest.step_name(step) else None
 
 
 def _parts(path: Path) -> list[Path]:
-    """Returns what Orbax calls a checkpoint while it writes."""
+    """Returns what there is of a checkpoint under the names that Orbax gives it while it writes."""
     names = _names(path.parent)
     return [path.parent / name for name in names if name.startswith(path.name + ORBAX_PART)]
 
 
 def _marker(path: Path) -> Path:
+    """Returns where the marker of a checkpoint is; beside it, so that Orbax does not see it."""
     return path.parent / (path.name + UNFINISHED)
 
 

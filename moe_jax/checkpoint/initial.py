@@ -15,8 +15,10 @@ class Report(NamedTuple):
 
     step: int
     loaded: list[str]
-    renamed: list[tuple[str, str]]  # (name in the checkpoint, name here); these are in `loaded` too
-    left: list[tuple[str, str]]  # (name here, reason): not in the checkpoint, or of another shape
+    # (name in the checkpoint, name here); these are in `loaded` too.
+    renamed: list[tuple[str, str]]
+    # (name here, reason): not in the checkpoint, or of another shape.
+    left: list[tuple[str, str]]
 
 
 def load_params(
@@ -33,13 +35,12 @@ def load_params(
     Args:
       directory: the checkpoints of the other run.
       params: the parameters of this run, or their abstract values with shardings. Those that do not
-          match stay as
-        they are given.
+          match stay as they are given.
       stacked: layers below "repeats" are stacked over a leading axis here; how the other run had
           them is no matter.
       rename: {old prefix: new prefix} of names, such as {"layers/repeats/0/ffn":
-          "layers/repeats/0/shared"}. The
-        longest prefix that fits counts; "" as the new one leaves them out.
+          "layers/repeats/0/shared"}. The longest prefix that fits counts; "" as the new one leaves
+          them out.
       part: the field of the saved state to read, "params", "ema" or "router_state".
       step: the checkpoint to read; None = the newest sound one.
 
@@ -47,28 +48,33 @@ def load_params(
     UserError when there is no checkpoint, or none of its parameters matches.
     """
     run = Checkpoints(directory, every=0, keep=1, keep_best=0)
-    found = run.latest() if step is None else step
-    if found is None:
+    step = run.latest() if step is None else step
+    if step is None:
         raise UserError(f"train.init_from: there is no checkpoint in {run.directory}")
-    path = run.path(found)
+    path = run.path(step)
     saved = read_manifest(path)["arrays"]
-    sources = _sources(saved, part, rename)
+    name_on_disk = _names_on_disk(saved, part, rename)
     wanted = flat_lib.flatten(params)
-    plan, left = _match(wanted, saved, sources, rename, stacked)
-    if (
-        not plan and part != "router_state"
-    ):  # which another router does not have: it begins as the model begins it
+    matching, left = _match(wanted, saved, name_on_disk, rename, stacked)
+    # Another router has no such state: it begins as the model begins it.
+    if not matching and part != "router_state":
         raise UserError(
             f"train.init_from: no parameter of {path} matches one of this model. It has "
-            f"{_some(sources)}; this model "
-            f"has {_some(wanted)}. Map old prefixes of names to new ones with train.init_rename"
+            f"{_some(name_on_disk)}; this model has {_some(wanted)}. Map old prefixes of names to "
+            "new ones with train.init_rename"
         )
-    loaded = _load(path, {name: wanted[name] for name in plan}, sources, stacked) if plan else {}
-    renamed = [(sources[n].removeprefix(part + "/"), n) for names in plan.values() for n in names]
-    renamed = [(old, new) for old, new in renamed if old != new]
-    return flat_lib.unflatten({**wanted, **loaded}, params), Report(
-        found, list(plan), renamed, left
-    )
+    loaded: dict[str, Any] = {}
+    if matching:
+        matched = {name: wanted[name] for name in matching}
+        loaded = _load(path, matched, name_on_disk, stacked)
+    renamed = []
+    for layer_names in matching.values():
+        for new in layer_names:
+            old = name_on_disk[new].removeprefix(part + "/")
+            if old != new:
+                renamed.append((old, new))
+    loaded_params = flat_lib.unflatten({**wanted, **loaded}, params)
+    return loaded_params, Report(step, list(matching), renamed, left)
 
 
 def refuse_idle_renames(
@@ -81,87 +87,107 @@ def refuse_idle_renames(
     """
     path = Checkpoints(directory, every=0, keep=1, keep_best=0).path(step)
     saved = read_manifest(path)["arrays"]
-    there = [n.removeprefix(part + "/") for part in here for n in saved if n.startswith(part + "/")]
-    trees = [flat_lib.abstract_layers(flat_lib.flatten(tree), stacked) for tree in here.values()]
-    known = {name for tree in trees for name in tree}
+    saved_names: list[str] = []
+    model_names: set[str] = set()
+    for part, tree in here.items():
+        prefix = part + "/"
+        saved_names += [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
+        # A layer has a name of its own, whether it is stacked here or not.
+        model_names.update(flat_lib.abstract_layers(flat_lib.flatten(tree), stacked))
     for old, new in rename.items():
-        found = [name for name in there if _is_below(name, old)]
-        renamed = [new + name.removeprefix(old) for name in found]
-        if not found:
+        concerned = [name for name in saved_names if _is_below(name, old)]
+        renamed = [new + name.removeprefix(old) for name in concerned]
+        if not concerned:
             raise UserError(
                 f"train.init_rename: ({old!r}, {new!r}) renames nothing, no parameter of {path} is "
-                f"called {old!r} or {old + '/...'!r}. It has {_some(there)}"
+                f"called {old!r} or {old + '/...'!r}. It has {_some(saved_names)}"
             )
-        if new and not known.intersection(renamed):
+        if new and not model_names.intersection(renamed):
             raise UserError(
-                f"train.init_rename: ({old!r}, {new!r}) makes {renamed[0]!r} of {found[0]!r}, and "
-                "this "
-                f'model has no such parameter. It has {_some(known)}; "" as the new name leaves it '
-                "out"
+                f"train.init_rename: ({old!r}, {new!r}) makes {renamed[0]!r} of {concerned[0]!r}, "
+                f"and this model has no such parameter. It has {_some(model_names)}; "
+                '"" as the new name leaves it out'
             )
 
 
-def _sources(saved: Mapping[str, Any], part: str, rename: Mapping[str, str]) -> dict[str, str]:
-    """{name here, one per layer: name on disk} of every array of the part."""
-    out = {}
+def _names_on_disk(
+    saved: Mapping[str, Any], part: str, rename: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns {name here, one per layer: name on disk} of every array of a part of the state."""
+    names: dict[str, str] = {}
     for name in saved:
-        if name.startswith(part + "/"):
-            old = name.removeprefix(part + "/")
-            prefix = max((p for p in rename if _is_below(old, p)), key=len, default=None)
-            new = (
-                old
-                if prefix is None
-                else rename[prefix] and rename[prefix] + old.removeprefix(prefix)
-            )
-            if new:
-                out[new] = name
-    return out
+        if not name.startswith(part + "/"):
+            continue
+        old = name.removeprefix(part + "/")
+        if new := _renamed(old, rename):
+            names[new] = name
+    return names
+
+
+def _renamed(old: str, rename: Mapping[str, str]) -> str:
+    """Returns the name here of a parameter; "" if it is to be left out."""
+    prefixes = [prefix for prefix in rename if _is_below(old, prefix)]
+    if not prefixes:
+        return old
+    longest = max(prefixes, key=len)
+    return rename[longest] and rename[longest] + old.removeprefix(longest)
 
 
 def _is_below(name: str, prefix: str) -> bool:
+    """Returns whether a prefix names a parameter or what it is in: "a/b" is below "a", "ab" not."""
     return name == prefix or name.startswith(prefix + "/")
 
 
 def _match(
     wanted: Mapping[str, Any],
     saved: Mapping[str, Any],
-    sources: Mapping[str, str],
+    name_on_disk: Mapping[str, str],
     rename: Mapping[str, str],
     stacked: bool,
 ) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
-    """{name: its layers' names} of what can be loaded, and (name, reason) of what cannot."""
-    plan, left = {}, []
+    """Returns {name: its layers' names} of what can be loaded, and (name, reason) of what cannot.
+
+    A stacked array is loaded only if all of its layers can be.
+    """
+    matching: dict[str, list[str]] = {}
+    left: list[tuple[str, str]] = []
     for name, x in wanted.items():
-        names = layout.layer_names(name, x.shape, stacked)
-        shape = list(x.shape if names is None else x.shape[1:])
-        names = names or [name]
-        missing = [n for n in names if n not in sources]
-        other = [n for n in names if n in sources and saved[sources[n]][0] != shape]
+        layer_names = layout.layer_names(name, x.shape, stacked)
+        shape = list(x.shape if layer_names is None else x.shape[1:])
+        layer_names = layer_names or [name]
+        shape_on_disk = {
+            layer: saved[name_on_disk[layer]][0] for layer in layer_names if layer in name_on_disk
+        }
+        missing = [layer for layer in layer_names if layer not in shape_on_disk]
+        misshapen = [layer for layer, other in shape_on_disk.items() if other != shape]
         if missing:
-            out = any(not new and _is_below(missing[0], old) for old, new in rename.items())
-            why = "is left out by train.init_rename" if out else "is not in the checkpoint"
-            left.append((name, f"{missing[0]} {why}"))
-        elif other:
-            left.append(
-                (
-                    name,
-                    f"{other[0]} is {saved[sources[other[0]]][0]} in the checkpoint and {shape} "
-                    "here",
-                )
+            is_left_out = any(not new and _is_below(missing[0], old) for old, new in rename.items())
+            reason = (
+                "is left out by train.init_rename" if is_left_out else "is not in the checkpoint"
             )
+            left.append((name, f"{missing[0]} {reason}"))
+        elif misshapen:
+            first = misshapen[0]
+            reason = f"{first} is {shape_on_disk[first]} in the checkpoint and {shape} here"
+            left.append((name, reason))
         else:
-            plan[name] = names
-    return plan, left
+            matching[name] = layer_names
+    return matching, left
 
 
 def _load(
-    path: Path, wanted: dict[str, Any], sources: Mapping[str, str], stacked: bool
+    path: Path, wanted: dict[str, Any], name_on_disk: Mapping[str, str], stacked: bool
 ) -> dict[str, Any]:
+    """Returns the arrays of `wanted`, read from the checkpoint at `path` by their names there."""
     layers = flat_lib.abstract_layers(wanted, stacked)
-    loaded = load_arrays(path, {sources[name]: x for name, x in layers.items()})
-    return flat_lib.stack({name: loaded[sources[name]] for name in layers}, wanted, stacked)
+    loaded = load_arrays(path, {name_on_disk[name]: x for name, x in layers.items()})
+    renamed = {name: loaded[name_on_disk[name]] for name in layers}
+    return flat_lib.stack(renamed, wanted, stacked)
 
 
 def _some(names: Any) -> str:
+    """Returns the first three names, for a message."""
     names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -25,15 +25,20 @@ class Damaged(ValueError):
 
 
 def step_name(step: int) -> str:
+    """Returns the name of the directory of a step; names sort like steps up to 8 digits."""
     return f"{PREFIX}{step:08d}"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Commits the checkpoint at `path`: `content` and the digests, in one atomic rename."""
+    # Through JSON and back: the digest is that of what a reader gets, lists in place of tuples.
     content = json.loads(json.dumps({**content, "files": digests(path)}))
+    signed = {**content, OWN_DIGEST: own_digest(content)}
+    # Killed while it writes, it leaves a .part, which nobody takes for a manifest. It is on disk
+    # before it gets its name: a power cut cannot leave an empty manifest.
     part = path / (MANIFEST + ".part")
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({**content, OWN_DIGEST: own_digest(content)}, indent=1))
+        file.write(json.dumps(signed, indent=1))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path / MANIFEST)
@@ -62,29 +67,42 @@ def damage(path: Path) -> str:
         files = read(path)["files"]
     except Damaged as error:
         return str(error)
+
+    def change(name: str) -> str:
+        return _changed(path, name, files[name])
+
     with ThreadPoolExecutor(8) as pool:
-        return next(
-            filter(None, pool.map(lambda name: _changed(path, name, files[name]), files)), ""
-        )
+        # One is enough: files that no thread has begun to read are then left out.
+        return next(filter(None, pool.map(change, files)), "")
 
 
 def digests(path: Path) -> dict[str, list[Any]]:
     """Returns {file: [bytes, SHA-256]} of all below `path` but the manifest; 1.8 GB/s a core."""
     names = []
     for folder, _, files in os.walk(path):
-        names += [os.path.relpath(os.path.join(folder, file), path) for file in files]
-    names = sorted(name for name in names if not os.path.basename(name).startswith(MANIFEST))
+        for file in files:
+            # Neither the manifest nor its .part, in which the digests will stand.
+            if not file.startswith(MANIFEST):
+                names.append(os.path.relpath(os.path.join(folder, file), path))
+    names.sort()
+
+    def digest(name: str) -> list[Any]:
+        return _digest(path / name)
+
+    # Hashing leaves the interpreter's lock, so threads take all cores.
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(path / name), names)))
+        return dict(zip(names, pool.map(digest, names)))
 
 
 def own_digest(content: dict[str, Any]) -> str:
     """Returns the SHA-256 of a manifest that does not have one yet, whatever its spacing."""
+    # Sorted, so that it does not depend on the order in which keys were written.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def open_file(path: Path) -> io.BufferedReader:
     """Opens a file for reading. Raises OSError when it is none: a pipe would be waited for."""
+    # Without O_NONBLOCK the opening itself would wait for a writer of the pipe.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -93,6 +111,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def _digest(path: Path) -> list[Any]:
+    """Returns [bytes, SHA-256] of a file, as the manifest has them."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         return [size, hashlib.file_digest(file, "sha256").hexdigest()]
@@ -101,36 +120,41 @@ def _digest(path: Path) -> list[Any]:
 def _changed(path: Path, name: str, wanted: list[Any]) -> str:
     """Returns what is wrong with one file; "" for nothing."""
     try:
-        same = _digest(path / name) == wanted
+        is_same = _digest(path / name) == wanted
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    except ValueError:  # a name with a zero byte in it
+    # A name with a zero byte in it.
+    except ValueError:
         return f"{MANIFEST} names the file {name!r}"
-    return "" if same else f"{name} has changed since it was written"
+    return "" if is_same else f"{name} has changed since it was written"
 
 
 def _refuse_damage(content: Any, name: str) -> None:
     """Raises Damaged unless `content` is the manifest of directory `name`, as it was written."""
     if not isinstance(content, dict):
         raise Damaged(f"{MANIFEST} is a {type(content).__name__}")
+    # Those written before there was a digest have none.
     signed = OWN_DIGEST in content
     if signed and content.pop(OWN_DIGEST) != own_digest(content):
         raise Damaged(f"{MANIFEST} has changed since it was written")
-    for key, (right, what) in ENTRIES.items():
+    for key, (is_valid, description) in ENTRIES.items():
         if key not in content:
             raise Damaged(f"{MANIFEST} has no {key!r}")
-        if not right(content[key]):
-            raise Damaged(f"{key!r} of {MANIFEST} is not {what}")
+        if not is_valid(content[key]):
+            raise Damaged(f"{key!r} of {MANIFEST} is not {description}")
     unknown = sorted(content.keys() - ENTRIES.keys())
-    if unknown and not signed:  # with a digest it is what a later version wrote
+    # With a digest it is what a later version wrote.
+    if unknown and not signed:
         raise Damaged(f"{MANIFEST} has an entry {unknown[0]!r}, which nobody writes")
+    # A directory that was copied or renamed by hand would be restored as another step.
     if step_name(content["step"]) != name:
         raise Damaged(f"{MANIFEST} is that of step {content['step']}")
 
 
 def _is_step(value: Any) -> bool:
+    """Returns whether a value of JSON is a whole number from 0 on; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -143,22 +167,25 @@ def _is_dict(value: Any) -> bool:
 
 
 def _are_arrays(value: Any) -> bool:
-    """Is it {name: [shape, dtype]}?"""
-    return isinstance(value, dict) and all(
+    """Returns whether a value is {name: [shape, dtype]}."""
+    if not isinstance(value, dict):
+        return False
+    return all(
         _is_pair(entry, list, str) and all(map(_is_step, entry[0])) for entry in value.values()
     )
 
 
 def _are_files(value: Any) -> bool:
-    """Is it {name: [bytes, SHA-256]}?"""
+    """Returns whether a value is {name: [bytes, SHA-256]}."""
     return isinstance(value, dict) and all(_is_pair(entry, int, str) for entry in value.values())
 
 
 def _is_pair(value: Any, first: type, second: type) -> bool:
-    pair = isinstance(value, list) and len(value) == 2
-    return pair and isinstance(value[0], first) and isinstance(value[1], second)
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and isinstance(value[0], first) and isinstance(value[1], second)
 
 
+# What a manifest has: key -> (whether a value is valid, what it should be).
 ENTRIES = {
     "step": (_is_step, "a number of a step"),
     "score": (_is_score, "a score"),

@@ -20,7 +20,11 @@ from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoint import alias, folder, manifest
 from moe_jax.checkpoint import flat as flat_lib
-from moe_jax.errors import UserError
+from moe_jax.errors import NoCheckpoint, UserError
+
+# In place of a step, among processes, which exchange numbers alone.
+NO_STEP, ALL_DAMAGED = -1, -2
+MOST_MISFITS = 8  # arrays that a message names
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +50,21 @@ class Checkpoints:
 
     def __init__(self, directory: Any, *, every: int, keep: int, keep_best: int):
         self.directory = Path(directory).absolute()
-        alias.check(self.directory)
+        alias.refuse_unreadable(self.directory)
         self.every, self.keep, self.keep_best = every, max(keep, 1), keep_best
-        self._here: set[int] = set()  # steps that this object saved or restored
-        self._sound: set[int] = set()  # steps whose files are known to be right
-        self._damaged: set[int] = set()  # and to be wrong; the next save sets them aside
+        # Steps that this object saved or restored.
+        self._own: set[int] = set()
+        # Steps whose files are known to be right, so that they are read for a digest only once.
+        self._sound: set[int] = set()
+        # Steps whose files are known to be wrong; the next save sets them aside.
+        self._damaged: set[int] = set()
+        # The save in the background: its step, the plain path of the directory, its end.
         self._pending: tuple[int, Path, Future[None]] | None = None
+        # One thread, so that two saves cannot overlap.
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def due(self, step: int) -> bool:
+        """Returns whether a checkpoint is to be saved after a step."""
         return self.every > 0 and step % self.every == 0
 
     def save(
@@ -74,23 +84,24 @@ class Checkpoints:
         one cannot begin.
         """
         self._wait()
-        if step in self._here and self._is_there(step):
+        if step in self._own and self._is_there(step):
             return False
         arrays: Any = flat_lib.unstack(flat_lib.flatten(state), stacked)
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         score = None if score is None or math.isnan(score) else float(score)
         content = {"step": step, "score": score, "metadata": metadata, "arrays": described}
-        json.dumps(content)  # what is not JSON fails here, not in the background
+        # What is not JSON fails here, not in the background when the arrays are written.
+        json.dumps(content)
         self._make_room(step)
-        self.directory.mkdir(
-            parents=True, exist_ok=True
-        )  # a network drive may show it late to others
+        # Process 0 has made it; a network drive may show it late to the others.
+        self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            place = stack.enter_context(alias.plain(self.directory, _all_of))
-            response = ocp.save_async(str(folder.step_path(place, step)), arrays)
-            later = stack.pop_all()  # the directory stays open until the save has ended
-        commit = self._thread.submit(self._commit, response, place, later, content)
-        self._pending = step, place, commit
+            plain_path = stack.enter_context(alias.plain(self.directory, _all_of))
+            response = ocp.save_async(str(folder.step_path(plain_path, step)), arrays)
+            # From here on the commit closes the directory, which stays open until the save ends.
+            until_committed = stack.pop_all()
+        commit = self._thread.submit(self._commit, response, plain_path, until_committed, content)
+        self._pending = step, plain_path, commit
         return True
 
     def poll(self) -> None:
@@ -103,27 +114,26 @@ class Checkpoints:
             self._wait()
 
     def latest(self) -> int | None:
-        """The newest step that can be restored, its files verified; None when there is none.
+        """Returns the newest step that can be restored, its files verified; None if there is none.
 
         A damaged checkpoint is reported (logging, a warning) and passed over. Raises UserError when
         all are damaged.
         """
         self._wait()
-        found = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
-        if found == -2:
-            raise UserError(
+        step = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
+        if step == ALL_DAMAGED:
+            raise NoCheckpoint(
                 f"every checkpoint in {self.directory} is damaged: move that directory away to "
                 "start again from step 0"
             )
-        return None if found == -1 else found
+        return None if step == NO_STEP else step
 
     def restore(self, step: int, abstract_state: Any, *, stacked: bool) -> Any:
-        """The state of a step, bit for bit.
+        """Returns the state of a step, bit for bit.
 
         Args:
           abstract_state: a pytree of jax.ShapeDtypeStruct (or arrays) with the shapes, dtypes and
-              shardings to restore
-            into, on any mesh; the result of jax.eval_shape will do.
+              shardings to restore into, on any mesh; the result of jax.eval_shape will do.
           stacked: as in `save`; need not be what it was there.
 
         Raises UserError when there is no such checkpoint, when it is damaged, or when it does not
@@ -134,11 +144,12 @@ class Checkpoints:
         layers = flat_lib.abstract_layers(wanted, stacked)
         saved = read_manifest(path)["arrays"]
         widened = _widened(saved, layers)
+        # Compared before anything is read: the arrays may be large, and Orbax says less.
         _refuse_misfits(path, {**saved, **widened}, layers)
         if widened and jax.process_index() == 0:
             log.warning("the checkpoint %s has moments in bfloat16: they go on in float32", path)
         arrays = flat_lib.stack(load_arrays(path, layers), wanted, stacked)
-        self._here.add(step)
+        self._own.add(step)
         return flat_lib.unflatten(arrays, abstract_state)
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -146,18 +157,20 @@ class Checkpoints:
         return read_manifest(self._committed(step))["metadata"]
 
     def path(self, step: int) -> Path:
-        """The directory of a step, its files verified. Raises UserError as `restore` does."""
+        """Returns the directory of a step, its files verified; UserError as `restore` raises it."""
         path = self._committed(step)
-        what = manifest.damage(path) if jax.process_index() == 0 and step not in self._sound else ""
-        if _agree(bool(what)):
+        # One process reads all files, and tells the others: they would read the same ones.
+        is_verifier = jax.process_index() == 0 and step not in self._sound
+        damage = manifest.damage(path) if is_verifier else ""
+        if _agree(bool(damage)):
             raise UserError(
-                f"the checkpoint {path} is damaged ({what or 'see process 0'}): take another step"
+                f"the checkpoint {path} is damaged ({damage or 'see process 0'}): take another step"
             )
         self._sound.add(step)
         return path
 
     def steps(self) -> list[int]:
-        """The steps that are committed, in order; their files are not verified."""
+        """Returns the steps that are committed, in order; their files are not verified."""
         self._wait()
         return folder.committed_steps(self.directory)
 
@@ -180,6 +193,7 @@ class Checkpoints:
         """Prepares the directory for a save, in process 0, and lets all processes know how that
         went.
         """
+        # Caught in process 0 alone: the others would wait for it in the save for ever.
         failure = None
         if jax.process_index() == 0:
             try:
@@ -187,58 +201,71 @@ class Checkpoints:
             except OSError as error:
                 failure = error
         if _agree(failure is not None):
-            where, what = folder.step_path(self.directory, step), failure or "see process 0"
-            raise SaveFailed(f"{where} cannot be saved{_free(where)}: {what}")
+            path, reason = folder.step_path(self.directory, step), failure or "see process 0"
+            raise SaveFailed(f"{path} cannot be saved{_free(path)}: {reason}")
         self._damaged.clear()
 
     def _commit(
-        self, response: Any, place: Path, stack: ExitStack, content: dict[str, Any]
+        self, response: Any, plain_path: Path, until_committed: ExitStack, content: dict[str, Any]
     ) -> None:
         """Waits for Orbax and writes the manifest, once the arrays are found where a restore looks
         for them.
 
+        Runs in the background. A kill, or an error, at any point leaves what the table in
+        __init__.py says.
+
         Args:
-          place: a plain name of the directory, valid until `stack` is closed.
+          plain_path: a plain name of the directory, valid until `until_committed` is closed.
         """
         step = content["step"]
-        with stack:
+        with until_committed:
+            # The result of a process comes when the arrays of all processes are on disk.
             response.result()
             if jax.process_index() == 0:
-                path = folder.step_path(place, step)
+                path = folder.step_path(plain_path, step)
                 _refuse_unreadable(path, content["arrays"])
+                # The commit: from here on the checkpoint counts.
                 manifest.write(path, content)
         self._sound.add(step)
         if jax.process_index() == 0:
             folder.end_save(self.directory, step)
+            # Old ones last: until the new one is committed they are what a run goes on from.
             folder.prune(self.directory, self.keep, self.keep_best, self._sound)
 
     def _wait(self) -> None:
+        """Waits for the save in the background; raises SaveFailed, once, if it failed."""
         if not self._pending:
             return
-        (step, place, commit), self._pending = self._pending, None
+        (step, plain_path, commit), self._pending = self._pending, None
         path = folder.step_path(self.directory, step)
         if error := commit.exception():
-            what = str(error).replace(str(place), str(self.directory))
-            reason = f"{type(error).__name__}: {what}".splitlines()[0]
+            # The plain path, a number of a file that was open, tells a user nothing.
+            message = str(error).replace(str(plain_path), str(self.directory))
+            reason = f"{type(error).__name__}: {message}".splitlines()[0]
             raise SaveFailed(f"saving {path} failed{_free(path)}: {reason}") from error
-        self._here.add(step)
+        self._own.add(step)
 
     def _newest_sound(self) -> int:
+        """Returns the newest step whose files are right, NO_STEP or ALL_DAMAGED."""
         steps = folder.committed_steps(self.directory)
         for step in reversed(steps):
             path = folder.step_path(self.directory, step)
-            what = "" if step in self._sound else manifest.damage(path)
-            if not what:
+            damage = "" if step in self._sound else manifest.damage(path)
+            if not damage:
                 self._sound.add(step)
                 return step
             if step not in self._damaged:
                 log.warning(
-                    "the checkpoint %s is damaged (%s): going back to the one before it", path, what
+                    "the checkpoint %s is damaged (%s): going back to the one before it",
+                    path,
+                    damage,
                 )
+            # It is set aside by the next save, not here: a reader changes nothing.
             self._damaged.add(step)
-        return -2 if steps else -1
+        return ALL_DAMAGED if steps else NO_STEP
 
     def _committed(self, step: int) -> Path:
+        """Returns the directory of a step; UserError when it has no manifest."""
         steps = self.steps()
         if step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -247,29 +274,32 @@ class Checkpoints:
 
 
 def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Some arrays of the checkpoint at `path`, by their names on disk; dtypes are cast to the
-    wanted ones.
+    """Returns some arrays of the checkpoint at `path`, by their names on disk.
+
+    They get the dtypes and shardings of `wanted`.
     """
-    every = read_manifest(path)["arrays"]
-    target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in every}
-    with alias.plain(path) as place:
-        loaded: Any = ocp.load(str(place), target)
+    saved = read_manifest(path)["arrays"]
+    # Orbax wants to be told of every array that is there; a placeholder is not read.
+    target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
+    with alias.plain(path) as plain_path:
+        loaded: Any = ocp.load(str(plain_path), target)
     return {name: loaded[name] for name in wanted}
 
 
 def _widened(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The moments that a run saved in bfloat16, as they used to be, and that are float32 now: no
-    digit is lost when they are read.
+    """Returns the moments of optimizers that are bfloat16 on disk and float32 in this run.
+
+    Runs used to keep them in bfloat16. No digit is lost when they are read. They are returned as
+    the manifest would have them in float32: {name: [shape, "float32"]}.
     """
-    moments = {
-        name: saved[name] for name in wanted if name.startswith("opt_state/") and name in saved
-    }
-    old = {
-        n: shape
-        for n, (shape, dtype) in moments.items()
-        if dtype == "bfloat16" and wanted[n].dtype == "float32"
-    }
-    return {name: [shape, "float32"] for name, shape in old.items()}
+    widened: dict[str, Any] = {}
+    for name, array in wanted.items():
+        if not name.startswith("opt_state/") or name not in saved:
+            continue
+        shape, dtype = saved[name]
+        if dtype == "bfloat16" and array.dtype == "float32":
+            widened[name] = [shape, "float32"]
+    return widened
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -281,29 +311,38 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unreadable(path: Path, arrays: dict[str, Any]) -> None:
-    """Raises OSError unless Orbax finds every array at `path`, as it will when it restores them."""
-    found: Any = ocp.metadata(str(path)).metadata
+    """Raises OSError unless Orbax finds every array at `path`, as it will when it restores them.
+
+    Nothing but the names, shapes and dtypes is read: the manifest has the digests of the rest.
+    """
+    on_disk: Any = ocp.metadata(str(path)).metadata
     for name, (shape, dtype) in arrays.items():
-        there = found.get(name) if isinstance(found, dict) else None
-        if there is None or [list(there.shape), str(there.dtype)] != [shape, dtype]:
+        array = on_disk.get(name) if isinstance(on_disk, dict) else None
+        if array is None or [list(array.shape), str(array.dtype)] != [shape, dtype]:
             raise OSError(f"{name} was written, and cannot be read back")
 
 
 def _refuse_misfits(
     path: Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> None:
+    """UserError where a checkpoint has not the arrays of a state; names the first MOST_MISFITS."""
     misfits = []
     for name in sorted(saved.keys() | wanted.keys()):
-        here = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
-        there = f"{saved[name][1]}{saved[name][0]}" if name in saved else "absent"
-        if here != there:
-            misfits.append(f"{name} is {there} in the checkpoint and {here} in this run")
+        in_run, in_checkpoint = "absent", "absent"
+        if name in wanted:
+            in_run = f"{wanted[name].dtype}{list(wanted[name].shape)}"
+        if name in saved:
+            shape, dtype = saved[name]
+            in_checkpoint = f"{dtype}{shape}"
+        if in_run != in_checkpoint:
+            misfits.append(f"{name} is {in_checkpoint} in the checkpoint and {in_run} in this run")
     if misfits:
-        more = f"; and {len(misfits) - 8} more" if len(misfits) > 8 else ""
+        num_more = len(misfits) - MOST_MISFITS
+        more = f"; and {num_more} more" if num_more > 0 else ""
         raise UserError(
-            f"the checkpoint {path} does not fit this run: {'; '.join(misfits[:8])}{more}. Resume "
-            "with the config it "
-            "was saved with, or start a new run from its parameters with train.init_from"
+            f"the checkpoint {path} does not fit this run: {'; '.join(misfits[:MOST_MISFITS])}"
+            f"{more}. Resume with the config it was saved with, or start a new run from its "
+            "parameters with train.init_from"
         )
 
 
@@ -315,18 +354,14 @@ def _all_of(value: int) -> list[int]:
 
 
 def _agree(value: int) -> int:
-    """The value of process 0, on every process."""
-    return (
-        int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-        if jax.process_count() > 1
-        else int(value)
-    )
+    """Returns the value of process 0, on every process."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _free(path: Path) -> str:
-    parent = path.parent
-    return (
-        f" ({shutil.disk_usage(parent).free:,} bytes are free there)"
-        if os.path.isdir(parent)
-        else ""
-    )
+    """Returns how much room there is beside `path`, for a message: mostly it is too little."""
+    if not os.path.isdir(path.parent):
+        return ""
+    return f" ({shutil.disk_usage(path.parent).free:,} bytes are free there)"

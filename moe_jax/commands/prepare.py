@@ -23,7 +23,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "python -m moe_jax prepare", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--source", action="append", required=True, help=f"may be repeated: {sources.USAGE}"
+        "--source", action="append", required=True, help=f"may be repeated: {sources.usage()}"
     )
     parser.add_argument(
         "--tokenizer", default="bytes", help="bytes, bpe:VOCAB (trained on the source) or file:PATH"

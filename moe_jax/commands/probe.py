@@ -337,7 +337,7 @@ def run_record(job: Job) -> Found:
     record_of = held_out.make_record(cfg.model, probe.ROUTING)
     for number, batch in enumerate(run.batches):
         run.tell(f"batch {number + 1} of {len(run.batches)}")
-        fields = record_of(run.params, run.router_state, held_out.place(run, batch))
+        fields = record_of(run.params, run.router_state, held_out.put_batch(run, batch))
         whole = held_out.whole(batch, cfg.eval.batch_size)
         if job.out:
             arrays = record.compact(fields, whole, cfg.model.moe.num_experts, cfg.eval.batch_size)
@@ -345,7 +345,7 @@ def run_record(job: Job) -> Found:
                 "checkpoint": job.trained.step,
                 "split": "heldout",
             }
-            record.write(job.out / "routing", number, arrays, about)
+            record.write_step(job.out / "routing", number, arrays, about)
             files = record.MANIFEST, record.file_name(number)
             job.written.extend(job.out / "routing" / name for name in files)
     return [

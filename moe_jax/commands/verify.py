@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     if args.processes not in (1, 2, 4, 8):
         raise UserError(f"--processes {args.processes} must be one of 1, 2, 4, 8")
     if args.certificate:
-        certificate.check(args.certificate)
+        certificate.refuse_unwritable(args.certificate)
     wanted = Wanted(shapes, args.steps, args.processes, args.float32)
     with working.shown("verify") as tell:
         found = prove(raw, wanted, tell)

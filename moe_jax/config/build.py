@@ -14,9 +14,11 @@ import jax
 from moe_jax.config import rules
 from moe_jax.config.tree import COEFFICIENTS, Choice, at, choices
 from moe_jax.errors import UserError
+from moe_jax.models import MODELS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel import mesh
-from moe_jax.schema.config import DEPTH, NO_RULE, Coefficients, Config, MeshConfig
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import NO_RULE, Coefficients, Config, MeshConfig
 from moe_jax.schema.options import freeze, refusals, refuse_other_keys
 
 # Keys that do not change what is computed, or that a run may go on with.
@@ -48,7 +50,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     Raises UserError.
     """
     tree = copy.deepcopy(dict(raw))
-    tree["mesh"] = mesh.resolve(_lengths(tree["mesh"]), num_devices)
+    tree["mesh"] = _lengths(tree["mesh"], num_devices)
     for choice in choices():
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
@@ -63,12 +65,23 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     return config
 
 
-def _lengths(raw: Mapping[str, Any]) -> mesh.Lengths:
-    """Returns the lengths of the mesh as they are written, -1 for the rest of the devices."""
+def _lengths(raw: Mapping[str, Any], num_devices: int) -> mesh.Lengths:
+    """Returns the lengths of the mesh for these devices: those of the config, or else the first of
+    mesh.fallbacks that fits.
+    """
     written = freeze(MeshConfig, raw, "mesh.")
     for message in refusals(written, "mesh."):
         raise UserError(message)
-    return mesh.Lengths(**dataclasses.asdict(written))
+    fallbacks = [mesh.parse(text, "mesh.fallbacks") for text in written.fallbacks]
+    lengths = dataclasses.asdict(written)
+    del lengths["fallbacks"]
+    try:
+        return mesh.resolve(mesh.Lengths(**lengths), num_devices)
+    except UserError:
+        for fallback in fallbacks:
+            if fallback.num_devices == num_devices:
+                return fallback
+        raise
 
 
 def _choose(tree: dict[str, Any], choice: Choice) -> None:
@@ -100,6 +113,7 @@ def allow_float64(raw: Mapping[str, Any]) -> None:
 def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises a UserError for a changed option of what is not chosen: it would do nothing."""
     _refuse_unused_depth(raw["model"], defaults["model"])
+    _refuse_unused_attention(raw["model"], defaults["model"])
     _refuse_unused_pattern(raw["model"]["moe"]["sparse"], defaults["model"]["moe"]["sparse"])
     for choice in choices():
         chosen, default_blocks = at(raw, choice.path), at(defaults, choice.blocks)
@@ -122,6 +136,19 @@ def _refuse_unused_pattern(sparse: Mapping[str, Any], default: Mapping[str, Any]
         raise UserError(
             "model.moe.sparse.pattern and its options do nothing, because model.moe.sparse.rule is "
             f'"{NO_RULE}": set the rule to one of {names}, or leave the pattern alone'
+        )
+
+
+def _refuse_unused_attention(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+    """Refuses an attention in a kind of model that has none."""
+    kind = model["kind"]
+    # What is no kind of model is told by `build`.
+    if kind not in MODELS or model["attention"] == default["attention"]:
+        return
+    if not MODELS[kind].options(**model["kinds"][kind]).masks:
+        raise UserError(
+            f'model.attention = "{model["attention"]}" does nothing, because model.kind = "{kind}" '
+            "has no attention: leave the key alone"
         )
 
 

@@ -12,6 +12,7 @@ must not be needs documents in rows of their own, or the dispatcher "dropless".
 """
 
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
@@ -28,7 +29,7 @@ def leaks(model: ModelConfig) -> Sees:
 def sees(model: ModelConfig) -> Sees:
     """Returns what a whole model sees in training."""
     seen = _experts(model.moe) if model.num_moe_layers else Sees(False, False)
-    return seen._replace(future=seen.future or _depth(model))
+    return seen._replace(future=seen.future or _depth(model) or _attention(model))
 
 
 def _experts(moe: MoEConfig) -> Sees:
@@ -58,6 +59,11 @@ def _depth(model: ModelConfig) -> bool:
     return model.num_depth_blocks > 0 and model.depth.capacity < 1
 
 
+def _attention(model: ModelConfig) -> bool:
+    """Whether attention itself sees the future, where the mask is causal."""
+    return bool(model.kind_options.masks) and ATTENTIONS[model.attention].sees_future
+
+
 def reasons(model: ModelConfig) -> list[str]:
     """The keys that make it leak, in plain words."""
     found, moe = [], model.moe
@@ -66,6 +72,8 @@ def reasons(model: ModelConfig) -> list[str]:
             f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens "
             "that score highest in the whole sequence"
         )
+    if _attention(model) and MODELS[model.kind].causal:
+        found.append(f'model.attention = "{model.attention}" sees later tokens')
     if not model.num_moe_layers:
         return found
     router = ROUTERS[moe.router].sees(moe.router_options)

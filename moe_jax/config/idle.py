@@ -6,22 +6,23 @@ An option that has its default was not asked for, so nothing is said of it.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from moe_jax.config.config_file import default_values
+from moe_jax.data import sources
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 
 Asked = Callable[[str], bool]
 
 
-def notes(
-    cfg: Config, raw: Mapping[str, Any], defaults: Mapping[str, Any], start: int
-) -> list[str]:
+def notes(cfg: Config, raw: Mapping[str, Any], start: int) -> list[str]:
     """Returns a sentence for each option that was asked for and does nothing.
 
     Args:
       raw: the config as a nested dict.
-      defaults: of it.
       start: the step from which the run goes on.
     """
+
+    defaults = default_values()
 
     def asked(path: str) -> bool:
         return _at(raw, path) != _at(defaults, path)
@@ -92,9 +93,9 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
         return
     if asked("data.folder"):
         yield 'data.folder does nothing: the data of task "lm" are data.sources'
-    embedded = any(source.partition(":")[0] == "embedded" for source, _ in cfg.data.sources)
+    packed_now = any(sources.packed_by_run(source) for source, _ in cfg.data.sources)
     for path in ("data.slice_bytes", "data.heldout_bytes", "data.heldout_every"):
-        if asked(path) and not embedded:
+        if asked(path) and not packed_now:
             yield f"{path} does nothing: it is for embedded text, and prepared data have their own"
 
 

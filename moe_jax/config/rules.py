@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from moe_jax.config import causality
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe import sparse
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.losses import BALANCE, LOSSES
@@ -18,7 +19,8 @@ from moe_jax.moe.routing.contract import Setting, Sizes
 from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
 from moe_jax.schema import options
-from moe_jax.schema.config import BLOCKS, Config, MoEConfig
+from moe_jax.schema.blocks import BLOCKS
+from moe_jax.schema.config import Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
 
@@ -46,6 +48,7 @@ def chosen_blocks(c: Config) -> Iterator[tuple[str, object]]:
     moe, optim = c.model.moe, c.optim
     yield f"tasks.{c.task}", c.task_options
     yield f"model.kinds.{c.model.kind}", c.model.kind_options
+    yield f"model.attentions.{c.model.attention}", c.model.attention_options
     yield f"model.moe.routers.{moe.router}", moe.router_options
     yield f"model.moe.orderings.{moe.ordering}", moe.ordering_options
     yield f"model.moe.dispatchers.{moe.dispatcher}", moe.dispatcher_options
@@ -66,6 +69,8 @@ def advice(c: Config) -> Iterator[str]:
             "learned (docs/precision.md). Set optim.master_copy=True, or model.param_dtype=float32 "
             "and model.dtype=bfloat16"
         )
+    if c.model.kind_options.masks:
+        yield from ATTENTIONS[c.model.attention].advice(c)
     if c.model.num_moe_layers:
         yield from _of_router(c)
         if not DISPATCHERS[c.model.moe.dispatcher].drops:
@@ -156,20 +161,23 @@ def _model(c: Config) -> Iterator[str]:
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "
             "model needs one"
         )
-    if m.kind_options.attends:
-        yield from _heads(c)
+    if m.kind_options.masks:
+        yield from _attention(c)
     yield from kind.refusals(c)
 
 
-def _heads(c: Config) -> Iterator[str]:
+def _attention(c: Config) -> Iterator[str]:
+    """What the attention refuses of the config, and a mask of the kind of model that it has not."""
     m = c.model
-    if m.num_heads % m.num_kv_heads:
-        yield (
-            f"model.num_heads ({m.num_heads}) must be divisible by model.num_kv_heads "
-            f"({m.num_kv_heads})"
-        )
-    if m.head_dim % 2:
-        yield f"model.head_dim ({m.head_dim}) must be even: rotary embeddings turn pairs"
+    attention = ATTENTIONS[m.attention]
+    yield from attention.refusals(c)
+    for mask in m.kind_options.masks:
+        if mask not in attention.masks:
+            able = (name for name, one in ATTENTIONS.items() if mask in one.masks)
+            yield (
+                f'model.attention = "{m.attention}" has no mask "{mask}", which model.kind = '
+                f'"{m.kind}" asks for here: set model.attention={" or ".join(able)}'
+            )
 
 
 def _moe(c: Config) -> Iterator[str]:
@@ -266,7 +274,7 @@ def _mesh(c: Config) -> Iterator[str]:
     m, mesh, e = c.model, c.mesh, c.model.moe
     batch = mesh.batch_devices
     needs = [("model.d_model", m.d_model, "mesh.data x mesh.expert", batch)]
-    if m.kind_options.attends:
+    if m.kind_options.masks:
         needs.append(("model.num_heads", m.num_heads, "mesh.model", mesh.model))
         needs.append(("model.num_kv_heads", m.num_kv_heads, "mesh.model", mesh.model))
     if m.kind_options.embeds:

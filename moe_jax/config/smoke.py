@@ -13,6 +13,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from moe_jax.data import sources
 from moe_jax.data.contract import Data
 from moe_jax.data.examples import Examples
 from moe_jax.errors import UserError
@@ -62,12 +63,10 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 1
     if "copies" in raw["tasks"].get(raw["task"], {}):
         yield f"tasks.{raw['task']}.copies", 1
-    if TASKS[raw["task"]].is_language and any(
-        str(source[0]).startswith("embedded") for source in data["sources"]
-    ):
-        rows = (
-            2 * train["batch_size"] * data["seq_len"]
-        )  # a batch must be there, of a single domain too
+    packed_now = any(sources.packed_by_run(str(source[0])) for source in data["sources"])
+    if TASKS[raw["task"]].is_language and packed_now:
+        # A batch must be there, of a single domain too.
+        rows = 2 * train["batch_size"] * data["seq_len"]
         yield "data.slice_bytes", _least(data["slice_bytes"], max(SLICE_BYTES, rows))
         yield "data.heldout_bytes", _least(data["heldout_bytes"], HELDOUT_BYTES)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.moe.ordering import ORDERINGS
@@ -33,6 +34,7 @@ class Nothing:
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "task": TASKS,
     "model.kind": MODELS,
+    "model.attention": ATTENTIONS,
     "model.moe.router": ROUTERS,
     "model.moe.ordering": ORDERINGS,
     "model.moe.dispatcher": DISPATCHERS,

@@ -17,6 +17,7 @@ from moe_jax.data.embedded import open_embedded
 from moe_jax.data.pack import Rows, interleaved, positions
 from moe_jax.data.part import Part
 from moe_jax.data.prepared import open_prepared
+from moe_jax.data.sources import SOURCES
 from moe_jax.data.survey import Counts
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
@@ -150,10 +151,10 @@ def open_dataset(
 ) -> Dataset:
     """Opens (spec, weight) pairs as one dataset.
 
-    A spec is a prepared directory, or `embedded[:DOMAIN,...]`, which is packed now. `slice_bytes`
-    and `heldout_bytes` (text of each embedded domain, 0 = all), `heldout_every` and `seed` (order
-    of documents) are for embedded text; a prepared directory has its own. UserError if a spec is
-    neither, or if the specs do not go together.
+    A spec is a prepared directory, or a source that a run packs itself, now (sources/contract.py),
+    such as `embedded[:DOMAIN,...]`. For these are `slice_bytes` and `heldout_bytes` (text of each
+    domain, 0 = all), `heldout_every` and `seed` (order of documents); a prepared directory has its
+    own. UserError if a spec is neither, or if the specs do not go together.
     """
     _check_specs(specs)
     parts = tuple(
@@ -205,16 +206,21 @@ def _check_specs(specs: Sequence[tuple[str, float]]) -> None:
 def _open(
     spec: str, *, seq_len: int, slice_bytes: int, heldout_bytes: int, heldout_every: int, seed: int
 ) -> Part:
-    """Opens one spec; UserError if it is neither a prepared directory nor embedded text."""
+    """Opens one spec.
+
+    UserError if it is neither a prepared directory nor a source that a run packs itself.
+    """
     if os.path.isdir(spec):
         return open_prepared(pathlib.Path(spec))
     try:
         kind = sources.parse(spec).kind
     except UserError:
+        packed_now = [name for name, source in SOURCES.items() if source.packed_by_run]
+        others = " or ".join(sources.syntax(name) for name in packed_now)
         raise UserError(
-            f"data.sources: {spec!r} is neither a prepared directory nor embedded[:DOMAIN,...]"
+            f"data.sources: {spec!r} is neither a prepared directory nor {others}"
         ) from None
-    if kind != "embedded":
+    if not SOURCES[kind].packed_by_run:
         raise UserError(
             f"data.sources: {spec!r} must be prepared first: `python -m moe_jax prepare --source "
             f"'{spec}' --out DIR`, then name DIR here"

@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax.data.pack import Rows
 from moe_jax.data.part import Part, Store
 from moe_jax.data.sources.characters import readable
-from moe_jax.data.sources.tfds_datasets import damage, intact
+from moe_jax.data.sources.tfds_datasets import damage_error, intact
 from moe_jax.data.survey import Survey
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer import load as load_tokenizer
@@ -259,7 +259,7 @@ def _store(
         source: Any = builder.as_data_source(split=split)
     # The JSON files of a data set are read by several parsers, each of which has errors of its own.
     except Exception as error:
-        raise damage(what, error) from None
+        raise damage_error(what, error) from None
     if len(source) != num_rows:
         raise UserError(
             f"{what} are {len(source)} instead of {num_rows}: copy it again, or prepare it again "

@@ -26,10 +26,9 @@ import numpy as np
 from moe_jax import layout
 from moe_jax.data.tokenizer import Decoder, Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.attention import Cache
 from moe_jax.models.decodable import for_decoding
-from moe_jax.models.decoder import empty_caches
 from moe_jax.models.functions import make_model
+from moe_jax.models.stack import empty_caches, num_slots
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.runtime import stopping
@@ -77,10 +76,10 @@ class Dials(NamedTuple):
 class Engine(NamedTuple):
     """Compiled at first use, for each B, M and S."""
 
-    empty: Callable[..., list[Cache]]  # (B, M) -> caches, one a block
-    prefill: Callable[..., list[Cache]]  # (weights, caches, id_BS, length_B, start) -> caches
+    empty: Callable[..., list[Any]]  # (B, M) -> caches, one a block
+    prefill: Callable[..., list[Any]]  # (weights, caches, id_BS, length_B, start) -> caches
     decode: Callable[
-        ..., tuple[jax.Array, list[Cache]]
+        ..., tuple[jax.Array, list[Any]]
     ]  # (weights, caches, rows, dials) -> (id_NB, caches)
 
 
@@ -171,8 +170,8 @@ def generate(
 
 
 def _prefill(
-    engine: Engine, weights: Any, caches: list[Cache], rows: Mapping[int, "Row"], size: int
-) -> list[Cache]:
+    engine: Engine, weights: Any, caches: list[Any], rows: Mapping[int, "Row"], size: int
+) -> list[Any]:
     """Writes the windows of some rows (by their place in the batch) but for their last tokens;
     other rows stay as they are.
     """
@@ -213,21 +212,21 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
     def at(x, *dims):
         return jax.sharding.reshard(x, P(BATCH, *dims))
 
-    def empty(num_rows: int, length: int) -> list[Cache]:
+    def empty(num_rows: int, length: int) -> list[Any]:
         return empty_caches(cfg, num_rows, length)
 
-    def forward(weights: Any, caches: list[Cache], id_BS, position_BS, valid_BS, index_B):
-        position_BS = jnp.where(valid_BS, position_BS, caches[0].k_BMGA.shape[1])
+    def forward(weights: Any, caches: list[Any], id_BS, position_BS, valid_BS, index_B):
+        position_BS = jnp.where(valid_BS, position_BS, num_slots(caches))
         batch = Batch(at(id_BS), at(position_BS), at(valid_BS.astype(jnp.int32)), at(index_B))
         return model.bind(*weights).cached(batch, caches)
 
-    def prefill(weights: Any, caches: list[Cache], id_BS, length_B, start) -> list[Cache]:
+    def prefill(weights: Any, caches: list[Any], id_BS, length_B, start) -> list[Any]:
         place_1S = jnp.arange(id_BS.shape[1], dtype=jnp.int32)[None]
         position_BS = jnp.broadcast_to(start + place_1S, id_BS.shape)
         row_B = jnp.arange(id_BS.shape[0], dtype=jnp.int32)
         return forward(weights, caches, id_BS, position_BS, place_1S < length_B[:, None], row_B)[1]
 
-    def decode(weights: Any, caches: list[Cache], rows: RowState, dials: Dials):
+    def decode(weights: Any, caches: list[Any], rows: RowState, dials: Dials):
         def step(carry):
             made, id_B, live_B, id_NB, caches = carry
 

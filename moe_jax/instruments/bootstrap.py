@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 1000
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of both sides together
 
 
 class Interval(NamedTuple):
@@ -38,35 +38,47 @@ def ratios(
     """
     rng = np.random.default_rng(seed)
     shape = sum_R.shape[:-1]
-    each = Interval(np.full((*shape, num_domains), np.nan), np.full((*shape, num_domains), np.nan))
-    ratio, variance, freedom, domains = np.zeros(shape), np.zeros(shape), 0, 0
+    low_Z, high_Z = np.full((2, *shape, num_domains), np.nan)
+    ratio_sum, variance_sum = np.zeros(shape), np.zeros(shape)
+    freedom, num_measured = 0, 0
     for domain in range(num_domains):
-        chosen = np.flatnonzero((domain_R == domain) & (size_R > 0))
-        num = len(chosen)
-        if not num:
+        rows = np.flatnonzero((domain_R == domain) & (size_R > 0))
+        if not len(rows):
             continue
-        one = sum_R[..., chosen].sum(-1) / size_R[chosen].sum()
-        error = _standard_error(sum_R[..., chosen], size_R[chosen], rng)
-        each.low[..., domain], each.high[..., domain] = _interval(one, error, num - 1)
-        ratio, variance = ratio + one, variance + error**2
-        freedom, domains = freedom + num - 1, domains + 1
-    every = max(domains, 1)
-    return each, _interval(ratio / every, np.sqrt(variance) / every, freedom)
+        ratio = sum_R[..., rows].sum(-1) / size_R[rows].sum()
+        error = _standard_error(sum_R[..., rows], size_R[rows], rng)
+        # n rows leave n - 1 degrees of freedom beside their ratio.
+        interval = _interval(ratio, error, len(rows) - 1)
+        low_Z[..., domain], high_Z[..., domain] = interval
+        # Domains are drawn apart from each other, so that the variances of their ratios add up.
+        ratio_sum = ratio_sum + ratio
+        variance_sum = variance_sum + error**2
+        freedom += len(rows) - 1
+        num_measured += 1
+    # mean = sum / Z, and its standard error is sqrt(sum of variances) / Z.
+    divisor = max(num_measured, 1)
+    mean = _interval(ratio_sum / divisor, np.sqrt(variance_sum) / divisor, freedom)
+    return Interval(low_Z, high_Z), mean
 
 
 def _standard_error(sum_R: np.ndarray, size_R: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the standard error [...] of the ratio in one domain; NaN of a single row."""
-    num = len(size_R)
-    if num < 2:
+    num_rows = len(size_R)
+    if num_rows < 2:
         return np.full(sum_R.shape[:-1], np.nan)
-    times_NR = rng.multinomial(num, np.full(num, 1 / num), DRAWS)
-    drawn = (sum_R @ times_NR.T) / (size_R @ times_NR.T)
-    return drawn.std(-1, ddof=1) * np.sqrt(num / (num - 1))
+    # How often a draw with replacement takes each row is multinomial: one product with these
+    # numbers stands for the sums of all draws.
+    times_NR = rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows), DRAWS)
+    ratio_N = (sum_R @ times_NR.T) / (size_R @ times_NR.T)
+    return ratio_N.std(-1, ddof=1) * np.sqrt(num_rows / (num_rows - 1))
 
 
 def _interval(figure: np.ndarray, error: np.ndarray, freedom: int) -> Interval:
     """Returns the interval of a figure whose standard error has `freedom` degrees of freedom."""
-    from scipy import stats  # here: training imports this module, and scipy takes a second
+    # Imported here: training imports this module, and scipy takes a second.
+    from scipy import stats
 
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1)) * error
+    # figure +- t * error, with t such that (1 - CONFIDENCE) / 2 lie beyond each end.
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1))
+    reach = t * error
     return Interval(figure - reach, figure + reach)

@@ -49,7 +49,7 @@ def open_run(
     Raises UserError for a model whose routing is not of every token: without MoE layers, or with a
     mixture of depths around one.
     """
-    record.check(cfg.model)
+    record.refuse_unrecordable(cfg.model)
     if cfg.eval.dispatcher != "same":
         cfg = dataclasses.replace(cfg, model=with_dispatcher(cfg.model, cfg.eval.dispatcher))
     size = cfg.eval.batch_size
@@ -57,7 +57,7 @@ def open_run(
     return Run(cfg, dataset, params, router_state, batches)
 
 
-def place(run: Run, batch: PackedText, request: Any = ()) -> PackedText:
+def put_batch(run: Run, batch: PackedText, request: Any = ()) -> PackedText:
     """Returns the batch on the mesh.
 
     Args:
@@ -65,8 +65,8 @@ def place(run: Run, batch: PackedText, request: Any = ()) -> PackedText:
           () = none.
     """
     size = run.cfg.eval.batch_size
-    told = jax.tree.map(lambda z: put_rows(run, z), request)
-    return put(batch, local_rows(size), size)._replace(request=told)
+    request_on_mesh = jax.tree.map(lambda z: put_rows(run, z), request)
+    return put(batch, local_rows(size), size)._replace(request=request_on_mesh)
 
 
 def put_rows(run: Run, array: np.ndarray) -> jax.Array:
@@ -86,36 +86,49 @@ def make_sums(run: Run, cfg: ModelConfig) -> Callable[..., Any]:
     @jax.jit
     def sums_of(params: Any, router_state: Any, batch: PackedText) -> Any:
         sums = contract.evaluate(lm.TASK, model.bind(params, router_state), batch, run.dataset)
+        # Every host needs all of them, and P() says that nothing is sharded.
         return jax.sharding.reshard(sums, P())
 
-    return lambda *args: jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(*args))
+    def in_float64(*args: Any) -> Any:
+        # The sums of batches are added on the host, where float32 would lose their last digits.
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(*args))
+
+    return in_float64
 
 
 def figures(run: Run, sums: Sequence[Any]) -> dict[str, Any]:
     """Returns the means of the sums of several batches, as evaluate.summary gives them."""
-    return summary(lm.TASK, jax.tree.map(lambda *z: np.sum(z, 0), *sums), run.dataset)
+    total = jax.tree.map(lambda *z: np.sum(z, 0), *sums)
+    return summary(lm.TASK, total, run.dataset)
 
 
 def make_record(cfg: ModelConfig, wanted: dict[str, Any]) -> Callable[..., Arrays]:
     """Returns (params, router state, batch) -> the record of the evaluated routing: [L, B, S, ...]
     of the whole batch, on every host.
+
+    `wanted` names what is recorded (moe/probe.py).
     """
     model = make_model(cfg)
 
     @jax.jit
     def record_of(params: Any, router_state: Any, batch: PackedText) -> Any:
         bound = model.bind(params, router_state)
-        return jax.sharding.reshard(lm.record(bound, batch, jax.random.key(0), False, wanted), P())
+        # An evaluation draws nothing, so the key does not matter.
+        fields = lm.record(bound, batch, jax.random.key(0), False, wanted)
+        return jax.sharding.reshard(fields, P())
 
-    return lambda *args: {name: np.asarray(z) for name, z in record_of(*args).items()}
+    def on_host(*args: Any) -> Arrays:
+        return {name: np.asarray(field) for name, field in record_of(*args).items()}
+
+    return on_host
 
 
 def whole(batch: PackedText, size: int) -> PackedText:
     """Returns the batch of all processes on every host, from this process's rows."""
     if jax.process_count() == 1:
         return batch
-    rows = local_rows(size)
-    return jax.tree.map(lambda z: np.asarray(jax.sharding.reshard(z, P())), put(batch, rows, size))
+    on_mesh = put(batch, local_rows(size), size)
+    return jax.tree.map(lambda z: np.asarray(jax.sharding.reshard(z, P())), on_mesh)
 
 
 def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:
@@ -138,15 +151,23 @@ def router_state(states: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
     if not jax.tree.leaves(tree):
         return {}
-    stacked = jax.jit(lambda tree: jax.sharding.reshard(layout.by_moe_layer(tree, cfg), P()))(tree)
-    return {name: np.asarray(w) for name, w in stacked.items()}
+
+    @jax.jit
+    def stack(tree: Any) -> dict[str, jax.Array]:
+        return jax.sharding.reshard(layout.by_moe_layer(tree, cfg), P())
+
+    return {name: np.asarray(weights) for name, weights in stack(tree).items()}
 
 
 def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
-    def inside(key, value):
-        return {"router": value.get("router", {})} if key == "moe" else _routers(value)
-
-    return {key: inside(key, value) for key, value in tree.items() if isinstance(value, dict)}
+    """Returns the parameters of the routers alone, below the same keys as in `tree`."""
+    routers = {}
+    for key, value in tree.items():
+        if key == "moe":
+            routers[key] = {"router": value.get("router", {})}
+        elif isinstance(value, dict):
+            routers[key] = _routers(value)
+    return routers
 
 
 def gates(run: Run, what: str) -> np.ndarray:
@@ -154,17 +175,17 @@ def gates(run: Run, what: str) -> np.ndarray:
 
     Raises UserError, which says what needs them, when that is not so.
     """
-    weights = router_weights(run.params, run.cfg.model)
+    model = run.cfg.model
+    weights = router_weights(run.params, model)
     others = ", ".join(sorted(set(weights) - {"gate"}))
     if others:
         raise UserError(
-            f'model.moe.router = "{run.cfg.model.moe.router}" has other weights than a gate '
+            f'model.moe.router = "{model.moe.router}" has other weights than a gate '
             f"({others}), and {what} knows the gate alone"
         )
-    wanted = (run.cfg.model.num_moe_layers, run.cfg.model.d_model, run.cfg.model.moe.num_experts)
-    if weights.get("gate", np.zeros(0)).shape != wanted:
+    shape_LDE = (model.num_moe_layers, model.d_model, model.moe.num_experts)
+    if weights.get("gate", np.zeros(0)).shape != shape_LDE:
         raise UserError(
-            f'model.moe.router = "{run.cfg.model.moe.router}" has no linear gate, which {what} '
-            "needs"
+            f'model.moe.router = "{model.moe.router}" has no linear gate, which {what} needs'
         )
     return weights["gate"]

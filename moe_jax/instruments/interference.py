@@ -39,9 +39,10 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
     What is outside of the MoE blocks (embedding, head, dense blocks) is "interference/outside/...";
     i counts MoE layers.
     """
-    model_cfg = cfg.model
-    deep = model_cfg.num_depth_blocks and model_cfg.depth.loss
-    if not (any(model_cfg.moe.losses.values()) or ROUTERS[model_cfg.moe.router].own_loss or deep):
+    coefficients = cfg.model.moe.losses
+    router_adds = ROUTERS[cfg.model.moe.router].own_loss
+    depth_adds = cfg.model.num_depth_blocks and cfg.model.depth.loss
+    if not (any(coefficients.values()) or router_adds or depth_adds):
         raise UserError(
             "interference needs auxiliary losses beside the language loss, and every coefficient "
             "of model.moe.losses is 0"
@@ -52,30 +53,30 @@ def make_meter(cfg: Config, model: Model) -> Callable[[State, Any], dict[str, fl
     def measure(state: State, batch: Any) -> dict[str, Any]:
         rng = step_key(cfg, state.step)
 
-        def run(params):
-            return _terms(*loss(params, state.router_state, batch, rng), cfg.model.moe.losses)
+        def losses_of(params):
+            value, aside = loss(params, state.router_state, batch, rng)
+            return _terms(value, aside, coefficients)
 
-        values, pull = jax.vjp(run, state.params)
+        # One forward pass for all losses; `pull_back` makes one backward pass each.
+        values, pull_back = jax.vjp(losses_of, state.params)
 
-        def one(name):
-            return {
-                n: (jnp.ones_like if n == name else jnp.zeros_like)(v) for n, v in values.items()
-            }
+        def gradient(name):
+            # The cotangent is 1 for the loss itself and 0 for the others.
+            cotangents = jax.tree.map(jnp.zeros_like, values)
+            cotangents[name] = jnp.ones_like(values[name])
+            return pull_back(cotangents)[0]
 
-        language = pull(one("nll"))[0]
-        return {
-            name: _products(language, pull(one(name))[0], cfg.model)
-            for name in values
-            if name != "nll"
-        }
+        language = gradient("nll")
+        auxiliary = [name for name in values if name != "nll"]
+        return {name: _products(language, gradient(name), cfg.model) for name in auxiliary}
 
     def meter(state: State, batch: Any) -> dict[str, float]:
-        return {
-            f"interference/{place}/{name}_{kind}": value
-            for name, places in jax.device_get(measure(state, batch)).items()
-            for place, products in places.items()
-            for kind, value in _figures(products).items()
-        }
+        rows = {}
+        for name, products_of in jax.device_get(measure(state, batch)).items():
+            for location, products in products_of.items():
+                for kind, value in _figures(products).items():
+                    rows[f"interference/{location}/{name}_{kind}"] = value
+        return rows
 
     return meter
 
@@ -85,10 +86,10 @@ def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[
     is added, where there are several.
     """
     totals, parts = aside
+    terms = {"nll": parts["nll"], "auxiliary": value - parts["nll"]}
     named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
-    return {"nll": parts["nll"], "auxiliary": value - parts["nll"]} | (
-        named if len(named) > 1 else {}
-    )
+    # A single one is "auxiliary" already.
+    return terms | named if len(named) > 1 else terms
 
 
 def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
@@ -96,35 +97,44 @@ def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
     parameters.
     """
     sums: dict[str, jax.Array] = {}
-    for (path, x), y in zip(
-        jax.tree_util.tree_flatten_with_path(g)[0], jax.tree.leaves(a), strict=True
-    ):
+    leaves_g, _ = jax.tree_util.tree_flatten_with_path(g)
+    for (path, leaf_g), leaf_a in zip(leaves_g, jax.tree.leaves(a), strict=True):
         keys = layout.keys_of(path)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        x, y = x.astype(wide), y.astype(wide)
-        over = tuple(range(int(layout.is_stacked(keys, cfg.scan)), x.ndim))
-        products = jnp.stack(
-            [jax.sharding.reshard(z.sum(over), P()) for z in (x * y, x * x, y * y)], -1
-        )
+        products_L3 = _products_of_leaf(leaf_g, leaf_a, layout.is_stacked(keys, cfg.scan))
         blocks = layout.block_numbers(keys, cfg)
         if blocks is not None and layout.has_experts(cfg)[blocks].all():
             layers = np.atleast_1d(layout.moe_layer_numbers(keys, cfg))
             entries = {
-                f"layer_{layer}/{_part(keys)}": products.reshape(-1, 3)[i]
-                for i, layer in enumerate(layers)
+                f"layer_{layer}/{_part(keys)}": products_L3[i] for i, layer in enumerate(layers)
             }
         else:
-            entries = {"outside": products.reshape(-1, 3).sum(0)}
-        sums |= {name: sums.get(name, 0) + three for name, three in entries.items()}
+            entries = {"outside": products_L3.sum(0)}
+        for location, products in entries.items():
+            sums[location] = sums.get(location, 0) + products
     return sums
 
 
+def _products_of_leaf(g: jax.Array, a: jax.Array, stacked: bool) -> jax.Array:
+    """Returns [L, 3]: <g, a>, <g, g> and <a, a> of each layer of a leaf; L = 1 where it is not
+    `stacked` over layers.
+    """
+    # Thousands of squares are added: bfloat16 has 8 bits.
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    g, a = g.astype(wide), a.astype(wide)
+    # The dimension in front is that of the layers; the sum is over all others.
+    over = tuple(range(int(stacked), g.ndim))
+    products = [jax.sharding.reshard(z.sum(over), P()) for z in (g * a, g * g, a * a)]
+    return jnp.stack(products, -1).reshape(-1, 3)
+
+
 def _part(keys: list[Any]) -> str:
-    inside = [part for part in PARTS if part in keys]
-    return inside[0] if inside else "rest"
+    return next((part for part in PARTS if part in keys), "rest")
 
 
 def _figures(products: np.ndarray) -> dict[str, float]:
     dot, gg, aa = (float(z) for z in products)
+    # A product of roots: gg * aa may be too large or too small for a float.
     norms = math.sqrt(gg) * math.sqrt(aa)
-    return {"cosine": dot / norms if norms else 0.0, "ratio": math.sqrt(aa / gg) if gg else 0.0}
+    cosine = dot / norms if norms else 0.0
+    ratio = math.sqrt(aa / gg) if gg else 0.0
+    return {"cosine": cosine, "ratio": ratio}

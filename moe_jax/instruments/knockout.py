@@ -65,21 +65,22 @@ def measure(run: Run, way: str, seed: int = 0) -> Worth:
 
     Raises UserError when the router cannot go round an expert.
     """
-    num_experts, sums_of = run.cfg.model.moe.num_experts, held_out.make_sums(run, run.cfg.model)
+    num_experts = run.cfg.model.moe.num_experts
+    sums_of = held_out.make_sums(run, run.cfg.model)
     base: list[Any] = []
-    parts: list[Rows] = []
+    rows_of_batches: list[Rows] = []
     for number, batch in enumerate(run.batches):
-        on_mesh = held_out.place(run, batch)
-        before = sums_of(
-            run.params,
-            run.router_state,
-            on_mesh._replace(request=without(run, WAYS[way], 0, None)),
-        )
+        on_mesh = held_out.put_batch(run, batch)
+        # Asked for with a request too, which removes nobody: both losses are of one program.
+        nobody = on_mesh._replace(request=without(run, WAYS[way], 0, None))
+        before = sums_of(run.params, run.router_state, nobody)
         after_LEB = _without_each(run, sums_of, on_mesh, way, number)
         base.append({name: before[name] for name in ("nll", "bytes", "routing")})
-        parts.append(_rows(run, batch, after_LEB - before["rows"]["nats"]))
+        rows_of_batches.append(_rows(run, batch, after_LEB - before["rows"]["nats"]))
     total = jax.tree.map(lambda *z: np.sum(z, 0), *base)
-    rows = Rows(*(np.concatenate(z, -1) for z in zip(*parts, strict=True)))
+    columns = zip(*rows_of_batches, strict=True)
+    rows = Rows(*(np.concatenate(column, -1) for column in columns))
+    # From [L, Z, C], where the classes behind the experts are null experts.
     routing_LEZ = np.moveaxis(total["routing"][:, :, :num_experts], 1, 2)
     return worth(rows, total["nll"], total["bytes"], routing_LEZ, seed)
 
@@ -88,13 +89,15 @@ def worth(
     rows: Rows, nats_Z: np.ndarray, bytes_Z: np.ndarray, routing_LEZ: np.ndarray, seed: int
 ) -> Worth:
     """Returns the figures of all rows, from what each lost and from the sums with all experts."""
-    bits_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
-    lost_LEZ = rows.nats_LER @ (rows.domain_R[:, None] == np.arange(len(bytes_Z)))
-    change_LEZ = lost_LEZ / bits_Z
-    bits_R = math.log(2) * rows.bytes_R
-    each, mean = bootstrap.ratios(rows.nats_LER, bits_R, rows.domain_R, len(bytes_Z), seed)
+    # Bits per byte are nats / (log 2 * bytes). No bytes, no figure.
+    num_domains = len(bytes_Z)
+    divisor_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
+    divisor_R = math.log(2) * rows.bytes_R
+    one_hot_RZ = rows.domain_R[:, None] == np.arange(num_domains)
+    change_LEZ = (rows.nats_LER @ one_hot_RZ) / divisor_Z
+    each, mean = bootstrap.ratios(rows.nats_LER, divisor_R, rows.domain_R, num_domains, seed)
     return Worth(
-        base_Z=nats_Z / bits_Z,
+        base_Z=nats_Z / divisor_Z,
         change_LEZ=change_LEZ,
         low_LEZ=each.low,
         high_LEZ=each.high,
@@ -116,9 +119,12 @@ def _rows(run: Run, batch: PackedText, nats_LEB: np.ndarray) -> Rows:
     (tasks/lm).
     """
     whole, data = held_out.whole(batch, run.cfg.eval.batch_size), run.dataset
+    # A held-out row is of one domain from end to end.
     domain_B = whole.domain_BS[:, 0]
-    bytes_BS = data.tokenizer.token_bytes()[whole.targets_BS] * (whole.segment_BS > 0)
-    return Rows(bytes_BS.sum(1) * data.byte_scale()[domain_B], domain_B, nats_LEB)
+    valid_BS = whole.segment_BS > 0
+    token_bytes_BS = data.tokenizer.token_bytes()[whole.targets_BS] * valid_BS
+    bytes_B = token_bytes_BS.sum(1) * data.byte_scale()[domain_B]
+    return Rows(bytes_B, domain_B, nats_LEB)
 
 
 def _without_each(
@@ -126,23 +132,20 @@ def _without_each(
 ) -> np.ndarray:
     """Returns the nats [L, E, B] of each row of a batch without each expert."""
     cfg = run.cfg.model
-    nats = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, run.cfg.eval.batch_size))
-    for layer, expert in np.ndindex(nats.shape[:2]):
-        run.tell(
-            f"{way}, batch {number + 1} of {len(run.batches)}, expert {expert} of layer {layer}"
-        )
-        sums = sums_of(
-            run.params,
-            run.router_state,
-            batch._replace(request=without(run, WAYS[way], layer, expert)),
-        )
-        nats[layer, expert] = sums["rows"]["nats"]
+    nats_LEB = np.zeros((cfg.num_moe_layers, cfg.moe.num_experts, run.cfg.eval.batch_size))
+    for layer, expert in np.ndindex(cfg.num_moe_layers, cfg.moe.num_experts):
+        batch_of = f"batch {number + 1} of {len(run.batches)}"
+        run.tell(f"{way}, {batch_of}, expert {expert} of layer {layer}")
+        asked = batch._replace(request=without(run, WAYS[way], layer, expert))
+        sums = sums_of(run.params, run.router_state, asked)
+        nats_LEB[layer, expert] = sums["rows"]["nats"]
+        # A router that does not look at masked logits would give the loss of the whole model.
         if way == "around" and sums["routing"][layer, :, expert].any():
             raise UserError(
                 f'model.moe.router = "{cfg.moe.router}" does not go round expert {expert} of layer '
                 f"{layer}"
             )
-    return nats
+    return nats_LEB
 
 
 def without(run: Run, field: str, layer: int, expert: int | None) -> Request:
@@ -150,7 +153,8 @@ def without(run: Run, field: str, layer: int, expert: int | None) -> Request:
     expert.
     """
     cfg = run.cfg.model
-    mask = np.zeros((cfg.num_moe_layers, run.cfg.eval.batch_size, cfg.moe.num_experts), bool)
+    mask_LBE = np.zeros((cfg.num_moe_layers, run.cfg.eval.batch_size, cfg.moe.num_experts), bool)
     if expert is not None:
-        mask[layer, :, expert] = True
-    return Request()._replace(**{field: held_out.put_rows(run, held_out.of_all_blocks(cfg, mask))})
+        mask_LBE[layer, :, expert] = True
+    mask_BME = held_out.put_rows(run, held_out.of_all_blocks(cfg, mask_LBE))
+    return Request()._replace(**{field: mask_BME})

@@ -28,6 +28,7 @@ from moe_jax import config
 from moe_jax.config import causality
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.ordering import ORDERINGS
@@ -41,8 +42,8 @@ from moe_jax.train_step import make_model
 from moe_jax.weights import Weight
 
 NOISE = 1e-9
-# capacity factor of the table of all combinations: with room to spare nothing drops and no order
-# matters
+# The capacity factor of the table of all combinations: with room to spare nothing drops, and no
+# order matters.
 TIGHT = 0.5
 MODES = ("train", "eval")
 SAFE, FAULT = "safe", "FAULT"  # what a verdict begins with, beside "leaks"
@@ -70,30 +71,46 @@ def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measure
 
     It needs jax_enable_x64, or NOISE is below the rounding.
     """
-    rng, found = np.random.default_rng(seed), []
-    num, length = cfg.train.batch_size, cfg.data.seq_len
+    rng = np.random.default_rng(seed)
     with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         logits = _program(cfg, rng)
-        for draw in range(draws):
-            row, middle = draw % num, length // 2
-            first = _draw(cfg, rng, one_document=True)
-            other = _draw(cfg, rng, one_document=False)
-            mine_BS = np.broadcast_to(np.arange(num)[:, None] == row, (num, length))
-            base, rest = logits(first), np.arange(num) != row
-            future = np.zeros(2), np.zeros(2)
-            if has_future(cfg):
-                later = logits(_where(mine_BS & (np.arange(length) >= middle), other, first))
-                future = _change(base[:, row, :middle], later[:, row, :middle])
-            changed = _where(mine_BS, other, first)._replace(
-                **{name: _in_row(row, getattr(other, name), getattr(first, name)) for name in OTHER}
-            )
-            found.append((future, _change(base[:, rest], logits(changed)[:, rest])))
-    values = np.array(found)  # [draw, future or batch, delta or share, mode]
+        changes = [
+            _changes_of_draw(cfg, logits, rng, row=draw % cfg.train.batch_size)
+            for draw in range(draws)
+        ]
+    # [draw, future or batch, delta or share, mode]
+    values = np.array(changes)
 
     def leak(kind, mode):
-        return Leak(float(values[:, kind, 0, mode].max()), float(values[:, kind, 1, mode].mean()))
+        deltas, shares = values[:, kind, 0, mode], values[:, kind, 1, mode]
+        return Leak(float(deltas.max()), float(shares.mean()))
 
     return {name: Measured(leak(0, mode), leak(1, mode)) for mode, name in enumerate(MODES)}
+
+
+def _changes_of_draw(
+    cfg: Config, logits: Callable[[Batch], np.ndarray], rng: np.random.Generator, row: int
+) -> tuple[Any, Any]:
+    """Returns how far outputs move when later tokens of one row change, and when all of that row
+    does: each as `_change` gives it.
+    """
+    num_rows, length = cfg.train.batch_size, cfg.data.seq_len
+    middle = length // 2
+    first = _draw(cfg, rng, one_document=True)
+    other = _draw(cfg, rng, one_document=False)
+    in_row_BS = np.broadcast_to(np.arange(num_rows)[:, None] == row, (num_rows, length))
+    before = logits(first)
+
+    future = np.zeros(2), np.zeros(2)
+    if has_future(cfg):
+        later_BS = in_row_BS & (np.arange(length) >= middle)
+        after = logits(_where(later_BS, other, first))
+        future = _change(before[:, row, :middle], after[:, row, :middle])
+
+    inputs = {name: _in_row(row, getattr(other, name), getattr(first, name)) for name in OTHER}
+    after = logits(_where(in_row_BS, other, first)._replace(**inputs))
+    other_rows = np.arange(num_rows) != row
+    return future, _change(before[:, other_rows], after[:, other_rows])
 
 
 def has_future(cfg: Config) -> bool:
@@ -107,22 +124,25 @@ def _draw(cfg: Config, rng: np.random.Generator, one_document: bool) -> Batch:
     """Draws random tokens with all that belongs to them; without `one_document`, another document
     begins in each row, and its end is padding.
     """
-    num, length, moe = cfg.train.batch_size, cfg.data.seq_len, cfg.model.moe
-    place_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (num, length))
-    cut_B1 = rng.integers(length // 2 + 1, length - 2, (num, 1)).astype(np.int32)
-    again_BS = (place_BS >= cut_B1) & (not one_document)
-    padding_BS = (place_BS == length - 1) & (not one_document)
-    id_BS = rng.integers(0, cfg.model.vocab_size, (num, length)).astype(np.int32)
-    segment_BS = np.where(padding_BS, 0, 1 + again_BS).astype(np.int32)
+    num_rows, length, moe = cfg.train.batch_size, cfg.data.seq_len, cfg.model.moe
+    index_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (num_rows, length))
+    # The second document begins behind the middle, up to which outputs are compared.
+    cut_B1 = rng.integers(length // 2 + 1, length - 2, (num_rows, 1)).astype(np.int32)
+    second_BS = (index_BS >= cut_B1) & (not one_document)
+    padding_BS = (index_BS == length - 1) & (not one_document)
+    id_BS = rng.integers(0, cfg.model.vocab_size, (num_rows, length)).astype(np.int32)
+    segment_BS = np.where(padding_BS, 0, 1 + second_BS).astype(np.int32)
     recorded: Any = ()
     if ROUTERS[moe.router].replays:
-        shape = (len(cfg.model.blocks), num, length, moe.num_experts)
-        expert = np.argsort(rng.random(shape), -1)[..., : moe.router_options.k].astype(np.int32)
+        # The first k of a random order are k different experts.
+        shape = (len(cfg.model.blocks), num_rows, length, moe.num_experts)
+        order = np.argsort(rng.random(shape), -1)
+        expert = order[..., : moe.router_options.k].astype(np.int32)
         recorded = (expert, rng.random(expert.shape))
-    row_B = np.arange(num, dtype=np.int32)
+    row_B = np.arange(num_rows, dtype=np.int32)
     return Batch(
         id_BS=id_BS,
-        position_BS=place_BS - again_BS * cut_B1,
+        position_BS=index_BS - second_BS * cut_B1,
         segment_BS=segment_BS,
         row_B=row_B,
         request=Request(recorded),
@@ -158,6 +178,7 @@ def _where(changed_BS: np.ndarray, other: Batch, first: Batch) -> Batch:
         return np.where(changed_BS, a, b)
 
     def pick_K(a, b):
+        # A recording is [M, B, S, K].
         return np.where(changed_BS[None, :, :, None], a, b)
 
     tokens = {
@@ -174,10 +195,11 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
     weights = _values(cfg, jax.eval_shape(model.init, jax.random.key(0)), rng)
 
     def forward(params, state, batch):
-        def run(mode):
+        def logits_in(mode):
+            # The same key each time: only the tokens may make a difference.
             return model.bind(params, state)(batch, jax.random.key(1), mode == "train")[0]
 
-        return [run(mode) for mode in MODES]
+        return [logits_in(mode) for mode in MODES]
 
     # It runs a dozen times: most of the time is the compiler's, which optimising would take thrice
     # as long.
@@ -187,10 +209,11 @@ def _program(cfg: Config, rng: np.random.Generator) -> Callable[[Batch], np.ndar
         return jax.device_put(z, mesh.sharding(*names))
 
     def logits(batch: Batch) -> np.ndarray:
+        # A recording has the blocks in front of the rows, all else has the rows in front.
         request = jax.tree.map(lambda z: put(z, None, "batch"), batch.request)
         rest = batch._replace(request=Request())
-        placed = jax.tree.map(lambda z: put(z, "batch"), rest)._replace(request=request)
-        return np.stack(jax.device_get(run(*weights, placed)))
+        on_mesh = jax.tree.map(lambda z: put(z, "batch"), rest)._replace(request=request)
+        return np.stack(jax.device_get(run(*weights, on_mesh)))
 
     return logits
 
@@ -200,33 +223,39 @@ def _values(cfg: Config, abstract: Any, rng: np.random.Generator) -> Any:
     takes longer than all the rest.
     """
     moe = cfg.model.moe
-    declared = (Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size), moe.router_options)
-    own = ROUTERS[moe.router].params(*declared) | ROUTERS[moe.router].state(*declared)
+    router = ROUTERS[moe.router]
+    sizes = Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size)
+    of_router = router.params(sizes, moe.router_options) | router.state(sizes, moe.router_options)
+
+    def weight_of(name: str, shape: tuple[int, ...]) -> Weight:
+        if name in of_router:
+            return of_router[name]
+        if len(shape) < 2:
+            # The scales of norms are 1.
+            return Weight(shape, (), 0.0, 1.0)
+        # A matrix [..., D, F] keeps the variance of what it multiplies.
+        return Weight(shape, (), shape[-2] ** -0.5, 0.0)
 
     def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        one = Weight(leaf.shape, (), 0.0, 1.0)  # scales of norms
-        weight = own.get(
-            path[-1].key,
-            one if leaf.ndim < 2 else one._replace(std=leaf.shape[-2] ** -0.5, constant=0.0),
-        )
+        weight = weight_of(path[-1].key, leaf.shape)
         return (weight.constant + weight.std * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     here = jax.sharding.get_mesh()
 
-    def place(z, leaf):
+    def put(z, leaf):
         return jax.device_put(z, jax.sharding.NamedSharding(here, leaf.sharding.spec))
 
-    return jax.tree.map(place, jax.tree_util.tree_map_with_path(value, abstract), abstract)
+    return jax.tree.map(put, jax.tree_util.tree_map_with_path(value, abstract), abstract)
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns, for each mode [2], the largest change over the largest |logit| and the share of
     tokens that changed; modes are the first dimension of the logits.
     """
-    # Of a whole row, where a model gives one output for a row.
-    per_token = np.abs(after - before).max(-1) / np.abs(before).max()
-    per_token = np.where(per_token > NOISE, per_token, 0).reshape(2, -1)
-    return per_token.max(-1), (per_token > 0).mean(-1)
+    # A "token" is a whole row where a model gives one output for a row.
+    change = np.abs(after - before).max(-1) / np.abs(before).max()
+    change = np.where(change > NOISE, change, 0).reshape(len(MODES), -1)
+    return change.max(-1), (change > 0).mean(-1)
 
 
 def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,13 +283,18 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     model["moe"] = {**model["moe"], "expert_hidden": 8}
     model["vocab_size"] = max(64, model["moe"]["num_experts"])
     # A group has at least 4 tokens per expert, so that capacity is not all rounding.
-    small["data"] = {**small["data"], "seq_len": max(32, 4 * model["moe"]["num_experts"] // group)}
+    seq_len = max(32, 4 * model["moe"]["num_experts"] // group)
+    small["data"] = {**small["data"], "seq_len": seq_len}
     small["train"] = {**small["train"], "batch_size": max(4, 2 * group), "micro_batch_size": 0}
     small["eval"] = {**small["eval"], "batch_size": 0}
     small["mesh"], small["simulate_devices"] = mesh.ONE.written(), 0
-    kind, options = model["kind"], model["kinds"][model["kind"]]
-    changes = dict(MODELS[kind].small(options, small["data"]["seq_len"]))
+    kind = model["kind"]
+    options = model["kinds"][kind]
+    changes = dict(MODELS[kind].small(options, seq_len))
     model["kinds"] = {**model["kinds"], kind: {**options, **changes}}
+    attention, options = model["attention"], model["attentions"][model["attention"]]
+    changes = dict(ATTENTIONS[attention].small(options, small["data"]["seq_len"]))
+    model["attentions"] = {**model["attentions"], attention: {**options, **changes}}
     return small
 
 
@@ -280,9 +314,11 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
         chosen = {**moe, "router": router, "ordering": ordering, "dispatcher": dispatcher}
         if "tile" in moe["orderings"][ordering]:
             chosen["orderings"] = {**moe["orderings"], ordering: {"tile": _tile(small, router)}}
+        raw = {**small, "model": {**small["model"], "moe": chosen}}
         try:
-            yield config.build({**small, "model": {**small["model"], "moe": chosen}}, 1)
-        except UserError:  # a pair that makes no sense: its rule says why
+            yield config.build(raw, 1)
+        except UserError:
+            # The three make no sense together, and a rule of the config says why.
             continue
 
 
@@ -291,25 +327,27 @@ def _tile(small: Mapping[str, Any], router: str) -> int:
     nearer, so that rounding shows.
     """
     moe = small["model"]["moe"]
-    promise = ROUTERS[router].declared(
-        moe["num_experts"], ROUTERS[router].options(**moe["routers"][router])
-    )
-    choices = promise.average or promise.most or 1
-    return max(
-        2, round(2 * choices * small["data"]["seq_len"] * moe["group_rows"] / moe["num_experts"])
-    )
+    num_experts, group_rows = moe["num_experts"], moe["group_rows"]
+    options = ROUTERS[router].options(**moe["routers"][router])
+    declared = ROUTERS[router].declared(num_experts, options)
+    choices = declared.average or declared.most or 1
+    even_load = choices * small["data"]["seq_len"] * group_rows / num_experts
+    return max(2, round(2 * even_load))
 
 
-def verdict(cfg: Config, found: Mapping[str, Measured]) -> str:
+def verdict(cfg: Config, measured: Mapping[str, Measured]) -> str:
     """Returns what the label of a config and its measurement say together: "safe", "leaks ...", or
     that the label is wrong.
     """
-    seen, kinds = causality.sees(cfg.model), ("future", "batch") if has_future(cfg) else ("batch",)
-    measured = {kind: any(getattr(found[mode], kind).delta > 0 for mode in MODES) for kind in kinds}
-    wrong = [kind for kind in kinds if measured[kind] and not getattr(seen, kind)]
+    label = causality.sees(cfg.model)
+    kinds = ("future", "batch") if has_future(cfg) else ("batch",)
+    labelled = [kind for kind in kinds if getattr(label, kind)]
+    leaking = [
+        kind for kind in kinds if any(getattr(measured[mode], kind).delta > 0 for mode in MODES)
+    ]
+    wrong = [kind for kind in leaking if kind not in labelled]
     if wrong:
         return f"{FAULT}: labelled safe, but sees the {' and the '.join(wrong)}"
-    labelled = [kind for kind in kinds if getattr(seen, kind)]
-    quiet = [kind for kind in labelled if not measured[kind]]
+    quiet = [kind for kind in labelled if kind not in leaking]
     text = f"leaks the {' and the '.join(labelled)}" if labelled else SAFE
     return text + (f" (not seen here: {', '.join(quiet)})" if quiet else "")

@@ -4,12 +4,21 @@ experts to the right.
 Shapes: L MoE layers, T steps that were noted, E experts.
 """
 
+import math
+from typing import Any
+
 import numpy as np
 
 MOST_ROWS = 256  # steps in the picture: beyond them every second one is forgotten
-# Inches: the width of an expert's column, the height of a panel, the space between panels.
-CELL, TALL, GAP = 0.16, 1.7, 0.55
-WIDEST = 12.0  # inches of all panels of a line
+# All sizes are in inches.
+CELL = 0.16  # width of an expert's column
+PANEL = 1.7  # height of a panel
+GAP = 0.55  # between two panels
+TITLE = 0.2  # of a panel
+HEADING = 0.35  # of the picture
+LEFT = 0.75  # before the panels: "step" and its numbers
+SCALE = 1.1  # behind the panels: the scale of the colours
+WIDEST = 12.0  # of all panels of a line
 SHADES = 2.5  # powers of two above and below the mean that have a colour of their own
 
 
@@ -27,6 +36,7 @@ class LoadOverTime:
         mean_L1 = counts_LE.mean(1, keepdims=True)
         self._steps.append(step)
         self._load.append(counts_LE / np.where(mean_L1 > 0, mean_L1, 1))
+        # The picture is of the whole run, however long, and the memory has a bound.
         if len(self._steps) > MOST_ROWS:
             self._steps, self._load = self._steps[::2], self._load[::2]
 
@@ -41,36 +51,37 @@ class LoadOverTime:
         from matplotlib.figure import Figure
 
         load_LTE = np.stack(self._load, 1)
-        layers, _, num_experts = load_LTE.shape
-        width = min(max(CELL * num_experts, 1.2), WIDEST)
-        columns = min(layers, max(1, int(WIDEST / (width + GAP))))
-        lines = -(-layers // columns)
-        left, bar = 0.75, 1.1  # inches beside the panels
-        size = left + columns * (width + GAP) + bar, 0.35 + lines * (TALL + GAP + 0.2)
-        figure = Figure(figsize=size, dpi=100)
-        for layer in range(layers):
+        num_layers, _, num_experts = load_LTE.shape
+        panel_width = min(max(CELL * num_experts, 1.2), WIDEST)
+        columns = min(num_layers, max(1, int(WIDEST / (panel_width + GAP))))
+        lines = math.ceil(num_layers / columns)
+        line_height = TITLE + PANEL + GAP
+        width = LEFT + columns * (panel_width + GAP) + SCALE
+        height = HEADING + lines * line_height
+        figure = Figure(figsize=(width, height), dpi=100)
+
+        def add_axes(left: float, top: float, axes_width: float) -> Any:
+            # matplotlib counts in shares of the figure, from the lower left corner.
+            bottom = height - top - PANEL
+            share = left / width, bottom / height, axes_width / width, PANEL / height
+            return figure.add_axes(share)
+
+        for layer in range(num_layers):
             line, column = divmod(layer, columns)
-            x = left + column * (width + GAP)
-            y = size[1] - 0.35 - line * (TALL + GAP + 0.2) - 0.2 - TALL
-            ax = figure.add_axes((x / size[0], y / size[1], width / size[0], TALL / size[1]))
+            left = LEFT + column * (panel_width + GAP)
+            ax = add_axes(left, HEADING + line * line_height + TITLE, panel_width)
             self._panel(ax, load_LTE[layer], f"MoE layer {layer}", first=column == 0)
-        self._shades(
-            figure,
-            (left + columns * (width + GAP)) / size[0],
-            1 - (0.55 + TALL) / size[1],
-            TALL / size[1],
-        )
-        figure.text(
-            0.01,
-            1 - 0.25 / size[1],
-            "load of each expert over the mean of its layer, step by step",
-            fontsize=9,
-        )
+        right = LEFT + columns * (panel_width + GAP)
+        _draw_scale(add_axes(right, HEADING + TITLE, 0.012 * width))
+        heading = "load of each expert over the mean of its layer, step by step"
+        figure.text(0.01, 1 - 0.25 / height, heading, fontsize=9)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def _panel(self, ax, load_TE: np.ndarray, title: str, first: bool) -> None:
+        # In powers of two, so that half the mean is as blue as twice the mean is red. An expert
+        # without tokens has no logarithm: it gets the darkest blue.
         powers_TE = np.log2(np.maximum(load_TE, 2.0 ** (-2 * SHADES)))
         ax.imshow(
             powers_TE,
@@ -84,21 +95,23 @@ class LoadOverTime:
         ax.set_xlabel("expert", fontsize=8)
         num_steps, num_experts = load_TE.shape
         ax.set_xticks(range(0, num_experts, max(1, num_experts // 8)))
-        shown = np.unique(np.linspace(0, num_steps - 1, min(num_steps, 6)).round().astype(int))
-        ax.set_yticks(shown, [f"{self._steps[i]:,}" for i in shown] if first else [])
+        evenly = np.linspace(0, num_steps - 1, min(num_steps, 6))
+        ticks = np.unique(evenly.round().astype(int))
+        # The other panels of a line have the same steps.
+        ax.set_yticks(ticks, [f"{self._steps[i]:,}" for i in ticks] if first else [])
         ax.tick_params(labelsize=7, length=2)
         if first:
             ax.set_ylabel("step", fontsize=8)
 
-    def _shades(self, figure, x: float, y: float, height: float) -> None:
-        """Draws the scale of the colours."""
-        ax = figure.add_axes((x, y, 0.012, height))
-        ax.imshow(
-            np.linspace(SHADES, -SHADES, 64)[:, None],
-            cmap="RdBu_r",
-            aspect="auto",
-            extent=(0, 1, -SHADES, SHADES),
-        )
-        ax.yaxis.tick_right()
-        ax.set_xticks([])
-        ax.set_yticks([-2, -1, 0, 1, 2], ["1/4", "1/2", "mean", "x 2", "x 4"], fontsize=7)
+
+def _draw_scale(ax: Any) -> None:
+    """Draws the scale of the colours."""
+    ax.imshow(
+        np.linspace(SHADES, -SHADES, 64)[:, None],
+        cmap="RdBu_r",
+        aspect="auto",
+        extent=(0, 1, -SHADES, SHADES),
+    )
+    ax.yaxis.tick_right()
+    ax.set_xticks([])
+    ax.set_yticks([-2, -1, 0, 1, 2], ["1/4", "1/2", "mean", "x 2", "x 4"], fontsize=7)

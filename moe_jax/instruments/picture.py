@@ -8,6 +8,7 @@ layers.
 Shapes: L MoE layers, Z domains, E experts, R held-out rows.
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ DPI = 110
 SMALL = 8  # points of the letters
 LETTER = 0.075  # inches of such a letter
 LINE = 0.17  # inches of a line of a title
+LETTERS_PER_INCH = 13.5  # of a title
+GAP = 0.2  # inches between two panels of a line
+TITLE = 0.25  # inches of the title of a panel
 WIDEST = 22.0  # inches of a picture
 LONGEST = 32  # letters of a domain's name
 NUMBERED = 16  # experts up to which each has its number, and each cell its percentage
@@ -59,40 +63,59 @@ class Plan(NamedTuple):
     @property
     def total(self) -> float:
         """Returns the width of all panels, with the bar of colours and its labels."""
-        return self.left + self.columns * (self.width + 0.2) + 1.2
+        return self.left + self.columns * (self.width + GAP) + 1.2
 
 
 def plan(layers: int, num_experts: int, names: Sequence[str], above: float) -> Plan:
     """Returns the plan with as many columns of panels as make the picture about as high as it is
     wide, and no wider than WIDEST.
     """
-    cell = 0.34 if num_experts <= NUMBERED else 0.17 if num_experts <= 32 else 0.11
-    left = 0.9 + LETTER * max(map(len, names))
-    one = Plan(left, max(1.8, cell * num_experts), above, 0.2 * len(names), 1, layers)
-    choices = [one._replace(columns=n, lines=-(-layers // n)) for n in range(1, layers + 1)]
-    fitting = [choice for choice in choices if choice.total <= WIDEST] or choices[:1]
-    return min(fitting, key=lambda choice: max(choice.total, choice.lines * choice.panel))
+    # A cell is wide enough for its percentage, as long as it has one.
+    if num_experts <= NUMBERED:
+        cell_width = 0.34
+    else:
+        cell_width = 0.17 if num_experts <= 32 else 0.11
+    cell_height = 0.2
+    one_column = Plan(
+        left=0.9 + LETTER * max(map(len, names)),
+        width=max(1.8, cell_width * num_experts),
+        above=above,
+        below=cell_height * len(names),
+        columns=1,
+        lines=layers,
+    )
+    plans = [
+        one_column._replace(columns=columns, lines=math.ceil(layers / columns))
+        for columns in range(1, layers + 1)
+    ]
+    # One column is taken even where it is too wide, for nothing is narrower.
+    fitting = [plan for plan in plans if plan.total <= WIDEST] or plans[:1]
+    return min(fitting, key=lambda plan: max(plan.total, plan.lines * plan.panel))
 
 
 class Page:
     """A figure on which things are placed from the top to the bottom, in inches."""
 
     def __init__(self, width: float, height: float):
-        from matplotlib.figure import Figure  # here: a run that draws nothing need not wait for it
+        # Imported here: a run that draws nothing need not wait for it.
+        from matplotlib.figure import Figure
 
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), dpi=DPI)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        """Returns new axes whose upper left corner is at (left, top)."""
+        # matplotlib counts in shares of the figure, from its lower left corner.
         bottom = self.height - top - height
-        sizes = left / self.width, bottom / self.height, width / self.width, height / self.height
-        ax = self.figure.add_axes(sizes)
+        share = left / self.width, bottom / self.height, width / self.width, height / self.height
+        ax = self.figure.add_axes(share)
         ax.tick_params(labelsize=SMALL)
         return ax
 
     def title(self, top: float, text: str) -> None:
-        place = 0.1 / self.width, 1 - top / self.height
-        self.figure.text(*place, "\n".join(broken(text, self.width)), fontsize=SMALL + 1, va="top")
+        x, y = 0.1 / self.width, 1 - top / self.height
+        lines = "\n".join(broken(text, self.width))
+        self.figure.text(x, y, lines, fontsize=SMALL + 1, va="top")
 
     def save(self, path: Path) -> np.ndarray:
         """Writes a PNG, and returns the pixels [H, W, 3] too."""
@@ -107,7 +130,8 @@ class Page:
 
 
 def broken(title: str, width: float) -> list[str]:
-    return textwrap.wrap(title, int(13.5 * width))
+    """Returns the lines of a title in a picture of `width` inches."""
+    return textwrap.wrap(title, int(LETTERS_PER_INCH * width))
 
 
 def routing(
@@ -133,24 +157,32 @@ def routing(
     names = [_short(name) for name in domains]
     panels = plan(layers, num_experts, names, above=0.5)
     width = max(9.0, panels.total)
-    heights = [LINE * len(broken(title, width)) + 0.1 for title in (INFORMATION, ORIGIN)]
-    bars = 0.1 + heights[0], 0.22 * layers  # top and height
-    second = sum(bars) + 0.6
-    page = Page(width, second + heights[1] + panels.lines * panels.panel + 0.2)
-    page.title(0.1, INFORMATION)
+
+    # Where things begin and how high they are, from the top to the bottom.
+    first_title = 0.1
+    bars = first_title + LINE * len(broken(INFORMATION, width)) + 0.1
+    bars_height = 0.22 * layers
+    second_title = bars + bars_height + 0.6
+    first_panel = second_title + LINE * len(broken(ORIGIN, width)) + 0.1
+    page = Page(width, first_panel + panels.lines * panels.panel + 0.2)
+
+    page.title(first_title, INFORMATION)
     chance_L = information.chance(experts_RLE, domain_R, num_domains, seed=0)
-    _draw_information(page, counts_LZE, chance_L, *bars)
-    page.title(second, ORIGIN)
-    load_LE = counts_LZE.sum(1) / np.maximum(counts_LZE.sum((1, 2))[:, None], 1)
-    there = max(int((counts_LZE.sum((0, 2)) > 0).sum()), 1)
-    pairs = _pairs(page, second + heights[1], panels, layers)
+    _draw_information(page, counts_LZE, chance_L, bars, bars_height)
+    page.title(second_title, ORIGIN)
+    counts_LE = counts_LZE.sum(1)
+    load_LE = counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)
+    # Domains without tokens have no share: the even one is that of the others.
+    num_present = max(int((counts_LZE.sum((0, 2)) > 0).sum()), 1)
+    even = 1 / num_present
+    pairs = _pairs(page, first_panel, panels, layers)
     for layer, (above, below) in enumerate(pairs):
         _draw_load(above, load_LE[layer], max(load_LE.max(), 1 / num_experts))
-        _draw_origin(below, counts_LZE[layer], names, 1 / there)
+        _draw_origin(below, counts_LZE[layer], names, even)
     _name_panels(pairs, panels.columns, "load")
-    bar = _colour_bar(page, panels, second + heights[1], pairs)
-    marks = {0: "0 %", 1 / there: f"{100 / there:.0f} % (even)"}
-    if there > 1:
+    bar = _colour_bar(page, panels, first_panel, pairs)
+    marks = {0: "0 %", even: f"{100 / num_present:.0f} % (even)"}
+    if num_present > 1:
         marks[bar.vmax] = f"{100 * bar.vmax:.0f} %"
     bar.set_ticks(list(marks), labels=list(marks.values()))
     return page.save(path)
@@ -161,23 +193,24 @@ def _draw_information(
 ) -> None:
     """Draws a bar for each layer, and writes beside it what it means."""
     bits_L, most_L = information.mutual_information(counts_LZE), information.ceiling(counts_LZE)
-    left, words = 1.0, 4.4  # inches of the names of layers and of the words
-    width = page.width - left - words
-    ax = page.axes(left, top, width, height)
-    place_L = np.arange(len(bits_L))
-    ax.barh(place_L, bits_L, height=0.6, color="C0")
-    ax.vlines(chance_L, place_L - 0.42, place_L + 0.42, color=ALERT, linewidth=1.5)
-    far = 1.05 * max(bits_L.max(), chance_L.max(), 1e-3)
+    # Inches of the names of layers, and of the words behind the bars.
+    left, words = 1.0, 4.4
+    ax = page.axes(left, top, page.width - left - words, height)
+    layer_L = np.arange(len(bits_L))
+    ax.barh(layer_L, bits_L, height=0.6, color="C0")
+    ax.vlines(chance_L, layer_L - 0.42, layer_L + 0.42, color=ALERT, linewidth=1.5)
+    end = 1.05 * max(bits_L.max(), chance_L.max(), 1e-3)
     for layer, (bits, most, chance) in enumerate(zip(bits_L, most_L, chance_L, strict=True)):
-        share = (
-            f"{100 * bits / most:.1f} % of the {most:.2f} that are possible"
-            if most > 1e-9
-            else "no more is possible"
-        )
+        # With one domain, or one expert, nothing can be told.
+        if most > 1e-9:
+            share = f"{100 * bits / most:.1f} % of the {most:.2f} that are possible"
+        else:
+            share = "no more is possible"
         text = f"{bits:.3f} bits, {share}; chance: {chance:.2g}"
-        ax.text(1.02 * far, layer, text, va="center", fontsize=SMALL)
-    ax.set(xlim=(0, far), ylim=(len(bits_L) - 0.5, -0.5))
-    ax.set_yticks(place_L, [f"MoE layer {layer}" for layer in place_L])
+        ax.text(1.02 * end, layer, text, va="center", fontsize=SMALL)
+    # Layer 0 is on top.
+    ax.set(xlim=(0, end), ylim=(len(bits_L) - 0.5, -0.5))
+    ax.set_yticks(layer_L, [f"MoE layer {layer}" for layer in layer_L])
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     ax.set_xlabel("bits", fontsize=SMALL, labelpad=1)
     ax.spines[["top", "right"]].set_visible(False)
@@ -201,22 +234,16 @@ def _draw_origin(ax: Any, counts_ZE: np.ndarray, names: Sequence[str], even: flo
     from matplotlib.colors import TwoSlopeNorm
 
     share_ZE = information.origin(counts_ZE)
-    image = _heat_map(
-        ax, share_ZE, names, TwoSlopeNorm(even, 0, min(3 * even, 1) if even < 1 else 2)
-    )
-    if counts_ZE.shape[1] <= NUMBERED:
-        for (z, e), share in np.ndenumerate(share_ZE):
-            dark = abs(image.norm(share) - 0.5) > 0.38
-            text = "" if np.isnan(share) else f"{100 * share:.0f}"
-            ax.text(
-                e,
-                z,
-                text,
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                color="white" if dark else "black",
-            )
+    # A single domain has all of every expert; the colours must reach beyond the even share.
+    darkest = min(3 * even, 1) if even < 1 else 2
+    image = _heat_map(ax, share_ZE, names, TwoSlopeNorm(even, 0, darkest))
+    if counts_ZE.shape[1] > NUMBERED:
+        return
+    for (domain, expert), share in np.ndenumerate(share_ZE):
+        is_dark = abs(image.norm(share) - 0.5) > 0.38
+        colour = "white" if is_dark else "black"
+        text = "" if np.isnan(share) else f"{100 * share:.0f}"
+        ax.text(expert, domain, text, ha="center", va="center", fontsize=6.5, color=colour)
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None:
@@ -225,8 +252,9 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
     Above, for each layer: the mean over domains, with its 95 % interval over held-out rows. Below:
     every domain, with a dot where the interval leaves out 0.
     """
-    there = np.flatnonzero(~np.isnan(worth.base_Z))
-    names = [_short(domains[int(z)]) for z in there]
+    # Domains without held-out rows have no figures.
+    measured = np.flatnonzero(~np.isnan(worth.base_Z))
+    names = [_short(domains[int(domain)]) for domain in measured]
     layers, num_experts, _ = worth.change_LEZ.shape
     panels = plan(layers, num_experts, names, above=0.9)
     title = (
@@ -239,13 +267,14 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
     page = Page(width, top + panels.lines * panels.panel + 0.2)
     page.title(0.1, title)
     pairs = _pairs(page, top, panels, layers)
-    change_LEZ = worth.change_LEZ[:, :, there]
-    decided_LEZ = ((worth.low_LEZ > 0) | (worth.high_LEZ < 0))[:, :, there]
+    change_LEZ = worth.change_LEZ[:, :, measured]
+    leaves_out_0_LEZ = ((worth.low_LEZ > 0) | (worth.high_LEZ < 0))[:, :, measured]
+    # The same for all layers, so that they can be compared.
     limits, most = _limits(worth), max(float(np.abs(change_LEZ).max()), 1e-9)
     for layer, (above, below) in enumerate(pairs):
         means = worth.mean_LE[layer], worth.mean_low_LE[layer], worth.mean_high_LE[layer]
         _draw_means(above, *means, limits)
-        _draw_changes(below, change_LEZ[layer].T, decided_LEZ[layer].T, names, most)
+        _draw_changes(below, change_LEZ[layer].T, leaves_out_0_LEZ[layer].T, names, most)
     _name_panels(pairs, panels.columns, "mean")
     _colour_bar(page, panels, top, pairs)
     page.save(path)
@@ -253,12 +282,10 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
 
 def _limits(worth: Worth) -> tuple[float, float]:
     """Returns the ends of the axis of the means, which holds all intervals of all layers, and 0."""
-    ends = np.concatenate(
-        [np.ravel(z) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)]
-    )
+    ends = np.stack([worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE])
     low, high = min(0, np.nanmin(ends)), max(0, np.nanmax(ends))
-    room = max(0.08 * (high - low), 1e-9)
-    return low - room, high + room
+    margin = max(0.08 * (high - low), 1e-9)
+    return low - margin, high + margin
 
 
 def _draw_means(
@@ -281,12 +308,12 @@ def _draw_means(
 
 
 def _draw_changes(
-    ax: Any, change_ZE: np.ndarray, decided_ZE: np.ndarray, names: Sequence[str], most: float
+    ax: Any, change_ZE: np.ndarray, dots_ZE: np.ndarray, names: Sequence[str], most: float
 ) -> None:
     from matplotlib.colors import Normalize
 
     _heat_map(ax, change_ZE, names, Normalize(-most, most))
-    domain, expert = np.nonzero(decided_ZE)
+    domain, expert = np.nonzero(dots_ZE)
     ax.plot(expert, domain, "o", markersize=2.5, color="black")
 
 
@@ -295,9 +322,11 @@ def _pairs(page: Page, top: float, panels: Plan, layers: int) -> list[tuple[Any,
     pairs = []
     for layer in range(layers):
         line, column = divmod(layer, panels.columns)
-        left, at = panels.left + column * (panels.width + 0.2), top + line * panels.panel + 0.25
-        above = page.axes(left, at, panels.width, panels.above)
-        below = page.axes(left, at + panels.above + 0.08, panels.width, panels.below)
+        left = panels.left + column * (panels.width + GAP)
+        upper = top + line * panels.panel + TITLE
+        lower = upper + panels.above + 0.08
+        above = page.axes(left, upper, panels.width, panels.above)
+        below = page.axes(left, lower, panels.width, panels.below)
         above.set_title(f"MoE layer {layer}", fontsize=SMALL + 1, pad=3)
         pairs.append((above, below))
     return pairs
@@ -326,9 +355,8 @@ def _heat_map(ax: Any, values_ZE: np.ndarray, names: Sequence[str], norm: Any) -
     num_experts = values_ZE.shape[1]
     colours = colormaps["RdBu_r"].with_extremes(bad=MISSING)
     image = ax.imshow(values_ZE, cmap=colours, norm=norm, aspect="auto")
-    ax.set_xticks(
-        range(num_experts) if num_experts <= NUMBERED else range(0, num_experts, num_experts // 8)
-    )
+    numbered_each = 1 if num_experts <= NUMBERED else num_experts // 8
+    ax.set_xticks(range(0, num_experts, numbered_each))
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(length=0)
     return image
@@ -336,14 +364,15 @@ def _heat_map(ax: Any, values_ZE: np.ndarray, names: Sequence[str], norm: Any) -
 
 def _colour_bar(page: Page, panels: Plan, top: float, pairs: Sequence[tuple[Any, Any]]) -> Any:
     """Draws the bar of colours to the right of the panels, which all have the same colours."""
-    left = panels.left + panels.columns * (panels.width + 0.2)
+    left = panels.left + panels.columns * (panels.width + GAP)
     height = min(3.0, panels.lines * panels.panel - 0.6)
-    axes = page.axes(left, top + 0.25, 0.16, height)
+    axes = page.axes(left, top + TITLE, 0.16, height)
     bar = page.figure.colorbar(pairs[0][1].images[0], cax=axes)
     bar.ax.tick_params(labelsize=SMALL)
     return bar
 
 
 def _short(name: str) -> str:
+    """Returns a name of at most LONGEST letters: its beginning and its end."""
     half = LONGEST // 2
     return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[1 - half :]}"

@@ -45,37 +45,43 @@ def measure(run: Run) -> dict[str, Any]:
     cfg = run.cfg.model
     record_of = held_out.make_record(cfg, probe.INPUTS)
     low = held_out.make_record(dataclasses.replace(cfg, dtype="bfloat16"), probe.ROUTING)
-    compared: dict[str, list[np.ndarray]] = {}
+    # For each kind, [2, L] of every batch: the decisions that flipped, and all decisions.
+    counts: dict[str, list[np.ndarray]] = {}
     margins: list[np.ndarray] = []
     notes: dict[str, str] = {}
     for number, batch in enumerate(run.batches):
         whole = held_out.whole(batch, run.cfg.eval.batch_size)
-        base = record_of(run.params, run.router_state, held_out.place(run, batch))
-        for name, again in _perturbed(run, record_of, low, batch, base["input"]).items():
-            run.tell(f"batch {number + 1} of {len(run.batches)}, {name}")
+        base = record_of(run.params, run.router_state, held_out.put_batch(run, batch))
+        for kind, experts_now in _perturbed(run, record_of, low, batch, base["input"]).items():
+            run.tell(f"batch {number + 1} of {len(run.batches)}, {kind}")
+            counts.setdefault(kind, [])
             try:
-                compared.setdefault(name, []).append(
-                    flips(base["expert"], again(whole), cfg.moe.num_experts)
-                )
+                flipped = flips(base["expert"], experts_now(whole), cfg.moe.num_experts)
+                counts[kind].append(flipped)
             except UserError as error:
-                notes[name] = str(error)
+                notes[kind] = str(error)
         try:
             margin_LBS = margin(scores(run, base["input"]), base["expert"].shape[3])
             margins.append(margin_LBS[:, whole.segment_BS > 0])
         except UserError as error:
             notes["margin"] = str(error)
-    counts = {name: np.sum(pairs, 0) for name, pairs in compared.items() if pairs}
-    spread = np.quantile(np.concatenate(margins, 1), QUANTILES, axis=1) if margins else []
-    return {
-        "flips": {
-            name: (flipped_L / np.maximum(all_L, 1)).tolist()
-            for name, (flipped_L, all_L) in counts.items()
-        },
-        "margins": {
-            f"{q:g}": row.tolist() for q, row in zip(QUANTILES, spread, strict=bool(margins))
-        },
-        "notes": notes,
+    shares = {
+        kind: _share(np.sum(of_batches, 0)) for kind, of_batches in counts.items() if of_batches
     }
+    return {"flips": shares, "margins": _quantiles(margins), "notes": notes}
+
+
+def _share(counts_2L: np.ndarray) -> list[float]:
+    flipped_L, all_L = counts_2L
+    return (flipped_L / np.maximum(all_L, 1)).tolist()
+
+
+def _quantiles(margins: list[np.ndarray]) -> dict[str, list[float]]:
+    """Returns {quantile: [L]} of the margins [L, N] of all batches; empty where there are none."""
+    if not margins:
+        return {}
+    values_QL = np.quantile(np.concatenate(margins, 1), QUANTILES, axis=1)
+    return {f"{q:g}": values_L.tolist() for q, values_L in zip(QUANTILES, values_QL, strict=True)}
 
 
 def _perturbed(
@@ -84,13 +90,16 @@ def _perturbed(
     """Returns {kind: the batch of all processes -> the experts [L, B, S, K] that are taken now};
     `batch` is of this process.
     """
-    weights = run.params, run.router_state
+    reversed_B = np.arange(run.cfg.eval.batch_size)[::-1]
+
+    def in_bfloat16(_: PackedText) -> np.ndarray:
+        on_mesh = held_out.put_batch(run, batch)
+        return low(run.params, run.router_state, on_mesh)["expert"]
+
     return {
         "router": lambda whole: rounded_router(run, input_LBSD, whole),
-        "model": lambda _: low(*weights, held_out.place(run, batch))["expert"],
-        "order": lambda whole: _rearranged(
-            run, record_of, whole, np.arange(run.cfg.eval.batch_size)[::-1]
-        ),
+        "model": in_bfloat16,
+        "order": lambda whole: _rearranged(run, record_of, whole, reversed_B),
         "size": lambda whole: _in_halves(run, record_of, whole),
     }
 
@@ -100,9 +109,11 @@ def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> 
 
     The order of a token's experts does not count.
     """
-    kept = (before_LBSK[..., :, None] == after_LBSK[..., None, :]).any(-1)
-    real = before_LBSK < num_experts
-    return np.stack([(real & ~kept).sum((1, 2, 3)), real.sum((1, 2, 3))])
+    kept_LBSK = (before_LBSK[..., :, None] == after_LBSK[..., None, :]).any(-1)
+    # num_experts stands where no expert was chosen: padding, and null experts.
+    real_LBSK = before_LBSK < num_experts
+    flipped_L = (real_LBSK & ~kept_LBSK).sum((1, 2, 3))
+    return np.stack([flipped_L, real_LBSK.sum((1, 2, 3))])
 
 
 def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
@@ -111,26 +122,25 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     Raises UserError where a token's experts are not simply those.
     """
     moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
-    options = moe.router_options
-    exact = ROUTERS[moe.router].declared(moe.num_experts, options).exact
+    router, options = ROUTERS[moe.router], moe.router_options
+    exact = router.declared(moe.num_experts, options).exact
     grouped = getattr(options, "top_groups", 1) != getattr(options, "num_groups", 1)
     if not exact or grouped:
-        what = (
-            "chooses groups of experts first"
-            if exact
-            else "has no fixed number of choices for a token"
-        )
+        if exact:
+            what = "chooses groups of experts first"
+        else:
+            what = "has no fixed number of choices for a token"
         raise UserError(
             f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no '
             "margin"
         )
-    logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
-    bias = held_out.router_state(run.router_state, run.cfg.model).get("bias")
-    return (
-        logits
-        if bias is None
-        else np.asarray(ROUTERS[moe.router].score(options)(logits)) + bias[:, None, None]
-    )
+    input_LBSD, gate_LDE = input_LBSD.astype(np.float64), gate_LDE.astype(np.float64)
+    logits_LBSE = np.einsum("LBSD,LDE->LBSE", input_LBSD, gate_LDE)
+    bias_LE = held_out.router_state(run.router_state, run.cfg.model).get("bias")
+    if bias_LE is None:
+        # A score that rises with the logit chooses as the logit does.
+        return logits_LBSE
+    return np.asarray(router.score(options)(logits_LBSE)) + bias_LE[:, None, None]
 
 
 def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
@@ -158,20 +168,19 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
     def flat(z_BS):
         return jnp.asarray(np.asarray(z_BS).reshape(-1))
 
-    ids = (
-        flat(batch.tokens_BS),
-        flat(batch.position_BS),
-        flat(np.repeat(batch.row_B, length)),
-        flat(batch.segment_BS),
-    )
+    row_BS = np.repeat(batch.row_B, length)
+    segment_T = flat(batch.segment_BS)
+    # Token, position, row and segment, as Tokens has them.
+    ids = (flat(batch.tokens_BS), flat(batch.position_BS), flat(row_BS), segment_T)
     router_cfg = RouterCfg(
         cfg.moe.num_experts, cfg.moe.router_options, cfg.moe.group_rows, cfg.vocab_size, lambda z: z
     )
 
     @jax.jit
     def route(x_TD: jax.Array, gate_DE: jax.Array, state: Any) -> jax.Array:
-        logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.bfloat16), gate_DE.astype(jnp.bfloat16))
-        tokens = Tokens(logits_TE, *ids, ids[3] > 0, num_rows)
+        x_TD, rounded_DE = x_TD.astype(jnp.bfloat16), gate_DE.astype(jnp.bfloat16)
+        router_logits_TE = jnp.einsum("TD,DE->TE", x_TD, rounded_DE)
+        tokens = Tokens(router_logits_TE, *ids, segment_T > 0, num_rows)
         identity = {"gate": jnp.eye(cfg.moe.num_experts, dtype=gate_DE.dtype)}
         routing = ROUTERS[cfg.moe.router].route(
             identity, state, tokens, cfg=router_cfg, rng=jax.random.key(0), train=False
@@ -180,16 +189,14 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
             raise UserError(
                 f'model.moe.router = "{cfg.moe.router}" does not choose k experts for each token'
             )
-        return routing.expert_N.reshape(num_rows, length, -1)
+        return routing.expert_index_N.reshape(num_rows, length, -1)
 
-    def layer(i):
-        return route(
-            input_LBSD[i].reshape(num_rows * length, -1),
-            gate_LDE[i],
-            {n: z[i] for n, z in state.items()},
-        )
-
-    return np.stack([np.asarray(layer(i)) for i in range(num_layers)])
+    experts = []
+    for layer in range(num_layers):
+        x_TD = input_LBSD[layer].reshape(num_rows * length, -1)
+        state_of_layer = {name: z[layer] for name, z in state.items()}
+        experts.append(np.asarray(route(x_TD, gate_LDE[layer], state_of_layer)))
+    return np.stack(experts)
 
 
 def _rearranged(
@@ -200,31 +207,29 @@ def _rearranged(
     """
     rows = held_out.local_rows(run.cfg.eval.batch_size)
     moved = jax.tree.map(lambda z: z[order_B][rows], batch)
-    expert = record_of(run.params, run.router_state, held_out.place(run, moved))["expert"]
-    return expert[:, np.argsort(order_B)]
+    record = record_of(run.params, run.router_state, held_out.put_batch(run, moved))
+    # The argsort of a permutation is its inverse.
+    return record["expert"][:, np.argsort(order_B)]
 
 
 def _in_halves(run: Run, record_of: Callable[..., Any], batch: PackedText) -> np.ndarray:
     """Returns the experts of the same rows in two batches of half the size."""
     size = run.cfg.eval.batch_size // 2
     devices = run.cfg.mesh.batch_devices
-    if (
-        not size
-        or run.cfg.eval.batch_size % 2
-        or size % devices
-        or (size // devices) % run.cfg.model.moe.group_rows
-    ):
+    halves = size > 0 and run.cfg.eval.batch_size % 2 == 0
+    # Every device has the same number of rows, and they are whole groups.
+    fits = size % devices == 0 and (size // devices) % run.cfg.model.moe.group_rows == 0
+    if not (halves and fits):
         raise UserError(
             f"half of eval.batch_size ({size} rows) does not fit the mesh or model.moe.group_rows: "
             "take more rows"
         )
-    smaller = run._replace(
-        cfg=dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, batch_size=size))
-    )
+    half_sized = dataclasses.replace(run.cfg.eval, batch_size=size)
+    smaller = run._replace(cfg=dataclasses.replace(run.cfg, eval=half_sized))
     rows = held_out.local_rows(size)
-    parts = [jax.tree.map(lambda z, at=at: z[at : at + size][rows], batch) for at in (0, size)]
-    experts = [
-        record_of(run.params, run.router_state, held_out.place(smaller, part))["expert"]
-        for part in parts
-    ]
+    experts = []
+    for first in (0, size):
+        half = jax.tree.map(lambda z, first=first: z[first : first + size][rows], batch)
+        record = record_of(run.params, run.router_state, held_out.put_batch(smaller, half))
+        experts.append(record["expert"])
     return np.concatenate(experts, 1)

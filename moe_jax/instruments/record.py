@@ -41,50 +41,45 @@ SAME_RUN = ("seed", "model", "optim", "data")
 SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
 
 
-def recorded(cfg: Config) -> Callable[[int], bool]:
-    """Returns the test whether the routing of a step is to be written."""
-    return cfg.record.steps
-
-
 def make_recorder(
     cfg: Config, model: Model, domains: Sequence[str], directory: Path
 ) -> Callable[[int, State, PackedText], None]:
     """Returns (step, state before it, its batch) -> None, which writes the file of the step if
     `record.steps` asks for it. All processes call it.
     """
-    asked = recorded(cfg)
     if cfg.record.steps:
-        check(cfg.model)
-    num, rows = cfg.train.num_micro_batches, cfg.record.rows or cfg.train.batch_size
+        refuse_unrecordable(cfg.model)
+    num_micro, group_rows = cfg.train.num_micro_batches, cfg.model.moe.group_rows
+    num_rows = cfg.record.rows or cfg.train.batch_size
 
     @jax.jit
     def record_of(state: State, batch: PackedText) -> Any:
         rng = step_key(cfg, state.step)
         bound = model.bind(state.params, state.router_state)
-        micro = micro_batches(batch, num, cfg.model.moe.group_rows)
 
-        def run(_, part):
+        def record_part(_, part):
+            # In training mode and with the key of the step: this is the routing that it takes.
             record = lm.record(bound, part, rng, True, probe.ROUTING)
             return None, jax.sharding.reshard(record, P())
 
-        fields = jax.lax.scan(run, None, micro)[1]
-        whole = {
-            name: _rows_in_order(z, num, cfg.model.moe.group_rows) for name, z in fields.items()
-        }
-        return whole, jax.sharding.reshard(batch, P())
+        # Split as the step splits it, so that capacity and order are those of the step.
+        parts = micro_batches(batch, num_micro, group_rows)
+        _, fields = jax.lax.scan(record_part, None, parts)
+        in_order = {name: _rows_in_order(z, num_micro, group_rows) for name, z in fields.items()}
+        return in_order, jax.sharding.reshard(batch, P())
 
     def recorder(step: int, state: State, batch: PackedText) -> None:
-        if not asked(step):
+        if not cfg.record.steps(step):
             return
-        fields, whole = jax.device_get(record_of(state, batch))
+        fields, whole_batch = jax.device_get(record_of(state, batch))
         if jax.process_index() == 0:
-            arrays = compact(fields, whole, cfg.model.moe.num_experts, rows)
-            write(directory, step, arrays, about(cfg, domains))
+            arrays = compact(fields, whole_batch, cfg.model.moe.num_experts, num_rows)
+            write_step(directory, step, arrays, about(cfg, domains))
 
     return recorder
 
 
-def check(cfg: ModelConfig) -> None:
+def refuse_unrecordable(cfg: ModelConfig) -> None:
     """Raises UserError for a model whose routing is not of every token: without MoE layers, or with
     a mixture of depths around one.
     """
@@ -100,13 +95,15 @@ def check(cfg: ModelConfig) -> None:
         )
 
 
-def _rows_in_order(z: jax.Array, num: int, group_rows: int) -> jax.Array:
-    """Returns [L, B, ...] from [num, L, B / num, ...] of micro-batches: the inverse of
-    `micro_batches`.
+def _rows_in_order(z: jax.Array, num_micro: int, group_rows: int) -> jax.Array:
+    """Returns [L, B, ...] from [num_micro, L, B / num_micro, ...]: the inverse of `micro_batches`,
+    which deals out whole groups of rows.
     """
     z = jnp.moveaxis(z, 0, 1)
-    z = z.reshape((z.shape[0], num, z.shape[2] // group_rows, group_rows) + z.shape[3:])
-    return jnp.swapaxes(z, 1, 2).reshape((z.shape[0], -1) + z.shape[4:])
+    num_layers, _, rows, *rest = z.shape
+    z = z.reshape(num_layers, num_micro, rows // group_rows, group_rows, *rest)
+    z = jnp.swapaxes(z, 1, 2)
+    return z.reshape(num_layers, -1, *rest)
 
 
 def compact(
@@ -116,16 +113,18 @@ def compact(
     rows.
     """
 
-    def small(z):
-        return z.astype(np.min_scalar_type(int(z.max(initial=0))))
-
-    read = {"token": batch.tokens_BS, "segment": batch.segment_BS, "domain": batch.domain_BS}
-    return {
+    arrays = {
+        # num_experts itself occurs: it stands for "nowhere".
         "expert": fields["expert"][:, :rows].astype(np.min_scalar_type(num_experts)),
         "gate": fields["gate"][:, :rows].astype(np.float16),
         "dropped": fields["dropped"][:, :rows].astype(bool),
-        **{name: small(np.asarray(z)[:rows]) for name, z in read.items()},
     }
+    of_batch = {"token": batch.tokens_BS, "segment": batch.segment_BS, "domain": batch.domain_BS}
+    for name, array in of_batch.items():
+        first_rows = np.asarray(array)[:rows]
+        largest = int(first_rows.max(initial=0))
+        arrays[name] = first_rows.astype(np.min_scalar_type(largest))
+    return arrays
 
 
 def about(cfg: Config, domains: Sequence[str]) -> dict[str, Any]:
@@ -143,46 +142,47 @@ def config_hash(cfg: Config) -> str:
     """Returns the SHA-256 of what makes the routing: equal on every mesh, and however the layers
     are stored or recomputed.
     """
-    every = dataclasses.asdict(cfg)
-    chosen: dict[str, Any] = {name: every[name] for name in SAME_RUN} | {
-        "batch_size": cfg.train.batch_size
-    }
+    blocks = dataclasses.asdict(cfg)
+    hashed: dict[str, Any] = {name: blocks[name] for name in SAME_RUN}
+    hashed["batch_size"] = cfg.train.batch_size
     for block in ("model", "data"):
-        chosen[block] = {
-            name: value for name, value in chosen[block].items() if name not in SAME_VALUES
-        }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        items = hashed[block].items()
+        hashed[block] = {name: value for name, value in items if name not in SAME_VALUES}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
-def write(directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+def write_step(
+    directory: Path, step: int, arrays: dict[str, np.ndarray], about: dict[str, Any]
+) -> None:
     """Writes the file of a step and its line in the manifest; replaces a file of the same step."""
     directory.mkdir(parents=True, exist_ok=True)
-    name, buffer = file_name(step), io.BytesIO()
+    # Packed in memory first, so that the file and its hash are of the same bytes.
+    buffer = io.BytesIO()
     save: Any = np.savez_compressed  # whose keyword arguments are the arrays
     save(buffer, **arrays)
-    _replace(directory / name, buffer.getvalue())
+    content = buffer.getvalue()
+    name = file_name(step)
+    _replace(directory / name, content)
+
     path = directory / MANIFEST
     files = json.loads(path.read_text())["files"] if path.exists() else {}
-    described = {key: [str(z.dtype), list(z.shape)] for key, z in arrays.items()}
     files[name] = {
         "step": step,
-        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "arrays": described,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "arrays": {key: [str(z.dtype), list(z.shape)] for key, z in arrays.items()},
     }
-    _replace(
-        path,
-        (json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1) + "\n").encode(),
-    )
+    manifest = {**about, "files": dict(sorted(files.items()))}
+    _replace(path, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def read(directory: Path, step: int) -> dict[str, np.ndarray]:
+def read_step(directory: Path, step: int) -> dict[str, np.ndarray]:
     """Returns the arrays of a step. Raises UserError when it was not recorded."""
     path = directory / file_name(step)
     if not path.exists():
-        steps = (p.stem.removeprefix("step_") for p in directory.glob("step_*.npz"))
-        have = sorted(int(step) for step in steps if step.isdecimal())
+        stems = [file.stem.removeprefix("step_") for file in directory.glob("step_*.npz")]
+        recorded = sorted(int(stem) for stem in stems if stem.isdecimal())
         raise UserError(
-            f"no routing of step {step} is recorded in {directory}: it has {have or 'none'} "
+            f"no routing of step {step} is recorded in {directory}: it has {recorded or 'none'} "
             "(record.steps)"
         )
     with np.load(path) as file:
@@ -194,6 +194,7 @@ def file_name(step: int) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    """Writes a file in one atomic step: a kill leaves the old content or the new."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     part.replace(path)

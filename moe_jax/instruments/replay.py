@@ -40,7 +40,7 @@ from moe_jax.train_step import make_model
 ROUTER = next(name for name, router in ROUTERS.items() if router.replays)
 
 
-class Seen(NamedTuple):
+class OwnRouting(NamedTuple):
     """Holds what a way of routing may use: the model's own routing of a batch, and what its router
     thought.
     """
@@ -71,63 +71,71 @@ def fitted(values: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]
     what its router lacks is zero.
     """
 
-    def one(key: Any, wanted: Any) -> Any:
+    result: dict[Any, Any] = {}
+    for key, wanted in like.items():
         if isinstance(wanted, Mapping):
-            return fitted(values.get(key, {}), wanted)
-        if key in values and values[key].shape == wanted.shape:
-            return values[key]
-        place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), wanted.sharding.spec)
-        return jnp.zeros(wanted.shape, wanted.dtype, device=place)
+            result[key] = fitted(values.get(key, {}), wanted)
+        elif key in values and values[key].shape == wanted.shape:
+            result[key] = values[key]
+        else:
+            sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), wanted.sharding.spec)
+            result[key] = jnp.zeros(wanted.shape, wanted.dtype, device=sharding)
+    return result
 
-    return {key: one(key, wanted) for key, wanted in like.items()}
 
-
-def own(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+def own(routing: OwnRouting) -> tuple[np.ndarray, np.ndarray]:
     """Returns the model's own routing."""
-    return seen.expert_LBSK, seen.gate_LBSK
+    return routing.expert_LBSK, routing.gate_LBSK
 
 
-def shuffled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+def shuffled(routing: OwnRouting) -> tuple[np.ndarray, np.ndarray]:
     """Deals the assignments of a layer out anew among its tokens.
 
     A token's experts and gates stay together, so its experts stay different and every load stays
     what it is.
     """
-    expert, gate = seen.expert_LBSK.copy(), seen.gate_LBSK.copy()
-    for layer in range(len(expert)):
-        order_N = seen.rng.permutation(int(seen.valid_BS.sum()))
-        for z_LBSK in (expert, gate):
-            z_LBSK[layer][seen.valid_BS] = z_LBSK[layer][seen.valid_BS][order_N]
-    return expert, gate
+    valid_BS = routing.valid_BS
+    expert_LBSK, gate_LBSK = routing.expert_LBSK.copy(), routing.gate_LBSK.copy()
+    for expert_BSK, gate_BSK in zip(expert_LBSK, gate_LBSK, strict=True):
+        order_N = routing.rng.permutation(int(valid_BS.sum()))
+        expert_BSK[valid_BS] = expert_BSK[valid_BS][order_N]
+        gate_BSK[valid_BS] = gate_BSK[valid_BS][order_N]
+    return expert_LBSK, gate_LBSK
 
 
-def uniform(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+def uniform(routing: OwnRouting) -> tuple[np.ndarray, np.ndarray]:
     """Draws k different experts for each token; places that the router left empty stay empty."""
-    draws = seen.rng.random(seen.expert_LBSK.shape[:3] + (seen.num_experts,))
-    expert = np.argsort(draws, -1)[..., : seen.expert_LBSK.shape[3]]
-    return np.where(seen.expert_LBSK < seen.num_experts, expert, seen.num_experts), seen.gate_LBSK
+    num_choices = routing.expert_LBSK.shape[3]
+    # The first k of a random order are k different experts.
+    draw_LBSE = routing.rng.random((*routing.expert_LBSK.shape[:3], routing.num_experts))
+    drawn_LBSK = np.argsort(draw_LBSE, -1)[..., :num_choices]
+    used_LBSK = routing.expert_LBSK < routing.num_experts
+    return np.where(used_LBSK, drawn_LBSK, routing.num_experts), routing.gate_LBSK
 
 
-def balanced(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+def balanced(routing: OwnRouting) -> tuple[np.ndarray, np.ndarray]:
     """Returns the assignment that is balanced and has the highest router probability.
 
     Raises UserError for a router that leaves places empty.
     """
-    expert, gate, probs = seen.expert_LBSK.copy(), seen.gate_LBSK.copy(), seen.probs_LBSE()
-    num_choices = expert.shape[3]
-    if (expert[:, seen.valid_BS] == seen.num_experts).any():
+    valid_BS = routing.valid_BS
+    expert_LBSK, gate_LBSK = routing.expert_LBSK.copy(), routing.gate_LBSK.copy()
+    probs_LBSE = routing.probs_LBSE()
+    num_choices = expert_LBSK.shape[3]
+    if (expert_LBSK[:, valid_BS] == routing.num_experts).any():
         raise UserError(
             "balanced replay needs a router that gives every token all of its k experts"
         )
-    for layer in range(len(expert)):
-        probs_NE = probs[layer][seen.valid_BS]
+    for layer in range(len(expert_LBSK)):
+        probs_NE = probs_LBSE[layer][valid_BS]
         chosen_NK = best_balanced(probs_NE, num_choices)
+        # Probabilities of the chosen experts as gates, scaled to the sum that the token's had.
         taken_NK = np.take_along_axis(probs_NE, chosen_NK, 1)
-        sum_N1 = gate[layer][seen.valid_BS].sum(1, keepdims=True)
-        expert[layer][seen.valid_BS] = chosen_NK
         share_NK = taken_NK / np.maximum(taken_NK.sum(1, keepdims=True), 1e-30)
-        gate[layer][seen.valid_BS] = share_NK * sum_N1
-    return expert, gate
+        sum_N1 = gate_LBSK[layer][valid_BS].sum(1, keepdims=True)
+        expert_LBSK[layer][valid_BS] = chosen_NK
+        gate_LBSK[layer][valid_BS] = share_NK * sum_N1
+    return expert_LBSK, gate_LBSK
 
 
 def best_balanced(probs_NE: np.ndarray, num_choices: int) -> np.ndarray:
@@ -139,24 +147,30 @@ def best_balanced(probs_NE: np.ndarray, num_choices: int) -> np.ndarray:
     """
     from scipy import optimize, sparse
 
-    num, num_experts = probs_NE.shape
-    rows = sparse.kron(sparse.eye(num), np.ones((1, num_experts)), format="csr")
-    columns = sparse.kron(np.ones((1, num)), sparse.eye(num_experts), format="csr")
+    # maximise  sum of p[n, e] x[n, e]   with 0 <= x <= 1,
+    #   sum over e of x[n, e]  = k                  for each token,
+    #   sum over n of x[n, e] <= ceil(N k / E)      for each expert.
+    num_tokens, num_experts = probs_NE.shape
+    even_load = -(-num_tokens * num_choices // num_experts)
+    sums_of_tokens = sparse.kron(sparse.eye(num_tokens), np.ones((1, num_experts)), format="csr")
+    sums_of_experts = sparse.kron(np.ones((1, num_tokens)), sparse.eye(num_experts), format="csr")
+    # The dual simplex ends in a corner; an interior point would not be whole.
     result = optimize.linprog(
         -probs_NE.ravel(),
-        A_ub=columns,
-        b_ub=np.full(num_experts, -(-num * num_choices // num_experts)),
-        A_eq=rows,
-        b_eq=np.full(num, num_choices),
+        A_ub=sums_of_experts,
+        b_ub=np.full(num_experts, even_load),
+        A_eq=sums_of_tokens,
+        b_eq=np.full(num_tokens, num_choices),
         bounds=(0, 1),
         method="highs-ds",
     )
-    chosen_NE = result.x.reshape(num, num_experts) > 0.5
+    chosen_NE = result.x.reshape(num_tokens, num_experts) > 0.5
     assert (chosen_NE.sum(1) == num_choices).all()
-    return np.argsort(np.where(chosen_NE, -probs_NE, np.inf), 1, kind="stable")[:, :num_choices]
+    falling_NE = np.where(chosen_NE, -probs_NE, np.inf)
+    return np.argsort(falling_NE, 1, kind="stable")[:, :num_choices]
 
 
-WAYS: dict[str, Callable[[Seen], tuple[np.ndarray, np.ndarray]]] = {
+WAYS: dict[str, Callable[[OwnRouting], tuple[np.ndarray, np.ndarray]]] = {
     "own": own,
     "shuffled": shuffled,
     "balanced": balanced,
@@ -182,12 +196,13 @@ def evaluate(
     notes: dict[str, str] = {}
     replayed: Callable[..., Any] | None = None
     for number, batch in enumerate(run.batches):
-        on_mesh = held_out.place(run, batch)
+        on_mesh = held_out.put_batch(run, batch)
         run.tell(f"batch {number + 1} of {len(run.batches)}, the model itself")
         sums.setdefault("model", []).append(plain(run.params, run.router_state, on_mesh))
         record = record_of(run.params, run.router_state, on_mesh)
+        # The first record tells how many choices a token has.
         replayed = replayed or _replay(run, record["expert"].shape[3])
-        seen = make_seen(run, batch, record, np.random.default_rng([seed, number]))
+        routing = own_routing(run, batch, record, np.random.default_rng([seed, number]))
         frozen = {
             f"frozen {step}": functools.partial(_frozen, record_of, *old, on_mesh)
             for step, old in earlier.items()
@@ -195,29 +210,36 @@ def evaluate(
         for name, way in {**WAYS, **frozen}.items():
             run.tell(f"batch {number + 1} of {len(run.batches)}, {name}")
             try:
-                sums.setdefault(name, []).append(replayed(batch, way(seen)))
+                sums.setdefault(name, []).append(replayed(batch, way(routing)))
             except UserError as error:
                 notes[name] = str(error)
     return gaps(run, sums, notes, "model")
 
 
-def make_seen(run: Run, batch: PackedText, record: Arrays, rng: np.random.Generator) -> Seen:
+def own_routing(
+    run: Run, batch: PackedText, record: Arrays, rng: np.random.Generator
+) -> OwnRouting:
     """Returns what a way may use of a record of `batch`."""
     valid_BS = held_out.whole(batch, run.cfg.eval.batch_size).segment_BS > 0
 
     def probs():
         return _probabilities(run, record["input"])
 
-    return Seen(
-        record["expert"], record["gate"], valid_BS, probs, run.cfg.model.moe.num_experts, rng
-    )
+    # A function, not the probabilities: not every router has a linear gate, and only `balanced`
+    # needs one.
+    num_experts = run.cfg.model.moe.num_experts
+    return OwnRouting(record["expert"], record["gate"], valid_BS, probs, num_experts, rng)
 
 
 def _frozen(
-    record_of: Callable[..., Arrays], params: Any, router_state: Any, batch: Any, seen: Seen
+    record_of: Callable[..., Arrays],
+    params: Any,
+    router_state: Any,
+    batch: Any,
+    routing: OwnRouting,
 ):
     """Returns the routing of another checkpoint, which does not depend on that of this one."""
-    del seen
+    del routing
     record = record_of(params, router_state, batch)
     return record["expert"], record["gate"]
 
@@ -225,25 +247,34 @@ def _frozen(
 def _replay(run: Run, num_choices: int) -> Callable[..., Any]:
     """Returns (batch, routing) -> the held-out sums of the model under that routing."""
     cfg = under(run.cfg.model, num_choices, "recorded")
-    like = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
-    weights = tuple(fitted(z, l) for z, l in zip((run.params, run.router_state), like, strict=True))
+    like_params, like_state = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
+    params = fitted(run.params, like_params)
+    router_state = fitted(run.router_state, like_state)
     sums_of = held_out.make_sums(run, cfg)
 
     def replayed(batch: Any, routing: tuple[np.ndarray, np.ndarray]) -> Any:
-        expert, gate = (held_out.of_all_blocks(cfg, z) for z in routing)
-        return sums_of(
-            *weights, held_out.place(run, batch, probe.Request((expert.astype(np.int32), gate)))
-        )
+        return sums_of(params, router_state, put_routed(run, batch, *routing))
 
     return replayed
 
 
+def put_routed(
+    run: Run, batch: PackedText, expert_LBSK: np.ndarray, gate_LBSK: np.ndarray
+) -> PackedText:
+    """Returns the batch on the mesh, with the routing that the router "recorded" shall replay."""
+    cfg = run.cfg.model
+    expert_BMSK = held_out.of_all_blocks(cfg, expert_LBSK).astype(np.int32)
+    gate_BMSK = held_out.of_all_blocks(cfg, gate_LBSK)
+    return held_out.put_batch(run, batch, probe.Request((expert_BMSK, gate_BMSK)))
+
+
 def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
-    gate_LDE = held_out.gates(run, "balanced replay")
-    logits = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE.astype(np.float64))
+    """Returns the router's scores [L, B, S, E], scaled so that those of a token add up to 1."""
+    gate_LDE = held_out.gates(run, "balanced replay").astype(np.float64)
+    logits_LBSE = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE)
     moe = run.cfg.model.moe
-    score = np.asarray(ROUTERS[moe.router].score(moe.router_options)(logits))
-    return score / score.sum(-1, keepdims=True)
+    score_LBSE = np.asarray(ROUTERS[moe.router].score(moe.router_options)(logits_LBSE))
+    return score_LBSE / score_LBSE.sum(-1, keepdims=True)
 
 
 def gaps(
@@ -252,22 +283,18 @@ def gaps(
     """Returns {way: figures of its sums of all batches, and their gaps to those of the way `to`},
     and the notes.
     """
-    every = {
-        name: _scalars(held_out.figures(run, s))
-        for name, s in sums.items()
-        if len(s) == len(run.batches)
+    # A way that was refused in some batch has no figures, but a note.
+    figures_of = {
+        way: _scalars(held_out.figures(run, of_batches))
+        for way, of_batches in sums.items()
+        if len(of_batches) == len(run.batches)
     }
-    base = every[to]
-    result = {
-        name: row
-        | {
-            f"gap/{key}": row[key] - base[key]
-            for key in row
-            if key.endswith(("bits_per_byte", "loss"))
-        }
-        for name, row in every.items()
-    }
-    return result | {name: {"note": text} for name, text in notes.items()}
+    base = figures_of[to]
+    result: dict[str, dict[str, Any]] = {}
+    for way, figures in figures_of.items():
+        compared = [key for key in figures if key.endswith(("bits_per_byte", "loss"))]
+        result[way] = figures | {f"gap/{key}": figures[key] - base[key] for key in compared}
+    return result | {way: {"note": reason} for way, reason in notes.items()}
 
 
 def _scalars(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -49,33 +49,42 @@ def evaluate(
       cfg: of the training run, as `run.cfg` may have another dispatcher.
       state: of the checkpoint, with the moments of the optimizer.
     """
-    size = dataclasses.replace(cfg.eval, batch_size=cfg.train.batch_size)
-    learning = run._replace(cfg=dataclasses.replace(cfg, eval=size))
+    # A Run whose batches are those of training.
+    training_size = dataclasses.replace(cfg.eval, batch_size=cfg.train.batch_size)
+    learning = run._replace(cfg=dataclasses.replace(cfg, eval=training_size))
     route_heldout, route_batch = make_route(run, state, seed), make_route(learning, state, seed)
+    # How many choices a token has shows in a first record.
     first = route_heldout("own", state.params, run.batches[0], 0)
-    choices_and_gates = first.request.recorded[0].shape[-1], gates(cfg.model.moe)
-    begin, step_fn = make_learner(
-        dataclasses.replace(cfg, model=replay.under(cfg.model, *choices_and_gates)), state
-    )
-    sums_of = held_out.make_sums(run, replay.under(run.cfg.model, *choices_and_gates))
+    num_choices = first.request.recorded[0].shape[-1]
+    whose_gates = gates(cfg.model.moe)
+    learner_model = replay.under(cfg.model, num_choices, whose_gates)
+    begin, step_fn = make_learner(dataclasses.replace(cfg, model=learner_model), state)
+    sums_of = held_out.make_sums(run, replay.under(run.cfg.model, num_choices, whose_gates))
     batches = Batches(run.dataset, "train", cfg.seed, cfg.train.batch_size)
     rows = local_rows(cfg.train.batch_size)
+    first_step, last_step = int(state.step), int(state.step) + steps
 
     def trained(way: str) -> State:
         now = begin
-        for step in range(int(state.step), int(state.step) + steps):
-            run.tell(f"{way}, step {step + 1} of {int(state.step) + steps}")
-            now, _ = step_fn(now, route_batch(way, now.params, batches.rows(step, rows), step))
+        for step in range(first_step, last_step):
+            run.tell(f"{way}, step {step + 1} of {last_step}")
+            batch = route_batch(way, now.params, batches.rows(step, rows), step)
+            now, _ = step_fn(now, batch)
         return now
+
+    def held_out_sums(way: str, now: State) -> list[Any]:
+        params = judged(now)
+        sums = []
+        for number, batch in enumerate(run.batches):
+            routed = route_heldout(way, params, batch, number)
+            sums.append(sums_of(params, now.router_state, routed))
+        return sums
 
     sums: dict[str, list[Any]] = {}
     notes: dict[str, str] = {}
     for way in WAYS:
         try:
-            now = trained(way)
-            parts = enumerate(run.batches)
-            routed = [route_heldout(way, judged(now), batch, number) for number, batch in parts]
-            sums[way] = [sums_of(judged(now), now.router_state, batch) for batch in routed]
+            sums[way] = held_out_sums(way, trained(way))
         except UserError as error:
             notes[way] = str(error)
     return replay.gaps(run, sums, notes, "own")
@@ -85,10 +94,12 @@ def gates(moe: MoEConfig) -> str:
     """Returns whose gates the router "recorded" shall give: "router" where it then gives those of
     the model itself, else "recorded".
     """
-    o = moe.router_options
-    softmax = isinstance(o, top_k.Options) and o.scale == 1
-    own = softmax and (o.renormalize or o.softmax == "after")
-    return "router" if own else "recorded"
+    options = moe.router_options
+    if not isinstance(options, top_k.Options) or options.scale != 1:
+        return "recorded"
+    # Both make the gates of a token a softmax over its experts alone.
+    over_chosen = options.renormalize or options.softmax == "after"
+    return "router" if over_chosen else "recorded"
 
 
 def make_route(run: Run, old: State, seed: int) -> Route:
@@ -98,13 +109,14 @@ def make_route(run: Run, old: State, seed: int) -> Route:
     record_of = held_out.make_record(run.cfg.model, probe.INPUTS)
 
     def route(way: str, params: Any, batch: PackedText, number: int) -> PackedText:
-        by = run._replace(
-            params=old.params if way == FROZEN else params, router_state=old.router_state
-        )
-        record = record_of(by.params, by.router_state, held_out.place(run, batch))
-        seen = replay.make_seen(by, batch, record, np.random.default_rng([seed, number]))
-        expert, gate = (held_out.of_all_blocks(run.cfg.model, z) for z in WAYS[way](seen))
-        return held_out.place(run, batch, probe.Request((expert.astype(np.int32), gate)))
+        routing_params = old.params if way == FROZEN else params
+        routing_run = run._replace(params=routing_params, router_state=old.router_state)
+        on_mesh = held_out.put_batch(run, batch)
+        record = record_of(routing_params, old.router_state, on_mesh)
+        # The same draws for the same batch, whatever came before.
+        rng = np.random.default_rng([seed, number])
+        routing = replay.own_routing(routing_run, batch, record, rng)
+        return replay.put_routed(run, batch, *WAYS[way](routing))
 
     return route
 

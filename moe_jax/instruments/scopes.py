@@ -27,31 +27,34 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
     """Returns {name: Instruction} of the text of a compiled module
     (`jitted.lower(...).compile().as_text()`).
     """
-    found: dict[str, Instruction] = {}
+    # %computation (parameters) -> type {
+    #   ROOT %name = type opcode(%operand, ...), calls=%other, metadata={op_name="jit(step)/moe"}
+    instructions: dict[str, Instruction] = {}
     computation = ""
     for line in hlo.splitlines():
-        if line.endswith("{") and (header := re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)):
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
+        if header and line.endswith("{"):
             computation = header[1]
-        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-        if not match:
+        assignment = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+        if not assignment:
             continue
-        body, _, rest = line[match.end() :].partition(", metadata={")
+        body, _, metadata = line[assignment.end() :].partition(", metadata={")
         opcode = re.search(r"(?:^| )([a-z][\w\-]*)\(", body)
-        scope = re.search(r'op_name="((?:[^"\\]|\\.)*)"', rest)
+        scope = re.search(r'op_name="((?:[^"\\]|\\.)*)"', metadata)
         called = re.findall(
             r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)", body
         )
         for branches in re.findall(r"branch_computations=\{(.*?)\}", body):
             called += re.findall(r"[\w.\-]+", branches)
-        operands = (name for name in re.findall(r"%([\w.\-]+)", body) if name not in called)
-        found[match[1]] = Instruction(
-            opcode[1] if opcode else "",
-            computation,
-            tuple(operands),
-            tuple(called),
-            scope[1] if scope else "",
+        operands = [name for name in re.findall(r"%([\w.\-]+)", body) if name not in called]
+        instructions[assignment[1]] = Instruction(
+            opcode=opcode[1] if opcode else "",
+            computation=computation,
+            operands=tuple(operands),
+            called=tuple(called),
+            scope=scope[1] if scope else "",
         )
-    return found
+    return instructions
 
 
 def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
@@ -61,21 +64,31 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
     it, of the first instruction that uses it (a copy is made for its user), or of what it uses.
     """
     users: dict[str, list[str]] = {}
-    inside: dict[str, list[str]] = {}
-    callers = {called: name for name, i in instructions.items() for called in i.called}
+    members: dict[str, list[str]] = {}  # of each computation
+    callers: dict[str, str] = {}  # of each computation
     for name, instruction in instructions.items():
-        inside.setdefault(instruction.computation, []).append(name)
+        members.setdefault(instruction.computation, []).append(name)
         for operand in instruction.operands:
             users.setdefault(operand, []).append(name)
+        for called in instruction.called:
+            callers[called] = name
 
-    def nearest(name: str, step: Callable[[str], Iterable[str]]) -> str:
-        seen, edge = {name}, [name]
+    def fused(name: str) -> str:
+        # The last instruction of a fusion makes its result.
+        for called in instructions[name].called:
+            for member in reversed(members.get(called, ())):
+                if instructions[member].scope:
+                    return instructions[member].scope
+        return ""
+
+    def nearest(name: str, neighbours: Callable[[str], Iterable[str]]) -> str:
+        """Returns the first scope that a breadth-first search from `name` finds."""
+        visited, edge = {name}, [name]
         while edge:
-            nexts = dict.fromkeys(
-                other for at in edge for other in step(at) if other in instructions
-            )
-            edge = [other for other in nexts if other not in seen]
-            seen.update(edge)
+            reached = [other for at in edge for other in neighbours(at) if other in instructions]
+            # A dict keeps their order: the result must not depend on hashes.
+            edge = [other for other in dict.fromkeys(reached) if other not in visited]
+            visited.update(edge)
             for other in edge:
                 if instructions[other].scope:
                     return instructions[other].scope
@@ -85,13 +98,11 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
         own = instructions[name]
         if own.scope:
             return own.scope
-        fused = (
-            instructions[n].scope for called in own.called for n in reversed(inside.get(called, ()))
-        )
         around = nearest(name, lambda at: [callers.get(instructions[at].computation, "")])
+        says_phase = phase_of(around)[0] != "other"
         return (
-            next((scope for scope in fused if scope), "")
-            or (around if phase_of(around)[0] != "other" else "")
+            fused(name)
+            or (around if says_phase else "")
             or nearest(name, lambda at: users.get(at, ()))
             or nearest(name, lambda at: instructions[at].operands)
             or around
@@ -101,16 +112,23 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
 
 
 def phase_of(scope: str) -> tuple[str, str]:
-    """ "jit(step)/transpose(jvp(moe))/experts/cond/dot" -> ("moe/experts", "backward").
+    """Returns the phase and the pass of a scope.
 
-    What rematerialisation computes again counts as backward. The optimizer has no passes:
-    ("optimizer", "").
+    "jit(step)/transpose(jvp(moe))/experts/cond/dot" -> ("moe/experts", "backward"). What
+    rematerialisation computes again counts as backward. The optimizer has no passes: ("optimizer",
+    "").
     """
-    parts = re.split(r"[/()]+", scope)  # with the names inside of "jvp(...)" and "transpose(...)"
+    # With the names inside of "jvp(...)" and "transpose(...)".
+    parts = re.split(r"[/()]+", scope)
     if "optimizer" in parts:
         return "optimizer", ""
-    way = "backward" if "transpose(" in scope else "forward" if "jvp(" in scope else ""
+    # jax differentiates by jvp, and transposes that for the backward pass.
+    if "transpose(" in scope:
+        direction = "backward"
+    else:
+        direction = "forward" if "jvp(" in scope else ""
     if "moe" in parts:
-        inner = (part.removeprefix("gather_") for part in parts[parts.index("moe") + 1 :])
-        return "moe/" + next((part for part in inner if part in MOE), "other"), way
-    return ("attention" if "attention" in parts else "other"), way
+        inner = [part.removeprefix("gather_") for part in parts[parts.index("moe") + 1 :]]
+        phase = next((part for part in inner if part in MOE), "other")
+        return f"moe/{phase}", direction
+    return ("attention" if "attention" in parts else "other"), direction

@@ -10,39 +10,42 @@ from moe_jax.instruments.knockout import PASSIVE, Worth
 from moe_jax.terminal.table import Table, names, numbers
 
 
-def notes(found: Mapping[str, str]) -> list[str]:
+def notes(reasons: Mapping[str, str]) -> list[str]:
     """Returns lines that say what a table does not have, and why."""
-    return [f"no {name}: {text}" for name, text in found.items()]
+    return [f"no {name}: {reason}" for name, reason in reasons.items()]
 
 
 def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> list[Table | str]:
     """Returns bits per byte under each routing, and its gap to the model's own, per domain too."""
-    # A domain may have slashes in its name.
+    # The key is cut at both ends and not at slashes: a domain may have slashes in its name.
     head, tail = "domain/", "/bits_per_byte"
     keys = [key for key in result["own"] if key.startswith(head) and key.endswith(tail)]
     domains = [key.removeprefix(head).removesuffix(tail) for key in keys]
-    columns = ["mean", "gap", *(f"gap, {domain}" for domain in domains)]
-    table = Table([*names("routing"), *numbers(*columns)], title=title)
-    missing = {}
-    for name, row in result.items():
-        if "note" in row:
-            missing[name] = row["note"]
+    gap_columns = [f"gap, {domain}" for domain in domains]
+    table = Table([*names("routing"), *numbers("mean", "gap", *gap_columns)], title=title)
+    reasons = {}
+    for way, figures in result.items():
+        if "note" in figures:
+            reasons[way] = figures["note"]
             continue
-        gaps = [row["gap/bits_per_byte"], *(row[f"gap/{key}"] for key in keys)]
-        table.add(name, f"{row['bits_per_byte']:.4f}", *(f"{gap:+z.4f}" for gap in gaps))
-    return [table, *notes(missing)]
+        gaps = [figures["gap/bits_per_byte"]]
+        gaps += [figures[f"gap/{key}"] for key in keys]
+        table.add(way, f"{figures['bits_per_byte']:.4f}", *map(_signed, gaps))
+    return [table, *notes(reasons)]
 
 
 def precision(result: Mapping[str, Any]) -> list[Table | str]:
     """Returns flips in percent of all decisions, and quantiles of the margin, per layer."""
-    num_layers = len(next(iter(result["flips"].values()), []))
-    layers = [f"layer {i}" for i in range(num_layers)]
+    any_share_L = next(iter(result["flips"].values()), [])
+    layers = [f"layer {i}" for i in range(len(any_share_L))]
     table = Table([*names(""), *numbers(*layers)], title="routing decisions that flip, and margins")
-    for name, share_L in result["flips"].items():
-        table.add(f"flips, {name}", *(f"{100 * share:.3f} %" for share in share_L))
+    for perturbation, share_L in result["flips"].items():
+        percentages = [f"{100 * share:.3f} %" for share in share_L]
+        table.add(f"flips, {perturbation}", *percentages)
     for quantile, margin_L in result["margins"].items():
-        name = f"margin, {100 * float(quantile):g} % quantile"
-        table.add(name, *(f"{margin:.2g}" for margin in margin_L))
+        percent = 100 * float(quantile)
+        margins = [f"{margin:.2g}" for margin in margin_L]
+        table.add(f"margin, {percent:g} % quantile", *margins)
     return [table, *notes(result["notes"])]
 
 
@@ -55,24 +58,39 @@ def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str
     )
     columns = numbers("load", "mean", "95 % from", "to", *domains)
     table = Table([*names("layer", "expert"), *columns], title=title, keys=2)
-    layers, num_experts, _ = worth.change_LEZ.shape
-    for layer in range(layers):
+    num_layers, num_experts, _ = worth.change_LEZ.shape
+    for layer in range(num_layers):
         table.section()
         for expert in range(num_experts):
-            at = layer, expert
-            load = f"{100 * worth.load_LE[at]:.1f} %"
-            means = [_change(z[at]) for z in (worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE)]
-            changes = zip(worth.change_LEZ[at], worth.low_LEZ[at], worth.high_LEZ[at], strict=True)
-            cells = [_mark(low, high) + _change(change) for change, low, high in changes]
-            table.add(str(layer), str(expert), load, *means, *cells)
+            cells = _knockout_cells(worth, layer, expert)
+            table.add(str(layer), str(expert), *cells)
     return [table]
 
 
+def _knockout_cells(worth: Worth, layer: int, expert: int) -> list[str]:
+    """Returns the load, the mean with the ends of its interval, and the change of each domain."""
+    at = layer, expert
+    load = f"{100 * worth.load_LE[at]:.1f} %"
+    mean, low, high = worth.mean_LE[at], worth.mean_low_LE[at], worth.mean_high_LE[at]
+    cells = [load, _change(mean), _change(low), _change(high)]
+    of_domains = zip(worth.change_LEZ[at], worth.low_LEZ[at], worth.high_LEZ[at], strict=True)
+    for change, low, high in of_domains:
+        cells.append(_mark(low, high) + _change(change))
+    return cells
+
+
+def _signed(number: float) -> str:
+    # "z": a number that rounds to zero has no minus.
+    return f"{number:+z.4f}"
+
+
 def _change(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:+z.4f}"
+    # A domain without held-out rows has no change.
+    return "-" if np.isnan(value) else _signed(value)
 
 
 def _mark(low: float, high: float) -> str:
+    """Returns the star of an interval that leaves out 0."""
     return "*" if low > 0 or high < 0 else ""
 
 
@@ -80,27 +98,29 @@ def interference(result: Mapping[str, float]) -> list[Table | str]:
     """Returns the cosine and the norm ratio of each auxiliary loss against the language loss, one
     line a layer and part.
     """
-    losses = sorted({key.rsplit("/", 1)[1].rsplit("_", 1)[0] for key in result})
-    columns = [f"{name} {kind}" for name in losses for kind in ("cosine", "ratio")]
+    locations, losses = set(), set()
+    # A key is "interference/LAYER/PART/LOSS_cosine", or "interference/outside/LOSS_cosine".
+    for key in result:
+        location, figure = key.removeprefix("interference/").rsplit("/", 1)
+        locations.add(location)
+        losses.add(figure.rsplit("_", 1)[0])
+    columns = [(loss, kind) for loss in sorted(losses) for kind in ("cosine", "ratio")]
+    headers = [f"{loss} {kind}" for loss, kind in columns]
     title = "gradients of auxiliary losses against the language loss"
-    table = Table([*names("layer", "part"), *numbers(*columns)], title=title, keys=2)
-    places = {key.removeprefix("interference/").rsplit("/", 1)[0] for key in result}
-    for place in sorted(places, key=_order):
-        layer, _, part = place.partition("/")
-        values = [result[f"interference/{place}/{column.replace(' ', '_')}"] for column in columns]
+    table = Table([*names("layer", "part"), *numbers(*headers)], title=title, keys=2)
+    for location in sorted(locations, key=_position):
+        layer, _, part = location.partition("/")
+        values = [result[f"interference/{location}/{loss}_{kind}"] for loss, kind in columns]
         table.add(layer, part, *(f"{value:.3g}" for value in values))
     return [table]
 
 
-def _order(place: str) -> tuple[bool, int, int]:
+def _position(location: str) -> tuple[bool, int, int]:
     """Returns the key by which lines are sorted: layers by number, in each the parts as PARTS has
     them and then the rest; what is outside of layers comes last.
     """
-    layer, _, part = place.partition("/")
-    if place == "outside":
+    if location == "outside":
         return True, 0, 0
-    return (
-        False,
-        int(layer.removeprefix("layer_")),
-        PARTS.index(part) if part in PARTS else len(PARTS),
-    )
+    layer, _, part = location.partition("/")
+    number = int(layer.removeprefix("layer_"))
+    return False, number, PARTS.index(part) if part in PARTS else len(PARTS)

@@ -8,6 +8,7 @@ moe/combine, attention and optimizer, forward and backward.
 
 import gzip
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,8 @@ class Profile:
     def begin(self, step: int, state: Any) -> None:
         """Starts the trace if it begins before `step`, which runs next."""
         if self.begins(step):
-            jax.block_until_ready(state)  # no earlier step belongs into it
+            # No earlier step belongs into it.
+            jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
             self._begun = step
 
@@ -65,11 +67,10 @@ class Profile:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         first, self._begun, self._steps = self._begun, -1, (0, 0)
-        where, phases = write(
-            self._folder, step_fn.lower(state, batch).compile().as_text(), done - first
-        )
+        hlo = step_fn.lower(state, batch).compile().as_text()
+        path, phases = write(self._folder, hlo, done - first)
         others = f" (this process; all: {self._folder.parent})" if jax.process_count() > 1 else ""
-        return [f"profile of steps {first} to {done - 1}: {where}{others}", table(phases)]
+        return [f"profile of steps {first} to {done - 1}: {path}{others}", table(phases)]
 
     def close(self) -> None:
         """Drops a trace that a mistake cut short."""
@@ -98,27 +99,27 @@ def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction
     Instructions of other modules have the name "".
     """
     changes: list[Change] = []
-    begun: dict[int, tuple[float, str]] = {}
-    for plane in ProfileData.from_file(str(path)).planes:
-        for line in plane.lines:
-            events = []
-            for event in line.events:
-                stats = dict(event.stats)
-                if "hlo_op" in stats:
-                    name = str(stats["hlo_op"]) if stats.get("hlo_module") == module else ""
-                    events.append((event.start_ns, event.end_ns, name))
-                    if name in instructions and instructions[name].opcode not in CONTAINERS:
-                        begun[stats.get("_p", 0)] = event.start_ns, name
-                elif event.name.startswith("end: ") and stats.get("_c") in begun:
-                    # A CPU instruction may leave its work to other threads, which trace nothing,
-                    # and end long after its event.
-                    start, name = begun.pop(stats["_c"])
-                    changes += [
-                        Change(start, False, name, 1),
-                        Change(max(start, event.start_ns), False, name, -1),
-                    ]
-            for start, end, name in innermost(events):
-                changes += [Change(start, True, name, 1), Change(end, True, name, -1)]
+    # When the instruction began that is under way: by the number that its end has too.
+    under_way: dict[int, tuple[float, str]] = {}
+    planes = ProfileData.from_file(str(path)).planes
+    threads = (line for plane in planes for line in plane.lines)
+    for thread in threads:
+        events = []
+        for event in thread.events:
+            stats = dict(event.stats)
+            if "hlo_op" in stats:
+                name = str(stats["hlo_op"]) if stats.get("hlo_module") == module else ""
+                events.append((event.start_ns, event.end_ns, name))
+                if name in instructions and instructions[name].opcode not in CONTAINERS:
+                    under_way[stats.get("_p", 0)] = event.start_ns, name
+            elif event.name.startswith("end: ") and stats.get("_c") in under_way:
+                # A CPU instruction may leave its work to other threads, which trace nothing,
+                # and end long after its event.
+                start, name = under_way.pop(stats["_c"])
+                end = max(start, event.start_ns)
+                changes += [Change(start, False, name, 1), Change(end, False, name, -1)]
+        for start, end, name in innermost(events):
+            changes += [Change(start, True, name, 1), Change(end, True, name, -1)]
     return sorted(changes)
 
 
@@ -126,9 +127,13 @@ def innermost(events: list[tuple[float, float, str]]) -> Iterator[tuple[float, f
     """Yields the events (start, end, name) of one thread, each without the time of the events
     within it: no time counts twice.
     """
+    # Those that are open now, the innermost last: (end, name).
     stack: list[tuple[float, str]] = []
+    # Up to here all time is given away.
     at = 0.0
-    for start, end, name in [*sorted(events, key=lambda e: (e[0], -e[1])), (float("inf"), 0.0, "")]:
+    # Where two begin together, the longer one is around the other. The last event closes all.
+    in_order = sorted(events, key=lambda event: (event[0], -event[1]))
+    for start, end, name in [*in_order, (math.inf, 0.0, "")]:
         while stack and stack[-1][0] <= start:
             outer_end, outer = stack.pop()
             if outer_end > at:
@@ -149,13 +154,14 @@ def share(changes: list[Change]) -> tuple[dict[str, float], float]:
     """
     times: defaultdict[str, float] = defaultdict(float)
     idle, at = 0.0, changes[0].time if changes else 0.0
+    # How often each instruction is under way (False), and runs (True).
     active: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for change in changes:
         length, at = change.time - at, change.time
-        now = active[True] or active[False]
-        if length and now:
-            each = length / now.total()
-            for name, count in now.items():
+        sharers = active[True] or active[False]
+        if length and sharers:
+            each = length / sharers.total()
+            for name, count in sharers.items():
                 times[name] += count * each
         elif length:
             idle += length
@@ -189,70 +195,80 @@ def write(directory: Path, hlo: str, steps: int) -> tuple[Path, Phases]:
 
     Returns the path of phases.txt, and the phases.
     """
-    path = max(directory.glob("plugins/profile/*/*.xplane.pb"), key=lambda p: p.stat().st_mtime)
+    traces = directory.glob("plugins/profile/*/*.xplane.pb")
+    path = max(traces, key=lambda trace: trace.stat().st_mtime)
     instructions = read_instructions(hlo)
     scopes = find_scopes(instructions)
-    module = re.match(r"HloModule ([\w.\-]+)", hlo)
-    times, idle = share(read_changes(path, module[1] if module else "", instructions))
-    per_step = {
-        name: ns / steps / 1e6 for name, ns in sorted(times.items(), key=lambda item: -item[1])
-    }
-    phases: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for name, ms in per_step.items():
-        phases[phase_of(scopes.get(name, "")) if name else ("another program", "")] += ms
-    result = Phases(dict(sorted(phases.items())), per_step, idle / steps / 1e6, steps)
-    (path.parent / "phases.json").write_text(json.dumps(_rows(result, scopes), indent=1))
+    header = re.match(r"HloModule ([\w.\-]+)", hlo)
+    module = header[1] if header else ""
+    times, idle = share(read_changes(path, module, instructions))
+    result = add_up(times, idle, scopes, steps)
+    (path.parent / "phases.json").write_text(json.dumps(_as_json(result, scopes), indent=1))
     lines = [
-        f"{ms:10.2f}  {name:40} {scopes.get(name, '')}"
-        for name, ms in [*per_step.items()][:SLOWEST]
-        if name
-    ]
-    text = [
         table(result),
         f"\nThe slowest instructions of {steps} step(s), ms a step (all are in phases.json):\n",
-        *lines,
     ]
-    (path.parent / "phases.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    for name, ms in list(result.instructions.items())[:SLOWEST]:
+        if name:
+            lines.append(f"{ms:10.2f}  {name:40} {scopes.get(name, '')}")
+    (path.parent / "phases.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for trace in path.parent.glob(path.name.replace(".xplane.pb", ".trace.json.gz")):
-        annotate(trace, module[1] if module else "", scopes)
+        annotate(trace, module, scopes)
     return path.parent / "phases.txt", result
 
 
-def _rows(result: Phases, scopes: Mapping[str, str]) -> dict[str, Any]:
+def add_up(
+    times: Mapping[str, float], idle: float, scopes: Mapping[str, str], steps: int
+) -> Phases:
+    """Returns the phases of `times`, ns of each instruction in all steps; the slowest comes first.
+
+    The time below the name "" is that of other programs.
+    """
+    slowest_first = sorted(times.items(), key=lambda item: -item[1])
+    per_step = {name: ns / steps / 1e6 for name, ns in slowest_first}
+    phases: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for name, ms in per_step.items():
+        phase = phase_of(scopes.get(name, "")) if name else ("another program", "")
+        phases[phase] += ms
+    return Phases(dict(sorted(phases.items())), per_step, idle / steps / 1e6, steps)
+
+
+def _as_json(result: Phases, scopes: Mapping[str, str]) -> dict[str, Any]:
+    phases = [
+        {"phase": phase, "pass": direction, "ms": ms}
+        for (phase, direction), ms in result.phases.items()
+    ]
+    instructions = {}
+    for name, ms in result.instructions.items():
+        if name:
+            scope = scopes.get(name, "")
+            instructions[name] = {"ms": ms, "phase": _words(scope), "scope": scope}
     return {
         "steps": result.steps,
         "idle_ms": result.idle,
-        "phases": [
-            {"phase": phase, "pass": way, "ms": ms} for (phase, way), ms in result.phases.items()
-        ],
-        "instructions": {
-            name: {
-                "ms": ms,
-                "phase": " ".join(phase_of(scopes.get(name, ""))).strip(),
-                "scope": scopes.get(name, ""),
-            }
-            for name, ms in result.instructions.items()
-            if name
-        },
+        "phases": phases,
+        "instructions": instructions,
     }
+
+
+def _words(scope: str) -> str:
+    """Returns the phase and the pass of a scope as one text."""
+    return " ".join(phase_of(scope)).strip()
 
 
 def table(result: Phases) -> str:
     """Returns the phases as text: ms a step, forward and backward, and their share of a step."""
-    whole = sum(result.phases.values()) + result.idle
+    # A trace may be empty.
+    whole = max(sum(result.phases.values()) + result.idle, 1e-9)
     lines = [f"{'phase':16}{'ms a step':>10}{'share':>8}{'forward':>10}{'backward':>10}"]
     for phase in dict.fromkeys(phase for phase, _ in result.phases):
-        ms = {way: result.phases.get((phase, way), 0.0) for way in ("forward", "backward", "")}
-        ways = "".join(
-            f"{ms[way]:10.2f}" if ms[way] else f"{'':10}" for way in ("forward", "backward")
-        )
-        total = sum(ms.values())
-        lines.append(
-            f"{phase:16}{total:10.2f}{100 * total / max(whole, 1e-9):7.1f}%{ways}".rstrip()
-        )
-    lines.append(
-        f"{'nothing runs':16}{result.idle:10.2f}{100 * result.idle / max(whole, 1e-9):7.1f}%"
-    )
+        forward = result.phases.get((phase, "forward"), 0.0)
+        backward = result.phases.get((phase, "backward"), 0.0)
+        total = forward + backward + result.phases.get((phase, ""), 0.0)
+        passes = "".join(f"{ms:10.2f}" if ms else f"{'':10}" for ms in (forward, backward))
+        line = f"{phase:16}{total:10.2f}{100 * total / whole:7.1f}%{passes}"
+        lines.append(line.rstrip())
+    lines.append(f"{'nothing runs':16}{result.idle:10.2f}{100 * result.idle / whole:7.1f}%")
     return "\n".join(lines)
 
 
@@ -266,7 +282,8 @@ def annotate(path: Path, module: str, scopes: Mapping[str, str]) -> None:
         args = event.get("args", {})
         name = args.get("hlo_op", "")
         if args.get("hlo_module") == module and name in scopes:
-            event["name"] = f"{' '.join(phase_of(scopes[name])).strip()} | {name}"
+            event["name"] = f"{_words(scopes[name])} | {name}"
             args["scope"] = scopes[name]
+    # Level 1 is the fastest: traces are long.
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as file:
         json.dump(trace, file)

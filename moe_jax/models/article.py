@@ -24,7 +24,7 @@ Shapes: B rows, S sequence, D embedding, n experts, m places, V vocabulary, C cl
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Config, KindOptions, ModelConfig, Stack
+from moe_jax.schema.blocks import KindOptions, Stack
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 
@@ -60,7 +61,11 @@ class Options(KindOptions):
         "gelu", 'of an expert: "identity", "relu", "gelu"', choices=tuple(ACTIVATIONS)
     )
     num_classes: int = option(0, "0 = the next token", NO_LABEL_OR_MORE)
-    attends: ClassVar[bool] = False
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Returns none: a window of tokens is weighed by place alone."""
+        return ()
 
     def stacks(self, own: Stack) -> dict[str, Stack]:
         """Returns none: the model is made of no blocks."""

@@ -6,11 +6,11 @@ segment to itself. So a mask is two comparisons of a key's index with two number
 CPU's compiler vectorises; comparing segments with each other made the exponentials ten times
 slower, measured.
 
-The CPU runs over a few static blocks of queries, each with only the keys that causality allows
-where it is known, and over groups of heads whose scores stay in the cache. Only the log of the
-softmax's denominator is kept for the backward pass, which computes the scores again (Dao et al.
-2022, FlashAttention, arXiv:2205.14135, algorithm 4). Other platforms run the same code as one block
-and one group, which is plain XLA.
+The CPU runs over a few static blocks of queries, each with only the keys that causality and a
+window allow where they are known, and over groups of heads whose scores stay in the cache. Only the
+log of the softmax's denominator is kept for the backward pass, which computes the scores again (Dao
+et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 4). Other platforms run the same code as
+one block and one group, which is plain XLA.
 
 B rows, T queries and S keys of a row, H query heads, G key and value heads, r = H / G query heads
 per key head, A head width, N = B * G, Q = T * r queries of a key head (query i belongs to token i
@@ -25,22 +25,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.grouped_matmul import vary_alike, wide_dtype
+from moe_jax.moe.experts.grouped_matmul import vary_alike
 from moe_jax.parallel.compiling import by_platform
+from moe_jax.precision import wide_dtype
 
-MASKED = -1e30  # a score, far below every real one and far from overflow
-SCORES = (
-    2**19
-)  # of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and 64
+# A score, far below every real one and far from overflow.
+MASKED = -1e30
+# Scores of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and
+# 64.
+SCORES = 2**19
 
 
 class Keys(NamedTuple):
     """The keys that each query sees: all from `first` to `last`; none where first > last."""
 
     first_BT: Array
-    last_BT: (
-        Any  # () = the query's own place and nothing after it: queries and keys are the same tokens
-    )
+    # () = the query's own place and nothing after it: queries and keys are the same tokens.
+    last_BT: Any = ()
+    # Where last_BT is (): a number that bounds how many keys any query sees, for blocks to skip the
+    # others; None = the whole row.
+    window: int | None = None
 
 
 def causal(segment_BS: Array) -> Keys:
@@ -48,7 +52,14 @@ def causal(segment_BS: Array) -> Keys:
 
     Segments are runs of equal ids; 0 is padding.
     """
-    return Keys(_first_of_run(segment_BS), ())
+    return Keys(_first_of_run(segment_BS))
+
+
+def windowed(segment_BS: Array, window: int) -> Keys:
+    """Every token sees itself and the window - 1 tokens before it, within its segment."""
+    index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
+    first_BS = jnp.maximum(_first_of_run(segment_BS), index_1S - (window - 1))
+    return Keys(first_BS, window=window)
 
 
 def full(segment_BS: Array) -> Keys:
@@ -86,19 +97,25 @@ def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale:
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i.
     """
-    q_BTHA, k_BSGA, v_BSGA, *runs = vary_alike(q_BTHA, k_BSGA, v_BSGA, *jax.tree.leaves(keys))
+    bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
+    q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
     B, T, H, A = q_BTHA.shape
     G = k_BSGA.shape[2]
 
     def heads_first(z):
-        return jnp.swapaxes(z.reshape(B, z.shape[1], G, -1), 1, 2).reshape(B * G, -1, A)
+        grouped = z.reshape(B, z.shape[1], G, -1)
+        return jnp.swapaxes(grouped, 1, 2).reshape(B * G, -1, A)
 
     def of_heads(z_BT):
-        return jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G)).reshape(B * G, -1)
+        # The r queries of a token stand side by side: query i belongs to token i // r.
+        z_BGTr = jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G))
+        return z_BGTr.reshape(B * G, -1)
 
-    runs = tuple(of_heads(z_BT) for z_BT in runs)
-    o_NQA = _core(scale, heads_first(q_BTHA), heads_first(k_BSGA), heads_first(v_BSGA), runs)
-    return jnp.swapaxes(o_NQA.reshape(B, G, T, -1), 1, 2).reshape(B, T, H, A)
+    runs = tuple(of_heads(z_BT) for z_BT in bounds)
+    q_NQA, k_NSA, v_NSA = (heads_first(z) for z in (q_BTHA, k_BSGA, v_BSGA))
+    o_NQA = _core(scale, keys.window, q_NQA, k_NSA, v_NSA, runs)
+    o_BTGrA = jnp.swapaxes(o_NQA.reshape(B, G, T, -1), 1, 2)
+    return o_BTGrA.reshape(B, T, H, A)
 
 
 def decode_attention(
@@ -112,16 +129,12 @@ def decode_attention(
     B, q, H, A = q_BqHA.shape
     wide = wide_dtype(q_BqHA.dtype)
     q_BqGrA = q_BqHA.reshape(B, q, k_BSGA.shape[2], -1, A)
-    score_BGrqS = (
-        jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide) * scale
-    )
+    score_BGrqS = jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
-    weight_BGrqS = jnp.where(
-        seen_BGrqS, jax.nn.softmax(jnp.where(seen_BGrqS, score_BGrqS, MASKED)), 0
-    )
-    o_BqGrA = jnp.einsum(
-        "BGrqS,BSGA->BqGrA", weight_BGrqS.astype(v_BSGA.dtype), v_BSGA, preferred_element_type=wide
-    )
+    weight_BGrqS = jax.nn.softmax(jnp.where(seen_BGrqS, score_BGrqS * scale, MASKED))
+    # A softmax over nothing but MASKED is even; what is not seen gets no weight.
+    weight_BGrqS = jnp.where(seen_BGrqS, weight_BGrqS, 0).astype(v_BSGA.dtype)
+    o_BqGrA = jnp.einsum("BGrqS,BSGA->BqGrA", weight_BGrqS, v_BSGA, preferred_element_type=wide)
     return o_BqGrA.reshape(B, q, H, A).astype(q_BqHA.dtype)
 
 
@@ -142,19 +155,35 @@ def _last_of_run(segment_BS: Array) -> Array:
     return lax.cummin(jnp.where(changes_BS, index_1S, S - 1), axis=1, reverse=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(scale: float, q_NQA: Array, k_NSA: Array, v_NSA: Array, runs: tuple[Array, ...]) -> Array:
+# The core, on all heads of all rows at once, and its gradient.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _core(
+    scale: float,
+    window: int | None,
+    q_NQA: Array,
+    k_NSA: Array,
+    v_NSA: Array,
+    runs: tuple[Array, ...],
+) -> Array:
     """`runs`: (first_NQ,) in causal attention, else (first_NQ, last_NQ)."""
-    return _forward(scale, q_NQA, k_NSA, v_NSA, runs)[0]
+    return _forward(scale, window, q_NQA, k_NSA, v_NSA, runs)[0]
 
 
-def _forward(scale: float, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
-    o_NQA, log_sum_NQ = _by_platform(functools.partial(_forward_blocks, scale), *inputs)
+def _forward(scale: float, window: int | None, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    run = functools.partial(_forward_blocks, scale, window)
+    o_NQA, log_sum_NQ = _by_platform(run, *inputs)
     return o_NQA, (*inputs, o_NQA, log_sum_NQ)
 
 
-def _backward(scale: float, residue: tuple[Any, ...], do_NQA: Array) -> tuple[Any, ...]:
-    return *_by_platform(functools.partial(_backward_blocks, scale), *residue, do_NQA), None
+def _backward(
+    scale: float, window: int | None, residue: tuple[Any, ...], do_NQA: Array
+) -> tuple[Any, ...]:
+    run = functools.partial(_backward_blocks, scale, window)
+    gradients = _by_platform(run, *residue, do_NQA)
+    # Runs are indices, which have no gradient.
+    return *gradients, None
 
 
 _core.defvjp(_forward, _backward)
@@ -165,40 +194,45 @@ def _by_platform(run: Any, *args: Any) -> Any:
 
     `run(num_blocks, *args)`, in blocks and groups of heads where compiled for a CPU, else at once.
     """
-    N, Q, _ = args[0].shape
-    S = args[1].shape[1]
-    length = S if len(args[3]) == 1 else Q
+    q_NQA, k_NSA, _, runs, *_ = args
+    N, Q, _ = q_NQA.shape
+    S = k_NSA.shape[1]
+    length = S if len(runs) == 1 else Q
     num_blocks = 8 if length >= 1024 else max(1, min(4, length // 64))
     fitting = max(4, SCORES // (Q * S))
     group = max(n for n in range(1, N + 1) if N % n == 0 and n <= fitting)
 
+    def split(z):
+        return z.reshape(N // group, group, *z.shape[1:])
+
+    def join(z):
+        return z.reshape(N, *z.shape[2:])
+
     def in_groups(*args):
         if group == N:
             return run(num_blocks, *args)
-
-        def split(z):
-            return z.reshape(N // group, group, *z.shape[1:])
-
-        def join(z):
-            return z.reshape(N, *z.shape[2:])
-
-        return jax.tree.map(
-            join, lax.map(lambda one: run(num_blocks, *one), jax.tree.map(split, args))
-        )
+        groups = jax.tree.map(split, args)
+        results = lax.map(lambda one: run(num_blocks, *one), groups)
+        return jax.tree.map(join, results)
 
     return by_platform(*args, cpu=in_groups, others=functools.partial(run, 1))
 
 
-def _blocks(num_blocks: int, Q: int, S: int, causal: bool) -> list[tuple[slice, int]]:
-    """(queries, number of keys they may see at most) of each block; any S will do, blocks need not
+def _blocks(
+    num_blocks: int, Q: int, S: int, causal: bool, window: int | None
+) -> list[tuple[slice, slice]]:
+    """(queries, the keys that they may see at most) of each block; any S will do, blocks need not
     be equal.
     """
     length, r = (S, Q // S) if causal else (Q, 1)
     edges = [length * i // num_blocks for i in range(num_blocks + 1)]
-    return [
-        (slice(start * r, stop * r), stop if causal else S)
-        for start, stop in itertools.pairwise(edges)
-    ]
+    blocks = []
+    for start, stop in itertools.pairwise(edges):
+        # The first query of a causal block reaches back the furthest, the last one ends its keys.
+        first = 0 if window is None else max(0, start - (window - 1))
+        keys = slice(first, stop) if causal else slice(0, S)
+        blocks.append((slice(start * r, stop * r), keys))
+    return blocks
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
@@ -213,34 +247,46 @@ def _last(runs: tuple[Array, ...], queries: slice, r: int) -> Array:
     return (jnp.arange(queries.start, queries.stop, dtype=jnp.int32) // r)[None]
 
 
+def _indices(keys: slice) -> Array:
+    """The places of a block's keys in their row, [K]."""
+    return jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
+
+
 def _forward_blocks(
-    scale: float, num_blocks: int, q_NQA: Array, k_NSA: Array, v_NSA: Array, runs: tuple[Array, ...]
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_NQA: Array,
+    k_NSA: Array,
+    v_NSA: Array,
+    runs: tuple[Array, ...],
 ) -> tuple[Array, Array]:
     """(o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     outputs, log_sums = [], []
-    for queries, K in _blocks(num_blocks, Q, S, len(runs) == 1):
-        key_1K = jnp.arange(K, dtype=jnp.int32)[None, None]
-        seen_NQK = (key_1K >= runs[0][:, queries, None]) & (
-            key_1K <= _last(runs, queries, Q // S)[:, :, None]
-        )
-        score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, :K]) * scale
+    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+        key_11K = _indices(keys)[None, None]
+        first_NQ1 = runs[0][:, queries, None]
+        last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
+        seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
+        score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, keys]) * scale
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
-        # never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
-        # one
+        # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
+        # one.
         top_NQ1 = jnp.maximum(jnp.max(score_NQK, axis=-1, keepdims=True), MASKED / 2)
         weight_NQK = jnp.exp(score_NQK - top_NQ1)
         sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
         sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
-        outputs.append(
-            (_dot("NQK,NKA->NQA", weight_NQK, v_NSA[:, :K]) / sum_NQ1).astype(q_NQA.dtype)
-        )
-        log_sums.append((top_NQ1 + jnp.log(sum_NQ1))[..., 0])
+        o_NQA = _dot("NQK,NKA->NQA", weight_NQK, v_NSA[:, keys]) / sum_NQ1
+        outputs.append(o_NQA.astype(q_NQA.dtype))
+        log_sum_NQ1 = top_NQ1 + jnp.log(sum_NQ1)
+        log_sums.append(log_sum_NQ1[..., 0])
     return jnp.concatenate(outputs, axis=1), jnp.concatenate(log_sums, axis=1)
 
 
 def _backward_blocks(
     scale: float,
+    window: int | None,
     num_blocks: int,
     q_NQA: Array,
     k_NSA: Array,
@@ -256,20 +302,27 @@ def _backward_blocks(
     """
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
+    # Of the softmax's gradient: weights times (their gradients less this).
     shift_NQ = jnp.sum(o_NQA.astype(wide) * do_NQA.astype(wide), axis=-1)
     dqs = []
     dk_NSA, dv_NSA = jnp.zeros_like(k_NSA, dtype=wide), jnp.zeros_like(v_NSA, dtype=wide)
-    for queries, K in _blocks(num_blocks, Q, S, len(runs) == 1):
-        q, do, k_NKA, v_NKA = q_NQA[:, queries], do_NQA[:, queries], k_NSA[:, :K], v_NSA[:, :K]
-        key_K1 = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-        seen_NKQ = (key_K1 >= runs[0][:, None, queries]) & (
-            key_K1 <= _last(runs, queries, Q // S)[:, None]
-        )
+    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+        q, do = q_NQA[:, queries], do_NQA[:, queries]
+        k_NKA, v_NKA = k_NSA[:, keys], v_NSA[:, keys]
+        key_1K1 = _indices(keys)[None, :, None]
+        first_N1Q = runs[0][:, None, queries]
+        last_N1Q = _last(runs, queries, Q // S)[:, None]
+        seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
+        # The scores once more, instead of kept from the forward pass.
         score_NKQ = _dot("NKA,NQA->NKQ", k_NKA, q) * scale
-        weight_NKQ = jnp.where(seen_NKQ, jnp.exp(score_NKQ - log_sum_NQ[:, None, queries]), 0)
-        dscore_NKQ = weight_NKQ * (_dot("NKA,NQA->NKQ", v_NKA, do) - shift_NQ[:, None, queries])
+        weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
+        weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
+        dweight_NKQ = _dot("NKA,NQA->NKQ", v_NKA, do)
+        dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
         dqs.append(_dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scale)
-        dk_NSA = dk_NSA.at[:, :K].add(_dot("NKQ,NQA->NKA", dscore_NKQ, q) * scale)
-        dv_NSA = dv_NSA.at[:, :K].add(_dot("NKQ,NQA->NKA", weight_NKQ, do))
+        dk_NKA = _dot("NKQ,NQA->NKA", dscore_NKQ, q) * scale
+        dv_NKA = _dot("NKQ,NQA->NKA", weight_NKQ, do)
+        dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
+        dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)
     dq_NQA = jnp.concatenate(dqs, axis=1)
     return dq_NQA.astype(q_NQA.dtype), dk_NSA.astype(k_NSA.dtype), dv_NSA.astype(v_NSA.dtype)

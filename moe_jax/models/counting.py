@@ -8,12 +8,33 @@ head, a tower) is divided by its places.
 `decoder` is flops.parameters or flops.forward_per_token (plan/flops), which count a decoder.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from moe_jax.schema.config import ModelConfig
+from moe_jax.weights import Weight
 
 Decoder = Callable[..., Any]
+
+
+class Projections(NamedTuple):
+    """The numbers of parameters of an attention, by kind."""
+
+    # Each takes one multiply-add per token.
+    matrices: int
+    biases: int
+    # Of the norms of queries and keys.
+    scales: int
+
+
+def projections(weights: Mapping[str, Weight]) -> Projections:
+    """Returns how many parameters the weights of an attention are."""
+    # By their dimensions: matrices have [D, H, A], biases [H, A], scales [A].
+    sizes = {3: 0, 2: 0, 1: 0}
+    for weight in weights.values():
+        sizes[len(weight.shape)] += math.prod(weight.shape)
+    return Projections(*sizes.values())
 
 
 def full(cfg: ModelConfig, num_keys: int) -> int:

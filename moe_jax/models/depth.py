@@ -34,27 +34,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models.attention import Cache
 from moe_jax.models.layers import gather
-from moe_jax.schema.config import DEPTH, ModelConfig
+from moe_jax.moe.layer import Batch
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight
 
-NAME = "depth/"  # what the names of the sums begin with
+# What the names of the sums begin with.
+NAME = "depth/"
 
 Sums = dict[str, jax.Array]
-Update = Callable[
-    ..., tuple[jax.Array, Sums, Any]
-]  # of a block: what it adds to x_BSD, its sums, its cache
+# What a block adds to the tokens [B, C, D] that go through it, and what is beside that.
+Update = Callable[..., tuple[jax.Array, Any]]
 
 
 class DepthCache(NamedTuple):
-    """The keys and values of a depth block, slot by position, and which positions hold a token that
-    went through it.
+    """The cache of a depth block's attention, slot by position, and which positions hold a token
+    that went through it.
     """
 
-    k_BMGA: Any
-    v_BMGA: Any
+    attention: Any
     chosen_BM: Any
+
+
+def empty_cache(attention: Any, num_rows: int, num_slots: int) -> DepthCache:
+    """Returns the cache of a block that no token went through."""
+    chosen_BM = jnp.zeros((num_rows, num_slots), bool)
+    return DepthCache(attention, jax.sharding.reshard(chosen_BM, P(BATCH, None)))
 
 
 def inner(kind: str) -> str:
@@ -63,6 +70,7 @@ def inner(kind: str) -> str:
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weight]:
+    """Returns the weights of the router: a direction, along which a token is scored."""
     return {"router": Weight((cfg.d_model,), ("embed",), cfg.d_model**-0.5)}
 
 
@@ -90,29 +98,43 @@ def through(
     update: Update,
     router_D: jax.Array,
     x_BSD: jax.Array,
-    context: Any,
+    batch: Batch,
     train: bool,
     cfg: ModelConfig,
 ) -> tuple[jax.Array, Sums]:
     """(x_BSD after the block, sums of the block and of its depth router).
 
-    The chosen tokens stand first, in order, as rows of C places with their own ids, positions and
-    segments; what is left is segment 0.
+    `update(x_BCD, batch) -> (y_BCD, sums)`. The chosen tokens stand first, in order, as rows of C
+    places with their own ids, positions and segments; what is left is segment 0.
     """
     S = x_BSD.shape[1]
-    logit_BS, chosen_BS, sums = _route(router_D, x_BSD, context.batch.segment_BS > 0, train, cfg)
+    logit_BS, chosen_BS, sums = _route(router_D, x_BSD, batch.segment_BS > 0, train, cfg)
     num = num_chosen(cfg.depth.capacity, S) if train else S
+
+    def places(chosen_S):
+        # S, which no token has, fills the places that are left.
+        return jnp.nonzero(chosen_S, size=num, fill_value=S)[0]
+
+    def take(z_S, place_C):
+        return z_S.at[place_C].get(mode="fill", fill_value=0)
+
+    def add(x_SD, place_C, y_CD):
+        return x_SD.at[place_C].add(y_CD, mode="drop")
+
     with jax.named_scope("depth"):
-        place_BC = jax.vmap(lambda chosen_S: jnp.nonzero(chosen_S, size=num, fill_value=S)[0])(
-            chosen_BS
-        )
-        take = jax.vmap(lambda z, place_C: z.at[place_C].get(mode="fill", fill_value=0))
-        batch = jax.tree.map(lambda z: take(z, place_BC) if z.ndim > 1 else z, context.batch)
-        h_BCD, gate_BC = take(x_BSD, place_BC), take(logit_BS, place_BC)
-    y_BCD, block_sums, _ = update(h_BCD, context._replace(batch=batch), train, None, None)
+        place_BC = jax.vmap(places)(chosen_BS)
+        take_rows = jax.vmap(take)
+
+        def chosen(z):
+            # What is of a row, and not of a token, stays.
+            return take_rows(z, place_BC) if z.ndim > 1 else z
+
+        batch = jax.tree.map(chosen, batch)
+        h_BCD, gate_BC = chosen(x_BSD), chosen(logit_BS)
+    y_BCD, block_sums = update(h_BCD, batch)
     with jax.named_scope("depth"):
-        add = jax.vmap(lambda x_SD, place_C, y_CD: x_SD.at[place_C].add(y_CD, mode="drop"))
-        x_BSD = add(x_BSD, place_BC, y_BCD * gate_BC[:, :, None].astype(y_BCD.dtype))
+        gated_BCD = y_BCD * gate_BC[:, :, None].astype(y_BCD.dtype)
+        x_BSD = jax.vmap(add)(x_BSD, place_BC, gated_BCD)
     return x_BSD, {**block_sums, **sums}
 
 
@@ -120,25 +142,26 @@ def cached(
     update: Update,
     router_D: jax.Array,
     x_BSD: jax.Array,
-    context: Any,
+    batch: Batch,
     cache: DepthCache,
     cfg: ModelConfig,
 ) -> tuple[jax.Array, DepthCache]:
     """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key
     that a later one may see.
+
+    `update(x_BSD, batch, cache of its attention, chosen_BM) -> (y_BSD, cache)`.
     """
-    batch = context.batch
     logit_BS, chosen_BS, _ = _route(router_D, x_BSD, batch.segment_BS > 0, False, cfg)
-    write = jax.vmap(lambda old_M, position_S, new_S: old_M.at[position_S].set(new_S, mode="drop"))
-    chosen_BM = write(cache.chosen_BM, batch.position_BS, chosen_BS)
-    context = context._replace(
-        batch=batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0))
-    )
-    y_BSD, _, new = update(x_BSD, context, False, Cache(cache.k_BMGA, cache.v_BMGA), chosen_BM)
+
+    def write(old_M, position_S, new_S):
+        return old_M.at[position_S].set(new_S, mode="drop")
+
+    chosen_BM = jax.vmap(write)(cache.chosen_BM, batch.position_BS, chosen_BS)
+    through = batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0))
+    y_BSD, attention = update(x_BSD, through, cache.attention, chosen_BM)
     gate_BS = jnp.where(chosen_BS, logit_BS, 0)
-    return x_BSD + y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype), DepthCache(
-        new.k_BMGA, new.v_BMGA, chosen_BM
-    )
+    gated_BSD = y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype)
+    return x_BSD + gated_BSD, DepthCache(attention, chosen_BM)
 
 
 def _route(
@@ -152,18 +175,16 @@ def _route(
         def scores(x_BSD):
             return jnp.einsum("BSD,D->BS", x_BSD.astype(wide), w_D)
 
-        logit_BS = scores(x_BSD)
-        top_BS = choose(
-            jax.lax.stop_gradient(logit_BS),
-            valid_BS,
-            num_chosen(cfg.depth.capacity, x_BSD.shape[1]),
-        )
-        causal_BS = (logit_BS > 0) & valid_BS
-        aux_BS = scores(jax.lax.stop_gradient(x_BSD))
-
         def per_row(z_BS):
             return jnp.where(valid_BS, z_BS.astype(wide), 0).sum(1)
 
+        logit_BS = scores(x_BSD)
+        num = num_chosen(cfg.depth.capacity, x_BSD.shape[1])
+        top_BS = choose(jax.lax.stop_gradient(logit_BS), valid_BS, num)
+        # sigmoid(r) > 1/2
+        causal_BS = (logit_BS > 0) & valid_BS
+        # The gradient of the cross-entropy reaches the router alone.
+        aux_BS = scores(jax.lax.stop_gradient(x_BSD))
         bce_B = per_row(jax.nn.softplus(aux_BS) - jnp.where(top_BS, aux_BS, 0))
         sums = {
             "tokens": per_row(valid_BS),
@@ -173,11 +194,8 @@ def _route(
             "bce": bce_B,
             "penalty": cfg.depth.loss * bce_B,
         }
-        return (
-            logit_BS,
-            top_BS if train else causal_BS,
-            {NAME + name: z for name, z in sums.items()},
-        )
+        named = {NAME + name: z for name, z in sums.items()}
+        return logit_BS, top_BS if train else causal_BS, named
 
 
 # What becomes of the sums.
@@ -185,9 +203,8 @@ def _route(
 
 def totals(sums_LB: Mapping[str, jax.Array]) -> Sums:
     """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
-    return {
-        name.removeprefix(NAME): x.sum(1) for name, x in sums_LB.items() if name.startswith(NAME)
-    }
+    mine = {name: x for name, x in sums_LB.items() if name.startswith(NAME)}
+    return {name.removeprefix(NAME): x.sum(1) for name, x in mine.items()}
 
 
 def without(sums_LB: Mapping[str, jax.Array]) -> Sums:
@@ -199,7 +216,8 @@ def penalty(totals: Mapping[str, jax.Array]) -> jax.Array:
     """Returns what the objective adds: model.depth.loss times the cross-entropy of the causal rule,
     mean over tokens, then over blocks.
     """
-    return (totals["penalty"] / jnp.maximum(totals["tokens"], 1)).mean()
+    per_token_L = totals["penalty"] / jnp.maximum(totals["tokens"], 1)
+    return per_token_L.mean()
 
 
 def figures(totals: Mapping[str, Any]) -> dict[str, Any]:

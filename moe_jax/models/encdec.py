@@ -25,26 +25,19 @@ from flax import nnx
 from moe_jax.layout import blocks_in_order, join_sums
 from moe_jax.models import encoder
 from moe_jax.models.attention import Memory
+from moe_jax.models.attentions.contract import projections as cross_weights
+from moe_jax.models.block import Look, Source
 from moe_jax.models.contract import Kind
-from moe_jax.models.counting import Decoder, added, full
-from moe_jax.models.decoder import (
-    Context,
-    Look,
-    Source,
-    as_decoder,
-    embed,
-    embedding,
-    output_head,
-    run_cached,
-    run_stack,
-    stack,
-    unembed,
-)
+from moe_jax.models.counting import Decoder, Projections, added, full, projections
+from moe_jax.models.decoder import as_decoder
+from moe_jax.models.ends import embed, embedding, norm_scale, output_head, unembed
 from moe_jax.models.layers import dropout, rms_norm
+from moe_jax.models.stack import run_cached, run_stack, stack
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.config import BLOCKS, Config, KindOptions, ModelConfig, Stack
+from moe_jax.schema.blocks import BLOCKS, KindOptions, Stack
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import COUNT, not_among, option
-from moe_jax.weights import Weight, Weights
+from moe_jax.weights import Weights
 
 NAME = "encdec"
 
@@ -55,6 +48,11 @@ class Options(KindOptions):
     encoder_period: tuple[str, ...] = option(("moe",), "blocks repeated `encoder_repeats` times")
     encoder_repeats: int = option(4, "of the encoder's period", COUNT)
     encoder_suffix: tuple[str, ...] = option((), "blocks after the encoder's last period")
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Returns the mask of the encoder, then that of the decoder."""
+        return ("full", "causal")
 
     def stacks(self, own: Stack) -> dict[str, Stack]:
         """Returns the stack of the encoder, then that of the decoder."""
@@ -80,9 +78,7 @@ class SourceStack(nnx.Module):
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
-        self.ends = Weights(
-            keys[0], {"norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}, cfg.param_dtype
-        )
+        self.ends = Weights(keys[0], {"norm_scale": norm_scale(cfg)}, cfg.param_dtype)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look("full"))
 
 
@@ -96,35 +92,38 @@ class EncDec(nnx.Module):
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = as_decoder(cfg)
         keys = jax.random.split(key, 5)
-        ends = {"embed": embedding(cfg), "norm_scale": Weight((cfg.d_model,), (None,), 0.0, 1.0)}
+        ends = {"embed": embedding(cfg), "norm_scale": norm_scale(cfg)}
         if not cfg.tie_embeddings:
             ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(
-            keys[1:4], self.cfg, Look("causal", cross=True)
-        )
+        look = Look("causal", cross=True)
+        self.prefix, self.repeats, self.suffix = stack(keys[1:4], self.cfg, look)
         self.encoder = SourceStack(keys[4], encoder_config(cfg))
 
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # A recording is of target rows.
         request = batch.request._replace(recorded=())
         source_rows = batch.source_rows._replace(request=request)
         source, before = self.encode(source_rows, rng, train)
-        index = jnp.int32(1 + len(self.encoder.cfg.blocks))
-        x = self._embed(batch, jax.random.fold_in(jax.random.fold_in(rng, 0), 1), train)
-        context = Context(batch._replace(source_rows=()), rng, index, source)
-        x, after = run_stack(self, x, context, train)
-        return unembed(self.ends, x, self.cfg), join_sums(jnp.concatenate, [before, after])
+        key = jax.random.fold_in(jax.random.fold_in(rng, 0), 1)
+        x_BSD = self._embed(batch, key, train)
+        targets = batch._replace(source_rows=())
+        # Blocks are counted through: those of the encoder are the first.
+        begin = 1 + len(self.encoder.cfg.blocks)
+        x_BSD, after = run_stack(self, x_BSD, targets, rng, train, begin, source)
+        sums = join_sums(jnp.concatenate, [before, after])
+        return unembed(self.ends, x_BSD, self.cfg), sums
 
     def encode(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[Source, dict[str, jax.Array]]:
         """(what cross-attention reads, sums) of the source rows."""
-        x = self._embed(batch, jax.random.fold_in(rng, 0), train)
-        x, sums = run_stack(self.encoder, x, Context(batch, rng, jnp.int32(1)), train)
-        x = rms_norm(x, self.encoder.ends["norm_scale"], self.cfg.norm_epsilon)
-        return Source(x, batch.segment_BS), sums
+        x_BTD = self._embed(batch, jax.random.fold_in(rng, 0), train)
+        x_BTD, sums = run_stack(self.encoder, x_BTD, batch, rng, train)
+        x_BTD = rms_norm(x_BTD, self.encoder.ends["norm_scale"], self.cfg.norm_epsilon)
+        return Source(x_BTD, batch.segment_BS), sums
 
     def memories(self, source: Source) -> list[Memory]:
         """Keys and values of the source for every block's cross-attention.
@@ -139,25 +138,24 @@ class EncDec(nnx.Module):
         """Logits of the target tokens of `batch`, which follow those in the caches, and the caches
         with them.
         """
-        x, new = run_cached(
-            self, embed(self.ends["embed"], batch.id_BS, self.cfg), batch, caches, memories
-        )
-        return unembed(self.ends, x, self.cfg), new
+        x_BSD = embed(self.ends["embed"], batch.id_BS, self.cfg)
+        x_BSD, new = run_cached(self, x_BSD, batch, caches, memories)
+        return unembed(self.ends, x_BSD, self.cfg), new
 
     def _embed(self, batch: Batch, key: jax.Array, train: bool) -> jax.Array:
-        x = embed(self.ends["embed"], batch.id_BS, self.cfg)
-        return dropout(x, self.cfg.dropout if train else 0.0, key, batch.row_B)
+        x_BSD = embed(self.ends["embed"], batch.id_BS, self.cfg)
+        return dropout(x_BSD, self.cfg.dropout if train else 0.0, key, batch.row_B)
 
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an encoder-decoder."""
     target, source = decoder(as_decoder(cfg)), decoder(as_decoder(encoder_config(cfg)))
     both = added(target, source._replace(embedding=0, head=0))
-    number = len(as_decoder(cfg).blocks)
-    biases = cfg.attention_bias * number * (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    norms = number * (cfg.d_model + cfg.qk_norm * 2 * cfg.head_dim)
+    number, cross = crossing(cfg)
     return both._replace(
-        attention=both.attention + cross_weights(cfg) + biases, norms=both.norms + norms
+        attention=both.attention + number * (cross.matrices + cross.biases),
+        # A block has a norm more, before its cross-attention.
+        norms=both.norms + number * (cfg.d_model + cross.scales),
     )
 
 
@@ -166,22 +164,17 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     encoder = as_decoder(encoder_config(cfg))
     target, source = decoder(as_decoder(cfg), seq_len), decoder(encoder, seq_len)
     both = added(target, source._replace(head=0, attention_scores=full(encoder, seq_len)))
-    scores = both.attention_scores + full(as_decoder(cfg), seq_len)
+    number, cross = crossing(cfg)
     return both._replace(
-        attention_projections=both.attention_projections + 2 * cross_weights(cfg),
-        attention_scores=scores,
+        # The source has a place for each of the target, so keys and values cost as much.
+        attention_projections=both.attention_projections + 2 * number * cross.matrices,
+        attention_scores=both.attention_scores + full(as_decoder(cfg), seq_len),
     )
 
 
-def cross_weights(cfg: ModelConfig) -> int:
-    """Returns the weights of the projections of cross-attention in the decoder's blocks."""
-    return (
-        len(as_decoder(cfg).blocks)
-        * 2
-        * cfg.d_model
-        * cfg.head_dim
-        * (cfg.num_heads + cfg.num_kv_heads)
-    )
+def crossing(cfg: ModelConfig) -> tuple[int, Projections]:
+    """(blocks with cross-attention, the parameters of that in one of them)."""
+    return len(as_decoder(cfg).blocks), projections(cross_weights(cfg))
 
 
 def refusals(cfg: Config) -> Iterator[str]:
@@ -212,7 +205,13 @@ def random_inputs(
     position_BS = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     id_BS = rng.integers(0, vocab_size, shape).astype(np.int32)
     row_B = np.arange(shape[0], dtype=np.int32)
-    return {"source_rows": Batch(id_BS, position_BS, 1 + 0 * position_BS, row_B)}
+    source = Batch(
+        id_BS=id_BS,
+        position_BS=position_BS,
+        segment_BS=np.ones_like(position_BS),
+        row_B=row_B,
+    )
+    return {"source_rows": source}
 
 
 KIND = Kind(

@@ -23,22 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder, full
-from moe_jax.models.decoder import (
-    FIRST_LOGITS,
-    Context,
-    Look,
-    as_decoder,
-    embed,
-    embedding,
-    run_stack,
-    stack,
-)
+from moe_jax.models.decoder import as_decoder
+from moe_jax.models.ends import FIRST_LOGITS, embed, embedding, norm_scale
 from moe_jax.models.layers import dropout, gather, rms_norm
+from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.blocks import KindOptions
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import BELOW_ONE, COUNT, NUMBER, at_least, option, typed_options
 from moe_jax.weights import Weight, Weights
 
@@ -75,6 +70,11 @@ class Options(KindOptions):
     )
 
     @property
+    def masks(self) -> tuple[str, ...]:
+        """Returns the mask that is asked for."""
+        return (self.attention,)
+
+    @property
     def embeds(self) -> bool:
         """Whether the inputs are tokens: vectors are projected instead."""
         return self.inputs == "tokens"
@@ -90,17 +90,16 @@ class Encoder(nnx.Module):
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         self.cfg = cfg
+        options = typed_options(Options, cfg.kind_options)
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], _ends(cfg), cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(
-            keys[1:], cfg, Look(typed_options(Options, cfg.kind_options).attention)
-        )
-        num_classes = typed_options(Options, cfg.kind_options).num_classes
-        head = {  # a sum over many tokens begins with small logits too
-            "w": Weight(
-                (cfg.d_model, num_classes), ("embed", None), FIRST_LOGITS * cfg.d_model**-0.5
-            ),
-            "b": Weight((num_classes,), (None,), 0.0),
+        look = Look(options.attention)
+        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, look)
+        # A sum over many tokens begins with small logits too.
+        std = FIRST_LOGITS * cfg.d_model**-0.5
+        head = {
+            "w": Weight((cfg.d_model, options.num_classes), ("embed", None), std),
+            "b": Weight((options.num_classes,), (None,), 0.0),
         }
         self.head = Weights(jax.random.fold_in(key, 4), head, cfg.param_dtype)
 
@@ -109,39 +108,42 @@ class Encoder(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
-        x = dropout(self._embed(batch), cfg.dropout if train else 0.0, keys[0], batch.row_B)
+        x_BSD = self._embed(batch)
+        x_BSD = dropout(x_BSD, cfg.dropout if train else 0.0, keys[0], batch.row_B)
         if train and options.token_dropout:
-            one_BS1 = jnp.ones_like(x[:, :, :1])
-            x = x * dropout(
-                one_BS1, options.token_dropout, jax.random.fold_in(keys[0], 1), batch.row_B
-            )
-        context = Context(batch._replace(vectors_BSP=()), rng, jnp.int32(1))
-        x, sums = run_stack(self, x, context, train)
-        x = rms_norm(x, self.ends["norm_scale"], cfg.norm_epsilon)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        x_BD = pool(x.astype(wide), batch.segment_BS > 0, options.pool)
+            one_BS1 = jnp.ones_like(x_BSD[:, :, :1])
+            key = jax.random.fold_in(keys[0], 1)
+            x_BSD = x_BSD * dropout(one_BS1, options.token_dropout, key, batch.row_B)
+        tokens = batch._replace(vectors_BSP=())
+        x_BSD, sums = run_stack(self, x_BSD, tokens, rng, train)
+        x_BSD = rms_norm(x_BSD, self.ends["norm_scale"], cfg.norm_epsilon)
+        # A row has many tokens: they are added up in at least float32.
+        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+        x_BD = pool(x_BSD.astype(wide), batch.segment_BS > 0, options.pool)
         x_BD = dropout(x_BD, options.head_dropout if train else 0.0, keys[1], batch.row_B)
         w_DC = gather(self.head["w"], ("embed", None), str(wide))
-        return jnp.einsum("BD,DC->BC", x_BD, w_DC) + self.head["b"].astype(wide)[None], sums
+        bias_C = self.head["b"].astype(wide)
+        return jnp.einsum("BD,DC->BC", x_BD, w_DC) + bias_C[None], sums
 
     def _embed(self, batch: Batch) -> jax.Array:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
-        if options.inputs == "tokens":
-            x = embed(self.ends["embed"], batch.id_BS, cfg)
+        if options.embeds:
+            x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
         else:
             w_PD = gather(self.ends["input"], (None, "embed"), cfg.dtype)
-            x = jnp.einsum("BSP,PD->BSD", batch.vectors_BSP.astype(cfg.dtype), w_PD)
-            x = x + self.ends["input_bias"].astype(cfg.dtype)[None, None]
+            bias_D = self.ends["input_bias"].astype(cfg.dtype)
+            x_BSD = jnp.einsum("BSP,PD->BSD", batch.vectors_BSP.astype(cfg.dtype), w_PD)
+            x_BSD = x_BSD + bias_D[None, None]
         if options.learned_positions:
             table = gather(self.ends["position"], (None, "embed"), cfg.dtype)
-            x = x + table.at[batch.position_BS].get(out_sharding=P(BATCH, None, None))
-        return x
+            x_BSD = x_BSD + table.at[batch.position_BS].get(out_sharding=P(BATCH, None, None))
+        return x_BSD
 
 
 def _ends(cfg: ModelConfig) -> dict[str, Weight]:
     d, options = cfg.d_model, typed_options(Options, cfg.kind_options)
-    ends = {"norm_scale": Weight((d,), (None,), 0.0, 1.0)}
-    if options.inputs == "tokens":
+    ends = {"norm_scale": norm_scale(cfg)}
+    if options.embeds:
         ends["embed"] = embedding(cfg)
     else:
         width = options.input_dim
@@ -165,30 +167,34 @@ def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
     if how == "first":
         valid_BS1 = valid_BS1 & (jnp.cumsum(valid_BS1, 1) == 1)
     sum_BD = jnp.where(valid_BS1, x_BSD, 0).sum(1)
-    return (
-        sum_BD / jnp.maximum(valid_BS1.sum(1), 1).astype(x_BSD.dtype) if how == "mean" else sum_BD
-    )
+    if how != "mean":
+        return sum_BD
+    num_B1 = jnp.maximum(valid_BS1.sum(1), 1)
+    return sum_BD / num_B1.astype(x_BSD.dtype)
 
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an encoder."""
-    o, d = typed_options(Options, cfg.kind_options), cfg.d_model
-    tokens = o.embeds
-    entry = cfg.vocab_size * d if tokens else (o.input_dim + 1) * d
-    return decoder(as_decoder(cfg))._replace(
-        embedding=entry + o.learned_positions * d, head=(d + 1) * o.num_classes
+    options, d = typed_options(Options, cfg.kind_options), cfg.d_model
+    # A vector is projected, with a bias.
+    entry = cfg.vocab_size * d if options.embeds else (options.input_dim + 1) * d
+    found = decoder(as_decoder(cfg))
+    return found._replace(
+        embedding=entry + options.learned_positions * d, head=(d + 1) * options.num_classes
     )
 
 
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an encoder's forward pass."""
-    o, d = typed_options(Options, cfg.kind_options), cfg.d_model
+    options, d = typed_options(Options, cfg.kind_options), cfg.d_model
     found = decoder(as_decoder(cfg), seq_len)
-    entry = 0 if o.embeds else 2 * o.input_dim * d
-    scores = found.attention_scores if o.attention == "causal" else full(cfg, seq_len)
-    return found._replace(
-        attention_scores=scores, head=entry + round(2 * d * o.num_classes / seq_len)
-    )
+    entry = 0 if options.embeds else 2 * options.input_dim * d
+    scores = found.attention_scores
+    if options.attention == "full":
+        scores = full(cfg, seq_len)
+    # A row has one label: its places share the cost of the head.
+    head = round(2 * d * options.num_classes / seq_len)
+    return found._replace(attention_scores=scores, head=entry + head)
 
 
 def refusals(cfg: Config) -> Iterator[str]:

@@ -21,21 +21,25 @@ Shapes: B rows, L features of a row, V features, I items, G tasks, D model.
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
-from moe_jax.models.decoder import Context, Look, as_decoder, embedding, run_stack, stack
+from moe_jax.models.decoder import as_decoder
+from moe_jax.models.ends import embedding, norm_scale
 from moe_jax.models.layers import dropout, gather, rms_norm
+from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.config import Config, KindOptions, ModelConfig
+from moe_jax.schema.blocks import KindOptions
+from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import BELOW_ONE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 
@@ -50,7 +54,11 @@ class Options(KindOptions):
         NUMBER,
     )
     item_dropout: float = option(0.0, "of a row's input features, in training", BELOW_ONE)
-    attends: ClassVar[bool] = False
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Returns none: the tasks of a row meet in its experts alone."""
+        return ()
 
 
 class MMoE(nnx.Module):
@@ -67,7 +75,7 @@ class MMoE(nnx.Module):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], {"embed": embedding(cfg)} | _bottom(cfg), cfg.param_dtype)
-        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look("none"))
+        self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask=""))
         self.towers = Weights(jax.random.fold_in(key, 4), _towers(cfg), cfg.param_dtype)
         self.head = Weights(jax.random.fold_in(key, 5), _head(cfg), cfg.param_dtype)
 
@@ -78,13 +86,14 @@ class MMoE(nnx.Module):
         feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
+        # Which items are dropped follows from the row alone, so it is the same on every mesh.
         weight_BL = dropout(weight_BL, options.item_dropout if train else 0.0, keys[0], batch.row_B)
-        table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
-        h_BD = self._bottom(bags(table, feature_BL, weight_BL) * cfg.d_model**0.5)
+        table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
+        h_BD = self._bottom(bags(table_VD, feature_BL, weight_BL) * cfg.d_model**0.5)
         h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
         tasks = _as_tokens(batch, valid_B, len(options.items))
         x_BGD = jnp.broadcast_to(h_BD[:, None], (*tasks.id_BS.shape, cfg.d_model))
-        x_BGD, sums = run_stack(self, x_BGD, Context(tasks, rng, jnp.int32(1)), train)
+        x_BGD, sums = run_stack(self, x_BGD, tasks, rng, train)
         return self._scores(self._towers(x_BGD)), sums
 
     def _bottom(self, x_BD: jax.Array) -> jax.Array:
@@ -103,15 +112,14 @@ class MMoE(nnx.Module):
         """Logits in at least float32; every task's tower meets its own items only."""
         wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
-        ends = itertools.pairwise(
-            itertools.accumulate(typed_options(Options, self.cfg.kind_options).items, initial=0)
-        )
-
-        def score(g, a, b):
-            return jnp.einsum("BD,DI->BI", t_BGD[:, g], w_DI[:, a:b], preferred_element_type=wide)
-
-        scores = jnp.concatenate([score(g, a, b) for g, (a, b) in enumerate(ends)], 1)
-        return scores + self.head["b"].astype(wide)[None]
+        items = typed_options(Options, self.cfg.kind_options).items
+        ends = itertools.accumulate(items, initial=0)
+        scores = []
+        for g, (first, end) in enumerate(itertools.pairwise(ends)):
+            t_BD, mine_DI = t_BGD[:, g], w_DI[:, first:end]
+            scores.append(jnp.einsum("BD,DI->BI", t_BD, mine_DI, preferred_element_type=wide))
+        bias_I = self.head["b"].astype(wide)
+        return jnp.concatenate(scores, 1) + bias_I[None]
 
 
 def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
@@ -120,7 +128,7 @@ def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
         "bag_norm_scale": Weight((d,), (None,), 0.0, 1.0),
         "bottom": Weight((d, d), ("embed", None), d**-0.5),
         "bottom_bias": Weight((d,), (None,), 0.0),
-        "norm_scale": Weight((d,), (None,), 0.0, 1.0),
+        "norm_scale": norm_scale(cfg),
     }
 
 
@@ -139,11 +147,16 @@ def _head(cfg: ModelConfig) -> dict[str, Weight]:
 def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
     """Every row as a sequence of its tasks: id and position are the task's number."""
     shape = (*valid_B.shape, num_tasks)
-    task_BG = jax.sharding.reshard(
-        jnp.broadcast_to(jnp.arange(num_tasks, dtype=jnp.int32)[None], shape), P(BATCH, None)
+    task_1G = jnp.arange(num_tasks, dtype=jnp.int32)[None]
+    task_BG = jax.sharding.reshard(jnp.broadcast_to(task_1G, shape), P(BATCH, None))
+    valid_B1 = valid_B[:, None].astype(jnp.int32)
+    return Batch(
+        id_BS=task_BG,
+        position_BS=task_BG,
+        segment_BS=jnp.broadcast_to(valid_B1, shape),
+        row_B=batch.row_B,
+        request=batch.request,
     )
-    segment_BG = jnp.broadcast_to(valid_B[:, None].astype(jnp.int32), shape)
-    return Batch(task_BG, task_BG, segment_BG, batch.row_B, batch.request)
 
 
 def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:

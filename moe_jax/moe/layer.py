@@ -23,12 +23,14 @@ from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.grouped_matmul import PARTS, expert_ffn
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens, per_row
+from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
+from moe_jax.moe.routing.statistics import per_row
 from moe_jax.moe.sparse import stored
 from moe_jax.parallel.mesh import BATCH, P, spec
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState, Weight, Weights
 
@@ -55,16 +57,16 @@ class MoE:
     param_dtype: str
     dtype: str
     out_std: float  # of the first value of w_out
-    # {block, w_in, w_out}: experts as blocks (sparse/stored.py); block 0 = whole matrices
     stored: StoredConfig  # experts as blocks (sparse/stored.py); block 0 = whole matrices
 
 
 class Batch(NamedTuple):
-    """Holds what a model reads, sharded over rows; a router may read all but the last five beside
-    the activations.
+    """Holds what a model reads, sharded over rows: arrays, or their specs.
+
+    A router may read all but the last five beside the activations.
     """
 
-    id_BS: Any  # arrays; or their specs
+    id_BS: Any
     position_BS: Any
     segment_BS: Any  # 0 = padding
     row_B: Any
@@ -87,35 +89,30 @@ class MoELayer(nnx.Module):
     def __init__(self, key: jax.Array, cfg: MoE):
         self.cfg = cfg
         router = ROUTERS[cfg.router]
-        declared = (Sizes(cfg.d_model, cfg.num_experts, cfg.vocab_size), cfg.router_options)
-        wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
-        self.router = Weights(jax.random.fold_in(key, 0), router.params(*declared), wide)
-        self.state = Weights(
-            jax.random.fold_in(key, 1),
-            router.state(*declared) | adaptive_state(cfg),
-            wide,
-            RouterState,
-        )
-        self.experts = Weights(jax.random.fold_in(key, 2), expert_weights(cfg), cfg.param_dtype)
+        sizes = Sizes(cfg.d_model, cfg.num_experts, cfg.vocab_size)
+        params = router.params(sizes, cfg.router_options)
+        state = router.state(sizes, cfg.router_options) | adaptive_state(cfg)
+        wide = str(wide_dtype(cfg.param_dtype))
+        router_key, state_key, experts_key = (jax.random.fold_in(key, i) for i in range(3))
+        self.router = Weights(router_key, params, wide)
+        self.state = Weights(state_key, state, wide, RouterState)
+        self.experts = Weights(experts_key, expert_weights(cfg), cfg.param_dtype)
         if cfg.stored.block:
-            self.places = Weights(key, _stored(cfg)[1], "int32")
+            # Constants, so the key draws nothing.
+            self.places = Weights(key, _stored_weights(cfg)[1], "int32")
 
     def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
         cfg = self.cfg
         axes = {name: weight.names for name, weight in expert_weights(cfg).items()}
         experts = {name: self.experts[name].astype(cfg.dtype) for name in axes}
         places = self.places.arrays() if cfg.stored.block else {}
+        # Every device needs the whole router.
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
+        experts_spec = {name: spec(*names) for name, names in axes.items()}
+        places_spec = P("expert")
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train),
-            in_specs=(
-                P(BATCH),
-                P(BATCH),
-                P(),
-                P(),
-                ({n: spec(*names) for n, names in axes.items()}, P("expert")),
-                P(),
-            ),
+            in_specs=(P(BATCH), P(BATCH), P(), P(), (experts_spec, places_spec), P()),
             out_specs=(P(BATCH), P(BATCH)),
         )
         with jax.named_scope("moe"):
@@ -123,159 +120,207 @@ class MoELayer(nnx.Module):
 
 
 def expert_weights(cfg: MoE) -> dict[str, Weight]:
-    """Gate and up are an axis of their own, so that F can be split over `model` without pairing
-    wrong columns.
-    """
-    e, d, f, p = (
-        cfg.num_experts,
-        cfg.d_model,
-        cfg.expert_hidden,
-        2 if cfg.activation == "swiglu" else 1,
-    )
+    """Declares the weights of the experts, w_in [E, D, P, F] and w_out [E, F, D], or as blocks."""
     if cfg.stored.block:
-        return _stored(cfg)[0]
+        return _stored_weights(cfg)[0]
+    num_parts = PARTS[cfg.activation]
+    # Gate and up are an axis of their own, so that F can be split over `model` without pairing
+    # wrong columns.
+    in_shape = (cfg.num_experts, cfg.d_model, num_parts, cfg.expert_hidden)
+    out_shape = (cfg.num_experts, cfg.expert_hidden, cfg.d_model)
+    in_names = ("experts", "expert_embed", None, "hidden")
+    out_names = ("experts", "hidden", "expert_embed")
     return {
-        "w_in": Weight((e, d, p, f), ("experts", "expert_embed", None, "hidden"), d**-0.5),
-        "w_out": Weight((e, f, d), ("experts", "hidden", "expert_embed"), cfg.out_std),
+        "w_in": Weight(in_shape, in_names, cfg.d_model**-0.5),
+        "w_out": Weight(out_shape, out_names, cfg.out_std),
     }
 
 
-def _stored(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
+def _stored_weights(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """Declares (values, places) of experts that are stored as blocks."""
     outputs = stored.outputs(cfg.d_model, cfg.expert_hidden, cfg.activation)
     return stored.declare(cfg.stored, cfg.num_experts, outputs)
 
 
 def adaptive_state(cfg: MoE) -> dict[str, Weight]:
-    """The weight of the balance losses where the drop rate drives it (moe/losses.py)."""
+    """Declares the weight of the balance losses where the drop rate drives it (`losses.adapt`)."""
     return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive.rate else {}
 
 
 def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
-    b, s, d = x_BSD.shape
+    """Returns (y, sums) of the rows of one device: inside of the shard_map B is b."""
+    num_rows, row_length, _ = x_BSD.shape
     tokens = _tokens(x_BSD, batch)
-    seen, request = (router, tokens), batch.request
-    if isinstance(request.barred, jax.Array):
-        seen = probe.bar(router, tokens, request.barred)
+    request = batch.request
+    sizes = {
+        "num_experts": cfg.num_experts,
+        "group_tokens": min(cfg.group_rows, num_rows) * row_length,
+    }
     with jax.named_scope("route"):
-
-        def total(z):
-            return jax.lax.psum(z, BATCH)
-
-        router_cfg = RouterCfg(
-            cfg.num_experts, cfg.router_options, min(cfg.group_rows, b), cfg.vocab_size, total
-        )
-        routing = ROUTERS[cfg.router].route(
-            seen[0], state, seen[1], cfg=router_cfg, rng=rng, train=train
-        )
-        chosen, sizes = (
-            routing,
-            {"num_experts": cfg.num_experts, "group_tokens": min(cfg.group_rows, b) * s},
-        )
-        if isinstance(routing, Routing):
-            ordering = {"num_tokens": b * s, "options": cfg.ordering_options, "train": train}
-            routing = ORDERINGS[cfg.ordering].apply(routing, **sizes, **ordering)
+        chosen = _route(tokens, router, state, rng, request, cfg, train)
+        routing = chosen
+        if isinstance(chosen, Routing):
+            routing = ORDERINGS[cfg.ordering].apply(
+                chosen,
+                **sizes,
+                num_tokens=num_rows * row_length,
+                options=cfg.ordering_options,
+                train=train,
+            )
     if isinstance(request.removed, jax.Array):
-        chosen, routing = (probe.remove(z, request.removed, tokens) for z in (chosen, routing))
+        chosen = probe.remove(chosen, request.removed, tokens)
+        routing = probe.remove(routing, request.removed, tokens)
     y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
     with jax.named_scope("combine"):
+        # Each device of the axis has computed its share of the hidden columns.
         y_TD = jax.lax.psum(y_TD, "model")
         if isinstance(routing, Routing) and routing.copy_T is not None:
             y_TD = y_TD + routing.copy_T.astype(y_TD.dtype)[:, None] * tokens.x_TD
-    sums = dict(routing.sums, dropped=dropped_b + routing.sums.get("dropped", 0))
+    sums = dict(routing.sums)
+    sums["dropped"] = dropped_b + sums["dropped"] if "dropped" in sums else dropped_b
     if cfg.adaptive.rate:
-        sums["balance_weight"] = state["balance_weight"] * sums["tokens"]
+        # A sum over tokens as all others are; a loss divides by the tokens again.
+        sums["balance_weight"] = (
+            state["balance_weight"].astype(sums["tokens"].dtype) * sums["tokens"]
+        )
+    sums |= _recorded(request, chosen, routing, dropped_N, tokens, cfg)
+    return y_TD.reshape(x_BSD.shape), sums
+
+
+def _route(
+    tokens: Tokens, router, state, rng, request: probe.Request, cfg: MoE, train: bool
+) -> Routing | Slots:
+    """Returns what the router makes of the tokens of this device."""
+    if isinstance(request.barred, jax.Array):
+        router, tokens = probe.bar(router, tokens, request.barred)
+
+    def total(z: jax.Array) -> jax.Array:
+        return jax.lax.psum(z, BATCH)
+
+    group_rows = min(cfg.group_rows, tokens.num_rows)
+    router_cfg = RouterCfg(cfg.num_experts, cfg.router_options, group_rows, cfg.vocab_size, total)
+    route = ROUTERS[cfg.router].route
+    return route(router, state, tokens, cfg=router_cfg, rng=rng, train=train)
+
+
+def _recorded(
+    request: probe.Request,
+    chosen: Routing | Slots,
+    routing: Routing | Slots,
+    dropped_N: jax.Array,
+    tokens: Tokens,
+    cfg: MoE,
+) -> dict[str, jax.Array]:
+    """Returns the record that an instrument asks for, {} where none does."""
     if "gates" in request.record:
-        sums |= probe.gates(routing, tokens, cfg.num_experts)
-    elif request.record:
+        return probe.gates(routing, tokens, cfg.num_experts)
+    if not request.record:
+        return {}
+    if isinstance(routing, Routing) and isinstance(chosen, Routing):
         # An ordering may drop as well: it sends nowhere what was chosen.
-        if isinstance(routing, Routing) and isinstance(chosen, Routing):
-            dropped_N = dropped_N | (routing.expert_N != chosen.expert_N)
-        sums |= probe.record(chosen, dropped_N, tokens, request.record, cfg.num_experts)
-    return y_TD.reshape(b, s, d), sums
+        dropped_N = dropped_N | (routing.expert_index_N != chosen.expert_index_N)
+    return probe.record(chosen, dropped_N, tokens, request.record, cfg.num_experts)
 
 
 def _dispatch(
     tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE
-):
-    """(y_TD, a partial sum over `model`; dropped assignments per row [b], and of each assignment
-    [N]).
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (y_TD, a partial sum over `model`; dropped assignments per row [b]; whether each
+    assignment is dropped [N]).
     """
 
     # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the
     # R rows of a buffer.
-    def over_model(z):
+    def over_model(z: jax.Array) -> jax.Array:
         return jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
 
-    assigned = isinstance(routing, Routing)
-    num_places = (
-        routing.expert_N.shape[0]
-        if assigned
-        else routing.dispatch_GtEp.size // routing.dispatch_GtEp.shape[1]
-    )
+    num_tokens = tokens.x_TD.shape[0]
+    if isinstance(routing, Routing):
+        num_assignments, per_token = routing.expert_index_N.shape[0], routing.per_token
+        routing = routing._replace(gate_N=over_model(routing.gate_N))
+    else:
+        # Each slot of each group is one row for an expert.
+        num_groups, _, num_experts, num_slots = routing.dispatch_GtEp.shape
+        num_assignments, per_token = num_groups * num_experts * num_slots, 0
+        routing = routing._replace(
+            dispatch_GtEp=over_model(routing.dispatch_GtEp),
+            combine_GtEp=over_model(routing.combine_GtEp),
+        )
     shape = Shape(
         **sizes,
-        num_tokens=tokens.x_TD.shape[0],
-        num_assignments=num_places,
-        num_intended=num_intended(cfg, tokens.x_TD.shape[0], num_places),
-        per_token=routing.per_token if assigned else 0,
+        num_tokens=num_tokens,
+        num_assignments=num_assignments,
+        num_intended=num_intended(cfg, num_tokens, num_assignments),
+        per_token=per_token,
         expert_axis=jax.lax.axis_size("expert"),
     )
-    weighted = ("gate_N",) if assigned else ("dispatch_GtEp", "combine_GtEp")
-    routing = routing._replace(**{name: over_model(getattr(routing, name)) for name in weighted})
-    dispatcher = DISPATCHERS[cfg.dispatcher]
-    y_TD, dropped_N = dispatcher.apply(
+    y_TD, dropped_N = DISPATCHERS[cfg.dispatcher].apply(
         over_model(tokens.x_TD), routing, experts, shape=shape, options=cfg.dispatcher_options
     )
     if isinstance(routing, Routing):
-        return y_TD, _dropped_per_row(dropped_N, routing, tokens), dropped_N
-    dropped_b = jnp.zeros_like(routing.sums["tokens"])
+        dropped_b = _dropped_per_row(dropped_N, routing, tokens)
+    else:
+        dropped_b = jnp.zeros_like(routing.sums["tokens"])
     return y_TD, dropped_b, dropped_N
 
 
 def num_intended(cfg: MoE, num_tokens: int, num_places: int) -> int:
-    """How many of the places that a router may fill it fills when the load is as it intends;
-    padding counts as tokens.
+    """Returns how many of the places that a router may fill it fills when the load is as it
+    intends; padding counts as tokens.
     """
     average = ROUTERS[cfg.router].declared(cfg.num_experts, cfg.router_options).average
-    return num_places if average is None else min(num_places, math.ceil(average * num_tokens))
+    if average is None:
+        return num_places
+    return min(num_places, math.ceil(average * num_tokens))
 
 
 def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
-    b, s, d = x_BSD.shape
+    """Returns the rows of this device as one list of tokens, T = b S."""
+    num_rows, row_length, d_model = x_BSD.shape
+    num_tokens = num_rows * row_length
 
-    def flat(z_BS):
-        return z_BS.reshape(b * s)
+    def flat(z_BS: jax.Array) -> jax.Array:
+        return z_BS.reshape(num_tokens)
 
-    row_T = jnp.repeat(batch.row_B, s)
-    valid_T = flat(batch.segment_BS) > 0
-    ids = (flat(batch.id_BS), flat(batch.position_BS), row_T, flat(batch.segment_BS))
-    recorded = jax.tree.map(lambda z_BSK: z_BSK.reshape(b * s, -1), batch.request.recorded)
-    return Tokens(x_BSD.reshape(b * s, d), *ids, valid_T, num_rows=b, recorded=recorded)
+    def flat_choices(z_BSK: jax.Array) -> jax.Array:
+        return z_BSK.reshape(num_tokens, -1)
+
+    segment_T = flat(batch.segment_BS)
+    return Tokens(
+        x_TD=x_BSD.reshape(num_tokens, d_model),
+        id_T=flat(batch.id_BS),
+        position_T=flat(batch.position_BS),
+        row_T=jnp.repeat(batch.row_B, row_length),
+        segment_T=segment_T,
+        valid_T=segment_T > 0,
+        num_rows=num_rows,
+        recorded=jax.tree.map(flat_choices, batch.request.recorded),
+    )
 
 
 def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Callable[..., jax.Array]:
-    """The experts of this device as a function of grouped rows; their weights are gathered over
-    `data` here.
-    """
+    """Returns the experts of this device as a function of grouped rows."""
     weights, places = parts
     if places:
         return stored.experts(weights, places, cfg.activation)
     with jax.named_scope("gather_experts"):
-        w_in = all_gather(weights["w_in"], "data", 1)
-        w_out = all_gather(weights["w_out"], "data", 2)
+        # D is split over `data`: dimension 1 of w_in [E, D, P, F], and 2 of w_out [E, F, D].
+        w_in_eDPF = all_gather(weights["w_in"], "data", 1)
+        w_out_eFD = all_gather(weights["w_out"], "data", 2)
 
     def experts(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):
             rows = (x_RD, gate_R, start_e, size_e)
-            return expert_ffn(*rows, w_in, w_out, activation=cfg.activation, block=block)
+            return expert_ffn(*rows, w_in_eDPF, w_out_eFD, activation=cfg.activation, block=block)
 
     return experts
 
 
 def _dropped_per_row(dropped_N: jax.Array, routing: Routing, tokens: Tokens) -> jax.Array:
-    counted_N = dropped_N.astype(routing.sums["tokens"].dtype)
+    """Returns how many assignments of each row are dropped, [b]."""
+    count_N = dropped_N.astype(routing.sums["tokens"].dtype)
     num_tokens = tokens.valid_T.shape[0]
     if routing.per_token:
-        return per_row(counted_N.reshape(num_tokens, -1).sum(-1), tokens)
-    zero_T = jnp.zeros_like(counted_N, shape=(num_tokens,))
-    return per_row(zero_T.at[routing.token_N].add(counted_N, mode="drop"), tokens)
+        return per_row(count_N.reshape(num_tokens, -1).sum(-1), tokens)
+    zero_T = jnp.zeros_like(count_N, shape=(num_tokens,))
+    return per_row(zero_T.at[routing.token_N].add(count_N, mode="drop"), tokens)

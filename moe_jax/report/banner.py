@@ -12,9 +12,10 @@ import jax
 
 from moe_jax.data.contract import Data
 from moe_jax.parallel.mesh import of
-from moe_jax.plan import card, flops
+from moe_jax.plan import dispatch, flops
 from moe_jax.schema.config import Config
-from moe_jax.terminal.progress import Progress, readable
+from moe_jax.terminal.progress import Progress
+from moe_jax.terminal.units import readable
 from moe_jax.version import Source, source
 
 LABEL = 9  # columns before the text of a line
@@ -30,7 +31,7 @@ def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
         "model": model(cfg),
         "devices": devices(),
         "length": length(cfg),
-        "buffer": card.buffer_note(cfg) if cfg.model.num_moe_layers else "",
+        "buffer": dispatch.buffer_note(cfg) if cfg.model.num_moe_layers else "",
         "workdir": str(workdir),
     }
     for label, text in lines.items():

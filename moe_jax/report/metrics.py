@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.report.tensorboard import Events
+from moe_jax.report.trackers import Trackers
 from moe_jax.runtime import starts
 from moe_jax.version import source
 
@@ -47,6 +48,7 @@ class Writer:
       started: time.monotonic() when this process began. "seconds" go on from those of the last row
           that is kept.
       per_step: of which "tokens" and "flops" of a row are the sums over its steps.
+      trackers: services that get every row too (log.trackers); None = none.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Writer:
         started: float,
         per_step: PerStep,
         evaluates_again: bool = False,
+        trackers: Trackers | None = None,
     ):
         self._rows, self._events = None, None
+        self._trackers = trackers
         if not active:
             return
         path = Path(workdir) / "metrics.jsonl"
@@ -92,6 +96,8 @@ class Writer:
             ) from None
         if self._events:
             self._events.scalars(step, row)
+        if self._trackers:
+            self._trackers.scalars(step, {**spent, **row})
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes Markdown, such as a sample; indent or fence what is to be shown as it is."""
@@ -128,6 +134,9 @@ class Writer:
                 ):  # a row that could not be written, which `write` told
                     file.close()
         self._rows, self._events = None, None
+        if self._trackers:
+            self._trackers.close()
+            self._trackers = None
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:

@@ -7,17 +7,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from moe_jax.data.contract import Data
 from moe_jax.models.decodable import why_not_decoded
 from moe_jax.plan import flops
+from moe_jax.report import trackers
 from moe_jax.runtime import shell
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
-from moe_jax.terminal.progress import Progress, duration, readable
+from moe_jax.terminal.progress import Progress
+from moe_jax.terminal.table import Table, names, numbers
+from moe_jax.terminal.units import duration, readable
 
 
 class Result(NamedTuple):
@@ -32,51 +31,58 @@ class Result(NamedTuple):
     data: Data
     tokens_per_second: float
     sample: str
+    goodput: str = ""  # in words, over all starts of the run
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
-    """Writes the figures to summary.json, and prints them as tables."""
-    task, console = TASKS[cfg.task], Console()
+    """Writes the figures to summary.json, and prints them for a person to read."""
+    task, console = TASKS[cfg.task], shell.console()
     with Progress(active=True, console=console).doing("computing what the model is compared with"):
-        rows = task.table(cfg, result.data, result.evaluation)
+        rows = task.comparison(cfg, result.data, result.evaluation)
     written = {"step": result.step, "title": task.title, "rows": rows, "seconds": seconds}
     written["tokens_per_second"] = result.tokens_per_second
     (workdir / "summary.json").write_text(json.dumps(written, indent=1) + "\n")
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        task.title, highlight=False, markup=False, soft_wrap=True
-    )  # a title of the table would wrap with it
-    console.print(figures_table(rows))
+    console.print(figures_table(task.title, rows), "")
     # Not a table: a command must not wrap.
     for name, value in {**words(rows), **facts(cfg, workdir, result, seconds)}.items():
         console.print(f"{name:12}  {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[str, str]:
-    """Size, speed, where the files are, and commands that work as they are printed."""
+    """Returns size, speed, where the files are, and commands that work as they are printed."""
     counts = flops.parameters(cfg.model)
-    found = {
+    total, active = readable(counts.total), readable(counts.active)
+    lines = {
         "steps": f"{result.step} of {cfg.train.steps}",
-        "parameters": f"{readable(counts.total)} in all, {readable(counts.active)} active per "
-        "token",
+        "parameters": f"{total} in all, {active} active per token",
         "tokens/s": readable(result.tokens_per_second) if result.tokens_per_second else "-",
         "time": duration(seconds),
-        "metrics": f"{workdir / 'metrics.jsonl'}",
-        "checkpoints": f"{workdir / 'checkpoints'}",
+        "goodput": result.goodput,
+        "metrics": str(workdir / "metrics.jsonl"),
+        "checkpoints": str(workdir / "checkpoints"),
         "curves": curves(workdir),
     }
-    there = {
-        name: workdir / file
-        for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl"))
-    }
-    found |= {name: str(path) for name, path in there.items() if path.exists()}
+    lines |= tracked(workdir)
+    # Not every task writes these.
+    for name, file in (("routing", "routing.png"), ("predictions", "predictions.jsonl")):
+        if (workdir / file).exists():
+            lines[name] = str(workdir / file)
     if TASKS[cfg.task].is_language and not why_not_decoded(cfg.model):
-        found["next"] = shell.command(
-            "moe_jax", "generate", "--workdir", workdir, "--prompt", "In the beginning"
-        )
-    return found
+        prompt = ("--prompt", "In the beginning")
+        lines["next"] = shell.command("moe_jax", "generate", "--workdir", workdir, *prompt)
+    return lines
+
+
+def tracked(workdir: Path) -> dict[str, str]:
+    """Returns where the trackers of the run have it."""
+    try:
+        known = json.loads((workdir / trackers.FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: run["where"] for name, run in known.items()}
 
 
 def curves(workdir: Path) -> str:
@@ -91,38 +97,36 @@ def words(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Returns what rows have beside numbers, such as the signature of a BLEU, which is too long for
     a cell: once where all have the same.
     """
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for column in next(iter(rows.values())):
         texts = {
-            name: str(row[column])
-            for name, row in rows.items()
-            if not isinstance(row[column], int | float)
+            name: str(row[column]) for name, row in rows.items() if not _is_number(row[column])
         }
-        same = len(set(texts.values())) == 1
-        found |= (
-            {column: next(iter(texts.values()))}
-            if same
-            else {f"{column}, {n}": text for n, text in texts.items()}
-        )
-    return found
+        if len(set(texts.values())) == 1:
+            lines[column] = next(iter(texts.values()))
+        else:
+            lines |= {f"{column}, {name}": text for name, text in texts.items()}
+    return lines
 
 
-def figures_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """One line per row; the last one, of all of them, apart.
-
-    Numbers with three digits after the point.
+def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """Returns a table of what is a number in the rows. The last one, which is of all of them,
+    stands apart.
     """
-    table = Table()
-    table.add_column("", overflow="fold")
-    first = next(iter(rows.values()))
-    columns = [name for name, value in first.items() if isinstance(value, int | float)]
-    for name in columns:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for i, (name, row) in enumerate(rows.items()):
-        # As Text: names come from files, and what looks like markup in them is none.
-        cells = [
-            Text(f"{row[column]:.3f}" if isinstance(row[column], float) else str(row[column]))
-            for column in columns
-        ]
-        table.add_row(Text(name), *cells, end_section=i == len(rows) - 2)
+    first_row = next(iter(rows.values()))
+    columns = [name for name, value in first_row.items() if _is_number(value)]
+    table = Table([*names(""), *numbers(*columns)], title=title)
+    *_, last = rows
+    for name, row in rows.items():
+        if name == last:
+            table.section()
+        table.add(name, *(_cell(row[column]) for column in columns))
     return table
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _cell(number: float) -> str:
+    return f"{number:.3f}" if isinstance(number, float) else str(number)

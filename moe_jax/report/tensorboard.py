@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from moe_jax.config.config_file import default_values
 from moe_jax.report.event_file import outlast
 
 # What a name begins with, and the group that it goes to instead; the first that fits.
@@ -69,12 +70,11 @@ HYPERPARAMETERS = (
 )
 
 
-def hyperparameters(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a run as the columns of the tab "HParams":
-
-    `raw` and `defaults` are nested dicts of JSON values.
+def hyperparameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a run, a nested dict of JSON values, as the columns of the tab
+    "HParams".
     """
-    flat, usual = (flatten_dict(tree, sep=".") for tree in (raw, defaults))
+    flat, usual = (flatten_dict(tree, sep=".") for tree in (raw, default_values()))
     changed = (
         f"{key}={flat[key]}"
         for key in sorted(flat)

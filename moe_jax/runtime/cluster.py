@@ -5,7 +5,7 @@ The engine is jax.distributed: process 0 runs its coordination service, a small 
 that every process reaches over the network. Keys are used here for three things:
 
     moe_jax/beat/I    counts up while process I lives. Process 0 reads them
-    moe_jax/end       why the run ends now, written by whoever finds a fault first. All read it
+    moe_jax/end/first why the run ends now, written by whoever finds a fault first. All read it
     moe_jax/same/...  what the processes compare before the first step
 
 JAX has heartbeats of its own, but it ends a process by an abort under a C++ stack, after 100 s.
@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,8 @@ from moe_jax.errors import Drift, UserError
 from moe_jax.runtime import signals
 
 ROOT = "moe_jax"
-BEATS, END = f"{ROOT}/beat/", f"{ROOT}/end"
+# Directories of keys, which is why they end with a slash.
+BEATS, END, SAME = f"{ROOT}/beat/", f"{ROOT}/end/", f"{ROOT}/same/"
 DONE = "done"  # the beat of a process whose run is over
 # JAX's own heartbeats are the second line: they speak when the thread here cannot.
 JAX_LATER = 2.0
@@ -66,7 +67,8 @@ def join(
     for proxy in ("grpc_proxy", "https_proxy", "http_proxy"):
         os.environ.pop(proxy, None)
     local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
-    devices = [int(number) for number in local_devices.split(",") if number] or None
+    numbers = [int(number) for number in local_devices.split(",") if number]
+    devices: Sequence[int] | None = numbers or None
     if address is None:
         address, num_processes, process_id, devices = detect(timeout)
     jax.distributed.initialize(
@@ -86,7 +88,7 @@ def join(
     PEERS.start(heartbeat)
 
 
-def detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
+def detect(timeout: float) -> tuple[str, int, int, Sequence[int] | None]:
     """Returns what the cluster says: HOST:PORT of process 0, how many processes there are, the
     number of this one, and its devices (None = all of its machine).
 
@@ -111,7 +113,7 @@ def detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
 class Peers:
     """Watches the other processes of the run, from a thread, and tells them when this one fails.
 
-    A process that finds a fault writes why to the key END. Every process reads that key a few
+    A process that finds a fault writes why to a key below END. Every process reads that key a few
     times per heartbeat, prints the reason and ends with its exit code, whatever its main thread
     is in: a collective that waits for a dead peer never returns by itself.
     """
@@ -150,7 +152,7 @@ class Peers:
             self._over = True
         if self.started:
             with contextlib.suppress(Exception):
-                self._set(_beat_of(jax.process_index()), DONE)
+                self.set(_beat_of(jax.process_index()), DONE)
 
     def end(self, code: int, reason: str) -> None:
         """Ends this process, and tells the others why, which end with the same code.
@@ -163,7 +165,9 @@ class Peers:
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
             with contextlib.suppress(Exception):  # the coordinator may be what has failed
-                self._client.key_value_set(END, json.dumps(message), allow_overwrite=False)
+                self._client.key_value_set(
+                    f"{END}first", json.dumps(message), allow_overwrite=False
+                )
             # Process 0 holds the store: when it is gone, nobody can read the key any more.
             if jax.process_index() == 0:
                 time.sleep(READ_BY_OTHERS)
@@ -172,8 +176,20 @@ class Peers:
                 stream.flush()
         os._exit(code)
 
-    def _set(self, key: str, value: str) -> None:
+    def set(self, key: str, value: str) -> None:
+        """Writes a key of the store, in the place of what it had."""
         self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def wait_for(self, key: str, timeout: float) -> str | None:
+        """Returns a key of the store; None when nobody writes it within `timeout` seconds."""
+        try:
+            return self._client.blocking_key_value_get(key, int(timeout * 1000))
+        except jax.errors.JaxRuntimeError:
+            return None
+
+    def meet(self, name: str, timeout: float) -> None:
+        """Waits for all processes to be here."""
+        self._client.wait_at_barrier(f"{ROOT}/{name}", int(timeout * 1000))
 
     def _interval(self) -> float:
         return min(READ_BY_OTHERS / 3, self._heartbeat / 5)
@@ -185,7 +201,7 @@ class Peers:
         while not self._over:
             count += 1
             try:
-                self._set(_beat_of(me), str(count))
+                self.set(_beat_of(me), str(count))
                 ended = self._client.key_value_dir_get(END)
                 beats = self._client.key_value_dir_get(BEATS) if me == 0 else []
             except Exception:
@@ -262,43 +278,47 @@ def wait_for_reason() -> None:
         time.sleep(PEERS.patience)
 
 
+def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[str, Any]]:
+    """Returns what every process of the run says, by its number; in a run of one, its own.
+
+    To be called by all of them, once for each `name`.
+
+    Args:
+      name: of what is said, such as "config".
+      values: JSON values of this process.
+      timeout: seconds to wait for the others.
+
+    Raises UserError when one of them does not say it in time.
+    """
+    own = json.loads(json.dumps(dict(values)))
+    if not PEERS.started:
+        return [own]
+    PEERS.set(f"{SAME}{name}/{jax.process_index()}", json.dumps(own))
+    said = []
+    for process in range(jax.process_count()):
+        text = PEERS.wait_for(f"{SAME}{name}/{process}", timeout)
+        if text is None:
+            raise UserError(
+                f"process {process} did not say its {name} within {timeout:.0f} s: look at its log"
+            )
+        said.append(json.loads(text))
+    return said
+
+
 def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
     """Compares a flat dict of JSON values with that of every other process of the run.
 
-    Every process sees the same values, so all of them raise the same Drift. Does nothing in a run
-    of one process.
-
-    Args:
-      name: what is compared, such as "config".
-      values: those of this process.
-      timeout: seconds to wait for the others.
-
-    Raises Drift when one differs, naming the keys, both values and the process.
+    Every process sees the same values, so all of them raise the same Drift. The arguments are
+    those of `gather`. Raises Drift, which names the keys, both values and the process; UserError.
     """
-    if not PEERS.started:
-        return
-    client, me = PEERS._client, jax.process_index()
-    client.key_value_set(f"{ROOT}/same/{name}/{me}", json.dumps(dict(values), sort_keys=True))
-    first: Mapping[str, Any] = {}
-    differences = []
-    for process in range(jax.process_count()):
-        key = f"{ROOT}/same/{name}/{process}"
-        try:
-            other = json.loads(client.blocking_key_value_get(key, int(timeout * 1000)))
-        except jax.errors.JaxRuntimeError:
-            raise UserError(
-                f"process {process} did not say its {name} within {timeout:.0f} s "
-                "(limits.join): look at its log"
-            ) from None
-        if process == 0:
-            first = other
-            continue
-        for changed in sorted({*first, *other}):
-            ours, theirs = first.get(changed, "nothing"), other.get(changed, "nothing")
-            if ours != theirs:
-                differences.append(
-                    f"{changed} = {ours!r} in process 0, {theirs!r} in process {process}"
-                )
+    first, *others = gather(name, values, timeout)
+    differences = [
+        f"{key} = {first.get(key, 'nothing')!r} in process 0, "
+        f"{other.get(key, 'nothing')!r} in process {process}"
+        for process, other in enumerate(others, 1)
+        for key in sorted({*first, *other})
+        if first.get(key, "nothing") != other.get(key, "nothing")
+    ]
     if differences:
         raise Drift(
             f"the processes of this run differ in their {name}: {'; '.join(differences[:8])}. "

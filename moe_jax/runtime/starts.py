@@ -29,6 +29,21 @@ def changed_code(workdir: Path) -> list[str]:
     return [f"the code has changed since this run was last started: {before} then, {now} now"]
 
 
+def changed_mesh(workdir: Path) -> list[str]:
+    """Returns a note when the start that was just recorded has another mesh than the one before."""
+    meshes = [record.get("mesh") for record in read(workdir)[-2:]]
+    texts = [_split(lengths) for lengths in meshes if isinstance(lengths, dict)]
+    if len(set(texts)) < 2:
+        return []
+    before, now = texts
+    return [f"the mesh was {before} at the last start, it is {now} now"]
+
+
+def _split(lengths: Mapping[str, int]) -> str:
+    """Returns the axes of a mesh that split something, as in "data 2 x expert 4"."""
+    return " x ".join(f"{axis} {n}" for axis, n in lengths.items() if n != 1) or "one device"
+
+
 def code(record: Mapping[str, Any]) -> str:
     """The code of a start: its commit, or without git its version."""
     git, versions = record.get("git"), record.get("versions")

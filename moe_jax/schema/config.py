@@ -5,10 +5,11 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.runtime.faults import Fault, parse
+from moe_jax.schema.blocks import DEPTH, KindOptions, Stack
 from moe_jax.schema.options import (
     AXIS,
     BELOW_ONE,
@@ -28,11 +29,8 @@ from moe_jax.schema.options import (
 )
 from moe_jax.schema.steps import Due, due, profile_range
 
-# What the kind of a block begins with that only some tokens go through, as in "depth:moe".
-DEPTH = "depth:"
 # The name of no rule that makes zeros.
 NO_RULE = "none"
-BLOCKS = ("dense", "moe", DEPTH + "dense", DEPTH + "moe")
 
 
 class Coefficients(dict[str, float]):
@@ -44,38 +42,6 @@ class Coefficients(dict[str, float]):
         return hash(tuple(sorted(self.items())))
 
 
-class Stack(NamedTuple):
-    """The kinds of blocks that run one after another: prefix, `repeats` times period, suffix."""
-
-    prefix: tuple[str, ...]
-    period: tuple[str, ...]
-    repeats: int
-    suffix: tuple[str, ...]
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order."""
-        return self.prefix + self.period * self.repeats + self.suffix
-
-
-class KindOptions:
-    """Holds what the Options of a kind of model say of its blocks; each kind says what differs."""
-
-    attends: ClassVar[bool] = True  # it has attention at all
-
-    @property
-    def embeds(self) -> bool:
-        """Whether the model looks up rows of a vocabulary."""
-        return True
-
-    def stacks(self, own: Stack) -> dict[str, Stack]:
-        """Returns the stacks of the model, from that of model.prefix, period, repeats and suffix.
-
-        The order is that in which they run, the keys are those of the model's parameters.
-        """
-        return {"": own}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     data: int = option(
@@ -83,6 +49,10 @@ class MeshConfig:
     )
     expert: int = option(1, "expert parallel (also shards the batch)", AXIS)
     model: int = option(1, "tensor parallel: heads, hidden columns, vocabulary", AXIS)
+    fallbacks: tuple[str, ...] = option(
+        (),
+        'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +135,8 @@ class ModelConfig:
     kind_options: KindOptions = derived()
     vocab_size: int = option(256, "rows of the embedding; at least the tokenizer's", NUMBER)
     d_model: int = option(128, "width of the residual stream", NUMBER)
+    attention: str = choice("grouped_query", "attentions", "which tokens a token sees")
+    attention_options: Any = derived()
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)
     head_dim: int = option(0, "0 = d_model / num_heads", NUMBER)
@@ -291,6 +263,12 @@ class TrainConfig:
         "steps in a row with a non-finite loss or gradient that are skipped before the run stops",
         COUNT,
     )
+    spike_sigma: float = option(
+        0.0,
+        "a step is not taken whose loss or gradient norm is so many standard deviations above the "
+        "mean of the last 128; 0 = off",
+        NOT_NEGATIVE,
+    )
     init_from: str = option("", "workdir of another run whose parameters this one starts from")
     init_rename: tuple[tuple[str, str], ...] = option(
         (),
@@ -359,6 +337,10 @@ class LogConfig:
         NUMBER,
     )
     tensorboard: bool = option(True, "also write TensorBoard events")
+    trackers: tuple[str, ...] = option(
+        (), 'services that get the figures too: ("wandb",), ("mlflow",); moe_jax/report/trackers'
+    )
+    project: str = option("moe_jax", "the project or experiment of the run there")
     histogram_every: int = option(
         100,
         "steps between rows of the picture of the experts' load (TensorBoard, 4_experts)",

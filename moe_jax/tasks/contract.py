@@ -19,31 +19,39 @@ import numpy as np
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
 from moe_jax.models import depth
-from moe_jax.moe import load, losses
+from moe_jax.moe import load
+from moe_jax.moe import losses as auxiliary_losses
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.parallel.mesh import P
 from moe_jax.runtime import stopping
 from moe_jax.schema.config import Config
 
+Figures = Mapping[str, Any]  # of an evaluation, by name
+Table = dict[str, dict[str, Any]]  # row -> column -> value
+
 
 class Losses(NamedTuple):
     """Holds the results of one forward pass."""
 
-    nll: jax.Array  # nats of every prediction [B, ...]
-    weight: jax.Array  # of each, same shape; 0 = padding
-    outputs: Any  # of the model
-    sums: dict[str, jax.Array]  # of its layers [L, B, ...]
+    # Nats of every prediction [B, ...].
+    nll: jax.Array
+    # Weight of every prediction, of the same shape; 0 = padding.
+    weight: jax.Array
+    # What the model returns, as `evaluate` of the task reads it: mostly logits.
+    outputs: Any
+    # Sums of the layers for each row [L, B, ...], which add up over rows and devices.
+    sums: dict[str, jax.Array]
 
 
 class Trained(NamedTuple):
     """A model at the end of a run."""
 
-    bind: Callable[..., Any]  # (params, router state) -> the module
+    # (params, router state) -> the module
+    bind: Callable[..., Any]
     params: Any
     router_state: Any
-    rows: Mapping[
-        str, np.ndarray
-    ]  # `by_row` of every row of the evaluation just made, in data.heldout_order()
+    # `by_row` of every row of the evaluation just made, in data.heldout_order().
+    rows: Mapping[str, np.ndarray]
 
 
 class Task(NamedTuple):
@@ -68,12 +76,12 @@ class Task(NamedTuple):
     # (sums in float64, data) -> figures; "loss" is among them, lower is better.
     summary: Callable[..., dict[str, float]]
     # Of the figures of an evaluation, in one line.
-    headline: Callable[[Mapping[str, Any]], str]
+    headline: Callable[[Figures], str]
     # (cfg, Trained, data, workdir) -> further figures, at the end of a run; writes the predictions.
     # All processes call it.
     finish: Callable[..., dict[str, Any]]
-    # (cfg, data, figures) -> {row: {column: value}}: the model beside its rivals.
-    table: Callable[..., dict[str, dict[str, Any]]]
+    # (cfg, data, figures) -> {row: {column: value}}: the table of the model beside its rivals.
+    comparison: Callable[..., Table]
     # (cfg, step) -> a batch of NumPy arrays, as `data` has them, for verify, bench and the resource
     # card.
     random: Callable[[Config, int], Any]
@@ -85,116 +93,140 @@ class Task(NamedTuple):
 
 
 def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str, Any]:
-    """Training sums of a (micro-)batch: nll (nats), tokens (their weight), and the layers' totals
+    """Returns the training sums of a (micro-)batch.
+
+    They are nll (nats), tokens (the weight of the predictions), and the totals of the layers
     [L, ...], `moe` and `depth`.
     """
-    found = task.losses(model, batch, rng, True)
-    weight = found.weight.astype(found.nll.dtype)
+    losses = task.losses(model, batch, rng, True)
+    weight = losses.weight.astype(losses.nll.dtype)
     return {
-        "nll": jnp.where(weight > 0, found.nll * weight, 0).sum(),
+        # Not nll * weight alone: 0 times an infinite loss of padding is NaN.
+        "nll": jnp.where(weight > 0, losses.nll * weight, 0).sum(),
         "tokens": weight.sum(),
-        "moe": load.totals(depth.without(found.sums)),
-        "depth": depth.totals(found.sums),
+        "moe": load.totals(depth.without(losses.sums)),
+        "depth": depth.totals(losses.sums),
     }
 
 
 def objective(
     totals: Mapping[str, Any], coefficients: Mapping[str, float]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss that is differentiated: nats per prediction plus the router's auxiliary losses; and
-    its parts.
+    """Returns the loss that is differentiated, and its parts by name.
+
+    The loss is nats per prediction plus the auxiliary losses of the layers.
     """
+    # At least 1: a batch of padding alone has no predictions.
     nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
-    loss, parts = nll, {"nll": nll, **depth.figures(totals["depth"])}
+    loss = nll
+    parts = {"nll": nll, **depth.figures(totals["depth"])}
     if totals["depth"]:
         loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
     if totals["moe"]:
-        extra, values = losses.auxiliary(totals["moe"], coefficients)
-        loss, parts = (
-            loss + extra.astype(nll.dtype),
-            parts | {f"{name}_loss": value for name, value in values.items()},
-        )
+        # Routers compute in float32 or wider, and so are their losses.
+        auxiliary, values = auxiliary_losses.auxiliary(totals["moe"], coefficients)
+        loss = loss + auxiliary.astype(nll.dtype)
+        parts |= {f"{name}_loss": value for name, value in values.items()}
     return loss, parts
 
 
 def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, Any]:
-    """Held-out sums: what the task adds up, the layers' totals, and `routing`, assignments per MoE
-    layer, domain and expert [L, Z, E].
+    """Returns held-out sums: what the task adds up, the layers' totals, and `routing`.
 
-    Held-out rows are of one domain each. `rows` and `row_routing` [B] are no sums over the batch
-    but what each row gives.
+    That is the assignments per MoE layer, domain and expert [L, Z, E]. `rows` and `row_routing` [B]
+    are no sums over the batch but what each row gives.
     """
-    found = task.losses(model, batch, jax.random.key(0), False)
+    losses = task.losses(model, batch, jax.random.key(0), False)
+    # Held-out rows are of one domain each, so the first place has that of the row.
     domain_B = batch.domain_BS[:, 0] if hasattr(batch, "domain_BS") else batch.domain_B
-    sums = depth.without(found.sums)
+    moe_sums = depth.without(losses.sums)
     return {
-        **task.evaluate(found, batch, data),
-        "moe": load.totals(sums),
-        "depth": depth.totals(found.sums),
-        "routing": routing_by_domain(sums, domain_B, len(data.domains)),
-        "rows": by_row(found),
-        "row_routing": {"domain": domain_B, "experts": experts_by_row(sums, len(domain_B))},
+        **task.evaluate(losses, batch, data),
+        "moe": load.totals(moe_sums),
+        "depth": depth.totals(losses.sums),
+        "routing": routing_by_domain(moe_sums, domain_B, len(data.domains)),
+        "rows": by_row(losses),
+        "row_routing": {"domain": domain_B, "experts": experts_by_row(moe_sums, len(domain_B))},
     }
 
 
-def by_row(found: Losses) -> dict[str, jax.Array]:
+def by_row(losses: Losses) -> dict[str, jax.Array]:
     """Returns of each row [B]: nats, and the weight of its predictions."""
-    inner = tuple(range(1, found.nll.ndim))
-    weight = found.weight.astype(found.nll.dtype)
+    places = tuple(range(1, losses.nll.ndim))
+    weight = losses.weight.astype(losses.nll.dtype)
     return {
-        "nats": jnp.where(weight > 0, found.nll * weight, 0).sum(inner),
-        "tokens": weight.sum(inner),
+        "nats": jnp.where(weight > 0, losses.nll * weight, 0).sum(places),
+        "tokens": weight.sum(places),
     }
 
 
 def of_heldout(
     cfg: Config, trained: Trained, data: Data, question: Callable[..., Any]
 ) -> tuple[np.ndarray, Any]:
-    """(index [R] of every held-out row, `question(model, batch)` of each: arrays [R, ...]), on
-    every host.
+    """Asks a model about every held-out row; every host gets all answers.
+
+    Returns the rows' indices in the data [R], and the answers `question(model, batch)`, a pytree of
+    arrays [R, ...] in the same order.
     """
 
     @jax.jit
-    def asked(params: Any, router_state: Any, batch: Any) -> Any:
-        return jax.sharding.reshard(question(trained.bind(params, router_state), batch), P())
+    def answer(params: Any, router_state: Any, batch: Any) -> Any:
+        model = trained.bind(params, router_state)
+        # Whole on every device, so that each host can read all of it.
+        return jax.sharding.reshard(question(model, batch), P())
 
     size = cfg.eval.batch_size
     rows = local_rows(size)
     answers = []
     for batch in eval_batches(data, size, None, rows):
         stopping.check()
-        found = asked(trained.params, trained.router_state, put(batch, rows, size))
-        answers.append(jax.tree.map(np.asarray, found))
-    index_R = data.heldout_order()[1]
-    return index_R, jax.tree.map(lambda *z: np.concatenate(z)[: len(index_R)], *answers)
+        of_batch = answer(trained.params, trained.router_state, put(batch, rows, size))
+        answers.append(jax.tree.map(np.asarray, of_batch))
+    _, index_R = data.heldout_order()
+
+    def joined(*batches: np.ndarray) -> np.ndarray:
+        # Rows that fill up the last batch come behind all others.
+        return np.concatenate(batches)[: len(index_R)]
+
+    return index_R, jax.tree.map(joined, *answers)
 
 
 def write_predictions(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One object a line, of every held-out row, by the first process."""
-    if jax.process_index() == 0:
-        lines = []
-        for row in rows:
-            stopping.check_alone()
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        (workdir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    """Writes predictions.jsonl, an object a line for every held-out row, in the first process."""
+    if jax.process_index() != 0:
+        return
+    lines = []
+    for row in rows:
+        # The other processes wait meanwhile, so one of several may not leave by itself.
+        stopping.check_alone()
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    (workdir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def by_domain(x: jax.Array, keep: jax.Array, domain: jax.Array, num_domains: int) -> jax.Array:
-    """Sums [Z] of x where `keep`; all of one shape, [B] or [B, S]."""
-    shape = (1,) * domain.ndim + (num_domains,)
-    of_Z = (domain[..., None] == jnp.arange(num_domains).reshape(shape)) & keep[..., None]
-    return jnp.where(of_Z, x[..., None], 0).sum(tuple(range(domain.ndim)))
+    """Returns the sums [Z] of x where `keep`; all of one shape, [B] or [B, S]."""
+    # Z becomes the last dimension of all, and the others are summed over.
+    rows_and_places = tuple(range(domain.ndim))
+    domain_Z = jnp.arange(num_domains)
+    domain_Z = jnp.expand_dims(domain_Z, rows_and_places)
+    counts = (domain[..., None] == domain_Z) & keep[..., None]
+    return jnp.where(counts, x[..., None], 0).sum(rows_and_places)
 
 
 def experts_by_row(sums: Mapping[str, jax.Array], num_rows: int) -> jax.Array:
-    """Assignments of each row to the experts of each MoE layer, [B, L, E]."""
-    return jnp.moveaxis(sums["counts"], 1, 0) if sums else jnp.zeros((num_rows, 0, 1))
+    """Returns the assignments of each row to the experts of each MoE layer, [B, L, E]."""
+    # Without MoE layers there are no experts to count.
+    if not sums:
+        return jnp.zeros((num_rows, 0, 1))
+    return jnp.moveaxis(sums["counts"], 1, 0)
 
 
 def routing_by_domain(
     sums: Mapping[str, jax.Array], domain_B: jax.Array, num_domains: int
 ) -> jax.Array:
+    """Returns the assignments per MoE layer, domain and expert, [L, Z, E]."""
     if not sums:
         return jnp.zeros((0, num_domains, 1))
     domain_BZ = (domain_B[:, None] == jnp.arange(num_domains)[None]).astype(sums["counts"].dtype)
+    # Summed over the rows of all devices, and whole on each of them.
     return jnp.einsum("LBE,BZ->LZE", sums["counts"], domain_BZ, out_sharding=P())

@@ -3,7 +3,7 @@
 Shapes: B rows, S places, P width of a vector, C classes, Z domains, R held-out rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +16,83 @@ from moe_jax.errors import UserError
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract, rivals
-from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
 
 
 def logits(
     model: Callable, batch: Any, rng: jax.Array, train: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """([B, C], sums) of a batch of tokens or of vectors."""
-    tokens = isinstance(batch, LabelledTokens)
-    id_BS = batch.tokens_BS if tokens else jnp.zeros_like(batch.segment_BS)
-    seen = Batch(id_BS, batch.position_BS, batch.segment_BS, batch.row_B)
-    return model(seen if tokens else seen._replace(vectors_BSP=batch.values_BSP), rng, train)
+    """Returns the logits [B, C] of a batch of tokens or of vectors, and the sums of the layers."""
+    if isinstance(batch, LabelledTokens):
+        inputs = Batch(batch.tokens_BS, batch.position_BS, batch.segment_BS, batch.row_B)
+    else:
+        # The model takes the vectors in place of ids, which must be there all the same.
+        zero_BS = jnp.zeros_like(batch.segment_BS)
+        inputs = Batch(zero_BS, batch.position_BS, batch.segment_BS, batch.row_B)
+        inputs = inputs._replace(vectors_BSP=batch.values_BSP)
+    return model(inputs, rng, train)
 
 
 def losses(model: Callable, batch: Any, rng: jax.Array, train: bool) -> Losses:
+    """Returns the losses of the rows, one prediction each."""
     logits_BC, sums = logits(model, batch, rng, train)
     log_BC = jax.nn.log_softmax(logits_BC)
-    hit_BC = jnp.arange(logits_BC.shape[1])[None] == batch.label_B[:, None]
-    nll_B = -jnp.where(hit_BC, log_BC, 0).sum(1)
+    # A sum over a mask, which needs no gather along classes that may be split.
+    is_label_BC = jnp.arange(logits_BC.shape[1])[None] == batch.label_B[:, None]
+    nll_B = -jnp.where(is_label_BC, log_BC, 0).sum(1)
     return Losses(nll_B, batch.weight_B.astype(nll_B.dtype), logits_BC, sums)
 
 
-def evaluate(found: Losses, batch: Any, data: Examples) -> dict[str, Any]:
-    """Sums per domain [Z]: nll, tokens (rows), correct; per class [C]: rows, predicted, hits."""
-    best_B, valid_B = jnp.argmax(found.outputs, -1), found.weight > 0
-    right_B, dtype = best_B == batch.label_B, found.nll.dtype
-    num = found.outputs.shape[1]
+def evaluate(forward: Losses, batch: Any, data: Examples) -> dict[str, Any]:
+    """Returns sums: of each domain [Z] nll, tokens (rows) and correct; of each class [C] its rows,
+    how often it was predicted, and how often rightly (hits).
+
+    Rows of weight 0, which fill up a batch, count nowhere.
+    """
+    predicted_B = jnp.argmax(forward.outputs, -1)
+    valid_B = forward.weight > 0
+    correct_B = predicted_B == batch.label_B
+    dtype = forward.nll.dtype
+    num_classes = forward.outputs.shape[1]
 
     def per_domain(x_B):
         return by_domain(x_B.astype(dtype), valid_B, batch.domain_B, len(data.domains))
 
     def per_class(x_B, class_B):
-        return by_domain(x_B.astype(dtype), valid_B, class_B, num)
+        return by_domain(x_B.astype(dtype), valid_B, class_B, num_classes)
 
     return {
-        "nll": per_domain(found.nll),
+        "nll": per_domain(forward.nll),
         "tokens": per_domain(valid_B),
-        "correct": per_domain(right_B),
+        "correct": per_domain(correct_B),
         "class_rows": per_class(valid_B, batch.label_B),
-        "class_predicted": per_class(valid_B, best_B),
-        "class_hits": per_class(right_B, batch.label_B),
+        "class_predicted": per_class(valid_B, predicted_B),
+        "class_hits": per_class(correct_B, batch.label_B),
     }
 
 
 def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
-    """ "loss" (nats per row), "accuracy", "macro_f1" (mean of F1 over the classes that occur or are
-    predicted), "domain/NAME/accuracy".
+    """Returns "loss" (nats per row), "accuracy", "macro_f1" and "domain/NAME/accuracy".
+
+    Macro F1 is the mean of F1 over the classes that occur or are predicted.
     """
-    rows = max(total["tokens"].sum(), 1)
-    either = total["class_rows"] + total["class_predicted"]
-    f1 = 2 * total["class_hits"] / np.maximum(either, 1)
+    num_rows = max(total["tokens"].sum(), 1)
+    # F1 = 2 hits / (rows of the class + rows predicted as it)
+    rows_or_predicted = total["class_rows"] + total["class_predicted"]
+    f1 = 2 * total["class_hits"] / np.maximum(rows_or_predicted, 1)
     result = {
-        "loss": total["nll"].sum() / rows,
-        "accuracy": total["correct"].sum() / rows,
-        "macro_f1": f1[either > 0].mean(),
+        "loss": total["nll"].sum() / num_rows,
+        "accuracy": total["correct"].sum() / num_rows,
+        "macro_f1": f1[rows_or_predicted > 0].mean(),
     }
     for name, correct, number in zip(data.domains, total["correct"], total["tokens"], strict=True):
+        # A short evaluation may have had no row of a domain.
         if number:
             result[f"domain/{name}/accuracy"] = correct / number
     return result
 
 
-def headline(figures: Mapping[str, Any]) -> str:
+def headline(figures: Figures) -> str:
     return (
         f"held out accuracy {figures['accuracy']:.4f}, macro F1 {figures['macro_f1']:.4f}, "
         f"loss {figures['loss']:.4f}"
@@ -89,96 +104,113 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
     prediction and its probability.
     """
 
-    def ask(model: Callable, batch: Any) -> Any:
-        probability_BC = jax.nn.softmax(logits(model, batch, jax.random.key(0), False)[0])
+    def predict(model: Callable, batch: Any) -> tuple[jax.Array, jax.Array]:
+        logits_BC, _ = logits(model, batch, jax.random.key(0), False)
+        probability_BC = jax.nn.softmax(logits_BC)
         return jnp.argmax(probability_BC, -1), probability_BC.max(-1)
 
-    index_R, (best_R, probability_R) = contract.of_heldout(cfg, trained, data, ask)
+    index_R, (predicted_R, probability_R) = contract.of_heldout(cfg, trained, data, predict)
     labels, (raw, label_N) = data.about.labels, data.about.raw["heldout"]
-    contract.write_predictions(
-        workdir,
-        (
-            {
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for i, predicted, probability in zip(index_R, predicted_R, probability_R, strict=True):
+            row = {
                 "index": int(i),
                 "label": labels[label_N[i]],
-                "predicted": labels[best],
-                "probability": round(float(p), 6),
+                "predicted": labels[predicted],
+                "probability": round(float(probability), 6),
             }
-            | ({"text": raw[i]} if data.about.tokenizer else {})
-            for i, best, p in zip(index_R, best_R, probability_R, strict=True)
-        ),
-    )
+            # Of vectors there is nothing to read.
+            if data.about.tokenizer:
+                row["text"] = raw[i]
+            yield row
+
+    contract.write_predictions(workdir, rows())
     return {}
 
 
-def table(cfg: Config, data: Examples, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The model below its rivals."""
+def comparison(cfg: Config, data: Examples, figures: Figures) -> Table:
+    """Returns the scores of the baselines and, below them, of the model."""
     del cfg
-    rows = {
+    rows = {**rivals.baseline_figures(data), "model": figures}
+    return {
         name: {"accuracy": row["accuracy"], "macro F1": row["macro_f1"]}
-        for name, row in rivals.table(data).items()
+        for name, row in rows.items()
     }
-    return rows | {"model": {"accuracy": figures["accuracy"], "macro F1": figures["macro_f1"]}}
 
 
-def check(cfg: Config, data: Examples) -> Examples:
-    """UserError where the model does not fit the data."""
+def fitting(cfg: Config, data: Examples) -> Examples:
+    """Returns the data; UserError where the model does not fit them."""
     options: Any = cfg.model.kind_options
     about = data.about
-    needs = {"num_classes": len(about.labels)}
+    needs: dict[str, Any] = {"num_classes": len(about.labels)}
+    # Only some kinds of models read vectors too.
     if hasattr(options, "inputs"):
-        needs |= {"inputs": "vectors" if about.tokenizer is None else "tokens"}
-        needs |= {"input_dim": about.width} if about.tokenizer is None else {}
+        if about.tokenizer is None:
+            needs |= {"inputs": "vectors", "input_dim": about.width}
+        else:
+            needs |= {"inputs": "tokens"}
     for key, value in needs.items():
         if getattr(options, key) != value:
             raise UserError(
                 f"model.kinds.{cfg.model.kind}.{key} = {getattr(options, key)!r}, but {data.spec} "
-                "needs "
-                f"{value!r}: set it"
+                f"needs {value!r}: set it"
             )
     if about.tokenizer is not None and about.tokenizer.vocab_size > cfg.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({cfg.model.vocab_size}) is smaller than the vocabulary of "
-            f"{data.spec} "
-            f"({about.tokenizer.vocab_size}): raise it"
+            f"{data.spec} ({about.tokenizer.vocab_size}): raise it"
         )
     return data
 
 
 def random(cfg: Config, step: int) -> LabelledTokens | LabelledVectors:
-    """Rows of random tokens or vectors, every other one with up to half a row of padding, and
-    random labels.
+    """Returns rows of random tokens or vectors with random labels.
+
+    Every other row has up to half a row of padding.
     """
     rng = np.random.default_rng([cfg.seed, step])
     options: Any = cfg.model.kind_options
     num, length = cfg.train.batch_size, cfg.data.seq_len
     size_B = rng.integers(length // 2 + 1, length + 1, num)
+    # Proofs need both kinds of rows: full ones and ones with padding.
     size_B[::2] = length
     segment_BS = (np.arange(length)[None] < size_B[:, None]).astype(np.int32)
     position_BS = segment_BS * np.arange(length, dtype=np.int32)[None]
     label_B = rng.integers(0, options.num_classes, num).astype(np.int32)
-    told = (0 * label_B, label_B, np.ones(num, np.float32), np.arange(num, dtype=np.int32))
+    fields = {
+        "segment_BS": segment_BS,
+        "position_BS": position_BS,
+        "domain_B": 0 * label_B,
+        "label_B": label_B,
+        "weight_B": np.ones(num, np.float32),
+        "row_B": np.arange(num, dtype=np.int32),
+    }
     if not options.embeds:
         values_BSP = rng.normal(size=(num, length, options.input_dim)).astype(np.float32)
-        return LabelledVectors(values_BSP * segment_BS[:, :, None], segment_BS, position_BS, *told)
+        return LabelledVectors(values_BSP=values_BSP * segment_BS[:, :, None], **fields)
     tokens_BS = rng.integers(1, cfg.model.vocab_size, (num, length)).astype(np.int32)
-    return LabelledTokens(tokens_BS * segment_BS, segment_BS, position_BS, *told)
+    return LabelledTokens(tokens_BS=tokens_BS * segment_BS, **fields)
 
 
 def make(
     options: type, open_data: Callable[[Config], Examples], title: str, kinds: tuple[str, ...]
 ) -> Task:
     """Returns the task of a kind of data."""
+
+    def open_fitting(cfg: Config) -> Examples:
+        return fitting(cfg, open_data(cfg))
+
     return Task(
         options=options,
         kinds=kinds,
         title=title,
-        open=lambda cfg: check(cfg, open_data(cfg)),
+        open=open_fitting,
         losses=losses,
         evaluate=evaluate,
         summary=summary,
         headline=headline,
         finish=finish,
-        table=table,
+        comparison=comparison,
         random=random,
     )

@@ -12,10 +12,13 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from moe_jax.runtime.clock import StepClock
+from moe_jax.runtime.goodput import STEPS, Goodput
 from moe_jax.runtime.watchdog import WATCHDOG
+from moe_jax.terminal import live_line
+from moe_jax.terminal.live_line import one_line
+from moe_jax.terminal.units import duration, readable
 
 FIRST = 3  # updates that are always printed as plain lines
 QUIET = 10.0  # seconds between plain lines after them
@@ -23,7 +26,6 @@ SHORT = 2.0  # seconds: an activity that took less is not announced again in a p
 STILL = 5.0  # seconds without a step, after which the live line says how long it has been
 NARROW = 90  # columns of a terminal, below which the bar gives way to the numbers
 BAR = 24  # columns of the bar
-SPINNER = "-\\|/"  # in ASCII, which every terminal shows
 FIRST_STEP = "compiling the first step"
 
 
@@ -37,13 +39,15 @@ class Progress:
     Args:
       active: False shows nothing (all processes but process 0).
       console: where to; None = standard output.
+      goodput: counts the seconds of every activity; None = nobody does.
     """
 
-    def __init__(self, *, active: bool, console: Console | None = None):
+    def __init__(
+        self, *, active: bool, console: Console | None = None, goodput: Goodput | None = None
+    ):
+        self.goodput = goodput or Goodput(time.monotonic())
         self.console = (console or Console()) if active else None
-        self._is_live = bool(
-            self.console and self.console.is_terminal and not self.console.is_dumb_terminal
-        )
+        self._is_live = bool(self.console and live_line.can_be_shown(self.console))
         self._live: Live | None = None
         self._clock: StepClock | None = None
         self._total = self._step = self._updates = 0
@@ -66,6 +70,7 @@ class Progress:
         if start_step >= total_steps:
             return
         self._begin(FIRST_STEP)
+        self.goodput.phase(FIRST_STEP)
         self._open(transient=False)
 
     @contextlib.contextmanager
@@ -81,7 +86,7 @@ class Progress:
         self._begin(activity)
         try:
             paused = self._clock.paused() if self._clock else contextlib.nullcontext()
-            with paused, WATCHDOG.slow(activity):
+            with paused, WATCHDOG.slow(activity), self.goodput.doing(activity):
                 yield
         finally:
             self._end()
@@ -104,6 +109,7 @@ class Progress:
         if self._first is None:
             self._first = now, step
             self._activities.clear()  # the first step is compiled
+            self.goodput.phase(STEPS)
         self._step, self._updates, self._moved = step, self._updates + 1, now
         if not self.console:
             return
@@ -141,18 +147,8 @@ class Progress:
     def _open(self, transient: bool) -> bool:
         if not self._is_live:
             return False
-        live = Live(
-            get_renderable=self._line,
-            console=self.console,
-            refresh_per_second=5,
-            transient=transient,
-        )
-        live.start()
         assert self.console
-        self.console.show_cursor(
-            True
-        )  # rich hides it, and a process that is killed could not bring it back
-        self._live = live
+        self._live = live_line.opened(self.console, self._line, transient=transient)
         return True
 
     def _shut(self) -> None:
@@ -164,17 +160,17 @@ class Progress:
         """One line, never wider than the terminal. Drawn by a thread, which must import nothing."""
         assert self.console
         now = time.monotonic()
-        turning = "" if self._live is None else SPINNER[int(now * 5) % len(SPINNER)] + " "
+        turning = "" if self._live is None else live_line.spinner()
         step = f"step {self._step}/{self._total}  " if self._clock else ""
-        text = Text(self._happening(now), no_wrap=True, overflow="ellipsis")
+        happening = self._happening(now)
         if not self._clock or self.console.width < NARROW:
-            return Text(turning + step, no_wrap=True, overflow="ellipsis").append_text(text)
+            return one_line(turning + step + happening)
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_column(no_wrap=True)
         line.add_column(width=BAR)
         line.add_column(no_wrap=True, overflow="ellipsis")
         bar = ProgressBar(total=max(self._total, 1), completed=self._step, width=BAR)
-        line.add_row(turning + step.strip(), bar, text)
+        line.add_row(turning + step.strip(), bar, one_line(happening))
         return line
 
     def _happening(self, now: float) -> str:
@@ -208,23 +204,3 @@ class Progress:
             return []
         per_step = (now - self._first[0]) / (self._step - self._first[1])
         return [f"{duration(per_step * (self._total - self._step))} left"]
-
-
-def readable(number: float) -> str:
-    """1234 -> "1.23k": three digits."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """75 -> "1m 15s", 7300 -> "2h 01m", 200000 -> "2d 07h"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"

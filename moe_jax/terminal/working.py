@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from moe_jax.terminal import live_line
+from moe_jax.terminal.units import duration
 
 QUIET = 10.0  # seconds between two plain lines
 
@@ -17,15 +20,15 @@ Tell = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """For whoever works without a command that listens."""
+    """Takes what is told, for whoever works without a command that listens."""
     del text
 
 
 @contextlib.contextmanager
-def shown(what: str, *, active: bool = True) -> Iterator[Tell]:
+def shown(command: str, *, active: bool = True) -> Iterator[Tell]:
     """Yields a function that is told what is being done now.
 
-    A terminal shows it beside a spinner and the time since the beginning, and it is gone at the
+    A terminal shows it in a live line, with the time since the beginning, and it is gone at the
     end. A file or a pipe gets plain lines: the first that is told at once, then at most one every
     QUIET seconds. `active` False says nothing (other processes).
 
@@ -34,22 +37,35 @@ def shown(what: str, *, active: bool = True) -> Iterator[Tell]:
     console = Console(stderr=True)
     if not active:
         yield silent
-    elif console.is_terminal:
-        with _spinner(console) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda text: bar.update(task, description=f"{what}: {text}")
+    elif live_line.can_be_shown(console):
+        with _live(command, console) as tell:
+            yield tell
     else:
-        yield _lines(what)
+        yield _plain(command)
 
 
-def _spinner(console: Console) -> Progress:
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    # Standard output may be a file: what is printed there must not be drawn above the spinner
-    # instead.
-    return Progress(*columns, console=console, transient=True, redirect_stdout=False)
+@contextlib.contextmanager
+def _live(command: str, console: Console) -> Iterator[Tell]:
+    begun = time.monotonic()
+    activity = command
+
+    def tell(text: str) -> None:
+        nonlocal activity
+        activity = f"{command}: {text}"
+
+    def draw() -> Text:
+        took = duration(time.monotonic() - begun)
+        return live_line.one_line(f"{live_line.spinner()}{activity}  {took}")
+
+    # Standard output may be a file: what is printed there must not be drawn above the line instead.
+    live = live_line.opened(console, draw, transient=True, redirect_stdout=False)
+    try:
+        yield tell
+    finally:
+        live.stop()
 
 
-def _lines(what: str) -> Tell:
+def _plain(command: str) -> Tell:
     last = -math.inf
 
     def tell(text: str) -> None:
@@ -57,6 +73,6 @@ def _lines(what: str) -> Tell:
         now = time.monotonic()
         if now - last >= QUIET:
             last = now
-            print(f"{what}: {text}", file=sys.stderr, flush=True)
+            print(f"{command}: {text}", file=sys.stderr, flush=True)
 
     return tell

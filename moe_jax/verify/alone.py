@@ -18,7 +18,8 @@ from moe_jax.moe.ordering import AS_LISTED
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.parallel.compiling import of_other_platforms
-from moe_jax.schema.config import DEPTH
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import ModelConfig
 from moe_jax.train_step import State, routers_learn
 from moe_jax.verify import batches, reference, states
 from moe_jax.verify.compare import far, largest, whole
@@ -47,10 +48,10 @@ class Check(NamedTuple):
 
 def checks(program: Program, begin: State) -> list[Check]:
     """Returns all checks of `program`, compiled and of one device; `begin` is its state."""
-    found = [mean_loss(program, begin), *changes(program, begin)]
+    made = [mean_loss(program, begin), *changes(program, begin)]
     if program.cfg.model.num_moe_layers:
-        found += [*router_updates(program, begin), *against_reference(program)]
-    return found
+        made += [*router_updates(program, begin), *against_reference(program)]
+    return made
 
 
 def served(probes: Sequence[Probe], num_experts: int) -> Check:
@@ -60,15 +61,14 @@ def served(probes: Sequence[Probe], num_experts: int) -> Check:
     nothing.
     """
     sums = [probe.sums for probe in probes]
-    # Null experts are counted behind the others.
+    # [L, B, C], where null experts are counted behind the others.
     assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)
     dropped_L = sum(s["dropped"].sum(1) for s in sums)
+    idle_layers = np.sum(assigned_L <= dropped_L)
     note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
     if not all(whole(s["counts"]) for s in sums):
         note = "mixtures of all tokens: nothing is assigned, and nothing dropped"
-    return Check(
-        "every MoE layer serves somebody", float(np.sum(assigned_L <= dropped_L)), 0.0, note, True
-    )
+    return Check("every MoE layer serves somebody", float(idle_layers), 0.0, note, True)
 
 
 def mean_loss(program: Program, begin: State) -> Check:
@@ -90,31 +90,29 @@ def changes(program: Program, begin: State) -> list[Check]:
     """
     model, batch = program.cfg.model, program.task.random(program.cfg, 0)
     group_rows = model.moe.group_rows if model.num_moe_layers else 1
-    declared = {"padding": "", "sequences": ""}
+    excuses = {"padding": "", "sequences": ""}
     if model.num_moe_layers and ROUTERS[model.moe.router].sees(model.moe.router_options).batch:
-        declared["sequences"] = f"the router {model.moe.router} chooses over all sequences"
+        excuses["sequences"] = f"the router {model.moe.router} chooses over all sequences"
     _, probe = program.step(begin, batch)
-    found = batches.changes(batch, probe.nll, group_rows)
-    checks = [
-        _change(program, begin, name, change, declared[name]) for name, change in found.items()
+    of_batch = batches.changes(batch, probe.nll, group_rows)
+    made = [
+        _change(program, begin, name, change, excuses[name]) for name, change in of_batch.items()
     ]
-    asked = {
-        name: change
-        for name, change in batches.causal(group_rows).items()
-        if name in program.task.hidden
-    }
-    reason = "; ".join(causality.reasons(model)) if causality.sees(model).future else ""
-    excused = [_change(program, begin, name, change, reason) for name, change in asked.items()]
-    if all(check.judged for check in excused):
-        return [*checks, *excused]
+
+    # What a task hides from a token, such as later tokens from a language model.
+    causal = batches.causal(group_rows)
+    asked = {name: change for name, change in causal.items() if name in program.task.hidden}
+    excuse = "; ".join(causality.reasons(model)) if causality.sees(model).future else ""
+    of_future = [_change(program, begin, name, change, excuse) for name, change in asked.items()]
+    made += of_future
+    if all(check.judged for check in of_future):
+        return made
     plain = Program(without_excuse(program.raw), program.lengths).compile()
-    start = plain.initial()
-    again = [_change(plain, start, name, change, "") for name, change in asked.items()]
-    return [
-        *checks,
-        *excused,
-        *(c._replace(claim=f"{c.claim}, with top-k and dropless", note="") for c in again),
-    ]
+    plain_begin = plain.initial()
+    for name, change in asked.items():
+        check = _change(plain, plain_begin, name, change, "")
+        made.append(check._replace(claim=f"{check.claim}, with top-k and dropless", note=""))
+    return made
 
 
 def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +122,10 @@ def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
     new = copy.deepcopy(dict(raw))
     model, moe = new["model"], new["model"]["moe"]
     moe |= {"router": SAFE_ROUTER, "ordering": AS_LISTED, "dispatcher": LOSSLESS}
-    safe = moe["routers"][SAFE_ROUTER]
-    safe["k"] = min(safe["k"], moe["num_experts"])
+    # Its k was not chosen so far, and may be more than there are experts.
+    options = moe["routers"][SAFE_ROUTER]
+    options["k"] = min(options["k"], moe["num_experts"])
+    # Losses of sums that only some routers have.
     needing = [name for name, loss in LOSSES.items() if loss.needs]
     moe["losses"] |= dict.fromkeys(needing, 0.0)
     moe["adaptive"]["rate"] = 0.0
@@ -143,45 +143,45 @@ def router_updates(program: Program, begin: State) -> list[Check]:
     if not before or not routers_learn(program.cfg, begin.params):
         return []
     new, probe = program.step(begin, program.task.random(program.cfg, 0))
-    after, moe = states.of_routers(program, new), program.cfg.model.moe
-    cfg = RouterCfg(
-        moe.num_experts,
-        moe.router_options,
-        moe.group_rows,
-        program.cfg.model.vocab_size,
-        lambda z: z,
-    )
-    found: dict[str, float] = {}
+    after = states.of_routers(program, new)
+    differences: dict[str, float] = {}
     with program.entered():
+        # What depth blocks count beside the routers is no matter of theirs.
         sums = depth.without({name: jnp.asarray(z) for name, z in probe.sums.items()})
         for layer, (old, have) in enumerate(zip(before, after, strict=True)):
             totals = {name: z[layer].sum(0) for name, z in sums.items()}
-            own = {name: jnp.asarray(z) for name, z in old.items() if name != "balance_weight"}
-            want = dict(ROUTERS[moe.router].update(own, totals, cfg))
-            if "balance_weight" in old:
-                want["balance_weight"] = losses.adapt(
-                    jnp.asarray(old["balance_weight"]), totals, moe.adaptive
-                )
-            found |= {f"{name} of layer {layer}": far(want[name], have[name]) for name in want}
-    name, value = largest(found)
-    return [
-        Check(
-            "each router's state follows the load of its own layer",
-            value,
-            LIMIT,
-            name if value else "",
-            True,
-        )
-    ]
+            want = _updated(program.cfg.model, old, totals)
+            for name, value in want.items():
+                differences[f"{name} of layer {layer}"] = far(value, have[name])
+    name, worst = largest(differences)
+    claim = "each router's state follows the load of its own layer"
+    return [Check(claim, worst, LIMIT, name if worst else "", True)]
+
+
+def _updated(
+    model: ModelConfig, old: Mapping[str, np.ndarray], totals: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what the rules of one layer make of its state and its totals of a step."""
+    moe = model.moe
+    cfg = RouterCfg(
+        moe.num_experts, moe.router_options, moe.group_rows, model.vocab_size, lambda z: z
+    )
+    # The weight of the balance losses lies beside the router's own state.
+    own = {name: jnp.asarray(z) for name, z in old.items() if name != "balance_weight"}
+    new = dict(ROUTERS[moe.router].update(own, totals, cfg))
+    if "balance_weight" in old:
+        weight = jnp.asarray(old["balance_weight"])
+        new["balance_weight"] = losses.adapt(weight, totals, moe.adaptive)
+    return new
 
 
 def _change(
-    program: Program, begin: State, name: str, change: batches.Change, declared: str
+    program: Program, begin: State, name: str, change: batches.Change, excuse: str
 ) -> Check:
-    """Applies one change to several batches; `declared` is why the config excuses an effect, "" =
-    it does not.
+    """Applies one change to several batches; `excuse` is why the config excuses an effect, "" = it
+    does not.
     """
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     effect, drops = 0.0, 0.0
     for trial in range(TRIALS):
         batch = program.task.random(program.cfg, trial)
@@ -189,35 +189,25 @@ def _change(
         _, before = program.step(begin, batch)
         _, after = program.step(begin, other)
         same = np.broadcast_to(change.same(batch), before.nll.shape)
-        found[f"loss, {trial}"] = far(before.nll[same], after.nll[same])
-        if name == "padding":
-            found |= {
-                f"{what}, {trial}": value for what, value in _everything(before, after).items()
-            }
+        differences[f"loss, {trial}"] = far(before.nll[same], after.nll[same])
         effect = max(effect, far(before.nll, after.nll))
         if name == "padding":
+            for what, difference in _everything(before, after).items():
+                differences[f"{what}, {trial}"] = difference
             # Where a row has one loss, changed padding must change none at all: so the effect that
             # proves the change is that on the batch itself.
             pairs = zip(batch, other, strict=True)
             effect = max(effect, float(any(not np.array_equal(a, b) for a, b in pairs)))
         drops = max(drops, _drops(before), _drops(after))
     if not effect:
-        return Check(
-            change.claim,
-            float("nan"),
-            LIMIT,
-            "nothing changed at all: the check proves nothing",
-            True,
-        )
-    note = declared
-    if (
-        name == "document"
-        and drops
-        and not declared
-        and DISPATCHERS[program.cfg.model.moe.dispatcher].drops
-    ):
+        note = "nothing changed at all: the check proves nothing"
+        return Check(change.claim, float("nan"), LIMIT, note, True)
+    note = excuse
+    shares_capacity = name == "document" and DISPATCHERS[program.cfg.model.moe.dispatcher].drops
+    if shares_capacity and drops and not excuse:
         note = "documents of a row share capacity, and some assignments were dropped"
-    return Check(change.claim, largest(found)[1], LIMIT, note, not note)
+    _, worst = largest(differences)
+    return Check(change.claim, worst, LIMIT, note, not note)
 
 
 def _everything(a: Probe, b: Probe) -> dict[str, float]:
@@ -235,30 +225,22 @@ def _drops(probe: Probe) -> float:
 
 def against_reference(program: Program) -> list[Check]:
     """Checks the MoE layer against plain arithmetic, with the kernels of CPUs and accelerators."""
-    dense = reference.compare(program)
+    here = reference.compare(program)
     with of_other_platforms():
-        other = reference.compare(program)
+        there = reference.compare(program)
 
-    def worst(found):
-        return found.where if np.isnan(found.output) else f"worst: {found.where}"
+    def worst(compared):
+        # Where nothing could be compared, `where` says why.
+        return compared.where if np.isnan(compared.output) else f"worst: {compared.where}"
 
-    _, accelerators = largest({"output": other.output, "gradient": other.gradient})
+    _, accelerators = largest({"output": there.output, "gradient": there.gradient})
+    values = {
+        "the MoE layer equals plain arithmetic over all experts": (here.output, ""),
+        "and so do its gradients": (here.gradient, worst(here)),
+        "and both with the kernel of accelerators": (accelerators, worst(there)),
+    }
     return [
-        Check(
-            "the MoE layer equals plain arithmetic over all experts",
-            dense.output,
-            REFERENCE_LIMIT,
-            "",
-            True,
-        ),
-        Check("and so do its gradients", dense.gradient, REFERENCE_LIMIT, worst(dense), True),
-        Check(
-            "and both with the kernel of accelerators",
-            accelerators,
-            REFERENCE_LIMIT,
-            worst(other),
-            True,
-        ),
+        Check(claim, value, REFERENCE_LIMIT, note, True) for claim, (value, note) in values.items()
     ]
 
 
@@ -267,10 +249,5 @@ def attention(length: int) -> Check:
     block.
     """
     claim = "attention in blocks equals attention at once"
-    return Check(
-        claim,
-        reference.attention_kernels(length),
-        REFERENCE_LIMIT,
-        f"{min(length, reference.LONGEST)} tokens",
-        True,
-    )
+    note = f"{min(length, reference.LONGEST)} tokens"
+    return Check(claim, reference.attention_kernels(length), REFERENCE_LIMIT, note, True)

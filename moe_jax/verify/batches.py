@@ -30,8 +30,13 @@ class Change(NamedTuple):
 
 def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
     """Returns where a loss counts, with the shape of the losses."""
-    names = ("weight_B",) if nll.ndim == 1 else ("weight_BS", "target_weight_BL", "segment_BS")
-    return next(getattr(batch, name) for name in names if name in type(batch)._fields) > 0
+    if nll.ndim == 1:
+        names = ("weight_B",)
+    else:
+        # What predicts beside padding has weights; else padding alone does not count.
+        names = ("weight_BS", "target_weight_BL", "segment_BS")
+    first = next(name for name in names if name in type(batch)._fields)
+    return getattr(batch, first) > 0
 
 
 def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
@@ -40,27 +45,27 @@ def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
     `group_rows` rows share capacity, so a sequence must change no loss of another group.
     """
 
-    def odd(batch):
-        return batch.row_B // group_rows % 2 == 1
+    def in_odd_group(batch, ndim):
+        """Returns booleans [B, 1, ...] with `ndim` dimensions."""
+        odd_B = batch.row_B // group_rows % 2 == 1
+        return odd_B.reshape(-1, *[1] * (ndim - 1))
 
-    def rows(z_B):
-        return z_B.reshape(-1, *[1] * (nll.ndim - 1))
+    def redraw_odd_groups(batch, rng):
+        return _redraw(batch, rng, lambda valid: valid & in_odd_group(batch, valid.ndim))
 
-    found = {
-        "padding": Change(
-            "padding changes nothing, gradients included", _padding, lambda b: weight(b, nll) > 0
-        ),
-        "sequences": Change(
-            "a sequence changes no other's loss",
-            lambda b, rng: _redraw(
-                b, rng, lambda valid: valid & odd(b).reshape(-1, *[1] * (valid.ndim - 1))
-            ),
-            lambda b: (weight(b, nll) > 0) & rows(~odd(b)),
-        ),
-    }
-    if not any(name in type(batch)._fields for name in ("segment_BS", "weight_BL")):
-        del found["padding"]
-    return found
+    def counts(batch):
+        return weight(batch, nll) > 0
+
+    def counts_in_even_groups(batch):
+        return counts(batch) & ~in_odd_group(batch, nll.ndim)
+
+    changes = {}
+    if any(name in type(batch)._fields for name in ("segment_BS", "weight_BL")):
+        claim = "padding changes nothing, gradients included"
+        changes["padding"] = Change(claim, _padding, counts)
+    claim = "a sequence changes no other's loss"
+    changes["sequences"] = Change(claim, redraw_odd_groups, counts_in_even_groups)
+    return changes
 
 
 def causal(group_rows: int) -> dict[str, Change]:
@@ -72,35 +77,36 @@ def causal(group_rows: int) -> dict[str, Change]:
         """Returns where the first half of a row is, and its prefix, where all tokens see each
         other.
         """
-        place_1S = np.arange(batch.segment_BS.shape[1])[None]
+        length = batch.segment_BS.shape[1]
         prefix_B1 = batch.prefix_BS.sum(1, keepdims=True) if hasattr(batch, "prefix_BS") else 0
-        return (place_1S < np.maximum(batch.segment_BS.shape[1] // 2, prefix_B1)) & (
-            batch.segment_BS > 0
-        )
+        before_BS = np.arange(length)[None] < np.maximum(length // 2, prefix_B1)
+        return before_BS & (batch.segment_BS > 0)
 
-    # The last row of each group alone: its later tokens come after every other token of the group.
-    def last(batch):
-        return (batch.row_B % group_rows == group_rows - 1)[:, None]
+    def redraw_later_tokens(batch, rng):
+        # The last row of each group alone: its later tokens come after every other token of the
+        # group.
+        last_row_B1 = (batch.row_B % group_rows == group_rows - 1)[:, None]
+        later_BS = (batch.segment_BS > 0) & ~early(batch)
+        return _redraw_tokens(batch, rng, later_BS & last_row_B1)
+
+    def redraw_first_document(batch, rng):
+        return _redraw_tokens(batch, rng, batch.segment_BS == 1)
+
+    def in_second_document(batch):
+        return batch.segment_BS == 2
 
     return {
-        "future": Change(
-            "later tokens change no earlier loss",
-            lambda b, rng: _tokens(b, rng, (b.segment_BS > 0) & ~early(b) & last(b)),
-            early,
-        ),
+        "future": Change("later tokens change no earlier loss", redraw_later_tokens, early),
         "document": Change(
-            "a document changes no later one's loss",
-            lambda b, rng: _tokens(b, rng, b.segment_BS == 1),
-            lambda b: b.segment_BS == 2,
+            "a document changes no later one's loss", redraw_first_document, in_second_document
         ),
     }
 
 
-def _tokens(batch: Any, rng: np.random.Generator, where_BS: np.ndarray) -> Any:
+def _redraw_tokens(batch: Any, rng: np.random.Generator, where_BS: np.ndarray) -> Any:
     """Returns the batch with other tokens where `where_BS`."""
-    return batch._replace(
-        tokens_BS=np.where(where_BS, _fresh(batch.tokens_BS, rng), batch.tokens_BS)
-    )
+    tokens_BS = np.where(where_BS, _fresh(batch.tokens_BS, rng), batch.tokens_BS)
+    return batch._replace(tokens_BS=tokens_BS)
 
 
 def _fresh(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -114,14 +120,15 @@ def _redraw(
     batch: Any, rng: np.random.Generator, where: Callable, skip: tuple[str, ...] = LABELS
 ) -> Any:
     """Returns the batch with its contents drawn anew where `where(valid)` says."""
-    new = {}
+    redrawn = {}
     for name, mask in CONTENTS.items():
         if name in type(batch)._fields and name not in skip:
             values, valid = getattr(batch, name), getattr(batch, mask) > 0
             chosen = where(valid)
+            # A vector [B, S, P] is drawn anew as a whole.
             chosen = chosen.reshape(chosen.shape + (1,) * (values.ndim - chosen.ndim))
-            new[name] = np.where(chosen, _fresh(values, rng), values)
-    return batch._replace(**new)
+            redrawn[name] = np.where(chosen, _fresh(values, rng), values)
+    return batch._replace(**redrawn)
 
 
 def _padding(batch: Any, rng: np.random.Generator) -> Any:

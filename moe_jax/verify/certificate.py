@@ -51,9 +51,12 @@ def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
     options, and the losses that are not 0.
     """
     block = raw["model"]["moe"]
-    chosen = {one: {block[one]: block[one + "s"][block[one]]} for one in ("router", "ordering")}
-    chosen["dispatcher"] = {block["dispatcher"]: block["dispatchers"][block["dispatcher"]]}
-    return chosen | {"losses": {name: value for name, value in block["losses"].items() if value}}
+    proven = {}
+    for choice in ("router", "ordering", "dispatcher"):
+        chosen = block[choice]
+        proven[choice] = {chosen: block[f"{choice}s"][chosen]}
+    proven["losses"] = {name: value for name, value in block["losses"].items() if value}
+    return proven
 
 
 def mesh(row: Row) -> dict[str, Any]:
@@ -84,33 +87,27 @@ def commit() -> str:
     """Returns the commit of the code that ran, "" outside of a git repository; it ends in "-dirty"
     when files differ from it.
     """
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    # No tag matches --exclude=*, so that it describes the commit by its hash.
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
 
-def check(path: Path) -> None:
+def refuse_unwritable(path: Path) -> None:
     """Raises UserError where no file can be written, before minutes are spent on what it shall
     hold.
 
     It leaves no empty file behind.
     """
-    there = path.exists()
+    existed = path.exists()
     try:
+        # "a" leaves the content of an older certificate alone.
         with path.open("a"):
             pass
-        if not there:
+        if not existed:
             path.unlink()
     except OSError as e:
         raise UserError(f"--certificate {path} cannot be written: {e.strerror}") from e
@@ -134,31 +131,28 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     ]
     lines += [f"- set: `{change}`" for change in certificate["set"]]
     lines += [f"- {name}: `{json.dumps(value)}`" for name, value in certificate["moe"].items()]
-    lines += [
-        "- " + ", ".join(f"{name} {number}" for name, number in certificate["versions"].items()),
-        "",
-    ]
-    lines += _table(
-        ("key", "yours", "shrunk", "why"), [rule.values() for rule in certificate["shrunk"]]
-    )
+    versions = [f"{name} {number}" for name, number in certificate["versions"].items()]
+    lines += ["- " + ", ".join(versions), ""]
+    rules = [rule.values() for rule in certificate["shrunk"]]
+    lines += _table(("key", "yours", "shrunk", "why"), rules)
     checks = list(LIMITS)
-    meshes = [[m["mesh"], *_deviations(m, checks)] for m in certificate["meshes"]]
-    lines += _table(
-        ("mesh", *checks), [["limit", *(f"{LIMITS[name]:.0e}" for name in checks)], *meshes]
-    )
-    alone = [
-        (c["claim"], f"{c['value']:.1e}", f"{c['limit']:.0e}", c["note"])
-        for c in certificate["one_device"]
-    ]
-    return "\n".join(lines + _table(("on one device", "deviation", "limit", "note"), alone)).strip()
+    limits = ["limit", *(f"{LIMITS[name]:.0e}" for name in checks)]
+    meshes = [[mesh["mesh"], *_deviations(mesh, checks)] for mesh in certificate["meshes"]]
+    lines += _table(("mesh", *checks), [limits, *meshes])
+    alone = []
+    for check in certificate["one_device"]:
+        value, limit = f"{check['value']:.1e}", f"{check['limit']:.0e}"
+        alone.append((check["claim"], value, limit, check["note"]))
+    lines += _table(("on one device", "deviation", "limit", "note"), alone)
+    return "\n".join(lines).strip()
 
 
 def _deviations(mesh: Mapping[str, Any], checks: list[str]) -> list[str]:
     """Returns the cells of one mesh: its worst deviations, or why there are none."""
-    if not mesh["deviations"]:
+    worst = mesh["deviations"]
+    if not worst:
         return [mesh["refused"] or mesh["failure"], *[""] * (len(checks) - 1)]
-    found = mesh["deviations"]
-    return [f"{found[name]['value']:.1e}" if name in found else "-" for name in checks]
+    return [f"{worst[name]['value']:.1e}" if name in worst else "-" for name in checks]
 
 
 def _table(head: Any, rows: Any) -> list[str]:

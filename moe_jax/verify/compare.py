@@ -63,15 +63,19 @@ def deviations(
     """
     worst: dict[str, Deviation] = {}
     first = None
-    for step, (a, b) in enumerate(zip(want, have, strict=True)):
-        found = {d.check: d for d in _of_step(a, b, step)}
+    for step, (want_probe, have_probe) in enumerate(zip(want, have, strict=True)):
+        now = {deviation.check: deviation for deviation in _of_step(want_probe, have_probe, step)}
         if step == len(want) - 1:
-            found["state"] = _worst("state", _absolute(want_state, have_state), step)
-        for check in (c for c in ORDER if c in found):
-            if first is None and not found[check].sound:
-                first = found[check]
-            both = {"before": worst.get(check, found[check]), "now": found[check]}
-            worst[check] = both[largest({name: d.value for name, d in both.items()})[0]]
+            now["state"] = _worst("state", _absolute(want_state, have_state), step)
+        for check in ORDER:
+            if check not in now:
+                continue
+            if first is None and not now[check].sound:
+                first = now[check]
+            # `largest`, because NaN is worse than any number.
+            both = {"before": worst.get(check, now[check]), "now": now[check]}
+            which, _ = largest({name: deviation.value for name, deviation in both.items()})
+            worst[check] = both[which]
     return worst, first
 
 
@@ -80,26 +84,30 @@ def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
     yield Deviation("forward", abs(want.loss - have.loss), "", step)
     yield Deviation("tokens", far(want.nll, have.nll), "", step)
     if want.sums:
-        for check, (total, entry) in EXACT.items():
-            parts = {
-                "rows": (total, want.sums, have.sums),
-                "single choices": (entry, want.routing, have.routing),
-            }
-            differ = {
-                of: unequal(a[name], b[name]) for of, (name, a, b) in parts.items() if name in a
-            }
-            yield _worst(check, differ, step)
-        others = {
-            name: (x, have.sums[name])
-            for name, x in want.sums.items()
-            if name not in ("counts", "dropped")
-        }
-        if want.routing:
-            others["gates of single choices"] = (want.routing["gate"], have.routing["gate"])
-        others |= {f"metric {name}": pair for name, pair in metrics(want, have).items()}
-        relative = {name: far(a, b, np.maximum(np.abs(a), 1)) for name, (a, b) in others.items()}
-        yield _worst("sums", relative, step)
+        yield from _of_sums(want, have, step)
     yield _worst("gradients", relative_gradients(want.grads, have.grads), step)
+
+
+def _of_sums(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
+    """Yields the deviations of what MoE layers count, and of all other statistics."""
+    for check, (of_rows, of_choices) in EXACT.items():
+        differ = {}
+        if of_rows in want.sums:
+            differ["rows"] = unequal(want.sums[of_rows], have.sums[of_rows])
+        if of_choices in want.routing:
+            pair = want.routing[of_choices], have.routing[of_choices]
+            differ["single choices"] = unequal(*pair)
+        yield _worst(check, differ, step)
+    pairs = {
+        name: (value, have.sums[name])
+        for name, value in want.sums.items()
+        if name not in ("counts", "dropped")
+    }
+    if want.routing:
+        pairs["gates of single choices"] = (want.routing["gate"], have.routing["gate"])
+    pairs |= {f"metric {name}": pair for name, pair in metrics(want, have).items()}
+    relative = {name: far(a, b, np.maximum(np.abs(a), 1)) for name, (a, b) in pairs.items()}
+    yield _worst("sums", relative, step)
 
 
 def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
@@ -111,10 +119,12 @@ def metrics(want: Probe, have: Probe) -> dict[str, tuple[Any, Any]]:
     skip = ("micro_batch_balance_loss", "finite_leaves")
 
     def flat(probe):
-        return flatten_dict({n: z for n, z in probe.metrics.items() if n not in skip}, sep="/")
+        kept = {name: value for name, value in probe.metrics.items() if name not in skip}
+        flattened = flatten_dict(kept, sep="/")
+        return {name: np.asarray(value, np.float64) for name, value in flattened.items()}
 
-    a, b = flat(want), flat(have)
-    return {name: (np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)) for name in a}
+    want_values, have_values = flat(want), flat(have)
+    return {name: (value, have_values[name]) for name, value in want_values.items()}
 
 
 def relative_gradients(
@@ -123,10 +133,11 @@ def relative_gradients(
     """Returns the deviation of every gradient relative to its largest entry, or to a millionth of
     the largest of all: some are only rounding.
     """
-    largest = max((float(np.abs(g).max()) for g in want.values()), default=0.0)
-    floor = max(1e-6 * largest, np.finfo(np.float64).tiny)  # where all are 0, equal is no deviation
+    sizes = {name: float(np.abs(gradient).max()) for name, gradient in want.items()}
+    # Where all are 0, equal is no deviation: the scale must not be 0 too.
+    floor = max(1e-6 * max(sizes.values(), default=0.0), np.finfo(np.float64).tiny)
     return {
-        name: far(g, have[name], max(float(np.abs(g).max()), floor)) for name, g in want.items()
+        name: far(gradient, have[name], max(sizes[name], floor)) for name, gradient in want.items()
     }
 
 
@@ -134,7 +145,8 @@ def unequal(a: np.ndarray, b: np.ndarray) -> float:
     """Returns how many entries differ; soft MoE counts fractions, which may differ by rounding."""
     if a.dtype == bool:
         return float((a != b).sum())
-    return float((np.abs(a - b) > (0 if whole(a) else 1e-10)).sum())
+    allowed = 0 if whole(a) else 1e-10
+    return float((np.abs(a - b) > allowed).sum())
 
 
 def whole(a: np.ndarray) -> bool:
@@ -144,9 +156,8 @@ def whole(a: np.ndarray) -> bool:
 
 def far(a: Any, b: Any, scale: Any = 1.0) -> float:
     """Returns the largest |a - b| / scale; NaN where either is."""
-    return float(
-        (np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) / scale).max(initial=0.0)
-    )
+    difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+    return float((difference / scale).max(initial=0.0))
 
 
 def largest(values: Mapping[str, float]) -> tuple[str, float]:
@@ -154,7 +165,8 @@ def largest(values: Mapping[str, float]) -> tuple[str, float]:
 
     NaN counts as larger than any number, which for `max` it is not.
     """
-    name = max(values, key=lambda n: np.inf if np.isnan(values[n]) else values[n], default="")
+    with_infinity = {name: np.inf if np.isnan(value) else value for name, value in values.items()}
+    name = max(values, key=lambda name: with_infinity[name], default="")
     return name, values.get(name, 0.0)
 
 
@@ -179,15 +191,15 @@ class Rounded(NamedTuple):
 
 def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
     """Returns how a float32 run compares with one device's, step by step."""
-    loss = max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(want, have, strict=True))
-    parted = (
-        "counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"])
-        for a, b in zip(want, have)
-    )
-    return Rounded(
-        loss, next((step for step, differs in enumerate(parted) if differs), None), len(want)
-    )
+    loss, flip = 0.0, None
+    for step, (a, b) in enumerate(zip(want, have, strict=True)):
+        loss = max(loss, abs(a.loss - b.loss) / abs(a.loss))
+        counts_differ = "counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"])
+        if counts_differ and flip is None:
+            flip = step
+    return Rounded(loss, flip, len(want))
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    # Soft MoE counts fractions, which float32 rounds.
     return np.array_equal(a, b) if whole(a) else np.allclose(a, b, rtol=1e-3)

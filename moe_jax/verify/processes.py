@@ -21,45 +21,46 @@ from moe_jax.verify.program import Probe, Program
 
 LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
 SAVED = "of_processes"  # where they write their checkpoint together
+REPORT = "report.pickle"  # of process 0
 SECONDS = 300  # after which a process is taken to hang
 
 
-class Told(NamedTuple):
+class Report(NamedTuple):
     """Holds what process 0 reports."""
 
     probes: list[Probe]
     end: dict[str, Any]
 
 
-def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Told | str:
+def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Report | str:
     """Runs a config on `count` processes from the state in folder/begin.
 
     Returns the report, or what went wrong.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    # The system gives a port that is free, and the processes meet there.
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
     job = folder / "job.json"
     job.write_text(json.dumps({"raw": raw, "steps": steps, "count": count, "address": address}))
     command = [sys.executable, "-m", "moe_jax.verify.processes", str(job)]
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     started = [
-        subprocess.Popen(
-            [*command, str(i)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(count)
+        subprocess.Popen([*command, str(index)], text=True, **streams) for index in range(count)
     ]
     try:
         failures = [
             failure(process, f"process {index} of {count}") for index, process in enumerate(started)
         ]
-    finally:  # none outlives this one, which may have been interrupted
+    finally:
+        # None outlives this one, which may have been interrupted.
         for process in started:
             process.kill()
             process.wait()
     if any(failures):
         return next(filter(None, failures))
-    probes, end = pickle.loads((folder / "told").read_bytes())
-    return Told([Probe(*probe) for probe in probes], end)
+    probes, end = pickle.loads((folder / REPORT).read_bytes())
+    return Report([Probe(*probe) for probe in probes], end)
 
 
 def failure(process: subprocess.Popen[str], name: str) -> str:
@@ -72,8 +73,9 @@ def failure(process: subprocess.Popen[str], name: str) -> str:
         process.wait()
     if not process.returncode:
         return ""
-    last = (text.strip().splitlines() or ["without a word"])[-1]
-    return f"{name} ends with {process.returncode}: {last[:300]}"
+    # The last line of a traceback is its error.
+    last_line = (text.strip().splitlines() or ["without a word"])[-1]
+    return f"{name} ends with {process.returncode}: {last_line[:300]}"
 
 
 def work(path: Path, index: int) -> None:
@@ -87,10 +89,12 @@ def work(path: Path, index: int) -> None:
     program = Program(job["raw"], LENGTHS).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
-    told = [tuple(probe) for probe in (*probes, program.tied(begin))], states.named(program, end)
+    # As plain tuples: here Probe is a class of __main__, which the reader does not have.
+    plain = [tuple(probe) for probe in (*probes, program.tied(begin))]
+    report = plain, states.named(program, end)
     states.write(program, end, path.parent / SAVED)
     if index == 0:
-        (path.parent / "told").write_bytes(pickle.dumps(told))
+        (path.parent / REPORT).write_bytes(pickle.dumps(report))
 
 
 if __name__ == "__main__":

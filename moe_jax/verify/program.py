@@ -23,7 +23,8 @@ from moe_jax.moe.probe import ROUTING, split
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.parallel.compiling import QUICK
-from moe_jax.schema.config import DEPTH, ModelConfig
+from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.config import ModelConfig
 from moe_jax.tasks import TASKS
 
 

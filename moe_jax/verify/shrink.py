@@ -1,9 +1,9 @@
 """A user's config made small enough to be proven in minutes, by stated rules that keep whatever
 decides how it is parallelised.
 
-Kept as they are: the router and its options, the dispatcher and its options, the losses,
-group_rows, shared experts, prefix, period and suffix, scan, remat, activation, biases, norms,
-tying, dropout, the optimizer and its options. What changes is listed, with a reason.
+Kept as they are: the attention, the router and its options, the dispatcher and its options, the
+losses, group_rows, shared experts, prefix, period and suffix, scan, remat, activation, biases,
+norms, tying, dropout, the optimizer and its options. What changes is listed, with a reason.
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from moe_jax import config
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.schema.config import NO_RULE
@@ -81,6 +82,9 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     )
     for name, value in MODELS[model["kind"]].small(model["kinds"][model["kind"]], SEQ_LEN):
         yield f"model.kinds.{model['kind']}.{name}", value, "small"
+    attention = model["attention"]
+    for name, value in ATTENTIONS[attention].small(model["attentions"][attention], SEQ_LEN):
+        yield f"model.attentions.{attention}.{name}", value, "short rows have tokens beyond it"
     ordering = model["moe"]["ordering"]
     if "tile" in model["moe"]["orderings"][ordering]:
         yield (

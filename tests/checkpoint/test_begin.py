@@ -28,7 +28,7 @@ def saves(tmp_path):
 
 def go_on(saves, changes, data="f" * 64):
     cfg, raw = tiny.build(changes=changes), tiny.raw(changes)
-    return resumed(cfg, saves, saves.latest(), {"config": raw, "data": data}, tiny.raw())
+    return resumed(cfg, saves, saves.latest(), {"config": raw, "data": data})
 
 
 def test_the_same_data_at_another_place_are_told(saves):
@@ -223,8 +223,13 @@ DENSE = {"model.period": ("dense",)}
             "data.heldout_every does nothing",
         ),
         ({"data.heldout_every": 3}, 0, ""),
+        (
+            {"data.sources": (("poems=embedded:verse", 1.0),), "data.heldout_every": 3},
+            0,
+            "",
+        ),
     ],
 )
 def test_what_does_nothing_is_told(changes, start, said):
-    notes = idle.notes(tiny.build(changes=changes), tiny.raw(changes), tiny.raw(), start)
+    notes = idle.notes(tiny.build(changes=changes), tiny.raw(changes), start)
     assert len(notes) == bool(said) and said in "".join(notes)

@@ -114,6 +114,8 @@ OWN_FLAGS = (
     "num_processes",
     "process_id",
     "distributed",
+    "preflight",
+    "allow_change",
 )
 
 

@@ -18,6 +18,7 @@ import tiny
 import moe_jax
 from moe_jax import config
 from moe_jax.config import causality, tree
+from moe_jax.data.sources import SOURCES
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.models import MODELS, decoder
@@ -30,13 +31,13 @@ from moe_jax.moe.routing.contract import (
     Router,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
 from moe_jax.moe.sparse import RULES
 from moe_jax.parallel import mesh
 from moe_jax.plan import flops
-from moe_jax.schema.config import KindOptions
+from moe_jax.schema.blocks import KindOptions
 from moe_jax.schema.options import NUMBER, POSITIVE, option
 from moe_jax.tasks import TASKS
 from moe_jax.verify.run import Wanted, verify
@@ -52,11 +53,11 @@ class LeastOptions:
 def least(params, state, tokens, *, cfg, rng, train):
     """Routes each token to the k experts of the smallest logits, with equal gates."""
     del state, rng, train
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(-logits_TE), cfg.options.k)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    gate_TK, expert_index_TK = jax.lax.top_k(jax.nn.softmax(-router_logits_TE), cfg.options.k)
     gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
 def least_declared(num_experts, options):
@@ -225,6 +226,7 @@ CHOICES = {
     "pattern": set(tree.options_of("model.moe.sparse.pattern")),
     "optimizer": set(tree.options_of("optim.optimizer")),
     "schedule": set(tree.options_of("optim.schedule")),
+    "source": set(SOURCES),
 }
 REGISTRIES = {
     "moe/routing/__init__.py",
@@ -237,6 +239,7 @@ REGISTRIES = {
     "tasks/__init__.py",
     "optim/optimizers/__init__.py",
     "optim/schedules/__init__.py",
+    "data/sources/__init__.py",
 }
 # What still knows a name. This list only shrinks: each says why, or what will take its place.
 LEFT = {

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from moe_jax import config, train_step
 from moe_jax.config import config_file, idle
-from moe_jax.plan import card
+from moe_jax.plan import abstract, card, card_tables
 from moe_jax.report.metrics import read_rows
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.lm import task as lm
@@ -61,16 +61,15 @@ def built(name):
 def test_a_config_sets_nothing_that_does_nothing(name):
     stem, colon, variant = name.partition(":")
     path = Path(f"{ROOT}/configs/{stem}.py{colon}{variant}")
-    defaults = config_file.default_values()
-    assert idle.notes(built(name), config_file.read(path), defaults, start=0) == []
+    assert idle.notes(built(name), config_file.read(path), start=0) == []
 
 
-def traced(cfg, model, abstract):
+def traced(cfg, model, state):
     """The compiled train step of the card, traced and not compiled: every shape fits, and no
     seconds pass.
     """
-    step = train_step.make_step(cfg, model, train_step.make_tx(cfg, abstract.params))
-    jax.eval_shape(step, abstract, jax.tree.map(card._abstract, TASKS[cfg.task].random(cfg, 0)))
+    step = train_step.make_step(cfg, model, train_step.make_tx(cfg, state.params))
+    jax.eval_shape(step, state, abstract.abstract_batch(TASKS[cfg.task].random(cfg, 0)))
     return card.Compiled(argument=4, output=3, alias=2, temporary=1, seconds=0.0)
 
 
@@ -78,7 +77,7 @@ def shown(cfg):
     """The rendered card of a config."""
     console = Console(width=80, record=True, file=open(os.devnull, "w"))
     with console.file, jax.set_mesh(meshes.make(cfg.mesh.data, cfg.mesh.expert, cfg.mesh.model)):
-        console.print(card.render(card.card(cfg)))
+        console.print(card_tables.render(card.card(cfg)))
     return console.export_text()
 
 

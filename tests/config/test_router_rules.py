@@ -9,7 +9,7 @@ from moe_jax.decoding.sample import make_sampler
 from moe_jax.errors import UserError
 from moe_jax.models import decodable
 from moe_jax.moe.dispatch import DISPATCHERS
-from moe_jax.plan import card, flops
+from moe_jax.plan import dispatch, flops
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_buffer_and_the_flops_of_slots_are_told():
     A row of 8 tokens costs 32 expert rows, and mixing 2 x 32 x 16 a token.
     """
     cfg = tiny.build((2, 1, 1), SOFT)
-    assert card.buffer_note(cfg).startswith("slots: 256 rows, ")
+    assert dispatch.buffer_note(cfg).startswith("slots: 256 rows, ")
     forward = flops.forward_per_token(cfg.model, cfg.data.seq_len)
     assert (
         forward.experts == 2 * 2 * 3 * 16 * 16 * 32 / 8
@@ -114,7 +114,7 @@ def test_the_buffer_and_the_flops_of_slots_are_told():
     )  # layers, multiply-add, phi, scale, mixing
     halved = tiny.build((2, 1, 1), SOFT | {"model.moe.group_rows": 2})
     assert flops.forward_per_token(halved.model, 8).experts == forward.experts / 2
-    assert card.buffer_note(halved).startswith("slots: 128 rows, ")
+    assert dispatch.buffer_note(halved).startswith("slots: 128 rows, ")
 
 
 @pytest.mark.parametrize(

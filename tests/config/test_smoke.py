@@ -39,7 +39,7 @@ TINY = {
 def begin(workdir, raw):
     cfg = config.build(raw, 1)
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        return cfg, train.run(cfg, raw, tiny.raw(), workdir, time.monotonic())
+        return cfg, train.run(cfg, raw, workdir, time.monotonic())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moe_jax.data import sources
+from moe_jax import extras
+from moe_jax.commands import prepare
+from moe_jax.data import load, sources
+from moe_jax.data.documents import Document
+from moe_jax.data.sources.contract import Source
 from moe_jax.errors import UserError
 
 TEXTS = ["Él dijo:\n¿qué?\n", "second, with 日本\n", "third"]
@@ -145,6 +149,64 @@ def test_embedded_domains_can_be_chosen_and_labelled():
     chosen = read("embedded:verse,drama")
     assert list(dict.fromkeys(document.domain for document in chosen)) == ["verse", "drama"]
     assert {document.domain for document in read("poems=embedded:verse")} == {"poems"}
+
+
+def read_numbers(argument):
+    """Yields a document for each number up to the argument, and an empty one before them."""
+    yield Document("", "none")
+    for number in range(int(argument)):
+        yield Document(f"number {number}\n", "even" if number % 2 == 0 else "odd")
+
+
+NUMBERS = Source(
+    argument_syntax=":HOW_MANY", needs_argument=True, packed_by_run=False, read=read_numbers
+)
+
+
+def test_a_source_that_is_registered_is_all_there_is_to_do(monkeypatch, capsys):
+    monkeypatch.setitem(sources.SOURCES, "numbers", NUMBERS)
+    assert read("numbers:2") == [("number 0\n", "even"), ("number 1\n", "odd")]
+    assert read("all=numbers:2") == [("number 0\n", "all"), ("number 1\n", "all")]
+    with pytest.raises(UserError, match=r"'numbers' names nothing after numbers: .*numbers:HOW_M"):
+        read("numbers")
+    with pytest.raises(UserError, match="'numbers:0' has no text: every document of it is empty"):
+        read("numbers:0")
+    with pytest.raises(UserError, match=r"is none of: embedded.* numbers:HOW_MANY, each with an"):
+        read("digits:2")
+    with pytest.raises(SystemExit):
+        prepare.parse(["--help"])
+    assert "numbers:HOW_MANY" in capsys.readouterr().out
+
+
+def test_a_source_needs_the_extra_that_it_declares(monkeypatch):
+    needy = NUMBERS._replace(extra_modules=("never_heard_of",))
+    monkeypatch.setitem(sources.SOURCES, "numbers", needy)
+    monkeypatch.setitem(extras.DISTRIBUTIONS, "never_heard_of", "never-heard-of")
+    with pytest.raises(UserError, match=r"source 'numbers:2' needs never-heard-of \(not installed"):
+        read("numbers:2")
+
+
+def test_a_run_packs_a_source_that_says_so_and_no_other(monkeypatch):
+    sizes = {"seq_len": 8, "slice_bytes": 0, "heldout_bytes": 0, "heldout_every": 2, "seed": 0}
+    monkeypatch.setitem(sources.SOURCES, "numbers", NUMBERS)
+    with pytest.raises(
+        UserError, match=r"'numbers:8' must be prepared first: .*--source 'numbers:"
+    ):
+        load.open_dataset([("numbers:8", 1.0)], **sizes)
+    monkeypatch.setitem(sources.SOURCES, "numbers", NUMBERS._replace(packed_by_run=True))
+    opened = load.open_dataset([("numbers:8", 1.0)], **sizes)
+    assert opened.domains == ("even", "odd") and opened.documents("heldout") == {
+        "even": 2,
+        "odd": 2,
+    }
+    with pytest.raises(UserError, match=r"nor embedded\[:DOMAIN,...\] or numbers:HOW_MANY"):
+        load.open_dataset([("nowhere", 1.0)], **sizes)
+
+
+@pytest.mark.parametrize("kind", sources.SOURCES)
+def test_the_syntax_of_a_source_shows_whether_it_needs_an_argument(kind):
+    source = sources.SOURCES[kind]
+    assert source.argument_syntax.startswith(":" if source.needs_argument else "[:")
 
 
 FILES = {

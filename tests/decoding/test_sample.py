@@ -16,7 +16,7 @@ from moe_jax.data.tokenizer import Tokenizer, bytes_tokenizer
 from moe_jax.decoding import sample
 from moe_jax.decoding.sample import Row, Settings, make_sampler, split_at_stop
 from moe_jax.errors import UserError
-from moe_jax.models.attention import Cache
+from moe_jax.models.attentions.contract import Cache
 from moe_jax.models.decodable import with_dispatcher
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import mesh

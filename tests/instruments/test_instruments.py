@@ -59,7 +59,7 @@ def test_files_are_the_same_on_every_mesh_with_accumulation(float64, tmp_path):
     assert sorted(p.name for p in one.iterdir()) == ["manifest.json", "step_00000001.npz"]
     for path in one.iterdir():
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
-    arrays = record.read(one, 1)
+    arrays = record.read_step(one, 1)
     assert {name: (z.dtype, z.shape) for name, z in arrays.items()} == {
         "expert": (np.uint8, (2, 16, 16, 2)),
         "gate": (np.float16, (2, 16, 16, 2)),
@@ -83,7 +83,7 @@ def test_files_are_the_same_on_every_mesh_with_accumulation(float64, tmp_path):
         UserError,
         match=r"no routing of step 7 is recorded in .*1x1x1: it has \[1\] \(record.steps\)",
     ):
-        record.read(one, 7)
+        record.read_step(one, 7)
 
 
 def test_micro_batches_come_back_in_the_order_of_the_rows():
@@ -146,7 +146,7 @@ def test_what_an_ordering_drops_is_recorded(float64):
     }
     with jax.set_mesh(meshes.make(1, 1, 1)):
         run = probed(changes=rounding | {"model.repeats": 1})
-        inputs, model = held_out.place(run, run.batches[0]), make_model(run.cfg.model)
+        inputs, model = held_out.put_batch(run, run.batches[0]), make_model(run.cfg.model)
         seen = lm.model_batch(inputs, probe.ROUTING)
 
         def train(*weights):
@@ -267,8 +267,8 @@ def test_a_training_step_takes_the_routing_it_is_given(run):
     expert, gate = (
         held_out.of_all_blocks(run.cfg.model, fields[name]) for name in ("expert", "gate")
     )
-    given = held_out.place(run, run.batches[0], probe.Request((expert, gate)))
-    plain = held_out.place(run, run.batches[0])
+    given = held_out.put_batch(run, run.batches[0], probe.Request((expert, gate)))
+    plain = held_out.put_batch(run, run.batches[0])
     grads = [
         language_gradient(run, run.cfg.model, plain),
         language_gradient(run, replay.under(run.cfg.model, 2, "router"), given),

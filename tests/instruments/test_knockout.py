@@ -119,7 +119,7 @@ def test_changes_are_those_of_the_sums_and_lie_in_their_intervals(run):
     """
     found = knockout.measure(run, "removed", seed=3)
     sums = held_out.make_sums(run, run.cfg.model)
-    inputs = held_out.place(run, run.batches[0])
+    inputs = held_out.put_batch(run, run.batches[0])
     before, after = (
         sums(
             run.params,

@@ -50,7 +50,7 @@ def test_own_routing_is_the_training_itself_and_no_other_is(float64):
             rows = local_rows(size)
             now, _ = step_fn(now, put(batches.rows(step, rows), rows, size))
         sums_of = held_out.make_sums(run, run.cfg.model)
-        sums = sums_of(now.params, now.router_state, held_out.place(run, run.batches[0]))
+        sums = sums_of(now.params, now.router_state, held_out.put_batch(run, run.batches[0]))
     assert abs(result["own"]["loss"] - held_out.figures(run, [sums])["loss"]) < 1e-12
     assert result.keys() == retrain.WAYS.keys()
     for way in result.keys() - {"own"}:

@@ -20,8 +20,8 @@ from moe_jax.checkpoint import flat
 from moe_jax.errors import UserError
 from moe_jax.models import depth
 from moe_jax.models.decodable import with_dispatcher
-from moe_jax.models.decoder import Context, empty_caches
 from moe_jax.models.functions import make_model
+from moe_jax.models.stack import empty_caches
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import P
 from moe_jax.plan import flops
@@ -85,15 +85,19 @@ def test_chosen_tokens_make_a_row_of_their_own(float64, train):
     with jax.set_mesh(mesh):
         block = model.bind(params, {}).repeats[0].blocks[0]
 
-        def context(arrays):
-            return Context(put_batch(arrays), jax.random.key(1), jnp.int32(1))
-
         graph, variables = nnx.split(block)
-        run = jax.jit(lambda x, context: nnx.merge(graph, variables)(x, context, train)[:2])
-        update = jax.jit(
-            lambda x, context: nnx.merge(graph, variables)._update(x, context, train, None, None)[0]
-        )
-        got, sums = run(meshes.put(x_BSD, "batch"), context(arrays))
+        key = jax.random.key(1)
+
+        @jax.jit
+        def run(x, batch):
+            return nnx.merge(graph, variables)(x, batch, key, train)
+
+        @jax.jit
+        def update(x, batch):
+            attended, fed, _ = nnx.merge(graph, variables)._added(x, batch, key, train, ())
+            return attended + fed
+
+        got, sums = run(meshes.put(x_BSD, "batch"), put_batch(arrays))
         logit_BS = x_BSD @ np.asarray(block.depth["router"])
         want, num = x_BSD.copy(), []
         for row in range(2):
@@ -102,7 +106,7 @@ def test_chosen_tokens_make_a_row_of_their_own(float64, train):
             index = np.array(top) if train else real[logit_BS[row, real] > 0]
             num.append((len(index), len(set(top) & set(real[logit_BS[row, real] > 0]))))
             part = [z[row : row + 1, index] for z in arrays[:3]] + [arrays[3][row : row + 1]]
-            y = update(meshes.put(x_BSD[row : row + 1, index], "batch"), context(part))
+            y = update(meshes.put(x_BSD[row : row + 1, index], "batch"), put_batch(part))
             want[row, index] += logit_BS[row, index][:, None] * np.asarray(y)[0]
     np.testing.assert_allclose(got, want, atol=1e-12)
     assert [n for n, _ in num] == np.asarray(

@@ -25,6 +25,8 @@ from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import AdaptiveConfig
 from moe_jax.tasks.lm import task as lm
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # whole models are trained
+
 # Every loss is on, `load` too: the router has noise, the same on every mesh. Capacity drops, and
 # the drops drive the adaptive weight.
 ALL = {

@@ -10,7 +10,8 @@ import pytest
 import router_cases
 
 from moe_jax.moe import load, losses
-from moe_jax.moe.routing.contract import Tokens, statistics
+from moe_jax.moe.routing.contract import Tokens
+from moe_jax.moe.routing.statistics import statistics
 
 
 def sums_of(logits_BSE, k, valid_BS=None):
@@ -18,17 +19,18 @@ def sums_of(logits_BSE, k, valid_BS=None):
     num_rows, length, num_experts = logits_BSE.shape
     valid_BS = np.ones((num_rows, length), bool) if valid_BS is None else valid_BS
     none = jnp.zeros(num_rows * length, jnp.int32)
-    logits_TE = jnp.asarray(logits_BSE).reshape(-1, num_experts)
+    router_logits_TE = jnp.asarray(logits_BSE).reshape(-1, num_experts)
 
     @jax.jit
-    def sums(logits_TE, valid_T):
-        tokens = Tokens(logits_TE, none, none, none, none, valid_T, num_rows)
-        gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), k)
+    def sums(router_logits_TE, valid_T):
+        tokens = Tokens(router_logits_TE, none, none, none, none, valid_T, num_rows)
+        gate_TK, expert_index_TK = jax.lax.top_k(jax.nn.softmax(router_logits_TE), k)
         return {
-            name: x[None] for name, x in statistics(logits_TE, expert_TK, gate_TK, tokens).items()
+            name: x[None]
+            for name, x in statistics(router_logits_TE, expert_index_TK, gate_TK, tokens).items()
         }
 
-    return sums(logits_TE, jnp.asarray(valid_BS.reshape(-1)))
+    return sums(router_logits_TE, jnp.asarray(valid_BS.reshape(-1)))
 
 
 def random_logits(num_rows=4, length=16, num_experts=6, seed=0):

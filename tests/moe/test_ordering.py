@@ -23,7 +23,7 @@ from moe_jax.parallel.mesh import BATCH, P, spec
 
 def apply(
     name,
-    expert_TK,
+    expert_index_TK,
     gate_TK,
     *,
     num_experts,
@@ -36,19 +36,22 @@ def apply(
     """The ordering of a token-choice routing; `listed`: its entries in another order, as a list
     without per_token.
     """
-    expert_TK, gate_TK = np.asarray(expert_TK, np.int32), np.asarray(gate_TK, np.float64)
-    num_tokens, k = expert_TK.shape
+    expert_index_TK, gate_TK = (
+        np.asarray(expert_index_TK, np.int32),
+        np.asarray(gate_TK, np.float64),
+    )
+    num_tokens, k = expert_index_TK.shape
     entries = (
         np.repeat(np.arange(num_tokens, dtype=np.int32), k),
-        expert_TK.reshape(-1),
+        expert_index_TK.reshape(-1),
         gate_TK.reshape(-1),
     )
     entries = entries if listed is None else tuple(z[listed] for z in entries)
     per_token = k if listed is None else 0
 
-    def run(token_N, expert_N, gate_N):
+    def run(token_N, expert_index_N, gate_N):
         sums = {"tokens": jnp.full(num_rows, num_tokens / num_rows)}
-        routing = Routing(token_N, expert_N, gate_N, sums, per_token)
+        routing = Routing(token_N, expert_index_N, gate_N, sums, per_token)
         sizes = {"num_experts": num_experts, "num_tokens": num_tokens, "group_tokens": group_tokens}
         return ORDERINGS[name].apply(
             routing, **sizes, train=train, options=ORDERINGS[name].options(**options)
@@ -103,7 +106,9 @@ def test_rounding_by_hand(float64, tile, gone, padding):
     """
     gates = [[0.1], [0.3], [0.2], [0.5], [0.4], [0.9], [0.1], [0.5], [0.7], [0.0]]
     got = apply("rounding", ROUNDED, gates, num_experts=3, group_tokens=10, tile=tile)
-    assert [i for i in range(9) if got.expert_N[i] == 3] == gone and got.expert_N[9] == 3
+    assert [i for i in range(9) if got.expert_index_N[i] == 3] == gone and got.expert_index_N[
+        9
+    ] == 3
     assert (got.gate_N == 0).tolist() == [i in gone or i == 9 for i in range(10)]
     sums = {name: float(got.sums[name][0]) for name in ("dropped", "padding", "served")}
     assert sums == {"dropped": len(gone), "padding": padding, "served": 9 - len(gone)}
@@ -118,7 +123,7 @@ def test_rounding_is_per_group_and_of_training_alone(float64):
     experts, gates = [[0], [0], [0], [2], [0], [1], [2], [2]], [[0.5]] * 8
     sizes = {"num_experts": 2, "group_tokens": 4, "num_rows": 4, "tile": 4}
     got = apply("rounding", experts, gates, **sizes)
-    assert got.expert_N.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
+    assert got.expert_index_N.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
     assert got.sums["padding"].tolist() == [1, 0, 0, 0] and got.sums["dropped"].tolist() == [
         0,
         0,
@@ -127,7 +132,7 @@ def test_rounding_is_per_group_and_of_training_alone(float64):
     ]
     assert got.sums["served"].tolist() == [2, 1, 0, 0]
     kept = apply("rounding", experts, gates, **sizes, train=False)
-    assert kept.expert_N.tolist() == [e for (e,) in experts] and "padding" not in kept.sums
+    assert kept.expert_index_N.tolist() == [e for (e,) in experts] and "padding" not in kept.sums
     # The same as a list in no order: equal gates are dropped from its end.
     tie = apply(
         "rounding",
@@ -138,7 +143,7 @@ def test_rounding_is_per_group_and_of_training_alone(float64):
         tile=4,
         listed=np.array([4, 2, 0, 1, 3]),
     )
-    assert tie.expert_N.tolist() == [0, 0, 0, 0, 2]
+    assert tie.expert_index_N.tolist() == [0, 0, 0, 0, 2]
 
 
 def test_rounding_is_the_same_on_a_mesh(float64):
@@ -158,7 +163,7 @@ def test_rounding_is_the_same_on_a_mesh(float64):
         got = ORDERINGS["rounding"].apply(
             routing, **sizes, num_tokens=num_tokens, train=True, options=rounding.Options(tile=4)
         )
-        return got.expert_N.reshape(num_rows, -1), got.gate_N.reshape(num_rows, -1), got.sums
+        return got.expert_index_N.reshape(num_rows, -1), got.gate_N.reshape(num_rows, -1), got.sums
 
     want = jax.device_get(compiled(run)(expert, gate))
     with jax.set_mesh(meshes.make(2, 2, 2)):

@@ -20,6 +20,8 @@ from moe_jax.moe.sparse.rules.contract import Now
 from moe_jax.parallel import mesh as meshlib
 from moe_jax.schema.config import SparseConfig, StoredConfig
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # whole models are trained
+
 AT = "model.moe.sparse"
 # (rule, pattern) that do not go together.
 ODD = [

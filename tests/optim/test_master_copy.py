@@ -153,7 +153,7 @@ def test_the_copy_begins_with_all_digits_of_another_run(tmp_path):
     saves.close()
     run = Descent(COPY | {"train.init_from": str(tmp_path / "old")})
     new = checkpoint.Checkpoints(tmp_path / "new", every=1, keep=1, keep_best=0)
-    begun, _ = train.begin(run.cfg, new, {}, {}, lambda key: run.first, run.first)
+    begun, _ = train.begin(run.cfg, new, {}, lambda key: run.first, run.first)
     jax.tree.map(np.testing.assert_array_equal, begun.master, first.params)
     assert {x.dtype for x in jax.tree.leaves(begun.params)} == {
         x.dtype for x in jax.tree.leaves(run.first.params)

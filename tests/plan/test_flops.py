@@ -18,7 +18,7 @@ from moe_jax import train_step
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import P
 from moe_jax.plan import card as cards
-from moe_jax.plan import flops
+from moe_jax.plan import card_tables, flops, traffic
 
 
 def dispatcher(name, **options):
@@ -305,7 +305,7 @@ def test_peak_is_a_processor_s(dtype, float64):
 
 def show(card):
     console = Console(file=io.StringIO(), width=80)
-    console.print(cards.render(card))
+    console.print(card_tables.render(card))
     return console.file.getvalue()
 
 
@@ -360,7 +360,13 @@ def test_card_shows_it(card):
         card.train_per_token,
     ):
         assert f"{number:,}" in text
-    for words in ("estimate", "capacity buffer", "over expert", cards.FLOPS_NOTE, cards.LAYER_NOTE):
+    for words in (
+        "estimate",
+        "capacity buffer",
+        "over expert",
+        card_tables.FLOPS_NOTE,
+        card_tables.LAYER_NOTE,
+    ):
         assert words in text
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
 
@@ -462,7 +468,7 @@ def test_received_counts_loops_and_the_dearest_branch():
             return jax.make_jaxpr(jax.shard_map(f, in_specs=P("data"), out_specs=out))(x).jaxpr
 
         lengths = dict(mesh.shape)
-        assert cards.received(trace(lambda x: f(x)[None], P("data")), lengths) == {
+        assert traffic.received(trace(lambda x: f(x)[None], P("data")), lengths) == {
             "data": (5 + 2) * 3 * 16
         }
-        assert cards.received(trace(g, P()), lengths) == {"data": 2 * 16 * 3 // 4}
+        assert traffic.received(trace(g, P()), lengths) == {"data": 2 * 16 * 3 // 4}

@@ -135,7 +135,7 @@ def test_what_reading_outputs_needs_is_saved(vader, tmp_path):
 
 
 def test_the_svm_beats_the_majority(vader):
-    table = rivals.table(open_vader(vader))
+    table = rivals.baseline_figures(open_vader(vader))
     assert table["TF-IDF + linear SVM"] == {"accuracy": 1.0, "macro_f1": 1.0}
     assert 0.3 < table["majority"]["accuracy"] < 0.7
 
@@ -300,7 +300,7 @@ def test_whole_chapters_are_held_out_and_no_source_is_on_both_sides(bible):
 
 
 def test_the_nearest_neighbour_is_scored_by_sacrebleu(bible):
-    table = rivals.table(open_pairs(bible))
+    table = rivals.baseline_figures(open_pairs(bible))
     assert table["nearest neighbour (TF-IDF)"]["bleu"] > table["source copied"]["bleu"]
     assert "tok:13a" in table["source copied"]["signature"]
     assert list(rivals.translation.nearest(["aa bb", "cc dd ee"], ["xx dd ee", "bb"])) == [1, 0]

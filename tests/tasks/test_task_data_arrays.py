@@ -94,7 +94,7 @@ def test_a_wrong_number_of_patches_names_both():
 
 
 def test_classical_models_read_digits():
-    table = rivals.table(open_digits())
+    table = rivals.baseline_figures(open_digits())
     assert (
         table["5 nearest neighbours"]["accuracy"] > 0.97
         and table["logistic regression"]["accuracy"] > 0.95
@@ -181,7 +181,7 @@ def test_held_out_users_are_strangers_of_whom_a_part_is_shown(depends):
 
 
 def test_neighbours_know_the_tastes_that_popularity_does_not(depends):
-    popular, knn = rivals.table(open_baskets(depends)).values()
+    popular, knn = rivals.baseline_figures(open_baskets(depends)).values()
     assert (
         knn["recall@20"] == 1.0
         and popular["recall@20"] < 0.9
@@ -276,7 +276,7 @@ def test_frames_are_stacked_and_standardised_and_the_test_part_is_its_own(record
     frames = rows.values_BSP[rows.segment_BS > 0].reshape(-1, 20)
     frames = frames[frames.any(1)]
     assert abs(frames.mean()) < 0.02 and abs(frames.std() - 1) < 0.05
-    table = rivals.table(data)
+    table = rivals.baseline_figures(data)
     assert table["logistic regression"]["accuracy"] == 1.0 and table["majority"][
         "accuracy"
     ] == pytest.approx(1 / 3)

@@ -92,7 +92,7 @@ def test_a_label_that_is_no_class_is_refused(tmp_path, tfds, monkeypatch, label)
     from moe_jax.data.sources import tfds_datasets
 
     rows = [{"text": b"a", "label": 0}, {"text": b"b", "label": label}]
-    monkeypatch.setattr(tfds_datasets, "opened", lambda *_: rows)
+    monkeypatch.setattr(tfds_datasets, "open_split", lambda *_: rows)
     with pytest.raises(
         UserError,
         match=rf"tiny_labels, split train, record 1 has label {label}, but the 2 classes are 0 to "

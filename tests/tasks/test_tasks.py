@@ -170,9 +170,7 @@ def config(task, folder=None):
 
 def run(workdir, changes):
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        return train.run(
-            tiny.build(changes=changes), tiny.raw(changes), tiny.raw(), workdir, time.monotonic()
-        )
+        return train.run(tiny.build(changes=changes), tiny.raw(changes), workdir, time.monotonic())
 
 
 @pytest.mark.parametrize("task", CASES)
@@ -187,7 +185,7 @@ def test_from_data_to_predictions_with_a_stop_between(tmp_path, folder, task):
     assert (
         len(rows) == sum(data.sizes("heldout")) > 8
     )  # more than a batch, and the last one not full
-    table = TASKS[task].table(cfg, data, result.evaluation)
+    table = TASKS[task].comparison(cfg, data, result.evaluation)
     assert list(table)[-1] == "model" and len(table) >= 3
     assert all(tuple(row) == CASES[task][1] for row in table.values())
     assert (

@@ -19,7 +19,7 @@ from moe_jax import publish, train
 from moe_jax.report import banner
 from moe_jax.report.metrics import read_rows
 from moe_jax.runtime import clock
-from moe_jax.terminal import progress
+from moe_jax.terminal import live_line, progress, units
 from moe_jax.terminal.progress import Progress
 from moe_jax.version import Source
 
@@ -150,9 +150,7 @@ def test_a_run_that_evaluates_saves_and_samples_at_every_step_is_as_fast_as_any(
     }
     cfg = tiny.build(changes=changes)
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        result = train.run(
-            cfg, tiny.raw(changes), tiny.raw(), tmp_path, time.monotonic(), "tiny.py"
-        )
+        result = train.run(cfg, tiny.raw(changes), tmp_path, time.monotonic(), "tiny.py")
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4, 6] and "perf/tokens_per_second" not in rows[0]
     slowest = 8 * 32 / 0.25
@@ -270,7 +268,7 @@ def test_the_live_line_says_what_happens_and_for_how_long(wait, width):
     for _ in range(8):
         wait(0.2)
         signs.add(drawn(shown)[0])
-    assert signs == set(progress.SPINNER)  # it turns although nothing is told
+    assert signs == set(live_line.SPINNER)  # it turns although nothing is told
     shown.close()
 
 
@@ -372,7 +370,7 @@ def test_every_kind_of_model_has_a_line(case):
 
 def test_readable_numbers():
     numbers = (0, 12.345, 1234, 56789, 4.2e6, 1e9, 2.5e12)
-    assert [progress.readable(x) for x in numbers] == [
+    assert [units.readable(x) for x in numbers] == [
         "0",
         "12.3",
         "1.23k",
@@ -381,7 +379,7 @@ def test_readable_numbers():
         "1G",
         "2.5T",
     ]
-    assert [progress.duration(s) for s in (5.4, 75, 7300, 200000)] == [
+    assert [units.duration(s) for s in (5.4, 75, 7300, 200000)] == [
         "5s",
         "1m 15s",
         "2h 01m",

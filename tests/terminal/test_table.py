@@ -22,7 +22,7 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import Lengths
-from moe_jax.plan import card, flops
+from moe_jax.plan import card, card_tables, flops
 from moe_jax.runtime import shell
 from moe_jax.terminal import working
 from moe_jax.terminal.table import Table, names, numbers, prose
@@ -186,7 +186,7 @@ def of_card():
     traffic = {"data": MANY, "expert": MANY, "model": MANY}
     dispatch = filled(card.Dispatch)._replace(forward=traffic, backward=traffic)
     found = card.Card(**sizes, **work, **made, dispatch=dispatch)
-    return [card.render(found)]
+    return [card_tables.render(found)]
 
 
 def of_experiments():

@@ -13,7 +13,7 @@ import tiny
 from moe_jax import train_step
 from moe_jax.parallel import batch_rows
 from moe_jax.parallel.compiling import QUICK
-from moe_jax.plan import card
+from moe_jax.plan import abstract
 from moe_jax.tasks import TASKS
 
 ROWS = 4
@@ -72,7 +72,7 @@ def test_one_row_or_group_at_a_time_keeps_every_sharding(float64, task, shape):
         with jax.set_mesh(meshes.make(*shape)):
             model = train_step.make_model(cfg.model)
             params, router_state = jax.eval_shape(model.init, jax.random.key(0))
-            batch = jax.tree.map(card._abstract, TASKS[task].random(cfg, 0))
+            batch = abstract.abstract_batch(TASKS[task].random(cfg, 0))
             loss = train_step.make_loss(cfg, model)
             value, _ = jax.eval_shape(loss, params, router_state, batch, jax.random.key(1))
             assert value.shape == ()

@@ -161,7 +161,7 @@ def test_the_state_of_the_routers_comes_along(float64, tmp_path, router, name):
         cfg = tiny.build(changes=SMALL | {"model.moe.router": router, "train.init_from": source})
         abstract = jax.eval_shape(jax.jit(initial(cfg, make_model(cfg.model))), jax.random.key(0))
         filled = jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), abstract)
-        return train.begin(cfg, saves, {}, {}, lambda key: filled, abstract)
+        return train.begin(cfg, saves, {}, lambda key: filled, abstract)
 
     with jax.set_mesh(meshes.make(1, 1, 1)):
         saves, new = (

@@ -48,9 +48,9 @@ class Stored(NamedTuple):
         UserError for a split that is unknown or empty, and for damage.
         """
         empty = True
-        for number, fields in enumerate(tfds_datasets.records(self.builder, self.name, split)):
+        for number, fields in enumerate(tfds_datasets.read_records(self.builder, self.name, split)):
             empty = False
-            yield Record(part, tfds_datasets.where(self.name, split, number), fields)
+            yield Record(part, tfds_datasets.record_name(self.name, split, number), fields)
         if empty:
             raise UserError(f"dataset {self.name}, split {split!r} has no records")
 
@@ -89,4 +89,4 @@ def open_stored(spec: str) -> Stored:
     """Opens the set that `tfds:...` names; UserError if it is not on this disk."""
     dataset, field = split_field(spec.removeprefix(PREFIX), "")
     name, _, split = dataset.partition(":")
-    return Stored(name, field, split or "train", tfds_datasets.find(name))
+    return Stored(name, field, split or "train", tfds_datasets.find_dataset(name))

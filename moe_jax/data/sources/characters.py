@@ -32,6 +32,7 @@ def open_text(path: str) -> IO[str]:
     with packed.open_bytes(path) as file:
         head = file.read(packed.HEAD)
     text_encoding = encoding(head, path)
+    # Opened a second time: not every packed stream can go back to its beginning.
     raw = cast(io.RawIOBase, packed.open_bytes(path))
     return io.TextIOWrapper(io.BufferedReader(raw, packed.BLOCK), encoding=text_encoding)
 
@@ -44,11 +45,12 @@ def encoding(head: bytes, where: str) -> str:
     for mark, name in MARKS:
         if head.startswith(mark):
             return name
-    content = packed.other(head)
+    content = packed.what_else(head)
     if content:
         raise UserError(f"{where} is no text but {content}")
     if b"\0" in head:
         raise UserError(f"{where} is not UTF-8 but {_with_nul(head)}")
+    # It drops the mark of UTF-8, where there is one.
     return "utf-8-sig"
 
 
@@ -58,10 +60,12 @@ def _with_nul(head: bytes) -> str:
     Letters of English leave the high bytes of UTF-16 and UTF-32 0, so the encoding shows in which
     of every four bytes are mostly 0.
     """
+    # A whole number of characters of UTF-32.
     fours = head[: len(head) // 4 * 4]
     mostly_zero = tuple(
         bool(fours) and fours[i::4].count(0) * 4 / len(fours) > 0.5 for i in range(4)
     )
+    # Little-endian has the high bytes behind the low one, big-endian before it.
     layouts = {
         "UTF-32LE": (False, True, True, True),
         "UTF-32BE": (True, True, True, False),
@@ -99,12 +103,14 @@ def plain(text: str | bytes | None, where: str) -> str:
             f"{where} has a NUL character {_after(before)}, which no text has: drop it, or convert "
             "what is no UTF-8 by iconv"
         )
+    # Python's strings, and JSON, may have half a surrogate pair, which stands for no character.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where} is no valid Unicode: half a surrogate pair at character {error.start}"
         ) from None
+    # Most texts have none, and are not copied.
     if "\r" not in text:
         return text
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -115,6 +121,7 @@ def wrong_bytes(error: UnicodeDecodeError) -> str:
 
     It is to stand behind the name of the file or record.
     """
+    # A text without a mark is taken for UTF-8; for any other encoding there was one.
     if not error.encoding.lower().startswith("utf-8"):
         return (
             f"is no valid {error.encoding.upper()}, though its mark says so ({error.reason}): it "
@@ -147,12 +154,14 @@ def readable(path: str) -> Iterator[None]:
 
 def _reason(error: BaseException, path: str) -> str:
     """Returns why a file cannot be read and the way out, to stand behind "cannot be read"."""
-    if "too much memory" in str(error):  # what zstandard says of a window of more than 128 MB
+    # What zstandard says of a window of more than 128 MB.
+    if "too much memory" in str(error):
         return (
             ": it was packed with a window of more than 128 MB (zstd --long=28 or more), which "
             f"takes as much memory to read; unpack it, as in `zstd -d --long=31 {path}`, or pack "
             "it with --long=27"
         )
+    # The readers say "Truncated" or "truncated".
     if isinstance(error, EOFError) or "runcated" in str(error):
         return f", it is truncated ({error}): copy it again"
     return f", it may be damaged: {error}"

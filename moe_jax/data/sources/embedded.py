@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from moe_jax.data import corpora
 from moe_jax.data.documents import Document
+from moe_jax.data.sources.contract import Source
 from moe_jax.errors import UserError
 
 
@@ -12,18 +13,28 @@ def domains(argument: str) -> tuple[str, ...]:
 
     UserError for an unknown or a repeated one.
     """
-    names = tuple(name.strip() for name in argument.split(",")) if argument else corpora.DOMAINS
+    if not argument:
+        return corpora.DOMAINS
+    names = tuple(name.strip() for name in argument.split(","))
     unknown = [name for name in names if name not in corpora.DOMAINS]
-    if unknown or len(set(names)) < len(names):
-        what = f"has no domain {unknown[0]!r}" if unknown else f"names a domain twice: {argument}"
+    repeated = len(set(names)) < len(names)
+    if unknown or repeated:
+        mistake = (
+            f"has no domain {unknown[0]!r}" if unknown else f"names a domain twice: {argument}"
+        )
         raise UserError(
-            f"source embedded {what}; choose each at most once from {', '.join(corpora.DOMAINS)}"
+            f"source embedded {mistake}; choose each at most once from {', '.join(corpora.DOMAINS)}"
         )
     return names
 
 
-def read(argument: str, label: str) -> Iterator[Document]:
-    """Yields the documents of the domains that `argument` names; `label` renames their domain."""
+def read(argument: str) -> Iterator[Document]:
+    """Yields the documents of the domains that `argument` names, in that order."""
     for domain in domains(argument):
         for text, name in corpora.documents(domain):
-            yield Document(text, label or name)
+            yield Document(text, name)
+
+
+SOURCE = Source(
+    argument_syntax="[:DOMAIN,...]", needs_argument=False, packed_by_run=True, read=read
+)

@@ -39,6 +39,7 @@ class Streams(io.RawIOBase):
         EOFError where the last stream has no end, OSError or lzma.LZMAError for damage.
         """
         content = b""
+        # A decompressor may take packed bytes and give nothing yet; b"" would mean the end.
         while not content:
             if self._stream.eof:
                 packed = self._after_stream()
@@ -50,6 +51,7 @@ class Streams(io.RawIOBase):
                 if not packed:
                     raise EOFError("it ends in the middle")
             else:
+                # It holds back content that did not fit into the last buffer.
                 packed = b""
             content = self._stream.decompress(packed, len(buffer))
         buffer[: len(content)] = content
@@ -82,7 +84,8 @@ def _open_xz(path: str) -> IO[bytes]:
 
 
 def _open_zstandard(path: str) -> IO[bytes]:
-    import pyarrow  # its reader recognises a truncated file; that of zstandard does not
+    # Its reader recognises a truncated file; that of zstandard does not.
+    import pyarrow
 
     return cast(IO[bytes], pyarrow.input_stream(path, compression="zstd"))
 
@@ -91,7 +94,8 @@ class Packing(NamedTuple):
     """A way to pack a file: how it is recognised and opened."""
 
     name: str
-    endings: tuple[str, ...]  # in lower case
+    # In lower case.
+    endings: tuple[str, ...]
     beginnings: tuple[bytes, ...]
     open: Callable[[str], IO[bytes]]
 
@@ -133,41 +137,44 @@ def packing(path: str) -> Packing | None:
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    known = _packing_of(head)
-    if known:
-        return known
-    for named in PACKINGS:
-        if path.lower().endswith(named.endings):
+    by_content = _packing_of(head)
+    if by_content:
+        return by_content
+    # Read as a plain file, what is left of a damaged packed one might pass for text.
+    for by_name in PACKINGS:
+        if path.lower().endswith(by_name.endings):
             beginning = f"begins with {head[:4]!r}" if head else "is empty"
             raise UserError(
                 f"{path} cannot be read, it may be damaged: by its name it is packed by "
-                f"{named.name}, but it {beginning}; "
-                "a plain file must not be named so"
+                f"{by_name.name}, but it {beginning}; a plain file must not be named so"
             )
     return None
 
 
 def _packing_of(head: bytes) -> Packing | None:
     """Returns how content that begins with `head` is packed; None if it is not."""
-    return next((known for known in PACKINGS if head.startswith(known.beginnings)), None)
+    for candidate in PACKINGS:
+        if head.startswith(candidate.beginnings):
+            return candidate
+    return None
 
 
 def open_bytes(path: str) -> IO[bytes]:
     """Opens the content of a plain or packed file."""
-    known = packing(path)
-    return known.open(path) if known else open(path, "rb")
+    packed_by = packing(path)
+    return packed_by.open(path) if packed_by else open(path, "rb")
 
 
-def other(head: bytes) -> str:
+def what_else(head: bytes) -> str:
     """Returns what content that begins with `head` is if it is no text, and the way out.
 
     It is "" for all that is not recognised.
     """
-    known = _packing_of(head)
-    if known:
-        return f"packed by {known.name} (twice, if it is a file): unpack it"
-    for beginning, what in OTHERS:
+    packed_by = _packing_of(head)
+    if packed_by:
+        return f"packed by {packed_by.name} (twice, if it is a file): unpack it"
+    for beginning, description in OTHERS:
         if head.startswith(beginning):
-            return what
+            return description
     # The mark of a tar archive stands behind the names of its first file.
     return "a tar archive: unpack it" if head[257:262] == b"ustar" else ""

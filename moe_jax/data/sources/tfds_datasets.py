@@ -1,9 +1,6 @@
-"""The source `tfds`: datasets of TensorFlow Datasets that are already on this disk.
+"""Reads datasets of TensorFlow Datasets that are already on this disk: their records, in order.
 
-They are read without TensorFlow and without a network.
-
-`tfds:NAME[/CONFIG][:SPLIT][#FIELD]`: SPLIT defaults to train (`train[:10%]` works), FIELD to
-"text", or else to the only text feature there is. The folder is $TFDS_DATA_DIR, or
+TensorFlow is not needed and nothing is downloaded. The folder of the datasets is $TFDS_DATA_DIR, or
 ~/tensorflow_datasets.
 """
 
@@ -12,30 +9,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_jax.data.documents import Document
-from moe_jax.data.sources.characters import plain
-from moe_jax.data.sources.files import split_field
 from moe_jax.errors import UserError
 
 
-def read(argument: str, label: str) -> Iterator[Document]:
-    """Yields the text of each record of `NAME[/CONFIG][:SPLIT][#FIELD]` as one document."""
-    dataset, field = split_field(argument, "")
-    name, _, split = dataset.partition(":")
-    split = split or "train"
-    builder = find(name)
-    field = text_field(builder.info.features, name, field)
-    for number, record in enumerate(records(builder, name, split)):
-        text = plain(record[field], where(name, split, number))
-        yield Document(text, label or builder.info.name)
-
-
-def where(name: str, split: str, number: int) -> str:
+def record_name(name: str, split: str, number: int) -> str:
     """Returns the name of a record in messages."""
     return f"dataset {name}, split {split}, record {number}"
 
 
-def find(name: str) -> Any:
+def find_dataset(name: str) -> Any:
     """Returns the builder of a dataset on this disk.
 
     UserError if it is not there, is damaged, or needs TensorFlow to be read.
@@ -57,9 +39,9 @@ def find(name: str) -> Any:
     except Exception as error:
         raise UserError(
             f"dataset {name!r} in {folder} cannot be opened, its dataset_info.json or "
-            "features.json may be damaged "
-            f"({first_line(error)}): copy or prepare it again"
+            f"features.json may be damaged ({first_line(error)}): copy or prepare it again"
         ) from None
+    # The one format that is read without TensorFlow.
     if file_format != "array_record":
         raise UserError(
             f"dataset {name} is stored as {file_format}, which needs TensorFlow: convert it with "
@@ -75,62 +57,67 @@ def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
     """
     from moe_jax.data.tfds_import import tfds
 
-    texts = [name for name in sorted(features) if isinstance(features[name], tfds.features.Text)]
+    texts = [key for key in sorted(features) if isinstance(features[key], tfds.features.Text)]
     if not field and "text" in texts:
         return "text"
     if not field and len(texts) == 1:
         return texts[0]
     if field not in texts:
-        wanted = f"no text feature {field!r}" if field else "no single text feature"
+        missing = f"no text feature {field!r}" if field else "no single text feature"
         raise UserError(
-            f"dataset {name} has {wanted} (text features: {', '.join(texts)}); name one after a #"
+            f"dataset {name} has {missing} (text features: {', '.join(texts)}); name one after a #"
         )
     return field
 
 
-def records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
+def read_records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
     """Yields the decoded records of a split in their order.
 
     UserError for an unknown split, for damage, for what only TensorFlow decodes.
     """
-    source = opened(builder, name, split)
+    records = open_split(builder, name, split)
     with intact(f"dataset {name}, split {split}"):
-        yield from source
+        yield from records
 
 
-def opened(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
+def open_split(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
     """Returns the records of a split, each decoded when it is taken.
 
     UserError for an unknown split, and for damage.
     """
     try:
         return builder.as_data_source(split=split)
+    # TFDS says so of a split that it does not know, and of a slice that it cannot read.
     except ValueError as error:
         raise UserError(f"dataset {name}, split {split!r}: {first_line(error)}") from None
     except (RuntimeError, OSError) as error:
-        raise damage(f"dataset {name}, split {split}", error) from None
+        raise damage_error(f"dataset {name}, split {split}", error) from None
 
 
 @contextlib.contextmanager
-def intact(what: str) -> Iterator[None]:
-    """Turns what goes wrong while records of ArrayRecord files are read into a UserError."""
+def intact(name: str) -> Iterator[None]:
+    """Turns what goes wrong while records of ArrayRecord files are read into a UserError.
+
+    `name`: of the records in messages.
+    """
     try:
         yield
     except ImportError as error:
         raise UserError(
-            f"{what} has features that only TensorFlow decodes ({first_line(error)})"
+            f"{name} has features that only TensorFlow decodes ({first_line(error)})"
         ) from None
+    # A UserError is a ValueError, and says already what is wrong.
     except UserError:
         raise
-    # Each file, chunk and record has its checksum.
+    # Each file, chunk and record of ArrayRecord has a checksum, which is compared as it is read.
     except (RuntimeError, OSError, ValueError, IndexError) as error:
-        raise damage(what, error) from None
+        raise damage_error(name, error) from None
 
 
-def damage(what: str, error: Exception) -> UserError:
-    """Returns the error for damaged records, which are called `what`."""
+def damage_error(name: str, error: Exception) -> UserError:
+    """Returns the error for damaged records, which are called `name`."""
     return UserError(
-        f"{what} cannot be read, it may be damaged ({first_line(error)}): copy it again, or "
+        f"{name} cannot be read, it may be damaged ({first_line(error)}): copy it again, or "
         "prepare it again"
     )
 

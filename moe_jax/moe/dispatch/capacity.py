@@ -35,18 +35,22 @@ class Options:
     )
 
 
-def slots(shape: Shape, options: Options) -> int:
-    """C: places of one expert in one group. No more than the group's tokens can ever be used."""
-    per_group = shape.num_intended * shape.group_tokens / shape.num_tokens
-    return max(
-        1,
-        min(math.ceil(options.factor * per_group / shape.num_experts - 1e-9), shape.group_tokens),
-    )
+def expert_capacity(shape: Shape, options: Options) -> int:
+    """Returns C: the places of one expert in one group."""
+    assignments_of_group = shape.num_intended * shape.group_tokens / shape.num_tokens
+    # 1e-9, so that a product which is whole but for rounding is not rounded up.
+    num_places = math.ceil(options.factor * assignments_of_group / shape.num_experts - 1e-9)
+    # A token uses an expert once, so no more places than tokens can ever be used.
+    return max(1, min(num_places, shape.group_tokens))
 
 
 def rows(shape: Shape, options: Options) -> int:
-    """Rows received and computed per device: all places of the local experts, filled or not."""
-    return shape.num_experts * (shape.num_tokens // shape.group_tokens) * slots(shape, options)
+    """Returns the rows received and computed per device.
+
+    These are all places of the local experts, filled or not.
+    """
+    num_groups = shape.num_tokens // shape.group_tokens
+    return shape.num_experts * num_groups * expert_capacity(shape, options)
 
 
 def apply(
@@ -57,21 +61,11 @@ def apply(
     shape: Shape,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the contract in moe/dispatch/__init__.py. Places past C are dropped and flagged."""
-    num_experts, groups, places = (
-        shape.num_experts,
-        shape.num_tokens // shape.group_tokens,
-        slots(shape, options),
-    )
+    """Returns (y_TD, dropped_N) as contract.py says. Assignments past C are dropped and flagged."""
     with jax.named_scope("dispatch"):
-        group_N = routing.token_N // shape.group_tokens
-        class_N = group_N * (num_experts + 1) + routing.expert_N
-        rank_N = rank_in_order(class_N, routing.order_N, groups * (num_experts + 1))
-        real_N = routing.expert_N < num_experts
-        kept_N = real_N & (rank_N < places)
-        num_rows = num_experts * groups * places
-        row_N = jnp.where(kept_N, (routing.expert_N * groups + group_N) * places + rank_N, num_rows)
-        assignment_R = assignment_of_row(row_N, num_rows)
+        is_real_N = routing.expert_index_N < shape.num_experts
+        row_N, is_kept_N = _rows_of_assignments(routing, is_real_N, shape, options)
+        assignment_R = assignment_of_row(row_N, rows(shape, options))
         src_R = routing.token_N.at[assignment_R].get(mode="fill", fill_value=shape.num_tokens)
         dest_TK = row_N.reshape(-1, shape.per_token) if shape.per_token else None
         x_RD = take_rows(x_TD, src_R, dest_TK)
@@ -79,7 +73,24 @@ def apply(
     y_RD = through_experts(x_RD, gate_R, experts, shape)
     with jax.named_scope("combine"):
         y_TD = sum_rows(y_RD, dest_TK, src_R, shape.num_tokens)
-    return y_TD, real_N & ~kept_N
+    return y_TD, is_real_N & ~is_kept_N
+
+
+def _rows_of_assignments(
+    routing: Routing, is_real_N: jax.Array, shape: Shape, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (the row of each assignment in the buffer, whether it has a place)."""
+    num_groups = shape.num_tokens // shape.group_tokens
+    num_places = expert_capacity(shape, options)
+    group_N = routing.token_N // shape.group_tokens
+    # The rank among the assignments of an expert in a group. Nowhere is a class of its own, hence
+    # E + 1.
+    class_N = group_N * (shape.num_experts + 1) + routing.expert_index_N
+    rank_N = rank_in_order(class_N, routing.order_N, num_groups * (shape.num_experts + 1))
+    is_kept_N = is_real_N & (rank_N < num_places)
+    # The buffer is [E, groups, C]: all rows of an expert lie together.
+    row_N = (routing.expert_index_N * num_groups + group_N) * num_places + rank_N
+    return jnp.where(is_kept_N, row_N, rows(shape, options)), is_kept_N
 
 
 DISPATCHER = Dispatcher(Options, apply, rows, drops=True, overflow="the rest drops")

@@ -12,6 +12,7 @@ imbalance and memory does not (each round is recomputed in the backward pass).
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,26 +36,44 @@ class Options:
 
 
 def _block(shape: Shape) -> tuple[int, int]:
+    """Returns the blocks of the grouped product for the mean load of an expert."""
     return block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
 
 
 def worst(shape: Shape) -> int:
-    """Rows that one device may have to serve: a token's experts are distinct, so at most min(k, e)
-    of them are local.
-    """
-    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
-    small = _block(shape)[1]
-    local = min(shape.per_token, e) * shape.num_tokens if shape.per_token else shape.num_assignments
-    return round_up(n * local + e * (small - 1), small)
+    """Returns the rows that one device may have to serve."""
+    e = shape.local_experts
+    _, small_block = _block(shape)
+    local_assignments = shape.num_assignments
+    if shape.per_token:
+        # A token's experts are distinct, so at most min(k, e) of them are local.
+        local_assignments = min(shape.per_token, e) * shape.num_tokens
+    # The room of every expert is rounded up to whole blocks.
+    num_rows = shape.expert_axis * local_assignments + e * (small_block - 1)
+    return round_up(num_rows, small_block)
 
 
 def rows(shape: Shape, options: Options) -> int:
-    """Rows held at once per device: the worst case, or the buffer."""
+    """Returns the rows held at once per device: the worst case, or the buffer."""
     if not options.buffer:
         return worst(shape)
-    return min(
-        worst(shape), round_up(math.ceil(options.buffer * shape.num_intended), _block(shape)[1])
-    )
+    _, small_block = _block(shape)
+    num_rows = math.ceil(options.buffer * shape.num_intended)
+    return min(worst(shape), round_up(num_rows, small_block))
+
+
+class _Assignments(NamedTuple):
+    """Holds the M = n N assignments of the whole expert axis, and where the local ones lie."""
+
+    token_M: jax.Array
+    gate_M: jax.Array
+    # The row of each local assignment in the layout of all of this device's rows. For an
+    # assignment of another device's expert it is the end of the layout.
+    row_M: jax.Array
+    is_local_M: jax.Array
+    start_e: jax.Array  # the first row of each local expert
+    size_e: jax.Array  # its assignments
+    num_needed: jax.Array  # rows up to the end of the last local expert
 
 
 def apply(
@@ -65,76 +84,115 @@ def apply(
     shape: Shape,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the contract in moe/dispatch/__init__.py. Nothing drops."""
-    e, block = shape.num_experts // shape.expert_axis, _block(shape)
+    """Returns (y_TD, dropped_N) as contract.py says. Nothing drops."""
+    block = _block(shape)
     with jax.named_scope("dispatch"):
-        x_nTD, token_M, expert_M, gate_M = _gather(x_TD, routing, shape)
-        local_M = expert_M - jax.lax.axis_index("expert") * e
-        local_M = jnp.where((local_M >= 0) & (local_M < e), local_M, e)
-        rank_M, count_e, _ = rank_in(local_M, e + 1)
-        room_e = -(-count_e[:e] // block[1]) * block[1]
-        start_e = jnp.cumsum(room_e) - room_e
-        row_M = jnp.where(
-            local_M < e, start_e.at[local_M].get(mode="fill", fill_value=0) + rank_M, worst(shape)
-        )
+        x_nTD, gathered = _gather(x_TD, routing, shape)
 
-    def serve(x_nTD, gate_M, offset, num_rows):
-        """The weighted results of the rows [offset, offset + num_rows) of the layout, summed per
-        token.
+    def serve(x_nTD: jax.Array, gate_M: jax.Array, offset: Any, num_rows: int) -> jax.Array:
+        """Returns the weighted results of the rows [offset, offset + num_rows) of the layout,
+        summed per token.
         """
         with jax.named_scope("dispatch"):
-            here_M = (row_M >= offset) & (row_M < offset + num_rows) & (local_M < e)
-            place_M = jnp.where(here_M, row_M - offset, num_rows)
-            assignment_R = assignment_of_row(place_M, num_rows)
-            src_R = token_M.at[assignment_R].get(mode="fill", fill_value=x_nTD.shape[0])
-            dest_TK = place_M.reshape(-1, shape.per_token) if shape.per_token else None
+            row_M, first_e, size_e = _window(gathered, offset, num_rows)
+            assignment_R = assignment_of_row(row_M, num_rows)
+            num_tokens = x_nTD.shape[0]
+            src_R = gathered.token_M.at[assignment_R].get(mode="fill", fill_value=num_tokens)
+            dest_TK = row_M.reshape(-1, shape.per_token) if shape.per_token else None
             x_RD = checkpoint_name(take_rows(x_nTD, src_R, dest_TK), "moe_dispatch")
             gate_R = gate_M.at[assignment_R].get(mode="fill", fill_value=0)
-            first_e = jnp.clip(start_e - offset, 0, num_rows)
-            size_e = jnp.clip(start_e + count_e[:e] - offset, 0, num_rows) - first_e
         y_RD = experts(x_RD, gate_R, first_e, size_e, block)
         with jax.named_scope("combine"):
-            return sum_rows(y_RD, dest_TK, src_R, x_nTD.shape[0])
+            return sum_rows(y_RD, dest_TK, src_R, num_tokens)
 
-    num_rows, needed = rows(shape, options), room_e.sum()
-    rounds = -(-worst(shape) // num_rows)
-    if rounds == 1:
-        y_nTD = serve(x_nTD, gate_M, 0, num_rows)
+    num_rows = rows(shape, options)
+    num_rounds = -(-worst(shape) // num_rows)
+    if num_rounds == 1:
+        y_nTD = serve(x_nTD, gathered.gate_M, 0, num_rows)
     else:
-        y_nTD = _in_rounds(serve, x_nTD, gate_M, num_rows, rounds, needed)
+        y_nTD = _in_rounds(serve, x_nTD, gathered, num_rows, num_rounds)
     with jax.named_scope("combine"):
         y_TD = reduce_scatter(y_nTD, "expert", 0)
-    return y_TD, jnp.zeros_like(routing.expert_N, dtype=bool)
+    return y_TD, jnp.zeros_like(routing.expert_index_N, dtype=bool)
 
 
-def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array, ...]:
-    """Tokens and assignments of the whole expert axis, in the order of its devices."""
-
-    def gather(z):
-        return all_gather(z, "expert", 0)
-
-    token_N = routing.token_N + jax.lax.axis_index("expert").astype(jnp.int32) * shape.num_tokens
-    return gather(x_TD), gather(token_N), gather(routing.expert_N), gather(routing.gate_N)
-
-
-def _in_rounds(serve, x_TD, gate_M, num_rows: int, rounds: int, needed: jax.Array) -> jax.Array:
-    """Rounds of `num_rows` rows until `needed` are served.
-
-    The body is rematerialised, so one round's buffers exist at a time.
+def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array, _Assignments]:
+    """Returns the tokens of the whole expert axis, in the order of its devices, and their
+    assignments.
     """
 
-    def body(y_TD, offset):
-        def run(x, gate):
-            return serve(x, gate, offset, num_rows)
+    def gather(z: jax.Array) -> jax.Array:
+        return all_gather(z, "expert", 0)
 
-        def idle(x, gate):
-            return jnp.zeros_like(y_TD)
+    device = jax.lax.axis_index("expert")
+    token_N = routing.token_N + device.astype(jnp.int32) * shape.num_tokens
+    x_nTD, token_M = gather(x_TD), gather(token_N)
+    expert_index_M, gate_M = gather(routing.expert_index_N), gather(routing.gate_N)
 
-        return y_TD + jax.lax.cond(offset < needed, run, idle, x_TD, gate_M), None
+    # Local experts are numbered from 0; those of other devices, and nowhere, are number e.
+    e = shape.local_experts
+    local_index_M = expert_index_M - device * e
+    is_local_M = (local_index_M >= 0) & (local_index_M < e)
+    local_index_M = jnp.where(is_local_M, local_index_M, e)
+    rank_M, count, _ = rank_in(local_index_M, e + 1)
+    size_e = count[:e]
 
-    first = serve(x_TD, gate_M, 0, num_rows)
-    offsets = jnp.arange(1, rounds, dtype=jnp.int32) * num_rows
-    return jax.lax.scan(jax.checkpoint(body), first, offsets)[0]
+    # Each expert starts at a multiple of the small block.
+    _, small_block = _block(shape)
+    room_e = -(-size_e // small_block) * small_block
+    start_e = jnp.cumsum(room_e) - room_e
+    start_M = start_e.at[local_index_M].get(mode="fill", fill_value=0)
+    row_M = jnp.where(is_local_M, start_M + rank_M, worst(shape))
+    return x_nTD, _Assignments(
+        token_M,
+        gate_M,
+        row_M,
+        is_local_M,
+        start_e,
+        size_e,
+        num_needed=room_e.sum(dtype=room_e.dtype),
+    )
+
+
+def _window(
+    gathered: _Assignments, offset: Any, num_rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (row_M, first_e, size_e) of the rows [offset, offset + num_rows), counted from 0.
+
+    The row of an assignment that lies outside is num_rows.
+    """
+    row_M, start_e = gathered.row_M, gathered.start_e
+    is_inside_M = gathered.is_local_M & (row_M >= offset) & (row_M < offset + num_rows)
+    first_e = jnp.clip(start_e - offset, 0, num_rows)
+    end_e = jnp.clip(start_e + gathered.size_e - offset, 0, num_rows)
+    return jnp.where(is_inside_M, row_M - offset, num_rows), first_e, end_e - first_e
+
+
+def _in_rounds(
+    serve: Callable[..., jax.Array],
+    x_nTD: jax.Array,
+    gathered: _Assignments,
+    num_rows: int,
+    num_rounds: int,
+) -> jax.Array:
+    """Returns the sum of rounds of `num_rows` rows; rounds that nobody needs are skipped."""
+
+    def one_round(y_nTD: jax.Array, offset: jax.Array) -> tuple[jax.Array, None]:
+        def run(x_nTD: jax.Array, gate_M: jax.Array) -> jax.Array:
+            return serve(x_nTD, gate_M, offset, num_rows)
+
+        def skip(x_nTD: jax.Array, gate_M: jax.Array) -> jax.Array:
+            del x_nTD, gate_M
+            return jnp.zeros_like(y_nTD)
+
+        is_needed = offset < gathered.num_needed
+        return y_nTD + jax.lax.cond(is_needed, run, skip, x_nTD, gathered.gate_M), None
+
+    first_y_nTD = serve(x_nTD, gathered.gate_M, 0, num_rows)
+    offsets = jnp.arange(1, num_rounds, dtype=jnp.int32) * num_rows
+    # Rematerialised, so that the buffers of one round exist at a time.
+    y_nTD, _ = jax.lax.scan(jax.checkpoint(one_round), first_y_nTD, offsets)
+    return y_nTD
 
 
 DISPATCHER = Dispatcher(Options, apply, rows, drops=False, overflow="the rest waits a round")

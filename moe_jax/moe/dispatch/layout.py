@@ -11,43 +11,53 @@ import jax.numpy as jnp
 
 
 class Shape(NamedTuple):
-    """The static sizes a dispatcher works with."""
+    """Holds the static sizes that a dispatcher works with."""
 
     num_experts: int
     num_tokens: int  # T, of this device
     num_assignments: int  # N, of this device: places in the list
-    # of them, what is filled when the load is as intended: less than N where a token may use fewer
-    # than it may list
+    # Of them, what is filled when the load is as intended: less than N where a token may use fewer
+    # than it may list.
     num_intended: int
-    per_token: int  # assignments per token when every token has as many, in token order; else 0
+    # Assignments of a token when every token has as many, in token order; else 0.
+    per_token: int
     group_tokens: int  # tokens that share capacity
     expert_axis: int  # length of the expert axis
 
+    @property
+    def local_experts(self) -> int:
+        """The number of experts on one device, e."""
+        return self.num_experts // self.expert_axis
+
 
 def round_up(n: int, multiple: int) -> int:
+    """Returns the least multiple that is at least n."""
     return -(-n // multiple) * multiple
 
 
 def rank_in(class_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(rank, count, order): how many earlier entries share an entry's class [N]; entries per class
-    [num_classes]; the stable sort [N].
+    """Returns (rank, count, order) of entries that are sorted into classes; all int32.
+
+    rank [N]: how many earlier entries share an entry's class.
+    count [num_classes]: the entries of a class.
+    order [N]: the stable sort by class.
     """
     order_N = jnp.argsort(class_N, stable=True).astype(jnp.int32)
-    sorted_N = class_N[order_N]
-    edges = jnp.searchsorted(sorted_N, jnp.arange(num_classes + 1, dtype=sorted_N.dtype)).astype(
-        jnp.int32
-    )
-    rank_sorted_N = jnp.arange(class_N.shape[0], dtype=jnp.int32) - edges[sorted_N]
-    return (
-        jnp.zeros_like(order_N).at[order_N].set(rank_sorted_N, unique_indices=True),
-        jnp.diff(edges),
-        order_N,
-    )
+    sorted_class_N = class_N[order_N]
+    # The first place of each class in the sorted list, and at last its end.
+    edges = jnp.arange(num_classes + 1, dtype=sorted_class_N.dtype)
+    first_place = jnp.searchsorted(sorted_class_N, edges).astype(jnp.int32)
+    place_N = jnp.arange(class_N.shape[0], dtype=jnp.int32)
+    sorted_rank_N = place_N - first_place[sorted_class_N]
+    # Back from the sorted list to the list as it was.
+    rank_N = jnp.zeros_like(order_N).at[order_N].set(sorted_rank_N, unique_indices=True)
+    return rank_N, jnp.diff(first_place), order_N
 
 
 def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: int) -> jax.Array:
-    """How many entries of an entry's class come before it in `order_N` (a permutation; None: as
-    they stand), [N].
+    """Returns how many entries of an entry's class come before it in `order_N`, [N].
+
+    `order_N` is a permutation; None: as they stand.
     """
     if order_N is None:
         return rank_in(class_N, num_classes)[0]
@@ -56,11 +66,11 @@ def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: in
 
 
 def assignment_of_row(row_N: jax.Array, num_rows: int) -> jax.Array:
-    """The inverse of `row_N` (row == num_rows: nowhere): for each row its assignment, or N where
-    the row is void.
+    """Returns the assignment of each row, [R], or N where the row is void.
+
+    It is the inverse of `row_N`, the row of each assignment; there row == num_rows is nowhere.
     """
-    num = row_N.shape[0]
-    empty_R = jnp.full_like(row_N, num, shape=(num_rows,))
-    return empty_R.at[row_N].set(
-        jnp.arange(num, dtype=row_N.dtype), mode="drop", unique_indices=True
-    )
+    num_assignments = row_N.shape[0]
+    void_R = jnp.full_like(row_N, num_assignments, shape=(num_rows,))
+    assignment_N = jnp.arange(num_assignments, dtype=row_N.dtype)
+    return void_R.at[row_N].set(assignment_N, mode="drop", unique_indices=True)

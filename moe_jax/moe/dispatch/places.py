@@ -18,11 +18,13 @@ from moe_jax.moe.experts.grouped_matmul import block_sizes
 def through_experts(
     x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
 ) -> jax.Array:
-    """The results of experts for rows [E * places, D] in order of expert, in the same order;
-    weighted by `gate_R`.
+    """Returns the results of experts for rows [E * places, D] in order of expert.
+
+    They have the same order, and are weighted by `gate_R`.
     """
     with jax.named_scope("dispatch"):
-        x_RD, gate_R = _send(x_RD, shape), _send(gate_R, shape)
+        x_RD = _send(x_RD, shape)
+        gate_R = _send(gate_R, shape)
     y_RD = _on_padded_rows(x_RD, gate_R, experts, shape)
     with jax.named_scope("combine"):
         return _return(y_RD, shape)
@@ -31,41 +33,41 @@ def through_experts(
 def _on_padded_rows(
     x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
 ) -> jax.Array:
-    """Every local expert has equally many rows here; they are padded to the small block that the
-    grouped product works in.
-    """
-    e = shape.num_experts // shape.expert_axis
-    count = x_RD.shape[0] // e
-    block = block_sizes(count)
-    room = round_up(count, block[1])
+    """Returns the results of rows of which every local expert has equally many."""
+    e = shape.local_experts
+    rows_of_expert = x_RD.shape[0] // e
+    block = block_sizes(rows_of_expert)
+    # The grouped product works in blocks, so the rows of an expert are padded to whole ones.
+    room = round_up(rows_of_expert, block[1])
+    padding = room - rows_of_expert
 
-    def pad(z):
-        return jnp.pad(
-            z.reshape((e, count) + z.shape[1:]),
-            ((0, 0), (0, room - count)) + ((0, 0),) * (z.ndim - 1),
-        )
-
-    def flat(z):
-        return z.reshape((-1,) + z.shape[2:])
+    def pad(z_RX: jax.Array) -> jax.Array:
+        z_erX = z_RX.reshape((e, rows_of_expert) + z_RX.shape[1:])
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (z_RX.ndim - 1)
+        return jnp.pad(z_erX, widths).reshape((e * room,) + z_RX.shape[1:])
 
     start_e = jnp.arange(e, dtype=jnp.int32) * room
-    y_RD = experts(
-        flat(pad(x_RD)), flat(pad(gate_R)), start_e, jnp.full((e,), count, jnp.int32), block
-    )
-    return flat(y_RD.reshape(e, room, -1)[:, :count])
+    size_e = jnp.full((e,), rows_of_expert, jnp.int32)
+    y_RD = experts(pad(x_RD), pad(gate_R), start_e, size_e, block)
+    y_erD = y_RD.reshape(e, room, -1)[:, :rows_of_expert]
+    return y_erD.reshape(x_RD.shape[0], -1)
 
 
 def _send(x: jax.Array, shape: Shape) -> jax.Array:
-    """[E * places, ...] in order of expert -> [e * (n * places), ...]: the rows of the local
-    experts, from all n devices of the axis.
+    """Returns the rows of the local experts, from all n devices of the expert axis.
+
+    [E * places, ...] in order of expert -> [e * (n * places), ...].
     """
-    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
-    x = x.reshape((n, e, -1) + x.shape[1:])
-    return jnp.moveaxis(all_to_all(x, "expert"), 0, 1).reshape((-1,) + x.shape[3:])
+    n, e = shape.expert_axis, shape.local_experts
+    x_ne = x.reshape((n, e, -1) + x.shape[1:])
+    # What came from one device is for all local experts: the experts become the outer dimension.
+    x_en = jnp.moveaxis(all_to_all(x_ne, "expert"), 0, 1)
+    return x_en.reshape((-1,) + x.shape[1:])
 
 
 def _return(y_RD: jax.Array, shape: Shape) -> jax.Array:
-    """The inverse of `_send`."""
-    n, e = shape.expert_axis, shape.num_experts // shape.expert_axis
-    y = jnp.moveaxis(y_RD.reshape(e, n, -1, y_RD.shape[-1]), 1, 0)
-    return all_to_all(y, "expert").reshape(-1, y_RD.shape[-1])
+    """Returns the rows to the devices that they came from: the inverse of `_send`."""
+    n, e = shape.expert_axis, shape.local_experts
+    d_model = y_RD.shape[-1]
+    y_neD = jnp.moveaxis(y_RD.reshape(e, n, -1, d_model), 1, 0)
+    return all_to_all(y_neD, "expert").reshape(-1, d_model)

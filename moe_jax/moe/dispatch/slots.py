@@ -27,8 +27,9 @@ class Options:
 
 
 def rows(shape: Shape, options: Options) -> int:
-    """Rows received and computed per device: all slots of the local experts, of all groups of the
-    expert axis.
+    """Returns the rows received and computed per device.
+
+    These are all slots of the local experts, of all groups of the expert axis.
     """
     del options
     return shape.num_assignments
@@ -42,21 +43,22 @@ def apply(
     shape: Shape,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the contract in moe/dispatch/__init__.py; there are no assignments to flag, so `dropped`
-    is empty.
-    """
+    """Returns (y_TD, dropped_N) as contract.py says; there are no assignments, so N is 0."""
     del options
     num_groups, group_tokens, num_experts, num_slots = slots.dispatch_GtEp.shape
     with jax.named_scope("dispatch"):
         x_GtD = x_TD.reshape(num_groups, group_tokens, -1)
+        # The buffer is [E, G, p]: all rows of an expert lie together.
         x_EGpD = jnp.einsum("GtEp,GtD->EGpD", slots.dispatch_GtEp, x_GtD)
         x_RD = x_EGpD.reshape(-1, x_TD.shape[1])
+        # The weights of the results are in `combine`.
         one_R = jnp.ones_like(x_RD, shape=x_RD.shape[:1])
     y_RD = through_experts(x_RD, one_R, experts, shape)
     with jax.named_scope("combine"):
         y_EGpD = y_RD.reshape(num_experts, num_groups, num_slots, -1)
         y_GtD = jnp.einsum("GtEp,EGpD->GtD", slots.combine_GtEp, y_EGpD)
-    return y_GtD.reshape(x_TD.shape), jnp.zeros_like(slots.dispatch_GtEp, shape=(0,), dtype=bool)
+    dropped_N = jnp.zeros_like(slots.dispatch_GtEp, shape=(0,), dtype=bool)
+    return y_GtD.reshape(x_TD.shape), dropped_N
 
 
 DISPATCHER = Dispatcher(Options, apply, rows, drops=False, mixes=True)

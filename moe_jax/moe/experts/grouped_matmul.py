@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.parallel.compiling import by_platform
+from moe_jax.precision import wide_dtype
 
 
 def swiglu(pre_BH: Array) -> Array:
@@ -232,14 +233,6 @@ def _read_rows(array_RD: Array, offset: Array, B: int, end: Array) -> Array:
 
 def _write(array_RX: Array, block_BX: Array, offset: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(array_RX, block_BX.astype(array_RX.dtype), offset, 0)
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype to add up in: float32, or float64 for float64.
-
-    (`promote_types` refuses under strict promotion.)
-    """
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def _dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:

@@ -43,48 +43,63 @@ BALANCE = tuple(name for name, loss in LOSSES.items() if loss.balances)
 def auxiliary(
     totals: Totals, coefficients: Mapping[str, float]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted sum that is added to the language loss, and each loss alone (unweighted, mean
-    over layers).
+    """Returns the weighted sum that is added to the task's loss, and each loss alone.
 
-    A coefficient of 0 adds nothing to the gradient; its loss is computed all the same, to be
-    logged, unless the router has no such sum.
+    Each alone is unweighted, the mean over layers. A coefficient of 0 adds nothing to the
+    gradient; its loss is computed all the same, to be logged, unless the router has no such sum.
     """
     values = {
-        n: LOSSES[n].value(totals)
-        for n, c in coefficients.items()
-        if c or not LOSSES[n].needs or LOSSES[n].needs in totals
+        name: LOSSES[name].value(totals)
+        for name, coefficient in coefficients.items()
+        if coefficient or _can_be_logged(LOSSES[name], totals)
     }
     if "l1_weight" in totals:
         values["l1"] = l1.value(totals)
-    added = terms(totals, coefficients).values()
-    return sum(added, jnp.zeros(())), {name: value.mean() for name, value in values.items()}
+    means = {name: value_L.mean() for name, value_L in values.items()}
+    # A model without MoE layers has no totals.
+    zero = jnp.zeros((), totals["tokens"].dtype if totals else None)
+    return sum(terms(totals, coefficients).values(), zero), means
+
+
+def _can_be_logged(loss: Loss, totals: Totals) -> bool:
+    return not loss.needs or loss.needs in totals
 
 
 def terms(totals: Totals, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
-    """Returns what each loss adds to the language loss: with its coefficient, and with the weight
-    that is router state where there is one.
+    """Returns what each loss adds to the task's loss.
+
+    It is multiplied with its coefficient, and with the weight that is router state where there is
+    one.
     """
+    added = {}
+    for name, coefficient in coefficients.items():
+        if not coefficient:
+            continue
+        loss = LOSSES[name]
+        weight_L = _weight_of_state(totals, "balance_weight") if loss.balances else 1.0
+        added[name] = coefficient * (loss.value(totals) * weight_L).mean()
+    if "l1_weight" in totals:
+        added["l1"] = (_weight_of_state(totals, "l1_weight") * l1.value(totals)).mean()
+    return added
 
-    def of_state(name):
-        return totals[name] / jnp.maximum(totals["tokens"], 1) if name in totals else 1.0
 
-    weight = {n: of_state("balance_weight") if LOSSES[n].balances else 1.0 for n in coefficients}
-    found = {
-        n: c * (LOSSES[n].value(totals) * weight[n]).mean() for n, c in coefficients.items() if c
-    }
-    return found | (
-        {"l1": (of_state("l1_weight") * l1.value(totals)).mean()} if "l1_weight" in totals else {}
-    )
+def _weight_of_state(totals: Totals, name: str) -> jax.Array | float:
+    """Returns a weight that is router state, [L]; 1 where the router has none."""
+    if name not in totals:
+        return 1.0
+    # It leaves the layer as every other number does, as a sum over tokens.
+    return totals[name] / jnp.maximum(totals["tokens"], 1)
 
 
 def adapt(weight: jax.Array, totals: Totals, options: AdaptiveConfig) -> jax.Array:
-    """The weight of one layer's balance losses after a step: x (1 + rate) if more than target_drop
-    was dropped, else / (1 + rate).
+    """Returns the weight of one layer's balance losses after a step.
 
-    The multiplicative rule that ReMoE (Wang et al. 2024, arXiv:2412.14711) uses for its sparsity,
-    driven by drops. It stays within [1 / limit, limit]. Drops and assignments are integers of the
-    whole step, so every mesh takes the same branch.
+    It grows by the factor 1 + rate if more than target_drop was dropped, and else shrinks by it;
+    it stays within [1 / limit, limit]. The multiplicative rule that ReMoE (Wang et al. 2024,
+    arXiv:2412.14711) uses for its sparsity, driven by drops.
     """
-    dropped = totals["dropped"] / jnp.maximum(assigned(totals), 1)
-    factor = jnp.where(dropped > options.target_drop, 1 + options.rate, 1 / (1 + options.rate))
+    # Drops and assignments are integers of the whole step, so every mesh takes the same branch.
+    drop_fraction = totals["dropped"] / jnp.maximum(assigned(totals), 1)
+    too_many = drop_fraction > options.target_drop
+    factor = jnp.where(too_many, 1 + options.rate, 1 / (1 + options.rate))
     return jnp.clip(weight * factor.astype(weight.dtype), 1 / options.limit, options.limit)

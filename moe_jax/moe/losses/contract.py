@@ -36,4 +36,5 @@ class Loss(NamedTuple):
 def variation(x_LC: jax.Array) -> jax.Array:
     """Returns the squared coefficient of variation over the classes, [L]; 0 where all are 0."""
     mean_L = x_LC.mean(-1)
-    return jnp.square(x_LC - mean_L[:, None]).mean(-1) / jnp.maximum(jnp.square(mean_L), 1e-30)
+    variance_L = jnp.square(x_LC - mean_L[:, None]).mean(-1)
+    return variance_L / jnp.maximum(jnp.square(mean_L), 1e-30)

@@ -15,7 +15,9 @@ from moe_jax.moe.losses.contract import Loss, Totals
 def value(totals: Totals) -> jax.Array:
     """Returns the loss of each MoE layer, [L]."""
     tokens_L1 = jnp.maximum(totals["tokens"], 1)[:, None]
-    return ((totals["first"] / tokens_L1) * (totals["probs"] / tokens_L1)).mean(-1)
+    first_fraction_LC = totals["first"] / tokens_L1
+    mean_prob_LC = totals["probs"] / tokens_L1
+    return (first_fraction_LC * mean_prob_LC).mean(-1)
 
 
 LOSS = Loss(

@@ -15,4 +15,6 @@ from moe_jax.moe.losses.contract import Totals
 def value(totals: Totals) -> jax.Array:
     """Returns the loss of each MoE layer, [L]."""
     tokens_L1 = jnp.maximum(totals["tokens"], 1)[:, None]
-    return ((totals["l1_load"] / tokens_L1) * (totals["probs"] / tokens_L1)).sum(-1)
+    load_LE = totals["l1_load"] / tokens_L1
+    mean_gate_LE = totals["probs"] / tokens_L1
+    return (load_LE * mean_gate_LE).sum(-1)

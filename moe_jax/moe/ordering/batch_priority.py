@@ -25,13 +25,14 @@ def apply(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
     """
     del sizes
     gate_N = jax.lax.stop_gradient(routing.gate_N)
-    best_T = (
-        jnp.full_like(gate_N, -jnp.inf, shape=(num_tokens,))
-        .at[routing.token_N]
-        .max(gate_N, mode="drop")
-    )
-    rank_T = jnp.argsort(jnp.argsort(-best_T, stable=True))
-    order_N = jnp.lexsort((rank_T[routing.token_N], choice_index(routing, num_tokens)))
+    no_gate_T = jnp.full_like(gate_N, -jnp.inf, shape=(num_tokens,))
+    largest_gate_T = no_gate_T.at[routing.token_N].max(gate_N, mode="drop")
+    # The rank is the inverse of the order.
+    order_T = jnp.argsort(-largest_gate_T, stable=True)
+    rank_T = jnp.argsort(order_T)
+    # Of lexsort's keys the last decides first: the choice, then the token's rank.
+    choice_N = choice_index(routing, num_tokens)
+    order_N = jnp.lexsort((rank_T[routing.token_N], choice_N))
     return routing._replace(order_N=order_N.astype(jnp.int32))
 
 

@@ -19,9 +19,9 @@ def apply(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
     """
     del sizes
     # One order for all groups: only the order inside a group matters to a dispatcher.
-    return routing._replace(
-        order_N=jnp.argsort(choice_index(routing, num_tokens), stable=True).astype(jnp.int32)
-    )
+    choice_N = choice_index(routing, num_tokens)
+    order_N = jnp.argsort(choice_N, stable=True).astype(jnp.int32)
+    return routing._replace(order_N=order_N)
 
 
 ORDERING = Ordering(Options, apply, sees_future=True, always=False, by_choice=True)

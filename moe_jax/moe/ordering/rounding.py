@@ -29,49 +29,66 @@ def apply(
     train: bool,
     options: Options,
 ) -> Routing:
-    """Token rounding (SonicMoE, Guo et al. 2025, arXiv:2512.14080, section 5): each expert's count
-    of a group becomes a multiple of `tile`.
+    """Returns the routing with each expert's count of a group rounded to a multiple of `tile`.
 
-    To the nearest; half a tile is rounded up. Down: the assignments with the smallest gates (of
-    equal ones the later) go nowhere and count as dropped. Up: the difference is rows of padding,
-    where SonicMoE would take further tokens. `sums["padding"]` [b] holds them, at the first row of
-    each group, and `sums["served"]` [b] the assignments that are left: a grouped product in tiles
-    computes both. Evaluation and decoding do not round, as in the paper.
+    Token rounding (SonicMoE, Guo et al. 2025, arXiv:2512.14080, section 5). It rounds to the
+    nearest, and half a tile up. Down: the assignments with the smallest gates (of equal ones the
+    later) go nowhere and count as dropped. Up: the difference is rows of padding, where SonicMoE
+    would take further tokens. `sums["padding"]` [b] holds them, at the first row of each group, and
+    `sums["served"]` [b] the assignments that are left: a grouped product in tiles computes both.
+    Evaluation and decoding do not round, as in the paper.
     """
     if not train:
         return routing
-    tile, num_groups = options.tile, num_tokens // group_tokens
+    num_groups = num_tokens // group_tokens
     group_N = routing.token_N // group_tokens
-    class_N = group_N * (num_experts + 1) + routing.expert_N
+    pair_N = (group_N, routing.expert_index_N)
+
+    # How many assignments each expert has in a group, and how many it keeps.
+    no_count_GE = jnp.zeros_like(routing.expert_index_N, shape=(num_groups, num_experts))
+    count_GE = no_count_GE.at[pair_N].add(1, mode="drop")
+    tile = options.tile
+    rounded_GE = (2 * count_GE + tile) // (2 * tile) * tile
+
+    # Each assignment's rank by gate among those of its expert in its group. Nowhere is a class of
+    # its own, hence E + 1.
+    class_N = group_N * (num_experts + 1) + routing.expert_index_N
     order_N = jnp.argsort(-jax.lax.stop_gradient(routing.gate_N), stable=True)
     rank_N = rank_in_order(class_N, order_N, num_groups * (num_experts + 1))
-    real_N = routing.expert_N < num_experts
-    count_GE = jnp.zeros_like(routing.expert_N, shape=(num_groups, num_experts))
-    count_GE = count_GE.at[group_N, routing.expert_N].add(1, mode="drop")
-    goal_GE = (2 * count_GE + tile) // (2 * tile) * tile
-    kept_N = real_N & (
-        rank_N < goal_GE.at[group_N, routing.expert_N].get(mode="fill", fill_value=0)
+    is_real_N = routing.expert_index_N < num_experts
+    limit_N = rounded_GE.at[pair_N].get(mode="fill", fill_value=0)
+    is_kept_N = is_real_N & (rank_N < limit_N)
+
+    padding_G = jnp.maximum(rounded_GE - count_GE, 0).sum(1)
+    added = _sums(routing, num_tokens, is_real_N & ~is_kept_N, is_kept_N, padding_G)
+    return routing._replace(
+        expert_index_N=jnp.where(is_kept_N, routing.expert_index_N, num_experts),
+        gate_N=jnp.where(is_kept_N, routing.gate_N, 0),
+        sums={**routing.sums, **added},
     )
-    tokens_b = routing.sums["tokens"]
-    num_rows = tokens_b.shape[0]
+
+
+def _sums(
+    routing: Routing,
+    num_tokens: int,
+    is_dropped_N: jax.Array,
+    is_kept_N: jax.Array,
+    padding_G: jax.Array,
+) -> dict[str, jax.Array]:
+    """Returns the sums per row that rounding adds: dropped, padding and served [b]."""
+    zero_b = jnp.zeros_like(routing.sums["tokens"])
+    num_rows = zero_b.shape[0]
+    rows_of_group = num_rows // padding_G.shape[0]
     row_N = routing.token_N // (num_tokens // num_rows)
 
-    def per_row(flag_N):
-        return jnp.zeros_like(tokens_b).at[row_N].add(flag_N.astype(tokens_b.dtype))
+    def count(flag_N: jax.Array) -> jax.Array:
+        return zero_b.at[row_N].add(flag_N.astype(zero_b.dtype))
 
-    padding_G = jnp.maximum(goal_GE - count_GE, 0).sum(1).astype(tokens_b.dtype)
-    padding_b = jnp.zeros_like(tokens_b).at[:: num_rows // num_groups].set(padding_G)
-    dropped_b = routing.sums.get("dropped", jnp.zeros_like(tokens_b)) + per_row(real_N & ~kept_N)
-    return routing._replace(
-        expert_N=jnp.where(kept_N, routing.expert_N, num_experts),
-        gate_N=jnp.where(kept_N, routing.gate_N, 0),
-        sums={
-            **routing.sums,
-            "dropped": dropped_b,
-            "padding": padding_b,
-            "served": per_row(kept_N),
-        },
-    )
+    return {
+        "dropped": routing.sums.get("dropped", zero_b) + count(is_dropped_N),
+        "padding": zero_b.at[::rows_of_group].set(padding_G.astype(zero_b.dtype)),
+        "served": count(is_kept_N),
+    }
 
 
 ORDERING = Ordering(Options, apply, sees_future=True, always=True)

@@ -39,9 +39,9 @@ from moe_jax.moe.routing.contract import (
     Setting,
     Tokens,
     router_logits,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
 from moe_jax.schema.options import NUMBER, option
 
 GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -69,50 +69,66 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k assignments per token, in order of falling score; balanced in training, else greedy."""
+    """Returns k assignments per token, in order of falling score.
+
+    They are balanced in training, and greedy otherwise.
+    """
     del state, rng
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    score_TE = jax.lax.stop_gradient(logits_TE)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    score_TE = jax.lax.stop_gradient(router_logits_TE)
     if train:
         score_TE = balanced(score_TE, tokens, cfg)
-    _, expert_TK = jax.lax.top_k(score_TE, cfg.options.k)
-    gate_TK = jnp.take_along_axis(GATES[cfg.options.gates](logits_TE), expert_TK, 1)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+    _, expert_index_TK = jax.lax.top_k(score_TE, cfg.options.k)
+    # The bias chooses experts and does not weigh them: gates are of the logits alone.
+    all_gates_TE = GATES[cfg.options.gates](router_logits_TE)
+    gate_TK = jnp.take_along_axis(all_gates_TE, expert_index_TK, 1)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
-def balanced(logits_TE: jax.Array, tokens: Tokens, cfg: RouterCfg) -> jax.Array:
-    """x W + b, [T, E], with b per group, or of the whole batch."""
-    num_experts, whole = logits_TE.shape[1], cfg.options.scope == "batch"
-    num_groups = 1 if whole else tokens.num_rows // cfg.group_rows
-    logits_GtE = logits_TE.reshape(num_groups, -1, num_experts)
-    valid_Gt1 = tokens.valid_T.reshape(num_groups, -1, 1).astype(logits_TE.dtype)
-    total = cfg.total if whole else lambda z: z
-    bias_GE = sinkhorn(logits_GtE, valid_Gt1, cfg.options.iterations, total)
-    return (logits_GtE + bias_GE[:, None]).reshape(-1, num_experts)
+def balanced(router_logits_TE: jax.Array, tokens: Tokens, cfg: RouterCfg) -> jax.Array:
+    """Returns x W + b, [T, E], with b per group, or of the whole batch."""
+    num_experts = router_logits_TE.shape[1]
+    if cfg.options.scope == "batch":
+        num_groups, total = 1, cfg.total
+    else:
+        # A group lies on one device, so there is nothing to sum over devices.
+        num_groups, total = tokens.num_rows // cfg.group_rows, _as_it_is
+    router_logits_GtE = router_logits_TE.reshape(num_groups, -1, num_experts)
+    valid_Gt1 = tokens.valid_T.reshape(num_groups, -1, 1).astype(router_logits_TE.dtype)
+    bias_GE = sinkhorn(router_logits_GtE, valid_Gt1, cfg.options.iterations, total)
+    biased_GtE = router_logits_GtE + bias_GE[:, None]
+    return biased_GtE.reshape(-1, num_experts)
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
 
 
 def sinkhorn(
-    logits_GtE: jax.Array,
+    router_logits_GtE: jax.Array,
     valid_Gt1: jax.Array,
     iterations: int,
     total: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """b [G, E] after so many steps from 0; `total` sums over the devices that share the tokens.
+    """Returns b [G, E] after so many steps from 0; a group without valid tokens has b = 0.
 
-    A group without valid tokens has b = 0.
+    `total` sums over the devices that share the tokens.
     """
-    num_experts = logits_GtE.shape[2]
+    num_experts = router_logits_GtE.shape[2]
     share_G1 = total(valid_Gt1.sum(1)) / num_experts
-    tiny = jnp.finfo(logits_GtE.dtype).tiny
+    # Without tokens both logarithms are that of `tiny`, and their difference is 0.
+    tiny = jnp.finfo(router_logits_GtE.dtype).tiny
+    log_share_G1 = jnp.log(jnp.maximum(share_G1, tiny))
 
     def step(_, bias_GE: jax.Array) -> jax.Array:
-        plan_GtE = jax.nn.softmax(logits_GtE + bias_GE[:, None]) * valid_Gt1
+        plan_GtE = jax.nn.softmax(router_logits_GtE + bias_GE[:, None]) * valid_Gt1
         mass_GE = total(plan_GtE.sum(1))
-        change_GE = jnp.log(jnp.maximum(share_G1, tiny)) - jnp.log(jnp.maximum(mass_GE, tiny))
-        return bias_GE + change_GE
+        log_mass_GE = jnp.log(jnp.maximum(mass_GE, tiny))
+        return bias_GE + (log_share_G1 - log_mass_GE)
 
-    zero_GE = jnp.zeros_like(total(logits_GtE.sum(1)))
+    # The carry of a loop must vary over the mesh as what a step returns does: as `total` of scores.
+    zero_GE = jnp.zeros_like(total(router_logits_GtE.sum(1)))
     return jax.lax.fori_loop(0, iterations, step, zero_GE)
 
 
@@ -133,14 +149,14 @@ def balanced_by(options: Options) -> str:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """A balance over the whole batch needs the whole batch at once."""
-    number = setting.batch_size // setting.micro_batch_size
-    if options.scope == "batch" and number > 1:
+    """Refuses micro-batches for a balance over the whole batch, which needs it at once."""
+    num_micro_batches = setting.batch_size // setting.micro_batch_size
+    if options.scope == "batch" and num_micro_batches > 1:
         yield (
-            f'{setting.at}.scope = "batch" balances over all tokens at once, which {number} '
-            f"micro-batches (train.batch_size {setting.batch_size} / train.micro_batch_size "
-            f"{setting.micro_batch_size}) are not: set train.micro_batch_size=0, or the scope to "
-            "group"
+            f'{setting.at}.scope = "batch" balances over all tokens at once, which '
+            f"{num_micro_batches} micro-batches (train.batch_size {setting.batch_size} / "
+            f"train.micro_batch_size {setting.micro_batch_size}) are not: set "
+            "train.micro_batch_size=0, or the scope to group"
         )
 
 

@@ -27,9 +27,10 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
+from moe_jax.moe.routing.top_k import renormalized
 from moe_jax.schema.options import COUNT, NOT_TINY, NUMBER, option
 from moe_jax.weights import Weight
 
@@ -44,7 +45,7 @@ class Options:
 
 
 def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
-    """The projection [D, dim], an embedding per expert [dim, E] and the temperature."""
+    """Declares the projection [D, dim], an embedding per expert [dim, E] and the temperature."""
     dim = options.dim or max(2, sizes.num_experts // 2)
     return {
         "project": Weight((sizes.d_model, dim), ("embed", None), sizes.d_model**-0.5),
@@ -56,24 +57,29 @@ def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Assignments token by token, a token's choices in order of falling gate."""
+    """Returns assignments token by token, a token's choices in order of falling gate."""
     del state, rng, train
-    token_TM = _unit(router_logits(tokens.x_TD, params["project"]), axis=1)
-    expert_ME = _unit(params["experts"].astype(token_TM.dtype), axis=0)
-    temperature = jnp.maximum(
-        params["temperature"].astype(token_TM.dtype), cfg.options.min_temperature
-    )
-    logits_TE = router_logits(token_TM, expert_ME) / temperature
-    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options.k)
+    # M is `dim`, the width of the hypersphere.
+    projected_TM = router_logits(tokens.x_TD, params["project"])
+    token_TM = _unit_length(projected_TM, axis=1)
+    expert_ME = _unit_length(params["experts"].astype(token_TM.dtype), axis=0)
+    learned_temperature = params["temperature"].astype(token_TM.dtype)
+    temperature = jnp.maximum(learned_temperature, cfg.options.min_temperature)
+    cosine_TE = router_logits(token_TM, expert_ME)
+    router_logits_TE = cosine_TE / temperature
+    router_probs_TE = jax.nn.softmax(router_logits_TE)
+    gate_TK, expert_index_TK = jax.lax.top_k(router_probs_TE, cfg.options.k)
     if cfg.options.renormalize:
-        gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+        gate_TK = renormalized(gate_TK)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
-def _unit(x: jax.Array, axis: int) -> jax.Array:
-    """x of length 1 along an axis; zero, as padding may be, stays zero with a finite gradient."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-24))
+def _unit_length(x: jax.Array, axis: int) -> jax.Array:
+    """Returns x / |x| along an axis; zero, as padding may be, stays zero."""
+    # The bound stands inside the root, so that the gradient at zero is finite.
+    square_length = jnp.square(x).sum(axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square_length, 1e-24))
 
 
 def declared(num_experts: int, options: Options) -> Declared:

@@ -31,9 +31,9 @@ from moe_jax.moe.routing.contract import (
     Sees,
     Setting,
     Tokens,
-    class_statistics,
     router_logits,
 )
+from moe_jax.moe.routing.statistics import class_statistics
 from moe_jax.schema.options import POSITIVE, option
 
 
@@ -49,35 +49,45 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """E C assignments of a group: group by group, expert by expert, in order of falling score."""
+    """Returns E C assignments of a group.
+
+    They come group by group, expert by expert, in order of falling score.
+    """
     del state, rng, train
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    score_TE = jax.nn.softmax(logits_TE)
-    num_tokens, num_experts = score_TE.shape
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    router_probs_TE = jax.nn.softmax(router_logits_TE)
+    num_tokens, num_experts = router_probs_TE.shape
     num_groups = tokens.num_rows // cfg.group_rows
     group_tokens = num_tokens // num_groups
-    open_TE = jnp.where(tokens.valid_T[:, None], jax.lax.stop_gradient(score_TE), -1)
-    open_GEt = open_TE.reshape(num_groups, group_tokens, num_experts).swapaxes(1, 2)
-    best_GEC, place_GEC = jax.lax.top_k(
-        open_GEt, capacity(group_tokens, num_experts, cfg.options.factor)
-    )
-    first_G11 = (jnp.arange(num_groups, dtype=jnp.int32) * group_tokens)[:, None, None]
-    expert_E1 = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
-    token_N = (place_GEC + first_G11).reshape(-1)
-    expert_N = jnp.where(best_GEC < 0, num_experts, expert_E1[None]).reshape(-1)
-    taken_TE = jnp.zeros_like(score_TE, dtype=bool).at[token_N, expert_N].set(True, mode="drop")
-    return Routing(
-        token_N=token_N,
-        expert_N=expert_N,
-        gate_N=score_TE.at[token_N, expert_N].get(mode="fill", fill_value=0),
-        sums=class_statistics(logits_TE, taken_TE, jnp.where(taken_TE, score_TE, 0), tokens),
-        per_token=0,
-    )
+
+    # Each expert takes the tokens with its largest scores. Padding scores less than any token.
+    score_TE = jnp.where(tokens.valid_T[:, None], jax.lax.stop_gradient(router_probs_TE), -1)
+    score_GEt = score_TE.reshape(num_groups, group_tokens, num_experts).swapaxes(1, 2)
+    num_places = capacity(group_tokens, num_experts, cfg.options.factor)
+    top_score_GEC, token_in_group_GEC = jax.lax.top_k(score_GEt, num_places)
+
+    # The list of assignments. A place that only padding was left for goes nowhere.
+    first_token_G = jnp.arange(num_groups, dtype=jnp.int32) * group_tokens
+    token_GEC = token_in_group_GEC + first_token_G[:, None, None]
+    expert_E = jnp.arange(num_experts, dtype=jnp.int32)
+    expert_index_GEC = jnp.where(top_score_GEC < 0, num_experts, expert_E[None, :, None])
+    token_N = token_GEC.reshape(-1)
+    expert_index_N = expert_index_GEC.reshape(-1)
+    pair_N = (token_N, expert_index_N)
+    gate_N = router_probs_TE.at[pair_N].get(mode="fill", fill_value=0)
+
+    no_pair_TE = jnp.zeros_like(router_probs_TE, dtype=bool)
+    is_taken_TE = no_pair_TE.at[pair_N].set(True, mode="drop")
+    gate_TE = jnp.where(is_taken_TE, router_probs_TE, 0)
+    sums = class_statistics(router_logits_TE, is_taken_TE, gate_TE, tokens)
+    return Routing(token_N, expert_index_N, gate_N, sums, per_token=0)
 
 
 def capacity(group_tokens: int, num_experts: int, factor: float) -> int:
-    """C: the tokens that an expert takes of a group."""
-    return max(1, min(math.ceil(factor * group_tokens / num_experts - 1e-9), group_tokens))
+    """Returns C: the tokens that an expert takes of a group."""
+    # 1e-9, so that a product which is whole but for rounding is not rounded up.
+    num_places = math.ceil(factor * group_tokens / num_experts - 1e-9)
+    return max(1, min(num_places, group_tokens))
 
 
 def sees(options: Options) -> Sees:
@@ -96,7 +106,7 @@ def balanced_by(options: Options) -> str:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """No token has more experts than there are."""
+    """Refuses more experts for a token than there are."""
     if options.factor > setting.num_experts:
         yield (
             f"{setting.at}.factor = {options.factor} must be at most model.moe.num_experts "

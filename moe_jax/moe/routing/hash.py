@@ -23,10 +23,10 @@ from moe_jax.moe.routing.contract import (
     RouterCfg,
     Routing,
     Tokens,
-    even,
     no_weights,
     sees_nothing,
 )
+from moe_jax.moe.routing.statistics import even_routing
 from moe_jax.schema.options import NUMBER, SEED, option
 
 
@@ -39,23 +39,20 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k assignments per token by its id.
+    """Returns k assignments per token by its id.
 
     There are no logits: probabilities are uniform, and z is 0.
     """
     del params, state, rng, train
-    k = cfg.options.k
-    expert_TK = (
-        jnp.asarray(table(cfg.vocab_size, cfg.num_experts, k, cfg.options.seed))
-        .at[tokens.id_T]
-        .get()
-    )
-    return even(expert_TK, tokens, cfg)
+    options = cfg.options
+    table_VK = jnp.asarray(hash_table(cfg.vocab_size, cfg.num_experts, options.k, options.seed))
+    expert_index_TK = table_VK.at[tokens.id_T].get()
+    return even_routing(expert_index_TK, tokens, cfg)
 
 
 @functools.lru_cache(maxsize=8)
-def table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:
-    """[V, k] int32: the k distinct experts of every id.
+def hash_table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:
+    """Returns the k distinct experts of every id, int32 [V, k].
 
     The ids in random order are cut into blocks of E. Inside a block, id i takes the k entries from
     i k on of a random order of the experts, round and round, so a whole block gives k ids to every
@@ -63,11 +60,13 @@ def table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     id_V = rng.permutation(vocab_size)
-    block_V, place_V = np.divmod(np.arange(vocab_size), num_experts)
-    order_BE = rng.permuted(np.tile(np.arange(num_experts), (block_V[-1] + 1, 1)), axis=1)
-    turn_VK = (place_V[:, None] * k + np.arange(k)[None]) % num_experts
+    block_V, place_in_block_V = np.divmod(np.arange(vocab_size), num_experts)
+    num_blocks = block_V[-1] + 1
+    sorted_BE = np.tile(np.arange(num_experts), (num_blocks, 1))
+    shuffled_BE = rng.permuted(sorted_BE, axis=1)
+    turn_VK = (place_in_block_V[:, None] * k + np.arange(k)[None]) % num_experts
     table_VK = np.empty((vocab_size, k), np.int32)
-    table_VK[id_V] = order_BE[block_V[:, None], turn_VK]
+    table_VK[id_V] = shuffled_BE[block_V[:, None], turn_VK]
     return table_VK
 
 

@@ -23,9 +23,11 @@ from moe_jax.moe.routing.contract import (
     Sizes,
     Tokens,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
+from moe_jax.moe.routing.top_k import renormalized
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.options import NUMBER, option
 from moe_jax.weights import Weight
 
@@ -38,6 +40,7 @@ class Options:
 
 
 def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
+    """Declares one matrix [D, E] for each gate."""
     shape = (options.num_gates, sizes.d_model, sizes.num_experts)
     return {"gate": Weight(shape, (None, "embed", None), sizes.d_model**-0.5)}
 
@@ -45,18 +48,26 @@ def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k assignments per token by the gate of its position, in order of falling gate."""
+    """Returns k assignments per token by the gate of its position, in order of falling gate."""
     del state, rng, train
-    wide = jnp.promote_types(tokens.x_TD.dtype, jnp.float32)
-    x_TD, gate_GDE = tokens.x_TD.astype(wide), params["gate"].astype(wide)
-    logits_TGE = jnp.einsum("TD,GDE->TGE", x_TD, gate_GDE, precision=jax.lax.Precision.HIGHEST)
-    turn_T = tokens.position_T % gate_GDE.shape[0]
-    logits_TE = jnp.take_along_axis(logits_TGE, turn_T[:, None, None], 1)[:, 0]
-    gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), cfg.options.k)
+    router_logits_TE = logits_of_task(tokens, params["gate"])
+    router_probs_TE = jax.nn.softmax(router_logits_TE)
+    gate_TK, expert_index_TK = jax.lax.top_k(router_probs_TE, cfg.options.k)
     if cfg.options.renormalize:
-        gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+        gate_TK = renormalized(gate_TK)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
+
+
+def logits_of_task(tokens: Tokens, gate_GDE: jax.Array) -> jax.Array:
+    """Returns x W_g [T, E] in at least float32, with g the token's position modulo G."""
+    wide = wide_dtype(tokens.x_TD.dtype)
+    x_TD = tokens.x_TD.astype(wide)
+    gate_GDE = gate_GDE.astype(wide)
+    highest = jax.lax.Precision.HIGHEST
+    router_logits_TGE = jnp.einsum("TD,GDE->TGE", x_TD, gate_GDE, precision=highest)
+    task_T = tokens.position_T % gate_GDE.shape[0]
+    return jnp.take_along_axis(router_logits_TGE, task_T[:, None, None], 1)[:, 0]
 
 
 def declared(num_experts: int, options: Options) -> Declared:

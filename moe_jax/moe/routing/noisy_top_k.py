@@ -32,12 +32,11 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     linear_gate,
     normal,
-    per_row,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import per_row, statistics
 from moe_jax.schema.options import NOT_TINY, NUMBER, option
 from moe_jax.weights import Weight
 
@@ -49,7 +48,7 @@ class Options:
 
 
 def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
-    """The gate and the matrix of the noise, both [D, E]."""
+    """Declares the gate and the matrix of the noise, both [D, E]."""
     noise = Weight((sizes.d_model, sizes.num_experts), ("embed", None), 0.0)
     return {**linear_gate(sizes, options), "noise": noise}
 
@@ -57,43 +56,57 @@ def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Assignments token by token. Balance loss, z and entropy are of the logits without noise."""
+    """Returns assignments token by token.
+
+    Balance loss, z and entropy are of the logits without noise.
+    """
     del state
-    clean_TE = router_logits(tokens.x_TD, params["gate"])
-    sigma_TE = jax.nn.softplus(router_logits(tokens.x_TD, params["noise"])) + cfg.options.min_noise
-    noisy_TE = clean_TE
+    k = cfg.options.k
+    clean_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    noise_logits_TE = router_logits(tokens.x_TD, params["noise"])
+    sigma_TE = jax.nn.softplus(noise_logits_TE) + cfg.options.min_noise
+    noisy_logits_TE = clean_logits_TE
     if train:
-        noisy_TE = clean_TE + sigma_TE * normal(rng, tokens, cfg.num_experts, clean_TE.dtype)
-    top_TK, expert_TK = jax.lax.top_k(noisy_TE, cfg.options.k)
-    gate_TK = jax.nn.softmax(top_TK)
-    chance_TE = stays_chosen(clean_TE, noisy_TE, sigma_TE, cfg.options.k)
-    load_TE = jnp.where(tokens.valid_T[:, None], chance_TE, 0)
-    sums = {**statistics(clean_TE, expert_TK, gate_TK, tokens), "load": per_row(load_TE, tokens)}
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+        noise_TE = normal(rng, tokens, cfg.num_experts, clean_logits_TE.dtype)
+        noisy_logits_TE = clean_logits_TE + sigma_TE * noise_TE
+    top_logits_TK, expert_index_TK = jax.lax.top_k(noisy_logits_TE, k)
+    gate_TK = jax.nn.softmax(top_logits_TK)
+    probability_TE = stays_chosen(clean_logits_TE, noisy_logits_TE, sigma_TE, k)
+    load_TE = jnp.where(tokens.valid_T[:, None], probability_TE, 0)
+    sums = statistics(clean_logits_TE, expert_index_TK, gate_TK, tokens)
+    sums["load"] = per_row(load_TE, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
 def stays_chosen(
-    clean_TE: jax.Array, noisy_TE: jax.Array, sigma_TE: jax.Array, k: int
+    clean_logits_TE: jax.Array, noisy_logits_TE: jax.Array, sigma_TE: jax.Array, k: int
 ) -> jax.Array:
-    """P [T, E] of eq. 8-9: Phi((clean - k-th largest noisy logit of the others) / sigma)."""
-    if k == clean_TE.shape[1]:
-        return jnp.ones_like(clean_TE)
-    top_TK, _ = jax.lax.top_k(noisy_TE, k + 1)
-    last_in_T1, first_out_T1 = top_TK[:, k - 1 : k], top_TK[:, k:]
-    threshold_TE = jnp.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
-    return _normal_cdf((clean_TE - threshold_TE) / sigma_TE)
+    """Returns P [T, E] of eq. 8-9: Phi((x W - threshold) / sigma).
+
+    The threshold of an expert is the k-th largest noisy logit of the others.
+    """
+    if k == clean_logits_TE.shape[1]:
+        return jnp.ones_like(clean_logits_TE)
+    top_TK, _ = jax.lax.top_k(noisy_logits_TE, k + 1)
+    last_chosen_T1 = top_TK[:, k - 1 : k]
+    first_left_T1 = top_TK[:, k:]
+    # Without itself, a chosen expert competes with the first that was left out, and one that was
+    # left out with the last that was chosen.
+    is_chosen_TE = noisy_logits_TE > first_left_T1
+    threshold_TE = jnp.where(is_chosen_TE, first_left_T1, last_chosen_T1)
+    return _normal_cdf((clean_logits_TE - threshold_TE) / sigma_TE)
 
 
 @jax.custom_jvp
 def _normal_cdf(z: jax.Array) -> jax.Array:
-    """Phi by the incomplete gamma function: erf(x) = sign(x) P(1/2, x^2).
+    """Returns Phi(z) by the incomplete gamma function: erf(x) = sign(x) P(1/2, x^2)."""
+    # jax 0.12's own norm.cdf, erf and erfc are polynomials whose constant coefficients a shard_map
+    # refuses to meet with what varies over devices.
+    erf = jnp.sign(z) * jax.lax.igamma(jnp.full_like(z, 0.5), 0.5 * z * z)
+    return 0.5 * (1 + erf)
 
-    jax 0.12's own norm.cdf, erf and erfc are polynomials whose constant coefficients a shard_map
-    refuses to meet with what varies over devices.
-    """
-    return 0.5 * (1 + jnp.sign(z) * jax.lax.igamma(jnp.full_like(z, 0.5), 0.5 * z * z))
 
-
+# The derivative of Phi is the normal density. That of `igamma` is a series, and infinite at 0.
 _normal_cdf.defjvps(lambda tangent, _, z: tangent * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 

@@ -36,12 +36,11 @@ from moe_jax.moe.routing.contract import (
     Sizes,
     Tokens,
     linear_gate,
-    per_row,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import per_row, statistics
 from moe_jax.schema.options import NUMBER, option
 from moe_jax.weights import Weight
 
@@ -61,52 +60,71 @@ class Options:
 
 
 def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
-    """One matrix [D, E + num_null]."""
-    return linear_gate(sizes._replace(num_experts=sizes.num_experts + options.num_null), options)
+    """Declares one matrix [D, E + num_null]."""
+    num_classes = sizes.num_experts + options.num_null
+    return linear_gate(sizes._replace(num_experts=num_classes), options)
 
 
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Up to k assignments per token, in order of falling probability; places of null choices go
-    nowhere.
+    """Returns up to k assignments per token, in order of falling probability.
+
+    Places of null choices go nowhere.
     """
     del state, rng, train
-    logits_TC = router_logits(tokens.x_TD, params["gate"])
-    prob_TK, class_TK = jax.lax.top_k(jax.nn.softmax(logits_TC), cfg.options.k)
-    null_TK = class_TK >= cfg.num_experts
-    gate_TK = gates(prob_TK, null_TK, cfg.options.renormalize)
-    sums = statistics(logits_TC, class_TK, gate_TK, tokens)
-    real_bE, null_bC = jnp.split(sums["counts"], [cfg.num_experts], axis=1)
-    sums["level"] = jnp.concatenate(
-        [real_bE, jnp.broadcast_to(null_bC.mean(1, keepdims=True), null_bC.shape)], 1
-    )
-    sums["assigned"] = real_bE.sum(1)
-    if cfg.options.kind == "zero":  # gates of what does nothing weigh nothing
-        real_TK = jnp.where(null_TK | ~tokens.valid_T[:, None], 0, jax.lax.stop_gradient(gate_TK))
-        sums |= {
-            "gate": per_row(real_TK.sum(1), tokens),
-            "gate_max": per_row(real_TK.max(1), tokens),
-        }
-    routing = token_choice(class_TK, gate_TK, sums, tokens, cfg.num_experts)
+    router_logits_TC = router_logits(tokens.x_TD, params["gate"])
+    router_probs_TC = jax.nn.softmax(router_logits_TC)
+    prob_TK, class_index_TK = jax.lax.top_k(router_probs_TC, cfg.options.k)
+    is_null_TK = class_index_TK >= cfg.num_experts
+    gate_TK = gates(prob_TK, is_null_TK, cfg.options.renormalize)
+    sums = statistics(router_logits_TC, class_index_TK, gate_TK, tokens)
+    sums |= _counts_of_real(sums["counts"], cfg.num_experts)
+    if cfg.options.kind == "zero":
+        sums |= _gates_of_real(gate_TK, is_null_TK, tokens)
+    routing = token_choice(class_index_TK, gate_TK, sums, tokens, cfg.num_experts)
     if cfg.options.kind == "zero":
         return routing
-    return routing._replace(copy_T=jnp.where(null_TK & tokens.valid_T[:, None], gate_TK, 0).sum(1))
+    is_copy_TK = is_null_TK & tokens.valid_T[:, None]
+    return routing._replace(copy_T=jnp.where(is_copy_TK, gate_TK, 0).sum(1))
 
 
-def gates(prob_TK: jax.Array, null_TK: jax.Array, renormalize: str) -> jax.Array:
-    """Gates [T, K] of the chosen classes; all zero where "real" finds no real expert."""
+def _counts_of_real(counts_bC: jax.Array, num_experts: int) -> dict[str, jax.Array]:
+    """Returns the counts by which balance is judged, "level" [b, C], and "assigned" [b]."""
+    real_bE, null_bn = jnp.split(counts_bC, [num_experts], axis=1)
+    # One null expert does what another does, so each is judged by the mean load of all of them.
+    mean_b1 = null_bn.mean(1, keepdims=True)
+    level_bn = jnp.broadcast_to(mean_b1, null_bn.shape)
+    return {"level": jnp.concatenate([real_bE, level_bn], 1), "assigned": real_bE.sum(1)}
+
+
+def _gates_of_real(
+    gate_TK: jax.Array, is_null_TK: jax.Array, tokens: Tokens
+) -> dict[str, jax.Array]:
+    """Returns the sums of gates of the real experts alone: a null choice adds nothing."""
+    weighs_nothing_TK = is_null_TK | ~tokens.valid_T[:, None]
+    real_gate_TK = jnp.where(weighs_nothing_TK, 0, jax.lax.stop_gradient(gate_TK))
+    return {
+        "gate": per_row(real_gate_TK.sum(1), tokens),
+        "gate_max": per_row(real_gate_TK.max(1), tokens),
+    }
+
+
+def gates(prob_TK: jax.Array, is_null_TK: jax.Array, renormalize: str) -> jax.Array:
+    """Returns the gates [T, K] of the chosen classes.
+
+    They are all zero where "real" finds no real expert.
+    """
     if renormalize == "none":
         return prob_TK
-    kept_TK = prob_TK if renormalize == "all" else jnp.where(null_TK, 0, prob_TK)
+    kept_TK = prob_TK if renormalize == "all" else jnp.where(is_null_TK, 0, prob_TK)
     total_T1 = kept_TK.sum(-1, keepdims=True)
     return kept_TK / jnp.where(total_T1 > 0, total_T1, 1)
 
 
 def declared(num_experts: int, options: Options) -> Declared:
-    """The gates of the real experts alone have no fixed sum: all k may be null, k num_null / (E +
-    num_null) are on average.
-    """
+    """Returns its promises; the gates of the real experts alone have no fixed sum."""
+    # All k may be null; k num_null / (E + num_null) of them are on average.
     real = options.k * num_experts / (num_experts + options.num_null)
     copies = options.kind == "copy"
     return Declared(most=options.k, exact=False, gate_sum=None, average=real, copies=copies)

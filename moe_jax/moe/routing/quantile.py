@@ -36,7 +36,14 @@ from moe_jax.moe.routing.contract import (
     router_logits,
     sees_nothing,
 )
-from moe_jax.moe.routing.sigmoid import SCORES, bias_state, biased, declared, from_scores, score
+from moe_jax.moe.routing.sigmoid import (
+    SCORES,
+    bias_state,
+    biased,
+    declared,
+    from_affinities,
+    score,
+)
 from moe_jax.schema.options import BELOW_ONE, NUMBER, POSITIVE, at_least, option
 
 
@@ -55,60 +62,85 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Assignments token by token, a token's choices in order of falling biased score."""
+    """Returns assignments token by token, a token's choices in order of falling biased score."""
     del rng, train
     k = cfg.options.k
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    score_TE = SCORES[cfg.options.score](logits_TE)
-    fixed_TE, bias_E = jax.lax.stop_gradient(score_TE), state["bias"].astype(score_TE.dtype)
-    top_TK, expert_TK = jax.lax.top_k(
-        biased(logits_TE, score_TE, state), min(k + 1, cfg.num_experts)
-    )
-    routing = from_scores(logits_TE, score_TE, expert_TK[:, :k], tokens, cfg)
-    histogram = _histogram(top_TK[:, -1:] - fixed_TE, bias_E, tokens, cfg.options.bins)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    affinity_TE = SCORES[cfg.options.score](router_logits_TE)
+    biased_TE = biased(router_logits_TE, affinity_TE, state)
+    # One more than is served: the last of them is the threshold that an expert must pass.
+    top_TK, expert_index_TK = jax.lax.top_k(biased_TE, min(k + 1, cfg.num_experts))
+    routing = from_affinities(router_logits_TE, affinity_TE, expert_index_TK[:, :k], tokens, cfg)
+    required_bias_TE = top_TK[:, -1:] - jax.lax.stop_gradient(affinity_TE)
+    bias_E = state["bias"].astype(affinity_TE.dtype)
+    histogram = _histogram(required_bias_TE, bias_E, tokens, cfg.options.bins)
     return routing._replace(sums={**routing.sums, "histogram": histogram})
 
 
-def _histogram(required_TE: jax.Array, bias_E: jax.Array, tokens: Tokens, bins: int) -> jax.Array:
-    """How many valid tokens of a row have their r in each bin: [b, E * bins]."""
-    num_tokens, num_experts = required_TE.shape
+def _histogram(
+    required_bias_TE: jax.Array, bias_E: jax.Array, tokens: Tokens, bins: int
+) -> jax.Array:
+    """Returns how many valid tokens of a row have their r in each bin: [b, E * bins]."""
+    num_tokens, num_experts = required_bias_TE.shape
+    row_length = num_tokens // tokens.num_rows
     low, width = _range(bias_E, bins)
-    bin_TE = jnp.clip(jnp.floor((required_TE - low) / width).astype(jnp.int32), 0, bins - 1)
-    row_T1 = (jnp.arange(num_tokens) // (num_tokens // tokens.num_rows))[:, None]
-    place_TE = (row_T1 * num_experts + jnp.arange(num_experts)[None]) * bins + bin_TE
-    one_TE = jnp.broadcast_to(tokens.valid_T[:, None], required_TE.shape).astype(required_TE.dtype)
-    empty = jnp.zeros_like(required_TE, shape=(tokens.num_rows * num_experts * bins,))
-    return empty.at[place_TE.reshape(-1)].add(one_TE.reshape(-1)).reshape(tokens.num_rows, -1)
+    bin_TE = jnp.floor((required_bias_TE - low) / width).astype(jnp.int32)
+    bin_TE = jnp.clip(bin_TE, 0, bins - 1)
+    # One flat array of [row, expert, bin]: a scatter along one dimension is the cheapest.
+    row_T = jnp.arange(num_tokens, dtype=jnp.int32) // row_length
+    expert_E = jnp.arange(num_experts, dtype=jnp.int32)
+    flat_index_TE = (row_T[:, None] * num_experts + expert_E[None]) * bins + bin_TE
+    weight_TE = jnp.broadcast_to(tokens.valid_T[:, None], required_bias_TE.shape)
+    weight_TE = weight_TE.astype(required_bias_TE.dtype)
+    # `zeros_like` varies over the mesh as the scores do, which a scatter inside a shard_map needs.
+    empty = jnp.zeros_like(required_bias_TE, shape=(tokens.num_rows * num_experts * bins,))
+    counts = empty.at[flat_index_TE.reshape(-1)].add(weight_TE.reshape(-1))
+    return counts.reshape(tokens.num_rows, -1)
 
 
 def _range(bias_E: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
-    """Lower end of the first bin, width of a bin."""
-    low, high = bias_E.min() - 1, bias_E.max() + 1
+    """Returns the lower end of the first bin, and the width of a bin."""
+    low = bias_E.min() - 1
+    high = bias_E.max() + 1
     return low, (high - low) / bins
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
-    """The bias of a layer from the histogram of a step; a step without tokens changes nothing."""
-    old_E, bins, ema = state["bias"], cfg.options.bins, cfg.options.ema
-    histogram_EM = totals["histogram"].reshape(cfg.num_experts, bins)
-    new_E = quantile(histogram_EM, cfg.options.k / cfg.num_experts, *_range(old_E, bins))
-    new_E = ema * old_E + (1 - ema) * new_E.astype(old_E.dtype)
-    return {"bias": jnp.where(histogram_EM.sum() > 0, new_E - new_E.mean(), old_E)}
+    """Returns the bias of a layer from the histogram of a step.
+
+    A step without tokens changes nothing.
+    """
+    old_E = state["bias"]
+    ema = cfg.options.ema
+    histogram_EM = totals["histogram"].reshape(cfg.num_experts, cfg.options.bins)
+    low, width = _range(old_E, cfg.options.bins)
+    share = cfg.options.k / cfg.num_experts
+    quantile_E = quantile(histogram_EM, share, low, width).astype(old_E.dtype)
+    mixed_E = ema * old_E + (1 - ema) * quantile_E
+    # A number that is added to every bias changes no choice.
+    centred_E = mixed_E - mixed_E.mean()
+    has_tokens = histogram_EM.sum() > 0
+    return {"bias": jnp.where(has_tokens, centred_E, old_E)}
 
 
 def quantile(histogram_EM: jax.Array, share: float, low: jax.Array, width: jax.Array) -> jax.Array:
-    """The value [E] that a share of each histogram [E, M bins] lies below, by interpolation inside
-    its bin.
+    """Returns the value [E] that a share of each histogram [E, M bins] lies below.
+
+    It is interpolated inside its bin.
     """
-    below_EM = jnp.cumsum(histogram_EM, axis=1)
-    target_E1 = share * below_EM[:, -1:]
-    full_EM = below_EM < target_E1
-    before_E = jnp.where(full_EM, histogram_EM, 0).sum(1)
-    bin_E = jnp.minimum(full_EM.sum(1), histogram_EM.shape[1] - 1)
-    inside_E = jnp.where(
-        jnp.arange(histogram_EM.shape[1])[None] == bin_E[:, None], histogram_EM, 0
-    ).sum(1)
-    return low + (bin_E + (target_E1[:, 0] - before_E) / jnp.maximum(inside_E, 1)) * width
+    num_bins = histogram_EM.shape[1]
+    cumulative_EM = jnp.cumsum(histogram_EM, axis=1)
+    target_E = share * cumulative_EM[:, -1]
+    # The bins that end below the target; the quantile lies in the next one.
+    is_before_EM = cumulative_EM < target_E[:, None]
+    count_before_E = jnp.where(is_before_EM, histogram_EM, 0).sum(1)
+    bin_E = jnp.minimum(is_before_EM.sum(1), num_bins - 1)
+    bin_M = jnp.arange(num_bins, dtype=bin_E.dtype)
+    is_bin_EM = bin_M[None] == bin_E[:, None]
+    count_inside_E = jnp.where(is_bin_EM, histogram_EM, 0).sum(1)
+    part_of_bin_E = (target_E - count_before_E) / jnp.maximum(count_inside_E, 1)
+    position_E = bin_E.astype(part_of_bin_E.dtype) + part_of_bin_E
+    return low + position_E * width
 
 
 def balanced_by(options: Options) -> str:

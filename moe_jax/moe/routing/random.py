@@ -22,10 +22,10 @@ from moe_jax.moe.routing.contract import (
     Routing,
     Sizes,
     Tokens,
-    even,
     no_weights,
     sees_nothing,
 )
+from moe_jax.moe.routing.statistics import even_routing
 from moe_jax.schema.options import NUMBER, SEED, option
 from moe_jax.weights import Weight
 
@@ -37,7 +37,7 @@ class Options:
 
 
 def salt(sizes: Sizes, options: Options) -> dict[str, Weight]:
-    """One number per layer, drawn at the start and never changed."""
+    """Declares one number per layer, drawn at the start and never changed."""
     del sizes, options
     return {"salt": Weight((), (), 1.0)}
 
@@ -45,16 +45,20 @@ def salt(sizes: Sizes, options: Options) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k distinct experts by position and token id."""
+    """Returns k distinct experts by position and token id."""
     del params, rng, train
-    bits = jax.lax.bitcast_convert_type(state["salt"].astype(jnp.float32), jnp.uint32)
-    key = jax.random.fold_in(jax.random.key(cfg.options.seed), bits)
+    salt_bits = jax.lax.bitcast_convert_type(state["salt"].astype(jnp.float32), jnp.uint32)
+    layer_key = jax.random.fold_in(jax.random.key(cfg.options.seed), salt_bits)
 
-    def draw(position: jax.Array, token: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, position), token)
-        return jax.lax.top_k(jax.random.bits(own, (cfg.num_experts,)), cfg.options.k)[1]
+    def draw(position: jax.Array, token_id: jax.Array) -> jax.Array:
+        token_key = jax.random.fold_in(jax.random.fold_in(layer_key, position), token_id)
+        # The experts with the k largest of E random numbers are distinct, and all equally likely.
+        bits_E = jax.random.bits(token_key, (cfg.num_experts,))
+        _, expert_index_K = jax.lax.top_k(bits_E, cfg.options.k)
+        return expert_index_K
 
-    return even(jax.vmap(draw)(tokens.position_T, tokens.id_T), tokens, cfg)
+    expert_index_TK = jax.vmap(draw)(tokens.position_T, tokens.id_T)
+    return even_routing(expert_index_TK, tokens, cfg)
 
 
 def declared(num_experts: int, options: Options) -> Declared:

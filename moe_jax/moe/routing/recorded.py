@@ -28,9 +28,9 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
 from moe_jax.schema.options import NOT_NEGATIVE, NUMBER, option
 
 
@@ -52,49 +52,62 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """The recorded assignments, in their order.
+    """Returns the recorded assignments, in their order.
 
-    UserError for a batch without a recording, or one of another k.
+    Raises UserError for a batch without a recording, or one of another k.
     """
     del state, rng, train
-    expert_TK, gate_TK = _recording(tokens, cfg.options.k)
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    real_TK = (expert_TK >= 0) & (expert_TK < cfg.num_experts)
-    expert_TK = jnp.where(real_TK, expert_TK, cfg.num_experts)
+    num_experts = cfg.num_experts
+    expert_index_TK, gate_TK = _recording(tokens, cfg.options.k)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    real_TK = (expert_index_TK >= 0) & (expert_index_TK < num_experts)
+    expert_index_TK = jnp.where(real_TK, expert_index_TK, num_experts)
     if cfg.options.gates == "router":
-        logits_TK = jnp.take_along_axis(logits_TE, jnp.minimum(expert_TK, cfg.num_experts - 1), 1)
-        gate_TK = jax.nn.softmax(logits_TK, where=real_TK)
-    gate_TK = jnp.where(real_TK, gate_TK.astype(logits_TE.dtype), 0)
-    expert_TK, gate_TK, real_TK = _once(expert_TK, gate_TK, real_TK, cfg.num_experts)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens, real_TK=real_TK)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+        # Any expert does for a choice of nowhere: the softmax leaves it out.
+        in_bounds_TK = jnp.minimum(expert_index_TK, num_experts - 1)
+        chosen_logits_TK = jnp.take_along_axis(router_logits_TE, in_bounds_TK, 1)
+        gate_TK = jax.nn.softmax(chosen_logits_TK, where=real_TK)
+    gate_TK = jnp.where(real_TK, gate_TK.astype(router_logits_TE.dtype), 0)
+    expert_index_TK, gate_TK, real_TK = _each_once(expert_index_TK, gate_TK, real_TK, num_experts)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens, real_TK=real_TK)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, num_experts)
 
 
-def _once(expert_TK: jax.Array, gate_TK: jax.Array, real_TK: jax.Array, num_experts: int):
-    """The same assignments, where each of a token's experts stands once: at its first place, with
-    all its gates.
+def _each_once(
+    expert_index_TK: jax.Array, gate_TK: jax.Array, real_TK: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the same assignments, where each of a token's experts stands once.
+
+    It stands at its first place, with the sum of its gates.
     """
-    same_TKK = (expert_TK[:, :, None] == expert_TK[:, None, :]) & real_TK[:, :, None]
-    earlier_KK = jnp.tri(expert_TK.shape[1], k=-1, dtype=bool)
-    real_TK = real_TK & ~(same_TKK & earlier_KK[None]).any(2)
-    gate_TK = jnp.where(real_TK, jnp.where(same_TKK, gate_TK[:, None, :], 0).sum(2), 0)
-    return jnp.where(real_TK, expert_TK, num_experts), gate_TK, real_TK
+    same_TKK = expert_index_TK[:, :, None] == expert_index_TK[:, None, :]
+    same_TKK = same_TKK & real_TK[:, :, None]
+    # [i, j] is true where choice j comes before choice i.
+    earlier_KK = jnp.tri(expert_index_TK.shape[1], k=-1, dtype=bool)
+    repeats_TK = (same_TKK & earlier_KK[None]).any(2)
+    real_TK = real_TK & ~repeats_TK
+    summed_gate_TK = jnp.where(same_TKK, gate_TK[:, None, :], 0).sum(2)
+    gate_TK = jnp.where(real_TK, summed_gate_TK, 0)
+    expert_index_TK = jnp.where(real_TK, expert_index_TK, num_experts)
+    return expert_index_TK, gate_TK, real_TK
 
 
 def _recording(tokens: Tokens, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (expert_index [T, k], gates [T, k]) that the batch carries."""
     if not len(tokens.recorded):
         raise UserError(
             'model.moe.router = "recorded" replays a recording, and this batch has none: it is for '
             "the instruments that record and "
             "replay a run's routing; to train, sample or plan a model choose another router"
         )
-    expert_TK, gate_TK = tokens.recorded
-    if expert_TK.shape[1] != k:
+    expert_index_TK, gate_TK = tokens.recorded
+    recorded_k = expert_index_TK.shape[1]
+    if recorded_k != k:
         raise UserError(
             f"model.moe.routers.recorded.k ({k}) must be the number of choices in the recording "
-            f"({expert_TK.shape[1]})"
+            f"({recorded_k})"
         )
-    return expert_TK, gate_TK
+    return expert_index_TK, gate_TK
 
 
 def declared(num_experts: int, options: Options) -> Declared:

@@ -14,7 +14,7 @@ layers. The loss only pushes down: a layer in which fewer than k are active stay
 language loss opens more (docs/routers.md has what was measured). So l1 never falls below its first
 value, which does nothing: else it would take as many steps to come back as it had fallen.
 
-A balance loss of moe/losses.py would act on R as if it were a distribution, and the z-loss closes
+A balance loss of moe/losses would act on R as if it were a distribution, and the z-loss closes
 experts: give those coefficients 0; the refined l1 balances by itself.
 """
 
@@ -33,12 +33,11 @@ from moe_jax.moe.routing.contract import (
     Setting,
     Sizes,
     Tokens,
-    class_statistics,
-    per_row,
     router_logits,
     sees_nothing,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import class_statistics, per_row
 from moe_jax.schema.options import FROM_ONE, IN_FLOAT32, NUMBER, option
 from moe_jax.weights import Weight
 
@@ -62,7 +61,7 @@ LARGEST = 1e20  # of l1
 
 
 def state(sizes: Sizes, options: Options) -> dict[str, Weight]:
-    """The coefficient of the loss, from its first value on."""
+    """Declares the coefficient of the loss, which starts at the option l1."""
     del sizes
     return {"l1": Weight((), (), 0.0, options.l1)}
 
@@ -70,36 +69,59 @@ def state(sizes: Sizes, options: Options) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Up to max_active assignments a token, in order of falling gate; unused places go nowhere."""
+    """Returns up to max_active assignments a token, in order of falling gate.
+
+    Unused places go nowhere.
+    """
     del rng, train
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    relu_TE = jax.nn.relu(logits_TE)
-    active_TE = relu_TE > 0
-    gate_TK, expert_TK = jax.lax.top_k(relu_TE, cfg.options.max_active)
-    over_T = jnp.maximum(active_TE.sum(1) - cfg.options.max_active, 0)
-    valid_T = tokens.valid_T.astype(logits_TE.dtype)
-    sums = class_statistics(logits_TE, active_TE, relu_TE, tokens, probs_TC=relu_TE)
-    served = {"gate": gate_TK.sum(1), "gate_max": gate_TK[:, 0]}
-    sums |= {
-        name: per_row(jax.lax.stop_gradient(x_T) * valid_T, tokens) for name, x_T in served.items()
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    relu_TE = jax.nn.relu(router_logits_TE)
+    is_active_TE = relu_TE > 0
+    gate_TK, expert_index_TK = jax.lax.top_k(relu_TE, cfg.options.max_active)
+    sums = class_statistics(router_logits_TE, is_active_TE, relu_TE, tokens, probs_TC=relu_TE)
+    sums |= _sums_of_served(gate_TK, is_active_TE, tokens)
+    sums |= _sums_of_l1(sums, state, cfg)
+    is_served_TK = gate_TK > 0
+    return token_choice(
+        expert_index_TK, gate_TK, sums, tokens, cfg.num_experts, real_TK=is_served_TK
+    )
+
+
+def _sums_of_served(
+    gate_TK: jax.Array, is_active_TE: jax.Array, tokens: Tokens
+) -> dict[str, jax.Array]:
+    """Returns the sums per row that are of the served experts alone, and of what overflows."""
+    dtype = gate_TK.dtype
+    valid_T = tokens.valid_T.astype(dtype)
+    fixed_TK = jax.lax.stop_gradient(gate_TK)
+    overflow_T = jnp.maximum(is_active_TE.sum(1) - gate_TK.shape[1], 0)
+    return {
+        "gate": per_row(fixed_TK.sum(1) * valid_T, tokens),
+        "gate_max": per_row(fixed_TK[:, 0] * valid_T, tokens),
+        "dropped": per_row(overflow_T.astype(dtype) * valid_T, tokens),
     }
-    sums["dropped"] = per_row(over_T.astype(valid_T.dtype) * valid_T, tokens)
-    sums["assigned"] = sums["counts"].sum(1)
-    sums["l1_weight"] = state["l1"].astype(valid_T.dtype) * sums["tokens"]
-    balance = cfg.num_experts / cfg.options.k
-    one_bE = jnp.broadcast_to(sums["tokens"][:, None], sums["counts"].shape)
-    sums["l1_load"] = balance * sums["counts"] if cfg.options.balanced else one_bE
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts, real_TK=gate_TK > 0)
+
+
+def _sums_of_l1(sums: Arrays, state: Arrays, cfg: RouterCfg) -> dict[str, jax.Array]:
+    """Returns the sums per row that moe/losses/l1.py reads; active experts count as assigned."""
+    counts_bE, tokens_b = sums["counts"], sums["tokens"]
+    # The loss divides by the tokens again: that turns a sum per row into the state.
+    l1_weight_b = state["l1"].astype(tokens_b.dtype) * tokens_b
+    if cfg.options.balanced:
+        l1_load_bE = cfg.num_experts / cfg.options.k * counts_bE
+    else:
+        l1_load_bE = jnp.broadcast_to(tokens_b[:, None], counts_bE.shape)
+    return {"assigned": counts_bE.sum(1), "l1_weight": l1_weight_b, "l1_load": l1_load_bE}
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
-    """alpha^sign of (active experts - k times tokens): both are whole numbers, so every mesh takes
-    the same branch.
-    """
-    sign = jnp.sign(totals["counts"].sum() - cfg.options.k * totals["tokens"]).astype(
-        state["l1"].dtype
-    )
-    return {"l1": jnp.clip(state["l1"] * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
+    """Returns l1 * alpha^sign(active experts - k times tokens)."""
+    l1 = state["l1"]
+    # Both numbers are whole, so every mesh takes the same branch.
+    num_active = totals["counts"].sum()
+    num_intended = cfg.options.k * totals["tokens"]
+    sign = jnp.sign(num_active - num_intended).astype(l1.dtype)
+    return {"l1": jnp.clip(l1 * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
 
 
 def declared(num_experts: int, options: Options) -> Declared:

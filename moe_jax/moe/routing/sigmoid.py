@@ -37,12 +37,11 @@ from moe_jax.moe.routing.contract import (
     Setting,
     Sizes,
     Tokens,
-    per_row,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import one_hot, per_row, statistics
 from moe_jax.schema.options import NOT_NEGATIVE, NUMBER, POSITIVE, option
 from moe_jax.weights import Weight
 
@@ -72,7 +71,7 @@ class Options:
 
 
 def bias_state(sizes: Sizes, options: Any) -> dict[str, Weight]:
-    """A bias per expert [E] that starts at zero."""
+    """Declares a bias per expert [E] that starts at zero."""
     del options
     return {"bias": Weight((sizes.num_experts,), (None,), 0.0)}
 
@@ -80,80 +79,85 @@ def bias_state(sizes: Sizes, options: Any) -> dict[str, Weight]:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Assignments token by token, a token's choices in order of falling biased affinity."""
+    """Returns assignments token by token, a token's choices in order of falling biased affinity."""
     del rng, train
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    score_TE = SCORES[cfg.options.score](logits_TE)
-    biased_TE = biased(logits_TE, score_TE, state)
-    _, expert_TK = jax.lax.top_k(best_groups(biased_TE, cfg.options), cfg.options.k)
-    return from_scores(logits_TE, score_TE, expert_TK, tokens, cfg)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    affinity_TE = SCORES[cfg.options.score](router_logits_TE)
+    biased_TE = biased(router_logits_TE, affinity_TE, state)
+    open_TE = best_groups(biased_TE, cfg.options)
+    _, expert_index_TK = jax.lax.top_k(open_TE, cfg.options.k)
+    return from_affinities(router_logits_TE, affinity_TE, expert_index_TK, tokens, cfg)
 
 
-def biased(logits_TE: jax.Array, score_TE: jax.Array, state: Arrays) -> jax.Array:
-    """Returns what decides, without a gradient: affinity plus bias, and NEVER where an instrument
-    bars an expert, whatever its bias.
+def biased(router_logits_TE: jax.Array, affinity_TE: jax.Array, state: Arrays) -> jax.Array:
+    """Returns affinity plus bias [T, E], which decides; no gradient goes through it.
+
+    It is NEVER where an instrument bars an expert, whatever the bias.
     """
-    summed_TE = jax.lax.stop_gradient(score_TE) + state["bias"][None].astype(score_TE.dtype)
-    return jnp.where(logits_TE > NEVER / 2, summed_TE, NEVER)
+    bias_E = state["bias"].astype(affinity_TE.dtype)
+    summed_TE = jax.lax.stop_gradient(affinity_TE) + bias_E[None]
+    # A sigmoid turns the logit of a barred expert into 0, which a bias could lift.
+    return jnp.where(router_logits_TE > NEVER / 2, summed_TE, NEVER)
 
 
 def best_groups(biased_TE: jax.Array, options: Options) -> jax.Array:
-    """The biased affinities [T, E] with -inf at the experts of every group that is not among the
-    `top_groups` best.
-    """
+    """Returns the biased affinities [T, E] with -inf outside of the `top_groups` best groups."""
     num_groups = options.num_groups
     if options.top_groups == num_groups:
         return biased_TE
-    groups_TGe = biased_TE.reshape(biased_TE.shape[0], num_groups, -1)
-    summed = min(2, groups_TGe.shape[-1]) if options.group_score == "top2" else 1
-    score_TG = jax.lax.top_k(groups_TGe, summed)[0].sum(-1)
-    _, best_Tg = jax.lax.top_k(score_TG, options.top_groups)
-    open_TG = (best_Tg[:, :, None] == jnp.arange(num_groups)[None, None, :]).any(1)
-    return jnp.where(open_TG[:, :, None], groups_TGe, -jnp.inf).reshape(biased_TE.shape)
+    # G groups of e consecutive experts each; g of them are chosen.
+    biased_TGe = biased_TE.reshape(biased_TE.shape[0], num_groups, -1)
+    num_summed = min(2, biased_TGe.shape[-1]) if options.group_score == "top2" else 1
+    best_of_group_TGn, _ = jax.lax.top_k(biased_TGe, num_summed)
+    group_score_TG = best_of_group_TGn.sum(-1)
+    _, group_index_Tg = jax.lax.top_k(group_score_TG, options.top_groups)
+    is_open_TG = one_hot(group_index_Tg, num_groups).any(1)
+    open_TGe = jnp.where(is_open_TG[:, :, None], biased_TGe, -jnp.inf)
+    return open_TGe.reshape(biased_TE.shape)
 
 
-def from_scores(
-    logits_TE: jax.Array, score_TE: jax.Array, expert_TK: jax.Array, tokens: Tokens, cfg: RouterCfg
+def from_affinities(
+    router_logits_TE: jax.Array,
+    affinity_TE: jax.Array,
+    expert_index_TK: jax.Array,
+    tokens: Tokens,
+    cfg: RouterCfg,
 ) -> Routing:
-    """The Routing of chosen experts, with gates from their affinities (options renormalize and
-    scale).
-    """
-    gate_TK = jnp.take_along_axis(score_TE, expert_TK, axis=1)
+    """Returns the Routing of chosen experts; their gates are by options renormalize and scale."""
+    gate_TK = jnp.take_along_axis(affinity_TE, expert_index_TK, axis=1)
     if cfg.options.renormalize:
+        # Sigmoids of a token may all be 0, where softmax has a sum of 1.
         gate_TK = gate_TK / (gate_TK.sum(-1, keepdims=True) + 1e-20)
     gate_TK = gate_TK * cfg.options.scale
-    probs_TE = score_TE / (score_TE.sum(-1, keepdims=True) + 1e-20)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens, probs_TC=probs_TE)
-    sums["unbiased"] = per_row(
-        _hits(score_TE, expert_TK.shape[1]) * tokens.valid_T[:, None], tokens
-    )
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+    router_probs_TE = affinity_TE / (affinity_TE.sum(-1, keepdims=True) + 1e-20)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens, probs_TC=router_probs_TE)
+    sums["unbiased"] = _unbiased_counts(affinity_TE, expert_index_TK.shape[1], tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
-def _hits(score_TE: jax.Array, k: int) -> jax.Array:
-    """1 for the k largest affinities of a token, else 0."""
-    _, top_TK = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
-    return (
-        (top_TK[:, :, None] == jnp.arange(score_TE.shape[1])[None, None, :])
-        .sum(1)
-        .astype(score_TE.dtype)
-    )
+def _unbiased_counts(affinity_TE: jax.Array, k: int, tokens: Tokens) -> jax.Array:
+    """Returns how often each expert is among the k largest affinities of a valid token [b, E]."""
+    _, expert_index_TK = jax.lax.top_k(jax.lax.stop_gradient(affinity_TE), k)
+    chosen_TE = one_hot(expert_index_TK, affinity_TE.shape[1]).any(1)
+    counted_TE = chosen_TE & tokens.valid_T[:, None]
+    return per_row(counted_TE.astype(affinity_TE.dtype), tokens)
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
-    """The bias of a layer after a step: up by bias_rate where the load was below the mean, down
-    where it was above.
+    """Returns the bias of a layer after a step.
+
+    It goes up by bias_rate where the load was below the mean, and down where it was above.
     """
     counts_E = totals["counts"]
-    step_E = cfg.options.bias_rate * jnp.sign(counts_E.mean() - counts_E)
-    return {"bias": state["bias"] + step_E.astype(state["bias"].dtype)}
+    direction_E = jnp.sign(counts_E.mean() - counts_E)
+    change_E = cfg.options.bias_rate * direction_E
+    return {"bias": state["bias"] + change_E.astype(state["bias"].dtype)}
 
 
 def declared(num_experts: int, options: Any) -> Declared:
     del num_experts
-    return Declared(
-        most=options.k, exact=True, gate_sum=options.scale if options.renormalize else None
-    )
+    gate_sum = options.scale if options.renormalize else None
+    return Declared(most=options.k, exact=True, gate_sum=gate_sum)
 
 
 def balanced_by(options: Options) -> str:
@@ -168,20 +172,23 @@ def score(options: Any) -> Callable[[jax.Array], jax.Array]:
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
     """The experts must make whole groups, of which there are enough for k choices."""
-    at, num_experts, num, top = (
-        setting.at,
-        setting.num_experts,
-        options.num_groups,
-        options.top_groups,
-    )
-    if num_experts % num:
-        yield f"model.moe.num_experts ({num_experts}) must be divisible by {at}.num_groups ({num})"
-    if top > num:
-        yield f"{at}.top_groups ({top}) must lie between 1 and {at}.num_groups ({num})"
-    if options.k > top * num_experts // num:
+    at, num_experts = setting.at, setting.num_experts
+    num_groups, top_groups = options.num_groups, options.top_groups
+    group_size = num_experts // num_groups
+    if num_experts % num_groups:
         yield (
-            f"{at}.k ({options.k}) must not exceed the {top * num_experts // num} experts of "
-            f"{at}.top_groups ({top}) groups of {num_experts // num}"
+            f"model.moe.num_experts ({num_experts}) must be divisible by {at}.num_groups "
+            f"({num_groups})"
+        )
+    if top_groups > num_groups:
+        yield (
+            f"{at}.top_groups ({top_groups}) must lie between 1 and {at}.num_groups ({num_groups})"
+        )
+    num_open = top_groups * num_experts // num_groups
+    if options.k > num_open:
+        yield (
+            f"{at}.k ({options.k}) must not exceed the {num_open} experts of "
+            f"{at}.top_groups ({top_groups}) groups of {group_size}"
         )
 
 

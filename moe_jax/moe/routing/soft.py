@@ -29,8 +29,9 @@ from moe_jax.moe.routing.contract import (
     Sizes,
     Slots,
     Tokens,
-    class_statistics,
 )
+from moe_jax.moe.routing.statistics import class_statistics
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.options import NUMBER, option
 from moe_jax.weights import Weight
 
@@ -46,51 +47,61 @@ class Options:
 
 
 def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
-    """phi [D, E, p], and the scale of its normalised columns."""
+    """Declares phi [D, E, p], and the scale of its normalised columns."""
     shape = (sizes.d_model, sizes.num_experts, options.slots)
     weights = {"phi": Weight(shape, ("embed", None, None), sizes.d_model**-0.5)}
-    return weights | ({"scale": Weight((), (), 0.0, 1.0)} if options.normalize else {})
+    if options.normalize:
+        weights["scale"] = Weight((), (), 0.0, 1.0)
+    return weights
 
 
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Slots:
-    """The mixtures of each group."""
+    """Returns the mixtures of each group."""
     del state, rng, train
-    logits_TEp = slot_logits(tokens.x_TD, params, cfg.options.normalize)
+    slot_logits_TEp = slot_logits(tokens.x_TD, params, cfg.options.normalize)
     num_groups = tokens.num_rows // cfg.group_rows
 
-    def grouped(z):
+    def by_group(z: jax.Array) -> jax.Array:
         return z.reshape((num_groups, -1) + z.shape[1:])
 
     valid_T11 = tokens.valid_T[:, None, None]
-    dispatch_GtEp = jax.nn.softmax(grouped(logits_TEp), 1, where=grouped(valid_T11))
-    combine_TEp = jnp.where(valid_T11, jax.nn.softmax(logits_TEp, (1, 2)), 0)
-    # softmax over the experts of this is the sum of C over an expert's slots, and its log-sum-exp
-    # is that over all slots
-    logits_TE = jax.nn.logsumexp(logits_TEp, 2)
+    # Equation 1: a softmax over the tokens of a group.
+    dispatch_GtEp = jax.nn.softmax(by_group(slot_logits_TEp), 1, where=by_group(valid_T11))
+    # Equation 2: a softmax over all slots.
+    combine_TEp = jnp.where(valid_T11, jax.nn.softmax(slot_logits_TEp, (1, 2)), 0)
+
+    # A softmax over the experts of these logits is the sum of C over the slots of an expert, and
+    # their log-sum-exp is that over all slots: so the statistics are those of any router.
+    router_logits_TE = jax.nn.logsumexp(slot_logits_TEp, 2)
     share_TE = combine_TEp.sum(2)
     sums = class_statistics(
-        logits_TE, share_TE, share_TE, tokens, first_TC=jax.lax.stop_gradient(share_TE)
+        router_logits_TE,
+        share_TE,
+        share_TE,
+        tokens,
+        first_TC=jax.lax.stop_gradient(share_TE),
     )
-    return Slots(dispatch_GtEp, grouped(combine_TEp), sums)
+    return Slots(dispatch_GtEp, by_group(combine_TEp), sums)
 
 
 def slot_logits(x_TD: jax.Array, params: Arrays, normalize: bool) -> jax.Array:
-    """l [T, E, p] in at least float32."""
-    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-    x_TD, phi_DEp = x_TD.astype(wide), params["phi"].astype(wide)
+    """Returns l [T, E, p] in at least float32."""
+    wide = wide_dtype(x_TD.dtype)
+    x_TD = x_TD.astype(wide)
+    phi_DEp = params["phi"].astype(wide)
     if normalize:
-        x_TD = unit(x_TD, 1)
-        phi_DEp = params["scale"].astype(wide) * unit(phi_DEp, 0)
+        x_TD = unit_length(x_TD, 1)
+        phi_DEp = params["scale"].astype(wide) * unit_length(phi_DEp, 0)
     return jnp.einsum("TD,DEp->TEp", x_TD, phi_DEp, precision=jax.lax.Precision.HIGHEST)
 
 
-def unit(x: jax.Array, dim: int) -> jax.Array:
-    """x / |x| along a dimension, 0 where x is 0 (padding may be); the paper's 1e-6 is inside the
-    root here, where it has a gradient.
-    """
-    return x * jax.lax.rsqrt(jnp.square(x).sum(dim, keepdims=True) + 1e-12)
+def unit_length(x: jax.Array, axis: int) -> jax.Array:
+    """Returns x / |x| along an axis; 0 where x is 0, as padding may be."""
+    # The paper adds 1e-6 to the root. Inside of it the bound has a gradient at 0.
+    square_length = jnp.square(x).sum(axis, keepdims=True)
+    return x * jax.lax.rsqrt(square_length + 1e-12)
 
 
 def sees(options: Options) -> Sees:
@@ -99,9 +110,8 @@ def sees(options: Options) -> Sees:
 
 
 def declared(num_experts: int, options: Options) -> Declared:
-    """Every token reads every expert; how many rows an expert computes is p for each group,
-    whatever its tokens (moe_jax/flops).
-    """
+    """Returns its promises: every token reads every expert."""
+    # An expert computes p rows for each group, whatever its tokens (plan/flops).
     del options
     return Declared(most=num_experts, exact=False, gate_sum=1.0)
 

@@ -6,13 +6,12 @@ jitter in appendix C).
 
 x' = x times uniform(1 - jitter, 1 + jitter), elementwise and in training only; the experts take x.
 The draw is of the row and the place in it, the same on every mesh. Ties go to the expert with the
-lower index. The published loss is `balance` (eq. 4-6, moe/losses.py).
+lower index. The published loss is `balance` (eq. 4-6, moe/losses/balance.py).
 """
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax.moe.routing.contract import (
     Arrays,
@@ -23,10 +22,11 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
     uniform,
 )
+from moe_jax.moe.routing.statistics import statistics
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.options import BELOW_ONE, option
 
 
@@ -40,20 +40,24 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """One assignment per token."""
+    """Returns one assignment per token."""
     del state
-    jitter = cfg.options.jitter if train else 0.0
-    x_TD = jittered(tokens, jitter, rng) if jitter else tokens.x_TD
-    logits_TE = router_logits(x_TD, params["gate"])
-    gate_T1, expert_T1 = jax.lax.top_k(jax.nn.softmax(logits_TE), 1)
-    sums = statistics(logits_TE, expert_T1, gate_T1, tokens)
-    return token_choice(expert_T1, gate_T1, sums, tokens, cfg.num_experts)
+    x_TD = tokens.x_TD
+    if train and cfg.options.jitter:
+        x_TD = jittered(tokens, cfg.options.jitter, rng)
+    router_logits_TE = router_logits(x_TD, params["gate"])
+    router_probs_TE = jax.nn.softmax(router_logits_TE)
+    gate_T1, expert_index_T1 = jax.lax.top_k(router_probs_TE, 1)
+    sums = statistics(router_logits_TE, expert_index_T1, gate_T1, tokens)
+    return token_choice(expert_index_T1, gate_T1, sums, tokens, cfg.num_experts)
 
 
 def jittered(tokens: Tokens, jitter: float, rng: jax.Array) -> jax.Array:
-    """x [T, D] in at least float32, times uniform(1 - jitter, 1 + jitter)."""
-    x_TD = tokens.x_TD.astype(jnp.promote_types(tokens.x_TD.dtype, jnp.float32))
-    return x_TD * (1 - jitter + 2 * jitter * uniform(rng, tokens, x_TD.shape[1], x_TD.dtype))
+    """Returns x [T, D] in at least float32, times uniform(1 - jitter, 1 + jitter)."""
+    # In bfloat16 a factor within 1/256 of 1 would be rounded away.
+    x_TD = tokens.x_TD.astype(wide_dtype(tokens.x_TD.dtype))
+    noise_TD = uniform(rng, tokens, x_TD.shape[1], x_TD.dtype)
+    return x_TD * (1 - jitter + 2 * jitter * noise_TD)
 
 
 def declared(num_experts: int, options: Options) -> Declared:

@@ -22,9 +22,9 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
-    statistics,
     token_choice,
 )
+from moe_jax.moe.routing.statistics import statistics
 from moe_jax.schema.options import NUMBER, POSITIVE, option
 
 
@@ -41,30 +41,36 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """Assignments token by token, a token's choices in order of falling gate."""
+    """Returns assignments token by token, a token's choices in order of falling gate."""
     del state, rng, train
-    logits_TE = router_logits(tokens.x_TD, params["gate"])
-    expert_TK, gate_TK = select(logits_TE, cfg.options)
-    sums = statistics(logits_TE, expert_TK, gate_TK, tokens)
-    return token_choice(expert_TK, gate_TK, sums, tokens, cfg.num_experts)
+    router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    expert_index_TK, gate_TK = select(router_logits_TE, cfg.options)
+    sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
+    return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 
 
-def select(logits_TE: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """(experts [T, K], gates [T, K]) by options k, softmax, renormalize and scale."""
+def select(router_logits_TE: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Returns (expert_index [T, K], gates [T, K]) by options k, softmax, renormalize and scale."""
     if options.softmax == "after":
-        top_TK, expert_TK = jax.lax.top_k(logits_TE, options.k)
-        gate_TK = jax.nn.softmax(top_TK)
+        top_logits_TK, expert_index_TK = jax.lax.top_k(router_logits_TE, options.k)
+        gate_TK = jax.nn.softmax(top_logits_TK)
     else:
-        gate_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(logits_TE), options.k)
+        router_probs_TE = jax.nn.softmax(router_logits_TE)
+        gate_TK, expert_index_TK = jax.lax.top_k(router_probs_TE, options.k)
         if options.renormalize:
-            gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
-    return expert_TK, gate_TK * options.scale
+            gate_TK = renormalized(gate_TK)
+    return expert_index_TK, gate_TK * options.scale
+
+
+def renormalized(gate_TK: jax.Array) -> jax.Array:
+    """Returns the gates of each token divided by their sum."""
+    return gate_TK / gate_TK.sum(-1, keepdims=True)
 
 
 def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
-    one = options.renormalize or options.softmax == "after"
-    return Declared(most=options.k, exact=True, gate_sum=options.scale if one else None)
+    sums_to_scale = options.renormalize or options.softmax == "after"
+    return Declared(most=options.k, exact=True, gate_sum=options.scale if sums_to_scale else None)
 
 
 ROUTER = Router(Options, route, sees_nothing, declared)

@@ -17,10 +17,10 @@ from moe_jax.moe.routing.contract import (
     RouterCfg,
     Routing,
     Tokens,
-    even,
     no_weights,
     sees_nothing,
 )
+from moe_jax.moe.routing.statistics import even_routing
 from moe_jax.schema.options import NUMBER, option
 
 
@@ -32,11 +32,13 @@ class Options:
 def route(
     params: Arrays, state: Arrays, tokens: Tokens, *, cfg: RouterCfg, rng: jax.Array, train: bool
 ) -> Routing:
-    """k experts in turn by position."""
+    """Returns k experts in turn by position."""
     del params, state, rng, train
-    k = cfg.options.k
-    first_T1 = (tokens.position_T % cfg.num_experts * k)[:, None]
-    return even((first_T1 + jnp.arange(k)[None]) % cfg.num_experts, tokens, cfg)
+    k, num_experts = cfg.options.k, cfg.num_experts
+    position_T = tokens.position_T % num_experts
+    choice_K = jnp.arange(k, dtype=position_T.dtype)
+    expert_index_TK = (position_T[:, None] * k + choice_K[None]) % num_experts
+    return even_routing(expert_index_TK, tokens, cfg)
 
 
 def declared(num_experts: int, options: Options) -> Declared:

@@ -22,8 +22,8 @@ from moe_jax.moe.experts.grouped_matmul import (
     PARTS,
     serve_rows,
     vary_alike,
-    wide_dtype,
 )
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import StoredConfig
 from moe_jax.weights import Weight
 

@@ -21,7 +21,7 @@ from moe_jax.moe import probe
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract
-from moe_jax.tasks.contract import Losses, Task, Trained, by_domain
+from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Options:
     """There are none."""
 
 
-# Of a domain's text that the compressors read, and that they read of it in a smoke run.
-MOST_BYTES, SMOKE_BYTES = 4_000_000, 50_000
+MOST_BYTES = 4_000_000  # of a domain's text, that the compressors read
+SMOKE_BYTES = 50_000  # the same in a smoke run
 
 
 def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> Batch:
@@ -48,82 +48,94 @@ def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> B
 
 
 def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
-    """-log p(target) in nats, [B, S].
+    """Returns -log p(target) in nats, [B, S].
 
     Written so that a vocabulary split over `model` is reduced, never gathered.
     """
-    place = jax.typeof(logits_BSV).sharding
-    hit_BSV = (
-        jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=place)
-        == target_BS[:, :, None]
-    )
-    return jax.nn.logsumexp(logits_BSV, -1) - jnp.where(hit_BSV, logits_BSV, 0).sum(-1)
+    sharding = jax.typeof(logits_BSV).sharding
+    id_BSV = jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=sharding)
+    is_target_BSV = id_BSV == target_BS[:, :, None]
+    target_logit_BS = jnp.where(is_target_BSV, logits_BSV, 0).sum(-1)
+    return jax.nn.logsumexp(logits_BSV, -1) - target_logit_BS
 
 
 def losses(model: Callable, batch: PackedText, rng: jax.Array, train: bool) -> Losses:
+    """Returns the losses of all tokens that are no padding."""
     logits_BSV, sums = model(model_batch(batch), rng, train)
     nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
-    return Losses(nll_BS, (batch.segment_BS > 0).astype(nll_BS.dtype), logits_BSV, sums)
+    # Segment 0 is padding.
+    weight_BS = (batch.segment_BS > 0).astype(nll_BS.dtype)
+    return Losses(nll_BS, weight_BS, logits_BSV, sums)
 
 
 def record(
     model: Callable, batch: PackedText, rng: jax.Array, train: bool, wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The routing of each token, {"expert", "gate", "dropped":
+    """Returns the routing of each token, {"expert", "gate", "dropped": [L, B, S, K]}.
 
-    [L, B, S, K]}, as `wanted` says: probe.ROUTING or probe.INPUTS.
+    `wanted` says what of it: probe.ROUTING or probe.INPUTS.
     """
-    return probe.split(model(model_batch(batch, wanted), rng, train)[1])[1]
+    _, sums = model(model_batch(batch, wanted), rng, train)
+    _, recorded = probe.split(sums)
+    return recorded
 
 
-def evaluate(found: Losses, batch: PackedText, data: Dataset) -> dict[str, Any]:
-    """Held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), text bytes predicted."""
-    bytes_V = np.zeros(found.outputs.shape[-1], np.int32)
+def evaluate(forward: Losses, batch: PackedText, data: Dataset) -> dict[str, Any]:
+    """Returns held-out sums per domain [Z]: nll (nats), tokens, correct (greedy), and the bytes of
+    the text that was predicted.
+    """
+    dtype = forward.nll.dtype
+    predicted_BS = jnp.argmax(forward.outputs, -1)
+    # The embedding may have more ids than the tokenizer; those stand for no text.
+    bytes_V = np.zeros(forward.outputs.shape[-1], np.int32)
     bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
-    best_BS = jnp.argmax(found.outputs, -1)
+    targets_sharding = jax.typeof(batch.targets_BS).sharding
+    bytes_BS = jnp.asarray(bytes_V).at[batch.targets_BS].get(out_sharding=targets_sharding)
     # By a tokenizer that changes the text, ids stand for other bytes than were read: count those
     # that were, as gzip does.
-    scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, found.nll.dtype)
-    text_BS = (
-        jnp.asarray(bytes_V)
-        .at[batch.targets_BS]
-        .get(out_sharding=jax.typeof(batch.targets_BS).sharding)
-    )
-    valid_BS, dtype = batch.segment_BS > 0, found.nll.dtype
+    scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, dtype)
+    valid_BS = batch.segment_BS > 0
 
-    def add(x_BS):
+    def per_domain(x_BS):
         return by_domain(x_BS.astype(dtype), valid_BS, batch.domain_BS, len(data.domains))
 
     return {
-        "nll": add(found.nll),
-        "tokens": add(valid_BS),
-        "correct": add(best_BS == batch.targets_BS),
-        "bytes": add(text_BS) * scale_Z,
+        "nll": per_domain(forward.nll),
+        "tokens": per_domain(valid_BS),
+        "correct": per_domain(predicted_BS == batch.targets_BS),
+        "bytes": per_domain(bytes_BS) * scale_Z,
     }
 
 
 def summary(total: Mapping[str, Any], data: Dataset) -> dict[str, float]:
-    """ "loss" (nats per token), "accuracy", "bits_per_byte" (mean over domains), "domain/NAME/...":
-    a domain without rows is left out.
+    """Returns "loss" (nats per token), "accuracy", "bits_per_byte" and "domain/NAME/...".
+
+    Bits per byte are the mean over the domains. A domain without rows is left out.
     """
-    tokens = max(total["tokens"].sum(), 1)
-    result = {"loss": total["nll"].sum() / tokens, "accuracy": total["correct"].sum() / tokens}
-    bits = total["nll"] / math.log(2) / np.maximum(total["bytes"], 1)
-    seen = total["bytes"] > 0
+    nll_Z, tokens_Z, bytes_Z = total["nll"], total["tokens"], total["bytes"]
+    num_tokens = max(tokens_Z.sum(), 1)
+    result = {
+        "loss": nll_Z.sum() / num_tokens,
+        "accuracy": total["correct"].sum() / num_tokens,
+    }
+    # Nats are bits times ln 2. Bytes are those of the text, so tokenizers are comparable.
+    bits_Z = nll_Z / math.log(2)
+    bits_per_byte_Z = bits_Z / np.maximum(bytes_Z, 1)
+    has_rows_Z = bytes_Z > 0
     for i, name in enumerate(data.domains):
-        if seen[i]:
-            result[f"domain/{name}/bits_per_byte"] = bits[i]
-            result[f"domain/{name}/loss"] = total["nll"][i] / total["tokens"][i]
-    result["bits_per_byte"] = bits[seen].mean()
+        if has_rows_Z[i]:
+            result[f"domain/{name}/bits_per_byte"] = bits_per_byte_Z[i]
+            result[f"domain/{name}/loss"] = nll_Z[i] / tokens_Z[i]
+    result["bits_per_byte"] = bits_per_byte_Z[has_rows_Z].mean()
     return result
 
 
-def headline(figures: Mapping[str, Any]) -> str:
+def headline(figures: Figures) -> str:
     return f"held out {figures['bits_per_byte']:.4f} bits per byte, loss {figures['loss']:.4f}"
 
 
 def open_data(cfg: Config) -> Dataset:
-    """The datasets of the config; refuses a tokenizer that the embedding is too small for."""
+    """Opens the datasets of the config; UserError where the embedding has not as many ids."""
     dataset = open_dataset(
         cfg.data.sources,
         seq_len=cfg.data.seq_len,
@@ -147,85 +159,102 @@ def finish(cfg: Config, trained: Trained, data: Dataset, workdir: Path) -> dict[
 
     Text that the model writes is for `python -m moe_jax generate`.
     """
-    contract.write_predictions(workdir, _of_rows(trained.rows, data, cfg.eval.batch_size))
+    contract.write_predictions(workdir, _row_figures(trained.rows, data, cfg.eval.batch_size))
     return {}
 
 
-def _of_rows(rows: Mapping[str, np.ndarray], data: Dataset, size: int) -> Iterator[dict[str, Any]]:
-    bytes_V, scale_Z = data.tokenizer.token_bytes(), data.byte_scale()
-    batches = eval_batches(data, size, -(-len(rows["nats"]) // size))
-    # The domain of a row, and the bytes that it predicts.
-    told = (
-        (b.domain_BS[i, 0], bytes_V[b.targets_BS[i]][b.segment_BS[i] > 0].sum())
-        for b in batches
-        for i in range(size)
+def _row_figures(
+    rows: Mapping[str, np.ndarray], data: Dataset, size: int
+) -> Iterator[dict[str, Any]]:
+    """Yields what is written of each evaluated row; `rows` are those of contract.by_row."""
+    scale_Z = data.byte_scale()
+    # An evaluation may end before the last held-out row, and so does the shorter zip.
+    columns = zip(
+        zip(*data.heldout_order(), strict=True),
+        _domain_and_bytes(data, size, num_rows=len(rows["nats"])),
+        rows["nats"],
+        rows["tokens"],
     )
-    places = zip(*data.heldout_order(), strict=True)
-    for (part, index), (domain, text), nats, tokens in zip(
-        places, told, rows["nats"], rows["tokens"]
-    ):
+    for (part, index), (domain, num_bytes), nats, tokens in columns:
+        bits = nats / math.log(2)
         yield {
             "part": data.parts[part].spec,
             "index": int(index),
             "domain": data.domains[domain],
             "nats": float(nats),
             "tokens": int(tokens),
-            "bits_per_byte": float(nats / math.log(2) / max(text * scale_Z[domain], 1)),
+            "bits_per_byte": float(bits / max(num_bytes * scale_Z[domain], 1)),
         }
 
 
-def table(cfg: Config, data: Dataset, figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Held-out bits per byte of each domain, beside compressors that have read the same training
-    text.
+def _domain_and_bytes(data: Dataset, size: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Yields the domain of each held-out row and the bytes that its targets stand for."""
+    bytes_V = data.tokenizer.token_bytes()
+    num_batches = -(-num_rows // size)
+    for batch in eval_batches(data, size, num_batches):
+        for i in range(size):
+            valid_S = batch.segment_BS[i] > 0
+            yield batch.domain_BS[i, 0], bytes_V[batch.targets_BS[i]][valid_S].sum()
+
+
+def comparison(cfg: Config, data: Dataset, figures: Figures) -> Table:
+    """Returns the held-out bits per byte of each domain, of the model and of compressors.
+
+    The compressors have read the same training text.
     """
     from moe_jax.tasks.lm.rivals import compression_table
 
     rivals = compression_table(data, SMOKE_BYTES if cfg.smoke else MOST_BYTES)
-    bits = {name: figures.get(f"domain/{name}/bits_per_byte") for name in data.domains}
-    rows = {
-        name: {"model": b, "gzip -9": rivals[name]["gzip"], "xz -9": rivals[name]["xz"]}
-        for name, b in bits.items()
-        if b is not None
-    }
-    mean = {
-        key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))
-    }
-    name = "mean"
-    while name in rows:  # a domain has the name of its file, which may be any
-        name += " of all"
-    return {**rows, name: mean}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in data.domains:
+        bits = figures.get(f"domain/{name}/bits_per_byte")
+        # A short evaluation may have had no row of a domain.
+        if bits is not None:
+            rows[name] = {
+                "model": bits,
+                "gzip -9": rivals[name]["gzip"],
+                "xz -9": rivals[name]["xz"],
+            }
+    columns = next(iter(rows.values()))
+    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in columns}
+    mean_name = "mean"
+    # A domain has the name of its file, which may be any.
+    while mean_name in rows:
+        mean_name += " of all"
+    return {**rows, mean_name: mean}
 
 
 def random(cfg: Config, step: int) -> PackedText:
-    """Two documents in each row, cut at random, and up to three places of padding at the end of
-    every other row.
+    """Returns two documents in each row, cut at random, and up to three places of padding at the
+    end of every other row.
 
     Documents begin with different tokens, for two equal beginnings tie: where experts choose among
     tokens, rounding would decide.
     """
     rng = np.random.default_rng([cfg.seed, step])
     num, length = cfg.train.batch_size, cfg.data.seq_len
+    # One longer than the row, because targets are one place on.
     tokens = rng.integers(1, cfg.model.vocab_size, (num, length + 1), dtype=np.int32)
-    least = min(2, length)  # rows of less than 7 places have less to choose from
-    cut = rng.integers(least, max(least + 1, length - 4), (num, 1))
-    tail = rng.integers(min(1, length - 1), min(4, length), (num, 1))
-    first = np.resize(rng.permutation(np.arange(1, cfg.model.vocab_size)), (num, 2))
-    tokens[:, :1] = first[:, :1]
-    np.put_along_axis(tokens, cut, first[:, 1:], 1)
-    place = np.arange(length, dtype=np.int32)[None]
-    segment = np.where(place < cut, 1, 2)
-    segment[::2] = np.where(place < length - tail, segment, 0)[::2]
-    position = np.where(place < cut, place, place - cut)
-
-    def whole(z):
-        return z.astype(np.int32)
-
+    # Rows of less than 7 places have less to choose from.
+    least = min(2, length)
+    cut_B1 = rng.integers(least, max(least + 1, length - 4), (num, 1))
+    padding_B1 = rng.integers(min(1, length - 1), min(4, length), (num, 1))
+    distinct = rng.permutation(np.arange(1, cfg.model.vocab_size))
+    # Repeated from the beginning where a small vocabulary has not enough.
+    first_B2 = np.resize(distinct, (num, 2))
+    tokens[:, :1] = first_B2[:, :1]
+    np.put_along_axis(tokens, cut_B1, first_B2[:, 1:], 1)
+    index_1S = np.arange(length, dtype=np.int32)[None]
+    segment_BS = np.where(index_1S < cut_B1, 1, 2)
+    padded_BS = np.where(index_1S < length - padding_B1, segment_BS, 0)
+    segment_BS[::2] = padded_BS[::2]
+    position_BS = np.where(index_1S < cut_B1, index_1S, index_1S - cut_B1)
     return PackedText(
         tokens_BS=tokens[:, :-1],
         targets_BS=tokens[:, 1:],
-        segment_BS=whole(segment),
-        position_BS=whole(position),
-        domain_BS=whole(0 * segment),
+        segment_BS=segment_BS.astype(np.int32),
+        position_BS=position_BS.astype(np.int32),
+        domain_BS=np.zeros((num, length), np.int32),
         row_B=np.arange(num, dtype=np.int32),
     )
 
@@ -240,7 +269,7 @@ TASK = Task(
     summary=summary,
     headline=headline,
     finish=finish,
-    table=table,
+    comparison=comparison,
     random=random,
     is_language=True,
     hidden=("future", "document"),

@@ -1,7 +1,7 @@
 """Baselines of recommendation: the most popular items, and item-based nearest neighbours (Sarwar et
 al. 2001), tuned on training users.
 
-Shapes: U users, I items.
+Shapes: U users, I items, C items recommended.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.examples import Examples
-from moe_jax.tasks.classification.rivals import Table
+from moe_jax.tasks.classification.rivals import BaselineFigures
 from moe_jax.tasks.recommendation.data import divided
 
 CUT = 20  # length of the lists that are judged
-BLOCK = 512  # users, or items, at once
+# Users, or items, at once: their scores for all items are dense.
+BLOCK = 512
+# The settings that are tried, each with each.
 NEIGHBOURS = (20, 100, 500, 2500)
 SHRINKAGES = (0.0, 5.0, 20.0)
 TUNED_ON = 10  # one training user in so many
 
 
-def table(data: Examples, tune: bool = True) -> Table:
-    """Recall and NDCG at 20 of held-out users; without `tune` by the first of the settings, for
-    that takes most of the time.
+def baseline_figures(data: Examples, tune: bool = True) -> BaselineFigures:
+    """Returns recall and NDCG at 20 of each baseline, over held-out users.
+
+    Without `tune` the first of the settings is taken, for tuning takes most of the time.
     """
     market = data.about
     num = len(market.items)
@@ -31,22 +34,21 @@ def table(data: Examples, tune: bool = True) -> Table:
     neighbours, shrinkage = tuned(market.train, num) if tune else (NEIGHBOURS[0], SHRINKAGES[0])
     similar = similarity(train, neighbours, shrinkage)
 
-    def by_popularity(seen):
-        return np.broadcast_to(popular_I, (seen.shape[0], num))
+    def by_popularity(shown):
+        return np.broadcast_to(popular_I, (shown.shape[0], num))
 
-    def by_neighbours(seen):
-        return (seen @ similar).toarray()
+    def by_neighbours(shown):
+        return (shown @ similar).toarray()
 
+    knn_name = f"item-kNN (k {neighbours}, shrinkage {shrinkage:g})"
     return {
         "popularity": judged(by_popularity, market.shown, market.hidden, num),
-        f"item-kNN (k {neighbours}, shrinkage {shrinkage:g})": judged(
-            by_neighbours, market.shown, market.hidden, num
-        ),
+        knn_name: judged(by_neighbours, market.shown, market.hidden, num),
     }
 
 
 def matrix(lists: Sequence[np.ndarray], num_items: int) -> Any:
-    """Sparse [U, I] of ones."""
+    """Returns the users' items as a sparse matrix [U, I] of ones."""
     from scipy.sparse import csr_array
 
     starts = np.concatenate([[0], np.cumsum([len(items) for items in lists])])
@@ -55,67 +57,89 @@ def matrix(lists: Sequence[np.ndarray], num_items: int) -> Any:
 
 
 def similarity(train: Any, neighbours: int, shrinkage: float) -> Any:
-    """Sparse [I, I]: of each item (column) its `neighbours` most similar others, users in common /
-    (|i| |j| + shrinkage).
+    """Returns sparse [I, I]: in each column an item's `neighbours` most similar others.
+
+    The similarity is users in common / (|i| |j| + shrinkage), where |i| is the root of the number
+    of users of i: without shrinkage it is the cosine.
     """
     from scipy.sparse import csc_array, hstack
 
-    norm_I = np.sqrt(np.asarray(train.sum(0)).reshape(-1))
+    users_of_item_I = np.asarray(train.sum(0)).reshape(-1)
+    norm_I = np.sqrt(users_of_item_I)
+    num_items = train.shape[1]
     columns = []
-    for start in range(0, train.shape[1], BLOCK):
-        some = slice(start, min(start + BLOCK, train.shape[1]))
-        common = (train.T @ train[:, some]).toarray()
-        values = common / np.maximum(norm_I[:, None] * norm_I[None, some] + shrinkage, 1e-9)
-        values[np.arange(some.start, some.stop), np.arange(values.shape[1])] = 0
+    for start in range(0, num_items, BLOCK):
+        block = slice(start, min(start + BLOCK, num_items))
+        common = (train.T @ train[:, block]).toarray()
+        norms = norm_I[:, None] * norm_I[None, block] + shrinkage
+        # An item without training users has norm 0, and no users in common with any other.
+        values = common / np.maximum(norms, 1e-9)
+        # An item is no neighbour of its own.
+        item_of_column = np.arange(block.start, block.stop)
+        values[item_of_column, np.arange(len(item_of_column))] = 0
         if neighbours < len(values):
-            least = np.partition(values, -neighbours, axis=0)[-neighbours]
-            values[values < least[None]] = 0
+            smallest_kept = np.partition(values, -neighbours, axis=0)[-neighbours]
+            values[values < smallest_kept[None]] = 0
         columns.append(csc_array(values))
     return hstack(columns).tocsr()
 
 
 def tuned(lists: Sequence[np.ndarray], num_items: int) -> tuple[int, float]:
-    """(neighbours, shrinkage) with the best NDCG on one training user in TUNED_ON, who is left out
-    of the counts.
+    """Returns (neighbours, shrinkage) with the best NDCG on one training user in TUNED_ON.
+
+    These users are left out of the counts, as held-out users are.
     """
-    asked = [divided(str(i), items) for i, items in enumerate(lists) if i % TUNED_ON == 0]
+    tuned_on = [divided(str(i), items) for i, items in enumerate(lists) if i % TUNED_ON == 0]
     train = matrix([items for i, items in enumerate(lists) if i % TUNED_ON], num_items)
-    seen, wanted = zip(*asked)
-    best = {}
+    shown, wanted = zip(*tuned_on)
+    ndcg: dict[tuple[int, float], Any] = {}
     for shrinkage in SHRINKAGES:
         for neighbours in NEIGHBOURS:
             similar = similarity(train, neighbours, shrinkage)
 
-            def score(some, similar=similar):
-                return (some @ similar).toarray()
+            # The default binds the matrix of this turn of the loop.
+            def score(users, similar=similar):
+                return (users @ similar).toarray()
 
-            best[neighbours, shrinkage] = judged(score, seen, wanted, num_items)[f"ndcg@{CUT}"]
-    return max(best, key=lambda choice: best[choice])
+            figures = judged(score, shown, wanted, num_items)
+            ndcg[neighbours, shrinkage] = figures[f"ndcg@{CUT}"]
+    return max(ndcg, key=lambda setting: ndcg[setting])
 
 
 def judged(
-    score: Any, seen: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_items: int
+    score: Any, shown: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_items: int
 ) -> dict[str, float | str]:
-    """Mean figures of users, of scores [u, I] of a function of sparse [u, I] of seen items, which
-    are not recommended again.
+    """Returns the mean recall and NDCG of users.
+
+    `score`: of items shown to u users, sparse [u, I], the scores [u, I]. Items that are shown are
+    not recommended again.
     """
-    found = []
-    for start in range(0, len(seen), BLOCK):
-        some = slice(start, start + BLOCK)
-        shown = matrix(seen[some], num_items)
-        scores = np.where(shown.toarray() > 0, -np.inf, score(shown))
-        found.append(ranking(scores, wanted[some]))
-    recall, ndcg = np.concatenate(found, axis=1).mean(1)
+    figures = []
+    for start in range(0, len(shown), BLOCK):
+        block = slice(start, start + BLOCK)
+        shown_UI = matrix(shown[block], num_items)
+        scores_UI = np.where(shown_UI.toarray() > 0, -np.inf, score(shown_UI))
+        figures.append(ranking(scores_UI, wanted[block]))
+    recall, ndcg = np.concatenate(figures, axis=1).mean(1)
     return {f"recall@{CUT}": float(recall), f"ndcg@{CUT}": float(ndcg)}
 
 
 def ranking(scores_UI: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
-    """[2, U]: recall and NDCG of the CUT highest scores (Liang et al. 2018, section 4.1): hits /
-    min(CUT, wanted items); binary gains.
+    """Returns the recall and NDCG of the CUT highest scores of each user, [2, U].
+
+    Recall is hits / min(CUT, wanted items); NDCG has binary gains (Liang et al. 2018, section 4.1).
     """
+    # Stable, so that equal scores are ranked by the number of the item on every machine.
     order_UC = np.argsort(-scores_UI, axis=1, kind="stable")[:, :CUT]
-    hit_UC = np.array([np.isin(order, items) for order, items in zip(order_UC, wanted)])
+    hits = [np.isin(order_C, items) for order_C, items in zip(order_UC, wanted)]
+    hit_UC = np.array(hits)
+    # Ranks count from 1, so the first gain is 1 / log2(2) = 1.
     gain_C = 1 / np.log2(np.arange(2, CUT + 2))
-    most_U = np.array([min(CUT, len(items)) for items in wanted])
-    ideal_U = np.cumsum(gain_C)[most_U - 1]
-    return np.stack([hit_UC.sum(1) / most_U, (hit_UC @ gain_C[: hit_UC.shape[1]]) / ideal_U])
+    most_hits_U = np.array([min(CUT, len(items)) for items in wanted])
+    # The best ranking has the wanted items on the first ranks.
+    gains_so_far_C = np.cumsum(gain_C)
+    ideal_U = gains_so_far_C[most_hits_U - 1]
+    recall_U = hit_UC.sum(1) / most_hits_U
+    # A set of less than CUT items has shorter rankings.
+    ndcg_U = (hit_UC @ gain_C[: hit_UC.shape[1]]) / ideal_U
+    return np.stack([recall_U, ndcg_U])

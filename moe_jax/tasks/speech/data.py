@@ -2,7 +2,9 @@
 
 Its own rule: recordings 0 to 4 of each digit and speaker are the test part, all others are for
 training. Frames are computed by kaldi-native-fbank (25 ms every 10 ms); `stack` of them side by
-side are one place of a row. Shapes: N recordings, F frames, M mel bins, S places, P = stack M.
+side are one place of a row.
+
+Shapes: B recordings of a batch, F frames, M mel bins, S places, P = stack M.
 """
 
 import io
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.data import examples
-from moe_jax.data.examples import Classes, Examples, Fields
+from moe_jax.data.examples import Classes, Examples, Fields, Ragged
 from moe_jax.data.records import folder as files
 from moe_jax.errors import UserError
 
@@ -27,23 +29,31 @@ PIECES = 8  # of a recording of any length, whose means are what a classical bas
 
 
 class Recording(NamedTuple):
-    wave: np.ndarray  # float32, in units of a 16-bit sample
-    rate: int  # Hz
+    """A recording, and the side that it is on."""
+
+    # float32, in units of a 16-bit sample.
+    wave: np.ndarray
+    # Samples a second.
+    rate: int
     label: str
     speaker: str
     heldout: bool
 
 
 def read_fsdd(folder: str) -> list[Recording]:
-    """The recordings of fsdd_900.tar.gz, or of a folder `recordings` of wav files, in the order of
-    their names.
+    """Returns the recordings of fsdd_900.tar.gz, or of a folder `recordings` of wav files.
+
+    They are in the order of their names.
     """
+    # A folder of recordings comes first: a user who has both has chosen by unpacking.
     try:
         path = files.find(folder, KIND, "recordings", "fsdd")
     except UserError:
         path = files.find(folder, KIND, "fsdd_900.tar.gz", "fsdd")
-    found = _files(path)
-    recordings = [_recording(name, found[name]) for name in sorted(found) if NAME.fullmatch(name)]
+    content = _files(path)
+    # An archive and a folder list their files in orders of their own.
+    names = [name for name in sorted(content) if NAME.fullmatch(name)]
+    recordings = [_recording(name, content[name]) for name in names]
     if {recording.heldout for recording in recordings} != {True, False}:
         raise UserError(
             f"{path} has no recordings DIGIT_SPEAKER_INDEX.wav with indices below {TESTED} and "
@@ -53,19 +63,23 @@ def read_fsdd(folder: str) -> list[Recording]:
 
 
 def _files(path: pathlib.Path) -> dict[str, bytes]:
+    """Returns {name without folders: content} of the files of a folder or an archive."""
     if path.is_dir():
         return {file.name: file.read_bytes() for file in path.glob("*.wav")}
     try:
+        content: dict[str, bytes] = {}
         with tarfile.open(path) as archive:
-            opened = {
-                member.name.rpartition("/")[2]: archive.extractfile(member) for member in archive
-            }
-            return {name: file.read() for name, file in opened.items() if file is not None}
+            for member in archive:
+                # None for a folder.
+                if file := archive.extractfile(member):
+                    content[member.name.rpartition("/")[2]] = file.read()
+        return content
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{path} cannot be read, it may be damaged: {error}") from None
 
 
 def _recording(name: str, data: bytes) -> Recording:
+    """Returns the recording of a wav file DIGIT_SPEAKER_INDEX.wav; UserError if it is none."""
     from scipy.io import wavfile
 
     label, speaker, index = name.removesuffix(".wav").split("_")
@@ -106,62 +120,71 @@ def open_speech(
             f"tempo = {tempo} must be at least 0 and below 1: 0.1 changes the length by up to a "
             "tenth"
         )
-    found = DATASETS[name](folder)
+    recordings = DATASETS[name](folder)
+    train = [recording for recording in recordings if not recording.heldout]
+    heldout = [recording for recording in recordings if recording.heldout]
     random = np.random.default_rng((seed, 2))
-    parts = {
-        "train": [r for r in found if not r.heldout],
-        "heldout": [r for r in found if r.heldout],
-    }
+    # The originals come first, then all second copies, and so on.
     changed = [
-        changed_copy(r, tempo, noise, random) for _ in range(copies - 1) for r in parts["train"]
+        changed_copy(recording, tempo, noise, random)
+        for _ in range(copies - 1)
+        for recording in train
     ]
-    whole = {"train": [*parts["train"], *changed], "heldout": parts["heldout"]}
-    mels = {
-        split: [log_mel(r.wave, r.rate, mel_bins) for r in some] for split, some in whole.items()
-    }
+    parts = {"train": [*train, *changed], "heldout": heldout}
+    mels = standardised(
+        {
+            split: [log_mel(recording.wave, recording.rate, mel_bins) for recording in part]
+            for split, part in parts.items()
+        }
+    )
+    return _examples(name, parts, mels, num_originals=len(train), seq_len=seq_len, stack=stack)
+
+
+def standardised(mels: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """Returns the frames [F, M] of both splits, standardised by mean and deviation of training."""
     frames = np.concatenate(mels["train"])
-    mean_M, std_M = frames.mean(0), frames.std(0) + 1e-3
-    mels = {split: [(mel - mean_M) / std_M for mel in some] for split, some in mels.items()}
-    cut = sum(len(mel) > seq_len * stack for mel in mels["train"][: len(parts["train"])])
-    return _rows(name, whole, mels, len(parts["train"]), seq_len, stack, cut)
+    mean_M = frames.mean(0)
+    # A band without any energy has no deviation to divide by.
+    deviation_M = frames.std(0) + 1e-3
+    return {split: [(mel - mean_M) / deviation_M for mel in part] for split, part in mels.items()}
 
 
-def _rows(
+def _examples(
     name: str,
     parts: dict[str, list[Recording]],
     mels: dict[str, list[np.ndarray]],
-    originals: int,
+    *,
+    num_originals: int,
     seq_len: int,
     stack: int,
-    cut: int,
 ) -> Examples:
-    every = [recording for part in parts.values() for recording in part]
-    labels = tuple(sorted({r.label for r in every}))
-    speakers = tuple(sorted({r.speaker for r in every}))
-    rows = {
-        split: examples.ragged([stacked(mel, stack) for mel in some])
-        for split, some in mels.items()
-    }
-    label = {
-        split: np.array([labels.index(r.label) for r in part], np.int32)
-        for split, part in parts.items()
-    }
-    domain = {
-        split: np.array([speakers.index(r.speaker) for r in part], np.int32)
-        for split, part in parts.items()
-    }
+    """Returns the rows of recordings; the first `num_originals` training ones are no copies."""
+    recordings = [recording for part in parts.values() for recording in part]
+    labels = tuple(sorted({recording.label for recording in recordings}))
+    speakers = tuple(sorted({recording.speaker for recording in recordings}))
+    rows: dict[str, Ragged] = {}
+    label: dict[str, np.ndarray] = {}
+    domain: dict[str, np.ndarray] = {}
+    for split, part in parts.items():
+        vectors = [stacked(mel, stack) for mel in mels[split]]
+        rows[split] = examples.ragged(vectors)
+        label_index = [labels.index(recording.label) for recording in part]
+        label[split] = np.array(label_index, np.int32)
+        speaker_index = [speakers.index(recording.speaker) for recording in part]
+        domain[split] = np.array(speaker_index, np.int32)
 
     def fetch(split: str, index_B: np.ndarray) -> Fields:
-        values_BSP, there_BS = examples.padded(rows[split], index_B, seq_len)
-        known = examples.labelled(label[split][index_B], domain[split][index_B])
-        return {"values_BSP": values_BSP, **examples.one_segment(there_BS), **known}
+        values_BSP, valid_BS = examples.padded(rows[split], index_B, seq_len)
+        return {
+            "values_BSP": values_BSP,
+            **examples.one_segment(valid_BS),
+            **examples.labelled(label[split][index_B], domain[split][index_B]),
+        }
 
-    first = {"train": originals, "heldout": len(parts["heldout"])}
-    raw = {
-        s: (np.stack([in_pieces(mel) for mel in mels[s][:n]]), label[s][:n])
-        for s, n in first.items()
-    }
-    arrays = [a for split in parts for a in (*rows[split], label[split], domain[split])]
+    # The order is part of the fingerprint, which old runs are compared by.
+    arrays = [array for split in parts for array in (*rows[split], label[split], domain[split])]
+    num_cut = sum(len(mel) > seq_len * stack for mel in mels["train"][:num_originals])
+    note = f"{num_cut} of {num_originals} training recordings are cut to {seq_len * stack} frames"
     return Examples(
         spec=name,
         batch_type=examples.LabelledVectors,
@@ -171,11 +194,29 @@ def _rows(
         fetch=fetch,
         heldout_domain_R=domain["heldout"],
         fingerprint=examples.fingerprint([name, seq_len, stack, labels, speakers], arrays),
-        about=Classes(labels, None, rows["train"].flat.shape[1], raw),
-        notes=(f"{cut} of {originals} training recordings are cut to {seq_len * stack} frames",)
-        if cut
-        else (),
+        about=Classes(
+            labels=labels,
+            tokenizer=None,
+            width=rows["train"].flat.shape[1],
+            raw=_raw(mels, label, num_originals),
+        ),
+        notes=(note,) if num_cut else (),
     )
+
+
+def _raw(
+    mels: dict[str, list[np.ndarray]], label: dict[str, np.ndarray], num_originals: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns {split: (vectors [N, F], label_N)} for classical baselines.
+
+    They learn from the originals alone, and from as many numbers of each recording.
+    """
+    raw: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for split, of_split in mels.items():
+        number = num_originals if split == "train" else len(of_split)
+        vectors = [in_pieces(mel) for mel in of_split[:number]]
+        raw[split] = np.stack(vectors), label[split][:number]
+    return raw
 
 
 def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
@@ -184,8 +225,10 @@ def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
 
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.samp_freq = rate
-    options.frame_opts.dither = 0.0  # noise that differs from run to run
-    options.frame_opts.snip_edges = False  # the shortest recording has a frame too
+    # No dither, which is noise that differs from run to run.
+    options.frame_opts.dither = 0.0
+    # Frames may reach over the edges, so that the shortest recording has one too.
+    options.frame_opts.snip_edges = False
     options.mel_opts.num_bins = mel_bins
     computer: Any = kaldi_native_fbank.OnlineFbank(options)
     computer.accept_waveform(rate, wave)
@@ -196,30 +239,39 @@ def log_mel(wave: np.ndarray, rate: int, mel_bins: int) -> np.ndarray:
 def changed_copy(
     recording: Recording, tempo: float, noise: float, random: np.random.Generator
 ) -> Recording:
-    """The recording at another speed (and pitch) and with noise."""
+    """Returns the recording at another speed (and pitch) and with noise."""
     from scipy.signal import resample
 
     wave = recording.wave
+    # Played at the old rate, fewer samples are faster and higher.
     length = max(1, round(len(wave) / random.uniform(1 - tempo, 1 + tempo)))
     wave = np.asarray(resample(wave, length), np.float32)
-    level = random.uniform(0, noise) * np.sqrt(np.mean(wave**2))
-    return recording._replace(
-        wave=wave + level.astype(np.float32) * random.standard_normal(length, np.float32)
-    )
+    root_mean_square = np.sqrt(np.mean(wave**2))
+    level = random.uniform(0, noise) * root_mean_square
+    added = level.astype(np.float32) * random.standard_normal(length, np.float32)
+    return recording._replace(wave=wave + added)
 
 
 def stacked(frames_FM: np.ndarray, stack: int) -> np.ndarray:
-    """[F, M] -> [ceil(F / stack), stack M]; the last place is filled up with zeros, the mean."""
+    """Returns frames [F, M] side by side: [ceil(F / stack), stack M] float32.
+
+    The last place is filled up with zeros, which is the mean of a standardised bin.
+    """
     missing = -len(frames_FM) % stack
-    return (
-        np.pad(frames_FM, ((0, missing), (0, 0)))
-        .reshape(-1, stack * frames_FM.shape[1])
-        .astype(np.float32)
-    )
+    filled = np.pad(frames_FM, ((0, missing), (0, 0)))
+    return filled.reshape(-1, stack * frames_FM.shape[1]).astype(np.float32)
 
 
 def in_pieces(frames_FM: np.ndarray) -> np.ndarray:
-    """[PIECES M]: the means of PIECES equal pieces of a recording, whatever its length."""
-    place = np.linspace(0, len(frames_FM), PIECES + 1)
-    spans = [(int(a), max(int(a) + 1, int(np.ceil(b)))) for a, b in itertools.pairwise(place)]
-    return np.concatenate([frames_FM[a:b].mean(0) for a, b in spans])
+    """Returns the means of PIECES equal pieces of a recording, [PIECES M], whatever its length.
+
+    A frame that an edge cuts counts in both pieces.
+    """
+    means = []
+    edges = np.linspace(0, len(frames_FM), PIECES + 1)
+    for start, end in itertools.pairwise(edges):
+        first = int(start)
+        # A piece of a very short recording is within one frame.
+        last = max(first + 1, int(np.ceil(end)))
+        means.append(frames_FM[first:last].mean(0))
+    return np.concatenate(means)

@@ -8,39 +8,49 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.examples import Examples
-from moe_jax.tasks.classification.rivals import Table
+from moe_jax.tasks.classification.rivals import BaselineFigures
 
 BLOCK = 256  # held-out sentences compared at once
 
 
-def table(data: Examples) -> Table:
-    """sacreBLEU and chrF of the nearest neighbour, and of giving the source back untranslated, on
-    all held-out pairs.
+def baseline_figures(data: Examples) -> BaselineFigures:
+    """Returns sacreBLEU and chrF of each baseline on all held-out pairs.
+
+    The baselines are the nearest neighbour, and giving the source back untranslated.
     """
-    raw = data.about.raw
-    sources, targets = raw["heldout"]
-    found = nearest(raw["train"][0], sources)
+    known_sources, known_targets = data.about.raw["train"]
+    sources, targets = data.about.raw["heldout"]
+    neighbours = nearest(known_sources, sources)
     return {
         "source copied": scores(sources, targets),
-        "nearest neighbour (TF-IDF)": scores([raw["train"][1][i] for i in found], targets),
+        "nearest neighbour (TF-IDF)": scores([known_targets[i] for i in neighbours], targets),
     }
 
 
 def nearest(sources: Sequence[str], asked: Sequence[str]) -> np.ndarray:
-    """The index in `sources` of the most similar one, for each of `asked`."""
+    """Returns the index in `sources` of the most similar one, for each of `asked`."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     tfidf: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, dtype=np.float32)
     known, wanted = tfidf.fit_transform(sources), tfidf.transform(asked)
-    blocks = [wanted[i : i + BLOCK] @ known.T for i in range(0, wanted.shape[0], BLOCK)]
-    return np.concatenate([np.asarray(block.argmax(axis=1)).reshape(-1) for block in blocks])
+    neighbours = []
+    for start in range(0, wanted.shape[0], BLOCK):
+        # TF-IDF vectors have length 1, so products are cosines.
+        cosine = wanted[start : start + BLOCK] @ known.T
+        neighbours.append(np.asarray(cosine.argmax(axis=1)).reshape(-1))
+    return np.concatenate(neighbours)
 
 
 def scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
-    """BLEU and chrF by sacrebleu, one reference each, with the signature of the BLEU."""
+    """Returns BLEU and chrF by sacrebleu, one reference each, with the signature of the BLEU."""
     import sacrebleu
 
-    bleu = sacrebleu.BLEU()
-    score = bleu.corpus_score(list(outputs), [list(references)]).score
-    chrf = sacrebleu.CHRF().corpus_score(list(outputs), [list(references)]).score
-    return {"bleu": float(score), "chrf": float(chrf), "signature": str(bleu.get_signature())}
+    metric = sacrebleu.BLEU()
+    bleu = metric.corpus_score(list(outputs), [list(references)])
+    chrf = sacrebleu.CHRF().corpus_score(list(outputs), [list(references)])
+    return {
+        "bleu": float(bleu.score),
+        "chrf": float(chrf.score),
+        # It is known only after a score, for it says how many references there were.
+        "signature": str(metric.get_signature()),
+    }

@@ -1,5 +1,7 @@
 """Baselines of images and recordings: the most frequent label, multinomial logistic regression, the
 nearest neighbours.
+
+Shapes: N training examples, M held-out ones, F features.
 """
 
 import warnings
@@ -7,16 +9,17 @@ import warnings
 import numpy as np
 
 from moe_jax.data.examples import Examples
-from moe_jax.tasks.classification.rivals import Table, figures, majority
+from moe_jax.tasks.classification.rivals import BaselineFigures, figures, majority
 
 NEIGHBOURS = 5
 MOST_ITERATIONS = 200  # of the logistic regression
 STEPS = 2_000_000  # iterations times examples: a large set has seen enough after fewer
 
 
-def table(data: Examples) -> Table:
-    """Accuracy and macro-averaged F1 on the held-out part, from whole pixels or pooled frames,
-    unchanged copies only.
+def baseline_figures(data: Examples) -> BaselineFigures:
+    """Returns accuracy and macro-averaged F1 of each baseline on the held-out part.
+
+    They learn from whole pixels or pooled frames, of unchanged examples alone.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -24,23 +27,23 @@ def table(data: Examples) -> Table:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    (values_NF, label_N), (held_MF, held_label_M) = (
-        data.about.raw["train"],
-        data.about.raw["heldout"],
-    )
+    values_NF, label_N = data.about.raw["train"]
+    heldout_MF, heldout_label_M = data.about.raw["heldout"]
+    # Pixels go from 0 to 255 and frames are standardised: both are brought below 1.
     scale = max(1.0, float(np.abs(values_NF).max()))
-    values_NF, held_MF = (v.astype(np.float32) / scale for v in (values_NF, held_MF))
+    values_NF = values_NF.astype(np.float32) / scale
+    heldout_MF = heldout_MF.astype(np.float32) / scale
     iterations = min(MOST_ITERATIONS, max(20, STEPS // len(label_N)))
     logistic = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=iterations))
-    nearest = KNeighborsClassifier(NEIGHBOURS)
+    methods = {
+        "logistic regression": logistic,
+        f"{NEIGHBOURS} nearest neighbours": KNeighborsClassifier(NEIGHBOURS),
+    }
+    result = {"majority": figures(majority(label_N, len(heldout_label_M)), heldout_label_M)}
+    # The iterations are bounded on purpose, so that they may end before the optimum is no news.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        guesses = {
-            n: m.fit(values_NF, label_N).predict(held_MF)
-            for n, m in (("logistic", logistic), ("knn", nearest))
-        }
-    return {
-        "majority": figures(majority(label_N, len(held_label_M)), held_label_M),
-        "logistic regression": figures(np.asarray(guesses["logistic"]), held_label_M),
-        f"{NEIGHBOURS} nearest neighbours": figures(np.asarray(guesses["knn"]), held_label_M),
-    }
+        for name, method in methods.items():
+            predicted_M = method.fit(values_NF, label_N).predict(heldout_MF)
+            result[name] = figures(np.asarray(predicted_M), heldout_label_M)
+    return result

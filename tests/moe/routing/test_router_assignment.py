@@ -33,21 +33,22 @@ def route(router, x_TD, params, *, num_experts, valid_T=None, num_rows=1, group_
     return ROUTERS[router].route(params, state, tokens, cfg=cfg, rng=jax.random.key(0), train=train)
 
 
-def from_logits(router, logits_TE, **rest):
+def from_logits(router, router_logits_TE, **rest):
     """The router on tokens whose logits are given: x is the logits, W the identity."""
-    logits_TE = np.asarray(logits_TE, float)
-    num = logits_TE.shape[1]
+    router_logits_TE = np.asarray(router_logits_TE, float)
+    num = router_logits_TE.shape[1]
     given = {name: rest.pop(name) for name in ("state", "recorded") if name in rest}
     run = compiled(
         lambda x, w, given: route(router, x, {"gate": w}, num_experts=num, **rest, **given)
     )
-    return run(logits_TE, np.eye(num), given)
+    return run(router_logits_TE, np.eye(num), given)
 
 
 def chosen(routing, num_experts):
     """{(token, expert): gate} of the assignments that go somewhere."""
     entries = zip(
-        *map(np.asarray, (routing.token_N, routing.expert_N, routing.gate_N)), strict=True
+        *map(np.asarray, (routing.token_N, routing.expert_index_N, routing.gate_N)),
+        strict=True,
     )
     return {(int(t), int(e)): float(g) for t, e, g in entries if e < num_experts}
 
@@ -103,7 +104,7 @@ def test_padding_never_takes_a_place_of_expert_choice(float64):
         "expert_choice", np.log(SCORES), factor=1.0, valid_T=[False, False, True, False]
     )
     close(chosen(alone, 2), {(2, 0): 0.7, (2, 1): 0.3})
-    assert (np.asarray(alone.gate_N)[np.asarray(alone.expert_N) == 2] == 0).all()
+    assert (np.asarray(alone.gate_N)[np.asarray(alone.expert_index_N) == 2] == 0).all()
 
 
 # Hash
@@ -113,11 +114,11 @@ def test_padding_never_takes_a_place_of_expert_choice(float64):
     ("vocab", "num", "k"), [(64, 8, 1), (64, 8, 2), (67, 8, 3), (1000, 6, 4), (5, 8, 2), (50, 4, 4)]
 )
 def test_hash_table_is_balanced_and_distinct(vocab, num, k):
-    table = hash.table(vocab, num, k, 0)
+    table = hash.hash_table(vocab, num, k, 0)
     assert table.shape == (vocab, k) and all(len(set(row)) == k for row in table.tolist())
     counts = np.bincount(table.reshape(-1), minlength=num)
     assert counts.max() - counts.min() <= 1 and counts.sum() == vocab * k
-    again, other = hash.table.__wrapped__(vocab, num, k, 0), hash.table(vocab, num, k, 1)
+    again, other = hash.hash_table.__wrapped__(vocab, num, k, 0), hash.hash_table(vocab, num, k, 1)
     assert (again == table).all() and (k == num or (other != table).any())
 
 
@@ -127,9 +128,9 @@ def test_hash_sends_a_token_by_its_id_alone(float64):
     run = compiled(lambda x: route("hash", x, {}, num_experts=8, id_T=id_T, k=2))
     got = [run(rng.normal(size=(4, 3))) for _ in range(2)]
     assert (
-        got[0].expert_N.tolist()
-        == got[1].expert_N.tolist()
-        == hash.table(64, 8, 2, 0)[id_T].reshape(-1).tolist()
+        got[0].expert_index_N.tolist()
+        == got[1].expert_index_N.tolist()
+        == hash.hash_table(64, 8, 2, 0)[id_T].reshape(-1).tolist()
     )
     assert got[0].gate_N.tolist() == [0.5] * 8
 
@@ -164,7 +165,7 @@ def test_base_balances_each_group_or_the_batch(float64):
     logits = [[2.0, 0.0], [1.0, 0.0], [4.0, 0.0], [3.0, 0.0]]
 
     def by(**rest):
-        return from_logits("base", logits, num_rows=2, **rest).expert_N.tolist()
+        return from_logits("base", logits, num_rows=2, **rest).expert_index_N.tolist()
 
     assert by() == [0, 1, 0, 1]
     assert by(group_rows=2) == by(scope="batch") == [1, 1, 0, 0]
@@ -187,7 +188,7 @@ def test_base_takes_the_largest_entries_of_the_transport_plan(float64):
     )  # greedily, most tokens take the last experts
     want = np.argsort(-plan(logits, 20), 1)[:, :2]
     got = from_logits("base", logits, k=2, iterations=20)
-    assert got.expert_N.reshape(48, 2).tolist() == want.tolist()
+    assert got.expert_index_N.reshape(48, 2).tolist() == want.tolist()
     greedy = from_logits("base", logits, k=2, train=False)
 
     def spread(routing):
@@ -199,13 +200,13 @@ def test_base_takes_the_largest_entries_of_the_transport_plan(float64):
 def test_base_ignores_padding_and_survives_extreme_scores(float64):
     logits = np.random.default_rng(0).normal(size=(12, 4))
     valid = np.arange(12) % 3 > 0
-    want = from_logits("base", logits[valid], k=1).expert_N
+    want = from_logits("base", logits[valid], k=1).expert_index_N
     loud = np.where(valid[:, None], logits, 1e3 * np.arange(4))
-    assert (from_logits("base", loud, k=1, valid_T=valid).expert_N[valid] == want).all()
+    assert (from_logits("base", loud, k=1, valid_T=valid).expert_index_N[valid] == want).all()
     far = from_logits("base", 1e4 * logits, k=1, iterations=30, gates="softmax")
-    assert np.isfinite(far.gate_N).all() and (np.asarray(far.expert_N) < 4).all()
+    assert np.isfinite(far.gate_N).all() and (np.asarray(far.expert_index_N) < 4).all()
     nobody = from_logits("base", logits, k=1, valid_T=np.zeros(12, bool))
-    assert (nobody.expert_N == 4).all()
+    assert (nobody.expert_index_N == 4).all()
 
 
 # ReLU
@@ -217,7 +218,14 @@ def test_relu_by_hand(float64):
     """
     logits = [[1.0, -1.0, 0.5, 2.0], [-1.0, -2.0, -0.5, 0.0], [-1.0, 3.0, -1.0, -1.0]]
     got = from_logits("relu", logits, max_active=2, k=2, state={"l1": jnp.asarray(0.5)})
-    assert got.expert_N.tolist() == [3, 0, 4, 4, 1, 4] and got.gate_N.tolist() == [2, 1, 0, 0, 3, 0]
+    assert got.expert_index_N.tolist() == [3, 0, 4, 4, 1, 4] and got.gate_N.tolist() == [
+        2,
+        1,
+        0,
+        0,
+        3,
+        0,
+    ]
     sums = {name: value[0].tolist() for name, value in got.sums.items()}
     assert (
         sums["counts"] == [1, 1, 1, 1] and sums["dropped"] == 1 and sums["probs"] == [1, 3, 0.5, 2]
@@ -300,7 +308,7 @@ def test_recorded_by_hand(float64):
     )
     got = from_logits("recorded", logits, recorded=recorded)
     close(chosen(got, 4), {(0, 3): 0.7, (0, 1): 0.1, (1, 2): 0.4})
-    assert got.sums["counts"].tolist() == [[0, 1, 1, 1]] and got.expert_N.tolist() == [
+    assert got.sums["counts"].tolist() == [[0, 1, 1, 1]] and got.expert_index_N.tolist() == [
         3,
         1,
         2,
@@ -409,7 +417,7 @@ def test_selections_over_tokens_are_the_same_on_meshes(float64):
             got = route(router, flat[0], w, num_experts=num, **rest)
             gates = (
                 jnp.zeros((b * length, num))
-                .at[got.token_N, got.expert_N]
+                .at[got.token_N, got.expert_index_N]
                 .add(got.gate_N, mode="drop")
             )
             result[case] = (gates.reshape(b, length, num), got.sums)
@@ -431,4 +439,6 @@ def test_selections_over_tokens_are_the_same_on_meshes(float64):
 def test_every_router_here_returns_what_the_layer_takes(float64):
     for router in ("expert_choice", "base", "relu"):
         got = from_logits(router, np.eye(4), state={"l1": jnp.asarray(1.0)})
-        assert isinstance(got, Routing) and got.token_N.dtype == got.expert_N.dtype == jnp.int32
+        assert (
+            isinstance(got, Routing) and got.token_N.dtype == got.expert_index_N.dtype == jnp.int32
+        )

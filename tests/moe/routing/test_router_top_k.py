@@ -34,7 +34,7 @@ def test_hand_worked_gates(float64):
     experts 0 and 1.
     """
     x, gate = np.eye(1), np.log([[4.0, 3.0, 2.0, 1.0]])
-    assert route(x, gate).expert_N.tolist() == [0, 1]
+    assert route(x, gate).expert_index_N.tolist() == [0, 1]
     np.testing.assert_allclose(route(x, gate).gate_N, [4 / 7, 3 / 7])
     np.testing.assert_allclose(route(x, gate, renormalize=False).gate_N, [0.4, 0.3])
     np.testing.assert_allclose(route(x, gate, softmax="after").gate_N, [4 / 7, 3 / 7])
@@ -42,7 +42,7 @@ def test_hand_worked_gates(float64):
 
 
 def test_ties_go_to_the_lower_index(float64):
-    assert route(np.ones((3, 2)), np.zeros((2, 5)), k=3).expert_N.tolist() == [0, 1, 2] * 3
+    assert route(np.ones((3, 2)), np.zeros((2, 5)), k=3).expert_index_N.tolist() == [0, 1, 2] * 3
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -52,7 +52,7 @@ def test_gates_and_their_gradient_equal_the_oracle(float64, renormalize):
     options = {"k": 3, "renormalize": renormalize, "scale": 1.7}
     chosen, gates, _ = oracle.top_k(x, gate, **options)
     got = route(x, gate, **options)
-    assert got.expert_N.tolist() == chosen.reshape(-1).tolist()
+    assert got.expert_index_N.tolist() == chosen.reshape(-1).tolist()
     np.testing.assert_allclose(got.gate_N, gates.reshape(-1), atol=1e-12)
 
     def loss(x, gate):
@@ -69,7 +69,7 @@ def test_padding_goes_nowhere_and_counts_nowhere(float64):
     x, gate = rng.normal(size=(8, 4)), rng.normal(size=(4, 6))
     valid = np.array([1, 1, 1, 0, 1, 0, 0, 0], bool)
     got, alone = route(x, gate, valid, num_rows=2), route(x[valid], gate)
-    assert (got.expert_N.reshape(8, 2)[~valid] == 6).all()
+    assert (got.expert_index_N.reshape(8, 2)[~valid] == 6).all()
     for name, value in alone.sums.items():
         np.testing.assert_allclose(got.sums[name].sum(0), value.sum(0), atol=1e-12, err_msg=name)
     changed = route(np.where(valid[:, None], x, 1e3), gate, valid, num_rows=2)
@@ -83,7 +83,9 @@ def test_selection_in_bfloat16_is_that_of_float32():
         jnp.asarray(rng.normal(size=(256, 16)), jnp.bfloat16),
         jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
     )
-    assert (route(x, gate).expert_N == route(x.astype(jnp.float32), gate).expert_N).all()
+    assert (
+        route(x, gate).expert_index_N == route(x.astype(jnp.float32), gate).expert_index_N
+    ).all()
 
 
 def test_load_figures_by_hand(float64):

@@ -89,7 +89,7 @@ def first_weights(name, d_model=6, num_experts=8, **changes):
 
 def test_switch_gate_is_the_probability_itself(float64):
     got = route("switch", np.eye(1), {"gate": LOGITS}, jitter=0.5)
-    assert got.expert_N.tolist() == [0]
+    assert got.expert_index_N.tolist() == [0]
     np.testing.assert_allclose(got.gate_N, [0.4])
 
 
@@ -163,7 +163,7 @@ def test_sigmoid_by_hand(float64):
     s = np.array([[0.8, 0.6, 0.5, 0.3]])
     gate, bias = {"gate": np.log(s / (1 - s))}, {"bias": np.array([0, 0, 0, 0.4])}
     got = route("sigmoid", np.eye(1), gate, bias, scale=2.5)
-    assert got.expert_N.tolist() == [0, 3]
+    assert got.expert_index_N.tolist() == [0, 3]
     np.testing.assert_allclose(got.gate_N, [2.5 * 0.8 / 1.1, 2.5 * 0.3 / 1.1])
     np.testing.assert_allclose(
         route("sigmoid", np.eye(1), gate, bias, renormalize=False).gate_N, [0.8, 0.3]
@@ -179,10 +179,10 @@ def test_groups_by_hand(float64):
     s = np.array([[0.5, 0.4, 0.6, 0.1]])
     gate, zero = {"gate": np.log(s / (1 - s))}, {"bias": np.zeros(4)}
     groups = {"num_groups": 2, "top_groups": 1}
-    assert route("sigmoid", np.eye(1), gate, zero, **groups).expert_N.tolist() == [0, 1]
+    assert route("sigmoid", np.eye(1), gate, zero, **groups).expert_index_N.tolist() == [0, 1]
     assert route(
         "sigmoid", np.eye(1), gate, zero, **groups, group_score="max"
-    ).expert_N.tolist() == [2, 3]
+    ).expert_index_N.tolist() == [2, 3]
     v2 = {"score": "softmax", "renormalize": False, "group_score": "max"}
     np.testing.assert_allclose(
         route("sigmoid", np.eye(1), {"gate": np.log(s / s.sum())}, zero, **groups, **v2).gate_N,
@@ -220,7 +220,7 @@ def test_sigmoid_equals_transformers_deepseek_v3(groups, renormalize):
     def dense(experts, gates):
         return np.stack([np.bincount(e, g, 16) for e, g in zip(experts, gates, strict=True)])
 
-    ours = dense(got.expert_N.reshape(64, 4), got.gate_N.reshape(64, 4))
+    ours = dense(got.expert_index_N.reshape(64, 4), got.gate_N.reshape(64, 4))
     np.testing.assert_allclose(ours, dense(experts.numpy(), gates.numpy()), atol=1e-6)
     assert ((ours > 0).sum(1) == 4).all()
 
@@ -306,7 +306,7 @@ def test_cosine_by_hand(float64):
         got = route(
             "cosine", scale * np.array([[3.0, 4.0]]), params, num_experts=2, k=1, renormalize=False
         )
-        assert got.expert_N.tolist() == [1]
+        assert got.expert_index_N.tolist() == [1]
         np.testing.assert_allclose(got.gate_N, [1 / (1 + np.exp(-0.4))])
     cold = route(
         "cosine",
@@ -342,7 +342,7 @@ def test_null_by_hand(float64):
     wants = {"all": ([4 / 9, 3 / 9, 0], 2 / 9), "none": ([0.4, 0.3, 0], 0.2)}
     for renormalize, (gates, copied) in wants.items():
         got = one(kind="copy", renormalize=renormalize)
-        assert got.expert_N.tolist() == [0, 1, 2]
+        assert got.expert_index_N.tolist() == [0, 1, 2]
         np.testing.assert_allclose(got.gate_N, gates)
         np.testing.assert_allclose(got.copy_T, [copied])
     zero = one(renormalize="real")
@@ -370,7 +370,7 @@ def test_null_classes_are_balanced_as_one(float64):
     for prob in (np.concatenate([prob_TC[0]] * 2), np.concatenate(prob_TC)):
         got = route("null", prob @ np.eye(3), {"gate": np.eye(3)}, num_experts=1, k=1, num_null=2)
         want = route("null", np.log(prob), {"gate": np.eye(3)}, num_experts=1, k=1, num_null=2)
-        assert got.expert_N.tolist() == want.expert_N.tolist() == [0, 1, 0, 1]
+        assert got.expert_index_N.tolist() == want.expert_index_N.tolist() == [0, 1, 0, 1]
         totals = load.totals({name: z[None] for name, z in want.sums.items()})
         probs_C = prob.mean(0)
         np.testing.assert_allclose(
@@ -389,7 +389,7 @@ def test_null_token_without_real_expert_and_padding(float64):
     gate = {"gate": np.log([[1.0, 2.0, 3.0, 4.0]])}
     none = route("null", np.eye(1), gate, num_experts=2, k=2, num_null=2, renormalize="real")
     assert (
-        none.expert_N.tolist() == [2, 2]
+        none.expert_index_N.tolist() == [2, 2]
         and none.gate_N.tolist() == [0, 0]
         and np.isfinite(none.sums["gate"]).all()
     )
@@ -413,7 +413,7 @@ def test_uniform_is_exactly_even(num_experts, k):
     E / gcd(E, k) tokens by none.
     """
     got = route("uniform", np.zeros((2 * num_experts, 2)), num_experts=num_experts, k=k)
-    chosen_TK = np.asarray(got.expert_N).reshape(-1, k)
+    chosen_TK = np.asarray(got.expert_index_N).reshape(-1, k)
     counts_TE = (chosen_TK[:, :, None] == np.arange(num_experts)).sum(1)
     assert counts_TE.max() == 1, "distinct experts"
     for begin in range(num_experts):
@@ -434,7 +434,7 @@ def test_random_is_a_function_of_layer_position_and_token():
     salt = {"salt": jnp.float32(0.3)}
     placed = {"num_rows": 4, "id_T": ids}
     got = route("random", x, None, salt, placed=placed, **args)
-    chosen = np.asarray(got.expert_N.reshape(4, 128, 3))
+    chosen = np.asarray(got.expert_index_N.reshape(4, 128, 3))
     assert all(len(set(row)) == 3 for row in chosen.reshape(-1, 3).tolist())
     assert np.abs(got.sums["counts"].sum(0) - 192).max() < 5 * np.sqrt(512 * 3 / 8 * 5 / 8)
     alone = route(
@@ -447,13 +447,14 @@ def test_random_is_a_function_of_layer_position_and_token():
         placed={"row_b": [77], "id_T": ids[128:256]},
         **args,
     )
-    assert alone.expert_N.tolist() == chosen[1].reshape(-1).tolist()
+    assert alone.expert_index_N.tolist() == chosen[1].reshape(-1).tolist()
     for other in ({"state": {"salt": jnp.float32(0.31)}}, {"state": salt, "seed": 1}):
         assert (
-            route("random", x, None, placed=placed, **{**args, **other}).expert_N != got.expert_N
+            route("random", x, None, placed=placed, **{**args, **other}).expert_index_N
+            != got.expert_index_N
         ).mean() > 0.5
     moved = route("random", x, None, salt, placed={"num_rows": 4, "id_T": np.roll(ids, 1)}, **args)
-    assert (moved.expert_N != got.expert_N).mean() > 0.5
+    assert (moved.expert_index_N != got.expert_index_N).mean() > 0.5
 
 
 NAMES = ["switch", "noisy_top_k", "sigmoid", "quantile", "cosine", "null", "uniform", "random"]
@@ -486,7 +487,7 @@ def test_same_on_every_mesh(float64, name):
         routing = ROUTERS[name].route(
             params, state, tokens, cfg=cfg, rng=jax.random.key(3), train=True
         )
-        return routing.expert_N, routing.gate_N, routing.copy_T, dict(routing.sums)
+        return routing.expert_index_N, routing.gate_N, routing.copy_T, dict(routing.sums)
 
     batch = (x, ids, valid, np.arange(8))
     want = jax.jit(run)(params, state, *batch)
@@ -499,6 +500,7 @@ def test_same_on_every_mesh(float64, name):
     assert (want[0].reshape(48, -1)[~valid.reshape(-1)] == 8).all() and (want[0] < 8).any()
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
     """bias = rate x sign(mean count - count) of the whole step, with padding and packed rows; on
     the mesh of two micro-batches.
@@ -522,6 +524,7 @@ def test_bias_update_of_a_model_is_the_hand_calculation_on_every_mesh(float64):
     np.testing.assert_array_equal(*ends)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("router", "optimizer"),
     [("random", "muon"), ("uniform", "adamw"), ("cosine", "adafactor"), ("noisy_top_k", "muon")],

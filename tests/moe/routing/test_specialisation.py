@@ -7,6 +7,8 @@ import pytest
 
 from moe_jax.moe.routing import ROUTERS
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # whole models are trained
+
 # What a router must reach: 0 is what no dense network of equal active size surpasses, 1 the right
 # assignment.
 BLIND = ("uniform", "random", "hash")  # read nothing of the cluster

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.parallel.mesh import P
+from moe_jax.precision import wide_dtype
 
 Matrices = dict[str, jax.Array]  # of one layer's experts, by name
 Groups = dict[str, jax.Array]  # a value for every group, by matrix, or under "units"
@@ -98,7 +99,7 @@ class Shaped(NamedTuple):
         """The root mean square of the entries of every group, in float32 or wider."""
 
         def wide(x):
-            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            return x.astype(wide_dtype(x.dtype))
 
         sums = self.pool({name: jnp.square(wide(x)) for name, x in experts.items()})
         return {key: jnp.sqrt(z / self.size(experts, key, z)) for key, z in sums.items()}

@@ -1,0 +1,53 @@
+"""Grouped-query attention: query heads share key and value heads (Ainslie et al. 2023,
+arXiv:2305.13245); as many of both are multi-head attention (Vaswani et al. 2017, arXiv:1706.03762).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models.attention_core import Keys, causal, full, prefix
+from moe_jax.models.attentions.contract import Attention, cache, head_refusals, projections
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """There are none: heads are those of every attention (model.num_heads, model.num_kv_heads)."""
+
+
+def keys(mask: str, segment_BS: jax.Array, prefix_BS: jax.Array | None, options: Options) -> Keys:
+    """Returns the keys of the mask: all that it allows."""
+    del options
+    if mask == "full":
+        return full(segment_BS)
+    if mask == "prefix" and prefix_BS is not None:
+        return prefix(segment_BS, prefix_BS)
+    return causal(segment_BS)
+
+
+def slots(
+    position_BS: jax.Array, last_BS: jax.Array, num_slots: int, options: Options
+) -> jax.Array:
+    """Returns a mask [B, S, M]: every slot up to a token's last."""
+    del position_BS, options
+    return jnp.arange(num_slots)[None, None, :] <= last_BS[:, :, None]
+
+
+def num_pairs(num_tokens: int, options: Options) -> int:
+    """Returns 1 + 2 + .. + n: the token at place i sees i + 1 keys."""
+    del options
+    return num_tokens * (num_tokens + 1) // 2
+
+
+ATTENTION = Attention(
+    Options,
+    projections,
+    ("causal", "full", "prefix"),
+    keys,
+    sees_future=False,
+    cache=cache,
+    slots=slots,
+    num_pairs=num_pairs,
+    refusals=head_refusals,
+)

@@ -1,0 +1,215 @@
+"""A pre-norm block, which all models that have blocks are made of.
+
+A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is
+dense or a mixture of experts (plus shared experts). Some have another mask, cross-attention in the
+middle, or no attention at all. A block of kind "depth:dense" or "depth:moe" is one that only some
+tokens go through (models/depth.py).
+
+Shapes: B rows, S sequence, T tokens of a source row, D model, M slots of the cache.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.models import depth
+from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
+from moe_jax.models.attentions.contract import Cache
+from moe_jax.models.ends import norm_scale
+from moe_jax.models.layers import FeedForward, dropout, rms_norm
+from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.schema.config import ModelConfig
+from moe_jax.weights import Weights
+
+
+class Look(NamedTuple):
+    """Holds what the attention of a stack of blocks sees."""
+
+    # One of those of attentions/contract.py; "" = no attention.
+    mask: str
+    # Cross-attention to a source.
+    cross: bool = False
+
+
+class Source(NamedTuple):
+    """Holds what cross-attention reads: the encoder's output, and which of it is padding."""
+
+    x_BTD: Any
+    segment_BT: Any
+
+
+class Block(nnx.Module):
+    """`block(x_BSD, batch, rng, train, source) -> (x_BSD, sums)`;
+    `block.cached(x_BSD, batch, rng, cache, source) -> (x_BSD, cache)`.
+
+    `batch` has the request to this block alone, and `rng` is a key of its own. `source` is a
+    Source, or the Memory that this block made of it; () where there is no cross-attention. A cache
+    is a Cache, of a depth block a DepthCache.
+    """
+
+    def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig, look: Look):
+        keys = jax.random.split(key, 4)
+        self.cfg, self.look = cfg, look
+        self.kind = depth.inner(kind)
+        self.wrapped = kind != self.kind
+        parts = {"attention": bool(look.mask), "cross": look.cross, "ffn": True}
+        norms = {f"{name}_norm_scale": norm_scale(cfg) for name in parts if parts[name]}
+        self.norms = Weights(keys[0], norms, cfg.param_dtype)
+        if look.mask:
+            self.attention = SelfAttention(keys[1], cfg, look.mask)
+        if look.cross:
+            # Folded in and not split: a block without it draws what it always drew.
+            self.cross = CrossAttention(jax.random.fold_in(key, 5), cfg)
+        width = dense_width(self.kind, cfg)
+        if width:
+            sizes = (cfg.d_model, width, cfg.activation, out_std(width, cfg))
+            self.dense = FeedForward(keys[2], *sizes, cfg.param_dtype)
+        if self.kind == "moe":
+            self.moe = MoELayer(keys[3], moe_config(cfg))
+        if self.wrapped:
+            wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
+            self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
+
+    def __call__(
+        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool, source: Any = ()
+    ) -> tuple[jax.Array, depth.Sums]:
+        if not self.wrapped:
+            attended, fed, sums = self._added(x_BSD, batch, rng, train, source)
+            return x_BSD + attended + fed, sums
+
+        def update(x_BCD, batch):
+            attended, fed, sums = self._added(x_BCD, batch, rng, train, source)
+            return attended + fed, sums
+
+        return depth.through(update, self.depth["router"], x_BSD, batch, train, self.cfg)
+
+    def cached(
+        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, cache: Any, source: Any = ()
+    ) -> tuple[jax.Array, Any]:
+        """Returns the tokens after the block, which follow those in its cache, and the cache with
+        them.
+        """
+        if not self.wrapped:
+            attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, None, source)
+            return x_BSD + attended + fed, cache
+
+        def update(x_BSD, batch, cache, chosen_BM):
+            attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, chosen_BM, source)
+            return attended + fed, cache
+
+        return depth.cached(update, self.depth["router"], x_BSD, batch, cache, self.cfg)
+
+    def remember(self, source: Source | Memory) -> Memory:
+        """Returns keys and values of the source for the cross-attention of this block."""
+        if isinstance(source, Memory):
+            return source
+        return self.cross.remember(source.x_BTD, source.segment_BT)
+
+    def _added(
+        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool, source: Any
+    ) -> tuple[jax.Array, jax.Array, depth.Sums]:
+        """(what attention adds to the residual stream, what the feed-forward adds, sums)."""
+        attended = jnp.zeros_like(x_BSD)
+        if self.look.mask:
+            h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
+            places = (batch.segment_BS, batch.position_BS, self._prefix(batch))
+            attended = self.attention(h, *places)
+        return self._rest(x_BSD, attended, batch, rng, train, source)
+
+    def _added_cached(
+        self,
+        x_BSD: jax.Array,
+        batch: Batch,
+        rng: jax.Array,
+        cache: Cache,
+        chosen_BM: jax.Array | None,
+        source: Any,
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """(what attention adds, what the feed-forward adds, cache)."""
+        h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
+        prefix_BS = self._prefix(batch)
+        attended, cache = self.attention.cached(h, batch.position_BS, cache, prefix_BS, chosen_BM)
+        attended, fed, _ = self._rest(x_BSD, attended, batch, rng, False, source)
+        return attended, fed, cache
+
+    def _rest(
+        self,
+        x_BSD: jax.Array,
+        attended: jax.Array,
+        batch: Batch,
+        rng: jax.Array,
+        train: bool,
+        source: Any,
+    ) -> tuple[jax.Array, jax.Array, depth.Sums]:
+        """(what attention of both kinds adds, what the feed-forward adds, sums), from what
+        self-attention says.
+        """
+        cfg = self.cfg
+        keys = jax.random.split(rng, 3)
+
+        def drop(y, key):
+            return dropout(y, cfg.dropout if train else 0.0, key, batch.row_B)
+
+        if self.look.mask:
+            attended = drop(attended, keys[0])
+        if self.look.cross:
+            h = rms_norm(x_BSD + attended, self.norms["cross_norm_scale"], cfg.norm_epsilon)
+            crossed = self.cross(h, batch.segment_BS, self.remember(source))
+            attended = attended + drop(crossed, jax.random.fold_in(keys[0], 1))
+        h = rms_norm(x_BSD + attended, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
+        y, sums = jnp.zeros_like(h), {}
+        if self.kind == "moe":
+            y, sums = self.moe(h, batch, keys[1], train)
+        # The feed-forward of a dense block, or the shared experts beside the routed ones.
+        if hasattr(self, "dense"):
+            y = y + self.dense(h)
+        return attended, drop(y, keys[2]), sums
+
+    def _prefix(self, batch: Batch) -> jax.Array | None:
+        """Which tokens see their whole prefix; None where the mask or the batch has none."""
+        if self.look.mask != "prefix" or not isinstance(batch.prefix_BS, jax.Array):
+            return None
+        return batch.prefix_BS
+
+
+def dense_width(kind: str, cfg: ModelConfig) -> int:
+    """Returns the hidden width of what every token of a block goes through: the feed-forward, or
+    the shared experts, n of width F as one of width n F; 0 = there is none.
+    """
+    if kind == "dense":
+        return cfg.ffn_hidden
+    return cfg.moe.shared_experts * cfg.moe.expert_hidden
+
+
+def out_std(width: int, cfg: ModelConfig) -> float:
+    """Returns the standard deviation of the first value of a matrix that writes to the residual
+    stream.
+    """
+    # Two of them in each block, so that all together add a variance of about one.
+    return width**-0.5 * (2 * len(cfg.blocks)) ** -0.5
+
+
+def moe_config(cfg: ModelConfig) -> MoE:
+    """Returns what the MoE layer is told: its block of the config, and what it shares."""
+    moe = cfg.moe
+    return MoE(
+        num_experts=moe.num_experts,
+        expert_hidden=moe.expert_hidden,
+        group_rows=moe.group_rows,
+        router=moe.router,
+        router_options=moe.router_options,
+        ordering=moe.ordering,
+        ordering_options=moe.ordering_options,
+        dispatcher=moe.dispatcher,
+        dispatcher_options=moe.dispatcher_options,
+        adaptive=moe.adaptive,
+        stored=moe.sparse.stored,
+        d_model=cfg.d_model,
+        vocab_size=cfg.vocab_size,
+        activation=cfg.activation,
+        param_dtype=cfg.param_dtype,
+        dtype=cfg.dtype,
+        out_std=out_std(moe.expert_hidden, cfg),
+    )

@@ -1,0 +1,60 @@
+"""What stands before the first block of a model and after its last one: embedding, norm and head.
+
+Shapes: B rows, S sequence, D model, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models.layers import gather, rms_norm
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.schema.config import ModelConfig
+from moe_jax.weights import Weight, Weights
+
+# Standard deviation of the first logits. 1 costs half a nat at the first step, and of a tied head
+# five nats; 0 would give no gradient to anything but the head there, so that a proof at the first
+# step would prove nothing (docs/first_values.md).
+FIRST_LOGITS = 0.1
+
+
+def embedding(cfg: ModelConfig, tied: bool = False) -> Weight:
+    """Returns the embedding [V, D].
+
+    `tied`: it is the head, too, and begins as small as a head does.
+
+    The logit of the token itself would otherwise be about sqrt(D): a guess that every token
+    repeats.
+    """
+    std = (FIRST_LOGITS if tied else 1.0) * cfg.d_model**-0.5
+    return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), std)
+
+
+def norm_scale(cfg: ModelConfig) -> Weight:
+    """Returns the scale of an RMSNorm of the residual stream [D]."""
+    return Weight((cfg.d_model,), (None,), 0.0, 1.0)
+
+
+def output_head(cfg: ModelConfig) -> Weight:
+    """Returns the head [D, V], drawn so that first logits have standard deviation FIRST_LOGITS."""
+    std = FIRST_LOGITS * cfg.d_model**-0.5
+    return Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std)
+
+
+def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Returns the embeddings of tokens [B, S, D], which begin with a root mean square of one where
+    they are not tied.
+    """
+    table_VD = gather(table_VD, ("vocab", "embed"), cfg.dtype)
+    x_BSD = table_VD.at[id_BS].get(out_sharding=P(BATCH, None, None))
+    return x_BSD * cfg.d_model**0.5
+
+
+def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Returns logits in at least float32: the final norm and the head."""
+    x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
+    wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+    if cfg.tie_embeddings:
+        table_VD = gather(ends["embed"], ("vocab", "embed"), cfg.dtype)
+        return jnp.einsum("BSD,VD->BSV", x_BSD, table_VD, preferred_element_type=wide)
+    head_DV = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
+    return jnp.einsum("BSD,DV->BSV", x_BSD, head_DV, preferred_element_type=wide)

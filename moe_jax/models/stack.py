@@ -1,0 +1,152 @@
+"""A stack of blocks: a prefix, a period that repeats, a suffix.
+
+A module that has one has them as `prefix`, `repeats` (as layout.draw_repeats makes them) and
+`suffix`. With `scan`, one period is stacked over the repeats and run by lax.scan: equal first
+values, equal functions. Every block returns `(x, sums)`; the sums of one name are stacked to [L, B,
+...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
+
+Shapes: B rows, S sequence, D model, L MoE layers, M slots of the cache.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import layout
+from moe_jax.models import depth
+from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.block import Block, Look
+from moe_jax.moe.layer import Batch
+from moe_jax.schema.config import ModelConfig
+
+# What the backward pass keeps of a block instead of recomputing it.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    # Everything: no rematerialisation.
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # The tokens that travelled.
+    "dispatch": jax.checkpoint_policies.save_only_these_names("moe_dispatch"),
+}
+
+
+class Period(nnx.Module):
+    """The blocks that repeat."""
+
+    def __init__(self, key: jax.Array, cfg: ModelConfig, look: Look):
+        self.blocks = blocks(key, cfg.period, cfg, look)
+
+
+def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
+    """Returns a block of each kind, each with a key of its own."""
+    made = []
+    for i, kind in enumerate(kinds):
+        made.append(Block(jax.random.fold_in(key, i), kind, cfg, look))
+    return nnx.List(made)
+
+
+def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
+    """(prefix, repeats, suffix) from three keys."""
+
+    def period(key):
+        return Period(key, cfg, look)
+
+    prefix = blocks(keys[0], cfg.prefix, cfg, look)
+    suffix = blocks(keys[2], cfg.suffix, cfg, look)
+    repeats = layout.draw_repeats(period, keys[1], cfg.repeats, cfg.scan)
+    return prefix, repeats, suffix
+
+
+def run_stack(
+    model: Any,
+    x_BSD: jax.Array,
+    batch: Batch,
+    rng: jax.Array,
+    train: bool,
+    begin: int = 1,
+    source: Any = (),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`.
+
+    The first block is number `begin` of the model, counted from 1. Its number picks the request to
+    it, and is folded into its key.
+    """
+    cfg = model.cfg
+    call = caller(cfg, train)
+
+    def run(some, x_BSD, first):
+        """(x_BSD, sums) after blocks of which the first has number `begin` + `first`."""
+        parts = []
+        for i, block in enumerate(some):
+            number = jnp.int32(begin) + first + i
+            x_BSD, sums = call(block, x_BSD, batch, rng, number, source)
+            parts.append(sums)
+        return x_BSD, layout.join_sums(jnp.stack, parts)
+
+    def run_period(period, x_BSD, repeat):
+        return run(period.blocks, x_BSD, len(cfg.prefix) + repeat * len(cfg.period))
+
+    x_BSD, before = run(model.prefix, x_BSD, 0)
+    x_BSD, middle = layout.run_repeats(run_period, model.repeats, x_BSD, cfg)
+    last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
+    x_BSD, after = run(model.suffix, x_BSD, last)
+    return x_BSD, layout.join_sums(jnp.concatenate, [before, middle, after])
+
+
+def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns how a block is called: plainly, or under jax.checkpoint with the policy that the
+    config names.
+    """
+
+    def call(block, x_BSD, batch, rng, number, source):
+        key = jax.random.fold_in(rng, number)
+        return block(x_BSD, of_block(batch, number), key, train, source)
+
+    if cfg.remat == "none":
+        return call
+    return jax.checkpoint(call, policy=REMAT[cfg.remat])
+
+
+def of_block(batch: Batch, number: jax.Array) -> Batch:
+    """Returns the batch with the request to one block, instead of that to all of them.
+
+    `number` counts blocks from 1.
+    """
+
+    def one(z):
+        return jax.lax.dynamic_index_in_dim(z, number - 1, keepdims=False)
+
+    return batch._replace(request=jax.tree.map(one, batch.request))
+
+
+def run_cached(
+    model: Any, x_BSD: jax.Array, batch: Batch, caches: list[Any], sources: list[Any]
+) -> tuple[jax.Array, list[Any]]:
+    """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
+    # Nothing that is decoded is random but what is drawn of the logits.
+    rng = jax.random.fold_in(jax.random.key(0), 0)
+    new = []
+    for block, cache, source in zip(layout.blocks_in_order(model), caches, sources, strict=True):
+        x_BSD, cache = block.cached(x_BSD, batch, rng, cache, source)
+        new.append(cache)
+    return x_BSD, new
+
+
+def empty_caches(cfg: ModelConfig, num_rows: int, num_slots: int) -> list[Any]:
+    """Returns caches of `num_slots` tokens that hold none yet, one a block."""
+    caches = []
+    for kind in cfg.blocks:
+        cache = ATTENTIONS[cfg.attention].cache(cfg, num_rows, num_slots)
+        if kind != depth.inner(kind):
+            cache = depth.empty_cache(cache, num_rows, num_slots)
+        caches.append(cache)
+    return caches
+
+
+def num_slots(caches: list[Any]) -> int:
+    """Returns how many tokens of a row caches have room for."""
+    # All arrays of a cache are [B, M, ...].
+    return jax.tree.leaves(caches[0])[0].shape[1]

@@ -1,0 +1,115 @@
+"""Two processes of one run: what they compare, and how both end when one of them fails.
+
+The faults are real (config.faults): a killed, a stopped, a hanging process, an exception. The
+times are those of the machine's clock, with some slack for a busy one.
+"""
+
+import fcntl
+
+import pair
+import pytest
+
+from moe_jax import errors
+from moe_jax.report.metrics import read_rows
+from moe_jax.runtime import cluster, faults
+
+HEARTBEAT, STEP = 4, 6  # seconds, as in pair.SMALL
+SLACK = 3  # seconds beside them, on an idle machine about one
+
+
+def test_another_config_in_one_process_is_refused_by_both(tmp_path):
+    ends = pair.run(tmp_path, of_each=((), ("--config.seed=3",)))
+    assert [end.code for end in ends] == [78, 78]
+    for end in ends:
+        assert "seed = 0 in process 0, 3 in process 1" in end.last
+
+
+def test_a_workdir_that_is_in_use_ends_both_with_one_line(tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ends = pair.run(tmp_path)
+    assert [end.code for end in ends] == [64, 64]
+    assert all("is in use by another process" in end.last for end in ends)
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "limit", "words"),
+    [
+        ("kill@5:1", (75, -9), HEARTBEAT, "process 1 has not been heard from"),
+        ("kill@5:0", (-9, 75), 0, "process 0, the coordinator, is gone"),
+        ("raise@5:1", (70, 70), HEARTBEAT, "Injected: config.faults: raise@5:1"),
+        ("hang@5:1", (75, 75), STEP, "no step has been done for"),
+    ],
+)
+def test_a_fault_in_one_process_ends_both(fault, codes, limit, words, tmp_path):
+    ends = pair.run(tmp_path, f"--config.faults={fault}")
+    assert tuple(end.code for end in ends) == codes, [end.log for end in ends]
+    for end in ends:
+        assert end.after < limit + SLACK, end
+        assert end.code == -9 or words in end.last, end.log
+    if fault.startswith("hang"):
+        stacks = [path.read_text() for path in (tmp_path / "run/stacks").iterdir()]
+        assert any("faults.py" in stack and "Thread" in stack for stack in stacks)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_stopped_process_is_given_up(number, tmp_path):
+    ends = pair.run(tmp_path, f"--config.faults=stop@5:{number}", stopped=(number,))
+    other = ends[1 - number]
+    assert other.code == 75 and other.after < HEARTBEAT + SLACK, other
+    assert f"process {number}" in other.last
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sigterm_to_one_process_saves_the_same_step_in_both(number, tmp_path):
+    ends = pair.run(tmp_path, f"--config.faults=term@5:{number}")
+    assert [end.code for end in ends] == [0, 0], [end.log for end in ends]
+    assert all(end.after < SLACK for end in ends), ends
+    assert "saved step 5 of 12" in ends[0].log
+    # The same command goes on, and does not meet the fault again.
+    ends = pair.run(tmp_path, f"--config.faults=term@5:{number}")
+    assert [end.code for end in ends] == [0, 0], [end.log for end in ends]
+    steps = [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")]
+    assert steps[-1] == 12
+
+
+def test_preflight_of_two_processes(tmp_path):
+    ends = pair.run(tmp_path, "--preflight")
+    assert [end.code for end in ends] == [0, 0], [end.log for end in ends]
+    assert "nothing was found that would stop this run" in ends[0].log
+    assert "all-to-all" in ends[0].log and "WRONG" not in ends[0].log
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("", ()),
+        ("kill@5:1", (faults.Fault("kill", 5, 1),)),
+        ("raise@3, stop@7:0", (faults.Fault("raise", 3, None), faults.Fault("stop", 7, 0))),
+    ],
+)
+def test_faults_are_parsed(text, parsed):
+    assert faults.parse(text, "faults") == parsed
+
+
+@pytest.mark.parametrize("text", ["kill", "kill@x", "burn@5", "kill@5:1:2"])
+def test_what_is_no_fault_is_refused(text):
+    with pytest.raises(errors.UserError, match="is no fault"):
+        faults.parse(text, "faults")
+
+
+def test_a_fault_happens_once_in_a_workdir(tmp_path):
+    for times in (1, 0):
+        injector = faults.Injector(faults.parse("raise@2", "faults"), tmp_path, 0)
+        injector.before(1)
+        if times:
+            with pytest.raises(faults.Injected):
+                injector.before(2)
+        else:
+            injector.before(2)
+
+
+def test_one_process_compares_nothing():
+    cluster.compare("config", {"a": 1}, 1.0)
+    assert cluster.gather("config", {"a": 1}, 1.0) == [{"a": 1}]
