@@ -246,7 +246,7 @@ def test_two_pods_that_are_drained_save_and_say_130(tmp_path):
         port = free.getsockname()[1]
     env = os.environ | {
         "PYTHON": sys.executable,
-        "COORDINATOR": f"localhost:{port}",
+        "COORDINATOR": f"{socket.gethostname()}:{port}",
         "PROCESSES": "2",
         "POD_IP": "127.0.0.1",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {as_flags(QUICK)}",
@@ -272,3 +272,12 @@ def test_two_pods_that_are_drained_save_and_say_130(tmp_path):
     pods[1].send_signal(signal.SIGTERM)
     assert [pod.wait(timeout=200) for pod in pods] == [130, 130], said()
     assert "process 1: SIGINT: heard" in said() and "saved step" in said()
+
+
+def test_a_pod_whose_peer_does_not_come_is_started_again(tmp_path):
+    env = os.environ | POD | {"PYTHON": sys.executable, "COORDINATOR": "127.0.0.1:9"}
+    command = [FOLDER / "start.sh", *FLAGS, "--config.limits.join=5", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == exit_codes.RETRY
+    reason = "process 1: the 2 processes did not meet at 127.0.0.1:9 within 5 s (limits.join)"
+    assert done.stderr.splitlines()[-1].startswith(reason)
