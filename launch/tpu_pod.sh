@@ -3,7 +3,7 @@
 #
 #     launch/tpu_pod.sh create NAME ZONE TYPE VERSION [--spot, or another flag of gcloud]
 #     launch/tpu_pod.sh install NAME ZONE
-#     launch/tpu_pod.sh run NAME ZONE --config configs/base.py --workdir /mnt/runs/base [flags of moe_jax.main]
+#     launch/tpu_pod.sh run NAME ZONE --config configs/quickstart.py --workdir /mnt/runs/quickstart [flags of moe_jax.main]
 #     launch/tpu_pod.sh stop NAME ZONE
 #     launch/tpu_pod.sh delete NAME ZONE
 #
