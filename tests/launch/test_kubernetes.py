@@ -266,11 +266,16 @@ def test_two_pods_that_are_drained_save_and_say_130(tmp_path):
 
     metrics = tmp_path / "run/metrics.jsonl"
     end = time.monotonic() + 400
-    while not (metrics.exists() and len(read_rows(metrics)) >= 3):
-        assert time.monotonic() < end and pods[0].poll() is pods[1].poll() is None, said()
-        time.sleep(0.2)
-    pods[1].send_signal(signal.SIGTERM)
-    assert [pod.wait(timeout=200) for pod in pods] == [130, 130], said()
+    try:
+        while not (metrics.exists() and len(read_rows(metrics)) >= 3):
+            assert time.monotonic() < end and pods[0].poll() is pods[1].poll() is None, said()
+            time.sleep(0.2)
+        pods[1].send_signal(signal.SIGTERM)
+        codes = [pod.wait(timeout=200) for pod in pods]
+    finally:
+        for pod in pods:
+            pod.terminate()
+    assert codes == [130, 130], said()
     assert "process 1: SIGINT: heard" in said() and "saved step" in said()
 
 

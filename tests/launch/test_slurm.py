@@ -18,7 +18,7 @@ from moe_jax.report.metrics import read_rows
 SCRIPT = "launch/slurm.sbatch"
 FLAGS = """
 --config=configs/debug.py --config.mesh.model=1 --config.model.repeats=1 --config.model.prefix=()
---config.train.steps=60 --config.train.micro_batch_size=0 --config.eval.every=0
+--config.train.steps=80 --config.train.micro_batch_size=0 --config.eval.every=0
 --config.eval.sample_tokens=0 --config.eval.final_batches=1 --config.checkpoint.every=0
 --config.log.every=1 --config.log.histogram_every=1000 --config.log.tensorboard=False
 """.split()
@@ -38,56 +38,6 @@ def cluster(tmp_path_factory):
         cluster.stop()
 
 
-# A run that trains
-
-
-def curve(workdir):
-    """{step: (loss, norm of the gradient)} as hexadecimal numbers. No step is there twice."""
-    rows = [row for row in read_rows(workdir / "metrics.jsonl") if "train/loss" in row]
-    assert len({row["step"] for row in rows}) == len(rows)
-    return {r["step"]: (r["train/loss"].hex(), r["train/grad_norm"].hex()) for r in rows}
-
-
-def last_step(workdir):
-    path = workdir / "metrics.jsonl"
-    return max([0, *(row["step"] for row in read_rows(path))]) if path.exists() else 0
-
-
-def test_a_job_that_is_requeued_computes_what_an_uninterrupted_run_computes(cluster):
-    """Once by its own script, as before the end of its time, and once by SLURM."""
-    one, two = cluster.root / "uninterrupted", cluster.root / "requeued"
-    # Each process has one device.
-    command = ["launch/local.sh", "2", "1", *FLAGS, f"--workdir={one}"]
-    env = cluster.env | {"XLA_FLAGS": FAST}
-    alone = subprocess.Popen(
-        command, cwd=slurm_cluster.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    flags = [*FLAGS, "--config.simulate_devices=1", f"--workdir={two}"]
-    job = cluster.submit("trains", SCRIPT, *flags, env={"XLA_FLAGS": FAST})
-
-    cluster.until(lambda: last_step(two) >= 5)
-    # What --signal=B:TERM@120 does, which has a resolution of a minute.
-    cluster.say("scancel", "--batch", "--signal=TERM", job)
-    cluster.until(lambda: cluster.job(job)["Restarts"] == "1")
-    first = last_step(two)
-    cluster.until(lambda: last_step(two) >= first + 5)
-    cluster.say("scontrol", "requeue", job)
-    cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING")
-    second = last_step(two)
-
-    _, errors = alone.communicate(timeout=slurm_cluster.PATIENCE)
-    assert alone.returncode == 0, errors
-    fields = cluster.wait(job)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), cluster.told()
-    assert 5 <= first < second < 60
-    assert curve(one) == curve(two)
-    said = (cluster.logs / f"{job}.0.log").read_text()
-    assert said.count("saved step") == 2 and f"saved step {second} of 60" in said
-    assert f"go on with:\n  sbatch {SCRIPT} --config=configs/debug.py" in said
-
-
-# What becomes of exit codes and signals
-
 STAND_IN = """#!/usr/bin/env bash
 start=${SLURM_RESTART_COUNT:-0}
 echo "$*" >"$STAND_IN.$start.$SLURM_PROCID.${SLURM_ARRAY_TASK_ID:-}"
@@ -105,6 +55,75 @@ def submit(cluster):
         return cluster.submit(name, *(words or [SCRIPT]), env=stand_in | env)
 
     return submit
+
+
+# Saves when it is told to, and is done after the second start.
+SAVES = "[ $start = 0 ] || exit 0; trap 'exit 0' TERM; while true; do sleep 0.2; done"
+
+
+@pytest.fixture(scope="module")
+def limited(submit):
+    """A job whose time is up soon. SLURM looks every 30 s, so it waits beside other tests."""
+    return submit("limited", SAVES, "--time=1", "--signal=B:TERM@30", SCRIPT)
+
+
+# A run that trains
+
+
+def curve(workdir):
+    """{step: (loss, norm of the gradient)} as hexadecimal numbers. No step is there twice."""
+    rows = [row for row in read_rows(workdir / "metrics.jsonl") if "train/loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {r["step"]: (r["train/loss"].hex(), r["train/grad_norm"].hex()) for r in rows}
+
+
+def last_step(workdir):
+    path = workdir / "metrics.jsonl"
+    return max([0, *(row["step"] for row in read_rows(path))]) if path.exists() else 0
+
+
+def interrupted(cluster, workdir):
+    """Submits the run and interrupts it twice. Returns the job, and the last steps before that."""
+    flags = [*FLAGS, "--config.simulate_devices=1", f"--workdir={workdir}"]
+    job = cluster.submit("trains", SCRIPT, *flags, env={"XLA_FLAGS": FAST})
+
+    cluster.until(lambda: last_step(workdir) >= 5)
+    # As the test of `limited` hears it from SLURM.
+    cluster.say("scancel", "--batch", "--signal=TERM", job)
+    cluster.until(lambda: cluster.job(job)["Restarts"] == "1")
+    first = last_step(workdir)
+    cluster.until(lambda: last_step(workdir) >= first + 5)
+    cluster.say("scontrol", "requeue", job)
+    cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING")
+    second = last_step(workdir)
+    return job, first, second
+
+
+def test_a_job_that_is_requeued_computes_what_an_uninterrupted_run_computes(cluster, limited):
+    """Once by its own script, as before the end of its time, and once by SLURM."""
+    one, two = cluster.root / "uninterrupted", cluster.root / "requeued"
+    # Each process has one device.
+    command = ["launch/local.sh", "2", "1", *FLAGS, f"--workdir={one}"]
+    env = cluster.env | {"XLA_FLAGS": FAST}
+    alone = subprocess.Popen(
+        command, cwd=slurm_cluster.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        job, first, second = interrupted(cluster, two)
+        _, errors = alone.communicate(timeout=slurm_cluster.PATIENCE)
+    finally:
+        alone.terminate()
+    assert alone.returncode == 0, errors
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), cluster.told()
+    assert 5 <= first < second < 80
+    assert curve(one) == curve(two)
+    said = (cluster.logs / f"{job}.0.log").read_text()
+    assert said.count("saved step") == 2 and f"saved step {second} of 80" in said
+    assert f"go on with:\n  sbatch {SCRIPT} --config=configs/debug.py" in said
+
+
+# What becomes of exit codes and signals
 
 
 def ended(cluster, job):
@@ -143,9 +162,6 @@ def test_a_process_that_was_lost_starts_the_job_again(cluster, submit):
     assert "not started again: it was 1 times" in (cluster.root / "retried.out").read_text()
 
 
-SAVES = "[ $start = 0 ] || exit 0; trap 'exit 0' TERM; while true; do sleep 0.2; done"
-
-
 def test_exit_code_0_after_sigterm_is_no_finished_run(cluster, submit):
     """The processes alone have heard it, as from a preemption with a time of grace."""
     job = submit("preempted", SAVES)
@@ -161,6 +177,11 @@ def test_a_job_that_is_cancelled_stays_cancelled(cluster, submit):
     cluster.say("scancel", job)
     state, _, restarts = ended(cluster, job)
     assert (state, restarts) == ("CANCELLED", "0"), cluster.told()
+
+
+def test_a_job_saves_before_its_time_is_up(cluster, limited):
+    assert ended(cluster, limited) == ("COMPLETED", "0:0", "1"), cluster.told()
+    assert "SIGTERM: the run saves and ends" in (cluster.root / "limited.out").read_text()
 
 
 def test_tasks_of_an_array_have_their_number_in_the_flags(cluster, submit):
