@@ -4,7 +4,6 @@ import contextlib
 import getpass
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +12,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 # Processes of the job, of the tests and of other people: nothing here measures time.
 PATIENCE = 400.0
 CONFIG = """
@@ -48,24 +46,6 @@ SlurmdLogFile={root}/slurmd.%n.log
 NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=16 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def missing() -> str:
-    """Returns why there can be no SLURM here; "" when its programs are there.
-
-    Installs them where nobody's own machine is changed by it: as root, or on a machine of CI.
-    """
-    if shutil.which("slurmctld"):
-        return ""
-    root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    needs = f"SLURM is not installed: apt-get install {' '.join(PACKAGES)}"
-    if not shutil.which("apt-get") or (root and not os.environ.get("CI")):
-        return needs
-    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        for command in (["apt-get", "update", "-q"], install):
-            subprocess.run([*root, *command], capture_output=True, timeout=PATIENCE, check=False)
-    return "" if shutil.which("slurmctld") else needs
 
 
 def free_ports(number: int) -> list[int]:

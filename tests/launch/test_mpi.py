@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import program
 import pytest
 
 from moe_jax.parallel.compiling import QUICK, as_flags
@@ -28,8 +28,9 @@ FLAGS = """
 
 @pytest.fixture(scope="module", autouse=True)
 def mpirun():
-    if not shutil.which("mpirun"):
-        pytest.skip("Open MPI is not installed: apt-get install openmpi-bin")
+    missing = program.missing("mpirun", "openmpi-bin")
+    if missing:
+        pytest.skip(missing)
 
 
 def test_jax_finds_the_processes_of_mpirun(tmp_path):

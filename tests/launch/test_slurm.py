@@ -27,7 +27,7 @@ FAST = f"{os.environ.get('XLA_FLAGS', '')} {as_flags(QUICK)}"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    missing = slurm_cluster.missing()
+    missing = program.missing("slurmctld", "slurmctld", "slurmd", "slurm-client")
     if missing:
         pytest.skip(missing)
     cluster = slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"))
