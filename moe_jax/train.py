@@ -24,6 +24,7 @@ from moe_jax.instruments import interference, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.models.functions import make_model
 from moe_jax.parallel import batch_rows, mesh
+from moe_jax.parallel.compile_cache import CompileCache
 from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
@@ -184,9 +185,12 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     cfg, workdir = job.cfg, job.workdir
     require(cfg.log.trackers)
     main = jax.process_index() == 0
+    cache = CompileCache(cfg.compile_cache)
     goodput = Goodput(job.started)
     progress = Progress(active=main, goodput=goodput)
     banner.show(progress, cfg, workdir, job.name)
+    if cache.note:
+        progress.message(cache.note)
 
     # Data
     data = open_data(cfg, progress)
@@ -277,7 +281,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 WATCHDOG.step_done()
                 listener.note()
                 seconds = time.monotonic() - job.started
-                progress.message(f"first step done {seconds:.1f} s after the start")
+                kept = f"; {cache.hits} programs were compiled before" if cache.hits else ""
+                progress.message(f"first step done {seconds:.1f} s after the start{kept}")
             stop = stopping.due(done, start, cfg.log.every)
             ends = done == last or stop
             if profile.ends(done, ends):
@@ -305,6 +310,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 held.check()
                 with progress.doing("saving", after=state.step):
                     saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
+                    cache.keep()
         if start >= last:
             evaluation(state, final=True)
     except stopping.Interrupted:  # between two steps, or two batches of an evaluation
@@ -316,6 +322,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     finally:
         with contextlib.closing(progress), progress.doing("finishing the last save"):
             close_all(stream, profile, writer, saves)
+            cache.keep()
     signal, done = listener.release(), int(state.step)
     goodput.write(done)
     speed, spent = clock.tokens_per_second, goodput.text(done)

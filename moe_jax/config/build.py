@@ -34,6 +34,7 @@ RESUME_MAY_CHANGE = (
     "profile",
     "simulate_devices",
     "limits",
+    "compile_cache",
     "faults",
     "data.prefetch",
     "data.folder",

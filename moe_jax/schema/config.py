@@ -401,6 +401,10 @@ class Config:
     profile: tuple[int, int] | None = option(
         "", '"10:13" writes a profiler trace of steps 10, 11 and 12', parse=profile_range
     )
+    compile_cache: str = option(
+        "auto",
+        'where compiled programs are kept: "auto" = the user\'s cache directory, "" = nowhere',
+    )
     faults: tuple[Fault, ...] = option(
         "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
