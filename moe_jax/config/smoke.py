@@ -26,8 +26,8 @@ SLICE_BYTES, HELDOUT_BYTES = 20_000, 2_000  # of each embedded domain
 
 
 def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(a config that runs for a few steps, what was changed: a line for each key), from a config as
-    nested dict.
+    """Returns a config that runs for a few steps, as nested dict, and what was changed: a line for
+    each key.
     """
     new = flatten_dict(copy.deepcopy(dict(raw)), sep=".", keep_empty_nodes=True)
     changed = []
@@ -39,7 +39,7 @@ def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and their new values.
+    """Yields keys and their new values.
 
     What is off stays off; what comes every so many steps comes within the few.
     """
@@ -62,23 +62,21 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"model.moe.sparse.rules.{zeros['rule']}.every", 1
     if "copies" in raw["tasks"].get(raw["task"], {}):
         yield f"tasks.{raw['task']}.copies", 1
-    if TASKS[raw["task"]].is_language and any(
-        str(source[0]).startswith("embedded") for source in data["sources"]
-    ):
-        rows = (
-            2 * train["batch_size"] * data["seq_len"]
-        )  # a batch must be there, of a single domain too
-        yield "data.slice_bytes", _least(data["slice_bytes"], max(SLICE_BYTES, rows))
-        yield "data.heldout_bytes", _least(data["heldout_bytes"], HELDOUT_BYTES)
+    embedded = any(str(source[0]).startswith("embedded") for source in data["sources"])
+    if TASKS[raw["task"]].is_language and embedded:
+        # Two batches of bytes: one batch must be there, of a single domain too.
+        batches = 2 * train["batch_size"] * data["seq_len"]
+        yield "data.slice_bytes", _at_most(data["slice_bytes"], max(SLICE_BYTES, batches))
+        yield "data.heldout_bytes", _at_most(data["heldout_bytes"], HELDOUT_BYTES)
 
 
-def _least(own: int, most: int) -> int:
-    """The smaller of two numbers of bytes, where 0 of the config's own means all."""
+def _at_most(own: int, most: int) -> int:
+    """Returns the smaller of two numbers of bytes, where 0 of the config's own means all."""
     return min(own, most) if own else most
 
 
 def fewer(cfg: Config, data: Data) -> Data:
-    """The data of a smoke run: of a set of examples some rows alone, at least a batch.
+    """Returns the data of a smoke run: of a set of examples some rows alone, at least a batch.
 
     Packed text is read by rows anyway.
     """
@@ -97,13 +95,14 @@ def notes(raw: Mapping[str, Any], workdir: Path | str) -> list[str]:
 
 
 def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """UserError where a run would go on from a smoke run, or a smoke run from another run."""
+    """Raises UserError where a run would go on from a smoke run, or a smoke run from another
+    run.
+    """
     before, now = (bool(config.get("smoke")) for config in (old, new))
     if before and not now:
         raise UserError(
             "this --workdir holds a smoke run (--smoke), which trained a few steps only and is no "
-            "beginning of this "
-            "run: remove the directory, or take another --workdir"
+            "beginning of this run: remove the directory, or take another --workdir"
         )
     if now and not before:
         raise UserError(

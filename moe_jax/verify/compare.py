@@ -191,13 +191,13 @@ class Rounded(NamedTuple):
 
 def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
     """Returns how a float32 run compares with one device's, step by step."""
-    loss, flip = 0.0, None
+    losses, flip = [], None
     for step, (a, b) in enumerate(zip(want, have, strict=True)):
-        loss = max(loss, abs(a.loss - b.loss) / abs(a.loss))
+        losses.append(abs(a.loss - b.loss) / abs(a.loss))
         counts_differ = "counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"])
         if counts_differ and flip is None:
             flip = step
-    return Rounded(loss, flip, len(want))
+    return Rounded(max(losses), flip, len(want))
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:

@@ -89,7 +89,6 @@ def work(path: Path, index: int) -> None:
     program = Program(job["raw"], LENGTHS).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
-    # As plain tuples: here Probe is a class of __main__, which the reader does not have.
     plain = [tuple(probe) for probe in (*probes, program.tied(begin))]
     report = plain, states.named(program, end)
     states.write(program, end, path.parent / SAVED)
