@@ -17,7 +17,8 @@ from moe_jax.config import command_line, tree
 from moe_jax.config.config_file import default_values, values
 
 WIDTH = 100
-CHANGED = "*"  # in front of a key that is not as by default
+# In front of a key that is not as by default.
+CHANGED = "*"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

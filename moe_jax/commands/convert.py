@@ -30,9 +30,11 @@ from moe_jax.run import Run, open_run
 from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
 
-LIMIT = 1e-6  # how far outputs may move, relative to the largest
+# How far outputs may move, relative to the largest.
+LIMIT = 1e-6
 ROWS = 8  # of the random inputs
-KEPT = ("labels.json", "items.json")  # what a run keeps beside its tokenizer (data/examples.py)
+# What a run keeps beside its tokenizer (data/examples.py).
+KEPT = ("labels.json", "items.json")
 
 
 class Weights(NamedTuple):

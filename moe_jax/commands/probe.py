@@ -51,7 +51,8 @@ from moe_jax.terminal import working
 from moe_jax.terminal.table import Table
 from moe_jax.train_step import State, initial, make_model
 
-Output = list[Table | str]  # what an instrument prints: tables and sentences
+# What an instrument prints: tables and sentences.
+Output = list[Table | str]
 
 
 class Job(NamedTuple):
@@ -62,7 +63,8 @@ class Job(NamedTuple):
     An instrument returns what is printed, and adds the files that it wrote to `written`.
     """
 
-    cfg: Config  # of the training run; that of `run` may have another dispatcher
+    # Of the training run; that of `run` may have another dispatcher.
+    cfg: Config
     run: held_out.Run
     trained: Run
     flags: argparse.Namespace

@@ -111,7 +111,9 @@ def _unwanted_losses(moe: MoEConfig, learns: bool) -> tuple[str, ...]:
 
 
 def _of_lossless(moe: MoEConfig) -> Iterator[str]:
-    """What says who is dropped, or who shares room, does nothing where there is room for all."""
+    """Yields what says who is dropped, or who shares room: it does nothing where there is room for
+    all.
+    """
     ordering, dispatcher = ORDERINGS[moe.ordering], moe.dispatcher
     if ordering.sees_future and not ordering.always:
         yield (

@@ -21,7 +21,8 @@ from moe_jax.tasks import TASKS
 
 STEPS = 3
 SAMPLE_TOKENS = 8
-TRAIN_ROWS, HELDOUT_ROWS = 512, 32  # of a set of examples, for its rivals and its predictions
+# Of a set of examples, for its rivals and its predictions.
+TRAIN_ROWS, HELDOUT_ROWS = 512, 32
 SLICE_BYTES, HELDOUT_BYTES = 20_000, 2_000  # of each embedded domain
 
 

@@ -18,7 +18,8 @@ from moe_jax.terminal.progress import Progress
 from moe_jax.terminal.units import readable
 from moe_jax.version import Source, source
 
-LABEL = 9  # columns before the text of a line
+# Columns before the text of a line.
+LABEL = 9
 
 
 def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:

@@ -26,8 +26,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 class PerStep(NamedTuple):
     """Holds what one step of the run takes, over all devices."""
 
-    tokens: int  # places of its batch, padding included: what tokens/s counts
-    flops: int  # useful ones (moe_jax/flops)
+    # Places of its batch, padding included: what tokens/s counts.
+    tokens: int
+    flops: int  # useful ones (plan/flops)
 
 
 class Writer:

@@ -27,7 +27,10 @@ class Due(NamedTuple):
 def due(text: str, path: str) -> Due:
     """Returns the steps of "100,200", "every 50", both ("1,every 50"), or "" (none). UserError."""
     steps, every = set(), []
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in text.split(","):
+        part = part.strip()
+        if not part:
+            continue
         number = part.removeprefix("every ").strip()
         if not number.isdecimal() or int(number) < 1:
             raise UserError(
@@ -45,8 +48,9 @@ def profile_range(text: str, path: str) -> tuple[int, int] | None:
     """Returns (10, 13) of "10:13", which traces steps 10, 11 and 12; None of "". UserError."""
     if not text:
         return None
-    first, colon, last = str(text).partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    first, _, last = str(text).partition(":")
+    are_numbers = first.isdecimal() and last.isdecimal()
+    if not (are_numbers and int(first) < int(last)):
         raise UserError(
             f'{path} = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13'
         )

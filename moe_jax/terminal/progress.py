@@ -18,11 +18,16 @@ from moe_jax.terminal import live_line
 from moe_jax.terminal.live_line import one_line
 from moe_jax.terminal.units import duration, readable
 
-FIRST = 3  # updates that are always printed as plain lines
-QUIET = 10.0  # seconds between plain lines after them
-SHORT = 2.0  # seconds: an activity that took less is not announced again in a plain line
-STILL = 5.0  # seconds without a step, after which the live line says how long it has been
-NARROW = 90  # columns of a terminal, below which the bar gives way to the numbers
+# Updates that are always printed as plain lines.
+FIRST = 3
+# Seconds between plain lines after them.
+QUIET = 10.0
+# Seconds: an activity that took less is not announced again in a plain line.
+SHORT = 2.0
+# Seconds without a step, after which the live line says how long it has been.
+STILL = 5.0
+# Columns of a terminal, below which the bar gives way to the numbers.
+NARROW = 90
 BAR = 24  # columns of the bar
 FIRST_STEP = "compiling the first step"
 

@@ -18,8 +18,10 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-GAP = 2  # columns of the terminal between two columns of a table
-PROSE = 24  # a column of prose is made no narrower than this before the table is split
+# Columns of the terminal between two columns of a table.
+GAP = 2
+# A column of prose is made no narrower than this before the table is split.
+PROSE = 24
 
 
 class Column(NamedTuple):
@@ -46,7 +48,8 @@ def prose(*columns: str) -> list[Column]:
 class Row(NamedTuple):
     """A row of a table."""
 
-    cells: tuple[str | Text, ...]  # a str is shown as it is: what looks like markup in it is none
+    # A str is shown as it is: what looks like markup in it is none.
+    cells: tuple[str | Text, ...]
     style: str
     ends: bool = False  # with a line below it
 

@@ -34,7 +34,8 @@ LIMITS = {
 # What must be equal to the last one, by check: of the sums per row, and of the record of every
 # choice (program.recordable).
 EXACT = {"counts": ("counts", "expert"), "drops": ("dropped", "dropped")}
-ORDER = tuple(LIMITS)  # as the step computes them: the first that deviates is nearest to the cause
+# As the step computes them: the first that deviates is nearest to the cause.
+ORDER = tuple(LIMITS)
 
 
 class Deviation(NamedTuple):
@@ -42,7 +43,8 @@ class Deviation(NamedTuple):
 
     check: str
     value: float
-    where: str  # the name of the worst parameter or statistic; "" where there is but one
+    # The name of the worst parameter or statistic; "" where there is but one.
+    where: str
     step: int  # of the worst deviation
 
     @property
@@ -184,8 +186,10 @@ class Rounded(NamedTuple):
     routing and the curves part.
     """
 
-    loss: float  # largest deviation of the loss over the steps, relative
-    flip: int | None  # the first step whose counts differ
+    # Largest deviation of the loss over the steps, relative.
+    loss: float
+    # The first step whose counts differ.
+    flip: int | None
     steps: int
 
 

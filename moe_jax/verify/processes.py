@@ -20,9 +20,11 @@ from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
 LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
-SAVED = "of_processes"  # where they write their checkpoint together
+# Where they write their checkpoint together.
+SAVED = "of_processes"
 REPORT = "report.pickle"  # of process 0
-SECONDS = 300  # after which a process is taken to hang
+# Seconds after which a process is taken to hang.
+SECONDS = 300
 
 
 class Report(NamedTuple):

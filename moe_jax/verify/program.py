@@ -35,7 +35,8 @@ class Probe(NamedTuple):
     metrics: dict[str, Any]
     # Of every prediction, [B, ...], of a forward pass over the whole batch in training mode.
     nll: np.ndarray
-    sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
+    # [L, B, ...] per row, of that pass.
+    sums: dict[str, np.ndarray]
     # Likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no.
     routing: dict[str, np.ndarray]
     grads: dict[str, np.ndarray]  # by name, layers unstacked

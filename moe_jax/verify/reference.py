@@ -39,8 +39,10 @@ LONGEST = 1024
 class Dense(NamedTuple):
     """How far the layer is from the reference."""
 
-    output: float  # largest deviation relative to the largest output
-    gradient: float  # likewise of the worst gradient
+    # Largest deviation relative to the largest output.
+    output: float
+    # Likewise of the worst gradient.
+    gradient: float
     where: str  # whose gradient that is
 
 

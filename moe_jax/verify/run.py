@@ -33,7 +33,8 @@ class Reference(NamedTuple):
 
     program: Program
     begin: State
-    probes: list[Probe]  # of the steps, and of one with `Program.tied` routers
+    # Of the steps, and of one with `Program.tied` routers.
+    probes: list[Probe]
     end: dict[str, np.ndarray]  # by name, after the steps
 
 
@@ -41,12 +42,16 @@ class Row(NamedTuple):
     """One layout on one mesh beside the reference."""
 
     name: str
-    refused: str  # by which rule of the config; "" = it ran
-    failure: str  # the error that stopped it; "" = none
+    # By which rule of the config; "" = it ran.
+    refused: str
+    # The error that stopped it; "" = none.
+    failure: str
     deviations: dict[str, Deviation]
     first: Deviation | None  # the first beyond its limit
-    reader: str  # the mesh that read the checkpoint written here; "" = none was written
-    unequal: list[str]  # arrays that differ in a bit after that
+    # The mesh that read the checkpoint written here; "" = none was written.
+    reader: str
+    # Arrays that differ in a bit after that.
+    unequal: list[str]
     rounded: Rounded | None  # float32
 
     @property
@@ -59,7 +64,8 @@ class Result(NamedTuple):
     alone: list[alone.Check]
     rows: list[Row]
     steps: int
-    notes: list[str]  # of meshes that the config refuses as it is, and not as it was shrunk
+    # Of meshes that the config refuses as it is, and not as it was shrunk.
+    notes: list[str]
 
     @property
     def proven(self) -> bool:
@@ -76,8 +82,10 @@ class Wanted(NamedTuple):
 
     meshes: Sequence[Lengths]
     steps: int
-    processes: int  # more than 1: also on as many real ones
-    float32: bool  # on every mesh, not only on the one with the most axes
+    # More than 1: also on as many real ones.
+    processes: int
+    # On every mesh, not only on the one with the most axes.
+    float32: bool
 
 
 def prove(raw: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> Result:
@@ -198,7 +206,8 @@ class _Job(NamedTuple):
     name: str
     lengths: Lengths
     refused: str
-    programs: list[Future[Program]]  # in float64, and in float32 if that is asked for
+    # In float64, and in float32 if that is asked for.
+    programs: list[Future[Program]]
 
 
 def _rows(

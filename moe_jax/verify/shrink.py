@@ -17,7 +17,8 @@ from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.schema.config import NO_RULE
 
-DEVICES = 8  # what is simulated; every factorisation of it is a mesh
+# What is simulated; every factorisation of it is a mesh.
+DEVICES = 8
 MICRO_BATCHES = 4
 SEQ_LEN = 16
 

@@ -9,7 +9,8 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.train_step import State
 from moe_jax.verify.program import Program
 
-PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}  # of a model's blocks, in their order
+# Of a model's blocks, in their order.
+PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}
 # What is compared of a state; moments follow from the gradients.
 COMPARED = ("params/", "router_state/", "ema/", "masks/")
 
