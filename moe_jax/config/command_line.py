@@ -34,6 +34,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(argv)
     while words:
         word = words.pop(0)
+        # Old commands and scripts are told what to write now.
         if word == "--set" or word.startswith("--set="):
             change = word.removeprefix("--set").removeprefix("=") or (words or ["KEY=VALUE"])[0]
             raise UserError(f"--set {change}: write {spelled(change)}")
@@ -41,6 +42,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             others.append(word)
             continue
         changes.append(word)
+        # A word without "=" has its value behind it; behind a switch comes a flag, or nothing.
         if "=" not in word and words and not FLAG.match(words[0]):
             changes.append(words.pop(0))
     return changes, others
@@ -64,7 +66,8 @@ def named(text: str, flag: str) -> tuple[str, list[str]]:
     name, _, rest = text.partition(":")
     try:
         changes, others = split(shlex.split(rest))
-    except ValueError as error:  # a quote that is not closed
+    except ValueError as error:
+        # A quote that is not closed.
         raise UserError(f"{flag} {text}: {error}") from None
     if not others:
         return name, changes
@@ -106,6 +109,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
 
     Raises UserError for a key that there is not, or a value of another type.
     """
+    # Flags of their own: absl's global ones are those of the training command.
     own = flags.FlagValues()
     own.set_gnu_getopt(True)
     argv = ["", *changes]

@@ -38,6 +38,7 @@ def resolve(path: Path) -> Path:
     if "/" in name or name.endswith(".py"):
         return path
     names = shipped()
+    # A shipped config goes before a file of the same name that has no ending.
     if name in names:
         return Path(f"{SHIPPED / name}.py{colon}{arg}")
     if Path(name).exists():

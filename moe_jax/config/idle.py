@@ -82,7 +82,8 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
     if asked("eval.sample_prompt") and not cfg.eval.sample_tokens:
         yield "eval.sample_prompt does nothing: eval.sample_tokens is 0"
     text = ["data.sources", "data.slice_bytes", "data.heldout_bytes", "eval.sample_prompt"]
-    if cfg.eval.sample_tokens:  # 0 asks for nothing
+    # 0 asks for nothing.
+    if cfg.eval.sample_tokens:
         text.append("eval.sample_tokens")
     if not TASKS[cfg.task].is_language:
         yield from (

@@ -26,6 +26,7 @@ from moe_jax.tasks import TASKS
 
 def enforce(cfg: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
+    # Bounds come first: the rules after them divide by numbers that must not be 0.
     for rules in (_bounds, _task, _model, _moe, _leak, _mesh, _batch, _train):
         for message in rules(cfg):
             raise UserError(message)
@@ -172,6 +173,7 @@ def _heads(cfg: Config) -> Iterator[str]:
             f"model.num_heads ({model.num_heads}) must be divisible by model.num_kv_heads "
             f"({model.num_kv_heads})"
         )
+    # Each pair of features is turned by one angle.
     if model.head_dim % 2:
         yield f"model.head_dim ({model.head_dim}) must be even: rotary embeddings turn pairs"
 
@@ -187,6 +189,7 @@ def _moe(cfg: Config) -> Iterator[str]:
     setting = Setting(at, moe.num_experts, cfg.train.batch_size, cfg.train.micro_batch_size)
     yield from router.refusals(moe.router_options, setting)
     dispatcher = DISPATCHERS[moe.dispatcher]
+    # An expert that chooses its tokens takes as many as it has places.
     if router.own_capacity and dispatcher.drops:
         yield (
             f'model.moe.router = "{moe.router}" fixes the capacity of each expert itself; with '
@@ -218,6 +221,7 @@ def _slots(moe: MoEConfig) -> Iterator[str]:
             f'model.moe.dispatcher = "{moe.dispatcher}" needs the slots of model.moe.router = '
             f'"{mixing}"; "{moe.router}" makes assignments'
         )
+    # Mixtures compete for no places.
     if mixes and moe.ordering != AS_LISTED:
         yield (
             f'model.moe.ordering = "{moe.ordering}" orders assignments, and model.moe.router = '
@@ -236,6 +240,7 @@ def _losses(cfg: Config) -> Iterator[str]:
             )
     if not moe.adaptive.rate:
         return
+    # Without a coefficient there is nothing whose weight could grow.
     if not any(moe.losses[name] for name in BALANCE):
         yield (
             f"model.moe.adaptive.rate = {moe.adaptive.rate} drives the weight of the balance "
@@ -341,6 +346,7 @@ def _train(cfg: Config) -> Iterator[str]:
             "train.init_rename renames what train.init_from loads, and that is empty: "
             "name a run, or leave it alone"
         )
+    # A rule moves zeros by itself, without an update that could be left out.
     zeros = cfg.model.moe.sparse
     rule = zeros.rule
     if cfg.optim.train_only and not zeros.dense and RULES[rule].moves:

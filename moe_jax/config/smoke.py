@@ -48,10 +48,12 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     steps = min(train["steps"], STEPS)
     yield "train.steps", steps
     yield "train.stop_at", 0
+    # min(): 0 stands for "off", and stays.
     yield "eval.every", min(evaluation["every"], 2)
     yield "eval.batches", 1
     yield "eval.final_batches", 1
     yield "eval.sample_tokens", min(evaluation["sample_tokens"], SAMPLE_TOKENS)
+    # One save at the end is enough to try it.
     yield "checkpoint.every", 0
     yield "log.every", 1
     yield "log.histogram_every", 1

@@ -64,6 +64,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def _width(progress: Progress) -> int:
+    """Returns the columns of the text of a line; a terminal may be narrower than any text."""
     return max((progress.console.width if progress.console else 80) - LABEL, 20)
 
 

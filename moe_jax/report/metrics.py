@@ -167,11 +167,10 @@ def write_run_info(
     directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "config.json", config)
-    runs = directory / "run.json"
     history = starts.read(workdir)
     devices, code = jax.devices(), source()
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    record = {
+    start = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
         "host": platform.node(),
@@ -185,7 +184,7 @@ def write_run_info(
         "versions": {"python": platform.python_version(), "moe_jax": code.version} | packages,
         "git": {"commit": code.commit, "dirty": code.dirty} if code.commit else None,
     }
-    _replace(runs, [*history, record])
+    _replace(directory / "run.json", [*history, start])
 
 
 def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict[str, Any]]:

@@ -37,9 +37,15 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     task, console = TASKS[cfg.task], shell.console()
     with Progress(active=True, console=console).doing("computing what the model is compared with"):
         rows = task.table(cfg, result.data, result.evaluation)
-    written = {"step": result.step, "title": task.title, "rows": rows, "seconds": seconds}
-    written["tokens_per_second"] = result.tokens_per_second
-    (workdir / "summary.json").write_text(json.dumps(written, indent=1) + "\n")
+    summary = {
+        "step": result.step,
+        "title": task.title,
+        "rows": rows,
+        "seconds": seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    # Written first: whatever goes wrong with the terminal, the figures are on disk.
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)

@@ -37,6 +37,7 @@ class Coefficients(dict[str, float]):
     it.
     """
 
+    # A dict has no hash, and a frozen config with one could be no static argument.
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.items())))
 

@@ -135,6 +135,7 @@ def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     """
     names = [field.name for field in dataclasses.fields(cls)]
     refuse_other_keys(raw, names, path)
+    # Not field.type, which may be a text.
     hints = typing.get_type_hints(cls)
     keys = declared(cls)
     values = {}
@@ -193,6 +194,7 @@ def refusals(options: Any, path: str) -> Iterator[str]:
     """Yields a message for each key of a frozen block, and of the blocks in it, that is out of its
     bounds or none of its choices.
     """
+    # The keys of the block itself come before those of the blocks in it.
     for name, key in declared(type(options)).items():
         value = getattr(options, name)
         at = f"{path}{name}"

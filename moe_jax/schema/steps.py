@@ -6,7 +6,7 @@ from moe_jax.errors import UserError
 
 
 class Due(NamedTuple):
-    """The steps at which something is done: those named, and each multiple of a number."""
+    """Holds the steps at which something is done: those named, and each multiple of a number."""
 
     steps: frozenset[int]
     every: tuple[int, ...]
@@ -21,6 +21,7 @@ class Due(NamedTuple):
 
     @property
     def first(self) -> int | None:
+        # The first multiple of a number is the number itself.
         return min({*self.steps, *self.every}, default=None)
 
 
