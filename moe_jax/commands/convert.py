@@ -238,6 +238,7 @@ def write(workdir: Path, out: Path, new: Weights) -> None:
     out.mkdir(parents=True, exist_ok=True)
     saves = checkpoint.Checkpoints(out / "checkpoints", every=0, keep=1, keep_best=0)
     arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(new.step), **new.parts})
+    # A Run has its layers unstacked, whatever model.scan says.
     saves.save(new.step, arrays, metadata={"config": new.raw}, score=None, stacked=False)
     saves.close()
     (out / "config.json").write_text(json.dumps(new.raw, indent=1) + "\n", encoding="utf-8")
@@ -254,6 +255,7 @@ def compare(old: Weights, new: Weights) -> float:
     """
 
     def far(a, b):
+        # Outputs that are all 0 have no size to divide by.
         return float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
 
     before, after = jax.tree.leaves(forward(old)), jax.tree.leaves(forward(new))
@@ -267,6 +269,7 @@ def forward(weights: Weights) -> Any:
     raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
     raw["eval"] |= {"batch_size": ROWS}
+    # One group for each row, so that ROWS fit whatever the run had.
     raw["model"]["moe"]["group_rows"] = 1
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)

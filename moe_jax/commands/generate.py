@@ -133,6 +133,7 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
     if flags.no_stream:
         for row, text in enumerate(texts):
             show(row, text)
+            # The end of the row.
             show(row, "")
 
 
@@ -155,6 +156,7 @@ def text_of(stdin: TextIO) -> str:
     The rules are those of text files: UTF-8, or UTF-16 with its mark.
     """
     binary = getattr(stdin, "buffer", None)
+    # A stream that someone else has put in place may be of text alone.
     if binary is None:
         return plain(stdin.read(), "standard input")
     data = binary.read()

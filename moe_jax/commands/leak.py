@@ -53,9 +53,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     raw = command_line.read(args.config, args.changes)
+    # In float32 rounding would look like a leak.
     jax.config.update("jax_enable_x64", True)
     small = leak.shrink(raw)
     own = config.build(small, 1)
+    # Depth blocks can leak without any expert; the table of all is of routers.
     if not own.model.num_moe_layers and (args.all or not own.model.num_depth_blocks):
         raise UserError(
             f"{args.config} has no block with experts: model.prefix, model.period and model.suffix "

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
     try:
         with _progress() as track:
             record = writer.write(flags.out, arguments, track)
+    # The record is written last: a directory without one is not finished.
     except KeyboardInterrupt:
         shell.tell(
             f"interrupted: {flags.out} is not finished; the same command finishes it", sys.stderr

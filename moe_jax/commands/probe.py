@@ -139,6 +139,7 @@ def main(argv: list[str]) -> int:
         refused = measure(job, what)
     if job.out:
         tell_files(job)
+    # At the end, for the other instruments have given their figures.
     if refused:
         raise UserError("\n".join(refused))
     return 0
@@ -193,6 +194,7 @@ def refuse_wrong_flags(flags: argparse.Namespace) -> None:
 
 
 def start_devices(flags: argparse.Namespace) -> None:
+    # Before anything else uses jax, whose devices do not change any more after that.
     if flags.simulate_devices:
         mesh.simulate(flags.simulate_devices)
     if flags.coordinator:
@@ -261,6 +263,7 @@ def run_replay(job: Job) -> Output:
             f"--frozen {later[0]} is later than the checkpoint that is looked at ({last}): "
             "name earlier ones"
         )
+    # All in memory at once: each is the way "frozen STEP" of every batch.
     runs = {step: job.trained.at(step) for step in steps}
     earlier = {step: (run.judged, run.router_state) for step, run in runs.items()}
     result = replay.evaluate(job.run, earlier, job.flags.seed)
@@ -270,6 +273,7 @@ def run_replay(job: Job) -> Output:
 
 def run_retrain(job: Job) -> Output:
     step = job.trained.step
+    # The whole state: a Run has no moments of the optimizer.
     init = jax.jit(initial(job.cfg, make_model(job.cfg.model)))
     abstract = jax.eval_shape(init, jax.random.key(0))
     state = checkpoints(job.trained.workdir).restore(step, abstract, stacked=False)
@@ -329,6 +333,7 @@ def run_interference(job: Job) -> Output:
     rows = local_rows(size)
     local = Batches(run.dataset, "train", cfg.seed, size).rows(job.trained.step, rows)
     model = make_model(cfg.model)
+    # A gradient needs no moments of the optimizer.
     state = State(jnp.int32(job.trained.step), run.params, run.router_state, {}, None, jnp.int32(0))
     result = interference.make_meter(cfg, model)(state, put(local, rows, size))
     save(job, "interference", result)

@@ -98,6 +98,7 @@ def main(argv: list[str]) -> int:
 def meshes(text: str | None) -> list[mesh.Lengths]:
     if text is None:
         return list(ALL)
+    # A mesh that is named twice is proven once.
     shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
     for shape in shapes:
         if shape.num_devices > shrink.DEVICES:
@@ -162,6 +163,7 @@ def meshes_table(result: Result) -> Group:
 
 
 def cells(row: Row) -> list[str | Text]:
+    # "1x1x1 accumulate+scan+remat" takes two lines, so that the numbers have room.
     name = row.name.replace(" ", "\n", 1)
     if row.refused or row.failure:
         return [name, "refused" if row.refused else Text("fails", style="red")]

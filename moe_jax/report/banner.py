@@ -119,6 +119,7 @@ def rows(data: Data, width: int) -> str:
     text = f"{data.name()}: {train:,} rows ({tokens} tokens), {heldout:,} held out"
     if len(data.domains) < 2:
         return text
+    # Names may only fill the line that is there: a run of a hundred domains has no banner of them.
     counts = range(1, len(data.domains) + 1)
     most = max((n for n in counts if _fits(text, data.domains, n, width)), default=0)
     return f"{text}{_listed(data.domains, most)}"

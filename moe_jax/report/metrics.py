@@ -82,10 +82,12 @@ class Writer:
             "tokens": int(step) * self._per_step.tokens,
             "flops": int(step) * self._per_step.flops,
         }
+        # Waits for the devices, if these have not come so far.
         numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
         row |= {name: _json(number) for name, number in numbers.items()}
         try:
             self._rows.write(json.dumps(row) + "\n")
+            # A run that is killed has lost no row.
             self._rows.flush()
         except OSError as error:
             raise UserError(
@@ -135,6 +137,7 @@ def read_rows(path: Any) -> list[dict[str, Any]]:
     left out.
     """
     rows = []
+    # "replace": a kill can tear a letter of several bytes too.
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

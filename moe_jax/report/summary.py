@@ -81,6 +81,7 @@ def facts(cfg: Config, workdir: Path, result: Result, seconds: float) -> dict[st
 def curves(workdir: Path) -> str:
     """Returns the command that shows the curves of a run, and what to install for it first."""
     command = shell.command("tensorboard.main", "--logdir", workdir)
+    # Events are written by tensorboardX; what shows them is a package of its own.
     if importlib.util.find_spec("tensorboard") is None:
         command += "  # after pip install tensorboard"
     return command
@@ -107,6 +108,7 @@ def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     stands apart.
     """
     first_row = next(iter(rows.values()))
+    # All rows have the same columns.
     columns = [name for name, value in first_row.items() if _is_number(value)]
     table = Table([*names(""), *numbers(*columns)], title=title)
     *_, last = rows

@@ -105,6 +105,7 @@ class Events:
         # events of the first.
         number = len(list(directory.iterdir()))
         suffix = f".{number:06d}"
+        # TensorBoard hides the events of older files from this step on.
         purge = resume_step + 1 if resume_step > 0 else 0
         writer = SummaryWriter(
             str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix
@@ -122,6 +123,7 @@ class Events:
 
     def image(self, step: int, name: str, array: Any) -> None:
         """Writes an image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
+        # A grey image has no dimension of colours.
         pixels = np.asarray(array)
         layout = "HW" if pixels.ndim == 2 else "HWC"
         self._writer.add_image(tag(name), pixels, step, dataformats=layout)

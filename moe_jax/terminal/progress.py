@@ -102,6 +102,7 @@ class Progress:
 
         `balance`: load of the busiest expert over the mean; None = no experts.
         """
+        # Before anything is shown: processes that show nothing keep the speed too.
         if self._clock:
             self._clock.row(step)
         now = time.monotonic()
