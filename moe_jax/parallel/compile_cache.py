@@ -42,7 +42,8 @@ class CompileCache:
         self.note = ""  # why there is none, to be told
         self._directory: Path | None = None
         # Whoever starts this process may have one of his own.
-        if not where or jax.config.jax_compilation_cache_dir:
+        has_one = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009: pyrefly
+        if not where or has_one:
             return
         root = default_directory() if where == AUTO else Path(where)
         directory = root / hardware()

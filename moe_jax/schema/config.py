@@ -29,7 +29,7 @@ from moe_jax.schema.options import (
 )
 from moe_jax.schema.steps import Due, due, profile_range
 
-# The name of no rule that makes zeros.
+# The choice of model.moe.sparse.rule that makes no zeros.
 NO_RULE = "none"
 
 
@@ -38,6 +38,7 @@ class Coefficients(dict[str, float]):
     it.
     """
 
+    # A dict has no hash, and a frozen config with one could be no static argument.
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.items())))
 
@@ -92,7 +93,7 @@ class SparseConfig:
 
     @property
     def dense(self) -> bool:
-        """Whether no rule makes zeros."""
+        """True where no rule makes zeros."""
         return self.rule == NO_RULE
 
 
@@ -112,7 +113,8 @@ class MoEConfig:
     ordering_options: Any = derived()
     dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
     dispatcher_options: Any = derived()
-    losses: Coefficients = derived()  # coefficients by name: moe/losses
+    # Coefficients by name: moe/losses.
+    losses: Coefficients = derived()
     adaptive: AdaptiveConfig
     sparse: SparseConfig
 
