@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 
 AUTO = "auto"
+DIRECTORY = "jax_compilation_cache_dir"  # an option of jax
 DIGESTS = "digests.json"
 SETTLED = 1.0  # seconds after which an entry is written
 MOST_BYTES = 1 << 30  # of all entries; the oldest are deleted first
@@ -42,8 +43,7 @@ class CompileCache:
         self.note = ""  # why there is none, to be told
         self._directory: Path | None = None
         # Whoever starts this process may have one of his own.
-        has_one = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009: pyrefly
-        if not where or has_one:
+        if not where or getattr(jax.config, DIRECTORY):
             return
         root = default_directory() if where == AUTO else Path(where)
         directory = root / hardware()
@@ -55,7 +55,7 @@ class CompileCache:
             return
         self._directory = directory
         for name, value in (
-            ("jax_compilation_cache_dir", str(directory)),
+            (DIRECTORY, str(directory)),
             ("jax_persistent_cache_min_compile_time_secs", 0.1),
             ("jax_persistent_cache_min_entry_size_bytes", -1),
         ):
