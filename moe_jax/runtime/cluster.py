@@ -67,6 +67,11 @@ def join(
     devices: Sequence[int] | None = numbers or None
     if address is None:
         address, num_processes, process_id, devices = detect(timeout)
+    _past_proxies(address)
+    _explain_abort(
+        f"process {process_id}: the {num_processes} processes did not meet at {address} within "
+        f"{timeout:.0f} s (limits.join): one was not started, or cannot reach process 0"
+    )
     jax.distributed.initialize(
         address,
         num_processes,
@@ -82,6 +87,17 @@ def join(
         coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address),
     )
     PEERS.start(heartbeat)
+
+
+def _past_proxies(address: str) -> None:
+    """Has gRPC reach process 0 without a proxy, which knows no way to it.
+
+    The variables of the proxies stay as they are: a tracker may need them.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    if any(os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        without = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
+        os.environ["no_grpc_proxy"] = f"{without},{host}" if without else host
 
 
 def detect(timeout: float) -> tuple[str, int, int, Sequence[int] | None]:
@@ -139,6 +155,8 @@ class Peers:
         self._answered = time.monotonic()
         if jax.process_index() > 0:
             _explain_abort(f"process {jax.process_index()}: process 0, the coordinator, is gone")
+        else:
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # SIG_DFL
         threading.Thread(target=self._beat, name="peers", daemon=True).start()
         threading.Thread(target=self._watch_answers, name="coordinator", daemon=True).start()
 
@@ -325,8 +343,8 @@ def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
 def _explain_abort(reason: str) -> None:
     """Ends the process with one line and RETRY where C++ would end it with an abort.
 
-    When the coordinator is gone, a thread of JAX logs a stack and calls abort(): 0.1 s later
-    nothing of Python runs any more. So the handler of SIGABRT is a C callback.
+    When the processes do not meet, or the coordinator is gone, JAX logs a stack and calls abort():
+    0.1 s later nothing of Python runs any more. So the handler of SIGABRT is a C callback.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
