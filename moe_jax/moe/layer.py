@@ -23,7 +23,8 @@ from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.experts.grouped_matmul import PARTS, expert_ffn
+from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.network import PARTS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens

@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
-from moe_jax.moe.experts.grouped_matmul import block_sizes, sum_rows, take_rows
+from moe_jax.moe.experts.blocks import block_sizes
+from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.schema.options import NONE_OR_FROM_ONE, option
 

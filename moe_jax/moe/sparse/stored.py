@@ -17,12 +17,9 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from moe_jax.moe.experts.grouped_matmul import (
-    ACTIVATIONS,
-    PARTS,
-    serve_rows,
-    vary_alike,
-)
+from moe_jax.moe.experts.blocks import serve_rows
+from moe_jax.moe.experts.network import ACTIVATIONS, PARTS
+from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import StoredConfig
 from moe_jax.weights import Weight
