@@ -64,19 +64,22 @@ class Rule(NamedTuple):
 
 
 def first_masks(experts: Matrices, shape: Shaped, options: Any) -> Kept:
-    """W = random; W[|W| < threshold] = 0, and later only non-zero entries move (the article,
-    section 3.1 and 3.2).
+    """Returns the entries of the largest groups of the first values.
 
-    The entries of the largest groups; with options.threshold > 0 those of the groups of at least
-    that magnitude.
+    With options.threshold > 0 those of the groups of at least that magnitude: W = random; W[|W| <
+    threshold] = 0, and later only non-zero entries move (the article, section 3.1 and 3.2).
     """
-    scores = shape.norms(experts)
+    norms = shape.norms(experts)
     if getattr(options, "threshold", 0):
-        return shape.spread({key: z >= options.threshold for key, z in scores.items()}, experts)
-    return shape.spread(shape.choose(scores, shape.kept), experts)
+        chosen = {key: z >= options.threshold for key, z in norms.items()}
+    else:
+        chosen = shape.choose(norms, shape.kept)
+    return shape.spread(chosen, experts)
 
 
 def all_masks(experts: Matrices, shape: Shaped, options: Any) -> Kept:
+    """Returns masks that keep everything."""
+    del shape, options
     return {name: jnp.ones_like(x, dtype=bool) for name, x in experts.items()}
 
 
