@@ -133,8 +133,8 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
     # Local experts are numbered from 0; those of other devices, and nowhere, are number e.
     e = shape.local_experts
     local_index_M = expert_index_M - device * e
-    is_local_M = (local_index_M >= 0) & (local_index_M < e)
-    local_index_M = jnp.where(is_local_M, local_index_M, e)
+    local_index_M = jnp.where((local_index_M >= 0) & (local_index_M < e), local_index_M, e)
+    is_local_M = local_index_M < e
     rank_M, count, _ = rank_in(local_index_M, e + 1)
     size_e = count[:e]
 
@@ -163,7 +163,7 @@ def _window(
     The row of an assignment that lies outside is num_rows.
     """
     row_M, start_e = gathered.row_M, gathered.start_e
-    is_inside_M = gathered.is_local_M & (row_M >= offset) & (row_M < offset + num_rows)
+    is_inside_M = (row_M >= offset) & (row_M < offset + num_rows) & gathered.is_local_M
     first_e = jnp.clip(start_e - offset, 0, num_rows)
     end_e = jnp.clip(start_e + gathered.size_e - offset, 0, num_rows)
     return jnp.where(is_inside_M, row_M - offset, num_rows), first_e, end_e - first_e
