@@ -3,6 +3,7 @@ one and 8 devices.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +67,14 @@ def owner(layout):
 
 def all_experts(x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD, *, activation):
     """Every expert on every row, and only then the choice."""
-    row_R = jnp.arange(x_RD.shape[0])
+    row_R = jnp.arange(x_RD.shape[0], dtype=start_e.dtype)
     owner_eR = (row_R[None] >= start_e[:, None]) & (row_R[None] < (start_e + size_e)[:, None])
     x_RD = jnp.where(jnp.any(owner_eR, axis=0)[:, None], x_RD, 0)  # or the garbage overflows
     pre_PeRF = jnp.einsum("RD,eDPF->PeRF", x_RD, w_in_eDPF)
     if activation == "swiglu":
         h_eRF = pre_PeRF[0] / (1 + jnp.exp(-pre_PeRF[0])) * pre_PeRF[1]
     else:
-        inner = np.sqrt(2 / np.pi) * (pre_PeRF[0] + 0.044715 * pre_PeRF[0] ** 3)
+        inner = math.sqrt(2 / math.pi) * (pre_PeRF[0] + 0.044715 * pre_PeRF[0] ** 3)
         h_eRF = 0.5 * pre_PeRF[0] * (1 + jnp.tanh(inner))
     h_eRF = jnp.where(owner_eR[..., None], h_eRF * gate_R[None, :, None], 0)
     return jnp.einsum("eRF,eFD->RD", h_eRF, w_out_eFD)
