@@ -57,8 +57,10 @@ class MoE:
     activation: str
     param_dtype: str
     dtype: str
-    out_std: float  # of the first value of w_out
-    stored: StoredConfig  # experts as blocks (sparse/stored.py); block 0 = whole matrices
+    # The standard deviation of the first value of w_out.
+    out_std: float
+    # Experts as blocks (sparse/stored.py); block 0 = whole matrices.
+    stored: StoredConfig
 
 
 class Batch(NamedTuple):
@@ -69,15 +71,20 @@ class Batch(NamedTuple):
 
     id_BS: Any
     position_BS: Any
-    segment_BS: Any  # 0 = padding
+    # 0 = padding.
+    segment_BS: Any
     row_B: Any
     request: probe.Request = probe.Request()
     # What some kinds of models read, () in the others. Blocks see of these the prefix alone.
-    prefix_BS: Any = ()  # not 0 where tokens of a row see each other, whatever their order
-    source_rows: Any = ()  # the Batch that an encoder-decoder's encoder reads
-    vectors_BSP: Any = ()  # in the place of ids: patches of an image, frames of speech
-    feature_BL: Any = ()  # int32: of a bag of features
-    feature_weight_BL: Any = ()  # 0 = no feature
+    # Not 0 where tokens of a row see each other, whatever their order.
+    prefix_BS: Any = ()
+    # The Batch that an encoder-decoder's encoder reads.
+    source_rows: Any = ()
+    # In the place of ids: patches of an image, frames of speech.
+    vectors_BSP: Any = ()
+    # A bag of features, int32, and their weights; weight 0 = no feature.
+    feature_BL: Any = ()
+    feature_weight_BL: Any = ()
 
 
 class MoELayer(nnx.Module):

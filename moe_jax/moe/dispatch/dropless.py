@@ -72,9 +72,11 @@ class _Assignments(NamedTuple):
     # assignment of another device's expert it is the end of the layout.
     row_M: jax.Array
     is_local_M: jax.Array
-    start_e: jax.Array  # the first row of each local expert
-    size_e: jax.Array  # its assignments
-    num_needed: jax.Array  # rows up to the end of the last local expert
+    # The first row of each local expert, and the number of its assignments.
+    start_e: jax.Array
+    size_e: jax.Array
+    # The rows up to the end of the last local expert.
+    num_needed: jax.Array
 
 
 def apply(

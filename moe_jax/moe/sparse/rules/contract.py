@@ -19,12 +19,16 @@ Kept = dict[str, jax.Array]
 
 
 class Now(NamedTuple):
-    """The moment of an update."""
+    """Holds the moment of an update."""
 
-    step: jax.Array  # updates done, this one included
-    steps: int  # of the whole training
-    rate: jax.Array  # learning rate of this update
-    key: jax.Array  # randomness of this update (in `update`: of this layer's part of it)
+    # Updates done, this one included.
+    step: jax.Array
+    # Those of the whole training.
+    steps: int
+    # The learning rate of this update.
+    rate: jax.Array
+    # The randomness of this update; in `update` that of the layer's part of it.
+    key: jax.Array
 
 
 def fits_all(pattern: Pattern) -> str:
