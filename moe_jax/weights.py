@@ -65,7 +65,7 @@ def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:
 
 
 class Weights(nnx.Module):
-    """A module that is nothing but named parameters."""
+    """Holds named parameters, and nothing else."""
 
     def __init__(
         self,

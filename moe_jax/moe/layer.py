@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 
 
 class MoELayer(nnx.Module):
-    """Routed experts.
+    """Holds the routed experts of one block, with their router.
 
     `layer(x_BSD, batch, rng, train) -> (y_BSD, sums)`; sums: {name: [B, ...]} per row, see
     moe/load.py.

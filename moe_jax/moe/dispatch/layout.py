@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
     @property
     def local_experts(self) -> int:
-        """The number of experts on one device, e."""
+        """Returns the number of experts on one device, e."""
         return self.num_experts // self.expert_axis
 
 

@@ -171,7 +171,7 @@ def score(options: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """The experts must make whole groups, of which there are enough for k choices."""
+    """Refuses experts that make no whole groups, and too few of them for k choices."""
     at, num_experts = setting.at, setting.num_experts
     num_groups, top_groups = options.num_groups, options.top_groups
     group_size = num_experts // num_groups

@@ -20,9 +20,7 @@ PAYS = {32: 0.25, 64: 0.4, 128: 0.5}
 
 
 class Blocks(NamedTuple):
-    """How many blocks of side `block` a column of each matrix has at most, and the share of all
-    that is stored then.
-    """
+    """Holds how many blocks a column of each matrix has at most, and the stored share."""
 
     block: int
     w_in: int

@@ -87,7 +87,10 @@ def needs_matrices(layer: Mapping[str, int]) -> str:
 
 
 class Shaped(NamedTuple):
-    """A pattern with its options: what rules call. Trees are those of one layer's experts."""
+    """Holds a pattern with its options: what rules call.
+
+    Trees are those of one layer's experts.
+    """
 
     pattern: Pattern
     options: Any

@@ -63,7 +63,7 @@ def tile(options: Options) -> tuple[int, str]:
 
 
 def refusals(options: Options, at: str) -> Iterator[str]:
-    """No more than all of a run can be kept."""
+    """Refuses to keep more than all of a run."""
     if options.n > options.m:
         yield f"{at}.n ({options.n}) must lie between 1 and {at}.m ({options.m})"
 

@@ -63,7 +63,7 @@ class Rule(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether it changes experts after an update, so that none of them can be frozen."""
+        """Returns whether it changes experts after an update, so that none can be frozen."""
         return self.update is not None or self.project is not None
 
 

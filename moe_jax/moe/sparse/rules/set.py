@@ -40,7 +40,10 @@ def update(
 
 
 def unfit(pattern: Pattern) -> str:
-    """Few weights cannot be replaced by a fraction, and a dead unit gets no gradient."""
+    """Says why it does not go with a pattern.
+
+    Few weights cannot be replaced by a fraction, and a dead unit gets no gradient.
+    """
     if pattern.fixed:
         return (
             "a fraction of n weights is none of them or half of them: set the rule to static or "

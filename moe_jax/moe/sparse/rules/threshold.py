@@ -61,7 +61,7 @@ def below_to_zero(
 
 
 def unfit(pattern: Pattern) -> str:
-    """A fixed number of entries heeds no magnitude."""
+    """Says why it does not go with a pattern: a fixed number heeds no magnitude."""
     if pattern.fixed:
         return "exactly n of every m are kept, whatever their magnitude: set the rule to static"
     return ""
