@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.grouped_matmul import vary_alike
 from moe_jax.parallel.compiling import by_platform
+from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
 # A score, far below every real one and far from overflow.
