@@ -34,6 +34,7 @@ from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, KindOptions, ModelConfig, Stack
@@ -136,7 +137,7 @@ class Article(nnx.Module):
             None if typed_options(Options, self.cfg.kind_options).num_classes else "vocab",
         )
         head = gather(self.ends["head"], names, self.cfg.dtype)
-        wide = jnp.promote_types(h_BqD.dtype, jnp.float32)
+        wide = wide_dtype(h_BqD.dtype)
         return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
 
 

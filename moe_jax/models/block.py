@@ -19,6 +19,7 @@ from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
 from moe_jax.models.attentions.contract import Cache
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, rms_norm
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
@@ -69,7 +70,7 @@ class Block(nnx.Module):
         if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
         if self.wrapped:
-            wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
+            wide = jnp.dtype(wide_dtype(cfg.param_dtype)).name
             self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
     def __call__(

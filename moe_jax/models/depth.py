@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models.layers import gather
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import DEPTH, ModelConfig
@@ -168,8 +169,8 @@ def _route(
 ) -> tuple[jax.Array, jax.Array, Sums]:
     """(logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
     with jax.named_scope("depth"):
-        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
-        w_D = gather(router_D, ("embed",), str(wide))
+        wide = wide_dtype(x_BSD.dtype)
+        w_D = gather(router_D, ("embed",), wide)
 
         def scores(x_BSD):
             return jnp.einsum("BSD,D->BS", x_BSD.astype(wide), w_D)

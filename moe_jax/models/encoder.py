@@ -30,6 +30,7 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import FIRST_LOGITS, embed, embedding, norm_scale
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.models.stack import run_stack, stack
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, KindOptions, ModelConfig
@@ -117,10 +118,10 @@ class Encoder(nnx.Module):
         x_BSD, sums = run_stack(self, x_BSD, tokens, rng, train)
         x_BSD = rms_norm(x_BSD, self.ends["norm_scale"], cfg.norm_epsilon)
         # A row has many tokens: they are added up in at least float32.
-        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+        wide = wide_dtype(x_BSD.dtype)
         x_BD = pool(x_BSD.astype(wide), batch.segment_BS > 0, options.pool)
         x_BD = dropout(x_BD, options.head_dropout if train else 0.0, keys[1], batch.row_B)
-        w_DC = gather(self.head["w"], ("embed", None), str(wide))
+        w_DC = gather(self.head["w"], ("embed", None), wide)
         bias_C = self.head["b"].astype(wide)
         return jnp.einsum("BD,DC->BC", x_BD, w_DC) + bias_C[None], sums
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models.layers import gather, rms_norm
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
@@ -52,7 +53,7 @@ def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
 def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Returns logits in at least float32: the final norm and the head."""
     x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
-    wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+    wide = wide_dtype(x_BSD.dtype)
     if cfg.tie_embeddings:
         table_VD = gather(ends["embed"], ("vocab", "embed"), cfg.dtype)
         return jnp.einsum("BSD,VD->BSV", x_BSD, table_VD, preferred_element_type=wide)

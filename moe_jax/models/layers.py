@@ -8,12 +8,14 @@ width.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.weights import Weight, Weights
 
 
-def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: str) -> jax.Array:
+def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
     """A weight without its FSDP split, for one use, in the compute dtype.
 
     Explicit: an einsum that resolves it doubles collectives.
@@ -27,7 +29,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019,
     arXiv:1910.07467).
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return (wide * inverse).astype(x.dtype) * jnp.expand_dims(
         scale.astype(x.dtype), tuple(range(x.ndim - 1))
@@ -40,7 +42,7 @@ def rope(
     """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves
     of a head are the pairs.
     """
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     angle = (
         position_BS.astype(wide)[:, :, None, None]
@@ -101,7 +103,7 @@ class FeedForward(nnx.Module):
         self.weights = Weights(key, declared, param_dtype)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), str(x_BSD.dtype))
-        w_out = gather(self.weights["w_out"], ("hidden", "embed"), str(x_BSD.dtype))
+        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), x_BSD.dtype)
+        w_out = gather(self.weights["w_out"], ("hidden", "embed"), x_BSD.dtype)
         h_BSF = activate(jnp.einsum("BSD,DPF->BSPF", x_BSD, w_in), self.activation)
         return jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))

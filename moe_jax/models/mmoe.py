@@ -35,6 +35,7 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import embedding, norm_scale
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.models.stack import run_stack, stack
+from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
@@ -109,7 +110,7 @@ class MMoE(nnx.Module):
 
     def _scores(self, t_BGD: jax.Array) -> jax.Array:
         """Logits in at least float32; every task's tower meets its own items only."""
-        wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
+        wide = wide_dtype(t_BGD.dtype)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
         items = typed_options(Options, self.cfg.kind_options).items
         ends = itertools.accumulate(items, initial=0)
@@ -184,7 +185,7 @@ def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: in
     """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter
     rounds after every term.
     """
-    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    wide = wide_dtype(x_ND.dtype)
     weighted_ND = x_ND.astype(wide) * weight_N.astype(wide)[:, None]
     return jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows).astype(x_ND.dtype)
 

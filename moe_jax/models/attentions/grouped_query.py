@@ -31,7 +31,8 @@ def slots(
 ) -> jax.Array:
     """Returns a mask [B, S, M]: every slot up to a token's last."""
     del position_BS, options
-    return jnp.arange(num_slots)[None, None, :] <= last_BS[:, :, None]
+    slot_11M = jnp.arange(num_slots, dtype=last_BS.dtype)[None, None, :]
+    return slot_11M <= last_BS[:, :, None]
 
 
 def num_pairs(num_tokens: int, options: Options) -> int:

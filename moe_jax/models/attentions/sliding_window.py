@@ -38,7 +38,7 @@ def slots(
     position_BS: jax.Array, last_BS: jax.Array, num_slots: int, options: Options
 ) -> jax.Array:
     """Returns a mask [B, S, M]: the slots of the last `window` positions."""
-    slot_11M = jnp.arange(num_slots)[None, None, :]
+    slot_11M = jnp.arange(num_slots, dtype=last_BS.dtype)[None, None, :]
     first_BS = position_BS - (options.window - 1)
     return (slot_11M >= first_BS[:, :, None]) & (slot_11M <= last_BS[:, :, None])
 
