@@ -148,6 +148,6 @@ def _begin_decoder(model: Any, cfg: ModelConfig, source: Batch, max_tokens: int,
         )
 
     last_B = jnp.maximum(there_BS.sum(1) - 1, 0).astype(jnp.int32)
-    mine_BS = jnp.arange(length)[None] == last_B[:, None]
+    mine_BS = jnp.arange(length, dtype=last_B.dtype)[None] == last_B[:, None]
     id_B = jnp.where(mine_BS, source.id_BS, 0).sum(1, dtype=jnp.int32)
     return forward, caches, *(jax.sharding.reshard(z, P()) for z in (id_B, last_B))

@@ -82,8 +82,10 @@ class MMoE(nnx.Module):
     def __call__(
         self, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
+        cfg = self.cfg
+        options = typed_options(Options, cfg.kind_options)
         feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
+        # Told before any item is dropped: a row that lost all of them is no padding.
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         # Which items are dropped follows from the row alone, so it is the same on every mesh.
@@ -97,15 +99,20 @@ class MMoE(nnx.Module):
         return self._scores(self._towers(x_BGD)), sums
 
     def _bottom(self, x_BD: jax.Array) -> jax.Array:
+        """Returns h, what all tasks share."""
         w_DD = gather(self.ends["bottom"], ("embed", None), self.cfg.dtype)
-        x_BD = rms_norm(x_BD, self.ends["bag_norm_scale"], self.cfg.norm_epsilon)
         bias_D = self.ends["bottom_bias"].astype(self.cfg.dtype)
-        return jax.nn.gelu(jnp.einsum("BD,DE->BE", x_BD, w_DD) + bias_D[None])
+        # A row of many features has a large sum: the norm makes rows alike.
+        x_BD = rms_norm(x_BD, self.ends["bag_norm_scale"], self.cfg.norm_epsilon)
+        h_BD = jnp.einsum("BD,DE->BE", x_BD, w_DD)
+        return jax.nn.gelu(h_BD + bias_D[None])
 
     def _towers(self, x_BGD: jax.Array) -> jax.Array:
+        """Returns t_g of every task, with the last norm."""
         w_GDD = gather(self.towers["w"], (None, "embed", None), self.cfg.dtype)
         h_BGD = rms_norm(x_BGD, self.towers["norm_scale"], self.cfg.norm_epsilon)
-        x_BGD = x_BGD + jax.nn.gelu(jnp.einsum("BGD,GDE->BGE", h_BGD, w_GDD))
+        h_BGD = jax.nn.gelu(jnp.einsum("BGD,GDE->BGE", h_BGD, w_GDD))
+        x_BGD = x_BGD + h_BGD
         return rms_norm(x_BGD, self.ends["norm_scale"], self.cfg.norm_epsilon)
 
     def _scores(self, t_BGD: jax.Array) -> jax.Array:
@@ -167,7 +174,9 @@ def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> ja
     x_BLD = table_VD.at[feature_BL].get(out_sharding=P(BATCH, None, None))
 
     def one(x_LD, weight_L):
-        return bag_sum(x_LD, jnp.zeros(weight_L.shape, jnp.int32), weight_L, 1)[0]
+        # All features are of row 0, the only one.
+        row_L = jnp.zeros(weight_L.shape, jnp.int32)
+        return bag_sum(x_LD, row_L, weight_L, 1)[0]
 
     return jax.vmap(one)(x_BLD, weight_BL)
 
@@ -186,8 +195,10 @@ def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: in
     rounds after every term.
     """
     wide = wide_dtype(x_ND.dtype)
-    weighted_ND = x_ND.astype(wide) * weight_N.astype(wide)[:, None]
-    return jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows).astype(x_ND.dtype)
+    weight_N1 = weight_N.astype(wide)[:, None]
+    weighted_ND = x_ND.astype(wide) * weight_N1
+    sum_BD = jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows)
+    return sum_BD.astype(x_ND.dtype)
 
 
 def from_csr(start_R: Sequence[int]) -> jax.Array:
@@ -195,18 +206,23 @@ def from_csr(start_R: Sequence[int]) -> jax.Array:
     has rows).
     """
     count_R = jnp.diff(jnp.asarray(start_R))
-    return jnp.repeat(jnp.arange(count_R.shape[0]), count_R, total_repeat_length=int(start_R[-1]))
+    row_R = jnp.arange(count_R.shape[0])
+    # The length is told, so that the shape is known where this is traced.
+    return jnp.repeat(row_R, count_R, total_repeat_length=int(start_R[-1]))
 
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an MMoE."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
     found = decoder(as_decoder(cfg))
+    bottom, towers = d * d + d, len(items) * d * d
     return found._replace(
         embedding=cfg.vocab_size * d,
+        # Every item has a bias.
         head=(d + 1) * sum(items),
         attention=0,
-        dense=found.dense + d * d + d + len(items) * d * d,  # the bottom and the towers
+        dense=found.dense + bottom + towers,
+        # Of the bag, of the towers, of their results, and of each block.
         norms=3 * d + len(cfg.blocks) * d,
     )
 
@@ -214,17 +230,21 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an MMoE's forward pass."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
-    found, num_tasks = decoder(as_decoder(cfg), len(items)), len(items)
+    num_tasks = len(items)
+    found = decoder(as_decoder(cfg), num_tasks)
 
     def per_place(of_row):
         return round(of_row / seq_len)
 
-    gates = 2 * d * cfg.moe.num_experts * cfg.num_moe_layers  # of the one gate that a task uses
+    # Of the one gate that a task uses.
+    gates = 2 * d * cfg.moe.num_experts * cfg.num_moe_layers
+    bottom, tower = 2 * d * d, 2 * d * d
+    # At every place the bag adds up a feature.
+    bag = 2 * d
     return type(found)(
         attention_projections=0,
         attention_scores=0,
-        dense=per_place(num_tasks * (found.dense + 2 * d * d) + 2 * d * d)
-        + 2 * d,  # the bag adds up its features
+        dense=per_place(num_tasks * (found.dense + tower) + bottom) + bag,
         shared=per_place(num_tasks * found.shared),
         experts=per_place(num_tasks * found.experts),
         router=per_place(num_tasks * gates),
@@ -258,8 +278,8 @@ def random_inputs(
 ) -> dict[str, Any]:
     """Returns baskets of items, (features [B, L], weights [B, L])."""
     del vocab_size
-    items = rng.integers(0, sum(options.items), shape).astype(np.int32)
-    return {"feature_BL": items, "feature_weight_BL": np.ones(shape)}
+    feature_BL = rng.integers(0, sum(options.items), shape).astype(np.int32)
+    return {"feature_BL": feature_BL, "feature_weight_BL": np.ones(shape)}
 
 
 KIND = Kind(
