@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from moe_jax.errors import UserError
 
@@ -65,16 +66,16 @@ def dials(settings: Settings) -> Dials:
     )
 
 
-def draw(logits_BV: jax.Array, row_B: jax.Array, count_B: jax.Array, dials: Dials) -> jax.Array:
+def draw(logits_BV: Array, row_B: Array, count_B: Array, dials: Dials) -> Array:
     """The next token of each row, int32 [B].
 
     The key is (seed, row, tokens drawn), so no row changes another's text.
     """
 
-    def greedy(_) -> jax.Array:
+    def greedy(_) -> Array:
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
-    def sampled(key: jax.Array) -> jax.Array:
+    def sampled(key: Array) -> Array:
         def noise(row, count):
             drawn = jax.random.fold_in(jax.random.fold_in(key, row), count)
             return jax.random.gumbel(drawn, logits_BV.shape[1:], logits_BV.dtype)
@@ -94,7 +95,7 @@ def draw(logits_BV: jax.Array, row_B: jax.Array, count_B: jax.Array, dials: Dial
     return jax.lax.cond(dials.temperature > 0, sampled, greedy, jax.random.key(dials.seed))
 
 
-def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep_likely(logits_BV: Array, top_k: Array, top_p: Array) -> Array:
     """The logits of the tokens that may be drawn, -inf for the others.
 
     First the `top_k` likeliest (Fan et al. 2018, arXiv:1805.04833), then, of their renormalised

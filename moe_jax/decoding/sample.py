@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from moe_jax import layout
 from moe_jax.data.tokenizer import Decoder, Tokenizer
@@ -70,7 +71,7 @@ class Engine(NamedTuple):
     # (weights, caches, id_BS, length_B, start) -> caches.
     prefill: Callable[..., list[Any]]
     # (weights, caches, rows, dials) -> (id_NB, caches).
-    decode: Callable[..., tuple[jax.Array, list[Any]]]
+    decode: Callable[..., tuple[Array, list[Any]]]
 
 
 def make_sampler(

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
@@ -42,7 +43,7 @@ from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option, typed_optio
 from moe_jax.weights import Weight, Weights
 
 NAME = "article"
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda z: z,
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
@@ -79,7 +80,7 @@ class Article(nnx.Module):
     The logits are [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random.
     """
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         options = typed_options(Options, cfg.kind_options)
         self.cfg, self.options = cfg, options
         keys = jax.random.split(key, 3)
@@ -96,9 +97,7 @@ class Article(nnx.Module):
             gate = {"gate": Weight((d, n), ("embed", None), d**-0.5)}
             self.router = Weights(keys[2], gate, cfg.param_dtype)
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         del rng, train
         cfg, classify = self.cfg, self.options.num_classes > 0
         table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
@@ -118,9 +117,7 @@ class Article(nnx.Module):
         logits = self._output(h_BqD)
         return logits[:, 0] if classify else logits, {}
 
-    def _aggregate(
-        self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array
-    ) -> jax.Array:
+    def _aggregate(self, z_BqnD: Array, window_BqmD: Array, seen_Bqm: Array) -> Array:
         """Returns g(z_1 .. z_n) [B, q, D]."""
         how = self.options.aggregate
         if how == "sum":
@@ -140,14 +137,14 @@ class Article(nnx.Module):
         """Returns the logical dimensions of the head; only a vocabulary is split."""
         return "embed", None if self.options.num_classes else "vocab"
 
-    def _output(self, h_BqD: jax.Array) -> jax.Array:
+    def _output(self, h_BqD: Array) -> Array:
         """Logits in at least float32."""
         head = gather(self.ends["head"], self._head_names(), self.cfg.dtype)
         wide = wide_dtype(h_BqD.dtype)
         return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
 
 
-def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
+def windows(e_BSD: Array, segment_BS: Array, m: int) -> tuple[Array, Array]:
     """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end
     with it, within its segment.
     """

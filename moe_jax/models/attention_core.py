@@ -107,7 +107,8 @@ def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale:
 
     def of_heads(z_BT):
         # The r queries of a token stand side by side: query i belongs to token i // r.
-        z_BGTr = jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G))
+        z_B1T1 = z_BT[:, None, :, None]
+        z_BGTr = jnp.broadcast_to(z_B1T1, (B, G, T, H // G))
         return z_BGTr.reshape(B * G, -1)
 
     runs = tuple(of_heads(z_BT) for z_BT in bounds)
@@ -199,7 +200,8 @@ def _by_platform(run: Any, *args: Any) -> Any:
     length = S if len(runs) == 1 else Q
     num_blocks = 8 if length >= 1024 else max(1, min(4, length // 64))
     fitting = max(4, SCORES // (Q * S))
-    group = max(n for n in range(1, N + 1) if N % n == 0 and n <= fitting)
+    # The largest number of heads that fits and divides all.
+    group = max(n for n in range(1, min(N, fitting) + 1) if N % n == 0)
 
     def split(z):
         return z.reshape(N // group, group, *z.shape[1:])
@@ -264,11 +266,12 @@ def _forward_blocks(
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     outputs, log_sums = [], []
     for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+        q, k_NKA, v_NKA = q_NQA[:, queries], k_NSA[:, keys], v_NSA[:, keys]
         key_11K = _indices(keys)[None, None]
         first_NQ1 = runs[0][:, queries, None]
         last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
         seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
-        score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, keys]) * scale
+        score_NQK = _dot("NQA,NKA->NQK", q, k_NKA) * scale
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
         # one.
@@ -276,7 +279,7 @@ def _forward_blocks(
         weight_NQK = jnp.exp(score_NQK - top_NQ1)
         sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
         sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
-        o_NQA = _dot("NQK,NKA->NQA", weight_NQK, v_NSA[:, keys]) / sum_NQ1
+        o_NQA = _dot("NQK,NKA->NQA", weight_NQK, v_NKA) / sum_NQ1
         outputs.append(o_NQA.astype(q_NQA.dtype))
         log_sum_NQ1 = top_NQ1 + jnp.log(sum_NQ1)
         log_sums.append(log_sum_NQ1[..., 0])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax.models import depth
 from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
@@ -50,7 +51,7 @@ class Block(nnx.Module):
     is a Cache, of a depth block a DepthCache.
     """
 
-    def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig, look: Look):
+    def __init__(self, key: Array, kind: str, cfg: ModelConfig, look: Look):
         keys = jax.random.split(key, 4)
         self.cfg, self.look = cfg, look
         self.kind = depth.inner(kind)
@@ -74,8 +75,8 @@ class Block(nnx.Module):
             self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
     def __call__(
-        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool, source: Any = ()
-    ) -> tuple[jax.Array, depth.Sums]:
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any = ()
+    ) -> tuple[Array, depth.Sums]:
         if not self.wrapped:
             attended, fed, sums = self._added(x_BSD, batch, rng, train, source)
             return x_BSD + attended + fed, sums
@@ -87,8 +88,8 @@ class Block(nnx.Module):
         return depth.through(update, self.depth["router"], x_BSD, batch, train, self.cfg)
 
     def cached(
-        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, cache: Any, source: Any = ()
-    ) -> tuple[jax.Array, Any]:
+        self, x_BSD: Array, batch: Batch, rng: Array, cache: Any, source: Any = ()
+    ) -> tuple[Array, Any]:
         """Returns the tokens after the block, which follow those in its cache, and the cache with
         them.
         """
@@ -109,8 +110,8 @@ class Block(nnx.Module):
         return self.cross.remember(source.x_BTD, source.segment_BT)
 
     def _added(
-        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool, source: Any
-    ) -> tuple[jax.Array, jax.Array, depth.Sums]:
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any
+    ) -> tuple[Array, Array, depth.Sums]:
         """(what attention adds to the residual stream, what the feed-forward adds, sums)."""
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask:
@@ -121,13 +122,13 @@ class Block(nnx.Module):
 
     def _added_cached(
         self,
-        x_BSD: jax.Array,
+        x_BSD: Array,
         batch: Batch,
-        rng: jax.Array,
+        rng: Array,
         cache: Cache,
-        chosen_BM: jax.Array | None,
+        chosen_BM: Array | None,
         source: Any,
-    ) -> tuple[jax.Array, jax.Array, Cache]:
+    ) -> tuple[Array, Array, Cache]:
         """(what attention adds, what the feed-forward adds, cache)."""
         h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
         prefix_BS = self._prefix(batch)
@@ -137,13 +138,13 @@ class Block(nnx.Module):
 
     def _rest(
         self,
-        x_BSD: jax.Array,
-        attended: jax.Array,
+        x_BSD: Array,
+        attended: Array,
         batch: Batch,
-        rng: jax.Array,
+        rng: Array,
         train: bool,
         source: Any,
-    ) -> tuple[jax.Array, jax.Array, depth.Sums]:
+    ) -> tuple[Array, Array, depth.Sums]:
         """(what attention of both kinds adds, what the feed-forward adds, sums), from what
         self-attention says.
         """
@@ -168,9 +169,9 @@ class Block(nnx.Module):
             y = y + self.dense(h)
         return attended, drop(y, keys[2]), sums
 
-    def _prefix(self, batch: Batch) -> jax.Array | None:
+    def _prefix(self, batch: Batch) -> Array | None:
         """Which tokens see their whole prefix; None where the mask or the batch has none."""
-        if self.look.mask != "prefix" or not isinstance(batch.prefix_BS, jax.Array):
+        if self.look.mask != "prefix" or not isinstance(batch.prefix_BS, Array):
             return None
         return batch.prefix_BS
 

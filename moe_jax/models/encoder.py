@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
@@ -88,7 +89,7 @@ class Encoder(nnx.Module):
     instead of ids where inputs = "vectors".
     """
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         options = typed_options(Options, cfg.kind_options)
         keys = jax.random.split(key, 4)
@@ -103,9 +104,7 @@ class Encoder(nnx.Module):
         }
         self.head = Weights(jax.random.fold_in(key, 4), head, cfg.param_dtype)
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x_BSD = self._embed(batch)
@@ -125,7 +124,7 @@ class Encoder(nnx.Module):
         bias_C = self.head["b"].astype(wide)
         return jnp.einsum("BD,DC->BC", x_BD, w_DC) + bias_C[None], sums
 
-    def _embed(self, batch: Batch) -> jax.Array:
+    def _embed(self, batch: Batch) -> Array:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         if options.embeds:
             x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
@@ -156,7 +155,7 @@ def _ends(cfg: ModelConfig) -> dict[str, Weight]:
     return ends
 
 
-def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
+def pool(x_BSD: Array, valid_BS: Array, how: str) -> Array:
     """[B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them; zero for a
     row without any.
     """

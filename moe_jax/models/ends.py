@@ -3,8 +3,8 @@
 Shapes: B rows, S sequence, D model, V vocabulary.
 """
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm
 from moe_jax.moe.experts.grouped_matmul import wide_dtype
@@ -41,7 +41,7 @@ def output_head(cfg: ModelConfig) -> Weight:
     return Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std)
 
 
-def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
+def embed(table_VD: Array, id_BS: Array, cfg: ModelConfig) -> Array:
     """Returns the embeddings of tokens [B, S, D], which begin with a root mean square of one where
     they are not tied.
     """
@@ -50,7 +50,7 @@ def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
     return x_BSD * cfg.d_model**0.5
 
 
-def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
+def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
     """Returns logits in at least float32: the final norm and the head."""
     x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
     wide = wide_dtype(x_BSD.dtype)

@@ -8,6 +8,7 @@ width.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
 
 from moe_jax.moe.experts.grouped_matmul import wide_dtype
@@ -15,7 +16,7 @@ from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.weights import Weight, Weights
 
 
-def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
+def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Array:
     """A weight without its FSDP split, for one use, in the compute dtype.
 
     Explicit: an einsum that resolves it doubles collectives.
@@ -25,7 +26,7 @@ def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: DTypeLike) -
     return jax.sharding.reshard(weight.astype(dtype), spec(*whole))
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019,
     arXiv:1910.07467).
     """
@@ -37,9 +38,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), leading)
 
 
-def rope(
-    position_BS: jax.Array, head_dim: int, theta: float, dtype: str
-) -> tuple[jax.Array, jax.Array]:
+def rope(position_BS: Array, head_dim: int, theta: float, dtype: str) -> tuple[Array, Array]:
     """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves
     of a head are the pairs.
     """
@@ -53,7 +52,7 @@ def rope(
     return jnp.cos(angle_BS1A), jnp.sin(angle_BS1A)
 
 
-def rotate(x_BSHA: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x_BSHA: Array, cos: Array, sin: Array) -> Array:
     """Returns queries or keys turned by the angles of their positions."""
     half = x_BSHA.shape[-1] // 2
     first, second = x_BSHA[..., :half], x_BSHA[..., half:]
@@ -63,7 +62,7 @@ def rotate(x_BSHA: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.astype(x_BSHA.dtype)
 
 
-def dropout(x_BSD: jax.Array, rate: float, rng: jax.Array, row_B: jax.Array) -> jax.Array:
+def dropout(x_BSD: Array, rate: float, rng: Array, row_B: Array) -> Array:
     """Zeroes entries with probability `rate`.
 
     The key folds in the global row, so the mask is the same on every mesh and micro-batch.
@@ -80,7 +79,7 @@ def dropout(x_BSD: jax.Array, rate: float, rng: jax.Array, row_B: jax.Array) -> 
     return jnp.where(jax.vmap(draw)(row_B), x_BSD / kept, 0)
 
 
-def activate(h: jax.Array, activation: str) -> jax.Array:
+def activate(h: Array, activation: str) -> Array:
     """[..., P, F] -> [..., F]: silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh
     approximation), as the experts do.
     """
@@ -97,7 +96,7 @@ class FeedForward(nnx.Module):
 
     def __init__(
         self,
-        key: jax.Array,
+        key: Array,
         d_model: int,
         hidden: int,
         activation: str,
@@ -113,7 +112,7 @@ class FeedForward(nnx.Module):
         self.activation = activation
         self.weights = Weights(key, declared, param_dtype)
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: Array) -> Array:
         w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), x_BSD.dtype)
         w_out = gather(self.weights["w_out"], ("hidden", "embed"), x_BSD.dtype)
         h_BSPF = jnp.einsum("BSD,DPF->BSPF", x_BSD, w_in)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
@@ -71,17 +72,16 @@ class MMoE(nnx.Module):
 
     repeats: Any
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
-        self.ends = Weights(keys[0], {"embed": embedding(cfg)} | _bottom(cfg), cfg.param_dtype)
+        ends = {"embed": embedding(cfg)} | _bottom(cfg)
+        self.ends = Weights(keys[0], ends, cfg.param_dtype)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask=""))
         self.towers = Weights(jax.random.fold_in(key, 4), _towers(cfg), cfg.param_dtype)
         self.head = Weights(jax.random.fold_in(key, 5), _head(cfg), cfg.param_dtype)
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         cfg = self.cfg
         options = typed_options(Options, cfg.kind_options)
         feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
@@ -98,7 +98,7 @@ class MMoE(nnx.Module):
         x_BGD, sums = run_stack(self, x_BGD, tasks, rng, train)
         return self._scores(self._towers(x_BGD)), sums
 
-    def _bottom(self, x_BD: jax.Array) -> jax.Array:
+    def _bottom(self, x_BD: Array) -> Array:
         """Returns h, what all tasks share."""
         w_DD = gather(self.ends["bottom"], ("embed", None), self.cfg.dtype)
         bias_D = self.ends["bottom_bias"].astype(self.cfg.dtype)
@@ -107,7 +107,7 @@ class MMoE(nnx.Module):
         h_BD = jnp.einsum("BD,DE->BE", x_BD, w_DD)
         return jax.nn.gelu(h_BD + bias_D[None])
 
-    def _towers(self, x_BGD: jax.Array) -> jax.Array:
+    def _towers(self, x_BGD: Array) -> Array:
         """Returns t_g of every task, with the last norm."""
         w_GDD = gather(self.towers["w"], (None, "embed", None), self.cfg.dtype)
         h_BGD = rms_norm(x_BGD, self.towers["norm_scale"], self.cfg.norm_epsilon)
@@ -115,7 +115,7 @@ class MMoE(nnx.Module):
         x_BGD = x_BGD + h_BGD
         return rms_norm(x_BGD, self.ends["norm_scale"], self.cfg.norm_epsilon)
 
-    def _scores(self, t_BGD: jax.Array) -> jax.Array:
+    def _scores(self, t_BGD: Array) -> Array:
         """Logits in at least float32; every task's tower meets its own items only."""
         wide = wide_dtype(t_BGD.dtype)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
@@ -151,7 +151,7 @@ def _head(cfg: ModelConfig) -> dict[str, Weight]:
     return {"w": w, "b": Weight((num_items,), (None,), 0.0)}
 
 
-def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
+def _as_tokens(batch: Batch, valid_B: Array, num_tasks: int) -> Batch:
     """Every row as a sequence of its tasks: id and position are the task's number."""
     shape = (*valid_B.shape, num_tasks)
     task_1G = jnp.arange(num_tasks, dtype=jnp.int32)[None]
@@ -166,7 +166,7 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
     )
 
 
-def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
+def bags(table_VD: Array, feature_BL: Array, weight_BL: Array) -> Array:
     """[B, D]: an embedding bag of each row, on any mesh.
 
     Every row is summed as segments of its own, so none leaves its device.
@@ -182,15 +182,15 @@ def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> ja
 
 
 def embedding_bag(
-    table_VD: jax.Array, feature_N: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int
-) -> jax.Array:
+    table_VD: Array, feature_N: Array, row_N: Array, weight_N: Array, num_rows: int
+) -> Array:
     """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what
     has row >= num_rows is left out.
     """
     return bag_sum(table_VD.at[feature_N].get(), row_N, weight_N, num_rows)
 
 
-def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int) -> jax.Array:
+def bag_sum(x_ND: Array, row_N: Array, weight_N: Array, num_rows: int) -> Array:
     """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter
     rounds after every term.
     """
@@ -201,7 +201,7 @@ def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: in
     return sum_BD.astype(x_ND.dtype)
 
 
-def from_csr(start_R: Sequence[int]) -> jax.Array:
+def from_csr(start_R: Sequence[int]) -> Array:
     """row_N of the entries of a CSR matrix, from the places where its rows begin (one more than it
     has rows).
     """
