@@ -81,7 +81,8 @@ class Options(KindOptions):
         return self.inputs == "tokens"
 
 
-POSITION_STD = 0.02  # as in ViT
+# As in ViT.
+POSITION_STD = 0.02
 
 
 class Encoder(nnx.Module):
