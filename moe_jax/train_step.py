@@ -258,8 +258,8 @@ def descend(
 
 
 def routers_learn(cfg: Config, params: Any) -> bool:
-    """Whether the routers' state may move: not where optim.train_only trains no router and no
-    expert, for then the model is frozen.
+    """Returns whether the routers' state may move: not where optim.train_only trains no router and
+    no expert, for then the model is frozen.
     """
     of_moe = [name for name in parameter_names(params) if "moe" in name.split("/")]
     return any(re.search(cfg.optim.train_only, name) for name in of_moe)

@@ -56,8 +56,10 @@ class Block(nnx.Module):
         self.cfg, self.look = cfg, look
         self.kind = depth.inner(kind)
         self.wrapped = kind != self.kind
+        # Every part has a norm before it.
         parts = {"attention": bool(look.mask), "cross": look.cross, "ffn": True}
-        norms = {f"{name}_norm_scale": norm_scale(cfg) for name in parts if parts[name]}
+        there = [name for name in parts if parts[name]]
+        norms = {f"{name}_norm_scale": norm_scale(cfg) for name in there}
         self.norms = Weights(keys[0], norms, cfg.param_dtype)
         if look.mask:
             self.attention = SelfAttention(keys[1], cfg, look.mask)
@@ -71,6 +73,7 @@ class Block(nnx.Module):
         if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
         if self.wrapped:
+            # As a router's: near the threshold a rounded score would choose other tokens.
             wide = jnp.dtype(wide_dtype(cfg.param_dtype)).name
             self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
@@ -113,6 +116,7 @@ class Block(nnx.Module):
         self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any
     ) -> tuple[Array, Array, depth.Sums]:
         """(what attention adds to the residual stream, what the feed-forward adds, sums)."""
+        # Where there is no attention, nothing is added: bits are those of a sum with zero.
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask:
             h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
@@ -170,7 +174,7 @@ class Block(nnx.Module):
         return attended, drop(y, keys[2]), sums
 
     def _prefix(self, batch: Batch) -> Array | None:
-        """Which tokens see their whole prefix; None where the mask or the batch has none."""
+        """Returns which tokens see their whole prefix; None where there is no prefix."""
         if self.look.mask != "prefix" or not isinstance(batch.prefix_BS, Array):
             return None
         return batch.prefix_BS

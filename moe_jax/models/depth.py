@@ -159,9 +159,11 @@ def cached(
     def write(old_M, position_S, new_S):
         return old_M.at[position_S].set(new_S, mode="drop")
 
+    # The slots remember it: later tokens must not see the key of one that was not chosen.
     chosen_BM = jax.vmap(write)(cache.chosen_BM, batch.position_BS, chosen_BS)
     through = batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0))
     y_BSD, attention = update(x_BSD, through, cache.attention, chosen_BM)
+    # All places are computed; those that were not chosen add nothing.
     gate_BS = jnp.where(chosen_BS, logit_BS, 0)
     gated_BSD = y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype)
     return x_BSD + gated_BSD, DepthCache(attention, chosen_BM)
@@ -206,6 +208,7 @@ def _route(
 
 def totals(sums_LB: Mapping[str, Array]) -> Sums:
     """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
+    # The sums of all layers are in one dict, those of the MoE layers among them.
     mine = {name: x for name, x in sums_LB.items() if name.startswith(NAME)}
     return {name.removeprefix(NAME): x.sum(1) for name, x in mine.items()}
 

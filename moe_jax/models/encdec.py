@@ -105,6 +105,7 @@ class EncDec(nnx.Module):
         source, before = self.encode(source_rows, rng, train)
         key = jax.random.fold_in(jax.random.fold_in(rng, 0), 1)
         x_BSD = self._embed(batch, key, train)
+        # Blocks read the source as it was encoded.
         targets = batch._replace(source_rows=())
         # Blocks are counted through: those of the encoder are the first.
         begin = 1 + len(self.encoder.cfg.blocks)

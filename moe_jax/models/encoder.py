@@ -77,7 +77,7 @@ class Options(KindOptions):
 
     @property
     def embeds(self) -> bool:
-        """Whether the inputs are tokens: vectors are projected instead."""
+        """Returns whether the inputs are tokens: vectors are projected instead."""
         return self.inputs == "tokens"
 
 
@@ -107,6 +107,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
+        # Number 0: blocks are counted from 1.
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x_BSD = self._embed(batch)
         x_BSD = dropout(x_BSD, cfg.dropout if train else 0.0, keys[0], batch.row_B)
@@ -114,6 +115,7 @@ class Encoder(nnx.Module):
             one_BS1 = jnp.ones_like(x_BSD[:, :, :1])
             key = jax.random.fold_in(keys[0], 1)
             x_BSD = x_BSD * dropout(one_BS1, options.token_dropout, key, batch.row_B)
+        # Blocks have no use for the vectors, which would travel with the batch.
         tokens = batch._replace(vectors_BSP=())
         x_BSD, sums = run_stack(self, x_BSD, tokens, rng, train)
         x_BSD = rms_norm(x_BSD, self.ends["norm_scale"], cfg.norm_epsilon)
@@ -161,6 +163,7 @@ def pool(x_BSD: Array, valid_BS: Array, how: str) -> Array:
     row without any.
     """
     valid_BS1 = valid_BS[:, :, None]
+    # A row of padding alone has no largest number, and none to divide by.
     if how == "max":
         top_BD = jnp.where(valid_BS1, x_BSD, -jnp.inf).max(1)
         return jnp.where(valid_BS.any(1)[:, None], top_BD, 0)

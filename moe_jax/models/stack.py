@@ -78,6 +78,7 @@ def run_stack(
     cfg = model.cfg
     call = caller(cfg, train)
 
+    # Plain Python: only the repeats of `scan` are a loop of the program.
     def run(some, x_BSD, first):
         """(x_BSD, sums) after blocks of which the first has number `begin` + `first`."""
         parts = []

@@ -102,10 +102,12 @@ def projections(cfg: ModelConfig) -> dict[str, Weight]:
 def cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
     """Returns a cache of `num_slots` positions a row, on the current mesh."""
 
+    shape = (num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
+
     def zeros():
-        shape = (num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
         return jax.sharding.reshard(jnp.zeros(shape, cfg.dtype), P(BATCH, None, "model"))
 
+    # Two arrays: both are given up to the program that writes into them.
     return Cache(zeros(), zeros())
 
 
