@@ -56,7 +56,10 @@ def causal(segment_BS: Array) -> Keys:
 
 def windowed(segment_BS: Array, window: int) -> Keys:
     """Every token sees itself and the window - 1 tokens before it, within its segment."""
-    index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
+    S = segment_BS.shape[1]
+    # A longer window sees no more, and may be no int32.
+    window = min(window, S)
+    index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     first_BS = jnp.maximum(_first_of_run(segment_BS), index_1S - (window - 1))
     return Keys(first_BS, window=window)
 

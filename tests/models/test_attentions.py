@@ -137,7 +137,7 @@ def test_keys_that_the_window_has_left_behind_are_not_computed():
     assert "2x64x256" not in short and "2x64x96" in short
 
 
-@pytest.mark.parametrize("window", [130, 1000])
+@pytest.mark.parametrize("window", [130, 2**40])
 def test_a_window_as_long_as_the_row_is_the_causal_mask_bit_for_bit(window):
     args, segment, do = rows((2, 130, 4, 2, 4))
     args, do = (jax.tree.map(lambda z: z.astype(jnp.float32), z) for z in (args, do))

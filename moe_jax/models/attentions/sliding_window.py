@@ -37,7 +37,8 @@ def keys(mask: str, segment_BS: Array, prefix_BS: Array | None, options: Options
 def slots(position_BS: Array, last_BS: Array, num_slots: int, options: Options) -> Array:
     """Returns a mask [B, S, M]: the slots of the last `window` positions."""
     slot_11M = jnp.arange(num_slots, dtype=last_BS.dtype)[None, None, :]
-    first_BS = position_BS - (options.window - 1)
+    # A longer window sees no more, and may be no int32.
+    first_BS = position_BS - (min(options.window, num_slots) - 1)
     return (slot_11M >= first_BS[:, :, None]) & (slot_11M <= last_BS[:, :, None])
 
 
