@@ -331,3 +331,12 @@ def test_both_attentions_have_the_same_parameters(float64):
             jax.eval_shape(make_model(c).init, jax.random.key(0)) for c in (window, cfg)
         )
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
+def test_a_model_without_blocks_is_counted():
+    """The article's model has none, so no block shares the residual stream."""
+    article = tiny.build(changes={"model.kind": "article", "model.repeats": 0}).model
+    for name in ATTENTIONS:
+        cfg = dataclasses.replace(article, attention=name)
+        assert set(ATTENTIONS[name].weights(cfg)) >= {"q", "k", "v", "o"}
+    assert flops.parameters(article).attention == 0

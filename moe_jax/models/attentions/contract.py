@@ -82,8 +82,10 @@ def projections(cfg: ModelConfig) -> dict[str, Weight]:
     config has them.
     """
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    # Each block writes to the residual stream twice.
-    out_std = (h * a) ** -0.5 * (2 * len(cfg.blocks)) ** -0.5
+    # Each block writes to the residual stream twice. Weights are also asked for where there is no
+    # block, to be counted.
+    num_blocks = max(len(cfg.blocks), 1)
+    out_std = (h * a) ** -0.5 * (2 * num_blocks) ** -0.5
     weights = {
         "q": Weight((d, h, a), ("embed", "heads", None), d**-0.5),
         "k": Weight((d, g, a), ("embed", "heads", None), d**-0.5),
