@@ -64,7 +64,7 @@ def _depth(model: ModelConfig) -> bool:
 
 
 def _attention(model: ModelConfig) -> bool:
-    """Whether attention itself sees the future, where the mask is causal."""
+    """Returns whether attention itself sees the future, where the mask is causal."""
     return bool(model.kind_options.masks) and ATTENTIONS[model.attention].sees_future
 
 
