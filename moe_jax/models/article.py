@@ -35,9 +35,9 @@ from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
-from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import KindOptions, Stack
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option, typed_options

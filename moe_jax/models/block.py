@@ -20,8 +20,8 @@ from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
 from moe_jax.models.attentions.contract import Cache
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, rms_norm
-from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
 

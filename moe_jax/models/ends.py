@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm
-from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 

@@ -11,8 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.parallel.mesh import BATCH, P, spec
+from moe_jax.precision import wide_dtype
 from moe_jax.weights import Weight, Weights
 
 

@@ -36,10 +36,10 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import embedding, norm_scale
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.models.stack import run_stack, stack
-from moe_jax.moe.experts.grouped_matmul import wide_dtype
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import KindOptions
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import BELOW_ONE, NUMBER, option, typed_options
