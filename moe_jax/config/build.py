@@ -6,7 +6,7 @@ rules between keys are in rules.py; `build` ends with them.
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ RESUME_MAY_CHANGE = (
     "log",
     "record",
     "mesh",
+    "mesh_fallbacks",
     "profile",
     "simulate_devices",
     "limits",
@@ -51,7 +52,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     Raises UserError.
     """
     tree = copy.deepcopy(dict(raw))
-    tree["mesh"] = _lengths(tree["mesh"], num_devices)
+    tree["mesh"] = _lengths(tree["mesh"], tree["mesh_fallbacks"], num_devices)
     for choice in choices():
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
@@ -68,22 +69,20 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     return config
 
 
-def _lengths(raw: Mapping[str, Any], num_devices: int) -> mesh.Lengths:
+def _lengths(raw: Mapping[str, Any], fallbacks: Sequence[str], num_devices: int) -> mesh.Lengths:
     """Returns the lengths of the mesh for these devices: those of the config, or else the first of
-    mesh.fallbacks that fits.
+    mesh_fallbacks that fits.
     """
     written = freeze(MeshConfig, raw, "mesh.")
     for message in refusals(written, "mesh."):
         raise UserError(message)
-    fallbacks = [mesh.parse(text, "mesh.fallbacks") for text in written.fallbacks]
-    lengths = dataclasses.asdict(written)
-    del lengths["fallbacks"]
+    others = [mesh.parse(text, "mesh_fallbacks") for text in fallbacks]
     try:
-        return mesh.resolve(mesh.Lengths(**lengths), num_devices)
+        return mesh.resolve(mesh.Lengths(**dataclasses.asdict(written)), num_devices)
     except UserError:
-        for fallback in fallbacks:
-            if fallback.num_devices == num_devices:
-                return fallback
+        for lengths in others:
+            if lengths.num_devices == num_devices:
+                return lengths
         raise
 
 

@@ -50,10 +50,6 @@ class MeshConfig:
     )
     expert: int = option(1, "expert parallel (also shards the batch)", AXIS)
     model: int = option(1, "tensor parallel: heads, hidden columns, vocabulary", AXIS)
-    fallbacks: tuple[str, ...] = option(
-        (),
-        'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -411,6 +407,10 @@ class Config:
         "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
     mesh: Lengths = derived(MeshConfig)
+    mesh_fallbacks: tuple[str, ...] = option(
+        (),
+        'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
+    )
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
     task_options: Any = derived()
     model: ModelConfig
