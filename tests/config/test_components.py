@@ -296,7 +296,7 @@ REGISTRIES = {
 # What still knows a name. This list only shrinks: each says why, or what will take its place.
 LEFT = {
     "moe/load.py": "sums of the layers, which two losses are made of and named like",
-    "moe/routing/contract.py": "sums of a router, which two losses are made of and named like",
+    "moe/routing/statistics.py": "sums of a router, which two losses are made of and named like",
 }
 
 
