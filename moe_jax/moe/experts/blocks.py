@@ -1,8 +1,8 @@
 """The experts' kernel for CPUs: the rows of each expert in blocks of a few static sizes.
 
-It visits the experts one after another with their weights held (one copy of the weights per
-expert), and runs over the rows of each with trip counts known only at run time. An expert without
-rows costs nothing. Such loops have no derivative, so the backward pass is written out.
+It visits the experts that have rows one after another with their weights held (one copy of the
+weights per expert), and runs over the rows of each with trip counts known only at run time. Such
+loops have no derivative, so the backward pass is written out.
 
 Shapes: see network.py; B rows of a block.
 """
@@ -73,6 +73,22 @@ def _for_blocks(
     return carry
 
 
+def _for_experts(expert: Callable[[Array, Any], Any], carry: Any, size_e: Array) -> Any:
+    """Folds `expert(i, carry)` over the experts that have rows, in order.
+
+    A visit copies the weights of an expert, rows or not. When a text is written token by token,
+    most experts have none.
+    """
+    has_rows_e = size_e > 0
+    # Stable, so that those with rows come first and in their order.
+    expert_index_e = jnp.argsort(~has_rows_e, stable=True)
+
+    def body(j: Array, carry: Any) -> Any:
+        return expert(expert_index_e[j], carry)
+
+    return lax.fori_loop(0, has_rows_e.sum(dtype=jnp.int32), body, carry)
+
+
 def serve_rows(
     network: Callable[..., Array],
     x_RD: Array,
@@ -96,7 +112,7 @@ def serve_rows(
 
         return _for_blocks(step, y_RD, start, size, x_RD.shape[0], block)
 
-    return lax.fori_loop(0, start_e.shape[0], expert, jnp.zeros_like(x_RD))
+    return _for_experts(expert, jnp.zeros_like(x_RD), size_e)
 
 
 def _rows(array_RX: Array, offset: Array, B: int) -> Array:
@@ -146,7 +162,7 @@ def forward(
         return _for_blocks(step, carry, start, size, num_rows, block)
 
     pre_RH = jnp.zeros_like(x_RD, shape=(num_rows, w_in_eDH.shape[2]))
-    return lax.fori_loop(0, w_in_eDH.shape[0], expert, (jnp.zeros_like(x_RD), pre_RH))
+    return _for_experts(expert, (jnp.zeros_like(x_RD), pre_RH), layout.size_e)
 
 
 def backward(
@@ -202,8 +218,7 @@ def backward(
         dx_RD, dgate_R, dw_in_DH, dw_out_FD = _for_blocks(step, sums, start, size, num_rows, block)
 
         def set_own(dw_e: Array, dw: Array) -> Array:
-            # An expert without rows has run no step: the sums are another expert's.
-            return dw_e.at[i].set(jnp.where(size > 0, dw, 0).astype(dw_e.dtype))
+            return dw_e.at[i].set(dw.astype(dw_e.dtype))
 
         dw_in_eDH = set_own(cotangents.w_in_eDH, dw_in_DH)
         dw_out_eFD = set_own(cotangents.w_out_eFD, dw_out_FD)
@@ -215,5 +230,6 @@ def backward(
     # The sums of one expert's weights are in the carry, one buffer for all experts.
     zeros = jax.tree.map(jnp.zeros_like, rows)
     carry = (zeros, zero_of_one(w_in_eDH), zero_of_one(w_out_eFD))
-    cotangents, _, _ = lax.fori_loop(0, w_in_eDH.shape[0], expert, carry)
+    # An expert without rows is not visited: its cotangents stay zero.
+    cotangents, _, _ = _for_experts(expert, carry, layout.size_e)
     return cotangents
