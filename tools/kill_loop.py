@@ -4,11 +4,12 @@
     python tools/kill_loop.py --kills 10 --processes 2
     python tools/kill_loop.py --kills 100 --signal TERM
 
-A kill is SIGKILL (or another signal), at a random moment: during imports, compilation, steps, a save, the removal of an
-old checkpoint, an evaluation. With two processes one of them, or both, are killed; the other ends
-by itself. With SIGTERM every signal must be heard: the log has a line of each, and the run ends by
-itself with 0, or with 143 where there was nothing to save. At the end every logged loss and gradient norm must have the same bits as in the run that
-was not killed, and so must every array of the last checkpoint. Ends with 1 if one differs.
+A kill is SIGKILL (or another signal), at a random moment: during imports, compilation, steps, a
+save, the removal of an old checkpoint, an evaluation. With two processes one of them, or both, are
+killed; the other ends by itself. With SIGTERM every signal must be heard: the log has a line of
+each, and the run ends by itself with 0, or with 143 where there was nothing to save. At the end
+every logged loss and gradient norm must have the same bits as in the run that was not killed, and
+so must every array of the last checkpoint. Ends with 1 if one differs.
 """
 
 import argparse
@@ -150,9 +151,9 @@ def main() -> int:
     )
     same_rows = rows_of(killed) == rows_of(whole)
     same_arrays = arrays_of(killed) == arrays_of(whole)
+    what = f"{kills} times SIG{flags.signal} to {flags.processes} process(es), {heard} heard"
     print(
-        f"{kills} times SIG{flags.signal} to {flags.processes} process(es) ({heard} heard): losses and norms of "
-        f"{len(rows_of(whole))} steps {'equal' if same_rows else 'DIFFER'}, arrays of the last "
+        f"{what}: losses and norms of {len(rows_of(whole))} steps {'equal' if same_rows else 'DIFFER'}, arrays of the last "
         f"checkpoint {'equal' if same_arrays else 'DIFFER'}; at most {most_redone} steps made "
         f"again after a kill (a save every {EVERY}), {time.monotonic() - begun:.0f} s"
     )
