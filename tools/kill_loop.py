@@ -152,9 +152,10 @@ def main() -> int:
     same_rows = rows_of(killed) == rows_of(whole)
     same_arrays = arrays_of(killed) == arrays_of(whole)
     what = f"{kills} times SIG{flags.signal} to {flags.processes} process(es), {heard} heard"
+    rows, arrays = ("equal" if same else "DIFFER" for same in (same_rows, same_arrays))
     print(
-        f"{what}: losses and norms of {len(rows_of(whole))} steps {'equal' if same_rows else 'DIFFER'}, arrays of the last "
-        f"checkpoint {'equal' if same_arrays else 'DIFFER'}; at most {most_redone} steps made "
+        f"{what}: losses and norms of {len(rows_of(whole))} steps {rows}, arrays of the last "
+        f"checkpoint {arrays}; at most {most_redone} steps made "
         f"again after a kill (a save every {EVERY}), {time.monotonic() - begun:.0f} s"
     )
     return 0 if same_rows and same_arrays else 1
