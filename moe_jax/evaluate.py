@@ -1,5 +1,6 @@
 """Held-out figures, weighted by prediction, on fixed batches."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
 from moe_jax.train_step import State, judged, make_model
 
-# whose routing is kept, for what chance gives: one of each domain in turn, so they stand for all
+# Rows whose routing is kept, for what chance gives: one of each domain in turn, so they stand for
+# all.
 MOST_ROWS = 4096
 
 
@@ -36,11 +38,9 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
     the result does not depend on how the rows fall into batches. Evaluates the moving average of
     the parameters where there is one. Raises stopping.Interrupted between two batches.
     """
-    model_cfg = (
-        cfg.model
-        if cfg.eval.dispatcher == "same"
-        else with_dispatcher(cfg.model, cfg.eval.dispatcher)
-    )
+    model_cfg = cfg.model
+    if cfg.eval.dispatcher != "same":
+        model_cfg = with_dispatcher(model_cfg, cfg.eval.dispatcher)
     model, task = make_model(model_cfg), TASKS[cfg.task]
 
     @jax.jit
@@ -53,7 +53,9 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         size = cfg.eval.batch_size
         rows = local_rows(size)
         total: Any = None
-        seen, routed, most = [], [], -(-MOST_ROWS // size)
+        # Of each batch the rows' nats, and of the first `most` batches their routing.
+        seen, routed = [], []
+        most = math.ceil(MOST_ROWS / size)
         for batch in eval_batches(data, size, num_batches or None, rows):
             stopping.check()
             sums = sums_of(params, state.router_state, put(batch, rows, size))
@@ -63,19 +65,23 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
             del routed[most:]
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         many = len(data.heldout_order()[1])
-        rows, row_routing = (
-            jax.tree.map(lambda *z: np.concatenate(z)[:many], *each) for each in (seen, routed)
-        )
-        return summary(task, total, data) | {"rows": rows, "row_routing": row_routing}
+
+        def joined(*parts):
+            # The last batch may be filled up.
+            return np.concatenate(parts)[:many]
+
+        found = {"rows": jax.tree.map(joined, *seen), "row_routing": jax.tree.map(joined, *routed)}
+        return summary(task, total, data) | found
 
     return evaluate
 
 
 def summary(task: contract.Task, total: Mapping[str, Any], data: Data) -> dict[str, Any]:
     """Figures from the sums of `contract.evaluate`."""
-    result = {**task.summary(total, data), **depth.figures(total["depth"])}
-    result = {name: float(value) for name, value in result.items()}
-    moe = {n: np.asarray(v) for n, v in load.metrics(total["moe"]).items()} if total["moe"] else {}
-    if moe:
+    figures = {**task.summary(total, data), **depth.figures(total["depth"])}
+    result: dict[str, Any] = {name: float(value) for name, value in figures.items()}
+    moe: dict[str, np.ndarray] = {}
+    if total["moe"]:
+        moe = {name: np.asarray(value) for name, value in load.metrics(total["moe"]).items()}
         result["max_vio"] = float(moe["max_vio"].mean())
     return {**result, "moe": moe, "routing": total["routing"]}

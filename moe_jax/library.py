@@ -106,15 +106,22 @@ class MoELayer(nnx.Module):
         param_dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        moe = {"num_experts": num_experts, "expert_hidden": expert_hidden}
-        moe |= {"router": router, "dispatcher": dispatcher}
+        changes: dict[str, Any] = {
+            "d_model": d_model,
+            "vocab_size": vocab_size,
+            "activation": activation,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "moe.num_experts": num_experts,
+            "moe.expert_hidden": expert_hidden,
+            "moe.router": router,
+            "moe.dispatcher": dispatcher,
+        }
         for name, value in (router_options or {}).items():
-            moe[f"routers.{router}.{name}"] = value
+            changes[f"moe.routers.{router}.{name}"] = value
         for name, value in (dispatcher_options or {}).items():
-            moe[f"dispatchers.{dispatcher}.{name}"] = value
-        shared = {"d_model": d_model, "vocab_size": vocab_size, "activation": activation}
-        shared |= {"dtype": dtype, "param_dtype": param_dtype}
-        self.cfg = _built(shared | {f"moe.{name}": value for name, value in moe.items()})
+            changes[f"moe.dispatchers.{dispatcher}.{name}"] = value
+        self.cfg = _built(changes)
         with _one_device():
             self.layer = layer.MoELayer(rngs.params(), moe_config(self.cfg))
 
@@ -153,28 +160,34 @@ class MoELayer(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _applied(graph, train: bool, on_mesh: bool, state, x_BSD, valid_BS, id_BS, rng):
-    """The layer as a compiled program.
+    """Returns what the layer does, as a compiled program."""
+    num_rows, row_length, _ = x_BSD.shape
+    shape_BS = (num_rows, row_length)
+    position_BS = jnp.broadcast_to(jnp.arange(row_length, dtype=jnp.int32), shape_BS)
+    segment_BS = jnp.ones(shape_BS, jnp.int32) if valid_BS is None else valid_BS.astype(jnp.int32)
+    id_BS = jnp.zeros(shape_BS, jnp.int32) if id_BS is None else id_BS
+    row_B = jnp.arange(num_rows, dtype=jnp.int32)
 
-    Compiled also when called step by step: an abstract mesh has no devices, which only a program
-    can do without.
-    """
-    b, s, _ = x_BSD.shape
-    position_BS = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
-    segment_BS = jnp.ones((b, s), jnp.int32) if valid_BS is None else valid_BS.astype(jnp.int32)
-    id_BS = jnp.zeros((b, s), jnp.int32) if id_BS is None else id_BS
-    row_B = jnp.arange(b, dtype=jnp.int32)
-    one = mesh.make(mesh.ONE, jax.devices()[:1]).abstract_mesh
-    with contextlib.nullcontext() if on_mesh else jax.sharding.use_abstract_mesh(one):
-        x_BSD, *read = (
-            jax.sharding.reshard(z, P(BATCH))
-            for z in (x_BSD, id_BS, position_BS, segment_BS, row_B)
+    def by_rows(z: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(z, P(BATCH))
+
+    # Compiled also when called step by step: an abstract mesh has no devices, which only a program
+    # can do without.
+    one_device = mesh.make(mesh.ONE, jax.devices()[:1]).abstract_mesh
+    with contextlib.nullcontext() if on_mesh else jax.sharding.use_abstract_mesh(one_device):
+        batch = layer.Batch(
+            id_BS=by_rows(id_BS),
+            position_BS=by_rows(position_BS),
+            segment_BS=by_rows(segment_BS),
+            row_B=by_rows(row_B),
         )
-        y_BSD, sums = nnx.merge(graph, state)(x_BSD, layer.Batch(*read), rng, train)
+        moe_layer = nnx.merge(graph, state)
+        y_BSD, sums = moe_layer(by_rows(x_BSD), batch, rng, train)
     return y_BSD, RoutingStatistics(sums)
 
 
 def _mesh_is_set() -> bool:
-    """Whether a mesh of ours is set. Raises UserError when it is another one."""
+    """Returns whether a mesh of ours is set. Raises UserError when it is another one."""
     current = jax.sharding.get_abstract_mesh()
     if not current.empty and current.axis_names != mesh.AXES:
         raise UserError(
@@ -185,7 +198,7 @@ def _mesh_is_set() -> bool:
 
 
 def _one_device() -> contextlib.AbstractContextManager[Any]:
-    """A mesh of one device, unless one is set."""
+    """Returns a context with a mesh of one device, unless one is set."""
     if _mesh_is_set():
         return contextlib.nullcontext()
     return jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1]))

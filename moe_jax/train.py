@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,10 @@ from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
+from moe_jax.loop import Calendar, InFlight
 from moe_jax.models.functions import make_model
 from moe_jax.parallel import batch_rows, mesh
+from moe_jax.parallel.compile_cache import CompileCache
 from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
@@ -40,9 +41,9 @@ from moe_jax.tasks import TASKS
 from moe_jax.terminal.progress import Progress
 from moe_jax.train_step import State, initial, make_step, make_tx, parameter_names
 
-# Steps queued on the devices; more than a few deadlock simulated CPU devices.
 FOREVER = 1e6  # seconds
-IN_FLIGHT = {"cpu": 2, "gpu": 8, "tpu": 8}
+# A layer whose load has less than this share of the most entropy uses few of its experts.
+COLLAPSED = 0.5
 
 
 class Job(NamedTuple):
@@ -54,80 +55,6 @@ class Job(NamedTuple):
     started: float  # time.monotonic() when the process began
     name: str  # of the config, to be shown
     allowed: tuple[str, ...]  # keys that may differ from those of the checkpoint it goes on from
-
-
-class Calendar(NamedTuple):
-    """Holds what is due after a step: each condition stands here, and nowhere else.
-
-    `done` counts the steps that are finished, from 1.
-    """
-
-    cfg: Config
-    saves: checkpoint.Checkpoints
-    start: int  # the step from which this process goes on
-    last: int  # the step after which the run ends
-
-    def logs(self, done: int) -> bool:
-        first, last = done == self.start + 1, done == self.last
-        return done % self.cfg.log.every == 0 or first or last
-
-    def evaluates(self, done: int) -> bool:
-        every = self.cfg.eval.every
-        return done == self.last or (every > 0 and done % every == 0)
-
-    def saves_state(self, done: int) -> bool:
-        return done == self.last or self.saves.due(done)
-
-    def records_routing(self, done: int) -> bool:
-        return self.cfg.record.steps(done)
-
-    def measures_interference(self, done: int) -> bool:
-        every = self.cfg.log.interference_every
-        return every > 0 and done % every == 0
-
-    def notes_load(self, done: int) -> bool:
-        return done % self.cfg.log.histogram_every == 0
-
-
-class InFlight:
-    """Steps that were handed to the devices, and whose values nobody has looked at yet."""
-
-    def __init__(self, cfg: Config, names: list[str], saves: checkpoint.Checkpoints):
-        self._cfg, self._names, self._saves = cfg, names, saves
-        self._steps: deque[tuple[int, dict[str, Any]]] = deque()
-        self._most = IN_FLIGHT.get(jax.default_backend(), 8)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def add(self, step: int, values: dict[str, Any]) -> None:
-        """Takes a step that was begun. Waits for the oldest one when there are many."""
-        self._steps.append((step, values))
-        if len(self._steps) >= self._most:
-            self._wait()
-
-    def wait_for_all(self) -> None:
-        """Nothing is evaluated or saved before it is known to be finite."""
-        while self._steps:
-            self._wait()
-
-    def _wait(self) -> None:
-        """Waits for a step. Raises NonFinite when too many in a row were not finite."""
-        step, values = self._steps.popleft()
-        skipped, patience = int(values["skipped"]), self._cfg.train.nonfinite_patience
-        if skipped <= patience:
-            return
-        parameter = stopping.first_broken(self._names, np.asarray(values["finite_leaves"]))
-        good = self._saves.latest()
-        where = "no checkpoint yet"
-        if good is not None:
-            where = f"last good checkpoint: step {good} in {self._saves.directory}"
-        raise stopping.NonFinite(
-            f"step {step}: loss {float(values['loss'])}, gradient norm "
-            f"{float(values['grad_norm'])}: not finite {skipped} time(s) in a row "
-            f"(train.nonfinite_patience = {patience}); the gradient of {parameter} went wrong "
-            f"first; {where}"
-        )
 
 
 def run(
@@ -184,9 +111,12 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     cfg, workdir = job.cfg, job.workdir
     require(cfg.log.trackers)
     main = jax.process_index() == 0
+    cache = CompileCache(cfg.compile_cache)
     goodput = Goodput(job.started)
     progress = Progress(active=main, goodput=goodput)
     banner.show(progress, cfg, workdir, job.name)
+    if cache.note:
+        progress.message(cache.note)
 
     # Data
     data = open_data(cfg, progress)
@@ -233,6 +163,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     if cfg.log.interference_every:
         measure_interference = interference.make_meter(cfg, model)
     clock = make_clock(cfg, progress, idle=start >= last)
+    alert = CollapseAlert(progress)
     faults = Injector(cfg.faults, workdir, jax.process_index())
     in_flight = InFlight(cfg, parameter_names(abstract.params), saves)
 
@@ -277,7 +208,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 WATCHDOG.step_done()
                 listener.note()
                 seconds = time.monotonic() - job.started
-                progress.message(f"first step done {seconds:.1f} s after the start")
+                kept = f"; {cache.hits} programs were compiled before" if cache.hits else ""
+                progress.message(f"first step done {seconds:.1f} s after the start{kept}")
             stop = stopping.due(done, start, cfg.log.every)
             ends = done == last or stop
             if profile.ends(done, ends):
@@ -287,6 +219,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
             if logs or stop:
                 held.check()
                 row = log_row(values)
+                alert.look(done, row)
                 progress.update(done, loss=row["train/loss"], balance=row.get("moe/load_max"))
                 row |= {"train/epoch": batches.epoch(done), "perf/goodput": goodput.share(done)}
                 writer.write(done, row | clock.figures())
@@ -305,6 +238,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 held.check()
                 with progress.doing("saving", after=state.step):
                     saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
+                    cache.keep()
         if start >= last:
             evaluation(state, final=True)
     except stopping.Interrupted:  # between two steps, or two batches of an evaluation
@@ -316,6 +250,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     finally:
         with contextlib.closing(progress), progress.doing("finishing the last save"):
             close_all(stream, profile, writer, saves)
+            cache.keep()
     signal, done = listener.release(), int(state.step)
     goodput.write(done)
     speed, spent = clock.tokens_per_second, goodput.text(done)
@@ -422,4 +357,24 @@ def log_row(values: Mapping[str, Any]) -> dict[str, float]:
             continue
         row[f"moe/{name}"] = float(value_L.mean())
         row |= {f"moe/layer_{layer}/{name}": float(v) for layer, v in enumerate(value_L)}
+    if "load_entropy" in host["moe"]:
+        row["moe/collapsed_layers"] = int((host["moe"]["load_entropy"] < COLLAPSED).sum())
     return row
+
+
+class CollapseAlert:
+    """Tells once when the routers of some layers send nearly all tokens to a few experts."""
+
+    def __init__(self, progress: Progress):
+        self._progress, self._told = progress, 0
+
+    def look(self, step: int, row: Mapping[str, float]) -> None:
+        """To be called with each logged row; tells again when more layers are collapsed."""
+        layers = int(row.get("moe/collapsed_layers", 0))
+        if layers > self._told:
+            self._progress.message(
+                f"step {step}: the router of {layers} layer(s) has collapsed: the entropy of the "
+                f"experts' load is below {COLLAPSED} of the most (moe/collapsed_layers). A balance "
+                "loss or another router helps: docs/balance.md"
+            )
+        self._told = max(self._told, layers)

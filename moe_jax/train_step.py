@@ -43,13 +43,19 @@ __all__ = [
 
 
 class State(NamedTuple):
-    step: jax.Array  # steps tried, int32
+    """Holds everything that a step changes."""
+
+    # Steps tried, int32.
+    step: jax.Array
     params: dict[str, Any]
     router_state: dict[str, Any]
     opt_state: Any
-    ema: Any  # like params, in at least float32; or None
-    skipped: jax.Array  # steps in a row whose loss or gradient was not finite
-    masks: Any = ()  # what a rule of sparse experts keeps (moe/sparse); () = no rule
+    # Like params, in at least float32; or None.
+    ema: Any
+    # Steps in a row whose loss or gradient was not finite.
+    skipped: jax.Array
+    # What a rule of sparse experts keeps (moe/sparse); () = no rule.
+    masks: Any = ()
     # What updates are added to (optim.master_copy): like params, in at least float32; () = they are
     # added to params.
     master: Any = ()
@@ -82,6 +88,7 @@ def advanced(cfg: Config, state: State, moved: Any) -> State:
 
 
 def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
+    """Returns the optimizer of a config, for parameters of that structure."""
     return optim.make(cfg.optim, params, stacked=cfg.model.scan)
 
 
@@ -137,10 +144,16 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
         if num == 1:
             return forward(batch)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
-        abstract = jax.eval_shape(forward, jax.tree.map(lambda z: z[0], micro))
+        first = jax.tree.map(lambda z: z[0], micro)
+        abstract = jax.eval_shape(forward, first)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
-        body = jax.checkpoint(lambda sums, part: (jax.tree.map(jnp.add, sums, forward(part)), None))
-        return jax.lax.scan(body, zero, micro)[0]
+
+        @jax.checkpoint
+        def body(sums, part):
+            return jax.tree.map(jnp.add, sums, forward(part)), None
+
+        totals, _ = jax.lax.scan(body, zero, micro)
+        return totals
 
     def loss(params: Any, router_state: Any, batch: Any, rng: jax.Array):
         totals = totals_of(params, router_state, batch, rng)
@@ -152,7 +165,9 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
 
 def step_key(cfg: Config, step: jax.Array) -> jax.Array:
     """The randomness of a step: of the seed and the step alone."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), step)
+    # 1 tells it from the keys of the first values.
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    return jax.random.fold_in(key, step)
 
 
 def make_step(
@@ -186,23 +201,21 @@ def make_step(
                 takes, window = finite & ~spike, spikes.advance(window, loss, norm, spike)
 
             def keep(new, old):
+                """Returns the new values, the old ones where the step counts for nothing."""
                 if not can_skip:
                     return new
                 return jax.tree.map(lambda n, o: jnp.where(takes, n, o), new, old)
 
             moved, masks = keep((moved, masks), (updated(state), state.masks))
-            kept = {
-                **keep(opt_state, dict(state.opt_state)),
-                "rate": opt_state["rate"],
-            }  # it follows the step, not the updates
-            ema = (
-                optim.update_ema(state.ema, moved, cfg.optim.ema_decay)
-                if state.ema is not None
-                else None
-            )
-            if ema is not None and zeros.rule != "none":
-                ema = sparse.mask(ema, sparse.alive(zeros, moved, masks))
-            ema = keep(ema, state.ema)
+            # The rate follows the step, not the updates.
+            kept = keep(opt_state, dict(state.opt_state)) | {"rate": opt_state["rate"]}
+            ema = state.ema
+            if ema is not None:
+                ema = optim.update_ema(ema, moved, cfg.optim.ema_decay)
+                # What a rule has cut does not live on in the average.
+                if zeros.rule != "none":
+                    ema = sparse.mask(ema, sparse.alive(zeros, moved, masks))
+                ema = keep(ema, state.ema)
             router_state = state.router_state
             if routers_learn(cfg, state.params):
                 router_state = keep(update_routers(cfg, router_state, totals["moe"]), router_state)
@@ -246,7 +259,8 @@ def descend(
     zeros, dense, masks = cfg.model.moe.sparse, grads, state.masks
     grads = sparse.mask(dense, masks)
     updates, opt_state = tx.update(grads, state.opt_state, updated(state))
-    opt_state = dict(typing.cast(Any, opt_state))  # of optim.make: clip, direction, decay, rate
+    # Of optim.make: clip, direction, decay, rate.
+    opt_state = dict(typing.cast(Any, opt_state))
     params = optax.apply_updates(updated(state), updates)
     if zeros.rule != "none":
         now = sparse.Now(state.step + 1, cfg.train.steps, optim.rate(cfg.optim)(state.step), rng)
@@ -256,13 +270,11 @@ def descend(
 
 
 def routers_learn(cfg: Config, params: Any) -> bool:
-    """Whether the routers' state may move: not where optim.train_only trains no router and no
-    expert, for then the model is frozen.
+    """Returns whether the routers' state may move: not where optim.train_only trains no router and
+    no expert, for then the model is frozen.
     """
-    return any(
-        "moe" in n.split("/") and re.search(cfg.optim.train_only, n)
-        for n in parameter_names(params)
-    )
+    of_moe = [name for name in parameter_names(params) if "moe" in name.split("/")]
+    return any(re.search(cfg.optim.train_only, name) for name in of_moe)
 
 
 def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:
@@ -277,13 +289,15 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
     def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
         """Returns the router state of one layer after the step."""
         state = dict(state)
-        weight = {"balance_weight": state.pop("balance_weight")} if moe.adaptive.rate else {}
+        # The weight of the balance losses is not the router's own.
+        weight = state.pop("balance_weight") if moe.adaptive.rate else None
         new = dict(ROUTERS[moe.router].update(state, totals, router_cfg))
-        return new | {
-            name: losses.adapt(value, totals, moe.adaptive) for name, value in weight.items()
-        }
+        if weight is not None:
+            new["balance_weight"] = losses.adapt(weight, totals, moe.adaptive)
+        return new
 
-    new = jax.vmap(update)(layout.by_moe_layer(router_state, cfg.model), totals)
+    layers = layout.by_moe_layer(router_state, cfg.model)
+    new = jax.vmap(update)(layers, totals)
     return dict(layout.into_moe_layers(new, router_state, cfg.model))
 
 
@@ -292,4 +306,5 @@ def parameter_names(params: Any) -> list[str]:
 
     One is "repeats/0/blocks/0/attention/weights/q".
     """
-    return [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [name_of(path) for path, _ in leaves]

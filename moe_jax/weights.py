@@ -38,9 +38,13 @@ from moe_jax.parallel.mesh import spec
 
 
 class Weight(NamedTuple):
+    """Holds how a parameter is declared."""
+
     shape: tuple[int, ...]
-    names: tuple[str | None, ...]  # logical dimension names, see mesh.RULES
-    std: float  # of the normal distribution it is drawn from; 0 = constant
+    # Logical dimension names, see mesh.RULES.
+    names: tuple[str | None, ...]
+    # Of the normal distribution that the first value is drawn from; 0 = `constant`.
+    std: float
     constant: float = 0.0
 
 
@@ -51,15 +55,17 @@ class RouterState(nnx.Variable):
 
 
 def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:
-    """The first value of a weight, placed on the current mesh."""
-    place = spec(*weight.names)
+    """Returns the first value of a weight, placed on the current mesh."""
+    partition = spec(*weight.names)
     if weight.std == 0:
-        return jax.sharding.reshard(jnp.full(weight.shape, weight.constant, dtype), place)
-    return weight.std * jax.random.normal(key, weight.shape, dtype, out_sharding=place)
+        value = jnp.full(weight.shape, weight.constant, dtype)
+        return jax.sharding.reshard(value, partition)
+    # Each device draws its own part, so a large weight is never whole on one.
+    return weight.std * jax.random.normal(key, weight.shape, dtype, out_sharding=partition)
 
 
 class Weights(nnx.Module):
-    """A module that is nothing but named parameters."""
+    """Holds named parameters, and nothing else."""
 
     def __init__(
         self,
@@ -69,14 +75,14 @@ class Weights(nnx.Module):
         kind: type[nnx.Variable] = nnx.Param,
     ):
         for name, weight in weights.items():
-            setattr(
-                self,
-                name,
-                kind(draw(jax.random.fold_in(key, zlib.crc32(name.encode())), weight, dtype)),
-            )
+            # Of the name alone, so that a further weight changes no other one's first value.
+            weight_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            setattr(self, name, kind(draw(weight_key, weight, dtype)))
 
     def __getitem__(self, name: str) -> jax.Array:
         return getattr(self, name)[...]
 
     def arrays(self) -> dict[str, jax.Array]:
-        return {name: v[...] for name, v in vars(self).items() if isinstance(v, nnx.Variable)}
+        """Returns the values of all parameters, by name."""
+        fields = vars(self).items()
+        return {name: field[...] for name, field in fields if isinstance(field, nnx.Variable)}

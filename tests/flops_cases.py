@@ -38,6 +38,9 @@ KINDS = {
     "ends/head": "head",
     "norm": "norms",
     "attention/weights": "attention",
+    "dense": "dense",
+    "experts": "experts",
+    "router": "router",
 }
 
 

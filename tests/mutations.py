@@ -15,7 +15,7 @@ from moe_jax import layout, train_step
 from moe_jax.models import block, decoder
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
-from moe_jax.moe.experts import grouped_matmul
+from moe_jax.moe.experts import ragged
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.layer import Shape
 from moe_jax.tasks import TASKS, contract
@@ -241,12 +241,12 @@ def too_little_room(patch):
 
 def kernel_without_gates(patch):
     """The grouped product of accelerators, which no CPU runs, forgets the gates."""
-    right = grouped_matmul._forward_ragged
+    right = ragged.forward
 
     def wrong(act, rows, layout):
         return right(act, rows._replace(gate_R=jnp.ones_like(rows.gate_R)), layout)
 
-    patch.setattr(grouped_matmul, "_forward_ragged", wrong)
+    patch.setattr(ragged, "forward", wrong)
 
 
 def first_documents(patch):

@@ -2,11 +2,14 @@
 
     python tools/kill_loop.py --kills 50
     python tools/kill_loop.py --kills 10 --processes 2
+    python tools/kill_loop.py --kills 100 --signal TERM
 
-A kill is SIGKILL, at a random moment: during imports, compilation, steps, a save, the removal of an
-old checkpoint, an evaluation. With two processes one of them, or both, are killed; the other ends
-by itself. At the end every logged loss and gradient norm must have the same bits as in the run that
-was not killed, and so must every array of the last checkpoint. Ends with 1 if one differs.
+A kill is SIGKILL (or another signal), at a random moment: during imports, compilation, steps, a
+save, the removal of an old checkpoint, an evaluation. With two processes one of them, or both, are
+killed; the other ends by itself. With SIGTERM every signal must be heard: the log has a line of
+each, and the run ends by itself with 0, or with 143 where there was nothing to save. At the end
+every logged loss and gradient norm must have the same bits as in the run that was not killed, and
+so must every array of the last checkpoint. Ends with 1 if one differs.
 """
 
 import argparse
@@ -106,6 +109,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM"))
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     chance = random.Random(flags.seed)
@@ -129,9 +133,12 @@ def main() -> int:
             killed = folder / f"killed_{kills}"
             continue
         for process in chance.sample(alive, chance.randint(1, len(alive))):
-            process.send_signal(signal.SIGKILL)
-        finish(processes)
+            process.send_signal(signal.Signals[f"SIG{flags.signal}"])
+        codes = finish(processes)
         kills += 1
+        if flags.signal == "TERM":
+            # A process that ends before Python listens is ended by the system, by -15.
+            assert all(code in (0, 143, -15) for code in codes), codes
         reached = max(rows_of(killed), default=0)
         saved = [int(p.parent.name[5:13]) for p in (killed / "checkpoints").glob("*/moe_jax.json")]
         again = max(reached, before) - max(saved, default=0)
@@ -139,12 +146,16 @@ def main() -> int:
         print(f"kill {kills}: at step {reached}, {again} steps to be made again", flush=True)
     codes = finish(start(killed, flags.processes))
     assert codes == [0] * flags.processes, (codes, killed.with_suffix(".log").read_text())
+    heard = sum(
+        path.read_text(errors="replace").count("SIGTERM: ") for path in folder.glob("*.log")
+    )
     same_rows = rows_of(killed) == rows_of(whole)
     same_arrays = arrays_of(killed) == arrays_of(whole)
+    what = f"{kills} times SIG{flags.signal} to {flags.processes} process(es), {heard} heard"
+    rows, arrays = ("equal" if same else "DIFFER" for same in (same_rows, same_arrays))
     print(
-        f"{kills} kills of {flags.processes} process(es): losses and norms of "
-        f"{len(rows_of(whole))} steps {'equal' if same_rows else 'DIFFER'}, arrays of the last "
-        f"checkpoint {'equal' if same_arrays else 'DIFFER'}; at most {most_redone} steps made "
+        f"{what}: losses and norms of {len(rows_of(whole))} steps {rows}, arrays of the last "
+        f"checkpoint {arrays}; at most {most_redone} steps made "
         f"again after a kill (a save every {EVERY}), {time.monotonic() - begun:.0f} s"
     )
     return 0 if same_rows and same_arrays else 1

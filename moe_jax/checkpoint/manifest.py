@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "moe_jax.json"
@@ -176,8 +176,16 @@ def _are_arrays(value: Any) -> bool:
 
 
 def _are_files(value: Any) -> bool:
-    """Returns whether a value is {name: [bytes, SHA-256]}."""
-    return isinstance(value, dict) and all(_is_pair(entry, int, str) for entry in value.values())
+    """Returns whether a value is {name: [bytes, SHA-256]}, with names below the checkpoint."""
+    if not isinstance(value, dict) or not all(map(_lies_below, value)):
+        return False
+    return all(_is_pair(entry, int, str) for entry in value.values())
+
+
+def _lies_below(name: str) -> bool:
+    """Returns whether a path leads to what is below the place where it begins."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _is_pair(value: Any, first: type, second: type) -> bool:

@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
         name, changes = command_line.named(text, "--variant")
         try:
             variants[name] = command_line.read(args.config, [*args.changes, *changes])
-            config.build(variants[name], len(jax.devices()))  # all, before the first is compiled
+            # Built to be refused: all of them, before the first is compiled.
+            config.build(variants[name], len(jax.devices()))
         except UserError as error:
             raise UserError(f"--variant {name}: {error}" if changes else str(error)) from None
     runs = {}
@@ -84,15 +85,15 @@ def prepare(raw: Mapping[str, Any]) -> tuple[config.Config, Callable[[], None]]:
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
         step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
-        task, num = TASKS[cfg.task], cfg.train.batch_size
-        rows = batch_rows.local_rows(num)
-        local = jax.tree.map(lambda z: z[rows], task.random(cfg, 0))
-        batch = batch_rows.put(local, rows, num)
-    held: list[Any] = [state]
+        batch_size = cfg.train.batch_size
+        rows = batch_rows.local_rows(batch_size)
+        local = jax.tree.map(lambda z: z[rows], TASKS[cfg.task].random(cfg, 0))
+        batch = batch_rows.put(local, rows, batch_size)
 
     def step() -> None:
+        nonlocal state
         with jax.set_mesh(devices):
-            held[0], metrics = step_fn(held[0], batch)
+            state, metrics = step_fn(state, batch)
             jax.block_until_ready(metrics)
 
     step()
@@ -107,12 +108,14 @@ def table(configs: dict[str, config.Config], times: dict[str, list[float]]) -> T
     for name, seconds in times.items():
         cfg, median = configs[name], statistics.median(seconds)
         counts = flops.parameters(cfg.model)
+        tokens = cfg.train.batch_size * cfg.data.seq_len
+        # Round by round, so that a machine that slows down does not change it.
         ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
         result.add(
             name,
             f"{1000 * median:.0f}",
             f"{1000 * min(seconds):.0f}",
-            f"{cfg.train.batch_size * cfg.data.seq_len / median:.0f}",
+            f"{tokens / median:.0f}",
             f"{ratio:.2f}",
             f"{counts.active / 1e6:.2f} M",
             f"{counts.total / 1e6:.2f} M",

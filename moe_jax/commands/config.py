@@ -17,7 +17,8 @@ from moe_jax.config import command_line, tree
 from moe_jax.config.config_file import default_values, values
 
 WIDTH = 100
-CHANGED = "*"  # in front of a key that is not as by default
+# In front of a key that is not as by default.
+CHANGED = "*"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -48,8 +49,9 @@ def lines(raw: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
     blocks: list[str] = []
     for key in tree.keys():
         *parents, name = key.path.split(".")
+        # Of the blocks around a key, those that the line above has too are not named again.
         shared = 0
-        while shared < min(len(blocks), len(parents)) and blocks[shared] == parents[shared]:
+        while blocks[: shared + 1] == parents[: shared + 1] and shared < len(parents):
             shared += 1
         for depth in range(shared, len(parents)):
             yield f"{'  ' * depth}  {parents[depth]}:"
@@ -67,15 +69,14 @@ def _line(
         options = ", ".join(tree.options_of(key.path))
         comment = f"{comment}: {options}" if comment else options
     if value != default:
-        comment = (
-            f"{comment} (default {as_tuples(default)!r})"
-            if comment
-            else f"default {as_tuples(default)!r}"
-        )
+        was = f"default {as_tuples(default)!r}"
+        comment = f"{comment} ({was})" if comment else was
     text = f"{'  ' * depth}{mark} {name} = {as_tuples(value)!r}"
-    if len(text) + len(comment) + 4 <= WIDTH:
-        yield f"{text}  # {comment}" if comment else text
+    line = f"{text}  # {comment}" if comment else text
+    if len(text) + len("  # ") + len(comment) <= WIDTH:
+        yield line
         return
+    # What does not fit stands above the key.
     indent = f"{'  ' * depth}  # "
     yield from textwrap.wrap(comment, WIDTH, initial_indent=indent, subsequent_indent=indent)
     yield text

@@ -30,7 +30,11 @@ from moe_jax.run import Run, open_run
 from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
 
-LIMIT = 1e-6  # how far outputs may move, relative to the largest
+# How far outputs may move, relative to the largest.
+LIMIT = 1e-6
+ROWS = 8  # of the random inputs
+# What a run keeps beside its tokenizer (data/examples.py).
+KEPT = ("labels.json", "items.json")
 
 
 class Weights(NamedTuple):
@@ -57,7 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     flags = parse(argv)
-    return CONVERSIONS[flags.what][1](flags)
+    _, run = CONVERSIONS[flags.what]
+    return run(flags)
 
 
 # compact
@@ -82,7 +87,7 @@ def declare_compact(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compact(flags: argparse.Namespace) -> int:
-    """0, or 1 when the outputs moved too far."""
+    """Returns 0, or 1 when the outputs moved too far."""
     if flags.out.exists() and any(flags.out.iterdir()):
         raise UserError(f"--out {flags.out} is not empty: name a new directory")
     if flags.block and flags.format == "dense":
@@ -95,26 +100,27 @@ def run_compact(flags: argparse.Namespace) -> int:
         notes, new = shrunk(old, flags)
         deviation = written(old, new, flags)
     report(old, new, notes, flags)
-    sound = deviation <= LIMIT
     shell.tell(
         f"outputs on random inputs: largest deviation {deviation:.1e} of the largest output, "
         f"float32 (limit {LIMIT:.0e})"
     )
-    shell.tell(
-        f"written: {flags.out}"
-        if sound
-        else f"{flags.out} does not compute the same: do not use it"
-    )
-    return 0 if sound else 1
+    if deviation > LIMIT:
+        shell.tell(f"{flags.out} does not compute the same: do not use it")
+        return 1
+    shell.tell(f"written: {flags.out}")
+    return 0
 
 
 def written(old: Weights, new: Weights, flags: argparse.Namespace) -> float:
-    """The deviation of what --out holds now; --out is taken away again when anything fails, for
-    nobody has compared it.
+    """Writes --out, and returns the deviation of what it holds then.
+
+    It is taken away again when anything fails, for nobody has compared it.
     """
     try:
         write(flags.workdir, flags.out, new)
+        # Read from the disk: what is compared is what others will read.
         return compare(old, read(open_run(flags.out, silent=True)))
+    # An interrupt too.
     except BaseException:
         shutil.rmtree(flags.out, ignore_errors=True)
         raise
@@ -129,46 +135,48 @@ def read(trained: Run) -> Weights:
 
 
 def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]:
-    """(what was done, the model without its zeros)."""
-    moe = old.raw["model"]["moe"]
+    """Returns what was done, a line for each, and the model without its zeros."""
+    zeros = old.raw["model"]["moe"]["sparse"]
+    # The moving average has experts of its own, which must fit the same widths.
     models = {name: tree for name, tree in old.parts.items() if name != "router_state"}
     layers = [layer for tree in models.values() for _, layer in sparse.experts_of(tree)]
-    if (
-        moe["sparse"]["stored"]["block"]
-        or not layers
-        or any(set(layer) != {"w_in", "w_out"} for layer in layers)
-    ):
+    whole = all(set(layer) == {"w_in", "w_out"} for layer in layers)
+    if zeros["stored"]["block"] or not layers or not whole:
         raise UserError(
             f"{flags.workdir} has no experts of two whole matrices (w_in and w_out), so there is "
             "nothing to compact"
         )
-    raw = copy.deepcopy(old.raw)
-    pattern = moe["sparse"]["patterns"][moe["sparse"]["pattern"]]
-    block = flags.block or pattern.get("block", 0)
+    block = flags.block or zeros["patterns"][zeros["pattern"]].get("block", 0)
     hidden, note = new_width(old.raw, layers, block if flags.format != "dense" else 0)
     notes = [note]
+    raw = copy.deepcopy(old.raw)
     moe = raw["model"]["moe"]
+    # Shared experts are one matrix: their number is its width over that of an expert.
     moe["shared_experts"] = moe["shared_experts"] * moe["expert_hidden"] // hidden
     moe["expert_hidden"], moe["sparse"]["rule"] = hidden, "none"
-    thin = {id(layer): compact.narrow(layer, hidden) for layer in layers}
-    form, note = block_format(list(thin.values()), block, flags)
-    notes += [note] if note else []
+    # By identity, for a layer is a dict.
+    narrow = {id(layer): compact.narrow(layer, hidden) for layer in layers}
+    form, note = block_format(list(narrow.values()), block, flags)
+    if note:
+        notes.append(note)
     if form:
         moe["sparse"]["stored"] = {"block": form.block, "w_in": form.w_in, "w_out": form.w_out}
 
     def converted(tree: Any) -> Any:
-        done = {}
+        values = {}
         for path, layer in sparse.experts_of(tree):
-            new = compact.packed(thin[id(layer)], form) if form else {"experts": thin[id(layer)]}
-            done |= {(*path[:-1], part): value for part, value in new.items()}
-        return with_paths(tree, done)
+            matrices = narrow[id(layer)]
+            stored = compact.packed(matrices, form) if form else {"experts": matrices}
+            values |= {(*path[:-1], part): value for part, value in stored.items()}
+        return with_paths(tree, values)
 
     parts = {name: converted(tree) if name in models else tree for name, tree in old.parts.items()}
     return notes, Weights(raw, parts, old.step)
 
 
 def with_paths(tree: Any, values: Mapping[tuple, Any]) -> Any:
-    """Nested dicts with other values at some paths, new ones too."""
+    """Returns nested dicts with other values at some paths, new ones too."""
+    # New dicts, so that the old ones stay as they are.
     tree = jax.tree.map(lambda x: x, tree)
     for path, value in values.items():
         at = tree
@@ -181,34 +189,35 @@ def with_paths(tree: Any, values: Mapping[tuple, Any]) -> Any:
 def new_width(
     raw: Mapping[str, Any], layers: Sequence[compact.Layer], block: int
 ) -> tuple[int, str]:
-    """(expert_hidden, why)."""
+    """Returns expert_hidden, and why it is that."""
     moe, axis = raw["model"]["moe"], max(1, raw["mesh"]["model"])
     hidden, least = moe["expert_hidden"], compact.least_hidden(layers)
     multiple = math.lcm(axis, block or 1)
     width = next(compact.widths(least, hidden, multiple, moe["shared_experts"]), hidden)
-    why = f"the fullest expert of all layers has {least} living units of {hidden}"
-    why += f", a multiple of mesh.model = {axis}" if axis > 1 else ""
-    why += f", a multiple of the block {block}" if block else ""
-    why += (
-        f", a divisor of {moe['shared_experts']} shared experts x {hidden}"
-        if moe["shared_experts"]
-        else ""
-    )
-    return width, f"model.moe.expert_hidden {hidden} -> {width}: {why}"
+    reasons = [f"the fullest expert of all layers has {least} living units of {hidden}"]
+    if axis > 1:
+        reasons.append(f"a multiple of mesh.model = {axis}")
+    if block:
+        reasons.append(f"a multiple of the block {block}")
+    if moe["shared_experts"]:
+        reasons.append(f"a divisor of {moe['shared_experts']} shared experts x {hidden}")
+    return width, f"model.moe.expert_hidden {hidden} -> {width}: {', '.join(reasons)}"
 
 
 def block_format(
     layers: list[compact.Layer], block: int, flags: argparse.Namespace
 ) -> tuple[Any, str]:
-    """(compact.Blocks or None, what to tell)."""
+    """Returns compact.Blocks, or None for whole matrices, and what to tell."""
     if flags.format == "dense" or (flags.format == "auto" and not block):
         return None, ""
     if not block:
         raise UserError("--format blocks needs the side of a block: --block 64")
-    d, f = layers[0]["w_in"].shape[1], layers[0]["w_in"].shape[3]
-    if d % block or f % block:
+    # w_in is [E, D, P, F].
+    _, d_model, _, hidden = layers[0]["w_in"].shape
+    if d_model % block or hidden % block:
         raise UserError(
-            f"--block {block} must divide model.d_model ({d}) and the experts' hidden width ({f})"
+            f"--block {block} must divide model.d_model ({d_model}) and the experts' hidden width "
+            f"({hidden})"
         )
     form = compact.blocks(layers, block)
     text = (
@@ -217,20 +226,19 @@ def block_format(
     )
     limit = compact.pays(block)
     if flags.format == "auto" and form.share > limit:
-        return (
-            None,
-            f"{text}; blocks of this side are faster up to {limit:.0%}, so whole matrices stay",
-        )
+        text += f"; blocks of this side are faster up to {limit:.0%}, so whole matrices stay"
+        return None, text
     return form, f"{text}; stored so, for inference alone"
 
 
 def write(workdir: Path, out: Path, new: Weights) -> None:
-    """The new checkpoint, its config, and whatever the run keeps for decoding (tokenizer, names of
-    labels).
+    """Writes the new checkpoint, its config, and whatever the run keeps for decoding (tokenizer,
+    names of labels).
     """
     out.mkdir(parents=True, exist_ok=True)
     saves = checkpoint.Checkpoints(out / "checkpoints", every=0, keep=1, keep_best=0)
     arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(new.step), **new.parts})
+    # A Run has its layers unstacked, whatever model.scan says.
     saves.save(new.step, arrays, metadata={"config": new.raw}, score=None, stacked=False)
     saves.close()
     (out / "config.json").write_text(json.dumps(new.raw, indent=1) + "\n", encoding="utf-8")
@@ -242,23 +250,26 @@ def write(workdir: Path, out: Path, new: Weights) -> None:
 
 
 def compare(old: Weights, new: Weights) -> float:
-    """The largest |difference| of outputs over the largest |output|, on random inputs of the task,
-    in float32.
+    """Returns the largest |difference| of outputs over the largest |output|, on random inputs of
+    the task, in float32.
     """
-    outputs = [forward(weights) for weights in (old, new)]
 
     def far(a, b):
+        # Outputs that are all 0 have no size to divide by.
         return float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
 
-    return max(far(a, b) for a, b in zip(*map(jax.tree.leaves, outputs), strict=True))
+    before, after = jax.tree.leaves(forward(old)), jax.tree.leaves(forward(new))
+    return max(far(a, b) for a, b in zip(before, after, strict=True))
 
 
 def forward(weights: Weights) -> Any:
+    """Returns the outputs of a model on one device, on random inputs of its task."""
     raw = copy.deepcopy(weights.raw)
     raw["model"] |= {"scan": False, "dtype": "float32", "param_dtype": "float32"}
     raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
     raw["eval"] |= {"batch_size": ROWS}
+    # One group for each row, so that ROWS fit whatever the run had.
     raw["model"]["moe"]["group_rows"] = 1
     cfg = config.build(raw, 1)
     task, model = TASKS[cfg.task], make_model(cfg.model)
@@ -268,35 +279,40 @@ def forward(weights: Weights) -> Any:
     def on_mesh(x, like):
         return jax.device_put(x.astype(like.dtype), flat.placement(like))
 
-    parts = jax.tree.map(on_mesh, (weights.parts["params"], weights.parts["router_state"]), like)
+    arrays = weights.parts["params"], weights.parts["router_state"]
+    params, router_state = jax.tree.map(on_mesh, arrays, like)
 
     # The batch is an argument: as a constant of the program it would lose how its rows are placed.
     def run(params, state, batch):
         return task.losses(model.bind(params, state), batch, jax.random.key(0), False).outputs
 
-    return jax.device_get(jax.jit(run)(*parts, batch))
+    return jax.device_get(jax.jit(run)(params, router_state, batch))
 
 
 def report(old: Weights, new: Weights, notes: list[str], flags: argparse.Namespace) -> None:
+    """Tells what was done, and how much smaller the model is."""
     for note in notes:
         shell.tell(note)
-    counts = [sum(x.size for x in jax.tree.leaves(w.parts["params"])) for w in (old, new)]
     kept, every = compact.nonzero(layer for _, layer in sparse.experts_of(old.parts["params"]))
     shell.tell(f"experts: {kept:,} of {every:,} weights were not zero ({kept / every:.1%})")
-    shell.tell(f"parameters: {counts[0]:,} -> {counts[1]:,} ({counts[1] / counts[0]:.1%})")
-    sizes = [bytes_of(path, w.step) for path, w in ((flags.workdir, old), (flags.out, new))]
-    shell.tell(f"checkpoint on disk, optimizer included before: {sizes[0]:,} -> {sizes[1]:,} bytes")
+    before, after = parameters_of(old), parameters_of(new)
+    shell.tell(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
+    before, after = bytes_of(flags.workdir, old.step), bytes_of(flags.out, new.step)
+    shell.tell(f"checkpoint on disk, optimizer included before: {before:,} -> {after:,} bytes")
+
+
+def parameters_of(weights: Weights) -> int:
+    return sum(array.size for array in jax.tree.leaves(weights.parts["params"]))
 
 
 def bytes_of(workdir: Path, step: int) -> int:
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
-    return sum(file.stat().st_size for file in Path(saves.path(step)).rglob("*") if file.is_file())
+    files = [path for path in Path(saves.path(step)).rglob("*") if path.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
-ROWS = 8  # of the random inputs
-KEPT = ("labels.json", "items.json")  # what a run keeps beside its tokenizer (data/examples.py)
-CONVERSIONS: dict[
-    str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
-] = {
+# By WHAT: the function that declares its flags, and the one that runs it.
+Declare = Callable[[argparse.ArgumentParser], None]
+CONVERSIONS: dict[str, tuple[Declare, Callable[[argparse.Namespace], int]]] = {
     "compact": (declare_compact, run_compact),
 }

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit code, 0 when the files are there."""
     flags = parse(argv)
     if not flags.name:
-        print("\n\n".join([*(describe(name, found) for name, found in table.SETS.items()), REST]))
+        sets = [describe(name, published) for name, published in table.SETS.items()]
+        print("\n\n".join([*sets, REST]))
         return 0
     if flags.name not in table.SETS:
         raise UserError(f"data has no set {flags.name!r}: choose one of {', '.join(table.SETS)}")
@@ -68,29 +69,30 @@ def convert(flags: argparse.Namespace, published: Published) -> None:
     """Writes the files of a set, and says what they are and what to do with them."""
     given = Given([path.expanduser() for path in flags.given], flags.any_digest)
     converted = published.convert(given)
-    told = [_read(source) for source in given.sources]
+    lines = [_read(source) for source in given.sources]
     for name, content in converted.files.items():
         path = flags.out / name
         new = written.write(path, content, flags.name, given.sources)
-        told.append(f"wrote {path}" if new else f"{path} is there already, with this content")
-    told.extend(converted.notes)
+        lines.append(f"wrote {path}" if new else f"{path} is there already, with this content")
+    lines.extend(converted.notes)
     if published.config:
         arguments = ("--config", published.config, f"--config.data.folder={flags.out}")
         train = shell.command("moe_jax.main", *arguments, "--workdir", f"runs/{flags.name}")
-        told.append(f"train on it with:\n  {train}")
-    print("\n".join(told))
+        lines.append(f"train on it with:\n  {train}")
+    print("\n".join(lines))
 
 
 def _read(source: Source) -> str:
     """Returns the line of a file that was read."""
-    return f"read {source.name}" + (f", whose {source.checked} is right" if source.checked else "")
+    checked = f", whose {source.checked} is right" if source.checked else ""
+    return f"read {source.name}{checked}"
 
 
 def describe(name: str, published: Published) -> str:
     """Returns the lines of a set in the list."""
-    lines = [("licence", published.licence), ("where", published.where), ("give", published.give)]
+    facts = {"licence": published.licence, "where": published.where, "give": published.give}
     if published.direct:
-        lines.append(("or", published.direct))
-    return "\n".join(
-        [f"{name:15} {published.what}", *(f"  {label:13} {text}" for label, text in lines)]
-    )
+        facts["or"] = published.direct
+    lines = [f"{name:15} {published.what}"]
+    lines += [f"  {label:13} {text}" for label, text in facts.items()]
+    return "\n".join(lines)

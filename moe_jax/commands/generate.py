@@ -21,8 +21,11 @@ from moe_jax.parallel import mesh
 from moe_jax.run import open_run
 from moe_jax.tasks import TASKS
 
+# C0 and C1 control characters, which can steer a terminal.
 CONTROL = {
-    c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\n\t"
 }
 
 
@@ -71,9 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, also when the output's reader goes away; 130 when interrupted."""
     flags = parse(argv)
-    logging.basicConfig(
-        format="\n%(message)s", level=logging.WARNING
-    )  # such as of a prompt that is too long
+    # Warnings, such as of a prompt that is too long, stand on a line of their own.
+    logging.basicConfig(format="\n%(message)s", level=logging.WARNING)
     settings = settings_of(flags)
     check(settings)
     try:
@@ -82,21 +84,19 @@ def main(argv: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains when it flushes at exit
+        # Or Python complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def settings_of(flags: argparse.Namespace) -> Settings:
-    """The settings that the flags ask for. UserError for one that does nothing."""
+    """Returns the settings that the flags ask for. Raises UserError for one that does nothing."""
     drawn = {"--top_k": flags.top_k, "--top_p": flags.top_p, "--seed": flags.seed}
     idle = [f"{name} {value}" for name, value in drawn.items() if value is not None]
     if flags.temperature == 0 and idle:
         raise UserError(
             f"--temperature 0 always takes the likeliest token, so {' and '.join(idle)} would do "
-            "nothing: "
-            "leave it out, or give a temperature above 0"
+            "nothing: leave it out, or give a temperature above 0"
         )
     return Settings(
         max_tokens=flags.max_tokens,
@@ -115,9 +115,8 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
     if not TASKS[cfg.task].is_language:
         raise UserError(
             f'--workdir {flags.workdir} is a run of task = "{cfg.task}" (model.kind '
-            f'"{cfg.model.kind}"), which has no text to continue: '
-            "its outputs on held-out data are in predictions.jsonl there, and only a language "
-            "model generates"
+            f'"{cfg.model.kind}"), which has no text to continue: its outputs on held-out data are '
+            "in predictions.jsonl there, and only a language model generates"
         )
     tokenizer = trained.tokenizer
     if flags.raw and not cfg.optim.ema_decay:
@@ -134,20 +133,21 @@ def run(flags: argparse.Namespace, prompts: list[str], settings: Settings) -> No
     if flags.no_stream:
         for row, text in enumerate(texts):
             show(row, text)
+            # The end of the row.
             show(row, "")
 
 
 def read_prompts(given: list[str] | None, stdin: TextIO) -> list[str]:
-    """The prompts of the command line, else the lines of a file or pipe on standard input, else one
-    empty prompt.
+    """Returns the prompts of the command line, else the lines of a file or pipe on standard input,
+    else one empty prompt.
 
-    UserError for standard input that is no text.
+    Raises UserError for standard input that is no text.
     """
-    lines = given
-    if lines is None and not stdin.isatty():
+    prompts = given
+    if prompts is None and not stdin.isatty():
         text = text_of(stdin)
-        lines = text.removesuffix("\n").split("\n") if text else []
-    return [printable(line) for line in lines or [""]]
+        prompts = text.removesuffix("\n").split("\n") if text else []
+    return [printable(prompt) for prompt in prompts or [""]]
 
 
 def text_of(stdin: TextIO) -> str:
@@ -156,6 +156,7 @@ def text_of(stdin: TextIO) -> str:
     The rules are those of text files: UTF-8, or UTF-16 with its mark.
     """
     binary = getattr(stdin, "buffer", None)
+    # A stream that someone else has put in place may be of text alone.
     if binary is None:
         return plain(stdin.read(), "standard input")
     data = binary.read()
@@ -166,9 +167,9 @@ def text_of(stdin: TextIO) -> str:
 
 
 def printable(text: str) -> str:
-    """Bytes of the command line that are no UTF-8 come as surrogates, which no tokenizer takes:
+    """Returns a text with U+FFFD in place of surrogates.
 
-    U+FFFD instead.
+    Bytes of the command line that are no UTF-8 come as such, and no tokenizer takes them.
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -180,6 +181,7 @@ class Printer:
 
     def __init__(self, prompts: list[str], out: TextIO):
         self._prompts, self._out, self._turn = prompts, out, 0
+        # Text that came before it is the row's turn.
         self._waiting = [""] * len(prompts)
         self._ended = [False] * len(prompts)
         if hasattr(out, "reconfigure"):
@@ -187,6 +189,7 @@ class Printer:
         self._head()
 
     def __call__(self, row: int, text: str) -> None:
+        """Takes more text of a row; "" ends it."""
         self._waiting[row] += text
         self._ended[row] |= not text
         while self._turn < len(self._prompts):
@@ -199,15 +202,17 @@ class Printer:
             self._head()
 
     def _head(self) -> None:
-        """One prompt stands in front of its text, of several each has a heading."""
-        if self._turn < len(self._prompts):
-            prompt = self._prompts[self._turn]
-            many = len(self._prompts) > 1
-            self._write(
-                ("\n" if self._turn else "") + f"=== {self._turn + 1}: {prompt!r} ===\n"
-                if many
-                else prompt
-            )
+        """Writes what stands before a text: a single prompt as it is, of several each as a
+        heading.
+        """
+        if self._turn == len(self._prompts):
+            return
+        prompt = self._prompts[self._turn]
+        if len(self._prompts) == 1:
+            self._write(prompt)
+            return
+        blank_line = "\n" if self._turn else ""
+        self._write(f"{blank_line}=== {self._turn + 1}: {prompt!r} ===\n")
 
     def _write(self, text: str) -> None:
         if text:

@@ -53,9 +53,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     raw = command_line.read(args.config, args.changes)
+    # In float32 rounding would look like a leak.
     jax.config.update("jax_enable_x64", True)
     small = leak.shrink(raw)
     own = config.build(small, 1)
+    # Depth blocks can leak without any expert; the table of all is of routers.
     if not own.model.num_moe_layers and (args.all or not own.model.num_depth_blocks):
         raise UserError(
             f"{args.config} has no block with experts: model.prefix, model.period and model.suffix "
@@ -66,56 +68,57 @@ def main(argv: list[str]) -> int:
         for cfg in leak.combinations(raw) if args.all else [own]:
             moe = cfg.model.moe
             tell(f"{moe.router}, {moe.ordering}, {moe.dispatcher}")
-            found = leak.measure(cfg)
-            cells = [*future(cfg, found), *(text(found[mode].batch) for mode in leak.MODES)]
-            rows.append((cfg, cells, leak.verdict(cfg, found)))
+            measured = leak.measure(cfg)
+            of_batch = [text(measured[mode].batch) for mode in leak.MODES]
+            cells = [*future(cfg, measured), *of_batch]
+            rows.append((cfg, cells, leak.verdict(cfg, measured)))
     shape = (
         f"{own.train.batch_size} rows of {own.data.seq_len} tokens, "
         f"groups of {own.model.moe.group_rows} rows"
     )
     shell.tell(f"{shape}; largest change over the largest logit, share of tokens that changed")
-    shown = table(rows)
     if args.markdown:
-        print(shown.markdown())
+        print(table(rows).markdown())
     else:
-        shell.console().print(shown)
-    wrong = failures(
-        [label for _, _, label in rows], allowed=args.all or raw["model"]["allow_leak"]
-    )
+        shell.console().print(table(rows))
+    verdicts = [verdict for _, _, verdict in rows]
+    # The table of all has what leaks on purpose.
+    wrong = failures(verdicts, allowed=args.all or raw["model"]["allow_leak"])
     for line in wrong:
         shell.tell(f"error: {line}", sys.stderr)
     return int(bool(wrong))
 
 
-def failures(labels: Sequence[str], allowed: bool) -> list[str]:
+def failures(verdicts: Sequence[str], allowed: bool) -> list[str]:
     """Returns what makes the command end with 1, a line for each: wrong labels, and leaks where
     none is `allowed`.
     """
-    found = []
-    for label in dict.fromkeys(labels):
-        if label.startswith(leak.FAULT):
-            found.append(label)
-        elif label != leak.SAFE and not allowed:
-            found.append(
-                f"the config {label}, and model.allow_leak is False: choose another router, "
-                "ordering or dispatcher "
-                "(docs/routers.md), or set model.allow_leak=True"
+    lines = []
+    for verdict in dict.fromkeys(verdicts):
+        if verdict.startswith(leak.FAULT):
+            lines.append(verdict)
+        elif verdict != leak.SAFE and not allowed:
+            lines.append(
+                f"the config {verdict}, and model.allow_leak is False: choose another router, "
+                "ordering or dispatcher (docs/routers.md), or set model.allow_leak=True"
             )
-    return found
+    return lines
 
 
-def future(cfg: Config, found: Mapping[str, leak.Measured]) -> list[str]:
+def future(cfg: Config, measured: Mapping[str, leak.Measured]) -> list[str]:
     """Returns the leak of both modes; "-" where a model reads its whole row and has no future."""
-    return [text(found[mode].future) if leak.has_future(cfg) else "-" for mode in leak.MODES]
+    if not leak.has_future(cfg):
+        return ["-"] * len(leak.MODES)
+    return [text(measured[mode].future) for mode in leak.MODES]
 
 
-def text(found: leak.Leak) -> str:
-    return f"{found.delta:.2g}, {found.share:.0%}" if found.delta else "0"
+def text(measured: leak.Leak) -> str:
+    return f"{measured.delta:.2g}, {measured.share:.0%}" if measured.delta else "0"
 
 
 def table(rows: list[tuple[Config, list[str], str]]) -> Table:
     result = Table(COLUMNS, keys=3)
-    for cfg, cells, label in rows:
+    for cfg, cells, verdict in rows:
         moe = cfg.model.moe
-        result.add(moe.router, moe.ordering, moe.dispatcher, *cells, label)
+        result.add(moe.router, moe.ordering, moe.dispatcher, *cells, verdict)
     return result

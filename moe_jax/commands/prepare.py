@@ -40,8 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(flags: argparse.Namespace) -> None:
-    """UserError for a flag that cannot work, before anything is read."""
+def refuse_wrong_flags(flags: argparse.Namespace) -> None:
+    """Raises UserError for a flag that cannot work, before anything is read."""
     for spec in flags.source:
         sources.parse(spec)
         if flags.source.count(spec) > 1:
@@ -58,32 +58,36 @@ def check(flags: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 when the directory is finished, 130 when interrupted."""
     flags = parse(argv)
-    check(flags)
+    refuse_wrong_flags(flags)
     arguments = {
         "sources": flags.source,
-        **{k: getattr(flags, k) for k in ("tokenizer", "seq_len", "heldout_every", "seed")},
+        "tokenizer": flags.tokenizer,
+        "seq_len": flags.seq_len,
+        "heldout_every": flags.heldout_every,
+        "seed": flags.seed,
     }
-    before = (flags.out / prepared.RECORD).exists()
+    was_finished = (flags.out / prepared.RECORD).exists()
     try:
         with _progress() as track:
             record = writer.write(flags.out, arguments, track)
+    # The record is written last: a directory without one is not finished.
     except KeyboardInterrupt:
         shell.tell(
             f"interrupted: {flags.out} is not finished; the same command finishes it", sys.stderr
         )
         return 130
-    shell.tell(
-        f"{flags.out} is finished already, with the same arguments"
-        if before
-        else f"{flags.out} is finished"
-    )
+    already = " already, with the same arguments" if was_finished else ""
+    shell.tell(f"{flags.out} is finished{already}")
     show(record)
     return 0
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[writer.Track]:
-    """Counts what each pass over the sources has done, on standard error."""
+    """Counts what each pass over the sources has done, on standard error.
+
+    Each pass has a line of its own, which stays.
+    """
     from rich import progress
     from rich.console import Console
 
@@ -114,27 +118,30 @@ def show(record: dict[str, Any]) -> None:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """A row for each domain."""
+    """Returns a row for each domain."""
     columns = numbers("documents", "documents held out", "bytes", "bytes held out")
     result = Table([*names("domain"), *columns])
+    documents, text_bytes = record["documents"], record["text_bytes"]
     for domain in record["domains"]:
-        counts = [
-            record[what][split][domain]
-            for what in ("documents", "text_bytes")
-            for split in ("train", "heldout")
-        ]
-        result.add(domain, *(f"{count:,}" for count in counts))
+        result.add(
+            domain,
+            f"{documents['train'][domain]:,}",
+            f"{documents['heldout'][domain]:,}",
+            f"{text_bytes['train'][domain]:,}",
+            f"{text_bytes['heldout'][domain]:,}",
+        )
     return result
 
 
 def _lost(record: dict[str, Any]) -> Iterator[str]:
-    """A note when the tokenizer changes the text: with the domain where it does so the most."""
+    """Yields a note when the tokenizer changes the text: with the domain where it does so the
+    most.
+    """
     pieces, text = prepared.piece_bytes(record), record["text_bytes"]["heldout"]
     worst = max(record["domains"], key=lambda domain: abs(pieces[domain] / text[domain] - 1))
     if pieces[worst] != text[worst]:
         yield (
             f"note: tokenizer {record['arguments']['tokenizer']} changes the text: its ids stand "
-            f"for {pieces[worst]:,} bytes where "
-            f"the held-out text of {worst} has {text[worst]:,}; bits per byte will count the bytes "
-            "of the text, as gzip and xz do"
+            f"for {pieces[worst]:,} bytes where the held-out text of {worst} has {text[worst]:,}; "
+            "bits per byte will count the bytes of the text, as gzip and xz do"
         )

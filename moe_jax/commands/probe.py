@@ -51,7 +51,8 @@ from moe_jax.terminal import working
 from moe_jax.terminal.table import Table
 from moe_jax.train_step import State, initial, make_model
 
-Found = list[Table | str]  # what an instrument prints: tables and sentences
+# What an instrument prints: tables and sentences.
+Output = list[Table | str]
 
 
 class Job(NamedTuple):
@@ -62,7 +63,8 @@ class Job(NamedTuple):
     An instrument returns what is printed, and adds the files that it wrote to `written`.
     """
 
-    cfg: Config  # of the training run; that of `run` may have another dispatcher
+    # Of the training run; that of `run` may have another dispatcher.
+    cfg: Config
     run: held_out.Run
     trained: Run
     flags: argparse.Namespace
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--what: {unknown[0]!r} is no instrument: choose from {', '.join(INSTRUMENTS)}"
         )
-    check(flags)
+    refuse_wrong_flags(flags)
     start_devices(flags)
     trained = open_run(flags.workdir, flags.step)
     refuse_other(trained.config, flags.workdir)
@@ -137,6 +139,7 @@ def main(argv: list[str]) -> int:
         refused = measure(job, what)
     if job.out:
         tell_files(job)
+    # At the end, for the other instruments have given their figures.
     if refused:
         raise UserError("\n".join(refused))
     return 0
@@ -148,29 +151,36 @@ def measure(job: Job, what: Sequence[str]) -> list[str]:
     for name in what:
         try:
             with working.shown(name, active=job.out is not None) as tell:
-                found = INSTRUMENTS[name](job._replace(run=job.run._replace(tell=tell)))
-        except UserError as error:  # the others go on
+                output = INSTRUMENTS[name](job._replace(run=job.run._replace(tell=tell)))
+        except UserError as error:
+            # The others go on.
             refused.append(f"--what {name}: {error}")
             continue
-        for part in found if job.out else []:
+        # One process prints.
+        if not job.out:
+            continue
+        for part in output:
             if isinstance(part, str):
                 shell.tell(part)
             else:
                 console.print(part)
-        if job.out:
-            print(flush=True)
+        print(flush=True)
     return refused
 
 
 def tell_files(job: Job) -> None:
-    shell.tell("\n".join(["written:", *(f"  {path}" for path in dict.fromkeys(job.written))]))
+    # The manifest of a record is written once for each batch.
+    paths = dict.fromkeys(job.written)
+    shell.tell("\n".join(["written:", *(f"  {path}" for path in paths)]))
 
 
-def check(flags: argparse.Namespace) -> None:
-    """UserError for a value of a flag that is wrong whatever the run is."""
-    ways = [way for way in flags.ways.split(",") if way not in knockout.WAYS]
-    if ways:
-        raise UserError(f"--ways: {ways[0]!r} is not known: choose from {', '.join(knockout.WAYS)}")
+def refuse_wrong_flags(flags: argparse.Namespace) -> None:
+    """Raises UserError for a value of a flag that is wrong whatever the run is."""
+    unknown = [way for way in flags.ways.split(",") if way not in knockout.WAYS]
+    if unknown:
+        raise UserError(
+            f"--ways: {unknown[0]!r} is not known: choose from {', '.join(knockout.WAYS)}"
+        )
     for name in ("batches", "batch_size", "steps", "seed"):
         if getattr(flags, name) < 0:
             raise UserError(f"--{name} {getattr(flags, name)} must be at least 0")
@@ -184,6 +194,7 @@ def check(flags: argparse.Namespace) -> None:
 
 
 def start_devices(flags: argparse.Namespace) -> None:
+    # Before anything else uses jax, whose devices do not change any more after that.
     if flags.simulate_devices:
         mesh.simulate(flags.simulate_devices)
     if flags.coordinator:
@@ -195,26 +206,22 @@ def refuse_other(cfg: Config, workdir: Path) -> None:
     if not (TASKS[cfg.task].is_language and MODELS[cfg.model.kind].instruments):
         raise UserError(
             f'--workdir {workdir} is a run of task "{cfg.task}", model.kind "{cfg.model.kind}": '
-            "the instruments look into the language "
-            'model (task "lm", model.kind "decoder") alone'
+            'the instruments look into the language model (task "lm", model.kind "decoder") alone'
         )
 
 
 def fitted(cfg: Config, flags: argparse.Namespace) -> Config:
-    """The config of the run on the mesh and with the batch size of the flags."""
+    """Returns the config of the run on the mesh and with the batch size of the flags."""
     lengths = mesh.parse(flags.mesh, "--mesh")
     if lengths.num_devices > len(jax.devices()):
         raise UserError(
             f"--mesh {flags.mesh} needs more than the {len(jax.devices())} devices there are: "
             "--simulate_devices"
         )
-    size = flags.batch_size or cfg.eval.batch_size
-    cfg = dataclasses.replace(
-        cfg,
-        mesh=lengths,
-        eval=dataclasses.replace(cfg.eval, batch_size=size),
-    )
-    rules.check(cfg)
+    evaluation = dataclasses.replace(cfg.eval, batch_size=flags.batch_size or cfg.eval.batch_size)
+    cfg = dataclasses.replace(cfg, mesh=lengths, eval=evaluation)
+    # Another mesh and another size may break rules that the run kept.
+    rules.enforce(cfg)
     return cfg
 
 
@@ -231,13 +238,12 @@ def open_job(cfg: Config, trained: Run, flags: argparse.Namespace) -> Job:
 
 def held_out_rows(run: held_out.Run) -> int:
     """Returns the rows of all processes; rows that fill up the last batch are none."""
-    return (
-        sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches) * jax.process_count()
-    )
+    here = sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches)
+    return here * jax.process_count()
 
 
 def save(job: Job, name: str, figures: Any) -> None:
-    """Beside the figures: of which step, and of how many held-out rows."""
+    """Writes figures as JSON, with their step and the number of held-out rows."""
     if job.out:
         about = {"step": job.trained.step, "rows": held_out_rows(job.run), "mesh": job.flags.mesh}
         path = job.out / f"{name}.json"
@@ -245,7 +251,7 @@ def save(job: Job, name: str, figures: Any) -> None:
         job.written.append(path)
 
 
-def run_replay(job: Job) -> Found:
+def run_replay(job: Job) -> Output:
     if job.flags.steps:
         return run_retrain(job)
     last = job.trained.step
@@ -257,6 +263,7 @@ def run_replay(job: Job) -> Found:
             f"--frozen {later[0]} is later than the checkpoint that is looked at ({last}): "
             "name earlier ones"
         )
+    # All in memory at once: each is the way "frozen STEP" of every batch.
     runs = {step: job.trained.at(step) for step in steps}
     earlier = {step: (run.judged, run.router_state) for step, run in runs.items()}
     result = replay.evaluate(job.run, earlier, job.flags.seed)
@@ -264,11 +271,11 @@ def run_replay(job: Job) -> Found:
     return tables.replay(result, "held-out bits per byte under another routing")
 
 
-def run_retrain(job: Job) -> Found:
+def run_retrain(job: Job) -> Output:
     step = job.trained.step
-    abstract = jax.eval_shape(
-        jax.jit(initial(job.cfg, make_model(job.cfg.model))), jax.random.key(0)
-    )
+    # The whole state: a Run has no moments of the optimizer.
+    init = jax.jit(initial(job.cfg, make_model(job.cfg.model)))
+    abstract = jax.eval_shape(init, jax.random.key(0))
     state = checkpoints(job.trained.workdir).restore(step, abstract, stacked=False)
     result = retrain.evaluate(job.run, job.cfg, state, job.flags.steps, job.flags.seed)
     save(job, "retrain", result)
@@ -279,42 +286,43 @@ def run_retrain(job: Job) -> Found:
     return tables.replay(result, title)
 
 
-def run_precision(job: Job) -> Found:
+def run_precision(job: Job) -> Output:
     result = precision.measure(job.run)
     save(job, "precision", result)
     return tables.precision(result)
 
 
-def run_knockout(job: Job) -> Found:
+def run_knockout(job: Job) -> Output:
     domains = list(job.run.dataset.domains)
     result: dict[str, Any] = {}
-    found: Found = []
+    output: Output = []
     for way in job.flags.ways.split(","):
         try:
             worth = knockout.measure(job.run, way, job.flags.seed)
-        except (
-            UserError
-        ) as error:  # of this router: the other way, and the other instruments, go on
+        except UserError as error:
+            # Of this router: the other way, and the other instruments, go on.
             result[way] = {"note": str(error)}
-            found.append(f"knock-out, {knockout.PASSIVE[way]}: {error}")
+            output.append(f"knock-out, {knockout.PASSIVE[way]}: {error}")
             continue
         result[way] = {name: without_nan(getattr(worth, name)) for name in worth._fields}
-        found += tables.knockout(worth, domains, way)
+        output += tables.knockout(worth, domains, way)
         if job.out:
             path = job.out / f"knockout_{way}.png"
             picture.knockout(worth, domains, way, path)
             job.written.append(path)
     save(job, "knockout", {"domains": domains, **result})
-    return found
+    return output
 
 
 def without_nan(z: np.ndarray) -> list[Any]:
-    """A domain without rows is null: JSON has no NaN."""
+    """Returns an array as lists, with None for NaN, which JSON does not have: a domain without rows
+    has such.
+    """
     return np.asarray(np.where(np.isnan(z), np.array(None), z)).tolist()
 
 
-def run_interference(job: Job) -> Found:
-    """On the batch of the step after the checkpoint, as the training run would have taken it."""
+def run_interference(job: Job) -> Output:
+    """Measures the batch of the step after the checkpoint, as the training run would take it."""
     cfg, run = job.run.cfg, job.run
     if cfg.model.moe.sparse.stored.block:
         raise UserError(
@@ -325,14 +333,15 @@ def run_interference(job: Job) -> Found:
     rows = local_rows(size)
     local = Batches(run.dataset, "train", cfg.seed, size).rows(job.trained.step, rows)
     model = make_model(cfg.model)
+    # A gradient needs no moments of the optimizer.
     state = State(jnp.int32(job.trained.step), run.params, run.router_state, {}, None, jnp.int32(0))
     result = interference.make_meter(cfg, model)(state, put(local, rows, size))
     save(job, "interference", result)
     return tables.interference(result)
 
 
-def run_record(job: Job) -> Found:
-    """Files numbered by held-out batch, in probe/routing."""
+def run_record(job: Job) -> Output:
+    """Writes files numbered by held-out batch, in probe/routing."""
     cfg, run = job.run.cfg, job.run
     record_of = held_out.make_record(cfg.model, probe.ROUTING)
     for number, batch in enumerate(run.batches):
@@ -341,20 +350,16 @@ def run_record(job: Job) -> Found:
         whole = held_out.whole(batch, cfg.eval.batch_size)
         if job.out:
             arrays = record.compact(fields, whole, cfg.model.moe.num_experts, cfg.eval.batch_size)
-            about = record.about(cfg, run.dataset.domains) | {
-                "checkpoint": job.trained.step,
-                "split": "heldout",
-            }
+            about = record.about(cfg, run.dataset.domains)
+            about |= {"checkpoint": job.trained.step, "split": "heldout"}
             record.write_step(job.out / "routing", number, arrays, about)
             files = record.MANIFEST, record.file_name(number)
             job.written.extend(job.out / "routing" / name for name in files)
-    return [
-        f"the routing of {held_out_rows(run)} held-out rows in {len(run.batches)} files, one a "
-        "batch"
-    ]
+    rows, files = held_out_rows(run), len(run.batches)
+    return [f"the routing of {rows} held-out rows in {files} files, one a batch"]
 
 
-INSTRUMENTS: dict[str, Callable[[Job], Found]] = {
+INSTRUMENTS: dict[str, Callable[[Job], Output]] = {
     "replay": run_replay,
     "precision": run_precision,
     "knockout": run_knockout,

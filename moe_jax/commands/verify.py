@@ -63,7 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    args, console, start = parse(argv), shell.console(), time.monotonic()
+    start = time.monotonic()
+    args, console = parse(argv), shell.console()
     raw, shapes = command_line.read(args.config, args.changes), meshes(args.meshes)
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
@@ -73,33 +74,31 @@ def main(argv: list[str]) -> int:
         certificate.refuse_unwritable(args.certificate)
     wanted = Wanted(shapes, args.steps, args.processes, args.float32)
     with working.shown("verify") as tell:
-        found = prove(raw, wanted, tell)
-    text = verdict(found)
-    console.print(rules_table(found.rules), "", meshes_table(found))
-    for row in found.rows:
-        if row.refused or row.failure:
-            console.print(
-                f"{row.name}: {row.refused or row.failure}",
-                style="dim" if row.refused else "red",
-                markup=False,
-            )
-    for note in found.notes:
+        result = prove(raw, wanted, tell)
+    text = verdict(result)
+    console.print(rules_table(result.rules), "", meshes_table(result))
+    for row in result.rows:
+        # A refusal is no fault.
+        if row.refused:
+            console.print(f"{row.name}: {row.refused}", style="dim", markup=False)
+        elif row.failure:
+            console.print(f"{row.name}: {row.failure}", style="red", markup=False)
+    for note in result.notes:
         console.print(note, style="dim", markup=False, highlight=False)
-    console.print("", alone_table(found.alone), "")
-    console.print(
-        f"[bold {'green' if found.proven else 'red'}]{text}[/] ({time.monotonic() - start:.0f} s)"
-    )
+    console.print("", alone_table(result.alone), "")
+    colour, seconds = "green" if result.proven else "red", time.monotonic() - start
+    console.print(f"[bold {colour}]{text}[/] ({seconds:.0f} s)")
     if args.certificate:
-        certificate.write(
-            args.certificate, certificate.content(raw, str(args.config), args.changes, found, text)
-        )
+        content = certificate.content(raw, str(args.config), args.changes, result, text)
+        certificate.write(args.certificate, content)
         console.print(f"certificate: {args.certificate}")
-    return 0 if found.proven else 1
+    return 0 if result.proven else 1
 
 
 def meshes(text: str | None) -> list[mesh.Lengths]:
     if text is None:
         return list(ALL)
+    # A mesh that is named twice is proven once.
     shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
     for shape in shapes:
         if shape.num_devices > shrink.DEVICES:
@@ -109,36 +108,33 @@ def meshes(text: str | None) -> list[mesh.Lengths]:
     return shapes
 
 
-def verdict(found: Result) -> str:
-    """One line: proven, or what deviates and where first."""
-    ran = [row for row in found.rows if not row.refused]
-    wrong = [check for check in found.alone if not check.sound]
-    if found.proven:
-        refused = len(found.rows) - len(ran)
+def verdict(result: Result) -> str:
+    """Returns one line: proven, or what deviates and where first."""
+    ran = [row for row in result.rows if not row.refused]
+    wrong = [check for check in result.alone if not check.sound]
+    if result.proven:
+        refused = len(result.rows) - len(ran)
         more = f"; {refused} refused, for the reason above" if refused else ""
-        return (
-            f"PROVEN: {len(ran)} layouts equal one device over {found.steps} "
-            f"step{'s' * (found.steps != 1)}{more}"
-        )
+        steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
+        return f"PROVEN: {len(ran)} layouts equal one device over {steps}{more}"
     if wrong:
+        check = wrong[0]
         return (
-            f"DEVIATES on one device: not so: {wrong[0].claim} "
-            f"({wrong[0].value:.1e} > {wrong[0].limit:.0e})"
+            f"DEVIATES on one device: not so: {check.claim} ({check.value:.1e} > {check.limit:.0e})"
         )
     row = next(row for row in ran if not row.sound)
     if row.failure:
         return f"DEVIATES: {row.name} {row.failure}"
     if row.first:
-        of = f" of {row.first.where}" if row.first.where else ""
-        limit = LIMITS[row.first.check]
-        step = (
-            f"step {row.first.step}"
-            if row.first.step < found.steps or row.first.check == "state"
-            else "with all router scores equal"
-        )
+        first = row.first
+        # Behind the steps comes the one with tied routers. The state is compared there, but it is
+        # that after the steps.
+        tied = first.step >= result.steps and first.check != "state"
+        step = "with all router scores equal" if tied else f"step {first.step}"
+        of = f" of {first.where}" if first.where else ""
         return (
-            f"DEVIATES: {row.name}, {step}: {row.first.check}{of} by {row.first.value:.1e} "
-            f"(limit {limit:.0e})"
+            f"DEVIATES: {row.name}, {step}: {first.check}{of} by {first.value:.1e} "
+            f"(limit {LIMITS[first.check]:.0e})"
         )
     return f"DEVIATES: {row.name}: its checkpoint read on {row.reader} differs in {row.unequal[0]}"
 
@@ -150,38 +146,31 @@ def rules_table(rules: list[shrink.Rule]) -> Table:
     return table
 
 
-def meshes_table(found: Result) -> Group:
+def meshes_table(result: Result) -> Group:
+    """Returns a row for each layout and mesh, and a line below that names the worst gradient."""
     title = "largest deviation from one device, float64"
     columns = numbers(*COLUMNS.values(), "checkpoint", "float32")
     table = Table([*names("data x expert x model"), *columns], title=title)
-    table.add(
-        "limit",
-        *(number(LIMITS[check]) for check in COLUMNS),
-        "equal bits",
-        "not judged",
-        style="dim",
-    )
-    for row in found.rows:
+    limits = [number(LIMITS[check]) for check in COLUMNS]
+    table.add("limit", *limits, "equal bits", "not judged", style="dim")
+    for row in result.rows:
         table.add(*cells(row))
-    worst = max(
-        (r.deviations["gradients"] for r in found.rows if r.deviations),
-        key=lambda d: d.value,
-        default=None,
-    )
-    caption = (
-        [Text(f"worst gradient: {worst.where}, step {worst.step}", style="dim")] if worst else []
-    )
-    return Group(table, *caption)
+    gradients = [row.deviations["gradients"] for row in result.rows if row.deviations]
+    if not gradients:
+        return Group(table)
+    worst = max(gradients, key=lambda deviation: deviation.value)
+    return Group(table, Text(f"worst gradient: {worst.where}, step {worst.step}", style="dim"))
 
 
 def cells(row: Row) -> list[str | Text]:
+    # "1x1x1 accumulate+scan+remat" takes two lines, so that the numbers have room.
     name = row.name.replace(" ", "\n", 1)
     if row.refused or row.failure:
         return [name, "refused" if row.refused else Text("fails", style="red")]
     marks: list[str | Text] = []
     for check in COLUMNS:
-        found = row.deviations.get(check)
-        marks.append(judged(found.value, found.sound) if found else "-")
+        deviation = row.deviations.get(check)
+        marks.append(judged(deviation.value, deviation.sound) if deviation else "-")
     checkpoint: str | Text = f"on {row.reader}" if row.reader else "-"
     if row.unequal:
         checkpoint = Text(f"{len(row.unequal)} differ", style="red")

@@ -6,7 +6,7 @@ rules between keys are in rules.py; `build` ends with them.
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +31,11 @@ RESUME_MAY_CHANGE = (
     "log",
     "record",
     "mesh",
+    "mesh_fallbacks",
     "profile",
     "simulate_devices",
     "limits",
+    "compile_cache",
     "faults",
     "data.prefetch",
     "data.folder",
@@ -50,46 +52,48 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     Raises UserError.
     """
     tree = copy.deepcopy(dict(raw))
-    tree["mesh"] = _lengths(tree["mesh"], num_devices)
+    tree["mesh"] = _lengths(tree["mesh"], tree["mesh_fallbacks"], num_devices)
     for choice in choices():
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
     tree["model"]["moe"]["losses"] = Coefficients(tree["model"]["moe"]["losses"])
+
+    # What is computed from other keys. A 0 stands for "as another key says".
     model, train = tree["model"], tree["train"]
     tree["optim"]["steps"] = train["steps"]
     model["head_dim"] = model["head_dim"] or _head_dim(model["d_model"], model["num_heads"])
     train["micro_batch_size"] = train["micro_batch_size"] or train["batch_size"]
     tree["eval"]["batch_size"] = tree["eval"]["batch_size"] or train["batch_size"]
     config = freeze(Config, tree, "")
-    rules.check(config)
+    rules.enforce(config)
     return config
 
 
-def _lengths(raw: Mapping[str, Any], num_devices: int) -> mesh.Lengths:
+def _lengths(raw: Mapping[str, Any], fallbacks: Sequence[str], num_devices: int) -> mesh.Lengths:
     """Returns the lengths of the mesh for these devices: those of the config, or else the first of
-    mesh.fallbacks that fits.
+    mesh_fallbacks that fits.
     """
     written = freeze(MeshConfig, raw, "mesh.")
     for message in refusals(written, "mesh."):
         raise UserError(message)
-    fallbacks = [mesh.parse(text, "mesh.fallbacks") for text in written.fallbacks]
-    lengths = dataclasses.asdict(written)
-    del lengths["fallbacks"]
+    others = [mesh.parse(text, "mesh_fallbacks") for text in fallbacks]
     try:
-        return mesh.resolve(mesh.Lengths(**lengths), num_devices)
+        return mesh.resolve(mesh.Lengths(**dataclasses.asdict(written)), num_devices)
     except UserError:
-        for fallback in fallbacks:
-            if fallback.num_devices == num_devices:
-                return fallback
+        for lengths in others:
+            if lengths.num_devices == num_devices:
+                return lengths
         raise
 
 
 def _choose(tree: dict[str, Any], choice: Choice) -> None:
     """Puts the frozen options of what is chosen in the place of the blocks of all."""
+    # Of "model.moe.router": the block "model.moe", in which "routers" lies too.
     path, _, name = choice.path.rpartition(".")
+    _, _, blocks_name = choice.blocks.rpartition(".")
     block = at(tree, path)
     chosen = block[name]
-    blocks = block.pop(choice.blocks.rpartition(".")[2])
+    blocks = block.pop(blocks_name)
     if chosen not in choice.options:
         known = ", ".join(choice.options)
         raise UserError(f'{choice.path} = "{chosen}" is not known: choose one of {known}')
@@ -99,8 +103,11 @@ def _choose(tree: dict[str, Any], choice: Choice) -> None:
 
 def _head_dim(d_model: Any, num_heads: Any) -> Any:
     """Returns d_model / num_heads; 1 of what is no such number, which is refused by its name."""
-    fits = isinstance(d_model, int) and isinstance(num_heads, int) and d_model > 0 < num_heads
-    return max(d_model // num_heads, 1) if fits else 1
+    if not (isinstance(d_model, int) and isinstance(num_heads, int)):
+        return 1
+    if d_model <= 0 or num_heads <= 0:
+        return 1
+    return max(d_model // num_heads, 1)
 
 
 def allow_float64(raw: Mapping[str, Any]) -> None:
@@ -118,13 +125,15 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     for choice in choices():
         chosen, default_blocks = at(raw, choice.path), at(defaults, choice.blocks)
         for name, values in at(raw, choice.blocks).items():
+            if name == chosen:
+                continue
             default = default_blocks.get(name, {})
             changed = [key for key, value in values.items() if default.get(key, value) != value]
-            if name != chosen and changed:
+            if changed:
+                key = changed[0]
                 raise UserError(
-                    f"{choice.blocks}.{name}.{changed[0]} = {values[changed[0]]} does nothing, "
-                    f'because {choice.path} is "{chosen}": set {choice.path}={name}, or leave the '
-                    "key alone"
+                    f"{choice.blocks}.{name}.{key} = {values[key]} does nothing, because "
+                    f'{choice.path} is "{chosen}": set {choice.path}={name}, or leave the key alone'
                 )
 
 
@@ -161,7 +170,6 @@ def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -
         if value != default["depth"].get(key, value):
             raise UserError(
                 f"model.depth.{key} = {value} does nothing, because no block is one of depth: "
-                "write "
-                f'"{DEPTH}dense" or "{DEPTH}moe" in model.prefix, model.period or model.suffix, or '
-                "leave the key alone"
+                f'write "{DEPTH}dense" or "{DEPTH}moe" in model.prefix, model.period or '
+                "model.suffix, or leave the key alone"
             )

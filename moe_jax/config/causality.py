@@ -33,6 +33,7 @@ def sees(model: ModelConfig) -> Sees:
 
 
 def _experts(moe: MoEConfig) -> Sees:
+    """Returns what the output of the MoE layers depends on beside the token and earlier ones."""
     router = ROUTERS[moe.router].sees(moe.router_options)
     drops = DISPATCHERS[moe.dispatcher].drops
     future = router.future or _ordering(moe)
@@ -42,54 +43,59 @@ def _experts(moe: MoEConfig) -> Sees:
 
 
 def _ordering(moe: MoEConfig) -> bool:
-    """Whether the order of the assignments sees the future."""
-    ordering, drops = ORDERINGS[moe.ordering], DISPATCHERS[moe.dispatcher].drops
+    """Returns whether the order of the assignments sees the future."""
+    ordering = ORDERINGS[moe.ordering]
+    if ordering.always:
+        return True
+    # Without drops every assignment gets its place, whatever comes first.
+    if not (DISPATCHERS[moe.dispatcher].drops and ordering.sees_future):
+        return False
     # All first choices before all second ones is the order of the tokens where there is only one
     # choice.
     single = ROUTERS[moe.router].declared(moe.num_experts, moe.router_options).most == 1
-    return ordering.always or (
-        drops and ordering.sees_future and not (single and ordering.by_choice)
-    )
+    return not (single and ordering.by_choice)
 
 
 def _depth(model: ModelConfig) -> bool:
-    """A depth block trains on the tokens that its router scores highest in the whole row; with all
-    of them there is no choice.
+    """Returns whether depth blocks see the future: they train on the tokens that their router
+    scores highest in the whole row. With all of them there is no choice.
     """
     return model.num_depth_blocks > 0 and model.depth.capacity < 1
 
 
 def _attention(model: ModelConfig) -> bool:
-    """Whether attention itself sees the future, where the mask is causal."""
+    """Returns whether attention itself sees the future, where the mask is causal."""
     return bool(model.kind_options.masks) and ATTENTIONS[model.attention].sees_future
 
 
 def reasons(model: ModelConfig) -> list[str]:
-    """The keys that make it leak, in plain words."""
-    found, moe = [], model.moe
+    """Returns the keys that make a model leak, in plain words."""
+    sentences, moe = [], model.moe
     if _depth(model) and MODELS[model.kind].causal:
-        found.append(
+        sentences.append(
             f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens "
             "that score highest in the whole sequence"
         )
     if _attention(model) and MODELS[model.kind].causal:
-        found.append(f'model.attention = "{model.attention}" sees later tokens')
+        sentences.append(f'model.attention = "{model.attention}" sees later tokens')
     if not model.num_moe_layers:
-        return found
+        return sentences
     router = ROUTERS[moe.router].sees(moe.router_options)
     drops = DISPATCHERS[moe.dispatcher].drops
     causal = MODELS[model.kind].causal
     if router.future and (causal or moe.group_rows > 1):
-        found.append(f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence')
+        sentences.append(f'model.moe.router = "{moe.router}" chooses over all tokens of a sequence')
     if router.batch:
-        found.append(f'model.moe.router = "{moe.router}" chooses over all sequences of the batch')
+        sentences.append(
+            f'model.moe.router = "{moe.router}" chooses over all sequences of the batch'
+        )
     if _ordering(moe) and (causal or moe.group_rows > 1):
-        found.append(
+        sentences.append(
             f'model.moe.ordering = "{moe.ordering}" lets later tokens take the places of earlier '
             "ones"
         )
     if moe.group_rows > 1 and drops:
-        found.append(
+        sentences.append(
             f"model.moe.group_rows = {moe.group_rows} sequences share the capacity of an expert"
         )
-    return found
+    return sentences

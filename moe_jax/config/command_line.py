@@ -34,6 +34,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(argv)
     while words:
         word = words.pop(0)
+        # Old commands and scripts are told what to write now.
         if word == "--set" or word.startswith("--set="):
             change = word.removeprefix("--set").removeprefix("=") or (words or ["KEY=VALUE"])[0]
             raise UserError(f"--set {change}: write {spelled(change)}")
@@ -41,6 +42,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             others.append(word)
             continue
         changes.append(word)
+        # A word without "=" has its value behind it; behind a switch comes a flag, or nothing.
         if "=" not in word and words and not FLAG.match(words[0]):
             changes.append(words.pop(0))
     return changes, others
@@ -62,13 +64,15 @@ def named(text: str, flag: str) -> tuple[str, list[str]]:
     Quotes are those of the shell. Raises UserError, by the `flag`, when it is written otherwise.
     """
     name, _, rest = text.partition(":")
-    old = [part for part in rest.split(";") if part]
     try:
         changes, others = split(shlex.split(rest))
-    except ValueError as error:  # a quote that is not closed
+    except ValueError as error:
+        # A quote that is not closed.
         raise UserError(f"{flag} {text}: {error}") from None
     if not others:
         return name, changes
+    # Changes were written "KEY=VALUE;KEY=VALUE" once: the message has them as they are written now.
+    old = [part for part in rest.split(";") if part]
     words = [spelled(part) for part in old] if all("=" in part for part in old) else []
     right = " ".join(words or ["--config.KEY=VALUE", "--config.KEY=VALUE"])
     raise UserError(f"{flag} {text}: write {flag} {_quoted(f'{name}: {right}')}")
@@ -105,6 +109,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
 
     Raises UserError for a key that there is not, or a value of another type.
     """
+    # Flags of their own: absl's global ones are those of the training command.
     own = flags.FlagValues()
     own.set_gnu_getopt(True)
     argv = ["", *changes]
@@ -133,11 +138,15 @@ def plain(error: BaseException, words: Sequence[str]) -> str:
     """Returns one line of what absl or ml_collections say; a misspelt key by its whole path."""
     if wrong_key := config_file.misspelt(error):
         return f"the config file: {wrong_key}"
+    # str() of a KeyError is the repr of its argument.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
+    # One word alone is a key that there is not.
     wrong = re.fullmatch(r"""\W*(\w+)\W*(?: Did you mean "(\w+)" instead of "\w+"\?)?\W*""", text)
     if not wrong:
         return text
+    name, near = wrong.groups()
     keys = [word.partition("=")[0] for word in words]
-    flag = next((key for key in keys if wrong[1] in key.split(".")), wrong[1])
-    return f"no key is called {flag}" + (f': did you mean "{wrong[2]}"?' if wrong[2] else "")
+    flag = next((key for key in keys if name in key.split(".")), name)
+    hint = f': did you mean "{near}"?' if near else ""
+    return f"no key is called {flag}{hint}"

@@ -38,6 +38,7 @@ def resolve(path: Path) -> Path:
     if "/" in name or name.endswith(".py"):
         return path
     names = shipped()
+    # A shipped config goes before a file of the same name that has no ending.
     if name in names:
         return Path(f"{SHIPPED / name}.py{colon}{arg}")
     if Path(name).exists():
@@ -50,8 +51,8 @@ def resolve(path: Path) -> Path:
     )
 
 
-def check(path: Path) -> None:
-    """UserError when there is no such file, or it is no Python."""
+def refuse_unreadable(path: Path) -> None:
+    """Raises UserError when there is no such file, or it is no Python."""
     if path.is_dir():
         raise UserError(f"the config file {path} is a directory: name a file in it")
     try:
@@ -60,11 +61,12 @@ def check(path: Path) -> None:
         raise UserError(f"the config file {path} does not exist") from None
     except OSError as error:
         raise UserError(f"the config file {path} cannot be read: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
-        text, line = (
-            (error.msg, f", line {error.lineno}") if isinstance(error, SyntaxError) else (error, "")
-        )
-        raise UserError(f"the config file {path}{line} is no Python: {text}") from None
+    except SyntaxError as error:
+        where = f"{path}, line {error.lineno}"
+        raise UserError(f"the config file {where} is no Python: {error.msg}") from None
+    except ValueError as error:
+        # Bytes of value 0 are no text of a program.
+        raise UserError(f"the config file {path} is no Python: {error}") from None
 
 
 def load(path: Path) -> ConfigDict:
@@ -77,7 +79,8 @@ def load(path: Path) -> ConfigDict:
     path = resolve(path)
     name, colon, arg = str(path).partition(":")
     path = Path(name)
-    check(path)
+    refuse_unreadable(path)
+    # Loaded from its path and left out of sys.modules, so that files of one name are told apart.
     spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -89,7 +92,7 @@ def load(path: Path) -> ConfigDict:
                 "name"
             )
         _refuse_variant(path, module, arg if colon else None)
-        found = module.get_config(arg) if colon else module.get_config()
+        config = module.get_config(arg) if colon else module.get_config()
     except UserError:
         raise
     except SystemExit as error:
@@ -105,30 +108,33 @@ def load(path: Path) -> ConfigDict:
                 "take `from moe_jax.config import defaults` for base.get_config"
             )
         raise UserError(f"the config file {path} cannot be loaded: {error}{more}") from error
-    except Exception as error:  # the file is a program: anything may go wrong in it
+    # The file is a program: anything may go wrong in it.
+    except Exception as error:
         if isinstance(error, KeyError) and colon and error.args == (arg,):
             raise UserError(f"the config file {path} has no variant {arg!r}") from error
         if wrong_key := misspelt(error):
             raise UserError(f"the config file {path}: {wrong_key}") from error
         raise UserError(f"the config file {path}{_line(path, error)}: {plain(error)}") from error
-    if not isinstance(found, ConfigDict):
+    if not isinstance(config, ConfigDict):
         raise UserError(
-            f"the config file {path}: get_config() returns a {type(found).__name__}, not the "
+            f"the config file {path}: get_config() returns a {type(config).__name__}, not the "
             "ConfigDict of moe_jax.config.defaults()"
         )
-    return found
+    return config
 
 
 def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:
-    """UserError for an argument that is none of the module's VARIANTS, or that get_config does not
-    take.
+    """Raises UserError for an argument that is none of the module's VARIANTS, or that get_config
+    does not take.
 
     A file that has no VARIANTS, and whose get_config takes an argument, makes of it what it likes.
     """
     if arg is None:
         return
-    takes = bool(inspect.signature(module.get_config).parameters)
-    variants = getattr(module, "VARIANTS", None if takes else ())
+    takes_argument = bool(inspect.signature(module.get_config).parameters)
+    if takes_argument and not hasattr(module, "VARIANTS"):
+        return
+    variants = getattr(module, "VARIANTS", ())
     if variants is None or arg in variants:
         return
     if not variants:
@@ -141,14 +147,15 @@ def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:
 
 
 def _line(path: Path, error: BaseException) -> str:
-    """ ", line N" of the file where it went wrong; "" where that is not known."""
+    """Returns ", line N" of the file where it went wrong; "" where that is not known."""
+    # Other frames are of ml_collections, or of a file that this one imports.
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f", line {lines[-1]}" if lines else ""
 
 
 def plain(error: BaseException) -> str:
-    """The name of an error and what it says, in one line."""
+    """Returns the name of an error and what it says, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -161,7 +168,8 @@ def misspelt(error: BaseException) -> str:
     near = re.search(r'Did you mean "(\w+)"', text)
     if not wrong:
         return ""
-    return f'no key is called "{wrong[1]}"' + (f': did you mean "{near[1]}"?' if near else "")
+    hint = f': did you mean "{near[1]}"?' if near else ""
+    return f'no key is called "{wrong[1]}"{hint}'
 
 
 def read(path: Path, changes: Mapping[str, Any] | None = None, of: str = "") -> dict[str, Any]:
@@ -174,6 +182,7 @@ def read(path: Path, changes: Mapping[str, Any] | None = None, of: str = "") -> 
     config = load(path)
     for key, value in (changes or {}).items():
         try:
+            # A block is no key: it has keys.
             if isinstance(_at(config, key), ConfigDict):
                 raise KeyError(key)
             with config.unlocked():
@@ -201,6 +210,7 @@ def values(config: ConfigDict) -> dict[str, Any]:
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """Returns a config as a nested dict of JSON values."""
+    # Written and read, so that tuples are lists, as in a file.
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -209,7 +219,7 @@ def default_values() -> dict[str, Any]:
     return as_json(defaults())
 
 
-def _at(found: Any, key: str) -> Any:
+def _at(config: Any, key: str) -> Any:
     for part in key.split("."):
-        found = found[part]
-    return found
+        config = config[part]
+    return config

@@ -28,15 +28,16 @@ def notes(cfg: Config, raw: Mapping[str, Any], start: int) -> list[str]:
         return _at(raw, path) != _at(defaults, path)
 
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
-    found = [*_of_steps(cfg, start, last), *_of_training(cfg, asked), *_of_data(cfg, asked)]
-    return [sentence for sentence in found if sentence]
+    return [*_of_steps(cfg, start, last), *_of_training(cfg, asked), *_of_data(cfg, asked)]
 
 
 def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
-    """What names steps that this run does not make: it makes those after `start` up to `last`."""
-    made = (
-        f"this run makes steps {start + 1} to {last}" if start < last else "this run makes no step"
-    )
+    """Yields what names steps that this run does not make: it makes those after `start` up to
+    `last`.
+    """
+    made = "this run makes no step"
+    if start < last:
+        made = f"this run makes steps {start + 1} to {last}"
     if cfg.train.stop_at >= cfg.train.steps:
         yield (
             f"train.stop_at = {cfg.train.stop_at} does nothing: "
@@ -47,6 +48,7 @@ def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
     wanted = cfg.record.steps
     if wanted.text and not any(wanted(step) for step in range(start + 1, last + 1)):
         yield f'record.steps = "{wanted.text}" records nothing: {made}'
+    # Where all lie beyond, the sentence above has told it.
     beyond = sorted(step for step in wanted.steps if step > last)
     if beyond and len(beyond) < len(wanted.steps) + len(wanted.every):
         yield f"record.steps: {', '.join(map(str, beyond))} will not be recorded: {made}"
@@ -58,9 +60,8 @@ def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
     if asked("checkpoint.keep_best") and cfg.checkpoint.keep_best and not _scored(cfg):
         yield (
             f"checkpoint.keep_best = {cfg.checkpoint.keep_best} keeps nothing more: before the end "
-            "no step is both "
-            f"evaluated (eval.every = {cfg.eval.every}) and saved (checkpoint.every = "
-            f"{cfg.checkpoint.every})"
+            f"no step is both evaluated (eval.every = {cfg.eval.every}) and saved "
+            f"(checkpoint.every = {cfg.checkpoint.every})"
         )
     if asked("optim.decay_mask") and not cfg.optim.options.weight_decay:
         yield (
@@ -82,7 +83,8 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
     if asked("eval.sample_prompt") and not cfg.eval.sample_tokens:
         yield "eval.sample_prompt does nothing: eval.sample_tokens is 0"
     text = ["data.sources", "data.slice_bytes", "data.heldout_bytes", "eval.sample_prompt"]
-    if cfg.eval.sample_tokens:  # 0 asks for nothing
+    # 0 asks for nothing.
+    if cfg.eval.sample_tokens:
         text.append("eval.sample_tokens")
     if not TASKS[cfg.task].is_language:
         yield from (
@@ -100,10 +102,12 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
 
 
 def _scored(cfg: Config) -> bool:
-    """Does a checkpoint before the end have a score?"""
-    every, evaluated = cfg.checkpoint.every, cfg.eval.every
-    saved = range(every, cfg.train.steps, every) if every and evaluated else ()
-    return any(step % evaluated == 0 for step in saved)
+    """Returns whether a checkpoint before the end has a score."""
+    save_every, evaluate_every = cfg.checkpoint.every, cfg.eval.every
+    if not (save_every and evaluate_every):
+        return False
+    saved = range(save_every, cfg.train.steps, save_every)
+    return any(step % evaluate_every == 0 for step in saved)
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:

@@ -25,30 +25,31 @@ from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
 
 
-def check(c: Config) -> None:
+def enforce(cfg: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
+    # Bounds come first: the rules after them divide by numbers that must not be 0.
     for rules in (_bounds, _task, _model, _moe, _leak, _mesh, _batch, _train):
-        for message in rules(c):
+        for message in rules(cfg):
             raise UserError(message)
 
 
-def _bounds(c: Config) -> Iterator[str]:
+def _bounds(cfg: Config) -> Iterator[str]:
     """Every number of what travels on is within its bounds, every text one of its choices."""
-    yield from options.refusals(c, "")
-    for name, coefficient in c.model.moe.losses.items():
+    yield from options.refusals(cfg, "")
+    for name, coefficient in cfg.model.moe.losses.items():
         yield from options.of_number(f"model.moe.losses.{name}", coefficient, NOT_NEGATIVE)
-    for block, chosen in chosen_blocks(c):
+    for block, chosen in chosen_blocks(cfg):
         yield from options.refusals(chosen, f"{block}.")
-    if TASKS[c.task].is_language:
-        yield from options.of_sources(c.data.sources)
+    if TASKS[cfg.task].is_language:
+        yield from options.of_sources(cfg.data.sources)
 
 
-def chosen_blocks(c: Config) -> Iterator[tuple[str, object]]:
+def chosen_blocks(cfg: Config) -> Iterator[tuple[str, object]]:
     """Yields (path of the block, frozen options) of everything that is chosen."""
-    moe, optim = c.model.moe, c.optim
-    yield f"tasks.{c.task}", c.task_options
-    yield f"model.kinds.{c.model.kind}", c.model.kind_options
-    yield f"model.attentions.{c.model.attention}", c.model.attention_options
+    moe, optim = cfg.model.moe, cfg.optim
+    yield f"tasks.{cfg.task}", cfg.task_options
+    yield f"model.kinds.{cfg.model.kind}", cfg.model.kind_options
+    yield f"model.attentions.{cfg.model.attention}", cfg.model.attention_options
     yield f"model.moe.routers.{moe.router}", moe.router_options
     yield f"model.moe.orderings.{moe.ordering}", moe.ordering_options
     yield f"model.moe.dispatchers.{moe.dispatcher}", moe.dispatcher_options
@@ -58,34 +59,34 @@ def chosen_blocks(c: Config) -> Iterator[tuple[str, object]]:
     yield f"optim.schedules.{optim.schedule}", optim.schedule_options
 
 
-def advice(c: Config) -> Iterator[str]:
+def advice(cfg: Config) -> Iterator[str]:
     """Yields what a run is told at its start: what is allowed, and hardly ever meant."""
-    if cut := schedules.warmup_note(c.optim):
+    if cut := schedules.warmup_note(cfg.optim):
         yield cut
-    if c.model.param_dtype == "bfloat16" and not c.optim.master_copy:
+    if cfg.model.param_dtype == "bfloat16" and not cfg.optim.master_copy:
         yield (
             "model.param_dtype = bfloat16 rounds away every update below 1/512 of a weight, so "
-            "that at a small learning rate nothing is "
-            "learned (docs/precision.md). Set optim.master_copy=True, or model.param_dtype=float32 "
-            "and model.dtype=bfloat16"
+            "that at a small learning rate nothing is learned (docs/precision.md). Set "
+            "optim.master_copy=True, or model.param_dtype=float32 and model.dtype=bfloat16"
         )
-    if c.model.kind_options.masks:
-        yield from ATTENTIONS[c.model.attention].advice(c)
-    if c.model.num_moe_layers:
-        yield from _of_router(c)
-        if not DISPATCHERS[c.model.moe.dispatcher].drops:
-            yield from _of_lossless(c.model.moe)
+    if cfg.model.kind_options.masks:
+        yield from ATTENTIONS[cfg.model.attention].advice(cfg)
+    if cfg.model.num_moe_layers:
+        yield from _of_router(cfg)
+        if not DISPATCHERS[cfg.model.moe.dispatcher].drops:
+            yield from _of_lossless(cfg.model.moe)
 
 
-def _of_router(c: Config) -> Iterator[str]:
+def _of_router(cfg: Config) -> Iterator[str]:
     """Losses that pull at a router in vain, or against its own balance; a gate without gradient."""
-    moe = c.model.moe
+    moe = cfg.model.moe
     router = ROUTERS[moe.router]
-    sizes = Sizes(c.model.d_model, moe.num_experts, c.model.vocab_size)
+    sizes = Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size)
     learns = bool(router.params(sizes, moe.router_options))
     pulling = [name for name in _unwanted_losses(moe, learns) if moe.losses[name]]
     pulls = " and ".join(f"model.moe.losses.{name} = {moe.losses[name]}" for name in pulling)
     balanced_by = router.balanced_by(moe.router_options)
+    # A router without weights gets no gradient, whatever the loss.
     if pulls and not learns:
         yield f"the router {moe.router} has no weights: {pulls} cannot change anything"
     elif pulls and balanced_by:
@@ -93,12 +94,13 @@ def _of_router(c: Config) -> Iterator[str]:
             f"the router {moe.router} is balanced by {balanced_by}, and {pulls} on top of it pulls "
             "as well: 0 is its paper's"
         )
+    # The gates of a token have a fixed sum: a single one is a constant, without gradient.
     declared = router.declared(moe.num_experts, moe.router_options)
     if learns and declared.most == 1 and declared.gate_sum is not None:
         yield (
             f"the router {moe.router} has one choice per token, and its gate is always "
-            f"{declared.gate_sum:g}: the loss of the task cannot "
-            f"teach it. Set model.moe.routers.{moe.router}.renormalize=False where it has that, or "
+            f"{declared.gate_sum:g}: the loss of the task cannot teach it. Set "
+            f"model.moe.routers.{moe.router}.renormalize=False where it has that, or "
             "model.moe.router=switch"
         )
 
@@ -114,7 +116,9 @@ def _unwanted_losses(moe: MoEConfig, learns: bool) -> tuple[str, ...]:
 
 
 def _of_lossless(moe: MoEConfig) -> Iterator[str]:
-    """What says who is dropped, or who shares room, does nothing where there is room for all."""
+    """Yields what says who is dropped, or who shares room: it does nothing where there is room for
+    all.
+    """
     ordering, dispatcher = ORDERINGS[moe.ordering], moe.dispatcher
     if ordering.sees_future and not ordering.always:
         yield (
@@ -129,18 +133,18 @@ def _of_lossless(moe: MoEConfig) -> Iterator[str]:
         )
 
 
-def _task(c: Config) -> Iterator[str]:
-    task = TASKS[c.task]
-    if c.model.kind not in task.kinds:
+def _task(cfg: Config) -> Iterator[str]:
+    task = TASKS[cfg.task]
+    if cfg.model.kind not in task.kinds:
         yield (
-            f'model.kind = "{c.model.kind}" cannot learn task = "{c.task}": choose one of '
+            f'model.kind = "{cfg.model.kind}" cannot learn task = "{cfg.task}": choose one of '
             f"{', '.join(task.kinds)}"
         )
-    if task.is_language and MODELS[c.model.kind].instruments:
+    if task.is_language and MODELS[cfg.model.kind].instruments:
         return
     instruments = (
-        ("record.steps", c.record.steps.text),
-        ("log.interference_every", c.log.interference_every),
+        ("record.steps", cfg.record.steps.text),
+        ("log.interference_every", cfg.log.interference_every),
     )
     for key, value in instruments:
         if value:
@@ -150,141 +154,143 @@ def _task(c: Config) -> Iterator[str]:
             )
 
 
-def _model(c: Config) -> Iterator[str]:
-    m = c.model
-    kind = MODELS[m.kind]
-    for path, blocks in (("prefix", m.prefix), ("period", m.period), ("suffix", m.suffix)):
-        for block in blocks:
-            yield from not_among(f"model.{path}", block, BLOCKS)
-    if m.stacks and not m.blocks:
+def _model(cfg: Config) -> Iterator[str]:
+    model = cfg.model
+    kind = MODELS[model.kind]
+    for part in ("prefix", "period", "suffix"):
+        for block in getattr(model, part):
+            yield from not_among(f"model.{part}", block, BLOCKS)
+    if model.stacks and not model.blocks:
         yield (
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "
             "model needs one"
         )
-    if m.kind_options.masks:
-        yield from _attention(c)
-    yield from kind.refusals(c)
+    if model.kind_options.masks:
+        yield from _attention(cfg)
+    yield from kind.refusals(cfg)
 
 
-def _attention(c: Config) -> Iterator[str]:
+def _attention(cfg: Config) -> Iterator[str]:
     """What the attention refuses of the config, and a mask of the kind of model that it has not."""
-    m = c.model
-    attention = ATTENTIONS[m.attention]
-    yield from attention.refusals(c)
-    for mask in m.kind_options.masks:
+    model = cfg.model
+    attention = ATTENTIONS[model.attention]
+    yield from attention.refusals(cfg)
+    for mask in model.kind_options.masks:
         if mask not in attention.masks:
             able = (name for name, one in ATTENTIONS.items() if mask in one.masks)
             yield (
-                f'model.attention = "{m.attention}" has no mask "{mask}", which model.kind = '
-                f'"{m.kind}" asks for here: set model.attention={" or ".join(able)}'
+                f'model.attention = "{model.attention}" has no mask "{mask}", which model.kind = '
+                f'"{model.kind}" asks for here: set model.attention={" or ".join(able)}'
             )
 
 
-def _moe(c: Config) -> Iterator[str]:
-    e = c.model.moe
-    if not c.model.num_moe_layers:
+def _moe(cfg: Config) -> Iterator[str]:
+    moe = cfg.model.moe
+    if not cfg.model.num_moe_layers:
         return
-    router, at = ROUTERS[e.router], f"model.moe.routers.{e.router}"
-    k = getattr(e.router_options, "k", 1)
-    if not 1 <= k <= e.num_experts:
-        yield f"{at}.k ({k}) must lie between 1 and model.moe.num_experts ({e.num_experts})"
-    setting = Setting(at, e.num_experts, c.train.batch_size, c.train.micro_batch_size)
-    yield from router.refusals(e.router_options, setting)
-    dispatcher = DISPATCHERS[e.dispatcher]
+    router, at = ROUTERS[moe.router], f"model.moe.routers.{moe.router}"
+    k = getattr(moe.router_options, "k", 1)
+    if not 1 <= k <= moe.num_experts:
+        yield f"{at}.k ({k}) must lie between 1 and model.moe.num_experts ({moe.num_experts})"
+    setting = Setting(at, moe.num_experts, cfg.train.batch_size, cfg.train.micro_batch_size)
+    yield from router.refusals(moe.router_options, setting)
+    dispatcher = DISPATCHERS[moe.dispatcher]
+    # An expert that chooses its tokens takes as many as it has places.
     if router.own_capacity and dispatcher.drops:
         yield (
-            f'model.moe.router = "{e.router}" fixes the capacity of each expert itself; with '
-            f'model.moe.dispatcher = "{e.dispatcher}" it '
+            f'model.moe.router = "{moe.router}" fixes the capacity of each expert itself; with '
+            f'model.moe.dispatcher = "{moe.dispatcher}" it '
             f"would be dropped a second time: set model.moe.dispatcher={LOSSLESS}"
         )
-    yield from _slots(e)
-    yield from sparse.refusals(c.model)
-    yield from _losses(c)
+    yield from _slots(moe)
+    yield from sparse.refusals(cfg.model)
+    yield from _losses(cfg)
     others = () if dispatcher.mixes else (LOSSLESS,)
-    yield from not_among("eval.dispatcher", c.eval.dispatcher, ("same", *others, e.dispatcher))
+    yield from not_among("eval.dispatcher", cfg.eval.dispatcher, ("same", *others, moe.dispatcher))
 
 
-def _slots(e: MoEConfig) -> Iterator[str]:
+def _slots(moe: MoEConfig) -> Iterator[str]:
     """A router that mixes tokens into slots and a dispatcher of slots need each other, and there
     are no assignments to order.
     """
-    mixes = bool(ROUTERS[e.router].num_slots(e.router_options))
-    takes = DISPATCHERS[e.dispatcher].mixes
-    of_slots = " or ".join(name for name, one in DISPATCHERS.items() if one.mixes)
-    if mixes and not takes:
+    mixes = bool(ROUTERS[moe.router].num_slots(moe.router_options))
+    takes_slots = DISPATCHERS[moe.dispatcher].mixes
+    if mixes and not takes_slots:
+        of_slots = " or ".join(name for name, one in DISPATCHERS.items() if one.mixes)
         yield (
-            f'model.moe.router = "{e.router}" fills slots, which model.moe.dispatcher = '
-            f'"{e.dispatcher}" knows nothing of: set it to {of_slots}'
+            f'model.moe.router = "{moe.router}" fills slots, which model.moe.dispatcher = '
+            f'"{moe.dispatcher}" knows nothing of: set it to {of_slots}'
         )
-    if takes and not mixes:
-        mixing = (name for name, one in ROUTERS.items() if one.num_slots(one.options()))
+    if takes_slots and not mixes:
+        mixing = " or ".join(name for name, one in ROUTERS.items() if one.num_slots(one.options()))
         yield (
-            f'model.moe.dispatcher = "{e.dispatcher}" needs the slots of model.moe.router = '
-            f'"{" or ".join(mixing)}"; "{e.router}" makes assignments'
+            f'model.moe.dispatcher = "{moe.dispatcher}" needs the slots of model.moe.router = '
+            f'"{mixing}"; "{moe.router}" makes assignments'
         )
-    if mixes and e.ordering != AS_LISTED:
+    # Mixtures compete for no places.
+    if mixes and moe.ordering != AS_LISTED:
         yield (
-            f'model.moe.ordering = "{e.ordering}" orders assignments, and model.moe.router = '
-            f'"{e.router}" makes none: set it to {AS_LISTED}'
+            f'model.moe.ordering = "{moe.ordering}" orders assignments, and model.moe.router = '
+            f'"{moe.router}" makes none: set it to {AS_LISTED}'
         )
 
 
-def _losses(c: Config) -> Iterator[str]:
-    e = c.model.moe
+def _losses(cfg: Config) -> Iterator[str]:
+    moe = cfg.model.moe
     for name, loss in LOSSES.items():
-        if e.losses[name] and loss.needs and loss.needs not in ROUTERS[e.router].sums:
+        if moe.losses[name] and loss.needs and loss.needs not in ROUTERS[moe.router].sums:
             giving = [router for router, one in ROUTERS.items() if loss.needs in one.sums]
             yield (
-                f"model.moe.losses.{name} = {e.losses[name]} needs a sum that model.moe.router = "
-                f'"{e.router}" does not give: set it to 0, or choose {" or ".join(giving)}'
+                f"model.moe.losses.{name} = {moe.losses[name]} needs a sum that model.moe.router = "
+                f'"{moe.router}" does not give: set it to 0, or choose {" or ".join(giving)}'
             )
-    if not e.adaptive.rate:
+    if not moe.adaptive.rate:
         return
-    if not any(e.losses[name] for name in BALANCE):
+    # Without a coefficient there is nothing whose weight could grow.
+    if not any(moe.losses[name] for name in BALANCE):
         yield (
-            f"model.moe.adaptive.rate = {e.adaptive.rate} drives the weight of the balance losses, "
-            "but all their coefficients are 0: "
-            f"give one (of model.moe.losses: {', '.join(BALANCE)}), or set the rate to 0"
+            f"model.moe.adaptive.rate = {moe.adaptive.rate} drives the weight of the balance "
+            "losses, but all their coefficients are 0: give one (of model.moe.losses: "
+            f"{', '.join(BALANCE)}), or set the rate to 0"
         )
-    if not DISPATCHERS[e.dispatcher].drops:
+    if not DISPATCHERS[moe.dispatcher].drops:
         dropping = " or ".join(name for name, one in DISPATCHERS.items() if one.drops)
         yield (
-            f"model.moe.adaptive.rate = {e.adaptive.rate} follows what is dropped for want of "
-            "room, "
-            f'and model.moe.dispatcher = "{e.dispatcher}" has room for all. Set '
+            f"model.moe.adaptive.rate = {moe.adaptive.rate} follows what is dropped for want of "
+            f'room, and model.moe.dispatcher = "{moe.dispatcher}" has room for all. Set '
             f"model.moe.dispatcher={dropping}, or the rate to 0"
         )
 
 
-def _leak(c: Config) -> Iterator[str]:
-    seen = causality.leaks(c.model)
-    if c.model.allow_leak or not (seen.future or seen.batch):
+def _leak(cfg: Config) -> Iterator[str]:
+    seen = causality.leaks(cfg.model)
+    if cfg.model.allow_leak or not (seen.future or seen.batch):
         return
     what = "a later token" if seen.future else "another sequence"
     yield (
-        f"{'; '.join(causality.reasons(c.model))}: in training {what} would change an earlier "
-        "token's output, so the training loss of this "
-        "causal model would be that of one that cannot be decoded (docs/routers.md has the "
-        "measured leaks). Choose another, or set "
+        f"{'; '.join(causality.reasons(cfg.model))}: in training {what} would change an earlier "
+        "token's output, so the training loss of this causal model would be that of one that "
+        "cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set "
         "model.allow_leak=True"
     )
 
 
-def _mesh(c: Config) -> Iterator[str]:
-    m, mesh, e = c.model, c.mesh, c.model.moe
+def _mesh(cfg: Config) -> Iterator[str]:
+    model, mesh, moe = cfg.model, cfg.mesh, cfg.model.moe
     batch = mesh.batch_devices
-    needs = [("model.d_model", m.d_model, "mesh.data x mesh.expert", batch)]
-    if m.kind_options.masks:
-        needs.append(("model.num_heads", m.num_heads, "mesh.model", mesh.model))
-        needs.append(("model.num_kv_heads", m.num_kv_heads, "mesh.model", mesh.model))
-    if m.kind_options.embeds:
-        needs.append(("model.vocab_size", m.vocab_size, "mesh.model", mesh.model))
-    if m.num_dense_layers:
-        needs.append(("model.ffn_hidden", m.ffn_hidden, "mesh.model", mesh.model))
-    if m.num_moe_layers:
-        needs.append(("model.moe.num_experts", e.num_experts, "mesh.expert", mesh.expert))
-        needs.append(("model.moe.expert_hidden", e.expert_hidden, "mesh.model", mesh.model))
-    if e.sparse.stored.block and mesh.model > 1:
+    # (key, its value, axis, its length): what each axis of the mesh splits evenly.
+    needs = [("model.d_model", model.d_model, "mesh.data x mesh.expert", batch)]
+    if model.kind_options.masks:
+        needs.append(("model.num_heads", model.num_heads, "mesh.model", mesh.model))
+        needs.append(("model.num_kv_heads", model.num_kv_heads, "mesh.model", mesh.model))
+    if model.kind_options.embeds:
+        needs.append(("model.vocab_size", model.vocab_size, "mesh.model", mesh.model))
+    if model.num_dense_layers:
+        needs.append(("model.ffn_hidden", model.ffn_hidden, "mesh.model", mesh.model))
+    if model.num_moe_layers:
+        needs.append(("model.moe.num_experts", moe.num_experts, "mesh.expert", mesh.expert))
+        needs.append(("model.moe.expert_hidden", moe.expert_hidden, "mesh.model", mesh.model))
+    if moe.sparse.stored.block and mesh.model > 1:
         yield (
             f"mesh.model ({mesh.model}) must be 1 for experts stored as blocks "
             "(model.moe.sparse.stored), which it cannot split"
@@ -294,71 +300,69 @@ def _mesh(c: Config) -> Iterator[str]:
             yield f"{path} ({value}) must be divisible by {axis} ({length})"
 
 
-def _batch(c: Config) -> Iterator[str]:
-    t, mesh = c.train, c.mesh
+def _batch(cfg: Config) -> Iterator[str]:
+    train, mesh = cfg.train, cfg.mesh
     devices = mesh.batch_devices
-    if t.batch_size % t.micro_batch_size:
+    if train.batch_size % train.micro_batch_size:
         yield (
-            f"train.batch_size ({t.batch_size}) must be divisible by "
-            f"train.micro_batch_size ({t.micro_batch_size})"
+            f"train.batch_size ({train.batch_size}) must be divisible by "
+            f"train.micro_batch_size ({train.micro_batch_size})"
         )
-    for path, rows in (
-        ("train.micro_batch_size", t.micro_batch_size),
-        ("eval.batch_size", c.eval.batch_size),
-    ):
+    sizes = {
+        "train.micro_batch_size": train.micro_batch_size,
+        "eval.batch_size": cfg.eval.batch_size,
+    }
+    for path, rows in sizes.items():
         if rows % devices:
             yield (
                 f"{path} ({rows} rows) must be divisible by "
                 f"mesh.data x mesh.expert ({mesh.data} x {mesh.expert})"
             )
-        if c.model.num_moe_layers and (rows // devices) % c.model.moe.group_rows:
+        # A group never spans a device.
+        group_rows, of_device = cfg.model.moe.group_rows, rows // devices
+        if cfg.model.num_moe_layers and of_device % group_rows:
             yield (
-                f"model.moe.group_rows ({c.model.moe.group_rows}) must divide the rows of one "
-                "device "
-                f"({rows // devices} = {path} {rows} / (mesh.data {mesh.data} x mesh.expert "
+                f"model.moe.group_rows ({group_rows}) must divide the rows of one device "
+                f"({of_device} = {path} {rows} / (mesh.data {mesh.data} x mesh.expert "
                 f"{mesh.expert}))"
             )
 
 
-def _train(c: Config) -> Iterator[str]:
-    if c.profile and c.profile[0] >= c.train.steps:
+def _train(cfg: Config) -> Iterator[str]:
+    if cfg.profile and cfg.profile[0] >= cfg.train.steps:
         yield (
-            f"profile = {c.profile[0]}:{c.profile[1]} begins after the last step "
-            f"(train.steps = {c.train.steps}): nothing would be traced"
+            f"profile = {cfg.profile[0]}:{cfg.profile[1]} begins after the last step "
+            f"(train.steps = {cfg.train.steps}): nothing would be traced"
         )
-    first = c.record.steps.first
-    if first and first > c.train.steps:
+    first = cfg.record.steps.first
+    if first and first > cfg.train.steps:
         yield (
-            f'record.steps = "{c.record.steps.text}" begins after the last step '
-            f"(train.steps = {c.train.steps}): nothing would be recorded"
+            f'record.steps = "{cfg.record.steps.text}" begins after the last step '
+            f"(train.steps = {cfg.train.steps}): nothing would be recorded"
         )
-    for pair in c.train.init_rename:
-        if not (
-            isinstance(pair, tuple)
-            and len(pair) == 2
-            and all(isinstance(name, str) for name in pair)
-        ):
+    for pair in cfg.train.init_rename:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2
+        if not (is_pair and all(isinstance(name, str) for name in pair)):
             yield (
                 f"train.init_rename: {pair!r} is no pair of names, "
                 'as in (("repeats/0", "prefix/0"),)'
             )
-    if c.train.init_rename and not c.train.init_from:
+    if cfg.train.init_rename and not cfg.train.init_from:
         yield (
             "train.init_rename renames what train.init_from loads, and that is empty: "
             "name a run, or leave it alone"
         )
-    zeros = c.model.moe.sparse
+    # A rule moves zeros by itself, without an update that could be left out.
+    zeros = cfg.model.moe.sparse
     rule = zeros.rule
-    if c.optim.train_only and not zeros.dense and RULES[rule].moves:
+    if cfg.optim.train_only and not zeros.dense and RULES[rule].moves:
         yield (
             f'model.moe.sparse.rule = "{rule}" changes experts after an update, and '
-            f'optim.train_only = "{c.optim.train_only}" would not '
-            'keep it from those that are frozen: set the rule to "static" or "none", or leave '
-            "train_only empty"
+            f'optim.train_only = "{cfg.optim.train_only}" would not keep it from those that are '
+            'frozen: set the rule to "static" or "none", or leave train_only empty'
         )
-    if c.optim.master_copy and c.model.param_dtype != "bfloat16":
+    if cfg.optim.master_copy and cfg.model.param_dtype != "bfloat16":
         yield (
-            f"optim.master_copy = True does nothing: model.param_dtype = {c.model.param_dtype} "
-            "needs no copy in float32. Set "
-            "optim.master_copy=False, or model.param_dtype=bfloat16"
+            f"optim.master_copy = True does nothing: model.param_dtype = {cfg.model.param_dtype} "
+            "needs no copy in float32. Set optim.master_copy=False, or model.param_dtype=bfloat16"
         )

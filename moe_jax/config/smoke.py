@@ -22,13 +22,14 @@ from moe_jax.tasks import TASKS
 
 STEPS = 3
 SAMPLE_TOKENS = 8
-TRAIN_ROWS, HELDOUT_ROWS = 512, 32  # of a set of examples, for its rivals and its predictions
+# Of a set of examples, for its rivals and its predictions.
+TRAIN_ROWS, HELDOUT_ROWS = 512, 32
 SLICE_BYTES, HELDOUT_BYTES = 20_000, 2_000  # of each embedded domain
 
 
 def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(a config that runs for a few steps, what was changed: a line for each key), from a config as
-    nested dict.
+    """Returns a config that runs for a few steps, as nested dict, and what was changed: a line for
+    each key.
     """
     new = flatten_dict(copy.deepcopy(dict(raw)), sep=".", keep_empty_nodes=True)
     changed = []
@@ -40,7 +41,7 @@ def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and their new values.
+    """Yields keys and their new values.
 
     What is off stays off; what comes every so many steps comes within the few.
     """
@@ -48,10 +49,12 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     steps = min(train["steps"], STEPS)
     yield "train.steps", steps
     yield "train.stop_at", 0
+    # min(): 0 stands for "off", and stays.
     yield "eval.every", min(evaluation["every"], 2)
     yield "eval.batches", 1
     yield "eval.final_batches", 1
     yield "eval.sample_tokens", min(evaluation["sample_tokens"], SAMPLE_TOKENS)
+    # One save at the end is enough to try it.
     yield "checkpoint.every", 0
     yield "log.every", 1
     yield "log.histogram_every", 1
@@ -65,19 +68,19 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"tasks.{raw['task']}.copies", 1
     packed_now = any(sources.packed_by_run(str(source[0])) for source in data["sources"])
     if TASKS[raw["task"]].is_language and packed_now:
-        # A batch must be there, of a single domain too.
-        rows = 2 * train["batch_size"] * data["seq_len"]
-        yield "data.slice_bytes", _least(data["slice_bytes"], max(SLICE_BYTES, rows))
-        yield "data.heldout_bytes", _least(data["heldout_bytes"], HELDOUT_BYTES)
+        # Two batches of bytes: one batch must be there, of a single domain too.
+        batches = 2 * train["batch_size"] * data["seq_len"]
+        yield "data.slice_bytes", _at_most(data["slice_bytes"], max(SLICE_BYTES, batches))
+        yield "data.heldout_bytes", _at_most(data["heldout_bytes"], HELDOUT_BYTES)
 
 
-def _least(own: int, most: int) -> int:
-    """The smaller of two numbers of bytes, where 0 of the config's own means all."""
+def _at_most(own: int, most: int) -> int:
+    """Returns the smaller of two numbers of bytes, where 0 of the config's own means all."""
     return min(own, most) if own else most
 
 
 def fewer(cfg: Config, data: Data) -> Data:
-    """The data of a smoke run: of a set of examples some rows alone, at least a batch.
+    """Returns the data of a smoke run: of a set of examples some rows alone, at least a batch.
 
     Packed text is read by rows anyway.
     """
@@ -96,13 +99,14 @@ def notes(raw: Mapping[str, Any], workdir: Path | str) -> list[str]:
 
 
 def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """UserError where a run would go on from a smoke run, or a smoke run from another run."""
+    """Raises UserError where a run would go on from a smoke run, or a smoke run from another
+    run.
+    """
     before, now = (bool(config.get("smoke")) for config in (old, new))
     if before and not now:
         raise UserError(
             "this --workdir holds a smoke run (--smoke), which trained a few steps only and is no "
-            "beginning of this "
-            "run: remove the directory, or take another --workdir"
+            "beginning of this run: remove the directory, or take another --workdir"
         )
     if now and not before:
         raise UserError(

@@ -59,9 +59,12 @@ class Key(NamedTuple):
 class Choice(NamedTuple):
     """A choice: its block, the keys of all blocks, and where the frozen config has the options."""
 
-    path: str  # of the choice: "model.moe.router"
-    blocks: str  # of the options of all that may be chosen: "model.moe.routers"
-    frozen: str  # the field of the frozen config: "router_options"
+    # Of the choice: "model.moe.router".
+    path: str
+    # Of the options of all that may be chosen: "model.moe.routers".
+    blocks: str
+    # The field of the frozen config: "router_options".
+    frozen: str
     options: dict[str, type]
 
 
@@ -91,25 +94,33 @@ def options_of(path: str) -> dict[str, type]:
 
     A registry is asked each time, so a component that is registered later counts.
     """
-    named: dict[str, type] = {NO_CHOICE[path]: Nothing} if path in NO_CHOICE else {}
-    return named | {name: one.options for name, one in REGISTRIES[path].items()}
+    options: dict[str, type] = {}
+    if path in NO_CHOICE:
+        options[NO_CHOICE[path]] = Nothing
+    for name, component in REGISTRIES[path].items():
+        options[name] = component.options
+    return options
 
 
 def _keys(cls: type, path: str) -> Iterator[Key]:
+    """Yields the keys of a dataclass and of the blocks in it; `path` ends in a dot, or is ""."""
     hints = typing.get_type_hints(cls)
     own = declared(cls)
     for field in dataclasses.fields(cls):
         at = path + field.name
         option = own.get(field.name)
+        # A field that declares nothing is a block: its type declares keys.
         if option is None:
             yield from _keys(hints[field.name], at + ".")
         elif option.derived:
+            # The losses have no dataclass: each has its coefficient in its own file.
             if at == COEFFICIENTS:
                 yield from _coefficients()
             if option.keys:
                 yield from _keys(option.keys, at + ".")
         else:
             yield Key(at, option.default, option)
+            # Behind a choice come the options of all that may be chosen.
             if option.block:
                 for name, options in options_of(at).items():
                     yield from _keys(options, f"{path}{option.block}.{name}.")
@@ -117,11 +128,12 @@ def _keys(cls: type, path: str) -> Iterator[Key]:
 
 def _coefficients() -> Iterator[Key]:
     for name, loss in LOSSES.items():
-        option = Option(loss.coefficient, loss.comment, NOT_NEGATIVE, (), "", False, None)
+        option = Option(loss.coefficient, loss.comment, NOT_NEGATIVE)
         yield Key(f"{COEFFICIENTS}.{name}", loss.coefficient, option)
 
 
 def _choices(cls: type, path: str) -> Iterator[Choice]:
+    """Yields the choices of a dataclass and of the blocks in it."""
     hints = typing.get_type_hints(cls)
     own = declared(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -135,6 +147,7 @@ def _choices(cls: type, path: str) -> Iterator[Choice]:
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Sets the value of a dotted path that has none so far."""
     *parents, last = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -179,7 +179,7 @@ def _begin_decoder(
 
     last_B = jnp.maximum(valid_BS.sum(1) - 1, 0).astype(jnp.int32)
     # A sum over a mask, not a gather: rows are split over the devices.
-    is_last_BS = jnp.arange(length)[None] == last_B[:, None]
+    is_last_BS = jnp.arange(length, dtype=last_B.dtype)[None] == last_B[:, None]
     id_B = jnp.where(is_last_BS, source.id_BS, 0).sum(1, dtype=jnp.int32)
     return Start(
         forward, caches, jax.sharding.reshard(id_B, P()), jax.sharding.reshard(last_B, P())

@@ -36,8 +36,10 @@ class Run(NamedTuple):
     dataset: Dataset
     params: Any
     router_state: Any
-    batches: Sequence[PackedText]  # this process's rows of each held-out batch
-    tell: Tell = silent  # is told what is being measured
+    # This process's rows of each held-out batch.
+    batches: Sequence[PackedText]
+    # Is told what is being measured.
+    tell: Tell = silent
 
 
 def open_run(

@@ -24,7 +24,8 @@ from moe_jax.instruments.held_out import Run
 from moe_jax.moe.probe import Request
 
 PASSIVE = {"removed": "removed", "around": "routed around"}
-WAYS = {"removed": "removed", "around": "barred"}  # and the field of the Request for each
+# How an expert goes, and the field of the Request that asks for it.
+WAYS = {"removed": "removed", "around": "barred"}
 
 
 class Worth(NamedTuple):

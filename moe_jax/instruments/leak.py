@@ -46,8 +46,10 @@ NOISE = 1e-9
 # order matters.
 TIGHT = 0.5
 MODES = ("train", "eval")
-SAFE, FAULT = "safe", "FAULT"  # what a verdict begins with, beside "leaks"
-DRAWS = 4  # of tokens; the changed row is another one each time
+# What a verdict begins with, beside "leaks".
+SAFE, FAULT = "safe", "FAULT"
+# Of tokens; the changed row is another one each time.
+DRAWS = 4
 
 
 class Leak(NamedTuple):
@@ -62,8 +64,10 @@ class Leak(NamedTuple):
 class Measured(NamedTuple):
     """How far outputs move when other tokens are drawn."""
 
-    future: Leak  # when later tokens of the sequence change
-    batch: Leak  # when another sequence changes
+    # When later tokens of the sequence change.
+    future: Leak
+    # When another sequence changes.
+    batch: Leak
 
 
 def measure(cfg: Config, draws: int = DRAWS, seed: int = 0) -> dict[str, Measured]:

@@ -9,17 +9,21 @@ from typing import Any
 
 import numpy as np
 
-MOST_ROWS = 256  # steps in the picture: beyond them every second one is forgotten
+# Steps in the picture: beyond them every second one is forgotten.
+MOST_ROWS = 256
 # All sizes are in inches.
 CELL = 0.16  # width of an expert's column
 PANEL = 1.7  # height of a panel
 GAP = 0.55  # between two panels
 TITLE = 0.2  # of a panel
 HEADING = 0.35  # of the picture
-LEFT = 0.75  # before the panels: "step" and its numbers
-SCALE = 1.1  # behind the panels: the scale of the colours
+# Before the panels: "step" and its numbers.
+LEFT = 0.75
+# Behind the panels: the scale of the colours.
+SCALE = 1.1
 WIDEST = 12.0  # of all panels of a line
-SHADES = 2.5  # powers of two above and below the mean that have a colour of their own
+# Powers of two above and below the mean that have a colour of their own.
+SHADES = 2.5
 
 
 class LoadOverTime:
@@ -28,7 +32,8 @@ class LoadOverTime:
     def __init__(self, num_experts: int):
         self._num_experts = num_experts
         self._steps: list[int] = []
-        self._load: list[np.ndarray] = []  # over the mean of the layer [L, E]
+        # Over the mean of the layer [L, E].
+        self._load: list[np.ndarray] = []
 
     def note(self, step: int, counts_LC: np.ndarray) -> None:
         """Notes the counts of a step; classes behind the experts (null experts) are left out."""

@@ -24,11 +24,14 @@ SMALL = 8  # points of the letters
 LETTER = 0.075  # inches of such a letter
 LINE = 0.17  # inches of a line of a title
 LETTERS_PER_INCH = 13.5  # of a title
-GAP = 0.2  # inches between two panels of a line
-TITLE = 0.25  # inches of the title of a panel
+# Inches between two panels of a line.
+GAP = 0.2
+# Inches of the title of a panel.
+TITLE = 0.25
 WIDEST = 22.0  # inches of a picture
 LONGEST = 32  # letters of a domain's name
-NUMBERED = 16  # experts up to which each has its number, and each cell its percentage
+# Experts up to which each has its number, and each cell its percentage.
+NUMBERED = 16
 MISSING = "0.85"  # grey
 INK, ALERT = "0.35", "#c44e52"
 
@@ -48,9 +51,11 @@ ORIGIN = (
 class Plan(NamedTuple):
     """How the panels of the layers are put together; sizes in inches."""
 
-    left: float  # of the first panel: names of domains stand there
+    # Of the first panel: names of domains stand there.
+    left: float
     width: float  # of a panel
-    above: float  # height of the upper axes of a panel
+    # Height of the upper axes of a panel.
+    above: float
     below: float  # and of the lower ones
     columns: int
     lines: int

@@ -34,7 +34,8 @@ from moe_jax.moe import probe
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Tokens
 
-Record = Callable[..., held_out.Arrays]  # (params, router state, batch) -> its record
+# (params, router state, batch) -> its record.
+Record = Callable[..., held_out.Arrays]
 QUANTILES = (0.01, 0.1, 0.5, 0.9)
 
 

@@ -38,7 +38,8 @@ from moe_jax.train_step import Model, State, micro_batches, step_key
 MANIFEST = "manifest.json"
 # The blocks of the config that make the routing; the mesh is none of them.
 SAME_RUN = ("seed", "model", "optim", "data")
-SAME_VALUES = ("scan", "remat", "prefetch")  # keys in them that change no value
+# Keys in them that change no value.
+SAME_VALUES = ("scan", "remat", "prefetch")
 
 
 def make_recorder(
@@ -158,7 +159,8 @@ def write_step(
     directory.mkdir(parents=True, exist_ok=True)
     # Packed in memory first, so that the file and its hash are of the same bytes.
     buffer = io.BytesIO()
-    save: Any = np.savez_compressed  # whose keyword arguments are the arrays
+    # Any, for its keyword arguments are the arrays.
+    save: Any = np.savez_compressed
     save(buffer, **arrays)
     content = buffer.getvalue()
     name = file_name(step)

@@ -178,7 +178,8 @@ def share(changes: list[Change]) -> tuple[dict[str, float], float]:
 class Phases(NamedTuple):
     """Milliseconds per step. Over the phases and `idle` they add up to the whole time of a step."""
 
-    phases: dict[tuple[str, str], float]  # (phase, "forward", "backward" or "")
+    # (phase, "forward", "backward" or "").
+    phases: dict[tuple[str, str], float]
     instructions: dict[str, float]
     idle: float
     steps: int

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
@@ -36,13 +37,14 @@ from moe_jax.models.decoder import as_decoder
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import KindOptions, Stack
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import NO_LABEL_OR_MORE, NUMBER, option, typed_options
 from moe_jax.weights import Weight, Weights
 
 NAME = "article"
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda z: z,
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
@@ -79,109 +81,122 @@ class Article(nnx.Module):
     The logits are [B, S, V] of the next token, or [B, C] of a row's class. Nothing in it is random.
     """
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
-        self.cfg, options = cfg, typed_options(Options, cfg.kind_options)
+    def __init__(self, key: Array, cfg: ModelConfig):
+        options = typed_options(Options, cfg.kind_options)
+        self.cfg, self.options = cfg, options
         keys = jax.random.split(key, 3)
         d, n, m = cfg.d_model, options.num_experts, options.window
-        num_outputs, split = (
-            (options.num_classes, None) if options.num_classes else (cfg.vocab_size, "vocab")
-        )
+        num_outputs = options.num_classes or cfg.vocab_size
         ends = {
             "embed": Weight((cfg.vocab_size, d), ("vocab", "embed"), d**-0.5),
-            "head": Weight((d, num_outputs), ("embed", split), d**-0.5),
+            "head": Weight((d, num_outputs), self._head_names(), d**-0.5),
         }
+        experts = {"w": Weight((n, m), ("experts", None), m**-0.5)}
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
-        self.experts = Weights(
-            keys[1], {"w": Weight((n, m), ("experts", None), m**-0.5)}, cfg.param_dtype
-        )
+        self.experts = Weights(keys[1], experts, cfg.param_dtype)
         if options.aggregate == "gated":
-            self.router = Weights(
-                keys[2], {"gate": Weight((d, n), ("embed", None), d**-0.5)}, cfg.param_dtype
-            )
+            gate = {"gate": Weight((d, n), ("embed", None), d**-0.5)}
+            self.router = Weights(keys[2], gate, cfg.param_dtype)
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         del rng, train
-        cfg, classify = self.cfg, typed_options(Options, self.cfg.kind_options).num_classes > 0
-        table = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
-        e_BSD = table.at[batch.id_BS].get(out_sharding=P(BATCH, None, None))
+        cfg, classify = self.cfg, self.options.num_classes > 0
+        table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
+        e_BSD = table_VD.at[batch.id_BS].get(out_sharding=P(BATCH, None, None))
         w_nm = jax.sharding.reshard(self.experts["w"].astype(cfg.dtype), P())
-        if classify:  # one window a row
+        if classify:
+            # One window a row, whose places are as many as the row has.
             seen_Bqm = (batch.segment_BS > 0)[:, None]
-            window_BqmD, w_nm = e_BSD[:, None], w_nm[:, : e_BSD.shape[1]]
+            window_BqmD = e_BSD[:, None]
+            w_nm = w_nm[:, : e_BSD.shape[1]]
         else:
             window_BqmD, seen_Bqm = windows(e_BSD, batch.segment_BS, w_nm.shape[1])
         window_BqmD = jnp.where(seen_Bqm[..., None], window_BqmD, 0)
         z_BqnD = jnp.einsum("BqmD,nm->BqnD", window_BqmD, w_nm)
-        z_BqnD = ACTIVATIONS[typed_options(Options, cfg.kind_options).activation](z_BqnD)
+        z_BqnD = ACTIVATIONS[self.options.activation](z_BqnD)
         h_BqD = self._aggregate(z_BqnD, window_BqmD, seen_Bqm)
         logits = self._output(h_BqD)
         return logits[:, 0] if classify else logits, {}
 
-    def _aggregate(
-        self, z_BqnD: jax.Array, window_BqmD: jax.Array, seen_Bqm: jax.Array
-    ) -> jax.Array:
-        how = typed_options(Options, self.cfg.kind_options).aggregate
-        if how != "gated":
-            return z_BqnD.sum(2) if how == "sum" else z_BqnD.mean(2)
-        num_Bq1 = jnp.maximum(seen_Bqm.sum(2), 1)[..., None].astype(z_BqnD.dtype)
+    def _aggregate(self, z_BqnD: Array, window_BqmD: Array, seen_Bqm: Array) -> Array:
+        """Returns g(z_1 .. z_n) [B, q, D]."""
+        how = self.options.aggregate
+        if how == "sum":
+            return z_BqnD.sum(2)
+        if how == "mean":
+            return z_BqnD.mean(2)
+        # A window at the beginning of a segment has fewer tokens than places.
+        num_Bq = jnp.maximum(seen_Bqm.sum(2), 1)
+        num_Bq1 = num_Bq[..., None].astype(z_BqnD.dtype)
+        mean_BqD = window_BqmD.sum(2) / num_Bq1
         gate_Dn = gather(self.router["gate"], ("embed", None), self.cfg.dtype)
-        logits_Bqn = jnp.einsum("BqD,Dn->Bqn", window_BqmD.sum(2) / num_Bq1, gate_Dn)
-        return jnp.einsum("Bqn,BqnD->BqD", jax.nn.softmax(logits_Bqn), z_BqnD)
+        logits_Bqn = jnp.einsum("BqD,Dn->Bqn", mean_BqD, gate_Dn)
+        p_Bqn = jax.nn.softmax(logits_Bqn)
+        return jnp.einsum("Bqn,BqnD->BqD", p_Bqn, z_BqnD)
 
-    def _output(self, h_BqD: jax.Array) -> jax.Array:
+    def _head_names(self) -> tuple[str, str | None]:
+        """Returns the logical dimensions of the head; only a vocabulary is split."""
+        return "embed", None if self.options.num_classes else "vocab"
+
+    def _output(self, h_BqD: Array) -> Array:
         """Logits in at least float32."""
-        names = (
-            "embed",
-            None if typed_options(Options, self.cfg.kind_options).num_classes else "vocab",
-        )
-        head = gather(self.ends["head"], names, self.cfg.dtype)
-        wide = jnp.promote_types(h_BqD.dtype, jnp.float32)
+        head = gather(self.ends["head"], self._head_names(), self.cfg.dtype)
+        wide = wide_dtype(h_BqD.dtype)
         return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
 
 
-def windows(e_BSD: jax.Array, segment_BS: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
+def windows(e_BSD: Array, segment_BS: Array, m: int) -> tuple[Array, Array]:
     """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end
     with it, within its segment.
     """
     S = e_BSD.shape[1]
 
     def earlier(z, by):
-        return jnp.pad(z, [(0, 0), (by, 0)] + [(0, 0)] * (z.ndim - 2))[:, :S]
+        padding = [(0, 0), (by, 0)] + [(0, 0)] * (z.ndim - 2)
+        return jnp.pad(z, padding)[:, :S]
 
-    steps = range(m - 1, -1, -1)
-    same = [(earlier(segment_BS, by) == segment_BS) & (segment_BS > 0) for by in steps]
-    return jnp.stack([earlier(e_BSD, by) for by in steps], 2), jnp.stack(same, 2)
+    tokens, same = [], []
+    # The token itself has the last place.
+    for by in range(m - 1, -1, -1):
+        tokens.append(earlier(e_BSD, by))
+        same.append((earlier(segment_BS, by) == segment_BS) & (segment_BS > 0))
+    return jnp.stack(tokens, 2), jnp.stack(same, 2)
 
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of the article's model."""
-    o, d, found = typed_options(Options, cfg.kind_options), cfg.d_model, decoder(as_decoder(cfg))
-    nothing = type(found)(*(0 for _ in found))
-    experts = o.num_experts * o.window
+    options, d = typed_options(Options, cfg.kind_options), cfg.d_model
+    counts = type(decoder(as_decoder(cfg)))
+    nothing = counts(*(0 for _ in counts._fields))
+    experts = options.num_experts * options.window
+    gated = options.aggregate == "gated"
     return nothing._replace(
         embedding=cfg.vocab_size * d,
-        head=d * (o.num_classes or cfg.vocab_size),
+        head=d * (options.num_classes or cfg.vocab_size),
         experts=experts,
+        # Every token goes through all of them.
         experts_active=experts,
-        router=d * o.num_experts if o.aggregate == "gated" else 0,
+        router=d * options.num_experts if gated else 0,
     )
 
 
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of the article's model's forward pass."""
-    o, d = typed_options(Options, cfg.kind_options), cfg.d_model
-    rows = (
-        seq_len if o.num_classes else 1
-    )  # a class is asked for once in a row, a token at every place
-    num, places = o.num_experts, min(o.window, seq_len) if o.num_classes else o.window
-    nothing = type(decoder(as_decoder(cfg), seq_len))(*(0,) * 7)
-    gated = o.aggregate == "gated"
+    options, d = typed_options(Options, cfg.kind_options), cfg.d_model
+    num, places, outputs = options.num_experts, options.window, cfg.vocab_size
+    # A token is asked for at every place, a class once in a row.
+    asked_every = 1
+    if options.num_classes:
+        outputs, asked_every = options.num_classes, seq_len
+        places = min(places, seq_len)
+    breakdown = type(decoder(as_decoder(cfg), seq_len))
+    nothing = breakdown(*(0 for _ in breakdown._fields))
+    # The gates themselves, and the sum that they weigh.
+    gates = 2 * d * num + 2 * num * d if options.aggregate == "gated" else 0
     return nothing._replace(
-        experts=math.ceil(2 * num * places * d / rows),
-        router=math.ceil((2 * d * num + 2 * num * d) / rows) if gated else 0,
-        head=math.ceil(2 * d * (o.num_classes or cfg.vocab_size) / rows),
+        experts=math.ceil(2 * num * places * d / asked_every),
+        router=math.ceil(gates / asked_every),
+        head=math.ceil(2 * d * outputs / asked_every),
     )
 
 

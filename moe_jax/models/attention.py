@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.attention_core import Keys, across, attention, decode_attention
 from moe_jax.models.attentions import ATTENTIONS
@@ -52,18 +53,19 @@ class SelfAttention(nnx.Module):
     a row's prefix comes in one call.
     """
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig, mask: str):
+    def __init__(self, key: Array, cfg: ModelConfig, mask: str):
         self.cfg, self.mask = cfg, mask
         self.weights = Weights(key, ATTENTIONS[cfg.attention].weights(cfg), cfg.param_dtype)
 
     def __call__(
         self,
-        x_BSD: jax.Array,
-        segment_BS: jax.Array,
-        position_BS: jax.Array,
-        prefix_BS: jax.Array | None,
-    ) -> jax.Array:
-        cfg, kind = self.cfg, ATTENTIONS[self.cfg.attention]
+        x_BSD: Array,
+        segment_BS: Array,
+        position_BS: Array,
+        prefix_BS: Array | None,
+    ) -> Array:
+        cfg = self.cfg
+        kind = ATTENTIONS[cfg.attention]
         q, k, v = self._turned(x_BSD, position_BS)
 
         def keys(segment_BS, prefix_BS):
@@ -75,18 +77,19 @@ class SelfAttention(nnx.Module):
 
     def cached(
         self,
-        x_BSD: jax.Array,
-        position_BS: jax.Array,
+        x_BSD: Array,
+        position_BS: Array,
         cache: Cache,
-        prefix_BS: jax.Array | None,
-        chosen_BM: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
+        prefix_BS: Array | None,
+        chosen_BM: Array | None,
+    ) -> tuple[Array, Cache]:
         """Writes new keys and values at their positions, then attends to the slots that the
         attention shows to each token.
 
         `chosen_BM`: which slots hold a key at all; None = all up to a token's own.
         """
-        cfg, kind = self.cfg, ATTENTIONS[self.cfg.attention]
+        cfg = self.cfg
+        kind = ATTENTIONS[cfg.attention]
         q, k, v = self._turned(x_BSD, position_BS)
         last_BS = position_BS if prefix_BS is None else _last_seen(position_BS, prefix_BS)
 
@@ -109,13 +112,14 @@ class SelfAttention(nnx.Module):
             o, cache = run(q, k, v, position_BS, last_BS, cache, chosen_BM)
         return write(self.weights, o, cfg), cache
 
-    def _turned(
-        self, x_BSD: jax.Array, position_BS: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _turned(self, x_BSD: Array, position_BS: Array) -> tuple[Array, Array, Array]:
         """(queries, keys, values); the first two turned by their positions."""
         cfg = self.cfg
         cos, sin = rope(position_BS, cfg.head_dim, cfg.rope_theta, cfg.dtype)
-        q, k, v = (project(self.weights, name, x_BSD, cfg) for name in ("q", "k", "v"))
+        q = project(self.weights, "q", x_BSD, cfg)
+        k = project(self.weights, "k", x_BSD, cfg)
+        v = project(self.weights, "v", x_BSD, cfg)
+        # A score then depends on how far two tokens are apart. Values are read, wherever they are.
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -124,15 +128,17 @@ class CrossAttention(nnx.Module):
     segment_BT)`.
     """
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         self.weights = Weights(key, projections(cfg), cfg.param_dtype)
 
-    def remember(self, source_BTD: jax.Array, segment_BT: jax.Array) -> Memory:
-        k, v = (project(self.weights, name, source_BTD, self.cfg) for name in ("k", "v"))
+    def remember(self, source_BTD: Array, segment_BT: Array) -> Memory:
+        """Returns keys and values of the source, for any number of queries."""
+        k = project(self.weights, "k", source_BTD, self.cfg)
+        v = project(self.weights, "v", source_BTD, self.cfg)
         return Memory(k, v, segment_BT)
 
-    def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array, memory: Memory) -> jax.Array:
+    def __call__(self, x_BSD: Array, segment_BS: Array, memory: Memory) -> Array:
         q = project(self.weights, "q", x_BSD, self.cfg)
         segments = (segment_BS, memory.segment_BT)
         scale = self.cfg.head_dim**-0.5
@@ -141,7 +147,7 @@ class CrossAttention(nnx.Module):
         return write(self.weights, o, self.cfg)
 
 
-def project(weights: Weights, name: str, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
+def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
     """Queries, keys or values [B, S, H or G, A] of x."""
     w_DHA = gather(weights[name], ("embed", "heads", None), cfg.dtype)
     y = jnp.einsum("BSD,DHA->BSHA", x_BSD, w_DHA)
@@ -154,21 +160,21 @@ def project(weights: Weights, name: str, x_BSD: jax.Array, cfg: ModelConfig) -> 
     return y
 
 
-def write(weights: Weights, o_BSHA: jax.Array, cfg: ModelConfig) -> jax.Array:
+def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     """Returns what the heads add to the residual stream."""
     w_HAD = gather(weights["o"], ("heads", None, "embed"), cfg.dtype)
     return jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=P(BATCH, None, None))
 
 
-def _last_seen(position_BS: jax.Array, prefix_BS: jax.Array) -> jax.Array:
+def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:
     """The last slot that each token sees: of the whole prefix for its tokens, else its own."""
     end_B1 = jnp.where(prefix_BS, position_BS, 0).max(1, keepdims=True)
     return jnp.where(prefix_BS, end_B1, position_BS)
 
 
 def _sharded_core(
-    q, k, v, keys: Callable[..., Keys], about: tuple[jax.Array | None, ...], scale: float
-) -> jax.Array:
+    q, k, v, keys: Callable[..., Keys], about: tuple[Array | None, ...], scale: float
+) -> Array:
     """`keys(*about)`: which keys each query sees."""
 
     def on_device(q, k, v, about):

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.grouped_matmul import vary_alike
 from moe_jax.parallel.compiling import by_platform
+from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
 # A score, far below every real one and far from overflow.
@@ -57,7 +57,10 @@ def causal(segment_BS: Array) -> Keys:
 
 def windowed(segment_BS: Array, window: int) -> Keys:
     """Every token sees itself and the window - 1 tokens before it, within its segment."""
-    index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
+    S = segment_BS.shape[1]
+    # A longer window sees no more, and may be no int32.
+    window = min(window, S)
+    index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     first_BS = jnp.maximum(_first_of_run(segment_BS), index_1S - (window - 1))
     return Keys(first_BS, window=window)
 
@@ -72,6 +75,7 @@ def prefix(segment_BS: Array, prefix_BS: Array) -> Keys:
     others are causal.
     """
     index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
+    # The rest of every segment is one run of its own, which no segment is called.
     run_BS = jnp.where(prefix_BS, segment_BS, -1)
     last_BS = jnp.where(prefix_BS, _last_of_run(run_BS), index_1S)
     return Keys(_first_of_run(segment_BS), last_BS)
@@ -86,8 +90,10 @@ def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     first_B1 = jnp.where(valid_BS, index_1S, S).min(1, keepdims=True)
     last_B1 = jnp.where(valid_BS, index_1S, -1).max(1, keepdims=True)
+    # Padding begins behind the last key.
     first_BT = jnp.where(segment_BT > 0, first_B1, S)
-    return Keys(first_BT, jnp.broadcast_to(last_B1, first_BT.shape))
+    last_BT = jnp.broadcast_to(last_B1, first_BT.shape)
+    return Keys(first_BT, last_BT)
 
 
 def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale: float) -> Array:
@@ -108,13 +114,15 @@ def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale:
 
     def of_heads(z_BT):
         # The r queries of a token stand side by side: query i belongs to token i // r.
-        z_BGTr = jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, H // G))
+        z_B1T1 = z_BT[:, None, :, None]
+        z_BGTr = jnp.broadcast_to(z_B1T1, (B, G, T, H // G))
         return z_BGTr.reshape(B * G, -1)
 
     runs = tuple(of_heads(z_BT) for z_BT in bounds)
     q_NQA, k_NSA, v_NSA = (heads_first(z) for z in (q_BTHA, k_BSGA, v_BSGA))
     o_NQA = _core(scale, keys.window, q_NQA, k_NSA, v_NSA, runs)
-    o_BTGrA = jnp.swapaxes(o_NQA.reshape(B, G, T, -1), 1, 2)
+    o_BGTrA = o_NQA.reshape(B, G, T, -1)
+    o_BTGrA = jnp.swapaxes(o_BGTrA, 1, 2)
     return o_BTGrA.reshape(B, T, H, A)
 
 
@@ -142,8 +150,10 @@ def _first_of_run(segment_BS: Array) -> Array:
     """Index of the first token of each token's segment; S, which no key has, for padding."""
     S = segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
+    # The first token of a row is compared with its last one: its index is 0 in either case.
     changes_BS = segment_BS != jnp.roll(segment_BS, 1, axis=1)
-    first_BS = lax.cummax(jnp.where(changes_BS, index_1S, 0), axis=1)
+    begin_BS = jnp.where(changes_BS, index_1S, 0)
+    first_BS = lax.cummax(begin_BS, axis=1)
     return jnp.where(segment_BS > 0, first_BS, S)
 
 
@@ -152,7 +162,8 @@ def _last_of_run(segment_BS: Array) -> Array:
     S = segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     changes_BS = segment_BS != jnp.roll(segment_BS, -1, axis=1)
-    return lax.cummin(jnp.where(changes_BS, index_1S, S - 1), axis=1, reverse=True)
+    end_BS = jnp.where(changes_BS, index_1S, S - 1)
+    return lax.cummin(end_BS, axis=1, reverse=True)
 
 
 # The core, on all heads of all rows at once, and its gradient.
@@ -198,9 +209,11 @@ def _by_platform(run: Any, *args: Any) -> Any:
     N, Q, _ = q_NQA.shape
     S = k_NSA.shape[1]
     length = S if len(runs) == 1 else Q
+    # Blocks are a part of the program: many take long to compile.
     num_blocks = 8 if length >= 1024 else max(1, min(4, length // 64))
     fitting = max(4, SCORES // (Q * S))
-    group = max(n for n in range(1, N + 1) if N % n == 0 and n <= fitting)
+    # The largest number of heads that fits and divides all.
+    group = max(n for n in range(1, min(N, fitting) + 1) if N % n == 0)
 
     def split(z):
         return z.reshape(N // group, group, *z.shape[1:])
@@ -237,14 +250,16 @@ def _blocks(
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
     """An einsum in the dtype of b, added up in a wide one."""
-    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide_dtype(b.dtype))
+    wide = wide_dtype(b.dtype)
+    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
 
 def _last(runs: tuple[Array, ...], queries: slice, r: int) -> Array:
     """The last key of each query of a block, [N or 1, queries]."""
     if len(runs) > 1:
         return runs[1][:, queries]
-    return (jnp.arange(queries.start, queries.stop, dtype=jnp.int32) // r)[None]
+    query_Q = jnp.arange(queries.start, queries.stop, dtype=jnp.int32)
+    return (query_Q // r)[None]
 
 
 def _indices(keys: slice) -> Array:
@@ -265,11 +280,12 @@ def _forward_blocks(
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     outputs, log_sums = [], []
     for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+        q, k_NKA, v_NKA = q_NQA[:, queries], k_NSA[:, keys], v_NSA[:, keys]
         key_11K = _indices(keys)[None, None]
         first_NQ1 = runs[0][:, queries, None]
         last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
         seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
-        score_NQK = _dot("NQA,NKA->NQK", q_NQA[:, queries], k_NSA[:, keys]) * scale
+        score_NQK = _dot("NQA,NKA->NQK", q, k_NKA) * scale
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
         # one.
@@ -277,7 +293,7 @@ def _forward_blocks(
         weight_NQK = jnp.exp(score_NQK - top_NQ1)
         sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
         sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
-        o_NQA = _dot("NQK,NKA->NQA", weight_NQK, v_NSA[:, keys]) / sum_NQ1
+        o_NQA = _dot("NQK,NKA->NQA", weight_NQK, v_NKA) / sum_NQ1
         outputs.append(o_NQA.astype(q_NQA.dtype))
         log_sum_NQ1 = top_NQ1 + jnp.log(sum_NQ1)
         log_sums.append(log_sum_NQ1[..., 0])
@@ -303,9 +319,12 @@ def _backward_blocks(
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
     # Of the softmax's gradient: weights times (their gradients less this).
-    shift_NQ = jnp.sum(o_NQA.astype(wide) * do_NQA.astype(wide), axis=-1)
+    both_NQA = o_NQA.astype(wide) * do_NQA.astype(wide)
+    shift_NQ = jnp.sum(both_NQA, axis=-1)
     dqs = []
-    dk_NSA, dv_NSA = jnp.zeros_like(k_NSA, dtype=wide), jnp.zeros_like(v_NSA, dtype=wide)
+    # A key is seen by queries of several blocks, whose gradients are added up.
+    dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
+    dv_NSA = jnp.zeros_like(v_NSA, dtype=wide)
     for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
         q, do = q_NQA[:, queries], do_NQA[:, queries]
         k_NKA, v_NKA = k_NSA[:, keys], v_NSA[:, keys]

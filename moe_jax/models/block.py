@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax.models import depth
 from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
@@ -20,6 +21,7 @@ from moe_jax.models.attentions.contract import Cache
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, rms_norm
 from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
 
@@ -49,13 +51,15 @@ class Block(nnx.Module):
     is a Cache, of a depth block a DepthCache.
     """
 
-    def __init__(self, key: jax.Array, kind: str, cfg: ModelConfig, look: Look):
+    def __init__(self, key: Array, kind: str, cfg: ModelConfig, look: Look):
         keys = jax.random.split(key, 4)
         self.cfg, self.look = cfg, look
         self.kind = depth.inner(kind)
         self.wrapped = kind != self.kind
+        # Every part has a norm before it.
         parts = {"attention": bool(look.mask), "cross": look.cross, "ffn": True}
-        norms = {f"{name}_norm_scale": norm_scale(cfg) for name in parts if parts[name]}
+        there = [name for name in parts if parts[name]]
+        norms = {f"{name}_norm_scale": norm_scale(cfg) for name in there}
         self.norms = Weights(keys[0], norms, cfg.param_dtype)
         if look.mask:
             self.attention = SelfAttention(keys[1], cfg, look.mask)
@@ -69,12 +73,13 @@ class Block(nnx.Module):
         if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
         if self.wrapped:
-            wide = str(jnp.promote_types(cfg.param_dtype, jnp.float32))
+            # As a router's: near the threshold a rounded score would choose other tokens.
+            wide = jnp.dtype(wide_dtype(cfg.param_dtype)).name
             self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
     def __call__(
-        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool, source: Any = ()
-    ) -> tuple[jax.Array, depth.Sums]:
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any = ()
+    ) -> tuple[Array, depth.Sums]:
         if not self.wrapped:
             attended, fed, sums = self._added(x_BSD, batch, rng, train, source)
             return x_BSD + attended + fed, sums
@@ -86,8 +91,8 @@ class Block(nnx.Module):
         return depth.through(update, self.depth["router"], x_BSD, batch, train, self.cfg)
 
     def cached(
-        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, cache: Any, source: Any = ()
-    ) -> tuple[jax.Array, Any]:
+        self, x_BSD: Array, batch: Batch, rng: Array, cache: Any, source: Any = ()
+    ) -> tuple[Array, Any]:
         """Returns the tokens after the block, which follow those in its cache, and the cache with
         them.
         """
@@ -108,9 +113,10 @@ class Block(nnx.Module):
         return self.cross.remember(source.x_BTD, source.segment_BT)
 
     def _added(
-        self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool, source: Any
-    ) -> tuple[jax.Array, jax.Array, depth.Sums]:
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any
+    ) -> tuple[Array, Array, depth.Sums]:
         """(what attention adds to the residual stream, what the feed-forward adds, sums)."""
+        # Where there is no attention, nothing is added: bits are those of a sum with zero.
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask:
             h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
@@ -120,13 +126,13 @@ class Block(nnx.Module):
 
     def _added_cached(
         self,
-        x_BSD: jax.Array,
+        x_BSD: Array,
         batch: Batch,
-        rng: jax.Array,
+        rng: Array,
         cache: Cache,
-        chosen_BM: jax.Array | None,
+        chosen_BM: Array | None,
         source: Any,
-    ) -> tuple[jax.Array, jax.Array, Cache]:
+    ) -> tuple[Array, Array, Cache]:
         """(what attention adds, what the feed-forward adds, cache)."""
         h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
         prefix_BS = self._prefix(batch)
@@ -136,13 +142,13 @@ class Block(nnx.Module):
 
     def _rest(
         self,
-        x_BSD: jax.Array,
-        attended: jax.Array,
+        x_BSD: Array,
+        attended: Array,
         batch: Batch,
-        rng: jax.Array,
+        rng: Array,
         train: bool,
         source: Any,
-    ) -> tuple[jax.Array, jax.Array, depth.Sums]:
+    ) -> tuple[Array, Array, depth.Sums]:
         """(what attention of both kinds adds, what the feed-forward adds, sums), from what
         self-attention says.
         """
@@ -167,9 +173,9 @@ class Block(nnx.Module):
             y = y + self.dense(h)
         return attended, drop(y, keys[2]), sums
 
-    def _prefix(self, batch: Batch) -> jax.Array | None:
-        """Which tokens see their whole prefix; None where the mask or the batch has none."""
-        if self.look.mask != "prefix" or not isinstance(batch.prefix_BS, jax.Array):
+    def _prefix(self, batch: Batch) -> Array | None:
+        """Returns which tokens see their whole prefix; None where there is no prefix."""
+        if self.look.mask != "prefix" or not isinstance(batch.prefix_BS, Array):
             return None
         return batch.prefix_BS
 

@@ -41,9 +41,12 @@ def full(cfg: ModelConfig, num_keys: int) -> int:
     """Returns the FLOPs of scores and of weights times values, of a query that sees all keys, over
     the blocks (depth blocks counted whole).
     """
-    return len(cfg.blocks) * 4 * cfg.num_heads * cfg.head_dim * num_keys
+    # Two products of 2 FLOPs for each number of a key.
+    of_block = 4 * cfg.num_heads * cfg.head_dim * num_keys
+    return len(cfg.blocks) * of_block
 
 
 def added(a: Any, b: Any) -> Any:
     """Returns the sums of two counts, field by field."""
-    return type(a)(*(x + y for x, y in zip(a, b, strict=True)))
+    sums = (x + y for x, y in zip(a, b, strict=True))
+    return type(a)(*sums)

@@ -23,6 +23,7 @@ def why_not_decoded(cfg: ModelConfig) -> str:
 def why_not_cached(cfg: ModelConfig) -> str:
     """Returns why the experts cannot work token by token; "" where they can."""
     moe = cfg.moe
+    # Without experts every token goes its own way but for attention, which has a cache.
     if not cfg.num_moe_layers:
         return ""
     router = ROUTERS[moe.router]
@@ -47,7 +48,9 @@ def for_decoding(cfg: ModelConfig) -> ModelConfig:
     """
     if reason := why_not_decoded(cfg):
         raise UserError(f"this model cannot be decoded: {reason}")
-    return dataclasses.replace(with_dispatcher(cfg, LOSSLESS), scan=False)
+    # Who shares capacity in training must not matter to a text that is written alone.
+    lossless = with_dispatcher(cfg, LOSSLESS)
+    return dataclasses.replace(lossless, scan=False)
 
 
 def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
@@ -46,7 +47,7 @@ class Decoder(nnx.Module):
 
     repeats: Any
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
         ends = {"embed": embedding(cfg, cfg.tie_embeddings), "norm_scale": norm_scale(cfg)}
@@ -56,9 +57,7 @@ class Decoder(nnx.Module):
         (mask,) = cfg.kind_options.masks
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask))
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         cfg = self.cfg
         x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
         # The key of number 0: blocks are counted from 1.
@@ -67,7 +66,7 @@ class Decoder(nnx.Module):
         x_BSD, sums = run_stack(self, x_BSD, batch, rng, train)
         return unembed(self.ends, x_BSD, cfg), sums
 
-    def cached(self, batch: Batch, caches: list[Any]) -> tuple[jax.Array, list[Any]]:
+    def cached(self, batch: Batch, caches: list[Any]) -> tuple[Array, list[Any]]:
         """Returns logits of the tokens of `batch`, which follow those in the caches (one a block,
         in order), and the caches with them. Loop layout only.
         """

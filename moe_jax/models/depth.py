@@ -33,10 +33,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import DEPTH
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight
@@ -44,9 +46,9 @@ from moe_jax.weights import Weight
 # What the names of the sums begin with.
 NAME = "depth/"
 
-Sums = dict[str, jax.Array]
+Sums = dict[str, Array]
 # What a block adds to the tokens [B, C, D] that go through it, and what is beside that.
-Update = Callable[..., tuple[jax.Array, Any]]
+Update = Callable[..., tuple[Array, Any]]
 
 
 class DepthCache(NamedTuple):
@@ -81,27 +83,29 @@ def num_chosen(capacity: float, seq_len: int) -> int:
     return max(1, math.ceil(capacity * seq_len - 1e-9))
 
 
-def choose(logit_BS: jax.Array, valid_BS: jax.Array, num: int) -> jax.Array:
+def choose(logit_BS: Array, valid_BS: Array, num: int) -> Array:
     """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer;
     of equals the first.
     """
     S = logit_BS.shape[1]
-    _, index_BC = jax.lax.top_k(jnp.where(valid_BS, logit_BS, -jnp.inf), num)
+    score_BS = jnp.where(valid_BS, logit_BS, -jnp.inf)
+    _, index_BC = jax.lax.top_k(score_BS, num)
 
     def mark(index_C):
         return jnp.zeros(S, bool).at[index_C].set(True)
 
+    # Rows with fewer valid tokens than places have marked padding, too.
     return jax.vmap(mark)(index_BC) & valid_BS
 
 
 def through(
     update: Update,
-    router_D: jax.Array,
-    x_BSD: jax.Array,
+    router_D: Array,
+    x_BSD: Array,
     batch: Batch,
     train: bool,
     cfg: ModelConfig,
-) -> tuple[jax.Array, Sums]:
+) -> tuple[Array, Sums]:
     """(x_BSD after the block, sums of the block and of its depth router).
 
     `update(x_BCD, batch) -> (y_BCD, sums)`. The chosen tokens stand first, in order, as rows of C
@@ -140,12 +144,12 @@ def through(
 
 def cached(
     update: Update,
-    router_D: jax.Array,
-    x_BSD: jax.Array,
+    router_D: Array,
+    x_BSD: Array,
     batch: Batch,
     cache: DepthCache,
     cfg: ModelConfig,
-) -> tuple[jax.Array, DepthCache]:
+) -> tuple[Array, DepthCache]:
     """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key
     that a later one may see.
 
@@ -156,21 +160,23 @@ def cached(
     def write(old_M, position_S, new_S):
         return old_M.at[position_S].set(new_S, mode="drop")
 
+    # The slots remember it: later tokens must not see the key of one that was not chosen.
     chosen_BM = jax.vmap(write)(cache.chosen_BM, batch.position_BS, chosen_BS)
     through = batch._replace(segment_BS=jnp.where(chosen_BS, batch.segment_BS, 0))
     y_BSD, attention = update(x_BSD, through, cache.attention, chosen_BM)
+    # All places are computed; those that were not chosen add nothing.
     gate_BS = jnp.where(chosen_BS, logit_BS, 0)
     gated_BSD = y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype)
     return x_BSD + gated_BSD, DepthCache(attention, chosen_BM)
 
 
 def _route(
-    router_D: jax.Array, x_BSD: jax.Array, valid_BS: jax.Array, train: bool, cfg: ModelConfig
-) -> tuple[jax.Array, jax.Array, Sums]:
+    router_D: Array, x_BSD: Array, valid_BS: Array, train: bool, cfg: ModelConfig
+) -> tuple[Array, Array, Sums]:
     """(logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
     with jax.named_scope("depth"):
-        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
-        w_D = gather(router_D, ("embed",), str(wide))
+        wide = wide_dtype(x_BSD.dtype)
+        w_D = gather(router_D, ("embed",), wide)
 
         def scores(x_BSD):
             return jnp.einsum("BSD,D->BS", x_BSD.astype(wide), w_D)
@@ -201,18 +207,19 @@ def _route(
 # What becomes of the sums.
 
 
-def totals(sums_LB: Mapping[str, jax.Array]) -> Sums:
+def totals(sums_LB: Mapping[str, Array]) -> Sums:
     """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
+    # The sums of all layers are in one dict, those of the MoE layers among them.
     mine = {name: x for name, x in sums_LB.items() if name.startswith(NAME)}
     return {name.removeprefix(NAME): x.sum(1) for name, x in mine.items()}
 
 
-def without(sums_LB: Mapping[str, jax.Array]) -> Sums:
+def without(sums_LB: Mapping[str, Array]) -> Sums:
     """The sums of the MoE layers alone."""
     return {name: x for name, x in sums_LB.items() if not name.startswith(NAME)}
 
 
-def penalty(totals: Mapping[str, jax.Array]) -> jax.Array:
+def penalty(totals: Mapping[str, Array]) -> Array:
     """Returns what the objective adds: model.depth.loss times the cross-entropy of the causal rule,
     mean over tokens, then over blocks.
     """

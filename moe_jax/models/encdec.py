@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from moe_jax.layout import blocks_in_order, join_sums
 from moe_jax.models import encoder
@@ -64,10 +65,8 @@ class Options(KindOptions):
 
 def encoder_config(cfg: ModelConfig) -> ModelConfig:
     """Returns the encoder's stack as a model of its own: its blocks, all else as in `cfg`."""
-    stack = cfg.stacks["encoder"]
-    return dataclasses.replace(
-        cfg, kind=encoder.NAME, kind_options=encoder.Options(), **stack._asdict()
-    )
+    stack = cfg.stacks["encoder"]._asdict()
+    return dataclasses.replace(cfg, kind=encoder.NAME, kind_options=encoder.Options(), **stack)
 
 
 class SourceStack(nnx.Module):
@@ -75,7 +74,7 @@ class SourceStack(nnx.Module):
 
     repeats: Any
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], {"norm_scale": norm_scale(cfg)}, cfg.param_dtype)
@@ -89,7 +88,7 @@ class EncDec(nnx.Module):
 
     repeats: Any
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = as_decoder(cfg)
         keys = jax.random.split(key, 5)
         ends = {"embed": embedding(cfg), "norm_scale": norm_scale(cfg)}
@@ -100,15 +99,14 @@ class EncDec(nnx.Module):
         self.prefix, self.repeats, self.suffix = stack(keys[1:4], self.cfg, look)
         self.encoder = SourceStack(keys[4], encoder_config(cfg))
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         # A recording is of target rows.
         request = batch.request._replace(recorded=())
         source_rows = batch.source_rows._replace(request=request)
         source, before = self.encode(source_rows, rng, train)
         key = jax.random.fold_in(jax.random.fold_in(rng, 0), 1)
         x_BSD = self._embed(batch, key, train)
+        # Blocks read the source as it was encoded.
         targets = batch._replace(source_rows=())
         # Blocks are counted through: those of the encoder are the first.
         begin = 1 + len(self.encoder.cfg.blocks)
@@ -116,9 +114,7 @@ class EncDec(nnx.Module):
         sums = join_sums(jnp.concatenate, [before, after])
         return unembed(self.ends, x_BSD, self.cfg), sums
 
-    def encode(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[Source, dict[str, jax.Array]]:
+    def encode(self, batch: Batch, rng: Array, train: bool) -> tuple[Source, dict[str, Array]]:
         """(what cross-attention reads, sums) of the source rows."""
         x_BTD = self._embed(batch, jax.random.fold_in(rng, 0), train)
         x_BTD, sums = run_stack(self.encoder, x_BTD, batch, rng, train)
@@ -134,7 +130,7 @@ class EncDec(nnx.Module):
 
     def cached(
         self, batch: Batch, caches: list[Any], memories: list[Memory]
-    ) -> tuple[jax.Array, list[Any]]:
+    ) -> tuple[Array, list[Any]]:
         """Logits of the target tokens of `batch`, which follow those in the caches, and the caches
         with them.
         """
@@ -142,14 +138,16 @@ class EncDec(nnx.Module):
         x_BSD, new = run_cached(self, x_BSD, batch, caches, memories)
         return unembed(self.ends, x_BSD, self.cfg), new
 
-    def _embed(self, batch: Batch, key: jax.Array, train: bool) -> jax.Array:
+    def _embed(self, batch: Batch, key: Array, train: bool) -> Array:
         x_BSD = embed(self.ends["embed"], batch.id_BS, self.cfg)
         return dropout(x_BSD, self.cfg.dropout if train else 0.0, key, batch.row_B)
 
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an encoder-decoder."""
-    target, source = decoder(as_decoder(cfg)), decoder(as_decoder(encoder_config(cfg)))
+    target = decoder(as_decoder(cfg))
+    source = decoder(as_decoder(encoder_config(cfg)))
+    # One embedding serves both.
     both = added(target, source._replace(embedding=0, head=0))
     number, cross = crossing(cfg)
     return both._replace(
@@ -162,7 +160,8 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an encoder-decoder's forward pass."""
     encoder = as_decoder(encoder_config(cfg))
-    target, source = decoder(as_decoder(cfg), seq_len), decoder(encoder, seq_len)
+    target = decoder(as_decoder(cfg), seq_len)
+    source = decoder(encoder, seq_len)
     both = added(target, source._replace(head=0, attention_scores=full(encoder, seq_len)))
     number, cross = crossing(cfg)
     return both._replace(

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
@@ -32,6 +33,7 @@ from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import KindOptions
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import BELOW_ONE, COUNT, NUMBER, at_least, option, typed_options
@@ -76,11 +78,12 @@ class Options(KindOptions):
 
     @property
     def embeds(self) -> bool:
-        """Whether the inputs are tokens: vectors are projected instead."""
+        """Returns whether the inputs are tokens: vectors are projected instead."""
         return self.inputs == "tokens"
 
 
-POSITION_STD = 0.02  # as in ViT
+# As in ViT.
+POSITION_STD = 0.02
 
 
 class Encoder(nnx.Module):
@@ -88,7 +91,7 @@ class Encoder(nnx.Module):
     instead of ids where inputs = "vectors".
     """
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         options = typed_options(Options, cfg.kind_options)
         keys = jax.random.split(key, 4)
@@ -103,10 +106,9 @@ class Encoder(nnx.Module):
         }
         self.head = Weights(jax.random.fold_in(key, 4), head, cfg.param_dtype)
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
+        # Number 0: blocks are counted from 1.
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         x_BSD = self._embed(batch)
         x_BSD = dropout(x_BSD, cfg.dropout if train else 0.0, keys[0], batch.row_B)
@@ -114,18 +116,19 @@ class Encoder(nnx.Module):
             one_BS1 = jnp.ones_like(x_BSD[:, :, :1])
             key = jax.random.fold_in(keys[0], 1)
             x_BSD = x_BSD * dropout(one_BS1, options.token_dropout, key, batch.row_B)
+        # Blocks have no use for the vectors, which would travel with the batch.
         tokens = batch._replace(vectors_BSP=())
         x_BSD, sums = run_stack(self, x_BSD, tokens, rng, train)
         x_BSD = rms_norm(x_BSD, self.ends["norm_scale"], cfg.norm_epsilon)
         # A row has many tokens: they are added up in at least float32.
-        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+        wide = wide_dtype(x_BSD.dtype)
         x_BD = pool(x_BSD.astype(wide), batch.segment_BS > 0, options.pool)
         x_BD = dropout(x_BD, options.head_dropout if train else 0.0, keys[1], batch.row_B)
-        w_DC = gather(self.head["w"], ("embed", None), str(wide))
+        w_DC = gather(self.head["w"], ("embed", None), wide)
         bias_C = self.head["b"].astype(wide)
         return jnp.einsum("BD,DC->BC", x_BD, w_DC) + bias_C[None], sums
 
-    def _embed(self, batch: Batch) -> jax.Array:
+    def _embed(self, batch: Batch) -> Array:
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         if options.embeds:
             x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
@@ -156,11 +159,12 @@ def _ends(cfg: ModelConfig) -> dict[str, Weight]:
     return ends
 
 
-def pool(x_BSD: jax.Array, valid_BS: jax.Array, how: str) -> jax.Array:
+def pool(x_BSD: Array, valid_BS: Array, how: str) -> Array:
     """[B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them; zero for a
     row without any.
     """
     valid_BS1 = valid_BS[:, :, None]
+    # A row of padding alone has no largest number, and none to divide by.
     if how == "max":
         top_BD = jnp.where(valid_BS1, x_BSD, -jnp.inf).max(1)
         return jnp.where(valid_BS.any(1)[:, None], top_BD, 0)

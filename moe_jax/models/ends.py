@@ -3,11 +3,12 @@
 Shapes: B rows, S sequence, D model, V vocabulary.
 """
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 
@@ -40,7 +41,7 @@ def output_head(cfg: ModelConfig) -> Weight:
     return Weight((cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std)
 
 
-def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
+def embed(table_VD: Array, id_BS: Array, cfg: ModelConfig) -> Array:
     """Returns the embeddings of tokens [B, S, D], which begin with a root mean square of one where
     they are not tied.
     """
@@ -49,10 +50,10 @@ def embed(table_VD: jax.Array, id_BS: jax.Array, cfg: ModelConfig) -> jax.Array:
     return x_BSD * cfg.d_model**0.5
 
 
-def unembed(ends: Weights, x_BSD: jax.Array, cfg: ModelConfig) -> jax.Array:
+def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
     """Returns logits in at least float32: the final norm and the head."""
     x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
-    wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+    wide = wide_dtype(x_BSD.dtype)
     if cfg.tie_embeddings:
         table_VD = gather(ends["embed"], ("vocab", "embed"), cfg.dtype)
         return jnp.einsum("BSD,VD->BSV", x_BSD, table_VD, preferred_element_type=wide)

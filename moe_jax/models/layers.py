@@ -8,73 +8,84 @@ width.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
 
 from moe_jax.parallel.mesh import BATCH, P, spec
+from moe_jax.precision import wide_dtype
 from moe_jax.weights import Weight, Weights
 
 
-def gather(weight: jax.Array, names: tuple[str | None, ...], dtype: str) -> jax.Array:
+def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Array:
     """A weight without its FSDP split, for one use, in the compute dtype.
 
     Explicit: an einsum that resolves it doubles collectives.
     """
-    return jax.sharding.reshard(
-        weight.astype(dtype), spec(*(None if name == "embed" else name for name in names))
-    )
+    # The dimension of d_model is the one that FSDP splits.
+    whole = [None if name == "embed" else name for name in names]
+    return jax.sharding.reshard(weight.astype(dtype), spec(*whole))
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019,
     arXiv:1910.07467).
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * inverse).astype(x.dtype) * jnp.expand_dims(
-        scale.astype(x.dtype), tuple(range(x.ndim - 1))
-    )
+    wide = x.astype(wide_dtype(x.dtype))
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + epsilon)
+    # The scale gets the dimensions of x: a broadcast that is not written is an error here.
+    leading = tuple(range(x.ndim - 1))
+    return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), leading)
 
 
-def rope(
-    position_BS: jax.Array, head_dim: int, theta: float, dtype: str
-) -> tuple[jax.Array, jax.Array]:
+def rope(position_BS: Array, head_dim: int, theta: float, dtype: str) -> tuple[Array, Array]:
     """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves
     of a head are the pairs.
     """
-    wide = jnp.promote_types(dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
-    angle = (
-        position_BS.astype(wide)[:, :, None, None]
-        * jnp.concatenate([frequency, frequency])[None, None, None, :]
-    )
-    return jnp.cos(angle), jnp.sin(angle)
+    # In bfloat16 positions above 256 would not be told apart.
+    wide = wide_dtype(dtype)
+    exponent = -jnp.arange(0, head_dim, 2, dtype=wide) / head_dim
+    frequency = theta**exponent
+    frequency_A = jnp.concatenate([frequency, frequency])
+    place_BS11 = position_BS.astype(wide)[:, :, None, None]
+    angle_BS1A = place_BS11 * frequency_A[None, None, None, :]
+    return jnp.cos(angle_BS1A), jnp.sin(angle_BS1A)
 
 
-def rotate(x_BSHA: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x_BSHA: Array, cos: Array, sin: Array) -> Array:
+    """Returns queries or keys turned by the angles of their positions."""
     half = x_BSHA.shape[-1] // 2
-    turned = jnp.concatenate([-x_BSHA[..., half:], x_BSHA[..., :half]], axis=-1)
-    return (x_BSHA * cos + turned * sin).astype(x_BSHA.dtype)
+    first, second = x_BSHA[..., :half], x_BSHA[..., half:]
+    # A pair (a, b) turned by a right angle is (-b, a).
+    turned = jnp.concatenate([-second, first], axis=-1)
+    rotated = x_BSHA * cos + turned * sin
+    return rotated.astype(x_BSHA.dtype)
 
 
-def dropout(x_BSD: jax.Array, rate: float, rng: jax.Array, row_B: jax.Array) -> jax.Array:
+def dropout(x_BSD: Array, rate: float, rng: Array, row_B: Array) -> Array:
     """Zeroes entries with probability `rate`.
 
     The key folds in the global row, so the mask is the same on every mesh and micro-batch.
     """
     if rate == 0:
         return x_BSD
+    kept = 1 - rate
 
     def draw(row):
-        return jax.random.bernoulli(jax.random.fold_in(rng, row), 1 - rate, x_BSD.shape[1:])
+        key = jax.random.fold_in(rng, row)
+        return jax.random.bernoulli(key, kept, x_BSD.shape[1:])
 
-    return jnp.where(jax.vmap(draw)(row_B), x_BSD / (1 - rate), 0)
+    # What is kept grows, so that the expectation stays as it was.
+    return jnp.where(jax.vmap(draw)(row_B), x_BSD / kept, 0)
 
 
-def activate(h: jax.Array, activation: str) -> jax.Array:
+def activate(h: Array, activation: str) -> Array:
     """[..., P, F] -> [..., F]: silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh
     approximation), as the experts do.
     """
     if activation == "swiglu":
-        return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
+        gate, up = h[..., 0, :], h[..., 1, :]
+        return jax.nn.silu(gate) * up
     return jax.nn.gelu(h[..., 0, :])
 
 
@@ -85,13 +96,14 @@ class FeedForward(nnx.Module):
 
     def __init__(
         self,
-        key: jax.Array,
+        key: Array,
         d_model: int,
         hidden: int,
         activation: str,
         out_std: float,
         param_dtype: str,
     ):
+        # Gate and up have an axis of their own, so that F can be split without pairing wrong ones.
         p = 2 if activation == "swiglu" else 1
         declared = {
             "w_in": Weight((d_model, p, hidden), ("embed", None, "hidden"), d_model**-0.5),
@@ -100,8 +112,10 @@ class FeedForward(nnx.Module):
         self.activation = activation
         self.weights = Weights(key, declared, param_dtype)
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), str(x_BSD.dtype))
-        w_out = gather(self.weights["w_out"], ("hidden", "embed"), str(x_BSD.dtype))
-        h_BSF = activate(jnp.einsum("BSD,DPF->BSPF", x_BSD, w_in), self.activation)
+    def __call__(self, x_BSD: Array) -> Array:
+        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), x_BSD.dtype)
+        w_out = gather(self.weights["w_out"], ("hidden", "embed"), x_BSD.dtype)
+        h_BSPF = jnp.einsum("BSD,DPF->BSPF", x_BSD, w_in)
+        h_BSF = activate(h_BSPF, self.activation)
+        # F is split over `model`: the sum over it is a reduction, told of by its output.
         return jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
@@ -38,6 +39,7 @@ from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import KindOptions
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import BELOW_ONE, NUMBER, option, typed_options
@@ -71,19 +73,20 @@ class MMoE(nnx.Module):
 
     repeats: Any
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig):
+    def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = cfg
         keys = jax.random.split(key, 4)
-        self.ends = Weights(keys[0], {"embed": embedding(cfg)} | _bottom(cfg), cfg.param_dtype)
+        ends = {"embed": embedding(cfg)} | _bottom(cfg)
+        self.ends = Weights(keys[0], ends, cfg.param_dtype)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask=""))
         self.towers = Weights(jax.random.fold_in(key, 4), _towers(cfg), cfg.param_dtype)
         self.head = Weights(jax.random.fold_in(key, 5), _head(cfg), cfg.param_dtype)
 
-    def __call__(
-        self, batch: Batch, rng: jax.Array, train: bool
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
+    def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
+        cfg = self.cfg
+        options = typed_options(Options, cfg.kind_options)
         feature_BL, weight_BL = batch.feature_BL, batch.feature_weight_BL
+        # Told before any item is dropped: a row that lost all of them is no padding.
         valid_B = (weight_BL != 0).any(1)
         keys = jax.random.split(jax.random.fold_in(rng, 0), 2)
         # Which items are dropped follows from the row alone, so it is the same on every mesh.
@@ -96,21 +99,26 @@ class MMoE(nnx.Module):
         x_BGD, sums = run_stack(self, x_BGD, tasks, rng, train)
         return self._scores(self._towers(x_BGD)), sums
 
-    def _bottom(self, x_BD: jax.Array) -> jax.Array:
+    def _bottom(self, x_BD: Array) -> Array:
+        """Returns h, what all tasks share."""
         w_DD = gather(self.ends["bottom"], ("embed", None), self.cfg.dtype)
-        x_BD = rms_norm(x_BD, self.ends["bag_norm_scale"], self.cfg.norm_epsilon)
         bias_D = self.ends["bottom_bias"].astype(self.cfg.dtype)
-        return jax.nn.gelu(jnp.einsum("BD,DE->BE", x_BD, w_DD) + bias_D[None])
+        # A row of many features has a large sum: the norm makes rows alike.
+        x_BD = rms_norm(x_BD, self.ends["bag_norm_scale"], self.cfg.norm_epsilon)
+        h_BD = jnp.einsum("BD,DE->BE", x_BD, w_DD)
+        return jax.nn.gelu(h_BD + bias_D[None])
 
-    def _towers(self, x_BGD: jax.Array) -> jax.Array:
+    def _towers(self, x_BGD: Array) -> Array:
+        """Returns t_g of every task, with the last norm."""
         w_GDD = gather(self.towers["w"], (None, "embed", None), self.cfg.dtype)
         h_BGD = rms_norm(x_BGD, self.towers["norm_scale"], self.cfg.norm_epsilon)
-        x_BGD = x_BGD + jax.nn.gelu(jnp.einsum("BGD,GDE->BGE", h_BGD, w_GDD))
+        h_BGD = jax.nn.gelu(jnp.einsum("BGD,GDE->BGE", h_BGD, w_GDD))
+        x_BGD = x_BGD + h_BGD
         return rms_norm(x_BGD, self.ends["norm_scale"], self.cfg.norm_epsilon)
 
-    def _scores(self, t_BGD: jax.Array) -> jax.Array:
+    def _scores(self, t_BGD: Array) -> Array:
         """Logits in at least float32; every task's tower meets its own items only."""
-        wide = jnp.promote_types(t_BGD.dtype, jnp.float32)
+        wide = wide_dtype(t_BGD.dtype)
         w_DI = gather(self.head["w"], ("embed", None), self.cfg.dtype)
         items = typed_options(Options, self.cfg.kind_options).items
         ends = itertools.accumulate(items, initial=0)
@@ -144,7 +152,7 @@ def _head(cfg: ModelConfig) -> dict[str, Weight]:
     return {"w": w, "b": Weight((num_items,), (None,), 0.0)}
 
 
-def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
+def _as_tokens(batch: Batch, valid_B: Array, num_tasks: int) -> Batch:
     """Every row as a sequence of its tasks: id and position are the task's number."""
     shape = (*valid_B.shape, num_tasks)
     task_1G = jnp.arange(num_tasks, dtype=jnp.int32)[None]
@@ -159,7 +167,7 @@ def _as_tokens(batch: Batch, valid_B: jax.Array, num_tasks: int) -> Batch:
     )
 
 
-def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> jax.Array:
+def bags(table_VD: Array, feature_BL: Array, weight_BL: Array) -> Array:
     """[B, D]: an embedding bag of each row, on any mesh.
 
     Every row is summed as segments of its own, so none leaves its device.
@@ -167,46 +175,55 @@ def bags(table_VD: jax.Array, feature_BL: jax.Array, weight_BL: jax.Array) -> ja
     x_BLD = table_VD.at[feature_BL].get(out_sharding=P(BATCH, None, None))
 
     def one(x_LD, weight_L):
-        return bag_sum(x_LD, jnp.zeros(weight_L.shape, jnp.int32), weight_L, 1)[0]
+        # All features are of row 0, the only one.
+        row_L = jnp.zeros(weight_L.shape, jnp.int32)
+        return bag_sum(x_LD, row_L, weight_L, 1)[0]
 
     return jax.vmap(one)(x_BLD, weight_BL)
 
 
 def embedding_bag(
-    table_VD: jax.Array, feature_N: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int
-) -> jax.Array:
+    table_VD: Array, feature_N: Array, row_N: Array, weight_N: Array, num_rows: int
+) -> Array:
     """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what
     has row >= num_rows is left out.
     """
     return bag_sum(table_VD.at[feature_N].get(), row_N, weight_N, num_rows)
 
 
-def bag_sum(x_ND: jax.Array, row_N: jax.Array, weight_N: jax.Array, num_rows: int) -> jax.Array:
+def bag_sum(x_ND: Array, row_N: Array, weight_N: Array, num_rows: int) -> Array:
     """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter
     rounds after every term.
     """
-    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
-    weighted_ND = x_ND.astype(wide) * weight_N.astype(wide)[:, None]
-    return jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows).astype(x_ND.dtype)
+    wide = wide_dtype(x_ND.dtype)
+    weight_N1 = weight_N.astype(wide)[:, None]
+    weighted_ND = x_ND.astype(wide) * weight_N1
+    sum_BD = jax.ops.segment_sum(weighted_ND, row_N, num_segments=num_rows)
+    return sum_BD.astype(x_ND.dtype)
 
 
-def from_csr(start_R: Sequence[int]) -> jax.Array:
+def from_csr(start_R: Sequence[int]) -> Array:
     """row_N of the entries of a CSR matrix, from the places where its rows begin (one more than it
     has rows).
     """
     count_R = jnp.diff(jnp.asarray(start_R))
-    return jnp.repeat(jnp.arange(count_R.shape[0]), count_R, total_repeat_length=int(start_R[-1]))
+    row_R = jnp.arange(count_R.shape[0])
+    # The length is told, so that the shape is known where this is traced.
+    return jnp.repeat(row_R, count_R, total_repeat_length=int(start_R[-1]))
 
 
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an MMoE."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
     found = decoder(as_decoder(cfg))
+    bottom, towers = d * d + d, len(items) * d * d
     return found._replace(
         embedding=cfg.vocab_size * d,
+        # Every item has a bias.
         head=(d + 1) * sum(items),
         attention=0,
-        dense=found.dense + d * d + d + len(items) * d * d,  # the bottom and the towers
+        dense=found.dense + bottom + towers,
+        # Of the bag, of the towers, of their results, and of each block.
         norms=3 * d + len(cfg.blocks) * d,
     )
 
@@ -214,17 +231,21 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an MMoE's forward pass."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
-    found, num_tasks = decoder(as_decoder(cfg), len(items)), len(items)
+    num_tasks = len(items)
+    found = decoder(as_decoder(cfg), num_tasks)
 
     def per_place(of_row):
         return round(of_row / seq_len)
 
-    gates = 2 * d * cfg.moe.num_experts * cfg.num_moe_layers  # of the one gate that a task uses
+    # Of the one gate that a task uses.
+    gates = 2 * d * cfg.moe.num_experts * cfg.num_moe_layers
+    bottom, tower = 2 * d * d, 2 * d * d
+    # At every place the bag adds up a feature.
+    bag = 2 * d
     return type(found)(
         attention_projections=0,
         attention_scores=0,
-        dense=per_place(num_tasks * (found.dense + 2 * d * d) + 2 * d * d)
-        + 2 * d,  # the bag adds up its features
+        dense=per_place(num_tasks * (found.dense + tower) + bottom) + bag,
         shared=per_place(num_tasks * found.shared),
         experts=per_place(num_tasks * found.experts),
         router=per_place(num_tasks * gates),
@@ -258,8 +279,8 @@ def random_inputs(
 ) -> dict[str, Any]:
     """Returns baskets of items, (features [B, L], weights [B, L])."""
     del vocab_size
-    items = rng.integers(0, sum(options.items), shape).astype(np.int32)
-    return {"feature_BL": items, "feature_weight_BL": np.ones(shape)}
+    feature_BL = rng.integers(0, sum(options.items), shape).astype(np.int32)
+    return {"feature_BL": feature_BL, "feature_weight_BL": np.ones(shape)}
 
 
 KIND = Kind(

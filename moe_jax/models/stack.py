@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax import layout
 from moe_jax.models import depth
@@ -36,11 +37,11 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 class Period(nnx.Module):
     """The blocks that repeat."""
 
-    def __init__(self, key: jax.Array, cfg: ModelConfig, look: Look):
+    def __init__(self, key: Array, cfg: ModelConfig, look: Look):
         self.blocks = blocks(key, cfg.period, cfg, look)
 
 
-def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
+def blocks(key: Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> nnx.List:
     """Returns a block of each kind, each with a key of its own."""
     made = []
     for i, kind in enumerate(kinds):
@@ -48,7 +49,7 @@ def blocks(key: jax.Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look)
     return nnx.List(made)
 
 
-def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
+def stack(keys: Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
     """(prefix, repeats, suffix) from three keys."""
 
     def period(key):
@@ -62,13 +63,13 @@ def stack(keys: jax.Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]
 
 def run_stack(
     model: Any,
-    x_BSD: jax.Array,
+    x_BSD: Array,
     batch: Batch,
-    rng: jax.Array,
+    rng: Array,
     train: bool,
     begin: int = 1,
     source: Any = (),
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Array, dict[str, Array]]:
     """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`.
 
     The first block is number `begin` of the model, counted from 1. Its number picks the request to
@@ -77,6 +78,7 @@ def run_stack(
     cfg = model.cfg
     call = caller(cfg, train)
 
+    # Plain Python: only the repeats of `scan` are a loop of the program.
     def run(some, x_BSD, first):
         """(x_BSD, sums) after blocks of which the first has number `begin` + `first`."""
         parts = []
@@ -96,7 +98,7 @@ def run_stack(
     return x_BSD, layout.join_sums(jnp.concatenate, [before, middle, after])
 
 
-def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """Returns how a block is called: plainly, or under jax.checkpoint with the policy that the
     config names.
     """
@@ -110,7 +112,7 @@ def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[jax.Array, dict
     return jax.checkpoint(call, policy=REMAT[cfg.remat])
 
 
-def of_block(batch: Batch, number: jax.Array) -> Batch:
+def of_block(batch: Batch, number: Array) -> Batch:
     """Returns the batch with the request to one block, instead of that to all of them.
 
     `number` counts blocks from 1.
@@ -123,8 +125,8 @@ def of_block(batch: Batch, number: jax.Array) -> Batch:
 
 
 def run_cached(
-    model: Any, x_BSD: jax.Array, batch: Batch, caches: list[Any], sources: list[Any]
-) -> tuple[jax.Array, list[Any]]:
+    model: Any, x_BSD: Array, batch: Batch, caches: list[Any], sources: list[Any]
+) -> tuple[Array, list[Any]]:
     """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
     # Nothing that is decoded is random but what is drawn of the logits.
     rng = jax.random.fold_in(jax.random.key(0), 0)

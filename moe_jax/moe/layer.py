@@ -23,7 +23,8 @@ from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.experts.grouped_matmul import PARTS, expert_ffn
+from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.network import PARTS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
@@ -56,8 +57,10 @@ class MoE:
     activation: str
     param_dtype: str
     dtype: str
-    out_std: float  # of the first value of w_out
-    stored: StoredConfig  # experts as blocks (sparse/stored.py); block 0 = whole matrices
+    # The standard deviation of the first value of w_out.
+    out_std: float
+    # Experts as blocks (sparse/stored.py); block 0 = whole matrices.
+    stored: StoredConfig
 
 
 class Batch(NamedTuple):
@@ -68,19 +71,24 @@ class Batch(NamedTuple):
 
     id_BS: Any
     position_BS: Any
-    segment_BS: Any  # 0 = padding
+    # 0 = padding.
+    segment_BS: Any
     row_B: Any
     request: probe.Request = probe.Request()
     # What some kinds of models read, () in the others. Blocks see of these the prefix alone.
-    prefix_BS: Any = ()  # not 0 where tokens of a row see each other, whatever their order
-    source_rows: Any = ()  # the Batch that an encoder-decoder's encoder reads
-    vectors_BSP: Any = ()  # in the place of ids: patches of an image, frames of speech
-    feature_BL: Any = ()  # int32: of a bag of features
-    feature_weight_BL: Any = ()  # 0 = no feature
+    # Not 0 where tokens of a row see each other, whatever their order.
+    prefix_BS: Any = ()
+    # The Batch that an encoder-decoder's encoder reads.
+    source_rows: Any = ()
+    # In the place of ids: patches of an image, frames of speech.
+    vectors_BSP: Any = ()
+    # A bag of features, int32, and their weights; weight 0 = no feature.
+    feature_BL: Any = ()
+    feature_weight_BL: Any = ()
 
 
 class MoELayer(nnx.Module):
-    """Routed experts.
+    """Holds the routed experts of one block, with their router.
 
     `layer(x_BSD, batch, rng, train) -> (y_BSD, sums)`; sums: {name: [B, ...]} per row, see
     moe/load.py.

@@ -30,10 +30,14 @@ class Request(NamedTuple):
     batch of text has them as [B, M, ...], so that micro-batches split its rows.
     """
 
-    recorded: Any = ()  # (experts [B, S, K], gates [B, S, K]) that the router "recorded" replays
-    removed: Any = ()  # bool [B, E]: experts whose assignments go nowhere
-    barred: Any = ()  # bool [B, E]: experts that the router must go round
-    record: Any = ()  # what to return of each token: ROUTING, INPUTS or GATES
+    # (experts [B, S, K], gates [B, S, K]) that the router "recorded" replays.
+    recorded: Any = ()
+    # bool [B, E]: experts whose assignments go nowhere.
+    removed: Any = ()
+    # bool [B, E]: experts that the router must go round.
+    barred: Any = ()
+    # What to return of each token: ROUTING, INPUTS or GATES.
+    record: Any = ()
 
 
 def record(

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.names import name_of
 
-# The last dimensions of a weight, by the last part of its name: i(nput), o(utput), b(atch); all
-# before are batch.
+# The roles of the last dimensions of a weight, by the last part of its name: i(nput), o(utput),
+# b(atch). All dimensions before are batch.
 MATRICES = {"q": "ioo", "k": "ioo", "v": "ioo", "o": "iio", "w_in": "ibo", "w_out": "io"}
 
 
@@ -35,63 +35,75 @@ def orthogonalize(steps: int) -> optax.GradientTransformation:
 
 
 def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
-    """About U V' of every matrix U S V' in x [..., rows, columns]: the singular values end between
-    0.7 and 1.2.
+    """Returns about U V' of every matrix U S V' in x [..., rows, columns].
 
-    The quintic iteration with the coefficients of Jordan
-    (https://kellerjordan.github.io/posts/muon).
+    The singular values end between 0.7 and 1.2. It is the quintic iteration with the coefficients
+    of Jordan (https://kellerjordan.github.io/posts/muon).
     """
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # so that the Gram matrix is of the shorter side
-    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True)) + 1e-8)
+    # The Gram matrix is of the shorter side.
+    is_wide = x.shape[-2] <= x.shape[-1]
+    x = x if is_wide else x.mT
+    # The iteration converges for singular values up to 1, and this norm bounds the largest.
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True))
+    x = x / (norm + 1e-8)
     for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x if wide else x.mT
+    return x if is_wide else x.mT
 
 
 def _orthogonal(x: jax.Array, roles: str, steps: int) -> jax.Array:
-    order = [d for role in "bio" for d in range(x.ndim) if roles[d] == role]
+    """Returns the orthogonalised matrices of one weight; `roles` has a letter per dimension."""
+    # [batch, input, output], which make one stack of matrices.
+    order = [dim for role in "bio" for dim in range(x.ndim) if roles[dim] == role]
     num_batch, num_input = roles.count("b"), roles.count("i")
     y = x.transpose(order)
-    shape, places = y.shape, _to_whole_matrices(y, num_batch)
-    for place in places[1:]:
-        y = jax.sharding.reshard(y, place)
-    rows, columns = (
-        math.prod(shape[num_batch : num_batch + num_input]),
-        math.prod(shape[num_batch + num_input :]),
-    )
-    y = (
-        0.2
-        * max(rows, columns) ** 0.5
-        * newton_schulz(y.reshape((*shape[:num_batch], rows, columns)), steps)
-    )
-    y = y.reshape(shape)
-    for place in places[-2::-1]:
-        y = jax.sharding.reshard(y, place)
-    return y.transpose([order.index(d) for d in range(x.ndim)])
+    shape = y.shape
+    rows = math.prod(shape[num_batch : num_batch + num_input])
+    columns = math.prod(shape[num_batch + num_input :])
+
+    shardings = _to_whole_matrices(y, num_batch)
+    for sharding in shardings[1:]:
+        y = jax.sharding.reshard(y, sharding)
+    matrices = y.reshape((*shape[:num_batch], rows, columns))
+    # The update then has the size of Adam's (Liu et al. 2025).
+    scale = 0.2 * max(rows, columns) ** 0.5
+    y = (scale * newton_schulz(matrices, steps)).reshape(shape)
+    # Back by the same steps.
+    for sharding in shardings[-2::-1]:
+        y = jax.sharding.reshard(y, sharding)
+    return y.transpose([order.index(dim) for dim in range(x.ndim)])
 
 
 def _to_whole_matrices(x: jax.Array, num_batch: int) -> list[NamedSharding]:
-    """Shardings from that of x to one that splits no matrix; axes move to batch dimensions that
-    they divide, or go.
+    """Returns shardings from that of x to one that splits no matrix.
 
-    One axis at a time, the minor one of a dimension first: each move is then a plain all-to-all (or
-    all-gather). Taken in one leap, the compiler finds no way and gathers everything first.
+    Axes move to batch dimensions that they divide, or go.
     """
-    place = jax.typeof(x).sharding
-    if place.mesh.empty:
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if mesh.empty:
         return []
-    places = [place]
-    axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in place.spec]
+    shardings = [sharding]
+    axes = [_axes(entry) for entry in sharding.spec]
     axes += [()] * (x.ndim - len(axes))
+    # One axis at a time, the minor one of a dimension first: each move is then a plain all-to-all
+    # (or all-gather). Taken in one leap, the compiler finds no way and gathers everything first.
     for dim in range(num_batch, x.ndim):
         while axes[dim]:
             *rest, axis = axes[dim]
             axes[dim] = tuple(rest)
-            for b in range(num_batch):
-                if x.shape[b] % math.prod(place.mesh.shape[a] for a in (*axes[b], axis)) == 0:
-                    axes[b] = (*axes[b], axis)
+            for batch_dim in range(num_batch):
+                moved = (*axes[batch_dim], axis)
+                if x.shape[batch_dim] % math.prod(mesh.shape[name] for name in moved) == 0:
+                    axes[batch_dim] = moved
                     break
-            places.append(NamedSharding(place.mesh, P(*axes)))
-    return places
+            shardings.append(NamedSharding(mesh, P(*axes)))
+    return shardings
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a partition."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)

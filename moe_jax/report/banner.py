@@ -18,7 +18,8 @@ from moe_jax.terminal.progress import Progress
 from moe_jax.terminal.units import readable
 from moe_jax.version import Source, source
 
-LABEL = 9  # columns before the text of a line
+# Columns before the text of a line.
+LABEL = 9
 
 
 def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
@@ -55,7 +56,7 @@ def line(progress: Progress, label: str, text: str) -> None:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A text in parts of at most `width` columns.
+    """Returns a text in parts of at most `width` columns.
 
     A path is never cut, for it is there to be copied.
     """
@@ -63,43 +64,46 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def _width(progress: Progress) -> int:
+    """Returns the columns of the text of a line; a terminal may be narrower than any text."""
     return max((progress.console.width if progress.console else 80) - LABEL, 20)
 
 
-def run(name: str, found: Source) -> str:
-    """The config, the version, and the commit that the code is of."""
-    commit = f", commit {found.commit[:9]}" if found.commit else ""
-    changes = " with changes" if found.dirty else ""
-    return f"{name + ', ' if name else ''}moe_jax {found.version}{commit}{changes}"
+def run(name: str, code: Source) -> str:
+    """Returns the config, the version, and the commit that the code is of."""
+    config = f"{name}, " if name else ""
+    commit = f", commit {code.commit[:9]}" if code.commit else ""
+    changes = " with changes" if code.dirty else ""
+    return f"{config}moe_jax {code.version}{commit}{changes}"
 
 
 def model(cfg: Config) -> str:
+    """Returns the kind of model, its layers and its parameters."""
     model, counts = cfg.model, flops.parameters(cfg.model)
     layers = []
     if model.num_moe_layers:
         name = "MoE layer" if model.num_moe_layers == 1 else "MoE layers"
-        layers.append(
-            f"{model.num_moe_layers} {name} of {model.moe.num_experts} ({model.moe.router})"
-        )
+        experts = f"{model.moe.num_experts} ({model.moe.router})"
+        layers.append(f"{model.num_moe_layers} {name} of {experts}")
     if model.num_dense_layers:
         layers.append(f"{model.num_dense_layers} dense")
     blocks = f": {', '.join(layers)}" if layers else ""
-    return (
-        f"{model.kind}{blocks}; {readable(counts.total)} parameters, "
-        f"{readable(counts.active)} active"
-    )
+    total, active = readable(counts.total), readable(counts.active)
+    return f"{model.kind}{blocks}; {total} parameters, {active} active"
 
 
 def devices() -> str:
+    """Returns the devices of the mesh that is set, and what it splits."""
     mesh = jax.sharding.get_mesh()
     kind, number = mesh.devices.flat[0].device_kind, mesh.devices.size
-    axes = of(mesh).split()
     processes = jax.process_count()
     of_processes = f" of {processes} processes" if processes > 1 else ""
-    return f"{number} x {kind}{of_processes}{', mesh ' + axes if axes else ''}"
+    axes = of(mesh).split()
+    split = f", mesh {axes}" if axes else ""
+    return f"{number} x {kind}{of_processes}{split}"
 
 
 def length(cfg: Config) -> str:
+    """Returns how many steps of how many tokens the run makes."""
     train, seq_len = cfg.train, cfg.data.seq_len
     micro = f" in {train.num_micro_batches} micro-batches" if train.num_micro_batches > 1 else ""
     tokens = train.steps * train.batch_size * seq_len
@@ -109,29 +113,27 @@ def length(cfg: Config) -> str:
 
 
 def rows(data: Data, width: int) -> str:
-    """The name of the data, its rows, and its domains: as many as there is room for."""
-    train, heldout = (sum(data.sizes(split)) for split in ("train", "heldout"))
-    text = (
-        f"{data.name()}: {train:,} rows ({readable(train * data.seq_len)} tokens), "
-        f"{heldout:,} held out"
-    )
+    """Returns the name of the data, its rows, and its domains: as many as there is room for."""
+    train, heldout = sum(data.sizes("train")), sum(data.sizes("heldout"))
+    tokens = readable(train * data.seq_len)
+    text = f"{data.name()}: {train:,} rows ({tokens} tokens), {heldout:,} held out"
     if len(data.domains) < 2:
         return text
-    most = max(
-        (n for n in range(1, len(data.domains) + 1) if _fits(text, data.domains, n, width)),
-        default=0,
-    )
+    # Names may only fill the line that is there: a run of a hundred domains has no banner of them.
+    counts = range(1, len(data.domains) + 1)
+    most = max((n for n in counts if _fits(text, data.domains, n, width)), default=0)
     return f"{text}{_listed(data.domains, most)}"
 
 
 def _fits(text: str, names: Sequence[str], number: int, width: int) -> bool:
+    """Returns whether `number` of the names fit behind a text without a line more."""
     whole = f"{text}{_listed(names, number)}"
     return math.ceil(len(whole) / width) <= math.ceil(len(text) / width)
 
 
 def _listed(names: Sequence[str], number: int) -> str:
-    """Behind the rows: the first `number` of the names and how many more there are, or how many
-    there are.
+    """Returns the first `number` of the names and how many more there are; for 0, how many there
+    are.
     """
     if not number:
         return f", {len(names)} domains"
@@ -140,6 +142,7 @@ def _listed(names: Sequence[str], number: int) -> str:
 
 
 def start(cfg: Config, step: int) -> str:
+    """Returns where the run begins, and with which parameters."""
     if step:
         return f"going on from step {step}"
     if cfg.train.init_from:

@@ -15,6 +15,7 @@ def outlast(writer: Any) -> Any:
     would wait for that thread for ever. The same figures are in metrics.jsonl, which does say that
     it cannot be written.
     """
+    # tensorboardX has no public name for the file.
     file = writer.file_writer.event_writer._ev_writer
     for name in ("write_event", "flush", "close"):
         setattr(file, name, _silent(getattr(file, name)))
@@ -23,7 +24,8 @@ def outlast(writer: Any) -> Any:
 
 def _silent(method: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any) -> Any:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: of a file that has been closed
+        # A file that has been closed raises ValueError.
+        with contextlib.suppress(OSError, ValueError):
             return method(*args)
 
     return called

@@ -27,8 +27,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 class PerStep(NamedTuple):
     """Holds what one step of the run takes, over all devices."""
 
-    tokens: int  # places of its batch, padding included: what tokens/s counts
-    flops: int  # useful ones (moe_jax/flops)
+    # Places of its batch, padding included: what tokens/s counts.
+    tokens: int
+    flops: int  # useful ones (plan/flops)
 
 
 class Writer:
@@ -40,8 +41,7 @@ class Writer:
 
     Args:
       resume_step: the step of the restored checkpoint; rows and events after it, which the run is
-          about to repeat, are
-        removed. 0 = a fresh start: all are.
+          about to repeat, are removed. 0 = a fresh start: all are.
       evaluates_again: the run repeats the evaluation of that step too, so its row is removed.
       tensorboard: also write events, to workdir/tensorboard.
       active: False makes every method do nothing (all processes but process 0).
@@ -70,6 +70,7 @@ class Writer:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _keep_rows(path, resume_step, evaluates_again)
+        # As if the process had begun so much earlier: a pause between starts counts for nothing.
         self._started, self._per_step = started - _seconds(kept), per_step
         self._rows = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -79,25 +80,27 @@ class Writer:
         """Writes a row; scalars are numbers or arrays without dimensions, by tag ("train/loss")."""
         if self._rows is None:
             return
-        spent = {
+        row: dict[str, Any] = {
             "step": int(step),
             "seconds": round(time.monotonic() - self._started, 3),
             "tokens": int(step) * self._per_step.tokens,
             "flops": int(step) * self._per_step.flops,
         }
-        row = {name: np.asarray(value).item() for name, value in scalars.items()}
-        text = json.dumps(spent | {k: _json(v) for k, v in row.items()}) + "\n"
+        # Waits for the devices, if these have not come so far.
+        numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
+        row |= {name: _json(number) for name, number in numbers.items()}
         try:
-            self._rows.write(text)
+            self._rows.write(json.dumps(row) + "\n")
+            # A run that is killed has lost no row.
             self._rows.flush()
         except OSError as error:
             raise UserError(
                 f"{self._rows.name} cannot be written: {error.strerror}; what was saved stays"
             ) from None
         if self._events:
-            self._events.scalars(step, row)
+            self._events.scalars(step, numbers)
         if self._trackers:
-            self._trackers.scalars(step, {**spent, **row})
+            self._trackers.scalars(step, {**row, **numbers})
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes Markdown, such as a sample; indent or fence what is to be shown as it is."""
@@ -105,18 +108,18 @@ class Writer:
             self._events.text(step, name, text)
 
     def image(self, step: int, name: str, array: Any) -> None:
-        """An image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
+        """Writes an image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
         if self._events:
             self._events.image(step, name, array)
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Returns what TensorBoard tells this run from others by: numbers, strings, booleans."""
+        """Writes what TensorBoard tells this run from others by: numbers, strings, booleans."""
         if self._events:
             self._events.hyperparameters(values)
 
     def write_final(self, step: int, scalars: Mapping[str, Any], compared: Iterable[str]) -> None:
-        """The row of the last evaluation; by the figures `compared` TensorBoard puts the run beside
-        others.
+        """Writes the row of the last evaluation; by the figures `compared` TensorBoard puts the run
+        beside others.
         """
         self.write(step, scalars)
         if self._events:
@@ -129,9 +132,8 @@ class Writer:
     def close(self) -> None:
         for file in (self._rows, self._events):
             if file is not None:
-                with contextlib.suppress(
-                    OSError
-                ):  # a row that could not be written, which `write` told
+                # A row that could not be written: `write` has told it.
+                with contextlib.suppress(OSError):
                     file.close()
         self._rows, self._events = None, None
         if self._trackers:
@@ -140,10 +142,11 @@ class Writer:
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; lines that are no row (a kill can tear the last one) are left
-    out.
+    """Returns the rows of a metrics.jsonl; lines that are no row (a kill can tear the last one) are
+    left out.
     """
     rows = []
+    # "replace": a kill can tear a letter of several bytes too.
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -176,11 +179,10 @@ def write_run_info(
     directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "config.json", config)
-    runs = directory / "run.json"
     history = starts.read(workdir)
     devices, code = jax.devices(), source()
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    record = {
+    start = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
         "host": platform.node(),
@@ -194,20 +196,20 @@ def write_run_info(
         "versions": {"python": platform.python_version(), "moe_jax": code.version} | packages,
         "git": {"commit": code.commit, "dirty": code.dirty} if code.commit else None,
     }
-    _replace(runs, [*history, record])
+    _replace(directory / "run.json", [*history, start])
 
 
 def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict[str, Any]]:
-    """The rows up to the restored step, which alone are left in the file."""
+    """Returns the rows up to the restored step, and leaves these alone in the file."""
     if not path.exists():
         return []
-    rows = [row for row in read_rows(path) if resume_step > 0 and row["step"] <= resume_step]
-    if evaluates_again:
-        rows = [
-            row
-            for row in rows
-            if row["step"] < resume_step or not any(name.startswith("eval/") for name in row)
-        ]
+
+    def stays(row: Mapping[str, Any]) -> bool:
+        if evaluates_again and row["step"] == resume_step:
+            return not any(name.startswith("eval/") for name in row)
+        return row["step"] <= resume_step
+
+    rows = [row for row in read_rows(path) if stays(row)] if resume_step > 0 else []
     _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -220,6 +222,7 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _json(value: Any) -> Any:
+    # JSON has no NaN and no infinity.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

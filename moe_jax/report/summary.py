@@ -39,9 +39,15 @@ def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:
     task, console = TASKS[cfg.task], shell.console()
     with Progress(active=True, console=console).doing("computing what the model is compared with"):
         rows = task.comparison(cfg, result.data, result.evaluation)
-    written = {"step": result.step, "title": task.title, "rows": rows, "seconds": seconds}
-    written["tokens_per_second"] = result.tokens_per_second
-    (workdir / "summary.json").write_text(json.dumps(written, indent=1) + "\n")
+    summary = {
+        "step": result.step,
+        "title": task.title,
+        "rows": rows,
+        "seconds": seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    # Written first: whatever goes wrong with the terminal, the figures are on disk.
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if result.sample:
         console.rule("sample", align="left")
         console.print(result.sample, highlight=False, markup=False, soft_wrap=True)
@@ -88,6 +94,7 @@ def tracked(workdir: Path) -> dict[str, str]:
 def curves(workdir: Path) -> str:
     """Returns the command that shows the curves of a run, and what to install for it first."""
     command = shell.command("tensorboard.main", "--logdir", workdir)
+    # Events are written by tensorboardX; what shows them is a package of its own.
     if importlib.util.find_spec("tensorboard") is None:
         command += "  # after pip install tensorboard"
     return command
@@ -114,6 +121,7 @@ def figures_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     stands apart.
     """
     first_row = next(iter(rows.values()))
+    # All rows have the same columns.
     columns = [name for name, value in first_row.items() if _is_number(value)]
     table = Table([*names(""), *numbers(*columns)], title=title)
     *_, last = rows

@@ -28,7 +28,7 @@ GROUPS = (
     (r"moe/", "8_layers/"),
     (r"interference/", "9_interference/"),
 )
-# Of the tab "Custom Scalars": curves that belong together in one chart. Regular expressions of
+# The tab "Custom Scalars": curves that belong together in one chart, by regular expressions of the
 # names above.
 LAYOUT = {
     "training and held out": {
@@ -47,8 +47,7 @@ LAYOUT = {
 
 
 # Keys of the config that runs are told from each other by in the tab "HParams". All that was
-# changed beside them is in
-# one column more, for the columns must be the same in all runs.
+# changed beside them is in one column more, for the columns must be the same in all runs.
 HYPERPARAMETERS = (
     "task",
     "seed",
@@ -74,17 +73,15 @@ def hyperparameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config of a run, a nested dict of JSON values, as the columns of the tab
     "HParams".
     """
-    flat, usual = (flatten_dict(tree, sep=".") for tree in (raw, default_values()))
-    changed = (
-        f"{key}={flat[key]}"
-        for key in sorted(flat)
-        if flat[key] != usual.get(key) and key not in HYPERPARAMETERS
-    )
-    return {key: flat[key] for key in HYPERPARAMETERS} | {"other changes": ", ".join(changed)}
+    flat, defaults = flatten_dict(raw, sep="."), flatten_dict(default_values(), sep=".")
+    columns = {key: flat[key] for key in HYPERPARAMETERS}
+    others = [key for key in sorted(flat) if key not in HYPERPARAMETERS]
+    changed = [f"{key}={flat[key]}" for key in others if flat[key] != defaults.get(key)]
+    return columns | {"other changes": ", ".join(changed)}
 
 
 def tag(name: str) -> str:
-    """The name in TensorBoard of a figure of metrics.jsonl."""
+    """Returns the name in TensorBoard of a figure of metrics.jsonl."""
     for pattern, group in GROUPS:
         if match := re.match(pattern, name):
             return group + name[match.end() :]
@@ -100,19 +97,20 @@ class Events:
     """
 
     def __init__(self, directory: Path, resume_step: int):
-        from tensorboardX import (
-            SummaryWriter,
-        )  # here: its import takes a while, and not every run wants events
+        # Imported here: it takes a while, and not every run wants events.
+        from tensorboardX import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
-        number = len(
-            list(directory.iterdir())
-        )  # two starts within a second would share a file and lose the first's
-        purge = resume_step + 1 if resume_step > 0 else 0
+        # The name has the second of the start: two within it would share a file, and lose the
+        # events of the first.
+        number = len(list(directory.iterdir()))
         suffix = f".{number:06d}"
-        self._writer = outlast(
-            SummaryWriter(str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix)
+        # TensorBoard hides the events of older files from this step on.
+        purge = resume_step + 1 if resume_step > 0 else 0
+        writer = SummaryWriter(
+            str(directory), purge_step=purge, flush_secs=10, filename_suffix=suffix
         )
+        self._writer = outlast(writer)
         self._writer.add_custom_scalars(LAYOUT)
         self._hyperparameters: dict[str, Any] = {}
 
@@ -124,14 +122,14 @@ class Events:
         self._writer.add_text(name, text, step)
 
     def image(self, step: int, name: str, array: Any) -> None:
-        """An image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
+        """Writes an image [H, W] or [H, W, 3], uint8 or float in [0, 1]."""
+        # A grey image has no dimension of colours.
         pixels = np.asarray(array)
-        self._writer.add_image(
-            tag(name), pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC"
-        )
+        layout = "HW" if pixels.ndim == 2 else "HWC"
+        self._writer.add_image(tag(name), pixels, step, dataformats=layout)
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Returns the values of the tab "HParams" for the run itself.
+        """Writes the values of the tab "HParams" for the run itself.
 
         `SummaryWriter.add_hparams` would make a run of its own of them.
         """
@@ -145,11 +143,13 @@ class Events:
     def _add_hparams(self, parts: tuple[str, ...], figures: Iterable[str]) -> None:
         from tensorboardX.summary import hparams
 
+        # The value 0 is not written: only the names of the figures are.
+        summaries = hparams(self._hyperparameters, {tag(name): 0.0 for name in figures})
         names = ("experiment", "session_start_info", "session_end_info")
-        found = hparams(self._hyperparameters, {tag(name): 0.0 for name in figures})
+        # This writer always writes to files.
         file = self._writer.file_writer
-        assert file is not None  # this writer always writes to files
-        for name, summary in zip(names, found, strict=True):
+        assert file is not None
+        for name, summary in zip(names, summaries, strict=True):
             if name in parts:
                 file.add_summary(summary)
 

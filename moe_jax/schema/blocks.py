@@ -17,7 +17,7 @@ class Stack(NamedTuple):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order."""
+        """The kind of every block, in the order in which they run."""
         return self.prefix + self.period * self.repeats + self.suffix
 
 
@@ -31,7 +31,7 @@ class KindOptions:
 
     @property
     def embeds(self) -> bool:
-        """Whether the model looks up rows of a vocabulary."""
+        """True where the model looks up rows of a vocabulary."""
         return True
 
     def stacks(self, own: Stack) -> dict[str, Stack]:

@@ -9,6 +9,13 @@ from typing import Any
 
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.runtime.faults import Fault, parse
+from moe_jax.schema.beside import (
+    CheckpointConfig,
+    EvalConfig,
+    LimitsConfig,
+    LogConfig,
+    RecordConfig,
+)
 from moe_jax.schema.blocks import DEPTH, KindOptions, Stack
 from moe_jax.schema.options import (
     AXIS,
@@ -27,9 +34,9 @@ from moe_jax.schema.options import (
     derived,
     option,
 )
-from moe_jax.schema.steps import Due, due, profile_range
+from moe_jax.schema.steps import profile_range
 
-# The name of no rule that makes zeros.
+# The choice of model.moe.sparse.rule that makes no zeros.
 NO_RULE = "none"
 
 
@@ -38,6 +45,7 @@ class Coefficients(dict[str, float]):
     it.
     """
 
+    # A dict has no hash, and a frozen config with one could be no static argument.
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.items())))
 
@@ -49,10 +57,6 @@ class MeshConfig:
     )
     expert: int = option(1, "expert parallel (also shards the batch)", AXIS)
     model: int = option(1, "tensor parallel: heads, hidden columns, vocabulary", AXIS)
-    fallbacks: tuple[str, ...] = option(
-        (),
-        'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ class SparseConfig:
 
     @property
     def dense(self) -> bool:
-        """Whether no rule makes zeros."""
+        """True where no rule makes zeros."""
         return self.rule == NO_RULE
 
 
@@ -112,7 +116,8 @@ class MoEConfig:
     ordering_options: Any = derived()
     dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
     dispatcher_options: Any = derived()
-    losses: Coefficients = derived()  # coefficients by name: moe/losses
+    # Coefficients by name: moe/losses.
+    losses: Coefficients = derived()
     adaptive: AdaptiveConfig
     sparse: SparseConfig
 
@@ -303,93 +308,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    every: int = option(100, "steps between evaluations; 0 = only at the end", COUNT)
-    batches: int = option(
-        0, "held-out batches of each evaluation on the way; 0 = all of them", COUNT
-    )
-    final_batches: int = option(
-        0, "held-out batches of the evaluation at the end; 0 = all of them", COUNT
-    )
-    batch_size: int = option(0, "rows of an evaluation batch; 0 = train.batch_size", NUMBER)
-    dispatcher: str = option(
-        "same", '"same" as in training, or the name of another dispatcher ("dropless")'
-    )
-    sample_tokens: int = option(
-        200, "tokens of the sample printed at each evaluation; 0 = none", COUNT
-    )
-    sample_prompt: str = option("", "what the sample begins with")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every: int = option(500, "steps between checkpoints; 0 = only at the end", COUNT)
-    keep: int = option(2, "the last n are kept", NUMBER)
-    keep_best: int = option(1, "and the best n by held-out loss", COUNT)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    every: int = option(
-        10,
-        "steps between rows of metrics.jsonl; such a step holds a second copy of the parameters, "
-        "for the update norm",
-        NUMBER,
-    )
-    tensorboard: bool = option(True, "also write TensorBoard events")
-    trackers: tuple[str, ...] = option(
-        (), 'services that get the figures too: ("wandb",), ("mlflow",); moe_jax/report/trackers'
-    )
-    project: str = option("moe_jax", "the project or experiment of the run there")
-    histogram_every: int = option(
-        100,
-        "steps between rows of the picture of the experts' load (TensorBoard, 4_experts)",
-        NUMBER,
-    )
-    interference_every: int = option(
-        0,
-        "steps between gradients of language and auxiliary losses compared (3 backward passes); 0 "
-        "= off",
-        COUNT,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordConfig:
-    steps: Due = option(
-        "",
-        'steps whose routing is written, token by token, to workdir/routing: "100,200", "every 50"',
-        parse=due,
-    )
-    rows: int = option(0, "the first n rows of the batch; 0 = all", COUNT)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LimitsConfig:
-    join: int = option(300, "seconds to wait for the other processes of the run to start", NUMBER)
-    heartbeat: float = option(
-        60.0,
-        "seconds after which a process that is not heard from counts as dead, and all others end",
-        FROM_ONE,
-    )
-    step: float = option(
-        600.0,
-        "seconds without a step after which a process counts as stuck and ends; 0 = never",
-        NOT_NEGATIVE,
-    )
-    other: float = option(
-        7200.0,
-        "the same inside a compilation, an evaluation or a save; 0 = never",
-        NOT_NEGATIVE,
-    )
-    grace: float = option(
-        120.0,
-        "seconds after SIGTERM or Ctrl-C after which a process that hangs ends unsaved; 0 = never",
-        NOT_NEGATIVE,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = option(0, "parameters, data order, dropout", SEED)
     simulate_devices: int = option(
@@ -401,10 +319,18 @@ class Config:
     profile: tuple[int, int] | None = option(
         "", '"10:13" writes a profiler trace of steps 10, 11 and 12', parse=profile_range
     )
+    compile_cache: str = option(
+        "auto",
+        'where compiled programs are kept: "auto" = the user\'s cache directory, "" = nowhere',
+    )
     faults: tuple[Fault, ...] = option(
         "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
     mesh: Lengths = derived(MeshConfig)
+    mesh_fallbacks: tuple[str, ...] = option(
+        (),
+        'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
+    )
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
     task_options: Any = derived()
     model: ModelConfig

@@ -35,13 +35,19 @@ class Option(NamedTuple):
     """Holds what is declared of a key beside its name and type."""
 
     default: Any
-    comment: str
-    bound: Bound | None  # of a number, or of each number of a tuple
-    choices: tuple[str, ...]  # the texts that it may be; () = any
-    block: str  # of a choice: the key of the blocks that have the options of what may be chosen
-    derived: bool  # no key: `build` computes it from others, or from those of `keys`
-    parse: Callable[[Any, str], Any] | None  # (what the user wrote, path) -> the value
-    keys: type | None = None  # of a derived field that is a block: the dataclass of its keys
+    comment: str = ""
+    # Of a number, or of each number of a tuple.
+    bound: Bound | None = None
+    # The texts that it may be; () = any.
+    choices: tuple[str, ...] = ()
+    # Of a choice: the key of the blocks that have the options of what may be chosen.
+    block: str = ""
+    # No key: `build` computes it from others, or from those of `keys`.
+    derived: bool = False
+    # (what the user wrote, path) -> the value.
+    parse: Callable[[Any, str], Any] | None = None
+    # Of a derived field that is a block: the dataclass of its keys.
+    keys: type | None = None
 
 
 def whole(words: str, holds: Callable[[Any], bool]) -> Bound:
@@ -82,8 +88,9 @@ def option(
     parse: Callable[[Any, str], Any] | None = None,
 ) -> Any:
     """Declares a key of the config."""
-    declared = Option(default, comment, bound, choices, "", False, parse)
-    if parse:  # the value is another than what the user writes, so the default is no value
+    declared = Option(default, comment, bound=bound, choices=choices, parse=parse)
+    # The value is another than what the user writes, so the default is no value.
+    if parse:
         return dataclasses.field(metadata={KEY: declared})
     return dataclasses.field(default=default, metadata={KEY: declared})
 
@@ -94,7 +101,7 @@ def choice(default: str, block: str, comment: str = "") -> Any:
     A choice and its options are siblings: `moe.router = "sinkhorn"` and
     `moe.routers.sinkhorn.iterations = 8`. The field after it gets the options of what is chosen.
     """
-    declared = Option(default, comment, None, (), block, False, None)
+    declared = Option(default, comment, block=block)
     return dataclasses.field(default=default, metadata={KEY: declared})
 
 
@@ -103,7 +110,7 @@ def derived(keys: type | None = None) -> Any:
 
     `keys`: the dataclass of the keys below its name, from which it is computed.
     """
-    return dataclasses.field(metadata={KEY: Option(None, "", None, (), "", True, None, keys)})
+    return dataclasses.field(metadata={KEY: Option(None, derived=True, keys=keys)})
 
 
 def typed_options(cls: type[T], options: Any) -> T:
@@ -128,6 +135,7 @@ def freeze(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     """
     names = [field.name for field in dataclasses.fields(cls)]
     refuse_other_keys(raw, names, path)
+    # Not field.type, which may be a text.
     hints = typing.get_type_hints(cls)
     keys = declared(cls)
     values = {}
@@ -149,8 +157,10 @@ def refuse_other_keys(raw: Mapping[str, Any], known: Sequence[str], path: str) -
 
 
 def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
+    """Returns the value of a field from what the user wrote. Raises UserError for another type."""
     if key and key.derived:
-        return value  # made by `build`; what it was made of has bounds of its own
+        # Made by `build`; what it was made of has bounds of its own.
+        return value
     if dataclasses.is_dataclass(hint):
         return freeze(typing.cast(type, hint), value, path + ".")
     if key and key.parse:
@@ -162,14 +172,18 @@ def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
                 f"{path} = {value!r} is a {type(value).__name__}; it must be a tuple, as its "
                 "default is"
             )
-        return tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
+        # JSON has lists where a config has tuples, and tuples in them.
+        return tuple(tuple(entry) if isinstance(entry, list | tuple) else entry for entry in value)
     if hint is Any or origin in (typing.Union, types.UnionType, Mapping):
         return value
     if key and key.bound and not isinstance(value, str):
-        return value  # `refusals` says what number it must be
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        # `refusals` says what number it must be.
+        return value
+    # A bool is an int in Python, and no number here.
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, hint) or (hint is int and is_bool):
         raise UserError(
             f"{path} = {value!r} is a {type(value).__name__}; it must be a {hint.__name__}"
         )
@@ -180,6 +194,7 @@ def refusals(options: Any, path: str) -> Iterator[str]:
     """Yields a message for each key of a frozen block, and of the blocks in it, that is out of its
     bounds or none of its choices.
     """
+    # The keys of the block itself come before those of the blocks in it.
     for name, key in declared(type(options)).items():
         value = getattr(options, name)
         at = f"{path}{name}"
@@ -202,7 +217,8 @@ def not_among(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
 def of_number(path: str, value: Any, bound: Bound) -> Iterator[str]:
     """Yields a message for a number, or for each of a tuple, that is out of its bounds."""
     kind = int if bound.whole else int | float
-    for number in value if isinstance(value, tuple) else (value,):
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
         if isinstance(number, bool) or not isinstance(number, kind):
             word = "whole number" if bound.whole else "number"
             yield f"{path} = {value} must be a {word}, {bound.words}"
@@ -221,8 +237,11 @@ def of_sources(sources: Any) -> Iterator[str]:
     if not sources:
         yield 'data.sources is empty: name at least one, as in (("embedded", 1.0),)'
     for entry in sources:
-        pair = isinstance(entry, tuple | list) and len(entry) == 2
-        if not (pair and isinstance(entry[0], str) and isinstance(entry[1], float | int)):
+        if not (isinstance(entry, tuple | list) and len(entry) == 2):
             yield f"data.sources = {sources!r} has {entry!r} in it: {right}"
-        elif not (math.isfinite(entry[1]) and entry[1] > 0):
-            yield f"data.sources: the weight of {entry[0]!r} ({entry[1]}) must be a number above 0"
+            continue
+        source, weight = entry
+        if not (isinstance(source, str) and isinstance(weight, float | int)):
+            yield f"data.sources = {sources!r} has {entry!r} in it: {right}"
+        elif not (math.isfinite(weight) and weight > 0):
+            yield f"data.sources: the weight of {source!r} ({weight}) must be a number above 0"

@@ -6,7 +6,7 @@ from moe_jax.errors import UserError
 
 
 class Due(NamedTuple):
-    """The steps at which something is done: those named, and each multiple of a number."""
+    """Holds the steps at which something is done: those named, and each multiple of a number."""
 
     steps: frozenset[int]
     every: tuple[int, ...]
@@ -21,13 +21,17 @@ class Due(NamedTuple):
 
     @property
     def first(self) -> int | None:
+        # The first multiple of a number is the number itself.
         return min({*self.steps, *self.every}, default=None)
 
 
 def due(text: str, path: str) -> Due:
     """Returns the steps of "100,200", "every 50", both ("1,every 50"), or "" (none). UserError."""
     steps, every = set(), []
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in text.split(","):
+        part = part.strip()
+        if not part:
+            continue
         number = part.removeprefix("every ").strip()
         if not number.isdecimal() or int(number) < 1:
             raise UserError(
@@ -45,8 +49,9 @@ def profile_range(text: str, path: str) -> tuple[int, int] | None:
     """Returns (10, 13) of "10:13", which traces steps 10, 11 and 12; None of "". UserError."""
     if not text:
         return None
-    first, colon, last = str(text).partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    first, _, last = str(text).partition(":")
+    are_numbers = first.isdecimal() and last.isdecimal()
+    if not (are_numbers and int(first) < int(last)):
         raise UserError(
             f'{path} = "{text}" is no range of steps: write FIRST:LAST, as in profile=10:13'
         )

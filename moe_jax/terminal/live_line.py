@@ -7,7 +7,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-SPINNER = "-\\|/"  # in ASCII, which every terminal shows
+# In ASCII, which every terminal shows.
+SPINNER = "-\\|/"
 REFRESH = 5  # times a second
 
 

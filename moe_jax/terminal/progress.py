@@ -20,11 +20,16 @@ from moe_jax.terminal import live_line
 from moe_jax.terminal.live_line import one_line
 from moe_jax.terminal.units import duration, readable
 
-FIRST = 3  # updates that are always printed as plain lines
-QUIET = 10.0  # seconds between plain lines after them
-SHORT = 2.0  # seconds: an activity that took less is not announced again in a plain line
-STILL = 5.0  # seconds without a step, after which the live line says how long it has been
-NARROW = 90  # columns of a terminal, below which the bar gives way to the numbers
+# Updates that are always printed as plain lines.
+FIRST = 3
+# Seconds between plain lines after them.
+QUIET = 10.0
+# Seconds: an activity that took less is not announced again in a plain line.
+SHORT = 2.0
+# Seconds without a step, after which the live line says how long it has been.
+STILL = 5.0
+# Columns of a terminal, below which the bar gives way to the numbers.
+NARROW = 90
 BAR = 24  # columns of the bar
 FIRST_STEP = "compiling the first step"
 
@@ -51,16 +56,18 @@ class Progress:
         self._live: Live | None = None
         self._clock: StepClock | None = None
         self._total = self._step = self._updates = 0
-        self._text = ""  # of the last update
-        self._first: tuple[float, int] | None = (
-            None  # time and step of the first update: before it is compilation
-        )
+        # Of the last update.
+        self._text = ""
+        # Time and step of the first update: before it is compilation.
+        self._first: tuple[float, int] | None = None
+        # When a plain line of the steps was last printed.
         self._printed = -QUIET
-        self._moved = time.monotonic()  # when a step was last done, or an activity was over
-        self._activities: list[
-            tuple[str, float]
-        ] = []  # under way, and since when; the innermost last
-        self._took: dict[str, float] = {}  # seconds of each activity, the last time
+        # When a step was last done, or an activity was over.
+        self._moved = time.monotonic()
+        # What is under way, and since when; the innermost last.
+        self._activities: list[tuple[str, float]] = []
+        # Seconds of each activity, the last time.
+        self._took: dict[str, float] = {}
 
     def start(self, start_step: int, total_steps: int, clock: StepClock) -> None:
         """Begins with the steps after `start_step`, if there are any; `clock` stands still during
@@ -94,21 +101,23 @@ class Progress:
                 self._shut()
 
     def stepped(self, step: int) -> None:
-        """A step is done: only its number moves, in the live line."""
+        """Moves the number in the live line: a step is done."""
         if step > self._step:
             self._step, self._moved = step, time.monotonic()
 
     def update(self, step: int, *, loss: float, balance: float | None) -> None:
-        """After each logged step.
+        """Shows the figures of a logged step.
 
         `balance`: load of the busiest expert over the mean; None = no experts.
         """
+        # Before anything is shown: processes that show nothing keep the speed too.
         if self._clock:
             self._clock.row(step)
         now = time.monotonic()
         if self._first is None:
             self._first = now, step
-            self._activities.clear()  # the first step is compiled
+            # The first step is compiled.
+            self._activities.clear()
             self.goodput.phase(STEPS)
         self._step, self._updates, self._moved = step, self._updates + 1, now
         if not self.console:
@@ -133,6 +142,7 @@ class Progress:
 
     def _begin(self, activity: str) -> None:
         self._activities.append((activity, time.monotonic()))
+        # The first time is announced: nobody knows how long it will take.
         if not self._is_live and self._took.get(activity, SHORT) >= SHORT:
             self._print(f"step {self._step}: {activity}" if self._first else activity)
 
@@ -152,12 +162,15 @@ class Progress:
         return True
 
     def _shut(self) -> None:
-        live, self._live = self._live, None  # so that the line that is left has no sign that turns
+        # None first, so that the line that is left has no sign that turns.
+        live, self._live = self._live, None
         if live:
             live.stop()
 
     def _line(self) -> RenderableType:
-        """One line, never wider than the terminal. Drawn by a thread, which must import nothing."""
+        """Returns one line, never wider than the terminal. Called by a thread, which must import
+        nothing.
+        """
         assert self.console
         now = time.monotonic()
         turning = "" if self._live is None else live_line.spinner()
@@ -174,9 +187,9 @@ class Progress:
         return line
 
     def _happening(self, now: float) -> str:
-        """An activity and its seconds, else the figures of the last logged step."""
-        under_way = self._activities[-1:]
-        for activity, begun in under_way:
+        """Returns an activity and its seconds, else the figures of the last logged step."""
+        # A copy: the run may end its activity while this thread looks.
+        for activity, begun in self._activities[-1:]:
             return f"{activity}  {duration(now - begun)}"
         if now - self._moved < STILL:
             return self._text
@@ -197,10 +210,13 @@ class Progress:
         return "  ".join([*parts, *self._left(now)])
 
     def _left(self, now: float) -> list[str]:
-        """The time left, from all that passed since the first update: evaluations and saves will
-        come again.
+        """Returns the time left, from all that passed since the first update: evaluations and saves
+        will come again.
         """
-        if self._first is None or self._step <= self._first[1] or self._step >= self._total:
+        if self._first is None:
             return []
-        per_step = (now - self._first[0]) / (self._step - self._first[1])
+        first_time, first_step = self._first
+        if not first_step < self._step < self._total:
+            return []
+        per_step = (now - first_time) / (self._step - first_step)
         return [f"{duration(per_step * (self._total - self._step))} left"]

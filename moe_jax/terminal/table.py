@@ -18,11 +18,15 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-GAP = 2  # columns of the terminal between two columns of a table
-PROSE = 24  # a column of prose is made no narrower than this before the table is split
+# Columns of the terminal between two columns of a table.
+GAP = 2
+# A column of prose is made no narrower than this before the table is split.
+PROSE = 24
 
 
 class Column(NamedTuple):
+    """A column of a table."""
+
     name: str
     # "number" stays on one line, to the right; "name" is folded only in need; "prose" breaks
     # between words.
@@ -42,7 +46,10 @@ def prose(*columns: str) -> list[Column]:
 
 
 class Row(NamedTuple):
-    cells: tuple[str | Text, ...]  # a str is shown as it is: what looks like markup in it is none
+    """A row of a table."""
+
+    # A str is shown as it is: what looks like markup in it is none.
+    cells: tuple[str | Text, ...]
     style: str
     ends: bool = False  # with a line below it
 
@@ -80,23 +87,26 @@ class Table:
     def markdown(self) -> str:
         """The rows as a Markdown table, without the title."""
         marks = ["---:" if column.kind == "number" else "---" for column in self.columns]
-        lines = [
-            [column.name for column in self.columns],
-            *([_plain(z) for z in row.cells] for row in self.rows),
-        ]
-        head, *body = (f"| {' | '.join(line)} |" for line in lines)
-        return "\n".join([head, f"|{'|'.join(marks)}|", *body])
+        lines = [f"| {' | '.join(column.name for column in self.columns)} |"]
+        lines.append(f"|{'|'.join(marks)}|")
+        for row in self.rows:
+            cells = [_plain(cell) for cell in row.cells]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
 
     def _parts(self, width: int) -> list[list[int]]:
-        """The numbers of the columns of each part: as few parts as fit, and about equally wide."""
-        least = self._least(width)
-        keys, rest = list(range(self.keys)), list(range(self.keys, len(self.columns)))
+        """Returns the numbers of the columns of each part: as few parts as fit, and about equally
+        wide.
+        """
+        least = self._least_widths(width)
+        keys, others = list(range(self.keys)), list(range(self.keys, len(self.columns)))
         room = width - sum(least[i] + GAP for i in keys)
 
         def packed(room: int) -> list[list[int]]:
+            """Returns parts no wider than `room`: each takes columns as long as they fit."""
             parts: list[list[int]] = [[]]
             used = 0
-            for i in rest:
+            for i in others:
                 if parts[-1] and used + least[i] > room:
                     parts.append([])
                     used = 0
@@ -104,8 +114,10 @@ class Table:
                 used += least[i] + GAP
             return parts
 
-        count = len(packed(room))
-        narrowest = next((limit for limit in range(room) if len(packed(limit)) == count), room)
+        # The narrowest room that takes no more parts: the last part is then not much shorter than
+        # the others.
+        num_parts = len(packed(room))
+        narrowest = next((limit for limit in range(room) if len(packed(limit)) == num_parts), room)
         return [keys + part for part in packed(narrowest)]
 
     def _drawn(self, part: list[int], width: int) -> rich_table.Table:
@@ -124,53 +136,61 @@ class Table:
 
     def _widths(self, part: list[int], width: int) -> dict[int, int]:
         """Returns the least widths, with the rest dealt out to columns that want more."""
-        least = self._least(width)
+        least = self._least_widths(width)
         widths = {i: least[i] for i in part}
         left = width - sum(widths.values()) - GAP * (len(part) - 1)
-        wanting = [i for i in part if widths[i] < self._natural(i)]
+        # One by one, so that all of them grow alike.
+        wanting = [i for i in part if widths[i] < self._natural_width(i)]
         while left > 0 and wanting:
-            for i in wanting[:left]:
+            growing = wanting[:left]
+            for i in growing:
                 widths[i] += 1
-            left -= len(wanting[:left])
-            wanting = [i for i in wanting if widths[i] < self._natural(i)]
+            left -= len(growing)
+            wanting = [i for i in wanting if widths[i] < self._natural_width(i)]
         return widths
 
-    def _least(self, width: int) -> list[int]:
-        """How narrow each column may become on a terminal of this width."""
-        cells = [
-            max((_width(row.cells[i]) for row in self.rows), default=0)
-            for i in range(len(self.columns))
+    def _least_widths(self, width: int) -> list[int]:
+        """Returns how narrow each column may become on a terminal of this width."""
+        cell_widths = [self._cell_width(i) for i in range(len(self.columns))]
+        key_widths = cell_widths[: self.keys]
+        number_widths = [
+            cell_widths[i] for i, column in enumerate(self.columns) if column.kind == "number"
         ]
-        figures = [
-            n for n, column in zip(cells, self.columns, strict=True) if column.kind == "number"
-        ]
-        widest = max(figures, default=PROSE)
-        # What names a row leaves room for the widest number beside it.
-        key = _cap(cells[: self.keys], max(GAP * self.keys, min(width // 2, width - widest - GAP)))
-        other = max(1, width - sum(min(n, key) + GAP for n in cells[: self.keys]))
+        # What names a row leaves room for the widest number beside it, and takes no more than half
+        # of the width.
+        widest = max(number_widths, default=PROSE)
+        key_room = max(GAP * self.keys, min(width // 2, width - widest - GAP))
+        key_most = _cap(key_widths, key_room)
+        other_most = max(1, width - sum(min(n, key_most) + GAP for n in key_widths))
         least = []
         for i, column in enumerate(self.columns):
-            most = key if i < self.keys else other
+            most = key_most if i < self.keys else other_most
             heading = min(_longest_word(column.name), most)
             if column.kind == "number":
-                least.append(max(cells[i], heading))
+                least.append(max(cell_widths[i], heading))
             elif column.kind == "name":
-                least.append(max(min(cells[i], most), heading))
+                least.append(max(min(cell_widths[i], most), heading))
             else:
                 words = max((_longest_word(_plain(row.cells[i])) for row in self.rows), default=0)
-                least.append(min(self._natural(i), max(PROSE, words, heading), most))
+                least.append(min(self._natural_width(i), max(PROSE, words, heading), most))
         return least
 
-    def _natural(self, i: int) -> int:
-        return max([cell_len(self.columns[i].name), *(_width(row.cells[i]) for row in self.rows)])
+    def _cell_width(self, i: int) -> int:
+        return max((_width(row.cells[i]) for row in self.rows), default=0)
+
+    def _natural_width(self, i: int) -> int:
+        """Returns the width at which nothing in a column breaks."""
+        return max(cell_len(self.columns[i].name), self._cell_width(i))
 
 
 def _cap(widths: Sequence[int], room: int) -> int:
-    """The largest width that all columns can be cut to so that they and the gaps behind them fit;
-    at least 1.
+    """Returns the largest width that all columns can be cut to so that they and the gaps behind
+    them fit; at least 1.
     """
-    caps = range(max(widths, default=1), 1, -1)
-    return next((cap for cap in caps if sum(min(n, cap) + GAP for n in widths) <= room), 1)
+    for cap in range(max(widths, default=1), 1, -1):
+        if sum(min(width, cap) + GAP for width in widths) <= room:
+            return cap
+    return 1
 
 
 def _plain(cell: str | Text) -> str:
@@ -182,6 +202,7 @@ def _text(cell: str | Text) -> Text:
 
 
 def _width(cell: str | Text) -> int:
+    # In columns of the terminal: some characters take two.
     return max(map(cell_len, _plain(cell).split("\n")))
 
 

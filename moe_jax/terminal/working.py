@@ -14,7 +14,8 @@ from rich.text import Text
 from moe_jax.terminal import live_line
 from moe_jax.terminal.units import duration
 
-QUIET = 10.0  # seconds between two plain lines
+# Seconds between two plain lines.
+QUIET = 10.0
 
 Tell = Callable[[str], None]
 

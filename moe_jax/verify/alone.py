@@ -26,7 +26,8 @@ from moe_jax.verify.compare import far, largest, whole
 from moe_jax.verify.program import Probe, Program
 
 LIMIT = 1e-10
-REFERENCE_LIMIT = 1e-9  # relative to the largest entry
+# Relative to the largest entry.
+REFERENCE_LIMIT = 1e-9
 TRIALS = 3
 # A router of which no token's output depends on another token.
 SAFE_ROUTER = "top_k"
@@ -39,7 +40,8 @@ class Check(NamedTuple):
     value: float
     limit: float
     note: str
-    judged: bool  # False: the config says that it may, or it cannot be decided
+    # False: the config says that it may, or it cannot be decided.
+    judged: bool
 
     @property
     def sound(self) -> bool:

@@ -25,7 +25,8 @@ class Change(NamedTuple):
 
     claim: str
     apply: Callable[[Any, np.random.Generator], Any]
-    same: Callable[[Any], Any]  # booleans that broadcast to the losses, [B, S] or [B]
+    # Booleans that broadcast to the losses, [B, S] or [B].
+    same: Callable[[Any], Any]
 
 
 def weight(batch: Any, nll: np.ndarray) -> np.ndarray:

@@ -25,6 +25,10 @@ def content(
 
     The hash is of the config as it was resolved, keys sorted, before it was shrunk.
     """
+    versions = {"python": platform.python_version()}
+    versions |= {name: version(name) for name in PACKAGES}
+    # A value may be a number of NumPy, which JSON does not take.
+    one_device = [{**check._asdict(), "value": float(check.value)} for check in result.alone]
     return {
         "verdict": verdict,
         "proven": result.proven,
@@ -34,14 +38,11 @@ def content(
         "moe": moe(raw),
         "config_sha256": config_hash(raw),
         "commit": commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions,
         "steps": result.steps,
         "limits": {**LIMITS, "one device": LIMIT},
         "shrunk": [rule._asdict() for rule in result.rules],
-        "one_device": [{**check._asdict(), "value": float(check.value)} for check in result.alone],
+        "one_device": one_device,
         "meshes": [mesh(row) for row in result.rows],
     }
 
@@ -61,21 +62,24 @@ def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def mesh(row: Row) -> dict[str, Any]:
     """Returns what was proven on one mesh, or why it was not."""
-    worst = {
-        d.check: {"value": d.value, "where": d.where, "step": d.step}
-        for d in row.deviations.values()
-    }
-    out: dict[str, Any] = {
+    worst = {}
+    for check, deviation in row.deviations.items():
+        worst[check] = {
+            "value": deviation.value,
+            "where": deviation.where,
+            "step": deviation.step,
+        }
+    facts: dict[str, Any] = {
         "mesh": row.name,
         "refused": row.refused,
         "failure": row.failure,
         "deviations": worst,
     }
     if row.reader:
-        out["checkpoint"] = {"read_on": row.reader, "unequal_arrays": row.unequal}
+        facts["checkpoint"] = {"read_on": row.reader, "unequal_arrays": row.unequal}
     if row.rounded:
-        out["float32"] = row.rounded._asdict()
-    return out
+        facts["float32"] = row.rounded._asdict()
+    return facts
 
 
 def config_hash(raw: Mapping[str, Any]) -> str:

@@ -34,7 +34,8 @@ LIMITS = {
 # What must be equal to the last one, by check: of the sums per row, and of the record of every
 # choice (program.recordable).
 EXACT = {"counts": ("counts", "expert"), "drops": ("dropped", "dropped")}
-ORDER = tuple(LIMITS)  # as the step computes them: the first that deviates is nearest to the cause
+# As the step computes them: the first that deviates is nearest to the cause.
+ORDER = tuple(LIMITS)
 
 
 class Deviation(NamedTuple):
@@ -42,7 +43,8 @@ class Deviation(NamedTuple):
 
     check: str
     value: float
-    where: str  # the name of the worst parameter or statistic; "" where there is but one
+    # The name of the worst parameter or statistic; "" where there is but one.
+    where: str
     step: int  # of the worst deviation
 
     @property
@@ -184,20 +186,22 @@ class Rounded(NamedTuple):
     routing and the curves part.
     """
 
-    loss: float  # largest deviation of the loss over the steps, relative
-    flip: int | None  # the first step whose counts differ
+    # Largest deviation of the loss over the steps, relative.
+    loss: float
+    # The first step whose counts differ.
+    flip: int | None
     steps: int
 
 
 def rounded(want: Sequence[Probe], have: Sequence[Probe]) -> Rounded:
     """Returns how a float32 run compares with one device's, step by step."""
-    loss, flip = 0.0, None
+    losses, flip = [], None
     for step, (a, b) in enumerate(zip(want, have, strict=True)):
-        loss = max(loss, abs(a.loss - b.loss) / abs(a.loss))
+        losses.append(abs(a.loss - b.loss) / abs(a.loss))
         counts_differ = "counts" in a.sums and not _alike(a.sums["counts"], b.sums["counts"])
         if counts_differ and flip is None:
             flip = step
-    return Rounded(loss, flip, len(want))
+    return Rounded(max(losses), flip, len(want))
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:

@@ -20,9 +20,11 @@ from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
 LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
-SAVED = "of_processes"  # where they write their checkpoint together
+# Where they write their checkpoint together.
+SAVED = "of_processes"
 REPORT = "report.pickle"  # of process 0
-SECONDS = 300  # after which a process is taken to hang
+# Seconds after which a process is taken to hang.
+SECONDS = 300
 
 
 class Report(NamedTuple):
@@ -89,7 +91,6 @@ def work(path: Path, index: int) -> None:
     program = Program(job["raw"], LENGTHS).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
-    # As plain tuples: here Probe is a class of __main__, which the reader does not have.
     plain = [tuple(probe) for probe in (*probes, program.tied(begin))]
     report = plain, states.named(program, end)
     states.write(program, end, path.parent / SAVED)

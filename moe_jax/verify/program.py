@@ -35,7 +35,8 @@ class Probe(NamedTuple):
     metrics: dict[str, Any]
     # Of every prediction, [B, ...], of a forward pass over the whole batch in training mode.
     nll: np.ndarray
-    sums: dict[str, np.ndarray]  # [L, B, ...] per row, of that pass
+    # [L, B, ...] per row, of that pass.
+    sums: dict[str, np.ndarray]
     # Likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no.
     routing: dict[str, np.ndarray]
     grads: dict[str, np.ndarray]  # by name, layers unstacked
@@ -73,9 +74,8 @@ class Program:
     def lower(self) -> jax.stages.Lowered:
         """Returns the lowered step, which `compile` takes."""
         with self.entered():
-            return jax.jit(self._probe).lower(
-                self.abstract, self.put(self.task.random(self.cfg, 0))
-            )
+            batch = self.put(self.task.random(self.cfg, 0))
+            return jax.jit(self._probe).lower(self.abstract, batch)
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> "Program":
         """Compiles the step, and returns the program.
@@ -118,61 +118,68 @@ class Program:
         All scores tie, and ties go to the lowest experts: the worst load there is.
         """
 
-        def equal(path, x):
-            return jnp.zeros_like(x) if [key.key for key in path][-2:] == ["router", "gate"] else x
+        def without_gate(path, x):
+            is_gate = [key.key for key in path][-2:] == ["router", "gate"]
+            return jnp.zeros_like(x) if is_gate else x
 
         with self.entered():
-            now = begin._replace(params=jax.tree_util.tree_map_with_path(equal, begin.params))
-        return self.step(now, self.task.random(self.cfg, 0))[1]
+            params = jax.tree_util.tree_map_with_path(without_gate, begin.params)
+        _, probe = self.step(begin._replace(params=params), self.task.random(self.cfg, 0))
+        return probe
 
     def evaluate(self, now: train_step.State) -> dict[str, np.ndarray]:
         """Compiles and runs an evaluation as the config evaluates.
 
         Returns the loss of every prediction ("nll") and the sums per row.
         """
-        dispatcher = self.cfg.eval.dispatcher
-        cfg = (
-            self.cfg.model if dispatcher == "same" else with_dispatcher(self.cfg.model, dispatcher)
-        )
+        cfg, dispatcher = self.cfg.model, self.cfg.eval.dispatcher
+        if dispatcher != "same":
+            cfg = with_dispatcher(cfg, dispatcher)
 
         def forward(params: Any, router_state: Any, batch: Any):
             model = train_step.make_model(cfg).bind(params, router_state)
-            found = self.task.losses(model, batch, jax.random.key(0), False)
-            return {"nll": found.nll, **found.sums}
+            losses = self.task.losses(model, batch, jax.random.key(0), False)
+            return {"nll": losses.nll, **losses.sums}
 
         with self.entered():
             args = now.params, now.router_state, self.put(self.task.random(self.cfg, 0))
-            return host(jax.jit(forward).lower(*args).compile(compiler_options=QUICK)(*args))
+            compiled = jax.jit(forward).lower(*args).compile(compiler_options=QUICK)
+            return host(compiled(*args))
 
     def named(self, tree: Any) -> dict[str, np.ndarray]:
         """Returns host copies of a tree's arrays by their names on disk, where layers are never
         stacked.
         """
-        out = {}
-        for name, x in flat.flatten(host(tree)).items():
-            names = layout.layer_names(name, x.shape, self.cfg.model.scan)
-            out.update({name: x} if names is None else dict(zip(names, x, strict=True)))
-        return out
+        arrays = {}
+        for name, array in flat.flatten(host(tree)).items():
+            names = layout.layer_names(name, array.shape, self.cfg.model.scan)
+            if names is None:
+                arrays[name] = array
+            else:
+                # A scan stacks the layers in front.
+                arrays |= dict(zip(names, array, strict=True))
+        return arrays
 
     def _probe(self, now: train_step.State, batch: Any):
         """Takes a step, traced, and returns everything that a Probe holds."""
-        seen = []
+        # The step does not tell its gradients: they are taken where the optimizer receives them.
+        gradients = []
         tx = train_step.make_tx(self.cfg, now.params)
 
         def update(updates, state, params=None):
-            seen.append(updates)
+            gradients.append(updates)
             return tx.update(updates, state, params)
 
-        step = train_step.make_step(
-            self.cfg, self.model, optax.GradientTransformation(tx.init, update)
-        )
+        listening = optax.GradientTransformation(tx.init, update)
+        step = train_step.make_step(self.cfg, self.model, listening)
         new, metrics = step(now, batch)
+        # A forward pass of its own, with the key of the step: the step tells no loss of a token.
         rng = train_step.step_key(self.cfg, now.step)
         model = self.model.bind(now.params, now.router_state)
-        found = self.task.losses(
-            recording(model) if recordable(self.cfg.model) else model, batch, rng, True
-        )
-        return new, metrics, seen[0], found.nll, found.sums
+        if recordable(self.cfg.model):
+            model = recording(model)
+        losses = self.task.losses(model, batch, rng, True)
+        return new, metrics, gradients[0], losses.nll, losses.sums
 
 
 def recording(model: Callable) -> Callable:
@@ -191,10 +198,12 @@ def recordable(model: ModelConfig) -> bool:
     Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer places
     than others beside them.
     """
-    moe = {block.startswith(DEPTH) for block in model.blocks if block.endswith("moe")}
+    moe_blocks = [block for block in model.blocks if block.endswith("moe")]
+    # All of them in depth blocks, or none.
+    alike = len({block.startswith(DEPTH) for block in moe_blocks}) == 1
     router, options = ROUTERS[model.moe.router], model.moe.router_options
     copies = router.declared(model.moe.num_experts, options).copies
-    return len(moe) == 1 and not router.num_slots(options) and not copies
+    return alike and not router.num_slots(options) and not copies
 
 
 def host(tree: Any) -> Any:
@@ -202,7 +211,9 @@ def host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, jax.device_get(tree))
 
-    def keyed(x):
-        return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    def as_numbers(x):
+        # A random key is no array that processes can exchange.
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(x) if is_key else x
 
-    return multihost_utils.process_allgather(jax.tree.map(keyed, tree), tiled=True)
+    return multihost_utils.process_allgather(jax.tree.map(as_numbers, tree), tiled=True)

@@ -32,15 +32,17 @@ from moe_jax.schema.config import Config
 from moe_jax.verify.compare import far, largest, relative_gradients
 from moe_jax.verify.program import Program
 
-# tokens of a sequence whose attention is compared: enough for all the blocks that there are
+# Tokens of a sequence whose attention is compared: enough for all the blocks that there are.
 LONGEST = 1024
 
 
 class Dense(NamedTuple):
     """How far the layer is from the reference."""
 
-    output: float  # largest deviation relative to the largest output
-    gradient: float  # likewise of the worst gradient
+    # Largest deviation relative to the largest output.
+    output: float
+    # Likewise of the worst gradient.
+    gradient: float
     where: str  # whose gradient that is
 
 
@@ -67,19 +69,21 @@ def compare(program: Program) -> Dense:
         def split():
             return nnx.split(MoELayer(keys[2], cfg), nnx.Param, ...)
 
-        graph = nnx.eval_shape(split)[0]
+        graph, _, _ = nnx.eval_shape(split)
 
         def layer(params: Any, rest: Any, x_BSD: jax.Array):
             y_BSD, _ = nnx.merge(graph, params, rest)(x_BSD, batch, keys[3], True)
+            # Random weights: the gradient of a plain sum would be the same for every output.
             return (y_BSD * weight_BSD).sum(), y_BSD
 
         def reference(params: Any, rest: Any, x_BSD: jax.Array):
             def plain(z):
                 return jax.sharding.reshard(z, P())
 
+            # The layer runs here too, but only its gates are taken.
             asked = batch._replace(request=probe.Request(record=probe.GATES))
             _, sums = nnx.merge(graph, params, rest)(x_BSD, asked, keys[3], True)
-            recorded = probe.split(sums)[1]
+            _, recorded = probe.split(sums)
             weights = {name: plain(z).astype(x_BSD.dtype) for name, z in recorded.items()}
             experts = jax.tree.map(plain, nnx.to_pure_dict(params)["experts"])
 
@@ -98,32 +102,29 @@ def compare(program: Program) -> Dense:
 
             return grad(layer), grad(reference)
 
-        have, want = jax.device_get(
-            jax.jit(both).lower(x_BSD).compile(compiler_options=QUICK)(x_BSD)
-        )
+        compiled = jax.jit(both).lower(x_BSD).compile(compiler_options=QUICK)
+        have, want = jax.device_get(compiled(x_BSD))
     return _deviation(program, want, have)
 
 
 def _rows(cfg: Config) -> Batch:
     """Returns random ids, with padding at the end of every other row."""
-    num, length = cfg.train.batch_size, cfg.data.seq_len
-    id_BS = np.random.default_rng(cfg.seed).integers(
-        1, cfg.model.vocab_size, (num, length), dtype=np.int32
-    )
-    place_BS = np.tile(np.arange(length, dtype=np.int32), (num, 1))
-    row_B = np.arange(num, dtype=np.int32)
-    segment_BS = np.where((row_B[:, None] % 2 == 0) & (place_BS >= length - 3), 0, 1).astype(
-        np.int32
-    )
-    batch = Batch(id_BS=id_BS, position_BS=place_BS, segment_BS=segment_BS, row_B=row_B)
+    num_rows, length = cfg.train.batch_size, cfg.data.seq_len
+    rng = np.random.default_rng(cfg.seed)
+    id_BS = rng.integers(1, cfg.model.vocab_size, (num_rows, length), dtype=np.int32)
+    position_BS = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
+    row_B = np.arange(num_rows, dtype=np.int32)
+    padding_BS = (row_B[:, None] % 2 == 0) & (position_BS >= length - 3)
+    segment_BS = np.where(padding_BS, 0, 1).astype(np.int32)
+    batch = Batch(id_BS=id_BS, position_BS=position_BS, segment_BS=segment_BS, row_B=row_B)
     return jax.tree.map(jnp.asarray, batch)
 
 
 def gated(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: MoE) -> jax.Array:
     """Returns the layer's output [B, S, D] where every expert works on every token."""
-    every_BSED = jnp.broadcast_to(
-        x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.num_experts, x_BSD.shape[2])
-    )
+    # y_t = sum over e of G_te expert_e(x_t), and the token's own copy.
+    B, S, D = x_BSD.shape
+    every_BSED = jnp.broadcast_to(x_BSD[:, :, None], (B, S, cfg.num_experts, D))
     y_BSD = jnp.einsum("BSED,BSE->BSD", work(every_BSED), weights["gate"])
     return y_BSD + weights["copy"][:, :, None] * x_BSD
 
@@ -133,19 +134,29 @@ def mixed(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: Mo
     of each group.
     """
 
-    def groups(z):
-        return z.reshape(-1, min(cfg.group_rows, z.shape[0]) * z.shape[1], *z.shape[2:])
+    def groups(z_BS):
+        """Returns [G, t, ...] from [B, S, ...]."""
+        rows, length, *rest = z_BS.shape
+        tokens = min(cfg.group_rows, rows) * length
+        return z_BS.reshape(-1, tokens, *rest)
 
+    # y_t = sum over e, s of C_tes expert_e(sum over t' of D_t'es x_t')
     dispatch_GtEp, combine_GtEp = groups(weights["dispatch"]), groups(weights["combine"])
-    y_GpED = work(jnp.einsum("GtEp,GtD->GpED", dispatch_GtEp, groups(x_BSD)))
+    slots_GpED = jnp.einsum("GtEp,GtD->GpED", dispatch_GtEp, groups(x_BSD))
+    y_GpED = work(slots_GpED)
     return jnp.einsum("GtEp,GpED->GtD", combine_GtEp, y_GpED).reshape(x_BSD.shape)
 
 
 def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], activation: str) -> jax.Array:
     """Returns what each expert makes of its own rows."""
     h_xyEPF = jnp.einsum("xyED,EDPF->xyEPF", x_xyED, weights["w_in"])
-    first, last = h_xyEPF[..., 0, :], h_xyEPF[..., -1, :]
-    a_xyEF = first / (1 + jnp.exp(-first)) * last if activation == "swiglu" else jax.nn.gelu(first)
+    # P = 2: gate and up. P = 1: both are the same columns, and only the first are used.
+    gate_xyEF, up_xyEF = h_xyEPF[..., 0, :], h_xyEPF[..., -1, :]
+    if activation == "swiglu":
+        # silu(x) = x / (1 + exp(-x)), written out: it shares no code with the experts.
+        a_xyEF = gate_xyEF / (1 + jnp.exp(-gate_xyEF)) * up_xyEF
+    else:
+        a_xyEF = jax.nn.gelu(gate_xyEF)
     return jnp.einsum("xyEF,EFD->xyED", a_xyEF, weights["w_out"])
 
 
@@ -158,40 +169,41 @@ def attention_kernels(length: int) -> float:
     scores of all heads are held), and have so many heads that they are two groups.
     """
     S, queries = min(length, LONGEST), 2
+    # So many key heads G that their scores fill more than one group.
     B, G, A = 2, max(4, attention_core.SCORES // (S * S * queries)), 4
-    shapes = [(B, S, G * queries, A), (B, S, G, A), (B, S, G, A), (B, S, G * queries, A)]
-    q, k, v, weight = (
-        jnp.asarray(z) for z in map(np.random.default_rng(0).normal, [0] * 4, [1] * 4, shapes)
-    )
-    place_S = np.arange(S)
-    segment_BS = jnp.asarray(
-        np.stack([np.where(place_S < S // 3, 1, 2), np.where(place_S < S - S // 4, 1, 0)]).astype(
-            np.int32
-        )
-    )
+    rng = np.random.default_rng(0)
 
-    def run(seen: Any) -> list[np.ndarray]:
+    def draw(heads):
+        return jnp.asarray(rng.normal(0, 1, (B, S, heads, A)))
+
+    q, k, v, weight = draw(G * queries), draw(G), draw(G), draw(G * queries)
+    index_S = np.arange(S)
+    two_documents_S = np.where(index_S < S // 3, 1, 2)
+    padded_S = np.where(index_S < S - S // 4, 1, 0)
+    segment_BS = jnp.asarray(np.stack([two_documents_S, padded_S]).astype(np.int32))
+
+    def run(visible: Any) -> list[np.ndarray]:
         def value(q, k, v):
-            o = attention_core.attention(q, k, v, seen(segment_BS), scale=0.5)
+            o = attention_core.attention(q, k, v, visible(segment_BS), scale=0.5)
             return (o * weight).sum(), o
 
-        (_, o), gradients = jax.jit(
-            jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK
-        )(q, k, v)
+        gradient_of = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)
+        (_, o), gradients = jax.jit(gradient_of, compiler_options=QUICK)(q, k, v)
         return [np.asarray(z) for z in (o, *gradients)]
 
     def windowed(segment_BS):
         # Shorter than the documents, so that blocks of queries leave keys out.
         return attention_core.windowed(segment_BS, max(1, S // 5))
 
-    found: dict[str, float] = {}
-    for seen in (attention_core.causal, attention_core.full, windowed):
-        have = run(seen)
+    differences: dict[str, float] = {}
+    for visible in (attention_core.causal, attention_core.full, windowed):
+        have = run(visible)
         with of_other_platforms():
-            want = run(seen)
-        pairs = zip(("o", "q", "k", "v"), want, have, strict=True)
-        found |= {f"{name}, {seen.__name__}": far(a, b, np.abs(a).max()) for name, a, b in pairs}
-    return largest(found)[1]
+            want = run(visible)
+        for name, a, b in zip(("o", "q", "k", "v"), want, have, strict=True):
+            differences[f"{name}, {visible.__name__}"] = far(a, b, np.abs(a).max())
+    _, worst = largest(differences)
+    return worst
 
 
 def _deviation(program: Program, want: Any, have: Any) -> Dense:
@@ -200,9 +212,10 @@ def _deviation(program: Program, want: Any, have: Any) -> Dense:
     if not np.abs(want_y).max():
         return Dense(np.nan, np.nan, "no assignment was served: the check proves nothing")
 
-    def name(grads):
-        return program.named({"weights": nnx.to_pure_dict(grads[0]), "activations": grads[1]})
+    def named(grads):
+        of_weights, of_activations = grads
+        tree = {"weights": nnx.to_pure_dict(of_weights), "activations": of_activations}
+        return program.named(tree)
 
-    gradients = relative_gradients(name(want_grads), name(have_grads))
-    worst, value = largest(gradients)
-    return Dense(far(want_y, have_y, np.abs(want_y).max()), value, worst)
+    where, worst = largest(relative_gradients(named(want_grads), named(have_grads)))
+    return Dense(far(want_y, have_y, np.abs(want_y).max()), worst, where)

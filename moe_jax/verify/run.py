@@ -33,7 +33,8 @@ class Reference(NamedTuple):
 
     program: Program
     begin: State
-    probes: list[Probe]  # of the steps, and of one with `Program.tied` routers
+    # Of the steps, and of one with `Program.tied` routers.
+    probes: list[Probe]
     end: dict[str, np.ndarray]  # by name, after the steps
 
 
@@ -41,12 +42,16 @@ class Row(NamedTuple):
     """One layout on one mesh beside the reference."""
 
     name: str
-    refused: str  # by which rule of the config; "" = it ran
-    failure: str  # the error that stopped it; "" = none
+    # By which rule of the config; "" = it ran.
+    refused: str
+    # The error that stopped it; "" = none.
+    failure: str
     deviations: dict[str, Deviation]
     first: Deviation | None  # the first beyond its limit
-    reader: str  # the mesh that read the checkpoint written here; "" = none was written
-    unequal: list[str]  # arrays that differ in a bit after that
+    # The mesh that read the checkpoint written here; "" = none was written.
+    reader: str
+    # Arrays that differ in a bit after that.
+    unequal: list[str]
     rounded: Rounded | None  # float32
 
     @property
@@ -59,7 +64,8 @@ class Result(NamedTuple):
     alone: list[alone.Check]
     rows: list[Row]
     steps: int
-    notes: list[str]  # of meshes that the config refuses as it is, and not as it was shrunk
+    # Of meshes that the config refuses as it is, and not as it was shrunk.
+    notes: list[str]
 
     @property
     def proven(self) -> bool:
@@ -76,8 +82,10 @@ class Wanted(NamedTuple):
 
     meshes: Sequence[Lengths]
     steps: int
-    processes: int  # more than 1: also on as many real ones
-    float32: bool  # on every mesh, not only on the one with the most axes
+    # More than 1: also on as many real ones.
+    processes: int
+    # On every mesh, not only on the one with the most axes.
+    float32: bool
 
 
 def prove(raw: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> Result:
@@ -114,15 +122,17 @@ def verify(
         rows.append(_processes(small, one, wanted.processes, folder))
     say("masks, causality, plain arithmetic")
     wide = Program(shrink.plain(small), widest(small, wanted.meshes))
-    found = [
+    checks = [
         first_values(one, wide),
         evaluated(one, wide, states.read(wide, folder / "begin")),
         *alone.checks(one.program, one.begin),
         alone.attention(raw["data"]["seq_len"]),
     ]
     if "counts" in one.probes[0].sums:
-        found.append(alone.served(one.probes[:-1], small["model"]["moe"]["num_experts"]))
-    return Result(rules, found, rows, wanted.steps, unlike(raw, small, wanted.meshes))
+        # Without the last one, whose routers are tied: there whole experts serve nobody.
+        probes = one.probes[:-1]
+        checks.append(alone.served(probes, small["model"]["moe"]["num_experts"]))
+    return Result(rules, checks, rows, wanted.steps, unlike(raw, small, wanted.meshes))
 
 
 def reference(small: Mapping[str, Any], steps: int) -> Reference:
@@ -140,10 +150,11 @@ def against(
 
     Returns the last state, the worst deviations, and the first beyond its limit.
     """
+    # The last probe of the reference is that of tied routers.
     end, probes = program.steps(begin, len(one.probes) - 1)
-    return end, *compare.deviations(
-        one.probes, [*probes, program.tied(begin)], one.end, states.named(program, end)
-    )
+    probes = [*probes, program.tied(begin)]
+    worst, first = compare.deviations(one.probes, probes, one.end, states.named(program, end))
+    return end, worst, first
 
 
 def first_values(one: Reference, program: Program) -> alone.Check:
@@ -166,45 +177,37 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
         for name in want
     }
     name, worst = compare.largest(scaled)
-    return alone.Check(
-        f"{program.lengths} evaluates the same",
-        worst,
-        alone.LIMIT,
-        name if worst else "",
-        True,
-    )
+    claim = f"{program.lengths} evaluates the same"
+    return alone.Check(claim, worst, alone.LIMIT, name if worst else "", True)
 
 
 def unlike(
     raw: Mapping[str, Any], small: Mapping[str, Any], meshes: Sequence[Lengths]
 ) -> list[str]:
     """Returns a line for each mesh that the config refuses as it is, and not as it was shrunk."""
-    told = {
-        lengths: shrink.refusal(raw, lengths)
-        for lengths in meshes
-        if not shrink.refusal(small, lengths)
-    }
-    text = "the config as it is refuses this mesh"
-    return [
-        f"{lengths}: {text} ({why}); this row is of the shrunk one"
-        for lengths, why in told.items()
-        if why
-    ]
+    lines = []
+    for lengths in meshes:
+        reason = shrink.refusal(raw, lengths)
+        if reason and not shrink.refusal(small, lengths):
+            lines.append(
+                f"{lengths}: the config as it is refuses this mesh ({reason}); this row is of the "
+                "shrunk one"
+            )
+    return lines
 
 
 def widest(small: Mapping[str, Any], meshes: Sequence[Lengths]) -> Lengths:
     """Returns the mesh that splits the most, of those that are not refused."""
-    return max(
-        (s for s in meshes if not shrink.refusal(small, s)),
-        key=lambda s: sum(length > 1 for length in s),
-    )
+    accepted = [lengths for lengths in meshes if not shrink.refusal(small, lengths)]
+    return max(accepted, key=lambda lengths: sum(length > 1 for length in lengths))
 
 
 class _Job(NamedTuple):
     name: str
     lengths: Lengths
     refused: str
-    programs: list[Future[Program]]  # in float64, and in float32 if that is asked for
+    # In float64, and in float32 if that is asked for.
+    programs: list[Future[Program]]
 
 
 def _rows(
@@ -217,25 +220,31 @@ def _rows(
     """Yields the rows of all layouts and meshes, which are compiled while others run."""
     layout, names = shrink.layout(small)
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
-    chosen = list(wanted.meshes) if wanted.float32 else [widest(small, wanted.meshes)]
+    in_float32 = list(wanted.meshes) if wanted.float32 else [widest(small, wanted.meshes)]
     # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what
     # they have compiled.
     with ThreadPoolExecutor(2) as compiling, ThreadPoolExecutor(1) as running:
         rounded = _submit(compiling, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
         jobs = [_submit(compiling, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
         for lengths in wanted.meshes:
-            also = [shrink.changed(small, narrow)] if lengths in chosen else []
-            jobs.append(_submit(compiling, str(lengths), lengths, [small, *also]))
+            raws = [small]
+            if lengths in in_float32:
+                raws.append(shrink.changed(small, narrow))
+            jobs.append(_submit(compiling, str(lengths), lengths, raws))
         want = _narrow(rounded.programs[0].result(), one.begin)
         readers = [one.program]
         while jobs:
-            job = jobs.pop(0)  # a program is freed once it has run
+            # Taken out of the list, so that a program is freed once it has run.
+            job = jobs.pop(0)
             say(job.name)
             row = running.submit(_row, job, one, want, readers, folder)
             # Whatever a layout raises while it is traced, compiled or run is a result: jax's checks
             # of sharding are faults found.
             error = row.exception()
-            yield empty(job.name, failure=f"fails: {_line(error)}") if error else row.result()
+            if error:
+                yield empty(job.name, failure=f"fails: {_line(error)}")
+            else:
+                yield row.result()
 
 
 def _submit(
@@ -247,9 +256,8 @@ def _submit(
     def build(raw):
         return Program(raw, lengths).compile()
 
-    return _Job(
-        name, lengths, refused, [] if refused else [pool.submit(build, raw) for raw in raws]
-    )
+    programs = [] if refused else [pool.submit(build, raw) for raw in raws]
+    return _Job(name, lengths, refused, programs)
 
 
 def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], folder: Path) -> Row:
@@ -259,6 +267,7 @@ def _row(job: _Job, one: Reference, want: list[Probe], readers: list[Program], f
     if job.refused:
         return empty(job.name, job.refused)
     program, reader = job.programs[0].result(), readers[-1]
+    # One begin for all: other first values on a mesh are a check of their own.
     begin = states.read(program, folder / "begin")
     end, worst, first = against(one, program, begin)
     unequal = states.unequal(program, end, reader, folder / job.name.replace(" ", "_"))
@@ -281,12 +290,12 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
     refused = shrink.refusal(small, processes.LENGTHS)
     if refused:
         return empty(name, refused)
-    found = processes.run(small, count, len(one.probes) - 1, folder)
-    if isinstance(found, str):
-        return empty(name, failure=found)
-    worst, first = compare.deviations(one.probes, found.probes, one.end, found.end)
-    back = states.named(one.program, states.read(one.program, folder / processes.SAVED))
-    return Row(name, "", "", worst, first, str(ONE), states.differ(found.end, back), None)
+    report = processes.run(small, count, len(one.probes) - 1, folder)
+    if isinstance(report, str):
+        return empty(name, failure=report)
+    worst, first = compare.deviations(one.probes, report.probes, one.end, report.end)
+    saved = states.named(one.program, states.read(one.program, folder / processes.SAVED))
+    return Row(name, "", "", worst, first, str(ONE), states.differ(report.end, saved), None)
 
 
 def _line(error: BaseException) -> str:

@@ -18,7 +18,8 @@ from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.schema.config import NO_RULE
 
-DEVICES = 8  # what is simulated; every factorisation of it is a mesh
+# What is simulated; every factorisation of it is a mesh.
+DEVICES = 8
 MICRO_BATCHES = 4
 SEQ_LEN = 16
 
@@ -66,44 +67,40 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "optim.master_copy", False, "parameters in float64 need none"
     yield "data.seq_len", SEQ_LEN, "small"
     rows = DEVICES * model["moe"]["group_rows"]
-    count = min(
-        train["batch_size"] // (train["micro_batch_size"] or train["batch_size"]), MICRO_BATCHES
-    )
+    num_micro = train["batch_size"] // (train["micro_batch_size"] or train["batch_size"])
+    num_micro = min(num_micro, MICRO_BATCHES)
+    yield "train.micro_batch_size", rows if num_micro > 1 else 0, f"{DEVICES} devices x group_rows"
     # At least two, so that accumulation can be checked even where the config has none.
-    many = max(count, 2)
-    yield "train.micro_batch_size", rows if count > 1 else 0, f"{DEVICES} devices x group_rows"
-    yield "train.batch_size", rows * many, f"{many} x {DEVICES} devices x group_rows"
+    times = max(num_micro, 2)
+    yield "train.batch_size", rows * times, f"{times} x {DEVICES} devices x group_rows"
     yield "eval.batch_size", 0, "as many as in training"
     yield "train.init_from", "", "begins at random"
-    yield (
-        "optim.warmup_steps",
-        min(raw["optim"]["warmup_steps"], 1),
-        "the first steps move the parameters",
-    )
-    for name, value in MODELS[model["kind"]].small(model["kinds"][model["kind"]], SEQ_LEN):
-        yield f"model.kinds.{model['kind']}.{name}", value, "small"
+    warmup = min(raw["optim"]["warmup_steps"], 1)
+    yield "optim.warmup_steps", warmup, "the first steps move the parameters"
+    yield from _rules_of_components(model)
+
+
+def _rules_of_components(model: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yields (key, value, why) of the options of what was chosen."""
+    kind, moe, zeros = model["kind"], model["moe"], model["moe"]["sparse"]
+    for name, value in MODELS[kind].small(model["kinds"][kind], SEQ_LEN):
+        yield f"model.kinds.{kind}.{name}", value, "small"
     attention = model["attention"]
     for name, value in ATTENTIONS[attention].small(model["attentions"][attention], SEQ_LEN):
         yield f"model.attentions.{attention}.{name}", value, "short rows have tokens beyond it"
-    ordering = model["moe"]["ordering"]
-    if "tile" in model["moe"]["orderings"][ordering]:
-        yield (
-            f"model.moe.orderings.{ordering}.tile",
-            min(model["moe"]["orderings"][ordering]["tile"], 4),
-            "about an even load of a short row: some are dropped, most are served",
-        )
-    zeros = model["moe"]["sparse"]
-    if "every" in zeros["rules"][zeros["rule"]]:
-        yield (
-            f"model.moe.sparse.rules.{zeros['rule']}.every",
-            2,
-            "masks change within the steps that are compared",
-        )
-    if "begin" in zeros["rules"][zeros["rule"]]:
-        yield f"model.moe.sparse.rules.{zeros['rule']}.begin", 0.0, "likewise"
+    ordering = moe["orderings"][moe["ordering"]]
+    if "tile" in ordering:
+        key = f"model.moe.orderings.{moe['ordering']}.tile"
+        why = "about an even load of a short row: some are dropped, most are served"
+        yield key, min(ordering["tile"], 4), why
+    rule, rule_key = zeros["rules"][zeros["rule"]], f"model.moe.sparse.rules.{zeros['rule']}"
+    if "every" in rule:
+        yield f"{rule_key}.every", 2, "masks change within the steps that are compared"
+    if "begin" in rule:
+        yield f"{rule_key}.begin", 0.0, "likewise"
     if zeros["rule"] != NO_RULE and "block" in zeros["patterns"][zeros["pattern"]]:
-        at = f"model.moe.sparse.patterns.{zeros['pattern']}.block"
-        yield at, 4, "several blocks in a small matrix"
+        key = f"model.moe.sparse.patterns.{zeros['pattern']}.block"
+        yield key, 4, "several blocks in a small matrix"
 
 
 def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, Any], list[Rule]]:
@@ -112,6 +109,7 @@ def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, A
     """
     key, moe = "model.moe.num_experts", small["model"]["moe"]
     number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
+    # Any other number stays: its remainder decides how experts are split.
     if number % DEVICES == 0:
         for fewer in range(DEVICES, number, DEVICES):
             put(small, key, fewer)
@@ -119,7 +117,8 @@ def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, A
                 why = "the smallest multiple of 8, at least 2 k, that the router's options allow"
                 return small, [*rules, Rule(key, number, fewer, why)]
         put(small, key, number)
-    config.build(small, 1)  # what shrinking broke is a mistake here, by its message
+    # What shrinking broke is a mistake of these rules: it ends here, with its message.
+    config.build(small, 1)
     return small, rules
 
 
@@ -174,7 +173,8 @@ def layout(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for name, key, off, on in _layouts(raw):
         trial = changed(new, {key: on}) if get(raw, key) == off else new
         if accepted(trial):
-            new, names = trial, [*names, name]
+            new = trial
+            names.append(name)
     return new, names
 
 

@@ -9,7 +9,8 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.train_step import State
 from moe_jax.verify.program import Program
 
-PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}  # of a model's blocks, in their order
+# Of a model's blocks, in their order.
+PARTS = {"prefix": 0, "repeats": 1, "suffix": 2}
 # What is compared of a state; moments follow from the gradients.
 COMPARED = ("params/", "router_state/", "ema/", "masks/")
 
@@ -42,13 +43,16 @@ def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
     They are sorted by their names, and not numbered by moe_jax.layout, which is part of what is
     proven.
     """
-    found: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+    by_position: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
     for name, value in named(program, now).items():
         if name.startswith("router_state/"):
-            *place, last = name.split("/")[1:]
-            order = tuple(int(part) if part.isdecimal() else PARTS.get(part, 0) for part in place)
-            found.setdefault((place[0] != "encoder", *order), {})[last] = value
-    return [found[place] for place in sorted(found)]
+            # "router_state/repeats/0/blocks/1/moe/state/bias"
+            *path, last = name.split("/")[1:]
+            numbers = [int(part) if part.isdecimal() else PARTS.get(part, 0) for part in path]
+            # An encoder runs before its decoder.
+            position = (path[0] != "encoder", *numbers)
+            by_position.setdefault(position, {})[last] = value
+    return [by_position[position] for position in sorted(by_position)]
 
 
 def unequal(program: Program, now: State, reader: Program, directory: Path) -> list[str]:
@@ -68,6 +72,7 @@ def differ(want: dict[str, np.ndarray], have: dict[str, np.ndarray]) -> list[str
     """Returns the names of the arrays that differ in a bit."""
 
     def same(a, b):
+        # Bytes, so that NaN equals itself and 0 does not equal -0.
         return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
     return sorted(name for name in want.keys() | have.keys() if not same(want[name], have[name]))

@@ -192,6 +192,33 @@ def test_every_flipped_bit_of_a_manifest_is_damage(three):
         (path / manifest.MANIFEST).write_bytes(raw)
 
 
+def test_a_hundred_flipped_bits_over_all_files_are_damage(three):
+    path = step_dir(three, 39)
+    content = manifest.read(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = np.array([file.stat().st_size for file in files])
+    random = np.random.RandomState(1)
+    for number in random.choice(len(files), 100, p=sizes / sizes.sum()):
+        raw = files[number].read_bytes()
+        bit = int(random.randint(len(raw) * 8))
+        flip(files[number], bit)
+        assert manifest.damage(path) or manifest.read(path) == content, (files[number], bit)
+        files[number].write_bytes(raw)
+    assert not manifest.damage(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "state/../../secret"])
+def test_a_manifest_that_leads_outside_is_damage(three, name):
+    """Also where it is signed: whoever writes one can compute its digest."""
+    path = step_dir(three, 39)
+    content = manifest.read(path)
+    content["files"][name] = [0, "0" * 64]
+    content[manifest.OWN_DIGEST] = manifest.own_digest(content)
+    (path / manifest.MANIFEST).write_text(json.dumps(content))
+    assert "'files'" in manifest.damage(path)
+    assert open_dir(three).latest() == 26
+
+
 def test_a_manifest_without_a_digest_of_itself_is_read(three):
     edit(step_dir(three, 39))
     assert manifest.OWN_DIGEST not in (step_dir(three, 39) / manifest.MANIFEST).read_text()

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import router_cases
 import router_suite
@@ -21,7 +22,8 @@ from moe_jax.config import causality, tree
 from moe_jax.data.sources import SOURCES
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
-from moe_jax.models import MODELS, decoder
+from moe_jax.models import MODELS, attention_core, decoder
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.dispatch import DISPATCHERS, capacity
 from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.losses import LOSSES
@@ -214,6 +216,54 @@ def test_a_causal_kind_refuses_a_router_that_sees_the_future(monkeypatch):
     assert not any(causality.leaks(build(chosen).model))
 
 
+@dataclasses.dataclass(frozen=True)
+class AheadOptions:
+    ahead: int = option(1, "later tokens that a token sees", NUMBER)
+
+
+def ahead_keys(mask, segment_BS, prefix_BS, options):
+    """A token sees one later token of its segment beside the earlier ones."""
+    del mask, prefix_BS
+    whole = attention_core.full(segment_BS)
+    index_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
+    return whole._replace(last_BT=jnp.minimum(whole.last_BT, index_1S + options.ahead))
+
+
+def ahead_pairs(num_tokens, options):
+    del options
+    return num_tokens * (num_tokens + 3) // 2
+
+
+AHEAD = ATTENTIONS["grouped_query"]._replace(
+    options=AheadOptions,
+    masks=("causal",),
+    keys=ahead_keys,
+    sees_future=True,
+    num_pairs=ahead_pairs,
+)
+
+
+def test_an_attention_is_configured_refused_counted_and_labelled(float64, monkeypatch):
+    monkeypatch.setitem(ATTENTIONS, "ahead", AHEAD)
+    assert tree.defaults().model.attentions.ahead.ahead == 1
+    said = refused({"model.attention": "ahead"})
+    assert 'model.attention = "ahead" sees later tokens: in training' in said
+    chosen = {"model.attention": "ahead", "model.allow_leak": True}
+    assert "model.attentions.ahead.ahead = 0 must be at least 1" in refused(
+        chosen | {"model.attentions.ahead.ahead": 0}
+    )
+    full = chosen | {"model.kind": "encoder", "task": "classification"}
+    assert 'model.attention = "ahead" has no mask "full"' in refused(full)
+    cfg = build(chosen)
+    assert causality.sees(cfg.model).future and not causality.sees(build({}).model).future
+    scores = [flops.forward_per_token(c.model, 8).attention_scores for c in (cfg, build({}))]
+    assert scores[0] * 36 == scores[1] * 44
+    # And it does leak.
+    small = leak.shrink(raw_with(tree.defaults(), chosen))
+    measured = leak.measure(config.build(small, 1), draws=1)
+    assert measured["train"].future.delta > 1e-6
+
+
 # Names of components in the source, outside of their own file and of the registry.
 
 CHOICES = {
@@ -221,6 +271,7 @@ CHOICES = {
     "ordering": set(tree.options_of("model.moe.ordering")),
     "dispatcher": set(DISPATCHERS),
     "kind": set(MODELS),
+    "attention": set(ATTENTIONS),
     "task": set(TASKS),
     "rule": set(RULES),
     "pattern": set(tree.options_of("model.moe.sparse.pattern")),
@@ -236,6 +287,7 @@ REGISTRIES = {
     "moe/sparse/rules/__init__.py",
     "moe/sparse/patterns/__init__.py",
     "models/__init__.py",
+    "models/attentions/__init__.py",
     "tasks/__init__.py",
     "optim/optimizers/__init__.py",
     "optim/schedules/__init__.py",
@@ -244,7 +296,7 @@ REGISTRIES = {
 # What still knows a name. This list only shrinks: each says why, or what will take its place.
 LEFT = {
     "moe/load.py": "sums of the layers, which two losses are made of and named like",
-    "moe/routing/contract.py": "sums of a router, which two losses are made of and named like",
+    "moe/routing/statistics.py": "sums of a router, which two losses are made of and named like",
 }
 
 

@@ -317,6 +317,7 @@ ROOMS = (
     "verify",
     "publish",
     "preflight",
+    "loop",
     "train",
     "commands",
     "main",

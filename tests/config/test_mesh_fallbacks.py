@@ -1,4 +1,4 @@
-"""Another number of devices: the first of mesh.fallbacks that fits is the mesh."""
+"""Another number of devices: the first of mesh_fallbacks that fits is the mesh."""
 
 import pytest
 import tiny
@@ -8,7 +8,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import Lengths
 
 MESH = {"mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}
-FALLBACKS = {"mesh.fallbacks": ("2x2x1", "4x1x1", "2x1x1")}
+FALLBACKS = {"mesh_fallbacks": ("2x2x1", "4x1x1", "2x1x1")}
 
 
 @pytest.mark.parametrize(
@@ -29,5 +29,5 @@ def test_without_one_that_fits_the_mesh_itself_is_refused():
 
 
 def test_a_fallback_is_written_as_a_mesh():
-    with pytest.raises(UserError, match=r"mesh.fallbacks 2x2: write DATAxEXPERTxMODEL"):
-        config.build(tiny.raw(MESH | {"mesh.fallbacks": ("2x2",)}), 8)
+    with pytest.raises(UserError, match=r"mesh_fallbacks 2x2: write DATAxEXPERTxMODEL"):
+        config.build(tiny.raw(MESH | {"mesh_fallbacks": ("2x2",)}), 8)

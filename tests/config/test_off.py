@@ -48,7 +48,7 @@ def test_what_is_off_is_not_made(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train.interference, "make_meter", lambda *_: asked.append("meter"))
     monkeypatch.setattr(publish, "make_sampler", lambda *_: asked.append("sampler"))
-    monkeypatch.setattr(train.record, "check", lambda *_: asked.append("record"))
+    monkeypatch.setattr(train.record, "refuse_unrecordable", lambda *_: asked.append("record"))
     monkeypatch.setattr(train.LoadOverTime, "note", lambda *_: asked.append("load"))
     monkeypatch.setattr(train.flops, "measure_peak", lambda *_: asked.append("peak") or 1e12)
     few = UNAIDED | {"model.period": ("dense",), "log.histogram_every": 1}

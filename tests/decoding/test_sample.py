@@ -14,6 +14,7 @@ from sample_cases import BOUNDARY, CONTEXT, VOCAB, model_config, one_device, val
 
 from moe_jax.data.tokenizer import Tokenizer, bytes_tokenizer
 from moe_jax.decoding import sample
+from moe_jax.decoding.draw import keep_likely
 from moe_jax.decoding.sample import Row, Settings, make_sampler, split_at_stop
 from moe_jax.errors import UserError
 from moe_jax.models.attentions.contract import Cache
@@ -302,7 +303,7 @@ def numpy_keep(logits, k, p):
 )
 def test_top_k_and_top_p_keep_what_the_definition_keeps(k, p):
     logits_BV = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32) * 3
-    got = np.asarray(sample.keep_likely(logits_BV, jnp.int32(k), jnp.float32(p)))
+    got = np.asarray(keep_likely(logits_BV, jnp.int32(k), jnp.float32(p)))
     for row, logits in zip(got, logits_BV):
         kept = numpy_keep(logits, k, p)
         assert set(np.flatnonzero(np.isfinite(row))) == kept

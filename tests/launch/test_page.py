@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from moe_jax import exit_codes
-from moe_jax.schema.config import LimitsConfig
+from moe_jax.schema.beside import LimitsConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/clusters.md").read_text()

@@ -3,6 +3,7 @@ one and 8 devices.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.moe.experts import grouped_matmul
-from moe_jax.moe.experts.grouped_matmul import (
-    ACTIVATIONS,
-    PARTS,
-    block_sizes,
-    expert_ffn,
-    sum_rows,
-    take_rows,
-    vary_alike,
-)
+from moe_jax.moe.experts import network, ragged
+from moe_jax.moe.experts.blocks import block_sizes
+from moe_jax.moe.experts.gathers import sum_rows, take_rows
+from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.network import ACTIVATIONS, PARTS
+from moe_jax.parallel.varying import vary_alike
 
 D, F = 6, 5
 BLOCK = (8, 2)
@@ -70,14 +67,14 @@ def owner(layout):
 
 def all_experts(x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD, *, activation):
     """Every expert on every row, and only then the choice."""
-    row_R = jnp.arange(x_RD.shape[0])
+    row_R = jnp.arange(x_RD.shape[0], dtype=start_e.dtype)
     owner_eR = (row_R[None] >= start_e[:, None]) & (row_R[None] < (start_e + size_e)[:, None])
     x_RD = jnp.where(jnp.any(owner_eR, axis=0)[:, None], x_RD, 0)  # or the garbage overflows
     pre_PeRF = jnp.einsum("RD,eDPF->PeRF", x_RD, w_in_eDPF)
     if activation == "swiglu":
         h_eRF = pre_PeRF[0] / (1 + jnp.exp(-pre_PeRF[0])) * pre_PeRF[1]
     else:
-        inner = np.sqrt(2 / np.pi) * (pre_PeRF[0] + 0.044715 * pre_PeRF[0] ** 3)
+        inner = math.sqrt(2 / math.pi) * (pre_PeRF[0] + 0.044715 * pre_PeRF[0] ** 3)
         h_eRF = 0.5 * pre_PeRF[0] * (1 + jnp.tanh(inner))
     h_eRF = jnp.where(owner_eR[..., None], h_eRF * gate_R[None, :, None], 0)
     return jnp.einsum("eRF,eFD->RD", h_eRF, w_out_eFD)
@@ -100,21 +97,21 @@ def ragged_ffn(activation, *args):
     compiled for.
     """
     act = ACTIVATIONS[activation]
-    ffn = jax.custom_vjp(lambda rows, layout: grouped_matmul._forward_ragged(act, rows, layout)[0])
+    ffn = jax.custom_vjp(lambda rows, layout: ragged.forward(act, rows, layout)[0])
 
     def forward(rows, layout):
-        y_RD, pre_RH = grouped_matmul._forward_ragged(act, rows, layout)
+        y_RD, pre_RH = ragged.forward(act, rows, layout)
         return y_RD, (rows, layout, pre_RH)
 
     ffn.defvjp(
         forward,
-        lambda residue, dy_RD: (grouped_matmul._backward_ragged(act, *residue, dy_RD), None),
+        lambda residue, dy_RD: (ragged.backward(act, *residue, dy_RD), None),
     )
     x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD = vary_alike(*args)
     w_in_eDH = w_in_eDPF.reshape(*w_in_eDPF.shape[:2], -1)
     return ffn(
-        grouped_matmul.Rows(x_RD, gate_R, w_in_eDH, w_out_eFD),
-        grouped_matmul.Layout(start_e, size_e),
+        network.Rows(x_RD, gate_R, w_in_eDH, w_out_eFD),
+        network.Layout(start_e, size_e),
     )
 
 

@@ -72,7 +72,7 @@ def test_blocks(balanced, want):
     np.testing.assert_allclose(
         shape.norms(w)["w"][0, 0], [[4, 3.5], [3, 1]], rtol=1e-6
     )  # [output, input]
-    mask = first_masks(w, shape, static.Options())["w"][0].astype(int)
+    mask = np.asarray(first_masks(w, shape, static.Options())["w"][0], int)
     assert mask[::2, ::2].tolist() == want and (mask == np.kron(want, np.ones((2, 2)))).all()
 
 

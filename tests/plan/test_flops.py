@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
-from flops_cases import KINDS, ONE, counted, make_config
+from flops_cases import ONE, counted, make_config
 from rich.console import Console
 
 from moe_jax import train_step
@@ -31,7 +31,6 @@ def top_k(k):
 
 # Parameters.
 
-KINDS |= {kind: kind for kind in ("dense", "experts", "router")}
 MODELS = {
     "default": {},
     "gelu, tied": {"activation": "gelu", "tie_embeddings": True},

@@ -24,7 +24,6 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.plan import card, card_tables, flops
 from moe_jax.runtime import shell
-from moe_jax.terminal import working
 from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import Deviation, Rounded
@@ -328,17 +327,3 @@ def test_a_pipe_is_as_wide_as_columns_says(monkeypatch):
     assert shell.console().width == 80
     monkeypatch.delenv("COLUMNS")
     assert shell.console().width == 160
-
-
-def test_what_a_command_does_is_told_in_lines_without_a_terminal(capsys, monkeypatch):
-    clock = iter([0.0, 1.0, 12.0, 13.0])
-    told = ("batch 1", "batch 2", "batch 3", "batch 4")
-    monkeypatch.setattr(working.time, "monotonic", lambda: next(clock))
-    with working.shown("replay") as tell:
-        for text in told:
-            tell(text)
-    found = capsys.readouterr()
-    assert found.err == "replay: batch 1\nreplay: batch 3\n" and found.out == ""
-    with working.shown("replay", active=False) as tell:
-        tell("nothing")
-    assert capsys.readouterr().err == ""

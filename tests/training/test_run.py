@@ -231,6 +231,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(tmp_path):
     assert re.search(
         r"the gradient of (ends|repeats)/\S+ went wrong first; no checkpoint yet", done.stderr
     )
+    dump = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    assert dump["parameters_with_a_gradient_that_is_not_finite"] and dump["step"] > 1
 
 
 def test_what_went_wrong_first_is_nearest_to_the_loss():

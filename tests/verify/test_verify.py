@@ -215,6 +215,7 @@ CASES = {
     if name != "recorded"
 }
 CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
+CASES |= {"sliding window": {"model.attention": "sliding_window"}}
 CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
 CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
 CASES |= {

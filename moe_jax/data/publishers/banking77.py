@@ -20,6 +20,7 @@ def convert(given: Given) -> Converted:
     notes: list[str] = []
     for part, digest in DIGESTS.items():
         file = given.one(f"{part}.csv", [digest])
+        # newline="": a question may have a line break in quotes.
         rows = csv.DictReader(io.StringIO(file.text(), newline=""))
         if rows.fieldnames != ["text", "category"]:
             columns = ", ".join(rows.fieldnames or [])

@@ -14,8 +14,10 @@ from moe_jax.data.publishers.written import tsv
 from moe_jax.errors import UserError
 
 RELEASE = "Release|InRelease|*_Release|*_InRelease"
-MEASURED = "bookworm"  # Debian 12, the release of the figures in docs/tasks.md
-LONGEST = 500  # characters of a paragraph, below which a pair is taken
+# Debian 12, the release of the figures in docs/tasks.md.
+MEASURED = "bookworm"
+# Characters of a paragraph, below which a pair is taken.
+LONGEST = 500
 
 Paragraph = dict[str, str]
 
@@ -29,6 +31,7 @@ def sections(given: Given) -> Converted:
         described = english.get(package.get("Description-md5", ""))
         if described is not None:
             text = " ".join(_lines(described))
+            # Packages of one source often share their text.
             rows.setdefault(text, (package.get("Section", ""), name, text))
     if not rows:
         raise UserError(
@@ -70,6 +73,7 @@ def _pairs(given: Given, language: str) -> Converted:
             continue
         sources = _paragraphs(english[md5])
         targets = _paragraphs(described)
+        # With another number of paragraphs nobody knows which belong together.
         if len(sources) == len(targets):
             pairs.update(zip(sources, targets))
     kept = sorted(pair for pair in pairs if _is_prose(*pair))
@@ -143,12 +147,14 @@ def _read(index: GivenFile, wanted: tuple[str, ...], key: str) -> Iterator[Parag
     UserError if one has no `key`, or the file ends within one.
     """
     text = index.text()
+    # Every paragraph ends with an empty line, so a file that was cut shows here.
     if not text.endswith("\n\n"):
         raise UserError(
             f"{index.path} does not end with an empty line: it was cut, or is no index of Debian"
         )
     for number, block in enumerate(text.split("\n\n"), 1):
         paragraph: Paragraph = {}
+        # A line that begins with white space goes on with the field above.
         for field in re.split(r"\n(?=\S)", block.strip("\n")):
             name, _, value = field.partition(":")
             if name in wanted:
@@ -182,7 +188,9 @@ def _dependencies(depends: str) -> list[str]:
     """Returns the names of a Depends field, sorted: "a (>= 1) | b, c:any" -> ["a", "c"]."""
     names: set[str] = set()
     for alternatives in depends.split(","):
-        first = alternatives.partition("|")[0].strip()
-        if first:
-            names.add(re.split(r"[\s(:]", first)[0])
+        first, _, _ = alternatives.partition("|")
+        # Behind the name may be a version "(>= 1)", or an architecture ":any".
+        name = re.split(r"[\s(:]", first.strip())[0]
+        if name:
+            names.add(name)
     return sorted(names)

@@ -58,9 +58,11 @@ def _shape(file: GivenFile, dimensions: int) -> tuple[int, ...]:
     """Returns the shape in the head of an idx file. UserError if the file has another size."""
     start = 4 + 4 * dimensions
     head = bytes((0, 0, 8, dimensions))
+    # ">u4": the most significant byte comes first.
     if len(file.data) < start or file.data[:4] != head:
         raise UserError(f"{file.path} is no idx file of bytes with {dimensions} dimensions")
     shape = tuple(int(n) for n in np.frombuffer(file.data, ">u4", dimensions, 4))
+    # In 64 bits: a damaged head may give a product beyond 2**31.
     expected = start + int(np.prod(shape, dtype=np.int64))
     if len(file.data) != expected:
         raise UserError(

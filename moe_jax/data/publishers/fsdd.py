@@ -23,8 +23,8 @@ def convert(given: Given) -> Converted:
     if len(recordings) < expected:
         raise UserError(
             f"--from {given} holds {len(recordings)} of {expected} recordings "
-            "DIGIT_SPEAKER_INDEX.wav "
-            f"with indices below {TAKEN}: give the folder recordings of the repository"
+            f"DIGIT_SPEAKER_INDEX.wav with indices below {TAKEN}: give the folder recordings of "
+            "the repository"
         )
     for file in recordings.values():
         _check_wav(file)
@@ -34,7 +34,8 @@ def convert(given: Given) -> Converted:
 
 def _check_wav(file: GivenFile) -> None:
     """UserError if a file is no wav file, or shorter or longer than its head says."""
-    head = file.data[:12]  # "RIFF", size of what follows, "WAVE"
+    # "RIFF", size of what follows, "WAVE".
+    head = file.data[:12]
     size = int.from_bytes(head[4:8], "little") + 8
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         raise UserError(f"{file.path} is no wav file")
@@ -47,6 +48,7 @@ def _check_wav(file: GivenFile) -> None:
 def _archive(files: dict[str, GivenFile]) -> bytes:
     """Returns a tar archive of the files, the same bytes for the same files."""
     archive = io.BytesIO()
+    # A new TarInfo has neither a time nor an owner, which would differ from machine to machine.
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, file in files.items():
             member = tarfile.TarInfo(f"recordings/{name}")

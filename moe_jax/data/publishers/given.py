@@ -20,8 +20,10 @@ from moe_jax.errors import UserError
 DAMAGE = (
     OSError,
     EOFError,
-    RuntimeError,  # a zip archive with a password
-    NotImplementedError,  # a zip archive that is packed in a way that Python does not know
+    # A zip archive with a password.
+    RuntimeError,
+    # A zip archive that is packed in a way that Python does not know.
+    NotImplementedError,
     zlib.error,
     lzma.LZMAError,
     tarfile.TarError,
@@ -50,14 +52,17 @@ class Source(NamedTuple):
     name: str
     size: int
     sha256: str
-    checked: str  # the digest that it was compared with; "" = there was none
+    # The digest that it was compared with; "" = there was none.
+    checked: str
 
 
 class _Entry(NamedTuple):
     """One file that a user gave and that is not read yet."""
 
-    name: str  # without its folder and without an ending such as .gz
-    path: str  # for messages; ARCHIVE/MEMBER in an archive
+    # Without its folder and without an ending such as .gz.
+    name: str
+    # For messages; ARCHIVE/MEMBER in an archive.
+    path: str
     unpack: Callable[[bytes], bytes] | None
     read: Callable[[], bytes]
 
@@ -65,7 +70,8 @@ class _Entry(NamedTuple):
 class GivenFile(NamedTuple):
     """One file, as it was given and unpacked."""
 
-    path: str  # for messages; ARCHIVE/MEMBER in an archive
+    # For messages; ARCHIVE/MEMBER in an archive.
+    path: str
     packed: bytes
     data: bytes
 
@@ -90,6 +96,7 @@ class Given:
         self.paths = tuple(paths)
         self.any_digest = any_digest
         self.sources: list[Source] = []
+        # Only listed here: files are read when a converter asks for them.
         self._entries = [entry for path in paths for entry in _entries(path)]
 
     def one(self, patterns: str, digests: Sequence[str] = ()) -> GivenFile:
@@ -162,7 +169,8 @@ class Given:
         checked = fitting(file, digests)
         if digests and not checked and not self.any_digest:
             raise _unfit(file, digests)
-        name = file.path.replace("\\", "/").rpartition("/")[2]
+        # Without the folders of the user's machine.
+        _, _, name = file.path.replace("\\", "/").rpartition("/")
         source = Source(name, len(file.packed), sha256, checked)
         if source not in self.sources:
             self.sources.append(source)
@@ -170,6 +178,7 @@ class Given:
 
 def fitting(file: GivenFile, digests: Sequence[str]) -> str:
     """Returns the digest that a file has, as given or unpacked; "" if it has none of them."""
+    # Publishers give the sum of the packed file or of the unpacked one.
     for data in (file.packed, file.data):
         for name in ("md5", "sha256"):
             digest = hashlib.new(name, data).hexdigest()
@@ -180,6 +189,7 @@ def fitting(file: GivenFile, digests: Sequence[str]) -> str:
 
 def _unfit(file: GivenFile, digests: Sequence[str]) -> UserError:
     """Returns the error for a file that has none of its publisher's digests."""
+    # An md5 sum has 32 hexadecimal digits.
     kind = "md5" if len(digests[0]) == 32 else "sha256"
     own = hashlib.new(kind, file.packed).hexdigest()
     right = " or ".join(digests) if len(digests) < 4 else "none of the sums that the release lists"
@@ -229,6 +239,7 @@ def _entries(path: pathlib.Path) -> Iterator[_Entry]:
 def _members(path: pathlib.Path, files: Mapping[str, bytes]) -> Iterator[_Entry]:
     """Yields the members of an archive, which are unpacked already."""
     for name, data in files.items():
+        # A default value keeps the data of this turn of the loop.
         yield _entry(f"{path}/{name}", lambda data=data: data)
 
 

@@ -12,7 +12,8 @@ from moe_jax.data.publishers.given import Given, Source
 from moe_jax.data.publishers.written import tsv
 from moe_jax.errors import UserError
 
-ENGLISH, SPANISH = "engKJV2006eb", "spaRV1909eb"  # King James Version, Reina-Valera 1909
+# King James Version, Reina-Valera 1909.
+ENGLISH, SPANISH = "engKJV2006eb", "spaRV1909eb"
 # Verses that newer editions leave out or have elsewhere, which the figures of docs/tasks.md lack.
 DISPUTED = frozenset(
     (
@@ -50,8 +51,11 @@ def convert(given: Given) -> Converted:
 
 def aligned(english: Verses, spanish: Verses) -> list[tuple[str, str, str]]:
     """Returns (verse, English, Spanish), without pilcrows and without DISPUTED."""
-    shared = (verse for verse in english if verse in spanish and verse not in DISPUTED)
-    return [(verse, _plain(english[verse]), _plain(spanish[verse])) for verse in shared]
+    rows = []
+    for verse, text in english.items():
+        if verse in spanish and verse not in DISPUTED:
+            rows.append((verse, _plain(text), _plain(spanish[verse])))
+    return rows
 
 
 def _plain(text: str) -> str:

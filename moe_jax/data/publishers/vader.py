@@ -45,6 +45,7 @@ def _rated(file: GivenFile) -> list[tuple[str, str]]:
     for number, line in enumerate(file.text().splitlines(), 1):
         if not line.strip():
             continue
+        # A line with more or fewer tabs is a ValueError too.
         try:
             _, valence, text = line.split("\t")
             rows.append((str(round(float(valence), 3)), text.strip()))

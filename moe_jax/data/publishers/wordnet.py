@@ -24,7 +24,8 @@ LEXNAMES = (
     "verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
 ).split()
 PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
-MEASURED = "WordNet 3.0"  # the edition of the figures in docs/tasks.md
+# The edition of the figures in docs/tasks.md.
+MEASURED = "WordNet 3.0"
 
 Row = tuple[str, str, str]  # supersense, words, gloss
 
@@ -63,14 +64,18 @@ def _synsets(file: GivenFile, letter: str) -> Iterator[Row]:
 
     `letter` is the part of speech by which a pointer names a synset of the same file.
     """
-    file.text()  # refuses what is not UTF-8, before any line is read
+    # Refuses what is not UTF-8, before any line is read.
+    file.text()
     if not file.data.endswith(b"\n"):
         raise UserError(f"{file.path} ends within a line: the file was cut")
-    offset = 0  # of the line, in bytes
+    # Of the line, in bytes.
+    offset = 0
+    # A pointer behind the end shows that the file was cut between two synsets.
     last_pointer = 0
     empty = True
     for number, line in enumerate(file.data.split(b"\n"), 1):
-        if line and not line.startswith(b"  "):  # such lines are the licence
+        # Lines that begin with two spaces are the licence.
+        if line and not line.startswith(b"  "):
             try:
                 row, pointer = _synset(line.decode("utf-8"), offset, letter)
             except (ValueError, IndexError):
@@ -130,6 +135,8 @@ def _synset(line: str, offset: int, letter: str) -> tuple[Row, int]:
     words = [word.replace("_", " ") for word in fields[4:words_end:2]]
     pointers_start = words_end + 1
     pointers = fields[pointers_start : pointers_start + 4 * int(fields[words_end])]
-    own = [int(target) for target, part in zip(pointers[1::4], pointers[2::4]) if part == letter]
+    # Offsets of other parts of speech are places in other files.
+    targets = zip(pointers[1::4], pointers[2::4])
+    own = [int(target) for target, part in targets if part == letter]
     row = (LEXNAMES[int(fields[1])], ", ".join(words), gloss.strip())
     return row, max(own, default=0)

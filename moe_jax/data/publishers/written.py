@@ -40,7 +40,8 @@ def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[So
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         # mtime=0: the same content gives the same bytes.
-        _replace(path, gzip.compress(content, 6, mtime=0) if path.suffix == ".gz" else content)
+        is_packed = path.suffix == ".gz"
+        _replace(path, gzip.compress(content, 6, mtime=0) if is_packed else content)
         record = {
             "dataset": dataset,
             "rules": RULES,

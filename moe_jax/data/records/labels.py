@@ -8,7 +8,8 @@ import numpy as np
 
 from moe_jax.errors import UserError
 
-NONE = -1  # the label of an example that has none, by the convention of TFDS
+# The label of an example that has none, by the convention of TFDS.
+NONE = -1
 
 
 def checked(label: int, classes: int, where: str) -> int:
@@ -29,10 +30,15 @@ def all_checked(label_N: np.ndarray, classes: int, where: str) -> None:
 
     `where`: the name of their file or set in messages.
     """
-    for index in np.flatnonzero((label_N < NONE) | (label_N >= classes))[:1]:
-        checked(int(label_N[index]), classes, f"{where}, example {index}")
+    wrong = np.flatnonzero((label_N < NONE) | (label_N >= classes))
+    if len(wrong):
+        # `checked` has the message.
+        first = wrong[0]
+        checked(int(label_N[first]), classes, f"{where}, example {first}")
 
 
 def left_out(number: int, total: int, what: str) -> tuple[str, ...]:
     """Returns the note for the log of the run that `number` examples have no label."""
-    return (f"{number} of {total} {what} have no label and are left out",) if number else ()
+    if not number:
+        return ()
+    return (f"{number} of {total} {what} have no label and are left out",)

@@ -20,7 +20,7 @@ class Keyed(Protocol):
 
     @property
     def key(self) -> bytes:
-        """What is held out together has one key."""
+        """The key: examples that must be held out together have the same."""
         ...
 
 
@@ -29,6 +29,7 @@ Example = TypeVar("Example", bound=Keyed)
 
 def is_heldout(key: bytes, every: int) -> bool:
     """Returns True for about one key in `every`; always the same for the same key."""
+    # Not hash(): that of bytes is another in each process.
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return int.from_bytes(digest, "big") % every == 0
 

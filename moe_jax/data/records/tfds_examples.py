@@ -21,7 +21,8 @@ class Record(NamedTuple):
     """One record of a set."""
 
     split: str  # "train" or "heldout"
-    where: str  # the record's name in messages
+    # The record's name in messages.
+    where: str
     fields: Mapping[str, Any]
 
     def text(self, field: str) -> str:
@@ -33,7 +34,8 @@ class Stored(NamedTuple):
     """A TFDS data set on this disk."""
 
     name: str
-    field: str  # what follows the #, "" if nothing does
+    # What follows the #, "" if nothing does.
+    field: str
     split: str  # of the training examples
     builder: Any
 

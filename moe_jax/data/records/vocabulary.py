@@ -3,6 +3,7 @@
 The sample is fixed, and small enough that a run starts in seconds.
 """
 
+import math
 from collections.abc import Sequence
 
 from moe_jax.data import tokenizer
@@ -16,6 +17,7 @@ def make(spec: str, texts: Sequence[str]) -> tokenizer.Tokenizer:
 
     A BPE is trained on every n-th of the texts, about SAMPLE characters.
     """
+    # Every n-th of them, and not the first: texts may be sorted by their subject.
     total = sum(map(len, texts))
-    every = max(1, -(-total // SAMPLE))
+    every = max(1, math.ceil(total / SAMPLE))
     return tokenizer.make(spec, lambda: texts[::every])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moe_jax.models.attention_core import Keys
 from moe_jax.parallel.mesh import BATCH, P
@@ -58,14 +59,14 @@ class Attention(NamedTuple):
     # The masks that it can have.
     masks: tuple[str, ...]
     # (mask, segment_BS, prefix_BS, options) -> the keys that each token of whole rows sees.
-    keys: Callable[[str, jax.Array, jax.Array | None, Any], Keys]
+    keys: Callable[[str, Array, Array | None, Any], Keys]
     # With the mask "causal", may a later token change an earlier output?
     sees_future: bool
     # (cfg, number of rows, number of slots) -> a cache that holds no token.
     cache: Callable[[ModelConfig, int, int], Cache]
     # (position_BS, last_BS, number of slots, options) -> the slots that each token sees [B, S, M].
     # Its last one is its own position, or the end of the prefix that it belongs to.
-    slots: Callable[[jax.Array, jax.Array, int, Any], jax.Array]
+    slots: Callable[[Array, Array, int, Any], Array]
     # (number of tokens, options) -> how many keys all tokens of one causal row see together.
     num_pairs: Callable[[int, Any], int]
     # Yields what is wrong with its options and the heads together.
@@ -81,8 +82,10 @@ def projections(cfg: ModelConfig) -> dict[str, Weight]:
     config has them.
     """
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    # Each block writes to the residual stream twice.
-    out_std = (h * a) ** -0.5 * (2 * len(cfg.blocks)) ** -0.5
+    # Each block writes to the residual stream twice. Weights are also asked for where there is no
+    # block, to be counted.
+    num_blocks = max(len(cfg.blocks), 1)
+    out_std = (h * a) ** -0.5 * (2 * num_blocks) ** -0.5
     weights = {
         "q": Weight((d, h, a), ("embed", "heads", None), d**-0.5),
         "k": Weight((d, g, a), ("embed", "heads", None), d**-0.5),
@@ -101,10 +104,12 @@ def projections(cfg: ModelConfig) -> dict[str, Weight]:
 def cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
     """Returns a cache of `num_slots` positions a row, on the current mesh."""
 
+    shape = (num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
+
     def zeros():
-        shape = (num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
         return jax.sharding.reshard(jnp.zeros(shape, cfg.dtype), P(BATCH, None, "model"))
 
+    # Two arrays: both are given up to the program that writes into them.
     return Cache(zeros(), zeros())
 
 

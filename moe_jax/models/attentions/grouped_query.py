@@ -4,8 +4,8 @@ arXiv:2305.13245); as many of both are multi-head attention (Vaswani et al. 2017
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moe_jax.models.attention_core import Keys, causal, full, prefix
 from moe_jax.models.attentions.contract import Attention, cache, head_refusals, projections
@@ -16,7 +16,7 @@ class Options:
     """There are none: heads are those of every attention (model.num_heads, model.num_kv_heads)."""
 
 
-def keys(mask: str, segment_BS: jax.Array, prefix_BS: jax.Array | None, options: Options) -> Keys:
+def keys(mask: str, segment_BS: Array, prefix_BS: Array | None, options: Options) -> Keys:
     """Returns the keys of the mask: all that it allows."""
     del options
     if mask == "full":
@@ -26,12 +26,11 @@ def keys(mask: str, segment_BS: jax.Array, prefix_BS: jax.Array | None, options:
     return causal(segment_BS)
 
 
-def slots(
-    position_BS: jax.Array, last_BS: jax.Array, num_slots: int, options: Options
-) -> jax.Array:
+def slots(position_BS: Array, last_BS: Array, num_slots: int, options: Options) -> Array:
     """Returns a mask [B, S, M]: every slot up to a token's last."""
     del position_BS, options
-    return jnp.arange(num_slots)[None, None, :] <= last_BS[:, :, None]
+    slot_11M = jnp.arange(num_slots, dtype=last_BS.dtype)[None, None, :]
+    return slot_11M <= last_BS[:, :, None]
 
 
 def num_pairs(num_tokens: int, options: Options) -> int:

@@ -14,8 +14,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moe_jax.models.attention_core import Keys, windowed
 from moe_jax.models.attentions.contract import Attention, cache, head_refusals, projections
@@ -28,18 +28,17 @@ class Options:
     window: int = option(128, "tokens that a token sees: itself and those before it", NUMBER)
 
 
-def keys(mask: str, segment_BS: jax.Array, prefix_BS: jax.Array | None, options: Options) -> Keys:
+def keys(mask: str, segment_BS: Array, prefix_BS: Array | None, options: Options) -> Keys:
     """Returns the last `window` keys of the segment that end with the token itself."""
     del mask, prefix_BS
     return windowed(segment_BS, options.window)
 
 
-def slots(
-    position_BS: jax.Array, last_BS: jax.Array, num_slots: int, options: Options
-) -> jax.Array:
+def slots(position_BS: Array, last_BS: Array, num_slots: int, options: Options) -> Array:
     """Returns a mask [B, S, M]: the slots of the last `window` positions."""
-    slot_11M = jnp.arange(num_slots)[None, None, :]
-    first_BS = position_BS - (options.window - 1)
+    slot_11M = jnp.arange(num_slots, dtype=last_BS.dtype)[None, None, :]
+    # A longer window sees no more, and may be no int32.
+    first_BS = position_BS - (min(options.window, num_slots) - 1)
     return (slot_11M >= first_BS[:, :, None]) & (slot_11M <= last_BS[:, :, None])
 
 

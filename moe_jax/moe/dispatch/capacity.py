@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order
 from moe_jax.moe.dispatch.places import through_experts
-from moe_jax.moe.experts.grouped_matmul import sum_rows, take_rows
+from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.schema.options import POSITIVE, option
 

@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
-from moe_jax.moe.experts.grouped_matmul import block_sizes, sum_rows, take_rows
+from moe_jax.moe.experts.blocks import block_sizes
+from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.schema.options import NONE_OR_FROM_ONE, option
 
@@ -71,9 +72,11 @@ class _Assignments(NamedTuple):
     # assignment of another device's expert it is the end of the layout.
     row_M: jax.Array
     is_local_M: jax.Array
-    start_e: jax.Array  # the first row of each local expert
-    size_e: jax.Array  # its assignments
-    num_needed: jax.Array  # rows up to the end of the last local expert
+    # The first row of each local expert, and the number of its assignments.
+    start_e: jax.Array
+    size_e: jax.Array
+    # The rows up to the end of the last local expert.
+    num_needed: jax.Array
 
 
 def apply(
@@ -132,8 +135,8 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
     # Local experts are numbered from 0; those of other devices, and nowhere, are number e.
     e = shape.local_experts
     local_index_M = expert_index_M - device * e
-    is_local_M = (local_index_M >= 0) & (local_index_M < e)
-    local_index_M = jnp.where(is_local_M, local_index_M, e)
+    local_index_M = jnp.where((local_index_M >= 0) & (local_index_M < e), local_index_M, e)
+    is_local_M = local_index_M < e
     rank_M, count, _ = rank_in(local_index_M, e + 1)
     size_e = count[:e]
 
@@ -162,7 +165,7 @@ def _window(
     The row of an assignment that lies outside is num_rows.
     """
     row_M, start_e = gathered.row_M, gathered.start_e
-    is_inside_M = gathered.is_local_M & (row_M >= offset) & (row_M < offset + num_rows)
+    is_inside_M = (row_M >= offset) & (row_M < offset + num_rows) & gathered.is_local_M
     first_e = jnp.clip(start_e - offset, 0, num_rows)
     end_e = jnp.clip(start_e + gathered.size_e - offset, 0, num_rows)
     return jnp.where(is_inside_M, row_M - offset, num_rows), first_e, end_e - first_e

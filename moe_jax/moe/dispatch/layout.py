@@ -14,19 +14,23 @@ class Shape(NamedTuple):
     """Holds the static sizes that a dispatcher works with."""
 
     num_experts: int
-    num_tokens: int  # T, of this device
-    num_assignments: int  # N, of this device: places in the list
+    # T, of this device.
+    num_tokens: int
+    # N, of this device: places in the list of assignments.
+    num_assignments: int
     # Of them, what is filled when the load is as intended: less than N where a token may use fewer
     # than it may list.
     num_intended: int
     # Assignments of a token when every token has as many, in token order; else 0.
     per_token: int
-    group_tokens: int  # tokens that share capacity
-    expert_axis: int  # length of the expert axis
+    # Tokens that share capacity.
+    group_tokens: int
+    # The length of the expert axis.
+    expert_axis: int
 
     @property
     def local_experts(self) -> int:
-        """The number of experts on one device, e."""
+        """Returns the number of experts on one device, e."""
         return self.num_experts // self.expert_axis
 
 

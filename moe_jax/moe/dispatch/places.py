@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe.dispatch.exchange import all_to_all
 from moe_jax.moe.dispatch.layout import Shape, round_up
-from moe_jax.moe.experts.grouped_matmul import block_sizes
+from moe_jax.moe.experts.blocks import block_sizes
 
 
 def through_experts(

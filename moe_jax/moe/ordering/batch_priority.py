@@ -15,10 +15,10 @@ class Options:
 
 
 def apply(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
-    """Batch prioritized routing (V-MoE, Riquelme et al. 2021, arXiv:2106.05974, section 4.1):
-    tokens of a group by their largest gate.
+    """Returns the routing with the tokens of a group in the order of their largest gate.
 
-    All first choices come before all second ones, as in the paper; tokens with equal gates by their
+    Batch prioritized routing (V-MoE, Riquelme et al. 2021, arXiv:2106.05974, section 4.1). All
+    first choices come before all second ones, as in the paper; tokens with equal gates by their
     place. The paper's gates are probabilities over all experts: for its order set
     `renormalize=False` where a router has that. Gates that sum to 1 rank a token by the share of
     its first choice among its k, and by nothing with k = 1.

@@ -14,8 +14,9 @@ class Options:
 
 
 def apply(routing: Routing, *, num_tokens: int, **sizes) -> Routing:
-    """All first choices of a group before all second ones (GShard, Lepikhin et al. 2020,
-    arXiv:2006.16668, algorithm 1).
+    """Returns the routing with all first choices of a group before all second ones.
+
+    That is the order of GShard (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1).
     """
     del sizes
     # One order for all groups: only the order inside a group matters to a dispatcher.

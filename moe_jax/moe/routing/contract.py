@@ -33,8 +33,10 @@ class Sees(NamedTuple):
     its sequence.
     """
 
-    future: bool  # later tokens of the sequence
-    batch: bool  # other sequences
+    # Later tokens of the sequence.
+    future: bool
+    # Other sequences.
+    batch: bool
 
 
 class Declared(NamedTuple):
@@ -42,9 +44,12 @@ class Declared(NamedTuple):
     router to it.
     """
 
-    most: int | None  # assignments of a token at most; None: no bound
-    exact: bool  # every valid token has exactly `most`
-    gate_sum: float | None  # of a valid token's gates; None: free
+    # Assignments of a token at most; None: no bound.
+    most: int | None
+    # Every valid token has exactly `most`.
+    exact: bool
+    # The sum of a valid token's gates; None: free.
+    gate_sum: float | None
     # Experts that compute for a token, when the load is as intended; None: `most`, or all.
     average: float | None = None
     # A choice of no expert may copy the token into its output.
@@ -54,9 +59,11 @@ class Declared(NamedTuple):
 class Setting(NamedTuple):
     """Holds what a router's refusals may depend on beside its own options."""
 
-    at: str  # the path of its block in the config
+    # The path of its block in the config, which messages name.
+    at: str
     num_experts: int
-    batch_size: int  # rows of an optimizer step
+    # Rows of an optimizer step.
+    batch_size: int
     micro_batch_size: int
 
 
@@ -170,7 +177,8 @@ class Tokens(NamedTuple):
     # index of a device, so that every mesh draws the same.
     row_T: jax.Array
     segment_T: jax.Array
-    valid_T: jax.Array  # False for padding
+    # False for padding.
+    valid_T: jax.Array
     num_rows: int
     # (expert_index_TK, gate_TK) of a recording for this layer, or nothing.
     recorded: Any = ()
@@ -212,7 +220,8 @@ class RouterCfg(NamedTuple):
     """Holds what every router is told."""
 
     num_experts: int
-    options: Any  # of its own block in the config: one of its Options
+    # Those of its own block in the config: one of its Options.
+    options: Any
     # Rows of a group: what balances or selects over tokens does so inside a group.
     group_rows: int
     vocab_size: int

@@ -88,7 +88,7 @@ def declared(num_experts: int, options: Options) -> Declared:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """The first temperature must be one that may act."""
+    """Refuses a first temperature that may not act."""
     at = setting.at
     if options.temperature < options.min_temperature:
         yield (

@@ -131,7 +131,7 @@ def declared(num_experts: int, options: Options) -> Declared:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """What has no weight cannot be copied."""
+    """Refuses to copy what has no weight."""
     at = setting.at
     if options.kind == "copy" and options.renormalize == "real":
         yield (

@@ -136,7 +136,7 @@ def balanced_by(options: Options) -> str:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """A token needs room for as many experts as are active on average."""
+    """Refuses fewer places for a token than experts are active on average."""
     at, num_experts = setting.at, setting.num_experts
     if not options.k <= options.max_active <= num_experts:
         yield (

@@ -138,9 +138,9 @@ def from_affinities(
 def _unbiased_counts(affinity_TE: jax.Array, k: int, tokens: Tokens) -> jax.Array:
     """Returns how often each expert is among the k largest affinities of a valid token [b, E]."""
     _, expert_index_TK = jax.lax.top_k(jax.lax.stop_gradient(affinity_TE), k)
-    chosen_TE = one_hot(expert_index_TK, affinity_TE.shape[1]).any(1)
-    counted_TE = chosen_TE & tokens.valid_T[:, None]
-    return per_row(counted_TE.astype(affinity_TE.dtype), tokens)
+    count_TE = one_hot(expert_index_TK, affinity_TE.shape[1]).sum(1).astype(affinity_TE.dtype)
+    valid_T1 = tokens.valid_T[:, None].astype(affinity_TE.dtype)
+    return per_row(count_TE * valid_T1, tokens)
 
 
 def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
@@ -171,7 +171,7 @@ def score(options: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
-    """The experts must make whole groups, of which there are enough for k choices."""
+    """Refuses experts that make no whole groups, and too few of them for k choices."""
     at, num_experts = setting.at, setting.num_experts
     num_groups, top_groups = options.num_groups, options.top_groups
     group_size = num_experts // num_groups

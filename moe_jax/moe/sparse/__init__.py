@@ -41,21 +41,20 @@ Path = tuple[Any, ...]  # keys from the root of the parameters to a layer's expe
 
 
 def experts_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Matrices]]:
-    """(path, {name: weight}) of every layer's experts in nested dicts."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key == EXPERTS:
-                yield (*path, key), value
-            else:
-                yield from experts_of(value, (*path, key))
+    """Yields (path, {name: weight}) of every layer's experts in nested dicts."""
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        if key == EXPERTS:
+            yield (*path, key), value
+        else:
+            yield from experts_of(value, (*path, key))
 
 
 def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
-    """(parameters with their first zeros, the masks) from first values, drawn or loaded.
+    """Returns (parameters with their first zeros, the masks) from first values, drawn or loaded.
 
-    To be jitted.
-
-    Raises UserError where there are no experts, or none that the pattern fits.
+    To be jitted. Raises UserError where there are no experts, or none that the pattern fits.
     """
     if cfg.stored.block:
         raise UserError(
@@ -65,171 +64,210 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
         )
     if cfg.dense:
         return params, ()
-    if not any(True for _ in experts_of(params)):
+    layers = dict(experts_of(params))
+    if not layers:
         raise UserError(
             f'model.moe.sparse.rule = "{cfg.rule}" is about experts, and this model has none: set '
             'it to "none"'
         )
-    rule, shape = RULES[cfg.rule], Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
-    nothing = jnp.float32(0)
+    rule = RULES[cfg.rule]
+    shape = Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
 
     def first(layer: Matrices) -> tuple[Matrices, Kept]:
+        """Returns the weights and the masks of one layer before the first step."""
         kept = rule.first(layer, shape, cfg.rule_options)
         if rule.project:
-            layer = rule.project(
-                layer, kept, shape, Now(jnp.int32(0), 1, nothing, nothing), cfg.rule_options
-            )
+            zero = jnp.float32(0)
+            start = Now(step=jnp.int32(0), steps=1, rate=zero, key=zero)
+            layer = rule.project(layer, kept, shape, start, cfg.rule_options)
         return layer, kept
 
-    done = {}
-    for path, layer in experts_of(params):
-        many = layout.is_stacked(path, stacked)
-        _refuse_misfit(cfg, path, layer, many)
-        done[path] = layout.per_layer(first, many)(layer)
-    masks = nested({path: kept for path, (_, kept) in done.items() if kept})
-    return mask(replaced(params, {path: layer for path, (layer, _) in done.items()}), masks), masks
+    weights, masks = {}, {}
+    for path, layer in layers.items():
+        is_stacked = layout.is_stacked(path, stacked)
+        _refuse_misfit(cfg, path, layer, is_stacked)
+        weights[path], kept = layout.per_layer(first, is_stacked)(layer)
+        if kept:
+            masks[path] = kept
+    mask_tree = nested(masks)
+    return mask(replaced(params, weights), mask_tree), mask_tree
 
 
 def advance(
     cfg: SparseConfig, now: Now, grads: Any, params: Any, masks: dict[str, Any], *, stacked: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """(parameters, masks) after the optimizer's update made `params`; `grads` are the dense
-    gradients. `now.key` is the step's.
+    """Returns (parameters, masks) after the optimizer's update made `params`.
+
+    `grads` are the dense gradients. `now.key` is the step's.
     """
-    rule, shape = RULES[cfg.rule], Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
+    rule = RULES[cfg.rule]
+    shape = Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
     if rule.update and rule.due:
 
-        def changed(masks):
-            return _changed(cfg, now, shape, mask(params, masks), masks, grads, stacked)
+        def change(masks: dict[str, Any]) -> dict[str, Any]:
+            return _changed_masks(cfg, now, shape, mask(params, masks), masks, grads, stacked)
 
-        masks = jax.lax.cond(rule.due(now, cfg.rule_options), changed, lambda masks: masks, masks)
+        def keep(masks: dict[str, Any]) -> dict[str, Any]:
+            return masks
+
+        masks = jax.lax.cond(rule.due(now, cfg.rule_options), change, keep, masks)
     if rule.project:
-        kept = dict(experts_of(masks))
-        done = {}
-        for path, layer in experts_of(params):
-
-            def project(layer, kept):
-                return rule.project(layer, kept, shape, now, cfg.rule_options)
-
-            run = layout.per_layer(project, layout.is_stacked(path, stacked))
-            done[path] = run(layer, kept.get(path, {}))
-        params = replaced(params, done)
+        params = _projected(cfg, now, shape, params, masks, stacked)
     return mask(params, masks), masks
 
 
-def _changed(
+def _projected(
+    cfg: SparseConfig, now: Now, shape: Shaped, params: Any, masks: dict[str, Any], stacked: bool
+) -> Any:
+    """Returns the parameters after a rule acted on the weights themselves."""
+    project: Any = RULES[cfg.rule].project
+
+    def of_layer(layer: Matrices, kept: Kept) -> Matrices:
+        return project(layer, kept, shape, now, cfg.rule_options)
+
+    kept_of = dict(experts_of(masks))
+    projected = {}
+    for path, layer in experts_of(params):
+        run = layout.per_layer(of_layer, layout.is_stacked(path, stacked))
+        projected[path] = run(layer, kept_of.get(path, {}))
+    return replaced(params, projected)
+
+
+def _changed_masks(
     cfg: SparseConfig, now: Now, shape: Shaped, params: Any, masks: Any, grads: Any, stacked: bool
 ) -> Any:
-    before, gradients, done = dict(experts_of(masks)), dict(experts_of(grads)), {}
+    """Returns the masks that a rule makes of the weights and their dense gradients."""
     update: Any = RULES[cfg.rule].update
+    masks_of = dict(experts_of(masks))
+    grads_of = dict(experts_of(grads))
+    changed = {}
     for path, layer in experts_of(params):
-        key, number = identity(path)
-        key = jax.random.fold_in(now.key, key)
+        path_hash, repeat = identity(path)
+        path_key = jax.random.fold_in(now.key, path_hash)
 
-        def one(number, layer, kept, grad, key=key):
-            return update(
-                layer,
-                kept,
-                grad,
-                shape,
-                now._replace(key=jax.random.fold_in(key, number)),
-                cfg.rule_options,
-            )
+        def of_layer(
+            repeat: Any, layer: Matrices, kept: Kept, grad: Matrices, path_key: Any = path_key
+        ) -> Kept:
+            layer_now = now._replace(key=jax.random.fold_in(path_key, repeat))
+            return update(layer, kept, grad, shape, layer_now, cfg.rule_options)
 
-        many = layout.is_stacked(path, stacked)
-        if many:
-            number = jnp.arange(jax.tree.leaves(layer)[0].shape[0])
-        done[path] = layout.per_layer(one, many)(number, layer, before[path], gradients[path])
-    return nested(done)
+        is_stacked = layout.is_stacked(path, stacked)
+        if is_stacked:
+            repeat = jnp.arange(jax.tree.leaves(layer)[0].shape[0])
+        run = layout.per_layer(of_layer, is_stacked)
+        changed[path] = run(repeat, layer, masks_of[path], grads_of[path])
+    return nested(changed)
+
+
+def _is_mask(kept: Any) -> bool:
+    """Returns whether what a rule keeps of a matrix is a mask, and not a threshold."""
+    return kept.dtype == bool
 
 
 def mask(tree: Any, masks: dict[str, Any]) -> Any:
-    """The tree (parameters, or shaped like them) with exact zeros where the masks say so."""
+    """Returns the tree with exact zeros where the masks say so.
+
+    It is the parameters, or shaped like them.
+    """
     layers = dict(experts_of(tree))
+    masked = {}
+    for path, kept in experts_of(masks):
+        masked[path] = dict(layers[path])
+        for name, keep in kept.items():
+            if name in layers[path] and _is_mask(keep):
+                masked[path][name] = _zero_outside(keep, layers[path][name])
+    return replaced(tree, masked)
 
-    def zero(keep, x):
-        return jnp.where(keep, x, jnp.zeros_like(x)) if keep.dtype == bool else x
 
-    done = {
-        path: {name: zero(kept[name], x) if name in kept else x for name, x in layers[path].items()}
-        for path, kept in experts_of(masks)
-    }
-    return replaced(tree, done)
+def _zero_outside(keep: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(keep, x, jnp.zeros_like(x))
 
 
 def mask_moments(opt_state: Any, masks: dict[str, Any]) -> Any:
-    """An optimizer's state with zeros at masked entries: in every array that lies below a weight's
-    own path and has its shape.
+    """Returns an optimizer's state with zeros at masked entries.
 
-    Factored statistics (Adafactor's, per row and column) have no such entries, and need none:
-    masked gradients add nothing to them.
+    They are in every array that lies below a weight's own path and has its shape. Factored
+    statistics (Adafactor's, per row and column) have no such entries, and need none: masked
+    gradients add nothing to them.
     """
-    flat = {
+    mask_of = {
         (*path, name): keep
         for path, kept in experts_of(masks)
         for name, keep in kept.items()
-        if keep.dtype == bool
+        if _is_mask(keep)
     }
 
-    def one(path: Any, x: Any) -> Any:
-        keys = tuple(
-            getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path
-        )
-        for weight, keep in flat.items():
-            places = range(len(keys) - len(weight) + 1)
-            if keep.shape == x.shape and any(keys[i : i + len(weight)] == weight for i in places):
-                return jnp.where(keep, x, jnp.zeros_like(x))
+    def masked(path: Any, x: Any) -> Any:
+        keys = tuple(_plain_key(key) for key in path)
+        for weight_path, keep in mask_of.items():
+            if keep.shape == x.shape and _has_run(keys, weight_path):
+                return _zero_outside(keep, x)
         return x
 
-    return jax.tree_util.tree_map_with_path(one, opt_state)
+    return jax.tree_util.tree_map_with_path(masked, opt_state)
+
+
+def _plain_key(key: Any) -> Any:
+    """Returns the key, name or index of an entry of a jax key path."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return None
+
+
+def _has_run(keys: Path, run: Path) -> bool:
+    """Returns whether `run` stands somewhere in `keys`, its parts one after another."""
+    starts = range(len(keys) - len(run) + 1)
+    return any(keys[start : start + len(run)] == run for start in starts)
 
 
 def alive(cfg: SparseConfig, params: Any, masks: dict[str, Any]) -> dict[str, Any]:
-    """The masks; for rules without any, where the experts are not zero."""
+    """Returns the masks; for rules without any, where the experts are not zero."""
     if RULES[cfg.rule].project is None:
         return masks
-    return nested(
-        {path: {name: x != 0 for name, x in layer.items()} for path, layer in experts_of(params)}
-    )
+    layers = experts_of(params)
+    return nested({path: {name: x != 0 for name, x in layer.items()} for path, layer in layers})
 
 
 def density(params: Any) -> jax.Array:
-    """The fraction of the experts' entries that are not zero."""
+    """Returns the fraction of the experts' entries that are not zero."""
     weights = [x for _, layer in experts_of(params) for x in layer.values()]
-    alive = jnp.stack([(x != 0).sum(dtype=jnp.float32) for x in weights]).sum()
-    return alive / sum(x.size for x in weights)
+    # In float32: an int32 is too small for the entries of a large model.
+    num_alive = jnp.stack([(x != 0).sum(dtype=jnp.float32) for x in weights]).sum()
+    return num_alive / sum(x.size for x in weights)
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """Returns (a hash of the layer's keys without its repeat, the repeat): what the layer's
-    randomness is of, the same for the loop and the scan.
+    """Returns (a hash of the layer's keys without its repeat, the repeat).
+
+    The layer's randomness is of these, the same for the loop and the scan.
     """
     keys, repeat = layout.without_repeat(path)
     return zlib.crc32("/".join(map(str, keys)).encode()), repeat
 
 
 def nested(layers: dict[Path, Any]) -> dict[str, Any]:
-    """{path: value} as nested dicts."""
+    """Returns {path: value} as nested dicts."""
     tree: dict[Any, Any] = {}
     for path, value in layers.items():
-        at = tree
+        node = tree
         for key in path[:-1]:
-            at = at.setdefault(key, {})
-        at[path[-1]] = value
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
     return tree
 
 
 def replaced(tree: Any, layers: dict[Path, Any]) -> Any:
-    """The tree with other values at some paths; no array is copied."""
+    """Returns the tree with other values at some paths; no array is copied."""
 
-    def rebuild(node: Any, path: Path) -> Any:
+    def rebuilt(node: Any, path: Path) -> Any:
         if path in layers:
             return layers[path]
-        return (
-            {k: rebuild(v, (*path, k)) for k, v in node.items()} if isinstance(node, dict) else node
-        )
+        if not isinstance(node, dict):
+            return node
+        return {key: rebuilt(value, (*path, key)) for key, value in node.items()}
 
-    return rebuild(tree, ())
+    return rebuilt(tree, ())
 
 
 def _refuse_misfit(cfg: SparseConfig, path: Path, layer: Matrices, stacked: bool) -> None:

@@ -17,12 +17,9 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from moe_jax.moe.experts.grouped_matmul import (
-    ACTIVATIONS,
-    PARTS,
-    serve_rows,
-    vary_alike,
-)
+from moe_jax.moe.experts.blocks import serve_rows
+from moe_jax.moe.experts.network import ACTIVATIONS, PARTS
+from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import StoredConfig
 from moe_jax.weights import Weight
@@ -32,78 +29,88 @@ NAMES = ("w_in", "w_out")
 
 def declare(
     stored: StoredConfig, num_experts: int, outputs: Mapping[str, int]
-) -> tuple[dict, dict]:
-    """(values, places) of `model.moe.sparse.stored`: {block, w_in, w_out}, the last two blocks of a
-    column.
-    """
-    b, values, places = stored.block, {}, {}
+) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """Declares (values, places) of the option `model.moe.sparse.stored`."""
+    b = stored.block
+    values, places = {}, {}
     for name in NAMES:
-        shape = (num_experts, outputs[name] // b, getattr(stored, name))
-        values[name] = Weight((*shape[:2], shape[2] * b, b), ("experts", None, None, None), 1.0)
-        places[name] = Weight(shape, ("experts", None, None), 0.0)
+        num_columns = outputs[name] // b
+        blocks_of_column = getattr(stored, name)
+        values_shape = (num_experts, num_columns, blocks_of_column * b, b)
+        places_shape = (num_experts, num_columns, blocks_of_column)
+        values[name] = Weight(values_shape, ("experts", None, None, None), 1.0)
+        places[name] = Weight(places_shape, ("experts", None, None), 0.0)
     return values, places
 
 
 def outputs(d_model: int, hidden: int, activation: str) -> dict[str, int]:
+    """Returns the columns O of each matrix; gate and up are side by side."""
     return {"w_in": PARTS[activation] * hidden, "w_out": d_model}
+
+
+def _as_blocks(matrix_EIO: np.ndarray, b: int) -> np.ndarray:
+    """Returns the matrices in blocks, [E, J, I / b, b, b]: column after column."""
+    num_experts, num_inputs, num_outputs = matrix_EIO.shape
+    blocks = matrix_EIO.reshape(num_experts, num_inputs // b, b, num_outputs // b, b)
+    return blocks.transpose(0, 3, 1, 2, 4)
 
 
 def used(matrix_EIO: np.ndarray, b: int) -> np.ndarray:
     """Returns which blocks are not all zero [E, J, I / b]."""
-    e, i, o = matrix_EIO.shape
-    return (matrix_EIO.reshape(e, i // b, b, o // b, b) != 0).any((2, 4)).transpose(0, 2, 1)
+    return (_as_blocks(matrix_EIO, b) != 0).any((3, 4))
 
 
 def pack(matrix_EIO: np.ndarray, b: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values, places) of matrices whose columns have at most n blocks that are not zero; the order
-    of inputs is kept.
+    """Returns (values, places) of matrices whose columns have at most n blocks that are not zero.
+
+    The order of inputs is kept.
     """
-    e, i, o = matrix_EIO.shape
-    blocks = matrix_EIO.reshape(e, i // b, b, o // b, b).transpose(
-        0, 3, 1, 2, 4
-    )  # [E, J, I / b, b, b]
-    here = used(matrix_EIO, b)
-    places = np.argsort(~here, axis=2, kind="stable")[:, :, :n].astype(np.int32)
-    values = np.take_along_axis(blocks, places[..., None, None], 2)
-    return values.reshape(e, o // b, n * b, b), places
+    blocks = _as_blocks(matrix_EIO, b)
+    is_used = used(matrix_EIO, b)
+    # A stable sort of booleans: the used blocks first, both kinds in their order.
+    order = np.argsort(~is_used, axis=2, kind="stable")
+    places_EJn = order[:, :, :n].astype(np.int32)
+    values = np.take_along_axis(blocks, places_EJn[..., None, None], 2)
+    num_experts, num_columns = places_EJn.shape[:2]
+    return values.reshape(num_experts, num_columns, n * b, b), places_EJn
 
 
 def product(x_BI: jax.Array, values_JKb: jax.Array, places_Jn: jax.Array) -> jax.Array:
-    """x @ matrix [B, O], column after column of blocks: each gathers its inputs."""
-    b = values_JKb.shape[-1]
-    x_bBb = x_BI.reshape(x_BI.shape[0], -1, b).swapaxes(0, 1)
+    """Returns x @ matrix [B, O], column after column of blocks; K = n b."""
+    num_rows, b = x_BI.shape[0], values_JKb.shape[-1]
+    # [I / b, B, b]: the inputs of a block are one entry of the first dimension.
+    x_iBb = x_BI.reshape(num_rows, -1, b).swapaxes(0, 1)
 
-    def column(_, of: tuple[jax.Array, jax.Array]):
-        values_Kb, places_n = of
-        x_BK = x_bBb[places_n].swapaxes(0, 1).reshape(x_BI.shape[0], -1)
+    def column(_: None, of_column: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        values_Kb, places_n = of_column
+        x_BK = x_iBb[places_n].swapaxes(0, 1).reshape(num_rows, -1)
         return None, x_BK @ values_Kb
 
-    columns_JBb = jax.lax.scan(column, None, (values_JKb, places_Jn))[1]
-    return columns_JBb.swapaxes(0, 1).reshape(x_BI.shape[0], -1)
+    _, columns_JBb = jax.lax.scan(column, None, (values_JKb, places_Jn))
+    return columns_JBb.swapaxes(0, 1).reshape(num_rows, -1)
 
 
 def experts(
     values: Mapping[str, jax.Array], places: Mapping[str, jax.Array], activation: str
 ) -> Callable[..., jax.Array]:
-    """The experts of this device as a function of grouped rows, as `grouped_matmul.expert_ffn` with
-    whole matrices.
+    """Returns the experts of this device as a function of grouped rows.
+
+    It is what `grouped_matmul.expert_ffn` is with whole matrices.
     """
     act = ACTIVATIONS[activation]
+    w_in, w_out = NAMES
 
     def run(x_RD, gate_R, start_e, size_e, block):
-        x_RD, gate_R, start_e, size_e, *stored = vary_alike(
-            x_RD,
-            gate_R,
-            start_e,
-            size_e,
-            *(store[name] for name in NAMES for store in (values, places)),
-        )
+        stored = (values[w_in], places[w_in], values[w_out], places[w_out])
+        rows = (x_RD, gate_R, start_e, size_e)
+        x_RD, gate_R, start_e, size_e, *stored = vary_alike(*rows, *stored)
 
         def network(i: jax.Array, x_BD: jax.Array, gate_B: jax.Array) -> jax.Array:
-            v_in, p_in, v_out, p_out = (z[i] for z in stored)
+            values_in, places_in, values_out, places_out = (array[i] for array in stored)
             wide = wide_dtype(x_BD.dtype)
-            hidden_BF = act(product(x_BD, v_in, p_in).astype(wide)) * gate_B.astype(wide)[:, None]
-            return product(hidden_BF.astype(x_BD.dtype), v_out, p_out)
+            pre_BH = product(x_BD, values_in, places_in).astype(wide)
+            hidden_BF = act(pre_BH) * gate_B.astype(wide)[:, None]
+            return product(hidden_BF.astype(x_BD.dtype), values_out, places_out)
 
         return serve_rows(network, x_RD, gate_R, start_e, size_e, block)
 

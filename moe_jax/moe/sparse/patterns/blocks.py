@@ -32,27 +32,29 @@ def pool(experts: Matrices, options: Options) -> Groups:
 
 
 def _blocks(x: jax.Array, b: int) -> jax.Array:
-    """[E, I, ..., O] -> sums of b x b blocks [E, Q, O / b, I / b], where Q numbers what lies
-    between I and O (gate and up).
+    """Returns the sums of b x b blocks of [E, I, ..., O], as [E, Q, O / b, I / b].
+
+    Q numbers what lies between I and O (gate and up).
     """
-    e, i, o = x.shape[0], x.shape[1], x.shape[-1]
-    return (
-        reshaped(x, e, i // b, b, x.size // (e * i * o), o // b, b)
-        .sum((2, 5))
-        .transpose(0, 2, 3, 1)
-    )
+    num_experts, num_inputs, num_outputs = x.shape[0], x.shape[1], x.shape[-1]
+    num_between = x.size // (num_experts * num_inputs * num_outputs)
+    split = (num_experts, num_inputs // b, b, num_between, num_outputs // b, b)
+    sums = reshaped(x, *split).sum((2, 5))
+    return sums.transpose(0, 2, 3, 1)
 
 
 def spread(groups: Groups, experts: Matrices, options: Options) -> Matrices:
     """Returns the value of its block for every entry."""
     b = options.block
 
-    def one(group: jax.Array, x: jax.Array) -> jax.Array:
-        y = group.transpose(0, 3, 1, 2)[:, :, None, :, :, None]  # [E, I / b, 1, Q, O / b, 1]
-        y = jnp.broadcast_to(y, (y.shape[0], y.shape[1], b, y.shape[3], y.shape[4], b))
-        return reshaped(y, *x.shape)
+    def spread_one(group: jax.Array, x: jax.Array) -> jax.Array:
+        blocks = group.transpose(0, 3, 1, 2)  # [E, I / b, Q, O / b]
+        num_experts, num_rows, num_between, num_columns = blocks.shape
+        split = (num_experts, num_rows, b, num_between, num_columns, b)
+        entries = jnp.broadcast_to(blocks[:, :, None, :, :, None], split)
+        return reshaped(entries, *x.shape)
 
-    return {name: one(groups[name], x) for name, x in experts.items()}
+    return {name: spread_one(groups[name], x) for name, x in experts.items()}
 
 
 def rows(options: Options) -> int:

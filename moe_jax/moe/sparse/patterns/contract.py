@@ -87,7 +87,10 @@ def needs_matrices(layer: Mapping[str, int]) -> str:
 
 
 class Shaped(NamedTuple):
-    """A pattern with its options: what rules call. Trees are those of one layer's experts."""
+    """Holds a pattern with its options: what rules call.
+
+    Trees are those of one layer's experts.
+    """
 
     pattern: Pattern
     options: Any
@@ -96,72 +99,87 @@ class Shaped(NamedTuple):
         return self.pattern.pool(experts, self.options)
 
     def norms(self, experts: Matrices) -> Groups:
-        """The root mean square of the entries of every group, in float32 or wider."""
+        """Returns the root mean square of the entries of every group, in float32 or wider."""
 
-        def wide(x):
+        def wide(x: jax.Array) -> jax.Array:
             return x.astype(wide_dtype(x.dtype))
 
-        sums = self.pool({name: jnp.square(wide(x)) for name, x in experts.items()})
+        squares = {name: jnp.square(wide(x)) for name, x in experts.items()}
+        sums = self.pool(squares)
         return {key: jnp.sqrt(z / self.size(experts, key, z)) for key, z in sums.items()}
 
     def size(self, experts: Matrices, key: str, groups: jax.Array) -> int:
-        """Entries of one group."""
+        """Returns the entries of one group."""
+        # Groups of units are of both matrices, all others of the one that they are named after.
         members = [experts[key]] if key in experts else [experts[name] for name in UNITS]
         return sum(x.size for x in members) // groups.size
 
     def kept(self, groups: jax.Array) -> int:
-        """How many groups of a row the pattern keeps."""
+        """Returns how many groups of a row the pattern keeps."""
         return self.pattern.count(self.options, self.row_size(groups))
 
     def row_size(self, groups: jax.Array) -> int:
+        """Returns how many groups a row has."""
         return math.prod(groups.shape[self.rows(groups) :])
 
     def rows(self, groups: jax.Array) -> int:
+        """Returns how many leading dimensions number the rows."""
         rows = self.pattern.rows(self.options)
         return rows if rows > 0 else groups.ndim + rows
 
     def choose(self, scores: Groups, count: Callable[[jax.Array], Any]) -> Groups:
-        """The `count(groups)` best groups of every row, a number that may be traced."""
+        """Returns booleans: the `count(groups)` best groups of every row; it may be traced."""
         return {key: largest(z, count(z), self.rows(z)) for key, z in scores.items()}
 
     def spread(self, groups: Groups, experts: Matrices) -> Matrices:
-        """The value of its group for every entry, placed like the matrices; of booleans, a mask."""
+        """Returns the value of its group for every entry; of booleans, a mask.
+
+        It is placed like the matrices.
+        """
         spread = self.pattern.spread(groups, experts, self.options)
         return {name: placed_like(x, experts[name]) for name, x in spread.items()}
 
 
 def largest(scores: jax.Array, count: Any, rows: int) -> jax.Array:
-    """Marks the `count` largest scores of every row; of equal ones those with the lowest index, so
-    exactly `count`.
+    """Marks the `count` largest scores of every row.
+
+    Of equal ones it takes those with the lowest index, so exactly `count`.
     """
-    whole_rows = whole(scores)
-    flat = reshaped(whole_rows, *scores.shape[:rows], math.prod(scores.shape[rows:]))
-    number = flat.shape[-1]
-    at = jnp.clip(number - jnp.asarray(count, jnp.int32), 0, number - 1)
-    least = jax.lax.dynamic_index_in_dim(jnp.sort(flat, axis=-1), at, axis=-1)
-    above, level = flat > least, flat == least
-    room = jnp.asarray(count, jnp.int32) - above.sum(-1, keepdims=True, dtype=jnp.int32)
-    chosen = above | (level & (jnp.cumsum(level, -1, dtype=jnp.int32) <= room))
+    row_size = math.prod(scores.shape[rows:])
+    flat = reshaped(whole(scores), *scores.shape[:rows], row_size)
+    count = jnp.asarray(count, jnp.int32)
+    # The least score that is taken.
+    place = jnp.clip(row_size - count, 0, row_size - 1)
+    least = jax.lax.dynamic_index_in_dim(jnp.sort(flat, axis=-1), place, axis=-1)
+    is_above = flat > least
+    is_equal = flat == least
+    # What lies above is taken, and so many of the equal ones that there is room for.
+    room = count - is_above.sum(-1, keepdims=True, dtype=jnp.int32)
+    rank_from_1 = jnp.cumsum(is_equal, -1, dtype=jnp.int32)
+    chosen = is_above | (is_equal & (rank_from_1 <= room))
     return placed_like(reshaped(chosen, *scores.shape), scores)
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """The same array with every expert's entries on one device; experts stay split."""
+    """Returns the array with every expert's entries on one device; experts stay split."""
     sharding = jax.typeof(x).sharding
-    return x if sharding.mesh.empty else jax.sharding.reshard(x, P(*sharding.spec[:1]))
+    if sharding.mesh.empty:
+        return x
+    return jax.sharding.reshard(x, P(*sharding.spec[:1]))
 
 
 def reshaped(x: jax.Array, *shape: int) -> jax.Array:
     """Returns an array that is `whole` in another shape; it stays whole."""
     sharding = jax.typeof(x).sharding
-    return (
-        x.reshape(shape)
-        if sharding.mesh.empty
-        else jax.lax.reshape(x, shape, out_sharding=P(*sharding.spec[:1]))
-    )
+    if sharding.mesh.empty:
+        return x.reshape(shape)
+    # An Explicit mesh does not guess where the dimensions of a reshaped array lie.
+    return jax.lax.reshape(x, shape, out_sharding=P(*sharding.spec[:1]))
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """Returns the array with the sharding of another one."""
     sharding = jax.typeof(like).sharding
-    return x if sharding.mesh.empty else jax.sharding.reshard(x, sharding)
+    if sharding.mesh.empty:
+        return x
+    return jax.sharding.reshard(x, sharding)

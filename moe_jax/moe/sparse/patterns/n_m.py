@@ -30,15 +30,19 @@ def pool(experts: Matrices, options: Options) -> Groups:
 
 def _runs(x: jax.Array, m: int) -> jax.Array:
     """Returns [E, I, ...] as [E, I / m, ..., m]: runs of m consecutive inputs of one output."""
-    return jnp.moveaxis(reshaped(x, x.shape[0], x.shape[1] // m, m, *x.shape[2:]), 2, -1)
+    num_experts, num_inputs = x.shape[:2]
+    split = reshaped(x, num_experts, num_inputs // m, m, *x.shape[2:])
+    return jnp.moveaxis(split, 2, -1)
 
 
 def spread(groups: Groups, experts: Matrices, options: Options) -> Matrices:
-    """Returns the runs as matrices again."""
+    """Returns the runs as matrices again: the inverse of `_runs`."""
     del options
-    return {
-        name: reshaped(jnp.moveaxis(groups[name], -1, 2), *x.shape) for name, x in experts.items()
-    }
+
+    def matrix(runs: jax.Array, x: jax.Array) -> jax.Array:
+        return reshaped(jnp.moveaxis(runs, -1, 2), *x.shape)
+
+    return {name: matrix(groups[name], x) for name, x in experts.items()}
 
 
 def rows(options: Options) -> int:
@@ -59,7 +63,7 @@ def tile(options: Options) -> tuple[int, str]:
 
 
 def refusals(options: Options, at: str) -> Iterator[str]:
-    """No more than all of a run can be kept."""
+    """Refuses to keep more than all of a run."""
     if options.n > options.m:
         yield f"{at}.n ({options.n}) must lie between 1 and {at}.m ({options.m})"
 

@@ -29,16 +29,18 @@ def pool(experts: Matrices, options: Options) -> Groups:
     """
     del options
     w_in, w_out = (experts[name] for name in UNITS)
-    return {"units": w_in.sum(tuple(range(1, w_in.ndim - 1))) + w_out.sum(2)}
+    between = tuple(range(1, w_in.ndim - 1))
+    return {"units": w_in.sum(between) + w_out.sum(2)}
 
 
 def spread(groups: Groups, experts: Matrices, options: Options) -> Matrices:
     """Returns the value of its unit for every entry."""
     del options
-    unit_EF, (w_in, w_out) = groups["units"], (experts[name] for name in UNITS)
-    middle = jnp.expand_dims(unit_EF, tuple(range(1, w_in.ndim - 1)))
+    unit_EF = groups["units"]
+    w_in, w_out = (experts[name] for name in UNITS)
+    between = tuple(range(1, w_in.ndim - 1))
     return {
-        "w_in": jnp.broadcast_to(middle, w_in.shape),
+        "w_in": jnp.broadcast_to(jnp.expand_dims(unit_EF, between), w_in.shape),
         "w_out": jnp.broadcast_to(unit_EF[:, :, None], w_out.shape),
     }
 

@@ -19,12 +19,16 @@ Kept = dict[str, jax.Array]
 
 
 class Now(NamedTuple):
-    """The moment of an update."""
+    """Holds the moment of an update."""
 
-    step: jax.Array  # updates done, this one included
-    steps: int  # of the whole training
-    rate: jax.Array  # learning rate of this update
-    key: jax.Array  # randomness of this update (in `update`: of this layer's part of it)
+    # Updates done, this one included.
+    step: jax.Array
+    # Those of the whole training.
+    steps: int
+    # The learning rate of this update.
+    rate: jax.Array
+    # The randomness of this update; in `update` that of the layer's part of it.
+    key: jax.Array
 
 
 def fits_all(pattern: Pattern) -> str:
@@ -59,24 +63,27 @@ class Rule(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether it changes experts after an update, so that none of them can be frozen."""
+        """Returns whether it changes experts after an update, so that none can be frozen."""
         return self.update is not None or self.project is not None
 
 
 def first_masks(experts: Matrices, shape: Shaped, options: Any) -> Kept:
-    """W = random; W[|W| < threshold] = 0, and later only non-zero entries move (the article,
-    section 3.1 and 3.2).
+    """Returns the entries of the largest groups of the first values.
 
-    The entries of the largest groups; with options.threshold > 0 those of the groups of at least
-    that magnitude.
+    With options.threshold > 0 those of the groups of at least that magnitude: W = random; W[|W| <
+    threshold] = 0, and later only non-zero entries move (the article, section 3.1 and 3.2).
     """
-    scores = shape.norms(experts)
+    norms = shape.norms(experts)
     if getattr(options, "threshold", 0):
-        return shape.spread({key: z >= options.threshold for key, z in scores.items()}, experts)
-    return shape.spread(shape.choose(scores, shape.kept), experts)
+        chosen = {key: z >= options.threshold for key, z in norms.items()}
+    else:
+        chosen = shape.choose(norms, shape.kept)
+    return shape.spread(chosen, experts)
 
 
 def all_masks(experts: Matrices, shape: Shaped, options: Any) -> Kept:
+    """Returns masks that keep everything."""
+    del shape, options
     return {name: jnp.ones_like(x, dtype=bool) for name, x in experts.items()}
 
 

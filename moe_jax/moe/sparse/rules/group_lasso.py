@@ -28,29 +28,36 @@ def keeps_nothing(experts: Matrices, shape: Shaped, options: Options) -> Kept:
 def shrink_units(
     experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options
 ) -> Matrices:
-    """w <- max(0, 1 - rate * lambda * sqrt(n) / |w|) w for every unit w of n entries: the proximal
-    step of lambda sqrt(n) |w|.
+    """Returns max(0, 1 - rate * lambda * sqrt(n) / |w|) w for every unit w of n entries.
+
+    It is the proximal step of lambda sqrt(n) |w|.
 
     The step size is the learning rate, also under optimizers that scale every entry's update on its
     own: then lambda means what it does for weight decay there (decoupled), and the zeros are as
     exact.
     """
 
-    def factor(rms: jax.Array) -> jax.Array:  # |w| / sqrt(n) is the root mean square
-        cut = now.rate * options.strength
-        return jnp.where(rms > cut, 1 - cut / jnp.where(rms > cut, rms, 1), 0)
+    # The norm of a group is its root mean square, |w| / sqrt(n).
+    norms = shape.norms(experts)
+    cut = now.rate * options.strength
 
-    factors = {key: factor(z) for key, z in shape.norms(experts).items()}
-    spread = shape.spread(factors, experts)
+    def factor(rms: jax.Array) -> jax.Array:
+        is_alive = rms > cut
+        # Nothing is divided by a norm of 0.
+        divisor = jnp.where(is_alive, rms, 1)
+        return jnp.where(is_alive, 1 - cut / divisor, 0)
 
-    def scale(x, factor):
-        return jnp.where(factor > 0, x * factor.astype(x.dtype), jnp.zeros_like(x))  # 0, not -0
+    factors = shape.spread({key: factor(rms) for key, rms in norms.items()}, experts)
 
-    return {name: scale(x, spread[name]) for name, x in experts.items()}
+    def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
+        # A product with 0 could be -0.
+        return jnp.where(factor > 0, x * factor.astype(x.dtype), jnp.zeros_like(x))
+
+    return {name: scale(x, factors[name]) for name, x in experts.items()}
 
 
 def unfit(pattern: Pattern) -> str:
-    """The groups of the penalty are hidden units."""
+    """Says why it does not go with a pattern: its groups must be hidden units."""
     if pattern.of_units:
         return ""
     return "the penalty is that of whole hidden units: set the pattern to units"

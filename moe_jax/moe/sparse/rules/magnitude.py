@@ -19,38 +19,40 @@ class Options:
 
 
 def cubic_density(now: Now, options: Options, final: float) -> jax.Array:
-    """1 - s_f + s_f (1 - (t - t_0) / (t_1 - t_0))^3, final = 1 - s_f (equation 1 of the paper, from
-    sparsity 0).
+    """Returns the density 1 - s_f + s_f (1 - (t - t_0) / (t_1 - t_0))^3; final = 1 - s_f.
+
+    It is equation 1 of the paper, from sparsity 0.
     """
     begin, end = span(now, options.begin, options.end)
-    t = jnp.clip((now.step - begin) / max(end - begin, 1), 0.0, 1.0)
-    return final + (1 - final) * (1 - t) ** 3
+    progress = jnp.clip((now.step - begin) / max(end - begin, 1), 0.0, 1.0)
+    return final + (1 - final) * (1 - progress) ** 3
 
 
 def due(now: Now, options: Options) -> jax.Array:
+    """Returns whether masks change at this step: every so many, and at the end."""
     begin, end = span(now, options.begin, options.end)
-    return (
-        (now.step >= begin)
-        & (now.step <= end)
-        & ((now.step % options.every == 0) | (now.step == end))
-    )
+    is_inside = (now.step >= begin) & (now.step <= end)
+    return is_inside & ((now.step % options.every == 0) | (now.step == end))
 
 
 def update(
     experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options
 ) -> Kept:
-    """What is pruned is zero, so it is the smallest and stays pruned."""
+    """Returns the masks of the largest groups; what is pruned is zero, so it stays pruned."""
 
     def count(groups: jax.Array) -> jax.Array:
-        number, kept = shape.row_size(groups), shape.kept(groups)
-        density = cubic_density(now, options, kept / number)
-        return jnp.maximum(jnp.round(density * number).astype(jnp.int32), kept)
+        row_size, num_kept = shape.row_size(groups), shape.kept(groups)
+        density = cubic_density(now, options, num_kept / row_size)
+        num_alive = jnp.round(density * row_size).astype(jnp.int32)
+        # Never fewer than the pattern keeps in the end.
+        return jnp.maximum(num_alive, num_kept)
 
-    return shape.spread(shape.choose(shape.norms(experts), count), experts)
+    chosen = shape.choose(shape.norms(experts), count)
+    return shape.spread(chosen, experts)
 
 
 def refusals(options: Options, pattern: Pattern, at: str) -> Iterator[str]:
-    """Pruning ends after it begins."""
+    """Refuses a pruning that ends before it begins."""
     del pattern
     if options.begin > options.end:
         yield f"{at}.begin ({options.begin}) must not exceed {at}.end ({options.end})"

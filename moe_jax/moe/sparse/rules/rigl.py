@@ -21,19 +21,25 @@ class Options:
 
 
 def fraction(now: Now, options: Options) -> jax.Array:
-    """alpha / 2 (1 + cos(pi t / T_end)) (section 3, "update schedule")."""
-    t = jnp.clip(now.step / span(now, 0.0, options.end)[1], 0.0, 1.0)
-    return options.fraction / 2 * (1 + jnp.cos(jnp.pi * t))
+    """Returns alpha / 2 (1 + cos(pi t / T_end)) (section 3, "update schedule")."""
+    _, end = span(now, 0.0, options.end)
+    progress = jnp.clip(now.step / end, 0.0, 1.0)
+    return options.fraction / 2 * (1 + jnp.cos(jnp.pi * progress))
 
 
 def update(
     experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options
 ) -> Kept:
-    return regrow(experts, masks, shape.norms(grads), shape, fraction(now, options))
+    """Returns the masks after the groups with the largest dense gradient have come."""
+    growth = shape.norms(grads)
+    return regrow(experts, masks, growth, shape, fraction(now, options))
 
 
 def unfit(pattern: Pattern) -> str:
-    """Few weights cannot be replaced by a fraction, and a dead unit gets no gradient."""
+    """Says why it does not go with a pattern.
+
+    Few weights cannot be replaced by a fraction, and a dead unit gets no gradient.
+    """
     if pattern.fixed:
         return (
             "a fraction of n weights is none of them or half of them: set the rule to static or "

@@ -19,23 +19,31 @@ class Options:
 
 
 def fraction(now: Now, options: Options) -> jax.Array:
+    """Returns the share of the living that is replaced: the same at every change."""
+    del now
     return jnp.asarray(options.fraction, jnp.float32)
 
 
 def update(
     experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options
 ) -> Kept:
+    """Returns the masks after random groups have come."""
+    del grads
+    # In the order of names, whatever that of the dict is: a restart must draw the same.
     scores = shape.norms(experts)
-    keys = jax.random.split(now.key, len(scores))
-    draw = {
-        key: jax.random.uniform(k, scores[key].shape)
-        for key, k in zip(sorted(scores), keys, strict=True)
-    }
-    return regrow(experts, masks, draw, shape, fraction(now, options))
+    names = sorted(scores)
+    keys = jax.random.split(now.key, len(names))
+    growth = {}
+    for name, key in zip(names, keys, strict=True):
+        growth[name] = jax.random.uniform(key, scores[name].shape)
+    return regrow(experts, masks, growth, shape, fraction(now, options))
 
 
 def unfit(pattern: Pattern) -> str:
-    """Few weights cannot be replaced by a fraction, and a dead unit gets no gradient."""
+    """Says why it does not go with a pattern.
+
+    Few weights cannot be replaced by a fraction, and a dead unit gets no gradient.
+    """
     if pattern.fixed:
         return (
             "a fraction of n weights is none of them or half of them: set the rule to static or "

@@ -16,7 +16,7 @@ class Options:
 
 
 def refusals(options: Options, pattern: Pattern, at: str) -> Iterator[str]:
-    """A threshold leaves as many as it leaves."""
+    """Refuses a threshold for a pattern with a fixed number of entries."""
     if pattern.fixed and options.threshold:
         yield f"{at}.threshold = {options.threshold} would not leave n of every m: set it to 0"
 

@@ -23,39 +23,45 @@ class Options:
 
 
 def first_thresholds(experts: Matrices, shape: Shaped, options: Options) -> Kept:
-    """Nothing for a given threshold; else, for every expert, the magnitude that leaves the
-    pattern's density of its first values [E].
+    """Returns the magnitude [E] that leaves the pattern's density of each expert's first values.
+
+    It keeps nothing where the option gives the threshold.
     """
     if options.threshold:
         return {}
-    scores = shape.norms(experts)
 
-    def least(z: jax.Array) -> jax.Array:
-        number = math.prod(z.shape[1:])
-        chosen = largest(z, shape.pattern.count(shape.options, number), 1)
-        return jnp.where(chosen, z, jnp.inf).min(tuple(range(1, z.ndim)))
+    def least_kept(norms: jax.Array) -> jax.Array:
+        number = math.prod(norms.shape[1:])
+        num_kept = shape.pattern.count(shape.options, number)
+        is_kept = largest(norms, num_kept, 1)
+        all_but_experts = tuple(range(1, norms.ndim))
+        return jnp.where(is_kept, norms, jnp.inf).min(all_but_experts)
 
-    return {key: least(z) for key, z in scores.items()}
+    return {key: least_kept(norms) for key, norms in shape.norms(experts).items()}
 
 
 def below_to_zero(
     experts: Matrices, kept: Kept, shape: Shaped, now: Now, options: Options
 ) -> Matrices:
-    """W[|W| < threshold] = 0.
+    """Returns the weights after W[|W| < threshold] = 0.
 
     An entry comes back when a single update moves it by at least the threshold.
     """
-    scores = shape.norms(experts)
+    del now
 
-    def threshold(key, z):
-        return options.threshold or kept[key].reshape(-1, *[1] * (z.ndim - 1))
+    def is_alive(key: str, norms: jax.Array) -> jax.Array:
+        if options.threshold:
+            return norms >= options.threshold
+        threshold_E = kept[key]
+        return norms >= threshold_E.reshape(-1, *[1] * (norms.ndim - 1))
 
-    alive = shape.spread({key: z >= threshold(key, z) for key, z in scores.items()}, experts)
+    alive_groups = {key: is_alive(key, norms) for key, norms in shape.norms(experts).items()}
+    alive = shape.spread(alive_groups, experts)
     return {name: jnp.where(alive[name], x, jnp.zeros_like(x)) for name, x in experts.items()}
 
 
 def unfit(pattern: Pattern) -> str:
-    """A fixed number of entries heeds no magnitude."""
+    """Says why it does not go with a pattern: a fixed number heeds no magnitude."""
     if pattern.fixed:
         return "exactly n of every m are kept, whatever their magnitude: set the rule to static"
     return ""

@@ -1,0 +1,154 @@
+"""Programs that were compiled once are kept, for the next start of the same run.
+
+JAX reads and writes the entries (its persistent compilation cache), and knows by a key of the
+program, its options and its devices whether one fits. This file decides where they lie, and that
+what lies there can be trusted: an entry is executed, so whoever can write it can run code.
+
+    ~/.cache/moe_jax/compiled/HARDWARE/    one directory for each jaxlib and kind of processor
+        NAME-cache                         an entry, by JAX
+        digests.json                       the SHA-256 of every entry
+
+A start deletes the entries whose digest is not that, and the oldest ones beyond MOST_BYTES.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import stat
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+AUTO = "auto"
+DIRECTORY = "jax_compilation_cache_dir"  # an option of jax
+DIGESTS = "digests.json"
+SETTLED = 1.0  # seconds after which an entry is written
+MOST_BYTES = 1 << 30  # of all entries; the oldest are deleted first
+HIT = "/jax/compilation_cache/cache_hits"
+ENTRY = "*-cache"
+
+
+class CompileCache:
+    """The cache of this process.
+
+    Args:
+      where: a directory; AUTO = that of the user; "" = none.
+    """
+
+    def __init__(self, where: str):
+        self.hits = 0
+        self.note = ""  # why there is none, to be told
+        self._directory: Path | None = None
+        # Whoever starts this process may have one of his own.
+        if not where or getattr(jax.config, DIRECTORY):
+            return
+        root = default_directory() if where == AUTO else Path(where)
+        directory = root / hardware()
+        try:
+            make_private(root, directory)
+            clean(directory)
+        except OSError as error:
+            self.note = f"compiled programs are not kept: {root}: {error.strerror or error}"
+            return
+        self._directory = directory
+        for name, value in (
+            (DIRECTORY, str(directory)),
+            ("jax_persistent_cache_min_compile_time_secs", 0.1),
+            ("jax_persistent_cache_min_entry_size_bytes", -1),
+        ):
+            jax.config.update(name, value)
+        jax.monitoring.register_event_listener(self._listen)
+
+    def _listen(self, event: str, **_: object) -> None:
+        self.hits += event == HIT
+
+    def keep(self) -> None:
+        """Notes the digests of the entries: from here on the next start trusts them.
+
+        To be called at every save and at the end, so that a process that is killed has compiled
+        for the next one.
+        """
+        if self._directory is None:
+            return
+        try:
+            write_digests(self._directory)
+        except OSError:
+            pass  # without its digest an entry is deleted by the next start
+
+
+def default_directory() -> Path:
+    """Returns where the user's caches lie (the XDG base directory specification)."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(caches) if caches else Path.home() / ".cache") / "moe_jax" / "compiled"
+
+
+def hardware() -> str:
+    """Returns a name for what compiled programs depend on beside what JAX's key has: a processor
+    with other instructions would end the process by SIGILL.
+    """
+    facts = [version("jaxlib"), version("jax"), platform.machine(), processor_flags()]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def processor_flags() -> str:
+    """Returns the instruction sets of this processor; "" where the system does not tell them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = ("model name", "flags", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def make_private(root: Path, directory: Path) -> None:
+    """Makes the directories, readable and writable by this user alone.
+
+    Raises OSError when one belongs to somebody else, or others may write to it.
+    """
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.mkdir(exist_ok=True, mode=0o700)
+    for path in (root, directory):
+        found = os.stat(path)
+        if found.st_uid != os.getuid():
+            raise OSError(0, f"{path} belongs to another user")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise OSError(0, f"others may write to {path}: chmod 700 it, or set compile_cache")
+
+
+def clean(directory: Path) -> None:
+    """Deletes entries that are damaged or foreign, and the oldest ones of too many bytes."""
+    known = _read_digests(directory)
+    entries = sorted(directory.glob(ENTRY), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in entries:
+        total += path.stat().st_size
+        if total > MOST_BYTES or known.get(path.name) != _digest(path):
+            path.unlink(missing_ok=True)
+
+
+def write_digests(directory: Path) -> None:
+    """Notes the digest of every entry, in one rename.
+
+    An entry that is only just there may be one that another process is still writing.
+    """
+    settled = time.time() - SETTLED
+    digests = {p.name: _digest(p) for p in directory.glob(ENTRY) if p.stat().st_mtime < settled}
+    part = directory / f"{DIGESTS}.{os.getpid()}"
+    part.write_text(json.dumps(digests, indent=1))
+    part.replace(directory / DIGESTS)
+
+
+def _read_digests(directory: Path) -> dict[str, str]:
+    try:
+        known = json.loads((directory / DIGESTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
