@@ -54,7 +54,7 @@ def resumed(
     saves: checkpoint.Checkpoints,
     step: int,
     metadata: Mapping[str, Any],
-    allowed: tuple[str, ...],
+    allowed: tuple[str, ...] = (),
 ) -> list[str]:
     """Returns what to tell of a run that goes on from `step`. Raises UserError when it may not."""
     saved, path = saves.metadata(step), saves.path(step)

@@ -73,9 +73,11 @@ def slice_off_by_one(patch):
     right = dropless._gather
 
     def wrong(x_TD, routing, shape):
-        x, token, expert, gate = right(x_TD, routing, shape)
-        shifted = jnp.where(expert < E, (expert + 1) % E, expert)
-        return x, token, shifted if on_several_devices("expert") else expert, gate
+        if on_several_devices("expert"):
+            expert = routing.expert_index_N
+            shifted = jnp.where(expert < E, (expert + 1) % E, expert)
+            routing = routing._replace(expert_index_N=shifted)
+        return right(x_TD, routing, shape)
 
     patch.setattr(dropless, "_gather", wrong)
 

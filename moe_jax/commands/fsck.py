@@ -1,4 +1,7 @@
-"""Checks the files of a run, and repairs what can be: `python -m moe_jax fsck RUN [--repair]`.
+"""Checks the files of a run, and repairs what can be.
+
+    python -m moe_jax fsck runs/x
+    python -m moe_jax fsck runs/x --repair
 
 Every file of every checkpoint is read and compared with its digest, as a restart does with the
 newest one alone. Without --repair nothing is changed. With it

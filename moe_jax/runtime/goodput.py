@@ -78,7 +78,7 @@ class Goodput:
                 redone = start["seconds"].get(STEPS, 0.0) * (1 - kept / made)
                 total[STEPS] -= redone
                 total[REDONE] += redone
-        return dict(total)
+        return {name: value for name, value in total.items() if value}
 
     def share(self, step: int) -> float:
         """Returns the goodput, from 0 to 1."""

@@ -66,7 +66,7 @@ def test_a_grid_is_run_once_and_resumes(results, monkeypatch):
         path.rename(out / "lost")
     started = []
     original = train.run
-    monkeypatch.setattr(train, "run", lambda *given: started.append(given[3]) or original(*given))
+    monkeypatch.setattr(train, "run", lambda *given: started.append(given[2]) or original(*given))
     second = run.run_all(GRID, out)
     assert started == [again]
 

@@ -65,7 +65,8 @@ def test_a_stopped_process_is_given_up(number, tmp_path):
 def test_sigterm_to_one_process_saves_the_same_step_in_both(number, tmp_path):
     ends = pair.run(tmp_path, f"--config.faults=term@5:{number}")
     assert [end.code for end in ends] == [0, 0], [end.log for end in ends]
-    assert all(end.after < SLACK for end in ends), ends
+    # On an idle machine 2 s.
+    assert all(end.after < 5 * SLACK for end in ends), ends
     assert "saved step 5 of 12" in ends[0].log
     # The same command goes on, and does not meet the fault again.
     ends = pair.run(tmp_path, f"--config.faults=term@5:{number}")
