@@ -15,6 +15,7 @@ from moe_jax.runtime import cluster, faults
 
 HEARTBEAT, STEP = 4, 6  # seconds, as in pair.SMALL
 SLACK = 3  # seconds beside them, on an idle machine about one
+FULL = pytest.mark.full  # a run of two processes takes some ten seconds
 
 
 def test_another_config_in_one_process_is_refused_by_both(tmp_path):
@@ -37,7 +38,7 @@ def test_a_workdir_that_is_in_use_ends_both_with_one_line(tmp_path):
     ("fault", "codes", "limit", "words"),
     [
         ("kill@5:1", (75, -9), HEARTBEAT, "process 1 has not been heard from"),
-        ("kill@5:0", (-9, 75), 0, "process 0, the coordinator, is gone"),
+        pytest.param(*("kill@5:0", (-9, 75), 0, "process 0, the coordinator, is gone"), marks=FULL),
         ("raise@5:1", (70, 70), HEARTBEAT, "Injected: config.faults: raise@5:1"),
         ("hang@5:1", (75, 75), STEP, "no step has been done for"),
     ],
@@ -53,6 +54,7 @@ def test_a_fault_in_one_process_ends_both(fault, codes, limit, words, tmp_path):
         assert any("faults.py" in stack and "Thread" in stack for stack in stacks)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_stopped_process_is_given_up(number, tmp_path):
     ends = pair.run(tmp_path, f"--config.faults=stop@5:{number}", stopped=(number,))
@@ -61,7 +63,7 @@ def test_a_stopped_process_is_given_up(number, tmp_path):
     assert f"process {number}" in other.last
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=FULL), 1])
 def test_sigterm_to_one_process_saves_the_same_step_in_both(number, tmp_path):
     ends = pair.run(tmp_path, f"--config.faults=term@5:{number}")
     assert [end.code for end in ends] == [0, 0], [end.log for end in ends]
