@@ -192,7 +192,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
             logs = due.logs(done)
             before = copy(state.params) if logs else None
             if step == start:
-                compare_programs(step_fn, state, batch, cfg.limits.join)
+                compare_programs(step_fn, state, batch, cfg.limits.other or FOREVER)
 
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = step_fn(state, batch)

@@ -31,7 +31,8 @@ class Watchdog:
     """
 
     def __init__(self) -> None:
-        self._running = False
+        # Set when the thread that watches has to end; each start has its own.
+        self._stopped = threading.Event()
         self._limits = {"step": 0.0, "other": 0.0, "grace": 0.0}
         self._stacks = Path()
         self._alive = 0.0  # time.monotonic() of the last sign of life
@@ -40,13 +41,14 @@ class Watchdog:
     def start(self, *, step: float, other: float, grace: float, stacks: Path) -> None:
         """Begins to watch. The stacks of all threads go to the file `stacks` before an end."""
         self._limits = {"step": step, "other": other, "grace": grace}
-        self._stacks, self._running = stacks, True
+        self._stacks, self._stopped = stacks, threading.Event()
         self._activities = [FIRST_STEP]
         self.alive()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        arguments = (self._stopped,)
+        threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        self._running = False
+        self._stopped.set()
 
     def step_done(self) -> None:
         """The first step was compiled, or another one done."""
@@ -69,15 +71,14 @@ class Watchdog:
             self._activities.remove(activity)
             self.alive()
 
-    def _watch(self) -> None:
+    def _watch(self, stopped: threading.Event) -> None:
         heard_at = 0.0
-        while self._running:
-            time.sleep(INTERVAL)
+        while not stopped.wait(INTERVAL):
             now = time.monotonic()
             silent = now - self._alive
             activity = self._activities[-1] if self._activities else ""
             limit = self._limits["other" if activity else "step"]
-            if limit and silent > limit and self._running:
+            if limit and silent > limit and not stopped.is_set():
                 key = "limits.other" if activity else "limits.step"
                 what = f"{activity} has taken" if activity else "no step has been done for"
                 self._end(exit_codes.RETRY, f"{what} {silent:.0f} s ({key} = {limit:g})")
@@ -87,7 +88,7 @@ class Watchdog:
             heard_at = heard_at or now
             waited = now - max(heard_at, self._alive)
             grace = self._limits["grace"]
-            if grace and waited > grace and self._running:
+            if grace and waited > grace and not stopped.is_set():
                 self._end(
                     128 + signals.LISTENER.number,
                     f"told to end, and nothing has moved for {waited:.0f} s "
