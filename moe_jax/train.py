@@ -244,7 +244,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     except stopping.Interrupted:  # between two steps, or two batches of an evaluation
         held.check()
         done = int(state.step)
-        saves.save(done, state, metadata=metadata, score=None, stacked=cfg.model.scan)
+        with progress.doing("saving"):
+            saves.save(done, state, metadata=metadata, score=None, stacked=cfg.model.scan)
 
     # Wind down: the last save is on disk when this returns.
     finally:

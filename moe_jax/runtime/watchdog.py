@@ -27,7 +27,8 @@ class Watchdog:
 
         step    without a sign of life while steps are made
         other   inside one `slow` activity: a compilation, an evaluation, a save
-        grace   without a sign of life after a signal: a process that hangs cannot save
+        grace   without a sign of life after a signal, outside of such an activity: a process that
+                hangs cannot save
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,8 @@ class Watchdog:
             heard_at = heard_at or now
             waited = now - max(heard_at, self._alive)
             grace = self._limits["grace"]
-            if grace and waited > grace and not stopped.is_set():
+            # A save may take longer than that: nothing hangs in an activity that is known.
+            if grace and waited > grace and not (activity or stopped.is_set()):
                 self._end(
                     128 + signals.LISTENER.number,
                     f"told to end, and nothing has moved for {waited:.0f} s "
