@@ -155,11 +155,12 @@ def test_a_window_as_long_as_the_row_is_the_causal_mask_bit_for_bit(window):
 # Models.
 
 
-def test_a_model_whose_window_is_the_row_trains_as_grouped_query_bit_for_bit():
-    changes = {"model.param_dtype": "float32", "model.dtype": "float32"}
-    window = changes | WINDOW | {"model.attentions.sliding_window.window": 8}
-    ours, theirs = (tiny.Program((1, 1, 1), c).run(2)[0] for c in (window, changes))
-    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+def test_a_model_whose_window_is_the_row_trains_as_grouped_query(float64):
+    """The attention has the same bits (above). Around it the compiler may fuse in another order."""
+    window = WINDOW | {"model.attentions.sliding_window.window": 8}
+    ours, theirs = (tiny.Program((1, 1, 1), c).run(2)[0] for c in (window, {}))
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
 
 
 def test_a_model_trains_on_a_mesh_as_on_one_device(float64):
