@@ -109,7 +109,7 @@ def keep_likely(logits_BV: Array, top_k: Array, top_p: Array) -> Array:
     probs_BV = jax.nn.softmax(jnp.where(likely_1V, sorted_BV, -jnp.inf))
     # What the likelier tokens have together.
     before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
-    nucleus_BV = (before_BV < top_p) | (rank_1V == 0) | (top_p >= 1)
+    nucleus_BV = (before_BV < top_p.astype(before_BV.dtype)) | (rank_1V == 0) | (top_p >= 1)
     kept_BV = jnp.where(likely_1V & nucleus_BV, sorted_BV, jnp.inf)
     last_B1 = kept_BV.min(-1, keepdims=True)
     return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)

@@ -155,6 +155,7 @@ def test_a_window_as_long_as_the_row_is_the_causal_mask_bit_for_bit(window):
 # Models.
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_model_whose_window_is_the_row_trains_as_grouped_query(float64):
     """The attention has the same bits (above). Around it the compiler may fuse in another order."""
     window = WINDOW | {"model.attentions.sliding_window.window": 8}
@@ -163,6 +164,7 @@ def test_a_model_whose_window_is_the_row_trains_as_grouped_query(float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_model_trains_on_a_mesh_as_on_one_device(float64):
     changes = WINDOW | {"model.num_kv_heads": 2}
     (one, first), (many, _) = (

@@ -268,6 +268,7 @@ def one_device():
         return tiny.Program(ONE, TRAINED)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_training_is_the_same_on_every_mesh_accumulated_and_scanned(float64, one_device):
     """20 steps in float64: losses to 1e-10, parameters to 1e-8, and who goes through which block
     exactly.
@@ -292,6 +293,7 @@ def test_training_is_the_same_on_every_mesh_accumulated_and_scanned(float64, one
     )  # of the suffix; the depth figures are of all three blocks
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_training_learns_a_batch_and_the_causal_rule(float64, one_device):
     """The same batch 60 times; in evaluation the losses are those of the causal rule."""
     program = one_device

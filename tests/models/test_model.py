@@ -36,6 +36,7 @@ def loop():
         {"model.remat": "full"},
     ],
 )
+@pytest.mark.usefixtures("standard_promotion")
 def test_scan_and_remat_change_nothing(float64, loop, changes):
     program = tiny.Program((1, 1, 1), PATTERN | changes)
     now, rows = program.run(2)
@@ -56,6 +57,7 @@ def test_the_first_loss_is_that_of_a_guess(loop):
     np.testing.assert_allclose(rows[0]["nll"], np.log(vocabulary), atol=0.02)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_the_first_loss_of_a_tied_head_is_that_of_a_guess(float64):
     """At its full size an embedding that is the head guesses that every token repeats."""
     program = tiny.Program((1, 1, 1), {"model.tie_embeddings": True, "model.d_model": 64})
@@ -101,6 +103,7 @@ def test_packed_documents_do_not_see_each_other(float64):
     del targets, domain
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_tied_embeddings_and_gelu_train(float64):
     changes = {
         "model.tie_embeddings": True,
@@ -119,6 +122,7 @@ def test_tied_embeddings_and_gelu_train(float64):
     assert not any("head" in name for name in train_step.parameter_names(now.params))
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_nonfinite_gradients_change_nothing_but_the_step(float64):
     """A weight that is not finite makes the gradients so; parameters and moments stay, and the
     counter goes up.
