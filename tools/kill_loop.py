@@ -91,8 +91,9 @@ def rows_of(workdir: Path) -> dict[int, tuple[str, ...]]:
 def arrays_of(workdir: Path) -> dict[str, bytes]:
     """Returns the bytes of every array of the newest checkpoint."""
     path = sorted((workdir / "checkpoints").glob("step_????????"))[-1]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
-        name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=here)
         for name, (shape, dtype) in manifest.read(path)["arrays"].items()
     }
     loaded = store.load_arrays(path, wanted)
