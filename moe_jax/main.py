@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
         code, reason = exit_codes.INTERNAL, f"{type(error).__name__}: {error}"
         traceback.print_exc()
     if cluster.PEERS.started:
-        cluster.end(code, reason)
+        cluster.PEERS.end(code, reason)
     return code
 
 
@@ -261,7 +261,7 @@ def train(cfg: config.Config, raw: dict[str, Any]) -> int:
     except NonFinite as e:
         shell.tell(f"stopped: {e}", sys.stderr)
         if cluster.PEERS.started:
-            cluster.end(exit_codes.NOT_FINITE, str(e))
+            cluster.PEERS.end(exit_codes.NOT_FINITE, str(e))
         return exit_codes.NOT_FINITE
     signals.LISTENER.saved = True
     cluster.PEERS.finish()

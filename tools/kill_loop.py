@@ -126,7 +126,7 @@ def main() -> int:
         assert codes == [0] * flags.processes, (codes, workdir.with_suffix(".log").read_text())
         length = time.monotonic() - since
 
-    kills, runs, redone, most_redone = 0, 1, 0, 0
+    kills, runs, most_redone = 0, 1, 0
     while kills < flags.kills:
         before = max(rows_of(killed), default=0)
         processes = start(killed, flags.processes)
@@ -147,7 +147,7 @@ def main() -> int:
         reached = max(rows_of(killed), default=0)
         saved = [int(p.parent.name[5:13]) for p in (killed / "checkpoints").glob("*/moe_jax.json")]
         again = max(reached, before) - max(saved, default=0)
-        redone, most_redone = redone + again, max(most_redone, again)
+        most_redone = max(most_redone, again)
         print(f"kill {kills}: at step {reached}, {again} steps to be made again", flush=True)
     codes = finish(start(killed, flags.processes))
     assert codes == [0] * flags.processes, (codes, killed.with_suffix(".log").read_text())

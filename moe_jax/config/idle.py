@@ -63,6 +63,8 @@ def _of_training(cfg: Config, asked: Asked) -> Iterator[str]:
             f"no step is both evaluated (eval.every = {cfg.eval.every}) and saved "
             f"(checkpoint.every = {cfg.checkpoint.every})"
         )
+    if asked("log.project") and not cfg.log.trackers:
+        yield f'log.project = "{cfg.log.project}" does nothing: log.trackers names none'
     if asked("optim.decay_mask") and not cfg.optim.options.weight_decay:
         yield (
             f'optim.decay_mask = "{cfg.optim.decay_mask}" does nothing: '

@@ -39,14 +39,17 @@ class CompileCache:
     """
 
     def __init__(self, where: str):
-        self.hits = 0
+        self._hits_before = _hits[0]
         self.note = ""  # why there is none, to be told
         self._directory: Path | None = None
-        # Whoever starts this process may have one of his own.
-        if not where or getattr(jax.config, DIRECTORY):
+        if not where:
             return
         root = default_directory() if where == AUTO else Path(where)
         directory = root / hardware()
+        if in_use():
+            # That of an earlier run of this process; or whoever started it has one of his own.
+            self._directory = directory if in_use() == str(directory) else None
+            return
         try:
             make_private(root, directory)
             clean(directory)
@@ -60,10 +63,12 @@ class CompileCache:
             ("jax_persistent_cache_min_entry_size_bytes", -1),
         ):
             jax.config.update(name, value)
-        jax.monitoring.register_event_listener(self._listen)
+        jax.monitoring.register_event_listener(_listen)
 
-    def _listen(self, event: str, **_: object) -> None:
-        self.hits += event == HIT
+    @property
+    def hits(self) -> int:
+        """Programs of this run so far that were found in the cache."""
+        return _hits[0] - self._hits_before
 
     def keep(self) -> None:
         """Notes the digests of the entries: from here on the next start trusts them.
@@ -77,6 +82,18 @@ class CompileCache:
             write_digests(self._directory)
         except OSError:
             pass  # without its digest an entry is deleted by the next start
+
+
+_hits = [0]  # of this process
+
+
+def _listen(event: str, **_: object) -> None:
+    _hits[0] += event == HIT
+
+
+def in_use() -> str:
+    """Returns the directory that jax has been given; "" for none."""
+    return getattr(jax.config, DIRECTORY) or ""
 
 
 def default_directory() -> Path:

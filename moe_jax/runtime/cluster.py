@@ -165,7 +165,7 @@ class Peers:
         with self._lock:
             self._over = True
         if self.started:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.set(_beat_of(jax.process_index()), DONE)
 
     def end(self, code: int, reason: str) -> None:
@@ -178,7 +178,7 @@ class Peers:
             tells, self._over = self.started and not self._over, True
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
-            with contextlib.suppress(Exception):  # the coordinator may be what has failed
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may have failed
                 self._client.key_value_set(
                     f"{END}first", json.dumps(message), allow_overwrite=False
                 )
@@ -186,7 +186,7 @@ class Peers:
             if jax.process_index() == 0:
                 time.sleep(READ_BY_OTHERS)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(OSError, ValueError):  # it is full, gone or closed
                 stream.flush()
         os._exit(code)
 
@@ -218,7 +218,7 @@ class Peers:
                 self.set(_beat_of(me), str(count))
                 ended = self._client.key_value_dir_get(END)
                 beats = self._client.key_value_dir_get(BEATS) if me == 0 else []
-            except Exception:
+            except jax.errors.JaxRuntimeError:
                 # The coordinator does not answer. JAX's own thread or `_watch_answers` says so.
                 time.sleep(self._interval())
                 continue
@@ -274,11 +274,6 @@ def _beat_of(process: int) -> str:
 
 
 PEERS = Peers()
-
-
-def end(code: int, reason: str) -> None:
-    """Ends this process at once, and with it the others of the run, which say the reason."""
-    PEERS.end(code, reason)
 
 
 def wait_for_reason() -> None:

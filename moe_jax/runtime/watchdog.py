@@ -6,7 +6,6 @@ The main thread gives a sign of life at every step. A thread looks at the time o
 
 import contextlib
 import faulthandler
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -108,8 +107,7 @@ class Watchdog:
             reason += f"; what every thread was in is in {self._stacks}"
         process = signals.LISTENER.process
         signals.say(f"{process}{reason}")
-        cluster.end(code, reason)
-        os._exit(code)
+        cluster.PEERS.end(code, reason)
 
 
 WATCHDOG = Watchdog()

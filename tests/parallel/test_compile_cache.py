@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from moe_jax.parallel import compile_cache
 
 SCRIPT = """
@@ -56,7 +54,6 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert compiled(where) == (value, len(entries(where)), "")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_a_directory_that_others_may_write_to_is_not_used(tmp_path):
     where = tmp_path / "cache"
     where.mkdir()
@@ -79,5 +76,19 @@ def test_the_oldest_entries_are_deleted_beyond_a_size(tmp_path, monkeypatch):
     assert [path.name for path in sorted(tmp_path.glob("*-cache"))] == ["2-cache", "3-cache"]
 
 
-def test_it_can_be_switched_off(tmp_path):
-    assert compiled("")[1:] == (0, "")
+def test_it_can_be_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled("")[1:] == (0, "") and not list(tmp_path.iterdir())
+    assert compiled("auto")[1:] == (0, "") and entries(tmp_path / "moe_jax/compiled")
+
+
+def test_a_second_run_of_a_process_goes_on_with_it(tmp_path, monkeypatch):
+    own = tmp_path / compile_cache.hardware()
+    own.mkdir(mode=0o700)
+    (own / "0-cache").write_bytes(b"a program")
+    monkeypatch.setattr(compile_cache, "SETTLED", 0.0)
+    for directory, keeps in ((str(own), True), ("/somewhere/else", False)):
+        monkeypatch.setattr(compile_cache, "in_use", lambda directory=directory: directory)
+        (own / compile_cache.DIGESTS).unlink(missing_ok=True)
+        compile_cache.CompileCache(str(tmp_path)).keep()
+        assert (own / compile_cache.DIGESTS).exists() == keeps

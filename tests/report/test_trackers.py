@@ -26,7 +26,6 @@ def write(workdir, name, monkeypatch, said=None):
 
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_holds_the_rows_and_goes_on_after_a_restart(tmp_path, monkeypatch):
-    pytest.importorskip("mlflow")
     said = []
     write(tmp_path, "mlflow", monkeypatch, said)
     opened = write(tmp_path, "mlflow", monkeypatch, said)
@@ -47,7 +46,6 @@ def test_mlflow_holds_the_rows_and_goes_on_after_a_restart(tmp_path, monkeypatch
 
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_writes_offline_and_keeps_its_identity(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     said = []
     write(tmp_path, "wandb", monkeypatch, said)
     first = json.loads((tmp_path / trackers.FILE).read_text())["wandb"]
