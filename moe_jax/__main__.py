@@ -14,7 +14,7 @@ COMMANDS = {
     "config": "print every key of a config, with its comment, and mark what was changed",
     "data": "make the files of a task's data set from what its publisher distributes",
     "prepare": "make a token dataset from text, once",
-    "bench": "time the steps of several configs against each other",
+    "bench": "time training, decoding and the start, beside transformers if you like",
     "generate": "continue a prompt with a trained model",
     "verify": "prove that a config computes the same on every mesh",
     "leak": "measure whether later tokens or other sequences change earlier outputs",

@@ -7,10 +7,8 @@ non-finite loss, 77 every checkpoint is damaged, 78 the processes differ, 130 sa
 128 + N ended by signal N when there was nothing to save yet, or by a second signal.
 """
 
-import importlib.metadata
 import logging
 import os
-import platform
 import sys
 import time
 import traceback
@@ -160,18 +158,7 @@ def join(raw: Mapping[str, Any]) -> None:
         signals.LISTENER.note()
     said = {**flatten_dict(dict(raw), sep="."), "--workdir": FLAGS.workdir}
     cluster.compare("config", said, limits.join)
-    cluster.compare("code", made_by(), limits.join)
-
-
-def made_by() -> dict[str, str]:
-    """Returns what a program is made by: the source, Python, and the libraries that compile."""
-    source = version.source()
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return {
-        "moe_jax": f"{source.version} {source.commit}{' with changes' if source.dirty else ''}",
-        "python": platform.python_version(),
-        **packages,
-    }
+    cluster.compare("code", version.made_by(), limits.join)
 
 
 def read_config(tree: ConfigDict) -> dict[str, Any]:
@@ -240,7 +227,7 @@ def dry_run(cfg: config.Config) -> int:
 def preflight(cfg: config.Config) -> int:
     from moe_jax import preflight
 
-    report = preflight.run(cfg, Path(FLAGS.workdir), made_by())
+    report = preflight.run(cfg, Path(FLAGS.workdir), version.made_by())
     if jax.process_index() == 0:
         shell.console().print(preflight.render(report), highlight=False)
     cluster.PEERS.finish()

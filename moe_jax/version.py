@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import platform
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -57,3 +58,14 @@ def installed_commit() -> str:
     except importlib.metadata.PackageNotFoundError:
         return ""
     return json.loads(noted).get("vcs_info", {}).get("commit_id", "") if noted else ""
+
+
+def made_by() -> dict[str, str]:
+    """Returns what a program is made by: the source, Python, and the libraries that compile."""
+    code = source()
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return {
+        "moe_jax": f"{code.version} {code.commit}{' with changes' if code.dirty else ''}",
+        "python": platform.python_version(),
+        **packages,
+    }

@@ -1,123 +1,299 @@
-"""Times the training steps of several variants of a config against each other, interleaved.
+"""Times a config: training steps of its variants, decoding, the skew of the MoE layer, the start;
+beside the peak of this machine and, with --rivals, beside Hugging Face transformers.
 
-    python -m moe_jax bench --config bench --rounds 15 --variant e8: \
+    python -m moe_jax bench --config bench:e8 --rounds 15 --variant e8: \
         --variant "e64 capacity: --config.model.moe.num_experts=64 \
         --config.model.moe.dispatcher=capacity"
+    python -m moe_jax bench --config bench:e8 --what decode --rivals --out now.json
 
-Keys that are changed outside of a variant are changed in all.
+Keys that are changed outside of a variant are changed in all. Without --variant a config file that
+has variants of its own is timed with all of them.
 
-Every round runs one step of each variant in turn on the same random tokens, so that a machine that
-changes its speed changes it for all. Reported are medians, and the median over rounds of each
-step's time over that of the first variant.
+Every row has a process of its own. In every round each of them runs once, in turn, so that a
+machine that changes its speed changes it for all. Reported are medians; ratios are medians over
+rounds of the ratio within a round.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
-
 from moe_jax import config
-from moe_jax.config import command_line
+from moe_jax.bench import results, rivals, startup, workers
+from moe_jax.bench.contract import Job, Timing
+from moe_jax.config import command_line, config_file
 from moe_jax.errors import UserError
-from moe_jax.parallel import batch_rows, mesh
-from moe_jax.plan import flops
+from moe_jax.models.decodable import why_not_decoded
+from moe_jax.parallel.mesh import AXES
 from moe_jax.runtime import shell
-from moe_jax.tasks import TASKS
 from moe_jax.terminal import working
-from moe_jax.terminal.table import Table, names, numbers
-from moe_jax.train_step import initial, make_model, make_step, make_tx
+from moe_jax.terminal.working import Tell
+
+PARTS = ("train", "decode", "layer", "start")
+# Losses of the first step of both models may differ by so much: weights are drawn differently.
+LOSSES = 0.3
+# Of decoding: rows, tokens of a prompt, tokens drawn for each row.
+BATCHES = (1, 8, 32)
+PROMPT = 32
+NEW = 128
+OURS = "jax"
+THEIRS = "torch"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m moe_jax bench", description=(__doc__ or "").split("\n")[0]
+        "python -m moe_jax bench", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
         "--variant",
         action="append",
-        required=True,
-        help="'NAME: --config.KEY=VALUE --config.KEY=VALUE'; the first is the reference",
+        help="'NAME: --config.KEY=VALUE --config.KEY=VALUE'; the first is the reference (default: "
+        "the variants of the config file, else the config as it is)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=15, help="steps of each variant that are timed (default 15)"
+        "--what",
+        action="append",
+        choices=PARTS,
+        help="a part to run, may be given several times (default: train)",
     )
-    return command_line.parse(parser, argv)
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="times that each row is timed (default 15)"
+    )
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="time transformers in the same rounds (pip install 'moe_jax[hf]')",
+    )
+    parser.add_argument("--out", type=Path, help="write every time of every round here, as JSON")
+    parser.add_argument("--against", type=Path, help="compare with a file of --out")
+    args = command_line.parse(parser, argv)
+    args.what = args.what or ["train"]
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: at least 1")
+    return args
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    variants = {}
-    for text in args.variant:
-        name, changes = command_line.named(text, "--variant")
-        try:
-            variants[name] = command_line.read(args.config, [*args.changes, *changes])
-            # Built to be refused: all of them, before the first is compiled.
-            config.build(variants[name], len(jax.devices()))
-        except UserError as error:
-            raise UserError(f"--variant {name}: {error}" if changes else str(error)) from None
-    runs = {}
+    # Whatever can be wrong is said before the first process is started.
+    before = results.read(args.against) if args.against else None
+    if args.out and not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: {args.out.parent} is no directory")
+    variants = read_variants(args)
+    parts: dict[str, Any] = {"machine": results.machine()}
+    tables: list[Any] = []
     with working.shown("bench") as tell:
-        for name, raw in variants.items():
-            tell(f"compiling {name}")
-            runs[name] = prepare(raw)
-    # No spinner from here on: its thread would be timed too.
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds):
-        for name, (_, step) in runs.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    shell.console().print(table({name: cfg for name, (cfg, _) in runs.items()}, times))
-    return 0
+        if args.rivals:
+            refuse_without_rival(variants)
+        for name, run in PART.items():
+            if name in args.what:
+                tables += run(args, variants, parts, tell)
+    console = shell.console()
+    for table in tables:
+        console.print(table)
+    now = results.plain(parts)
+    if args.out:
+        args.out.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    if before:
+        console.print(results.against(now, before, args.against.name))
+    return 1 if unlike(parts) else 0
 
 
-def prepare(raw: Mapping[str, Any]) -> tuple[config.Config, Callable[[], None]]:
-    """Returns the frozen config of a variant, and a function that runs one step of it.
+def read_variants(args: argparse.Namespace) -> dict[str, tuple[Job, config.Config]]:
+    """Returns the training job and the config of each variant, by name.
 
-    Two steps have run, so nothing is left to compile.
+    Raises UserError for one that the rules refuse: all of them, before the first is compiled.
     """
-    cfg = config.build(raw, len(jax.devices()))
-    devices = mesh.make(cfg.mesh)
-    with jax.set_mesh(devices):
-        model = make_model(cfg.model)
-        state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
-        step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
-        batch_size = cfg.train.batch_size
-        rows = batch_rows.local_rows(batch_size)
-        local = jax.tree.map(lambda z: z[rows], TASKS[cfg.task].random(cfg, 0))
-        batch = batch_rows.put(local, rows, batch_size)
-
-    def step() -> None:
-        nonlocal state
-        with jax.set_mesh(devices):
-            state, metrics = step_fn(state, batch)
-            jax.block_until_ready(metrics)
-
-    step()
-    step()
-    return cfg, step
+    named = [command_line.named(text, "--variant") for text in args.variant or []]
+    described = [(name, str(args.config), tuple(changes)) for name, changes in named]
+    if not described:
+        own = config_file.variants(args.config)
+        described = [(name, f"{args.config}:{name}", ()) for name in own]
+    if not described:
+        described = [(args.config.stem, str(args.config), ())]
+    variants = {}
+    for name, file, changes in described:
+        try:
+            raw = command_line.read(Path(file), [*args.changes, *changes])
+            # Of the devices only a worker knows: this process leaves them alone.
+            cfg = config.build(raw, raw["simulate_devices"] or _fewest_devices(raw["mesh"]))
+        except UserError as error:
+            text = f"--variant {name}: {error}" if changes else str(error)
+            raise UserError(text) from None
+        variants[name] = Job(name, "train", file, (*args.changes, *changes)), cfg
+    return variants
 
 
-def table(configs: dict[str, config.Config], times: dict[str, list[float]]) -> Table:
-    columns = numbers("ms a step", "fastest", "tokens/s", "time / first", "active", "total")
-    result = Table([*names("variant"), *columns])
-    reference = next(iter(times.values()))
-    for name, seconds in times.items():
-        cfg, median = configs[name], statistics.median(seconds)
-        counts = flops.parameters(cfg.model)
-        tokens = cfg.train.batch_size * cfg.data.seq_len
-        # Round by round, so that a machine that slows down does not change it.
-        ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        result.add(
-            name,
-            f"{1000 * median:.0f}",
-            f"{1000 * min(seconds):.0f}",
-            f"{tokens / median:.0f}",
-            f"{ratio:.2f}",
-            f"{counts.active / 1e6:.2f} M",
-            f"{counts.total / 1e6:.2f} M",
+def _fewest_devices(lengths: Mapping[str, Any]) -> int:
+    """Returns how many devices a mesh needs where `-1` stands for one."""
+    return math.prod(abs(length) for name, length in lengths.items() if name in AXES)
+
+
+def refuse_without_rival(variants: Mapping[str, tuple[Job, config.Config]]) -> None:
+    """Raises UserError where no variant can be built in transformers, or it is not installed."""
+    try:
+        import torch
+        import transformers
+
+        del torch, transformers
+    except ImportError as error:
+        raise UserError(f"--rivals needs {error.name}: pip install 'moe_jax[hf]' torch") from None
+    reasons = {name: rivals.why_none(cfg) for name, (_, cfg) in variants.items()}
+    if all(reasons.values()):
+        name, reason = next(iter(reasons.items()))
+        raise UserError(f"--rivals: {name!r} has none, for {reason}")
+
+
+def products(args: argparse.Namespace) -> list[Job]:
+    """Returns the jobs that measure the peak in the rounds of a part."""
+    jobs = [Job(f"product {OURS}", "product")]
+    if args.rivals:
+        jobs.append(Job(f"product {THEIRS}", "rival_product"))
+    return jobs
+
+
+def train(
+    args: argparse.Namespace,
+    variants: Mapping[str, tuple[Job, config.Config]],
+    parts: dict[str, Any],
+    tell: Tell,
+) -> list[Any]:
+    """Times training steps; returns the tables."""
+    jobs = {name: job for name, (job, _) in variants.items()}
+    against = {}
+    if args.rivals:
+        against = rival_jobs("rival_train", variants, tell)
+    timings = workers.interleave(
+        [*products(args), *jobs.values(), *against.values()], args.rounds, tell
+    )
+    rows = [
+        results.Row(name, timings[job.name], _timing(timings, against.get(name)))
+        for name, job in jobs.items()
+    ]
+    parts["peak"] = _peaks(timings)
+    parts["training"] = rows
+    return [results.peaks(parts["peak"]), results.training(rows, parts["peak"][OURS])]
+
+
+def decode(
+    args: argparse.Namespace,
+    variants: Mapping[str, tuple[Job, config.Config]],
+    parts: dict[str, Any],
+    tell: Tell,
+) -> list[Any]:
+    """Times greedy decoding of each variant and number of rows; returns the table.
+
+    The numbers of rows are timed one after another, variants and rivals within one interleaved.
+    """
+    rows = []
+    for size in BATCHES:
+        options = {"batch": size, "prompt": PROMPT, "new": NEW}
+        jobs = {
+            name: job._replace(name=f"{name}, {size} rows", kind="decode", options=options)
+            for name, (job, cfg) in variants.items()
+            if not why_not_decoded(cfg.model)
+        }
+        against = {}
+        if args.rivals:
+            against = rival_jobs("rival_decode", variants, tell, options)
+        timings = workers.interleave([*jobs.values(), *against.values()], args.rounds, tell)
+        rows += [
+            results.Row(job.name, timings[job.name], _timing(timings, against.get(name)))
+            for name, job in jobs.items()
+        ]
+    parts["decoding"] = rows
+    title = f"Decoding, greedy, {PROMPT} tokens of prompt and {NEW} new ones, prefill included"
+    return [results.throughput(rows, "decoding", title)]
+
+
+def layer(
+    args: argparse.Namespace,
+    variants: Mapping[str, tuple[Job, config.Config]],
+    parts: dict[str, Any],
+    tell: Tell,
+) -> list[Any]:
+    """Times the MoE layer with a balanced and a collapsed router; returns the table."""
+    with_experts = [job for job, cfg in variants.values() if cfg.model.num_moe_layers]
+    if not with_experts:
+        raise UserError("--what layer: no variant has a mixture of experts")
+    jobs = [
+        job._replace(name=f"{job.name}, {name}", kind="layer", options={"collapsed": collapsed})
+        for job in with_experts
+        for name, collapsed in (("balanced", False), ("collapsed", True))
+    ]
+    parts["layer"] = workers.interleave(jobs, args.rounds, tell)
+    return [results.layers(parts["layer"], [job.name for job in with_experts])]
+
+
+def start(
+    args: argparse.Namespace,
+    variants: Mapping[str, tuple[Job, config.Config]],
+    parts: dict[str, Any],
+    tell: Tell,
+) -> list[Any]:
+    """Times the start of a process; returns the table."""
+    job, _ = list(variants.values())[-1]
+    parts["start"] = startup.measure(job, min(3, args.rounds), tell)
+    return [results.start(parts["start"])]
+
+
+PART = {"train": train, "decode": decode, "layer": layer, "start": start}
+
+
+def rival_jobs(
+    kind: str,
+    variants: Mapping[str, tuple[Job, config.Config]],
+    tell: Tell,
+    options: Mapping[str, Any] = {},
+) -> dict[str, Job]:
+    """Returns the rival of each variant that has one: the fastest of its ways to compute experts,
+    by a few runs of each.
+    """
+    chosen = {}
+    for name, (job, cfg) in variants.items():
+        if rivals.why_none(cfg):
+            continue
+        jobs = []
+        for way in rivals.implementations(cfg, kind):
+            told = {**options, "experts": way}
+            jobs.append(job._replace(name=f"{name} rival, {way}", kind=kind, options=told))
+        chosen[name] = workers.fastest(jobs, tell)
+    return chosen
+
+
+def unlike(parts: Mapping[str, Any]) -> bool:
+    """Says of which rows the first losses differ, and returns whether there are any: then the two
+    models are not alike, and neither are their times.
+    """
+    rows: Sequence[results.Row] = parts.get("training", [])
+    far = []
+    for row in rows:
+        if row.rival and not math.isclose(
+            row.timing.facts["loss"], row.rival.facts["loss"], abs_tol=LOSSES
+        ):
+            far.append(row.name)
+    for name in far:
+        shell.tell(
+            f"error: {name}: the losses of the first step differ by more than {LOSSES}: the "
+            "models are not alike",
+            sys.stderr,
         )
-    return result
+    return bool(far)
+
+
+def _timing(timings: Mapping[str, Timing], job: Job | None) -> Timing | None:
+    """Returns the timing of a job; None of none."""
+    return timings[job.name] if job else None
+
+
+def _peaks(timings: Mapping[str, Timing]) -> dict[str, Timing]:
+    """Returns the matrix products among some timings, by library."""
+    return {
+        library: timings[f"product {library}"]
+        for library in (OURS, THEIRS)
+        if f"product {library}" in timings
+    }

@@ -1,12 +1,13 @@
 """Reads config files, which are Python files with `get_config(arg)`: run only those you trust."""
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import json
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,8 @@ def load(path: Path) -> ConfigDict:
     path = resolve(path)
     name, colon, arg = str(path).partition(":")
     path = Path(name)
-    refuse_unreadable(path)
-    # Loaded from its path and left out of sys.modules, so that files of one name are told apart.
-    spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    with _told_in_a_line(path, arg if colon else None):
+        module = _module(path)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(
                 f"the config file has no attribute 'get_config': {path} needs a function of this "
@@ -93,6 +89,40 @@ def load(path: Path) -> ConfigDict:
             )
         _refuse_variant(path, module, arg if colon else None)
         config = module.get_config(arg) if colon else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"the config file {path}: get_config() returns a {type(config).__name__}, not the "
+            "ConfigDict of moe_jax.config.defaults()"
+        )
+    return config
+
+
+def variants(path: Path) -> tuple[str, ...]:
+    """Returns the variants that a config file has; none where `path` names one of them already."""
+    path = resolve(path)
+    name, colon, _ = str(path).partition(":")
+    if colon:
+        return ()
+    with _told_in_a_line(Path(name), None):
+        return tuple(getattr(_module(Path(name)), "VARIANTS", None) or ())
+
+
+def _module(path: Path) -> Any:
+    """Returns the module that a config file makes."""
+    refuse_unreadable(path)
+    # Loaded from its path and left out of sys.modules, so that files of one name are told apart.
+    spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _told_in_a_line(path: Path, arg: str | None) -> Iterator[None]:
+    """Turns whatever goes wrong in a config file, and with its variant, into a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except SystemExit as error:
@@ -110,17 +140,11 @@ def load(path: Path) -> ConfigDict:
         raise UserError(f"the config file {path} cannot be loaded: {error}{more}") from error
     # The file is a program: anything may go wrong in it.
     except Exception as error:
-        if isinstance(error, KeyError) and colon and error.args == (arg,):
+        if isinstance(error, KeyError) and arg is not None and error.args == (arg,):
             raise UserError(f"the config file {path} has no variant {arg!r}") from error
         if wrong_key := misspelt(error):
             raise UserError(f"the config file {path}: {wrong_key}") from error
         raise UserError(f"the config file {path}{_line(path, error)}: {plain(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"the config file {path}: get_config() returns a {type(config).__name__}, not the "
-            "ConfigDict of moe_jax.config.defaults()"
-        )
-    return config
 
 
 def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:

@@ -1,19 +1,28 @@
-"""The command `bench`: every variant runs, is timed beside the first, and is told with its
-parameters.
+"""The command `bench`: every variant runs in a process of its own, is timed beside the first, and
+is told with its parameters; rivals are models of the same shapes.
 """
 
+import contextlib
+import io
+import json
 import re
+import statistics
+from pathlib import Path
 
 import pytest
 
-from moe_jax import __main__
+from moe_jax import __main__, config
+from moe_jax.bench import results, rivals, workers
+from moe_jax.bench.contract import Job, Timing
 from moe_jax.commands import bench
+from moe_jax.config import command_line, config_file
 from moe_jax.errors import UserError
+from moe_jax.terminal.working import silent
 
 SMALL = [
     f"--config.{change}"
     for change in (
-        "mesh.data=8",
+        "model.vocab_size=64",
         "model.d_model=16",
         "model.num_heads=2",
         "model.num_kv_heads=2",
@@ -26,16 +35,127 @@ SMALL = [
 ]
 
 
-def test_variants_are_timed_in_turn(capsys):
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """(the output, the JSON) of one bench of everything that is quick, rivals too."""
+    return _bench(tmp_path_factory.mktemp("bench") / "now.json")
+
+
+def _bench(out: Path):
+    flags = ["--config", "bench:e8", "--rounds", "2", "--rivals", "--out", str(out), *SMALL]
     variants = ["--variant", "e8:", "--variant", "dense: --config.model.period='(\"dense\",)'"]
-    flags = ["--config", "base", "--rounds", "2", *SMALL]
-    assert __main__.main(["bench", *flags, *variants]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.match("(e8|dense) ", line)]
-    assert (
-        len(lines) == 2
-        and re.search(r" 1\.00 ", lines[0])
-        and all(line.endswith(" M") for line in lines)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert __main__.main(["bench", "--what", "train", *flags, *variants]) == 0
+    return said.getvalue(), json.loads(out.read_text())
+
+
+def test_variants_are_timed_beside_the_first_and_beside_their_rivals(timed):
+    said, parts = timed
+    rows = {row["name"]: row for row in parts["training"]}
+    assert list(rows) == ["e8", "dense"]
+    for row in rows.values():
+        ours, theirs = row["timing"], row["rival"]
+        assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
+        # The shapes are those of ours: parameters but for norms, and first losses of ln 64.
+        assert ours["facts"]["total"] == pytest.approx(theirs["facts"]["total"], rel=1e-3)
+        assert ours["facts"]["loss"] == pytest.approx(theirs["facts"]["loss"], abs=0.3)
+    ratio = statistics.median(
+        dense / e8
+        for dense, e8 in zip(
+            rows["dense"]["timing"]["seconds"], rows["e8"]["timing"]["seconds"], strict=True
+        )
     )
+    (line,) = (line for line in said.splitlines() if line.startswith("dense "))
+    assert f" {ratio:.2f} " in line
+    assert set(parts["peak"]) == {"jax", "torch"}
+    assert parts["machine"]["jax"] and parts["machine"]["cores"] >= 1
+
+
+def test_results_are_compared_with_earlier_ones(timed):
+    _, parts = timed
+    slower = json.loads(json.dumps(parts))
+    row = slower["training"][0]
+    row["timing"]["seconds"] = [2 * seconds for seconds in row["timing"]["seconds"]]
+    table = results.against(slower, parts, "before.json")
+    ratios = {row.cells[0]: row.cells[3] for row in table.rows}
+    assert ratios["training, e8"] == "2.00"
+    assert ratios["training, dense"] == ratios["matrix product, jax"] == "1.00"
+
+
+def test_decoding_layer_and_compilation_are_jobs(tmp_path):
+    changes = tuple(SMALL)
+    options = {"batch": 2, "prompt": 4, "new": 20}
+    jobs = [
+        Job("ours", "decode", "bench:e8", changes, options),
+        Job("theirs", "rival_decode", "bench:e8", changes, {**options, "experts": "eager"}),
+        Job("layer", "layer", "bench:e8", changes, {"collapsed": True}),
+        Job("compiled", "compilation", "bench", changes, {"cache": str(tmp_path)}),
+    ]
+    timings = workers.interleave(jobs, 1, silent)
+    assert timings["ours"].facts == timings["theirs"].facts == {"tokens": 40}
+    assert timings["layer"].facts["tokens"] == 64
+    assert timings["compiled"].facts["compile"] > 0
+    assert all(timing.memory > 1e7 for timing in timings.values())
+
+
+def test_a_ratio_is_taken_round_by_round():
+    """A machine that is three times slower in one round does not change it."""
+    slow = Timing({}, (1.0, 3.0, 1.0), 0)
+    fast = Timing({}, (0.5, 1.5, 0.5), 0)
+    assert results.ratio(slow, fast) == 2.0
+
+
+def test_the_variants_of_a_file_are_timed_where_none_is_named():
+    assert config_file.variants(Path("bench"))[:2] == ("dense", "e8")
+    assert config_file.variants(Path("bench:e8")) == ()
+    args = bench.parse(["--config", "bench", "--config.train.batch_size=2"])
+    variants = bench.read_variants(args)
+    assert list(variants) == list(config_file.variants(Path("bench")))
+    job, cfg = variants["e64_capacity"]
+    assert cfg.model.moe.num_experts == 64
+    assert cfg.train.batch_size == 2
+    assert job.config == "bench:e64_capacity"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("model.moe.router=switch", "Mixtral's router"),
+        ("model.moe.shared_experts=1", "no shared experts"),
+        ("model.activation=gelu", "SwiGLU"),
+        ('model.period=\'("dense", "moe")\'', "all alike"),
+        ("model.attention=sliding_window", "grouped-query"),
+        ("model.moe.num_experts=16", ""),
+    ],
+)
+def test_a_model_that_transformers_does_not_have_has_no_rival(change, reason):
+    raw = command_line.read(Path("bench:e8"), [f"--config.{change.replace(chr(39), '')}"])
+    found = rivals.why_none(config.build(raw, 1))
+    assert reason in found
+    assert bool(reason) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--out", "nowhere/x.json"], "--out nowhere/x.json: nowhere is no directory"),
+        (["--against", "nowhere.json"], "--against nowhere.json: no such file"),
+        (["--rivals", "--config.model.activation=gelu"], "--rivals: 'dense' has none, for Llama"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        bench.main(["--config", "bench", *flags])
+
+
+def test_a_job_that_cannot_be_prepared_says_why():
+    jobs = [Job("x", "train", "bench", ("--config.model.num_heads=7",))]
+    with pytest.raises(UserError, match="num_heads"):
+        workers.interleave(jobs, 1, silent)
+    with pytest.raises(UserError, match="'y' ended with code 1: KeyError: 'nothing'"):
+        workers.interleave([Job("y", "nothing")], 1, silent)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,13 @@ PLACEHOLDERS = {
 SHORT = {
     "moe_jax config": [],
     "moe_jax verify": ["--meshes", "1x1x2", "--steps", "1", "--processes", "1"],
-    "moe_jax bench": ["--rounds", "1"],
+    "moe_jax bench": [
+        "--rounds",
+        "1",
+        "--config.model.d_model=64",
+        "--config.model.vocab_size=256",
+        "--config.data.seq_len=32",
+    ],
     "moe_jax generate": ["--max_tokens", "4"],
     "moe_jax probe": ["--batches", "1", "--step", "3"],
     "moe_jax leak": [],

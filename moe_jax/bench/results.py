@@ -1,0 +1,207 @@
+"""What a bench has measured: as tables, as JSON, and against an earlier one."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax import version
+from moe_jax.bench.contract import Timing
+from moe_jax.errors import UserError
+from moe_jax.terminal.table import Table, names, numbers
+
+GIGA = 1e9
+
+
+class Row(NamedTuple):
+    """Holds one row of a part of the bench."""
+
+    name: str
+    timing: Timing
+    # That of the rival; None = it has none, or was not asked for.
+    rival: Timing | None = None
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.timing.seconds)
+
+
+def ratio(one: Timing, other: Timing) -> float:
+    """Returns the time of one over that of another, the median of their rounds.
+
+    Round by round, so that a machine that slows down does not change it.
+    """
+    return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
+
+
+def peak(timing: Timing) -> float:
+    """Returns the FLOP/s of a product of matrices, the median of its rounds."""
+    return timing.facts["flops"] / statistics.median(timing.seconds)
+
+
+def peaks(products: Mapping[str, Timing]) -> Table:
+    """Returns the speed of matrix products by each library, in the same rounds."""
+    table = Table(
+        [*names("matrix product"), *numbers("GFLOP/s", "fastest")], title="Peak (float32)"
+    )
+    for name, timing in products.items():
+        fastest = timing.facts["flops"] / min(timing.seconds)
+        table.add(name, f"{peak(timing) / GIGA:.0f}", f"{fastest / GIGA:.0f}")
+    return table
+
+
+def training(rows: Sequence[Row], product: Timing) -> Table:
+    """Returns the steps of each variant against the first, the peak, and the rival."""
+    columns = numbers(
+        "ms a step",
+        "fastest",
+        "tokens/s",
+        "time / first",
+        "% of peak",
+        "active",
+        "total",
+        "memory",
+    )
+    rivals = any(row.rival for row in rows)
+    if rivals:
+        columns += numbers("theirs tokens/s", "ours / theirs", "loss ours", "loss theirs")
+    table = Table([*names("training step"), *columns], title="Training")
+    for row in rows:
+        facts = row.timing.facts
+        share = facts["flops"] / row.seconds / peak(product)
+        cells = [
+            row.name,
+            f"{1000 * row.seconds:.0f}",
+            f"{1000 * min(row.timing.seconds):.0f}",
+            f"{facts['tokens'] / row.seconds:.0f}",
+            f"{ratio(row.timing, rows[0].timing):.2f}",
+            f"{100 * share:.0f}",
+            f"{facts['active'] / 1e6:.2f} M",
+            f"{facts['total'] / 1e6:.2f} M",
+            f"{row.timing.memory / GIGA:.2f} GB",
+        ]
+        if row.rival:
+            theirs = statistics.median(row.rival.seconds)
+            cells += [
+                f"{row.rival.facts['tokens'] / theirs:.0f}",
+                f"{ratio(row.rival, row.timing):.2f}",
+                f"{facts['loss']:.3f}",
+                f"{row.rival.facts['loss']:.3f}",
+            ]
+        table.add(*cells)
+    return table
+
+
+def throughput(rows: Sequence[Row], what: str, title: str) -> Table:
+    """Returns tokens per second of each row, and the rival's."""
+    columns = numbers("ms", "fastest", "tokens/s")
+    if any(row.rival for row in rows):
+        columns += numbers("theirs tokens/s", "ours / theirs")
+    table = Table([*names(what), *columns], title=title)
+    for row in rows:
+        tokens = row.timing.facts["tokens"]
+        cells = [
+            row.name,
+            f"{1000 * row.seconds:.0f}",
+            f"{1000 * min(row.timing.seconds):.0f}",
+            f"{tokens / row.seconds:.0f}",
+        ]
+        if row.rival:
+            theirs = statistics.median(row.rival.seconds)
+            cells += [f"{tokens / theirs:.0f}", f"{ratio(row.rival, row.timing):.2f}"]
+        table.add(*cells)
+    return table
+
+
+def layers(timings: Mapping[str, Timing], variants: Sequence[str]) -> Table:
+    """Returns the time of the layer where all tokens choose the same experts, over balanced."""
+    table = Table(
+        [*names("the MoE layer alone"), *numbers("balanced ms", "collapsed ms", "ratio")],
+        title="Every token on the same experts (forward and backward)",
+    )
+    for name in variants:
+        balanced, collapsed = timings[f"{name}, balanced"], timings[f"{name}, collapsed"]
+        medians = [statistics.median(timing.seconds) for timing in (balanced, collapsed)]
+        cells = [f"{1000 * median:.1f}" for median in medians]
+        table.add(name, *cells, f"{ratio(collapsed, balanced):.2f}")
+    return table
+
+
+def start(seconds: Mapping[str, float]) -> Table:
+    """Returns the seconds of each part of a start."""
+    table = Table([*names("start"), *numbers("seconds")], title="Start (fresh processes)")
+    for name, value in seconds.items():
+        table.add(name, f"{value:.2f}")
+    return table
+
+
+def machine() -> dict[str, Any]:
+    """Returns what is known of the machine and the versions."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = (models or [processor])[0]
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        **version.made_by(),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Returns results as JSON has them: every second of every round."""
+    if isinstance(value, Timing | Row):
+        return {name: plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns results that `as_json` wrote. Raises UserError for any other file."""
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--against {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--against {path} cannot be read: {error}") from None
+    if not isinstance(parts, dict) or "machine" not in parts:
+        raise UserError(f"--against {path}: no results of `python -m moe_jax bench --out FILE`")
+    return parts
+
+
+def against(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -> Table:
+    """Returns the medians of rows that both results have, now over before.
+
+    The peak is a row like others: a machine that was slower then shows there.
+    """
+    table = Table(
+        [*names("row"), *numbers("before", "now", "time, now / before")], title=f"Against {name}"
+    )
+    old = _medians(before)
+    for row, seconds in _medians(now).items():
+        if row in old:
+            cells = (f"{1000 * old[row]:.1f} ms", f"{1000 * seconds:.1f} ms")
+            table.add(row, *cells, f"{seconds / old[row]:.2f}")
+    return table
+
+
+def _medians(parts: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the median seconds of every row of results that are JSON."""
+    medians: dict[str, float] = {}
+    for name, timing in parts.get("peak", {}).items():
+        medians[f"matrix product, {name}"] = statistics.median(timing["seconds"])
+    for part in ("training", "decoding"):
+        for row in parts.get(part, []):
+            seconds = row["timing"]["seconds"]
+            medians[f"{part}, {row['name']}"] = statistics.median(seconds)
+    for name, timing in parts.get("layer", {}).items():
+        medians[f"layer, {name}"] = statistics.median(timing["seconds"])
+    medians |= {f"start, {name}": seconds for name, seconds in parts.get("start", {}).items()}
+    return medians
