@@ -15,6 +15,7 @@ from moe_jax.data import prepared, sources, writer
 from moe_jax.data.tokenizer import TOKENIZERS
 from moe_jax.errors import UserError
 from moe_jax.runtime import shell
+from moe_jax.terminal import working
 from moe_jax.terminal.table import Table, names, numbers
 
 
@@ -84,24 +85,14 @@ def main(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[writer.Track]:
-    """Counts what each pass over the sources has done, on standard error.
+    """Yields a function that counts, on standard error, what a pass over the sources has done."""
+    with working.shown("prepare") as tell:
 
-    Each pass has a line of its own, which stays.
-    """
-    from rich import progress
-    from rich.console import Console
+        def track(what: str, items: Iterable[Any]) -> Iterator[Any]:
+            for number, item in enumerate(items, 1):
+                tell(f"{what} {number:,}")
+                yield item
 
-    columns = (
-        progress.TextColumn("{task.description:22}"),
-        progress.BarColumn(bar_width=20),
-        progress.TextColumn("{task.completed:>12,.0f}"),
-        progress.TimeElapsedColumn(),
-    )
-
-    def track(what: str, items: Iterable[Any]) -> Iterable[Any]:
-        return bar.track(items, description=what)
-
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         yield track
 
 

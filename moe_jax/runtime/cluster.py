@@ -202,8 +202,14 @@ class Peers:
             return None
 
     def meet(self, name: str, timeout: float) -> None:
-        """Waits for all processes to be here."""
-        self._client.wait_at_barrier(f"{ROOT}/{name}", int(timeout * 1000))
+        """Waits for all processes to be here. Raises UserError when one is not in time."""
+        try:
+            self._client.wait_at_barrier(f"{ROOT}/{name}", int(timeout * 1000))
+        except jax.errors.JaxRuntimeError:
+            raise UserError(
+                f"not every process came to compare its {name} within {timeout:.0f} s: look at "
+                "their logs"
+            ) from None
 
     def _interval(self) -> float:
         return min(READ_BY_OTHERS / 3, self._heartbeat / 5)

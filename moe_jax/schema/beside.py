@@ -89,7 +89,7 @@ class LimitsConfig:
         NOT_NEGATIVE,
     )
     grace: float = option(
-        120.0,
+        90.0,
         "seconds after SIGTERM or Ctrl-C after which a process that hangs ends unsaved; 0 = never",
         NOT_NEGATIVE,
     )
