@@ -77,6 +77,7 @@ SHORT = {
     "moe_jax leak": [],
     "moe_jax convert": [],
     "moe_jax prepare": [],
+    "moe_jax fsck": [],
 }
 DEVICES = 4  # of the rows of README that name a mesh and no devices
 
