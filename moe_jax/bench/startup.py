@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.bench.contract import Job
-from moe_jax.bench.workers import Worker
+from moe_jax.bench.workers import Worker, environment
 from moe_jax.errors import UserError
 from moe_jax.terminal.working import Tell
 
@@ -53,7 +53,9 @@ def measure(job: Job, repeats: int, tell: Tell) -> dict[str, float]:
 
 def _imports() -> tuple[float, float]:
     """Returns the seconds that importing jax takes, and the program of training after it."""
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS], env=environment(), capture_output=True, text=True
+    )
     if done.returncode:
         raise UserError(f"bench: moe_jax.main cannot be imported: {done.stderr.strip()[-300:]}")
     jax, ours = done.stdout.split()
@@ -76,7 +78,7 @@ def _first_step(folder: Path, name: str) -> float:
     said = folder / f"{name}.txt"
     start = time.perf_counter()
     with said.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         try:
             while not _has_step(workdir / "metrics.jsonl"):
                 if process.poll() is not None or time.perf_counter() - start > PATIENCE:

@@ -6,17 +6,26 @@ because of another one. While one runs all others wait for their turn.
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import moe_jax
 from moe_jax.bench.contract import Job, Timing
 from moe_jax.errors import UserError
 from moe_jax.terminal.working import Tell
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a process that imports the package that runs here."""
+    paths = [str(Path(moe_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Worker:
@@ -31,6 +40,7 @@ class Worker:
         self._said = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_jax.bench.worker"],
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pytest
 import sample_data
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import routers, run, sparse_training_rules, sparsity_vs_quality
 from moe_jax import __main__, config, main
@@ -86,7 +87,11 @@ def resolved(command):
     """The flags of a command with what its placeholders stand for; of `probe`, as many steps of
     training as a test has time for.
     """
-    words = [PLACEHOLDERS.get(word, word) for word in command.flags]
+    placeholders = PLACEHOLDERS
+    if command.module == "moe_jax fsck":
+        # A run that is there already.
+        placeholders = {**PLACEHOLDERS, "runs/x": "runs/books"}
+    words = [placeholders.get(word, word) for word in command.flags]
     words = [word for word in words if word is not None]
     if command.module == "moe_jax probe" and "--steps" in words:
         words[words.index("--steps") + 1] = "1"
@@ -341,6 +346,7 @@ def typed(command, here, capsys, *more):
         )
     # A command has its own process, and sets there where it keeps compiled programs.
     jax.config.update("jax_compilation_cache_dir", here.cache)
+    compilation_cache.reset_cache()
     return code, *capsys.readouterr()
 
 
