@@ -3,10 +3,9 @@
 Shapes: B rows, S sequence, D model, V vocabulary.
 """
 
-import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.models.layers import gather, rms_norm
+from moe_jax.models.layers import gather, rms_norm, widen
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
@@ -55,7 +54,7 @@ def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
     x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
     wide = wide_dtype(x_BSD.dtype)
     if cfg.tie_embeddings:
-        table_VD = gather(ends["embed"], ("vocab", "embed"), cfg.dtype)
-        return jnp.einsum("BSD,VD->BSV", x_BSD, table_VD, preferred_element_type=wide)
-    head_DV = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
-    return jnp.einsum("BSD,DV->BSV", x_BSD, head_DV, preferred_element_type=wide)
+        head_DV = gather(ends["embed"], ("vocab", "embed"), cfg.dtype).T
+    else:
+        head_DV = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
+    return widen(x_BSD, head_DV, wide)

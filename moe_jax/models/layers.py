@@ -5,6 +5,10 @@ Shapes: B rows, S sequence, D model, F hidden, P = 2 (gate, up) for SwiGLU or 1 
 width.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,6 +56,7 @@ def rope(position_BS: Array, head_dim: int, theta: float, dtype: str) -> tuple[A
     return jnp.cos(angle_BS1A), jnp.sin(angle_BS1A)
 
 
+@jax.custom_vjp
 def rotate(x_BSHA: Array, cos: Array, sin: Array) -> Array:
     """Returns queries or keys turned by the angles of their positions."""
     half = x_BSHA.shape[-1] // 2
@@ -60,6 +65,20 @@ def rotate(x_BSHA: Array, cos: Array, sin: Array) -> Array:
     turned = jnp.concatenate([-second, first], axis=-1)
     rotated = x_BSHA * cos + turned * sin
     return rotated.astype(x_BSHA.dtype)
+
+
+def _rotate_forward(x_BSHA: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rotate(x_BSHA, cos, sin), (cos, sin)
+
+
+def _rotate_backward(angles: tuple[Array, Array], dy_BSHA: Array) -> tuple[Array, None, None]:
+    # Turned back. Left to autodiff, each half is padded to a whole and both are added.
+    cos, sin = angles
+    # Positions have no gradient.
+    return rotate(dy_BSHA, cos, -sin), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def dropout(x_BSD: Array, rate: float, rng: Array, row_B: Array) -> Array:
@@ -79,14 +98,51 @@ def dropout(x_BSD: Array, rate: float, rng: Array, row_B: Array) -> Array:
     return jnp.where(jax.vmap(draw)(row_B), x_BSD / kept, 0)
 
 
-def activate(h: Array, activation: str) -> Array:
-    """[..., P, F] -> [..., F]: silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh
-    approximation), as the experts do.
+def activate(parts: Sequence[Array], activation: str) -> Array:
+    """Returns silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh approximation),
+    of one or two arrays [..., F], as the experts do.
     """
     if activation == "swiglu":
-        gate, up = h[..., 0, :], h[..., 1, :]
+        gate, up = parts
         return jax.nn.silu(gate) * up
-    return jax.nn.gelu(h[..., 0, :])
+    (hidden,) = parts
+    return jax.nn.gelu(hidden)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def widen(x_BSD: Array, w_DF: Array, dtype: DTypeLike) -> Array:
+    """Returns x @ w [B, S, F], added up in `dtype`, where F is larger than D.
+
+    The gradient of w is x^T @ dy. Autodiff takes dy^T @ x and transposes it, for which a CPU first
+    transposes dy in memory, the widest array of all.
+    """
+    return _contract(x_BSD, w_DF, ((2,), (0,)), dtype, None)
+
+
+def _widen_forward(
+    x_BSD: Array, w_DF: Array, dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array]]:
+    return widen(x_BSD, w_DF, dtype), (x_BSD, w_DF)
+
+
+def _widen_backward(
+    dtype: DTypeLike, residuals: tuple[Array, Array], dy_BSF: Array
+) -> tuple[Array, Array]:
+    x_BSD, w_DF = residuals
+    # Where F is split over `model`, or rows over devices, each has a part of a sum.
+    dx_BSD = _contract(dy_BSF, w_DF, ((2,), (1,)), dtype, jax.typeof(x_BSD).sharding)
+    dw_DF = _contract(x_BSD, dy_BSF, ((0, 1), (0, 1)), dtype, jax.typeof(w_DF).sharding)
+    return dx_BSD.astype(x_BSD.dtype), dw_DF.astype(w_DF.dtype)
+
+
+widen.defvjp(_widen_forward, _widen_backward)
+
+
+def _contract(a: Array, b: Array, dims: Any, dtype: DTypeLike, sharding: Any) -> Array:
+    """Returns the product of a and b over dimensions `dims` of each."""
+    return jax.lax.dot_general(
+        a, b, (dims, ((), ())), preferred_element_type=dtype, out_sharding=sharding
+    )
 
 
 class FeedForward(nnx.Module):
@@ -113,9 +169,11 @@ class FeedForward(nnx.Module):
         self.weights = Weights(key, declared, param_dtype)
 
     def __call__(self, x_BSD: Array) -> Array:
-        w_in = gather(self.weights["w_in"], ("embed", None, "hidden"), x_BSD.dtype)
+        w_in_DPF = gather(self.weights["w_in"], ("embed", None, "hidden"), x_BSD.dtype)
         w_out = gather(self.weights["w_out"], ("hidden", "embed"), x_BSD.dtype)
-        h_BSPF = jnp.einsum("BSD,DPF->BSPF", x_BSD, w_in)
-        h_BSF = activate(h_BSPF, self.activation)
+        # A product for each part: the gradient of one array of both would be put together from
+        # arrays of its size.
+        parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
+        h_BSF = activate(parts, self.activation)
         # F is split over `model`: the sum over it is a reduction, told of by its output.
         return jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))

@@ -119,14 +119,19 @@ def test_a_save_commits_itself(tmp_path):
     checkpoints.close()
 
 
-def test_restores_bit_for_bit_on_other_meshes(tmp_path):
-    with jax.set_mesh(make_mesh(8, 1)):
+# (data, model) of 1, 2, 4 and 8 devices.
+SPLITS = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8))
+
+
+@pytest.mark.parametrize("saved_on", [(1, 1), (1, 2), (2, 2), (8, 1)])
+def test_restores_bit_for_bit_on_other_meshes(tmp_path, saved_on):
+    with jax.set_mesh(make_mesh(*saved_on)):
         first = state(1)
         want = jax.device_get(first)
         with_saved = open_dir(tmp_path)
         save(with_saved, 1, first)
         with_saved.close()
-    for data, model in ((2, 4), (1, 1)):
+    for data, model in SPLITS:
         with jax.set_mesh(make_mesh(data, model)):
             got = open_dir(tmp_path).restore(1, state(2), stacked=True)
             assert_equal(got, want)

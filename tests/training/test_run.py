@@ -78,6 +78,8 @@ def forget(workdir, key):
 def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, straight, capsys, dispatcher):
     choice = {"model.moe.dispatcher": dispatcher}
     if dispatcher != "dropless":
+        # The window of the last losses is a part of the state, too.
+        choice["train.spike_sigma"] = 6.0
         straight = tmp_path / "straight"
         run(straight, choice)
     run(tmp_path / "halves", choice | {"train.stop_at": 5})
@@ -93,6 +95,7 @@ def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, straight, caps
         and "params/ends/embed" in want
         and any(name.startswith("ema/") for name in want)
     )
+    assert ("spikes/value_2W" in want) == (dispatcher != "dropless")
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     assert losses(tmp_path / "halves") == losses(straight)
@@ -294,29 +297,29 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     )
 
 
+# configs/debug.py, a little smaller.
+FLAGS = (
+    "--config=configs/debug.py",
+    "--config.model.repeats=1",
+    "--config.model.prefix=()",
+    "--config.train.steps=4",
+    "--config.eval.every=0",
+    "--config.eval.sample_tokens=0",
+    "--config.log.tensorboard=False",
+)
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """A folder with the run of one process of eight devices and of two of four (launch/local.sh):
-    configs/debug.py, a little smaller.
+    """A folder with the run of one process of eight devices and of two of four
+    (launch/local.sh).
     """
     folder = tmp_path_factory.mktemp("processes")
-    flags = [
-        "--config=configs/debug.py",
-        "--config.model.repeats=1",
-        "--config.model.prefix=()",
-        "--config.train.steps=4",
-    ]
-    flags += [
-        "--config.eval.every=0",
-        "--config.eval.sample_tokens=0",
-        "--config.log.tensorboard=False",
-    ]
-    flags += ["--config.profile=2:3"]
     for name, start in (
         ("one", [sys.executable, "-m", "moe_jax.main"]),
         ("two", ["launch/local.sh", "2", "4"]),
     ):
-        line = [*start, *flags, f"--workdir={folder}/{name}"]
+        line = [*start, *FLAGS, "--config.profile=2:3", f"--workdir={folder}/{name}"]
         done = subprocess.run(line, cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
     return folder
@@ -335,6 +338,20 @@ def test_two_processes_do_what_one_does(processes):
         len(list((processes / "two/profile").glob("process_[01]/plugins/profile/*/phases.json")))
         == 2
     )
+
+
+def test_a_run_moves_to_two_processes_and_back(processes):
+    """The data go on where they were, whoever reads them."""
+    one, two = [sys.executable, "-m", "moe_jax.main"], ["launch/local.sh", "2", "4"]
+    for start, stop_at in ((one, 1), (two, 3), (one, 0)):
+        words = [*start, *FLAGS, f"--workdir={processes}/moved", f"--config.train.stop_at={stop_at}"]
+        done = subprocess.run(
+            words, cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stderr
+    want, got = (losses(processes / name) for name in ("one", "moved"))
+    assert want.keys() == got.keys()
+    assert max(abs(want[step] - got[step]) for step in want) < 2e-6
 
 
 def test_a_run_of_two_processes_can_be_generated_from(processes, capsys):

@@ -115,6 +115,18 @@ def serve_rows(
     return _for_experts(expert, jnp.zeros_like(x_RD), size_e)
 
 
+def _zeros_like(array: Array, layout: Layout, shape: Any = None, dtype: Any = None) -> Array:
+    """Returns zeros that belong to this call alone, to be written into by a loop.
+
+    XLA makes one constant of all zeros of a program and copies it for every loop that writes into
+    it. These it cannot know to be zeros, so it writes them where they are needed, once.
+    """
+    # No size is negative.
+    zero = jnp.minimum(layout.size_e[0], 0)
+    zeros = jnp.zeros_like(array, shape=shape, dtype=dtype)
+    return zeros + zero.astype(zeros.dtype)
+
+
 def _rows(array_RX: Array, offset: Array, B: int) -> Array:
     """Returns rows [offset, offset + B)."""
     return lax.dynamic_slice_in_dim(array_RX, offset, B)
@@ -161,8 +173,8 @@ def forward(
 
         return _for_blocks(step, carry, start, size, num_rows, block)
 
-    pre_RH = jnp.zeros_like(x_RD, shape=(num_rows, w_in_eDH.shape[2]))
-    return _for_experts(expert, (jnp.zeros_like(x_RD), pre_RH), layout.size_e)
+    pre_RH = _zeros_like(x_RD, layout, shape=(num_rows, w_in_eDH.shape[2]))
+    return _for_experts(expert, (_zeros_like(x_RD, layout), pre_RH), layout.size_e)
 
 
 def backward(
@@ -225,10 +237,13 @@ def backward(
         return Rows(dx_RD, dgate_R, dw_in_eDH, dw_out_eFD), dw_in_DH, dw_out_FD
 
     def zero_of_one(w_e: Array) -> Array:
-        return jnp.zeros_like(w_e, shape=w_e.shape[1:], dtype=wide)
+        return _zeros_like(w_e, layout, shape=w_e.shape[1:], dtype=wide)
+
+    def zeros_of_all(array: Array) -> Array:
+        return _zeros_like(array, layout)
 
     # The sums of one expert's weights are in the carry, one buffer for all experts.
-    zeros = jax.tree.map(jnp.zeros_like, rows)
+    zeros = jax.tree.map(zeros_of_all, rows)
     carry = (zeros, zero_of_one(w_in_eDH), zero_of_one(w_out_eFD))
     # An expert without rows is not visited: its cotangents stay zero.
     cotangents, _, _ = _for_experts(expert, carry, layout.size_e)

@@ -22,6 +22,7 @@ from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract
 from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
+from moe_jax.tasks.cross_entropy import negative_log_likelihood
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +46,6 @@ def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> B
         row_B=batch.row_B,
         request=request._replace(record=record or ()),
     )
-
-
-def negative_log_likelihood(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
-    """Returns -log p(target) in nats, [B, S].
-
-    Written so that a vocabulary split over `model` is reduced, never gathered.
-    """
-    sharding = jax.typeof(logits_BSV).sharding
-    id_BSV = jax.lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2, out_sharding=sharding)
-    is_target_BSV = id_BSV == target_BS[:, :, None]
-    target_logit_BS = jnp.where(is_target_BSV, logits_BSV, 0).sum(-1)
-    return jax.nn.logsumexp(logits_BSV, -1) - target_logit_BS
 
 
 def losses(model: Callable, batch: PackedText, rng: jax.Array, train: bool) -> Losses:

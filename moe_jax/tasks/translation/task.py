@@ -27,7 +27,7 @@ from moe_jax.schema.config import Config
 from moe_jax.schema.options import NUMBER, option, typed_options
 from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
-from moe_jax.tasks.lm import task as lm
+from moe_jax.tasks.cross_entropy import negative_log_likelihood
 from moe_jax.tasks.translation.data import open_translation
 from moe_jax.tasks.translation.rivals import scores
 
@@ -88,7 +88,7 @@ def weight(batch: SourceTarget | PrefixTarget) -> jax.Array:
 def losses(model: Callable, batch: Any, rng: jax.Array, train: bool) -> Losses:
     """Returns the losses of the target's tokens."""
     logits_BSV, sums = model(model_batch(batch), rng, train)
-    nll_BS = lm.negative_log_likelihood(logits_BSV, batch.targets_BS)
+    nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
     return Losses(nll_BS, weight(batch).astype(nll_BS.dtype), logits_BSV, sums)
 
 

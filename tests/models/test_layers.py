@@ -1,0 +1,59 @@
+"""Gradients that are written out against those of autodiff, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import pytest
+
+from moe_jax.models.layers import rope, rotate, widen
+from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.precision import wide_dtype
+
+B, S, D, F = 4, 6, 8, 16
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_widen_is_a_product(float64, shape, dtype):
+    random = np.random.default_rng(0)
+    values = [random.normal(size=size) for size in ((B, S, D), (D, F), (B, S, F))]
+
+    wide = wide_dtype(dtype)
+    mesh = meshes.make(*shape)
+
+    def own(x, w, weight):
+        return (widen(x, w, wide) * weight).sum()
+
+    with jax.set_mesh(mesh):
+        specs = (P(BATCH), P(None, "model"), P(BATCH, None, "model"))
+        x, w, weight = (
+            jax.device_put(value, jax.NamedSharding(mesh, spec))
+            for value, spec in zip(values, specs, strict=True)
+        )
+        x, w, weight = x.astype(dtype), w.astype(dtype), weight.astype(wide)
+        got = jax.jit(jax.value_and_grad(own, (0, 1)))(x, w, weight)
+    (total, (dx, dw)) = jax.tree.map(np.asarray, got)
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    accuracy = 1e-12 if dtype == "float64" else 1e-2
+    np.testing.assert_allclose(total, (x @ w * values[2]).sum(), rtol=accuracy)
+    wanted = values[2] @ w.T, np.einsum("bsd,bsf->df", x, values[2])
+    for mine, plain in zip((dx, dw), wanted, strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=accuracy, atol=accuracy * abs(plain).max())
+
+
+def test_the_gradient_of_a_rotation_turns_back(float64):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(B, S, 2, D)))
+    dy = jnp.asarray(random.normal(size=x.shape))
+    position = jnp.asarray(random.integers(0, 50, (B, S)), jnp.int32)
+    cos, sin = rope(position, D, 10_000.0, "float64")
+
+    def plain(x):
+        first, second = jnp.split(x, 2, axis=-1)
+        return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+    y, pull = jax.vjp(plain, x)
+    mine, own_pull = jax.vjp(lambda x: rotate(x, cos, sin), x)
+    np.testing.assert_array_equal(mine, y)
+    np.testing.assert_allclose(own_pull(dy)[0], pull(dy)[0], rtol=1e-14)
