@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
+from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
 # A score, far below every real one and far from overflow.
@@ -215,20 +216,40 @@ def _by_platform(run: Any, *args: Any) -> Any:
     # The largest number of heads that fits and divides all.
     group = max(n for n in range(1, min(N, fitting) + 1) if N % n == 0)
 
-    def split(z):
-        return z.reshape(N // group, group, *z.shape[1:])
-
-    def join(z):
-        return z.reshape(N, *z.shape[2:])
+    def part(z, i):
+        return lax.dynamic_slice_in_dim(z, i * group, group)
 
     def in_groups(*args):
         if group == N:
             return run(num_blocks, *args)
-        groups = jax.tree.map(split, args)
-        results = lax.map(lambda one: run(num_blocks, *one), groups)
-        return jax.tree.map(join, results)
+
+        def step(i, results):
+            one = jax.tree.map(lambda z: part(z, i), args)
+            of_group = run(num_blocks, *one)
+            return jax.tree.map(
+                lambda z, new: lax.dynamic_update_slice_in_dim(z, new, i * group, 0),
+                results,
+                of_group,
+            )
+
+        return lax.fori_loop(0, N // group, step, _results(args, group, num_blocks, run))
 
     return by_platform(*args, cpu=in_groups, others=functools.partial(run, 1))
+
+
+def _results(args: Any, group: int, num_blocks: int, run: Any) -> Any:
+    """Returns arrays for the results of all heads, to be written into group by group."""
+    N = args[0].shape[0]
+    first = jax.tree.map(lambda z: z[:group], args)
+    of_group = jax.eval_shape(lambda one: run(num_blocks, *one), first)
+    # The queries forward, the gradient of the output backward.
+    near = args[0] if len(args) == 4 else args[-1]
+    leaves, structure = jax.tree.flatten(of_group)
+    zeros = [
+        own_zeros(near, (N, *leaf.shape[1:]), leaf.dtype, number)
+        for number, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, zeros)
 
 
 def _blocks(

@@ -103,10 +103,31 @@ def activate(parts: Sequence[Array], activation: str) -> Array:
     of one or two arrays [..., F], as the experts do.
     """
     if activation == "swiglu":
-        gate, up = parts
-        return jax.nn.silu(gate) * up
+        return _swiglu(*parts)
     (hidden,) = parts
     return jax.nn.gelu(hidden)
+
+
+@jax.custom_vjp
+def _swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
+    gate, up = residuals
+    # The sigmoid is computed again: to keep it takes longer. Written in another way than forward,
+    # for XLA would see that it is the same, and keep it.
+    small = jnp.exp(-jnp.abs(gate))
+    sigmoid = jnp.where(gate >= 0, 1, small) / (1 + small)
+    silu = gate * sigmoid
+    return dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

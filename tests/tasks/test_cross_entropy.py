@@ -32,7 +32,9 @@ def test_it_is_log_softmax_on_every_mesh(float64, shape):
 
     with jax.set_mesh(meshes.make(*shape)):
         arrays = (
-            jax.device_put(logits, jax.NamedSharding(jax.sharding.get_mesh(), P(BATCH, None, "model"))),
+            jax.device_put(
+                logits, jax.NamedSharding(jax.sharding.get_mesh(), P(BATCH, None, "model"))
+            ),
             *(
                 jax.device_put(z, jax.NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
                 for z in (target, weight)

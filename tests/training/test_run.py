@@ -344,7 +344,12 @@ def test_a_run_moves_to_two_processes_and_back(processes):
     """The data go on where they were, whoever reads them."""
     one, two = [sys.executable, "-m", "moe_jax.main"], ["launch/local.sh", "2", "4"]
     for start, stop_at in ((one, 1), (two, 3), (one, 0)):
-        words = [*start, *FLAGS, f"--workdir={processes}/moved", f"--config.train.stop_at={stop_at}"]
+        words = [
+            *start,
+            *FLAGS,
+            f"--workdir={processes}/moved",
+            f"--config.train.stop_at={stop_at}",
+        ]
         done = subprocess.run(
             words, cwd=ROOT, env=FAST, capture_output=True, text=True, timeout=400
         )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.moe.experts.network import Layout, Rows
+from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
 
@@ -115,18 +116,6 @@ def serve_rows(
     return _for_experts(expert, jnp.zeros_like(x_RD), size_e)
 
 
-def _zeros_like(array: Array, layout: Layout, shape: Any = None, dtype: Any = None) -> Array:
-    """Returns zeros that belong to this call alone, to be written into by a loop.
-
-    XLA makes one constant of all zeros of a program and copies it for every loop that writes into
-    it. These it cannot know to be zeros, so it writes them where they are needed, once.
-    """
-    # No size is negative.
-    zero = jnp.minimum(layout.size_e[0], 0)
-    zeros = jnp.zeros_like(array, shape=shape, dtype=dtype)
-    return zeros + zero.astype(zeros.dtype)
-
-
 def _rows(array_RX: Array, offset: Array, B: int) -> Array:
     """Returns rows [offset, offset + B)."""
     return lax.dynamic_slice_in_dim(array_RX, offset, B)
@@ -173,8 +162,9 @@ def forward(
 
         return _for_blocks(step, carry, start, size, num_rows, block)
 
-    pre_RH = _zeros_like(x_RD, layout, shape=(num_rows, w_in_eDH.shape[2]))
-    return _for_experts(expert, (_zeros_like(x_RD, layout), pre_RH), layout.size_e)
+    y_RD = own_zeros(x_RD, x_RD.shape, dtype)
+    pre_RH = own_zeros(x_RD, (num_rows, w_in_eDH.shape[2]), dtype)
+    return _for_experts(expert, (y_RD, pre_RH), layout.size_e)
 
 
 def backward(
@@ -237,10 +227,10 @@ def backward(
         return Rows(dx_RD, dgate_R, dw_in_eDH, dw_out_eFD), dw_in_DH, dw_out_FD
 
     def zero_of_one(w_e: Array) -> Array:
-        return _zeros_like(w_e, layout, shape=w_e.shape[1:], dtype=wide)
+        return own_zeros(dy_RD, w_e.shape[1:], wide)
 
     def zeros_of_all(array: Array) -> Array:
-        return _zeros_like(array, layout)
+        return own_zeros(dy_RD, array.shape, array.dtype)
 
     # The sums of one expert's weights are in the carry, one buffer for all experts.
     zeros = jax.tree.map(zeros_of_all, rows)
