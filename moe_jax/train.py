@@ -132,7 +132,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
     step_fn = jax.jit(make_step(cfg, model, tx), donate_argnums=0)
-    difference_norm = jax.jit(optim.difference_norm)
+    norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     saves = checkpoint.Checkpoints(
         workdir / "checkpoints",
@@ -198,7 +198,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 state, values = step_fn(state, batch)
 
             if logs:
-                values["update_norm"] = difference_norm(state.params, before)
+                values |= norms(state.params, before)
             in_flight.add(done, values)
             saves.poll()
             if step > start:

@@ -233,7 +233,6 @@ def make_step(
             "loss": loss,
             **parts,
             "grad_norm": jnp.sqrt(squares.sum()),
-            "param_norm": optim.global_norm(new.params),
             "learning_rate": optim.rate(cfg.optim)(state.step),
             "tokens": totals["tokens"],
             "skipped": skipped,

@@ -36,9 +36,9 @@ __all__ = [
     "SCHEDULES",
     "clip",
     "decay_mask",
-    "difference_norm",
     "global_norm",
     "make",
+    "norms",
     "rate",
     "squares",
 ]
@@ -59,11 +59,15 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(squares(tree).sum())
 
 
-def difference_norm(new: Any, old: Any) -> jax.Array:
-    """Returns |new - old| over all leaves: the norm of an update once it is applied."""
-    # Taken of the updates inside the step, this norm would make XLA's CPU compiler write every one
-    # of them out: 1.5 times the time of an AdamW update, measured at 104 M parameters.
-    return global_norm(jax.tree.map(jnp.subtract, new, old))
+def norms(new: Any, old: Any) -> dict[str, jax.Array]:
+    """Returns what is logged of parameters that a step has changed: their norm, and |new - old|.
+
+    They are taken beside the step, of logged steps alone: each is one more pass over all
+    parameters. Taken of the updates inside the step, the second would make XLA's CPU compiler write
+    every one of them out: 1.5 times the time of an AdamW update, measured at 104 M parameters.
+    """
+    update = jax.tree.map(jnp.subtract, new, old)
+    return {"param_norm": global_norm(new), "update_norm": global_norm(update)}
 
 
 def clip(limit: float) -> optax.GradientTransformation:
