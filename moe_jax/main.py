@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.runtime import shell, signals
+from moe_jax.runtime import memory, shell, signals
 
 if __name__ == "__main__":  # before jax is imported, which takes seconds
+    memory.keep()
     shell.open_output(lasting=True)
     signals.LISTENER.start()
 

@@ -15,9 +15,12 @@ from typing import Any, TextIO
 
 from moe_jax.bench.contract import Job, Prepared
 from moe_jax.errors import UserError
+from moe_jax.runtime import memory
 
 
 def main() -> int:
+    # As in training, and of a rival, too.
+    memory.keep()
     # Whatever is printed by others must not stand between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -32,7 +35,7 @@ def main() -> int:
         start = time.perf_counter()
         prepared.run()
         seconds = time.perf_counter() - start
-        _answer(answers, seconds=seconds, memory=_memory())
+        _answer(answers, seconds=seconds, memory=_most_memory())
     return 0
 
 
@@ -54,7 +57,7 @@ def _answer(answers: TextIO, **values: Any) -> None:
     answers.write(json.dumps(values) + "\n")
 
 
-def _memory() -> int:
+def _most_memory() -> int:
     """Returns the most bytes that this process has had in memory."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -138,6 +138,19 @@ def _dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
     return lax.dot_general(a, b, (((dim_a,), (dim_b,)), ((), ())), preferred_element_type=dtype)
 
 
+def _outer(a_BX: Array, b_BY: Array, dtype: Any) -> Array:
+    """Returns a^T @ b [X, Y].
+
+    The rows are two dimensions here. XLA's CPU compiler then transposes `a` first and takes its
+    fast product; a single dimension it leaves to another one, 1.5 times as slow.
+    """
+    num_rows = a_BX.shape[0]
+    a = a_BX.reshape(2, num_rows // 2, -1)
+    b = b_BY.reshape(2, num_rows // 2, -1)
+    over_rows = (((0, 1), (0, 1)), ((), ()))
+    return lax.dot_general(a, b, over_rows, preferred_element_type=dtype)
+
+
 def forward(
     act: Callable[[Array], Array], block: tuple[int, int], rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
@@ -208,8 +221,8 @@ def backward(
             # At its first block the buffers still hold the sums of the expert before.
             is_first = offset == start
             x_BD = _rows(x_RD, offset, B)
-            dw_in_DH = jnp.where(is_first, 0, dw_in_DH) + _dot(x_BD, dpre_BH, 0, 0, wide)
-            dw_out_FD = jnp.where(is_first, 0, dw_out_FD) + _dot(hidden_BF, dy_BD, 0, 0, wide)
+            dw_in_DH = jnp.where(is_first, 0, dw_in_DH) + _outer(x_BD, dpre_BH, wide)
+            dw_out_FD = jnp.where(is_first, 0, dw_out_FD) + _outer(hidden_BF, dy_BD, wide)
             dx_BD = _dot(dpre_BH, w_in_DH, 1, 1, dtype)
             dgate_B = jnp.sum(dh_gated_BF * h_BF, axis=-1)
             dx_RD = _put_rows(dx_RD, dx_BD, offset)
