@@ -25,16 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moe_jax.models.attention_parts import part_that_fits
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
-from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
 # A score, far below every real one and far from overflow.
 MASKED = -1e30
-# Scores of a group of heads on a CPU, 2 MB: at S = 256, 8 heads were the fastest of 4, 8, 16 and
-# 64.
-SCORES = 2**19
 
 
 class Keys(NamedTuple):
@@ -106,25 +103,7 @@ def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale:
     """
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
-    B, T, H, A = q_BTHA.shape
-    G = k_BSGA.shape[2]
-
-    def heads_first(z):
-        grouped = z.reshape(B, z.shape[1], G, -1)
-        return jnp.swapaxes(grouped, 1, 2).reshape(B * G, -1, A)
-
-    def of_heads(z_BT):
-        # The r queries of a token stand side by side: query i belongs to token i // r.
-        z_B1T1 = z_BT[:, None, :, None]
-        z_BGTr = jnp.broadcast_to(z_B1T1, (B, G, T, H // G))
-        return z_BGTr.reshape(B * G, -1)
-
-    runs = tuple(of_heads(z_BT) for z_BT in bounds)
-    q_NQA, k_NSA, v_NSA = (heads_first(z) for z in (q_BTHA, k_BSGA, v_BSGA))
-    o_NQA = _core(scale, keys.window, q_NQA, k_NSA, v_NSA, runs)
-    o_BGTrA = o_NQA.reshape(B, G, T, -1)
-    o_BTGrA = jnp.swapaxes(o_BGTrA, 1, 2)
-    return o_BTGrA.reshape(B, T, H, A)
+    return _core(scale, keys.window, q_BTHA, k_BSGA, v_BSGA, tuple(bounds))
 
 
 def decode_attention(
@@ -167,89 +146,127 @@ def _last_of_run(segment_BS: Array) -> Array:
     return lax.cummin(end_BS, axis=1, reverse=True)
 
 
-# The core, on all heads of all rows at once, and its gradient.
+# The core and its gradient. `bounds` is (first_BT,) in causal attention, else (first_BT, last_BT).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(
     scale: float,
     window: int | None,
-    q_NQA: Array,
-    k_NSA: Array,
-    v_NSA: Array,
-    runs: tuple[Array, ...],
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
 ) -> Array:
-    """`runs`: (first_NQ,) in causal attention, else (first_NQ, last_NQ)."""
-    return _forward(scale, window, q_NQA, k_NSA, v_NSA, runs)[0]
+    return _forward(scale, window, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
 
 
 def _forward(scale: float, window: int | None, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
-    run = functools.partial(_forward_blocks, scale, window)
-    o_NQA, log_sum_NQ = _by_platform(run, *inputs)
-    return o_NQA, (*inputs, o_NQA, log_sum_NQ)
+    run = functools.partial(_forward_heads, scale, window)
+    o_BTHA, log_sum_BGQ = _by_platform(run, inputs[0], *inputs)
+    return o_BTHA, (*inputs, o_BTHA, log_sum_BGQ)
 
 
 def _backward(
-    scale: float, window: int | None, residue: tuple[Any, ...], do_NQA: Array
+    scale: float, window: int | None, residue: tuple[Any, ...], do_BTHA: Array
 ) -> tuple[Any, ...]:
-    run = functools.partial(_backward_blocks, scale, window)
-    gradients = _by_platform(run, *residue, do_NQA)
-    # Runs are indices, which have no gradient.
+    run = functools.partial(_backward_heads, scale, window)
+    gradients = _by_platform(run, do_BTHA, *residue, do_BTHA)
+    # Bounds are indices, which have no gradient.
     return *gradients, None
 
 
 _core.defvjp(_forward, _backward)
 
 
-def _by_platform(run: Any, *args: Any) -> Any:
+def _by_platform(run: Any, near: Array, *args: Any) -> Any:
     """Switches by platform, here and nowhere else.
 
-    `run(num_blocks, *args)`, in blocks and groups of heads where compiled for a CPU, else at once.
+    `run(num_blocks, *args)`, in blocks and for some heads after others where compiled for a CPU,
+    else at once. `near` is an array that no other call has (parallel/zeros.py).
     """
-    q_NQA, k_NSA, _, runs, *_ = args
-    N, Q, _ = q_NQA.shape
-    S = k_NSA.shape[1]
-    length = S if len(runs) == 1 else Q
+    q_BTHA, k_BSGA, _, bounds, *_ = args
+    B, T, H, _ = q_BTHA.shape
+    S, G = k_BSGA.shape[1:3]
+    length = S if len(bounds) == 1 else T
     # Blocks are a part of the program: many take long to compile.
     num_blocks = 8 if length >= 1024 else max(1, min(4, length // 64))
-    fitting = max(4, SCORES // (Q * S))
-    # The largest number of heads that fits and divides all.
-    group = max(n for n in range(1, min(N, fitting) + 1) if N % n == 0)
+    part = part_that_fits(B, G, scores=T * H // G * S)
 
-    def part(z, i):
-        return lax.dynamic_slice_in_dim(z, i * group, group)
-
-    def in_groups(*args):
-        if group == N:
+    def in_parts(*args):
+        if part.rows == B and part.heads == G:
             return run(num_blocks, *args)
+        return part.run_all(functools.partial(run, num_blocks), near, args)
 
-        def step(i, results):
-            one = jax.tree.map(lambda z: part(z, i), args)
-            of_group = run(num_blocks, *one)
-            return jax.tree.map(
-                lambda z, new: lax.dynamic_update_slice_in_dim(z, new, i * group, 0),
-                results,
-                of_group,
-            )
-
-        return lax.fori_loop(0, N // group, step, _results(args, group, num_blocks, run))
-
-    return by_platform(*args, cpu=in_groups, others=functools.partial(run, 1))
+    return by_platform(*args, cpu=in_parts, others=functools.partial(run, 1))
 
 
-def _results(args: Any, group: int, num_blocks: int, run: Any) -> Any:
-    """Returns arrays for the results of all heads, to be written into group by group."""
-    N = args[0].shape[0]
-    first = jax.tree.map(lambda z: z[:group], args)
-    of_group = jax.eval_shape(lambda one: run(num_blocks, *one), first)
-    # The queries forward, the gradient of the output backward.
-    near = args[0] if len(args) == 4 else args[-1]
-    leaves, structure = jax.tree.flatten(of_group)
-    zeros = [
-        own_zeros(near, (N, *leaf.shape[1:]), leaf.dtype, number)
-        for number, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, zeros)
+def _heads_first(z_BTHA: Array, G: int) -> Array:
+    """[N, T * r, A]: the r queries of a token that share a key head stand side by side."""
+    B, T, _, A = z_BTHA.shape
+    z_BTGrA = z_BTHA.reshape(B, T, G, -1)
+    return jnp.swapaxes(z_BTGrA, 1, 2).reshape(B * G, -1, A)
+
+
+def _heads_last(z_NQA: Array, shape: tuple[int, ...], G: int) -> Array:
+    """The array of `shape`, [B, T, H, A], that `_heads_first` came from."""
+    B, T, _, _ = shape
+    z_BGTrA = z_NQA.reshape(B, G, T, -1)
+    return jnp.swapaxes(z_BGTrA, 1, 2).reshape(shape)
+
+
+def _runs(bounds: tuple[Array, ...], num_heads: int, G: int) -> tuple[Array, ...]:
+    """The bounds of each query, [N, Q]: query i belongs to token i // r."""
+
+    def of_queries(z_BT):
+        B, T = z_BT.shape
+        z_BGTr = jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, num_heads // G))
+        return z_BGTr.reshape(B * G, -1)
+
+    return tuple(of_queries(z_BT) for z_BT in bounds)
+
+
+def _forward_heads(
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    """(o_BTHA, log_sum_BGQ)."""
+    B, _, H, _ = q_BTHA.shape
+    G = k_BSGA.shape[2]
+    q, k, v = (_heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
+    runs = _runs(bounds, H, G)
+    o_NQA, log_sum_NQ = _forward_blocks(scale, window, num_blocks, q, k, v, runs)
+    return _heads_last(o_NQA, q_BTHA.shape, G), log_sum_NQ.reshape(B, G, -1)
+
+
+def _backward_heads(
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+    o_BTHA: Array,
+    log_sum_BGQ: Array,
+    do_BTHA: Array,
+) -> tuple[Array, Array, Array]:
+    """(dq_BTHA, dk_BSGA, dv_BSGA)."""
+    G = k_BSGA.shape[2]
+    q, k, v, o, do = (_heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
+    runs = _runs(bounds, q_BTHA.shape[2], G)
+    log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
+    dq, dk, dv = _backward_blocks(scale, window, num_blocks, q, k, v, runs, o, log_sum_NQ, do)
+    return (
+        _heads_last(dq, q_BTHA.shape, G),
+        _heads_last(dk, k_BSGA.shape, G),
+        _heads_last(dv, v_BSGA.shape, G),
+    )
 
 
 def _blocks(

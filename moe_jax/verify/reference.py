@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.models import attention_core
+from moe_jax.models import attention_core, attention_parts
 from moe_jax.models.block import moe_config
 from moe_jax.moe import probe
 from moe_jax.moe.layer import Batch, MoE, MoELayer
@@ -170,7 +170,7 @@ def attention_kernels(length: int) -> float:
     """
     S, queries = min(length, LONGEST), 2
     # So many key heads G that their scores fill more than one group.
-    B, G, A = 2, max(4, attention_core.SCORES // (S * S * queries)), 4
+    B, G, A = 2, max(4, attention_parts.SCORES // (S * S * queries)), 4
     rng = np.random.default_rng(0)
 
     def draw(heads):

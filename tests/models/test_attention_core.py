@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.models import attention_core
+from moe_jax.models import attention_parts
 from moe_jax.models.attention_core import across, attention, causal, decode_attention, full, prefix
 
 SCALE = 0.4
@@ -90,7 +90,7 @@ def test_equals_a_loop_over_queries(name, float64):
 @pytest.mark.parametrize("name", SHAPES)
 def test_value_and_gradient_equal_a_masked_softmax(name, scores, float64, monkeypatch):
     args, do = make(SHAPES[name])
-    monkeypatch.setattr(attention_core, "SCORES", scores)
+    monkeypatch.setattr(attention_parts, "SCORES", scores)
     got = value_and_gradient(lambda *a: own(*a), args, do)
     assert_near(got, value_and_gradient(masked_softmax, args, do), 1e-12)
     padding = np.asarray(args[3]) == 0
@@ -102,7 +102,7 @@ def test_several_groups_are_really_run(float64, monkeypatch):
     args, do = make((4, 130, 4, 2, 4))
     want = value_and_gradient(masked_softmax, args, do)
     assert "scan" not in str(jax.make_jaxpr(lambda *a: own(*a))(*args))
-    monkeypatch.setattr(attention_core, "SCORES", 1)
+    monkeypatch.setattr(attention_parts, "SCORES", 1)
     assert "length=2" in str(jax.make_jaxpr(lambda *a: own(*a))(*args))
     assert_near(value_and_gradient(lambda *a: own(*a), args, do), want, 1e-12)
 
@@ -250,7 +250,7 @@ def mask_case(name, shape):
 @pytest.mark.parametrize("shape", ["tiny", "one token", "two blocks", "four uneven blocks"])
 @pytest.mark.parametrize("name", ["full", "prefix", "across"])
 def test_masks_equal_a_plain_softmax(name, shape, scores, float64, monkeypatch):
-    monkeypatch.setattr(attention_core, "SCORES", scores)
+    monkeypatch.setattr(attention_parts, "SCORES", scores)
     args, do, keys, seen = mask_case(name, SHAPES[shape])
 
     def both(f, *keys):

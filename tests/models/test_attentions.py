@@ -18,7 +18,7 @@ from moe_jax import config
 from moe_jax.config import causality, config_file, rules
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
-from moe_jax.models import attention_core
+from moe_jax.models import attention_parts
 from moe_jax.models.attention_core import attention, causal, windowed
 from moe_jax.models.attentions import ATTENTIONS, sliding_window
 from moe_jax.models.functions import make_model
@@ -105,7 +105,7 @@ def value_and_gradients(f, args, do):
 @pytest.mark.parametrize("scores", [2**19, 1])
 @pytest.mark.parametrize("window", [1, 5, 64, 100, 300])
 def test_values_and_gradients_equal_a_masked_softmax(float64, monkeypatch, window, scores):
-    monkeypatch.setattr(attention_core, "SCORES", scores)
+    monkeypatch.setattr(attention_parts, "SCORES", scores)
     args, segment, do = rows((2, 257, 4, 2, 4))
     place = np.arange(257)
     near = (place[:, None] >= place) & (place[:, None] - place < window)
