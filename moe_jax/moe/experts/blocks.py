@@ -133,6 +133,12 @@ def _put_rows(array_RX: Array, block_BX: Array, offset: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(array_RX, block_BX.astype(array_RX.dtype), offset, 0)
 
 
+def _add_to(total_eXY: Array, i: Array, addend_XY: Array) -> Array:
+    """Returns the sums of all experts, with more added to that of one, in its place."""
+    before_XY = lax.dynamic_index_in_dim(total_eXY, i, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total_eXY, before_XY + addend_XY, i, 0)
+
+
 def _dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
     """Contracts dimension `dim_a` of matrix a with `dim_b` of matrix b."""
     return lax.dot_general(a, b, (((dim_a,), (dim_b,)), ((), ())), preferred_element_type=dtype)
@@ -201,14 +207,12 @@ def backward(
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
 
-    def expert(i: Array, carry: tuple[Rows, Array, Array]) -> tuple[Rows, Array, Array]:
-        cotangents, dw_in_DH, dw_out_FD = carry
+    def expert(i: Array, cotangents: Rows) -> Rows:
         w_in_DH = w_in_eDH[i].astype(dtype)
         w_out_FD = w_out_eFD[i].astype(dtype)
         start, size = layout.start_e[i], layout.size_e[i]
 
-        def step(carry: tuple[Array, ...], offset: Array, B: int) -> tuple[Array, ...]:
-            dx_RD, dgate_R, dw_in_DH, dw_out_FD = carry
+        def step(sums: Rows, offset: Array, B: int) -> Rows:
             # It is zero beyond the expert's rows, so all that follows is.
             dy_BD = _own_rows(dy_RD, offset, B, start + size)
             dh_gated_BF = _dot(dy_BD, w_out_FD, 1, 1, wide)
@@ -218,36 +222,24 @@ def backward(
             dpre_BH = dpre_BH.astype(dtype)
             hidden_BF = (h_BF * gate_B1).astype(dtype)
 
-            # At its first block the buffers still hold the sums of the expert before.
-            is_first = offset == start
-            x_BD = _rows(x_RD, offset, B)
-            dw_in_DH = jnp.where(is_first, 0, dw_in_DH) + _outer(x_BD, dpre_BH, wide)
-            dw_out_FD = jnp.where(is_first, 0, dw_out_FD) + _outer(hidden_BF, dy_BD, wide)
             dx_BD = _dot(dpre_BH, w_in_DH, 1, 1, dtype)
             dgate_B = jnp.sum(dh_gated_BF * h_BF, axis=-1)
-            dx_RD = _put_rows(dx_RD, dx_BD, offset)
-            dgate_R = _put_rows(dgate_R, dgate_B, offset)
-            return dx_RD, dgate_R, dw_in_DH, dw_out_FD
+            x_BD = _rows(x_RD, offset, B)
+            return Rows(
+                _put_rows(sums.x_RD, dx_BD, offset),
+                _put_rows(sums.gate_R, dgate_B, offset),
+                _add_to(sums.w_in_eDH, i, _outer(x_BD, dpre_BH, wide)),
+                _add_to(sums.w_out_eFD, i, _outer(hidden_BF, dy_BD, wide)),
+            )
 
-        sums = (cotangents.x_RD, cotangents.gate_R, dw_in_DH, dw_out_FD)
-        dx_RD, dgate_R, dw_in_DH, dw_out_FD = _for_blocks(step, sums, start, size, num_rows, block)
+        return _for_blocks(step, cotangents, start, size, num_rows, block)
 
-        def set_own(dw_e: Array, dw: Array) -> Array:
-            return dw_e.at[i].set(dw.astype(dw_e.dtype))
+    def zeros(array: Array, dtype: Any) -> Array:
+        return own_zeros(dy_RD, array.shape, dtype)
 
-        dw_in_eDH = set_own(cotangents.w_in_eDH, dw_in_DH)
-        dw_out_eFD = set_own(cotangents.w_out_eFD, dw_out_FD)
-        return Rows(dx_RD, dgate_R, dw_in_eDH, dw_out_eFD), dw_in_DH, dw_out_FD
-
-    def zero_of_one(w_e: Array) -> Array:
-        return own_zeros(dy_RD, w_e.shape[1:], wide)
-
-    def zeros_of_all(array: Array) -> Array:
-        return own_zeros(dy_RD, array.shape, array.dtype)
-
-    # The sums of one expert's weights are in the carry, one buffer for all experts.
-    zeros = jax.tree.map(zeros_of_all, rows)
-    carry = (zeros, zero_of_one(w_in_eDH), zero_of_one(w_out_eFD))
-    # An expert without rows is not visited: its cotangents stay zero.
-    cotangents, _, _ = _for_experts(expert, carry, layout.size_e)
-    return cotangents
+    # Weights' are added up in a wide type. An expert without rows is not visited: its stay zero.
+    sums = Rows(
+        zeros(x_RD, dtype), zeros(gate_R, dtype), zeros(w_in_eDH, wide), zeros(w_out_eFD, wide)
+    )
+    sums = _for_experts(expert, sums, layout.size_e)
+    return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, rows)
