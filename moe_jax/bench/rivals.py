@@ -5,6 +5,7 @@ Shapes are ours, weights are random ones of its own. A model of ours that these 
 has no rival.
 """
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -61,12 +62,9 @@ def implementations(cfg: config.Config, kind: str) -> tuple[str, ...]:
     return TRAINING_EXPERTS if kind == "rival_train" else DECODING_EXPERTS
 
 
-def make_model(cfg: ModelConfig, seq_len: int, experts: str) -> Any:
-    """Returns the model of transformers with the shapes of ours."""
-    import torch
-    import transformers
-
-    shape = {
+def settings(cfg: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """Returns the config of transformers with the shapes of ours."""
+    settings = {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
         "num_hidden_layers": len(cfg.blocks),
@@ -80,18 +78,30 @@ def make_model(cfg: ModelConfig, seq_len: int, experts: str) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if "moe" in cfg.blocks:
-        moe = cfg.moe
-        theirs = transformers.MixtralConfig(
-            **shape,
-            intermediate_size=moe.expert_hidden,
-            num_local_experts=moe.num_experts,
-            num_experts_per_tok=moe.router_options.k,
-            # Its balance loss is a part of the step, as ours is.
-            output_router_logits=True,
-        )
-    else:
-        theirs = transformers.LlamaConfig(**shape, intermediate_size=cfg.ffn_hidden)
+    if not cfg.num_moe_layers:
+        return {**settings, "intermediate_size": cfg.ffn_hidden}
+    return {
+        **settings,
+        "intermediate_size": cfg.moe.expert_hidden,
+        "num_local_experts": cfg.moe.num_experts,
+        "num_experts_per_tok": cfg.moe.router_options.k,
+        # Its balance loss is a part of the step, as ours is.
+        "output_router_logits": True,
+    }
+
+
+def shapes(cfg: config.Config) -> str:
+    """Returns what tells models of transformers apart: equal for variants with the same one."""
+    return json.dumps(settings(cfg.model, cfg.data.seq_len))
+
+
+def make_model(cfg: ModelConfig, seq_len: int, experts: str) -> Any:
+    """Returns the model of transformers with the shapes of ours."""
+    import torch
+    import transformers
+
+    kind = transformers.MixtralConfig if cfg.num_moe_layers else transformers.LlamaConfig
+    theirs = kind(**settings(cfg, seq_len))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         theirs, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts

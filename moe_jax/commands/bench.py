@@ -168,7 +168,7 @@ def train(
     if args.rivals:
         against = rival_jobs("rival_train", variants, tell)
     timings = workers.interleave(
-        [*products(args), *jobs.values(), *against.values()], args.rounds, tell
+        [*products(args), *jobs.values(), *_once(against)], args.rounds, tell
     )
     rows = [
         results.Row(name, timings[job.name], _timing(timings, against.get(name)))
@@ -200,7 +200,7 @@ def decode(
         against = {}
         if args.rivals:
             against = rival_jobs("rival_decode", variants, tell, options)
-        timings = workers.interleave([*jobs.values(), *against.values()], args.rounds, tell)
+        timings = workers.interleave([*jobs.values(), *_once(against)], args.rounds, tell)
         rows += [
             results.Row(job.name, timings[job.name], _timing(timings, against.get(name)))
             for name, job in jobs.items()
@@ -251,17 +251,22 @@ def rival_jobs(
     options: Mapping[str, Any] = {},
 ) -> dict[str, Job]:
     """Returns the rival of each variant that has one: the fastest of its ways to compute experts,
-    by a few runs of each.
+    by a few runs of each. Variants of the same shapes share theirs.
     """
-    chosen = {}
+    chosen: dict[str, Job] = {}
+    of_shapes: dict[str, Job] = {}
     for name, (job, cfg) in variants.items():
         if rivals.why_none(cfg):
+            continue
+        shapes = rivals.shapes(cfg)
+        if shapes in of_shapes:
+            chosen[name] = of_shapes[shapes]
             continue
         jobs = []
         for way in rivals.implementations(cfg, kind):
             told = {**options, "experts": way}
             jobs.append(job._replace(name=f"{name} rival, {way}", kind=kind, options=told))
-        chosen[name] = workers.fastest(jobs, tell)
+        chosen[name] = of_shapes[shapes] = workers.fastest(jobs, tell)
     return chosen
 
 
@@ -283,6 +288,11 @@ def unlike(parts: Mapping[str, Any]) -> bool:
             sys.stderr,
         )
     return bool(far)
+
+
+def _once(jobs: Mapping[str, Job]) -> list[Job]:
+    """Returns each of some jobs once."""
+    return list({job.name: job for job in jobs.values()}.values())
 
 
 def _timing(timings: Mapping[str, Timing], job: Job | None) -> Timing | None:

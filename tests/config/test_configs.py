@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 VARIANTS = {
     "article": ("bytes", "wordnet", "vader"),
-    "bench": ("dense", "e8", "e8_capacity", "e64", "e64_capacity", "e256"),
+    "bench": ("dense", "e8", "e8_capacity", "e64", "e64_capacity"),
     "classification": ("wordnet", "debian", "vader", "banking77", "imdb"),
     "translation": ("encdec", "debian", "prefix", "wmt"),
     "vision": ("digits", "fashion_mnist"),
@@ -46,7 +46,6 @@ SLOW = (
     "bench:e8_capacity",
     "bench:e64",
     "bench:e64_capacity",
-    "bench:e256",
     "translation:encdec",
     "translation:debian",
     "vision:fashion_mnist",
