@@ -1,6 +1,7 @@
-"""Libraries that only some tasks need: training a language model imports none of them.
+"""Libraries that only some tasks and commands need: training a language model imports none of them.
 
-The extra `tasks` of the package installs them all (requirements/tasks.txt).
+The extras of the package install them: `tasks` (requirements/tasks.txt) and `hf`
+(requirements/hf.txt).
 """
 
 import importlib.util
@@ -12,8 +13,11 @@ DISTRIBUTIONS = {
     "kaldi_native_fbank": "kaldi-native-fbank",
     "pysword": "pysword",
     "sacrebleu": "sacrebleu",
+    "safetensors": "safetensors",
     "sklearn": "scikit-learn",
 }
+# The extra that has them, where it is not "tasks".
+EXTRAS = {"safetensors": "hf"}
 
 
 def require(purpose: str, *modules: str) -> None:
@@ -22,9 +26,11 @@ def require(purpose: str, *modules: str) -> None:
     Call it before the work whose last step needs the library: a missing baseline must not show
     itself after the training. `purpose` begins the message, such as "task = 'speech'".
     """
-    missing = [DISTRIBUTIONS[name] for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        missing = [DISTRIBUTIONS[name] for name in absent]
+        extras = ",".join(sorted({EXTRAS.get(name, "tasks") for name in absent}))
         raise UserError(
             f"{purpose} needs {' and '.join(missing)} (not installed): "
-            f"pip install {' '.join(missing)}, or install moe_jax with its extra [tasks]"
+            f"pip install {' '.join(missing)}, or install moe_jax with its extra [{extras}]"
         )

@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, config
@@ -172,6 +174,25 @@ def open_run(workdir: str | Path, step: int | None = None, *, silent: bool = Fal
             "checkpoint.every steps of training"
         )
     return Run(workdir, step, cfg, raw, tuple(notes))
+
+
+def write_run(workdir: Path, raw: dict[str, Any], parts: Mapping[str, Any], step: int) -> None:
+    """Writes a run that `open_run` and train.init_from read: one checkpoint without a state of the
+    optimizer, and config.json.
+
+    Args:
+      workdir: a new directory.
+      raw: the config, a nested dict of JSON values.
+      parts: trees of arrays with single layers: "params", "router_state", and "ema" where the
+        config has one.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(step), **parts})
+    # A Run has its layers unstacked, whatever model.scan says.
+    saves.save(step, arrays, metadata={"config": raw}, score=None, stacked=False)
+    saves.close()
+    (workdir / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 
 def checkpoints(workdir: Path) -> checkpoint.Checkpoints:

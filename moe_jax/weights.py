@@ -2,16 +2,19 @@
 value is drawn.
 
     weight                   first value                shape           split over (mesh.RULES)
-    embed                    N(0, 1/D)                  [V, D]          vocab, embed
+    embed                    N(0, 1) / its scale        [V, D]          vocab, embed
     embed, a decoder's head  N(0, 1/D) / 10             [V, D]          vocab, embed
     head (untied)            N(0, 1/D) / 10             [D, V]          embed, vocab
     attention q, k, v        N(0, 1/D)                  [D, H or G, A]  embed, heads, -
     attention o              N(0, 1/(H A)) / sqrt(2 L)  [H, A, D]       heads, -, embed
     attention bias q, k, v   0                          [H or G, A]     heads, -
-    query and key norm       1                          [A]             -
+    attention bias o         0                          [D]             -
+    query and key norm       1                          [A] or          -
+                                                        [H or G, A]     heads, -
     norm scale               1                          [D]             -
     dense w_in               N(0, 1/D)                  [D, P, F]       embed, -, hidden
     dense w_out              N(0, 1/F) / sqrt(2 L)      [F, D]          hidden, embed
+    gate of shared experts   N(0, 1/D)                  [D]             embed
     expert w_in              N(0, 1/D)                  [E, D, P, F]    experts, expert_embed, -,
                                                                         hidden
     expert w_out             N(0, 1/F) / sqrt(2 L)      [E, F, D]       experts, hidden,

@@ -1,18 +1,20 @@
-"""Another checkpoint of a trained model: `python -m moe_jax convert WHAT --workdir RUN --out DIR`.
+"""A model in another form: `python -m moe_jax convert WHAT ...`.
 
-    compact   without the experts' zeros: zero hidden units are removed, and zero blocks where that
-              pays; the outputs stay the same
+    compact   a run without its experts' zeros: zero hidden units are removed, and zero blocks where
+              that pays; the outputs stay the same (docs/sparse_weights.md)
+    import    a model of Hugging Face as a run (docs/interchange.md)
+    export    a run as a model of Hugging Face
 
 A language model is read by `generate` and `probe`, and that of any task (whole matrices) by
-train.init_from. docs/sparse_weights.md.
+train.init_from.
 """
 
 import argparse
+import contextlib
 import copy
-import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +24,14 @@ import numpy as np
 from moe_jax import checkpoint, config
 from moe_jax.checkpoint import flat
 from moe_jax.errors import UserError
+from moe_jax.interchange.exporting import DTYPES, export_model
+from moe_jax.interchange.families import FAMILIES
+from moe_jax.interchange.importing import import_model
 from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact
 from moe_jax.parallel import batch_rows, mesh
-from moe_jax.run import Run, open_run
+from moe_jax.run import Run, open_run, write_run
 from moe_jax.runtime import shell
 from moe_jax.tasks import TASKS
 
@@ -88,8 +93,7 @@ def declare_compact(parser: argparse.ArgumentParser) -> None:
 
 def run_compact(flags: argparse.Namespace) -> int:
     """Returns 0, or 1 when the outputs moved too far."""
-    if flags.out.exists() and any(flags.out.iterdir()):
-        raise UserError(f"--out {flags.out} is not empty: name a new directory")
+    refuse_filled("--out", flags.out)
     if flags.block and flags.format == "dense":
         raise UserError(
             f"--format dense writes whole matrices, so --block {flags.block} would do nothing: "
@@ -116,14 +120,10 @@ def written(old: Weights, new: Weights, flags: argparse.Namespace) -> float:
 
     It is taken away again when anything fails, for nobody has compared it.
     """
-    try:
+    with new_directory(flags.out):
         write(flags.workdir, flags.out, new)
         # Read from the disk: what is compared is what others will read.
         return compare(old, read(open_run(flags.out, silent=True)))
-    # An interrupt too.
-    except BaseException:
-        shutil.rmtree(flags.out, ignore_errors=True)
-        raise
 
 
 def read(trained: Run) -> Weights:
@@ -152,7 +152,8 @@ def shrunk(old: Weights, flags: argparse.Namespace) -> tuple[list[str], Weights]
     raw = copy.deepcopy(old.raw)
     moe = raw["model"]["moe"]
     # Shared experts are one matrix: their number is its width over that of an expert.
-    moe["shared_experts"] = moe["shared_experts"] * moe["expert_hidden"] // hidden
+    if not moe["shared_hidden"]:
+        moe["shared_experts"] = moe["shared_experts"] * moe["expert_hidden"] // hidden
     moe["expert_hidden"], moe["sparse"]["rule"] = hidden, "none"
     # By identity, for a layer is a dict.
     narrow = {id(layer): compact.narrow(layer, hidden) for layer in layers}
@@ -193,14 +194,16 @@ def new_width(
     moe, axis = raw["model"]["moe"], max(1, raw["mesh"]["model"])
     hidden, least = moe["expert_hidden"], compact.least_hidden(layers)
     multiple = math.lcm(axis, block or 1)
-    width = next(compact.widths(least, hidden, multiple, moe["shared_experts"]), hidden)
+    # Those of a width of their own stay as they are.
+    tied = 0 if moe["shared_hidden"] else moe["shared_experts"]
+    width = next(compact.widths(least, hidden, multiple, tied), hidden)
     reasons = [f"the fullest expert of all layers has {least} living units of {hidden}"]
     if axis > 1:
         reasons.append(f"a multiple of mesh.model = {axis}")
     if block:
         reasons.append(f"a multiple of the block {block}")
-    if moe["shared_experts"]:
-        reasons.append(f"a divisor of {moe['shared_experts']} shared experts x {hidden}")
+    if tied:
+        reasons.append(f"a divisor of {tied} shared experts x {hidden}")
     return width, f"model.moe.expert_hidden {hidden} -> {width}: {', '.join(reasons)}"
 
 
@@ -235,13 +238,7 @@ def write(workdir: Path, out: Path, new: Weights) -> None:
     """Writes the new checkpoint, its config, and whatever the run keeps for decoding (tokenizer,
     names of labels).
     """
-    out.mkdir(parents=True, exist_ok=True)
-    saves = checkpoint.Checkpoints(out / "checkpoints", every=0, keep=1, keep_best=0)
-    arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(new.step), **new.parts})
-    # A Run has its layers unstacked, whatever model.scan says.
-    saves.save(new.step, arrays, metadata={"config": new.raw}, score=None, stacked=False)
-    saves.close()
-    (out / "config.json").write_text(json.dumps(new.raw, indent=1) + "\n", encoding="utf-8")
+    write_run(out, new.raw, new.parts, new.step)
     if (workdir / "tokenizer").is_dir():
         shutil.copytree(workdir / "tokenizer", out / "tokenizer")
     for name in KEPT:
@@ -311,8 +308,123 @@ def bytes_of(workdir: Path, step: int) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+# import
+
+
+def declare_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        help="a folder with config.json and safetensors, as save_pretrained writes it",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new directory, of the run")
+    parser.add_argument(
+        "--seq_len",
+        type=int,
+        help="tokens of a row (default: max_position_embeddings, at most 4096)",
+    )
+
+
+def run_import(flags: argparse.Namespace) -> int:
+    """Returns 0; the directory is taken away again when anything fails."""
+    if flags.seq_len is not None and flags.seq_len < 1:
+        raise UserError(f"--seq_len {flags.seq_len} must be at least 1")
+    refuse_filled("--out", flags.out)
+    with new_directory(flags.out):
+        done = import_model(flags.source, flags.out, flags.seq_len)
+    model = done.config.model
+    shell.tell(
+        f"{done.family}: {done.num_tensors:,} tensors, {done.num_parameters:,} parameters in "
+        f"{model.param_dtype}, {len(model.blocks)} blocks"
+    )
+    for note in done.notes:
+        shell.tell(note)
+    shell.tell(f"written: {flags.out} (train on: --config {flags.out / 'config.py'})")
+    return 0
+
+
+# export
+
+
+def declare_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="of the run that trained the model"
+    )
+    parser.add_argument("--to", type=Path, required=True, help="a new directory")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--family",
+        choices=tuple(FAMILIES),
+        default="",
+        help="of models (default: the first that can express the run)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="", help="of the tensors (default: of the parameters)"
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the parameters themselves, not their moving average (optim.ema_decay)",
+    )
+    parser.add_argument(
+        "--shard_mb", type=int, default=2000, help="MB of a file, at most (default 2000)"
+    )
+
+
+def run_export(flags: argparse.Namespace) -> int:
+    """Returns 0; the directory is taken away again when anything fails."""
+    if flags.shard_mb < 1:
+        raise UserError(f"--shard_mb {flags.shard_mb} must be at least 1")
+    refuse_filled("--to", flags.to)
+    trained = open_run(flags.workdir, flags.step)
+    if flags.raw and not trained.config.optim.ema_decay:
+        raise UserError(
+            "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave "
+            "the flag out"
+        )
+    with new_directory(flags.to):
+        done = export_model(
+            trained,
+            flags.to,
+            family=flags.family,
+            dtype=flags.dtype,
+            raw=flags.raw,
+            shard_bytes=flags.shard_mb * 10**6,
+        )
+    shell.tell(f"{done.family}: {done.num_tensors:,} tensors, {done.num_bytes:,} bytes")
+    for note in done.notes:
+        shell.tell(note)
+    shell.tell(f"written: {flags.to}")
+    return 0
+
+
+# All of them.
+
+
+def refuse_filled(flag: str, folder: Path) -> None:
+    """Raises UserError for a directory that has something in it."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise UserError(f"{flag} {folder} is not empty: name a new directory")
+
+
+@contextlib.contextmanager
+def new_directory(folder: Path) -> Iterator[None]:
+    """Makes a directory, and takes it away again when what is done inside fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    # An interrupt too.
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 # By WHAT: the function that declares its flags, and the one that runs it.
 Declare = Callable[[argparse.ArgumentParser], None]
 CONVERSIONS: dict[str, tuple[Declare, Callable[[argparse.Namespace], int]]] = {
     "compact": (declare_compact, run_compact),
+    "import": (declare_import, run_import),
+    "export": (declare_export, run_export),
 }

@@ -152,13 +152,15 @@ def _refuse_unused_attention(model: Mapping[str, Any], default: Mapping[str, Any
     """Refuses an attention in a kind of model that has none."""
     kind = model["kind"]
     # What is no kind of model is told by `build`.
-    if kind not in MODELS or model["attention"] == default["attention"]:
+    if kind not in MODELS or MODELS[kind].options(**model["kinds"][kind]).masks:
         return
-    if not MODELS[kind].options(**model["kinds"][kind]).masks:
-        raise UserError(
-            f'model.attention = "{model["attention"]}" does nothing, because model.kind = "{kind}" '
-            "has no attention: leave the key alone"
-        )
+    for key in ("attention", "rope_scaling", "output_bias"):
+        if model[key] != default[key]:
+            value = f'"{model[key]}"' if isinstance(model[key], str) else model[key]
+            raise UserError(
+                f'model.{key} = {value} does nothing, because model.kind = "{kind}" has no '
+                "attention: leave the key alone"
+            )
 
 
 def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from moe_jax.config import causality
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe import sparse
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.losses import BALANCE, LOSSES
@@ -50,6 +51,7 @@ def chosen_blocks(cfg: Config) -> Iterator[tuple[str, object]]:
     yield f"tasks.{cfg.task}", cfg.task_options
     yield f"model.kinds.{cfg.model.kind}", cfg.model.kind_options
     yield f"model.attentions.{cfg.model.attention}", cfg.model.attention_options
+    yield f"model.rope_scalings.{cfg.model.rope_scaling}", cfg.model.rope_scaling_options
     yield f"model.moe.routers.{moe.router}", moe.router_options
     yield f"model.moe.orderings.{moe.ordering}", moe.ordering_options
     yield f"model.moe.dispatchers.{moe.dispatcher}", moe.dispatcher_options
@@ -175,6 +177,13 @@ def _attention(cfg: Config) -> Iterator[str]:
     model = cfg.model
     attention = ATTENTIONS[model.attention]
     yield from attention.refusals(cfg)
+    at, scaling = f"model.rope_scalings.{model.rope_scaling}", ROPE_SCALINGS[model.rope_scaling]
+    yield from scaling.refusals(model.rope_scaling_options, at, model.rope_theta)
+    if model.qk_norm_over == "width" and not model.qk_norm:
+        yield (
+            'model.qk_norm_over = "width" does nothing, because model.qk_norm is False: set '
+            "model.qk_norm=True, or leave the key alone"
+        )
     for mask in model.kind_options.masks:
         if mask not in attention.masks:
             able = (name for name, one in ATTENTIONS.items() if mask in one.masks)
@@ -194,6 +203,13 @@ def _moe(cfg: Config) -> Iterator[str]:
         yield f"{at}.k ({k}) must lie between 1 and model.moe.num_experts ({moe.num_experts})"
     setting = Setting(at, moe.num_experts, cfg.train.batch_size, cfg.train.micro_batch_size)
     yield from router.refusals(moe.router_options, setting)
+    for name in ("shared_hidden", "shared_gate"):
+        if getattr(moe, name) and not moe.shared_experts:
+            yield (
+                f"model.moe.{name} = {getattr(moe, name)} does nothing, because "
+                "model.moe.shared_experts is 0: set model.moe.shared_experts=1, or leave the key "
+                "alone"
+            )
     dispatcher = DISPATCHERS[moe.dispatcher]
     # An expert that chooses its tokens takes as many as it has places.
     if router.own_capacity and dispatcher.drops:
@@ -290,6 +306,8 @@ def _mesh(cfg: Config) -> Iterator[str]:
     if model.num_moe_layers:
         needs.append(("model.moe.num_experts", moe.num_experts, "mesh.expert", mesh.expert))
         needs.append(("model.moe.expert_hidden", moe.expert_hidden, "mesh.model", mesh.model))
+        if moe.shared_hidden:
+            needs.append(("model.moe.shared_hidden", moe.shared_hidden, "mesh.model", mesh.model))
     if moe.sparse.stored.block and mesh.model > 1:
         yield (
             f"mesh.model ({mesh.model}) must be 1 for experts stored as blocks "

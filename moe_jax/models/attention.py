@@ -26,6 +26,7 @@ from moe_jax.models.attention_core import Keys, across, attention, decode_attent
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.attentions.contract import Cache, projections
 from moe_jax.models.layers import gather, rms_norm, rope, rotate
+from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
@@ -115,7 +116,7 @@ class SelfAttention(nnx.Module):
     def _turned(self, x_BSD: Array, position_BS: Array) -> tuple[Array, Array, Array]:
         """(queries, keys, values); the first two turned by their positions."""
         cfg = self.cfg
-        cos, sin = rope(position_BS, cfg.head_dim, cfg.rope_theta, cfg.dtype)
+        cos, sin = angles(position_BS, cfg)
         q = project(self.weights, "q", x_BSD, cfg)
         k = project(self.weights, "k", x_BSD, cfg)
         v = project(self.weights, "v", x_BSD, cfg)
@@ -156,14 +157,31 @@ def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Arra
         y = y + bias_HA[None, None]
     # Norms keep scores bounded; a value has no score.
     if cfg.qk_norm and name != "v":
+        # A scale [A] is that of each head, one [H, A] that of all heads together.
         y = rms_norm(y, weights[f"{name}_norm_scale"], cfg.norm_epsilon)
     return y
+
+
+def angles(position_BS: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Returns cos and sin [B, S, 1, A] of the rotary angles, with the scaling of the config."""
+    scaling, options = ROPE_SCALINGS[cfg.rope_scaling], cfg.rope_scaling_options
+
+    def scaled(frequency_P: Array) -> Array:
+        return scaling.frequencies(frequency_P, cfg.rope_theta, options)
+
+    cos, sin = rope(position_BS, cfg.head_dim, cfg.rope_theta, cfg.dtype, scaled)
+    magnitude = scaling.magnitude(options)
+    return cos * magnitude, sin * magnitude
 
 
 def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     """Returns what the heads add to the residual stream."""
     w_HAD = gather(weights["o"], ("heads", None, "embed"), cfg.dtype)
-    return jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=P(BATCH, None, None))
+    y_BSD = jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=P(BATCH, None, None))
+    if cfg.output_bias:
+        bias_D = weights["o_bias"].astype(cfg.dtype)
+        y_BSD = y_BSD + bias_D[None, None]
+    return y_BSD
 
 
 def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:

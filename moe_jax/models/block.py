@@ -1,9 +1,10 @@
-"""A pre-norm block, which all models that have blocks are made of.
+"""The block which all models that have blocks are made of.
 
 A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is
-dense or a mixture of experts (plus shared experts). Some have another mask, cross-attention in the
-middle, or no attention at all. A block of kind "depth:dense" or "depth:moe" is one that only some
-tokens go through (models/depth.py).
+dense or a mixture of experts (plus shared experts). With model.norm_position = "after" it is
+`x + norm(attention(x))`, then `x + norm(feed_forward(x))`. Some have another mask, cross-attention
+in the middle, or no attention at all. A block of kind "depth:dense" or "depth:moe" is one that only
+some tokens go through (models/depth.py).
 
 Shapes: B rows, S sequence, T tokens of a source row, D model, M slots of the cache.
 """
@@ -56,7 +57,7 @@ class Block(nnx.Module):
         self.cfg, self.look = cfg, look
         self.kind = depth.inner(kind)
         self.wrapped = kind != self.kind
-        # Every part has a norm before it.
+        # Every part has a norm.
         parts = {"attention": bool(look.mask), "cross": look.cross, "ffn": True}
         there = [name for name in parts if parts[name]]
         norms = {f"{name}_norm_scale": norm_scale(cfg) for name in there}
@@ -69,7 +70,8 @@ class Block(nnx.Module):
         width = dense_width(self.kind, cfg)
         if width:
             sizes = (cfg.d_model, width, cfg.activation, out_std(width, cfg))
-            self.dense = FeedForward(keys[2], *sizes, cfg.param_dtype)
+            gated = self.kind == "moe" and cfg.moe.shared_gate
+            self.dense = FeedForward(keys[2], *sizes, cfg.param_dtype, gated)
         if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
         if self.wrapped:
@@ -119,9 +121,9 @@ class Block(nnx.Module):
         # Where there is no attention, nothing is added: bits are those of a sum with zero.
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask:
-            h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
+            h = self._before("attention", x_BSD)
             places = (batch.segment_BS, batch.position_BS, self._prefix(batch))
-            attended = self.attention(h, *places)
+            attended = self._after("attention", self.attention(h, *places))
         return self._rest(x_BSD, attended, batch, rng, train, source)
 
     def _added_cached(
@@ -134,9 +136,10 @@ class Block(nnx.Module):
         source: Any,
     ) -> tuple[Array, Array, Cache]:
         """(what attention adds, what the feed-forward adds, cache)."""
-        h = rms_norm(x_BSD, self.norms["attention_norm_scale"], self.cfg.norm_epsilon)
+        h = self._before("attention", x_BSD)
         prefix_BS = self._prefix(batch)
         attended, cache = self.attention.cached(h, batch.position_BS, cache, prefix_BS, chosen_BM)
+        attended = self._after("attention", attended)
         attended, fed, _ = self._rest(x_BSD, attended, batch, rng, False, source)
         return attended, fed, cache
 
@@ -161,17 +164,32 @@ class Block(nnx.Module):
         if self.look.mask:
             attended = drop(attended, keys[0])
         if self.look.cross:
-            h = rms_norm(x_BSD + attended, self.norms["cross_norm_scale"], cfg.norm_epsilon)
+            h = self._before("cross", x_BSD + attended)
             crossed = self.cross(h, batch.segment_BS, self.remember(source))
+            crossed = self._after("cross", crossed)
             attended = attended + drop(crossed, jax.random.fold_in(keys[0], 1))
-        h = rms_norm(x_BSD + attended, self.norms["ffn_norm_scale"], cfg.norm_epsilon)
+        h = self._before("ffn", x_BSD + attended)
         y, sums = jnp.zeros_like(h), {}
         if self.kind == "moe":
             y, sums = self.moe(h, batch, keys[1], train)
         # The feed-forward of a dense block, or the shared experts beside the routed ones.
         if hasattr(self, "dense"):
             y = y + self.dense(h)
+        y = self._after("ffn", y)
         return attended, drop(y, keys[2]), sums
+
+    def _before(self, part: str, x_BSD: Array) -> Array:
+        """Returns what a part reads: the residual stream, normalised unless norms come after."""
+        return self._normed(part, x_BSD) if self.cfg.norm_position == "before" else x_BSD
+
+    def _after(self, part: str, y_BSD: Array) -> Array:
+        """Returns what a part adds to the residual stream: its output, normalised if norms come
+        after.
+        """
+        return self._normed(part, y_BSD) if self.cfg.norm_position == "after" else y_BSD
+
+    def _normed(self, part: str, x_BSD: Array) -> Array:
+        return rms_norm(x_BSD, self.norms[f"{part}_norm_scale"], self.cfg.norm_epsilon)
 
     def _prefix(self, batch: Batch) -> Array | None:
         """Returns which tokens see their whole prefix; None where there is no prefix."""
@@ -182,11 +200,9 @@ class Block(nnx.Module):
 
 def dense_width(kind: str, cfg: ModelConfig) -> int:
     """Returns the hidden width of what every token of a block goes through: the feed-forward, or
-    the shared experts, n of width F as one of width n F; 0 = there is none.
+    the shared experts; 0 = there is none.
     """
-    if kind == "dense":
-        return cfg.ffn_hidden
-    return cfg.moe.shared_experts * cfg.moe.expert_hidden
+    return cfg.ffn_hidden if kind == "dense" else cfg.moe.shared_width
 
 
 def out_std(width: int, cfg: ModelConfig) -> float:

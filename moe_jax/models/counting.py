@@ -30,11 +30,16 @@ class Projections(NamedTuple):
 
 def projections(weights: Mapping[str, Weight]) -> Projections:
     """Returns how many parameters the weights of an attention are."""
-    # By their dimensions: matrices have [D, H, A], biases [H, A], scales [A].
-    sizes = {3: 0, 2: 0, 1: 0}
-    for weight in weights.values():
-        sizes[len(weight.shape)] += math.prod(weight.shape)
-    return Projections(*sizes.values())
+    matrices, biases, scales = 0, 0, 0
+    for name, weight in weights.items():
+        size = math.prod(weight.shape)
+        if name.endswith("norm_scale"):
+            scales += size
+        elif name.endswith("bias"):
+            biases += size
+        else:
+            matrices += size
+    return Projections(matrices, biases, scales)
 
 
 def full(cfg: ModelConfig, num_keys: int) -> int:

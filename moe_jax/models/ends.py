@@ -25,7 +25,10 @@ def embedding(cfg: ModelConfig, tied: bool = False) -> Weight:
     The logit of the token itself would otherwise be about sqrt(D): a guess that every token
     repeats.
     """
-    std = (FIRST_LOGITS if tied else 1.0) * cfg.d_model**-0.5
+    if tied:
+        std = FIRST_LOGITS * cfg.d_model**-0.5
+    else:
+        std = 1 / cfg.embedding_scale if cfg.embedding_scale else cfg.d_model**-0.5
     return Weight((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), std)
 
 
@@ -46,7 +49,12 @@ def embed(table_VD: Array, id_BS: Array, cfg: ModelConfig) -> Array:
     """
     table_VD = gather(table_VD, ("vocab", "embed"), cfg.dtype)
     x_BSD = table_VD.at[id_BS].get(out_sharding=P(BATCH, None, None))
-    return x_BSD * cfg.d_model**0.5
+    return x_BSD * embedding_scale(cfg)
+
+
+def embedding_scale(cfg: ModelConfig) -> float:
+    """Returns the factor on the embeddings of tokens."""
+    return cfg.embedding_scale or cfg.d_model**0.5
 
 
 def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:

@@ -6,7 +6,7 @@ width.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,25 +31,34 @@ def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Ar
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """x / rms(x) * scale over the last dimension, in at least float32 (Zhang & Sennrich 2019,
-    arXiv:1910.07467).
+    """x / rms(x) * scale over the dimensions of the scale, the last of x, in at least float32
+    (Zhang & Sennrich 2019, arXiv:1910.07467).
     """
     wide = x.astype(wide_dtype(x.dtype))
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    own = tuple(range(x.ndim - scale.ndim, x.ndim))
+    mean_square = jnp.mean(jnp.square(wide), axis=own, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + epsilon)
     # The scale gets the dimensions of x: a broadcast that is not written is an error here.
-    leading = tuple(range(x.ndim - 1))
+    leading = tuple(range(x.ndim - scale.ndim))
     return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), leading)
 
 
-def rope(position_BS: Array, head_dim: int, theta: float, dtype: str) -> tuple[Array, Array]:
+def rope(
+    position_BS: Array,
+    head_dim: int,
+    theta: float,
+    dtype: str,
+    scaled: Callable[[Array], Array],
+) -> tuple[Array, Array]:
     """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves
     of a head are the pairs.
+
+    `scaled`: what becomes of their frequencies (models/rope_scalings).
     """
     # In bfloat16 positions above 256 would not be told apart.
     wide = wide_dtype(dtype)
     exponent = -jnp.arange(0, head_dim, 2, dtype=wide) / head_dim
-    frequency = theta**exponent
+    frequency = scaled(theta**exponent)
     frequency_A = jnp.concatenate([frequency, frequency])
     place_BS11 = position_BS.astype(wide)[:, :, None, None]
     angle_BS1A = place_BS11 * frequency_A[None, None, None, :]
@@ -169,6 +178,8 @@ def _contract(a: Array, b: Array, dims: Any, dtype: DTypeLike, sharding: Any) ->
 class FeedForward(nnx.Module):
     """A dense feed-forward of hidden width F: also the shared experts of an MoE block (n of width F
     are one of width n F).
+
+    `gated`: the output is multiplied by sigmoid(x w), one number for each token.
     """
 
     def __init__(
@@ -179,6 +190,7 @@ class FeedForward(nnx.Module):
         activation: str,
         out_std: float,
         param_dtype: str,
+        gated: bool = False,
     ):
         # Gate and up have an axis of their own, so that F can be split without pairing wrong ones.
         p = 2 if activation == "swiglu" else 1
@@ -186,7 +198,9 @@ class FeedForward(nnx.Module):
             "w_in": Weight((d_model, p, hidden), ("embed", None, "hidden"), d_model**-0.5),
             "w_out": Weight((hidden, d_model), ("hidden", "embed"), out_std),
         }
-        self.activation = activation
+        if gated:
+            declared["gate"] = Weight((d_model,), ("embed",), d_model**-0.5)
+        self.activation, self.gated = activation, gated
         self.weights = Weights(key, declared, param_dtype)
 
     def __call__(self, x_BSD: Array) -> Array:
@@ -197,4 +211,9 @@ class FeedForward(nnx.Module):
         parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
         h_BSF = activate(parts, self.activation)
         # F is split over `model`: the sum over it is a reduction, told of by its output.
-        return jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))
+        y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))
+        if not self.gated:
+            return y_BSD
+        gate_D = gather(self.weights["gate"], ("embed",), x_BSD.dtype)
+        gate_BS = jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD, gate_D))
+        return y_BSD * gate_BS[:, :, None]

@@ -33,7 +33,7 @@ from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder
 from moe_jax.models.decoder import as_decoder
-from moe_jax.models.ends import embedding, norm_scale
+from moe_jax.models.ends import embedding, embedding_scale, norm_scale
 from moe_jax.models.layers import dropout, gather, rms_norm
 from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
@@ -92,7 +92,7 @@ class MMoE(nnx.Module):
         # Which items are dropped follows from the row alone, so it is the same on every mesh.
         weight_BL = dropout(weight_BL, options.item_dropout if train else 0.0, keys[0], batch.row_B)
         table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
-        h_BD = self._bottom(bags(table_VD, feature_BL, weight_BL) * cfg.d_model**0.5)
+        h_BD = self._bottom(bags(table_VD, feature_BL, weight_BL) * embedding_scale(cfg))
         h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
         tasks = _as_tokens(batch, valid_B, len(options.items))
         x_BGD = jnp.broadcast_to(h_BD[:, None], (*tasks.id_BS.shape, cfg.d_model))

@@ -114,7 +114,7 @@ def parameters(cfg: ModelConfig) -> Counts:
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
         attention=num_blocks * (attention.matrices + attention.biases),
         dense=cfg.num_dense_layers * feed_forward(cfg, cfg.ffn_hidden),
-        shared=num_moe * cfg.moe.shared_experts * expert,
+        shared=num_moe * shared(cfg),
         experts=num_moe * cfg.moe.num_experts * expert,
         experts_active=round(num_moe * experts_per_token(cfg.moe) * expert) if num_moe else 0,
         # A depth block scores each token by a vector of D.
@@ -131,6 +131,12 @@ def feed_forward(cfg: ModelConfig, hidden: int) -> int:
     """
     num_matrices = 3 if cfg.activation == "swiglu" else 2
     return num_matrices * cfg.d_model * hidden
+
+
+def shared(cfg: ModelConfig) -> int:
+    """Returns the parameters of one layer's shared experts, with their gate."""
+    gate = cfg.d_model if cfg.moe.shared_gate else 0
+    return feed_forward(cfg, cfg.moe.shared_width) + gate
 
 
 def router(cfg: ModelConfig) -> int:
@@ -220,7 +226,7 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
         attention_projections=over(all_kinds, of_weights(matrices)),
         attention_scores=over(all_kinds, of_scores),
         dense=over(dense_kinds, of_weights(feed_forward(cfg, cfg.ffn_hidden))),
-        shared=over(moe_kinds, of_weights(cfg.moe.shared_experts * expert)),
+        shared=over(moe_kinds, of_weights(shared(cfg))),
         experts=experts,
         # The router of a depth block sees every token, also those that do not go through.
         router=routers + 2 * cfg.num_depth_blocks * d,

@@ -98,6 +98,7 @@ def _depth(name: str) -> tuple[int, ...]:
         "k",
         "v",
         "o",
+        "o_bias",
         "ffn_norm_scale",
         "gate",
         "w_in",

@@ -104,8 +104,10 @@ class SparseConfig:
 class MoEConfig:
     num_experts: int = option(8, "routed experts of a layer", NUMBER)
     expert_hidden: int = option(256, "hidden width of one expert", NUMBER)
-    shared_experts: int = option(
-        0, "always-on experts of width expert_hidden, added to the routed ones", COUNT
+    shared_experts: int = option(0, "always-on experts, added to the routed ones", COUNT)
+    shared_hidden: int = option(0, "hidden width of a shared expert; 0 = expert_hidden", COUNT)
+    shared_gate: bool = option(
+        False, "shared experts times sigmoid(x w) (Qwen1.5-MoE, Qwen2, arXiv:2407.10671)"
     )
     group_rows: int = option(1, "rows (sequences) that share expert capacity and ordering", NUMBER)
     router: str = choice("top_k", "routers", "which experts take which token")
@@ -120,6 +122,11 @@ class MoEConfig:
     losses: Coefficients = derived()
     adaptive: AdaptiveConfig
     sparse: SparseConfig
+
+    @property
+    def shared_width(self) -> int:
+        """The hidden width of all shared experts together: n of width F are one of width n F."""
+        return self.shared_experts * (self.shared_hidden or self.expert_hidden)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,16 +155,39 @@ class ModelConfig:
     qk_norm: bool = option(
         False, "RMSNorm of queries and keys (Henry et al. 2020, arXiv:2010.04245)"
     )
+    qk_norm_over: str = option(
+        "head",
+        'what qk_norm normalises together: "head", each head by itself, or "width", all heads of a '
+        "token (OLMo 2, arXiv:2501.00656)",
+        choices=("head", "width"),
+    )
     attention_bias: bool = option(False, "biases of the query, key and value projections")
+    output_bias: bool = option(False, "a bias of the output projection of attention")
     rope_theta: float = option(
         10_000.0, "base of the rotary frequencies (Su et al. 2021, arXiv:2104.09864)", POSITIVE
     )
+    rope_scaling: str = choice(
+        "none", "rope_scalings", "of the rotary frequencies, for rows longer than before"
+    )
+    rope_scaling_options: Any = derived()
     norm_epsilon: float = option(1e-6, "of RMSNorm, inside its root", POSITIVE)
+    norm_position: str = option(
+        "before",
+        'norms of a block: "before" attention and feed-forward, or "after" them, still inside of '
+        "the residual branch (OLMo 2, arXiv:2501.00656)",
+        choices=("before", "after"),
+    )
     ffn_hidden: int = option(512, "hidden width of a dense block", NUMBER)
     activation: str = option(
         "swiglu", '"swiglu" or "gelu", dense and expert', choices=("swiglu", "gelu")
     )
     tie_embeddings: bool = option(False, "the head is the embedding's transpose")
+    embedding_scale: float = option(
+        0.0,
+        "factor on the embeddings of tokens; 0 = sqrt(d_model) (Vaswani et al. 2017, "
+        "arXiv:1706.03762, section 3.4)",
+        NOT_NEGATIVE,
+    )
     dropout: float = option(0.0, "of the embedding and of each residual branch", BELOW_ONE)
     prefix: tuple[str, ...] = option(
         (),

@@ -24,6 +24,7 @@ from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.models import MODELS, attention_core, decoder
 from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe.dispatch import DISPATCHERS, capacity
 from moe_jax.moe.dispatch.contract import Dispatcher
 from moe_jax.moe.losses import LOSSES
@@ -272,6 +273,7 @@ CHOICES = {
     "dispatcher": set(DISPATCHERS),
     "kind": set(MODELS),
     "attention": set(ATTENTIONS),
+    "rope_scaling": set(ROPE_SCALINGS),
     "task": set(TASKS),
     "rule": set(RULES),
     "pattern": set(tree.options_of("model.moe.sparse.pattern")),
@@ -288,6 +290,7 @@ REGISTRIES = {
     "moe/sparse/patterns/__init__.py",
     "models/__init__.py",
     "models/attentions/__init__.py",
+    "models/rope_scalings/__init__.py",
     "tasks/__init__.py",
     "optim/optimizers/__init__.py",
     "optim/schedules/__init__.py",

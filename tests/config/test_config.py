@@ -313,6 +313,7 @@ ROOMS = (
     "meaning",
     "begin",
     "run",
+    "interchange",
     "instruments",
     "verify",
     "publish",

@@ -178,30 +178,30 @@ def _piece_bytes(name: str, model: bytes) -> PieceBytes:
 
 def _byte_level_bytes(name: str) -> PieceBytes:
     """Returns the function from a token's name to its bytes, for byte-level tokenizers."""
-    byte_of_character = _byte_of_character()
+    bytes_of = byte_of_character()
 
     def piece_bytes(token: str) -> bytes:
-        if not set(token) <= byte_of_character.keys():
+        if not set(token) <= bytes_of.keys():
             raise UserError(
                 f"tokenizer {name} has the token {token!r}, which stands for no bytes: the "
                 "file may be damaged"
             )
-        return bytes(byte_of_character[character] for character in token)
+        return bytes(bytes_of[character] for character in token)
 
     return piece_bytes
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """Returns the byte that each character of a byte-level token stands for, as GPT-2 has them.
 
     A byte that prints stands for itself; each other one has the next character from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of_character = {chr(byte): byte for byte in printable}
+    byte_of = {chr(byte): byte for byte in printable}
     for offset, byte in enumerate(others):
-        byte_of_character[chr(256 + offset)] = byte
-    return byte_of_character
+        byte_of[chr(256 + offset)] = byte
+    return byte_of
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:

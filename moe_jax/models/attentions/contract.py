@@ -95,10 +95,19 @@ def projections(cfg: ModelConfig) -> dict[str, Weight]:
     if cfg.attention_bias:
         for name, num_heads in (("q", h), ("k", g), ("v", g)):
             weights[f"{name}_bias"] = Weight((num_heads, a), ("heads", None), 0.0)
+    if cfg.output_bias:
+        weights["o_bias"] = Weight((d,), (None,), 0.0)
     if cfg.qk_norm:
-        for name in ("q", "k"):
-            weights[f"{name}_norm_scale"] = Weight((a,), (None,), 0.0, 1.0)
+        for name, num_heads in (("q", h), ("k", g)):
+            weights[f"{name}_norm_scale"] = _score_norm(num_heads, cfg)
     return weights
+
+
+def _score_norm(num_heads: int, cfg: ModelConfig) -> Weight:
+    """Returns the scale of the norm of queries or keys: one for all heads [A], or each its own."""
+    if cfg.qk_norm_over == "head":
+        return Weight((cfg.head_dim,), (None,), 0.0, 1.0)
+    return Weight((num_heads, cfg.head_dim), ("heads", None), 0.0, 1.0)
 
 
 def cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:

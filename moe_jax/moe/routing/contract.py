@@ -122,6 +122,11 @@ def softmax_scores(options: Any) -> Callable[[jax.Array], jax.Array]:
     return jax.nn.softmax
 
 
+def as_they_are(options: Any) -> Any:
+    """Says that options which differ make routings that differ."""
+    return options
+
+
 class Router(NamedTuple):
     """All that there is to know of a router; `ROUTER` of its file. `options` is one of its Options.
 
@@ -160,6 +165,8 @@ class Router(NamedTuple):
     replays: bool = False
     # logits -> the scores by which it ranks experts, for instruments that replay or perturb it.
     score: Callable[[Any], Callable[[jax.Array], jax.Array]] = softmax_scores
+    # options -> options of the same routing, up to rounding, in one form.
+    normal_form: Callable[[Any], Any] = as_they_are
     # Yields what is wrong with its options together, one sentence each.
     refusals: Callable[[Any, Setting], Iterator[str]] = no_refusals
 

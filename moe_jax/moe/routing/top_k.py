@@ -73,4 +73,11 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=options.scale if sums_to_scale else None)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared)
+def normal_form(options: Options) -> Options:
+    """Returns the options with softmax = "before": "after" is that with renormalize."""
+    if options.softmax == "before":
+        return options
+    return dataclasses.replace(options, softmax="before", renormalize=True)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, normal_form=normal_form)

@@ -1,0 +1,14 @@
+"""Models of Hugging Face as runs of moe_jax, and back: what `convert import` and `convert export`
+do.
+
+    settings.py      their config.json, read key by key; what is not read is refused
+    entries.py       how keys of theirs become keys of ours and back
+    rows.py          how tensors of theirs become parameters of ours and back, bit for bit
+    contract.py      what a family of models is
+    families/NAME.py one family each: all about it, from the two before
+    decoder.py       entries and rows that families of decoders share
+    meaning.py       what a config of ours says of the function that a model computes
+    tensors.py       folders of safetensors, read and written a part at a time
+    tokenizers.py    tokenizer.json
+    importing.py, exporting.py
+"""

@@ -1,0 +1,65 @@
+"""What a family of models is: how its config and its tensors are those of a model of ours."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from moe_jax.errors import UserError
+from moe_jax.interchange.entries import Entry, Ours
+from moe_jax.interchange.rows import Row
+from moe_jax.interchange.settings import HARMLESS, Settings
+
+
+class Family(NamedTuple):
+    """All that there is to know of a family; `FAMILY` of its file."""
+
+    # `model_type` and the one of `architectures` that is a language model.
+    model_type: str
+    architecture: str
+    # Its config, both ways.
+    entries: tuple[Entry, ...]
+    # What lies outside of the blocks.
+    ends: tuple[Row, ...]
+    # The parts of a block, by its kind.
+    blocks: dict[str, tuple[Row, ...]]
+    # What the names of a layer's tensors begin with; {} is its number.
+    layer: str = "model.layers.{}."
+    # What names of tensors end with that are no parameters, and are not read.
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def read(self, settings: Settings) -> dict[str, Any]:
+        """Returns the keys of ours, by their paths, that the settings say.
+
+        Raises UserError for an option that we do not have.
+        """
+        named = settings.get("architectures", [self.architecture])
+        if named != [self.architecture]:
+            raise settings.refusal(
+                "architectures", f"moe_jax reads {self.architecture} alone of {self.model_type}"
+            )
+        ours: dict[str, Any] = {}
+        for entry in self.entries:
+            ours |= entry.read(settings)
+        settings.refuse_unread(self.model_type, HARMLESS)
+        return ours
+
+    def write(self, config: Ours) -> dict[str, Any]:
+        """Returns the settings of a model of ours, as far as the family can say it."""
+        theirs: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+        }
+        for entry in self.entries:
+            theirs |= entry.write(config)
+        return theirs
+
+    def rows(self, kinds: tuple[str, ...]) -> Iterator[tuple[int | None, Row]]:
+        """Yields (number of the block, row) of every parameter that a model of these blocks may
+        have; None: it lies outside of the blocks.
+        """
+        for row in self.ends:
+            yield None, row
+        for number, kind in enumerate(kinds):
+            if kind not in self.blocks:
+                raise UserError(f'{self.model_type} has no block of kind "{kind}"')
+            for row in self.blocks[kind]:
+                yield number, row

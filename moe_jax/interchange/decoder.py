@@ -1,0 +1,264 @@
+"""What families of decoders share: entries of their configs, and rows of their tensors.
+
+They descend from Llama (Touvron et al. 2023, arXiv:2302.13971), in its names too: RMSNorm, rotary
+embeddings whose pairs are the halves of a head, SwiGLU, no scale on embeddings.
+
+Axes of rows: V vocabulary, D model, H query heads, G key-value heads, A head width, P = 2 (gate,
+up), F hidden, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_jax.interchange.entries import Entry, Ours, fixed, ignored, key, only
+from moe_jax.interchange.meaning import BLOCKS, laid_out
+from moe_jax.interchange.rows import Row
+from moe_jax.interchange.settings import Settings
+
+WINDOWED, WINDOW = "sliding_window", "model.attentions.sliding_window.window"
+
+# Entries.
+
+
+def sizes(norm_epsilon: float) -> tuple[Entry, ...]:
+    """Returns the entries that every one of these families has."""
+    return (
+        fixed(model__kind="decoder", model__activation="swiglu", model__embedding_scale=1.0),
+        key("vocab_size", "model.vocab_size"),
+        key("hidden_size", "model.d_model"),
+        key("rms_norm_eps", "model.norm_epsilon", norm_epsilon),
+        key("tie_word_embeddings", "model.tie_embeddings", False),
+        only("hidden_act", "silu", "other activation of SwiGLU's gate"),
+        ignored("attention_dropout"),
+    )
+
+
+def heads(head_dim: int | None = None) -> Entry:
+    """Returns the entry of the heads; `head_dim`: where it is not told, None = hidden_size over
+    heads.
+    """
+
+    def read(settings: Settings) -> dict[str, Any]:
+        ours = _number_of_heads(settings)
+        own_share = settings.number("hidden_size") // ours["model.num_heads"]
+        return ours | {"model.head_dim": settings.number("head_dim", head_dim or own_share)}
+
+    def write(config: Ours) -> dict[str, Any]:
+        return _written_heads(config) | {"head_dim": config["model.head_dim"]}
+
+    return Entry(read, write)
+
+
+def heads_of_whole_width() -> Entry:
+    """Returns the entry of heads that share hidden_size."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        ours = _number_of_heads(settings)
+        return ours | {"model.head_dim": settings.number("hidden_size") // ours["model.num_heads"]}
+
+    return Entry(read, _written_heads)
+
+
+def _number_of_heads(settings: Settings) -> dict[str, Any]:
+    num_heads = settings.number("num_attention_heads")
+    num_kv_heads = settings.number("num_key_value_heads", num_heads)
+    return {"model.num_heads": num_heads, "model.num_kv_heads": num_kv_heads}
+
+
+def _written_heads(config: Ours) -> dict[str, Any]:
+    return {
+        "num_attention_heads": config["model.num_heads"],
+        "num_key_value_heads": config["model.num_kv_heads"],
+    }
+
+
+def biases_of_all() -> Entry:
+    """Returns the entry of `attention_bias`, which is of all four projections."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        value = settings.get("attention_bias", False)
+        return {"model.attention_bias": value, "model.output_bias": value}
+
+    def write(config: Ours) -> dict[str, Any]:
+        return {"attention_bias": config["model.attention_bias"]}
+
+    return Entry(read, write)
+
+
+def window() -> Entry:
+    """Returns the entry of `sliding_window`, which all layers have or none."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        return _windowed(settings.get("sliding_window"))
+
+    def write(config: Ours) -> dict[str, Any]:
+        return {"sliding_window": config.get(WINDOW)}
+
+    return Entry(read, write)
+
+
+def window_if_used(length: int = 4096) -> Entry:
+    """Returns the entry of `sliding_window`, which all layers have if `use_sliding_window`;
+    `length`: where it is not told.
+    """
+
+    def read(settings: Settings) -> dict[str, Any]:
+        size = settings.get("sliding_window", length)
+        return _windowed(size if settings.get("use_sliding_window", False) else None)
+
+    def write(config: Ours) -> dict[str, Any]:
+        size = config.get(WINDOW)
+        return {"use_sliding_window": size is not None, "sliding_window": size}
+
+    return Entry(read, write)
+
+
+def window_by_layer(slides: Callable[[int, int], bool], last: int, length: int = 4096) -> Entry:
+    """Returns the entry of `use_sliding_window` and the keys beside it, which may give some layers
+    a window: we have one attention for all of them.
+
+    Args:
+      slides: (layer, max_window_layers) -> whether a layer has a window, where layer_types is not
+        there.
+      last, length: max_window_layers and sliding_window where they are not there.
+    """
+    full, sliding = "full_attention", "sliding_attention"
+
+    def read(settings: Settings) -> dict[str, Any]:
+        used = settings.get("use_sliding_window", False)
+        size = settings.get("sliding_window", length)
+        bound = settings.get("max_window_layers", last)
+        layers = range(settings.number("num_hidden_layers"))
+        kinds = settings.get("layer_types")
+        if kinds is None:
+            kinds = [sliding if used and slides(layer, bound) else full for layer in layers]
+        if len(set(kinds)) != 1 or kinds[0] not in (full, sliding):
+            named = "layer_types" if settings.get("layer_types") else "max_window_layers"
+            raise settings.refusal(
+                named, "moe_jax has one attention for all layers, with a window or without"
+            )
+        return _windowed(size if kinds[0] == sliding else None)
+
+    def write(config: Ours) -> dict[str, Any]:
+        size, num = config.get(WINDOW), len(config[BLOCKS])
+        return {
+            "use_sliding_window": size is not None,
+            "sliding_window": size,
+            "max_window_layers": num if size is None else 0,
+            "layer_types": [full if size is None else sliding] * num,
+        }
+
+    return Entry(read, write)
+
+
+def _windowed(size: int | None) -> dict[str, Any]:
+    """Returns keys of ours for a window, or for none."""
+    if size is None:
+        return {"model.attention": "grouped_query"}
+    return {"model.attention": WINDOWED, WINDOW: size}
+
+
+def layers(kind: str) -> Entry:
+    """Returns the entry of layers that are all of one kind of ours."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        return laid_out((kind,) * settings.number("num_hidden_layers"))
+
+    def write(config: Ours) -> dict[str, Any]:
+        return {"num_hidden_layers": len(config[BLOCKS])}
+
+    return Entry(read, write)
+
+
+def sparse_layers() -> Entry:
+    """Returns the entry of layers of which every `decoder_sparse_step`-th has experts, but for
+    `mlp_only_layers`.
+    """
+
+    def read(settings: Settings) -> dict[str, Any]:
+        step = settings.number("decoder_sparse_step", 1)
+        dense = settings.get("mlp_only_layers", [])
+        kinds = []
+        for layer in range(settings.number("num_hidden_layers")):
+            has_experts = layer not in dense and (layer + 1) % step == 0
+            kinds.append("moe" if has_experts else "dense")
+        return laid_out(tuple(kinds))
+
+    def write(config: Ours) -> dict[str, Any]:
+        kinds = config[BLOCKS]
+        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
+        return {
+            "num_hidden_layers": len(kinds),
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+        }
+
+    return Entry(read, write)
+
+
+def top_k() -> tuple[Entry, ...]:
+    """Returns the entries of a router that takes the k largest probabilities of all experts."""
+    return (
+        fixed(model__moe__router="top_k", model__moe__routers__top_k__softmax="before"),
+        key("num_experts_per_tok", "model.moe.routers.top_k.k"),
+        # Of training alone.
+        ignored("router_aux_loss_coef", "router_jitter_noise"),
+    )
+
+
+# Rows.
+
+ENDS = (
+    Row("ends/embed", "VD", "model.embed_tokens.weight", "V D"),
+    Row("ends/norm_scale", "D", "model.norm.weight", "D"),
+    Row("ends/head", "DV", "lm_head.weight", "V D"),
+)
+NORMS_BEFORE = (
+    Row("norms/attention_norm_scale", "D", "input_layernorm.weight", "D"),
+    Row("norms/ffn_norm_scale", "D", "post_attention_layernorm.weight", "D"),
+)
+NORMS_AFTER = (
+    Row("norms/attention_norm_scale", "D", "post_attention_layernorm.weight", "D"),
+    Row("norms/ffn_norm_scale", "D", "post_feedforward_layernorm.weight", "D"),
+)
+ATTENTION = (
+    Row("attention/weights/q", "DHA", "self_attn.q_proj.weight", "HA D"),
+    Row("attention/weights/k", "DGA", "self_attn.k_proj.weight", "GA D"),
+    Row("attention/weights/v", "DGA", "self_attn.v_proj.weight", "GA D"),
+    Row("attention/weights/o", "HAD", "self_attn.o_proj.weight", "D HA"),
+)
+ATTENTION_BIASES = (
+    Row("attention/weights/q_bias", "HA", "self_attn.q_proj.bias", "HA"),
+    Row("attention/weights/k_bias", "GA", "self_attn.k_proj.bias", "GA"),
+    Row("attention/weights/v_bias", "GA", "self_attn.v_proj.bias", "GA"),
+)
+OUTPUT_BIAS = (Row("attention/weights/o_bias", "D", "self_attn.o_proj.bias", "D"),)
+QK_NORMS_OF_HEADS = (
+    Row("attention/weights/q_norm_scale", "A", "self_attn.q_norm.weight", "A"),
+    Row("attention/weights/k_norm_scale", "A", "self_attn.k_norm.weight", "A"),
+)
+QK_NORMS_OF_WIDTH = (
+    Row("attention/weights/q_norm_scale", "HA", "self_attn.q_norm.weight", "HA"),
+    Row("attention/weights/k_norm_scale", "GA", "self_attn.k_norm.weight", "GA"),
+)
+
+
+def feed_forward(theirs: str) -> tuple[Row, ...]:
+    """Returns the rows of a dense feed-forward, or of shared experts, below a name of theirs."""
+    gate_and_up = {"P": ("gate_proj", "up_proj")}
+    return (
+        Row("dense/weights/w_in", "DPF", theirs + ".{P}.weight", "F D", gate_and_up),
+        Row("dense/weights/w_out", "FD", theirs + ".down_proj.weight", "D F"),
+    )
+
+
+def experts(
+    theirs: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Row, ...]:
+    """Returns the rows of a router and its experts, below a name of theirs."""
+    one = theirs + ".experts.{E}"
+    return (
+        Row("moe/router/gate", "DE", theirs + ".gate.weight", "E D"),
+        Row("moe/experts/w_in", "EDPF", one + ".{P}.weight", "F D", {"P": (gate, up)}),
+        Row("moe/experts/w_out", "EFD", one + "." + down + ".weight", "D F"),
+    )

@@ -1,0 +1,164 @@
+"""A run of ours as a model of Hugging Face: `python -m moe_jax convert export`.
+
+The family is the first that can say all that decides what the model computes: its config is
+written, read again, and must mean the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import config
+from moe_jax.checkpoint import flat
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+from moe_jax.interchange import rotary, tensors, tokenizer_files
+from moe_jax.interchange.contract import Family
+from moe_jax.interchange.families import FAMILIES
+from moe_jax.interchange.importing import as_raw, planned
+from moe_jax.interchange.meaning import BLOCKS, meaning
+from moe_jax.interchange.rows import Piece
+from moe_jax.interchange.settings import Settings
+from moe_jax.models.decodable import why_not_decoded
+from moe_jax.run import Run
+
+# Names of dtypes in `config.json`, which transformers loads the tensors in.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was exported."""
+
+    family: str
+    num_tensors: int
+    num_bytes: int
+    # What the user should know.
+    notes: tuple[str, ...]
+
+
+def export_model(
+    run: Run, out: Path, *, family: str = "", dtype: str = "", raw: bool = False, shard_bytes: int
+) -> Exported:
+    """Writes a run as `save_pretrained` would write it, into the folder `out`, which is there.
+
+    Args:
+      family: one of FAMILIES; "" = the first that fits.
+      dtype: of the tensors; "" = that of the parameters.
+      raw: the parameters themselves, not their moving average.
+      shard_bytes: of a shard, at most.
+
+    Raises UserError for a model that no family can express.
+    """
+    chosen, theirs = fitting(run, family)
+    dtype = dtype or run.config.model.param_dtype
+    theirs |= {"dtype": dtype, "torch_dtype": dtype}
+    # Not those that transformers takes where nothing is said.
+    theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    theirs["max_position_embeddings"] = max(run.config.data.seq_len, rotary.scaled_length(theirs))
+    notes = []
+    try:
+        tokenizer = run.tokenizer
+        tokenizer_files.write(out, tokenizer, theirs["max_position_embeddings"])
+        theirs |= ends_of(tokenizer)
+    except UserError as error:
+        notes.append(f"no tokenizer was written: {error}")
+    write_json(out / "config.json", theirs)
+    ends = {name: theirs[name] for name in ("bos_token_id", "eos_token_id")}
+    write_json(out / "generation_config.json", {"_from_model_config": True, **ends})
+    params = run.parameters if raw else run.judged
+    plan = planned(chosen, run.config.model, params)
+    rounded: list[str] = []
+    made = tensors_of(plan, flat.flatten(params), dtype, rounded)
+    num_bytes = tensors.write(out, made, shard_bytes)
+    if rounded:
+        notes.append(
+            f"{len(rounded)} tensors were rounded to {dtype} ({rounded[0]} the first): --dtype "
+            "keeps all digits"
+        )
+    num_tensors = sum(len(made_of) for made_of in plan.values())
+    return Exported(chosen.model_type, num_tensors, num_bytes, tuple(notes))
+
+
+def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
+    """Returns the family that can express a run, and its config.
+
+    Raises UserError, which names what does not fit, where there is none.
+    """
+    if reason := why_not_decoded(run.config.model):
+        raise UserError(f"{run.workdir} cannot be exported: {reason}")
+    config_here = meaning(run.config)
+    misfits: dict[str, list[str]] = {}
+    for family in [FAMILIES[name]] if name else FAMILIES.values():
+        theirs = family.write(config_here)
+        misfits[family.model_type] = differences(family, theirs, config_here)
+        if not misfits[family.model_type]:
+            return family, theirs
+    nearest = min(misfits, key=lambda one: len(misfits[one]))
+    raise UserError(
+        f"{run.workdir} cannot be exported as {name or 'any family'}: {misfits[nearest][0]}"
+    )
+
+
+def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Returns what a family cannot say of a model, a sentence for each key; the kinds of blocks
+    first.
+    """
+    strange = [kind for kind in dict.fromkeys(here[BLOCKS]) if kind not in family.blocks]
+    if strange:
+        return [_said(family, BLOCKS, tuple(strange), tuple(family.blocks)), *here]
+    # Its length decides nothing that is compared.
+    settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
+    there = meaning(config.build(as_raw(family.read(settings)), 1))
+    found = []
+    for path in sorted(here.keys() | there.keys(), key=lambda path: (path != BLOCKS, path)):
+        ours, its = here.get(path), there.get(path)
+        if ours != its:
+            found.append(_said(family, path, ours, its))
+    return found
+
+
+def _said(family: Family, path: str, ours: Any, its: Any) -> str:
+    """Returns how a family differs from a model in one key."""
+    name = "the kinds of blocks (model.prefix, period, suffix)" if path == BLOCKS else path
+    if its is None:
+        return f"{name} = {_short(ours)}, which no config of {family.model_type} can say"
+    return f"{name} = {_short(ours)}, and {family.model_type} has {_short(its)}"
+
+
+def _short(value: Any) -> str:
+    """Returns a value as it is written in a config."""
+    if isinstance(value, tuple):
+        return " ".join(dict.fromkeys(map(str, value)))
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def ends_of(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the tokens that begin and end a text: our boundary is both."""
+    return {"bos_token_id": tokenizer.boundary_id, "eos_token_id": tokenizer.boundary_id}
+
+
+def tensors_of(
+    plan: Mapping[str, list[Piece]],
+    params: Mapping[str, jax.Array],
+    dtype: str,
+    rounded: list[str],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of theirs by name; names of those that lose digits go into `rounded`."""
+    for name, made_of in plan.items():
+        value = np.asarray(params[name])
+        for piece in made_of:
+            exact = piece.to_theirs(value)
+            tensor = np.ascontiguousarray(exact.astype(dtype))
+            if not np.array_equal(tensor.astype(exact.dtype), exact, equal_nan=True):
+                rounded.append(piece.name)
+            yield piece.name, tensor
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

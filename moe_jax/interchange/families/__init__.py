@@ -1,0 +1,26 @@
+"""The families of models by `model_type`: one file and one line each; the contract is in
+interchange/contract.py.
+
+A model of ours is exported as the first one that can say all of it.
+"""
+
+from moe_jax.interchange.contract import Family
+from moe_jax.interchange.families import (
+    llama,
+    mixtral,
+    olmo2,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": mixtral.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "llama": llama.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "olmo2": olmo2.FAMILY,
+}

@@ -1,0 +1,221 @@
+"""A model of Hugging Face as a run of ours: `python -m moe_jax convert import`.
+
+Tensors are read one at a time, each into its place in a parameter. Parameters that they have not,
+and tensors that no parameter takes, are refused before the first one is read.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import config
+from moe_jax.checkpoint import flat
+from moe_jax.config import config_file
+from moe_jax.config.tree import defaults
+from moe_jax.errors import UserError
+from moe_jax.interchange import settings as their_settings
+from moe_jax.interchange import tensors, tokenizer_files
+from moe_jax.interchange.contract import Family
+from moe_jax.interchange.families import FAMILIES
+from moe_jax.interchange.rows import Piece, pieces
+from moe_jax.interchange.settings import Settings
+from moe_jax.models.functions import make_model
+from moe_jax.parallel import mesh as meshes
+from moe_jax.run import write_run
+from moe_jax.schema.config import Config, ModelConfig
+
+# data.seq_len of a model that takes longer rows, unless --seq_len says more.
+LONGEST_ROW = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What was imported."""
+
+    family: str
+    config: Config
+    num_tensors: int
+    num_parameters: int
+    # What the user should know.
+    notes: tuple[str, ...]
+
+
+def import_model(source: Path, out: Path, seq_len: int | None = None) -> Imported:
+    """Writes the model of a folder, as save_pretrained leaves it, as a run into `out`.
+
+    `seq_len`: data.seq_len; None = what the model was made for, at most LONGEST_ROW. Raises
+    UserError for what we do not have, and for what is missing or damaged.
+    """
+    theirs, where = their_settings.read(source)
+    family = family_of(theirs, where)
+    changes = family.read(Settings(theirs, where))
+    longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
+    changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
+    mesh = meshes.make(meshes.ONE, jax.devices()[:1])
+    with tensors.Folder(source) as folder, jax.set_mesh(mesh):
+        changes["model.param_dtype"] = changes["model.dtype"] = widest(folder)
+        raw = as_raw(changes)
+        config.allow_float64(raw)
+        cfg = config.build(raw, 1)
+        abstract, router_state = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
+        plan = planned(family, cfg.model, abstract)
+        refuse_misfits(plan, folder, family, cfg.model)
+        params = assembled(plan, folder, abstract)
+        parts = {"params": params, "router_state": zeros(router_state)}
+        write_run(out, raw, parts, step=0)
+        num_parameters = sum(x.size for x in jax.tree.leaves(params))
+    notes = []
+    try:
+        tokenizer_files.read(source, theirs, cfg.model.vocab_size).save(out / "tokenizer")
+    except UserError as error:
+        notes.append(
+            f"no tokenizer was taken ({error}): `generate` needs one in {out / 'tokenizer'}"
+        )
+    if longest > cfg.data.seq_len:
+        notes.append(
+            f"data.seq_len = {cfg.data.seq_len}, of the {longest} tokens that the model takes "
+            "(max_position_embeddings): --seq_len sets another"
+        )
+    (out / "config.py").write_text(as_file(changes, out), encoding="utf-8")
+    num_tensors = sum(len(made_of) for made_of in plan.values())
+    return Imported(family.model_type, cfg, num_tensors, num_parameters, tuple(notes))
+
+
+def family_of(theirs: Mapping[str, Any], where: str) -> Family:
+    """Returns the family that a config names. Raises UserError for one that we do not know."""
+    name = theirs.get("model_type")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    near = difflib.get_close_matches(str(name), FAMILIES, 1)
+    hint = f" (the nearest name is {near[0]})" if near else ""
+    raise UserError(
+        f'{where}: model_type = "{name}" is no family that moe_jax reads{hint}: it reads '
+        f"{', '.join(FAMILIES)}"
+    )
+
+
+def as_raw(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the whole config, a nested dict of JSON values, with these keys changed."""
+    tree = defaults()
+    tree.update_from_flattened_dict(dict(changes))
+    return config_file.values(tree)
+
+
+def widest(folder: tensors.Folder) -> str:
+    """Returns the dtype that holds every tensor of a folder; float16 is held by float32."""
+    found = {folder.dtype(name) for name in folder.names()}
+    if found == {"bfloat16"}:
+        return "bfloat16"
+    return "float64" if "float64" in found else "float32"
+
+
+def planned(family: Family, cfg: ModelConfig, abstract: Any) -> dict[str, list[Piece]]:
+    """Returns the tensors of theirs that each parameter of ours is made of, by its name."""
+    ours = flat.flatten(abstract)
+    prefixes = block_names(cfg)
+    plan: dict[str, list[Piece]] = {}
+    for number, row in family.rows(cfg.blocks):
+        below = "" if number is None else prefixes[number]
+        if below + row.ours in ours:
+            layer = "" if number is None else family.layer.format(number)
+            plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
+    for name in ours:
+        if name not in plan:
+            # The refusals of keys come first: a family that lacks a row lacks a refusal too.
+            raise UserError(f"{family.model_type} has no tensor for the parameter {name}")
+    return plan
+
+
+def block_names(cfg: ModelConfig) -> list[str]:
+    """Returns what the names of each block's parameters begin with, in the order of the blocks."""
+    names = [f"prefix/{i}/" for i in range(len(cfg.prefix))]
+    for repeat in range(cfg.repeats):
+        names += [f"repeats/{repeat}/blocks/{i}/" for i in range(len(cfg.period))]
+    return names + [f"suffix/{i}/" for i in range(len(cfg.suffix))]
+
+
+def refuse_misfits(
+    plan: Mapping[str, list[Piece]], folder: tensors.Folder, family: Family, cfg: ModelConfig
+) -> None:
+    """Raises UserError for a tensor that is missing, of another shape, or more than there should
+    be.
+    """
+    names = folder.names()
+    wanted: set[str] = set()
+    for piece in (piece for made_of in plan.values() for piece in made_of):
+        wanted.add(piece.name)
+        if piece.name not in names:
+            raise UserError(
+                f"{folder.folder} has no tensor {piece.name}, which its config.json asks for "
+                f"(it has {len(names)} tensors)"
+            )
+        shape = folder.shape(piece.name)
+        if shape != piece.shape:
+            raise UserError(
+                f"{folder.where(piece.name)}: {piece.name} has the shape {list(shape)}, and "
+                f"config.json asks for {list(piece.shape)}"
+            )
+    for name in sorted(names - wanted):
+        # A head that is the embedding may be there a second time.
+        tied = cfg.tie_embeddings and name == head_of(family)
+        if not tied and not name.endswith(family.buffers):
+            raise UserError(
+                f"{folder.where(name)}: {name} has no place in a {family.model_type} model of "
+                "this config.json: what is it?"
+            )
+
+
+def head_of(family: Family) -> str:
+    """Returns the name of the head's tensor."""
+    return next(row.theirs for row in family.ends if row.ours == "ends/head")
+
+
+def assembled(plan: Mapping[str, list[Piece]], folder: tensors.Folder, abstract: Any) -> Any:
+    """Returns the parameters, on the device; one tensor is read at a time."""
+    ours = flat.flatten(abstract)
+
+    def arrays() -> Iterator[tuple[str, jax.Array]]:
+        for name, like in ours.items():
+            value = np.empty(like.shape, like.dtype)
+            for piece in plan[name]:
+                value[piece.index] = piece.to_ours(folder.read(piece.name))
+            yield name, jax.device_put(value, flat.placement(like))
+
+    return flat.unflatten(dict(arrays()), abstract)
+
+
+def zeros(router_state: Any) -> Any:
+    """Returns the state of routers that keep none, or whose first value is zero."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), router_state)
+
+
+def as_file(changes: Mapping[str, Any], out: Path) -> str:
+    """Returns the text of a config file that trains on from the imported run."""
+    values = dict(changes)
+    notes = [
+        "# Rows for data.sources are made with the model's own tokenizer:",
+        f"# python -m moe_jax prepare --source FILES --tokenizer file:{out}/tokenizer/"
+        "tokenizer.json --out DATA",
+    ]
+    if values["model.param_dtype"] == "bfloat16":
+        notes.append("# Small updates of weights in bfloat16 would be rounded away.")
+        values["model.param_dtype"] = "float32"
+    values["train.init_from"] = str(out)
+    lines = [
+        f'"""Trains on from {out}, which `python -m moe_jax convert import` wrote."""',
+        "",
+        "from moe_jax.config import defaults",
+        "",
+        "",
+        "def get_config():",
+        "    c = defaults()",
+        *(f"    {note}" for note in notes),
+        *(f"    c.{path} = {value!r}" for path, value in sorted(values.items())),
+        "    return c",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,97 @@
+"""What a config of ours says of the function that a model computes, in one form.
+
+Two configs with the same meaning make models that compute the same at evaluation: options of
+training, of speed and of rounding are left out, options of what is not there too, and what may be
+written in two ways is written in one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.moe.routing import ROUTERS
+from moe_jax.schema.config import Config, ModelConfig
+
+# In place of model.prefix, period, repeats and suffix: the kind of every block, in order.
+BLOCKS = "blocks"
+PLAN = ("prefix", "period", "repeats", "suffix")
+# Below "model.": of training, of speed, of rounding.
+NOT_OF_THE_FUNCTION = ("scan", "remat", "allow_leak", "dropout", "param_dtype", "dtype", *PLAN)
+# Below "model.moe.". A model that is exported drops nothing, as one that is decoded
+# (models/decodable.py), and zeros of a rule are zeros of the weights.
+NOT_OF_THE_EXPERTS = ("group_rows", "ordering", "dispatcher", "losses", "adaptive")
+
+
+def meaning(cfg: Config) -> dict[str, Any]:
+    """Returns {path of a key: value} of all that decides what the model computes."""
+    model = cfg.model
+    values: dict[str, Any] = {BLOCKS: model.blocks}
+    chosen = {
+        "kind": ("kinds", model.kind_options),
+        "attention": ("attentions", model.attention_options),
+        "rope_scaling": ("rope_scalings", model.rope_scaling_options),
+    }
+    for field in dataclasses.fields(ModelConfig):
+        name, value = field.name, getattr(model, field.name)
+        if name in chosen:
+            values[f"model.{name}"] = value
+            block, options = chosen[name]
+            values |= _options(f"model.{block}.{value}", options)
+        elif _is_plain(value) and name not in NOT_OF_THE_FUNCTION:
+            values[f"model.{name}"] = value
+    values["model.embedding_scale"] = float(model.embedding_scale or model.d_model**0.5)
+    if not model.qk_norm:
+        del values["model.qk_norm_over"]
+    if not model.num_dense_layers:
+        del values["model.ffn_hidden"]
+    if model.num_depth_blocks:
+        values |= _options("model.depth", model.depth)
+    if model.num_moe_layers:
+        values |= _of_experts(model)
+    return values
+
+
+def _of_experts(model: ModelConfig) -> dict[str, Any]:
+    """Returns what the keys below model.moe decide."""
+    moe = model.moe
+    values: dict[str, Any] = {
+        "model.moe.num_experts": moe.num_experts,
+        "model.moe.expert_hidden": moe.expert_hidden,
+        # n of width F are one of width n F.
+        "model.moe.shared_experts": min(moe.shared_experts, 1),
+        "model.moe.shared_hidden": moe.shared_width,
+        "model.moe.shared_gate": moe.shared_gate,
+        "model.moe.sparse.stored.block": moe.sparse.stored.block,
+        "model.moe.router": moe.router,
+    }
+    routers, options = f"model.moe.routers.{moe.router}", moe.router_options
+    return values | _options(routers, ROUTERS[moe.router].normal_form(options))
+
+
+def _options(path: str, options: Any) -> dict[str, Any]:
+    """Returns the keys of a frozen block."""
+    return {f"{path}.{name}": value for name, value in dataclasses.asdict(options).items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Returns whether a field is a key of its own, and no block of keys."""
+    return not dataclasses.is_dataclass(value) and not isinstance(value, Mapping)
+
+
+def laid_out(kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the keys of ours that make these blocks, with the shortest prefix and period."""
+    num = len(kinds)
+    best = (num, num, 1)
+    for first in range(num):
+        rest = kinds[first:]
+        for length in range(1, len(rest) + 1):
+            repeats = len(rest) // length
+            if rest == rest[:length] * repeats and first + length < sum(best[:2]):
+                best = (first, length, repeats)
+    first, length, repeats = best
+    return {
+        "model.prefix": kinds[:first],
+        "model.period": kinds[first : first + length],
+        "model.repeats": repeats,
+        "model.suffix": (),
+    }

@@ -1,0 +1,158 @@
+"""Folders of safetensors: one file, or shards with an index that says which tensor lies in which.
+
+    model.safetensors
+    model-00001-of-00003.safetensors ...  and model.safetensors.index.json
+
+A tensor is read when it is asked for. A shard is written when it is full.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax import extras
+from moe_jax.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Names of dtypes in the files: those that we read.
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Folder:
+    """The tensors of a folder, by name. Enter it: files are open until it is left.
+
+    Raises UserError for what is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        extras.require("convert import", "safetensors")
+        self.folder = folder
+        self._stack = contextlib.ExitStack()
+        # The file of each tensor.
+        self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+
+    def __enter__(self) -> "Folder":
+        told = self._told()
+        for path in sorted(set(told.values())) if told else [self.folder / SINGLE]:
+            file = self._opened(path)
+            for name in file.keys():
+                self._files[name], self._paths[name] = file, path
+        for name, path in told.items():
+            if self._paths.get(name) != path:
+                raise UserError(
+                    f"{path} has no tensor {name}, although {INDEX} says so: copy both again"
+                )
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Returns the name of a tensor's dtype. Raises UserError for one that we do not read."""
+        dtype = self._files[name].get_slice(name).get_dtype()
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{self._paths[name]}: {name} is {dtype}, and moe_jax reads "
+                f"{', '.join(DTYPES)}: save the model in one of them, without quantization"
+            )
+        return DTYPES[dtype]
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def where(self, name: str) -> Path:
+        """Returns the file of a tensor."""
+        return self._paths[name]
+
+    def _told(self) -> dict[str, Path]:
+        """Returns the file of each tensor by the index; {} where there is a single file."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            return {}
+        try:
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            return {name: self.folder / Path(file).name for name, file in shards.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}): copy it again") from None
+
+    def _opened(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise UserError(f"{path} is missing{self._hint(path)}")
+        try:
+            # Not mapped into memory: what was read would stay there as long as the file is open.
+            file = safe_open(path, framework="np", backend="pread")
+            return self._stack.enter_context(file)
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is damaged ({reason}): copy it again") from None
+
+    def _hint(self, path: Path) -> str:
+        """Returns the way out where a file is missing."""
+        if path.name != SINGLE:
+            return f", although {INDEX} names it: copy it too"
+        others = sorted(file.name for file in self.folder.glob("*.bin"))
+        if others:
+            return f", and {others[0]} may hold any code: save the model as safetensors first"
+        return ": name a folder as save_pretrained writes it"
+
+
+def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> int:
+    """Writes tensors into shards of at most `shard_bytes` (or one tensor), with an index where they
+    are several, and returns how many bytes all tensors have.
+
+    In memory are at most the tensors of one shard.
+    """
+    extras.require("convert export", "safetensors")
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _full(tensors, shard_bytes):
+        total += sum(tensor.nbytes for tensor in shard.values())
+        # Transformers asks for the format, whoever wrote it.
+        save_file(shard, folder / _part(len(shards)), metadata={"format": "pt"})
+        shards.append(list(shard))
+    if len(shards) == 1:
+        (folder / _part(0)).rename(folder / SINGLE)
+        return total
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / _part(number)).rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def _full(
+    tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the tensors of each shard."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _part(number: int) -> str:
+    """Returns the name of a shard while their number is not known."""
+    return f"model-{number + 1:05d}.part"

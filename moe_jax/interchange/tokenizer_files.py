@@ -1,0 +1,114 @@
+"""The tokenizer of a model of Hugging Face as one of ours, and back.
+
+tokenizer.json           what both read
+tokenizer_config.json    which class reads it in transformers, and which token ends a text
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_jax.data.tokenizer import Tokenizer, models
+from moe_jax.errors import UserError
+
+MODEL, ABOUT = "tokenizer.json", "tokenizer_config.json"
+
+
+def read(folder: Path, settings: dict[str, Any], vocab_size: int) -> Tokenizer:
+    """Returns the tokenizer of a folder, whose boundary is the end of a text.
+
+    Raises UserError where there is none that ours can hold.
+    """
+    path = folder / MODEL
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    tokenizer = models.read_huggingface(f"file:{path}", model, _end_of_text(folder, settings))
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} ids, and the model {vocab_size} (vocab_size)"
+        )
+    return tokenizer
+
+
+def _end_of_text(folder: Path, settings: dict[str, Any]) -> str | int:
+    """Returns the name or the id of the token that ends a text; "" where nothing tells it."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = {}
+    named = about.get("eos_token") if isinstance(about, dict) else None
+    # A token is its text, or an object that has it.
+    text = named.get("content") if isinstance(named, dict) else named
+    if isinstance(text, str):
+        return text
+    id_ = settings.get("eos_token_id")
+    if isinstance(id_, list):
+        id_ = id_[0] if id_ else None
+    return id_ if isinstance(id_, int) else ""
+
+
+def write(folder: Path, tokenizer: Tokenizer, length: int) -> None:
+    """Writes a tokenizer of ours for transformers; `length`: of the longest row.
+
+    One that was made here puts the boundary before a text, as our rows begin with it. Raises
+    UserError for one that a tokenizer.json cannot hold.
+    """
+    if tokenizer.kind == "huggingface":
+        model = json.loads(tokenizer.model)
+    elif tokenizer.kind == "bytes":
+        model = _of_bytes(tokenizer)
+    else:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} is a {tokenizer.kind} model, which no "
+            f"{MODEL} holds: convert it by transformers' AutoTokenizer"
+        )
+    boundary = _boundary(model, tokenizer)
+    if boundary == models.BOUNDARY and not model.get("post_processor"):
+        model["post_processor"] = _before_texts(boundary, tokenizer.boundary_id)
+    text = json.dumps(model, ensure_ascii=False, indent=2)
+    (folder / MODEL).write_text(text + "\n", encoding="utf-8")
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "bos_token": boundary,
+        "eos_token": boundary,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _boundary(model: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """Returns the text of the boundary in a tokenizer.json."""
+    for token in model.get("added_tokens", ()):
+        if token["id"] == tokenizer.boundary_id:
+            return token["content"]
+    raise UserError(f"the tokenizer {tokenizer.name} names no token {tokenizer.boundary_id}")
+
+
+def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the tokenizer.json whose ids are bytes: a byte-level BPE without merges."""
+    import tokenizers
+
+    character_of = {byte: character for character, byte in models.byte_of_character().items()}
+    characters = {character_of[byte]: byte for byte in range(tokenizer.boundary_id)}
+    of_bytes = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=characters, merges=[]))
+    of_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    of_bytes.decoder = tokenizers.decoders.ByteLevel()
+    of_bytes.add_special_tokens([models.BOUNDARY])
+    return json.loads(of_bytes.to_str())
+
+
+def _before_texts(boundary: str, id_: int) -> dict[str, Any]:
+    """Returns the post-processor that puts the boundary before a text."""
+    token = {"SpecialToken": {"id": boundary, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, token, second],
+        "special_tokens": {boundary: {"id": boundary, "ids": [id_], "tokens": [boundary]}},
+    }

@@ -1,0 +1,13 @@
+"""The rotary scalings by `model.rope_scaling`: one file and one line each; the contract is in
+contract.py.
+"""
+
+from moe_jax.models.rope_scalings import linear, llama3, unscaled, yarn
+from moe_jax.models.rope_scalings.contract import RopeScaling
+
+ROPE_SCALINGS: dict[str, RopeScaling] = {
+    "none": unscaled.ROPE_SCALING,
+    "linear": linear.ROPE_SCALING,
+    "llama3": llama3.ROPE_SCALING,
+    "yarn": yarn.ROPE_SCALING,
+}

@@ -1,0 +1,168 @@
+"""Tiny models of every family of transformers, with random weights: an oracle that shares no code
+with ours.
+"""
+
+import contextlib
+import io
+
+import jax
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from moe_jax.interchange.importing import import_model
+from moe_jax.moe.layer import Batch
+from moe_jax.parallel import batch_rows
+from moe_jax.run import open_run
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "llama3": LLAMA3,
+    "yarn": YARN,
+    "yarn, told": YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "attention_factor": 1.5},
+    "yarn, in parts": YARN | {"truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5},
+}
+# By family: what its tests change of SIZES, each for itself.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SPARSE = EXPERTS | {"moe_intermediate_size": 12}
+CONFIGS = {
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": EXPERTS,
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": SPARSE | {"head_dim": 8},
+    "qwen2_moe": SPARSE | {"shared_expert_intermediate_size": 28},
+    "olmo2": {},
+}
+EVERY = {
+    "plain": {},
+    "one key head": {"num_key_value_heads": 1},
+    "as many key heads": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "epsilon and base": {"rms_norm_eps": 1e-2, "rope_theta": 500.0},
+}
+OPTIONS = {
+    "mixtral": {
+        "window": {"sliding_window": 5},
+        "head width": {"head_dim": 10},
+        "three experts": {"num_experts_per_tok": 3},
+    },
+    "olmoe": {
+        "renormalised": {"norm_topk_prob": True},
+        "biases": {"attention_bias": True},
+    },
+    "llama": {
+        "head width": {"head_dim": 10},
+        "biases": {"attention_bias": True},
+        **{name: {"rope_scaling": value, "head_dim": 16} for name, value in SCALINGS.items()},
+    },
+    "qwen3": {
+        "biases": {"attention_bias": True},
+        "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        "yarn": {"rope_scaling": YARN},
+    },
+    "qwen3_moe": {
+        "renormalised": {"norm_topk_prob": True},
+        "window": {"use_sliding_window": True, "sliding_window": 5},
+        "dense layers": {"mlp_only_layers": [0]},
+        "every third": {"decoder_sparse_step": 3, "num_hidden_layers": 7},
+    },
+    "qwen2_moe": {
+        "renormalised": {"norm_topk_prob": True},
+        "without biases": {"qkv_bias": False},
+        "every second": {"decoder_sparse_step": 2},
+        "window": {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention"] * 2,
+        },
+    },
+    "olmo2": {"biases": {"attention_bias": True}},
+}
+CASES = {
+    f"{family}, {name}": (family, changes)
+    for family in CONFIGS
+    for name, changes in (EVERY | OPTIONS[family]).items()
+}
+
+
+def theirs(family, changes=None, dtype=torch.float32):
+    """A model of transformers with random weights; norms and biases are random too."""
+    values = SIZES | CONFIGS[family] | (changes or {})
+    config = transformers.AutoConfig.for_model(family, **values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
+    return model.eval()
+
+
+def saved(model, folder, **kwargs):
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder, **kwargs)
+    return folder
+
+
+def loaded(folder):
+    """What from_pretrained makes of a folder; it must take every tensor and miss none."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[what], (what, report[what])
+    return model.eval()
+
+
+def ids(vocab_size=40, shape=(2, 12)):
+    return np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
+
+
+def their_logits(model, id_BS):
+    with torch.no_grad():
+        return model(torch.tensor(id_BS, dtype=torch.long)).logits.double().numpy()
+
+
+def our_logits(run, id_BS):
+    """The logits of whole rows."""
+    B, S = id_BS.shape
+    position_BS = np.tile(np.arange(S, dtype=np.int32), (B, 1))
+    row_B = np.arange(B, dtype=np.int32)
+    local = Batch(id_BS, position_BS, np.ones_like(id_BS), row_B)
+
+    @jax.jit
+    def forward(parameters, router_state, batch):
+        model = run.functions.bind(parameters, router_state)
+        return model(batch, jax.random.key(0), False)[0]
+
+    with jax.set_mesh(run.mesh):
+        batch = batch_rows.put(local, row_B, B)
+        return np.asarray(forward(run.parameters, run.router_state, batch), np.float64)
+
+
+def imported(folder, out, **kwargs):
+    import_model(folder, out, **kwargs)
+    return open_run(out, silent=True)
