@@ -196,11 +196,13 @@ def sparse_layers() -> Entry:
     return Entry(read, write)
 
 
-def top_k() -> tuple[Entry, ...]:
-    """Returns the entries of a router that takes the k largest probabilities of all experts."""
+def top_k(k: int) -> tuple[Entry, ...]:
+    """Returns the entries of a router that takes the largest probabilities of all experts; `k`: how
+    many where it is not told.
+    """
     return (
         fixed(model__moe__router="top_k", model__moe__routers__top_k__softmax="before"),
-        key("num_experts_per_tok", "model.moe.routers.top_k.k"),
+        key("num_experts_per_tok", "model.moe.routers.top_k.k", k),
         # Of training alone.
         ignored("router_aux_loss_coef", "router_jitter_noise"),
     )

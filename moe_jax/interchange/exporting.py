@@ -2,6 +2,10 @@
 
 The family is the first that can say all that decides what the model computes: its config is
 written, read again, and must mean the same.
+
+No family has a scale on embeddings, and ours have one unless they were imported. It goes into the
+weights: embed times s, and where the head is the embedding the last norm by s, since
+(scale / s) (s E)^T = scale E^T.
 """
 
 import dataclasses
@@ -10,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe_jax import config
 from moe_jax.checkpoint import flat
+from moe_jax.config import config_file
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.interchange import rotary, tensors, tokenizer_files
@@ -25,8 +29,10 @@ from moe_jax.interchange.meaning import BLOCKS, meaning
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
 from moe_jax.models.decodable import why_not_decoded
+from moe_jax.models.ends import embedding_scale
 from moe_jax.run import Run
 
+SCALE = "model.embedding_scale"
 # Names of dtypes in `config.json`, which transformers loads the tensors in.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -62,19 +68,28 @@ def export_model(
     theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     theirs["max_position_embeddings"] = max(run.config.data.seq_len, rotary.scaled_length(theirs))
     notes = []
+    generation: dict[str, Any] = {}
     try:
         tokenizer = run.tokenizer
         tokenizer_files.write(out, tokenizer, theirs["max_position_embeddings"])
         theirs |= ends_of(tokenizer)
+        generation = generation_config(tokenizer, run.config.model.vocab_size)
     except UserError as error:
         notes.append(f"no tokenizer was written: {error}")
     write_json(out / "config.json", theirs)
-    ends = {name: theirs[name] for name in ("bos_token_id", "eos_token_id")}
-    write_json(out / "generation_config.json", {"_from_model_config": True, **ends})
+    write_json(out / "generation_config.json", generation)
     params = run.parameters if raw else run.judged
     plan = planned(chosen, run.config.model, params)
+    arrays = flat.flatten(params)
+    scale = embedding_scale(run.config.model)
+    if scale != 1:
+        arrays |= folded(arrays, scale, run.config.model.tie_embeddings)
+        notes.append(
+            f"the scale on embeddings ({SCALE}: {scale:g}) went into the embedding"
+            f"{' and the last norm' if run.config.model.tie_embeddings else ''}"
+        )
     rounded: list[str] = []
-    made = tensors_of(plan, flat.flatten(params), dtype, rounded)
+    made = tensors_of(plan, arrays, dtype, rounded)
     num_bytes = tensors.write(out, made, shard_bytes)
     if rounded:
         notes.append(
@@ -92,7 +107,8 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
     """
     if reason := why_not_decoded(run.config.model):
         raise UserError(f"{run.workdir} cannot be exported: {reason}")
-    config_here = meaning(run.config)
+    # It will be folded into the weights.
+    config_here = meaning(run.config) | {SCALE: 1.0}
     misfits: dict[str, list[str]] = {}
     for family in [FAMILIES[name]] if name else FAMILIES.values():
         theirs = family.write(config_here)
@@ -100,27 +116,26 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
         if not misfits[family.model_type]:
             return family, theirs
     nearest = min(misfits, key=lambda one: len(misfits[one]))
-    raise UserError(
-        f"{run.workdir} cannot be exported as {name or 'any family'}: {misfits[nearest][0]}"
-    )
+    what = f"as {name}" if name else f"as any family of {', '.join(FAMILIES)}"
+    raise UserError(f"{run.workdir} cannot be exported {what}: {misfits[nearest][0]}")
 
 
 def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Returns what a family cannot say of a model, a sentence for each key; the kinds of blocks
-    first.
-    """
+    """Returns what a family cannot say of a model, a sentence for each key."""
     strange = [kind for kind in dict.fromkeys(here[BLOCKS]) if kind not in family.blocks]
     if strange:
         return [_said(family, BLOCKS, tuple(strange), tuple(family.blocks)), *here]
     # Its length decides nothing that is compared.
     settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
-    there = meaning(config.build(as_raw(family.read(settings)), 1))
-    found = []
-    for path in sorted(here.keys() | there.keys(), key=lambda path: (path != BLOCKS, path)):
-        ours, its = here.get(path), there.get(path)
-        if ours != its:
-            found.append(_said(family, path, ours, its))
-    return found
+    changes = family.read(settings)
+    # What a family does not speak of is as in every new config.
+    there = meaning(config.build(config_file.default_values(), 1)) | changes
+    wrong = [path for path in here if path != BLOCKS and here[path] != there.get(path)]
+    if not wrong:
+        # Nothing is left to chance: the whole config, as it will be read again.
+        there = meaning(config.build(as_raw(changes), 1))
+        wrong = [path for path in {**here, **there} if here.get(path) != there.get(path)]
+    return [_said(family, path, here.get(path), there.get(path)) for path in wrong]
 
 
 def _said(family: Family, path: str, ours: Any, its: Any) -> str:
@@ -138,14 +153,34 @@ def _short(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
+def folded(params: Mapping[str, Any], scale: float, tied: bool) -> dict[str, np.ndarray]:
+    """Returns the parameters, by their names, that do without a scale on embeddings."""
+    embed, norm = (params[name] for name in ("ends/embed", "ends/norm_scale"))
+
+    def times(array: Any, factor: float) -> np.ndarray:
+        # Rounded once.
+        return (np.asarray(array).astype(np.float64) * factor).astype(array.dtype)
+
+    changed = {"ends/embed": times(embed, scale)}
+    if tied:
+        changed["ends/norm_scale"] = times(norm, 1 / scale)
+    return changed
+
+
 def ends_of(tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the tokens that begin and end a text: our boundary is both."""
     return {"bos_token_id": tokenizer.boundary_id, "eos_token_id": tokenizer.boundary_id}
 
 
+def generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """Returns how transformers decodes as we do: ids that no token has are never drawn."""
+    unknown = list(range(tokenizer.vocab_size, vocab_size))
+    return ends_of(tokenizer) | ({"suppress_tokens": unknown} if unknown else {})
+
+
 def tensors_of(
     plan: Mapping[str, list[Piece]],
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Any],
     dtype: str,
     rounded: list[str],
 ) -> Iterator[tuple[str, np.ndarray]]:

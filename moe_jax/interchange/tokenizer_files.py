@@ -24,7 +24,8 @@ def read(folder: Path, settings: dict[str, Any], vocab_size: int) -> Tokenizer:
         model = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    tokenizer = models.read_huggingface(f"file:{path}", model, _end_of_text(folder, settings))
+    boundary = _end_of_text(folder, settings, model)
+    tokenizer = models.read_huggingface(f"file:{path}", model, boundary)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} ids, and the model {vocab_size} (vocab_size)"
@@ -32,21 +33,36 @@ def read(folder: Path, settings: dict[str, Any], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _end_of_text(folder: Path, settings: dict[str, Any]) -> str | int:
+def _end_of_text(folder: Path, settings: dict[str, Any], model: bytes) -> str | int:
     """Returns the name or the id of the token that ends a text; "" where nothing tells it."""
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        about = {}
-    named = about.get("eos_token") if isinstance(about, dict) else None
+    named = _json(folder / ABOUT).get("eos_token")
     # A token is its text, or an object that has it.
     text = named.get("content") if isinstance(named, dict) else named
     if isinstance(text, str):
         return text
-    id_ = settings.get("eos_token_id")
-    if isinstance(id_, list):
-        id_ = id_[0] if id_ else None
-    return id_ if isinstance(id_, int) else ""
+    ids = settings.get("eos_token_id")
+    tokens = _parsed(model).get("added_tokens") or []
+    special = [token["id"] for token in tokens if token.get("special")]
+    # Any other may stand inside of a text.
+    found = [id_ for id_ in (ids if isinstance(ids, list) else [ids]) if id_ in special]
+    return found[0] if found else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Returns the object of a file; {} where there is none."""
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """Returns a JSON object; {} of what is none, which others refuse."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def write(folder: Path, tokenizer: Tokenizer, length: int) -> None:

@@ -146,7 +146,7 @@ def their_logits(model, id_BS):
         return model(torch.tensor(id_BS, dtype=torch.long)).logits.double().numpy()
 
 
-def our_logits(run, id_BS):
+def our_logits(run, id_BS, parameters=None):
     """The logits of whole rows."""
     B, S = id_BS.shape
     position_BS = np.tile(np.arange(S, dtype=np.int32), (B, 1))
@@ -160,7 +160,8 @@ def our_logits(run, id_BS):
 
     with jax.set_mesh(run.mesh):
         batch = batch_rows.put(local, row_B, B)
-        return np.asarray(forward(run.parameters, run.router_state, batch), np.float64)
+        parameters = run.parameters if parameters is None else parameters
+        return np.asarray(forward(parameters, run.router_state, batch), np.float64)
 
 
 def imported(folder, out, **kwargs):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from block_options import OPTIONS
 from kind_cases import config as kind_config
 from transformers.masking_utils import sliding_window_causal_mask_function
 
@@ -197,9 +198,10 @@ def batch_of(id_BS, place_S, length_B, length):
     return Batch(**placed, row_B=meshes.put(np.arange(len(id_BS), dtype=np.int32), "batch"))
 
 
-def test_decoding_with_a_cache_equals_the_full_pass(float64):
-    """Rows of 12 tokens and fewer in two pieces, then token by token, beyond the window of 3."""
-    mesh, bound, cfg = model_on_one_device(WINDOW | {"model.qk_norm": True})
+@pytest.mark.parametrize("changes", [WINDOW | {"model.qk_norm": True}, *OPTIONS.values()])
+def test_decoding_with_a_cache_equals_the_full_pass(float64, changes):
+    """Rows of 12 tokens and fewer in two pieces, then token by token, beyond a window of 3."""
+    mesh, bound, cfg = model_on_one_device(changes)
     length, length_B = 12, np.array([12, 7, 1, 10])
     id_BS = np.random.default_rng(0).integers(0, 64, (4, length))
     pieces = [(0, 5), (5, 7), *((i, i + 1) for i in range(7, length))]

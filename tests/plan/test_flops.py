@@ -40,6 +40,14 @@ MODELS = {
         "num_kv_heads": 1,
         "head_dim": 6,
     },
+    "norms after, of the width, output bias": {
+        "attention_bias": True,
+        "output_bias": True,
+        "qk_norm": True,
+        "qk_norm_over": "width",
+        "norm_position": "after",
+        "head_dim": 6,
+    },
     "pattern": {
         "prefix": ("dense", "moe"),
         "period": ("dense", "moe", "moe"),
@@ -52,10 +60,17 @@ MODELS = {
 }
 
 
+SHARED = [
+    {},
+    {"shared_experts": 2},
+    {"shared_experts": 2, "shared_hidden": 12, "shared_gate": True},
+]
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("shared", SHARED, ids=["none", "two", "gated"])
 def test_parameters_are_those_of_the_model(name, shared):
-    cfg = make_config(model=MODELS[name], moe={"shared_experts": shared, "num_experts": 8}).model
+    cfg = make_config(model=MODELS[name], moe={"num_experts": 8, **shared}).model
     counts, want = flops.parameters(cfg), counted(cfg)
     for kind in set(counts._fields) - {"experts_active"}:
         assert getattr(counts, kind) == want[kind], kind
@@ -98,6 +113,15 @@ def test_counts_worked_by_hand():
     forward = flops.forward_per_token(cfg, 9)
     assert forward == flops.Breakdown(2 * 48, 80, 0, 0, 2 * 72, 2 * 20, 2 * 28)
     assert flops.train_per_token(cfg, 9) == 3 * forward.total == 3 * 416
+
+
+def test_gated_shared_experts_cost_their_width_and_their_gate():
+    """Two of width 5 are one of width 10: 3 x 4 x 10 weights, and a gate of 4; 2 FLOPs a weight."""
+    sizes = {"d_model": 4, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 7}
+    shared = {"shared_experts": 2, "shared_hidden": 5, "shared_gate": True, "num_experts": 5}
+    cfg = make_config(model=sizes, moe=shared).model
+    assert flops.parameters(cfg).shared == 124
+    assert flops.forward_per_token(cfg, 9).shared == 248
 
 
 # FLOPs, against the compiler's count of a reference model without loops: each token's own experts,

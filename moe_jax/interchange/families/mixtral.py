@@ -16,10 +16,10 @@ FAMILY = Family(
         decoder.window(),
         rope(theta=1e6),
         decoder.layers("moe"),
-        *decoder.top_k(),
+        *decoder.top_k(k=2),
         fixed(model__moe__routers__top_k__renormalize=True),
         key("num_local_experts", "model.moe.num_experts", 8),
-        key("intermediate_size", "model.moe.expert_hidden"),
+        key("intermediate_size", "model.moe.expert_hidden", 14336),
     ),
     ends=decoder.ENDS,
     blocks={

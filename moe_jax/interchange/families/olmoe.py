@@ -20,10 +20,10 @@ FAMILY = Family(
         only("clip_qkv", None, "clipping of queries, keys and values"),
         rope(theta=1e4),
         decoder.layers("moe"),
-        *decoder.top_k(),
+        *decoder.top_k(k=8),
         key("norm_topk_prob", "model.moe.routers.top_k.renormalize", False),
         key("num_experts", "model.moe.num_experts", 64),
-        key("intermediate_size", "model.moe.expert_hidden"),
+        key("intermediate_size", "model.moe.expert_hidden", 2048),
     ),
     ends=decoder.ENDS,
     blocks={

@@ -27,7 +27,7 @@ FAMILY = Family(
         decoder.window_by_layer(slides, last=28),
         rope(theta=1e4),
         decoder.sparse_layers(),
-        *decoder.top_k(),
+        *decoder.top_k(k=4),
         key("norm_topk_prob", "model.moe.routers.top_k.renormalize", False),
         key("num_experts", "model.moe.num_experts", 60, also="num_local_experts"),
         key("moe_intermediate_size", "model.moe.expert_hidden", 1408),

@@ -28,7 +28,7 @@ FAMILY = Family(
         ignored("max_window_layers"),
         rope(theta=1e4),
         decoder.sparse_layers(),
-        *decoder.top_k(),
+        *decoder.top_k(k=8),
         key("norm_topk_prob", "model.moe.routers.top_k.renormalize", False),
         key("num_experts", "model.moe.num_experts", 128, also="num_local_experts"),
         key("moe_intermediate_size", "model.moe.expert_hidden", 768),
