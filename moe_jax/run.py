@@ -190,7 +190,8 @@ def write_run(workdir: Path, raw: dict[str, Any], parts: Mapping[str, Any], step
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
     arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(step), **parts})
     # A Run has its layers unstacked, whatever model.scan says.
-    saves.save(step, arrays, metadata={"config": raw}, score=None, stacked=False)
+    metadata = {"config": raw}
+    saves.save(step, arrays, metadata=metadata, score=None, stacked=False, frugal=True)
     saves.close()
     (workdir / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 

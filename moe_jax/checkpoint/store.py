@@ -8,8 +8,9 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moe_jax.errors import NoCheckpoint, UserError
 
 # In place of a step, among processes, which exchange numbers alone.
 NO_STEP, ALL_DAMAGED = -1, -2
+IN_FLIGHT = 2**27  # bytes under way to the disk in a frugal save
 MOST_MISFITS = 8  # arrays that a message names
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,14 @@ class Checkpoints:
         return self.every > 0 and step % self.every == 0
 
     def save(
-        self, step: int, state: Any, *, metadata: dict[str, Any], score: float | None, stacked: bool
+        self,
+        step: int,
+        state: Any,
+        *,
+        metadata: dict[str, Any],
+        score: float | None,
+        stacked: bool,
+        frugal: bool = False,
     ) -> bool:
         """Starts to save a pytree of arrays; returns once they are copied from the devices, so they
         may be donated.
@@ -77,6 +86,8 @@ class Checkpoints:
           metadata: anything JSON, such as the config; `metadata(step)` returns it.
           score: decides which are the best (lowest); None or NaN is never the best.
           stacked: layers below "repeats" are stacked over a leading axis in `state` (model.scan).
+          frugal: copies of few arrays at a time are in memory while they are written, which takes
+              longer; else of all of them.
 
         Returns False, and saves nothing, when this object has saved or restored that very step.
         Damaged checkpoints, and those of this step or a later one from elsewhere (another history
@@ -97,7 +108,8 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             plain_path = stack.enter_context(alias.plain(self.directory, _all_of))
-            response = ocp.save_async(str(folder.step_path(plain_path, step)), arrays)
+            with _few_at_a_time(arrays) if frugal else nullcontext():
+                response = ocp.save_async(str(folder.step_path(plain_path, step)), arrays)
             # From here on the commit closes the directory, which stays open until the save ends.
             until_committed = stack.pop_all()
         commit = self._thread.submit(self._commit, response, plain_path, until_committed, content)
@@ -271,6 +283,17 @@ class Checkpoints:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}: {have}")
         return folder.step_path(self.directory, step)
+
+
+def _few_at_a_time(arrays: Mapping[str, Any]) -> ocp.Context:
+    """Returns the context in which arrays of IN_FLIGHT bytes, or one array, are written at a
+    time.
+    """
+    context = ocp.Context()
+    # Orbax refuses an array that takes all the room, or more.
+    largest = max((array.nbytes for array in arrays.values()), default=0)
+    context.memory.write_concurrent_bytes = max(largest + 1, IN_FLIGHT)
+    return context
 
 
 def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

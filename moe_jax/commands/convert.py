@@ -1,9 +1,14 @@
-"""A model in another form: `python -m moe_jax convert WHAT ...`.
+"""A model in another form.
 
-    compact   a run without its experts' zeros: zero hidden units are removed, and zero blocks where
-              that pays; the outputs stay the same (docs/sparse_weights.md)
-    import    a model of Hugging Face as a run (docs/interchange.md)
-    export    a run as a model of Hugging Face
+    python -m moe_jax convert compact --workdir RUN --out DIR
+
+A run without its experts' zeros: zero hidden units are removed, and zero blocks where that pays;
+the outputs stay the same (docs/sparse_weights.md).
+
+    python -m moe_jax convert export --workdir RUN --to DIR
+    python -m moe_jax convert import --from DIR --out RUN
+
+A run as a model of Hugging Face, and a model of Hugging Face as a run (docs/interchange.md).
 
 A language model is read by `generate` and `probe`, and that of any task (whole matrices) by
 train.init_from.
@@ -369,7 +374,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
         help="the parameters themselves, not their moving average (optim.ema_decay)",
     )
     parser.add_argument(
-        "--shard_mb", type=int, default=2000, help="MB of a file, at most (default 2000)"
+        "--shard_mb", type=int, default=1000, help="MB of a file, at most (default 1000)"
     )
 
 

@@ -189,8 +189,8 @@ def tensors_of(
         value = np.asarray(params[name])
         for piece in made_of:
             exact = piece.to_theirs(value)
-            tensor = np.ascontiguousarray(exact.astype(dtype))
-            if not np.array_equal(tensor.astype(exact.dtype), exact, equal_nan=True):
+            tensor = np.array(exact, dtype, order="C")
+            if tensor.dtype != exact.dtype and (tensor.astype(exact.dtype) != exact).any():
                 rounded.append(piece.name)
             yield piece.name, tensor
 

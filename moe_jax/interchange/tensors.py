@@ -122,9 +122,16 @@ def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: 
     total = 0
     for shard in _full(tensors, shard_bytes):
         total += sum(tensor.nbytes for tensor in shard.values())
+        path = folder / _part(len(shards))
+        path.touch()
+        # The library lets nobody but the writer read its files.
+        mode = path.stat().st_mode
         # Transformers asks for the format, whoever wrote it.
-        save_file(shard, folder / _part(len(shards)), metadata={"format": "pt"})
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
         shards.append(list(shard))
+        # Or it would stay while the next one is filled.
+        shard.clear()
     if len(shards) == 1:
         (folder / _part(0)).rename(folder / SINGLE)
         return total

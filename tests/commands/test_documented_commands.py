@@ -54,7 +54,6 @@ COMMANDS = [command for command in documented.found() if command.text not in MEN
 # `world`.
 PLACEHOLDERS = {
     "configs/x.py": "configs/quickstart.py",
-    "WHAT": "compact",
     "RUN": "runs/books",
     "DIR": "runs/books",
     "TEXT": "Once",
@@ -95,12 +94,12 @@ def resolved(command):
     words = [word for word in words if word is not None]
     if command.module == "moe_jax probe" and "--steps" in words:
         words[words.index("--steps") + 1] = "1"
-    if (
-        command.module == "moe_jax convert"
-        and "--out" in words
-        and words[words.index("--out") + 1] == "runs/books"
-    ):
-        words[words.index("--out") + 1] = "runs/converted"
+    if command.module == "moe_jax convert":
+        # Both ways in the order of a page: what is exported is imported.
+        made = {"--out": f"runs/{words[0]}", "--to": "models/books", "--from": "models/books"}
+        for flag, name in made.items():
+            if flag in words and words[words.index(flag) + 1] == "runs/books":
+                words[words.index(flag) + 1] = name
     return words
 
 

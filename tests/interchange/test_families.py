@@ -30,7 +30,6 @@ def test_a_model_computes_the_same_in_both_and_comes_back_bit_for_bit(case, tmp_
     expected = hf_cases.their_logits(model, id_BS)
     logits = hf_cases.our_logits(run, id_BS)
     assert np.abs(expected).max() > 0.5
-    print(case, np.abs(logits - expected).max())
     assert np.abs(logits - expected).max() < LIMIT
     (tmp_path / "back").mkdir()
     done = export_model(run, tmp_path / "back", shard_bytes=2_000)

@@ -4,6 +4,7 @@ or the file.
 
 import json
 import shutil
+import weakref
 
 import hf_cases
 import numpy as np
@@ -19,7 +20,7 @@ from moe_jax.interchange.importing import import_model
 from moe_jax.interchange.meaning import BLOCKS, laid_out, meaning
 from moe_jax.interchange.rows import Row, pieces
 from moe_jax.interchange.settings import Settings
-from moe_jax.interchange.tensors import INDEX
+from moe_jax.interchange.tensors import INDEX, Folder, write
 from moe_jax.run import open_run
 
 
@@ -254,6 +255,48 @@ def test_buffers_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path):
     run = hf_cases.imported(folder, tmp_path / "out")
     logits = hf_cases.our_logits(run, hf_cases.ids())
     assert np.abs(logits - hf_cases.their_logits(model, hf_cases.ids())).max() < 1e-5
+
+
+def test_one_tensor_is_in_memory_at_a_time(mixtral, tmp_path, monkeypatch):
+    """The last one is gone when the next one is read; all are read, each once."""
+    read, before, names = Folder.read, [], []
+
+    def one(folder, name):
+        assert all(tensor() is None for tensor in before[-1:]), name
+        tensor = read(folder, name)
+        before.append(weakref.ref(tensor))
+        names.append(name)
+        return tensor
+
+    monkeypatch.setattr(Folder, "read", one)
+    import_model(mixtral, tmp_path / "out")
+    index = json.loads((mixtral / INDEX).read_text())["weight_map"]
+    assert sorted(names) == sorted(index)
+
+
+def test_a_shard_is_written_when_it_is_full(tmp_path):
+    """Shards of 100 bytes from tensors of 40: two each, and the one before is let go."""
+    made = []
+
+    def some():
+        for i in range(5):
+            assert sum(tensor() is not None for tensor in made) <= 2
+            tensor = np.full(10, i, np.float32)
+            made.append(weakref.ref(tensor))
+            yield f"t{i}", tensor
+            del tensor
+
+    assert write(tmp_path, some(), 100) == 200
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 200}
+    assert index["weight_map"] == {f"t{i}": files[i // 2] for i in range(5)}
+    with Folder(tmp_path) as folder:
+        assert folder.names() == set(index["weight_map"])
+        assert (folder.read("t3") == 3).all()
+    # As any file of the user.
+    assert (tmp_path / files[0]).stat().st_mode == (tmp_path / INDEX).stat().st_mode
 
 
 # The command.
