@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, config
@@ -183,12 +182,12 @@ def write_run(workdir: Path, raw: dict[str, Any], parts: Mapping[str, Any], step
     Args:
       workdir: a new directory.
       raw: the config, a nested dict of JSON values.
-      parts: trees of arrays with single layers: "params", "router_state", and "ema" where the
-        config has one.
+      parts: trees of arrays with single layers, on any device: "params", "router_state", and "ema"
+        where the config has one.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
-    arrays = jax.tree.map(jax.numpy.asarray, {"step": np.int32(step), **parts})
+    arrays = {"step": jax.numpy.int32(step), **parts}
     # A Run has its layers unstacked, whatever model.scan says.
     metadata = {"config": raw}
     saves.save(step, arrays, metadata=metadata, score=None, stacked=False, frugal=True)

@@ -243,7 +243,7 @@ def write(workdir: Path, out: Path, new: Weights) -> None:
     """Writes the new checkpoint, its config, and whatever the run keeps for decoding (tokenizer,
     names of labels).
     """
-    write_run(out, new.raw, new.parts, new.step)
+    write_run(out, new.raw, jax.tree.map(jax.numpy.asarray, new.parts), new.step)
     if (workdir / "tokenizer").is_dir():
         shutil.copytree(workdir / "tokenizer", out / "tokenizer")
     for name in KEPT:
@@ -369,6 +369,12 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="", help="of the tensors (default: of the parameters)"
     )
     parser.add_argument(
+        "--like",
+        type=Path,
+        help="the folder of the model that the run began from: its tokenizer, chat template and "
+        "ids of special tokens are taken",
+    )
+    parser.add_argument(
         "--raw",
         action="store_true",
         help="the parameters themselves, not their moving average (optim.ema_decay)",
@@ -389,12 +395,13 @@ def run_export(flags: argparse.Namespace) -> int:
             "--raw: the run kept no moving average of its parameters (optim.ema_decay = 0): leave "
             "the flag out"
         )
-    with new_directory(flags.to):
+    with new_directory(flags.to), jax.set_mesh(mesh.of_host()):
         done = export_model(
             trained,
             flags.to,
             family=flags.family,
             dtype=flags.dtype,
+            like=flags.like,
             raw=flags.raw,
             shard_bytes=flags.shard_mb * 10**6,
         )

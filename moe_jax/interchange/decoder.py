@@ -85,11 +85,13 @@ def biases_of_all() -> Entry:
     return Entry(read, write)
 
 
-def window() -> Entry:
-    """Returns the entry of `sliding_window`, which all layers have or none."""
+def window(length: int | None = None) -> Entry:
+    """Returns the entry of `sliding_window`, which all layers have or none (null); `length`: where
+    it is not told.
+    """
 
     def read(settings: Settings) -> dict[str, Any]:
-        return _windowed(settings.get("sliding_window"))
+        return _windowed(_told(settings, length))
 
     def write(config: Ours) -> dict[str, Any]:
         return {"sliding_window": config.get(WINDOW)}
@@ -103,7 +105,7 @@ def window_if_used(length: int = 4096) -> Entry:
     """
 
     def read(settings: Settings) -> dict[str, Any]:
-        size = settings.get("sliding_window", length)
+        size = _told(settings, length)
         return _windowed(size if settings.get("use_sliding_window", False) else None)
 
     def write(config: Ours) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def window_by_layer(slides: Callable[[int, int], bool], last: int, length: int =
 
     def read(settings: Settings) -> dict[str, Any]:
         used = settings.get("use_sliding_window", False)
-        size = settings.get("sliding_window", length)
+        size = _told(settings, length)
         bound = settings.get("max_window_layers", last)
         layers = range(settings.number("num_hidden_layers"))
         kinds = settings.get("layer_types")
@@ -149,6 +151,12 @@ def window_by_layer(slides: Callable[[int, int], bool], last: int, length: int =
         }
 
     return Entry(read, write)
+
+
+def _told(settings: Settings, length: int | None) -> int | None:
+    """Returns `sliding_window`, of which null says that there is none."""
+    size = settings.get("sliding_window")
+    return length if size is None and not settings.has("sliding_window") else size
 
 
 def _windowed(size: int | None) -> dict[str, Any]:

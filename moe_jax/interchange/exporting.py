@@ -10,6 +10,7 @@ weights: embed times s, and where the head is the embedding the last norm by s, 
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from moe_jax.config import config_file
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.interchange import rotary, tensors, tokenizer_files
+from moe_jax.interchange import settings as their_settings
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
-from moe_jax.interchange.importing import as_raw, planned
+from moe_jax.interchange.importing import as_raw, family_of, planned
 from moe_jax.interchange.meaning import BLOCKS, meaning
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
@@ -49,35 +51,32 @@ class Exported:
 
 
 def export_model(
-    run: Run, out: Path, *, family: str = "", dtype: str = "", raw: bool = False, shard_bytes: int
+    run: Run,
+    out: Path,
+    *,
+    family: str = "",
+    dtype: str = "",
+    like: Path | None = None,
+    raw: bool = False,
+    shard_bytes: int,
 ) -> Exported:
     """Writes a run as `save_pretrained` would write it, into the folder `out`, which is there.
 
     Args:
       family: one of FAMILIES; "" = the first that fits.
       dtype: of the tensors; "" = that of the parameters.
+      like: the folder of the model that the run began from, whose tokenizer and other files are
+        taken; None = they are made of the run.
       raw: the parameters themselves, not their moving average.
       shard_bytes: of a shard, at most.
 
     Raises UserError for a model that no family can express.
     """
-    chosen, theirs = fitting(run, family)
+    chosen, theirs = fitting(run, family or (family_like(like) if like else ""))
     dtype = dtype or run.config.model.param_dtype
     theirs |= {"dtype": dtype, "torch_dtype": dtype}
-    # Not those that transformers takes where nothing is said.
-    theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    theirs["max_position_embeddings"] = max(run.config.data.seq_len, rotary.scaled_length(theirs))
-    notes = []
-    generation: dict[str, Any] = {}
-    try:
-        tokenizer = run.tokenizer
-        tokenizer_files.write(out, tokenizer, theirs["max_position_embeddings"])
-        theirs |= ends_of(tokenizer)
-        generation = generation_config(tokenizer, run.config.model.vocab_size)
-    except UserError as error:
-        notes.append(f"no tokenizer was written: {error}")
+    notes = others_like(run, like, out, theirs) if like else others(run, out, theirs)
     write_json(out / "config.json", theirs)
-    write_json(out / "generation_config.json", generation)
     params = run.parameters if raw else run.judged
     plan = planned(chosen, run.config.model, params)
     arrays = flat.flatten(params)
@@ -98,6 +97,56 @@ def export_model(
         )
     num_tensors = sum(len(made_of) for made_of in plan.values())
     return Exported(chosen.model_type, num_tensors, num_bytes, tuple(notes))
+
+
+def others(run: Run, out: Path, theirs: dict[str, Any]) -> list[str]:
+    """Writes the tokenizer of a run and how its texts are decoded, puts what they say into the
+    config, and returns notes.
+    """
+    # Not the ids that transformers takes where nothing is said.
+    theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    theirs["max_position_embeddings"] = max(run.config.data.seq_len, rotary.scaled_length(theirs))
+    notes = []
+    generation: dict[str, Any] = {}
+    try:
+        tokenizer = run.tokenizer
+        tokenizer_files.write(out, tokenizer, theirs["max_position_embeddings"])
+        theirs |= ends_of(tokenizer)
+        generation = generation_config(tokenizer, run.config.model.vocab_size)
+    except UserError as error:
+        notes.append(f"no tokenizer was written: {error}")
+    write_json(out / "generation_config.json", generation)
+    return notes
+
+
+def others_like(run: Run, like: Path, out: Path, theirs: dict[str, Any]) -> list[str]:
+    """Copies what lies beside the tensors of a model, puts those keys of its config that change
+    nothing into the config, and returns notes.
+
+    Raises UserError where its tokenizer is not that of the run.
+    """
+    before, where = their_settings.read(like)
+    if (like / tokenizer_files.MODEL).is_file() and (run.workdir / "tokenizer").is_dir():
+        there = tokenizer_files.read(like, before, run.config.model.vocab_size)
+        if there.pieces != run.tokenizer.pieces:
+            raise UserError(
+                f"--like {like} has another tokenizer than {run.workdir / 'tokenizer'}: name the "
+                "model that the run began from, or leave the flag out"
+            )
+    copied = []
+    for path in sorted(like.iterdir()):
+        is_text = path.suffix in (".json", ".jinja", ".txt", ".model")
+        if path.is_file() and is_text and path.name not in ("config.json", tensors.INDEX):
+            shutil.copyfile(path, out / path.name)
+            copied.append(path.name)
+    kept = [name for name in before if name in their_settings.HARMLESS and name not in theirs]
+    theirs |= {name: before[name] for name in kept}
+    return [f"as in {where}: {', '.join([*kept, *copied])}"]
+
+
+def family_like(like: Path) -> str:
+    """Returns the family of a folder's model. Raises UserError for one that we do not know."""
+    return family_of(*their_settings.read(like)).model_type
 
 
 def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:

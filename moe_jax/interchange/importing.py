@@ -6,7 +6,7 @@ and tensors that no parameter takes, are refused before the first one is read.
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,7 @@ def import_model(source: Path, out: Path, seq_len: int | None = None) -> Importe
     changes = family.read(Settings(theirs, where))
     longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
-    mesh = meshes.make(meshes.ONE, jax.devices()[:1])
-    with tensors.Folder(source) as folder, jax.set_mesh(mesh):
+    with tensors.Folder(source) as folder, jax.set_mesh(meshes.of_host()):
         changes["model.param_dtype"] = changes["model.dtype"] = widest(folder)
         raw = as_raw(changes)
         config.allow_float64(raw)
@@ -176,22 +175,19 @@ def head_of(family: Family) -> str:
 
 
 def assembled(plan: Mapping[str, list[Piece]], folder: tensors.Folder, abstract: Any) -> Any:
-    """Returns the parameters, on the device; one tensor is read at a time."""
-    ours = flat.flatten(abstract)
-
-    def arrays() -> Iterator[tuple[str, jax.Array]]:
-        for name, like in ours.items():
-            value = np.empty(like.shape, like.dtype)
-            for piece in plan[name]:
-                value[piece.index] = piece.to_ours(folder.read(piece.name))
-            yield name, jax.device_put(value, flat.placement(like))
-
-    return flat.unflatten(dict(arrays()), abstract)
+    """Returns the parameters, on the device of the mesh; one tensor is read at a time."""
+    arrays: dict[str, jax.Array] = {}
+    for name, like in flat.flatten(abstract).items():
+        value = np.empty(like.shape, like.dtype)
+        for piece in plan[name]:
+            value[piece.index] = piece.to_ours(folder.read(piece.name))
+        arrays[name] = jax.device_put(value, flat.placement(like))
+    return flat.unflatten(arrays, abstract)
 
 
 def zeros(router_state: Any) -> Any:
     """Returns the state of routers that keep none, or whose first value is zero."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), router_state)
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), router_state)
 
 
 def as_file(changes: Mapping[str, Any], out: Path) -> str:

@@ -59,6 +59,10 @@ class Settings:
         value = self._values.get(name)
         return default if value is None else value
 
+    def has(self, name: str) -> bool:
+        """Returns whether a key is there, null or not."""
+        return name in self._values
+
     def need(self, name: str) -> Any:
         """Returns the value of a key. Raises UserError where it is not there."""
         value = self.get(name)
@@ -111,7 +115,7 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"--from {folder} holds no model, because {path} cannot be read ({error.strerror}): "
+            f"{folder} holds no model, because {path} cannot be read ({error.strerror}): "
             "name a folder as save_pretrained writes it"
         ) from None
     except ValueError as error:

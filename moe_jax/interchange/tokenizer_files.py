@@ -81,10 +81,11 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> None:
             f"{MODEL} holds: convert it by transformers' AutoTokenizer"
         )
     boundary = _boundary(model, tokenizer)
+    text = tokenizer.model
     if boundary == models.BOUNDARY and not model.get("post_processor"):
         model["post_processor"] = _before_texts(boundary, tokenizer.boundary_id)
-    text = json.dumps(model, ensure_ascii=False, indent=2)
-    (folder / MODEL).write_text(text + "\n", encoding="utf-8")
+        text = (json.dumps(model, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
+    (folder / MODEL).write_bytes(text)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,

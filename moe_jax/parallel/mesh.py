@@ -150,6 +150,17 @@ def make(lengths: Lengths, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(tuple(lengths), AXES, axis_types=types, devices=devices)
 
 
+def of_host() -> Mesh:
+    """Returns a mesh of one device whose memory is that of the host, for what computes nothing; of
+    the first device where jax has no CPU (JAX_PLATFORMS).
+    """
+    try:
+        devices = jax.devices("cpu")
+    except RuntimeError:
+        devices = jax.devices()
+    return make(ONE, devices[:1])
+
+
 def sharding(*names: str | None) -> NamedSharding:
     """`spec` on the mesh that `jax.set_mesh` made current."""
     mesh = jax.sharding.get_mesh()

@@ -53,10 +53,13 @@ CONFIGS = {
     "mixtral": {"num_local_experts": 4},
     "olmoe": EXPERTS,
     "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
     "qwen3": {"head_dim": 8},
     "qwen3_moe": SPARSE | {"head_dim": 8},
     "qwen2_moe": SPARSE | {"shared_expert_intermediate_size": 28},
     "olmo2": {},
+    "flex_olmo": EXPERTS,
 }
 EVERY = {
     "plain": {},
@@ -80,6 +83,11 @@ OPTIONS = {
         "biases": {"attention_bias": True},
         **{name: {"rope_scaling": value, "head_dim": 16} for name, value in SCALINGS.items()},
     },
+    "mistral": {"head width": {"head_dim": 10}},
+    "qwen2": {
+        "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        "linear": {"rope_scaling": SCALINGS["linear"]},
+    },
     "qwen3": {
         "biases": {"attention_bias": True},
         "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
@@ -102,6 +110,7 @@ OPTIONS = {
         },
     },
     "olmo2": {"biases": {"attention_bias": True}},
+    "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
 }
 CASES = {
     f"{family}, {name}": (family, changes)

@@ -99,6 +99,11 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
             "the key rope_scaling.factor is missing",
         ),
         ("llama", {"rope_scaling": 3}, "rope_scaling = 3: it must be an object"),
+        (
+            "qwen2",
+            {"use_mrope": True},
+            "use_mrope = true: moe_jax has no rotary embedding of im",
+        ),
         ("qwen3", WINDOWS, "moe_jax has one attention for all layers, with a window or without"),
         ("qwen2_moe", WINDOWS, "moe_jax has one attention for all layers"),
         (
@@ -125,9 +130,9 @@ def test_an_option_that_we_do_not_have_is_refused_by_its_name(family, changes, m
 
 
 def test_a_family_that_we_do_not_know_is_refused(mixtral, tmp_path):
-    change(mixtral, model_type="mistral")
+    change(mixtral, model_type="mixtral2")
     assert refused(mixtral, tmp_path / "out") == (
-        f'{mixtral}/config.json: model_type = "mistral" is no family that moe_jax reads (the '
+        f'{mixtral}/config.json: model_type = "mixtral2" is no family that moe_jax reads (the '
         f"nearest name is mixtral): it reads {', '.join(FAMILIES)}"
     )
 
@@ -396,7 +401,10 @@ def test_a_half_precision_model_is_widened_and_comes_back_as_it_was(tmp_path):
             "model.attention_bias = True, and mixtral has False",
         ),
         ({"model.norm_position": "after"}, 'model.norm_position = "after", and mixtral has'),
-        ({"model.head_dim": 6, "model.qk_norm": True, "model.qk_norm_over": "width"}, "olmoe"),
+        (
+            {"model.head_dim": 6, "model.qk_norm": True, "model.qk_norm_over": "width"},
+            "model.head_dim = 6, and olmoe has 4",
+        ),
     ],
 )
 def test_what_no_family_can_say_is_named(changes, message):

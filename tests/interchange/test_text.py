@@ -39,7 +39,7 @@ def bpe(vocab_size=300):
     return tokenizer_room.make(f"bpe:{vocab_size}", lambda: TEXTS * 3)
 
 
-def with_end_token(name="<|endoftext|>"):
+def with_end_token(name="<|endoftext|>", texts=TEXTS):
     """A tokenizer as others make it, with a token of another name at the end of a text."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +50,7 @@ def with_end_token(name="<|endoftext|>"):
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator(TEXTS * 3, trainer)
+    made.train_from_iterator(texts * 3, trainer)
     return made
 
 
@@ -191,14 +191,39 @@ def test_a_tokenizer_comes_back_as_it_was(tmp_path):
     run = hf_cases.imported(folder, tmp_path / "ours")
     (tmp_path / "back").mkdir()
     export_model(run, tmp_path / "back", shard_bytes=SHARDS)
-    texts = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in FOLDERS]
-    assert texts[0] == texts[1]
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("theirs", "back")]
+    assert files[0] == files[1]
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
     for text in TEXTS:
         assert theirs(text)["input_ids"] == run.tokenizer.encode(text).tolist()
 
 
-FOLDERS = ("theirs", "back")
+def test_what_lies_beside_the_tensors_is_taken_from_the_model_that_a_run_began_from(tmp_path):
+    tokenizer = with_end_token("</s>")
+    model = hf_cases.theirs("llama", vocabulary(tokenizer) | {"max_position_embeddings": 9000})
+    folder = hf_cases.saved(model, tmp_path / "theirs")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    run = hf_cases.imported(folder, tmp_path / "ours")
+    assert run.config.data.seq_len == 4096
+    (tmp_path / "back").mkdir()
+    done = export_model(run, tmp_path / "back", like=folder, shard_bytes=SHARDS)
+    assert "chat_template.jinja" in done.notes[0] and "bos_token_id" in done.notes[0]
+    names = [{path.name for path in at.iterdir()} for at in (folder, tmp_path / "back")]
+    assert names[0] == names[1]
+    for name in names[0] - {"config.json"}:
+        assert (folder / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+    configs = [hf_cases.loaded(at).config.to_dict() for at in (folder, tmp_path / "back")]
+    for values in configs:
+        del values["_name_or_path"]
+    assert configs[0] == configs[1]
+    with_end_token("</s>", PROMPTS).save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError) as error:
+        export_model(run, tmp_path / "back", like=folder, shard_bytes=SHARDS)
+    assert str(error.value) == (
+        f"--like {folder} has another tokenizer than {tmp_path / 'ours' / 'tokenizer'}: name the "
+        "model that the run began from, or leave the flag out"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ A model of ours is exported as the first one that can say all of it.
 
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import (
+    flex_olmo,
     llama,
+    mistral,
     mixtral,
     olmo2,
     olmoe,
+    qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
@@ -19,8 +22,11 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "olmo2": olmo2.FAMILY,
+    "flex_olmo": flex_olmo.FAMILY,
 }

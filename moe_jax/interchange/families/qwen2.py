@@ -1,0 +1,40 @@
+"""Qwen2 and Qwen2.5 (Yang et al. 2024, arXiv:2407.10671), dense: biases of queries, keys and
+values.
+
+Refused: a sliding window in some layers alone, and the rotary embedding of images (`use_mrope`).
+"""
+
+from moe_jax.interchange import decoder
+from moe_jax.interchange.contract import Family
+from moe_jax.interchange.entries import fixed, key, only
+from moe_jax.interchange.rotary import rope
+
+
+def slides(layer: int, max_window_layers: int) -> bool:
+    """Returns whether a layer has the window: those from max_window_layers on."""
+    return layer >= max_window_layers
+
+
+FAMILY = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    entries=(
+        *decoder.sizes(norm_epsilon=1e-6),
+        decoder.heads(),
+        fixed(model__attention_bias=True),
+        decoder.window_by_layer(slides, last=28),
+        only("use_mrope", False, "rotary embedding of images"),
+        rope(theta=1e4),
+        decoder.layers("dense"),
+        key("intermediate_size", "model.ffn_hidden"),
+    ),
+    ends=decoder.ENDS,
+    blocks={
+        "dense": (
+            *decoder.NORMS_BEFORE,
+            *decoder.ATTENTION,
+            *decoder.ATTENTION_BIASES,
+            *decoder.feed_forward("mlp"),
+        )
+    },
+)
