@@ -25,6 +25,8 @@ class Family(NamedTuple):
     layer: str = "model.layers.{}."
     # What names of tensors end with that are no parameters, and are not read.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # What names of tensors end with that are in float32 at least, whatever the others are.
+    wide: tuple[str, ...] = ()
 
     def read(self, settings: Settings) -> dict[str, Any]:
         """Returns the keys of ours, by their paths, that the settings say.

@@ -115,24 +115,31 @@ def window_if_used(length: int = 4096) -> Entry:
     return Entry(read, write)
 
 
-def window_by_layer(slides: Callable[[int, int], bool], last: int, length: int = 4096) -> Entry:
-    """Returns the entry of `use_sliding_window` and the keys beside it, which may give some layers
-    a window: we have one attention for all of them.
+def window_by_layer(
+    slides: Callable[[int, int], bool],
+    last: int,
+    length: int = 4096,
+    switch: str = "use_sliding_window",
+) -> Entry:
+    """Returns the entry of keys that may give some layers a window: we have one attention for all
+    of them.
 
     Args:
       slides: (layer, max_window_layers) -> whether a layer has a window, where layer_types is not
         there.
       last, length: max_window_layers and sliding_window where they are not there.
+      switch: the key that says whether there are windows at all; "" = there are.
     """
     full, sliding = "full_attention", "sliding_attention"
 
     def read(settings: Settings) -> dict[str, Any]:
-        used = settings.get("use_sliding_window", False)
+        used = settings.get(switch, False) if switch else True
         size = _told(settings, length)
         bound = settings.get("max_window_layers", last)
         layers = range(settings.number("num_hidden_layers"))
         kinds = settings.get("layer_types")
         if kinds is None:
+            used = used and size is not None
             kinds = [sliding if used and slides(layer, bound) else full for layer in layers]
         if len(set(kinds)) != 1 or kinds[0] not in (full, sliding):
             named = "layer_types" if settings.get("layer_types") else "max_window_layers"
@@ -144,7 +151,7 @@ def window_by_layer(slides: Callable[[int, int], bool], last: int, length: int =
     def write(config: Ours) -> dict[str, Any]:
         size, num = config.get(WINDOW), len(config[BLOCKS])
         return {
-            "use_sliding_window": size is not None,
+            **({switch: size is not None} if switch else {}),
             "sliding_window": size,
             "max_window_layers": num if size is None else 0,
             "layer_types": [full if size is None else sliding] * num,

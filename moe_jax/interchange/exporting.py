@@ -20,6 +20,7 @@ import numpy as np
 from moe_jax import config
 from moe_jax.checkpoint import flat
 from moe_jax.config import config_file
+from moe_jax.config.tree import at
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.interchange import rotary, tensors, tokenizer_files
@@ -78,8 +79,9 @@ def export_model(
     notes = others_like(run, like, out, theirs) if like else others(run, out, theirs)
     write_json(out / "config.json", theirs)
     params = run.parameters if raw else run.judged
-    plan = planned(chosen, run.config.model, params)
-    arrays = flat.flatten(params)
+    parts = {"params": params, "router_state": run.router_state}
+    plan = planned(chosen, run.config.model, parts)
+    arrays = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
     scale = embedding_scale(run.config.model)
     if scale != 1:
         arrays |= folded(arrays, scale, run.config.model.tie_embeddings)
@@ -88,7 +90,7 @@ def export_model(
             f"{' and the last norm' if run.config.model.tie_embeddings else ''}"
         )
     rounded: list[str] = []
-    made = tensors_of(plan, arrays, dtype, rounded)
+    made = tensors_of(plan, arrays, dtype, chosen.wide, rounded)
     num_bytes = tensors.write(out, made, shard_bytes)
     if rounded:
         notes.append(
@@ -177,9 +179,11 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     # Its length decides nothing that is compared.
     settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
     changes = family.read(settings)
+    keys = [path for path in here if path != BLOCKS]
     # What a family does not speak of is as in every new config.
-    there = meaning(config.build(config_file.default_values(), 1)) | changes
-    wrong = [path for path in here if path != BLOCKS and here[path] != there.get(path)]
+    default = config_file.default_values()
+    there = {path: changes.get(path, at(default, path)) for path in keys}
+    wrong = [path for path in keys if here[path] != there[path]]
     if not wrong:
         # Nothing is left to chance: the whole config, as it will be read again.
         there = meaning(config.build(as_raw(changes), 1))
@@ -231,14 +235,19 @@ def tensors_of(
     plan: Mapping[str, list[Piece]],
     params: Mapping[str, Any],
     dtype: str,
+    wide: tuple[str, ...],
     rounded: list[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of theirs by name; names of those that lose digits go into `rounded`."""
+    """Yields the tensors of theirs by name; names of those that lose digits go into `rounded`.
+
+    `wide`: what names end with that keep the dtype of ours, at least float32.
+    """
     for name, made_of in plan.items():
         value = np.asarray(params[name])
         for piece in made_of:
             exact = piece.to_theirs(value)
-            tensor = np.array(exact, dtype, order="C")
+            its = exact.dtype if piece.name.endswith(wide) else dtype
+            tensor = np.array(exact, its, order="C")
             if tensor.dtype != exact.dtype and (tensor.astype(exact.dtype) != exact).any():
                 rounded.append(piece.name)
             yield piece.name, tensor

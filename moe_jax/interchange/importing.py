@@ -24,7 +24,9 @@ from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.rows import Piece, pieces
 from moe_jax.interchange.settings import Settings
+from moe_jax.models.block import moe_config
 from moe_jax.models.functions import make_model
+from moe_jax.moe.layer import adaptive_state
 from moe_jax.parallel import mesh as meshes
 from moe_jax.run import write_run
 from moe_jax.schema.config import Config, ModelConfig
@@ -57,17 +59,17 @@ def import_model(source: Path, out: Path, seq_len: int | None = None) -> Importe
     longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
     with tensors.Folder(source) as folder, jax.set_mesh(meshes.of_host()):
-        changes["model.param_dtype"] = changes["model.dtype"] = widest(folder)
+        # Their shapes are the same in every dtype.
+        cfg = config.build(as_raw(changes), 1)
+        plan = planned(family, cfg.model, abstract_parts(cfg))
+        changes["model.param_dtype"] = changes["model.dtype"] = widest(folder, family)
         raw = as_raw(changes)
         config.allow_float64(raw)
         cfg = config.build(raw, 1)
-        abstract, router_state = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
-        plan = planned(family, cfg.model, abstract)
         refuse_misfits(plan, folder, family, cfg.model)
-        params = assembled(plan, folder, abstract)
-        parts = {"params": params, "router_state": zeros(router_state)}
+        parts = assembled(plan, folder, abstract_parts(cfg))
         write_run(out, raw, parts, step=0)
-        num_parameters = sum(x.size for x in jax.tree.leaves(params))
+        num_parameters = sum(x.size for x in jax.tree.leaves(parts["params"]))
     notes = []
     try:
         tokenizer_files.read(source, theirs, cfg.model.vocab_size).save(out / "tokenizer")
@@ -105,17 +107,27 @@ def as_raw(changes: Mapping[str, Any]) -> dict[str, Any]:
     return config_file.values(tree)
 
 
-def widest(folder: tensors.Folder) -> str:
-    """Returns the dtype that holds every tensor of a folder; float16 is held by float32."""
-    found = {folder.dtype(name) for name in folder.names()}
+def widest(folder: tensors.Folder, family: Family) -> str:
+    """Returns the dtype that holds every tensor of a folder but those that are always wide; float16
+    is held by float32.
+    """
+    found = {folder.dtype(name) for name in folder.names() if not name.endswith(family.wide)}
     if found == {"bfloat16"}:
         return "bfloat16"
     return "float64" if "float64" in found else "float32"
 
 
-def planned(family: Family, cfg: ModelConfig, abstract: Any) -> dict[str, list[Piece]]:
-    """Returns the tensors of theirs that each parameter of ours is made of, by its name."""
-    ours = flat.flatten(abstract)
+def abstract_parts(cfg: Config) -> dict[str, Any]:
+    """Returns the shapes and dtypes of the parts of a checkpoint: parameters and router state."""
+    params, router_state = jax.eval_shape(make_model(cfg.model).init, jax.random.key(0))
+    return {"params": params, "router_state": router_state}
+
+
+def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[str, list[Piece]]:
+    """Returns the tensors of theirs that each array of ours is made of, by its name below its part;
+    no parameter has the name of a state.
+    """
+    ours = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
     prefixes = block_names(cfg)
     plan: dict[str, list[Piece]] = {}
     for number, row in family.rows(cfg.blocks):
@@ -124,7 +136,8 @@ def planned(family: Family, cfg: ModelConfig, abstract: Any) -> dict[str, list[P
             layer = "" if number is None else family.layer.format(number)
             plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
     for name in ours:
-        if name not in plan:
+        of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
+        if name not in plan and not of_training:
             # The refusals of keys come first: a family that lacks a row lacks a refusal too.
             raise UserError(f"{family.model_type} has no tensor for the parameter {name}")
     return plan
@@ -174,20 +187,24 @@ def head_of(family: Family) -> str:
     return next(row.theirs for row in family.ends if row.ours == "ends/head")
 
 
-def assembled(plan: Mapping[str, list[Piece]], folder: tensors.Folder, abstract: Any) -> Any:
-    """Returns the parameters, on the device of the mesh; one tensor is read at a time."""
-    arrays: dict[str, jax.Array] = {}
-    for name, like in flat.flatten(abstract).items():
+def assembled(
+    plan: Mapping[str, list[Piece]], folder: tensors.Folder, parts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns parameters and router state, on the device of the mesh; one tensor is read at a
+    time.
+    """
+
+    def array(name: str, like: Any) -> jax.Array:
         value = np.empty(like.shape, like.dtype)
         for piece in plan[name]:
             value[piece.index] = piece.to_ours(folder.read(piece.name))
-        arrays[name] = jax.device_put(value, flat.placement(like))
-    return flat.unflatten(arrays, abstract)
+        return jax.device_put(value, flat.placement(like))
 
-
-def zeros(router_state: Any) -> Any:
-    """Returns the state of routers that keep none, or whose first value is zero."""
-    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), router_state)
+    made = {}
+    for part, tree in parts.items():
+        arrays = {name: array(name, like) for name, like in flat.flatten(tree).items()}
+        made[part] = flat.unflatten(arrays, tree)
+    return made
 
 
 def as_file(changes: Mapping[str, Any], out: Path) -> str:

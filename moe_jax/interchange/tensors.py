@@ -38,15 +38,17 @@ class Folder:
 
     def __enter__(self) -> "Folder":
         told = self._told()
-        for path in sorted(set(told.values())) if told else [self.folder / SINGLE]:
-            file = self._opened(path)
-            for name in file.keys():
-                self._files[name], self._paths[name] = file, path
-        for name, path in told.items():
-            if self._paths.get(name) != path:
-                raise UserError(
-                    f"{path} has no tensor {name}, although {INDEX} says so: copy both again"
-                )
+        with contextlib.ExitStack() as stack:
+            for path in sorted(set(told.values())) if told else [self.folder / SINGLE]:
+                file = stack.enter_context(self._opened(path))
+                for name in file.keys():
+                    self._files[name], self._paths[name] = file, path
+            for name, path in told.items():
+                if self._paths.get(name) != path:
+                    raise UserError(
+                        f"{path} has no tensor {name}, although {INDEX} says so: copy both again"
+                    )
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -93,8 +95,7 @@ class Folder:
             raise UserError(f"{path} is missing{self._hint(path)}")
         try:
             # Not mapped into memory: what was read would stay there as long as the file is open.
-            file = safe_open(path, framework="np", backend="pread")
-            return self._stack.enter_context(file)
+            return safe_open(path, framework="np", backend="pread")
         except (SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is damaged ({reason}): copy it again") from None

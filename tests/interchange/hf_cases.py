@@ -60,6 +60,13 @@ CONFIGS = {
     "qwen2_moe": SPARSE | {"shared_expert_intermediate_size": 28},
     "olmo2": {},
     "flex_olmo": EXPERTS,
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "sliding_window": None,
+    },
 }
 EVERY = {
     "plain": {},
@@ -110,6 +117,13 @@ OPTIONS = {
         },
     },
     "olmo2": {"biases": {"attention_bias": True}},
+    "dots1": {
+        "renormalised, scaled": {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        "dense layers, shared experts": {"first_k_dense_replace": 1, "n_shared_experts": 2},
+        "window": {"sliding_window": 5, "max_window_layers": 0},
+        "head width": {"head_dim": 10},
+    },
     "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
 }
 CASES = {
@@ -128,6 +142,10 @@ def theirs(family, changes=None, dtype=torch.float32):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            # The bias of a router; the frequencies of rotary embeddings are not random.
+            if name.endswith("bias"):
+                torch.nn.init.normal_(buffer, 0.0, 0.2)
     return model.eval()
 
 

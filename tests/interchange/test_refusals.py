@@ -366,6 +366,27 @@ def test_a_bfloat16_model_stays_one_and_comes_back_bit_for_bit(tmp_path):
         assert tensor.dtype == files[1][name].dtype and tensor.tobytes() == files[1][name].tobytes()
 
 
+def test_what_a_family_keeps_wide_stays_so(tmp_path):
+    """transformers keeps the router of dots.llm1 in float32, whatever the rest is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    first = hf_cases.saved(hf_cases.theirs("dots1"), tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.bfloat16)
+    folder = hf_cases.saved(model, tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    wide = {name for name, tensor in tensors.items() if tensor.dtype == np.float32}
+    assert wide == {name for name in tensors if ".gate." in name} and len(wide) == 4
+    run = hf_cases.imported(folder, tmp_path / "ours")
+    assert run.config.model.param_dtype == "bfloat16"
+    (tmp_path / "back").mkdir()
+    done = export_model(run, tmp_path / "back", shard_bytes=10**9)
+    assert not any("rounded" in note for note in done.notes)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    for name, tensor in tensors.items():
+        assert tensor.dtype == back[name].dtype and tensor.tobytes() == back[name].tobytes()
+
+
 def test_a_half_precision_model_is_widened_and_comes_back_as_it_was(tmp_path):
     import torch
 
@@ -486,6 +507,12 @@ def test_the_meaning_of_a_config_leaves_out_what_trains_and_what_rounds():
     assert base[BLOCKS] == ("moe", "moe") and "model.ffn_hidden" not in base
     other = meaning(tiny.build(changes={"model.moe.routers.top_k.softmax": "after"}))
     assert other == base
+    sigmoid = {"model.moe.router": "sigmoid"}
+    at = "model.moe.routers.sigmoid"
+    base = meaning(tiny.build(changes=sigmoid))
+    open_groups = {f"{at}.num_groups": 2, f"{at}.top_groups": 2, f"{at}.group_score": "max"}
+    assert meaning(tiny.build(changes=sigmoid | open_groups | {f"{at}.bias_rate": 0.5})) == base
+    assert meaning(tiny.build(changes=sigmoid | open_groups | {f"{at}.top_groups": 1})) != base
 
 
 def test_a_config_file_of_an_import_trains_on(folders, tmp_path):

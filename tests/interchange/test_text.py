@@ -93,6 +93,7 @@ def their_texts(model, tokenizer, prompts):
         ("qwen3_moe", {"mlp_only_layers": [0]}),
         ("qwen2_moe", {}),
         ("olmo2", {}),
+        ("dots1", {"first_k_dense_replace": 1, "norm_topk_prob": True}),
     ],
 )
 def test_greedy_text_is_the_same(family, changes, tmp_path):
@@ -138,7 +139,8 @@ def made(folder, changes, tokenizer):
     def random(x):
         return (x + rng.normal(0, 0.1, x.shape)).astype(x.dtype)
 
-    parts = {"params": params, "ema": jax.tree.map(random, params), "router_state": router_state}
+    ema, router_state = jax.tree.map(random, (params, router_state))
+    parts = {"params": params, "ema": ema, "router_state": router_state}
     write_run(folder, raw, parts, step=7)
     tokenizer.save(folder / "tokenizer")
     return open_run(folder, silent=True)
@@ -159,6 +161,17 @@ def made(folder, changes, tokenizer):
             },
         ),
         ("llama", {"model.period": ("dense",), "model.scan": True}),
+        (
+            "dots1",
+            {
+                "model.qk_norm": True,
+                "model.prefix": ("dense",),
+                "model.moe.router": "sigmoid",
+                "model.moe.routers.sigmoid.num_groups": 2,
+                "model.moe.routers.sigmoid.top_groups": 2,
+                "model.moe.shared_experts": 2,
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

@@ -6,6 +6,7 @@ A model of ours is exported as the first one that can say all of it.
 
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import (
+    dots1,
     flex_olmo,
     llama,
     mistral,
@@ -29,4 +30,5 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": qwen2_moe.FAMILY,
     "olmo2": olmo2.FAMILY,
     "flex_olmo": flex_olmo.FAMILY,
+    "dots1": dots1.FAMILY,
 }

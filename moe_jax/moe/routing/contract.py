@@ -165,7 +165,7 @@ class Router(NamedTuple):
     replays: bool = False
     # logits -> the scores by which it ranks experts, for instruments that replay or perturb it.
     score: Callable[[Any], Callable[[jax.Array], jax.Array]] = softmax_scores
-    # options -> options of the same routing, up to rounding, in one form.
+    # options -> options of the same routing at evaluation, up to rounding, in one form.
     normal_form: Callable[[Any], Any] = as_they_are
     # Yields what is wrong with its options together, one sentence each.
     refusals: Callable[[Any, Setting], Iterator[str]] = no_refusals

@@ -160,6 +160,22 @@ def declared(num_experts: int, options: Any) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=gate_sum)
 
 
+def normal_form(options: Options) -> Options:
+    """Returns the options of the same routing at evaluation, when the bias stays: the rate is the
+    default, and groups that are all open are one.
+    """
+    same = dataclasses.replace(options, bias_rate=Options().bias_rate)
+    if options.top_groups < options.num_groups:
+        return same
+    default = Options()
+    return dataclasses.replace(
+        same,
+        num_groups=default.num_groups,
+        top_groups=default.top_groups,
+        group_score=default.group_score,
+    )
+
+
 def balanced_by(options: Options) -> str:
     """Names the bias, unless its rate is 0 (DeepSeek-V2)."""
     return "its bias" if options.bias_rate else ""
@@ -203,4 +219,5 @@ ROUTER = Router(
     losses=("sequence_balance",),  # DeepSeek-V3 keeps a small one beside the bias
     score=score,
     refusals=refusals,
+    normal_form=normal_form,
 )
