@@ -1,5 +1,5 @@
-"""The configs of published models are read, and give the numbers of parameters that their files
-have.
+"""Configs like those of published models are read, and give the numbers of parameters that these
+models are known for. They were written down from memory: nothing is downloaded.
 """
 
 import pytest
