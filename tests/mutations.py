@@ -82,24 +82,47 @@ def slice_off_by_one(patch):
     patch.setattr(dropless, "_gather", wrong)
 
 
-def no_psum_over_model(patch):
-    right = jax.lax.psum
-    patch.setattr(
-        jax.lax, "psum", lambda x, axis, **more: x if axis == "model" else right(x, axis, **more)
-    )
+def psum_of(wanted, wrong):
+    """A `jax.lax.psum` that is `wrong(right, x, axis)` over `model` where `wanted(x)`.
 
-
-def one_shard_of_model(patch):
-    """As if the psum were missing, in a way that jax's check of replication cannot see: the part of
-    the first shard alone.
+    The layer sums one array over `model`, the loss of tokens a pair.
     """
     right = jax.lax.psum
 
-    def wrong(x, axis, **more):
-        mine = axis != "model" or jax.lax.axis_index("model") == 0
-        return right(jnp.where(mine, x, 0) if axis == "model" else x, axis, **more)
+    def psum(x, axis, **more):
+        if axis == "model" and wanted(x):
+            return wrong(right, x, axis)
+        return right(x, axis, **more)
 
-    patch.setattr(jax.lax, "psum", wrong)
+    return psum
+
+
+def is_one(x):
+    return not isinstance(x, tuple)
+
+
+def is_pair(x):
+    return isinstance(x, tuple)
+
+
+def of_first_shard(right, x, axis):
+    """As if the psum were missing, in a way that jax's check of replication cannot see: the part of
+    the first shard alone.
+    """
+    mine = jax.lax.axis_index("model") == 0
+    return right(jax.tree.map(lambda z: jnp.where(mine, z, 0), x), axis)
+
+
+def no_psum_over_model(patch):
+    patch.setattr(jax.lax, "psum", psum_of(is_one, lambda right, x, axis: x))
+
+
+def one_shard_of_model(patch):
+    patch.setattr(jax.lax, "psum", psum_of(is_one, of_first_shard))
+
+
+def one_shard_of_vocabulary(patch):
+    patch.setattr(jax.lax, "psum", psum_of(is_pair, of_first_shard))
 
 
 def no_psum_over_expert(patch):
@@ -337,6 +360,7 @@ MUTATIONS: dict[str, Mutation] = {
     "no psum over expert": Mutation(no_psum_over_expert, "tokens", "mesh", DROPLESS),
     "no psum over model": Mutation(no_psum_over_model, "tracing", "mesh", {}),
     "psum over model of one shard": Mutation(one_shard_of_model, "tokens", "mesh", {}),
+    "loss of one shard of the vocabulary": Mutation(one_shard_of_vocabulary, "tokens", "mesh", {}),
     "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh", {}),
     "random bits per device": Mutation(random_per_device, "tokens", "mesh", {}),
     "mean of micro-batch losses": Mutation(plain_accumulation, "forward", "layout", {}),

@@ -66,8 +66,9 @@ def test_variants_are_timed_beside_the_first_and_beside_their_rivals(timed):
             rows["dense"]["timing"]["seconds"], rows["e8"]["timing"]["seconds"], strict=True
         )
     )
-    (line,) = (line for line in said.splitlines() if line.startswith("dense "))
-    assert f" {ratio:.2f} " in line
+    # A table that is too wide for the terminal is several.
+    lines = [line.split() for line in said.splitlines() if line.startswith("dense ")]
+    assert any(f"{ratio:.2f}" in cells for cells in lines)
     assert set(parts["peak"]) == {"jax", "torch"}
     assert parts["machine"]["jax"] and parts["machine"]["cores"] >= 1
 

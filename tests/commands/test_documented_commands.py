@@ -247,9 +247,8 @@ def test_a_documented_command_has_flags_that_it_takes(command, here):
     if command.module in ("moe_jax leak", "moe_jax verify"):
         config.build(leak.shrink(command_line.read(found.config, found.changes)), 1)
     if command.module == "moe_jax bench":
-        for text in found.variant:
-            _, changes = command_line.named(text, "--variant")
-            config.build(command_line.read(found.config, [*found.changes, *changes]), 1)
+        # Of one device: those of a config, and of each variant.
+        importlib.import_module("moe_jax.commands.bench").read_variants(found)
 
 
 def test_every_variant_is_one_that_the_rules_allow():

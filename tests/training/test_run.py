@@ -303,6 +303,7 @@ FLAGS = (
     "--config.model.repeats=1",
     "--config.model.prefix=()",
     "--config.train.steps=4",
+    "--config.log.every=1",
     "--config.eval.every=0",
     "--config.eval.sample_tokens=0",
     "--config.log.tensorboard=False",
