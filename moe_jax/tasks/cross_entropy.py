@@ -19,6 +19,8 @@ from moe_jax.parallel.mesh import P
 
 def negative_log_likelihood(logits_BSV: Array, target_BS: Array) -> Array:
     """Returns -log p(target) in nats, [B, S]; a vocabulary split over `model` is never gathered."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return _nll_on_device(None, logits_BSV, target_BS)
     batch_axes, row_axes, vocab_axis = jax.typeof(logits_BSV).sharding.spec
     tokens = P(batch_axes, row_axes)
     run = jax.shard_map(
