@@ -144,7 +144,8 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
         if num == 1:
             return forward(batch)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
-        first = jax.tree.map(lambda z: z[0], micro)
+        # An index forgets what was split, too, where a dimension is of length one (jax 0.12).
+        first = jax.tree.map(lambda z: jax.sharding.reshard(z[0], P(BATCH)), micro)
         abstract = jax.eval_shape(forward, first)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
 

@@ -1,8 +1,8 @@
 """Kills a run at random times, starts it again, and compares it with a run that nobody killed.
 
-    python tools/kill_loop.py --kills 50
-    python tools/kill_loop.py --kills 10 --processes 2
-    python tools/kill_loop.py --kills 100 --signal TERM
+    PYTHONPATH=. python tools/kill_loop.py --kills 50
+    PYTHONPATH=. python tools/kill_loop.py --kills 10 --processes 2
+    PYTHONPATH=. python tools/kill_loop.py --kills 100 --signal TERM
 
 A kill is SIGKILL (or another signal), at a random moment: during imports, compilation, steps, a
 save, the removal of an old checkpoint, an evaluation. With two processes one of them, or both, are

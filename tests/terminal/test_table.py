@@ -16,7 +16,9 @@ from rich.console import Console, Group
 
 from experiments import routers
 from experiments import run as experiments
-from moe_jax.commands import bench, leak, prepare, verify
+from moe_jax.bench import results
+from moe_jax.bench.contract import Timing
+from moe_jax.commands import leak, prepare, verify
 from moe_jax.instruments import interference, knockout, tables
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
@@ -144,8 +146,11 @@ def of_verify():
 
 
 def of_bench():
-    times = {"64 experts, dropless, with a name that goes on": [123.456], "dense": [0.001]}
-    return [bench.table({name: tiny.build() for name in times}, times)]
+    facts = {"tokens": 2048, "flops": 1e10, "active": 6.3e6, "total": 1e8, "loss": 8.3}
+    names = {"64 experts, dropless, with a name that goes on": 123.456, "dense": 0.001}
+    timed = {name: Timing(facts, (seconds,), 10**9) for name, seconds in names.items()}
+    rows = [results.Row(name, timing, timing) for name, timing in timed.items()]
+    return [results.training(rows, timed["dense"]), results.throughput(rows, "decoding", "title")]
 
 
 def of_prepare():
