@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full  # three minutes
 def test_twenty_kills_change_no_bit():
     words = [sys.executable, "tools/kill_loop.py", "--kills", "20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
