@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import layout, train_step
-from moe_jax.models import block, decoder
+from moe_jax.models import attention_parts, block, decoder
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
 from moe_jax.moe.experts import ragged
@@ -275,18 +275,16 @@ def kernel_without_gates(patch):
 
 
 def first_documents(patch):
-    """Where attention runs over groups of heads, every group sees the documents of the first one's
+    """Where attention runs over parts of rows and heads, every part sees the documents of the first
     rows.
     """
-    right = jax.lax.map
+    right = attention_parts.Part._cut
 
-    def wrong(run, groups):
-        q, k, v, runs, *rest = groups
-        return right(
-            run, (q, k, v, jax.tree.map(lambda z: jnp.broadcast_to(z[:1], z.shape), runs), *rest)
-        )
+    def wrong(self, z, row, head):
+        # What says which keys are seen has no heads.
+        return right(self, z, 0 if z.ndim == 2 else row, head)
 
-    patch.setattr(jax.lax, "map", wrong)
+    patch.setattr(attention_parts.Part, "_cut", wrong)
 
 
 def mixed_back_by_dispatch(patch):
