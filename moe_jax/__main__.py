@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from moe_jax.errors import UserError
-from moe_jax.runtime import shell
+from moe_jax.runtime import memory, shell
 
 COMMANDS = {
     "config": "print every key of a config, with its comment, and mark what was changed",
@@ -76,6 +76,8 @@ def unknown(name: str) -> str:
 
 def console() -> int:
     """Runs the command that the shell gave, and returns its exit code: the script `moe_jax`."""
+    # Before jax is imported, which has threads.
+    memory.keep()
     return shell.run_command(main, sys.argv[1:])
 
 

@@ -95,12 +95,12 @@ def training(rows: Sequence[Row], product: Timing) -> Table:
     return table
 
 
-def throughput(rows: Sequence[Row], what: str, title: str) -> Table:
+def decoding(rows: Sequence[Row], title: str) -> Table:
     """Returns tokens per second of each row, and the rival's."""
     columns = numbers("ms", "fastest", "tokens/s")
     if any(row.rival for row in rows):
         columns += numbers("theirs tokens/s", "ours / theirs")
-    table = Table([*names(what), *columns], title=title)
+    table = Table([*names("decoding"), *columns], title=title)
     for row in rows:
         tokens = row.timing.facts["tokens"]
         cells = [
@@ -130,9 +130,12 @@ def layers(timings: Mapping[str, Timing], variants: Sequence[str]) -> Table:
     return table
 
 
-def start(seconds: Mapping[str, float]) -> Table:
-    """Returns the seconds of each part of a start."""
-    table = Table([*names("start"), *numbers("seconds")], title="Start (fresh processes)")
+def start(seconds: Mapping[str, float], name: str) -> Table:
+    """Returns the seconds of each part of a start; `name`: of the variant whose step it is."""
+    table = Table(
+        [*names("start"), *numbers("seconds")],
+        title=f"Start (fresh processes, the smallest of some; the step is that of {name})",
+    )
     for name, value in seconds.items():
         table.add(name, f"{value:.2f}")
     return table

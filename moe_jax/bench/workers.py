@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ import moe_jax
 from moe_jax.bench.contract import Job, Timing
 from moe_jax.errors import UserError
 from moe_jax.terminal.working import Tell
+
+# Runs of each job, when one of several is to be chosen.
+TRIES = 2
 
 
 def environment() -> dict[str, str]:
@@ -125,12 +128,12 @@ def started(jobs: Sequence[Job], tell: Tell) -> Iterator[list[Worker]]:
             worker.close()
 
 
-def fastest(jobs: Sequence[Job], tell: Callable[[str], None], tries: int = 2) -> Job:
-    """Returns the one of several jobs that runs the fastest, by the best of a few tries."""
+def fastest(jobs: Sequence[Job], tell: Tell) -> Job:
+    """Returns the one of several jobs that runs the fastest, by the best of TRIES."""
     if len(jobs) == 1:
         return jobs[0]
     best: dict[str, float] = {}
     for job in jobs:
-        timing = interleave([job], tries, tell)[job.name]
+        timing = interleave([job], TRIES, tell)[job.name]
         best[job.name] = min(timing.seconds)
     return min(jobs, key=lambda job: best[job.name])

@@ -20,7 +20,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.bench import results, rivals, startup, workers
@@ -31,6 +31,7 @@ from moe_jax.models.decodable import why_not_decoded
 from moe_jax.parallel.mesh import AXES
 from moe_jax.runtime import shell
 from moe_jax.terminal import working
+from moe_jax.terminal.table import Table
 from moe_jax.terminal.working import Tell
 
 PARTS = ("train", "decode", "layer", "start")
@@ -40,8 +41,29 @@ LOSSES = 0.3
 BATCHES = (1, 8, 32)
 PROMPT = 32
 NEW = 128
+# Of the start, which is timed in fewer rounds: each takes half a minute.
+STARTS = 3
 OURS = "jax"
 THEIRS = "torch"
+
+
+class Session(NamedTuple):
+    """Holds what every part is told."""
+
+    # The training job and the config of each variant, by name.
+    variants: Mapping[str, tuple[Job, config.Config]]
+    rounds: int
+    # Whether transformers is timed, too.
+    rivals: bool
+    tell: Tell
+
+    def interleave(self, jobs: Sequence[Job]) -> dict[str, Timing]:
+        """Returns the timing of each job by its name."""
+        return workers.interleave(jobs, self.rounds, self.tell)
+
+
+# What a part has measured, by the names that it has in the JSON, and its tables.
+Part = tuple[dict[str, Any], list[Table]]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -84,14 +106,17 @@ def main(argv: list[str]) -> int:
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: {args.out.parent} is no directory")
     variants = read_variants(args)
+    if args.rivals:
+        refuse_without_rival(variants)
     parts: dict[str, Any] = {"machine": results.machine()}
-    tables: list[Any] = []
+    tables: list[Table] = []
     with working.shown("bench") as tell:
-        if args.rivals:
-            refuse_without_rival(variants)
+        session = Session(variants, args.rounds, args.rivals, tell)
         for name, run in PART.items():
             if name in args.what:
-                tables += run(args, variants, parts, tell)
+                measured, shown = run(session)
+                parts |= measured
+                tables += shown
     console = shell.console()
     for table in tables:
         console.print(table)
@@ -148,44 +173,30 @@ def refuse_without_rival(variants: Mapping[str, tuple[Job, config.Config]]) -> N
         raise UserError(f"--rivals: {name!r} has none, for {reason}")
 
 
-def products(args: argparse.Namespace) -> list[Job]:
+def products(session: Session) -> list[Job]:
     """Returns the jobs that measure the peak in the rounds of a part."""
     jobs = [Job(f"product {OURS}", "product")]
-    if args.rivals:
+    if session.rivals:
         jobs.append(Job(f"product {THEIRS}", "rival_product"))
     return jobs
 
 
-def train(
-    args: argparse.Namespace,
-    variants: Mapping[str, tuple[Job, config.Config]],
-    parts: dict[str, Any],
-    tell: Tell,
-) -> list[Any]:
-    """Times training steps; returns the tables."""
-    jobs = {name: job for name, (job, _) in variants.items()}
-    against = {}
-    if args.rivals:
-        against = rival_jobs("rival_train", variants, tell)
-    timings = workers.interleave(
-        [*products(args), *jobs.values(), *_once(against)], args.rounds, tell
-    )
+def train(session: Session) -> Part:
+    """Times training steps."""
+    jobs = {name: job for name, (job, _) in session.variants.items()}
+    against = rival_jobs("rival_train", session, {})
+    timings = session.interleave([*products(session), *jobs.values(), *_once(against)])
     rows = [
         results.Row(name, timings[job.name], _timing(timings, against.get(name)))
         for name, job in jobs.items()
     ]
-    parts["peak"] = _peaks(timings)
-    parts["training"] = rows
-    return [results.peaks(parts["peak"]), results.training(rows, parts["peak"][OURS])]
+    peaks = _peaks(timings)
+    tables = [results.peaks(peaks), results.training(rows, peaks[OURS])]
+    return {"peak": peaks, "training": rows}, tables
 
 
-def decode(
-    args: argparse.Namespace,
-    variants: Mapping[str, tuple[Job, config.Config]],
-    parts: dict[str, Any],
-    tell: Tell,
-) -> list[Any]:
-    """Times greedy decoding of each variant and number of rows; returns the table.
+def decode(session: Session) -> Part:
+    """Times greedy decoding of each variant and number of rows.
 
     The numbers of rows are timed one after another, variants and rivals within one interleaved.
     """
@@ -194,30 +205,22 @@ def decode(
         options = {"batch": size, "prompt": PROMPT, "new": NEW}
         jobs = {
             name: job._replace(name=f"{name}, {size} rows", kind="decode", options=options)
-            for name, (job, cfg) in variants.items()
+            for name, (job, cfg) in session.variants.items()
             if not why_not_decoded(cfg.model)
         }
-        against = {}
-        if args.rivals:
-            against = rival_jobs("rival_decode", variants, tell, options)
-        timings = workers.interleave([*jobs.values(), *_once(against)], args.rounds, tell)
+        against = rival_jobs("rival_decode", session, options)
+        timings = session.interleave([*jobs.values(), *_once(against)])
         rows += [
             results.Row(job.name, timings[job.name], _timing(timings, against.get(name)))
             for name, job in jobs.items()
         ]
-    parts["decoding"] = rows
     title = f"Decoding, greedy, {PROMPT} tokens of prompt and {NEW} new ones, prefill included"
-    return [results.throughput(rows, "decoding", title)]
+    return {"decoding": rows}, [results.decoding(rows, title)]
 
 
-def layer(
-    args: argparse.Namespace,
-    variants: Mapping[str, tuple[Job, config.Config]],
-    parts: dict[str, Any],
-    tell: Tell,
-) -> list[Any]:
-    """Times the MoE layer with a balanced and a collapsed router; returns the table."""
-    with_experts = [job for job, cfg in variants.values() if cfg.model.num_moe_layers]
+def layer(session: Session) -> Part:
+    """Times the MoE layer with a balanced and a collapsed router."""
+    with_experts = [job for job, cfg in session.variants.values() if cfg.model.num_moe_layers]
     if not with_experts:
         raise UserError("--what layer: no variant has a mixture of experts")
     jobs = [
@@ -225,37 +228,29 @@ def layer(
         for job in with_experts
         for name, collapsed in (("balanced", False), ("collapsed", True))
     ]
-    parts["layer"] = workers.interleave(jobs, args.rounds, tell)
-    return [results.layers(parts["layer"], [job.name for job in with_experts])]
+    timings = session.interleave(jobs)
+    return {"layer": timings}, [results.layers(timings, [job.name for job in with_experts])]
 
 
-def start(
-    args: argparse.Namespace,
-    variants: Mapping[str, tuple[Job, config.Config]],
-    parts: dict[str, Any],
-    tell: Tell,
-) -> list[Any]:
-    """Times the start of a process; returns the table."""
-    job, _ = list(variants.values())[-1]
-    parts["start"] = startup.measure(job, min(3, args.rounds), tell)
-    return [results.start(parts["start"])]
+def start(session: Session) -> Part:
+    """Times the start of a process, with the step of the first variant."""
+    job, _ = next(iter(session.variants.values()))
+    seconds = startup.measure(job, min(STARTS, session.rounds), session.tell)
+    return {"start": seconds}, [results.start(seconds, job.name)]
 
 
 PART = {"train": train, "decode": decode, "layer": layer, "start": start}
 
 
-def rival_jobs(
-    kind: str,
-    variants: Mapping[str, tuple[Job, config.Config]],
-    tell: Tell,
-    options: Mapping[str, Any] = {},
-) -> dict[str, Job]:
+def rival_jobs(kind: str, session: Session, options: Mapping[str, Any]) -> dict[str, Job]:
     """Returns the rival of each variant that has one: the fastest of its ways to compute experts,
-    by a few runs of each. Variants of the same shapes share theirs.
+    by a few runs of each. Variants of the same shapes share theirs. None without --rivals.
     """
     chosen: dict[str, Job] = {}
     of_shapes: dict[str, Job] = {}
-    for name, (job, cfg) in variants.items():
+    if not session.rivals:
+        return chosen
+    for name, (job, cfg) in session.variants.items():
         if rivals.why_none(cfg):
             continue
         shapes = rivals.shapes(cfg)
@@ -266,7 +261,7 @@ def rival_jobs(
         for way in rivals.implementations(cfg, kind):
             told = {**options, "experts": way}
             jobs.append(job._replace(name=f"{name} rival, {way}", kind=kind, options=told))
-        chosen[name] = of_shapes[shapes] = workers.fastest(jobs, tell)
+        chosen[name] = of_shapes[shapes] = workers.fastest(jobs, session.tell)
     return chosen
 
 

@@ -115,6 +115,11 @@ def window_if_used(length: int = 4096) -> Entry:
     return Entry(read, write)
 
 
+def last_layers(layer: int, max_window_layers: int) -> bool:
+    """Returns whether a layer has the window in most families: those from max_window_layers on."""
+    return layer >= max_window_layers
+
+
 def window_by_layer(
     slides: Callable[[int, int], bool],
     last: int,

@@ -1,4 +1,4 @@
-"""How this process returns memory to the system: not at all, while it trains on a CPU.
+"""How this process returns memory to the system: not at all.
 
 Every execution of a compiled program allocates its temporary arrays, hundreds of megabytes, and
 frees them. glibc gives so much back to the system at once, which then clears every page anew at its

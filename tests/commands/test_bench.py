@@ -123,7 +123,7 @@ def test_variants_of_the_same_shapes_share_a_rival(monkeypatch):
     """Whatever their dispatcher: one more copy of the same model would only take memory."""
     monkeypatch.setattr(workers, "fastest", lambda jobs, tell: jobs[0])
     variants = bench.read_variants(bench.parse(["--config", "bench"]))
-    chosen = bench.rival_jobs("rival_train", variants, silent)
+    chosen = bench.rival_jobs("rival_train", bench.Session(variants, 1, True, silent), {})
     assert chosen["e8"] is chosen["e8_capacity"]
     names = {job.name for job in chosen.values()}
     assert names == {"dense rival, eager", "e8 rival, grouped_mm", "e64 rival, grouped_mm"}

@@ -17,11 +17,6 @@ from moe_jax.interchange.settings import Settings
 SHARED, HIDDEN = "model.moe.shared_experts", "model.moe.shared_hidden"
 
 
-def slides(layer: int, max_window_layers: int) -> bool:
-    """Returns whether a layer has the window: those from max_window_layers on."""
-    return layer >= max_window_layers
-
-
 def first_dense() -> Entry:
     """Returns the entry of layers of which the first `first_k_dense_replace` have no experts."""
 
@@ -68,7 +63,7 @@ FAMILY = Family(
         decoder.heads(),
         decoder.biases_of_all(),
         fixed(model__qk_norm=True, model__qk_norm_over="head"),
-        decoder.window_by_layer(slides, last=62, switch=""),
+        decoder.window_by_layer(decoder.last_layers, last=62, switch=""),
         rope(theta=1e4),
         first_dense(),
         fixed(model__moe__router="sigmoid", model__moe__routers__sigmoid__score="sigmoid"),

@@ -9,12 +9,6 @@ from moe_jax.interchange.contract import Family
 from moe_jax.interchange.entries import fixed, key, only
 from moe_jax.interchange.rotary import rope
 
-
-def slides(layer: int, max_window_layers: int) -> bool:
-    """Returns whether a layer has the window: those from max_window_layers on."""
-    return layer >= max_window_layers
-
-
 FAMILY = Family(
     "qwen2",
     "Qwen2ForCausalLM",
@@ -22,7 +16,7 @@ FAMILY = Family(
         *decoder.sizes(norm_epsilon=1e-6),
         decoder.heads(),
         fixed(model__attention_bias=True),
-        decoder.window_by_layer(slides, last=28),
+        decoder.window_by_layer(decoder.last_layers, last=28),
         only("use_mrope", False, "rotary embedding of images"),
         rope(theta=1e4),
         decoder.layers("dense"),

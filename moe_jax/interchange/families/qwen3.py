@@ -8,12 +8,6 @@ from moe_jax.interchange.contract import Family
 from moe_jax.interchange.entries import fixed, key
 from moe_jax.interchange.rotary import rope
 
-
-def slides(layer: int, max_window_layers: int) -> bool:
-    """Returns whether a layer has the window: those from max_window_layers on."""
-    return layer >= max_window_layers
-
-
 FAMILY = Family(
     "qwen3",
     "Qwen3ForCausalLM",
@@ -22,7 +16,7 @@ FAMILY = Family(
         decoder.heads(head_dim=128),
         decoder.biases_of_all(),
         fixed(model__qk_norm=True, model__qk_norm_over="head"),
-        decoder.window_by_layer(slides, last=28),
+        decoder.window_by_layer(decoder.last_layers, last=28),
         rope(theta=1e4),
         decoder.layers("dense"),
         key("intermediate_size", "model.ffn_hidden"),
