@@ -65,6 +65,7 @@ def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: in
     """
     if order_N is None:
         return rank_in(class_N, num_classes)[0]
+    # Ranked along the order of priority, then put back to the places of the list.
     rank_N, _, _ = rank_in(class_N[order_N], num_classes)
     return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
 

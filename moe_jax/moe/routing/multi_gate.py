@@ -66,6 +66,7 @@ def logits_of_task(tokens: Tokens, gate_GDE: jax.Array) -> jax.Array:
     gate_GDE = gate_GDE.astype(wide)
     highest = jax.lax.Precision.HIGHEST
     router_logits_TGE = jnp.einsum("TD,GDE->TGE", x_TD, gate_GDE, precision=highest)
+    # Of the G logits of an expert each token keeps that of its own gate.
     task_T = tokens.position_T % gate_GDE.shape[0]
     return jnp.take_along_axis(router_logits_TGE, task_T[:, None, None], 1)[:, 0]
 

@@ -79,12 +79,14 @@ def route(
     is_null_TK = class_index_TK >= cfg.num_experts
     gate_TK = gates(prob_TK, is_null_TK, cfg.options.renormalize)
     sums = statistics(router_logits_TC, class_index_TK, gate_TK, tokens)
+    # A null expert is no assignment: drops and active experts are of the real ones alone.
     sums |= _counts_of_real(sums["counts"], cfg.num_experts)
     if cfg.options.kind == "zero":
         sums |= _gates_of_real(gate_TK, is_null_TK, tokens)
     routing = token_choice(class_index_TK, gate_TK, sums, tokens, cfg.num_experts)
     if cfg.options.kind == "zero":
         return routing
+    # Padding copies nothing: its output stays 0.
     is_copy_TK = is_null_TK & tokens.valid_T[:, None]
     return routing._replace(copy_T=jnp.where(is_copy_TK, gate_TK, 0).sum(1))
 

@@ -95,6 +95,7 @@ def biased(router_logits_TE: jax.Array, affinity_TE: jax.Array, state: Arrays) -
     It is NEVER where an instrument bars an expert, whatever the bias.
     """
     bias_E = state["bias"].astype(affinity_TE.dtype)
+    # The bias decides who is chosen, and never how much an output weighs.
     summed_TE = jax.lax.stop_gradient(affinity_TE) + bias_E[None]
     # A sigmoid turns the logit of a barred expert into 0, which a bias could lift.
     return jnp.where(router_logits_TE > NEVER / 2, summed_TE, NEVER)
@@ -107,6 +108,7 @@ def best_groups(biased_TE: jax.Array, options: Options) -> jax.Array:
         return biased_TE
     # G groups of e consecutive experts each; g of them are chosen.
     biased_TGe = biased_TE.reshape(biased_TE.shape[0], num_groups, -1)
+    # A group of one expert has no second affinity.
     num_summed = min(2, biased_TGe.shape[-1]) if options.group_score == "top2" else 1
     best_of_group_TGn, _ = jax.lax.top_k(biased_TGe, num_summed)
     group_score_TG = best_of_group_TGn.sum(-1)
@@ -148,6 +150,7 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
 
     It goes up by bias_rate where the load was below the mean, and down where it was above.
     """
+    # Of what the router chose, before any capacity.
     counts_E = totals["counts"]
     direction_E = jnp.sign(counts_E.mean() - counts_E)
     change_E = cfg.options.bias_rate * direction_E
