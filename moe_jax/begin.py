@@ -67,6 +67,7 @@ def resumed(
     # A run that was saved long ago lacks the keys that came later.
     defaults = config_file.default_values()
     old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
+    # The same data at another place is no other config.
     if saved["data"] == metadata["data"]:
         old, moved = checkpoint.same_data(old, metadata["config"])
         notes += moved
@@ -97,10 +98,12 @@ def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list
     run = Path(cfg.train.init_from)
     source = run / "checkpoints"
     like = {"stacked": cfg.model.scan, "rename": renames(cfg)}
+    # The master copy takes them where there is one; the parameters follow it, rounded.
     params, report = checkpoint.load_params(
         source, updated(state), part="params", step=None, **like
     )
     here = {"params": params, "router_state": state.router_state}
+    # Judged of both parts together, as a rename may concern the router state alone.
     checkpoint.refuse_idle_renames(source, report.step, here, **like)
     saved = checkpoint.Checkpoints(source, every=0, keep=1, keep_best=0).metadata(report.step)
     notes = [
@@ -114,6 +117,7 @@ def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list
         of_routers = {"part": "router_state", "step": report.step, **like}
         router_state, report = checkpoint.load_params(source, router_state, **of_routers)
         notes += told("router state", source, report)
+    # Masks and moving average begin from the values that were loaded.
     zeros = cfg.model.moe.sparse
     set_masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))
     params, masks = set_masks(params)

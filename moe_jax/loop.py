@@ -68,19 +68,21 @@ class InFlight:
             self._wait()
 
     def wait_for_all(self) -> None:
-        """Nothing is evaluated or saved before it is known to be finite."""
+        """Waits for every step: nothing is evaluated or saved before it is known to be finite."""
         while self._steps:
             self._wait()
 
     def _wait(self) -> None:
         """Waits for a step. Raises NonFinite when too many in a row were not finite."""
         step, values = self._steps.popleft()
+        # To read a value is to wait for its step.
         skipped, patience = int(values["skipped"]), self._cfg.train.nonfinite_patience
         if skipped <= patience:
             return
         finite = np.asarray(values["finite_leaves"])
         parameter = stopping.first_broken(self._names, finite)
         self._dump(step, values, finite)
+        # Named in the message: it is what the next start goes on from.
         good = self._saves.latest()
         where = "no checkpoint yet"
         if good is not None:

@@ -99,6 +99,7 @@ class Evaluation:
             writer.image(step, "moe/load", self._load.picture())
         if sample:
             writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
+        # What follows takes long: a run that was told to end leaves here.
         stopping.check_alone()
         if final and result["routing"].size:
             rows = result["row_routing"]

@@ -120,6 +120,7 @@ class Run:
         directory = self.workdir / "checkpoints"
         with jax.set_mesh(self.mesh):
             like = jax.eval_shape(self.functions.init, jax.random.key(0))[index]
+            # Routers without a state have nothing on disk.
             if not jax.tree.leaves(like):
                 return like
             values, report = checkpoint.load_params(
@@ -146,6 +147,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
     Raises UserError when there is no run or no such checkpoint, or when a file is damaged.
     """
     run = open_run(workdir, step)
+    # Each is read when it is first asked for, which is here.
     _ = run.parameters, run.moving_average, run.router_state, run.model
     return run
 
@@ -163,6 +165,7 @@ def open_run(workdir: str | Path, step: int | None = None, *, silent: bool = Fal
         for note in notes:
             shell.tell(note, sys.stderr)
     saves = checkpoints(workdir)
+    # `latest` verifies the files of what it returns, `path` those of a given step.
     if step is None:
         step = saves.latest()
     else:

@@ -73,6 +73,7 @@ def run(
     """
     job = Job(cfg, raw, workdir, started, name, allowed)
     lock = contextlib.nullcontext(shell.FREE)
+    # A run has one lock, however many processes: that of process 0.
     if jax.process_index() == 0:
         lock = shell.held(workdir, "--workdir")
     with signals.listening() as listener, lock as held:
@@ -107,7 +108,7 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
 
 
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:
-    """`run` in a workdir that is locked, with the signals listened to."""
+    """Does what `run` says, in a workdir that is locked, with the signals listened to."""
     cfg, workdir = job.cfg, job.workdir
     require(cfg.log.trackers)
     main = jax.process_index() == 0
@@ -129,8 +130,10 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     model = make_model(cfg.model)
     init = jax.jit(initial(cfg, model))
     with progress.doing("building the model"):
+        # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
+    # Donated: the new state takes the memory of the old one, which nobody may read after the call.
     step_fn = jax.jit(make_step(cfg, model, tx), donate_argnums=0)
     norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -147,6 +150,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     start = int(state.step)
     # A workdir that the processes do not share has checkpoints for one of them alone.
     cluster.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
+    # train.stop_at ends this start earlier; the schedule is still that of train.steps.
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
     due = Calendar(cfg, saves, start, last)
     banner.show_start(progress, cfg, start)
@@ -190,6 +194,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 with progress.doing("measuring interference", after=state.step):
                     writer.write(done, measure_interference(state, batch))
             logs = due.logs(done)
+            # A copy, because the step takes the parameters away.
             before = copy(state.params) if logs else None
             if step == start:
                 compare_programs(step_fn, state, batch, cfg.limits.other or FOREVER)
@@ -203,6 +208,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
             saves.poll()
             if step > start:
                 WATCHDOG.step_done()
+            # The first step is waited for: it has compiled, and from here on there is something to
+            # save.
             if step == start:
                 jax.block_until_ready(state.step)
                 WATCHDOG.step_done()
@@ -226,6 +233,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 goodput.write(done)
             if writer.shows_images and due.notes_load(done) and "counts" in values["moe"]:
                 load.note(done, values["moe"]["counts"])
+            # Nothing that might not be finite is evaluated or saved.
             if due.evaluates(done) or due.saves_state(done) or stop:
                 in_flight.wait_for_all()
             progress.stepped(done - len(in_flight))
@@ -239,6 +247,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 with progress.doing("saving", after=state.step):
                     saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
                     cache.keep()
+        # A finished run that is started again makes no step, and evaluates.
         if start >= last:
             evaluation(state, final=True)
     except stopping.Interrupted:  # between two steps, or two batches of an evaluation

@@ -67,6 +67,7 @@ def load_params(
     if matching:
         matched = {name: wanted[name] for name in matching}
         loaded = _load(path, matched, name_on_disk, stacked)
+    # Told layer by layer, stacked or not: on disk each layer has a name of its own.
     renamed = []
     for layer_names in matching.values():
         for new in layer_names:
@@ -130,6 +131,7 @@ def _renamed(old: str, rename: Mapping[str, str]) -> str:
     if not prefixes:
         return old
     longest = max(prefixes, key=len)
+    # "" as the new prefix stays "": the parameter is left out.
     return rename[longest] and rename[longest] + old.removeprefix(longest)
 
 
@@ -154,6 +156,7 @@ def _match(
     for name, x in wanted.items():
         layer_names = layout.layer_names(name, x.shape, stacked)
         shape = list(x.shape if layer_names is None else x.shape[1:])
+        # What is not stacked is its own only layer.
         layer_names = layer_names or [name]
         shape_on_disk = {
             layer: saved[name_on_disk[layer]][0] for layer in layer_names if layer in name_on_disk

@@ -32,9 +32,11 @@ def begin() -> Window:
 def is_spike(window: Window, loss: jax.Array, norm: jax.Array, sigma: float) -> jax.Array:
     """Returns whether a step is a spike: a bool of shape []."""
     value_2 = jnp.stack([loss, norm]).astype(jnp.float32)
+    # Places of the circle that no step has filled yet have no weight.
     filled_W = jnp.arange(WINDOW) < window.taken
     weight_W = filled_W / jnp.maximum(filled_W.sum(), 1).astype(jnp.float32)
     mean_2 = (window.value_2W * weight_W[None]).sum(1)
+    # Of the same steps, around their own mean.
     variance_2 = (jnp.square(window.value_2W - mean_2[:, None]) * weight_W[None]).sum(1)
     limit_2 = mean_2 + jnp.float32(sigma) * jnp.sqrt(variance_2)
     return (window.taken >= READY) & (value_2 > limit_2).any()
@@ -44,6 +46,7 @@ def advance(window: Window, loss: jax.Array, norm: jax.Array, spike: jax.Array) 
     """Returns the window after a step. One that is a spike, or not finite, is not put into it."""
     value_2 = jnp.stack([loss, norm]).astype(jnp.float32)
     takes = ~spike & jnp.isfinite(value_2).all()
+    # The oldest of the last WINDOW steps that were taken is overwritten.
     slot = window.taken % WINDOW
     written = window.value_2W.at[:, slot].set(value_2)
     return Window(

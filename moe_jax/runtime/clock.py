@@ -43,6 +43,7 @@ class StepClock:
             yield
         finally:
             self._depth -= 1
+            # A pause inside another one is already in the time of that.
             if not self._depth:
                 self._paused += time.monotonic() - begun
 
@@ -57,6 +58,7 @@ class StepClock:
         """To be called at each logged row, when `step` is done."""
         now = time.monotonic()
         if self._row is not None and step > self._row[1]:
+            # The bound keeps a clock that did not move from dividing by 0.
             seconds = max(now - self._row[0] - self._paused, 1e-9)
             self._per_step.append(seconds / (step - self._row[1]))
             self._input_wait = min(self._waited / seconds, 1.0)
@@ -75,5 +77,6 @@ class StepClock:
         speed = self.tokens_per_second
         flops_per_second = speed / self._tokens_per_step * self._step_flops
         found |= {"perf/tokens_per_second": speed, "perf/input_wait": self._input_wait}
+        # FLOP/s that were useful, over those that the devices have: MFU.
         found |= {"perf/tflops": flops_per_second / 1e12, "perf/mfu": flops_per_second / self._peak}
         return found

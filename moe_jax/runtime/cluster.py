@@ -62,6 +62,7 @@ def join(
     """
     # JAX's preemption service would take SIGTERM for itself: moe_jax.runtime.signals hears it.
     jax.config.update("jax_enable_preemption_service", False)
+    # A launcher that shares the GPUs of a machine names those of this process.
     local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
     numbers = [int(number) for number in local_devices.split(",") if number]
     devices: Sequence[int] | None = numbers or None
@@ -153,6 +154,8 @@ class Peers:
         self._client = distributed.global_state.client
         self._heartbeat = heartbeat
         self._answered = time.monotonic()
+        # All have met, so an abort has another reason from here on. In process 0 it shows its
+        # stack.
         if jax.process_index() > 0:
             _explain_abort(f"process {jax.process_index()}: process 0, the coordinator, is gone")
         else:
@@ -174,11 +177,13 @@ class Peers:
         Does not return. Whatever JAX would do at the end of Python (a barrier with all processes)
         is left out.
         """
+        # Once: another thread may be ending this process already.
         with self._lock:
             tells, self._over = self.started and not self._over, True
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may have failed
+                # The first reason counts. Later ones are mostly its echo.
                 self._client.key_value_set(
                     f"{END}first", json.dumps(message), allow_overwrite=False
                 )
@@ -212,6 +217,7 @@ class Peers:
             ) from None
 
     def _interval(self) -> float:
+        # Short enough to read a reason before its process is gone, and to miss no beat.
         return min(READ_BY_OTHERS / 3, self._heartbeat / 5)
 
     def _beat(self) -> None:
@@ -223,6 +229,7 @@ class Peers:
             try:
                 self.set(_beat_of(me), str(count))
                 ended = self._client.key_value_dir_get(END)
+                # One watcher is enough: it tells the others.
                 beats = self._client.key_value_dir_get(BEATS) if me == 0 else []
             except jax.errors.JaxRuntimeError:
                 # The coordinator does not answer. JAX's own thread or `_watch_answers` says so.
@@ -234,6 +241,7 @@ class Peers:
             for key, beat in beats:
                 process = int(key.rpartition("/")[2])
                 if heard.get(process, ("", 0.0))[0] != beat:
+                    # The time of this machine: clocks of two machines differ.
                     heard[process] = beat, now
             for process, (_, when) in heard.items():
                 done = heard[process][0] == DONE
@@ -267,6 +275,7 @@ class Peers:
                 return
             self._over = True
         self._say(f"ending, because process {message['process']} ended: {message['reason']}")
+        # The others read the reason from process 0, too.
         if jax.process_index() == 0:
             time.sleep(READ_BY_OTHERS)
         os._exit(int(message["code"]))
@@ -305,6 +314,7 @@ def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[st
 
     Raises UserError when one of them does not say it in time.
     """
+    # Through JSON, as the values of the others come.
     own = json.loads(json.dumps(dict(values)))
     if not PEERS.started:
         return [own]

@@ -84,6 +84,7 @@ class Injector:
             noted = self._workdir / "faults" / f"{fault}.process_{self._process}"
             if fault.step != step or noted.exists():
                 continue
+            # Noted first: a process that is killed could not do it afterwards.
             noted.parent.mkdir(parents=True, exist_ok=True)
             noted.touch()
             _happen(fault)

@@ -61,6 +61,7 @@ class Listener:
     def start(self) -> None:
         self._time = 0.0
         read_end, self._write_end = os.pipe()
+        # A handler must never wait, so Python takes no pipe that would.
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._before = {number: signal.getsignal(number) for number in HEARD}
@@ -73,9 +74,8 @@ class Listener:
         """
         for number in HEARD:
             if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
-                signal.signal(
-                    number, self._in_main_thread
-                )  # something: without any, Python writes nothing to the pipe
+                # Without any handler Python writes nothing to the pipe.
+                signal.signal(number, self._in_main_thread)
 
     def stop(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -111,6 +111,7 @@ class Listener:
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         del frame
+        # Raised once: the same request may come twice (SAME_REQUEST).
         if self._policy == RAISED and not self._number:
             self._number = number
             raise KeyboardInterrupt
@@ -130,6 +131,7 @@ class Listener:
             name = self.process + signal.Signals(number).name
             if self._policy == AT_ONCE:
                 say(f"{name}: interrupted; {KEPT}")
+                # The main thread may be in compiled code, where no exception reaches it.
                 os._exit(exit_code(number, self.saved))
             if again:
                 say(f"{name} again: ended at once; {KEPT}")
@@ -149,8 +151,9 @@ LISTENER = Listener()
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
-    """The listener of this process; started here, and stopped again, where no command has started
-    it for the whole process.
+    """Yields the listener of this process.
+
+    It is started here, and stopped again, where no command has started it for the whole process.
     """
     if LISTENER.started:
         yield LISTENER
@@ -164,15 +167,15 @@ def listening() -> Iterator[Listener]:
 
 
 def exit_code(number: int, saved: bool) -> int:
-    """128 + the number of the signal; 0 when a run was told to end by something else than Ctrl-C
-    and could save all it had.
+    """Returns 128 + the number of the signal; 0 when a run was told to end by something else than
+    Ctrl-C and could save all it had.
     """
     return 0 if saved and number != signal.SIGINT else 128 + number
 
 
 def say(text: str) -> None:
-    """Past the streams of Python, which the main thread may be in the middle of; a terminal that is
-    gone is no matter.
+    """Writes a line to standard error, past the streams of Python, which the main thread may be in
+    the middle of. A terminal that is gone is no matter.
     """
     clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # the live line may have hidden the cursor
     with contextlib.suppress(OSError):

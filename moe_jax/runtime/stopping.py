@@ -22,14 +22,15 @@ class Interrupted(Exception):
 
 
 def due(step: int, start: int, every: int) -> bool:
-    """Whether the run is to save and end after a step; to be asked by all processes after the same
-    steps.
+    """Returns whether the run is to save and end after a step.
 
-    Several processes ask each other after the first step behind `start`, and after every `every`
-    steps.
+    All processes have to ask after the same steps. Several processes ask each other after the first
+    step behind `start`, and after every `every` steps.
     """
     alone = jax.process_count() == 1
-    return _agreed() if alone or step == start + 1 or step % every == 0 else False
+    # Asking others costs a collective, so it is not done after every step.
+    asks = alone or step == start + 1 or step % every == 0
+    return _agreed() if asks else False
 
 
 def check() -> None:
@@ -60,13 +61,14 @@ def _agreed() -> bool:
     from jax.experimental import multihost_utils
 
     number = int(multihost_utils.process_allgather(np.int32(heard.number)).max())
+    # 0 is none: the largest number is a signal that some process has heard.
     heard.agree(number)
     return number > 0  # and not what this process may have heard since
 
 
 def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
-    """The parameter whose gradient went wrong first: of those not finite, the one that the backward
-    pass reaches first.
+    """Returns the parameter whose gradient went wrong first: of those not finite, the one that the
+    backward pass reaches first.
 
     The backward pass walks from the head to the embedding, so that is the one nearest to the loss.
     """
@@ -75,8 +77,9 @@ def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
 
 
 def _depth(name: str) -> tuple[int, ...]:
-    """The place of a parameter in the forward pass of any model; what is not named here (of an
-    input) comes before the blocks.
+    """Returns the place of a parameter in the forward pass of any model.
+
+    What is not named here belongs to an input, and comes before the blocks.
     """
     encoder, parts = name.startswith("encoder/"), name.removeprefix("encoder/").split("/")
     order = {
@@ -90,6 +93,7 @@ def _depth(name: str) -> tuple[int, ...]:
         "head": 7,
     }
     stage = order.get(parts[1] if parts[0] == "ends" else parts[0], 1)
+    # A block has its attention first, then (cross attention and) the feed-forward part.
     after_cross = any(part.startswith(("cross", "ffn", "moe", "dense")) for part in parts)
     inside = (
         "attention_norm_scale",

@@ -51,7 +51,7 @@ class Watchdog:
         self._stopped.set()
 
     def step_done(self) -> None:
-        """The first step was compiled, or another one done."""
+        """Takes note that the first step was compiled, or another one done."""
         if FIRST_STEP in self._activities:
             self._activities.remove(FIRST_STEP)
         self.alive()
@@ -62,7 +62,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def slow(self, activity: str) -> Iterator[None]:
-        """What is done inside may take long: the limit is `other`."""
+        """Allows more time for what is done inside: the limit is `other`."""
         self._activities.append(activity)
         self.alive()
         try:
@@ -86,6 +86,7 @@ class Watchdog:
                 heard_at = 0.0
                 continue
             heard_at = heard_at or now
+            # Since the signal, or since the last sign of life after it.
             waited = now - max(heard_at, self._alive)
             grace = self._limits["grace"]
             # A save may take longer than that: nothing hangs in an activity that is known.

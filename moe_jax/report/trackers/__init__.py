@@ -97,6 +97,7 @@ class Trackers:
             if name in self._sent or len(self._sent) < MOST:
                 self._sent.add(name)
                 sent[name] = value
+        # A copy of the names: a tracker that fails is taken out meanwhile.
         for name in list(self._open):
             try:
                 self._open[name].scalars(step, sent)

@@ -21,7 +21,7 @@ class Open(Protocol):
 
 
 class Start(NamedTuple):
-    """What a tracker is told at the start of a run."""
+    """Holds what a tracker is told at the start of a run."""
 
     workdir: Path
     project: str

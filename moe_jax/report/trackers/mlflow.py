@@ -40,6 +40,7 @@ class Run:
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
+        # MLflow counts milliseconds.
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value in row.items()]
         self._client.log_batch(self.identity, metrics=metrics)
