@@ -199,6 +199,7 @@ def unlike(
 def widest(small: Mapping[str, Any], meshes: Sequence[Lengths]) -> Lengths:
     """Returns the mesh that splits the most, of those that are not refused."""
     accepted = [lengths for lengths in meshes if not shrink.refusal(small, lengths)]
+    # Of equal ones the first that was asked for.
     return max(accepted, key=lambda lengths: sum(length > 1 for length in lengths))
 
 
@@ -224,6 +225,7 @@ def _rows(
     # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what
     # they have compiled.
     with ThreadPoolExecutor(2) as compiling, ThreadPoolExecutor(1) as running:
+        # One device in float32: what the float32 runs of meshes are held beside.
         rounded = _submit(compiling, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
         jobs = [_submit(compiling, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
         for lengths in wanted.meshes:
@@ -232,11 +234,13 @@ def _rows(
                 raws.append(shrink.changed(small, narrow))
             jobs.append(_submit(compiling, str(lengths), lengths, raws))
         want = _narrow(rounded.programs[0].result(), one.begin)
+        # Each checkpoint is read on the mesh before its own; the first one on the reference.
         readers = [one.program]
         while jobs:
             # Taken out of the list, so that a program is freed once it has run.
             job = jobs.pop(0)
             say(job.name)
+            # In the third thread, while the two others compile.
             row = running.submit(_row, job, one, want, readers, folder)
             # Whatever a layout raises while it is traced, compiled or run is a result: jax's checks
             # of sharding are faults found.
@@ -295,6 +299,7 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
         return empty(name, failure=report)
     worst, first = compare.deviations(one.probes, report.probes, one.end, report.end)
     saved = states.named(one.program, states.read(one.program, folder / processes.SAVED))
+    # The checkpoint that the processes wrote together is read on one device.
     return Row(name, "", "", worst, first, str(ONE), states.differ(report.end, saved), None)
 
 

@@ -200,6 +200,7 @@ def open_classification(
     del seed
     parts, notes = labelled(split_examples(read_texts(name, folder), heldout_every))
     if select:
+        # Settings are chosen without a look at the test part.
         parts = selection(parts["train"], heldout_every)
         num_heldout, num_texts = len(parts["heldout"]), sum(map(len, parts.values()))
         note = (
@@ -243,6 +244,7 @@ def tokenized(
 ) -> Examples:
     """Returns the rows of the texts of both splits."""
     texts = [text for part in parts.values() for text in part]
+    # Sorted, so that a label has the same number whatever comes first.
     labels = tuple(sorted({text.label for text in texts}))
     has_domains = any(text.domain for text in texts)
     domains = tuple(dict.fromkeys(map(_domain, texts))) if has_domains else labels
