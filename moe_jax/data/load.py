@@ -61,6 +61,7 @@ class Dataset(NamedTuple):
     ) -> PackedText:
         """Returns the rows `index_B` of the parts `part_B`; padding where not `valid_B`."""
         fetched = self.fetch(split, part_B, index_B)
+        # 0 in every field is padding: segment 0, target 0.
         rows = Rows(*(np.where(valid_B[:, None], field, 0) for field in fetched))
         return PackedText(
             tokens_BS=rows.tokens_RS,
@@ -74,6 +75,7 @@ class Dataset(NamedTuple):
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (part_R, index_R) of all held-out rows, one of each domain in turn."""
         sizes = self.sizes("heldout")
+        # All rows of the first part, then all of the second, and so on.
         part_R = np.repeat(np.arange(len(sizes)), sizes)
         index_R = np.concatenate([np.arange(size) for size in sizes])
         domain_ids = self._domain_ids()
@@ -117,6 +119,7 @@ class Dataset(NamedTuple):
         shape = (len(part_N), self.seq_len)
         fetched = Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields))
         for part in np.unique(part_N):
+            # Each part gives its rows in one call, whatever their order in the batch.
             of_part = part_N == part
             rows = getattr(self.parts[part], split).fetch(index_N[of_part])
             for field, values in zip(fetched, rows):
@@ -170,6 +173,7 @@ def open_dataset(
     )
     _check_parts(parts, specs, seq_len)
     total = sum(weight for _, weight in specs)
+    # Weights are shares from here on.
     weights = tuple(weight / total for _, weight in specs)
     # A dict keeps the order in which the names first come.
     domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))

@@ -82,6 +82,7 @@ def write_record(
         "files": files,
         "digests": {name: _sha256(folder / name) for name in files},
     }
+    # The digest of the record itself comes last: it is of all other entries.
     record["digest"] = _digest(record)
     unfinished = folder / (RECORD + ".unfinished")
     unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
             sizes[name].setdefault(domain, 0)
         counts[split][domain] += 1
         sizes[split][domain] += len(data)
+        # With their lengths, so that no two lists of documents have the same bytes in a row.
         digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
         if len(counts["train"]) > MOST_DOMAINS:
             raise UserError(

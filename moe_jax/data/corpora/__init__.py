@@ -24,6 +24,7 @@ def documents(domain: str, max_bytes: int | None = None) -> Iterator[Document]:
         raise UserError(f"no embedded domain {domain!r}; there are {', '.join(DOMAINS)}")
     packed = importlib.resources.files(__name__).joinpath(f"{domain}.txt.xz").read_bytes()
     size = 0
+    # build.py puts a form feed between documents.
     for data in lzma.decompress(packed).split(b"\f"):
         size += len(data)
         if max_bytes is not None and size > max_bytes:

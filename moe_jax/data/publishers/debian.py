@@ -69,6 +69,7 @@ def _pairs(given: Given, language: str) -> Converted:
     english = _descriptions(given, "en")
     pairs: set[tuple[str, str]] = set()
     for md5, described in _descriptions(given, language).items():
+        # Translations are found by the md5 sum of the English description.
         if md5 not in english:
             continue
         sources = _paragraphs(english[md5])

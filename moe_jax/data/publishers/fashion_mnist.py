@@ -57,6 +57,7 @@ def convert(given: Given) -> Converted:
 def _shape(file: GivenFile, dimensions: int) -> tuple[int, ...]:
     """Returns the shape in the head of an idx file. UserError if the file has another size."""
     start = 4 + 4 * dimensions
+    # Two zeros, unsigned bytes, the number of dimensions.
     head = bytes((0, 0, 8, dimensions))
     # ">u4": the most significant byte comes first.
     if len(file.data) < start or file.data[:4] != head:

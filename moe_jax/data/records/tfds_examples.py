@@ -63,6 +63,7 @@ class Stored(NamedTuple):
         """
         yield from self.records("train", self.split)
         splits = self.builder.info.splits
+        # The first that has labels: GLUE keeps those of its test part secret.
         for name in ("test", "validation"):
             if name in splits and (not label or self._has_labels(name, label)):
                 yield from self.records("heldout", name)

@@ -61,6 +61,7 @@ def parse(spec: str) -> Spec:
             "each such byte"
         )
     kinds = "|".join(re.escape(kind) for kind in SOURCES)
+    # DOTALL: names of files may have a new line in them.
     match = re.fullmatch(rf"(?:([\w.-]+)=)?({kinds})(?::(.*))?", spec, flags=re.DOTALL)
     if not match:
         raise UserError(

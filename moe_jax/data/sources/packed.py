@@ -53,6 +53,7 @@ class Streams(io.RawIOBase):
             else:
                 # It holds back content that did not fit into the last buffer.
                 packed = b""
+            # At most as much as the buffer takes; the stream keeps the rest for the next call.
             content = self._stream.decompress(packed, len(buffer))
         buffer[: len(content)] = content
         return len(content)

@@ -23,6 +23,7 @@ def read(argument: str) -> Iterator[Document]:
         with readable(path), seekable(path) as unpacked, pq.ParquetFile(unpacked) as file:
             _check_column(file.schema_arrow, field, path)
             number = 0
+            # One column, a few rows at a time.
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     number += 1

@@ -41,6 +41,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
+    # All 256 bytes are in the alphabet, so that no text is unknown.
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[models.BOUNDARY],

@@ -83,6 +83,7 @@ class Decoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        # Half a character is kept until its other bytes come.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = True
 
@@ -105,5 +106,6 @@ class Decoder:
         piece = self._tokenizer.pieces[token]
         if self._at_start and self._tokenizer.prefix_space:
             piece = piece.removeprefix(b" ")
+        # Behind a boundary a new document begins, with a space to take off again.
         self._at_start = token == self._tokenizer.boundary_id
         return piece

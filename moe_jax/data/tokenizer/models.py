@@ -47,6 +47,7 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
         hugging = tokenizers.Tokenizer.from_buffer(model)
     except ValueError as error:
         raise UserError(f"tokenizer {name} is no tokenizer.json: {error}") from None
+    # A tokenizer.json may cut or pad texts, as the batches of its model wanted it.
     hugging.no_truncation()
     hugging.no_padding()
     hugging.encode_special_tokens = True  # "</s>" written in a text is text, never the boundary
@@ -59,6 +60,7 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     added = hugging.get_added_tokens_decoder()
     to_bytes = _piece_bytes(name, model)
     pieces: list[bytes] = []
+    # Ids may have gaps: a gap stands for no bytes.
     for id_ in range(max(vocabulary) + 1):
         if id_ not in added:
             pieces.append(to_bytes(vocabulary.get(id_, "")))
@@ -124,7 +126,9 @@ def _tokenizer(
             f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to "
             f"{len(pieces) - 1}"
         )
+    # The boundary is no text, whatever its name.
     pieces[boundary_id] = b""
+    # Whether a space is put before a text is seen in what it makes of one.
     encoded_a = b"".join(pieces[id_] for id_ in encode_many(["a"])[0])
     return Tokenizer(
         name=name,
