@@ -71,6 +71,7 @@ def training(rows: Sequence[Row], product: Timing) -> Table:
     table = Table([*names("training step"), *columns], title="Training")
     for row in rows:
         facts = row.timing.facts
+        # FLOP/s of the step over those of the product: how near it comes to the peak.
         share = facts["flops"] / row.seconds / peak(product)
         cells = [
             row.name,
@@ -87,6 +88,7 @@ def training(rows: Sequence[Row], product: Timing) -> Table:
             theirs = statistics.median(row.rival.seconds)
             cells += [
                 f"{row.rival.facts['tokens'] / theirs:.0f}",
+                # Time of theirs over ours, which is speed of ours over theirs.
                 f"{ratio(row.rival, row.timing):.2f}",
                 f"{facts['loss']:.3f}",
                 f"{row.rival.facts['loss']:.3f}",

@@ -35,6 +35,7 @@ def measure(job: Job, repeats: int, tell: Tell) -> dict[str, float]:
         tell(f"starting, {number + 1} of {repeats}")
         imports.append(_imports())
         with tempfile.TemporaryDirectory() as folder:
+            # The second compilation finds the programs of the first.
             cold.append(_compilation(job, folder))
             warm.append(_compilation(job, folder))
         with tempfile.TemporaryDirectory() as folder:

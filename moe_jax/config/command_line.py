@@ -111,6 +111,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
     """
     # Flags of their own: absl's global ones are those of the training command.
     own = flags.FlagValues()
+    # Flags and other words may stand in any order.
     own.set_gnu_getopt(True)
     argv = ["", *changes]
     try:

@@ -43,6 +43,7 @@ def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
             f"train.stop_at = {cfg.train.stop_at} does nothing: "
             f"train.steps = {cfg.train.steps} ends before it"
         )
+    # Steps count from 0 in `profile`, and from 1 where they are done.
     if cfg.profile and not range(max(cfg.profile[0], start), min(cfg.profile[1], last)):
         yield f"profile = {cfg.profile[0]}:{cfg.profile[1]} traces nothing: {made}"
     wanted = cfg.record.steps

@@ -356,6 +356,7 @@ class Config:
     faults: tuple[Fault, ...] = option(
         "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
+    # Of MeshConfig's keys, -1 filled in, or of mesh_fallbacks: config/build.py.
     mesh: Lengths = derived(MeshConfig)
     mesh_fallbacks: tuple[str, ...] = option(
         (),

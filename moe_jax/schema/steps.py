@@ -32,6 +32,7 @@ def due(text: str, path: str) -> Due:
         part = part.strip()
         if not part:
             continue
+        # "every 50" or "100": what is left must be a number.
         number = part.removeprefix("every ").strip()
         if not number.isdecimal() or int(number) < 1:
             raise UserError(
