@@ -25,8 +25,10 @@ class Calendar(NamedTuple):
 
     cfg: Config
     saves: checkpoint.Checkpoints
-    start: int  # the step from which this process goes on
-    last: int  # the step after which the run ends
+    # The step from which this process goes on.
+    start: int
+    # The step after which the run ends.
+    last: int
 
     def logs(self, done: int) -> bool:
         first, last = done == self.start + 1, done == self.last
@@ -106,5 +108,6 @@ class InFlight:
             "parameters_with_a_gradient_that_is_not_finite": broken,
         }
         path = Path(self._saves.directory).parent / "nonfinite.json"
-        with contextlib.suppress(OSError):  # the run ends by the reason, not by this file
+        # The run ends by the reason, not by this file.
+        with contextlib.suppress(OSError):
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -50,11 +50,15 @@ class Job(NamedTuple):
     """Holds what a run is asked to do."""
 
     cfg: Config
-    raw: Mapping[str, Any]  # the config as a nested dict of JSON values
+    # The config as a nested dict of JSON values.
+    raw: Mapping[str, Any]
     workdir: Path
-    started: float  # time.monotonic() when the process began
-    name: str  # of the config, to be shown
-    allowed: tuple[str, ...]  # keys that may differ from those of the checkpoint it goes on from
+    # time.monotonic() when the process began.
+    started: float
+    # The name of the config, to be shown.
+    name: str
+    # Keys that may differ from those of the checkpoint it goes on from.
+    allowed: tuple[str, ...]
 
 
 def run(
@@ -250,7 +254,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         # A finished run that is started again makes no step, and evaluates.
         if start >= last:
             evaluation(state, final=True)
-    except stopping.Interrupted:  # between two steps, or two batches of an evaluation
+    # Between two steps, or between two batches of an evaluation.
+    except stopping.Interrupted:
         held.check()
         done = int(state.step)
         with progress.doing("saving"):

@@ -59,7 +59,8 @@ class State(NamedTuple):
     # What updates are added to (optim.master_copy): like params, in at least float32; () = they are
     # added to params.
     master: Any = ()
-    spikes: Any = ()  # the last losses and gradient norms (train.spike_sigma); () = not kept
+    # The last losses and gradient norms (train.spike_sigma); () = not kept.
+    spikes: Any = ()
 
 
 def judged(state: State) -> dict[str, Any]:

@@ -78,8 +78,10 @@ class PrefixTarget(NamedTuple):
     segment_BS: Any
     position_BS: Any
     domain_BS: Any
-    weight_BS: Any  # float32, 1 where the loss counts
-    prefix_BS: Any  # 1 on the source and both boundaries around it, which may all see each other
+    # 1 where the loss counts, float32.
+    weight_BS: Any
+    # 1 on the source and both boundaries around it, which may all see each other.
+    prefix_BS: Any
     row_B: Any
 
 
@@ -100,18 +102,22 @@ class Baskets(NamedTuple):
 class Examples(NamedTuple):
     """Rows of both splits in memory; fulfils data/contract.py with one part."""
 
-    spec: str  # the name in messages
-    batch_type: type  # one of the NamedTuples above
+    # The name in messages.
+    spec: str
+    # One of the NamedTuples above.
+    batch_type: type
     seq_len: int
     domains: tuple[str, ...]
-    rows: Mapping[str, int]  # split -> number of rows
+    # {split: number of rows}.
+    rows: Mapping[str, int]
     # (split, index_B) -> the fields of a batch but row_B
     fetch: Callable[[str, np.ndarray], Fields]
     heldout_domain_R: np.ndarray
     fingerprint: str
     # What the task and its baselines know beside the rows: Classes, Pairs or Market.
     about: Any
-    notes: tuple[str, ...]  # what was left out or cut, in sentences for the log of the run
+    # What was left out or cut, in sentences for the log of the run.
+    notes: tuple[str, ...]
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -27,11 +27,14 @@ class Dataset(NamedTuple):
     """Packed text of one source or of several; fulfils data/contract.py."""
 
     parts: tuple[Part, ...]
-    weights: tuple[float, ...]  # of the parts in the training stream, summing to 1
-    domains: tuple[str, ...]  # of all parts; a name that several parts share is one domain
+    # Of the parts in the training stream, summing to 1.
+    weights: tuple[float, ...]
+    # Of all parts; a name that several parts share is one domain.
+    domains: tuple[str, ...]
     tokenizer: Tokenizer
     seq_len: int
-    fingerprint: str  # sha256 of the parts' fingerprints and the weights
+    # SHA-256 of the parts' fingerprints and the weights.
+    fingerprint: str
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -26,8 +26,10 @@ class Rows(NamedTuple):
 
     tokens_RS: np.ndarray
     targets_RS: np.ndarray
-    segment_RS: np.ndarray  # 1, 2, ... in each row: attention stays inside one
-    domain_RS: np.ndarray  # index into the names of the domains
+    # 1, 2, ... in each row: attention stays inside one.
+    segment_RS: np.ndarray
+    # Index into the names of the domains.
+    domain_RS: np.ndarray
 
 
 def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: Tokenizer) -> Rows:
@@ -64,7 +66,8 @@ def _segments(lengths: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
     # Where each document begins among all positions.
     begins[np.cumsum(lengths) - lengths] = True
     begins_RS = begins.reshape(num_rows, seq_len)
-    begins_RS[:, 0] = True  # a document that goes on from the row before is a new segment here
+    # A document that goes on from the row before is a new segment here.
+    begins_RS[:, 0] = True
     # A segment has at least two positions, except the first of a row, which may be the last
     # position of a document. So seq_len // 2 + 1 is the largest number.
     segment_RS = np.cumsum(begins_RS, axis=1, dtype=np.min_scalar_type(seq_len // 2 + 1))

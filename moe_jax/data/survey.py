@@ -18,10 +18,13 @@ Counts = dict[str, dict[str, int]]  # split -> domain -> number
 class Survey(NamedTuple):
     """Holds what a source holds."""
 
-    domains: tuple[str, ...]  # in the order of their first documents
+    # In the order of their first documents.
+    domains: tuple[str, ...]
     documents: Counts
-    text_bytes: Counts  # of UTF-8
-    digest: str  # sha256 of all documents with their domains and splits, in order
+    # In UTF-8.
+    text_bytes: Counts
+    # SHA-256 of all documents with their domains and splits, in order.
+    digest: str
 
 
 def survey(documents: Iterable[tuple[str, Document]]) -> Survey:

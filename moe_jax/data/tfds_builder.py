@@ -96,5 +96,6 @@ def build_packed_text(
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
-    shutil.rmtree(folder / "downloads")  # TFDS makes it, and it is empty
+    # TFDS makes it, and it is empty.
+    shutil.rmtree(folder / "downloads")
     return {name: split.num_examples for name, split in builder.info.splits.items()}

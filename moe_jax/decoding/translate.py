@@ -91,8 +91,10 @@ class Start(NamedTuple):
     # (id_B, position_B, live_B, caches) -> (logits [B, 1, V], caches): one token of every row.
     forward: Callable[..., tuple[jax.Array, Any]]
     caches: Any
-    id_B: jax.Array  # the first token that goes through
-    position_B: jax.Array  # its position
+    # The first token that goes through.
+    id_B: jax.Array
+    # Its position.
+    position_B: jax.Array
 
 
 def _decode(

@@ -43,8 +43,10 @@ class Worth(NamedTuple):
     mean_LE: np.ndarray
     mean_low_LE: np.ndarray
     mean_high_LE: np.ndarray
-    share_LEZ: np.ndarray  # of a domain's assignments
-    load_LE: np.ndarray  # of all assignments
+    # Of a domain's assignments.
+    share_LEZ: np.ndarray
+    # Of all assignments.
+    load_LE: np.ndarray
 
 
 class Rows(NamedTuple):

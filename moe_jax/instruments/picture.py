@@ -53,10 +53,12 @@ class Plan(NamedTuple):
 
     # Of the first panel: names of domains stand there.
     left: float
-    width: float  # of a panel
+    # Of a panel.
+    width: float
     # Height of the upper axes of a panel.
     above: float
-    below: float  # and of the lower ones
+    # And of the lower ones.
+    below: float
     columns: int
     lines: int
 

@@ -19,9 +19,12 @@ READY = 32  # steps in the window before anything is called a spike
 class Window(NamedTuple):
     """The last steps that were taken. W = WINDOW."""
 
-    value_2W: jax.Array  # loss and gradient norm, float32; written in a circle
-    taken: jax.Array  # steps so far, int32
-    spikes: jax.Array  # steps that were not taken, int32
+    # Loss and gradient norm, float32; written in a circle.
+    value_2W: jax.Array
+    # Steps that were taken so far, int32.
+    taken: jax.Array
+    # Steps that were not taken, int32.
+    spikes: jax.Array
 
 
 def begin() -> Window:

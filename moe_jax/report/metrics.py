@@ -29,7 +29,8 @@ class PerStep(NamedTuple):
 
     # Places of its batch, padding included: what tokens/s counts.
     tokens: int
-    flops: int  # useful ones (plan/flops)
+    # Useful FLOPs (plan/flops).
+    flops: int
 
 
 class Writer:

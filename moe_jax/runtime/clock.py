@@ -25,10 +25,14 @@ class StepClock:
 
     def __init__(self, tokens_per_step: int, *, step_flops: int = 0, peak: float = 0.0):
         self._tokens_per_step, self._step_flops, self._peak = tokens_per_step, step_flops, peak
-        self._per_step: deque[float] = deque(maxlen=WINDOW)  # seconds of a step, one for each row
-        self._row: tuple[float, int] | None = None  # when the last row was, and its step
-        self._paused = self._waited = 0.0  # seconds since the last row
-        self._depth = 0  # of pauses inside pauses
+        # Seconds of a step, one number for each row.
+        self._per_step: deque[float] = deque(maxlen=WINDOW)
+        # When the last row was, and its step.
+        self._row: tuple[float, int] | None = None
+        # Seconds since the last row.
+        self._paused = self._waited = 0.0
+        # How many pauses are open, one inside the other.
+        self._depth = 0
         self._input_wait: float | None = None
 
     @contextlib.contextmanager

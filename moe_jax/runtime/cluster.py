@@ -134,7 +134,8 @@ class Peers:
     def __init__(self) -> None:
         self._client: Any = None
         self._heartbeat = 0.0
-        self._answered = 0.0  # time.monotonic() of the coordinator's last answer
+        # time.monotonic() of the coordinator's last answer.
+        self._answered = 0.0
         self._lock = threading.Lock()
         self._over = False
 
@@ -149,7 +150,8 @@ class Peers:
 
     def start(self, heartbeat: float) -> None:
         """Begins to watch; `heartbeat` seconds of silence count as a death."""
-        from jax._src import distributed  # the public API has no key-value store
+        # The public API has no key-value store.
+        from jax._src import distributed
 
         self._client = distributed.global_state.client
         self._heartbeat = heartbeat
@@ -159,7 +161,8 @@ class Peers:
         if jax.process_index() > 0:
             _explain_abort(f"process {jax.process_index()}: process 0, the coordinator, is gone")
         else:
-            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # SIG_DFL
+            # SIG_DFL, the default of C.
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
         threading.Thread(target=self._beat, name="peers", daemon=True).start()
         threading.Thread(target=self._watch_answers, name="coordinator", daemon=True).start()
 
@@ -182,7 +185,8 @@ class Peers:
             tells, self._over = self.started and not self._over, True
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may have failed
+            # The coordinator may be what has failed.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
                 # The first reason counts. Later ones are mostly its echo.
                 self._client.key_value_set(
                     f"{END}first", json.dumps(message), allow_overwrite=False
@@ -191,7 +195,8 @@ class Peers:
             if jax.process_index() == 0:
                 time.sleep(READ_BY_OTHERS)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # it is full, gone or closed
+            # A stream may be full, gone or closed.
+            with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
 
@@ -223,7 +228,8 @@ class Peers:
     def _beat(self) -> None:
         """Counts up the key of this process, and reads those of the others."""
         me, count = jax.process_index(), 0
-        heard: dict[int, tuple[str, float]] = {}  # the last beat of a process, and when it changed
+        # The last beat of a process, and when it changed.
+        heard: dict[int, tuple[str, float]] = {}
         while not self._over:
             count += 1
             try:
@@ -364,7 +370,8 @@ def _explain_abort(reason: str) -> None:
         signals.say(reason)
         os._exit(exit_codes.RETRY)
 
-    _KEPT.append(aborted)  # ctypes does not keep it alive
+    # ctypes does not keep a callback alive: this does.
+    _KEPT.append(aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), aborted)
 
 

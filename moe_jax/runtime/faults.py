@@ -38,7 +38,8 @@ class Fault(NamedTuple):
 
     kind: str
     step: int
-    process: int | None  # None = all of them
+    # None = all of them.
+    process: int | None
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.step}" + ("" if self.process is None else f":{self.process}")

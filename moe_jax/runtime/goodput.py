@@ -28,9 +28,11 @@ class Goodput:
 
     def __init__(self, started: float, first: str = "start"):
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._activities = [first]  # under way; the innermost last, to which the time belongs
+        # What is under way; the innermost last, to which the time belongs.
+        self._activities = [first]
         self._since = started
-        self._earlier: list[dict[str, Any]] = []  # the starts before this one
+        # The starts before this one.
+        self._earlier: list[dict[str, Any]] = []
         self._file: Path | None = None
         self._began, self._first_step = time.time(), 0
 
@@ -40,7 +42,8 @@ class Goodput:
         try:
             starts = json.loads(self._file.read_text(encoding="utf-8"))["starts"]
         except (OSError, ValueError, KeyError, TypeError):
-            starts = []  # there is none, or a full disk has emptied it
+            # There is no file, or a full disk has emptied it.
+            starts = []
         self._earlier = [_cut(start, step) for start in starts] if step else []
 
     def phase(self, activity: str) -> None:

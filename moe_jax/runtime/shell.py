@@ -175,7 +175,8 @@ def open_output(lasting: bool) -> None:
         if stream is not getattr(sys, f"__{name}__"):
             # A test or a notebook has put it there.
             continue
-        if stream is None or lasting:  # None: it was closed
+        # None: it was closed.
+        if stream is None or lasting:
             encoding = stream.encoding if stream else None
             raw = Lasting(number, "w", closefd=False)
             stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding)

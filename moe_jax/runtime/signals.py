@@ -40,8 +40,10 @@ class Listener:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._policy, self._number, self._time = AT_ONCE, 0, 0.0
-        self.saved = False  # all that the command was for: told to end, it ends with 0
-        self.process = ""  # how this process of several calls itself
+        # Whether all that the command was for is saved: told to end, it then ends with 0.
+        self.saved = False
+        # How this process of several calls itself.
+        self.process = ""
         self._before: dict[int, object] = {}
         self._write_end, self._wakeup_before = -1, -1
 
@@ -82,7 +84,8 @@ class Listener:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # pyrefly: ignore
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._write_end)  # which ends the thread
+        # This ends the thread.
+        os.close(self._write_end)
         self._write_end = -1
 
     def note(self) -> None:
@@ -177,6 +180,7 @@ def say(text: str) -> None:
     """Writes a line to standard error, past the streams of Python, which the main thread may be in
     the middle of. A terminal that is gone is no matter.
     """
-    clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # the live line may have hidden the cursor
+    # The live line may have hidden the cursor.
+    clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{text}\n".encode())

@@ -63,7 +63,8 @@ def _agreed() -> bool:
     number = int(multihost_utils.process_allgather(np.int32(heard.number)).max())
     # 0 is none: the largest number is a signal that some process has heard.
     heard.agree(number)
-    return number > 0  # and not what this process may have heard since
+    # Of what was agreed, and not of what this process may have heard since.
+    return number > 0
 
 
 def first_broken(names: Sequence[str], finite: np.ndarray) -> str:

@@ -35,8 +35,10 @@ class Watchdog:
         self._stopped = threading.Event()
         self._limits = {"step": 0.0, "other": 0.0, "grace": 0.0}
         self._stacks = Path()
-        self._alive = 0.0  # time.monotonic() of the last sign of life
-        self._activities: list[str] = []  # slow ones under way, the innermost last
+        # time.monotonic() of the last sign of life.
+        self._alive = 0.0
+        # Slow ones under way, the innermost last.
+        self._activities: list[str] = []
 
     def start(self, *, step: float, other: float, grace: float, stacks: Path) -> None:
         """Begins to watch. The stacks of all threads go to the file `stacks` before an end."""

@@ -45,11 +45,13 @@ class Deviation(NamedTuple):
     value: float
     # The name of the worst parameter or statistic; "" where there is but one.
     where: str
-    step: int  # of the worst deviation
+    # Of the worst deviation.
+    step: int
 
     @property
     def sound(self) -> bool:
-        return self.value <= LIMITS[self.check]  # NaN is not
+        # NaN is within no limit.
+        return self.value <= LIMITS[self.check]
 
 
 def deviations(

@@ -39,7 +39,8 @@ class Probe(NamedTuple):
     sums: dict[str, np.ndarray]
     # Likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no.
     routing: dict[str, np.ndarray]
-    grads: dict[str, np.ndarray]  # by name, layers unstacked
+    # By name, layers unstacked.
+    grads: dict[str, np.ndarray]
 
 
 class Program:

@@ -43,7 +43,8 @@ class Dense(NamedTuple):
     output: float
     # Likewise of the worst gradient.
     gradient: float
-    where: str  # whose gradient that is
+    # Whose gradient that is.
+    where: str
 
 
 def served(cfg: MoE) -> MoE:

@@ -35,7 +35,8 @@ class Reference(NamedTuple):
     begin: State
     # Of the steps, and of one with `Program.tied` routers.
     probes: list[Probe]
-    end: dict[str, np.ndarray]  # by name, after the steps
+    # By name, after the steps.
+    end: dict[str, np.ndarray]
 
 
 class Row(NamedTuple):
@@ -47,12 +48,14 @@ class Row(NamedTuple):
     # The error that stopped it; "" = none.
     failure: str
     deviations: dict[str, Deviation]
-    first: Deviation | None  # the first beyond its limit
+    # The first beyond its limit.
+    first: Deviation | None
     # The mesh that read the checkpoint written here; "" = none was written.
     reader: str
     # Arrays that differ in a bit after that.
     unequal: list[str]
-    rounded: Rounded | None  # float32
+    # In float32; None = not asked for on this mesh.
+    rounded: Rounded | None
 
     @property
     def sound(self) -> bool:

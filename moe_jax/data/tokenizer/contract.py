@@ -25,13 +25,19 @@ class Tokenizer(NamedTuple):
     Two tokenizers with the same fingerprint give the same ids.
     """
 
-    name: str  # the spec: "bytes", "bpe:8192", "file:tokenizer.json"
-    kind: str  # how `load` reads the model: "bytes", "huggingface", "sentencepiece"
+    # The spec: "bytes", "bpe:8192", "file:tokenizer.json".
+    name: str
+    # How `load` reads the model: "bytes", "huggingface", "sentencepiece".
+    kind: str
     vocab_size: int
-    boundary_id: int  # the token before and after every document, and never inside one
-    pieces: tuple[bytes, ...]  # [vocab_size] the bytes of each id; special tokens have none
-    prefix_space: bool  # encode puts a space before the text, which decode takes off again
-    model: bytes  # the tokenizer file, empty for "bytes"
+    # The token before and after every document, and never inside one.
+    boundary_id: int
+    # The bytes of each id [vocab_size]; special tokens have none.
+    pieces: tuple[bytes, ...]
+    # `encode` puts a space before the text, which `decode` takes off again.
+    prefix_space: bool
+    # The tokenizer file, empty for "bytes".
+    model: bytes
     encode_many: Callable[[Sequence[str]], list[np.ndarray]]
 
     def encode(self, text: str) -> np.ndarray:

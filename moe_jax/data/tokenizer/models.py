@@ -50,7 +50,8 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     # A tokenizer.json may cut or pad texts, as the batches of its model wanted it.
     hugging.no_truncation()
     hugging.no_padding()
-    hugging.encode_special_tokens = True  # "</s>" written in a text is text, never the boundary
+    # "</s>" written in a text is text, never the boundary.
+    hugging.encode_special_tokens = True
 
     def encode_many(texts: Sequence[str]) -> list[np.ndarray]:
         encodings = hugging.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -219,7 +219,8 @@ ROUTER = Router(
     state=bias_state,
     update=update,
     balanced_by=balanced_by,
-    losses=("sequence_balance",),  # DeepSeek-V3 keeps a small one beside the bias
+    # DeepSeek-V3 keeps a small balance loss beside the bias.
+    losses=("sequence_balance",),
     score=score,
     refusals=refusals,
     normal_form=normal_form,

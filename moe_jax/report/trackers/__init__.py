@@ -80,7 +80,8 @@ class Trackers:
             own = start._replace(identity=known.get(name, {}).get("identity", ""))
             try:
                 own_run = TRACKERS[name].open(own)
-            except Exception as error:  # of its library, its server or the network
+            # Whatever its library, its server or the network raises.
+            except Exception as error:
                 self._leave(name, error)
                 continue
             self._open[name], self.where[name] = own_run, own_run.where

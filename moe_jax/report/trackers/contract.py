@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, Protocol
 class Open(Protocol):
     """A run at a tracker, while it is written to."""
 
-    identity: str  # by which the tracker finds the run again after a restart
-    where: str  # the URL or directory of the run, for the closing table
+    # By which the tracker finds the run again after a restart.
+    identity: str
+    # The URL or directory of the run, for the closing table.
+    where: str
 
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         """Takes the figures of a step."""
@@ -25,8 +27,10 @@ class Start(NamedTuple):
 
     workdir: Path
     project: str
-    config: Mapping[str, Any]  # flat: {"model.d_model": 128}
-    identity: str  # of an earlier start of the run; "" = none
+    # Flat: {"model.d_model": 128}.
+    config: Mapping[str, Any]
+    # Of an earlier start of the run; "" = none.
+    identity: str
 
 
 class Tracker(NamedTuple):
