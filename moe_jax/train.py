@@ -384,7 +384,7 @@ class CollapseAlert:
         self._progress, self._told = progress, 0
 
     def look(self, step: int, row: Mapping[str, float]) -> None:
-        """To be called with each logged row; tells again when more layers are collapsed."""
+        """Looks at each logged row, and tells again when more layers are collapsed."""
         layers = int(row.get("moe/collapsed_layers", 0))
         if layers > self._told:
             self._progress.message(

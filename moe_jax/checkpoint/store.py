@@ -175,7 +175,7 @@ class Checkpoints:
         return read_manifest(self._committed(step))["metadata"]
 
     def path(self, step: int) -> Path:
-        """Returns the directory of a step, its files verified; UserError as `restore` raises it."""
+        """Returns the directory of a step, its files verified. Raises UserError as `restore` does."""
         path = self._committed(step)
         # One process reads all files, and tells the others: they would read the same ones.
         is_verifier = jax.process_index() == 0 and step not in self._sound
@@ -285,7 +285,7 @@ class Checkpoints:
         return ALL_DAMAGED if steps else NO_STEP
 
     def _committed(self, step: int) -> Path:
-        """Returns the directory of a step; UserError when it has no manifest."""
+        """Returns the directory of a step. Raises UserError when it has no manifest."""
         steps = self.steps()
         if step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"

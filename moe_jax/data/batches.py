@@ -35,7 +35,7 @@ class Batches:
     """The endless shuffled stream of the rows of one split, in batches."""
 
     def __init__(self, dataset: Data, split: str, seed: int, batch_size: int):
-        """Orders the rows; UserError if the split has fewer rows than one batch."""
+        """Orders the rows. Raises UserError if the split has fewer rows than one batch."""
         self._dataset = dataset
         self._split = split
         self._batch_size = batch_size

@@ -160,7 +160,7 @@ def open_dataset(
     A spec is a prepared directory, or a source that a run packs itself, now (sources/contract.py),
     such as `embedded[:DOMAIN,...]`. For these are `slice_bytes` and `heldout_bytes` (text of each
     domain, 0 = all), `heldout_every` and `seed` (order of documents); a prepared directory has its
-    own. UserError if a spec is neither, or if the specs do not go together.
+    own. Raises UserError if a spec is neither, or if the specs do not go together.
     """
     _check_specs(specs)
     parts = tuple(
@@ -194,7 +194,7 @@ def _fingerprint(parts: Sequence[Part], weights: Sequence[float]) -> str:
 
 
 def _check_specs(specs: Sequence[tuple[str, float]]) -> None:
-    """UserError if `specs` is not a list of pairs (source, weight above 0)."""
+    """Raises UserError if `specs` is not a list of pairs (source, weight above 0)."""
     expected = 'data.sources must be pairs of a source and its weight, as in (("embedded", 1.0),)'
     if not isinstance(specs, tuple | list) or not specs:
         raise UserError(f"{expected}; it is {specs!r}")
@@ -215,7 +215,7 @@ def _open(
 ) -> Part:
     """Opens one spec.
 
-    UserError if it is neither a prepared directory nor a source that a run packs itself.
+    Raises UserError if it is neither a prepared directory nor a source that a run packs itself.
     """
     if os.path.isdir(spec):
         return open_prepared(pathlib.Path(spec))
@@ -243,7 +243,7 @@ def _open(
 
 
 def _check_parts(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: int) -> None:
-    """UserError if a part has another row length, or another tokenizer than the first one."""
+    """Raises UserError if a part has another row length, or not the tokenizer of the first one."""
     for part, (spec, _) in zip(parts, specs):
         if part.seq_len != seq_len:
             raise UserError(

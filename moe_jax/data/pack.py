@@ -88,7 +88,7 @@ def positions(segment_BS: np.ndarray) -> np.ndarray:
 def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[str, Document]]:
     """Pairs each document with its split: of each domain every `heldout_every`-th is held out.
 
-    UserError, at the end, for a domain with so few documents that none is held out.
+    Raises UserError, at the end, for a domain with so few documents that none is held out.
     """
     counts: dict[str, int] = {}
     for document in documents:

@@ -28,7 +28,7 @@ class Survey(NamedTuple):
 
 
 def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
-    """Returns the counts of (split, document) pairs; UserError for too many domains."""
+    """Returns the counts of (split, document) pairs. Raises UserError for too many domains."""
     counts: Counts = {split: {} for split in SPLITS}
     sizes: Counts = {split: {} for split in SPLITS}
     digest = hashlib.sha256()

@@ -34,8 +34,8 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
     """Prepares `out` and returns its record.
 
     `arguments` has sources, tokenizer, seq_len, heldout_every and seed. An `out` that was finished
-    with the same arguments is left as it is; unfinished work in it is begun anew. UserError if it
-    holds anything else, or if another process is at it.
+    with the same arguments is left as it is; unfinished work in it is begun anew. Raises UserError
+    if it holds anything else, or if another process is at it.
     """
     with _locked(out):
         if (out / prepared.RECORD).exists():
@@ -97,7 +97,7 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
 
 
 def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the record of a finished `out`; UserError if it has other arguments."""
+    """Returns the record of a finished `out`. Raises UserError if it has other arguments."""
     record = prepared.read_record(out)
     prepared.check_files(out, record, small_only=False)
     for name, wanted in arguments.items():
@@ -149,7 +149,7 @@ def _write_rows(
     """Writes the rows of both splits with TFDS, and the domains of the held-out ones.
 
     Returns the number of rows of each split, and the bytes that the held-out ids of each domain
-    stand for. UserError if those are none: bits per byte would have no meaning.
+    stand for. Raises UserError if those are none: bits per byte would have no meaning.
     """
     from moe_jax.data.tfds_builder import build_packed_text
 

@@ -77,8 +77,8 @@ class Engine(NamedTuple):
 def make_sampler(
     model_cfg: ModelConfig, tokenizer: Tokenizer, context: int
 ) -> Callable[..., list[str]]:
-    """`sampler(params, router_state, prompts, settings, on_text=None) -> texts`, the continuations,
-    without the prompts.
+    """Returns `sampler(params, router_state, prompts, settings, on_text=None) -> texts`, which are
+    the continuations, without the prompts.
 
     Args:
       model_cfg: of the parameters that the sampler will be given; stacked layers (scan) are copied

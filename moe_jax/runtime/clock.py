@@ -53,13 +53,13 @@ class StepClock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time inside is a wait for data: a part of the time of the steps."""
+        """Counts the time inside as a wait for data: a part of the time of the steps."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     def row(self, step: int) -> None:
-        """To be called at each logged row, when `step` is done."""
+        """Takes the time since the last logged row; to be called at each, when `step` is done."""
         now = time.monotonic()
         if self._row is not None and step > self._row[1]:
             # The bound keeps a clock that did not move from dividing by 0.

@@ -167,7 +167,7 @@ class Peers:
         threading.Thread(target=self._watch_answers, name="coordinator", daemon=True).start()
 
     def finish(self) -> None:
-        """The run is done in this process: what happens to the others from here on is no fault."""
+        """Says that the run is done in this process: what happens to the others is no fault now."""
         with self._lock:
             self._over = True
         if self.started:
@@ -339,8 +339,8 @@ def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[st
 def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
     """Compares a flat dict of JSON values with that of every other process of the run.
 
-    Every process sees the same values, so all of them raise the same Drift. The arguments are
-    those of `gather`. Raises Drift, which names the keys, both values and the process; UserError.
+    Every process sees the same values, so all of them raise the same Drift. The arguments are those
+    of `gather`. Raises Drift, which names the keys, both values and the process; and as `gather` does.
     """
     first, *others = gather(name, values, timeout)
     differences = [

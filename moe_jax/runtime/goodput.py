@@ -53,7 +53,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """The time inside belongs to an activity, without that of activities inside it."""
+        """Gives the time inside to an activity, without that of activities inside it."""
         self._pass()
         self._activities.append(activity)
         try:

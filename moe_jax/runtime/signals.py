@@ -89,7 +89,7 @@ class Listener:
         self._write_end = -1
 
     def note(self) -> None:
-        """From here on there is something to save: a signal is noted."""
+        """Has signals noted: from here on there is something to save."""
         with self._lock:
             self._policy = NOTED
 
@@ -98,7 +98,7 @@ class Listener:
             self._policy = RAISED
 
     def release(self) -> int:
-        """All is saved: from here on a signal ends the process at once.
+        """Has a signal end the process at once, because all is saved.
 
         Returns the signal that was noted, and forgets it; 0 = none.
         """

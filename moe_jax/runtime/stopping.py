@@ -45,8 +45,9 @@ def check() -> None:
 
 
 def check_alone() -> None:
-    """`check` for what process 0 does while the others wait for it: of several processes none may
-    leave by itself.
+    """Does as `check` in a run of one process, and else nothing.
+
+    It is for what process 0 does while the others wait for it: none may leave by itself.
     """
     if jax.process_count() == 1:
         check()

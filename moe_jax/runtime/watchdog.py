@@ -59,7 +59,7 @@ class Watchdog:
         self.alive()
 
     def alive(self) -> None:
-        """The main thread moves: to be called after every step and every batch."""
+        """Takes note that the main thread moves; to be called after every step and every batch."""
         self._alive = time.monotonic()
 
     @contextlib.contextmanager

@@ -140,7 +140,7 @@ def comparison(cfg: Config, data: Examples, figures: Figures) -> Table:
 
 
 def fitting(cfg: Config, data: Examples) -> Examples:
-    """Returns the data; UserError where the model does not fit them."""
+    """Returns the data. Raises UserError where the model does not fit them."""
     options: Any = cfg.model.kind_options
     about = data.about
     needs: dict[str, Any] = {"num_classes": len(about.labels)}

@@ -92,9 +92,9 @@ class Wanted(NamedTuple):
 
 
 def prove(raw: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> Result:
-    """`verify` in a process of its own: simulates the devices, in float64, and keeps no files.
+    """Does as `verify` in a process of its own: simulates the devices, in float64, keeps no files.
 
-    Before anything else of the process uses jax. jax_enable_x64 stays on.
+    It comes before anything else of the process that uses jax. jax_enable_x64 stays on.
     """
     mesh.simulate(shrink.DEVICES)
     jax.config.update("jax_enable_x64", True)

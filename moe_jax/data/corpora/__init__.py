@@ -17,8 +17,8 @@ DOMAINS = ("drama", "verse", "novel", "scripture_en", "scripture_es", "dictionar
 def documents(domain: str, max_bytes: int | None = None) -> Iterator[Document]:
     """Yields the documents of an embedded domain in their order.
 
-    With `max_bytes` it yields as many whole ones as fit into so many bytes of UTF-8. UserError for
-    an unknown domain.
+    With `max_bytes` it yields as many whole ones as fit into so many bytes of UTF-8. Raises
+    UserError for an unknown domain.
     """
     if domain not in DOMAINS:
         raise UserError(f"no embedded domain {domain!r}; there are {', '.join(DOMAINS)}")

@@ -175,7 +175,9 @@ CORPORA = {
 
 
 def read(folder: pathlib.Path, name: str) -> str:
-    """Returns the text of `name` or `name`.gz, wherever it is in `folder`; UserError if nowhere."""
+    """Returns the text of `name` or `name`.gz, wherever it is in `folder`. Raises UserError if
+    nowhere.
+    """
     paths = sorted([*folder.rglob(name), *folder.rglob(name + ".gz")])
     if not paths:
         raise UserError(

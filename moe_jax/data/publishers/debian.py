@@ -145,7 +145,7 @@ def _release_notes(given: Given) -> tuple[str, ...]:
 def _read(index: GivenFile, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph]:
     """Yields the paragraphs with their wanted fields.
 
-    UserError if one has no `key`, or the file ends within one.
+    Raises UserError if one has no `key`, or the file ends within one.
     """
     text = index.text()
     # Every paragraph ends with an empty line, so a file that was cut shows here.

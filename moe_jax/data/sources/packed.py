@@ -134,7 +134,7 @@ OTHERS = (
 def packing(path: str) -> Packing | None:
     """Returns how a file is packed by its first bytes; None for a plain one.
 
-    UserError for one that is packed by its name alone.
+    Raises UserError for one that is packed by its name alone.
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)

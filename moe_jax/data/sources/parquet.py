@@ -31,7 +31,7 @@ def read(argument: str) -> Iterator[Document]:
 
 
 def _check_column(schema: Any, field: str, path: str) -> None:
-    """UserError if the schema of a Parquet file has not one text column `field`."""
+    """Raises UserError if the schema of a Parquet file has not one text column `field`."""
     types = [column.type for column in schema if column.name == field]
     if len(types) > 1:
         raise UserError(

@@ -21,7 +21,7 @@ TRAINING_BYTES = 100_000_000
 def make(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer of the spec `bpe:VOCAB`, trained on `texts()`.
 
-    UserError for a VOCAB that is no number or has no room for the bytes and the boundary.
+    Raises UserError for a VOCAB that is no number or has no room for the bytes and the boundary.
     """
     if not argument.isdecimal() or int(argument) <= 256:
         raise UserError(

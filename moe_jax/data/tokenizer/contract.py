@@ -47,7 +47,7 @@ class Tokenizer(NamedTuple):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids that begin a document; invalid UTF-8 becomes U+FFFD.
 
-        UserError for an unknown id.
+        Raises UserError for an unknown id.
         """
         decoder = Decoder(self)
         return decoder.feed(ids) + decoder.finish()
@@ -94,7 +94,7 @@ class Decoder:
         self._at_start = True
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Returns the text that the next ids complete; UserError for an unknown id."""
+        """Returns the text that the next ids complete. Raises UserError for an unknown id."""
         return self._utf8.decode(b"".join(self._bytes(int(id_)) for id_ in ids))
 
     def finish(self) -> str:

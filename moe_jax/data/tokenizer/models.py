@@ -24,7 +24,7 @@ BOUNDARIES = (BOUNDARY, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|
 def make(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer of the spec `file:PATH[#BOUNDARY]`.
 
-    UserError for a file that cannot be read or is no tokenizer.
+    Raises UserError for a file that cannot be read or is no tokenizer.
     """
     path, _, boundary = argument.partition("#")
     try:
@@ -39,7 +39,7 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     """Returns the tokenizer of a tokenizer.json whose tokens stand for bytes.
 
     That is a byte-level one, or SentencePiece's with byte fallback. `boundary` is the id or the
-    name of the boundary, "" for the first of BOUNDARIES. UserError for any other file.
+    name of the boundary, "" for the first of BOUNDARIES. Raises UserError for any other file.
     """
     import tokenizers
 
@@ -78,8 +78,8 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
 def read_sentencepiece(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     """Returns the tokenizer of a SentencePiece .model.
 
-    `boundary` is the id or the name of a control symbol, "" for the end of sentence. UserError for
-    any other file.
+    `boundary` is the id or the name of a control symbol, "" for the end of sentence. Raises
+    UserError for any other file.
     """
     import sentencepiece
 
@@ -119,7 +119,7 @@ def _tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of what a reader made of a model.
 
-    UserError for a boundary that is none of its ids.
+    Raises UserError for a boundary that is none of its ids.
     """
     # A list takes a negative index for one from its end, so the boundary is compared first.
     if not 0 <= boundary_id < len(pieces):
@@ -146,7 +146,8 @@ def _tokenizer(
 def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> int:
     """Returns the id of the boundary: given as an id, by its name, or ("") the first usual one.
 
-    `specials` has the id of each special token by its name. UserError if it lacks the boundary.
+    `specials` has the id of each special token by its name. Raises UserError if it lacks the
+    boundary.
     """
     if isinstance(boundary, int):
         return boundary
@@ -165,7 +166,7 @@ def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> in
 def _piece_bytes(name: str, model: bytes) -> PieceBytes:
     """Returns the function from a token's name to its bytes, by the decoder of a tokenizer.json.
 
-    UserError for a decoder that does not give back the bytes of the text.
+    Raises UserError for a decoder that does not give back the bytes of the text.
     """
     decoder = json.loads(model).get("decoder") or {}
     parts = [decoder, *decoder.get("decoders", ())]

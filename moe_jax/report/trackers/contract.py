@@ -18,7 +18,7 @@ class Open(Protocol):
         ...
 
     def close(self) -> None:
-        """All is sent, or on disk, when this returns."""
+        """Sends what is left: all is sent, or on disk, when this returns."""
         ...
 
 

@@ -66,7 +66,10 @@ def read_vader(folder: str) -> Iterator[Text]:
 
 
 def _valence(cell: str) -> float | None:
-    """Returns the rating in a cell, None for an empty one; UserError for what is no number."""
+    """Returns the rating in a cell, None for an empty one.
+
+    Raises UserError for what is no number.
+    """
     if not cell:
         return None
     try:
@@ -125,7 +128,7 @@ def read_banking77(folder: str) -> Iterator[Text]:
 def _csv(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yields the named columns of a table with commas, "" where a row ends before.
 
-    UserError for a table that lacks them or is damaged.
+    Raises UserError for a table that lacks them or is damaged.
     """
     with readable(path), open_text(path) as file:
         reader = csv.DictReader(file)

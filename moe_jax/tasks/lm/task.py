@@ -126,7 +126,10 @@ def headline(figures: Figures) -> str:
 
 
 def open_data(cfg: Config) -> Dataset:
-    """Opens the datasets of the config; UserError where the embedding has not as many ids."""
+    """Opens the datasets of the config.
+
+    Raises UserError where the embedding has not as many ids.
+    """
     dataset = open_dataset(
         cfg.data.sources,
         seq_len=cfg.data.seq_len,

@@ -45,7 +45,7 @@ def _items(cfg: Config) -> tuple[int, ...]:
 
 
 def open_data(cfg: Config) -> Examples:
-    """Opens the baskets of the config; UserError where the model has not as many items."""
+    """Opens the baskets of the config. Raises UserError where the model has not as many items."""
     options = typed_options(Options, cfg.task_options)
     # The number of items is known only once the set is read; the model has its size before that.
     items_of_tasks = _items(cfg)

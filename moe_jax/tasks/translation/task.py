@@ -45,7 +45,9 @@ GREEDY = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=())
 
 
 def open_data(cfg: Config, prefix: bool) -> Examples:
-    """Opens the pairs of the config; UserError where the embedding is too small for their ids."""
+    """Opens the pairs of the config. Raises UserError where the embedding is too small for their
+    ids.
+    """
     extras.require(f"task = {cfg.task!r}", "sacrebleu", "sklearn")
     options = typed_options(Options, cfg.task_options)
     data = open_translation(
