@@ -175,7 +175,7 @@ class Checkpoints:
         return read_manifest(self._committed(step))["metadata"]
 
     def path(self, step: int) -> Path:
-        """Returns the directory of a step, its files verified. Raises UserError as `restore` does."""
+        """Returns the directory of a step, its files verified. Raises as `restore` does."""
         path = self._committed(step)
         # One process reads all files, and tells the others: they would read the same ones.
         is_verifier = jax.process_index() == 0 and step not in self._sound

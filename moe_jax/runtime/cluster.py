@@ -340,7 +340,8 @@ def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
     """Compares a flat dict of JSON values with that of every other process of the run.
 
     Every process sees the same values, so all of them raise the same Drift. The arguments are those
-    of `gather`. Raises Drift, which names the keys, both values and the process; and as `gather` does.
+    of `gather`. Raises Drift, which names the keys, both values and the process, and what `gather`
+    raises.
     """
     first, *others = gather(name, values, timeout)
     differences = [
