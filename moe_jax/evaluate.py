@@ -41,6 +41,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
     """
     model_cfg = cfg.model
     if cfg.eval.dispatcher != "same":
+        # With "dropless" the loss of a row does not depend on the rows that share its batch.
         model_cfg = with_dispatcher(model_cfg, cfg.eval.dispatcher)
     model, task = make_model(model_cfg), TASKS[cfg.task]
 

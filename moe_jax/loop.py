@@ -66,6 +66,7 @@ class InFlight:
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Takes a step that was begun. Waits for the oldest one when there are many."""
         self._steps.append((step, values))
+        # The host may be ahead of the devices, but only by so many steps.
         if len(self._steps) >= self._most:
             self._wait()
 

@@ -53,6 +53,7 @@ class Run:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The mesh that was set when this was first asked for; one device where none was."""
+        # The caller's mesh, or a mesh of the first device alone.
         current = jax.sharding.get_mesh()
         return meshes.make(meshes.ONE, jax.devices()[:1]) if current.empty else current
 
@@ -119,6 +120,7 @@ class Run:
         """Returns one part of the checkpoint. `index`: of its shapes in what `init` returns."""
         directory = self.workdir / "checkpoints"
         with jax.set_mesh(self.mesh):
+            # Shapes and placements of this part; nothing is computed.
             like = jax.eval_shape(self.functions.init, jax.random.key(0))[index]
             # Routers without a state have nothing on disk.
             if not jax.tree.leaves(like):
@@ -126,6 +128,7 @@ class Run:
             values, report = checkpoint.load_params(
                 directory, like, stacked=False, rename={}, part=part, step=self.step
             )
+        # Another run may lack parameters, this run's own checkpoint may not.
         if report.left:
             name, reason = report.left[0]
             raise UserError(
@@ -189,12 +192,15 @@ def write_run(workdir: Path, raw: dict[str, Any], parts: Mapping[str, Any], step
         where the config has one.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    # every=0: nothing is saved but by the call below.
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    # A checkpoint as training writes it, without the moments.
     arrays = {"step": jax.numpy.int32(step), **parts}
     # A Run has its layers unstacked, whatever model.scan says.
     metadata = {"config": raw}
     saves.save(step, arrays, metadata=metadata, score=None, stacked=False, frugal=True)
     saves.close()
+    # Last: a directory with config.json is a run, and its checkpoint is there by then.
     (workdir / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 
@@ -229,6 +235,7 @@ def for_one_device(raw: dict[str, Any], workdir: Path) -> Config:
     The layers are single, as they are on disk and as sampling wants them.
     """
     config.allow_float64(raw)
+    # scan and mesh change how a model is computed, and not what.
     model = {**raw.get("model", {}), "scan": False}
     one = meshes.ONE.written()
     return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)

@@ -119,12 +119,14 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     cache = CompileCache(cfg.compile_cache)
     goodput = Goodput(job.started)
     progress = Progress(active=main, goodput=goodput)
+    # First, so that a person sees what was asked for while the rest takes its time.
     banner.show(progress, cfg, workdir, job.name)
     if cache.note:
         progress.message(cache.note)
 
     # Data
     data = open_data(cfg, progress)
+    # Every process opens the data by itself: they may lie on different disks.
     cluster.compare("data", {"fingerprint": data.fingerprint}, cfg.limits.other or FOREVER)
     batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     banner.show_data(progress, data)
@@ -147,6 +149,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         keep=cfg.checkpoint.keep,
         keep_best=cfg.checkpoint.keep_best,
     )
+    # Saved with every checkpoint, and compared when a run goes on from one.
     metadata = {"config": job.raw, "data": data.fingerprint}
     source = "restoring the newest checkpoint" if saves.directory.exists() else None
     with progress.doing(source or "making the parameters"):
@@ -266,6 +269,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         with contextlib.closing(progress), progress.doing("finishing the last save"):
             close_all(stream, profile, writer, saves)
             cache.keep()
+    # From here on all is saved: a signal ends the process at once.
     signal, done = listener.release(), int(state.step)
     goodput.write(done)
     speed, spent = clock.tokens_per_second, goodput.text(done)
@@ -356,6 +360,7 @@ def close_all(*things: Any) -> None:
     The error of that is raised then.
     """
     with contextlib.ExitStack() as stack:
+        # A stack closes the last one first.
         for thing in reversed(things):
             stack.callback(thing.close)
 
@@ -368,6 +373,7 @@ def log_row(values: Mapping[str, Any]) -> dict[str, float]:
     scalars = {name: v for name, v in host.items() if np.ndim(v) == 0 and name != "moe"}
     row = {f"train/{name}": float(v) for name, v in scalars.items()}
     for name, value_L in host["moe"].items():
+        # A number for each expert is too much for a row; a picture has them.
         if name == "counts":
             continue
         row[f"moe/{name}"] = float(value_L.mean())

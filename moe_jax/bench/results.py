@@ -189,6 +189,7 @@ def against(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -> Tab
     table = Table(
         [*names("row"), *numbers("before", "now", "time, now / before")], title=f"Against {name}"
     )
+    # Only what both have is compared: a bench may have been of other variants.
     old = _medians(before)
     for row, seconds in _medians(now).items():
         if row in old:
@@ -208,5 +209,6 @@ def _medians(parts: Mapping[str, Any]) -> dict[str, float]:
             medians[f"{part}, {row['name']}"] = statistics.median(seconds)
     for name, timing in parts.get("layer", {}).items():
         medians[f"layer, {name}"] = statistics.median(timing["seconds"])
+    # A start has one number already, the smallest of some.
     medians |= {f"start, {name}": seconds for name, seconds in parts.get("start", {}).items()}
     return medians

@@ -82,6 +82,7 @@ def _first_step(folder: Path, name: str) -> float:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         try:
             while not _has_step(workdir / "metrics.jsonl"):
+                # It has ended, or taken too long: either way there is no step to wait for.
                 if process.poll() is not None or time.perf_counter() - start > PATIENCE:
                     raise UserError(f"bench: no first step of {' '.join(command[1:])}")
                 time.sleep(0.02)

@@ -68,6 +68,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
+        # Killed, not asked: it may be in the middle of a run that nobody waits for.
         self._process.kill()
         self._process.communicate()
         self._said.close()

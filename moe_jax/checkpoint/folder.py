@@ -135,6 +135,7 @@ def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
     Only sound ones are counted: one that is not yet in `sound` is verified, and then added to it
     or set aside. A checkpoint that cannot be deleted stays, with a warning.
     """
+    # Damaged ones are among them: they are told apart below.
     steps = committed_steps(directory)
     # So few are all kept: nothing has to be read for a digest.
     if len(steps) <= keep:

@@ -148,6 +148,7 @@ def plain(error: BaseException, words: Sequence[str]) -> str:
         return text
     name, near = wrong.groups()
     keys = [word.partition("=")[0] for word in words]
+    # The whole key that the user wrote, by the one part of it that is wrong.
     flag = next((key for key in keys if name in key.split(".")), name)
     hint = f': did you mean "{near}"?' if near else ""
     return f"no key is called {flag}{hint}"

@@ -38,6 +38,7 @@ def _bounds(cfg: Config) -> Iterator[str]:
     """Yields what is out of its bounds, or none of its choices, of all that travels on."""
     yield from options.refusals(cfg, "")
     for name, coefficient in cfg.model.moe.losses.items():
+        # The losses have no dataclass that could declare their bounds.
         yield from options.of_number(f"model.moe.losses.{name}", coefficient, NOT_NEGATIVE)
     for block, chosen in chosen_blocks(cfg):
         yield from options.refusals(chosen, f"{block}.")
@@ -86,6 +87,7 @@ def _of_router(cfg: Config) -> Iterator[str]:
     moe = cfg.model.moe
     router = ROUTERS[moe.router]
     sizes = Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size)
+    # Some routers have no weights: hash, random, uniform.
     learns = bool(router.params(sizes, moe.router_options))
     pulling = [name for name in _unwanted_losses(moe, learns) if moe.losses[name]]
     pulls = " and ".join(f"model.moe.losses.{name} = {moe.losses[name]}" for name in pulling)
@@ -208,6 +210,7 @@ def _moe(cfg: Config) -> Iterator[str]:
     k = getattr(moe.router_options, "k", 1)
     if not 1 <= k <= moe.num_experts:
         yield f"{at}.k ({k}) must lie between 1 and model.moe.num_experts ({moe.num_experts})"
+    # What a router may refuse by, beside its own options.
     setting = Setting(at, moe.num_experts, cfg.train.batch_size, cfg.train.micro_batch_size)
     yield from router.refusals(moe.router_options, setting)
     for name in ("shared_hidden", "shared_gate"):
@@ -340,6 +343,7 @@ def _batch(cfg: Config) -> Iterator[str]:
         "train.micro_batch_size": train.micro_batch_size,
         "eval.batch_size": cfg.eval.batch_size,
     }
+    # Both are batches of the same model, split in the same way.
     for path, rows in sizes.items():
         if rows % devices:
             yield (

@@ -154,6 +154,7 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
+    # A block that is there stays as it is.
     tree.setdefault(last, value)
 
 

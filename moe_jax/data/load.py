@@ -85,6 +85,7 @@ class Dataset(NamedTuple):
         domain_R = np.concatenate(
             [ids[part.heldout_domain_R] for ids, part in zip(domain_ids, self.parts)]
         )
+        # By the numbers of the whole dataset, so a domain that two parts share takes one turn.
         order_R = interleaved(domain_R)
         return part_R[order_R], index_R[order_R]
 

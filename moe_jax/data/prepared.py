@@ -84,6 +84,7 @@ def write_record(
     }
     # The digest of the record itself comes last: it is of all other entries.
     record["digest"] = _digest(record)
+    # Renamed at the end: a kill leaves no half of a record under its name.
     unfinished = folder / (RECORD + ".unfinished")
     unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / RECORD)
@@ -199,6 +200,7 @@ def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray
         raise _damaged(path, str(error), folder) from None
     num_rows = record["rows"]["heldout"]
     num_domains = len(record["domains"])
+    # Unsigned, so a negative number cannot stand in it.
     right_type = domain_R.shape == (num_rows,) and domain_R.dtype.kind == "u"
     if not right_type or (num_rows and domain_R.max() >= num_domains):
         raise _damaged(path, f"it must have {num_rows} numbers below {num_domains}", folder)

@@ -167,6 +167,7 @@ def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
     routers = {}
     for key, value in tree.items():
         if key == "moe":
+            # Without the experts: a stack of all of them may be large.
             routers[key] = {"router": value.get("router", {})}
         elif isinstance(value, dict):
             routers[key] = _routers(value)

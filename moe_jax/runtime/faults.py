@@ -83,6 +83,7 @@ class Injector:
         """Makes the fault of this step happen."""
         for fault in self._mine:
             noted = self._workdir / "faults" / f"{fault}.process_{self._process}"
+            # The note is in the workdir, so a run that goes on does not meet the fault again.
             if fault.step != step or noted.exists():
                 continue
             # Noted first: a process that is killed could not do it afterwards.

@@ -61,6 +61,7 @@ def _agreed() -> bool:
         return heard.number > 0
     from jax.experimental import multihost_utils
 
+    # The answer is the same in every process, so all of them stop at the same step.
     number = int(multihost_utils.process_allgather(np.int32(heard.number)).max())
     # 0 is none: the largest number is a signal that some process has heard.
     heard.agree(number)
@@ -94,6 +95,7 @@ def _depth(name: str) -> tuple[int, ...]:
         "towers": 6,
         "head": 7,
     }
+    # What stands below "ends" is named by its second part: "ends/embed", "ends/head".
     stage = order.get(parts[1] if parts[0] == "ends" else parts[0], 1)
     # A block has its attention first, then (cross attention and) the feed-forward part.
     after_cross = any(part.startswith(("cross", "ffn", "moe", "dense")) for part in parts)
@@ -114,6 +116,7 @@ def _depth(name: str) -> tuple[int, ...]:
     return (
         not encoder,
         stage,
+        # Repeats and blocks are numbered in the order in which they run.
         *(int(part) for part in parts if part.isdecimal()),
         after_cross,
         last,

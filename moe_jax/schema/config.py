@@ -316,6 +316,7 @@ class TrainConfig:
 
     @property
     def num_micro_batches(self) -> int:
+        # `build` has filled in the 0, and the rules have refused a remainder.
         return self.batch_size // self.micro_batch_size
 
 

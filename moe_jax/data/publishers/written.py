@@ -69,6 +69,7 @@ def _content(path: pathlib.Path) -> bytes | None:
 
 def _replace(path: pathlib.Path, data: bytes) -> None:
     """Writes a file in one step, so that a killed process leaves no half of it under its name."""
+    # The number of the process: two that convert at once do not share a file.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

@@ -63,6 +63,7 @@ def route(
     # Each expert takes the tokens with its largest scores. Padding scores less than any token.
     score_TE = jnp.where(tokens.valid_T[:, None], jax.lax.stop_gradient(router_probs_TE), -1)
     score_GEt = score_TE.reshape(num_groups, group_tokens, num_experts).swapaxes(1, 2)
+    # C is static: it follows from shapes and options alone.
     num_places = capacity(group_tokens, num_experts, cfg.options.factor)
     top_score_GEC, token_in_group_GEC = jax.lax.top_k(score_GEt, num_places)
 

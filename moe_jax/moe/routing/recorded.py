@@ -67,8 +67,10 @@ def route(
         in_bounds_TK = jnp.minimum(expert_index_TK, num_experts - 1)
         chosen_logits_TK = jnp.take_along_axis(router_logits_TE, in_bounds_TK, 1)
         gate_TK = jax.nn.softmax(chosen_logits_TK, where=real_TK)
+    # A choice of nowhere weighs nothing, whatever was recorded of it.
     gate_TK = jnp.where(real_TK, gate_TK.astype(router_logits_TE.dtype), 0)
     expert_index_TK, gate_TK, real_TK = _each_once(expert_index_TK, gate_TK, real_TK, num_experts)
+    # Logits and probabilities are those of the present router, counts those of the recording.
     sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens, real_TK=real_TK)
     return token_choice(expert_index_TK, gate_TK, sums, tokens, num_experts)
 

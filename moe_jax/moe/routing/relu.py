@@ -77,6 +77,7 @@ def route(
     router_logits_TE = router_logits(tokens.x_TD, params["gate"])
     relu_TE = jax.nn.relu(router_logits_TE)
     is_active_TE = relu_TE > 0
+    # A token with fewer active experts fills its list with gates of 0, which go nowhere.
     gate_TK, expert_index_TK = jax.lax.top_k(relu_TE, cfg.options.max_active)
     # All active experts count here, served or not: they are what drives l1.
     sums = class_statistics(router_logits_TE, is_active_TE, relu_TE, tokens, probs_TC=relu_TE)
@@ -123,6 +124,7 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     # Both numbers are whole, so every mesh takes the same branch.
     num_active = totals["counts"].sum()
     num_intended = cfg.options.k * totals["tokens"]
+    # A fixed factor up or down: how far off the sparsity is makes no difference.
     sign = jnp.sign(num_active - num_intended).astype(l1.dtype)
     return {"l1": jnp.clip(l1 * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
 

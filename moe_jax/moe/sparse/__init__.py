@@ -46,6 +46,7 @@ def experts_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Matrices]]:
         return
     for key, value in tree.items():
         if key == EXPERTS:
+            # What lies below is weights: a layer's experts have no experts in them.
             yield (*path, key), value
         else:
             yield from experts_of(value, (*path, key))
@@ -87,6 +88,7 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
     for path, layer in layers.items():
         is_stacked = layout.is_stacked(path, stacked)
         _refuse_misfit(cfg, path, layer, is_stacked)
+        # A stacked layer is treated repeat by repeat, as a loop over layers would.
         weights[path], kept = layout.per_layer(first, is_stacked)(layer)
         # A rule that acts on the weights alone keeps nothing.
         if kept:
@@ -152,6 +154,7 @@ def _changed_masks(
         def of_layer(
             repeat: Any, layer: Matrices, kept: Kept, grad: Matrices, path_key: Any = path_key
         ) -> Kept:
+            # Of the step, the layer and the repeat, and of nothing that a mesh changes.
             layer_now = now._replace(key=jax.random.fold_in(path_key, repeat))
             return update(layer, kept, grad, shape, layer_now, cfg.rule_options)
 

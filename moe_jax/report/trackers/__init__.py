@@ -77,6 +77,7 @@ class Trackers:
         path = start.workdir / FILE
         known = _identities(path)
         for name in names:
+            # A tracker that knew the run before goes on with the same curves.
             own = start._replace(identity=known.get(name, {}).get("identity", ""))
             try:
                 own_run = TRACKERS[name].open(own)
@@ -95,6 +96,7 @@ class Trackers:
             return
         sent = {}
         for name, value in capped(row).items():
+            # A name that was sent once is always sent, so no curve has holes.
             if name in self._sent or len(self._sent) < MOST:
                 self._sent.add(name)
                 sent[name] = value

@@ -250,6 +250,7 @@ def tokenized(
     # Sorted, so that a label has the same number whatever comes first.
     labels = tuple(sorted({text.label for text in texts}))
     has_domains = any(text.domain for text in texts)
+    # Where no text names a domain, the labels are the domains.
     domains = tuple(dict.fromkeys(map(_domain, texts))) if has_domains else labels
     label = {
         split: _indices([text.label for text in part], labels) for split, part in parts.items()

@@ -151,12 +151,14 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
     token_batches = []
     for batch in eval_batches(data, size, None, rows):
         stopping.check()
+        # The source alone: the true target must not be seen.
         prompts = prompt_batch(put(batch, rows, size))
         token_BN = translator(trained.params, trained.router_state, prompts, GREEDY)
         token_batches.append(np.asarray(token_BN))
     _, index_R = data.heldout_order()
     # Rows that fill up the last batch come behind all others.
     translations = texts(np.concatenate(token_batches)[: len(index_R)], data)
+    # Whole texts, also of pairs that were cut to fit into a row.
     sources, references = ([side[i] for i in index_R] for side in data.about.raw["heldout"])
     columns = {
         "index": [int(i) for i in index_R],
@@ -211,6 +213,7 @@ def random(cfg: Config, step: int) -> SourceTarget:
 
     source_BS, source_segment_BS = random_side()
     tokens_BS, segment_BS = random_side()
+    # Targets that follow from nothing: a proof needs gradients, not sense.
     targets_BS = rng.integers(0, cfg.model.vocab_size, (num, length)).astype(np.int32)
     return SourceTarget(
         source_BS=source_BS,
