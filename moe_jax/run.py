@@ -53,7 +53,6 @@ class Run:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The mesh that was set when this was first asked for; one device where none was."""
-        # The caller's mesh, or a mesh of the first device alone.
         current = jax.sharding.get_mesh()
         return meshes.make(meshes.ONE, jax.devices()[:1]) if current.empty else current
 

@@ -125,7 +125,7 @@ def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
         # forgets what was split.
         groups = (z.shape[0] // (num * group_rows), num, group_rows)
         # [B, ...] -> [n, num, group_rows, ...]: of num groups in a row, micro-batch i takes the
-        # i-th.
+        # i-th. Of 8 rows, with num 2 and groups of one: rows 0 2 4 6, and rows 1 3 5 7.
         z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
         return jnp.reshape(z.swapaxes(0, 1), (num, -1) + z.shape[3:], out_sharding=P(None, BATCH))
 

@@ -39,7 +39,11 @@ def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: T
     num_rows = -(-int(lengths.sum()) // seq_len)
     boundary = np.array([tokenizer.boundary_id], tokenizer.dtype)
     # flat: boundary, document, boundary, document, ..., boundary. Behind a document's last token
-    # stands the boundary of the next, so the targets are the inputs one position on.
+    # stands the boundary of the next, so the targets are the inputs one position on. With rows of
+    # 4, the documents "abc" and "d", and | for the boundary:
+    #     tokens   | a b c    | d 0 0
+    #     targets  a b c |    d | 0 0
+    #     segment  1 1 1 1    1 1 0 0
     pieces = [boundary]
     for tokens, _ in documents:
         pieces += [tokens, boundary]
@@ -185,7 +189,8 @@ def pack_heldout(
 
 def interleaved(domain_R: np.ndarray) -> np.ndarray:
     """Returns row indices [R] that take one row of each domain in turn, while each has any."""
-    # The how many-th row of its domain each row is.
+    # The how many-th row of its domain each row is. Of the domains 0 0 0 1 1: 0 1 2 0 1, and the
+    # order is 0 3 1 4 2.
     rank_R = np.zeros(len(domain_R), np.int64)
     for domain in np.unique(domain_R):
         of_domain_R = domain_R == domain

@@ -76,8 +76,8 @@ def clip(limit: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
         norm = global_norm(updates)
-        # A norm that is NaN is not below the limit, so the updates become NaN, too: `finite` tells
-        # of it.
+        # A norm that is NaN is not below the limit, so the updates become NaN, too. The step tells
+        # of it by the gradients (train_step.py).
         factor = jnp.where(norm < limit, 1.0, limit / norm)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 

@@ -39,7 +39,6 @@ def is_spike(window: Window, loss: jax.Array, norm: jax.Array, sigma: float) -> 
     filled_W = jnp.arange(WINDOW) < window.taken
     weight_W = filled_W / jnp.maximum(filled_W.sum(), 1).astype(jnp.float32)
     mean_2 = (window.value_2W * weight_W[None]).sum(1)
-    # Of the same steps, around their own mean.
     variance_2 = (jnp.square(window.value_2W - mean_2[:, None]) * weight_W[None]).sum(1)
     limit_2 = mean_2 + jnp.float32(sigma) * jnp.sqrt(variance_2)
     return (window.taken >= READY) & (value_2 > limit_2).any()

@@ -61,11 +61,11 @@ def _agreed() -> bool:
         return heard.number > 0
     from jax.experimental import multihost_utils
 
-    # The answer is the same in every process, so all of them stop at the same step.
+    # 0 is none, so the largest number is a signal that some process has heard. It is the same in
+    # every process, so all of them stop at the same step.
     number = int(multihost_utils.process_allgather(np.int32(heard.number)).max())
-    # 0 is none: the largest number is a signal that some process has heard.
     heard.agree(number)
-    # Of what was agreed, and not of what this process may have heard since.
+    # By what was agreed, and not by what this process may have heard since.
     return number > 0
 
 
