@@ -139,7 +139,6 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
-    # Donated: the new state takes the memory of the old one, which nobody may read after the call.
     step_fn = jax.jit(make_step(cfg, model, tx), donate_argnums=0)
     norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -201,7 +200,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 with progress.doing("measuring interference", after=state.step):
                     writer.write(done, measure_interference(state, batch))
             logs = due.logs(done)
-            # A copy, because the step takes the parameters away.
+            # A copy, because the state is donated to the step: the new one takes its memory.
             before = copy(state.params) if logs else None
             if step == start:
                 compare_programs(step_fn, state, batch, cfg.limits.other or FOREVER)

@@ -53,10 +53,10 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     """
     # Changed below; the caller's dict stays as it is.
     tree = copy.deepcopy(dict(raw))
-    # 1. The mesh, for the devices that are there.
+    # The mesh, for the devices that are there.
     tree["mesh"] = _lengths(tree["mesh"], tree["mesh_fallbacks"], num_devices)
-    # 2. Of every choice only the options of what is chosen, frozen.
     for choice in choices():
+        # Only the options of what is chosen travel on, frozen.
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
     tree["model"]["moe"]["losses"] = Coefficients(tree["model"]["moe"]["losses"])

@@ -179,9 +179,7 @@ def _model(cfg: Config) -> Iterator[str]:
 
 
 def _attention(cfg: Config) -> Iterator[str]:
-    """Yields what the attention refuses of the config, and a mask of the kind of model that it has
-    not.
-    """
+    """What the attention refuses of the config, and a mask of the kind of model that it has not."""
     model = cfg.model
     attention = ATTENTIONS[model.attention]
     yield from attention.refusals(cfg)
