@@ -98,7 +98,7 @@ class Checkpoints:
         self._wait()
         if step in self._own and self._is_there(step):
             return False
-        # 2. Every layer by its name, on the host: from here on the caller may donate the state.
+        # 2. Every layer under its own name, on the host. All other arrays are still on the devices.
         arrays: Any = flat_lib.unstack(flat_lib.flatten(state), stacked)
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         score = None if score is None or math.isnan(score) else float(score)
@@ -109,7 +109,7 @@ class Checkpoints:
         self._make_room(step)
         # Process 0 has made it; a network drive may show it late to the others.
         self.directory.mkdir(parents=True, exist_ok=True)
-        # 4. Orbax begins to write, and the rest happens in the background.
+        # 4. Orbax has its copies when `save_async` returns, and writes them in the background.
         with ExitStack() as stack:
             plain_path = stack.enter_context(alias.plain(self.directory, _all_of))
             with _few_at_a_time(arrays) if frugal else nullcontext():
