@@ -180,7 +180,7 @@ def _window(
     # The last window may reach past the end of the layout, where the row of everything that is not
     # local lies.
     is_inside_M = (row_M >= offset) & (row_M < offset + num_rows) & gathered.is_local_M
-    # An expert whose rows lie in two windows is served in both, and an empty range in all others.
+    # An expert whose rows lie in two windows has a part in both, and an empty range in all others.
     # Windows begin at whole small blocks, so starts stay multiples of them.
     first_e = jnp.clip(start_e - offset, 0, num_rows)
     end_e = jnp.clip(start_e + gathered.size_e - offset, 0, num_rows)

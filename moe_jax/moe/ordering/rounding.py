@@ -61,7 +61,7 @@ def apply(
     limit_N = rounded_GE.at[pair_N].get(mode="fill", fill_value=0)
     is_kept_N = is_real_N & (rank_N < limit_N)
 
-    # Where a count was rounded down there is none.
+    # Where a count was rounded down there is no padding.
     padding_G = jnp.maximum(rounded_GE - count_GE, 0).sum(1)
     added = _sums(routing, num_tokens, is_real_N & ~is_kept_N, is_kept_N, padding_G)
     return routing._replace(
