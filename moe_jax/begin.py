@@ -37,12 +37,14 @@ def begin(
       data: compared with that of train.init_from; None = it is not.
       allowed: keys, by prefix, that may differ from the saved config (--allow_change).
     """
+    # 1. A run that has a checkpoint goes on from it; train.init_from is for its beginning alone.
     step = saves.latest()
     if step is not None:
         notes = resumed(cfg, saves, step, metadata, allowed)
         return saves.restore(step, abstract, stacked=cfg.model.scan), notes
     state = init(jax.random.key(cfg.seed))
     notes = idle.notes(cfg, metadata.get("config", {}), start=0)
+    # 2. Without one it begins afresh, or with the parameters of another run.
     if not cfg.train.init_from:
         return state, notes
     state, taken = inherited(cfg, state, data)
@@ -67,9 +69,11 @@ def resumed(
     # A run that was saved long ago lacks the keys that came later.
     defaults = config_file.default_values()
     old, notes = checkpoint.fill(saved["config"], defaults, RESUME_MAY_CHANGE)
+    # The same data at another place is no other config.
     if saved["data"] == metadata["data"]:
         old, moved = checkpoint.same_data(old, metadata["config"])
         notes += moved
+    # Before all keys are compared: a smoke run differs in many, and one sentence says why.
     smoke.refuse_other(old, metadata["config"])
     notes += checkpoint.allowed_changes(old, metadata["config"], allowed)
     checkpoint.compare_configs(old, metadata["config"], (*RESUME_MAY_CHANGE, *allowed))
@@ -78,6 +82,7 @@ def resumed(
             f"the data changed since step {step} of this run (fingerprint {saved['data'][:12]}, "
             f"now {metadata['data'][:12]}): restore it, or start another --workdir"
         )
+    # train.steps may change, and then the schedule of the rate changes with it.
     before, now = old["train"]["steps"], cfg.train.steps
     if now < step:
         raise UserError(
@@ -97,10 +102,12 @@ def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list
     run = Path(cfg.train.init_from)
     source = run / "checkpoints"
     like = {"stacked": cfg.model.scan, "rename": renames(cfg)}
+    # The master copy takes them where there is one; the parameters follow it, rounded.
     params, report = checkpoint.load_params(
         source, updated(state), part="params", step=None, **like
     )
     here = {"params": params, "router_state": state.router_state}
+    # Judged of both parts together, as a rename may concern the router state alone.
     checkpoint.refuse_idle_renames(source, report.step, here, **like)
     saved = checkpoint.Checkpoints(source, every=0, keep=1, keep_best=0).metadata(report.step)
     notes = [
@@ -109,11 +116,13 @@ def inherited(cfg: Config, state: State, data: Data | None) -> tuple[State, list
     ]
     if data is not None:
         notes += meaning.compare(run, data, report.loaded)
+    # Read from the same step as the parameters.
     router_state = state.router_state
     if jax.tree.leaves(router_state):
         of_routers = {"part": "router_state", "step": report.step, **like}
         router_state, report = checkpoint.load_params(source, router_state, **of_routers)
         notes += told("router state", source, report)
+    # Masks and moving average begin from the values that were loaded.
     zeros = cfg.model.moe.sparse
     set_masks = jax.jit(lambda params: sparse.begin(zeros, params, stacked=cfg.model.scan))
     params, masks = set_masks(params)

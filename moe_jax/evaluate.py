@@ -25,8 +25,9 @@ MOST_ROWS = 4096
 
 
 def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, Any]]:
-    """(state, number of batches, 0 = all) -> a dict of the held-out figures; compiled once, at
-    first use.
+    """Returns a function: (state, number of batches, 0 = all) -> a dict of the held-out figures.
+
+    It is compiled once, at first use.
 
     The figures of the task (tasks/NAME.py, `summary`; "loss" is one of them), "max_vio" (of all
     held-out tokens, mean over MoE layers), "moe" (load figures of each layer), "routing" (counts of
@@ -40,6 +41,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
     """
     model_cfg = cfg.model
     if cfg.eval.dispatcher != "same":
+        # With "dropless" the loss of a row does not depend on the rows that share its batch.
         model_cfg = with_dispatcher(model_cfg, cfg.eval.dispatcher)
     model, task = make_model(model_cfg), TASKS[cfg.task]
 
@@ -67,7 +69,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         many = len(data.heldout_order()[1])
 
         def joined(*parts):
-            # The last batch may be filled up.
+            # The last batch may be filled up with padding, which comes last.
             return np.concatenate(parts)[:many]
 
         found = {"rows": jax.tree.map(joined, *seen), "row_routing": jax.tree.map(joined, *routed)}
@@ -77,7 +79,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
 
 
 def summary(task: contract.Task, total: Mapping[str, Any], data: Data) -> dict[str, Any]:
-    """Figures from the sums of `contract.evaluate`."""
+    """Returns figures from the sums of `contract.evaluate`."""
     figures = {**task.summary(total, data), **depth.figures(total["depth"])}
     result: dict[str, Any] = {name: float(value) for name, value in figures.items()}
     moe: dict[str, np.ndarray] = {}

@@ -25,8 +25,10 @@ class Calendar(NamedTuple):
 
     cfg: Config
     saves: checkpoint.Checkpoints
-    start: int  # the step from which this process goes on
-    last: int  # the step after which the run ends
+    # The step from which this process goes on.
+    start: int
+    # The step after which the run ends.
+    last: int
 
     def logs(self, done: int) -> bool:
         first, last = done == self.start + 1, done == self.last
@@ -64,23 +66,26 @@ class InFlight:
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Takes a step that was begun. Waits for the oldest one when there are many."""
         self._steps.append((step, values))
+        # The host may be ahead of the devices, but only by so many steps.
         if len(self._steps) >= self._most:
             self._wait()
 
     def wait_for_all(self) -> None:
-        """Nothing is evaluated or saved before it is known to be finite."""
+        """Waits for every step: nothing is evaluated or saved before it is known to be finite."""
         while self._steps:
             self._wait()
 
     def _wait(self) -> None:
         """Waits for a step. Raises NonFinite when too many in a row were not finite."""
         step, values = self._steps.popleft()
+        # To read a value is to wait for its step.
         skipped, patience = int(values["skipped"]), self._cfg.train.nonfinite_patience
         if skipped <= patience:
             return
         finite = np.asarray(values["finite_leaves"])
         parameter = stopping.first_broken(self._names, finite)
         self._dump(step, values, finite)
+        # Named in the message: it is what the next start goes on from.
         good = self._saves.latest()
         where = "no checkpoint yet"
         if good is not None:
@@ -104,5 +109,6 @@ class InFlight:
             "parameters_with_a_gradient_that_is_not_finite": broken,
         }
         path = Path(self._saves.directory).parent / "nonfinite.json"
-        with contextlib.suppress(OSError):  # the run ends by the reason, not by this file
+        # The run ends by the reason, not by this file.
+        with contextlib.suppress(OSError):
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -43,6 +43,7 @@ class Evaluation:
         self._cfg, self._model, self._data, self._workdir = cfg, model, data, workdir
         self._writer, self._progress, self._load = writer, progress, load
         self._task = TASKS[cfg.task]
+        # Both compile when they are first called.
         self._evaluate = make_evaluate(cfg, data)
         self._sampler = _make_sampler(cfg, data, progress)
         # Of the last evaluation.
@@ -56,10 +57,12 @@ class Evaluation:
             num_batches = cfg.eval.final_batches if final else cfg.eval.batches
             result = self._evaluate(state, num_batches)
         if final:
+            # The task writes its predictions from it, or a translation.
             trained = Trained(self._model.bind, judged(state), state.router_state, result["rows"])
             with progress.doing("writing predictions"):
                 result |= self._task.finish(cfg, trained, self._data, self._workdir)
         sample = self._draw(state)
+        # One process writes; the others wait in their next collective.
         if jax.process_index() == 0:
             with progress.doing("writing what was evaluated"):
                 self._write(int(state.step), result, sample, final)
@@ -81,6 +84,7 @@ class Evaluation:
         )
         prompt = evaluation.sample_prompt
         with self._progress.doing("drawing a sample"):
+            # All processes draw, because the model may lie on all of them.
             texts = self._sampler(judged(state), state.router_state, [prompt], settings)
         return prompt + texts[0]
 
@@ -98,7 +102,9 @@ class Evaluation:
         if writer.shows_images and self._load:
             writer.image(step, "moe/load", self._load.picture())
         if sample:
+            # Four spaces: Markdown shows it as it is.
             writer.text(step, "sample", "    " + sample.replace("\n", "\n    "))
+        # What follows takes long: a run that was told to end leaves here.
         stopping.check_alone()
         if final and result["routing"].size:
             rows = result["row_routing"]

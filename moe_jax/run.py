@@ -119,12 +119,15 @@ class Run:
         """Returns one part of the checkpoint. `index`: of its shapes in what `init` returns."""
         directory = self.workdir / "checkpoints"
         with jax.set_mesh(self.mesh):
+            # Shapes and placements of this part; nothing is computed.
             like = jax.eval_shape(self.functions.init, jax.random.key(0))[index]
+            # Routers without a state have nothing on disk.
             if not jax.tree.leaves(like):
                 return like
             values, report = checkpoint.load_params(
                 directory, like, stacked=False, rename={}, part=part, step=self.step
             )
+        # Another run may lack parameters, this run's own checkpoint may not.
         if report.left:
             name, reason = report.left[0]
             raise UserError(
@@ -146,6 +149,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
     Raises UserError when there is no run or no such checkpoint, or when a file is damaged.
     """
     run = open_run(workdir, step)
+    # Each is read when it is first asked for, which is here.
     _ = run.parameters, run.moving_average, run.router_state, run.model
     return run
 
@@ -163,6 +167,7 @@ def open_run(workdir: str | Path, step: int | None = None, *, silent: bool = Fal
         for note in notes:
             shell.tell(note, sys.stderr)
     saves = checkpoints(workdir)
+    # `latest` verifies the files of what it returns, `path` those of a given step.
     if step is None:
         step = saves.latest()
     else:
@@ -186,12 +191,15 @@ def write_run(workdir: Path, raw: dict[str, Any], parts: Mapping[str, Any], step
         where the config has one.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    # every=0: nothing is saved but by the call below.
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    # A checkpoint as training writes it, without the moments.
     arrays = {"step": jax.numpy.int32(step), **parts}
     # A Run has its layers unstacked, whatever model.scan says.
     metadata = {"config": raw}
     saves.save(step, arrays, metadata=metadata, score=None, stacked=False, frugal=True)
     saves.close()
+    # Last: a directory with config.json is a run, and its checkpoint is there by then.
     (workdir / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 
@@ -226,6 +234,7 @@ def for_one_device(raw: dict[str, Any], workdir: Path) -> Config:
     The layers are single, as they are on disk and as sampling wants them.
     """
     config.allow_float64(raw)
+    # scan and mesh change how a model is computed, and not what.
     model = {**raw.get("model", {}), "scan": False}
     one = meshes.ONE.written()
     return config.build({**raw, "model": model, "mesh": one, "simulate_devices": 0}, 1)

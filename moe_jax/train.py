@@ -50,11 +50,15 @@ class Job(NamedTuple):
     """Holds what a run is asked to do."""
 
     cfg: Config
-    raw: Mapping[str, Any]  # the config as a nested dict of JSON values
+    # The config as a nested dict of JSON values.
+    raw: Mapping[str, Any]
     workdir: Path
-    started: float  # time.monotonic() when the process began
-    name: str  # of the config, to be shown
-    allowed: tuple[str, ...]  # keys that may differ from those of the checkpoint it goes on from
+    # time.monotonic() when the process began.
+    started: float
+    # The name of the config, to be shown.
+    name: str
+    # Keys that may differ from those of the checkpoint it goes on from.
+    allowed: tuple[str, ...]
 
 
 def run(
@@ -73,6 +77,7 @@ def run(
     """
     job = Job(cfg, raw, workdir, started, name, allowed)
     lock = contextlib.nullcontext(shell.FREE)
+    # A run has one lock, however many processes: that of process 0.
     if jax.process_index() == 0:
         lock = shell.held(workdir, "--workdir")
     with signals.listening() as listener, lock as held:
@@ -107,19 +112,21 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
 
 
 def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result:
-    """`run` in a workdir that is locked, with the signals listened to."""
+    """Does what `run` says, in a workdir that is locked, with the signals listened to."""
     cfg, workdir = job.cfg, job.workdir
     require(cfg.log.trackers)
     main = jax.process_index() == 0
     cache = CompileCache(cfg.compile_cache)
     goodput = Goodput(job.started)
     progress = Progress(active=main, goodput=goodput)
+    # First, so that a person sees what was asked for while the rest takes its time.
     banner.show(progress, cfg, workdir, job.name)
     if cache.note:
         progress.message(cache.note)
 
     # Data
     data = open_data(cfg, progress)
+    # Every process opens the data by itself: they may lie on different disks.
     cluster.compare("data", {"fingerprint": data.fingerprint}, cfg.limits.other or FOREVER)
     batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     banner.show_data(progress, data)
@@ -129,6 +136,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     model = make_model(cfg.model)
     init = jax.jit(initial(cfg, model))
     with progress.doing("building the model"):
+        # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
     step_fn = jax.jit(make_step(cfg, model, tx), donate_argnums=0)
@@ -140,6 +148,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         keep=cfg.checkpoint.keep,
         keep_best=cfg.checkpoint.keep_best,
     )
+    # Saved with every checkpoint, and compared when a run goes on from one.
     metadata = {"config": job.raw, "data": data.fingerprint}
     source = "restoring the newest checkpoint" if saves.directory.exists() else None
     with progress.doing(source or "making the parameters"):
@@ -147,6 +156,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     start = int(state.step)
     # A workdir that the processes do not share has checkpoints for one of them alone.
     cluster.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
+    # train.stop_at ends this start earlier; the schedule is still that of train.steps.
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
     due = Calendar(cfg, saves, start, last)
     banner.show_start(progress, cfg, start)
@@ -190,6 +200,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 with progress.doing("measuring interference", after=state.step):
                     writer.write(done, measure_interference(state, batch))
             logs = due.logs(done)
+            # A copy, because the state is donated to the step: the new one takes its memory.
             before = copy(state.params) if logs else None
             if step == start:
                 compare_programs(step_fn, state, batch, cfg.limits.other or FOREVER)
@@ -203,6 +214,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
             saves.poll()
             if step > start:
                 WATCHDOG.step_done()
+            # The first step is waited for: it has compiled, and from here on there is something to
+            # save.
             if step == start:
                 jax.block_until_ready(state.step)
                 WATCHDOG.step_done()
@@ -226,6 +239,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 goodput.write(done)
             if writer.shows_images and due.notes_load(done) and "counts" in values["moe"]:
                 load.note(done, values["moe"]["counts"])
+            # Nothing that might not be finite is evaluated or saved.
             if due.evaluates(done) or due.saves_state(done) or stop:
                 in_flight.wait_for_all()
             progress.stepped(done - len(in_flight))
@@ -239,9 +253,11 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 with progress.doing("saving", after=state.step):
                     saves.save(done, state, metadata=metadata, score=score, stacked=cfg.model.scan)
                     cache.keep()
+        # A finished run that is started again makes no step, and evaluates.
         if start >= last:
             evaluation(state, final=True)
-    except stopping.Interrupted:  # between two steps, or two batches of an evaluation
+    # Between two steps, or between two batches of an evaluation.
+    except stopping.Interrupted:
         held.check()
         done = int(state.step)
         with progress.doing("saving"):
@@ -252,6 +268,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         with contextlib.closing(progress), progress.doing("finishing the last save"):
             close_all(stream, profile, writer, saves)
             cache.keep()
+    # From here on all is saved: a signal ends the process at once.
     signal, done = listener.release(), int(state.step)
     goodput.write(done)
     speed, spent = clock.tokens_per_second, goodput.text(done)
@@ -342,6 +359,7 @@ def close_all(*things: Any) -> None:
     The error of that is raised then.
     """
     with contextlib.ExitStack() as stack:
+        # A stack closes the last one first.
         for thing in reversed(things):
             stack.callback(thing.close)
 
@@ -354,6 +372,7 @@ def log_row(values: Mapping[str, Any]) -> dict[str, float]:
     scalars = {name: v for name, v in host.items() if np.ndim(v) == 0 and name != "moe"}
     row = {f"train/{name}": float(v) for name, v in scalars.items()}
     for name, value_L in host["moe"].items():
+        # A number for each expert is too much for a row; a picture has them.
         if name == "counts":
             continue
         row[f"moe/{name}"] = float(value_L.mean())
@@ -370,7 +389,7 @@ class CollapseAlert:
         self._progress, self._told = progress, 0
 
     def look(self, step: int, row: Mapping[str, float]) -> None:
-        """To be called with each logged row; tells again when more layers are collapsed."""
+        """Looks at each logged row, and tells again when more layers are collapsed."""
         layers = int(row.get("moe/collapsed_layers", 0))
         if layers > self._told:
             self._progress.message(

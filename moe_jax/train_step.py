@@ -59,12 +59,13 @@ class State(NamedTuple):
     # What updates are added to (optim.master_copy): like params, in at least float32; () = they are
     # added to params.
     master: Any = ()
-    spikes: Any = ()  # the last losses and gradient norms (train.spike_sigma); () = not kept
+    # The last losses and gradient norms (train.spike_sigma); () = not kept.
+    spikes: Any = ()
 
 
 def judged(state: State) -> dict[str, Any]:
-    """The parameters that are evaluated and sampled: their moving average where there is one, in
-    the dtype of the parameters.
+    """Returns the parameters that are evaluated and sampled: their moving average where there is
+    one, in the dtype of the parameters.
     """
     if state.ema is None:
         return state.params
@@ -79,8 +80,9 @@ def updated(state: State) -> Any:
 
 
 def advanced(cfg: Config, state: State, moved: Any) -> State:
-    """The state with `moved` in the place of what `updated` returns of it; the parameters follow
-    their master copy, rounded.
+    """Returns the state with `moved` in the place of what `updated` returns of it.
+
+    The parameters follow their master copy, rounded.
     """
     if not cfg.optim.master_copy:
         return state._replace(params=moved)
@@ -93,7 +95,7 @@ def make_tx(cfg: Config, params: Any) -> optax.GradientTransformation:
 
 
 def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
-    """key -> State at step 0.
+    """Returns a function: key -> State at step 0.
 
     To be jitted: the optimizer's moments inherit the sharding of their parameters.
     """
@@ -105,6 +107,7 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
         ema = optim.begin_ema(params) if cfg.optim.ema_decay else None
         master = optim.wide_copy(params) if cfg.optim.master_copy else ()
         window = spikes.begin() if cfg.train.spike_sigma else ()
+        # A zero for both counters, `step` and `skipped`.
         none = jnp.int32(0)
         return State(none, params, router_state, opt_state, ema, none, masks, master, window)
 
@@ -112,14 +115,17 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
 
 
 def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
-    """[B, ...] -> [num, B / num, ...] by strided groups of rows: every device keeps its own rows,
-    and no group is split.
+    """Returns arrays [B, ...] as [num, B / num, ...], by strided groups of rows.
+
+    So every device keeps its own rows, and no group is split.
     """
 
     def split(z: jax.Array) -> jax.Array:
         # Told where, both times: with a dimension of length one (one group, one row) a reshape
         # forgets what was split.
         groups = (z.shape[0] // (num * group_rows), num, group_rows)
+        # [B, ...] -> [n, num, group_rows, ...]: of num groups in a row, micro-batch i takes the
+        # i-th. Of 8 rows, with num 2 and groups of one: rows 0 2 4 6, and rows 1 3 5 7.
         z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
         return jnp.reshape(z.swapaxes(0, 1), (num, -1) + z.shape[3:], out_sharding=P(None, BATCH))
 
@@ -127,7 +133,7 @@ def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
 
 
 def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
-    """(params, router state, batch, rng) -> (loss, (totals, parts of the loss)).
+    """Returns the loss, a function: (params, router state, batch, rng) -> (loss, (totals, parts)).
 
     With micro-batches the totals of all of them are summed in a scan and the objective is taken
     once, of the sums: a balance loss is a product of batch sums, so the gradients of micro-batches
@@ -146,6 +152,7 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
         # An index forgets what was split, too, where a dimension is of length one (jax 0.12).
         first = jax.tree.map(lambda z: jax.sharding.reshard(z[0], P(BATCH)), micro)
+        # The sums begin at 0, in the shapes and dtypes of a pass that is only traced.
         abstract = jax.eval_shape(forward, first)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
 
@@ -158,6 +165,7 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
 
     def loss(params: Any, router_state: Any, batch: Any, rng: jax.Array):
         totals = totals_of(params, router_state, batch, rng)
+        # Divided once, of the sums of all micro-batches.
         value, parts = contract.objective(totals, coefficients)
         return value, (totals, parts)
 
@@ -165,7 +173,7 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
 
 
 def step_key(cfg: Config, step: jax.Array) -> jax.Array:
-    """The randomness of a step: of the seed and the step alone."""
+    """Returns the randomness of a step: of the seed and the step alone."""
     # 1 tells it from the keys of the first values.
     key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
     return jax.random.fold_in(key, step)
@@ -174,7 +182,7 @@ def step_key(cfg: Config, step: jax.Array) -> jax.Array:
 def make_step(
     cfg: Config, model: Model, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
-    """(state, batch) -> (state, metrics).
+    """Returns the step, a function: (state, batch) -> (state, metrics).
 
     A step whose loss or gradient is not finite, or a spike (optim/spikes.py), changes nothing but
     the counters.
@@ -192,8 +200,10 @@ def make_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):
+            # What a step may change is computed first; whether it counts is decided below.
             grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)
             squares = optim.squares(grads)
+            # A leaf's sum of squares is finite only if each of its gradients is.
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
             takes, window = finite, state.spikes
             if sigma:
@@ -211,6 +221,7 @@ def make_step(
             # The rate follows the step, not the updates.
             kept = keep(opt_state, dict(state.opt_state)) | {"rate": opt_state["rate"]}
             ema = state.ema
+            # The average follows the master copy where there is one, which is not rounded.
             if ema is not None:
                 ema = optim.update_ema(ema, moved, cfg.optim.ema_decay)
                 # What a rule has cut does not live on in the average.
@@ -220,6 +231,7 @@ def make_step(
             router_state = state.router_state
             if routers_learn(cfg, state.params):
                 router_state = keep(update_routers(cfg, router_state, totals["moe"]), router_state)
+        # A spike is finite, so it ends a row of steps that were not.
         skipped = jnp.where(finite, 0, state.skipped + 1)
         new = advanced(cfg, state, moved)._replace(
             step=state.step + 1,
@@ -233,6 +245,7 @@ def make_step(
         metrics = {
             "loss": loss,
             **parts,
+            # Before the clip.
             "grad_norm": jnp.sqrt(squares.sum()),
             "learning_rate": optim.rate(cfg.optim)(state.step),
             "tokens": totals["tokens"],
@@ -244,6 +257,7 @@ def make_step(
             metrics["spikes"] = window.spikes
         if zeros.rule != "none":
             metrics["expert_density"] = sparse.density(new.params)
+        # Whole on every device, so that each process can read them.
         return new, jax.sharding.reshard(metrics, P())
 
     return step
@@ -252,10 +266,13 @@ def make_step(
 def descend(
     cfg: Config, tx: optax.GradientTransformation, state: State, grads: Any, rng: jax.Array
 ) -> tuple[Any, Any, dict[str, Any], Any]:
-    """One update: (gradients that it followed, what `updated` becomes, optimizer's state, masks).
+    """Makes one update.
+
+    Returns (gradients that it followed, what `updated` becomes, optimizer's state, masks).
 
     Sparse experts have exact zeros in all of them.
     """
+    # The masked gradients make the norm, the moments and the update; RigL grows by the dense ones.
     zeros, dense, masks = cfg.model.moe.sparse, grads, state.masks
     grads = sparse.mask(dense, masks)
     updates, opt_state = tx.update(grads, state.opt_state, updated(state))
@@ -265,6 +282,7 @@ def descend(
     if zeros.rule != "none":
         now = sparse.Now(state.step + 1, cfg.train.steps, optim.rate(cfg.optim)(state.step), rng)
         params, masks = sparse.advance(zeros, now, dense, params, masks, stacked=cfg.model.scan)
+        # What was cut just now leaves no momentum behind.
         opt_state = sparse.mask_moments(opt_state, masks)
     return grads, params, opt_state, masks
 
@@ -278,10 +296,14 @@ def routers_learn(cfg: Config, params: Any) -> bool:
 
 
 def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> dict[str, Any]:
-    """Once per optimizer step, from the totals of the whole batch, outside of autodiff."""
+    """Returns the routers' state after a step, from the totals of the whole batch.
+
+    It is computed once per optimizer step, outside of autodiff.
+    """
     if not jax.tree.leaves(router_state):
         return router_state
     moe = cfg.model.moe
+    # The totals are of the whole batch already, so there is nothing to add up over devices.
     router_cfg = RouterCfg(
         moe.num_experts, moe.router_options, moe.group_rows, cfg.model.vocab_size, total=lambda z: z
     )
@@ -296,13 +318,14 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
             new["balance_weight"] = losses.adapt(weight, totals, moe.adaptive)
         return new
 
+    # One leading axis over all MoE layers, whatever the layout: one update serves all.
     layers = layout.by_moe_layer(router_state, cfg.model)
     new = jax.vmap(update)(layers, totals)
     return dict(layout.into_moe_layers(new, router_state, cfg.model))
 
 
 def parameter_names(params: Any) -> list[str]:
-    """Names in the order of `jax.tree.leaves`, as in checkpoints.
+    """Returns names in the order of `jax.tree.leaves`, as in checkpoints.
 
     One is "repeats/0/blocks/0/attention/weights/q".
     """

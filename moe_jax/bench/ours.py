@@ -53,6 +53,7 @@ def train(job: Job) -> Prepared:
         batch_size = cfg.train.batch_size
         rows = batch_rows.local_rows(batch_size)
         local = jax.tree.map(lambda z: z[rows], TASKS[cfg.task].random(cfg, 0))
+        # The same batch for every step: the bench times computation, not data.
         batch = batch_rows.put(local, rows, batch_size)
 
     losses: list[float] = []
@@ -61,6 +62,7 @@ def train(job: Job) -> Prepared:
         nonlocal state
         with jax.set_mesh(devices):
             state, metrics = step_fn(state, batch)
+            # Reading the loss waits for the step.
             losses.append(float(metrics["loss"]))
 
     for _ in range(WARM):
@@ -90,6 +92,7 @@ def compilation(job: Job) -> Prepared:
         start = time.perf_counter()
         state = jax.eval_shape(initial(cfg, model), key)
         step = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
+        # Shapes alone: nothing is computed, so tracing and compiling are all that is timed.
         batch = abstract_batch(TASKS[cfg.task].random(cfg, 0))
         lowered = step.lower(state, batch)
         traced = time.perf_counter()
@@ -119,6 +122,7 @@ def decode(job: Job) -> Prepared:
         # As much of a tokenizer, and below of a row, as the loop asks for.
         tokenizer: Any = _Endless(cfg.model.vocab_size)
         engine = sample.make_engine(model_cfg, tokenizer)
+    # Temperature 0: greedy.
     settings = Settings(new, 0.0, 0, 1.0, 0, ())
     length = sample.power_of_two(prompt + new, 64)
     ids = np.random.default_rng(cfg.seed).integers(1, cfg.model.vocab_size, (num_rows, prompt))
@@ -128,6 +132,7 @@ def decode(job: Job) -> Prepared:
             rows: Any = [_Prompt(i, list(row), new) for i, row in enumerate(ids)]
             sample.generate(engine, weights, rows, num_rows, length, settings)
 
+    # Once before the rounds, so that nothing is left to compile.
     run()
     return Prepared({"tokens": num_rows * new}, run)
 
@@ -184,6 +189,7 @@ def layer(job: Job) -> Prepared:
 
         def loss(weights: Any, x_BSD: jax.Array) -> jax.Array:
             y_BSD, _ = nnx.merge(graph, weights)(x_BSD, batch, jax.random.key(0), True)
+            # A cotangent that differs from place to place; that of a plain sum is 1 everywhere.
             return jnp.sum(y_BSD * x_BSD)
 
         gradients = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))
@@ -208,6 +214,7 @@ def product(job: Job) -> Prepared:
 
     for _ in range(WARM):
         run()
+    # A product of n x n matrices is n^3 multiplications and as many additions.
     return Prepared({"flops": 2 * PRODUCT**3}, run)
 
 

@@ -71,6 +71,7 @@ def training(rows: Sequence[Row], product: Timing) -> Table:
     table = Table([*names("training step"), *columns], title="Training")
     for row in rows:
         facts = row.timing.facts
+        # FLOP/s of the step over those of the product: how near it comes to the peak.
         share = facts["flops"] / row.seconds / peak(product)
         cells = [
             row.name,
@@ -87,6 +88,7 @@ def training(rows: Sequence[Row], product: Timing) -> Table:
             theirs = statistics.median(row.rival.seconds)
             cells += [
                 f"{row.rival.facts['tokens'] / theirs:.0f}",
+                # Time of theirs over ours, which is speed of ours over theirs.
                 f"{ratio(row.rival, row.timing):.2f}",
                 f"{facts['loss']:.3f}",
                 f"{row.rival.facts['loss']:.3f}",
@@ -187,6 +189,7 @@ def against(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -> Tab
     table = Table(
         [*names("row"), *numbers("before", "now", "time, now / before")], title=f"Against {name}"
     )
+    # Only what both have is compared: a bench may have been of other variants.
     old = _medians(before)
     for row, seconds in _medians(now).items():
         if row in old:
@@ -206,5 +209,6 @@ def _medians(parts: Mapping[str, Any]) -> dict[str, float]:
             medians[f"{part}, {row['name']}"] = statistics.median(seconds)
     for name, timing in parts.get("layer", {}).items():
         medians[f"layer, {name}"] = statistics.median(timing["seconds"])
+    # A start has one number already, the smallest of some.
     medians |= {f"start, {name}": seconds for name, seconds in parts.get("start", {}).items()}
     return medians

@@ -108,6 +108,7 @@ def make_model(cfg: ModelConfig, seq_len: int, experts: str) -> Any:
     )
     ours = flops.parameters(cfg).total
     number = sum(weight.numel() for weight in model.parameters())
+    # Another number of parameters would be another model, and no rival.
     if abs(number - ours) > TOLERANCE * ours:
         raise UserError(f"transformers has {number} parameters where we have {ours}")
     return model
@@ -144,6 +145,7 @@ def train(job: Job) -> Prepared:
         weight_decay=options.weight_decay,
     )
     shape = (cfg.train.batch_size, cfg.data.seq_len)
+    # The same ids are inputs and targets; transformers shifts them by itself.
     ids = torch.from_numpy(np.random.default_rng(cfg.seed).integers(1, cfg.model.vocab_size, shape))
     losses: list[float] = []
 
@@ -184,6 +186,7 @@ def decode(job: Job) -> Prepared:
             texts = model.generate(
                 ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False
             )
+        # Every row has drawn all its tokens, as ours do.
         assert texts.shape == (num_rows, prompt + new)
 
     run()

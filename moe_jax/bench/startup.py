@@ -35,6 +35,7 @@ def measure(job: Job, repeats: int, tell: Tell) -> dict[str, float]:
         tell(f"starting, {number + 1} of {repeats}")
         imports.append(_imports())
         with tempfile.TemporaryDirectory() as folder:
+            # The second compilation finds the programs of the first.
             cold.append(_compilation(job, folder))
             warm.append(_compilation(job, folder))
         with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +82,7 @@ def _first_step(folder: Path, name: str) -> float:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         try:
             while not _has_step(workdir / "metrics.jsonl"):
+                # It has ended, or taken too long: either way there is no step to wait for.
                 if process.poll() is not None or time.perf_counter() - start > PATIENCE:
                     raise UserError(f"bench: no first step of {' '.join(command[1:])}")
                 time.sleep(0.02)

@@ -22,6 +22,7 @@ def main() -> int:
     # As in training, and of a rival, too.
     memory.keep()
     # Whatever is printed by others must not stand between the answers.
+    # A copy of standard output for the answers; standard output itself goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = Job(**json.loads(sys.stdin.readline()))
@@ -59,6 +60,7 @@ def _answer(answers: TextIO, **values: Any) -> None:
 
 def _most_memory() -> int:
     """Returns the most bytes that this process has had in memory."""
+    # Linux counts it in units of 1024 bytes.
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

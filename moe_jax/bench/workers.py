@@ -68,6 +68,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
+        # Killed, not asked: it may be in the middle of a run that nobody waits for.
         self._process.kill()
         self._process.communicate()
         self._said.close()
@@ -76,6 +77,7 @@ class Worker:
         """Returns the answer to a line."""
         assert self._process.stdin
         assert self._process.stdout
+        # A process that has ended answers nothing, which is told below.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
@@ -109,6 +111,7 @@ def interleave(jobs: Sequence[Job], rounds: int, tell: Tell) -> dict[str, Timing
     with started(jobs, tell) as workers:
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
+            # One at a time: while it runs, the others wait for a line.
             for worker in workers:
                 worker.run()
         return {worker.job.name: worker.timing() for worker in workers}
@@ -134,6 +137,7 @@ def fastest(jobs: Sequence[Job], tell: Tell) -> Job:
         return jobs[0]
     best: dict[str, float] = {}
     for job in jobs:
+        # Alone: jobs that are compared later are timed in turn, but here one is only chosen.
         timing = interleave([job], TRIES, tell)[job.name]
         best[job.name] = min(timing.seconds)
     return min(jobs, key=lambda job: best[job.name])

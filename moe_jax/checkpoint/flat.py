@@ -27,6 +27,7 @@ def flatten(tree: Any) -> Flat:
 
 def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
     """Returns a tree with the structure of `like` from its leaves by name."""
+    # Both flatten in the same order, so names and structure belong together.
     leaves = [flat[name] for name in flatten(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -83,6 +84,7 @@ def stack(layers: Flat, flat: Mapping[str, Any], stacked: bool) -> Flat:
             state[name] = layers.pop(name)
         else:
             of_array = [layers.pop(layer_name) for layer_name in layer_names]
+            # In the order of the layers, along a new leading axis.
             state[name] = layout.stack_layers(of_array, placement(x))
     return state
 

@@ -77,6 +77,7 @@ def begin_save(directory: Path, step: int, damaged: Iterable[int]) -> None:
     history of the run, and the next start would take it for the newest.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # First what an earlier kill left, so that nothing of it is in the way.
     sweep(directory)
     for damaged_step in damaged:
         set_aside(step_path(directory, damaged_step), "damaged")
@@ -134,10 +135,13 @@ def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
     Only sound ones are counted: one that is not yet in `sound` is verified, and then added to it
     or set aside. A checkpoint that cannot be deleted stays, with a warning.
     """
+    # Damaged ones are among them: they are told apart below.
     steps = committed_steps(directory)
+    # So few are all kept: nothing has to be read for a digest.
     if len(steps) <= keep:
         return
     scores = _scores(directory, steps)
+    # The lowest first; of equal scores the earlier step.
     by_score = sorted((score, step) for step, score in scores.items() if score is not None)
     # Sound ones are found before anything is deleted: a damaged one must not take the place of the
     # last that a run can go on from.
@@ -148,6 +152,7 @@ def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
         # It has no manifest here if it was found damaged meanwhile and set aside.
         if step not in {*last, *best} and has_manifest(path):
             try:
+                # What is newer and better is whole: this one may go.
                 remove(path)
             except OSError as error:
                 log.warning("the old checkpoint %s stays, it cannot be deleted: %s", path, error)

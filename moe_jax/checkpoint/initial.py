@@ -47,6 +47,7 @@ def load_params(
     Returns the parameters, with the dtypes and shardings of `params`, and the Report. Raises
     UserError when there is no checkpoint, or none of its parameters matches.
     """
+    # every=0: to be read, never saved to.
     run = Checkpoints(directory, every=0, keep=1, keep_best=0)
     step = run.latest() if step is None else step
     if step is None:
@@ -67,6 +68,7 @@ def load_params(
     if matching:
         matched = {name: wanted[name] for name in matching}
         loaded = _load(path, matched, name_on_disk, stacked)
+    # Told layer by layer, stacked or not: on disk each layer has a name of its own.
     renamed = []
     for layer_names in matching.values():
         for new in layer_names:
@@ -130,6 +132,7 @@ def _renamed(old: str, rename: Mapping[str, str]) -> str:
     if not prefixes:
         return old
     longest = max(prefixes, key=len)
+    # "" as the new prefix stays "": the parameter is left out.
     return rename[longest] and rename[longest] + old.removeprefix(longest)
 
 
@@ -153,7 +156,9 @@ def _match(
     left: list[tuple[str, str]] = []
     for name, x in wanted.items():
         layer_names = layout.layer_names(name, x.shape, stacked)
+        # As on disk: a stacked array has one array for each layer there.
         shape = list(x.shape if layer_names is None else x.shape[1:])
+        # What is not stacked is its own only layer.
         layer_names = layer_names or [name]
         shape_on_disk = {
             layer: saved[name_on_disk[layer]][0] for layer in layer_names if layer in name_on_disk
@@ -181,6 +186,7 @@ def _load(
     """Returns the arrays of `wanted`, read from the checkpoint at `path` by their names there."""
     layers = flat_lib.abstract_layers(wanted, stacked)
     loaded = load_arrays(path, {name_on_disk[name]: x for name, x in layers.items()})
+    # Back from the names on disk to those of this run.
     renamed = {name: loaded[name_on_disk[name]] for name in layers}
     return flat_lib.stack(renamed, wanted, stacked)
 

@@ -54,6 +54,7 @@ def read(path: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from None
     except RecursionError:
         raise Damaged(f"{MANIFEST} is nested too deep") from None
+    # A Damaged is a ValueError, too: it already says what is wrong.
     except Damaged:
         raise
     except ValueError:
@@ -137,6 +138,7 @@ def _refuse_damage(content: Any, name: str) -> None:
         raise Damaged(f"{MANIFEST} is a {type(content).__name__}")
     # Those written before there was a digest have none.
     signed = OWN_DIGEST in content
+    # The digest is of everything but itself.
     if signed and content.pop(OWN_DIGEST) != own_digest(content):
         raise Damaged(f"{MANIFEST} has changed since it was written")
     for key, (is_valid, description) in ENTRIES.items():
@@ -159,6 +161,7 @@ def _is_step(value: Any) -> bool:
 
 
 def _is_score(value: Any) -> bool:
+    # Python reads NaN from JSON, and no order of scores has a place for it.
     return value is None or (isinstance(value, float | int) and not math.isnan(value))
 
 

@@ -74,6 +74,7 @@ def same_data(
     # Lists, as they are in a saved config: a tuple would differ from them.
     old_sources = [list(pair) for pair in old["data"]["sources"]]
     new_sources = [list(pair) for pair in new["data"]["sources"]]
+    # Number, order and weights as before: only places can differ, and today's are taken.
     old_weights = [weight for _, weight in old_sources]
     new_weights = [weight for _, weight in new_sources]
     if old_weights == new_weights:
@@ -111,6 +112,7 @@ def fill(
 
         `chosen`: in a block of the options of several components, the one that the run takes.
         """
+        # What an older version knew and today's does not.
         gone.extend(f"{prefix}{key} = {json.dumps(old[key])}" for key in old.keys() - new.keys())
         merged: dict[str, Any] = {}
         for key, value in new.items():

@@ -94,18 +94,22 @@ class Checkpoints:
         of the run), are renamed. Raises SaveFailed when the save before this one failed, or this
         one cannot begin.
         """
+        # 1. One save at a time. If the last one failed, this is where the run learns of it.
         self._wait()
         if step in self._own and self._is_there(step):
             return False
+        # 2. Every layer under its own name, on the host. All other arrays are still on the devices.
         arrays: Any = flat_lib.unstack(flat_lib.flatten(state), stacked)
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         score = None if score is None or math.isnan(score) else float(score)
         content = {"step": step, "score": score, "metadata": metadata, "arrays": described}
         # What is not JSON fails here, not in the background when the arrays are written.
         json.dumps(content)
+        # 3. Room in the directory, and the marker that says whose ruin it would be.
         self._make_room(step)
         # Process 0 has made it; a network drive may show it late to the others.
         self.directory.mkdir(parents=True, exist_ok=True)
+        # 4. Orbax has its copies when `save_async` returns, and writes them in the background.
         with ExitStack() as stack:
             plain_path = stack.enter_context(alias.plain(self.directory, _all_of))
             with _few_at_a_time(arrays) if frugal else nullcontext():
@@ -132,6 +136,7 @@ class Checkpoints:
         all are damaged.
         """
         self._wait()
+        # Process 0 reads and all take its answer: none may go on from another step.
         step = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
         if step == ALL_DAMAGED:
             raise NoCheckpoint(
@@ -155,6 +160,7 @@ class Checkpoints:
         wanted = flat_lib.flatten(abstract_state)
         layers = flat_lib.abstract_layers(wanted, stacked)
         saved = read_manifest(path)["arrays"]
+        # Arrays are read in the dtypes of the run: float32 takes bfloat16 without a loss.
         widened = _widened(saved, layers)
         # Compared before anything is read: the arrays may be large, and Orbax says less.
         _refuse_misfits(path, {**saved, **widened}, layers)
@@ -169,7 +175,7 @@ class Checkpoints:
         return read_manifest(self._committed(step))["metadata"]
 
     def path(self, step: int) -> Path:
-        """Returns the directory of a step, its files verified; UserError as `restore` raises it."""
+        """Returns the directory of a step, its files verified. Raises as `restore` does."""
         path = self._committed(step)
         # One process reads all files, and tells the others: they would read the same ones.
         is_verifier = jax.process_index() == 0 and step not in self._sound
@@ -250,11 +256,13 @@ class Checkpoints:
             return
         (step, plain_path, commit), self._pending = self._pending, None
         path = folder.step_path(self.directory, step)
+        # This waits for the end of the save.
         if error := commit.exception():
             # The plain path, a number of a file that was open, tells a user nothing.
             message = str(error).replace(str(plain_path), str(self.directory))
             reason = f"{type(error).__name__}: {message}".splitlines()[0]
             raise SaveFailed(f"saving {path} failed{_free(path)}: {reason}") from error
+        # Now it counts, and the same step need not be saved again.
         self._own.add(step)
 
     def _newest_sound(self) -> int:
@@ -277,7 +285,7 @@ class Checkpoints:
         return ALL_DAMAGED if steps else NO_STEP
 
     def _committed(self, step: int) -> Path:
-        """Returns the directory of a step; UserError when it has no manifest."""
+        """Returns the directory of a step. Raises UserError when it has no manifest."""
         steps = self.steps()
         if step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -348,7 +356,10 @@ def _refuse_unreadable(path: Path, arrays: dict[str, Any]) -> None:
 def _refuse_misfits(
     path: Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> None:
-    """UserError where a checkpoint has not the arrays of a state; names the first MOST_MISFITS."""
+    """Raises UserError where a checkpoint has not the arrays of a state.
+
+    It names the first MOST_MISFITS of them.
+    """
     misfits = []
     for name in sorted(saved.keys() | wanted.keys()):
         in_run, in_checkpoint = "absent", "absent"

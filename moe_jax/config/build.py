@@ -51,9 +51,12 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
 
     Raises UserError.
     """
+    # Changed below; the caller's dict stays as it is.
     tree = copy.deepcopy(dict(raw))
+    # The mesh, for the devices that are there.
     tree["mesh"] = _lengths(tree["mesh"], tree["mesh_fallbacks"], num_devices)
     for choice in choices():
+        # Only the options of what is chosen travel on, frozen.
         _choose(tree, choice)
     refuse_other_keys(at(tree, COEFFICIENTS), tuple(LOSSES), f"{COEFFICIENTS}.")
     tree["model"]["moe"]["losses"] = Coefficients(tree["model"]["moe"]["losses"])
@@ -77,6 +80,7 @@ def _lengths(raw: Mapping[str, Any], fallbacks: Sequence[str], num_devices: int)
     for message in refusals(written, "mesh."):
         raise UserError(message)
     others = [mesh.parse(text, "mesh_fallbacks") for text in fallbacks]
+    # The mesh of the config goes first; its refusal stands where no fallback fits either.
     try:
         return mesh.resolve(mesh.Lengths(**dataclasses.asdict(written)), num_devices)
     except UserError:
@@ -93,10 +97,12 @@ def _choose(tree: dict[str, Any], choice: Choice) -> None:
     _, _, blocks_name = choice.blocks.rpartition(".")
     block = at(tree, path)
     chosen = block[name]
+    # Taken out: only the chosen block travels on.
     blocks = block.pop(blocks_name)
     if chosen not in choice.options:
         known = ", ".join(choice.options)
         raise UserError(f'{choice.path} = "{chosen}" is not known: choose one of {known}')
+    # What has no options has no block.
     options = blocks.get(chosen, {})
     block[choice.frozen] = freeze(choice.options[chosen], options, f"{choice.blocks}.{chosen}.")
 
@@ -128,6 +134,7 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             if name == chosen:
                 continue
             default = default_blocks.get(name, {})
+            # A key that today's defaults do not have cannot be told from its default.
             changed = [key for key, value in values.items() if default.get(key, value) != value]
             if changed:
                 key = changed[0]

@@ -23,6 +23,7 @@ from moe_jax.schema.config import ModelConfig, MoEConfig
 def leaks(model: ModelConfig) -> Sees:
     """Returns what a model sees in training and must not."""
     seen = sees(model)
+    # Another sequence may not matter in any model, later tokens may in some.
     return seen._replace(future=seen.future and MODELS[model.kind].causal)
 
 

@@ -111,6 +111,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
     """
     # Flags of their own: absl's global ones are those of the training command.
     own = flags.FlagValues()
+    # Flags and other words may stand in any order.
     own.set_gnu_getopt(True)
     argv = ["", *changes]
     try:
@@ -147,6 +148,7 @@ def plain(error: BaseException, words: Sequence[str]) -> str:
         return text
     name, near = wrong.groups()
     keys = [word.partition("=")[0] for word in words]
+    # The whole key that the user wrote, by the one part of it that is wrong.
     flag = next((key for key in keys if name in key.split(".")), name)
     hint = f': did you mean "{near}"?' if near else ""
     return f"no key is called {flag}{hint}"

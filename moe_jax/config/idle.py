@@ -43,6 +43,7 @@ def _of_steps(cfg: Config, start: int, last: int) -> Iterator[str]:
             f"train.stop_at = {cfg.train.stop_at} does nothing: "
             f"train.steps = {cfg.train.steps} ends before it"
         )
+    # Steps count from 0 in `profile`, and from 1 where they are done.
     if cfg.profile and not range(max(cfg.profile[0], start), min(cfg.profile[1], last)):
         yield f"profile = {cfg.profile[0]}:{cfg.profile[1]} traces nothing: {made}"
     wanted = cfg.record.steps
@@ -97,6 +98,7 @@ def _of_data(cfg: Config, asked: Asked) -> Iterator[str]:
         return
     if asked("data.folder"):
         yield 'data.folder does nothing: the data of task "lm" are data.sources'
+    # Text that a run packs itself is cut and split by these keys; prepared data had their own.
     packed_now = any(sources.packed_by_run(source) for source, _ in cfg.data.sources)
     for path in ("data.slice_bytes", "data.heldout_bytes", "data.heldout_every"):
         if asked(path) and not packed_now:
@@ -108,6 +110,7 @@ def _scored(cfg: Config) -> bool:
     save_every, evaluate_every = cfg.checkpoint.every, cfg.eval.every
     if not (save_every and evaluate_every):
         return False
+    # The end is left out: its checkpoint is the last one anyway.
     saved = range(save_every, cfg.train.steps, save_every)
     return any(step % evaluate_every == 0 for step in saved)
 

@@ -35,9 +35,10 @@ def enforce(cfg: Config) -> None:
 
 
 def _bounds(cfg: Config) -> Iterator[str]:
-    """Every number of what travels on is within its bounds, every text one of its choices."""
+    """Yields what is out of its bounds, or none of its choices, of all that travels on."""
     yield from options.refusals(cfg, "")
     for name, coefficient in cfg.model.moe.losses.items():
+        # The losses have no dataclass that could declare their bounds.
         yield from options.of_number(f"model.moe.losses.{name}", coefficient, NOT_NEGATIVE)
     for block, chosen in chosen_blocks(cfg):
         yield from options.refusals(chosen, f"{block}.")
@@ -80,10 +81,13 @@ def advice(cfg: Config) -> Iterator[str]:
 
 
 def _of_router(cfg: Config) -> Iterator[str]:
-    """Losses that pull at a router in vain, or against its own balance; a gate without gradient."""
+    """Yields losses that pull at a router in vain, or against its own balance; a gate without
+    gradient.
+    """
     moe = cfg.model.moe
     router = ROUTERS[moe.router]
     sizes = Sizes(cfg.model.d_model, moe.num_experts, cfg.model.vocab_size)
+    # Some routers have no weights: hash, random, uniform.
     learns = bool(router.params(sizes, moe.router_options))
     pulling = [name for name in _unwanted_losses(moe, learns) if moe.losses[name]]
     pulls = " and ".join(f"model.moe.losses.{name} = {moe.losses[name]}" for name in pulling)
@@ -114,6 +118,7 @@ def _unwanted_losses(moe: MoEConfig, learns: bool) -> tuple[str, ...]:
     if not learns:
         return tuple(LOSSES)
     router = ROUTERS[moe.router]
+    # A balance loss of its paper is wanted; any other pulls against its own balance.
     return (*(name for name in BALANCE if name not in router.losses), *router.no_losses)
 
 
@@ -127,6 +132,7 @@ def _of_lossless(moe: MoEConfig) -> Iterator[str]:
             f'model.moe.ordering = "{moe.ordering}" says what is dropped first, and '
             f'model.moe.dispatcher = "{dispatcher}" drops nothing'
         )
+    # A router that chooses over tokens, or an ordering that always acts, uses groups all the same.
     alone = not ROUTERS[moe.router].sees(moe.router_options).future and not ordering.always
     if moe.group_rows > 1 and alone:
         yield (
@@ -198,9 +204,11 @@ def _moe(cfg: Config) -> Iterator[str]:
     if not cfg.model.num_moe_layers:
         return
     router, at = ROUTERS[moe.router], f"model.moe.routers.{moe.router}"
+    # Not every router has the option k.
     k = getattr(moe.router_options, "k", 1)
     if not 1 <= k <= moe.num_experts:
         yield f"{at}.k ({k}) must lie between 1 and model.moe.num_experts ({moe.num_experts})"
+    # What a router may refuse by, beside its own options.
     setting = Setting(at, moe.num_experts, cfg.train.batch_size, cfg.train.micro_batch_size)
     yield from router.refusals(moe.router_options, setting)
     for name in ("shared_hidden", "shared_gate"):
@@ -221,13 +229,16 @@ def _moe(cfg: Config) -> Iterator[str]:
     yield from _slots(moe)
     yield from sparse.refusals(cfg.model)
     yield from _losses(cfg)
+    # A dispatcher of slots takes no assignments, so no other one can evaluate the model.
     others = () if dispatcher.mixes else (LOSSLESS,)
     yield from not_among("eval.dispatcher", cfg.eval.dispatcher, ("same", *others, moe.dispatcher))
 
 
 def _slots(moe: MoEConfig) -> Iterator[str]:
-    """A router that mixes tokens into slots and a dispatcher of slots need each other, and there
-    are no assignments to order.
+    """Yields what does not go with slots.
+
+    A router that mixes tokens into slots and a dispatcher of slots need each other, and there are
+    no assignments to order.
     """
     mixes = bool(ROUTERS[moe.router].num_slots(moe.router_options))
     takes_slots = DISPATCHERS[moe.dispatcher].mixes
@@ -330,6 +341,7 @@ def _batch(cfg: Config) -> Iterator[str]:
         "train.micro_batch_size": train.micro_batch_size,
         "eval.batch_size": cfg.eval.batch_size,
     }
+    # Both are batches of the same model, split in the same way.
     for path, rows in sizes.items():
         if rows % devices:
             yield (

@@ -31,6 +31,7 @@ def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns a config that runs for a few steps, as nested dict, and what was changed: a line for
     each key.
     """
+    # keep_empty_nodes: a choice without options has an empty block.
     new = flatten_dict(copy.deepcopy(dict(raw)), sep=".", keep_empty_nodes=True)
     changed = []
     for key, value in _changes(raw):
@@ -59,6 +60,7 @@ def _changes(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "log.every", 1
     yield "log.histogram_every", 1
     yield "log.interference_every", min(log["interference_every"], 1)
+    # The last step: by then all is compiled.
     yield "profile", f"{steps - 1}:{steps}" if raw["profile"] else ""
     yield "record.steps", str(steps) if raw["record"]["steps"] else ""
     zeros = raw["model"]["moe"]["sparse"]

@@ -84,7 +84,8 @@ def defaults() -> ConfigDict:
     """Returns a new, locked tree of all defaults."""
     tree: dict[str, Any] = {}
     for choice in choices():
-        for name in choice.options:  # also those without any key
+        # Also those without any key: a block of each has to be there.
+        for name in choice.options:
             _put(tree, f"{choice.blocks}.{name}", {})
     for key in keys():
         _put(tree, key.path, key.default)
@@ -153,6 +154,7 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
+    # A block that is there stays as it is.
     tree.setdefault(last, value)
 
 

@@ -35,7 +35,7 @@ class Batches:
     """The endless shuffled stream of the rows of one split, in batches."""
 
     def __init__(self, dataset: Data, split: str, seed: int, batch_size: int):
-        """Orders the rows; UserError if the split has fewer rows than one batch."""
+        """Orders the rows. Raises UserError if the split has fewer rows than one batch."""
         self._dataset = dataset
         self._split = split
         self._batch_size = batch_size
@@ -53,8 +53,10 @@ class Batches:
 
         Row r is element step * batch_size + r of the stream.
         """
+        # [B]: the places of these rows in the batch of all processes.
         row_B = np.asarray(rows, np.int32)
         first = step * self._batch_size
+        # Random access into the stream: no row before these is read.
         pairs = [self._order[first + int(row)] for row in row_B]
         part_B, index_B = np.array(pairs, np.int64).reshape(-1, 2).T
         return self._dataset.batch(self._split, part_B, index_B, row_B, np.ones(len(row_B), bool))
@@ -64,6 +66,7 @@ class Batches:
 
         Of a mixture it is the part that was read most often.
         """
+        # Of the rows so far each part has given its weight's share.
         num_rows = step * self._batch_size
         weights = self._dataset.weights
         return max(num_rows * weight / size for weight, size in zip(weights, self._sizes))
@@ -76,6 +79,7 @@ def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.M
     """
     streams = []
     for part, size in enumerate(sizes):
+        # The same seed in every part: each is shuffled in its own range.
         index = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
         streams.append(index.map(lambda row, part=part: (part, row)))
     order = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
@@ -114,10 +118,12 @@ def eval_batches(
     """
     part_R, index_R = dataset.heldout_order()
     row_B = np.arange(batch_size, dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
+    # Rounded up: the last batch may be filled up.
     most = -(-len(part_R) // batch_size)
     count = most if num_batches is None else min(num_batches, most)
     for number in range(count):
         order_B = number * batch_size + row_B
         valid_B = order_B < len(part_R)
+        # Any row does in the place of padding: `valid_B` makes it all 0.
         order_B = np.where(valid_B, order_B, 0)
         yield dataset.batch("heldout", part_R[order_B], index_R[order_B], row_B, valid_B)

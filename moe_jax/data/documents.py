@@ -21,7 +21,9 @@ def cut(text: str, size: int) -> list[str]:
     else the last end of a line, else the cut itself.
     """
     num_pieces = max(1, round(len(text) / size))
+    # The cuts between equal pieces; each then moves back to a better place, if there is one.
     equal_cuts = [len(text) * i // num_pieces for i in range(1, num_pieces)]
+    # A set: two cuts may move back to one place.
     cuts = {_cut_before(text, offset, size // 2) for offset in equal_cuts}
     bounds = [0, *sorted(cuts), len(text)]
     return [text[start:end] for start, end in itertools.pairwise(bounds)]

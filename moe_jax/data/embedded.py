@@ -28,6 +28,7 @@ def open_embedded(
     surveyed = survey(pairs)
     domains = surveyed.domains
     tokenizer = bytes_tokenizer()
+    # All domains shuffled together; held out, each row is of one domain.
     train = _joined(pack.pack_train(only(pairs, "train"), seq_len, tokenizer, domains, seed))
     heldout = _joined(pack.pack_heldout(only(pairs, "heldout"), seq_len, tokenizer, domains))
 
@@ -63,6 +64,7 @@ def _slice(
     """
     if not most_bytes:
         return pairs
+    # By number: equal documents would be one in a set of documents.
     kept = {i for i, (split, _) in enumerate(pairs) if split != sliced}
     by_domain: dict[str, list[int]] = {}
     for i, (split, document) in enumerate(pairs):
@@ -70,6 +72,7 @@ def _slice(
             by_domain.setdefault(document.domain, []).append(i)
     for indices in by_domain.values():
         shuffled = np.random.default_rng(0).permutation(np.array(indices))
+        # The size of the first document, of the first two, and so on.
         ends = np.cumsum([len(pairs[i][1].text.encode("utf-8")) for i in shuffled])
         fitting = int(np.searchsorted(ends, most_bytes, side="right"))
         kept.update(shuffled[: max(1, fitting)].tolist())

@@ -78,8 +78,10 @@ class PrefixTarget(NamedTuple):
     segment_BS: Any
     position_BS: Any
     domain_BS: Any
-    weight_BS: Any  # float32, 1 where the loss counts
-    prefix_BS: Any  # 1 on the source and both boundaries around it, which may all see each other
+    # 1 where the loss counts, float32.
+    weight_BS: Any
+    # 1 on the source and both boundaries around it, which may all see each other.
+    prefix_BS: Any
     row_B: Any
 
 
@@ -100,18 +102,22 @@ class Baskets(NamedTuple):
 class Examples(NamedTuple):
     """Rows of both splits in memory; fulfils data/contract.py with one part."""
 
-    spec: str  # the name in messages
-    batch_type: type  # one of the NamedTuples above
+    # The name in messages.
+    spec: str
+    # One of the NamedTuples above.
+    batch_type: type
     seq_len: int
     domains: tuple[str, ...]
-    rows: Mapping[str, int]  # split -> number of rows
+    # {split: number of rows}.
+    rows: Mapping[str, int]
     # (split, index_B) -> the fields of a batch but row_B
     fetch: Callable[[str, np.ndarray], Fields]
     heldout_domain_R: np.ndarray
     fingerprint: str
     # What the task and its baselines know beside the rows: Classes, Pairs or Market.
     about: Any
-    notes: tuple[str, ...]  # what was left out or cut, in sentences for the log of the run
+    # What was left out or cut, in sentences for the log of the run.
+    notes: tuple[str, ...]
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -149,6 +155,7 @@ class Examples(NamedTuple):
         `about` keeps what belongs to these rows.
         """
         most_rows = {"train": train, "heldout": heldout}
+        # Evenly spaced, because rows may be sorted by class.
         kept = {split: _spread(self.rows[split], most) for split, most in most_rows.items()}
         return self._replace(
             rows={split: len(index) for split, index in kept.items()},
@@ -273,9 +280,11 @@ def padded(sequences: Ragged, index_B: np.ndarray, length: int) -> tuple[np.ndar
     Longer sequences are cut, shorter ones followed by 0.
     """
     start_B = sequences.starts[index_B]
+    # Sequence i reaches to where the next one begins.
     length_B = sequences.starts[index_B + 1] - start_B
     position_S = np.arange(length)
     valid_BS = position_S[None] < length_B[:, None]
+    # [B, S] places in the flat array; where there is none, place 0, which is masked below.
     flat_index_BS = np.where(valid_BS, start_B[:, None] + position_S[None], 0)
     return _masked(sequences.flat[flat_index_BS], valid_BS), valid_BS
 
@@ -284,6 +293,7 @@ def _masked(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Returns `values` with 0 where not `valid`, which has their leading dimensions."""
     if valid.all():
         return values
+    # [B] or [B, S] -> [B, 1, ...] or [B, S, 1, ...], as many dimensions as the values have.
     shape = (*valid.shape, *[1] * (values.ndim - valid.ndim))
     return np.where(valid.reshape(shape), values, np.zeros((), values.dtype))
 
@@ -310,6 +320,7 @@ def fingerprint(arguments: Sequence[Any], arrays: Iterable[np.ndarray]) -> str:
     """Returns the sha256 of options (as JSON) and of arrays with their shapes and types."""
     digest = hashlib.sha256(json.dumps(list(arguments)).encode())
     for array in arrays:
+        # Shape and type too: the same bytes in another shape are other rows.
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

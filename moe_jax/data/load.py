@@ -27,11 +27,14 @@ class Dataset(NamedTuple):
     """Packed text of one source or of several; fulfils data/contract.py."""
 
     parts: tuple[Part, ...]
-    weights: tuple[float, ...]  # of the parts in the training stream, summing to 1
-    domains: tuple[str, ...]  # of all parts; a name that several parts share is one domain
+    # Of the parts in the training stream, summing to 1.
+    weights: tuple[float, ...]
+    # Of all parts; a name that several parts share is one domain.
+    domains: tuple[str, ...]
     tokenizer: Tokenizer
     seq_len: int
-    fingerprint: str  # sha256 of the parts' fingerprints and the weights
+    # SHA-256 of the parts' fingerprints and the weights.
+    fingerprint: str
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,6 +64,7 @@ class Dataset(NamedTuple):
     ) -> PackedText:
         """Returns the rows `index_B` of the parts `part_B`; padding where not `valid_B`."""
         fetched = self.fetch(split, part_B, index_B)
+        # 0 in every field is padding: segment 0, target 0.
         rows = Rows(*(np.where(valid_B[:, None], field, 0) for field in fetched))
         return PackedText(
             tokens_BS=rows.tokens_RS,
@@ -74,12 +78,14 @@ class Dataset(NamedTuple):
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (part_R, index_R) of all held-out rows, one of each domain in turn."""
         sizes = self.sizes("heldout")
+        # All rows of the first part, then all of the second, and so on.
         part_R = np.repeat(np.arange(len(sizes)), sizes)
         index_R = np.concatenate([np.arange(size) for size in sizes])
         domain_ids = self._domain_ids()
         domain_R = np.concatenate(
             [ids[part.heldout_domain_R] for ids, part in zip(domain_ids, self.parts)]
         )
+        # By the numbers of the whole dataset, so a domain that two parts share takes one turn.
         order_R = interleaved(domain_R)
         return part_R[order_R], index_R[order_R]
 
@@ -117,6 +123,7 @@ class Dataset(NamedTuple):
         shape = (len(part_N), self.seq_len)
         fetched = Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields))
         for part in np.unique(part_N):
+            # Each part gives its rows in one call, whatever their order in the batch.
             of_part = part_N == part
             rows = getattr(self.parts[part], split).fetch(index_N[of_part])
             for field, values in zip(fetched, rows):
@@ -154,7 +161,7 @@ def open_dataset(
     A spec is a prepared directory, or a source that a run packs itself, now (sources/contract.py),
     such as `embedded[:DOMAIN,...]`. For these are `slice_bytes` and `heldout_bytes` (text of each
     domain, 0 = all), `heldout_every` and `seed` (order of documents); a prepared directory has its
-    own. UserError if a spec is neither, or if the specs do not go together.
+    own. Raises UserError if a spec is neither, or if the specs do not go together.
     """
     _check_specs(specs)
     parts = tuple(
@@ -170,6 +177,7 @@ def open_dataset(
     )
     _check_parts(parts, specs, seq_len)
     total = sum(weight for _, weight in specs)
+    # Weights are shares from here on.
     weights = tuple(weight / total for _, weight in specs)
     # A dict keeps the order in which the names first come.
     domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
@@ -187,7 +195,7 @@ def _fingerprint(parts: Sequence[Part], weights: Sequence[float]) -> str:
 
 
 def _check_specs(specs: Sequence[tuple[str, float]]) -> None:
-    """UserError if `specs` is not a list of pairs (source, weight above 0)."""
+    """Raises UserError if `specs` is not a list of pairs (source, weight above 0)."""
     expected = 'data.sources must be pairs of a source and its weight, as in (("embedded", 1.0),)'
     if not isinstance(specs, tuple | list) or not specs:
         raise UserError(f"{expected}; it is {specs!r}")
@@ -208,7 +216,7 @@ def _open(
 ) -> Part:
     """Opens one spec.
 
-    UserError if it is neither a prepared directory nor a source that a run packs itself.
+    Raises UserError if it is neither a prepared directory nor a source that a run packs itself.
     """
     if os.path.isdir(spec):
         return open_prepared(pathlib.Path(spec))
@@ -236,7 +244,7 @@ def _open(
 
 
 def _check_parts(parts: Sequence[Part], specs: Sequence[tuple[str, float]], seq_len: int) -> None:
-    """UserError if a part has another row length, or another tokenizer than the first one."""
+    """Raises UserError if a part has another row length, or not the tokenizer of the first one."""
     for part, (spec, _) in zip(parts, specs):
         if part.seq_len != seq_len:
             raise UserError(

@@ -26,17 +26,24 @@ class Rows(NamedTuple):
 
     tokens_RS: np.ndarray
     targets_RS: np.ndarray
-    segment_RS: np.ndarray  # 1, 2, ... in each row: attention stays inside one
-    domain_RS: np.ndarray  # index into the names of the domains
+    # 1, 2, ... in each row: attention stays inside one.
+    segment_RS: np.ndarray
+    # Index into the names of the domains.
+    domain_RS: np.ndarray
 
 
 def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: Tokenizer) -> Rows:
     """Lays (tokens, domain) after one another in rows of `seq_len`; the last row is padded."""
     lengths = np.array([len(tokens) + 1 for tokens, _ in documents], np.int64)
+    # Rounded up: the last row has padding.
     num_rows = -(-int(lengths.sum()) // seq_len)
     boundary = np.array([tokenizer.boundary_id], tokenizer.dtype)
     # flat: boundary, document, boundary, document, ..., boundary. Behind a document's last token
-    # stands the boundary of the next, so the targets are the inputs one position on.
+    # stands the boundary of the next, so the targets are the inputs one position on. With rows of
+    # 4, the documents "abc" and "d", and | for the boundary:
+    #     tokens   | a b c    | d 0 0
+    #     targets  a b c |    d | 0 0
+    #     segment  1 1 1 1    1 1 0 0
     pieces = [boundary]
     for tokens, _ in documents:
         pieces += [tokens, boundary]
@@ -60,9 +67,11 @@ def _in_rows(values: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
 def _segments(lengths: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
     """Returns the segments [R, S], 1, 2, ... in each row, of documents of these lengths."""
     begins = np.zeros(num_rows * seq_len, bool)
+    # Where each document begins among all positions.
     begins[np.cumsum(lengths) - lengths] = True
     begins_RS = begins.reshape(num_rows, seq_len)
-    begins_RS[:, 0] = True  # a document that goes on from the row before is a new segment here
+    # A document that goes on from the row before is a new segment here.
+    begins_RS[:, 0] = True
     # A segment has at least two positions, except the first of a row, which may be the last
     # position of a document. So seq_len // 2 + 1 is the largest number.
     segment_RS = np.cumsum(begins_RS, axis=1, dtype=np.min_scalar_type(seq_len // 2 + 1))
@@ -73,7 +82,9 @@ def _segments(lengths: np.ndarray, num_rows: int, seq_len: int) -> np.ndarray:
 def positions(segment_BS: np.ndarray) -> np.ndarray:
     """Returns the position of each token in its segment, from 0, int32 [B, S]; 0 in padding."""
     position_S = np.arange(segment_BS.shape[1], dtype=np.int32)
+    # True where the segment differs from that of the position before.
     begins_BS = np.diff(segment_BS.astype(np.int32), axis=1, prepend=-1) != 0
+    # The position of the last beginning so far, at every position.
     start_BS = np.maximum.accumulate(np.where(begins_BS, position_S, 0), axis=1)
     return np.where(segment_BS > 0, position_S - start_BS, 0).astype(np.int32)
 
@@ -81,10 +92,11 @@ def positions(segment_BS: np.ndarray) -> np.ndarray:
 def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[str, Document]]:
     """Pairs each document with its split: of each domain every `heldout_every`-th is held out.
 
-    UserError, at the end, for a domain with so few documents that none is held out.
+    Raises UserError, at the end, for a domain with so few documents that none is held out.
     """
     counts: dict[str, int] = {}
     for document in documents:
+        # Documents are counted domain by domain, so each domain is held out in the same share.
         count = counts.get(document.domain, 0) + 1
         counts[document.domain] = count
         yield ("train" if count % heldout_every else "heldout"), document
@@ -110,6 +122,7 @@ def shuffled_windows(
 ) -> Iterator[list[Document]]:
     """Yields windows of about `window_bytes` of text, each in an order drawn from `seed`."""
     for number, window in enumerate(windows(documents, window_bytes)):
+        # The number of the window is in the seed, or all windows would be shuffled alike.
         order = np.random.default_rng((seed, number)).permutation(len(window))
         yield [window[i] for i in order]
 
@@ -142,6 +155,7 @@ def encode(
         batch = documents[start : start + ENCODE_DOCUMENTS]
         encoded = tokenizer.encode_many([document.text for document in batch])
         for tokens, document in zip(encoded, batch):
+            # A document without tokens would be a boundary that predicts a boundary.
             if len(tokens):
                 pairs.append((tokens, domain_index[document.domain]))
     return pairs
@@ -175,8 +189,11 @@ def pack_heldout(
 
 def interleaved(domain_R: np.ndarray) -> np.ndarray:
     """Returns row indices [R] that take one row of each domain in turn, while each has any."""
+    # The how many-th row of its domain each row is. Of the domains 0 0 0 1 1: 0 1 2 0 1, and the
+    # order is 0 3 1 4 2.
     rank_R = np.zeros(len(domain_R), np.int64)
     for domain in np.unique(domain_R):
         of_domain_R = domain_R == domain
         rank_R[of_domain_R] = np.arange(of_domain_R.sum())
+    # By rank first and then by domain: the first row of each, then the second of each.
     return np.lexsort((domain_R, rank_R))

@@ -26,7 +26,8 @@ class Part(NamedTuple):
     spec: str
     tokenizer: Tokenizer
     seq_len: int
-    domains: tuple[str, ...]  # names of the rows' domain numbers
+    # Names of the rows' domain numbers.
+    domains: tuple[str, ...]
     train: Store
     heldout: Store
     # The domain number of each held-out row, which has text of one domain only.
@@ -39,7 +40,8 @@ class Part(NamedTuple):
     # (split, domain) -> its documents one after another, perhaps the first of them only
     text: Callable[[str, str], bytes]
     fingerprint: str
-    notes: tuple[str, ...] = ()  # sentences for the log of the run at its start
+    # Sentences for the log of the run at its start.
+    notes: tuple[str, ...] = ()
 
 
 def in_memory(rows: Rows) -> Store:

@@ -82,7 +82,9 @@ def write_record(
         "files": files,
         "digests": {name: _sha256(folder / name) for name in files},
     }
+    # The digest of the record itself comes last: it is of all other entries.
     record["digest"] = _digest(record)
+    # Renamed at the end: a kill leaves no half of a record under its name.
     unfinished = folder / (RECORD + ".unfinished")
     unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / RECORD)
@@ -97,7 +99,7 @@ def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the record of a finished directory.
 
-    UserError if the directory is not finished, not ours, damaged, or of another version.
+    Raises UserError if the directory is not finished, not ours, damaged, or of another version.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -188,7 +190,7 @@ def open_prepared(folder: pathlib.Path) -> Part:
 def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray:
     """Returns the domain number of each held-out row.
 
-    UserError if there are too few or too many, or if one of them is no domain.
+    Raises UserError if there are too few or too many, or if one of them is no domain.
     """
     path = folder / "heldout_domain.npy"
     try:
@@ -198,6 +200,7 @@ def _heldout_domains(folder: pathlib.Path, record: dict[str, Any]) -> np.ndarray
         raise _damaged(path, str(error), folder) from None
     num_rows = record["rows"]["heldout"]
     num_domains = len(record["domains"])
+    # Unsigned, so a negative number cannot stand in it.
     right_type = domain_R.shape == (num_rows,) and domain_R.dtype.kind == "u"
     if not right_type or (num_rows and domain_R.max() >= num_domains):
         raise _damaged(path, f"it must have {num_rows} numbers below {num_domains}", folder)
@@ -213,7 +216,7 @@ def piece_bytes(record: dict[str, Any]) -> dict[str, int]:
 
 
 def check_files(folder: pathlib.Path, record: dict[str, Any], small_only: bool) -> None:
-    """UserError if a file of a finished directory is missing or is not what was written.
+    """Raises UserError if a file of a finished directory is missing or is not what was written.
 
     Sizes and digests are compared. With `small_only`, rows and texts are compared by size alone, so
     that a run begins at once. Their content is checked when it is read: ArrayRecord has a checksum
@@ -239,7 +242,9 @@ def _lost(path: pathlib.Path, what: str, folder: pathlib.Path) -> UserError:
 
 
 def _check_digest(folder: pathlib.Path, path: pathlib.Path, record: dict[str, Any]) -> None:
-    """UserError if a file is not what was written, by the digests of the record if it has any."""
+    """Raises UserError if a file is not what was written, by the digests of the record if it has
+    any.
+    """
     if "digests" not in record:
         return
     name = str(path.relative_to(folder))
@@ -250,7 +255,7 @@ def _check_digest(folder: pathlib.Path, path: pathlib.Path, record: dict[str, An
 def _store(
     folder: pathlib.Path, split: str, num_rows: int, vocab_size: int, num_domains: int
 ) -> Store:
-    """Opens the rows of a split; UserError for damage or another number than recorded."""
+    """Opens the rows of a split. Raises UserError for damage or another number than recorded."""
     from moe_jax.data.tfds_import import tfds
 
     what = f"the {split} rows of {folder}"
@@ -280,7 +285,7 @@ def _store(
 
 
 def _check_range(values: np.ndarray, end: int, what: str) -> None:
-    """UserError if a value is not below `end`."""
+    """Raises UserError if a value is not below `end`."""
     if values.size and values.max() >= end:
         raise UserError(
             f"{what} have the number {values.max()} where there are {end} (0 to "

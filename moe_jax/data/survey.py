@@ -18,14 +18,17 @@ Counts = dict[str, dict[str, int]]  # split -> domain -> number
 class Survey(NamedTuple):
     """Holds what a source holds."""
 
-    domains: tuple[str, ...]  # in the order of their first documents
+    # In the order of their first documents.
+    domains: tuple[str, ...]
     documents: Counts
-    text_bytes: Counts  # of UTF-8
-    digest: str  # sha256 of all documents with their domains and splits, in order
+    # In UTF-8.
+    text_bytes: Counts
+    # SHA-256 of all documents with their domains and splits, in order.
+    digest: str
 
 
 def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
-    """Returns the counts of (split, document) pairs; UserError for too many domains."""
+    """Returns the counts of (split, document) pairs. Raises UserError for too many domains."""
     counts: Counts = {split: {} for split in SPLITS}
     sizes: Counts = {split: {} for split in SPLITS}
     digest = hashlib.sha256()
@@ -37,6 +40,7 @@ def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
             sizes[name].setdefault(domain, 0)
         counts[split][domain] += 1
         sizes[split][domain] += len(data)
+        # With their lengths, so that no two lists of documents have the same bytes in a row.
         digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
         if len(counts["train"]) > MOST_DOMAINS:
             raise UserError(

@@ -71,12 +71,14 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         # TFDS writes into another folder, which it renames at the end. So self.info, which was made
         # before, has the wrong folder.
         info = self._info()
+        # Four fields a row, each taken to be as wide as the tokens.
         most_rows = max(1, SHARD_BYTES // (4 * self._seq_len * self._dtype.itemsize))
         sequential = tfds.core.SequentialWriter(
             info, max_examples_per_shard=most_rows, file_format="array_record"
         )
         sequential.initialize_splits(list(SPLITS))
         for split, examples in self._split_generators(dl_manager).items():
+            # A split is never whole in memory.
             while rows := [row for _, row in itertools.islice(examples, ROWS_AT_ONCE)]:
                 sequential.add_examples({split: rows})
         sequential.close_all()
@@ -94,5 +96,6 @@ def build_packed_text(
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
-    shutil.rmtree(folder / "downloads")  # TFDS makes it, and it is empty
+    # TFDS makes it, and it is empty.
+    shutil.rmtree(folder / "downloads")
     return {name: split.num_examples for name, split in builder.info.splits.items()}

@@ -21,6 +21,7 @@ from etils.epy import lazy_imports_utils
 @contextlib.contextmanager
 def _lazy_for_this_thread() -> Iterator[None]:
     """Makes the lazy import of etils apply to this thread only."""
+    # What TFDS takes for its replacement while it imports itself.
     lazy = lazy_imports_utils._lazy_import
     eager = builtins.__import__
     importing_thread = threading.get_ident()

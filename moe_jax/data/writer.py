@@ -34,8 +34,8 @@ def write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> dict[st
     """Prepares `out` and returns its record.
 
     `arguments` has sources, tokenizer, seq_len, heldout_every and seed. An `out` that was finished
-    with the same arguments is left as it is; unfinished work in it is begun anew. UserError if it
-    holds anything else, or if another process is at it.
+    with the same arguments is left as it is; unfinished work in it is begun anew. Raises UserError
+    if it holds anything else, or if another process is at it.
     """
     with _locked(out):
         if (out / prepared.RECORD).exists():
@@ -61,15 +61,19 @@ def _write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> None:
         tracked = track("training the tokenizer", documents())
         return (document.text for document in only(tracked, "train"))
 
+    # 1. One pass counts and digests the documents, and keeps the first texts on the way.
     surveyed = survey(_with_texts_kept(track("reading documents", documents()), out))
     domains = surveyed.domains
+    # 2. A second pass trains the tokenizer, if it is one that is trained.
     tokenizer = make_tokenizer(arguments["tokenizer"], training_texts)
     tokenizer.save(out / "tokenizer")
+    # 3. One more pass for each split packs rows, which are written as they come.
     splits = {
         "train": pack.pack_train(only(documents(), "train"), seq_len, tokenizer, domains, seed),
         "heldout": pack.pack_heldout(only(documents(), "heldout"), seq_len, tokenizer, domains),
     }
     num_rows, piece_bytes = _write_rows(out, seq_len, tokenizer, splits, domains, track)
+    # 4. The record declares the directory finished.
     prepared.write_record(
         out,
         arguments,
@@ -93,7 +97,7 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
 
 
 def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the record of a finished `out`; UserError if it has other arguments."""
+    """Returns the record of a finished `out`. Raises UserError if it has other arguments."""
     record = prepared.read_record(out)
     prepared.check_files(out, record, small_only=False)
     for name, wanted in arguments.items():
@@ -145,7 +149,7 @@ def _write_rows(
     """Writes the rows of both splits with TFDS, and the domains of the held-out ones.
 
     Returns the number of rows of each split, and the bytes that the held-out ids of each domain
-    stand for. UserError if those are none: bits per byte would have no meaning.
+    stand for. Raises UserError if those are none: bits per byte would have no meaning.
     """
     from moe_jax.data.tfds_builder import build_packed_text
 
@@ -156,9 +160,11 @@ def _write_rows(
     def stored_rows(split: str) -> Iterator[dict[str, np.ndarray]]:
         for rows in splits[split]:
             if split == "heldout":
+                # A held-out row is of one domain, so its first place tells it.
                 heldout_domain.append(rows.domain_RS[:, 0])
                 valid_RS = rows.segment_RS > 0
                 target_bytes = bytes_V[rows.targets_RS[valid_RS]]
+                # Adds up repeated domains too, which `bytes_Z[...] +=` would not.
                 np.add.at(bytes_Z, rows.domain_RS[valid_RS], target_bytes)
             for row in zip(*rows):
                 yield dict(zip(prepared.FIELDS, row))

@@ -40,7 +40,7 @@ class Dials(NamedTuple):
 
 
 def check(settings: Settings) -> None:
-    """UserError for settings that mean nothing."""
+    """Raises UserError for settings that mean nothing."""
     rules = {
         "max_tokens": (settings.max_tokens >= 1, "at least 1"),
         "temperature": (0 <= settings.temperature < math.inf, "at least 0 (0 is greedy)"),
@@ -67,7 +67,7 @@ def dials(settings: Settings) -> Dials:
 
 
 def draw(logits_BV: Array, row_B: Array, count_B: Array, dials: Dials) -> Array:
-    """The next token of each row, int32 [B].
+    """Returns the next token of each row, int32 [B].
 
     The key is (seed, row, tokens drawn), so no row changes another's text.
     """
@@ -83,12 +83,14 @@ def draw(logits_BV: Array, row_B: Array, count_B: Array, dials: Dials) -> Array:
         # The largest of logits with Gumbel noise is a draw from their softmax.
         noise_BV = jax.vmap(noise)(row_B, count_B)
         temperature = jnp.maximum(dials.temperature, 1e-6).astype(logits_BV.dtype)
+        # The likeliest is 0 then, so no small temperature makes an infinity of it.
         scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
         some = (dials.top_k > 0) | (dials.top_p < 1)
 
         def keep(x_BV):
             return keep_likely(x_BV, dials.top_k, dials.top_p)
 
+        # The vocabulary is sorted only where something is to be cut off.
         kept_BV = jax.lax.cond(some, keep, lambda x_BV: x_BV, scaled_BV)
         return jnp.argmax(kept_BV + noise_BV, -1).astype(jnp.int32)
 
@@ -96,7 +98,7 @@ def draw(logits_BV: Array, row_B: Array, count_B: Array, dials: Dials) -> Array:
 
 
 def keep_likely(logits_BV: Array, top_k: Array, top_p: Array) -> Array:
-    """The logits of the tokens that may be drawn, -inf for the others.
+    """Returns the logits of the tokens that may be drawn, -inf for the others.
 
     First the `top_k` likeliest (Fan et al. 2018, arXiv:1805.04833), then, of their renormalised
     distribution, the fewest that reach `top_p` together (Holtzman et al. 2020, arXiv:1904.09751),
@@ -110,6 +112,7 @@ def keep_likely(logits_BV: Array, top_k: Array, top_p: Array) -> Array:
     # What the likelier tokens have together.
     before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
     nucleus_BV = (before_BV < top_p.astype(before_BV.dtype)) | (rank_1V == 0) | (top_p >= 1)
+    # inf marks what is not kept, so the minimum is the logit of the last one kept.
     kept_BV = jnp.where(likely_1V & nucleus_BV, sorted_BV, jnp.inf)
     last_B1 = kept_BV.min(-1, keepdims=True)
     return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)

@@ -77,8 +77,8 @@ class Engine(NamedTuple):
 def make_sampler(
     model_cfg: ModelConfig, tokenizer: Tokenizer, context: int
 ) -> Callable[..., list[str]]:
-    """`sampler(params, router_state, prompts, settings, on_text=None) -> texts`, the continuations,
-    without the prompts.
+    """Returns `sampler(params, router_state, prompts, settings, on_text=None) -> texts`, which are
+    the continuations, without the prompts.
 
     Args:
       model_cfg: of the parameters that the sampler will be given; stacked layers (scan) are copied
@@ -114,6 +114,7 @@ def make_sampler(
             rows.append(Row(i, prompt, tokenizer, context, settings, on_text))
         _tell_cut(rows, prompts, told)
         longest = max((len(row.window) for row in rows), default=0)
+        # The cache holds the longest row, or the context.
         length = min(context, power_of_two(longest + settings.max_tokens, 64))
         size = batch_size(len(rows))
         for first in range(0, len(rows), size):
@@ -178,11 +179,13 @@ def _row_state(rows: list["Row"], size: int, length: int) -> RowState:
     """Returns what the loop is told of a batch; places without a row rest."""
     state = RowState(*(np.zeros(size, np.int32) for _ in RowState._fields))
     for b, row in enumerate(rows):
+        # The window's last token is not in the cache yet: the loop feeds it.
         position = len(row.window) - 1
         state.index_B[b] = row.index
         state.id_B[b] = row.window[-1]
         state.position_B[b] = position
         state.count_B[b] = row.count
+        # The cache has places for the positions below `length`.
         state.room_B[b] = 0 if row.ended else min(row.left, length - position)
     return state
 
@@ -216,6 +219,7 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
         place_1S = jnp.arange(id_BS.shape[1], dtype=jnp.int32)[None]
         position_BS = jnp.broadcast_to(start + place_1S, id_BS.shape)
         valid_BS = place_1S < length_B[:, None]
+        # Nothing is drawn in a prefill, so any number of a row will do.
         row_B = jnp.arange(id_BS.shape[0], dtype=jnp.int32)
         return forward(weights, caches, id_BS, position_BS, valid_BS, row_B)[1]
 
@@ -230,10 +234,12 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
             logits_B1V, caches = forward(weights, caches, *places, rows.index_B)
             # Whole on every device, so that all draw the same.
             logits_BV = jax.sharding.reshard(logits_B1V, P())[:, 0]
+            # The embedding may have more ids than the tokenizer: these are never drawn.
             id_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None]
             logits_BV = jnp.where(id_1V < tokenizer.vocab_size, logits_BV, -jnp.inf)
             new_B = draw(logits_BV, rows.index_B, rows.count_B + made, dials)
             id_NB = id_NB.at[made].set(jnp.where(live_B, new_B, NOTHING))
+            # A row rests after the boundary, or when its room is used up.
             live_B = live_B & (new_B != tokenizer.boundary_id) & (made + 1 < rows.room_B)
             return made + 1, new_B, live_B, id_NB, caches
 
@@ -254,7 +260,10 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
 
 
 def power_of_two(n: int, least: int) -> int:
-    """The smallest power of two that is at least n and `least`: few shapes are few compilations."""
+    """Returns the smallest power of two that is at least n and `least`.
+
+    Few shapes are few compilations.
+    """
     return 1 << (max(n, least) - 1).bit_length()
 
 
@@ -285,7 +294,7 @@ class Row:
         self._held = ""
 
     def take(self, ids: list[int]) -> None:
-        """Tokens that were drawn, in order; nothing may follow the boundary.
+        """Takes tokens that were drawn, in order; nothing may follow the boundary.
 
         What lies behind a stop string is lost.
         """
@@ -314,7 +323,8 @@ class Row:
 
 
 def split_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
-    """(text before the stop string, text that may be the beginning of one, has one been found).
+    """Returns (text before the stop string, text that may be the beginning of one, whether one has
+    been found).
 
     The stop string that is complete first counts, so the result does not depend on how the text
     comes in pieces.
@@ -324,6 +334,7 @@ def split_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
     if found:
         _, start = min(found)
         return text[:start], "", True
+    # Only the last characters of the text can be the beginning of a stop string.
     longest = max((len(s) for s in stop), default=1) - 1
     for start in range(max(len(text) - longest, 0), len(text)):
         if any(s.startswith(text[start:]) for s in stop):

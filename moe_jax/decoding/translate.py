@@ -70,7 +70,7 @@ def make_translator(
 
 
 def _refuse_undecodable(cfg: ModelConfig) -> None:
-    """UserError for a model that does not translate, or that keeps no keys and values."""
+    """Raises UserError for a model that does not translate, or that keeps no keys and values."""
     if cfg.kind not in (encdec.NAME, decoder.NAME):
         raise UserError(
             f'model.kind = "{cfg.kind}" translates nothing: only "{encdec.NAME}" and '
@@ -86,13 +86,15 @@ def _split_rows(x: jax.Array) -> jax.Array:
 
 
 class Start(NamedTuple):
-    """What the loop over tokens begins with."""
+    """Holds what the loop over tokens begins with."""
 
     # (id_B, position_B, live_B, caches) -> (logits [B, 1, V], caches): one token of every row.
     forward: Callable[..., tuple[jax.Array, Any]]
     caches: Any
-    id_B: jax.Array  # the first token that goes through
-    position_B: jax.Array  # its position
+    # The first token that goes through.
+    id_B: jax.Array
+    # Its position.
+    position_B: jax.Array
 
 
 def _decode(
@@ -110,6 +112,7 @@ def _decode(
         is_token_V = jnp.arange(logits_BV.shape[1]) < vocab_size
         logits_BV = jnp.where(is_token_V[None], logits_BV, -jnp.inf)
         drawn_B = draw(logits_BV, row_B, jnp.full_like(row_B, num_drawn), dials)
+        # A row that has ended says the boundary for ever, and goes through as padding.
         new_B = jnp.where(live_B, drawn_B, boundary_id)
         live_B = live_B & (new_B != boundary_id)
         return num_drawn + 1, new_B, live_B, id_NB.at[num_drawn].set(new_B), caches

@@ -43,6 +43,7 @@ def ratios(
     freedom, num_measured = 0, 0
     for domain in range(num_domains):
         rows = np.flatnonzero((domain_R == domain) & (size_R > 0))
+        # A domain without rows is in no mean.
         if not len(rows):
             continue
         ratio = sum_R[..., rows].sum(-1) / size_R[rows].sum()
@@ -69,6 +70,7 @@ def _standard_error(sum_R: np.ndarray, size_R: np.ndarray, rng: np.random.Genera
     # How often a draw with replacement takes each row is multinomial: one product with these
     # numbers stands for the sums of all draws.
     times_NR = rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows), DRAWS)
+    # [..., R] @ [R, N]: the ratio of sums in every draw.
     ratio_N = (sum_R @ times_NR.T) / (size_R @ times_NR.T)
     return ratio_N.std(-1, ddof=1) * np.sqrt(num_rows / (num_rows - 1))
 

@@ -136,6 +136,7 @@ def whole(batch: PackedText, size: int) -> PackedText:
 def of_all_blocks(cfg: ModelConfig, layers: np.ndarray) -> np.ndarray:
     """Returns [B, M, ...] of all blocks from [L, B, ...] of the MoE layers: zero for the others."""
     blocks = np.zeros((len(cfg.blocks),) + layers.shape[1:], layers.dtype)
+    # A request has an entry for every block; those without experts ignore theirs.
     blocks[layout.moe_blocks(cfg)] = layers
     return np.moveaxis(blocks, 0, 1)
 
@@ -166,6 +167,7 @@ def _routers(tree: dict[Any, Any]) -> dict[Any, Any]:
     routers = {}
     for key, value in tree.items():
         if key == "moe":
+            # Without the experts: a stack of all of them may be large.
             routers[key] = {"router": value.get("router", {})}
         elif isinstance(value, dict):
             routers[key] = _routers(value)

@@ -54,6 +54,7 @@ def chance(
     num_rows, num_layers, num_experts = experts_RLE.shape
     # X = L E, so that one matrix product counts all layers.
     counts_RX = experts_RLE.reshape(num_rows, -1)
+    # Rows of padding have no routing to shuffle.
     has_assignments_R = counts_RX.sum(1) > 0
     counts_RX, domain_R = counts_RX[has_assignments_R], domain_R[has_assignments_R]
     # Whole numbers below 2**24 are exact in float32, and its product is the faster one.
@@ -61,6 +62,7 @@ def chance(
     rng = np.random.default_rng(seed)
     bits_of_shuffles = []
     for _ in range(SHUFFLES):
+        # [Z, R] @ [R, X]: the counts of each domain under shuffled labels.
         one_hot_ZR = np.arange(num_domains)[:, None] == rng.permutation(domain_R)
         counts_ZX = one_hot_ZR.astype(np.float32) @ counts_RX
         counts_LZE = counts_ZX.reshape(num_domains, num_layers, num_experts).swapaxes(0, 1)

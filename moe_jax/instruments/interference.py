@@ -86,6 +86,7 @@ def _terms(value: jax.Array, aside: tuple[Any, Any], coefficients: Any) -> dict[
     is added, where there are several.
     """
     totals, parts = aside
+    # All that is added to the language loss is the difference.
     terms = {"nll": parts["nll"], "auxiliary": value - parts["nll"]}
     named = losses.terms(totals["moe"], coefficients) if totals["moe"] else {}
     # A single one is "auxiliary" already.
@@ -101,7 +102,9 @@ def _products(g: Any, a: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
     for (path, leaf_g), leaf_a in zip(leaves_g, jax.tree.leaves(a), strict=True):
         keys = layout.keys_of(path)
         products_L3 = _products_of_leaf(leaf_g, leaf_a, layout.is_stacked(keys, cfg.scan))
+        # None where a parameter is in no block.
         blocks = layout.block_numbers(keys, cfg)
+        # A stacked leaf counts as a layer's only if all of its blocks have experts.
         if blocks is not None and layout.has_experts(cfg)[blocks].all():
             layers = np.atleast_1d(layout.moe_layer_numbers(keys, cfg))
             entries = {

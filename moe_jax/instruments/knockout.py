@@ -43,8 +43,10 @@ class Worth(NamedTuple):
     mean_LE: np.ndarray
     mean_low_LE: np.ndarray
     mean_high_LE: np.ndarray
-    share_LEZ: np.ndarray  # of a domain's assignments
-    load_LE: np.ndarray  # of all assignments
+    # Of a domain's assignments.
+    share_LEZ: np.ndarray
+    # Of all assignments.
+    load_LE: np.ndarray
 
 
 class Rows(NamedTuple):
@@ -95,6 +97,7 @@ def worth(
     divisor_Z = math.log(2) * np.where(bytes_Z > 0, bytes_Z, np.nan)
     divisor_R = math.log(2) * rows.bytes_R
     one_hot_RZ = rows.domain_R[:, None] == np.arange(num_domains)
+    # [L, E, R] @ [R, Z]: the rows of each domain are added up.
     change_LEZ = (rows.nats_LER @ one_hot_RZ) / divisor_Z
     each, mean = bootstrap.ratios(rows.nats_LER, divisor_R, rows.domain_R, num_domains, seed)
     return Worth(

@@ -106,11 +106,13 @@ def _changes_of_draw(
     before = logits(first)
 
     future = np.zeros(2), np.zeros(2)
+    # 1. Only the later tokens of one row change; its first half is compared.
     if has_future(cfg):
         later_BS = in_row_BS & (np.arange(length) >= middle)
         after = logits(_where(later_BS, other, first))
         future = _change(before[:, row, :middle], after[:, row, :middle])
 
+    # 2. All of that row changes; all other rows are compared.
     inputs = {name: _in_row(row, getattr(other, name), getattr(first, name)) for name in OTHER}
     after = logits(_where(in_row_BS, other, first)._replace(**inputs))
     other_rows = np.arange(num_rows) != row
@@ -308,6 +310,7 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
     """
     small = shrink(raw)
     moe = copy.deepcopy(small["model"]["moe"])
+    # Too few places, so that what is dropped depends on who comes first.
     for options in moe["dispatchers"].values():
         if "factor" in options:
             options["factor"] = TIGHT

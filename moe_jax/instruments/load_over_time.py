@@ -43,6 +43,7 @@ class LoadOverTime:
         self._load.append(counts_LE / np.where(mean_L1 > 0, mean_L1, 1))
         # The picture is of the whole run, however long, and the memory has a bound.
         if len(self._steps) > MOST_ROWS:
+            # Every second one goes: old steps are then twice as far apart as new ones.
             self._steps, self._load = self._steps[::2], self._load[::2]
 
     def __len__(self) -> int:

@@ -53,10 +53,12 @@ class Plan(NamedTuple):
 
     # Of the first panel: names of domains stand there.
     left: float
-    width: float  # of a panel
+    # Of a panel.
+    width: float
     # Height of the upper axes of a panel.
     above: float
-    below: float  # and of the lower ones
+    # And of the lower ones.
+    below: float
     columns: int
     lines: int
 
@@ -95,6 +97,7 @@ def plan(layers: int, num_experts: int, names: Sequence[str], above: float) -> P
     ]
     # One column is taken even where it is too wide, for nothing is narrower.
     fitting = [plan for plan in plans if plan.total <= WIDEST] or plans[:1]
+    # The larger side decides: the plan that is nearest to a square.
     return min(fitting, key=lambda plan: max(plan.total, plan.lines * plan.panel))
 
 
@@ -273,6 +276,7 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
     page.title(0.1, title)
     pairs = _pairs(page, top, panels, layers)
     change_LEZ = worth.change_LEZ[:, :, measured]
+    # NaN compares as False: no dot where no interval is known.
     leaves_out_0_LEZ = ((worth.low_LEZ > 0) | (worth.high_LEZ < 0))[:, :, measured]
     # The same for all layers, so that they can be compared.
     limits, most = _limits(worth), max(float(np.abs(change_LEZ).max()), 1e-9)

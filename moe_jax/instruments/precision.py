@@ -110,6 +110,7 @@ def flips(before_LBSK: np.ndarray, after_LBSK: np.ndarray, num_experts: int) -> 
 
     The order of a token's experts does not count.
     """
+    # [..., K, K]: whether choice i of before is among those of after.
     kept_LBSK = (before_LBSK[..., :, None] == after_LBSK[..., None, :]).any(-1)
     # num_experts stands where no expert was chosen: padding, and null experts.
     real_LBSK = before_LBSK < num_experts
@@ -150,6 +151,7 @@ def margin(score_LBSE: np.ndarray, k: int) -> np.ndarray:
     """
     if k >= score_LBSE.shape[3]:
         return np.full(score_LBSE.shape[:3], np.inf)
+    # In falling order, so place k - 1 is the last that is chosen.
     sorted_LBSE = -np.sort(-score_LBSE, -1)
     return sorted_LBSE[..., k - 1] - sorted_LBSE[..., k]
 
@@ -169,6 +171,7 @@ def rounded_router(run: Run, input_LBSD: np.ndarray, batch: PackedText) -> np.nd
     def flat(z_BS):
         return jnp.asarray(np.asarray(z_BS).reshape(-1))
 
+    # [B] -> [B S]: the number of its row for every token.
     row_BS = np.repeat(batch.row_B, length)
     segment_T = flat(batch.segment_BS)
     # Token, position, row and segment, as Tokens has them.

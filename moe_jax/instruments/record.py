@@ -102,7 +102,9 @@ def _rows_in_order(z: jax.Array, num_micro: int, group_rows: int) -> jax.Array:
     """
     z = jnp.moveaxis(z, 0, 1)
     num_layers, _, rows, *rest = z.shape
+    # [L, num, n, group_rows, ...]: micro-batch by micro-batch, n groups in each.
     z = z.reshape(num_layers, num_micro, rows // group_rows, group_rows, *rest)
+    # [L, n, num, group_rows, ...]: as the groups lay in the batch.
     z = jnp.swapaxes(z, 1, 2)
     return z.reshape(num_layers, -1, *rest)
 
@@ -123,6 +125,7 @@ def compact(
     of_batch = {"token": batch.tokens_BS, "segment": batch.segment_BS, "domain": batch.domain_BS}
     for name, array in of_batch.items():
         first_rows = np.asarray(array)[:rows]
+        # The smallest type that holds the largest value of this file.
         largest = int(first_rows.max(initial=0))
         arrays[name] = first_rows.astype(np.min_scalar_type(largest))
     return arrays
@@ -167,6 +170,7 @@ def write_step(
     _replace(directory / name, content)
 
     path = directory / MANIFEST
+    # The manifest goes on from earlier starts of the run.
     files = json.loads(path.read_text())["files"] if path.exists() else {}
     files[name] = {
         "step": step,

@@ -98,6 +98,7 @@ def shuffled(routing: OwnRouting) -> tuple[np.ndarray, np.ndarray]:
     expert_LBSK, gate_LBSK = routing.expert_LBSK.copy(), routing.gate_LBSK.copy()
     for expert_BSK, gate_BSK in zip(expert_LBSK, gate_LBSK, strict=True):
         order_N = routing.rng.permutation(int(valid_BS.sum()))
+        # Padding keeps its empty places.
         expert_BSK[valid_BS] = expert_BSK[valid_BS][order_N]
         gate_BSK[valid_BS] = gate_BSK[valid_BS][order_N]
     return expert_LBSK, gate_LBSK
@@ -152,6 +153,7 @@ def best_balanced(probs_NE: np.ndarray, num_choices: int) -> np.ndarray:
     #   sum over n of x[n, e] <= ceil(N k / E)      for each expert.
     num_tokens, num_experts = probs_NE.shape
     even_load = -(-num_tokens * num_choices // num_experts)
+    # Two sparse matrices on x as one long vector, token by token.
     sums_of_tokens = sparse.kron(sparse.eye(num_tokens), np.ones((1, num_experts)), format="csr")
     sums_of_experts = sparse.kron(np.ones((1, num_tokens)), sparse.eye(num_experts), format="csr")
     # The dual simplex ends in a corner; an interior point would not be whole.
@@ -166,6 +168,7 @@ def best_balanced(probs_NE: np.ndarray, num_choices: int) -> np.ndarray:
     )
     chosen_NE = result.x.reshape(num_tokens, num_experts) > 0.5
     assert (chosen_NE.sum(1) == num_choices).all()
+    # Experts that are not chosen sort behind all others.
     falling_NE = np.where(chosen_NE, -probs_NE, np.inf)
     return np.argsort(falling_NE, 1, kind="stable")[:, :num_choices]
 

@@ -128,11 +128,13 @@ def make_learner(cfg: Config, state: State) -> tuple[State, Callable[..., Any]]:
     """
     model = make_model(cfg.model)
     params, router_state = jax.eval_shape(model.init, jax.random.key(0))
+    # The moments have the shapes of the parameters, so these must not change.
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
         raise UserError(
             "to train under a replayed routing (--steps) the router must have one matrix [d_model, "
             "num_experts] and no other weights: "
             "the moments of the optimizer are those of the checkpoint"
         )
+    # The router "recorded" keeps no state of its own; what it lacks is left out.
     begin = state._replace(router_state=replay.fitted(state.router_state, router_state))
     return begin, jax.jit(make_step(cfg, model, make_tx(cfg, params)))

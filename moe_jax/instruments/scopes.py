@@ -38,6 +38,7 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
         assignment = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
         if not assignment:
             continue
+        # Names in the metadata are no operands.
         body, _, metadata = line[assignment.end() :].partition(", metadata={")
         opcode = re.search(r"(?:^| )([a-z][\w\-]*)\(", body)
         scope = re.search(r'op_name="((?:[^"\\]|\\.)*)"', metadata)
@@ -46,6 +47,7 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
         )
         for branches in re.findall(r"branch_computations=\{(.*?)\}", body):
             called += re.findall(r"[\w.\-]+", branches)
+        # All names in the text of an instruction but those of computations.
         operands = [name for name in re.findall(r"%([\w.\-]+)", body) if name not in called]
         instructions[assignment[1]] = Instruction(
             opcode=opcode[1] if opcode else "",
@@ -98,7 +100,9 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
         own = instructions[name]
         if own.scope:
             return own.scope
+        # The loop, or whatever else runs the computation in which it stands.
         around = nearest(name, lambda at: [callers.get(instructions[at].computation, "")])
+        # A loop of the whole step says no phase: then a neighbour knows better.
         says_phase = phase_of(around)[0] != "other"
         return (
             fused(name)

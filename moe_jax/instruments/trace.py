@@ -110,6 +110,7 @@ def read_changes(path: Path, module: str, instructions: Mapping[str, Instruction
             if "hlo_op" in stats:
                 name = str(stats["hlo_op"]) if stats.get("hlo_module") == module else ""
                 events.append((event.start_ns, event.end_ns, name))
+                # A container's time is that of the instructions that it runs.
                 if name in instructions and instructions[name].opcode not in CONTAINERS:
                     under_way[stats.get("_p", 0)] = event.start_ns, name
             elif event.name.startswith("end: ") and stats.get("_c") in under_way:
@@ -158,6 +159,7 @@ def share(changes: list[Change]) -> tuple[dict[str, float], float]:
     active: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for change in changes:
         length, at = change.time - at, change.time
+        # What runs goes before what is only under way elsewhere.
         sharers = active[True] or active[False]
         if length and sharers:
             each = length / sharers.total()

@@ -100,6 +100,7 @@ class MoELayer(nnx.Module):
         sizes = Sizes(cfg.d_model, cfg.num_experts, cfg.vocab_size)
         params = router.params(sizes, cfg.router_options)
         state = router.state(sizes, cfg.router_options) | adaptive_state(cfg)
+        # Routers are kept in float32 or wider: rounding moves tokens between experts.
         wide = str(wide_dtype(cfg.param_dtype))
         router_key, state_key, experts_key = (jax.random.fold_in(key, i) for i in range(3))
         self.router = Weights(router_key, params, wide)
@@ -112,6 +113,7 @@ class MoELayer(nnx.Module):
     def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
         cfg = self.cfg
         axes = {name: weight.names for name, weight in expert_weights(cfg).items()}
+        # Cast first, so that the gather over `data` inside moves the narrow dtype.
         experts = {name: self.experts[name].astype(cfg.dtype) for name in axes}
         places = self.places.arrays() if cfg.stored.block else {}
         # Every device needs the whole router.
@@ -120,6 +122,7 @@ class MoELayer(nnx.Module):
         places_spec = P("expert")
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train),
+            # x, the batch, the router, its state, (experts, places), the key.
             in_specs=(P(BATCH), P(BATCH), P(), P(), (experts_spec, places_spec), P()),
             out_specs=(P(BATCH), P(BATCH)),
         )
@@ -162,9 +165,12 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     request = batch.request
     sizes = {
         "num_experts": cfg.num_experts,
+        # A group never spans a device: one with fewer rows has one group.
         "group_tokens": min(cfg.group_rows, num_rows) * row_length,
     }
     with jax.named_scope("route"):
+        # `chosen` is the router's choice, `routing` what the ordering makes of it. A record needs
+        # both.
         chosen = _route(tokens, router, state, rng, request, cfg, train)
         routing = chosen
         if isinstance(chosen, Routing):
@@ -175,6 +181,7 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
                 options=cfg.ordering_options,
                 train=train,
             )
+    # Removed after the choice, so no other expert takes the place.
     if isinstance(request.removed, jax.Array):
         chosen = probe.remove(chosen, request.removed, tokens)
         routing = probe.remove(routing, request.removed, tokens)
@@ -182,9 +189,11 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     with jax.named_scope("combine"):
         # Each device of the axis has computed its share of the hidden columns.
         y_TD = jax.lax.psum(y_TD, "model")
+        # After the psum: every device of `model` has the whole token, and would add it.
         if isinstance(routing, Routing) and routing.copy_T is not None:
             y_TD = y_TD + routing.copy_T.astype(y_TD.dtype)[:, None] * tokens.x_TD
     sums = dict(routing.sums)
+    # A router or an ordering may have dropped by itself, before the dispatcher.
     sums["dropped"] = dropped_b + sums["dropped"] if "dropped" in sums else dropped_b
     if cfg.adaptive.rate:
         # A sum over tokens as all others are; a loss divides by the tokens again.
@@ -199,6 +208,7 @@ def _route(
     tokens: Tokens, router, state, rng, request: probe.Request, cfg: MoE, train: bool
 ) -> Routing | Slots:
     """Returns what the router makes of the tokens of this device."""
+    # Barred before the choice, so the router goes round the expert.
     if isinstance(request.barred, jax.Array):
         router, tokens = probe.bar(router, tokens, request.barred)
 
@@ -254,6 +264,7 @@ def _dispatch(
             dispatch_GtEp=over_model(routing.dispatch_GtEp),
             combine_GtEp=over_model(routing.combine_GtEp),
         )
+    # Everything is static here: a dispatcher's buffers have their sizes before step 1.
     shape = Shape(
         **sizes,
         num_tokens=num_tokens,
@@ -329,6 +340,7 @@ def _dropped_per_row(dropped_N: jax.Array, routing: Routing, tokens: Tokens) -> 
     count_N = dropped_N.astype(routing.sums["tokens"].dtype)
     num_tokens = tokens.valid_T.shape[0]
     if routing.per_token:
+        # The list is [T, K] here: no scatter is needed.
         return per_row(count_N.reshape(num_tokens, -1).sum(-1), tokens)
     zero_T = jnp.zeros_like(count_N, shape=(num_tokens,))
     return per_row(zero_T.at[routing.token_N].add(count_N, mode="drop"), tokens)

@@ -28,11 +28,13 @@ def totals(sums_LB: Sums) -> dict[str, jax.Array]:
     whole = {name: x.sum(1) for name, x in sums_LB.items()}
     # Of a router with a bias: what it would choose without (DeepSeek-V3, eq. 18).
     chosen_LBC = sums_LB.get("unbiased", balanced_counts(sums_LB))
+    # f_e P_e of every row, before the sum over rows.
     sequence_balance_LB = product(chosen_LBC, sums_LB["probs"], sums_LB["tokens"])
     return whole | {
         "sequence_balance": sequence_balance_LB.sum(1),
         "sequences": _has_tokens(sums_LB).sum(1),
         "micro_batch_balance": product(balanced_counts(whole), whole["probs"], whole["tokens"]),
+        # 0 for a micro-batch of padding alone: it has no balance to average.
         "micro_batches": _has_tokens(whole),
     }
 
@@ -93,6 +95,7 @@ def metrics(totals: Sums) -> dict[str, jax.Array]:
     tokens_L = jnp.maximum(totals["tokens"], 1)
     load_LC = counts_LC / jnp.maximum(counts_LC.sum(-1), 1)[:, None]
     load_max_L = load_LC.max(-1) * num_classes
+    # A load of 0 adds 0 log 0 = 0.
     entropy_L = -(load_LC * jnp.log(jnp.maximum(load_LC, 1e-30))).sum(-1)
     # Of one class the entropy is 0 whatever it is divided by.
     most_entropy = jnp.log(jnp.asarray(max(num_classes, 2), entropy_L.dtype))

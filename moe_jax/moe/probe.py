@@ -111,6 +111,7 @@ def _per_token(
         zero_TE = jnp.zeros_like(z_N, shape=(num_tokens, num_experts))
         return zero_TE.at[pair_N].set(z_N, mode="drop")
 
+    # An entry to nowhere has expert E, which is out of bounds: it sets nothing.
     is_chosen_TE = scatter(routing.expert_index_N < num_experts)
     expert_E = jnp.arange(num_experts, dtype=jnp.int32)
     expert_index_TE = jnp.where(is_chosen_TE, expert_E[None], num_experts)
@@ -157,6 +158,7 @@ def bar(
         for name, w in params.items()
     }
     longer_params["gate"] = longer(params["gate"], NEVER * jnp.eye(num_experts))
+    # A barred token-expert pair has a 1 among the further features, all others a 0.
     barred_TE = _of_tokens(barred_bE, tokens).astype(tokens.x_TD.dtype)
     x_TD = jnp.concatenate([tokens.x_TD, barred_TE], 1)
     return longer_params, tokens._replace(x_TD=x_TD)
@@ -172,6 +174,7 @@ def remove(routing: Routing | Slots, removed_bE: jax.Array, tokens: Tokens) -> R
     if not isinstance(routing, Routing):
         num_groups, group_tokens = routing.combine_GtEp.shape[:2]
         removed_GtE1 = removed_TE.reshape(num_groups, group_tokens, num_experts, 1)
+        # The slots of a removed expert are still computed, and weigh nothing.
         return routing._replace(combine_GtEp=jnp.where(removed_GtE1, 0, routing.combine_GtEp))
     pair_N = (routing.token_N, routing.expert_index_N)
     is_removed_N = removed_TE.at[pair_N].get(mode="fill", fill_value=False)

@@ -76,6 +76,8 @@ def clip(limit: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
         norm = global_norm(updates)
+        # A norm that is NaN is not below the limit, so the updates become NaN, too. The step tells
+        # of it by the gradients (train_step.py).
         factor = jnp.where(norm < limit, 1.0, limit / norm)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
@@ -97,6 +99,7 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
 
     Raises UserError for a name or an option that does not exist.
     """
+    # Names and shapes decide what is a matrix, what decays and what moves.
     leaves = describe(params, stacked)
     direction = OPTIMIZERS[cfg.optimizer].direction(leaves, cfg.options)
     decayed = decay_mask(cfg.decay_mask, leaves)
@@ -109,6 +112,7 @@ def make(cfg: OptimConfig, params: Any, *, stacked: bool) -> optax.GradientTrans
         clipped = optax.chain(only, clipped)
         scaled = optax.chain(scaled, only)
     chain = optax.named_chain(
+        # The state of the chain is a dict of these names, which are those in a checkpoint.
         ("clip", clipped),
         ("direction", direction),
         ("decay", optax.add_decayed_weights(cfg.options.weight_decay, decayed)),
@@ -147,6 +151,7 @@ def _names(pattern: str, names: Sequence[str]) -> str:
 
     Those that have a word of the pattern come first; layers of a stack stand once, as N.
     """
+    # Without the signs of a regular expression: the words that a user meant.
     words = re.findall(r"[A-Za-z_]{2,}", pattern)
     kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "N", name) for name in names))
     near = [kind for kind in kinds if any(word in kind for word in words)]
@@ -214,6 +219,7 @@ def describe(params: Any, stacked: bool) -> Any:
 
     def leaf(path: Any, x: Any) -> Leaf:
         name = name_of(path)
+        # A bias of a stack is a vector of each layer, although its array has two dimensions.
         is_stacked = layout.is_stacked(name.split("/"), stacked)
         return Leaf(name, ndim=len(x.shape) - is_stacked, stacked=is_stacked)
 

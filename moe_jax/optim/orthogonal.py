@@ -29,6 +29,7 @@ def orthogonalize(steps: int) -> optax.GradientTransformation:
 
     def one(path: Any, x: jax.Array) -> jax.Array:
         roles = MATRICES[name_of(path).rpartition("/")[2]]
+        # Every dimension before those of the table is batch.
         return _orthogonal(x, ("b" * x.ndim + roles)[-x.ndim :], steps)
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates))
@@ -59,6 +60,7 @@ def _orthogonal(x: jax.Array, roles: str, steps: int) -> jax.Array:
     num_batch, num_input = roles.count("b"), roles.count("i")
     y = x.transpose(order)
     shape = y.shape
+    # Several dimensions may be one side: o, [H, A, D], is a matrix of H A rows and D columns.
     rows = math.prod(shape[num_batch : num_batch + num_input])
     columns = math.prod(shape[num_batch + num_input :])
 
@@ -98,6 +100,7 @@ def _to_whole_matrices(x: jax.Array, num_batch: int) -> list[NamedSharding]:
                 if x.shape[batch_dim] % math.prod(mesh.shape[name] for name in moved) == 0:
                     axes[batch_dim] = moved
                     break
+            # An axis that no batch dimension takes is gone: matrices are gathered over it.
             shardings.append(NamedSharding(mesh, P(*axes)))
     return shardings
 

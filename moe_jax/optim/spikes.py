@@ -19,9 +19,12 @@ READY = 32  # steps in the window before anything is called a spike
 class Window(NamedTuple):
     """The last steps that were taken. W = WINDOW."""
 
-    value_2W: jax.Array  # loss and gradient norm, float32; written in a circle
-    taken: jax.Array  # steps so far, int32
-    spikes: jax.Array  # steps that were not taken, int32
+    # Loss and gradient norm, float32; written in a circle.
+    value_2W: jax.Array
+    # Steps that were taken so far, int32.
+    taken: jax.Array
+    # Steps that were not taken, int32.
+    spikes: jax.Array
 
 
 def begin() -> Window:
@@ -32,6 +35,7 @@ def begin() -> Window:
 def is_spike(window: Window, loss: jax.Array, norm: jax.Array, sigma: float) -> jax.Array:
     """Returns whether a step is a spike: a bool of shape []."""
     value_2 = jnp.stack([loss, norm]).astype(jnp.float32)
+    # Places of the circle that no step has filled yet have no weight.
     filled_W = jnp.arange(WINDOW) < window.taken
     weight_W = filled_W / jnp.maximum(filled_W.sum(), 1).astype(jnp.float32)
     mean_2 = (window.value_2W * weight_W[None]).sum(1)
@@ -44,6 +48,7 @@ def advance(window: Window, loss: jax.Array, norm: jax.Array, spike: jax.Array) 
     """Returns the window after a step. One that is a spike, or not finite, is not put into it."""
     value_2 = jnp.stack([loss, norm]).astype(jnp.float32)
     takes = ~spike & jnp.isfinite(value_2).all()
+    # The oldest of the last WINDOW steps that were taken is overwritten.
     slot = window.taken % WINDOW
     written = window.value_2W.at[:, slot].set(value_2)
     return Window(

@@ -51,6 +51,7 @@ def line(progress: Progress, label: str, text: str) -> None:
     """Prints one line, wrapped under its own text where it is longer than the terminal is wide;
     nothing for no text.
     """
+    # The label stands before the first line alone.
     for i, part in enumerate(wrapped(text, _width(progress))):
         progress.message(f"{label if i == 0 else '':{LABEL}}{part}")
 
@@ -65,6 +66,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 def _width(progress: Progress) -> int:
     """Returns the columns of the text of a line; a terminal may be narrower than any text."""
+    # Processes that show nothing have no console.
     return max((progress.console.width if progress.console else 80) - LABEL, 20)
 
 
@@ -128,6 +130,7 @@ def rows(data: Data, width: int) -> str:
 def _fits(text: str, names: Sequence[str], number: int, width: int) -> bool:
     """Returns whether `number` of the names fit behind a text without a line more."""
     whole = f"{text}{_listed(names, number)}"
+    # As many lines with the names as without them.
     return math.ceil(len(whole) / width) <= math.ceil(len(text) / width)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 
 def outlast(writer: Any) -> Any:
-    """The tensorboardX.SummaryWriter, whose file then drops what it cannot write, instead of an
-    error.
+    """Returns the tensorboardX.SummaryWriter; its file drops what it cannot write from here on,
+    instead of raising an error.
 
     An error would end the thread that writes the file with a traceback, and the next few events
     would wait for that thread for ever. The same figures are in metrics.jsonl, which does say that

@@ -29,7 +29,8 @@ class PerStep(NamedTuple):
 
     # Places of its batch, padding included: what tokens/s counts.
     tokens: int
-    flops: int  # useful ones (plan/flops)
+    # Useful FLOPs (plan/flops).
+    flops: int
 
 
 class Writer:
@@ -83,6 +84,7 @@ class Writer:
         row: dict[str, Any] = {
             "step": int(step),
             "seconds": round(time.monotonic() - self._started, 3),
+            # Of the whole run, so that a restart goes on counting.
             "tokens": int(step) * self._per_step.tokens,
             "flops": int(step) * self._per_step.flops,
         }
@@ -209,6 +211,7 @@ def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict
             return not any(name.startswith("eval/") for name in row)
         return row["step"] <= resume_step
 
+    # A fresh start keeps none, whatever an earlier run left here.
     rows = [row for row in read_rows(path) if stays(row)] if resume_step > 0 else []
     _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -31,7 +31,8 @@ class Result(NamedTuple):
     data: Data
     tokens_per_second: float
     sample: str
-    goodput: str = ""  # in words, over all starts of the run
+    # In words, over all starts of the run.
+    goodput: str = ""
 
 
 def show(cfg: Config, workdir: Path, result: Result, seconds: float) -> None:

@@ -25,10 +25,14 @@ class StepClock:
 
     def __init__(self, tokens_per_step: int, *, step_flops: int = 0, peak: float = 0.0):
         self._tokens_per_step, self._step_flops, self._peak = tokens_per_step, step_flops, peak
-        self._per_step: deque[float] = deque(maxlen=WINDOW)  # seconds of a step, one for each row
-        self._row: tuple[float, int] | None = None  # when the last row was, and its step
-        self._paused = self._waited = 0.0  # seconds since the last row
-        self._depth = 0  # of pauses inside pauses
+        # Seconds of a step, one number for each row.
+        self._per_step: deque[float] = deque(maxlen=WINDOW)
+        # When the last row was, and its step.
+        self._row: tuple[float, int] | None = None
+        # Seconds since the last row.
+        self._paused = self._waited = 0.0
+        # How many pauses are open, one inside the other.
+        self._depth = 0
         self._input_wait: float | None = None
 
     @contextlib.contextmanager
@@ -43,20 +47,22 @@ class StepClock:
             yield
         finally:
             self._depth -= 1
+            # A pause inside another one is already in the time of that.
             if not self._depth:
                 self._paused += time.monotonic() - begun
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time inside is a wait for data: a part of the time of the steps."""
+        """Counts the time inside as a wait for data: a part of the time of the steps."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     def row(self, step: int) -> None:
-        """To be called at each logged row, when `step` is done."""
+        """Takes the time since the last logged row; to be called at each, when `step` is done."""
         now = time.monotonic()
         if self._row is not None and step > self._row[1]:
+            # The bound keeps a clock that did not move from dividing by 0.
             seconds = max(now - self._row[0] - self._paused, 1e-9)
             self._per_step.append(seconds / (step - self._row[1]))
             self._input_wait = min(self._waited / seconds, 1.0)
@@ -75,5 +81,6 @@ class StepClock:
         speed = self.tokens_per_second
         flops_per_second = speed / self._tokens_per_step * self._step_flops
         found |= {"perf/tokens_per_second": speed, "perf/input_wait": self._input_wait}
+        # FLOP/s that were useful, over those that the devices have: MFU.
         found |= {"perf/tflops": flops_per_second / 1e12, "perf/mfu": flops_per_second / self._peak}
         return found

@@ -62,6 +62,7 @@ def join(
     """
     # JAX's preemption service would take SIGTERM for itself: moe_jax.runtime.signals hears it.
     jax.config.update("jax_enable_preemption_service", False)
+    # A launcher that shares the GPUs of a machine names those of this process.
     local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
     numbers = [int(number) for number in local_devices.split(",") if number]
     devices: Sequence[int] | None = numbers or None
@@ -133,7 +134,8 @@ class Peers:
     def __init__(self) -> None:
         self._client: Any = None
         self._heartbeat = 0.0
-        self._answered = 0.0  # time.monotonic() of the coordinator's last answer
+        # time.monotonic() of the coordinator's last answer.
+        self._answered = 0.0
         self._lock = threading.Lock()
         self._over = False
 
@@ -148,20 +150,24 @@ class Peers:
 
     def start(self, heartbeat: float) -> None:
         """Begins to watch; `heartbeat` seconds of silence count as a death."""
-        from jax._src import distributed  # the public API has no key-value store
+        # The public API has no key-value store.
+        from jax._src import distributed
 
         self._client = distributed.global_state.client
         self._heartbeat = heartbeat
         self._answered = time.monotonic()
+        # All have met, so an abort has another reason from here on. In process 0 it shows its
+        # stack.
         if jax.process_index() > 0:
             _explain_abort(f"process {jax.process_index()}: process 0, the coordinator, is gone")
         else:
-            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # SIG_DFL
+            # SIG_DFL, the default of C.
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
         threading.Thread(target=self._beat, name="peers", daemon=True).start()
         threading.Thread(target=self._watch_answers, name="coordinator", daemon=True).start()
 
     def finish(self) -> None:
-        """The run is done in this process: what happens to the others from here on is no fault."""
+        """Says that the run is done in this process: what happens to the others is no fault now."""
         with self._lock:
             self._over = True
         if self.started:
@@ -174,11 +180,14 @@ class Peers:
         Does not return. Whatever JAX would do at the end of Python (a barrier with all processes)
         is left out.
         """
+        # Once: another thread may be ending this process already.
         with self._lock:
             tells, self._over = self.started and not self._over, True
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may have failed
+            # The coordinator may be what has failed.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                # The first reason counts. Later ones are mostly its echo.
                 self._client.key_value_set(
                     f"{END}first", json.dumps(message), allow_overwrite=False
                 )
@@ -186,7 +195,8 @@ class Peers:
             if jax.process_index() == 0:
                 time.sleep(READ_BY_OTHERS)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # it is full, gone or closed
+            # A stream may be full, gone or closed.
+            with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
 
@@ -212,17 +222,20 @@ class Peers:
             ) from None
 
     def _interval(self) -> float:
+        # Short enough to read a reason before its process is gone, and to miss no beat.
         return min(READ_BY_OTHERS / 3, self._heartbeat / 5)
 
     def _beat(self) -> None:
         """Counts up the key of this process, and reads those of the others."""
         me, count = jax.process_index(), 0
-        heard: dict[int, tuple[str, float]] = {}  # the last beat of a process, and when it changed
+        # The last beat of a process, and when it changed.
+        heard: dict[int, tuple[str, float]] = {}
         while not self._over:
             count += 1
             try:
                 self.set(_beat_of(me), str(count))
                 ended = self._client.key_value_dir_get(END)
+                # One watcher is enough: it tells the others.
                 beats = self._client.key_value_dir_get(BEATS) if me == 0 else []
             except jax.errors.JaxRuntimeError:
                 # The coordinator does not answer. JAX's own thread or `_watch_answers` says so.
@@ -234,6 +247,7 @@ class Peers:
             for key, beat in beats:
                 process = int(key.rpartition("/")[2])
                 if heard.get(process, ("", 0.0))[0] != beat:
+                    # The time of this machine: clocks of two machines differ.
                     heard[process] = beat, now
             for process, (_, when) in heard.items():
                 done = heard[process][0] == DONE
@@ -267,6 +281,7 @@ class Peers:
                 return
             self._over = True
         self._say(f"ending, because process {message['process']} ended: {message['reason']}")
+        # The others read the reason from process 0, too.
         if jax.process_index() == 0:
             time.sleep(READ_BY_OTHERS)
         os._exit(int(message["code"]))
@@ -305,6 +320,7 @@ def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[st
 
     Raises UserError when one of them does not say it in time.
     """
+    # Through JSON, as the values of the others come.
     own = json.loads(json.dumps(dict(values)))
     if not PEERS.started:
         return [own]
@@ -323,8 +339,9 @@ def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[st
 def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
     """Compares a flat dict of JSON values with that of every other process of the run.
 
-    Every process sees the same values, so all of them raise the same Drift. The arguments are
-    those of `gather`. Raises Drift, which names the keys, both values and the process; UserError.
+    Every process sees the same values, so all of them raise the same Drift. The arguments are those
+    of `gather`. Raises Drift, which names the keys, both values and the process, and what `gather`
+    raises.
     """
     first, *others = gather(name, values, timeout)
     differences = [
@@ -354,7 +371,8 @@ def _explain_abort(reason: str) -> None:
         signals.say(reason)
         os._exit(exit_codes.RETRY)
 
-    _KEPT.append(aborted)  # ctypes does not keep it alive
+    # ctypes does not keep a callback alive: this does.
+    _KEPT.append(aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), aborted)
 
 

@@ -38,7 +38,8 @@ class Fault(NamedTuple):
 
     kind: str
     step: int
-    process: int | None  # None = all of them
+    # None = all of them.
+    process: int | None
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.step}" + ("" if self.process is None else f":{self.process}")
@@ -82,8 +83,10 @@ class Injector:
         """Makes the fault of this step happen."""
         for fault in self._mine:
             noted = self._workdir / "faults" / f"{fault}.process_{self._process}"
+            # The note is in the workdir, so a run that goes on does not meet the fault again.
             if fault.step != step or noted.exists():
                 continue
+            # Noted first: a process that is killed could not do it afterwards.
             noted.parent.mkdir(parents=True, exist_ok=True)
             noted.touch()
             _happen(fault)

@@ -28,9 +28,11 @@ class Goodput:
 
     def __init__(self, started: float, first: str = "start"):
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._activities = [first]  # under way; the innermost last, to which the time belongs
+        # What is under way; the innermost last, to which the time belongs.
+        self._activities = [first]
         self._since = started
-        self._earlier: list[dict[str, Any]] = []  # the starts before this one
+        # The starts before this one.
+        self._earlier: list[dict[str, Any]] = []
         self._file: Path | None = None
         self._began, self._first_step = time.time(), 0
 
@@ -40,17 +42,18 @@ class Goodput:
         try:
             starts = json.loads(self._file.read_text(encoding="utf-8"))["starts"]
         except (OSError, ValueError, KeyError, TypeError):
-            starts = []  # there is none, or a full disk has emptied it
+            # There is no file, or a full disk has emptied it.
+            starts = []
         self._earlier = [_cut(start, step) for start in starts] if step else []
 
     def phase(self, activity: str) -> None:
-        """What is done from here on, beside the activities of `doing`."""
+        """Gives the time from here on to an activity, but for that inside of `doing`."""
         self._pass()
         self._activities[0] = activity
 
     @contextlib.contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """The time inside belongs to an activity, without that of activities inside it."""
+        """Gives the time inside to an activity, without that of activities inside it."""
         self._pass()
         self._activities.append(activity)
         try:
@@ -63,6 +66,7 @@ class Goodput:
         """Writes the seconds so far; `step` is done."""
         if self._file is None:
             return
+        # In one atomic step, so that a kill leaves the old file or the new one.
         part = self._file.with_suffix(".part")
         part.write_text(json.dumps({"starts": [*self._earlier, self._own(step)]}, indent=1))
         part.replace(self._file)
@@ -71,10 +75,12 @@ class Goodput:
         """Returns the seconds of every activity over all starts of the run; `step` is done."""
         total: defaultdict[str, float] = defaultdict(float)
         for start in [*self._earlier, self._own(step)]:
+            # Steps that this start made, and those of them that no later start had to make again.
             made, kept = start["last_step"] - start["first_step"], start["kept_steps"]
             for name, value in start["seconds"].items():
                 total[name] += value
             if made > kept:
+                # The steps of a start are taken to be equally long.
                 redone = start["seconds"].get(STEPS, 0.0) * (1 - kept / made)
                 total[STEPS] -= redone
                 total[REDONE] += redone
@@ -117,5 +123,6 @@ def _cut(start: dict[str, Any], step: int) -> dict[str, Any]:
     """Returns an earlier start of a run that now goes on from `step`: what it made after that is
     made again.
     """
+    # What an earlier restart has taken away does not come back.
     kept = min(start["first_step"] + start["kept_steps"], step) - start["first_step"]
     return {**start, "kept_steps": max(kept, 0)}

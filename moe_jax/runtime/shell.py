@@ -22,8 +22,9 @@ LOCK = ".lock"
 
 
 def command(*arguments: object) -> str:
-    """`python -m ARGUMENTS` by the interpreter that runs now, which need not be the `python` of the
-    user's shell.
+    """Returns `python -m ARGUMENTS` by the interpreter that runs now.
+
+    It need not be the `python` of the user's shell.
     """
     here = Path(sys.executable)
     near = here.is_relative_to(Path.cwd()) and here.relative_to(Path.cwd())
@@ -39,7 +40,7 @@ def own_command() -> str:
 
 
 def going_on(step: int, stop_at: int) -> str:
-    """The command that goes on from a step: what was typed, without a train.stop_at that is
+    """Returns the command that goes on from a step: what was typed, without a train.stop_at that is
     reached, at which it would end at once.
     """
     if not 0 < stop_at <= step:
@@ -48,22 +49,21 @@ def going_on(step: int, stop_at: int) -> str:
     for word in shlex.split(own_command()):
         name, equals, _ = word.partition("=")
         stop_flag = name.lstrip("-") == "config.train.stop_at"
+        # The flag and its value may be two words.
         if not (stop_flag or value_follows):
             kept.append(word)
         value_follows = stop_flag and not equals
-    return shlex.join(
-        [*kept, "--config.train.stop_at=0"]
-    )  # said aloud, for the config file may set it too
+    # Said aloud, because the config file may set it too.
+    return shlex.join([*kept, "--config.train.stop_at=0"])
 
 
 def console() -> Any:
-    """A rich Console, as wide as the terminal.
+    """Returns a rich Console, as wide as the terminal.
 
     A file or a pipe has 160 columns, or what COLUMNS says.
     """
-    from rich.console import (
-        Console,
-    )  # here: this module comes before everything that takes time to import
+    # Imported here: this module comes before everything that takes time to import.
+    from rich.console import Console
 
     plain = Console()
     return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(width=160)
@@ -86,14 +86,16 @@ def tell(text: object, stream: TextIO | None = None) -> None:
 
 
 def _broken(line: str, width: int) -> str:
-    """A path or a number that is longer than a line is left to the terminal, which can give it back
+    """Returns a line broken between words.
+
+    A path or a number that is longer than a line is left to the terminal, which can give it back
     whole.
     """
     return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """The exit code of `main(argv)`, for a command whose words are its work.
+    """Returns the exit code of `main(argv)`, for a command whose words are its work.
 
     A signal raises KeyboardInterrupt in it, so that what it has begun is cleared away: 128 + its
     number. Output that nobody reads any more ends it without a word (128 + SIGPIPE), a file that
@@ -106,6 +108,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     code = 0
     try:
         code = main(argv)
+        # Here a reader that is gone shows at the latest.
         sys.stdout.flush()
     except KeyboardInterrupt:
         pass
@@ -119,7 +122,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def discard_output() -> None:
-    """What is still to be written would fail once more when Python ends."""
+    """Drops what can no longer be written: it would fail once more when Python ends."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         return
@@ -154,10 +157,11 @@ class Lasting(io.FileIO):
 
 
 def open_output(lasting: bool) -> None:
-    """Standard output and error that write every line at once and escape what their encoding lacks;
-    `lasting`: as above.
+    """Makes standard output and error write every line at once, and escape what their encoding
+    lacks.
 
     For the beginning of a command. Streams that someone else has put in place stay as they are.
+    `lasting`: they outlast what they write to (see Lasting).
     """
     # A descriptor that was closed would be that of the next file that is opened, and what is said
     # would go there.
@@ -169,8 +173,10 @@ def open_output(lasting: bool) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):
+            # A test or a notebook has put it there.
             continue
-        if stream is None or lasting:  # None: it was closed
+        # None: it was closed.
+        if stream is None or lasting:
             encoding = stream.encoding if stream else None
             raw = Lasting(number, "w", closefd=False)
             stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding)
@@ -185,12 +191,13 @@ class Held:
         self._path, self._flag, self._lock = path, flag, lock
 
     def check(self) -> None:
-        """UserError when the directory is not the one that was locked: somebody has deleted or
-        moved it, and another may begin there.
+        """Raises UserError when the directory is not the one that was locked: somebody has deleted
+        or moved it, and another run may begin there.
         """
         if self._lock is None:
             return
         try:
+            # The lock file that is there now has to be the one that this process holds open.
             same = os.path.samestat(os.stat(self._path), os.fstat(self._lock.fileno()))
         except OSError:
             same = False
@@ -209,7 +216,7 @@ FREE = Held(Path(), "", None)  # for the processes that leave the lock to proces
 def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[Held]:
     """Makes a directory and holds its lock, which the system frees even after kill -9.
 
-    UserError, by the flag, where it cannot be had.
+    Raises UserError, which names the flag, where it cannot be had.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

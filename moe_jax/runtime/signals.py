@@ -40,8 +40,10 @@ class Listener:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._policy, self._number, self._time = AT_ONCE, 0, 0.0
-        self.saved = False  # all that the command was for: told to end, it ends with 0
-        self.process = ""  # how this process of several calls itself
+        # Whether all that the command was for is saved: told to end, it then ends with 0.
+        self.saved = False
+        # How this process of several calls itself.
+        self.process = ""
         self._before: dict[int, object] = {}
         self._write_end, self._wakeup_before = -1, -1
 
@@ -61,6 +63,7 @@ class Listener:
     def start(self) -> None:
         self._time = 0.0
         read_end, self._write_end = os.pipe()
+        # A handler must never wait, so Python takes no pipe that would.
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._before = {number: signal.getsignal(number) for number in HEARD}
@@ -73,20 +76,20 @@ class Listener:
         """
         for number in HEARD:
             if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
-                signal.signal(
-                    number, self._in_main_thread
-                )  # something: without any, Python writes nothing to the pipe
+                # Without any handler Python writes nothing to the pipe.
+                signal.signal(number, self._in_main_thread)
 
     def stop(self) -> None:
         """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # pyrefly: ignore
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._write_end)  # which ends the thread
+        # This ends the thread.
+        os.close(self._write_end)
         self._write_end = -1
 
     def note(self) -> None:
-        """From here on there is something to save: a signal is noted."""
+        """Has signals noted: from here on there is something to save."""
         with self._lock:
             self._policy = NOTED
 
@@ -95,7 +98,7 @@ class Listener:
             self._policy = RAISED
 
     def release(self) -> int:
-        """All is saved: from here on a signal ends the process at once.
+        """Has a signal end the process at once, because all is saved.
 
         Returns the signal that was noted, and forgets it; 0 = none.
         """
@@ -111,6 +114,7 @@ class Listener:
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         del frame
+        # Raised once: the same request may come twice (SAME_REQUEST).
         if self._policy == RAISED and not self._number:
             self._number = number
             raise KeyboardInterrupt
@@ -130,6 +134,7 @@ class Listener:
             name = self.process + signal.Signals(number).name
             if self._policy == AT_ONCE:
                 say(f"{name}: interrupted; {KEPT}")
+                # The main thread may be in compiled code, where no exception reaches it.
                 os._exit(exit_code(number, self.saved))
             if again:
                 say(f"{name} again: ended at once; {KEPT}")
@@ -149,8 +154,9 @@ LISTENER = Listener()
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
-    """The listener of this process; started here, and stopped again, where no command has started
-    it for the whole process.
+    """Yields the listener of this process.
+
+    It is started here, and stopped again, where no command has started it for the whole process.
     """
     if LISTENER.started:
         yield LISTENER
@@ -164,16 +170,17 @@ def listening() -> Iterator[Listener]:
 
 
 def exit_code(number: int, saved: bool) -> int:
-    """128 + the number of the signal; 0 when a run was told to end by something else than Ctrl-C
-    and could save all it had.
+    """Returns 128 + the number of the signal; 0 when a run was told to end by something else than
+    Ctrl-C and could save all it had.
     """
     return 0 if saved and number != signal.SIGINT else 128 + number
 
 
 def say(text: str) -> None:
-    """Past the streams of Python, which the main thread may be in the middle of; a terminal that is
-    gone is no matter.
+    """Writes a line to standard error, past the streams of Python, which the main thread may be in
+    the middle of. A terminal that is gone is no matter.
     """
-    clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # the live line may have hidden the cursor
+    # The live line may have hidden the cursor.
+    clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{text}\n".encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read(workdir: Any) -> list[dict[str, Any]]:
-    """The records of run.json, one for each start.
+    """Returns the records of run.json, one for each start.
 
     What cannot be read (a full disk empties files) is left out: the list begins anew.
     """
@@ -15,13 +15,13 @@ def read(workdir: Any) -> list[dict[str, Any]]:
         found = json.loads((Path(workdir) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return (
-        [record for record in found if isinstance(record, dict)] if isinstance(found, list) else []
-    )
+    if not isinstance(found, list):
+        return []
+    return [record for record in found if isinstance(record, dict)]
 
 
 def changed_code(workdir: Path) -> list[str]:
-    """A note when the start that was just recorded has other code than the one before it."""
+    """Returns a note when the start that was just recorded has other code than the one before."""
     codes = [code(record) for record in read(workdir)[-2:]]
     if len(set(codes)) < 2:
         return []
@@ -45,7 +45,7 @@ def _split(lengths: Mapping[str, int]) -> str:
 
 
 def code(record: Mapping[str, Any]) -> str:
-    """The code of a start: its commit, or without git its version."""
+    """Returns the code of a start: its commit, or without git its version."""
     git, versions = record.get("git"), record.get("versions")
     if isinstance(git, dict) and git.get("commit"):
         return f"commit {str(git['commit'])[:12]}" + (" with changes" if git.get("dirty") else "")

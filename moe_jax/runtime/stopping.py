@@ -22,14 +22,15 @@ class Interrupted(Exception):
 
 
 def due(step: int, start: int, every: int) -> bool:
-    """Whether the run is to save and end after a step; to be asked by all processes after the same
-    steps.
+    """Returns whether the run is to save and end after a step.
 
-    Several processes ask each other after the first step behind `start`, and after every `every`
-    steps.
+    All processes have to ask after the same steps. Several processes ask each other after the first
+    step behind `start`, and after every `every` steps.
     """
     alone = jax.process_count() == 1
-    return _agreed() if alone or step == start + 1 or step % every == 0 else False
+    # Asking others costs a collective, so it is not done after every step.
+    asks = alone or step == start + 1 or step % every == 0
+    return _agreed() if asks else False
 
 
 def check() -> None:
@@ -44,8 +45,9 @@ def check() -> None:
 
 
 def check_alone() -> None:
-    """`check` for what process 0 does while the others wait for it: of several processes none may
-    leave by itself.
+    """Does as `check` in a run of one process, and else nothing.
+
+    It is for what process 0 does while the others wait for it: none may leave by itself.
     """
     if jax.process_count() == 1:
         check()
@@ -59,14 +61,17 @@ def _agreed() -> bool:
         return heard.number > 0
     from jax.experimental import multihost_utils
 
+    # 0 is none, so the largest number is a signal that some process has heard. It is the same in
+    # every process, so all of them stop at the same step.
     number = int(multihost_utils.process_allgather(np.int32(heard.number)).max())
     heard.agree(number)
-    return number > 0  # and not what this process may have heard since
+    # By what was agreed, and not by what this process may have heard since.
+    return number > 0
 
 
 def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
-    """The parameter whose gradient went wrong first: of those not finite, the one that the backward
-    pass reaches first.
+    """Returns the parameter whose gradient went wrong first: of those not finite, the one that the
+    backward pass reaches first.
 
     The backward pass walks from the head to the embedding, so that is the one nearest to the loss.
     """
@@ -75,8 +80,9 @@ def first_broken(names: Sequence[str], finite: np.ndarray) -> str:
 
 
 def _depth(name: str) -> tuple[int, ...]:
-    """The place of a parameter in the forward pass of any model; what is not named here (of an
-    input) comes before the blocks.
+    """Returns the place of a parameter in the forward pass of any model.
+
+    What is not named here belongs to an input, and comes before the blocks.
     """
     encoder, parts = name.startswith("encoder/"), name.removeprefix("encoder/").split("/")
     order = {
@@ -89,7 +95,9 @@ def _depth(name: str) -> tuple[int, ...]:
         "towers": 6,
         "head": 7,
     }
+    # What stands below "ends" is named by its second part: "ends/embed", "ends/head".
     stage = order.get(parts[1] if parts[0] == "ends" else parts[0], 1)
+    # A block has its attention first, then (cross attention and) the feed-forward part.
     after_cross = any(part.startswith(("cross", "ffn", "moe", "dense")) for part in parts)
     inside = (
         "attention_norm_scale",
@@ -108,6 +116,7 @@ def _depth(name: str) -> tuple[int, ...]:
     return (
         not encoder,
         stage,
+        # Repeats and blocks are numbered in the order in which they run.
         *(int(part) for part in parts if part.isdecimal()),
         after_cross,
         last,

@@ -35,8 +35,10 @@ class Watchdog:
         self._stopped = threading.Event()
         self._limits = {"step": 0.0, "other": 0.0, "grace": 0.0}
         self._stacks = Path()
-        self._alive = 0.0  # time.monotonic() of the last sign of life
-        self._activities: list[str] = []  # slow ones under way, the innermost last
+        # time.monotonic() of the last sign of life.
+        self._alive = 0.0
+        # Slow ones under way, the innermost last.
+        self._activities: list[str] = []
 
     def start(self, *, step: float, other: float, grace: float, stacks: Path) -> None:
         """Begins to watch. The stacks of all threads go to the file `stacks` before an end."""
@@ -51,18 +53,18 @@ class Watchdog:
         self._stopped.set()
 
     def step_done(self) -> None:
-        """The first step was compiled, or another one done."""
+        """Takes note that the first step was compiled, or another one done."""
         if FIRST_STEP in self._activities:
             self._activities.remove(FIRST_STEP)
         self.alive()
 
     def alive(self) -> None:
-        """The main thread moves: to be called after every step and every batch."""
+        """Takes note that the main thread moves; to be called after every step and every batch."""
         self._alive = time.monotonic()
 
     @contextlib.contextmanager
     def slow(self, activity: str) -> Iterator[None]:
-        """What is done inside may take long: the limit is `other`."""
+        """Allows more time for what is done inside: the limit is `other`."""
         self._activities.append(activity)
         self.alive()
         try:
@@ -86,6 +88,7 @@ class Watchdog:
                 heard_at = 0.0
                 continue
             heard_at = heard_at or now
+            # Since the signal, or since the last sign of life after it.
             waited = now - max(heard_at, self._alive)
             grace = self._limits["grace"]
             # A save may take longer than that: nothing hangs in an activity that is known.

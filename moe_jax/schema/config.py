@@ -316,6 +316,7 @@ class TrainConfig:
 
     @property
     def num_micro_batches(self) -> int:
+        # `build` has filled in the 0, and the rules have refused a remainder.
         return self.batch_size // self.micro_batch_size
 
 
@@ -356,6 +357,7 @@ class Config:
     faults: tuple[Fault, ...] = option(
         "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
+    # Of MeshConfig's keys, -1 filled in, or of mesh_fallbacks: config/build.py.
     mesh: Lengths = derived(MeshConfig)
     mesh_fallbacks: tuple[str, ...] = option(
         (),

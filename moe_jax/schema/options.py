@@ -148,6 +148,7 @@ def refuse_other_keys(raw: Mapping[str, Any], known: Sequence[str], path: str) -
     """Raises a UserError for a key of a block that is not known, or that is missing."""
     unknown = sorted(set(raw) - set(known))
     missing = sorted(set(known) - set(raw))
+    # One message is enough: the first key by name.
     if unknown or missing:
         if unknown:
             what = f"unknown key {path}{unknown[0]}"
@@ -165,6 +166,7 @@ def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
         return freeze(typing.cast(type, hint), value, path + ".")
     if key and key.parse:
         return key.parse(value, path)
+    # Of tuple[str, ...] it is tuple; of a plain type None.
     origin = typing.get_origin(hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -174,6 +176,7 @@ def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
             )
         # JSON has lists where a config has tuples, and tuples in them.
         return tuple(tuple(entry) if isinstance(entry, list | tuple) else entry for entry in value)
+    # These have no single type that could be compared.
     if hint is Any or origin in (typing.Union, types.UnionType, Mapping):
         return value
     if key and key.bound and not isinstance(value, str):
@@ -181,6 +184,7 @@ def _convert(hint: Any, value: Any, path: str, key: Option | None) -> Any:
         return value
     # A bool is an int in Python, and no number here.
     is_bool = isinstance(value, bool)
+    # A user may write 1 for 1.0.
     if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
     if not isinstance(value, hint) or (hint is int and is_bool):
@@ -202,6 +206,7 @@ def refusals(options: Any, path: str) -> Iterator[str]:
             yield from of_number(at, value, key.bound)
         if key.choices:
             yield from not_among(at, value, key.choices)
+    # What declares nothing is a block.
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if KEY not in field.metadata and dataclasses.is_dataclass(value):
@@ -216,6 +221,7 @@ def not_among(path: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
 
 def of_number(path: str, value: Any, bound: Bound) -> Iterator[str]:
     """Yields a message for a number, or for each of a tuple, that is out of its bounds."""
+    # A whole number is a real one, too.
     kind = int if bound.whole else int | float
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:

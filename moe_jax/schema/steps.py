@@ -26,12 +26,15 @@ class Due(NamedTuple):
 
 
 def due(text: str, path: str) -> Due:
-    """Returns the steps of "100,200", "every 50", both ("1,every 50"), or "" (none). UserError."""
+    """Returns the steps of "100,200", "every 50", both ("1,every 50"), or "" (none). Raises
+    UserError.
+    """
     steps, every = set(), []
     for part in text.split(","):
         part = part.strip()
         if not part:
             continue
+        # "every 50" or "100": what is left must be a number.
         number = part.removeprefix("every ").strip()
         if not number.isdecimal() or int(number) < 1:
             raise UserError(
@@ -46,7 +49,10 @@ def due(text: str, path: str) -> Due:
 
 
 def profile_range(text: str, path: str) -> tuple[int, int] | None:
-    """Returns (10, 13) of "10:13", which traces steps 10, 11 and 12; None of "". UserError."""
+    """Returns (10, 13) of "10:13", which traces steps 10, 11 and 12; None of "".
+
+    Raises UserError.
+    """
     if not text:
         return None
     first, _, last = str(text).partition(":")

@@ -98,6 +98,7 @@ def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str
     They are nll (nats), tokens (the weight of the predictions), and the totals of the layers
     [L, ...], `moe` and `depth`.
     """
+    # The losses of single predictions become sums here, and are divided in `objective` alone.
     losses = task.losses(model, batch, rng, True)
     weight = losses.weight.astype(losses.nll.dtype)
     return {
@@ -136,6 +137,7 @@ def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, An
     That is the assignments per MoE layer, domain and expert [L, Z, E]. `rows` and `row_routing` [B]
     are no sums over the batch but what each row gives.
     """
+    # The key is unused: an evaluation draws nothing.
     losses = task.losses(model, batch, jax.random.key(0), False)
     # Held-out rows are of one domain each, so the first place has that of the row.
     domain_B = batch.domain_BS[:, 0] if hasattr(batch, "domain_BS") else batch.domain_B
@@ -218,6 +220,7 @@ def experts_by_row(sums: Mapping[str, jax.Array], num_rows: int) -> jax.Array:
     # Without MoE layers there are no experts to count.
     if not sums:
         return jnp.zeros((num_rows, 0, 1))
+    # [L, B, E] -> [B, L, E]: rows come first, as in all that an evaluation keeps of a row.
     return jnp.moveaxis(sums["counts"], 1, 0)
 
 

@@ -50,6 +50,7 @@ def evaluate(forward: Losses, batch: Any, data: Examples) -> dict[str, Any]:
     Rows of weight 0, which fill up a batch, count nowhere.
     """
     predicted_B = jnp.argmax(forward.outputs, -1)
+    # Weights are 1 or 0 here: 0 is a row that only fills up the batch.
     valid_B = forward.weight > 0
     correct_B = predicted_B == batch.label_B
     dtype = forward.nll.dtype
@@ -79,6 +80,7 @@ def summary(total: Mapping[str, Any], data: Examples) -> dict[str, float]:
     num_rows = max(total["tokens"].sum(), 1)
     # F1 = 2 hits / (rows of the class + rows predicted as it)
     rows_or_predicted = total["class_rows"] + total["class_predicted"]
+    # A class that neither occurs nor is predicted has no F1, and is left out of the mean.
     f1 = 2 * total["class_hits"] / np.maximum(rows_or_predicted, 1)
     result = {
         "loss": total["nll"].sum() / num_rows,
@@ -140,7 +142,7 @@ def comparison(cfg: Config, data: Examples, figures: Figures) -> Table:
 
 
 def fitting(cfg: Config, data: Examples) -> Examples:
-    """Returns the data; UserError where the model does not fit them."""
+    """Returns the data. Raises UserError where the model does not fit them."""
     options: Any = cfg.model.kind_options
     about = data.about
     needs: dict[str, Any] = {"num_classes": len(about.labels)}
@@ -172,6 +174,7 @@ def random(cfg: Config, step: int) -> LabelledTokens | LabelledVectors:
     rng = np.random.default_rng([cfg.seed, step])
     options: Any = cfg.model.kind_options
     num, length = cfg.train.batch_size, cfg.data.seq_len
+    # From more than half a row to all of it.
     size_B = rng.integers(length // 2 + 1, length + 1, num)
     # Proofs need both kinds of rows: full ones and ones with padding.
     size_B[::2] = length

@@ -64,8 +64,10 @@ def served(probes: Sequence[Probe], num_experts: int) -> Check:
     """
     sums = [probe.sums for probe in probes]
     # [L, B, C], where null experts are counted behind the others.
+    # Over rows and experts, and over all steps.
     assigned_L = sum(s["counts"][..., :num_experts].sum((1, 2)) for s in sums)
     dropped_L = sum(s["dropped"].sum(1) for s in sums)
+    # Idle: nothing was assigned, or all of it was dropped.
     idle_layers = np.sum(assigned_L <= dropped_L)
     note = f"{np.sum(dropped_L):.0f} of {np.sum(assigned_L):.0f} assignments dropped"
     if not all(whole(s["counts"]) for s in sums):
@@ -79,6 +81,7 @@ def mean_loss(program: Program, begin: State) -> Check:
     """
     batch = program.task.random(program.cfg, 0)
     _, probe = program.step(begin, batch)
+    # NumPy's mean, which shares nothing with the loss of the step.
     nll = np.average(probe.nll, weights=batches.weight(batch, probe.nll))
     claim = "the loss is the mean over predictions that are not padding"
     return Check(claim, abs(nll - probe.metrics["nll"]), LIMIT, "", True)
@@ -104,11 +107,13 @@ def changes(program: Program, begin: State) -> list[Check]:
     # What a task hides from a token, such as later tokens from a language model.
     causal = batches.causal(group_rows)
     asked = {name: change for name, change in causal.items() if name in program.task.hidden}
+    # Only what the config is declared to see is excused.
     excuse = "; ".join(causality.reasons(model)) if causality.sees(model).future else ""
     of_future = [_change(program, begin, name, change, excuse) for name, change in asked.items()]
     made += of_future
     if all(check.judged for check in of_future):
         return made
+    # Attention and masks are asked again, of a model whose experts have no excuse.
     plain = Program(without_excuse(program.raw), program.lengths).compile()
     plain_begin = plain.initial()
     for name, change in asked.items():
@@ -131,6 +136,7 @@ def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
     needing = [name for name, loss in LOSSES.items() if loss.needs]
     moe["losses"] |= dict.fromkeys(needing, 0.0)
     moe["adaptive"]["rate"] = 0.0
+    # An evaluation by another dispatcher would be of another model.
     new["eval"]["dispatcher"] = "same"
     for part in ("prefix", "period", "suffix"):
         model[part] = [block.removeprefix(DEPTH) for block in model[part]]
@@ -144,6 +150,7 @@ def router_updates(program: Program, begin: State) -> list[Check]:
     before = states.of_routers(program, begin)
     if not before or not routers_learn(program.cfg, begin.params):
         return []
+    # One step with the routers as they are; what it counted is what the rule is applied to.
     new, probe = program.step(begin, program.task.random(program.cfg, 0))
     after = states.of_routers(program, new)
     differences: dict[str, float] = {}
@@ -151,6 +158,7 @@ def router_updates(program: Program, begin: State) -> list[Check]:
         # What depth blocks count beside the routers is no matter of theirs.
         sums = depth.without({name: jnp.asarray(z) for name, z in probe.sums.items()})
         for layer, (old, have) in enumerate(zip(before, after, strict=True)):
+            # Rows are added up here, in NumPy: the step adds them up on the mesh.
             totals = {name: z[layer].sum(0) for name, z in sums.items()}
             want = _updated(program.cfg.model, old, totals)
             for name, value in want.items():
@@ -190,8 +198,10 @@ def _change(
         other = change.apply(batch, np.random.default_rng(trial))
         _, before = program.step(begin, batch)
         _, after = program.step(begin, other)
+        # Only the losses that the change must not touch are compared.
         same = np.broadcast_to(change.same(batch), before.nll.shape)
         differences[f"loss, {trial}"] = far(before.nll[same], after.nll[same])
+        # Some loss must move, or the change was none and the check proves nothing.
         effect = max(effect, far(before.nll, after.nll))
         if name == "padding":
             for what, difference in _everything(before, after).items():
@@ -205,6 +215,7 @@ def _change(
         note = "nothing changed at all: the check proves nothing"
         return Check(change.claim, float("nan"), LIMIT, note, True)
     note = excuse
+    # An earlier document takes places first, so a later one may lose an assignment to it.
     shares_capacity = name == "document" and DISPATCHERS[program.cfg.model.moe.dispatcher].drops
     if shares_capacity and drops and not excuse:
         note = "documents of a row share capacity, and some assignments were dropped"
@@ -228,6 +239,7 @@ def _drops(probe: Probe) -> float:
 def against_reference(program: Program) -> list[Check]:
     """Checks the MoE layer against plain arithmetic, with the kernels of CPUs and accelerators."""
     here = reference.compare(program)
+    # The kernels of accelerators are compiled for this CPU.
     with of_other_platforms():
         there = reference.compare(program)
 

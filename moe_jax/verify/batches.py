@@ -52,6 +52,7 @@ def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
         return odd_B.reshape(-1, *[1] * (ndim - 1))
 
     def redraw_odd_groups(batch, rng):
+        # Every other group is drawn anew, and the losses of the groups between them are looked at.
         return _redraw(batch, rng, lambda valid: valid & in_odd_group(batch, valid.ndim))
 
     def counts(batch):
@@ -79,6 +80,7 @@ def causal(group_rows: int) -> dict[str, Change]:
         other.
         """
         length = batch.segment_BS.shape[1]
+        # Tokens of a prefix see each other, so none of them is later than another.
         prefix_B1 = batch.prefix_BS.sum(1, keepdims=True) if hasattr(batch, "prefix_BS") else 0
         before_BS = np.arange(length)[None] < np.maximum(length // 2, prefix_B1)
         return before_BS & (batch.segment_BS > 0)
@@ -134,4 +136,5 @@ def _redraw(
 
 def _padding(batch: Any, rng: np.random.Generator) -> Any:
     """Returns the batch with other contents in its padding, labels included."""
+    # Labels too: a wrong one must not count where there is padding.
     return _redraw(batch, rng, lambda valid: ~valid, skip=())

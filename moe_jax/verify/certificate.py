@@ -55,6 +55,7 @@ def moe(raw: Mapping[str, Any]) -> dict[str, Any]:
     proven = {}
     for choice in ("router", "ordering", "dispatcher"):
         chosen = block[choice]
+        # Only the block of what was chosen: the others had no part in it.
         proven[choice] = {chosen: block[f"{choice}s"][chosen]}
     proven["losses"] = {name: value for name, value in block["losses"].items() if value}
     return proven
@@ -106,6 +107,7 @@ def refuse_unwritable(path: Path) -> None:
 
     It leaves no empty file behind.
     """
+    # The file of an earlier proof must survive a proof that fails.
     existed = path.exists()
     try:
         # "a" leaves the content of an older certificate alone.
@@ -141,6 +143,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     lines += _table(("key", "yours", "shrunk", "why"), rules)
     checks = list(LIMITS)
     limits = ["limit", *(f"{LIMITS[name]:.0e}" for name in checks)]
+    # The first line of the table has the limits, each mesh one line below.
     meshes = [[mesh["mesh"], *_deviations(mesh, checks)] for mesh in certificate["meshes"]]
     lines += _table(("mesh", *checks), [limits, *meshes])
     alone = []

@@ -45,11 +45,13 @@ class Deviation(NamedTuple):
     value: float
     # The name of the worst parameter or statistic; "" where there is but one.
     where: str
-    step: int  # of the worst deviation
+    # Of the worst deviation.
+    step: int
 
     @property
     def sound(self) -> bool:
-        return self.value <= LIMITS[self.check]  # NaN is not
+        # NaN is within no limit.
+        return self.value <= LIMITS[self.check]
 
 
 def deviations(
@@ -68,10 +70,13 @@ def deviations(
     for step, (want_probe, have_probe) in enumerate(zip(want, have, strict=True)):
         now = {deviation.check: deviation for deviation in _of_step(want_probe, have_probe, step)}
         if step == len(want) - 1:
+            # Parameters are compared once, after the last step: they hold the deviations of all
+            # steps.
             now["state"] = _worst("state", _absolute(want_state, have_state), step)
         for check in ORDER:
             if check not in now:
                 continue
+            # In ORDER, so that of one step the check nearest to the cause is named.
             if first is None and not now[check].sound:
                 first = now[check]
             # `largest`, because NaN is worse than any number.
@@ -108,6 +113,7 @@ def _of_sums(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
     if want.routing:
         pairs["gates of single choices"] = (want.routing["gate"], have.routing["gate"])
     pairs |= {f"metric {name}": pair for name, pair in metrics(want, have).items()}
+    # Relative to the value, but to 1 where that is smaller.
     relative = {name: far(a, b, np.maximum(np.abs(a), 1)) for name, (a, b) in pairs.items()}
     yield _worst("sums", relative, step)
 
@@ -147,6 +153,7 @@ def unequal(a: np.ndarray, b: np.ndarray) -> float:
     """Returns how many entries differ; soft MoE counts fractions, which may differ by rounding."""
     if a.dtype == bool:
         return float((a != b).sum())
+    # Whole numbers must be equal; fractions have rounding.
     allowed = 0 if whole(a) else 1e-10
     return float((np.abs(a - b) > allowed).sum())
 

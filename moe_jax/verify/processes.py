@@ -47,6 +47,7 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Report 
     job.write_text(json.dumps({"raw": raw, "steps": steps, "count": count, "address": address}))
     command = [sys.executable, "-m", "moe_jax.verify.processes", str(job)]
     streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    # All are started before one is waited for: they meet each other.
     started = [
         subprocess.Popen([*command, str(index)], text=True, **streams) for index in range(count)
     ]
@@ -83,6 +84,7 @@ def failure(process: subprocess.Popen[str], name: str) -> str:
 def work(path: Path, index: int) -> None:
     """Runs one process: the steps of the job on the whole mesh. Process 0 writes the report."""
     job = json.loads(path.read_text())
+    # Each process has its share of the eight devices.
     mesh.simulate(LENGTHS.num_devices // job["count"])
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(
@@ -92,7 +94,9 @@ def work(path: Path, index: int) -> None:
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
     plain = [tuple(probe) for probe in (*probes, program.tied(begin))]
+    # No Report: pickle would name its class by `__main__`, as this module is called here.
     report = plain, states.named(program, end)
+    # All processes write the checkpoint together, as those of a run do.
     states.write(program, end, path.parent / SAVED)
     if index == 0:
         (path.parent / REPORT).write_bytes(pickle.dumps(report))

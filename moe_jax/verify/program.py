@@ -39,7 +39,8 @@ class Probe(NamedTuple):
     sums: dict[str, np.ndarray]
     # Likewise of every choice of every token, [L, B, S, K]; {} where `recordable` says no.
     routing: dict[str, np.ndarray]
-    grads: dict[str, np.ndarray]  # by name, layers unstacked
+    # By name, layers unstacked.
+    grads: dict[str, np.ndarray]
 
 
 class Program:
@@ -69,6 +70,7 @@ class Program:
         """Returns the first state, drawn with the seed of the config."""
         with self.entered():
             key = jax.random.key(self.cfg.seed)
+            # Compiled quickly, as everything here (compiling.py).
             return jax.jit(self._initial).lower(key).compile(compiler_options=QUICK)(key)
 
     def lower(self) -> jax.stages.Lowered:
@@ -90,6 +92,7 @@ class Program:
         """Returns a batch of all rows on the mesh."""
         number = self.cfg.train.batch_size
         rows = batch_rows.local_rows(number)
+        # Each process hands over the rows of its own devices alone.
         return batch_rows.put(jax.tree.map(lambda z: z[rows], batch), rows, number)
 
     def on_mesh(self, x: jax.Array) -> jax.Array:
@@ -119,6 +122,7 @@ class Program:
         """
 
         def without_gate(path, x):
+            # A linear gate only: other routers have no matrix whose zeros tie all scores.
             is_gate = [key.key for key in path][-2:] == ["router", "gate"]
             return jnp.zeros_like(x) if is_gate else x
 
@@ -164,6 +168,7 @@ class Program:
         """Takes a step, traced, and returns everything that a Probe holds."""
         # The step does not tell its gradients: they are taken where the optimizer receives them.
         gradients = []
+        # The optimizer of the run, with an ear at its entrance.
         tx = train_step.make_tx(self.cfg, now.params)
 
         def update(updates, state, params=None):
@@ -178,6 +183,7 @@ class Program:
         model = self.model.bind(now.params, now.router_state)
         if recordable(self.cfg.model):
             model = recording(model)
+        # In training mode and with the step's key, so that it draws what the step drew.
         losses = self.task.losses(model, batch, rng, True)
         return new, metrics, gradients[0], losses.nll, losses.sums
 

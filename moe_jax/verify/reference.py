@@ -43,12 +43,14 @@ class Dense(NamedTuple):
     output: float
     # Likewise of the worst gradient.
     gradient: float
-    where: str  # whose gradient that is
+    # Whose gradient that is.
+    where: str
 
 
 def served(cfg: MoE) -> MoE:
     """Returns the layer with places for every assignment: plain arithmetic drops nothing."""
     options = cfg.dispatcher_options
+    # A capacity of all tokens for every expert.
     if hasattr(options, "factor"):
         options = dataclasses.replace(options, factor=float(cfg.num_experts))
     return dataclasses.replace(cfg, dispatcher_options=options)
@@ -138,6 +140,7 @@ def mixed(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: Mo
         """Returns [G, t, ...] from [B, S, ...]."""
         rows, length, *rest = z_BS.shape
         tokens = min(cfg.group_rows, rows) * length
+        # Rows of a group follow each other, as they do in the layer.
         return z_BS.reshape(-1, tokens, *rest)
 
     # y_t = sum over e, s of C_tes expert_e(sum over t' of D_t'es x_t')
@@ -178,6 +181,7 @@ def attention_kernels(length: int) -> float:
 
     q, k, v, weight = draw(G * queries), draw(G), draw(G), draw(G * queries)
     index_S = np.arange(S)
+    # One row has two documents, the other padding at its end.
     two_documents_S = np.where(index_S < S // 3, 1, 2)
     padded_S = np.where(index_S < S - S // 4, 1, 0)
     segment_BS = jnp.asarray(np.stack([two_documents_S, padded_S]).astype(np.int32))
@@ -185,6 +189,7 @@ def attention_kernels(length: int) -> float:
     def run(visible: Any) -> list[np.ndarray]:
         def value(q, k, v):
             o = attention_core.attention(q, k, v, visible(segment_BS), scale=0.5)
+            # The random weights give every output a gradient of its own.
             return (o * weight).sum(), o
 
         gradient_of = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)

@@ -35,7 +35,8 @@ class Reference(NamedTuple):
     begin: State
     # Of the steps, and of one with `Program.tied` routers.
     probes: list[Probe]
-    end: dict[str, np.ndarray]  # by name, after the steps
+    # By name, after the steps.
+    end: dict[str, np.ndarray]
 
 
 class Row(NamedTuple):
@@ -47,12 +48,14 @@ class Row(NamedTuple):
     # The error that stopped it; "" = none.
     failure: str
     deviations: dict[str, Deviation]
-    first: Deviation | None  # the first beyond its limit
+    # The first beyond its limit.
+    first: Deviation | None
     # The mesh that read the checkpoint written here; "" = none was written.
     reader: str
     # Arrays that differ in a bit after that.
     unequal: list[str]
-    rounded: Rounded | None  # float32
+    # In float32; None = not asked for on this mesh.
+    rounded: Rounded | None
 
     @property
     def sound(self) -> bool:
@@ -89,9 +92,9 @@ class Wanted(NamedTuple):
 
 
 def prove(raw: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> Result:
-    """`verify` in a process of its own: simulates the devices, in float64, and keeps no files.
+    """Does as `verify` in a process of its own: simulates the devices, in float64, keeps no files.
 
-    Before anything else of the process uses jax. jax_enable_x64 stays on.
+    It comes before anything else of the process that uses jax. jax_enable_x64 stays on.
     """
     mesh.simulate(shrink.DEVICES)
     jax.config.update("jax_enable_x64", True)
@@ -199,6 +202,7 @@ def unlike(
 def widest(small: Mapping[str, Any], meshes: Sequence[Lengths]) -> Lengths:
     """Returns the mesh that splits the most, of those that are not refused."""
     accepted = [lengths for lengths in meshes if not shrink.refusal(small, lengths)]
+    # Of equal ones the first that was asked for.
     return max(accepted, key=lambda lengths: sum(length > 1 for length in lengths))
 
 
@@ -224,6 +228,7 @@ def _rows(
     # XLA compiles outside of Python's lock, so two threads keep two cores busy; a third runs what
     # they have compiled.
     with ThreadPoolExecutor(2) as compiling, ThreadPoolExecutor(1) as running:
+        # One device in float32: what the float32 runs of meshes are held beside.
         rounded = _submit(compiling, "float32", ONE, [shrink.changed(shrink.plain(small), narrow)])
         jobs = [_submit(compiling, f"1x1x1 {'+'.join(names)}", ONE, [layout])]
         for lengths in wanted.meshes:
@@ -232,11 +237,13 @@ def _rows(
                 raws.append(shrink.changed(small, narrow))
             jobs.append(_submit(compiling, str(lengths), lengths, raws))
         want = _narrow(rounded.programs[0].result(), one.begin)
+        # Each checkpoint is read on the mesh before its own; the first one on the reference.
         readers = [one.program]
         while jobs:
             # Taken out of the list, so that a program is freed once it has run.
             job = jobs.pop(0)
             say(job.name)
+            # In the third thread, while the two others compile.
             row = running.submit(_row, job, one, want, readers, folder)
             # Whatever a layout raises while it is traced, compiled or run is a result: jax's checks
             # of sharding are faults found.
@@ -295,6 +302,7 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
         return empty(name, failure=report)
     worst, first = compare.deviations(one.probes, report.probes, one.end, report.end)
     saved = states.named(one.program, states.read(one.program, folder / processes.SAVED))
+    # The checkpoint that the processes wrote together is read on one device.
     return Row(name, "", "", worst, first, str(ONE), states.differ(report.end, saved), None)
 
 

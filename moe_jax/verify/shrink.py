@@ -38,6 +38,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
 
     `raw` is the nested dict of a config. Raises UserError when it is a bad one.
     """
+    # As one device: what is wrong with the config itself is said here, of the keys as they were.
     yours = {**copy.deepcopy(dict(raw)), "mesh": ONE.written()}
     config.build(yours, 1)
     small, rules = copy.deepcopy(yours), []
@@ -53,6 +54,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
 def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, why) of every key that may shrink."""
     model, train = raw["model"], raw["train"]
+    # Grouped queries stay grouped, and single ones single.
     ratio = min(model["num_heads"] // model["num_kv_heads"], 2)
     yield "model.d_model", 16, "small; divisible by data x expert"
     yield "model.num_kv_heads", DEVICES, "divisible by every model axis"
@@ -67,6 +69,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "optim.master_copy", False, "parameters in float64 need none"
     yield "data.seq_len", SEQ_LEN, "small"
     rows = DEVICES * model["moe"]["group_rows"]
+    # 0 = the whole batch at once.
     num_micro = train["batch_size"] // (train["micro_batch_size"] or train["batch_size"])
     num_micro = min(num_micro, MICRO_BATCHES)
     yield "train.micro_batch_size", rows if num_micro > 1 else 0, f"{DEVICES} devices x group_rows"

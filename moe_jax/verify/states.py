@@ -48,6 +48,7 @@ def of_routers(program: Program, now: State) -> list[dict[str, np.ndarray]]:
         if name.startswith("router_state/"):
             # "router_state/repeats/0/blocks/1/moe/state/bias"
             *path, last = name.split("/")[1:]
+            # Numbers as numbers: as texts, 10 would come before 2.
             numbers = [int(part) if part.isdecimal() else PARTS.get(part, 0) for part in path]
             # An encoder runs before its decoder.
             position = (path[0] != "encoder", *numbers)

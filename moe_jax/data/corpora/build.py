@@ -68,6 +68,7 @@ def split_before(text: str, heading: str, shortest: int) -> list[str]:
     starts = [match.start() for match in re.finditer(heading, text, flags=re.MULTILINE)]
     parts: list[str] = []
     begin = 0
+    # A part ends before a heading, but only once it is long enough.
     for end in [*starts, len(text)]:
         if end - begin >= shortest or end == len(text):
             parts.append(text[begin:end])
@@ -174,7 +175,9 @@ CORPORA = {
 
 
 def read(folder: pathlib.Path, name: str) -> str:
-    """Returns the text of `name` or `name`.gz, wherever it is in `folder`; UserError if nowhere."""
+    """Returns the text of `name` or `name`.gz, wherever it is in `folder`. Raises UserError if
+    nowhere.
+    """
     paths = sorted([*folder.rglob(name), *folder.rglob(name + ".gz")])
     if not paths:
         raise UserError(

@@ -69,6 +69,7 @@ def _pairs(given: Given, language: str) -> Converted:
     english = _descriptions(given, "en")
     pairs: set[tuple[str, str]] = set()
     for md5, described in _descriptions(given, language).items():
+        # Translations are found by the md5 sum of the English description.
         if md5 not in english:
             continue
         sources = _paragraphs(english[md5])
@@ -144,7 +145,7 @@ def _release_notes(given: Given) -> tuple[str, ...]:
 def _read(index: GivenFile, wanted: tuple[str, ...], key: str) -> Iterator[Paragraph]:
     """Yields the paragraphs with their wanted fields.
 
-    UserError if one has no `key`, or the file ends within one.
+    Raises UserError if one has no `key`, or the file ends within one.
     """
     text = index.text()
     # Every paragraph ends with an empty line, so a file that was cut shows here.

@@ -36,7 +36,7 @@ FILES = {
 
 
 def convert(given: Given) -> Converted:
-    """Returns the four files; UserError if a part has not as many labels as images."""
+    """Returns the four files. Raises UserError if a part has not as many labels as images."""
     files = {name: given.one(name, digests) for name, digests in FILES.items()}
     notes: list[str] = []
     for part in ("train", "t10k"):
@@ -55,8 +55,12 @@ def convert(given: Given) -> Converted:
 
 
 def _shape(file: GivenFile, dimensions: int) -> tuple[int, ...]:
-    """Returns the shape in the head of an idx file. UserError if the file has another size."""
+    """Returns the shape in the head of an idx file.
+
+    Raises UserError if the file has another size.
+    """
     start = 4 + 4 * dimensions
+    # Two zeros, unsigned bytes, the number of dimensions.
     head = bytes((0, 0, 8, dimensions))
     # ">u4": the most significant byte comes first.
     if len(file.data) < start or file.data[:4] != head:

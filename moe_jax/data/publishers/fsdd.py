@@ -33,7 +33,7 @@ def convert(given: Given) -> Converted:
 
 
 def _check_wav(file: GivenFile) -> None:
-    """UserError if a file is no wav file, or shorter or longer than its head says."""
+    """Raises UserError if a file is no wav file, or shorter or longer than its head says."""
     # "RIFF", size of what follows, "WAVE".
     head = file.data[:12]
     size = int.from_bytes(head[4:8], "little") + 8

@@ -76,7 +76,7 @@ class GivenFile(NamedTuple):
     data: bytes
 
     def text(self) -> str:
-        """Returns the data as UTF-8 text. UserError where it is none."""
+        """Returns the data as UTF-8 text. Raises UserError where it is none."""
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -92,7 +92,9 @@ class Given:
     """
 
     def __init__(self, paths: Sequence[pathlib.Path], any_digest: bool = False) -> None:
-        """Lists the files. UserError for a path that is not there or an archive that is damaged."""
+        """Lists the files. Raises UserError for a path that is not there or an archive that is
+        damaged.
+        """
         self.paths = tuple(paths)
         self.any_digest = any_digest
         self.sources: list[Source] = []
@@ -164,7 +166,7 @@ class Given:
         return f". Archives in a folder are not opened, name them: {', '.join(closed[:4])}"
 
     def _record(self, file: GivenFile, digests: Sequence[str]) -> None:
-        """Adds a file to the sources; UserError if it has none of the digests."""
+        """Adds a file to the sources. Raises UserError if it has none of the digests."""
         sha256 = hashlib.sha256(file.packed).hexdigest()
         checked = fitting(file, digests)
         if digests and not checked and not self.any_digest:
@@ -200,7 +202,7 @@ def _unfit(file: GivenFile, digests: Sequence[str]) -> UserError:
 
 
 def _read(entry: _Entry) -> GivenFile:
-    """Reads and unpacks a file; UserError if it is damaged."""
+    """Reads and unpacks a file. Raises UserError if it is damaged."""
     try:
         packed = entry.read()
         data = entry.unpack(packed) if entry.unpack else packed
@@ -212,7 +214,7 @@ def _read(entry: _Entry) -> GivenFile:
 def _entries(path: pathlib.Path) -> Iterator[_Entry]:
     """Yields the files of a path: a file, a folder, a tar or zip archive.
 
-    UserError for a path that is not there, a Debian package, or a damaged archive.
+    Raises UserError for a path that is not there, a Debian package, or a damaged archive.
     """
     try:
         if path.is_dir():

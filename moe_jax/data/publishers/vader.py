@@ -40,7 +40,7 @@ def convert(given: Given) -> Converted:
 
 
 def _rated(file: GivenFile) -> list[tuple[str, str]]:
-    """Returns (rating, sentence) of each line; UserError for a line that is none."""
+    """Returns (rating, sentence) of each line. Raises UserError for a line that is none."""
     rows: list[tuple[str, str]] = []
     for number, line in enumerate(file.text().splitlines(), 1):
         if not line.strip():

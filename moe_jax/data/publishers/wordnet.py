@@ -60,7 +60,7 @@ def _edition(file: GivenFile) -> str:
 
 
 def _synsets(file: GivenFile, letter: str) -> Iterator[Row]:
-    """Yields the synsets of a data file; UserError if it was changed or cut.
+    """Yields the synsets of a data file. Raises UserError if it was changed or cut.
 
     `letter` is the part of speech by which a pointer names a synset of the same file.
     """
@@ -93,7 +93,7 @@ def _synsets(file: GivenFile, letter: str) -> Iterator[Row]:
 
 
 def _check_end(file: GivenFile, last: int) -> None:
-    """UserError if a file ends before byte `last`, at which a synset begins."""
+    """Raises UserError if a file ends before byte `last`, at which a synset begins."""
     size = len(file.data)
     if last >= size:
         raise UserError(

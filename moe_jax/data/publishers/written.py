@@ -27,8 +27,9 @@ def tsv(rows: Iterable[Sequence[str]]) -> bytes:
 def write(path: pathlib.Path, content: bytes, dataset: str, sources: Sequence[Source]) -> bool:
     """Writes `content` to `path`, packed if its name ends with .gz, and PATH.source.json beside it.
 
-    Returns False if the file is there already with this content: it is left as it is. UserError if
-    it is there with another content, so that nothing is overwritten, or if it cannot be written.
+    Returns False if the file is there already with this content: it is left as it is. Raises
+    UserError if it is there with another content, so that nothing is overwritten, or if it cannot
+    be written.
     """
     try:
         if path.exists():
@@ -68,6 +69,7 @@ def _content(path: pathlib.Path) -> bytes | None:
 
 def _replace(path: pathlib.Path, data: bytes) -> None:
     """Writes a file in one step, so that a killed process leaves no half of it under its name."""
+    # The number of the process: two that convert at once do not share a file.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

@@ -12,7 +12,7 @@ from moe_jax.errors import UserError
 def find(folder: str, kind: str, name: str, dataset: str) -> pathlib.Path:
     """Returns folder/name or folder/kind/name.
 
-    UserError, with the command that makes the file, if there is neither.
+    Raises UserError, with the command that makes the file, if there is neither.
     """
     base = pathlib.Path(os.path.expanduser(folder))
     for path in (base / name, base / kind / name):
@@ -28,7 +28,8 @@ def find(folder: str, kind: str, name: str, dataset: str) -> pathlib.Path:
 def read_tsv(path: pathlib.Path, columns: int, header: bool) -> Iterator[list[str]]:
     """Yields the cells of each line of a file with tabs between `columns` columns.
 
-    With `header` the first line is left out. UserError for a line with another number of columns.
+    With `header` the first line is left out. Raises UserError for a line with another number of
+    columns.
     """
     with readable(str(path)), open_text(str(path)) as file:
         for number, line in enumerate(file, 1):

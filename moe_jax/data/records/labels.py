@@ -13,7 +13,7 @@ NONE = -1
 
 
 def checked(label: int, classes: int, where: str) -> int:
-    """Returns the label if it is 0 .. classes - 1, or NONE; UserError for any other.
+    """Returns the label if it is 0 .. classes - 1, or NONE. Raises UserError for any other.
 
     `where`: the name of its example in messages.
     """
@@ -26,7 +26,7 @@ def checked(label: int, classes: int, where: str) -> int:
 
 
 def all_checked(label_N: np.ndarray, classes: int, where: str) -> None:
-    """UserError for the first of the labels that is neither 0 .. classes - 1 nor NONE.
+    """Raises UserError for the first of the labels that is neither 0 .. classes - 1 nor NONE.
 
     `where`: the name of their file or set in messages.
     """

@@ -26,7 +26,7 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
 
     def text(self, field: str) -> str:
-        """Returns the text of a feature; UserError for one that is no UTF-8."""
+        """Returns the text of a feature. Raises UserError for one that is no UTF-8."""
         return plain(self.fields[field], self.where)
 
 
@@ -47,7 +47,7 @@ class Stored(NamedTuple):
     def records(self, part: str, split: str) -> Iterator[Record]:
         """Yields the records of a split of the set as records of `part`, "train" or "heldout".
 
-        UserError for a split that is unknown or empty, and for damage.
+        Raises UserError for a split that is unknown or empty, and for damage.
         """
         empty = True
         for number, fields in enumerate(tfds_datasets.read_records(self.builder, self.name, split)):
@@ -57,12 +57,13 @@ class Stored(NamedTuple):
             raise UserError(f"dataset {self.name}, split {split!r} has no records")
 
     def both(self, label: str) -> Iterator[Record]:
-        """Yields the records of both parts; UserError where nothing is held out.
+        """Yields the records of both parts. Raises UserError where nothing is held out.
 
         `label`: the feature that has the class, "" if none has.
         """
         yield from self.records("train", self.split)
         splits = self.builder.info.splits
+        # The first that has labels: GLUE keeps those of its test part secret.
         for name in ("test", "validation"):
             if name in splits and (not label or self._has_labels(name, label)):
                 yield from self.records("heldout", name)
@@ -77,7 +78,9 @@ class Stored(NamedTuple):
         return any(record.fields[label] != labels.NONE for record in self.records("heldout", split))
 
     def only(self, kind: type, what: str) -> str:
-        """Returns the name of the one feature of a kind; UserError if there is none or several."""
+        """Returns the name of the one feature of a kind. Raises UserError if there is none or
+        several.
+        """
         names = [name for name in sorted(self.features) if isinstance(self.features[name], kind)]
         if len(names) != 1:
             raise UserError(
@@ -88,7 +91,7 @@ class Stored(NamedTuple):
 
 
 def open_stored(spec: str) -> Stored:
-    """Opens the set that `tfds:...` names; UserError if it is not on this disk."""
+    """Opens the set that `tfds:...` names. Raises UserError if it is not on this disk."""
     dataset, field = split_field(spec.removeprefix(PREFIX), "")
     name, _, split = dataset.partition(":")
     return Stored(name, field, split or "train", tfds_datasets.find_dataset(name))

@@ -52,7 +52,7 @@ def syntax(kind: str) -> str:
 def parse(spec: str) -> Spec:
     """Returns the parts of `[label=]kind[:argument]`.
 
-    UserError if it names no kind of source, or lacks the argument that this kind needs.
+    Raises UserError if it names no kind of source, or lacks the argument that this kind needs.
     """
     # A name with bytes that are no UTF-8 has surrogates, which do not encode.
     if spec != spec.encode("utf-8", "replace").decode("utf-8"):
@@ -61,6 +61,7 @@ def parse(spec: str) -> Spec:
             "each such byte"
         )
     kinds = "|".join(re.escape(kind) for kind in SOURCES)
+    # DOTALL: names of files may have a new line in them.
     match = re.fullmatch(rf"(?:([\w.-]+)=)?({kinds})(?::(.*))?", spec, flags=re.DOTALL)
     if not match:
         raise UserError(
@@ -83,8 +84,8 @@ def packed_by_run(spec: str) -> bool:
 def read(spec: str) -> Iterator[Document]:
     """Yields the documents of a source in a fixed order, without the empty ones.
 
-    A label of the spec takes the place of the domains that the source names. UserError if a library
-    is missing that this kind of source needs, and if no document has text.
+    A label of the spec takes the place of the domains that the source names. Raises UserError if a
+    library is missing that this kind of source needs, and if no document has text.
     """
     kind, argument, label = parse(spec)
     source = SOURCES[kind]

@@ -27,7 +27,7 @@ MARKS = (
 def open_text(path: str) -> IO[str]:
     """Opens the text of a plain or packed file, in UTF-8, or in UTF-16 or UTF-32 with a mark.
 
-    UserError for what is no text.
+    Raises UserError for what is no text.
     """
     with packed.open_bytes(path) as file:
         head = file.read(packed.HEAD)
@@ -40,7 +40,7 @@ def open_text(path: str) -> IO[str]:
 def encoding(head: bytes, where: str) -> str:
     """Returns the encoding of a text that begins with `head`.
 
-    UserError, which says what the content is, for what is no text or lacks its mark.
+    Raises UserError, which says what the content is, for what is no text or lacks its mark.
     """
     for mark, name in MARKS:
         if head.startswith(mark):
@@ -87,8 +87,8 @@ def _with_nul(head: bytes) -> str:
 def plain(text: str | bytes | None, where: str) -> str:
     """Returns the text of one record as UTF-8 with one \\n at the end of each line; "" for None.
 
-    UserError for a text that is no UTF-8 or no valid Unicode, and for one with NUL characters,
-    which no text has. `where`: the name of the record in messages.
+    Raises UserError for a text that is no UTF-8 or no valid Unicode, and for one with NUL
+    characters, which no text has. `where`: the name of the record in messages.
     """
     if text is None:
         return ""

@@ -11,7 +11,7 @@ from moe_jax.errors import UserError
 def domains(argument: str) -> tuple[str, ...]:
     """Returns the domains that `drama,verse` names, all of them for "".
 
-    UserError for an unknown or a repeated one.
+    Raises UserError for an unknown or a repeated one.
     """
     if not argument:
         return corpora.DOMAINS

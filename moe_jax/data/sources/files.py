@@ -15,7 +15,7 @@ BLOCK = 1 << 20  # characters, or bytes, read at once
 
 
 def matches(kind: str, pattern: str) -> list[str]:
-    """Returns the files that a glob matches, sorted; UserError if there is none.
+    """Returns the files that a glob matches, sorted. Raises UserError if there is none.
 
     `**` goes into folders, `~` is the home folder. `kind` is for the message.
     """

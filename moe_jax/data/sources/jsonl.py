@@ -26,7 +26,10 @@ def read(argument: str) -> Iterator[Document]:
 
 
 def _text_of_line(line: str, field: str, where: str) -> str:
-    """Returns the text in a field of the JSON object of a line; UserError if there is none."""
+    """Returns the text in a field of the JSON object of a line.
+
+    Raises UserError if there is none.
+    """
     record = _json(line, where)
     # An absent field counts as a number, which is no text either.
     has_text = isinstance(record, dict) and isinstance(record.get(field, 0), str | None)
@@ -46,7 +49,7 @@ def _text_of_line(line: str, field: str, where: str) -> str:
 
 
 def _json(line: str, where: str) -> Any:
-    """Returns the JSON value of a line; UserError if it is none."""
+    """Returns the JSON value of a line. Raises UserError if it is none."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:

@@ -53,6 +53,7 @@ class Streams(io.RawIOBase):
             else:
                 # It holds back content that did not fit into the last buffer.
                 packed = b""
+            # At most as much as the buffer takes; the stream keeps the rest for the next call.
             content = self._stream.decompress(packed, len(buffer))
         buffer[: len(content)] = content
         return len(content)
@@ -133,7 +134,7 @@ OTHERS = (
 def packing(path: str) -> Packing | None:
     """Returns how a file is packed by its first bytes; None for a plain one.
 
-    UserError for one that is packed by its name alone.
+    Raises UserError for one that is packed by its name alone.
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)

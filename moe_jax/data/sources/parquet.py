@@ -23,6 +23,7 @@ def read(argument: str) -> Iterator[Document]:
         with readable(path), seekable(path) as unpacked, pq.ParquetFile(unpacked) as file:
             _check_column(file.schema_arrow, field, path)
             number = 0
+            # One column, a few rows at a time.
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
@@ -30,7 +31,7 @@ def read(argument: str) -> Iterator[Document]:
 
 
 def _check_column(schema: Any, field: str, path: str) -> None:
-    """UserError if the schema of a Parquet file has not one text column `field`."""
+    """Raises UserError if the schema of a Parquet file has not one text column `field`."""
     types = [column.type for column in schema if column.name == field]
     if len(types) > 1:
         raise UserError(

@@ -18,7 +18,8 @@ def read(pattern: str) -> Iterator[Document]:
     for path in matches("text", pattern):
         domain = stem(path)
         with readable(path), open_text(path) as file:
-            rest = ""  # what is read and not yet a document
+            # What is read and not yet a document.
+            rest = ""
             while block := file.read(BLOCK):
                 rest += block
                 if len(rest) > 2 * PIECE:

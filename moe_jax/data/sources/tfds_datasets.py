@@ -20,7 +20,7 @@ def record_name(name: str, split: str, number: int) -> str:
 def find_dataset(name: str) -> Any:
     """Returns the builder of a dataset on this disk.
 
-    UserError if it is not there, is damaged, or needs TensorFlow to be read.
+    Raises UserError if it is not there, is damaged, or needs TensorFlow to be read.
     """
     from moe_jax.data.tfds_import import tfds
 
@@ -53,7 +53,7 @@ def find_dataset(name: str) -> Any:
 def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
     """Returns the feature to read: `field`, or "text", or the only text feature.
 
-    UserError if there is no such feature.
+    Raises UserError if there is no such feature.
     """
     from moe_jax.data.tfds_import import tfds
 
@@ -73,7 +73,7 @@ def text_field(features: Mapping[str, Any], name: str, field: str) -> str:
 def read_records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, Any]]:
     """Yields the decoded records of a split in their order.
 
-    UserError for an unknown split, for damage, for what only TensorFlow decodes.
+    Raises UserError for an unknown split, for damage, for what only TensorFlow decodes.
     """
     records = open_split(builder, name, split)
     with intact(f"dataset {name}, split {split}"):
@@ -83,7 +83,7 @@ def read_records(builder: Any, name: str, split: str) -> Iterator[Mapping[str, A
 def open_split(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
     """Returns the records of a split, each decoded when it is taken.
 
-    UserError for an unknown split, and for damage.
+    Raises UserError for an unknown split, and for damage.
     """
     try:
         return builder.as_data_source(split=split)

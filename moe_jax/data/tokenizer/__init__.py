@@ -23,7 +23,7 @@ TOKENIZERS = {"bytes": utf8.make, "bpe": bpe.make, "file": models.make}
 def make(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer of a spec; `texts` is called only by one that must be trained.
 
-    UserError for an unknown spec.
+    Raises UserError for an unknown spec.
     """
     kind, _, argument = spec.partition(":")
     if kind not in TOKENIZERS:
@@ -34,7 +34,7 @@ def make(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
 def load(folder: pathlib.Path) -> Tokenizer:
     """Returns the tokenizer that `Tokenizer.save` wrote into `folder`.
 
-    UserError if the folder holds none or a damaged one.
+    Raises UserError if the folder holds none or a damaged one.
     """
     try:
         about = json.loads((folder / "tokenizer_kind.json").read_text(encoding="utf-8"))

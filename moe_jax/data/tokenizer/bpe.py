@@ -21,7 +21,7 @@ TRAINING_BYTES = 100_000_000
 def make(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer of the spec `bpe:VOCAB`, trained on `texts()`.
 
-    UserError for a VOCAB that is no number or has no room for the bytes and the boundary.
+    Raises UserError for a VOCAB that is no number or has no room for the bytes and the boundary.
     """
     if not argument.isdecimal() or int(argument) <= 256:
         raise UserError(
@@ -41,6 +41,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
+    # All 256 bytes are in the alphabet, so that no text is unknown.
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[models.BOUNDARY],

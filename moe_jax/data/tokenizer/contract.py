@@ -25,13 +25,19 @@ class Tokenizer(NamedTuple):
     Two tokenizers with the same fingerprint give the same ids.
     """
 
-    name: str  # the spec: "bytes", "bpe:8192", "file:tokenizer.json"
-    kind: str  # how `load` reads the model: "bytes", "huggingface", "sentencepiece"
+    # The spec: "bytes", "bpe:8192", "file:tokenizer.json".
+    name: str
+    # How `load` reads the model: "bytes", "huggingface", "sentencepiece".
+    kind: str
     vocab_size: int
-    boundary_id: int  # the token before and after every document, and never inside one
-    pieces: tuple[bytes, ...]  # [vocab_size] the bytes of each id; special tokens have none
-    prefix_space: bool  # encode puts a space before the text, which decode takes off again
-    model: bytes  # the tokenizer file, empty for "bytes"
+    # The token before and after every document, and never inside one.
+    boundary_id: int
+    # The bytes of each id [vocab_size]; special tokens have none.
+    pieces: tuple[bytes, ...]
+    # `encode` puts a space before the text, which `decode` takes off again.
+    prefix_space: bool
+    # The tokenizer file, empty for "bytes".
+    model: bytes
     encode_many: Callable[[Sequence[str]], list[np.ndarray]]
 
     def encode(self, text: str) -> np.ndarray:
@@ -41,7 +47,7 @@ class Tokenizer(NamedTuple):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids that begin a document; invalid UTF-8 becomes U+FFFD.
 
-        UserError for an unknown id.
+        Raises UserError for an unknown id.
         """
         decoder = Decoder(self)
         return decoder.feed(ids) + decoder.finish()
@@ -83,11 +89,12 @@ class Decoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        # Half a character is kept until its other bytes come.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = True
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Returns the text that the next ids complete; UserError for an unknown id."""
+        """Returns the text that the next ids complete. Raises UserError for an unknown id."""
         return self._utf8.decode(b"".join(self._bytes(int(id_)) for id_ in ids))
 
     def finish(self) -> str:
@@ -105,5 +112,6 @@ class Decoder:
         piece = self._tokenizer.pieces[token]
         if self._at_start and self._tokenizer.prefix_space:
             piece = piece.removeprefix(b" ")
+        # Behind a boundary a new document begins, with a space to take off again.
         self._at_start = token == self._tokenizer.boundary_id
         return piece

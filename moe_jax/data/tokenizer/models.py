@@ -24,7 +24,7 @@ BOUNDARIES = (BOUNDARY, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|
 def make(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer of the spec `file:PATH[#BOUNDARY]`.
 
-    UserError for a file that cannot be read or is no tokenizer.
+    Raises UserError for a file that cannot be read or is no tokenizer.
     """
     path, _, boundary = argument.partition("#")
     try:
@@ -39,7 +39,7 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     """Returns the tokenizer of a tokenizer.json whose tokens stand for bytes.
 
     That is a byte-level one, or SentencePiece's with byte fallback. `boundary` is the id or the
-    name of the boundary, "" for the first of BOUNDARIES. UserError for any other file.
+    name of the boundary, "" for the first of BOUNDARIES. Raises UserError for any other file.
     """
     import tokenizers
 
@@ -47,9 +47,11 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
         hugging = tokenizers.Tokenizer.from_buffer(model)
     except ValueError as error:
         raise UserError(f"tokenizer {name} is no tokenizer.json: {error}") from None
+    # A tokenizer.json may cut or pad texts, as the batches of its model wanted it.
     hugging.no_truncation()
     hugging.no_padding()
-    hugging.encode_special_tokens = True  # "</s>" written in a text is text, never the boundary
+    # "</s>" written in a text is text, never the boundary.
+    hugging.encode_special_tokens = True
 
     def encode_many(texts: Sequence[str]) -> list[np.ndarray]:
         encodings = hugging.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -59,6 +61,7 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     added = hugging.get_added_tokens_decoder()
     to_bytes = _piece_bytes(name, model)
     pieces: list[bytes] = []
+    # Ids may have gaps: a gap stands for no bytes.
     for id_ in range(max(vocabulary) + 1):
         if id_ not in added:
             pieces.append(to_bytes(vocabulary.get(id_, "")))
@@ -75,8 +78,8 @@ def read_huggingface(name: str, model: bytes, boundary: str | int) -> Tokenizer:
 def read_sentencepiece(name: str, model: bytes, boundary: str | int) -> Tokenizer:
     """Returns the tokenizer of a SentencePiece .model.
 
-    `boundary` is the id or the name of a control symbol, "" for the end of sentence. UserError for
-    any other file.
+    `boundary` is the id or the name of a control symbol, "" for the end of sentence. Raises
+    UserError for any other file.
     """
     import sentencepiece
 
@@ -116,7 +119,7 @@ def _tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of what a reader made of a model.
 
-    UserError for a boundary that is none of its ids.
+    Raises UserError for a boundary that is none of its ids.
     """
     # A list takes a negative index for one from its end, so the boundary is compared first.
     if not 0 <= boundary_id < len(pieces):
@@ -124,7 +127,9 @@ def _tokenizer(
             f"tokenizer {name}: the boundary {boundary_id} is none of its ids, 0 to "
             f"{len(pieces) - 1}"
         )
+    # The boundary is no text, whatever its name.
     pieces[boundary_id] = b""
+    # Whether a space is put before a text is seen in what it makes of one.
     encoded_a = b"".join(pieces[id_] for id_ in encode_many(["a"])[0])
     return Tokenizer(
         name=name,
@@ -141,7 +146,8 @@ def _tokenizer(
 def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> int:
     """Returns the id of the boundary: given as an id, by its name, or ("") the first usual one.
 
-    `specials` has the id of each special token by its name. UserError if it lacks the boundary.
+    `specials` has the id of each special token by its name. Raises UserError if it lacks the
+    boundary.
     """
     if isinstance(boundary, int):
         return boundary
@@ -160,7 +166,7 @@ def _boundary_id(name: str, boundary: str | int, specials: dict[str, int]) -> in
 def _piece_bytes(name: str, model: bytes) -> PieceBytes:
     """Returns the function from a token's name to its bytes, by the decoder of a tokenizer.json.
 
-    UserError for a decoder that does not give back the bytes of the text.
+    Raises UserError for a decoder that does not give back the bytes of the text.
     """
     decoder = json.loads(model).get("decoder") or {}
     parts = [decoder, *decoder.get("decoders", ())]

@@ -31,7 +31,7 @@ def _encode_many(texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def make(argument: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Returns the tokenizer of the spec `bytes`; UserError if an argument follows it."""
+    """Returns the tokenizer of the spec `bytes`. Raises UserError if an argument follows it."""
     if argument:
         raise UserError(f"tokenizer bytes:{argument}: bytes takes no argument")
     return bytes_tokenizer()

@@ -64,15 +64,22 @@ def apply(
     """Returns (y_TD, dropped_N) as contract.py says. Assignments past C are dropped and flagged."""
     with jax.named_scope("dispatch"):
         is_real_N = routing.expert_index_N < shape.num_experts
+        # 1. The row of each assignment in the buffer of R = E G C rows. R itself means nowhere.
         row_N, is_kept_N = _rows_of_assignments(routing, is_real_N, shape, options)
+        # 2. The same from the rows' side. A void row gets the token T, which is out of bounds, and
+        # the gate 0: it is zero.
         assignment_R = assignment_of_row(row_N, rows(shape, options))
         src_R = routing.token_N.at[assignment_R].get(mode="fill", fill_value=shape.num_tokens)
+        # With K choices for every token the list is [T, K]: then both directions are gathers
+        # (moe/experts/gathers.py).
         dest_TK = row_N.reshape(-1, shape.per_token) if shape.per_token else None
+        # 3. There and back.
         x_RD = take_rows(x_TD, src_R, dest_TK)
         gate_R = routing.gate_N.at[assignment_R].get(mode="fill", fill_value=0)
     y_RD = through_experts(x_RD, gate_R, experts, shape)
     with jax.named_scope("combine"):
         y_TD = sum_rows(y_RD, dest_TK, src_R, shape.num_tokens)
+    # What was sent nowhere has no place either, but it is not dropped.
     return y_TD, is_real_N & ~is_kept_N
 
 
@@ -90,6 +97,7 @@ def _rows_of_assignments(
     is_kept_N = is_real_N & (rank_N < num_places)
     # The buffer is [E, groups, C]: all rows of an expert lie together.
     row_N = (routing.expert_index_N * num_groups + group_N) * num_places + rank_N
+    # One past the last row is out of bounds: it is neither read nor written.
     return jnp.where(is_kept_N, row_N, rows(shape, options)), is_kept_N
 
 

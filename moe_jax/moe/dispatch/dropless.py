@@ -38,6 +38,7 @@ class Options:
 
 def _block(shape: Shape) -> tuple[int, int]:
     """Returns the blocks of the grouped product for the mean load of an expert."""
+    # n N assignments of the whole expert axis, over E experts.
     return block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
 
 
@@ -59,6 +60,7 @@ def rows(shape: Shape, options: Options) -> int:
     if not options.buffer:
         return worst(shape)
     _, small_block = _block(shape)
+    # With a balanced load a device serves as many assignments as its own tokens make.
     num_rows = math.ceil(options.buffer * shape.num_intended)
     return min(worst(shape), round_up(num_rows, small_block))
 
@@ -89,6 +91,7 @@ def apply(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (y_TD, dropped_N) as contract.py says. Nothing drops."""
     block = _block(shape)
+    # 1. All n T tokens of the expert axis and their M = n N assignments come to every device.
     with jax.named_scope("dispatch"):
         x_nTD, gathered = _gather(x_TD, routing, shape)
 
@@ -100,20 +103,26 @@ def apply(
             row_M, first_e, size_e = _window(gathered, offset, num_rows)
             assignment_R = assignment_of_row(row_M, num_rows)
             num_tokens = x_nTD.shape[0]
+            # A void row gets the token n T, which is out of bounds: `take_rows` makes it zero.
             src_R = gathered.token_M.at[assignment_R].get(mode="fill", fill_value=num_tokens)
+            # The gathered list is still in the order of tokens, K entries each: [n T, K].
             dest_TK = row_M.reshape(-1, shape.per_token) if shape.per_token else None
+            # The name is for model.remat = "dispatch", which saves this array (models/stack.py).
             x_RD = checkpoint_name(take_rows(x_nTD, src_R, dest_TK), "moe_dispatch")
             gate_R = gate_M.at[assignment_R].get(mode="fill", fill_value=0)
         y_RD = experts(x_RD, gate_R, first_e, size_e, block)
         with jax.named_scope("combine"):
             return sum_rows(y_RD, dest_TK, src_R, num_tokens)
 
+    # 2. The rows of the local experts are served, in one round where the buffer holds them all.
     num_rows = rows(shape, options)
     num_rounds = -(-worst(shape) // num_rows)
     if num_rounds == 1:
         y_nTD = serve(x_nTD, gathered.gate_M, 0, num_rows)
     else:
         y_nTD = _in_rounds(serve, x_nTD, gathered, num_rows, num_rounds)
+    # 3. Each device has the sums over its own experts, for all n T tokens: they are added up over
+    # the axis, and each device keeps its T tokens.
     with jax.named_scope("combine"):
         y_TD = reduce_scatter(y_nTD, "expert", 0)
     return y_TD, jnp.zeros_like(routing.expert_index_N, dtype=bool)
@@ -128,6 +137,7 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
         return all_gather(z, "expert", 0)
 
     device = jax.lax.axis_index("expert")
+    # Numbered over the whole axis, as the gathered tokens lie.
     token_N = routing.token_N + device.astype(jnp.int32) * shape.num_tokens
     x_nTD, token_M = gather(x_TD), gather(token_N)
     expert_index_M, gate_M = gather(routing.expert_index_N), gather(routing.gate_N)
@@ -138,11 +148,13 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
     local_index_M = jnp.where((local_index_M >= 0) & (local_index_M < e), local_index_M, e)
     is_local_M = local_index_M < e
     rank_M, count, _ = rank_in(local_index_M, e + 1)
+    # The last class, e, is that of all others.
     size_e = count[:e]
 
     # Each expert starts at a multiple of the small block.
     _, small_block = _block(shape)
     room_e = -(-size_e // small_block) * small_block
+    # The exclusive sum: where the room of each expert begins.
     start_e = jnp.cumsum(room_e) - room_e
     start_M = start_e.at[local_index_M].get(mode="fill", fill_value=0)
     row_M = jnp.where(is_local_M, start_M + rank_M, worst(shape))
@@ -165,7 +177,11 @@ def _window(
     The row of an assignment that lies outside is num_rows.
     """
     row_M, start_e = gathered.row_M, gathered.start_e
+    # The last window may reach past the end of the layout, where the row of everything that is not
+    # local lies.
     is_inside_M = (row_M >= offset) & (row_M < offset + num_rows) & gathered.is_local_M
+    # An expert whose rows lie in two windows has a part in both, and an empty range in all others.
+    # Windows begin at whole small blocks, so starts stay multiples of them.
     first_e = jnp.clip(start_e - offset, 0, num_rows)
     end_e = jnp.clip(start_e + gathered.size_e - offset, 0, num_rows)
     return jnp.where(is_inside_M, row_M - offset, num_rows), first_e, end_e - first_e
@@ -191,6 +207,7 @@ def _in_rounds(
         is_needed = offset < gathered.num_needed
         return y_nTD + jax.lax.cond(is_needed, run, skip, x_nTD, gathered.gate_M), None
 
+    # The first round runs in any case, and is the carry that the others add to.
     first_y_nTD = serve(x_nTD, gathered.gate_M, 0, num_rows)
     offsets = jnp.arange(1, num_rounds, dtype=jnp.int32) * num_rows
     # Rematerialised, so that the buffers of one round exist at a time.

@@ -46,6 +46,7 @@ def rank_in(class_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array,
     count [num_classes]: the entries of a class.
     order [N]: the stable sort by class.
     """
+    # Of the classes 1 0 1 1 0: order 1 4 0 2 3, count 2 3, rank 0 0 1 2 1.
     order_N = jnp.argsort(class_N, stable=True).astype(jnp.int32)
     sorted_class_N = class_N[order_N]
     # The first place of each class in the sorted list, and at last its end.
@@ -65,6 +66,7 @@ def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: in
     """
     if order_N is None:
         return rank_in(class_N, num_classes)[0]
+    # Ranked along the order of priority, then put back to the places of the list.
     rank_N, _, _ = rank_in(class_N[order_N], num_classes)
     return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
 

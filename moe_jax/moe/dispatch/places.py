@@ -35,6 +35,7 @@ def _on_padded_rows(
 ) -> jax.Array:
     """Returns the results of rows of which every local expert has equally many."""
     e = shape.local_experts
+    # n * places: what all n devices sent for one expert.
     rows_of_expert = x_RD.shape[0] // e
     block = block_sizes(rows_of_expert)
     # The grouped product works in blocks, so the rows of an expert are padded to whole ones.
@@ -46,6 +47,7 @@ def _on_padded_rows(
         widths = [(0, 0), (0, padding)] + [(0, 0)] * (z_RX.ndim - 1)
         return jnp.pad(z_erX, widths).reshape((e * room,) + z_RX.shape[1:])
 
+    # The room of expert i begins at i * room; only its first rows are real.
     start_e = jnp.arange(e, dtype=jnp.int32) * room
     size_e = jnp.full((e,), rows_of_expert, jnp.int32)
     y_RD = experts(pad(x_RD), pad(gate_R), start_e, size_e, block)
@@ -59,6 +61,7 @@ def _send(x: jax.Array, shape: Shape) -> jax.Array:
     [E * places, ...] in order of expert -> [e * (n * places), ...].
     """
     n, e = shape.expert_axis, shape.local_experts
+    # Part i of the n parts holds the rows for the experts of device i.
     x_ne = x.reshape((n, e, -1) + x.shape[1:])
     # What came from one device is for all local experts: the experts become the outer dimension.
     x_en = jnp.moveaxis(all_to_all(x_ne, "expert"), 0, 1)

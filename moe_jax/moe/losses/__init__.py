@@ -53,6 +53,7 @@ def auxiliary(
         for name, coefficient in coefficients.items()
         if coefficient or _can_be_logged(LOSSES[name], totals)
     }
+    # ReLU routing brings this loss along. It is not in LOSSES, as its coefficient is router state.
     if "l1_weight" in totals:
         values["l1"] = l1.value(totals)
     means = {name: value_L.mean() for name, value_L in values.items()}
@@ -76,6 +77,7 @@ def terms(totals: Totals, coefficients: Mapping[str, float]) -> dict[str, jax.Ar
         if not coefficient:
             continue
         loss = LOSSES[name]
+        # The adaptive weight (`adapt`) multiplies only what asks for balance.
         weight_L = _weight_of_state(totals, "balance_weight") if loss.balances else 1.0
         added[name] = coefficient * (loss.value(totals) * weight_L).mean()
     if "l1_weight" in totals:

@@ -37,4 +37,5 @@ def variation(x_LC: jax.Array) -> jax.Array:
     """Returns the squared coefficient of variation over the classes, [L]; 0 where all are 0."""
     mean_L = x_LC.mean(-1)
     variance_L = jnp.square(x_LC - mean_L[:, None]).mean(-1)
+    # Where all are 0 the variance is 0 as well: the bound keeps 0 / 0 away.
     return variance_L / jnp.maximum(jnp.square(mean_L), 1e-30)

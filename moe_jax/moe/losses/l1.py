@@ -16,5 +16,6 @@ def value(totals: Totals) -> jax.Array:
     """Returns the loss of each MoE layer, [L]."""
     tokens_L1 = jnp.maximum(totals["tokens"], 1)[:, None]
     load_LE = totals["l1_load"] / tokens_L1
+    # The "probs" of ReLU routing are its gates, which are no distribution.
     mean_gate_LE = totals["probs"] / tokens_L1
     return (load_LE * mean_gate_LE).sum(-1)

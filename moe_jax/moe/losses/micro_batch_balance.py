@@ -14,6 +14,8 @@ from moe_jax.moe.losses.contract import Loss, Totals
 
 def value(totals: Totals) -> jax.Array:
     """Returns the loss of each MoE layer, [L]."""
+    # The product was taken while the micro-batch was alone (moe/load.py): sums over all of them no
+    # longer show it.
     return totals["micro_batch_balance"] / jnp.maximum(totals["micro_batches"], 1)
 
 

@@ -16,6 +16,7 @@ from moe_jax.moe.losses.contract import Loss, Totals
 
 def value(totals: Totals) -> jax.Array:
     """Returns the loss of each MoE layer, [L]."""
+    # The product was taken of each row (moe/load.py): sums over rows no longer show it.
     return totals["sequence_balance"] / jnp.maximum(totals["sequences"], 1)
 
 

@@ -36,4 +36,5 @@ def choice_index(routing: Routing, num_tokens: int) -> jax.Array:
     """Returns which of its token's entries each entry is, counting from 0, [N]."""
     if routing.per_token:
         return jnp.arange(routing.token_N.shape[0], dtype=jnp.int32) % routing.per_token
+    # Without a fixed number the entries of a token stand anywhere in the list.
     return rank_in(routing.token_N, num_tokens)[0]

@@ -48,17 +48,20 @@ def apply(
     no_count_GE = jnp.zeros_like(routing.expert_index_N, shape=(num_groups, num_experts))
     count_GE = no_count_GE.at[pair_N].add(1, mode="drop")
     tile = options.tile
+    # floor(count / tile + 1 / 2) * tile, in whole numbers.
     rounded_GE = (2 * count_GE + tile) // (2 * tile) * tile
 
     # Each assignment's rank by gate among those of its expert in its group. Nowhere is a class of
     # its own, hence E + 1.
     class_N = group_N * (num_experts + 1) + routing.expert_index_N
+    # Large gates first. The sort is stable, so of equal gates the later ranks behind.
     order_N = jnp.argsort(-jax.lax.stop_gradient(routing.gate_N), stable=True)
     rank_N = rank_in_order(class_N, order_N, num_groups * (num_experts + 1))
     is_real_N = routing.expert_index_N < num_experts
     limit_N = rounded_GE.at[pair_N].get(mode="fill", fill_value=0)
     is_kept_N = is_real_N & (rank_N < limit_N)
 
+    # Where a count was rounded down there is no padding.
     padding_G = jnp.maximum(rounded_GE - count_GE, 0).sum(1)
     added = _sums(routing, num_tokens, is_real_N & ~is_kept_N, is_kept_N, padding_G)
     return routing._replace(
@@ -86,6 +89,8 @@ def _sums(
 
     return {
         "dropped": routing.sums.get("dropped", zero_b) + count(is_dropped_N),
+        # Padding is of a group, but what leaves a device is a sum per row: the first row carries
+        # it.
         "padding": zero_b.at[::rows_of_group].set(padding_G.astype(zero_b.dtype)),
         "served": count(is_kept_N),
     }

@@ -94,9 +94,11 @@ def balanced(router_logits_TE: jax.Array, tokens: Tokens, cfg: RouterCfg) -> jax
     else:
         # A group lies on one device, so there is nothing to sum over devices.
         num_groups, total = tokens.num_rows // cfg.group_rows, _as_it_is
+    # Rows are contiguous and a group is some of them, so a reshape makes the groups.
     router_logits_GtE = router_logits_TE.reshape(num_groups, -1, num_experts)
     valid_Gt1 = tokens.valid_T.reshape(num_groups, -1, 1).astype(router_logits_TE.dtype)
     bias_GE = sinkhorn(router_logits_GtE, valid_Gt1, cfg.options.iterations, total)
+    # One bias of an expert for all tokens of its group, as the factor v of the plan's column.
     biased_GtE = router_logits_GtE + bias_GE[:, None]
     return biased_GtE.reshape(-1, num_experts)
 
@@ -116,15 +118,18 @@ def sinkhorn(
     `total` sums over the devices that share the tokens.
     """
     num_experts = router_logits_GtE.shape[2]
+    # n / E: the mass that each column of the plan is to have.
     share_G1 = total(valid_Gt1.sum(1)) / num_experts
     # Without tokens both logarithms are that of `tiny`, and their difference is 0.
     tiny = jnp.finfo(router_logits_GtE.dtype).tiny
     log_share_G1 = jnp.log(jnp.maximum(share_G1, tiny))
 
     def step(_, bias_GE: jax.Array) -> jax.Array:
+        # The softmax gives every token a mass of 1. Padding has none.
         plan_GtE = jax.nn.softmax(router_logits_GtE + bias_GE[:, None]) * valid_Gt1
         mass_GE = total(plan_GtE.sum(1))
         log_mass_GE = jnp.log(jnp.maximum(mass_GE, tiny))
+        # To multiply a column by share / mass is to add its logarithm to the column's logits.
         return bias_GE + (log_share_G1 - log_mass_GE)
 
     # The carry of a loop must vary over the mesh as what a step returns does: as `total` of scores.

@@ -267,6 +267,7 @@ def _draw(
     def draw(row: jax.Array) -> jax.Array:
         return sample(jax.random.fold_in(rng, row), (row_length, num), dtype)
 
+    # All tokens of a row carry its number: that of the first one is enough.
     first_of_row_b = tokens.row_T[::row_length]
     return jax.vmap(draw)(first_of_row_b).reshape(-1, num)
 
@@ -284,12 +285,14 @@ def token_choice(
     Padding, classes from E on and choices that are not in `real_TK` go nowhere; their gate is 0.
     """
     num_tokens, k = expert_index_TK.shape
+    # Classes from E on are null experts, or choices that a router did not make.
     goes_TK = tokens.valid_T[:, None] & (expert_index_TK < num_experts)
     if real_TK is not None:
         goes_TK = goes_TK & real_TK
     expert_index_TK = jnp.where(goes_TK, expert_index_TK, num_experts)
     gate_TK = jnp.where(goes_TK, gate_TK, 0)
     return Routing(
+        # 0, 0, .. (k times), 1, 1, ..: this is what `per_token` promises to a dispatcher.
         token_N=jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), k),
         expert_index_N=expert_index_TK.reshape(-1).astype(jnp.int32),
         gate_N=gate_TK.reshape(-1),

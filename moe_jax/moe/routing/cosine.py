@@ -61,16 +61,20 @@ def route(
     del state, rng, train
     # M is `dim`, the width of the hypersphere.
     projected_TM = router_logits(tokens.x_TD, params["project"])
+    # [T, M] and [M, E] of length 1: their product is the cosine of token and expert.
     token_TM = _unit_length(projected_TM, axis=1)
     expert_ME = _unit_length(params["experts"].astype(token_TM.dtype), axis=0)
     learned_temperature = params["temperature"].astype(token_TM.dtype)
+    # The bound keeps the logits finite, however small the temperature becomes.
     temperature = jnp.maximum(learned_temperature, cfg.options.min_temperature)
     cosine_TE = router_logits(token_TM, expert_ME)
     router_logits_TE = cosine_TE / temperature
+    # Cosines lie in [-1, 1]: without a temperature the softmax would be nearly even.
     router_probs_TE = jax.nn.softmax(router_logits_TE)
     gate_TK, expert_index_TK = jax.lax.top_k(router_probs_TE, cfg.options.k)
     if cfg.options.renormalize:
         gate_TK = renormalized(gate_TK)
+    # z is of the logits over the temperature, as the softmax takes them.
     sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
     return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
 

@@ -63,6 +63,7 @@ def route(
     # Each expert takes the tokens with its largest scores. Padding scores less than any token.
     score_TE = jnp.where(tokens.valid_T[:, None], jax.lax.stop_gradient(router_probs_TE), -1)
     score_GEt = score_TE.reshape(num_groups, group_tokens, num_experts).swapaxes(1, 2)
+    # C is static: it follows from shapes and options alone.
     num_places = capacity(group_tokens, num_experts, cfg.options.factor)
     top_score_GEC, token_in_group_GEC = jax.lax.top_k(score_GEt, num_places)
 
@@ -73,9 +74,12 @@ def route(
     expert_index_GEC = jnp.where(top_score_GEC < 0, num_experts, expert_E[None, :, None])
     token_N = token_GEC.reshape(-1)
     expert_index_N = expert_index_GEC.reshape(-1)
+    # The gates are read again, for the choice above had no gradient. Expert E is out of bounds: its
+    # gate is 0.
     pair_N = (token_N, expert_index_N)
     gate_N = router_probs_TE.at[pair_N].get(mode="fill", fill_value=0)
 
+    # A token has no list of K choices here, so the statistics are made of dense arrays [T, E].
     no_pair_TE = jnp.zeros_like(router_probs_TE, dtype=bool)
     is_taken_TE = no_pair_TE.at[pair_N].set(True, mode="drop")
     gate_TE = jnp.where(is_taken_TE, router_probs_TE, 0)

@@ -45,6 +45,7 @@ def route(
     """
     del params, state, rng, train
     options = cfg.options
+    # The table is made on the host while the program is traced, and is a constant of it.
     table_VK = jnp.asarray(hash_table(cfg.vocab_size, cfg.num_experts, options.k, options.seed))
     expert_index_TK = table_VK.at[tokens.id_T].get()
     return even_routing(expert_index_TK, tokens, cfg)
@@ -59,11 +60,14 @@ def hash_table(vocab_size: int, num_experts: int, k: int, seed: int) -> np.ndarr
     expert, and a part of one differs by at most one.
     """
     rng = np.random.default_rng(seed)
+    # The i-th id of a random order stands in block i // E, at place i % E.
     id_V = rng.permutation(vocab_size)
     block_V, place_in_block_V = np.divmod(np.arange(vocab_size), num_experts)
     num_blocks = block_V[-1] + 1
+    # A random order of the experts for each of the B blocks.
     sorted_BE = np.tile(np.arange(num_experts), (num_blocks, 1))
     shuffled_BE = rng.permuted(sorted_BE, axis=1)
+    # The k turns of an id in the order of its block.
     turn_VK = (place_in_block_V[:, None] * k + np.arange(k)[None]) % num_experts
     table_VK = np.empty((vocab_size, k), np.int32)
     table_VK[id_V] = shuffled_BE[block_V[:, None], turn_VK]

@@ -65,7 +65,9 @@ def logits_of_task(tokens: Tokens, gate_GDE: jax.Array) -> jax.Array:
     x_TD = tokens.x_TD.astype(wide)
     gate_GDE = gate_GDE.astype(wide)
     highest = jax.lax.Precision.HIGHEST
+    # The logits of all gates are cheaper than a matrix [D, E] gathered for every token.
     router_logits_TGE = jnp.einsum("TD,GDE->TGE", x_TD, gate_GDE, precision=highest)
+    # Of the G logits of an expert each token keeps that of its own gate.
     task_T = tokens.position_T % gate_GDE.shape[0]
     return jnp.take_along_axis(router_logits_TGE, task_T[:, None, None], 1)[:, 0]
 

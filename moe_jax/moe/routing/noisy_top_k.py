@@ -70,6 +70,7 @@ def route(
         noise_TE = normal(rng, tokens, cfg.num_experts, clean_logits_TE.dtype)
         noisy_logits_TE = clean_logits_TE + sigma_TE * noise_TE
     top_logits_TK, expert_index_TK = jax.lax.top_k(noisy_logits_TE, k)
+    # Equation 3: all logits but the k largest are -inf, so their gates are 0.
     gate_TK = jax.nn.softmax(top_logits_TK)
     probability_TE = stays_chosen(clean_logits_TE, noisy_logits_TE, sigma_TE, k)
     load_TE = jnp.where(tokens.valid_T[:, None], probability_TE, 0)
@@ -86,6 +87,7 @@ def stays_chosen(
     The threshold of an expert is the k-th largest noisy logit of the others.
     """
     if k == clean_logits_TE.shape[1]:
+        # With k = E every expert is chosen, whatever the noise.
         return jnp.ones_like(clean_logits_TE)
     top_TK, _ = jax.lax.top_k(noisy_logits_TE, k + 1)
     last_chosen_T1 = top_TK[:, k - 1 : k]

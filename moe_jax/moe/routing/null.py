@@ -76,21 +76,25 @@ def route(
     router_logits_TC = router_logits(tokens.x_TD, params["gate"])
     router_probs_TC = jax.nn.softmax(router_logits_TC)
     prob_TK, class_index_TK = jax.lax.top_k(router_probs_TC, cfg.options.k)
+    # Classes 0 to E - 1 are the real experts, those behind them the null experts.
     is_null_TK = class_index_TK >= cfg.num_experts
     gate_TK = gates(prob_TK, is_null_TK, cfg.options.renormalize)
     sums = statistics(router_logits_TC, class_index_TK, gate_TK, tokens)
+    # A null expert is no assignment: drops and active experts are of the real ones alone.
     sums |= _counts_of_real(sums["counts"], cfg.num_experts)
     if cfg.options.kind == "zero":
         sums |= _gates_of_real(gate_TK, is_null_TK, tokens)
     routing = token_choice(class_index_TK, gate_TK, sums, tokens, cfg.num_experts)
     if cfg.options.kind == "zero":
         return routing
+    # Padding copies nothing: its output stays 0.
     is_copy_TK = is_null_TK & tokens.valid_T[:, None]
     return routing._replace(copy_T=jnp.where(is_copy_TK, gate_TK, 0).sum(1))
 
 
 def _counts_of_real(counts_bC: jax.Array, num_experts: int) -> dict[str, jax.Array]:
     """Returns the counts by which balance is judged, "level" [b, C], and "assigned" [b]."""
+    # n = num_null.
     real_bE, null_bn = jnp.split(counts_bC, [num_experts], axis=1)
     # One null expert does what another does, so each is judged by the mean load of all of them.
     mean_b1 = null_bn.mean(1, keepdims=True)
@@ -117,8 +121,10 @@ def gates(prob_TK: jax.Array, is_null_TK: jax.Array, renormalize: str) -> jax.Ar
     """
     if renormalize == "none":
         return prob_TK
+    # With "real" the null choices weigh nothing, and the real ones share the whole weight.
     kept_TK = prob_TK if renormalize == "all" else jnp.where(is_null_TK, 0, prob_TK)
     total_T1 = kept_TK.sum(-1, keepdims=True)
+    # A token without a real expert has no sum to divide by: its gates stay 0.
     return kept_TK / jnp.where(total_T1 > 0, total_T1, 1)
 
 

@@ -71,6 +71,7 @@ def route(
     # One more than is served: the last of them is the threshold that an expert must pass.
     top_TK, expert_index_TK = jax.lax.top_k(biased_TE, min(k + 1, cfg.num_experts))
     routing = from_affinities(router_logits_TE, affinity_TE, expert_index_TK[:, :k], tokens, cfg)
+    # r_te of the header. With k = E there is no (k + 1)-th: the bias does nothing.
     required_bias_TE = top_TK[:, -1:] - jax.lax.stop_gradient(affinity_TE)
     bias_E = state["bias"].astype(affinity_TE.dtype)
     histogram = _histogram(required_bias_TE, bias_E, tokens, cfg.options.bins)
@@ -85,6 +86,7 @@ def _histogram(
     row_length = num_tokens // tokens.num_rows
     low, width = _range(bias_E, bins)
     bin_TE = jnp.floor((required_bias_TE - low) / width).astype(jnp.int32)
+    # r may be the upper end of the range, which belongs to the last bin.
     bin_TE = jnp.clip(bin_TE, 0, bins - 1)
     # One flat array of [row, expert, bin]: a scatter along one dimension is the cheapest.
     row_T = jnp.arange(num_tokens, dtype=jnp.int32) // row_length
@@ -114,6 +116,7 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     ema = cfg.options.ema
     histogram_EM = totals["histogram"].reshape(cfg.num_experts, cfg.options.bins)
     low, width = _range(old_E, cfg.options.bins)
+    # A balanced expert serves k / E of all tokens.
     share = cfg.options.k / cfg.num_experts
     quantile_E = quantile(histogram_EM, share, low, width).astype(old_E.dtype)
     mixed_E = ema * old_E + (1 - ema) * quantile_E
@@ -138,6 +141,7 @@ def quantile(histogram_EM: jax.Array, share: float, low: jax.Array, width: jax.A
     bin_M = jnp.arange(num_bins, dtype=bin_E.dtype)
     is_bin_EM = bin_M[None] == bin_E[:, None]
     count_inside_E = jnp.where(is_bin_EM, histogram_EM, 0).sum(1)
+    # Values are taken to lie evenly inside a bin.
     part_of_bin_E = (target_E - count_before_E) / jnp.maximum(count_inside_E, 1)
     position_E = bin_E.astype(part_of_bin_E.dtype) + part_of_bin_E
     return low + position_E * width

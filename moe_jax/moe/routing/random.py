@@ -47,6 +47,7 @@ def route(
 ) -> Routing:
     """Returns k distinct experts by position and token id."""
     del params, rng, train
+    # fold_in takes an integer, and the bits of a float are one.
     salt_bits = jax.lax.bitcast_convert_type(state["salt"].astype(jnp.float32), jnp.uint32)
     layer_key = jax.random.fold_in(jax.random.key(cfg.options.seed), salt_bits)
 

@@ -67,8 +67,10 @@ def route(
         in_bounds_TK = jnp.minimum(expert_index_TK, num_experts - 1)
         chosen_logits_TK = jnp.take_along_axis(router_logits_TE, in_bounds_TK, 1)
         gate_TK = jax.nn.softmax(chosen_logits_TK, where=real_TK)
+    # A choice of nowhere weighs nothing, whatever was recorded of it.
     gate_TK = jnp.where(real_TK, gate_TK.astype(router_logits_TE.dtype), 0)
     expert_index_TK, gate_TK, real_TK = _each_once(expert_index_TK, gate_TK, real_TK, num_experts)
+    # Logits and probabilities are those of the present router, counts those of the recording.
     sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens, real_TK=real_TK)
     return token_choice(expert_index_TK, gate_TK, sums, tokens, num_experts)
 
@@ -80,12 +82,14 @@ def _each_once(
 
     It stands at its first place, with the sum of its gates.
     """
+    # [t, i, j] is true where the choices i and j of a token name the same real expert.
     same_TKK = expert_index_TK[:, :, None] == expert_index_TK[:, None, :]
     same_TKK = same_TKK & real_TK[:, :, None]
     # [i, j] is true where choice j comes before choice i.
     earlier_KK = jnp.tri(expert_index_TK.shape[1], k=-1, dtype=bool)
     repeats_TK = (same_TKK & earlier_KK[None]).any(2)
     real_TK = real_TK & ~repeats_TK
+    # Every place gets the sum of its expert's gates; only the first of them keeps it.
     summed_gate_TK = jnp.where(same_TKK, gate_TK[:, None, :], 0).sum(2)
     gate_TK = jnp.where(real_TK, summed_gate_TK, 0)
     expert_index_TK = jnp.where(real_TK, expert_index_TK, num_experts)

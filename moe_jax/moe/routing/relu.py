@@ -77,8 +77,11 @@ def route(
     router_logits_TE = router_logits(tokens.x_TD, params["gate"])
     relu_TE = jax.nn.relu(router_logits_TE)
     is_active_TE = relu_TE > 0
+    # A token with fewer active experts fills its list with gates of 0, which go nowhere.
     gate_TK, expert_index_TK = jax.lax.top_k(relu_TE, cfg.options.max_active)
+    # All active experts count here, served or not: they are what drives l1.
     sums = class_statistics(router_logits_TE, is_active_TE, relu_TE, tokens, probs_TC=relu_TE)
+    # The sums of gates become those of the served experts, which make the output.
     sums |= _sums_of_served(gate_TK, is_active_TE, tokens)
     sums |= _sums_of_l1(sums, state, cfg)
     is_served_TK = gate_TK > 0
@@ -94,6 +97,7 @@ def _sums_of_served(
     dtype = gate_TK.dtype
     valid_T = tokens.valid_T.astype(dtype)
     fixed_TK = jax.lax.stop_gradient(gate_TK)
+    # Active experts beyond the `max_active` places of a token.
     overflow_T = jnp.maximum(is_active_TE.sum(1) - gate_TK.shape[1], 0)
     return {
         "gate": per_row(fixed_TK.sum(1) * valid_T, tokens),
@@ -120,6 +124,7 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     # Both numbers are whole, so every mesh takes the same branch.
     num_active = totals["counts"].sum()
     num_intended = cfg.options.k * totals["tokens"]
+    # A fixed factor up or down: how far off the sparsity is makes no difference.
     sign = jnp.sign(num_active - num_intended).astype(l1.dtype)
     return {"l1": jnp.clip(l1 * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
 

@@ -84,6 +84,7 @@ def route(
     router_logits_TE = router_logits(tokens.x_TD, params["gate"])
     affinity_TE = SCORES[cfg.options.score](router_logits_TE)
     biased_TE = biased(router_logits_TE, affinity_TE, state)
+    # Groups that are closed have -inf, so top_k takes none of their experts.
     open_TE = best_groups(biased_TE, cfg.options)
     _, expert_index_TK = jax.lax.top_k(open_TE, cfg.options.k)
     return from_affinities(router_logits_TE, affinity_TE, expert_index_TK, tokens, cfg)
@@ -95,6 +96,7 @@ def biased(router_logits_TE: jax.Array, affinity_TE: jax.Array, state: Arrays) -
     It is NEVER where an instrument bars an expert, whatever the bias.
     """
     bias_E = state["bias"].astype(affinity_TE.dtype)
+    # The bias decides who is chosen, and never how much an output weighs.
     summed_TE = jax.lax.stop_gradient(affinity_TE) + bias_E[None]
     # A sigmoid turns the logit of a barred expert into 0, which a bias could lift.
     return jnp.where(router_logits_TE > NEVER / 2, summed_TE, NEVER)
@@ -107,8 +109,10 @@ def best_groups(biased_TE: jax.Array, options: Options) -> jax.Array:
         return biased_TE
     # G groups of e consecutive experts each; g of them are chosen.
     biased_TGe = biased_TE.reshape(biased_TE.shape[0], num_groups, -1)
+    # A group of one expert has no second affinity.
     num_summed = min(2, biased_TGe.shape[-1]) if options.group_score == "top2" else 1
     best_of_group_TGn, _ = jax.lax.top_k(biased_TGe, num_summed)
+    # [T, G]: of the biased affinities, as the choice of experts is.
     group_score_TG = best_of_group_TGn.sum(-1)
     _, group_index_Tg = jax.lax.top_k(group_score_TG, options.top_groups)
     is_open_TG = one_hot(group_index_Tg, num_groups).any(1)
@@ -129,6 +133,7 @@ def from_affinities(
         # Sigmoids of a token may all be 0, where softmax has a sum of 1.
         gate_TK = gate_TK / (gate_TK.sum(-1, keepdims=True) + 1e-20)
     gate_TK = gate_TK * cfg.options.scale
+    # DeepSeek-V3, eq. 19: sigmoids do not sum to 1, and a balance loss wants shares.
     router_probs_TE = affinity_TE / (affinity_TE.sum(-1, keepdims=True) + 1e-20)
     sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens, probs_TC=router_probs_TE)
     sums["unbiased"] = _unbiased_counts(affinity_TE, expert_index_TK.shape[1], tokens)
@@ -148,7 +153,9 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
 
     It goes up by bias_rate where the load was below the mean, and down where it was above.
     """
+    # Of what the router chose, before any capacity.
     counts_E = totals["counts"]
+    # Only the sign counts (algorithm 1): the step does not grow with the imbalance.
     direction_E = jnp.sign(counts_E.mean() - counts_E)
     change_E = cfg.options.bias_rate * direction_E
     return {"bias": state["bias"] + change_E.astype(state["bias"].dtype)}
@@ -164,6 +171,7 @@ def normal_form(options: Options) -> Options:
     """Returns the options of the same routing at evaluation, when the bias stays: the rate is the
     default, and groups that are all open are one.
     """
+    # At evaluation nothing moves the bias, so its rate makes no difference.
     same = dataclasses.replace(options, bias_rate=Options().bias_rate)
     if options.top_groups < options.num_groups:
         return same
@@ -216,7 +224,8 @@ ROUTER = Router(
     state=bias_state,
     update=update,
     balanced_by=balanced_by,
-    losses=("sequence_balance",),  # DeepSeek-V3 keeps a small one beside the bias
+    # DeepSeek-V3 keeps a small balance loss beside the bias.
+    losses=("sequence_balance",),
     score=score,
     refusals=refusals,
     normal_form=normal_form,

@@ -81,6 +81,7 @@ def route(
         share_TE,
         share_TE,
         tokens,
+        # Nothing is chosen, so no expert comes first: the shares stand for the first choices too.
         first_TC=jax.lax.stop_gradient(share_TE),
     )
     return Slots(dispatch_GtEp, by_group(combine_TEp), sums)

@@ -56,6 +56,7 @@ def statistics(
     if real_TK is not None:
         chosen_TKC = chosen_TKC & real_TK[:, :, None]
     gate_TK1 = gate_TK.astype(router_logits_TC.dtype)[:, :, None]
+    # A token chooses a class at most once, so the sum over K has one term.
     gate_TC = jnp.where(chosen_TKC, gate_TK1, 0).sum(1)
     return class_statistics(
         router_logits_TC,
@@ -63,6 +64,7 @@ def statistics(
         gate_TC,
         tokens,
         probs_TC=probs_TC,
+        # A router lists the best choice of a token first.
         first_TC=chosen_TKC[:, 0],
     )
 
@@ -87,6 +89,7 @@ def class_statistics(
     wide = router_logits_TC.dtype
     valid_T = tokens.valid_T.astype(wide)
     if first_TC is None:
+        # Where all gates are 0, argmax finds class 0, which counts for nothing: hence the mask.
         best_T1 = jnp.argmax(gate_TC, 1)[:, None]
         class_C = jnp.arange(gate_TC.shape[1], dtype=best_T1.dtype)
         first_TC = (best_T1 == class_C[None]) & count_TC.astype(bool)
@@ -95,6 +98,7 @@ def class_statistics(
     # The entropy is that of a distribution, which the affinities of some routers are not.
     share_TC = probs_TC / jnp.maximum(probs_TC.sum(-1, keepdims=True), 1e-30)
     entropy_T = -(share_TC * jnp.log(jnp.maximum(share_TC, 1e-30))).sum(-1)
+    # ST-MoE, eq. 5 (moe/losses/z.py).
     z_T = jax.nn.logsumexp(router_logits_TC, -1) ** 2
 
     def over_rows(x: jax.Array) -> jax.Array:
@@ -126,6 +130,7 @@ def even_routing(expert_index_TK: jax.Array, tokens: Tokens, cfg: RouterCfg) -> 
     num_tokens, k = expert_index_TK.shape
     gate_TK = jnp.full((num_tokens, k), 1 / k, wide)
     zero_logits_TE = jnp.zeros((num_tokens, cfg.num_experts), wide)
+    # The softmax of equal logits is the uniform distribution.
     sums = statistics(zero_logits_TE, expert_index_TK, gate_TK, tokens)
     # z of equal logits would be log(E)^2. A router without logits has none.
     sums["z"] = jnp.zeros_like(sums["z"])

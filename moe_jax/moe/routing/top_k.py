@@ -52,13 +52,17 @@ def route(
 def select(router_logits_TE: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
     """Returns (expert_index [T, K], gates [T, K]) by options k, softmax, renormalize and scale."""
     if options.softmax == "after":
+        # top_k is stable: of equal logits the lower index comes first.
         top_logits_TK, expert_index_TK = jax.lax.top_k(router_logits_TE, options.k)
         gate_TK = jax.nn.softmax(top_logits_TK)
     else:
         router_probs_TE = jax.nn.softmax(router_logits_TE)
+        # The softmax over all E, so gates tell how sure the router is, unless they are
+        # renormalised.
         gate_TK, expert_index_TK = jax.lax.top_k(router_probs_TE, options.k)
         if options.renormalize:
             gate_TK = renormalized(gate_TK)
+    # The scale is the last factor, so the gates of a token sum to it.
     return expert_index_TK, gate_TK * options.scale
 
 
@@ -69,6 +73,7 @@ def renormalized(gate_TK: jax.Array) -> jax.Array:
 
 def declared(num_experts: int, options: Options) -> Declared:
     del num_experts
+    # A softmax over the chosen logits sums to 1 by itself.
     sums_to_scale = options.renormalize or options.softmax == "after"
     return Declared(most=options.k, exact=True, gate_sum=options.scale if sums_to_scale else None)
 

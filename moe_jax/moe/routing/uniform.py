@@ -35,6 +35,7 @@ def route(
     """Returns k experts in turn by position."""
     del params, state, rng, train
     k, num_experts = cfg.options.k, cfg.num_experts
+    # The modulo comes first, which changes nothing and keeps the product small.
     position_T = tokens.position_T % num_experts
     choice_K = jnp.arange(k, dtype=position_T.dtype)
     expert_index_TK = (position_T[:, None] * k + choice_K[None]) % num_experts

@@ -46,6 +46,7 @@ def experts_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Matrices]]:
         return
     for key, value in tree.items():
         if key == EXPERTS:
+            # What lies below is weights: a layer's experts have no experts in them.
             yield (*path, key), value
         else:
             yield from experts_of(value, (*path, key))
@@ -77,6 +78,7 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
         """Returns the weights and the masks of one layer before the first step."""
         kept = rule.first(layer, shape, cfg.rule_options)
         if rule.project:
+            # Before the first step there is no rate: 0 shrinks nothing, and a threshold needs none.
             zero = jnp.float32(0)
             start = Now(step=jnp.int32(0), steps=1, rate=zero, key=zero)
             layer = rule.project(layer, kept, shape, start, cfg.rule_options)
@@ -86,7 +88,9 @@ def begin(cfg: SparseConfig, params: Any, *, stacked: bool) -> tuple[Any, Any]:
     for path, layer in layers.items():
         is_stacked = layout.is_stacked(path, stacked)
         _refuse_misfit(cfg, path, layer, is_stacked)
+        # A stacked layer is treated repeat by repeat, as a loop over layers would.
         weights[path], kept = layout.per_layer(first, is_stacked)(layer)
+        # A rule that acts on the weights alone keeps nothing.
         if kept:
             masks[path] = kept
     mask_tree = nested(masks)
@@ -110,6 +114,7 @@ def advance(
         def keep(masks: dict[str, Any]) -> dict[str, Any]:
             return masks
 
+        # Mostly nothing is due, and the sorts of `change` are skipped.
         masks = jax.lax.cond(rule.due(now, cfg.rule_options), change, keep, masks)
     if rule.project:
         params = _projected(cfg, now, shape, params, masks, stacked)
@@ -142,17 +147,20 @@ def _changed_masks(
     grads_of = dict(experts_of(grads))
     changed = {}
     for path, layer in experts_of(params):
+        # One key for each layer and repeat, the same for the loop and the scan.
         path_hash, repeat = identity(path)
         path_key = jax.random.fold_in(now.key, path_hash)
 
         def of_layer(
             repeat: Any, layer: Matrices, kept: Kept, grad: Matrices, path_key: Any = path_key
         ) -> Kept:
+            # Of the step, the layer and the repeat, and of nothing that a mesh changes.
             layer_now = now._replace(key=jax.random.fold_in(path_key, repeat))
             return update(layer, kept, grad, shape, layer_now, cfg.rule_options)
 
         is_stacked = layout.is_stacked(path, stacked)
         if is_stacked:
+            # Stacked layers are numbered along their leading axis.
             repeat = jnp.arange(jax.tree.leaves(layer)[0].shape[0])
         run = layout.per_layer(of_layer, is_stacked)
         changed[path] = run(repeat, layer, masks_of[path], grads_of[path])
@@ -174,6 +182,7 @@ def mask(tree: Any, masks: dict[str, Any]) -> Any:
     for path, kept in experts_of(masks):
         masked[path] = dict(layers[path])
         for name, keep in kept.items():
+            # A rule may keep thresholds under the same names; they hide nothing.
             if name in layers[path] and _is_mask(keep):
                 masked[path][name] = _zero_outside(keep, layers[path][name])
     return replaced(tree, masked)
@@ -200,6 +209,8 @@ def mask_moments(opt_state: Any, masks: dict[str, Any]) -> Any:
     def masked(path: Any, x: Any) -> Any:
         keys = tuple(_plain_key(key) for key in path)
         for weight_path, keep in mask_of.items():
+            # The path of a moment is that of its weight, with keys of the optimizer before and
+            # behind.
             if keep.shape == x.shape and _has_run(keys, weight_path):
                 return _zero_outside(keep, x)
         return x

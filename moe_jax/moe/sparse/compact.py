@@ -79,6 +79,7 @@ def blocks(layers: Iterable[Layer], block: int) -> Blocks:
             most[name] = max(most[name], int(blocks_of_column.max()))
             shapes[name] = matrix.shape
     # Entries of one expert, as blocks and as whole matrices.
+    # n blocks of b x b for each of O / b columns are n b O entries.
     num_stored = sum(most[name] * block * shapes[name][2] for name in most)
     num_whole = sum(math.prod(shape[1:]) for shape in shapes.values())
     return Blocks(block, most["w_in"], most["w_out"], num_stored / num_whole)

@@ -72,6 +72,7 @@ def pack(matrix_EIO: np.ndarray, b: int, n: int) -> tuple[np.ndarray, np.ndarray
     places_EJn = order[:, :, :n].astype(np.int32)
     values = np.take_along_axis(blocks, places_EJn[..., None, None], 2)
     num_experts, num_columns = places_EJn.shape[:2]
+    # [E, J, n, b, b] -> [E, J, n b, b]: the blocks of a column lie below each other.
     return values.reshape(num_experts, num_columns, n * b, b), places_EJn
 
 
@@ -83,6 +84,7 @@ def product(x_BI: jax.Array, values_JKb: jax.Array, places_Jn: jax.Array) -> jax
 
     def column(_: None, of_column: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         values_Kb, places_n = of_column
+        # [n, B, b] -> [B, n b]: the inputs that the blocks of this column meet.
         x_BK = x_iBb[places_n].swapaxes(0, 1).reshape(num_rows, -1)
         return None, x_BK @ values_Kb
 
@@ -109,6 +111,7 @@ def experts(
             values_in, places_in, values_out, places_out = (array[i] for array in stored)
             wide = wide_dtype(x_BD.dtype)
             pre_BH = product(x_BD, values_in, places_in).astype(wide)
+            # The gate weighs the hidden row, as in `expert_ffn`: combining is a plain sum.
             hidden_BF = act(pre_BH) * gate_B.astype(wide)[:, None]
             return product(hidden_BF.astype(x_BD.dtype), values_out, places_out)
 

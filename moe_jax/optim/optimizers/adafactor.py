@@ -23,6 +23,7 @@ class Options:
 
 def direction(leaves: Any, options: Options) -> optax.GradientTransformation:
     """Returns the direction of an update."""
+    # Leaf by leaf, for each layer of a stack is to have statistics of its own.
     rms = optax.scale_by_factored_rms(decay_rate=options.decay_rate)
     return leaf_by_leaf(
         optax.chain(rms, optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()), leaves

@@ -50,7 +50,9 @@ def rate(cfg: OptimConfig) -> Rate:
     factor = SCHEDULES[cfg.schedule].factor(cfg, cfg.schedule_options)
 
     def of_step(step: Any) -> jax.Array:
+        # After the last step of the schedule its last value stays.
         step = jnp.minimum(jnp.asarray(step, float), cfg.steps)
+        # t runs from 0 after the warm-up to 1 at the end.
         t = jnp.clip((step - warm_steps) / max(cfg.steps - warm_steps, 1), 0, 1)
         warm = step / max(warm_steps, 1)
         return cfg.learning_rate * jnp.where(step < warm_steps, warm, factor(step, t))

@@ -29,6 +29,7 @@ def factor(cfg: OptimConfig, options: Options) -> Factor:
 
     def of_step(step: jax.Array, t: jax.Array) -> jax.Array:
         del t
+        # 0 until the decay begins, `length` steps before the end.
         u = jnp.clip((step - (cfg.steps - length)) / max(length, 1), 0, 1)
         decay = jnp.sqrt(u) if options.shape == "sqrt" else u
         return 1 - (1 - options.final_fraction) * decay

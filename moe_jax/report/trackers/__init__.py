@@ -77,10 +77,12 @@ class Trackers:
         path = start.workdir / FILE
         known = _identities(path)
         for name in names:
+            # A tracker that knew the run before goes on with the same curves.
             own = start._replace(identity=known.get(name, {}).get("identity", ""))
             try:
                 own_run = TRACKERS[name].open(own)
-            except Exception as error:  # of its library, its server or the network
+            # Whatever its library, its server or the network raises.
+            except Exception as error:
                 self._leave(name, error)
                 continue
             self._open[name], self.where[name] = own_run, own_run.where
@@ -94,9 +96,11 @@ class Trackers:
             return
         sent = {}
         for name, value in capped(row).items():
+            # A name that was sent once is always sent, so no curve has holes.
             if name in self._sent or len(self._sent) < MOST:
                 self._sent.add(name)
                 sent[name] = value
+        # A copy of the names: a tracker that fails is taken out meanwhile.
         for name in list(self._open):
             try:
                 self._open[name].scalars(step, sent)

@@ -8,25 +8,29 @@ from typing import Any, NamedTuple, Protocol
 class Open(Protocol):
     """A run at a tracker, while it is written to."""
 
-    identity: str  # by which the tracker finds the run again after a restart
-    where: str  # the URL or directory of the run, for the closing table
+    # By which the tracker finds the run again after a restart.
+    identity: str
+    # The URL or directory of the run, for the closing table.
+    where: str
 
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         """Takes the figures of a step."""
         ...
 
     def close(self) -> None:
-        """All is sent, or on disk, when this returns."""
+        """Sends what is left: all is sent, or on disk, when this returns."""
         ...
 
 
 class Start(NamedTuple):
-    """What a tracker is told at the start of a run."""
+    """Holds what a tracker is told at the start of a run."""
 
     workdir: Path
     project: str
-    config: Mapping[str, Any]  # flat: {"model.d_model": 128}
-    identity: str  # of an earlier start of the run; "" = none
+    # Flat: {"model.d_model": 128}.
+    config: Mapping[str, Any]
+    # Of an earlier start of the run; "" = none.
+    identity: str
 
 
 class Tracker(NamedTuple):

@@ -23,6 +23,7 @@ class Run:
         uri = os.environ.get("MLFLOW_TRACKING_URI", file)
         self._client = MlflowClient(uri)
         self.identity = start.identity
+        # A restart finds its run again, with the parameters that it has there.
         if not self.identity:
             experiment = self._client.get_experiment_by_name(start.project)
             if experiment is None:
@@ -32,6 +33,7 @@ class Run:
             run = self._client.create_run(number, run_name=start.workdir.name)
             self.identity = run.info.run_id
             values = [Param(key, str(value)[:LENGTH]) for key, value in start.config.items()]
+            # MLflow takes so many parameters at once.
             for first in range(0, len(values), PARAMETERS):
                 some = values[first : first + PARAMETERS]
                 self._client.log_batch(self.identity, params=some)
@@ -40,6 +42,7 @@ class Run:
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
+        # MLflow counts milliseconds.
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value in row.items()]
         self._client.log_batch(self.identity, metrics=metrics)

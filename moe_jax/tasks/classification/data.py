@@ -66,7 +66,10 @@ def read_vader(folder: str) -> Iterator[Text]:
 
 
 def _valence(cell: str) -> float | None:
-    """Returns the rating in a cell, None for an empty one; UserError for what is no number."""
+    """Returns the rating in a cell, None for an empty one.
+
+    Raises UserError for what is no number.
+    """
     if not cell:
         return None
     try:
@@ -125,7 +128,7 @@ def read_banking77(folder: str) -> Iterator[Text]:
 def _csv(path: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yields the named columns of a table with commas, "" where a row ends before.
 
-    UserError for a table that lacks them or is damaged.
+    Raises UserError for a table that lacks them or is damaged.
     """
     with readable(path), open_text(path) as file:
         reader = csv.DictReader(file)
@@ -200,6 +203,7 @@ def open_classification(
     del seed
     parts, notes = labelled(split_examples(read_texts(name, folder), heldout_every))
     if select:
+        # Settings are chosen without a look at the test part.
         parts = selection(parts["train"], heldout_every)
         num_heldout, num_texts = len(parts["heldout"]), sum(map(len, parts.values()))
         note = (
@@ -243,8 +247,10 @@ def tokenized(
 ) -> Examples:
     """Returns the rows of the texts of both splits."""
     texts = [text for part in parts.values() for text in part]
+    # Sorted, so that a label has the same number whatever comes first.
     labels = tuple(sorted({text.label for text in texts}))
     has_domains = any(text.domain for text in texts)
+    # Where no text names a domain, the labels are the domains.
     domains = tuple(dict.fromkeys(map(_domain, texts))) if has_domains else labels
     label = {
         split: _indices([text.label for text in part], labels) for split, part in parts.items()

@@ -38,6 +38,7 @@ def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> B
     """Returns what the model reads; `record`: what its MoE layers return, as Request has it."""
     request = batch.request or probe.Request()
     # Blocks come first in a model, so that each takes its own.
+    # [B, M, ...] -> [M, B, ...].
     request = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), request)
     return Batch(
         id_BS=batch.tokens_BS,
@@ -79,6 +80,7 @@ def evaluate(forward: Losses, batch: PackedText, data: Dataset) -> dict[str, Any
     bytes_V = np.zeros(forward.outputs.shape[-1], np.int32)
     bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
     targets_sharding = jax.typeof(batch.targets_BS).sharding
+    # The table is whole on every device, and each looks up the ids of its own rows.
     bytes_BS = jnp.asarray(bytes_V).at[batch.targets_BS].get(out_sharding=targets_sharding)
     # By a tokenizer that changes the text, ids stand for other bytes than were read: count those
     # that were, as gzip does.
@@ -124,7 +126,10 @@ def headline(figures: Figures) -> str:
 
 
 def open_data(cfg: Config) -> Dataset:
-    """Opens the datasets of the config; UserError where the embedding has not as many ids."""
+    """Opens the datasets of the config.
+
+    Raises UserError where the embedding has not as many ids.
+    """
     dataset = open_dataset(
         cfg.data.sources,
         seq_len=cfg.data.seq_len,

@@ -112,6 +112,7 @@ def filtered(users: Interactions, min_items: int, min_users: int) -> dict[str, l
     Items are filtered first, once: an item may have fewer users when users are left out. Each item
     of a user is there once.
     """
+    # set: a user who has an item twice counts once.
     users_of_item = Counter(item for items in users.values() for item in set(items))
     kept: dict[str, list[str]] = {}
     for user, items in users.items():
@@ -242,6 +243,7 @@ def divided(user: str, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(zlib.crc32(user.encode("utf-8")))
     order = random.permutation(len(items))
     num_shown = max(1, round(SHOWN * len(items)))
+    # At least one item is left to be found.
     num_shown = min(num_shown, len(items) - 1)
     return items[order[:num_shown]], items[order[num_shown:]]
 
@@ -262,6 +264,7 @@ def _examples(
             f"data.seq_len = {seq_len} is too short for {name}: a user has {longest} items to be "
             "found; set at least that"
         )
+    # In training the same items are inputs and targets; input dropout hides some (models/mmoe.py).
     train = _train_rows(market)
     inputs = {"train": train, "heldout": examples.ragged(market.shown)}
     targets = {"train": train, "heldout": examples.ragged(market.hidden)}

@@ -51,6 +51,7 @@ def matrix(lists: Sequence[np.ndarray], num_items: int) -> Any:
     """Returns the users' items as a sparse matrix [U, I] of ones."""
     from scipy.sparse import csr_array
 
+    # CSR: the items of user u are those from starts[u] to starts[u + 1].
     starts = np.concatenate([[0], np.cumsum([len(items) for items in lists])])
     ones = np.ones(starts[-1], np.float32)
     return csr_array((ones, np.concatenate(lists), starts), shape=(len(lists), num_items))
@@ -77,6 +78,7 @@ def similarity(train: Any, neighbours: int, shrinkage: float) -> Any:
         # An item is no neighbour of its own.
         item_of_column = np.arange(block.start, block.stop)
         values[item_of_column, np.arange(len(item_of_column))] = 0
+        # The smallest of the `neighbours` largest of each column; ties with it stay.
         if neighbours < len(values):
             smallest_kept = np.partition(values, -neighbours, axis=0)[-neighbours]
             values[values < smallest_kept[None]] = 0
@@ -118,6 +120,7 @@ def judged(
     for start in range(0, len(shown), BLOCK):
         block = slice(start, start + BLOCK)
         shown_UI = matrix(shown[block], num_items)
+        # What a user has is never recommended again.
         scores_UI = np.where(shown_UI.toarray() > 0, -np.inf, score(shown_UI))
         figures.append(ranking(scores_UI, wanted[block]))
     recall, ndcg = np.concatenate(figures, axis=1).mean(1)

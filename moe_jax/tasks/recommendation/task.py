@@ -45,7 +45,7 @@ def _items(cfg: Config) -> tuple[int, ...]:
 
 
 def open_data(cfg: Config) -> Examples:
-    """Opens the baskets of the config; UserError where the model has not as many items."""
+    """Opens the baskets of the config. Raises UserError where the model has not as many items."""
     options = typed_options(Options, cfg.task_options)
     # The number of items is known only once the set is read; the model has its size before that.
     items_of_tasks = _items(cfg)
@@ -94,6 +94,7 @@ def losses(model: Callable, batch: Baskets, rng: jax.Array, train: bool) -> Loss
     """Returns the losses of the items to be found: multinomial, over all items (equation 2)."""
     logits_BI, sums = scores(model, batch, rng, train)
     log_BI = jax.nn.log_softmax(logits_BI)
+    # Padding takes item 0 here, with the weight 0.
     nll_BL = -jnp.take_along_axis(log_BI, batch.targets_BL, axis=1)
     return Losses(nll_BL, batch.target_weight_BL.astype(nll_BL.dtype), logits_BI, sums)
 
@@ -120,6 +121,7 @@ def evaluate(forward: Losses, batch: Baskets, data: Examples) -> dict[str, Any]:
     dtype = forward.nll.dtype
     wanted_BL = batch.target_weight_BL > 0
     top_BC = best(forward.outputs, batch)
+    # [B, C, L]: whether recommendation c is item l of those to be found.
     is_target_BCL = top_BC[:, :, None] == batch.targets_BL[:, None]
     hit_BC = (is_target_BCL & wanted_BL[:, None]).any(2).astype(dtype)
     num_wanted_B = wanted_BL.sum(1)

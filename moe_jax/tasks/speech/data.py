@@ -79,7 +79,10 @@ def _files(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def _recording(name: str, data: bytes) -> Recording:
-    """Returns the recording of a wav file DIGIT_SPEAKER_INDEX.wav; UserError if it is none."""
+    """Returns the recording of a wav file DIGIT_SPEAKER_INDEX.wav.
+
+    Raises UserError if it is none.
+    """
     from scipy.io import wavfile
 
     label, speaker, index = name.removesuffix(".wav").split("_")

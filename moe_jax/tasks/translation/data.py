@@ -312,6 +312,7 @@ def _predictions(
     sequences: Ragged, domain_B: np.ndarray, index_B: np.ndarray, seq_len: int
 ) -> Fields:
     """Returns inputs and, one place on, targets of sequences that begin and end with a boundary."""
+    # One place more than a row: inputs are all but the last, targets all but the first.
     values, valid = examples.padded(sequences, index_B, seq_len + 1)
     # A place is valid if what it predicts is.
     valid_BS = valid[:, 1:]

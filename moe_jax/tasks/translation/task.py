@@ -45,7 +45,9 @@ GREEDY = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=())
 
 
 def open_data(cfg: Config, prefix: bool) -> Examples:
-    """Opens the pairs of the config; UserError where the embedding is too small for their ids."""
+    """Opens the pairs of the config. Raises UserError where the embedding is too small for their
+    ids.
+    """
     extras.require(f"task = {cfg.task!r}", "sacrebleu", "sklearn")
     options = typed_options(Options, cfg.task_options)
     data = open_translation(
@@ -149,12 +151,14 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
     token_batches = []
     for batch in eval_batches(data, size, None, rows):
         stopping.check()
+        # The source alone: the true target must not be seen.
         prompts = prompt_batch(put(batch, rows, size))
         token_BN = translator(trained.params, trained.router_state, prompts, GREEDY)
         token_batches.append(np.asarray(token_BN))
     _, index_R = data.heldout_order()
     # Rows that fill up the last batch come behind all others.
     translations = texts(np.concatenate(token_batches)[: len(index_R)], data)
+    # Whole texts, also of pairs that were cut to fit into a row.
     sources, references = ([side[i] for i in index_R] for side in data.about.raw["heldout"])
     columns = {
         "index": [int(i) for i in index_R],
@@ -209,6 +213,7 @@ def random(cfg: Config, step: int) -> SourceTarget:
 
     source_BS, source_segment_BS = random_side()
     tokens_BS, segment_BS = random_side()
+    # Targets that follow from nothing: a proof needs gradients, not sense.
     targets_BS = rng.integers(0, cfg.model.vocab_size, (num, length)).astype(np.int32)
     return SourceTarget(
         source_BS=source_BS,

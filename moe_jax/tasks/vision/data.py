@@ -83,7 +83,7 @@ def read_fashion_mnist(folder: str, heldout_every: int) -> Images:
 def _fashion(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns (pixels [N, 28, 28], labels [N]) of "train" or "t10k".
 
-    UserError where the two files do not go together.
+    Raises UserError where the two files do not go together.
     """
     names = [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
     pixels, label = (_idx(folder, name) for name in names)
@@ -158,7 +158,7 @@ def read_tfds(spec: str) -> Images:
 def labelled(name: str, images: Images) -> tuple[Images, tuple[str, ...]]:
     """Returns the images that have a label, and a note for the log of how many have none.
 
-    UserError for a label that is no class.
+    Raises UserError for a label that is no class.
     """
     labels.all_checked(images.label_N, len(images.labels), name)
     has_label_N = images.label_N != labels.NONE
@@ -200,8 +200,8 @@ def open_vision(
     Pixels are standardised by the mean and the standard deviation of the training images, one
     number each per channel. The training part holds `copies` of each image: the first as it is, the
     others moved by up to `shift` pixels each way (what comes in repeats the border) and, with
-    `flip`, half of them mirrored, as `seed` decides. UserError if seq_len is not the number of
-    patches.
+    `flip`, half of them mirrored, as `seed` decides. Raises UserError if seq_len is not the number
+    of patches.
     """
     images, notes = labelled(name, read_images(name, folder, heldout_every))
     _refuse_misfits(name, images, seq_len, patch)
@@ -279,7 +279,7 @@ def _raw(
 
 
 def _refuse_misfits(name: str, images: Images, seq_len: int, patch: int) -> None:
-    """UserError where patches, row length or split do not go with the images."""
+    """Raises UserError where patches, row length or split do not go with the images."""
     height, width = images.pixels_NHWC.shape[1:3]
     if patch < 1 or height % patch or width % patch:
         raise UserError(

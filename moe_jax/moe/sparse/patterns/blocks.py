@@ -40,6 +40,8 @@ def _blocks(x: jax.Array, b: int) -> jax.Array:
     num_between = x.size // (num_experts * num_inputs * num_outputs)
     split = (num_experts, num_inputs // b, b, num_between, num_outputs // b, b)
     sums = reshaped(x, *split).sum((2, 5))
+    # [E, I / b, Q, O / b] -> [E, Q, O / b, I / b]: the last dimension is a column of blocks, which
+    # is a row of its own where `balanced`.
     return sums.transpose(0, 2, 3, 1)
 
 

@@ -125,6 +125,7 @@ class Shaped(NamedTuple):
     def rows(self, groups: jax.Array) -> int:
         """Returns how many leading dimensions number the rows."""
         rows = self.pattern.rows(self.options)
+        # A pattern may count from the end: -1 leaves the last dimension alone for a row.
         return rows if rows > 0 else groups.ndim + rows
 
     def choose(self, scores: Groups, count: Callable[[jax.Array], Any]) -> Groups:
@@ -149,6 +150,7 @@ def largest(scores: jax.Array, count: Any, rows: int) -> jax.Array:
     flat = reshaped(whole(scores), *scores.shape[:rows], row_size)
     count = jnp.asarray(count, jnp.int32)
     # The least score that is taken.
+    # `count` may be traced, which top_k does not take: so all is sorted, and one place is read.
     place = jnp.clip(row_size - count, 0, row_size - 1)
     least = jax.lax.dynamic_index_in_dim(jnp.sort(flat, axis=-1), place, axis=-1)
     is_above = flat > least

@@ -29,6 +29,7 @@ def pool(experts: Matrices, options: Options) -> Groups:
     """
     del options
     w_in, w_out = (experts[name] for name in UNITS)
+    # What lies between experts and hidden units: D, and gate and up.
     between = tuple(range(1, w_in.ndim - 1))
     return {"units": w_in.sum(between) + w_out.sum(2)}
 

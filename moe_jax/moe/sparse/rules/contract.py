@@ -74,6 +74,7 @@ def first_masks(experts: Matrices, shape: Shaped, options: Any) -> Kept:
     threshold] = 0, and later only non-zero entries move (the article, section 3.1 and 3.2).
     """
     norms = shape.norms(experts)
+    # Only the rule `static` has this option; the others go by density.
     if getattr(options, "threshold", 0):
         chosen = {key: z >= options.threshold for key, z in norms.items()}
     else:
@@ -89,4 +90,5 @@ def all_masks(experts: Matrices, shape: Shaped, options: Any) -> Kept:
 
 def span(now: Now, begin: float, end: float) -> tuple[int, int]:
     """Returns the first and the last step of changes, from fractions of the training."""
+    # The end is at least 1: RigL divides by it.
     return round(begin * now.steps), max(1, round(end * now.steps))

@@ -32,6 +32,7 @@ def due(now: Now, options: Options) -> jax.Array:
     """Returns whether masks change at this step: every so many, and at the end."""
     begin, end = span(now, options.begin, options.end)
     is_inside = (now.step >= begin) & (now.step <= end)
+    # At the end in any case, so that the last density is the pattern's whatever `every` is.
     return is_inside & ((now.step % options.every == 0) | (now.step == end))
 
 

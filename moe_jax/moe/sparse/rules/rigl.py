@@ -31,6 +31,7 @@ def update(
     experts: Matrices, masks: Kept, grads: Matrices, shape: Shaped, now: Now, options: Options
 ) -> Kept:
     """Returns the masks after the groups with the largest dense gradient have come."""
+    # The gradients are dense: an entry that is masked has one too.
     growth = shape.norms(grads)
     return regrow(experts, masks, growth, shape, fraction(now, options))
 

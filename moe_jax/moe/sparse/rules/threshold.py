@@ -33,6 +33,7 @@ def first_thresholds(experts: Matrices, shape: Shaped, options: Options) -> Kept
     def least_kept(norms: jax.Array) -> jax.Array:
         number = math.prod(norms.shape[1:])
         num_kept = shape.pattern.count(shape.options, number)
+        # One row for each expert: the threshold is that of all its groups together.
         is_kept = largest(norms, num_kept, 1)
         all_but_experts = tuple(range(1, norms.ndim))
         return jnp.where(is_kept, norms, jnp.inf).min(all_but_experts)
