@@ -24,8 +24,9 @@ class Prepared(NamedTuple):
 
     # What is told of it beside its time; JSON.
     facts: dict[str, Any]
-    # Does once what is timed, and waits for it.
-    run: Callable[[], None]
+    # Does once what is timed, and waits for it. It may return the seconds, where not all that it
+    # does counts.
+    run: Callable[[], float | None]
 
 
 class Timing(NamedTuple):

@@ -143,6 +143,54 @@ def start(seconds: Mapping[str, float], name: str) -> Table:
     return table
 
 
+def scaling(size: str, timings: Mapping[int, tuple[Timing, Timing]], name: str) -> Table:
+    """Returns the time of a step for each size, and over that of the variant as it is.
+
+    `timings`: of each size, and of the variant in the same rounds.
+    """
+    columns = numbers("ms a step", "tokens/s", f"time / {name}", "memory")
+    table = Table([*numbers(size), *columns], title=f"A training step against {size}")
+    for n, (timing, base) in timings.items():
+        seconds = statistics.median(timing.seconds)
+        table.add(
+            str(n),
+            f"{1000 * seconds:.0f}",
+            f"{timing.facts['tokens'] / seconds:.0f}",
+            f"{ratio(timing, base):.2f}",
+            f"{timing.memory / GIGA:.2f} GB",
+        )
+    return table
+
+
+def depth(seconds: Mapping[int, float], num_blocks: Mapping[int, int], name: str) -> Table:
+    """Returns the seconds to trace and compile a step of each depth."""
+    table = Table(
+        [*numbers("blocks", "seconds", "of the first")],
+        title=f"Tracing and compiling a step of {name} with model.scan = True",
+    )
+    first = next(iter(seconds.values()))
+    for n, value in seconds.items():
+        table.add(str(num_blocks[n]), f"{value:.1f}", f"{value / first:.2f}")
+    return table
+
+
+def overheads(timings: Mapping[str, Timing], steps: int, name: str) -> Table:
+    """Returns what runs of some steps cost beside them. The first row has nothing switched on."""
+    table = Table(
+        [*names("run"), *numbers("seconds", "fastest", "time / first")],
+        title=f"{steps} steps of {name} with one thing switched on",
+    )
+    first = next(iter(timings.values()))
+    for row, timing in timings.items():
+        seconds = statistics.median(timing.seconds)
+        cells = f"{seconds:.2f}", f"{min(timing.seconds):.2f}", f"{ratio(timing, first):.3f}"
+        table.add(row, *cells)
+    waited = first.facts["waited"]
+    share = waited / (waited + first.facts["stepped"])
+    table.add("of the first, waiting for data", f"{waited:.2f}", "", f"{share:.3f}")
+    return table
+
+
 def machine() -> dict[str, Any]:
     """Returns what is known of the machine and the versions."""
     processor = platform.processor() or platform.machine()
@@ -159,7 +207,7 @@ def machine() -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Returns results as JSON has them: every second of every round."""
-    if isinstance(value, Timing | Row):
+    if hasattr(value, "_asdict"):
         return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
@@ -209,6 +257,13 @@ def _medians(parts: Mapping[str, Any]) -> dict[str, float]:
             medians[f"{part}, {row['name']}"] = statistics.median(seconds)
     for name, timing in parts.get("layer", {}).items():
         medians[f"layer, {name}"] = statistics.median(timing["seconds"])
+    for name, timing in parts.get("overheads", {}).items():
+        medians[f"run, {name}"] = statistics.median(timing["seconds"])
+    for curve in parts.get("scaling", []):
+        for n, (timing, _) in curve["timings"].items():
+            medians[f"{n} {curve['size']}"] = statistics.median(timing["seconds"])
+    for n, seconds in parts.get("depth", {}).items():
+        medians[f"compile {n} repeats"] = seconds
     # A start has one number already, the smallest of some.
     medians |= {f"start, {name}": seconds for name, seconds in parts.get("start", {}).items()}
     return medians

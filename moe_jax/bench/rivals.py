@@ -45,6 +45,8 @@ def why_none(cfg: config.Config) -> str:
         return "Llama and Mixtral have grouped-query attention"
     if model.activation != "swiglu" or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"
+    if model.norm_position != "before" or model.output_bias or model.rope_scaling != "none":
+        return "Llama and Mixtral have norms before, no output bias, and plain rotary embeddings"
     if kinds == {"dense"}:
         return ""
     router = model.moe.router_options

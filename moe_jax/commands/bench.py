@@ -1,5 +1,6 @@
-"""Times a config: training steps of its variants, decoding, the skew of the MoE layer, the start;
-beside the peak of this machine and, with --rivals, beside Hugging Face transformers.
+"""Times a config: training steps of its variants, decoding, the skew of the MoE layer, the start,
+how steps grow with experts and tokens, what a run spends beside its steps; beside the peak of this
+machine and, with --rivals, beside Hugging Face transformers.
 
     python -m moe_jax bench --config bench:e8 --rounds 15 --variant e8: \
         --variant "e64 capacity: --config.model.moe.num_experts=64 \
@@ -18,52 +19,32 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax import config
-from moe_jax.bench import results, rivals, startup, workers
-from moe_jax.bench.contract import Job, Timing
+from moe_jax.bench import overheads, parts, results, rivals, scaling
+from moe_jax.bench.contract import Job
+from moe_jax.bench.session import Part, Session
 from moe_jax.config import command_line, config_file
 from moe_jax.errors import UserError
-from moe_jax.models.decodable import why_not_decoded
 from moe_jax.parallel.mesh import AXES
 from moe_jax.runtime import shell
 from moe_jax.terminal import working
 from moe_jax.terminal.table import Table
-from moe_jax.terminal.working import Tell
 
-PARTS = ("train", "decode", "layer", "start")
+PARTS: dict[str, Callable[[Session], Part]] = {
+    "train": parts.train,
+    "decode": parts.decode,
+    "layer": parts.layer,
+    "start": parts.start,
+    "scaling": scaling.scaling,
+    "depth": scaling.depth,
+    "overheads": overheads.overheads,
+}
 # Losses of the first step of both models may differ by so much: weights are drawn differently.
 LOSSES = 0.3
-# Of decoding: rows, tokens of a prompt, tokens drawn for each row.
-BATCHES = (1, 8, 32)
-PROMPT = 32
-NEW = 128
-# Of the start, which is timed in fewer rounds: each takes half a minute.
-STARTS = 3
-OURS = "jax"
-THEIRS = "torch"
-
-
-class Session(NamedTuple):
-    """Holds what every part is told."""
-
-    # The training job and the config of each variant, by name.
-    variants: Mapping[str, tuple[Job, config.Config]]
-    rounds: int
-    # Whether transformers is timed, too.
-    rivals: bool
-    tell: Tell
-
-    def interleave(self, jobs: Sequence[Job]) -> dict[str, Timing]:
-        """Returns the timing of each job by its name."""
-        return workers.interleave(jobs, self.rounds, self.tell)
-
-
-# What a part has measured, by the names that it has in the JSON, and its tables.
-Part = tuple[dict[str, Any], list[Table]]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -91,6 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="time transformers in the same rounds (pip install 'moe_jax[hf]')",
     )
     parser.add_argument("--out", type=Path, help="write every time of every round here, as JSON")
+    parser.add_argument("--plot", type=Path, help="draw what --what scaling has measured here")
     parser.add_argument("--against", type=Path, help="compare with a file of --out")
     args = command_line.parse(parser, argv)
     args.what = args.what or ["train"]
@@ -103,29 +85,34 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     # Whatever can be wrong is said before the first process is started.
     before = results.read(args.against) if args.against else None
-    if args.out and not args.out.parent.is_dir():
-        raise UserError(f"--out {args.out}: {args.out.parent} is no directory")
+    for flag, path in (("--out", args.out), ("--plot", args.plot)):
+        if path and not path.parent.is_dir():
+            raise UserError(f"{flag} {path}: {path.parent} is no directory")
+    if args.plot and "scaling" not in args.what:
+        raise UserError(f"--plot {args.plot} draws --what scaling, which is not asked for")
     variants = read_variants(args)
     if args.rivals:
         refuse_without_rival(variants)
-    parts: dict[str, Any] = {"machine": results.machine()}
+    measured: dict[str, Any] = {"machine": results.machine()}
     tables: list[Table] = []
     with working.shown("bench") as tell:
         session = Session(variants, args.rounds, args.rivals, tell)
-        for name, run in PART.items():
+        for name, run in PARTS.items():
             if name in args.what:
-                measured, shown = run(session)
-                parts |= measured
+                figures, shown = run(session)
+                measured |= figures
                 tables += shown
     console = shell.console()
     for table in tables:
         console.print(table)
-    now = results.plain(parts)
+    now = results.plain(measured)
+    if args.plot:
+        scaling.draw(measured["scaling"], args.plot)
     if args.out:
         args.out.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     if before:
         console.print(results.against(now, before, args.against.name))
-    return 1 if unlike(parts) else 0
+    return 1 if unlike(measured) else 0
 
 
 def read_variants(args: argparse.Namespace) -> dict[str, tuple[Job, config.Config]]:
@@ -173,103 +160,11 @@ def refuse_without_rival(variants: Mapping[str, tuple[Job, config.Config]]) -> N
         raise UserError(f"--rivals: {name!r} has none, for {reason}")
 
 
-def products(session: Session) -> list[Job]:
-    """Returns the jobs that measure the peak in the rounds of a part."""
-    jobs = [Job(f"product {OURS}", "product")]
-    if session.rivals:
-        jobs.append(Job(f"product {THEIRS}", "rival_product"))
-    return jobs
-
-
-def train(session: Session) -> Part:
-    """Times training steps."""
-    jobs = {name: job for name, (job, _) in session.variants.items()}
-    against = rival_jobs("rival_train", session, {})
-    timings = session.interleave([*products(session), *jobs.values(), *_once(against)])
-    rows = [
-        results.Row(name, timings[job.name], _timing(timings, against.get(name)))
-        for name, job in jobs.items()
-    ]
-    peaks = _peaks(timings)
-    tables = [results.peaks(peaks), results.training(rows, peaks[OURS])]
-    return {"peak": peaks, "training": rows}, tables
-
-
-def decode(session: Session) -> Part:
-    """Times greedy decoding of each variant and number of rows.
-
-    The numbers of rows are timed one after another, variants and rivals within one interleaved.
-    """
-    rows = []
-    for size in BATCHES:
-        options = {"batch": size, "prompt": PROMPT, "new": NEW}
-        jobs = {
-            name: job._replace(name=f"{name}, {size} rows", kind="decode", options=options)
-            for name, (job, cfg) in session.variants.items()
-            if not why_not_decoded(cfg.model)
-        }
-        against = rival_jobs("rival_decode", session, options)
-        timings = session.interleave([*jobs.values(), *_once(against)])
-        rows += [
-            results.Row(job.name, timings[job.name], _timing(timings, against.get(name)))
-            for name, job in jobs.items()
-        ]
-    title = f"Decoding, greedy, {PROMPT} tokens of prompt and {NEW} new ones, prefill included"
-    return {"decoding": rows}, [results.decoding(rows, title)]
-
-
-def layer(session: Session) -> Part:
-    """Times the MoE layer with a balanced and a collapsed router."""
-    with_experts = [job for job, cfg in session.variants.values() if cfg.model.num_moe_layers]
-    if not with_experts:
-        raise UserError("--what layer: no variant has a mixture of experts")
-    jobs = [
-        job._replace(name=f"{job.name}, {name}", kind="layer", options={"collapsed": collapsed})
-        for job in with_experts
-        for name, collapsed in (("balanced", False), ("collapsed", True))
-    ]
-    timings = session.interleave(jobs)
-    return {"layer": timings}, [results.layers(timings, [job.name for job in with_experts])]
-
-
-def start(session: Session) -> Part:
-    """Times the start of a process, with the step of the first variant."""
-    job, _ = next(iter(session.variants.values()))
-    seconds = startup.measure(job, min(STARTS, session.rounds), session.tell)
-    return {"start": seconds}, [results.start(seconds, job.name)]
-
-
-PART = {"train": train, "decode": decode, "layer": layer, "start": start}
-
-
-def rival_jobs(kind: str, session: Session, options: Mapping[str, Any]) -> dict[str, Job]:
-    """Returns the rival of each variant that has one: the fastest of its ways to compute experts,
-    by a few runs of each. Variants of the same shapes share theirs. None without --rivals.
-    """
-    chosen: dict[str, Job] = {}
-    of_shapes: dict[str, Job] = {}
-    if not session.rivals:
-        return chosen
-    for name, (job, cfg) in session.variants.items():
-        if rivals.why_none(cfg):
-            continue
-        shapes = rivals.shapes(cfg)
-        if shapes in of_shapes:
-            chosen[name] = of_shapes[shapes]
-            continue
-        jobs = []
-        for way in rivals.implementations(cfg, kind):
-            told = {**options, "experts": way}
-            jobs.append(job._replace(name=f"{name} rival, {way}", kind=kind, options=told))
-        chosen[name] = of_shapes[shapes] = workers.fastest(jobs, session.tell)
-    return chosen
-
-
-def unlike(parts: Mapping[str, Any]) -> bool:
+def unlike(measured: Mapping[str, Any]) -> bool:
     """Says of which rows the first losses differ, and returns whether there are any: then the two
     models are not alike, and neither are their times.
     """
-    rows: Sequence[results.Row] = parts.get("training", [])
+    rows: Sequence[results.Row] = measured.get("training", [])
     far = []
     for row in rows:
         if row.rival and not math.isclose(
@@ -283,22 +178,3 @@ def unlike(parts: Mapping[str, Any]) -> bool:
             sys.stderr,
         )
     return bool(far)
-
-
-def _once(jobs: Mapping[str, Job]) -> list[Job]:
-    """Returns each of some jobs once."""
-    return list({job.name: job for job in jobs.values()}.values())
-
-
-def _timing(timings: Mapping[str, Timing], job: Job | None) -> Timing | None:
-    """Returns the timing of a job; None of none."""
-    return timings[job.name] if job else None
-
-
-def _peaks(timings: Mapping[str, Timing]) -> dict[str, Timing]:
-    """Returns the matrix products among some timings, by library."""
-    return {
-        library: timings[f"product {library}"]
-        for library in (OURS, THEIRS)
-        if f"product {library}" in timings
-    }

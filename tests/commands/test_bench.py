@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import __main__, config
-from moe_jax.bench import results, rivals, workers
+from moe_jax.bench import overheads, results, rivals, scaling, session, workers
 from moe_jax.bench.contract import Job, Timing
 from moe_jax.commands import bench
 from moe_jax.config import command_line, config_file
@@ -100,6 +100,42 @@ def test_decoding_layer_and_compilation_are_jobs(tmp_path):
     assert all(timing.memory > 1e7 for timing in timings.values())
 
 
+def test_sizes_are_timed_beside_the_variant_as_it_is(tmp_path, monkeypatch):
+    """Step times against experts and tokens, as tables, as JSON and as a picture."""
+    monkeypatch.setattr(scaling, "EXPERTS", (16,))
+    monkeypatch.setattr(scaling, "TOKENS", (128,))
+    out, plot = tmp_path / "now.json", tmp_path / "scaling.png"
+    flags = [
+        "--config",
+        "bench:e8",
+        "--rounds",
+        "1",
+        *SMALL,
+        "--out",
+        str(out),
+        "--plot",
+        str(plot),
+    ]
+    assert bench.main(["--what", "scaling", *flags]) == 0
+    experts, tokens = json.loads(out.read_text())["scaling"]
+    assert experts["size"] == "experts"
+    more, base = (timing["facts"] for timing in experts["timings"]["16"])
+    # Three matrices of 8 x 16 for each expert, and a column of the router.
+    assert more["total"] - base["total"] == 8 * (3 * 8 * 16 + 16)
+    assert [timing["facts"]["tokens"] for timing in tokens["timings"]["128"]] == [128, 64]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_tells_what_it_spent_beside_its_steps():
+    # A run reads text, as bytes.
+    changes = (*SMALL, *overheads.OFF, "--config.model.vocab_size=256", "--config.train.steps=3")
+    job = Job("run", "run", "bench:e8", changes)
+    timing = workers.interleave([job], 1, silent)["run"]
+    assert 0 < timing.seconds[0] < 60
+    assert timing.facts["stepped"] > 0
+    assert timing.facts["waited"] >= 0
+
+
 def test_a_ratio_is_taken_round_by_round():
     """A machine that is three times slower in one round does not change it."""
     slow = Timing({}, (1.0, 3.0, 1.0), 0)
@@ -123,7 +159,7 @@ def test_variants_of_the_same_shapes_share_a_rival(monkeypatch):
     """Whatever their dispatcher: one more copy of the same model would only take memory."""
     monkeypatch.setattr(workers, "fastest", lambda jobs, tell: jobs[0])
     variants = bench.read_variants(bench.parse(["--config", "bench"]))
-    chosen = bench.rival_jobs("rival_train", bench.Session(variants, 1, True, silent), {})
+    chosen = session.rival_jobs("rival_train", session.Session(variants, 1, True, silent), {})
     assert chosen["e8"] is chosen["e8_capacity"]
     names = {job.name for job in chosen.values()}
     assert names == {"dense rival, eager", "e8 rival, grouped_mm", "e64 rival, grouped_mm"}
@@ -137,6 +173,7 @@ def test_variants_of_the_same_shapes_share_a_rival(monkeypatch):
         ("model.activation=gelu", "SwiGLU"),
         ('model.period=\'("dense", "moe")\'', "all alike"),
         ("model.attention=sliding_window", "grouped-query"),
+        ("model.norm_position=after", "norms before"),
         ("model.moe.num_experts=16", ""),
     ],
 )
@@ -152,6 +189,7 @@ def test_a_model_that_transformers_does_not_have_has_no_rival(change, reason):
     [
         (["--rounds", "0"], "--rounds 0: at least 1"),
         (["--out", "nowhere/x.json"], "--out nowhere/x.json: nowhere is no directory"),
+        (["--plot", "x.png"], "--plot x.png draws --what scaling, which is not asked for"),
         (["--against", "nowhere.json"], "--against nowhere.json: no such file"),
         (["--rivals", "--config.model.activation=gelu"], "--rivals: 'dense' has none, for Llama"),
     ],

@@ -1,0 +1,84 @@
+"""What a run spends beside its steps: waiting for data, logging, and saving checkpoints.
+
+Each row is a real run, with one of them switched on. The time is that of the run from its first
+step to its last, without the start, compilation and evaluation; it is read from what the run itself
+notes (goodput.json).
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from moe_jax import config, train
+from moe_jax.bench import results
+from moe_jax.bench.contract import Job, Prepared
+from moe_jax.bench.ours import read
+from moe_jax.bench.session import Part, Session
+from moe_jax.config import command_line
+from moe_jax.parallel import mesh
+from moe_jax.runtime import goodput
+
+STEPS = 60
+# Steps between two checkpoints of the run that saves: more often than anybody would.
+SAVES = 20
+NEVER = 10**6
+BARE = "nothing but steps"
+WAITING = "waiting for data"
+# What a run does between its first step and its last, by the names that its goodput has.
+IN_THE_LOOP = (goodput.STEPS, WAITING, "saving", "finishing the last save")
+# What is switched on in a row.
+ROWS = {
+    BARE: (),
+    "logging": ("--config.log.every=10",),
+    "saving": (f"--config.checkpoint.every={SAVES}",),
+}
+OFF = (
+    f"--config.train.steps={STEPS}",
+    f"--config.log.every={NEVER}",
+    f"--config.log.histogram_every={NEVER}",
+    "--config.checkpoint.every=0",
+    "--config.eval.every=0",
+    "--config.eval.final_batches=1",
+    "--config.eval.sample_tokens=0",
+)
+
+
+def overheads(session: Session) -> Part:
+    """Times runs of the last variant with and without logging and saving."""
+    job, _ = list(session.variants.values())[-1]
+    jobs = [
+        Job(name, "run", job.config, (*job.changes, *OFF, *switched_on))
+        for name, switched_on in ROWS.items()
+    ]
+    timings = session.interleave(jobs)
+    return {"overheads": timings}, [results.overheads(timings, STEPS, job.name)]
+
+
+def run(job: Job) -> Prepared:
+    """Prepares runs of a config, each in a workdir of its own. The first of them is not timed; what
+    it waited for data is a fact.
+    """
+    read(job)
+
+    def once() -> dict[str, float]:
+        """Makes a run, and returns the seconds of each of its activities."""
+        with tempfile.TemporaryDirectory() as folder:
+            workdir = Path(folder) / "run"
+            raw = command_line.read(Path(job.config), list(job.changes))
+            cfg = config.build(raw, len(jax.devices()))
+            with jax.set_mesh(mesh.make(cfg.mesh)):
+                train.run(cfg, raw, workdir, time.monotonic())
+            (start,) = json.loads((workdir / goodput.FILE).read_text())["starts"]
+        return start["seconds"]
+
+    def timed() -> float:
+        spent = once()
+        return sum(spent.get(activity, 0.0) for activity in IN_THE_LOOP)
+
+    first = once()
+    waited = first.get(WAITING, 0.0)
+    facts = {"steps": STEPS, "waited": waited, "stepped": first[goodput.STEPS]}
+    return Prepared(facts, timed)
