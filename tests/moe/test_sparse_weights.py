@@ -428,3 +428,23 @@ def test_every_other_combination_runs():
         assert jax.tree.map(
             lambda x: (x.shape, x.dtype), jax.eval_shape(run, first, masks)
         ) == jax.tree.map(lambda x: (x.shape, x.dtype), (first, masks))
+
+
+def test_what_comes_begins_at_zero_after_a_dense_update():
+    """Muon's update is dense, although gradients and moments are masked."""
+    cfg = SparseConfig(
+        rule="set",
+        rule_options=rules.RULES["set"].options(fraction=0.5, end=1.0, every=1),
+        pattern="unstructured",
+        pattern_options=patterns.PATTERNS["unstructured"].options(density=0.5),
+        stored=StoredConfig(),
+    )
+    weights = jnp.arange(1.0, 33.0).reshape(1, 4, 2, 4)
+    params = {"experts": {"w_in": weights, "w_out": jnp.ones((1, 4, 4))}}
+    params, masks = sparse.begin(cfg, params, stacked=False)
+    updated = jax.tree.map(lambda w: w + 1.0, params)
+    after, changed = sparse.advance(cfg, now(), params, updated, masks, stacked=False)
+    for name, old in masks["experts"].items():
+        comes = changed["experts"][name] & ~old
+        assert comes.any()
+        assert not after["experts"][name][comes].any()

@@ -106,10 +106,13 @@ def advance(
     """
     rule = RULES[cfg.rule]
     shape = Shaped(PATTERNS[cfg.pattern], cfg.pattern_options)
+    # By the old masks first: an update may be dense where gradients and moments are not (Muon's is
+    # a product of matrices), and what comes anew begins at 0.
+    params = mask(params, masks)
     if rule.update and rule.due:
 
         def change(masks: dict[str, Any]) -> dict[str, Any]:
-            return _changed_masks(cfg, now, shape, mask(params, masks), masks, grads, stacked)
+            return _changed_masks(cfg, now, shape, params, masks, grads, stacked)
 
         def keep(masks: dict[str, Any]) -> dict[str, Any]:
             return masks
