@@ -274,10 +274,8 @@ def train(cfg: config.Config, raw: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv)
-    if code not in (
-        0,
-        130,
-    ):  # nothing is left to be done, and the other processes of the run are not waited for
+    if code not in (0, 130):
+        # Nothing is left to be done, and the other processes of the run are not waited for.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

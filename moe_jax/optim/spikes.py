@@ -41,7 +41,9 @@ def is_spike(window: Window, loss: jax.Array, norm: jax.Array, sigma: float) -> 
     mean_2 = (window.value_2W * weight_W[None]).sum(1)
     variance_2 = (jnp.square(window.value_2W - mean_2[:, None]) * weight_W[None]).sum(1)
     limit_2 = mean_2 + jnp.float32(sigma) * jnp.sqrt(variance_2)
-    return (window.taken >= READY) & (value_2 > limit_2).any()
+    # An infinite loss is not finite, which is told of by itself; it is not counted twice.
+    is_above_2 = jnp.isfinite(value_2) & (value_2 > limit_2)
+    return (window.taken >= READY) & is_above_2.any()
 
 
 def advance(window: Window, loss: jax.Array, norm: jax.Array, spike: jax.Array) -> Window:

@@ -46,8 +46,8 @@ def test_nothing_is_a_spike_before_the_window_is_ready():
 
 def test_spikes_and_what_is_not_finite_stay_out_of_the_window():
     calm, _ = after([3.0 + 0.01 * (i % 5) for i in range(40)])
-    loud, said = after([3.0 + 0.01 * (i % 5) for i in range(40)] + [50.0, np.nan, 60.0])
-    assert said[-3:] == [True, False, True]
+    loud, said = after([3.0 + 0.01 * (i % 5) for i in range(40)] + [50.0, np.nan, np.inf, 60.0])
+    assert said[-4:] == [True, False, False, True]
     np.testing.assert_array_equal(calm.value_2W, loud.value_2W)
     assert int(loud.taken) == 40 and int(loud.spikes) == 2
 
