@@ -19,6 +19,7 @@ from moe_jax.bench.ours import PRODUCT, WARM, read
 from moe_jax.errors import UserError
 from moe_jax.models import decoder
 from moe_jax.models.attentions import grouped_query
+from moe_jax.models.rope_scalings import none
 from moe_jax.moe.routing import top_k
 from moe_jax.optim.optimizers import adamw
 from moe_jax.plan import flops
@@ -45,7 +46,8 @@ def why_none(cfg: config.Config) -> str:
         return "Llama and Mixtral have grouped-query attention"
     if model.activation != "swiglu" or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"
-    if model.norm_position != "before" or model.output_bias or model.rope_scaling != "none":
+    is_scaled = not isinstance(model.rope_scaling_options, none.Options)
+    if model.norm_position != "before" or model.output_bias or is_scaled:
         return "Llama and Mixtral have norms before, no output bias, and plain rotary embeddings"
     if kinds == {"dense"}:
         return ""

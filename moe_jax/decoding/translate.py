@@ -12,7 +12,6 @@ Temperature 0 takes the likeliest token.
 Shapes: B rows, T source sequence, N target tokens at most, M length of the cache.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,10 +22,9 @@ from moe_jax import layout
 from moe_jax.decoding.sample import Dials, draw
 from moe_jax.errors import UserError
 from moe_jax.models import decoder, encdec
-from moe_jax.models.decodable import why_not_cached, with_dispatcher
+from moe_jax.models.decodable import token_by_token, why_not_cached
 from moe_jax.models.functions import make_model
 from moe_jax.models.stack import empty_caches
-from moe_jax.moe.dispatch import LOSSLESS
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import ModelConfig
@@ -53,7 +51,7 @@ def make_translator(
     """
     _refuse_undecodable(model_cfg)
     # No token may be dropped, and what the layers keep is a list of layers, not a stack.
-    cfg = dataclasses.replace(with_dispatcher(model_cfg, LOSSLESS), scan=False)
+    cfg = token_by_token(model_cfg)
     bind = make_model(cfg).bind
     begin = _begin_encdec if cfg.kind == encdec.NAME else _begin_decoder
 

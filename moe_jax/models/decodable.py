@@ -49,8 +49,15 @@ def for_decoding(cfg: ModelConfig) -> ModelConfig:
     if reason := why_not_decoded(cfg):
         raise UserError(f"this model cannot be decoded: {reason}")
     # Who shares capacity in training must not matter to a text that is written alone.
+    return token_by_token(cfg)
+
+
+def token_by_token(cfg: ModelConfig) -> ModelConfig:
+    """Returns the same model as it is run on a token a row: lossless, layers unstacked."""
     lossless = with_dispatcher(cfg, LOSSLESS)
-    return dataclasses.replace(lossless, scan=False)
+    options = dataclasses.replace(lossless.moe.dispatcher_options, direct=True)
+    moe = dataclasses.replace(lossless.moe, dispatcher_options=options)
+    return dataclasses.replace(lossless, moe=moe, scan=False)
 
 
 def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:

@@ -12,7 +12,7 @@ expert hidden, P = 2 for SwiGLU else 1, N assignments, R rows of a dispatch buff
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,10 @@ from flax import nnx
 
 from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.experts.direct import direct_ffn
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.experts.network import PARTS
 from moe_jax.moe.ordering import ORDERINGS
@@ -317,22 +319,27 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
     )
 
 
-def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Callable[..., jax.Array]:
-    """Returns the experts of this device as a function of grouped rows."""
+def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Experts:
+    """Returns the experts of this device."""
     weights, places = parts
     if places:
-        return stored.experts(weights, places, cfg.activation)
+        return Experts(stored.experts(weights, places, cfg.activation))
     with jax.named_scope("gather_experts"):
         # D is split over `data`: dimension 1 of w_in [E, D, P, F], and 2 of w_out [E, F, D].
         w_in_eDPF = all_gather(weights["w_in"], "data", 1)
         w_out_eFD = all_gather(weights["w_out"], "data", 2)
 
-    def experts(x_RD, gate_R, start_e, size_e, block):
+    def grouped(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):
             rows = (x_RD, gate_R, start_e, size_e)
             return expert_ffn(*rows, w_in_eDPF, w_out_eFD, activation=cfg.activation, block=block)
 
-    return experts
+    def direct(x_TD, token_M, expert_index_M, gate_M):
+        with jax.named_scope("experts"):
+            assignments = (token_M, expert_index_M, gate_M)
+            return direct_ffn(x_TD, *assignments, w_in_eDPF, w_out_eFD, activation=cfg.activation)
+
+    return Experts(grouped, direct)
 
 
 def _dropped_per_row(dropped_N: jax.Array, routing: Routing, tokens: Tokens) -> jax.Array:

@@ -14,6 +14,7 @@ from router_cases import compiled
 
 from moe_jax.moe import load
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.ordering import ORDERINGS, rounding
@@ -217,12 +218,12 @@ def on_device(x, expert, gate, w_in, w_out, *, name):
         expert_axis=jax.lax.axis_size("expert"),
     )
 
-    def experts(x, g, start, size, block):
+    def grouped(x, g, start, size, block):
         return expert_ffn(x, g, start, size, w_in, w_out, activation="swiglu", block=block)
 
     options = DISPATCHERS["capacity"].options(factor=FACTOR)
     y, dropped = DISPATCHERS["capacity"].apply(
-        x.reshape(-1, d), routing, experts, shape=shape, options=options
+        x.reshape(-1, d), routing, Experts(grouped), shape=shape, options=options
     )
     return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
 

@@ -12,12 +12,11 @@ Buffers per device: E * (T / group) * C rows sent, as many received and computed
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.contract import Dispatcher
+from moe_jax.moe.dispatch.contract import Dispatcher, Experts
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order
 from moe_jax.moe.dispatch.places import through_experts
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
@@ -56,7 +55,7 @@ def rows(shape: Shape, options: Options) -> int:
 def apply(
     x_TD: jax.Array,
     routing: Routing,
-    experts: Callable[..., jax.Array],
+    experts: Experts,
     *,
     shape: Shape,
     options: Options,

@@ -4,8 +4,8 @@ Inside the layer's shard_map, all five mesh axes manual:
 
     apply(x_TD, routing, experts, *, shape, options) -> (y_TD, dropped_N)
 
-It moves tokens to the devices of their experts, calls `experts(x_RD, gate_R, start_e, size_e,
-block) -> y_RD` on rows that are grouped by local expert (the layout is stated in
+It moves tokens to the devices of their experts, calls `experts.grouped(x_RD, gate_R, start_e,
+size_e, block) -> y_RD` on rows that are grouped by local expert (the layout is stated in
 moe/experts/grouped_matmul.py), and brings the weighted results back: y_t = sum over the assignments
 of t of gate * expert(x_t). y_TD is still a partial sum over `model`. dropped_N flags the
 assignments of *this* device that found no room. `rows(shape, options)` is the static number of rows
@@ -19,6 +19,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+
+
+class Experts(NamedTuple):
+    """The experts of one device, as a dispatcher calls them."""
+
+    # (x_RD, gate_R, start_e, size_e, block) -> y_RD, of rows that are grouped by expert.
+    grouped: Callable[..., jax.Array]
+    # (x_TD, token_M, expert_index_M, gate_M) -> y_TD, of few tokens in any order (direct.py);
+    # None = these experts have no such way.
+    direct: Callable[..., jax.Array] | None = None
 
 
 class Dispatcher(NamedTuple):

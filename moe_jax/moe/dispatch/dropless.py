@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.dispatch.contract import Dispatcher
+from moe_jax.moe.dispatch.contract import Dispatcher, Experts
 from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
+from moe_jax.moe.experts import direct
 from moe_jax.moe.experts.blocks import block_sizes
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
@@ -33,6 +34,11 @@ class Options:
         0.0,
         "rows held at once, as a factor of the balanced load; 0 = the worst case in one round",
         NONE_OR_FROM_ONE,
+    )
+    direct: bool = option(
+        False,
+        "so few tokens that sorting takes longer than computing are not sorted "
+        "(moe/experts/direct.py); decoding sets it",
     )
 
 
@@ -65,10 +71,18 @@ def rows(shape: Shape, options: Options) -> int:
     return min(worst(shape), round_up(num_rows, small_block))
 
 
+def _are_few(shape: Shape) -> bool:
+    """Returns whether the tokens of the expert axis are computed faster without being sorted."""
+    n = shape.expert_axis
+    return direct.is_faster(n * shape.num_tokens, n * shape.num_assignments, shape.local_experts)
+
+
 class _Assignments(NamedTuple):
     """Holds the M = n N assignments of the whole expert axis, and where the local ones lie."""
 
     token_M: jax.Array
+    # Counted on this device; e = the expert is another device's, or nowhere.
+    local_index_M: jax.Array
     gate_M: jax.Array
     # The row of each local assignment in the layout of all of this device's rows. For an
     # assignment of another device's expert it is the end of the layout.
@@ -84,7 +98,7 @@ class _Assignments(NamedTuple):
 def apply(
     x_TD: jax.Array,
     routing: Routing,
-    experts: Callable[..., jax.Array],
+    experts: Experts,
     *,
     shape: Shape,
     options: Options,
@@ -110,14 +124,16 @@ def apply(
             # The name is for model.remat = "dispatch", which saves this array (models/stack.py).
             x_RD = checkpoint_name(take_rows(x_nTD, src_R, dest_TK), "moe_dispatch")
             gate_R = gate_M.at[assignment_R].get(mode="fill", fill_value=0)
-        y_RD = experts(x_RD, gate_R, first_e, size_e, block)
+        y_RD = experts.grouped(x_RD, gate_R, first_e, size_e, block)
         with jax.named_scope("combine"):
             return sum_rows(y_RD, dest_TK, src_R, num_tokens)
 
     # 2. The rows of the local experts are served, in one round where the buffer holds them all.
     num_rows = rows(shape, options)
     num_rounds = -(-worst(shape) // num_rows)
-    if num_rounds == 1:
+    if options.direct and experts.direct and _are_few(shape):
+        y_nTD = experts.direct(x_nTD, gathered.token_M, gathered.local_index_M, gathered.gate_M)
+    elif num_rounds == 1:
         y_nTD = serve(x_nTD, gathered.gate_M, 0, num_rows)
     else:
         y_nTD = _in_rounds(serve, x_nTD, gathered, num_rows, num_rounds)
@@ -160,6 +176,7 @@ def _gather(x_TD: jax.Array, routing: Routing, shape: Shape) -> tuple[jax.Array,
     row_M = jnp.where(is_local_M, start_M + rank_M, worst(shape))
     return x_nTD, _Assignments(
         token_M,
+        local_index_M,
         gate_M,
         row_M,
         is_local_M,

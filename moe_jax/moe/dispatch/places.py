@@ -5,18 +5,17 @@ Shapes: n devices of the expert axis, E experts, e of this device, R rows; "plac
 one expert on one device.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.exchange import all_to_all
 from moe_jax.moe.dispatch.layout import Shape, round_up
 from moe_jax.moe.experts.blocks import block_sizes
 
 
 def through_experts(
-    x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
+    x_RD: jax.Array, gate_R: jax.Array, experts: Experts, shape: Shape
 ) -> jax.Array:
     """Returns the results of experts for rows [E * places, D] in order of expert.
 
@@ -31,7 +30,7 @@ def through_experts(
 
 
 def _on_padded_rows(
-    x_RD: jax.Array, gate_R: jax.Array, experts: Callable[..., jax.Array], shape: Shape
+    x_RD: jax.Array, gate_R: jax.Array, experts: Experts, shape: Shape
 ) -> jax.Array:
     """Returns the results of rows of which every local expert has equally many."""
     e = shape.local_experts
@@ -50,7 +49,7 @@ def _on_padded_rows(
     # The room of expert i begins at i * room; only its first rows are real.
     start_e = jnp.arange(e, dtype=jnp.int32) * room
     size_e = jnp.full((e,), rows_of_expert, jnp.int32)
-    y_RD = experts(pad(x_RD), pad(gate_R), start_e, size_e, block)
+    y_RD = experts.grouped(pad(x_RD), pad(gate_R), start_e, size_e, block)
     y_erD = y_RD.reshape(e, room, -1)[:, :rows_of_expert]
     return y_erD.reshape(x_RD.shape[0], -1)
 

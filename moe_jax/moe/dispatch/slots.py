@@ -10,12 +10,11 @@ t tokens of a group, p slots.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.contract import Dispatcher
+from moe_jax.moe.dispatch.contract import Dispatcher, Experts
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.dispatch.places import through_experts
 from moe_jax.moe.routing.contract import Slots
@@ -38,7 +37,7 @@ def rows(shape: Shape, options: Options) -> int:
 def apply(
     x_TD: jax.Array,
     slots: Slots,
-    experts: Callable[..., jax.Array],
+    experts: Experts,
     *,
     shape: Shape,
     options: Options,

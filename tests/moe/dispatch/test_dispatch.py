@@ -1,8 +1,8 @@
 """Both dispatchers against the NumPy oracle in float64, forward and gradient, on every mesh of
 eight devices, under hostile routings.
 
-The routing is data, so that one compiled program per mesh serves all cases: the program runs three
-dispatchers at once.
+The routing is data, so that one compiled program per mesh serves all cases: the program runs all
+variants at once.
 """
 
 import functools
@@ -15,7 +15,9 @@ import oracle
 import pytest
 
 from moe_jax.moe.dispatch import DISPATCHERS, capacity, dropless
+from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.experts import direct
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.parallel.mesh import BATCH, P, spec
@@ -25,9 +27,16 @@ FACTOR = 1.0
 VARIANTS = {
     "dropless": ("dropless", dropless.Options(buffer=0.0)),
     "rounds": ("dropless", dropless.Options(buffer=1.0)),
+    "direct": ("dropless", dropless.Options(direct=True)),
     "capacity": ("capacity", capacity.Options(factor=FACTOR)),
 }
 NAMES = ("x", "gate", "w_in", "w_out")
+
+
+@pytest.fixture(autouse=True)
+def any_number_is_few(monkeypatch):
+    """Then "direct" is what it says on every mesh."""
+    monkeypatch.setattr(direct, "MOST_TOKENS", B * S)
 
 
 def routings(num_experts, k):
@@ -77,11 +86,14 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
     )
     shape = Shape(num_experts, b * s, b * s * k, b * s * k, k, s, jax.lax.axis_size("expert"))
 
-    def experts(x, g, start, size, block):
+    def grouped(x, g, start, size, block):
         return expert_ffn(x, g, start, size, w_in, w_out, activation=activation, block=block)
 
+    def few(*assignments):
+        return direct.direct_ffn(*assignments, w_in, w_out, activation=activation)
+
     y, dropped = DISPATCHERS[dispatcher].apply(
-        x.reshape(-1, d), routing, experts, shape=shape, options=options
+        x.reshape(-1, d), routing, Experts(grouped, few), shape=shape, options=options
     )
     return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
 
@@ -185,6 +197,7 @@ def test_equals_the_oracle_on_every_mesh(float64, shape):
         ((4, 1, 2), 1, 1, 2),  # one expert
         ((2, 4, 1), 4, 4, 2),  # every expert for every token
         ((1, 2, 1), 6, 5, 1),  # more choices than experts on a device
+        ((4, 2, 1), 32, 1, 2),  # fewer assignments than experts: "direct" takes one after another
     ],
 )
 def test_equals_the_oracle_for_other_numbers_of_experts(float64, shape, num_experts, k, parts):

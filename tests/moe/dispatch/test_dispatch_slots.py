@@ -10,6 +10,7 @@ import pytest
 from router_cases import compiled
 
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.routing.contract import Slots
@@ -45,12 +46,16 @@ def layer(x, dispatch, combine, w_in, w_out):
             jax.lax.axis_size("expert"),
         )
 
-        def experts(x, g, start, size, block):
+        def grouped(x, g, start, size, block):
             return expert_ffn(x, g, start, size, w_in, w_out, activation="swiglu", block=block)
 
         slots = Slots(dispatch, combine, {})
         y, dropped = DISPATCHERS["slots"].apply(
-            x.reshape(num, D), slots, experts, shape=shape, options=DISPATCHERS["slots"].options()
+            x.reshape(num, D),
+            slots,
+            Experts(grouped),
+            shape=shape,
+            options=DISPATCHERS["slots"].options(),
         )
         assert dropped.shape == (0,)
         return jax.lax.psum(y, "model").reshape(x.shape)

@@ -1,0 +1,105 @@
+"""The experts' network on few tokens, as when a text is written: no sorting and no buffer.
+
+What then takes time is reading the weights, and what prepares the grouped product. Two ways, by
+sizes that are known when it is compiled:
+
+- As many assignments as experts, or more: nearly all weights are read anyway. Every expert computes
+  every token, with the weight 0 for those that did not choose it.
+- Fewer: one assignment after another, which reads the weights of the chosen experts alone.
+
+Measured on two cores of an Intel Xeon, K = 2, D = 256, F = 512: at E = 8 0.7 of the time of the
+grouped product for 1 token, 0.4 for 4 and 0.5 for 8; at E = 64 0.6 for 1 and for 4.
+
+Shapes: see network.py; T tokens, M assignments.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from moe_jax.moe.experts.network import ACTIVATIONS
+from moe_jax.parallel.varying import vary_alike
+from moe_jax.precision import wide_dtype
+
+# Beyond these the grouped product is as fast.
+MOST_TOKENS = 16
+MOST_ASSIGNMENTS = 16
+
+
+def is_faster(num_tokens: int, num_assignments: int, num_experts: int) -> bool:
+    """Returns whether so few tokens are computed faster than by the grouped product."""
+    if num_assignments >= num_experts:
+        return num_tokens <= MOST_TOKENS
+    return num_assignments <= MOST_ASSIGNMENTS
+
+
+def direct_ffn(
+    x_TD: Array,
+    token_M: Array,
+    expert_index_M: Array,
+    gate_M: Array,
+    w_in_eDPF: Array,
+    w_out_eFD: Array,
+    *,
+    activation: str,
+) -> Array:
+    """Returns y_TD, for each token the sum over its assignments of
+    (activation(x @ w_in[i]) * gate) @ w_out[i].
+
+    An assignment of expert number e or more is of no expert here, and adds nothing.
+    """
+    num_experts, d_model, _, _ = w_in_eDPF.shape
+    w_in_eDH = w_in_eDPF.reshape(num_experts, d_model, -1).astype(x_TD.dtype)
+    w_out_eFD = w_out_eFD.astype(x_TD.dtype)
+    run = _every_expert if token_M.shape[0] >= num_experts else _one_by_one
+    return run(activation, *vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD))
+
+
+def _every_expert(
+    activation: str,
+    x_TD: Array,
+    token_M: Array,
+    expert_index_M: Array,
+    gate_M: Array,
+    w_in_eDH: Array,
+    w_out_eFD: Array,
+) -> Array:
+    num_tokens, num_experts = x_TD.shape[0], w_in_eDH.shape[0]
+    wide = wide_dtype(x_TD.dtype)
+    zero_Te = jnp.zeros_like(gate_M, shape=(num_tokens, num_experts), dtype=wide)
+    gate_Te = zero_Te.at[token_M, expert_index_M].add(gate_M.astype(wide), mode="drop")
+    x_eTD = jnp.broadcast_to(x_TD, (num_experts, *x_TD.shape))
+    pre_eTH = jnp.einsum("eTD,eDH->eTH", x_eTD, w_in_eDH)
+    hidden_eTF = ACTIVATIONS[activation](pre_eTH.astype(wide)) * gate_Te.T[:, :, None]
+    # The sum over experts is part of one product over all hidden units of all experts.
+    hidden_TeF = jnp.swapaxes(hidden_eTF.astype(x_TD.dtype), 0, 1)
+    hidden_TU = hidden_TeF.reshape(num_tokens, -1)
+    w_out_UD = w_out_eFD.reshape(hidden_TU.shape[1], -1)
+    return hidden_TU @ w_out_UD
+
+
+def _one_by_one(
+    activation: str,
+    x_TD: Array,
+    token_M: Array,
+    expert_index_M: Array,
+    gate_M: Array,
+    w_in_eDH: Array,
+    w_out_eFD: Array,
+) -> Array:
+    num_experts = w_in_eDH.shape[0]
+    wide = wide_dtype(x_TD.dtype)
+    gate_M = jnp.where(expert_index_M < num_experts, gate_M, 0).astype(wide)
+    # An index behind the last expert would be that of the last one: its gate is 0.
+    expert_index_M = jnp.minimum(expert_index_M, num_experts - 1)
+
+    def add(m: Array, y_TD: Array) -> Array:
+        i, t = expert_index_M[m], token_M[m]
+        x_1D = lax.dynamic_slice_in_dim(x_TD, t, 1)
+        pre_1H = x_1D @ w_in_eDH[i]
+        hidden_1F = ACTIVATIONS[activation](pre_1H.astype(wide)) * gate_M[m]
+        y_1D = hidden_1F.astype(x_TD.dtype) @ w_out_eFD[i]
+        before_1D = lax.dynamic_slice_in_dim(y_TD, t, 1)
+        return lax.dynamic_update_slice_in_dim(y_TD, before_1D + y_1D, t, 0)
+
+    return jax.lax.fori_loop(0, token_M.shape[0], add, jnp.zeros_like(x_TD))
