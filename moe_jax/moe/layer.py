@@ -23,7 +23,7 @@ from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.grouped_matmul import BY_PLATFORM, expert_ffn
 from moe_jax.moe.experts.network import PARTS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
@@ -61,6 +61,8 @@ class MoE:
     out_std: float
     # Experts as blocks (sparse/stored.py); block 0 = whole matrices.
     stored: StoredConfig
+    # One of grouped_matmul.KERNELS, or "auto".
+    expert_kernel: str = BY_PLATFORM
 
 
 class Batch(NamedTuple):
@@ -329,8 +331,17 @@ def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Callable[.
 
     def experts(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):
-            rows = (x_RD, gate_R, start_e, size_e)
-            return expert_ffn(*rows, w_in_eDPF, w_out_eFD, activation=cfg.activation, block=block)
+            return expert_ffn(
+                x_RD,
+                gate_R,
+                start_e,
+                size_e,
+                w_in_eDPF,
+                w_out_eFD,
+                activation=cfg.activation,
+                block=block,
+                kernel=cfg.expert_kernel,
+            )
 
     return experts
 

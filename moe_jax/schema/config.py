@@ -118,6 +118,12 @@ class MoEConfig:
     ordering_options: Any = derived()
     dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
     dispatcher_options: Any = derived()
+    expert_kernel: str = option(
+        "auto",
+        'what computes the experts: "auto" = by the platform compiled for (docs/accelerators.md), '
+        '"blocks", "tiles", "pallas_tpu" or "ragged_dot"',
+        choices=("auto", "blocks", "tiles", "pallas_tpu", "ragged_dot"),
+    )
     # Coefficients by name: moe/losses.
     losses: Coefficients = derived()
     adaptive: AdaptiveConfig
@@ -149,6 +155,12 @@ class ModelConfig:
     d_model: int = option(128, "width of the residual stream", NUMBER)
     attention: str = choice("grouped_query", "attentions", "which tokens a token sees")
     attention_options: Any = derived()
+    attention_kernel: str = option(
+        "auto",
+        'what computes attention: "auto" = by the platform compiled for and the length of a row '
+        '(docs/accelerators.md), "blocks" or "chunks"',
+        choices=("auto", "blocks", "chunks"),
+    )
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)
     head_dim: int = option(0, "0 = d_model / num_heads", NUMBER)
@@ -202,6 +214,18 @@ class ModelConfig:
         "none",
         '"none", "full", "dots", "dispatch": what the backward pass recomputes of a block',
         choices=("none", "full", "dots", "dispatch"),
+    )
+    loss_chunk: int = option(
+        0,
+        "tokens of a device whose logits exist at a time; 0 = all where these are few, else as "
+        "many as make 16 million logits (docs/accelerators.md)",
+        COUNT,
+    )
+    logit_z_loss: float = option(
+        0.0,
+        "coefficient of the mean of log(Z)^2, Z the denominator of the softmax over the vocabulary "
+        "(PaLM, arXiv:2204.02311, section 5); 0 = off",
+        NOT_NEGATIVE,
     )
     allow_leak: bool = option(
         False,
