@@ -39,7 +39,15 @@ MANIFEST = "manifest.json"
 # The blocks of the config that make the routing; the mesh is none of them.
 SAME_RUN = ("seed", "model", "optim", "data")
 # Keys in them that change no value.
-SAME_VALUES = ("scan", "remat", "prefetch", "expert_kernel", "attention_kernel", "loss_chunk")
+SAME_VALUES = (
+    "scan",
+    "remat",
+    "remat_offload",
+    "prefetch",
+    "expert_kernel",
+    "attention_kernel",
+    "loss_chunk",
+)
 
 
 def make_recorder(

@@ -19,6 +19,7 @@ PLAN = ("prefix", "period", "repeats", "suffix")
 NOT_OF_THE_FUNCTION = (
     "scan",
     "remat",
+    "remat_offload",
     "allow_leak",
     "dropout",
     "attention_kernel",

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models import attention_blocks, attention_chunks
 from moe_jax.models.attention_layout import MASKED
@@ -31,6 +32,8 @@ from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
+# The name of what the backward pass reads of attention (models/stack.py).
+SAVED = "attention"
 BY_PLATFORM = "auto"
 KERNELS = {"blocks": attention_blocks, "chunks": attention_chunks}
 # Tokens of a row from which on a CPU takes "chunks".
@@ -178,7 +181,9 @@ def _core(
 
 
 def _forward(how: _How, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
-    o_BTHA, log_sum_BGQ = _by_platform("forward", how, inputs[0], *inputs)
+    results = _by_platform("forward", how, inputs[0], *inputs)
+    # Both: without the sums a backward pass that has the output computes attention again.
+    o_BTHA, log_sum_BGQ = (checkpoint_name(z, SAVED) for z in results)
     return o_BTHA, (*inputs, o_BTHA, log_sum_BGQ)
 
 

@@ -5,6 +5,7 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from moe_jax.parallel.mesh import Lengths
@@ -38,6 +39,11 @@ from moe_jax.schema.steps import profile_range
 
 # The choice of model.moe.sparse.rule that makes no zeros.
 NO_RULE = "none"
+# What model.remat may name (models/stack.py), and every choice of several.
+REMAT_NAMES = ("attention", "dispatch", "experts")
+NAMED_REMAT = tuple(
+    "+".join(some) for n in (1, 2, 3) for some in itertools.combinations(REMAT_NAMES, n)
+)
 
 
 class Coefficients(dict[str, float]):
@@ -212,8 +218,13 @@ class ModelConfig:
     scan: bool = option(False, "the repeats as one lax.scan over stacked parameters")
     remat: str = option(
         "none",
-        '"none", "full", "dots", "dispatch": what the backward pass recomputes of a block',
-        choices=("none", "full", "dots", "dispatch"),
+        'what the backward pass recomputes of a block: "none", "full" = everything, "dots" = all '
+        'but products of weights, or all but what "attention", "dispatch" or "experts" name; or '
+        'several of these: "attention+experts"',
+        choices=("none", "full", "dots", *NAMED_REMAT),
+    )
+    remat_offload: bool = option(
+        False, "what model.remat names is kept in the host's memory until it is needed"
     )
     loss_chunk: int = option(
         0,

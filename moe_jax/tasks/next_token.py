@@ -4,7 +4,6 @@ Shapes: B rows, S sequence, V vocabulary, T tokens of a device.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,9 +23,12 @@ CHUNK_LOGITS = 2**24
 
 
 def token_losses(
-    model: Callable, batch: Any, target_BS: Array, counts_BS: Array, rng: Array, train: bool
+    model: Any, batch: Any, target_BS: Array, counts_BS: Array, rng: Array, train: bool
 ) -> Losses:
     """Returns the losses of tokens; those where `counts_BS` is false count for nothing.
+
+    `model(batch, rng, train) -> (logits_BSV, sums)`; of a module that also has `hidden` the logits
+    need not be whole (models/decoder.py).
 
     `outputs` are the logits or, where they are too many to exist at once, the likeliest tokens in
     an evaluation and nothing in training.

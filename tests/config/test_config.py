@@ -89,6 +89,11 @@ def refused(changes, shape=(1, 1, 1)):
             (1, 1, 1),
             "model.num_heads (4) must be divisible by model.num_kv_heads (3)",
         ),
+        (
+            {"model.remat": "full", "model.remat_offload": True},
+            (1, 1, 1),
+            'model.remat = "full" names nothing: set model.remat=attention or dispatch or experts',
+        ),
         ({"profile": "5"}, (1, 1, 1), 'profile = "5" is no range of steps: write FIRST:LAST'),
         ({"mesh.expert": -1, "mesh.data": -1}, (1, 1, 1), "mesh.data and mesh.expert are both -1"),
         ({"mesh.data": 3}, (1, 1, 1), "does not make 1 devices"),

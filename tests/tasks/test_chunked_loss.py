@@ -75,7 +75,7 @@ def test_narrow_dtypes_stay_near_and_keep_their_dtype():
         return objective(losses, weight)
 
     with jax.numpy_dtype_promotion("strict"):
-        value, gradient = jax.value_and_grad(run, (0, 1))(x, head)
+        value, gradient = jax.jit(jax.value_and_grad(run, (0, 1)))(x, head)
     assert value.dtype == jnp.float32 and [z.dtype for z in gradient] == [jnp.bfloat16] * 2
     wide = x.astype(jnp.float32), head.astype(jnp.float32)
     wanted = jax.grad(lambda x, h: objective(plain(x, h, target), weight), (0, 1))(*wide)
@@ -138,5 +138,5 @@ def test_memory_is_that_of_one_chunk():
     # 4 times the tokens, as many logits at a time.
     few, many = temporary(512, 4096, 64), temporary(2048, 4096, 64)
     assert few < many < few + whole / 16
-    assert temporary(2048, 4096, 2048) > whole
+    assert temporary(2048, 4096, 2048) >= whole
     assert many < whole / 4

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.experts import blocks, pallas_tpu, ragged, tiles, whole
 from moe_jax.moe.experts.network import ACTIVATIONS, PARTS, Layout, Rows
@@ -54,6 +55,9 @@ KERNELS: dict[str, Kernel] = {
     "ragged_dot": _of_products(ragged.products),
 }
 BY_PLATFORM = "auto"
+# The name of what the backward pass reads of the experts (models/stack.py): the rows that they are
+# given, and their pre-activations.
+SAVED = "moe_experts"
 
 
 def _run(name: str, part: str, act: Any, block: tuple[int, int], rows: Rows, *more: Any) -> Any:
@@ -133,8 +137,10 @@ def _grouped_ffn(
 def _forward(
     activation: str, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
 ) -> tuple[Array, Any]:
+    # What the backward pass reads beside weights and gates.
+    rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
     y_RD, pre_RH = _run(kernel, "forward", ACTIVATIONS[activation], block, rows, layout)
-    return y_RD, (rows, layout, pre_RH)
+    return y_RD, (rows, layout, checkpoint_name(pre_RH, SAVED))
 
 
 def _backward(
