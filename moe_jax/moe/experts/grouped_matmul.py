@@ -60,11 +60,21 @@ BY_PLATFORM = "auto"
 SAVED = "moe_experts"
 
 
-def _run(name: str, part: str, act: Any, block: tuple[int, int], rows: Rows, *more: Any) -> Any:
-    """Runs the "forward" or "backward" part of the kernel that a name and the platform choose."""
+@functools.cache
+def _bound(kernel: Kernel, part: str, activation: str, block: tuple[int, int]) -> Callable:
+    """Returns the "forward" or "backward" part of a kernel: one function for all layers of a model,
+    so that jax traces it once.
+    """
+    return functools.partial(getattr(kernel, part), ACTIVATIONS[activation], block)
+
+
+def _run(
+    name: str, part: str, activation: str, block: tuple[int, int], rows: Rows, *more: Any
+) -> Any:
+    """Runs a part of the kernel that a name and the platform choose."""
 
     def bound(kernel: Kernel) -> Callable[..., Any]:
-        return functools.partial(getattr(kernel, part), act, block)
+        return _bound(kernel, part, activation, block)
 
     if name == "pallas_tpu":
         interpreted = bound(KERNELS[name])
@@ -139,14 +149,14 @@ def _forward(
 ) -> tuple[Array, Any]:
     # What the backward pass reads beside weights and gates.
     rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
-    y_RD, pre_RH = _run(kernel, "forward", ACTIVATIONS[activation], block, rows, layout)
+    y_RD, pre_RH = _run(kernel, "forward", activation, block, rows, layout)
     return y_RD, (rows, layout, checkpoint_name(pre_RH, SAVED))
 
 
 def _backward(
     activation: str, block: tuple[int, int], kernel: str, residuals: Any, dy_RD: Array
 ) -> tuple[Rows, None]:
-    cotangents = _run(kernel, "backward", ACTIVATIONS[activation], block, *residuals, dy_RD)
+    cotangents = _run(kernel, "backward", activation, block, *residuals, dy_RD)
     # The layout is integers, which have no cotangent.
     return cotangents, None
 
