@@ -25,17 +25,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.models import attention_blocks, attention_chunks
-from moe_jax.models.attention_layout import MASKED
+from moe_jax.models import attention_blocks, attention_chunks, attention_splash
+from moe_jax.models.attention_layout import MASKED, SAVED
 from moe_jax.models.attention_parts import part_that_fits
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
-# The name of what the backward pass reads of attention (models/stack.py).
-SAVED = "attention"
 BY_PLATFORM = "auto"
 KERNELS = {"blocks": attention_blocks, "chunks": attention_chunks}
+# That of a library, for TPUs (attention_splash.py).
+SPLASH = "splash"
 # Tokens of a row from which on a CPU takes "chunks".
 LONG = 4096
 
@@ -49,6 +49,8 @@ class Keys(NamedTuple):
     # Where last_BT is (): a number that bounds how many keys any query sees, for blocks to skip the
     # others; None = the whole row.
     window: int | None = None
+    # The segments, where they say all that last_BT and window do not; () = they do not.
+    segment_BT: Any = ()
 
 
 def causal(segment_BS: Array) -> Keys:
@@ -56,7 +58,7 @@ def causal(segment_BS: Array) -> Keys:
 
     Segments are runs of equal ids; 0 is padding.
     """
-    return Keys(_first_of_run(segment_BS))
+    return Keys(_first_of_run(segment_BS), segment_BT=segment_BS)
 
 
 def windowed(segment_BS: Array, window: int) -> Keys:
@@ -66,12 +68,12 @@ def windowed(segment_BS: Array, window: int) -> Keys:
     window = min(window, S)
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     first_BS = jnp.maximum(_first_of_run(segment_BS), index_1S - (window - 1))
-    return Keys(first_BS, window=window)
+    return Keys(first_BS, window=window, segment_BT=segment_BS)
 
 
 def full(segment_BS: Array) -> Keys:
     """Every token sees its whole segment."""
-    return Keys(_first_of_run(segment_BS), _last_of_run(segment_BS))
+    return Keys(_first_of_run(segment_BS), _last_of_run(segment_BS), segment_BT=segment_BS)
 
 
 def prefix(segment_BS: Array, prefix_BS: Array) -> Keys:
@@ -114,8 +116,16 @@ def attention(
     One that sees none gives zero.
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i. `kernel` is one of
-    KERNELS, or BY_PLATFORM: that of the platform compiled for.
+    KERNELS, or BY_PLATFORM: that of the platform compiled for; or SPLASH, where it can say which
+    keys are seen.
     """
+    if kernel == SPLASH:
+        if attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
+            with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
+            return attention_splash.attention(
+                q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, **with_masks
+            )
+        kernel = BY_PLATFORM
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
     how = _How(scale, keys.window, kernel)

@@ -8,6 +8,8 @@ from jax import Array
 
 from moe_jax.precision import wide_dtype
 
+# The name of what the backward pass reads of attention (models/stack.py).
+SAVED = "attention"
 # A score, far below every real one and far from overflow.
 MASKED = -1e30
 

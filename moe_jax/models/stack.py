@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax import layout
-from moe_jax.models import attention_core, depth
+from moe_jax.models import attention_layout, depth
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.block import Block, Look
 from moe_jax.moe.dispatch import exchange
@@ -28,7 +28,7 @@ from moe_jax.schema.config import ModelConfig
 # What the backward pass keeps of a block instead of recomputing it, by the words of model.remat.
 NAMES = {
     # The output of attention and the denominators of its softmax.
-    "attention": attention_core.SAVED,
+    "attention": attention_layout.SAVED,
     # The tokens that travelled, so that they do not travel again.
     "dispatch": exchange.SAVED,
     # The rows that experts are given and their pre-activations: no product of theirs is repeated.

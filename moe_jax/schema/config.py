@@ -164,8 +164,8 @@ class ModelConfig:
     attention_kernel: str = option(
         "auto",
         'what computes attention: "auto" = by the platform compiled for and the length of a row '
-        '(docs/accelerators.md), "blocks" or "chunks"',
-        choices=("auto", "blocks", "chunks"),
+        '(docs/accelerators.md), "blocks" or "chunks"; or "splash", that of JAX for TPUs',
+        choices=("auto", "blocks", "chunks", "splash"),
     )
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)

@@ -46,20 +46,24 @@ def experts(x, gate, start, size, w_in, w_out):
     y, pull = jax.vjp(lambda *z: ffn(z[0], z[1], start, size, *z[2:]), x, gate, w_in, w_out)
     return y, pull(y)
 
-q, segment = array((1, 2048, 2, 128), dtype), array((1, 2048), "int32")
+one = jax.sharding.SingleDeviceSharding(devices[0])
+q = jax.ShapeDtypeStruct((1, 2048, 2, 128), dtype, sharding=one)
+segment = jax.ShapeDtypeStruct((1, 2048), "int32", sharding=one)
 
-def attend(q, k, v, segment):
-    def forward(q, k, v):
-        return attention(q, k, v, windowed(segment, 700), scale=0.1)
-    o, pull = jax.vjp(forward, q, k, v)
-    return o, pull(o)
+def attend(kernel):
+    def run(q, k, v, segment):
+        def forward(q, k, v):
+            return attention(q, k, v, windowed(segment, 700), scale=0.1, kernel=kernel)
+        o, pull = jax.vjp(forward, q, k, v)
+        return o, pull(o)
+    return jax.jit(run).lower(q, q, q, segment).compile()
 
 with jax.set_mesh(mesh):
     text = jax.jit(experts).lower(*rows, *layout, *weights).compile().as_text()
-    compiled = jax.jit(attend).lower(q, q, q, segment).compile()
-temporary = compiled.memory_analysis().temp_size_in_bytes
-print(json.dumps({"kernels": text.count('custom_call_target="tpu_custom_call"'),
-                  "temporary": temporary}))
+chunks, splash = attend("auto"), attend("splash")
+KERNEL = 'custom_call_target="tpu_custom_call"'
+print(json.dumps({"experts": text.count(KERNEL), "splash": splash.as_text().count(KERNEL),
+                  "temporary": chunks.memory_analysis().temp_size_in_bytes}))
 """
 
 
@@ -85,6 +89,8 @@ def test_experts_and_attention_compile_for_a_tpu(topology, dtype):
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     # Two products forward and four backward, in a shard_map that checks what varies.
-    assert figures["kernels"] == 6
+    assert figures["experts"] == 6
+    # Forward, and backward one for queries and one for keys and values.
+    assert figures["splash"] == 3
     # The scores of both heads would be 32 MB.
     assert figures["temporary"] < 16e6
