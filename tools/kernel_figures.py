@@ -16,8 +16,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-# Read when libtpu loads: it then looks for no TPU.
+# Read when libtpu loads: it then looks for no TPU, and does not mind another process that has it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
