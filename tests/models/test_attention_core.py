@@ -128,7 +128,7 @@ def on_other_platforms(f, args, do):
         return value_and_gradient(f, args, do)
 
 
-@pytest.mark.parametrize("window", [1, 20, 60, 300])
+@pytest.mark.parametrize("window", [1, 60])
 def test_chunks_of_a_window_equal_its_blocks(window, float64, small_chunks):
     (q, k, v, segment), do = make(SHAPES["four uneven blocks"])
 
