@@ -53,7 +53,14 @@ def attention(
         # Itself, and so many tokens before it; none after it.
         mask = masks.LocalMask((T, T), (window - 1, 0), 0)
     block = next(size for size in BLOCKS if T % size == 0)
-    sizes = kernels.BlockSizes(**dict.fromkeys(_SIZES, block))
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
 
     def run(interpret: bool, *args: Array) -> Array:
         kernel = kernels.make_splash_mha(
@@ -65,7 +72,7 @@ def attention(
             interpret=interpret,
         )
 
-        def of_row(q_HTA: Array, k_GTA: Array, v_GTA: Array, segment_T: Array) -> Array:
+        def of_row(q_HTA: Array, k_GTA: Array, v_GTA: Array, segment_T: Array) -> Any:
             return kernel(q_HTA, k_GTA, v_GTA, kernels.SegmentIds(segment_T, segment_T))
 
         return jax.vmap(of_row)(*args)
@@ -82,15 +89,3 @@ def attention(
     )
     o_BTHA = jnp.swapaxes(o_BHTA, 1, 2).astype(q_BTHA.dtype)
     return jnp.where((segment_BT > 0)[:, :, None, None], o_BTHA, 0)
-
-
-_SIZES = (
-    "block_q",
-    "block_kv",
-    "block_kv_compute",
-    "block_q_dkv",
-    "block_kv_dkv",
-    "block_kv_dkv_compute",
-    "block_q_dq",
-    "block_kv_dq",
-)
