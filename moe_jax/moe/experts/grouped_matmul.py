@@ -46,12 +46,10 @@ def _of_products(products: Callable[..., whole.Products]) -> Kernel:
     return Kernel(forward, backward)
 
 
-# A TPU compiles what is interpreted everywhere else.
-ON_TPU = _of_products(pallas_tpu.products)
 KERNELS: dict[str, Kernel] = {
     "blocks": Kernel(blocks.forward, blocks.backward),
     "tiles": Kernel(tiles.forward, tiles.backward),
-    "pallas_tpu": _of_products(functools.partial(pallas_tpu.products, interpret=True)),
+    "pallas_tpu": _of_products(pallas_tpu.products),
     "ragged_dot": _of_products(ragged.products),
 }
 BY_PLATFORM = "auto"
@@ -76,16 +74,16 @@ def _run(
     def bound(kernel: Kernel) -> Callable[..., Any]:
         return _bound(kernel, part, activation, block)
 
+    others, tpu = bound(KERNELS["tiles"]), bound(KERNELS["pallas_tpu"])
     if name == "pallas_tpu":
-        interpreted = bound(KERNELS[name])
-        return by_platform(rows, *more, tpu=bound(ON_TPU), others=interpreted)
+        return by_platform(rows, *more, tpu=tpu, others=others)
     if name != BY_PLATFORM:
         return bound(KERNELS[name])(rows, *more)
     platforms = {"cpu": bound(KERNELS["blocks"])}
     # The matrix unit of a TPU has no float64.
     if rows.x_RD.dtype in (jnp.bfloat16, jnp.float32):
-        platforms["tpu"] = bound(ON_TPU)
-    return by_platform(rows, *more, **platforms, others=bound(KERNELS["tiles"]))
+        platforms["tpu"] = tpu
+    return by_platform(rows, *more, **platforms, others=others)
 
 
 def expert_ffn(

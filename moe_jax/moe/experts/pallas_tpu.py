@@ -6,7 +6,7 @@ visits as its rows touch tiles. This is the idea of MegaBlocks (Gale et al. 2022
 as Megablox has it for TPUs; here groups may have gaps between them, and the types say over which
 mesh axes a result varies, so that it stands inside a `shard_map` with `check_vma=True`.
 
-Off a TPU it is interpreted, which is slow and for tests.
+Off a TPU it can be interpreted, for tests, but not inside a `shard_map` that checks what varies.
 
 Shapes: see network.py; X, Y either width of a weight, V visits.
 """
