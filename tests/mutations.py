@@ -15,8 +15,7 @@ from moe_jax import layout, train_step
 from moe_jax.models import attention_parts, block, decoder
 from moe_jax.moe import layer, load, losses
 from moe_jax.moe.dispatch import DISPATCHERS, dropless, exchange
-from moe_jax.moe.experts import ragged
-from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.grouped_matmul import KERNELS, expert_ffn
 from moe_jax.moe.layer import Shape
 from moe_jax.tasks import TASKS, contract
 from moe_jax.tasks.lm import task as lm
@@ -266,12 +265,13 @@ def too_little_room(patch):
 
 def kernel_without_gates(patch):
     """The grouped product of accelerators, which no CPU runs, forgets the gates."""
-    right = ragged.forward
+    right = KERNELS["tiles"]
 
-    def wrong(act, rows, layout):
-        return right(act, rows._replace(gate_R=jnp.ones_like(rows.gate_R)), layout)
+    def wrong(act, block, rows, layout):
+        ungated = rows._replace(gate_R=jnp.ones_like(rows.gate_R))
+        return right.forward(act, block, ungated, layout)
 
-    patch.setattr(ragged, "forward", wrong)
+    patch.setitem(KERNELS, "tiles", right._replace(forward=wrong))
 
 
 def first_documents(patch):

@@ -19,7 +19,7 @@ from moe_jax.bench.ours import PRODUCT, WARM, read
 from moe_jax.errors import UserError
 from moe_jax.models import decoder
 from moe_jax.models.attentions import grouped_query
-from moe_jax.models.rope_scalings import none
+from moe_jax.models.rope_scalings import unscaled
 from moe_jax.moe.routing import top_k
 from moe_jax.optim.optimizers import adamw
 from moe_jax.plan import flops
@@ -46,7 +46,7 @@ def why_none(cfg: config.Config) -> str:
         return "Llama and Mixtral have grouped-query attention"
     if model.activation != "swiglu" or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"
-    is_scaled = not isinstance(model.rope_scaling_options, none.Options)
+    is_scaled = not isinstance(model.rope_scaling_options, unscaled.Options)
     if model.norm_position != "before" or model.output_bias or is_scaled:
         return "Llama and Mixtral have norms before, no output bias, and plain rotary embeddings"
     if kinds == {"dense"}:

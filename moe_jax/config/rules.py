@@ -21,7 +21,7 @@ from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
 from moe_jax.schema import options
 from moe_jax.schema.blocks import BLOCKS
-from moe_jax.schema.config import Config, MoEConfig
+from moe_jax.schema.config import NAMED_REMAT, REMAT_NAMES, Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
 
@@ -172,6 +172,11 @@ def _model(cfg: Config) -> Iterator[str]:
         yield (
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "
             "model needs one"
+        )
+    if model.remat_offload and model.remat not in NAMED_REMAT:
+        yield (
+            f"model.remat_offload = True keeps nothing in the host's memory, because model.remat = "
+            f'"{model.remat}" names nothing: set model.remat={" or ".join(REMAT_NAMES)}'
         )
     if model.kind_options.masks:
         yield from _attention(cfg)

@@ -39,7 +39,15 @@ MANIFEST = "manifest.json"
 # The blocks of the config that make the routing; the mesh is none of them.
 SAME_RUN = ("seed", "model", "optim", "data")
 # Keys in them that change no value.
-SAME_VALUES = ("scan", "remat", "prefetch")
+SAME_VALUES = (
+    "scan",
+    "remat",
+    "remat_offload",
+    "prefetch",
+    "expert_kernel",
+    "attention_kernel",
+    "loss_chunk",
+)
 
 
 def make_recorder(
@@ -150,9 +158,16 @@ def config_hash(cfg: Config) -> str:
     hashed: dict[str, Any] = {name: blocks[name] for name in SAME_RUN}
     hashed["batch_size"] = cfg.train.batch_size
     for block in ("model", "data"):
-        items = hashed[block].items()
-        hashed[block] = {name: value for name, value in items if name not in SAME_VALUES}
+        hashed[block] = _of_values(hashed[block])
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+
+
+def _of_values(block: Any) -> Any:
+    """Returns a block of keys without those that change no value, in it and in blocks below it."""
+    if not isinstance(block, dict):
+        return block
+    items = block.items()
+    return {name: _of_values(value) for name, value in items if name not in SAME_VALUES}
 
 
 def write_step(

@@ -16,10 +16,29 @@ from moe_jax.schema.config import Config, ModelConfig
 BLOCKS = "blocks"
 PLAN = ("prefix", "period", "repeats", "suffix")
 # Below "model.": of training, of speed, of rounding.
-NOT_OF_THE_FUNCTION = ("scan", "remat", "allow_leak", "dropout", "param_dtype", "dtype", *PLAN)
+NOT_OF_THE_FUNCTION = (
+    "scan",
+    "remat",
+    "remat_offload",
+    "allow_leak",
+    "dropout",
+    "attention_kernel",
+    "loss_chunk",
+    "logit_z_loss",
+    "param_dtype",
+    "dtype",
+    *PLAN,
+)
 # Below "model.moe.". A model that is exported drops nothing, as one that is decoded
 # (models/decodable.py), and zeros of a rule are zeros of the weights.
-NOT_OF_THE_EXPERTS = ("group_rows", "ordering", "dispatcher", "losses", "adaptive")
+NOT_OF_THE_EXPERTS = (
+    "group_rows",
+    "ordering",
+    "dispatcher",
+    "losses",
+    "adaptive",
+    "expert_kernel",
+)
 
 
 def meaning(cfg: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moe_jax.models.attention_core import Keys, across, attention, decode_attention
+from moe_jax.models.attention_core import SPLASH, Keys, across, attention, decode_attention
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.attentions.contract import Cache, projections
 from moe_jax.models.layers import gather, rms_norm, rope, rotate
@@ -73,7 +73,7 @@ class SelfAttention(nnx.Module):
             return kind.keys(self.mask, segment_BS, prefix_BS, cfg.attention_options)
 
         with jax.named_scope("attention"):
-            o = _sharded_core(q, k, v, keys, (segment_BS, prefix_BS), cfg.head_dim**-0.5)
+            o = _sharded_core(q, k, v, keys, (segment_BS, prefix_BS), cfg)
         return write(self.weights, o, cfg)
 
     def cached(
@@ -142,9 +142,8 @@ class CrossAttention(nnx.Module):
     def __call__(self, x_BSD: Array, segment_BS: Array, memory: Memory) -> Array:
         q = project(self.weights, "q", x_BSD, self.cfg)
         segments = (segment_BS, memory.segment_BT)
-        scale = self.cfg.head_dim**-0.5
         with jax.named_scope("cross_attention"):
-            o = _sharded_core(q, memory.k_BTGA, memory.v_BTGA, across, segments, scale)
+            o = _sharded_core(q, memory.k_BTGA, memory.v_BTGA, across, segments, self.cfg)
         return write(self.weights, o, self.cfg)
 
 
@@ -191,12 +190,20 @@ def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:
 
 
 def _sharded_core(
-    q, k, v, keys: Callable[..., Keys], about: tuple[Array | None, ...], scale: float
+    q, k, v, keys: Callable[..., Keys], about: tuple[Array | None, ...], cfg: ModelConfig
 ) -> Array:
     """`keys(*about)`: which keys each query sees."""
 
     def on_device(q, k, v, about):
-        return attention(q, k, v, keys(*about), scale=scale)
+        scale = cfg.head_dim**-0.5
+        return attention(q, k, v, keys(*about), scale=scale, kernel=cfg.attention_kernel)
 
-    run = jax.shard_map(on_device, in_specs=(HEADS, HEADS, HEADS, TOKENS), out_specs=HEADS)
+    run = jax.shard_map(
+        on_device,
+        in_specs=(HEADS, HEADS, HEADS, TOKENS),
+        out_specs=HEADS,
+        # The kernels of that library do not tell what varies. All that has a gradient here is split
+        # over every axis, so no sum over devices depends on it.
+        check_vma=cfg.attention_kernel != SPLASH,
+    )
     return run(q, k, v, about)

@@ -6,11 +6,11 @@ segment to itself. So a mask is two comparisons of a key's index with two number
 CPU's compiler vectorises; comparing segments with each other made the exponentials ten times
 slower, measured.
 
-The CPU runs over a few static blocks of queries, each with only the keys that causality and a
-window allow where they are known, and over groups of heads whose scores stay in the cache. Only the
-log of the softmax's denominator is kept for the backward pass, which computes the scores again (Dao
-et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 4). Other platforms run the same code as
-one block and one group, which is plain XLA.
+Only the log of the softmax's denominator is kept for the backward pass, which computes the scores
+again (Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 4). Two kernels do so.
+"blocks" (attention_blocks.py) is the CPU's: it runs over groups of heads whose scores stay in the
+cache. "chunks" (attention_chunks.py) has the scores of some queries and some keys at a time, so
+that memory is linear in S: it is that of all other platforms, and of a CPU where rows are long.
 
 B rows, T queries and S keys of a row, H query heads, G key and value heads, r = H / G query heads
 per key head, A head width, N = B * G, Q = T * r queries of a key head (query i belongs to token i
@@ -18,20 +18,26 @@ per key head, A head width, N = B * G, Q = T * r queries of a key head (query i 
 """
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.models import attention_blocks, attention_chunks, attention_splash
+from moe_jax.models.attention_layout import MASKED, SAVED
 from moe_jax.models.attention_parts import part_that_fits
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
-# A score, far below every real one and far from overflow.
-MASKED = -1e30
+BY_PLATFORM = "auto"
+KERNELS = {"blocks": attention_blocks, "chunks": attention_chunks}
+# That of a library, for TPUs (attention_splash.py).
+SPLASH = "splash"
+# Tokens of a row from which on a CPU takes "chunks".
+LONG = 4096
 
 
 class Keys(NamedTuple):
@@ -43,6 +49,8 @@ class Keys(NamedTuple):
     # Where last_BT is (): a number that bounds how many keys any query sees, for blocks to skip the
     # others; None = the whole row.
     window: int | None = None
+    # The segments, where they say all that last_BT and window do not; () = they do not.
+    segment_BT: Any = ()
 
 
 def causal(segment_BS: Array) -> Keys:
@@ -50,7 +58,7 @@ def causal(segment_BS: Array) -> Keys:
 
     Segments are runs of equal ids; 0 is padding.
     """
-    return Keys(_first_of_run(segment_BS))
+    return Keys(_first_of_run(segment_BS), segment_BT=segment_BS)
 
 
 def windowed(segment_BS: Array, window: int) -> Keys:
@@ -60,12 +68,12 @@ def windowed(segment_BS: Array, window: int) -> Keys:
     window = min(window, S)
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     first_BS = jnp.maximum(_first_of_run(segment_BS), index_1S - (window - 1))
-    return Keys(first_BS, window=window)
+    return Keys(first_BS, window=window, segment_BT=segment_BS)
 
 
 def full(segment_BS: Array) -> Keys:
     """Every token sees its whole segment."""
-    return Keys(_first_of_run(segment_BS), _last_of_run(segment_BS))
+    return Keys(_first_of_run(segment_BS), _last_of_run(segment_BS), segment_BT=segment_BS)
 
 
 def prefix(segment_BS: Array, prefix_BS: Array) -> Keys:
@@ -94,16 +102,34 @@ def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
     return Keys(first_BT, last_BT)
 
 
-def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale: float) -> Array:
+def attention(
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    keys: Keys,
+    *,
+    scale: float,
+    kernel: str = BY_PLATFORM,
+) -> Array:
     """o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
 
     One that sees none gives zero.
 
-    H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i.
+    H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i. `kernel` is one of
+    KERNELS, or BY_PLATFORM: that of the platform compiled for; or SPLASH, where it can say which
+    keys are seen.
     """
+    if kernel == SPLASH:
+        if attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
+            with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
+            return attention_splash.attention(
+                q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, **with_masks
+            )
+        kernel = BY_PLATFORM
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
-    return _core(scale, keys.window, q_BTHA, k_BSGA, v_BSGA, tuple(bounds))
+    how = _How(scale, keys.window, kernel)
+    return _core(how, q_BTHA, k_BSGA, v_BSGA, tuple(bounds))
 
 
 def decode_attention(
@@ -146,32 +172,33 @@ def _last_of_run(segment_BS: Array) -> Array:
     return lax.cummin(end_BS, axis=1, reverse=True)
 
 
+class _How(NamedTuple):
+    """Holds what is known of attention before it is compiled."""
+
+    scale: float
+    window: int | None
+    kernel: str
+
+
 # The core and its gradient. `bounds` is (first_BT,) in causal attention, else (first_BT, last_BT).
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    scale: float,
-    window: int | None,
-    q_BTHA: Array,
-    k_BSGA: Array,
-    v_BSGA: Array,
-    bounds: tuple[Array, ...],
+    how: _How, q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, bounds: tuple[Array, ...]
 ) -> Array:
-    return _forward(scale, window, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
+    return _forward(how, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
 
 
-def _forward(scale: float, window: int | None, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
-    run = functools.partial(_forward_heads, scale, window)
-    o_BTHA, log_sum_BGQ = _by_platform(run, inputs[0], *inputs)
+def _forward(how: _How, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    results = _by_platform("forward", how, inputs[0], *inputs)
+    # Both: without the sums a backward pass that has the output computes attention again.
+    o_BTHA, log_sum_BGQ = (checkpoint_name(z, SAVED) for z in results)
     return o_BTHA, (*inputs, o_BTHA, log_sum_BGQ)
 
 
-def _backward(
-    scale: float, window: int | None, residue: tuple[Any, ...], do_BTHA: Array
-) -> tuple[Any, ...]:
-    run = functools.partial(_backward_heads, scale, window)
-    gradients = _by_platform(run, do_BTHA, *residue, do_BTHA)
+def _backward(how: _How, residue: tuple[Any, ...], do_BTHA: Array) -> tuple[Any, ...]:
+    gradients = _by_platform("backward", how, do_BTHA, *residue, do_BTHA)
     # Bounds are indices, which have no gradient.
     return *gradients, None
 
@@ -179,207 +206,46 @@ def _backward(
 _core.defvjp(_forward, _backward)
 
 
-def _by_platform(run: Any, near: Array, *args: Any) -> Any:
-    """Switches by platform, here and nowhere else.
+def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
+    """Runs the "forward" or "backward" part of the kernel that is chosen.
 
-    `run(num_blocks, *args)`, in blocks and for some heads after others where compiled for a CPU,
-    else at once. `near` is an array that no other call has (parallel/zeros.py).
+    `near` is an array that no other call has (parallel/zeros.py).
     """
     q_BTHA, k_BSGA, _, bounds, *_ = args
     B, T, H, _ = q_BTHA.shape
     S, G = k_BSGA.shape[1:3]
-    length = S if len(bounds) == 1 else T
+    is_long = max(T, S) >= LONG
+    name = how.kernel
+    if name == BY_PLATFORM:
+        name = "chunks" if is_long else "blocks"
+
+    def bound(name: str, size: int) -> Any:
+        return functools.partial(getattr(KERNELS[name], part), how.scale, how.window, size)
+
+    def in_parts(*args: Any) -> Any:
+        size, scores = _sizes(name, T, S, H // G, causal=len(bounds) == 1)
+        run = bound(name, size)
+        some = part_that_fits(B, G, scores)
+        if some.rows == B and some.heads == G:
+            return run(*args)
+        return some.run_all(run, near, args)
+
+    def at_once(*args: Any) -> Any:
+        if how.kernel == "blocks":
+            return bound("blocks", 1)(*args)
+        return bound("chunks", attention_chunks.chunk_tokens(B * H))(*args)
+
+    return by_platform(*args, cpu=in_parts, others=at_once)
+
+
+def _sizes(name: str, T: int, S: int, r: int, causal: bool) -> tuple[int, int]:
+    """Returns (what a kernel on a CPU is told: how many blocks, or the tokens of a chunk; how many
+    scores of a key head exist at once).
+    """
+    if name == "chunks":
+        tokens = attention_chunks.CHUNK_ON_CPU
+        return tokens, min(T, tokens) * r * min(S, tokens)
+    length = S if causal else T
     # Blocks are a part of the program: many take long to compile.
     num_blocks = 8 if length >= 1024 else max(1, min(4, length // 64))
-    part = part_that_fits(B, G, scores=T * H // G * S)
-
-    def in_parts(*args):
-        if part.rows == B and part.heads == G:
-            return run(num_blocks, *args)
-        return part.run_all(functools.partial(run, num_blocks), near, args)
-
-    return by_platform(*args, cpu=in_parts, others=functools.partial(run, 1))
-
-
-def _heads_first(z_BTHA: Array, G: int) -> Array:
-    """[N, T * r, A]: the r queries of a token that share a key head stand side by side."""
-    B, T, _, A = z_BTHA.shape
-    z_BTGrA = z_BTHA.reshape(B, T, G, -1)
-    return jnp.swapaxes(z_BTGrA, 1, 2).reshape(B * G, -1, A)
-
-
-def _heads_last(z_NQA: Array, shape: tuple[int, ...], G: int) -> Array:
-    """The array of `shape`, [B, T, H, A], that `_heads_first` came from."""
-    B, T, _, _ = shape
-    z_BGTrA = z_NQA.reshape(B, G, T, -1)
-    return jnp.swapaxes(z_BGTrA, 1, 2).reshape(shape)
-
-
-def _runs(bounds: tuple[Array, ...], num_heads: int, G: int) -> tuple[Array, ...]:
-    """The bounds of each query, [N, Q]: query i belongs to token i // r."""
-
-    def of_queries(z_BT):
-        B, T = z_BT.shape
-        z_BGTr = jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, num_heads // G))
-        return z_BGTr.reshape(B * G, -1)
-
-    return tuple(of_queries(z_BT) for z_BT in bounds)
-
-
-def _forward_heads(
-    scale: float,
-    window: int | None,
-    num_blocks: int,
-    q_BTHA: Array,
-    k_BSGA: Array,
-    v_BSGA: Array,
-    bounds: tuple[Array, ...],
-) -> tuple[Array, Array]:
-    """(o_BTHA, log_sum_BGQ)."""
-    B, _, H, _ = q_BTHA.shape
-    G = k_BSGA.shape[2]
-    q, k, v = (_heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
-    runs = _runs(bounds, H, G)
-    o_NQA, log_sum_NQ = _forward_blocks(scale, window, num_blocks, q, k, v, runs)
-    return _heads_last(o_NQA, q_BTHA.shape, G), log_sum_NQ.reshape(B, G, -1)
-
-
-def _backward_heads(
-    scale: float,
-    window: int | None,
-    num_blocks: int,
-    q_BTHA: Array,
-    k_BSGA: Array,
-    v_BSGA: Array,
-    bounds: tuple[Array, ...],
-    o_BTHA: Array,
-    log_sum_BGQ: Array,
-    do_BTHA: Array,
-) -> tuple[Array, Array, Array]:
-    """(dq_BTHA, dk_BSGA, dv_BSGA)."""
-    G = k_BSGA.shape[2]
-    q, k, v, o, do = (_heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
-    runs = _runs(bounds, q_BTHA.shape[2], G)
-    log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
-    dq, dk, dv = _backward_blocks(scale, window, num_blocks, q, k, v, runs, o, log_sum_NQ, do)
-    return (
-        _heads_last(dq, q_BTHA.shape, G),
-        _heads_last(dk, k_BSGA.shape, G),
-        _heads_last(dv, v_BSGA.shape, G),
-    )
-
-
-def _blocks(
-    num_blocks: int, Q: int, S: int, causal: bool, window: int | None
-) -> list[tuple[slice, slice]]:
-    """(queries, the keys that they may see at most) of each block; any S will do, blocks need not
-    be equal.
-    """
-    length, r = (S, Q // S) if causal else (Q, 1)
-    edges = [length * i // num_blocks for i in range(num_blocks + 1)]
-    blocks = []
-    for start, stop in itertools.pairwise(edges):
-        # The first query of a causal block reaches back the furthest, the last one ends its keys.
-        first = 0 if window is None else max(0, start - (window - 1))
-        keys = slice(first, stop) if causal else slice(0, S)
-        blocks.append((slice(start * r, stop * r), keys))
-    return blocks
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    """An einsum in the dtype of b, added up in a wide one."""
-    wide = wide_dtype(b.dtype)
-    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
-
-
-def _last(runs: tuple[Array, ...], queries: slice, r: int) -> Array:
-    """The last key of each query of a block, [N or 1, queries]."""
-    if len(runs) > 1:
-        return runs[1][:, queries]
-    query_Q = jnp.arange(queries.start, queries.stop, dtype=jnp.int32)
-    return (query_Q // r)[None]
-
-
-def _indices(keys: slice) -> Array:
-    """The places of a block's keys in their row, [K]."""
-    return jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
-
-
-def _forward_blocks(
-    scale: float,
-    window: int | None,
-    num_blocks: int,
-    q_NQA: Array,
-    k_NSA: Array,
-    v_NSA: Array,
-    runs: tuple[Array, ...],
-) -> tuple[Array, Array]:
-    """(o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
-    Q, S = q_NQA.shape[1], k_NSA.shape[1]
-    outputs, log_sums = [], []
-    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
-        q, k_NKA, v_NKA = q_NQA[:, queries], k_NSA[:, keys], v_NSA[:, keys]
-        key_11K = _indices(keys)[None, None]
-        first_NQ1 = runs[0][:, queries, None]
-        last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
-        seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
-        score_NQK = _dot("NQA,NKA->NQK", q, k_NKA) * scale
-        score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
-        # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
-        # one.
-        top_NQ1 = jnp.maximum(jnp.max(score_NQK, axis=-1, keepdims=True), MASKED / 2)
-        weight_NQK = jnp.exp(score_NQK - top_NQ1)
-        sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
-        sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
-        o_NQA = _dot("NQK,NKA->NQA", weight_NQK, v_NKA) / sum_NQ1
-        outputs.append(o_NQA.astype(q_NQA.dtype))
-        log_sum_NQ1 = top_NQ1 + jnp.log(sum_NQ1)
-        log_sums.append(log_sum_NQ1[..., 0])
-    return jnp.concatenate(outputs, axis=1), jnp.concatenate(log_sums, axis=1)
-
-
-def _backward_blocks(
-    scale: float,
-    window: int | None,
-    num_blocks: int,
-    q_NQA: Array,
-    k_NSA: Array,
-    v_NSA: Array,
-    runs: tuple[Array, ...],
-    o_NQA: Array,
-    log_sum_NQ: Array,
-    do_NQA: Array,
-) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv).
-
-    Scores lie keys first here: then only one of the five products needs a transposed operand.
-    """
-    Q, S = q_NQA.shape[1], k_NSA.shape[1]
-    wide = wide_dtype(q_NQA.dtype)
-    # Of the softmax's gradient: weights times (their gradients less this).
-    both_NQA = o_NQA.astype(wide) * do_NQA.astype(wide)
-    shift_NQ = jnp.sum(both_NQA, axis=-1)
-    dqs = []
-    # A key is seen by queries of several blocks, whose gradients are added up.
-    dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
-    dv_NSA = jnp.zeros_like(v_NSA, dtype=wide)
-    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
-        q, do = q_NQA[:, queries], do_NQA[:, queries]
-        k_NKA, v_NKA = k_NSA[:, keys], v_NSA[:, keys]
-        key_1K1 = _indices(keys)[None, :, None]
-        first_N1Q = runs[0][:, None, queries]
-        last_N1Q = _last(runs, queries, Q // S)[:, None]
-        seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
-        # The scores once more, instead of kept from the forward pass.
-        score_NKQ = _dot("NKA,NQA->NKQ", k_NKA, q) * scale
-        weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
-        weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
-        dweight_NKQ = _dot("NKA,NQA->NKQ", v_NKA, do)
-        dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
-        dqs.append(_dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scale)
-        dk_NKA = _dot("NKQ,NQA->NKA", dscore_NKQ, q) * scale
-        dv_NKA = _dot("NKQ,NQA->NKA", weight_NKQ, do)
-        dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
-        dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)
-    dq_NQA = jnp.concatenate(dqs, axis=1)
-    return dq_NQA.astype(q_NQA.dtype), dk_NSA.astype(k_NSA.dtype), dv_NSA.astype(v_NSA.dtype)
+    return num_blocks, T * r * S

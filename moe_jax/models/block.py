@@ -228,6 +228,7 @@ def moe_config(cfg: ModelConfig) -> MoE:
         dispatcher_options=moe.dispatcher_options,
         adaptive=moe.adaptive,
         stored=moe.sparse.stored,
+        expert_kernel=moe.expert_kernel,
         d_model=cfg.d_model,
         vocab_size=cfg.vocab_size,
         activation=cfg.activation,

@@ -16,7 +16,16 @@ from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
-from moe_jax.models.ends import embed, embedding, norm_scale, output_head, unembed
+from moe_jax.models.ends import (
+    Hidden,
+    embed,
+    embedding,
+    hidden,
+    logits,
+    norm_scale,
+    output_head,
+    unembed,
+)
 from moe_jax.models.layers import dropout
 from moe_jax.models.stack import run_cached, run_stack, stack
 from moe_jax.moe.layer import Batch
@@ -41,8 +50,8 @@ class Options(KindOptions):
 
 
 class Decoder(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.cached(batch, caches) ->
-    (logits_BSV, caches)`.
+    """`model(batch, rng, train) -> (logits_BSV, sums)`; `model.hidden(batch, rng, train) ->
+    (Hidden, sums)`; `model.cached(batch, caches) -> (logits_BSV, caches)`.
     """
 
     repeats: Any
@@ -58,13 +67,18 @@ class Decoder(nnx.Module):
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask))
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
+        last, sums = self.hidden(batch, rng, train)
+        return logits(last), sums
+
+    def hidden(self, batch: Batch, rng: Array, train: bool) -> tuple[Hidden, dict[str, Array]]:
+        """Returns what logits are made of, for a loss that never has all of them."""
         cfg = self.cfg
         x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
         # The key of number 0: blocks are counted from 1.
         key = jax.random.fold_in(rng, 0)
         x_BSD = dropout(x_BSD, cfg.dropout if train else 0.0, key, batch.row_B)
         x_BSD, sums = run_stack(self, x_BSD, batch, rng, train)
-        return unembed(self.ends, x_BSD, cfg), sums
+        return hidden(self.ends, x_BSD, cfg), sums
 
     def cached(self, batch: Batch, caches: list[Any]) -> tuple[Array, list[Any]]:
         """Returns logits of the tokens of `batch`, which follow those in the caches (one a block,

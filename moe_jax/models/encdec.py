@@ -31,7 +31,16 @@ from moe_jax.models.block import Look, Source
 from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder, Projections, added, full, projections
 from moe_jax.models.decoder import as_decoder
-from moe_jax.models.ends import embed, embedding, norm_scale, output_head, unembed
+from moe_jax.models.ends import (
+    Hidden,
+    embed,
+    embedding,
+    hidden,
+    logits,
+    norm_scale,
+    output_head,
+    unembed,
+)
 from moe_jax.models.layers import dropout, rms_norm
 from moe_jax.models.stack import run_cached, run_stack, stack
 from moe_jax.moe.layer import Batch
@@ -82,7 +91,9 @@ class SourceStack(nnx.Module):
 
 
 class EncDec(nnx.Module):
-    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.source_rows` is a Batch.
+    """`model(batch, rng, train) -> (logits_BSV, sums)`, where `batch.source_rows` is a Batch;
+    `model.hidden(batch, rng, train) -> (Hidden, sums)`.
+
     A recording is not replayed in the encoder.
     """
 
@@ -100,6 +111,11 @@ class EncDec(nnx.Module):
         self.encoder = SourceStack(keys[4], encoder_config(cfg))
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
+        last, sums = self.hidden(batch, rng, train)
+        return logits(last), sums
+
+    def hidden(self, batch: Batch, rng: Array, train: bool) -> tuple[Hidden, dict[str, Array]]:
+        """Returns what logits are made of, for a loss that never has all of them."""
         # A recording is of target rows.
         request = batch.request._replace(recorded=())
         source_rows = batch.source_rows._replace(request=request)
@@ -112,7 +128,7 @@ class EncDec(nnx.Module):
         begin = 1 + len(self.encoder.cfg.blocks)
         x_BSD, after = run_stack(self, x_BSD, targets, rng, train, begin, source)
         sums = join_sums(jnp.concatenate, [before, after])
-        return unembed(self.ends, x_BSD, self.cfg), sums
+        return hidden(self.ends, x_BSD, self.cfg), sums
 
     def encode(self, batch: Batch, rng: Array, train: bool) -> tuple[Source, dict[str, Array]]:
         """(what cross-attention reads, sums) of the source rows."""

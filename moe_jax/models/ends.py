@@ -3,6 +3,8 @@
 Shapes: B rows, S sequence, D model, V vocabulary.
 """
 
+from typing import NamedTuple
+
 from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm, widen
@@ -57,12 +59,28 @@ def embedding_scale(cfg: ModelConfig) -> float:
     return cfg.embedding_scale or cfg.d_model**0.5
 
 
-def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
-    """Returns logits in at least float32: the final norm and the head."""
+class Hidden(NamedTuple):
+    """Holds what logits are made of: x @ head, where the vocabulary may be split over `model`."""
+
+    x_BSD: Array
+    head_DV: Array
+
+
+def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:
+    """Returns the tokens after the final norm, and the head."""
     x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
-    wide = wide_dtype(x_BSD.dtype)
     if cfg.tie_embeddings:
         head_DV = gather(ends["embed"], ("vocab", "embed"), cfg.dtype).T
     else:
         head_DV = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
-    return widen(x_BSD, head_DV, wide)
+    return Hidden(x_BSD, head_DV)
+
+
+def logits(last: Hidden) -> Array:
+    """Returns logits [B, S, V] in at least float32."""
+    return widen(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
+
+
+def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
+    """Returns logits in at least float32: the final norm and the head."""
+    return logits(hidden(ends, x_BSD, cfg))

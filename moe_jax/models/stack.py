@@ -17,20 +17,22 @@ from flax import nnx
 from jax import Array
 
 from moe_jax import layout
-from moe_jax.models import depth
+from moe_jax.models import attention_layout, depth
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.block import Block, Look
+from moe_jax.moe.dispatch import exchange
+from moe_jax.moe.experts import grouped_matmul
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import ModelConfig
 
-# What the backward pass keeps of a block instead of recomputing it.
-REMAT: dict[str, Callable[..., Any] | None] = {
-    # Everything: no rematerialisation.
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # The tokens that travelled.
-    "dispatch": jax.checkpoint_policies.save_only_these_names("moe_dispatch"),
+# What the backward pass keeps of a block instead of recomputing it, by the words of model.remat.
+NAMES = {
+    # The output of attention and the denominators of its softmax.
+    "attention": attention_layout.SAVED,
+    # The tokens that travelled, so that they do not travel again.
+    "dispatch": exchange.SAVED,
+    # The rows that experts are given and their pre-activations: no product of theirs is repeated.
+    "experts": grouped_matmul.SAVED,
 }
 
 
@@ -109,7 +111,25 @@ def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str
 
     if cfg.remat == "none":
         return call
-    return jax.checkpoint(call, policy=REMAT[cfg.remat])
+    return jax.checkpoint(call, policy=remat_policy(cfg))
+
+
+def remat_policy(cfg: ModelConfig) -> Callable[..., Any]:
+    """Returns which values of a block the backward pass keeps, and where."""
+    policies = jax.checkpoint_policies
+    if cfg.remat == "full":
+        return policies.nothing_saveable
+    if cfg.remat == "dots":
+        return policies.dots_with_no_batch_dims_saveable
+    names = [NAMES[word] for word in cfg.remat.split("+")]
+    if not cfg.remat_offload:
+        return policies.save_only_these_names(*names)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=names,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def of_block(batch: Batch, number: Array) -> Batch:

@@ -25,7 +25,7 @@ from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.direct import direct_ffn
-from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.grouped_matmul import BY_PLATFORM, expert_ffn
 from moe_jax.moe.experts.network import PARTS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
@@ -63,6 +63,8 @@ class MoE:
     out_std: float
     # Experts as blocks (sparse/stored.py); block 0 = whole matrices.
     stored: StoredConfig
+    # One of grouped_matmul.KERNELS, or "auto".
+    expert_kernel: str = BY_PLATFORM
 
 
 class Batch(NamedTuple):
@@ -331,8 +333,17 @@ def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Experts:
 
     def grouped(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):
-            rows = (x_RD, gate_R, start_e, size_e)
-            return expert_ffn(*rows, w_in_eDPF, w_out_eFD, activation=cfg.activation, block=block)
+            return expert_ffn(
+                x_RD,
+                gate_R,
+                start_e,
+                size_e,
+                w_in_eDPF,
+                w_out_eFD,
+                activation=cfg.activation,
+                block=block,
+                kernel=cfg.expert_kernel,
+            )
 
     def direct(x_TD, token_M, expert_index_M, gate_M):
         with jax.named_scope("experts"):

@@ -26,15 +26,15 @@ QUICK: Any = {"xla_backend_optimization_level": 0, **_OLD_EMITTERS}
 _others: contextvars.ContextVar[bool] = contextvars.ContextVar("others", default=False)
 
 
-def by_platform(*args: Any, cpu: Callable[..., Any], others: Callable[..., Any]) -> Any:
-    """`cpu(*args)` where it is compiled for a CPU, else `others(*args)`."""
+def by_platform(*args: Any, others: Callable[..., Any], **own: Callable[..., Any]) -> Any:
+    """What is computed where it is compiled for a platform that has a function of its `own`, by its
+    name (cpu, tpu, cuda, rocm); `others(*args)` on every other.
+    """
     import jax  # here: tests set flags that are read when jax loads
 
-    return (
-        others(*args)
-        if _others.get()
-        else jax.lax.platform_dependent(*args, cpu=cpu, default=others)
-    )
+    if _others.get():
+        return others(*args)
+    return jax.lax.platform_dependent(*args, **own, default=others)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ and from the Options of the components (config/tree.py); config/build.py makes a
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from moe_jax.parallel.mesh import Lengths
@@ -38,6 +39,11 @@ from moe_jax.schema.steps import profile_range
 
 # The choice of model.moe.sparse.rule that makes no zeros.
 NO_RULE = "none"
+# What model.remat may name (models/stack.py), and every choice of several.
+REMAT_NAMES = ("attention", "dispatch", "experts")
+NAMED_REMAT = tuple(
+    "+".join(some) for n in (1, 2, 3) for some in itertools.combinations(REMAT_NAMES, n)
+)
 
 
 class Coefficients(dict[str, float]):
@@ -118,6 +124,12 @@ class MoEConfig:
     ordering_options: Any = derived()
     dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
     dispatcher_options: Any = derived()
+    expert_kernel: str = option(
+        "auto",
+        'what computes the experts: "auto" = by the platform compiled for (docs/accelerators.md), '
+        '"blocks", "tiles", "pallas_tpu" or "ragged_dot"',
+        choices=("auto", "blocks", "tiles", "pallas_tpu", "ragged_dot"),
+    )
     # Coefficients by name: moe/losses.
     losses: Coefficients = derived()
     adaptive: AdaptiveConfig
@@ -149,6 +161,12 @@ class ModelConfig:
     d_model: int = option(128, "width of the residual stream", NUMBER)
     attention: str = choice("grouped_query", "attentions", "which tokens a token sees")
     attention_options: Any = derived()
+    attention_kernel: str = option(
+        "auto",
+        'what computes attention: "auto" = by the platform compiled for and the length of a row '
+        '(docs/accelerators.md), "blocks" or "chunks"; or "splash", that of JAX for TPUs',
+        choices=("auto", "blocks", "chunks", "splash"),
+    )
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)
     head_dim: int = option(0, "0 = d_model / num_heads", NUMBER)
@@ -200,8 +218,25 @@ class ModelConfig:
     scan: bool = option(False, "the repeats as one lax.scan over stacked parameters")
     remat: str = option(
         "none",
-        '"none", "full", "dots", "dispatch": what the backward pass recomputes of a block',
-        choices=("none", "full", "dots", "dispatch"),
+        'what the backward pass recomputes of a block: "none", "full" = everything, "dots" = all '
+        'but products of weights, or all but what "attention", "dispatch" or "experts" name; or '
+        'several of these: "attention+experts"',
+        choices=("none", "full", "dots", *NAMED_REMAT),
+    )
+    remat_offload: bool = option(
+        False, "what model.remat names is kept in the host's memory until it is needed"
+    )
+    loss_chunk: int = option(
+        0,
+        "tokens of a device whose logits exist at a time; 0 = all where these are few, else as "
+        "many as make 16 million logits (docs/accelerators.md)",
+        COUNT,
+    )
+    logit_z_loss: float = option(
+        0.0,
+        "coefficient of the mean of log(Z)^2, Z the denominator of the softmax over the vocabulary "
+        "(PaLM, arXiv:2204.02311, section 5); 0 = off",
+        NOT_NEGATIVE,
     )
     allow_leak: bool = option(
         False,

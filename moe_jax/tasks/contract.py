@@ -41,6 +41,8 @@ class Losses(NamedTuple):
     outputs: Any
     # Sums of the layers for each row [L, B, ...], which add up over rows and devices.
     sums: dict[str, jax.Array]
+    # What the objective adds for every prediction, and by which name; () = nothing.
+    penalty: tuple[()] | tuple[str, jax.Array] = ()
 
 
 class Trained(NamedTuple):
@@ -101,13 +103,21 @@ def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str
     # The losses of single predictions become sums here, and are divided in `objective` alone.
     losses = task.losses(model, batch, rng, True)
     weight = losses.weight.astype(losses.nll.dtype)
-    return {
-        # Not nll * weight alone: 0 times an infinite loss of padding is NaN.
-        "nll": jnp.where(weight > 0, losses.nll * weight, 0).sum(),
+
+    def weighed(values: jax.Array) -> jax.Array:
+        # Not values * weight alone: 0 times an infinite loss of padding is NaN.
+        return jnp.where(weight > 0, values * weight, 0).sum()
+
+    totals = {
+        "nll": weighed(losses.nll),
         "tokens": weight.sum(),
         "moe": load.totals(depth.without(losses.sums)),
         "depth": depth.totals(losses.sums),
     }
+    if losses.penalty:
+        name, penalty = losses.penalty
+        totals["penalty"] = {name: weighed(penalty)}
+    return totals
 
 
 def objective(
@@ -118,9 +128,13 @@ def objective(
     The loss is nats per prediction plus the auxiliary losses of the layers.
     """
     # At least 1: a batch of padding alone has no predictions.
-    nll = totals["nll"] / jnp.maximum(totals["tokens"], 1)
+    num_predictions = jnp.maximum(totals["tokens"], 1)
+    nll = totals["nll"] / num_predictions
     loss = nll
     parts = {"nll": nll, **depth.figures(totals["depth"])}
+    for name, total in totals.get("penalty", {}).items():
+        parts[name] = total / num_predictions
+        loss = loss + parts[name]
     if totals["depth"]:
         loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
     if totals["moe"]:

@@ -42,18 +42,7 @@ def _nll_forward(
     vocab_axis: str | None, logits_BSV: Array, target_BS: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     """Returns (nll, what the backward pass reads): of the probabilities only their sum is kept."""
-    local_BS = _local_id(vocab_axis, logits_BSV, target_BS)
-    top_BS = jnp.max(logits_BSV, axis=-1)
-    if vocab_axis:
-        top_BS = lax.pmax(top_BS, vocab_axis)
-    sum_BS = jnp.sum(jnp.exp(logits_BSV - top_BS[..., None]), axis=-1)
-    # 0 where the target is on another device.
-    logit_BS = jnp.take_along_axis(
-        logits_BSV, local_BS[..., None], axis=-1, mode="fill", fill_value=0
-    )[..., 0]
-    if vocab_axis:
-        sum_BS, logit_BS = lax.psum((sum_BS, logit_BS), vocab_axis)
-    log_sum_BS = top_BS + jnp.log(sum_BS)
+    log_sum_BS, logit_BS = log_sum_and_target(vocab_axis, logits_BSV, target_BS)
     return log_sum_BS - logit_BS, (logits_BSV, target_BS, log_sum_BS)
 
 
@@ -62,8 +51,7 @@ def _nll_backward(
 ) -> tuple[Array, None]:
     """The gradient is p - 1 at the target and p elsewhere, written in one pass."""
     logits_BSV, target_BS, log_sum_BS = residuals
-    local_BS1 = _local_id(vocab_axis, logits_BSV, target_BS)[..., None]
-    is_target_BSV = lax.broadcasted_iota(jnp.int32, logits_BSV.shape, 2) == local_BS1
+    is_target_BSV = is_target(vocab_axis, logits_BSV, target_BS)
     prob_BSV = jnp.exp(logits_BSV - log_sum_BS[..., None])
     return (prob_BSV - is_target_BSV.astype(prob_BSV.dtype)) * dnll_BS[..., None], None
 
@@ -71,11 +59,34 @@ def _nll_backward(
 _nll_on_device.defvjp(_nll_forward, _nll_backward)
 
 
-def _local_id(vocab_axis: str | None, logits_BSV: Array, target_BS: Array) -> Array:
+def log_sum_and_target(vocab_axis: str | None, logits: Array, target: Array) -> tuple[Array, Array]:
+    """Returns (the log of the softmax's denominator, the logit of the target) of logits [..., V] of
+    one device.
+    """
+    local_id = _local_id(vocab_axis, logits, target)
+    top = jnp.max(logits, axis=-1)
+    if vocab_axis:
+        top = lax.pmax(top, vocab_axis)
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    # 0 where the target is on another device.
+    logit = jnp.take_along_axis(logits, local_id[..., None], axis=-1, mode="fill", fill_value=0)
+    logit = logit[..., 0]
+    if vocab_axis:
+        total, logit = lax.psum((total, logit), vocab_axis)
+    return top + jnp.log(total), logit
+
+
+def is_target(vocab_axis: str | None, logits: Array, target: Array) -> Array:
+    """Returns which logits [..., V] of one device are those of the targets."""
+    local_id = _local_id(vocab_axis, logits, target)[..., None]
+    return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == local_id
+
+
+def _local_id(vocab_axis: str | None, logits: Array, target: Array) -> Array:
     """Returns the place of each target among the logits of this device, or one behind them."""
     if not vocab_axis:
-        return target_BS
-    num_local = logits_BSV.shape[-1]
-    place_BS = target_BS - lax.axis_index(vocab_axis).astype(jnp.int32) * num_local
+        return target
+    num_local = logits.shape[-1]
+    place = target - lax.axis_index(vocab_axis).astype(jnp.int32) * num_local
     # A negative place would count from the end.
-    return jnp.where(place_BS >= 0, place_BS, num_local)
+    return jnp.where(place >= 0, place, num_local)

@@ -89,6 +89,11 @@ def refused(changes, shape=(1, 1, 1)):
             (1, 1, 1),
             "model.num_heads (4) must be divisible by model.num_kv_heads (3)",
         ),
+        (
+            {"model.remat": "full", "model.remat_offload": True},
+            (1, 1, 1),
+            'model.remat = "full" names nothing: set model.remat=attention or dispatch or experts',
+        ),
         ({"profile": "5"}, (1, 1, 1), 'profile = "5" is no range of steps: write FIRST:LAST'),
         ({"mesh.expert": -1, "mesh.data": -1}, (1, 1, 1), "mesh.data and mesh.expert are both -1"),
         ({"mesh.data": 3}, (1, 1, 1), "does not make 1 devices"),
@@ -369,7 +374,9 @@ def test_dependencies_run_one_way():
 
 
 def test_manual_parallelism_has_few_doors():
-    doors = {"moe/layer.py", "models/attention.py", "tasks/cross_entropy.py", "preflight.py"}
+    doors = {"moe/layer.py", "models/attention.py", "preflight.py"} | {
+        f"tasks/{name}.py" for name in ("cross_entropy", "chunked_loss")
+    }
     exchange = re.compile(r"lax\.(all_to_all|all_gather|psum_scatter|ragged_all_to_all)\(")
     for _, _, path in modules():
         text, where = path.read_text(), str(path.relative_to(ROOT / "moe_jax"))

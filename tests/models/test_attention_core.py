@@ -2,16 +2,28 @@
 and eight.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.models import attention_parts
-from moe_jax.models.attention_core import across, attention, causal, decode_attention, full, prefix
+from moe_jax.models import attention_chunks, attention_core, attention_parts
+from moe_jax.models.attention_core import (
+    across,
+    attention,
+    causal,
+    decode_attention,
+    full,
+    prefix,
+    windowed,
+)
+from moe_jax.parallel.compiling import of_other_platforms
+from moe_jax.schema.config import ModelConfig
 
 SCALE = 0.4
 # B, S, H, G, A: blocks and groups of the CPU's kernel come with S >= 128 and more scores than fit
@@ -70,6 +82,13 @@ def own(q, k, v, segment):
     return attention(q, k, v, causal(segment), scale=SCALE)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 48 tokens, which do not divide a row, on every platform."""
+    monkeypatch.setattr(attention_chunks, "CHUNK_ON_CPU", 48)
+    monkeypatch.setattr(attention_chunks, "chunk_tokens", lambda num_heads: 48)
+
+
 def assert_near(got, want, tolerance):
     for name, a, b in zip(("o", "q", "k", "v"), got, want, strict=True):
         np.testing.assert_allclose(
@@ -82,6 +101,139 @@ def test_equals_a_loop_over_queries(name, float64):
     args, _ = make(SHAPES[name])
     got = jax.jit(own)(*args)
     np.testing.assert_allclose(got, loop_attention(*(np.asarray(z) for z in args)), atol=1e-13)
+
+
+@pytest.mark.parametrize("scores", [2**19, 1])
+@pytest.mark.parametrize("name", ["tiny", "two blocks", "four uneven blocks"])
+def test_chunks_equal_a_masked_softmax(name, scores, float64, monkeypatch, small_chunks):
+    """On a CPU, in parts of heads; and all at once, as other platforms have it."""
+    monkeypatch.setattr(attention_parts, "SCORES", scores)
+    args, do = make(SHAPES[name])
+    want = value_and_gradient(masked_softmax, args, do)
+
+    def chunks(q, k, v, segment):
+        return attention(q, k, v, causal(segment), scale=SCALE, kernel="chunks")
+
+    for got in (
+        value_and_gradient(chunks, args, do),
+        on_other_platforms(lambda *a: own(*a), args, do),
+    ):
+        assert_near(got, want, 1e-12)
+        padding = np.asarray(args[3]) == 0
+        assert all(not np.any(np.asarray(z)[padding]) for z in got)
+
+
+def on_other_platforms(f, args, do):
+    with of_other_platforms():
+        return value_and_gradient(f, args, do)
+
+
+@pytest.mark.parametrize("window", [1, 60])
+def test_chunks_of_a_window_equal_its_blocks(window, float64, small_chunks):
+    (q, k, v, segment), do = make(SHAPES["four uneven blocks"])
+
+    def of(kernel):
+        return lambda q, k, v, s: attention(
+            q, k, v, windowed(s, window), scale=SCALE, kernel=kernel
+        )
+
+    got, want = (value_and_gradient(of(z), (q, k, v, segment), do) for z in ("chunks", "blocks"))
+    assert_near(got, want, 1e-12)
+
+
+def test_pairs_that_are_masked_entirely_are_not_computed():
+    def pairs(*args):
+        return attention_chunks.pairs_seen(*args)
+
+    assert pairs(3, 3, (4, 4), True, None) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
+    # A query sees four tokens before it, so the first of a chunk reaches the chunk before.
+    assert pairs(3, 3, (4, 4), True, 5) == [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]
+    assert pairs(3, 3, (4, 4), True, 1) == [(0, 0), (1, 1), (2, 2)]
+    assert len(pairs(3, 5, (4, 4), False, None)) == 15
+    # Every pair that is left out is masked, and every other one is not.
+    for window in (None, 1, 2, 5, 9):
+        query, key = np.arange(24)[:, None], np.arange(24)[None]
+        seen = (key <= query) & (key > query - (window or 24))
+        some = {(i // 4, j // 6) for i, j in np.argwhere(seen)}
+        assert set(pairs(6, 4, (4, 6), True, window)) == some
+
+
+def test_chunks_are_smaller_where_there_are_many_heads():
+    assert attention_chunks.chunk_tokens(16) == 512
+    assert attention_chunks.chunk_tokens(1024) == 256
+    assert attention_chunks.chunk_tokens(10**9) == 128
+
+
+def test_the_config_names_every_kernel():
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    declared = fields["attention_kernel"].metadata["option"]
+    names = attention_core.BY_PLATFORM, *attention_core.KERNELS, attention_core.SPLASH
+    assert declared.choices == names
+
+
+@pytest.mark.parametrize("mask", ["causal", "windowed", "full"])
+def test_splash_attention_equals_chunks(mask):
+    """Interpreted: two blocks of a row, several segments, grouped queries, padding."""
+    (q, k, v, segment), do = make((2, 256, 4, 2, 128), np.float32)
+    visible = {"causal": causal, "windowed": lambda s: windowed(s, 70), "full": full}[mask]
+
+    def of(kernel):
+        return lambda q, k, v, s: attention(q, k, v, visible(s), scale=0.1, kernel=kernel)
+
+    got, want = (value_and_gradient(of(z), (q, k, v, segment), do) for z in ("splash", "chunks"))
+    assert_near(got, want, 2e-4)
+
+
+@pytest.mark.full
+def test_a_step_with_splash_attention_is_that_with_chunks():
+    """On a mesh, where its shard_map does not check what varies: gradients are summed as well."""
+    rows = []
+    for kernel in ("splash", "chunks"):
+        changes = {"model.attention_kernel": kernel, "data.seq_len": 128, "model.repeats": 1}
+        changes |= {"model.param_dtype": "float32", "model.dtype": "float32"}
+        _, metrics = tiny.Program((2, 2, 2), changes).run(2)
+        rows.append([[step["loss"], step["grad_norm"]] for step in metrics])
+    np.testing.assert_allclose(*rows, rtol=1e-5)
+
+
+def test_what_splash_attention_cannot_say_is_computed_by_chunks():
+    (q, k, v, segment), _ = make((1, 256, 2, 2, 128), np.float32)
+
+    def of(rows, keys):
+        args = (z[:, :rows] for z in (q, k, v))
+        text = str(
+            jax.make_jaxpr(lambda *a: attention(*a, keys, scale=0.1, kernel="splash"))(*args)
+        )
+        return "pallas_call" in text
+
+    assert of(256, causal(segment))
+    # The shortest block is 128 tokens.
+    assert not of(200, causal(segment[:, :200]))
+    assert not of(256, prefix(segment, segment == 1))
+    assert not of(256, across(segment, segment))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "others"])
+def test_memory_of_long_rows_is_linear(platform):
+    """Of a step through attention: twice the row, twice the memory; the scores would be 4 times."""
+
+    def temporary(S):
+        q = jax.ShapeDtypeStruct((1, S, 2, 16), jnp.float32)
+        segment = jax.ShapeDtypeStruct((1, S), jnp.int32)
+
+        def run(q, k, v, segment, do):
+            return value_and_gradient.__wrapped__(own, (q, k, v, segment), do)
+
+        compiled = jax.jit(run).lower(q, q, q, segment, q).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    if platform == "cpu":
+        short, long = temporary(4096), temporary(8192)
+    else:
+        with of_other_platforms():
+            short, long = temporary(4096), temporary(8192)
+    # The scores of one head alone.
+    assert long < 2.2 * short and long < 4 * 8192**2 / 4
 
 
 @pytest.mark.parametrize(
@@ -101,9 +253,16 @@ def test_several_groups_are_really_run(float64, monkeypatch):
     """Four rows of two key heads are 8 heads: 2 groups where 4 fit."""
     args, do = make((4, 130, 4, 2, 4))
     want = value_and_gradient(masked_softmax, args, do)
-    assert "scan" not in str(jax.make_jaxpr(lambda *a: own(*a))(*args))
+
+    def program():
+        def blocks(q, k, v, segment):
+            return attention(q, k, v, causal(segment), scale=SCALE, kernel="blocks")
+
+        return str(jax.make_jaxpr(blocks)(*args))
+
+    assert "scan" not in program()
     monkeypatch.setattr(attention_parts, "SCORES", 1)
-    assert "length=2" in str(jax.make_jaxpr(lambda *a: own(*a))(*args))
+    assert "length=2" in program()
     assert_near(value_and_gradient(lambda *a: own(*a), args, do), want, 1e-12)
 
 
@@ -246,10 +405,12 @@ def mask_case(name, shape):
     return (q, k, v), do, across(segment, source), seen_across(segment, source)
 
 
-@pytest.mark.parametrize("scores", [2**19, 1])
+@pytest.mark.parametrize(("kernel", "scores"), [("blocks", 2**19), ("blocks", 1), ("chunks", 1)])
 @pytest.mark.parametrize("shape", ["tiny", "one token", "two blocks", "four uneven blocks"])
 @pytest.mark.parametrize("name", ["full", "prefix", "across"])
-def test_masks_equal_a_plain_softmax(name, shape, scores, float64, monkeypatch):
+def test_masks_equal_a_plain_softmax(
+    name, shape, kernel, scores, float64, monkeypatch, small_chunks
+):
     monkeypatch.setattr(attention_parts, "SCORES", scores)
     args, do, keys, seen = mask_case(name, SHAPES[shape])
 
@@ -257,7 +418,9 @@ def test_masks_equal_a_plain_softmax(name, shape, scores, float64, monkeypatch):
         o, pull = jax.vjp(lambda q, k, v: f(q, k, v, *keys), *args)
         return o, *pull(do)
 
-    got = jax.jit(lambda keys: both(lambda *a: attention(*a, scale=SCALE), keys))(keys)
+    got = jax.jit(lambda keys: both(lambda *a: attention(*a, scale=SCALE, kernel=kernel), keys))(
+        keys
+    )
     assert_near(got, jax.jit(lambda seen: both(plain, seen))(seen), 1e-12)
     nothing = ~seen.any(2)
     assert not np.any(np.asarray(got[0])[nothing]) and not np.any(np.asarray(got[1])[nothing])

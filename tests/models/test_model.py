@@ -34,6 +34,7 @@ def loop():
         {"model.scan": True},
         {"model.scan": True, "model.remat": "dispatch"},
         {"model.remat": "full"},
+        {"model.remat": "attention+dispatch+experts"},
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")

@@ -2,6 +2,7 @@
 one and 8 devices.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.moe.experts import network, ragged
+from moe_jax.moe.experts import grouped_matmul, pallas_tpu, tiles
 from moe_jax.moe.experts.blocks import block_sizes
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
-from moe_jax.moe.experts.grouped_matmul import expert_ffn
-from moe_jax.moe.experts.network import ACTIVATIONS, PARTS
+from moe_jax.moe.experts.grouped_matmul import KERNELS, expert_ffn
+from moe_jax.moe.experts.network import ACTIVATIONS, PARTS, Layout
 from moe_jax.parallel.varying import vary_alike
+from moe_jax.schema.config import MoEConfig
 
+# As a TPU has it, but interpreted.
+INTERPRETED = grouped_matmul._of_products(functools.partial(pallas_tpu.products, interpret=True))
+DECLARED = tuple(KERNELS)
+TESTED = ["blocks", "tiles", "ragged_dot", "interpreted"]
 D, F = 6, 5
 BLOCK = (8, 2)
 
@@ -40,6 +46,11 @@ LAYOUTS = {
     "full to the end": ([0, 2, 2, 2, 2], [2, 0, 0, 0, 38]),  # no room for a block to reach past R
     "one expert": ([0], [37]),
 }
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setitem(KERNELS, "interpreted", INTERPRETED)
 
 
 def make(layout, activation="swiglu", dtype=np.float64, seed=0):
@@ -92,34 +103,9 @@ def value_and_gradient(f, args, dy_RD):
     return y_RD, *pull(dy_RD)
 
 
-def ragged_ffn(activation, *args):
-    """The kernel of the other platforms, put together as `expert_ffn` does it for the platform
-    compiled for.
-    """
-    act = ACTIVATIONS[activation]
-    ffn = jax.custom_vjp(lambda rows, layout: ragged.forward(act, rows, layout)[0])
-
-    def forward(rows, layout):
-        y_RD, pre_RH = ragged.forward(act, rows, layout)
-        return y_RD, (rows, layout, pre_RH)
-
-    ffn.defvjp(
-        forward,
-        lambda residue, dy_RD: (ragged.backward(act, *residue, dy_RD), None),
-    )
-    x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD = vary_alike(*args)
-    w_in_eDH = w_in_eDPF.reshape(*w_in_eDPF.shape[:2], -1)
-    return ffn(
-        network.Rows(x_RD, gate_R, w_in_eDH, w_out_eFD),
-        network.Layout(start_e, size_e),
-    )
-
-
 @functools.cache  # one function per choice, so that tests share compilations
 def own(kernel="blocks", activation="swiglu", block=BLOCK):
-    if kernel == "ragged":
-        return functools.partial(ragged_ffn, activation)
-    return functools.partial(expert_ffn, activation=activation, block=block)
+    return functools.partial(expert_ffn, activation=activation, block=block, kernel=kernel)
 
 
 @functools.cache
@@ -136,7 +122,7 @@ def assert_near(got, want, tolerance):
         )
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", TESTED)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_equals_all_experts_on_every_layout(name, kernel, float64):
     args, dy_RD = make(LAYOUTS[name])
@@ -149,7 +135,7 @@ def test_equals_all_experts_on_every_layout(name, kernel, float64):
         )  # y, dx and dgate are exactly zero in nobody's rows
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", TESTED)
 @pytest.mark.parametrize(
     ("activation", "block"),
     [("swiglu", (2, 2)), ("swiglu", (32, 2)), ("gelu", (8, 2)), ("gelu", (4, 2))],
@@ -160,7 +146,7 @@ def test_every_activation_and_ladder_of_blocks(activation, block, kernel, float6
     assert_near(got, value_and_gradient(oracle(activation), args, dy_RD), 1e-12)
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", TESTED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-6), (jnp.bfloat16, 3e-2)])
 def test_narrow_dtypes_stay_near_and_keep_their_dtype(dtype, tolerance, kernel):
     args, dy_RD = make(LAYOUTS["uneven"], dtype=dtype)
@@ -200,25 +186,21 @@ def test_no_expert_pays_for_another(float64):
     )
 
 
-def test_rows_past_the_last_group_may_be_left_undefined(float64, monkeypatch):
-    """As on accelerators, where `ragged_dot` and its transpose need not write them."""
-    ragged_dot = jax.lax.ragged_dot
+def test_rows_of_nobody_may_be_left_undefined(float64, monkeypatch):
+    """As on accelerators, where a kernel need not write them."""
 
-    def spoil(array_RX, group_e):
-        return jnp.where(jnp.arange(array_RX.shape[0])[:, None] < group_e.sum(), array_RX, jnp.nan)
+    def spoiled(layout, block):
+        right = grouped_matmul.ragged.products(layout, block)
+        is_own = grouped_matmul.whole.is_own(layout, NUM_ROWS)
 
-    spoil_gradient = jax.custom_vjp(lambda array_RX, group_e: array_RX)
-    spoil_gradient.defvjp(
-        lambda a, group_e: (a, group_e), lambda group_e, da: (spoil(da, group_e), None)
-    )
+        def spoil(product):
+            return lambda a, w: jnp.where(is_own, product(a, w), jnp.nan)
 
-    def undefined(a, w, group_e):
-        return spoil(ragged_dot(spoil_gradient(a, group_e), w, group_e), group_e)
+        return right._replace(product=spoil(right.product), transposed=spoil(right.transposed))
 
-    monkeypatch.setattr(jax.lax, "ragged_dot", undefined)
+    monkeypatch.setitem(KERNELS, "spoiled", grouped_matmul._of_products(spoiled))
     args, dy_RD = make(LAYOUTS["gaps"])
-    with jax.disable_jit():
-        got = value_and_gradient(own("ragged"), args, dy_RD)
+    got = value_and_gradient(own("spoiled"), args, dy_RD)
     assert_near(got, value_and_gradient(oracle(), args, dy_RD), 1e-12)
 
 
@@ -251,7 +233,7 @@ def sharded_case():
     return (*rows, w_in, w_out), jnp.stack([m[1] for m in made])
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@pytest.mark.parametrize("kernel", ["blocks", "tiles", "ragged_dot"])
 def test_on_a_mesh_equals_one_device(kernel, float64):
     """Rows vary over data and expert, weights over expert and model: each gradient is summed over
     the right axes.
@@ -288,9 +270,69 @@ def test_the_kernel_is_chosen_by_the_platform_compiled_for():
     step = jax.jit(
         jax.grad(lambda *a: expert_ffn(*a, activation="swiglu", block=BLOCK).sum(), (0, 4, 5))
     )
-    text = {p: step.trace(*args).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
-    assert "ragged_dot" in text["tpu"] and "while" not in text["tpu"]
-    assert "ragged_dot" not in text["cpu"] and "while" in text["cpu"]
+    traced = step.trace(*args)
+    text = {
+        p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda", "rocm")
+    }
+    for platform in ("cpu", "cuda", "rocm"):
+        assert "tpu_custom_call" not in text[platform] and "while" in text[platform]
+    # Two products forward; backward four more.
+    assert text["tpu"].count("tpu_custom_call") == 6 and "while" not in text["tpu"]
+    # Only the CPU's kernel visits experts in an order of its own.
+    assert "stablehlo.sort" in text["cpu"] and "stablehlo.sort" not in text["cuda"]
+    assert not any("ragged_dot" in z for z in text.values())
+
+
+def test_the_config_names_every_kernel():
+    fields = {field.name: field for field in dataclasses.fields(MoEConfig)}
+    declared = fields["expert_kernel"].metadata["option"]
+    assert declared.choices == (grouped_matmul.BY_PLATFORM, *DECLARED)
+    assert declared.default == grouped_matmul.BY_PLATFORM
+
+
+@pytest.mark.parametrize("num_experts", [1, 8, 128])
+def test_work_is_flat_in_the_number_of_experts(num_experts):
+    """Products per useful row, with the padding that is stated: less than a tile an expert, and a
+    round.
+    """
+    rng = np.random.default_rng(num_experts)
+    num_rows = 4096
+    size_e = rng.multinomial(num_rows, rng.dirichlet(np.ones(num_experts))).astype(np.int32)
+    layout = Layout(jnp.asarray(np.cumsum(size_e) - size_e), jnp.asarray(size_e))
+    B = tiles.tile_rows(block_sizes(num_rows / num_experts), num_rows)
+    listed = jax.jit(lambda layout: tiles.list_tiles(layout, num_rows, B))(layout)
+    rounds = -(-int(listed.num_tiles) // tiles.ROUND)
+    assert rounds * tiles.ROUND <= len(listed.expert_V)
+    assert num_rows <= int(listed.num_tiles) * B < num_rows + num_experts * B
+    rows = np.concatenate([np.arange(a, b) for a, b in zip(listed.first_V, listed.end_V) if a < b])
+    np.testing.assert_array_equal(rows, np.arange(num_rows))
+    rows = pallas_tpu.tile_rows(block_sizes(num_rows / num_experts), num_rows)
+    for empty in (False, True):
+        list_visits = functools.partial(
+            pallas_tpu.list_visits, num_rows=num_rows, rows=rows, empty=empty
+        )
+        visits, number = jax.jit(list_visits)(layout)
+        assert num_rows // rows <= int(number) <= num_rows // rows + num_experts
+        assert int(number) <= len(visits.expert_V)
+
+
+def test_memory_is_flat_in_the_number_of_experts():
+    """Beside the weights and their gradients there is nothing that grows with E."""
+
+    def temporary(num_experts):
+        R, D, F = 512, 32, 64
+        shapes = ((R, D), (R,), (num_experts, D, 2, F), (num_experts, F, D))
+        x, gate, w_in, w_out = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+        index = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+
+        def forward(*args):
+            return expert_ffn(*args, activation="swiglu", block=(64, 16), kernel="tiles")
+
+        compiled = jax.jit(forward).lower(x, gate, index, index, w_in, w_out).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(8), temporary(64)
+    assert many < 1.2 * few + 64 * 1024
 
 
 def test_varying_alike_costs_nothing():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.dispatch.contract import Dispatcher, Experts
-from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
+from moe_jax.moe.dispatch.exchange import SAVED, all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
 from moe_jax.moe.experts import direct
 from moe_jax.moe.experts.blocks import block_sizes
@@ -108,6 +108,8 @@ def apply(
     # 1. All n T tokens of the expert axis and their M = n N assignments come to every device.
     with jax.named_scope("dispatch"):
         x_nTD, gathered = _gather(x_TD, routing, shape)
+        # Named here, so that tokens do not travel again; the rows below are made of them.
+        x_nTD = checkpoint_name(x_nTD, SAVED)
 
     def serve(x_nTD: jax.Array, gate_M: jax.Array, offset: Any, num_rows: int) -> jax.Array:
         """Returns the weighted results of the rows [offset, offset + num_rows) of the layout,
@@ -121,8 +123,7 @@ def apply(
             src_R = gathered.token_M.at[assignment_R].get(mode="fill", fill_value=num_tokens)
             # The gathered list is still in the order of tokens, K entries each: [n T, K].
             dest_TK = row_M.reshape(-1, shape.per_token) if shape.per_token else None
-            # The name is for model.remat = "dispatch", which saves this array (models/stack.py).
-            x_RD = checkpoint_name(take_rows(x_nTD, src_R, dest_TK), "moe_dispatch")
+            x_RD = take_rows(x_nTD, src_R, dest_TK)
             gate_R = gate_M.at[assignment_R].get(mode="fill", fill_value=0)
         y_RD = experts.grouped(x_RD, gate_R, first_e, size_e, block)
         with jax.named_scope("combine"):

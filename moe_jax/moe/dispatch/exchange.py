@@ -5,6 +5,9 @@ On an axis of length one each is the identity: XLA's CPU compiler would copy the
 
 import jax
 
+# The name of tokens that have travelled, for policies of rematerialisation (models/stack.py).
+SAVED = "moe_dispatch"
+
 
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Returns the shards of all devices of a mesh axis, one after another along a dimension."""

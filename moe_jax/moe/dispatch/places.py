@@ -7,9 +7,10 @@ one expert on one device.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.dispatch.contract import Experts
-from moe_jax.moe.dispatch.exchange import all_to_all
+from moe_jax.moe.dispatch.exchange import SAVED, all_to_all
 from moe_jax.moe.dispatch.layout import Shape, round_up
 from moe_jax.moe.experts.blocks import block_sizes
 
@@ -22,7 +23,7 @@ def through_experts(
     They have the same order, and are weighted by `gate_R`.
     """
     with jax.named_scope("dispatch"):
-        x_RD = _send(x_RD, shape)
+        x_RD = checkpoint_name(_send(x_RD, shape), SAVED)
         gate_R = _send(gate_R, shape)
     y_RD = _on_padded_rows(x_RD, gate_R, experts, shape)
     with jax.named_scope("combine"):

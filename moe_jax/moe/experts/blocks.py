@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.network import Layout, Rows
+from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_rows
 from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
@@ -139,11 +139,6 @@ def _add_to(total_eXY: Array, i: Array, addend_XY: Array) -> Array:
     return lax.dynamic_update_index_in_dim(total_eXY, before_XY + addend_XY, i, 0)
 
 
-def _dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
-    """Contracts dimension `dim_a` of matrix a with `dim_b` of matrix b."""
-    return lax.dot_general(a, b, (((dim_a,), (dim_b,)), ((), ())), preferred_element_type=dtype)
-
-
 def _outer(a_BX: Array, b_BY: Array, dtype: Any) -> Array:
     """Returns a^T @ b [X, Y].
 
@@ -163,7 +158,6 @@ def forward(
     """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
-    wide = wide_dtype(dtype)
 
     def expert(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         w_in_DH = w_in_eDH[i].astype(dtype)
@@ -173,10 +167,8 @@ def forward(
         def step(carry: tuple[Array, Array], offset: Array, B: int) -> tuple[Array, Array]:
             y_RD, pre_RH = carry
             x_BD = _own_rows(x_RD, offset, B, start + size)
-            pre_BH = _dot(x_BD, w_in_DH, 1, 0, dtype)
-            gate_B1 = _rows(gate_R, offset, B).astype(wide)[:, None]
-            hidden_BF = (act(pre_BH.astype(wide)) * gate_B1).astype(dtype)
-            y_BD = _dot(hidden_BF, w_out_FD, 1, 0, dtype)
+            gate_B = _rows(gate_R, offset, B)
+            y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD)
             return _put_rows(y_RD, y_BD, offset), _put_rows(pre_RH, pre_BH, offset)
 
         return _for_blocks(step, carry, start, size, num_rows, block)
@@ -194,15 +186,7 @@ def backward(
     pre_RH: Array,
     dy_RD: Array,
 ) -> Rows:
-    """Returns the cotangents of the rows from that of y.
-
-    With h = act(pre) and y = (h * gate) @ w_out:
-
-        dh' = dy @ w_out^T             the cotangent of h * gate
-        dgate = sum over F of dh' * h
-        dpre = pull of act by dh' * gate
-        dx = dpre @ w_in^T,  dw_in = x^T @ dpre,  dw_out = (h * gate)^T @ dy
-    """
+    """Returns the cotangents of the rows from that of y; `backward_rows` has the equations."""
     x_RD, gate_R, w_in_eDH, w_out_eFD = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
@@ -215,21 +199,15 @@ def backward(
         def step(sums: Rows, offset: Array, B: int) -> Rows:
             # It is zero beyond the expert's rows, so all that follows is.
             dy_BD = _own_rows(dy_RD, offset, B, start + size)
-            dh_gated_BF = _dot(dy_BD, w_out_FD, 1, 1, wide)
-            gate_B1 = _rows(gate_R, offset, B).astype(wide)[:, None]
-            h_BF, pull = jax.vjp(act, _rows(pre_RH, offset, B).astype(wide))
-            (dpre_BH,) = pull(dh_gated_BF * gate_B1)
-            dpre_BH = dpre_BH.astype(dtype)
-            hidden_BF = (h_BF * gate_B1).astype(dtype)
-
-            dx_BD = _dot(dpre_BH, w_in_DH, 1, 1, dtype)
-            dgate_B = jnp.sum(dh_gated_BF * h_BF, axis=-1)
-            x_BD = _rows(x_RD, offset, B)
+            x_BD, gate_B = _rows(x_RD, offset, B), _rows(gate_R, offset, B)
+            some = Rows(x_BD, gate_B, w_in_DH, w_out_FD)
+            pre_BH = _rows(pre_RH, offset, B)
+            of_some = backward_rows(act, some, pre_BH, dy_BD, _outer)
             return Rows(
-                _put_rows(sums.x_RD, dx_BD, offset),
-                _put_rows(sums.gate_R, dgate_B, offset),
-                _add_to(sums.w_in_eDH, i, _outer(x_BD, dpre_BH, wide)),
-                _add_to(sums.w_out_eFD, i, _outer(hidden_BF, dy_BD, wide)),
+                _put_rows(sums.x_RD, of_some.x_RD, offset),
+                _put_rows(sums.gate_R, of_some.gate_R, offset),
+                _add_to(sums.w_in_eDH, i, of_some.w_in_eDH),
+                _add_to(sums.w_out_eFD, i, of_some.w_out_eFD),
             )
 
         return _for_blocks(step, cotangents, start, size, num_rows, block)

@@ -1,8 +1,8 @@
 """The experts' feed-forward network on rows that are grouped by expert.
 
-A CPU has a kernel of its own (blocks.py), every other platform takes `jax.lax.ragged_dot`
-(ragged.py). The choice is by the platform compiled for, so that a plan made on a CPU for a TPU is
-the TPU's.
+A CPU has a kernel of its own (blocks.py) and so has a TPU (pallas_tpu.py); every other platform
+takes plain XLA (tiles.py). The choice is by the platform compiled for, so that a plan made on a CPU
+for a TPU is the TPU's; a name from KERNELS takes one kernel everywhere.
 
 It may be called inside a `jax.shard_map` with `check_vma=True` whatever varies over which mesh
 axis, and on a single device.
@@ -11,15 +11,79 @@ Shapes: see network.py.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.experts import blocks, ragged
+from moe_jax.moe.experts import blocks, pallas_tpu, ragged, tiles, whole
 from moe_jax.moe.experts.network import ACTIVATIONS, PARTS, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
+
+
+class Kernel(NamedTuple):
+    """How the network is computed: (activation, block, rows, layout), and backward also what
+    forward kept and the cotangent of y.
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., Rows]
+
+
+def _of_products(products: Callable[..., whole.Products]) -> Kernel:
+    """Returns the kernel that is made of three products over all rows."""
+
+    def forward(act: Any, block: tuple[int, int], rows: Rows, layout: Layout) -> Any:
+        return whole.forward(act, products(layout, block), rows, layout)
+
+    def backward(act: Any, block: tuple[int, int], rows: Rows, layout: Layout, *more: Any) -> Rows:
+        return whole.backward(act, products(layout, block), rows, layout, *more)
+
+    return Kernel(forward, backward)
+
+
+KERNELS: dict[str, Kernel] = {
+    "blocks": Kernel(blocks.forward, blocks.backward),
+    "tiles": Kernel(tiles.forward, tiles.backward),
+    "pallas_tpu": _of_products(pallas_tpu.products),
+    "ragged_dot": _of_products(ragged.products),
+}
+BY_PLATFORM = "auto"
+# The name of what the backward pass reads of the experts (models/stack.py): the rows that they are
+# given, and their pre-activations.
+SAVED = "moe_experts"
+
+
+@functools.cache
+def _bound(kernel: Kernel, part: str, activation: str, block: tuple[int, int]) -> Callable:
+    """Returns the "forward" or "backward" part of a kernel: one function for all layers of a model,
+    so that jax traces it once.
+    """
+    return functools.partial(getattr(kernel, part), ACTIVATIONS[activation], block)
+
+
+def _run(
+    name: str, part: str, activation: str, block: tuple[int, int], rows: Rows, *more: Any
+) -> Any:
+    """Runs a part of the kernel that a name and the platform choose."""
+
+    def bound(kernel: Kernel) -> Callable[..., Any]:
+        return _bound(kernel, part, activation, block)
+
+    others, tpu = bound(KERNELS["tiles"]), bound(KERNELS["pallas_tpu"])
+    if name == "pallas_tpu":
+        return by_platform(rows, *more, tpu=tpu, others=others)
+    if name != BY_PLATFORM:
+        return bound(KERNELS[name])(rows, *more)
+    platforms = {"cpu": bound(KERNELS["blocks"])}
+    # The matrix unit of a TPU has no float64.
+    if rows.x_RD.dtype in (jnp.bfloat16, jnp.float32):
+        platforms["tpu"] = tpu
+    return by_platform(rows, *more, **platforms, others=others)
 
 
 def expert_ffn(
@@ -32,6 +96,7 @@ def expert_ffn(
     *,
     activation: str,
     block: tuple[int, int],
+    kernel: str = BY_PLATFORM,
 ) -> Array:
     """Returns y_RD: y = (activation(x @ w_in[i]) * gate) @ w_out[i] for every row of expert i.
 
@@ -66,38 +131,30 @@ def expert_ffn(
         x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e
     )
     rows = Rows(x_RD, gate_R, w_in_eDH, w_out_eFD)
-    return _grouped_ffn(activation, block, rows, Layout(start_e, size_e))
+    return _grouped_ffn(activation, block, kernel, rows, Layout(start_e, size_e))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_ffn(activation: str, block: tuple[int, int], rows: Rows, layout: Layout) -> Array:
-    y_RD, _ = _forward(activation, block, rows, layout)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped_ffn(
+    activation: str, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
+) -> Array:
+    y_RD, _ = _forward(activation, block, kernel, rows, layout)
     return y_RD
 
 
 def _forward(
-    activation: str, block: tuple[int, int], rows: Rows, layout: Layout
+    activation: str, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
 ) -> tuple[Array, Any]:
-    act = ACTIVATIONS[activation]
-    y_RD, pre_RH = by_platform(
-        rows,
-        layout,
-        cpu=functools.partial(blocks.forward, act, block),
-        others=functools.partial(ragged.forward, act),
-    )
-    return y_RD, (rows, layout, pre_RH)
+    # What the backward pass reads beside weights and gates.
+    rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
+    y_RD, pre_RH = _run(kernel, "forward", activation, block, rows, layout)
+    return y_RD, (rows, layout, checkpoint_name(pre_RH, SAVED))
 
 
 def _backward(
-    activation: str, block: tuple[int, int], residuals: Any, dy_RD: Array
+    activation: str, block: tuple[int, int], kernel: str, residuals: Any, dy_RD: Array
 ) -> tuple[Rows, None]:
-    act = ACTIVATIONS[activation]
-    cotangents = by_platform(
-        *residuals,
-        dy_RD,
-        cpu=functools.partial(blocks.backward, act, block),
-        others=functools.partial(ragged.backward, act),
-    )
+    cotangents = _run(kernel, "backward", activation, block, *residuals, dy_RD)
     # The layout is integers, which have no cotangent.
     return cotangents, None
 

@@ -1,70 +1,46 @@
-"""The experts' kernel for every platform but CPUs: `jax.lax.ragged_dot`.
+"""The experts' kernel of XLA itself: `jax.lax.ragged_dot`.
 
-On a CPU it costs E times the useful work (blocks.py has the kernel there).
+What it costs depends on the compiler. On a CPU and a GPU every product takes E times the useful
+work, on a TPU the gradient of the weights does (docs/accelerators.md). So no platform takes it by
+itself.
 
 Shapes: see network.py.
 """
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.network import Layout, Rows
+from moe_jax.moe.experts.network import Layout
+from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
 
+_OVER_ROWS = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+)
 
-def _groups(layout: Layout, num_rows: int) -> tuple[Array, Array]:
-    """Returns (group sizes for `ragged_dot` [e], which rows are somebody's [R])."""
+
+def products(layout: Layout, block: tuple[int, int]) -> Products:
+    """Returns the products of `ragged_dot`."""
+    del block
     start_e, size_e = layout
     # Groups of ragged_dot have no gaps: a gap goes to the expert before it. The end of the buffer
     # goes to nobody.
     last_end = start_e[-1:] + size_e[-1:]
     end_e = jnp.concatenate([start_e[1:], last_end])
     group_size_e = jnp.diff(end_e, prepend=jnp.zeros_like(end_e[:1]))
-    row_R1 = jnp.arange(num_rows, dtype=start_e.dtype)[:, None]
-    is_own_Re = (row_R1 >= start_e[None]) & (row_R1 < (start_e + size_e)[None])
-    return group_size_e, jnp.any(is_own_Re, axis=1)
 
+    def product(a_RX: Array, w_eXY: Array) -> Array:
+        return lax.ragged_dot(a_RX, w_eXY, group_size_e)
 
-def forward(act: Callable[[Array], Array], rows: Rows, layout: Layout) -> tuple[Array, Array]:
-    """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
-    dtype = x_RD.dtype
-    wide = wide_dtype(dtype)
-    group_size_e, is_own_R = _groups(layout, x_RD.shape[0])
-    pre_RH = lax.ragged_dot(x_RD, w_in_eDH.astype(dtype), group_size_e)
-    gate_R1 = gate_R.astype(wide)[:, None]
-    hidden_RF = (act(pre_RH.astype(wide)) * gate_R1).astype(dtype)
-    y_RD = lax.ragged_dot(hidden_RF, w_out_eFD.astype(dtype), group_size_e)
-    return jnp.where(is_own_R[:, None], y_RD, 0), pre_RH
+    def transposed(b_RY: Array, w_eXY: Array) -> Array:
+        return lax.ragged_dot(b_RY, w_eXY.mT, group_size_e)
 
+    def outer(a_RX: Array, b_RY: Array) -> Array:
+        wide = wide_dtype(a_RX.dtype)
+        return lax.ragged_dot_general(
+            a_RX, b_RY, group_size_e, _OVER_ROWS, preferred_element_type=wide
+        )
 
-def backward(
-    act: Callable[[Array], Array], rows: Rows, layout: Layout, pre_RH: Array, dy_RD: Array
-) -> Rows:
-    """Returns the cotangents of the rows from that of y; `blocks.backward` has the equations."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
-    dtype = x_RD.dtype
-    wide = wide_dtype(dtype)
-    group_size_e, is_own_R = _groups(layout, x_RD.shape[0])
-
-    def own(array_RX: Array) -> Array:
-        # Past the last group a platform may leave anything.
-        return jnp.where(is_own_R[:, None], array_RX, 0)
-
-    def matmul(a_RX: Array, w_eXY: Array) -> Array:
-        return lax.ragged_dot(a_RX, w_eXY.astype(dtype), group_size_e)
-
-    gate_R1 = gate_R.astype(wide)[:, None]
-    h_RF, pull_act = jax.vjp(act, own(pre_RH).astype(wide))
-    hidden_RF = (h_RF * gate_R1).astype(dtype)
-    _, pull_out = jax.vjp(matmul, hidden_RF, w_out_eFD)
-    _, pull_in = jax.vjp(matmul, x_RD, w_in_eDH)
-    dh_gated_RF, dw_out_eFD = pull_out(dy_RD)
-    dh_gated_RF = own(dh_gated_RF).astype(wide)
-    (dpre_RH,) = pull_act(dh_gated_RF * gate_R1)
-    dx_RD, dw_in_eDH = pull_in(dpre_RH.astype(dtype))
-    dgate_R = jnp.sum(dh_gated_RF * h_RF, axis=-1).astype(gate_R.dtype)
-    return Rows(own(dx_RD), dgate_R, dw_in_eDH, dw_out_eFD)
+    return Products(product, transposed, outer)

@@ -22,7 +22,7 @@ from moe_jax.moe.layer import Batch
 from moe_jax.schema.config import Config
 from moe_jax.tasks import contract
 from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
-from moe_jax.tasks.cross_entropy import negative_log_likelihood
+from moe_jax.tasks.next_token import greedy, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,9 @@ def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> B
 
 def losses(model: Callable, batch: PackedText, rng: jax.Array, train: bool) -> Losses:
     """Returns the losses of all tokens that are no padding."""
-    logits_BSV, sums = model(model_batch(batch), rng, train)
-    nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
     # Segment 0 is padding.
-    weight_BS = (batch.segment_BS > 0).astype(nll_BS.dtype)
-    return Losses(nll_BS, weight_BS, logits_BSV, sums)
+    is_token_BS = batch.segment_BS > 0
+    return token_losses(model, model_batch(batch), batch.targets_BS, is_token_BS, rng, train)
 
 
 def record(
@@ -75,13 +73,14 @@ def evaluate(forward: Losses, batch: PackedText, data: Dataset) -> dict[str, Any
     the text that was predicted.
     """
     dtype = forward.nll.dtype
-    predicted_BS = jnp.argmax(forward.outputs, -1)
-    # The embedding may have more ids than the tokenizer; those stand for no text.
-    bytes_V = np.zeros(forward.outputs.shape[-1], np.int32)
-    bytes_V[: data.tokenizer.vocab_size] = data.tokenizer.token_bytes()
+    predicted_BS = greedy(forward.outputs)
+    bytes_V = jnp.asarray(np.asarray(data.tokenizer.token_bytes(), np.int32))
     targets_sharding = jax.typeof(batch.targets_BS).sharding
-    # The table is whole on every device, and each looks up the ids of its own rows.
-    bytes_BS = jnp.asarray(bytes_V).at[batch.targets_BS].get(out_sharding=targets_sharding)
+    # The table is whole on every device, and each looks up the ids of its own rows. The embedding
+    # may have more ids than the tokenizer; those stand for no text.
+    bytes_BS = bytes_V.at[batch.targets_BS].get(
+        mode="fill", fill_value=0, out_sharding=targets_sharding
+    )
     # By a tokenizer that changes the text, ids stand for other bytes than were read: count those
     # that were, as gzip does.
     scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, dtype)

@@ -27,7 +27,7 @@ from moe_jax.schema.config import Config
 from moe_jax.schema.options import NUMBER, option, typed_options
 from moe_jax.tasks import contract, rivals
 from moe_jax.tasks.contract import Figures, Losses, Table, Task, Trained, by_domain
-from moe_jax.tasks.cross_entropy import negative_log_likelihood
+from moe_jax.tasks.next_token import greedy, token_losses
 from moe_jax.tasks.translation.data import open_translation
 from moe_jax.tasks.translation.rivals import scores
 
@@ -89,14 +89,12 @@ def weight(batch: SourceTarget | PrefixTarget) -> jax.Array:
 
 def losses(model: Callable, batch: Any, rng: jax.Array, train: bool) -> Losses:
     """Returns the losses of the target's tokens."""
-    logits_BSV, sums = model(model_batch(batch), rng, train)
-    nll_BS = negative_log_likelihood(logits_BSV, batch.targets_BS)
-    return Losses(nll_BS, weight(batch).astype(nll_BS.dtype), logits_BSV, sums)
+    return token_losses(model, model_batch(batch), batch.targets_BS, weight(batch), rng, train)
 
 
 def evaluate(forward: Losses, batch: Any, data: Examples) -> dict[str, Any]:
     """Returns sums per domain [Z] over the target's tokens: nll, tokens, correct."""
-    predicted_BS = jnp.argmax(forward.outputs, -1)
+    predicted_BS = greedy(forward.outputs)
     counts_BS = forward.weight > 0
     dtype = forward.nll.dtype
 

@@ -1,0 +1,166 @@
+"""Attention in a few static blocks of queries, each with only the keys that causality and a window
+allow where they are known. The scores of a block are whole, so memory grows with S^2.
+
+Shapes: see attention_core.py.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+from jax import Array
+
+from moe_jax.models.attention_layout import MASKED, dot, heads_first, heads_last, runs_of_queries
+from moe_jax.precision import wide_dtype
+
+
+def forward(
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    """(o_BTHA, log_sum_BGQ)."""
+    B, _, H, _ = q_BTHA.shape
+    G = k_BSGA.shape[2]
+    q, k, v = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
+    runs = runs_of_queries(bounds, H, G)
+    o_NQA, log_sum_NQ = _forward_blocks(scale, window, num_blocks, q, k, v, runs)
+    return heads_last(o_NQA, q_BTHA.shape, G), log_sum_NQ.reshape(B, G, -1)
+
+
+def backward(
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+    o_BTHA: Array,
+    log_sum_BGQ: Array,
+    do_BTHA: Array,
+) -> tuple[Array, Array, Array]:
+    """(dq_BTHA, dk_BSGA, dv_BSGA)."""
+    G = k_BSGA.shape[2]
+    q, k, v, o, do = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
+    runs = runs_of_queries(bounds, q_BTHA.shape[2], G)
+    log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
+    dq, dk, dv = _backward_blocks(scale, window, num_blocks, q, k, v, runs, o, log_sum_NQ, do)
+    return (
+        heads_last(dq, q_BTHA.shape, G),
+        heads_last(dk, k_BSGA.shape, G),
+        heads_last(dv, v_BSGA.shape, G),
+    )
+
+
+def _blocks(
+    num_blocks: int, Q: int, S: int, causal: bool, window: int | None
+) -> list[tuple[slice, slice]]:
+    """(queries, the keys that they may see at most) of each block; any S will do, blocks need not
+    be equal.
+    """
+    length, r = (S, Q // S) if causal else (Q, 1)
+    edges = [length * i // num_blocks for i in range(num_blocks + 1)]
+    blocks = []
+    for start, stop in itertools.pairwise(edges):
+        # The first query of a causal block reaches back the furthest, the last one ends its keys.
+        first = 0 if window is None else max(0, start - (window - 1))
+        keys = slice(first, stop) if causal else slice(0, S)
+        blocks.append((slice(start * r, stop * r), keys))
+    return blocks
+
+
+def _last(runs: tuple[Array, ...], queries: slice, r: int) -> Array:
+    """The last key of each query of a block, [N or 1, queries]."""
+    if len(runs) > 1:
+        return runs[1][:, queries]
+    query_Q = jnp.arange(queries.start, queries.stop, dtype=jnp.int32)
+    return (query_Q // r)[None]
+
+
+def _indices(keys: slice) -> Array:
+    """The places of a block's keys in their row, [K]."""
+    return jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
+
+
+def _forward_blocks(
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_NQA: Array,
+    k_NSA: Array,
+    v_NSA: Array,
+    runs: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    """(o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
+    Q, S = q_NQA.shape[1], k_NSA.shape[1]
+    outputs, log_sums = [], []
+    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+        q, k_NKA, v_NKA = q_NQA[:, queries], k_NSA[:, keys], v_NSA[:, keys]
+        key_11K = _indices(keys)[None, None]
+        first_NQ1 = runs[0][:, queries, None]
+        last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
+        seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
+        score_NQK = dot("NQA,NKA->NQK", q, k_NKA) * scale
+        score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
+        # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
+        # one.
+        top_NQ1 = jnp.maximum(jnp.max(score_NQK, axis=-1, keepdims=True), MASKED / 2)
+        weight_NQK = jnp.exp(score_NQK - top_NQ1)
+        sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
+        sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
+        o_NQA = dot("NQK,NKA->NQA", weight_NQK, v_NKA) / sum_NQ1
+        outputs.append(o_NQA.astype(q_NQA.dtype))
+        log_sum_NQ1 = top_NQ1 + jnp.log(sum_NQ1)
+        log_sums.append(log_sum_NQ1[..., 0])
+    return jnp.concatenate(outputs, axis=1), jnp.concatenate(log_sums, axis=1)
+
+
+def _backward_blocks(
+    scale: float,
+    window: int | None,
+    num_blocks: int,
+    q_NQA: Array,
+    k_NSA: Array,
+    v_NSA: Array,
+    runs: tuple[Array, ...],
+    o_NQA: Array,
+    log_sum_NQ: Array,
+    do_NQA: Array,
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv).
+
+    Scores lie keys first here: then only one of the five products needs a transposed operand.
+    """
+    Q, S = q_NQA.shape[1], k_NSA.shape[1]
+    wide = wide_dtype(q_NQA.dtype)
+    # Of the softmax's gradient: weights times (their gradients less this).
+    both_NQA = o_NQA.astype(wide) * do_NQA.astype(wide)
+    shift_NQ = jnp.sum(both_NQA, axis=-1)
+    dqs = []
+    # A key is seen by queries of several blocks, whose gradients are added up.
+    dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
+    dv_NSA = jnp.zeros_like(v_NSA, dtype=wide)
+    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+        q, do = q_NQA[:, queries], do_NQA[:, queries]
+        k_NKA, v_NKA = k_NSA[:, keys], v_NSA[:, keys]
+        key_1K1 = _indices(keys)[None, :, None]
+        first_N1Q = runs[0][:, None, queries]
+        last_N1Q = _last(runs, queries, Q // S)[:, None]
+        seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
+        # The scores once more, instead of kept from the forward pass.
+        score_NKQ = dot("NKA,NQA->NKQ", k_NKA, q) * scale
+        weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
+        weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
+        dweight_NKQ = dot("NKA,NQA->NKQ", v_NKA, do)
+        dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
+        dqs.append(dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scale)
+        dk_NKA = dot("NKQ,NQA->NKA", dscore_NKQ, q) * scale
+        dv_NKA = dot("NKQ,NQA->NKA", weight_NKQ, do)
+        dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
+        dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)
+    dq_NQA = jnp.concatenate(dqs, axis=1)
+    return dq_NQA.astype(q_NQA.dtype), dk_NSA.astype(k_NSA.dtype), dv_NSA.astype(v_NSA.dtype)

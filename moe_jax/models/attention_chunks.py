@@ -1,0 +1,230 @@
+"""Attention in chunks of queries and keys, in plain XLA: memory is linear in S, both ways.
+
+The softmax of a query goes on from chunk to chunk of its keys (Milakov & Gimelshein 2018,
+arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682; Dao et al. 2022, arXiv:2205.14135). One loop
+of known length runs over pairs of a chunk of queries and a chunk of keys. A pair that causality or
+the window masks entirely is not in the list.
+
+Shapes: see attention_core.py; C queries of a chunk, K keys of a chunk.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from moe_jax.models.attention_layout import MASKED, dot, heads_first, heads_last, runs_of_queries
+from moe_jax.precision import wide_dtype
+
+# Tokens of a chunk where heads are few; 256 KB of scores of a head on a CPU.
+CHUNK, CHUNK_ON_CPU = 512, 256
+# Scores of a pair over all rows and heads: 256 MB.
+SCORES = 2**26
+
+
+def chunk_tokens(num_heads: int) -> int:
+    """Returns the tokens of a chunk for a number of heads of all rows of a device."""
+    chunk = CHUNK
+    while chunk > 128 and num_heads * chunk**2 > SCORES:
+        chunk //= 2
+    return chunk
+
+
+class _Plan(NamedTuple):
+    """Holds how rows are cut: static numbers, and the arrays that the loop reads."""
+
+    # Queries and keys of a chunk, and queries of a token that share a key head.
+    queries: int
+    keys: int
+    r: int
+    # Lengths up to whole chunks, in tokens.
+    padded_T: int
+    padded_S: int
+    # The chunk of queries and that of keys of each pair.
+    pairs: tuple[Array, Array]
+
+
+def pairs_seen(
+    num_queries: int, num_keys: int, chunk: tuple[int, int], causal: bool, window: int | None
+) -> list[tuple[int, int]]:
+    """Returns the pairs (chunk of queries, chunk of keys) that are not masked entirely, in tokens.
+
+    There are `num_queries` chunks of chunk[0] tokens and `num_keys` of chunk[1].
+    """
+    seen = []
+    for i, j in itertools.product(range(num_queries), range(num_keys)):
+        first_token, last_token = i * chunk[0], (i + 1) * chunk[0] - 1
+        first_key, last_key = j * chunk[1], (j + 1) * chunk[1] - 1
+        is_later = causal and first_key > last_token
+        is_too_early = window is not None and last_key < first_token - (window - 1)
+        if not is_later and not is_too_early:
+            seen.append((i, j))
+    return seen
+
+
+def _plan(q_BTHA: Array, k_BSGA: Array, causal: bool, window: int | None, chunk: int) -> _Plan:
+    T, H = q_BTHA.shape[1:3]
+    S, G = k_BSGA.shape[1:3]
+    tokens, keys = min(chunk, T), min(chunk, S)
+    num_queries, num_keys = -(-T // tokens), -(-S // keys)
+    pairs = pairs_seen(num_queries, num_keys, (tokens, keys), causal, window)
+    query_p, key_p = np.asarray(pairs, np.int32).T
+    r = H // G
+    return _Plan(
+        tokens * r,
+        keys,
+        r,
+        num_queries * tokens,
+        num_keys * keys,
+        (jnp.asarray(query_p), jnp.asarray(key_p)),
+    )
+
+
+def _padded(z_BT: Array, length: int, value: int = 0) -> Array:
+    widths = [(0, 0), (0, length - z_BT.shape[1])] + [(0, 0)] * (z_BT.ndim - 2)
+    return jnp.pad(z_BT, widths, constant_values=value)
+
+
+def _padded_runs(bounds: tuple[Array, ...], plan: _Plan, H: int, G: int) -> tuple[Array, ...]:
+    """Returns the bounds of each query [N, Q]; padding sees nothing."""
+    first_BT = _padded(bounds[0], plan.padded_T, plan.padded_S)
+    others = [_padded(z_BT, plan.padded_T, -1) for z_BT in bounds[1:]]
+    return runs_of_queries((first_BT, *others), H, G)
+
+
+class _Pair(NamedTuple):
+    """Holds where the chunks of one pair begin, in queries and in keys."""
+
+    query: Array
+    key: Array
+    plan: _Plan
+
+    def queries(self, z_NQ: Array) -> Array:
+        return lax.dynamic_slice_in_dim(z_NQ, self.query, self.plan.queries, 1)
+
+    def keys(self, z_NS: Array) -> Array:
+        return lax.dynamic_slice_in_dim(z_NS, self.key, self.plan.keys, 1)
+
+    def put_queries(self, z_NQ: Array, new_NC: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(z_NQ, new_NC, self.query, 1)
+
+    def put_keys(self, z_NS: Array, new_NK: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(z_NS, new_NK, self.key, 1)
+
+    def seen(self, runs: tuple[Array, ...]) -> Array:
+        """Returns which keys each query sees, [N, C, K]."""
+        key_11K = (self.key + jnp.arange(self.plan.keys, dtype=jnp.int32))[None, None]
+        first_NC1 = self.queries(runs[0])[:, :, None]
+        if len(runs) > 1:
+            last_NC1 = self.queries(runs[1])[:, :, None]
+        else:
+            query_C = self.query + jnp.arange(self.plan.queries, dtype=jnp.int32)
+            last_NC1 = (query_C // self.plan.r)[None, :, None]
+        return (key_11K >= first_NC1) & (key_11K <= last_NC1)
+
+
+def _fold(step: Any, carry: Any, plan: _Plan) -> Any:
+    """Folds `step(carry, pair)` over all pairs."""
+
+    def one(carry: Any, pair: tuple[Array, Array]) -> tuple[Any, None]:
+        query, key = pair
+        return step(carry, _Pair(query * plan.queries, key * plan.keys, plan)), None
+
+    carry, _ = lax.scan(one, carry, plan.pairs)
+    return carry
+
+
+def forward(
+    scale: float,
+    window: int | None,
+    chunk: int,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    """Returns (o_BTHA, log_sum_BGQ): the output and the log of the softmax's denominator."""
+    B, T, H, A = q_BTHA.shape
+    G = k_BSGA.shape[2]
+    plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
+    q_NQA = heads_first(_padded(q_BTHA, plan.padded_T), G)
+    k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
+    runs = _padded_runs(bounds, plan, H, G)
+
+    def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
+        o_NCA, top_NC, sum_NC = (pair.queries(z) for z in carry)
+        score_NCK = dot("NCA,NKA->NCK", pair.queries(q_NQA), pair.keys(k_NSA)) * scale
+        score_NCK = jnp.where(pair.seen(runs), score_NCK, MASKED)
+        # The carry begins above MASKED, so that what is not seen has a weight of zero.
+        new_top_NC = jnp.maximum(top_NC, jnp.max(score_NCK, axis=-1))
+        weight_NCK = jnp.exp(score_NCK - new_top_NC[..., None])
+        shrunk_NC = jnp.exp(top_NC - new_top_NC)
+        sum_NC = sum_NC * shrunk_NC + jnp.sum(weight_NCK, axis=-1)
+        read_NCA = dot("NCK,NKA->NCA", weight_NCK, pair.keys(v_NSA))
+        o_NCA = o_NCA * shrunk_NC[..., None] + read_NCA
+        new = (o_NCA, new_top_NC, sum_NC)
+        return tuple(pair.put_queries(z, some) for z, some in zip(carry, new))
+
+    wide = wide_dtype(q_BTHA.dtype)
+    zero_NQA = jnp.zeros_like(q_NQA, dtype=wide)
+    zero_NQ = jnp.zeros_like(q_NQA, shape=q_NQA.shape[:2], dtype=wide)
+    o_NQA, top_NQ, sum_NQ = _fold(step, (zero_NQA, zero_NQ + MASKED / 2, zero_NQ), plan)
+    sum_NQ = jnp.where(sum_NQ > 0, sum_NQ, 1)
+    o_NQA = (o_NQA / sum_NQ[..., None]).astype(q_BTHA.dtype)
+    o_BTHA = heads_last(o_NQA, (B, plan.padded_T, H, A), G)[:, :T]
+    log_sum_BGQ = (top_NQ + jnp.log(sum_NQ)).reshape(B, G, -1)[:, :, : T * plan.r]
+    return o_BTHA, log_sum_BGQ
+
+
+def backward(
+    scale: float,
+    window: int | None,
+    chunk: int,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+    o_BTHA: Array,
+    log_sum_BGQ: Array,
+    do_BTHA: Array,
+) -> tuple[Array, Array, Array]:
+    """Returns (dq_BTHA, dk_BSGA, dv_BSGA); the scores are computed again."""
+    B, T, H, A = q_BTHA.shape
+    S, G = k_BSGA.shape[1:3]
+    plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
+    of_queries = (q_BTHA, o_BTHA, do_BTHA)
+    q_NQA, o_NQA, do_NQA = (heads_first(_padded(z, plan.padded_T), G) for z in of_queries)
+    k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
+    runs = _padded_runs(bounds, plan, H, G)
+    log_sum_NQ = _padded(log_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
+    wide = wide_dtype(q_BTHA.dtype)
+    # Of the softmax's gradient: weights times (their gradients less this).
+    shift_NQ = jnp.sum(o_NQA.astype(wide) * do_NQA.astype(wide), axis=-1)
+
+    def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
+        dq_NQA, dk_NSA, dv_NSA = carry
+        q_NCA, do_NCA = pair.queries(q_NQA), pair.queries(do_NQA)
+        k_NKA, v_NKA = pair.keys(k_NSA), pair.keys(v_NSA)
+        score_NCK = dot("NCA,NKA->NCK", q_NCA, k_NKA) * scale
+        weight_NCK = jnp.exp(score_NCK - pair.queries(log_sum_NQ)[..., None])
+        weight_NCK = jnp.where(pair.seen(runs), weight_NCK, 0)
+        dweight_NCK = dot("NCA,NKA->NCK", do_NCA, v_NKA)
+        dscore_NCK = weight_NCK * (dweight_NCK - pair.queries(shift_NQ)[..., None])
+        dq_NCA = dot("NCK,NKA->NCA", dscore_NCK, k_NKA) * scale
+        dk_NKA = dot("NCK,NCA->NKA", dscore_NCK, q_NCA) * scale
+        dv_NKA = dot("NCK,NCA->NKA", weight_NCK, do_NCA)
+        return (
+            pair.put_queries(dq_NQA, pair.queries(dq_NQA) + dq_NCA),
+            pair.put_keys(dk_NSA, pair.keys(dk_NSA) + dk_NKA),
+            pair.put_keys(dv_NSA, pair.keys(dv_NSA) + dv_NKA),
+        )
+
+    zeros = tuple(jnp.zeros_like(z, dtype=wide) for z in (q_NQA, k_NSA, v_NSA))
+    dq_NQA, dk_NSA, dv_NSA = _fold(step, zeros, plan)
+    dq_BTHA = heads_last(dq_NQA.astype(q_BTHA.dtype), (B, plan.padded_T, H, A), G)
+    of_keys = (B, plan.padded_S, G, A)
+    dk_BSGA = heads_last(dk_NSA.astype(k_BSGA.dtype), of_keys, G)
+    dv_BSGA = heads_last(dv_NSA.astype(v_BSGA.dtype), of_keys, G)
+    return dq_BTHA[:, :T], dk_BSGA[:, :S], dv_BSGA[:, :S]

@@ -1,0 +1,45 @@
+"""How the kernels of attention see their arrays: heads first, and the bounds of every query.
+
+Shapes: see attention_core.py.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from moe_jax.precision import wide_dtype
+
+# The name of what the backward pass reads of attention (models/stack.py).
+SAVED = "attention"
+# A score, far below every real one and far from overflow.
+MASKED = -1e30
+
+
+def heads_first(z_BTHA: Array, G: int) -> Array:
+    """[N, T * r, A]: the r queries of a token that share a key head stand side by side."""
+    B, T, _, A = z_BTHA.shape
+    z_BTGrA = z_BTHA.reshape(B, T, G, -1)
+    return jnp.swapaxes(z_BTGrA, 1, 2).reshape(B * G, -1, A)
+
+
+def heads_last(z_NQA: Array, shape: tuple[int, ...], G: int) -> Array:
+    """The array of `shape`, [B, T, H, A], that `heads_first` came from."""
+    B, T, _, _ = shape
+    z_BGTrA = z_NQA.reshape(B, G, T, -1)
+    return jnp.swapaxes(z_BGTrA, 1, 2).reshape(shape)
+
+
+def runs_of_queries(bounds: tuple[Array, ...], num_heads: int, G: int) -> tuple[Array, ...]:
+    """The bounds of each query, [N, Q]: query i belongs to token i // r."""
+
+    def of_queries(z_BT):
+        B, T = z_BT.shape
+        z_BGTr = jnp.broadcast_to(z_BT[:, None, :, None], (B, G, T, num_heads // G))
+        return z_BGTr.reshape(B * G, -1)
+
+    return tuple(of_queries(z_BT) for z_BT in bounds)
+
+
+def dot(spec: str, a: Array, b: Array) -> Array:
+    """An einsum in the dtype of b, added up in a wide one."""
+    wide = wide_dtype(b.dtype)
+    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)

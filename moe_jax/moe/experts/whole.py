@@ -1,0 +1,81 @@
+"""The experts' network as products over all rows at once, for kernels that know of groups.
+
+Shapes: see network.py; X, Y either width of a weight.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moe_jax.moe.experts.network import Layout, Rows
+from moe_jax.precision import wide_dtype
+
+
+class Products(NamedTuple):
+    """The three products of a kernel. What they leave in rows of nobody is undefined."""
+
+    # (a_RX, w_eXY) -> a @ w [R, Y]
+    product: Callable[[Array, Array], Array]
+    # (b_RY, w_eXY) -> b @ w^T [R, X]
+    transposed: Callable[[Array, Array], Array]
+    # (a_RX, b_RY) -> a^T @ b of each expert's rows [e, X, Y], in the wide dtype
+    outer: Callable[[Array, Array], Array]
+
+
+def is_own(layout: Layout, num_rows: int) -> Array:
+    """Returns which rows are somebody's [R, 1]."""
+    start_e, size_e = layout
+    row_R1 = jnp.arange(num_rows, dtype=start_e.dtype)[:, None]
+    is_own_Re = (row_R1 >= start_e[None]) & (row_R1 < (start_e + size_e)[None])
+    return jnp.any(is_own_Re, axis=1, keepdims=True)
+
+
+def forward(
+    act: Callable[[Array], Array], products: Products, rows: Rows, layout: Layout
+) -> tuple[Array, Array]:
+    """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
+    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    dtype = x_RD.dtype
+    wide = wide_dtype(dtype)
+    pre_RH = products.product(x_RD, w_in_eDH.astype(dtype))
+    gate_R1 = gate_R.astype(wide)[:, None]
+    hidden_RF = (act(pre_RH.astype(wide)) * gate_R1).astype(dtype)
+    y_RD = products.product(hidden_RF, w_out_eFD.astype(dtype))
+    return jnp.where(is_own(layout, x_RD.shape[0]), y_RD, 0), pre_RH
+
+
+def backward(
+    act: Callable[[Array], Array],
+    products: Products,
+    rows: Rows,
+    layout: Layout,
+    pre_RH: Array,
+    dy_RD: Array,
+) -> Rows:
+    """Returns the cotangents of the rows from that of y; `backward_rows` has the equations."""
+    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    dtype = x_RD.dtype
+    wide = wide_dtype(dtype)
+    is_own_R1 = is_own(layout, x_RD.shape[0])
+
+    def own(array_RX: Array) -> Array:
+        return jnp.where(is_own_R1, array_RX, 0)
+
+    # What is zero in rows of nobody leaves a sum over rows alone, where the rest is finite.
+    dy_RD = own(dy_RD)
+    gate_R1 = gate_R.astype(wide)[:, None]
+    h_RF, pull_act = jax.vjp(act, own(pre_RH).astype(wide))
+    hidden_RF = (h_RF * gate_R1).astype(dtype)
+    dh_gated_RF = own(products.transposed(dy_RD, w_out_eFD.astype(dtype))).astype(wide)
+    (dpre_RH,) = pull_act(dh_gated_RF * gate_R1)
+    dpre_RH = dpre_RH.astype(dtype)
+    dx_RD = own(products.transposed(dpre_RH, w_in_eDH.astype(dtype)))
+    return Rows(
+        dx_RD,
+        jnp.sum(dh_gated_RF * h_RF, axis=-1).astype(gate_R.dtype),
+        products.outer(x_RD, dpre_RH).astype(w_in_eDH.dtype),
+        products.outer(hidden_RF, dy_RD).astype(w_out_eFD.dtype),
+    )
