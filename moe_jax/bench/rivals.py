@@ -19,6 +19,7 @@ from moe_jax.bench.ours import PRODUCT, WARM, read
 from moe_jax.errors import UserError
 from moe_jax.models import decoder
 from moe_jax.models.attentions import grouped_query
+from moe_jax.moe.activations import swiglu
 from moe_jax.moe.routing import top_k
 from moe_jax.optim.optimizers import adamw
 from moe_jax.plan import flops
@@ -43,14 +44,15 @@ def why_none(cfg: config.Config) -> str:
         return "its blocks are not those of Llama or Mixtral"
     if not isinstance(model.attention_options, grouped_query.Options):
         return "Llama and Mixtral have grouped-query attention"
-    if model.activation != "swiglu" or model.attention_bias or model.qk_norm or model.dropout:
+    plain = isinstance(model.activation_options, swiglu.Options) and not model.attention_sinks
+    if not plain or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"
     if model.norm_position != "before" or model.output_bias or model.rope_scaling != "none":
         return "Llama and Mixtral have norms before, no output bias, and plain rotary embeddings"
     if kinds == {"dense"}:
         return ""
     router = model.moe.router_options
-    if not isinstance(router, top_k.Options) or not router.renormalize:
+    if not isinstance(router, top_k.Options) or not router.renormalize or router.bias:
         return "Mixtral's router is a softmax whose chosen weights sum to 1"
     if model.moe.shared_experts:
         return "Mixtral has no shared experts"

@@ -1,12 +1,15 @@
 """What a family of models is: how its config and its tensors are those of a model of ours."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.interchange.entries import Entry, Ours
+from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, laid_out
 from moe_jax.interchange.rows import Row
 from moe_jax.interchange.settings import HARMLESS, Settings
+from moe_jax.interchange.tensors import Folder
+from moe_jax.schema.blocks import without_attention
 
 
 class Family(NamedTuple):
@@ -15,7 +18,8 @@ class Family(NamedTuple):
     # `model_type` and the one of `architectures` that is a language model.
     model_type: str
     architecture: str
-    # Its config, both ways.
+    # Its config, both ways. What they read has the kinds of the blocks as meaning.BLOCKS, and where
+    # not all have grouped-query attention, their attentions as meaning.LAYER_ATTENTIONS.
     entries: tuple[Entry, ...]
     # What lies outside of the blocks.
     ends: tuple[Row, ...]
@@ -25,6 +29,9 @@ class Family(NamedTuple):
     layer: str = "model.layers.{}."
     # What names of tensors end with that are no parameters, and are not read.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # Puts tensors that are packed together, in a quantised checkpoint, into the folder as they are
+    # after unpacking; None = none are read.
+    quantized: Callable[[Folder], None] | None = None
     # What names of tensors end with that are in float32 at least, whatever the others are.
     wide: tuple[str, ...] = ()
 
@@ -42,7 +49,9 @@ class Family(NamedTuple):
         for entry in self.entries:
             ours |= entry.read(settings)
         settings.refuse_unread(self.model_type, HARMLESS)
-        return ours
+        kinds = ours.pop(BLOCKS)
+        attentions = ours.pop(LAYER_ATTENTIONS, ("grouped_query",) * len(kinds))
+        return ours | laid_out(kinds, attentions)
 
     def write(self, config: Ours) -> dict[str, Any]:
         """Returns the settings of a model of ours, as far as the family can say it."""
@@ -61,7 +70,8 @@ class Family(NamedTuple):
         for row in self.ends:
             yield None, row
         for number, kind in enumerate(kinds):
-            if kind not in self.blocks:
+            inside = without_attention(kind)
+            if inside not in self.blocks:
                 raise UserError(f'{self.model_type} has no block of kind "{kind}"')
-            for row in self.blocks[kind]:
+            for row in self.blocks[inside]:
                 yield number, row

@@ -28,7 +28,7 @@ from moe_jax.interchange import settings as their_settings
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.importing import as_raw, family_of, planned
-from moe_jax.interchange.meaning import BLOCKS, meaning
+from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, meaning
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
 from moe_jax.models.decodable import why_not_decoded
@@ -36,6 +36,11 @@ from moe_jax.models.ends import embedding_scale
 from moe_jax.run import Run
 
 SCALE = "model.embedding_scale"
+# How messages call what is no key.
+WORDS = {
+    BLOCKS: "the kinds of blocks (model.prefix, period, suffix)",
+    LAYER_ATTENTIONS: "the attentions of the blocks (model.attention)",
+}
 # Names of dtypes in `config.json`, which transformers loads the tensors in.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -179,7 +184,7 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     # Its length decides nothing that is compared.
     settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
     changes = family.read(settings)
-    keys = [path for path in here if path != BLOCKS]
+    keys = [path for path in here if path not in WORDS]
     # What a family does not speak of is as in every new config.
     default = config_file.default_values()
     there = {path: changes.get(path, at(default, path)) for path in keys}
@@ -193,7 +198,7 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
 
 def _said(family: Family, path: str, ours: Any, its: Any) -> str:
     """Returns how a family differs from a model in one key."""
-    name = "the kinds of blocks (model.prefix, period, suffix)" if path == BLOCKS else path
+    name = WORDS.get(path, path)
     if its is None:
         return f"{name} = {_short(ours)}, which no config of {family.model_type} can say"
     return f"{name} = {_short(ours)}, and {family.model_type} has {_short(its)}"

@@ -59,6 +59,8 @@ def import_model(source: Path, out: Path, seq_len: int | None = None) -> Importe
     longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
     with tensors.Folder(source) as folder, jax.set_mesh(meshes.of_host()):
+        if family.quantized:
+            family.quantized(folder)
         # Their shapes are the same in every dtype.
         cfg = config.build(as_raw(changes), 1)
         plan = planned(family, cfg.model, abstract_parts(cfg))

@@ -9,14 +9,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.schema.blocks import without_attention
 from moe_jax.schema.config import Config, ModelConfig
 
-# In place of model.prefix, period, repeats and suffix: the kind of every block, in order.
-BLOCKS = "blocks"
+# In place of model.prefix, period, repeats and suffix: the kind of every block, in order, without
+# its attention; and in place of model.attention the attention of every block.
+BLOCKS, LAYER_ATTENTIONS = "blocks", "attentions"
 PLAN = ("prefix", "period", "repeats", "suffix")
 # Below "model.": of training, of speed, of rounding.
-NOT_OF_THE_FUNCTION = ("scan", "remat", "allow_leak", "dropout", "param_dtype", "dtype", *PLAN)
+NOT_OF_THE_FUNCTION = (
+    *("scan", "remat", "allow_leak", "dropout", "param_dtype", "dtype"),
+    *("attention", "block_attentions", *PLAN),
+)
 # Below "model.moe.". A model that is exported drops nothing, as one that is decoded
 # (models/decodable.py), and zeros of a rule are zeros of the weights.
 NOT_OF_THE_EXPERTS = ("group_rows", "ordering", "dispatcher", "losses", "adaptive")
@@ -25,10 +31,10 @@ NOT_OF_THE_EXPERTS = ("group_rows", "ordering", "dispatcher", "losses", "adaptiv
 def meaning(cfg: Config) -> dict[str, Any]:
     """Returns {path of a key: value} of all that decides what the model computes."""
     model = cfg.model
-    values: dict[str, Any] = {BLOCKS: model.blocks}
+    kinds = tuple(without_attention(kind) for kind in model.blocks)
+    values: dict[str, Any] = {BLOCKS: kinds, LAYER_ATTENTIONS: model.attentions}
     chosen = {
         "kind": ("kinds", model.kind_options),
-        "attention": ("attentions", model.attention_options),
         "rope_scaling": ("rope_scalings", model.rope_scaling_options),
     }
     for field in dataclasses.fields(ModelConfig):
@@ -39,9 +45,16 @@ def meaning(cfg: Config) -> dict[str, Any]:
             values |= _options(f"model.{block}.{value}", options)
         elif _is_plain(value) and name not in NOT_OF_THE_FUNCTION:
             values[f"model.{name}"] = value
+    for name in dict.fromkeys(model.attentions):
+        values |= _options(f"model.attentions.{name}", model.with_attention(name).attention_options)
+    for name in _unused(model):
+        values.pop(f"model.{name}", None)
+    # 0 stands for it.
+    if model.attention_scale == model.head_dim**-0.5:
+        values["model.attention_scale"] = 0.0
     values["model.embedding_scale"] = float(model.embedding_scale or model.d_model**0.5)
     if not model.qk_norm:
-        del values["model.qk_norm_over"]
+        values.pop("model.qk_norm_over", None)
     if not model.num_dense_layers:
         del values["model.ffn_hidden"]
     if model.num_depth_blocks:
@@ -49,6 +62,12 @@ def meaning(cfg: Config) -> dict[str, Any]:
     if model.num_moe_layers:
         values |= _of_experts(model)
     return values
+
+
+def _unused(model: ModelConfig) -> set[str]:
+    """Returns the keys of the model that no attention of its blocks has a use for."""
+    unused = [set(ATTENTIONS[name].unused) for name in model.attentions]
+    return set.intersection(*unused) if unused else set()
 
 
 def _of_experts(model: ModelConfig) -> dict[str, Any]:
@@ -78,8 +97,14 @@ def _is_plain(value: Any) -> bool:
     return not dataclasses.is_dataclass(value) and not isinstance(value, Mapping)
 
 
-def laid_out(kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the keys of ours that make these blocks, with the shortest prefix and period."""
+def laid_out(kinds: tuple[str, ...], attentions: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the keys of ours that make these blocks with these attentions, with the shortest
+    prefix and period.
+    """
+    # That of the model is the one of most blocks, and of several the first.
+    of_model = max(dict.fromkeys(attentions), key=attentions.count)
+    pairs = zip(kinds, attentions, strict=True)
+    kinds = tuple(kind if name == of_model else f"{name}:{kind}" for kind, name in pairs)
     num = len(kinds)
     best = (num, num, 1)
     for first in range(num):
@@ -90,6 +115,7 @@ def laid_out(kinds: tuple[str, ...]) -> dict[str, Any]:
                 best = (first, length, repeats)
     first, length, repeats = best
     return {
+        "model.attention": of_model,
         "model.prefix": kinds[:first],
         "model.period": kinds[first : first + length],
         "model.repeats": repeats,

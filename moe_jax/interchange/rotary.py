@@ -6,13 +6,15 @@ versions read.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.interchange.entries import Entry, Ours
 from moe_jax.interchange.settings import Settings
 
 SCALINGS = "model.rope_scalings"
+# Where transformers keeps them, since version 5 and before.
+PLACES = ("rope_parameters", "rope_scaling")
 
 
 class RopeType(NamedTuple):
@@ -80,14 +82,20 @@ ROPE_TYPES = (
 )
 
 
-def rope(theta: float) -> Entry:
-    """Returns the entry of the rotary frequencies; `theta`: the base where none is told."""
-
+def rope(theta: float, untold: Mapping[str, Any] | None = None) -> Entry:
+    """Returns the entry of the rotary frequencies; `theta` and `untold`: the base and the scaling
+    where none is told.
+    """
     def read(settings: Settings) -> dict[str, Any]:
         base = settings.get("rope_theta", theta)
-        places = [name for name in ("rope_parameters", "rope_scaling") if settings.get(name)]
+        places = [name for name in PLACES if settings.get(name)]
         if not places:
-            return {"model.rope_theta": base}
+            # null says that there is none.
+            told = any(settings.has(name) for name in PLACES)
+            if told or not untold:
+                return {"model.rope_theta": base}
+            settings = settings.with_values(rope_parameters=untold)
+            places = ["rope_parameters"]
         scaling = settings.inner(places[0])
         base = scaling.get("rope_theta", base)
         name = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -114,7 +122,9 @@ def rope(theta: float) -> Entry:
         chosen = config["model.rope_scaling"]
         kind = next((one for one in ROPE_TYPES if one.ours == chosen), None)
         if kind is None or not kind.options:
-            return {"rope_theta": config["model.rope_theta"], "rope_scaling": None}
+            # Where nothing is told they take another one.
+            none = {"rope_type": "default"} if untold else None
+            return {"rope_theta": config["model.rope_theta"], "rope_scaling": none}
         scaling = {"rope_type": kind.theirs}
         for ours, theirs, _ in kind.options:
             value = config[f"{SCALINGS}.{kind.ours}.{ours}"]

@@ -45,6 +45,23 @@ class Keys(NamedTuple):
     window: int | None = None
 
 
+class Scores(NamedTuple):
+    """What becomes of the product of a query and a key: times `scale`, then cap * tanh(s / cap)
+    (Gemma 2, arXiv:2408.00118, section 2); cap = 0: no cap.
+    """
+
+    scale: float
+    cap: float = 0.0
+
+    def of(self, product: Array) -> Array:
+        score = product * self.scale
+        return self.cap * jnp.tanh(score / self.cap) if self.cap else score
+
+    def pulled(self, dscore: Array, score: Array) -> Array:
+        """Returns the gradient of the product times scale, from that of the score."""
+        return dscore * (1 - jnp.square(score / self.cap)) if self.cap else dscore
+
+
 def causal(segment_BS: Array) -> Keys:
     """Every token sees itself and earlier tokens of its segment.
 
@@ -94,20 +111,46 @@ def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
     return Keys(first_BT, last_BT)
 
 
-def attention(q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, keys: Keys, *, scale: float) -> Array:
+def attention(
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    keys: Keys,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    sink_H: Array | None = None,
+) -> Array:
     """o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
 
-    One that sees none gives zero.
+    One that sees none gives zero. `sink_H`: scores that stand in the softmax of each head beside
+    the others, without a value. Values may have another width than keys.
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i.
     """
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
-    return _core(scale, keys.window, q_BTHA, k_BSGA, v_BSGA, tuple(bounds))
+    scores, inputs = Scores(scale, cap), (q_BTHA, k_BSGA, v_BSGA, tuple(bounds))
+    if sink_H is None:
+        return _core(scores, keys.window, *inputs)
+    o_BTHA, log_sum_BGQ = _core_and_sum(scores, keys.window, *inputs)
+    # With a sink z the denominator is exp(log_sum) + exp(z).
+    B, T, H, _ = q_BTHA.shape
+    log_sum_BGTr = log_sum_BGQ.reshape(B, k_BSGA.shape[2], T, -1)
+    log_sum_BTH = jnp.swapaxes(log_sum_BGTr, 1, 2).reshape(B, T, H)
+    kept_BTH = jax.nn.sigmoid(log_sum_BTH - sink_H.astype(log_sum_BTH.dtype)[None, None])
+    return (o_BTHA * kept_BTH[..., None]).astype(q_BTHA.dtype)
 
 
 def decode_attention(
-    q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Array, *, scale: float
+    q_BqHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    mask_BqS: Array,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    sink_H: Array | None = None,
 ) -> Array:
     """o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says which a
     query may see.
@@ -119,11 +162,18 @@ def decode_attention(
     q_BqGrA = q_BqHA.reshape(B, q, k_BSGA.shape[2], -1, A)
     score_BGrqS = jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
-    weight_BGrqS = jax.nn.softmax(jnp.where(seen_BGrqS, score_BGrqS * scale, MASKED))
+    score_BGrqS = jnp.where(seen_BGrqS, Scores(scale, cap).of(score_BGrqS), MASKED)
+    if sink_H is None:
+        weight_BGrqS = jax.nn.softmax(score_BGrqS)
+    else:
+        sink_Gr = sink_H.astype(wide).reshape(score_BGrqS.shape[1:3])
+        sink_BGrq1 = jnp.broadcast_to(sink_Gr[None, :, :, None, None], (*score_BGrqS.shape[:-1], 1))
+        both = jnp.concatenate([score_BGrqS, sink_BGrq1], axis=-1)
+        weight_BGrqS = jax.nn.softmax(both)[..., :-1]
     # A softmax over nothing but MASKED is even; what is not seen gets no weight.
     weight_BGrqS = jnp.where(seen_BGrqS, weight_BGrqS, 0).astype(v_BSGA.dtype)
     o_BqGrA = jnp.einsum("BGrqS,BSGA->BqGrA", weight_BGrqS, v_BSGA, preferred_element_type=wide)
-    return o_BqGrA.reshape(B, q, H, A).astype(q_BqHA.dtype)
+    return o_BqGrA.reshape(B, q, H, -1).astype(q_BqHA.dtype)
 
 
 def _first_of_run(segment_BS: Array) -> Array:
@@ -151,32 +201,53 @@ def _last_of_run(segment_BS: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(
-    scale: float,
+    scores: Scores,
     window: int | None,
     q_BTHA: Array,
     k_BSGA: Array,
     v_BSGA: Array,
     bounds: tuple[Array, ...],
 ) -> Array:
-    return _forward(scale, window, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
+    return _forward(scores, window, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
 
 
-def _forward(scale: float, window: int | None, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
-    run = functools.partial(_forward_heads, scale, window)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _core_and_sum(scores: Scores, window: int | None, *inputs: Any) -> tuple[Array, Array]:
+    """(o_BTHA, log_sum_BGQ), where the log of the denominator has a gradient too."""
+    return _forward_and_sum(scores, window, *inputs)[0]
+
+
+def _forward(scores: Scores, window: int | None, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    run = functools.partial(_forward_heads, scores, window)
     o_BTHA, log_sum_BGQ = _by_platform(run, inputs[0], *inputs)
     return o_BTHA, (*inputs, o_BTHA, log_sum_BGQ)
 
 
+def _forward_and_sum(
+    scores: Scores, window: int | None, *inputs: Any
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    o_BTHA, residue = _forward(scores, window, *inputs)
+    return (o_BTHA, residue[-1]), residue
+
+
 def _backward(
-    scale: float, window: int | None, residue: tuple[Any, ...], do_BTHA: Array
+    scores: Scores, window: int | None, residue: tuple[Any, ...], do_BTHA: Array
 ) -> tuple[Any, ...]:
-    run = functools.partial(_backward_heads, scale, window)
-    gradients = _by_platform(run, do_BTHA, *residue, do_BTHA)
+    return _backward_and_sum(scores, window, residue, (do_BTHA, None))
+
+
+def _backward_and_sum(
+    scores: Scores, window: int | None, residue: tuple[Any, ...], cotangents: Any
+) -> tuple[Any, ...]:
+    do_BTHA, dlog_sum_BGQ = cotangents
+    run = functools.partial(_backward_heads, scores, window)
+    gradients = _by_platform(run, do_BTHA, *residue, do_BTHA, dlog_sum_BGQ)
     # Bounds are indices, which have no gradient.
     return *gradients, None
 
 
 _core.defvjp(_forward, _backward)
+_core_and_sum.defvjp(_forward_and_sum, _backward_and_sum)
 
 
 def _by_platform(run: Any, near: Array, *args: Any) -> Any:
@@ -227,7 +298,7 @@ def _runs(bounds: tuple[Array, ...], num_heads: int, G: int) -> tuple[Array, ...
 
 
 def _forward_heads(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_BTHA: Array,
@@ -240,12 +311,13 @@ def _forward_heads(
     G = k_BSGA.shape[2]
     q, k, v = (_heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
     runs = _runs(bounds, H, G)
-    o_NQA, log_sum_NQ = _forward_blocks(scale, window, num_blocks, q, k, v, runs)
-    return _heads_last(o_NQA, q_BTHA.shape, G), log_sum_NQ.reshape(B, G, -1)
+    o_NQA, log_sum_NQ = _forward_blocks(scores, window, num_blocks, q, k, v, runs)
+    o_shape = (*q_BTHA.shape[:3], v_BSGA.shape[3])
+    return _heads_last(o_NQA, o_shape, G), log_sum_NQ.reshape(B, G, -1)
 
 
 def _backward_heads(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_BTHA: Array,
@@ -255,13 +327,22 @@ def _backward_heads(
     o_BTHA: Array,
     log_sum_BGQ: Array,
     do_BTHA: Array,
+    dlog_sum_BGQ: Array | None,
 ) -> tuple[Array, Array, Array]:
     """(dq_BTHA, dk_BSGA, dv_BSGA)."""
     G = k_BSGA.shape[2]
     q, k, v, o, do = (_heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
     runs = _runs(bounds, q_BTHA.shape[2], G)
     log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
-    dq, dk, dv = _backward_blocks(scale, window, num_blocks, q, k, v, runs, o, log_sum_NQ, do)
+    wide = wide_dtype(q.dtype)
+    # Of the softmax's gradient: weights times (their gradients less this).
+    both_NQA = o.astype(wide) * do.astype(wide)
+    shift_NQ = jnp.sum(both_NQA, axis=-1)
+    if dlog_sum_BGQ is not None:
+        # The log of the denominator has the weights as its gradient.
+        shift_NQ = shift_NQ - dlog_sum_BGQ.reshape(q.shape[:2])
+    about = (runs, shift_NQ, log_sum_NQ, do)
+    dq, dk, dv = _backward_blocks(scores, window, num_blocks, q, k, v, *about)
     return (
         _heads_last(dq, q_BTHA.shape, G),
         _heads_last(dk, k_BSGA.shape, G),
@@ -306,7 +387,7 @@ def _indices(keys: slice) -> Array:
 
 
 def _forward_blocks(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_NQA: Array,
@@ -323,7 +404,7 @@ def _forward_blocks(
         first_NQ1 = runs[0][:, queries, None]
         last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
         seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
-        score_NQK = _dot("NQA,NKA->NQK", q, k_NKA) * scale
+        score_NQK = scores.of(_dot("NQA,NKA->NQK", q, k_NKA))
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
         # one.
@@ -339,14 +420,14 @@ def _forward_blocks(
 
 
 def _backward_blocks(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_NQA: Array,
     k_NSA: Array,
     v_NSA: Array,
     runs: tuple[Array, ...],
-    o_NQA: Array,
+    shift_NQ: Array,
     log_sum_NQ: Array,
     do_NQA: Array,
 ) -> tuple[Array, Array, Array]:
@@ -356,9 +437,6 @@ def _backward_blocks(
     """
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
-    # Of the softmax's gradient: weights times (their gradients less this).
-    both_NQA = o_NQA.astype(wide) * do_NQA.astype(wide)
-    shift_NQ = jnp.sum(both_NQA, axis=-1)
     dqs = []
     # A key is seen by queries of several blocks, whose gradients are added up.
     dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
@@ -371,13 +449,14 @@ def _backward_blocks(
         last_N1Q = _last(runs, queries, Q // S)[:, None]
         seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
         # The scores once more, instead of kept from the forward pass.
-        score_NKQ = _dot("NKA,NQA->NKQ", k_NKA, q) * scale
+        score_NKQ = scores.of(_dot("NKA,NQA->NKQ", k_NKA, q))
         weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
         weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
         dweight_NKQ = _dot("NKA,NQA->NKQ", v_NKA, do)
         dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
-        dqs.append(_dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scale)
-        dk_NKA = _dot("NKQ,NQA->NKA", dscore_NKQ, q) * scale
+        dscore_NKQ = scores.pulled(dscore_NKQ, score_NKQ)
+        dqs.append(_dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scores.scale)
+        dk_NKA = _dot("NKQ,NQA->NKA", dscore_NKQ, q) * scores.scale
         dv_NKA = _dot("NKQ,NQA->NKA", weight_NKQ, do)
         dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
         dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)

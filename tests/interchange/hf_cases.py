@@ -67,6 +67,12 @@ CONFIGS = {
         "moe_intermediate_size": 12,
         "sliding_window": None,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        "head_dim": 8,
+    },
 }
 EVERY = {
     "plain": {},
@@ -75,6 +81,8 @@ EVERY = {
     "tied": {"tie_word_embeddings": True},
     "epsilon and base": {"rms_norm_eps": 1e-2, "rope_theta": 500.0},
 }
+WINDOWED = {"use_sliding_window": True, "sliding_window": 5}
+LAYERS = ["sliding_attention", "full_attention"] * 2
 OPTIONS = {
     "mixtral": {
         "window": {"sliding_window": 5},
@@ -93,11 +101,13 @@ OPTIONS = {
     "mistral": {"head width": {"head_dim": 10}},
     "qwen2": {
         "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        "window in the last layers": WINDOWED | {"max_window_layers": 1, "num_hidden_layers": 3},
         "linear": {"rope_scaling": SCALINGS["linear"]},
     },
     "qwen3": {
         "biases": {"attention_bias": True},
         "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        "window in some layers": WINDOWED | {"layer_types": LAYERS, "num_hidden_layers": 4},
         "yarn": {"rope_scaling": YARN},
     },
     "qwen3_moe": {
@@ -115,6 +125,8 @@ OPTIONS = {
             "sliding_window": 5,
             "layer_types": ["sliding_attention"] * 2,
         },
+        "window in every other layer": WINDOWED
+        | {"max_window_layers": 3, "num_hidden_layers": 5, "mlp_only_layers": [1]},
     },
     "olmo2": {"biases": {"attention_bias": True}},
     "dots1": {
@@ -122,7 +134,21 @@ OPTIONS = {
         "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
         "dense layers, shared experts": {"first_k_dense_replace": 1, "n_shared_experts": 2},
         "window": {"sliding_window": 5, "max_window_layers": 0},
+        "window and dense layers": {
+            "sliding_window": 5,
+            "num_hidden_layers": 4,
+            "max_window_layers": 2,
+            "first_k_dense_replace": 3,
+        },
         "head width": {"head_dim": 10},
+    },
+    "gpt_oss": {
+        "three experts": {"num_experts_per_tok": 3},
+        "without biases": {"attention_bias": False},
+        "clamp": {"swiglu_limit": 0.3, "swiglu_alpha": 0.9},
+        "windows elsewhere": {"layer_types": LAYERS[::-1] + LAYERS, "num_hidden_layers": 8},
+        "no windows": {"layer_types": ["full_attention"] * 2},
+        "unscaled": {"rope_scaling": {"rope_type": "default"}},
     },
     "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
 }

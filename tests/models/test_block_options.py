@@ -18,7 +18,7 @@ from moe_jax.checkpoint import flat
 from moe_jax.config import config_file
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
-from moe_jax.models.attention import angles
+from moe_jax.models.attentions.heads import angles
 from moe_jax.models.ends import embed, embedding
 from moe_jax.models.layers import FeedForward, rms_norm
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
@@ -95,7 +95,7 @@ def test_embeddings_begin_with_a_root_mean_square_of_one_whatever_their_scale():
 def turns(changes):
     """cos and sin of positions 0 to 63, and the frequency of each pair, from the angle at 1."""
     cfg = tiny.build(changes={"model.head_dim": 16} | changes).model
-    cos, sin = angles(jnp.arange(64)[None], dataclasses.replace(cfg, dtype="float64"))
+    cos, sin = angles(jnp.arange(64)[None], dataclasses.replace(cfg, dtype="float64"), 16)
     return np.asarray(cos[0, :, 0, :8]), np.asarray(sin[0, :, 0, :8])
 
 

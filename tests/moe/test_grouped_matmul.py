@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.experts import network, ragged
 from moe_jax.moe.experts.blocks import block_sizes
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
-from moe_jax.moe.experts.network import ACTIVATIONS, PARTS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel.varying import vary_alike
 
 D, F = 6, 5
@@ -45,7 +46,7 @@ LAYOUTS = {
 def make(layout, activation="swiglu", dtype=np.float64, seed=0):
     """Arguments of expert_ffn and a cotangent; rows in nobody's range hold finite garbage."""
     start, size = layout
-    e, num_rows, parts = len(start), NUM_ROWS, PARTS[activation]
+    e, num_rows, parts = len(start), NUM_ROWS, ACTIVATIONS[activation].parts
     rng = np.random.default_rng(seed)
 
     def draw(*shape):
@@ -96,7 +97,7 @@ def ragged_ffn(activation, *args):
     """The kernel of the other platforms, put together as `expert_ffn` does it for the platform
     compiled for.
     """
-    act = ACTIVATIONS[activation]
+    act = Chosen(activation).function()
     ffn = jax.custom_vjp(lambda rows, layout: ragged.forward(act, rows, layout)[0])
 
     def forward(rows, layout):
@@ -331,8 +332,10 @@ def test_block_sizes_divide_and_follow_the_load():
 def test_activations_are_jax_nn():
     """The dense layers use the same functions, so that a comparison with them is one."""
     pre = jnp.linspace(-3, 3, 8).reshape(2, 4)
-    np.testing.assert_array_equal(ACTIVATIONS["swiglu"](pre), jax.nn.silu(pre[:, :2]) * pre[:, 2:])
-    np.testing.assert_array_equal(ACTIVATIONS["gelu"](pre), jax.nn.gelu(pre))
+    np.testing.assert_array_equal(
+        Chosen("swiglu").function()(pre), jax.nn.silu(pre[:, :2]) * pre[:, 2:]
+    )
+    np.testing.assert_array_equal(Chosen("gelu").function()(pre), jax.nn.gelu(pre))
 
 
 # Gathers: T = 4 tokens, K = 2, R = 8. Token 1 has one row, token 3 none, rows 3, 6, 7 are nobody's.

@@ -8,6 +8,7 @@ from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import (
     dots1,
     flex_olmo,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -31,4 +32,5 @@ FAMILIES: dict[str, Family] = {
     "olmo2": olmo2.FAMILY,
     "flex_olmo": flex_olmo.FAMILY,
     "dots1": dots1.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }

@@ -1,7 +1,5 @@
 """dots.llm1 (Huo et al. 2025, arXiv:2506.05767): the router of DeepSeek-V3, a sigmoid with a bias
 that balances, over ordinary attention; the first layers are dense, and shared experts have no gate.
-
-Refused: a sliding window in some layers alone.
 """
 
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 from moe_jax.interchange import decoder
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.entries import Entry, Ours, fixed, key
-from moe_jax.interchange.meaning import BLOCKS, laid_out
+from moe_jax.interchange.meaning import BLOCKS
 from moe_jax.interchange.rotary import rope
 from moe_jax.interchange.rows import Row
 from moe_jax.interchange.settings import Settings
@@ -23,7 +21,7 @@ def first_dense() -> Entry:
     def read(settings: Settings) -> dict[str, Any]:
         num_layers = settings.number("num_hidden_layers")
         num_dense = min(settings.get("first_k_dense_replace", 0), num_layers)
-        return laid_out(("dense",) * num_dense + ("moe",) * (num_layers - num_dense))
+        return {BLOCKS: ("dense",) * num_dense + ("moe",) * (num_layers - num_dense)}
 
     def write(config: Ours) -> dict[str, Any]:
         kinds = config[BLOCKS]

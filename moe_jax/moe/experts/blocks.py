@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.network import Layout, Rows
+from moe_jax.moe.experts.network import Biases, Layout, Rows
 from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
@@ -161,7 +161,7 @@ def forward(
     act: Callable[[Array], Array], block: tuple[int, int], rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
     """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
 
@@ -174,9 +174,14 @@ def forward(
             y_RD, pre_RH = carry
             x_BD = _own_rows(x_RD, offset, B, start + size)
             pre_BH = _dot(x_BD, w_in_DH, 1, 0, dtype)
+            if biases is not None:
+                pre_BH = pre_BH + biases.in_eH[i].astype(dtype)[None]
             gate_B1 = _rows(gate_R, offset, B).astype(wide)[:, None]
             hidden_BF = (act(pre_BH.astype(wide)) * gate_B1).astype(dtype)
             y_BD = _dot(hidden_BF, w_out_FD, 1, 0, dtype)
+            if biases is not None:
+                own_B1 = _own_rows(gate_R[:, None], offset, B, start + size).astype(dtype)
+                y_BD = y_BD + own_B1 * biases.out_eD[i].astype(dtype)[None]
             return _put_rows(y_RD, y_BD, offset), _put_rows(pre_RH, pre_BH, offset)
 
         return _for_blocks(step, carry, start, size, num_rows, block)
@@ -202,8 +207,11 @@ def backward(
         dgate = sum over F of dh' * h
         dpre = pull of act by dh' * gate
         dx = dpre @ w_in^T,  dw_in = x^T @ dpre,  dw_out = (h * gate)^T @ dy
+
+    and with biases y = ... + gate * out_bias, so that din_bias is the sum of dpre over rows,
+    dout_bias that of gate * dy, and dgate has dy . out_bias too.
     """
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
 
@@ -225,11 +233,20 @@ def backward(
             dx_BD = _dot(dpre_BH, w_in_DH, 1, 1, dtype)
             dgate_B = jnp.sum(dh_gated_BF * h_BF, axis=-1)
             x_BD = _rows(x_RD, offset, B)
+            dbiases = sums.biases
+            if biases is not None and dbiases is not None:
+                dy_wide_BD = dy_BD.astype(wide)
+                dgate_B = dgate_B + dy_wide_BD @ biases.out_eD[i].astype(wide)
+                dbiases = Biases(
+                    _add_to(dbiases.in_eH, i, jnp.sum(dpre_BH, axis=0, dtype=wide)),
+                    _add_to(dbiases.out_eD, i, jnp.sum(dy_wide_BD * gate_B1, axis=0)),
+                )
             return Rows(
                 _put_rows(sums.x_RD, dx_BD, offset),
                 _put_rows(sums.gate_R, dgate_B, offset),
                 _add_to(sums.w_in_eDH, i, _outer(x_BD, dpre_BH, wide)),
                 _add_to(sums.w_out_eFD, i, _outer(hidden_BF, dy_BD, wide)),
+                dbiases,
             )
 
         return _for_blocks(step, cotangents, start, size, num_rows, block)
@@ -239,7 +256,11 @@ def backward(
 
     # Weights' are added up in a wide type. An expert without rows is not visited: its stay zero.
     sums = Rows(
-        zeros(x_RD, dtype), zeros(gate_R, dtype), zeros(w_in_eDH, wide), zeros(w_out_eFD, wide)
+        zeros(x_RD, dtype),
+        zeros(gate_R, dtype),
+        zeros(w_in_eDH, wide),
+        zeros(w_out_eFD, wide),
+        jax.tree.map(lambda bias: zeros(bias, wide), biases),
     )
     sums = _for_experts(expert, sums, layout.size_e)
     return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, rows)

@@ -17,7 +17,7 @@ import jax
 from jax import Array
 
 from moe_jax.moe.experts import blocks, ragged
-from moe_jax.moe.experts.network import ACTIVATIONS, PARTS, Layout, Rows
+from moe_jax.moe.experts.network import Biases, Chosen, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 
@@ -32,11 +32,14 @@ def expert_ffn(
     *,
     activation: str,
     block: tuple[int, int],
+    options: Any = None,
+    biases: tuple[Array, Array] | None = None,
 ) -> Array:
     """Returns y_RD: y = (activation(x @ w_in[i]) * gate) @ w_out[i] for every row of expert i.
 
     All other rows are zero. The router's weight multiplies the hidden row, so combining is a plain
-    sum over a token's rows.
+    sum over a token's rows. `options` are those of the activation, None = its defaults. `biases`
+    are (in_ePF, out_eD), which are added after w_in and after w_out.
 
     Rows of expert i are [start_e[i], start_e[i] + size_e[i]). Starts never decrease with i and are
     multiples of `block[1]`, as R is; the room up to the next multiple belongs to the expert too.
@@ -55,10 +58,10 @@ def expert_ffn(
             f"block {block} must divide evenly, and its small size must divide R = {num_rows}"
         )
     num_experts, d_model, num_parts, _ = w_in_eDPF.shape
-    if num_parts != PARTS[activation]:
+    chosen = Chosen(activation, options)
+    if num_parts != chosen.parts:
         raise ValueError(
-            f"{activation} needs w_in_eDPF with P = {PARTS[activation]}, got shape "
-            f"{w_in_eDPF.shape}"
+            f"{activation} needs w_in_eDPF with P = {chosen.parts}, got shape {w_in_eDPF.shape}"
         )
     # Gate and up side by side, so that both are one product.
     w_in_eDH = w_in_eDPF.reshape(num_experts, d_model, -1)
@@ -66,19 +69,24 @@ def expert_ffn(
         x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e
     )
     rows = Rows(x_RD, gate_R, w_in_eDH, w_out_eFD)
-    return _grouped_ffn(activation, block, rows, Layout(start_e, size_e))
+    if biases is not None:
+        in_eH, out_eD = biases[0].reshape(num_experts, -1), biases[1]
+        # The others vary as x does.
+        _, in_eH, out_eD = vary_alike(x_RD, in_eH, out_eD)
+        rows = rows._replace(biases=Biases(in_eH, out_eD))
+    return _grouped_ffn(chosen, block, rows, Layout(start_e, size_e))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_ffn(activation: str, block: tuple[int, int], rows: Rows, layout: Layout) -> Array:
-    y_RD, _ = _forward(activation, block, rows, layout)
+def _grouped_ffn(chosen: Chosen, block: tuple[int, int], rows: Rows, layout: Layout) -> Array:
+    y_RD, _ = _forward(chosen, block, rows, layout)
     return y_RD
 
 
 def _forward(
-    activation: str, block: tuple[int, int], rows: Rows, layout: Layout
+    chosen: Chosen, block: tuple[int, int], rows: Rows, layout: Layout
 ) -> tuple[Array, Any]:
-    act = ACTIVATIONS[activation]
+    act = chosen.function()
     y_RD, pre_RH = by_platform(
         rows,
         layout,
@@ -89,9 +97,9 @@ def _forward(
 
 
 def _backward(
-    activation: str, block: tuple[int, int], residuals: Any, dy_RD: Array
+    chosen: Chosen, block: tuple[int, int], residuals: Any, dy_RD: Array
 ) -> tuple[Rows, None]:
-    act = ACTIVATIONS[activation]
+    act = chosen.function()
     cotangents = by_platform(
         *residuals,
         dy_RD,

@@ -1,35 +1,49 @@
 """The feed-forward network of an expert, and what the kernels that compute it are given.
 
-    y = (activation(x @ w_in) * gate) @ w_out
+    y = gate * (activation(x @ w_in + in_bias) @ w_out + out_bias)
 
 Shapes: R rows of all experts, B rows of some, e experts on this device, D model, F expert hidden, P
 parts of the first weight (2: gate and up, 1 otherwise), H = P * F pre-activations of a row.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-
-def swiglu(pre_BH: Array) -> Array:
-    """Returns silu(gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 6).
-
-    `pre_BH` holds the gate in its first half and up in its second.
-    """
-    gate_BF, up_BF = jnp.split(pre_BH, 2, axis=-1)
-    return jax.nn.silu(gate_BF) * up_BF
+from moe_jax.moe.activations import ACTIVATIONS
 
 
-def gelu(pre_BH: Array) -> Array:
-    """Returns GELU in its tanh approximation."""
-    return jax.nn.gelu(pre_BH)
+class Chosen(NamedTuple):
+    """An activation and its options: what decides the function, and may be compared."""
+
+    activation: str
+    # None = the defaults.
+    options: Any = None
+
+    @property
+    def parts(self) -> int:
+        return ACTIVATIONS[self.activation].parts
+
+    def function(self) -> Callable[[Array], Array]:
+        """Returns the activation as a function of pre-activations [B, H], whose parts stand side by
+        side.
+        """
+        kind = ACTIVATIONS[self.activation]
+        options = kind.options() if self.options is None else self.options
+
+        def act(pre_BH: Array) -> Array:
+            return kind.of(options, *jnp.split(pre_BH, kind.parts, axis=-1))
+
+        return act
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"swiglu": swiglu, "gelu": gelu}
-PARTS = {"swiglu": 2, "gelu": 1}
+class Biases(NamedTuple):
+    """Of experts that have them."""
+
+    in_eH: Array
+    out_eD: Array
 
 
 class Rows(NamedTuple):
@@ -39,6 +53,8 @@ class Rows(NamedTuple):
     gate_R: Array
     w_in_eDH: Array
     w_out_eFD: Array
+    # None = without.
+    biases: Biases | None = None
 
 
 class Layout(NamedTuple):
