@@ -32,6 +32,11 @@ class Family(NamedTuple):
     # Puts tensors that are packed together, in a quantised checkpoint, into the folder as they are
     # after unpacking; None = none are read.
     quantized: Callable[[Folder], None] | None = None
+    # What names of arrays of ours end with that theirs have not, because they are zeros.
+    zeros: tuple[str, ...] = ()
+    # The key that says how many layers there are behind those of the model, which are not read; ""
+    # = there are none.
+    further_layers: str = ""
     # What names of tensors end with that are in float32 at least, whatever the others are.
     wide: tuple[str, ...] = ()
 
@@ -48,6 +53,8 @@ class Family(NamedTuple):
         ours: dict[str, Any] = {}
         for entry in self.entries:
             ours |= entry.read(settings)
+        if self.further_layers:
+            settings.get(self.further_layers)
         settings.refuse_unread(self.model_type, HARMLESS)
         kinds = ours.pop(BLOCKS)
         attentions = ours.pop(LAYER_ATTENTIONS, ("grouped_query",) * len(kinds))
@@ -62,6 +69,13 @@ class Family(NamedTuple):
         for entry in self.entries:
             theirs |= entry.write(config)
         return theirs
+
+    def is_further(self, name: str, num_layers: int) -> bool:
+        """Returns whether a tensor is of a layer behind those of the model."""
+        before, after = self.layer.split("{}")
+        number = name.removeprefix(before).partition(after)[0]
+        named = bool(self.further_layers) and name.startswith(before) and number.isdecimal()
+        return named and int(number) >= num_layers
 
     def rows(self, kinds: tuple[str, ...]) -> Iterator[tuple[int | None, Row]]:
         """Yields (number of the block, row) of every parameter that a model of these blocks may

@@ -35,7 +35,7 @@ from moe_jax.models.decodable import why_not_decoded
 from moe_jax.models.ends import embedding_scale
 from moe_jax.run import Run
 
-SCALE = "model.embedding_scale"
+SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
 # How messages call what is no key.
 WORDS = {
     BLOCKS: "the kinds of blocks (model.prefix, period, suffix)",
@@ -87,6 +87,7 @@ def export_model(
     parts = {"params": params, "router_state": run.router_state}
     plan = planned(chosen, run.config.model, parts)
     arrays = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
+    refuse_lost(chosen, arrays)
     scale = embedding_scale(run.config.model)
     if scale != 1:
         arrays |= folded(arrays, scale, run.config.model.tie_embeddings)
@@ -184,9 +185,12 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     # Its length decides nothing that is compared.
     settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
     changes = family.read(settings)
-    keys = [path for path in here if path not in WORDS]
     # What a family does not speak of is as in every new config.
     default = config_file.default_values()
+    # Options of a router may differ and mean the same: the whole config is compared below.
+    same_router = changes.get(ROUTER, at(default, ROUTER)) == here.get(ROUTER)
+    skipped = "model.moe.routers." if same_router else "none"
+    keys = [path for path in here if path not in WORDS and not path.startswith(skipped)]
     there = {path: changes.get(path, at(default, path)) for path in keys}
     wrong = [path for path in keys if here[path] != there[path]]
     if not wrong:
@@ -194,6 +198,16 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
         there = meaning(config.build(as_raw(changes), 1))
         wrong = [path for path in {**here, **there} if here.get(path) != there.get(path)]
     return [_said(family, path, here.get(path), there.get(path)) for path in wrong]
+
+
+def refuse_lost(family: Family, arrays: Mapping[str, Any]) -> None:
+    """Raises UserError for an array that a family takes to be zeros, and that is not."""
+    for name, array in arrays.items():
+        if family.zeros and name.endswith(family.zeros) and np.any(np.asarray(array)):
+            raise UserError(
+                f"{name} is not zero, and {family.model_type} has no tensor for it: export as "
+                "another family, or train with a bias that does not move (bias_rate = 0)"
+            )
 
 
 def _said(family: Family, path: str, ours: Any, its: Any) -> str:

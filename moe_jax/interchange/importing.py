@@ -69,10 +69,16 @@ def import_model(source: Path, out: Path, seq_len: int | None = None) -> Importe
         config.allow_float64(raw)
         cfg = config.build(raw, 1)
         refuse_misfits(plan, folder, family, cfg.model)
+        names = folder.names()
         parts = assembled(plan, folder, abstract_parts(cfg))
         write_run(out, raw, parts, step=0)
         num_parameters = sum(x.size for x in jax.tree.leaves(parts["params"]))
     notes = []
+    if further := [name for name in names if family.is_further(name, len(cfg.model.blocks))]:
+        notes.append(
+            f"{len(further)} tensors of layers that predict further tokens were passed over "
+            f"({family.further_layers}): moe_jax has none"
+        )
     try:
         tokenizer_files.read(source, theirs, cfg.model.vocab_size).save(out / "tokenizer")
     except UserError as error:
@@ -139,7 +145,7 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
             plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
     for name in ours:
         of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
-        if name not in plan and not of_training:
+        if name not in plan and not of_training and not name.endswith(family.zeros):
             # The refusals of keys come first: a family that lacks a row lacks a refusal too.
             raise UserError(f"{family.model_type} has no tensor for the parameter {name}")
     return plan
@@ -177,7 +183,8 @@ def refuse_misfits(
     for name in sorted(names - wanted):
         # A head that is the embedding may be there a second time.
         tied = cfg.tie_embeddings and name == head_of(family)
-        if not tied and not name.endswith(family.buffers):
+        further = family.is_further(name, len(cfg.blocks))
+        if not (tied or further or name.endswith(family.buffers)):
             raise UserError(
                 f"{folder.where(name)}: {name} has no place in a {family.model_type} model of "
                 "this config.json: what is it?"
@@ -197,8 +204,9 @@ def assembled(
     """
 
     def array(name: str, like: Any) -> jax.Array:
-        value = np.empty(like.shape, like.dtype)
-        for piece in plan[name]:
+        # Of zeros there is no tensor.
+        value = np.zeros(like.shape, like.dtype)
+        for piece in plan.get(name, ()):
             value[piece.index] = piece.to_ours(folder.read(piece.name))
         return jax.device_put(value, flat.placement(like))
 

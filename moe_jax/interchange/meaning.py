@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.schema.blocks import without_attention
 from moe_jax.schema.config import Config, ModelConfig
@@ -47,14 +46,12 @@ def meaning(cfg: Config) -> dict[str, Any]:
             values[f"model.{name}"] = value
     for name in dict.fromkeys(model.attentions):
         values |= _options(f"model.attentions.{name}", model.with_attention(name).attention_options)
-    for name in _unused(model):
-        values.pop(f"model.{name}", None)
     # 0 stands for it.
     if model.attention_scale == model.head_dim**-0.5:
         values["model.attention_scale"] = 0.0
     values["model.embedding_scale"] = float(model.embedding_scale or model.d_model**0.5)
     if not model.qk_norm:
-        values.pop("model.qk_norm_over", None)
+        del values["model.qk_norm_over"]
     if not model.num_dense_layers:
         del values["model.ffn_hidden"]
     if model.num_depth_blocks:
@@ -62,12 +59,6 @@ def meaning(cfg: Config) -> dict[str, Any]:
     if model.num_moe_layers:
         values |= _of_experts(model)
     return values
-
-
-def _unused(model: ModelConfig) -> set[str]:
-    """Returns the keys of the model that no attention of its blocks has a use for."""
-    unused = [set(ATTENTIONS[name].unused) for name in model.attentions]
-    return set.intersection(*unused) if unused else set()
 
 
 def _of_experts(model: ModelConfig) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def rope(theta: float, untold: Mapping[str, Any] | None = None) -> Entry:
     """Returns the entry of the rotary frequencies; `theta` and `untold`: the base and the scaling
     where none is told.
     """
+
     def read(settings: Settings) -> dict[str, Any]:
         base = settings.get("rope_theta", theta)
         places = [name for name in PLACES if settings.get(name)]

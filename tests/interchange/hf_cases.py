@@ -49,7 +49,20 @@ SCALINGS = {
 # By family: what its tests change of SIZES, each for itself.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SPARSE = EXPERTS | {"moe_intermediate_size": 12}
+MLA = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "num_key_value_heads": 4,
+}
 CONFIGS = {
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
     "mixtral": {"num_local_experts": 4},
     "olmoe": EXPERTS,
     "llama": {},
@@ -150,12 +163,37 @@ OPTIONS = {
         "no windows": {"layer_types": ["full_attention"] * 2},
         "unscaled": {"rope_scaling": {"rope_type": "default"}},
     },
+    "deepseek_v2": {
+        "no latent of queries": {"q_lora_rank": None},
+        "scaled": {"routed_scaling_factor": 2.5, "num_experts_per_tok": 3},
+        "groups": {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+        },
+        "dense layers, one shared expert": {"first_k_dense_replace": 1, "n_shared_experts": 1},
+        "biases": {"attention_bias": True},
+        "yarn": {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    },
+    "deepseek_v3": {
+        "no latent of queries": {"q_lora_rank": None},
+        "halves": {"rope_interleave": False},
+        "gates as they are": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        "dense layers, shared experts": {"first_k_dense_replace": 1, "n_shared_experts": 2},
+        "biases": {"attention_bias": True},
+        "yarn": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        "yarn, sharper": {"rope_scaling": YARN | {"mscale_all_dim": 0.5}},
+    },
     "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
 }
 CASES = {
     f"{family}, {name}": (family, changes)
     for family in CONFIGS
     for name, changes in (EVERY | OPTIONS[family]).items()
+    # Latent attention has as many key heads as queries.
+    if not (family.startswith("deepseek") and "num_key_value_heads" in changes)
 }
 
 

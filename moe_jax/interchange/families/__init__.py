@@ -6,6 +6,8 @@ A model of ours is exported as the first one that can say all of it.
 
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import (
+    deepseek_v2,
+    deepseek_v3,
     dots1,
     flex_olmo,
     gpt_oss,
@@ -33,4 +35,6 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": flex_olmo.FAMILY,
     "dots1": dots1.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
 }

@@ -87,8 +87,6 @@ class Attention(NamedTuple):
     num_pairs: Callable[[int, Any], int]
     # Yields what is wrong with its options and the heads together; model.attention is its name.
     refusals: Callable[[Config], Iterator[str]]
-    # Keys of the model that it has no use for.
-    unused: tuple[str, ...] = ()
     # Yields what a run is told at its start.
     advice: Callable[[Config], Iterator[str]] = no_advice
     # (raw options, seq_len) -> keys and values that suit rows of that length, which are short.
