@@ -42,6 +42,12 @@ RESUME_MAY_CHANGE = (
     "data.folder",
 )
 
+# Keys of the model that are of attention alone.
+OF_ATTENTION = (
+    *("attention", "attention_scale", "attention_cap", "attention_sinks"),
+    *("rope_fraction", "rope_pairs", "rope_scaling", "output_bias"),
+)
+
 
 def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     """Returns the checked, frozen config.
@@ -174,7 +180,7 @@ def _refuse_unused_attention(model: Mapping[str, Any], default: Mapping[str, Any
     # What is no kind of model is told by `build`.
     if kind not in MODELS or MODELS[kind].options(**model["kinds"][kind]).masks:
         return
-    for key in ("attention", "rope_scaling", "output_bias"):
+    for key in OF_ATTENTION:
         if model[key] != default[key]:
             value = f'"{model[key]}"' if isinstance(model[key], str) else model[key]
             raise UserError(

@@ -186,7 +186,11 @@ def model_on_one_device(changes):
     mesh = meshes.make(1, 1, 1)
     with jax.set_mesh(mesh):
         model = make_model(cfg)
-        return mesh, model.bind(*jax.jit(model.init)(jax.random.key(0))), cfg
+        params, state = jax.jit(model.init)(jax.random.key(0))
+        # Biases and sinks begin at zero, where they could be forgotten.
+        rng = np.random.default_rng(1)
+        moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)
+        return mesh, model.bind(moved, state), cfg
 
 
 def batch_of(id_BS, place_S, length_B, length):
