@@ -127,6 +127,7 @@ def window_by_layer(
     last: int,
     length: int = 4096,
     switch: str = "use_sliding_window",
+    needed: bool = False,
 ) -> Entry:
     """Returns the entry of keys that may give some layers a window.
 
@@ -136,6 +137,7 @@ def window_by_layer(
       last, length: max_window_layers and sliding_window where they are not there; last = 0: there
         is no max_window_layers.
       switch: the key that says whether there are windows at all; "" = there are.
+      needed: sliding_window is there even if no layer has one.
     """
     full, sliding = "full_attention", "sliding_attention"
 
@@ -163,7 +165,7 @@ def window_by_layer(
         kinds = [sliding if name == WINDOWED else full for name in names]
         return {
             **({switch: size is not None} if switch else {}),
-            "sliding_window": size,
+            "sliding_window": length if needed and size is None else size,
             # Without layer_types an older version reads it, which knows no other pattern.
             **({"max_window_layers": _first_of_last(kinds, sliding)} if last else {}),
             "layer_types": kinds,

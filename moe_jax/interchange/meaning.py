@@ -34,6 +34,7 @@ def meaning(cfg: Config) -> dict[str, Any]:
     values: dict[str, Any] = {BLOCKS: kinds, LAYER_ATTENTIONS: model.attentions}
     chosen = {
         "kind": ("kinds", model.kind_options),
+        "activation": ("activations", model.activation_options),
         "rope_scaling": ("rope_scalings", model.rope_scaling_options),
     }
     for field in dataclasses.fields(ModelConfig):

@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_jax.interchange.importing import import_model
+from moe_jax.models.decodable import for_decoding
+from moe_jax.models.functions import make_model
+from moe_jax.models.stack import empty_caches
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import batch_rows
 from moe_jax.run import open_run
@@ -159,7 +163,7 @@ OPTIONS = {
         "three experts": {"num_experts_per_tok": 3},
         "without biases": {"attention_bias": False},
         "clamp": {"swiglu_limit": 0.3, "swiglu_alpha": 0.9},
-        "windows elsewhere": {"layer_types": LAYERS[::-1] + LAYERS, "num_hidden_layers": 8},
+        "windows elsewhere": {"layer_types": LAYERS[1:], "num_hidden_layers": 3},
         "no windows": {"layer_types": ["full_attention"] * 2},
         "unscaled": {"rope_scaling": {"rope_type": "default"}},
     },
@@ -253,6 +257,47 @@ def our_logits(run, id_BS, parameters=None):
         batch = batch_rows.put(local, row_B, B)
         parameters = run.parameters if parameters is None else parameters
         return np.asarray(forward(parameters, run.router_state, batch), np.float64)
+
+
+def bits(folder):
+    """{name: (shape, dtype, bytes)} of a folder's tensors."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return {name: (x.shape, str(x.dtype), x.tobytes()) for name, x in tensors.items()}
+
+
+def their_greedy(model, id_BS, number):
+    """The ids that transformers writes behind rows, whatever token ends a text."""
+    with torch.no_grad():
+        ids = torch.tensor(id_BS, dtype=torch.long)
+        more = {"min_new_tokens": number, "max_new_tokens": number, "pad_token_id": 0}
+        return model.generate(ids, do_sample=False, eos_token_id=None, **more).numpy()
+
+
+def our_greedy(run, id_BS, number):
+    """The same, from our cache: the rows in one piece, then token by token."""
+    (B, S), cfg = id_BS.shape, for_decoding(run.config.model)
+    row_B = np.arange(B, dtype=np.int32)
+
+    @jax.jit
+    def step(parameters, router_state, batch, caches):
+        model = make_model(cfg).bind(parameters, router_state)
+        logits, caches = model.cached(batch, caches)
+        return logits[:, -1].argmax(-1), caches
+
+    with jax.set_mesh(run.mesh):
+        caches, new = empty_caches(cfg, B, S + number), np.asarray(id_BS)
+        written, place = id_BS, 0
+        for _ in range(number):
+            position_BS = np.tile(place + np.arange(new.shape[1], dtype=np.int32), (B, 1))
+            local = Batch(new.astype(np.int32), position_BS, np.ones_like(position_BS), row_B)
+            batch = batch_rows.put(local, row_B, B)
+            next_B, caches = step(run.parameters, run.router_state, batch, caches)
+            place += new.shape[1]
+            new = np.asarray(next_B)[:, None]
+            written = np.concatenate([written, new], 1)
+        return written
 
 
 def imported(folder, out, **kwargs):

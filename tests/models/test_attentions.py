@@ -346,6 +346,7 @@ def test_a_model_without_blocks_is_counted():
     """The article's model has none, so no block shares the residual stream."""
     article = tiny.build(changes={"model.kind": "article", "model.repeats": 0}).model
     for name in ATTENTIONS:
-        cfg = dataclasses.replace(article, attention=name)
-        assert set(ATTENTIONS[name].weights(cfg)) >= {"q", "k", "v", "o"}
+        options = ATTENTIONS[name].options()
+        cfg = dataclasses.replace(article, attention=name, attention_options=options)
+        assert set(ATTENTIONS[name].weights(cfg)) >= {"q", "o"}
     assert flops.parameters(article).attention == 0

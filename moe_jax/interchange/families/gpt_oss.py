@@ -7,7 +7,7 @@ is not quantised.
 
 from moe_jax.interchange import decoder, mxfp4
 from moe_jax.interchange.contract import Family
-from moe_jax.interchange.entries import fixed, key
+from moe_jax.interchange.entries import fixed, ignored, key
 from moe_jax.interchange.rotary import rope
 from moe_jax.interchange.rows import Row
 
@@ -38,7 +38,7 @@ FAMILY = Family(
         decoder.heads(head_dim=64),
         decoder.biases_of_all(default=True),
         fixed(model__attention_sinks=True),
-        decoder.window_by_layer(slides, last=0, length=128, switch=""),
+        decoder.window_by_layer(slides, last=0, length=128, switch="", needed=True),
         rope(theta=150_000.0, untold=YARN),
         decoder.layers("moe"),
         *decoder.top_k(k=4),
@@ -49,6 +49,8 @@ FAMILY = Family(
         ),
         key("num_local_experts", "model.moe.num_experts", 128, also="num_experts"),
         key("intermediate_size", "model.moe.expert_hidden", 2880),
+        # Said a second time, for the code that the model was released with.
+        ignored("experts_per_token", "initial_context_length"),
         mxfp4.entry(),
     ),
     ends=decoder.ENDS,

@@ -174,14 +174,15 @@ def forward(
             y_RD, pre_RH = carry
             x_BD = _own_rows(x_RD, offset, B, start + size)
             pre_BH = _dot(x_BD, w_in_DH, 1, 0, dtype)
+            gate_B1 = _rows(gate_R, offset, B).astype(wide)[:, None]
             if biases is not None:
                 pre_BH = pre_BH + biases.in_eH[i].astype(dtype)[None]
-            gate_B1 = _rows(gate_R, offset, B).astype(wide)[:, None]
+                # Rows of nobody are zeros, which a bias would lift.
+                gate_B1 = _own_rows(gate_R[:, None], offset, B, start + size).astype(wide)
             hidden_BF = (act(pre_BH.astype(wide)) * gate_B1).astype(dtype)
             y_BD = _dot(hidden_BF, w_out_FD, 1, 0, dtype)
             if biases is not None:
-                own_B1 = _own_rows(gate_R[:, None], offset, B, start + size).astype(dtype)
-                y_BD = y_BD + own_B1 * biases.out_eD[i].astype(dtype)[None]
+                y_BD = y_BD + gate_B1.astype(dtype) * biases.out_eD[i].astype(dtype)[None]
             return _put_rows(y_RD, y_BD, offset), _put_rows(pre_RH, pre_BH, offset)
 
         return _for_blocks(step, carry, start, size, num_rows, block)
