@@ -22,6 +22,7 @@ from moe_jax.moe.routing.contract import Setting, Sizes
 from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
 from moe_jax.schema import options
+from moe_jax.schema.blocks import attention_of, without_attention
 from moe_jax.schema.config import Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
@@ -173,6 +174,11 @@ def _model(cfg: Config) -> Iterator[str]:
     for part in ("prefix", "period", "suffix"):
         for block in getattr(model, part):
             yield from kind_refusals(f"model.{part}", block)
+            if attention_of(block) and not model.kind_options.masks:
+                yield (
+                    f'model.{part} names an attention, "{block}", and model.kind = "{model.kind}" '
+                    f'has none: write "{without_attention(block)}"'
+                )
     if model.stacks and not model.blocks:
         yield (
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "

@@ -28,11 +28,16 @@ from moe_jax.optim import decay_mask, describe
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_mesh_changes_nothing(float64, name):
-    """Two steps on a mesh of 2 x 2 x 2, in float64: loss and parameters are those of one device."""
+    """Two steps on a mesh of 2 x 2 x 2, and as a scan, in float64: loss and parameters are those of
+    a loop on one device.
+    """
     ends = []
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        now, rows = tiny.Program(shape, OPTIONS[name]).run(2)
-        ends.append((flat.flatten(jax.device_get(now.params)), [row["loss"] for row in rows]))
+    for shape, scan in (((1, 1, 1), False), ((2, 2, 2), True)):
+        program = tiny.Program(shape, OPTIONS[name] | {"model.scan": scan})
+        now, rows = program.run(2)
+        with jax.set_mesh(program.mesh):
+            params = flat.unstack(flat.flatten(now.params), scan)
+        ends.append((jax.device_get(params), [row["loss"] for row in rows]))
     (params, losses), (others, other_losses) = ends
     np.testing.assert_allclose(other_losses, losses, rtol=1e-12)
     for key, value in params.items():

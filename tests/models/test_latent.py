@@ -21,7 +21,7 @@ DEEPSEEK = OPTIONS["DeepSeek-V3"]
 AT = "model.attentions.latent"
 
 
-def test_a_cache_holds_the_latent_and_one_key_of_all_heads():
+def test_a_cache_holds_the_latent_and_one_key_of_all_heads(float64):
     cfg = tiny.build(changes=DEEPSEEK).model
     with jax.set_mesh(meshes.make(1, 1, 1)):
         caches = jax.eval_shape(lambda: empty_caches(cfg, 2, 7))
@@ -32,7 +32,7 @@ def test_a_cache_holds_the_latent_and_one_key_of_all_heads():
         assert cache.key_BMT.shape == (2, 7, own.qk_rope_head_dim)
 
 
-def test_decoding_makes_no_keys_of_heads():
+def test_decoding_makes_no_keys_of_heads(float64):
     """The products of one token have the width of the latent, not that of all heads' keys."""
     cfg = tiny.build(changes=DEEPSEEK).model
     kind = ATTENTIONS[cfg.attention]
@@ -40,15 +40,14 @@ def test_decoding_makes_no_keys_of_heads():
     with jax.set_mesh(meshes.make(1, 1, 1)):
         model = make_model(cfg)
         params, state = jax.eval_shape(model.init, jax.random.key(0))
-        bound = model.bind(params, state)
-        attend = bound.prefix[0].attention
         x = meshes.put(np.zeros((2, 1, 16)), "batch")
         place = meshes.put(np.zeros((2, 1), np.int32), "batch")
 
-        def of_token(x, place):
-            return kind.caching.inputs(attend.weights, x, place, cfg)
+        def of_token(params, state, x, place):
+            weights = model.bind(params, state).prefix[0].attention.weights
+            return kind.caching.inputs(weights, x, place, cfg)
 
-        q, new = jax.eval_shape(of_token, x, place)
+        q, new = jax.eval_shape(of_token, params, state, x, place)
         k, v = jax.eval_shape(kind.caching.keys_and_values, new)
     assert q.shape == (2, 1, 4, 6) and k.shape == (2, 1, 1, 6) and v.shape == (2, 1, 1, 4)
 
@@ -92,7 +91,7 @@ def test_what_means_nothing_is_refused(changes, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_ordinary_heads_beside_latent_ones_have_their_own_options():
+def test_ordinary_heads_beside_latent_ones_have_their_own_options(float64):
     mixed = {"model.prefix": ("grouped_query:dense",), "model.num_kv_heads": 2, "model.head_dim": 8}
     cfg = tiny.build(changes=DEEPSEEK | mixed).model
     assert cfg.attentions == ("grouped_query", "latent", "latent")
