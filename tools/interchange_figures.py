@@ -134,10 +134,11 @@ def measured(words: list[str]) -> str:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, usage.ru_utime + usage.ru_stime
     # Kilobytes, and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{seconds:.0f} s, {usage.ru_maxrss * unit / 1e9:.2f} GB of memory at most"
+    memory = f"{usage.ru_maxrss * unit / 1e9:.2f} GB of memory at most"
+    return f"{seconds:.0f} s ({cpu:.0f} s of a core), {memory}"
 
 
 def write_model(folder: Path, gigabytes: float) -> int:
