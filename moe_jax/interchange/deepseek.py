@@ -142,6 +142,8 @@ LATENT_ATTENTION = (
     Row("attention/weights/o", "HAD", "self_attn.o_proj.weight", "D HA"),
     *decoder.OUTPUT_BIAS,
 )
+# Transformers keeps routers in float32.
+WIDE = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 CORRECTION = (Row(BIAS, "E", "mlp.gate.e_score_correction_bias", "E"),)
 
 

@@ -65,6 +65,13 @@ MLA = {
     "num_key_value_heads": 4,
 }
 CONFIGS = {
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "first_k_dense_replace": 0,
+        "head_dim": 8,
+    },
     "deepseek_v2": MLA,
     "deepseek_v3": MLA | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
     "mixtral": {"num_local_experts": 4},
@@ -101,6 +108,15 @@ EVERY = {
 WINDOWED = {"use_sliding_window": True, "sliding_window": 5}
 LAYERS = ["sliding_attention", "full_attention"] * 2
 OPTIONS = {
+    "glm4_moe": {
+        "norms, biases, dense layers": {
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "first_k_dense_replace": 1,
+        },
+        "a quarter turns, yarn": {"rope_scaling": YARN | {"partial_rotary_factor": 0.25}},
+        "whole heads": {"partial_rotary_factor": 1.0},
+    },
     "mixtral": {
         "window": {"sliding_window": 5},
         "head width": {"head_dim": 10},

@@ -85,7 +85,7 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor = 0.5: moe_jax turns whole heads alone",
+            "rope_parameters.partial_rotary_factor = 0.5: models of this family turn whole heads",
         ),
         (
             "llama",

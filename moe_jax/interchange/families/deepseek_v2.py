@@ -66,5 +66,6 @@ FAMILY = Family(
     ),
     ends=decoder.ENDS,
     blocks=deepseek.blocks(deepseek.LATENT_ATTENTION, ()),
+    wide=deepseek.WIDE,
     zeros=(deepseek.BIAS,),
 )

@@ -51,6 +51,6 @@ FAMILY = Family(
     ),
     ends=decoder.ENDS,
     blocks=deepseek.blocks(deepseek.LATENT_ATTENTION, deepseek.CORRECTION),
-    wide=("mlp.gate.e_score_correction_bias",),
+    wide=deepseek.WIDE,
     further_layers="num_nextn_predict_layers",
 )

@@ -38,5 +38,5 @@ FAMILY = Family(
     ),
     ends=decoder.ENDS,
     blocks=deepseek.blocks(ATTENTION, deepseek.CORRECTION),
-    wide=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    wide=deepseek.WIDE,
 )
