@@ -29,9 +29,9 @@ value is drawn.
 
 D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L
 blocks; P = 2 (gate and up) for SwiGLU and its like, 1 for GELU. The division by sqrt(2 L) keeps the
-residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins small is in
-docs/first_values.md. A key depends on the parameter's name only, so the loop and the scan over
-layers, and every mesh, draw the same values.
+residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins
+small is in docs/first_values.md. A key depends on the parameter's name only, so the loop and the
+scan over layers, and every mesh, draw the same values.
 """
 
 import zlib

@@ -129,21 +129,21 @@ def rope(
         return {**turned, "model.rope_theta": base, "model.rope_scaling": kind.ours, **scaled}
 
     def write(config: Ours) -> dict[str, Any]:
-        theirs = {"rope_theta": config["model.rope_theta"]}
+        written = {"rope_theta": config["model.rope_theta"]}
         if fraction is not None:
-            theirs[part] = config["model.rope_fraction"]
+            written[part] = config["model.rope_fraction"]
         chosen = config["model.rope_scaling"]
         kind = next((one for one in ROPE_TYPES if one.ours == chosen), None)
         if kind is None or not kind.options:
             # Where nothing is told they take another one.
             none = {"rope_type": "default"} if untold else None
-            return theirs | {"rope_scaling": none}
+            return written | {"rope_scaling": none}
         scaling = {"rope_type": kind.theirs}
         for ours, theirs, _ in kind.options:
             value = config[f"{SCALINGS}.{kind.ours}.{ours}"]
             if (ours, value) not in kind.unset:
                 scaling[theirs] = value
-        return theirs | {"rope_scaling": scaling}
+        return written | {"rope_scaling": scaling}
 
     return Entry(read, write)
 
