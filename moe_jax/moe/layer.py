@@ -350,9 +350,13 @@ def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Callable[.
 
     def experts(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):
-            rows = (x_RD, gate_R, start_e, size_e)
-            more = {**cfg.chosen._asdict(), "block": block, "biases": biases}
-            return expert_ffn(*rows, w_in_eDPF, w_out_eFD, **more)
+            return expert_ffn(
+                *(x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD),
+                activation=cfg.activation,
+                options=cfg.activation_options,
+                block=block,
+                biases=biases,
+            )
 
     return experts
 

@@ -42,8 +42,8 @@ def forward(act: Callable[[Array], Array], rows: Rows, layout: Layout) -> tuple[
     wide = wide_dtype(dtype)
     group_size_e, is_own_R = _groups(layout, x_RD.shape[0])
     pre_RH = lax.ragged_dot(x_RD, w_in_eDH.astype(dtype), group_size_e)
+    is_of_Re = _of_experts(layout, x_RD.shape[0]).astype(dtype)
     if biases is not None:
-        is_of_Re = _of_experts(layout, x_RD.shape[0]).astype(dtype)
         pre_RH = pre_RH + is_of_Re @ biases.in_eH.astype(dtype)
     gate_R1 = gate_R.astype(wide)[:, None]
     hidden_RF = (act(pre_RH.astype(wide)) * gate_R1).astype(dtype)
