@@ -44,8 +44,11 @@ def why_none(cfg: config.Config) -> str:
         return "its blocks are not those of Llama or Mixtral"
     if not isinstance(model.attention_options, grouped_query.Options):
         return "Llama and Mixtral have grouped-query attention"
-    plain = isinstance(model.activation_options, swiglu.Options) and not model.attention_sinks
-    if not plain or model.attention_bias or model.qk_norm or model.dropout:
+    changed = (model.attention_scale, model.attention_cap, model.attention_sinks)
+    if any(changed) or model.rope_fraction != 1 or model.rope_pairs != "halves":
+        return "Llama and Mixtral have scores and rotary embeddings without options"
+    is_swiglu = isinstance(model.activation_options, swiglu.Options)
+    if not is_swiglu or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"
     if model.norm_position != "before" or model.output_bias or model.rope_scaling != "none":
         return "Llama and Mixtral have norms before, no output bias, and plain rotary embeddings"
@@ -54,8 +57,8 @@ def why_none(cfg: config.Config) -> str:
     router = model.moe.router_options
     if not isinstance(router, top_k.Options) or not router.renormalize or router.bias:
         return "Mixtral's router is a softmax whose chosen weights sum to 1"
-    if model.moe.shared_experts:
-        return "Mixtral has no shared experts"
+    if model.moe.shared_experts or model.moe.expert_bias:
+        return "Mixtral has no shared experts and no biases of experts"
     return ""
 
 

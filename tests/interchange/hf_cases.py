@@ -215,6 +215,19 @@ CASES = {
     # Latent attention has as many key heads as queries.
     if not (family.startswith("deepseek") and "num_key_value_heads" in changes)
 }
+# Of these families the normal suite has some cases, and the full one all.
+QUICK = {
+    "gpt_oss": ("plain", "clamp", "windows elsewhere"),
+    "deepseek_v2": ("plain", "groups"),
+    "deepseek_v3": ("plain", "halves", "yarn, sharper"),
+    "glm4_moe": ("norms, biases, dense layers", "a quarter turns, yarn"),
+}
+
+
+def is_quick(case):
+    """Whether a case is one of the normal suite."""
+    family, _, name = case.partition(", ")
+    return family not in QUICK or name in QUICK[family]
 
 
 def theirs(family, changes=None, dtype=torch.float32):
