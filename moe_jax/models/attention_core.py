@@ -139,7 +139,8 @@ def attention(
     log_sum_BGTr = log_sum_BGQ.reshape(B, k_BSGA.shape[2], T, -1)
     log_sum_BTH = jnp.swapaxes(log_sum_BGTr, 1, 2).reshape(B, T, H)
     kept_BTH = jax.nn.sigmoid(log_sum_BTH - sink_H.astype(log_sum_BTH.dtype)[None, None])
-    return (o_BTHA * kept_BTH[..., None]).astype(q_BTHA.dtype)
+    kept_BTHA = o_BTHA.astype(kept_BTH.dtype) * kept_BTH[..., None]
+    return kept_BTHA.astype(q_BTHA.dtype)
 
 
 def decode_attention(

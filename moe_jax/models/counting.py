@@ -53,6 +53,12 @@ def full(cfg: ModelConfig, num_keys: int) -> int:
     return 2 * cfg.num_heads * num_keys * sum(widths)
 
 
+def crossed(cfg: ModelConfig, num_keys: int) -> int:
+    """Returns the same of cross-attention, whose heads are ordinary ones, one in each block."""
+    # Two products of 2 FLOPs for each number of a key.
+    return len(cfg.blocks) * 4 * cfg.num_heads * cfg.head_dim * num_keys
+
+
 def added(a: Any, b: Any) -> Any:
     """Returns the sums of two counts, field by field."""
     sums = (x + y for x, y in zip(a, b, strict=True))

@@ -29,7 +29,7 @@ from moe_jax.models.attention import Memory
 from moe_jax.models.attentions.heads import projections as cross_weights
 from moe_jax.models.block import Look, Source, kind_refusals
 from moe_jax.models.contract import Kind
-from moe_jax.models.counting import Decoder, Projections, added, full, projections
+from moe_jax.models.counting import Decoder, Projections, added, crossed, full, projections
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import embed, embedding, norm_scale, output_head, unembed
 from moe_jax.models.layers import dropout, rms_norm
@@ -167,7 +167,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     return both._replace(
         # The source has a place for each of the target, so keys and values cost as much.
         attention_projections=both.attention_projections + 2 * number * cross.matrices,
-        attention_scores=both.attention_scores + full(as_decoder(cfg), seq_len),
+        attention_scores=both.attention_scores + crossed(as_decoder(cfg), seq_len),
     )
 
 
