@@ -78,8 +78,9 @@ def advice(cfg: Config) -> Iterator[str]:
             "optim.master_copy=True, or model.param_dtype=float32 and model.dtype=bfloat16"
         )
     if cfg.model.kind_options.masks:
-        for one in _each_attention(cfg):
-            yield from ATTENTIONS[one.model.attention].advice(one)
+        for name in dict.fromkeys(cfg.model.attentions):
+            one = dataclasses.replace(cfg, model=cfg.model.with_attention(name))
+            yield from ATTENTIONS[name].advice(one)
     if cfg.model.num_moe_layers:
         yield from _of_router(cfg)
         if not DISPATCHERS[cfg.model.moe.dispatcher].drops:
@@ -192,8 +193,8 @@ def _model(cfg: Config) -> Iterator[str]:
 def _attention(cfg: Config) -> Iterator[str]:
     """What the attentions of the blocks refuse, and options that do nothing."""
     model = cfg.model
-    for one in _each_attention(cfg):
-        yield from _one_attention(one)
+    for name in dict.fromkeys(model.attentions):
+        yield from _one_attention(cfg, name)
     at, scaling = f"model.rope_scalings.{model.rope_scaling}", ROPE_SCALINGS[model.rope_scaling]
     yield from scaling.refusals(model.rope_scaling_options, at, model.rope_theta)
     if model.qk_norm_over == "width" and not model.qk_norm:
@@ -203,24 +204,15 @@ def _attention(cfg: Config) -> Iterator[str]:
         )
 
 
-def _each_attention(cfg: Config) -> Iterator[Config]:
-    """Yields the config with each attention that a block has as model.attention."""
-    for name in dict.fromkeys(cfg.model.attentions):
-        yield dataclasses.replace(cfg, model=cfg.model.with_attention(name))
-
-
-def _one_attention(cfg: Config) -> Iterator[str]:
-    """What model.attention refuses of the config, and a mask of the kind of model that it has
-    not.
-    """
-    model = cfg.model
-    attention = ATTENTIONS[model.attention]
-    yield from attention.refusals(cfg)
+def _one_attention(cfg: Config, name: str) -> Iterator[str]:
+    """What an attention refuses of the config, and a mask of the kind of model that it has not."""
+    model, attention = cfg.model, ATTENTIONS[name]
+    yield from attention.refusals(cfg, name)
     for mask in model.kind_options.masks:
         if mask not in attention.masks:
-            able = (name for name, one in ATTENTIONS.items() if mask in one.masks)
+            able = (other for other, one in ATTENTIONS.items() if mask in one.masks)
             yield (
-                f'model.attention = "{model.attention}" has no mask "{mask}", which model.kind = '
+                f'model.attention = "{name}" has no mask "{mask}", which model.kind = '
                 f'"{model.kind}" asks for here: set model.attention={" or ".join(able)}'
             )
 

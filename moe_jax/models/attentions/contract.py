@@ -85,9 +85,9 @@ class Attention(NamedTuple):
     slots: Callable[[Array, Array, int, Any], Array]
     # (number of tokens, options) -> how many keys all tokens of one causal row see together.
     num_pairs: Callable[[int, Any], int]
-    # Yields what is wrong with its options and the heads together; model.attention is its name.
-    refusals: Callable[[Config], Iterator[str]]
-    # Yields what a run is told at its start.
+    # (config, its name) -> what is wrong with its options and the heads together.
+    refusals: Callable[[Config, str], Iterator[str]]
+    # Yields what a run is told at its start; model.attention is its name.
     advice: Callable[[Config], Iterator[str]] = no_advice
     # (raw options, seq_len) -> keys and values that suit rows of that length, which are short.
     small: Callable[[Mapping[str, Any], int], Iterator[tuple[str, Any]]] = small_already

@@ -195,8 +195,9 @@ CACHING = Caching(
 )
 
 
-def refusals(cfg: Config) -> Iterator[str]:
+def refusals(cfg: Config, name: str) -> Iterator[str]:
     """Query heads share key heads evenly, and rotary embeddings turn pairs."""
+    del name
     m = cfg.model
     if m.num_heads % m.num_kv_heads:
         yield (

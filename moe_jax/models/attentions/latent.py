@@ -216,10 +216,10 @@ def num_pairs(num_tokens: int, options: Options) -> int:
     return num_tokens * (num_tokens + 1) // 2
 
 
-def refusals(cfg: Config) -> Iterator[str]:
+def refusals(cfg: Config, name: str) -> Iterator[str]:
     """Refuses options of ordinary heads, which would do nothing, and an odd width that turns."""
-    m, own = cfg.model, options_of(cfg.model)
-    at = "model.attentions.latent"
+    m, own = cfg.model, options_of(cfg.model.with_attention(name))
+    at = f"model.attentions.{name}"
     if own.qk_rope_head_dim % 2:
         yield (
             f"{at}.qk_rope_head_dim ({own.qk_rope_head_dim}) must be even: rotary embeddings turn "
@@ -230,7 +230,7 @@ def refusals(cfg: Config) -> Iterator[str]:
             f"{at}.mscale = {own.mscale} does nothing, because model.rope_scaling = "
             f'"{m.rope_scaling}" has no factor: set it to 0'
         )
-    if set(m.attentions) != {m.attention}:
+    if set(m.attentions) != {name}:
         # Other blocks have ordinary heads.
         return
     if m.num_kv_heads != m.num_heads:
@@ -243,10 +243,10 @@ def refusals(cfg: Config) -> Iterator[str]:
             f'model.head_dim ({m.head_dim}) does nothing, because model.attention = "latent" has '
             f"{at}.qk_nope_head_dim, qk_rope_head_dim and v_head_dim: leave the key alone"
         )
-    for name, neutral in (("qk_norm", False), ("rope_fraction", 1.0)):
-        if getattr(m, name) != neutral:
+    for key, neutral in (("qk_norm", False), ("rope_fraction", 1.0)):
+        if getattr(m, key) != neutral:
             yield (
-                f"model.{name} = {getattr(m, name)} does nothing, because model.attention = "
+                f"model.{key} = {getattr(m, key)} does nothing, because model.attention = "
                 '"latent" has no ordinary heads: leave the key alone'
             )
 

@@ -53,12 +53,11 @@ def num_pairs(num_tokens: int, options: Options) -> int:
     return w * (w + 1) // 2 + (num_tokens - w) * w
 
 
-def refusals(cfg: Config) -> Iterator[str]:
-    """Refuses what every attention does, and depth blocks."""
-    yield from heads.refusals(cfg)
-    m = cfg.model
-    own = zip(m.blocks, m.attentions, strict=True)
-    if any(is_depth(kind) and name == m.attention for kind, name in own):
+def refusals(cfg: Config, name: str) -> Iterator[str]:
+    """Refuses what every attention does, and depth blocks with a window."""
+    yield from heads.refusals(cfg, name)
+    pairs = zip(cfg.model.blocks, cfg.model.attentions, strict=True)
+    if any(is_depth(kind) and attention == name for kind, attention in pairs):
         yield (
             'model.attention = "sliding_window" counts tokens that stand side by side, and a depth '
             "block has only some of them: leave depth blocks out, or set "
