@@ -300,8 +300,9 @@ def their_greedy(model, id_BS, number):
     """The ids that transformers writes behind rows, whatever token ends a text."""
     with torch.no_grad():
         ids = torch.tensor(id_BS, dtype=torch.long)
-        more = {"min_new_tokens": number, "max_new_tokens": number, "pad_token_id": 0}
-        return model.generate(ids, do_sample=False, eos_token_id=None, **more).numpy()
+        more = {"max_new_tokens": number, "do_sample": False, "eos_token_id": None}
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, pad_token_id=0, **more).numpy()
 
 
 def our_greedy(run, id_BS, number):
