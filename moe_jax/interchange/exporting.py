@@ -33,6 +33,7 @@ from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
 from moe_jax.models.decodable import why_not_decoded
 from moe_jax.models.ends import embedding_scale
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.run import Run
 
 SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
@@ -185,19 +186,35 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     # Its length decides nothing that is compared.
     settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
     changes = family.read(settings)
+    normal = changes | router_options(changes)
     # What a family does not speak of is as in every new config.
     default = config_file.default_values()
-    # Options of a router may differ and mean the same: the whole config is compared below.
-    same_router = changes.get(ROUTER, at(default, ROUTER)) == here.get(ROUTER)
-    skipped = "model.moe.routers." if same_router else "none"
-    keys = [path for path in here if path not in WORDS and not path.startswith(skipped)]
-    there = {path: changes.get(path, at(default, path)) for path in keys}
+    keys = [path for path in here if path not in WORDS]
+    there = {path: normal.get(path, at(default, path)) for path in keys}
     wrong = [path for path in keys if here[path] != there[path]]
     if not wrong:
         # Nothing is left to chance: the whole config, as it will be read again.
         there = meaning(config.build(as_raw(changes), 1))
         wrong = [path for path in {**here, **there} if here.get(path) != there.get(path)]
     return [_said(family, path, here.get(path), there.get(path)) for path in wrong]
+
+
+def router_options(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of the router that keys of ours choose, in the form that meaning.py has
+    them in; {} where they choose none.
+    """
+    name = changes.get(ROUTER)
+    if name is None:
+        return {}
+    before = f"model.moe.routers.{name}."
+    told = {
+        path.removeprefix(before): value
+        for path, value in changes.items()
+        if path.startswith(before)
+    }
+    options = dataclasses.replace(ROUTERS[name].options(), **told)
+    normal = dataclasses.asdict(ROUTERS[name].normal_form(options))
+    return {before + option: value for option, value in normal.items()}
 
 
 def refuse_lost(family: Family, arrays: Mapping[str, Any]) -> None:

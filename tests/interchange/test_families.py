@@ -15,7 +15,7 @@ def marked(case):
     return pytest.param(case, marks=() if hf_cases.is_quick(case) else pytest.mark.full)
 
 
-@pytest.mark.parametrize("case", map(marked, hf_cases.CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in hf_cases.CASES])
 def test_a_model_computes_the_same_in_both_and_comes_back_bit_for_bit(case, tmp_path):
     family, changes = hf_cases.CASES[case]
     model = hf_cases.theirs(family, changes)

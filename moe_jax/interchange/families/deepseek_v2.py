@@ -57,7 +57,8 @@ FAMILY = Family(
         only("scoring_func", "softmax", "other score in this family"),
         only("norm_topk_prob", False, "gates of this family that sum to one"),
         groups(),
-        key("num_experts_per_tok", f"{ROUTER}.k"),
+        # Transformers has no default. The published models have 6.
+        key("num_experts_per_tok", f"{ROUTER}.k", 6),
         key("routed_scaling_factor", f"{ROUTER}.scale", 1.0),
         key("n_routed_experts", "model.moe.num_experts", 64),
         key("moe_intermediate_size", "model.moe.expert_hidden", 1407),
