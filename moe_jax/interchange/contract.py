@@ -68,6 +68,8 @@ class Family(NamedTuple):
         }
         for entry in self.entries:
             theirs |= entry.write(config)
+        if self.further_layers:
+            theirs[self.further_layers] = 0
         return theirs
 
     def is_further(self, name: str, num_layers: int) -> bool:
