@@ -22,7 +22,11 @@ OPTIONS = {
         "model.output_bias": True,
         "model.embedding_scale": 1.0,
     },
-    "Qwen2-MoE": {
+    "Qwen2-MoE, a cap, a part that turns": {
+        "model.attention_cap": 0.5,
+        "model.attention_scale": 0.7,
+        "model.rope_fraction": 0.5,
+        "model.activation": "geglu",
         "model.attention_bias": True,
         "model.moe.shared_experts": 1,
         "model.moe.shared_hidden": 24,
@@ -53,12 +57,5 @@ OPTIONS = {
         "model.moe.routers.sigmoid.top_groups": 2,
         "model.moe.losses.balance": 0.0,
         "model.moe.shared_experts": 1,
-    },
-    "caps, and a part that turns": {
-        "model.attention_cap": 0.5,
-        "model.head_dim": 8,
-        "model.rope_fraction": 0.5,
-        "model.activation": "geglu",
-        "model.attention_scale": 0.7,
     },
 }
