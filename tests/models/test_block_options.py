@@ -22,6 +22,7 @@ from moe_jax.models.attentions.heads import angles
 from moe_jax.models.ends import embed, embedding
 from moe_jax.models.layers import FeedForward, rms_norm
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.optim import decay_mask, describe
 
 
@@ -73,7 +74,7 @@ def test_scales_and_biases_of_heads_do_not_decay(float64):
 def test_shared_experts_are_gated_by_a_sigmoid(float64):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         plain, gated = (
-            FeedForward(jax.random.key(0), 4, 6, "swiglu", 0.5, "float64", with_gate)
+            FeedForward(jax.random.key(0), 4, 6, Chosen("swiglu"), 0.5, "float64", with_gate)
             for with_gate in (False, True)
         )
         x_BSD = meshes.put(np.random.default_rng(0).normal(size=(1, 3, 4)), "batch", None, None)
