@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from moe_jax.parallel.mesh import BATCH, P
-from moe_jax.schema.blocks import Stack
+from moe_jax.schema.blocks import Stack, inner
 from moe_jax.schema.config import ModelConfig
 
 REPEATS = "repeats"  # the key below which the periods of a stack lie
@@ -185,7 +185,7 @@ def block_numbers(keys: Keys, cfg: ModelConfig) -> np.ndarray | None:
 
 def has_experts(cfg: ModelConfig) -> np.ndarray:
     """Returns a boolean for each block: whether it has an MoE layer."""
-    return np.array([kind.endswith("moe") for kind in cfg.blocks], bool)
+    return np.array([inner(kind) == "moe" for kind in cfg.blocks], bool)
 
 
 def moe_blocks(cfg: ModelConfig) -> np.ndarray:

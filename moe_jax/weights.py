@@ -9,6 +9,8 @@ value is drawn.
     attention o              N(0, 1/(H A)) / sqrt(2 L)  [H, A, D]       heads, -, embed
     attention bias q, k, v   0                          [H or G, A]     heads, -
     attention bias o         0                          [D]             -
+    attention sinks          0                          [H]             heads
+    latent attention         models/attentions/latent.py, `weights`
     query and key norm       1                          [A] or          -
                                                         [H or G, A]     heads, -
     norm scale               1                          [D]             -
@@ -19,15 +21,17 @@ value is drawn.
                                                                         hidden
     expert w_out             N(0, 1/F) / sqrt(2 L)      [E, F, D]       experts, hidden,
                                                                         expert_embed
+    expert in_bias           0                          [E, P, F]       experts, -, hidden
+    expert out_bias          0                          [E, D]          experts, -
     router gate              N(0, 1/D)                  [D, E]          embed, -
     other router weights     beside their router, in `params` and `state` of moe/routing/NAME.py
     depth router             moe_jax/models/depth.py, `declare`
 
 D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L
-blocks; P = 2 (gate and up) for SwiGLU, 1 for GELU. The division by sqrt(2 L) keeps the residual
-stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins small is in
-docs/first_values.md. A key depends on the parameter's name only, so the loop and the scan over
-layers, and every mesh, draw the same values.
+blocks; P = 2 (gate and up) for SwiGLU and its like, 1 for GELU. The division by sqrt(2 L) keeps the
+residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins
+small is in docs/first_values.md. A key depends on the parameter's name only, so the loop and the
+scan over layers, and every mesh, draw the same values.
 """
 
 import zlib

@@ -30,6 +30,7 @@ from configs import base
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe import load, losses
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.probe import Request
@@ -157,7 +158,7 @@ def train_dense(hidden, seed=0):
     """The same for one dense network of that hidden width."""
     with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         graph, params = nnx.split(
-            FeedForward(jax.random.key(seed), D, hidden, "swiglu", hidden**-0.5, "float32")
+            FeedForward(jax.random.key(seed), D, hidden, Chosen("swiglu"), hidden**-0.5, "float32")
         )
 
         def loss(params, state, key):

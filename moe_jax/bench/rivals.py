@@ -20,6 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.models import decoder
 from moe_jax.models.attentions import grouped_query
 from moe_jax.models.rope_scalings import unscaled
+from moe_jax.moe.activations import swiglu
 from moe_jax.moe.routing import top_k
 from moe_jax.optim.optimizers import adamw
 from moe_jax.plan import flops
@@ -44,7 +45,11 @@ def why_none(cfg: config.Config) -> str:
         return "its blocks are not those of Llama or Mixtral"
     if not isinstance(model.attention_options, grouped_query.Options):
         return "Llama and Mixtral have grouped-query attention"
-    if model.activation != "swiglu" or model.attention_bias or model.qk_norm or model.dropout:
+    changed = (model.attention_scale, model.attention_cap, model.attention_sinks)
+    if any(changed) or model.rope_fraction != 1 or model.rope_pairs != "halves":
+        return "Llama and Mixtral have scores and rotary embeddings without options"
+    is_swiglu = isinstance(model.activation_options, swiglu.Options)
+    if not is_swiglu or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"
     is_scaled = not isinstance(model.rope_scaling_options, unscaled.Options)
     if model.norm_position != "before" or model.output_bias or is_scaled:
@@ -52,10 +57,10 @@ def why_none(cfg: config.Config) -> str:
     if kinds == {"dense"}:
         return ""
     router = model.moe.router_options
-    if not isinstance(router, top_k.Options) or not router.renormalize:
+    if not isinstance(router, top_k.Options) or not router.renormalize or router.bias:
         return "Mixtral's router is a softmax whose chosen weights sum to 1"
-    if model.moe.shared_experts:
-        return "Mixtral has no shared experts"
+    if model.moe.shared_experts or model.moe.expert_bias:
+        return "Mixtral has no shared experts and no biases of experts"
     return ""
 
 

@@ -330,6 +330,15 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens of a row (default: max_position_embeddings, at most 4096)",
     )
+    parser.add_argument(
+        "--mesh",
+        default="",
+        help="DATAxEXPERTxMODEL: put it together on these devices, each its own part (default: in "
+        "the memory of the host)",
+    )
+    parser.add_argument(
+        "--simulate_devices", type=int, default=0, help="CPU devices to simulate for --mesh"
+    )
 
 
 def run_import(flags: argparse.Namespace) -> int:
@@ -337,8 +346,9 @@ def run_import(flags: argparse.Namespace) -> int:
     if flags.seq_len is not None and flags.seq_len < 1:
         raise UserError(f"--seq_len {flags.seq_len} must be at least 1")
     refuse_filled("--out", flags.out)
+    lengths = import_mesh(flags)
     with new_directory(flags.out):
-        done = import_model(flags.source, flags.out, flags.seq_len)
+        done = import_model(flags.source, flags.out, flags.seq_len, lengths)
     model = done.config.model
     shell.tell(
         f"{done.family}: {done.num_tensors:,} tensors, {done.num_parameters:,} parameters in "
@@ -348,6 +358,28 @@ def run_import(flags: argparse.Namespace) -> int:
         shell.tell(note)
     shell.tell(f"written: {flags.out} (train on: --config {flags.out / 'config.py'})")
     return 0
+
+
+def import_mesh(flags: argparse.Namespace) -> mesh.Lengths | None:
+    """Returns the lengths of --mesh; None without one. Raises UserError where the devices are not
+    as many.
+    """
+    if flags.simulate_devices:
+        if not flags.mesh:
+            raise UserError(
+                f"--simulate_devices {flags.simulate_devices} does nothing without --mesh: name a "
+                "mesh, as in --mesh 2x2x2"
+            )
+        mesh.simulate(flags.simulate_devices)
+    if not flags.mesh:
+        return None
+    lengths, there = mesh.parse(flags.mesh, "--mesh"), len(jax.devices())
+    if lengths.num_devices != there:
+        raise UserError(
+            f"--mesh {flags.mesh} has {lengths.num_devices} devices, and there are {there}: name "
+            "another, or set --simulate_devices"
+        )
+    return lengths
 
 
 # export

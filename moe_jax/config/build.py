@@ -15,9 +15,10 @@ from moe_jax.config import rules
 from moe_jax.config.tree import COEFFICIENTS, Choice, at, choices
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel import mesh
-from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.blocks import DEPTH, is_depth, named_attentions
 from moe_jax.schema.config import NO_RULE, Coefficients, Config, MeshConfig
 from moe_jax.schema.options import freeze, refusals, refuse_other_keys
 
@@ -41,6 +42,12 @@ RESUME_MAY_CHANGE = (
     "data.folder",
 )
 
+# Keys of the model that are of attention alone.
+OF_ATTENTION = (
+    *("attention", "attention_scale", "attention_cap", "attention_sinks"),
+    *("rope_fraction", "rope_pairs", "rope_scaling", "output_bias"),
+)
+
 
 def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     """Returns the checked, frozen config.
@@ -55,6 +62,7 @@ def build(raw: Mapping[str, Any], num_devices: int) -> Config:
     tree = copy.deepcopy(dict(raw))
     # The mesh, for the devices that are there.
     tree["mesh"] = _lengths(tree["mesh"], tree["mesh_fallbacks"], num_devices)
+    tree["model"]["block_attentions"] = _block_attentions(tree["model"])
     for choice in choices():
         # Only the options of what is chosen travel on, frozen.
         _choose(tree, choice)
@@ -107,6 +115,15 @@ def _choose(tree: dict[str, Any], choice: Choice) -> None:
     block[choice.frozen] = freeze(choice.options[chosen], options, f"{choice.blocks}.{chosen}.")
 
 
+def _block_attentions(model: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Returns (name, frozen options) of each attention that a block names and that is known."""
+    names = [name for name in named_attentions(model) if name in ATTENTIONS]
+    return tuple(
+        (name, freeze(ATTENTIONS[name].options, blocks, f"model.attentions.{name}."))
+        for name, blocks in ((name, model["attentions"].get(name, {})) for name in names)
+    )
+
+
 def _head_dim(d_model: Any, num_heads: Any) -> Any:
     """Returns d_model / num_heads; 1 of what is no such number, which is refused by its name."""
     if not (isinstance(d_model, int) and isinstance(num_heads, int)):
@@ -128,10 +145,12 @@ def refuse_unchosen(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     _refuse_unused_depth(raw["model"], defaults["model"])
     _refuse_unused_attention(raw["model"], defaults["model"])
     _refuse_unused_pattern(raw["model"]["moe"]["sparse"], defaults["model"]["moe"]["sparse"])
+    # Choices that blocks make for themselves.
+    also = {"model.attention": named_attentions(raw["model"])}
     for choice in choices():
         chosen, default_blocks = at(raw, choice.path), at(defaults, choice.blocks)
         for name, values in at(raw, choice.blocks).items():
-            if name == chosen:
+            if name == chosen or name in also.get(choice.path, ()):
                 continue
             default = default_blocks.get(name, {})
             # A key that today's defaults do not have cannot be told from its default.
@@ -161,7 +180,7 @@ def _refuse_unused_attention(model: Mapping[str, Any], default: Mapping[str, Any
     # What is no kind of model is told by `build`.
     if kind not in MODELS or MODELS[kind].options(**model["kinds"][kind]).masks:
         return
-    for key in ("attention", "rope_scaling", "output_bias"):
+    for key in OF_ATTENTION:
         if model[key] != default[key]:
             value = f'"{model[key]}"' if isinstance(model[key], str) else model[key]
             raise UserError(
@@ -173,7 +192,7 @@ def _refuse_unused_attention(model: Mapping[str, Any], default: Mapping[str, Any
 def _refuse_unused_depth(model: Mapping[str, Any], default: Mapping[str, Any]) -> None:
     """Refuses the options of depth blocks in a model that has none."""
     parts = (model["prefix"], model["period"], model["suffix"])
-    if any(kind.startswith(DEPTH) for part in parts for kind in part):
+    if any(is_depth(kind) for part in parts for kind in part):
         return
     for key, value in model["depth"].items():
         if value != default["depth"].get(key, value):

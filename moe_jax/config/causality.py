@@ -66,7 +66,13 @@ def _depth(model: ModelConfig) -> bool:
 
 def _attention(model: ModelConfig) -> bool:
     """Returns whether attention itself sees the future, where the mask is causal."""
-    return bool(model.kind_options.masks) and ATTENTIONS[model.attention].sees_future
+    return bool(_ahead(model))
+
+
+def _ahead(model: ModelConfig) -> list[str]:
+    """Returns the attentions of a model that see the future."""
+    used = model.attentions if model.kind_options.masks else ()
+    return [name for name in dict.fromkeys(used) if ATTENTIONS[name].sees_future]
 
 
 def reasons(model: ModelConfig) -> list[str]:
@@ -77,8 +83,8 @@ def reasons(model: ModelConfig) -> list[str]:
             f"depth blocks (model.depth.capacity = {model.depth.capacity}) train on the tokens "
             "that score highest in the whole sequence"
         )
-    if _attention(model) and MODELS[model.kind].causal:
-        sentences.append(f'model.attention = "{model.attention}" sees later tokens')
+    if MODELS[model.kind].causal:
+        sentences += [f'model.attention = "{name}" sees later tokens' for name in _ahead(model)]
     if not model.num_moe_layers:
         return sentences
     router = ROUTERS[moe.router].sees(moe.router_options)

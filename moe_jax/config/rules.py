@@ -4,12 +4,14 @@ Each message names the keys, both values and the way out. What a component alone
 own file; here is what ties it to others.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 from moe_jax.config import causality
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.block import kind_refusals
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe import sparse
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
@@ -20,7 +22,7 @@ from moe_jax.moe.routing.contract import Setting, Sizes
 from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
 from moe_jax.schema import options
-from moe_jax.schema.blocks import BLOCKS
+from moe_jax.schema.blocks import attention_of, without_attention
 from moe_jax.schema.config import NAMED_REMAT, REMAT_NAMES, Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
@@ -52,7 +54,10 @@ def chosen_blocks(cfg: Config) -> Iterator[tuple[str, object]]:
     yield f"tasks.{cfg.task}", cfg.task_options
     yield f"model.kinds.{cfg.model.kind}", cfg.model.kind_options
     yield f"model.attentions.{cfg.model.attention}", cfg.model.attention_options
+    for name, chosen in cfg.model.block_attentions:
+        yield f"model.attentions.{name}", chosen
     yield f"model.rope_scalings.{cfg.model.rope_scaling}", cfg.model.rope_scaling_options
+    yield f"model.activations.{cfg.model.activation}", cfg.model.activation_options
     yield f"model.moe.routers.{moe.router}", moe.router_options
     yield f"model.moe.orderings.{moe.ordering}", moe.ordering_options
     yield f"model.moe.dispatchers.{moe.dispatcher}", moe.dispatcher_options
@@ -73,7 +78,9 @@ def advice(cfg: Config) -> Iterator[str]:
             "optim.master_copy=True, or model.param_dtype=float32 and model.dtype=bfloat16"
         )
     if cfg.model.kind_options.masks:
-        yield from ATTENTIONS[cfg.model.attention].advice(cfg)
+        for name in dict.fromkeys(cfg.model.attentions):
+            one = dataclasses.replace(cfg, model=cfg.model.with_attention(name))
+            yield from ATTENTIONS[name].advice(one)
     if cfg.model.num_moe_layers:
         yield from _of_router(cfg)
         if not DISPATCHERS[cfg.model.moe.dispatcher].drops:
@@ -167,7 +174,12 @@ def _model(cfg: Config) -> Iterator[str]:
     kind = MODELS[model.kind]
     for part in ("prefix", "period", "suffix"):
         for block in getattr(model, part):
-            yield from not_among(f"model.{part}", block, BLOCKS)
+            yield from kind_refusals(f"model.{part}", block)
+            if attention_of(block) and not model.kind_options.masks:
+                yield (
+                    f'model.{part} names an attention, "{block}", and model.kind = "{model.kind}" '
+                    f'has none: write "{without_attention(block)}"'
+                )
     if model.stacks and not model.blocks:
         yield (
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "
@@ -184,10 +196,10 @@ def _model(cfg: Config) -> Iterator[str]:
 
 
 def _attention(cfg: Config) -> Iterator[str]:
-    """What the attention refuses of the config, and a mask of the kind of model that it has not."""
+    """What the attentions of the blocks refuse, and options that do nothing."""
     model = cfg.model
-    attention = ATTENTIONS[model.attention]
-    yield from attention.refusals(cfg)
+    for name in dict.fromkeys(model.attentions):
+        yield from _one_attention(cfg, name)
     at, scaling = f"model.rope_scalings.{model.rope_scaling}", ROPE_SCALINGS[model.rope_scaling]
     yield from scaling.refusals(model.rope_scaling_options, at, model.rope_theta)
     if model.qk_norm_over == "width" and not model.qk_norm:
@@ -195,11 +207,17 @@ def _attention(cfg: Config) -> Iterator[str]:
             'model.qk_norm_over = "width" does nothing, because model.qk_norm is False: set '
             "model.qk_norm=True, or leave the key alone"
         )
+
+
+def _one_attention(cfg: Config, name: str) -> Iterator[str]:
+    """What an attention refuses of the config, and a mask of the kind of model that it has not."""
+    model, attention = cfg.model, ATTENTIONS[name]
+    yield from attention.refusals(cfg, name)
     for mask in model.kind_options.masks:
         if mask not in attention.masks:
-            able = (name for name, one in ATTENTIONS.items() if mask in one.masks)
+            able = (other for other, one in ATTENTIONS.items() if mask in one.masks)
             yield (
-                f'model.attention = "{model.attention}" has no mask "{mask}", which model.kind = '
+                f'model.attention = "{name}" has no mask "{mask}", which model.kind = '
                 f'"{model.kind}" asks for here: set model.attention={" or ".join(able)}'
             )
 

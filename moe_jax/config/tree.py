@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
+from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.moe.ordering import ORDERINGS
@@ -37,6 +38,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
     "model.kind": MODELS,
     "model.attention": ATTENTIONS,
     "model.rope_scaling": ROPE_SCALINGS,
+    "model.activation": ACTIVATIONS,
     "model.moe.router": ROUTERS,
     "model.moe.ordering": ORDERINGS,
     "model.moe.dispatcher": DISPATCHERS,

@@ -37,6 +37,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
 from moe_jax.parallel import mesh
 from moe_jax.parallel.compiling import QUICK
+from moe_jax.schema.blocks import named_attentions
 from moe_jax.schema.config import Config
 from moe_jax.train_step import make_model
 from moe_jax.weights import Weight
@@ -298,9 +299,10 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     options = model["kinds"][kind]
     changes = dict(MODELS[kind].small(options, seq_len))
     model["kinds"] = {**model["kinds"], kind: {**options, **changes}}
-    attention, options = model["attention"], model["attentions"][model["attention"]]
-    changes = dict(ATTENTIONS[attention].small(options, small["data"]["seq_len"]))
-    model["attentions"] = {**model["attentions"], attention: {**options, **changes}}
+    for attention in (model["attention"], *named_attentions(model)):
+        options = model["attentions"][attention]
+        changes = dict(ATTENTIONS[attention].small(options, small["data"]["seq_len"]))
+        model["attentions"] = {**model["attentions"], attention: {**options, **changes}}
     return small
 
 

@@ -31,6 +31,7 @@ from moe_jax.data.batches import PackedText
 from moe_jax.errors import UserError
 from moe_jax.moe import probe
 from moe_jax.parallel.mesh import P
+from moe_jax.schema.blocks import inner, is_depth
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.tasks.lm import task as lm
 from moe_jax.train_step import Model, State, micro_batches, step_key
@@ -96,7 +97,7 @@ def refuse_unrecordable(cfg: ModelConfig) -> None:
         raise UserError(
             "the model has no MoE layer, so there is no routing to look at (record.steps)"
         )
-    deep = [kind for kind in cfg.blocks if kind.endswith("moe") and kind != "moe"]
+    deep = [kind for kind in cfg.blocks if inner(kind) == "moe" and is_depth(kind)]
     if deep:
         raise UserError(
             f'only some tokens go through a block "{deep[0]}": their routing cannot be recorded by '

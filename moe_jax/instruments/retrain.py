@@ -95,7 +95,7 @@ def gates(moe: MoEConfig) -> str:
     the model itself, else "recorded".
     """
     options = moe.router_options
-    if not isinstance(options, top_k.Options) or options.scale != 1:
+    if not isinstance(options, top_k.Options) or options.scale != 1 or options.bias:
         return "recorded"
     # Both make the gates of a token a softmax over its experts alone.
     over_chosen = options.renormalize or options.softmax == "after"

@@ -7,7 +7,10 @@ do.
     contract.py      what a family of models is
     families/NAME.py one family each: all about it, from the two before
     decoder.py       entries and rows that families of decoders share
+    deepseek.py      what DeepSeek's families and their descendants share
     meaning.py       what a config of ours says of the function that a model computes
+    mxfp4.py         experts of four bits, unpacked
+    shards.py        a parameter on the devices of a mesh, each with its own part
     tensors.py       folders of safetensors, read and written a part at a time
     tokenizers.py    tokenizer.json
     importing.py, exporting.py

@@ -1,12 +1,15 @@
 """What a family of models is: how its config and its tensors are those of a model of ours."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.interchange.entries import Entry, Ours
+from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, laid_out
 from moe_jax.interchange.rows import Row
 from moe_jax.interchange.settings import HARMLESS, Settings
+from moe_jax.interchange.tensors import Folder
+from moe_jax.schema.blocks import without_attention
 
 
 class Family(NamedTuple):
@@ -15,7 +18,8 @@ class Family(NamedTuple):
     # `model_type` and the one of `architectures` that is a language model.
     model_type: str
     architecture: str
-    # Its config, both ways.
+    # Its config, both ways. What they read has the kinds of the blocks as meaning.BLOCKS, and where
+    # not all have grouped-query attention, their attentions as meaning.LAYER_ATTENTIONS.
     entries: tuple[Entry, ...]
     # What lies outside of the blocks.
     ends: tuple[Row, ...]
@@ -25,6 +29,14 @@ class Family(NamedTuple):
     layer: str = "model.layers.{}."
     # What names of tensors end with that are no parameters, and are not read.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # Puts tensors that are packed together, in a quantised checkpoint, into the folder as they are
+    # after unpacking; None = none are read.
+    quantized: Callable[[Folder], None] | None = None
+    # What names of arrays of ours end with that theirs have not, because they are zeros.
+    zeros: tuple[str, ...] = ()
+    # The key that says how many layers there are behind those of the model, which are not read; ""
+    # = there are none.
+    further_layers: str = ""
     # What names of tensors end with that are in float32 at least, whatever the others are.
     wide: tuple[str, ...] = ()
 
@@ -41,8 +53,12 @@ class Family(NamedTuple):
         ours: dict[str, Any] = {}
         for entry in self.entries:
             ours |= entry.read(settings)
+        if self.further_layers:
+            settings.get(self.further_layers)
         settings.refuse_unread(self.model_type, HARMLESS)
-        return ours
+        kinds = ours.pop(BLOCKS)
+        attentions = ours.pop(LAYER_ATTENTIONS, ("grouped_query",) * len(kinds))
+        return ours | laid_out(kinds, attentions)
 
     def write(self, config: Ours) -> dict[str, Any]:
         """Returns the settings of a model of ours, as far as the family can say it."""
@@ -52,7 +68,16 @@ class Family(NamedTuple):
         }
         for entry in self.entries:
             theirs |= entry.write(config)
+        if self.further_layers:
+            theirs[self.further_layers] = 0
         return theirs
+
+    def is_further(self, name: str, num_layers: int) -> bool:
+        """Returns whether a tensor is of a layer behind those of the model."""
+        before, after = self.layer.split("{}")
+        number = name.removeprefix(before).partition(after)[0]
+        named = bool(self.further_layers) and name.startswith(before) and number.isdecimal()
+        return named and int(number) >= num_layers
 
     def rows(self, kinds: tuple[str, ...]) -> Iterator[tuple[int | None, Row]]:
         """Yields (number of the block, row) of every parameter that a model of these blocks may
@@ -61,7 +86,8 @@ class Family(NamedTuple):
         for row in self.ends:
             yield None, row
         for number, kind in enumerate(kinds):
-            if kind not in self.blocks:
+            inside = without_attention(kind)
+            if inside not in self.blocks:
                 raise UserError(f'{self.model_type} has no block of kind "{kind}"')
-            for row in self.blocks[kind]:
+            for row in self.blocks[inside]:
                 yield number, row

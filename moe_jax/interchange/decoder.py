@@ -11,19 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_jax.interchange.entries import Entry, Ours, fixed, ignored, key, only
-from moe_jax.interchange.meaning import BLOCKS, laid_out
+from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS
 from moe_jax.interchange.rows import Row
 from moe_jax.interchange.settings import Settings
 
-WINDOWED, WINDOW = "sliding_window", "model.attentions.sliding_window.window"
+FULL, WINDOWED = "grouped_query", "sliding_window"
+WINDOW = f"model.attentions.{WINDOWED}.window"
 
 # Entries.
 
 
-def sizes(norm_epsilon: float) -> tuple[Entry, ...]:
+def sizes(norm_epsilon: float, activation: str = "swiglu") -> tuple[Entry, ...]:
     """Returns the entries that every one of these families has."""
     return (
-        fixed(model__kind="decoder", model__activation="swiglu", model__embedding_scale=1.0),
+        fixed(model__kind="decoder", model__activation=activation, model__embedding_scale=1.0),
         key("vocab_size", "model.vocab_size"),
         key("hidden_size", "model.d_model"),
         key("rms_norm_eps", "model.norm_epsilon", norm_epsilon),
@@ -72,11 +73,11 @@ def _written_heads(config: Ours) -> dict[str, Any]:
     }
 
 
-def biases_of_all() -> Entry:
+def biases_of_all(default: bool = False) -> Entry:
     """Returns the entry of `attention_bias`, which is of all four projections."""
 
     def read(settings: Settings) -> dict[str, Any]:
-        value = settings.get("attention_bias", False)
+        value = settings.get("attention_bias", default)
         return {"model.attention_bias": value, "model.output_bias": value}
 
     def write(config: Ours) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def window(length: int | None = None) -> Entry:
     """
 
     def read(settings: Settings) -> dict[str, Any]:
-        return _windowed(_told(settings, length))
+        return _windowed(_told(settings, length), settings.number("num_hidden_layers"))
 
     def write(config: Ours) -> dict[str, Any]:
         return {"sliding_window": config.get(WINDOW)}
@@ -106,7 +107,8 @@ def window_if_used(length: int = 4096) -> Entry:
 
     def read(settings: Settings) -> dict[str, Any]:
         size = _told(settings, length)
-        return _windowed(size if settings.get("use_sliding_window", False) else None)
+        used = settings.get("use_sliding_window", False)
+        return _windowed(size if used else None, settings.number("num_hidden_layers"))
 
     def write(config: Ours) -> dict[str, Any]:
         size = config.get(WINDOW)
@@ -125,41 +127,48 @@ def window_by_layer(
     last: int,
     length: int = 4096,
     switch: str = "use_sliding_window",
+    needed: bool = False,
 ) -> Entry:
-    """Returns the entry of keys that may give some layers a window: we have one attention for all
-    of them.
+    """Returns the entry of keys that may give some layers a window.
 
     Args:
       slides: (layer, max_window_layers) -> whether a layer has a window, where layer_types is not
         there.
-      last, length: max_window_layers and sliding_window where they are not there.
+      last, length: max_window_layers and sliding_window where they are not there; last = 0: there
+        is no max_window_layers.
       switch: the key that says whether there are windows at all; "" = there are.
+      needed: sliding_window is there even if no layer has one.
     """
     full, sliding = "full_attention", "sliding_attention"
 
     def read(settings: Settings) -> dict[str, Any]:
         used = settings.get(switch, False) if switch else True
         size = _told(settings, length)
-        bound = settings.get("max_window_layers", last)
+        bound = settings.get("max_window_layers", last) if last else 0
         layers = range(settings.number("num_hidden_layers"))
         kinds = settings.get("layer_types")
         if kinds is None:
             used = used and size is not None
             kinds = [sliding if used and slides(layer, bound) else full for layer in layers]
-        if len(set(kinds)) != 1 or kinds[0] not in (full, sliding):
-            named = "layer_types" if settings.get("layer_types") else "max_window_layers"
+        names = {full: FULL, sliding: WINDOWED}
+        if len(kinds) != len(layers) or not set(kinds) <= set(names):
             raise settings.refusal(
-                named, "moe_jax has one attention for all layers, with a window or without"
+                "layer_types",
+                f'it must have "{full}" or "{sliding}" for each of num_hidden_layers = '
+                f"{len(layers)}",
             )
-        return _windowed(size if kinds[0] == sliding else None)
+        attentions = {LAYER_ATTENTIONS: tuple(names[kind] for kind in kinds)}
+        return attentions | ({WINDOW: size} if sliding in kinds else {})
 
     def write(config: Ours) -> dict[str, Any]:
-        size, num = config.get(WINDOW), len(config[BLOCKS])
+        size, names = config.get(WINDOW), config[LAYER_ATTENTIONS]
+        kinds = [sliding if name == WINDOWED else full for name in names]
         return {
             **({switch: size is not None} if switch else {}),
-            "sliding_window": size,
-            "max_window_layers": num if size is None else 0,
-            "layer_types": [full if size is None else sliding] * num,
+            "sliding_window": length if needed and size is None else size,
+            # Without layer_types an older version reads it, which knows no other pattern.
+            **({"max_window_layers": _first_of_last(kinds, sliding)} if last else {}),
+            "layer_types": kinds,
         }
 
     return Entry(read, write)
@@ -171,18 +180,26 @@ def _told(settings: Settings, length: int | None) -> int | None:
     return length if size is None and not settings.has("sliding_window") else size
 
 
-def _windowed(size: int | None) -> dict[str, Any]:
-    """Returns keys of ours for a window, or for none."""
+def _windowed(size: int | None, num_layers: int) -> dict[str, Any]:
+    """Returns keys of ours for a window of all layers, or for none."""
     if size is None:
-        return {"model.attention": "grouped_query"}
-    return {"model.attention": WINDOWED, WINDOW: size}
+        return {LAYER_ATTENTIONS: (FULL,) * num_layers}
+    return {LAYER_ATTENTIONS: (WINDOWED,) * num_layers, WINDOW: size}
+
+
+def _first_of_last(kinds: list[str], kind: str) -> int:
+    """Returns the layer from which on all are of a kind."""
+    first = len(kinds)
+    while first and kinds[first - 1] == kind:
+        first -= 1
+    return first
 
 
 def layers(kind: str) -> Entry:
     """Returns the entry of layers that are all of one kind of ours."""
 
     def read(settings: Settings) -> dict[str, Any]:
-        return laid_out((kind,) * settings.number("num_hidden_layers"))
+        return {BLOCKS: (kind,) * settings.number("num_hidden_layers")}
 
     def write(config: Ours) -> dict[str, Any]:
         return {"num_hidden_layers": len(config[BLOCKS])}
@@ -202,7 +219,7 @@ def sparse_layers() -> Entry:
         for layer in range(settings.number("num_hidden_layers")):
             has_experts = layer not in dense and (layer + 1) % step == 0
             kinds.append("moe" if has_experts else "dense")
-        return laid_out(tuple(kinds))
+        return {BLOCKS: tuple(kinds)}
 
     def write(config: Ours) -> dict[str, Any]:
         kinds = config[BLOCKS]

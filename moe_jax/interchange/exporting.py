@@ -28,14 +28,20 @@ from moe_jax.interchange import settings as their_settings
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.importing import as_raw, family_of, planned
-from moe_jax.interchange.meaning import BLOCKS, meaning
+from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, meaning
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
 from moe_jax.models.decodable import why_not_decoded
 from moe_jax.models.ends import embedding_scale
+from moe_jax.moe.routing import ROUTERS
 from moe_jax.run import Run
 
-SCALE = "model.embedding_scale"
+SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
+# How messages call what is no key.
+WORDS = {
+    BLOCKS: "the kinds of blocks (model.prefix, period, suffix)",
+    LAYER_ATTENTIONS: "the attentions of the blocks (model.attention)",
+}
 # Names of dtypes in `config.json`, which transformers loads the tensors in.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -82,6 +88,7 @@ def export_model(
     parts = {"params": params, "router_state": run.router_state}
     plan = planned(chosen, run.config.model, parts)
     arrays = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
+    refuse_lost(chosen, arrays)
     scale = embedding_scale(run.config.model)
     if scale != 1:
         arrays |= folded(arrays, scale, run.config.model.tie_embeddings)
@@ -179,10 +186,11 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     # Its length decides nothing that is compared.
     settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
     changes = family.read(settings)
-    keys = [path for path in here if path != BLOCKS]
+    normal = changes | router_options(changes)
     # What a family does not speak of is as in every new config.
     default = config_file.default_values()
-    there = {path: changes.get(path, at(default, path)) for path in keys}
+    keys = [path for path in here if path not in WORDS]
+    there = {path: normal.get(path, at(default, path)) for path in keys}
     wrong = [path for path in keys if here[path] != there[path]]
     if not wrong:
         # Nothing is left to chance: the whole config, as it will be read again.
@@ -191,9 +199,37 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     return [_said(family, path, here.get(path), there.get(path)) for path in wrong]
 
 
+def router_options(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of the router that keys of ours choose, in the form that meaning.py has
+    them in; {} where they choose none.
+    """
+    name = changes.get(ROUTER)
+    if name is None:
+        return {}
+    before = f"model.moe.routers.{name}."
+    told = {
+        path.removeprefix(before): value
+        for path, value in changes.items()
+        if path.startswith(before)
+    }
+    options = dataclasses.replace(ROUTERS[name].options(), **told)
+    normal = dataclasses.asdict(ROUTERS[name].normal_form(options))
+    return {before + option: value for option, value in normal.items()}
+
+
+def refuse_lost(family: Family, arrays: Mapping[str, Any]) -> None:
+    """Raises UserError for an array that a family takes to be zeros, and that is not."""
+    for name, array in arrays.items():
+        if family.zeros and name.endswith(family.zeros) and np.any(np.asarray(array)):
+            raise UserError(
+                f"{name} is not zero, and {family.model_type} has no tensor for it: export as "
+                "another family, or train with a bias that does not move (bias_rate = 0)"
+            )
+
+
 def _said(family: Family, path: str, ours: Any, its: Any) -> str:
     """Returns how a family differs from a model in one key."""
-    name = "the kinds of blocks (model.prefix, period, suffix)" if path == BLOCKS else path
+    name = WORDS.get(path, path)
     if its is None:
         return f"{name} = {_short(ours)}, which no config of {family.model_type} can say"
     return f"{name} = {_short(ours)}, and {family.model_type} has {_short(its)}"

@@ -8,10 +8,9 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from moe_jax import config
 from moe_jax.checkpoint import flat
@@ -24,10 +23,12 @@ from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.rows import Piece, pieces
 from moe_jax.interchange.settings import Settings
+from moe_jax.interchange.shards import Shards
 from moe_jax.models.block import moe_config
 from moe_jax.models.functions import make_model
 from moe_jax.moe.layer import adaptive_state
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel.mesh import Lengths
 from moe_jax.run import write_run
 from moe_jax.schema.config import Config, ModelConfig
 
@@ -47,44 +48,99 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_model(source: Path, out: Path, seq_len: int | None = None) -> Imported:
+class Loaded(NamedTuple):
+    """A model of theirs on the devices of a mesh."""
+
+    # "params" and "router_state": trees of arrays with single layers.
+    parts: dict[str, Any]
+    config: Config
+    # Keys of ours that its config changed.
+    changes: dict[str, Any]
+    family: Family
+    num_tensors: int
+    notes: tuple[str, ...]
+
+
+def import_model(
+    source: Path, out: Path, seq_len: int | None = None, lengths: Lengths | None = None
+) -> Imported:
     """Writes the model of a folder, as save_pretrained leaves it, as a run into `out`.
 
-    `seq_len`: data.seq_len; None = what the model was made for, at most LONGEST_ROW. Raises
-    UserError for what we do not have, and for what is missing or damaged.
+    Args:
+      seq_len: data.seq_len; None = what the model was made for, at most LONGEST_ROW.
+      lengths: of the mesh on whose devices it is put together, and of the run's config; None = the
+        memory of the host.
+
+    Raises UserError for what we do not have, and for what is missing or damaged.
+    """
+    mesh = meshes.make(lengths) if lengths else meshes.of_host()
+    with jax.set_mesh(mesh):
+        loaded = load(source, seq_len, lengths)
+        write_run(out, as_raw(loaded.changes), loaded.parts, step=0)
+        num_parameters = sum(x.size for x in jax.tree.leaves(loaded.parts["params"]))
+    notes = list(loaded.notes)
+    cfg = loaded.config
+    try:
+        theirs, _ = their_settings.read(source)
+        tokenizer_files.read(source, theirs, cfg.model.vocab_size).save(out / "tokenizer")
+    except UserError as error:
+        notes.append(
+            f"no tokenizer was taken ({error}): `generate` needs one in {out / 'tokenizer'}"
+        )
+    (out / "config.py").write_text(as_file(loaded.changes, out), encoding="utf-8")
+    name = loaded.family.model_type
+    return Imported(name, cfg, loaded.num_tensors, num_parameters, tuple(notes))
+
+
+def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = None) -> Loaded:
+    """Returns the model of a folder on the devices of the current mesh, whose lengths are given
+    unless it is one device.
+
+    Each device gets its own part of a parameter, tensor by tensor; `import_model` has the rest.
     """
     theirs, where = their_settings.read(source)
     family = family_of(theirs, where)
     changes = family.read(Settings(theirs, where))
     longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
-    with tensors.Folder(source) as folder, jax.set_mesh(meshes.of_host()):
+    if lengths:
+        changes |= {f"mesh.{axis}": length for axis, length in lengths.written().items()}
+        rows = defaults().train.batch_size
+        # Rows are split over the devices.
+        changes["train.batch_size"] = -(-rows // lengths.batch_devices) * lengths.batch_devices
+    num_devices = lengths.num_devices if lengths else 1
+    with tensors.Folder(source) as folder:
+        if family.quantized:
+            family.quantized(folder)
         # Their shapes are the same in every dtype.
-        cfg = config.build(as_raw(changes), 1)
+        cfg = config.build(as_raw(changes), num_devices)
         plan = planned(family, cfg.model, abstract_parts(cfg))
         changes["model.param_dtype"] = changes["model.dtype"] = widest(folder, family)
         raw = as_raw(changes)
         config.allow_float64(raw)
-        cfg = config.build(raw, 1)
+        cfg = config.build(raw, num_devices)
         refuse_misfits(plan, folder, family, cfg.model)
+        notes = noted(folder, family, cfg, longest)
         parts = assembled(plan, folder, abstract_parts(cfg))
-        write_run(out, raw, parts, step=0)
-        num_parameters = sum(x.size for x in jax.tree.leaves(parts["params"]))
+    num_tensors = sum(len(made_of) for made_of in plan.values())
+    return Loaded(parts, cfg, changes, family, num_tensors, notes)
+
+
+def noted(folder: tensors.Folder, family: Family, cfg: Config, longest: int) -> tuple[str, ...]:
+    """Returns what the user should know of a model."""
     notes = []
-    try:
-        tokenizer_files.read(source, theirs, cfg.model.vocab_size).save(out / "tokenizer")
-    except UserError as error:
+    num_layers = len(cfg.model.blocks)
+    if further := [name for name in folder.names() if family.is_further(name, num_layers)]:
         notes.append(
-            f"no tokenizer was taken ({error}): `generate` needs one in {out / 'tokenizer'}"
+            f"{len(further)} tensors of layers that predict further tokens were passed over "
+            f"({family.further_layers}): moe_jax has none"
         )
     if longest > cfg.data.seq_len:
         notes.append(
             f"data.seq_len = {cfg.data.seq_len}, of the {longest} tokens that the model takes "
             "(max_position_embeddings): --seq_len sets another"
         )
-    (out / "config.py").write_text(as_file(changes, out), encoding="utf-8")
-    num_tensors = sum(len(made_of) for made_of in plan.values())
-    return Imported(family.model_type, cfg, num_tensors, num_parameters, tuple(notes))
+    return tuple(notes)
 
 
 def family_of(theirs: Mapping[str, Any], where: str) -> Family:
@@ -137,7 +193,7 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
             plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
     for name in ours:
         of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
-        if name not in plan and not of_training:
+        if name not in plan and not of_training and not name.endswith(family.zeros):
             # The refusals of keys come first: a family that lacks a row lacks a refusal too.
             raise UserError(f"{family.model_type} has no tensor for the parameter {name}")
     return plan
@@ -175,7 +231,8 @@ def refuse_misfits(
     for name in sorted(names - wanted):
         # A head that is the embedding may be there a second time.
         tied = cfg.tie_embeddings and name == head_of(family)
-        if not tied and not name.endswith(family.buffers):
+        further = family.is_further(name, len(cfg.blocks))
+        if not (tied or further or name.endswith(family.buffers)):
             raise UserError(
                 f"{folder.where(name)}: {name} has no place in a {family.model_type} model of "
                 "this config.json: what is it?"
@@ -190,15 +247,17 @@ def head_of(family: Family) -> str:
 def assembled(
     plan: Mapping[str, list[Piece]], folder: tensors.Folder, parts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns parameters and router state, on the device of the mesh; one tensor is read at a
-    time.
+    """Returns parameters and router state, on the devices of the mesh; one tensor is read at a
+    time, and none that no device of this process has a part of.
     """
 
     def array(name: str, like: Any) -> jax.Array:
-        value = np.empty(like.shape, like.dtype)
-        for piece in plan[name]:
-            value[piece.index] = piece.to_ours(folder.read(piece.name))
-        return jax.device_put(value, flat.placement(like))
+        shards = Shards(like)
+        # Of zeros there is no tensor.
+        for piece in plan.get(name, ()):
+            if shards.wants(piece.index):
+                shards.put(piece.index, piece.to_ours(folder.read(piece.name)))
+        return shards.whole()
 
     made = {}
     for part, tree in parts.items():

@@ -10,24 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.schema.blocks import without_attention
 from moe_jax.schema.config import Config, ModelConfig
 
-# In place of model.prefix, period, repeats and suffix: the kind of every block, in order.
-BLOCKS = "blocks"
+# In place of model.prefix, period, repeats and suffix: the kind of every block, in order, without
+# its attention; and in place of model.attention the attention of every block.
+BLOCKS, LAYER_ATTENTIONS = "blocks", "attentions"
 PLAN = ("prefix", "period", "repeats", "suffix")
 # Below "model.": of training, of speed, of rounding.
 NOT_OF_THE_FUNCTION = (
-    "scan",
-    "remat",
-    "remat_offload",
-    "allow_leak",
-    "dropout",
-    "attention_kernel",
-    "loss_chunk",
-    "logit_z_loss",
-    "param_dtype",
-    "dtype",
-    *PLAN,
+    *("scan", "remat", "remat_offload", "allow_leak", "dropout", "param_dtype", "dtype"),
+    *("attention_kernel", "loss_chunk", "logit_z_loss"),
+    *("attention", "block_attentions", *PLAN),
 )
 # Below "model.moe.". A model that is exported drops nothing, as one that is decoded
 # (models/decodable.py), and zeros of a rule are zeros of the weights.
@@ -44,10 +38,11 @@ NOT_OF_THE_EXPERTS = (
 def meaning(cfg: Config) -> dict[str, Any]:
     """Returns {path of a key: value} of all that decides what the model computes."""
     model = cfg.model
-    values: dict[str, Any] = {BLOCKS: model.blocks}
+    kinds = tuple(without_attention(kind) for kind in model.blocks)
+    values: dict[str, Any] = {BLOCKS: kinds, LAYER_ATTENTIONS: model.attentions}
     chosen = {
         "kind": ("kinds", model.kind_options),
-        "attention": ("attentions", model.attention_options),
+        "activation": ("activations", model.activation_options),
         "rope_scaling": ("rope_scalings", model.rope_scaling_options),
     }
     for field in dataclasses.fields(ModelConfig):
@@ -58,6 +53,11 @@ def meaning(cfg: Config) -> dict[str, Any]:
             values |= _options(f"model.{block}.{value}", options)
         elif _is_plain(value) and name not in NOT_OF_THE_FUNCTION:
             values[f"model.{name}"] = value
+    for name in dict.fromkeys(model.attentions):
+        values |= _options(f"model.attentions.{name}", model.with_attention(name).attention_options)
+    # 0 stands for it.
+    if model.attention_scale == model.head_dim**-0.5:
+        values["model.attention_scale"] = 0.0
     values["model.embedding_scale"] = float(model.embedding_scale or model.d_model**0.5)
     if not model.qk_norm:
         del values["model.qk_norm_over"]
@@ -97,8 +97,14 @@ def _is_plain(value: Any) -> bool:
     return not dataclasses.is_dataclass(value) and not isinstance(value, Mapping)
 
 
-def laid_out(kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the keys of ours that make these blocks, with the shortest prefix and period."""
+def laid_out(kinds: tuple[str, ...], attentions: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the keys of ours that make these blocks with these attentions, with the shortest
+    prefix and period.
+    """
+    # That of the model is the one of most blocks, and of several the first.
+    of_model = max(dict.fromkeys(attentions), key=attentions.count)
+    pairs = zip(kinds, attentions, strict=True)
+    kinds = tuple(kind if name == of_model else f"{name}:{kind}" for kind, name in pairs)
     num = len(kinds)
     best = (num, num, 1)
     for first in range(num):
@@ -109,6 +115,7 @@ def laid_out(kinds: tuple[str, ...]) -> dict[str, Any]:
                 best = (first, length, repeats)
     first, length, repeats = best
     return {
+        "model.attention": of_model,
         "model.prefix": kinds[:first],
         "model.period": kinds[first : first + length],
         "model.repeats": repeats,

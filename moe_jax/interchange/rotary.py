@@ -6,13 +6,15 @@ versions read.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.interchange.entries import Entry, Ours
 from moe_jax.interchange.settings import Settings
 
 SCALINGS = "model.rope_scalings"
+# Where transformers keeps them, since version 5 and before.
+PLACES = ("rope_parameters", "rope_scaling")
 
 
 class RopeType(NamedTuple):
@@ -80,14 +82,28 @@ ROPE_TYPES = (
 )
 
 
-def rope(theta: float) -> Entry:
-    """Returns the entry of the rotary frequencies; `theta`: the base where none is told."""
+def rope(
+    theta: float, untold: Mapping[str, Any] | None = None, fraction: float | None = None
+) -> Entry:
+    """Returns the entry of the rotary frequencies; `theta` and `untold`: the base and the scaling
+    where none is told; `fraction`: the part of a head that is turned, where it is not told, in a
+    family that may turn a part.
+    """
+    part = "partial_rotary_factor"
 
     def read(settings: Settings) -> dict[str, Any]:
+        turned: dict[str, Any] = {}
+        if fraction is not None:
+            turned["model.rope_fraction"] = settings.get(part, fraction)
         base = settings.get("rope_theta", theta)
-        places = [name for name in ("rope_parameters", "rope_scaling") if settings.get(name)]
+        places = [name for name in PLACES if settings.get(name)]
         if not places:
-            return {"model.rope_theta": base}
+            # null says that there is none.
+            told = any(settings.has(name) for name in PLACES)
+            if told or not untold:
+                return turned | {"model.rope_theta": base}
+            settings = settings.with_values(rope_parameters=untold)
+            places = ["rope_parameters"]
         scaling = settings.inner(places[0])
         base = scaling.get("rope_theta", base)
         name = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -96,8 +112,10 @@ def rope(theta: float) -> Entry:
         if kind is None:
             known = ", ".join(one.theirs for one in ROPE_TYPES)
             raise settings.refusal(places[0], f'moe_jax has no scaling "{name}"; it has {known}')
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise scaling.refusal("partial_rotary_factor", "moe_jax turns whole heads alone")
+        if fraction is not None:
+            turned["model.rope_fraction"] = scaling.get(part, turned["model.rope_fraction"])
+        elif scaling.get(part, 1.0) != 1.0:
+            raise scaling.refusal(part, "models of this family turn whole heads alone")
         options = {}
         for ours, theirs, default in kind.options:
             value = scaling.need(theirs) if default is None else scaling.get(theirs, default)
@@ -108,19 +126,24 @@ def rope(theta: float) -> Entry:
         scaling.refuse_unread(f'rope_type "{name}" in')
         path = f"{SCALINGS}.{kind.ours}"
         scaled = {f"{path}.{option}": value for option, value in options.items()}
-        return {"model.rope_theta": base, "model.rope_scaling": kind.ours, **scaled}
+        return {**turned, "model.rope_theta": base, "model.rope_scaling": kind.ours, **scaled}
 
     def write(config: Ours) -> dict[str, Any]:
+        written = {"rope_theta": config["model.rope_theta"]}
+        if fraction is not None:
+            written[part] = config["model.rope_fraction"]
         chosen = config["model.rope_scaling"]
         kind = next((one for one in ROPE_TYPES if one.ours == chosen), None)
         if kind is None or not kind.options:
-            return {"rope_theta": config["model.rope_theta"], "rope_scaling": None}
+            # Where nothing is told they take another one.
+            none = {"rope_type": "default"} if untold else None
+            return written | {"rope_scaling": none}
         scaling = {"rope_type": kind.theirs}
         for ours, theirs, _ in kind.options:
             value = config[f"{SCALINGS}.{kind.ours}.{ours}"]
             if (ours, value) not in kind.unset:
                 scaling[theirs] = value
-        return {"rope_theta": config["model.rope_theta"], "rope_scaling": scaling}
+        return written | {"rope_scaling": scaling}
 
     return Entry(read, write)
 

@@ -87,6 +87,10 @@ class Settings:
             raise self.refusal(name, "it must be an object")
         return Settings(value, self._where, f"{self._prefix}{name}.")
 
+    def with_values(self, **values: Any) -> "Settings":
+        """Returns the same with further values."""
+        return Settings({**self._values, **values}, self._where, self._prefix)
+
     def refusal(self, name: str, why: str) -> UserError:
         """Returns the error that names a key and its value."""
         value = json.dumps(self._values.get(name))

@@ -8,9 +8,9 @@ A tensor is read when it is asked for. A shard is written when it is full.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,16 @@ from moe_jax.errors import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names of dtypes in the files: those that we read.
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Unpacked(NamedTuple):
+    """A tensor that several of a file are put together to."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    # (the parts) -> the tensor.
+    make: Callable[..., np.ndarray]
 
 
 class Folder:
@@ -35,6 +45,7 @@ class Folder:
         # The file of each tensor.
         self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
+        self._unpacked: dict[str, Unpacked] = {}
 
     def __enter__(self) -> "Folder":
         told = self._told()
@@ -54,14 +65,23 @@ class Folder:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
+    def add(self, name: str, tensor: Unpacked) -> None:
+        """Puts a tensor in the place of its parts."""
+        self._unpacked[name], self._paths[name] = tensor, self._paths[tensor.parts[0]]
+
     def names(self) -> set[str]:
-        return set(self._files)
+        packed = {part for tensor in self._unpacked.values() for part in tensor.parts}
+        return set(self._files) - packed | set(self._unpacked)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._unpacked:
+            return self._unpacked[name].shape
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Returns the name of a tensor's dtype. Raises UserError for one that we do not read."""
+        if name in self._unpacked:
+            return self._unpacked[name].dtype
         dtype = self._files[name].get_slice(name).get_dtype()
         if dtype not in DTYPES:
             raise UserError(
@@ -71,6 +91,9 @@ class Folder:
         return DTYPES[dtype]
 
     def read(self, name: str) -> np.ndarray:
+        if name in self._unpacked:
+            tensor = self._unpacked[name]
+            return tensor.make(*(self.read(part) for part in tensor.parts))
         return self._files[name].get_tensor(name)
 
     def where(self, name: str) -> Path:

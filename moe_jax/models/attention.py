@@ -1,7 +1,7 @@
-"""Self-attention within a segment, with optional query-key norm and biases, and its key-value
-cache; and cross-attention.
+"""Self-attention within a segment, and its cache; and cross-attention.
 
-Which attention it is (attentions/) says which keys a token sees. Cross-attention sees the whole
+Which attention it is (attentions/) says what queries, keys and values are, and which keys a token
+sees. Cross-attention sees the whole
 source row. It has no rotary embedding: positions of two languages are not on one axis, and T5
 (Raffel et al. 2020, arXiv:1910.10683) and Marian have no position in it either; queries and keys
 know their places from self-attention.
@@ -23,16 +23,14 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.models.attention_core import SPLASH, Keys, across, attention, decode_attention
-from moe_jax.models.attentions import ATTENTIONS
-from moe_jax.models.attentions.contract import Cache, projections
-from moe_jax.models.layers import gather, rms_norm, rope, rotate
-from moe_jax.models.rope_scalings import ROPE_SCALINGS
+from moe_jax.models.attention_layout import Scores
+from moe_jax.models.attentions import ATTENTIONS, heads
+from moe_jax.models.attentions.contract import HEADS, TOKENS
+from moe_jax.models.attentions.heads import SINKS, project, projections
+from moe_jax.models.layers import gather
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
-
-# The mesh axes of queries, keys and values [B, S, H or G, A], and of what is known of tokens.
-HEADS, TOKENS = P(BATCH, None, "model", None), P(BATCH, None)
 
 
 class Memory(NamedTuple):
@@ -67,61 +65,66 @@ class SelfAttention(nnx.Module):
     ) -> Array:
         cfg = self.cfg
         kind = ATTENTIONS[cfg.attention]
-        q, k, v = self._turned(x_BSD, position_BS)
+        q, k, v = kind.inputs(self.weights, x_BSD, position_BS, cfg)
 
         def keys(segment_BS, prefix_BS):
             return kind.keys(self.mask, segment_BS, prefix_BS, cfg.attention_options)
 
         with jax.named_scope("attention"):
-            o = _sharded_core(q, k, v, keys, (segment_BS, prefix_BS), cfg)
+            about = (segment_BS, prefix_BS)
+            o = _sharded_core(q, k, v, keys, about, self._scores(), self._sinks(), cfg)
         return write(self.weights, o, cfg)
 
     def cached(
         self,
         x_BSD: Array,
         position_BS: Array,
-        cache: Cache,
+        cache: Any,
         prefix_BS: Array | None,
         chosen_BM: Array | None,
-    ) -> tuple[Array, Cache]:
-        """Writes new keys and values at their positions, then attends to the slots that the
-        attention shows to each token.
+    ) -> tuple[Array, Any]:
+        """Writes what the cache keeps of new tokens at their positions, then attends to the slots
+        that the attention shows to each token.
 
         `chosen_BM`: which slots hold a key at all; None = all up to a token's own.
         """
         cfg = self.cfg
         kind = ATTENTIONS[cfg.attention]
-        q, k, v = self._turned(x_BSD, position_BS)
+        caching = kind.caching
+        q, new = caching.inputs(self.weights, x_BSD, position_BS, cfg)
         last_BS = position_BS if prefix_BS is None else _last_seen(position_BS, prefix_BS)
 
-        def on_device(q, k, v, position_BS, last_BS, cache, chosen_BM):
+        def on_device(q, new, position_BS, last_BS, cache, chosen_BM, sinks):
             row_B1 = jnp.arange(q.shape[0])[:, None]
-            # A position behind the cache is that of padding, which is written nowhere.
-            k_BMGA = cache.k_BMGA.at[row_B1, position_BS].set(k, mode="drop")
-            v_BMGA = cache.v_BMGA.at[row_B1, position_BS].set(v, mode="drop")
+
+            def put(old, new):
+                # A position behind the cache is that of padding, which is written nowhere.
+                return old.at[row_B1, position_BS].set(new, mode="drop")
+
+            cache = jax.tree.map(put, cache, new)
+            k_BMGA, v_BMGA = caching.keys_and_values(cache)
             num_slots = k_BMGA.shape[1]
             mask_BSM = kind.slots(position_BS, last_BS, num_slots, cfg.attention_options)
             if chosen_BM is not None:
                 mask_BSM = mask_BSM & chosen_BM[:, None, :]
-            o = decode_attention(q, k_BMGA, v_BMGA, mask_BSM, scale=cfg.head_dim**-0.5)
-            return o, Cache(k_BMGA, v_BMGA)
+            scores = self._scores()
+            o = decode_attention(q, k_BMGA, v_BMGA, mask_BSM, **scores._asdict(), sink_H=sinks)
+            return o, cache
 
-        caches = Cache(HEADS, HEADS)
-        specs = (HEADS, HEADS, HEADS, TOKENS, TOKENS, caches, TOKENS)
-        run = jax.shard_map(on_device, in_specs=specs, out_specs=(HEADS, caches))
+        specs = (HEADS, caching.specs, TOKENS, TOKENS, caching.specs, TOKENS, P("model"))
+        run = jax.shard_map(on_device, in_specs=specs, out_specs=(HEADS, caching.specs))
         with jax.named_scope("attention"):
-            o, cache = run(q, k, v, position_BS, last_BS, cache, chosen_BM)
+            o, cache = run(q, new, position_BS, last_BS, cache, chosen_BM, self._sinks())
+        o = caching.outputs(self.weights, o, cfg)
         return write(self.weights, o, cfg), cache
 
-    def _turned(self, x_BSD: Array, position_BS: Array) -> tuple[Array, Array, Array]:
-        """(queries, keys, values); the first two turned by their positions."""
-        cfg = self.cfg
-        cos, sin = angles(position_BS, cfg)
-        q = project(self.weights, "q", x_BSD, cfg)
-        k = project(self.weights, "k", x_BSD, cfg)
-        v = project(self.weights, "v", x_BSD, cfg)
-        # A score then depends on how far two tokens are apart. Values are read, wherever they are.
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+    def _scores(self) -> Scores:
+        """Returns what becomes of products of queries and keys."""
+        return Scores(ATTENTIONS[self.cfg.attention].scale(self.cfg), self.cfg.attention_cap)
+
+    def _sinks(self) -> Array | None:
+        """Returns the score that each query head gives to nothing [H]; None without sinks."""
+        return self.weights[SINKS] if self.cfg.attention_sinks else None
 
 
 class CrossAttention(nnx.Module):
@@ -142,35 +145,11 @@ class CrossAttention(nnx.Module):
     def __call__(self, x_BSD: Array, segment_BS: Array, memory: Memory) -> Array:
         q = project(self.weights, "q", x_BSD, self.cfg)
         segments = (segment_BS, memory.segment_BT)
+        scores = Scores(heads.scale(self.cfg), self.cfg.attention_cap)
+        k, v = memory.k_BTGA, memory.v_BTGA
         with jax.named_scope("cross_attention"):
-            o = _sharded_core(q, memory.k_BTGA, memory.v_BTGA, across, segments, self.cfg)
+            o = _sharded_core(q, k, v, across, segments, scores, None, self.cfg)
         return write(self.weights, o, self.cfg)
-
-
-def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
-    """Queries, keys or values [B, S, H or G, A] of x."""
-    w_DHA = gather(weights[name], ("embed", "heads", None), cfg.dtype)
-    y = jnp.einsum("BSD,DHA->BSHA", x_BSD, w_DHA)
-    if cfg.attention_bias:
-        bias_HA = weights[f"{name}_bias"].astype(cfg.dtype)
-        y = y + bias_HA[None, None]
-    # Norms keep scores bounded; a value has no score.
-    if cfg.qk_norm and name != "v":
-        # A scale [A] is that of each head, one [H, A] that of all heads together.
-        y = rms_norm(y, weights[f"{name}_norm_scale"], cfg.norm_epsilon)
-    return y
-
-
-def angles(position_BS: Array, cfg: ModelConfig) -> tuple[Array, Array]:
-    """Returns cos and sin [B, S, 1, A] of the rotary angles, with the scaling of the config."""
-    scaling, options = ROPE_SCALINGS[cfg.rope_scaling], cfg.rope_scaling_options
-
-    def scaled(frequency_P: Array) -> Array:
-        return scaling.frequencies(frequency_P, cfg.rope_theta, options)
-
-    cos, sin = rope(position_BS, cfg.head_dim, cfg.rope_theta, cfg.dtype, scaled)
-    magnitude = scaling.magnitude(options)
-    return cos * magnitude, sin * magnitude
 
 
 def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
@@ -190,20 +169,27 @@ def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:
 
 
 def _sharded_core(
-    q, k, v, keys: Callable[..., Keys], about: tuple[Array | None, ...], cfg: ModelConfig
+    q,
+    k,
+    v,
+    keys: Callable[..., Keys],
+    about: tuple[Array | None, ...],
+    scores: Scores,
+    sinks: Array | None,
+    cfg: ModelConfig,
 ) -> Array:
     """`keys(*about)`: which keys each query sees."""
 
-    def on_device(q, k, v, about):
-        scale = cfg.head_dim**-0.5
-        return attention(q, k, v, keys(*about), scale=scale, kernel=cfg.attention_kernel)
+    def on_device(q, k, v, about, sinks):
+        more = {"sink_H": sinks, "kernel": cfg.attention_kernel}
+        return attention(q, k, v, keys(*about), **scores._asdict(), **more)
 
     run = jax.shard_map(
         on_device,
-        in_specs=(HEADS, HEADS, HEADS, TOKENS),
+        in_specs=(HEADS, HEADS, HEADS, TOKENS, P("model")),
         out_specs=HEADS,
         # The kernels of that library do not tell what varies. All that has a gradient here is split
         # over every axis, so no sum over devices depends on it.
         check_vma=cfg.attention_kernel != SPLASH,
     )
-    return run(q, k, v, about)
+    return run(q, k, v, about, sinks)

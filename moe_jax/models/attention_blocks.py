@@ -9,12 +9,20 @@ import itertools
 import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.models.attention_layout import MASKED, dot, heads_first, heads_last, runs_of_queries
+from moe_jax.models.attention_layout import (
+    MASKED,
+    Scores,
+    dot,
+    heads_first,
+    heads_last,
+    runs_of_queries,
+    shift,
+)
 from moe_jax.precision import wide_dtype
 
 
 def forward(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_BTHA: Array,
@@ -27,12 +35,13 @@ def forward(
     G = k_BSGA.shape[2]
     q, k, v = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
     runs = runs_of_queries(bounds, H, G)
-    o_NQA, log_sum_NQ = _forward_blocks(scale, window, num_blocks, q, k, v, runs)
-    return heads_last(o_NQA, q_BTHA.shape, G), log_sum_NQ.reshape(B, G, -1)
+    o_NQA, log_sum_NQ = _forward_blocks(scores, window, num_blocks, q, k, v, runs)
+    o_shape = (*q_BTHA.shape[:3], v_BSGA.shape[3])
+    return heads_last(o_NQA, o_shape, G), log_sum_NQ.reshape(B, G, -1)
 
 
 def backward(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_BTHA: Array,
@@ -42,13 +51,16 @@ def backward(
     o_BTHA: Array,
     log_sum_BGQ: Array,
     do_BTHA: Array,
+    dlog_sum_BGQ: Array | None,
 ) -> tuple[Array, Array, Array]:
     """(dq_BTHA, dk_BSGA, dv_BSGA)."""
     G = k_BSGA.shape[2]
     q, k, v, o, do = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
     runs = runs_of_queries(bounds, q_BTHA.shape[2], G)
     log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
-    dq, dk, dv = _backward_blocks(scale, window, num_blocks, q, k, v, runs, o, log_sum_NQ, do)
+    dlog_sum_NQ = None if dlog_sum_BGQ is None else dlog_sum_BGQ.reshape(q.shape[:2])
+    about = (runs, shift(o, do, dlog_sum_NQ), log_sum_NQ, do)
+    dq, dk, dv = _backward_blocks(scores, window, num_blocks, q, k, v, *about)
     return (
         heads_last(dq, q_BTHA.shape, G),
         heads_last(dk, k_BSGA.shape, G),
@@ -87,7 +99,7 @@ def _indices(keys: slice) -> Array:
 
 
 def _forward_blocks(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_NQA: Array,
@@ -104,7 +116,7 @@ def _forward_blocks(
         first_NQ1 = runs[0][:, queries, None]
         last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
         seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
-        score_NQK = dot("NQA,NKA->NQK", q, k_NKA) * scale
+        score_NQK = scores.of(dot("NQA,NKA->NQK", q, k_NKA))
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
         # one.
@@ -120,14 +132,14 @@ def _forward_blocks(
 
 
 def _backward_blocks(
-    scale: float,
+    scores: Scores,
     window: int | None,
     num_blocks: int,
     q_NQA: Array,
     k_NSA: Array,
     v_NSA: Array,
     runs: tuple[Array, ...],
-    o_NQA: Array,
+    shift_NQ: Array,
     log_sum_NQ: Array,
     do_NQA: Array,
 ) -> tuple[Array, Array, Array]:
@@ -137,9 +149,6 @@ def _backward_blocks(
     """
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
-    # Of the softmax's gradient: weights times (their gradients less this).
-    both_NQA = o_NQA.astype(wide) * do_NQA.astype(wide)
-    shift_NQ = jnp.sum(both_NQA, axis=-1)
     dqs = []
     # A key is seen by queries of several blocks, whose gradients are added up.
     dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
@@ -152,13 +161,14 @@ def _backward_blocks(
         last_N1Q = _last(runs, queries, Q // S)[:, None]
         seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
         # The scores once more, instead of kept from the forward pass.
-        score_NKQ = dot("NKA,NQA->NKQ", k_NKA, q) * scale
+        score_NKQ = scores.of(dot("NKA,NQA->NKQ", k_NKA, q))
         weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
         weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
         dweight_NKQ = dot("NKA,NQA->NKQ", v_NKA, do)
         dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
-        dqs.append(dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scale)
-        dk_NKA = dot("NKQ,NQA->NKA", dscore_NKQ, q) * scale
+        dscore_NKQ = scores.pulled(dscore_NKQ, score_NKQ)
+        dqs.append(dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scores.scale)
+        dk_NKA = dot("NKQ,NQA->NKA", dscore_NKQ, q) * scores.scale
         dv_NKA = dot("NKQ,NQA->NKA", weight_NKQ, do)
         dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
         dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)

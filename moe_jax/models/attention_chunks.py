@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from moe_jax.models.attention_layout import MASKED, dot, heads_first, heads_last, runs_of_queries
+from moe_jax.models.attention_layout import (
+    MASKED,
+    Scores,
+    dot,
+    heads_first,
+    heads_last,
+    runs_of_queries,
+    shift,
+)
 from moe_jax.precision import wide_dtype
 
 # Tokens of a chunk where heads are few; 256 KB of scores of a head on a CPU.
@@ -137,7 +145,7 @@ def _fold(step: Any, carry: Any, plan: _Plan) -> Any:
 
 
 def forward(
-    scale: float,
+    scores: Scores,
     window: int | None,
     chunk: int,
     q_BTHA: Array,
@@ -146,8 +154,8 @@ def forward(
     bounds: tuple[Array, ...],
 ) -> tuple[Array, Array]:
     """Returns (o_BTHA, log_sum_BGQ): the output and the log of the softmax's denominator."""
-    B, T, H, A = q_BTHA.shape
-    G = k_BSGA.shape[2]
+    B, T, H, _ = q_BTHA.shape
+    G, V = v_BSGA.shape[2:]
     plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
     q_NQA = heads_first(_padded(q_BTHA, plan.padded_T), G)
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
@@ -155,7 +163,7 @@ def forward(
 
     def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
         o_NCA, top_NC, sum_NC = (pair.queries(z) for z in carry)
-        score_NCK = dot("NCA,NKA->NCK", pair.queries(q_NQA), pair.keys(k_NSA)) * scale
+        score_NCK = scores.of(dot("NCA,NKA->NCK", pair.queries(q_NQA), pair.keys(k_NSA)))
         score_NCK = jnp.where(pair.seen(runs), score_NCK, MASKED)
         # The carry begins above MASKED, so that what is not seen has a weight of zero.
         new_top_NC = jnp.maximum(top_NC, jnp.max(score_NCK, axis=-1))
@@ -168,18 +176,18 @@ def forward(
         return tuple(pair.put_queries(z, some) for z, some in zip(carry, new))
 
     wide = wide_dtype(q_BTHA.dtype)
-    zero_NQA = jnp.zeros_like(q_NQA, dtype=wide)
+    zero_NQA = jnp.zeros_like(q_NQA, shape=(*q_NQA.shape[:2], V), dtype=wide)
     zero_NQ = jnp.zeros_like(q_NQA, shape=q_NQA.shape[:2], dtype=wide)
     o_NQA, top_NQ, sum_NQ = _fold(step, (zero_NQA, zero_NQ + MASKED / 2, zero_NQ), plan)
     sum_NQ = jnp.where(sum_NQ > 0, sum_NQ, 1)
     o_NQA = (o_NQA / sum_NQ[..., None]).astype(q_BTHA.dtype)
-    o_BTHA = heads_last(o_NQA, (B, plan.padded_T, H, A), G)[:, :T]
+    o_BTHA = heads_last(o_NQA, (B, plan.padded_T, H, V), G)[:, :T]
     log_sum_BGQ = (top_NQ + jnp.log(sum_NQ)).reshape(B, G, -1)[:, :, : T * plan.r]
     return o_BTHA, log_sum_BGQ
 
 
 def backward(
-    scale: float,
+    scores: Scores,
     window: int | None,
     chunk: int,
     q_BTHA: Array,
@@ -189,6 +197,7 @@ def backward(
     o_BTHA: Array,
     log_sum_BGQ: Array,
     do_BTHA: Array,
+    dlog_sum_BGQ: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Returns (dq_BTHA, dk_BSGA, dv_BSGA); the scores are computed again."""
     B, T, H, A = q_BTHA.shape
@@ -199,21 +208,23 @@ def backward(
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
     runs = _padded_runs(bounds, plan, H, G)
     log_sum_NQ = _padded(log_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
-    wide = wide_dtype(q_BTHA.dtype)
-    # Of the softmax's gradient: weights times (their gradients less this).
-    shift_NQ = jnp.sum(o_NQA.astype(wide) * do_NQA.astype(wide), axis=-1)
+    wide, dlog_sum_NQ = wide_dtype(q_BTHA.dtype), None
+    if dlog_sum_BGQ is not None:
+        dlog_sum_NQ = _padded(dlog_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
+    shift_NQ = shift(o_NQA, do_NQA, dlog_sum_NQ)
 
     def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
         dq_NQA, dk_NSA, dv_NSA = carry
         q_NCA, do_NCA = pair.queries(q_NQA), pair.queries(do_NQA)
         k_NKA, v_NKA = pair.keys(k_NSA), pair.keys(v_NSA)
-        score_NCK = dot("NCA,NKA->NCK", q_NCA, k_NKA) * scale
+        score_NCK = scores.of(dot("NCA,NKA->NCK", q_NCA, k_NKA))
         weight_NCK = jnp.exp(score_NCK - pair.queries(log_sum_NQ)[..., None])
         weight_NCK = jnp.where(pair.seen(runs), weight_NCK, 0)
         dweight_NCK = dot("NCA,NKA->NCK", do_NCA, v_NKA)
         dscore_NCK = weight_NCK * (dweight_NCK - pair.queries(shift_NQ)[..., None])
-        dq_NCA = dot("NCK,NKA->NCA", dscore_NCK, k_NKA) * scale
-        dk_NKA = dot("NCK,NCA->NKA", dscore_NCK, q_NCA) * scale
+        dscore_NCK = scores.pulled(dscore_NCK, score_NCK)
+        dq_NCA = dot("NCK,NKA->NCA", dscore_NCK, k_NKA) * scores.scale
+        dk_NKA = dot("NCK,NCA->NKA", dscore_NCK, q_NCA) * scores.scale
         dv_NKA = dot("NCK,NCA->NKA", weight_NCK, do_NCA)
         return (
             pair.put_queries(dq_NQA, pair.queries(dq_NQA) + dq_NCA),
@@ -224,7 +235,7 @@ def backward(
     zeros = tuple(jnp.zeros_like(z, dtype=wide) for z in (q_NQA, k_NSA, v_NSA))
     dq_NQA, dk_NSA, dv_NSA = _fold(step, zeros, plan)
     dq_BTHA = heads_last(dq_NQA.astype(q_BTHA.dtype), (B, plan.padded_T, H, A), G)
-    of_keys = (B, plan.padded_S, G, A)
-    dk_BSGA = heads_last(dk_NSA.astype(k_BSGA.dtype), of_keys, G)
-    dv_BSGA = heads_last(dv_NSA.astype(v_BSGA.dtype), of_keys, G)
+    of_keys = (B, plan.padded_S, G)
+    dk_BSGA = heads_last(dk_NSA.astype(k_BSGA.dtype), (*of_keys, A), G)
+    dv_BSGA = heads_last(dv_NSA.astype(v_BSGA.dtype), (*of_keys, v_BSGA.shape[3]), G)
     return dq_BTHA[:, :T], dk_BSGA[:, :S], dv_BSGA[:, :S]

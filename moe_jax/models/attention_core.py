@@ -26,7 +26,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models import attention_blocks, attention_chunks, attention_splash
-from moe_jax.models.attention_layout import MASKED, SAVED
+from moe_jax.models.attention_layout import MASKED, SAVED, Scores
 from moe_jax.models.attention_parts import part_that_fits
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
@@ -109,18 +109,22 @@ def attention(
     keys: Keys,
     *,
     scale: float,
+    cap: float = 0.0,
+    sink_H: Array | None = None,
     kernel: str = BY_PLATFORM,
 ) -> Array:
     """o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
 
-    One that sees none gives zero.
+    One that sees none gives zero. `sink_H`: scores that stand in the softmax of each head beside
+    the others, without a value. Values may have another width than keys.
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i. `kernel` is one of
     KERNELS, or BY_PLATFORM: that of the platform compiled for; or SPLASH, where it can say which
     keys are seen.
     """
     if kernel == SPLASH:
-        if attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
+        is_plain = not cap and sink_H is None and v_BSGA.shape == k_BSGA.shape
+        if is_plain and attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
             with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
             return attention_splash.attention(
                 q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, **with_masks
@@ -128,12 +132,28 @@ def attention(
         kernel = BY_PLATFORM
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
-    how = _How(scale, keys.window, kernel)
-    return _core(how, q_BTHA, k_BSGA, v_BSGA, tuple(bounds))
+    how, inputs = _How(Scores(scale, cap), keys.window, kernel), (q_BTHA, k_BSGA, v_BSGA)
+    if sink_H is None:
+        return _core(how, *inputs, tuple(bounds))
+    o_BTHA, log_sum_BGQ = _core_and_sum(how, *inputs, tuple(bounds))
+    # With a sink z the denominator is exp(log_sum) + exp(z).
+    B, T, H, _ = q_BTHA.shape
+    log_sum_BGTr = log_sum_BGQ.reshape(B, k_BSGA.shape[2], T, -1)
+    log_sum_BTH = jnp.swapaxes(log_sum_BGTr, 1, 2).reshape(B, T, H)
+    kept_BTH = jax.nn.sigmoid(log_sum_BTH - sink_H.astype(log_sum_BTH.dtype)[None, None])
+    kept_BTHA = o_BTHA.astype(kept_BTH.dtype) * kept_BTH[..., None]
+    return kept_BTHA.astype(q_BTHA.dtype)
 
 
 def decode_attention(
-    q_BqHA: Array, k_BSGA: Array, v_BSGA: Array, mask_BqS: Array, *, scale: float
+    q_BqHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    mask_BqS: Array,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    sink_H: Array | None = None,
 ) -> Array:
     """o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says which a
     query may see.
@@ -145,11 +165,18 @@ def decode_attention(
     q_BqGrA = q_BqHA.reshape(B, q, k_BSGA.shape[2], -1, A)
     score_BGrqS = jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
-    weight_BGrqS = jax.nn.softmax(jnp.where(seen_BGrqS, score_BGrqS * scale, MASKED))
+    score_BGrqS = jnp.where(seen_BGrqS, Scores(scale, cap).of(score_BGrqS), MASKED)
+    if sink_H is None:
+        weight_BGrqS = jax.nn.softmax(score_BGrqS)
+    else:
+        sink_Gr = sink_H.astype(wide).reshape(score_BGrqS.shape[1:3])
+        sink_BGrq1 = jnp.broadcast_to(sink_Gr[None, :, :, None, None], (*score_BGrqS.shape[:-1], 1))
+        both = jnp.concatenate([score_BGrqS, sink_BGrq1], axis=-1)
+        weight_BGrqS = jax.nn.softmax(both)[..., :-1]
     # A softmax over nothing but MASKED is even; what is not seen gets no weight.
     weight_BGrqS = jnp.where(seen_BGrqS, weight_BGrqS, 0).astype(v_BSGA.dtype)
     o_BqGrA = jnp.einsum("BGrqS,BSGA->BqGrA", weight_BGrqS, v_BSGA, preferred_element_type=wide)
-    return o_BqGrA.reshape(B, q, H, A).astype(q_BqHA.dtype)
+    return o_BqGrA.reshape(B, q, H, -1).astype(q_BqHA.dtype)
 
 
 def _first_of_run(segment_BS: Array) -> Array:
@@ -175,7 +202,7 @@ def _last_of_run(segment_BS: Array) -> Array:
 class _How(NamedTuple):
     """Holds what is known of attention before it is compiled."""
 
-    scale: float
+    scores: Scores
     window: int | None
     kernel: str
 
@@ -190,6 +217,12 @@ def _core(
     return _forward(how, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core_and_sum(how: _How, *inputs: Any) -> tuple[Array, Array]:
+    """(o_BTHA, log_sum_BGQ), where the log of the denominator has a gradient too."""
+    return _forward_and_sum(how, *inputs)[0]
+
+
 def _forward(how: _How, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
     results = _by_platform("forward", how, inputs[0], *inputs)
     # Both: without the sums a backward pass that has the output computes attention again.
@@ -197,13 +230,24 @@ def _forward(how: _How, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
     return o_BTHA, (*inputs, o_BTHA, log_sum_BGQ)
 
 
+def _forward_and_sum(how: _How, *inputs: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    o_BTHA, residue = _forward(how, *inputs)
+    return (o_BTHA, residue[-1]), residue
+
+
 def _backward(how: _How, residue: tuple[Any, ...], do_BTHA: Array) -> tuple[Any, ...]:
-    gradients = _by_platform("backward", how, do_BTHA, *residue, do_BTHA)
+    return _backward_and_sum(how, residue, (do_BTHA, None))
+
+
+def _backward_and_sum(how: _How, residue: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+    do_BTHA, dlog_sum_BGQ = cotangents
+    gradients = _by_platform("backward", how, do_BTHA, *residue, do_BTHA, dlog_sum_BGQ)
     # Bounds are indices, which have no gradient.
     return *gradients, None
 
 
 _core.defvjp(_forward, _backward)
+_core_and_sum.defvjp(_forward_and_sum, _backward_and_sum)
 
 
 def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
@@ -220,7 +264,7 @@ def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
         name = "chunks" if is_long else "blocks"
 
     def bound(name: str, size: int) -> Any:
-        return functools.partial(getattr(KERNELS[name], part), how.scale, how.window, size)
+        return functools.partial(getattr(KERNELS[name], part), how.scores, how.window, size)
 
     def in_parts(*args: Any) -> Any:
         size, scores = _sizes(name, T, S, H // G, causal=len(bounds) == 1)

@@ -3,6 +3,8 @@
 Shapes: see attention_core.py.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +14,33 @@ from moe_jax.precision import wide_dtype
 SAVED = "attention"
 # A score, far below every real one and far from overflow.
 MASKED = -1e30
+
+
+class Scores(NamedTuple):
+    """What becomes of the product of a query and a key: times `scale`, then cap * tanh(s / cap)
+    (Gemma 2, arXiv:2408.00118, section 2); cap = 0: no cap.
+    """
+
+    scale: float
+    cap: float = 0.0
+
+    def of(self, product: Array) -> Array:
+        score = product * self.scale
+        return self.cap * jnp.tanh(score / self.cap) if self.cap else score
+
+    def pulled(self, dscore: Array, score: Array) -> Array:
+        """Returns the gradient of the product times scale, from that of the score."""
+        return dscore * (1 - jnp.square(score / self.cap)) if self.cap else dscore
+
+
+def shift(o: Array, do: Array, dlog_sum: Array | None) -> Array:
+    """Returns what the softmax's gradient takes off the gradients of its weights, of outputs and
+    their cotangents [..., V], and of the log of the denominator.
+    """
+    wide = wide_dtype(o.dtype)
+    shift = jnp.sum(o.astype(wide) * do.astype(wide), axis=-1)
+    # The log of the denominator has the weights as its gradient.
+    return shift if dlog_sum is None else shift - dlog_sum
 
 
 def heads_first(z_BTHA: Array, G: int) -> Array:

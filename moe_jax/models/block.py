@@ -1,7 +1,8 @@
 """The block which all models that have blocks are made of.
 
 A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is
-dense or a mixture of experts (plus shared experts). With model.norm_position = "after" it is
+dense or a mixture of experts (plus shared experts). A block may have an attention of its own
+(schema/blocks.py). With model.norm_position = "after" it is
 `x + norm(attention(x))`, then `x + norm(feed_forward(x))`. Some have another mask, cross-attention
 in the middle, or no attention at all. A block of kind "depth:dense" or "depth:moe" is one that only
 some tokens go through (models/depth.py).
@@ -9,6 +10,7 @@ some tokens go through (models/depth.py).
 Shapes: B rows, S sequence, T tokens of a source row, D model, M slots of the cache.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +20,15 @@ from jax import Array
 
 from moe_jax.models import depth
 from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
-from moe_jax.models.attentions.contract import Cache
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, rms_norm
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.precision import wide_dtype
+from moe_jax.schema.blocks import BLOCKS, attention_of, inner, is_depth, without_attention
 from moe_jax.schema.config import ModelConfig
+from moe_jax.schema.options import not_among
 from moe_jax.weights import Weights
 
 
@@ -49,14 +54,14 @@ class Block(nnx.Module):
 
     `batch` has the request to this block alone, and `rng` is a key of its own. `source` is a
     Source, or the Memory that this block made of it; () where there is no cross-attention. A cache
-    is a Cache, of a depth block a DepthCache.
+    is that of its attention, of a depth block a DepthCache.
     """
 
     def __init__(self, key: Array, kind: str, cfg: ModelConfig, look: Look):
         keys = jax.random.split(key, 4)
+        cfg = cfg.of_block(kind)
         self.cfg, self.look = cfg, look
-        self.kind = depth.inner(kind)
-        self.wrapped = kind != self.kind
+        self.kind, self.wrapped = inner(kind), is_depth(kind)
         # Every part has a norm.
         parts = {"attention": bool(look.mask), "cross": look.cross, "ffn": True}
         there = [name for name in parts if parts[name]]
@@ -69,7 +74,8 @@ class Block(nnx.Module):
             self.cross = CrossAttention(jax.random.fold_in(key, 5), cfg)
         width = dense_width(self.kind, cfg)
         if width:
-            sizes = (cfg.d_model, width, cfg.activation, out_std(width, cfg))
+            chosen = Chosen(cfg.activation, cfg.activation_options)
+            sizes = (cfg.d_model, width, chosen, out_std(width, cfg))
             gated = self.kind == "moe" and cfg.moe.shared_gate
             self.dense = FeedForward(keys[2], *sizes, cfg.param_dtype, gated)
         if self.kind == "moe":
@@ -131,10 +137,10 @@ class Block(nnx.Module):
         x_BSD: Array,
         batch: Batch,
         rng: Array,
-        cache: Cache,
+        cache: Any,
         chosen_BM: Array | None,
         source: Any,
-    ) -> tuple[Array, Array, Cache]:
+    ) -> tuple[Array, Array, Any]:
         """(what attention adds, what the feed-forward adds, cache)."""
         h = self._before("attention", x_BSD)
         prefix_BS = self._prefix(batch)
@@ -198,6 +204,13 @@ class Block(nnx.Module):
         return batch.prefix_BS
 
 
+def kind_refusals(path: str, kind: str) -> Iterator[str]:
+    """Yields what is wrong with the kind of a block, which stands in the key `path`."""
+    yield from not_among(path, without_attention(kind), BLOCKS)
+    if name := attention_of(kind):
+        yield from not_among(f'{path}, the attention of "{kind}"', name, tuple(ATTENTIONS))
+
+
 def dense_width(kind: str, cfg: ModelConfig) -> int:
     """Returns the hidden width of what every token of a block goes through: the feed-forward, or
     the shared experts; 0 = there is none.
@@ -232,6 +245,8 @@ def moe_config(cfg: ModelConfig) -> MoE:
         d_model=cfg.d_model,
         vocab_size=cfg.vocab_size,
         activation=cfg.activation,
+        activation_options=cfg.activation_options,
+        expert_bias=moe.expert_bias,
         param_dtype=cfg.param_dtype,
         dtype=cfg.dtype,
         out_std=out_std(moe.expert_hidden, cfg),

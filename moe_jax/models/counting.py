@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.attentions.heads import SINKS
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight
 
@@ -23,6 +25,7 @@ class Projections(NamedTuple):
 
     # Each takes one multiply-add per token.
     matrices: int
+    # And sinks, one number of a head each.
     biases: int
     # Of the norms of queries and keys.
     scales: int
@@ -35,7 +38,7 @@ def projections(weights: Mapping[str, Weight]) -> Projections:
         size = math.prod(weight.shape)
         if name.endswith("norm_scale"):
             scales += size
-        elif name.endswith("bias"):
+        elif name.endswith("bias") or name == SINKS:
             biases += size
         else:
             matrices += size
@@ -46,9 +49,14 @@ def full(cfg: ModelConfig, num_keys: int) -> int:
     """Returns the FLOPs of scores and of weights times values, of a query that sees all keys, over
     the blocks (depth blocks counted whole).
     """
+    widths = [sum(ATTENTIONS[name].widths(cfg.with_attention(name))) for name in cfg.attentions]
+    return 2 * cfg.num_heads * num_keys * sum(widths)
+
+
+def crossed(cfg: ModelConfig, num_keys: int) -> int:
+    """Returns the same of cross-attention, whose heads are ordinary ones, one in each block."""
     # Two products of 2 FLOPs for each number of a key.
-    of_block = 4 * cfg.num_heads * cfg.head_dim * num_keys
-    return len(cfg.blocks) * of_block
+    return len(cfg.blocks) * 4 * cfg.num_heads * cfg.head_dim * num_keys
 
 
 def added(a: Any, b: Any) -> Any:

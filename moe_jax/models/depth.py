@@ -39,7 +39,6 @@ from moe_jax.models.layers import gather
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.precision import wide_dtype
-from moe_jax.schema.blocks import DEPTH
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight
 
@@ -64,11 +63,6 @@ def empty_cache(attention: Any, num_rows: int, num_slots: int) -> DepthCache:
     """Returns the cache of a block that no token went through."""
     chosen_BM = jnp.zeros((num_rows, num_slots), bool)
     return DepthCache(attention, jax.sharding.reshard(chosen_BM, P(BATCH, None)))
-
-
-def inner(kind: str) -> str:
-    """ "depth:moe" -> "moe": what a block is inside."""
-    return kind.removeprefix(DEPTH)
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weight]:

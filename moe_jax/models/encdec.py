@@ -26,10 +26,10 @@ from jax import Array
 from moe_jax.layout import blocks_in_order, join_sums
 from moe_jax.models import encoder
 from moe_jax.models.attention import Memory
-from moe_jax.models.attentions.contract import projections as cross_weights
-from moe_jax.models.block import Look, Source
+from moe_jax.models.attentions.heads import projections as cross_weights
+from moe_jax.models.block import Look, Source, kind_refusals
 from moe_jax.models.contract import Kind
-from moe_jax.models.counting import Decoder, Projections, added, full, projections
+from moe_jax.models.counting import Decoder, Projections, added, crossed, full, projections
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import (
     Hidden,
@@ -44,9 +44,9 @@ from moe_jax.models.ends import (
 from moe_jax.models.layers import dropout, rms_norm
 from moe_jax.models.stack import run_cached, run_stack, stack
 from moe_jax.moe.layer import Batch
-from moe_jax.schema.blocks import BLOCKS, KindOptions, Stack
+from moe_jax.schema.blocks import KindOptions, Stack
 from moe_jax.schema.config import Config, ModelConfig
-from moe_jax.schema.options import COUNT, not_among, option
+from moe_jax.schema.options import COUNT, option
 from moe_jax.weights import Weights
 
 NAME = "encdec"
@@ -183,7 +183,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     return both._replace(
         # The source has a place for each of the target, so keys and values cost as much.
         attention_projections=both.attention_projections + 2 * number * cross.matrices,
-        attention_scores=both.attention_scores + full(as_decoder(cfg), seq_len),
+        attention_scores=both.attention_scores + crossed(as_decoder(cfg), seq_len),
     )
 
 
@@ -197,7 +197,7 @@ def refusals(cfg: Config) -> Iterator[str]:
     model = cfg.model
     for part in ("prefix", "period", "suffix"):
         for block in getattr(model.kind_options, f"encoder_{part}"):
-            yield from not_among(f"model.kinds.encdec.encoder_{part}", block, BLOCKS)
+            yield from kind_refusals(f"model.kinds.encdec.encoder_{part}", block)
     own = model.prefix + model.period * model.repeats + model.suffix
     if not own or len(own) == len(model.blocks):
         yield (

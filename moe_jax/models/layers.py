@@ -15,6 +15,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from moe_jax.moe.activations import ACTIVATIONS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.precision import wide_dtype
 from moe_jax.weights import Weight, Weights
@@ -107,36 +109,11 @@ def dropout(x_BSD: Array, rate: float, rng: Array, row_B: Array) -> Array:
     return jnp.where(jax.vmap(draw)(row_B), x_BSD / kept, 0)
 
 
-def activate(parts: Sequence[Array], activation: str) -> Array:
-    """Returns silu(gate) * up (Shazeer 2020, arXiv:2002.05202), or GELU (its tanh approximation),
-    of one or two arrays [..., F], as the experts do.
-    """
-    if activation == "swiglu":
-        return _swiglu(*parts)
-    (hidden,) = parts
-    return jax.nn.gelu(hidden)
-
-
-@jax.custom_vjp
-def _swiglu(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _swiglu(gate, up), (gate, up)
-
-
-def _swiglu_backward(residuals: tuple[Array, Array], dh: Array) -> tuple[Array, Array]:
-    gate, up = residuals
-    # The sigmoid is computed again: to keep it takes longer. Written in another way than forward,
-    # for XLA would see that it is the same, and keep it.
-    small = jnp.exp(-jnp.abs(gate))
-    sigmoid = jnp.where(gate >= 0, 1, small) / (1 + small)
-    silu = gate * sigmoid
-    return dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+def activate(parts: Sequence[Array], chosen: Chosen) -> Array:
+    """Returns the activation of one or two arrays [..., F], as the experts do."""
+    kind = ACTIVATIONS[chosen.activation]
+    options = kind.options() if chosen.options is None else chosen.options
+    return (kind.lean or kind.of)(options, *parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -187,20 +164,20 @@ class FeedForward(nnx.Module):
         key: Array,
         d_model: int,
         hidden: int,
-        activation: str,
+        chosen: Chosen,
         out_std: float,
         param_dtype: str,
         gated: bool = False,
     ):
         # Gate and up have an axis of their own, so that F can be split without pairing wrong ones.
-        p = 2 if activation == "swiglu" else 1
+        p = chosen.parts
         declared = {
             "w_in": Weight((d_model, p, hidden), ("embed", None, "hidden"), d_model**-0.5),
             "w_out": Weight((hidden, d_model), ("hidden", "embed"), out_std),
         }
         if gated:
             declared["gate"] = Weight((d_model,), ("embed",), d_model**-0.5)
-        self.activation, self.gated = activation, gated
+        self.chosen, self.gated = chosen, gated
         self.weights = Weights(key, declared, param_dtype)
 
     def __call__(self, x_BSD: Array) -> Array:
@@ -209,7 +186,7 @@ class FeedForward(nnx.Module):
         # A product for each part: the gradient of one array of both would be put together from
         # arrays of its size.
         parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
-        h_BSF = activate(parts, self.activation)
+        h_BSF = activate(parts, self.chosen)
         # F is split over `model`: the sum over it is a reduction, told of by its output.
         y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))
         if not self.gated:

@@ -23,6 +23,7 @@ from moe_jax.models.block import Block, Look
 from moe_jax.moe.dispatch import exchange
 from moe_jax.moe.experts import grouped_matmul
 from moe_jax.moe.layer import Batch
+from moe_jax.schema.blocks import is_depth
 from moe_jax.schema.config import ModelConfig
 
 # What the backward pass keeps of a block instead of recomputing it, by the words of model.remat.
@@ -161,8 +162,9 @@ def empty_caches(cfg: ModelConfig, num_rows: int, num_slots: int) -> list[Any]:
     """Returns caches of `num_slots` tokens that hold none yet, one a block."""
     caches = []
     for kind in cfg.blocks:
-        cache = ATTENTIONS[cfg.attention].cache(cfg, num_rows, num_slots)
-        if kind != depth.inner(kind):
+        own = cfg.of_block(kind)
+        cache = ATTENTIONS[own.attention].caching.empty(own, num_rows, num_slots)
+        if is_depth(kind):
             cache = depth.empty_cache(cache, num_rows, num_slots)
         caches.append(cache)
     return caches

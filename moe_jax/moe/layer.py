@@ -26,7 +26,7 @@ from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.direct import direct_ffn
 from moe_jax.moe.experts.grouped_matmul import BY_PLATFORM, expert_ffn
-from moe_jax.moe.experts.network import PARTS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
@@ -65,6 +65,14 @@ class MoE:
     stored: StoredConfig
     # One of grouped_matmul.KERNELS, or "auto".
     expert_kernel: str = BY_PLATFORM
+    # None = the defaults of the activation.
+    activation_options: Any = None
+    expert_bias: bool = False
+
+    @property
+    def chosen(self) -> Chosen:
+        """The activation with its options."""
+        return Chosen(self.activation, self.activation_options)
 
 
 class Batch(NamedTuple):
@@ -138,17 +146,24 @@ def expert_weights(cfg: MoE) -> dict[str, Weight]:
     """Declares the weights of the experts, w_in [E, D, P, F] and w_out [E, F, D], or as blocks."""
     if cfg.stored.block:
         return _stored_weights(cfg)[0]
-    num_parts = PARTS[cfg.activation]
+    num_parts = cfg.chosen.parts
     # Gate and up are an axis of their own, so that F can be split over `model` without pairing
     # wrong columns.
     in_shape = (cfg.num_experts, cfg.d_model, num_parts, cfg.expert_hidden)
     out_shape = (cfg.num_experts, cfg.expert_hidden, cfg.d_model)
     in_names = ("experts", "expert_embed", None, "hidden")
     out_names = ("experts", "hidden", "expert_embed")
-    return {
+    weights = {
         "w_in": Weight(in_shape, in_names, cfg.d_model**-0.5),
         "w_out": Weight(out_shape, out_names, cfg.out_std),
     }
+    if cfg.expert_bias:
+        in_shape = (cfg.num_experts, num_parts, cfg.expert_hidden)
+        out_shape = (cfg.num_experts, cfg.d_model)
+        weights["in_bias"] = Weight(in_shape, ("experts", None, "hidden"), 0.0)
+        # Not split over `data`: it is small.
+        weights["out_bias"] = Weight(out_shape, ("experts", None), 0.0)
+    return weights
 
 
 def _stored_weights(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
@@ -325,32 +340,36 @@ def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Experts:
     """Returns the experts of this device."""
     weights, places = parts
     if places:
-        return Experts(stored.experts(weights, places, cfg.activation))
+        return Experts(stored.experts(weights, places, cfg.chosen))
     with jax.named_scope("gather_experts"):
         # D is split over `data`: dimension 1 of w_in [E, D, P, F], and 2 of w_out [E, F, D].
         w_in_eDPF = all_gather(weights["w_in"], "data", 1)
         w_out_eFD = all_gather(weights["w_out"], "data", 2)
 
+    biases = None
+    if cfg.expert_bias:
+        # Each device of `model` has a part of a sum, of which one has the bias.
+        first = (jax.lax.axis_index("model") == 0).astype(weights["out_bias"].dtype)
+        biases = (weights["in_bias"], weights["out_bias"] * first)
+
     def grouped(x_RD, gate_R, start_e, size_e, block):
         with jax.named_scope("experts"):
             return expert_ffn(
-                x_RD,
-                gate_R,
-                start_e,
-                size_e,
-                w_in_eDPF,
-                w_out_eFD,
+                *(x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD),
                 activation=cfg.activation,
+                options=cfg.activation_options,
                 block=block,
+                biases=biases,
                 kernel=cfg.expert_kernel,
             )
 
     def direct(x_TD, token_M, expert_index_M, gate_M):
         with jax.named_scope("experts"):
             assignments = (token_M, expert_index_M, gate_M)
-            return direct_ffn(x_TD, *assignments, w_in_eDPF, w_out_eFD, activation=cfg.activation)
+            return direct_ffn(x_TD, *assignments, w_in_eDPF, w_out_eFD, chosen=cfg.chosen)
 
-    return Experts(grouped, direct)
+    # The direct way knows no biases.
+    return Experts(grouped, None if cfg.expert_bias else direct)
 
 
 def _dropped_per_row(dropped_N: jax.Array, routing: Routing, tokens: Tokens) -> jax.Array:

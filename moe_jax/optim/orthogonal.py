@@ -20,6 +20,8 @@ from moe_jax.names import name_of
 # The roles of the last dimensions of a weight, by the last part of its name: i(nput), o(utput),
 # b(atch). All dimensions before are batch.
 MATRICES = {"q": "ioo", "k": "ioo", "v": "ioo", "o": "iio", "w_in": "ibo", "w_out": "io"}
+# Of latent attention.
+MATRICES |= {"q_a": "io", "q_b": "ioo", "kv_a": "io", "kv_b": "ioo"}
 
 
 def orthogonalize(steps: int) -> optax.GradientTransformation:

@@ -97,7 +97,7 @@ def row_bytes(cfg: Config) -> int:
     device before the activation.
     """
     moe = moe_config(cfg.model)
-    num_projections = 2 if moe.activation == "swiglu" else 1
+    num_projections = moe.chosen.parts
     width = 2 * moe.d_model + num_projections * moe.expert_hidden // cfg.mesh.model
     return width * jnp.dtype(moe.dtype).itemsize
 

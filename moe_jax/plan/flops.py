@@ -25,9 +25,10 @@ import numpy as np
 from moe_jax.models import MODELS, depth
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
+from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
-from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.blocks import inner, is_depth
 from moe_jax.schema.config import ModelConfig, MoEConfig
 
 PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilation
@@ -105,14 +106,14 @@ def parameters(cfg: ModelConfig) -> Counts:
     if count := MODELS[cfg.kind].parameters:
         return count(cfg, parameters)
     d, num_blocks, num_moe = cfg.d_model, len(cfg.blocks), cfg.num_moe_layers
-    attention = projections(ATTENTIONS[cfg.attention].weights(cfg))
+    attentions = [projections(ATTENTIONS[one.attention].weights(one)) for one in of_blocks(cfg)]
     # Before attention, before the feed-forward, and of queries and keys where they are normalised.
-    norms = 2 * d + attention.scales
-    expert = feed_forward(cfg, cfg.moe.expert_hidden)
+    norms = 2 * d * num_blocks + sum(one.scales for one in attentions)
+    expert = feed_forward(cfg, cfg.moe.expert_hidden) + expert_biases(cfg)
     return Counts(
         embedding=cfg.vocab_size * d,
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
-        attention=num_blocks * (attention.matrices + attention.biases),
+        attention=sum(one.matrices + one.biases for one in attentions),
         dense=cfg.num_dense_layers * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * shared(cfg),
         experts=num_moe * cfg.moe.num_experts * expert,
@@ -120,8 +121,13 @@ def parameters(cfg: ModelConfig) -> Counts:
         # A depth block scores each token by a vector of D.
         router=num_moe * router(cfg) + cfg.num_depth_blocks * d,
         # One more before the head.
-        norms=num_blocks * norms + d,
+        norms=norms + d,
     )
+
+
+def of_blocks(cfg: ModelConfig) -> list[ModelConfig]:
+    """Returns the config of each block, which has its own attention."""
+    return [cfg.of_block(kind) for kind in cfg.blocks]
 
 
 def feed_forward(cfg: ModelConfig, hidden: int) -> int:
@@ -129,8 +135,15 @@ def feed_forward(cfg: ModelConfig, hidden: int) -> int:
 
     They are those of gate, up and out for SwiGLU, of in and out for GELU.
     """
-    num_matrices = 3 if cfg.activation == "swiglu" else 2
+    num_matrices = ACTIVATIONS[cfg.activation].parts + 1
     return num_matrices * cfg.d_model * hidden
+
+
+def expert_biases(cfg: ModelConfig) -> int:
+    """Returns how many numbers the biases of one expert are."""
+    if not cfg.moe.expert_bias:
+        return 0
+    return ACTIVATIONS[cfg.activation].parts * cfg.moe.expert_hidden + cfg.d_model
 
 
 def shared(cfg: ModelConfig) -> int:
@@ -186,46 +199,50 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
     # A kind of model that is no decoder counts itself, from the FLOPs of decoders.
     if count := MODELS[cfg.kind].forward_flops:
         return count(cfg, seq_len, forward_per_token)
-    d, attention = cfg.d_model, ATTENTIONS[cfg.attention]
+    d = cfg.d_model
     num_chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
     expert = feed_forward(cfg, cfg.moe.expert_hidden)
-    dense_kinds, moe_kinds = ("dense", DEPTH + "dense"), ("moe", DEPTH + "moe")
-    all_kinds = dense_kinds + moe_kinds
+    all_kinds = ("dense", "moe")
 
-    def over(kinds: tuple[str, ...], of_block: Callable[[int], float]) -> int:
-        """Returns the FLOPs per token of all blocks of these kinds.
+    def over(kinds: tuple[str, ...], of_block: Callable[[int, ModelConfig], float]) -> int:
+        """Returns the FLOPs per token of all blocks that are one of these inside.
 
-        `of_block(N)` is what N tokens cost in one of them.
+        `of_block(N, its config)` is what N tokens cost in one of them.
         """
         of_row: float = 0
-        for kind in cfg.blocks:
-            if kind in kinds:
-                of_row += of_block(num_chosen if kind.startswith(DEPTH) else seq_len)
+        for kind, own in zip(cfg.blocks, of_blocks(cfg), strict=True):
+            if inner(kind) in kinds:
+                of_row += of_block(num_chosen if is_depth(kind) else seq_len, own)
         return round(of_row / seq_len)
 
-    def of_weights(weights: int) -> Callable[[int], float]:
+    def of_weights(weights: int) -> Callable[[int, ModelConfig], float]:
         """Returns what a block with so many weights costs by the number of tokens."""
 
-        def of_block(num_tokens: int) -> float:
+        def of_block(num_tokens: int, own: ModelConfig) -> float:
+            del own
             return 2 * weights * num_tokens
 
         return of_block
 
-    def of_scores(num_tokens: int) -> float:
+    def of_projections(num_tokens: int, own: ModelConfig) -> float:
+        return 2 * projections(ATTENTIONS[own.attention].weights(own)).matrices * num_tokens
+
+    def of_scores(num_tokens: int, own: ModelConfig) -> float:
         # Queries times keys and weights times values: two products of 2 FLOPs.
-        pairs = attention.num_pairs(num_tokens, cfg.attention_options)
-        return 4 * cfg.num_heads * cfg.head_dim * pairs
+        attention = ATTENTIONS[own.attention]
+        pairs = attention.num_pairs(num_tokens, own.attention_options)
+        return 2 * own.num_heads * sum(attention.widths(own)) * pairs
 
-    def of_experts(num_tokens: int) -> float:
-        return 2 * expert * expert_rows(cfg.moe, num_tokens)
+    def of_experts(num_tokens: int, own: ModelConfig) -> float:
+        return 2 * expert * expert_rows(own.moe, num_tokens)
 
-    matrices = projections(attention.weights(cfg)).matrices
+    moe_kinds = ("moe",)
     experts = over(moe_kinds, of_experts) if cfg.num_moe_layers else 0
     routers = over(moe_kinds, of_weights(router(cfg) + mixing(cfg))) if cfg.num_moe_layers else 0
     return Breakdown(
-        attention_projections=over(all_kinds, of_weights(matrices)),
+        attention_projections=over(all_kinds, of_projections),
         attention_scores=over(all_kinds, of_scores),
-        dense=over(dense_kinds, of_weights(feed_forward(cfg, cfg.ffn_hidden))),
+        dense=over(("dense",), of_weights(feed_forward(cfg, cfg.ffn_hidden))),
         shared=over(moe_kinds, of_weights(shared(cfg))),
         experts=experts,
         # The router of a depth block sees every token, also those that do not go through.

@@ -17,7 +17,7 @@ from moe_jax.schema.beside import (
     LogConfig,
     RecordConfig,
 )
-from moe_jax.schema.blocks import DEPTH, KindOptions, Stack
+from moe_jax.schema.blocks import KindOptions, Stack, attention_of, inner, is_depth
 from moe_jax.schema.options import (
     AXIS,
     BELOW_ONE,
@@ -115,6 +115,9 @@ class MoEConfig:
     shared_gate: bool = option(
         False, "shared experts times sigmoid(x w) (Qwen1.5-MoE, Qwen2, arXiv:2407.10671)"
     )
+    expert_bias: bool = option(
+        False, "routed experts have biases after both matrices (gpt-oss, arXiv:2508.10925)"
+    )
     group_rows: int = option(1, "rows (sequences) that share expert capacity and ordering", NUMBER)
     router: str = choice("top_k", "routers", "which experts take which token")
     router_options: Any = derived()
@@ -159,8 +162,12 @@ class ModelConfig:
     kind_options: KindOptions = derived()
     vocab_size: int = option(256, "rows of the embedding; at least the tokenizer's", NUMBER)
     d_model: int = option(128, "width of the residual stream", NUMBER)
-    attention: str = choice("grouped_query", "attentions", "which tokens a token sees")
+    attention: str = choice(
+        "grouped_query", "attentions", "which tokens a token sees, and by which projections"
+    )
     attention_options: Any = derived()
+    # (name, options) of each attention that a block names.
+    block_attentions: tuple[tuple[str, Any], ...] = derived()
     attention_kernel: str = option(
         "auto",
         'what computes attention: "auto" = by the platform compiled for and the length of a row '
@@ -179,10 +186,31 @@ class ModelConfig:
         "token (OLMo 2, arXiv:2501.00656)",
         choices=("head", "width"),
     )
+    attention_scale: float = option(
+        0.0, "factor on the scores; 0 = the width of a head ** -0.5", NOT_NEGATIVE
+    )
+    attention_cap: float = option(
+        0.0,
+        "> 0: a score s is cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118, section 2); 0 = off",
+        NOT_NEGATIVE,
+    )
+    attention_sinks: bool = option(
+        False,
+        "each query head has a learned score that it gives to nothing (gpt-oss, arXiv:2508.10925)",
+    )
     attention_bias: bool = option(False, "biases of the query, key and value projections")
     output_bias: bool = option(False, "a bias of the output projection of attention")
     rope_theta: float = option(
         10_000.0, "base of the rotary frequencies (Su et al. 2021, arXiv:2104.09864)", POSITIVE
+    )
+    rope_fraction: float = option(
+        1.0, "part of a head that is turned, from its begin (GPT-NeoX, arXiv:2204.06745)", PART
+    )
+    rope_pairs: str = option(
+        "halves",
+        'which numbers of a head turn together: "halves", i and i + width / 2, or "neighbours", '
+        "2 i and 2 i + 1",
+        choices=("halves", "neighbours"),
     )
     rope_scaling: str = choice(
         "none", "rope_scalings", "of the rotary frequencies, for rows longer than before"
@@ -196,9 +224,8 @@ class ModelConfig:
         choices=("before", "after"),
     )
     ffn_hidden: int = option(512, "hidden width of a dense block", NUMBER)
-    activation: str = option(
-        "swiglu", '"swiglu" or "gelu", dense and expert', choices=("swiglu", "gelu")
-    )
+    activation: str = choice("swiglu", "activations", "of feed-forwards, dense and expert")
+    activation_options: Any = derived()
     tie_embeddings: bool = option(False, "the head is the embedding's transpose")
     embedding_scale: float = option(
         0.0,
@@ -210,7 +237,7 @@ class ModelConfig:
     prefix: tuple[str, ...] = option(
         (),
         'blocks before the period: a tuple of "dense", "moe", and "depth:dense", "depth:moe" '
-        "(mixture of depths)",
+        '(mixture of depths); "sliding_window:moe" has that attention',
     )
     period: tuple[str, ...] = option(("moe",), "blocks repeated `repeats` times")
     repeats: int = option(4, "of the period", COUNT)
@@ -265,7 +292,7 @@ class ModelConfig:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in order: one of BLOCKS.
+        """The kind of every block, in order: one of BLOCKS, with an attention before it or not.
 
         Those of an encoder-decoder begin with its encoder's.
         """
@@ -273,7 +300,7 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        return self.blocks.count("moe") + self.blocks.count(DEPTH + "moe")
+        return sum(inner(kind) == "moe" for kind in self.blocks)
 
     @property
     def num_dense_layers(self) -> int:
@@ -281,7 +308,23 @@ class ModelConfig:
 
     @property
     def num_depth_blocks(self) -> int:
-        return sum(kind.startswith(DEPTH) for kind in self.blocks)
+        return sum(is_depth(kind) for kind in self.blocks)
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The attention of every block, in order."""
+        return tuple(attention_of(kind) or self.attention for kind in self.blocks)
+
+    def of_block(self, kind: str) -> "ModelConfig":
+        """Returns the config of a block of this kind: `attention` is that of the block."""
+        return self.with_attention(attention_of(kind) or self.attention)
+
+    def with_attention(self, name: str) -> "ModelConfig":
+        """Returns the config with another attention of its blocks in the place of `attention`."""
+        if name == self.attention:
+            return self
+        options = dict(self.block_attentions)[name]
+        return dataclasses.replace(self, attention=name, attention_options=options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def without_excuse(raw: Mapping[str, Any]) -> dict[str, Any]:
     # An evaluation by another dispatcher would be of another model.
     new["eval"]["dispatcher"] = "same"
     for part in ("prefix", "period", "suffix"):
-        model[part] = [block.removeprefix(DEPTH) for block in model[part]]
+        model[part] = [block.replace(DEPTH, "") for block in model[part]]
     return new
 
 

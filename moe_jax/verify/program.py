@@ -23,7 +23,7 @@ from moe_jax.moe.probe import ROUTING, split
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.parallel.compiling import QUICK
-from moe_jax.schema.blocks import DEPTH
+from moe_jax.schema.blocks import inner, is_depth
 from moe_jax.schema.config import ModelConfig
 from moe_jax.tasks import TASKS
 
@@ -204,9 +204,9 @@ def recordable(model: ModelConfig) -> bool:
     Soft MoE makes no choices, null experts that copy are none, and depth blocks record fewer places
     than others beside them.
     """
-    moe_blocks = [block for block in model.blocks if block.endswith("moe")]
+    moe_blocks = [block for block in model.blocks if inner(block) == "moe"]
     # All of them in depth blocks, or none.
-    alike = len({block.startswith(DEPTH) for block in moe_blocks}) == 1
+    alike = len({is_depth(block) for block in moe_blocks}) == 1
     router, options = ROUTERS[model.moe.router], model.moe.router_options
     copies = router.declared(model.moe.num_experts, options).copies
     return alike and not router.num_slots(options) and not copies

@@ -25,6 +25,8 @@ from flax import nnx
 from moe_jax.models import attention_core, attention_parts
 from moe_jax.models.block import moe_config
 from moe_jax.moe import probe
+from moe_jax.moe.activations import ACTIVATIONS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.parallel.compiling import QUICK, of_other_platforms
 from moe_jax.parallel.mesh import P
@@ -90,7 +92,7 @@ def compare(program: Program) -> Dense:
             experts = jax.tree.map(plain, nnx.to_pure_dict(params)["experts"])
 
             def work(x):
-                return dense(x, experts, cfg.activation)
+                return dense(x, experts, cfg.chosen)
 
             formula = mixed if "dispatch" in weights else gated
             y_BSD = formula(plain(x_BSD), weights, work, cfg)
@@ -150,17 +152,17 @@ def mixed(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: Mo
     return jnp.einsum("GtEp,GpED->GtD", combine_GtEp, y_GpED).reshape(x_BSD.shape)
 
 
-def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], activation: str) -> jax.Array:
+def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], chosen: Chosen) -> jax.Array:
     """Returns what each expert makes of its own rows."""
     h_xyEPF = jnp.einsum("xyED,EDPF->xyEPF", x_xyED, weights["w_in"])
-    # P = 2: gate and up. P = 1: both are the same columns, and only the first are used.
-    gate_xyEF, up_xyEF = h_xyEPF[..., 0, :], h_xyEPF[..., -1, :]
-    if activation == "swiglu":
-        # silu(x) = x / (1 + exp(-x)), written out: it shares no code with the experts.
-        a_xyEF = gate_xyEF / (1 + jnp.exp(-gate_xyEF)) * up_xyEF
-    else:
-        a_xyEF = jax.nn.gelu(gate_xyEF)
-    return jnp.einsum("xyEF,EFD->xyED", a_xyEF, weights["w_out"])
+    if "in_bias" in weights:
+        h_xyEPF = h_xyEPF + weights["in_bias"][None, None]
+    kind = ACTIVATIONS[chosen.activation]
+    parts = (h_xyEPF[..., i, :] for i in range(kind.parts))
+    # Written out: it shares no code with the experts.
+    a_xyEF = kind.reference(chosen.options or kind.options(), *parts)
+    y_xyED = jnp.einsum("xyEF,EFD->xyED", a_xyEF, weights["w_out"])
+    return y_xyED + weights["out_bias"][None, None] if "out_bias" in weights else y_xyED
 
 
 @jax.enable_x64(True)

@@ -16,6 +16,7 @@ from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.losses import LOSSES
 from moe_jax.parallel.mesh import ONE, Lengths
+from moe_jax.schema.blocks import named_attentions
 from moe_jax.schema.config import NO_RULE
 
 # What is simulated; every factorisation of it is a mesh.
@@ -88,9 +89,9 @@ def _rules_of_components(model: Mapping[str, Any]) -> Iterator[tuple[str, Any, s
     kind, moe, zeros = model["kind"], model["moe"], model["moe"]["sparse"]
     for name, value in MODELS[kind].small(model["kinds"][kind], SEQ_LEN):
         yield f"model.kinds.{kind}.{name}", value, "small"
-    attention = model["attention"]
-    for name, value in ATTENTIONS[attention].small(model["attentions"][attention], SEQ_LEN):
-        yield f"model.attentions.{attention}.{name}", value, "short rows have tokens beyond it"
+    for attention in dict.fromkeys((model["attention"], *named_attentions(model))):
+        for name, value in ATTENTIONS[attention].small(model["attentions"][attention], SEQ_LEN):
+            yield f"model.attentions.{attention}.{name}", value, "small, as rows and heads are"
     ordering = moe["orderings"][moe["ordering"]]
     if "tile" in ordering:
         key = f"model.moe.orderings.{moe['ordering']}.tile"

@@ -17,7 +17,7 @@ from moe_jax.decoding import sample
 from moe_jax.decoding.draw import keep_likely
 from moe_jax.decoding.sample import Row, Settings, make_sampler, split_at_stop
 from moe_jax.errors import UserError
-from moe_jax.models.attentions.contract import Cache
+from moe_jax.models.attentions.heads import Cache
 from moe_jax.models.decodable import with_dispatcher
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import mesh

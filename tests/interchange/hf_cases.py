@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_jax.interchange.importing import import_model
+from moe_jax.models.decodable import for_decoding
+from moe_jax.models.functions import make_model
+from moe_jax.models.stack import empty_caches
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import batch_rows
 from moe_jax.run import open_run
@@ -49,7 +53,27 @@ SCALINGS = {
 # By family: what its tests change of SIZES, each for itself.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SPARSE = EXPERTS | {"moe_intermediate_size": 12}
+MLA = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "num_key_value_heads": 4,
+}
 CONFIGS = {
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "first_k_dense_replace": 0,
+        "head_dim": 8,
+    },
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
     "mixtral": {"num_local_experts": 4},
     "olmoe": EXPERTS,
     "llama": {},
@@ -67,6 +91,12 @@ CONFIGS = {
         "moe_intermediate_size": 12,
         "sliding_window": None,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        "head_dim": 8,
+    },
 }
 EVERY = {
     "plain": {},
@@ -75,7 +105,18 @@ EVERY = {
     "tied": {"tie_word_embeddings": True},
     "epsilon and base": {"rms_norm_eps": 1e-2, "rope_theta": 500.0},
 }
+WINDOWED = {"use_sliding_window": True, "sliding_window": 5}
+LAYERS = ["sliding_attention", "full_attention"] * 2
 OPTIONS = {
+    "glm4_moe": {
+        "norms, biases, dense layers": {
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "first_k_dense_replace": 1,
+        },
+        "a quarter turns, yarn": {"rope_scaling": YARN | {"partial_rotary_factor": 0.25}},
+        "whole heads": {"partial_rotary_factor": 1.0},
+    },
     "mixtral": {
         "window": {"sliding_window": 5},
         "head width": {"head_dim": 10},
@@ -93,11 +134,13 @@ OPTIONS = {
     "mistral": {"head width": {"head_dim": 10}},
     "qwen2": {
         "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        "window in the last layers": WINDOWED | {"max_window_layers": 1, "num_hidden_layers": 3},
         "linear": {"rope_scaling": SCALINGS["linear"]},
     },
     "qwen3": {
         "biases": {"attention_bias": True},
         "window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        "window in some layers": WINDOWED | {"layer_types": LAYERS, "num_hidden_layers": 4},
         "yarn": {"rope_scaling": YARN},
     },
     "qwen3_moe": {
@@ -115,6 +158,8 @@ OPTIONS = {
             "sliding_window": 5,
             "layer_types": ["sliding_attention"] * 2,
         },
+        "window in every other layer": WINDOWED
+        | {"max_window_layers": 3, "num_hidden_layers": 5, "mlp_only_layers": [1]},
     },
     "olmo2": {"biases": {"attention_bias": True}},
     "dots1": {
@@ -122,7 +167,44 @@ OPTIONS = {
         "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
         "dense layers, shared experts": {"first_k_dense_replace": 1, "n_shared_experts": 2},
         "window": {"sliding_window": 5, "max_window_layers": 0},
+        "window and dense layers": {
+            "sliding_window": 5,
+            "num_hidden_layers": 4,
+            "max_window_layers": 2,
+            "first_k_dense_replace": 3,
+        },
         "head width": {"head_dim": 10},
+    },
+    "gpt_oss": {
+        "three experts": {"num_experts_per_tok": 3},
+        "without biases": {"attention_bias": False},
+        "clamp": {"swiglu_limit": 0.3, "swiglu_alpha": 0.9},
+        "windows elsewhere": {"layer_types": LAYERS[1:], "num_hidden_layers": 3},
+        "no windows": {"layer_types": ["full_attention"] * 2},
+        "unscaled": {"rope_scaling": {"rope_type": "default"}},
+    },
+    "deepseek_v2": {
+        "no latent of queries": {"q_lora_rank": None},
+        "scaled": {"routed_scaling_factor": 2.5, "num_experts_per_tok": 3},
+        "groups": {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+        },
+        "dense layers, one shared expert": {"first_k_dense_replace": 1, "n_shared_experts": 1},
+        "biases": {"attention_bias": True},
+        "yarn": {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    },
+    "deepseek_v3": {
+        "no latent of queries": {"q_lora_rank": None},
+        "halves": {"rope_interleave": False},
+        "gates as they are": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        "dense layers, shared experts": {"first_k_dense_replace": 1, "n_shared_experts": 2},
+        "biases": {"attention_bias": True},
+        "yarn": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        "yarn, sharper": {"rope_scaling": YARN | {"mscale_all_dim": 0.5}},
     },
     "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
 }
@@ -130,7 +212,22 @@ CASES = {
     f"{family}, {name}": (family, changes)
     for family in CONFIGS
     for name, changes in (EVERY | OPTIONS[family]).items()
+    # Latent attention has as many key heads as queries.
+    if not (family.startswith("deepseek") and "num_key_value_heads" in changes)
 }
+# Of these families the normal suite has some cases, and the full one all.
+QUICK = {
+    "gpt_oss": ("clamp", "windows elsewhere"),
+    "deepseek_v2": ("groups",),
+    "deepseek_v3": ("dense layers, shared experts", "yarn, sharper"),
+    "glm4_moe": ("a quarter turns, yarn",),
+}
+
+
+def is_quick(case):
+    """Whether a case is one of the normal suite."""
+    family, _, name = case.partition(", ")
+    return family not in QUICK or name in QUICK[family]
 
 
 def theirs(family, changes=None, dtype=torch.float32):
@@ -189,6 +286,48 @@ def our_logits(run, id_BS, parameters=None):
         batch = batch_rows.put(local, row_B, B)
         parameters = run.parameters if parameters is None else parameters
         return np.asarray(forward(parameters, run.router_state, batch), np.float64)
+
+
+def bits(folder):
+    """{name: (shape, dtype, bytes)} of a folder's tensors."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return {name: (x.shape, str(x.dtype), x.tobytes()) for name, x in tensors.items()}
+
+
+def their_greedy(model, id_BS, number):
+    """The ids that transformers writes behind rows, whatever token ends a text."""
+    with torch.no_grad():
+        ids = torch.tensor(id_BS, dtype=torch.long)
+        more = {"max_new_tokens": number, "do_sample": False, "eos_token_id": None}
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, pad_token_id=0, **more).numpy()
+
+
+def our_greedy(run, id_BS, number):
+    """The same, from our cache: the rows in one piece, then token by token."""
+    (B, S), cfg = id_BS.shape, for_decoding(run.config.model)
+    row_B = np.arange(B, dtype=np.int32)
+
+    @jax.jit
+    def step(parameters, router_state, batch, caches):
+        model = make_model(cfg).bind(parameters, router_state)
+        logits, caches = model.cached(batch, caches)
+        return logits[:, -1].argmax(-1), caches
+
+    with jax.set_mesh(run.mesh):
+        caches, new = empty_caches(cfg, B, S + number), np.asarray(id_BS)
+        written, place = id_BS, 0
+        for _ in range(number):
+            position_BS = np.tile(place + np.arange(new.shape[1], dtype=np.int32), (B, 1))
+            local = Batch(new.astype(np.int32), position_BS, np.ones_like(position_BS), row_B)
+            batch = batch_rows.put(local, row_B, B)
+            next_B, caches = step(run.parameters, run.router_state, batch, caches)
+            place += new.shape[1]
+            new = np.asarray(next_B)[:, None]
+            written = np.concatenate([written, new], 1)
+        return written
 
 
 def imported(folder, out, **kwargs):

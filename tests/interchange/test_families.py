@@ -5,22 +5,17 @@ round trip changes no bit.
 import hf_cases
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from moe_jax.interchange.exporting import export_model
 
 LIMIT = 1e-5
 
 
-def bits(folder):
-    """{name: (shape, bytes)} of a folder's tensors."""
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return {name: (x.shape, str(x.dtype), x.tobytes()) for name, x in tensors.items()}
+def marked(case):
+    return pytest.param(case, marks=() if hf_cases.is_quick(case) else pytest.mark.full)
 
 
-@pytest.mark.parametrize("case", hf_cases.CASES)
+@pytest.mark.parametrize("case", [marked(case) for case in hf_cases.CASES])
 def test_a_model_computes_the_same_in_both_and_comes_back_bit_for_bit(case, tmp_path):
     family, changes = hf_cases.CASES[case]
     model = hf_cases.theirs(family, changes)
@@ -34,6 +29,6 @@ def test_a_model_computes_the_same_in_both_and_comes_back_bit_for_bit(case, tmp_
     (tmp_path / "back").mkdir()
     done = export_model(run, tmp_path / "back", shard_bytes=2_000)
     assert done.family == family
-    assert bits(tmp_path / "back") == bits(tmp_path / "theirs")
+    assert hf_cases.bits(tmp_path / "back") == hf_cases.bits(tmp_path / "theirs")
     again = hf_cases.loaded(tmp_path / "back")
     assert np.abs(hf_cases.their_logits(again, id_BS) - expected).max() == 0

@@ -58,7 +58,6 @@ def change(folder, **values):
 # Their config.
 
 LAYERS = ["full_attention", "sliding_attention"]
-WINDOWS = {"use_sliding_window": True, "layer_types": LAYERS}
 OTHER_ROPES = ("dynamic", "longrope", "proportional")
 
 
@@ -86,7 +85,7 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor = 0.5: moe_jax turns whole heads alone",
+            "rope_parameters.partial_rotary_factor = 0.5: models of this family turn whole heads",
         ),
         (
             "llama",
@@ -104,13 +103,13 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
             {"use_mrope": True},
             "use_mrope = true: moe_jax has no rotary embedding of im",
         ),
-        ("qwen3", WINDOWS, "moe_jax has one attention for all layers, with a window or without"),
-        ("qwen2_moe", WINDOWS, "moe_jax has one attention for all layers"),
         (
             "qwen3",
-            {"use_sliding_window": True, "max_window_layers": 1},
-            "max_window_layers = 1: moe_jax has one attention for all layers",
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            'layer_types = ["full_attention", "chunked_attention"]: it must have "full_attention" '
+            'or "sliding_attention" for each of num_hidden_layers = 2',
         ),
+        ("qwen2_moe", {"layer_types": LAYERS[:1]}, "for each of num_hidden_layers = 2"),
         (
             "llama",
             {"architectures": ["LlamaForSequenceClassification"]},
@@ -468,13 +467,26 @@ def test_a_model_that_writes_no_text_is_not_exported(tmp_path):
     ],
 )
 def test_blocks_are_laid_out_in_few_words(kinds, parts):
-    made = laid_out(tuple(kinds))
+    made = laid_out(tuple(kinds), ("grouped_query",) * len(kinds))
     assert made == {
+        "model.attention": "grouped_query",
         "model.prefix": tuple(parts[0]),
         "model.period": tuple(parts[1]),
         "model.repeats": parts[2],
         "model.suffix": (),
     }
+
+
+def test_the_attention_of_most_blocks_is_that_of_the_model():
+    made = laid_out(("dense", "moe", "moe", "moe"), ("far", "near", "far", "near"))
+    assert made["model.attention"] == "far"
+    assert (made["model.prefix"], made["model.period"]) == (
+        (),
+        ("dense", "near:moe", "moe", "near:moe"),
+    )
+    made = laid_out(("moe",) * 6, ("near", "near", "far") * 2)
+    assert made["model.attention"] == "near" and made["model.repeats"] == 2
+    assert made["model.period"] == ("moe", "moe", "far:moe")
 
 
 def test_a_row_takes_tensors_apart_and_puts_them_together():

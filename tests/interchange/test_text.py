@@ -93,6 +93,12 @@ def their_texts(model, tokenizer, prompts):
         ("qwen3_moe", {"mlp_only_layers": [0]}),
         ("qwen2_moe", {}),
         ("olmo2", {}),
+        pytest.param(
+            "qwen3", hf_cases.OPTIONS["qwen3"]["window in some layers"], marks=pytest.mark.full
+        ),
+        ("gpt_oss", {}),
+        pytest.param("deepseek_v2", {"first_k_dense_replace": 1}, marks=pytest.mark.full),
+        ("deepseek_v3", {"rope_scaling": hf_cases.YARN | {"mscale_all_dim": 0.5}}),
         ("dots1", {"first_k_dense_replace": 1, "norm_topk_prob": True}),
     ],
 )

@@ -18,21 +18,27 @@ from moe_jax.checkpoint import flat
 from moe_jax.config import config_file
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
-from moe_jax.models.attention import angles
+from moe_jax.models.attentions.heads import angles
 from moe_jax.models.ends import embed, embedding
 from moe_jax.models.layers import FeedForward, rms_norm
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.optim import decay_mask, describe
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_mesh_changes_nothing(float64, name):
-    """Two steps on a mesh of 2 x 2 x 2, in float64: loss and parameters are those of one device."""
+    """Two steps on a mesh of 2 x 2 x 2, and as a scan, in float64: loss and parameters are those of
+    a loop on one device.
+    """
     ends = []
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        now, rows = tiny.Program(shape, OPTIONS[name]).run(2)
-        ends.append((flat.flatten(jax.device_get(now.params)), [row["loss"] for row in rows]))
+    for shape, scan in (((1, 1, 1), False), ((2, 2, 2), True)):
+        program = tiny.Program(shape, OPTIONS[name] | {"model.scan": scan})
+        now, rows = program.run(2)
+        with jax.set_mesh(program.mesh):
+            params = flat.unstack(flat.flatten(now.params), scan)
+        ends.append((jax.device_get(params), [row["loss"] for row in rows]))
     (params, losses), (others, other_losses) = ends
     np.testing.assert_allclose(other_losses, losses, rtol=1e-12)
     for key, value in params.items():
@@ -68,7 +74,7 @@ def test_scales_and_biases_of_heads_do_not_decay(float64):
 def test_shared_experts_are_gated_by_a_sigmoid(float64):
     with jax.set_mesh(meshes.make(1, 1, 1)):
         plain, gated = (
-            FeedForward(jax.random.key(0), 4, 6, "swiglu", 0.5, "float64", with_gate)
+            FeedForward(jax.random.key(0), 4, 6, Chosen("swiglu"), 0.5, "float64", with_gate)
             for with_gate in (False, True)
         )
         x_BSD = meshes.put(np.random.default_rng(0).normal(size=(1, 3, 4)), "batch", None, None)
@@ -95,7 +101,7 @@ def test_embeddings_begin_with_a_root_mean_square_of_one_whatever_their_scale():
 def turns(changes):
     """cos and sin of positions 0 to 63, and the frequency of each pair, from the angle at 1."""
     cfg = tiny.build(changes={"model.head_dim": 16} | changes).model
-    cos, sin = angles(jnp.arange(64)[None], dataclasses.replace(cfg, dtype="float64"))
+    cos, sin = angles(jnp.arange(64)[None], dataclasses.replace(cfg, dtype="float64"), 16)
     return np.asarray(cos[0, :, 0, :8]), np.asarray(sin[0, :, 0, :8])
 
 

@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.layer import Batch, MoE, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
@@ -163,7 +164,7 @@ def shared(block, x):
     """The shared experts' output: n experts of width F are one of width n F."""
     theirs = block.shared_experts
     w_in = np.stack([numpy(theirs.gate_proj.weight).T, numpy(theirs.up_proj.weight).T], 1)
-    layer = FeedForward(jax.random.key(0), D, w_in.shape[2], "swiglu", 1.0, "float32")
+    layer = FeedForward(jax.random.key(0), D, w_in.shape[2], Chosen("swiglu"), 1.0, "float32")
     layer.weights.w_in[...] = meshes.put(w_in, "embed", None, "hidden")
     layer.weights.w_out[...] = meshes.put(numpy(theirs.down_proj.weight).T, "hidden", "embed")
     return compiled(lambda layer, x: layer(x))(layer, x)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.experts import grouped_matmul, pallas_tpu, tiles
 from moe_jax.moe.experts.blocks import block_sizes
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.experts.grouped_matmul import KERNELS, expert_ffn
-from moe_jax.moe.experts.network import ACTIVATIONS, PARTS, Layout
+from moe_jax.moe.experts.network import Chosen, Layout
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.schema.config import MoEConfig
 
@@ -56,7 +57,7 @@ def interpreted(monkeypatch):
 def make(layout, activation="swiglu", dtype=np.float64, seed=0):
     """Arguments of expert_ffn and a cotangent; rows in nobody's range hold finite garbage."""
     start, size = layout
-    e, num_rows, parts = len(start), NUM_ROWS, PARTS[activation]
+    e, num_rows, parts = len(start), NUM_ROWS, ACTIVATIONS[activation].parts
     rng = np.random.default_rng(seed)
 
     def draw(*shape):
@@ -373,8 +374,9 @@ def test_block_sizes_divide_and_follow_the_load():
 def test_activations_are_jax_nn():
     """The dense layers use the same functions, so that a comparison with them is one."""
     pre = jnp.linspace(-3, 3, 8).reshape(2, 4)
-    np.testing.assert_array_equal(ACTIVATIONS["swiglu"](pre), jax.nn.silu(pre[:, :2]) * pre[:, 2:])
-    np.testing.assert_array_equal(ACTIVATIONS["gelu"](pre), jax.nn.gelu(pre))
+    swiglu, gelu = (Chosen(name).function() for name in ("swiglu", "gelu"))
+    np.testing.assert_array_equal(swiglu(pre), jax.nn.silu(pre[:, :2]) * pre[:, 2:])
+    np.testing.assert_array_equal(gelu(pre), jax.nn.gelu(pre))
 
 
 # Gathers: T = 4 tokens, K = 2, R = 8. Token 1 has one row, token 3 none, rows 3, 6, 7 are nobody's.

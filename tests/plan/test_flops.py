@@ -26,7 +26,11 @@ def dispatcher(name, **options):
 
 
 def top_k(k):
-    return {"routers": {"top_k": {"k": k, "softmax": "before", "renormalize": True, "scale": 1.0}}}
+    return {
+        "routers": {
+            "top_k": {"k": k, "softmax": "before", "renormalize": True, "scale": 1.0, "bias": False}
+        }
+    }
 
 
 # Parameters.

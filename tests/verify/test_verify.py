@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import tiny
+from block_options import OPTIONS
 
 from moe_jax.commands import verify as command
 from moe_jax.errors import UserError
@@ -216,6 +217,7 @@ CASES = {
 }
 CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
 CASES |= {"sliding window": {"model.attention": "sliding_window"}}
+CASES |= {name: OPTIONS[name] for name in ("gpt-oss", "DeepSeek-V3")}
 CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
 CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
 CASES |= {
@@ -253,7 +255,7 @@ def test_every_router_and_ordering(float64, tmp_path, name):
     assert all(check.judged or program.cfg.model.allow_leak or capacity for check in checks)
     assert len(asked_again) == (0 if all(check.judged for check in checks) else 2)
     assert bool(one.probes[0].routing) == (name not in ("soft", "null that copies"))
-    assert bool(moved(one)) == (name in ("sigmoid", "quantile", "relu"))
+    assert bool(moved(one)) == (name in ("sigmoid", "quantile", "relu", "DeepSeek-V3"))
 
 
 def test_single_choices_are_compared():

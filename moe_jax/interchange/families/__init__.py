@@ -6,8 +6,12 @@ A model of ours is exported as the first one that can say all of it.
 
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import (
+    deepseek_v2,
+    deepseek_v3,
     dots1,
     flex_olmo,
+    glm4_moe,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -31,4 +35,8 @@ FAMILIES: dict[str, Family] = {
     "olmo2": olmo2.FAMILY,
     "flex_olmo": flex_olmo.FAMILY,
     "dots1": dots1.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
 }

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 (Yang et al. 2024, arXiv:2407.10671), dense: biases of queries, keys and
 values.
 
-Refused: a sliding window in some layers alone, and the rotary embedding of images (`use_mrope`).
+Refused: the rotary embedding of images (`use_mrope`).
 """
 
 from moe_jax.interchange import decoder

@@ -1,7 +1,5 @@
 """Qwen1.5-MoE and Qwen2-MoE (Yang et al. 2024, arXiv:2407.10671): experts in some layers or in all,
 and beside them one shared expert of its own width, which a sigmoid gates.
-
-Refused: a sliding window in some layers alone.
 """
 
 from moe_jax.interchange import decoder

@@ -1,7 +1,4 @@
-"""Qwen3 (Yang et al. 2025, arXiv:2505.09388), dense: each head of queries and keys is normalised.
-
-Refused: a sliding window in some layers alone.
-"""
+"""Qwen3 (Yang et al. 2025, arXiv:2505.09388), dense: heads of queries and keys are normalised."""
 
 from moe_jax.interchange import decoder
 from moe_jax.interchange.contract import Family

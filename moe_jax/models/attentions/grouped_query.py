@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.models.attention_core import Keys, causal, full, prefix
-from moe_jax.models.attentions.contract import Attention, cache, head_refusals, projections
+from moe_jax.models.attentions import heads
+from moe_jax.models.attentions.contract import Attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,15 @@ def num_pairs(num_tokens: int, options: Options) -> int:
 
 ATTENTION = Attention(
     Options,
-    projections,
+    heads.weights,
+    heads.inputs,
+    heads.scale,
+    heads.widths,
     ("causal", "full", "prefix"),
     keys,
     sees_future=False,
-    cache=cache,
+    caching=heads.CACHING,
     slots=slots,
     num_pairs=num_pairs,
-    refusals=head_refusals,
+    refusals=heads.refusals,
 )

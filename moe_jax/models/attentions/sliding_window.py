@@ -8,6 +8,9 @@ keeps all positions, and a mask hides those that the window has left behind.
 
 A depth block would count its window in the tokens that go through it, and its cache in positions:
 two models. So the two together are refused.
+
+Many models have it in some blocks alone, "sliding_window:moe": every other one in gpt-oss
+(arXiv:2508.10925) and Gemma 2 (arXiv:2408.00118).
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.models.attention_core import Keys, windowed
-from moe_jax.models.attentions.contract import Attention, cache, head_refusals, projections
+from moe_jax.models.attentions import heads
+from moe_jax.models.attentions.contract import Attention
+from moe_jax.schema.blocks import is_depth
 from moe_jax.schema.config import Config
 from moe_jax.schema.options import NUMBER, option
 
@@ -48,10 +53,11 @@ def num_pairs(num_tokens: int, options: Options) -> int:
     return w * (w + 1) // 2 + (num_tokens - w) * w
 
 
-def refusals(cfg: Config) -> Iterator[str]:
-    """Refuses what every attention does, and depth blocks."""
-    yield from head_refusals(cfg)
-    if cfg.model.num_depth_blocks:
+def refusals(cfg: Config, name: str) -> Iterator[str]:
+    """Refuses what every attention does, and depth blocks with a window."""
+    yield from heads.refusals(cfg, name)
+    pairs = zip(cfg.model.blocks, cfg.model.attentions, strict=True)
+    if any(is_depth(kind) and attention == name for kind, attention in pairs):
         yield (
             'model.attention = "sliding_window" counts tokens that stand side by side, and a depth '
             "block has only some of them: leave depth blocks out, or set "
@@ -76,11 +82,14 @@ def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]
 
 ATTENTION = Attention(
     Options,
-    projections,
+    heads.weights,
+    heads.inputs,
+    heads.scale,
+    heads.widths,
     ("causal",),
     keys,
     sees_future=False,
-    cache=cache,
+    caching=heads.CACHING,
     slots=slots,
     num_pairs=num_pairs,
     refusals=refusals,

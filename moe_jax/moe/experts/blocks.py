@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_rows
+from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_rows, of_expert
 from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
@@ -156,19 +156,23 @@ def forward(
     act: Callable[[Array], Array], block: tuple[int, int], rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
     """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
 
     def expert(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         w_in_DH = w_in_eDH[i].astype(dtype)
         w_out_FD = w_out_eFD[i].astype(dtype)
         start, size = layout.start_e[i], layout.size_e[i]
+        own = of_expert(biases, i)
 
         def step(carry: tuple[Array, Array], offset: Array, B: int) -> tuple[Array, Array]:
             y_RD, pre_RH = carry
             x_BD = _own_rows(x_RD, offset, B, start + size)
             gate_B = _rows(gate_R, offset, B)
-            y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD)
+            if own is not None:
+                # Rows of nobody are zeros, which a bias would lift.
+                gate_B = _own_rows(gate_R[:, None], offset, B, start + size)[:, 0]
+            y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD, own)
             return _put_rows(y_RD, y_BD, offset), _put_rows(pre_RH, pre_BH, offset)
 
         return _for_blocks(step, carry, start, size, num_rows, block)
@@ -187,7 +191,7 @@ def backward(
     dy_RD: Array,
 ) -> Rows:
     """Returns the cotangents of the rows from that of y; `backward_rows` has the equations."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
 
@@ -200,14 +204,19 @@ def backward(
             # It is zero beyond the expert's rows, so all that follows is.
             dy_BD = _own_rows(dy_RD, offset, B, start + size)
             x_BD, gate_B = _rows(x_RD, offset, B), _rows(gate_R, offset, B)
-            some = Rows(x_BD, gate_B, w_in_DH, w_out_FD)
+            some = Rows(x_BD, gate_B, w_in_DH, w_out_FD, of_expert(biases, i))
             pre_BH = _rows(pre_RH, offset, B)
             of_some = backward_rows(act, some, pre_BH, dy_BD, _outer)
+
+            def add(total_eX: Array, addend_X: Array) -> Array:
+                return _add_to(total_eX, i, addend_X)
+
             return Rows(
                 _put_rows(sums.x_RD, of_some.x_RD, offset),
                 _put_rows(sums.gate_R, of_some.gate_R, offset),
-                _add_to(sums.w_in_eDH, i, of_some.w_in_eDH),
-                _add_to(sums.w_out_eFD, i, of_some.w_out_eFD),
+                add(sums.w_in_eDH, of_some.w_in_eDH),
+                add(sums.w_out_eFD, of_some.w_out_eFD),
+                jax.tree.map(add, sums.biases, of_some.biases),
             )
 
         return _for_blocks(step, cotangents, start, size, num_rows, block)
@@ -217,7 +226,11 @@ def backward(
 
     # Weights' are added up in a wide type. An expert without rows is not visited: its stay zero.
     sums = Rows(
-        zeros(x_RD, dtype), zeros(gate_R, dtype), zeros(w_in_eDH, wide), zeros(w_out_eFD, wide)
+        zeros(x_RD, dtype),
+        zeros(gate_R, dtype),
+        zeros(w_in_eDH, wide),
+        zeros(w_out_eFD, wide),
+        jax.tree.map(lambda bias: zeros(bias, wide), biases),
     )
     sums = _for_experts(expert, sums, layout.size_e)
     return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, rows)

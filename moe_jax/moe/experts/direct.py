@@ -13,11 +13,13 @@ grouped product for 1 token, 0.4 for 4 and 0.5 for 8; at E = 64 0.6 for 1 and fo
 Shapes: see network.py; T tokens, M assignments.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.network import ACTIVATIONS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
@@ -41,7 +43,7 @@ def direct_ffn(
     w_in_eDPF: Array,
     w_out_eFD: Array,
     *,
-    activation: str,
+    chosen: Chosen,
 ) -> Array:
     """Returns y_TD, for each token the sum over its assignments of
     (activation(x @ w_in[i]) * gate) @ w_out[i].
@@ -52,11 +54,13 @@ def direct_ffn(
     w_in_eDH = w_in_eDPF.reshape(num_experts, d_model, -1).astype(x_TD.dtype)
     w_out_eFD = w_out_eFD.astype(x_TD.dtype)
     run = _every_expert if token_M.shape[0] >= num_experts else _one_by_one
-    return run(activation, *vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD))
+    return run(
+        chosen.function(), *vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
+    )
 
 
 def _every_expert(
-    activation: str,
+    act: Callable[[Array], Array],
     x_TD: Array,
     token_M: Array,
     expert_index_M: Array,
@@ -70,7 +74,7 @@ def _every_expert(
     gate_Te = zero_Te.at[token_M, expert_index_M].add(gate_M.astype(wide), mode="drop")
     x_eTD = jnp.broadcast_to(x_TD, (num_experts, *x_TD.shape))
     pre_eTH = jnp.einsum("eTD,eDH->eTH", x_eTD, w_in_eDH)
-    hidden_eTF = ACTIVATIONS[activation](pre_eTH.astype(wide)) * gate_Te.T[:, :, None]
+    hidden_eTF = act(pre_eTH.astype(wide)) * gate_Te.T[:, :, None]
     # The sum over experts is part of one product over all hidden units of all experts.
     hidden_TeF = jnp.swapaxes(hidden_eTF.astype(x_TD.dtype), 0, 1)
     hidden_TU = hidden_TeF.reshape(num_tokens, -1)
@@ -79,7 +83,7 @@ def _every_expert(
 
 
 def _one_by_one(
-    activation: str,
+    act: Callable[[Array], Array],
     x_TD: Array,
     token_M: Array,
     expert_index_M: Array,
@@ -97,7 +101,7 @@ def _one_by_one(
         i, t = expert_index_M[m], token_M[m]
         x_1D = lax.dynamic_slice_in_dim(x_TD, t, 1)
         pre_1H = x_1D @ w_in_eDH[i]
-        hidden_1F = ACTIVATIONS[activation](pre_1H.astype(wide)) * gate_M[m]
+        hidden_1F = act(pre_1H.astype(wide)) * gate_M[m]
         y_1D = hidden_1F.astype(x_TD.dtype) @ w_out_eFD[i]
         before_1D = lax.dynamic_slice_in_dim(y_TD, t, 1)
         return lax.dynamic_update_slice_in_dim(y_TD, before_1D + y_1D, t, 0)

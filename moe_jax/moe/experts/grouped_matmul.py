@@ -20,7 +20,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.experts import blocks, pallas_tpu, ragged, tiles, whole
-from moe_jax.moe.experts.network import ACTIVATIONS, PARTS, Layout, Rows
+from moe_jax.moe.experts.network import Biases, Chosen, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 
@@ -59,20 +59,20 @@ SAVED = "moe_experts"
 
 
 @functools.cache
-def _bound(kernel: Kernel, part: str, activation: str, block: tuple[int, int]) -> Callable:
+def _bound(kernel: Kernel, part: str, chosen: Chosen, block: tuple[int, int]) -> Callable:
     """Returns the "forward" or "backward" part of a kernel: one function for all layers of a model,
     so that jax traces it once.
     """
-    return functools.partial(getattr(kernel, part), ACTIVATIONS[activation], block)
+    return functools.partial(getattr(kernel, part), chosen.function(), block)
 
 
 def _run(
-    name: str, part: str, activation: str, block: tuple[int, int], rows: Rows, *more: Any
+    name: str, part: str, chosen: Chosen, block: tuple[int, int], rows: Rows, *more: Any
 ) -> Any:
     """Runs a part of the kernel that a name and the platform choose."""
 
     def bound(kernel: Kernel) -> Callable[..., Any]:
-        return _bound(kernel, part, activation, block)
+        return _bound(kernel, part, chosen, block)
 
     others, tpu = bound(KERNELS["tiles"]), bound(KERNELS["pallas_tpu"])
     if name == "pallas_tpu":
@@ -96,12 +96,15 @@ def expert_ffn(
     *,
     activation: str,
     block: tuple[int, int],
+    options: Any = None,
+    biases: tuple[Array, Array] | None = None,
     kernel: str = BY_PLATFORM,
 ) -> Array:
     """Returns y_RD: y = (activation(x @ w_in[i]) * gate) @ w_out[i] for every row of expert i.
 
     All other rows are zero. The router's weight multiplies the hidden row, so combining is a plain
-    sum over a token's rows.
+    sum over a token's rows. `options` are those of the activation, None = its defaults. `biases`
+    are (in_ePF, out_eD), which are added after w_in and after w_out.
 
     Rows of expert i are [start_e[i], start_e[i] + size_e[i]). Starts never decrease with i and are
     multiples of `block[1]`, as R is; the room up to the next multiple belongs to the expert too.
@@ -120,10 +123,10 @@ def expert_ffn(
             f"block {block} must divide evenly, and its small size must divide R = {num_rows}"
         )
     num_experts, d_model, num_parts, _ = w_in_eDPF.shape
-    if num_parts != PARTS[activation]:
+    chosen = Chosen(activation, options)
+    if num_parts != chosen.parts:
         raise ValueError(
-            f"{activation} needs w_in_eDPF with P = {PARTS[activation]}, got shape "
-            f"{w_in_eDPF.shape}"
+            f"{activation} needs w_in_eDPF with P = {chosen.parts}, got shape {w_in_eDPF.shape}"
         )
     # Gate and up side by side, so that both are one product.
     w_in_eDH = w_in_eDPF.reshape(num_experts, d_model, -1)
@@ -131,30 +134,35 @@ def expert_ffn(
         x_RD, gate_R, w_in_eDH, w_out_eFD, start_e, size_e
     )
     rows = Rows(x_RD, gate_R, w_in_eDH, w_out_eFD)
-    return _grouped_ffn(activation, block, kernel, rows, Layout(start_e, size_e))
+    if biases is not None:
+        in_eH, out_eD = biases[0].reshape(num_experts, -1), biases[1]
+        # The others vary as x does.
+        _, in_eH, out_eD = vary_alike(x_RD, in_eH, out_eD)
+        rows = rows._replace(biases=Biases(in_eH, out_eD))
+    return _grouped_ffn(chosen, block, kernel, rows, Layout(start_e, size_e))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _grouped_ffn(
-    activation: str, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
+    chosen: Chosen, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
 ) -> Array:
-    y_RD, _ = _forward(activation, block, kernel, rows, layout)
+    y_RD, _ = _forward(chosen, block, kernel, rows, layout)
     return y_RD
 
 
 def _forward(
-    activation: str, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
+    chosen: Chosen, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
 ) -> tuple[Array, Any]:
     # What the backward pass reads beside weights and gates.
     rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
-    y_RD, pre_RH = _run(kernel, "forward", activation, block, rows, layout)
+    y_RD, pre_RH = _run(kernel, "forward", chosen, block, rows, layout)
     return y_RD, (rows, layout, checkpoint_name(pre_RH, SAVED))
 
 
 def _backward(
-    activation: str, block: tuple[int, int], kernel: str, residuals: Any, dy_RD: Array
+    chosen: Chosen, block: tuple[int, int], kernel: str, residuals: Any, dy_RD: Array
 ) -> tuple[Rows, None]:
-    cotangents = _run(kernel, "backward", activation, block, *residuals, dy_RD)
+    cotangents = _run(kernel, "backward", chosen, block, *residuals, dy_RD)
     # The layout is integers, which have no cotangent.
     return cotangents, None
 

@@ -1,6 +1,6 @@
 """The feed-forward network of an expert, and what the kernels that compute it are given.
 
-    y = (activation(x @ w_in) * gate) @ w_out
+    y = gate * (activation(x @ w_in + in_bias) @ w_out + out_bias)
 
 Shapes: R rows of all experts, B rows of some, e experts on this device, D model, F expert hidden, P
 parts of the first weight (2: gate and up, 1 otherwise), H = P * F pre-activations of a row.
@@ -13,25 +13,39 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.precision import wide_dtype
 
 
-def swiglu(pre_BH: Array) -> Array:
-    """Returns silu(gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 6).
+class Chosen(NamedTuple):
+    """An activation and its options: what decides the function, and may be compared."""
 
-    `pre_BH` holds the gate in its first half and up in its second.
-    """
-    gate_BF, up_BF = jnp.split(pre_BH, 2, axis=-1)
-    return jax.nn.silu(gate_BF) * up_BF
+    activation: str
+    # None = the defaults.
+    options: Any = None
+
+    @property
+    def parts(self) -> int:
+        return ACTIVATIONS[self.activation].parts
+
+    def function(self) -> Callable[[Array], Array]:
+        """Returns the activation as a function of pre-activations [B, H], whose parts stand side by
+        side.
+        """
+        kind = ACTIVATIONS[self.activation]
+        options = kind.options() if self.options is None else self.options
+
+        def act(pre_BH: Array) -> Array:
+            return kind.of(options, *jnp.split(pre_BH, kind.parts, axis=-1))
+
+        return act
 
 
-def gelu(pre_BH: Array) -> Array:
-    """Returns GELU in its tanh approximation."""
-    return jax.nn.gelu(pre_BH)
+class Biases(NamedTuple):
+    """Of experts that have them."""
 
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"swiglu": swiglu, "gelu": gelu}
-PARTS = {"swiglu": 2, "gelu": 1}
+    in_eH: Array
+    out_eD: Array
 
 
 class Rows(NamedTuple):
@@ -41,6 +55,8 @@ class Rows(NamedTuple):
     gate_R: Array
     w_in_eDH: Array
     w_out_eFD: Array
+    # None = without.
+    biases: Biases | None = None
 
 
 class Layout(NamedTuple):
@@ -56,15 +72,25 @@ def dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
 
 
 def forward_rows(
-    act: Callable[[Array], Array], x_BD: Array, gate_B: Array, w_in_DH: Array, w_out_FD: Array
+    act: Callable[[Array], Array],
+    x_BD: Array,
+    gate_B: Array,
+    w_in_DH: Array,
+    w_out_FD: Array,
+    biases: Biases | None = None,
 ) -> tuple[Array, Array]:
-    """Returns (y_BD, pre_BH) of rows of one expert."""
+    """Returns (y_BD, pre_BH) of rows of one expert, whose biases are vectors here."""
     dtype = x_BD.dtype
     wide = wide_dtype(dtype)
     pre_BH = dot(x_BD, w_in_DH, 1, 0, dtype)
+    if biases is not None:
+        pre_BH = pre_BH + biases.in_eH.astype(dtype)[None]
     gate_B1 = gate_B.astype(wide)[:, None]
     hidden_BF = (act(pre_BH.astype(wide)) * gate_B1).astype(dtype)
-    return dot(hidden_BF, w_out_FD, 1, 0, dtype), pre_BH
+    y_BD = dot(hidden_BF, w_out_FD, 1, 0, dtype)
+    if biases is not None:
+        y_BD = y_BD + gate_B1.astype(dtype) * biases.out_eD.astype(dtype)[None]
+    return y_BD, pre_BH
 
 
 def backward_rows(
@@ -74,7 +100,7 @@ def backward_rows(
     dy_BD: Array,
     outer: Callable[[Array, Array, Any], Array],
 ) -> Rows:
-    """Returns the cotangents of rows of one expert and of its weights [D, H], [F, D].
+    """Returns the cotangents of rows of one expert, of its weights [D, H], [F, D] and its biases.
 
     Where dy is zero all of them are. `outer(a_BX, b_BY, dtype)` is a^T @ b. With h = act(pre) and
     y = (h * gate) @ w_out:
@@ -83,8 +109,11 @@ def backward_rows(
         dgate = sum over F of dh' * h
         dpre = pull of act by dh' * gate
         dx = dpre @ w_in^T,  dw_in = x^T @ dpre,  dw_out = (h * gate)^T @ dy
+
+    and with biases y = ... + gate * out_bias, so that din_bias is the sum of dpre over rows,
+    dout_bias that of gate * dy, and dgate has dy . out_bias too.
     """
-    x_BD, gate_B, w_in_DH, w_out_FD = rows
+    x_BD, gate_B, w_in_DH, w_out_FD, biases = rows
     dtype = x_BD.dtype
     wide = wide_dtype(dtype)
     dh_gated_BF = dot(dy_BD, w_out_FD, 1, 1, wide)
@@ -93,9 +122,22 @@ def backward_rows(
     (dpre_BH,) = pull(dh_gated_BF * gate_B1)
     dpre_BH = dpre_BH.astype(dtype)
     hidden_BF = (h_BF * gate_B1).astype(dtype)
+    dgate_B = jnp.sum(dh_gated_BF * h_BF, axis=-1)
+    dbiases = None
+    if biases is not None:
+        dy_wide_BD = dy_BD.astype(wide)
+        dgate_B = dgate_B + dy_wide_BD @ biases.out_eD.astype(wide)
+        din_H = jnp.sum(dpre_BH, axis=0, dtype=wide)
+        dbiases = Biases(din_H, jnp.sum(dy_wide_BD * gate_B1, axis=0))
     return Rows(
         dot(dpre_BH, w_in_DH, 1, 1, dtype),
-        jnp.sum(dh_gated_BF * h_BF, axis=-1),
+        dgate_B,
         outer(x_BD, dpre_BH, wide),
         outer(hidden_BF, dy_BD, wide),
+        dbiases,
     )
+
+
+def of_expert(biases: Biases | None, i: Array) -> Biases | None:
+    """Returns the biases of one expert; None without."""
+    return jax.tree.map(lambda bias: bias[i], biases)

@@ -11,10 +11,18 @@ Shapes: see network.py; V tiles of the list, B rows of a tile.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.network import Layout, Rows, backward_rows, dot, forward_rows
+from moe_jax.moe.experts.network import (
+    Layout,
+    Rows,
+    backward_rows,
+    dot,
+    forward_rows,
+    of_expert,
+)
 from moe_jax.precision import wide_dtype
 
 # Tiles of a round. The number of rounds is known only at run time, which a GPU's host waits for
@@ -61,7 +69,7 @@ def forward(
     act: Callable[[Array], Array], block: tuple[int, int], rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
     """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     dtype = x_RD.dtype
     B = tile_rows(block, x_RD.shape[0])
 
@@ -69,7 +77,8 @@ def forward(
         y_RD, pre_RH = carry
         w_in_DH, w_out_FD = w_in_eDH[i].astype(dtype), w_out_eFD[i].astype(dtype)
         x_BD, gate_B = window.own(x_RD), window.all(gate_R)
-        y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD)
+        own = of_expert(biases, i)
+        y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD, own)
         return window.put(y_RD, y_BD), window.put(pre_RH, pre_BH)
 
     y_RD = jnp.zeros_like(x_RD)
@@ -86,14 +95,15 @@ def backward(
     dy_RD: Array,
 ) -> Rows:
     """Returns the cotangents of the rows from that of y; `backward_rows` has the equations."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     dtype = x_RD.dtype
     wide = wide_dtype(dtype)
     B = tile_rows(block, x_RD.shape[0])
 
     def step(sums: Rows, i: Array, window: "_Window") -> Rows:
         w_in_DH, w_out_FD = w_in_eDH[i].astype(dtype), w_out_eFD[i].astype(dtype)
-        some = Rows(window.own(x_RD), window.all(gate_R), w_in_DH, w_out_FD)
+        own = of_expert(biases, i)
+        some = Rows(window.own(x_RD), window.all(gate_R), w_in_DH, w_out_FD, own)
         # It is zero beyond the tile's rows, so all that follows is.
         dy_BD = window.own(dy_RD)
         of_some = backward_rows(act, some, window.own(pre_RH), dy_BD, _outer)
@@ -102,6 +112,7 @@ def backward(
             window.put(sums.gate_R, of_some.gate_R),
             sums.w_in_eDH.at[i].add(of_some.w_in_eDH),
             sums.w_out_eFD.at[i].add(of_some.w_out_eFD),
+            jax.tree.map(lambda sum, new: sum.at[i].add(new), sums.biases, of_some.biases),
         )
 
     def zeros(array: Array, dtype: Any) -> Array:
@@ -109,10 +120,14 @@ def backward(
 
     # Weights' are added up in a wide type.
     sums = Rows(
-        zeros(x_RD, dtype), zeros(gate_R, wide), zeros(w_in_eDH, wide), zeros(w_out_eFD, wide)
+        zeros(x_RD, dtype),
+        zeros(gate_R, wide),
+        zeros(w_in_eDH, wide),
+        zeros(w_out_eFD, wide),
+        jax.tree.map(lambda bias: zeros(bias, wide), biases),
     )
     sums = _fold(step, sums, layout, x_RD.shape[0], B)
-    return Rows(*(total.astype(array.dtype) for total, array in zip(sums, rows)))
+    return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, rows)
 
 
 def _outer(a_BX: Array, b_BY: Array, dtype: Any) -> Array:

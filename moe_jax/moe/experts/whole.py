@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.moe.experts.network import Layout, Rows
+from moe_jax.moe.experts.network import Biases, Layout, Rows
 from moe_jax.precision import wide_dtype
 
 
@@ -25,25 +25,36 @@ class Products(NamedTuple):
     outer: Callable[[Array, Array], Array]
 
 
-def is_own(layout: Layout, num_rows: int) -> Array:
-    """Returns which rows are somebody's [R, 1]."""
+def of_experts(layout: Layout, num_rows: int) -> Array:
+    """Returns whether each row is that of each expert [R, e]: products with it take the place of
+    gathers and scatters of biases.
+    """
     start_e, size_e = layout
     row_R1 = jnp.arange(num_rows, dtype=start_e.dtype)[:, None]
-    is_own_Re = (row_R1 >= start_e[None]) & (row_R1 < (start_e + size_e)[None])
-    return jnp.any(is_own_Re, axis=1, keepdims=True)
+    return (row_R1 >= start_e[None]) & (row_R1 < (start_e + size_e)[None])
+
+
+def is_own(layout: Layout, num_rows: int) -> Array:
+    """Returns which rows are somebody's [R, 1]."""
+    return jnp.any(of_experts(layout, num_rows), axis=1, keepdims=True)
 
 
 def forward(
     act: Callable[[Array], Array], products: Products, rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
     """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     dtype = x_RD.dtype
     wide = wide_dtype(dtype)
     pre_RH = products.product(x_RD, w_in_eDH.astype(dtype))
+    is_of_Re = of_experts(layout, x_RD.shape[0]).astype(dtype)
+    if biases is not None:
+        pre_RH = pre_RH + is_of_Re @ biases.in_eH.astype(dtype)
     gate_R1 = gate_R.astype(wide)[:, None]
     hidden_RF = (act(pre_RH.astype(wide)) * gate_R1).astype(dtype)
     y_RD = products.product(hidden_RF, w_out_eFD.astype(dtype))
+    if biases is not None:
+        y_RD = y_RD + gate_R1.astype(dtype) * (is_of_Re @ biases.out_eD.astype(dtype))
     return jnp.where(is_own(layout, x_RD.shape[0]), y_RD, 0), pre_RH
 
 
@@ -56,7 +67,7 @@ def backward(
     dy_RD: Array,
 ) -> Rows:
     """Returns the cotangents of the rows from that of y; `backward_rows` has the equations."""
-    x_RD, gate_R, w_in_eDH, w_out_eFD = rows
+    x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     dtype = x_RD.dtype
     wide = wide_dtype(dtype)
     is_own_R1 = is_own(layout, x_RD.shape[0])
@@ -73,9 +84,19 @@ def backward(
     (dpre_RH,) = pull_act(dh_gated_RF * gate_R1)
     dpre_RH = dpre_RH.astype(dtype)
     dx_RD = own(products.transposed(dpre_RH, w_in_eDH.astype(dtype)))
+    dgate_R, dbiases = jnp.sum(dh_gated_RF * h_RF, axis=-1), None
+    if biases is not None:
+        is_of_Re = of_experts(layout, x_RD.shape[0]).astype(wide)
+        dy_wide_RD = dy_RD.astype(wide)
+        dgate_R = dgate_R + jnp.sum(dy_wide_RD * (is_of_Re @ biases.out_eD.astype(wide)), axis=-1)
+        dbiases = Biases(
+            (is_of_Re.T @ dpre_RH.astype(wide)).astype(biases.in_eH.dtype),
+            (is_of_Re.T @ (dy_wide_RD * gate_R1)).astype(biases.out_eD.dtype),
+        )
     return Rows(
         dx_RD,
-        jnp.sum(dh_gated_RF * h_RF, axis=-1).astype(gate_R.dtype),
+        dgate_R.astype(gate_R.dtype),
         products.outer(x_RD, dpre_RH).astype(w_in_eDH.dtype),
         products.outer(hidden_RF, dy_RD).astype(w_out_eFD.dtype),
+        dbiases,
     )

@@ -6,7 +6,8 @@ as in Mixtral and OLMoE).
     softmax = "after":   the k largest logits;  gates = softmax over those k
                          (equal to "before" with renormalize, up to rounding)
 
-Ties go to the expert with the lower index. Gates are multiplied by `scale`.
+Ties go to the expert with the lower index. Gates are multiplied by `scale`. With `bias` the logits
+are x W + b (gpt-oss, arXiv:2508.10925).
 """
 
 import dataclasses
@@ -19,13 +20,16 @@ from moe_jax.moe.routing.contract import (
     Router,
     RouterCfg,
     Routing,
+    Sizes,
     Tokens,
+    linear_gate,
     router_logits,
     sees_nothing,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import statistics
 from moe_jax.schema.options import NUMBER, POSITIVE, option
+from moe_jax.weights import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,15 @@ class Options:
     )
     renormalize: bool = option(True, 'gates of a token sum to 1 (softmax "after" always does)')
     scale: float = option(1.0, "factor on the gates", POSITIVE)
+    bias: bool = option(False, "a learned bias of the logits, one number for each expert")
+
+
+def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
+    """Declares the gate [D, E], and a bias [E] that begins at zero."""
+    weights = linear_gate(sizes, options)
+    if options.bias:
+        weights["gate_bias"] = Weight((sizes.num_experts,), (None,), 0.0)
+    return weights
 
 
 def route(
@@ -44,6 +57,10 @@ def route(
     """Returns assignments token by token, a token's choices in order of falling gate."""
     del state, rng, train
     router_logits_TE = router_logits(tokens.x_TD, params["gate"])
+    if cfg.options.bias:
+        router_logits_TE = (
+            router_logits_TE + params["gate_bias"].astype(router_logits_TE.dtype)[None]
+        )
     expert_index_TK, gate_TK = select(router_logits_TE, cfg.options)
     sums = statistics(router_logits_TE, expert_index_TK, gate_TK, tokens)
     return token_choice(expert_index_TK, gate_TK, sums, tokens, cfg.num_experts)
@@ -85,4 +102,4 @@ def normal_form(options: Options) -> Options:
     return dataclasses.replace(options, softmax="before", renormalize=True)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, normal_form=normal_form)
+ROUTER = Router(Options, route, sees_nothing, declared, params=params, normal_form=normal_form)

@@ -12,6 +12,14 @@ AT = "model.moe.sparse"
 def refusals(cfg: ModelConfig) -> Iterator[str]:
     """Yields what is wrong with model.moe.sparse; nothing when no rule is chosen."""
     sparse = cfg.moe.sparse
+    if cfg.moe.expert_bias and (sparse.stored.block or not sparse.dense):
+        what = f"stored.block = {sparse.stored.block}"
+        if not sparse.dense:
+            what = f'rule = "{sparse.rule}"'
+        yield (
+            f"model.moe.expert_bias = True and {AT}.{what} do not go together: zeros are of "
+            "experts that are two matrices. Set model.moe.expert_bias=False, or leave the zeros out"
+        )
     if sparse.dense:
         return
     rule, pattern = RULES[sparse.rule], PATTERNS[sparse.pattern]

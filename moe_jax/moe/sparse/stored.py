@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from moe_jax.moe.experts.blocks import serve_rows
-from moe_jax.moe.experts.network import ACTIVATIONS, PARTS
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import StoredConfig
@@ -45,7 +45,7 @@ def declare(
 
 def outputs(d_model: int, hidden: int, activation: str) -> dict[str, int]:
     """Returns the columns O of each matrix; gate and up are side by side."""
-    return {"w_in": PARTS[activation] * hidden, "w_out": d_model}
+    return {"w_in": Chosen(activation).parts * hidden, "w_out": d_model}
 
 
 def _as_blocks(matrix_EIO: np.ndarray, b: int) -> np.ndarray:
@@ -93,13 +93,13 @@ def product(x_BI: jax.Array, values_JKb: jax.Array, places_Jn: jax.Array) -> jax
 
 
 def experts(
-    values: Mapping[str, jax.Array], places: Mapping[str, jax.Array], activation: str
+    values: Mapping[str, jax.Array], places: Mapping[str, jax.Array], chosen: Chosen
 ) -> Callable[..., jax.Array]:
     """Returns the experts of this device as a function of grouped rows.
 
     It is what `grouped_matmul.expert_ffn` is with whole matrices.
     """
-    act = ACTIVATIONS[activation]
+    act = chosen.function()
     w_in, w_out = NAMES
 
     def run(x_RD, gate_R, start_e, size_e, block):

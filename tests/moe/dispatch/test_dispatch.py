@@ -19,6 +19,7 @@ from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts import direct
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
+from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.parallel.mesh import BATCH, P, spec
 
@@ -90,7 +91,7 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
         return expert_ffn(x, g, start, size, w_in, w_out, activation=activation, block=block)
 
     def few(*assignments):
-        return direct.direct_ffn(*assignments, w_in, w_out, activation=activation)
+        return direct.direct_ffn(*assignments, w_in, w_out, chosen=Chosen(activation))
 
     y, dropped = DISPATCHERS[dispatcher].apply(
         x.reshape(-1, d), routing, Experts(grouped, few), shape=shape, options=options
