@@ -210,7 +210,7 @@ def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
     start_devices(raw)
     cfg = config.build(raw, len(jax.devices()))
-    with jax.set_mesh(mesh.make(cfg.mesh)):
+    with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         if FLAGS.dry_run:
             return dry_run(cfg)
         if FLAGS.preflight:

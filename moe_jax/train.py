@@ -23,9 +23,9 @@ from moe_jax.instruments import interference, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.loop import Calendar, InFlight
 from moe_jax.models.functions import make_model
-from moe_jax.parallel import batch_rows, mesh
+from moe_jax.parallel import batch_rows, chip_flags, mesh
 from moe_jax.parallel.compile_cache import CompileCache
-from moe_jax.plan import flops
+from moe_jax.plan import chips, flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
@@ -107,7 +107,7 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     raw = command_line.read(Path(config), changes)
     allow_float64(raw)
     cfg = build(raw, len(jax.devices()))
-    with jax.set_mesh(mesh.make(cfg.mesh)):
+    with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         return run(cfg, raw, Path(workdir), started, config)
 
 
@@ -139,7 +139,10 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
-    step_fn = jax.jit(make_step(cfg, model, tx), donate_argnums=0)
+    flags = chip_flags.of(jax.sharding.get_mesh(), cfg.chip_flags)
+    step_fn = jax.jit(
+        make_step(cfg, model, tx), donate_argnums=0, compiler_options=dict(flags) or None
+    )
     norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     saves = checkpoint.Checkpoints(
@@ -338,12 +341,21 @@ def open_trackers(job: Job, progress: Progress) -> Trackers:
 
 
 def make_clock(cfg: Config, progress: Progress, idle: bool) -> StepClock:
-    """Returns the clock of the steps. The peak is not measured for a run that makes none."""
+    """Returns the clock of the steps.
+
+    The peak is that of the data sheet of a known chip, else it is measured; not for a run that
+    makes no step.
+    """
     tokens, step_flops = size_of_step(cfg)
     peak = math.nan
     if not idle:
-        with progress.doing("measuring the peak FLOP/s"):
-            peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
+        devices = jax.sharding.get_mesh().devices
+        published = chips.peak(devices.flat[0].device_kind, cfg.model.dtype)
+        if published:
+            peak = published * devices.size
+        else:
+            with progress.doing("measuring the peak FLOP/s"):
+                peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
     return StepClock(tokens, step_flops=step_flops, peak=peak)
 
 

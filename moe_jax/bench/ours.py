@@ -45,7 +45,7 @@ def read(job: Job) -> config.Config:
 def train(job: Job) -> Prepared:
     """Prepares one optimizer step on random tokens."""
     cfg = read(job)
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
@@ -86,7 +86,7 @@ def compilation(job: Job) -> Prepared:
     """
     cfg = read(job)
     cache = compile_cache.CompileCache(job.options["cache"])
-    with jax.set_mesh(mesh.make(cfg.mesh)):
+    with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         model = make_model(cfg.model)
         key = jax.random.key(cfg.seed)
         start = time.perf_counter()
@@ -115,7 +115,7 @@ def decode(job: Job) -> Prepared:
         raise UserError(reason)
     model_cfg = for_decoding(cfg.model)
     num_rows, prompt, new = (job.options[name] for name in ("batch", "prompt", "new"))
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         model = make_model(model_cfg)
         weights = jax.jit(model.init)(jax.random.key(cfg.seed))
@@ -176,7 +176,7 @@ def layer(job: Job) -> Prepared:
         segment_BS=jnp.ones((num_rows, row_length), jnp.int32),
         row_B=jnp.arange(num_rows, dtype=jnp.int32),
     )
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         batch, x_BSD = jax.tree.map(
             lambda z: jax.device_put(z, mesh.sharding("batch", *[None] * (z.ndim - 1))),

@@ -3,6 +3,7 @@
 Shapes: B rows, S sequence, D model, V vocabulary.
 """
 
+import jax
 from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm, widen
@@ -65,4 +66,5 @@ def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
         head_DV = gather(ends["embed"], ("vocab", "embed"), cfg.dtype).T
     else:
         head_DV = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
-    return widen(x_BSD, head_DV, wide)
+    with jax.named_scope("head"):
+        return widen(x_BSD, head_DV, wide)

@@ -1,0 +1,122 @@
+"""The bytes that a step must send, from the sizes of the model: what the compiled program is held
+against.
+
+Every figure is of one device and one optimizer step, as bytes received from other devices: of n
+equal parts a device has one. Not predicted are sums of gradients over axes on which a weight is not
+split, the routers' statistics, norms and losses.
+
+Shapes: T tokens of a device in a micro-batch, D model, n devices of an axis.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.counting import projections
+from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.parallel.mesh import BATCH
+from moe_jax.plan import flops
+from moe_jax.plan.dispatch import buffer_shape
+from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS
+from moe_jax.schema.config import Config
+
+
+class Expected(NamedTuple):
+    """What a step must send of one thing over some axes."""
+
+    cargo: str
+    axes: str
+    num_bytes: int
+
+
+def expected(cfg: Config) -> list[Expected]:
+    """Returns what a decoder's step must send on its mesh; nothing of axes of length one."""
+    mesh, found = cfg.mesh, []
+    if cfg.model.num_moe_layers:
+        found.append(Expected("tokens", "expert", tokens(cfg)))
+        found.append(Expected("expert weights", "data", expert_weights(cfg)))
+    axes = " x ".join(axis for axis in BATCH if getattr(mesh, axis) > 1)
+    found.append(Expected("dense weights", axes, dense_weights(cfg)))
+    found.append(Expected(COLUMNS, COLUMNS_AXIS, hidden_columns(cfg)))
+    return [one for one in found if one.num_bytes]
+
+
+def _forward_passes(cfg: Config) -> int:
+    """Accumulation computes every micro-batch again in the backward pass, from its first block."""
+    return 2 if cfg.train.num_micro_batches > 1 else 1
+
+
+def _width(cfg: Config) -> int:
+    return jnp.dtype(cfg.model.dtype).itemsize
+
+
+def tokens(cfg: Config) -> int:
+    """Returns the bytes of expert parallelism.
+
+    Rows go to the experts and come back, forward and backward. A block that is rematerialised sends
+    them to the experts once more, unless they are kept; nobody needs them back then.
+    """
+    dispatcher = DISPATCHERS[cfg.model.moe.dispatcher]
+    rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
+    keeps = cfg.model.remat == "dispatch" and dispatcher.keeps
+    again = 0 if cfg.model.remat == "none" or keeps else 1
+    journeys = 2 * _forward_passes(cfg) + again + 2
+    per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
+    return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
+
+
+def expert_weights(cfg: Config) -> int:
+    """Returns the bytes of the experts' weights, gathered over `data`, and of their gradients."""
+    model, mesh = cfg.model, cfg.mesh
+    count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
+    local = count // mesh.expert // mesh.model
+    per_layer = _gathered(cfg, local, mesh.data)
+    return per_layer * model.num_moe_layers * cfg.train.num_micro_batches
+
+
+def dense_weights(cfg: Config) -> int:
+    """Returns the bytes of all other matrices, gathered over `data` and `expert`, and of their
+    gradients.
+    """
+    model, mesh = cfg.model, cfg.mesh
+    attention = projections(ATTENTIONS[model.attention].weights(model)).matrices
+    in_blocks = len(model.blocks) * attention
+    in_blocks += model.num_dense_layers * flops.feed_forward(model, model.ffn_hidden)
+    in_blocks += model.num_moe_layers * flops.shared(model)
+    # Embedding and head lie outside of what is rematerialised: gathered once, and their gradients
+    # scattered.
+    num_ends = 1 if model.tie_embeddings else 2
+    ends = num_ends * model.vocab_size * model.d_model // mesh.model
+    devices = mesh.batch_devices
+    per_micro = _gathered(cfg, in_blocks // mesh.model, devices)
+    passes = _forward_passes(cfg) + 1
+    per_micro += passes * ends * _width(cfg) * (devices - 1) // devices
+    return per_micro * cfg.train.num_micro_batches
+
+
+def _gathered(cfg: Config, count: int, devices: int) -> int:
+    """Returns the bytes of `count` weights of blocks: gathered in every forward pass and again
+    where the block is rematerialised, and their gradients scattered.
+    """
+    again = 0 if cfg.model.remat == "none" else 1
+    passes = _forward_passes(cfg) + again + 1
+    return passes * count * _width(cfg) * (devices - 1) // devices
+
+
+def hidden_columns(cfg: Config) -> int:
+    """Returns the bytes of the sums over `model`: after attention and after the feed-forward, and
+    backward before each; of rematerialised blocks once more after attention.
+    """
+    model, n = cfg.model, cfg.mesh.model
+    num_tokens = buffer_tokens(cfg)
+    again = 0 if model.remat == "none" else 1
+    sums = 2 * _forward_passes(cfg) + again + 2
+    # A sum is a reduce-scatter and a gather.
+    one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
+    return sums * one * len(model.blocks) * cfg.train.num_micro_batches
+
+
+def buffer_tokens(cfg: Config) -> int:
+    """Returns the tokens of a device in one micro-batch."""
+    return cfg.train.micro_batch_size // cfg.mesh.batch_devices * cfg.data.seq_len
