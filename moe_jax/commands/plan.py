@@ -5,8 +5,8 @@
     python -m moe_jax plan --config olmoe_1b7b --topology h100:8x8 --search
 
 A topology is `cpu:8`, a TPU slice (`v5e:4x4`, `v5p:8x8x8`, `v6e:16x16`, `tpu7x:4x4x4`), several
-slices (`2*v5e:4x4`), or hosts x GPUs (`h100:8x8`, `h200`, `b200`, `a100`). docs/plan.md tells how to
-read the tables.
+slices (`2*v5e:4x4`), or hosts x GPUs (`h100:8x8`, `h200`, `b200`, `a100`). docs/plan.md tells how
+to read the tables.
 
 Exit codes: 0 every plan fits, 1 one does not fit into the memory of a device, 64 a mistake that the
 message names.

@@ -1,4 +1,4 @@
-"""Flags of XLA that a kind of chip is compiled with: collectives that run while the device computes.
+"""Flags of XLA for a kind of chip: collectives that run while the device computes.
 
 This is the only place with such flags. They change when things happen and not what is computed, and
 `chip_flags = False` leaves the compiler as it is. A flag that a compiler does not know is an error

@@ -152,27 +152,31 @@ def make(
 ) -> Mesh:
     """Returns an Explicit mesh with all five axes, of `devices` or of the first that there are.
 
-    A physical axis of a TPU's torus may be split between axes of the mesh. Where the devices are
-    several slices, `slow_axis` is the one that crosses the network between them, and every other
-    axis lies within a slice.
-
     Raises UserError, with the nearest mesh, where these devices cannot make it.
     """
     devices = list(jax.devices()[: lengths.num_devices] if devices is None else devices)
+    types = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    return Mesh(arranged(lengths, devices, slow_axis), AXES, axis_types=types)
+
+
+def arranged(lengths: Lengths, devices: Sequence[jax.Device], slow_axis: str) -> np.ndarray:
+    """Returns devices in the shape of a mesh, neighbours on its axes near each other.
+
+    A physical axis of a TPU's torus may be split between axes of the mesh. Where the devices are
+    several slices, `slow_axis` is the one that crosses the network between them, and every other
+    axis lies within a slice.
+    """
     slices = num_slices(devices)
     _refuse_impossible(lengths, len(devices), slices, slow_axis)
-    if slices > 1:
-        across = [slices if axis == slow_axis else 1 for axis in AXES]
-        within = [length // part for length, part in zip(lengths, across, strict=True)]
-        array = mesh_utils.create_hybrid_device_mesh(
-            within, across, devices, allow_split_physical_axes=True
-        )
-    else:
-        array = mesh_utils.create_device_mesh(
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
             tuple(lengths), devices, allow_split_physical_axes=True
         )
-    types = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    return Mesh(np.asarray(array), AXES, axis_types=types)
+    across = [slices if axis == slow_axis else 1 for axis in AXES]
+    within = [length // part for length, part in zip(lengths, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:

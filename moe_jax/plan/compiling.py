@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_jax import train_step
-from moe_jax.plan.abstract import abstract_batch
+from moe_jax.plan.abstract import batch_of
 from moe_jax.schema.config import Config
-from moe_jax.tasks import TASKS
 
 
 class Step(NamedTuple):
@@ -43,7 +42,7 @@ def compile_step(cfg: Config, options: Mapping[str, Any] | None = None) -> Step:
     optimizer = train_step.make_tx(cfg, state.params)
     # The state is donated, as in training: the new one is written over it.
     step = jax.jit(train_step.make_step(cfg, functions, optimizer), donate_argnums=0)
-    lowered = step.lower(state, abstract_batch(TASKS[cfg.task].random(cfg, 0)))
+    lowered = step.lower(state, batch_of(cfg))
     lowered_at = time.perf_counter()
     options = dict(options or {}) | _of_described(jax.sharding.get_mesh().devices.flat[0])
     compiled = lowered.compile(compiler_options=options or None)

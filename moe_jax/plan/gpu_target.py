@@ -1,4 +1,4 @@
-"""What XLA's compiler for NVIDIA GPUs is told of a GPU that is not there: a GpuTargetConfigProto."""
+"""What XLA's compiler is told of a GPU that is not there: a GpuTargetConfigProto."""
 
 from moe_jax.plan.chips import Chip
 

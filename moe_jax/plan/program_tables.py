@@ -13,7 +13,8 @@ from moe_jax.terminal.units import readable
 # Of many small collectives only the largest are shown one by one; --out has all.
 MOST_COLLECTIVES = 12
 UNCOUNTED = (
-    "The program does not say what its kernels cost; the experts' are all rows of the buffer."
+    "An estimate: the program does not say what its kernels cost, or how long its loops are; the "
+    "experts' work is that of all rows of the buffer."
 )
 TIME_NOTE = (
     "Time: published figures of the chip, nothing was run. Compute, memory and network are lower "
@@ -45,6 +46,9 @@ def work_table(card: Card) -> Table:
     table.section()
     ratio = f"{total_done / total_useful:.2f}" if total_useful else ""
     table.add("all products", three_digits(total_useful), three_digits(total_done), ratio, "100%")
+    most = card.compiled.program.most_flops
+    if most > sum(card.compiled.program.products.flops.values()):
+        table.add("worst load", "", three_digits(most), "", "", "every round of the dispatcher")
     return table
 
 

@@ -143,9 +143,7 @@ def first_group(text: str, lengths: Mapping[str, int]) -> list[int]:
         if iota[4]:
             devices = devices.transpose([int(dim) for dim in iota[4].split(",")])
         return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\([^)]*\)\s*)?\{([^}]*)\}", text
-    )
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
     if mesh:
         return _of_mesh(mesh[1], mesh[2])
     return list(range(int(np.prod(list(lengths.values())))))

@@ -12,6 +12,8 @@ class Program(NamedTuple):
     """What one device does in one run."""
 
     products: Products
+    # FLOPs where every branch is the dearest: the worst load.
+    most_flops: int
     collectives: tuple[Collective, ...]
     # Bytes read from and written to its memory.
     memory_traffic: int
@@ -23,8 +25,10 @@ def read(compiled_text: str, lengths: Mapping[str, int]) -> Program:
     """Returns what a program does, from its text and the lengths of the mesh."""
     module = text.read(compiled_text)
     runs = text.count_runs(module)
+    worst = products.count(module, text.count_runs(module, dearest=True))
     return Program(
         products=products.count(module, runs),
+        most_flops=worst.flops.total(),
         collectives=tuple(collectives.find(module, runs, lengths)),
         memory_traffic=memory_traffic.count(module, runs),
         unknown_loops=runs.unknown_loops,

@@ -160,8 +160,12 @@ def arrays(text: str) -> tuple[Array, ...]:
     )
 
 
-def count_runs(module: Module) -> Runs:
-    """Returns how often every computation runs."""
+def count_runs(module: Module, dearest: bool = False) -> Runs:
+    """Returns how often every computation runs.
+
+    Of branches the shortest runs: work that only some loads need, such as further rounds of a
+    dispatcher, is behind the longer one. `dearest`: the longest.
+    """
     times: Counter[str] = Counter()
     unknown: list[str] = []
 
@@ -174,12 +178,30 @@ def count_runs(module: Module) -> Runs:
                 if known is None:
                     unknown.append(instruction.scope)
                 trips = known or 1
-            for _, called in instruction.called:
-                if called in module.computations:
-                    visit(called, runs * trips)
+            for called in _entered(module, instruction, dearest):
+                visit(called, runs * trips)
 
     visit(module.entry, 1)
     return Runs(times, tuple(unknown))
+
+
+def _entered(module: Module, instruction: Instruction, dearest: bool) -> list[str]:
+    """Returns the computations that an instruction runs."""
+    called = [name for _, name in instruction.called if name in module.computations]
+    if instruction.opcode != "conditional" or not called:
+        return called
+    choose = max if dearest else min
+    return [choose(called, key=lambda name: _size(module, name))]
+
+
+def _size(module: Module, name: str) -> int:
+    """Returns the number of instructions of a computation, with those that it calls."""
+    total = 0
+    for instruction in module.computations[name]:
+        total += 1
+        for _, called in instruction.called:
+            total += _size(module, called) if called in module.computations else 0
+    return total
 
 
 def _trips(module: Module, loop: Instruction) -> int | None:
