@@ -104,6 +104,7 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     Raises UserError, and stopping.NonFinite.
     """
     started = time.monotonic()
+    shell.refuse_address(str(workdir), "workdir")
     raw = command_line.read(Path(config), changes)
     allow_float64(raw)
     cfg = build(raw, len(jax.devices()))

@@ -10,7 +10,6 @@ The figures are those of one version of jax; those of others stay as they are. T
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 import jax
 
 from moe_jax import config
@@ -20,6 +19,7 @@ from moe_jax.parallel.compiling import QUICK
 from moe_jax.plan.compiling import compile_step
 from moe_jax.plan.hlo import program
 
+ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "plan" / "collective_budget.json"
 NUM_DEVICES = 8
 # As many heads as the widest model axis splits.

@@ -60,10 +60,9 @@ def main(argv: list[str]) -> int:
         raise UserError("--search chooses the mesh: leave --mesh away, or --search")
     raw = command_line.read(flags.config, flags.changes)
     config.allow_float64(raw)
-    where = topology.parse(flags.topology)
-    devices = topology.devices(where)
+    devices = topology.devices(topology.parse(flags.topology))
     if flags.search:
-        plans = _searched(raw, where, devices, flags.best)
+        plans = _searched(raw, flags.topology, devices, flags.best)
     else:
         plans = [_planned(raw, text, devices) for text in flags.mesh or [""]]
     if flags.out:
@@ -86,9 +85,7 @@ def _planned(raw: dict[str, Any], lengths: str, devices: Any) -> Card:
     return found
 
 
-def _searched(
-    raw: dict[str, Any], where: topology.Topology, devices: Any, number: int
-) -> list[Card]:
+def _searched(raw: dict[str, Any], where: str, devices: Any, number: int) -> list[Card]:
     """Ranks candidates by an estimate, compiles the best of them, and prints both tables."""
     with working.shown("plan") as tell:
         tell("estimating every mesh")

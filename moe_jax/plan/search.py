@@ -19,13 +19,12 @@ from moe_jax import config, train_step
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.parallel import mesh
-from moe_jax.plan import dispatch, flops, network, theory
+from moe_jax.plan import chips, dispatch, flops, network, theory
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.card import Card, card
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.compiling import abstract_state
 from moe_jax.plan.hlo.collectives import Collective
-from moe_jax.plan.topology import Topology
 from moe_jax.schema.config import Config
 from moe_jax.terminal.table import Table, names, numbers
 from moe_jax.terminal.units import readable
@@ -65,12 +64,14 @@ class Candidate(NamedTuple):
         return ", ".join(part for part in parts if part)
 
 
-def rank(raw: Mapping[str, Any], where: Topology, devices: Sequence[Any]) -> list[Candidate]:
+def rank(raw: Mapping[str, Any], where: str, devices: Sequence[Any]) -> list[Candidate]:
     """Returns the candidates that fit by the estimate, the fastest first.
 
-    Raises UserError where none does.
+    `where` is the topology as it was written. Raises UserError where none does.
     """
-    chip = where.chip
+    chip = chips.of_kind(devices[0].device_kind)
+    # The state depends on the mesh alone.
+    states: dict[mesh.Lengths, train_step.State] = {}
     found: list[Candidate] = []
     too_large: list[Candidate] = []
     for cfg, name in _configs(raw, len(devices)):
@@ -78,7 +79,10 @@ def rank(raw: Mapping[str, Any], where: Topology, devices: Sequence[Any]) -> lis
             made = mesh.make(cfg.mesh, devices, cfg.mesh_slow_axis)
         except UserError:
             continue
-        one = _estimated(cfg, name, made, chip)
+        if cfg.mesh not in states:
+            with jax.set_mesh(made):
+                states[cfg.mesh] = abstract_state(cfg, train_step.make_model(cfg.model))
+        one = _estimated(cfg, name, states[cfg.mesh], made, chip)
         fits = chip is None or one.memory <= chip.memory
         (found if fits else too_large).append(one)
     if not found and not too_large:
@@ -89,7 +93,7 @@ def rank(raw: Mapping[str, Any], where: Topology, devices: Sequence[Any]) -> lis
     if not found:
         least = min(too_large, key=lambda one: one.memory)
         raise UserError(
-            f"nothing fits into {where.text}: the least is {decimal(least.memory)} a device "
+            f"nothing fits into {where}: the least is {decimal(least.memory)} a device "
             f"({least.label}); take more devices or fewer rows (train.micro_batch_size)"
         )
     return sorted(found, key=lambda one: (one.seconds, one.flops, one.received))
@@ -128,10 +132,12 @@ def _dispatches(cfg: Config) -> Sequence[tuple[str, str, float] | None]:
 
 
 def _estimated(
-    cfg: Config, dispatcher: str, made: jax.sharding.Mesh, chip: Chip | None
+    cfg: Config,
+    dispatcher: str,
+    state: train_step.State,
+    made: jax.sharding.Mesh,
+    chip: Chip | None,
 ) -> Candidate:
-    with jax.set_mesh(made):
-        state = abstract_state(cfg, train_step.make_model(cfg.model))
     done = _flops(cfg)
     sent = theory.expected(cfg)
     seconds = 0.0

@@ -1,7 +1,7 @@
 """What devices send each other in a step of the debug config is what it was: one byte more, or one
 collective more, fails.
 
-`PYTHONPATH=. python tools/collective_budget.py` writes the figures anew, for a change that is meant to.
+`PYTHONPATH=. python tools/collective_budget.py` writes the figures anew.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ spec.loader.exec_module(budget)
 
 # A mesh in which every axis splits something, and one of expert parallelism alone.
 NORMAL = ("2x2x2", "1x8x1")
-AGAIN = "if it is meant to: PYTHONPATH=. python tools/collective_budget.py"
+COMMAND = "PYTHONPATH=. python tools/collective_budget.py"
 
 
 def compared(text):
@@ -32,7 +32,7 @@ def compared(text):
         for name in wanted.keys() | found.keys()
         if wanted.get(name) != found.get(name)
     }
-    assert not more, f"{text} sends other bytes than it did, (was, is): {more}; {AGAIN}"
+    assert not more, f"{text}: (was, is): {more}; if it is meant to: {COMMAND}"
 
 
 @pytest.mark.parametrize("text", NORMAL)
