@@ -26,23 +26,21 @@ class Work(NamedTuple):
 def compare(cfg: Config, program: Program, rows_held: float, rows_balanced: float) -> list[Work]:
     """Returns the work of every part, the most first.
 
-    A kernel that says nothing of its FLOPs, or a loop whose length depends on the load, is that of
-    the experts: they count as all rows of the buffer, as often as the compiled program would have
-    to compute them.
+    A kernel may say nothing of its FLOPs, and a loop may be as long as the load asks for. A part
+    that such a program seems to do less of than is useful then counts as useful, and the experts as
+    all rows of the dispatch buffer.
     """
-    useful = _useful(cfg)
-    done = dict(program.products.flops)
-    unknown = bool(program.products.unknown) or any(
-        "experts" in scope for scope in program.unknown_loops
-    )
-    if unknown and useful.get(EXPERTS):
-        padded = round(useful[EXPERTS] * rows_held / rows_balanced)
-        done[EXPERTS] = max(done.get(EXPERTS, 0), padded)
-    parts = dict.fromkeys([*useful, *done])
-    work = [
-        Work(part, useful.get(part, 0), done.get(part, 0), unknown and part == EXPERTS)
-        for part in parts
-    ]
+    useful, done = _useful(cfg), dict(program.products.flops)
+    least = dict(useful)
+    if EXPERTS in useful:
+        least[EXPERTS] = round(useful[EXPERTS] * rows_held / rows_balanced)
+    is_unknown = bool(program.products.unknown or program.unknown_loops)
+    work = []
+    for part in dict.fromkeys([*useful, *done]):
+        counted = done.get(part, 0)
+        is_estimate = is_unknown and counted < least.get(part, 0)
+        told = least[part] if is_estimate else counted
+        work.append(Work(part, useful.get(part, 0), told, is_estimate))
     return sorted(work, key=lambda one: -one.done)
 
 

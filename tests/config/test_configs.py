@@ -39,6 +39,9 @@ ALL = [name for name in FILES if name not in VARIANTS] + [
 ]
 # To trace: more than 2 s. The variants of translation below differ in their data alone.
 SLOW = (
+    "deepseek_v3_shape",
+    "mixtral_8x7b",
+    "olmoe_1b7b",
     "debug",
     "quickstart",
     "bench:dense",
