@@ -23,7 +23,7 @@ from moe_jax.instruments import interference, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.loop import Calendar, InFlight
 from moe_jax.models.functions import make_model
-from moe_jax.parallel import batch_rows, chip_flags, mesh
+from moe_jax.parallel import batch_rows, mesh
 from moe_jax.parallel.compile_cache import CompileCache
 from moe_jax.plan import chips, flops
 from moe_jax.publish import Evaluation
@@ -39,7 +39,7 @@ from moe_jax.runtime.watchdog import WATCHDOG
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.terminal.progress import Progress
-from moe_jax.train_step import State, initial, make_step, make_tx, parameter_names
+from moe_jax.train_step import State, initial, jit_step, make_tx, parameter_names
 
 FOREVER = 1e6  # seconds
 # A layer whose load has less than this share of the most entropy uses few of its experts.
@@ -140,10 +140,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
-    flags = chip_flags.of(jax.sharding.get_mesh(), cfg.chip_flags)
-    step_fn = jax.jit(
-        make_step(cfg, model, tx), donate_argnums=0, compiler_options=dict(flags) or None
-    )
+    step_fn = jit_step(cfg, model, tx)
     norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     saves = checkpoint.Checkpoints(

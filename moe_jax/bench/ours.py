@@ -26,7 +26,7 @@ from moe_jax.parallel import batch_rows, compile_cache, mesh
 from moe_jax.plan import flops
 from moe_jax.plan.abstract import abstract_batch
 from moe_jax.tasks import TASKS
-from moe_jax.train_step import initial, make_model, make_step, make_tx
+from moe_jax.train_step import initial, jit_step, make_model, make_tx
 
 # Side of the square matrices of the peak: rows and widths of a training step are as large.
 PRODUCT = 2048
@@ -49,7 +49,7 @@ def train(job: Job) -> Prepared:
     with jax.set_mesh(devices):
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
-        step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
+        step_fn = jit_step(cfg, model, make_tx(cfg, state.params))
         batch_size = cfg.train.batch_size
         rows = batch_rows.local_rows(batch_size)
         local = jax.tree.map(lambda z: z[rows], TASKS[cfg.task].random(cfg, 0))
@@ -91,7 +91,7 @@ def compilation(job: Job) -> Prepared:
         key = jax.random.key(cfg.seed)
         start = time.perf_counter()
         state = jax.eval_shape(initial(cfg, model), key)
-        step = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
+        step = jit_step(cfg, model, make_tx(cfg, state.params))
         # Shapes alone: nothing is computed, so tracing and compiling are all that is timed.
         batch = abstract_batch(TASKS[cfg.task].random(cfg, 0))
         lowered = step.lower(state, batch)

@@ -116,10 +116,9 @@ def card(cfg: Config) -> Card:
     mesh = jax.sharding.get_mesh()
     kind = mesh.devices.flat[0].device_kind
     chip = chips.of_kind(kind)
-    flags = chip_flags.of(mesh, cfg.chip_flags)
     memory = _memory(abstract_state(cfg, train_step.make_model(model)))
     layer = dispatch.of_layer(cfg) if model.num_moe_layers else None
-    compiled = _compiled(cfg, flags)
+    compiled = _compiled(cfg)
     held, balanced = (layer.rows_held, layer.rows_balanced) if layer else (1, 1)
     done = tuple(work.compare(cfg, compiled.program, held, balanced))
     has_peak = chip is not None and cfg.model.dtype in chip.peak
@@ -140,7 +139,7 @@ def card(cfg: Config) -> Card:
         dispatch=layer,
         compiled=compiled,
         chip=chip,
-        flags=flags,
+        flags=chip_flags.of(mesh, cfg.chip_flags),
         work=done,
         expected=tuple(theory.expected(cfg)),
         estimate=estimate.estimate(cfg, compiled.program, done, mesh, chip) if has_peak else None,
@@ -159,9 +158,9 @@ def _memory(state: train_step.State) -> Memory:
     )
 
 
-def _compiled(cfg: Config, flags: Mapping[str, Any]) -> Compiled:
+def _compiled(cfg: Config) -> Compiled:
     """Compiles the train step and returns what the compiler says of it."""
-    step = compile_step(cfg, flags)
+    step = compile_step(cfg)
     stats: Any = step.compiled.memory_analysis()
     lengths = dict(jax.sharding.get_mesh().shape)
     return Compiled(

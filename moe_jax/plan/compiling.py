@@ -34,14 +34,13 @@ def abstract_state(cfg: Config, functions: train_step.Model) -> train_step.State
 def compile_step(cfg: Config, options: Mapping[str, Any] | None = None) -> Step:
     """Compiles the step that training runs, on the current mesh; allocates nothing.
 
-    `options`: those of the compiler, by name.
+    `options`: of the compiler, by name, beside the flags of the chips.
     """
     start = time.perf_counter()
     functions = train_step.make_model(cfg.model)
     state = abstract_state(cfg, functions)
     optimizer = train_step.make_tx(cfg, state.params)
-    # The state is donated, as in training: the new one is written over it.
-    step = jax.jit(train_step.make_step(cfg, functions, optimizer), donate_argnums=0)
+    step = train_step.jit_step(cfg, functions, optimizer)
     lowered = step.lower(state, batch_of(cfg))
     lowered_at = time.perf_counter()
     options = dict(options or {}) | _of_described(jax.sharding.get_mesh().devices.flat[0])

@@ -72,11 +72,10 @@ def test_a_config_sets_nothing_that_does_nothing(name):
     assert idle.notes(built(name), config_file.read(path), start=0) == []
 
 
-def traced(cfg, flags):
+def traced(cfg):
     """The compiled train step of the card, traced and not compiled: every shape fits, and no
     seconds pass.
     """
-    del flags
     model = train_step.make_model(cfg.model)
     state = compiling.abstract_state(cfg, model)
     step = train_step.make_step(cfg, model, train_step.make_tx(cfg, state.params))

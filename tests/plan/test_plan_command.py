@@ -27,7 +27,7 @@ def wide(monkeypatch):
 def not_compiled(monkeypatch):
     """Every step takes 10 MB, and nothing is compiled."""
 
-    def compiled(cfg, flags):
+    def compiled(cfg):
         return card.Compiled(4_000_000, 3_000_000, 3_000_000, 6_000_000, 0.0, 0.0, NOTHING)
 
     monkeypatch.setattr(card, "_compiled", compiled)

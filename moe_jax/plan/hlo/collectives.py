@@ -2,9 +2,8 @@
 whether the device goes on computing meanwhile.
 """
 
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -160,7 +159,7 @@ def _of_mesh(written: str, chosen: str) -> list[int]:
     return devices[index].ravel().tolist()
 
 
-def _varying(devices: itertools.chain | map | list[int], lengths: Mapping[str, int]) -> set[str]:
+def _varying(devices: Iterable[int], lengths: Mapping[str, int]) -> set[str]:
     """Returns the axes along which devices of a mesh have different places."""
     places = np.array(np.unravel_index(list(devices), tuple(lengths.values())))
     differs = (places != places[:, :1]).any(axis=1)
