@@ -12,6 +12,8 @@ from moe_jax.terminal.units import readable
 
 # Of many small collectives only the largest are shown one by one; --out has all.
 MOST_COLLECTIVES = 12
+# The products that take the most, by where they come from.
+MOST_SCOPES = 8
 UNCOUNTED = (
     "An estimate: the program does not say what its kernels cost, or how long its loops are; the "
     "experts' work is that of all rows of the buffer."
@@ -49,6 +51,15 @@ def work_table(card: Card) -> Table:
     most = card.compiled.program.most_flops
     if most > sum(card.compiled.program.products.flops.values()):
         table.add("worst load", "", three_digits(most), "", "", "every round of the dispatcher")
+    return table
+
+
+def scopes_table(card: Card) -> Table:
+    """Returns the products that do the most, by where they come from."""
+    scopes = card.compiled.program.products.scopes
+    table = Table([*names("products, by where they come from"), *numbers("FLOPs done", "share")])
+    for scope, count in scopes.most_common(MOST_SCOPES):
+        table.add(scope, three_digits(count), f"{count / scopes.total():.1%}")
     return table
 
 

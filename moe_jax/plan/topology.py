@@ -27,8 +27,10 @@ from moe_jax.plan.chips import CHIPS, Chip
 CPU = "cpu"
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _WRITTEN = re.compile(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)")
-# libtpu asks the machine for these where nobody says them.
+# libtpu asks the machine for these where nobody says them. Two plans may compile at a time: they
+# take no chip, which the lock of libtpu is for.
 _TPU_VARIABLES = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-4",
     "TPU_WORKER_HOSTNAMES": "localhost",

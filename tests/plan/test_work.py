@@ -26,7 +26,7 @@ WIDE = {
 
 
 def made(found, unknown=(), loops=(), collectives=(), traffic=0):
-    counted = Products(Counter(found), Counter(unknown))
+    counted = Products(Counter(found), Counter(), Counter(unknown))
     return Program(counted, 0, tuple(collectives), traffic, tuple(loops))
 
 

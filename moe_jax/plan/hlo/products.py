@@ -24,12 +24,15 @@ PARTS = (
     ("head", "head"),
 )
 OTHER = "other"
+_LOOPS = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
 
 
 class Products(NamedTuple):
     """FLOPs of one device in one run of the program."""
 
     flops: Counter[str]
+    # The same by scope: the end of the path of functions that a product comes from.
+    scopes: Counter[str]
     # Kernels that say nothing of their FLOPs, and how often each runs: nothing is counted of them.
     unknown: Counter[str]
 
@@ -45,6 +48,7 @@ def part_of(scope: str) -> str:
 def count(module: Module, runs: Runs) -> Products:
     """Returns the FLOPs of all products, a multiply-add being two."""
     flops: Counter[str] = Counter()
+    scopes: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
@@ -58,7 +62,16 @@ def count(module: Module, runs: Runs) -> Products:
                 unknown[_kernel_name(instruction)] += times
             elif found:
                 flops[part_of(instruction.scope)] += times * found
-    return Products(flops, unknown)
+                scopes[_short(instruction.scope)] += times * found
+    return Products(flops, scopes, unknown)
+
+
+def _short(scope: str) -> str:
+    """Returns what says most of a scope: its last names, without those that every loop has."""
+    names = [name for name in scope.split("/") if name not in _LOOPS]
+    backward = "backward " if "transpose(" in scope else ""
+    again = "again " if "rematted_computation" in scope else ""
+    return f"{backward}{again}{'/'.join(names[-3:])}"
 
 
 def _of_instruction(instruction: Instruction, operands: list[Array]) -> int | None:
