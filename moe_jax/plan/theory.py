@@ -2,8 +2,8 @@
 against.
 
 Every figure is of one device and one optimizer step, as bytes received from other devices: of n
-equal parts a device has one. Not predicted are sums of gradients over axes on which a weight is not
-split, the routers' statistics, norms and losses.
+equal parts a device has one. Not predicted are sums of gradients of what is not split (norms,
+routers), the routers' statistics, and losses.
 
 Shapes: T tokens of a device in a micro-batch, D model, n devices of an axis.
 """
@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.parallel.mesh import BATCH
 from moe_jax.plan import flops
 from moe_jax.plan.dispatch import buffer_shape
-from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS
+from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS, GRADIENTS
 from moe_jax.schema.config import Config
 
 
@@ -31,13 +32,19 @@ class Expected(NamedTuple):
 
 
 def expected(cfg: Config) -> list[Expected]:
-    """Returns what a decoder's step must send on its mesh; nothing of axes of length one."""
+    """Returns what a step must send on its mesh; nothing of axes of length one.
+
+    Of a kind of model that counts its parameters itself only the experts are known.
+    """
     mesh, found = cfg.mesh, []
     if cfg.model.num_moe_layers:
         found.append(Expected("tokens", "expert", tokens(cfg)))
         found.append(Expected("expert weights", "data", expert_weights(cfg)))
+    if MODELS[cfg.model.kind].parameters:
+        return [one for one in found if one.num_bytes]
     axes = " x ".join(axis for axis in BATCH if getattr(mesh, axis) > 1)
     found.append(Expected("dense weights", axes, dense_weights(cfg)))
+    found.append(Expected(GRADIENTS, axes, dense_gradients(cfg)))
     found.append(Expected(COLUMNS, COLUMNS_AXIS, hidden_columns(cfg)))
     return [one for one in found if one.num_bytes]
 
@@ -67,41 +74,52 @@ def tokens(cfg: Config) -> int:
 
 
 def expert_weights(cfg: Config) -> int:
-    """Returns the bytes of the experts' weights, gathered over `data`, and of their gradients."""
+    """Returns the bytes of the experts' weights, gathered over `data`, and of their gradients,
+    which are scattered back.
+    """
     model, mesh = cfg.model, cfg.mesh
     count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
     local = count // mesh.expert // mesh.model
-    per_layer = _gathered(cfg, local, mesh.data)
+    passes = _gathers(cfg) + 1
+    per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
     return per_layer * model.num_moe_layers * cfg.train.num_micro_batches
 
 
 def dense_weights(cfg: Config) -> int:
-    """Returns the bytes of all other matrices, gathered over `data` and `expert`, and of their
-    gradients.
+    """Returns the bytes of all other matrices, gathered over `data` and `expert`."""
+    in_blocks, ends = _dense_counts(cfg)
+    # Embedding and head lie outside of what is rematerialised.
+    gathered = _gathers(cfg) * in_blocks + _forward_passes(cfg) * ends
+    return gathered * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
+
+
+def dense_gradients(cfg: Config) -> int:
+    """Returns the bytes of the gradients of these matrices, summed and scattered to the devices
+    that keep them.
     """
+    return sum(_dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
+
+
+def _dense_counts(cfg: Config) -> tuple[int, int]:
+    """Returns the weights that a device gathers, in blocks and at the ends of the model."""
     model, mesh = cfg.model, cfg.mesh
     attention = projections(ATTENTIONS[model.attention].weights(model)).matrices
     in_blocks = len(model.blocks) * attention
     in_blocks += model.num_dense_layers * flops.feed_forward(model, model.ffn_hidden)
-    in_blocks += model.num_moe_layers * flops.shared(model)
-    # Embedding and head lie outside of what is rematerialised: gathered once, and their gradients
-    # scattered.
+    if model.num_moe_layers:
+        in_blocks += model.num_moe_layers * flops.shared(model)
     num_ends = 1 if model.tie_embeddings else 2
-    ends = num_ends * model.vocab_size * model.d_model // mesh.model
-    devices = mesh.batch_devices
-    per_micro = _gathered(cfg, in_blocks // mesh.model, devices)
-    passes = _forward_passes(cfg) + 1
-    per_micro += passes * ends * _width(cfg) * (devices - 1) // devices
-    return per_micro * cfg.train.num_micro_batches
+    return in_blocks // mesh.model, num_ends * model.vocab_size * model.d_model // mesh.model
 
 
-def _gathered(cfg: Config, count: int, devices: int) -> int:
-    """Returns the bytes of `count` weights of blocks: gathered in every forward pass and again
-    where the block is rematerialised, and their gradients scattered.
-    """
-    again = 0 if cfg.model.remat == "none" else 1
-    passes = _forward_passes(cfg) + again + 1
-    return passes * count * _width(cfg) * (devices - 1) // devices
+def _others(cfg: Config) -> int:
+    """Returns how often a weight or its gradient comes from other devices in a step."""
+    return (cfg.mesh.batch_devices - 1) * cfg.train.num_micro_batches
+
+
+def _gathers(cfg: Config) -> int:
+    """Returns how often a block gathers its weights: forward, and where it is rematerialised."""
+    return _forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
 
 
 def hidden_columns(cfg: Config) -> int:
