@@ -25,7 +25,7 @@ from moe_jax.loop import Calendar, InFlight
 from moe_jax.models.functions import make_model
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.parallel.compile_cache import CompileCache
-from moe_jax.plan import chips, flops
+from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
 from moe_jax.report.summary import Result
@@ -339,21 +339,12 @@ def open_trackers(job: Job, progress: Progress) -> Trackers:
 
 
 def make_clock(cfg: Config, progress: Progress, idle: bool) -> StepClock:
-    """Returns the clock of the steps.
-
-    The peak is that of the data sheet of a known chip, else it is measured; not for a run that
-    makes no step.
-    """
+    """Returns the clock of the steps. The peak is not measured for a run that makes none."""
     tokens, step_flops = size_of_step(cfg)
     peak = math.nan
     if not idle:
-        devices = jax.sharding.get_mesh().devices
-        published = chips.peak(devices.flat[0].device_kind, cfg.model.dtype)
-        if published:
-            peak = published * devices.size
-        else:
-            with progress.doing("measuring the peak FLOP/s"):
-                peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
+        with progress.doing("measuring the peak FLOP/s"):
+            peak = flops.peak(cfg.model.dtype)
     return StepClock(tokens, step_flops=step_flops, peak=peak)
 
 

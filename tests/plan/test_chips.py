@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import jax
+import meshes
 import numpy as np
 import pytest
 
 from moe_jax.parallel import chip_flags
-from moe_jax.plan import chips, gpu_target, network
+from moe_jax.plan import chips, flops, gpu_target, network
 from moe_jax.plan.hlo.collectives import Collective
 
 GB = 10**9
@@ -119,3 +121,13 @@ def test_flags_are_those_of_the_kind_and_can_be_left_out():
         chip_flags.of(tpu, True) and not chip_flags.of(tpu, False) and not chip_flags.of(cpu, True)
     )
     assert "=true" in chip_flags.text(chip_flags.of(tpu, True))
+
+
+def test_the_peak_of_a_run_is_published_or_measured(monkeypatch):
+    monkeypatch.setattr(flops, "measure_peak", lambda dtype: 7.0)
+    with jax.set_mesh(meshes.make(2, 2, 2)):
+        assert flops.peak("float32") == 7.0
+        monkeypatch.setattr(chips, "of_kind", lambda kind: chips.CHIPS["v5e"])
+        assert flops.peak("bfloat16") == 8 * 197e12
+        # No data sheet has a peak for it.
+        assert flops.peak("float64") == 7.0
