@@ -8,6 +8,7 @@ The figures are those of one version of jax; those of others stay as they are. T
 """
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -59,7 +60,9 @@ def main() -> None:
     for lengths in mesh.all_of(NUM_DEVICES):
         budgets[version()][str(lengths)] = measure(lengths)
         print(lengths, sum(sent for _, sent in budgets[version()][str(lengths)].values()))
-    FILE.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(budgets, indent=1, sort_keys=True)
+    # A pair in a line.
+    FILE.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
 
 
 if __name__ == "__main__":
