@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
 # How often the bytes of the larger side of a collective pass a device: an all-reduce is a
@@ -55,6 +56,7 @@ class Collective(NamedTuple):
 def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collective]:
     """Returns the collectives of a program on a mesh of these lengths, the most bytes first."""
     totals: dict[tuple[str, str, int, str, bool], list[int]] = {}
+    scope_of = scopes.finder(scopes.instructions_of(module))
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
         if not times:
@@ -75,7 +77,7 @@ def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collect
                 continue
             kind = _as_scattered(kind, name)
             is_async = starts or instruction.opcode.endswith("-start")
-            key = (kind, axes, group, _cargo(instruction.scope, axes), is_async)
+            key = (kind, axes, group, _cargo(scope_of(instruction.name), axes), is_async)
             total = totals.setdefault(key, [0, 0])
             total[0] += times
             total[1] += times * _received(kind, instruction, types, group)

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
 # What stands in the scope of an instruction -> the part of the model, the first that fits. Names in
@@ -48,8 +49,9 @@ def part_of(scope: str) -> str:
 def count(module: Module, runs: Runs) -> Products:
     """Returns the FLOPs of all products, a multiply-add being two."""
     flops: Counter[str] = Counter()
-    scopes: Counter[str] = Counter()
+    by_scope: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
+    find = scopes.finder(scopes.instructions_of(module))
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
         if not times:
@@ -61,9 +63,10 @@ def count(module: Module, runs: Runs) -> Products:
             if found is None:
                 unknown[_kernel_name(instruction)] += times
             elif found:
-                flops[part_of(instruction.scope)] += times * found
-                scopes[_short(instruction.scope)] += times * found
-    return Products(flops, scopes, unknown)
+                scope = find(instruction.name)
+                flops[part_of(scope)] += times * found
+                by_scope[_short(scope)] += times * found
+    return Products(flops, by_scope, unknown)
 
 
 def _short(scope: str) -> str:

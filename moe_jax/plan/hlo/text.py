@@ -27,6 +27,8 @@ BITS = {
     "f64": 64,
     "c64": 64,
 }
+# How a reduction or a sort calls its function of two scalars, which costs nothing here.
+SCALARS = "to_apply"
 _SHAPE = re.compile(r"\b(pred|bf16|[suc]\d+|f\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(
@@ -124,9 +126,8 @@ def _instruction(found: re.Match[str]) -> Instruction:
         for how, names in _CALLED.findall(rest)
         for name in names.strip("{}").split(",")
     ]
-    # Reductions and sorts name functions of scalars in the same way, which cost nothing here.
-    if opcode == "call":
-        called += [("calls", one) for one in re.findall(r"\bto_apply=%?([\w.\-]+)", rest)]
+    applied = re.findall(r"\bto_apply=%?([\w.\-]+)", rest)
+    called += [("calls" if opcode == "call" else SCALARS, one) for one in applied]
     return Instruction(
         name=name,
         outputs=arrays(outputs),
@@ -187,7 +188,9 @@ def count_runs(module: Module, dearest: bool = False) -> Runs:
 
 def _entered(module: Module, instruction: Instruction, dearest: bool) -> list[str]:
     """Returns the computations that an instruction runs."""
-    called = [name for _, name in instruction.called if name in module.computations]
+    called = [
+        name for how, name in instruction.called if name in module.computations and how != SCALARS
+    ]
     if instruction.opcode != "conditional" or not called:
         return called
     choose = max if dearest else min
