@@ -25,6 +25,7 @@ PARTS = (
     ("head", "head"),
 )
 OTHER = "other"
+WEIGHT_GRADIENTS = "transpose(jvp(moe))/ragged_dot/dense gradient of weights"
 _LOOPS = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
 
 
@@ -63,10 +64,18 @@ def count(module: Module, runs: Runs) -> Products:
             if found is None:
                 unknown[_kernel_name(instruction)] += times
             elif found:
-                scope = find(instruction.name)
+                scope = WEIGHT_GRADIENTS if _is_ragged(instruction) else find(instruction.name)
                 flops[part_of(scope)] += times * found
                 by_scope[_short(scope)] += times * found
     return Products(flops, by_scope, unknown)
+
+
+def _is_ragged(instruction: Instruction) -> bool:
+    """Returns whether this is the gradient of the weights of `ragged_dot`, [e, D, F].
+
+    A TPU makes it a dense product, e times the useful work, and forgets where it comes from.
+    """
+    return not instruction.scope and len(instruction.outputs[0].dims) == 3
 
 
 def _short(scope: str) -> str:
