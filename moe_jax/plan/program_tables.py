@@ -87,6 +87,11 @@ def collectives_table(card: Card) -> Table:
                 decimal(theory.num_bytes) if theory and place == 0 else "",
                 "no" if one.is_async else "yes",
             )
+    # What theory asks for and the program does not name: the compiler does it in another way.
+    named = {(one.cargo, one.axes) for one in found}
+    for missing in card.expected:
+        if (missing.cargo, missing.axes) not in named:
+            table.add(missing.cargo, missing.axes, "not found", "", "", decimal(missing.num_bytes))
     if not table.rows:
         table.add("nothing travels")
     table.section()
