@@ -33,7 +33,7 @@ def version() -> str:
 
 
 def measure(lengths: mesh.Lengths) -> dict[str, list[int]]:
-    """Returns {"kind over axes: cargo": [number, bytes]} of a step on a mesh."""
+    """Returns {"kind over axes": [number, bytes]} of a step on a mesh."""
     written = {f"mesh.{axis}": length for axis, length in lengths.written().items()}
     raw = config_file.read(ROOT / "configs" / "debug.py", CHANGES | written)
     cfg = config.build(raw, NUM_DEVICES)
@@ -42,7 +42,7 @@ def measure(lengths: mesh.Lengths) -> dict[str, list[int]]:
     found = program.read(compiled.as_text(), lengths._asdict()).collectives
     totals: dict[str, list[int]] = {}
     for one in found:
-        total = totals.setdefault(f"{one.kind} over {one.axes}: {one.cargo}", [0, 0])
+        total = totals.setdefault(f"{one.kind} over {one.axes}", [0, 0])
         total[0] += one.count
         total[1] += one.num_bytes
     return dict(sorted(totals.items()))

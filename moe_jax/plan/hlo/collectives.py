@@ -3,7 +3,7 @@ whether the device goes on computing meanwhile.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ class Collective(NamedTuple):
 def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collective]:
     """Returns the collectives of a program on a mesh of these lengths, the most bytes first."""
     totals: dict[tuple[str, str, int, str, bool], list[int]] = {}
-    scope_of = scopes.finder(scopes.instructions_of(module))
+    scope_of = _scopes(module)
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
         if not times:
@@ -77,7 +77,7 @@ def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collect
                 continue
             kind = _as_scattered(kind, name)
             is_async = starts or instruction.opcode.endswith("-start")
-            key = (kind, axes, group, _cargo(scope_of(instruction.name), axes), is_async)
+            key = (kind, axes, group, _cargo(scope_of(instruction, name), axes), is_async)
             total = totals.setdefault(key, [0, 0])
             total[0] += times
             total[1] += times * _received(kind, instruction, types, group)
@@ -85,11 +85,30 @@ def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collect
     return sorted(found, key=lambda one: -one.num_bytes)
 
 
+def _scopes(module: Module) -> Callable[[Instruction, str], str]:
+    """Returns a function from an instruction and its computation to its scope."""
+    find = scopes.finder(scopes.instructions_of(module))
+    fusions = {
+        called: instruction.name
+        for instructions in module.computations.values()
+        for instruction in instructions
+        if instruction.opcode == "fusion"
+        for _, called in instruction.called
+    }
+
+    def scope_of(instruction: Instruction, computation: str) -> str:
+        # What surrounds a fusion says more than what is inside of it.
+        return instruction.scope or find(fusions.get(computation, instruction.name))
+
+    return scope_of
+
+
 def _cargo(scope: str, axes: str) -> str:
     """Returns what a collective carries."""
     if axes == COLUMNS_AXIS and "gather" not in scope:
         return COLUMNS
-    return next((cargo for words, cargo in CARGO if words in scope), GRADIENTS)
+    path = f"/{scope}/"
+    return next((cargo for words, cargo in CARGO if words in path), GRADIENTS)
 
 
 def _as_scattered(kind: str, computation: str) -> str:

@@ -13,6 +13,7 @@ from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 PARTS = (
     ("optimizer", "optimizer"),
     ("ragged_dot", "routed experts"),
+    ("ragged-dot", "routed experts"),
     ("/experts/", "routed experts"),
     ("/route/", "routers"),
     ("/dispatch/", "dispatch"),
@@ -41,8 +42,9 @@ class Products(NamedTuple):
 
 def part_of(scope: str) -> str:
     """Returns the part of the model that a scope is of."""
+    path = f"/{scope}/"
     for words, part in PARTS:
-        if words in scope:
+        if words in path:
             return part
     return OTHER
 
