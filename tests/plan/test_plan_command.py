@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import card_cases
 import jax
 import pytest
 
@@ -10,11 +11,7 @@ from moe_jax import __main__, config
 from moe_jax.config import config_file
 from moe_jax.parallel import mesh
 from moe_jax.plan import card, chips
-from moe_jax.plan.hlo import program
 
-# It does nothing, but for some memory that it reads.
-EMPTY = program.read("HloModule m\n\nENTRY %main () -> f32[] {\n}\n", {})
-NOTHING = EMPTY._replace(memory_traffic=10**9)
 DEBUG = ("--config", "debug", "--topology", "cpu:8")
 
 
@@ -28,7 +25,7 @@ def not_compiled(monkeypatch):
     """Every step takes 10 MB, and nothing is compiled."""
 
     def compiled(cfg):
-        return card.Compiled(4_000_000, 3_000_000, 3_000_000, 6_000_000, 0.0, 0.0, NOTHING)
+        return card_cases.compiled(4_000_000, 3_000_000, 3_000_000, 6_000_000)
 
     monkeypatch.setattr(card, "_compiled", compiled)
 
