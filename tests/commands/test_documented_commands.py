@@ -48,6 +48,7 @@ MENTIONED = {
     "python -m moe_jax NAME",
     "python -m moe_jax NAME ...",
     "python -m moe_jax bench",
+    "python -m moe_jax plan",
     "python -m moe_jax prepare",
     "python -m moe_jax.main --config ... --workdir ...",
 }
