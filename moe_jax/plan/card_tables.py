@@ -30,6 +30,8 @@ def render(card: Card) -> Group:
     tables += [program_tables.collectives_table(card)]
     if any(one.is_estimate for one in card.work):
         notes += [program_tables.UNCOUNTED]
+    if program_tables.not_found(card):
+        notes += [program_tables.NOT_FOUND]
     if card.estimate:
         tables += [program_tables.time_table(card)]
         notes += [program_tables.TIME_NOTE]

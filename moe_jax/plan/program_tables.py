@@ -18,6 +18,10 @@ UNCOUNTED = (
     "An estimate: the program does not say what its kernels cost, or how long its loops are; the "
     "experts' work is that of all rows of the buffer."
 )
+NOT_FOUND = (
+    "Not found: the program sends it in another way or with other things. Between slices it sends "
+    "messages that are no collectives: their bytes and their time are not counted."
+)
 TIME_NOTE = (
     "Time: published figures of the chip, nothing was run. Compute, memory and network are lower "
     "bounds; expected is the longer of compute and memory, and the network that is waited for."
@@ -87,16 +91,19 @@ def collectives_table(card: Card) -> Table:
                 decimal(theory.num_bytes) if theory and place == 0 else "",
                 "no" if one.is_async else "yes",
             )
-    # What theory asks for and the program does not name: the compiler does it in another way.
-    named = {(one.cargo, one.axes) for one in found}
-    for missing in card.expected:
-        if (missing.cargo, missing.axes) not in named:
-            table.add(missing.cargo, missing.axes, "not found", "", "", decimal(missing.num_bytes))
+    for missing in not_found(card):
+        table.add(missing.cargo, missing.axes, "not found", "", "", decimal(missing.num_bytes))
     if not table.rows:
         table.add("nothing travels")
     table.section()
     table.add("all", "", "", "", decimal(sum(one.num_bytes for one in found)))
     return table
+
+
+def not_found(card: Card) -> list[Expected]:
+    """Returns what theory asks for and the program does not name: it is done in another way."""
+    named = {(one.cargo, one.axes) for one in card.compiled.program.collectives}
+    return [one for one in card.expected if (one.cargo, one.axes) not in named]
 
 
 def _largest(group: list[Collective]) -> list[Collective]:
