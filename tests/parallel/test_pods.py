@@ -85,12 +85,10 @@ def test_the_slow_axis_crosses_slices(slow_axis):
     ],
 )
 def test_what_cannot_be_made_is_one_line_with_the_nearest(lengths, slow_axis, message):
+    data, expert, model = lengths
+    wanted = mesh.Lengths(data=data, expert=expert, model=model)
     with pytest.raises(UserError) as error:
-        mesh.arranged(
-            mesh.Lengths(0, *lengths[:2])._replace(stage=1, seq=1, model=lengths[2]),
-            torus(V5E, 4, 4, slices=2),
-            slow_axis,
-        )
+        mesh.arranged(wanted, torus(V5E, 4, 4, slices=2), slow_axis)
     assert message in str(error.value) and "\n" not in str(error.value)
     nearest = mesh.parse(str(error.value).rpartition(" ")[2], "--mesh")
     assert nearest.num_devices == 32 and getattr(nearest, slow_axis) % 2 == 0
