@@ -159,8 +159,8 @@ def _estimated(
 def _network_seconds(
     one: theory.Expected, cfg: Config, made: jax.sharding.Mesh, chip: Chip
 ) -> float:
-    exchanges = one.cargo == "tokens" and cfg.model.moe.dispatcher == "capacity"
-    kind = "all-to-all" if exchanges else "all-gather"
+    exchanges = DISPATCHERS[cfg.model.moe.dispatcher].exchanges
+    kind = "all-to-all" if one.cargo == "tokens" and exchanges else "all-gather"
     group = len(one.axes.split(" x "))
     whole = Collective(kind, one.axes, group, one.cargo, False, 1, one.num_bytes)
     return network.seconds(whole, made, chip)

@@ -106,4 +106,6 @@ def _rows_of_assignments(
     return jnp.where(is_kept_N, row_N, rows(shape, options)), is_kept_N
 
 
-DISPATCHER = Dispatcher(Options, apply, rows, received, drops=True, overflow="the rest drops")
+DISPATCHER = Dispatcher(
+    Options, apply, rows, received, drops=True, exchanges=True, overflow="the rest drops"
+)

@@ -38,6 +38,8 @@ class Dispatcher(NamedTuple):
     # model.remat = "dispatch" keeps what has travelled: on the way to the experts it is not sent
     # again.
     keeps: bool = False
+    # Rows travel by all-to-all, and not by a gather.
+    exchanges: bool = False
     # What happens to the load beyond the rows that are held, for the resource card; "" = there is
     # none.
     overflow: str = ""

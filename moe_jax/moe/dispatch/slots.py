@@ -66,4 +66,4 @@ def apply(
     return y_GtD.reshape(x_TD.shape), dropped_N
 
 
-DISPATCHER = Dispatcher(Options, apply, rows, received, drops=False, mixes=True)
+DISPATCHER = Dispatcher(Options, apply, rows, received, drops=False, mixes=True, exchanges=True)
