@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "make a token dataset from text, once",
     "bench": "time training, decoding and the start, beside transformers if you like",
     "generate": "continue a prompt with a trained model",
+    "plan": "memory, FLOPs, traffic and time of a run on hardware that is not there",
     "verify": "prove that a config computes the same on every mesh",
     "leak": "measure whether later tokens or other sequences change earlier outputs",
     "convert": "make another checkpoint of a trained model: without its zeros",

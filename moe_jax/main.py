@@ -83,11 +83,7 @@ def parse(argv: list[str]) -> ConfigDict:
     if len(rest) > 1:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
     command_line.changed(config, changes)
-    if "://" in (FLAGS.workdir or ""):
-        raise UserError(
-            f"--workdir {FLAGS.workdir} is no path: a run writes to a file system, its own or one "
-            "that its machines share. Mount the bucket (gcsfuse, s3fs), or copy the workdir there"
-        )
+    shell.refuse_address(FLAGS.workdir or "", "--workdir")
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError(
             "--workdir is missing: name a directory for the run, such as --workdir runs/quickstart"
@@ -210,7 +206,7 @@ def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
     start_devices(raw)
     cfg = config.build(raw, len(jax.devices()))
-    with jax.set_mesh(mesh.make(cfg.mesh)):
+    with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         if FLAGS.dry_run:
             return dry_run(cfg)
         if FLAGS.preflight:

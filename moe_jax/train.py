@@ -39,7 +39,7 @@ from moe_jax.runtime.watchdog import WATCHDOG
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.terminal.progress import Progress
-from moe_jax.train_step import State, initial, make_step, make_tx, parameter_names
+from moe_jax.train_step import State, initial, jit_step, make_tx, parameter_names
 
 FOREVER = 1e6  # seconds
 # A layer whose load has less than this share of the most entropy uses few of its experts.
@@ -104,10 +104,11 @@ def from_config(config: str, workdir: str | Path, *changes: str) -> Result:
     Raises UserError, and stopping.NonFinite.
     """
     started = time.monotonic()
+    shell.refuse_address(str(workdir), "workdir")
     raw = command_line.read(Path(config), changes)
     allow_float64(raw)
     cfg = build(raw, len(jax.devices()))
-    with jax.set_mesh(mesh.make(cfg.mesh)):
+    with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         return run(cfg, raw, Path(workdir), started, config)
 
 
@@ -139,7 +140,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))
     tx = make_tx(cfg, abstract.params)
-    step_fn = jax.jit(make_step(cfg, model, tx), donate_argnums=0)
+    step_fn = jit_step(cfg, model, tx)
     norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     saves = checkpoint.Checkpoints(
@@ -343,7 +344,7 @@ def make_clock(cfg: Config, progress: Progress, idle: bool) -> StepClock:
     peak = math.nan
     if not idle:
         with progress.doing("measuring the peak FLOP/s"):
-            peak = flops.measure_peak(cfg.model.dtype) * jax.process_count()
+            peak = flops.peak(cfg.model.dtype)
     return StepClock(tokens, step_flops=step_flops, peak=peak)
 
 

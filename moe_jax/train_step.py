@@ -21,6 +21,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.names import name_of
 from moe_jax.optim import spikes
+from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
@@ -30,6 +31,7 @@ __all__ = [
     "State",
     "advanced",
     "initial",
+    "jit_step",
     "judged",
     "make_loss",
     "make_model",
@@ -261,6 +263,15 @@ def make_step(
         return new, jax.sharding.reshard(metrics, P())
 
     return step
+
+
+def jit_step(cfg: Config, model: Model, tx: optax.GradientTransformation) -> Any:
+    """Returns the step as training runs it: the state is donated, so that the new one is written
+    over it, and the flags are those of the chips of the current mesh.
+    """
+    flags = chip_flags.of(jax.sharding.get_mesh(), cfg.chip_flags)
+    step = make_step(cfg, model, tx)
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(flags) or None)
 
 
 def descend(

@@ -26,7 +26,7 @@ from moe_jax.parallel import batch_rows, compile_cache, mesh
 from moe_jax.plan import flops
 from moe_jax.plan.abstract import abstract_batch
 from moe_jax.tasks import TASKS
-from moe_jax.train_step import initial, make_model, make_step, make_tx
+from moe_jax.train_step import initial, jit_step, make_model, make_tx
 
 # Side of the square matrices of the peak: rows and widths of a training step are as large.
 PRODUCT = 2048
@@ -45,11 +45,11 @@ def read(job: Job) -> config.Config:
 def train(job: Job) -> Prepared:
     """Prepares one optimizer step on random tokens."""
     cfg = read(job)
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         model = make_model(cfg.model)
         state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
-        step_fn = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
+        step_fn = jit_step(cfg, model, make_tx(cfg, state.params))
         batch_size = cfg.train.batch_size
         rows = batch_rows.local_rows(batch_size)
         local = jax.tree.map(lambda z: z[rows], TASKS[cfg.task].random(cfg, 0))
@@ -86,12 +86,12 @@ def compilation(job: Job) -> Prepared:
     """
     cfg = read(job)
     cache = compile_cache.CompileCache(job.options["cache"])
-    with jax.set_mesh(mesh.make(cfg.mesh)):
+    with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         model = make_model(cfg.model)
         key = jax.random.key(cfg.seed)
         start = time.perf_counter()
         state = jax.eval_shape(initial(cfg, model), key)
-        step = jax.jit(make_step(cfg, model, make_tx(cfg, state.params)), donate_argnums=0)
+        step = jit_step(cfg, model, make_tx(cfg, state.params))
         # Shapes alone: nothing is computed, so tracing and compiling are all that is timed.
         batch = abstract_batch(TASKS[cfg.task].random(cfg, 0))
         lowered = step.lower(state, batch)
@@ -115,7 +115,7 @@ def decode(job: Job) -> Prepared:
         raise UserError(reason)
     model_cfg = for_decoding(cfg.model)
     num_rows, prompt, new = (job.options[name] for name in ("batch", "prompt", "new"))
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         model = make_model(model_cfg)
         weights = jax.jit(model.init)(jax.random.key(cfg.seed))
@@ -176,7 +176,7 @@ def layer(job: Job) -> Prepared:
         segment_BS=jnp.ones((num_rows, row_length), jnp.int32),
         row_B=jnp.arange(num_rows, dtype=jnp.int32),
     )
-    devices = mesh.make(cfg.mesh)
+    devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         batch, x_BSD = jax.tree.map(
             lambda z: jax.device_put(z, mesh.sharding("batch", *[None] * (z.ndim - 1))),

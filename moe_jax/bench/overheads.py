@@ -69,7 +69,7 @@ def run(job: Job) -> Prepared:
             workdir = Path(folder) / "run"
             raw = command_line.read(Path(job.config), list(job.changes))
             cfg = config.build(raw, len(jax.devices()))
-            with jax.set_mesh(mesh.make(cfg.mesh)):
+            with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
                 train.run(cfg, raw, workdir, time.monotonic())
             (start,) = json.loads((workdir / goodput.FILE).read_text())["starts"]
         return start["seconds"]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
-from moe_jax.instruments.scopes import Instruction, find_scopes, phase_of, read_instructions
+from moe_jax.plan.hlo.scopes import Instruction, find_scopes, phase_of, read_instructions
 
 SLOWEST = 12  # instructions in phases.txt
 # They run other instructions, which have events of their own.

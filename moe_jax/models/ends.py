@@ -5,6 +5,7 @@ Shapes: B rows, S sequence, D model, V vocabulary.
 
 from typing import NamedTuple
 
+import jax
 from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm, widen
@@ -78,7 +79,8 @@ def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:
 
 def logits(last: Hidden) -> Array:
     """Returns logits [B, S, V] in at least float32."""
-    return widen(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
+    with jax.named_scope("head"):
+        return widen(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
 
 
 def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:

@@ -31,7 +31,7 @@ def make_model(cfg: ModelConfig) -> Model:
         return nnx.split(module, nnx.Param, RouterState)
 
     # Drawn abstractly: the structure is known before any array is there.
-    graphdef, params, router_state = nnx.eval_shape(split, jax.random.key(0))
+    graphdef, params, router_state = nnx.eval_shape(split, jax.eval_shape(jax.random.key, 0))
 
     def init(key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
         _, params, router_state = split(key)

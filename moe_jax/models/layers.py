@@ -29,7 +29,8 @@ def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Ar
     """
     # The dimension of d_model is the one that FSDP splits.
     whole = [None if name == "embed" else name for name in names]
-    return jax.sharding.reshard(weight.astype(dtype), spec(*whole))
+    with jax.named_scope("gather_weights"):
+        return jax.sharding.reshard(weight.astype(dtype), spec(*whole))
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
@@ -185,10 +186,11 @@ class FeedForward(nnx.Module):
         w_out = gather(self.weights["w_out"], ("hidden", "embed"), x_BSD.dtype)
         # A product for each part: the gradient of one array of both would be put together from
         # arrays of its size.
-        parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
-        h_BSF = activate(parts, self.chosen)
-        # F is split over `model`: the sum over it is a reduction, told of by its output.
-        y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))
+        with jax.named_scope("feed_forward"):
+            parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
+            h_BSF = activate(parts, self.chosen)
+            # F is split over `model`: the sum over it is a reduction, told of by its output.
+            y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))
         if not self.gated:
             return y_BSD
         gate_D = gather(self.weights["gate"], ("embed",), x_BSD.dtype)

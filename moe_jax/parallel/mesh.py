@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -137,17 +139,99 @@ def resolve(lengths: Lengths, num_devices: int) -> Lengths:
         return lengths._replace(**{free[0]: num_devices // fixed})
     if fixed != num_devices:
         text = " x ".join(f"mesh.{name} {length}" for name, length in written.items())
+        wanted = lengths._replace(**{name: 1 for name in free})
         raise UserError(
-            f"{text} does not make {num_devices} devices: change the lengths, or set "
-            "simulate_devices"
+            f"{text} does not make {num_devices} devices: change the lengths (the nearest mesh is "
+            f"{nearest(wanted, num_devices)}), or set simulate_devices"
         )
     return lengths
 
 
-def make(lengths: Lengths, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns an Explicit mesh with all five axes, of `devices` or of all that there are."""
+def make(
+    lengths: Lengths, devices: Sequence[jax.Device] | None = None, slow_axis: str = "data"
+) -> Mesh:
+    """Returns an Explicit mesh with all five axes, of `devices` or of the first that there are.
+
+    Raises UserError, with the nearest mesh, where these devices cannot make it.
+    """
+    devices = list(jax.devices()[: lengths.num_devices] if devices is None else devices)
     types = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(tuple(lengths), AXES, axis_types=types, devices=devices)
+    return Mesh(arranged(lengths, devices, slow_axis), AXES, axis_types=types)
+
+
+def arranged(lengths: Lengths, devices: Sequence[jax.Device], slow_axis: str) -> np.ndarray:
+    """Returns devices in the shape of a mesh, neighbours on its axes near each other.
+
+    A physical axis of a TPU's torus may be split between axes of the mesh. Where the devices are
+    several slices, `slow_axis` is the one that crosses the network between them, and every other
+    axis lies within a slice.
+    """
+    slices = num_slices(devices)
+    _refuse_impossible(lengths, len(devices), slices, slow_axis)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            tuple(lengths), devices, allow_split_physical_axes=True
+        )
+    across = [slices if axis == slow_axis else 1 for axis in AXES]
+    within = [length // part for length, part in zip(lengths, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Returns how many TPU slices devices are of; 1 for what is no TPU.
+
+    Hosts of GPUs are no slices: their devices come in the order of hosts, so the last axes of a
+    mesh lie within a host by themselves.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
+
+
+def _refuse_impossible(lengths: Lengths, num_devices: int, slices: int, slow_axis: str) -> None:
+    """Raises UserError for a mesh that does not fit the devices, or the slices that they are of."""
+    length = getattr(lengths, slow_axis)
+    if lengths.num_devices == num_devices and length % slices == 0:
+        return
+    if lengths.num_devices != num_devices:
+        reason = f"makes {lengths.num_devices} devices, and there are {num_devices}"
+    else:
+        reason = (
+            f"has mesh.{slow_axis} = {length}, which {slices} slices do not divide; "
+            "mesh_slow_axis names the axis that crosses slices"
+        )
+    near = nearest(lengths, num_devices, slices, slow_axis)
+    way_out = f": the nearest mesh is {near}" if near else ""
+    raise UserError(f"the mesh {lengths} {reason}{way_out}")
+
+
+def nearest(
+    lengths: Lengths, num_devices: int, slices: int = 1, slow_axis: str = "data"
+) -> Lengths | None:
+    """Returns the mesh of so many devices and slices that is least unlike `lengths`.
+
+    Unlike by factors: 4 is as far from 2 as 2 is from 1. None where no mesh fits the slices.
+    """
+
+    def unlike(other: Lengths) -> float:
+        pairs = zip(lengths, other, strict=True)
+        return sum(abs(math.log(max(one, 1) / another)) for one, another in pairs)
+
+    fitting = [found for found in all_of(num_devices) if getattr(found, slow_axis) % slices == 0]
+    return min(fitting, key=unlike, default=None)
+
+
+def all_of(num_devices: int) -> list[Lengths]:
+    """Returns every mesh DATAxEXPERTxMODEL of so many devices."""
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    return [
+        Lengths(data=num_devices // (expert * model), expert=expert, model=model)
+        for expert in divisors
+        for model in divisors
+        if num_devices % (expert * model) == 0
+    ]
 
 
 def of_host() -> Mesh:

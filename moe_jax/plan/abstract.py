@@ -1,5 +1,6 @@
 """What is known of arrays before any is allocated: shapes, shardings, bytes of a shard."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,6 +8,20 @@ import jax
 import numpy as np
 
 from moe_jax.parallel.mesh import sharding
+from moe_jax.schema.config import Config
+from moe_jax.tasks import TASKS
+
+
+def batch_of(cfg: Config) -> Any:
+    """Returns the shapes and shardings of a batch of a config, of which one row is made."""
+    train = dataclasses.replace(cfg.train, batch_size=1, micro_batch_size=1)
+    one_row = TASKS[cfg.task].random(dataclasses.replace(cfg, train=train), 0)
+
+    def widened(rows: np.ndarray) -> jax.ShapeDtypeStruct:
+        abstract = _abstract_rows(rows)
+        return abstract.update(shape=(cfg.train.batch_size, *rows.shape[1:]))
+
+    return jax.tree.map(widened, one_row)
 
 
 def abstract_batch(batch: Any) -> Any:

@@ -1,23 +1,31 @@
-"""The resource card of a config, `--dry_run`: parameters, FLOPs, memory and traffic, before
-anything is allocated.
+"""The resource card of a config, of `--dry_run` and `python -m moe_jax plan`: parameters, FLOPs,
+memory, traffic and time, before anything is allocated.
 
 Counts and shards are exact, the compiler's figures are those of the step that training runs, for
 the platform of these devices. What is an estimate says so. Everything is abstract: the card costs
-the compilation and no memory. card_tables.py shows it.
+the compilation and no memory, and the devices of the mesh need not be there. card_tables.py shows
+it.
 """
 
-import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from moe_jax import train_step
+from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import Lengths, of
-from moe_jax.plan import dispatch, flops
-from moe_jax.plan.abstract import abstract_batch, shard_bytes
+from moe_jax.plan import chips, dispatch, estimate, flops, theory, work
+from moe_jax.plan.abstract import shard_bytes
+from moe_jax.plan.chips import Chip
+from moe_jax.plan.compiling import abstract_state, compile_step
 from moe_jax.plan.dispatch import Dispatch
+from moe_jax.plan.estimate import Estimate
+from moe_jax.plan.hlo import program
+from moe_jax.plan.hlo.program import Program
+from moe_jax.plan.theory import Expected
+from moe_jax.plan.work import Work
 from moe_jax.schema.config import Config
-from moe_jax.tasks import TASKS
 
 
 class Memory(NamedTuple):
@@ -41,7 +49,10 @@ class Compiled(NamedTuple):
     alias: int
     # Gradients, activations and buffers, for as long as the step runs.
     temporary: int
+    # Seconds of tracing and lowering, and of the compiler.
+    lower_seconds: float
     seconds: float
+    program: Program
 
     @property
     def peak(self) -> int:
@@ -70,10 +81,30 @@ class Card(NamedTuple):
     # None without MoE layers.
     dispatch: Dispatch | None
     compiled: Compiled
+    # What published figures there are of a device; None for a CPU, and for chips unknown.
+    chip: Chip | None
+    # Flags of the compiler.
+    flags: Mapping[str, Any]
+    work: tuple[Work, ...]
+    expected: tuple[Expected, ...]
+    # None where the chip is unknown, or has no peak for the dtype.
+    estimate: Estimate | None
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
+
+    @property
+    def peak_logged(self) -> int:
+        """The most bytes that are taken at once in a logged step: parameters are copied before
+        it, so that the update can be measured.
+        """
+        return self.compiled.peak + self.memory.parameters
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a logged step fits into the memory of a device; None where that is unknown."""
+        return self.peak_logged <= self.chip.memory if self.chip else None
 
 
 def card(cfg: Config) -> Card:
@@ -82,12 +113,18 @@ def card(cfg: Config) -> Card:
     Compiles the train step once; allocates nothing on the devices.
     """
     model, seq_len = cfg.model, cfg.data.seq_len
-    functions = train_step.make_model(model)
-    abstract_state = jax.eval_shape(train_step.initial(cfg, functions), jax.random.key(0))
     mesh = jax.sharding.get_mesh()
+    kind = mesh.devices.flat[0].device_kind
+    chip = chips.of_kind(kind)
+    memory = _memory(abstract_state(cfg, train_step.make_model(model)))
+    layer = dispatch.of_layer(cfg) if model.num_moe_layers else None
+    compiled = _compiled(cfg)
+    held, balanced = (layer.rows_held, layer.rows_balanced) if layer else (1, 1)
+    done = tuple(work.compare(cfg, compiled.program, held, balanced))
+    has_peak = chip is not None and cfg.model.dtype in chip.peak
     train_per_token = flops.train_per_token(model, seq_len)
     return Card(
-        platform=mesh.devices.flat[0].device_kind,
+        platform=kind,
         mesh=of(mesh),
         num_layers=(model.num_dense_layers, model.num_moe_layers),
         batch_size=cfg.train.batch_size,
@@ -97,37 +134,41 @@ def card(cfg: Config) -> Card:
         forward=flops.forward_per_token(model, seq_len),
         train_per_token=train_per_token,
         train_per_step=train_per_token * cfg.train.batch_size * seq_len,
-        memory=_memory(abstract_state),
+        memory=memory,
         dispatcher=model.moe.dispatcher,
-        dispatch=dispatch.of_layer(cfg) if model.num_moe_layers else None,
-        compiled=_compiled(cfg, functions, abstract_state),
+        dispatch=layer,
+        compiled=compiled,
+        chip=chip,
+        flags=chip_flags.of(mesh, cfg.chip_flags),
+        work=done,
+        expected=tuple(theory.expected(cfg)),
+        estimate=estimate.estimate(cfg, compiled.program, done, mesh, chip) if has_peak else None,
     )
 
 
-def _memory(abstract_state: train_step.State) -> Memory:
+def _memory(state: train_step.State) -> Memory:
     """Returns the bytes of the parts of a state on one device."""
-    parameters = shard_bytes(abstract_state.params)
+    parameters = shard_bytes(state.params)
     return Memory(
         parameters=parameters,
         gradients=parameters,
-        optimizer=shard_bytes(abstract_state.opt_state),
-        ema=shard_bytes(abstract_state.ema),
-        master=shard_bytes(abstract_state.master),
+        optimizer=shard_bytes(state.opt_state),
+        ema=shard_bytes(state.ema),
+        master=shard_bytes(state.master),
     )
 
 
-def _compiled(cfg: Config, model: train_step.Model, abstract_state: train_step.State) -> Compiled:
+def _compiled(cfg: Config) -> Compiled:
     """Compiles the train step and returns what the compiler says of it."""
-    start = time.perf_counter()
-    optimizer = train_step.make_tx(cfg, abstract_state.params)
-    # The state is donated, as in training: the new one is written over it.
-    step = jax.jit(train_step.make_step(cfg, model, optimizer), donate_argnums=0)
-    batch = abstract_batch(TASKS[cfg.task].random(cfg, 0))
-    stats: Any = step.lower(abstract_state, batch).compile().memory_analysis()
+    step = compile_step(cfg)
+    stats: Any = step.compiled.memory_analysis()
+    lengths = dict(jax.sharding.get_mesh().shape)
     return Compiled(
         argument=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
         alias=stats.alias_size_in_bytes,
         temporary=stats.temp_size_in_bytes,
-        seconds=time.perf_counter() - start,
+        lower_seconds=step.lower_seconds,
+        seconds=step.compile_seconds,
+        program=program.read(step.compiled.as_text(), lengths),
     )

@@ -5,6 +5,7 @@ from rich.filesize import decimal
 from rich.padding import Padding
 
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.plan import program_tables
 from moe_jax.plan.card import Card
 from moe_jax.plan.dispatch import Dispatch, three_digits
 from moe_jax.terminal.table import Table, names, numbers, prose
@@ -25,6 +26,17 @@ def render(card: Card) -> Group:
     if card.dispatch:
         tables += [_dispatch_table(card, card.dispatch), _traffic_table(card.dispatch)]
         notes += [LAYER_NOTE]
+    tables += [program_tables.work_table(card), program_tables.scopes_table(card)]
+    tables += [program_tables.collectives_table(card)]
+    if any(one.is_estimate for one in card.work):
+        notes += [program_tables.UNCOUNTED]
+    if program_tables.not_found(card):
+        notes += [program_tables.NOT_FOUND]
+    if card.estimate:
+        tables += [program_tables.time_table(card)]
+        notes += [program_tables.TIME_NOTE]
+    if flags := program_tables.flags_line(card):
+        notes += [flags]
     spaced = [Padding(table, (1, 0, 0, 0)) for table in tables]
     return Group(_heading(card), *spaced, "", *notes)
 
@@ -105,6 +117,10 @@ def _memory_table(card: Card) -> Table:
     table.section()
     note = f"by the compiler, after {compiled.seconds:.0f} s"
     table.add("compiled step: peak", decimal(compiled.peak), note)
+    table.add("logged step: peak", decimal(card.peak_logged), "with a copy of the parameters")
+    if card.chip:
+        verdict = "fits" if card.fits else "DOES NOT FIT"
+        table.add(f"{card.chip.name}: memory", decimal(card.chip.memory), verdict)
     return table
 
 

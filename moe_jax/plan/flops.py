@@ -28,6 +28,7 @@ from moe_jax.models.counting import projections
 from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
+from moe_jax.plan import chips
 from moe_jax.schema.blocks import inner, is_depth
 from moe_jax.schema.config import ModelConfig, MoEConfig
 
@@ -272,6 +273,18 @@ def mfu(tokens_per_second: float, cfg: ModelConfig, seq_len: int, peak: float) -
     if not peak > 0:
         raise ValueError(f"peak = {peak} FLOP/s must be positive")
     return tokens_per_second * train_per_token(cfg, seq_len) / peak
+
+
+def peak(dtype: str) -> float:
+    """Returns the FLOP/s of all devices of the current mesh: published figures of a known chip,
+    else what is measured.
+    """
+    devices = jax.sharding.get_mesh().devices
+    published = chips.peak(devices.flat[0].device_kind, dtype)
+    if published is not None:
+        return published * devices.size
+    # Each process measures its own devices.
+    return measure_peak(dtype) * jax.process_count()
 
 
 def measure_peak(dtype: str) -> float:

@@ -43,7 +43,7 @@ def layer_traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     def split(key):
         return nnx.split(MoELayer(key, moe), nnx.Param, RouterState)
 
-    graphdef, weights, router_state = nnx.eval_shape(split, jax.random.key(0))
+    graphdef, weights, router_state = nnx.eval_shape(split, jax.eval_shape(jax.random.key, 0))
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
     zero_BS = np.zeros((num_rows, seq_len), np.int32)
     batch = abstract_batch(Batch(zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from moe_jax.data.contract import Data
+from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import of
 from moe_jax.plan import dispatch, flops
 from moe_jax.schema.config import Config
@@ -31,6 +32,7 @@ def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
         "run": run(name, source()),
         "model": model(cfg),
         "devices": devices(),
+        "flags": flags(cfg),
         "length": length(cfg),
         "buffer": dispatch.buffer_note(cfg) if cfg.model.num_moe_layers else "",
         "workdir": str(workdir),
@@ -102,6 +104,11 @@ def devices() -> str:
     axes = of(mesh).split()
     split = f", mesh {axes}" if axes else ""
     return f"{number} x {kind}{of_processes}{split}"
+
+
+def flags(cfg: Config) -> str:
+    """Returns the flags of XLA for this kind of chip; "" where there are none."""
+    return chip_flags.text(chip_flags.of(jax.sharding.get_mesh(), cfg.chip_flags))
 
 
 def length(cfg: Config) -> str:

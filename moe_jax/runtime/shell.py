@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -184,6 +185,19 @@ def open_output(lasting: bool) -> None:
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
+def refuse_address(directory: str, flag: str) -> None:
+    """Raises UserError for an address such as gs://bucket/run, of which a folder called "gs:" would
+    become.
+
+    A Path writes gs:/bucket/run.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+:/", directory):
+        raise UserError(
+            f"{flag} {directory} is no path: a run writes to a file system, its own or one that "
+            "its machines share. Mount the bucket (gcsfuse, s3fs), or copy the directory there"
+        )
+
+
 class Held:
     """A directory that is locked by this process."""
 
@@ -216,8 +230,9 @@ FREE = Held(Path(), "", None)  # for the processes that leave the lock to proces
 def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[Held]:
     """Makes a directory and holds its lock, which the system frees even after kill -9.
 
-    Raises UserError, which names the flag, where it cannot be had.
+    Raises UserError, which names the flag, where it cannot be had, and for the address of a bucket.
     """
+    refuse_address(str(directory), flag)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / name, "w")

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from moe_jax.parallel.mesh import Lengths
+from moe_jax.parallel.mesh import WRITTEN, Lengths
 from moe_jax.runtime.faults import Fault, parse
 from moe_jax.schema.beside import (
     CheckpointConfig,
@@ -432,6 +432,9 @@ class Config:
         "auto",
         'where compiled programs are kept: "auto" = the user\'s cache directory, "" = nowhere',
     )
+    chip_flags: bool = option(
+        True, "compile with the flags of XLA for this kind of chip (moe_jax/parallel/chip_flags.py)"
+    )
     faults: tuple[Fault, ...] = option(
         "", 'faults that happen on purpose: "kill@12:1" (moe_jax/runtime/faults.py)', parse=parse
     )
@@ -440,6 +443,11 @@ class Config:
     mesh_fallbacks: tuple[str, ...] = option(
         (),
         'DATAxEXPERTxMODEL for another number of devices, as after a restart: ("2x2x1", "2x1x1")',
+    )
+    mesh_slow_axis: str = option(
+        "data",
+        "the axis that crosses the network between several TPU slices",
+        choices=WRITTEN,
     )
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
     task_options: Any = derived()

@@ -172,7 +172,14 @@ class RoomOptions:
     factor: float = option(1.25, "as that of capacity", POSITIVE)
 
 
-ROOM = Dispatcher(RoomOptions, capacity.apply, capacity.rows, drops=True, overflow="the rest drops")
+ROOM = Dispatcher(
+    RoomOptions,
+    capacity.apply,
+    capacity.rows,
+    capacity.received,
+    drops=True,
+    overflow="the rest drops",
+)
 
 
 def test_a_dispatcher_that_drops_is_labelled_so(float64, monkeypatch):

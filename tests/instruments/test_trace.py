@@ -1,7 +1,8 @@
 """Events, compiled text and phases, worked by hand. A real profile is read in test_run.py."""
 
-from moe_jax.instruments import scopes, trace
+from moe_jax.instruments import trace
 from moe_jax.instruments.trace import Change
+from moe_jax.plan.hlo import scopes
 
 HLO = """HloModule jit_step, is_scheduled=true
 

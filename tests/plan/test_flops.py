@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 
+import card_cases
 import jax
 import jax.numpy as jnp
 import meshes
@@ -416,7 +417,7 @@ def test_card_of_a_dense_model_on_one_device():
 
 
 def dispatch_of(monkeypatch, moe, shape=(2, 2, 2)):
-    monkeypatch.setattr(cards, "_compiled", lambda *args: cards.Compiled(0, 0, 0, 0, 0.0))
+    monkeypatch.setattr(cards, "_compiled", lambda cfg: card_cases.compiled())
     cfg = make_config(shape, moe=moe, train={"micro_batch_size": 8})
     with jax.set_mesh(meshes.make(*shape)):
         return cards.card(cfg)

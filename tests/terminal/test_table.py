@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import Lengths
-from moe_jax.plan import card, card_tables, flops
+from moe_jax.plan import card, card_tables, chips, flops
+from moe_jax.plan.estimate import Estimate
+from moe_jax.plan.hlo.collectives import Collective
+from moe_jax.plan.hlo.products import Products
+from moe_jax.plan.hlo.program import Program
+from moe_jax.plan.theory import Expected
+from moe_jax.plan.work import Work
 from moe_jax.runtime import shell
 from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify.alone import Check
@@ -168,6 +175,13 @@ def filled(kind):
     return kind(*(MANY for _ in kind._fields))
 
 
+def of_program():
+    exchange = Collective("ragged-all-to-all", "expert", 64, "tokens", True, MANY, MANY)
+    sums = Collective("all-reduce", "data x expert x model", 64, "gradients and sums", False, 1, 1)
+    flops_of = Products(Counter(other=MANY), Counter({"backward a/b": MANY}), Counter(kernel=1))
+    return Program(flops_of, 2 * MANY, (exchange, sums), MANY, ("experts/while",))
+
+
 def of_card():
     """Of a model of trillions of parameters."""
     sizes = {
@@ -185,7 +199,12 @@ def of_card():
     made = {
         "parameters": filled(flops.Counts),
         "memory": filled(card.Memory),
-        "compiled": filled(card.Compiled),
+        "compiled": filled(card.Compiled)._replace(program=of_program()),
+        "chip": chips.CHIPS["v5p"],
+        "flags": {"xla_tpu_a_flag_of_a_long_name": True},
+        "work": (Work("routed experts", MANY, MANY, is_estimate=True), Work("other", 0, MANY)),
+        "expected": (Expected("tokens", "expert", MANY),),
+        "estimate": Estimate(1e4, 1e4, {"data x expert": 1e4}, 1e4, MANY, 1e3),
     }
     traffic = {"data": MANY, "expert": MANY, "model": MANY}
     dispatch = filled(card.Dispatch)._replace(forward=traffic, backward=traffic)

@@ -52,6 +52,11 @@ def rows(shape: Shape, options: Options) -> int:
     return shape.num_experts * num_groups * expert_capacity(shape, options)
 
 
+def received(shape: Shape, options: Options) -> int:
+    """Returns the rows that a device receives from others: all but its own part."""
+    return rows(shape, options) * (shape.expert_axis - 1) // shape.expert_axis
+
+
 def apply(
     x_TD: jax.Array,
     routing: Routing,
@@ -100,4 +105,6 @@ def _rows_of_assignments(
     return jnp.where(is_kept_N, row_N, rows(shape, options)), is_kept_N
 
 
-DISPATCHER = Dispatcher(Options, apply, rows, drops=True, overflow="the rest drops")
+DISPATCHER = Dispatcher(
+    Options, apply, rows, received, drops=True, exchanges=True, overflow="the rest drops"
+)

@@ -38,10 +38,18 @@ class Dispatcher(NamedTuple):
     options: type
     apply: Callable[..., tuple[jax.Array, jax.Array]]
     rows: Callable[..., Any]
+    # (shape, options) -> the rows that a device receives from the others of the expert axis on
+    # their way to the experts. As many come back, and both ways are taken again backward.
+    received: Callable[..., int]
     # Assignments may find no room: then the order of priority, and whoever shares the room, matter.
     drops: bool
     # It takes the Slots of a router that mixes tokens, instead of a Routing.
     mixes: bool = False
+    # model.remat = "dispatch" keeps what has travelled: on the way to the experts it is not sent
+    # again.
+    keeps: bool = False
+    # Rows travel by all-to-all, and not by a gather.
+    exchanges: bool = False
     # What happens to the load beyond the rows that are held, for the resource card; "" = there is
     # none.
     overflow: str = ""

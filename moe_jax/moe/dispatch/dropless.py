@@ -77,6 +77,12 @@ def _are_few(shape: Shape) -> bool:
     return direct.is_faster(n * shape.num_tokens, n * shape.num_assignments, shape.local_experts)
 
 
+def received(shape: Shape, options: Options) -> int:
+    """Returns the tokens that a device receives from others: all of the axis but its own."""
+    del options
+    return (shape.expert_axis - 1) * shape.num_tokens
+
+
 class _Assignments(NamedTuple):
     """Holds the M = n N assignments of the whole expert axis, and where the local ones lie."""
 
@@ -233,4 +239,12 @@ def _in_rounds(
     return y_nTD
 
 
-DISPATCHER = Dispatcher(Options, apply, rows, drops=False, overflow="the rest waits a round")
+DISPATCHER = Dispatcher(
+    Options,
+    apply,
+    rows,
+    received,
+    drops=False,
+    keeps=True,
+    overflow="the rest waits a round",
+)

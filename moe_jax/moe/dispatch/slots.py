@@ -34,6 +34,11 @@ def rows(shape: Shape, options: Options) -> int:
     return shape.num_assignments
 
 
+def received(shape: Shape, options: Options) -> int:
+    """Returns the rows that a device receives from others: all but its own part."""
+    return rows(shape, options) * (shape.expert_axis - 1) // shape.expert_axis
+
+
 def apply(
     x_TD: jax.Array,
     slots: Slots,
@@ -60,4 +65,4 @@ def apply(
     return y_GtD.reshape(x_TD.shape), dropped_N
 
 
-DISPATCHER = Dispatcher(Options, apply, rows, drops=False, mixes=True)
+DISPATCHER = Dispatcher(Options, apply, rows, received, drops=False, mixes=True, exchanges=True)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from moe_jax.plan.hlo import text
+
 MOE = ("route", "dispatch", "experts", "combine")
 
 
@@ -27,40 +29,32 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
     """Returns {name: Instruction} of the text of a compiled module
     (`jitted.lower(...).compile().as_text()`).
     """
-    # %computation (parameters) -> type {
-    #   ROOT %name = type opcode(%operand, ...), calls=%other, metadata={op_name="jit(step)/moe"}
-    instructions: dict[str, Instruction] = {}
-    computation = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
-        if header and line.endswith("{"):
-            computation = header[1]
-        assignment = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-        if not assignment:
-            continue
-        # Names in the metadata are no operands.
-        body, _, metadata = line[assignment.end() :].partition(", metadata={")
-        opcode = re.search(r"(?:^| )([a-z][\w\-]*)\(", body)
-        scope = re.search(r'op_name="((?:[^"\\]|\\.)*)"', metadata)
-        called = re.findall(
-            r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)", body
-        )
-        for branches in re.findall(r"branch_computations=\{(.*?)\}", body):
-            called += re.findall(r"[\w.\-]+", branches)
-        # All names in the text of an instruction but those of computations.
-        operands = [name for name in re.findall(r"%([\w.\-]+)", body) if name not in called]
-        instructions[assignment[1]] = Instruction(
-            opcode=opcode[1] if opcode else "",
+    return instructions_of(text.read(hlo))
+
+
+def instructions_of(module: text.Module) -> dict[str, Instruction]:
+    """Returns {name: Instruction} of a module."""
+    return {
+        line.name: Instruction(
+            opcode=line.opcode,
             computation=computation,
-            operands=tuple(operands),
-            called=tuple(called),
-            scope=scope[1] if scope else "",
+            operands=line.operands,
+            called=tuple(name for _, name in line.called),
+            scope=line.scope,
         )
-    return instructions
+        for computation, lines in module.computations.items()
+        for line in lines
+    }
 
 
 def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
-    """Returns {instruction: scope path}.
+    """Returns {instruction: scope path}."""
+    find = finder(instructions)
+    return {name: find(name) for name in instructions}
+
+
+def finder(instructions: Mapping[str, Instruction]) -> Callable[[str], str]:
+    """Returns a function from the name of an instruction to its scope path.
 
     An instruction that the compiler added takes the scope of what it fuses, else of the loop around
     it, of the first instruction that uses it (a copy is made for its user), or of what it uses.
@@ -112,7 +106,7 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
             or around
         )
 
-    return {name: find(name) for name in instructions}
+    return find
 
 
 def phase_of(scope: str) -> tuple[str, str]:

@@ -1,0 +1,120 @@
+"""Bytes that a compiled program reads from and writes to the memory of a device.
+
+Every instruction that is no part of a fusion reads its operands and writes its result once. A
+fusion that takes a slice of an operand reads the slice, one that updates a slice writes the slice:
+the stacked weights of a loop over layers would otherwise be read whole in every layer. What lies in
+the memory of the chip itself costs nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
+
+# They only name, group or wait for what is there.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "optimization-barrier",
+}
+_SLICES = {"dynamic-slice", "gather", "slice"}
+
+
+def count(module: Module, runs: Runs) -> int:
+    """Returns the bytes of one device in one run of the program."""
+    fused = _fused(module)
+    total = 0
+    for name, instructions in module.computations.items():
+        times = runs.times.get(name, 0)
+        if times and name not in fused:
+            types = {instruction.name: instruction.outputs for instruction in instructions}
+            total += times * sum(_moved(one, types, module) for one in instructions)
+    return total
+
+
+def _fused(module: Module) -> set[str]:
+    """Returns the computations inside of fusions: their values never reach the memory."""
+    found: set[str] = set()
+    todo = [
+        name
+        for instructions in module.computations.values()
+        for instruction in instructions
+        if instruction.opcode in ("fusion", "reduce", "sort", "map", "scatter")
+        for _, name in instruction.called
+    ]
+    while todo:
+        name = todo.pop()
+        if name not in found and name in module.computations:
+            found.add(name)
+            todo += [one for line in module.computations[name] for _, one in line.called]
+    return found
+
+
+def _moved(instruction: Instruction, types: Mapping[str, Sequence[Array]], module: Module) -> int:
+    """Returns the bytes that an instruction reads and writes."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return 0
+    inputs = [types.get(name, ()) for name in instruction.operands]
+    if instruction.opcode in _SLICES:
+        return 2 * _in_memory(instruction.outputs)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _in_memory(inputs[1])
+    if instruction.opcode == "fusion" and instruction.called:
+        body = module.computations.get(instruction.called[0][1], ())
+        return _of_fusion(instruction, inputs, body)
+    return sum(map(_in_memory, inputs)) + _in_memory(instruction.outputs)
+
+
+def _in_memory(arrays: Sequence[Array]) -> int:
+    return sum(array.num_bytes for array in arrays if not array.is_on_chip)
+
+
+def _of_fusion(
+    fusion: Instruction, inputs: Sequence[Sequence[Array]], body: Sequence[Instruction]
+) -> int:
+    users: dict[str, list[Instruction]] = {}
+    for instruction in body:
+        for operand in instruction.operands:
+            users.setdefault(operand, []).append(instruction)
+    total = 0
+    for parameter in body:
+        if parameter.opcode != "parameter":
+            continue
+        number = int(parameter.rest.partition(")")[0])
+        whole = _in_memory(inputs[number]) if number < len(inputs) else 0
+        total += min(whole, _read(parameter, users, whole))
+    updates = [one for one in body if one.opcode == "dynamic-update-slice"]
+    by_name = {one.name: one for one in body}
+    written = _in_memory(fusion.outputs)
+    for update in updates:
+        # In place: of the whole only the slice is written.
+        slice_bytes = by_name[update.operands[1]].outputs if update.operands[1] in by_name else ()
+        written -= _in_memory(update.outputs)
+        written += sum(array.num_bytes for array in slice_bytes)
+    return total + max(written, 0)
+
+
+def _read(parameter: Instruction, users: Mapping[str, list[Instruction]], whole: int) -> int:
+    """Returns the bytes that a fusion reads of a parameter: of slices, those alone."""
+    total, todo = 0, [parameter.name]
+    while todo:
+        name = todo.pop()
+        for user in users.get(name, ()):
+            if user.opcode == "bitcast":
+                todo.append(user.name)
+            elif user.opcode in _SLICES and user.operands[0] == name:
+                total += sum(array.num_bytes for array in user.outputs)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                continue
+            else:
+                return whole
+    return total

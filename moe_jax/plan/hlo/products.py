@@ -1,0 +1,192 @@
+"""FLOPs of the matrix products of a compiled program, by the part of the model that they are of."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from moe_jax.plan.hlo import scopes
+from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
+
+# What stands in the scope of an instruction -> the part of the model, the first that fits. Names in
+# capitals are those of the einsums of models/attention.py.
+PARTS = (
+    ("optimizer", "optimizer"),
+    ("ragged_dot", "routed experts"),
+    ("ragged-dot", "routed experts"),
+    ("/experts/", "routed experts"),
+    ("/route/", "routers"),
+    ("/dispatch/", "dispatch"),
+    ("/combine/", "dispatch"),
+    ("attention", "attention scores"),
+    ("BSD,DHA->BSHA", "attention projections"),
+    ("BSHA,HAD->BSD", "attention projections"),
+    ("feed_forward", "dense and shared"),
+    ("BSF,FD->BSD", "dense and shared"),
+    ("head", "head"),
+)
+OTHER = "other"
+WEIGHT_GRADIENTS = "transpose(jvp(moe))/ragged_dot/dense gradient of weights"
+_LOOPS = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
+
+
+class Products(NamedTuple):
+    """FLOPs of one device in one run of the program."""
+
+    flops: Counter[str]
+    # The same by scope: the end of the path of functions that a product comes from.
+    scopes: Counter[str]
+    # Kernels that say nothing of their FLOPs, and how often each runs: nothing is counted of them.
+    unknown: Counter[str]
+
+
+def part_of(scope: str) -> str:
+    """Returns the part of the model that a scope is of."""
+    path = f"/{scope}/"
+    for words, part in PARTS:
+        if words in path:
+            return part
+    return OTHER
+
+
+def count(module: Module, runs: Runs) -> Products:
+    """Returns the FLOPs of all products, a multiply-add being two."""
+    flops: Counter[str] = Counter()
+    by_scope: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    find = scopes.finder(scopes.instructions_of(module))
+    for name, instructions in module.computations.items():
+        times = runs.times.get(name, 0)
+        if not times:
+            continue
+        types = {instruction.name: instruction.outputs for instruction in instructions}
+        for instruction in instructions:
+            operands = [types[one][0] for one in instruction.operands if types.get(one)]
+            found = _of_instruction(instruction, operands)
+            if found is None:
+                unknown[_kernel_name(instruction)] += times
+            elif found:
+                scope = WEIGHT_GRADIENTS if _is_ragged(instruction) else find(instruction.name)
+                flops[part_of(scope)] += times * found
+                by_scope[_short(scope)] += times * found
+    return Products(flops, by_scope, unknown)
+
+
+def _is_ragged(instruction: Instruction) -> bool:
+    """Returns whether this is the gradient of the weights of `ragged_dot`, [e, D, F].
+
+    A TPU makes it a dense product, e times the useful work, and forgets where it comes from.
+    """
+    return not instruction.scope and len(instruction.outputs[0].dims) == 3
+
+
+def _short(scope: str) -> str:
+    """Returns what says most of a scope: its last names, without those that every loop has."""
+    names = [name for name in scope.split("/") if name not in _LOOPS]
+    backward = "backward " if "transpose(" in scope else ""
+    again = "again " if "rematted_computation" in scope else ""
+    return f"{backward}{again}{'/'.join(names[-3:])}"
+
+
+def _of_instruction(instruction: Instruction, operands: list[Array]) -> int | None:
+    """Returns the FLOPs of an instruction; 0 of what is no product; None where nobody knows."""
+    if instruction.opcode == "dot":
+        return _dot(instruction.outputs[0], operands[0], instruction.rest)
+    if instruction.opcode == "convolution":
+        return _convolution(instruction.outputs[0], operands[0], operands[1], instruction)
+    if instruction.opcode == "custom-call":
+        return _custom_call(instruction, operands)
+    return 0
+
+
+def _dot(output: Array, left: Array, text: str) -> int:
+    """Every number of the output is a sum over the contracted dimensions."""
+    found = re.search(r"lhs_contracting_dim(?:ension)?s\"?[=:][{\[]([\d,\"]*)[}\]]", text)
+    contracted = re.findall(r"\d+", found[1]) if found else []
+    return 2 * math.prod(output.dims) * math.prod(left.dims[int(dim)] for dim in contracted)
+
+
+def _convolution(output: Array, left: Array, right: Array, instruction: Instruction) -> int:
+    """A TPU's products are convolutions; a batch dimension is one that is dilated.
+
+    Of every spatial dimension only the pairs of positions count in which both sides have a number.
+    """
+    labels = re.search(r"dim_labels=([^_\s]+)_([^\->\s]+)->([^,\s]+)", instruction.rest)
+    if not labels:
+        return 0
+    left_labels, right_labels, output_labels = labels.groups()
+    spatial = sorted(label for label in output_labels if label.isdigit())
+    window = _window(instruction, len(spatial))
+    pairs = 1
+    for place, label in enumerate(spatial):
+        pairs *= _pairs(
+            output.dims[output_labels.index(label)],
+            left.dims[left_labels.index(label)],
+            right.dims[right_labels.index(label)],
+            {name: values[place] for name, values in window.items()},
+        )
+    batch = output.dims[output_labels.index("b")]
+    features = output.dims[output_labels.index("f")]
+    return 2 * pairs * batch * features * right.dims[right_labels.index("i")]
+
+
+def _window(instruction: Instruction, num_spatial: int) -> dict[str, list[int]]:
+    """Returns stride, dilations and low padding of every spatial dimension."""
+    text = instruction.attribute(r"window=\{([^}]*)\}")
+    given = dict(entry.split("=", 1) for entry in text.split())
+    window: dict[str, list[int]] = {}
+    for name, default in (("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1), ("pad", 0)):
+        values = given.get(name, "").split("x") if name in given else [str(default)] * num_spatial
+        # Padding is low_high, and only the low end moves what meets what.
+        window[name] = [int(value.split("_")[0]) for value in values]
+    return window
+
+
+def _pairs(num_outputs: int, num_inputs: int, size: int, window: dict[str, int]) -> int:
+    """Returns how many (output, tap) pairs of one dimension read a number that is there."""
+    dilation, last = window["lhs_dilate"], (num_inputs - 1) * window["lhs_dilate"]
+    if num_outputs * size > 4_000_000:
+        return num_outputs * min(size, num_inputs)
+    pairs = 0
+    for tap in range(size):
+        first = tap * window["rhs_dilate"] - window["pad"]
+        for output in range(num_outputs):
+            place = output * window["stride"] + first
+            pairs += 0 <= place <= last and place % dilation == 0
+    return pairs
+
+
+def _custom_call(instruction: Instruction, operands: list[Array]) -> int | None:
+    target = _target(instruction)
+    # A kernel may say what it costs (pl.CostEstimate).
+    told = instruction.attribute(r'cost_estimate[^}]*?flops\\?"?:\s*\\?"?(\d+)')
+    if told:
+        return int(told)
+    matrices = [array for array in operands if len(array.dims) >= 2 and array.dtype != "s32"]
+    if target.startswith("__cublas"):
+        return _dot(instruction.outputs[0], operands[0], instruction.rest)
+    if target.startswith("__onednn$matmul"):
+        return 2 * math.prod(instruction.outputs[0].dims) * matrices[0].dims[-1]
+    # The kernel that XLA's TPU compiler makes of `ragged_dot`: [R, D] times one of [e, D, F].
+    if instruction.name.startswith("ragged-dot") and "metadata" not in instruction.name:
+        return _ragged(instruction.outputs, matrices)
+    if target in ("tpu_custom_call", "__gpu$xla.gpu.triton"):
+        return 0 if "metadata" in instruction.name else None
+    return 0
+
+
+def _ragged(outputs: tuple[Array, ...], matrices: list[Array]) -> int:
+    """Every row is multiplied with one matrix, whichever: all rows of the buffer are computed."""
+    if len(matrices) < 2 or not outputs:
+        return 0
+    rows = matrices[0].dims[0]
+    return 2 * rows * matrices[0].dims[1] * outputs[0].dims[-1]
+
+
+def _target(instruction: Instruction) -> str:
+    return instruction.attribute(r'custom_call_target="([^"]*)"')
+
+
+def _kernel_name(instruction: Instruction) -> str:
+    """Returns the name of a kernel without the number that makes it unique."""
+    return re.sub(r"[.\d]+$", "", instruction.name)

@@ -1,0 +1,273 @@
+"""Meshes, rematerialisation and dispatchers that a topology could run a config with, ranked.
+
+All candidates are ranked by a cheap estimate, which compiles nothing: FLOPs by formula, bytes as
+theory.py expects them, memory by the sizes of what is kept. The best few are compiled, and ranked
+again by what the compiler says.
+
+Shapes: T tokens of a device in a micro-batch, D model, V vocabulary, R rows of a dispatch buffer.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.filesize import decimal
+
+from moe_jax import config, train_step
+from moe_jax.errors import UserError
+from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.parallel import mesh
+from moe_jax.plan import chips, dispatch, flops, network, theory
+from moe_jax.plan.abstract import shard_bytes
+from moe_jax.plan.card import Card, card
+from moe_jax.plan.chips import Chip
+from moe_jax.plan.compiling import abstract_state
+from moe_jax.plan.hlo.collectives import Collective
+from moe_jax.schema.config import Config
+from moe_jax.terminal.table import Table, names, numbers
+from moe_jax.terminal.units import readable
+
+REMATS = ("none", "dispatch", "dots", "full")
+# Dispatchers of assignments, with their options: (name, option, value).
+DISPATCHES = (
+    ("dropless", "buffer", 0.0),
+    ("dropless", "buffer", 1.25),
+    ("capacity", "factor", 1.25),
+)
+# Arrays [T, D] of the compute dtype that a block keeps for its backward pass beside attention's and
+# the dispatcher's, by rematerialisation.
+KEPT = {"none": 12, "dots": 6, "dispatch": 1, "full": 1}
+# Rows of the estimate that are shown.
+SHOWN = 10
+
+
+class Candidate(NamedTuple):
+    """One way to run a config, and what a formula says of it."""
+
+    mesh: mesh.Lengths
+    remat: str
+    # "" where the model has no MoE layers.
+    dispatcher: str
+    cfg: Config
+    # Of one device.
+    memory: int
+    flops: float
+    received: int
+    # 0 where the chip is unknown.
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        parts = [str(self.mesh), f"remat {self.remat}", self.dispatcher]
+        return ", ".join(part for part in parts if part)
+
+
+def rank(raw: Mapping[str, Any], where: str, devices: Sequence[Any]) -> list[Candidate]:
+    """Returns the candidates that fit by the estimate, the fastest first.
+
+    `where` is the topology as it was written. Raises UserError where none does.
+    """
+    chip = chips.of_kind(devices[0].device_kind)
+    # The state depends on the mesh alone.
+    states: dict[mesh.Lengths, train_step.State] = {}
+    found: list[Candidate] = []
+    too_large: list[Candidate] = []
+    for cfg, name in _configs(raw, len(devices)):
+        try:
+            made = mesh.make(cfg.mesh, devices, cfg.mesh_slow_axis)
+        except UserError:
+            continue
+        if cfg.mesh not in states:
+            with jax.set_mesh(made):
+                states[cfg.mesh] = abstract_state(cfg, train_step.make_model(cfg.model))
+        one = _estimated(cfg, name, states[cfg.mesh], made, chip)
+        fits = chip is None or one.memory <= chip.memory
+        (found if fits else too_large).append(one)
+    if not found and not too_large:
+        raise UserError(
+            f"no mesh of {len(devices)} devices divides this config: its batch, heads, experts and "
+            "widths must be multiples of the axes that split them (docs/plan.md)"
+        )
+    if not found:
+        least = min(too_large, key=lambda one: one.memory)
+        raise UserError(
+            f"nothing fits into {where}: the least is {decimal(least.memory)} a device "
+            f"({least.label}); take more devices or fewer rows (train.micro_batch_size)"
+        )
+    return sorted(found, key=lambda one: (one.seconds, one.flops, one.received))
+
+
+def _configs(raw: Mapping[str, Any], num_devices: int) -> Iterator[tuple[Config, str]]:
+    """Yields every config that the rules allow, with the name of its dispatcher."""
+    for lengths in mesh.all_of(num_devices):
+        tree = copy.deepcopy(dict(raw))
+        tree["mesh"] = lengths.written()
+        try:
+            first = config.build(tree, num_devices)
+        except UserError:
+            continue
+        for choice in _dispatches(first):
+            if choice:
+                name, option, value = choice
+                tree["model"]["moe"]["dispatcher"] = name
+                tree["model"]["moe"]["dispatchers"][name][option] = value
+            for remat in REMATS:
+                tree["model"]["remat"] = remat
+                try:
+                    cfg = config.build(tree, num_devices)
+                except UserError:
+                    continue
+                yield cfg, f"{choice[0]} {choice[2]:g}" if choice else ""
+
+
+def _dispatches(cfg: Config) -> Sequence[tuple[str, str, float] | None]:
+    """Returns the dispatchers to be tried: none of a model without MoE layers, or whose router
+    mixes tokens into slots.
+    """
+    if not cfg.model.num_moe_layers or DISPATCHERS[cfg.model.moe.dispatcher].mixes:
+        return (None,)
+    return DISPATCHES
+
+
+def _estimated(
+    cfg: Config,
+    dispatcher: str,
+    state: train_step.State,
+    made: jax.sharding.Mesh,
+    chip: Chip | None,
+) -> Candidate:
+    done = _flops(cfg)
+    sent = theory.expected(cfg)
+    seconds = 0.0
+    if chip:
+        compute = done / chip.peak[cfg.model.dtype]
+        seconds = compute + sum(_network_seconds(one, cfg, made, chip) for one in sent)
+    return Candidate(
+        mesh=cfg.mesh,
+        remat=cfg.model.remat,
+        dispatcher=dispatcher,
+        cfg=cfg,
+        memory=_memory(cfg, state),
+        flops=done,
+        received=sum(one.num_bytes for one in sent),
+        seconds=seconds,
+    )
+
+
+def _network_seconds(
+    one: theory.Expected, cfg: Config, made: jax.sharding.Mesh, chip: Chip
+) -> float:
+    exchanges = DISPATCHERS[cfg.model.moe.dispatcher].exchanges
+    kind = "all-to-all" if one.cargo == "tokens" and exchanges else "all-gather"
+    group = len(one.axes.split(" x "))
+    whole = Collective(kind, one.axes, group, one.cargo, False, 1, one.num_bytes)
+    return network.seconds(whole, made, chip)
+
+
+def _flops(cfg: Config) -> float:
+    """Returns the FLOPs of a device: three passes, a fourth of blocks that are computed again, a
+    fifth with accumulation, and the rows of the buffer instead of those that are useful.
+    """
+    per_token = flops.forward_per_token(cfg.model, cfg.data.seq_len)
+    num_tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.mesh.num_devices
+    padding = 1.0
+    if cfg.model.num_moe_layers:
+        shape = dispatch.buffer_shape(cfg)
+        held = DISPATCHERS[cfg.model.moe.dispatcher].rows(shape, cfg.model.moe.dispatcher_options)
+        padding = held / shape.num_intended
+    blocks = per_token.total - per_token.head + (padding - 1) * per_token.experts
+    # Attention's scores alone are computed again where products are kept.
+    again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0)
+    accumulates = 1 if cfg.train.num_micro_batches > 1 else 0
+    passes = 3 + again + accumulates
+    return num_tokens * (passes * blocks + (3 + accumulates) * per_token.head)
+
+
+def _memory(cfg: Config, state: train_step.State) -> int:
+    """Returns the bytes of a device: state and gradients exactly, what is kept for the backward
+    pass by a rule of thumb.
+    """
+    model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
+    parameters = shard_bytes(state.params)
+    # Parameters are copied before a logged step.
+    fixed = shard_bytes(state) + 2 * parameters
+    num_tokens = theory.buffer_tokens(cfg)
+    row = num_tokens * model.d_model * width
+    heads = num_tokens * 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    attention = heads * width // cfg.mesh.model
+    rows = 0
+    if model.num_moe_layers:
+        shape = dispatch.buffer_shape(cfg)
+        held = DISPATCHERS[model.moe.dispatcher].rows(shape, model.moe.dispatcher_options)
+        rows = held * dispatch.row_bytes(cfg)
+    layer = KEPT["none"] * row + attention + rows
+    kept = layer
+    if model.remat != "none":
+        kept = KEPT[model.remat] * row
+        kept += attention if model.remat == "dots" else 0
+        kept += rows // 2 if model.remat == "dispatch" else 0
+    # Logits and their gradient, in float32.
+    logits = 2 * num_tokens * model.vocab_size * 4 // cfg.mesh.model
+    expert = flops.feed_forward(model, model.moe.expert_hidden) if model.num_moe_layers else 0
+    experts = expert * model.moe.num_experts // cfg.mesh.expert // cfg.mesh.model
+    gathered = 2 * experts * width
+    return fixed + len(model.blocks) * kept + layer + logits + gathered
+
+
+def compile_best(
+    ranked: Sequence[Candidate], devices: Sequence[Any], number: int
+) -> list[tuple[Candidate, Card]]:
+    """Compiles the first candidates and returns them with their cards, those that fit and are the
+    fastest first.
+    """
+    compiled: list[tuple[Candidate, Card]] = []
+    for one in ranked[:number]:
+        with jax.set_mesh(mesh.make(one.mesh, devices, one.cfg.mesh_slow_axis)):
+            compiled.append((one, card(one.cfg)))
+
+    def order(pair: tuple[Candidate, Card]) -> tuple[bool, float]:
+        found = pair[1]
+        step = found.estimate.step if found.estimate else sum(w.done for w in found.work)
+        return found.fits is False, step
+
+    return sorted(compiled, key=order)
+
+
+def estimates_table(ranked: Sequence[Candidate]) -> Table:
+    """Returns the best candidates by the estimate."""
+    table = Table(
+        [*names("estimate, not compiled"), *numbers("memory", "FLOPs", "received", "ms a step")]
+    )
+    for one in ranked[:SHOWN]:
+        seconds = f"{1000 * one.seconds:,.1f}" if one.seconds else ""
+        received = decimal(one.received)
+        table.add(one.label, decimal(one.memory), readable(one.flops), received, seconds)
+    return table
+
+
+def compiled_table(compiled: Sequence[tuple[Candidate, Card]]) -> Table:
+    """Returns the candidates that were compiled, the best first."""
+    table = Table(
+        [
+            *names("compiled"),
+            *numbers("memory", "FLOPs", "received", "ms a step", "tokens/s", "MFU"),
+            *names("bound by"),
+        ]
+    )
+    for one, found in compiled:
+        time = found.estimate
+        sent = sum(each.num_bytes for each in found.compiled.program.collectives)
+        fits = "" if found.fits is not False else " (does not fit)"
+        table.add(
+            one.label,
+            decimal(found.peak_logged) + fits,
+            readable(sum(each.done for each in found.work)),
+            decimal(sent),
+            f"{1000 * time.step:,.1f}" if time else "",
+            readable(time.tokens_per_second) if time else "",
+            f"{time.mfu:.1%}" if time else "",
+            time.bound if time else "",
+        )
+    return table

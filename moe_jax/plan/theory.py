@@ -1,0 +1,140 @@
+"""The bytes that a step must send, from the sizes of the model: what the compiled program is held
+against.
+
+Every figure is of one device and one optimizer step, as bytes received from other devices: of n
+equal parts a device has one. Not predicted are sums of gradients of what is not split (norms,
+routers), the routers' statistics, and losses.
+
+Shapes: T tokens of a device in a micro-batch, D model, n devices of an axis.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from moe_jax.models import MODELS
+from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.counting import projections
+from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.parallel.mesh import BATCH
+from moe_jax.plan import flops
+from moe_jax.plan.dispatch import buffer_shape
+from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS, GRADIENTS
+from moe_jax.schema.config import Config
+
+
+class Expected(NamedTuple):
+    """What a step must send of one thing over some axes."""
+
+    cargo: str
+    axes: str
+    num_bytes: int
+
+
+def expected(cfg: Config) -> list[Expected]:
+    """Returns what a step must send on its mesh; nothing of axes of length one.
+
+    Of a kind of model that counts its parameters itself only the experts are known.
+    """
+    mesh, found = cfg.mesh, []
+    if cfg.model.num_moe_layers:
+        found.append(Expected("tokens", "expert", tokens(cfg)))
+        found.append(Expected("expert weights", "data", expert_weights(cfg)))
+    if MODELS[cfg.model.kind].parameters:
+        return [one for one in found if one.num_bytes]
+    axes = " x ".join(axis for axis in BATCH if getattr(mesh, axis) > 1)
+    found.append(Expected("dense weights", axes, dense_weights(cfg)))
+    found.append(Expected(GRADIENTS, axes, dense_gradients(cfg)))
+    found.append(Expected(COLUMNS, COLUMNS_AXIS, hidden_columns(cfg)))
+    return [one for one in found if one.num_bytes]
+
+
+def _forward_passes(cfg: Config) -> int:
+    """Accumulation computes every micro-batch again in the backward pass, from its first block."""
+    return 2 if cfg.train.num_micro_batches > 1 else 1
+
+
+def _width(cfg: Config) -> int:
+    return jnp.dtype(cfg.model.dtype).itemsize
+
+
+def tokens(cfg: Config) -> int:
+    """Returns the bytes of expert parallelism.
+
+    Rows go to the experts and come back, forward and backward. A block that is rematerialised sends
+    them to the experts once more, unless they are kept; nobody needs them back then.
+    """
+    dispatcher = DISPATCHERS[cfg.model.moe.dispatcher]
+    rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
+    keeps = cfg.model.remat == "dispatch" and dispatcher.keeps
+    again = 0 if cfg.model.remat == "none" or keeps else 1
+    journeys = 2 * _forward_passes(cfg) + again + 2
+    per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
+    return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
+
+
+def expert_weights(cfg: Config) -> int:
+    """Returns the bytes of the experts' weights, gathered over `data`, and of their gradients,
+    which are scattered back.
+    """
+    model, mesh = cfg.model, cfg.mesh
+    count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
+    local = count // mesh.expert // mesh.model
+    passes = _gathers(cfg) + 1
+    per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
+    return per_layer * model.num_moe_layers * cfg.train.num_micro_batches
+
+
+def dense_weights(cfg: Config) -> int:
+    """Returns the bytes of all other matrices, gathered over `data` and `expert`."""
+    in_blocks, ends = _dense_counts(cfg)
+    # Embedding and head lie outside of what is rematerialised.
+    gathered = _gathers(cfg) * in_blocks + _forward_passes(cfg) * ends
+    return gathered * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
+
+
+def dense_gradients(cfg: Config) -> int:
+    """Returns the bytes of the gradients of these matrices, summed and scattered to the devices
+    that keep them.
+    """
+    return sum(_dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
+
+
+def _dense_counts(cfg: Config) -> tuple[int, int]:
+    """Returns the weights that a device gathers, in blocks and at the ends of the model."""
+    model, mesh = cfg.model, cfg.mesh
+    attention = projections(ATTENTIONS[model.attention].weights(model)).matrices
+    in_blocks = len(model.blocks) * attention
+    in_blocks += model.num_dense_layers * flops.feed_forward(model, model.ffn_hidden)
+    if model.num_moe_layers:
+        in_blocks += model.num_moe_layers * flops.shared(model)
+    num_ends = 1 if model.tie_embeddings else 2
+    return in_blocks // mesh.model, num_ends * model.vocab_size * model.d_model // mesh.model
+
+
+def _others(cfg: Config) -> int:
+    """Returns how often a weight or its gradient comes from other devices in a step."""
+    return (cfg.mesh.batch_devices - 1) * cfg.train.num_micro_batches
+
+
+def _gathers(cfg: Config) -> int:
+    """Returns how often a block gathers its weights: forward, and where it is rematerialised."""
+    return _forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
+
+
+def hidden_columns(cfg: Config) -> int:
+    """Returns the bytes of the sums over `model`: after attention and after the feed-forward, and
+    backward before each; of rematerialised blocks once more after attention.
+    """
+    model, n = cfg.model, cfg.mesh.model
+    num_tokens = buffer_tokens(cfg)
+    again = 0 if model.remat == "none" else 1
+    sums = 2 * _forward_passes(cfg) + again + 2
+    # A sum is a reduce-scatter and a gather.
+    one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
+    return sums * one * len(model.blocks) * cfg.train.num_micro_batches
+
+
+def buffer_tokens(cfg: Config) -> int:
+    """Returns the tokens of a device in one micro-batch."""
+    return cfg.train.micro_batch_size // cfg.mesh.batch_devices * cfg.data.seq_len

@@ -1,0 +1,59 @@
+"""FLOPs that a device does in a step, beside those that are useful, by part of the model.
+
+What is done and not useful is recomputed (rematerialisation, accumulation), padded (capacity, worst
+case) or masked (attention scores of keys that a token does not see).
+"""
+
+from typing import NamedTuple
+
+from moe_jax.plan import flops
+from moe_jax.plan.hlo.program import Program
+from moe_jax.schema.config import Config
+
+EXPERTS = "routed experts"
+
+
+class Work(NamedTuple):
+    """FLOPs of one part of the model, of one device in one step."""
+
+    part: str
+    useful: int
+    done: int
+    # The program does not say: `done` is what its buffers hold.
+    is_estimate: bool = False
+
+
+def compare(cfg: Config, program: Program, rows_held: float, rows_balanced: float) -> list[Work]:
+    """Returns the work of every part, the most first.
+
+    A kernel may say nothing of its FLOPs, and a loop may be as long as the load asks for. A part
+    that such a program seems to do less of than is useful then counts as useful, and the experts as
+    all rows of the dispatch buffer.
+    """
+    useful, done = _useful(cfg), dict(program.products.flops)
+    least = dict(useful)
+    if EXPERTS in useful:
+        least[EXPERTS] = round(useful[EXPERTS] * rows_held / rows_balanced)
+    is_unknown = bool(program.products.unknown or program.unknown_loops)
+    work = []
+    for part in dict.fromkeys([*useful, *done]):
+        counted = done.get(part, 0)
+        is_estimate = is_unknown and counted < least.get(part, 0)
+        told = least[part] if is_estimate else counted
+        work.append(Work(part, useful.get(part, 0), told, is_estimate))
+    return sorted(work, key=lambda one: -one.done)
+
+
+def _useful(cfg: Config) -> dict[str, int]:
+    """Returns the useful FLOPs of a step on one device: forward, and twice that backward."""
+    per_token = flops.forward_per_token(cfg.model, cfg.data.seq_len)
+    num_tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.mesh.num_devices
+    by_part = {
+        "attention projections": per_token.attention_projections,
+        "attention scores": per_token.attention_scores,
+        "dense and shared": per_token.dense + per_token.shared,
+        EXPERTS: per_token.experts,
+        "routers": per_token.router,
+        "head": per_token.head,
+    }
+    return {part: round(3 * count * num_tokens) for part, count in by_part.items() if count}
