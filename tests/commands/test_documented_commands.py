@@ -22,7 +22,6 @@ import sample_data
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import routers, run, sparse_training_rules, sparsity_vs_quality
 from moe_jax import __main__, config, main
 from moe_jax.config import command_line, config_file, smoke
 from moe_jax.data.corpora import documents
@@ -270,23 +269,6 @@ def variants():
         yield from (f"configs/{path.name}:{name}" for name in getattr(module, "VARIANTS", ()))
         if not getattr(module, "VARIANTS", ()):
             yield f"configs/{path.name}"
-
-
-GRIDS = {
-    "sparse_training_rules": sparse_training_rules.grid(
-        sparse_training_rules.CELLS | sparse_training_rules.OTHERS
-    ),
-    "sparsity_vs_quality": sparse_training_rules.grid(sparsity_vs_quality.CELLS),
-    "routers": routers.grid(list(routers.DELTAS), 500),
-}
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_cell_of_an_experiment_is_one_that_the_rules_allow(name):
-    for short in (False, True):
-        grid = GRIDS[name]._replace(smoke=short)
-        for cell in grid.cells:
-            run.checked(run.read_config(grid, cell, 0), cell)
 
 
 # Commands that are typed

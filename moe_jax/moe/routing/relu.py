@@ -55,6 +55,11 @@ class Options:
     l1: float = option(1e-8, "first coefficient of the L1 loss", IN_FLOAT32)
     alpha: float = option(1.2, "factor by which a step changes the coefficient", FROM_ONE)
     balanced: bool = option(True, "the L1 loss weighs an expert by its load")
+    shared: bool = option(
+        True,
+        "one coefficient for all layers, driven by their mean, as in the paper; False = each layer "
+        "has its own",
+    )
 
 
 LARGEST = 1e20  # of l1
@@ -124,8 +129,11 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     # Both numbers are whole, so every mesh takes the same branch.
     num_active = totals["counts"].sum()
     num_intended = cfg.options.k * totals["tokens"]
+    excess = num_active - num_intended
+    if cfg.options.shared:
+        excess = cfg.mean_over_layers(excess)
     # A fixed factor up or down: how far off the sparsity is makes no difference.
-    sign = jnp.sign(num_active - num_intended).astype(l1.dtype)
+    sign = jnp.sign(excess).astype(l1.dtype)
     return {"l1": jnp.clip(l1 * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
 
 
