@@ -95,9 +95,10 @@ def _judge(claim: Claim, runs: Mapping[int, OneSeed], undecided: Mapping[str, st
 
 
 def _value(claim: Claim, runs: OneSeed) -> float:
+    # Of runs that diverged: a curve without points, a fit of NaN.
     try:
         return claim.statistic(runs)
-    except ArithmeticError:
+    except (ArithmeticError, LookupError, ValueError):
         return math.nan
 
 

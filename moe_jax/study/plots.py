@@ -41,7 +41,7 @@ def _arms(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> 
     places = figures["x"]
     shown = []
     for i, (name, arm) in enumerate(figures["arms"].items()):
-        found = [run[figures["figure"]] for run in arm["runs"].values()]
+        found = [run.get(figures["figure"]) for run in arm["runs"].values()]
         found = [value for value in found if value is not None]
         if not found:
             continue

@@ -238,7 +238,8 @@ def _of_training(
         if f"moe/{name}" in last[0]
     }
     figures["train_loss"] = float(np.mean([row["nll"] for row in last]))
-    figures["worst_grad_norm"] = max(row["grad_norm"] for row in rows)
+    norms = [row["grad_norm"] for row in rows if math.isfinite(row["grad_norm"])]
+    figures["worst_grad_norm"] = max(norms, default=math.inf)
     figures["step_seconds"] = seconds
     if "expert_density" in rows[0]:
         steps = range(DENSITY_EVERY, len(rows) + 1, DENSITY_EVERY)
@@ -248,7 +249,9 @@ def _of_training(
     curve = []
     for end in range(width, len(rows) + 1, width):
         mean = float(np.mean([row["nll"] for row in rows[end - width : end]]))
-        curve.append([end, mean])
+        # The last step of a run that diverged has no loss.
+        if math.isfinite(mean):
+            curve.append([end, mean])
     figures["curve"] = curve
     return figures
 

@@ -8,11 +8,11 @@ everywhere, and as sparse as it is told.
                                           active, down when fewer
 
 Here the shapes are static: of a token's active experts the `max_active` largest are served; what
-lies beyond is an overflow, which counts as assigned (it drives l1) and as dropped. l1 is the state
-of each layer, driven by that layer's own sparsity, while the paper has one for the mean over
-layers. The loss only pushes down: a layer in which fewer than k are active stays there until the
-language loss opens more (docs/routers.md has what was measured). So l1 never falls below its first
-value, which does nothing: else it would take as many steps to come back as it had fallen.
+lies beyond is an overflow, which counts as assigned (it drives l1) and as dropped. l1 is state: one
+coefficient for all layers, driven by the mean of their sparsities, as in the paper, or one for each
+layer (`shared`). The loss only pushes down: where fewer than k are active, the language loss alone
+opens more (docs/routers.md has what was measured). So l1 never falls below its first value, which
+does nothing: else it would take as many steps to come back as it had fallen.
 
 A balance loss of moe/losses would act on R as if it were a distribution, and the z-loss closes
 experts: give those coefficients 0; the refined l1 balances by itself.
