@@ -57,6 +57,7 @@ def _arms(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> 
     if places:
         axes.set_xscale("log", base=2)
         axes.set_xlabel(figures["x_label"])
+        _plain_ticks(axes, sorted({x for x, _ in shown}))
     elif shown:
         axes.set_xticks([x for x, _ in shown], [name for _, name in shown], rotation=30, ha="right")
     axes.margins(x=0.15, y=0.15)
@@ -83,7 +84,16 @@ def _rates(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) ->
         return
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
+    _plain_ticks(
+        axes, sorted({rate for arm in figures["arms"].values() for rate, _ in arm["tried"]})
+    )
     axes.legend(fontsize=7)
+
+
+def _plain_ticks(axes: Any, places: list[float]) -> None:
+    """Puts a tick at each place of a logarithmic axis, with its number as people write it."""
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.set_xticks([], minor=True)
 
 
 def _claims(axes: Any, figures: Mapping[str, Any]) -> None:
