@@ -36,6 +36,9 @@ UNTYPED = {
     "tensorboard": "is a server, which does not end",
     "experiments.redraw": "draws the plots of this very repository again: "
     "tests/experiments/test_plots.py draws each of them",
+    "experiments.run": "trains for minutes, and writes into this very repository: "
+    "tests/experiments/test_studies.py tries every study",
+    "experiments.scaling": "reads what experiments.run has trained",
     "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has "
     "small files of their formats",
 }
@@ -58,6 +61,8 @@ PLACEHOLDERS = {
     "TEXT": "Once",
     "[--config.KEY=VALUE": None,
     "[--dry_run]": None,
+    "[DIR": None,
+    "FILE": "runs/page.html",
     "...]": None,
 }
 # What makes a command short, by its program; `--smoke` for those that have it.
@@ -73,6 +78,7 @@ SHORT = {
     ],
     "moe_jax generate": ["--max_tokens", "4"],
     "moe_jax probe": ["--batches", "1", "--step", "3"],
+    "moe_jax report": ["--batches", "1"],
     "moe_jax leak": [],
     "moe_jax convert": [],
     "moe_jax prepare": [],
@@ -321,9 +327,7 @@ def typed(command, here, capsys, *more):
         )
     else:
         program = importlib.import_module(command.module.removesuffix(".py").replace("/", "."))
-        code = program.main(
-            [*resolved(command), *([] if "--report" in command.flags else ["--smoke"]), *more]
-        )
+        code = program.main([*resolved(command), "--smoke", *more])
     # A command has its own process, and sets there where it keeps compiled programs.
     jax.config.update("jax_compilation_cache_dir", here.cache)
     compilation_cache.reset_cache()
@@ -415,10 +419,6 @@ def make_needed(source, here, capsys):
 # What a command ends with where that is not 0.
 CODES = {
     "tfds:": (64, "is not in"),  # nothing is downloaded
-    "--report": (
-        64,
-        "has no finished run of this experiment",
-    ),  # in a directory where nobody has trained
     "--config.model.period=depth:moe": (1, "leaks the future"),
 }
 
