@@ -40,9 +40,9 @@ NO_MATTER = (
     "record",
     "simulate_devices",
 )
-# Expected of one core of a usual machine, until the ledger knows better: seconds of compilation,
-# and useful FLOP/s of small models, whose steps are mostly not products.
-COMPILE, SPEED = 25.0, 2.5e9
+# Expected of one core of a usual machine, until the ledger knows better: seconds of compilation, of
+# what a step takes beside its products, and useful FLOP/s.
+COMPILE, STEP, SPEED = 25.0, 0.015, 1.2e10
 STARTUP = 15.0
 
 
@@ -97,8 +97,8 @@ def digest(cfg: config.Config, measures: tuple[str, ...]) -> str:
 
 
 def expected_seconds(cfg: config.Config) -> float:
-    """Returns how long the training of a cell takes, without compilation, by its FLOPs."""
-    return train_flops(cfg) / SPEED
+    """Returns how long the training of a cell takes, without compilation, by its steps and FLOPs."""
+    return cfg.train.steps * STEP + train_flops(cfg) / SPEED
 
 
 def train_flops(cfg: config.Config) -> float:
