@@ -152,23 +152,20 @@ def dry_run(study: Study, out: Path, *, short: bool) -> None:
     """Prints the cells that a study needs, what is done of them, and the time of the rest."""
     lines = ledger.read(out)
     done, measured = ledger.done(lines), ledger.cell_seconds(lines)
-    cells = progress.everything(study, short)
-    state = progress.look(study, done, short=short)
-    # What follows from the searches so far replaces what was assumed of them.
-    known = {cell.key: cell for cell in [*cells, *state.missing]}
-    missing = [cell for cell in known.values() if cell.key not in done]
+    cells = progress.everything(study, done, short=short)
+    missing = [cell for cell in cells if cell.key not in done]
     table = Table(
         [*names("arm"), *numbers("seed", "learning rate", "seconds"), *names("state")],
         title=study.question,
     )
-    for cell in known.values():
+    for cell in cells:
         seconds = measured.get(cell.program, cell.seconds)
         word = "done" if cell.key in done else "missing"
         table.add(cell.arm, str(cell.seed), f"{cell.rate:g}", f"{seconds:.0f}", word)
     shell.console().print(table)
     seconds = sum(expand.seconds_of(pack, measured) for pack in expand.packs(missing))
     shell.tell(
-        f"{study.name}: {len(missing)} of {len(known)} cells are missing, about "
+        f"{study.name}: {len(missing)} of {len(cells)} cells are missing, about "
         f"{seconds / 60:.0f} minutes of one core. Of an arm whose learning rate is searched, the "
         "seeds stand at the rate where the search begins; a search that goes on takes more."
     )

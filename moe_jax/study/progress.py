@@ -92,17 +92,18 @@ def _arm(study: Study, name: str, done: Mapping[str, Line], short: bool) -> tupl
     return Arm(math.nan if wanted else found.best, undecided, tried), wanted
 
 
-def everything(study: Study, short: bool = False) -> list[Cell]:
-    """Returns the cells that a study has at least, before anything is known of learning rates.
+def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -> list[Cell]:
+    """Returns the cells that a study needs by what is known: at least so many, for a search may go
+    on.
 
-    Seeds of an arm whose rate is searched are taken at the rate where its search begins.
+    Seeds of an arm whose rate is not known yet are taken at the rate where its search begins.
     """
-    cells = []
-    for name in study.arms:
-        middle = expand.arm_rate(study, name)
-        if study.searches(name) and not short:
-            for rate in bracket.search(study, {}).wanted:
-                cells.append(expand.cell(study, name, bracket.TUNING_SEED, rate))
-        for seed in study.seeds[:1] if short else study.seeds:
-            cells.append(expand.cell(study, name, seed, middle, short=short))
-    return cells
+    state = look(study, done, short=short)
+    cells = {cell.key: cell for cell in state.missing}
+    for name, arm in state.arms.items():
+        rate = expand.arm_rate(study, name) if math.isnan(arm.rate) else arm.rate
+        seeds = study.seeds[:1] if short else study.seeds
+        of_arm = [expand.cell(study, name, seed, rate, short=short) for seed in seeds]
+        of_arm += [expand.cell(study, name, bracket.TUNING_SEED, tried) for tried in arm.tried]
+        cells |= {cell.key: cell for cell in of_arm}
+    return list(cells.values())

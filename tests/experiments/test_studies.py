@@ -27,7 +27,7 @@ def test_a_declaration_is_short_and_builds(name):
     assert all(set(claim.statistic.arms) <= known for claim in study.claims) and study.claims
     assert set(study.x) <= known
     assert "arXiv:" in study.paper
-    cells = progress.everything(study)
+    cells = progress.everything(study, {})
     keys = [cell.key for cell in cells]
     assert len(set(keys)) == len(keys)
     minutes = sum(expand.seconds_of(pack, {}) for pack in expand.packs(cells)) / 60
