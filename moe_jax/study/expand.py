@@ -97,7 +97,7 @@ def digest(cfg: config.Config, measures: tuple[str, ...]) -> str:
 
 
 def expected_seconds(cfg: config.Config) -> float:
-    """Returns how long the training of a cell takes, without compilation, by its steps and FLOPs."""
+    """Returns how long a cell takes without compilation, by its steps and FLOPs."""
     return cfg.train.steps * STEP + train_flops(cfg) / SPEED
 
 
