@@ -115,7 +115,7 @@ def decoding(trained: Trained) -> dict[str, float]:
     return figures
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
