@@ -1,5 +1,5 @@
 """What the command lines of the experiments share: a wrong flag, a wrong directory and Ctrl-C are
-one line each; seeds.
+one line each.
 
 Exit codes are those of moe_jax: 0 done, 64 a mistake that the message names, 128 + N ended by
 signal N (130: Ctrl-C).
@@ -17,7 +17,6 @@ from typing import NoReturn
 from moe_jax.errors import UserError
 from moe_jax.runtime import shell, signals
 
-SEEDS = (0, 1, 2)
 SMOKE = ".smoke"  # directory of smoke runs in that of --out: no cell can be called so
 
 
@@ -77,44 +76,6 @@ def launch(work: Callable[[], int | None]) -> int:
         except Interrupted as stop:
             shell.tell(f"{stop}; the same command goes on from there", sys.stderr)
             return 128 + stop.signal
-
-
-def add_seeds(flags: Flags) -> None:
-    flags.add_argument(
-        "--seeds", nargs="+", metavar="SEED", help="the seeds themselves, as in 0 1 2 (the default)"
-    )
-    flags.add_argument("--num_seeds", type=int, help="instead: how many seeds, from 0")
-
-
-def seeds(args: argparse.Namespace) -> tuple[int, ...]:
-    """The seeds that were asked for, by number or by how many.
-
-    UserError when they are none, or come twice.
-    """
-    if args.num_seeds is not None:
-        if args.seeds:
-            raise UserError("--seeds and --num_seeds are both given: take one of them")
-        if args.num_seeds < 1:
-            raise UserError(f"--num_seeds {args.num_seeds} must be at least 1")
-        return tuple(range(args.num_seeds))
-    if not args.seeds:
-        return SEEDS
-    words = [word for text in args.seeds for word in text.split(",")]
-    wrong = [word for word in words if not word.isdecimal()]
-    if wrong:
-        raise UserError(f"--seeds: {wrong[0]!r} is no seed: write numbers, as in --seeds 0 1 2")
-    found = tuple(int(word) for word in words)
-    if len(set(found)) < len(found):
-        raise UserError(f"--seeds {' '.join(words)}: a seed is given twice")
-    return found
-
-
-def seeds_told(found: tuple[int, ...]) -> str:
-    """The seeds in words; of one alone, that it is no number of seeds."""
-    if len(found) > 1:
-        return f"seeds {', '.join(map(str, found))}"
-    more = f" (--num_seeds {found[0]} takes {found[0]} seeds)" if found[0] > 1 else ""
-    return f"seed {found[0]} alone{more}"
 
 
 def made(args: argparse.Namespace) -> Path:

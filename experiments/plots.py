@@ -1,6 +1,4 @@
-"""What the plots of experiments share: arms that stand side by side, names where the arms are,
-plain numbers at the ticks.
-"""
+"""What the plots of experiments share: names at the ends of lines, plain numbers at the ticks."""
 
 import math
 from collections.abc import Sequence
@@ -9,68 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SMALL = 7.5  # points of the letters of a name
-APART = 13.0  # points between two arms, so that a name fits over each
 LINES_APART = 10.0  # points between the names of two lines
-
-
-class Arm(NamedTuple):
-    """A mean with its interval. `half` may be infinite (one seed): then no interval is drawn."""
-
-    name: str
-    x: float
-    y: float
-    half: float
-    style: dict[str, Any]  # of matplotlib's errorbar
-
-
-def arms(axes: Any, shown: Sequence[Arm], *, log: bool = False) -> None:
-    """Draws arms with their names upright at the ends of their intervals.
-
-    Arms of nearly the same x would hide each other: they are moved apart sideways, as little as
-    that needs. Call it when the labels of the axes are set.
-    """
-    reach = [arm.half if math.isfinite(arm.half) else 0.0 for arm in shown]
-    axes.set_xscale("log" if log else "linear")
-    ends = [arm.y + sign * half for arm, half in zip(shown, reach, strict=True) for sign in (-1, 1)]
-    axes.set_ylim(_limits(ends, 0.2, False))  # room for the names
-    placed = _moved_apart(axes, [arm.x for arm in shown], log)
-    middle = sum(axes.get_ylim()) / 2
-    for arm, half, x in zip(shown, reach, placed, strict=True):
-        axes.errorbar(x, arm.y, half or None, linestyle="none", capsize=3, **arm.style)
-        up = arm.y < middle
-        place = {
-            "xytext": (0, 5 if up else -5),
-            "textcoords": "offset points",
-            "va": "bottom" if up else "top",
-        }
-        text = axes.annotate(
-            arm.name, (x, arm.y + half if up else arm.y - half), rotation=90, ha="center", **place
-        )
-        text.set(fontsize=SMALL, color=arm.style["color"], in_layout=False)
-        # A thin line leads down to the place on the axis where the arm belongs.
-        axes.plot(
-            [arm.x, x],
-            [0, 0.05],
-            transform=axes.get_xaxis_transform(),
-            color=arm.style["color"],
-            linewidth=0.8,
-        )
-
-
-def _moved_apart(axes: Any, wanted: Sequence[float], log: bool) -> list[float]:
-    """Places on the x axis, APART points from each other; the limits of the axis are set so that
-    all are inside.
-    """
-    placed = list(wanted)
-    for _ in range(
-        4
-    ):  # wider limits bring the arms nearer together, which needs wider limits still
-        axes.set_xlim(_limits([*wanted, *placed], 0.08, log))
-        axes.figure.draw_without_rendering()  # settles where the axes are
-        on_page = [axes.transData.transform((x, 1))[0] for x in wanted]
-        apart = spread(on_page, APART * axes.figure.dpi / 72)
-        placed = [float(axes.transData.inverted().transform((x, 0))[0]) for x in apart]
-    return placed
 
 
 class Line(NamedTuple):
@@ -145,12 +82,3 @@ def plain_ticks(axis: Any) -> None:
     axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_major_formatter(plain)
     axis.set_minor_locator(ticker.NullLocator())
-
-
-def _limits(values: Sequence[float], room: float, log: bool) -> tuple[float, float]:
-    """Those of the values, and a share of their span beside."""
-    low, high = (math.log(f(values)) if log else f(values) for f in (min, max))
-    span = high - low
-    beside = room * (span if span > 1e-9 else 1)  # equal values may differ in their last bit
-    ends = low - beside, high + beside
-    return (math.exp(ends[0]), math.exp(ends[1])) if log else ends

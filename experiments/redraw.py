@@ -3,7 +3,9 @@
     python -m experiments.redraw                    # all of them
     python -m experiments.redraw sparse_inputs
 
-Reads experiments/results/NAME/figures.json and writes plot.png beside it.
+Reads experiments/results/NAME/figures.json and writes plot.png beside it. The figures of two
+experiments are older than the studies of their names: their plots stay as they are until these are
+trained.
 """
 
 import json
@@ -18,26 +20,25 @@ if __name__ == "__main__":  # before jax is imported; the file may be typed as a
 
     command_line.hear_signals()
 
-from experiments import run, sparse_inputs, sparse_training_rules, sparsity_vs_quality
+from experiments import sparse_inputs, writing
 from experiments.command_line import Parser, launch
 from moe_jax.errors import UserError
+from moe_jax.study import plots
 
-RESULTS = run.ROOT / "experiments/results"
+RESULTS = writing.ROOT / "experiments/results"
 
 
 def work(argv: list[str]) -> None:
+    known = drawings()
     parser = Parser(__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(DRAWINGS)} (default: all)"
-    )
-    asked = parser.parse_args(argv).names or list(DRAWINGS)
-    unknown = [name for name in asked if name not in DRAWINGS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    asked = parser.parse_args(argv).names or list(known)
+    unknown = [name for name in asked if name not in known]
     if unknown:
-        raise UserError(f"{unknown[0]!r} has no figures to draw: choose from {', '.join(DRAWINGS)}")
+        raise UserError(f"{unknown[0]!r} has no figures to draw: choose from {', '.join(known)}")
     for name in asked:
         figures = json.loads((RESULTS / name / "figures.json").read_text())
-        paint, size = DRAWINGS[name](figures)
-        run.plot(RESULTS / name / "plot.png", paint, size)
+        known[name](figures, RESULTS / name / "plot.png")
         print(RESULTS / name / "plot.png")
 
 
@@ -45,25 +46,17 @@ def main(argv: list[str]) -> int:
     return launch(lambda: work(argv))
 
 
-def of_quality(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
-    return sparsity_vs_quality.draw(
-        figures["runs"], figures["step times"]
-    ), sparsity_vs_quality.SIZE
+def drawings() -> dict[str, Callable[[Any, Path], None]]:
+    """Returns what draws each plot from its figures: studies are known by their verdicts."""
+    found = {"sparse_inputs": of_inputs}
+    for path in sorted(RESULTS.glob("*/figures.json")):
+        if "verdicts" in json.loads(path.read_text()):
+            found[path.parent.name] = plots.draw
+    return found
 
 
-def of_rules(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
-    return sparse_training_rules.draw(figures), sparse_training_rules.SIZE
-
-
-def of_inputs(figures: Any) -> tuple[Callable[[Any], None], tuple[float, float]]:
-    return sparse_inputs.draw(figures), sparse_inputs.SIZE
-
-
-DRAWINGS = {
-    "sparsity_vs_quality": of_quality,
-    "sparse_training_rules": of_rules,
-    "sparse_inputs": of_inputs,
-}
+def of_inputs(figures: Any, path: Path) -> None:
+    writing.plot(path, sparse_inputs.draw(figures), sparse_inputs.SIZE)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plots, run
+from experiments import plots, writing
 from experiments.command_line import Flags, launch, made
 from moe_jax.errors import UserError
 from moe_jax.models.mmoe import embedding_bag
@@ -258,7 +258,7 @@ def peak(name: str, vocabulary: int) -> float:
         "--vocabulary",
         str(vocabulary),
     ]
-    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=writing.ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(
@@ -367,16 +367,16 @@ def report(figures: Figures) -> None:
     parts = [
         about,
         "Milliseconds:",
-        run.table(rows(figures, "ms", 2), "program"),
+        writing.table(rows(figures, "ms", 2), "program"),
         "MB that the compiled program reserves (arguments, results, temporary):",
-        run.table(rows(figures, "MB", 1), "program"),
+        writing.table(rows(figures, "MB", 1), "program"),
         "MB that the resident memory of a fresh process rises by, at its peak, with making the "
         "arguments:",
-        run.table(rows(figures, "peak MB", 0), "program"),
+        writing.table(rows(figures, "peak MB", 0), "program"),
         "![time and memory against the vocabulary](plot.png)",
     ]
-    folder = run.ROOT / "experiments/results/sparse_inputs"
-    run.write(folder, "What do sparse inputs cost?", parts, figures, draw(figures), SIZE)
+    folder = writing.ROOT / "experiments/results/sparse_inputs"
+    writing.write(folder, "What do sparse inputs cost?", parts, figures, draw(figures), SIZE)
 
 
 def work(argv: list[str]) -> None:

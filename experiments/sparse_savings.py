@@ -36,7 +36,7 @@ from jax.experimental.sparse import BCOO
 
 from configs import base
 from experiments.command_line import Flags, launch
-from experiments.run import show
+from experiments.writing import show
 from moe_jax import checkpoint, config
 from moe_jax.commands import convert
 from moe_jax.errors import UserError

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "make another checkpoint of a trained model: without its zeros",
     "fsck": "check the files of a run, and repair what can be",
     "probe": "what a trained model's routing and experts are worth",
+    "report": "one HTML page of the curves and the routing of some runs",
 }
 TRAINING = "python -m moe_jax.main --config configs/quickstart.py --workdir runs/quickstart"
 TRAINS = f"a model is trained by `{TRAINING}`"

@@ -1,7 +1,7 @@
 """Libraries that only some tasks and commands need: training a language model imports none of them.
 
-The extras of the package install them: `tasks` (requirements/tasks.txt) and `hf`
-(requirements/hf.txt).
+The extras of the package install them: `tasks` (requirements/tasks.txt), `hf`
+(requirements/hf.txt) and `report` (requirements/report.txt).
 """
 
 import importlib.util
@@ -15,9 +15,10 @@ DISTRIBUTIONS = {
     "sacrebleu": "sacrebleu",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",
+    "vl_convert": "vl-convert-python",
 }
 # The extra that has them, where it is not "tasks".
-EXTRAS = {"safetensors": "hf"}
+EXTRAS = {"safetensors": "hf", "vl_convert": "report"}
 
 
 def require(purpose: str, *modules: str) -> None:

@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+# The MoE layers of the model, as an axis that the updates of their routers may reduce over.
+LAYERS = "moe_layers"
+
+
 class State(NamedTuple):
     """Holds everything that a step changes."""
 
@@ -316,7 +320,12 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
     moe = cfg.model.moe
     # The totals are of the whole batch already, so there is nothing to add up over devices.
     router_cfg = RouterCfg(
-        moe.num_experts, moe.router_options, moe.group_rows, cfg.model.vocab_size, total=lambda z: z
+        moe.num_experts,
+        moe.router_options,
+        moe.group_rows,
+        cfg.model.vocab_size,
+        total=lambda z: z,
+        mean_over_layers=lambda z: jax.lax.pmean(z, LAYERS),
     )
 
     def update(state: dict[str, jax.Array], totals: Any) -> dict[str, jax.Array]:
@@ -331,7 +340,7 @@ def update_routers(cfg: Config, router_state: dict[str, Any], totals: Any) -> di
 
     # One leading axis over all MoE layers, whatever the layout: one update serves all.
     layers = layout.by_moe_layer(router_state, cfg.model)
-    new = jax.vmap(update)(layers, totals)
+    new = jax.vmap(update, axis_name=LAYERS)(layers, totals)
     return dict(layout.into_moe_layers(new, router_state, cfg.model))
 
 

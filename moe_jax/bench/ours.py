@@ -4,7 +4,7 @@ Shapes: T tokens of a batch, D model.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,11 +110,15 @@ def decode(job: Job) -> Prepared:
     Options: batch, prompt and new, the numbers of rows, of tokens of a prompt, and of tokens that
     are drawn for each row.
     """
-    cfg = read(job)
+    return decoding(read(job), job.options)
+
+
+def decoding(cfg: config.Config, options: Mapping[str, Any]) -> Prepared:
+    """Prepares decoding as `decode` does, of a config and the same options."""
     if reason := why_not_decoded(cfg.model):
         raise UserError(reason)
     model_cfg = for_decoding(cfg.model)
-    num_rows, prompt, new = (job.options[name] for name in ("batch", "prompt", "new"))
+    num_rows, prompt, new = (options[name] for name in ("batch", "prompt", "new"))
     devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         model = make_model(model_cfg)

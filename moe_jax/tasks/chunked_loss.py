@@ -136,7 +136,8 @@ def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
 
 
 def _logits(x_CD: Array, head_DV: Array) -> Array:
-    return _product(x_CD, head_DV, 1, 0)
+    with jax.named_scope("head"):
+        return _product(x_CD, head_DV, 1, 0)
 
 
 def _product(a: Array, b: Array, dim_a: int, dim_b: int) -> Array:

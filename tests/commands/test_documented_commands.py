@@ -22,7 +22,6 @@ import sample_data
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import routers, run, sparse_training_rules, sparsity_vs_quality
 from moe_jax import __main__, config, main
 from moe_jax.config import command_line, config_file, smoke
 from moe_jax.data.corpora import documents
@@ -39,6 +38,9 @@ UNTYPED = {
     "tests/experiments/test_plots.py draws each of them",
     "moe_jax plan": "compiles for hardware, by libraries that need not be there: "
     "tests/plan/test_plan_command.py plans for a CPU",
+    "experiments.run": "trains for minutes, and writes into this very repository: "
+    "tests/experiments/test_studies.py tries every study",
+    "experiments.scaling": "reads what experiments.run has trained",
     "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has "
     "small files of their formats",
 }
@@ -62,6 +64,8 @@ PLACEHOLDERS = {
     "TEXT": "Once",
     "[--config.KEY=VALUE": None,
     "[--dry_run]": None,
+    "[DIR": None,
+    "FILE": "runs/page.html",
     "...]": None,
 }
 # What makes a command short, by its program; `--smoke` for those that have it.
@@ -77,6 +81,7 @@ SHORT = {
     ],
     "moe_jax generate": ["--max_tokens", "4"],
     "moe_jax probe": ["--batches", "1", "--step", "3"],
+    "moe_jax report": ["--batches", "1"],
     "moe_jax leak": [],
     "moe_jax convert": [],
     "moe_jax prepare": [],
@@ -279,23 +284,6 @@ def variants():
             yield f"configs/{path.name}"
 
 
-GRIDS = {
-    "sparse_training_rules": sparse_training_rules.grid(
-        sparse_training_rules.CELLS | sparse_training_rules.OTHERS
-    ),
-    "sparsity_vs_quality": sparse_training_rules.grid(sparsity_vs_quality.CELLS),
-    "routers": routers.grid(list(routers.DELTAS), 500),
-}
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_cell_of_an_experiment_is_one_that_the_rules_allow(name):
-    for short in (False, True):
-        grid = GRIDS[name]._replace(smoke=short)
-        for cell in grid.cells:
-            run.checked(run.read_config(grid, cell, 0), cell)
-
-
 # Commands that are typed
 
 
@@ -346,9 +334,7 @@ def typed(command, here, capsys, *more):
         )
     else:
         program = importlib.import_module(command.module.removesuffix(".py").replace("/", "."))
-        code = program.main(
-            [*resolved(command), *([] if "--report" in command.flags else ["--smoke"]), *more]
-        )
+        code = program.main([*resolved(command), "--smoke", *more])
     # A command has its own process, and sets there where it keeps compiled programs.
     jax.config.update("jax_compilation_cache_dir", here.cache)
     compilation_cache.reset_cache()
@@ -440,10 +426,6 @@ def make_needed(source, here, capsys):
 # What a command ends with where that is not 0.
 CODES = {
     "tfds:": (64, "is not in"),  # nothing is downloaded
-    "--report": (
-        64,
-        "has no finished run of this experiment",
-    ),  # in a directory where nobody has trained
     "--config.model.period=depth:moe": (1, "leaks the future"),
 }
 

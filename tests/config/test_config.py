@@ -15,7 +15,6 @@ import tiny
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from experiments import run as grids
 from moe_jax import __main__, config, main
 from moe_jax.config import command_line, config_file, rules
 from moe_jax.errors import UserError
@@ -326,6 +325,7 @@ ROOMS = (
     "loop",
     "train",
     "bench",
+    "study",
     "commands",
     "main",
     "__main__",
@@ -405,12 +405,11 @@ def test_an_unknown_variant_is_one_line_everywhere(monkeypatch, tmp_path, capsys
     monkeypatch.chdir(ROOT)
     flags = ["--config", f"configs/{name}"]
     training = [*flags, "--workdir", str(tmp_path / "run")]
-    bench, grid = ["--variant", "a:"], ["--out", str(tmp_path / "grid"), "--cell", "a:"]
+    bench = ["--variant", "a:"]
     for run in (
         lambda: main.main(["main", *training]),
         *(lambda of=of: __main__.main([of, *flags]) for of in ("leak", "verify")),
         lambda: __main__.main(["bench", *flags, *bench]),
-        lambda: grids.main([*flags, *grid]),
     ):
         assert run() == 64
         said = capsys.readouterr().err

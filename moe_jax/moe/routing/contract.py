@@ -235,6 +235,9 @@ class RouterCfg(NamedTuple):
     # Sums over the devices of the batch, for a router that balances over the whole micro-batch
     # (`Sees.batch`).
     total: Callable[[jax.Array], jax.Array]
+    # Mean over the MoE layers of the model, for an update that looks at all of them; a layer alone
+    # is its own mean.
+    mean_over_layers: Callable[[jax.Array], jax.Array] = lambda z: z
 
 
 def router_logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:

@@ -8,11 +8,11 @@ everywhere, and as sparse as it is told.
                                           active, down when fewer
 
 Here the shapes are static: of a token's active experts the `max_active` largest are served; what
-lies beyond is an overflow, which counts as assigned (it drives l1) and as dropped. l1 is the state
-of each layer, driven by that layer's own sparsity, while the paper has one for the mean over
-layers. The loss only pushes down: a layer in which fewer than k are active stays there until the
-language loss opens more (docs/routers.md has what was measured). So l1 never falls below its first
-value, which does nothing: else it would take as many steps to come back as it had fallen.
+lies beyond is an overflow, which counts as assigned (it drives l1) and as dropped. l1 is state: one
+coefficient for all layers, driven by the mean of their sparsities, as in the paper, or one for each
+layer (`shared`). The loss only pushes down: where fewer than k are active, the language loss alone
+opens more (docs/routers.md has what was measured). So l1 never falls below its first value, which
+does nothing: else it would take as many steps to come back as it had fallen.
 
 A balance loss of moe/losses would act on R as if it were a distribution, and the z-loss closes
 experts: give those coefficients 0; the refined l1 balances by itself.
@@ -55,6 +55,11 @@ class Options:
     l1: float = option(1e-8, "first coefficient of the L1 loss", IN_FLOAT32)
     alpha: float = option(1.2, "factor by which a step changes the coefficient", FROM_ONE)
     balanced: bool = option(True, "the L1 loss weighs an expert by its load")
+    shared: bool = option(
+        True,
+        "one coefficient for all layers, driven by their mean, as in the paper; False = each layer "
+        "has its own",
+    )
 
 
 LARGEST = 1e20  # of l1
@@ -124,8 +129,11 @@ def update(state: Arrays, totals: Arrays, cfg: RouterCfg) -> Arrays:
     # Both numbers are whole, so every mesh takes the same branch.
     num_active = totals["counts"].sum()
     num_intended = cfg.options.k * totals["tokens"]
+    excess = num_active - num_intended
+    if cfg.options.shared:
+        excess = cfg.mean_over_layers(excess)
     # A fixed factor up or down: how far off the sparsity is makes no difference.
-    sign = jnp.sign(num_active - num_intended).astype(l1.dtype)
+    sign = jnp.sign(excess).astype(l1.dtype)
     return {"l1": jnp.clip(l1 * cfg.options.alpha**sign, cfg.options.l1, LARGEST)}
 
 

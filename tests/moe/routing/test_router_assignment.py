@@ -294,6 +294,24 @@ def test_relu_coefficient_by_hand(float64):
     assert float(ROUTERS["relu"].update(first, few, cfg)["l1"]) == 1.0
 
 
+def test_relu_layers_share_a_coefficient(float64):
+    """20 assignments are meant. One layer has five too many, the other one too few: their mean is
+    too many, so both grow; a layer that has its own coefficient takes its own branch.
+    """
+    counts = {"counts": jnp.array([[10.0, 5, 5, 5], [4.0, 5, 5, 5]]), "tokens": jnp.full(2, 10.0)}
+
+    def update(shared):
+        own = options("relu", {"k": 2, "alpha": 1.25, "l1": 1.0, "shared": shared})
+        cfg = RouterCfg(4, own, 1, 64, lambda z: z, lambda z: jax.lax.pmean(z, "layers"))
+        new = jax.vmap(
+            lambda state, totals: ROUTERS["relu"].update(state, totals, cfg), axis_name="layers"
+        )({"l1": jnp.full(2, 8.0)}, counts)
+        return new["l1"].tolist()
+
+    assert update(True) == [10.0, 10.0]
+    assert update(False) == [10.0, 6.4]
+
+
 # Replay
 
 

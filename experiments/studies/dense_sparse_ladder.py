@@ -1,0 +1,33 @@
+"""Dense against sparse on a ladder of sizes (Clark et al. 2022, arXiv:2202.01169, figure 1)."""
+
+from experiments.studies import small
+from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
+from moe_jax.study.statistics import Speedup
+
+WIDTHS = (32, 48, 64, 96)
+DENSE = tuple(f"dense_{width}" for width in WIDTHS)
+SPARSE = tuple(f"sparse_{width}" for width in WIDTHS)
+
+
+def sized(width: int) -> dict:
+    return {"model.d_model": width, "model.ffn_hidden": 2 * width, "model.moe.expert_hidden": width}
+
+
+def speedup(x: str) -> Speedup:
+    return Speedup(SPARSE, DENSE, x)
+
+
+STUDY = Study(
+    name="dense_sparse_ladder",
+    question="What is a sparse model worth in dense FLOPs, active and total parameters?",
+    paper="Clark et al. 2022, arXiv:2202.01169, figure 1; Krajewski et al. 2024, arXiv:2402.07871",
+    equal="tokens; sizes are compared at equal training FLOPs, active or total parameters by a fit",
+    base=small(),
+    arms={f"dense_{width}": sized(width) | {"model.period": ("dense",)} for width in WIDTHS}
+    | {f"sparse_{width}": sized(width) for width in WIDTHS},
+    claims=(
+        Claim("fewer training FLOPs", speedup("train_flops"), ABOVE, 1.0, "times"),
+        Claim("fewer active parameters", speedup("active_parameters"), ABOVE, 1.0, "times"),
+        Claim("but more parameters in all", speedup("total_parameters"), BELOW, 1.0, "times"),
+    ),
+)

@@ -1,0 +1,31 @@
+"""Steps to the loss of a dense model (Fedus et al. 2021, arXiv:2101.03961, figures 4 and 5)."""
+
+from experiments.studies import small
+from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
+from moe_jax.study.statistics import Slope, StepRatio
+
+EXPERTS = (2, 4, 8, 16, 32, 64)
+SPARSE = tuple(f"e{number}" for number in EXPERTS)
+STUDY = Study(
+    name="switch_steps",
+    question="How many times fewer steps does a Switch layer take to the loss of a dense one?",
+    paper="Fedus et al. 2021, arXiv:2101.03961, figures 4 and 5 (7.5 times with 64 experts)",
+    equal="active FLOPs, tokens",
+    base=small(**{"model.moe.router": "switch", "model.moe.expert_hidden": 128}),
+    arms={"dense": {"model.period": ("dense",)}}
+    | {f"e{number}": {"model.moe.num_experts": number} for number in EXPERTS},
+    claims=(
+        Claim("64 experts need fewer steps", StepRatio("e64", "dense"), ABOVE, 1.0, "times"),
+        Claim("8 experts need fewer steps", StepRatio("e8", "dense"), ABOVE, 1.0, "times"),
+        Claim(
+            "every doubling of the experts lowers the loss",
+            Slope(SPARSE, EXPERTS),
+            BELOW,
+            0.0,
+            "bits per byte a doubling",
+        ),
+    ),
+    columns=("max_vio",),
+    x={"dense": 1} | dict(zip(SPARSE, EXPERTS)),
+    x_label="experts",
+)

@@ -1,0 +1,109 @@
+"""What of a study is done, and which cells come next."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from moe_jax import config
+from moe_jax.study import bracket, expand
+from moe_jax.study.contract import Cell, Figures, Study
+from moe_jax.study.ledger import Line
+
+
+class Arm(NamedTuple):
+    """The state of an arm.
+
+    Fields:
+      rate: the learning rate that is compared; NaN before it is known.
+      undecided: why the verdict cannot stand on this arm; "" = it can.
+      tried: the figure of each learning rate of the search, None where the run diverged.
+    """
+
+    rate: float
+    undecided: str
+    tried: dict[float, float | None]
+
+
+class State(NamedTuple):
+    """The state of a study: arms by name, runs that are compared, and the cells that are next.
+
+    Fields:
+      runs: figures by seed and arm.
+      lines: of the ledger, of all runs in `runs`.
+      missing: cells that can be trained now and are not done; others may follow them.
+    """
+
+    arms: dict[str, Arm]
+    runs: dict[int, dict[str, Figures]]
+    lines: list[Line]
+    missing: list[Cell]
+
+
+def look(study: Study, done: Mapping[str, Line], *, short: bool = False) -> State:
+    """Returns the state of a study by the ledger. `short`: of its smoke runs.
+
+    A smoke run searches no learning rate and has one seed.
+    """
+    state = State({}, {}, [], [])
+    for name in study.arms:
+        arm, wanted = _arm(study, name, done, short)
+        state.arms[name] = arm
+        state.missing.extend(wanted)
+        if math.isnan(arm.rate):
+            continue
+        for seed in study.seeds[:1] if short else study.seeds:
+            cell = expand.cell(study, name, seed, arm.rate, short=short)
+            line = done.get(cell.key)
+            if line:
+                state.runs.setdefault(seed, {})[name] = with_derived(study, cell, line["figures"])
+                state.lines.append(line)
+            elif not wanted:
+                state.missing.append(cell)
+    return state
+
+
+def with_derived(study: Study, cell: Cell, figures: Figures) -> Figures:
+    """Returns the figures of a run, and those that the study makes of them."""
+    if not study.derived:
+        return figures
+    cfg = config.build(cell.raw, 1)
+    return {**figures, **{name: of(cfg, figures) for name, of in study.derived.items()}}
+
+
+def _arm(study: Study, name: str, done: Mapping[str, Line], short: bool) -> tuple[Arm, list[Cell]]:
+    """Returns the state of an arm, and the cells that its search wants."""
+    if short or not study.searches(name):
+        return Arm(expand.arm_rate(study, name), "", {}), []
+    tried = {}
+    cells = {}
+    for rate in bracket.rates(study):
+        cells[rate] = expand.cell(study, name, bracket.TUNING_SEED, rate)
+        line = done.get(cells[rate].key)
+        if line:
+            tried[rate] = line["figures"].get(study.figure)
+    figures = {rate: math.inf if value is None else value for rate, value in tried.items()}
+    found = bracket.search(study, figures)
+    wanted = [cells[rate] for rate in found.wanted]
+    undecided = ""
+    if wanted or math.isnan(found.best):
+        undecided = f"the learning rate of {name} is not known"
+    elif not found.interior:
+        undecided = f"the best learning rate of {name}, {found.best:g}, is at the end of its search"
+    return Arm(math.nan if wanted else found.best, undecided, tried), wanted
+
+
+def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -> list[Cell]:
+    """Returns the cells that a study needs by what is known: at least so many, for a search may go
+    on.
+
+    Seeds of an arm whose rate is not known yet are taken at the rate where its search begins.
+    """
+    state = look(study, done, short=short)
+    cells = {cell.key: cell for cell in state.missing}
+    for name, arm in state.arms.items():
+        rate = expand.arm_rate(study, name) if math.isnan(arm.rate) else arm.rate
+        seeds = study.seeds[:1] if short else study.seeds
+        of_arm = [expand.cell(study, name, seed, rate, short=short) for seed in seeds]
+        of_arm += [expand.cell(study, name, bracket.TUNING_SEED, tried) for tried in arm.tried]
+        cells |= {cell.key: cell for cell in of_arm}
+    return list(cells.values())

@@ -1,0 +1,83 @@
+"""The declarations of experiments/studies/, and what was made of their results."""
+
+import ast
+import json
+
+import pytest
+
+from experiments import run, studies
+from moe_jax.study import bracket, expand, ledger, progress, results
+
+NAMES = studies.all_names()
+# Minutes of two cores that a study may take, as it expects itself.
+MOST_MINUTES = 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_declaration_is_short_and_builds(name):
+    text = (studies.FOLDER / f"{name}.py").read_text()
+    tree = ast.parse(text)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    first = imports[-1].end_lineno
+    declared = [line for line in text.splitlines()[first:] if line.strip()]
+    assert len(declared) <= 40, f"{name}: {len(declared)} lines of declaration"
+    study = studies.load(name)
+    assert study.name == name and len(study.seeds) >= 3
+    known = set(study.arms)
+    assert all(set(claim.statistic.arms) <= known for claim in study.claims) and study.claims
+    assert set(study.x) <= known
+    assert "arXiv:" in study.paper
+    cells = progress.everything(study, {})
+    keys = [cell.key for cell in cells]
+    assert len(set(keys)) == len(keys)
+    minutes = sum(expand.seconds_of(pack, {}) for pack in expand.packs(cells)) / 60
+    assert minutes / 2 <= MOST_MINUTES, f"{name}: {minutes:.0f} minutes of one core"
+    # Seeds that are compared have not chosen the learning rate.
+    assert bracket.TUNING_SEED not in study.seeds
+
+
+def test_the_pages_are_those_of_the_results():
+    assert run.FINDINGS.read_text() == run.findings(run.RESULTS), (
+        "stale: python -m experiments.run NAME --report"
+    )
+    for path in run.RESULTS.glob("*/figures.json"):
+        figures = json.loads(path.read_text())
+        if "verdicts" not in figures:
+            continue
+        table = path.parent / "table.md"
+        made = results.render(figures, results.notes(table))
+        assert table.read_text() == made, f"{table} is stale"
+        study = studies.load(figures["name"])
+        same = (study.question, study.paper, study.equal, list(study.arms))
+        found = (figures["question"], figures["paper"], figures["equal"], list(figures["arms"]))
+        assert found == same, f"{path} is of another declaration"
+        assert [each["claim"] for each in figures["verdicts"]] == [c.says for c in study.claims]
+
+
+def test_a_dry_run_tells_cells_and_time(tmp_path, capsys):
+    assert run.main(["loss_free_bias", "--dry_run", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "18 of 18 cells are missing" in said and "minutes of one core" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("loss_free_bais",), "no study is called 'loss_free_bais': did you mean loss_free_bias?"),
+        (("epochs", "--local", "0"), "--local 0 must be at least 1"),
+        (("epochs", "--out", "/dev/null/x"), "--out /dev/null/x cannot be made or written to"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message, capsys):
+    assert run.main(list(flags)) == 64
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_of_a_study_trains(name, tmp_path):
+    assert run.main([name, "--smoke", "--out", str(tmp_path)]) == 0
+    done = ledger.done(ledger.read(tmp_path / ".smoke"))
+    assert len({line["arm"] for line in done.values()}) == len(studies.load(name).arms)
