@@ -315,6 +315,7 @@ ROOMS = (
     "begin",
     "run",
     "interchange",
+    "surgery",
     "instruments",
     "verify",
     "publish",

@@ -22,6 +22,7 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import statistics
@@ -85,4 +86,4 @@ def normal_form(options: Options) -> Options:
     return dataclasses.replace(options, softmax="before", renormalize=True)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, normal_form=normal_form)
+ROUTER = Router(Options, route, sees_nothing, declared, normal_form=normal_form, multiplied=times_k)
