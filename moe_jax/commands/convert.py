@@ -23,7 +23,7 @@ revived. What comes out trains on (docs/upcycling.md).
 import argparse
 from collections.abc import Callable
 
-from moe_jax.commands.conversions import compact, exporting, importing, upcycle
+from moe_jax.commands.conversions import compact, exporting, importing, operate, upcycle
 from moe_jax.config import command_line
 from moe_jax.errors import UserError
 
@@ -34,6 +34,7 @@ CONVERSIONS: dict[str, tuple[Declare, Callable[[argparse.Namespace], int]]] = {
     "import": (importing.declare, importing.run),
     "export": (exporting.declare, exporting.run),
     "upcycle": (upcycle.declare, upcycle.run),
+    "surgery": (operate.declare, operate.run),
 }
 # Those that take --config.KEY=VALUE.
 CHANGE_CONFIGS = ("upcycle",)

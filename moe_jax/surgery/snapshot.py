@@ -124,16 +124,21 @@ def weights(made: Snapshot, arrays: Mapping[str, np.ndarray]) -> Weights:
     return Weights(made.raw, parts, made.step)
 
 
+def with_rounded_masters(cfg: Config, arrays: Arrays) -> Arrays:
+    """Returns the arrays with parameters that are their master copies, rounded."""
+    made = dict(arrays)
+    for name, x in arrays.items():
+        if cfg.optim.master_copy and name.startswith("master/"):
+            param = "params/" + name.removeprefix("master/")
+            made[param] = x.astype(made[param].dtype)
+    return made
+
+
 def finished(cfg: Config, arrays: Arrays) -> Arrays:
     """Returns the arrays with the first zeros of sparse experts and their masks, and parameters
-    that are their master copy, rounded.
+    that are their master copies, rounded.
     """
-    made = dict(arrays)
-    if cfg.optim.master_copy:
-        for name, x in arrays.items():
-            if name.startswith("master/"):
-                param = "params/" + name.removeprefix("master/")
-                made[param] = x.astype(made[param].dtype)
+    made = with_rounded_masters(cfg, arrays)
     if cfg.model.moe.sparse.dense:
         return made
     with jax.set_mesh(meshes.of_host()):

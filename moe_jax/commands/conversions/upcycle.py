@@ -3,21 +3,21 @@
 import argparse
 from pathlib import Path
 
-import jax
-
 from moe_jax.commands.conversions.folders import keep_files, new_directory, refuse_filled
+from moe_jax.commands.conversions.told import (
+    factor_on_moments,
+    positive,
+    refuse_negative,
+    tell_end,
+    tell_gap,
+)
 from moe_jax.errors import UserError
-from moe_jax.parallel import mesh
 from moe_jax.run import open_run
 from moe_jax.runtime import shell
 from moe_jax.surgery import snapshot
 from moe_jax.surgery.configs import write_file
 from moe_jax.surgery.upcycle import Asked, Made, upcycled
 from moe_jax.surgery.upcycling import ROUTER_STARTS, Change
-from moe_jax.surgery.weights import gap
-
-# Two models that differ by less compute the same.
-PROMISED = 1e-12
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -81,32 +81,13 @@ def asked_for(flags: argparse.Namespace) -> Asked:
         raise UserError(f"--every {flags.every} must be at least 1")
     if not 0 <= flags.drop <= 1:
         raise UserError(f"--drop {flags.drop} must lie between 0 and 1: a share of the units")
-    if flags.noise < 0:
-        raise UserError(f"--noise {flags.noise} must be at least 0")
+    refuse_negative("--noise", flags.noise)
     start = flags.router
     if start not in ROUTER_STARTS and positive(start, "normal:") is None:
         raise UserError(f'--router {start}: write "draw", "zeros" or "normal:0.02"')
     change = Change(flags.noise, flags.drop, flags.seed)
     moments = factor_on_moments(flags.optimizer)
     return Asked(flags.changes, flags.every, start, change, moments, flags.restart)
-
-
-def positive(text: str, before: str) -> float | None:
-    """Returns the positive number behind a word, as in "normal:0.02"; None where there is none."""
-    try:
-        value = float(text.removeprefix(before))
-    except ValueError:
-        return None
-    return value if text.startswith(before) and 0 < value < float("inf") else None
-
-
-def factor_on_moments(text: str) -> float:
-    """Returns what moments are multiplied with; 0 = they begin anew. Raises UserError."""
-    named = {"copy": 1.0, "zero": 0.0}
-    factor = named.get(text, positive(text, "scale:"))
-    if factor is None:
-        raise UserError(f'--optimizer {text}: write "copy", "zero" or "scale:0.1"')
-    return factor
 
 
 def tell_share(made: Made) -> None:
@@ -124,42 +105,3 @@ def tell_share(made: Made) -> None:
         parts.append(f"{moe.num_experts} new experts of {share.width} that begin with w_out = 0")
     blocks = ", ".join(map(str, made.blocks))
     shell.tell(f"blocks {blocks}: {'; '.join(parts)}")
-
-
-def tell_gap(
-    old: snapshot.Snapshot,
-    new: snapshot.Snapshot,
-    exact: snapshot.Arrays,
-    reasons: tuple[str, ...],
-) -> None:
-    """Tells how far the new model is from the old one, and why it is not the same."""
-    one = mesh.make(mesh.ONE, jax.devices()[:1])
-    with jax.set_mesh(one):
-        before = snapshot.weights(old, old.arrays)
-        far, dropped = gap(before, snapshot.weights(new, exact))
-        stored, _ = gap(before, snapshot.weights(new, new.arrays))
-    text = f"largest gap of outputs in float64: {far:.1e}"
-    if stored > max(far, PROMISED):
-        text += f" (as stored, in {new.config.model.param_dtype}: {stored:.1e})"
-    shell.tell(text)
-    if far <= PROMISED:
-        shell.tell("the new model computes what the old one does")
-        return
-    if dropped:
-        shell.tell(
-            f'not the same: dispatcher "{new.config.model.moe.dispatcher}" drops {dropped:.1%} of '
-            "the assignments"
-        )
-    for reason in reasons:
-        shell.tell(f"not the same: {reason}")
-
-
-def tell_end(out: Path, *, goes_on: bool) -> None:
-    """Tells how the new run is trained on."""
-    workdir = out if goes_on else "NEW"
-    shell.tell(
-        f"written: {out} (train on: python -m moe_jax.main --config {out / 'config.py'} --workdir "
-        f"{workdir})"
-    )
-
-
