@@ -4,6 +4,7 @@ Outputs are compared on random inputs of the task, on one device.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,22 +44,25 @@ def compare(old: Weights, new: Weights) -> float:
     """Returns the largest |difference| of outputs over the largest |output|, on random inputs of
     the task, in float32.
     """
-    before, after = (run(weights, "float32")[0] for weights in (old, new))
+    before, after = (outputs(weights.raw, "float32", [weights])[0][0] for weights in (old, new))
     return _farthest(before, after, relative=True)
 
 
-def gap(old: Weights, new: Weights) -> tuple[float, float]:
+def gaps(old: Weights, new: Sequence[Weights]) -> tuple[list[float], float]:
     """Returns the largest |difference| of outputs (logits of a language model) in float64, on
-    random inputs of the task, and the share of assignments that the new model drops.
+    random inputs of the task, of each of several values of one new model, and the share of
+    assignments that the first drops.
     """
     with jax.enable_x64(True):
-        (before, _), (after, sums) = run(old, "float64"), run(new, "float64")
-    dropped = 0.0
-    if "dropped" in sums:
-        totals = load.totals(sums)
-        assigned = float(np.sum(load.assigned(totals)))
-        dropped = float(np.sum(totals["dropped"])) / max(assigned, 1.0)
-    return _farthest(before, after, relative=False), dropped
+        ((before, _),) = outputs(old.raw, "float64", [old])
+        after = outputs(new[0].raw, "float64", new)
+        sums = after[0][1]
+    far = [_farthest(before, values, relative=False) for values, _ in after]
+    if "dropped" not in sums:
+        return far, 0.0
+    totals = load.totals(sums)
+    assigned = float(np.sum(load.assigned(totals)))
+    return far, float(np.sum(totals["dropped"])) / max(assigned, 1.0)
 
 
 def _farthest(before: Any, after: Any, *, relative: bool) -> float:
@@ -71,11 +75,11 @@ def _farthest(before: Any, after: Any, *, relative: bool) -> float:
     return max(far(a, b) for a, b in pairs)
 
 
-def run(weights: Weights, dtype: str) -> tuple[Any, Any]:
-    """Returns (outputs, sums of its layers) of a model on one device, on random inputs of its
-    task.
+def outputs(raw: dict[str, Any], dtype: str, models: Sequence[Weights]) -> list[tuple[Any, Any]]:
+    """Returns (outputs, sums of its layers) of models of one config, on one device and on random
+    inputs of its task. They are compiled once.
     """
-    raw = copy.deepcopy(weights.raw)
+    raw = copy.deepcopy(raw)
     raw["model"] |= {"scan": False, "dtype": dtype, "param_dtype": dtype}
     raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
@@ -92,15 +96,18 @@ def run(weights: Weights, dtype: str) -> tuple[Any, Any]:
     def on_mesh(x, like):
         return jax.device_put(x.astype(like.dtype), flat.placement(like))
 
-    arrays = weights.parts["params"], weights.parts["router_state"]
-    params, router_state = jax.tree.map(on_mesh, arrays, like)
-
     # The batch is an argument: as a constant of the program it would lose how its rows are placed.
+    @jax.jit
     def forward(params, state, batch):
         losses = task.losses(model.bind(params, state), batch, jax.random.key(0), False)
         return jax.tree.map(lambda x: _of_valid(x, losses.weight), losses.outputs), losses.sums
 
-    return jax.device_get(jax.jit(forward)(params, router_state, batch))
+    found = []
+    for weights in models:
+        arrays = weights.parts["params"], weights.parts["router_state"]
+        params, router_state = jax.tree.map(on_mesh, arrays, like)
+        found.append(jax.device_get(forward(params, router_state, batch)))
+    return found
 
 
 def _of_valid(x: jax.Array, weight: jax.Array) -> jax.Array:

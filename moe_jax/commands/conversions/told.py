@@ -8,7 +8,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.runtime import shell
 from moe_jax.surgery import snapshot
-from moe_jax.surgery.weights import gap
+from moe_jax.surgery.weights import gaps
 
 # Two models whose outputs differ by less compute the same.
 PROMISED = 1e-12
@@ -47,8 +47,8 @@ def tell_gap(
     """Tells how far the new model is from the old one and why, and returns the distance."""
     with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         before = snapshot.weights(old, old.arrays)
-        far, dropped = gap(before, snapshot.weights(new, exact))
-        stored, _ = gap(before, snapshot.weights(new, new.arrays))
+        models = [snapshot.weights(new, arrays) for arrays in (exact, new.arrays)]
+        (far, stored), dropped = gaps(before, models)
     text = f"largest gap of outputs in float64: {far:.1e}"
     if stored > max(far, PROMISED):
         text += f" (as stored, in {new.config.model.param_dtype}: {stored:.1e})"
