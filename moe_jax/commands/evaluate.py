@@ -81,7 +81,7 @@ def refuse_wrong_flags(flags: argparse.Namespace) -> None:
 
 
 def evaluate(trained: Run, flags: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the harness makes of the model. Raises UserError for a task that there is not."""
+    """Returns what the harness makes of the model. Raises UserError for an unknown task."""
     import lm_eval
 
     from moe_jax.harness import tasks

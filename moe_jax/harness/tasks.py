@@ -127,7 +127,7 @@ def _questions(path: Path) -> list[dict[str, Any]]:
     return questions
 
 
-def _splits(**rows: list[Mapping[str, Any]]) -> Any:
+def _splits(**rows: Sequence[Mapping[str, Any]]) -> Any:
     """Returns a function that gives the harness its data."""
 
     def load(**kwargs: Any) -> Any:
