@@ -1,0 +1,187 @@
+"""A run in lm-evaluation-harness: against our own evaluation, and against transformers with the
+exported model. They need the extra [eval].
+"""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import pytest
+import run_cases
+
+from moe_jax.__main__ import main as entry
+from moe_jax.data import pack
+from moe_jax.data.batches import PackedText
+from moe_jax.data.documents import Document
+from moe_jax.errors import UserError
+from moe_jax.harness import tasks
+from moe_jax.harness.scoring import Request, Scorer
+from moe_jax.run import open_run
+from moe_jax.tasks import contract
+from moe_jax.tasks.lm import task as lm
+
+lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+
+TEXTS = ["To be, or not to be.", "A rose by any other name\nwould smell as sweet.", "Hm"]
+QUESTIONS = [("2 + 2?", "3", "4", "5", "6", "B"), ("Red?", "a", "b", "c", "d", "C")] * 3
+SMALL = {"train.steps": 2, "data.seq_len": 128, "model.moe.num_experts": 4}
+SMALL |= {"model.activation": "swiglu", "optim.ema_decay": 0.5}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    run_cases.run(workdir, SMALL)
+    return open_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (folder / "words.jsonl").write_text("\n".join(lines))
+    for split, rows in (("test", QUESTIONS), ("dev", QUESTIONS[:2])):
+        (folder / split).mkdir()
+        text = "\n".join(",".join(row) for row in rows)
+        (folder / split / f"sums_{split}.csv").write_text(text)
+    return folder
+
+
+def judged_by_us(run):
+    """Sums of our own evaluation over the same texts, one row each."""
+    tokenizer, length = run.tokenizer, 128
+    rows = [
+        pack.pack(pack.encode([Document(text, "all")], tokenizer, ["all"]), length, tokenizer)
+        for text in TEXTS
+    ]
+    joined = pack.Rows(*(np.concatenate(of).astype(np.int32) for of in zip(*(r[:4] for r in rows))))
+    # The harness does not ask for the boundary behind a text.
+    last = [int((row > 0).sum()) - 1 for row in joined.segment_RS]
+    quiet = np.zeros_like(joined.tokens_RS)
+    quiet[np.arange(len(last)), last] = 1
+    batch = PackedText(
+        joined.tokens_RS,
+        joined.targets_RS,
+        joined.segment_RS,
+        pack.positions(joined.segment_RS),
+        joined.domain_RS,
+        np.arange(len(TEXTS), dtype=np.int32),
+        quiet_BS=quiet,
+    )
+    data = type("Data", (), {"domains": ("all",), "tokenizer": tokenizer})
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        batch = jax.tree.map(jnp.asarray, batch)
+        return contract.evaluate(lm.TASK, run.model, batch, data)
+
+
+def evaluated(run, wanted, **options):
+    from moe_jax.harness.manager import manager_for
+    from moe_jax.harness.model import HarnessModel
+
+    with jax.set_mesh(run.mesh):
+        model = HarnessModel(run, batch_size=2)
+        manager = manager_for([], None)
+        return lm_eval.simple_evaluate(
+            model, tasks=wanted, task_manager=manager, bootstrap_iters=0, **options
+        )
+
+
+def test_perplexities_are_those_of_our_own_evaluation(run, files):
+    found = evaluated(run, tasks.made([f"jsonl:{files}/words.jsonl"]))["results"]["words"]
+    ours = judged_by_us(run)
+    nats, num_bytes = float(ours["nll"].sum()), float(ours["bytes"].sum())
+    words = sum(len(text.split()) for text in TEXTS)
+    assert num_bytes == sum(len(text.encode()) for text in TEXTS)
+    for name, value in (
+        ("word_perplexity", math.exp(nats / words)),
+        ("byte_perplexity", math.exp(nats / num_bytes)),
+        ("bits_per_byte", nats / num_bytes / math.log(2)),
+    ):
+        assert found[f"{name},none"] == pytest.approx(value, rel=1e-6)
+
+
+def test_scores_do_not_depend_on_the_batch(run):
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist())
+        for n, m in ((1, 3), (100, 60), (9, 1), (40, 2))
+    ]
+    with jax.set_mesh(run.mesh):
+        together = Scorer(run, 4)(requests)
+        alone = [Scorer(run, 1)([request])[0] for request in requests[:2]]
+    for one, other in zip(alone, together):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-9)
+        assert one.is_greedy == other.is_greedy
+
+
+def test_the_table_is_that_of_transformers(run, files, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
+
+    from moe_jax.harness.manager import manager_for
+
+    exported = tmp_path / "hf"
+    flags = ["--workdir", str(run.workdir), "--to", str(exported), "--dtype", "float64"]
+    assert entry(["convert", "export", *flags]) == 0
+    names = {f"mmlu:{files}": None, f"jsonl:{files}/words.jsonl": False}
+    for name, add_bos in names.items():
+        wanted = tasks.made([name])
+        shots = 2 if name.startswith("mmlu") else None
+        ours = evaluated(run, wanted, num_fewshot=shots)
+        # transformers would count the boundary before a text as a word of it.
+        bos = {} if add_bos is None else {"add_bos_token": add_bos}
+        theirs = lm_eval.simple_evaluate(
+            HFLM(pretrained=str(exported), dtype="float64", device="cpu", batch_size=2, **bos),
+            tasks=wanted,
+            num_fewshot=shots,
+            task_manager=manager_for([], None),
+            bootstrap_iters=0,
+        )
+        assert make_table(ours) == make_table(theirs)
+
+
+def test_answers_are_generated(run):
+    from moe_jax.harness.model import HarnessModel
+
+    with jax.set_mesh(run.mesh):
+        model = HarnessModel(run, batch_size=2)
+        asked = [
+            lm_eval.api.instance.Instance("generate_until", {}, (text, settings), i)
+            for i, (text, settings) in enumerate(
+                [("To be", {"until": ["\n"], "max_gen_toks": 5}), ("Or", {"max_gen_toks": 3})]
+            )
+        ]
+        texts = model.generate_until(asked)
+    assert len(texts) == 2 and "\n" not in texts[0]
+
+
+def test_the_command(run, files, tmp_path, capsys):
+    flags = ["evaluate", "--workdir", str(run.workdir), "--batch_size", "2"]
+    out = tmp_path / "deep" / "results.json"
+    names = f"mmlu:{files},jsonl:{files}/words.jsonl"
+    assert entry([*flags, "--tasks", names, "--limit", "2", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "|mmlu_sums" in told and "byte_perplexity" in told
+    kept = json.loads(out.read_text())
+    assert kept["step"] == 2 and kept["results"]["mmlu_sums"]["sample_len"] == 2
+    for more, message in (
+        (["--tasks", f"mmlu:{tmp_path}"], "there is no"),
+        (["--tasks", f"mmlu:{files}#algebra"], "there is no subject 'algebra'"),
+        (["--tasks", f"text:{tmp_path}/none"], "matches no file"),
+        (["--tasks", "a", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["--tasks", "a", "--include", str(tmp_path / "none")], "is no directory"),
+    ):
+        assert entry([*flags, *more]) == 64
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.full
+def test_an_unknown_task_has_a_hint():
+    from moe_jax.harness.manager import manager_for
+
+    with pytest.raises(UserError, match="did you mean hellaswag"):
+        manager_for(["helaswag"], None)
