@@ -13,11 +13,8 @@ A run as a model of Hugging Face, and a model of Hugging Face as a run (docs/int
 A language model is read by `generate` and `probe`, and that of any task (whole matrices) by
 train.init_from.
 
-    python -m moe_jax convert upcycle --workdir DENSE --out RUN --config.KEY=VALUE ...
-    python -m moe_jax convert surgery --workdir RUN --out DIR permute | split | ...
-
-A dense run as one with experts, and experts that are moved, split, merged, pruned, added or
-revived. What comes out trains on (docs/upcycling.md).
+`upcycle` makes a run with experts of a dense one, and `surgery` moves, splits, merges, prunes, adds
+or revives experts. What comes out trains on (docs/upcycling.md).
 """
 
 import argparse

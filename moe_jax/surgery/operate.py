@@ -75,10 +75,16 @@ def operated(old: Snapshot, plan: Plan, asked: Asked) -> Done:
             exact[name] = changed(name, inner, x, mover, layer, factor, asked, after)
         else:
             exact[name] = x
-    exact |= silenced(before, after, plan, exact)
+    quiet = silenced(before, after, plan, exact)
+    exact |= quiet
     made = {name: x.astype(old.arrays[name].dtype) for name, x in exact.items()}
     made = with_rounded_masters(after, made)
-    reasons = [reason] if reason else []
+    reasons = [text for text in (reason, plan.loss) if text]
+    if plan.new is not None and not quiet:
+        reasons.append(
+            f'router "{after.model.moe.router}" has no bias that keeps new experts unchosen: they '
+            "compete with their parents"
+        )
     if asked.noise and plan.changed is not None:
         reasons.append(f"--noise {asked.noise:g} moves the new experts")
     return Done(

@@ -14,6 +14,11 @@ import numpy as np
 from moe_jax.errors import UserError
 
 
+GONE = "experts that had tokens are gone"
+MIXED = "the mean of experts is none of them"
+REVIVED = "what the dead experts said is lost, and their copies compete with their parents"
+
+
 class There(NamedTuple):
     """Holds what an operation may know of the experts that are there."""
 
@@ -34,6 +39,7 @@ class Plan(NamedTuple):
       choices: by how much more experts a token takes.
       changed: [L, N], which new experts get noise.
       new: [L, N], which are to stay unchosen until a bias lifts them, where the router can do so.
+      loss: why the function changes whatever the router does; "" = it need not.
     """
 
     before: int
@@ -43,6 +49,7 @@ class Plan(NamedTuple):
     choices: int = 1
     changed: np.ndarray | None = None
     new: np.ndarray | None = None
+    loss: str = ""
 
 
 def permute(there: There, order: Sequence[int] | None, seed: int) -> Plan:
@@ -94,11 +101,11 @@ def prune(there: There, gone: Sequence[int] | None, keep: int | None) -> Plan:
         left = [expert for expert in range(num) if expert not in gone]
         if not left:
             raise UserError("--experts names all of them: one must stay")
-        return Plan(there.num_experts, _everywhere(there, left))
+        return Plan(there.num_experts, _everywhere(there, left), loss=GONE)
     if keep is None or not 1 <= keep < num:
         raise UserError(f"--keep {keep} must lie between 1 and {num - 1}: there are {num} experts")
     order = _busiest_first(there, "--experts")
-    return Plan(num, np.sort(order[:, :keep], 1))
+    return Plan(num, np.sort(order[:, :keep], 1), loss=GONE)
 
 
 def merge(there: There, groups: Sequence[Sequence[int]], by_load: bool) -> Plan:
@@ -123,7 +130,7 @@ def merge(there: There, groups: Sequence[Sequence[int]], by_load: bool) -> Plan:
             if by_load and there.load is not None and there.load[layer, group].sum() > 0:
                 share = there.load[layer, group].astype(float)
             weights[layer, new, group] = share / share.sum()
-    return Plan(there.num_experts, _everywhere(there, first), weights)
+    return Plan(there.num_experts, _everywhere(there, first), weights, loss=MIXED)
 
 
 def revive(there: There, dead: Sequence[int] | None, below: float | None) -> Plan:
@@ -151,7 +158,7 @@ def revive(there: There, dead: Sequence[int] | None, below: float | None) -> Pla
     changed = index != np.arange(there.num_experts)
     if not changed.any():
         raise UserError("no expert is dead by that measure: nothing to revive")
-    return Plan(there.num_experts, index, changed=changed)
+    return Plan(there.num_experts, index, changed=changed, loss=REVIVED)
 
 
 def refuse_strangers(flag: str, experts: Sequence[int], there: There) -> None:

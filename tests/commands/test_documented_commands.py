@@ -37,6 +37,7 @@ UNTYPED = {
     "tensorboard": "is a server, which does not end",
     "experiments.redraw": "draws the plots of this very repository again: "
     "tests/experiments/test_plots.py draws each of them",
+    "moe_jax evaluate": "needs the extra [eval]: tests/harness types it where that is installed",
     "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has "
     "small files of their formats",
 }

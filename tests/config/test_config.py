@@ -316,6 +316,7 @@ ROOMS = (
     "run",
     "interchange",
     "surgery",
+    "harness",
     "instruments",
     "verify",
     "publish",

@@ -212,7 +212,8 @@ def test_the_busy_stay_and_the_dead_are_revived(trained, tmp_path, capsys):
     assert open_run(tmp_path / "pruned").config.model.moe.num_experts == 2
     revived = ["convert", "surgery", "revive", "--experts", "1", "--out", str(tmp_path / "revived")]
     assert entry([*revived, *run]) == 0
-    assert "not the same: --noise 0.01 moves the new experts" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "not the same: --noise 0.01 moves the new experts" in told and "is lost" in told
     one = ["convert", "surgery", "prune", "--experts", "0,1,2", "--out", str(tmp_path / "one")]
     assert entry([*one, *run]) == 64
     said = capsys.readouterr().err
