@@ -13,7 +13,6 @@ import numpy as np
 
 from moe_jax.errors import UserError
 
-
 GONE = "experts that had tokens are gone"
 MIXED = "the mean of experts is none of them"
 REVIVED = "what the dead experts said is lost, and their copies compete with their parents"
