@@ -36,12 +36,12 @@ def write_file(raw: Mapping[str, Any], out: Path, *, goes_on: bool) -> None:
     `goes_on`: the run in `out` itself is resumed; else a new one begins from its parameters.
     """
     values = _changed(raw, config_file.default_values(), "")
-    values.pop("smoke", None)
     if goes_on:
         how = f"Goes on with {out}: name it as --workdir."
     else:
         how = f"Begins from the parameters of {out}, in another --workdir."
         values["train.init_from"] = str(out)
+        values.pop("smoke", None)
         values.pop("train.init_rename", None)
     lines = [
         f'"""{how}"""',

@@ -72,7 +72,7 @@ def read(run: Run) -> Snapshot:
     place = SingleDeviceSharding(meshes.of_host().devices.flat[0])
     wanted = {}
     for name, (shape, dtype) in read_manifest(path)["arrays"].items():
-        wanted[name] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=place)
+        wanted[name] = jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype), sharding=place)
     # Of a run in float64 jax must be told before it reads.
     arrays = {name: np.asarray(x) for name, x in load_arrays(path, wanted).items()}
     return Snapshot(run.raw, arrays, run.step, saves.metadata(run.step))

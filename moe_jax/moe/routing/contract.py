@@ -158,7 +158,7 @@ def by_number(options: Any, index: Sequence[int], num_experts: int) -> str:
     return "" if same else "it sends tokens to experts by their numbers, whatever they have learned"
 
 
-def never_silenced(options: Any, state: Arrays, new: Any) -> Arrays | None:
+def never_silenced(options: Any, state: Any, new: Any) -> None:
     """Says that no state keeps an expert from being chosen."""
     del options, state, new
     return None
@@ -215,9 +215,9 @@ class Router(NamedTuple):
     # (options, the old number of each new expert, old number of experts) -> why experts cannot get
     # these numbers; "" = they can.
     renumbered: Callable[[Any, Sequence[int], int], str] = any_number
-    # (options, state, which experts are new, bool [E]) -> the state by which those are not chosen
-    # and all else is as before; None = there is none.
-    silenced: Callable[[Any, Arrays, Any], Arrays | None] = never_silenced
+    # (options, state, which experts are new, bool [E]), NumPy arrays -> the state by which those
+    # are not chosen and all else is as before; None = there is none.
+    silenced: Callable[[Any, Any, Any], Any] = never_silenced
 
 
 class Tokens(NamedTuple):

@@ -21,11 +21,12 @@ sums["unbiased"].
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.moe.routing.contract import (
     NEVER,
@@ -210,15 +211,15 @@ def renumbered(options: Options, index: Sequence[int], num_experts: int) -> str:
     return f"experts of its {num_groups} groups would be mixed, and it chooses among whole groups"
 
 
-def silenced(options: Any, state: Arrays, new: Any) -> Arrays | None:
-    """Returns the bias by which new experts are below all others; None for affinities that depend
-    on the number of experts.
+def silenced(options: Any, state: Mapping[str, Any], new: np.ndarray) -> Any:
+    """Returns the bias by which new experts are below all others, on the host; None for affinities
+    that depend on the number of experts.
     """
     if options.score != "sigmoid" or getattr(options, "num_groups", 1) > 1:
         return None
     # Affinities lie between 0 and 1. The others' bias stays as it is.
-    lowest = jnp.where(new, jnp.inf, state["bias"]).min() - 1.5
-    return {**state, "bias": jnp.where(new, lowest, state["bias"])}
+    lowest = np.where(new, np.inf, state["bias"]).min() - 1.5
+    return {**state, "bias": np.where(new, lowest, state["bias"])}
 
 
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
