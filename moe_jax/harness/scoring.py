@@ -15,7 +15,9 @@ from moe_jax.decoding.sample import power_of_two
 from moe_jax.models.decodable import for_decoding
 from moe_jax.models.functions import make_model
 from moe_jax.moe.layer import Batch
+from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.run import Run
+from moe_jax.tasks.cross_entropy import negative_log_likelihood
 
 # Rows are padded to a power of two, at least this: few shapes are few compilations.
 LEAST = 16
@@ -50,20 +52,21 @@ class Scorer:
         self.context = run.config.data.seq_len
         model = make_model(for_decoding(run.config.model))
 
+        def at(x: Array) -> Array:
+            return jax.sharding.reshard(x, P(BATCH, *(None,) * (x.ndim - 1)))
+
         @jax.jit
         def judge(params: Any, router_state: Any, id_BS: Array, target_BS: Array, length_B: Array):
             place_1S = jnp.arange(id_BS.shape[1], dtype=jnp.int32)[None]
             batch = Batch(
-                id_BS=id_BS,
-                position_BS=jnp.broadcast_to(place_1S, id_BS.shape),
-                segment_BS=(place_1S < length_B[:, None]).astype(jnp.int32),
-                row_B=jnp.arange(id_BS.shape[0], dtype=jnp.int32),
+                id_BS=at(id_BS),
+                position_BS=at(jnp.broadcast_to(place_1S, id_BS.shape)),
+                segment_BS=at((place_1S < length_B[:, None]).astype(jnp.int32)),
+                row_B=at(jnp.arange(id_BS.shape[0], dtype=jnp.int32)),
             )
             logits_BSV, _ = model.bind(params, router_state)(batch, jax.random.key(0), False)
-            # In at least float32: a sum of many small numbers follows.
-            logits_BSV = logits_BSV.astype(jnp.promote_types(logits_BSV.dtype, jnp.float32))
-            log_BSV = jax.nn.log_softmax(logits_BSV)
-            log_BS = jnp.take_along_axis(log_BSV, target_BS[:, :, None], 2)[:, :, 0]
+            target_BS = at(target_BS)
+            log_BS = -negative_log_likelihood(logits_BSV, target_BS)
             return log_BS, logits_BSV.argmax(-1) == target_BS
 
         self._judge: Callable[..., tuple[Array, Array]] = judge

@@ -6,7 +6,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from moe_jax.data.documents import Document
 from moe_jax.errors import UserError
 from moe_jax.harness import tasks
 from moe_jax.harness.scoring import Request, Scorer
+from moe_jax.parallel import batch_rows
 from moe_jax.run import open_run
 from moe_jax.tasks import contract
 from moe_jax.tasks.lm import task as lm
@@ -73,8 +73,8 @@ def judged_by_us(run):
     )
     data = type("Data", (), {"domains": ("all",), "tokenizer": tokenizer})
     with jax.set_mesh(meshes.make(1, 1, 1)):
-        batch = jax.tree.map(jnp.asarray, batch)
-        return contract.evaluate(lm.TASK, run.model, batch, data)
+        batch = batch_rows.put(batch, np.arange(len(TEXTS)), len(TEXTS))
+        return jax.jit(lambda batch: contract.evaluate(lm.TASK, run.model, batch, data))(batch)
 
 
 def evaluated(run, wanted, **options):
