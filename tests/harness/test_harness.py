@@ -6,36 +6,16 @@ import json
 import math
 
 import jax
-import meshes
-import numpy as np
 import pytest
-import run_cases
+from harness_cases import TEXTS, judged_by_evaluation
 
 from moe_jax.__main__ import main as entry
-from moe_jax.data import pack
-from moe_jax.data.batches import PackedText
-from moe_jax.data.documents import Document
 from moe_jax.errors import UserError
 from moe_jax.harness import tasks
-from moe_jax.harness.scoring import Request, Scorer
-from moe_jax.parallel import batch_rows
-from moe_jax.run import open_run
-from moe_jax.tasks import contract
-from moe_jax.tasks.lm import task as lm
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 
-TEXTS = ["To be, or not to be.", "A rose by any other name\nwould smell as sweet.", "Hm"]
 QUESTIONS = [("2 + 2?", "3", "4", "5", "6", "B"), ("Red?", "a", "b", "c", "d", "C")] * 3
-SMALL = {"train.steps": 2, "data.seq_len": 128, "model.moe.num_experts": 4}
-SMALL |= {"model.activation": "swiglu", "optim.ema_decay": 0.5}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    run_cases.run(workdir, SMALL)
-    return open_run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +28,6 @@ def files(tmp_path_factory):
         text = "\n".join(",".join(row) for row in rows)
         (folder / split / f"sums_{split}.csv").write_text(text)
     return folder
-
-
-def judged_by_us(run):
-    """Sums of our own evaluation over the same texts, one row each."""
-    tokenizer, length = run.tokenizer, 128
-    rows = [
-        pack.pack(pack.encode([Document(text, "all")], tokenizer, ["all"]), length, tokenizer)
-        for text in TEXTS
-    ]
-    joined = pack.Rows(*(np.concatenate(of).astype(np.int32) for of in zip(*(r[:4] for r in rows))))
-    # The harness does not ask for the boundary behind a text.
-    last = [int((row > 0).sum()) - 1 for row in joined.segment_RS]
-    quiet = np.zeros_like(joined.tokens_RS)
-    quiet[np.arange(len(last)), last] = 1
-    batch = PackedText(
-        joined.tokens_RS,
-        joined.targets_RS,
-        joined.segment_RS,
-        pack.positions(joined.segment_RS),
-        joined.domain_RS,
-        np.arange(len(TEXTS), dtype=np.int32),
-        quiet_BS=quiet,
-    )
-    data = type("Data", (), {"domains": ("all",), "tokenizer": tokenizer})
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        batch = batch_rows.put(batch, np.arange(len(TEXTS)), len(TEXTS))
-        return jax.jit(lambda batch: contract.evaluate(lm.TASK, run.model, batch, data))(batch)
 
 
 def evaluated(run, wanted, **options):
@@ -91,8 +44,8 @@ def evaluated(run, wanted, **options):
 
 def test_perplexities_are_those_of_our_own_evaluation(run, files):
     found = evaluated(run, tasks.made([f"jsonl:{files}/words.jsonl"]))["results"]["words"]
-    ours = judged_by_us(run)
-    nats, num_bytes = float(ours["nll"].sum()), float(ours["bytes"].sum())
+    with jax.set_mesh(run.mesh):
+        nats, num_bytes = judged_by_evaluation(run)
     words = sum(len(text.split()) for text in TEXTS)
     assert num_bytes == sum(len(text.encode()) for text in TEXTS)
     for name, value in (
@@ -101,20 +54,6 @@ def test_perplexities_are_those_of_our_own_evaluation(run, files):
         ("bits_per_byte", nats / num_bytes / math.log(2)),
     ):
         assert found[f"{name},none"] == pytest.approx(value, rel=1e-6)
-
-
-def test_scores_do_not_depend_on_the_batch(run):
-    rng = np.random.default_rng(0)
-    requests = [
-        Request(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist())
-        for n, m in ((1, 3), (100, 60), (9, 1), (40, 2))
-    ]
-    with jax.set_mesh(run.mesh):
-        together = Scorer(run, 4)(requests)
-        alone = [Scorer(run, 1)([request])[0] for request in requests[:2]]
-    for one, other in zip(alone, together):
-        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-9)
-        assert one.is_greedy == other.is_greedy
 
 
 def test_the_table_is_that_of_transformers(run, files, tmp_path):
@@ -166,7 +105,7 @@ def test_the_command(run, files, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "|mmlu_sums" in told and "byte_perplexity" in told
     kept = json.loads(out.read_text())
-    assert kept["step"] == 2 and kept["results"]["mmlu_sums"]["sample_len"] == 2
+    assert kept["step"] == 0 and kept["results"]["mmlu_sums"]["sample_len"] == 2
     for more, message in (
         (["--tasks", f"mmlu:{tmp_path}"], "there is no"),
         (["--tasks", f"mmlu:{files}#algebra"], "there is no subject 'algebra'"),

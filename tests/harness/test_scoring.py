@@ -1,68 +1,13 @@
 """Likelihoods of texts, and tasks from files: what needs no harness."""
 
 import jax
-import meshes
 import numpy as np
 import pytest
-import tiny
+from harness_cases import TEXTS, judged_by_evaluation
 
-from moe_jax.data import pack
-from moe_jax.data.batches import PackedText
-from moe_jax.data.documents import Document
-from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.harness import tasks
 from moe_jax.harness.scoring import Request, Scorer
-from moe_jax.models.functions import make_model
-from moe_jax.parallel import batch_rows
-from moe_jax.run import open_run, write_run
-from moe_jax.tasks import contract
-from moe_jax.tasks.lm import task as lm
-
-TEXTS = ["To be, or not to be.", "A rose by any other name\nwould smell as sweet.", "Hm"]
-SMALL = {"model.vocab_size": 257, "model.repeats": 1, "data.seq_len": 64, "mesh.data": 1}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A model with its first values."""
-    workdir = tmp_path_factory.mktemp("run")
-    cfg = tiny.build((1, 1, 1), SMALL)
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        params, router_state = jax.jit(make_model(cfg.model).init)(jax.random.key(0))
-        # A head of its first size would make all likelihoods alike.
-        params["ends"]["head"] = 20 * params["ends"]["head"]
-        write_run(workdir, tiny.raw(SMALL), {"params": params, "router_state": router_state}, 0)
-    bytes_tokenizer().save(workdir / "tokenizer")
-    return open_run(workdir)
-
-
-def judged_by_evaluation(run):
-    """Nats and bytes of the texts, one row each, by the evaluation of training."""
-    tokenizer, length = run.tokenizer, run.config.data.seq_len
-    rows = [
-        pack.pack(pack.encode([Document(text, "all")], tokenizer, ["all"]), length, tokenizer)
-        for text in TEXTS
-    ]
-    fields = [np.concatenate(of).astype(np.int32) for of in zip(*(row[:4] for row in rows))]
-    tokens_RS, targets_RS, segment_RS, domain_RS = fields
-    # The boundary behind a text is not asked for.
-    quiet_RS = np.zeros_like(tokens_RS)
-    quiet_RS[np.arange(len(TEXTS)), (segment_RS > 0).sum(1) - 1] = 1
-    position_RS, row_R = pack.positions(segment_RS), np.arange(len(TEXTS), dtype=np.int32)
-    batch = PackedText(
-        tokens_RS, targets_RS, segment_RS, position_RS, domain_RS, row_R, quiet_BS=quiet_RS
-    )
-    data = type("Data", (), {"domains": ("all",), "tokenizer": tokenizer})
-    batch = batch_rows.put(batch, np.arange(len(TEXTS)), len(TEXTS))
-
-    @jax.jit
-    def sums_of(params, router_state, batch):
-        model = run.functions.bind(params, router_state)
-        return contract.evaluate(lm.TASK, model, batch, data)
-
-    sums = sums_of(run.parameters, run.router_state, batch)
-    return float(sums["nll"].sum()), float(sums["bytes"].sum())
 
 
 def test_likelihoods_are_those_of_our_own_evaluation(run):
