@@ -7,7 +7,7 @@ import jax
 import meshes
 import numpy as np
 import pytest
-import run_cases
+import surgery_cases
 
 from moe_jax import config, train
 from moe_jax.__main__ import main as entry
@@ -24,16 +24,14 @@ PROMISED = 1e-12
 LOAD = np.array([[5.0, 0.0, 9.0, 1.0], [4.0, 8.0, 0.0, 2.0]])
 THERE = There(2, 4, LOAD)
 KEEP = Asked(0.0, 0, 1.0)
-SMALL = {"model.repeats": 2, "model.moe.num_experts": 4, "data.seq_len": 16, "train.steps": 4}
-SMALL |= {"train.stop_at": 2, "model.moe.router": "sigmoid", "model.moe.shared_experts": 1}
+SMALL = {"model.repeats": 2, "model.moe.num_experts": 4, "data.seq_len": 16}
+SMALL |= {"model.moe.router": "sigmoid", "model.moe.shared_experts": 1}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run with experts that stopped half-way; its biases have moved."""
-    workdir = tmp_path_factory.mktemp("experts")
-    run_cases.run(workdir, SMALL)
-    return workdir
+    return surgery_cases.write(tmp_path_factory.mktemp("experts"), SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +139,10 @@ def test_the_function_is_kept(state, operation):
 @pytest.mark.parametrize("how", ["slices", "copies"])
 @pytest.mark.parametrize("name", [n for n in ROUTERS if not ROUTERS[n].replays])
 def test_every_router_is_split_or_says_why(tmp_path, name, how):
-    changes = {**SMALL, "model.moe.router": name, "model.allow_leak": True, "train.stop_at": 1}
+    changes = {**SMALL, "model.moe.router": name, "model.allow_leak": True}
     if ROUTERS[name].num_slots(ROUTERS[name].options()):
         changes["model.moe.dispatcher"] = "slots"
-    run_cases.run(tmp_path / "run", changes)
-    old = snapshot.read(open_run(tmp_path / "run"))
+    old = snapshot.read(open_run(surgery_cases.write(tmp_path / "run", changes)))
     try:
         done = operated(old, operations.split(There(2, 4, None), 2, how), KEEP)
     except UserError as error:
@@ -175,7 +172,6 @@ def test_merged_experts_are_means_everywhere(state):
 
 def goes_on(workdir):
     raw = json.loads((workdir / "config.json").read_text())
-    raw["train"]["stop_at"] = 0
     cfg = config.build(raw, 1)
     with jax.set_mesh(meshes.make(1, 1, 1)):
         train.run(cfg, raw, workdir, time.monotonic())

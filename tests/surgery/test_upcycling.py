@@ -10,7 +10,7 @@ import jax
 import meshes
 import numpy as np
 import pytest
-import run_cases
+import surgery_cases
 import tiny
 
 from moe_jax import config, train
@@ -27,16 +27,14 @@ from moe_jax.surgery.upcycling import Change, Shares
 from moe_jax.surgery.weights import gaps
 
 SMALL = {"model.period": ("dense",), "model.repeats": 2, "model.ffn_hidden": 24}
-SMALL |= {"train.steps": 4, "train.stop_at": 2, "model.vocab_size": 256, "data.seq_len": 16}
+SMALL |= {"data.seq_len": 16}
 STILL = Change(0.0, 0.0, 0)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A dense run that stopped half-way."""
-    workdir = tmp_path_factory.mktemp("dense")
-    run_cases.run(workdir, SMALL)
-    return workdir
+    return surgery_cases.write(tmp_path_factory.mktemp("dense"), SMALL)
 
 
 def moe(experts, width, shared=0):
@@ -190,7 +188,6 @@ def _block(made):
 
 def goes_on(workdir):
     raw = json.loads((workdir / "config.json").read_text())
-    raw["train"]["stop_at"] = 0
     cfg = config.build(raw, 1)
     with jax.set_mesh(meshes.make(1, 1, 1)):
         return train.run(cfg, raw, workdir, time.monotonic())
