@@ -1,15 +1,11 @@
 """`convert surgery`: plans by hand, arrays by hand, and whole runs."""
 
-import json
-import time
-
 import jax
 import meshes
 import numpy as np
 import pytest
 import surgery_cases
 
-from moe_jax import config, train
 from moe_jax.__main__ import main as entry
 from moe_jax.commands import fsck
 from moe_jax.errors import UserError
@@ -170,14 +166,6 @@ def test_merged_experts_are_means_everywhere(state):
     np.testing.assert_array_equal(done.snapshot.arrays[gate][:, 2], state.arrays[gate][:, 3])
 
 
-def goes_on(workdir):
-    raw = json.loads((workdir / "config.json").read_text())
-    cfg = config.build(raw, 1)
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        train.run(cfg, raw, workdir, time.monotonic())
-    return snapshot.read(open_run(workdir))
-
-
 def test_a_permuted_run_trains_as_the_run_itself(trained, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
     flags = ["--workdir", str(trained), "--order"]
@@ -186,16 +174,16 @@ def test_a_permuted_run_trains_as_the_run_itself(trained, tmp_path, capsys):
     assert "computes what the old one does" in capsys.readouterr().out
     assert entry([*command, "0,1,2,3", "--out", str(again)]) == 0
     assert fsck.main([str(out)]) == 0
-    moved, stayed = goes_on(out), goes_on(again)
-    assert moved.step == 4
+    moved, stayed = surgery_cases.goes_on(out), surgery_cases.goes_on(again)
+    assert moved["step"] == 4
     order = [2, 0, 3, 1]
     changed = 0
-    for name, x in stayed.arrays.items():
+    for name, x in stayed.items():
         axis = 1 if name.endswith("router/gate") else 0
         if "/moe/" in name:
             changed += 1
             x = np.take(x, order, axis)
-        np.testing.assert_allclose(moved.arrays[name], x, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(moved[name], x, rtol=1e-9, atol=1e-12)
     # In each of two layers 3 weights, with average and two moments, and the bias.
     assert changed == 2 * (3 * 4 + 1)
 

@@ -2,8 +2,6 @@
 comes out trains on.
 """
 
-import json
-import time
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +11,6 @@ import pytest
 import surgery_cases
 import tiny
 
-from moe_jax import config, train
 from moe_jax.__main__ import main as entry
 from moe_jax.commands import fsck
 from moe_jax.commands.conversions.told import PROMISED
@@ -186,13 +183,6 @@ def _block(made):
     return name.removeprefix("params/").partition("moe/")[0]
 
 
-def goes_on(workdir):
-    raw = json.loads((workdir / "config.json").read_text())
-    cfg = config.build(raw, 1)
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        return train.run(cfg, raw, workdir, time.monotonic())
-
-
 def test_the_command_makes_a_run_that_trains_on(dense, tmp_path, capsys):
     out = tmp_path / "out"
     keys = words(["num_experts=4", "router=sigmoid"])
@@ -201,9 +191,12 @@ def test_the_command_makes_a_run_that_trains_on(dense, tmp_path, capsys):
     assert "24 to each of 4 experts" in told
     assert "the new model computes what the old one does" in told
     assert fsck.main([str(out)]) == 0
-    goes_on(out)
     made = open_run(out)
-    assert made.step == 4 and made.config.model.blocks == ("moe", "moe")
+    assert made.step == surgery_cases.STEP and made.config.model.blocks == ("moe", "moe")
+    moved = surgery_cases.goes_on(out)
+    experts = moved["params/repeats/0/blocks/0/moe/experts/w_out"]
+    # Copies become different as soon as they see different tokens.
+    assert moved["step"] == 4 and np.abs(experts[0] - experts[1]).max() > 0
 
 
 def test_mistakes_are_one_line(dense, tmp_path, capsys):
