@@ -84,7 +84,13 @@ def test_the_table_is_that_of_transformers(run, files, tmp_path):
             task_manager=manager_for([], None),
             bootstrap_iters=0,
         )
-        assert make_table(ours) == make_table(theirs)
+        if shots:
+            assert make_table(ours) == make_table(theirs)
+            continue
+        # A model with first values has perplexities of so many digits that rounding is printed.
+        for metric in ("word_perplexity,none", "byte_perplexity,none", "bits_per_byte,none"):
+            value = theirs["results"]["words"][metric]
+            assert ours["results"]["words"][metric] == pytest.approx(value, rel=1e-6)
 
 
 def test_answers_are_generated(run):
