@@ -12,7 +12,6 @@ depend on the values. `products`: one matrix [512, 1024]. All variants are timed
 round; reported are medians, and medians of each round's ratio to dense.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -38,12 +37,15 @@ from configs import base
 from experiments.command_line import Flags, launch
 from experiments.writing import show
 from moe_jax import checkpoint, config
-from moe_jax.commands import convert
+from moe_jax.commands.conversions.compact import bytes_of
 from moe_jax.errors import UserError
 from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import stored
 from moe_jax.parallel import batch_rows, mesh
+from moe_jax.run import write_run
+from moe_jax.surgery.compacting import Asked, shrunk
+from moe_jax.surgery.weights import Weights, compare
 from moe_jax.tasks import TASKS
 from moe_jax.terminal.table import Table, names, numbers
 
@@ -98,7 +100,7 @@ def models(rounds: int) -> None:
     show(table)
 
 
-def first(zeros: Mapping[str, Any]) -> convert.Weights:
+def first(zeros: Mapping[str, Any]) -> Weights:
     """First values with the zeros of a rule, as a run would begin."""
     c = base.get_config()
     c.update_from_flattened_dict(
@@ -112,22 +114,22 @@ def first(zeros: Mapping[str, Any]) -> convert.Weights:
         return sparse.begin(cfg.model.moe.sparse, params, stacked=False)[0], router_state
 
     params, router_state = jax.device_get(jax.jit(init)(jax.random.key(0)))
-    return convert.Weights(
+    return Weights(
         {**raw, "mesh": mesh.ONE.written()},
         {"params": params, "router_state": router_state},
         0,
     )
 
 
-def compacted(old: convert.Weights, out: Path) -> convert.Weights:
-    flags = argparse.Namespace(workdir="the model", format="auto", block=0)
-    notes, new = convert.shrunk(old, flags)
-    convert.write(Path(), out, new)
-    print("\n".join(notes), f"; outputs deviate by {convert.compare(old, new):.1e}\n", flush=True)
+def compacted(old: Weights, out: Path) -> Weights:
+    asked = Asked(Path("the model"), "auto", 0)
+    notes, new = shrunk(old, asked)
+    write_run(out, new.raw, jax.tree.map(jax.numpy.asarray, new.parts), new.step)
+    print("\n".join(notes), f"; outputs deviate by {compare(old, new):.1e}\n", flush=True)
     return new
 
 
-def sizes(weights: convert.Weights, out: Path) -> list[str]:
+def sizes(weights: Weights, out: Path) -> list[str]:
     """Parameters, those of them that are not zero, megabytes on disk, compressed and in memory,
     FLOPs of a token's experts.
     """
@@ -148,14 +150,14 @@ def sizes(weights: convert.Weights, out: Path) -> list[str]:
     return [
         f"{count:,}",
         f"{alive:,}",
-        mega(convert.bytes_of(out, 0)),
+        mega(bytes_of(out, 0)),
         mega(packed),
         mega(held),
         f"{flops / 1e6:.2f} M",
     ]
 
 
-def forward(weights: convert.Weights, rows: int, length: int) -> Callable[[], Any]:
+def forward(weights: Weights, rows: int, length: int) -> Callable[[], Any]:
     raw = {
         **weights.raw,
         "train": {**weights.raw["train"], "batch_size": rows},

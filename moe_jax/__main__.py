@@ -19,7 +19,8 @@ COMMANDS = {
     "plan": "memory, FLOPs, traffic and time of a run on hardware that is not there",
     "verify": "prove that a config computes the same on every mesh",
     "leak": "measure whether later tokens or other sequences change earlier outputs",
-    "convert": "make another checkpoint of a trained model: without its zeros",
+    "evaluate": "judge a trained language model by tasks of lm-evaluation-harness",
+    "convert": "make another model of a trained one: exported, upcycled, with other experts",
     "fsck": "check the files of a run, and repair what can be",
     "probe": "what a trained model's routing and experts are worth",
     "report": "one HTML page of the curves and the routing of some runs",
@@ -29,13 +30,13 @@ TRAINS = f"a model is trained by `{TRAINING}`"
 GENERATES = "a trained model writes text by `python -m moe_jax generate --workdir DIR`"
 EVALUATES = (
     "a run evaluates itself: `python -m moe_jax.main` with the flags of a finished run does so "
-    "again, "
-    "and `python -m moe_jax probe --workdir DIR` looks into its routing"
+    "again, `python -m moe_jax evaluate --workdir DIR` judges it by tasks of others, and "
+    "`python -m moe_jax probe --workdir DIR` looks into its routing"
 )
 # What other programs call it, and what it is here.
 ELSEWHERE = {
     **dict.fromkeys(("train", "main", "run", "fit", "pretrain", "finetune", "resume"), TRAINS),
-    **dict.fromkeys(("eval", "evaluate", "test", "validate"), EVALUATES),
+    **dict.fromkeys(("eval", "test", "validate"), EVALUATES),
     **dict.fromkeys(("sample", "predict", "infer", "inference", "decode", "chat"), GENERATES),
 }
 

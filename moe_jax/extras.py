@@ -1,7 +1,7 @@
 """Libraries that only some tasks and commands need: training a language model imports none of them.
 
 The extras of the package install them: `tasks` (requirements/tasks.txt), `hf`
-(requirements/hf.txt) and `report` (requirements/report.txt).
+(requirements/hf.txt), `report` (requirements/report.txt) and `eval` (requirements/eval.txt).
 """
 
 import importlib.util
@@ -10,7 +10,10 @@ from moe_jax.errors import UserError
 
 # What Python imports -> what pip installs.
 DISTRIBUTIONS = {
+    "datasets": "datasets",
+    "jinja2": "jinja2",
     "kaldi_native_fbank": "kaldi-native-fbank",
+    "lm_eval": "lm-eval",
     "pysword": "pysword",
     "sacrebleu": "sacrebleu",
     "safetensors": "safetensors",
@@ -18,7 +21,13 @@ DISTRIBUTIONS = {
     "vl_convert": "vl-convert-python",
 }
 # The extra that has them, where it is not "tasks".
-EXTRAS = {"safetensors": "hf", "vl_convert": "report"}
+EXTRAS = {
+    "datasets": "eval",
+    "jinja2": "hf",
+    "lm_eval": "eval",
+    "safetensors": "hf",
+    "vl_convert": "report",
+}
 
 
 def require(purpose: str, *modules: str) -> None:

@@ -29,6 +29,8 @@ class PackedText(NamedTuple):
     # What an instrument asks of the MoE layers (moe.probe.Request, whose arrays are [B, M, ...]
     # for all M blocks of the model); () = nothing.
     request: Any = ()
+    # Not 0 where the target is not learned; () = all are.
+    quiet_BS: Any = ()
 
 
 class Batches:

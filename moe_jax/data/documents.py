@@ -13,6 +13,39 @@ class Document(NamedTuple):
     text: str
     domain: str
 
+    @property
+    def pieces(self) -> list[str]:
+        """The texts that are encoded by themselves."""
+        return [self.text]
+
+    @property
+    def learned(self) -> tuple[bool, ...] | None:
+        """Which pieces are learned; None = the whole."""
+        return None
+
+
+class Conversation(NamedTuple):
+    """A document of which some pieces alone are learned: the answers of a chat.
+
+    Each piece is encoded by itself, as a prompt is when the model has read it and writes.
+    """
+
+    text: str
+    domain: str
+    # Where the text is cut.
+    cuts: tuple[int, ...]
+    # Of each piece, one more than cuts.
+    learned: tuple[bool, ...]
+
+    @property
+    def pieces(self) -> list[str]:
+        """The texts that are encoded by themselves."""
+        bounds = [0, *self.cuts, len(self.text)]
+        return [self.text[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+AnyDocument = Document | Conversation
+
 
 def cut(text: str, size: int) -> list[str]:
     """Cuts `text` into near-equal pieces of about `size` characters, which concatenate to it.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from moe_jax.data import pack, sources
-from moe_jax.data.documents import Document
+from moe_jax.data.documents import AnyDocument
 from moe_jax.data.part import Part, in_memory
 from moe_jax.data.survey import fingerprint, only, survey
 from moe_jax.data.tokenizer import bytes_tokenizer
@@ -54,8 +54,8 @@ def open_embedded(
 
 
 def _slice(
-    pairs: list[tuple[str, Document]], sliced: str, most_bytes: int
-) -> list[tuple[str, Document]]:
+    pairs: list[tuple[str, AnyDocument]], sliced: str, most_bytes: int
+) -> list[tuple[str, AnyDocument]]:
     """Returns the pairs with at most `most_bytes` of each domain in the split `sliced` (0: all).
 
     At least one document of each domain stays. They are drawn by a fixed shuffle of the domain, not
@@ -81,4 +81,6 @@ def _slice(
 
 def _joined(blocks: Iterable[pack.Rows]) -> pack.Rows:
     """Returns all rows of the blocks as one."""
-    return pack.Rows(*(np.concatenate(fields) for fields in zip(*blocks)))
+    # Embedded text is learned whole, so the last field is not there.
+    fields = zip(*(block[:4] for block in blocks))
+    return pack.Rows(*map(np.concatenate, fields))

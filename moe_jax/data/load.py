@@ -65,7 +65,7 @@ class Dataset(NamedTuple):
         """Returns the rows `index_B` of the parts `part_B`; padding where not `valid_B`."""
         fetched = self.fetch(split, part_B, index_B)
         # 0 in every field is padding: segment 0, target 0.
-        rows = Rows(*(np.where(valid_B[:, None], field, 0) for field in fetched))
+        rows = fetched.each(lambda field: np.where(valid_B[:, None], field, 0))
         return PackedText(
             tokens_BS=rows.tokens_RS,
             targets_BS=rows.targets_RS,
@@ -73,6 +73,7 @@ class Dataset(NamedTuple):
             position_BS=positions(rows.segment_RS),
             domain_BS=rows.domain_RS,
             row_B=row_B,
+            quiet_BS=() if rows.quiet_RS is None else rows.quiet_RS,
         )
 
     def heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
@@ -121,13 +122,17 @@ class Dataset(NamedTuple):
         """Returns rows [n] of int32 by part and index in it, with the dataset's domain numbers."""
         domain_ids = self._domain_ids()
         shape = (len(part_N), self.seq_len)
-        fetched = Rows(*(np.zeros(shape, np.int32) for _ in Rows._fields))
+        has_quiet = any(part.has_quiet for part in self.parts)
+        fields = Rows._fields if has_quiet else Rows._fields[:-1]
+        fetched = Rows(*(np.zeros(shape, np.int32) for _ in fields))
         for part in np.unique(part_N):
             # Each part gives its rows in one call, whatever their order in the batch.
             of_part = part_N == part
             rows = getattr(self.parts[part], split).fetch(index_N[of_part])
             for field, values in zip(fetched, rows):
-                field[of_part] = values
+                # What a part has not is 0.
+                if field is not None and values is not None:
+                    field[of_part] = values
             # A part numbers its own domains; the dataset numbers those of all parts.
             fetched.domain_RS[of_part] = domain_ids[part][rows.domain_RS]
         return fetched

@@ -6,12 +6,12 @@ another; one that a row's end cuts goes on in the next row as a new segment. Sha
 positions of a row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.data.documents import Document
+from moe_jax.data.documents import AnyDocument
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
@@ -30,11 +30,32 @@ class Rows(NamedTuple):
     segment_RS: np.ndarray
     # Index into the names of the domains.
     domain_RS: np.ndarray
+    # 1 where the target is not learned, as in the questions of a chat; None = all are learned.
+    quiet_RS: np.ndarray | None = None
+
+    def each(self, f: Callable[[np.ndarray], np.ndarray]) -> "Rows":
+        """Returns f of each field that is there."""
+        fields = [f(field) for field in self[:4]]
+        quiet_RS = None if self.quiet_RS is None else f(self.quiet_RS)
+        return Rows(*fields)._replace(quiet_RS=quiet_RS)
 
 
-def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: Tokenizer) -> Rows:
-    """Lays (tokens, domain) after one another in rows of `seq_len`; the last row is padded."""
-    lengths = np.array([len(tokens) + 1 for tokens, _ in documents], np.int64)
+class Encoded(NamedTuple):
+    """A document as ids."""
+
+    tokens: np.ndarray
+    # Index into the names of the domains.
+    domain: int
+    # For each token, and for the boundary behind the last: True = not learned. None = all are.
+    quiet: np.ndarray | None = None
+
+
+def pack(documents: Sequence[tuple[Any, ...]], seq_len: int, tokenizer: Tokenizer) -> Rows:
+    """Lays documents (the fields of Encoded) after one another in rows of `seq_len`; the last row
+    is padded.
+    """
+    encoded = [Encoded(*document) for document in documents]
+    lengths = np.array([len(document.tokens) + 1 for document in encoded], np.int64)
     # Rounded up: the last row has padding.
     num_rows = -(-int(lengths.sum()) // seq_len)
     boundary = np.array([tokenizer.boundary_id], tokenizer.dtype)
@@ -45,15 +66,22 @@ def pack(documents: Sequence[tuple[np.ndarray, int]], seq_len: int, tokenizer: T
     #     targets  a b c |    d | 0 0
     #     segment  1 1 1 1    1 1 0 0
     pieces = [boundary]
-    for tokens, _ in documents:
-        pieces += [tokens, boundary]
+    for document in encoded:
+        pieces += [document.tokens, boundary]
     flat = np.concatenate(pieces).astype(tokenizer.dtype, copy=False)
-    domains = np.array([domain for _, domain in documents], np.uint8)
+    domains = np.array([document.domain for document in encoded], np.uint8)
+    quiet_RS = None
+    if any(document.quiet is not None for document in encoded):
+        quiet = [np.zeros(length, np.uint8) for length in lengths]
+        for place, document in zip(quiet, encoded):
+            place[:] = 0 if document.quiet is None else document.quiet
+        quiet_RS = _in_rows(np.concatenate(quiet), num_rows, seq_len)
     return Rows(
         tokens_RS=_in_rows(flat[:-1], num_rows, seq_len),
         targets_RS=_in_rows(flat[1:], num_rows, seq_len),
         segment_RS=_segments(lengths, num_rows, seq_len),
         domain_RS=_in_rows(np.repeat(domains, lengths), num_rows, seq_len),
+        quiet_RS=quiet_RS,
     )
 
 
@@ -89,7 +117,9 @@ def positions(segment_BS: np.ndarray) -> np.ndarray:
     return np.where(segment_BS > 0, position_S - start_BS, 0).astype(np.int32)
 
 
-def split(documents: Iterable[Document], heldout_every: int) -> Iterator[tuple[str, Document]]:
+def split(
+    documents: Iterable[AnyDocument], heldout_every: int
+) -> Iterator[tuple[str, AnyDocument]]:
     """Pairs each document with its split: of each domain every `heldout_every`-th is held out.
 
     Raises UserError, at the end, for a domain with so few documents that none is held out.
@@ -118,8 +148,8 @@ def _none_held_out(domain: str, count: int, heldout_every: int) -> UserError:
 
 
 def shuffled_windows(
-    documents: Iterable[Document], seed: int, window_bytes: int
-) -> Iterator[list[Document]]:
+    documents: Iterable[AnyDocument], seed: int, window_bytes: int
+) -> Iterator[list[AnyDocument]]:
     """Yields windows of about `window_bytes` of text, each in an order drawn from `seed`."""
     for number, window in enumerate(windows(documents, window_bytes)):
         # The number of the window is in the seed, or all windows would be shuffled alike.
@@ -127,9 +157,9 @@ def shuffled_windows(
         yield [window[i] for i in order]
 
 
-def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[Document]]:
+def windows(documents: Iterable[AnyDocument], window_bytes: int) -> Iterator[list[AnyDocument]]:
     """Yields lists of consecutive documents of at least `window_bytes` (the last may have less)."""
-    window: list[Document] = []
+    window: list[AnyDocument] = []
     size = 0
     for document in documents:
         window.append(document)
@@ -143,26 +173,47 @@ def windows(documents: Iterable[Document], window_bytes: int) -> Iterator[list[D
 
 
 def encode(
-    documents: Sequence[Document], tokenizer: Tokenizer, domains: Sequence[str]
-) -> list[tuple[np.ndarray, int]]:
-    """Returns (tokens, index of the domain) of each document that has tokens.
+    documents: Sequence[AnyDocument], tokenizer: Tokenizer, domains: Sequence[str]
+) -> list[Encoded]:
+    """Returns each document that has tokens.
 
-    A tokenizer may drop white space, so a document may have none.
+    A tokenizer may drop white space, so a document may have none. UserError for a document in
+    pieces and a tokenizer that puts a space before each.
     """
     domain_index = {name: i for i, name in enumerate(domains)}
-    pairs: list[tuple[np.ndarray, int]] = []
+    found: list[Encoded] = []
     for start in range(0, len(documents), ENCODE_DOCUMENTS):
         batch = documents[start : start + ENCODE_DOCUMENTS]
-        encoded = tokenizer.encode_many([document.text for document in batch])
-        for tokens, document in zip(encoded, batch):
+        pieces = iter(tokenizer.encode_many([text for doc in batch for text in doc.pieces]))
+        for document in batch:
+            of_document = [next(pieces) for _ in document.pieces]
+            tokens = np.concatenate(of_document)
             # A document without tokens would be a boundary that predicts a boundary.
             if len(tokens):
-                pairs.append((tokens, domain_index[document.domain]))
-    return pairs
+                quiet = _quiet(document, of_document, tokenizer)
+                found.append(Encoded(tokens, domain_index[document.domain], quiet))
+    return found
+
+
+def _quiet(
+    document: AnyDocument, pieces: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> np.ndarray | None:
+    """Returns which targets of a document are not learned, [tokens + 1]; None = all are."""
+    if document.learned is None:
+        return None
+    if tokenizer.prefix_space:
+        raise UserError(
+            f"tokenizer {tokenizer.name} puts a space before each piece of a chat, which no answer "
+            "begins with: take another tokenizer, such as bpe:8192"
+        )
+    lengths = [len(piece) for piece in pieces]
+    # The boundary behind the last piece says that it has ended, which is learned with it.
+    lengths[-1] += 1
+    return np.repeat(~np.array(document.learned), lengths)
 
 
 def pack_train(
-    documents: Iterable[Document],
+    documents: Iterable[AnyDocument],
     seq_len: int,
     tokenizer: Tokenizer,
     domains: Sequence[str],
@@ -174,7 +225,7 @@ def pack_train(
 
 
 def pack_heldout(
-    documents: Iterable[Document], seq_len: int, tokenizer: Tokenizer, domains: Sequence[str]
+    documents: Iterable[AnyDocument], seq_len: int, tokenizer: Tokenizer, domains: Sequence[str]
 ) -> Iterator[Rows]:
     """Yields the rows of held-out documents.
 

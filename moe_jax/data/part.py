@@ -40,6 +40,8 @@ class Part(NamedTuple):
     # (split, domain) -> its documents one after another, perhaps the first of them only
     text: Callable[[str, str], bytes]
     fingerprint: str
+    # Some targets are not learned (pack.Rows.quiet_RS).
+    has_quiet: bool = False
     # Sentences for the log of the run at its start.
     notes: tuple[str, ...] = ()
 
@@ -48,6 +50,6 @@ def in_memory(rows: Rows) -> Store:
     """Returns a store of rows that are already arrays."""
 
     def fetch(index_N: np.ndarray) -> Rows:
-        return Rows(*(field[index_N] for field in rows))
+        return rows.each(lambda field: field[index_N])
 
     return Store(len(rows.tokens_RS), fetch)

@@ -32,6 +32,8 @@ LOCK = ".moe_jax_prepare"
 FORMAT = 1
 # The fields of pack.Rows, in their order, under their names on disk.
 FIELDS = ("inputs", "targets", "segment", "domain")
+# The last one, in a directory that has documents of which not all is learned.
+QUIET = "quiet"
 # Every record has KEYS. Older records have no digests; KEYS_BEFORE_DIGESTS are all their keys, so
 # that a newer record that has lost its digests is not taken for one of them.
 KEYS = {
@@ -79,6 +81,8 @@ def write_record(
         "documents": surveyed.documents,
         "text_bytes": surveyed.text_bytes,
         "heldout_piece_bytes": heldout_piece_bytes,
+        # A directory whose text is learned whole is as it always was.
+        **({QUIET: True} if surveyed.has_quiet else {}),
         "files": files,
         "digests": {name: _sha256(folder / name) for name in files},
     }
@@ -163,7 +167,7 @@ def open_prepared(folder: pathlib.Path) -> Part:
             return gzip.decompress(path.read_bytes())
 
     stores = {
-        split: _store(folder, split, num_rows, tokenizer.vocab_size, len(domains))
+        split: _store(folder, record, split, num_rows, tokenizer.vocab_size)
         for split, num_rows in record["rows"].items()
     }
     without_digests = (
@@ -183,6 +187,7 @@ def open_prepared(folder: pathlib.Path) -> Part:
         heldout_piece_bytes=piece_bytes(record),
         text=text,
         fingerprint=record["fingerprint"],
+        has_quiet=record.get(QUIET, False),
         notes=() if "digests" in record else (without_digests,),
     )
 
@@ -253,12 +258,13 @@ def _check_digest(folder: pathlib.Path, path: pathlib.Path, record: dict[str, An
 
 
 def _store(
-    folder: pathlib.Path, split: str, num_rows: int, vocab_size: int, num_domains: int
+    folder: pathlib.Path, record: dict[str, Any], split: str, num_rows: int, vocab_size: int
 ) -> Store:
     """Opens the rows of a split. Raises UserError for damage or another number than recorded."""
     from moe_jax.data.tfds_import import tfds
 
-    what = f"the {split} rows of {folder}"
+    what, num_domains = f"the {split} rows of {folder}", len(record["domains"])
+    fields = (*FIELDS, QUIET) if record.get(QUIET) else FIELDS
     try:
         builder = tfds.builder_from_directory(rows_folder(folder))
         source: Any = builder.as_data_source(split=split)
@@ -274,7 +280,7 @@ def _store(
     def fetch(index_N: np.ndarray) -> Rows:
         with intact(what):
             records = source.__getitems__([int(i) for i in index_N])
-        rows = Rows(*(np.stack([record[name] for record in records]) for name in FIELDS))
+        rows = Rows(*(np.stack([row[name] for row in records]) for name in fields))
         # NumPy and JAX would take an index that is out of range for another one, without a word.
         _check_range(rows.tokens_RS, vocab_size, what)
         _check_range(rows.targets_RS, vocab_size, what)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from moe_jax.data.documents import Document
+from moe_jax.data.documents import AnyDocument
 from moe_jax.data.pack import SPLITS
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
@@ -25,14 +25,18 @@ class Survey(NamedTuple):
     text_bytes: Counts
     # SHA-256 of all documents with their domains and splits, in order.
     digest: str
+    # Some document is not learned whole.
+    has_quiet: bool = False
 
 
-def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
+def survey(documents: Iterable[tuple[str, AnyDocument]]) -> Survey:
     """Returns the counts of (split, document) pairs. Raises UserError for too many domains."""
     counts: Counts = {split: {} for split in SPLITS}
     sizes: Counts = {split: {} for split in SPLITS}
     digest = hashlib.sha256()
-    for split, (text, domain) in documents:
+    has_quiet = False
+    for split, document in documents:
+        text, domain = document.text, document.domain
         data = text.encode("utf-8")
         # Both splits list every domain, in the order of its first document.
         for name in SPLITS:
@@ -42,12 +46,16 @@ def survey(documents: Iterable[tuple[str, Document]]) -> Survey:
         sizes[split][domain] += len(data)
         # With their lengths, so that no two lists of documents have the same bytes in a row.
         digest.update(f"{split}\0{domain}\0{len(data)}\0".encode() + data)
+        if document.learned is not None:
+            has_quiet = True
+            lengths = [len(piece) for piece in document.pieces]
+            digest.update(repr((lengths, document.learned)).encode())
         if len(counts["train"]) > MOST_DOMAINS:
             raise UserError(
                 f"more than {MOST_DOMAINS} domains: give each source one label, as in "
                 "LABEL=text:GLOB"
             )
-    return Survey(tuple(counts["train"]), counts, sizes, digest.hexdigest())
+    return Survey(tuple(counts["train"]), counts, sizes, digest.hexdigest(), has_quiet)
 
 
 def fingerprint(
@@ -58,6 +66,6 @@ def fingerprint(
     return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
 
 
-def only(documents: Iterable[tuple[str, Document]], split: str) -> Iterator[Document]:
+def only(documents: Iterable[tuple[str, AnyDocument]], split: str) -> Iterator[AnyDocument]:
     """Returns the documents of one split."""
     return (document for name, document in documents if name == split)

@@ -28,7 +28,10 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, seq_len: int, dtype: np.dtype, splits: Splits, **kwargs: Any):
+    def __init__(
+        self, *, seq_len: int, dtype: np.dtype, splits: Splits, has_quiet: bool, **kwargs: Any
+    ):
+        self._has_quiet = has_quiet
         self._seq_len = seq_len
         self._dtype = dtype
         self._splits = splits
@@ -49,6 +52,8 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
             "segment": self._tensor(np.min_scalar_type(self._seq_len // 2 + 1)),
             "domain": self._tensor(np.dtype(np.uint8)),
         }
+        if self._has_quiet:
+            features["quiet"] = self._tensor(np.dtype(np.uint8))
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -86,12 +91,17 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
 
 
 def build_packed_text(
-    folder: pathlib.Path, seq_len: int, dtype: np.dtype, splits: Splits
+    folder: pathlib.Path, seq_len: int, dtype: np.dtype, splits: Splits, has_quiet: bool
 ) -> dict[str, int]:
     """Writes the splits as ArrayRecord files under `folder`; returns the number of rows of each."""
     tfds.disable_progress_bar()
     builder = PackedText(
-        data_dir=folder, file_format="array_record", seq_len=seq_len, dtype=dtype, splits=splits
+        data_dir=folder,
+        file_format="array_record",
+        seq_len=seq_len,
+        dtype=dtype,
+        splits=splits,
+        has_quiet=has_quiet,
     )
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)

@@ -17,8 +17,8 @@ from typing import IO, Any, cast
 import numpy as np
 
 from moe_jax.data import pack, prepared, sources
-from moe_jax.data.documents import Document
-from moe_jax.data.survey import fingerprint, only, survey
+from moe_jax.data.documents import AnyDocument
+from moe_jax.data.survey import Survey, fingerprint, only, survey
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer import make as make_tokenizer
 from moe_jax.errors import UserError
@@ -53,7 +53,7 @@ def _write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> None:
     )
 
     # The sources may be larger than memory, so each step reads them anew.
-    def documents() -> Iterator[tuple[str, Document]]:
+    def documents() -> Iterator[tuple[str, AnyDocument]]:
         of_sources = (sources.read(spec) for spec in arguments["sources"])
         return pack.split(itertools.chain.from_iterable(of_sources), heldout_every)
 
@@ -72,7 +72,7 @@ def _write(out: pathlib.Path, arguments: dict[str, Any], track: Track) -> None:
         "train": pack.pack_train(only(documents(), "train"), seq_len, tokenizer, domains, seed),
         "heldout": pack.pack_heldout(only(documents(), "heldout"), seq_len, tokenizer, domains),
     }
-    num_rows, piece_bytes = _write_rows(out, seq_len, tokenizer, splits, domains, track)
+    num_rows, piece_bytes = _write_rows(out, seq_len, tokenizer, splits, surveyed, track)
     # 4. The record declares the directory finished.
     prepared.write_record(
         out,
@@ -111,8 +111,8 @@ def _finished(out: pathlib.Path, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_texts_kept(
-    documents: Iterable[tuple[str, Document]], out: pathlib.Path
-) -> Iterator[tuple[str, Document]]:
+    documents: Iterable[tuple[str, AnyDocument]], out: pathlib.Path
+) -> Iterator[tuple[str, AnyDocument]]:
     """Yields the same documents, and writes the first text of each split and domain.
 
     A file of out/texts takes documents until it has TEXT_BYTES; the last one is whole.
@@ -143,7 +143,7 @@ def _write_rows(
     seq_len: int,
     tokenizer: Tokenizer,
     splits: dict[str, Iterator[pack.Rows]],
-    domains: tuple[str, ...],
+    surveyed: Survey,
     track: Track,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Writes the rows of both splits with TFDS, and the domains of the held-out ones.
@@ -153,6 +153,7 @@ def _write_rows(
     """
     from moe_jax.data.tfds_builder import build_packed_text
 
+    domains, has_quiet = surveyed.domains, surveyed.has_quiet
     heldout_domain: list[np.ndarray] = []
     bytes_V = tokenizer.token_bytes()
     bytes_Z = np.zeros(len(domains), np.int64)
@@ -166,13 +167,16 @@ def _write_rows(
                 target_bytes = bytes_V[rows.targets_RS[valid_RS]]
                 # Adds up repeated domains too, which `bytes_Z[...] +=` would not.
                 np.add.at(bytes_Z, rows.domain_RS[valid_RS], target_bytes)
-            for row in zip(*rows):
-                yield dict(zip(prepared.FIELDS, row))
+            if has_quiet and rows.quiet_RS is None:
+                rows = rows._replace(quiet_RS=np.zeros(rows.tokens_RS.shape, np.uint8))
+            fields = [field for field in rows if field is not None]
+            for row in zip(*fields):
+                yield dict(zip((*prepared.FIELDS, prepared.QUIET), row))
 
     # TFDS prints about downloads, and there are none.
     with contextlib.redirect_stdout(io.StringIO()):
         rows = {split: track(f"writing {split} rows", stored_rows(split)) for split in splits}
-        num_rows = build_packed_text(out / "rows", seq_len, tokenizer.dtype, rows)
+        num_rows = build_packed_text(out / "rows", seq_len, tokenizer.dtype, rows, has_quiet)
     for domain, size in zip(domains, bytes_Z):
         if not size:
             raise UserError(

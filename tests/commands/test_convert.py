@@ -1,9 +1,9 @@
 """`convert compact`: what may go, what the outputs say, blocks, and what reads the result."""
 
-import argparse
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import checkpoint, train_step
+from moe_jax import checkpoint, config, train_step
 from moe_jax.__main__ import main as entry
 from moe_jax.commands import convert, generate
+from moe_jax.commands.conversions import compact as compact_command
 from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact, stored
 from moe_jax.parallel.mesh import WRITTEN
 from moe_jax.run import open_run
+from moe_jax.surgery import compacting
+from moe_jax.tasks import TASKS
 
 NARROW = {
     "model.param_dtype": "float32",
@@ -162,7 +165,7 @@ def test_shared_experts_and_the_model_axis_round_the_width_up(tmp_path, capsys):
     assert (moe.expert_hidden, moe.shared_experts) == (12, 4)
     raw = json.loads((source / "config.json").read_text())
     raw["mesh"]["model"] = 4
-    assert convert.new_width(raw, [layer(f=16)], 0)[0] == 16
+    assert compacting.new_width(raw, [layer(f=16)], 0)[0] == 16
 
 
 def few_blocks(w):
@@ -216,7 +219,7 @@ def test_auto_stores_blocks_up_to_the_share_that_pays(block, used, of, stored):
         "w_out": np.zeros((1, block, block)),
     }
     w["w_out"] = w["w_in"][:, :, 0]  # one matrix twice: only counts matter here
-    form, text = convert.block_format([w], block, argparse.Namespace(format="auto"))
+    form, text = compacting.block_format([w], block, compacting.Asked(Path(), "auto", block))
     assert (form is not None) == stored and ("whole matrices stay" in text) != stored
 
 
@@ -228,11 +231,11 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
     def outputs(folder, shape):
         raw = json.loads((folder / "config.json").read_text())
         lengths = dict(zip(WRITTEN, shape, strict=True))
-        cfg = convert.config.build({**raw, "mesh": lengths}, int(np.prod(shape)))
+        cfg = config.build({**raw, "mesh": lengths}, int(np.prod(shape)))
         with jax.set_mesh(meshes.make(*shape)):
             run = dataclasses.replace(open_run(folder), config=cfg)
             values = run.parameters, run.router_state
-            task, model = convert.TASKS[cfg.task], train_step.make_model(cfg.model)
+            task, model = TASKS[cfg.task], train_step.make_model(cfg.model)
             batch = tiny.put(cfg, tiny.batch(cfg))
 
             def run_it(values, batch):
@@ -245,7 +248,7 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
     )
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     with pytest.raises(UserError, match=r"mesh.model \(2\) must be 1 for experts stored as blocks"):
-        convert.config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 2}}, 2)
+        config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 2}}, 2)
 
 
 def test_mistakes(tmp_path, capsys):
@@ -302,7 +305,7 @@ def test_what_nobody_compared_is_taken_away(tmp_path, monkeypatch):
     def fails(*weights):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "compare", fails)
+    monkeypatch.setattr(compact_command, "compare", fails)
     with pytest.raises(KeyboardInterrupt):
         convert.main(["compact", "--workdir", str(source), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists() and (source / "checkpoints").is_dir()

@@ -41,6 +41,7 @@ UNTYPED = {
     "experiments.run": "trains for minutes, and writes into this very repository: "
     "tests/experiments/test_studies.py tries every study",
     "experiments.scaling": "reads what experiments.run has trained",
+    "moe_jax evaluate": "needs the extra [eval]: tests/harness types it where that is installed",
     "moe_jax data": "reads what publishers distribute: tests/data/test_data_publishers.py has "
     "small files of their formats",
 }

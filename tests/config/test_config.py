@@ -318,6 +318,8 @@ ROOMS = (
     "begin",
     "run",
     "interchange",
+    "surgery",
+    "harness",
     "instruments",
     "verify",
     "publish",

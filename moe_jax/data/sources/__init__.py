@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax import extras
-from moe_jax.data.documents import Document
-from moe_jax.data.sources import embedded, jsonl, parquet, text, tfds
+from moe_jax.data.documents import AnyDocument
+from moe_jax.data.sources import chat, embedded, hf, jsonl, parquet, text, tfds
 from moe_jax.data.sources.contract import Source
 from moe_jax.errors import UserError
 
@@ -25,6 +25,8 @@ SOURCES: dict[str, Source] = {
     "jsonl": jsonl.SOURCE,
     "parquet": parquet.SOURCE,
     "tfds": tfds.SOURCE,
+    "hf": hf.SOURCE,
+    "chat": chat.SOURCE,
 }
 
 
@@ -81,7 +83,7 @@ def packed_by_run(spec: str) -> bool:
         return False
 
 
-def read(spec: str) -> Iterator[Document]:
+def read(spec: str) -> Iterator[AnyDocument]:
     """Yields the documents of a source in a fixed order, without the empty ones.
 
     A label of the spec takes the place of the domains that the source names. Raises UserError if a

@@ -10,7 +10,7 @@ row or record in it, says what is wrong, and ends with the way out.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from moe_jax.data.documents import Document
+from moe_jax.data.documents import AnyDocument
 
 
 class Source(NamedTuple):
@@ -25,6 +25,6 @@ class Source(NamedTuple):
     # Argument ("" if there is none) -> the documents, each with the domain that it has where the
     # spec has no label. They come in the same order each time: a source is read three or four
     # times, and the passes must agree.
-    read: Callable[[str], Iterator[Document]]
+    read: Callable[[str], Iterator[AnyDocument]]
     # Modules that `read` imports and that only an extra installs: keys of extras.DISTRIBUTIONS.
     extra_modules: tuple[str, ...] = ()

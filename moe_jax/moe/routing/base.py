@@ -39,6 +39,7 @@ from moe_jax.moe.routing.contract import (
     Setting,
     Tokens,
     router_logits,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import statistics
@@ -165,4 +166,6 @@ def refusals(options: Options, setting: Setting) -> Iterator[str]:
         )
 
 
-ROUTER = Router(Options, route, sees, declared, balanced_by=balanced_by, refusals=refusals)
+ROUTER = Router(
+    Options, route, sees, declared, balanced_by=balanced_by, refusals=refusals, multiplied=times_k
+)

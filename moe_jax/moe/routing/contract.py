@@ -5,7 +5,8 @@ experts, K choices of a token, C classes that are counted (E, or E + null expert
 device, t tokens of a group, p slots of one expert in one group.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,6 +128,42 @@ def as_they_are(options: Any) -> Any:
     return options
 
 
+def as_given(num_experts: int, options: Any) -> Any:
+    """Says that no option follows from the number of experts."""
+    del num_experts
+    return options
+
+
+def times_k(options: Any, n: int) -> Any:
+    """Returns options by which a token takes n times `k` experts."""
+    return dataclasses.replace(options, k=n * options.k)
+
+
+def never_multiplied(options: Any, n: int) -> Any:
+    """Says that a token's number of experts cannot be changed."""
+    del options, n
+    return None
+
+
+def any_number(options: Any, index: Sequence[int], num_experts: int) -> str:
+    """Says that an expert may have any number."""
+    del options, index, num_experts
+    return ""
+
+
+def by_number(options: Any, index: Sequence[int], num_experts: int) -> str:
+    """Says that a router sends tokens to numbers, so that experts keep theirs."""
+    del options
+    same = list(index) == list(range(num_experts))
+    return "" if same else "it sends tokens to experts by their numbers, whatever they have learned"
+
+
+def never_silenced(options: Any, state: Any, new: Any) -> None:
+    """Says that no state keeps an expert from being chosen."""
+    del options, state, new
+    return None
+
+
 class Router(NamedTuple):
     """All that there is to know of a router; `ROUTER` of its file. `options` is one of its Options.
 
@@ -169,6 +206,18 @@ class Router(NamedTuple):
     normal_form: Callable[[Any], Any] = as_they_are
     # Yields what is wrong with its options together, one sentence each.
     refusals: Callable[[Any, Setting], Iterator[str]] = no_refusals
+    # What surgery on experts asks (moe_jax/surgery).
+    # (num_experts, options) -> the options, with those written out that follow from the number.
+    fixed: Callable[[int, Any], Any] = as_given
+    # (options, n) -> options by which each choice becomes n, among n times the experts; None =
+    # there are none.
+    multiplied: Callable[[Any, int], Any] = never_multiplied
+    # (options, the old number of each new expert, old number of experts) -> why experts cannot get
+    # these numbers; "" = they can.
+    renumbered: Callable[[Any, Sequence[int], int], str] = any_number
+    # (options, state, which experts are new, bool [E]), NumPy arrays -> the state by which those
+    # are not chosen and all else is as before; None = there is none.
+    silenced: Callable[[Any, Any, Any], Any] = never_silenced
 
 
 class Tokens(NamedTuple):

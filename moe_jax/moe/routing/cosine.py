@@ -27,6 +27,7 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import statistics
@@ -46,7 +47,7 @@ class Options:
 
 def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
     """Declares the projection [D, dim], an embedding per expert [dim, E] and the temperature."""
-    dim = options.dim or max(2, sizes.num_experts // 2)
+    dim = fixed(sizes.num_experts, options).dim
     return {
         "project": Weight((sizes.d_model, dim), ("embed", None), sizes.d_model**-0.5),
         "experts": Weight((dim, sizes.num_experts), (None, None), dim**-0.5),
@@ -91,6 +92,11 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=1.0 if options.renormalize else None)
 
 
+def fixed(num_experts: int, options: Options) -> Options:
+    """Returns the options with the width that follows from the number of experts."""
+    return dataclasses.replace(options, dim=options.dim or max(2, num_experts // 2))
+
+
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
     """Refuses a first temperature that may not act."""
     at = setting.at
@@ -101,4 +107,13 @@ def refusals(options: Options, setting: Setting) -> Iterator[str]:
         )
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=params, refusals=refusals)
+ROUTER = Router(
+    Options,
+    route,
+    sees_nothing,
+    declared,
+    params=params,
+    refusals=refusals,
+    multiplied=times_k,
+    fixed=fixed,
+)

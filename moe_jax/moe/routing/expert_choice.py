@@ -109,6 +109,11 @@ def balanced_by(options: Options) -> str:
     return "its capacity"
 
 
+def multiplied(options: Options, n: int) -> Options:
+    """Returns options by which each of n times as many experts takes as many tokens as before."""
+    return dataclasses.replace(options, factor=n * options.factor)
+
+
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
     """Refuses more experts for a token than there are."""
     if options.factor > setting.num_experts:
@@ -126,4 +131,5 @@ ROUTER = Router(
     own_capacity=True,
     balanced_by=balanced_by,
     refusals=refusals,
+    multiplied=multiplied,
 )

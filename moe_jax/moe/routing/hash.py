@@ -23,6 +23,7 @@ from moe_jax.moe.routing.contract import (
     RouterCfg,
     Routing,
     Tokens,
+    by_number,
     no_weights,
     sees_nothing,
 )
@@ -79,4 +80,4 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=1.0)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=no_weights)
+ROUTER = Router(Options, route, sees_nothing, declared, params=no_weights, renumbered=by_number)

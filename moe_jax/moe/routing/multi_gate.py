@@ -23,6 +23,7 @@ from moe_jax.moe.routing.contract import (
     Sizes,
     Tokens,
     sees_nothing,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import statistics
@@ -82,4 +83,6 @@ def num_gates(options: Options) -> int:
     return options.num_gates
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=params, num_gates=num_gates)
+ROUTER = Router(
+    Options, route, sees_nothing, declared, params=params, num_gates=num_gates, multiplied=times_k
+)

@@ -34,6 +34,7 @@ from moe_jax.moe.routing.contract import (
     normal,
     router_logits,
     sees_nothing,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import per_row, statistics
@@ -117,4 +118,6 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=1.0)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=params, sums=("load",))
+ROUTER = Router(
+    Options, route, sees_nothing, declared, params=params, sums=("load",), multiplied=times_k
+)

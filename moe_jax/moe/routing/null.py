@@ -136,6 +136,11 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=False, gate_sum=None, average=real, copies=copies)
 
 
+def multiplied(options: Options, n: int) -> Options:
+    """Returns options with n times the choices, among n times the null experts too."""
+    return dataclasses.replace(options, k=n * options.k, num_null=n * options.num_null)
+
+
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
     """Refuses to copy what has no weight."""
     at = setting.at
@@ -146,4 +151,6 @@ def refusals(options: Options, setting: Setting) -> Iterator[str]:
         )
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=params, refusals=refusals)
+ROUTER = Router(
+    Options, route, sees_nothing, declared, params=params, refusals=refusals, multiplied=multiplied
+)

@@ -35,6 +35,7 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
+    times_k,
 )
 from moe_jax.moe.routing.sigmoid import (
     SCORES,
@@ -43,6 +44,7 @@ from moe_jax.moe.routing.sigmoid import (
     declared,
     from_affinities,
     score,
+    silenced,
 )
 from moe_jax.schema.options import BELOW_ONE, NUMBER, POSITIVE, at_least, option
 
@@ -162,4 +164,6 @@ ROUTER = Router(
     update=update,
     balanced_by=balanced_by,
     score=score,
+    multiplied=times_k,
+    silenced=silenced,
 )

@@ -22,6 +22,7 @@ from moe_jax.moe.routing.contract import (
     Routing,
     Sizes,
     Tokens,
+    by_number,
     no_weights,
     sees_nothing,
 )
@@ -67,4 +68,6 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=1.0)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=no_weights, state=salt)
+ROUTER = Router(
+    Options, route, sees_nothing, declared, params=no_weights, state=salt, renumbered=by_number
+)

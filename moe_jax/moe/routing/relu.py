@@ -148,6 +148,11 @@ def balanced_by(options: Options) -> str:
     return "its own L1 loss"
 
 
+def multiplied(options: Options, n: int) -> Options:
+    """Returns options by which n times as many experts are active."""
+    return dataclasses.replace(options, k=n * options.k, max_active=n * options.max_active)
+
+
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
     """Refuses fewer places for a token than experts are active on average."""
     at, num_experts = setting.at, setting.num_experts
@@ -169,4 +174,5 @@ ROUTER = Router(
     no_losses=("z",),
     own_loss=True,
     refusals=refusals,
+    multiplied=multiplied,
 )

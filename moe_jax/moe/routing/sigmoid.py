@@ -21,11 +21,12 @@ sums["unbiased"].
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.moe.routing.contract import (
     NEVER,
@@ -39,6 +40,7 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     router_logits,
     sees_nothing,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import one_hot, per_row, statistics
@@ -194,6 +196,32 @@ def score(options: Any) -> Callable[[jax.Array], jax.Array]:
     return SCORES[options.score]
 
 
+def renumbered(options: Options, index: Sequence[int], num_experts: int) -> str:
+    """Returns why experts cannot get other numbers where groups of them are chosen."""
+    num_groups = options.num_groups
+    if options.top_groups == num_groups:
+        return ""
+    if len(index) % num_groups:
+        return f"{len(index)} experts make no {num_groups} groups of one size"
+    old_size, size = num_experts // num_groups, len(index) // num_groups
+    groups = [{old // old_size for old in index[i : i + size]} for i in range(0, len(index), size)]
+    whole = all(len(group) == 1 for group in groups)
+    if whole and len(set.union(*groups)) == num_groups:
+        return ""
+    return f"experts of its {num_groups} groups would be mixed, and it chooses among whole groups"
+
+
+def silenced(options: Any, state: Mapping[str, Any], new: np.ndarray) -> Any:
+    """Returns the bias by which new experts are below all others, on the host; None for affinities
+    that depend on the number of experts.
+    """
+    if options.score != "sigmoid" or getattr(options, "num_groups", 1) > 1:
+        return None
+    # Affinities lie between 0 and 1. The others' bias stays as it is.
+    lowest = np.where(new, np.inf, state["bias"]).min() - 1.5
+    return {**state, "bias": np.where(new, lowest, state["bias"])}
+
+
 def refusals(options: Options, setting: Setting) -> Iterator[str]:
     """Refuses experts that make no whole groups, and too few of them for k choices."""
     at, num_experts = setting.at, setting.num_experts
@@ -229,4 +257,7 @@ ROUTER = Router(
     score=score,
     refusals=refusals,
     normal_form=normal_form,
+    multiplied=times_k,
+    renumbered=renumbered,
+    silenced=silenced,
 )

@@ -128,6 +128,19 @@ def num_slots(options: Options) -> int:
     return options.slots
 
 
+def multiplied(options: Options, n: int) -> Options:
+    """Returns the same options: a token reads all experts, however many there are."""
+    del n
+    return options
+
+
 ROUTER = Router(
-    Options, route, sees, declared, params=params, balanced_by=balanced_by, num_slots=num_slots
+    Options,
+    route,
+    sees,
+    declared,
+    params=params,
+    balanced_by=balanced_by,
+    num_slots=num_slots,
+    multiplied=multiplied,
 )

@@ -25,6 +25,7 @@ from moe_jax.moe.routing.contract import (
     linear_gate,
     router_logits,
     sees_nothing,
+    times_k,
     token_choice,
 )
 from moe_jax.moe.routing.statistics import statistics
@@ -102,4 +103,12 @@ def normal_form(options: Options) -> Options:
     return dataclasses.replace(options, softmax="before", renormalize=True)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=params, normal_form=normal_form)
+ROUTER = Router(
+    Options,
+    route,
+    sees_nothing,
+    declared,
+    params=params,
+    normal_form=normal_form,
+    multiplied=times_k,
+)

@@ -6,6 +6,7 @@ document (and every part of one) the loads of two experts differ by at most one.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from moe_jax.moe.routing.contract import (
     Tokens,
     no_weights,
     sees_nothing,
+    times_k,
 )
 from moe_jax.moe.routing.statistics import even_routing
 from moe_jax.schema.options import NUMBER, option
@@ -47,4 +49,21 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=options.k, exact=True, gate_sum=1.0)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared, params=no_weights)
+def renumbered(options: Options, index: Sequence[int], num_experts: int) -> str:
+    """Returns why experts cannot get other numbers, unless each becomes several in a row."""
+    del options
+    n = len(index) // num_experts
+    if n and list(index) == [old for old in range(num_experts) for _ in range(n)]:
+        return ""
+    return "it sends tokens to experts by their numbers, whatever they have learned"
+
+
+ROUTER = Router(
+    Options,
+    route,
+    sees_nothing,
+    declared,
+    params=no_weights,
+    multiplied=times_k,
+    renumbered=renumbered,
+)

@@ -30,4 +30,4 @@ def direction(leaves: Any, options: Options) -> optax.GradientTransformation:
     )
 
 
-OPTIMIZER = Optimizer(Options, direction)
+OPTIMIZER = Optimizer(Options, direction, squares=("v", "v_row", "v_col"))

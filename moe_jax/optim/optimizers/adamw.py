@@ -23,4 +23,4 @@ def direction(leaves: Any, options: Options) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps)
 
 
-OPTIMIZER = Optimizer(Options, direction)
+OPTIMIZER = Optimizer(Options, direction, squares=("nu",))

@@ -20,6 +20,8 @@ class Optimizer(NamedTuple):
     # The frozen dataclass of its block in the config; `weight_decay` is among its keys.
     options: type
     direction: Callable[[Any, Any], optax.GradientTransformation]
+    # Fields of its state that are means of squares: gradients times c make them times c squared.
+    squares: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

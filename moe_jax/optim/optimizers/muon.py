@@ -50,4 +50,4 @@ def direction(leaves: Any, options: Options) -> optax.GradientTransformation:
     return optax.partition(directions, jax.tree.map(label, leaves))
 
 
-OPTIMIZER = Optimizer(Options, direction)
+OPTIMIZER = Optimizer(Options, direction, squares=("nu",))

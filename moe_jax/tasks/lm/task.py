@@ -50,10 +50,12 @@ def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> B
 
 
 def losses(model: Callable, batch: PackedText, rng: jax.Array, train: bool) -> Losses:
-    """Returns the losses of all tokens that are no padding."""
+    """Returns the losses of all tokens that are learned; padding is not."""
     # Segment 0 is padding.
-    is_token_BS = batch.segment_BS > 0
-    return token_losses(model, model_batch(batch), batch.targets_BS, is_token_BS, rng, train)
+    learned_BS = batch.segment_BS > 0
+    if not isinstance(batch.quiet_BS, tuple):
+        learned_BS = learned_BS & (batch.quiet_BS == 0)
+    return token_losses(model, model_batch(batch), batch.targets_BS, learned_BS, rng, train)
 
 
 def record(
@@ -84,7 +86,7 @@ def evaluate(forward: Losses, batch: PackedText, data: Dataset) -> dict[str, Any
     # By a tokenizer that changes the text, ids stand for other bytes than were read: count those
     # that were, as gzip does.
     scale_Z = jnp.asarray(data.byte_scale() if isinstance(data, Dataset) else 1.0, dtype)
-    valid_BS = batch.segment_BS > 0
+    valid_BS = forward.weight > 0
 
     def per_domain(x_BS):
         return by_domain(x_BS.astype(dtype), valid_BS, batch.domain_BS, len(data.domains))
@@ -187,6 +189,8 @@ def _domain_and_bytes(data: Dataset, size: int, num_rows: int) -> Iterator[tuple
     for batch in eval_batches(data, size, num_batches):
         for i in range(size):
             valid_S = batch.segment_BS[i] > 0
+            if not isinstance(batch.quiet_BS, tuple):
+                valid_S = valid_S & (batch.quiet_BS[i] == 0)
             yield batch.domain_BS[i, 0], bytes_V[batch.targets_BS[i]][valid_S].sum()
 
 
