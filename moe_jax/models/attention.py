@@ -98,20 +98,22 @@ class SelfAttention(nnx.Module):
             row_B1 = jnp.arange(q.shape[0])[:, None]
 
             def put(old, new):
+                # [B, ..., M, width]: the slots are the last axis but one.
+                between = (slice(None),) * (old.ndim - 3)
                 # A position behind the cache is that of padding, which is written nowhere.
-                return old.at[row_B1, position_BS].set(new, mode="drop")
+                return old.at[row_B1, *between, position_BS].set(new, mode="drop")
 
             cache = jax.tree.map(put, cache, new)
-            k_BMGA, v_BMGA = caching.keys_and_values(cache)
-            num_slots = k_BMGA.shape[1]
+            k_BGMA, v_BGMA = caching.keys_and_values(cache)
+            num_slots = k_BGMA.shape[2]
             mask_BSM = kind.slots(position_BS, last_BS, num_slots, cfg.attention_options)
             if chosen_BM is not None:
                 mask_BSM = mask_BSM & chosen_BM[:, None, :]
             scores = self._scores()
-            o = decode_attention(q, k_BMGA, v_BMGA, mask_BSM, **scores._asdict(), sink_H=sinks)
+            o = decode_attention(q, k_BGMA, v_BGMA, mask_BSM, **scores._asdict(), sink_H=sinks)
             return o, cache
 
-        specs = (HEADS, caching.specs, TOKENS, TOKENS, caching.specs, TOKENS, P("model"))
+        specs = (HEADS, caching.new_specs, TOKENS, TOKENS, caching.specs, TOKENS, P("model"))
         run = jax.shard_map(on_device, in_specs=specs, out_specs=(HEADS, caching.specs))
         with jax.named_scope("attention"):
             o, cache = run(q, new, position_BS, last_BS, cache, chosen_BM, self._sinks())

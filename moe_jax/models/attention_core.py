@@ -147,8 +147,8 @@ def attention(
 
 def decode_attention(
     q_BqHA: Array,
-    k_BSGA: Array,
-    v_BSGA: Array,
+    k_BGSA: Array,
+    v_BGSA: Array,
     mask_BqS: Array,
     *,
     scale: float,
@@ -162,8 +162,8 @@ def decode_attention(
     """
     B, q, H, A = q_BqHA.shape
     wide = wide_dtype(q_BqHA.dtype)
-    q_BqGrA = q_BqHA.reshape(B, q, k_BSGA.shape[2], -1, A)
-    score_BGrqS = jnp.einsum("BqGrA,BSGA->BGrqS", q_BqGrA, k_BSGA, preferred_element_type=wide)
+    q_BqGrA = q_BqHA.reshape(B, q, k_BGSA.shape[1], -1, A)
+    score_BGrqS = jnp.einsum("BqGrA,BGSA->BGrqS", q_BqGrA, k_BGSA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
     score_BGrqS = jnp.where(seen_BGrqS, Scores(scale, cap).of(score_BGrqS), MASKED)
     if sink_H is None:
@@ -174,8 +174,8 @@ def decode_attention(
         both = jnp.concatenate([score_BGrqS, sink_BGrq1], axis=-1)
         weight_BGrqS = jax.nn.softmax(both)[..., :-1]
     # A softmax over nothing but MASKED is even; what is not seen gets no weight.
-    weight_BGrqS = jnp.where(seen_BGrqS, weight_BGrqS, 0).astype(v_BSGA.dtype)
-    o_BqGrA = jnp.einsum("BGrqS,BSGA->BqGrA", weight_BGrqS, v_BSGA, preferred_element_type=wide)
+    weight_BGrqS = jnp.where(seen_BGrqS, weight_BGrqS, 0).astype(v_BGSA.dtype)
+    o_BqGrA = jnp.einsum("BGrqS,BGSA->BqGrA", weight_BGrqS, v_BGSA, preferred_element_type=wide)
     return o_BqGrA.reshape(B, q, H, -1).astype(q_BqHA.dtype)
 
 

@@ -172,5 +172,5 @@ def empty_caches(cfg: ModelConfig, num_rows: int, num_slots: int) -> list[Any]:
 
 def num_slots(caches: list[Any]) -> int:
     """Returns how many tokens of a row caches have room for."""
-    # All arrays of a cache are [B, M, ...].
-    return jax.tree.leaves(caches[0])[0].shape[1]
+    # All arrays of an attention's cache are [B, ..., M, width].
+    return jax.tree.leaves(caches[0])[0].shape[-2]

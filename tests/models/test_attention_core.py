@@ -341,7 +341,9 @@ def test_decoding_equals_the_last_rows_of_attention(float64):
     want = masked_softmax(q, k, v, jnp.ones((2, 7), jnp.int32))[:, 5:]
 
     def pad(z):
-        return jnp.pad(z, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=1e3)
+        """A cache has heads before slots."""
+        z = jnp.swapaxes(z, 1, 2)
+        return jnp.pad(z, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=1e3)
 
     mask = jnp.arange(9)[None, None] <= jnp.array([5, 6])[None, :, None]
     mask = jnp.broadcast_to(mask, (2, 2, 9))
@@ -352,6 +354,7 @@ def test_decoding_equals_the_last_rows_of_attention(float64):
 def test_decoding_with_nothing_to_see_gives_zero_in_the_dtype_of_the_query():
     (q, k, v, _), _ = make((2, 3, 4, 2, 4), jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
+        k, v = (jnp.swapaxes(z, 1, 2) for z in (k, v))
         got = decode_attention(q, k, v, jnp.zeros((2, 3, 3), bool), scale=SCALE)
     assert got.dtype == jnp.bfloat16 and not np.any(got)
 

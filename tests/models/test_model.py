@@ -75,7 +75,8 @@ def test_packed_documents_do_not_see_each_other(float64):
         (1, 1, 1), {"model.attention_bias": True, "model.qk_norm": True, "train.batch_size": 2}
     )
     cfg = program.cfg
-    tokens, targets, _, _, domain, row, _ = tiny.batch(cfg)
+    batch = tiny.batch(cfg)
+    tokens, row = batch.tokens_BS, batch.row_B
     segment = np.repeat([[1, 1, 1, 2, 2, 2, 2, 2]], 2, 0).astype(np.int32)
     position = np.repeat([[0, 1, 2, 0, 1, 2, 3, 4]], 2, 0).astype(np.int32)
     other = tokens.copy()
@@ -101,7 +102,6 @@ def test_packed_documents_do_not_see_each_other(float64):
     np.testing.assert_allclose(packed[1, :-1], changed[1, :-1], atol=1e-12)
     np.testing.assert_allclose(packed[:, 3:], alone[:, :5], atol=1e-12)
     assert np.abs(packed[0, :3] - changed[0, :3]).max() > 1e-3
-    del targets, domain
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -43,17 +43,21 @@ def small_already(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[st
 class Caching(NamedTuple):
     """What an attention keeps of the tokens so far, and how it attends to that.
 
-    A cache is a NamedTuple of arrays [B, M, ...]: slot i of a row holds the token at position i. It
+    A cache is a NamedTuple of arrays [B, ..., M, width]: slot i of a row holds the token at
+    position i. Heads come before slots, for then what a head has seen lies together: with the slots
+    first a step of 32 rows transposed all keys and values, which took three times as long. A cache
     is an argument and a return, never a variable.
     """
 
     # (cfg, number of rows, number of slots) -> a cache that holds no token.
     empty: Callable[[ModelConfig, int, int], Any]
-    # The mesh axes of its arrays, in a NamedTuple of the same type.
+    # The mesh axes of its arrays, and of what goes into it, in NamedTuples of the same type.
     specs: Any
-    # (weights, x_BSD, position_BS, cfg) -> (queries [B, S, H, .], what goes into the cache).
+    new_specs: Any
+    # (weights, x_BSD, position_BS, cfg) -> (queries [B, S, H, .], what goes into the cache: arrays
+    # [B, S, ..., width]).
     inputs: Callable[[Weights, Array, Array, ModelConfig], tuple[Array, Any]]
-    # A cache of one device -> (keys [B, M, G, .], values [B, M, G, .]).
+    # A cache of one device -> (keys [B, G, M, .], values [B, G, M, .]).
     keys_and_values: Callable[[Any], tuple[Array, Array]]
     # (weights, what the heads read [B, S, H, .], cfg) -> o_BSHV.
     outputs: Callable[[Weights, Array, ModelConfig], Array]

@@ -31,14 +31,16 @@ from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.weights import Weight, Weights
 
 SINKS = "sinks"
+# The mesh axes of keys and values in a cache [B, G, M, A].
+SLOTS = P(BATCH, "model", None, None)
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far."""
 
-    # Arrays, or their specs.
-    k_BMGA: Any
-    v_BMGA: Any
+    # Arrays, or their specs; of new tokens [B, S, G, A].
+    k_BGMA: Any
+    v_BGMA: Any
 
 
 def weights(cfg: ModelConfig) -> dict[str, Weight]:
@@ -163,10 +165,10 @@ def _halves(x_BSHA: Array, cfg: ModelConfig) -> Array:
 
 def empty_cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
     """Returns a cache of `num_slots` positions a row, on the current mesh."""
-    shape = (num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
+    shape = (num_rows, cfg.num_kv_heads, num_slots, cfg.head_dim)
 
     def zeros():
-        return jax.sharding.reshard(jnp.zeros(shape, cfg.dtype), P(BATCH, None, "model"))
+        return jax.sharding.reshard(jnp.zeros(shape, cfg.dtype), SLOTS)
 
     # Two arrays: both are given up to the program that writes into them.
     return Cache(zeros(), zeros())
@@ -181,7 +183,7 @@ def cached_inputs(
 
 
 def keys_and_values(cache: Cache) -> tuple[Array, Array]:
-    return cache.k_BMGA, cache.v_BMGA
+    return cache.k_BGMA, cache.v_BGMA
 
 
 def as_they_are(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
@@ -191,7 +193,12 @@ def as_they_are(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
 
 
 CACHING = Caching(
-    empty_cache, Cache(HEADS, HEADS), cached_inputs, keys_and_values, outputs=as_they_are
+    empty_cache,
+    Cache(SLOTS, SLOTS),
+    Cache(HEADS, HEADS),
+    cached_inputs,
+    keys_and_values,
+    outputs=as_they_are,
 )
 
 

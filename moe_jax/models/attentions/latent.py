@@ -199,9 +199,9 @@ def cached_inputs(
 
 
 def keys_and_values(cache: Cache) -> tuple[Array, Array]:
-    """(keys [B, M, 1, R + T], values [B, M, 1, R]) of all heads."""
+    """(keys [B, 1, M, R + T], values [B, 1, M, R]) of all heads."""
     key = jnp.concatenate([cache.latent_BMR, cache.key_BMT], axis=-1)
-    return key[:, :, None], cache.latent_BMR[:, :, None]
+    return key[:, None], cache.latent_BMR[:, None]
 
 
 def outputs(weights: Weights, o_BSHR: Array, cfg: ModelConfig) -> Array:
@@ -259,7 +259,9 @@ def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]
         yield name, min(options[name], bound)
 
 
-CACHING = Caching(empty_cache, Cache(ROW, ROW), cached_inputs, keys_and_values, outputs)
+CACHING = Caching(
+    empty_cache, Cache(ROW, ROW), Cache(ROW, ROW), cached_inputs, keys_and_values, outputs
+)
 ATTENTION = Attention(
     Options,
     weights,
