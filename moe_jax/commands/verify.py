@@ -26,6 +26,7 @@ from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS
 from moe_jax.verify.run import ALL, Result, Row, Wanted, prove
+from moe_jax.verify.tables import judged, number
 
 COLUMNS = {
     "forward": "loss",
@@ -177,19 +178,11 @@ def cells(row: Row) -> list[str | Text]:
     return [name, *marks, checkpoint, float32(row)]
 
 
-def judged(value: float, sound: bool) -> Text:
-    return Text(number(value), style="" if sound else "red")
-
-
 def float32(row: Row) -> str:
     if not row.rounded:
         return "-"
     flip = "no flip" if row.rounded.flip is None else f"flip {row.rounded.flip}"
     return f"{number(row.rounded.loss)} {flip}"
-
-
-def number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.0e}"
 
 
 def alone_table(checks: list[Check]) -> Table:

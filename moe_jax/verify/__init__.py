@@ -1,5 +1,6 @@
 """Proof that a config computes the same on every mesh: `python -m moe_jax verify`, and
-`from_config` in a program. docs/verify.md tells what is checked.
+`from_config` in a program. `verify.foreign` has the checks of a layer that is not ours.
+docs/verify.md tells what is checked.
 """
 
 from collections.abc import Sequence

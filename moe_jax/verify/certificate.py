@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,24 @@ def refuse_unwritable(path: Path) -> None:
 
 def write(path: Path, certificate: Mapping[str, Any]) -> None:
     """Writes the certificate as JSON, or as Markdown if the name ends in .md."""
-    text = markdown(certificate) if path.suffix == ".md" else json.dumps(certificate, indent=1)
+    save(path, certificate, markdown, "--certificate ")
+
+
+def save(
+    path: Path,
+    content: Mapping[str, Any],
+    as_markdown: Callable[[Mapping[str, Any]], str],
+    flag: str = "",
+) -> None:
+    """Writes JSON values as such, or as Markdown if the name ends in .md.
+
+    `flag`: the one that named the file, for the UserError of a file that cannot be written.
+    """
+    text = as_markdown(content) if path.suffix == ".md" else json.dumps(content, indent=1)
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as e:
-        raise UserError(f"--certificate {path} cannot be written: {e.strerror}") from e
+        raise UserError(f"{flag}{path} cannot be written: {e.strerror}") from e
 
 
 def markdown(certificate: Mapping[str, Any]) -> str:
@@ -140,17 +153,17 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     versions = [f"{name} {number}" for name, number in certificate["versions"].items()]
     lines += ["- " + ", ".join(versions), ""]
     rules = [rule.values() for rule in certificate["shrunk"]]
-    lines += _table(("key", "yours", "shrunk", "why"), rules)
+    lines += table(("key", "yours", "shrunk", "why"), rules)
     checks = list(LIMITS)
     limits = ["limit", *(f"{LIMITS[name]:.0e}" for name in checks)]
     # The first line of the table has the limits, each mesh one line below.
     meshes = [[mesh["mesh"], *_deviations(mesh, checks)] for mesh in certificate["meshes"]]
-    lines += _table(("mesh", *checks), [limits, *meshes])
+    lines += table(("mesh", *checks), [limits, *meshes])
     alone = []
     for check in certificate["one_device"]:
         value, limit = f"{check['value']:.1e}", f"{check['limit']:.0e}"
         alone.append((check["claim"], value, limit, check["note"]))
-    lines += _table(("on one device", "deviation", "limit", "note"), alone)
+    lines += table(("on one device", "deviation", "limit", "note"), alone)
     return "\n".join(lines).strip()
 
 
@@ -162,7 +175,7 @@ def _deviations(mesh: Mapping[str, Any], checks: list[str]) -> list[str]:
     return [f"{worst[name]['value']:.1e}" if name in worst else "-" for name in checks]
 
 
-def _table(head: Any, rows: Any) -> list[str]:
+def table(head: Any, rows: Any) -> list[str]:
     def line(cells):
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 

@@ -249,7 +249,7 @@ def _rows(
             # of sharding are faults found.
             error = row.exception()
             if error:
-                yield empty(job.name, failure=f"fails: {_line(error)}")
+                yield empty(job.name, failure=f"fails: {line_of(error)}")
             else:
                 yield row.result()
 
@@ -306,7 +306,7 @@ def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Pat
     return Row(name, "", "", worst, first, str(ONE), states.differ(report.end, saved), None)
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """Returns the text of an error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -1,9 +1,10 @@
-"""`verify` finds every planted fault of tests/mutations.py, and which of them a loss curve would
+"""`verify` finds every planted fault of tests/mutations/, and which of them a loss curve would
 have shown.
 """
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import mutations
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import tiny
 
+from moe_jax.commands.verify import COLUMNS
 from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.tasks.lm.task import random as batch
 from moe_jax.verify import alone, compare, shrink, states
 from moe_jax.verify.program import Program
-from moe_jax.verify.run import against, evaluated, reference
+from moe_jax.verify.run import against, evaluated, first_values, reference
 
 MESH = Lengths(data=2, expert=2, model=2)
 STEPS = 2
@@ -32,7 +34,7 @@ TINY = {
     "optim.warmup_steps": 1,
     "data.seq_len": 16,
 }
-CURVE_STEPS = 60
+CURVE_STEPS = 50
 HIDDEN = 0.05  # a curve whose end is no farther off than this tells nobody
 
 
@@ -96,11 +98,18 @@ PARTS = {
     "arithmetic": lambda one, folder: alone.against_reference(one.program),
     "attention": lambda one, folder: [alone.attention(256)],
     "evaluation": lambda one, folder: [evaluated(one, *on_mesh(one, folder))],
+    "first values": lambda one, folder: [first_values(one, Program(one.program.raw, MESH))],
 }
 FAULTS = "test_every_fault_is_found"
 
 
-@pytest.mark.parametrize("name", list(mutations.MUTATIONS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.full) if mutation.full else name
+        for name, mutation in mutations.MUTATIONS.items()
+    ],
+)
 def test_every_fault_is_found(float64, monkeypatch, sound, planted, name):
     mutation = mutations.MUTATIONS[name]
     one, folder = sound(tuple(mutation.changes.items()))
@@ -156,63 +165,104 @@ def curve(raw, shape, begin):
 
 @pytest.mark.full
 def test_what_a_loss_curve_would_have_shown(float64, monkeypatch, sound, capsys):
-    """The table of docs/verify.md: relative difference of the mean loss of the last ten steps.
+    """The table of docs/verify.md, in Markdown: the mean loss of the last ten steps without the
+    fault and with it.
 
     Run with -s to see it.
     """
-    narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
-    lines, hidden = [], []
+    hidden, learns = [], []
+
+    def say(text):
+        with capsys.disabled():
+            print(text, flush=True)
+
+    say(f"\n{HEAD}")
     for name, mutation in mutations.MUTATIONS.items():
-        where = {"model.repeats": 1, **mutation.changes, **narrow}
-        where |= {"train.micro_batch_size": 8} if mutation.where == "layout" else {}
-        if (
-            mutation.where in ("attention", "evaluation")
-            or mutation.plant is mutations.kernel_without_gates
-        ):
-            lines.append(
-                f"{name:40} not in this run: longer sequences, evaluation, or an accelerator have "
-                "it"
-            )
+        cells = row(name, mutation)
+        if reason := not_trained(mutation):
+            say(line(*cells, "", "", reason))
             continue
-        changes = tuple(sorted(where.items()))
-
-        def begin(program, own=mutation.changes):
-            return wide_begin(program, sound, own)
-
-        right = right_curve(changes, begin)
+        right = curve_of(mutation, sound)
+        learns.append(right[-10:].mean() < 0.7 * right[0])
         with monkeypatch.context() as patch:
             mutation.plant(patch)
             try:
-                wrong = curve(shrunk(dict(changes)), MESH, begin)
+                wrong = curve_of.__wrapped__(mutation, sound)
             except ValueError:
-                lines.append(f"{name:40} refused while traced")
+                say(line(*cells, "", "", "cannot run"))
                 continue
-        difference = abs(wrong[-10:].mean() / right[-10:].mean() - 1)
+        ends = right[-10:].mean(), wrong[-10:].mean()
+        difference = abs(ends[1] / ends[0] - 1)
         hidden += [name] if difference < HIDDEN else []
-        lines.append(
-            f"{name:40} {difference:6.1%} {'hidden' if difference < HIDDEN else 'visible'}"
-        )
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    assert right[-10:].mean() < 0.7 * right[0], (
-        "the sound model must learn for its curve to say anything"
-    )
+        judged = f"{difference:.1%}, {'hidden' if difference < HIDDEN else 'visible'}"
+        say(line(*cells, *(f"{end:.4f}" for end in ends), judged))
+    assert all(learns), "the sound model must learn for its curve to say anything"
     assert len(hidden) >= 3
 
 
-CURVES = {}
+HEAD = """| fault | reported | found by | loss without | with | |
+|---|---|---|---|---|---|"""
 
 
-def right_curve(changes, begin):
-    if changes not in CURVES:
-        CURVES[changes] = curve(shrunk(dict(changes)), MESH, begin)
-    return CURVES[changes]
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
 
 
-def wide_begin(program, sound, changes):
-    """The reference's first state, in float64, on the mesh of a float32 program."""
-    _, folder = sound(tuple(changes.items()))
-    return states.read(Program(shrunk(changes), program.lengths), folder / "begin")
+def row(name, mutation):
+    """The cells of the table of docs/verify.md that need no run."""
+    found_by = COLUMNS.get(mutation.found_by, mutation.found_by)
+    if found_by == "tracing":
+        found_by = "jax refuses to trace it"
+    if mutation.where == "layout":
+        found_by += " (row 1x1x1)"
+    return name, mutation.reported or "-", found_by
+
+
+def not_trained(mutation):
+    """Why a training run on a CPU does not have a fault; "" = it has."""
+    if mutation.plant is mutations.dispatch.kernel_without_gates:
+        return "no CPU runs it"
+    reasons = {"attention": "not at this length", "evaluation": "not trained"}
+    return reasons.get(mutation.where, "")
+
+
+def by_changes(function):
+    """Keeps the results of a function of (mutation, sound) for mutations with one config."""
+    kept = {}
+
+    @functools.wraps(function)
+    def cached(mutation, sound):
+        own = mutation.where if mutation.where in ("layout", "first values") else ""
+        key = repr(sorted(mutation.changes.items())), own
+        if key not in kept:
+            kept[key] = function(mutation, sound)
+        return kept[key]
+
+    return cached
+
+
+@by_changes
+def curve_of(mutation, sound):
+    """The losses of the config of a fault, in float32 on MESH."""
+    narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
+    changes = mutation.changes | narrow
+    if mutation.where == "layout":
+        changes |= {"train.micro_batch_size": 8}
+
+    def begin(program):
+        if mutation.where == "first values":
+            return program.initial()
+        _, folder = sound(tuple(mutation.changes.items()))
+        # In float64, as it was written.
+        return states.read(Program(shrunk(mutation.changes), program.lengths), folder / "begin")
+
+    return curve(shrunk(changes), MESH, begin)
+
+
+def test_the_table_of_the_docs_has_every_fault():
+    page = (Path(__file__).parents[2] / "docs/verify.md").read_text()
+    for name, mutation in mutations.MUTATIONS.items():
+        assert f"\n{line(*row(name, mutation))[:-1]}" in page, name
 
 
 def test_deviations_name_the_worst_and_the_first():

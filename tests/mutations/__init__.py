@@ -1,0 +1,15 @@
+"""Faults that parallel mixtures of experts have in practice, planted one at a time, and what of
+`verify` must find each.
+
+`contract.py` says what a fault is; the other files have a kind each.
+"""
+
+from mutations import dispatch, exchange, losses, state
+from mutations.contract import Mutation
+
+MUTATIONS: dict[str, Mutation] = {
+    **exchange.FAULTS,
+    **dispatch.FAULTS,
+    **losses.FAULTS,
+    **state.FAULTS,
+}
