@@ -39,7 +39,8 @@ def everything(folder):
     ]
     for split in ("train", "heldout"):
         index = np.arange(data.num_rows(split))
-        found += [field.tolist() for field in data.fetch(split, 0 * index, index)]
+        rows = data.fetch(split, 0 * index, index)
+        found += [field.tolist() for field in rows if field is not None]
         found += [data.text(split, domain) for domain in data.domains]
     return found
 

@@ -92,7 +92,7 @@ def test_cached_logits_equal_uncached_logits(small):
             return jax.sharding.reshard(jnp.asarray(x), P(BATCH, *dims))
 
         def zero():
-            return place(jnp.zeros((5, CONTEXT, cfg.num_kv_heads, cfg.head_dim)), None, "model")
+            return place(jnp.zeros((5, cfg.num_kv_heads, CONTEXT, cfg.head_dim)), "model", None)
 
         caches = [Cache(zero(), zero()) for _ in cfg.blocks]
 
