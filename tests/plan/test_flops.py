@@ -446,7 +446,7 @@ def test_dropless_buffer_and_traffic(monkeypatch):
     """Worst: both choices of all n T = 32 tokens are local, 64 rows, and each of 4 experts may
     waste 7 of a block of 8.
     """
-    card = dispatch_of(monkeypatch, dispatcher("dropless", buffer=0.0))
+    card = dispatch_of(monkeypatch, dispatcher("dropless", buffer=0.0, direct=False))
     d = card.dispatch
     assert (d.rows_held, d.rows_balanced, d.rows_worst) == (96, 32, 96)
     tokens, choices = (
@@ -456,7 +456,7 @@ def test_dropless_buffer_and_traffic(monkeypatch):
     assert d.forward["expert"] == tokens + choices + tokens
     assert d.backward["expert"] == tokens + 32 * 4 + tokens
     assert "never too small" in show(card)
-    small = dispatch_of(monkeypatch, dispatcher("dropless", buffer=1.0))
+    small = dispatch_of(monkeypatch, dispatcher("dropless", buffer=1.0, direct=False))
     assert (small.dispatch.rows_held, small.dispatch.rows_worst) == (32, 96)
     assert small.dispatch.forward == d.forward
     assert "the rest waits a round" in show(small)
