@@ -100,6 +100,7 @@ def test_decoding_layer_and_compilation_are_jobs(tmp_path):
     assert all(timing.memory > 1e7 for timing in timings.values())
 
 
+@pytest.mark.full
 def test_sizes_are_timed_beside_the_variant_as_it_is(tmp_path, monkeypatch):
     """Step times against experts and tokens, as tables, as JSON and as a picture."""
     monkeypatch.setattr(scaling, "EXPERTS", (16,))

@@ -188,6 +188,7 @@ def test_a_permuted_run_trains_as_the_run_itself(trained, tmp_path, capsys):
     assert changed == 2 * (3 * 4 + 1)
 
 
+@pytest.mark.full
 def test_the_busy_stay_and_the_dead_are_revived(trained, tmp_path, capsys):
     run = ["--workdir", str(trained), "--batches", "1"]
     pruned = ["convert", "surgery", "prune", "--keep", "2", "--out", str(tmp_path / "pruned")]
