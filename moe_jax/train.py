@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
 from moe_jax.instruments.load_over_time import LoadOverTime
 from moe_jax.loop import Calendar, InFlight
-from moe_jax.models.functions import make_model
+from moe_jax.models.functions import Model, make_model
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.parallel.compile_cache import CompileCache
 from moe_jax.plan import flops
@@ -143,12 +143,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     step_fn = jit_step(cfg, model, tx)
     norms = jax.jit(optim.norms)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    saves = checkpoint.Checkpoints(
-        workdir / "checkpoints",
-        every=cfg.checkpoint.every,
-        keep=cfg.checkpoint.keep,
-        keep_best=cfg.checkpoint.keep_best,
-    )
+    saves = open_saves(cfg, workdir)
     # Saved with every checkpoint, and compared when a run goes on from one.
     metadata = {"config": job.raw, "data": data.fingerprint}
     source = "restoring the newest checkpoint" if saves.directory.exists() else None
@@ -170,9 +165,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     evaluation = Evaluation(cfg, model, data, workdir, writer, progress, load)
     profile = trace.Profile(cfg.profile, workdir)
     recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
-    measure_interference = None
-    if cfg.log.interference_every:
-        measure_interference = interference.make_meter(cfg, model)
+    measure_interference = make_interference_meter(cfg, model)
     clock = make_clock(cfg, progress, idle=start >= last)
     alert = CollapseAlert(progress)
     faults = Injector(cfg.faults, workdir, jax.process_index())
@@ -215,15 +208,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
             saves.poll()
             if step > start:
                 WATCHDOG.step_done()
-            # The first step is waited for: it has compiled, and from here on there is something to
-            # save.
-            if step == start:
-                jax.block_until_ready(state.step)
-                WATCHDOG.step_done()
-                listener.note()
-                seconds = time.monotonic() - job.started
-                kept = f"; {cache.hits} programs were compiled before" if cache.hits else ""
-                progress.message(f"first step done {seconds:.1f} s after the start{kept}")
+            else:
+                wait_for_first(state, job, cache, progress, listener)
             stop = stopping.due(done, start, cfg.log.every)
             ends = done == last or stop
             if profile.ends(done, ends):
@@ -274,6 +260,37 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     goodput.write(done)
     speed, spent = clock.tokens_per_second, goodput.text(done)
     return Result(done, signal, evaluation.figures, data, speed, evaluation.sample, spent)
+
+
+def open_saves(cfg: Config, workdir: Path) -> checkpoint.Checkpoints:
+    """Returns the checkpoints of a workdir."""
+    return checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        every=cfg.checkpoint.every,
+        keep=cfg.checkpoint.keep,
+        keep_best=cfg.checkpoint.keep_best,
+    )
+
+
+def make_interference_meter(cfg: Config, model: Model) -> Callable[..., Any] | None:
+    """Returns what measures how losses interfere; None where nobody asks for it."""
+    return interference.make_meter(cfg, model) if cfg.log.interference_every else None
+
+
+def wait_for_first(
+    state: State,
+    job: Job,
+    cache: CompileCache,
+    progress: Progress,
+    listener: signals.Listener,
+) -> None:
+    """Waits for the first step, which has compiled: from here on there is something to save."""
+    jax.block_until_ready(state.step)
+    WATCHDOG.step_done()
+    listener.note()
+    seconds = time.monotonic() - job.started
+    kept = f"; {cache.hits} programs were compiled before" if cache.hits else ""
+    progress.message(f"first step done {seconds:.1f} s after the start{kept}")
 
 
 def compare_programs(step_fn: Any, state: State, batch: Any, timeout: float) -> None:

@@ -80,5 +80,5 @@ def run(job: Job) -> Prepared:
 
     first = once()
     waited = first.get(WAITING, 0.0)
-    facts = {"steps": STEPS, "waited": waited, "stepped": first[goodput.STEPS]}
+    facts = {"waited": waited, "stepped": first[goodput.STEPS]}
     return Prepared(facts, timed)

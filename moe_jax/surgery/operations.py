@@ -146,7 +146,9 @@ def revive(there: There, dead: Sequence[int] | None, below: float | None) -> Pla
         if dead is not None:
             chosen = set(dead)
         else:
-            load = there.load[layer]  # type: ignore[index]
+            # Without loads there is no order.
+            assert there.load is not None
+            load = there.load[layer]
             chosen = set(np.flatnonzero(load < (below or 0) * load.mean()).tolist())
         busy = [expert for expert in busy_first if expert not in chosen]
         deadest_first = [expert for expert in busy_first[::-1] if expert in chosen]

@@ -133,8 +133,9 @@ def test_a_run_tells_what_it_spent_beside_its_steps():
     job = Job("run", "run", "bench:e8", changes)
     timing = workers.interleave([job], 1, silent)["run"]
     assert 0 < timing.seconds[0] < 60
+    # A run says so by these names; a name that it does not use would count as 0 seconds.
     assert timing.facts["stepped"] > 0
-    assert timing.facts["waited"] >= 0
+    assert timing.facts["waited"] > 0
 
 
 def test_a_ratio_is_taken_round_by_round():

@@ -155,28 +155,42 @@ def saturation(steps: Sequence[int], share_TL: Any) -> Chart:
     )
 
 
-def information(names: Sequence[str], bits_NL: Any, chance_NL: Any) -> Chart:
-    """Returns bars of mutual information, with a tick at what chance gives."""
-    bits, chance = np.asarray(bits_NL), np.asarray(chance_NL)
-    of_label, layer = np.indices(bits.shape)
+def bars_over_chance(
+    title: str,
+    note: str,
+    label: str,
+    names: Sequence[str],
+    values_NL: Any,
+    chance_NL: Any,
+    value: str,
+    legend: str,
+) -> Chart:
+    """Returns bars of each layer, one for each name, with a tick at what chance gives.
+
+    `label` and `legend`: what a name is, in the table and beside the colours; `value`: what is on
+    the axis.
+    """
+    values, chance = np.asarray(values_NL), np.asarray(chance_NL)
+    of_name, layer = np.indices(values.shape)
     table = columns(
-        label=[names[i] for i in of_label.ravel()],
+        **{label: [names[i] for i in of_name.ravel()]},
         layer=layer.ravel().tolist(),
-        bits=bits.ravel().round(4).tolist(),
+        value=values.ravel().round(4).tolist(),
         chance=chance.ravel().round(4).tolist(),
     )
-    x = {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}}
-    shift = {"field": "label"}
     spec = {
         "width": HEATMAP_WIDTH,
         "height": 180,
-        "encoding": {"x": x, "xOffset": shift},
+        "encoding": {
+            "x": {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}},
+            "xOffset": {"field": label},
+        },
         "layer": [
             {
                 "mark": {"type": "bar", "tooltip": True},
                 "encoding": {
-                    "y": {"field": "bits", "type": "quantitative", "title": "bits"},
-                    "color": {"field": "label", "type": "nominal", "title": "the expert tells"},
+                    "y": {"field": "value", "type": "quantitative", "title": value},
+                    "color": {"field": label, "type": "nominal", "title": legend},
                 },
             },
             {
@@ -185,12 +199,20 @@ def information(names: Sequence[str], bits_NL: Any, chance_NL: Any) -> Chart:
             },
         ],
     }
-    return chart(
+    return chart(title, note, table, spec)
+
+
+def information(names: Sequence[str], bits_NL: Any, chance_NL: Any) -> Chart:
+    return bars_over_chance(
         "What the first choice tells about a token",
         "Mutual information with its id, its domain and its place in the document (in eighths of "
         "the longest). The black tick is what shuffled labels give.",
-        table,
-        spec,
+        "label",
+        names,
+        bits_NL,
+        chance_NL,
+        "bits",
+        "the expert tells",
     )
 
 
@@ -272,39 +294,13 @@ def overlap(first: str, other: str, overlap_LEE: Any, partner_LE: Any) -> Chart:
 
 
 def agreement(names: Sequence[str], agreement_ML: Any, chance_ML: Any) -> Chart:
-    """Returns the agreement of each pair of runs, with a tick at what chance gives."""
-    values, chance = np.asarray(agreement_ML), np.asarray(chance_ML)
-    of_pair, layer = np.indices(values.shape)
-    table = columns(
-        pair=[names[i] for i in of_pair.ravel()],
-        layer=layer.ravel().tolist(),
-        value=values.ravel().round(4).tolist(),
-        chance=chance.ravel().round(4).tolist(),
-    )
-    spec = {
-        "width": HEATMAP_WIDTH,
-        "height": 180,
-        "encoding": {
-            "x": {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}},
-            "xOffset": {"field": "pair"},
-        },
-        "layer": [
-            {
-                "mark": {"type": "bar", "tooltip": True},
-                "encoding": {
-                    "y": {"field": "value", "type": "quantitative", "title": "share of tokens"},
-                    "color": {"field": "pair", "type": "nominal"},
-                },
-            },
-            {
-                "mark": {"type": "tick", "color": "black", "thickness": 2, "tooltip": True},
-                "encoding": {"y": {"field": "chance", "type": "quantitative"}},
-            },
-        ],
-    }
-    return chart(
+    return bars_over_chance(
         "First choices that agree after matching",
         "The black tick is what shuffled tokens give, matched in the same way.",
-        table,
-        spec,
+        "pair",
+        names,
+        agreement_ML,
+        chance_ML,
+        "share of tokens",
+        "pair",
     )

@@ -7,8 +7,8 @@ sizes that are known when it is compiled:
   every token, with the weight 0 for those that did not choose it.
 - Fewer: one assignment after another, which reads the weights of the chosen experts alone.
 
-Measured on two cores of an Intel Xeon, K = 2, D = 256, F = 512: at E = 8 0.7 of the time of the
-grouped product for 1 token, 0.4 for 4 and 0.5 for 8; at E = 64 0.6 for 1 and for 4.
+Measured alone on two busy cores of an Intel Xeon, K = 2, D = 256, F = 512: at E = 8 0.7 of the
+time of the grouped product for 1 token, 0.4 for 4 and 0.5 for 8; at E = 64 0.5 for 1 and for 4.
 
 Shapes: see network.py; T tokens, M assignments.
 """
