@@ -328,6 +328,10 @@ def _leak(cfg: Config) -> Iterator[str]:
 def _mesh(cfg: Config) -> Iterator[str]:
     model, mesh, moe = cfg.model, cfg.mesh, cfg.model.moe
     batch = mesh.batch_devices
+    if mesh.stage > 1:
+        yield f"mesh.stage ({mesh.stage}) must be 1: a pipeline is not built yet"
+    if mesh.seq > 1:
+        yield f"mesh.seq ({mesh.seq}) must be 1: context parallelism is not built yet"
     # (key, its value, axis, its length): what each axis of the mesh splits evenly.
     needs = [("model.d_model", model.d_model, "mesh.data x mesh.expert", batch)]
     if model.kind_options.masks:

@@ -2,10 +2,10 @@
 mesh axes.
 
     axis     what is split over it
-    stage    (pipeline stages; length 1 today)
+    stage    layers: the stages of a pipeline
     data     rows of the batch; dense parameters (FSDP); the embed dimension of expert weights
     expert   rows of the batch; experts; dense parameters (FSDP)
-    seq      (context parallelism; length 1 today)
+    seq      tokens of a row (context parallelism)
     model    heads, hidden columns, vocabulary (tensor parallelism)
 
 All five axes are always there, so no spec has a conditional. Dense parameters are FSDP over data
@@ -27,13 +27,14 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.errors import UserError
 
 BATCH = ("data", "expert")
-WRITTEN = ("data", "expert", "model")  # the axes that a config, a flag and a label name
+WRITTEN = ("data", "expert", "model")  # the axes that three numbers name: 2x2x2
 
 
 class Lengths(NamedTuple):
     """The length of every axis; in a config that is not built yet, -1 for the devices left over.
 
-    `str` and `parse` write and read DATAxEXPERTxMODEL, as in 2x2x2.
+    `str` and `parse` write and read DATAxEXPERTxMODEL, as in 2x2x2, and all five axes where stage
+    or seq is longer than 1: STAGExDATAxEXPERTxSEQxMODEL, as in 2x2x2x1x1.
     """
 
     stage: int = 1
@@ -53,7 +54,7 @@ class Lengths(NamedTuple):
 
     def written(self) -> dict[str, int]:
         """Returns the lengths that a config's mesh block has, by its keys."""
-        return {axis: getattr(self, axis) for axis in WRITTEN}
+        return self._asdict()
 
     def split(self) -> str:
         """Returns the axes that split something, as in "data 2 x expert 4"; "" for one device."""
@@ -62,7 +63,8 @@ class Lengths(NamedTuple):
         )
 
     def __str__(self) -> str:
-        return "x".join(map(str, self.written().values()))
+        names = WRITTEN if self.stage == self.seq == 1 else self._fields
+        return "x".join(str(getattr(self, name)) for name in names)
 
 
 AXES = Lengths._fields
@@ -97,11 +99,18 @@ def simulate(devices: int) -> None:
 
 
 def parse(text: str, flag: str) -> Lengths:
-    """Returns the lengths of "2x2x2" (data, expert, model). UserError, which names the flag."""
+    """Returns the lengths of "2x2x2" (data, expert, model) or of all five axes, "1x2x2x2x1".
+
+    Raises UserError, which names the flag.
+    """
     lengths = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
-    if len(lengths) != 3 or 0 in lengths:
-        raise UserError(f"{flag} {text}: write DATAxEXPERTxMODEL, as in 2x2x2")
-    return Lengths(**dict(zip(WRITTEN, lengths, strict=True)))
+    if len(lengths) not in (len(WRITTEN), len(AXES)) or 0 in lengths:
+        raise UserError(
+            f"{flag} {text}: write DATAxEXPERTxMODEL, as in 2x2x2, or "
+            "STAGExDATAxEXPERTxSEQxMODEL, as in 1x2x2x2x1"
+        )
+    names = WRITTEN if len(lengths) == len(WRITTEN) else AXES
+    return Lengths(**dict(zip(names, lengths, strict=True)))
 
 
 def of(mesh: Mesh) -> Lengths:
@@ -138,7 +147,8 @@ def resolve(lengths: Lengths, num_devices: int) -> Lengths:
     if free and num_devices % fixed == 0:
         return lengths._replace(**{free[0]: num_devices // fixed})
     if fixed != num_devices:
-        text = " x ".join(f"mesh.{name} {length}" for name, length in written.items())
+        shown = WRITTEN if lengths.stage == lengths.seq == 1 else AXES
+        text = " x ".join(f"mesh.{name} {written[name]}" for name in shown)
         wanted = lengths._replace(**{name: 1 for name in free})
         raise UserError(
             f"{text} does not make {num_devices} devices: change the lengths (the nearest mesh is "
@@ -219,18 +229,23 @@ def nearest(
         pairs = zip(lengths, other, strict=True)
         return sum(abs(math.log(max(one, 1) / another)) for one, another in pairs)
 
-    fitting = [found for found in all_of(num_devices) if getattr(found, slow_axis) % slices == 0]
+    # A stage and a part of a row stay what was asked for, as long as they divide the devices.
+    kept = max(lengths.stage, 1) * max(lengths.seq, 1)
+    stage, seq = (lengths.stage, lengths.seq) if num_devices % kept == 0 else (1, 1)
+    candidates = all_of(num_devices, max(stage, 1), max(seq, 1))
+    fitting = [found for found in candidates if getattr(found, slow_axis) % slices == 0]
     return min(fitting, key=unlike, default=None)
 
 
-def all_of(num_devices: int) -> list[Lengths]:
-    """Returns every mesh DATAxEXPERTxMODEL of so many devices."""
-    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+def all_of(num_devices: int, stage: int = 1, seq: int = 1) -> list[Lengths]:
+    """Returns every mesh of so many devices with these lengths of stage and seq."""
+    rest = num_devices // (stage * seq)
+    divisors = [n for n in range(1, rest + 1) if rest % n == 0]
     return [
-        Lengths(data=num_devices // (expert * model), expert=expert, model=model)
+        Lengths(stage, rest // (expert * model), expert, seq, model)
         for expert in divisors
         for model in divisors
-        if num_devices % (expert * model) == 0
+        if rest % (expert * model) == 0
     ]
 
 

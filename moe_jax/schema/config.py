@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from moe_jax.parallel.mesh import WRITTEN, Lengths
+from moe_jax.parallel.mesh import AXES, Lengths
 from moe_jax.runtime.faults import Fault, parse
 from moe_jax.schema.beside import (
     CheckpointConfig,
@@ -58,10 +58,12 @@ class Coefficients(dict[str, float]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
+    stage: int = option(1, "pipeline parallel: layers", AXIS)
     data: int = option(
         -1, "data parallel and FSDP; -1 = the devices that the other axes leave", AXIS
     )
     expert: int = option(1, "expert parallel (also shards the batch)", AXIS)
+    seq: int = option(1, "context parallel: tokens of a row", AXIS)
     model: int = option(1, "tensor parallel: heads, hidden columns, vocabulary", AXIS)
 
 
@@ -447,7 +449,7 @@ class Config:
     mesh_slow_axis: str = option(
         "data",
         "the axis that crosses the network between several TPU slices",
-        choices=WRITTEN,
+        choices=AXES,
     )
     task: str = choice("lm", "tasks", "what is learned: moe_jax/tasks")
     task_options: Any = derived()

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from moe_jax.checkpoint import flat
+from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import P
 
@@ -155,10 +156,20 @@ def test_every_factorisation_is_there():
     assert len(meshes.ALL) == 10
 
 
+def test_stages_and_parts_of_rows_are_written_with_all_five_axes():
+    lengths = mesh.parse("2x1x4x2x1", "--mesh")
+    assert lengths == mesh.Lengths(stage=2, expert=4, seq=2) and str(lengths) == "2x1x4x2x1"
+    assert lengths.batch_devices == 4 and lengths.split() == "stage 2 x expert 4 x seq 2"
+    assert str(mesh.nearest(lengths, 8)) == "2x1x2x2x1"
+    assert mesh.resolve(lengths._replace(data=-1), 32) == lengths._replace(data=2)
+    with pytest.raises(UserError, match=r"mesh.stage 2 x mesh.data 1 x mesh.expert 4 x mesh.seq 2"):
+        mesh.resolve(lengths, 8)
+
+
 def test_lengths_are_written_and_parsed_in_one_form():
     lengths = mesh.parse("2x1x4", "--mesh")
     assert lengths == mesh.Lengths(data=2, model=4) and str(lengths) == f"{lengths}" == "2x1x4"
     assert lengths.num_devices == 8 and lengths.batch_devices == 2
     assert lengths.split() == "data 2 x model 4" and mesh.ONE.split() == ""
-    assert lengths.written() == {"data": 2, "expert": 1, "model": 4}
+    assert lengths.written() == {"stage": 1, "data": 2, "expert": 1, "seq": 1, "model": 4}
     assert mesh.of(meshes.make(2, 1, 4)) == lengths
