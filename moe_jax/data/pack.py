@@ -16,8 +16,8 @@ from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 SPLITS = ("train", "heldout")
-# Documents are shuffled within windows of 32 MB of text, so that memory is bounded.
-WINDOW_BYTES = 1 << 25
+# Documents are shuffled within windows of 2^25 characters, so that memory is bounded.
+WINDOW_CHARACTERS = 1 << 25
 ENCODE_DOCUMENTS = 256  # texts given to the tokenizer at once: its threads share them
 
 
@@ -148,23 +148,25 @@ def _none_held_out(domain: str, count: int, heldout_every: int) -> UserError:
 
 
 def shuffled_windows(
-    documents: Iterable[AnyDocument], seed: int, window_bytes: int
+    documents: Iterable[AnyDocument], seed: int, window_characters: int
 ) -> Iterator[list[AnyDocument]]:
-    """Yields windows of about `window_bytes` of text, each in an order drawn from `seed`."""
-    for number, window in enumerate(windows(documents, window_bytes)):
+    """Yields windows of about `window_characters`, each in an order drawn from `seed`."""
+    for number, window in enumerate(windows(documents, window_characters)):
         # The number of the window is in the seed, or all windows would be shuffled alike.
         order = np.random.default_rng((seed, number)).permutation(len(window))
         yield [window[i] for i in order]
 
 
-def windows(documents: Iterable[AnyDocument], window_bytes: int) -> Iterator[list[AnyDocument]]:
-    """Yields lists of consecutive documents of at least `window_bytes` (the last may have less)."""
+def windows(
+    documents: Iterable[AnyDocument], window_characters: int
+) -> Iterator[list[AnyDocument]]:
+    """Yields lists of consecutive documents, at least `window_characters` long but for the last."""
     window: list[AnyDocument] = []
     size = 0
     for document in documents:
         window.append(document)
         size += len(document.text)
-        if size >= window_bytes:
+        if size >= window_characters:
             yield window
             window = []
             size = 0
@@ -220,7 +222,7 @@ def pack_train(
     seed: int,
 ) -> Iterator[Rows]:
     """Yields rows of training documents, a block per window, all domains shuffled together."""
-    for window in shuffled_windows(documents, seed, WINDOW_BYTES):
+    for window in shuffled_windows(documents, seed, WINDOW_CHARACTERS):
         yield pack(encode(window, tokenizer, domains), seq_len, tokenizer)
 
 
@@ -231,7 +233,7 @@ def pack_heldout(
 
     Each row has text of one domain only, so that an evaluation can be even over the domains.
     """
-    for window in windows(documents, WINDOW_BYTES):
+    for window in windows(documents, WINDOW_CHARACTERS):
         for domain in domains:
             of_domain = [document for document in window if document.domain == domain]
             if of_domain:

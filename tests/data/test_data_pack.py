@@ -103,12 +103,12 @@ def test_a_domain_that_is_too_small_to_hold_out_is_named():
 
 def test_shuffling_keeps_every_document_within_its_window():
     all_ = documents(a=100)
-    windows = list(pack.shuffled_windows(all_, 0, window_bytes=90))
+    windows = list(pack.shuffled_windows(all_, 0, window_characters=90))
     assert [d for window in windows for d in sorted(window, key=lambda d: int(d.text[2:]))] == all_
     assert len(windows) > 4 and windows == list(
-        pack.shuffled_windows(iter(all_), 0, window_bytes=90)
+        pack.shuffled_windows(iter(all_), 0, window_characters=90)
     )
-    assert windows != list(pack.shuffled_windows(all_, 1, window_bytes=90))
+    assert windows != list(pack.shuffled_windows(all_, 1, window_characters=90))
 
 
 def test_heldout_rows_have_one_domain_each_and_interleave():
