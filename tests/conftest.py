@@ -35,10 +35,14 @@ for number, handler in (
         signal.signal(number, handler)
 
 # Programs that several tests (and the processes they start) compile are compiled once. Of this
-# session alone: no stale entries.
-CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")
+# session alone: no stale entries. The first process of the session makes the directory, and its
+# workers take it.
+CACHE = os.environ.get("MOE_JAX_TESTS_COMPILED", "")
+if "PYTEST_XDIST_WORKER" not in os.environ or not CACHE:
+    OWN_CACHE = tempfile.TemporaryDirectory(prefix="moe_jax_compiled_")
+    CACHE = os.environ["MOE_JAX_TESTS_COMPILED"] = OWN_CACHE.name
 for name, value in (
-    ("jax_compilation_cache_dir", CACHE.name),
+    ("jax_compilation_cache_dir", CACHE),
     ("jax_persistent_cache_min_compile_time_secs", 0.2),
     ("jax_persistent_cache_min_entry_size_bytes", -1),
 ):

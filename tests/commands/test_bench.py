@@ -127,6 +127,7 @@ def test_sizes_are_timed_beside_the_variant_as_it_is(tmp_path, monkeypatch):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_a_run_tells_what_it_spent_beside_its_steps():
     # A run reads text, as bytes.
     changes = (*SMALL, *overheads.OFF, "--config.model.vocab_size=256", "--config.train.steps=3")

@@ -31,9 +31,9 @@ def loop():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.scan": True},
+        pytest.param({"model.scan": True}, marks=pytest.mark.full),
         {"model.scan": True, "model.remat": "dispatch"},
-        {"model.remat": "full"},
+        pytest.param({"model.remat": "full"}, marks=pytest.mark.full),
         {"model.remat": "attention+dispatch+experts"},
     ],
 )

@@ -202,7 +202,7 @@ def by_rows():
     ("shape", "num", "changes"),
     [
         ((2, 2, 2), 4, {"model.scan": True, "model.remat": "full"}),
-        ((2, 4, 1), 2, {"model.remat": "dispatch"}),
+        pytest.param((2, 4, 1), 2, {"model.remat": "dispatch"}, marks=pytest.mark.full),
     ],
     ids=lambda z: meshes.name(z) if isinstance(z, tuple) else None,
 )

@@ -67,7 +67,7 @@ def deviations(one_device, program):
     ("shape", "changes"),
     [
         ((2, 2, 2), {"train.micro_batch_size": 8, "model.scan": True, "model.remat": "full"}),
-        ((2, 4, 1), {}),
+        pytest.param((2, 4, 1), {}, marks=pytest.mark.full),
     ],
     ids=["2x2x2 accumulated, scanned, rematerialised", "2x4x1"],
 )

@@ -341,6 +341,7 @@ def test_two_processes_do_what_one_does(processes):
     )
 
 
+@pytest.mark.full
 def test_a_run_moves_to_two_processes_and_back(processes):
     """The data go on where they were, whoever reads them."""
     one, two = [sys.executable, "-m", "moe_jax.main"], ["launch/local.sh", "2", "4"]
