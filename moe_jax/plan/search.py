@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rich.filesize import decimal
 
 from moe_jax import config, train_step
+from moe_jax.accumulation import forward_passes
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.parallel import mesh
@@ -29,7 +30,7 @@ from moe_jax.schema.config import Config
 from moe_jax.terminal.table import Table, names, numbers
 from moe_jax.terminal.units import readable
 
-REMATS = ("none", "dispatch", "dots", "full")
+REMATS = ("none", "attention+experts", "dispatch", "dots", "full")
 # Dispatchers of assignments, with their options: (name, option, value).
 DISPATCHES = (
     ("dropless", "buffer", 0.0),
@@ -38,7 +39,7 @@ DISPATCHES = (
 )
 # Arrays [T, D] of the compute dtype that a block keeps for its backward pass beside attention's and
 # the dispatcher's, by rematerialisation.
-KEPT = {"none": 12, "dots": 6, "dispatch": 1, "full": 1}
+KEPT = {"none": 12, "dots": 6, "attention+experts": 1, "dispatch": 1, "full": 1}
 # Rows of the estimate that are shown.
 SHOWN = 10
 
@@ -167,8 +168,9 @@ def _network_seconds(
 
 
 def _flops(cfg: Config) -> float:
-    """Returns the FLOPs of a device: three passes, a fourth of blocks that are computed again, a
-    fifth with accumulation, and the rows of the buffer instead of those that are useful.
+    """Returns the FLOPs of a device: three passes, a fourth of what blocks compute again, a fifth
+    where accumulation needs two forward passes, and the rows of the buffer instead of those that
+    are useful.
     """
     per_token = flops.forward_per_token(cfg.model, cfg.data.seq_len)
     num_tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.mesh.num_devices
@@ -179,10 +181,13 @@ def _flops(cfg: Config) -> float:
         padding = held / shape.num_intended
     blocks = per_token.total - per_token.head + (padding - 1) * per_token.experts
     # Attention's scores alone are computed again where products are kept.
-    again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0)
-    accumulates = 1 if cfg.train.num_micro_batches > 1 else 0
-    passes = 3 + again + accumulates
-    return num_tokens * (passes * blocks + (3 + accumulates) * per_token.head)
+    again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0) * blocks
+    if "experts" in cfg.model.remat:
+        again -= padding * per_token.experts
+    if "attention" in cfg.model.remat:
+        again -= per_token.attention_scores
+    passes = 2 + forward_passes(cfg)
+    return num_tokens * (passes * (blocks + per_token.head) + again)
 
 
 def _memory(cfg: Config, state: train_step.State) -> int:
@@ -197,17 +202,23 @@ def _memory(cfg: Config, state: train_step.State) -> int:
     row = num_tokens * model.d_model * width
     heads = num_tokens * 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     attention = heads * width // cfg.mesh.model
-    rows = 0
+    # The output of attention.
+    kept_heads = num_tokens * model.num_heads * model.head_dim * width // cfg.mesh.model
+    rows = kept_rows = 0
     if model.num_moe_layers:
         shape = dispatch.buffer_shape(cfg)
         held = DISPATCHERS[model.moe.dispatcher].rows(shape, model.moe.dispatcher_options)
         rows = held * dispatch.row_bytes(cfg)
+        # Rows as they come in, and their pre-activations.
+        kept_rows = rows - held * model.d_model * width
     layer = KEPT["none"] * row + attention + rows
     kept = layer
     if model.remat != "none":
         kept = KEPT[model.remat] * row
         kept += attention if model.remat == "dots" else 0
         kept += rows // 2 if model.remat == "dispatch" else 0
+        kept += kept_rows if "experts" in model.remat else 0
+        kept += kept_heads if "attention" in model.remat else 0
     # Logits and their gradient, in float32.
     logits = 2 * num_tokens * model.vocab_size * 4 // cfg.mesh.model
     expert = flops.feed_forward(model, model.moe.expert_hidden) if model.num_moe_layers else 0
