@@ -19,6 +19,7 @@ from moe_jax import config, train_step
 from moe_jax.accumulation import forward_passes
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.parallel import mesh
 from moe_jax.plan import chips, dispatch, flops, network, theory
 from moe_jax.plan.abstract import shard_bytes
@@ -27,6 +28,7 @@ from moe_jax.plan.chips import Chip
 from moe_jax.plan.compiling import abstract_state
 from moe_jax.plan.hlo.collectives import Collective
 from moe_jax.schema.config import Config
+from moe_jax.tasks.next_token import chunk_tokens
 from moe_jax.terminal.table import Table, names, numbers
 from moe_jax.terminal.units import readable
 
@@ -192,7 +194,7 @@ def _flops(cfg: Config) -> float:
 
 def _memory(cfg: Config, state: train_step.State) -> int:
     """Returns the bytes of a device: state and gradients exactly, what is kept for the backward
-    pass by a rule of thumb.
+    pass and what a block and the ends of the model hold meanwhile by rules of thumb.
     """
     model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
     parameters = shard_bytes(state.params)
@@ -204,13 +206,14 @@ def _memory(cfg: Config, state: train_step.State) -> int:
     attention = heads * width // cfg.mesh.model
     # The output of attention.
     kept_heads = num_tokens * model.num_heads * model.head_dim * width // cfg.mesh.model
-    rows = kept_rows = 0
+    rows = kept_rows = experts_hold = 0
     if model.num_moe_layers:
         shape = dispatch.buffer_shape(cfg)
         held = DISPATCHERS[model.moe.dispatcher].rows(shape, model.moe.dispatcher_options)
         rows = held * dispatch.row_bytes(cfg)
         # Rows as they come in, and their pre-activations.
         kept_rows = rows - held * model.d_model * width
+        experts_hold = _held_by_experts(cfg, held, shape)
     layer = KEPT["none"] * row + attention + rows
     kept = layer
     if model.remat != "none":
@@ -219,12 +222,39 @@ def _memory(cfg: Config, state: train_step.State) -> int:
         kept += rows // 2 if model.remat == "dispatch" else 0
         kept += kept_rows if "experts" in model.remat else 0
         kept += kept_heads if "attention" in model.remat else 0
-    # Logits and their gradient, in float32.
-    logits = 2 * num_tokens * model.vocab_size * 4 // cfg.mesh.model
-    expert = flops.feed_forward(model, model.moe.expert_hidden) if model.num_moe_layers else 0
-    experts = expert * model.moe.num_experts // cfg.mesh.expert // cfg.mesh.model
-    gathered = 2 * experts * width
-    return fixed + len(model.blocks) * kept + layer + logits + gathered
+    # Of one block while its gradient is computed.
+    step = KEPT["none"] * row + attention + experts_hold
+    return fixed + len(model.blocks) * kept + step + _held_at_ends(cfg)
+
+
+def _held_by_experts(cfg: Config, held: int, shape: Shape) -> int:
+    """Returns the bytes that the experts of one layer hold while their gradients are computed, as
+    counted in the program of OLMoE for a v5e.
+    """
+    model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
+    # Of a row: nine arrays as wide as the model, of which one is float32, and hidden ones.
+    hidden = model.moe.expert_hidden // cfg.mesh.model
+    rows = held * ((8 * width + 4) * model.d_model + 3 * hidden * width)
+    # Tokens of the whole expert axis where they are gathered; the rows of each are added up, and
+    # every addend exists twice.
+    gathers = not DISPATCHERS[model.moe.dispatcher].exchanges
+    num_tokens = shape.num_tokens * (shape.expert_axis if gathers else 1)
+    tokens = num_tokens * (2 * shape.per_token + 4) * model.d_model * width
+    expert = flops.feed_forward(model, model.moe.expert_hidden)
+    weights = expert * shape.local_experts // cfg.mesh.model
+    # Gathered in several orders, and gradients in float32.
+    return rows + tokens + weights * (5 * width + 4)
+
+
+def _held_at_ends(cfg: Config) -> int:
+    """Returns the bytes of logits, and of embedding and head: gathered, and their gradients."""
+    model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
+    num_tokens = theory.buffer_tokens(cfg)
+    chunk = chunk_tokens(model, num_tokens * cfg.mesh.batch_devices)
+    # With their gradient, in float32.
+    logits = 2 * (chunk or num_tokens) * model.vocab_size * 4
+    ends = model.vocab_size * model.d_model * (6 * width + 4)
+    return (logits + ends) // cfg.mesh.model
 
 
 def compile_best(
