@@ -4,7 +4,8 @@
     python -m moe_jax plan --config olmoe_1b7b --topology v5p:2x4x4 --mesh 4x8x1
 
 Sizes, batch, losses and learning rate are those of the paper (its appendix B); our balance loss
-counts as the paper's does, over micro-batches of all devices where theirs are of one. docs/plan.md has its plans.
+counts as the paper's does, over micro-batches of all devices where theirs are of one. docs/plan.md
+has its plans.
 """
 
 from moe_jax.config import defaults
