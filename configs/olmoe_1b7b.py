@@ -4,7 +4,8 @@
     python -m moe_jax plan --config olmoe_1b7b --topology v5p:2x4x4 --mesh 4x8x1
 
 Sizes, batch, losses and learning rate are those of the paper (its appendix B); our balance loss
-counts as the paper's does. docs/plan.md has its plans.
+counts as the paper's does, over micro-batches of all devices where theirs are of one. docs/plan.md
+has its plans.
 """
 
 from moe_jax.config import defaults
@@ -25,11 +26,13 @@ def get_config():
     c.model.moe.routers.top_k.k = 8
     c.model.moe.routers.top_k.renormalize = False
     c.model.moe.dispatchers.dropless.buffer = 1.25
-    c.model.moe.losses.balance = 0.01
+    # Of every micro-batch: that of the global batch costs one more forward pass (docs/balance.md).
+    c.model.moe.losses.balance = 0.0
+    c.model.moe.losses.micro_batch_balance = 0.01
     c.model.moe.losses.z = 0.001
     c.model.dtype = "bfloat16"
     c.model.scan = True
-    c.model.remat = "full"
+    c.model.remat = "attention+experts"
     c.data.seq_len = 4096
     c.train.batch_size = 1024
     c.train.micro_batch_size = 256

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax import layout, optim
+from moe_jax.accumulation import first_of, make_gradient, micro_batches, zeros_of
 from moe_jax.models.functions import Model, make_model
 from moe_jax.moe import load, losses, sparse
 from moe_jax.moe.routing import ROUTERS
@@ -22,7 +23,7 @@ from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.names import name_of
 from moe_jax.optim import spikes
 from moe_jax.parallel import chip_flags
-from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
 
@@ -120,31 +121,13 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
     return init
 
 
-def micro_batches(batch: Any, num: int, group_rows: int) -> Any:
-    """Returns arrays [B, ...] as [num, B / num, ...], by strided groups of rows.
-
-    So every device keeps its own rows, and no group is split.
-    """
-
-    def split(z: jax.Array) -> jax.Array:
-        # Told where, both times: with a dimension of length one (one group, one row) a reshape
-        # forgets what was split.
-        groups = (z.shape[0] // (num * group_rows), num, group_rows)
-        # [B, ...] -> [n, num, group_rows, ...]: of num groups in a row, micro-batch i takes the
-        # i-th. Of 8 rows, with num 2 and groups of one: rows 0 2 4 6, and rows 1 3 5 7.
-        z = jnp.reshape(z, groups + z.shape[1:], out_sharding=P(BATCH))
-        return jnp.reshape(z.swapaxes(0, 1), (num, -1) + z.shape[3:], out_sharding=P(None, BATCH))
-
-    return jax.tree.map(split, batch)
-
-
 def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
     """Returns the loss, a function: (params, router state, batch, rng) -> (loss, (totals, parts)).
 
     With micro-batches the totals of all of them are summed in a scan and the objective is taken
     once, of the sums: a balance loss is a product of batch sums, so the gradients of micro-batches
     do not add up to it. The body is rematerialised: memory is that of one micro-batch, and the cost
-    is one more forward pass.
+    is one more forward pass. A step takes it where the losses ask for that (accumulation.py).
     """
     num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
     coefficients = cfg.model.moe.losses
@@ -156,11 +139,7 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
         if num == 1:
             return forward(batch)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
-        # An index forgets what was split, too, where a dimension is of length one (jax 0.12).
-        first = jax.tree.map(lambda z: jax.sharding.reshard(z[0], P(BATCH)), micro)
-        # The sums begin at 0, in the shapes and dtypes of a pass that is only traced.
-        abstract = jax.eval_shape(forward, first)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
+        zero = zeros_of(jax.eval_shape(forward, first_of(micro)))
 
         @jax.checkpoint
         def body(sums, part):
@@ -196,15 +175,14 @@ def make_step(
     To be able to skip one (train.nonfinite_patience > 0, train.spike_sigma > 0) the old moments
     must outlive the new, which takes time and memory.
     """
-    loss_fn, zeros = make_loss(cfg, model), cfg.model.moe.sparse
+    gradient, zeros = make_gradient(cfg, model, make_loss(cfg, model)), cfg.model.moe.sparse
     sigma = cfg.train.spike_sigma
     # Otherwise the run ends at such a step, and its state is never used or saved.
     can_skip = cfg.train.nonfinite_patience > 0 or sigma > 0
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         rng = step_key(cfg, state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (totals, parts)), grads = grad_fn(state.params, state.router_state, batch, rng)
+        (loss, (totals, parts)), grads = gradient(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):
             # What a step may change is computed first; whether it counts is decided below.
             grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)

@@ -144,6 +144,18 @@ def _fold(step: Any, carry: Any, plan: _Plan) -> Any:
     return carry
 
 
+def _in_order(
+    q_BTHA: Array, bounds: tuple[Array, ...], plan: _Plan
+) -> tuple[Array, tuple[Array, ...], _Plan]:
+    """Returns them so that nothing is computed of the others before the queries are there.
+
+    Masks depend on bounds and pairs alone, so JAX would compute those of all pairs before a loop
+    over layers that is differentiated, and keep them: S^2 numbers for each head.
+    """
+    q_BTHA, bounds, pairs = lax.optimization_barrier((q_BTHA, bounds, plan.pairs))
+    return q_BTHA, bounds, plan._replace(pairs=pairs)
+
+
 def forward(
     scores: Scores,
     window: int | None,
@@ -157,6 +169,7 @@ def forward(
     B, T, H, _ = q_BTHA.shape
     G, V = v_BSGA.shape[2:]
     plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
+    q_BTHA, bounds, plan = _in_order(q_BTHA, bounds, plan)
     q_NQA = heads_first(_padded(q_BTHA, plan.padded_T), G)
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
     runs = _padded_runs(bounds, plan, H, G)
@@ -203,6 +216,7 @@ def backward(
     B, T, H, A = q_BTHA.shape
     S, G = k_BSGA.shape[1:3]
     plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
+    q_BTHA, bounds, plan = _in_order(q_BTHA, bounds, plan)
     of_queries = (q_BTHA, o_BTHA, do_BTHA)
     q_NQA, o_NQA, do_NQA = (heads_first(_padded(z, plan.padded_T), G) for z in of_queries)
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))

@@ -118,9 +118,12 @@ def card(cfg: Config) -> Card:
     chip = chips.of_kind(kind)
     memory = _memory(abstract_state(cfg, train_step.make_model(model)))
     layer = dispatch.of_layer(cfg) if model.num_moe_layers else None
-    compiled = _compiled(cfg)
+    platform = mesh.devices.flat[0].platform
+    computed = dispatch.rows_computed(cfg, platform) if layer else None
+    rows, rounds = computed or (None, None)
+    compiled = _compiled(cfg, rounds)
     held, balanced = (layer.rows_held, layer.rows_balanced) if layer else (1, 1)
-    done = tuple(work.compare(cfg, compiled.program, held, balanced))
+    done = tuple(work.compare(cfg, compiled.program, held, balanced, rows))
     has_peak = chip is not None and cfg.model.dtype in chip.peak
     train_per_token = flops.train_per_token(model, seq_len)
     return Card(
@@ -158,8 +161,11 @@ def _memory(state: train_step.State) -> Memory:
     )
 
 
-def _compiled(cfg: Config) -> Compiled:
-    """Compiles the train step and returns what the compiler says of it."""
+def _compiled(cfg: Config, rounds: program.Rounds | None) -> Compiled:
+    """Compiles the train step and returns what the compiler says of it.
+
+    `rounds`: of the loop of the experts' kernel.
+    """
     step = compile_step(cfg)
     stats: Any = step.compiled.memory_analysis()
     lengths = dict(jax.sharding.get_mesh().shape)
@@ -170,5 +176,5 @@ def _compiled(cfg: Config) -> Compiled:
         temporary=stats.temp_size_in_bytes,
         lower_seconds=step.lower_seconds,
         seconds=step.compile_seconds,
-        program=program.read(step.compiled.as_text(), lengths),
+        program=program.read(step.compiled.as_text(), lengths, rounds),
     )

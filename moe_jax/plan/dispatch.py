@@ -14,9 +14,12 @@ from rich.filesize import pick_unit_and_suffix
 from moe_jax.models.block import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.experts import grouped_matmul
+from moe_jax.moe.experts.blocks import block_sizes
 from moe_jax.moe.layer import MoE, num_intended
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
+from moe_jax.plan.hlo.program import Rounds
 from moe_jax.plan.traffic import layer_traffic
 from moe_jax.schema.config import Config
 
@@ -88,6 +91,26 @@ def buffer_shape(cfg: Config) -> Shape:
         group_tokens=min(moe.group_rows, rows) * cfg.data.seq_len,
         expert_axis=mesh.expert,
     )
+
+
+def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | None:
+    """Returns the rows that the experts of a device compute of a balanced load, with the padding
+    of their kernel, and how often its loop runs; None of a kernel whose work the program shows.
+    """
+    moe, shape = cfg.model.moe, buffer_shape(cfg)
+    kernel = grouped_matmul.kernel_of(moe.expert_kernel, platform, cfg.model.dtype)
+    dispatcher = DISPATCHERS[moe.dispatcher]
+    if kernel.padded_rows is None or dispatcher.mixes:
+        return None
+    held = dispatcher.rows(shape, moe.dispatcher_options)
+    block = block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
+    padding = kernel.padded_rows(shape.local_experts, block, held)
+    num_rows = min(shape.num_intended, held) + padding
+    if kernel.round_rows is None:
+        return num_rows, None
+    round_rows = kernel.round_rows(block, held)
+    rounds = Rounds(-(-num_rows // round_rows), -(-(held + padding) // round_rows))
+    return num_rows, rounds
 
 
 def row_bytes(cfg: Config) -> int:

@@ -15,8 +15,8 @@ MOST_COLLECTIVES = 12
 # The products that take the most, by where they come from.
 MOST_SCOPES = 8
 UNCOUNTED = (
-    "An estimate: the program does not say what its kernels cost, or how long its loops are; the "
-    "experts' work is that of all rows of the buffer."
+    "An estimate: the program does not say how many rows its kernels and loops work on. Experts "
+    "count as a balanced load with the padding of tiles; unknown kernels as the whole buffer."
 )
 NOT_FOUND = (
     "Not found: the program sends it in another way or with other things. Between slices it sends "

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from rich.filesize import decimal
 
 from moe_jax import config, train_step
+from moe_jax.accumulation import forward_passes
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.parallel import mesh
 from moe_jax.plan import chips, dispatch, flops, network, theory
 from moe_jax.plan.abstract import shard_bytes
@@ -26,10 +28,11 @@ from moe_jax.plan.chips import Chip
 from moe_jax.plan.compiling import abstract_state
 from moe_jax.plan.hlo.collectives import Collective
 from moe_jax.schema.config import Config
+from moe_jax.tasks.next_token import chunk_tokens
 from moe_jax.terminal.table import Table, names, numbers
 from moe_jax.terminal.units import readable
 
-REMATS = ("none", "dispatch", "dots", "full")
+REMATS = ("none", "attention+experts", "dispatch", "dots", "full")
 # Dispatchers of assignments, with their options: (name, option, value).
 DISPATCHES = (
     ("dropless", "buffer", 0.0),
@@ -38,7 +41,7 @@ DISPATCHES = (
 )
 # Arrays [T, D] of the compute dtype that a block keeps for its backward pass beside attention's and
 # the dispatcher's, by rematerialisation.
-KEPT = {"none": 12, "dots": 6, "dispatch": 1, "full": 1}
+KEPT = {"none": 12, "dots": 6, "attention+experts": 1, "dispatch": 1, "full": 1}
 # Rows of the estimate that are shown.
 SHOWN = 10
 
@@ -167,8 +170,9 @@ def _network_seconds(
 
 
 def _flops(cfg: Config) -> float:
-    """Returns the FLOPs of a device: three passes, a fourth of blocks that are computed again, a
-    fifth with accumulation, and the rows of the buffer instead of those that are useful.
+    """Returns the FLOPs of a device: three passes, a fourth of what blocks compute again, a fifth
+    where accumulation needs two forward passes, and the rows of the buffer instead of those that
+    are useful.
     """
     per_token = flops.forward_per_token(cfg.model, cfg.data.seq_len)
     num_tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.mesh.num_devices
@@ -179,15 +183,18 @@ def _flops(cfg: Config) -> float:
         padding = held / shape.num_intended
     blocks = per_token.total - per_token.head + (padding - 1) * per_token.experts
     # Attention's scores alone are computed again where products are kept.
-    again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0)
-    accumulates = 1 if cfg.train.num_micro_batches > 1 else 0
-    passes = 3 + again + accumulates
-    return num_tokens * (passes * blocks + (3 + accumulates) * per_token.head)
+    again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0) * blocks
+    if "experts" in cfg.model.remat:
+        again -= padding * per_token.experts
+    if "attention" in cfg.model.remat:
+        again -= per_token.attention_scores
+    passes = 2 + forward_passes(cfg)
+    return num_tokens * (passes * (blocks + per_token.head) + again)
 
 
 def _memory(cfg: Config, state: train_step.State) -> int:
     """Returns the bytes of a device: state and gradients exactly, what is kept for the backward
-    pass by a rule of thumb.
+    pass and what a block and the ends of the model hold meanwhile by rules of thumb.
     """
     model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
     parameters = shard_bytes(state.params)
@@ -197,23 +204,57 @@ def _memory(cfg: Config, state: train_step.State) -> int:
     row = num_tokens * model.d_model * width
     heads = num_tokens * 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     attention = heads * width // cfg.mesh.model
-    rows = 0
+    # The output of attention.
+    kept_heads = num_tokens * model.num_heads * model.head_dim * width // cfg.mesh.model
+    rows = kept_rows = experts_hold = 0
     if model.num_moe_layers:
         shape = dispatch.buffer_shape(cfg)
         held = DISPATCHERS[model.moe.dispatcher].rows(shape, model.moe.dispatcher_options)
         rows = held * dispatch.row_bytes(cfg)
+        # Rows as they come in, and their pre-activations.
+        kept_rows = rows - held * model.d_model * width
+        experts_hold = _held_by_experts(cfg, held, shape)
     layer = KEPT["none"] * row + attention + rows
     kept = layer
     if model.remat != "none":
         kept = KEPT[model.remat] * row
         kept += attention if model.remat == "dots" else 0
         kept += rows // 2 if model.remat == "dispatch" else 0
-    # Logits and their gradient, in float32.
-    logits = 2 * num_tokens * model.vocab_size * 4 // cfg.mesh.model
-    expert = flops.feed_forward(model, model.moe.expert_hidden) if model.num_moe_layers else 0
-    experts = expert * model.moe.num_experts // cfg.mesh.expert // cfg.mesh.model
-    gathered = 2 * experts * width
-    return fixed + len(model.blocks) * kept + layer + logits + gathered
+        kept += kept_rows if "experts" in model.remat else 0
+        kept += kept_heads if "attention" in model.remat else 0
+    # Of one block while its gradient is computed.
+    step = KEPT["none"] * row + attention + experts_hold
+    return fixed + len(model.blocks) * kept + step + _held_at_ends(cfg)
+
+
+def _held_by_experts(cfg: Config, held: int, shape: Shape) -> int:
+    """Returns the bytes that the experts of one layer hold while their gradients are computed, as
+    counted in the program of OLMoE for a v5e.
+    """
+    model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
+    # Of a row: nine arrays as wide as the model, of which one is float32, and hidden ones.
+    hidden = model.moe.expert_hidden // cfg.mesh.model
+    rows = held * ((8 * width + 4) * model.d_model + 3 * hidden * width)
+    # Tokens of the whole expert axis where they are gathered; the rows of each are added up, and
+    # every addend exists twice.
+    gathers = not DISPATCHERS[model.moe.dispatcher].exchanges
+    num_tokens = shape.num_tokens * (shape.expert_axis if gathers else 1)
+    tokens = num_tokens * (2 * shape.per_token + 4) * model.d_model * width
+    expert = flops.feed_forward(model, model.moe.expert_hidden)
+    weights = expert * shape.local_experts // cfg.mesh.model
+    # Gathered in several orders, and gradients in float32.
+    return rows + tokens + weights * (5 * width + 4)
+
+
+def _held_at_ends(cfg: Config) -> int:
+    """Returns the bytes of logits, and of embedding and head: gathered, and their gradients."""
+    model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
+    num_tokens = theory.buffer_tokens(cfg)
+    chunk = chunk_tokens(model, num_tokens * cfg.mesh.batch_devices)
+    # With their gradient, in float32.
+    logits = 2 * (chunk or num_tokens) * model.vocab_size * 4
+    ends = model.vocab_size * model.d_model * (6 * width + 4)
+    return (logits + ends) // cfg.mesh.model
 
 
 def compile_best(

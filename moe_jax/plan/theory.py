@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from moe_jax.accumulation import forward_passes
 from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
@@ -49,11 +50,6 @@ def expected(cfg: Config) -> list[Expected]:
     return [one for one in found if one.num_bytes]
 
 
-def _forward_passes(cfg: Config) -> int:
-    """Accumulation computes every micro-batch again in the backward pass, from its first block."""
-    return 2 if cfg.train.num_micro_batches > 1 else 1
-
-
 def _width(cfg: Config) -> int:
     return jnp.dtype(cfg.model.dtype).itemsize
 
@@ -66,9 +62,9 @@ def tokens(cfg: Config) -> int:
     """
     dispatcher = DISPATCHERS[cfg.model.moe.dispatcher]
     rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
-    keeps = cfg.model.remat == "dispatch" and dispatcher.keeps
+    keeps = "dispatch" in cfg.model.remat.split("+") and dispatcher.keeps
     again = 0 if cfg.model.remat == "none" or keeps else 1
-    journeys = 2 * _forward_passes(cfg) + again + 2
+    journeys = 2 * forward_passes(cfg) + again + 2
     per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
     return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
 
@@ -89,7 +85,7 @@ def dense_weights(cfg: Config) -> int:
     """Returns the bytes of all other matrices, gathered over `data` and `expert`."""
     in_blocks, ends = _dense_counts(cfg)
     # Embedding and head lie outside of what is rematerialised.
-    gathered = _gathers(cfg) * in_blocks + _forward_passes(cfg) * ends
+    gathered = _gathers(cfg) * in_blocks + forward_passes(cfg) * ends
     return gathered * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
 
 
@@ -119,7 +115,7 @@ def _others(cfg: Config) -> int:
 
 def _gathers(cfg: Config) -> int:
     """Returns how often a block gathers its weights: forward, and where it is rematerialised."""
-    return _forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
+    return forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
 
 
 def hidden_columns(cfg: Config) -> int:
@@ -129,7 +125,7 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
-    sums = 2 * _forward_passes(cfg) + again + 2
+    sums = 2 * forward_passes(cfg) + again + 2
     # A sum is a reduce-scatter and a gather.
     one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
     return sums * one * len(model.blocks) * cfg.train.num_micro_batches

@@ -7,10 +7,9 @@ case) or masked (attention scores of keys that a token does not see).
 from typing import NamedTuple
 
 from moe_jax.plan import flops
+from moe_jax.plan.hlo.products import EXPERTS
 from moe_jax.plan.hlo.program import Program
 from moe_jax.schema.config import Config
-
-EXPERTS = "routed experts"
 
 
 class Work(NamedTuple):
@@ -23,14 +22,26 @@ class Work(NamedTuple):
     is_estimate: bool = False
 
 
-def compare(cfg: Config, program: Program, rows_held: float, rows_balanced: float) -> list[Work]:
+def compare(
+    cfg: Config,
+    program: Program,
+    rows_held: float,
+    rows_balanced: float,
+    rows_computed: int | None = None,
+) -> list[Work]:
     """Returns the work of every part, the most first.
+
+    `rows_computed` are those of a balanced load with the padding of the experts' kernel (None = not
+    known): what kernels say of all rows that they are given is scaled to them.
 
     A kernel may say nothing of its FLOPs, and a loop may be as long as the load asks for. A part
     that such a program seems to do less of than is useful then counts as useful, and the experts as
     all rows of the dispatch buffer.
     """
     useful, done = _useful(cfg), dict(program.products.flops)
+    told = program.products.told[EXPERTS]
+    if rows_computed is not None and told:
+        done[EXPERTS] += round(told * (rows_computed / rows_held - 1))
     least = dict(useful)
     if EXPERTS in useful:
         least[EXPERTS] = round(useful[EXPERTS] * rows_held / rows_balanced)
@@ -40,6 +51,8 @@ def compare(cfg: Config, program: Program, rows_held: float, rows_balanced: floa
         counted = done.get(part, 0)
         is_estimate = is_unknown and counted < least.get(part, 0)
         told = least[part] if is_estimate else counted
+        # Scaled to a load that nobody knows.
+        is_estimate |= part == EXPERTS and rows_computed is not None
         work.append(Work(part, useful.get(part, 0), told, is_estimate))
     return sorted(work, key=lambda one: -one.done)
 

@@ -101,8 +101,9 @@ def _backward(vocab_axis: str | None, residuals: Any, cotangents: Any) -> tuple[
         is_target_CV = is_target(vocab_axis, prob_CV, target_C)
         dlogits_CV = prob_CV * both_C1 - jnp.where(is_target_CV, dnll_C[:, None], 0)
         dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-        dx_CD = _product(dlogits_CV, head_DV, 1, 1).astype(x_CD.dtype)
-        return dhead_DV + _product(x_CD, dlogits_CV, 0, 0), dx_CD
+        with jax.named_scope("head"):
+            dx_CD = _product(dlogits_CV, head_DV, 1, 1).astype(x_CD.dtype)
+            return dhead_DV + _product(x_CD, dlogits_CV, 0, 0), dx_CD
 
     zero_DV = jnp.zeros_like(head_DV, dtype=wide_dtype(head_DV.dtype))
     chunks = (x_nCD, target_nC, log_sum_nC, *cotangents)

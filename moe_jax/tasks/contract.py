@@ -30,6 +30,10 @@ Figures = Mapping[str, Any]  # of an evaluation, by name
 Table = dict[str, dict[str, Any]]  # row -> column -> value
 
 
+# Totals that others are divided by. `balance_weight` is state of a router (moe/losses).
+NUMBERS = ("tokens", "sequences", "micro_batches", "balance_weight")
+
+
 class Losses(NamedTuple):
     """Holds the results of one forward pass."""
 
@@ -143,6 +147,23 @@ def objective(
         loss = loss + auxiliary.astype(nll.dtype)
         parts |= {f"{name}_loss": value for name, value in values.items()}
     return loss, parts
+
+
+def numbers(totals: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the totals that others are divided by, which no parameter changes."""
+    own = {name: total for name, total in totals.items() if name in NUMBERS}
+    inner = {name: numbers(total) for name, total in totals.items() if isinstance(total, dict)}
+    return own | {name: found for name, found in inner.items() if found}
+
+
+def with_numbers(totals: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the totals with `numbers` of others in place of their own."""
+    return {
+        name: with_numbers(total, given.get(name, {}))
+        if isinstance(total, dict)
+        else given.get(name, total)
+        for name, total in totals.items()
+    }
 
 
 def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, Any]:

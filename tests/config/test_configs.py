@@ -72,7 +72,7 @@ def test_a_config_sets_nothing_that_does_nothing(name):
     assert idle.notes(built(name), config_file.read(path), start=0) == []
 
 
-def traced(cfg):
+def traced(cfg, rounds):
     """The compiled train step of the card, traced and not compiled: every shape fits, and no
     seconds pass.
     """

@@ -22,7 +22,7 @@ from moe_jax.models.attention_core import (
     prefix,
     windowed,
 )
-from moe_jax.parallel.compiling import of_other_platforms
+from moe_jax.parallel.compiling import QUICK, of_other_platforms
 from moe_jax.schema.config import ModelConfig
 
 SCALE = 0.4
@@ -438,3 +438,32 @@ def test_prefix_worked_by_hand(float64):
     keys = prefix(segment, jnp.array([[True, True, False, False, False]]))
     o = attention(zero, zero, v, keys, scale=1.0)
     np.testing.assert_allclose(o[0, :, 0, 0], [3 / 2, 3 / 2, 7 / 3, 15 / 4, 0])
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_memory_of_layers_in_a_loop_is_linear_in_the_tokens_of_a_row(remat):
+    """Masks depend on nothing that changes from layer to layer: they must not be kept for all pairs
+    of chunks.
+    """
+
+    def temporary(S):
+        def layer(x_1SD, w_D, keys):
+            q_1SHA = (x_1SD * w_D[None, None]).reshape(1, S, 4, 8)
+            o_1SHA = attention(q_1SHA, q_1SHA, q_1SHA, keys, scale=0.3, kernel="chunks")
+            return x_1SD + o_1SHA.reshape(x_1SD.shape)
+
+        def loss(w_LD, x_1SD, segment_1S):
+            keys = causal(segment_1S)
+            call = jax.checkpoint(layer) if remat else layer
+
+            def body(x_1SD, w_D):
+                return call(x_1SD, w_D, keys), None
+
+            return jax.lax.scan(body, x_1SD, w_LD)[0].sum()
+
+        shapes = ((2, 32), jnp.float32), ((1, S, 32), jnp.float32), ((1, S), jnp.int32)
+        inputs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        compiled = jax.jit(jax.grad(loss)).lower(*inputs).compile(compiler_options=QUICK)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 2.2 * temporary(2048)

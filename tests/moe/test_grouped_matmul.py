@@ -320,6 +320,51 @@ def test_work_is_flat_in_the_number_of_experts(num_experts):
         assert int(number) <= len(visits.expert_V)
 
 
+@pytest.mark.parametrize("kernel", ["tiles", "pallas_tpu"])
+def test_padding_of_random_loads_is_what_plans_say(kernel):
+    """The rows that are computed beyond those that experts have, mean of 40 loads within 15 %."""
+    num_experts, mean = 8, 1000
+    block = block_sizes(mean)
+    num_rows = 16 * mean
+    of_kernel = {"tiles": tiles, "pallas_tpu": pallas_tpu}[kernel]
+    B = of_kernel.tile_rows(block, num_rows)
+
+    @jax.jit
+    def computed(size_e):
+        room_e = -(-size_e // block[1]) * block[1]
+        layout = Layout(jnp.cumsum(room_e) - room_e, size_e)
+        if kernel == "pallas_tpu":
+            return B * pallas_tpu.list_visits(layout, num_rows, B, empty=False)[1]
+        rounds = -(-tiles.list_tiles(layout, num_rows, B).num_tiles // tiles.ROUND)
+        return B * tiles.ROUND * rounds
+
+    rng = np.random.default_rng(0)
+    loads = rng.multinomial(num_experts * mean, rng.dirichlet(np.full(num_experts, 9.0), 40))
+    found = [int(computed(jnp.asarray(size_e, jnp.int32))) - num_experts * mean for size_e in loads]
+    told = KERNELS[kernel].padded_rows(num_experts, block, num_rows)
+    assert np.mean(found) == pytest.approx(told, rel=0.15)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("name", ["auto", *KERNELS])
+def test_a_plan_knows_the_kernel_of_a_platform(name, platform, monkeypatch):
+    """`_run` leaves the choice to the compiler: here the branches are named."""
+
+    def branches(*args, others, **own):
+        return own.get(platform, others)
+
+    monkeypatch.setattr(grouped_matmul, "by_platform", branches)
+    for key, kernel in KERNELS.items():
+        monkeypatch.setitem(KERNELS, key, kernel._replace(forward=lambda *args, key=key: key))
+    grouped_matmul._bound.cache_clear()
+    rows = grouped_matmul.Rows(jnp.zeros((2, 2), jnp.float32), *[None] * 3)
+    run = grouped_matmul._run(name, "forward", Chosen("gelu"), (8, 8), rows)
+    taken = run() if callable(run) else run
+    expected = grouped_matmul.kernel_of(name, platform, jnp.float32)
+    grouped_matmul._bound.cache_clear()
+    assert expected is KERNELS[taken]
+
+
 def test_memory_is_flat_in_the_number_of_experts():
     """Beside the weights and their gradients there is nothing that grows with E."""
 

@@ -417,7 +417,7 @@ def test_card_of_a_dense_model_on_one_device():
 
 
 def dispatch_of(monkeypatch, moe, shape=(2, 2, 2)):
-    monkeypatch.setattr(cards, "_compiled", lambda cfg: card_cases.compiled())
+    monkeypatch.setattr(cards, "_compiled", lambda cfg, rounds: card_cases.compiled())
     cfg = make_config(shape, moe=moe, train={"micro_batch_size": 8})
     with jax.set_mesh(meshes.make(*shape)):
         return cards.card(cfg)

@@ -78,6 +78,19 @@ def test_a_loop_whose_length_depends_on_the_data_counts_once_and_is_named():
     assert runs.times["body"] == 1 and runs.unknown_loops == ("moe/experts/while",)
 
 
+def test_the_loop_of_the_experts_runs_as_often_as_their_load_asks_for():
+    unknown = LOOP.replace("constant(5)", "get-tuple-element(%carry), index=0")
+    of_experts = unknown.replace("body=%body", 'body=%body, metadata={op_name="moe/experts/while"}')
+    once = program.read(of_experts, LENGTHS).products.flops.total()
+    found = program.read(of_experts, LENGTHS, program.Rounds(3, 6))
+    assert found.unknown_loops == ()
+    (count,) = [one.count for one in found.collectives]
+    assert count == 3 and found.most_flops > found.products.flops.total() > once
+    other = unknown.replace("body=%body", 'body=%body, metadata={op_name="moe/route/while"}')
+    found = program.read(other, LENGTHS, program.Rounds(3, 6))
+    assert found.unknown_loops == ("moe/route/while",)
+
+
 def test_an_all_reduce_passes_a_device_twice():
     (found,) = program.read(LOOP, LENGTHS).collectives
     # [4, 16] in float32 among two devices, five times: a half is received, twice.

@@ -24,7 +24,7 @@ def wide(monkeypatch):
 def not_compiled(monkeypatch):
     """Every step takes 10 MB, and nothing is compiled."""
 
-    def compiled(cfg):
+    def compiled(cfg, rounds):
         return card_cases.compiled(4_000_000, 3_000_000, 3_000_000, 6_000_000)
 
     monkeypatch.setattr(card, "_compiled", compiled)

@@ -54,6 +54,16 @@ def test_where_it_does_not_say_the_buffer_counts(cfg):
     assert found["head"].done == found["head"].useful
 
 
+def test_what_kernels_say_of_all_rows_is_scaled_to_a_balanced_load(cfg):
+    counted = Products(
+        Counter({"routed experts": 100}), Counter(), Counter(), Counter({"routed experts": 80})
+    )
+    read = made({})._replace(products=counted)
+    parts = work.compare(cfg, read, rows_held=40, rows_balanced=20, rows_computed=30)
+    (experts,) = [one for one in parts if one.part == "routed experts"]
+    assert experts.done == 20 + 60 and experts.is_estimate
+
+
 def test_the_slowest_part_bounds_a_step_and_what_is_waited_for_comes_on_top():
     found = estimate.Estimate(
         compute=2.0,

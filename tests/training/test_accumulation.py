@@ -11,10 +11,12 @@ import pytest
 import tiny
 
 from moe_jax import train_step
+from moe_jax.moe import losses
 from moe_jax.parallel import batch_rows
 from moe_jax.parallel.compiling import QUICK
 from moe_jax.plan import abstract
-from moe_jax.tasks import TASKS
+from moe_jax.plan.hlo import program
+from moe_jax.tasks import TASKS, contract
 
 ROWS = 4
 SMALL = {
@@ -116,3 +118,80 @@ def test_one_row_or_group_at_a_time_has_the_gradient_of_the_batch(
 ):
     want, got = gradient(task, shape, ROWS, group_rows), gradient(task, shape, micro, group_rows)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), want, got)
+
+
+ADDS_UP = {
+    "model.moe.losses.balance": 0.0,
+    "model.moe.losses.micro_batch_balance": 0.1,
+    "model.moe.losses.sequence_balance": 0.1,
+    "model.moe.losses.z": 0.1,
+    "model.logit_z_loss": 0.1,
+    "model.remat": "attention+experts",
+}
+
+
+@pytest.fixture(scope="module")
+def in_one_pass():
+    """(what one pass gives, what the gradient of the whole loss gives, FLOPs of both), of a batch
+    with padding, a row of nothing else among it.
+    """
+    with jax.enable_x64(True):
+        cfg = tiny.build((2, 1, 1), changes_of("lm", 2, **ADDS_UP))
+        with jax.set_mesh(meshes.make(2, 1, 1)):
+            model = train_step.make_model(cfg.model)
+            params, router_state = jax.jit(model.init)(jax.random.key(0))
+            batch = TASKS["lm"].random(cfg, 0)
+            batch.segment_BS[0] = 0
+            batch.segment_BS[1, 3:] = 0
+            batch = batch_rows.put(batch, np.arange(ROWS), ROWS)
+            loss = train_step.make_loss(cfg, model)
+            found = []
+            for function in (
+                train_step.make_gradient(cfg, model, loss),
+                jax.value_and_grad(loss, has_aux=True),
+            ):
+                lowered = jax.jit(function).lower(params, router_state, batch, jax.random.key(1))
+                compiled = lowered.compile(compiler_options=QUICK)
+                result = compiled(params, router_state, batch, jax.random.key(1))
+                products = program.read(compiled.as_text(), {"data": 2}).products
+                found.append((jax.device_get(result), products.flops.total()))
+    return found
+
+
+def test_losses_that_add_up_have_the_gradient_of_the_batch_in_one_pass(in_one_pass):
+    (got, _), (want, _) = in_one_pass
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), want, got)
+
+
+def test_one_pass_computes_no_micro_batch_twice(in_one_pass):
+    """Three forward passes, and a part of a fourth that the blocks compute again, beside one more
+    of everything.
+    """
+    (_, one), (_, two) = in_one_pass
+    assert 0.6 < one / two < 0.85
+
+
+def slope(name, factor):
+    """The gradient of a loss by its totals, where all sums but the numbers are times `factor`."""
+    rng = np.random.default_rng(0)
+    shapes = dict.fromkeys(("counts", "probs", "importance", "load", "first"), (2, 4))
+    shapes |= dict.fromkeys(("tokens", "sequences", "micro_batches", "z"), (2,))
+    shapes |= dict.fromkeys(("sequence_balance", "micro_batch_balance"), (2,))
+    totals = {key: 1 + rng.random(shape) for key, shape in shapes.items()}
+    totals |= {
+        key: total * np.linspace(1, factor, total.size).reshape(total.shape)
+        for key, total in totals.items()
+        if key not in contract.NUMBERS
+    }
+
+    def value(rest):
+        return losses.LOSSES[name].value(totals | rest).sum()
+
+    return jax.grad(value)({key: x for key, x in totals.items() if key not in contract.NUMBERS})
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_a_loss_that_adds_up_has_the_same_gradient_at_all_sums(float64, name):
+    one, other = slope(name, 1), slope(name, 3)
+    differs = max(np.abs(one[key] - other[key]).max() for key in one)
+    assert losses.LOSSES[name].adds_up == (differs < 1e-12)

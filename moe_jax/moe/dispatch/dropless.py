@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.moe import kept
 from moe_jax.moe.dispatch.contract import Dispatcher, Experts
 from moe_jax.moe.dispatch.exchange import SAVED, all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
@@ -222,7 +223,9 @@ def _in_rounds(
 
     def one_round(y_nTD: jax.Array, offset: jax.Array) -> tuple[jax.Array, None]:
         def run(x_nTD: jax.Array, gate_M: jax.Array) -> jax.Array:
-            return serve(x_nTD, gate_M, offset, num_rows)
+            # A policy would keep what is named of every round, needed or not.
+            with kept.nothing():
+                return serve(x_nTD, gate_M, offset, num_rows)
 
         def skip(x_nTD: jax.Array, gate_M: jax.Array) -> jax.Array:
             del x_nTD, gate_M
@@ -234,9 +237,14 @@ def _in_rounds(
     # The first round runs in any case, and is the carry that the others add to.
     first_y_nTD = serve(x_nTD, gathered.gate_M, 0, num_rows)
     offsets = jnp.arange(1, num_rounds, dtype=jnp.int32) * num_rows
-    # Rematerialised, so that the buffers of one round exist at a time.
-    y_nTD, _ = jax.lax.scan(jax.checkpoint(one_round), first_y_nTD, offsets)
-    return y_nTD
+
+    def further(y_nTD: jax.Array) -> jax.Array:
+        # Rematerialised, so that the buffers of one round exist at a time.
+        y_nTD, _ = jax.lax.scan(jax.checkpoint(one_round), y_nTD, offsets)
+        return y_nTD
+
+    # Asked once: a round that is skipped still adds zeros to all sums and gradients.
+    return jax.lax.cond(num_rows < gathered.num_needed, further, lambda y: y, first_y_nTD)
 
 
 DISPATCHER = Dispatcher(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.moe import kept
 from moe_jax.moe.experts import blocks, pallas_tpu, ragged, tiles, whole
 from moe_jax.moe.experts.network import Biases, Chosen, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
@@ -32,9 +33,14 @@ class Kernel(NamedTuple):
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., Rows]
+    # What plans ask of a kernel whose work follows the load. (experts, block, R) -> rows that are
+    # computed beyond those that experts have, on average; None = it is not known.
+    padded_rows: Callable[..., int] | None = None
+    # (block, R) -> rows of a round of its loop; None = it has no loop that the program shows.
+    round_rows: Callable[..., int] | None = None
 
 
-def _of_products(products: Callable[..., whole.Products]) -> Kernel:
+def _of_products(products: Callable[..., whole.Products], **of_plans: Any) -> Kernel:
     """Returns the kernel that is made of three products over all rows."""
 
     def forward(act: Any, block: tuple[int, int], rows: Rows, layout: Layout) -> Any:
@@ -43,19 +49,30 @@ def _of_products(products: Callable[..., whole.Products]) -> Kernel:
     def backward(act: Any, block: tuple[int, int], rows: Rows, layout: Layout, *more: Any) -> Rows:
         return whole.backward(act, products(layout, block), rows, layout, *more)
 
-    return Kernel(forward, backward)
+    return Kernel(forward, backward, **of_plans)
 
 
 KERNELS: dict[str, Kernel] = {
     "blocks": Kernel(blocks.forward, blocks.backward),
-    "tiles": Kernel(tiles.forward, tiles.backward),
-    "pallas_tpu": _of_products(pallas_tpu.products),
+    "tiles": Kernel(tiles.forward, tiles.backward, tiles.padded_rows, tiles.round_rows),
+    "pallas_tpu": _of_products(pallas_tpu.products, padded_rows=pallas_tpu.padded_rows),
     "ragged_dot": _of_products(ragged.products),
 }
 BY_PLATFORM = "auto"
 # The name of what the backward pass reads of the experts (models/stack.py): the rows that they are
 # given, and their pre-activations.
 SAVED = "moe_experts"
+
+
+def kernel_of(name: str, platform: str, dtype: Any) -> Kernel:
+    """Returns the kernel that `_run` takes on a platform."""
+    # The matrix unit of a TPU has no float64.
+    on_tpu = platform == "tpu" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+    if name == BY_PLATFORM:
+        name = "pallas_tpu" if on_tpu else "blocks" if platform == "cpu" else "tiles"
+    elif name == "pallas_tpu" and platform != "tpu":
+        name = "tiles"
+    return KERNELS[name]
 
 
 @functools.cache
@@ -139,30 +156,38 @@ def expert_ffn(
         # The others vary as x does.
         _, in_eH, out_eD = vary_alike(x_RD, in_eH, out_eD)
         rows = rows._replace(biases=Biases(in_eH, out_eD))
-    return _grouped_ffn(chosen, block, kernel, rows, Layout(start_e, size_e))
+    how = _How(chosen, block, kernel, kept.is_named())
+    return _grouped_ffn(how, rows, Layout(start_e, size_e))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _grouped_ffn(
-    chosen: Chosen, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
-) -> Array:
-    y_RD, _ = _forward(chosen, block, kernel, rows, layout)
+class _How(NamedTuple):
+    """Holds what is known of the network before it is compiled."""
+
+    chosen: Chosen
+    block: tuple[int, int]
+    kernel: str
+    # Policies of rematerialisation may keep what the backward pass reads.
+    is_named: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_ffn(how: _How, rows: Rows, layout: Layout) -> Array:
+    y_RD, _ = _forward(how, rows, layout)
     return y_RD
 
 
-def _forward(
-    chosen: Chosen, block: tuple[int, int], kernel: str, rows: Rows, layout: Layout
-) -> tuple[Array, Any]:
+def _forward(how: _How, rows: Rows, layout: Layout) -> tuple[Array, Any]:
     # What the backward pass reads beside weights and gates.
-    rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
-    y_RD, pre_RH = _run(kernel, "forward", chosen, block, rows, layout)
-    return y_RD, (rows, layout, checkpoint_name(pre_RH, SAVED))
+    if how.is_named:
+        rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
+    y_RD, pre_RH = _run(how.kernel, "forward", how.chosen, how.block, rows, layout)
+    if how.is_named:
+        pre_RH = checkpoint_name(pre_RH, SAVED)
+    return y_RD, (rows, layout, pre_RH)
 
 
-def _backward(
-    chosen: Chosen, block: tuple[int, int], kernel: str, residuals: Any, dy_RD: Array
-) -> tuple[Rows, None]:
-    cotangents = _run(kernel, "backward", chosen, block, *residuals, dy_RD)
+def _backward(how: _How, residuals: Any, dy_RD: Array) -> tuple[Rows, None]:
+    cotangents = _run(how.kernel, "backward", how.chosen, how.block, *residuals, dy_RD)
     # The layout is integers, which have no cotangent.
     return cotangents, None
 

@@ -11,6 +11,7 @@ Off a TPU it can be interpreted, for tests, but not inside a `shard_map` that ch
 Shapes: see network.py; X, Y either width of a weight, V visits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,16 @@ def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     """Returns the rows of a tile; the larger block is near the mean load of an expert."""
     rows = min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS)
     return rows if num_rows > rows else num_rows
+
+
+def padded_rows(num_experts: int, block: tuple[int, int], num_rows: int) -> int:
+    """Returns the rows that experts of random loads cost beyond their own, on average.
+
+    n rows that begin at any multiple of s touch n / B + 1 - s / 2 B tiles of B rows. The first
+    expert begins with a tile, which is half a tile less.
+    """
+    B = tile_rows(block, num_rows)
+    return num_experts * (B - block[1] // 2) - B // 2
 
 
 def list_visits(layout: Layout, num_rows: int, rows: int, empty: bool) -> tuple[Visits, Array]:
@@ -148,6 +159,7 @@ def _product(
         out_spec=((rows, out_columns), y_index),
         out_shape=(num_rows, out_width),
         out_dtype=a_RX.dtype,
+        widths=(width, out_width),
         interpret=interpret,
     )
 
@@ -204,6 +216,7 @@ def _outer(
         out_spec=((None, columns, out_columns), y_index),
         out_shape=(num_experts, width, out_width),
         out_dtype=wide_dtype(a_RX.dtype),
+        widths=(width, out_width),
         interpret=interpret,
     )
 
@@ -218,12 +231,23 @@ def _call(
     out_spec: Any,
     out_shape: tuple[int, ...],
     out_dtype: Any,
+    widths: tuple[int, int],
     interpret: bool,
 ) -> Array:
-    """Runs a kernel on the visits; its sum has the last two dimensions of the output's tile."""
+    """Runs a kernel on the visits; its sum has the last two dimensions of the output's tile.
+
+    `widths` are those of a weight, X and Y.
+    """
     varying = jax.typeof(operands[0]).manual_axis_type
+    num_bytes = sum(z.size * z.dtype.itemsize for z in operands)
     run = pl.pallas_call(
         kernel,
+        # For the compiler's schedule: the visits are known at run time only, so all rows count.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * operands[0].shape[0] * math.prod(widths),
+            bytes_accessed=num_bytes + math.prod(out_shape) * jnp.dtype(out_dtype).itemsize,
+            transcendentals=0,
+        ),
         out_shape=jax.ShapeDtypeStruct(out_shape, out_dtype, manual_axis_type=varying),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),

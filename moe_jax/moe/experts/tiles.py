@@ -47,6 +47,18 @@ def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     return min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS, num_rows)
 
 
+def padded_rows(num_experts: int, block: tuple[int, int], num_rows: int) -> int:
+    """Returns the rows that experts of random loads cost beyond their own: on average half a tile
+    each, and half of a round but for one tile.
+    """
+    return (num_experts + ROUND - 1) * tile_rows(block, num_rows) // 2
+
+
+def round_rows(block: tuple[int, int], num_rows: int) -> int:
+    """Returns the rows of a round of the loop."""
+    return ROUND * tile_rows(block, num_rows)
+
+
 def list_tiles(layout: Layout, num_rows: int, B: int) -> Tiles:
     """Returns the tiles of B rows that cover the rows of each expert, in order of experts."""
     start_e, size_e = layout

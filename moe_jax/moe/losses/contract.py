@@ -31,6 +31,9 @@ class Loss(NamedTuple):
     needs: str = ""
     # By its definition it changes with the number of micro-batches.
     of_micro_batches: bool = False
+    # It is a sum over how many there are (tokens, rows, micro-batches) and no product of sums, so
+    # that gradients of micro-batches add up to that of the batch (accumulation.py).
+    adds_up: bool = False
 
 
 def variation(x_LC: jax.Array) -> jax.Array:

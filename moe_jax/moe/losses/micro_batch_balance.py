@@ -25,4 +25,5 @@ LOSS = Loss(
     "of Switch's loss of each micro-batch, averaged over micro-batches",
     balances=True,
     of_micro_batches=True,
+    adds_up=True,
 )

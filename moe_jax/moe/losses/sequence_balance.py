@@ -20,4 +20,10 @@ def value(totals: Totals) -> jax.Array:
     return totals["sequence_balance"] / jnp.maximum(totals["sequences"], 1)
 
 
-LOSS = Loss(value, 0.0, "of DeepSeek-V3's sequence-wise loss", balances=True)
+LOSS = Loss(
+    value,
+    0.0,
+    "of DeepSeek-V3's sequence-wise loss",
+    balances=True,
+    adds_up=True,
+)

@@ -13,4 +13,4 @@ def value(totals: Totals) -> jax.Array:
     return totals["z"] / jnp.maximum(totals["tokens"], 1)
 
 
-LOSS = Loss(value, 0.001, "of the router z-loss (ST-MoE)", balances=False)
+LOSS = Loss(value, 0.001, "of the router z-loss (ST-MoE)", balances=False, adds_up=True)

@@ -8,13 +8,14 @@ from typing import NamedTuple
 from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
+OTHER, EXPERTS = "other", "routed experts"
 # What stands in the scope of an instruction -> the part of the model, the first that fits. Names in
 # capitals are those of the einsums of models/attention.py.
 PARTS = (
     ("optimizer", "optimizer"),
-    ("ragged_dot", "routed experts"),
-    ("ragged-dot", "routed experts"),
-    ("/experts/", "routed experts"),
+    ("ragged_dot", EXPERTS),
+    ("ragged-dot", EXPERTS),
+    ("/experts/", EXPERTS),
     ("/route/", "routers"),
     ("/dispatch/", "dispatch"),
     ("/combine/", "dispatch"),
@@ -25,7 +26,6 @@ PARTS = (
     ("BSF,FD->BSD", "dense and shared"),
     ("head", "head"),
 )
-OTHER = "other"
 WEIGHT_GRADIENTS = "transpose(jvp(moe))/ragged_dot/dense gradient of weights"
 _LOOPS = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
 
@@ -38,6 +38,8 @@ class Products(NamedTuple):
     scopes: Counter[str]
     # Kernels that say nothing of their FLOPs, and how often each runs: nothing is counted of them.
     unknown: Counter[str]
+    # Of `flops` what kernels say themselves (pl.CostEstimate): of all rows that they are given.
+    told: Counter[str] = Counter()
 
 
 def part_of(scope: str) -> str:
@@ -54,6 +56,7 @@ def count(module: Module, runs: Runs) -> Products:
     flops: Counter[str] = Counter()
     by_scope: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
+    told: Counter[str] = Counter()
     find = scopes.finder(scopes.instructions_of(module))
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
@@ -68,8 +71,10 @@ def count(module: Module, runs: Runs) -> Products:
             elif found:
                 scope = WEIGHT_GRADIENTS if _is_ragged(instruction) else find(instruction.name)
                 flops[part_of(scope)] += times * found
+                if _told(instruction):
+                    told[part_of(scope)] += times * found
                 by_scope[_short(scope)] += times * found
-    return Products(flops, by_scope, unknown)
+    return Products(flops, by_scope, unknown, told)
 
 
 def _is_ragged(instruction: Instruction) -> bool:
@@ -158,10 +163,8 @@ def _pairs(num_outputs: int, num_inputs: int, size: int, window: dict[str, int])
 
 def _custom_call(instruction: Instruction, operands: list[Array]) -> int | None:
     target = _target(instruction)
-    # A kernel may say what it costs (pl.CostEstimate).
-    told = instruction.attribute(r'cost_estimate[^}]*?flops\\?"?:\s*\\?"?(\d+)')
-    if told:
-        return int(told)
+    if told := _told(instruction):
+        return told
     matrices = [array for array in operands if len(array.dims) >= 2 and array.dtype != "s32"]
     if target.startswith("__cublas"):
         return _dot(instruction.outputs[0], operands[0], instruction.rest)
@@ -173,6 +176,13 @@ def _custom_call(instruction: Instruction, operands: list[Array]) -> int | None:
     if target in ("tpu_custom_call", "__gpu$xla.gpu.triton"):
         return 0 if "metadata" in instruction.name else None
     return 0
+
+
+def _told(instruction: Instruction) -> int:
+    """Returns the FLOPs that a kernel says that it costs (pl.CostEstimate); 0 = it does not."""
+    if instruction.opcode != "custom-call":
+        return 0
+    return int(instruction.attribute(r'cost_estimate[^}]*?flops\\?"?:\s*\\?"?(\d+)') or 0)
 
 
 def _ragged(outputs: tuple[Array, ...], matrices: list[Array]) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moe_jax.plan.hlo import collectives, memory_traffic, products, text
+from moe_jax.plan.hlo import collectives, memory_traffic, products, scopes, text
 from moe_jax.plan.hlo.collectives import Collective
 from moe_jax.plan.hlo.products import Products
 
@@ -21,11 +21,32 @@ class Program(NamedTuple):
     unknown_loops: tuple[str, ...]
 
 
-def read(compiled_text: str, lengths: Mapping[str, int]) -> Program:
-    """Returns what a program does, from its text and the lengths of the mesh."""
+class Rounds(NamedTuple):
+    """How often the loop of the experts' kernel runs, which depends on the load."""
+
+    balanced: int
+    # All rows of the buffer are filled.
+    most: int
+
+
+def read(compiled_text: str, lengths: Mapping[str, int], rounds: Rounds | None = None) -> Program:
+    """Returns what a program does, from its text and the lengths of the mesh.
+
+    `rounds`: None = nobody knows.
+    """
     module = text.read(compiled_text)
-    runs = text.count_runs(module)
-    worst = products.count(module, text.count_runs(module, dearest=True))
+    scope_of = scopes.finder(scopes.instructions_of(module))
+
+    def runs_of(dearest: bool) -> text.Runs:
+        def trips(loop: text.Instruction) -> int | None:
+            if rounds is None or products.part_of(scope_of(loop.name)) != products.EXPERTS:
+                return None
+            return rounds.most if dearest else rounds.balanced
+
+        return text.count_runs(module, dearest, trips)
+
+    runs = runs_of(False)
+    worst = products.count(module, runs_of(True))
     return Program(
         products=products.count(module, runs),
         most_flops=worst.flops.total(),

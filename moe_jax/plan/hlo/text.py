@@ -6,7 +6,7 @@ XLA's own cost analysis counts the body of a loop once; here a body counts as of
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 BITS = {
@@ -161,8 +161,14 @@ def arrays(text: str) -> tuple[Array, ...]:
     )
 
 
-def count_runs(module: Module, dearest: bool = False) -> Runs:
+def count_runs(
+    module: Module,
+    dearest: bool = False,
+    trips_of: Callable[[Instruction], int | None] = lambda loop: None,
+) -> Runs:
     """Returns how often every computation runs.
+
+    `trips_of` tells how often a loop runs whose length the program does not say; None = unknown.
 
     Of branches the shortest runs: work that only some loads need, such as further rounds of a
     dispatcher, is behind the longer one. `dearest`: the longest.
@@ -177,8 +183,10 @@ def count_runs(module: Module, dearest: bool = False) -> Runs:
             if instruction.opcode == "while":
                 known = _trips(module, instruction)
                 if known is None:
+                    known = trips_of(instruction)
+                if known is None:
                     unknown.append(instruction.scope)
-                trips = known or 1
+                trips = 1 if known is None else known
             for called in _entered(module, instruction, dearest):
                 visit(called, runs * trips)
 
