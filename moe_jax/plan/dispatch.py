@@ -51,7 +51,8 @@ def of_layer(cfg: Config) -> Dispatch:
     # A dispatcher that mixes tokens into slots gets the same rows whatever the router chooses. For
     # all others the worst case is what the one that never drops makes room for.
     lossless = DISPATCHERS[LOSSLESS]
-    worst = held if dispatcher.mixes else lossless.rows(shape, lossless.options())
+    assert lossless.worst
+    worst = held if dispatcher.mixes else lossless.worst(shape)
     return Dispatch(
         rows_held=held,
         rows_balanced=shape.num_intended,

@@ -50,6 +50,8 @@ class Dispatcher(NamedTuple):
     keeps: bool = False
     # Rows travel by all-to-all, and not by a gather.
     exchanges: bool = False
+    # (shape) -> the rows that a device may have to serve, of a dispatcher that never drops.
+    worst: Callable[..., int] | None = None
     # What happens to the load beyond the rows that are held, for the resource card; "" = there is
     # none.
     overflow: str = ""

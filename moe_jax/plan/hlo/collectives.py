@@ -127,10 +127,21 @@ def _received(
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (operands, results, ...): the result of an asynchronous start has both.
         outputs = outputs[len(inputs) : 2 * len(inputs)] or outputs
+    if kind == "ragged-all-to-all":
+        return _ragged(instruction, types, group)
     larger = max(sum(array.num_bytes for array in side) for side in (inputs, outputs))
     if kind == "collective-permute":
         return larger
     return PASSES[kind] * larger * (group - 1) // group
+
+
+def _ragged(instruction: Instruction, types: Mapping[str, Sequence[Array]], group: int) -> int:
+    """Returns the bytes of a ragged all-to-all, of which the program says where they may lie, and
+    not how many there are: those of a balanced load, which fill the smaller of what is sent from
+    and what is received into.
+    """
+    sides = [sum(array.num_bytes for array in types.get(name, ())) for name in instruction.operands]
+    return min(sides[:2]) * (group - 1) // group
 
 
 def _groups(instruction: Instruction, lengths: Mapping[str, int]) -> tuple[str, int]:

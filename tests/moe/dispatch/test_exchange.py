@@ -1,0 +1,235 @@
+"""How tokens travel between the devices of experts: ragged exchange, its twin and its check, and
+exchange over two levels of network.
+
+The dispatcher is held to the NumPy oracle in float64, forward and gradient, as in
+test_dispatch.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import pytest
+from dispatch_cases import check
+
+from moe_jax.moe.dispatch import dropless, levels, ragged
+from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.parallel.mesh import P
+
+SEVERAL = [shape for shape in meshes.ALL if shape[1] > 1]
+RAGGED = {
+    "ragged": dropless.Options(buffer=0.0, exchange="ragged"),
+    "ragged in rounds": dropless.Options(buffer=1.0, exchange="ragged", check=True),
+}
+SLICES = {
+    "slices": dropless.Options(buffer=0.0, exchange="gather", slices=2),
+    "slices, ragged in rounds": dropless.Options(buffer=1.0, exchange="ragged", slices=2),
+}
+
+
+def variants(*options):
+    return {name: ("dropless", one) for some in options for name, one in some.items()}
+
+
+def test_equals_the_oracle(float64):
+    """Two lines of `data`, whose devices need different numbers of rounds."""
+    check(variants(RAGGED, SLICES), (2, 4, 1))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", SEVERAL, ids=meshes.name)
+def test_equals_the_oracle_on_every_mesh(float64, shape):
+    check(variants(RAGGED, SLICES), shape)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("shape", "num_experts", "k", "parts"),
+    [
+        ((2, 2, 2), 16, 2, 1),  # several experts of a device: several slices of a pair
+        ((2, 4, 1), 4, 4, 2),  # every expert for every token
+        ((1, 2, 1), 6, 5, 1),  # more choices than experts on a device
+        ((1, 8, 1), 32, 1, 2),  # most experts without tokens
+    ],
+)
+def test_equals_the_oracle_for_other_numbers_of_experts(float64, shape, num_experts, k, parts):
+    check(variants(RAGGED, SLICES), shape, num_experts, k, parts)
+
+
+# The exchange alone: n devices, m slices of every pair, R rows sent, Q received.
+
+N, M, R, Q, D = 4, 2, 12, 40, 3
+
+
+def slices_of(group_size):
+    """(sizes [N, group * M], their sources, their targets on the receivers) of every device.
+
+    Sizes are 0 to 2; there are gaps between slices, in what is sent and what is received.
+    """
+    rng = np.random.default_rng(0)
+    num = group_size * M
+    size = rng.integers(0, 3, (N, num))
+    size[0, 0] = 0
+    source = np.minimum(np.cumsum(size, 1) - size + (np.arange(num) > 2), R - 1)
+    size = np.minimum(size, R - source)
+    # Every receiver has room for two rows of each sender's slice, in an order of its own.
+    order = np.argsort(rng.random((N, num)), 1)
+    target = np.zeros_like(size)
+    for device in range(N):
+        for i in range(num):
+            receiver, place = i // M, i % M
+            target[device, i] = 2 * order[receiver, device % group_size * M + place] + 1
+    return size, source, target
+
+
+def expected(x, output, size, source, target, groups):
+    """What the documentation of jax.lax.ragged_all_to_all says, row by row."""
+    result = output.copy()
+    for group in groups:
+        for sender in group:
+            for i in range(len(group) * M):
+                for row in range(size[sender, i]):
+                    moved = x[sender, source[sender, i] + row]
+                    result[group[i // M], target[sender, i] + row] = moved
+    return result
+
+
+def arriving(z, groups):
+    """[N, S] of what each device receives, of what each device says of the slices it sends."""
+    result = np.zeros_like(z)
+    for group in groups:
+        for receiver in range(len(group)):
+            mine = slice(receiver * M, (receiver + 1) * M)
+            result[group[receiver]] = np.concatenate([z[sender, mine] for sender in group])
+    return result
+
+
+ON_AXIS = P("expert")
+
+
+def on_devices(body, *arrays):
+    """`body` of one row of each array, on N devices of the expert axis."""
+
+    def run(*rows):
+        return body(*(row[0] for row in rows))[None]
+
+    mapped = jax.shard_map(run, in_specs=ON_AXIS, out_specs=ON_AXIS)
+    placed = (jax.device_put(jnp.asarray(z), ON_AXIS) for z in arrays)
+    return jax.jit(mapped)(*placed)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_the_twin_is_the_ragged_all_to_all_of_jax(float64, slices):
+    """Against what its documentation says, with rows of `output` that nothing is written to."""
+    _, level = levels.split(N, slices)
+    groups = level.groups or [range(N)]
+    size, source, target = (z.astype(np.int32) for z in slices_of(level.size))
+    rng = np.random.default_rng(1)
+    x, output = rng.normal(size=(N, R, D)), rng.normal(size=(N, Q, D))
+    twin = functools.partial(ragged.twin, axis_name="expert", axis_index_groups=level.groups)
+    with jax.set_mesh(meshes.make(1, N, 1)):
+        got = on_devices(twin, x, output, source, size, target, arriving(size, groups))
+    want = expected(x, output, size, source, target, groups)
+    np.testing.assert_array_equal(got, want)
+    assert (want != output).any() and (want == output).any()
+
+
+def journey_of(size, source, target, groups):
+    sent = (source, size, target)
+    return sent + tuple(arriving(z, groups) for z in (target, size, source))
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_the_backward_pass_is_the_transpose(float64, slices):
+    _, level = levels.split(N, slices)
+    groups = level.groups or [range(N)]
+    numbers = journey_of(*(z.astype(np.int32) for z in slices_of(level.size)), groups)
+    rng = np.random.default_rng(2)
+    x, dy = rng.normal(size=(N, R, D)), rng.normal(size=(N, Q, D))
+
+    def backward(x, dy, *numbers):
+        journey = ragged.Journey(ragged.Slices(*numbers[:3]), ragged.Slices(*numbers[3:]))
+
+        def exchanged(x):
+            return ragged.exchange(x, journey, Q, level, check=True)
+
+        return jax.vjp(exchanged, x)[1](dy)[0]
+
+    with jax.set_mesh(meshes.make(1, N, 1)):
+        dx = on_devices(backward, x, dy, *numbers)
+    y = expected(x, np.zeros((N, Q, D)), *(numbers[i] for i in (1, 0, 2)), groups)
+    np.testing.assert_allclose((np.asarray(dx) * x).sum(), (y * dy).sum(), rtol=1e-12)
+    # No row is read that was not sent.
+    sent = expected(np.ones_like(x), np.zeros((N, Q, D)), *(numbers[i] for i in (1, 0, 2)), groups)
+    assert np.count_nonzero(dx) == np.count_nonzero(sent)
+
+
+@pytest.mark.parametrize("when", ["never", "forward", "backward"])
+def test_the_check_finds_rows_that_arrive_elsewhere(float64, monkeypatch, when):
+    """Two rows are exchanged on one device: no sum over rows shows it, and the loss is finite."""
+    _, level = levels.split(N, 1)
+    numbers = journey_of(*(z.astype(np.int32) for z in slices_of(N)), [range(N)])
+    right = ragged.twin
+
+    def wrong(operand, output, *rest, **how):
+        got = right(operand, output, *rest, **how)
+        is_there = operand.shape[0] == (R if when == "forward" else Q)
+        if when == "never" or not is_there:
+            return got
+        filled = jnp.argsort(jnp.abs(got).sum(1))[-2:]
+        swapped = got.at[filled].set(got[filled[::-1]])
+        return jnp.where(jax.lax.axis_index("expert") == 1, swapped, got)
+
+    monkeypatch.setattr(ragged, "twin", wrong)
+    rng = np.random.default_rng(3)
+    x, dy = rng.normal(size=(N, R, D)), rng.normal(size=(N, Q, D))
+
+    def both(x, dy, *numbers):
+        journey = ragged.Journey(ragged.Slices(*numbers[:3]), ragged.Slices(*numbers[3:]))
+        y, pull = jax.vjp(lambda x: ragged.exchange(x, journey, Q, level, check=True), x)
+        return jnp.stack([y.sum(), pull(dy)[0].sum()])
+
+    with jax.set_mesh(meshes.make(1, N, 1)):
+        y, dx = np.asarray(on_devices(both, x, dy, *numbers)).T
+    assert np.isnan(y).all() == (when == "forward") and np.isnan(dx).all() == (when == "backward")
+    assert np.isfinite(y).all() or when == "forward"
+
+
+# Which way is taken, and what it costs.
+
+SHAPE = Shape(
+    8, 32, num_assignments=64, num_intended=64, per_token=2, group_tokens=4, expert_axis=4
+)
+
+
+@pytest.mark.parametrize(
+    ("platform", "k", "is_ragged"),
+    [("cpu", 2, False), ("tpu", 2, True), ("tpu", 4, False), ("gpu", 2, False)],
+)
+def test_the_way_is_chosen_by_platform_and_bytes(monkeypatch, platform, k, is_ragged):
+    """Four devices: a gather receives 3 T rows, a ragged exchange k T 3/4."""
+    monkeypatch.setattr(dropless, "platform", lambda: platform)
+    shape = SHAPE._replace(num_assignments=32 * k, num_intended=32 * k, per_token=k)
+    options = dropless.Options()
+    assert dropless.is_ragged(shape, options) == is_ragged
+    assert dropless.received(shape, options) == (24 * k if is_ragged else 96)
+    assert dropless.is_ragged(shape, dropless.Options(exchange="ragged"))
+    assert not dropless.is_ragged(shape._replace(expert_axis=1), dropless.Options())
+
+
+def test_accelerators_hold_a_balanced_buffer_by_default(monkeypatch):
+    """1.25 times 64 rows, in whole blocks; on a CPU the worst case, 256 rows and two rooms."""
+    assert dropless.rows(SHAPE, dropless.Options()) == dropless.worst(SHAPE) >= 256
+    monkeypatch.setattr(dropless, "platform", lambda: "tpu")
+    assert 80 <= dropless.rows(SHAPE, dropless.Options()) < 80 + 32
+    assert dropless.rows(SHAPE, dropless.Options(buffer=0.0)) == dropless.worst(SHAPE)
+
+
+def test_levels_of_an_axis():
+    """Four devices of two slices: 0, 1 and 2, 3 lie together."""
+    slow, fast = levels.split(4, 2)
+    assert slow == (2, 2, ((0, 2), (1, 3))) and fast == (2, 1, ((0, 1), (2, 3)))
+    assert levels.split(4, 1) == levels.split(4, 3) == ((1, 4, None), (4, 1, None))
+    assert levels.split(4, 4) == ((4, 1, ((0, 1, 2, 3),)), (1, 1, ((0,), (1,), (2,), (3,))))
