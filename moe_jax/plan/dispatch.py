@@ -55,7 +55,7 @@ def of_layer(cfg: Config) -> Dispatch:
     worst = held if dispatcher.mixes else lossless.worst(shape)
     return Dispatch(
         rows_held=held,
-        rows_balanced=shape.num_intended,
+        rows_balanced=int(shape.num_intended),
         rows_worst=worst,
         row_bytes=row_bytes(cfg),
         forward=dict(forward),
