@@ -1,7 +1,8 @@
 """Dispatchers against the NumPy oracle in float64, forward and gradient, under hostile routings.
 
 The routing is data, so that one compiled program per mesh serves all cases: the program runs all
-variants at once. A variant is a name -> (dispatcher, options).
+variants at once. A variant is a name -> (dispatcher, options), or with
+a number of chunks behind them.
 """
 
 import functools
@@ -12,7 +13,7 @@ import meshes
 import numpy as np
 import oracle
 
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch import DISPATCHERS, chunks
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts import direct
@@ -58,7 +59,7 @@ def routings(num_experts, k):
 def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, activation):
     b, s, d = x.shape
     k = expert.shape[-1]
-    dispatcher, options = variant
+    dispatcher, options, *num_chunks = variant
     w_in = jax.lax.all_gather(w_in, "data", axis=1, tiled=True)
     w_out = jax.lax.all_gather(w_out, "data", axis=2, tiled=True)
     expert = jnp.where(valid[:, :, None], expert, num_experts)
@@ -78,8 +79,12 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
     def few(*assignments):
         return direct.direct_ffn(*assignments, w_in, w_out, chosen=Chosen(activation))
 
-    y, dropped = DISPATCHERS[dispatcher].apply(
-        x.reshape(-1, d), routing, Experts(grouped, few), shape=shape, options=options
+    y, dropped = chunks.dispatched(
+        DISPATCHERS[dispatcher],
+        *(x.reshape(-1, d), routing, Experts(grouped, few)),
+        shape=shape,
+        options=options,
+        num_chunks=num_chunks[0] if num_chunks else 1,
     )
     return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
 
@@ -118,6 +123,22 @@ def program(variants, num_experts, activation):
         return result
 
     return jax.jit(run)
+
+
+def forward(variant, num_experts=E, k=K):
+    """The compiled forward pass of one variant on the current mesh."""
+    rng = np.random.default_rng(0)
+    expert, gate, valid = routings(num_experts, k)["random"]
+    arrays = (rng.normal(size=(B, S, D)), expert.astype(np.int32), gate, valid)
+    rows = tuple(meshes.put(z, "batch") for z in arrays)
+    w_in = meshes.put(
+        rng.normal(size=(num_experts, D, 1, F)), "experts", "expert_embed", None, "hidden"
+    )
+    w_out = meshes.put(rng.normal(size=(num_experts, F, D)), "experts", "hidden", "expert_embed")
+    body = functools.partial(on_device, variant=variant, num_experts=num_experts, activation="gelu")
+    in_specs = tuple(z.sharding.spec for z in (*rows, w_in, w_out))
+    layer = jax.shard_map(body, in_specs=in_specs, out_specs=(P(BATCH), P(BATCH)))
+    return jax.jit(layer).lower(*rows, w_in, w_out).compile()
 
 
 def check(variants, shape, num_experts=E, k=K, parts=2):

@@ -23,7 +23,7 @@ imbalance and memory does not (each round is recomputed in the backward pass).
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +78,17 @@ class Options:
         "axis is one network",
         NUMBER,
     )
+
+
+def advice(options: Options, at: str, expert_axis: int) -> Iterator[str]:
+    """Yields options that do nothing on this mesh."""
+    if expert_axis % options.slices:
+        yield (
+            f"{at}.slices = {options.slices} does nothing, because it does not divide mesh.expert "
+            f"= {expert_axis}: tokens travel as on one network"
+        )
+    if options.check and options.exchange == "gather":
+        yield f'{at}.check = True checks nothing, because {at}.exchange = "gather"'
 
 
 def _block(shape: Shape) -> tuple[int, int]:
@@ -143,7 +154,7 @@ def received(shape: Shape, options: Options) -> int:
     slow, fast = levels.split(shape.expert_axis, options.slices)
     from_slices = (slow.size - 1) * shape.num_tokens
     if is_ragged(shape, options):
-        return from_slices + shape.num_intended * (fast.size - 1) // fast.size
+        return from_slices + int(shape.num_intended * (fast.size - 1)) // fast.size
     return from_slices + (fast.size - 1) * slow.size * shape.num_tokens
 
 
@@ -512,4 +523,5 @@ DISPATCHER = Dispatcher(
     keeps=True,
     worst=worst,
     overflow="the rest waits a round",
+    advice=advice,
 )

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
-from dispatch_cases import check
+from dispatch_cases import FACTOR, B, D, K, S, check, forward
 
-from moe_jax.moe.dispatch import dropless, levels, ragged
+from moe_jax.moe.dispatch import DISPATCHERS, capacity, chunks, dropless, levels, ragged
+from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.routing.contract import Routing
 from moe_jax.parallel.mesh import P
+from moe_jax.plan.hlo import program
 
 SEVERAL = [shape for shape in meshes.ALL if shape[1] > 1]
 RAGGED = {
@@ -26,6 +29,11 @@ RAGGED = {
 SLICES = {
     "slices": dropless.Options(buffer=0.0, exchange="gather", slices=2),
     "slices, ragged in rounds": dropless.Options(buffer=1.0, exchange="ragged", slices=2),
+}
+CHUNKS = {
+    "dropless": ("dropless", dropless.Options(exchange="gather"), 4),
+    "ragged": ("dropless", dropless.Options(buffer=1.0, exchange="ragged"), 2),
+    "capacity": ("capacity", capacity.Options(factor=FACTOR), 2),
 }
 
 
@@ -58,9 +66,91 @@ def test_equals_the_oracle_for_other_numbers_of_experts(float64, shape, num_expe
     check(variants(RAGGED, SLICES), shape, num_experts, k, parts)
 
 
-# The exchange alone: n devices, m slices of every pair, R rows sent, Q received.
+ON_AXIS = P("expert")
 
-N, M, R, Q, D = 4, 2, 12, 40, 3
+
+def on_devices(body, *arrays):
+    """`body` of one row of each array, on the devices of the expert axis."""
+
+    def run(*rows):
+        return body(*(row[0] for row in rows))[None]
+
+    mapped = jax.shard_map(run, in_specs=ON_AXIS, out_specs=ON_AXIS)
+    placed = (jax.device_put(jnp.asarray(z), ON_AXIS) for z in arrays)
+    return jax.jit(mapped)(*placed)
+
+
+# Chunks.
+
+
+def test_chunks_equal_the_oracle(float64):
+    """Two rows of a device, each a group: as many drop as without chunks."""
+    check(CHUNKS, (1, 4, 1))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=meshes.name)
+def test_chunks_equal_the_oracle_on_every_mesh(float64, shape):
+    check(CHUNKS, shape)
+
+
+@pytest.mark.parametrize("form", ["order", "any order and number"])
+def test_chunks_keep_priority_and_lists_of_any_order(float64, form):
+    """Of a list with priorities of its own, and of one that is shuffled, the same is served."""
+    num_rows, row_length, num_experts, k = 4, 8, 4, 2
+    num_tokens = num_rows * row_length
+    rng = np.random.default_rng(0)
+    shape = Shape(
+        num_experts,
+        num_tokens,
+        num_assignments=num_tokens * k,
+        num_intended=num_tokens * k,
+        per_token=k if form == "order" else 0,
+        group_tokens=row_length,
+        expert_axis=2,
+    )
+    token_N = np.repeat(np.arange(num_tokens, dtype=np.int32), k)
+    expert_N = np.argsort(rng.random((2, num_tokens, num_experts)), -1)[..., :k].reshape(2, -1)
+    gate_N, mixed_N = rng.random((2, num_tokens * k)), rng.permutation(num_tokens * k)
+    mixed_N = mixed_N.astype(np.int32)
+    x, factor = rng.normal(size=(2, num_tokens, 4)), np.arange(1.0, 5.0).reshape(2, 2)
+    options = capacity.Options(factor=0.5)
+
+    def both(x_TD, expert_N, gate_N, factor_e):
+        listed = (jnp.asarray(token_N), expert_N, gate_N)
+        if form == "order":
+            routing = Routing(*listed, {}, k, order_N=jnp.asarray(mixed_N))
+        else:
+            routing = Routing(*(z[mixed_N] for z in listed), {}, 0)
+
+        def grouped(x_RD, gate_R, start_e, size_e, block):
+            # Each expert multiplies by a number of its own.
+            row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)
+            expert_R = jnp.searchsorted(start_e, row_R, side="right") - jnp.int32(1)
+            return x_RD * (gate_R * factor_e[expert_R])[:, None]
+
+        results = [
+            chunks.dispatched(
+                DISPATCHERS["capacity"],
+                *(x_TD, routing, Experts(grouped)),
+                shape=shape,
+                options=options,
+                num_chunks=num_chunks,
+            )
+            for num_chunks in (1, 2)
+        ]
+        (y, dropped), (y_chunks, dropped_chunks) = results
+        same = (jnp.abs(y - y_chunks).max() < 1e-12) & (dropped == dropped_chunks).all()
+        return jnp.stack([same, dropped.any(), jnp.abs(y).max() > 0])
+
+    with jax.set_mesh(meshes.make(1, 2, 1)):
+        found = on_devices(both, x, expert_N.astype(np.int32), gate_N, factor)
+    assert np.asarray(found).all()
+
+
+# The exchange alone: n devices, m slices of every pair, R rows of C numbers sent, Q received.
+
+N, M, R, Q, C = 4, 2, 12, 40, 3
 
 
 def slices_of(group_size):
@@ -106,20 +196,6 @@ def arriving(z, groups):
     return result
 
 
-ON_AXIS = P("expert")
-
-
-def on_devices(body, *arrays):
-    """`body` of one row of each array, on N devices of the expert axis."""
-
-    def run(*rows):
-        return body(*(row[0] for row in rows))[None]
-
-    mapped = jax.shard_map(run, in_specs=ON_AXIS, out_specs=ON_AXIS)
-    placed = (jax.device_put(jnp.asarray(z), ON_AXIS) for z in arrays)
-    return jax.jit(mapped)(*placed)
-
-
 @pytest.mark.parametrize("slices", [1, 2])
 def test_the_twin_is_the_ragged_all_to_all_of_jax(float64, slices):
     """Against what its documentation says, with rows of `output` that nothing is written to."""
@@ -127,7 +203,7 @@ def test_the_twin_is_the_ragged_all_to_all_of_jax(float64, slices):
     groups = level.groups or [range(N)]
     size, source, target = (z.astype(np.int32) for z in slices_of(level.size))
     rng = np.random.default_rng(1)
-    x, output = rng.normal(size=(N, R, D)), rng.normal(size=(N, Q, D))
+    x, output = rng.normal(size=(N, R, C)), rng.normal(size=(N, Q, C))
     twin = functools.partial(ragged.twin, axis_name="expert", axis_index_groups=level.groups)
     with jax.set_mesh(meshes.make(1, N, 1)):
         got = on_devices(twin, x, output, source, size, target, arriving(size, groups))
@@ -147,7 +223,7 @@ def test_the_backward_pass_is_the_transpose(float64, slices):
     groups = level.groups or [range(N)]
     numbers = journey_of(*(z.astype(np.int32) for z in slices_of(level.size)), groups)
     rng = np.random.default_rng(2)
-    x, dy = rng.normal(size=(N, R, D)), rng.normal(size=(N, Q, D))
+    x, dy = rng.normal(size=(N, R, C)), rng.normal(size=(N, Q, C))
 
     def backward(x, dy, *numbers):
         journey = ragged.Journey(ragged.Slices(*numbers[:3]), ragged.Slices(*numbers[3:]))
@@ -159,10 +235,10 @@ def test_the_backward_pass_is_the_transpose(float64, slices):
 
     with jax.set_mesh(meshes.make(1, N, 1)):
         dx = on_devices(backward, x, dy, *numbers)
-    y = expected(x, np.zeros((N, Q, D)), *(numbers[i] for i in (1, 0, 2)), groups)
+    y = expected(x, np.zeros((N, Q, C)), *(numbers[i] for i in (1, 0, 2)), groups)
     np.testing.assert_allclose((np.asarray(dx) * x).sum(), (y * dy).sum(), rtol=1e-12)
     # No row is read that was not sent.
-    sent = expected(np.ones_like(x), np.zeros((N, Q, D)), *(numbers[i] for i in (1, 0, 2)), groups)
+    sent = expected(np.ones_like(x), np.zeros((N, Q, C)), *(numbers[i] for i in (1, 0, 2)), groups)
     assert np.count_nonzero(dx) == np.count_nonzero(sent)
 
 
@@ -184,7 +260,7 @@ def test_the_check_finds_rows_that_arrive_elsewhere(float64, monkeypatch, when):
 
     monkeypatch.setattr(ragged, "twin", wrong)
     rng = np.random.default_rng(3)
-    x, dy = rng.normal(size=(N, R, D)), rng.normal(size=(N, Q, D))
+    x, dy = rng.normal(size=(N, R, C)), rng.normal(size=(N, Q, C))
 
     def both(x, dy, *numbers):
         journey = ragged.Journey(ragged.Slices(*numbers[:3]), ragged.Slices(*numbers[3:]))
@@ -233,3 +309,21 @@ def test_levels_of_an_axis():
     assert slow == (2, 2, ((0, 2), (1, 3))) and fast == (2, 1, ((0, 1), (2, 3)))
     assert levels.split(4, 1) == levels.split(4, 3) == ((1, 4, None), (4, 1, None))
     assert levels.split(4, 4) == ((4, 1, ((0, 1, 2, 3),)), (1, 1, ((0,), (1,), (2,), (3,))))
+
+
+def test_bytes_of_each_level(float64):
+    """Four devices in two slices, T = 8 tokens of each: by a gather 3 T tokens come to a device,
+    and as many sums are added up; 2 T of them cross, or T where slices are told. Beside a token
+    travel a number, an expert and a gate for each of its k choices.
+    """
+    tokens, numbers = B * S // 4 * D * 8, B * S // 4 * K * (4 + 4 + 8)
+    crossing = {}
+    with jax.set_mesh(meshes.make(1, 4, 1)):
+        lengths = dict(jax.sharding.get_mesh().shape)
+        for slices in (1, 2):
+            options = dropless.Options(exchange="gather", slices=slices)
+            text = forward(("dropless", options)).as_text()
+            found = program.read(text, lengths, [0, 0, 1, 1]).collectives
+            assert sum(one.num_bytes for one in found) == 3 * (2 * tokens + numbers)
+            crossing[slices] = sum(one.far for one in found)
+    assert crossing == {1: 2 * (2 * tokens + numbers), 2: 2 * tokens + numbers}
