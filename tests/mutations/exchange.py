@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.models import block, decoder
 from moe_jax.moe import layer
-from moe_jax.moe.dispatch import dropless, exchange, ragged
+from moe_jax.moe.dispatch import chunks, dropless, exchange, ragged
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from mutations.contract import (
     DROPLESS,
@@ -145,6 +145,17 @@ def lost_backward(patch):
     patch.setattr(ragged._exchange, "bwd", wrong)
 
 
+def capacity_per_chunk(patch):
+    """The tokens of a chunk share capacity, whatever their groups are."""
+    right = chunks._of_chunk
+
+    def wrong(*args):
+        shape = right(*args)
+        return shape._replace(group_tokens=shape.num_tokens)
+
+    patch.setattr(chunks, "_of_chunk", wrong)
+
+
 def another_slice(patch):
     """Tokens that cross between slices are given to the experts that have their numbers in the
     slice next to theirs.
@@ -209,6 +220,9 @@ FAULTS = {
     ),
     "tokens to the experts of another slice": Mutation(
         another_slice, "tokens", "mesh", IN_SLICES, full=True
+    ),
+    "capacity per chunk": Mutation(
+        capacity_per_chunk, "drops", "mesh", {"model.moe.overlap_chunks": 2}, full=True
     ),
     "gradient of one shard of model": Mutation(
         gradient_of_one_shard, "gradients", "mesh", reported="Megatron-LM #7452 (11)"

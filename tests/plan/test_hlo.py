@@ -207,6 +207,18 @@ def test_a_ragged_exchange_counts_what_is_sent_when_the_load_is_balanced():
     assert found.num_bytes == 4096 * 3 // 4 and found.kind == "ragged-all-to-all"
 
 
+def test_an_asynchronous_all_to_all_of_a_tpu_counts():
+    """Its result is a tuple of tuples, with the tiles of layouts in them."""
+    line = (
+        "%s = ((f32[4,256]{1,0:T(8,128)(2,1)}), f32[4,256]{1,0:T(8,128)}, u32[]{:S(2)}) "
+        "all-to-all-start(%p), replica_groups={{0,1,2,3}}\n  ROOT %d = f32[4,256]{1,0} "
+        "all-to-all-done(%s)"
+    )
+    read = text.read(one_collective(line))
+    (found,) = collectives.find(read, text.count_runs(read), {"expert": 4})
+    assert found.is_async and found.num_bytes == 4096 * 3 // 4
+
+
 def test_a_fused_collective_of_a_tpu_counts_where_it_starts():
     fused = """\
 HloModule m

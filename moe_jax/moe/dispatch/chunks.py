@@ -1,7 +1,7 @@
 """A layer's tokens in chunks, each with an exchange and experts of its own, so that the tokens of
-one chunk can travel while the experts of another compute (the idea of Tutel, Hwang et al. 2022,
-arXiv:2206.03382, section 4.2, and of the two micro-batches of DeepSeek-V3, arXiv:2412.19437,
-section 3.2.1).
+one chunk can travel while the experts of another compute: adaptive pipelining of Tutel (Hwang et
+al. 2022, arXiv:2206.03382), and the two micro-batches of DeepSeek-V3 (arXiv:2412.19437, section
+3.4.1).
 
 A chunk is whole groups, so capacity and order are those of the layer; of a dispatcher that never
 drops it is any tokens, because no token matters to another. The chunks are written one after

@@ -496,8 +496,10 @@ def _origin(back: ragged.Slices, num_rows: int, num_places: int, level: Level) -
 
     start_S, size_S, source_S = (as_they_lie(z_S) for z_S in back)
     row_R = jnp.arange(num_rows, dtype=jnp.int32)
-    # Of slices that begin at one row the last is the one that is not empty.
-    slice_R = jnp.searchsorted(start_S, row_R, side="right").astype(jnp.int32) - 1
+    # The slices that have begun by each row. Of those that begin at one row the last is the one
+    # that is not empty.
+    begins_R = jnp.zeros_like(start_S, shape=(num_rows,)).at[start_S].add(1, mode="drop")
+    slice_R = jnp.cumsum(begins_R) - 1
     device_R = slice_R % n
     within_R = row_R - start_S[slice_R]
     origin_R = device_R * num_places + source_S[slice_R] + within_R

@@ -43,7 +43,10 @@ def variants(*options):
 
 def test_equals_the_oracle(float64):
     """Two lines of `data`, whose devices need different numbers of rounds."""
-    check(variants(RAGGED, SLICES), (2, 4, 1))
+    both = variants(RAGGED, SLICES)
+    # One round is the first of several.
+    del both["ragged"]
+    check(both, (2, 4, 1))
 
 
 @pytest.mark.full
@@ -85,11 +88,11 @@ def on_devices(body, *arrays):
 
 def test_chunks_equal_the_oracle(float64):
     """Two rows of a device, each a group: as many drop as without chunks."""
-    check(CHUNKS, (1, 4, 1))
+    check({name: CHUNKS[name] for name in ("ragged", "capacity")}, (1, 4, 1))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=meshes.name)
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=meshes.name)
 def test_chunks_equal_the_oracle_on_every_mesh(float64, shape):
     check(CHUNKS, shape)
 
