@@ -463,7 +463,7 @@ def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:
         start_e=start_ne[me],
         size_e=size_ne[me],
         # Rounds have collectives: all devices take them, or none.
-        num_needed=jax.lax.pmax(needed_n.max(), "data"),
+        num_needed=jax.lax.pmax(needed_n.max(), ("data", "seq")),
     )
 
 
