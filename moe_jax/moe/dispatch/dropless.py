@@ -12,9 +12,9 @@ a token):
 
 So "ragged" receives less where k < n. `slices` is for an axis that crosses a slow network, between
 slices or hosts. Then tokens go to every slice once, and within it as `exchange` says; what a slice
-makes of a token is summed before it goes back. Of a flat exchange's rows from other slices, a part
-of (devices in a slice) crosses. DeepSeek-V3 (arXiv:2412.19437, section 3.2.2) sends a token to the
-nodes of its experts first, and on from there.
+makes of a token is summed before it goes back: (slices - 1) T rows cross each
+way. DeepSeek-V3 (arXiv:2412.19437, section 3.2.2) sends a token to the nodes of its experts first,
+and on from there.
 
 `buffer` chooses the memory. 0: one round with room for the worst case, n T min(k, e) rows. f >= 1:
 rounds of f times the balanced load; rounds that nobody needs are skipped, so time grows with the
@@ -463,7 +463,7 @@ def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:
         start_e=start_ne[me],
         size_e=size_ne[me],
         # Rounds have collectives: all devices take them, or none.
-        num_needed=jax.lax.pmax(needed_n.max(), ("data", "seq")),
+        num_needed=jax.lax.pmax(needed_n.max(), ("data", "expert", "seq")),
     )
 
 
