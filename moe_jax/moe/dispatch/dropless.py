@@ -409,7 +409,8 @@ def _through_ragged(
         with jax.named_scope("dispatch"):
             journey = _journey(plan, offset, num_rows, shape, level)
             x_RD = ragged.exchange(x_ND, journey, num_rows, level, options.check)
-            x_RD = checkpoint_name(x_RD, SAVED)
+            if kept.is_named():
+                x_RD = checkpoint_name(x_RD, SAVED)
             origin_R = _origin(journey.back, num_rows, num_places, level)
             gate_R = gate_M.at[origin_R].get(mode="fill", fill_value=0)
             first_e, size_e = _part(plan.start_e, plan.size_e, offset, num_rows)

@@ -326,7 +326,7 @@ def test_bytes_of_each_level(float64):
         for slices in (1, 2):
             options = dropless.Options(exchange="gather", slices=slices)
             text = forward(("dropless", options)).as_text()
-            found = program.read(text, lengths, [0, 0, 1, 1]).collectives
+            found = program.read(text, lengths, domains=[0, 0, 1, 1]).collectives
             assert sum(one.num_bytes for one in found) == 3 * (2 * tokens + numbers)
             crossing[slices] = sum(one.far for one in found)
     assert crossing == {1: 2 * (2 * tokens + numbers), 2: 2 * tokens + numbers}

@@ -99,7 +99,7 @@ def compiled(name, options, num_chunks=1, slices=1, backward=False):
 def collectives(text, slices=1):
     lengths = {"stage": 1, "data": 1, "expert": 4 * slices, "seq": 1, "model": 1}
     domains = [device // 4 for device in range(4 * slices)]
-    return program.read(text, lengths, domains).collectives
+    return program.read(text, lengths, domains=domains).collectives
 
 
 # Numbers of assignments travel beside tokens: less than this part.
