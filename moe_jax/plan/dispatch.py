@@ -106,7 +106,7 @@ def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | Non
     held = dispatcher.rows(shape, moe.dispatcher_options)
     block = block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
     padding = kernel.padded_rows(shape.local_experts, block, held)
-    num_rows = min(shape.num_intended, held) + padding
+    num_rows = min(int(shape.num_intended), held) + padding
     if kernel.round_rows is None:
         return num_rows, None
     round_rows = kernel.round_rows(block, held)
