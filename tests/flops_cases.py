@@ -26,7 +26,7 @@ def make_config(shape=ONE, model=None, moe=None, train=None):
     }
     raw["model"] |= small | (model or {})
     raw["model"]["moe"] |= {"expert_hidden": 16} | (moe or {})
-    raw["mesh"] = dict(zip(WRITTEN, shape, strict=True))
+    raw["mesh"] |= dict(zip(WRITTEN, shape, strict=True))
     raw["data"]["seq_len"], raw["train"]["batch_size"] = 8, 16
     raw["train"] |= train or {}
     raw["optim"] |= {"optimizer": "sgd", "ema_decay": 0.9}

@@ -14,7 +14,7 @@ from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.block import kind_refusals
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe import sparse
-from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
+from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS, chunks
 from moe_jax.moe.losses import BALANCE, LOSSES
 from moe_jax.moe.ordering import AS_LISTED, ORDERINGS
 from moe_jax.moe.routing import ROUTERS
@@ -82,9 +82,28 @@ def advice(cfg: Config) -> Iterator[str]:
             one = dataclasses.replace(cfg, model=cfg.model.with_attention(name))
             yield from ATTENTIONS[name].advice(one)
     if cfg.model.num_moe_layers:
+        moe = cfg.model.moe
+        at = f"model.moe.dispatchers.{moe.dispatcher}"
         yield from _of_router(cfg)
-        if not DISPATCHERS[cfg.model.moe.dispatcher].drops:
-            yield from _of_lossless(cfg.model.moe)
+        yield from DISPATCHERS[moe.dispatcher].advice(moe.dispatcher_options, at, cfg.mesh.expert)
+        yield from _of_chunks(cfg)
+        if not DISPATCHERS[moe.dispatcher].drops:
+            yield from _of_lossless(moe)
+
+
+def _of_chunks(cfg: Config) -> Iterator[str]:
+    """Yields that a layer has fewer chunks than were asked for."""
+    moe, mesh = cfg.model.moe, cfg.mesh
+    rows = cfg.train.micro_batch_size // mesh.batch_devices
+    sizes = (rows * cfg.data.seq_len, min(moe.group_rows, rows) * cfg.data.seq_len)
+    dispatcher = DISPATCHERS[moe.dispatcher]
+    made = chunks.number_of(dispatcher, *sizes, mesh.expert, moe.overlap_chunks)
+    if made < moe.overlap_chunks:
+        yield (
+            f"model.moe.overlap_chunks = {moe.overlap_chunks} makes {made} of the {rows} rows of a "
+            f"device: chunks are whole groups where something drops, and mesh.expert "
+            f"({mesh.expert}) must be more than 1"
+        )
 
 
 def _of_router(cfg: Config) -> Iterator[str]:

@@ -239,6 +239,7 @@ def moe_config(cfg: ModelConfig) -> MoE:
         ordering_options=moe.ordering_options,
         dispatcher=moe.dispatcher,
         dispatcher_options=moe.dispatcher_options,
+        overlap_chunks=moe.overlap_chunks,
         adaptive=moe.adaptive,
         stored=moe.sparse.stored,
         expert_kernel=moe.expert_kernel,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.moe import probe
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch import DISPATCHERS, chunks
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
@@ -68,6 +68,8 @@ class MoE:
     # None = the defaults of the activation.
     activation_options: Any = None
     expert_bias: bool = False
+    # Parts of the tokens that are dispatched each by itself (dispatch/chunks.py).
+    overlap_chunks: int = 1
 
     @property
     def chosen(self) -> Chosen:
@@ -292,8 +294,12 @@ def _dispatch(
         per_token=per_token,
         expert_axis=jax.lax.axis_size("expert"),
     )
-    y_TD, dropped_N = DISPATCHERS[cfg.dispatcher].apply(
-        over_model(tokens.x_TD), routing, experts, shape=shape, options=cfg.dispatcher_options
+    y_TD, dropped_N = chunks.dispatched(
+        DISPATCHERS[cfg.dispatcher],
+        *(over_model(tokens.x_TD), routing, experts),
+        shape=shape,
+        options=cfg.dispatcher_options,
+        num_chunks=cfg.overlap_chunks,
     )
     if isinstance(routing, Routing):
         dropped_b = _dropped_per_row(dropped_N, routing, tokens)

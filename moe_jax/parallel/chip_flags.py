@@ -19,6 +19,9 @@ FLAGS: dict[str, dict[str, Any]] = {
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
+        # Rows travel to their experts while others compute (docs/exchange.md).
+        "xla_tpu_enable_async_all_to_all": True,
+        "xla_tpu_enable_async_ragged_all_to_all": True,
     },
     "NVIDIA": {
         "xla_gpu_enable_latency_hiding_scheduler": True,

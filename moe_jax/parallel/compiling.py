@@ -37,6 +37,17 @@ def by_platform(*args: Any, others: Callable[..., Any], **own: Callable[..., Any
     return jax.lax.platform_dependent(*args, **own, default=others)
 
 
+def platform() -> str:
+    """Returns the platform of the current mesh, which is what is compiled for: "cpu", "tpu", "gpu".
+
+    For sizes, which must be known when the program is traced; "cpu" where no mesh is set.
+    """
+    import jax  # here: as above
+
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else "cpu"
+
+
 @contextlib.contextmanager
 def of_other_platforms() -> Iterator[None]:
     """What is traced inside takes the code of accelerators, so that it can be checked on a CPU."""

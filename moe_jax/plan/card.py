@@ -15,7 +15,7 @@ import jax
 from moe_jax import train_step
 from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import Lengths, of
-from moe_jax.plan import chips, dispatch, estimate, flops, theory, work
+from moe_jax.plan import chips, dispatch, estimate, flops, network, theory, work
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.compiling import abstract_state, compile_step
@@ -168,7 +168,8 @@ def _compiled(cfg: Config, rounds: program.Rounds | None) -> Compiled:
     """
     step = compile_step(cfg)
     stats: Any = step.compiled.memory_analysis()
-    lengths = dict(jax.sharding.get_mesh().shape)
+    mesh = jax.sharding.get_mesh()
+    domains = network.domains(mesh)
     return Compiled(
         argument=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
@@ -176,5 +177,5 @@ def _compiled(cfg: Config, rounds: program.Rounds | None) -> Compiled:
         temporary=stats.temp_size_in_bytes,
         lower_seconds=step.lower_seconds,
         seconds=step.compile_seconds,
-        program=program.read(step.compiled.as_text(), lengths, rounds),
+        program=program.read(step.compiled.as_text(), dict(mesh.shape), rounds, domains),
     )

@@ -51,10 +51,11 @@ def of_layer(cfg: Config) -> Dispatch:
     # A dispatcher that mixes tokens into slots gets the same rows whatever the router chooses. For
     # all others the worst case is what the one that never drops makes room for.
     lossless = DISPATCHERS[LOSSLESS]
-    worst = held if dispatcher.mixes else lossless.rows(shape, lossless.options())
+    assert lossless.worst
+    worst = held if dispatcher.mixes else lossless.worst(shape)
     return Dispatch(
         rows_held=held,
-        rows_balanced=shape.num_intended,
+        rows_balanced=int(shape.num_intended),
         rows_worst=worst,
         row_bytes=row_bytes(cfg),
         forward=dict(forward),
@@ -105,7 +106,7 @@ def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | Non
     held = dispatcher.rows(shape, moe.dispatcher_options)
     block = block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
     padding = kernel.padded_rows(shape.local_experts, block, held)
-    num_rows = min(shape.num_intended, held) + padding
+    num_rows = min(int(shape.num_intended), held) + padding
     if kernel.round_rows is None:
         return num_rows, None
     round_rows = kernel.round_rows(block, held)

@@ -32,12 +32,22 @@ class Group(NamedTuple):
     hops: float
 
 
+def domain(device: Any, has_slices: bool) -> int:
+    """Returns the number of the slice of a TPU, or of the host of another device."""
+    return getattr(device, "slice_index" if has_slices else "process_index", None) or 0
+
+
+def domains(mesh: Mesh) -> list[int]:
+    """Returns the slice or the host of each device, in the order of the mesh."""
+    devices = list(mesh.devices.flat)
+    return [domain(device, devices[0].platform == "tpu") for device in devices]
+
+
 def group_of(mesh: Mesh, axes: Sequence[str], chip: Chip) -> Group:
     """Returns the first group of devices along mesh axes."""
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     devices = list(np.asarray(mesh.devices[index]).ravel())
-    domain = "slice_index" if chip.torus else "process_index"
-    of = [getattr(device, domain, None) for device in devices]
+    of = [domain(device, bool(chip.torus)) for device in devices]
     near = [device for device, its in zip(devices, of, strict=True) if its == of[0]]
     bandwidth, hops = _links(near, mesh, chip) if chip.torus else (chip.link, 1.0)
     return Group(len(devices), len(near), bandwidth, chip.network, hops)
@@ -66,7 +76,9 @@ def seconds(collective: Collective, mesh: Mesh, chip: Chip) -> float:
     group = group_of(mesh, axes, chip)
     if group.size == 1:
         return 0.0
-    far = collective.num_bytes * (group.size - group.near) / (group.size - 1)
+    far: float | None = collective.far
+    if far is None:
+        far = collective.num_bytes * (group.size - group.near) / (group.size - 1)
     near = collective.num_bytes - far
     hops = group.hops if "all-to-all" in collective.kind else 1.0
     return near * hops / group.near_bandwidth + far / group.far_bandwidth

@@ -18,10 +18,7 @@ UNCOUNTED = (
     "An estimate: the program does not say how many rows its kernels and loops work on. Experts "
     "count as a balanced load with the padding of tiles; unknown kernels as the whole buffer."
 )
-NOT_FOUND = (
-    "Not found: the program sends it in another way or with other things. Between slices it sends "
-    "messages that are no collectives: their bytes and their time are not counted."
-)
+NOT_FOUND = "Not found: the program sends it in another way or with other things."
 TIME_NOTE = (
     "Time: published figures of the chip, nothing was run. Compute, memory and network are lower "
     "bounds; expected is the longer of compute and memory, and the network that is waited for."
@@ -69,15 +66,25 @@ def scopes_table(card: Card) -> Table:
 
 def collectives_table(card: Card) -> Table:
     """Returns the collectives of the compiled program, and what theory says beside each cargo."""
+    found = card.compiled.program.collectives
+    # A column of its own only where something crosses.
+    crosses = any(one.far for one in found)
+    far = ["between slices or hosts"] if crosses else []
     table = Table(
         [
             *names("collectives of a step", "over", "what"),
-            *numbers("number", "bytes", "theory"),
+            *numbers("number", "bytes", *far, "theory"),
             *names("waits"),
         ],
         keys=3,
     )
-    found = card.compiled.program.collectives
+
+    def bytes_of(*group: Collective) -> list[str]:
+        """Returns the cells of bytes, and of those that cross where there is a column of them."""
+        sums = [sum(one.num_bytes for one in group)]
+        sums += [sum(one.far or 0 for one in group)] if crosses else []
+        return [decimal(total) for total in sums]
+
     for cargo, axes in dict.fromkeys((one.cargo, one.axes) for one in found):
         group = [one for one in found if (one.cargo, one.axes) == (cargo, axes)]
         theory = _theory(card, cargo, axes)
@@ -87,16 +94,17 @@ def collectives_table(card: Card) -> Table:
                 (axes or "other groups") if place == 0 else "",
                 one.kind,
                 f"{one.count:,}",
-                decimal(one.num_bytes),
+                *bytes_of(one),
                 decimal(theory.num_bytes) if theory and place == 0 else "",
                 "no" if one.is_async else "yes",
             )
     for missing in not_found(card):
-        table.add(missing.cargo, missing.axes, "not found", "", "", decimal(missing.num_bytes))
+        empty = [""] * (2 + len(far))
+        table.add(missing.cargo, missing.axes, "not found", *empty, decimal(missing.num_bytes))
     if not table.rows:
         table.add("nothing travels")
     table.section()
-    table.add("all", "", "", "", decimal(sum(one.num_bytes for one in found)))
+    table.add("all", "", "", "", *bytes_of(*found))
     return table
 
 

@@ -82,10 +82,11 @@ def rank(raw: Mapping[str, Any], where: str, devices: Sequence[Any]) -> list[Can
             made = mesh.make(cfg.mesh, devices, cfg.mesh_slow_axis)
         except UserError:
             continue
-        if cfg.mesh not in states:
-            with jax.set_mesh(made):
+        with jax.set_mesh(made):
+            if cfg.mesh not in states:
                 states[cfg.mesh] = abstract_state(cfg, train_step.make_model(cfg.model))
-        one = _estimated(cfg, name, states[cfg.mesh], made, chip)
+            # A dispatcher's buffer and its ways depend on the platform.
+            one = _estimated(cfg, name, states[cfg.mesh], made, chip)
         fits = chip is None or one.memory <= chip.memory
         (found if fits else too_large).append(one)
     if not found and not too_large:

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from moe_jax.models.block import moe_config
 from moe_jax.moe.layer import Batch, MoELayer
+from moe_jax.parallel.compiling import platform
 from moe_jax.parallel.mesh import sharding
 from moe_jax.plan.abstract import abstract_batch
 from moe_jax.schema.config import Config
@@ -29,6 +30,7 @@ COLLECTIVES = {
     "all_to_all": 1,
     "psum": 2,
     "psum_invariant": 2,
+    "ragged_all_to_all": 1,
 }
 
 
@@ -74,9 +76,10 @@ def layer_traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
 def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
     """Returns the bytes that a device receives in the collectives of a traced function.
 
-    The keys are mesh axes, `lengths` are those of the axes. Loops count every trip, of branches the
-    dearest counts. Only collectives that the code writes are seen, not those that the compiler
-    inserts.
+    The keys are mesh axes, `lengths` are those of the axes. Loops count every trip. Of branches the
+    one counts that sends least: further rounds of a dispatcher are for a load that is not balanced.
+    Of code for several platforms that of the mesh counts. Only collectives that the code writes are
+    seen, not those that the compiler inserts.
     """
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
@@ -86,13 +89,22 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
         # A layer has its collectives inside of shard_map, jit and scan.
         inner = [received(function, lengths) for function in _called(equation.params)]
         if primitive == "cond":
-            inner = [max(inner, key=lambda counter: counter.total())]
+            inner = [_of_branch(inner, equation.params.get("branches_platforms"))]
         # A while loop has no length, so its body counts once.
         trips = equation.params.get("length", 1) if primitive == "scan" else 1
         for counter in inner:
             total.update({axis: trips * count for axis, count in counter.items()})
     # Without the axes over which nothing travels.
     return +total
+
+
+def _of_branch(branches: list[Counter[str]], platforms: Any) -> Counter[str]:
+    """Returns what one branch sends: that of the platform, where branches are for platforms."""
+    if platforms:
+        # None is for every platform that is not named.
+        own = [platform() in (names or ()) for names in platforms]
+        return branches[own.index(True) if any(own) else platforms.index(None)]
+    return min(branches, key=lambda counter: counter.total())
 
 
 def _of_collective(equation: JaxprEqn, lengths: Mapping[str, int]) -> dict[str, int]:
@@ -104,8 +116,13 @@ def _of_collective(equation: JaxprEqn, lengths: Mapping[str, int]) -> dict[str, 
     named = equation.params.get("axis_name", equation.params.get("axes"))
     named = (named,) if isinstance(named, str) else named
     axes = [axis for axis in named if lengths[axis] > 1]
-    num_parts = math.prod(lengths[axis] for axis in axes)
-    num_bytes = max(_num_bytes(equation.invars), _num_bytes(equation.outvars))
+    groups = equation.params.get("axis_index_groups")
+    num_parts = len(groups[0]) if groups else math.prod(lengths[axis] for axis in axes)
+    if equation.primitive.name == "ragged_all_to_all":
+        # When the load is balanced it fills the smaller of what is sent from and received into.
+        num_bytes = min(_num_bytes(equation.invars[:1]), _num_bytes(equation.outvars))
+    else:
+        num_bytes = max(_num_bytes(equation.invars), _num_bytes(equation.outvars))
     passes = COLLECTIVES[equation.primitive.name]
     received_bytes = passes * num_bytes * (num_parts - 1) // num_parts
     return {" x ".join(axes): received_bytes}

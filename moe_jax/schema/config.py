@@ -129,6 +129,12 @@ class MoEConfig:
     ordering_options: Any = derived()
     dispatcher: str = choice("dropless", "dispatchers", "how tokens reach their experts")
     dispatcher_options: Any = derived()
+    overlap_chunks: int = option(
+        1,
+        "> 1: the tokens of a device in so many parts, so that one can travel while the experts of "
+        "another compute (docs/exchange.md)",
+        NUMBER,
+    )
     expert_kernel: str = option(
         "auto",
         'what computes the experts: "auto" = by the platform compiled for (docs/accelerators.md), '

@@ -186,6 +186,8 @@ def test_refusals(changes, shape, message):
         ({"ordering": "k_major", "dispatcher": "dropless"}, '"dropless" drops nothing'),
         ({"group_rows": 2, "dispatcher": "dropless"}, "group_rows = 2 rows share capacity"),
         ({"ordering": "token_major"}, None),
+        ({"overlap_chunks": 2}, "model.moe.overlap_chunks = 2 makes 1 of"),
+        ({"dispatchers.dropless.slices": 2, "dispatcher": "dropless"}, "slices = 2 does nothing"),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.models import block, decoder
 from moe_jax.moe import layer
-from moe_jax.moe.dispatch import dropless, exchange
+from moe_jax.moe.dispatch import chunks, dropless, exchange, ragged
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from mutations.contract import (
     DROPLESS,
@@ -21,6 +21,8 @@ from mutations.contract import (
 )
 
 E = 8
+BY_RAGGED = DROPLESS | {"model.moe.dispatchers.dropless.exchange": "ragged"}
+IN_SLICES = DROPLESS | {"model.moe.dispatchers.dropless.slices": 2}
 
 
 def gradient_times_axis(patch):
@@ -39,12 +41,12 @@ def slice_off_by_one(patch):
     """With experts on several devices, the slice of each begins one expert late."""
     right = dropless._gather
 
-    def wrong(x_TD, routing, shape):
+    def wrong(x_TD, routing, *more):
         if on_several_devices("expert"):
             expert = routing.expert_index_N
             shifted = jnp.where(expert < E, (expert + 1) % E, expert)
             routing = routing._replace(expert_index_N=shifted)
-        return right(x_TD, routing, shape)
+        return right(x_TD, routing, *more)
 
     patch.setattr(dropless, "_gather", wrong)
 
@@ -64,7 +66,8 @@ def one_shard_of_model(patch):
 def no_psum_over_expert(patch):
     """Each device keeps what its own experts made of its own tokens."""
 
-    def wrong(x, axis, dim):
+    def wrong(x, axis, dim, groups):
+        del groups
         rows = x.shape[dim] // jax.lax.axis_size(axis)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * rows, rows, dim)
 
@@ -115,8 +118,8 @@ def gates_of_other_devices(patch):
     """A gate has no gradient from an expert of another device."""
     right = dropless._gather
 
-    def wrong(x_TD, routing, shape):
-        x_nTD, gathered = right(x_TD, routing, shape)
+    def wrong(x_TD, routing, shape, level):
+        x_nTD, gathered = right(x_TD, routing, shape, level)
         device_M = gathered.token_M // shape.num_tokens
         is_own_M = device_M == jax.lax.axis_index("expert")
         gate_M = gathered.gate_M
@@ -124,6 +127,48 @@ def gates_of_other_devices(patch):
         return x_nTD, gathered._replace(gate_M=gate_M)
 
     patch.setattr(dropless, "_gather", wrong)
+
+
+def lost_backward(patch):
+    """Backward, the rows that come from the last device by a ragged exchange are lost, as if its
+    writing had been overtaken; the forward pass is untouched.
+    """
+    right = ragged._backward
+
+    def wrong(num_rows, level, check, residue, dy):
+        numbers, num_sent = residue
+        start_S, size_S, *others = numbers
+        device_S = jnp.arange(size_S.shape[0]) // (size_S.shape[0] // level.size)
+        size_S = jnp.where(device_S < level.size - 1, size_S, 0)
+        return right(num_rows, level, check, ((start_S, size_S, *others), num_sent), dy)
+
+    patch.setattr(ragged._exchange, "bwd", wrong)
+
+
+def capacity_per_chunk(patch):
+    """The tokens of a chunk share capacity, whatever their groups are."""
+    right = chunks._of_chunk
+
+    def wrong(*args):
+        shape = right(*args)
+        return shape._replace(group_tokens=shape.num_tokens)
+
+    patch.setattr(chunks, "_of_chunk", wrong)
+
+
+def another_slice(patch):
+    """Tokens that cross between slices are given to the experts that have their numbers in the
+    slice next to theirs.
+    """
+    right = dropless._to_slices
+
+    def wrong(x_TD, routing, shape, slow):
+        expert = routing.expert_index_N
+        shifted = (expert + E // slow.size) % E
+        shifted = jnp.where(expert < E, shifted, expert)
+        return right(x_TD, routing._replace(expert_index_N=shifted), shape, slow)
+
+    patch.setattr(dropless, "_to_slices", wrong)
 
 
 def gradient_of_one_shard(patch):
@@ -169,6 +214,15 @@ FAULTS = {
         DROPLESS,
         "transformers #48687, torchtitan #2416",
         full=True,
+    ),
+    "rows of a ragged exchange lost backward": Mutation(
+        lost_backward, "gradients", "mesh", BY_RAGGED, "marin #8077, #8081"
+    ),
+    "tokens to the experts of another slice": Mutation(
+        another_slice, "tokens", "mesh", IN_SLICES, full=True
+    ),
+    "capacity per chunk": Mutation(
+        capacity_per_chunk, "drops", "mesh", {"model.moe.overlap_chunks": 2}, full=True
     ),
     "gradient of one shard of model": Mutation(
         gradient_of_one_shard, "gradients", "mesh", reported="Megatron-LM #7452 (11)"

@@ -16,6 +16,7 @@ from flops_cases import ONE, counted, make_config
 from rich.console import Console
 
 from moe_jax import train_step
+from moe_jax.moe.dispatch import levels, ragged
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import P
 from moe_jax.plan import card as cards
@@ -24,6 +25,11 @@ from moe_jax.plan import card_tables, flops, traffic
 
 def dispatcher(name, **options):
     return {"dispatcher": name, "dispatchers": {name: options}}
+
+
+def dropless(**options):
+    others = {"direct": False, "exchange": "auto", "check": False, "slices": 1}
+    return dispatcher("dropless", **others, **options)
 
 
 def top_k(k):
@@ -446,7 +452,7 @@ def test_dropless_buffer_and_traffic(monkeypatch):
     """Worst: both choices of all n T = 32 tokens are local, 64 rows, and each of 4 experts may
     waste 7 of a block of 8.
     """
-    card = dispatch_of(monkeypatch, dispatcher("dropless", buffer=0.0, direct=False))
+    card = dispatch_of(monkeypatch, dropless(buffer=0.0))
     d = card.dispatch
     assert (d.rows_held, d.rows_balanced, d.rows_worst) == (96, 32, 96)
     tokens, choices = (
@@ -456,7 +462,7 @@ def test_dropless_buffer_and_traffic(monkeypatch):
     assert d.forward["expert"] == tokens + choices + tokens
     assert d.backward["expert"] == tokens + 32 * 4 + tokens
     assert "never too small" in show(card)
-    small = dispatch_of(monkeypatch, dispatcher("dropless", buffer=1.0, direct=False))
+    small = dispatch_of(monkeypatch, dropless(buffer=1.0))
     assert (small.dispatch.rows_held, small.dispatch.rows_worst) == (32, 96)
     assert small.dispatch.forward == d.forward
     assert "the rest waits a round" in show(small)
@@ -468,7 +474,7 @@ def test_nothing_travels_on_one_device(monkeypatch):
     assert "nothing travels" in show(card)
 
 
-def test_received_counts_loops_and_the_dearest_branch():
+def test_received_counts_loops_and_the_branch_that_sends_least():
     """Parts of 4 floats on 4 devices: a gather receives 3 parts of 16 bytes, a sum of 4 floats 2 x
     3/4 x 16 bytes.
     """
@@ -497,6 +503,29 @@ def test_received_counts_loops_and_the_dearest_branch():
 
         lengths = dict(mesh.shape)
         assert traffic.received(trace(lambda x: f(x)[None], P("data")), lengths) == {
-            "data": (5 + 2) * 3 * 16
+            "data": (5 + 1) * 3 * 16
         }
         assert traffic.received(trace(g, P()), lengths) == {"data": 2 * 16 * 3 // 4}
+
+
+@pytest.mark.parametrize(("platform", "rows"), [("cpu", 3 * 8), ("tpu", 2 * 3 * 8 // 4)])
+def test_received_counts_the_way_of_the_platform(monkeypatch, platform, rows):
+    """A ragged exchange of 8 rows of 2 floats between 4 devices: there are 3/4 of them from others,
+    there and back; a CPU gathers all rows, and there it is the branch of the CPU.
+    """
+    monkeypatch.setattr(traffic, "platform", lambda: platform)
+    level = levels.split(4, 1)[1]
+    zero_S = jnp.zeros(4, jnp.int32)
+    journey = ragged.Journey(ragged.Slices(*[zero_S] * 3), ragged.Slices(*[zero_S] * 3))
+
+    def f(x_82):
+        there = ragged.exchange(x_82, journey, 16, level)
+        return there if platform == "cpu" else ragged.exchange(there, journey.reversed(), 8, level)
+
+    with jax.set_mesh(meshes.make(1, 4, 1)):
+        place = jax.NamedSharding(jax.sharding.get_mesh(), P("expert"))
+        x = jax.ShapeDtypeStruct((32, 2), jnp.float32, sharding=place)
+        traced = jax.make_jaxpr(jax.shard_map(f, in_specs=P("expert"), out_specs=P("expert")))(x)
+        found = traffic.received(traced.jaxpr, dict(jax.sharding.get_mesh().shape))
+    # The twin asks for offsets beside.
+    assert 0 <= found["expert"] - rows * 2 * 4 <= 2 * 4 * 4

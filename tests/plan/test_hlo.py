@@ -139,6 +139,86 @@ def test_of_n_parts_a_device_receives_all_but_its_own(kind, of_type, received, i
     assert (found.num_bytes, found.is_async) == (received, is_async)
 
 
+def one_collective(line):
+    parameter = "%p = f32[1024]{0} parameter(0)"
+    return (
+        f"HloModule m\n\nENTRY %main (p: f32[1024]) -> f32[4096] {{\n  {parameter}\n  {line}\n}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "far"),
+    [
+        # Within slices, across them, and all devices together: of three others two are far.
+        ("{{0,1},{2,3}}", 0),
+        ("{{0,2},{1,3}}", 4096),
+        ("{{0,1,2,3}}", 2 * 4096),
+    ],
+)
+def test_what_comes_from_other_slices_is_counted_by_groups(groups, far):
+    size = 1024 * (4 if groups.count("{") == 2 else 2)
+    line = f"ROOT %g = f32[{size}]{{0}} all-gather(%p), replica_groups={groups}, dimensions={{0}}"
+    read = text.read(one_collective(line))
+    runs = text.count_runs(read)
+    (found,) = collectives.find(read, runs, {"data": 1, "expert": 4}, [0, 0, 1, 1])
+    assert found.far == far and found.num_bytes == 4 * size - 4096
+    assert collectives.find(read, runs, {"data": 1, "expert": 4})[0].far == 0
+
+
+# What libtpu makes of a gather over two slices, shortened: a message between slices, of which each
+# device gives 4 KiB, and a gather of both parts within a slice.
+SLICES = """\
+HloModule m
+
+ENTRY %main (p: f32[1024]) -> f32[4096] {
+  %p = f32[1024]{0} parameter(0)
+  %token = token[] after-all()
+  %recv = (f32[2048]{0:T(1024)}, u32[], token[]) recv(%token), channel_id=1, \
+is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="g_0",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send = (f32[1024]{0:T(1024)}, u32[], token[]) send(%p, %token), channel_id=2, \
+is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="g_0",_xla_megascale_transfer_type="ALL_GATHER"}
+  %done = (f32[2048]{0:T(1024)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  %both = f32[2048]{0:T(1024)} get-tuple-element(%done), index=0
+  ROOT %all = f32[4096]{0:T(1024)} all-gather(%both), replica_groups={{0,1}}, dimensions={0}, \
+metadata={op_name="jit(f)/moe/dispatch/all_gather"}
+}
+"""
+
+
+def test_messages_between_tpu_slices_are_counted():
+    read = text.read(SLICES)
+    lengths = {"data": 2, "expert": 2}
+    within, message = collectives.find(read, text.count_runs(read), lengths, [0, 0, 1, 1])
+    assert message == ("all-gather", "data", 2, "tokens", True, 1, 4096, 4096)
+    # The program is that of one slice, in which `expert` lies.
+    assert within == ("all-gather", "expert", 2, "tokens", False, 1, 8192, 0)
+
+
+def test_a_ragged_exchange_counts_what_is_sent_when_the_load_is_balanced():
+    """Buffers that receive are larger than that: 1024 of 2048 numbers, from three of four."""
+    line = (
+        "%o = f32[2048]{0} parameter(1)\n  %s = s32[4]{0} parameter(2)\n  ROOT %r = f32[2048]{0} "
+        "ragged-all-to-all(%p, %o, %s, %s, %s, %s), replica_groups={{0,1,2,3}}"
+    )
+    read = text.read(one_collective(line))
+    (found,) = collectives.find(read, text.count_runs(read), {"expert": 4})
+    assert found.num_bytes == 4096 * 3 // 4 and found.kind == "ragged-all-to-all"
+
+
+def test_an_asynchronous_all_to_all_of_a_tpu_counts():
+    """Its result is a tuple of tuples, with the tiles of layouts in them."""
+    line = (
+        "%s = ((f32[4,256]{1,0:T(8,128)(2,1)}), f32[4,256]{1,0:T(8,128)}, u32[]{:S(2)}) "
+        "all-to-all-start(%p), replica_groups={{0,1,2,3}}\n  ROOT %d = f32[4,256]{1,0} "
+        "all-to-all-done(%s)"
+    )
+    read = text.read(one_collective(line))
+    (found,) = collectives.find(read, text.count_runs(read), {"expert": 4})
+    assert found.is_async and found.num_bytes == 4096 * 3 // 4
+
+
 def test_a_fused_collective_of_a_tpu_counts_where_it_starts():
     fused = """\
 HloModule m

@@ -15,7 +15,7 @@ A dispatcher is correct when it equals tests/oracle.py for every kind of routing
 forward and gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,12 @@ class Experts(NamedTuple):
     # (x_TD, token_M, expert_index_M, gate_M) -> y_TD, of few tokens in any order (direct.py);
     # None = these experts have no such way.
     direct: Callable[..., jax.Array] | None = None
+
+
+def no_advice(options: Any, at: str, expert_axis: int) -> Iterator[str]:
+    """Says that every option does something on every mesh."""
+    del options, at, expert_axis
+    yield from ()
 
 
 class Dispatcher(NamedTuple):
@@ -50,6 +56,11 @@ class Dispatcher(NamedTuple):
     keeps: bool = False
     # Rows travel by all-to-all, and not by a gather.
     exchanges: bool = False
+    # (shape) -> the rows that a device may have to serve, of a dispatcher that never drops.
+    worst: Callable[..., int] | None = None
     # What happens to the load beyond the rows that are held, for the resource card; "" = there is
     # none.
     overflow: str = ""
+    # (options, the path of its block, the length of the expert axis) -> what a run is told at its
+    # start, one sentence each.
+    advice: Callable[[Any, str, int], Iterator[str]] = no_advice

@@ -19,8 +19,8 @@ class Shape(NamedTuple):
     # N, of this device: places in the list of assignments.
     num_assignments: int
     # Of them, what is filled when the load is as intended: less than N where a token may use fewer
-    # than it may list.
-    num_intended: int
+    # than it may list. Of a chunk it may be no whole number.
+    num_intended: float
     # Assignments of a token when every token has as many, in token order; else 0.
     per_token: int
     # Tokens that share capacity.

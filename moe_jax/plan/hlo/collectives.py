@@ -51,12 +51,29 @@ class Collective(NamedTuple):
     count: int
     # That one device receives from others in one run of the program.
     num_bytes: int
+    # Of them, what comes from other slices or hosts; None = it was not asked for.
+    far: int | None = None
 
 
-def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collective]:
-    """Returns the collectives of a program on a mesh of these lengths, the most bytes first."""
+def find(
+    module: Module, runs: Runs, lengths: Mapping[str, int], domains: Sequence[int] = ()
+) -> list[Collective]:
+    """Returns the collectives of a program on a mesh of these lengths, the most bytes first.
+
+    `domains`: the slice or host of each device, in the order of the mesh; () = one for all. A
+    program for several TPU slices is that of one slice, and what crosses is messages.
+    """
     totals: dict[tuple[str, str, int, str, bool], list[int]] = {}
     scope_of = _scopes(module)
+    messages = list(_messages(module, runs, lengths, domains, scope_of))
+    if messages:
+        across = _across(lengths, domains)
+        num_slices = len(set(domains))
+        lengths = {
+            axis: length // num_slices if axis == across else length
+            for axis, length in lengths.items()
+        }
+        domains = ()
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
         if not times:
@@ -72,17 +89,76 @@ def find(module: Module, runs: Runs, lengths: Mapping[str, int]) -> list[Collect
             kind = instruction.opcode.removesuffix("-start")
             if kind not in PASSES or instruction.opcode.endswith("-done"):
                 continue
-            axes, group = _groups(instruction, lengths)
+            axes, members = _groups(instruction, lengths)
+            group = len(members)
             if group == 1:
                 continue
             kind = _as_scattered(kind, name)
             is_async = starts or instruction.opcode.endswith("-start")
             key = (kind, axes, group, _cargo(scope_of(instruction, name), axes), is_async)
-            total = totals.setdefault(key, [0, 0])
+            num_bytes = times * _received(kind, instruction, types, group)
+            total = totals.setdefault(key, [0, 0, 0])
             total[0] += times
-            total[1] += times * _received(kind, instruction, types, group)
+            total[1] += num_bytes
+            total[2] += num_bytes * _num_far(members, domains) // (group - 1)
     found = [Collective(*key, *total) for key, total in totals.items()]
-    return sorted(found, key=lambda one: -one.num_bytes)
+    return sorted(found + messages, key=lambda one: -one.num_bytes)
+
+
+def _num_far(members: Sequence[int], domains: Sequence[int]) -> int:
+    """Returns how many devices of a group are not in the slice or host of the first."""
+    if not domains:
+        return 0
+    return sum(domains[device] != domains[members[0]] for device in members)
+
+
+def _across(lengths: Mapping[str, int], domains: Sequence[int]) -> str:
+    """Returns the axes of a mesh along which devices are in different slices."""
+    places = np.asarray(domains).reshape(tuple(lengths.values()))
+    crossing = {
+        axis for dim, axis in enumerate(lengths) if (places != np.take(places, [0], axis=dim)).any()
+    }
+    return _joined(crossing, lengths)
+
+
+def _messages(
+    module: Module,
+    runs: Runs,
+    lengths: Mapping[str, int],
+    domains: Sequence[int],
+    scope_of: Callable[[Instruction, str], str],
+) -> Iterable[Collective]:
+    """Yields what TPU slices send each other: pairs of a send and a recv of one rendezvous.
+
+    The larger of the two has what all slices give, as in a collective. The first number of a ragged
+    message is the data; the others are offsets and sizes.
+    """
+    found: dict[str, list[tuple[Instruction, str]]] = {}
+    for name, instructions in module.computations.items():
+        for one in instructions:
+            transfer = one.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+            is_data = one.attribute(r'ragged_operand_index="(\d+)"') in ("", "0")
+            if one.opcode in ("send", "recv") and transfer and is_data:
+                meeting = one.attribute(r'_xla_host_transfer_rendezvous="([^"]+)"')
+                found.setdefault(meeting, []).append((one, name))
+    num_slices = len(set(domains))
+    totals: dict[tuple[str, str], list[int]] = {}
+    for sides in found.values():
+        first, computation = sides[0]
+        kind = first.attribute(r'transfer_type="(\w+)"').lower().replace("_", "-")
+        times = runs.times.get(computation, 0)
+        sizes = [one.outputs[0].num_bytes for one, _ in sides]
+        whole = min(sizes) if kind.startswith("ragged") else max(sizes)
+        # A send stands in no scope: what surrounds it or its recv may say what it is.
+        cargos = [_cargo(scope_of(one, where), "") for one, where in sides]
+        cargo = next((one for one in cargos if one != GRADIENTS), GRADIENTS)
+        total = totals.setdefault((kind, cargo), [0, 0])
+        total[0] += times
+        total[1] += times * PASSES.get(kind, 1) * whole * (num_slices - 1) // num_slices
+    across = _across(lengths, domains) if totals else ""
+    for (kind, cargo), (count, num_bytes) in totals.items():
+        if count:
+            yield Collective(kind, across, num_slices, cargo, True, count, num_bytes, far=num_bytes)
 
 
 def _scopes(module: Module) -> Callable[[Instruction, str], str]:
@@ -127,20 +203,32 @@ def _received(
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (operands, results, ...): the result of an asynchronous start has both.
         outputs = outputs[len(inputs) : 2 * len(inputs)] or outputs
+    if kind == "ragged-all-to-all":
+        return _ragged(instruction, types, group)
     larger = max(sum(array.num_bytes for array in side) for side in (inputs, outputs))
     if kind == "collective-permute":
         return larger
     return PASSES[kind] * larger * (group - 1) // group
 
 
-def _groups(instruction: Instruction, lengths: Mapping[str, int]) -> tuple[str, int]:
-    """Returns the axes that the groups of a collective are of, and the devices of a group."""
+def _ragged(instruction: Instruction, types: Mapping[str, Sequence[Array]], group: int) -> int:
+    """Returns the bytes of a ragged all-to-all, of which the program says where they may lie, and
+    not how many there are: those of a balanced load, which fill the smaller of what is sent from
+    and what is received into.
+    """
+    sides = [sum(array.num_bytes for array in types.get(name, ())) for name in instruction.operands]
+    return min(sides[:2]) * (group - 1) // group
+
+
+def _groups(instruction: Instruction, lengths: Mapping[str, int]) -> tuple[str, list[int]]:
+    """Returns the axes that the groups of a collective are of, and the devices of one of them."""
     if "collective-permute" in instruction.opcode:
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=(\S+)"))
         varying = {axis for pair in pairs for axis in _varying(map(int, pair), lengths)}
-        return _joined(varying, lengths), 2 if varying else 1
+        first = [int(device) for device in pairs[0]] if varying else [0]
+        return _joined(varying, lengths), first
     members = first_group(instruction.rest, lengths)
-    return _joined(_varying(members, lengths), lengths), len(members)
+    return _joined(_varying(members, lengths), lengths), members
 
 
 def _joined(axes: set[str], lengths: Mapping[str, int]) -> str:

@@ -1,6 +1,6 @@
 """All that is read of a compiled program."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moe_jax.plan.hlo import collectives, memory_traffic, products, scopes, text
@@ -29,10 +29,15 @@ class Rounds(NamedTuple):
     most: int
 
 
-def read(compiled_text: str, lengths: Mapping[str, int], rounds: Rounds | None = None) -> Program:
+def read(
+    compiled_text: str,
+    lengths: Mapping[str, int],
+    rounds: Rounds | None = None,
+    domains: Sequence[int] = (),
+) -> Program:
     """Returns what a program does, from its text and the lengths of the mesh.
 
-    `rounds`: None = nobody knows.
+    `rounds`: None = nobody knows. `domains`: the slice or host of each device (`collectives.find`).
     """
     module = text.read(compiled_text)
     scope_of = scopes.finder(scopes.instructions_of(module))
@@ -50,7 +55,7 @@ def read(compiled_text: str, lengths: Mapping[str, int], rounds: Rounds | None =
     return Program(
         products=products.count(module, runs),
         most_flops=worst.flops.total(),
-        collectives=tuple(collectives.find(module, runs, lengths)),
+        collectives=tuple(collectives.find(module, runs, lengths, domains)),
         memory_traffic=memory_traffic.count(module, runs),
         unknown_loops=runs.unknown_loops,
     )

@@ -31,9 +31,9 @@ BITS = {
 SCALARS = "to_apply"
 _SHAPE = re.compile(r"\b(pred|bf16|[suc]\d+|f\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(
-    r"^\s+(ROOT )?%?([\w.\-]+) = ((?:\((?:[^()]|\([^()]*\))*\)|\S+)) ([a-z][\w\-]*)\((.*)$"
-)
+# Tuples have tuples in them, and these the tiles of a layout: ((f32[8]{0:T(8)}), f32[8]).
+_TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+_INSTRUCTION = re.compile(rf"^\s+(ROOT )?%?([\w.\-]+) = ({_TUPLE}|\S+) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(
     r"\b(calls|body|condition|true_computation|false_computation|branch_computations|"
     r"called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
