@@ -46,7 +46,8 @@ class Options:
 def _block(shape: Shape) -> tuple[int, int]:
     """Returns the blocks of the grouped product for the mean load of an expert."""
     # n N assignments of the whole expert axis, over E experts.
-    return block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
+    all_experts = shape.num_experts * shape.seq_axis
+    return block_sizes(shape.num_assignments * shape.expert_axis / all_experts)
 
 
 def worst(shape: Shape) -> int:
@@ -68,7 +69,7 @@ def rows(shape: Shape, options: Options) -> int:
         return worst(shape)
     _, small_block = _block(shape)
     # With a balanced load a device serves as many assignments as its own tokens make.
-    num_rows = math.ceil(options.buffer * shape.num_intended)
+    num_rows = math.ceil(options.buffer * shape.num_intended / shape.seq_axis)
     return min(worst(shape), round_up(num_rows, small_block))
 
 

@@ -27,6 +27,9 @@ class Shape(NamedTuple):
     group_tokens: int
     # The length of the expert axis.
     expert_axis: int
+    # Devices that have the same tokens and assignments, and each num_experts experts of its own:
+    # those of the axis `seq`.
+    seq_axis: int = 1
 
     @property
     def local_experts(self) -> int:
