@@ -187,7 +187,7 @@ def whole_rows(k_BTGA: Array) -> Array:
 
     Its backward pass is a reduce-scatter.
     """
-    with jax.named_scope("context"):
+    with jax.named_scope("gather_keys"):
         in_turn = all_gather(k_BTGA, context.AXIS, 1)
         return context.reordered(in_turn, jax.lax.axis_size(context.AXIS))
 

@@ -72,7 +72,7 @@ def leave(x_BSD: Array) -> Array:
         return jnp.concatenate([first, second], axis=1)
 
     run = jax.shard_map(on_device, in_specs=P(BATCH, AXIS), out_specs=P(BATCH, AXIS))
-    with jax.named_scope("context"):
+    with jax.named_scope("order_rows"):
         return run(x_BSD)
 
 
@@ -80,7 +80,7 @@ def whole(z_BS: Array) -> Array:
     """Returns tokens that are split in turn as whole rows on every device."""
     if not is_split(z_BS):
         return z_BS
-    with jax.named_scope("context"):
+    with jax.named_scope("order_rows"):
         return jax.sharding.reshard(z_BS, P(BATCH))
 
 

@@ -115,6 +115,11 @@ def widths(cfg: ModelConfig) -> tuple[int, int]:
     return own.qk_nope_head_dim + own.qk_rope_head_dim, own.v_head_dim
 
 
+def key_heads(cfg: ModelConfig) -> int:
+    """Returns that each head has keys and values of its own."""
+    return cfg.num_heads
+
+
 def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """(what does not turn [B, S, H, N], what turns [B, S, H, T], not turned yet)."""
     own = options_of(cfg)
@@ -277,5 +282,6 @@ ATTENTION = Attention(
     slots=grouped_query.slots,
     num_pairs=num_pairs,
     refusals=refusals,
+    key_heads=key_heads,
     small=small,
 )
