@@ -87,13 +87,12 @@ def tokens_over_seq(cfg: Config) -> int:
 def keys_and_values(cfg: Config) -> int:
     """Returns the bytes of keys and values of whole rows where they are split over `seq`.
 
-    They are gathered for every pass, forward and backward, and their gradients scattered. A block
-    that is rematerialised gathers them once more, unless it keeps the output of attention.
+    They are gathered forward, once more backward, whether the block is rematerialised or not, and
+    their gradients scattered. Of blocks that are no loop (model.scan = False) a compiler may keep
+    those of the forward pass.
     """
     model, num_bytes = cfg.model, 0
-    keeps = "attention" in model.remat.split("+")
-    again = 0 if model.remat == "none" or keeps else 1
-    passes = forward_passes(cfg) + again + 2
+    passes = forward_passes(cfg) + 2
     for name in model.attentions:
         one = model.with_attention(name)
         num_heads = ATTENTIONS[name].key_heads(one)

@@ -12,6 +12,7 @@ from moe_jax.parallel import context
 from moe_jax.tasks import next_token
 from mutations.contract import Mutation
 
+
 def keys_of_this_device(patch):
     """Keys and values are not gathered: each device sees its own, as often as there are devices."""
 

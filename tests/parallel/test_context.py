@@ -22,8 +22,7 @@ from moe_jax.parallel.compiling import QUICK, of_other_platforms
 from moe_jax.parallel.mesh import Lengths, P
 from moe_jax.plan import theory
 from moe_jax.plan.compiling import compile_step
-from moe_jax.plan.hlo import program
-from moe_jax.plan.hlo.collectives import GRADIENTS
+from moe_jax.plan.hlo import program as compiled_program
 from moe_jax.verify import states
 from moe_jax.verify.program import Program
 from moe_jax.verify.run import against, evaluated, first_values, reference
@@ -209,9 +208,7 @@ def assert_equal(one, folder, program):
 
 def test_a_step_on_four_axes_is_that_of_one_device(float64, one_device):
     one, folder = one_device(())
-    lengths = Lengths(expert=2, seq=2, model=2)
-    program = Program(one.program.raw, lengths)
-    program.compile()
+    program = Program(one.program.raw, Lengths(expert=2, seq=2, model=2)).compile()
     assert_equal(one, folder, program)
     assert evaluated(one, program, states.read(program, folder / "begin")).sound
 
@@ -227,3 +224,123 @@ def test_a_step_on_every_mesh_is_that_of_one_device(lengths, float64, one_device
     program = Program(one.program.raw, lengths).compile()
     assert_equal(one, folder, program)
     assert first_values(one, program).sound
+
+
+# Everything that an option changes in how rows are routed, attended to and summed.
+OPTIONS = {
+    "window, sinks, dropless, accumulated, scan, remat": {
+        "model.attention": "sliding_window",
+        "model.attentions.sliding_window.window": 5,
+        "model.attention_sinks": True,
+        "model.moe.dispatcher": "dropless",
+        "model.moe.dispatchers.capacity.factor": 1.25,
+        "model.moe.router": "null",
+        "model.moe.routers.null.kind": "copy",
+        "model.moe.shared_experts": 1,
+        "model.moe.expert_bias": True,
+        "train.micro_batch_size": 8,
+        "model.remat": "full",
+        "model.scan": True,
+        "model.repeats": 2,
+        "model.logit_z_loss": 0.01,
+    },
+    "latent, slots, chunks of logits": {
+        "model.attention": "latent",
+        "model.num_kv_heads": 4,
+        "model.head_dim": 0,
+        "model.attentions.latent.kv_lora_rank": 4,
+        "model.moe.router": "soft",
+        "model.moe.dispatcher": "slots",
+        "model.moe.dispatchers.capacity.factor": 1.25,
+        "model.loss_chunk": 7,
+        "model.allow_leak": True,
+    },
+    "two groups, priority, expert choice, tied": {
+        "model.moe.group_rows": 2,
+        "model.moe.router": "expert_choice",
+        "model.moe.dispatcher": "dropless",
+        "model.moe.dispatchers.capacity.factor": 1.25,
+        "model.tie_embeddings": True,
+        "model.allow_leak": True,
+    },
+    "dropless in rounds, base": {
+        "model.moe.router": "base",
+        "model.moe.dispatcher": "dropless",
+        "model.moe.dispatchers.capacity.factor": 1.25,
+        "model.moe.dispatchers.dropless.buffer": 1.25,
+        "model.moe.losses.balance": 0.0,
+        "model.allow_leak": True,
+    },
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_go_with_split_rows(name, float64, one_device):
+    one, folder = one_device(tuple(OPTIONS[name].items()))
+    program = Program(one.program.raw, Lengths(expert=2, seq=2)).compile()
+    end, _, first = against(one, program, states.read(program, folder / "begin"))
+    assert first is None, first
+    assert not states.unequal(program, end, one.program, folder / "end")
+
+
+# What is refused.
+
+REFUSED = {
+    "data.seq_len (12) must be divisible by 2 x mesh.seq (8)": {"data.seq_len": 12},
+    "model.moe.num_experts (6) must be divisible by mesh.expert x mesh.seq (4)": {
+        "model.moe.num_experts": 6
+    },
+    "model.d_model (18) must be divisible by mesh.data x mesh.expert x mesh.seq (4)": {
+        "model.d_model": 18
+    },
+    "which choose among the tokens of whole rows": {"model.period": ("depth:moe",)},
+    'mesh.seq (4) must be 1 with model.attention_kernel = "splash"': {
+        "model.attention_kernel": "splash"
+    },
+    'mesh.seq (4) must be 1 with model.kind = "article"': {"model.kind": "article"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_does_not_go_with_split_rows_is_refused(message):
+    changes = {"mesh.seq": 4, "model.head_dim": 4, "model.allow_leak": True}
+    with pytest.raises(UserError) as caught:
+        tiny.build(changes=changes | REFUSED[message], devices=4)
+    assert message in str(caught.value)
+
+
+# What is sent.
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.full)])
+def test_a_step_sends_what_theory_says(remat):
+    """Keys and values to the byte; of the tokens within 5 %, the rest says where they go."""
+    changes = {
+        "model.d_model": 512,
+        "model.num_heads": 8,
+        "model.scan": True,
+        "model.remat": remat,
+        "model.dtype": "float32",
+        "model.param_dtype": "float32",
+        "data.seq_len": 32,
+        "mesh.seq": 4,
+    }
+    cfg = tiny.build(changes=changes, devices=4)
+    with jax.set_mesh(mesh.make(cfg.mesh)):
+        compiled = compile_step(cfg, QUICK).compiled
+    found = compiled_program.read(compiled.as_text(), cfg.mesh._asdict()).collectives
+    sent = {}
+    for one in found:
+        sent[one.cargo] = sent.get(one.cargo, 0) + one.num_bytes
+    tokens, width, layers = cfg.train.batch_size * 32, 4, 2
+    # Two key heads of 64 numbers, keys and values; three of four parts come from others.
+    keys = 3 * layers * tokens * 2 * 2 * 64 * width * 3 // 4
+    assert sent["keys and values"] == theory.keys_and_values(cfg) == keys
+    passes = {"none": 4, "full": 5}[remat]
+    rows = passes * layers * tokens * 512 * width * 3 // 4
+    assert theory.tokens_over_seq(cfg) == rows
+    assert sent["tokens"] == pytest.approx(rows, rel=0.05)
+    # Half of a device's tokens change places, forward and back; each token has one loss.
+    order = 2 * tokens // 8 * 512 * width + tokens * width * 3 // 4
+    assert sent["order of rows"] == pytest.approx(order, rel=0.01)
