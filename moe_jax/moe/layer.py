@@ -326,8 +326,6 @@ def _dispatch(
 
     num_tokens, seq_axis = tokens.x_TD.shape[0], jax.lax.axis_size(context.AXIS)
     all_of_routing = routing
-    if seq_axis > 1:
-        routing = _of_own_experts(routing, cfg.num_experts)
     if isinstance(routing, Routing):
         num_assignments, per_token = routing.expert_index_N.shape[0], routing.per_token
         routing = routing._replace(gate_N=over_model(routing.gate_N))
@@ -339,6 +337,8 @@ def _dispatch(
             dispatch_GtEp=over_model(routing.dispatch_GtEp),
             combine_GtEp=over_model(routing.combine_GtEp),
         )
+    if seq_axis > 1:
+        routing = _of_own_experts(routing, cfg.num_experts)
     # Everything is static here: a dispatcher's buffers have their sizes before step 1.
     shape = Shape(
         num_experts=cfg.num_experts // seq_axis,
