@@ -203,7 +203,7 @@ def _sharded_core(
     cfg: ModelConfig,
 ) -> Array:
     """`keys(*about)`: which keys each query sees; `about` is of whole rows."""
-    more = {**scores._asdict(), "kernel": cfg.attention_kernel}
+    more: dict[str, Any] = {**scores._asdict(), "kernel": cfg.attention_kernel}
 
     def on_device(q, k, v, about, sinks):
         return attention(q, k, v, keys(*about), sink_H=sinks, **more)

@@ -96,7 +96,7 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
     y, dropped = DISPATCHERS[dispatcher].apply(
         x.reshape(-1, d), routing, Experts(grouped, few), shape=shape, options=options
     )
-    return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
+    return jax.lax.psum(y, ("model", "seq")).reshape(x.shape), dropped.reshape(expert.shape)
 
 
 def program(num_experts, activation):
