@@ -6,7 +6,8 @@ source row. It has no rotary embedding: positions of two languages are not on on
 (Raffel et al. 2020, arXiv:1910.10683) and Marian have no position in it either; queries and keys
 know their places from self-attention.
 
-Heads are split over `model`, rows over `data` and `expert`. The core runs inside a shard_map
+Heads are split over `model`, rows over `data` and `expert`, and the tokens of a row over `seq`
+(parallel/context.py): then keys and values of whole rows are gathered, and queries stay. The core runs inside a shard_map
 because its CPU kernel loops over heads and blocks, which global-view code may not do over a sharded
 dimension.
 

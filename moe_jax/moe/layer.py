@@ -6,6 +6,10 @@ computes its experts with its share of the hidden columns, and one psum over `mo
 Expert weights are gathered over `data` inside the manual region: the backward of that gather is a
 reduce-scatter. Statistics leave as sums per row, sharded like the batch.
 
+Rows that are split over `seq` (parallel/context.py) are gathered first, because a group is of whole
+rows; each device of `seq` has experts of its own, and a reduce-scatter gives each its own tokens
+back.
+
 Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D model, E experts, F
 expert hidden, P = 2 for SwiGLU else 1, N assignments, R rows of a dispatch buffer.
 """

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 class Shape(NamedTuple):
     """Holds the static sizes that a dispatcher works with."""
 
+    # E, of the devices of the expert axis.
     num_experts: int
     # T, of this device.
     num_tokens: int
