@@ -7,9 +7,10 @@ source row. It has no rotary embedding: positions of two languages are not on on
 know their places from self-attention.
 
 Heads are split over `model`, rows over `data` and `expert`, and the tokens of a row over `seq`
-(parallel/context.py): then keys and values of whole rows are gathered, and queries stay. The core runs inside a shard_map
-because its CPU kernel loops over heads and blocks, which global-view code may not do over a sharded
-dimension.
+(parallel/context.py): then keys and values of whole rows are gathered, and queries stay.
+
+The core runs inside a shard_map because its CPU kernel loops over heads and blocks, which
+global-view code may not do over a sharded dimension.
 
 Shapes: B rows, S sequence, T tokens of a source row, D model, H query heads, G key-value heads, A
 head width, M slots of the cache.
