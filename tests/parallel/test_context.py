@@ -216,7 +216,8 @@ def test_a_step_on_four_axes_is_that_of_one_device(float64, one_device):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "lengths",
-    [one for seq in (2, 4, 8) for one in mesh.all_of(8, seq=seq)] + [Lengths(seq=2)],
+    # The model has two key heads.
+    [one for seq in (2, 4, 8) for one in mesh.all_of(8, seq=seq) if one.model <= 2],
     ids=str,
 )
 def test_a_step_on_every_mesh_is_that_of_one_device(lengths, float64, one_device):
