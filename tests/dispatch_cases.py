@@ -86,7 +86,7 @@ def on_device(x, expert, gate, valid, w_in, w_out, *, variant, num_experts, acti
         options=options,
         num_chunks=num_chunks[0] if num_chunks else 1,
     )
-    return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
+    return jax.lax.psum(y, ("model", "seq")).reshape(x.shape), dropped.reshape(expert.shape)
 
 
 def program(variants, num_experts, activation):

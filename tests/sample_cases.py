@@ -42,7 +42,7 @@ def raw_config(**model):
 
 def model_config(**model):
     raw = raw_config(**model)
-    raw["mesh"] = {"data": 2, "expert": 2, "model": 2}
+    raw["mesh"] |= {"data": 2, "expert": 2, "model": 2}
     return config.build(raw, 8).model
 
 

@@ -43,9 +43,10 @@ def raw(changes=None):
     return json.loads(json.dumps(c.to_dict()))
 
 
-def build(shape=(1, 1, 1), changes=None):
+def build(shape=(1, 1, 1), changes=None, devices=None):
+    """A config on a mesh data x expert x model; `devices`: where `changes` has more axes."""
     axes = {f"mesh.{axis}": length for axis, length in zip(WRITTEN, shape, strict=True)}
-    return config.build(raw({**axes, **(changes or {})}), int(np.prod(shape)))
+    return config.build(raw({**axes, **(changes or {})}), devices or int(np.prod(shape)))
 
 
 def batch(cfg, step=0):

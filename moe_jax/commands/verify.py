@@ -44,7 +44,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "python -m moe_jax verify", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument(
-        "--meshes", help="DATAxEXPERTxMODEL,... of up to 8 devices; default: all ten of 8"
+        "--meshes",
+        help="DATAxEXPERTxMODEL,... of up to 8 devices, or STAGExDATAxEXPERTxSEQxMODEL; default: "
+        "all ten of 8 with three numbers, and three that split rows",
     )
     parser.add_argument(
         "--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2"

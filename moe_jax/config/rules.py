@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from moe_jax.config import causality
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
+from moe_jax.models.attention_core import SPLASH
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.block import kind_refusals
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
@@ -21,8 +22,9 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Setting, Sizes
 from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
+from moe_jax.parallel import context
 from moe_jax.schema import options
-from moe_jax.schema.blocks import attention_of, without_attention
+from moe_jax.schema.blocks import attention_of, is_depth, without_attention
 from moe_jax.schema.config import NAMED_REMAT, REMAT_NAMES, Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
@@ -346,13 +348,14 @@ def _leak(cfg: Config) -> Iterator[str]:
 
 def _mesh(cfg: Config) -> Iterator[str]:
     model, mesh, moe = cfg.model, cfg.mesh, cfg.model.moe
-    batch = mesh.batch_devices
     if mesh.stage > 1:
         yield f"mesh.stage ({mesh.stage}) must be 1: a pipeline is not built yet"
     if mesh.seq > 1:
-        yield f"mesh.seq ({mesh.seq}) must be 1: context parallelism is not built yet"
+        yield from _context(cfg)
     # (key, its value, axis, its length): what each axis of the mesh splits evenly.
-    needs = [("model.d_model", model.d_model, "mesh.data x mesh.expert", batch)]
+    over_seq = " x mesh.seq" if mesh.seq > 1 else ""
+    fsdp_axes = f"mesh.data x mesh.expert{over_seq}"
+    needs = [("model.d_model", model.d_model, fsdp_axes, mesh.fsdp_devices)]
     if model.kind_options.masks:
         needs.append(("model.num_heads", model.num_heads, "mesh.model", mesh.model))
         needs.append(("model.num_kv_heads", model.num_kv_heads, "mesh.model", mesh.model))
@@ -361,7 +364,8 @@ def _mesh(cfg: Config) -> Iterator[str]:
     if model.num_dense_layers:
         needs.append(("model.ffn_hidden", model.ffn_hidden, "mesh.model", mesh.model))
     if model.num_moe_layers:
-        needs.append(("model.moe.num_experts", moe.num_experts, "mesh.expert", mesh.expert))
+        expert_axes, parts = f"mesh.expert{over_seq}", mesh.expert * mesh.seq
+        needs.append(("model.moe.num_experts", moe.num_experts, expert_axes, parts))
         needs.append(("model.moe.expert_hidden", moe.expert_hidden, "mesh.model", mesh.model))
         if moe.shared_hidden:
             needs.append(("model.moe.shared_hidden", moe.shared_hidden, "mesh.model", mesh.model))
@@ -373,6 +377,33 @@ def _mesh(cfg: Config) -> Iterator[str]:
     for path, value, axis, length in needs:
         if value % length:
             yield f"{path} ({value}) must be divisible by {axis} ({length})"
+
+
+def _context(cfg: Config) -> Iterator[str]:
+    """Yields what does not go with rows that are split over `seq`."""
+    model, seq = cfg.model, cfg.mesh.seq
+    if not MODELS[model.kind].splits_rows:
+        able = " or ".join(name for name, kind in MODELS.items() if kind.splits_rows)
+        yield (
+            f'mesh.seq ({seq}) must be 1 with model.kind = "{model.kind}", whose rows are not '
+            f"split: use another axis, or model.kind={able}"
+        )
+    if any(is_depth(block) for block in model.blocks):
+        yield (
+            f"mesh.seq ({seq}) must be 1 with depth blocks, which choose among the tokens of whole "
+            "rows: use another axis, or leave depth blocks out"
+        )
+    if model.attention_kernel == SPLASH:
+        yield (
+            f'mesh.seq ({seq}) must be 1 with model.attention_kernel = "{SPLASH}", which knows no '
+            'parts of rows: set model.attention_kernel="auto"'
+        )
+    chunks = context.CHUNKS * seq
+    if cfg.data.seq_len % chunks:
+        yield (
+            f"data.seq_len ({cfg.data.seq_len}) must be divisible by {context.CHUNKS} x mesh.seq "
+            f"({chunks}): a device has {context.CHUNKS} chunks of each row"
+        )
 
 
 def _batch(cfg: Config) -> Iterator[str]:

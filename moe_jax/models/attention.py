@@ -6,9 +6,11 @@ source row. It has no rotary embedding: positions of two languages are not on on
 (Raffel et al. 2020, arXiv:1910.10683) and Marian have no position in it either; queries and keys
 know their places from self-attention.
 
-Heads are split over `model`, rows over `data` and `expert`. The core runs inside a shard_map
-because its CPU kernel loops over heads and blocks, which global-view code may not do over a sharded
-dimension.
+Heads are split over `model`, rows over `data` and `expert`, and the tokens of a row over `seq`
+(parallel/context.py): then keys and values of whole rows are gathered, and queries stay.
+
+The core runs inside a shard_map because its CPU kernel loops over heads and blocks, which
+global-view code may not do over a sharded dimension.
 
 Shapes: B rows, S sequence, T tokens of a source row, D model, H query heads, G key-value heads, A
 head width, M slots of the cache.
@@ -22,13 +24,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moe_jax.models.attention_core import SPLASH, Keys, across, attention, decode_attention
-from moe_jax.models.attention_layout import Scores
+from moe_jax.models.attention_core import (
+    SPLASH,
+    Keys,
+    across,
+    attention,
+    decode_attention,
+    of_own,
+)
+from moe_jax.models.attention_layout import SAVED, Scores
 from moe_jax.models.attentions import ATTENTIONS, heads
 from moe_jax.models.attentions.contract import HEADS, TOKENS
 from moe_jax.models.attentions.heads import SINKS, project, projections
 from moe_jax.models.layers import gather
-from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.moe.dispatch.exchange import all_gather
+from moe_jax.parallel import context
+from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
 
@@ -65,6 +76,8 @@ class SelfAttention(nnx.Module):
     ) -> Array:
         cfg = self.cfg
         kind = ATTENTIONS[cfg.attention]
+        if context.is_split(x_BSD):
+            position_BS = context.enter(position_BS)
         q, k, v = kind.inputs(self.weights, x_BSD, position_BS, cfg)
 
         def keys(segment_BS, prefix_BS):
@@ -157,7 +170,8 @@ class CrossAttention(nnx.Module):
 def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     """Returns what the heads add to the residual stream."""
     w_HAD = gather(weights["o"], ("heads", None, "embed"), cfg.dtype)
-    y_BSD = jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=P(BATCH, None, None))
+    tokens = context.tokens_spec(o_BSHA, None)
+    y_BSD = jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=tokens)
     if cfg.output_bias:
         bias_D = weights["o_bias"].astype(cfg.dtype)
         y_BSD = y_BSD + bias_D[None, None]
@@ -170,6 +184,16 @@ def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:
     return jnp.where(prefix_BS, end_B1, position_BS)
 
 
+def whole_rows(k_BTGA: Array) -> Array:
+    """Returns keys or values of whole rows, of the tokens of this device, inside of a shard_map.
+
+    Its backward pass is a reduce-scatter.
+    """
+    with jax.named_scope("gather_keys"):
+        in_turn = all_gather(k_BTGA, context.AXIS, 1)
+        return context.reordered(in_turn, jax.lax.axis_size(context.AXIS))
+
+
 def _sharded_core(
     q,
     k,
@@ -180,16 +204,26 @@ def _sharded_core(
     sinks: Array | None,
     cfg: ModelConfig,
 ) -> Array:
-    """`keys(*about)`: which keys each query sees."""
+    """`keys(*about)`: which keys each query sees; `about` is of whole rows."""
+    more: dict[str, Any] = {**scores._asdict(), "kernel": cfg.attention_kernel}
 
     def on_device(q, k, v, about, sinks):
-        more = {"sink_H": sinks, "kernel": cfg.attention_kernel}
-        return attention(q, k, v, keys(*about), **scores._asdict(), **more)
+        return attention(q, k, v, keys(*about), sink_H=sinks, **more)
 
+    def on_device_of_seq(q, k, v, about, sinks):
+        k, v = whole_rows(k), whole_rows(v)
+        return attention(q, k, v, of_own(keys(*about)), sink_H=sinks, **more)
+
+    heads = context.tokens_spec(q, "model", None)
+    if context.is_split(q):
+        # Keys and values of whole rows are gathered once more in the backward pass, and kept by no
+        # block.
+        policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+        on_device = jax.checkpoint(on_device_of_seq, policy=policy)
     run = jax.shard_map(
         on_device,
-        in_specs=(HEADS, HEADS, HEADS, TOKENS, P("model")),
-        out_specs=HEADS,
+        in_specs=(heads, heads, heads, TOKENS, P("model")),
+        out_specs=heads,
         # The kernels of that library do not tell what varies. All that has a gradient here is split
         # over every axis, so no sum over devices depends on it.
         check_vma=cfg.attention_kernel != SPLASH,

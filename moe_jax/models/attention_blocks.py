@@ -11,6 +11,7 @@ from jax import Array
 
 from moe_jax.models.attention_layout import (
     MASKED,
+    Reach,
     Scores,
     dot,
     heads_first,
@@ -23,7 +24,7 @@ from moe_jax.precision import wide_dtype
 
 def forward(
     scores: Scores,
-    window: int | None,
+    reach: Reach,
     num_blocks: int,
     q_BTHA: Array,
     k_BSGA: Array,
@@ -35,14 +36,14 @@ def forward(
     G = k_BSGA.shape[2]
     q, k, v = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
     runs = runs_of_queries(bounds, H, G)
-    o_NQA, log_sum_NQ = _forward_blocks(scores, window, num_blocks, q, k, v, runs)
+    o_NQA, log_sum_NQ = _forward_blocks(scores, reach, num_blocks, q, k, v, runs)
     o_shape = (*q_BTHA.shape[:3], v_BSGA.shape[3])
     return heads_last(o_NQA, o_shape, G), log_sum_NQ.reshape(B, G, -1)
 
 
 def backward(
     scores: Scores,
-    window: int | None,
+    reach: Reach,
     num_blocks: int,
     q_BTHA: Array,
     k_BSGA: Array,
@@ -60,7 +61,7 @@ def backward(
     log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
     dlog_sum_NQ = None if dlog_sum_BGQ is None else dlog_sum_BGQ.reshape(q.shape[:2])
     about = (runs, shift(o, do, dlog_sum_NQ), log_sum_NQ, do)
-    dq, dk, dv = _backward_blocks(scores, window, num_blocks, q, k, v, *about)
+    dq, dk, dv = _backward_blocks(scores, reach, num_blocks, q, k, v, *about)
     return (
         heads_last(dq, q_BTHA.shape, G),
         heads_last(dk, k_BSGA.shape, G),
@@ -100,7 +101,7 @@ def _indices(keys: slice) -> Array:
 
 def _forward_blocks(
     scores: Scores,
-    window: int | None,
+    reach: Reach,
     num_blocks: int,
     q_NQA: Array,
     k_NSA: Array,
@@ -110,7 +111,7 @@ def _forward_blocks(
     """(o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     outputs, log_sums = [], []
-    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, reach.window):
         q, k_NKA, v_NKA = q_NQA[:, queries], k_NSA[:, keys], v_NSA[:, keys]
         key_11K = _indices(keys)[None, None]
         first_NQ1 = runs[0][:, queries, None]
@@ -133,7 +134,7 @@ def _forward_blocks(
 
 def _backward_blocks(
     scores: Scores,
-    window: int | None,
+    reach: Reach,
     num_blocks: int,
     q_NQA: Array,
     k_NSA: Array,
@@ -153,7 +154,7 @@ def _backward_blocks(
     # A key is seen by queries of several blocks, whose gradients are added up.
     dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
     dv_NSA = jnp.zeros_like(v_NSA, dtype=wide)
-    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, window):
+    for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, reach.window):
         q, do = q_NQA[:, queries], do_NQA[:, queries]
         k_NKA, v_NKA = k_NSA[:, keys], v_NSA[:, keys]
         key_1K1 = _indices(keys)[None, :, None]

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from moe_jax.models.attention_layout import (
     MASKED,
+    Reach,
     Scores,
     dot,
     heads_first,
@@ -24,6 +25,7 @@ from moe_jax.models.attention_layout import (
     runs_of_queries,
     shift,
 )
+from moe_jax.parallel import context
 from moe_jax.precision import wide_dtype
 
 # Tokens of a chunk where heads are few; 256 KB of scores of a head on a CPU.
@@ -72,13 +74,49 @@ def pairs_seen(
     return seen
 
 
-def _plan(q_BTHA: Array, k_BSGA: Array, causal: bool, window: int | None, chunk: int) -> _Plan:
+def pairs_of_devices(
+    num_tokens: int, num_keys: int, chunk: tuple[int, int], reach: Reach
+) -> np.ndarray:
+    """Returns the pairs of each device of the axis `seq`, int32 [n, P, 2], in tokens.
+
+    Each has `num_tokens` queries, whose chunks are of chunk[0] tokens, and the `num_keys` chunks of
+    chunk[1] keys of whole rows. All have as many pairs: a device with fewer, by a window or by
+    chunks that do not divide its tokens, has some that are masked entirely.
+    """
+    window = reach.window or num_tokens * reach.shards
+    first_key_1K = np.arange(num_keys)[None] * chunk[1]
+    last_key_1K = first_key_1K + chunk[1] - 1
+    listed = []
+    for place_T in context.places(reach.shards, num_tokens * reach.shards):
+        place_T1 = place_T[:, None]
+        seen_TK = (place_T1 >= first_key_1K) & (place_T1 - (window - 1) <= last_key_1K)
+        if not reach.causal:
+            seen_TK[:] = True
+        # A chunk of queries sees what any of them sees.
+        seen = np.logical_or.reduceat(seen_TK, np.arange(0, num_tokens, chunk[0]))
+        listed.append((np.argwhere(seen), np.argwhere(~seen)))
+    most = max(len(pairs) for pairs, _ in listed)
+    filled = [
+        np.concatenate([pairs, np.repeat(unseen[:1], most - len(pairs), axis=0)])
+        for pairs, unseen in listed
+    ]
+    return np.stack(filled).astype(np.int32)
+
+
+def _plan(q_BTHA: Array, k_BSGA: Array, reach: Reach, chunk: int) -> _Plan:
     T, H = q_BTHA.shape[1:3]
     S, G = k_BSGA.shape[1:3]
-    tokens, keys = min(chunk, T), min(chunk, S)
+    # The two chunks of a row that a device has (parallel/context.py) stand far from each other.
+    longest = T if reach.shards == 1 else T // context.CHUNKS
+    tokens, keys = min(chunk, longest), min(chunk, S)
     num_queries, num_keys = -(-T // tokens), -(-S // keys)
-    pairs = pairs_seen(num_queries, num_keys, (tokens, keys), causal, window)
-    query_p, key_p = np.asarray(pairs, np.int32).T
+    if reach.shards == 1:
+        pairs = pairs_seen(num_queries, num_keys, (tokens, keys), reach.causal, reach.window)
+        query_p, key_p = np.asarray(pairs, np.int32).T
+    else:
+        pairs_np2 = jnp.asarray(pairs_of_devices(T, num_keys, (tokens, keys), reach))
+        device = lax.axis_index(context.AXIS)
+        query_p, key_p = lax.dynamic_index_in_dim(pairs_np2, device, keepdims=False).T
     r = H // G
     return _Plan(
         tokens * r,
@@ -158,7 +196,7 @@ def _in_order(
 
 def forward(
     scores: Scores,
-    window: int | None,
+    reach: Reach,
     chunk: int,
     q_BTHA: Array,
     k_BSGA: Array,
@@ -168,7 +206,7 @@ def forward(
     """Returns (o_BTHA, log_sum_BGQ): the output and the log of the softmax's denominator."""
     B, T, H, _ = q_BTHA.shape
     G, V = v_BSGA.shape[2:]
-    plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
+    plan = _plan(q_BTHA, k_BSGA, reach, chunk)
     q_BTHA, bounds, plan = _in_order(q_BTHA, bounds, plan)
     q_NQA = heads_first(_padded(q_BTHA, plan.padded_T), G)
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
@@ -201,7 +239,7 @@ def forward(
 
 def backward(
     scores: Scores,
-    window: int | None,
+    reach: Reach,
     chunk: int,
     q_BTHA: Array,
     k_BSGA: Array,
@@ -215,7 +253,7 @@ def backward(
     """Returns (dq_BTHA, dk_BSGA, dv_BSGA); the scores are computed again."""
     B, T, H, A = q_BTHA.shape
     S, G = k_BSGA.shape[1:3]
-    plan = _plan(q_BTHA, k_BSGA, len(bounds) == 1, window, chunk)
+    plan = _plan(q_BTHA, k_BSGA, reach, chunk)
     q_BTHA, bounds, plan = _in_order(q_BTHA, bounds, plan)
     of_queries = (q_BTHA, o_BTHA, do_BTHA)
     q_NQA, o_NQA, do_NQA = (heads_first(_padded(z, plan.padded_T), G) for z in of_queries)

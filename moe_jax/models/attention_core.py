@@ -26,8 +26,9 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models import attention_blocks, attention_chunks, attention_splash
-from moe_jax.models.attention_layout import MASKED, SAVED, Scores
+from moe_jax.models.attention_layout import MASKED, SAVED, Reach, Scores
 from moe_jax.models.attention_parts import part_that_fits
+from moe_jax.parallel import context
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
@@ -51,6 +52,9 @@ class Keys(NamedTuple):
     window: int | None = None
     # The segments, where they say all that last_BT and window do not; () = they do not.
     segment_BT: Any = ()
+    # What is known of them before they are compiled, where the queries are those of one device of
+    # the axis `seq`; None = queries and keys are of the same tokens.
+    reach: Reach | None = None
 
 
 def causal(segment_BS: Array) -> Keys:
@@ -102,6 +106,19 @@ def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
     return Keys(first_BT, last_BT)
 
 
+def of_own(keys: Keys) -> Keys:
+    """Returns the keys that the queries of this device of `seq` see, of those of whole rows.
+
+    Keys are numbered in whole rows as they were.
+    """
+    last_BS, causal = keys.last_BT, isinstance(keys.last_BT, tuple)
+    if causal:
+        index_1S = jnp.arange(keys.first_BT.shape[1], dtype=keys.first_BT.dtype)[None]
+        last_BS = jnp.broadcast_to(index_1S, keys.first_BT.shape)
+    reach = Reach(causal, keys.window, lax.axis_size(context.AXIS))
+    return Keys(context.own(keys.first_BT), context.own(last_BS), reach=reach)
+
+
 def attention(
     q_BTHA: Array,
     k_BSGA: Array,
@@ -132,7 +149,8 @@ def attention(
         kernel = BY_PLATFORM
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
-    how, inputs = _How(Scores(scale, cap), keys.window, kernel), (q_BTHA, k_BSGA, v_BSGA)
+    reach = keys.reach or Reach(isinstance(keys.last_BT, tuple), keys.window)
+    how, inputs = _How(Scores(scale, cap), reach, kernel), (q_BTHA, k_BSGA, v_BSGA)
     if sink_H is None:
         return _core(how, *inputs, tuple(bounds))
     o_BTHA, log_sum_BGQ = _core_and_sum(how, *inputs, tuple(bounds))
@@ -203,7 +221,7 @@ class _How(NamedTuple):
     """Holds what is known of attention before it is compiled."""
 
     scores: Scores
-    window: int | None
+    reach: Reach
     kernel: str
 
 
@@ -261,10 +279,11 @@ def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
     is_long = max(T, S) >= LONG
     name = how.kernel
     if name == BY_PLATFORM:
-        name = "chunks" if is_long else "blocks"
+        # Of a row that is split only chunks know which keys no query of a device sees.
+        name = "chunks" if is_long or how.reach.shards > 1 else "blocks"
 
     def bound(name: str, size: int) -> Any:
-        return functools.partial(getattr(KERNELS[name], part), how.scores, how.window, size)
+        return functools.partial(getattr(KERNELS[name], part), how.scores, how.reach, size)
 
     def in_parts(*args: Any) -> Any:
         size, scores = _sizes(name, T, S, H // G, causal=len(bounds) == 1)

@@ -16,6 +16,18 @@ SAVED = "attention"
 MASKED = -1e30
 
 
+class Reach(NamedTuple):
+    """Holds which keys queries may see at most, as far as it is known before it is compiled."""
+
+    # A query sees its own place and none after it.
+    causal: bool
+    # How many keys any query sees; None = the whole row.
+    window: int | None = None
+    # Devices of the axis `seq`, of which this one has its own queries of each row
+    # (parallel/context.py), and the keys of whole rows.
+    shards: int = 1
+
+
 class Scores(NamedTuple):
     """What becomes of the product of a query and a key: times `scale`, then cap * tanh(s / cap)
     (Gemma 2, arXiv:2408.00118, section 2); cap = 0: no cap.

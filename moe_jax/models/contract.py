@@ -57,6 +57,8 @@ class Kind(NamedTuple):
     forward_flops: Callable[[ModelConfig, int, Decoder], Any] | None
     # It predicts the next token of a text, so it can continue one.
     writes_text: bool
+    # The tokens of a row may be split over the mesh axis `seq` (parallel/context.py).
+    splits_rows: bool = False
     # Options -> why it continues no text with them, although its kind does; "" = it does.
     why_silent: Callable[[Any], str] = never_silent
     # Instruments that look into the routing of each token know it.

@@ -29,6 +29,7 @@ from moe_jax.models.ends import (
 from moe_jax.models.layers import dropout
 from moe_jax.models.stack import run_cached, run_stack, stack
 from moe_jax.moe.layer import Batch
+from moe_jax.parallel import context
 from moe_jax.schema.blocks import KindOptions
 from moe_jax.schema.config import ModelConfig
 from moe_jax.schema.options import option
@@ -73,12 +74,13 @@ class Decoder(nnx.Module):
     def hidden(self, batch: Batch, rng: Array, train: bool) -> tuple[Hidden, dict[str, Array]]:
         """Returns what logits are made of, for a loss that never has all of them."""
         cfg = self.cfg
-        x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
+        # What is known of tokens stays whole; the tokens themselves are split over `seq`.
+        x_BSD = embed(self.ends["embed"], context.enter(batch.id_BS), cfg)
         # The key of number 0: blocks are counted from 1.
         key = jax.random.fold_in(rng, 0)
         x_BSD = dropout(x_BSD, cfg.dropout if train else 0.0, key, batch.row_B)
         x_BSD, sums = run_stack(self, x_BSD, batch, rng, train)
-        return hidden(self.ends, x_BSD, cfg), sums
+        return hidden(self.ends, context.leave(x_BSD), cfg), sums
 
     def cached(self, batch: Batch, caches: list[Any]) -> tuple[Array, list[Any]]:
         """Returns logits of the tokens of `batch`, which follow those in the caches (one a block,
@@ -112,6 +114,7 @@ KIND = Kind(
     parameters=None,
     forward_flops=None,
     writes_text=True,
+    splits_rows=True,
     why_silent=why_silent,
     instruments=True,
 )

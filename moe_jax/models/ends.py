@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from moe_jax.models.layers import gather, rms_norm, widen
-from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.parallel import context
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
@@ -51,7 +51,7 @@ def embed(table_VD: Array, id_BS: Array, cfg: ModelConfig) -> Array:
     they are not tied.
     """
     table_VD = gather(table_VD, ("vocab", "embed"), cfg.dtype)
-    x_BSD = table_VD.at[id_BS].get(out_sharding=P(BATCH, None, None))
+    x_BSD = table_VD.at[id_BS].get(out_sharding=context.tokens_spec(id_BS, None))
     return x_BSD * embedding_scale(cfg)
 
 

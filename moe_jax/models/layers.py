@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.experts.network import Chosen
-from moe_jax.parallel.mesh import BATCH, P, spec
+from moe_jax.parallel import context
+from moe_jax.parallel.mesh import spec
 from moe_jax.precision import wide_dtype
 from moe_jax.weights import Weight, Weights
 
@@ -106,8 +107,12 @@ def dropout(x_BSD: Array, rate: float, rng: Array, row_B: Array) -> Array:
         key = jax.random.fold_in(rng, row)
         return jax.random.bernoulli(key, kept, x_BSD.shape[1:])
 
+    is_kept_BSD = jax.vmap(draw)(row_B)
+    if context.is_split(x_BSD):
+        # Drawn for whole rows, of which each device takes its own tokens.
+        is_kept_BSD = context.enter(is_kept_BSD)
     # What is kept grows, so that the expectation stays as it was.
-    return jnp.where(jax.vmap(draw)(row_B), x_BSD / kept, 0)
+    return jnp.where(is_kept_BSD, x_BSD / kept, 0)
 
 
 def activate(parts: Sequence[Array], chosen: Chosen) -> Array:
@@ -190,7 +195,8 @@ class FeedForward(nnx.Module):
             parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
             h_BSF = activate(parts, self.chosen)
             # F is split over `model`: the sum over it is a reduction, told of by its output.
-            y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=P(BATCH, None, None))
+            tokens = context.tokens_spec(x_BSD, None)
+            y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=tokens)
         if not self.gated:
             return y_BSD
         gate_D = gather(self.weights["gate"], ("embed",), x_BSD.dtype)

@@ -6,6 +6,10 @@ computes its experts with its share of the hidden columns, and one psum over `mo
 Expert weights are gathered over `data` inside the manual region: the backward of that gather is a
 reduce-scatter. Statistics leave as sums per row, sharded like the batch.
 
+Rows that are split over `seq` (parallel/context.py) are gathered first, because a group is of whole
+rows; each device of `seq` has experts of its own, and a reduce-scatter gives each its own tokens
+back.
+
 Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D model, E experts, F
 expert hidden, P = 2 for SwiGLU else 1, N assignments, R rows of a dispatch buffer.
 """
@@ -22,7 +26,7 @@ from flax import nnx
 from moe_jax.moe import probe
 from moe_jax.moe.dispatch import DISPATCHERS, chunks
 from moe_jax.moe.dispatch.contract import Experts
-from moe_jax.moe.dispatch.exchange import all_gather
+from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.direct import direct_ffn
 from moe_jax.moe.experts.grouped_matmul import BY_PLATFORM, expert_ffn
@@ -32,6 +36,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
 from moe_jax.moe.routing.statistics import per_row
 from moe_jax.moe.sparse import stored
+from moe_jax.parallel import context
 from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig
@@ -130,15 +135,17 @@ class MoELayer(nnx.Module):
         # Cast first, so that the gather over `data` inside moves the narrow dtype.
         experts = {name: self.experts[name].astype(cfg.dtype) for name in axes}
         places = self.places.arrays() if cfg.stored.block else {}
+        split = context.is_split(x_BSD)
+        tokens_spec = P(BATCH, context.AXIS) if split else P(BATCH)
         # Every device needs the whole router.
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
         experts_spec = {name: spec(*names) for name, names in axes.items()}
-        places_spec = P("expert")
+        places_spec = spec("experts")
         run = jax.shard_map(
-            lambda *args: _on_device(*args, cfg=cfg, train=train),
+            lambda *args: _on_device(*args, cfg=cfg, train=train, split=split),
             # x, the batch, the router, its state, (experts, places), the key.
-            in_specs=(P(BATCH), P(BATCH), P(), P(), (experts_spec, places_spec), P()),
-            out_specs=(P(BATCH), P(BATCH)),
+            in_specs=(tokens_spec, P(BATCH), P(), P(), (experts_spec, places_spec), P()),
+            out_specs=(tokens_spec, P(BATCH)),
         )
         with jax.named_scope("moe"):
             return run(x_BSD, batch, router, self.state.arrays(), (experts, places), rng)
@@ -179,8 +186,14 @@ def adaptive_state(cfg: MoE) -> dict[str, Weight]:
     return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive.rate else {}
 
 
-def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool):
-    """Returns (y, sums) of the rows of one device: inside of the shard_map B is b."""
+def _on_device(
+    x_BTD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool, split: bool
+):
+    """Returns (y, sums) of the rows of one device: inside of the shard_map B is b.
+
+    `split`: `x_BTD` is the device's own tokens of rows that are split over `seq`, else whole rows.
+    """
+    x_BSD = _whole_rows(x_BTD) if split else x_BTD
     num_rows, row_length, _ = x_BSD.shape
     tokens = _tokens(x_BSD, batch)
     request = batch.request
@@ -206,13 +219,16 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
     if isinstance(request.removed, jax.Array):
         chosen = probe.remove(chosen, request.removed, tokens)
         routing = probe.remove(routing, request.removed, tokens)
-    y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, _experts(weights, cfg), sizes, cfg)
+    experts = _experts(weights, cfg)
+    y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, experts, sizes, cfg, split)
+    y_BSD = y_TD.reshape(x_BSD.shape)
     with jax.named_scope("combine"):
-        # Each device of the axis has computed its share of the hidden columns.
-        y_TD = jax.lax.psum(y_TD, "model")
-        # After the psum: every device of `model` has the whole token, and would add it.
+        y_BTD = _summed(y_BSD, split)
+        # After the sum: every device of `model` has the whole token, and would add it.
         if isinstance(routing, Routing) and routing.copy_T is not None:
-            y_TD = y_TD + routing.copy_T.astype(y_TD.dtype)[:, None] * tokens.x_TD
+            copy_BT = routing.copy_T.astype(y_BTD.dtype).reshape(x_BSD.shape[:2])
+            copy_BT = context.own(copy_BT) if split else copy_BT
+            y_BTD = y_BTD + copy_BT[:, :, None] * x_BTD
     sums = dict(routing.sums)
     # A router or an ordering may have dropped by itself, before the dispatcher.
     sums["dropped"] = dropped_b + sums["dropped"] if "dropped" in sums else dropped_b
@@ -222,7 +238,41 @@ def _on_device(x_BSD, batch: Batch, router, state, weights, rng, *, cfg: MoE, tr
             state["balance_weight"].astype(sums["tokens"].dtype) * sums["tokens"]
         )
     sums |= _recorded(request, chosen, routing, dropped_N, tokens, cfg)
-    return y_TD.reshape(x_BSD.shape), sums
+    return y_BTD, _said_once(sums) if split else sums
+
+
+def _whole_rows(x_BTD: jax.Array) -> jax.Array:
+    """Returns the tokens of whole rows, of those of this device: a group is of whole rows."""
+    with jax.named_scope("dispatch"):
+        in_turn = all_gather(x_BTD, context.AXIS, 1)
+        return context.reordered(in_turn, jax.lax.axis_size(context.AXIS))
+
+
+def _summed(y_BSD: jax.Array, split: bool) -> jax.Array:
+    """Returns the sum over what devices of `model` and `seq` have computed of the same tokens.
+
+    Those of `model` have each their share of the hidden columns, those of `seq` their experts.
+    `split`: of the sum a device of `seq` keeps its own tokens.
+    """
+    if not split:
+        return jax.lax.psum(y_BSD, ("model", context.AXIS))
+    in_turn = context.reordered(y_BSD, jax.lax.axis_size(context.AXIS))
+    return jax.lax.psum(reduce_scatter(in_turn, context.AXIS, 1), "model")
+
+
+def _said_once(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns what every device of `seq` has computed of the same whole rows, as one array.
+
+    It is the first device's: a sum of all would be a multiple, and so would its gradient.
+    """
+    is_first = jax.lax.axis_index(context.AXIS) == 0
+
+    def one(z: jax.Array) -> jax.Array:
+        # Booleans have no sum.
+        number = z.astype(jnp.int32) if z.dtype == bool else z
+        return jax.lax.psum(jnp.where(is_first, number, 0), context.AXIS).astype(z.dtype)
+
+    return {name: one(z) for name, z in sums.items()}
 
 
 def _route(
@@ -262,18 +312,26 @@ def _recorded(
 
 
 def _dispatch(
-    tokens: Tokens, routing: Routing | Slots, experts, sizes: Mapping[str, int], cfg: MoE
+    tokens: Tokens,
+    routing: Routing | Slots,
+    experts,
+    sizes: Mapping[str, int],
+    cfg: MoE,
+    split: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (y_TD, a partial sum over `model`; dropped assignments per row [b]; whether each
-    assignment is dropped [N]).
+    """Returns (y_TD, a partial sum over `model` and `seq`; dropped assignments per row [b]; whether
+    each assignment is dropped [N]).
     """
+    # Rows that are split over `seq` were gathered, so they vary over it already.
+    axes = ("model",) if split else ("model", context.AXIS)
 
     # Cast here, the gradients are summed over `model` once, as T rows; left to the experts, as the
     # R rows of a buffer.
     def over_model(z: jax.Array) -> jax.Array:
-        return jax.lax.pcast(z.astype(tokens.x_TD.dtype), "model", to="varying")
+        return jax.lax.pcast(z.astype(tokens.x_TD.dtype), axes, to="varying")
 
-    num_tokens = tokens.x_TD.shape[0]
+    num_tokens, seq_axis = tokens.x_TD.shape[0], jax.lax.axis_size(context.AXIS)
+    all_of_routing = routing
     if isinstance(routing, Routing):
         num_assignments, per_token = routing.expert_index_N.shape[0], routing.per_token
         routing = routing._replace(gate_N=over_model(routing.gate_N))
@@ -285,9 +343,13 @@ def _dispatch(
             dispatch_GtEp=over_model(routing.dispatch_GtEp),
             combine_GtEp=over_model(routing.combine_GtEp),
         )
+    if seq_axis > 1:
+        routing = _of_own_experts(routing, cfg.num_experts)
     # Everything is static here: a dispatcher's buffers have their sizes before step 1.
     shape = Shape(
-        **sizes,
+        num_experts=cfg.num_experts // seq_axis,
+        group_tokens=sizes["group_tokens"],
+        seq_axis=seq_axis,
         num_tokens=num_tokens,
         num_assignments=num_assignments,
         num_intended=num_intended(cfg, num_tokens, num_assignments),
@@ -301,11 +363,42 @@ def _dispatch(
         options=cfg.dispatcher_options,
         num_chunks=cfg.overlap_chunks,
     )
-    if isinstance(routing, Routing):
-        dropped_b = _dropped_per_row(dropped_N, routing, tokens)
+    if seq_axis > 1:
+        # An assignment is dropped by the device whose expert it is of.
+        dropped_N = jax.lax.psum(dropped_N.astype(jnp.int32), context.AXIS) > 0
+    if isinstance(all_of_routing, Routing):
+        dropped_b = _dropped_per_row(dropped_N, all_of_routing, tokens)
     else:
         dropped_b = jnp.zeros_like(routing.sums["tokens"])
     return y_TD, dropped_b, dropped_N
+
+
+def _of_own_experts(routing: Routing | Slots, num_experts: int) -> Routing | Slots:
+    """Returns what a routing sends to the experts that devices with this place in `seq` have.
+
+    Experts are split over `expert`, and those of each part over `seq`: device (i, j) of n x m has
+    the part i m + j of them. The others are left out, and these are numbered without them, as the
+    experts of an axis `expert` alone; "nowhere" is behind the last of them, as ever.
+    """
+    n, m = jax.lax.axis_size("expert"), jax.lax.axis_size(context.AXIS)
+    mine, each = jax.lax.axis_index(context.AXIS), num_experts // (n * m)
+    if isinstance(routing, Slots):
+
+        def own(z_GtEp: jax.Array) -> jax.Array:
+            G, t, _, p = z_GtEp.shape
+            z_Gtnmep = z_GtEp.reshape(G, t, n, m, each, p)
+            part = jax.lax.dynamic_index_in_dim(z_Gtnmep, mine, 3, keepdims=False)
+            return part.reshape(G, t, n * each, p)
+
+        combine_GtEp, dispatch_GtEp = own(routing.combine_GtEp), own(routing.dispatch_GtEp)
+        return routing._replace(combine_GtEp=combine_GtEp, dispatch_GtEp=dispatch_GtEp)
+    part_N, place_N = jnp.divmod(routing.expert_index_N, each)
+    is_own_N = (routing.expert_index_N < num_experts) & (part_N % m == mine)
+    own_N = jnp.where(is_own_N, part_N // m * each + place_N, n * each)
+    return routing._replace(
+        expert_index_N=own_N.astype(routing.expert_index_N.dtype),
+        gate_N=jnp.where(is_own_N, routing.gate_N, 0),
+    )
 
 
 def num_intended(cfg: MoE, num_tokens: int, num_places: int) -> int:

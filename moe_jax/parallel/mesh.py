@@ -5,11 +5,12 @@ mesh axes.
     stage    layers: the stages of a pipeline
     data     rows of the batch; dense parameters (FSDP); the embed dimension of expert weights
     expert   rows of the batch; experts; dense parameters (FSDP)
-    seq      tokens of a row (context parallelism)
+    seq      tokens of a row (context parallelism, parallel/context.py); experts; dense parameters
+             (FSDP)
     model    heads, hidden columns, vocabulary (tensor parallelism)
 
-All five axes are always there, so no spec has a conditional. Dense parameters are FSDP over data
-*and* expert: over data alone they would be replicated on every expert shard, and the gradient's
+All five axes are always there, so no spec has a conditional. Dense parameters are FSDP over data,
+expert *and* seq: over data alone they would be replicated on every expert shard, and the gradient's
 reduce-scatter would become an all-reduce.
 """
 
@@ -27,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.errors import UserError
 
 BATCH = ("data", "expert")
+FSDP = (*BATCH, "seq")
 WRITTEN = ("data", "expert", "model")  # the axes that three numbers name: 2x2x2
 
 
@@ -52,6 +54,11 @@ class Lengths(NamedTuple):
         """The number of devices among which the rows of a batch are split."""
         return self.data * self.expert
 
+    @property
+    def fsdp_devices(self) -> int:
+        """The number of devices among which a dense parameter is split."""
+        return self.batch_devices * self.seq
+
     def written(self) -> dict[str, int]:
         """Returns the lengths that a config's mesh block has, by its keys."""
         return self._asdict()
@@ -73,8 +80,9 @@ ONE = Lengths()  # one device
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
     "batch": BATCH,
-    "embed": BATCH,  # the model width of dense parameters: FSDP
-    "experts": "expert",
+    "embed": FSDP,  # the model width of dense parameters
+    "experts": ("expert", "seq"),
+    "sequence": "seq",  # the tokens of a row
     # the model width of expert weights, whose experts already use the expert axis
     "expert_embed": "data",
     "hidden": "model",

@@ -55,7 +55,7 @@ def of_layer(cfg: Config) -> Dispatch:
     worst = held if dispatcher.mixes else lossless.worst(shape)
     return Dispatch(
         rows_held=held,
-        rows_balanced=int(shape.num_intended),
+        rows_balanced=int(shape.num_intended // shape.seq_axis),
         rows_worst=worst,
         row_bytes=row_bytes(cfg),
         forward=dict(forward),
@@ -73,7 +73,7 @@ def buffer_note(cfg: Config) -> str:
     size = three_digits(held * row_bytes(cfg))
     return (
         f"{moe.dispatcher}: {held:,} rows, {size}B per MoE layer and device, "
-        f"{held / shape.num_intended:.2f} x balanced"
+        f"{held * shape.seq_axis / shape.num_intended:.2f} x balanced"
     )
 
 
@@ -84,13 +84,14 @@ def buffer_shape(cfg: Config) -> Shape:
     num_tokens = rows * cfg.data.seq_len
     num_assignments, per_token = _assignments(moe, rows, cfg.data.seq_len)
     return Shape(
-        num_experts=moe.num_experts,
+        num_experts=moe.num_experts // mesh.seq,
         num_tokens=num_tokens,
         num_assignments=num_assignments,
         num_intended=num_intended(moe, num_tokens, num_assignments),
         per_token=per_token,
         group_tokens=min(moe.group_rows, rows) * cfg.data.seq_len,
         expert_axis=mesh.expert,
+        seq_axis=mesh.seq,
     )
 
 

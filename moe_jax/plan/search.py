@@ -251,7 +251,7 @@ def _held_at_ends(cfg: Config) -> int:
     """Returns the bytes of logits, and of embedding and head: gathered, and their gradients."""
     model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
     num_tokens = theory.buffer_tokens(cfg)
-    chunk = chunk_tokens(model, num_tokens * cfg.mesh.batch_devices)
+    chunk = chunk_tokens(model, num_tokens * cfg.mesh.fsdp_devices)
     # With their gradient, in float32.
     logits = 2 * (chunk or num_tokens) * model.vocab_size * 4
     ends = model.vocab_size * model.d_model * (6 * width + 4)

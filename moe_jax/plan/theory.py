@@ -17,10 +17,10 @@ from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
 from moe_jax.moe.dispatch import DISPATCHERS
-from moe_jax.parallel.mesh import BATCH
+from moe_jax.parallel.mesh import FSDP
 from moe_jax.plan import flops
 from moe_jax.plan.dispatch import buffer_shape
-from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS, GRADIENTS
+from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS, GRADIENTS, KEYS
 from moe_jax.schema.config import Config
 
 
@@ -40,13 +40,15 @@ def expected(cfg: Config) -> list[Expected]:
     mesh, found = cfg.mesh, []
     if cfg.model.num_moe_layers:
         found.append(Expected("tokens", "expert", tokens(cfg)))
+        found.append(Expected("tokens", "seq", tokens_over_seq(cfg)))
         found.append(Expected("expert weights", "data", expert_weights(cfg)))
     if MODELS[cfg.model.kind].parameters:
         return [one for one in found if one.num_bytes]
-    axes = " x ".join(axis for axis in BATCH if getattr(mesh, axis) > 1)
+    axes = " x ".join(axis for axis in FSDP if getattr(mesh, axis) > 1)
     found.append(Expected("dense weights", axes, dense_weights(cfg)))
     found.append(Expected(GRADIENTS, axes, dense_gradients(cfg)))
     found.append(Expected(COLUMNS, COLUMNS_AXIS, hidden_columns(cfg)))
+    found.append(Expected(KEYS, "seq", keys_and_values(cfg)))
     return [one for one in found if one.num_bytes]
 
 
@@ -69,31 +71,66 @@ def tokens(cfg: Config) -> int:
     return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
 
 
+def tokens_over_seq(cfg: Config) -> int:
+    """Returns the bytes by which an MoE layer has whole rows where they are split over `seq`.
+
+    The tokens are gathered, and the sums of what the experts made of them scattered, forward and
+    backward; a block that is rematerialised gathers them once more.
+    """
+    again = 0 if cfg.model.remat == "none" else 1
+    journeys = 2 * forward_passes(cfg) + again + 2
+    row = cfg.model.d_model * _width(cfg)
+    per_layer = journeys * row * _from_others(cfg)
+    return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
+
+
+def keys_and_values(cfg: Config) -> int:
+    """Returns the bytes of keys and values of whole rows where they are split over `seq`.
+
+    They are gathered forward, once more backward, whether the block is rematerialised or not, and
+    their gradients scattered. Of blocks that are no loop (model.scan = False) a compiler may keep
+    those of the forward pass.
+    """
+    model, num_bytes = cfg.model, 0
+    passes = forward_passes(cfg) + 2
+    for name in model.attentions:
+        one = model.with_attention(name)
+        num_heads = ATTENTIONS[name].key_heads(one)
+        width = sum(ATTENTIONS[name].widths(one)) * num_heads // cfg.mesh.model
+        num_bytes += passes * width * _width(cfg) * _from_others(cfg)
+    return num_bytes * cfg.train.num_micro_batches
+
+
+def _from_others(cfg: Config) -> int:
+    """Returns the tokens of whole rows that come from other devices of `seq`."""
+    return buffer_tokens(cfg) * (cfg.mesh.seq - 1)
+
+
 def expert_weights(cfg: Config) -> int:
     """Returns the bytes of the experts' weights, gathered over `data`, and of their gradients,
     which are scattered back.
     """
     model, mesh = cfg.model, cfg.mesh
     count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
-    local = count // mesh.expert // mesh.model
+    local = count // (mesh.expert * mesh.seq) // mesh.model
     passes = _gathers(cfg) + 1
     per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
     return per_layer * model.num_moe_layers * cfg.train.num_micro_batches
 
 
 def dense_weights(cfg: Config) -> int:
-    """Returns the bytes of all other matrices, gathered over `data` and `expert`."""
+    """Returns the bytes of all other matrices, gathered over `data`, `expert` and `seq`."""
     in_blocks, ends = _dense_counts(cfg)
     # Embedding and head lie outside of what is rematerialised.
     gathered = _gathers(cfg) * in_blocks + forward_passes(cfg) * ends
-    return gathered * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
+    return gathered * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
 def dense_gradients(cfg: Config) -> int:
     """Returns the bytes of the gradients of these matrices, summed and scattered to the devices
     that keep them.
     """
-    return sum(_dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.batch_devices
+    return sum(_dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
 def _dense_counts(cfg: Config) -> tuple[int, int]:
@@ -110,7 +147,7 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
 
 def _others(cfg: Config) -> int:
     """Returns how often a weight or its gradient comes from other devices in a step."""
-    return (cfg.mesh.batch_devices - 1) * cfg.train.num_micro_batches
+    return (cfg.mesh.fsdp_devices - 1) * cfg.train.num_micro_batches
 
 
 def _gathers(cfg: Config) -> int:
@@ -125,12 +162,15 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
-    sums = 2 * forward_passes(cfg) + again + 2
+    sums = (2 * forward_passes(cfg) + again + 2) * len(model.blocks)
+    # Backward an MoE layer has the tokens of whole rows.
+    sums += model.num_moe_layers * (cfg.mesh.seq - 1)
     # A sum is a reduce-scatter and a gather.
     one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
-    return sums * one * len(model.blocks) * cfg.train.num_micro_batches
+    return sums * one * cfg.train.num_micro_batches
 
 
 def buffer_tokens(cfg: Config) -> int:
     """Returns the tokens of a device in one micro-batch."""
-    return cfg.train.micro_batch_size // cfg.mesh.batch_devices * cfg.data.seq_len
+    rows = cfg.train.micro_batch_size // cfg.mesh.batch_devices
+    return rows * cfg.data.seq_len // cfg.mesh.seq

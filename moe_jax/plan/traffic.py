@@ -49,8 +49,10 @@ def layer_traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
     num_rows, seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
     zero_BS = np.zeros((num_rows, seq_len), np.int32)
     batch = abstract_batch(Batch(zero_BS, zero_BS, zero_BS, zero_BS[:, 0]))
+    # The tokens of a row as a block has them (parallel/context.py).
+    names = ("batch", "sequence" if cfg.mesh.seq > 1 else None, None)
     x_BSD = jax.ShapeDtypeStruct(
-        (num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding("batch", None, None)
+        (num_rows, seq_len, moe.d_model), moe.dtype, sharding=sharding(*names)
     )
 
     def forward(weights: Any, x_BSD: jax.Array, router_state: Any, batch: Batch) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.parallel import mesh
+from moe_jax.parallel import context, mesh
 from moe_jax.schema.config import ModelConfig
 from moe_jax.tasks import chunked_loss
 from moe_jax.tasks.contract import Losses
@@ -42,22 +42,33 @@ def token_losses(
     log_sum_BS = None
     if chunk:
         last, sums = model.hidden(batch, rng, train)
+        target_BS = _like(target_BS, last.x_BSD)
         nll_BS, log_sum_BS, outputs = chunked_loss.of_hidden(last, target_BS, chunk, not train)
     else:
         outputs, sums = model(batch, rng, train)
-        nll_BS = negative_log_likelihood(outputs, target_BS)
+        nll_BS = negative_log_likelihood(outputs, _like(target_BS, outputs))
+    # Rows that are split over `seq` become whole again, as batches are: one number a token.
+    nll_BS = context.whole(nll_BS)
     weight_BS = counts_BS.astype(nll_BS.dtype)
     if not coefficient:
         return Losses(nll_BS, weight_BS, outputs, sums)
     if log_sum_BS is None:
         log_sum_BS = jax.nn.logsumexp(outputs, axis=-1)
-    penalty_BS = coefficient * jnp.square(log_sum_BS)
+    penalty_BS = coefficient * jnp.square(context.whole(log_sum_BS))
     return Losses(nll_BS, weight_BS, outputs, sums, ("logit_z_loss", penalty_BS))
 
 
 def greedy(outputs: Array) -> Array:
     """Returns the likeliest token of each place [B, S], of what `token_losses` has as outputs."""
-    return outputs if outputs.ndim == 2 else jnp.argmax(outputs, -1)
+    best_BS = outputs if outputs.ndim == 2 else jnp.argmax(outputs, -1)
+    return context.whole(best_BS)
+
+
+def _like(target_BS: Array, outputs: Array) -> Array:
+    """Returns targets with the tokens of each row where those of the outputs are."""
+    if not context.is_split(outputs):
+        return target_BS
+    return jax.sharding.reshard(target_BS, context.tokens_spec(outputs))
 
 
 def chunk_tokens(cfg: ModelConfig, num_tokens: int) -> int:
@@ -66,7 +77,7 @@ def chunk_tokens(cfg: ModelConfig, num_tokens: int) -> int:
     `num_tokens` of all devices.
     """
     lengths = jax.sharding.get_abstract_mesh().shape
-    local_tokens = num_tokens // math.prod(lengths.get(axis, 1) for axis in mesh.BATCH)
+    local_tokens = num_tokens // math.prod(lengths.get(axis, 1) for axis in mesh.FSDP)
     local_vocab = cfg.vocab_size // lengths.get("model", 1)
     chunk = cfg.loss_chunk
     if not chunk and local_tokens * local_vocab > FEW_LOGITS:

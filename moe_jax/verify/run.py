@@ -26,6 +26,8 @@ ALL = [
     for data, expert, model in itertools.product((1, 2, 4, 8), repeat=3)
     if (lengths := Lengths(data=data, expert=expert, model=model)).num_devices == shrink.DEVICES
 ]
+# Rows split over `seq`: alone, and beside two others at a time.
+ALL += [Lengths(seq=8), Lengths(data=2, expert=2, seq=2), Lengths(expert=2, seq=2, model=2)]
 
 
 class Reference(NamedTuple):

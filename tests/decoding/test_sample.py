@@ -162,12 +162,21 @@ def test_the_seed_and_the_row_decide_the_text(small):
     assert not set(texts(small, ["SAME", "SAME", "SAME"], HOT._replace(seed=4))) & set(one)
 
 
-def test_another_mesh_stacked_layers_and_shorter_loops_say_the_same(small, monkeypatch):
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        mesh.Lengths(data=2, expert=2, model=2),
+        # Rows are not split in decoding, experts are.
+        pytest.param(mesh.Lengths(expert=2, seq=2, model=2), marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_another_mesh_stacked_layers_and_shorter_loops_say_the_same(small, monkeypatch, lengths):
     prompts = ["ONE", "", "THREE.AND.MORE"]
     expected = [texts(small, prompts, settings) for settings in (GREEDY, HOT)]
     cfg = model_config(scan=True)
     monkeypatch.setattr(sample, "STEPS", 7)
-    with jax.set_mesh(mesh.make(mesh.Lengths(data=2, expert=2, model=2))):
+    with jax.set_mesh(mesh.make(lengths)):
         sampler = make_sampler(cfg, make_tokenizer(), CONTEXT)
         weights = values(cfg)
         assert [sampler(*weights, prompts, settings) for settings in (GREEDY, HOT)] == expected

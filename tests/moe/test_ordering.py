@@ -225,7 +225,7 @@ def on_device(x, expert, gate, w_in, w_out, *, name):
     y, dropped = DISPATCHERS["capacity"].apply(
         x.reshape(-1, d), routing, Experts(grouped), shape=shape, options=options
     )
-    return jax.lax.psum(y, "model").reshape(x.shape), dropped.reshape(expert.shape)
+    return jax.lax.psum(y, ("model", "seq")).reshape(x.shape), dropped.reshape(expert.shape)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 1)], ids=meshes.name)

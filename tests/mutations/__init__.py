@@ -4,11 +4,12 @@
 `contract.py` says what a fault is; the other files have a kind each.
 """
 
-from mutations import dispatch, exchange, losses, state
+from mutations import context, dispatch, exchange, losses, state
 from mutations.contract import Mutation
 
 MUTATIONS: dict[str, Mutation] = {
     **exchange.FAULTS,
+    **context.FAULTS,
     **dispatch.FAULTS,
     **losses.FAULTS,
     **state.FAULTS,

@@ -18,8 +18,8 @@ class Mutation(NamedTuple):
     plant: Callable[[Any], None]
     # "tracing", a check of compare.LIMITS, or a claim about one device.
     found_by: str
-    # "mesh", "layout" (one device, accumulated), "alone" (one device), or a key of PARTS in
-    # tests/verify/test_mutations.py.
+    # A key of MESHES or of PARTS in tests/verify/test_mutations.py, "layout" (one device,
+    # accumulated), or "alone" (one device).
     where: str
     # Of the config.
     changes: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def psum_of(wanted, wrong):
     right = jax.lax.psum
 
     def psum(x, axis, **more):
-        if axis == "model" and wanted(x):
+        if "model" in axis and wanted(x):
             return wrong(right, x, axis)
         return right(x, axis, **more)
 

@@ -20,6 +20,7 @@ from moe_jax.verify.program import Program
 from moe_jax.verify.run import against, evaluated, first_values, reference
 
 MESH = Lengths(data=2, expert=2, model=2)
+MESHES = {"mesh": MESH, "context": Lengths(expert=2, seq=2, model=2)}
 STEPS = 2
 # One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has
 # something to break.
@@ -80,7 +81,7 @@ def planted(request):
 
 def submit(pool, raw, where):
     raw = shrink.changed(raw, {"train.micro_batch_size": 8}) if where == "layout" else raw
-    program = Program(raw, MESH if where == "mesh" else ONE)
+    program = Program(raw, MESHES.get(where, ONE))
     try:
         return pool.submit(program.compile, program.lower())
     except ValueError:
@@ -232,7 +233,7 @@ def by_changes(function):
 
     @functools.wraps(function)
     def cached(mutation, sound):
-        own = mutation.where if mutation.where in ("layout", "first values") else ""
+        own = mutation.where if mutation.where in ("layout", "first values", "context") else ""
         key = repr(sorted(mutation.changes.items())), own
         if key not in kept:
             kept[key] = function(mutation, sound)
@@ -256,7 +257,7 @@ def curve_of(mutation, sound):
         # In float64, as it was written.
         return states.read(Program(shrunk(mutation.changes), program.lengths), folder / "begin")
 
-    return curve(shrunk(changes), MESH, begin)
+    return curve(shrunk(changes), MESHES.get(mutation.where, MESH), begin)
 
 
 def test_the_table_of_the_docs_has_every_fault():

@@ -34,6 +34,11 @@ def no_advice(cfg: Config) -> Iterator[str]:
     yield from ()
 
 
+def shared_heads(cfg: ModelConfig) -> int:
+    """Returns that queries share key heads."""
+    return cfg.num_kv_heads
+
+
 def small_already(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
     """Changes nothing: no option depends on the length of a row."""
     del options, seq_len
@@ -91,6 +96,8 @@ class Attention(NamedTuple):
     num_pairs: Callable[[int, Any], int]
     # (config, its name) -> what is wrong with its options and the heads together.
     refusals: Callable[[Config, str], Iterator[str]]
+    # (cfg) -> G, the heads of keys and values in training.
+    key_heads: Callable[[ModelConfig], int] = shared_heads
     # Yields what a run is told at its start; model.attention is its name.
     advice: Callable[[Config], Iterator[str]] = no_advice
     # (raw options, seq_len) -> keys and values that suit rows of that length, which are short.

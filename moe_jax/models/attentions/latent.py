@@ -34,6 +34,7 @@ from jax import Array
 from moe_jax.models.attentions import grouped_query, heads
 from moe_jax.models.attentions.contract import Attention, Caching
 from moe_jax.models.layers import gather, rms_norm
+from moe_jax.parallel import context
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import (
@@ -114,6 +115,11 @@ def widths(cfg: ModelConfig) -> tuple[int, int]:
     return own.qk_nope_head_dim + own.qk_rope_head_dim, own.v_head_dim
 
 
+def key_heads(cfg: ModelConfig) -> int:
+    """Returns that each head has keys and values of its own."""
+    return cfg.num_heads
+
+
 def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """(what does not turn [B, S, H, N], what turns [B, S, H, T], not turned yet)."""
     own = options_of(cfg)
@@ -171,7 +177,8 @@ def inputs(
     v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, w_v)
     key_BSHT = jnp.broadcast_to(key_BS1T, (*k_BSHN.shape[:3], key_BS1T.shape[3]))
     # Every device of `model` has the key of all heads, and needs it for its own.
-    key_BSHT = jax.sharding.reshard(key_BSHT, P(BATCH, None, "model", None))
+    of_heads = context.tokens_spec(x_BSD, "model", None)
+    key_BSHT = jax.sharding.reshard(key_BSHT, of_heads)
     q = jnp.concatenate([q_BSHN, q_BSHT], axis=-1)
     return q, jnp.concatenate([k_BSHN, key_BSHT], axis=-1), v_BSHV
 
@@ -275,5 +282,6 @@ ATTENTION = Attention(
     slots=grouped_query.slots,
     num_pairs=num_pairs,
     refusals=refusals,
+    key_heads=key_heads,
     small=small,
 )

@@ -7,7 +7,7 @@ Inside the layer's shard_map, all five mesh axes manual:
 It moves tokens to the devices of their experts, calls `experts.grouped(x_RD, gate_R, start_e,
 size_e, block) -> y_RD` on rows that are grouped by local expert (the layout is stated in
 moe/experts/grouped_matmul.py), and brings the weighted results back: y_t = sum over the assignments
-of t of gate * expert(x_t). y_TD is still a partial sum over `model`. dropped_N flags the
+of t of gate * expert(x_t). y_TD is still a partial sum over `model` and `seq`. dropped_N flags the
 assignments of *this* device that found no room. `rows(shape, options)` is the static number of rows
 R held at once per device: the memory is known before step 1.
 

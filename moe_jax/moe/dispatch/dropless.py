@@ -94,7 +94,8 @@ def advice(options: Options, at: str, expert_axis: int) -> Iterator[str]:
 def _block(shape: Shape) -> tuple[int, int]:
     """Returns the blocks of the grouped product for the mean load of an expert."""
     # n N assignments of the whole expert axis, over E experts.
-    return block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
+    all_experts = shape.num_experts * shape.seq_axis
+    return block_sizes(shape.num_assignments * shape.expert_axis / all_experts)
 
 
 def worst(shape: Shape) -> int:
@@ -119,8 +120,13 @@ def rows(shape: Shape, options: Options) -> int:
         return worst(shape)
     _, small_block = _block(shape)
     # With a balanced load a device serves as many assignments as its own tokens make.
-    num_rows = math.ceil(buffer * shape.num_intended)
+    num_rows = math.ceil(buffer * _own_intended(shape))
     return min(worst(shape), round_up(num_rows, small_block))
+
+
+def _own_intended(shape: Shape) -> float:
+    """Returns the assignments to the experts that devices with this place in `seq` have."""
+    return shape.num_intended / shape.seq_axis
 
 
 def is_ragged(shape: Shape, options: Options) -> bool:
@@ -131,7 +137,7 @@ def is_ragged(shape: Shape, options: Options) -> bool:
     if options.exchange != "auto":
         return options.exchange == "ragged"
     # On GPUs, XLA's latency hiding was seen to corrupt its backward pass (marin #8077, #8081).
-    receives_less = shape.num_intended < shape.expert_axis * shape.num_tokens
+    receives_less = _own_intended(shape) < shape.expert_axis * shape.num_tokens
     return platform() == "tpu" and receives_less
 
 
@@ -154,7 +160,7 @@ def received(shape: Shape, options: Options) -> int:
     slow, fast = levels.split(shape.expert_axis, options.slices)
     from_slices = (slow.size - 1) * shape.num_tokens
     if is_ragged(shape, options):
-        return from_slices + int(shape.num_intended * (fast.size - 1)) // fast.size
+        return from_slices + int(_own_intended(shape) * (fast.size - 1)) // fast.size
     return from_slices + (fast.size - 1) * slow.size * shape.num_tokens
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 class Shape(NamedTuple):
     """Holds the static sizes that a dispatcher works with."""
 
+    # E, of the devices of the expert axis.
     num_experts: int
     # T, of this device.
     num_tokens: int
@@ -27,6 +28,9 @@ class Shape(NamedTuple):
     group_tokens: int
     # The length of the expert axis.
     expert_axis: int
+    # Devices that have the same tokens and assignments, and each num_experts experts of its own:
+    # those of the axis `seq`.
+    seq_axis: int = 1
 
     @property
     def local_experts(self) -> int:

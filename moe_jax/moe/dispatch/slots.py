@@ -31,7 +31,8 @@ def rows(shape: Shape, options: Options) -> int:
     These are all slots of the local experts, of all groups of the expert axis.
     """
     del options
-    return shape.num_assignments
+    # Those of all experts, which devices of `seq` share.
+    return shape.num_assignments // shape.seq_axis
 
 
 def received(shape: Shape, options: Options) -> int:

@@ -22,10 +22,14 @@ PASSES = {
     "ragged-all-to-all": 1,
     "reduce-scatter": 1,
 }
+# Keys and values of whole rows, where the tokens of rows are split over `seq`.
+KEYS = "keys and values"
 # What stands in the scope of a collective -> what it carries, the first that fits.
 CARGO = (
     ("gather_experts", "expert weights"),
     ("gather_weights", "dense weights"),
+    ("gather_keys", KEYS),
+    ("order_rows", "order of rows"),
     ("/dispatch/", "tokens"),
     ("/combine/", "tokens"),
     ("/route/", "routing"),

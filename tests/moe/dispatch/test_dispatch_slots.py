@@ -58,7 +58,7 @@ def layer(x, dispatch, combine, w_in, w_out):
             options=DISPATCHERS["slots"].options(),
         )
         assert dropped.shape == (0,)
-        return jax.lax.psum(y, "model").reshape(x.shape)
+        return jax.lax.psum(y, ("model", "seq")).reshape(x.shape)
 
     row, weights = (
         P(BATCH),
