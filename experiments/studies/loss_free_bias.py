@@ -13,6 +13,7 @@ STUDY = Study(
     paper="Wang et al. 2024, arXiv:2408.15664, table 2 (perplexity and MaxVio_global)",
     equal="active FLOPs, total parameters, tokens",
     base=small(**{"train.steps": 500, "model.d_model": 48, "model.moe.num_experts": 16}),
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "auxiliary": SIGMOID | {BALANCE: 0.01, RATE: 0.0},
         "bias": SIGMOID | {BALANCE: 0.0, RATE: 0.001},
