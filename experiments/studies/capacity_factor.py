@@ -18,7 +18,9 @@ STUDY = Study(
     question="What do dropped assignments cost?",
     paper="Gale et al. 2022, arXiv:2211.15841, figure 2",
     equal="total parameters, tokens, intended active FLOPs; evaluated without drops",
-    base=small(),
+    base=small(**{"train.steps": 500}),
+    rate=0.016,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "dropless": {},
         "factor_0.5": capacity(0.5),

@@ -15,7 +15,9 @@ STUDY = Study(
     question="Is ReLU routing better than top-k, and does it keep its number of experts?",
     paper="Wang et al. 2024, arXiv:2412.14711, figures 4 and 5",
     equal="intended active FLOPs, total parameters, tokens",
-    base=small(),
+    base=small(**{"train.steps": 500}),
+    rate=0.016,
+    seeds=(0, 1, 2, 3, 4),
     arms={"top_k": {}, "relu": RELU},
     claims=(
         Claim("ReLU has the lower loss", Difference("relu", "top_k"), BELOW, 0.0),

@@ -12,7 +12,9 @@ STUDY = Study(
     paper="Dai et al. 2024, arXiv:2401.06066, figure 3 (yes); Muennighoff et al. 2024, "
     "arXiv:2409.02060, section 4.1.3 (no)",
     equal="active FLOPs, total parameters, tokens",
-    base=small(**{"model.moe.expert_hidden": 32}),
+    base=small(**{"model.moe.expert_hidden": 32, "train.steps": 500}),
+    rate=0.016,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "routed": {EXPERTS: 16, K: 4},
         "shared": {EXPERTS: 15, K: 3, "model.moe.shared_experts": 1},
