@@ -66,7 +66,7 @@ def run_pack(cells: Sequence[Cell], study: str, out: Path) -> int:
     """
     worst, programs = exit_codes.DONE, {}
     for cell in cells:
-        began = time.monotonic()
+        began, used = time.monotonic(), time.process_time()
         try:
             if cell.program not in programs:
                 # Of another program than before: what that one held is freed.
@@ -74,19 +74,26 @@ def run_pack(cells: Sequence[Cell], study: str, out: Path) -> int:
             figures, facts = train(programs[cell.program], cell)
         except UserError as error:
             worst = error.code
-            ledger.write(out, study, cell, worst, reason=str(error))
+            ledger.write(out, study, cell, worst, reason=str(error), **cpu_since(used))
             shell.tell(f"failed: {told(cell)}: {error}", sys.stderr)
         except Exception as error:
             worst = exit_codes.INTERNAL
             traceback.print_exc()
-            ledger.write(out, study, cell, worst, reason=f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            ledger.write(out, study, cell, worst, reason=reason, **cpu_since(used))
         else:
+            facts |= cpu_since(used)
             ledger.write(out, study, cell, exit_codes.DONE, figures=figures, **facts)
             seconds = time.monotonic() - began
             shown = figures.get("bits_per_byte", figures["loss"])
             loss = "diverged" if shown is None else f"{shown:.4f}"
             shell.tell(f"{told(cell)}: {loss} ({seconds:.0f} s)")
     return worst
+
+
+def cpu_since(used: float) -> dict[str, float]:
+    """Returns the processor time of a cell, all cores together, with the compilation before it."""
+    return {"cpu_seconds": time.process_time() - used}
 
 
 def told(cell: Cell) -> str:
