@@ -4,11 +4,11 @@ from experiments.studies import small
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
 from moe_jax.study.statistics import Speedup
 
-# A sparse model has up to 2.3 times the parameters of a dense one of its width: the dense ladder
-# goes on to 96, so that both are compared within it.
-WIDTHS = (32, 48, 64, 96)
+# A sparse model has twice the parameters of a dense one of its width: the dense ladder goes on to
+# 80, so that the losses of both are compared within it.
+WIDTHS = (32, 48, 64, 80)
 DENSE = tuple(f"dense_{width}" for width in WIDTHS)
-SPARSE = tuple(f"sparse_{width}" for width in WIDTHS[:3])
+SPARSE = tuple(f"sparse_{width}" for width in WIDTHS[:2])
 
 
 def sized(width: int) -> dict:
@@ -28,7 +28,7 @@ STUDY = Study(
     rate=0.016,
     seeds=(0, 1, 2, 3, 4),
     arms={f"dense_{width}": sized(width) | {"model.period": ("dense",)} for width in WIDTHS}
-    | {f"sparse_{width}": sized(width) for width in WIDTHS[:3]},
+    | {f"sparse_{width}": sized(width) for width in WIDTHS[:2]},
     claims=(
         Claim("fewer training FLOPs", speedup("train_flops"), ABOVE, 1.0, "times"),
         Claim("fewer active parameters", speedup("active_parameters"), ABOVE, 1.0, "times"),
