@@ -1,12 +1,12 @@
 """Dense against sparse on a ladder of sizes (Clark et al. 2022, arXiv:2202.01169, figure 1)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
 from moe_jax.study.statistics import Speedup
 
 # A sparse model has twice the parameters of a dense one of its width: the dense ladder goes on to
-# 80, so that the losses of both are compared within it.
-WIDTHS = (32, 48, 64, 80)
+# 64, so that the losses of both are compared within it.
+WIDTHS = (24, 32, 48, 64)
 DENSE = tuple(f"dense_{width}" for width in WIDTHS)
 SPARSE = tuple(f"sparse_{width}" for width in WIDTHS[:2])
 
@@ -24,8 +24,8 @@ STUDY = Study(
     question="What is a sparse model worth in dense FLOPs, active and total parameters?",
     paper="Clark et al. 2022, arXiv:2202.01169, figure 1; Krajewski et al. 2024, arXiv:2402.07871",
     equal="tokens; sizes are compared at equal training FLOPs, active or total parameters by a fit",
-    base=small(**{"train.steps": 500}),
-    rate=0.016,
+    base=tiny(),
+    rate=TINY_RATE,
     seeds=(0, 1, 2, 3, 4),
     arms={f"dense_{width}": sized(width) | {"model.period": ("dense",)} for width in WIDTHS}
     | {f"sparse_{width}": sized(width) for width in WIDTHS[:2]},

@@ -1,18 +1,18 @@
 """Hash routing as the floor of learned routing (Roller et al. 2021, arXiv:2106.04426, table 3)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import BELOW, Claim, Study
 from moe_jax.study.statistics import Difference
 
-WIDE = {"model.moe.expert_hidden": 128}  # one expert has the FLOPs of the dense network
+WIDE = {"model.moe.expert_hidden": 64}  # one expert has the FLOPs of the dense network
 FIXED = WIDE | {"model.moe.losses.balance": 0.0}
 STUDY = Study(
     name="hash_floor",
     question="Does a learned router beat a fixed hash of the token?",
     paper="Roller et al. 2021, arXiv:2106.04426, table 3 (no: the hash is better than Switch)",
     equal="active FLOPs but for the router, tokens, and but for the dense model total parameters",
-    base=small(**{"train.steps": 500}),
-    rate=0.016,
+    base=tiny(),
+    rate=TINY_RATE,
     seeds=(0, 1, 2, 3, 4),
     arms={
         "switch": WIDE | {"model.moe.router": "switch"},

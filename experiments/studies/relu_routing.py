@@ -1,6 +1,6 @@
 """ReLU routing against top-k (Wang et al. 2024, ReMoE, arXiv:2412.14711, figure 4)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import BELOW, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference
 
@@ -15,8 +15,8 @@ STUDY = Study(
     question="Is ReLU routing better than top-k, and does it keep its number of experts?",
     paper="Wang et al. 2024, arXiv:2412.14711, figures 4 and 5",
     equal="intended active FLOPs, total parameters, tokens",
-    base=small(**{"train.steps": 500}),
-    rate=0.016,
+    base=tiny(),
+    rate=TINY_RATE,
     seeds=(0, 1, 2, 3, 4),
     arms={"top_k": {}, "relu": RELU},
     claims=(

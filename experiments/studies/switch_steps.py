@@ -1,20 +1,20 @@
 """Steps to the loss of a dense model (Fedus et al. 2021, arXiv:2101.03961, figures 4 and 5)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
 from moe_jax.study.statistics import Difference, Slope, StepRatio
 
 EXPERTS = (2, 8, 32)
 SPARSE = tuple(f"e{number}" for number in EXPERTS)
 # One of the experts has the FLOPs of the dense feed-forward network.
-SWITCH = {"model.moe.router": "switch", "model.moe.expert_hidden": 128}
+SWITCH = {"model.moe.router": "switch", "model.moe.expert_hidden": 64}
 STUDY = Study(
     name="switch_steps",
     question="How many times fewer steps does a Switch layer take to the loss of a dense one?",
     paper="Fedus et al. 2021, arXiv:2101.03961, figures 4 and 5 (7.5 times with 64 experts)",
     equal="active FLOPs, tokens",
-    base=small(**{"train.steps": 500}),
-    rate=0.016,
+    base=tiny(),
+    rate=TINY_RATE,
     seeds=(0, 1, 2, 3, 4),
     arms={"dense": {"model.period": ("dense",)}}
     | {f"e{number}": SWITCH | {"model.moe.num_experts": number} for number in EXPERTS},
