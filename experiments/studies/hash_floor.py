@@ -21,10 +21,22 @@ STUDY = Study(
         "dense": {"model.period": ("dense",)},
     },
     claims=(
-        Claim("the hash beats Switch", Difference("hash", "switch"), BELOW, 0.0),
+        Claim(
+            "the hash beats Switch",
+            Difference("hash", "switch"),
+            BELOW,
+            0.0,
+            paper="23.16 against 23.65 perplexity",
+        ),
         Claim("Switch beats random experts", Difference("switch", "random"), BELOW, 0.0),
         Claim("the hash beats random experts", Difference("hash", "random"), BELOW, 0.0),
-        Claim("the hash beats one dense network", Difference("hash", "dense"), BELOW, 0.0),
+        Claim(
+            "the hash beats one dense network",
+            Difference("hash", "dense"),
+            BELOW,
+            0.0,
+            paper="23.16 against 24.90 perplexity",
+        ),
     ),
     columns=("max_vio",),
 )

@@ -154,7 +154,7 @@ def verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
     for each in verdicts:
         interval = Interval(**each["interval"])
         word = each["word"] + (f" ({each['why']})" if each["why"] else "")
-        measured = f"{interval} {each['unit']}"
+        measured = f"{interval} {each['unit']}" if interval.number else "-"
         paper = each["paper"] or "-"
         table.add(each["claim"], each["rule"], paper, measured, str(interval.number), word)
     return table
