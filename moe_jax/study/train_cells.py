@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,14 +58,25 @@ class Program(NamedTuple):
     bind: Callable[..., Any]
 
 
-def run_pack(cells: Sequence[Cell], study: str, out: Path) -> int:
+def nothing_more() -> list[Cell]:
+    """Returns no cells: for a pack after which nothing is asked."""
+    return []
+
+
+def run_pack(
+    cells: Sequence[Cell], study: str, out: Path, following: Callable[[], list[Cell]] = nothing_more
+) -> int:
     """Trains the cells one after the other and writes a line in the ledger for each.
 
     A cell that fails does not stop the others. Returns the exit code of the last failure, 0 if
     there is none.
+
+    Args:
+      following: returns the cells that the ledger asks for by now, such as the next learning rate
+        of a search and then the seeds. Those that were tried here are not tried again.
     """
     worst, programs = exit_codes.DONE, {}
-    for cell in cells:
+    for cell in _and_following(cells, following):
         began, used = time.monotonic(), time.process_time()
         try:
             if cell.program not in programs:
@@ -89,6 +100,16 @@ def run_pack(cells: Sequence[Cell], study: str, out: Path) -> int:
             loss = "diverged" if shown is None else f"{shown:.4f}"
             shell.tell(f"{told(cell)}: {loss} ({seconds:.0f} s)")
     return worst
+
+
+def _and_following(cells: Sequence[Cell], following: Callable[[], list[Cell]]) -> Iterator[Cell]:
+    """Yields cells, and then those that follow from them until there are none."""
+    tried: set[str] = set()
+    waiting = list(cells)
+    while waiting:
+        tried |= {cell.key for cell in waiting}
+        yield from waiting
+        waiting = [cell for cell in following() if cell.key not in tried]
 
 
 def cpu_since(used: float) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 import ast
 import json
+import math
 
 import pytest
 
-from experiments import run, studies
-from moe_jax.study import bracket, expand, ledger, progress, results
+from experiments import run, studies, writing
+from moe_jax.study import bracket, expand, ledger, local, progress, results, train_cells
 
 NAMES = studies.all_names()
 # Minutes of two cores that a study may take, as it expects itself.
@@ -59,6 +60,55 @@ def test_a_dry_run_tells_cells_and_time(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "24 of 24 cells are missing" in said and "minutes of one core" in said
     assert not list(tmp_path.iterdir())
+
+
+DECLARATION = """
+from experiments.studies import small
+from moe_jax.study.contract import BELOW, Claim, Study
+from moe_jax.study.statistics import Difference
+
+STUDY = Study(
+    name="mine",
+    question="?",
+    paper="Nobody 2000, figure 1",
+    equal="tokens",
+    base=small(),
+    arms={"a": {}, "b": {"model.moe.num_experts": 4}},
+    claims=(Claim("b is better", Difference("b", "a"), BELOW, 0.0),),
+)
+"""
+
+
+def test_a_process_trains_an_arm_to_its_end(tmp_path, monkeypatch):
+    """The search goes on beyond its first rates, then the seeds follow: one program, one process.
+
+    The best rate of arm a is 0.016, two steps above where the search begins.
+    """
+    path = tmp_path / "mine.py"
+    path.write_text(DECLARATION)
+    study = studies.load(str(path))
+    pack = [cell for cell in progress.look(study, {}).missing if cell.arm == "a"]
+    local.write_pack(tmp_path / "pack.json", study.name, pack)
+    trained, prepared = [], []
+
+    def train(program, cell):
+        trained.append((cell.arm, cell.seed, cell.rate))
+        loss = abs(math.log2(cell.rate / 0.016))
+        return {"loss": loss, "bits_per_byte": loss}, {"data": "x", "seconds": 1.0}
+
+    monkeypatch.setattr(train_cells, "prepare", prepared.append)
+    monkeypatch.setattr(train_cells, "train", train)
+    monkeypatch.setattr(writing, "compile_quickly", lambda folder: None)
+    out = tmp_path / "out"
+    words = [str(path), "--out", str(out), "--work", str(tmp_path / "pack.json")]
+    assert run.main(words) == 0
+    rates = [rate for _, seed, rate in trained if seed == bracket.TUNING_SEED]
+    assert rates == [0.002, 0.004, 0.008, 0.016, 0.032]
+    assert trained[5:] == [("a", seed, 0.016) for seed in study.seeds]
+    assert len(prepared) == 1
+    # What is left is the other arm.
+    state = progress.look(study, ledger.done(ledger.read(out)))
+    assert {cell.arm for cell in state.missing} == {"b"} and not state.arms["a"].undecided
 
 
 @pytest.mark.parametrize(
