@@ -2,7 +2,7 @@
 
     python -m experiments.pays            # a second; trains nothing
 
-Reads the committed figures of two studies, dense_sparse_ladder and switch_steps, and writes
+Reads the committed figures of the studies of STUDIES, as far as there are any, and writes
 docs/pays.png. A sparse model pays where it lies below the line of the dense ones.
 """
 
@@ -24,6 +24,7 @@ from moe_jax.study import judge
 
 RESULTS = writing.ROOT / "experiments/results"
 PICTURE = writing.ROOT / "docs/pays.png"
+STUDIES = ("when_sparse_pays", "dense_sparse_ladder", "switch_steps")
 SIZE = (11.0, 4.4)  # inches
 # The figures on the x axes: how they are called, and their unit.
 PANELS = {
@@ -42,10 +43,13 @@ class Point(NamedTuple):
 
 
 def points(folder: Path) -> list[Point]:
-    """Returns the models of both studies that have runs; one that both have is there once."""
+    """Returns the models that have runs; one that two studies have is there once."""
     found = {}
-    for study in ("dense_sparse_ladder", "switch_steps"):
-        figures = json.loads((folder / study / "figures.json").read_text(encoding="utf-8"))
+    for study in STUDIES:
+        path = folder / study / "figures.json"
+        if not path.exists():
+            continue
+        figures = json.loads(path.read_text(encoding="utf-8"))
         for arm, each in figures["arms"].items():
             runs = list(each["runs"].values())
             if runs:
