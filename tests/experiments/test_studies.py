@@ -111,6 +111,16 @@ def test_a_process_trains_an_arm_to_its_end(tmp_path, monkeypatch):
     assert {cell.arm for cell in state.missing} == {"b"} and not state.arms["a"].undecided
 
 
+def test_the_surplus_of_relu_stands_on_its_own_arm():
+    """A router that fixes its number of experts leaves no figure "active" to be compared with."""
+    study = studies.load("relu_routing")
+    cell = expand.cell(study, "top_k", 0, 0.01)
+    assert progress.with_derived(study, cell, {"granularity": 2})["surplus"] == 0
+    cell = expand.cell(study, "relu", 0, 0.01)
+    found = progress.with_derived(study, cell, {"granularity": 2, "active": 1.75})
+    assert study.claims[1].statistic({"relu": found}) == -0.25
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
