@@ -28,6 +28,7 @@ STUDY = Study(
             0.0,
             paper="23.16 against 23.65 perplexity",
         ),
+        Claim("Switch beats one dense network", Difference("switch", "dense"), BELOW, 0.0),
         Claim("Switch beats random experts", Difference("switch", "random"), BELOW, 0.0),
         Claim("the hash beats random experts", Difference("hash", "random"), BELOW, 0.0),
         Claim(
