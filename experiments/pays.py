@@ -24,7 +24,13 @@ from moe_jax.study import judge
 
 RESULTS = writing.ROOT / "experiments/results"
 PICTURE = writing.ROOT / "docs/pays.png"
-STUDIES = ("when_sparse_pays", "dense_sparse_ladder", "switch_steps")
+# Studies of models of one kind, and their arms that are left out: routers that learn nothing.
+STUDIES = {
+    "when_sparse_pays": (),
+    "dense_sparse_ladder": (),
+    "switch_steps": (),
+    "hash_floor": ("hash", "random"),
+}
 SIZE = (11.0, 4.4)  # inches
 # The figures on the x axes: how they are called, and their unit.
 PANELS = {
@@ -45,14 +51,14 @@ class Point(NamedTuple):
 def points(folder: Path) -> list[Point]:
     """Returns the models that have runs; one that two studies have is there once."""
     found = {}
-    for study in STUDIES:
+    for study, left_out in STUDIES.items():
         path = folder / study / "figures.json"
         if not path.exists():
             continue
         figures = json.loads(path.read_text(encoding="utf-8"))
         for arm, each in figures["arms"].items():
             runs = list(each["runs"].values())
-            if runs:
+            if runs and arm not in left_out:
                 point = _point(arm, runs)
                 found.setdefault((point.family, *point.x.values()), point)
     return list(found.values())

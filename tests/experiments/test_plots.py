@@ -77,7 +77,9 @@ def test_the_picture_of_the_readme_has_every_model_once(tmp_path):
     ladder = {"dense_24": arm(3.0, 20_000, 1, 1), "dense_32": arm(2.9, 30_000, 1, 1)}
     ladder |= {"sparse_24": arm(2.8, 40_000, 8, 2), "sparse_32": {"runs": {}}}
     switch = {"dense": ladder["dense_32"], "e32": arm(2.7, 400_000, 32, 1)}
-    for name, arms in (("dense_sparse_ladder", ladder), ("switch_steps", switch)):
+    floor = {"switch": switch["e32"], "hash": arm(2.6, 400_000, 16, 1)}
+    studies = {"dense_sparse_ladder": ladder, "switch_steps": switch, "hash_floor": floor}
+    for name, arms in studies.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "figures.json").write_text(json.dumps({"arms": arms}))
     shown = pays.points(tmp_path)
