@@ -127,6 +127,12 @@ def run(study: Study, word: str, out: Path, args: argparse.Namespace) -> int:
         done = ledger.done(ledger.read(out))
         failed |= {cell.key for cell in missing if cell.key not in done}
     state = progress.look(study, ledger.done(ledger.read(out)), short=args.smoke)
+    if args.report and not state.lines:
+        # Else the results of a ledger that is elsewhere would be written over with nothing.
+        raise UserError(
+            f"--report: no run of {study.name} is in the ledger of --out {out}, so nothing is "
+            "written: name the --out of its runs, or train them without --report"
+        )
     if args.smoke:
         trained = len(state.lines)
         shell.tell(f"{study.name}: {trained} of {len(study.arms)} arms train")

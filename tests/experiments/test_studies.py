@@ -62,6 +62,14 @@ def test_a_dry_run_tells_cells_and_time(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_of_no_runs_writes_over_nothing(tmp_path, capsys):
+    results = tmp_path / "results"
+    flags = ["--report", "--out", str(tmp_path / "elsewhere"), "--results", str(results)]
+    assert run.main(["hash_floor", *flags]) == 64
+    assert "--report: no run of hash_floor is in the ledger" in capsys.readouterr().err
+    assert not results.exists()
+
+
 DECLARATION = """
 from experiments.studies import small
 from moe_jax.study.contract import BELOW, Claim, Study
