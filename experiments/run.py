@@ -68,7 +68,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def work(argv: list[str]) -> int | None:
     args = parse(argv)
     if args.work:
-        return work_on_pack(args.work, args.out)
+        (word,) = args.names
+        return work_on_pack(args.work, args.out, studies.load(word), short=args.smoke)
     if not args.names:
         shell.console().print(listing())
         return None
@@ -78,25 +79,37 @@ def work(argv: list[str]) -> int | None:
             dry_run(study, args.out, short=args.smoke)
         return None
     out = made(args)
-    codes = [run(study, out, args) for study in chosen]
+    words = studies.named(args.names)
+    codes = [run(study, word, out, args) for study, word in zip(chosen, words)]
     if not args.smoke and args.results == RESULTS:
         write_findings()
     return max(codes)
 
 
-def work_on_pack(path: Path, out: Path) -> int:
-    """Trains the cells of a pack in this process; returns its exit code."""
-    study, cells = local.read_pack(path)
+def work_on_pack(path: Path, out: Path, study: Study, *, short: bool) -> int:
+    """Trains the cells of a pack in this process; returns its exit code.
+
+    The process goes on with what the search of a learning rate asks for next, and with the seeds
+    after it: they share its compiled program.
+    """
+    _, cells = local.read_pack(path)
+    program = cells[0].program
+
+    def following() -> list[Cell]:
+        state = progress.look(study, ledger.done(ledger.read(out)), short=short)
+        return [cell for cell in state.missing if cell.program == program]
+
     writing.compile_quickly(out / "compiled")
-    return train_cells.run_pack(cells, study, out)
+    return train_cells.run_pack(cells, study.name, out, following)
 
 
-def run(study: Study, out: Path, args: argparse.Namespace) -> int:
+def run(study: Study, word: str, out: Path, args: argparse.Namespace) -> int:
     """Trains what is missing of a study and writes its results.
 
-    Returns 70 where a cell failed, else 0.
+    `word` is what names the study on the command line. Returns 70 where a cell failed, else 0.
     """
     failed: set[str] = set()
+    smoke = ["--smoke"] if args.smoke else []
     while not args.report:
         state = progress.look(study, ledger.done(ledger.read(out)), short=args.smoke)
         missing = [cell for cell in state.missing if cell.key not in failed]
@@ -104,16 +117,22 @@ def run(study: Study, out: Path, args: argparse.Namespace) -> int:
             break
         packs = expand.packs(missing)
         shell.tell(f"{study.name}: {len(missing)} cells in {len(packs)} processes")
-        command = [*program(), "--out", str(out), "--work"]
+        command = [*program(), word, "--out", str(out), *smoke, "--work"]
         if args.slurm is not None:
             flags = [flag for flag in args.slurm if flag]
             shell.tell(slurm.submit(packs, study.name, out, command, flags))
-            shell.tell("when the jobs have ended, the same command goes on from there")
+            shell.tell("when the jobs have ended, the same command writes the results")
             return 0
         train(packs, study.name, out, command, args.local)
         done = ledger.done(ledger.read(out))
         failed |= {cell.key for cell in missing if cell.key not in done}
     state = progress.look(study, ledger.done(ledger.read(out)), short=args.smoke)
+    if args.report and not state.lines:
+        # Else the results of a ledger that is elsewhere would be written over with nothing.
+        raise UserError(
+            f"--report: no run of {study.name} is in the ledger of --out {out}, so nothing is "
+            "written: name the --out of its runs, or train them without --report"
+        )
     if args.smoke:
         trained = len(state.lines)
         shell.tell(f"{study.name}: {trained} of {len(study.arms)} arms train")

@@ -1,6 +1,6 @@
 """Capacity against dropless (Gale et al. 2022, MegaBlocks, arXiv:2211.15841, figure 2)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import BELOW, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference
 
@@ -18,7 +18,9 @@ STUDY = Study(
     question="What do dropped assignments cost?",
     paper="Gale et al. 2022, arXiv:2211.15841, figure 2",
     equal="total parameters, tokens, intended active FLOPs; evaluated without drops",
-    base=small(),
+    base=tiny(),
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "dropless": {},
         "factor_0.5": capacity(0.5),

@@ -1,6 +1,6 @@
 """A shared expert, on and off (Dai et al. 2024, DeepSeekMoE, arXiv:2401.06066, figure 3)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import BELOW, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference
 
@@ -12,7 +12,9 @@ STUDY = Study(
     paper="Dai et al. 2024, arXiv:2401.06066, figure 3 (yes); Muennighoff et al. 2024, "
     "arXiv:2409.02060, section 4.1.3 (no)",
     equal="active FLOPs, total parameters, tokens",
-    base=small(**{"model.moe.expert_hidden": 32}),
+    base=tiny(**{"model.moe.expert_hidden": 16}),
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "routed": {EXPERTS: 16, K: 4},
         "shared": {EXPERTS: 15, K: 3, "model.moe.shared_experts": 1},

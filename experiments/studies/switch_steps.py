@@ -1,25 +1,37 @@
 """Steps to the loss of a dense model (Fedus et al. 2021, arXiv:2101.03961, figures 4 and 5)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
-from moe_jax.study.statistics import Slope, StepRatio
+from moe_jax.study.statistics import Difference, Slope, StepRatio
 
-EXPERTS = (2, 4, 8, 16, 32, 64)
+EXPERTS = (8, 32)
 SPARSE = tuple(f"e{number}" for number in EXPERTS)
+# One of the experts has the FLOPs of the dense feed-forward network.
+SWITCH = {"model.moe.router": "switch", "model.moe.expert_hidden": 64}
 STUDY = Study(
     name="switch_steps",
     question="How many times fewer steps does a Switch layer take to the loss of a dense one?",
     paper="Fedus et al. 2021, arXiv:2101.03961, figures 4 and 5 (7.5 times with 64 experts)",
     equal="active FLOPs, tokens",
-    base=small(**{"model.moe.router": "switch", "model.moe.expert_hidden": 128}),
+    base=tiny(),
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={"dense": {"model.period": ("dense",)}}
-    | {f"e{number}": {"model.moe.num_experts": number} for number in EXPERTS},
+    | {f"e{number}": SWITCH | {"model.moe.num_experts": number} for number in EXPERTS},
     claims=(
-        Claim("64 experts need fewer steps", StepRatio("e64", "dense"), ABOVE, 1.0, "times"),
+        Claim(
+            "32 experts need fewer steps",
+            StepRatio("e32", "dense"),
+            ABOVE,
+            1.0,
+            "times",
+            "7.5 times (64 experts)",
+        ),
         Claim("8 experts need fewer steps", StepRatio("e8", "dense"), ABOVE, 1.0, "times"),
+        Claim("8 experts have the lower loss", Difference("e8", "dense"), BELOW, 0.0),
         Claim(
             "every doubling of the experts lowers the loss",
-            Slope(SPARSE, EXPERTS),
+            Slope(("dense", *SPARSE), (1, *EXPERTS)),
             BELOW,
             0.0,
             "bits per byte a doubling",

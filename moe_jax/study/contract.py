@@ -41,6 +41,8 @@ class Claim(NamedTuple):
     holds: str
     bound: float
     unit: str = "bits per byte"
+    # What the paper measured, with its size; "" = nothing that can be put beside ours.
+    paper: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

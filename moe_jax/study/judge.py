@@ -43,13 +43,19 @@ class Interval(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim; `why` is the reason of an inconclusive one."""
+    """What became of a claim.
+
+    Fields:
+      paper: what the paper measured; "" = nothing that can be put beside ours.
+      why: the reason of an inconclusive verdict.
+    """
 
     claim: str
     rule: str
     unit: str
     interval: Interval
     bound: float
+    paper: str
     word: str
     why: str
 
@@ -91,7 +97,8 @@ def _judge(claim: Claim, runs: Mapping[int, OneSeed], undecided: Mapping[str, st
     word = INCONCLUSIVE if why else word_of(claim, found)
     rule = f"{claim.holds} {claim.bound:g}"
     why_text = "; ".join(dict.fromkeys(why))
-    return Verdict(claim.says, rule, claim.unit, found, claim.bound, word, why_text)
+    unit, bound, paper = claim.unit, claim.bound, claim.paper
+    return Verdict(claim.says, rule, unit, found, bound, paper, word, why_text)
 
 
 def _value(claim: Claim, runs: OneSeed) -> float:

@@ -51,9 +51,10 @@ def _arms(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> 
         axes.errorbar(x, mean, bars, marker="o", capsize=3, color=colours[name])
         axes.plot([x] * len(found), found, "_", color=colours[name], alpha=0.5)
         shown.append((x, name))
-        axes.annotate(
-            name, (x, mean), xytext=(6, 4), textcoords="offset points", fontsize=8, rotation=20
-        )
+        # Side by side the names stand below the axis.
+        if places:
+            at, beside = (x, mean), {"xytext": (6, 4), "textcoords": "offset points"}
+            axes.annotate(name, at, fontsize=8, rotation=20, **beside)
     if places:
         axes.set_xscale("log", base=2)
         axes.set_xlabel(figures["x_label"])
@@ -122,4 +123,4 @@ def _claims(axes: Any, figures: Mapping[str, Any]) -> None:
     axes.set_ylim(-0.7, len(verdicts) - 0.3)
     axes.set_xlim(-1.25, 1.25)
     axes.set_xticks([0], ["bound"])
-    axes.set_title("claims: interval against the bound, each on its own scale", fontsize=10)
+    axes.set_title("claims, each on a scale of its own", fontsize=10)

@@ -30,12 +30,14 @@ class State(NamedTuple):
     Fields:
       runs: figures by seed and arm.
       lines: of the ledger, of all runs in `runs`.
+      searched: of the ledger, of the runs that searched a learning rate.
       missing: cells that can be trained now and are not done; others may follow them.
     """
 
     arms: dict[str, Arm]
     runs: dict[int, dict[str, Figures]]
     lines: list[Line]
+    searched: list[Line]
     missing: list[Cell]
 
 
@@ -44,10 +46,11 @@ def look(study: Study, done: Mapping[str, Line], *, short: bool = False) -> Stat
 
     A smoke run searches no learning rate and has one seed.
     """
-    state = State({}, {}, [], [])
+    state = State({}, {}, [], [], [])
     for name in study.arms:
-        arm, wanted = _arm(study, name, done, short)
+        arm, wanted, lines = _arm(study, name, done, short)
         state.arms[name] = arm
+        state.searched.extend(lines)
         state.missing.extend(wanted)
         if math.isnan(arm.rate):
             continue
@@ -70,17 +73,21 @@ def with_derived(study: Study, cell: Cell, figures: Figures) -> Figures:
     return {**figures, **{name: of(cfg, figures) for name, of in study.derived.items()}}
 
 
-def _arm(study: Study, name: str, done: Mapping[str, Line], short: bool) -> tuple[Arm, list[Cell]]:
-    """Returns the state of an arm, and the cells that its search wants."""
+def _arm(
+    study: Study, name: str, done: Mapping[str, Line], short: bool
+) -> tuple[Arm, list[Cell], list[Line]]:
+    """Returns the state of an arm, the cells that its search wants, and the lines that it has."""
     if short or not study.searches(name):
-        return Arm(expand.arm_rate(study, name), "", {}), []
+        return Arm(expand.arm_rate(study, name), "", {}), [], []
     tried = {}
     cells = {}
+    lines = []
     for rate in bracket.rates(study):
         cells[rate] = expand.cell(study, name, bracket.TUNING_SEED, rate)
         line = done.get(cells[rate].key)
         if line:
             tried[rate] = line["figures"].get(study.figure)
+            lines.append(line)
     figures = {rate: math.inf if value is None else value for rate, value in tried.items()}
     found = bracket.search(study, figures)
     wanted = [cells[rate] for rate in found.wanted]
@@ -89,7 +96,7 @@ def _arm(study: Study, name: str, done: Mapping[str, Line], short: bool) -> tupl
         undecided = f"the learning rate of {name} is not known"
     elif not found.interior:
         undecided = f"the best learning rate of {name}, {found.best:g}, is at the end of its search"
-    return Arm(math.nan if wanted else found.best, undecided, tried), wanted
+    return Arm(math.nan if wanted else found.best, undecided, tried), wanted, lines
 
 
 def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -> list[Cell]:

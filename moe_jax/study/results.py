@@ -13,6 +13,7 @@ from typing import Any
 from moe_jax.study import judge, plots
 from moe_jax.study.contract import Study
 from moe_jax.study.judge import Interval
+from moe_jax.study.ledger import Line
 from moe_jax.study.progress import State
 from moe_jax.terminal.table import Table, names, numbers
 
@@ -59,10 +60,20 @@ def collect(study: Study, state: State) -> dict[str, Any]:
         "x_label": study.x_label,
         "arms": {name: _arm(name, state) for name in study.arms},
         "verdicts": [judge.as_json(verdict) for verdict in verdicts],
+        "cpu_minutes": cpu_minutes([*state.lines, *state.searched]),
         "commits": sorted({line["commit"] for line in state.lines}),
         "machines": sorted({line["machine"]["node"] for line in state.lines}),
         "data": sorted({line["data"] for line in state.lines}),
     }
+
+
+def cpu_minutes(lines: Sequence[Line]) -> float:
+    """Returns the processor time of runs. Lines of before it was measured count with their time.
+
+    A run that two studies share counts in both.
+    """
+    of_cell = {line["key"]: line.get("cpu_seconds", line["seconds"]) for line in lines}
+    return sum(of_cell.values()) / 60
 
 
 def _arm(name: str, state: State) -> dict[str, Any]:
@@ -87,7 +98,9 @@ def render(figures: Mapping[str, Any], kept: str) -> str:
     parts = [
         f"# {figures['question']}",
         f"Paper: {figures['paper']}. Equal in all arms that are compared: {figures['equal']}.",
-        f"Made by `python -m experiments.run {figures['name']}` at commit {code}.",
+        f"Made by `python -m experiments.run {figures['name']}` at commit {code}, in "
+        f"{figures['cpu_minutes']:.0f} minutes of one core.",
+        _sizes(figures),
         "## Verdicts",
         verdict_table(figures["verdicts"]).markdown(),
         _rule(),
@@ -101,6 +114,24 @@ def render(figures: Mapping[str, Any], kept: str) -> str:
         *([kept] if kept else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _sizes(figures: Mapping[str, Any]) -> str:
+    """Says how large the models are and how long they were trained, in one sentence."""
+    runs = [run for arm in figures["arms"].values() for run in arm["runs"].values()]
+    if not runs:
+        return "No run has ended yet."
+    parameters = _range([run["total_parameters"] for run in runs])
+    active = _range([run["active_parameters"] for run in runs])
+    tokens = _range([run["tokens"] for run in runs])
+    return (
+        f"Models of {parameters} parameters, {active} of them active, trained on {tokens} tokens."
+    )
+
+
+def _range(found: Sequence[float]) -> str:
+    low, high = min(found), max(found)
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
 
 
 def _rule() -> str:
@@ -118,13 +149,14 @@ def _reasons(figures: Mapping[str, Any]) -> list[str]:
 
 def verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
     """Returns a line for each claim."""
-    columns = [*names("claim", "holds if"), *numbers("measured (95 %)", "seeds")]
+    columns = [*names("claim", "holds if", "paper"), *numbers("measured (95 %)", "seeds")]
     table = Table([*columns, *names("verdict")])
     for each in verdicts:
         interval = Interval(**each["interval"])
         word = each["word"] + (f" ({each['why']})" if each["why"] else "")
-        measured = f"{interval} {each['unit']}"
-        table.add(each["claim"], each["rule"], measured, str(interval.number), word)
+        measured = f"{interval} {each['unit']}" if interval.number else "-"
+        paper = each["paper"] or "-"
+        table.add(each["claim"], each["rule"], paper, measured, str(interval.number), word)
     return table
 
 
@@ -168,7 +200,9 @@ def summary(folder: Path) -> str:
             f"## {figures['question']}",
             f"{figures['paper']}. Equal: {figures['equal']}. "
             f"[Table and plot](../experiments/results/{name}/table.md); "
-            f"`python -m experiments.run {name}`.",
+            f"`python -m experiments.run {name}`, "
+            f"{figures['cpu_minutes']:.0f} minutes of one core.",
+            _sizes(figures),
             verdict_table(figures["verdicts"]).markdown(),
         ]
     return "\n\n".join(parts)

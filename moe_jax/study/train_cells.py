@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,15 +58,26 @@ class Program(NamedTuple):
     bind: Callable[..., Any]
 
 
-def run_pack(cells: Sequence[Cell], study: str, out: Path) -> int:
+def nothing_more() -> list[Cell]:
+    """Returns no cells: for a pack after which nothing is asked."""
+    return []
+
+
+def run_pack(
+    cells: Sequence[Cell], study: str, out: Path, following: Callable[[], list[Cell]] = nothing_more
+) -> int:
     """Trains the cells one after the other and writes a line in the ledger for each.
 
     A cell that fails does not stop the others. Returns the exit code of the last failure, 0 if
     there is none.
+
+    Args:
+      following: returns the cells that the ledger asks for by now, such as the next learning rate
+        of a search and then the seeds. Those that were tried here are not tried again.
     """
     worst, programs = exit_codes.DONE, {}
-    for cell in cells:
-        began = time.monotonic()
+    for cell in _and_following(cells, following):
+        began, used = time.monotonic(), time.process_time()
         try:
             if cell.program not in programs:
                 # Of another program than before: what that one held is freed.
@@ -74,19 +85,36 @@ def run_pack(cells: Sequence[Cell], study: str, out: Path) -> int:
             figures, facts = train(programs[cell.program], cell)
         except UserError as error:
             worst = error.code
-            ledger.write(out, study, cell, worst, reason=str(error))
+            ledger.write(out, study, cell, worst, reason=str(error), **cpu_since(used))
             shell.tell(f"failed: {told(cell)}: {error}", sys.stderr)
         except Exception as error:
             worst = exit_codes.INTERNAL
             traceback.print_exc()
-            ledger.write(out, study, cell, worst, reason=f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            ledger.write(out, study, cell, worst, reason=reason, **cpu_since(used))
         else:
+            facts |= cpu_since(used)
             ledger.write(out, study, cell, exit_codes.DONE, figures=figures, **facts)
             seconds = time.monotonic() - began
             shown = figures.get("bits_per_byte", figures["loss"])
             loss = "diverged" if shown is None else f"{shown:.4f}"
             shell.tell(f"{told(cell)}: {loss} ({seconds:.0f} s)")
     return worst
+
+
+def _and_following(cells: Sequence[Cell], following: Callable[[], list[Cell]]) -> Iterator[Cell]:
+    """Yields cells, and then those that follow from them until there are none."""
+    tried: set[str] = set()
+    waiting = list(cells)
+    while waiting:
+        tried |= {cell.key for cell in waiting}
+        yield from waiting
+        waiting = [cell for cell in following() if cell.key not in tried]
+
+
+def cpu_since(used: float) -> dict[str, float]:
+    """Returns the processor time of a cell, all cores together, with the compilation before it."""
+    return {"cpu_seconds": time.process_time() - used}
 
 
 def told(cell: Cell) -> str:

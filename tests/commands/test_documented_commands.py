@@ -36,6 +36,8 @@ UNTYPED = {
     "tensorboard": "is a server, which does not end",
     "experiments.redraw": "draws the plots of this very repository again: "
     "tests/experiments/test_plots.py draws each of them",
+    "experiments.pays": "draws the picture of README again: "
+    "tests/experiments/test_plots.py draws one",
     "moe_jax plan": "compiles for hardware, by libraries that need not be there: "
     "tests/plan/test_plan_command.py plans for a CPU",
     "experiments.run": "trains for minutes, and writes into this very repository: "

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments import plots, redraw, sparse_inputs
+from experiments import pays, plots, redraw, sparse_inputs
 
 
 def test_a_plot_names_its_lines_where_they_are():
@@ -60,3 +60,41 @@ def test_a_plot_that_there_is_not_is_one_line(capsys):
     assert capsys.readouterr().err.startswith(
         "error: 'sparse_input' has no figures to draw: choose from sparse_inputs"
     )
+
+
+def test_the_picture_of_the_readme_has_every_model_once(tmp_path):
+    """The dense model that both studies have is one point; an arm without runs is none."""
+
+    def arm(loss, parameters, experts, a_token):
+        run = {
+            "train_flops": 2e9 * a_token,
+            "total_parameters": parameters,
+            "num_experts": experts,
+            "granularity": a_token,
+        }
+        return {"runs": {str(seed): run | {"bits_per_byte": loss + seed} for seed in range(3)}}
+
+    ladder = {"dense_24": arm(3.0, 20_000, 1, 1), "dense_32": arm(2.9, 30_000, 1, 1)}
+    ladder |= {"sparse_24": arm(2.8, 40_000, 8, 2), "sparse_32": {"runs": {}}}
+    switch = {"dense": ladder["dense_32"], "e32": arm(2.7, 400_000, 32, 1)}
+    floor = {"switch": switch["e32"], "hash": arm(2.6, 400_000, 16, 1)}
+    studies = {"dense_sparse_ladder": ladder, "switch_steps": switch, "hash_floor": floor}
+    for name, arms in studies.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "figures.json").write_text(json.dumps({"arms": arms}))
+    shown = pays.points(tmp_path)
+    assert [(each.family, each.name, round(each.loss.mean, 1)) for each in shown] == [
+        ("dense", "", 4.0),
+        ("dense", "", 3.9),
+        ("top-2 of 8 experts", "", 3.8),
+        ("Switch: 1 expert a token", "32 experts", 3.7),
+    ]
+    figure = Figure(layout="constrained", dpi=110, figsize=pays.SIZE)
+    FigureCanvasAgg(figure)
+    pays.draw(shown, figure)
+    figure.draw_without_rendering()
+    right = figure.axes[1]
+    # The line of dense models: thousand parameters, and the means of seeds.
+    line = right.containers[0].lines[0]
+    assert line.get_xydata().round(3).tolist() == [[20.0, 4.0], [30.0, 3.9]]
+    assert right.get_xlabel().startswith("thousand parameters")

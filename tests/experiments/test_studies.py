@@ -2,11 +2,12 @@
 
 import ast
 import json
+import math
 
 import pytest
 
-from experiments import run, studies
-from moe_jax.study import bracket, expand, ledger, progress, results
+from experiments import run, studies, writing
+from moe_jax.study import bracket, expand, ledger, local, progress, results, train_cells
 
 NAMES = studies.all_names()
 # Minutes of two cores that a study may take, as it expects itself.
@@ -57,8 +58,75 @@ def test_the_pages_are_those_of_the_results():
 def test_a_dry_run_tells_cells_and_time(tmp_path, capsys):
     assert run.main(["loss_free_bias", "--dry_run", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "18 of 18 cells are missing" in said and "minutes of one core" in said
+    assert "24 of 24 cells are missing" in said and "minutes of one core" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_no_runs_writes_over_nothing(tmp_path, capsys):
+    results = tmp_path / "results"
+    flags = ["--report", "--out", str(tmp_path / "elsewhere"), "--results", str(results)]
+    assert run.main(["hash_floor", *flags]) == 64
+    assert "--report: no run of hash_floor is in the ledger" in capsys.readouterr().err
+    assert not results.exists()
+
+
+DECLARATION = """
+from experiments.studies import small
+from moe_jax.study.contract import BELOW, Claim, Study
+from moe_jax.study.statistics import Difference
+
+STUDY = Study(
+    name="mine",
+    question="?",
+    paper="Nobody 2000, figure 1",
+    equal="tokens",
+    base=small(),
+    arms={"a": {}, "b": {"model.moe.num_experts": 4}},
+    claims=(Claim("b is better", Difference("b", "a"), BELOW, 0.0),),
+)
+"""
+
+
+def test_a_process_trains_an_arm_to_its_end(tmp_path, monkeypatch):
+    """The search goes on beyond its first rates, then the seeds follow: one program, one process.
+
+    The best rate of arm a is 0.016, two steps above where the search begins.
+    """
+    path = tmp_path / "mine.py"
+    path.write_text(DECLARATION)
+    study = studies.load(str(path))
+    pack = [cell for cell in progress.look(study, {}).missing if cell.arm == "a"]
+    local.write_pack(tmp_path / "pack.json", study.name, pack)
+    trained, prepared = [], []
+
+    def train(program, cell):
+        trained.append((cell.arm, cell.seed, cell.rate))
+        loss = abs(math.log2(cell.rate / 0.016))
+        return {"loss": loss, "bits_per_byte": loss}, {"data": "x", "seconds": 1.0}
+
+    monkeypatch.setattr(train_cells, "prepare", prepared.append)
+    monkeypatch.setattr(train_cells, "train", train)
+    monkeypatch.setattr(writing, "compile_quickly", lambda folder: None)
+    out = tmp_path / "out"
+    words = [str(path), "--out", str(out), "--work", str(tmp_path / "pack.json")]
+    assert run.main(words) == 0
+    rates = [rate for _, seed, rate in trained if seed == bracket.TUNING_SEED]
+    assert rates == [0.002, 0.004, 0.008, 0.016, 0.032]
+    assert trained[5:] == [("a", seed, 0.016) for seed in study.seeds]
+    assert len(prepared) == 1
+    # What is left is the other arm.
+    state = progress.look(study, ledger.done(ledger.read(out)))
+    assert {cell.arm for cell in state.missing} == {"b"} and not state.arms["a"].undecided
+
+
+def test_the_surplus_of_relu_stands_on_its_own_arm():
+    """A router that fixes its number of experts leaves no figure "active" to be compared with."""
+    study = studies.load("relu_routing")
+    cell = expand.cell(study, "top_k", 0, 0.01)
+    assert progress.with_derived(study, cell, {"granularity": 2})["surplus"] == 0
+    cell = expand.cell(study, "relu", 0, 0.01)
+    found = progress.with_derived(study, cell, {"granularity": 2, "active": 1.75})
+    assert study.claims[1].statistic({"relu": found}) == -0.25
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ STUDY = Study(
     base=TINY,
     # They differ in nothing that is compiled.
     arms={"slow": {RATE: 1e-3}, "fast": {RATE: 3e-3}},
-    claims=(Claim("faster is better", Difference("fast", "slow"), BELOW, 0.0),),
+    claims=(Claim("faster is better", Difference("fast", "slow"), BELOW, 0.0, paper="-0.3 nats"),),
     measures=("prefix",),
     columns=("leak_bits",),
 )
@@ -80,6 +80,8 @@ def test_a_study_is_trained_once(trained):
     assert not state.missing and sorted(state.runs) == [0, 1, 2]
     line = state.lines[0]
     assert {"commit", "machine", "data", "exit_code", "seconds", "key"} <= set(line)
+    # The first cell of a pack compiles, the others do not.
+    assert all(0 < each["cpu_seconds"] < state.lines[0]["cpu_seconds"] for each in state.lines[1:])
     figures = state.runs[0]["fast"]
     assert figures["tokens"] == 4 * 4 * 32 and 0 < figures["epochs"] < 1
     assert figures["memory"] > 4 * figures["total_parameters"]
@@ -118,12 +120,30 @@ def test_results_are_made_of_figures_alone(trained, tmp_path):
     assert (
         "# Does a higher rate help?" in table and "| slow | 0.001 |" in table and "tokens" in table
     )
+    assert "| faster is better | below 0 | -0.3 nats |" in table
+    sizes = f"Models of {state.runs[0]['fast']['total_parameters']:,} parameters"
+    assert sizes in table and "trained on 512 tokens" in table
     assert (folder / "plot.png").stat().st_size > 5000
     # What people wrote stays.
     (folder / "table.md").write_text(table + "\n## Notes\n\nIt is so.\n")
     results.write(folder, STUDY, state)
     assert (folder / "table.md").read_text() == table + "\n## Notes\n\nIt is so.\n"
     assert "Does a higher rate help?" in results.summary(tmp_path)
+
+
+def test_the_search_counts_in_the_time_of_a_study():
+    """Every run once; one of before processor time was measured counts with its seconds."""
+    searches = Study(**{**vars(STUDY), "arms": {"a": {}}, "measures": ()})
+    lines = {}
+    for _ in range(3):
+        for cell in progress.look(searches, lines).missing:
+            facts = {"figures": {"bits_per_byte": abs(cell.rate - 4e-3)}, "seconds": 30.0}
+            lines[cell.key] = {"key": cell.key, "cpu_seconds": 60.0, **facts}
+    state = progress.look(searches, lines)
+    assert len(state.searched) == 3 and len(state.lines) == 3 and not state.missing
+    assert results.cpu_minutes([*state.lines, *state.searched, *state.lines]) == 6.0
+    del state.lines[0]["cpu_seconds"]
+    assert results.cpu_minutes([*state.lines, *state.searched]) == 5.5
 
 
 def test_a_cell_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
