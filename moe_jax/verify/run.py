@@ -26,6 +26,8 @@ ALL = [
     for data, expert, model in itertools.product((1, 2, 4, 8), repeat=3)
     if (lengths := Lengths(data=data, expert=expert, model=model)).num_devices == shrink.DEVICES
 ]
+# Pipelines, of what can be one: with data and expert parallelism, and with tensor parallelism.
+STAGED = [Lengths(stage=2, data=2, expert=2), Lengths(stage=2, expert=2, model=2)]
 
 
 class Reference(NamedTuple):
@@ -182,6 +184,14 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
     name, worst = compare.largest(scaled)
     claim = f"{program.lengths} evaluates the same"
     return alone.Check(claim, worst, alone.LIMIT, name if worst else "", True)
+
+
+def default_meshes(raw: Mapping[str, Any]) -> list[Lengths]:
+    """Returns the meshes of 8 devices on which a config is proven: all of three axes, and some
+    pipelines where its rules accept them.
+    """
+    small, _ = shrink.shrink(raw)
+    return [*ALL, *(lengths for lengths in STAGED if not shrink.refusal(small, lengths))]
 
 
 def unlike(

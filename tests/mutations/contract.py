@@ -18,8 +18,8 @@ class Mutation(NamedTuple):
     plant: Callable[[Any], None]
     # "tracing", a check of compare.LIMITS, or a claim about one device.
     found_by: str
-    # "mesh", "layout" (one device, accumulated), "alone" (one device), or a key of PARTS in
-    # tests/verify/test_mutations.py.
+    # "mesh", "stages" (a pipeline), "layout" (one device, accumulated), "alone" (one device), or a
+    # key of PARTS in tests/verify/test_mutations.py.
     where: str
     # Of the config.
     changes: dict[str, Any] = {}
