@@ -310,6 +310,7 @@ ROOMS = (
     "models",
     "decoding",
     "tasks",
+    "accumulation",
     "pipeline",
     "config",
     "library",
