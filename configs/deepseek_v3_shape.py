@@ -8,7 +8,7 @@ What our options cannot express yet is named here, and is not in the plan:
 - multi-head latent attention. In its place stand 128 heads of grouped-query attention with 8 key
   heads: 62.5 M parameters a layer more;
 - the multi-token prediction module, which is beside the 671 B;
-- training in FP8, and pipeline parallelism: the mesh has no stages;
+- training in FP8, and a pipeline of 16 unequal stages: 58 repeats make 2, 29 or 58 equal ones;
 - restriction of a token's experts to a few *nodes*: groups of experts are groups of the router.
 """
 

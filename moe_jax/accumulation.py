@@ -77,7 +77,8 @@ def make_gradient(
     """
     num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
     coefficients = cfg.model.moe.losses
-    if num == 1 or forward_passes(cfg) > 1:
+    # A pipeline adds up sums, and not gradients, whatever the losses are.
+    if num == 1 or forward_passes(cfg) > 1 or cfg.mesh.stage > 1:
         return jax.value_and_grad(loss, has_aux=True)
 
     def gradient(params: Any, router_state: Any, batch: Any, rng: jax.Array) -> Any:

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from moe_jax.parallel import stages
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.blocks import Stack, inner
 from moe_jax.schema.config import ModelConfig
@@ -73,7 +74,16 @@ def without_repeat(keys: Keys) -> tuple[tuple[Any, ...], int]:
 
 def per_layer(f: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
     """Returns `f`, which works on one layer, for arrays that are stacked or not."""
-    return jax.vmap(f) if stacked else f
+    if not stacked:
+        return f
+
+    def of_layers(*args: Any) -> Any:
+        # All over the same stages, or vmap would refuse them.
+        split = stages.are_split(args)
+        found = jax.vmap(f)(*jax.tree.map(stages.split, args) if split else args)
+        return jax.tree.map(stages.split, found) if split else found
+
+    return of_layers
 
 
 @jax.jit
@@ -119,8 +129,10 @@ def _unstacked(tree: Any, stack: Stack) -> Any:
     if REPEATS not in tree:
         return dict(tree)
 
+    whole = jax.tree.map(stages.whole, tree[REPEATS])
+
     def layer(i: int) -> Any:
-        return jax.tree.map(lambda z: z[i], tree[REPEATS])
+        return jax.tree.map(lambda z: z[i], whole)
 
     return {**tree, REPEATS: {i: layer(i) for i in range(stack.repeats)}}
 
@@ -134,6 +146,7 @@ def by_moe_layer(tree: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
     numbers: dict[str, list[np.ndarray]] = {}
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name, number = path[-1].key, moe_layer_numbers(keys_of(path), cfg)
+        x = stages.whole(x)
         parts.setdefault(name, []).append(x if number.ndim else x[None])
         numbers.setdefault(name, []).append(np.atleast_1d(number))
     return {
@@ -148,7 +161,8 @@ def into_moe_layers(values: dict[str, jax.Array], tree: Any, cfg: ModelConfig) -
     """
 
     def take(path: Any, x: jax.Array) -> jax.Array:
-        return values[path[-1].key][moe_layer_numbers(keys_of(path), cfg)].astype(x.dtype)
+        taken = values[path[-1].key][moe_layer_numbers(keys_of(path), cfg)].astype(x.dtype)
+        return stages.as_split(taken, x)
 
     return jax.tree_util.tree_map_with_path(take, tree)
 
@@ -214,7 +228,9 @@ def draw_repeats(
     """
     if not repeats:
         return nnx.List([])
-    stacked = jax.vmap(make)(jax.random.split(key, repeats))
+    keys = jax.random.split(key, repeats)
+    # Each stage draws its own repeats alone.
+    stacked = jax.vmap(make)(stages.split(keys) if scan else keys)
     if scan:
         return stacked
 
@@ -234,14 +250,23 @@ def run_repeats(
 
     Args:
       run: (period, x, repeat) -> (x, sums) of one period; the repeat is an int or an int32 scalar.
-      periods: what `draw_repeats` returned.
+      periods: what `draw_repeats` returned, or as many of the repeats as a stage of a pipeline has.
     """
     if cfg.scan and cfg.repeats:
+        num_repeats = jax.tree.leaves(periods)[0].shape[0]
+        numbers = jnp.arange(num_repeats, dtype=jnp.int32)
+        if stages.are_split(periods):
 
-        def body(x: jax.Array, xs: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
-            return run(xs[0], x, xs[1])
+            def body(x: jax.Array, i: Any) -> tuple[jax.Array, Any]:
+                return run(stages.one_repeat(periods, i), x, i)
 
-        x, sums = jax.lax.scan(body, x, (periods, jnp.arange(cfg.repeats, dtype=jnp.int32)))
+            x, sums = jax.lax.scan(body, x, numbers)
+        else:
+
+            def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+                return run(xs[0], x, xs[1])
+
+            x, sums = jax.lax.scan(body, x, (periods, numbers))
 
         def joined(z: jax.Array) -> jax.Array:
             # The output's sharding is given, because beside a single repeat and a single row a

@@ -24,6 +24,7 @@ from moe_jax.names import name_of
 from moe_jax.optim import spikes
 from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import P
+from moe_jax.pipeline import totals as pipeline
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS, contract
 
@@ -139,6 +140,8 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
         if num == 1:
             return forward(batch)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
+        if cfg.mesh.stage > 1:
+            return pipeline.totals_of(cfg, task, model, params, router_state, micro, rng)
         zero = zeros_of(jax.eval_shape(forward, first_of(micro)))
 
         @jax.checkpoint

@@ -11,7 +11,9 @@ that the message names.
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.text import Text
@@ -25,7 +27,7 @@ from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS
-from moe_jax.verify.run import ALL, Result, Row, Wanted, prove
+from moe_jax.verify.run import Result, Row, Wanted, default_meshes, prove
 from moe_jax.verify.tables import judged, number
 
 COLUMNS = {
@@ -45,8 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--meshes",
-        help="DATAxEXPERTxMODEL,... of up to 8 devices, or STAGExDATAxEXPERTxSEQxMODEL; default: "
-        "all ten of 8 with three numbers, and three that split rows",
+        help="DATAxEXPERTxMODEL or STAGExDATAxEXPERTxSEQxMODEL,... of up to 8 devices; default: "
+        "all ten of 8 with three numbers, three that split rows, and pipelines where the config "
+        "can be one",
     )
     parser.add_argument(
         "--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2"
@@ -68,7 +71,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     start = time.monotonic()
     args, console = parse(argv), shell.console()
-    raw, shapes = command_line.read(args.config, args.changes), meshes(args.meshes)
+    raw = command_line.read(args.config, args.changes)
+    shapes = meshes(args.meshes, raw)
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     if args.processes not in (1, 2, 4, 8):
@@ -98,9 +102,9 @@ def main(argv: list[str]) -> int:
     return 0 if result.proven else 1
 
 
-def meshes(text: str | None) -> list[mesh.Lengths]:
+def meshes(text: str | None, raw: Mapping[str, Any]) -> list[mesh.Lengths]:
     if text is None:
-        return list(ALL)
+        return default_meshes(raw)
     # A mesh that is named twice is proven once.
     shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
     for shape in shapes:

@@ -33,7 +33,7 @@ from moe_jax.tasks import TASKS
 def enforce(cfg: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
     # Bounds come first: the rules after them divide by numbers that must not be 0.
-    for rules in (_bounds, _task, _model, _moe, _leak, _mesh, _batch, _train):
+    for rules in (_bounds, _task, _model, _moe, _leak, _mesh, _pipeline, _batch, _train):
         for message in rules(cfg):
             raise UserError(message)
 
@@ -348,8 +348,6 @@ def _leak(cfg: Config) -> Iterator[str]:
 
 def _mesh(cfg: Config) -> Iterator[str]:
     model, mesh, moe = cfg.model, cfg.mesh, cfg.model.moe
-    if mesh.stage > 1:
-        yield f"mesh.stage ({mesh.stage}) must be 1: a pipeline is not built yet"
     if mesh.seq > 1:
         yield from _context(cfg)
     # (key, its value, axis, its length): what each axis of the mesh splits evenly.
@@ -403,6 +401,38 @@ def _context(cfg: Config) -> Iterator[str]:
         yield (
             f"data.seq_len ({cfg.data.seq_len}) must be divisible by {context.CHUNKS} x mesh.seq "
             f"({chunks}): a device has {context.CHUNKS} chunks of each row"
+        )
+
+
+def _pipeline(cfg: Config) -> Iterator[str]:
+    """A pipeline has equal stages of the repeats of one stack, and a batch in micro-batches."""
+    model, train, stages = cfg.model, cfg.train, cfg.mesh.stage
+    if stages == 1:
+        return
+    if list(model.stacks) != [""]:
+        yield (
+            f'mesh.stage ({stages}) must be 1 for model.kind = "{model.kind}": a pipeline splits '
+            f"one stack of blocks, and this model has {len(model.stacks)}"
+        )
+        return
+    if not model.scan:
+        yield f"mesh.stage ({stages}) splits stacked layers: set model.scan = True"
+    places = stages * train.pipeline_chunks
+    if model.repeats % places or not model.repeats:
+        yield (
+            f"model.repeats ({model.repeats}) must be divisible by mesh.stage x "
+            f"train.pipeline_chunks ({stages} x {train.pipeline_chunks}); other blocks may stand "
+            "in model.prefix and model.suffix"
+        )
+    if train.batch_size % train.micro_batch_size:
+        # `_batch` says so.
+        return
+    num = train.num_micro_batches
+    if num % stages:
+        yield (
+            f"the micro-batches of a step ({num} = train.batch_size {train.batch_size} / "
+            f"train.micro_batch_size {train.micro_batch_size}) must be divisible by mesh.stage "
+            f"({stages}): set train.micro_batch_size to {train.batch_size // stages} rows or fewer"
         )
 
 

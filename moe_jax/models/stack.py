@@ -9,7 +9,7 @@ Shapes: B rows, S sequence, D model, L MoE layers, M slots of the cache.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,25 @@ def stack(keys: Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
     return prefix, repeats, suffix
 
 
+class Stop(NamedTuple):
+    """Stands in the place of `repeats` of a module: what comes before them is computed alone."""
+
+
+class Resume(NamedTuple):
+    """Stands in the place of `repeats` of a module: what comes after them is computed alone."""
+
+    # What the repeats make of the tokens.
+    x_BSD: Any
+
+
+class Reached(Exception):
+    """Holds what has been computed when the blocks of a Stop are reached."""
+
+    def __init__(self, x_BSD: Array, sums: dict[str, Array], batch: Batch, rng: Array):
+        super().__init__("the repeats of a stack are computed elsewhere")
+        self.x_BSD, self.sums, self.batch, self.rng = x_BSD, sums, batch, rng
+
+
 def run_stack(
     model: Any,
     x_BSD: Array,
@@ -77,13 +96,55 @@ def run_stack(
 
     The first block is number `begin` of the model, counted from 1. Its number picks the request to
     it, and is folded into its key.
+
+    A pipeline computes the repeats by itself (`run_repeats`). Then `repeats` is a Stop, and Reached
+    is raised, or it is a Resume, and the sums are those of the suffix alone.
     """
     cfg = model.cfg
-    call = caller(cfg, train)
+    run = _runner(model, batch, rng, train, begin, source)
+    x_BSD, before = run(model.prefix, x_BSD, 0)
+    if isinstance(model.repeats, Stop):
+        raise Reached(x_BSD, before, batch, rng)
+    if isinstance(model.repeats, Resume):
+        x_BSD, before, middle = model.repeats.x_BSD, {}, {}
+    else:
+        x_BSD, middle = _run_repeats(model, run, x_BSD, 0)
+    last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
+    x_BSD, after = run(model.suffix, x_BSD, last)
+    return x_BSD, layout.join_sums(jnp.concatenate, [before, middle, after])
+
+
+def run_repeats(
+    model: Any, x_BSD: Array, batch: Batch, rng: Array, train: bool, first: Array
+) -> tuple[Array, dict[str, Array]]:
+    """(x_BSD, sums) after the repeats that a module has, which are some of those of its config:
+    `first` is the number of the first one, counted from 0.
+    """
+    return _run_repeats(model, _runner(model, batch, rng, train, 1, ()), x_BSD, first)
+
+
+def _run_repeats(
+    model: Any, run: Callable[..., Any], x_BSD: Array, first: Any
+) -> tuple[Array, dict[str, Array]]:
+    cfg = model.cfg
+
+    def run_period(period, x_BSD, repeat):
+        number = len(cfg.prefix) + (first + repeat) * len(cfg.period)
+        return run(period.blocks, x_BSD, number)
+
+    return layout.run_repeats(run_period, model.repeats, x_BSD, cfg)
+
+
+def _runner(
+    model: Any, batch: Batch, rng: Array, train: bool, begin: int, source: Any
+) -> Callable[..., Any]:
+    """Returns how some blocks of a module are run, a function: (blocks, x_BSD, first) -> (x_BSD,
+    sums). The first of them has number `begin` + `first`.
+    """
+    call = caller(model.cfg, train)
 
     # Plain Python: only the repeats of `scan` are a loop of the program.
     def run(some, x_BSD, first):
-        """(x_BSD, sums) after blocks of which the first has number `begin` + `first`."""
         parts = []
         for i, block in enumerate(some):
             number = jnp.int32(begin) + first + i
@@ -91,14 +152,7 @@ def run_stack(
             parts.append(sums)
         return x_BSD, layout.join_sums(jnp.stack, parts)
 
-    def run_period(period, x_BSD, repeat):
-        return run(period.blocks, x_BSD, len(cfg.prefix) + repeat * len(cfg.period))
-
-    x_BSD, before = run(model.prefix, x_BSD, 0)
-    x_BSD, middle = layout.run_repeats(run_period, model.repeats, x_BSD, cfg)
-    last = len(cfg.prefix) + len(cfg.period) * cfg.repeats
-    x_BSD, after = run(model.suffix, x_BSD, last)
-    return x_BSD, layout.join_sums(jnp.concatenate, [before, middle, after])
+    return run
 
 
 def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str, Array]]]:

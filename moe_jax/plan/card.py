@@ -15,6 +15,8 @@ import jax
 from moe_jax import train_step
 from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import Lengths, of
+from moe_jax.pipeline import schedule
+from moe_jax.pipeline.schedule import Schedule
 from moe_jax.plan import chips, dispatch, estimate, flops, network, theory, work
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.chips import Chip
@@ -70,6 +72,9 @@ class Card(NamedTuple):
     batch_size: int
     seq_len: int
     num_micro_batches: int
+    # None without a pipeline; and the name of its schedule, "" likewise.
+    pipeline: Schedule | None
+    pipeline_schedule: str
     parameters: flops.Counts
     # FLOPs per token.
     forward: flops.Breakdown
@@ -133,6 +138,8 @@ def card(cfg: Config) -> Card:
         batch_size=cfg.train.batch_size,
         seq_len=seq_len,
         num_micro_batches=cfg.train.num_micro_batches,
+        pipeline=schedule.of(cfg) if cfg.mesh.stage > 1 else None,
+        pipeline_schedule=cfg.train.pipeline_schedule if cfg.mesh.stage > 1 else "",
         parameters=flops.parameters(model),
         forward=flops.forward_per_token(model, seq_len),
         train_per_token=train_per_token,

@@ -49,7 +49,19 @@ def _heading(card: Card) -> str:
     return (
         f"{card.mesh.num_devices} x {card.platform}{split}, {dense} dense and {moe} MoE blocks\n"
         f"a step: {card.batch_size} rows x {card.seq_len} tokens = {card.tokens_per_step:,} "
-        f"tokens{micro}"
+        f"tokens{micro}{_pipeline(card)}"
+    )
+
+
+def _pipeline(card: Card) -> str:
+    """Returns the line of a pipeline, and nothing without one."""
+    sizes, name = card.pipeline, card.pipeline_schedule
+    if sizes is None:
+        return ""
+    chunks = f" of {sizes.chunks} chunks" if sizes.chunks > 1 else ""
+    return (
+        f"\na pipeline: {sizes.stages} stages{chunks}, {name}; "
+        f"{sizes.works} works in {sizes.ticks} ticks, a bubble of {sizes.bubble:.1%}"
     )
 
 

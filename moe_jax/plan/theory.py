@@ -8,6 +8,7 @@ routers), the routers' statistics, and losses.
 Shapes: T tokens of a device in a micro-batch, D model, n devices of an axis.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.parallel.mesh import FSDP
+from moe_jax.pipeline import schedule
 from moe_jax.plan import flops
 from moe_jax.plan.dispatch import buffer_shape
-from moe_jax.plan.hlo.collectives import COLUMNS, COLUMNS_AXIS, GRADIENTS, KEYS
+from moe_jax.plan.hlo.collectives import ACTIVATIONS, COLUMNS, COLUMNS_AXIS, GRADIENTS, KEYS
+from moe_jax.schema.blocks import inner
 from moe_jax.schema.config import Config
 
 
@@ -38,6 +41,8 @@ def expected(cfg: Config) -> list[Expected]:
     Of a kind of model that counts its parameters itself only the experts are known.
     """
     mesh, found = cfg.mesh, []
+    if mesh.stage > 1:
+        found.append(Expected(ACTIVATIONS, "stage", activations(cfg)))
     if cfg.model.num_moe_layers:
         found.append(Expected("tokens", "expert", tokens(cfg)))
         found.append(Expected("tokens", "seq", tokens_over_seq(cfg)))
@@ -50,6 +55,44 @@ def expected(cfg: Config) -> list[Expected]:
     found.append(Expected(COLUMNS, COLUMNS_AXIS, hidden_columns(cfg)))
     found.append(Expected(KEYS, "seq", keys_and_values(cfg)))
     return [one for one in found if one.num_bytes]
+
+
+def _forward_passes(cfg: Config) -> int:
+    """A pipeline computes every micro-batch again in the backward pass, and with "1f1b" its stages
+    do so twice.
+    """
+    if cfg.mesh.stage == 1:
+        return forward_passes(cfg)
+    return 3 if cfg.train.pipeline_schedule == schedule.ONE_F_ONE_B else 2
+
+
+def _runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
+    """Returns how often a device runs blocks in one forward pass, over all micro-batches.
+
+    `number` says how many of some blocks count. A stage of a pipeline runs its repeats in every
+    tick, those of the bubble too, and the other blocks for its share of the micro-batches.
+    """
+    model, num_micro = cfg.model, cfg.train.num_micro_batches
+    if cfg.mesh.stage == 1:
+        return number(model.blocks) * num_micro
+    sizes = schedule.of(cfg)
+    repeats = model.repeats // sizes.round
+    ends = number(model.prefix + model.suffix) * sizes.groups
+    return number(model.period) * repeats * sizes.ticks + ends
+
+
+def _moe(blocks: tuple[str, ...]) -> int:
+    return sum(inner(kind) == "moe" for kind in blocks)
+
+
+def _dense(blocks: tuple[str, ...]) -> int:
+    return len(blocks) - _moe(blocks)
+
+
+def activations(cfg: Config) -> int:
+    """Returns the bytes of the micro-batches that move between the stages of a pipeline."""
+    micro_batch = buffer_tokens(cfg) * cfg.model.d_model * _width(cfg)
+    return schedule.of(cfg).moved(cfg.train.pipeline_schedule) * micro_batch
 
 
 def _width(cfg: Config) -> int:
@@ -66,9 +109,9 @@ def tokens(cfg: Config) -> int:
     rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
     keeps = "dispatch" in cfg.model.remat.split("+") and dispatcher.keeps
     again = 0 if cfg.model.remat == "none" or keeps else 1
-    journeys = 2 * forward_passes(cfg) + again + 2
+    journeys = 2 * _forward_passes(cfg) + again + 2
     per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
-    return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
+    return per_layer * _runs(cfg, _moe)
 
 
 def tokens_over_seq(cfg: Config) -> int:
@@ -78,10 +121,10 @@ def tokens_over_seq(cfg: Config) -> int:
     backward; a block that is rematerialised gathers them once more.
     """
     again = 0 if cfg.model.remat == "none" else 1
-    journeys = 2 * forward_passes(cfg) + again + 2
+    journeys = 2 * _forward_passes(cfg) + again + 2
     row = cfg.model.d_model * _width(cfg)
     per_layer = journeys * row * _from_others(cfg)
-    return per_layer * cfg.model.num_moe_layers * cfg.train.num_micro_batches
+    return per_layer * _runs(cfg, _moe)
 
 
 def keys_and_values(cfg: Config) -> int:
@@ -92,13 +135,14 @@ def keys_and_values(cfg: Config) -> int:
     those of the forward pass.
     """
     model, num_bytes = cfg.model, 0
-    passes = forward_passes(cfg) + 2
+    passes = _forward_passes(cfg) + 2
     for name in model.attentions:
         one = model.with_attention(name)
         num_heads = ATTENTIONS[name].key_heads(one)
         width = sum(ATTENTIONS[name].widths(one)) * num_heads // cfg.mesh.model
         num_bytes += passes * width * _width(cfg) * _from_others(cfg)
-    return num_bytes * cfg.train.num_micro_batches
+    # Of the mean block, as often as a device runs one.
+    return num_bytes * _runs(cfg, len) // len(model.blocks)
 
 
 def _from_others(cfg: Config) -> int:
@@ -115,14 +159,14 @@ def expert_weights(cfg: Config) -> int:
     local = count // (mesh.expert * mesh.seq) // mesh.model
     passes = _gathers(cfg) + 1
     per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
-    return per_layer * model.num_moe_layers * cfg.train.num_micro_batches
+    return per_layer * _runs(cfg, _moe)
 
 
 def dense_weights(cfg: Config) -> int:
     """Returns the bytes of all other matrices, gathered over `data`, `expert` and `seq`."""
     in_blocks, ends = _dense_counts(cfg)
     # Embedding and head lie outside of what is rematerialised.
-    gathered = _gathers(cfg) * in_blocks + forward_passes(cfg) * ends
+    gathered = _gathers(cfg) * in_blocks + _forward_passes(cfg) * ends
     return gathered * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
@@ -134,25 +178,28 @@ def dense_gradients(cfg: Config) -> int:
 
 
 def _dense_counts(cfg: Config) -> tuple[int, int]:
-    """Returns the weights that a device gathers, in blocks and at the ends of the model."""
+    """Returns the weights that a device gathers over all micro-batches, in blocks and at the ends
+    of the model.
+    """
     model, mesh = cfg.model, cfg.mesh
     attention = projections(ATTENTIONS[model.attention].weights(model)).matrices
-    in_blocks = len(model.blocks) * attention
-    in_blocks += model.num_dense_layers * flops.feed_forward(model, model.ffn_hidden)
+    in_blocks = _runs(cfg, len) * attention
+    in_blocks += _runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
-        in_blocks += model.num_moe_layers * flops.shared(model)
+        in_blocks += _runs(cfg, _moe) * flops.shared(model)
     num_ends = 1 if model.tie_embeddings else 2
-    return in_blocks // mesh.model, num_ends * model.vocab_size * model.d_model // mesh.model
+    ends = num_ends * model.vocab_size * model.d_model * cfg.train.num_micro_batches // mesh.stage
+    return in_blocks // mesh.model, ends // mesh.model
 
 
 def _others(cfg: Config) -> int:
-    """Returns how often a weight or its gradient comes from other devices in a step."""
-    return (cfg.mesh.fsdp_devices - 1) * cfg.train.num_micro_batches
+    """Returns how many devices have a part of a weight or of its gradient beside one's own."""
+    return cfg.mesh.fsdp_devices - 1
 
 
 def _gathers(cfg: Config) -> int:
     """Returns how often a block gathers its weights: forward, and where it is rematerialised."""
-    return forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
+    return _forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
 
 
 def hidden_columns(cfg: Config) -> int:
@@ -162,12 +209,12 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
-    sums = (2 * forward_passes(cfg) + again + 2) * len(model.blocks)
+    sums = 2 * _forward_passes(cfg) + again + 2
     # Backward an MoE layer has the tokens of whole rows.
-    sums += model.num_moe_layers * (cfg.mesh.seq - 1)
+    more = cfg.mesh.seq - 1
     # A sum is a reduce-scatter and a gather.
     one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
-    return sums * one * cfg.train.num_micro_batches
+    return (sums * _runs(cfg, len) + more * _runs(cfg, _moe)) * one
 
 
 def buffer_tokens(cfg: Config) -> int:

@@ -379,6 +379,18 @@ class TrainConfig:
         "batch_size",
         NUMBER,
     )
+    pipeline_schedule: str = option(
+        "gpipe",
+        'order of the works of a pipeline, where mesh.stage > 1: "gpipe", all forward works before '
+        'the backward ones, or "1f1b", which keeps fewer micro-batches and computes them once more',
+        choices=("gpipe", "1f1b"),
+    )
+    pipeline_chunks: int = option(
+        1,
+        "of layers on each stage of a pipeline, through which micro-batches go in turn; more = the "
+        "interleaved schedule, with a smaller bubble",
+        NUMBER,
+    )
     nonfinite_patience: int = option(
         0,
         "steps in a row with a non-finite loss or gradient that are skipped before the run stops",

@@ -115,13 +115,20 @@ def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str
     totals = {
         "nll": weighed(losses.nll),
         "tokens": weight.sum(),
-        "moe": load.totals(depth.without(losses.sums)),
-        "depth": depth.totals(losses.sums),
+        **of_layers(losses.sums),
     }
     if losses.penalty:
         name, penalty = losses.penalty
         totals["penalty"] = {name: weighed(penalty)}
     return totals
+
+
+def of_layers(sums: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+    """Returns the totals of the layers of a (micro-)batch, each [L, ...], from their sums per row.
+
+    Every layer's are its own, so those of some layers can be computed apart from the others.
+    """
+    return {"moe": load.totals(depth.without(sums)), "depth": depth.totals(sums)}
 
 
 def objective(

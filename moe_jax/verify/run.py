@@ -28,6 +28,8 @@ ALL = [
 ]
 # Rows split over `seq`: alone, and beside two others at a time.
 ALL += [Lengths(seq=8), Lengths(data=2, expert=2, seq=2), Lengths(expert=2, seq=2, model=2)]
+# Pipelines, of what can be one: with data and expert parallelism, and with tensor parallelism.
+STAGED = [Lengths(stage=2, data=2, expert=2), Lengths(stage=2, expert=2, model=2)]
 
 
 class Reference(NamedTuple):
@@ -184,6 +186,14 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
     name, worst = compare.largest(scaled)
     claim = f"{program.lengths} evaluates the same"
     return alone.Check(claim, worst, alone.LIMIT, name if worst else "", True)
+
+
+def default_meshes(raw: Mapping[str, Any]) -> list[Lengths]:
+    """Returns the meshes of 8 devices on which a config is proven: all of three axes, and some
+    pipelines where its rules accept them.
+    """
+    small, _ = shrink.shrink(raw)
+    return [*ALL, *(lengths for lengths in STAGED if not shrink.refusal(small, lengths))]
 
 
 def unlike(

@@ -64,7 +64,12 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "model.ffn_hidden", 32, "small; divisible by the model axis"
     yield "model.moe.expert_hidden", 16, "small; divisible by the model axis"
     yield "model.vocab_size", 64, "small; divisible by the model axis"
-    yield "model.repeats", min(model["repeats"], 2), "every further period repeats the second"
+    chunks = train["pipeline_chunks"]
+    yield (
+        "model.repeats",
+        min(model["repeats"], 2 * chunks),
+        "every further period repeats the second",
+    )
     yield "model.param_dtype", "float64", "equality is provable: no rounding tie flips a routing"
     yield "model.dtype", "float64", "likewise"
     yield "optim.master_copy", False, "parameters in float64 need none"

@@ -4,7 +4,7 @@
 `contract.py` says what a fault is; the other files have a kind each.
 """
 
-from mutations import context, dispatch, exchange, losses, state
+from mutations import context, dispatch, exchange, losses, pipeline, state
 from mutations.contract import Mutation
 
 MUTATIONS: dict[str, Mutation] = {
@@ -13,4 +13,5 @@ MUTATIONS: dict[str, Mutation] = {
     **dispatch.FAULTS,
     **losses.FAULTS,
     **state.FAULTS,
+    **pipeline.FAULTS,
 }

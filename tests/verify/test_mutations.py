@@ -20,7 +20,16 @@ from moe_jax.verify.program import Program
 from moe_jax.verify.run import against, evaluated, first_values, reference
 
 MESH = Lengths(data=2, expert=2, model=2)
-MESHES = {"mesh": MESH, "context": Lengths(expert=2, seq=2, model=2)}
+MESHES = {
+    "mesh": MESH,
+    "context": Lengths(expert=2, seq=2, model=2),
+    "stages": Lengths(stage=2, data=2),
+}
+# What a fault needs that is there in a layout alone, by `where`.
+LAYOUTS = {
+    "layout": {"train.micro_batch_size": 8},
+    "stages": {"train.micro_batch_size": 4, "model.scan": True},
+}
 STEPS = 2
 # One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has
 # something to break.
@@ -80,7 +89,7 @@ def planted(request):
 
 
 def submit(pool, raw, where):
-    raw = shrink.changed(raw, {"train.micro_batch_size": 8}) if where == "layout" else raw
+    raw = shrink.changed(raw, LAYOUTS.get(where, {}))
     program = Program(raw, MESHES.get(where, ONE))
     try:
         return pool.submit(program.compile, program.lower())
@@ -244,11 +253,9 @@ def by_changes(function):
 
 @by_changes
 def curve_of(mutation, sound):
-    """The losses of the config of a fault, in float32 on MESH."""
+    """The losses of the config of a fault, in float32 on its mesh."""
     narrow = {"model.dtype": "float32", "model.param_dtype": "float32"}
-    changes = mutation.changes | narrow
-    if mutation.where == "layout":
-        changes |= {"train.micro_batch_size": 8}
+    changes = mutation.changes | narrow | LAYOUTS.get(mutation.where, {})
 
     def begin(program):
         if mutation.where == "first values":

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.pipeline.ring import TO_STAGE
 from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
@@ -24,6 +25,8 @@ PASSES = {
 }
 # Keys and values of whole rows, where the tokens of rows are split over `seq`.
 KEYS = "keys and values"
+# Micro-batches between the stages of a pipeline.
+ACTIVATIONS = "activations"
 # What stands in the scope of a collective -> what it carries, the first that fits.
 CARGO = (
     ("gather_experts", "expert weights"),
@@ -34,6 +37,7 @@ CARGO = (
     ("/combine/", "tokens"),
     ("/route/", "routing"),
     ("optimizer", "norms"),
+    (f"/{TO_STAGE}/", ACTIVATIONS),
 )
 # Sums over rows of what every device computed for its own: gradients, and the loss.
 GRADIENTS = "gradients and sums"
