@@ -27,7 +27,7 @@ from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS
-from moe_jax.verify.run import Result, Row, Wanted, default_meshes, prove
+from moe_jax.verify.run import MOST_DEVICES, Result, Row, Wanted, default_meshes, prove
 from moe_jax.verify.tables import judged, number
 
 COLUMNS = {
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--meshes",
-        help="DATAxEXPERTxMODEL or STAGExDATAxEXPERTxSEQxMODEL,... of up to 8 devices; default: "
+        help="DATAxEXPERTxMODEL or STAGExDATAxEXPERTxSEQxMODEL,... of up to 32 devices; default: "
         "all ten of 8 with three numbers, three that split rows, and pipelines where the config "
         "can be one",
     )
@@ -108,9 +108,10 @@ def meshes(text: str | None, raw: Mapping[str, Any]) -> list[mesh.Lengths]:
     # A mesh that is named twice is proven once.
     shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
     for shape in shapes:
-        if shape.num_devices > shrink.DEVICES:
+        if shape.num_devices > MOST_DEVICES:
             raise UserError(
-                f"--meshes {shape} has more than the {shrink.DEVICES} devices simulated"
+                f"--meshes {shape} has more than {MOST_DEVICES} devices, as many as are simulated "
+                "here at most"
             )
     return shapes
 
@@ -157,7 +158,7 @@ def meshes_table(result: Result) -> Group:
     """Returns a row for each layout and mesh, and a line below that names the worst gradient."""
     title = "largest deviation from one device, float64"
     columns = numbers(*COLUMNS.values(), "checkpoint", "float32")
-    table = Table([*names("data x expert x model"), *columns], title=title)
+    table = Table([*names("mesh"), *columns], title=title)
     limits = [number(LIMITS[check]) for check in COLUMNS]
     table.add("limit", *limits, "equal bits", "not judged", style="dim")
     for row in result.rows:

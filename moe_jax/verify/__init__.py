@@ -15,13 +15,14 @@ def from_config(
 ) -> "Result":
     """Returns what was compared: `proven`, and `rows` with the deviations of each mesh.
 
-    Simulates eight CPU devices and computes in float64, so it comes before anything else that uses
-    jax in the process; other programs want jax_enable_x64 off again after it.
+    Simulates eight CPU devices, or as many as the largest mesh has, and computes in float64. So it
+    comes before anything else that uses jax in the process; other programs want jax_enable_x64 off
+    again after it.
 
     Args:
       config: a config file, or the name of a shipped config.
       changes: as on a command line, "--config.KEY=VALUE".
-      meshes: "DATAxEXPERTxMODEL" each, of up to eight devices.
+      meshes: "DATAxEXPERTxMODEL" or "STAGExDATAxEXPERTxSEQxMODEL" each.
       steps: optimizer steps that are compared.
 
     Raises UserError for a config that is refused by its rules.

@@ -85,9 +85,11 @@ def key_gradients_of_this_device(patch):
 FAULTS = {
     "keys of the own part of a row": Mutation(keys_of_this_device, "tokens", "context"),
     "keys in the order of devices": Mutation(keys_out_of_order, "tokens", "context", full=True),
-    "places in the own part of a row": Mutation(places_of_this_device, "tokens", "context"),
+    "places in the own part of a row": Mutation(
+        places_of_this_device, "tokens", "context", full=True
+    ),
     "no key gradient from other parts of a row": Mutation(
-        key_gradients_of_this_device, "gradients", "context"
+        key_gradients_of_this_device, "gradients", "context", full=True
     ),
     "statistics of every part of a row": Mutation(
         statistics_of_every_device, "counts", "context", full=True

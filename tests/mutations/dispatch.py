@@ -144,9 +144,9 @@ FAULTS = {
         reported="torchtitan #4594",
     ),
     "k-major order": Mutation(k_major, CAUSAL, "alone"),
-    "last come, first served": Mutation(last_come_first_served, CAUSAL, "alone"),
+    "last come, first served": Mutation(last_come_first_served, CAUSAL, "alone", full=True),
     "combined with the wrong gate": Mutation(wrong_gate, ARITHMETIC, "arithmetic"),
-    "too little room in dropless": Mutation(too_little_room, "tokens", "mesh", DROPLESS),
+    "too little room in dropless": Mutation(too_little_room, "tokens", "mesh", DROPLESS, full=True),
     "an accelerator's kernel without gates": Mutation(
         kernel_without_gates, "and both with the kernel of accelerators", "arithmetic"
     ),
@@ -154,7 +154,7 @@ FAULTS = {
         first_documents, "attention in blocks equals attention at once", "attention"
     ),
     "soft MoE combined by dispatch weights": Mutation(
-        mixed_back_by_dispatch, ARITHMETIC, "arithmetic", SOFT
+        mixed_back_by_dispatch, ARITHMETIC, "arithmetic", SOFT, full=True
     ),
     "capacity per device in evaluation": Mutation(
         capacity_of_evaluation, "2x2x2 evaluates the same", "evaluation"

@@ -236,12 +236,17 @@ FAULTS = {
         full=True,
     ),
     "expert slice off by one": Mutation(
-        slice_off_by_one, "tokens", "mesh", DROPLESS, "Megatron-LM #7452 (6, 7), DeepSpeed #6589"
+        slice_off_by_one,
+        "tokens",
+        "mesh",
+        DROPLESS,
+        "Megatron-LM #7452 (6, 7), DeepSpeed #6589",
+        full=True,
     ),
     "no psum over expert": Mutation(no_psum_over_expert, "tokens", "mesh", DROPLESS),
     "no psum over model": Mutation(no_psum_over_model, "tracing", "mesh"),
-    "psum over model of one shard": Mutation(one_shard_of_model, "tokens", "mesh"),
-    "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh"),
+    "psum over model of one shard": Mutation(one_shard_of_model, "tokens", "mesh", full=True),
+    "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh", full=True),
     "random bits per device": Mutation(
         random_per_device, "tokens", "mesh", reported="transformers #31412, tt-metal #55947"
     ),

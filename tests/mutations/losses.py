@@ -207,7 +207,7 @@ FAULTS = {
     ),
     "loss of one shard of the vocabulary": Mutation(one_shard_of_vocabulary, "tokens", "mesh"),
     "mean of the devices' means": Mutation(
-        mean_of_means, "forward", "mesh", reported="Megatron-LM #7452 (3, 9), #673"
+        mean_of_means, "forward", "mesh", reported="Megatron-LM #7452 (3, 9), #673", full=True
     ),
     "told loss divided by the model axis": Mutation(
         displayed_by_shards,
@@ -222,6 +222,7 @@ FAULTS = {
         "gradients",
         "mesh",
         reported="Megatron-LM #7452 (10), Automodel #1412",
+        full=True,
     ),
     "auxiliary loss of every micro-batch": Mutation(
         auxiliary_of_every_micro_batch,
@@ -239,7 +240,7 @@ FAULTS = {
     "gradients accumulated in bfloat16": Mutation(
         accumulated_in_bfloat16, "gradients", "layout", reported="DeepSpeed #1800"
     ),
-    "metrics of one micro-batch": Mutation(metrics_of_one_micro_batch, "sums", "layout"),
+    "metrics of one micro-batch": Mutation(metrics_of_one_micro_batch, "sums", "layout", full=True),
     "padding in the loss": Mutation(
         padding_in_loss, "the loss is the mean over predictions that are not padding", "alone"
     ),

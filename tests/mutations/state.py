@@ -82,7 +82,9 @@ FAULTS = {
         "Megatron-LM #7452 (8), #5916",
         full=True,
     ),
-    "router state of local counts": Mutation(bias_of_local_counts, "state", "mesh", BIASED),
+    "router state of local counts": Mutation(
+        bias_of_local_counts, "state", "mesh", BIASED, full=True
+    ),
     "router state of another layer": Mutation(
         state_of_another_layer,
         "each router's state follows the load of its own layer",
