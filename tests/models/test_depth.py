@@ -23,7 +23,7 @@ from moe_jax.models.decodable import with_dispatcher
 from moe_jax.models.functions import make_model
 from moe_jax.models.stack import empty_caches
 from moe_jax.moe.layer import Batch
-from moe_jax.parallel.mesh import P
+from moe_jax.parallel.mesh import FSDP, P
 from moe_jax.plan import flops
 from moe_jax.tasks import contract
 from moe_jax.tasks.lm import task as lm
@@ -286,7 +286,7 @@ def test_training_is_the_same_on_every_mesh_accumulated_and_scanned(float64, one
     for name, value in wanted.items():
         np.testing.assert_allclose(have[name], value, atol=1e-8, err_msg=name)
     router = now.params["repeats"]["blocks"][0]["depth"]["router"]
-    assert router.sharding.spec == P(None, ("data", "expert")) and router.shape == (2, 16)
+    assert router.sharding.spec == P(None, FSDP) and router.shape == (2, 16)
     assert expected[0]["moe"]["counts"].shape == (
         1,
         8,

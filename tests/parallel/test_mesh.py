@@ -91,13 +91,13 @@ def test_parameters_and_moments_are_sharded(float64):
     now = program.run(0)[0]
     block = now.params["repeats"][0]["blocks"][0]
     want = {
-        "q": (block["attention"]["weights"]["q"], P(("data", "expert"), "model", None)),
-        "o": (block["attention"]["weights"]["o"], P("model", None, ("data", "expert"))),
-        "w_in": (block["moe"]["experts"]["w_in"], P("expert", "data", None, "model")),
-        "w_out": (block["moe"]["experts"]["w_out"], P("expert", "model", "data")),
-        "gate": (block["moe"]["router"]["gate"], P(("data", "expert"), None)),
-        "embed": (now.params["ends"]["embed"], P("model", ("data", "expert"))),
-        "head": (now.params["ends"]["head"], P(("data", "expert"), "model")),
+        "q": (block["attention"]["weights"]["q"], P(mesh.FSDP, "model", None)),
+        "o": (block["attention"]["weights"]["o"], P("model", None, mesh.FSDP)),
+        "w_in": (block["moe"]["experts"]["w_in"], P(("expert", "seq"), "data", None, "model")),
+        "w_out": (block["moe"]["experts"]["w_out"], P(("expert", "seq"), "model", "data")),
+        "gate": (block["moe"]["router"]["gate"], P(mesh.FSDP, None)),
+        "embed": (now.params["ends"]["embed"], P("model", mesh.FSDP)),
+        "head": (now.params["ends"]["head"], P(mesh.FSDP, "model")),
     }
     for name, (array, place) in want.items():
         assert array.sharding.spec == place, name
