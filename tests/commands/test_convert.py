@@ -20,7 +20,7 @@ from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.moe.sparse import compact, stored
-from moe_jax.parallel.mesh import WRITTEN
+from moe_jax.parallel import mesh
 from moe_jax.run import open_run
 from moe_jax.surgery import compacting
 from moe_jax.tasks import TASKS
@@ -230,8 +230,8 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
 
     def outputs(folder, shape):
         raw = json.loads((folder / "config.json").read_text())
-        lengths = dict(zip(WRITTEN, shape, strict=True))
-        cfg = config.build({**raw, "mesh": lengths}, int(np.prod(shape)))
+        lengths = mesh.Lengths(**dict(zip(mesh.WRITTEN, shape, strict=True)))
+        cfg = config.build({**raw, "mesh": lengths.written()}, int(np.prod(shape)))
         with jax.set_mesh(meshes.make(*shape)):
             run = dataclasses.replace(open_run(folder), config=cfg)
             values = run.parameters, run.router_state
@@ -248,7 +248,7 @@ def test_blocks_on_a_mesh_give_the_same(tmp_path):
     )
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     with pytest.raises(UserError, match=r"mesh.model \(2\) must be 1 for experts stored as blocks"):
-        config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 2}}, 2)
+        config.build({**raw, "mesh": mesh.Lengths(model=2).written()}, 2)
 
 
 def test_mistakes(tmp_path, capsys):

@@ -18,6 +18,7 @@ from moe_jax.commands import generate
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tokenizer import bytes_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh
 from moe_jax.train_step import State
 
 
@@ -28,7 +29,7 @@ def workdir(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("run")
     raw = raw_config(scan=True, vocab_size=256, prefix=(), repeats=1)
-    cfg = config.build({**raw, "mesh": {"data": 1, "expert": 1, "model": 1}}, 1)
+    cfg = config.build({**raw, "mesh": mesh.ONE.written()}, 1)
     (folder / "config.json").write_text(json.dumps(raw))
     bytes_tokenizer().save(folder / "tokenizer")
     saves = Checkpoints(folder / "checkpoints", every=0, keep=2, keep_best=0)

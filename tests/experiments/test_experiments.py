@@ -147,7 +147,7 @@ def test_a_study_may_be_a_file_of_ones_own(tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text((studies.FOLDER / "hash_floor.py").read_text())
     assert run.main([str(path), "--dry_run", "--out", str(tmp_path)]) == 0
-    assert "hash_floor: 18 of 18 cells are missing" in capsys.readouterr().out
+    assert re.search(r"hash_floor: (\d+) of \1 cells are missing", capsys.readouterr().out)
     path.write_text("x = 1\n")
     assert run.main([str(path), "--dry_run"]) == 64
     assert "declares no study" in capsys.readouterr().err

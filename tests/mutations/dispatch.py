@@ -72,10 +72,9 @@ def capacity_of_evaluation(patch):
     """In evaluation all rows of a device share capacity."""
     right = layer._on_device
 
-    def wrong(*args, cfg, train):
-        return right(
-            *args, cfg=cfg if train else dataclasses.replace(cfg, group_rows=10**6), train=train
-        )
+    def wrong(*args, cfg, train, split):
+        shared = cfg if train else dataclasses.replace(cfg, group_rows=10**6)
+        return right(*args, cfg=shared, train=train, split=split)
 
     patch.setattr(layer, "_on_device", wrong)
 

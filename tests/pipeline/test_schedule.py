@@ -3,6 +3,8 @@ the formula.
 """
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +114,17 @@ def test_micro_batches_leave_and_reach_their_stages(sizes, name):
         if (kind, stage, chunk) == ("F", p - 1, v - 1):
             end = schedule.round + p - 2 + group * schedule.round
             assert end - tick == p - 1 - member
+
+
+def test_the_table_of_the_docs_is_that_of_the_schedules():
+    page = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+)% \| (\d+) \| (\d+) \|", page, re.M
+    )
+    assert len(rows) >= 5
+    for *sizes, ticks, bubble, gpipe, one_f_one_b in rows:
+        schedule = Schedule(*map(int, sizes))
+        assert schedule.ticks == int(ticks), sizes
+        assert f"{100 * schedule.bubble:.1f}" == bubble, sizes
+        assert schedule.kept(GPIPE) == int(gpipe), sizes
+        assert schedule.kept(ONE_F_ONE_B) == int(one_f_one_b), sizes
