@@ -24,6 +24,7 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.parallel.mesh import Lengths
+from moe_jax.pipeline.schedule import Schedule
 from moe_jax.plan import card, card_tables, chips, flops
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hlo.collectives import Collective
@@ -185,8 +186,10 @@ def of_card():
     """Of a model of trillions of parameters."""
     sizes = {
         "platform": "cpu",
-        "mesh": Lengths(data=8, expert=64, model=8),
+        "mesh": Lengths(stage=16, data=8, expert=64, model=8),
         "num_layers": (1, 100),
+        "pipeline": Schedule(16, 4096, 4),
+        "pipeline_schedule": "1f1b",
     }
     sizes |= {
         "batch_size": 4096,
