@@ -242,7 +242,8 @@ def by_changes(function):
 
     @functools.wraps(function)
     def cached(mutation, sound):
-        own = mutation.where if mutation.where in ("layout", "first values", "context") else ""
+        apart = ("layout", "first values", "context", "stages")
+        own = mutation.where if mutation.where in apart else ""
         key = repr(sorted(mutation.changes.items())), own
         if key not in kept:
             kept[key] = function(mutation, sound)
@@ -262,7 +263,8 @@ def curve_of(mutation, sound):
             return program.initial()
         _, folder = sound(tuple(mutation.changes.items()))
         # In float64, as it was written.
-        return states.read(Program(shrunk(mutation.changes), program.lengths), folder / "begin")
+        raw = shrink.changed(shrunk(mutation.changes), LAYOUTS.get(mutation.where, {}))
+        return states.read(Program(raw, program.lengths), folder / "begin")
 
     return curve(shrunk(changes), MESHES.get(mutation.where, MESH), begin)
 
