@@ -27,7 +27,7 @@ from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.verify import certificate, shrink
 from moe_jax.verify.alone import Check
 from moe_jax.verify.compare import LIMITS
-from moe_jax.verify.run import MOST_DEVICES, Result, Row, Wanted, default_meshes, prove
+from moe_jax.verify.run import Result, Row, Wanted, default_meshes, prove
 from moe_jax.verify.tables import judged, number
 
 COLUMNS = {
@@ -48,8 +48,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--meshes",
         help="DATAxEXPERTxMODEL or STAGExDATAxEXPERTxSEQxMODEL,... of up to 32 devices; default: "
-        "all ten of 8 with three numbers, three that split rows, and pipelines where the config "
-        "can be one",
+        "all ten of 8 with three numbers, and some that split rows or layers, where the config "
+        "can have them",
     )
     parser.add_argument(
         "--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2"
@@ -106,14 +106,7 @@ def meshes(text: str | None, raw: Mapping[str, Any]) -> list[mesh.Lengths]:
     if text is None:
         return default_meshes(raw)
     # A mesh that is named twice is proven once.
-    shapes = list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
-    for shape in shapes:
-        if shape.num_devices > MOST_DEVICES:
-            raise UserError(
-                f"--meshes {shape} has more than {MOST_DEVICES} devices, as many as are simulated "
-                "here at most"
-            )
-    return shapes
+    return list(dict.fromkeys(mesh.parse(part, "--meshes") for part in text.split(",")))
 
 
 def verdict(result: Result) -> str:

@@ -7,10 +7,9 @@ own file; here is what ties it to others.
 import dataclasses
 from collections.abc import Iterator
 
-from moe_jax.config import causality
+from moe_jax.config import causality, meshes
 from moe_jax.errors import UserError
 from moe_jax.models import MODELS
-from moe_jax.models.attention_core import SPLASH
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.block import kind_refusals
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
@@ -22,9 +21,8 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Setting, Sizes
 from moe_jax.moe.sparse import RULES
 from moe_jax.optim import schedules
-from moe_jax.parallel import context
 from moe_jax.schema import options
-from moe_jax.schema.blocks import attention_of, is_depth, without_attention
+from moe_jax.schema.blocks import attention_of, without_attention
 from moe_jax.schema.config import NAMED_REMAT, REMAT_NAMES, Config, MoEConfig
 from moe_jax.schema.options import NOT_NEGATIVE, not_among
 from moe_jax.tasks import TASKS
@@ -33,7 +31,17 @@ from moe_jax.tasks import TASKS
 def enforce(cfg: Config) -> None:
     """Raises a UserError for the first rule that the config breaks."""
     # Bounds come first: the rules after them divide by numbers that must not be 0.
-    for rules in (_bounds, _task, _model, _moe, _leak, _mesh, _pipeline, _batch, _train):
+    for rules in (
+        _bounds,
+        _task,
+        _model,
+        _moe,
+        _leak,
+        meshes.axes,
+        meshes.pipeline,
+        _batch,
+        _train,
+    ):
         for message in rules(cfg):
             raise UserError(message)
 
@@ -344,96 +352,6 @@ def _leak(cfg: Config) -> Iterator[str]:
         "cannot be decoded (docs/routers.md has the measured leaks). Choose another, or set "
         "model.allow_leak=True"
     )
-
-
-def _mesh(cfg: Config) -> Iterator[str]:
-    model, mesh, moe = cfg.model, cfg.mesh, cfg.model.moe
-    if mesh.seq > 1:
-        yield from _context(cfg)
-    # (key, its value, axis, its length): what each axis of the mesh splits evenly.
-    over_seq = " x mesh.seq" if mesh.seq > 1 else ""
-    fsdp_axes = f"mesh.data x mesh.expert{over_seq}"
-    needs = [("model.d_model", model.d_model, fsdp_axes, mesh.fsdp_devices)]
-    if model.kind_options.masks:
-        needs.append(("model.num_heads", model.num_heads, "mesh.model", mesh.model))
-        needs.append(("model.num_kv_heads", model.num_kv_heads, "mesh.model", mesh.model))
-    if model.kind_options.embeds:
-        needs.append(("model.vocab_size", model.vocab_size, "mesh.model", mesh.model))
-    if model.num_dense_layers:
-        needs.append(("model.ffn_hidden", model.ffn_hidden, "mesh.model", mesh.model))
-    if model.num_moe_layers:
-        expert_axes, parts = f"mesh.expert{over_seq}", mesh.expert * mesh.seq
-        needs.append(("model.moe.num_experts", moe.num_experts, expert_axes, parts))
-        needs.append(("model.moe.expert_hidden", moe.expert_hidden, "mesh.model", mesh.model))
-        if moe.shared_hidden:
-            needs.append(("model.moe.shared_hidden", moe.shared_hidden, "mesh.model", mesh.model))
-    if moe.sparse.stored.block and mesh.model > 1:
-        yield (
-            f"mesh.model ({mesh.model}) must be 1 for experts stored as blocks "
-            "(model.moe.sparse.stored), which it cannot split"
-        )
-    for path, value, axis, length in needs:
-        if value % length:
-            yield f"{path} ({value}) must be divisible by {axis} ({length})"
-
-
-def _context(cfg: Config) -> Iterator[str]:
-    """Yields what does not go with rows that are split over `seq`."""
-    model, seq = cfg.model, cfg.mesh.seq
-    if not MODELS[model.kind].splits_rows:
-        able = " or ".join(name for name, kind in MODELS.items() if kind.splits_rows)
-        yield (
-            f'mesh.seq ({seq}) must be 1 with model.kind = "{model.kind}", whose rows are not '
-            f"split: use another axis, or model.kind={able}"
-        )
-    if any(is_depth(block) for block in model.blocks):
-        yield (
-            f"mesh.seq ({seq}) must be 1 with depth blocks, which choose among the tokens of whole "
-            "rows: use another axis, or leave depth blocks out"
-        )
-    if model.attention_kernel == SPLASH:
-        yield (
-            f'mesh.seq ({seq}) must be 1 with model.attention_kernel = "{SPLASH}", which knows no '
-            'parts of rows: set model.attention_kernel="auto"'
-        )
-    chunks = context.CHUNKS * seq
-    if cfg.data.seq_len % chunks:
-        yield (
-            f"data.seq_len ({cfg.data.seq_len}) must be divisible by {context.CHUNKS} x mesh.seq "
-            f"({chunks}): a device has {context.CHUNKS} chunks of each row"
-        )
-
-
-def _pipeline(cfg: Config) -> Iterator[str]:
-    """A pipeline has equal stages of the repeats of one stack, and a batch in micro-batches."""
-    model, train, stages = cfg.model, cfg.train, cfg.mesh.stage
-    if stages == 1:
-        return
-    if list(model.stacks) != [""]:
-        yield (
-            f'mesh.stage ({stages}) must be 1 for model.kind = "{model.kind}": a pipeline splits '
-            f"one stack of blocks, and this model has {len(model.stacks)}"
-        )
-        return
-    if not model.scan:
-        yield f"mesh.stage ({stages}) splits stacked layers: set model.scan = True"
-    places = stages * train.pipeline_chunks
-    if model.repeats % places or not model.repeats:
-        yield (
-            f"model.repeats ({model.repeats}) must be divisible by mesh.stage x "
-            f"train.pipeline_chunks ({stages} x {train.pipeline_chunks}); other blocks may stand "
-            "in model.prefix and model.suffix"
-        )
-    if train.batch_size % train.micro_batch_size:
-        # `_batch` says so.
-        return
-    num = train.num_micro_batches
-    if num % stages:
-        yield (
-            f"the micro-batches of a step ({num} = train.batch_size {train.batch_size} / "
-            f"train.micro_batch_size {train.micro_batch_size}) must be divisible by mesh.stage "
-            f"({stages}): set train.micro_batch_size to {train.batch_size // stages} rows or fewer"
-        )
 
 
 def _batch(cfg: Config) -> Iterator[str]:

@@ -238,9 +238,10 @@ def nearest(
         return sum(abs(math.log(max(one, 1) / another)) for one, another in pairs)
 
     # A stage and a part of a row stay what was asked for, as long as they divide the devices.
-    kept = max(lengths.stage, 1) * max(lengths.seq, 1)
-    stage, seq = (lengths.stage, lengths.seq) if num_devices % kept == 0 else (1, 1)
-    candidates = all_of(num_devices, max(stage, 1), max(seq, 1))
+    stage, seq = max(lengths.stage, 1), max(lengths.seq, 1)
+    if num_devices % (stage * seq):
+        stage, seq = 1, 1
+    candidates = all_of(num_devices, stage, seq)
     fitting = [found for found in candidates if getattr(found, slow_axis) % slices == 0]
     return min(fitting, key=unlike, default=None)
 

@@ -55,7 +55,7 @@ def of_layer(cfg: Config) -> Dispatch:
     worst = held if dispatcher.mixes else lossless.worst(shape)
     return Dispatch(
         rows_held=held,
-        rows_balanced=int(shape.num_intended // shape.seq_axis),
+        rows_balanced=int(shape.own_intended),
         rows_worst=worst,
         row_bytes=row_bytes(cfg),
         forward=dict(forward),
@@ -73,7 +73,7 @@ def buffer_note(cfg: Config) -> str:
     size = three_digits(held * row_bytes(cfg))
     return (
         f"{moe.dispatcher}: {held:,} rows, {size}B per MoE layer and device, "
-        f"{held * shape.seq_axis / shape.num_intended:.2f} x balanced"
+        f"{held / shape.own_intended:.2f} x balanced"
     )
 
 
@@ -105,9 +105,9 @@ def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | Non
     if kernel.padded_rows is None or dispatcher.mixes:
         return None
     held = dispatcher.rows(shape, moe.dispatcher_options)
-    block = block_sizes(shape.num_assignments * shape.expert_axis / shape.num_experts)
+    block = block_sizes(shape.mean_load)
     padding = kernel.padded_rows(shape.local_experts, block, held)
-    num_rows = min(int(shape.num_intended), held) + padding
+    num_rows = min(int(shape.own_intended), held) + padding
     if kernel.round_rows is None:
         return num_rows, None
     round_rows = kernel.round_rows(block, held)

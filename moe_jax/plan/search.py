@@ -181,7 +181,7 @@ def _flops(cfg: Config) -> float:
     if cfg.model.num_moe_layers:
         shape = dispatch.buffer_shape(cfg)
         held = DISPATCHERS[cfg.model.moe.dispatcher].rows(shape, cfg.model.moe.dispatcher_options)
-        padding = held / shape.num_intended
+        padding = held / shape.own_intended
     blocks = per_token.total - per_token.head + (padding - 1) * per_token.experts
     # Attention's scores alone are computed again where products are kept.
     again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0) * blocks

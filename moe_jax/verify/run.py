@@ -26,12 +26,17 @@ ALL = [
     for data, expert, model in itertools.product((1, 2, 4, 8), repeat=3)
     if (lengths := Lengths(data=data, expert=expert, model=model)).num_devices == shrink.DEVICES
 ]
-# Rows split over `seq`: alone, and beside two others at a time.
-ALL += [Lengths(seq=8), Lengths(data=2, expert=2, seq=2), Lengths(expert=2, seq=2, model=2)]
+# What some models cannot have: rows that are split over `seq`, alone and beside two other axes at
+# a time, and pipelines.
+SOME = [
+    Lengths(seq=8),
+    Lengths(data=2, expert=2, seq=2),
+    Lengths(expert=2, seq=2, model=2),
+    Lengths(stage=2, data=2, expert=2),
+    Lengths(stage=2, expert=2, model=2),
+]
 # Devices that are simulated at most: one mesh with all five axes longer than one.
 MOST_DEVICES = 32
-# Pipelines, of what can be one: with data and expert parallelism, and with tensor parallelism.
-STAGED = [Lengths(stage=2, data=2, expert=2), Lengths(stage=2, expert=2, model=2)]
 
 
 class Reference(NamedTuple):
@@ -100,9 +105,16 @@ class Wanted(NamedTuple):
 def prove(raw: Mapping[str, Any], wanted: Wanted, say: Callable[[str], None]) -> Result:
     """Does as `verify` in a process of its own: simulates the devices, in float64, keeps no files.
 
-    It comes before anything else of the process that uses jax. jax_enable_x64 stays on.
+    It comes before anything else of the process that uses jax. jax_enable_x64 stays on. Raises
+    UserError for a mesh of more than MOST_DEVICES.
     """
-    mesh.simulate(max(shrink.DEVICES, *(lengths.num_devices for lengths in wanted.meshes)))
+    for lengths in wanted.meshes:
+        if lengths.num_devices > MOST_DEVICES:
+            raise UserError(
+                f"the mesh {lengths} has more than {MOST_DEVICES} devices, as many as are "
+                "simulated here at most: name a smaller one"
+            )
+    mesh.simulate(max([shrink.DEVICES, *(lengths.num_devices for lengths in wanted.meshes)]))
     jax.config.update("jax_enable_x64", True)
     with tempfile.TemporaryDirectory(prefix="moe_jax_verify_") as folder:
         return verify(raw, wanted, Path(folder), say)
@@ -194,11 +206,11 @@ def evaluated(one: Reference, program: Program, begin: State) -> alone.Check:
 
 
 def default_meshes(raw: Mapping[str, Any]) -> list[Lengths]:
-    """Returns the meshes of 8 devices on which a config is proven: all of three axes, and some
-    pipelines where its rules accept them.
+    """Returns the meshes of 8 devices on which a config is proven: all of three axes, and of SOME
+    those that its rules accept.
     """
     small, _ = shrink.shrink(raw)
-    return [*ALL, *(lengths for lengths in STAGED if not shrink.refusal(small, lengths))]
+    return [*ALL, *(lengths for lengths in SOME if not shrink.refusal(small, lengths))]
 
 
 def unlike(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.models import block, decoder
 from moe_jax.moe import layer
-from moe_jax.moe.dispatch import chunks, dropless, exchange, ragged
+from moe_jax.moe.dispatch import chunks, dropless, exchange, levels, ragged
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from mutations.contract import (
     DROPLESS,
@@ -71,7 +71,7 @@ def no_psum_over_expert(patch):
         rows = x.shape[dim] // jax.lax.axis_size(axis)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * rows, rows, dim)
 
-    patch.setattr(dropless, "reduce_scatter", wrong)
+    patch.setattr(levels, "reduce_scatter", wrong)
 
 
 def gate_and_up_mixed(patch):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from verify_cases import BREAKABLE, references
 
 from moe_jax.errors import UserError
 from moe_jax.models import attention_chunks
@@ -20,12 +21,12 @@ from moe_jax.models.attention_layout import Reach
 from moe_jax.parallel import context, mesh
 from moe_jax.parallel.compiling import QUICK, of_other_platforms
 from moe_jax.parallel.mesh import Lengths, P
-from moe_jax.plan import theory
+from moe_jax.plan import dispatch, theory
 from moe_jax.plan.compiling import compile_step
 from moe_jax.plan.hlo import program as compiled_program
 from moe_jax.verify import states
 from moe_jax.verify.program import Program
-from moe_jax.verify.run import against, evaluated, first_values, reference
+from moe_jax.verify.run import against, evaluated, first_values
 
 S = 48
 
@@ -167,35 +168,13 @@ def test_attention_of_split_rows_is_that_of_whole_ones(mask, n, float64, monkeyp
 
 # Whole steps.
 
-# One MoE block whose capacity drops, dropout, a balance loss that counts, a state that the load
-# moves: what may go wrong has something to break.
-CHANGES = {
-    "model.repeats": 1,
-    "model.head_dim": 4,
-    "model.dropout": 0.1,
-    "model.moe.router": "sigmoid",
-    "model.moe.dispatcher": "capacity",
-    "model.moe.dispatchers.capacity.factor": 1.0,
-    "model.moe.losses.balance": 0.1,
-    "optim.learning_rate": 1e-2,
-    "optim.warmup_steps": 1,
-    "data.seq_len": 16,
-}
-STEPS = 2
-
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    """Returns changes -> (the reference, a directory with its first state)."""
-
-    @functools.cache
-    def make(changes):
-        folder = tmp_path_factory.mktemp("one")
-        one = reference(tiny.raw(CHANGES | dict(changes)), STEPS)
-        states.write(one.program, one.begin, folder / "begin")
-        return one, folder
-
-    return make
+    """Returns changes -> (the reference, a directory with its first state); the load moves a state
+    of the router, too.
+    """
+    return references(tmp_path_factory, BREAKABLE | {"model.moe.router": "sigmoid"})
 
 
 def assert_equal(one, folder, program):
@@ -345,3 +324,16 @@ def test_a_step_sends_what_theory_says(remat):
     # Half of a device's tokens change places, forward and back; each token has one loss.
     order = 2 * tokens // 8 * 512 * width + tokens * width * 3 // 4
     assert sent["order of rows"] == pytest.approx(order, rel=0.01)
+
+
+def test_a_plan_counts_the_rows_of_a_devices_own_experts(float64):
+    """Of 16 rows of 2048 tokens with two experts each, a device of two has half the assignments."""
+    found = {}
+    for seq in (1, 2):
+        changes = {"data.seq_len": 2048, "mesh.data": 1, "mesh.seq": seq}
+        cfg = tiny.build((1, 1, 1), changes, devices=seq)
+        with jax.set_mesh(mesh.make(cfg.mesh)):
+            assert dispatch.of_layer(cfg).rows_balanced == 16 * 2048 * 2 // seq
+            found[seq], _ = dispatch.rows_computed(cfg, "tpu")
+    # Beside them is the padding of tiles.
+    assert 0.5 < found[2] / found[1] < 0.55

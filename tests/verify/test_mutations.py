@@ -11,13 +11,14 @@ import mutations
 import numpy as np
 import pytest
 import tiny
+from verify_cases import BREAKABLE, references
 
 from moe_jax.commands.verify import COLUMNS
 from moe_jax.parallel.mesh import ONE, Lengths
 from moe_jax.tasks.lm.task import random as batch
 from moe_jax.verify import alone, compare, shrink, states
 from moe_jax.verify.program import Program
-from moe_jax.verify.run import against, evaluated, first_values, reference
+from moe_jax.verify.run import against, evaluated, first_values
 
 MESH = Lengths(data=2, expert=2, model=2)
 MESHES = {
@@ -30,40 +31,18 @@ LAYOUTS = {
     "layout": {"train.micro_batch_size": 8},
     "stages": {"train.micro_batch_size": 4, "model.scan": True},
 }
-STEPS = 2
-# One MoE block whose capacity drops, dropout and a balance loss that counts: each fault has
-# something to break.
-TINY = {
-    "model.repeats": 1,
-    "model.head_dim": 4,
-    "model.dropout": 0.1,
-    "model.moe.dispatcher": "capacity",
-    "model.moe.dispatchers.capacity.factor": 1.0,
-    "model.moe.losses.balance": 0.1,
-    "optim.learning_rate": 1e-2,
-    "optim.warmup_steps": 1,
-    "data.seq_len": 16,
-}
 CURVE_STEPS = 50
 HIDDEN = 0.05  # a curve whose end is no farther off than this tells nobody
 
 
 def shrunk(changes):
-    return tiny.raw(TINY | changes)
+    return tiny.raw(BREAKABLE | changes)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """Returns changes -> (the reference of the sound code, a directory with its first state)."""
-
-    @functools.cache
-    def make(changes):
-        folder = tmp_path_factory.mktemp("sound")
-        one = reference(shrunk(dict(changes)), STEPS)
-        states.write(one.program, one.begin, folder / "begin")
-        return one, folder
-
-    return make
+    return references(tmp_path_factory, BREAKABLE)
 
 
 @pytest.fixture(scope="module")

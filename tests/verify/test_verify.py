@@ -356,7 +356,7 @@ def test_rounding_is_reported_with_the_first_flip():
     ("arguments", "message"),
     [
         (["--meshes", "2x2"], "--meshes 2x2: write DATAxEXPERTxMODEL, as in 2x2x2"),
-        (["--meshes", "8x8x1"], "--meshes 8x8x1 has more than 32 devices"),
+        (["--meshes", "8x8x1"], "the mesh 8x8x1 has more than 32 devices"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--processes", "3"], "--processes 3 must be one of 1, 2, 4, 8"),
         (

@@ -36,10 +36,9 @@ class Options:
 
 def expert_capacity(shape: Shape, options: Options) -> int:
     """Returns C: the places of one expert in one group."""
-    assignments_of_group = shape.num_intended * shape.group_tokens / shape.num_tokens
+    assignments_of_group = shape.own_intended * shape.group_tokens / shape.num_tokens
     # 1e-9, so that a product which is whole but for rounding is not rounded up.
-    all_experts = shape.num_experts * shape.seq_axis
-    num_places = math.ceil(options.factor * assignments_of_group / all_experts - 1e-9)
+    num_places = math.ceil(options.factor * assignments_of_group / shape.num_experts - 1e-9)
     # A token uses an expert once, so no more places than tokens can ever be used.
     return max(1, min(num_places, shape.group_tokens))
 

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.moe import kept
 from moe_jax.moe.dispatch import levels, ragged
 from moe_jax.moe.dispatch.contract import Dispatcher, Experts
-from moe_jax.moe.dispatch.exchange import SAVED, all_gather, reduce_scatter
+from moe_jax.moe.dispatch.exchange import SAVED
 from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in, round_up
 from moe_jax.moe.dispatch.levels import Level
 from moe_jax.moe.experts import direct
@@ -93,9 +93,7 @@ def advice(options: Options, at: str, expert_axis: int) -> Iterator[str]:
 
 def _block(shape: Shape) -> tuple[int, int]:
     """Returns the blocks of the grouped product for the mean load of an expert."""
-    # n N assignments of the whole expert axis, over E experts.
-    all_experts = shape.num_experts * shape.seq_axis
-    return block_sizes(shape.num_assignments * shape.expert_axis / all_experts)
+    return block_sizes(shape.mean_load)
 
 
 def worst(shape: Shape) -> int:
@@ -120,13 +118,8 @@ def rows(shape: Shape, options: Options) -> int:
         return worst(shape)
     _, small_block = _block(shape)
     # With a balanced load a device serves as many assignments as its own tokens make.
-    num_rows = math.ceil(buffer * _own_intended(shape))
+    num_rows = math.ceil(buffer * shape.own_intended)
     return min(worst(shape), round_up(num_rows, small_block))
-
-
-def _own_intended(shape: Shape) -> float:
-    """Returns the assignments to the experts that devices with this place in `seq` have."""
-    return shape.num_intended / shape.seq_axis
 
 
 def is_ragged(shape: Shape, options: Options) -> bool:
@@ -137,7 +130,7 @@ def is_ragged(shape: Shape, options: Options) -> bool:
     if options.exchange != "auto":
         return options.exchange == "ragged"
     # On GPUs, XLA's latency hiding was seen to corrupt its backward pass (marin #8077, #8081).
-    receives_less = _own_intended(shape) < shape.expert_axis * shape.num_tokens
+    receives_less = shape.own_intended < shape.expert_axis * shape.num_tokens
     return platform() == "tpu" and receives_less
 
 
@@ -160,7 +153,7 @@ def received(shape: Shape, options: Options) -> int:
     slow, fast = levels.split(shape.expert_axis, options.slices)
     from_slices = (slow.size - 1) * shape.num_tokens
     if is_ragged(shape, options):
-        return from_slices + int(_own_intended(shape) * (fast.size - 1)) // fast.size
+        return from_slices + int(shape.own_intended * (fast.size - 1)) // fast.size
     return from_slices + (fast.size - 1) * slow.size * shape.num_tokens
 
 
@@ -201,7 +194,7 @@ def apply(
     if slow.size > 1:
         # What the devices of a slice made of a token is one sum by now: it crosses once.
         with jax.named_scope("combine"):
-            y_TD = reduce_scatter(y_TD, "expert", 0, slow.groups)
+            y_TD = slow.scatter(y_TD)
     return y_TD, dropped_N
 
 
@@ -214,18 +207,15 @@ def _to_slices(
     Experts are numbered within the slice; those of other slices are nowhere.
     """
 
-    def gather(z: jax.Array) -> jax.Array:
-        return all_gather(z, "expert", 0, slow.groups)
-
     slice_index = slow.place().astype(jnp.int32)
-    token_N = gather(routing.token_N + slice_index * shape.num_tokens)
+    token_N = slow.gather(routing.token_N + slice_index * shape.num_tokens)
     num_experts = shape.num_experts // slow.size
-    expert_N = gather(routing.expert_index_N) - slice_index * num_experts
+    expert_N = slow.gather(routing.expert_index_N) - slice_index * num_experts
     is_here_N = (expert_N >= 0) & (expert_N < num_experts)
-    return gather(x_TD), routing._replace(
+    return slow.gather(x_TD), routing._replace(
         token_N=token_N,
         expert_index_N=jnp.where(is_here_N, expert_N, num_experts),
-        gate_N=gather(routing.gate_N),
+        gate_N=slow.gather(routing.gate_N),
         order_N=None,
     )
 
@@ -272,7 +262,7 @@ def _through_gather(
     # 3. Each device has the sums over its own experts, for all n T tokens: they are added up over
     # the level, and each device keeps its T tokens.
     with jax.named_scope("combine"):
-        return reduce_scatter(y_nTD, "expert", 0, level.groups)
+        return level.scatter(y_nTD)
 
 
 def _gather(
@@ -282,14 +272,11 @@ def _gather(
     assignments.
     """
 
-    def gather(z: jax.Array) -> jax.Array:
-        return all_gather(z, "expert", 0, level.groups)
-
     device = level.place()
     # Numbered over the whole level, as the gathered tokens lie.
     token_N = routing.token_N + device.astype(jnp.int32) * x_TD.shape[0]
-    x_nTD, token_M = gather(x_TD), gather(token_N)
-    expert_index_M, gate_M = gather(routing.expert_index_N), gather(routing.gate_N)
+    x_nTD, token_M = level.gather(x_TD), level.gather(token_N)
+    expert_index_M, gate_M = level.gather(routing.expert_index_N), level.gather(routing.gate_N)
 
     # Local experts are numbered from 0; those of other devices, and nowhere, are number e.
     e = shape.local_experts
@@ -408,7 +395,7 @@ def _through_ragged(
         x_ND = take_rows(x_TD, src_N, dest_TK)
         gate_N = routing.gate_N.at[assignment_N].get(mode="fill", fill_value=0)
         # A TPU would send each number as a row of 128: a gather of them is less.
-        gate_M = all_gather(gate_N, "expert", 0, level.groups)
+        gate_M = level.gather(gate_N)
 
     def serve(x_ND: jax.Array, gate_M: jax.Array, offset: Any, num_rows: int) -> jax.Array:
         """Returns y_TD of the rows [offset, offset + num_rows) of the receivers' layouts."""
@@ -453,7 +440,7 @@ def _sorted_rows(routing: Routing, shape: Shape, level: Level) -> tuple[jax.Arra
     count_E = count[:num_experts]
     first_N = (jnp.cumsum(count_E) - count_E).at[expert_N].get(mode="fill", fill_value=0)
     row_N = jnp.where(expert_N < num_experts, first_N + rank_N, expert_N.shape[0])
-    return row_N, all_gather(count_E[None], "expert", 0, level.groups)
+    return row_N, level.gather(count_E[None])
 
 
 def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:

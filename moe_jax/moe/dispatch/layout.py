@@ -37,6 +37,20 @@ class Shape(NamedTuple):
         """Returns the number of experts on one device, e."""
         return self.num_experts // self.expert_axis
 
+    @property
+    def own_intended(self) -> float:
+        """Returns the intended assignments to experts of this shape: the devices of `seq` share
+        those of the list.
+        """
+        return self.num_intended / self.seq_axis
+
+    @property
+    def mean_load(self) -> float:
+        """Returns the assignments of one expert, from the whole expert axis, if all places of the
+        lists are filled and the load is balanced.
+        """
+        return self.num_assignments * self.expert_axis / (self.num_experts * self.seq_axis)
+
 
 def round_up(n: int, multiple: int) -> int:
     """Returns the least multiple that is at least n."""

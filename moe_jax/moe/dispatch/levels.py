@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from moe_jax.moe.dispatch.exchange import Groups
+from moe_jax.moe.dispatch.exchange import Groups, all_gather, reduce_scatter
 
 
 class Level(NamedTuple):
@@ -24,6 +24,14 @@ class Level(NamedTuple):
     def place(self) -> jax.Array:
         """Returns the place of this device in its group."""
         return jax.lax.axis_index("expert") // self.stride % self.size
+
+    def gather(self, z: jax.Array) -> jax.Array:
+        """Returns the arrays of all devices of the group, one after another."""
+        return all_gather(z, "expert", 0, self.groups)
+
+    def scatter(self, z: jax.Array) -> jax.Array:
+        """Returns this device's part of the sum over the group: the reverse of `gather`."""
+        return reduce_scatter(z, "expert", 0, self.groups)
 
 
 def split(expert_axis: int, slices: int) -> tuple[Level, Level]:
