@@ -15,12 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernels,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-)
 
 from moe_jax.models.attention_layout import SAVED
 from moe_jax.parallel.compiling import by_platform
@@ -45,6 +39,14 @@ def attention(
     scale: float,
 ) -> Array:
     """o_BTHA: every query attends within its segment; padding (0) gives zero."""
+    # Imported here: it is a tenth of a second of every start, and few runs use it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
     T, H = q_BTHA.shape[1:3]
     mask: Any = masks.FullMask((T, T))
     if causal:
