@@ -1,4 +1,4 @@
-"""What a run spends beside its steps: waiting for data, logging, and saving checkpoints.
+"""What a run spends beside its steps: waiting for data, logging, saving, and its guards.
 
 Each row is a real run, with one of them switched on. The time is that of the run from its first
 step to its last, without the start, compilation and evaluation; it is read from what the run itself
@@ -29,17 +29,28 @@ BARE = "nothing but steps"
 WAITING = "waiting for data"
 # What a run does between its first step and its last, by the names that its goodput has.
 IN_THE_LOOP = (goodput.STEPS, WAITING, "saving", "finishing the last save")
+LOGGING = ("--config.log.every=10",)
+SAVING = (f"--config.checkpoint.every={SAVES}",)
+# The thread that watches whether steps are made.
+WATCHING = ("--config.limits.step=600", "--config.limits.other=7200")
+# The old moments outlive the new ones, so that a step can be left out.
+SKIPPING = ("--config.train.nonfinite_patience=3", "--config.train.spike_sigma=6")
 # What is switched on in a row.
 ROWS = {
     BARE: (),
-    "logging": ("--config.log.every=10",),
-    "saving": (f"--config.checkpoint.every={SAVES}",),
+    "logging": LOGGING,
+    "saving": SAVING,
+    "the watchdog": WATCHING,
+    "steps that can be left out": SKIPPING,
+    "all but that": (*LOGGING, *SAVING, *WATCHING),
 }
 OFF = (
     f"--config.train.steps={STEPS}",
     f"--config.log.every={NEVER}",
     f"--config.log.histogram_every={NEVER}",
     "--config.checkpoint.every=0",
+    "--config.limits.step=0",
+    "--config.limits.other=0",
     "--config.eval.every=0",
     "--config.eval.final_batches=1",
     "--config.eval.sample_tokens=0",
@@ -47,7 +58,7 @@ OFF = (
 
 
 def overheads(session: Session) -> Part:
-    """Times runs of the last variant with and without logging and saving."""
+    """Times runs of the last variant, each with one more thing switched on."""
     job, _ = list(session.variants.values())[-1]
     jobs = [
         Job(name, "run", job.config, (*job.changes, *OFF, *switched_on))
