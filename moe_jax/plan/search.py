@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from rich.filesize import decimal
 
 from moe_jax import config, train_step
-from moe_jax.accumulation import forward_passes
 from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.parallel import mesh
+from moe_jax.pipeline import schedule
 from moe_jax.plan import chips, dispatch, flops, network, theory
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.card import Card, card
@@ -105,7 +105,7 @@ def rank(raw: Mapping[str, Any], where: str, devices: Sequence[Any]) -> list[Can
 
 def _configs(raw: Mapping[str, Any], num_devices: int) -> Iterator[tuple[Config, str]]:
     """Yields every config that the rules allow, with the name of its dispatcher."""
-    for lengths in mesh.all_of(num_devices):
+    for lengths in _meshes(raw, num_devices):
         tree = copy.deepcopy(dict(raw))
         tree["mesh"] = lengths.written()
         try:
@@ -124,6 +124,16 @@ def _configs(raw: Mapping[str, Any], num_devices: int) -> Iterator[tuple[Config,
                 except UserError:
                     continue
                 yield cfg, f"{choice[0]} {choice[2]:g}" if choice else ""
+
+
+def _meshes(raw: Mapping[str, Any], num_devices: int) -> Iterator[mesh.Lengths]:
+    """Yields every mesh without stages and with rows that are whole, and those with the stages, and
+    the parts of a row, that the config asks for.
+    """
+    for stage in sorted({1, raw["mesh"]["stage"]}):
+        for seq in sorted({1, raw["mesh"]["seq"]}):
+            if num_devices % (stage * seq) == 0:
+                yield from mesh.all_of(num_devices, stage, seq)
 
 
 def _dispatches(cfg: Config) -> Sequence[tuple[str, str, float] | None]:
@@ -171,9 +181,9 @@ def _network_seconds(
 
 
 def _flops(cfg: Config) -> float:
-    """Returns the FLOPs of a device: three passes, a fourth of what blocks compute again, a fifth
-    where accumulation needs two forward passes, and the rows of the buffer instead of those that
-    are useful.
+    """Returns the FLOPs of a device: three passes, a fourth of what blocks compute again, more
+    where accumulation or a pipeline needs more forward passes, the rows of the buffer instead of
+    those that are useful, and the ticks of a pipeline in which a stage has no work.
     """
     per_token = flops.forward_per_token(cfg.model, cfg.data.seq_len)
     num_tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.mesh.num_devices
@@ -182,6 +192,9 @@ def _flops(cfg: Config) -> float:
         shape = dispatch.buffer_shape(cfg)
         held = DISPATCHERS[cfg.model.moe.dispatcher].rows(shape, cfg.model.moe.dispatcher_options)
         padding = held / shape.own_intended
+    model, num_micro = cfg.model, cfg.train.num_micro_batches
+    # 1 without a pipeline.
+    ticks_per_work = theory.runs(cfg, len) * cfg.mesh.stage / (len(model.blocks) * num_micro)
     blocks = per_token.total - per_token.head + (padding - 1) * per_token.experts
     # Attention's scores alone are computed again where products are kept.
     again = {"none": 0.0, "dots": 0.1}.get(cfg.model.remat, 1.0) * blocks
@@ -189,8 +202,9 @@ def _flops(cfg: Config) -> float:
         again -= padding * per_token.experts
     if "attention" in cfg.model.remat:
         again -= per_token.attention_scores
-    passes = 2 + forward_passes(cfg)
-    return num_tokens * (passes * (blocks + per_token.head) + again)
+    passes = 2 + theory.forward_passes(cfg)
+    in_blocks = ticks_per_work * (passes * blocks + again)
+    return num_tokens * (in_blocks + passes * per_token.head)
 
 
 def _memory(cfg: Config, state: train_step.State) -> int:
@@ -225,7 +239,29 @@ def _memory(cfg: Config, state: train_step.State) -> int:
         kept += kept_heads if "attention" in model.remat else 0
     # Of one block while its gradient is computed.
     step = KEPT["none"] * row + attention + experts_hold
-    return fixed + len(model.blocks) * kept + step + _held_at_ends(cfg)
+    return fixed + _blocks_at_once(cfg) * kept + _inputs_kept(cfg) * row + step + _held_at_ends(cfg)
+
+
+def _blocks_at_once(cfg: Config) -> int:
+    """Returns of how many blocks something is kept for the backward pass: a stage of a pipeline
+    computes those of one work again from its input.
+    """
+    model = cfg.model
+    if cfg.mesh.stage == 1:
+        return len(model.blocks)
+    repeats = model.repeats // schedule.of(cfg).round
+    return len(model.prefix) + repeats * len(model.period) + len(model.suffix)
+
+
+def _inputs_kept(cfg: Config) -> int:
+    """Returns how many micro-batches, as a block takes them, a stage of a pipeline keeps: inputs of
+    its works, and what comes from and goes to the ends of the model.
+    """
+    if cfg.mesh.stage == 1:
+        return 0
+    sizes = schedule.of(cfg)
+    is_gpipe = cfg.train.pipeline_schedule == schedule.GPIPE
+    return (sizes.works if is_gpipe else sizes.in_flight) + 2 * sizes.groups
 
 
 def _held_by_experts(cfg: Config, held: int, shape: Shape) -> int:

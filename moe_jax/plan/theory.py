@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.accumulation import forward_passes
+from moe_jax import accumulation
 from moe_jax.models import MODELS
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
@@ -57,16 +57,19 @@ def expected(cfg: Config) -> list[Expected]:
     return [one for one in found if one.num_bytes]
 
 
-def _forward_passes(cfg: Config) -> int:
-    """A pipeline computes every micro-batch again in the backward pass, and with "1f1b" its stages
+def forward_passes(cfg: Config) -> int:
+    """Returns how often a device computes the forward pass of a micro-batch, beside what is
+    rematerialised.
+
+    A pipeline computes every micro-batch again in the backward pass, and with "1f1b" its stages
     do so twice.
     """
     if cfg.mesh.stage == 1:
-        return forward_passes(cfg)
+        return accumulation.forward_passes(cfg)
     return 3 if cfg.train.pipeline_schedule == schedule.ONE_F_ONE_B else 2
 
 
-def _runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
+def runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
     """Returns how often a device runs blocks in one forward pass, over all micro-batches.
 
     `number` says how many of some blocks count. A stage of a pipeline runs its repeats in every
@@ -109,9 +112,9 @@ def tokens(cfg: Config) -> int:
     rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
     keeps = "dispatch" in cfg.model.remat.split("+") and dispatcher.keeps
     again = 0 if cfg.model.remat == "none" or keeps else 1
-    journeys = 2 * _forward_passes(cfg) + again + 2
+    journeys = 2 * forward_passes(cfg) + again + 2
     per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
-    return per_layer * _runs(cfg, _moe)
+    return per_layer * runs(cfg, _moe)
 
 
 def tokens_over_seq(cfg: Config) -> int:
@@ -121,10 +124,10 @@ def tokens_over_seq(cfg: Config) -> int:
     backward; a block that is rematerialised gathers them once more.
     """
     again = 0 if cfg.model.remat == "none" else 1
-    journeys = 2 * _forward_passes(cfg) + again + 2
+    journeys = 2 * forward_passes(cfg) + again + 2
     row = cfg.model.d_model * _width(cfg)
     per_layer = journeys * row * _from_others(cfg)
-    return per_layer * _runs(cfg, _moe)
+    return per_layer * runs(cfg, _moe)
 
 
 def keys_and_values(cfg: Config) -> int:
@@ -135,14 +138,14 @@ def keys_and_values(cfg: Config) -> int:
     those of the forward pass.
     """
     model, num_bytes = cfg.model, 0
-    passes = _forward_passes(cfg) + 2
+    passes = forward_passes(cfg) + 2
     for name in model.attentions:
         one = model.with_attention(name)
         num_heads = ATTENTIONS[name].key_heads(one)
         width = sum(ATTENTIONS[name].widths(one)) * num_heads // cfg.mesh.model
         num_bytes += passes * width * _width(cfg) * _from_others(cfg)
     # Of the mean block, as often as a device runs one.
-    return num_bytes * _runs(cfg, len) // len(model.blocks)
+    return num_bytes * runs(cfg, len) // len(model.blocks)
 
 
 def _from_others(cfg: Config) -> int:
@@ -159,14 +162,14 @@ def expert_weights(cfg: Config) -> int:
     local = count // (mesh.expert * mesh.seq) // mesh.model
     passes = _gathers(cfg) + 1
     per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
-    return per_layer * _runs(cfg, _moe)
+    return per_layer * runs(cfg, _moe)
 
 
 def dense_weights(cfg: Config) -> int:
     """Returns the bytes of all other matrices, gathered over `data`, `expert` and `seq`."""
     in_blocks, ends = _dense_counts(cfg)
     # Embedding and head lie outside of what is rematerialised.
-    gathered = _gathers(cfg) * in_blocks + _forward_passes(cfg) * ends
+    gathered = _gathers(cfg) * in_blocks + forward_passes(cfg) * ends
     return gathered * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
@@ -183,10 +186,10 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
     """
     model, mesh = cfg.model, cfg.mesh
     attention = projections(ATTENTIONS[model.attention].weights(model)).matrices
-    in_blocks = _runs(cfg, len) * attention
-    in_blocks += _runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
+    in_blocks = runs(cfg, len) * attention
+    in_blocks += runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
-        in_blocks += _runs(cfg, _moe) * flops.shared(model)
+        in_blocks += runs(cfg, _moe) * flops.shared(model)
     num_ends = 1 if model.tie_embeddings else 2
     ends = num_ends * model.vocab_size * model.d_model * cfg.train.num_micro_batches // mesh.stage
     return in_blocks // mesh.model, ends // mesh.model
@@ -199,7 +202,7 @@ def _others(cfg: Config) -> int:
 
 def _gathers(cfg: Config) -> int:
     """Returns how often a block gathers its weights: forward, and where it is rematerialised."""
-    return _forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
+    return forward_passes(cfg) + (0 if cfg.model.remat == "none" else 1)
 
 
 def hidden_columns(cfg: Config) -> int:
@@ -209,12 +212,12 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
-    sums = 2 * _forward_passes(cfg) + again + 2
+    sums = 2 * forward_passes(cfg) + again + 2
     # Backward an MoE layer has the tokens of whole rows.
     more = cfg.mesh.seq - 1
     # A sum is a reduce-scatter and a gather.
     one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
-    return (sums * _runs(cfg, len) + more * _runs(cfg, _moe)) * one
+    return (sums * runs(cfg, len) + more * runs(cfg, _moe)) * one
 
 
 def buffer_tokens(cfg: Config) -> int:

@@ -45,7 +45,7 @@ def known_chip(monkeypatch):
 def few(monkeypatch):
     """Two meshes of eight."""
     some = [mesh.Lengths(data=8), mesh.Lengths(data=4, expert=2)]
-    monkeypatch.setattr(mesh, "all_of", lambda number: some)
+    monkeypatch.setattr(mesh, "all_of", lambda number, stage, seq: some)
 
 
 def plan(*words):

@@ -1,0 +1,64 @@
+"""What the search of plans tries, and what its formula says of a pipeline."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_jax.config import command_line
+from moe_jax.pipeline.schedule import Schedule
+from moe_jax.plan import search
+
+STAGES, MICRO_BATCHES, REPEATS = 2, 8, 4
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    """The candidates of a model of four equal layers, with two stages and without."""
+    changes = [
+        f"--config.mesh.stage={STAGES}",
+        f"--config.model.repeats={REPEATS}",
+        "--config.model.prefix=()",
+        "--config.train.micro_batch_size=2",
+    ]
+    raw = command_line.read(Path("debug"), changes)
+    return search.rank(raw, "cpu:2", jax.devices()[:2])
+
+
+def one(ranked, stage):
+    (found,) = (
+        each
+        for each in ranked
+        if each.mesh.stage == stage
+        and each.mesh.data * each.mesh.stage == 2
+        and each.remat == "none"
+        and each.dispatcher == "dropless 1.25"
+    )
+    return found
+
+
+def test_stages_of_the_config_are_tried_beside_meshes_without(ranked):
+    assert {each.mesh.stage for each in ranked} == {1, STAGES}
+    assert {each.mesh.seq for each in ranked} == {1}
+
+
+def test_a_pipeline_computes_in_its_bubble_and_once_more_forward(ranked):
+    """Blocks: four passes (forward, again, and backward, which counts twice) in each of the ticks
+    instead of three (the loss of debug is a product of sums: four) in each micro-batch.
+    """
+    sizes = Schedule(STAGES, MICRO_BATCHES)
+    rows = one(ranked, 1).flops
+    stages = one(ranked, STAGES).flops
+    # The head works on every micro-batch once, without a bubble.
+    assert rows < stages < rows * sizes.ticks / sizes.works
+
+
+def test_a_stage_has_the_state_of_its_own_layers(ranked):
+    """Parameters over `data` are gathered layer by layer, so both keep a half of them."""
+    sizes = Schedule(STAGES, MICRO_BATCHES)
+    by_data, by_stage = one(ranked, 1), one(ranked, STAGES)
+    assert 0.5 < by_stage.memory / by_data.memory < 2
+    assert search._blocks_at_once(by_stage.cfg) == REPEATS // STAGES
+    # Inputs of all works, and what the ends hold.
+    assert search._inputs_kept(by_stage.cfg) == sizes.works + 2 * sizes.groups
+    assert search._inputs_kept(by_data.cfg) == 0
