@@ -52,7 +52,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "can have them",
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="2, 4 or 8: also as many real processes, on 2x2x2"
+        "--processes",
+        type=int,
+        default=1,
+        help="2, 4 or 8: also as many real processes, which share the mesh that splits most",
     )
     parser.add_argument(
         "--steps", type=int, default=5, help="optimizer steps that are compared (default 5)"

@@ -19,7 +19,6 @@ from moe_jax.parallel import mesh
 from moe_jax.verify import states
 from moe_jax.verify.program import Probe, Program
 
-LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
 # Where they write their checkpoint together.
 SAVED = "of_processes"
 REPORT = "report.pickle"  # of process 0
@@ -34,8 +33,10 @@ class Report(NamedTuple):
     end: dict[str, Any]
 
 
-def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Report | str:
-    """Runs a config on `count` processes from the state in folder/begin.
+def run(
+    raw: Mapping[str, Any], lengths: mesh.Lengths, count: int, steps: int, folder: Path
+) -> Report | str:
+    """Runs a config on `count` processes, which share a mesh, from the state in folder/begin.
 
     Returns the report, or what went wrong.
     """
@@ -44,7 +45,8 @@ def run(raw: Mapping[str, Any], count: int, steps: int, folder: Path) -> Report 
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     job = folder / "job.json"
-    job.write_text(json.dumps({"raw": raw, "steps": steps, "count": count, "address": address}))
+    wanted = {"raw": raw, "mesh": str(lengths), "steps": steps, "count": count, "address": address}
+    job.write_text(json.dumps(wanted))
     command = [sys.executable, "-m", "moe_jax.verify.processes", str(job)]
     streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     # All are started before one is waited for: they meet each other.
@@ -84,13 +86,14 @@ def failure(process: subprocess.Popen[str], name: str) -> str:
 def work(path: Path, index: int) -> None:
     """Runs one process: the steps of the job on the whole mesh. Process 0 writes the report."""
     job = json.loads(path.read_text())
-    # Each process has its share of the eight devices.
-    mesh.simulate(LENGTHS.num_devices // job["count"])
+    lengths = mesh.parse(job["mesh"], "mesh")
+    # Each process has its share of the devices.
+    mesh.simulate(lengths.num_devices // job["count"])
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(
         job["address"], job["count"], index, coordinator_bind_address=job["address"]
     )
-    program = Program(job["raw"], LENGTHS).compile()
+    program = Program(job["raw"], lengths).compile()
     begin = states.read(program, path.parent / "begin")
     end, probes = program.steps(begin, job["steps"])
     plain = [tuple(probe) for probe in (*probes, program.tied(begin))]

@@ -138,11 +138,11 @@ def verify(
     one = reference(small, wanted.steps)
     states.write(one.program, one.begin, folder / "begin")
     rows = list(_rows(small, one, wanted, folder, say))
+    most_split = widest(small, wanted.meshes)
     if wanted.processes > 1:
         say(f"{wanted.processes} processes")
-        rows.append(_processes(small, one, wanted.processes, folder))
+        rows.append(_processes(small, one, most_split, wanted.processes, folder))
     say("masks, causality, plain arithmetic")
-    most_split = widest(small, wanted.meshes)
     plain = shrink.plain(small)
     # A pipeline has stacked layers and micro-batches, and no plain form.
     wide = Program(small if shrink.refusal(plain, most_split) else plain, most_split)
@@ -320,13 +320,14 @@ def _narrow(program: Program, begin: State) -> list[Probe]:
     return program.steps(rounded, ROUNDED_STEPS)[1]
 
 
-def _processes(small: Mapping[str, Any], one: Reference, count: int, folder: Path) -> Row:
-    """Runs the mesh of several processes, and compares what they report."""
-    name = f"{processes.LENGTHS}, {count} processes"
-    refused = shrink.refusal(small, processes.LENGTHS)
-    if refused:
-        return empty(name, refused)
-    report = processes.run(small, count, len(one.probes) - 1, folder)
+def _processes(
+    small: Mapping[str, Any], one: Reference, lengths: Lengths, count: int, folder: Path
+) -> Row:
+    """Runs a mesh as several processes, and compares what they report."""
+    name = f"{lengths}, {count} processes"
+    if lengths.num_devices % count:
+        return empty(name, f"{count} processes cannot share {lengths.num_devices} devices evenly")
+    report = processes.run(small, lengths, count, len(one.probes) - 1, folder)
     if isinstance(report, str):
         return empty(name, failure=report)
     worst, first = compare.deviations(one.probes, report.probes, one.end, report.end)

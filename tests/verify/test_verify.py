@@ -144,7 +144,7 @@ def test_two_meshes_two_processes_and_a_certificate(float64, tmp_path, monkeypat
     found = verify(raw, wanted, tmp_path, said.append)
     assert found.proven, command.verdict(found)
     layout, mesh, refused, both = found.rows
-    assert layout.name == "1x1x1 accumulate+scan+remat" and both.name == "2x2x2, 2 processes"
+    assert layout.name == "1x1x1 accumulate+scan+remat" and both.name == "1x2x2, 2 processes"
     assert mesh.reader == "1x1x1" and mesh.unequal == [] and mesh.rounded.steps == 20
     assert "must be divisible by mesh.data" in refused.refused and not refused.deviations
     assert {d.check for d in both.deviations.values()} == set(mesh.deviations) and both.deviations[
