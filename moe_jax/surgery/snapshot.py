@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax import checkpoint, optim
 from moe_jax.checkpoint import flat
-from moe_jax.checkpoint.store import load_arrays, read_manifest
+from moe_jax.checkpoint.array_files import load_arrays, read_manifest
 from moe_jax.errors import UserError
 from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
