@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import allow_float64, build, command_line, rules, smoke
+from moe_jax.config import advice, allow_float64, build, command_line, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
@@ -324,7 +324,7 @@ def open_files(
     changed = []
     if main and due.start:
         changed = starts.changed_code(workdir) + starts.changed_mesh(workdir)
-    for note in (*notes, *data.notes, *rules.advice(cfg), *changed):
+    for note in (*notes, *data.notes, *advice.notes(cfg), *changed):
         progress.message(note)
     with progress.doing("opening the files of the run"):
         if main:
