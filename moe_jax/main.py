@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> ConfigDict:
 
 
 def config_path(argv: list[str]) -> Path:
-    """The file of --config.
+    """Returns the file of --config.
 
     UserError when there is none or there are two: absl says it badly, or takes the one that it can
     read.
@@ -119,7 +119,7 @@ def config_path(argv: list[str]) -> Path:
 
 
 def start_devices(raw: Mapping[str, Any]) -> None:
-    """Simulated devices and the other processes of the run, before jax looks for devices."""
+    """Sets up simulated devices and joins the other processes, before jax looks for devices."""
     if raw["simulate_devices"]:
         mesh.simulate(raw["simulate_devices"])
     if FLAGS.coordinator and (FLAGS.num_processes is None or FLAGS.process_id is None):
@@ -170,7 +170,7 @@ def read_config(tree: ConfigDict) -> dict[str, Any]:
 
 
 def smoke_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config of a few steps of the run.
+    """Returns the config of a few steps of the run.
 
     Says what it changed, and has programs compiled quickly, which is most of the time.
     """

@@ -41,7 +41,7 @@ SKEW = 2.0  # seconds between two clocks, from which on they are said to differ
 
 
 class Report(NamedTuple):
-    """What the processes and the collectives said."""
+    """Holds what the processes and the collectives said."""
 
     processes: list[dict[str, Any]]
     collectives: list["Collective"]

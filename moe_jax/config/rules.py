@@ -123,7 +123,7 @@ def _model(cfg: Config) -> Iterator[str]:
 
 
 def _attention(cfg: Config) -> Iterator[str]:
-    """What the attentions of the blocks refuse, and options that do nothing."""
+    """Yields what the attentions of the blocks refuse, and options that do nothing."""
     model = cfg.model
     for name in dict.fromkeys(model.attentions):
         yield from _one_attention(cfg, name)
@@ -137,7 +137,7 @@ def _attention(cfg: Config) -> Iterator[str]:
 
 
 def _one_attention(cfg: Config, name: str) -> Iterator[str]:
-    """What an attention refuses of the config, and a mask of the kind of model that it has not."""
+    """Yields what an attention refuses, and a mask of the kind of model that it does not have."""
     model, attention = cfg.model, ATTENTIONS[name]
     yield from attention.refusals(cfg, name)
     for mask in model.kind_options.masks:

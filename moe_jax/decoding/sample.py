@@ -64,7 +64,7 @@ class RowState(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """Compiled at first use, for each B, M and S."""
+    """Holds the functions that a sampler calls; they compile at first use, for each B, M and S."""
 
     # (B, M) -> caches, one a block.
     empty: Callable[..., list[Any]]

@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The tokens of a training row."""
+        """Returns the tokens of a training row."""
         return self.scorer.context
 
     @property

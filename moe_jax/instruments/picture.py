@@ -49,7 +49,7 @@ ORIGIN = (
 
 
 class Plan(NamedTuple):
-    """How the panels of the layers are put together; sizes in inches."""
+    """Holds how the panels of the layers are put together; sizes in inches."""
 
     # Of the first panel: names of domains stand there.
     left: float

@@ -48,7 +48,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was exported."""
+    """Holds what was exported."""
 
     family: str
     num_tensors: int

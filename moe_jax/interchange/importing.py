@@ -38,7 +38,7 @@ LONGEST_ROW = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What was imported."""
+    """Holds what was imported."""
 
     family: str
     config: Config

@@ -146,8 +146,8 @@ class Article(nnx.Module):
 
 
 def windows(e_BSD: Array, segment_BS: Array, m: int) -> tuple[Array, Array]:
-    """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end
-    with it, within its segment.
+    """Returns (window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens
+    that end with it, within its segment.
     """
     S = e_BSD.shape[1]
 

@@ -179,7 +179,9 @@ def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
 
 
 def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:
-    """The last slot that each token sees: of the whole prefix for its tokens, else its own."""
+    """Returns the last slot that each token sees: the end of the prefix for its tokens, else its
+    own.
+    """
     end_B1 = jnp.where(prefix_BS, position_BS, 0).max(1, keepdims=True)
     return jnp.where(prefix_BS, end_B1, position_BS)
 
@@ -204,7 +206,10 @@ def _sharded_core(
     sinks: Array | None,
     cfg: ModelConfig,
 ) -> Array:
-    """`keys(*about)`: which keys each query sees; `about` is of whole rows."""
+    """Returns what each head reads, in the shape of q; every device has its rows and heads.
+
+    `keys(*about)` says which keys each query sees; `about` is of whole rows.
+    """
     more: dict[str, Any] = {**scores._asdict(), "kernel": cfg.attention_kernel}
 
     def on_device(q, k, v, about, sinks):

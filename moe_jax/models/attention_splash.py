@@ -38,7 +38,7 @@ def attention(
     window: int | None,
     scale: float,
 ) -> Array:
-    """o_BTHA: every query attends within its segment; padding (0) gives zero."""
+    """Returns o_BTHA: every query attends within its segment; padding (0) gives zero."""
     # Imported here: it is a tenth of a second of every start, and few runs use it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,

@@ -123,7 +123,7 @@ class Block(nnx.Module):
     def _added(
         self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any
     ) -> tuple[Array, Array, depth.Sums]:
-        """(what attention adds to the residual stream, what the feed-forward adds, sums)."""
+        """Returns (what attention adds to the stream, what the feed-forward adds, sums)."""
         # Where there is no attention, nothing is added: bits are those of a sum with zero.
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask:
@@ -141,7 +141,7 @@ class Block(nnx.Module):
         chosen_BM: Array | None,
         source: Any,
     ) -> tuple[Array, Array, Any]:
-        """(what attention adds, what the feed-forward adds, cache)."""
+        """Returns (what attention adds, what the feed-forward adds, cache)."""
         h = self._before("attention", x_BSD)
         prefix_BS = self._prefix(batch)
         attended, cache = self.attention.cached(h, batch.position_BS, cache, prefix_BS, chosen_BM)
@@ -158,7 +158,7 @@ class Block(nnx.Module):
         train: bool,
         source: Any,
     ) -> tuple[Array, Array, depth.Sums]:
-        """(what attention of both kinds adds, what the feed-forward adds, sums), from what
+        """Returns (what attention of both kinds adds, what the feed-forward adds, sums), from what
         self-attention says.
         """
         cfg = self.cfg

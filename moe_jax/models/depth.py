@@ -71,15 +71,16 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def num_chosen(capacity: float, seq_len: int) -> int:
-    """C = ceil(capacity S) tokens of a row go through a block in training; rounding errors of the
-    product do not add one.
+    """Returns the tokens of a row that go through a block in training, C = ceil(capacity S).
+
+    Rounding errors of the product do not add one.
     """
     return max(1, math.ceil(capacity * seq_len - 1e-9))
 
 
 def choose(logit_BS: Array, valid_BS: Array, num: int) -> Array:
-    """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer;
-    of equals the first.
+    """Returns chosen_BS: the `num` valid tokens of each row with the largest logits, all if they
+    are fewer; of equals the first.
     """
     S = logit_BS.shape[1]
     score_BS = jnp.where(valid_BS, logit_BS, -jnp.inf)
@@ -100,7 +101,7 @@ def through(
     train: bool,
     cfg: ModelConfig,
 ) -> tuple[Array, Sums]:
-    """(x_BSD after the block, sums of the block and of its depth router).
+    """Returns (x_BSD after the block, sums of the block and of its depth router).
 
     `update(x_BCD, batch) -> (y_BCD, sums)`. The chosen tokens stand first, in order, as rows of C
     places with their own ids, positions and segments; what is left is segment 0.
@@ -144,8 +145,8 @@ def cached(
     cache: DepthCache,
     cfg: ModelConfig,
 ) -> tuple[Array, DepthCache]:
-    """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key
-    that a later one may see.
+    """Applies the causal rule with a cache: tokens that are not chosen are padding to the block,
+    and no key that a later one may see.
 
     `update(x_BSD, batch, cache of its attention, chosen_BM) -> (y_BSD, cache)`.
     """
@@ -167,7 +168,7 @@ def cached(
 def _route(
     router_D: Array, x_BSD: Array, valid_BS: Array, train: bool, cfg: ModelConfig
 ) -> tuple[Array, Array, Sums]:
-    """(logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
+    """Returns (logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
     with jax.named_scope("depth"):
         wide = wide_dtype(x_BSD.dtype)
         w_D = gather(router_D, ("embed",), wide)
@@ -209,7 +210,7 @@ def totals(sums_LB: Mapping[str, Array]) -> Sums:
 
 
 def without(sums_LB: Mapping[str, Array]) -> Sums:
-    """The sums of the MoE layers alone."""
+    """Returns the sums of the MoE layers alone."""
     return {name: x for name, x in sums_LB.items() if not name.startswith(NAME)}
 
 

@@ -131,7 +131,7 @@ class EncDec(nnx.Module):
         return hidden(self.ends, x_BSD, self.cfg), sums
 
     def encode(self, batch: Batch, rng: Array, train: bool) -> tuple[Source, dict[str, Array]]:
-        """(what cross-attention reads, sums) of the source rows."""
+        """Returns (what cross-attention reads, sums) of the source rows."""
         x_BTD = self._embed(batch, jax.random.fold_in(rng, 0), train)
         x_BTD, sums = run_stack(self.encoder, x_BTD, batch, rng, train)
         x_BTD = rms_norm(x_BTD, self.encoder.ends["norm_scale"], self.cfg.norm_epsilon)
@@ -188,12 +188,12 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def crossing(cfg: ModelConfig) -> tuple[int, Projections]:
-    """(blocks with cross-attention, the parameters of that in one of them)."""
+    """Returns (blocks with cross-attention, the parameters of that in one of them)."""
     return len(as_decoder(cfg).blocks), projections(cross_weights(cfg))
 
 
 def refusals(cfg: Config) -> Iterator[str]:
-    """Both parts are made of known blocks, and have one."""
+    """Refuses unknown blocks in either part, and a part without any."""
     model = cfg.model
     for part in ("prefix", "period", "suffix"):
         for block in getattr(model.kind_options, f"encoder_{part}"):

@@ -160,8 +160,8 @@ def _ends(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def pool(x_BSD: Array, valid_BS: Array, how: str) -> Array:
-    """[B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them; zero for a
-    row without any.
+    """Returns [B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them;
+    zero for a row without any.
     """
     valid_BS1 = valid_BS[:, :, None]
     # A row of padding alone has no largest number, and none to divide by.
@@ -202,7 +202,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def refusals(cfg: Config) -> Iterator[str]:
-    """Every place of a row needs its learned position."""
+    """Refuses rows that are longer than there are learned positions."""
     num = typed_options(Options, cfg.model.kind_options).learned_positions
     if 0 < num < cfg.data.seq_len:
         yield (

@@ -24,7 +24,7 @@ from moe_jax.weights import Weight, Weights
 
 
 def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Array:
-    """A weight without its FSDP split, for one use, in the compute dtype.
+    """Returns a weight without its FSDP split, for one use, in the compute dtype.
 
     Explicit: an einsum that resolves it doubles collectives.
     """
@@ -35,8 +35,8 @@ def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Ar
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """x / rms(x) * scale over the dimensions of the scale, the last of x, in at least float32
-    (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Returns x / rms(x) * scale over the dimensions of the scale, the last of x, in at least
+    float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
     """
     wide = x.astype(wide_dtype(x.dtype))
     own = tuple(range(x.ndim - scale.ndim, x.ndim))

@@ -53,7 +53,7 @@ def blocks(key: Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> 
 
 
 def stack(keys: Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
-    """(prefix, repeats, suffix) from three keys."""
+    """Returns (prefix, repeats, suffix) from three keys."""
 
     def period(key):
         return Period(key, cfg, look)
@@ -92,7 +92,8 @@ def run_stack(
     begin: int = 1,
     source: Any = (),
 ) -> tuple[Array, dict[str, Array]]:
-    """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`.
+    """Returns (x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and
+    `suffix`.
 
     The first block is number `begin` of the model, counted from 1. Its number picks the request to
     it, and is folded into its key.
@@ -117,8 +118,8 @@ def run_stack(
 def run_repeats(
     model: Any, x_BSD: Array, batch: Batch, rng: Array, train: bool, first: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """(x_BSD, sums) after the repeats that a module has, which are some of those of its config:
-    `first` is the number of the first one, counted from 0.
+    """Returns (x_BSD, sums) after the repeats that a module has, which are some of those of its
+    config: `first` is the number of the first one, counted from 0.
     """
     return _run_repeats(model, _runner(model, batch, rng, train, 1, ()), x_BSD, first)
 
@@ -202,7 +203,7 @@ def of_block(batch: Batch, number: Array) -> Batch:
 def run_cached(
     model: Any, x_BSD: Array, batch: Batch, caches: list[Any], sources: list[Any]
 ) -> tuple[Array, list[Any]]:
-    """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
+    """Returns (x_BSD, caches) after all blocks, each with its cache and its cross-attention."""
     # Nothing that is decoded is random but what is drawn of the logits.
     rng = jax.random.fold_in(jax.random.key(0), 0)
     new = []

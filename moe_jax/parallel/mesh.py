@@ -51,12 +51,12 @@ class Lengths(NamedTuple):
 
     @property
     def batch_devices(self) -> int:
-        """The number of devices among which the rows of a batch are split."""
+        """Returns the number of devices among which the rows of a batch are split."""
         return self.data * self.expert
 
     @property
     def fsdp_devices(self) -> int:
-        """The number of devices among which a dense parameter is split."""
+        """Returns the number of devices among which a dense parameter is split."""
         return self.batch_devices * self.seq
 
     def written(self) -> dict[str, int]:
@@ -92,7 +92,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def simulate(devices: int) -> None:
-    """CPU devices to simulate in this process, before jax looks for devices.
+    """Simulates CPU devices in this process. To be called before jax looks for devices.
 
     Two cores give two threads, and the collectives of more devices than threads deadlock: hence
     PJRT_NPROC, which jax reads when it looks. For one device it would only be slower (1.3 times the
@@ -127,8 +127,8 @@ def of(mesh: Mesh) -> Lengths:
 
 
 def spec(*names: str | None) -> P:
-    """The partition of an array from the logical names of its dimensions; refuses two names on one
-    mesh axis.
+    """Returns the partition of an array from the logical names of its dimensions; refuses two names
+    on one mesh axis.
     """
     axes = [RULES[name] for name in names]
     flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
@@ -270,6 +270,6 @@ def of_host() -> Mesh:
 
 
 def sharding(*names: str | None) -> NamedSharding:
-    """`spec` on the mesh that `jax.set_mesh` made current."""
+    """Returns the sharding of `spec` on the mesh that `jax.set_mesh` made current."""
     mesh = jax.sharding.get_mesh()
     return NamedSharding(mesh, spec(*names))

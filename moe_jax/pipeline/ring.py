@@ -90,7 +90,7 @@ def run_ring(ring: Ring, inputs: Inputs) -> tuple[Array, Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _through(ring: Ring, weights: Any, x_GbSD: Array, rest: Inputs) -> tuple[Array, Any]:
-    """`rest`: the inputs without the two that have a gradient."""
+    """Returns (outputs, totals). `rest`: the inputs without the two that have a gradient."""
     inputs = _with_gradient(rest, weights, x_GbSD)
     y_GbSD, totals, _ = _forward_pass(ring, inputs, 0)
     return y_GbSD, totals

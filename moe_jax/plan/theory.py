@@ -28,7 +28,7 @@ from moe_jax.schema.config import Config
 
 
 class Expected(NamedTuple):
-    """What a step must send of one thing over some axes."""
+    """Holds what a step must send of one thing over some axes."""
 
     cargo: str
     axes: str

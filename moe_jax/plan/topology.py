@@ -38,7 +38,7 @@ _TPU_VARIABLES = {
 
 
 class Topology(NamedTuple):
-    """What a text names."""
+    """Holds what a text names."""
 
     text: str
     slices: int

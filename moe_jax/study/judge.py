@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim.
+    """Holds what became of a claim.
 
     Fields:
       paper: what the paper measured; "" = nothing that can be put beside ours.

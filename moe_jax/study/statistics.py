@@ -75,7 +75,7 @@ class Value(NamedTuple):
 
 
 class StepRatio(NamedTuple):
-    """How many times fewer steps an arm takes to the last training loss of another.
+    """Tells how many times fewer steps an arm takes to the last training loss of another.
 
     It is the speed-up of Fedus et al. 2021 (arXiv:2101.03961, figure 5): steps of `against` over
     the steps after which the curve of `arm` stays below the end of the curve of `against`. Below 1
@@ -109,7 +109,7 @@ class StepRatio(NamedTuple):
 
 
 class Speedup(NamedTuple):
-    """How many times fewer FLOPs sparse models need for the loss of dense ones.
+    """Tells how many times fewer FLOPs sparse models need for the loss of dense ones.
 
     Both families are ladders of sizes. A line log(loss) = a - b log(x) is fitted to the dense
     ladder; it is solved for the loss of each sparse model, and the geometric mean of x(dense) /

@@ -43,7 +43,7 @@ READ_EVERY = 20
 
 
 class Program(NamedTuple):
-    """What the cells of a pack share. `init` and `step` take seed and learning rate first.
+    """Holds what the cells of a pack share. `init` and `step` take seed and learning rate first.
 
     `data` is that of the first cell: held-out rows are the same for all, training rows are not.
     """

@@ -51,12 +51,12 @@ class Snapshot:
 
     @property
     def trains_on(self) -> bool:
-        """True where the state is that of a training run, and not of a model alone."""
+        """Returns True where the state is that of a training run, and not of a model alone."""
         return isinstance(self.metadata.get("data"), str) and "step" in self.arrays
 
     @property
     def config(self) -> Config:
-        """The frozen config, for one device and with single layers."""
+        """Returns the frozen config, for one device and with single layers."""
         return for_one_device(self.raw, Path("."))
 
 

@@ -91,7 +91,7 @@ def _forward(vocab_axis: str | None, *inputs: Array) -> tuple[tuple[Array, Array
 
 
 def _backward(vocab_axis: str | None, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    """The gradient of logits is p (dnll + dlog_sum), less dnll at the target."""
+    """Returns the gradients. That of the logits is p (dnll + dlog_sum), less dnll at the target."""
     x_nCD, head_DV, target_nC, log_sum_nC = residuals
 
     def step(dhead_DV: Array, chunk: Any) -> tuple[Array, Array]:

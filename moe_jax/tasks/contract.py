@@ -61,7 +61,7 @@ class Trained(NamedTuple):
 
 
 class Task(NamedTuple):
-    """All that there is to know of a task; `TASK` of its file.
+    """Holds all that there is to know of a task; `TASK` of its file.
 
     `cfg` is the whole Config, `data` what `open` returned (data/contract.py).
     """

@@ -33,7 +33,7 @@ def negative_log_likelihood(logits_BSV: Array, target_BS: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll_on_device(vocab_axis: str | None, logits_BSV: Array, target_BS: Array) -> Any:
-    """`vocab_axis`: the mesh axis that splits the vocabulary; None = none does."""
+    """Returns nll_BS. `vocab_axis`: the mesh axis that splits the vocabulary; None = none does."""
     nll_BS, _ = _nll_forward(vocab_axis, logits_BSV, target_BS)
     return nll_BS
 
@@ -49,7 +49,7 @@ def _nll_forward(
 def _nll_backward(
     vocab_axis: str | None, residuals: tuple[Array, ...], dnll_BS: Array
 ) -> tuple[Array, None]:
-    """The gradient is p - 1 at the target and p elsewhere, written in one pass."""
+    """Returns the gradient of the logits: p - 1 at the target and p elsewhere, in one pass."""
     logits_BSV, target_BS, log_sum_BS = residuals
     is_target_BSV = is_target(vocab_axis, logits_BSV, target_BS)
     prob_BSV = jnp.exp(logits_BSV - log_sum_BS[..., None])

@@ -85,7 +85,7 @@ class Table:
             yield self._drawn(part, options.max_width)
 
     def markdown(self) -> str:
-        """The rows as a Markdown table, without the title."""
+        """Returns the rows as a Markdown table, without the title."""
         marks = ["---:" if column.kind == "number" else "---" for column in self.columns]
         lines = [f"| {' | '.join(column.name for column in self.columns)} |"]
         lines.append(f"|{'|'.join(marks)}|")

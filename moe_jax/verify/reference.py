@@ -39,7 +39,7 @@ LONGEST = 1024
 
 
 class Dense(NamedTuple):
-    """How far the layer is from the reference."""
+    """Holds how far the layer is from the reference."""
 
     # Largest deviation relative to the largest output.
     output: float

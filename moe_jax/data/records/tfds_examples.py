@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
     @property
     def features(self) -> Mapping[str, Any]:
-        """The features of a record by name."""
+        """Returns the features of a record by name."""
         return self.builder.info.features
 
     def records(self, part: str, split: str) -> Iterator[Record]:

@@ -43,7 +43,7 @@ LAYER_CURVES = {
 
 
 class Collected(NamedTuple):
-    """What was read of a run.
+    """Holds what was read of a run.
 
     Fields:
       name: the last part of its directory.

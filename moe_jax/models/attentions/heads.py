@@ -120,7 +120,7 @@ def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Arra
 def inputs(
     weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
 ) -> tuple[Array, Array, Array]:
-    """(queries, keys, values); the first two turned by their positions."""
+    """Returns (queries, keys, values); the first two turned by their positions."""
     q = project(weights, "q", x_BSD, cfg)
     k = project(weights, "k", x_BSD, cfg)
     v = project(weights, "v", x_BSD, cfg)
@@ -177,7 +177,7 @@ def empty_cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
 def cached_inputs(
     weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
 ) -> tuple[Array, Cache]:
-    """(queries, keys and values of the tokens)."""
+    """Returns (queries, keys and values of the tokens)."""
     q, k, v = inputs(weights, x_BSD, position_BS, cfg)
     return q, Cache(k, v)
 
@@ -203,7 +203,7 @@ CACHING = Caching(
 
 
 def refusals(cfg: Config, name: str) -> Iterator[str]:
-    """Query heads share key heads evenly, and rotary embeddings turn pairs."""
+    """Refuses heads that do not share keys evenly, and an odd number of dimensions that turn."""
     del name
     m = cfg.model
     if m.num_heads % m.num_kv_heads:

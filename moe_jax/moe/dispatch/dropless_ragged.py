@@ -155,7 +155,7 @@ def _origin(back: ragged.Slices, num_rows: int, num_places: int, level: Level) -
     n = level.size
 
     def as_they_lie(z_S: jax.Array) -> jax.Array:
-        """From (device, expert) to (expert, device): in the order of rows."""
+        """Puts slices into the order of rows: from (device, expert) to (expert, device)."""
         return z_S.reshape(n, -1).T.reshape(-1)
 
     start_S, size_S, source_S = (as_they_lie(z_S) for z_S in back)

@@ -42,7 +42,7 @@ class Chosen(NamedTuple):
 
 
 class Biases(NamedTuple):
-    """Of experts that have them."""
+    """Holds the biases of both layers of the local experts."""
 
     in_eH: Array
     out_eD: Array

@@ -15,7 +15,7 @@ from moe_jax import layout
 
 
 class Optimizer(NamedTuple):
-    """All that there is to know of an optimizer; `OPTIMIZER` of its file."""
+    """Holds all that there is to know of an optimizer; `OPTIMIZER` of its file."""
 
     # The frozen dataclass of its block in the config; `weight_decay` is among its keys.
     options: type

@@ -23,7 +23,7 @@ def no_decay(options: Any) -> float:
 
 
 class Schedule(NamedTuple):
-    """All that there is to know of a schedule; `SCHEDULE` of its file."""
+    """Holds all that there is to know of a schedule; `SCHEDULE` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

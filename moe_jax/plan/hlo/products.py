@@ -105,14 +105,15 @@ def _of_instruction(instruction: Instruction, operands: list[Array]) -> int | No
 
 
 def _dot(output: Array, left: Array, text: str) -> int:
-    """Every number of the output is a sum over the contracted dimensions."""
+    """Returns the FLOPs of a dot: each number of the output is a sum over contracted dimensions."""
     found = re.search(r"lhs_contracting_dim(?:ension)?s\"?[=:][{\[]([\d,\"]*)[}\]]", text)
     contracted = re.findall(r"\d+", found[1]) if found else []
     return 2 * math.prod(output.dims) * math.prod(left.dims[int(dim)] for dim in contracted)
 
 
 def _convolution(output: Array, left: Array, right: Array, instruction: Instruction) -> int:
-    """A TPU's products are convolutions; a batch dimension is one that is dilated.
+    """Returns the FLOPs of a convolution: a TPU's products are such, and a batch dimension is one
+    that is dilated.
 
     Of every spatial dimension only the pairs of positions count in which both sides have a number.
     """
@@ -186,7 +187,9 @@ def _told(instruction: Instruction) -> int:
 
 
 def _ragged(outputs: tuple[Array, ...], matrices: list[Array]) -> int:
-    """Every row is multiplied with one matrix, whichever: all rows of the buffer are computed."""
+    """Returns the FLOPs of a grouped product: every row of the buffer meets one matrix, whichever
+    it is.
+    """
     if len(matrices) < 2 or not outputs:
         return 0
     rows = matrices[0].dims[0]

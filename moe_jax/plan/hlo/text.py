@@ -72,7 +72,7 @@ class Instruction(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """The path of `jax.named_scope`s and functions that it comes from; "" = not known."""
+        """Returns the path of scopes and functions that it comes from; "" = not known."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return found[1] if found else ""
 
@@ -90,7 +90,7 @@ class Module(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """How often each computation runs in one run of the program."""
+    """Holds how often each computation runs in one run of the program."""
 
     times: Mapping[str, int]
     # Scopes of loops whose length depends on the data: their bodies count once.

@@ -15,7 +15,7 @@ from moe_jax.verify.foreign.contract import Inputs, Layer
 
 
 class Expected(NamedTuple):
-    """What a layer should return."""
+    """Holds what a layer should return."""
 
     y_TD: np.ndarray
     dropped_TK: np.ndarray

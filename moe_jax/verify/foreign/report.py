@@ -28,7 +28,7 @@ def mesh_name(shape: Mapping[str, int]) -> str:
 
 
 class Finding(NamedTuple):
-    """How far a layer is from plain arithmetic, in one check of one case on one mesh."""
+    """Holds how far a layer is from plain arithmetic, in one check of one case on one mesh."""
 
     mesh: str
     case: str
@@ -64,7 +64,7 @@ class Report(NamedTuple):
 
     @property
     def meshes(self) -> list[str]:
-        """The meshes that were tried."""
+        """Returns the meshes that were tried."""
         return list(dict.fromkeys([*(f.mesh for f in self.findings), *self.failures]))
 
     @property

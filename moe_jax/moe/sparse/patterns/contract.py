@@ -44,7 +44,7 @@ def no_refusals(options: Any, at: str) -> Iterator[str]:
 
 
 class Pattern(NamedTuple):
-    """All that there is to know of a pattern; `PATTERN` of its file."""
+    """Holds all that there is to know of a pattern; `PATTERN` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type
