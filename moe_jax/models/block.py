@@ -58,6 +58,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, key: Array, kind: str, cfg: ModelConfig, look: Look):
+        # One for the norms, the attention, the dense part and the experts.
         keys = jax.random.split(key, 4)
         cfg = cfg.of_block(kind)
         self.cfg, self.look = cfg, look
@@ -72,6 +73,7 @@ class Block(nnx.Module):
         if look.cross:
             # Folded in and not split: a block without it draws what it always drew.
             self.cross = CrossAttention(jax.random.fold_in(key, 5), cfg)
+        # The feed-forward of a dense block, or the shared experts of a sparse one.
         width = dense_width(self.kind, cfg)
         if width:
             chosen = Chosen(cfg.activation, cfg.activation_options)
@@ -92,6 +94,7 @@ class Block(nnx.Module):
             attended, fed, sums = self._added(x_BSD, batch, rng, train, source)
             return x_BSD + attended + fed, sums
 
+        # Only the chosen tokens come here: C of each row.
         def update(x_BCD, batch):
             attended, fed, sums = self._added(x_BCD, batch, rng, train, source)
             return attended + fed, sums
@@ -108,6 +111,7 @@ class Block(nnx.Module):
             attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, None, source)
             return x_BSD + attended + fed, cache
 
+        # With a cache all tokens come, and those that are not chosen are padding.
         def update(x_BSD, batch, cache, chosen_BM):
             attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, chosen_BM, source)
             return attended + fed, cache
@@ -162,6 +166,7 @@ class Block(nnx.Module):
         self-attention says.
         """
         cfg = self.cfg
+        # Dropout of attention, the router's noise, dropout of the feed-forward.
         keys = jax.random.split(rng, 3)
 
         def drop(y, key):
@@ -171,6 +176,7 @@ class Block(nnx.Module):
             attended = drop(attended, keys[0])
         if self.look.cross:
             h = self._before("cross", x_BSD + attended)
+            # Behind self-attention, so that a query knows where its token stands in the target.
             crossed = self.cross(h, batch.segment_BS, self.remember(source))
             crossed = self._after("cross", crossed)
             attended = attended + drop(crossed, jax.random.fold_in(keys[0], 1))

@@ -132,6 +132,7 @@ def through(
         h_BCD, gate_BC = chosen(x_BSD), chosen(logit_BS)
     y_BCD, block_sums = update(h_BCD, batch)
     with jax.named_scope("depth"):
+        # The factor r_i is how the loss reaches the router.
         gated_BCD = y_BCD * gate_BC[:, :, None].astype(y_BCD.dtype)
         x_BSD = jax.vmap(add)(x_BSD, place_BC, gated_BCD)
     return x_BSD, {**block_sums, **sums}
@@ -184,7 +185,8 @@ def _route(
         top_BS = choose(jax.lax.stop_gradient(logit_BS), valid_BS, num)
         # sigmoid(r) > 1/2
         causal_BS = (logit_BS > 0) & valid_BS
-        # The gradient of the cross-entropy reaches the router alone.
+        # The gradient of the cross-entropy reaches the router alone. Of a logit r with the target t
+        # it is softplus(r) - t r.
         aux_BS = scores(jax.lax.stop_gradient(x_BSD))
         bce_B = per_row(jax.nn.softplus(aux_BS) - jnp.where(top_BS, aux_BS, 0))
         sums = {
@@ -203,7 +205,7 @@ def _route(
 
 
 def totals(sums_LB: Mapping[str, Array]) -> Sums:
-    """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
+    """Returns sums over the rows of the batch, [L] each; none for a model without depth blocks."""
     # The sums of all layers are in one dict, those of the MoE layers among them.
     mine = {name: x for name, x in sums_LB.items() if name.startswith(NAME)}
     return {name.removeprefix(NAME): x.sum(1) for name, x in mine.items()}
@@ -223,7 +225,7 @@ def penalty(totals: Mapping[str, Array]) -> Array:
 
 
 def figures(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """Means over depth blocks: {} without any.
+    """Returns means over depth blocks: {} without any.
 
     depth_loss: cross-entropy of the causal rule, nats per token (log 2 = it knows nothing);
     depth_top and depth_causal: fraction of the tokens that each rule lets through the block;

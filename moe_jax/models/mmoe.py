@@ -94,6 +94,8 @@ class MMoE(nnx.Module):
         table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         h_BD = self._bottom(bags(table_VD, feature_BL, weight_BL) * embedding_scale(cfg))
         h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
+        # Each task is a token of the row, with the same vector; the router tells them apart by
+        # their position.
         tasks = _as_tokens(batch, valid_B, len(options.items))
         x_BGD = jnp.broadcast_to(h_BD[:, None], (*tasks.id_BS.shape, cfg.d_model))
         x_BGD, sums = run_stack(self, x_BGD, tasks, rng, train)
@@ -206,6 +208,7 @@ def from_csr(start_R: Sequence[int]) -> Array:
     """Returns row_N of the entries of a CSR matrix, from the places where its rows begin (one more
     than it has rows).
     """
+    # Row i has start[i + 1] - start[i] entries.
     count_R = jnp.diff(jnp.asarray(start_R))
     row_R = jnp.arange(count_R.shape[0])
     # The length is told, so that the shape is known where this is traced.
@@ -216,6 +219,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an MMoE."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
     found = decoder(as_decoder(cfg))
+    # The bottom has a bias, the tower of a task has none.
     bottom, towers = d * d + d, len(items) * d * d
     return found._replace(
         embedding=cfg.vocab_size * d,
@@ -231,6 +235,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an MMoE's forward pass."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
+    # The experts see a row as so many tokens, whatever its features are.
     num_tasks = len(items)
     found = decoder(as_decoder(cfg), num_tasks)
 

@@ -127,6 +127,7 @@ def run_repeats(
 def _run_repeats(
     model: Any, run: Callable[..., Any], x_BSD: Array, first: Any
 ) -> tuple[Array, dict[str, Array]]:
+    """Returns (x_BSD, sums) after the repeats, the first of which is number `first` of all."""
     cfg = model.cfg
 
     def run_period(period, x_BSD, repeat):
