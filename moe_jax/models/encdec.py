@@ -201,7 +201,7 @@ def refusals(cfg: Config) -> Iterator[str]:
     for part in ("prefix", "period", "suffix"):
         for block in getattr(model.kind_options, f"encoder_{part}"):
             yield from kind_refusals(f"model.kinds.encdec.encoder_{part}", block)
-    # model.blocks are those of both stacks: where they are as many as the decoder's, the encoder has
+    # model.blocks are those of both stacks: where the decoder has all of them, the encoder has
     # none.
     own = model.prefix + model.period * model.repeats + model.suffix
     if not own or len(own) == len(model.blocks):
