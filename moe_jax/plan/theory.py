@@ -85,10 +85,12 @@ def runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
 
 
 def _moe(blocks: tuple[str, ...]) -> int:
+    """Returns how many of some blocks have experts."""
     return sum(inner(kind) == "moe" for kind in blocks)
 
 
 def _dense(blocks: tuple[str, ...]) -> int:
+    """Returns how many of some blocks have a dense feed-forward."""
     return len(blocks) - _moe(blocks)
 
 
@@ -99,6 +101,7 @@ def activations(cfg: Config) -> int:
 
 
 def _width(cfg: Config) -> int:
+    """Returns the bytes of a number that is computed with."""
     return jnp.dtype(cfg.model.dtype).itemsize
 
 
@@ -112,6 +115,8 @@ def tokens(cfg: Config) -> int:
     rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
     keeps = "dispatch" in cfg.model.remat.split("+") and dispatcher.keeps
     again = 0 if cfg.model.remat == "none" or keeps else 1
+    # There and back in every forward pass, there again where nothing was kept, and the gradients of
+    # both ways.
     journeys = 2 * forward_passes(cfg) + again + 2
     per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
     return per_layer * runs(cfg, _moe)
@@ -138,6 +143,7 @@ def keys_and_values(cfg: Config) -> int:
     those of the forward pass.
     """
     model, num_bytes = cfg.model, 0
+    # Two more than forward: gathered once more, and the gradients scattered.
     passes = forward_passes(cfg) + 2
     for name in model.attentions:
         one = model.with_attention(name)
@@ -159,7 +165,9 @@ def expert_weights(cfg: Config) -> int:
     """
     model, mesh = cfg.model, cfg.mesh
     count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
+    # Experts are split over `expert` and `seq`, their hidden columns over `model`.
     local = count // (mesh.expert * mesh.seq) // mesh.model
+    # One more for the gradients.
     passes = _gathers(cfg) + 1
     per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
     return per_layer * runs(cfg, _moe)
@@ -190,6 +198,7 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
     in_blocks += runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
         in_blocks += runs(cfg, _moe) * flops.shared(model)
+    # Embedding and head are one matrix where they are tied.
     num_ends = 1 if model.tie_embeddings else 2
     ends = num_ends * model.vocab_size * model.d_model * cfg.train.num_micro_batches // mesh.stage
     return in_blocks // mesh.model, ends // mesh.model
@@ -212,6 +221,7 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
+    # Two in every forward pass, one where a block is computed again, and two of gradients.
     sums = 2 * forward_passes(cfg) + again + 2
     # Backward an MoE layer has the tokens of whole rows.
     more = cfg.mesh.seq - 1

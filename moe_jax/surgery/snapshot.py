@@ -68,6 +68,7 @@ def read(run: Run) -> Snapshot:
             "name the run that `convert compact` read"
         )
     saves = checkpoints(run.workdir)
+    # Its files are verified here.
     path = saves.path(run.step)
     place = SingleDeviceSharding(meshes.of_host().devices.flat[0])
     wanted = {}
