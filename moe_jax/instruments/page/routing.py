@@ -34,6 +34,7 @@ class Record(NamedTuple):
 def in_order(record: Record) -> Record:
     """Returns the record with the choices of each token by falling gate, nowhere last."""
     is_real = record.expert < record.num_experts
+    # A choice of nowhere counts as the smallest gate there can be.
     order = np.argsort(np.where(is_real, -record.gate, np.inf), axis=-1, kind="stable")
 
     def sort(z: np.ndarray) -> np.ndarray:
@@ -47,6 +48,7 @@ def in_order(record: Record) -> Record:
 def chosen(record: Record) -> np.ndarray:
     """Returns [L, N, E], bool: which experts a token goes to."""
     num_layers, num_tokens, _ = record.expert.shape
+    # One column more, for nowhere, which is cut off again.
     chosen_LNE = np.zeros((num_layers, num_tokens, record.num_experts + 1), bool)
     np.put_along_axis(chosen_LNE, record.expert.astype(np.int64), True, -1)
     return chosen_LNE[..., :-1]
@@ -56,6 +58,7 @@ def load(chosen_LNE: np.ndarray) -> np.ndarray:
     """Returns [L, E]: the load of each expert over the mean of its layer."""
     counts_LE = chosen_LNE.sum(1).astype(float)
     mean_L1 = counts_LE.mean(1, keepdims=True)
+    # A layer that serves nobody has no load.
     return counts_LE / np.where(mean_L1 > 0, mean_L1, 1)
 
 
@@ -80,9 +83,11 @@ def coactivation(chosen_LNE: np.ndarray) -> np.ndarray:
     It is the co-activation of Muennighoff et al. 2024 (OLMoE, arXiv:2409.02060, section 5.2).
     """
     x_LNE = chosen_LNE.astype(np.float32)
+    # Tokens that go to both; on the diagonal, those that go to one.
     both_LEE = np.einsum("lni,lnj->lij", x_LNE, x_LNE)
     own_LE = np.einsum("lii->li", both_LEE).copy()
     share_LEE = both_LEE / np.maximum(own_LE, 1)[:, :, None]
+    # An expert with itself is always 1, and says nothing.
     diagonal = np.arange(share_LEE.shape[1])
     share_LEE[:, diagonal, diagonal] = 0
     return share_LEE
@@ -111,6 +116,7 @@ def information(record: Record, label_N: np.ndarray, seed: int = 0) -> Informati
     out anew: with many labels and few tokens it is far from 0.
     """
     rng = np.random.default_rng(seed)
+    # Numbered from 0 without gaps.
     _, label_N = np.unique(label_N, return_inverse=True)
     bits, chance = [], []
     for expert_NK in record.expert:
@@ -123,11 +129,13 @@ def information(record: Record, label_N: np.ndarray, seed: int = 0) -> Informati
 
 def _bits(a_N: np.ndarray, b_N: np.ndarray) -> float:
     """Returns I(a; b) = H(a) + H(b) - H(a, b) in bits."""
+    # A number of its own for each pair.
     pair_N = a_N.astype(np.int64) * (int(b_N.max()) + 1) + b_N
     return max(_entropy(a_N) + _entropy(b_N) - _entropy(pair_N), 0.0)
 
 
 def _entropy(values_N: np.ndarray) -> float:
+    """Returns H = -sum of p log2 p, in bits."""
     _, counts = np.unique(values_N, return_counts=True)
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
@@ -144,6 +152,7 @@ def typical(record: Record, most: int = 6) -> list[list[list[tuple[int, float, i
     frequent_V = count_V >= LEAST_COUNT
     found = []
     for expert_NK in record.expert:
+        # How often each token has each expert as its first choice.
         pairs_VE = np.zeros((len(ids), record.num_experts + 1))
         np.add.at(pairs_VE, (index_N, expert_NK[:, 0]), 1)
         share_E = pairs_VE.sum(0) / max(pairs_VE.sum(), 1)
@@ -154,9 +163,8 @@ def typical(record: Record, most: int = 6) -> list[list[list[tuple[int, float, i
             score_V = np.where(frequent_V, lift_VE[:, expert] * np.sqrt(pairs_VE[:, expert]), 0)
             best = np.argsort(-score_V, kind="stable")[:most]
             kept = [v for v in best if score_V[v] > 0]
-            of_layer.append(
-                [(int(ids[v]), float(lift_VE[v, expert]), int(pairs_VE[v, expert])) for v in kept]
-            )
+            lifts, counts = lift_VE[:, expert], pairs_VE[:, expert]
+            of_layer.append([(int(ids[v]), float(lifts[v]), int(counts[v])) for v in kept])
         found.append(of_layer)
     return found
 
@@ -170,6 +178,7 @@ def transitions(record: Record) -> np.ndarray:
     for here_N, next_N in zip(record.expert[:-1, :, 0], record.expert[1:, :, 0], strict=True):
         pair_EE = np.zeros((num_experts + 1, num_experts + 1))
         np.add.at(pair_EE, (here_N, next_N), 1)
+        # Without the tokens that go nowhere in either layer.
         pair_EE = pair_EE[:num_experts, :num_experts]
         found.append(pair_EE / np.maximum(pair_EE.sum(1, keepdims=True), 1))
     return np.array(found).reshape(-1, num_experts, num_experts)
@@ -183,11 +192,15 @@ def paths(record: Record, most: int = 12) -> list[tuple[list[int], float, float]
     first_NL = record.expert[:, :, 0].T
     unique, counts = np.unique(first_NL, axis=0, return_counts=True)
     num_tokens = len(first_NL)
+    # The share of the tokens that each expert of a layer has.
     shares = [np.bincount(z, minlength=record.num_experts + 1) / num_tokens for z in first_NL.T]
     found = []
     for i in np.argsort(-counts, kind="stable")[:most]:
-        expected = float(np.prod([share[e] for share, e in zip(shares, unique[i], strict=True)]))
-        found.append(([int(e) for e in unique[i]], float(counts[i] / num_tokens), expected))
+        experts = [int(expert) for expert in unique[i]]
+        of_layers = [share[expert] for share, expert in zip(shares, experts, strict=True)]
+        # Layers that chose independently would multiply.
+        expected = float(np.prod(of_layers))
+        found.append((experts, float(counts[i] / num_tokens), expected))
     return found
 
 
@@ -216,16 +229,19 @@ def match(first: Record, other: Record, seed: int = 0) -> Match:
     rng = np.random.default_rng(seed)
     partners, overlaps, agreements, chances = [], [], [], []
     for a_N, b_N in zip(first.expert[:, :, 0], other.expert[:, :, 0], strict=True):
+        experts = np.arange(first.num_experts)
         counts_EE = _pairs(a_N, b_N, first.num_experts)
         partner_E = _assign(counts_EE)
+        partners.append(partner_E)
+        agreements.append(counts_EE[experts, partner_E].sum() / len(a_N))
+        # Tokens of both over tokens of either.
         own_E1, other_1E = counts_EE.sum(1, keepdims=True), counts_EE.sum(0, keepdims=True)
         overlap_EE = counts_EE / np.maximum(own_E1 + other_1E - counts_EE, 1)
-        shuffled_EE = _pairs(a_N, rng.permutation(b_N), first.num_experts)
-        experts = np.arange(first.num_experts)
-        partners.append(partner_E)
         overlaps.append(overlap_EE[:, partner_E])
-        agreements.append(counts_EE[experts, partner_E].sum() / len(a_N))
-        chances.append(shuffled_EE[experts, _assign(shuffled_EE)].sum() / len(a_N))
+        # A matching finds some agreement in any two runs: so much.
+        shuffled_EE = _pairs(a_N, rng.permutation(b_N), first.num_experts)
+        by_chance_E = _assign(shuffled_EE)
+        chances.append(shuffled_EE[experts, by_chance_E].sum() / len(a_N))
     arrays = (np.array(z) for z in (partners, overlaps, agreements, chances))
     return Match(*arrays)
 
@@ -238,8 +254,10 @@ def _pairs(a_N: np.ndarray, b_N: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _assign(counts_EE: np.ndarray) -> np.ndarray:
+    """Returns [E]: a partner for each expert, all different, with the most tokens in common."""
     # Imported here: training imports this package's neighbours, and scipy takes a second.
     from scipy.optimize import linear_sum_assignment
 
+    # It looks for the least sum.
     _, partner_E = linear_sum_assignment(-counts_EE)
     return partner_E
