@@ -50,6 +50,7 @@ def _on_device(
 ) -> tuple[Array, Array, Any]:
     """Cuts the tokens of a device into chunks of equal length; padding fills up the last one."""
     num_tokens = target_BS.size
+    # Chunks of equal length, so that at most one token of each is padding.
     num_chunks = -(-num_tokens // chunk)
     length = -(-num_tokens // num_chunks)
     padding = num_chunks * length - num_tokens
@@ -86,6 +87,7 @@ def _losses(
 
 
 def _forward(vocab_axis: str | None, *inputs: Array) -> tuple[tuple[Array, Array], Any]:
+    """Returns (losses, what the backward pass reads): of the logits one number a token."""
     nll_nC, log_sum_nC = _losses(vocab_axis, *inputs)
     return (nll_nC, log_sum_nC), (*inputs, log_sum_nC)
 
@@ -96,6 +98,7 @@ def _backward(vocab_axis: str | None, residuals: Any, cotangents: Any) -> tuple[
 
     def step(dhead_DV: Array, chunk: Any) -> tuple[Array, Array]:
         x_CD, target_C, log_sum_C, dnll_C, dlog_sum_C = chunk
+        # The logits once more, and with the denominator that was kept their probabilities.
         prob_CV = jnp.exp(_logits(x_CD, head_DV) - log_sum_C[:, None])
         both_C1 = (dnll_C + dlog_sum_C)[:, None]
         is_target_CV = is_target(vocab_axis, prob_CV, target_C)
@@ -116,7 +119,6 @@ _losses.defvjp(_forward, _backward)
 
 def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
     """Returns the token with the largest logit [n, C]; the first of several."""
-
     # An id has no gradient.
     x_nCD, head_DV = lax.stop_gradient((x_nCD, head_DV))
 
@@ -126,6 +128,7 @@ def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
         if not vocab_axis:
             return carry, id_C
         top_C = jnp.max(logits_CV, axis=-1)
+        # Numbered in the whole vocabulary, of which this device has a part.
         id_C = id_C + lax.axis_index(vocab_axis).astype(jnp.int32) * head_DV.shape[1]
         # An id of a device whose largest logit is not the largest of all is behind all others.
         is_top_C = top_C == lax.pmax(top_C, vocab_axis)
@@ -137,6 +140,7 @@ def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
 
 
 def _logits(x_CD: Array, head_DV: Array) -> Array:
+    """Returns the logits of a chunk, in a wide dtype."""
     with jax.named_scope("head"):
         return _product(x_CD, head_DV, 1, 0)
 

@@ -21,6 +21,7 @@ def negative_log_likelihood(logits_BSV: Array, target_BS: Array) -> Array:
     """Returns -log p(target) in nats, [B, S]; a vocabulary split over `model` is never gathered."""
     if jax.sharding.get_abstract_mesh().empty:
         return _nll_on_device(None, logits_BSV, target_BS)
+    # The logits say how they are split; nothing here decides it again.
     batch_axes, row_axes, vocab_axis = jax.typeof(logits_BSV).sharding.spec
     tokens = P(batch_axes, row_axes)
     run = jax.shard_map(
@@ -64,6 +65,7 @@ def log_sum_and_target(vocab_axis: str | None, logits: Array, target: Array) -> 
     one device.
     """
     local_id = _local_id(vocab_axis, logits, target)
+    # log sum exp(z) = top + log sum exp(z - top), which does not overflow; top is that of all devices.
     top = jnp.max(logits, axis=-1)
     if vocab_axis:
         top = lax.pmax(top, vocab_axis)

@@ -190,6 +190,7 @@ def _domain_and_bytes(data: Dataset, size: int, num_rows: int) -> Iterator[tuple
         for i in range(size):
             valid_S = batch.segment_BS[i] > 0
             if not isinstance(batch.quiet_BS, tuple):
+                # Targets of a chat that the user wrote count nowhere.
                 valid_S = valid_S & (batch.quiet_BS[i] == 0)
             yield batch.domain_BS[i, 0], bytes_V[batch.targets_BS[i]][valid_S].sum()
 
