@@ -65,7 +65,7 @@ def log_sum_and_target(vocab_axis: str | None, logits: Array, target: Array) -> 
     one device.
     """
     local_id = _local_id(vocab_axis, logits, target)
-    # log sum exp(z) = top + log sum exp(z - top), which does not overflow; top is that of all devices.
+    # log sum exp(z) = top + log sum exp(z - top), which does not overflow.
     top = jnp.max(logits, axis=-1)
     if vocab_axis:
         top = lax.pmax(top, vocab_axis)
