@@ -29,8 +29,10 @@ from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.blocks import Stack, inner
 from moe_jax.schema.config import ModelConfig
 
-REPEATS = "repeats"  # the key below which the periods of a stack lie
-Keys = Sequence[Any]  # of nested dicts, from the root of a tree to an array, or a name split at "/"
+# The key below which the periods of a stack lie.
+REPEATS = "repeats"
+# Of nested dicts, from the root of a tree to an array, or a name split at "/".
+Keys = Sequence[Any]
 
 
 # Names.

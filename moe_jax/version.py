@@ -13,8 +13,10 @@ __version__ = "0.1.0"
 
 class Source(NamedTuple):
     version: str
-    commit: str  # "" = not known: a copy without its repository
-    dirty: bool  # with changes that are in no commit
+    # "" = not known: a copy without its repository.
+    commit: str
+    # With changes that are in no commit.
+    dirty: bool
 
 
 @cache

@@ -15,8 +15,10 @@ from orbax.checkpoint import v1 as ocp
 from moe_jax.checkpoint import alias, manifest
 from moe_jax.errors import UserError
 
-IN_FLIGHT = 2**27  # bytes under way to the disk in a frugal save
-MOST_MISFITS = 8  # arrays that a message names
+# Bytes under way to the disk in a frugal save.
+IN_FLIGHT = 2**27
+# Arrays that a message names.
+MOST_MISFITS = 8
 
 log = logging.getLogger(__name__)
 

@@ -122,7 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the instruments that are asked for. Raises UserError where one of them could not work."""
+    """Runs the instruments that are asked for. Raises UserError where one could not work."""
     flags = parse(argv)
     what = [name.strip() for name in flags.what.split(",")]
     unknown = [name for name in what if name not in INSTRUMENTS]

@@ -20,16 +20,22 @@ from moe_jax.instruments import information
 from moe_jax.instruments.knockout import PASSIVE, Worth
 
 DPI = 110
-SMALL = 8  # points of the letters
-LETTER = 0.075  # inches of such a letter
-LINE = 0.17  # inches of a line of a title
-LETTERS_PER_INCH = 13.5  # of a title
+# Points of the letters.
+SMALL = 8
+# Inches of such a letter.
+LETTER = 0.075
+# Inches of a line of a title.
+LINE = 0.17
+# Of a title.
+LETTERS_PER_INCH = 13.5
 # Inches between two panels of a line.
 GAP = 0.2
 # Inches of the title of a panel.
 TITLE = 0.25
-WIDEST = 22.0  # inches of a picture
-LONGEST = 32  # letters of a domain's name
+# Inches of a picture.
+WIDEST = 22.0
+# Letters of a domain's name.
+LONGEST = 32
 # Experts up to which each has its number, and each cell its percentage.
 NUMBERED = 16
 MISSING = "0.85"  # grey

@@ -20,7 +20,8 @@ from jax.profiler import ProfileData
 
 from moe_jax.plan.hlo.scopes import Instruction, find_scopes, phase_of, read_instructions
 
-SLOWEST = 12  # instructions in phases.txt
+# Instructions in phases.txt.
+SLOWEST = 12
 # They run other instructions, which have events of their own.
 CONTAINERS = ("while", "conditional", "call")
 

@@ -23,10 +23,13 @@ from pathlib import Path
 import jax
 
 AUTO = "auto"
-DIRECTORY = "jax_compilation_cache_dir"  # an option of jax
+# An option of jax.
+DIRECTORY = "jax_compilation_cache_dir"
 DIGESTS = "digests.json"
-SETTLED = 1.0  # seconds after which an entry is written
-MOST_BYTES = 1 << 30  # of all entries; the oldest are deleted first
+# Seconds after which an entry is written.
+SETTLED = 1.0
+# Of all entries; the oldest are deleted first.
+MOST_BYTES = 1 << 30
 HIT = "/jax/compilation_cache/cache_hits"
 ENTRY = "*-cache"
 

@@ -32,7 +32,8 @@ from moe_jax.plan import chips
 from moe_jax.schema.blocks import inner, is_depth
 from moe_jax.schema.config import ModelConfig, MoEConfig
 
-PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilation
+# That a measurement of the peak takes, beside its compilation.
+PEAK_SECONDS = 0.2
 
 
 class Counts(NamedTuple):

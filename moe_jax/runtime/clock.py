@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-WINDOW = 50  # logged rows that the speed is the median of
+# Logged rows that the speed is the median of.
+WINDOW = 50
 
 
 class StepClock:

@@ -33,7 +33,8 @@ from moe_jax.runtime import signals
 ROOT = "moe_jax"
 # Directories of keys, which is why they end with a slash.
 BEATS, END, SAME = f"{ROOT}/beat/", f"{ROOT}/end/", f"{ROOT}/same/"
-DONE = "done"  # the beat of a process whose run is over
+# The beat of a process whose run is over.
+DONE = "done"
 # JAX's own heartbeats are the second line: they speak when the thread here cannot.
 JAX_LATER = 2.0
 # Time for the others to read why the run ends, before a process is gone.

@@ -223,7 +223,8 @@ class Held:
             )
 
 
-FREE = Held(Path(), "", None)  # for the processes that leave the lock to process 0
+# For the processes that leave the lock to process 0.
+FREE = Held(Path(), "", None)
 
 
 @contextlib.contextmanager

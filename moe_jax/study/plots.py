@@ -12,8 +12,10 @@ from typing import Any
 from moe_jax.study import judge
 
 WIDTH, HEIGHT = 15.0, 5.2  # inches
-TITLE_LETTERS = 150  # of a line of the title
-LABEL_LETTERS = 38  # of a line of a claim
+# Of a line of the title.
+TITLE_LETTERS = 150
+# Of a line of a claim.
+LABEL_LETTERS = 38
 COLOURS = {
     judge.AGREES: "tab:green",
     judge.DISAGREES: "tab:red",

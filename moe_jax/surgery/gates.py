@@ -11,7 +11,8 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Arrays, RouterCfg, Routing, Slots, Tokens
 from moe_jax.schema.config import ModelConfig
 
-ROWS, LENGTH = 4, 64  # of the random tokens
+# Of the random tokens.
+ROWS, LENGTH = 4, 64
 # Gates that differ by less are the same: a few hundred roundings.
 SAME = 1e-11
 

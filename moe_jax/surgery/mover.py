@@ -43,9 +43,12 @@ class Mover:
         """
         axis, hidden, _ = self.axes[name]
         plan, index = self.plan, self.plan.index[layer]
+        # Entries of this dimension that are no experts.
         behind = np.arange(plan.before, x.shape[axis])
         if len(behind):
-            behind = np.repeat(behind, (self.shape(name)[axis] - len(index)) // len(behind))
+            # Where experts became several, so did these.
+            times = (self.shape(name)[axis] - len(index)) // len(behind)
+            behind = np.repeat(behind, times)
         y = np.take(x, np.concatenate([index, behind]).astype(int), axis)
         if plan.weights is not None:
             y = _mixed(x, y, axis, plan.weights[layer])
@@ -62,6 +65,7 @@ def _mixed(x: np.ndarray, y: np.ndarray, axis: int, weights_NE: np.ndarray) -> n
     if x.dtype == bool:
         # What is alive in one of them is alive in their mean.
         sums = sums > 0
+    # What lies behind the experts is in y already.
     whole = np.moveaxis(y, axis, 0).astype(sums.dtype)
     whole[:num_new] = sums
     return np.moveaxis(whole, 0, axis)
@@ -71,6 +75,7 @@ def _sliced(y: np.ndarray, axis: int, hidden: int, slices: int) -> np.ndarray:
     """Returns experts of which each has one slice of its hidden units, in turn."""
     y = np.moveaxis(y, (axis, hidden), (0, 1))
     num, width = y.shape[0], y.shape[1] // slices
+    # [experts before, the copy, the slice, units of a slice, ...].
     y = y.reshape(num // slices, slices, slices, width, *y.shape[2:])
     # The i-th of the experts in a row has the i-th slice.
     y = np.stack([y[:, i, i] for i in range(slices)], 1)
@@ -104,6 +109,7 @@ def with_moments(x: np.ndarray, axis: int, plan: Plan, layer: int, factor: float
     """Returns moments with a factor on those of experts that are not as they were: the changed
     ones, or all where each is split or merged.
     """
+    # Every expert is as it was, with another number at most.
     moves = plan.changed is None and plan.choices == 1 and plan.weights is None
     if factor == 1 or moves:
         return x

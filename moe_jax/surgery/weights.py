@@ -19,7 +19,8 @@ from moe_jax.parallel import batch_rows, mesh
 from moe_jax.run import Run
 from moe_jax.tasks import TASKS
 
-ROWS = 8  # of the random inputs
+# Of the random inputs.
+ROWS = 8
 
 
 class Weights(NamedTuple):

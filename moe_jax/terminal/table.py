@@ -51,7 +51,8 @@ class Row(NamedTuple):
     # A str is shown as it is: what looks like markup in it is none.
     cells: tuple[str | Text, ...]
     style: str
-    ends: bool = False  # with a line below it
+    # With a line below it.
+    ends: bool = False
 
 
 class Table:

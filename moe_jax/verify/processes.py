@@ -22,7 +22,8 @@ from moe_jax.verify.program import Probe, Program
 LENGTHS = mesh.Lengths(data=2, expert=2, model=2)
 # Where they write their checkpoint together.
 SAVED = "of_processes"
-REPORT = "report.pickle"  # of process 0
+# Of process 0.
+REPORT = "report.pickle"
 # Seconds after which a process is taken to hang.
 SECONDS = 300
 

@@ -27,7 +27,8 @@ DISPUTED = frozenset(
     )
 )
 
-Verses = Mapping[str, str]  # "Genesis 1:1" -> its text
+# "Genesis 1:1" -> its text.
+Verses = Mapping[str, str]
 
 
 def convert(given: Given) -> Converted:

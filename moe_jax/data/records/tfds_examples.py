@@ -20,7 +20,8 @@ PREFIX = "tfds:"
 class Record(NamedTuple):
     """One record of a set."""
 
-    split: str  # "train" or "heldout"
+    # "train" or "heldout".
+    split: str
     # The record's name in messages.
     where: str
     fields: Mapping[str, Any]
@@ -36,7 +37,8 @@ class Stored(NamedTuple):
     name: str
     # What follows the #, "" if nothing does.
     field: str
-    split: str  # of the training examples
+    # Of the training examples.
+    split: str
     builder: Any
 
     @property

@@ -37,7 +37,8 @@ __all__ = [
 ]
 
 EXPERTS = "experts"
-Path = tuple[Any, ...]  # keys from the root of the parameters to a layer's experts
+# Keys from the root of the parameters to a layer's experts.
+Path = tuple[Any, ...]
 
 
 def experts_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Matrices]]:

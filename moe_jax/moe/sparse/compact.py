@@ -13,7 +13,8 @@ import numpy as np
 
 from moe_jax.moe.sparse import stored
 
-Layer = Mapping[str, Any]  # w_in [E, D, P, F], w_out [E, F, D]
+# w_in [E, D, P, F], w_out [E, F, D].
+Layer = Mapping[str, Any]
 # Block side: stored share up to which blocks are faster than whole matrices on a CPU
 # (docs/sparse_weights.md); never below 32.
 PAYS = {32: 0.25, 64: 0.4, 128: 0.5}

@@ -20,10 +20,12 @@ TRACKERS: dict[str, Tracker] = {
     "mlflow": mlflow.TRACKER,
     "wandb": wandb.TRACKER,
 }
-FILE = "tracking.json"  # of the workdir: where the run is at each tracker
+# Of the workdir: where the run is at each tracker.
+FILE = "tracking.json"
 # A chart for each figure of each layer would be thousands: of the layers the extremes are sent.
 LAYER = re.compile(r"moe/layer_\d+/(.*)")
-MOST = 200  # names that are sent of a run; the first that come
+# Names that are sent of a run; the first that come.
+MOST = 200
 
 
 def require(names: Sequence[str]) -> None:

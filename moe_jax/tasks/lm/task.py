@@ -30,8 +30,10 @@ class Options:
     """There are none."""
 
 
-MOST_BYTES = 4_000_000  # of a domain's text, that the compressors read
-SMOKE_BYTES = 50_000  # the same in a smoke run
+# Of a domain's text, that the compressors read.
+MOST_BYTES = 4_000_000
+# The same in a smoke run.
+SMOKE_BYTES = 50_000
 
 
 def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> Batch:

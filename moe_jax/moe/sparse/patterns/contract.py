@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from moe_jax.parallel.mesh import P
 from moe_jax.precision import wide_dtype
 
-Matrices = dict[str, jax.Array]  # of one layer's experts, by name
-Groups = dict[str, jax.Array]  # a value for every group, by matrix, or under "units"
+# Of one layer's experts, by name.
+Matrices = dict[str, jax.Array]
+# A value for every group, by matrix, or under "units".
+Groups = dict[str, jax.Array]
 UNITS = ("w_in", "w_out")
 
 
