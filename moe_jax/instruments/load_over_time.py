@@ -18,15 +18,15 @@ CELL = 0.16
 PANEL = 1.7
 # Between two panels.
 GAP = 0.55
-# Of a panel.
+# Title of a panel.
 TITLE = 0.2
-# Of the picture.
+# Title of the picture.
 HEADING = 0.35
 # Before the panels: "step" and its numbers.
 LEFT = 0.75
 # Behind the panels: the scale of the colours.
 SCALE = 1.1
-# Of all panels of a line.
+# Width of all panels of a line, at most.
 WIDEST = 12.0
 # Powers of two above and below the mean that have a colour of their own.
 SHADES = 2.5
