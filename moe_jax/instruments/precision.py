@@ -73,6 +73,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def _share(counts_2L: np.ndarray) -> list[float]:
+    """Returns the share of decisions that flipped, by layer."""
     flipped_L, all_L = counts_2L
     return (flipped_L / np.maximum(all_L, 1)).tolist()
 
@@ -136,6 +137,7 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
             f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no '
             "margin"
         )
+    # In float64, so that the margin itself is not rounding.
     input_LBSD, gate_LDE = input_LBSD.astype(np.float64), gate_LDE.astype(np.float64)
     logits_LBSE = np.einsum("LBSD,LDE->LBSE", input_LBSD, gate_LDE)
     bias_LE = held_out.router_state(run.router_state, run.cfg.model).get("bias")

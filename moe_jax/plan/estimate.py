@@ -67,6 +67,7 @@ def estimate(
         seconds = network.seconds(collective, mesh, chip)
         axes = collective.axes or "all"
         by_axes[axes] = by_axes.get(axes, 0.0) + seconds
+        # An asynchronous one runs while something is computed.
         waited += 0.0 if collective.is_async else seconds
     return Estimate(
         compute=sum(one.done for one in work) / peak,
