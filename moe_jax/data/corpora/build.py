@@ -199,7 +199,7 @@ def build(folder: pathlib.Path, out: pathlib.Path) -> None:
     for domain, (name, split) in CORPORA.items():
         documents = [tidy(text) for text in split(read(folder, name))]
         joined = "\f".join(documents).encode("utf-8")
-        # The same bytes for the same text: the digest of the package depends on it.
+        # As small as it gets, however long it takes: the files come with the package.
         packed = lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)
         (out / f"{domain}.txt.xz").write_bytes(packed)
         sizes = sorted(len(text.encode("utf-8")) for text in documents)

@@ -153,7 +153,7 @@ def _window(instruction: Instruction, num_spatial: int) -> dict[str, list[int]]:
 def _pairs(num_outputs: int, num_inputs: int, size: int, window: dict[str, int]) -> int:
     """Returns how many (output, tap) pairs of one dimension read a number that is there."""
     dilation, last = window["lhs_dilate"], (num_inputs - 1) * window["lhs_dilate"]
-    # Counting pair by pair would take longer than it is worth: without dilation all of them count.
+    # Counting pair by pair would take longer than it is worth: there are no more than so many.
     if num_outputs * size > 4_000_000:
         return num_outputs * min(size, num_inputs)
     pairs = 0
