@@ -45,6 +45,7 @@ def compare(old: Weights, new: Weights) -> float:
     """Returns the largest |difference| of outputs over the largest |output|, on random inputs of
     the task, in float32.
     """
+    # Each by its own config: the new model may have another number of experts.
     before, after = (outputs(weights.raw, "float32", [weights])[0][0] for weights in (old, new))
     return _farthest(before, after, relative=True)
 
@@ -67,6 +68,8 @@ def gaps(old: Weights, new: Sequence[Weights]) -> tuple[list[float], float]:
 
 
 def _farthest(before: Any, after: Any, *, relative: bool) -> float:
+    """Returns the largest difference of two trees of outputs, over their size where asked."""
+
     def far(a: np.ndarray, b: np.ndarray) -> float:
         # Outputs that are all 0 have no size to divide by.
         size = max(float(np.abs(a).max()), 1e-30) if relative else 1.0
@@ -81,6 +84,7 @@ def outputs(raw: dict[str, Any], dtype: str, models: Sequence[Weights]) -> list[
     inputs of its task. They are compiled once.
     """
     raw = copy.deepcopy(raw)
+    # Single layers, and the dtype in which they are compared.
     raw["model"] |= {"scan": False, "dtype": dtype, "param_dtype": dtype}
     raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
