@@ -143,7 +143,7 @@ def rope(
         scaling = {"rope_type": kind.theirs}
         for ours, theirs, _ in kind.options:
             value = config[f"{SCALINGS}.{kind.ours}.{ours}"]
-            # A magnitude of 0 stands for "as the paper has it", which is said by leaving the key out.
+            # A magnitude of 0 stands for "as the paper has it": the key is left out.
             if (ours, value) not in kind.unset:
                 scaling[theirs] = value
         return written | {"rope_scaling": scaling}
