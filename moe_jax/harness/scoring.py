@@ -87,12 +87,14 @@ class Scorer:
 
     def _row(self, request: Request) -> tuple[list[int], list[int], int]:
         """Returns (ids, the id after each, how many of these are judged)."""
+        # One more than a row: the last id is read by nobody, and only predicted.
         ids = [*request.context, *request.continuation][-(self.context + 1) :]
         return ids[:-1], ids[1:], min(len(request.continuation), len(ids) - 1)
 
     def _scores(self, rows: Sequence[tuple[list[int], list[int], int]]) -> Iterator[Score]:
         """Yields the scores of one batch."""
         longest = max(len(ids) for ids, _, _ in rows)
+        # Padded, so that a few shapes serve all texts; a row of training is the longest.
         shape = (self._rows, min(power_of_two(longest, LEAST), max(self.context, longest)))
         id_BS, target_BS = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         length_B = np.zeros(self._rows, np.int32)

@@ -47,6 +47,7 @@ def expected(cfg: Config) -> list[Expected]:
         found.append(Expected("tokens", "expert", tokens(cfg)))
         found.append(Expected("tokens", "seq", tokens_over_seq(cfg)))
         found.append(Expected("expert weights", "data", expert_weights(cfg)))
+    # It has other matrices than a decoder, which the lines below count.
     if MODELS[cfg.model.kind].parameters:
         return [one for one in found if one.num_bytes]
     axes = " x ".join(axis for axis in FSDP if getattr(mesh, axis) > 1)
@@ -66,6 +67,7 @@ def forward_passes(cfg: Config) -> int:
     """
     if cfg.mesh.stage == 1:
         return accumulation.forward_passes(cfg)
+    # "1f1b" runs all forward works anew in its backward pass, and each backward work its own again.
     return 3 if cfg.train.pipeline_schedule == schedule.ONE_F_ONE_B else 2
 
 
@@ -80,6 +82,7 @@ def runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
         return number(model.blocks) * num_micro
     sizes = schedule.of(cfg)
     repeats = model.repeats // sizes.round
+    # A stage has one micro-batch of each group.
     ends = number(model.prefix + model.suffix) * sizes.groups
     return number(model.period) * repeats * sizes.ticks + ends
 
@@ -113,6 +116,7 @@ def tokens(cfg: Config) -> int:
     """
     dispatcher = DISPATCHERS[cfg.model.moe.dispatcher]
     rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
+    # model.remat names what is kept, joined by "+".
     keeps = "dispatch" in cfg.model.remat.split("+") and dispatcher.keeps
     again = 0 if cfg.model.remat == "none" or keeps else 1
     # There and back in every forward pass, there again where nothing was kept, and the gradients of

@@ -76,5 +76,6 @@ def mixes(cfg: ModelConfig) -> bool:
 def constant(x: np.ndarray) -> float | None:
     """Returns the one number that an array holds, up to rounding; None where it holds others."""
     middle = float(x.mean())
+    # Relative to the mean; one of 0 has no size.
     is_same = np.abs(x - middle).max() <= SAME * max(abs(middle), 1e-30)
     return middle if is_same and middle > 0 else None

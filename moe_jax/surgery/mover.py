@@ -60,6 +60,7 @@ class Mover:
 def _mixed(x: np.ndarray, y: np.ndarray, axis: int, weights_NE: np.ndarray) -> np.ndarray:
     """Returns `y` with its first N experts the weighted sums of those of `x`."""
     num_new, num_old = weights_NE.shape
+    # Experts first, whatever the array; summed in float64, so that merging rounds once.
     old = np.moveaxis(x, axis, 0)[:num_old].astype(np.float64)
     sums = np.tensordot(weights_NE, old, 1)
     if x.dtype == bool:
@@ -73,6 +74,7 @@ def _mixed(x: np.ndarray, y: np.ndarray, axis: int, weights_NE: np.ndarray) -> n
 
 def _sliced(y: np.ndarray, axis: int, hidden: int, slices: int) -> np.ndarray:
     """Returns experts of which each has one slice of its hidden units, in turn."""
+    # Experts and hidden units first.
     y = np.moveaxis(y, (axis, hidden), (0, 1))
     num, width = y.shape[0], y.shape[1] // slices
     # [experts before, the copy, the slice, units of a slice, ...].
@@ -96,6 +98,7 @@ def with_noise(
         return x
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     y = np.moveaxis(x, axis, 0).astype(np.float64)
+    # Relative to all experts, so that one of zeros gets noise, too.
     deviation = noise * y.std()
     for expert in np.flatnonzero(plan.changed[layer]):
         moved = y[expert] + deviation * rng.normal(size=y[expert].shape)

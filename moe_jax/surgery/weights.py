@@ -60,6 +60,7 @@ def gaps(old: Weights, new: Sequence[Weights]) -> tuple[list[float], float]:
         after = outputs(new[0].raw, "float64", new)
         sums = after[0][1]
     far = [_farthest(before, values, relative=False) for values, _ in after]
+    # A model without experts drops nothing.
     if "dropped" not in sums:
         return far, 0.0
     totals = load.totals(sums)
@@ -121,6 +122,7 @@ def _of_valid(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     if x.shape[: weight.ndim] != weight.shape:
         return x
+    # [B, S] -> [B, S, 1, ...], as many dimensions as the output has.
     keeps = jnp.expand_dims(weight > 0, tuple(range(weight.ndim, x.ndim)))
     return jnp.where(keeps, x, 0)
 

@@ -29,7 +29,9 @@ def of_hidden(last: Hidden, target_BS: Array, chunk: int, greedy: bool) -> tuple
     `chunk` tokens of a device at a time; a vocabulary split over `model` is never gathered.
     """
     if jax.sharding.get_abstract_mesh().empty:
+        # Without a mesh nothing is split.
         return _on_device(last.x_BSD, last.head_DV, target_BS, None, chunk, greedy)
+    # Each device cuts its own tokens, so that no chunk is of several devices.
     x_spec, head_spec = (jax.typeof(z).sharding.spec for z in last)
     tokens = P(*x_spec[:2])
     run = jax.shard_map(
@@ -57,6 +59,7 @@ def _on_device(
 
     def cut(z_BS: Array) -> Array:
         z_T = z_BS.reshape((num_tokens,) + z_BS.shape[2:])
+        # `join` cuts the padding off, so it gets a gradient of zero.
         z_T = jnp.pad(z_T, [(0, padding)] + [(0, 0)] * (z_T.ndim - 1))
         return z_T.reshape((num_chunks, length) + z_T.shape[1:])
 
@@ -108,6 +111,7 @@ def _backward(vocab_axis: str | None, residuals: Any, cotangents: Any) -> tuple[
             dx_CD = _product(dlogits_CV, head_DV, 1, 1).astype(x_CD.dtype)
             return dhead_DV + _product(x_CD, dlogits_CV, 0, 0), dx_CD
 
+    # Summed over the chunks, so in a wide dtype.
     zero_DV = jnp.zeros_like(head_DV, dtype=wide_dtype(head_DV.dtype))
     chunks = (x_nCD, target_nC, log_sum_nC, *cotangents)
     dhead_DV, dx_nCD = lax.scan(step, zero_DV, chunks)

@@ -63,6 +63,7 @@ def narrow(layer: Layer, hidden: int) -> dict[str, np.ndarray]:
     keep_EF = np.take_along_axis(is_living_EF, order_EF, 1)
     w_in = np.take_along_axis(layer["w_in"], order_EF[:, None, None], 3)
     w_out = np.take_along_axis(layer["w_out"], order_EF[..., None], 1)
+    # Units that fill up an expert with fewer are dead ones: their weights become zeros.
     w_in = w_in * keep_EF[:, None, None]
     w_out = w_out * keep_EF[..., None]
     return {"w_in": w_in.astype(layer["w_in"].dtype), "w_out": w_out.astype(layer["w_out"].dtype)}
@@ -73,6 +74,7 @@ def blocks(layers: Iterable[Layer], block: int) -> Blocks:
 
     Every column gets as many as the fullest has.
     """
+    # At least one block, so that no array is empty.
     most, shapes = dict.fromkeys(stored.NAMES, 1), {}
     for layer in layers:
         for name, matrix in matrices(layer).items():

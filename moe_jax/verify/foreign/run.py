@@ -181,6 +181,7 @@ def _compare(
     valid_T = case.inputs.valid_T
     y_TD = _of_shape(output.y_TD, want.y_TD, "the output")
     # Padding may be anything, so only valid tokens are compared.
+    # Over the largest number, for single ones may be near 0.
     scale = np.abs(want.y_TD).max()
     value = far(want.y_TD[valid_T], y_TD[valid_T], scale)
     found = [Finding(mesh, case.claim, "output", value, limits["output"], "")]
@@ -189,6 +190,7 @@ def _compare(
         value = unequal(want.dropped_TK[valid_T], have_TK[valid_T])
         found.append(Finding(mesh, case.claim, "drops", value, limits["drops"], ""))
     if gradients is not None:
+        # A layer may return more gradients than are compared, and no fewer.
         absent = sorted(set(want.gradients) - set(gradients))
         if absent:
             raise ValueError(f"Layer.backward returned no gradient of {absent[0]}")
