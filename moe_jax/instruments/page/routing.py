@@ -5,6 +5,7 @@ Shapes: L MoE layers, N tokens that are no padding, K choices of a token, E expe
 E stands for nowhere.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -69,11 +70,14 @@ def dead(load_LE: np.ndarray) -> list[tuple[int, int]]:
 
 def drops(record: Record) -> np.ndarray:
     """Returns [L, E]: the share of an expert's assignments that were dropped; 0 of none."""
+    num_experts = record.num_experts
     shares = []
     for expert_NK, dropped_NK in zip(record.expert, record.dropped, strict=True):
-        of_all = np.bincount(expert_NK.ravel(), minlength=record.num_experts + 1)
-        of_dropped = np.bincount(expert_NK[dropped_NK], minlength=record.num_experts + 1)
-        shares.append((of_dropped / np.maximum(of_all, 1))[: record.num_experts])
+        # One place more, for nowhere, which is cut off again.
+        num_all = np.bincount(expert_NK.ravel(), minlength=num_experts + 1)
+        num_dropped = np.bincount(expert_NK[dropped_NK], minlength=num_experts + 1)
+        share = num_dropped / np.maximum(num_all, 1)
+        shares.append(share[:num_experts])
     return np.array(shares)
 
 
@@ -98,8 +102,10 @@ def saturation(chosen_LNE: np.ndarray, last_LNE: np.ndarray) -> np.ndarray:
 
     It is the router saturation of Muennighoff et al. 2024 (OLMoE, arXiv:2409.02060, section 5.1).
     """
-    both_L = (chosen_LNE & last_LNE).sum((1, 2))
-    return both_L / np.maximum(last_LNE.sum((1, 2)), 1)
+    in_both_LNE = chosen_LNE & last_LNE
+    num_both_L = in_both_LNE.sum((1, 2))
+    num_last_L = last_LNE.sum((1, 2))
+    return num_both_L / np.maximum(num_last_L, 1)
 
 
 class Information(NamedTuple):
@@ -149,24 +155,26 @@ def typical(record: Record, most: int = 6) -> list[list[list[tuple[int, float, i
     left out.
     """
     ids, index_N, count_V = np.unique(record.token, return_inverse=True, return_counts=True)
-    frequent_V = count_V >= LEAST_COUNT
-    found = []
+    is_frequent_V = count_V >= LEAST_COUNT
+    layers = []
     for expert_NK in record.expert:
         # How often each token has each expert as its first choice.
         pairs_VE = np.zeros((len(ids), record.num_experts + 1))
         np.add.at(pairs_VE, (index_N, expert_NK[:, 0]), 1)
+        # p(expert | token) / p(expert).
         share_E = pairs_VE.sum(0) / max(pairs_VE.sum(), 1)
-        lift_VE = pairs_VE / count_V[:, None] / np.where(share_E > 0, share_E, 1)
+        conditional_VE = pairs_VE / count_V[:, None]
+        lift_VE = conditional_VE / np.where(share_E > 0, share_E, 1)
         of_layer = []
         for expert in range(record.num_experts):
+            lift_V, pairs_V = lift_VE[:, expert], pairs_VE[:, expert]
             # A token that came there by chance alone has a small count: it stands behind.
-            score_V = np.where(frequent_V, lift_VE[:, expert] * np.sqrt(pairs_VE[:, expert]), 0)
+            score_V = np.where(is_frequent_V, lift_V * np.sqrt(pairs_V), 0)
             best = np.argsort(-score_V, kind="stable")[:most]
             kept = [v for v in best if score_V[v] > 0]
-            lifts, counts = lift_VE[:, expert], pairs_VE[:, expert]
-            of_layer.append([(int(ids[v]), float(lifts[v]), int(counts[v])) for v in kept])
-        found.append(of_layer)
-    return found
+            of_layer.append([(int(ids[v]), float(lift_V[v]), int(pairs_V[v])) for v in kept])
+        layers.append(of_layer)
+    return layers
 
 
 def transitions(record: Record) -> np.ndarray:
@@ -174,14 +182,15 @@ def transitions(record: Record) -> np.ndarray:
     next layer.
     """
     num_experts = record.num_experts
-    found = []
-    for here_N, next_N in zip(record.expert[:-1, :, 0], record.expert[1:, :, 0], strict=True):
-        pair_EE = np.zeros((num_experts + 1, num_experts + 1))
-        np.add.at(pair_EE, (here_N, next_N), 1)
+    first_LN = record.expert[:, :, 0]
+    shares = []
+    for here_N, next_N in itertools.pairwise(first_LN):
         # Without the tokens that go nowhere in either layer.
-        pair_EE = pair_EE[:num_experts, :num_experts]
-        found.append(pair_EE / np.maximum(pair_EE.sum(1, keepdims=True), 1))
-    return np.array(found).reshape(-1, num_experts, num_experts)
+        pairs_EE = _pairs(here_N, next_N, num_experts)
+        num_here_E1 = pairs_EE.sum(1, keepdims=True)
+        shares.append(pairs_EE / np.maximum(num_here_E1, 1))
+    # A model of one layer has no transitions, and still E.
+    return np.array(shares).reshape(-1, num_experts, num_experts)
 
 
 def paths(record: Record, most: int = 12) -> list[tuple[list[int], float, float]]:
@@ -227,27 +236,39 @@ def match(first: Record, other: Record, seed: int = 0) -> Match:
     The matching is the assignment that makes the most first choices agree.
     """
     rng = np.random.default_rng(seed)
+    num_experts = first.num_experts
     partners, overlaps, agreements, chances = [], [], [], []
     for a_N, b_N in zip(first.expert[:, :, 0], other.expert[:, :, 0], strict=True):
-        experts = np.arange(first.num_experts)
-        counts_EE = _pairs(a_N, b_N, first.num_experts)
-        partner_E = _assign(counts_EE)
+        pairs_EE = _pairs(a_N, b_N, num_experts)
+        partner_E = _assign(pairs_EE)
         partners.append(partner_E)
-        agreements.append(counts_EE[experts, partner_E].sum() / len(a_N))
+        agreements.append(_agreement(pairs_EE, partner_E, len(a_N)))
         # Tokens of both over tokens of either.
-        own_E1, other_1E = counts_EE.sum(1, keepdims=True), counts_EE.sum(0, keepdims=True)
-        overlap_EE = counts_EE / np.maximum(own_E1 + other_1E - counts_EE, 1)
+        own_E1 = pairs_EE.sum(1, keepdims=True)
+        other_1E = pairs_EE.sum(0, keepdims=True)
+        either_EE = own_E1 + other_1E - pairs_EE
+        overlap_EE = pairs_EE / np.maximum(either_EE, 1)
         overlaps.append(overlap_EE[:, partner_E])
         # A matching finds some agreement in any two runs: so much.
-        shuffled_EE = _pairs(a_N, rng.permutation(b_N), first.num_experts)
+        shuffled_EE = _pairs(a_N, rng.permutation(b_N), num_experts)
         by_chance_E = _assign(shuffled_EE)
-        chances.append(shuffled_EE[experts, by_chance_E].sum() / len(a_N))
-    arrays = (np.array(z) for z in (partners, overlaps, agreements, chances))
-    return Match(*arrays)
+        chances.append(_agreement(shuffled_EE, by_chance_E, len(a_N)))
+    return Match(
+        partner=np.array(partners),
+        overlap=np.array(overlaps),
+        agreement=np.array(agreements),
+        chance=np.array(chances),
+    )
+
+
+def _agreement(pairs_EE: np.ndarray, partner_E: np.ndarray, num_tokens: int) -> float:
+    """Returns the share of tokens whose experts are each other's partners."""
+    experts = np.arange(len(partner_E))
+    return pairs_EE[experts, partner_E].sum() / num_tokens
 
 
 def _pairs(a_N: np.ndarray, b_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns [E, E]: how many tokens have expert i in one run and j in the other."""
+    """Returns [E, E]: how many tokens have expert i in one list and j in the other."""
     counts = np.zeros((num_experts + 1, num_experts + 1))
     np.add.at(counts, (a_N, b_N), 1)
     return counts[:num_experts, :num_experts]
