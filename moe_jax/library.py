@@ -144,6 +144,7 @@ class MoELayer(nnx.Module):
           valid_BS: False for padding, which is not routed.
           id_BS: token ids, for the routers "hash" and "random".
         """
+        # Only routers that draw read it.
         rng = jax.random.key(0) if rng is None else rng
         # Split, so that the compiled program takes the parameters as arguments.
         graph, state = nnx.split(self.layer)
@@ -156,6 +157,7 @@ class MoELayer(nnx.Module):
         router_cfg = RouterCfg(*sizes, total=lambda z: z)
         # Of the one layer.
         totals = {name: x[0] for name, x in statistics.totals().items()}
+        # By the names that the router declared.
         state = self.layer.state.arrays()
         for name, value in ROUTERS[moe.router].update(state, totals, router_cfg).items():
             getattr(self.layer.state, name)[...] = value.astype(state[name].dtype)
@@ -168,6 +170,7 @@ def _applied(graph, train: bool, on_mesh: bool, state, x_BSD, valid_BS, id_BS, r
     shape_BS = (num_rows, row_length)
     # Each row is one document that begins at position 0.
     position_BS = jnp.broadcast_to(jnp.arange(row_length, dtype=jnp.int32), shape_BS)
+    # Segment 0 is padding.
     segment_BS = jnp.ones(shape_BS, jnp.int32) if valid_BS is None else valid_BS.astype(jnp.int32)
     id_BS = jnp.zeros(shape_BS, jnp.int32) if id_BS is None else id_BS
     row_B = jnp.arange(num_rows, dtype=jnp.int32)

@@ -107,6 +107,7 @@ def run_stack(
     if isinstance(model.repeats, Stop):
         raise Reached(x_BSD, before, batch, rng)
     if isinstance(model.repeats, Resume):
+        # What comes before was computed on its way to Stop, and its sums are counted there.
         x_BSD, before, middle = model.repeats.x_BSD, {}, {}
     else:
         x_BSD, middle = _run_repeats(model, run, x_BSD, 0)
@@ -131,6 +132,7 @@ def _run_repeats(
     cfg = model.cfg
 
     def run_period(period, x_BSD, repeat):
+        # The number of the period's first block among all blocks of the model.
         number = len(cfg.prefix) + (first + repeat) * len(cfg.period)
         return run(period.blocks, x_BSD, number)
 
@@ -163,6 +165,7 @@ def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str
     """
 
     def call(block, x_BSD, batch, rng, number, source):
+        # Of the number, and not of the place in a loop: scan or not, a block draws the same.
         key = jax.random.fold_in(rng, number)
         return block(x_BSD, of_block(batch, number), key, train, source)
 

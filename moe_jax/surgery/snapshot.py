@@ -70,6 +70,7 @@ def read(run: Run) -> Snapshot:
     saves = checkpoints(run.workdir)
     # Its files are verified here.
     path = saves.path(run.step)
+    # On the host, whatever accelerator there is: what follows is NumPy.
     place = SingleDeviceSharding(meshes.of_host().devices.flat[0])
     wanted = {}
     for name, (shape, dtype) in read_manifest(path)["arrays"].items():
@@ -87,6 +88,7 @@ def write(workdir: Path, made: Snapshot) -> None:
     _refuse_misfits(made)
     workdir.mkdir(parents=True, exist_ok=True)
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    # Orbax writes arrays of jax.
     place = meshes.of_host().devices.flat[0]
     arrays = {name: jax.device_put(x, place) for name, x in made.arrays.items()}
     metadata = {**made.metadata, "config": made.raw}
@@ -131,6 +133,7 @@ def with_rounded_masters(cfg: Config, arrays: Arrays) -> Arrays:
     for name, x in arrays.items():
         if cfg.optim.master_copy and name.startswith("master/"):
             param = "params/" + name.removeprefix("master/")
+            # As a step leaves them: the master copy is what the optimizer moves.
             made[param] = x.astype(made[param].dtype)
     return made
 

@@ -83,6 +83,7 @@ def forward_rows(
     dtype = x_BD.dtype
     wide = wide_dtype(dtype)
     # Products are in the dtype of x; the activation between them is computed in a wide one.
+    # Gate and up are one product, side by side in H.
     pre_BH = dot(x_BD, w_in_DH, 1, 0, dtype)
     if biases is not None:
         pre_BH = pre_BH + biases.in_eH.astype(dtype)[None]
