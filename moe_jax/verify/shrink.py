@@ -43,6 +43,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
     yours = {**copy.deepcopy(dict(raw)), "mesh": ONE.written()}
     config.build(yours, 1)
     small, rules = copy.deepcopy(yours), []
+    # Devices of this machine's CPU: a proof needs no accelerator.
     small["simulate_devices"] = DEVICES
     for key, value, why in _rules(yours):
         old = get(small, key)
@@ -88,6 +89,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "train.init_from", "", "begins at random"
     warmup = min(raw["optim"]["warmup_steps"], 1)
     yield "optim.warmup_steps", warmup, "the first steps move the parameters"
+    # A component says itself how small its options may be.
     yield from _rules_of_components(model)
 
 
@@ -121,6 +123,7 @@ def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, A
     key, moe = "model.moe.num_experts", small["model"]["moe"]
     number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
     # Any other number stays: its remainder decides how experts are split.
+    # A multiple of DEVICES is a multiple of the length of every axis.
     if number % DEVICES == 0:
         # The first number that the router's options allow is the smallest.
         for fewer in range(DEVICES, number, DEVICES):
