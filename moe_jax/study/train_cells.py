@@ -156,15 +156,7 @@ def prepare(cell: Cell) -> Program:
         # The state is donated: the new one takes its memory.
         compiled = jax.jit(step, donate_argnums=2).lower(*arguments, state, batch).compile()
         evaluate = make_evaluate(cfg, data)
-    return Program(
-        cfg=cfg,
-        data=data,
-        init=init_fn,
-        step=compiled,
-        memory=memory_of(compiled),
-        evaluate=evaluate,
-        bind=model.bind,
-    )
+    return Program(cfg, data, init_fn, compiled, memory_of(compiled), evaluate, model.bind)
 
 
 def open_data(cfg: config.Config) -> Data:
@@ -227,8 +219,8 @@ def _steps(program: Program, cell: Cell, data: Data) -> tuple[Any, list[dict[str
     stream = prefetch(Batches(data, "train", cell.seed, size), 0, steps, rows, cfg.data.prefetch)
     seed, rate = inputs(cell)
     state = program.init(seed, rate)
-    metrics: list[dict[str, float]] = []
-    # Metrics of steps that nobody has read yet: they are still on the device.
+    found: list[dict[str, float]] = []
+    # Of steps that nobody has read yet: their metrics are still on the device.
     waiting: list[dict[str, Any]] = []
     began = time.monotonic()
     try:
@@ -236,18 +228,18 @@ def _steps(program: Program, cell: Cell, data: Data) -> tuple[Any, list[dict[str
             state, values = program.step(seed, rate, state, batch_rows.put(local, rows, size))
             waiting.append(_small(values))
             if step % READ_EVERY == 0 or step == steps:
-                metrics += [_row(each) for each in jax.device_get(waiting)]
+                found += [_row(each) for each in jax.device_get(waiting)]
                 waiting = []
-                if not all(math.isfinite(row["loss"]) for row in metrics[-READ_EVERY:]):
+                if not all(math.isfinite(row["loss"]) for row in found[-READ_EVERY:]):
                     break
     finally:
         stream.close()
-    seconds = (time.monotonic() - began) / len(metrics)
+    seconds = (time.monotonic() - began) / len(found)
     # Steps behind the first loss that is not finite were made before anybody had read it.
-    for i, row in enumerate(metrics):
+    for i, row in enumerate(found):
         if not math.isfinite(row["loss"]):
-            return state, metrics[: i + 1], seconds
-    return state, metrics, seconds
+            return state, found[: i + 1], seconds
+    return state, found, seconds
 
 
 def _small(values: dict[str, Any]) -> dict[str, Any]:
