@@ -1,4 +1,4 @@
-"""Code that differs by platform: what is traced where the platform is known, and where it is not."""
+"""Code that differs by platform: what is traced where the platform is known, and where not."""
 
 import jax
 import jax.numpy as jnp
