@@ -287,7 +287,7 @@ def backward(
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
     runs = _padded_runs(bounds, plan, H, G)
     log_sum_NQ = _padded(log_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
-    dlog_sum_NQ = None
+    wide, dlog_sum_NQ = wide_dtype(q_BTHA.dtype), None
     if dlog_sum_BGQ is not None:
         dlog_sum_NQ = _padded(dlog_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
     # One number for each query: it does not depend on the key, so it is summed once.
@@ -315,7 +315,6 @@ def backward(
         )
 
     # 2. The gradients are summed over all pairs, in wide numbers.
-    wide = wide_dtype(q_BTHA.dtype)
     zeros = tuple(jnp.zeros_like(z, dtype=wide) for z in (q_NQA, k_NSA, v_NSA))
     dq_NQA, dk_NSA, dv_NSA = _fold(step, zeros, plan)
     # 3. Back to rows and heads, without the padding.
