@@ -26,7 +26,7 @@ from moe_jax.interchange.settings import Settings
 from moe_jax.interchange.shards import Shards
 from moe_jax.models.block import moe_config
 from moe_jax.models.functions import make_model
-from moe_jax.moe.layer import adaptive_state
+from moe_jax.moe.settings import adaptive_state
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.run import write_run

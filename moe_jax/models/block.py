@@ -24,7 +24,8 @@ from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, rms_norm
 from moe_jax.moe.experts.network import Chosen
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoELayer
+from moe_jax.moe.settings import MoE
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import BLOCKS, attention_of, inner, is_depth, without_attention
 from moe_jax.schema.config import ModelConfig
