@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.schema.config import OptimConfig
+from moe_jax.schema.training import OptimConfig
 
 Rate = Callable[[Any], jax.Array]
 Factor = Callable[[jax.Array, jax.Array], jax.Array]
