@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUTERS", "MoELayer", "load_run", "train", "verify"]
 
-STARTED = time.monotonic()  # of the process, nearly: "first step after ..." counts imports too
+# Of the process, nearly: "first step after ..." counts imports too.
+STARTED = time.monotonic()
 _MODULES = {"MoELayer": "library", "ROUTERS": "moe.routing", "load_run": "run"}
 
 

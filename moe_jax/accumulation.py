@@ -116,4 +116,5 @@ def make_gradient(
 
 
 def _add(total: jax.Array, addend: jax.Array) -> jax.Array:
+    """Returns the sum in the dtype of the total, which is the wider one."""
     return total + addend.astype(total.dtype)

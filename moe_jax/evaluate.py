@@ -61,6 +61,7 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
         for batch in eval_batches(data, size, num_batches or None, rows):
             stopping.check()
             sums = sums_of(params, state.router_state, put(batch, rows, size))
+            # Added up on the host in float64: so many terms would be rounded in float32.
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             seen.append(sums.pop("rows"))
             routed.append(sums.pop("row_routing"))

@@ -29,8 +29,10 @@ from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.blocks import Stack, inner
 from moe_jax.schema.config import ModelConfig
 
-REPEATS = "repeats"  # the key below which the periods of a stack lie
-Keys = Sequence[Any]  # of nested dicts, from the root of a tree to an array, or a name split at "/"
+# The key below which the periods of a stack lie.
+REPEATS = "repeats"
+# Of nested dicts, from the root of a tree to an array, or a name split at "/".
+Keys = Sequence[Any]
 
 
 # Names.
@@ -110,6 +112,7 @@ def layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 @functools.lru_cache
 def _stacker(sharding: jax.sharding.Sharding) -> Any:
+    """Returns the compiled stacking for a sharding, made once for each."""
     return jax.jit(jnp.stack, out_shardings=sharding)
 
 
@@ -126,9 +129,10 @@ def unstack(tree: Any, cfg: ModelConfig) -> Any:
 
 
 def _unstacked(tree: Any, stack: Stack) -> Any:
+    """Returns a stack of blocks with its repeats one by one, below their numbers."""
     if REPEATS not in tree:
         return dict(tree)
-
+    # Repeats that lie on the stages of a pipeline are gathered first.
     whole = jax.tree.map(stages.whole, tree[REPEATS])
 
     def layer(i: int) -> Any:
@@ -149,10 +153,12 @@ def by_moe_layer(tree: Any, cfg: ModelConfig) -> dict[str, jax.Array]:
         x = stages.whole(x)
         parts.setdefault(name, []).append(x if number.ndim else x[None])
         numbers.setdefault(name, []).append(np.atleast_1d(number))
-    return {
-        name: jnp.concatenate(parts[name])[np.argsort(np.concatenate(numbers[name]))]
-        for name in parts
-    }
+    ordered = {}
+    for name in parts:
+        # The tree has them in the order of its keys, which is not that of the layers.
+        order = np.argsort(np.concatenate(numbers[name]))
+        ordered[name] = jnp.concatenate(parts[name])[order]
+    return ordered
 
 
 def into_moe_layers(values: dict[str, jax.Array], tree: Any, cfg: ModelConfig) -> Any:
@@ -183,6 +189,7 @@ def block_numbers(keys: Keys, cfg: ModelConfig) -> np.ndarray | None:
     if name not in cfg.stacks:
         return None
     stack, inner = cfg.stacks[name], keys[1:] if name else keys
+    # Blocks are numbered through all stacks: those before this one come first.
     before = list(cfg.stacks)[: list(cfg.stacks).index(name)]
     first = sum(len(cfg.stacks[other].blocks) for other in before)
     if inner[0] == "prefix":
@@ -190,7 +197,9 @@ def block_numbers(keys: Keys, cfg: ModelConfig) -> np.ndarray | None:
     first += len(stack.prefix)
     if inner[0] == REPEATS:
         if cfg.scan:
+            # ("repeats", "blocks", i, ...): the i-th block of every period.
             return first + np.arange(stack.repeats) * len(stack.period) + inner[2]
+        # ("repeats", r, "blocks", i, ...): that of period r alone.
         return np.array(first + inner[1] * len(stack.period) + inner[3])
     if inner[0] == "suffix":
         return np.array(first + stack.repeats * len(stack.period) + inner[1])
@@ -211,6 +220,7 @@ def moe_layer_numbers(keys: Keys, cfg: ModelConfig) -> np.ndarray:
     """Returns which MoE layers the array at `keys` belongs to, as `block_numbers` does; the array
     must lie in blocks that have one.
     """
+    # The n-th block that has experts is layer n - 1.
     return np.asarray((np.cumsum(has_experts(cfg)) - 1)[block_numbers(keys, cfg)])
 
 

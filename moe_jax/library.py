@@ -117,6 +117,7 @@ class MoELayer(nnx.Module):
             "moe.router": router,
             "moe.dispatcher": dispatcher,
         }
+        # Options go the way of the config, so they are checked as those of a run are.
         for name, value in (router_options or {}).items():
             changes[f"moe.routers.{router}.{name}"] = value
         for name, value in (dispatcher_options or {}).items():
@@ -143,7 +144,9 @@ class MoELayer(nnx.Module):
           valid_BS: False for padding, which is not routed.
           id_BS: token ids, for the routers "hash" and "random".
         """
+        # Only routers that draw read it.
         rng = jax.random.key(0) if rng is None else rng
+        # Split, so that the compiled program takes the parameters as arguments.
         graph, state = nnx.split(self.layer)
         return _applied(graph, train, _mesh_is_set(), state, x_BSD, valid_BS, id_BS, rng)
 
@@ -152,7 +155,9 @@ class MoELayer(nnx.Module):
         moe = self.cfg.moe
         sizes = (moe.num_experts, moe.router_options, moe.group_rows, self.cfg.vocab_size)
         router_cfg = RouterCfg(*sizes, total=lambda z: z)
+        # Of the one layer.
         totals = {name: x[0] for name, x in statistics.totals().items()}
+        # By the names that the router declared.
         state = self.layer.state.arrays()
         for name, value in ROUTERS[moe.router].update(state, totals, router_cfg).items():
             getattr(self.layer.state, name)[...] = value.astype(state[name].dtype)
@@ -163,7 +168,9 @@ def _applied(graph, train: bool, on_mesh: bool, state, x_BSD, valid_BS, id_BS, r
     """Returns what the layer does, as a compiled program."""
     num_rows, row_length, _ = x_BSD.shape
     shape_BS = (num_rows, row_length)
+    # Each row is one document that begins at position 0.
     position_BS = jnp.broadcast_to(jnp.arange(row_length, dtype=jnp.int32), shape_BS)
+    # Segment 0 is padding.
     segment_BS = jnp.ones(shape_BS, jnp.int32) if valid_BS is None else valid_BS.astype(jnp.int32)
     id_BS = jnp.zeros(shape_BS, jnp.int32) if id_BS is None else id_BS
     row_B = jnp.arange(num_rows, dtype=jnp.int32)
@@ -210,6 +217,7 @@ def _built(changes: Mapping[str, Any]) -> Any:
     # What the rules ask of a decoder, and the layer does not use. What leaks from later tokens
     # (docs/routers.md) is up to the model that the layer is put into.
     c.model.update({"num_heads": 1, "num_kv_heads": 1, "head_dim": 2, "allow_leak": True})
+    # One MoE block, from which the layer's config is taken.
     c.model.prefix, c.model.period, c.model.repeats = ("moe",), (), 0
     c.model.moe.losses.balance, c.model.moe.losses.z = 0.0, 0.0
     try:

@@ -74,6 +74,7 @@ def parse(argv: list[str]) -> ConfigDict:
     if HELP & set(argv):
         print(f"{__doc__}\n{FLAGS.main_module_help()}")
         raise SystemExit(0)
+    # The config is read first: it says which --config.KEY flags there are.
     config = config_file.load(config_path(argv))
     changes, words = command_line.split(argv)
     try:
@@ -84,6 +85,7 @@ def parse(argv: list[str]) -> ConfigDict:
         raise UserError(f"what is {rest[1]!r}? Keys are written --config.{rest[1].lstrip('-')}")
     command_line.changed(config, changes)
     shell.refuse_address(FLAGS.workdir or "", "--workdir")
+    # A resource card is printed, and writes nothing.
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError(
             "--workdir is missing: name a directory for the run, such as --workdir runs/quickstart"
@@ -92,12 +94,13 @@ def parse(argv: list[str]) -> ConfigDict:
 
 
 def config_path(argv: list[str]) -> Path:
-    """The file of --config.
+    """Returns the file of --config.
 
     UserError when there is none or there are two: absl says it badly, or takes the one that it can
     read.
     """
     values = []
+    # A flag is written --config FILE, or --config=FILE.
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -119,7 +122,7 @@ def config_path(argv: list[str]) -> Path:
 
 
 def start_devices(raw: Mapping[str, Any]) -> None:
-    """Simulated devices and the other processes of the run, before jax looks for devices."""
+    """Sets up simulated devices and joins the other processes, before jax looks for devices."""
     if raw["simulate_devices"]:
         mesh.simulate(raw["simulate_devices"])
     if FLAGS.coordinator and (FLAGS.num_processes is None or FLAGS.process_id is None):
@@ -136,6 +139,7 @@ def join(raw: Mapping[str, Any]) -> None:
     limits = LimitsConfig(**raw["limits"])
     where = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if not FLAGS.coordinator:
+        # jax finds all three by itself.
         where = (None, None, None)
     try:
         cluster.join(*where, timeout=limits.join, heartbeat=limits.heartbeat)
@@ -143,6 +147,7 @@ def join(raw: Mapping[str, Any]) -> None:
         flags = "--coordinator, --num_processes and --process_id"
         if not FLAGS.coordinator:
             flags = "--distributed"
+        # Messages of jax have several lines.
         text = " ".join(str(error).split())
         raise UserError(
             f"{flags}: jax cannot bring the processes together: {text}. --distributed is for a "
@@ -153,6 +158,7 @@ def join(raw: Mapping[str, Any]) -> None:
     if signals.LISTENER.started:
         signals.LISTENER.process = f"process {jax.process_index()}: "
         signals.LISTENER.note()
+    # Every process must have been started with the same config, directory and code.
     said = {**flatten_dict(dict(raw), sep="."), "--workdir": FLAGS.workdir}
     cluster.compare("config", said, limits.join)
     cluster.compare("code", version.made_by(), limits.join)
@@ -170,12 +176,14 @@ def read_config(tree: ConfigDict) -> dict[str, Any]:
 
 
 def smoke_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config of a few steps of the run.
+    """Returns the config of a few steps of the run.
 
     Says what it changed, and has programs compiled quickly, which is most of the time.
     """
     short, changed = smoke.shorten(raw)
+    # Flags that the user has set stay.
     os.environ.setdefault("XLA_FLAGS", as_flags(QUICK))
+    # Process 0 alone says it, or the only one.
     if not FLAGS.process_id:
         print(f"smoke run, to see that everything works: {', '.join(changed)}", flush=True)
     return short
@@ -197,6 +205,7 @@ def main(argv: list[str]) -> int:
         # Printed here: nothing may come after it in the log of this process.
         code, reason = exit_codes.INTERNAL, f"{type(error).__name__}: {error}"
         traceback.print_exc()
+    # The others must not wait for a process that is gone.
     if cluster.PEERS.started:
         cluster.PEERS.end(code, reason)
     return code
@@ -206,6 +215,7 @@ def launch(argv: list[str]) -> int:
     raw = read_config(parse(argv))
     start_devices(raw)
     cfg = config.build(raw, len(jax.devices()))
+    # From here on jax has its devices.
     with jax.set_mesh(mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)):
         if FLAGS.dry_run:
             return dry_run(cfg)

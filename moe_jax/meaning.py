@@ -18,17 +18,22 @@ from moe_jax.errors import UserError
 class Meaning(NamedTuple):
     """Holds what the numbers of a run stand for."""
 
-    title: str  # of all of them together
-    advice: str  # the begin of a sentence that ends in "them out by ..."
-    names: tuple[Any, ...]  # of each number
+    # Of all of them together.
+    title: str
+    # The begin of a sentence that ends in "them out by ...".
+    advice: str
+    # What each number stands for.
+    names: tuple[Any, ...]
 
 
 class Kind(NamedTuple):
     """A kind of number, and the parameters that have a row or a column for each number."""
 
-    file: str  # in the workdir
+    # In the workdir.
+    file: str
     unit: str
-    tables: tuple[str, ...]  # prefixes of names
+    # Prefixes of the names of parameters.
+    tables: tuple[str, ...]
 
 
 KINDS = (
@@ -46,27 +51,28 @@ def compare(run: Path, data: Data, loaded: Iterable[str]) -> list[str]:
     notes: list[str] = []
     loaded = list(loaded)
     with tempfile.TemporaryDirectory() as folder:
+        # As a run writes it, so that the same reader reads both.
         data.save(Path(folder))
         for kind in KINDS:
             tables = [name for name in loaded if _is_below(name, kind.tables)]
             here, there = read(Path(folder), kind), read(run, kind)
             if not tables or here is None:
                 continue
+            # A run of before such files were written.
             if there is None:
                 notes.append(
                     f"{run / kind.file} is missing: {' and '.join(tables)} are taken, and whether "
-                    "their "
-                    f"{kind.unit} numbers mean the same here is not known"
+                    f"their {kind.unit} numbers mean the same here is not known"
                 )
                 continue
+            # More names on one side do no harm, as long as the common ones are the same.
             same = sum(1 for a, b in zip(there.names, here.names) if a == b)
             if same < min(len(there.names), len(here.names)):
                 raise UserError(_refusal(run, kind, tables, there, here))
             if len(there.names) != len(here.names):
                 notes.append(
                     f"{run} has {there.title}, this run {here.title}: there are {len(there.names)} "
-                    "there "
-                    f"and {len(here.names)} here, and the first {same} mean the same"
+                    f"there and {len(here.names)} here, and the first {same} mean the same"
                 )
     return notes
 
@@ -79,6 +85,7 @@ def read(workdir: Path, kind: Kind) -> Meaning | None:
     if kind.file == "tokenizer":
         found = tokenizer.load(path)
         pieces: list[Any] = list(found.pieces)
+        # It has no bytes of its own.
         pieces[found.boundary_id] = "the boundary"
         title = f"the tokenizer {found.name} (fingerprint {found.fingerprint[:12]})"
         file = tokenizer.MODEL_FILES.get(found.kind)
@@ -94,6 +101,7 @@ def read(workdir: Path, kind: Kind) -> Meaning | None:
 
 
 def _refusal(run: Path, kind: Kind, tables: list[str], there: Meaning, here: Meaning) -> str:
+    """Returns the message for tables whose numbers differ, with the first one that does."""
     pairs = enumerate(zip(there.names, here.names))
     first, (before, now) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
     example = f"{kind.unit} {first} is {before!r} there and {now!r} here"
@@ -106,4 +114,5 @@ def _refusal(run: Path, kind: Kind, tables: list[str], there: Meaning, here: Mea
 
 
 def _is_below(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Returns whether a name is one of the prefixes, or continues one behind a stroke."""
     return any(name == prefix or name.startswith(prefix + "/") for prefix in prefixes)

@@ -9,8 +9,8 @@ import jax
 
 
 def name_of(path: Any) -> str:
-    """The name of a leaf from its key path; the value of an nnx Variable has the name of the
-    Variable.
+    """Returns the name of a leaf from its key path; the value of an nnx Variable has the name of
+    the Variable.
     """
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]

@@ -35,18 +35,23 @@ from moe_jax.tasks import TASKS
 from moe_jax.terminal.table import Table, names, numbers, prose
 from moe_jax.train_step import initial
 
-COLUMNS = 1 << 18  # float32 numbers that each device gives to a collective: 1 MiB
-CALLS = 5  # of which the fastest counts
-SKEW = 2.0  # seconds between two clocks, from which on they are said to differ
+# float32 numbers that each device gives to a collective: 1 MiB.
+COLUMNS = 1 << 18
+# Calls of a collective, of which the fastest counts.
+CALLS = 5
+# Seconds between two clocks, from which on they are said to differ.
+SKEW = 2.0
 
 
 class Report(NamedTuple):
-    """What the processes and the collectives said."""
+    """Holds what the processes and the collectives said."""
 
     processes: list[dict[str, Any]]
     collectives: list["Collective"]
-    faults: list[str]  # one line each; none = the run may begin
-    code: int  # to exit with
+    # One line each; none = the run may begin.
+    faults: list[str]
+    # The exit code.
+    code: int
 
 
 class Collective(NamedTuple):
@@ -56,11 +61,12 @@ class Collective(NamedTuple):
     name: str
     right: bool
     seconds: float
-    bytes: int  # that one device gave
+    # That one device gave.
+    bytes: int
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second and device."""
+        """Returns the bytes per second and device."""
         return self.bytes / self.seconds
 
 
@@ -70,6 +76,7 @@ def run(cfg: Config, workdir: Path, versions: Mapping[str, str]) -> Report:
     Args:
       versions: of the code and the libraries, by name.
     """
+    # Old checkpoints are deleted when a new one is whole, so for a while there is one more.
     need = checkpoint_bytes(cfg) * (cfg.checkpoint.keep + 1)
     own = describe(cfg, workdir, need, versions)
     processes = cluster.gather("preflight", own, cfg.limits.other or 1e6)
@@ -82,6 +89,7 @@ def checkpoint_bytes(cfg: Config) -> int:
     """Returns the bytes of one checkpoint of the run."""
     init = initial(cfg, make_model(cfg.model))
     state = jax.eval_shape(init, jax.random.key(cfg.seed))
+    # Keys of random numbers have a dtype of their own and no size in bytes.
     arrays = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.number)]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
 
@@ -94,6 +102,7 @@ def describe(cfg: Config, workdir: Path, need: int, versions: Mapping[str, str])
         fault = f"{decimal(free)} free below {workdir}, and {decimal(need)} are needed"
     devices = jax.local_devices()
     data = TASKS[cfg.task].open(cfg)
+    # All read their clocks at the same moment, after whatever took them long.
     if cluster.PEERS.started:
         cluster.PEERS.meet("clocks", cfg.limits.other or 1e6)
     return {
@@ -113,6 +122,7 @@ def writing_fault(workdir: Path) -> str:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"written by --preflight")
+        # A disk that is full may say so only here.
         with probe.open("rb") as file:
             os.fsync(file.fileno())
         probe.unlink()
@@ -135,8 +145,10 @@ class Kind(NamedTuple):
     Both take x [N, C]: row i is what device i of the axis gives.
     """
 
-    call: Callable[[jax.Array, str], jax.Array]  # (the row [1, C] of a device, axis) -> its result
-    wanted: Callable[[np.ndarray], np.ndarray]  # -> [N, ...], one row for each device
+    # (the row [1, C] of a device, axis) -> its result.
+    call: Callable[[jax.Array, str], jax.Array]
+    # x -> [N, ...], one row for each device.
+    wanted: Callable[[np.ndarray], np.ndarray]
 
 
 def _reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
@@ -211,10 +223,12 @@ def measure_one(axis: str, name: str) -> Collective:
         jax.shard_map(on_device, mesh=here, in_specs=P(axis), out_specs=P(axis), check_vma=False)
     )
     seconds, result = [], x
-    for _ in range(1 + CALLS):  # the first one compiles
+    # The first call compiles, and does not count.
+    for _ in range(1 + CALLS):
         begun = time.monotonic()
         result = jax.block_until_ready(call(x))
         seconds.append(time.monotonic() - begun)
+    # Each process looks at the results of its own devices.
     wanted = kind.wanted(given)
     right = all(
         np.array_equal(np.asarray(shard.data), wanted[shard.index])
@@ -229,18 +243,18 @@ def measure_one(axis: str, name: str) -> Collective:
 def judge(processes: list[dict[str, Any]], collectives: list[Collective]) -> tuple[list[str], int]:
     """Returns what is wrong, and the exit code."""
     first = processes[0]
-    drift = [
-        f"process {number}: {key} {other[key]}, and {first[key]} in process 0"
-        for number, other in enumerate(processes)
-        for key in ("data", "versions")
-        if other[key] != first[key]
-    ]
-    own = [f"process {n}: {said['fault']}" for n, said in enumerate(processes) if said["fault"]]
-    late = [
-        f"process {n}: its clock is {said['time'] - first['time']:+.1f} s off that of process 0"
-        for n, said in enumerate(processes)
-        if abs(said["time"] - first["time"]) > SKEW
-    ]
+    drift, own, late = [], [], []
+    for number, said in enumerate(processes):
+        # Other data or other code: the run would not be one run.
+        for key in ("data", "versions"):
+            if said[key] != first[key]:
+                drift.append(f"process {number}: {key} {said[key]}, and {first[key]} in process 0")
+        # What a process has found of itself.
+        if said["fault"]:
+            own.append(f"process {number}: {said['fault']}")
+        off = said["time"] - first["time"]
+        if abs(off) > SKEW:
+            late.append(f"process {number}: its clock is {off:+.1f} s off that of process 0")
     wrong = [f"{c.name} over {c.axis} gives a wrong result" for c in collectives if not c.right]
     if drift:
         code = exit_codes.DRIFT

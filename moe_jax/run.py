@@ -52,25 +52,25 @@ class Run:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The mesh that was set when this was first asked for; one device where none was."""
+        """Returns the mesh that was set when this was first called; one device where none was."""
         current = jax.sharding.get_mesh()
         return meshes.make(meshes.ONE, jax.devices()[:1]) if current.empty else current
 
     @functools.cached_property
     def functions(self) -> Model:
-        """The model as functions: `init(key)` and `bind(parameters, router_state)`."""
+        """Returns the model as functions: `init(key)` and `bind(parameters, router_state)`."""
         with jax.set_mesh(self.mesh):
             return make_model(self.config.model)
 
     @functools.cached_property
     def parameters(self) -> Any:
-        """The parameters, a nested dict of arrays."""
+        """Returns the parameters, a nested dict of arrays."""
         return self._read("params", 0)
 
     @functools.cached_property
     def moving_average(self) -> Any:
-        """The moving average of the parameters; None where the run kept none (optim.ema_decay =
-        0).
+        """Returns the moving average of the parameters; None where the run kept none
+        (optim.ema_decay = 0).
         """
         return self._read("ema", 0) if self.config.optim.ema_decay else None
 
@@ -81,18 +81,18 @@ class Run:
 
     @property
     def judged(self) -> Any:
-        """The parameters that evaluation uses: the moving average where there is one."""
+        """Returns the parameters that evaluation uses: the moving average where there is one."""
         return self.moving_average if self.config.optim.ema_decay else self.parameters
 
     @functools.cached_property
     def model(self) -> Any:
-        """The model with the parameters that evaluation uses; call it with `mesh` set."""
+        """Returns the model with the parameters that evaluation uses; call it with `mesh` set."""
         with jax.set_mesh(self.mesh):
             return self.functions.bind(self.judged, self.router_state)
 
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer of a language model, read when it is first asked for.
+        """Returns the tokenizer of a language model, read when it is first asked for.
 
         Raises UserError when the run has none, or one with more ids than the model has.
         """

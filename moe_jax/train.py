@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from moe_jax import checkpoint, optim
 from moe_jax.begin import begin
-from moe_jax.config import allow_float64, build, command_line, rules, smoke
+from moe_jax.config import advice, allow_float64, build, command_line, smoke
 from moe_jax.data.batches import Batches, prefetch
 from moe_jax.data.contract import Data
 from moe_jax.instruments import interference, record, trace
@@ -28,6 +27,7 @@ from moe_jax.parallel.compile_cache import CompileCache
 from moe_jax.plan import flops
 from moe_jax.publish import Evaluation
 from moe_jax.report import banner, metrics, tensorboard
+from moe_jax.report.step_row import CollapseAlert, log_row
 from moe_jax.report.summary import Result
 from moe_jax.report.trackers import Trackers, require
 from moe_jax.report.trackers.contract import Start
@@ -42,8 +42,6 @@ from moe_jax.terminal.progress import Progress
 from moe_jax.train_step import State, initial, jit_step, make_tx, parameter_names
 
 FOREVER = 1e6  # seconds
-# A layer whose load has less than this share of the most entropy uses few of its experts.
-COLLAPSED = 0.5
 
 
 class Job(NamedTuple):
@@ -324,7 +322,7 @@ def open_files(
     changed = []
     if main and due.start:
         changed = starts.changed_code(workdir) + starts.changed_mesh(workdir)
-    for note in (*notes, *data.notes, *rules.advice(cfg), *changed):
+    for note in (*notes, *data.notes, *advice.notes(cfg), *changed):
         progress.message(note)
     with progress.doing("opening the files of the run"):
         if main:
@@ -380,39 +378,3 @@ def close_all(*things: Any) -> None:
         # A stack closes the last one first.
         for thing in reversed(things):
             stack.callback(thing.close)
-
-
-def log_row(values: Mapping[str, Any]) -> dict[str, float]:
-    """Returns a row of metrics.jsonl: scalars of the step, and MoE figures as means over layers and
-    for each layer.
-    """
-    host = jax.device_get(values)
-    scalars = {name: v for name, v in host.items() if np.ndim(v) == 0 and name != "moe"}
-    row = {f"train/{name}": float(v) for name, v in scalars.items()}
-    for name, value_L in host["moe"].items():
-        # A number for each expert is too much for a row; a picture has them.
-        if name == "counts":
-            continue
-        row[f"moe/{name}"] = float(value_L.mean())
-        row |= {f"moe/layer_{layer}/{name}": float(v) for layer, v in enumerate(value_L)}
-    if "load_entropy" in host["moe"]:
-        row["moe/collapsed_layers"] = int((host["moe"]["load_entropy"] < COLLAPSED).sum())
-    return row
-
-
-class CollapseAlert:
-    """Tells once when the routers of some layers send nearly all tokens to a few experts."""
-
-    def __init__(self, progress: Progress):
-        self._progress, self._told = progress, 0
-
-    def look(self, step: int, row: Mapping[str, float]) -> None:
-        """Looks at each logged row, and tells again when more layers are collapsed."""
-        layers = int(row.get("moe/collapsed_layers", 0))
-        if layers > self._told:
-            self._progress.message(
-                f"step {step}: the router of {layers} layer(s) has collapsed: the entropy of the "
-                f"experts' load is below {COLLAPSED} of the most (moe/collapsed_layers). A balance "
-                "loss or another router helps: docs/balance.md"
-            )
-        self._told = max(self._told, layers)

@@ -184,11 +184,13 @@ def make_step(
     can_skip = cfg.train.nonfinite_patience > 0 or sigma > 0
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        # 1. The gradient of the whole batch.
         rng = step_key(cfg, state.step)
         (loss, (totals, parts)), grads = gradient(state.params, state.router_state, batch, rng)
         with jax.named_scope("optimizer"):
-            # What a step may change is computed first; whether it counts is decided below.
+            # 2. What the step would change.
             grads, moved, opt_state, masks = descend(cfg, tx, state, grads, rng)
+            # 3. Whether it counts.
             squares = optim.squares(grads)
             # A leaf's sum of squares is finite only if each of its gradients is.
             finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
@@ -204,6 +206,7 @@ def make_step(
                     return new
                 return jax.tree.map(lambda n, o: jnp.where(takes, n, o), new, old)
 
+            # 4. What it changes.
             moved, masks = keep((moved, masks), (updated(state), state.masks))
             # The rate follows the step, not the updates.
             kept = keep(opt_state, dict(state.opt_state)) | {"rate": opt_state["rate"]}
@@ -229,6 +232,7 @@ def make_step(
             masks=masks,
             spikes=window,
         )
+        # 5. What is told of it.
         metrics = {
             "loss": loss,
             **parts,

@@ -13,19 +13,23 @@ __version__ = "0.1.0"
 
 class Source(NamedTuple):
     version: str
-    commit: str  # "" = not known: a copy without its repository
-    dirty: bool  # with changes that are in no commit
+    # "" = not known: a copy without its repository.
+    commit: str
+    # With changes that are in no commit.
+    dirty: bool
 
 
 @cache
 def source() -> Source:
-    """The code that this process runs, as it was at the first call."""
+    """Returns the code that this process runs, as it was at the first call."""
     state = git_state(Path(__file__).parent) or {"commit": installed_commit(), "dirty": False}
     return Source(__version__, state["commit"], state["dirty"])
 
 
 def git_state(source: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the repository tracking `source`; None without one, or without git."""
+    """Returns {"commit", "dirty"} of the repository that tracks `source`; None without one, or
+    without git.
+    """
 
     def git(*command: str) -> subprocess.CompletedProcess[str]:
         # without optional locks, a look at the repository never disturbs a commit that is under way
@@ -50,8 +54,8 @@ def git_state(source: Path) -> dict[str, Any] | None:
 
 
 def installed_commit() -> str:
-    """The commit that pip has noted of a package that it took from a repository (PEP 610); "" where
-    it has not.
+    """Returns the commit that pip has noted of a package that it took from a repository (PEP 610);
+    "" where it has not.
     """
     try:
         noted = importlib.metadata.distribution("moe_jax").read_text("direct_url.json")

@@ -16,10 +16,11 @@ from flax import nnx
 from router_cases import CASES, GROUP_ROWS, VOCAB, B, D, E, S
 
 from moe_jax.moe.dispatch import DISPATCHERS
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.settings import MoE
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 from moe_jax.weights import RouterState
 

@@ -31,11 +31,12 @@ from moe_jax.models.layers import FeedForward
 from moe_jax.moe import load, losses
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.experts.network import Chosen
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.probe import Request
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
+from moe_jax.moe.settings import MoE
 from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig

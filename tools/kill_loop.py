@@ -27,7 +27,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_jax.checkpoint import manifest, store
+from moe_jax.checkpoint import array_files, manifest
 
 ROOT = Path(__file__).parents[1]
 RUN = (
@@ -96,7 +96,7 @@ def arrays_of(workdir: Path) -> dict[str, bytes]:
         name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=here)
         for name, (shape, dtype) in manifest.read(path)["arrays"].items()
     }
-    loaded = store.load_arrays(path, wanted)
+    loaded = array_files.load_arrays(path, wanted)
     return {name: np.asarray(array).tobytes() for name, array in loaded.items()}
 
 

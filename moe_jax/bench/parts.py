@@ -30,11 +30,12 @@ def train(session: Session) -> Part:
     """Times training steps."""
     jobs = {name: job for name, (job, _) in session.variants.items()}
     against = rival_jobs("rival_train", session, {})
+    # All of them in every round: products of matrices, variants and rivals.
     timings = session.interleave([*products(session), *jobs.values(), *_once(against)])
-    rows = [
-        results.Row(name, timings[job.name], _timing(timings, against.get(name)))
-        for name, job in jobs.items()
-    ]
+    rows = []
+    for name, job in jobs.items():
+        theirs = _timing(timings, against.get(name))
+        rows.append(results.Row(name, timings[job.name], theirs))
     peaks = _peaks(timings)
     tables = [results.peaks(peaks), results.training(rows, peaks[OURS])]
     return {"peak": peaks, "training": rows}, tables
@@ -48,17 +49,17 @@ def decode(session: Session) -> Part:
     rows = []
     for size in BATCHES:
         options = {"batch": size, "prompt": PROMPT, "new": NEW}
-        jobs = {
-            name: job._replace(name=f"{name}, {size} rows", kind="decode", options=options)
-            for name, (job, cfg) in session.variants.items()
-            if not why_not_decoded(cfg.model)
-        }
+        jobs = {}
+        for name, (job, cfg) in session.variants.items():
+            # A model that cannot be decoded is left out.
+            if not why_not_decoded(cfg.model):
+                title = f"{name}, {size} rows"
+                jobs[name] = job._replace(name=title, kind="decode", options=options)
         against = rival_jobs("rival_decode", session, options)
         timings = session.interleave([*jobs.values(), *_once(against)])
-        rows += [
-            results.Row(job.name, timings[job.name], _timing(timings, against.get(name)))
-            for name, job in jobs.items()
-        ]
+        for name, job in jobs.items():
+            theirs = _timing(timings, against.get(name))
+            rows.append(results.Row(job.name, timings[job.name], theirs))
     title = f"Decoding, greedy, {PROMPT} tokens of prompt and {NEW} new ones, prefill included"
     return {"decoding": rows}, [results.decoding(rows, title)]
 
@@ -68,11 +69,11 @@ def layer(session: Session) -> Part:
     with_experts = [job for job, cfg in session.variants.values() if cfg.model.num_moe_layers]
     if not with_experts:
         raise UserError("--what layer: no variant has a mixture of experts")
-    jobs = [
-        job._replace(name=f"{job.name}, {name}", kind="layer", options={"collapsed": collapsed})
-        for job in with_experts
-        for name, collapsed in (("balanced", False), ("collapsed", True))
-    ]
+    jobs = []
+    for job in with_experts:
+        for name, collapsed in (("balanced", False), ("collapsed", True)):
+            options = {"collapsed": collapsed}
+            jobs.append(job._replace(name=f"{job.name}, {name}", kind="layer", options=options))
     timings = session.interleave(jobs)
     return {"layer": timings}, [results.layers(timings, [job.name for job in with_experts])]
 
@@ -86,6 +87,7 @@ def start(session: Session) -> Part:
 
 def _once(jobs: Mapping[str, Job]) -> list[Job]:
     """Returns each of some jobs once."""
+    # Several variants may have the same rival.
     return list({job.name: job for job in jobs.values()}.values())
 
 
@@ -96,8 +98,9 @@ def _timing(timings: Mapping[str, Timing], job: Job | None) -> Timing | None:
 
 def _peaks(timings: Mapping[str, Timing]) -> dict[str, Timing]:
     """Returns the matrix products among some timings, by library."""
-    return {
-        library: timings[f"product {library}"]
-        for library in (OURS, THEIRS)
-        if f"product {library}" in timings
-    }
+    peaks = {}
+    for library in (OURS, THEIRS):
+        # Without rivals there is ours alone.
+        if f"product {library}" in timings:
+            peaks[library] = timings[f"product {library}"]
+    return peaks

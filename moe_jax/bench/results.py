@@ -197,6 +197,7 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        # One line for each core; other architectures have none of that name.
         processor = (models or [processor])[0]
     return {
         "processor": processor,
@@ -207,6 +208,7 @@ def machine() -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Returns results as JSON has them: every second of every round."""
+    # A NamedTuple, whose names JSON would lose.
     if hasattr(value, "_asdict"):
         return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, Mapping):

@@ -48,6 +48,7 @@ def scaling(session: Session) -> Part:
         for n in values:
             change = f"--config.model.moe.num_experts={n}"
             if size == "tokens":
+                # The tokens of a batch are its rows times their length; at least one row.
                 change = f"--config.train.batch_size={max(n // cfg.data.seq_len, 1)}"
             job = base._replace(name=f"{n} {size}", changes=(*base.changes, change))
             timed = session.interleave([base, job])
@@ -60,9 +61,11 @@ def depth(session: Session) -> Part:
     """Compiles the step of the first variant for several depths under scan."""
     job, cfg = session.first()
     seconds: dict[int, list[float]] = {n: [] for n in DEPTHS}
+    # A compilation takes long, and the shortest of a few says enough.
     for _ in range(min(session.rounds, 3)):
         for n in DEPTHS:
             changes = (*job.changes, "--config.model.scan=True", f"--config.model.repeats={n}")
+            # Without the cache of compiled programs, which would make the second round a look-up.
             compilation = Job(f"{n} repeats", "compilation", job.config, changes, {"cache": ""})
             session.tell(f"compiling {n} repeats")
             worker = workers.Worker(compilation)
@@ -75,6 +78,7 @@ def depth(session: Session) -> Part:
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Writes a plot with a panel for each curve, both axes logarithmic."""
+    # Imported here: it takes a second, and other measurements draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -33,6 +33,7 @@ def measure(job: Job, repeats: int, tell: Tell) -> dict[str, float]:
     imports, cold, warm, first, second = [], [], [], [], []
     for number in range(repeats):
         tell(f"starting, {number + 1} of {repeats}")
+        # The smallest of some repeats: everything that disturbs a start makes it longer.
         imports.append(_imports())
         with tempfile.TemporaryDirectory() as folder:
             # The second compilation finds the programs of the first.

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from moe_jax.errors import UserError
 
-OPEN_FILES = Path("/proc/self/fd")  # Linux; other systems have no such names for directories
+# Linux; other systems have no such names for directories.
+OPEN_FILES = Path("/proc/self/fd")
 PLAIN = re.compile(r"[\w/ .,=+@-]*", re.ASCII)
 
 

@@ -21,7 +21,8 @@ from moe_jax.checkpoint import manifest
 from moe_jax.errors import UserError
 
 UNFINISHED = ".unfinished"
-ORBAX_PART = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a step while it writes
+# What Orbax appends to the name of a step while it writes.
+ORBAX_PART = ".orbax-checkpoint-tmp"
 
 log = logging.getLogger(__name__)
 

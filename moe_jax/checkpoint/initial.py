@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from moe_jax import layout
 from moe_jax.checkpoint import flat as flat_lib
-from moe_jax.checkpoint.store import Checkpoints, load_arrays, read_manifest
+from moe_jax.checkpoint.array_files import load_arrays, read_manifest
+from moe_jax.checkpoint.store import Checkpoints
 from moe_jax.errors import UserError
 
 

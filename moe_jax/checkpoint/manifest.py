@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "moe_jax.json"
-OWN_DIGEST = "sha256"  # key of the manifest's digest of itself
+# Key of the manifest's digest of itself.
+OWN_DIGEST = "sha256"
 PREFIX = "step_"
 
 

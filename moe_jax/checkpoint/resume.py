@@ -46,6 +46,7 @@ def allowed_changes(
     keys = sorted(before.keys() | after.keys())
     notes = []
     for prefix in allowed:
+        # A key may stand for a block: "optim" allows all that is below it.
         named = [key for key in keys if _within(key, (prefix,))]
         changed = [k for k in named if before.get(k, _ABSENT) != after.get(k, _ABSENT)]
         if not named:
@@ -83,6 +84,7 @@ def same_data(
                 notes.append(f"data.sources: {old_path} is at {new_path} now, the same data")
         old = {**old, "data": {**old["data"], "sources": new_sources}}
     # The oldest runs have neither key: language modelling was the only task.
+    # Files of the other tasks are in one folder.
     old_folder, new_folder = (config["data"].get("folder") for config in (old, new))
     if new.get("task", "lm") != "lm" and old_folder != new_folder:
         notes.append(f"data.folder was {old_folder}, is {new_folder}: the same data")

@@ -1,32 +1,25 @@
-"""The checkpoints of one run.
-
-The only file that imports orbax (v1, whose names still move between releases).
-"""
+"""The checkpoints of one run: saved, found and restored. Arrays are those of array_files.py."""
 
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
-from moe_jax.checkpoint import alias, folder, manifest
+from moe_jax.checkpoint import alias, array_files, folder, manifest
 from moe_jax.checkpoint import flat as flat_lib
 from moe_jax.errors import NoCheckpoint, UserError
 
 # In place of a step, among processes, which exchange numbers alone.
 NO_STEP, ALL_DAMAGED = -1, -2
-IN_FLIGHT = 2**27  # bytes under way to the disk in a frugal save
-MOST_MISFITS = 8  # arrays that a message names
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +102,11 @@ class Checkpoints:
         self._make_room(step)
         # Process 0 has made it; a network drive may show it late to the others.
         self.directory.mkdir(parents=True, exist_ok=True)
-        # 4. Orbax has its copies when `save_async` returns, and writes them in the background.
+        # 4. The copies are made when this returns, and are written in the background.
         with ExitStack() as stack:
             plain_path = stack.enter_context(alias.plain(self.directory, _all_of))
-            with _few_at_a_time(arrays) if frugal else nullcontext():
-                response = ocp.save_async(str(folder.step_path(plain_path, step)), arrays)
+            path = folder.step_path(plain_path, step)
+            response = array_files.begin_writing(path, arrays, frugal=frugal)
             # From here on the commit closes the directory, which stays open until the save ends.
             until_committed = stack.pop_all()
         commit = self._thread.submit(self._commit, response, plain_path, until_committed, content)
@@ -159,20 +152,20 @@ class Checkpoints:
         path = self.path(step)
         wanted = flat_lib.flatten(abstract_state)
         layers = flat_lib.abstract_layers(wanted, stacked)
-        saved = read_manifest(path)["arrays"]
+        saved = array_files.read_manifest(path)["arrays"]
         # Arrays are read in the dtypes of the run: float32 takes bfloat16 without a loss.
-        widened = _widened(saved, layers)
+        widened = array_files.widened_moments(saved, layers)
         # Compared before anything is read: the arrays may be large, and Orbax says less.
-        _refuse_misfits(path, {**saved, **widened}, layers)
+        array_files.refuse_misfits(path, {**saved, **widened}, layers)
         if widened and jax.process_index() == 0:
             log.warning("the checkpoint %s has moments in bfloat16: they go on in float32", path)
-        arrays = flat_lib.stack(load_arrays(path, layers), wanted, stacked)
+        arrays = flat_lib.stack(array_files.load_arrays(path, layers), wanted, stacked)
         self._own.add(step)
         return flat_lib.unflatten(arrays, abstract_state)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what was given to `save`. Raises UserError when there is no such checkpoint."""
-        return read_manifest(self._committed(step))["metadata"]
+        return array_files.read_manifest(self._committed(step))["metadata"]
 
     def path(self, step: int) -> Path:
         """Returns the directory of a step, its files verified. Raises as `restore` does."""
@@ -241,7 +234,7 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 path = folder.step_path(plain_path, step)
-                _refuse_unreadable(path, content["arrays"])
+                array_files.refuse_unreadable(path, content["arrays"])
                 # The commit: from here on the checkpoint counts.
                 manifest.write(path, content)
         self._sound.add(step)
@@ -291,93 +284,6 @@ class Checkpoints:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}: {have}")
         return folder.step_path(self.directory, step)
-
-
-def _few_at_a_time(arrays: Mapping[str, Any]) -> ocp.Context:
-    """Returns the context in which arrays of IN_FLIGHT bytes, or one array, are written at a
-    time.
-    """
-    context = ocp.Context()
-    # Orbax refuses an array that takes all the room, or more.
-    largest = max((array.nbytes for array in arrays.values()), default=0)
-    context.memory.write_concurrent_bytes = max(largest + 1, IN_FLIGHT)
-    return context
-
-
-def load_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Returns some arrays of the checkpoint at `path`, by their names on disk.
-
-    They get the dtypes and shardings of `wanted`.
-    """
-    saved = read_manifest(path)["arrays"]
-    # Orbax wants to be told of every array that is there; a placeholder is not read.
-    target: Any = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
-    with alias.plain(path) as plain_path:
-        loaded: Any = ocp.load(str(plain_path), target)
-    return {name: loaded[name] for name in wanted}
-
-
-def _widened(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Returns the moments of optimizers that are bfloat16 on disk and float32 in this run.
-
-    Runs used to keep them in bfloat16. No digit is lost when they are read. They are returned as
-    the manifest would have them in float32: {name: [shape, "float32"]}.
-    """
-    widened: dict[str, Any] = {}
-    for name, array in wanted.items():
-        if not name.startswith("opt_state/") or name not in saved:
-            continue
-        shape, dtype = saved[name]
-        if dtype == "bfloat16" and array.dtype == "float32":
-            widened[name] = [shape, "float32"]
-    return widened
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint. Raises UserError when it is damaged."""
-    try:
-        return manifest.read(path)
-    except manifest.Damaged as error:
-        raise UserError(f"the checkpoint {path} is damaged ({error}): take another step") from None
-
-
-def _refuse_unreadable(path: Path, arrays: dict[str, Any]) -> None:
-    """Raises OSError unless Orbax finds every array at `path`, as it will when it restores them.
-
-    Nothing but the names, shapes and dtypes is read: the manifest has the digests of the rest.
-    """
-    on_disk: Any = ocp.metadata(str(path)).metadata
-    for name, (shape, dtype) in arrays.items():
-        array = on_disk.get(name) if isinstance(on_disk, dict) else None
-        if array is None or [list(array.shape), str(array.dtype)] != [shape, dtype]:
-            raise OSError(f"{name} was written, and cannot be read back")
-
-
-def _refuse_misfits(
-    path: Path, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]
-) -> None:
-    """Raises UserError where a checkpoint has not the arrays of a state.
-
-    It names the first MOST_MISFITS of them.
-    """
-    misfits = []
-    for name in sorted(saved.keys() | wanted.keys()):
-        in_run, in_checkpoint = "absent", "absent"
-        if name in wanted:
-            in_run = f"{wanted[name].dtype}{list(wanted[name].shape)}"
-        if name in saved:
-            shape, dtype = saved[name]
-            in_checkpoint = f"{dtype}{shape}"
-        if in_run != in_checkpoint:
-            misfits.append(f"{name} is {in_checkpoint} in the checkpoint and {in_run} in this run")
-    if misfits:
-        num_more = len(misfits) - MOST_MISFITS
-        more = f"; and {num_more} more" if num_more > 0 else ""
-        raise UserError(
-            f"the checkpoint {path} does not fit this run: {'; '.join(misfits[:MOST_MISFITS])}"
-            f"{more}. Resume with the config it was saved with, or start a new run from its "
-            "parameters with train.init_from"
-        )
 
 
 def _all_of(value: int) -> list[int]:

@@ -82,6 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    """Times what is asked for, prints the tables, and returns the exit code."""
     args = parse(argv)
     # Whatever can be wrong is said before the first process is started.
     before = results.read(args.against) if args.against else None
@@ -97,6 +98,7 @@ def main(argv: list[str]) -> int:
     tables: list[Table] = []
     with working.shown("bench") as tell:
         session = Session(variants, args.rounds, args.rivals, tell)
+        # In the order of PARTS, whatever the order of the flags.
         for name, run in PARTS.items():
             if name in args.what:
                 figures, shown = run(session)

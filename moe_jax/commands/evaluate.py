@@ -82,6 +82,7 @@ def refuse_wrong_flags(flags: argparse.Namespace) -> None:
 
 def evaluate(trained: Run, flags: argparse.Namespace) -> dict[str, Any]:
     """Returns what the harness makes of the model. Raises UserError for an unknown task."""
+    # Imported here: the harness comes with the extra [eval], and takes seconds.
     import lm_eval
 
     from moe_jax.harness import tasks
@@ -89,6 +90,7 @@ def evaluate(trained: Run, flags: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.harness.model import HarnessModel
 
     names = [name for given in flags.tasks for name in given.split(",") if name]
+    # A name of the harness stays a text; what is read from files here becomes a task.
     wanted = tasks.made(names)
     manager = manager_for([task for task in wanted if isinstance(task, str)], flags.include)
     model = HarnessModel(trained, flags.batch_size)
@@ -117,6 +119,7 @@ def show(results: dict[str, Any]) -> None:
 
 def write(path: Path, results: dict[str, Any], trained: Run) -> None:
     """Writes the results, with the run and the step that they are of."""
+    # The samples are every question with its answers: megabytes.
     kept = {key: value for key, value in results.items() if key != "samples"}
     kept |= {"workdir": str(trained.workdir), "step": trained.step}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,12 @@ JSON_FILES = ("config.json", "run.json", "summary.json")
 
 
 class Found(NamedTuple):
-    """Something that is wrong in a run."""
+    """A fault of a run."""
 
     path: Path
     what: str
-    repair: str  # what --repair makes of it; "" = nothing can be done
+    # What --repair makes of it; "" = nothing can be done.
+    repair: str
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -68,6 +69,7 @@ def check(workdir: Path, *, repairs: bool) -> int:
     """Prints what is wrong in a run, and repairs it where asked. Returns the exit code."""
     directory = workdir / "checkpoints"
     steps = folder.committed_steps(directory)
+    # 1. Every checkpoint is read. What is wrong with it, by its step.
     damaged: dict[int, str] = {}
     with working.shown("fsck") as tell:
         for step in steps:
@@ -78,20 +80,22 @@ def check(workdir: Path, *, repairs: bool) -> int:
     sound = [step for step in steps if step not in damaged]
     names = ", ".join(map(str, sound)) or "none"
     print(f"whole checkpoints: {names}")
-    found = [
-        Found(folder.step_path(directory, step), what, "renamed" if sound else "")
-        for step, what in damaged.items()
-    ]
-    found += [Found(path, "half-written or half-deleted", "deleted") for path in ruins(directory)]
+    # 2. All faults are told.
+    found = []
+    for step, what in damaged.items():
+        # With none left the next start would begin anew, without a word: that is the user's to say.
+        found.append(Found(folder.step_path(directory, step), what, "renamed" if sound else ""))
+    for path in ruins(directory):
+        found.append(Found(path, "half-written or half-deleted", "deleted"))
     found += torn_rows(workdir / "metrics.jsonl")
     found += unreadable(workdir)
     for fault in found:
-        made = (
-            fault.repair if repairs or not fault.repair else f"with --repair it is {fault.repair}"
-        )
-        print(f"{fault.path}: {fault.what}; {made or 'it stays as it is'}")
+        becomes = fault.repair or "it stays as it is"
+        if fault.repair and not repairs:
+            becomes = f"with --repair it is {fault.repair}"
+        print(f"{fault.path}: {fault.what}; {becomes}")
+    # 3. And repaired.
     if repairs:
-        # With none left the next start would begin anew, without a word: that is the user's to say.
         for step in damaged if sound else ():
             folder.set_aside(folder.step_path(directory, step), "damaged")
         folder.sweep(directory)
@@ -122,18 +126,20 @@ def whole_until(path: Path) -> int | None:
     """Returns the bytes before a torn last row; None when the last row is whole."""
     if not path.is_file():
         return None
-    content = path.read_bytes()
-    last = content.rstrip(b"\n").rpartition(b"\n")[2]
+    rows = path.read_bytes().rstrip(b"\n")
+    # Of one row alone, the row: then nothing stands before it.
+    before, newline, last = rows.rpartition(b"\n")
     if not last:
         return None
     try:
         json.loads(last)
     except ValueError:
-        return content.rstrip(b"\n").rfind(b"\n") + 1
+        return len(before + newline)
     return None
 
 
 def cut_torn_rows(path: Path) -> None:
+    """Cuts a torn last row off a file; the run writes it again."""
     end = whole_until(path)
     if end is not None:
         os.truncate(path, end)

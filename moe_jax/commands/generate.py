@@ -184,6 +184,7 @@ class Printer:
         # Text that came before it is the row's turn.
         self._waiting = [""] * len(prompts)
         self._ended = [False] * len(prompts)
+        # A terminal that cannot show a letter shows a sign for it, and the run goes on.
         if hasattr(out, "reconfigure"):
             out.reconfigure(errors="replace")
         self._head()
@@ -192,6 +193,7 @@ class Printer:
         """Takes more text of a row; "" ends it."""
         self._waiting[row] += text
         self._ended[row] |= not text
+        # Whatever is there of the row whose turn it is; where it has ended, of the next ones too.
         while self._turn < len(self._prompts):
             self._write(self._waiting[self._turn])
             self._waiting[self._turn] = ""

@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
         "heldout_every": flags.heldout_every,
         "seed": flags.seed,
     }
+    # The record is written last, so where it is the directory is whole.
     was_finished = (flags.out / prepared.RECORD).exists()
     try:
         with _progress() as track:
@@ -129,6 +130,7 @@ def _lost(record: dict[str, Any]) -> Iterator[str]:
     most.
     """
     pieces, text = prepared.piece_bytes(record), record["text_bytes"]["heldout"]
+    # Where the bytes of the ids are furthest from those of the text, as a share.
     worst = max(record["domains"], key=lambda domain: abs(pieces[domain] / text[domain] - 1))
     if pieces[worst] != text[worst]:
         yield (

@@ -122,6 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the instruments that are asked for. Raises UserError where one could not work."""
     flags = parse(argv)
     what = [name.strip() for name in flags.what.split(",")]
     unknown = [name for name in what if name not in INSTRUMENTS]
@@ -169,6 +170,7 @@ def measure(job: Job, what: Sequence[str]) -> list[str]:
 
 
 def tell_files(job: Job) -> None:
+    """Tells which files were written."""
     # The manifest of a record is written once for each batch.
     paths = dict.fromkeys(job.written)
     shell.tell("\n".join(["written:", *(f"  {path}" for path in paths)]))
@@ -194,6 +196,7 @@ def refuse_wrong_flags(flags: argparse.Namespace) -> None:
 
 
 def start_devices(flags: argparse.Namespace) -> None:
+    """Sets up simulated devices, and joins the other processes."""
     # Before anything else uses jax, whose devices do not change any more after that.
     if flags.simulate_devices:
         mesh.simulate(flags.simulate_devices)
@@ -238,6 +241,7 @@ def open_job(cfg: Config, trained: Run, flags: argparse.Namespace) -> Job:
 
 def held_out_rows(run: held_out.Run) -> int:
     """Returns the rows of all processes; rows that fill up the last batch are none."""
+    # A row of segment 0 alone is padding.
     here = sum(int((batch.segment_BS > 0).any(1).sum()) for batch in run.batches)
     return here * jax.process_count()
 
@@ -252,6 +256,7 @@ def save(job: Job, name: str, figures: Any) -> None:
 
 
 def run_replay(job: Job) -> Output:
+    """Measures the held-out loss under other routings, with further training if asked for."""
     if job.flags.steps:
         return run_retrain(job)
     last = job.trained.step
@@ -272,6 +277,7 @@ def run_replay(job: Job) -> Output:
 
 
 def run_retrain(job: Job) -> Output:
+    """Trains on under each routing, and measures the held-out loss after it."""
     step = job.trained.step
     # The whole state: a Run has no moments of the optimizer.
     init = jax.jit(initial(job.cfg, make_model(job.cfg.model)))
@@ -287,12 +293,14 @@ def run_retrain(job: Job) -> Output:
 
 
 def run_precision(job: Job) -> Output:
+    """Measures which share of the routing decisions hangs on rounding."""
     result = precision.measure(job.run)
     save(job, "precision", result)
     return tables.precision(result)
 
 
 def run_knockout(job: Job) -> Output:
+    """Measures what each expert is worth in each domain, and draws it."""
     domains = list(job.run.dataset.domains)
     result: dict[str, Any] = {}
     output: Output = []

@@ -72,10 +72,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    """Proves a config, prints what was compared, and returns the exit code."""
     start = time.monotonic()
     args, console = parse(argv), shell.console()
     raw = command_line.read(args.config, args.changes)
     shapes = meshes(args.meshes, raw)
+    # Whatever can be wrong is said before minutes are spent.
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     if args.processes not in (1, 2, 4, 8):
@@ -106,6 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def meshes(text: str | None, raw: Mapping[str, Any]) -> list[mesh.Lengths]:
+    """Returns the meshes that the flag names, or those that suit the config."""
     if text is None:
         return default_meshes(raw)
     # A mesh that is named twice is proven once.
@@ -126,6 +129,7 @@ def verdict(result: Result) -> str:
         return (
             f"DEVIATES on one device: not so: {check.claim} ({check.value:.1e} > {check.limit:.0e})"
         )
+    # The first layout that is not sound; the checks of one device are, by now.
     row = next(row for row in ran if not row.sound)
     if row.failure:
         return f"DEVIATES: {row.name} {row.failure}"
@@ -144,6 +148,7 @@ def verdict(result: Result) -> str:
 
 
 def rules_table(rules: list[shrink.Rule]) -> Table:
+    """Returns the table of the keys that were shrunk for the proof, and why."""
     table = Table([*names("key"), *prose("yours -> here", "why")])
     for rule in rules:
         table.add(rule.key, f"{rule.yours} -> {rule.shrunk}", Text(rule.why, style="dim"))
@@ -167,6 +172,7 @@ def meshes_table(result: Result) -> Group:
 
 
 def cells(row: Row) -> list[str | Text]:
+    """Returns the cells of one layout: its deviations, or that it was refused or fails."""
     # "1x1x1 accumulate+scan+remat" takes two lines, so that the numbers have room.
     name = row.name.replace(" ", "\n", 1)
     if row.refused or row.failure:
@@ -182,6 +188,7 @@ def cells(row: Row) -> list[str | Text]:
 
 
 def float32(row: Row) -> str:
+    """Returns how far float32 is off, and in which step a routing decision flips first."""
     if not row.rounded:
         return "-"
     flip = "no flip" if row.rounded.flip is None else f"flip {row.rounded.flip}"
@@ -189,6 +196,7 @@ def float32(row: Row) -> str:
 
 
 def alone_table(checks: list[Check]) -> Table:
+    """Returns the table of what is checked on one device."""
     title = "on one device, for faults that every mesh would share"
     table = Table([*prose("claim"), *numbers("deviation", "limit"), *prose("note")], title=title)
     for check in checks:

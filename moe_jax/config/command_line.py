@@ -18,7 +18,8 @@ from moe_jax.config import config_file
 from moe_jax.errors import UserError
 
 CHANGE = re.compile(r"--?(no)?config\.")
-FLAG = re.compile(r"--?[A-Za-z]")  # a negative number is none
+# A negative number is none.
+FLAG = re.compile(r"--?[A-Za-z]")
 HINT = " (python -m moe_jax.main --help lists the flags, python -m moe_jax config the keys)"
 HELP = "config file, or the name of a shipped config; --config.KEY=VALUE changes a key"
 

@@ -57,6 +57,7 @@ def refuse_unreadable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"the config file {path} is a directory: name a file in it")
     try:
+        # Nothing is run yet: a fault of the language is told with its line.
         compile(path.read_bytes(), path, "exec")
     except FileNotFoundError:
         raise UserError(f"the config file {path} does not exist") from None
@@ -155,10 +156,12 @@ def _refuse_variant(path: Path, module: Any, arg: str | None) -> None:
     """
     if arg is None:
         return
+    # A file may do with an argument what it likes, unless it says which there are.
     takes_argument = bool(inspect.signature(module.get_config).parameters)
     if takes_argument and not hasattr(module, "VARIANTS"):
         return
     variants = getattr(module, "VARIANTS", ())
+    # None: any argument goes.
     if variants is None or arg in variants:
         return
     if not variants:
@@ -188,6 +191,7 @@ def misspelt(error: BaseException) -> str:
     there is not, in a line; "" for other errors.
     """
     text = str(error.args[0]) if error.args else ""
+    # It says so in a paragraph that lists all keys.
     wrong = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
     near = re.search(r'Did you mean "(\w+)"', text)
     if not wrong:
@@ -244,6 +248,7 @@ def default_values() -> dict[str, Any]:
 
 
 def _at(config: Any, key: str) -> Any:
+    """Returns the value, or the block, of a dotted key. Raises KeyError where there is none."""
     for part in key.split("."):
         config = config[part]
     return config

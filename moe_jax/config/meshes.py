@@ -20,6 +20,7 @@ def axes(cfg: Config) -> Iterator[str]:
     # (key, its value, axis, its length): what each axis of the mesh splits evenly.
     over_seq = " x mesh.seq" if mesh.seq > 1 else ""
     fsdp_axes = f"mesh.data x mesh.expert{over_seq}"
+    # FSDP splits the width of every matrix over these axes.
     needs = [("model.d_model", model.d_model, fsdp_axes, mesh.fsdp_devices)]
     if model.kind_options.masks:
         needs.append(("model.num_heads", model.num_heads, "mesh.model", mesh.model))
@@ -29,6 +30,7 @@ def axes(cfg: Config) -> Iterator[str]:
     if model.num_dense_layers:
         needs.append(("model.ffn_hidden", model.ffn_hidden, "mesh.model", mesh.model))
     if model.num_moe_layers:
+        # Experts are split over both axes (parallel/context.py).
         expert_axes, parts = f"mesh.expert{over_seq}", mesh.expert * mesh.seq
         needs.append(("model.moe.num_experts", moe.num_experts, expert_axes, parts))
         needs.append(("model.moe.expert_hidden", moe.expert_hidden, "mesh.model", mesh.model))

@@ -24,7 +24,8 @@ STEPS = 3
 SAMPLE_TOKENS = 8
 # Of a set of examples, for its rivals and its predictions.
 TRAIN_ROWS, HELDOUT_ROWS = 512, 32
-SLICE_BYTES, HELDOUT_BYTES = 20_000, 2_000  # of each embedded domain
+# Of each embedded domain.
+SLICE_BYTES, HELDOUT_BYTES = 20_000, 2_000
 
 
 def shorten(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -25,7 +25,8 @@ class PackedText(NamedTuple):
     segment_BS: Any
     position_BS: Any
     domain_BS: Any
-    row_B: Any  # index of the row in the batch of all processes
+    # Index of the row in the batch of all processes.
+    row_B: Any
     # What an instrument asks of the MoE layers (moe.probe.Request, whose arrays are [B, M, ...]
     # for all M blocks of the model); () = nothing.
     request: Any = ()

@@ -15,22 +15,22 @@ import numpy as np
 class Data(Protocol):
     @property
     def domains(self) -> tuple[str, ...]:
-        """The names [Z] by which held-out rows are told apart: domains of text, or classes."""
+        """Returns the names [Z] that tell held-out rows apart: domains of text, or classes."""
         ...
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The share of each part in the training stream, summing to 1."""
+        """Returns the share of each part in the training stream, summing to 1."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of what decides the rows; a run that resumes compares it."""
+        """Returns the sha256 of what decides the rows; a run that resumes compares it."""
         ...
 
     @property
     def seq_len(self) -> int:
-        """The number of positions of a row: tokens, patches, frames or items."""
+        """Returns the number of positions of a row: tokens, patches, frames or items."""
         ...
 
     @property

@@ -15,12 +15,12 @@ class Document(NamedTuple):
 
     @property
     def pieces(self) -> list[str]:
-        """The texts that are encoded by themselves."""
+        """Returns the texts that are encoded by themselves."""
         return [self.text]
 
     @property
     def learned(self) -> tuple[bool, ...] | None:
-        """Which pieces are learned; None = the whole."""
+        """Returns which pieces are learned; None = the whole."""
         return None
 
 
@@ -39,7 +39,7 @@ class Conversation(NamedTuple):
 
     @property
     def pieces(self) -> list[str]:
-        """The texts that are encoded by themselves."""
+        """Returns the texts that are encoded by themselves."""
         bounds = [0, *self.cuts, len(self.text)]
         return [self.text[start:end] for start, end in itertools.pairwise(bounds)]
 

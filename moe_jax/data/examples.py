@@ -18,7 +18,8 @@ import numpy as np
 
 from moe_jax.data.pack import interleaved
 
-Fields = dict[str, np.ndarray]  # the arrays of a batch by name, all but row_B
+# The arrays of a batch by name, all but row_B.
+Fields = dict[str, np.ndarray]
 
 
 class LabelledTokens(NamedTuple):
@@ -28,11 +29,13 @@ class LabelledTokens(NamedTuple):
     """
 
     tokens_BS: Any
-    segment_BS: Any  # 1 where there is a token
+    # 1 where there is a token.
+    segment_BS: Any
     position_BS: Any
     domain_B: Any
     label_B: Any
-    weight_B: Any  # float32; 0 = the row only fills up a batch
+    # float32; 0 = the row only fills up a batch.
+    weight_B: Any
     row_B: Any
 
 
@@ -92,7 +95,8 @@ class Baskets(NamedTuple):
     """
 
     items_BL: Any
-    weight_BL: Any  # float32; 0 = padding
+    # float32; 0 = padding.
+    weight_BL: Any
     targets_BL: Any
     target_weight_BL: Any  # float32
     domain_B: Any
@@ -192,9 +196,12 @@ class Classes(NamedTuple):
     """
 
     labels: tuple[str, ...]
-    tokenizer: Any  # None for vectors
-    width: int  # P of vectors; 0 for texts
-    raw: Mapping[str, tuple[Any, np.ndarray]]  # split -> (texts or vectors, label_N)
+    # None for vectors.
+    tokenizer: Any
+    # P of vectors; 0 for texts.
+    width: int
+    # Split -> (texts or vectors, label_N).
+    raw: Mapping[str, tuple[Any, np.ndarray]]
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes the tokenizer, if there is one, and the names of the labels."""
@@ -215,9 +222,11 @@ class Pairs(NamedTuple):
     """
 
     tokenizer: Any
-    source: str  # names of the languages
+    # Names of the languages.
+    source: str
     target: str
-    raw: Mapping[str, tuple[Sequence[str], Sequence[str]]]  # split -> (sources, targets)
+    # Split -> (sources, targets).
+    raw: Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes the tokenizer."""
@@ -231,11 +240,16 @@ class Pairs(NamedTuple):
 class Market(NamedTuple):
     """Holds what is known of baskets beside the rows: the whole lists of items, as item numbers."""
 
-    items: tuple[str, ...]  # names by number
-    train: Sequence[np.ndarray]  # the items of each training user
-    shown: Sequence[np.ndarray]  # the items of each held-out user that the model is given
-    hidden: Sequence[np.ndarray]  # the items of each held-out user that it must predict
-    users: Mapping[str, Sequence[str]]  # split -> names
+    # Names by number.
+    items: tuple[str, ...]
+    # The items of each training user.
+    train: Sequence[np.ndarray]
+    # The items of each held-out user that the model is given.
+    shown: Sequence[np.ndarray]
+    # The items of each held-out user that it must predict.
+    hidden: Sequence[np.ndarray]
+    # Split -> names.
+    users: Mapping[str, Sequence[str]]
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes the names of the items."""
@@ -264,7 +278,8 @@ class Ragged(NamedTuple):
     """Sequences of unequal length end to end: sequence i is flat[starts[i] : starts[i + 1]]."""
 
     flat: np.ndarray  # [total, ...]
-    starts: np.ndarray  # int64 [N + 1]
+    # int64 [N + 1].
+    starts: np.ndarray
 
 
 def ragged(sequences: Sequence[np.ndarray]) -> Ragged:

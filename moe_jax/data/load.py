@@ -112,6 +112,7 @@ class Dataset(NamedTuple):
         for part in self.parts:
             for domain, size in part.heldout_piece_bytes.items():
                 piece_bytes[domain] += size
+        # Bits per byte count the bytes of the text, as gzip and xz do.
         return np.array([text_bytes[domain] / piece_bytes[domain] for domain in self.domains])
 
     def documents(self, split: str) -> dict[str, int]:
@@ -122,6 +123,7 @@ class Dataset(NamedTuple):
         """Returns rows [n] of int32 by part and index in it, with the dataset's domain numbers."""
         domain_ids = self._domain_ids()
         shape = (len(part_N), self.seq_len)
+        # Where everything is learned the field is left out: old runs have no such array.
         has_quiet = any(part.has_quiet for part in self.parts)
         fields = Rows._fields if has_quiet else Rows._fields[:-1]
         fetched = Rows(*(np.zeros(shape, np.int32) for _ in fields))
@@ -138,6 +140,7 @@ class Dataset(NamedTuple):
         return fetched
 
     def _domain_ids(self) -> list[np.ndarray]:
+        """Returns for each part the dataset's numbers of its domains."""
         return _domain_ids(self.domains, tuple(part.domains for part in self.parts))
 
 

@@ -18,7 +18,8 @@ from moe_jax.errors import UserError
 SPLITS = ("train", "heldout")
 # Documents are shuffled within windows of 2^25 characters, so that memory is bounded.
 WINDOW_CHARACTERS = 1 << 25
-ENCODE_DOCUMENTS = 256  # texts given to the tokenizer at once: its threads share them
+# Texts given to the tokenizer at once: its threads share them.
+ENCODE_DOCUMENTS = 256
 
 
 class Rows(NamedTuple):

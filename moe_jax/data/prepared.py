@@ -70,6 +70,7 @@ def write_record(
     fingerprint: str,
 ) -> None:
     """Writes the record, which declares `folder` finished, in one atomic step."""
+    # Names as seen from the folder, which may be moved.
     files = {str(path.relative_to(folder)): path.stat().st_size for path in _data_files(folder)}
     record = {
         "format": FORMAT,

@@ -10,9 +10,11 @@ from moe_jax.data.pack import SPLITS
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
-MOST_DOMAINS = 256  # a row stores the domain of each token in a byte
+# A row stores the domain of each token in a byte.
+MOST_DOMAINS = 256
 
-Counts = dict[str, dict[str, int]]  # split -> domain -> number
+# Split -> domain -> number.
+Counts = dict[str, dict[str, int]]
 
 
 class Survey(NamedTuple):

@@ -14,10 +14,13 @@ import numpy as np
 from moe_jax.data.pack import SPLITS
 from moe_jax.data.tfds_import import tfds
 
-SHARD_BYTES = 1 << 28  # of rows in one file, before compression
-ROWS_AT_ONCE = 4096  # TFDS writes its description anew each time
+# Of rows in one file, before compression.
+SHARD_BYTES = 1 << 28
+# TFDS writes its description anew each time.
+ROWS_AT_ONCE = 4096
 
-Splits = dict[str, Iterable[dict[str, np.ndarray]]]  # split -> rows by the names of their fields
+# Split -> rows by the names of their fields.
+Splits = dict[str, Iterable[dict[str, np.ndarray]]]
 
 
 class PackedText(tfds.core.GeneratorBasedBuilder):

@@ -24,7 +24,8 @@ from moe_jax.data.tokenizer import make as make_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.runtime import shell
 
-TEXT_BYTES = 4_000_000  # of each split and domain, kept for the baselines
+# Of each split and domain, kept for the baselines.
+TEXT_BYTES = 4_000_000
 
 # (what is done, items) -> the same items, while their progress is shown
 Track = Callable[[str, Iterable[Any]], Iterable[Any]]

@@ -64,7 +64,7 @@ class RowState(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """Compiled at first use, for each B, M and S."""
+    """Holds the functions that a sampler calls; they compile at first use, for each B, M and S."""
 
     # (B, M) -> caches, one a block.
     empty: Callable[..., list[Any]]
@@ -107,6 +107,7 @@ def make_sampler(
     ) -> list[str]:
         check(settings)
         weights = (params, router_state)
+        # A cache belongs to one block, so decoding runs block by block.
         if model_cfg.scan:
             weights = unstack(weights)
         rows = []
@@ -138,7 +139,9 @@ def generate(
 ) -> None:
     """Runs one batch of at most `size` rows to the end of each."""
     caches = engine.empty(size, length)
+    # 1. All windows are written to the cache.
     caches = _prefill(engine, weights, caches, dict(enumerate(rows)), size)
+    # 2. The devices draw STEPS tokens of each row, and the host takes them.
     while not all(row.ended for row in rows):
         stopping.check()
         state = _row_state(rows, size, length)
@@ -163,6 +166,7 @@ def _prefill(
     # The last token is fed by the loop, which draws what comes next.
     begun = {b: row.window[:-1] for b, row in rows.items()}
     longest = max((len(window) for window in begun.values()), default=0)
+    # A power of two: few shapes are few compilations.
     step = min(PREFILL, power_of_two(longest, 16))
     for start in range(0, longest, step):
         id_BS = np.zeros((size, step), np.int32)
@@ -253,6 +257,7 @@ def make_engine(cfg: ModelConfig, tokenizer: Tokenizer) -> Engine:
         return id_NB, caches
 
     return Engine(
+        # Caches are donated to whoever writes to them: the new ones take their memory.
         jax.jit(empty, static_argnums=(0, 1)),
         jax.jit(prefill, donate_argnums=1),
         jax.jit(decode, donate_argnums=1),
@@ -317,6 +322,7 @@ class Row:
             self._on_text(self.index, "")
 
     def _give(self, text: str) -> None:
+        """Takes text that is certain, and passes it on to whoever streams it."""
         self.text += text
         if text and self._on_text:
             self._on_text(self.index, text)

@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The tokens of a training row."""
+        """Returns the tokens of a training row."""
         return self.scorer.context
 
     @property
@@ -67,9 +67,11 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        """Returns (log-likelihood, whether it is the likeliest text) of each continuation."""
         del kwargs
         found = self.scorer([Request(context, ids) for _, context, ids in requests])
         for (key, _, _), score in zip(requests, found):
+            # The harness keeps what it has a key for, and does not ask again.
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, tuple(score))
         return [tuple(score) for score in found]
@@ -84,6 +86,7 @@ class HarnessModel(TemplateLM):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             pairs = utils.get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1)
             for pair in pairs:
+                # No token is judged twice.
                 context, judged = utils.make_disjoint_window(pair)
                 windows.append(Request(context, judged))
                 owners.append(i)
@@ -97,6 +100,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Returns what the model writes after each prompt, up to a stop string."""
         del disable_tqdm
+        # Most tasks draw nothing, so it is made when it is first asked for.
         if self._sampler is None:
             self._sampler = make_sampler(self.run.config.model, self.run.tokenizer, self.max_length)
         # Prompts with the same settings are decoded together.
@@ -117,6 +121,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     """Returns how a task wants its answers drawn; greedy unless it says otherwise."""
     until = given.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
+    # A task may give a temperature and not mean it.
     draws = bool(given.get("do_sample", False)) and float(given.get("temperature", 0)) > 0
     return Settings(
         max_tokens=int(given.get("max_gen_toks", MOST_TOKENS)),

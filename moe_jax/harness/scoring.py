@@ -87,24 +87,34 @@ class Scorer:
 
     def _row(self, request: Request) -> tuple[list[int], list[int], int]:
         """Returns (ids, the id after each, how many of these are judged)."""
+        # One more than a row: the last id is read by nobody, and only predicted.
         ids = [*request.context, *request.continuation][-(self.context + 1) :]
         return ids[:-1], ids[1:], min(len(request.continuation), len(ids) - 1)
 
     def _scores(self, rows: Sequence[tuple[list[int], list[int], int]]) -> Iterator[Score]:
         """Yields the scores of one batch."""
         longest = max(len(ids) for ids, _, _ in rows)
-        shape = (self._rows, min(power_of_two(longest, LEAST), max(self.context, longest)))
-        id_BS, target_BS = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        # Padded, so that a few shapes serve all texts; a row of training is the longest.
+        most = max(self.context, longest)
+        shape = (self._rows, min(power_of_two(longest, LEAST), most))
+        id_BS = np.zeros(shape, np.int32)
+        target_BS = np.zeros(shape, np.int32)
         length_B = np.zeros(self._rows, np.int32)
         for b, (ids, targets, _) in enumerate(rows):
-            id_BS[b, : len(ids)], target_BS[b, : len(ids)] = ids, targets
-            length_B[b] = len(ids)
+            length = len(ids)
+            id_BS[b, :length] = ids
+            target_BS[b, :length] = targets
+            length_B[b] = length
         weights = self._run.judged, self._run.router_state
         log_BS, is_best_BS = self._judge(*weights, id_BS, target_BS, length_B)
+        # Summed in float64, whatever the model computes in.
         log_BS, is_best_BS = np.asarray(log_BS, np.float64), np.asarray(is_best_BS)
-        for b, (ids, _, num) in enumerate(rows):
-            judged = slice(len(ids) - num, len(ids))
-            yield Score(float(log_BS[b, judged].sum()), bool(is_best_BS[b, judged].all()))
+        for b, (ids, _, num_judged) in enumerate(rows):
+            # The continuation is at the end of the text.
+            judged = slice(len(ids) - num_judged, len(ids))
+            log_likelihood = float(log_BS[b, judged].sum())
+            is_greedy = bool(is_best_BS[b, judged].all())
+            yield Score(log_likelihood, is_greedy)
 
 
 def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -35,7 +35,10 @@ def made(names: Sequence[str]) -> list[str | dict[str, Any]]:
 
 
 def _is_source(name: str) -> bool:
-    kind = name.partition(":")[0].rpartition("=")[2]
+    """Returns whether a name is a source of text: "KIND:PLACE", or "DOMAIN=KIND:PLACE"."""
+    before_colon, _, _ = name.partition(":")
+    _, _, kind = before_colon.rpartition("=")
+    # A kind alone is a source, too, where it is the whole name.
     return kind in sources.SOURCES and (":" in name or kind == name)
 
 
@@ -46,6 +49,7 @@ def perplexity(spec: str) -> list[dict[str, Any]]:
     domains: dict[str, list[dict[str, str]]] = {}
     for document in sources.read(spec):
         domains.setdefault(document.domain, []).append({"text": document.text})
+    # The keys of a task's YAML file, as lm-evaluation-harness has them.
     return [
         {
             "task": domain,
@@ -69,25 +73,28 @@ def mmlu(argument: str) -> list[dict[str, Any]]:
     """Returns a task for each subject of MMLU, with its prompt and its examples."""
     place, _, chosen = argument.partition("#")
     folder = Path(place).expanduser()
-    found = sorted(path.name.removesuffix("_test.csv") for path in folder.glob("test/*_test.csv"))
-    if not found:
+    files = folder.glob("test/*_test.csv")
+    available = sorted(path.name.removesuffix("_test.csv") for path in files)
+    if not available:
         raise UserError(f"{MMLU}{argument}: there is no {folder / 'test' / 'SUBJECT_test.csv'}")
-    subjects = chosen.split("+") if chosen else found
+    subjects = chosen.split("+") if chosen else available
     for subject in subjects:
-        if subject not in found:
+        if subject not in available:
             raise UserError(
-                f"{MMLU}{argument}: there is no subject {subject!r}; {len(found)} are there, such "
-                f"as {', '.join(found[:3])}"
+                f"{MMLU}{argument}: there is no subject {subject!r}; {len(available)} are there, "
+                f"such as {', '.join(available[:3])}"
             )
     return [_of_subject(folder, subject) for subject in subjects]
 
 
 def _of_subject(folder: Path, subject: str) -> dict[str, Any]:
+    """Returns the task of a subject. Its prompt is, letter by letter, that of the authors."""
     rows = {
         "test": _questions(folder / "test" / f"{subject}_test.csv"),
         "dev": _questions(folder / "dev" / f"{subject}_dev.csv"),
     }
     about = subject.replace("_", " ")
+    # Of the template: "\nA. {{A}}" and so on, which the harness fills from the question.
     choices = "".join(f"\n{letter}. {{{{{letter}}}}}" for letter in LETTERS)
     return {
         "task": f"mmlu_{subject}",
@@ -97,6 +104,7 @@ def _of_subject(folder: Path, subject: str) -> dict[str, Any]:
         ),
         "test_split": "test",
         "fewshot_split": "dev",
+        # The first examples of the file in its order, as in the paper's code.
         "fewshot_config": {"sampler": "first_n"},
         "output_type": "multiple_choice",
         "doc_to_text": "{{question.strip()}}" + choices + "\nAnswer:",
@@ -122,6 +130,7 @@ def _questions(path: Path) -> list[dict[str, Any]]:
                 "letter of A to D are wanted"
             )
         question, *texts, answer = row
+        # Under its letter, by which the template asks for it.
         choices = dict(zip(LETTERS, texts, strict=True))
         questions.append({"question": question, **choices, "answer": LETTERS.index(answer)})
     return questions
@@ -131,6 +140,7 @@ def _splits(**rows: Sequence[Mapping[str, Any]]) -> Any:
     """Returns a function that gives the harness its data."""
 
     def load(**kwargs: Any) -> Any:
+        # Imported here: it comes with the harness, and training needs none of it.
         from datasets import Dataset, DatasetDict
 
         del kwargs

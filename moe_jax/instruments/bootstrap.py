@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 1000
-CONFIDENCE = 0.95  # of both sides together
+# Of both sides together.
+CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):

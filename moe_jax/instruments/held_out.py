@@ -53,6 +53,7 @@ def open_run(
     """
     record.refuse_unrecordable(cfg.model)
     if cfg.eval.dispatcher != "same":
+        # The instruments see the model as its evaluation does.
         cfg = dataclasses.replace(cfg, model=with_dispatcher(cfg.model, cfg.eval.dispatcher))
     size = cfg.eval.batch_size
     batches = list(eval_batches(dataset, size, num_batches or None, local_rows(size)))
@@ -152,6 +153,7 @@ def router_state(states: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def _stacked(tree: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns arrays of MoE layers as {name: [L, ...]}; {} where there are none."""
     if not jax.tree.leaves(tree):
         return {}
 
@@ -188,6 +190,7 @@ def gates(run: Run, what: str) -> np.ndarray:
             f"({others}), and {what} knows the gate alone"
         )
     shape_LDE = (model.num_moe_layers, model.d_model, model.moe.num_experts)
+    # A router may have a gate for each task, or one that is no matrix.
     if weights.get("gate", np.zeros(0)).shape != shape_LDE:
         raise UserError(
             f'model.moe.router = "{model.moe.router}" has no linear gate, which {what} needs'

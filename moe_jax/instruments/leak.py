@@ -54,8 +54,8 @@ DRAWS = 4
 
 
 class Leak(NamedTuple):
-    """How far outputs moved that must not change: the largest change over the largest |logit|, and
-    the share of tokens that changed.
+    """Holds how far outputs moved that must not change: the largest change over the largest
+    |logit|, and the share of tokens that changed.
     """
 
     delta: float
@@ -63,7 +63,7 @@ class Leak(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """How far outputs move when other tokens are drawn."""
+    """Holds how far outputs move when other tokens are drawn."""
 
     # When later tokens of the sequence change.
     future: Leak

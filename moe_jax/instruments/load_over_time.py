@@ -12,16 +12,22 @@ import numpy as np
 # Steps in the picture: beyond them every second one is forgotten.
 MOST_ROWS = 256
 # All sizes are in inches.
-CELL = 0.16  # width of an expert's column
-PANEL = 1.7  # height of a panel
-GAP = 0.55  # between two panels
-TITLE = 0.2  # of a panel
-HEADING = 0.35  # of the picture
+# Width of an expert's column.
+CELL = 0.16
+# Height of a panel.
+PANEL = 1.7
+# Between two panels.
+GAP = 0.55
+# Title of a panel.
+TITLE = 0.2
+# Title of the picture.
+HEADING = 0.35
 # Before the panels: "step" and its numbers.
 LEFT = 0.75
 # Behind the panels: the scale of the colours.
 SCALE = 1.1
-WIDEST = 12.0  # of all panels of a line
+# Width of all panels of a line, at most.
+WIDEST = 12.0
 # Powers of two above and below the mean that have a colour of their own.
 SHADES = 2.5
 

@@ -1,37 +1,26 @@
 """Pictures of the experts: which domains they serve (`routing`), and what their loss costs
 (`knockout`).
 
-Both have a panel for each MoE layer: figures of each expert above, domain by expert below. Places
-are in inches from the upper left corner: the automatic layouts of matplotlib take a minute for 32
-layers.
+Both have a panel for each MoE layer: figures of each expert above, domain by expert below.
+picture_page.py says where on the page they are.
 
 Shapes: L MoE layers, Z domains, E experts, R held-out rows.
 """
 
-import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moe_jax.instruments import information
 from moe_jax.instruments.knockout import PASSIVE, Worth
+from moe_jax.instruments.picture_page import GAP, LINE, NUMBERED, SMALL, Page, Plan, broken, plan
 
-DPI = 110
-SMALL = 8  # points of the letters
-LETTER = 0.075  # inches of such a letter
-LINE = 0.17  # inches of a line of a title
-LETTERS_PER_INCH = 13.5  # of a title
-# Inches between two panels of a line.
-GAP = 0.2
 # Inches of the title of a panel.
 TITLE = 0.25
-WIDEST = 22.0  # inches of a picture
-LONGEST = 32  # letters of a domain's name
-# Experts up to which each has its number, and each cell its percentage.
-NUMBERED = 16
+# Letters of a domain's name.
+LONGEST = 32
 MISSING = "0.85"  # grey
 INK, ALERT = "0.35", "#c44e52"
 
@@ -46,100 +35,6 @@ ORIGIN = (
     "even share; grey: no tokens). Bars: the load, an expert's share of all assignments (dashed: "
     "the even share)."
 )
-
-
-class Plan(NamedTuple):
-    """How the panels of the layers are put together; sizes in inches."""
-
-    # Of the first panel: names of domains stand there.
-    left: float
-    # Of a panel.
-    width: float
-    # Height of the upper axes of a panel.
-    above: float
-    # And of the lower ones.
-    below: float
-    columns: int
-    lines: int
-
-    @property
-    def panel(self) -> float:
-        """Returns the height of a panel with its title, its ticks and the space to the next."""
-        return self.above + self.below + 0.68
-
-    @property
-    def total(self) -> float:
-        """Returns the width of all panels, with the bar of colours and its labels."""
-        return self.left + self.columns * (self.width + GAP) + 1.2
-
-
-def plan(layers: int, num_experts: int, names: Sequence[str], above: float) -> Plan:
-    """Returns the plan with as many columns of panels as make the picture about as high as it is
-    wide, and no wider than WIDEST.
-    """
-    # A cell is wide enough for its percentage, as long as it has one.
-    if num_experts <= NUMBERED:
-        cell_width = 0.34
-    else:
-        cell_width = 0.17 if num_experts <= 32 else 0.11
-    cell_height = 0.2
-    one_column = Plan(
-        left=0.9 + LETTER * max(map(len, names)),
-        width=max(1.8, cell_width * num_experts),
-        above=above,
-        below=cell_height * len(names),
-        columns=1,
-        lines=layers,
-    )
-    plans = [
-        one_column._replace(columns=columns, lines=math.ceil(layers / columns))
-        for columns in range(1, layers + 1)
-    ]
-    # One column is taken even where it is too wide, for nothing is narrower.
-    fitting = [plan for plan in plans if plan.total <= WIDEST] or plans[:1]
-    # The larger side decides: the plan that is nearest to a square.
-    return min(fitting, key=lambda plan: max(plan.total, plan.lines * plan.panel))
-
-
-class Page:
-    """A figure on which things are placed from the top to the bottom, in inches."""
-
-    def __init__(self, width: float, height: float):
-        # Imported here: a run that draws nothing need not wait for it.
-        from matplotlib.figure import Figure
-
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), dpi=DPI)
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Any:
-        """Returns new axes whose upper left corner is at (left, top)."""
-        # matplotlib counts in shares of the figure, from its lower left corner.
-        bottom = self.height - top - height
-        share = left / self.width, bottom / self.height, width / self.width, height / self.height
-        ax = self.figure.add_axes(share)
-        ax.tick_params(labelsize=SMALL)
-        return ax
-
-    def title(self, top: float, text: str) -> None:
-        x, y = 0.1 / self.width, 1 - top / self.height
-        lines = "\n".join(broken(text, self.width))
-        self.figure.text(x, y, lines, fontsize=SMALL + 1, va="top")
-
-    def save(self, path: Path) -> np.ndarray:
-        """Writes a PNG, and returns the pixels [H, W, 3] too."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.image import imsave
-
-        canvas = FigureCanvasAgg(self.figure)
-        canvas.draw()
-        image = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-        imsave(path, image)
-        return image
-
-
-def broken(title: str, width: float) -> list[str]:
-    """Returns the lines of a title in a picture of `width` inches."""
-    return textwrap.wrap(title, int(LETTERS_PER_INCH * width))
 
 
 def routing(
@@ -164,6 +59,7 @@ def routing(
     layers, num_domains, num_experts = counts_LZE.shape
     names = [_short(name) for name in domains]
     panels = plan(layers, num_experts, names, above=0.5)
+    # The bars of information need that much for the words beside them.
     width = max(9.0, panels.total)
 
     # Where things begin and how high they are, from the top to the bottom.
@@ -174,20 +70,27 @@ def routing(
     first_panel = second_title + LINE * len(broken(ORIGIN, width)) + 0.1
     page = Page(width, first_panel + panels.lines * panels.panel + 0.2)
 
+    # What the expert of a token tells about its domain.
     page.title(first_title, INFORMATION)
     chance_L = information.chance(experts_RLE, domain_R, num_domains, seed=0)
     _draw_information(page, counts_LZE, chance_L, bars, bars_height)
+
+    # Load and origin, in a panel for each layer.
     page.title(second_title, ORIGIN)
     counts_LE = counts_LZE.sum(1)
     load_LE = counts_LE / np.maximum(counts_LE.sum(1, keepdims=True), 1)
     # Domains without tokens have no share: the even one is that of the others.
-    num_present = max(int((counts_LZE.sum((0, 2)) > 0).sum()), 1)
+    is_present_Z = counts_LZE.sum((0, 2)) > 0
+    num_present = max(int(is_present_Z.sum()), 1)
     even = 1 / num_present
+    most_load = max(load_LE.max(), 1 / num_experts)
     pairs = _pairs(page, first_panel, panels, layers)
     for layer, (above, below) in enumerate(pairs):
-        _draw_load(above, load_LE[layer], max(load_LE.max(), 1 / num_experts))
+        _draw_load(above, load_LE[layer], most_load)
         _draw_origin(below, counts_LZE[layer], names, even)
     _name_panels(pairs, panels.columns, "load")
+
+    # The bar of colours has three marks: nothing, the even share and the most.
     bar = _colour_bar(page, panels, first_panel, pairs)
     marks = {0: "0 %", even: f"{100 / num_present:.0f} % (even)"}
     if num_present > 1:
@@ -207,6 +110,7 @@ def _draw_information(
     layer_L = np.arange(len(bits_L))
     ax.barh(layer_L, bits_L, height=0.6, color="C0")
     ax.vlines(chance_L, layer_L - 0.42, layer_L + 0.42, color=ALERT, linewidth=1.5)
+    # Not 0, where nothing is told at all: an axis needs a length.
     end = 1.05 * max(bits_L.max(), chance_L.max(), 1e-3)
     for layer, (bits, most, chance) in enumerate(zip(bits_L, most_L, chance_L, strict=True)):
         # With one domain, or one expert, nothing can be told.
@@ -245,9 +149,11 @@ def _draw_origin(ax: Any, counts_ZE: np.ndarray, names: Sequence[str], even: flo
     # A single domain has all of every expert; the colours must reach beyond the even share.
     darkest = min(3 * even, 1) if even < 1 else 2
     image = _heat_map(ax, share_ZE, names, TwoSlopeNorm(even, 0, darkest))
+    # The cells are too narrow for their percentages.
     if counts_ZE.shape[1] > NUMBERED:
         return
     for (domain, expert), share in np.ndenumerate(share_ZE):
+        # Both ends of the colours are dark; the middle, 0.5, is white.
         is_dark = abs(image.norm(share) - 0.5) > 0.38
         colour = "white" if is_dark else "black"
         text = "" if np.isnan(share) else f"{100 * share:.0f}"
@@ -277,9 +183,11 @@ def knockout(worth: Worth, domains: Sequence[str], way: str, path: Path) -> None
     pairs = _pairs(page, top, panels, layers)
     change_LEZ = worth.change_LEZ[:, :, measured]
     # NaN compares as False: no dot where no interval is known.
-    leaves_out_0_LEZ = ((worth.low_LEZ > 0) | (worth.high_LEZ < 0))[:, :, measured]
-    # The same for all layers, so that they can be compared.
-    limits, most = _limits(worth), max(float(np.abs(change_LEZ).max()), 1e-9)
+    leaves_out_0_LEZ = (worth.low_LEZ > 0) | (worth.high_LEZ < 0)
+    leaves_out_0_LEZ = leaves_out_0_LEZ[:, :, measured]
+    # Axes and colours are the same for all layers, so that they can be compared.
+    limits = _limits(worth)
+    most = max(float(np.abs(change_LEZ).max()), 1e-9)
     for layer, (above, below) in enumerate(pairs):
         means = worth.mean_LE[layer], worth.mean_low_LE[layer], worth.mean_high_LE[layer]
         _draw_means(above, *means, limits)
@@ -293,6 +201,7 @@ def _limits(worth: Worth) -> tuple[float, float]:
     """Returns the ends of the axis of the means, which holds all intervals of all layers, and 0."""
     ends = np.stack([worth.mean_LE, worth.mean_low_LE, worth.mean_high_LE])
     low, high = min(0, np.nanmin(ends)), max(0, np.nanmax(ends))
+    # Not 0, where no expert changes anything: an axis needs a length.
     margin = max(0.08 * (high - low), 1e-9)
     return low - margin, high + margin
 
@@ -300,6 +209,7 @@ def _limits(worth: Worth) -> tuple[float, float]:
 def _draw_means(
     ax: Any, mean_E: np.ndarray, low_E: np.ndarray, high_E: np.ndarray, limits: tuple[float, float]
 ) -> None:
+    """Draws the mean of each expert with its interval."""
     # No interval is known of a domain with one row.
     reach = np.abs(np.nan_to_num([mean_E - low_E, high_E - mean_E]))
     ax.axhline(0, color="black", linewidth=0.8)
@@ -319,8 +229,10 @@ def _draw_means(
 def _draw_changes(
     ax: Any, change_ZE: np.ndarray, dots_ZE: np.ndarray, names: Sequence[str], most: float
 ) -> None:
+    """Draws the change of each domain by each expert, and a dot where it is more than noise."""
     from matplotlib.colors import Normalize
 
+    # White is no change.
     _heat_map(ax, change_ZE, names, Normalize(-most, most))
     domain, expert = np.nonzero(dots_ZE)
     ax.plot(expert, domain, "o", markersize=2.5, color="black")
@@ -346,24 +258,33 @@ def _name_panels(pairs: Sequence[tuple[Any, Any]], columns: int, what: str) -> N
     below the last line.
     """
     for layer, (above, below) in enumerate(pairs):
+        # The bar of an expert stands over its column of cells.
         above.set_xlim(below.get_xlim())
         above.set_xticks([])
         above.spines[["top", "right"]].set_visible(False)
-        if layer % columns:
+        is_first_column = layer % columns == 0
+        if is_first_column:
+            above.set_ylabel(what, fontsize=SMALL, rotation=0, ha="right", va="top", y=1)
+        else:
             for ax in (above, below):
                 ax.set_yticklabels([])
-        else:
-            above.set_ylabel(what, fontsize=SMALL, rotation=0, ha="right", va="top", y=1)
+        # Nothing stands below it, in the last line or in the one before.
         if layer + columns >= len(pairs):
             below.set_xlabel("expert", fontsize=SMALL, labelpad=1)
 
 
 def _heat_map(ax: Any, values_ZE: np.ndarray, names: Sequence[str], norm: Any) -> Any:
+    """Draws a cell for each domain and expert, and returns the image that a bar of colours needs.
+
+    `norm` says which value has which colour: blue is low, red is high.
+    """
     from matplotlib import colormaps
 
     num_experts = values_ZE.shape[1]
+    # NaN is a colour of its own.
     colours = colormaps["RdBu_r"].with_extremes(bad=MISSING)
     image = ax.imshow(values_ZE, cmap=colours, norm=norm, aspect="auto")
+    # Of many experts eight have their number.
     numbered_each = 1 if num_experts <= NUMBERED else num_experts // 8
     ax.set_xticks(range(0, num_experts, numbered_each))
     ax.set_yticks(range(len(names)), names)
@@ -383,5 +304,7 @@ def _colour_bar(page: Page, panels: Plan, top: float, pairs: Sequence[tuple[Any,
 
 def _short(name: str) -> str:
     """Returns a name of at most LONGEST letters: its beginning and its end."""
+    if len(name) <= LONGEST:
+        return name
     half = LONGEST // 2
-    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[1 - half :]}"
+    return f"{name[: half - 1]}…{name[1 - half :]}"

@@ -45,6 +45,7 @@ def measure(run: Run) -> dict[str, Any]:
     """
     cfg = run.cfg.model
     record_of = held_out.make_record(cfg, probe.INPUTS)
+    # Routers compute in float32 whatever model.dtype says.
     low = held_out.make_record(dataclasses.replace(cfg, dtype="bfloat16"), probe.ROUTING)
     # For each kind, [2, L] of every batch: the decisions that flipped, and all decisions.
     counts: dict[str, list[np.ndarray]] = {}
@@ -53,6 +54,7 @@ def measure(run: Run) -> dict[str, Any]:
     for number, batch in enumerate(run.batches):
         whole = held_out.whole(batch, run.cfg.eval.batch_size)
         base = record_of(run.params, run.router_state, held_out.put_batch(run, batch))
+        # A kind that the model does not allow is noted, and the others are measured.
         for kind, experts_now in _perturbed(run, record_of, low, batch, base["input"]).items():
             run.tell(f"batch {number + 1} of {len(run.batches)}, {kind}")
             counts.setdefault(kind, [])
@@ -73,6 +75,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def _share(counts_2L: np.ndarray) -> list[float]:
+    """Returns the share of decisions that flipped, by layer."""
     flipped_L, all_L = counts_2L
     return (flipped_L / np.maximum(all_L, 1)).tolist()
 
@@ -126,6 +129,7 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     moe, gate_LDE = run.cfg.model.moe, held_out.gates(run, "the margin")
     router, options = ROUTERS[moe.router], moe.router_options
     exact = router.declared(moe.num_experts, options).exact
+    # All groups are kept where there are as many as are chosen.
     grouped = getattr(options, "top_groups", 1) != getattr(options, "num_groups", 1)
     if not exact or grouped:
         if exact:
@@ -136,6 +140,7 @@ def scores(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
             f'model.moe.router = "{moe.router}" {what}, so the k-th score minus the next is no '
             "margin"
         )
+    # In float64, so that the margin itself is not rounding.
     input_LBSD, gate_LDE = input_LBSD.astype(np.float64), gate_LDE.astype(np.float64)
     logits_LBSE = np.einsum("LBSD,LDE->LBSE", input_LBSD, gate_LDE)
     bias_LE = held_out.router_state(run.router_state, run.cfg.model).get("bias")

@@ -70,13 +70,13 @@ def fitted(values: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]
     """Returns the weights of a model as those of the same model `under` another routing (`like`):
     what its router lacks is zero.
     """
-
     result: dict[Any, Any] = {}
     for key, wanted in like.items():
         if isinstance(wanted, Mapping):
             result[key] = fitted(values.get(key, {}), wanted)
         elif key in values and values[key].shape == wanted.shape:
             result[key] = values[key]
+        # Of the router that replays: nobody reads it.
         else:
             sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), wanted.sharding.spec)
             result[key] = jnp.zeros(wanted.shape, wanted.dtype, device=sharding)
@@ -266,6 +266,7 @@ def put_routed(
 ) -> PackedText:
     """Returns the batch on the mesh, with the routing that the router "recorded" shall replay."""
     cfg = run.cfg.model
+    # A request has a place for every block, those without experts too.
     expert_BMSK = held_out.of_all_blocks(cfg, expert_LBSK).astype(np.int32)
     gate_BMSK = held_out.of_all_blocks(cfg, gate_LBSK)
     return held_out.put_batch(run, batch, probe.Request((expert_BMSK, gate_BMSK)))
@@ -274,6 +275,7 @@ def put_routed(
 def _probabilities(run: Run, input_LBSD: np.ndarray) -> np.ndarray:
     """Returns the router's scores [L, B, S, E], scaled so that those of a token add up to 1."""
     gate_LDE = held_out.gates(run, "balanced replay").astype(np.float64)
+    # What the router read was recorded; its scores are computed again, in float64.
     logits_LBSE = np.einsum("LBSD,LDE->LBSE", input_LBSD.astype(np.float64), gate_LDE)
     moe = run.cfg.model.moe
     score_LBSE = np.asarray(ROUTERS[moe.router].score(moe.router_options)(logits_LBSE))
@@ -301,4 +303,5 @@ def gaps(
 
 
 def _scalars(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the figures that are one number each."""
     return {name: value for name, value in figures.items() if np.ndim(value) == 0 and name != "moe"}

@@ -23,19 +23,22 @@ def replay(result: Mapping[str, Mapping[str, Any]], title: str) -> list[Table | 
     domains = [key.removeprefix(head).removesuffix(tail) for key in keys]
     gap_columns = [f"gap, {domain}" for domain in domains]
     table = Table([*names("routing"), *numbers("mean", "gap", *gap_columns)], title=title)
+    # Why a routing has no figures: the note says it.
     reasons = {}
     for way, figures in result.items():
         if "note" in figures:
             reasons[way] = figures["note"]
             continue
-        gaps = [figures["gap/bits_per_byte"]]
-        gaps += [figures[f"gap/{key}"] for key in keys]
-        table.add(way, f"{figures['bits_per_byte']:.4f}", *map(_signed, gaps))
+        mean = f"{figures['bits_per_byte']:.4f}"
+        gap = _signed(figures["gap/bits_per_byte"])
+        domain_gaps = [_signed(figures[f"gap/{key}"]) for key in keys]
+        table.add(way, mean, gap, *domain_gaps)
     return [table, *notes(reasons)]
 
 
 def precision(result: Mapping[str, Any]) -> list[Table | str]:
     """Returns flips in percent of all decisions, and quantiles of the margin, per layer."""
+    # Every perturbation has a share for each layer.
     any_share_L = next(iter(result["flips"].values()), [])
     layers = [f"layer {i}" for i in range(len(any_share_L))]
     table = Table([*names(""), *numbers(*layers)], title="routing decisions that flip, and margins")
@@ -50,13 +53,14 @@ def precision(result: Mapping[str, Any]) -> list[Table | str]:
 
 
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str]:
-    """Returns what the loss of each expert costs every domain, and the mean over domains that have
-    rows, with its interval.
+    """Returns what each domain loses without each expert, and the mean over domains that have rows,
+    with its interval.
     """
     title = (
         f"bits per byte more when an expert is {PASSIVE[way]} (*: the 95 % interval leaves out 0)"
     )
     columns = numbers("load", "mean", "95 % from", "to", *domains)
+    # Where a narrow terminal splits the table, each part has layer and expert.
     table = Table([*names("layer", "expert"), *columns], title=title, keys=2)
     num_layers, num_experts, _ = worth.change_LEZ.shape
     for layer in range(num_layers):
@@ -70,9 +74,13 @@ def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str
 def _knockout_cells(worth: Worth, layer: int, expert: int) -> list[str]:
     """Returns the load, the mean with the ends of its interval, and the change of each domain."""
     at = layer, expert
-    load = f"{100 * worth.load_LE[at]:.1f} %"
-    mean, low, high = worth.mean_LE[at], worth.mean_low_LE[at], worth.mean_high_LE[at]
-    cells = [load, _change(mean), _change(low), _change(high)]
+    percent = 100 * worth.load_LE[at]
+    cells = [
+        f"{percent:.1f} %",
+        _change(worth.mean_LE[at]),
+        _change(worth.mean_low_LE[at]),
+        _change(worth.mean_high_LE[at]),
+    ]
     of_domains = zip(worth.change_LEZ[at], worth.low_LEZ[at], worth.high_LEZ[at], strict=True)
     for change, low, high in of_domains:
         cells.append(_mark(low, high) + _change(change))
@@ -102,8 +110,10 @@ def interference(result: Mapping[str, float]) -> list[Table | str]:
     # A key is "interference/LAYER/PART/LOSS_cosine", or "interference/outside/LOSS_cosine".
     for key in result:
         location, figure = key.removeprefix("interference/").rsplit("/", 1)
+        # A loss may have "_" in its name; the kind of the figure has none.
+        loss, _ = figure.rsplit("_", 1)
         locations.add(location)
-        losses.add(figure.rsplit("_", 1)[0])
+        losses.add(loss)
     columns = [(loss, kind) for loss in sorted(losses) for kind in ("cosine", "ratio")]
     headers = [f"{loss} {kind}" for loss, kind in columns]
     title = "gradients of auxiliary losses against the language loss"
@@ -123,4 +133,5 @@ def _position(location: str) -> tuple[bool, int, int]:
         return True, 0, 0
     layer, _, part = location.partition("/")
     number = int(layer.removeprefix("layer_"))
-    return False, number, PARTS.index(part) if part in PARTS else len(PARTS)
+    place = PARTS.index(part) if part in PARTS else len(PARTS)
+    return False, number, place

@@ -20,7 +20,8 @@ from jax.profiler import ProfileData
 
 from moe_jax.plan.hlo.scopes import Instruction, find_scopes, phase_of, read_instructions
 
-SLOWEST = 12  # instructions in phases.txt
+# Instructions in phases.txt.
+SLOWEST = 12
 # They run other instructions, which have events of their own.
 CONTAINERS = ("while", "conditional", "call")
 
@@ -32,8 +33,10 @@ class Profile:
 
     def __init__(self, steps: tuple[int, int] | None, workdir: Path):
         self._steps, self._begun = steps or (0, 0), -1
-        several = jax.process_count() > 1
-        self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
+        self._folder = workdir / "profile"
+        # Processes that share a workdir would write over each other.
+        if jax.process_count() > 1:
+            self._folder /= f"process_{jax.process_index()}"
 
     def begins(self, step: int) -> bool:
         """Returns whether the trace starts before `step`: the first step of the range that this run
@@ -67,6 +70,7 @@ class Profile:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         first, self._begun, self._steps = self._begun, -1, (0, 0)
+        # The text says which scope each instruction of the trace comes from.
         hlo = step_fn.lower(state, batch).compile().as_text()
         path, phases = write(self._folder, hlo, done - first)
         others = f" (this process; all: {self._folder.parent})" if jax.process_count() > 1 else ""
@@ -158,6 +162,7 @@ def share(changes: list[Change]) -> tuple[dict[str, float], float]:
     # How often each instruction is under way (False), and runs (True).
     active: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for change in changes:
+        # The time since the change before, in which nothing began or ended.
         length, at = change.time - at, change.time
         # What runs goes before what is only under way elsewhere.
         sharers = active[True] or active[False]
@@ -198,10 +203,12 @@ def write(directory: Path, hlo: str, steps: int) -> tuple[Path, Phases]:
 
     Returns the path of phases.txt, and the phases.
     """
+    # The profiler makes a folder for each trace, named by the time.
     traces = directory.glob("plugins/profile/*/*.xplane.pb")
     path = max(traces, key=lambda trace: trace.stat().st_mtime)
     instructions = read_instructions(hlo)
     scopes = find_scopes(instructions)
+    # The trace has instructions of other programs too, whose names may be the same.
     header = re.match(r"HloModule ([\w.\-]+)", hlo)
     module = header[1] if header else ""
     times, idle = share(read_changes(path, module, instructions))
@@ -237,6 +244,7 @@ def add_up(
 
 
 def _as_json(result: Phases, scopes: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the content of phases.json."""
     phases = [
         {"phase": phase, "pass": direction, "ms": ms}
         for (phase, direction), ms in result.phases.items()

@@ -13,7 +13,7 @@ from moe_jax.schema.blocks import without_attention
 
 
 class Family(NamedTuple):
-    """All that there is to know of a family; `FAMILY` of its file."""
+    """Holds all that there is to know of a family; `FAMILY` of its file."""
 
     # `model_type` and the one of `architectures` that is a language model.
     model_type: str

@@ -41,6 +41,7 @@ def heads(head_dim: int | None = None) -> Entry:
 
     def read(settings: Settings) -> dict[str, Any]:
         ours = _number_of_heads(settings)
+        # What a head has where no key says otherwise: its part of the model's width.
         own_share = settings.number("hidden_size") // ours["model.num_heads"]
         return ours | {"model.head_dim": settings.number("head_dim", head_dim or own_share)}
 
@@ -61,12 +62,14 @@ def heads_of_whole_width() -> Entry:
 
 
 def _number_of_heads(settings: Settings) -> dict[str, Any]:
+    """Returns our keys of the numbers of heads; without grouping each head has keys of its own."""
     num_heads = settings.number("num_attention_heads")
     num_kv_heads = settings.number("num_key_value_heads", num_heads)
     return {"model.num_heads": num_heads, "model.num_kv_heads": num_kv_heads}
 
 
 def _written_heads(config: Ours) -> dict[str, Any]:
+    """Returns their entries of the numbers of heads."""
     return {
         "num_attention_heads": config["model.num_heads"],
         "num_key_value_heads": config["model.num_kv_heads"],
@@ -146,10 +149,12 @@ def window_by_layer(
         size = _told(settings, length)
         bound = settings.get("max_window_layers", last) if last else 0
         layers = range(settings.number("num_hidden_layers"))
+        # The list decides where it is there; older files have the other keys alone.
         kinds = settings.get("layer_types")
         if kinds is None:
             used = used and size is not None
             kinds = [sliding if used and slides(layer, bound) else full for layer in layers]
+        # Their words for an attention, and ours.
         names = {full: FULL, sliding: WINDOWED}
         if len(kinds) != len(layers) or not set(kinds) <= set(names):
             raise settings.refusal(
@@ -161,6 +166,7 @@ def window_by_layer(
         return attentions | ({WINDOW: size} if sliding in kinds else {})
 
     def write(config: Ours) -> dict[str, Any]:
+        # No window: the key is not in our config.
         size, names = config.get(WINDOW), config[LAYER_ATTENTIONS]
         kinds = [sliding if name == WINDOWED else full for name in names]
         return {
@@ -226,6 +232,7 @@ def sparse_layers() -> Entry:
         dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
         return {
             "num_hidden_layers": len(kinds),
+            # Every layer that is not named below has experts: that says any pattern.
             "decoder_sparse_step": 1,
             "mlp_only_layers": dense,
         }

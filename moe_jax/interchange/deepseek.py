@@ -30,6 +30,7 @@ def first_dense(default: int = 0) -> Entry:
 
     def write(config: Ours) -> dict[str, Any]:
         kinds = config[BLOCKS]
+        # Those before the first one with experts; other patterns are found when it is read again.
         num_dense = next((i for i, kind in enumerate(kinds) if kind == "moe"), len(kinds))
         return {"num_hidden_layers": len(kinds), "first_k_dense_replace": num_dense}
 
@@ -41,6 +42,7 @@ def shared(default: int = 1) -> Entry:
 
     def read(settings: Settings) -> dict[str, Any]:
         number = settings.number("n_shared_experts", default)
+        # n shared experts of a width are one of n times the width.
         return {SHARED: 1, HIDDEN: number * settings.number("moe_intermediate_size")}
 
     def write(config: Ours) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def _q_lora_rank(default: int = 1536) -> Entry:
 
     def read(settings: Settings) -> dict[str, Any]:
         rank = settings.get("q_lora_rank")
+        # null, and a key that is not there, mean different things.
         untold = 0 if settings.has("q_lora_rank") else default
         return {f"{AT}.q_lora_rank": untold if rank is None else rank}
 
@@ -115,6 +118,7 @@ def _rope(theta: float) -> Entry:
 
     def read(settings: Settings) -> dict[str, Any]:
         ours = inner.read(settings)
+        # The scaling stands under one of several names, by the version that wrote it.
         place = next((name for name in PLACES if settings.get(name)), "")
         mscale = settings.inner(place).get(scale, 0.0) if place else 0.0
         scaled = ours.get("model.rope_scaling", "none") != "none"

@@ -48,7 +48,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was exported."""
+    """Holds what was exported."""
 
     family: str
     num_tensors: int
@@ -84,10 +84,12 @@ def export_model(
     theirs |= {"dtype": dtype, "torch_dtype": dtype}
     notes = others_like(run, like, out, theirs) if like else others(run, out, theirs)
     write_json(out / "config.json", theirs)
+    # What evaluation uses: the moving average where the run kept one.
     params = run.parameters if raw else run.judged
     parts = {"params": params, "router_state": run.router_state}
     plan = planned(chosen, run.config.model, parts)
     arrays = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
+    # Before anything is written.
     refuse_lost(chosen, arrays)
     scale = embedding_scale(run.config.model)
     if scale != 1:
@@ -97,6 +99,7 @@ def export_model(
             f"{' and the last norm' if run.config.model.tie_embeddings else ''}"
         )
     rounded: list[str] = []
+    # A generator: one shard of tensors is in memory at a time.
     made = tensors_of(plan, arrays, dtype, chosen.wide, rounded)
     num_bytes = tensors.write(out, made, shard_bytes)
     if rounded:
@@ -114,6 +117,7 @@ def others(run: Run, out: Path, theirs: dict[str, Any]) -> list[str]:
     """
     # Not the ids that transformers takes where nothing is said.
     theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    # A scaling of the rotary embedding may promise longer rows than the run was trained on.
     theirs["max_position_embeddings"] = max(run.config.data.seq_len, rotary.scaled_length(theirs))
     notes = []
     generation: dict[str, Any] = {}
@@ -173,6 +177,7 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
         misfits[family.model_type] = differences(family, theirs, config_here)
         if not misfits[family.model_type]:
             return family, theirs
+    # The family with the fewest differences says most clearly what stands in the way.
     nearest = min(misfits, key=lambda one: len(misfits[one]))
     what = f"as {name}" if name else f"as any family of {', '.join(FAMILIES)}"
     raise UserError(f"{run.workdir} cannot be exported {what}: {misfits[nearest][0]}")
@@ -207,11 +212,11 @@ def router_options(changes: Mapping[str, Any]) -> dict[str, Any]:
     if name is None:
         return {}
     before = f"model.moe.routers.{name}."
-    told = {
-        path.removeprefix(before): value
-        for path, value in changes.items()
-        if path.startswith(before)
-    }
+    told = {}
+    for path, value in changes.items():
+        if path.startswith(before):
+            told[path.removeprefix(before)] = value
+    # What the family does not speak of has its default.
     options = dataclasses.replace(ROUTERS[name].options(), **told)
     normal = dataclasses.asdict(ROUTERS[name].normal_form(options))
     return {before + option: value for option, value in normal.items()}

@@ -26,7 +26,7 @@ from moe_jax.interchange.settings import Settings
 from moe_jax.interchange.shards import Shards
 from moe_jax.models.block import moe_config
 from moe_jax.models.functions import make_model
-from moe_jax.moe.layer import adaptive_state
+from moe_jax.moe.settings import adaptive_state
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel.mesh import Lengths
 from moe_jax.run import write_run
@@ -38,7 +38,7 @@ LONGEST_ROW = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What was imported."""
+    """Holds what was imported."""
 
     family: str
     config: Config
@@ -105,9 +105,9 @@ def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = Non
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
     if lengths:
         changes |= {f"mesh.{axis}": length for axis, length in lengths.written().items()}
-        rows = defaults().train.batch_size
-        # Rows are split over the devices.
-        changes["train.batch_size"] = -(-rows // lengths.batch_devices) * lengths.batch_devices
+        rows, devices = defaults().train.batch_size, lengths.batch_devices
+        # Rows are split over the devices, so there must be a multiple of them.
+        changes["train.batch_size"] = -(-rows // devices) * devices
     num_devices = lengths.num_devices if lengths else 1
     with tensors.Folder(source) as folder:
         if family.quantized:
@@ -119,6 +119,7 @@ def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = Non
         raw = as_raw(changes)
         config.allow_float64(raw)
         cfg = config.build(raw, num_devices)
+        # Before the first tensor is read, which may take long.
         refuse_misfits(plan, folder, family, cfg.model)
         notes = noted(folder, family, cfg, longest)
         parts = assembled(plan, folder, abstract_parts(cfg))
@@ -188,10 +189,12 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
     plan: dict[str, list[Piece]] = {}
     for number, row in family.rows(cfg.blocks):
         below = "" if number is None else prefixes[number]
+        # A family has rows of parameters that only some of its models have.
         if below + row.ours in ours:
             layer = "" if number is None else family.layer.format(number)
             plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
     for name in ours:
+        # A state that training alone moves, and arrays that begin as zeros, have no tensor.
         of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
         if name not in plan and not of_training and not name.endswith(family.zeros):
             # The refusals of keys come first: a family that lacks a row lacks a refusal too.
@@ -214,6 +217,7 @@ def refuse_misfits(
     be.
     """
     names = folder.names()
+    # 1. What a parameter asks for must be there, in its shape.
     wanted: set[str] = set()
     for piece in (piece for made_of in plan.values() for piece in made_of):
         wanted.add(piece.name)
@@ -228,6 +232,7 @@ def refuse_misfits(
                 f"{folder.where(piece.name)}: {piece.name} has the shape {list(shape)}, and "
                 f"config.json asks for {list(piece.shape)}"
             )
+    # 2. What is there must be asked for: a tensor that is left out would change the model.
     for name in sorted(names - wanted):
         # A head that is the embedding may be there a second time.
         tied = cfg.tie_embeddings and name == head_of(family)
@@ -255,6 +260,7 @@ def assembled(
         shards = Shards(like)
         # Of zeros there is no tensor.
         for piece in plan.get(name, ()):
+            # Another process reads what only its devices have.
             if shards.wants(piece.index):
                 shards.put(piece.index, piece.to_ours(folder.read(piece.name)))
         return shards.whole()

@@ -45,6 +45,7 @@ def yarn(scaling: Settings, settings: Settings) -> dict[str, Any]:
     above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
     factor, magnitude = scaling.get("factor", 1.0), scaling.get("attention_factor")
     if magnitude is None and above and below and factor > 1:
+        # What scores are multiplied with for the frequencies, over what they are for all of them.
         magnitude = (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
     return options | {"magnitude": float(magnitude or 0.0)}
 
@@ -107,6 +108,7 @@ def rope(
         scaling = settings.inner(places[0])
         base = scaling.get("rope_theta", base)
         name = scaling.get("rope_type") or scaling.get("type") or "default"
+        # Read in any case: older files have both keys.
         scaling.get("type")
         kind = next((one for one in ROPE_TYPES if one.theirs == name), None)
         if kind is None:
@@ -141,6 +143,7 @@ def rope(
         scaling = {"rope_type": kind.theirs}
         for ours, theirs, _ in kind.options:
             value = config[f"{SCALINGS}.{kind.ours}.{ours}"]
+            # A magnitude of 0 stands for "as the paper has it": the key is left out.
             if (ours, value) not in kind.unset:
                 scaling[theirs] = value
         return written | {"rope_scaling": scaling}

@@ -76,6 +76,7 @@ class Settings:
     def number(self, name: str, default: int | None = None) -> int:
         """Returns a whole number above 0; `default` where it is not there. Raises UserError."""
         value = self.need(name) if default is None else self.get(name, default)
+        # True is an int in Python.
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refusal(name, "it must be a whole number above 0")
         return value
@@ -94,11 +95,13 @@ class Settings:
     def refusal(self, name: str, why: str) -> UserError:
         """Returns the error that names a key and its value."""
         value = json.dumps(self._values.get(name))
+        # A long list would hide the sentence around it.
         shown = value if len(value) <= 60 else value[:57] + "..."
         return UserError(f"{self._where}: {self._prefix}{name} = {shown}: {why}")
 
     def refuse_unread(self, of: str, harmless: Iterable[str] = ()) -> None:
         """Raises UserError for the first key that was not read and is not null or harmless."""
+        # null means that the option is not used.
         known = self._read | set(harmless)
         for name, value in self._values.items():
             if name not in known and value is not None:

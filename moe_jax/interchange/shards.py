@@ -45,6 +45,7 @@ class Shards:
             block = np.asarray(value[inside], self._like.dtype)
             shape = tuple(cut.stop - cut.start for cut in overlap)
             block = jax.device_put(block.reshape(shape), device)
+            # A block that fills the whole part needs no zeros to be written into.
             if shape == _shape(bounds):
                 self._parts[device] = block
             else:
@@ -77,6 +78,7 @@ def _written(part: jax.Array, block: jax.Array, first: list[int]) -> jax.Array:
 
 
 def _bounds(place: tuple[slice, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    # A slice without ends is the whole dimension.
     return [cut.indices(size)[:2] for cut, size in zip(place, shape, strict=True)]
 
 

@@ -49,6 +49,7 @@ class Folder:
 
     def __enter__(self) -> "Folder":
         told = self._told()
+        # A fault on the way closes the files that are open by then.
         with contextlib.ExitStack() as stack:
             for path in sorted(set(told.values())) if told else [self.folder / SINGLE]:
                 file = stack.enter_context(self._opened(path))
@@ -59,6 +60,7 @@ class Folder:
                     raise UserError(
                         f"{path} has no tensor {name}, although {INDEX} says so: copy both again"
                     )
+            # They stay open until the folder is left.
             self._stack = stack.pop_all()
         return self
 
@@ -70,10 +72,12 @@ class Folder:
         self._unpacked[name], self._paths[name] = tensor, self._paths[tensor.parts[0]]
 
     def names(self) -> set[str]:
+        """Returns the names of all tensors; in place of parts, what they are put together to."""
         packed = {part for tensor in self._unpacked.values() for part in tensor.parts}
         return set(self._files) - packed | set(self._unpacked)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor, by the header of its file alone."""
         if name in self._unpacked:
             return self._unpacked[name].shape
         return tuple(self._files[name].get_slice(name).get_shape())
@@ -91,6 +95,7 @@ class Folder:
         return DTYPES[dtype]
 
     def read(self, name: str) -> np.ndarray:
+        """Returns a tensor, read from its file now."""
         if name in self._unpacked:
             tensor = self._unpacked[name]
             return tensor.make(*(self.read(part) for part in tensor.parts))
@@ -107,6 +112,7 @@ class Folder:
             return {}
         try:
             shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            # The name alone: an index cannot lead out of the folder.
             return {name: self.folder / Path(file).name for name, file in shards.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): copy it again") from None
@@ -159,6 +165,7 @@ def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: 
     if len(shards) == 1:
         (folder / _part(0)).rename(folder / SINGLE)
         return total
+    # Now their number is known, which is a part of each name.
     places: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"

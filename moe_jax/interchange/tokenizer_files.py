@@ -82,6 +82,7 @@ def write(folder: Path, tokenizer: Tokenizer, length: int) -> None:
         )
     boundary = _boundary(model, tokenizer)
     text = tokenizer.model
+    # One that came from elsewhere puts before a text what its makers put there.
     if boundary == models.BOUNDARY and not model.get("post_processor"):
         model["post_processor"] = _before_texts(boundary, tokenizer.boundary_id)
         text = (json.dumps(model, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
@@ -109,6 +110,7 @@ def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
     import tokenizers
 
     character_of = {byte: character for character, byte in models.byte_of_character().items()}
+    # A byte-level BPE writes each byte as one character; ours has their numbers as ids.
     characters = {character_of[byte]: byte for byte in range(tokenizer.boundary_id)}
     of_bytes = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=characters, merges=[]))
     of_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(

@@ -103,6 +103,7 @@ class Article(nnx.Module):
         cfg, classify = self.cfg, self.options.num_classes > 0
         table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         e_BSD = table_VD.at[batch.id_BS].get(out_sharding=P(BATCH, None, None))
+        # A few numbers for each expert: every device takes all of them.
         w_nm = jax.sharding.reshard(self.experts["w"].astype(cfg.dtype), P())
         if classify:
             # One window a row, whose places are as many as the row has.
@@ -111,6 +112,7 @@ class Article(nnx.Module):
             w_nm = w_nm[:, : e_BSD.shape[1]]
         else:
             window_BqmD, seen_Bqm = windows(e_BSD, batch.segment_BS, w_nm.shape[1])
+        # A place without a token adds nothing.
         window_BqmD = jnp.where(seen_Bqm[..., None], window_BqmD, 0)
         z_BqnD = jnp.einsum("BqmD,nm->BqnD", window_BqmD, w_nm)
         z_BqnD = ACTIVATIONS[self.options.activation](z_BqnD)
@@ -139,19 +141,20 @@ class Article(nnx.Module):
         return "embed", None if self.options.num_classes else "vocab"
 
     def _output(self, h_BqD: Array) -> Array:
-        """Logits in at least float32."""
+        """Returns logits in at least float32."""
         head = gather(self.ends["head"], self._head_names(), self.cfg.dtype)
         wide = wide_dtype(h_BqD.dtype)
         return jnp.einsum("BqD,DV->BqV", h_BqD, head, preferred_element_type=wide)
 
 
 def windows(e_BSD: Array, segment_BS: Array, m: int) -> tuple[Array, Array]:
-    """(window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens that end
-    with it, within its segment.
+    """Returns (window [B, S, m, D], which of it there is [B, S, m]): of every token the m tokens
+    that end with it, within its segment.
     """
     S = e_BSD.shape[1]
 
     def earlier(z, by):
+        """Returns what stands `by` places before each token; zero before the row."""
         padding = [(0, 0), (by, 0)] + [(0, 0)] * (z.ndim - 2)
         return jnp.pad(z, padding)[:, :S]
 
@@ -159,6 +162,7 @@ def windows(e_BSD: Array, segment_BS: Array, m: int) -> tuple[Array, Array]:
     # The token itself has the last place.
     for by in range(m - 1, -1, -1):
         tokens.append(earlier(e_BSD, by))
+        # Segment 0 is padding, and what stands before the row.
         same.append((earlier(segment_BS, by) == segment_BS) & (segment_BS > 0))
     return jnp.stack(tokens, 2), jnp.stack(same, 2)
 
@@ -166,6 +170,7 @@ def windows(e_BSD: Array, segment_BS: Array, m: int) -> tuple[Array, Array]:
 def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of the article's model."""
     options, d = typed_options(Options, cfg.kind_options), cfg.d_model
+    # The record of a decoder, with nothing in it: this room does not import that of the counts.
     counts = type(decoder(as_decoder(cfg)))
     nothing = counts(*(0 for _ in counts._fields))
     experts = options.num_experts * options.window
@@ -201,7 +206,9 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def refusals(cfg: Config) -> Iterator[str]:
-    """Experts are split over the mesh, and the window of a class is the row."""
+    """Refuses experts that the mesh does not split evenly, and a window that is shorter than a row
+    where the window is the row.
+    """
     options = typed_options(Options, cfg.model.kind_options)
     if options.num_experts % cfg.mesh.expert:
         yield (

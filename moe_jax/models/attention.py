@@ -77,6 +77,7 @@ class SelfAttention(nnx.Module):
         cfg = self.cfg
         kind = ATTENTIONS[cfg.attention]
         if context.is_split(x_BSD):
+            # A device of seq has some tokens of each row, and turns them by their own positions.
             position_BS = context.enter(position_BS)
         q, k, v = kind.inputs(self.weights, x_BSD, position_BS, cfg)
 
@@ -105,8 +106,10 @@ class SelfAttention(nnx.Module):
         kind = ATTENTIONS[cfg.attention]
         caching = kind.caching
         q, new = caching.inputs(self.weights, x_BSD, position_BS, cfg)
+        # Slots are numbered by position, so the last slot that a token sees is its own.
         last_BS = position_BS if prefix_BS is None else _last_seen(position_BS, prefix_BS)
 
+        # Every device of "model" has the cache of its heads, and writes to it alone.
         def on_device(q, new, position_BS, last_BS, cache, chosen_BM, sinks):
             row_B1 = jnp.arange(q.shape[0])[:, None]
 
@@ -153,6 +156,7 @@ class CrossAttention(nnx.Module):
 
     def remember(self, source_BTD: Array, segment_BT: Array) -> Memory:
         """Returns keys and values of the source, for any number of queries."""
+        # No rotary embedding: places of the source and of the target are not on one axis.
         k = project(self.weights, "k", source_BTD, self.cfg)
         v = project(self.weights, "v", source_BTD, self.cfg)
         return Memory(k, v, segment_BT)
@@ -173,13 +177,16 @@ def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     tokens = context.tokens_spec(o_BSHA, None)
     y_BSD = jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=tokens)
     if cfg.output_bias:
+        # Whole on every device of "model", so it is added once, after the sum over heads.
         bias_D = weights["o_bias"].astype(cfg.dtype)
         y_BSD = y_BSD + bias_D[None, None]
     return y_BSD
 
 
 def _last_seen(position_BS: Array, prefix_BS: Array) -> Array:
-    """The last slot that each token sees: of the whole prefix for its tokens, else its own."""
+    """Returns the last slot that each token sees: the end of the prefix for its tokens, else its
+    own.
+    """
     end_B1 = jnp.where(prefix_BS, position_BS, 0).max(1, keepdims=True)
     return jnp.where(prefix_BS, end_B1, position_BS)
 
@@ -204,7 +211,10 @@ def _sharded_core(
     sinks: Array | None,
     cfg: ModelConfig,
 ) -> Array:
-    """`keys(*about)`: which keys each query sees; `about` is of whole rows."""
+    """Returns what each head reads, in the shape of q; every device has its rows and heads.
+
+    `keys(*about)` says which keys each query sees; `about` is of whole rows.
+    """
     more: dict[str, Any] = {**scores._asdict(), "kernel": cfg.attention_kernel}
 
     def on_device(q, k, v, about, sinks):

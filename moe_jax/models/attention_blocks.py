@@ -31,7 +31,7 @@ def forward(
     v_BSGA: Array,
     bounds: tuple[Array, ...],
 ) -> tuple[Array, Array]:
-    """(o_BTHA, log_sum_BGQ)."""
+    """Returns (o_BTHA, log_sum_BGQ)."""
     B, _, H, _ = q_BTHA.shape
     G = k_BSGA.shape[2]
     q, k, v = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
@@ -54,7 +54,7 @@ def backward(
     do_BTHA: Array,
     dlog_sum_BGQ: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """(dq_BTHA, dk_BSGA, dv_BSGA)."""
+    """Returns (dq_BTHA, dk_BSGA, dv_BSGA)."""
     G = k_BSGA.shape[2]
     q, k, v, o, do = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
     runs = runs_of_queries(bounds, q_BTHA.shape[2], G)
@@ -72,9 +72,10 @@ def backward(
 def _blocks(
     num_blocks: int, Q: int, S: int, causal: bool, window: int | None
 ) -> list[tuple[slice, slice]]:
-    """(queries, the keys that they may see at most) of each block; any S will do, blocks need not
-    be equal.
+    """Returns (queries, the keys that they may see at most) of each block; any S will do, blocks
+    need not be equal.
     """
+    # A causal block begins with a whole token, because its keys end with one: r queries of each.
     length, r = (S, Q // S) if causal else (Q, 1)
     edges = [length * i // num_blocks for i in range(num_blocks + 1)]
     blocks = []
@@ -87,15 +88,16 @@ def _blocks(
 
 
 def _last(runs: tuple[Array, ...], queries: slice, r: int) -> Array:
-    """The last key of each query of a block, [N or 1, queries]."""
+    """Returns the last key of each query of a block, [N or 1, queries]."""
     if len(runs) > 1:
         return runs[1][:, queries]
+    # Causal: its own token.
     query_Q = jnp.arange(queries.start, queries.stop, dtype=jnp.int32)
     return (query_Q // r)[None]
 
 
 def _indices(keys: slice) -> Array:
-    """The places of a block's keys in their row, [K]."""
+    """Returns the places of a block's keys in their row, [K]."""
     return jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
 
 
@@ -108,15 +110,17 @@ def _forward_blocks(
     v_NSA: Array,
     runs: tuple[Array, ...],
 ) -> tuple[Array, Array]:
-    """(o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
+    """Returns (o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     outputs, log_sums = [], []
     for queries, keys in _blocks(num_blocks, Q, S, len(runs) == 1, reach.window):
+        # The part of the rows that this block reads.
         q, k_NKA, v_NKA = q_NQA[:, queries], k_NSA[:, keys], v_NSA[:, keys]
         key_11K = _indices(keys)[None, None]
         first_NQ1 = runs[0][:, queries, None]
         last_NQ1 = _last(runs, queries, Q // S)[:, :, None]
         seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
+        # softmax(Q K^T) V: scores relative to the highest, so that no exponential overflows.
         score_NQK = scores.of(dot("NQA,NKA->NQK", q, k_NKA))
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
@@ -125,6 +129,7 @@ def _forward_blocks(
         weight_NQK = jnp.exp(score_NQK - top_NQ1)
         sum_NQ1 = jnp.sum(weight_NQK, axis=-1, keepdims=True)
         sum_NQ1 = jnp.where(sum_NQ1 > 0, sum_NQ1, 1)
+        # Divided last: there are fewer outputs than weights.
         o_NQA = dot("NQK,NKA->NQA", weight_NQK, v_NKA) / sum_NQ1
         outputs.append(o_NQA.astype(q_NQA.dtype))
         log_sum_NQ1 = top_NQ1 + jnp.log(sum_NQ1)
@@ -144,7 +149,7 @@ def _backward_blocks(
     log_sum_NQ: Array,
     do_NQA: Array,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv).
+    """Returns (dq, dk, dv).
 
     Scores lie keys first here: then only one of the five products needs a transposed operand.
     """
@@ -165,9 +170,11 @@ def _backward_blocks(
         score_NKQ = scores.of(dot("NKA,NQA->NKQ", k_NKA, q))
         weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
         weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
+        # dP = dO V^T and dS = P (dP - shift), with P the weights (attention_chunks.py).
         dweight_NKQ = dot("NKA,NQA->NKQ", v_NKA, do)
         dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
         dscore_NKQ = scores.pulled(dscore_NKQ, score_NKQ)
+        # dQ = dS K, dK = dS^T Q and dV = P^T dO.
         dqs.append(dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scores.scale)
         dk_NKA = dot("NKQ,NQA->NKA", dscore_NKQ, q) * scores.scale
         dv_NKA = dot("NKQ,NQA->NKA", weight_NKQ, do)

@@ -45,9 +45,11 @@ def chunk_tokens(num_heads: int) -> int:
 class _Plan(NamedTuple):
     """Holds how rows are cut: static numbers, and the arrays that the loop reads."""
 
-    # Queries and keys of a chunk, and queries of a token that share a key head.
+    # Queries of a chunk: those of its tokens, r of each.
     queries: int
+    # Keys of a chunk.
     keys: int
+    # Queries of a token that share a key head: H / G.
     r: int
     # Lengths up to whole chunks, in tokens.
     padded_T: int
@@ -64,10 +66,13 @@ def pairs_seen(
     There are `num_queries` chunks of chunk[0] tokens and `num_keys` of chunk[1].
     """
     seen = []
+    query_tokens, key_tokens = chunk
     for i, j in itertools.product(range(num_queries), range(num_keys)):
-        first_token, last_token = i * chunk[0], (i + 1) * chunk[0] - 1
-        first_key, last_key = j * chunk[1], (j + 1) * chunk[1] - 1
+        first_token, last_token = i * query_tokens, (i + 1) * query_tokens - 1
+        first_key, last_key = j * key_tokens, (j + 1) * key_tokens - 1
+        # Even the last token of the chunk comes before all of its keys.
         is_later = causal and first_key > last_token
+        # Even for its first token all keys lie before the window.
         is_too_early = window is not None and last_key < first_token - (window - 1)
         if not is_later and not is_too_early:
             seen.append((i, j))
@@ -83,27 +88,34 @@ def pairs_of_devices(
     chunk[1] keys of whole rows. All have as many pairs: a device with fewer, by a window or by
     chunks that do not divide its tokens, has some that are masked entirely.
     """
-    window = reach.window or num_tokens * reach.shards
-    first_key_1K = np.arange(num_keys)[None] * chunk[1]
-    last_key_1K = first_key_1K + chunk[1] - 1
+    query_tokens, key_tokens = chunk
+    row_tokens = num_tokens * reach.shards
+    # No window is one as long as the row.
+    window = reach.window or row_tokens
+    first_key_1K = np.arange(num_keys)[None] * key_tokens
+    last_key_1K = first_key_1K + key_tokens - 1
+    # Of each device, the pairs that are computed and those that are masked entirely.
     listed = []
-    for place_T in context.places(reach.shards, num_tokens * reach.shards):
+    for place_T in context.places(reach.shards, row_tokens):
         place_T1 = place_T[:, None]
+        # A token sees some key of a chunk: the first is not later, the last is in the window.
         seen_TK = (place_T1 >= first_key_1K) & (place_T1 - (window - 1) <= last_key_1K)
         if not reach.causal:
             seen_TK[:] = True
         # A chunk of queries sees what any of them sees.
-        seen = np.logical_or.reduceat(seen_TK, np.arange(0, num_tokens, chunk[0]))
+        seen = np.logical_or.reduceat(seen_TK, np.arange(0, num_tokens, query_tokens))
         listed.append((np.argwhere(seen), np.argwhere(~seen)))
     most = max(len(pairs) for pairs, _ in listed)
-    filled = [
-        np.concatenate([pairs, np.repeat(unseen[:1], most - len(pairs), axis=0)])
-        for pairs, unseen in listed
-    ]
+    filled = []
+    for pairs, unseen in listed:
+        # One pair that is masked entirely, as often as it takes: it adds nothing.
+        filler = np.repeat(unseen[:1], most - len(pairs), axis=0)
+        filled.append(np.concatenate([pairs, filler]))
     return np.stack(filled).astype(np.int32)
 
 
 def _plan(q_BTHA: Array, k_BSGA: Array, reach: Reach, chunk: int) -> _Plan:
+    """Returns how rows of these shapes are cut into chunks of at most `chunk` tokens."""
     T, H = q_BTHA.shape[1:3]
     S, G = k_BSGA.shape[1:3]
     # The two chunks of a row that a device has (parallel/context.py) stand far from each other.
@@ -114,27 +126,31 @@ def _plan(q_BTHA: Array, k_BSGA: Array, reach: Reach, chunk: int) -> _Plan:
         pairs = pairs_seen(num_queries, num_keys, (tokens, keys), reach.causal, reach.window)
         query_p, key_p = np.asarray(pairs, np.int32).T
     else:
+        # All devices run one program, so each looks up its own list.
         pairs_np2 = jnp.asarray(pairs_of_devices(T, num_keys, (tokens, keys), reach))
         device = lax.axis_index(context.AXIS)
         query_p, key_p = lax.dynamic_index_in_dim(pairs_np2, device, keepdims=False).T
     r = H // G
     return _Plan(
-        tokens * r,
-        keys,
-        r,
-        num_queries * tokens,
-        num_keys * keys,
-        (jnp.asarray(query_p), jnp.asarray(key_p)),
+        queries=tokens * r,
+        keys=keys,
+        r=r,
+        padded_T=num_queries * tokens,
+        padded_S=num_keys * keys,
+        pairs=(jnp.asarray(query_p), jnp.asarray(key_p)),
     )
 
 
 def _padded(z_BT: Array, length: int, value: int = 0) -> Array:
-    widths = [(0, 0), (0, length - z_BT.shape[1])] + [(0, 0)] * (z_BT.ndim - 2)
+    """Returns [B, length, ...] of [B, T, ...]: a value behind the last token."""
+    more = length - z_BT.shape[1]
+    widths = [(0, 0), (0, more)] + [(0, 0)] * (z_BT.ndim - 2)
     return jnp.pad(z_BT, widths, constant_values=value)
 
 
 def _padded_runs(bounds: tuple[Array, ...], plan: _Plan, H: int, G: int) -> tuple[Array, ...]:
     """Returns the bounds of each query [N, Q]; padding sees nothing."""
+    # Its first key lies behind the last one, and its last key before the first one.
     first_BT = _padded(bounds[0], plan.padded_T, plan.padded_S)
     others = [_padded(z_BT, plan.padded_T, -1) for z_BT in bounds[1:]]
     return runs_of_queries((first_BT, *others), H, G)
@@ -166,6 +182,7 @@ class _Pair(NamedTuple):
         if len(runs) > 1:
             last_NC1 = self.queries(runs[1])[:, :, None]
         else:
+            # Without a bound of its own a query sees up to its token: r queries are of one token.
             query_C = self.query + jnp.arange(self.plan.queries, dtype=jnp.int32)
             last_NC1 = (query_C // self.plan.r)[None, :, None]
         return (key_11K >= first_NC1) & (key_11K <= last_NC1)
@@ -206,6 +223,7 @@ def forward(
     """Returns (o_BTHA, log_sum_BGQ): the output and the log of the softmax's denominator."""
     B, T, H, _ = q_BTHA.shape
     G, V = v_BSGA.shape[2:]
+    # 1. Rows are padded to whole chunks. N = B G runs over rows and key heads.
     plan = _plan(q_BTHA, k_BSGA, reach, chunk)
     q_BTHA, bounds, plan = _in_order(q_BTHA, bounds, plan)
     q_NQA = heads_first(_padded(q_BTHA, plan.padded_T), G)
@@ -213,12 +231,14 @@ def forward(
     runs = _padded_runs(bounds, plan, H, G)
 
     def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
+        # The output so far without its denominator, the highest score, and the denominator.
         o_NCA, top_NC, sum_NC = (pair.queries(z) for z in carry)
         score_NCK = scores.of(dot("NCA,NKA->NCK", pair.queries(q_NQA), pair.keys(k_NSA)))
         score_NCK = jnp.where(pair.seen(runs), score_NCK, MASKED)
         # The carry begins above MASKED, so that what is not seen has a weight of zero.
         new_top_NC = jnp.maximum(top_NC, jnp.max(score_NCK, axis=-1))
         weight_NCK = jnp.exp(score_NCK - new_top_NC[..., None])
+        # What was summed below an older top is put below the new one.
         shrunk_NC = jnp.exp(top_NC - new_top_NC)
         sum_NC = sum_NC * shrunk_NC + jnp.sum(weight_NCK, axis=-1)
         read_NCA = dot("NCK,NKA->NCA", weight_NCK, pair.keys(v_NSA))
@@ -226,10 +246,12 @@ def forward(
         new = (o_NCA, new_top_NC, sum_NC)
         return tuple(pair.put_queries(z, some) for z, some in zip(carry, new))
 
+    # 2. The softmax goes on from pair to pair, in wide numbers.
     wide = wide_dtype(q_BTHA.dtype)
     zero_NQA = jnp.zeros_like(q_NQA, shape=(*q_NQA.shape[:2], V), dtype=wide)
     zero_NQ = jnp.zeros_like(q_NQA, shape=q_NQA.shape[:2], dtype=wide)
     o_NQA, top_NQ, sum_NQ = _fold(step, (zero_NQA, zero_NQ + MASKED / 2, zero_NQ), plan)
+    # 3. One division at the end. A query that sees nothing gets zeros, and not NaN.
     sum_NQ = jnp.where(sum_NQ > 0, sum_NQ, 1)
     o_NQA = (o_NQA / sum_NQ[..., None]).astype(q_BTHA.dtype)
     o_BTHA = heads_last(o_NQA, (B, plan.padded_T, H, V), G)[:, :T]
@@ -250,9 +272,14 @@ def backward(
     do_BTHA: Array,
     dlog_sum_BGQ: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """Returns (dq_BTHA, dk_BSGA, dv_BSGA); the scores are computed again."""
+    """Returns (dq_BTHA, dk_BSGA, dv_BSGA); the scores are computed again.
+
+    With P the weights and L the loss: dV = P^T dO, dP = dO V^T, dS = P (dP - shift), dQ = dS K and
+    dK = dS^T Q (Dao et al. 2022, arXiv:2205.14135, appendix B.2; shift is their D).
+    """
     B, T, H, A = q_BTHA.shape
     S, G = k_BSGA.shape[1:3]
+    # 1. Rows are padded as on the way forward.
     plan = _plan(q_BTHA, k_BSGA, reach, chunk)
     q_BTHA, bounds, plan = _in_order(q_BTHA, bounds, plan)
     of_queries = (q_BTHA, o_BTHA, do_BTHA)
@@ -263,6 +290,7 @@ def backward(
     wide, dlog_sum_NQ = wide_dtype(q_BTHA.dtype), None
     if dlog_sum_BGQ is not None:
         dlog_sum_NQ = _padded(dlog_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
+    # One number for each query: it does not depend on the key, so it is summed once.
     shift_NQ = shift(o_NQA, do_NQA, dlog_sum_NQ)
 
     def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
@@ -270,10 +298,12 @@ def backward(
         q_NCA, do_NCA = pair.queries(q_NQA), pair.queries(do_NQA)
         k_NKA, v_NKA = pair.keys(k_NSA), pair.keys(v_NSA)
         score_NCK = scores.of(dot("NCA,NKA->NCK", q_NCA, k_NKA))
+        # The denominator is known by now, so the weights are those of the whole softmax.
         weight_NCK = jnp.exp(score_NCK - pair.queries(log_sum_NQ)[..., None])
         weight_NCK = jnp.where(pair.seen(runs), weight_NCK, 0)
         dweight_NCK = dot("NCA,NKA->NCK", do_NCA, v_NKA)
         dscore_NCK = weight_NCK * (dweight_NCK - pair.queries(shift_NQ)[..., None])
+        # Through what was done to the scores (a soft cap).
         dscore_NCK = scores.pulled(dscore_NCK, score_NCK)
         dq_NCA = dot("NCK,NKA->NCA", dscore_NCK, k_NKA) * scores.scale
         dk_NKA = dot("NCK,NCA->NKA", dscore_NCK, q_NCA) * scores.scale
@@ -284,8 +314,10 @@ def backward(
             pair.put_keys(dv_NSA, pair.keys(dv_NSA) + dv_NKA),
         )
 
+    # 2. The gradients are summed over all pairs, in wide numbers.
     zeros = tuple(jnp.zeros_like(z, dtype=wide) for z in (q_NQA, k_NSA, v_NSA))
     dq_NQA, dk_NSA, dv_NSA = _fold(step, zeros, plan)
+    # 3. Back to rows and heads, without the padding.
     dq_BTHA = heads_last(dq_NQA.astype(q_BTHA.dtype), (B, plan.padded_T, H, A), G)
     of_keys = (B, plan.padded_S, G)
     dk_BSGA = heads_last(dk_NSA.astype(k_BSGA.dtype), (*of_keys, A), G)

@@ -98,6 +98,7 @@ def across(segment_BT: Array, source_segment_BS: Array) -> Keys:
     valid_BS = source_segment_BS > 0
     S = source_segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
+    # The first and the last token of the source row that are not padding.
     first_B1 = jnp.where(valid_BS, index_1S, S).min(1, keepdims=True)
     last_B1 = jnp.where(valid_BS, index_1S, -1).max(1, keepdims=True)
     # Padding begins behind the last key.
@@ -130,7 +131,7 @@ def attention(
     sink_H: Array | None = None,
     kernel: str = BY_PLATFORM,
 ) -> Array:
-    """o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
+    """Returns o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
 
     One that sees none gives zero. `sink_H`: scores that stand in the softmax of each head beside
     the others, without a value. Values may have another width than keys.
@@ -147,14 +148,17 @@ def attention(
                 q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, **with_masks
             )
         kernel = BY_PLATFORM
+    # One array in causal attention, where last_BT is (), else two.
     bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
     q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
     reach = keys.reach or Reach(isinstance(keys.last_BT, tuple), keys.window)
-    how, inputs = _How(Scores(scale, cap), reach, kernel), (q_BTHA, k_BSGA, v_BSGA)
+    how = _How(Scores(scale, cap), reach, kernel)
+    inputs = (q_BTHA, k_BSGA, v_BSGA)
     if sink_H is None:
         return _core(how, *inputs, tuple(bounds))
     o_BTHA, log_sum_BGQ = _core_and_sum(how, *inputs, tuple(bounds))
-    # With a sink z the denominator is exp(log_sum) + exp(z).
+    # With a sink z the denominator is exp(log_sum) + exp(z): of the output without it is left
+    # exp(log_sum) / (exp(log_sum) + exp(z)) = sigmoid(log_sum - z).
     B, T, H, _ = q_BTHA.shape
     log_sum_BGTr = log_sum_BGQ.reshape(B, k_BSGA.shape[2], T, -1)
     log_sum_BTH = jnp.swapaxes(log_sum_BGTr, 1, 2).reshape(B, T, H)
@@ -173,13 +177,14 @@ def decode_attention(
     cap: float = 0.0,
     sink_H: Array | None = None,
 ) -> Array:
-    """o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says which a
-    query may see.
+    """Returns o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says
+    which a query may see.
 
     A query that may see nothing gives zero.
     """
     B, q, H, A = q_BqHA.shape
     wide = wide_dtype(q_BqHA.dtype)
+    # The r query heads that share a key head stand side by side.
     q_BqGrA = q_BqHA.reshape(B, q, k_BGSA.shape[1], -1, A)
     score_BGrqS = jnp.einsum("BqGrA,BGSA->BGrqS", q_BqGrA, k_BGSA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
@@ -187,6 +192,7 @@ def decode_attention(
     if sink_H is None:
         weight_BGrqS = jax.nn.softmax(score_BGrqS)
     else:
+        # One more key, which every query sees and which has no value.
         sink_Gr = sink_H.astype(wide).reshape(score_BGrqS.shape[1:3])
         sink_BGrq1 = jnp.broadcast_to(sink_Gr[None, :, :, None, None], (*score_BGrqS.shape[:-1], 1))
         both = jnp.concatenate([score_BGrqS, sink_BGrq1], axis=-1)
@@ -198,7 +204,9 @@ def decode_attention(
 
 
 def _first_of_run(segment_BS: Array) -> Array:
-    """Index of the first token of each token's segment; S, which no key has, for padding."""
+    """Returns the index of the first token of each token's segment; S, which no key has, for
+    padding.
+    """
     S = segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     # The first token of a row is compared with its last one: its index is 0 in either case.
@@ -209,7 +217,7 @@ def _first_of_run(segment_BS: Array) -> Array:
 
 
 def _last_of_run(segment_BS: Array) -> Array:
-    """Index of the last token of each token's segment."""
+    """Returns the index of the last token of each token's segment."""
     S = segment_BS.shape[1]
     index_1S = jnp.arange(S, dtype=jnp.int32)[None]
     changes_BS = segment_BS != jnp.roll(segment_BS, -1, axis=1)
@@ -237,7 +245,7 @@ def _core(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core_and_sum(how: _How, *inputs: Any) -> tuple[Array, Array]:
-    """(o_BTHA, log_sum_BGQ), where the log of the denominator has a gradient too."""
+    """Returns (o_BTHA, log_sum_BGQ), where the log of the denominator has a gradient too."""
     return _forward_and_sum(how, *inputs)[0]
 
 
@@ -276,6 +284,7 @@ def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
     q_BTHA, k_BSGA, _, bounds, *_ = args
     B, T, H, _ = q_BTHA.shape
     S, G = k_BSGA.shape[1:3]
+    # The scores of a long row do not fit into the cache, nor their square into memory.
     is_long = max(T, S) >= LONG
     name = how.kernel
     if name == BY_PLATFORM:
@@ -286,6 +295,7 @@ def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
         return functools.partial(getattr(KERNELS[name], part), how.scores, how.reach, size)
 
     def in_parts(*args: Any) -> Any:
+        # A CPU: as many rows and heads at a time as have their scores in its cache.
         size, scores = _sizes(name, T, S, H // G, causal=len(bounds) == 1)
         run = bound(name, size)
         some = part_that_fits(B, G, scores)
@@ -294,6 +304,7 @@ def _by_platform(part: str, how: _How, near: Array, *args: Any) -> Any:
         return some.run_all(run, near, args)
 
     def at_once(*args: Any) -> Any:
+        # One block of all queries, where a user asks for it; else the chunks of accelerators.
         if how.kernel == "blocks":
             return bound("blocks", 1)(*args)
         return bound("chunks", attention_chunks.chunk_tokens(B * H))(*args)

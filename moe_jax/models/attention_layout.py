@@ -29,8 +29,8 @@ class Reach(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What becomes of the product of a query and a key: times `scale`, then cap * tanh(s / cap)
-    (Gemma 2, arXiv:2408.00118, section 2); cap = 0: no cap.
+    """Holds what becomes of the product of a query and a key: times `scale`, then cap * tanh(s /
+    cap) (Gemma 2, arXiv:2408.00118, section 2); cap = 0: no cap.
     """
 
     scale: float
@@ -56,21 +56,21 @@ def shift(o: Array, do: Array, dlog_sum: Array | None) -> Array:
 
 
 def heads_first(z_BTHA: Array, G: int) -> Array:
-    """[N, T * r, A]: the r queries of a token that share a key head stand side by side."""
+    """Returns [N, T * r, A]: the r queries of a token that share a key head stand side by side."""
     B, T, _, A = z_BTHA.shape
     z_BTGrA = z_BTHA.reshape(B, T, G, -1)
     return jnp.swapaxes(z_BTGrA, 1, 2).reshape(B * G, -1, A)
 
 
 def heads_last(z_NQA: Array, shape: tuple[int, ...], G: int) -> Array:
-    """The array of `shape`, [B, T, H, A], that `heads_first` came from."""
+    """Returns the array of `shape`, [B, T, H, A], that `heads_first` came from."""
     B, T, _, _ = shape
     z_BGTrA = z_NQA.reshape(B, G, T, -1)
     return jnp.swapaxes(z_BGTrA, 1, 2).reshape(shape)
 
 
 def runs_of_queries(bounds: tuple[Array, ...], num_heads: int, G: int) -> tuple[Array, ...]:
-    """The bounds of each query, [N, Q]: query i belongs to token i // r."""
+    """Returns the bounds of each query, [N, Q]: query i belongs to token i // r."""
 
     def of_queries(z_BT):
         B, T = z_BT.shape
@@ -81,6 +81,6 @@ def runs_of_queries(bounds: tuple[Array, ...], num_heads: int, G: int) -> tuple[
 
 
 def dot(spec: str, a: Array, b: Array) -> Array:
-    """An einsum in the dtype of b, added up in a wide one."""
+    """Returns an einsum in the dtype of b, added up in a wide one."""
     wide = wide_dtype(b.dtype)
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)

@@ -38,7 +38,7 @@ def attention(
     window: int | None,
     scale: float,
 ) -> Array:
-    """o_BTHA: every query attends within its segment; padding (0) gives zero."""
+    """Returns o_BTHA: every query attends within its segment; padding (0) gives zero."""
     # Imported here: it is a tenth of a second of every start, and few runs use it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -55,6 +55,7 @@ def attention(
         # Itself, and so many tokens before it; none after it.
         mask = masks.LocalMask((T, T), (window - 1, 0), 0)
     block = next(size for size in BLOCKS if T % size == 0)
+    # Forward, and the two products of the backward pass: dk and dv, and dq.
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -79,6 +80,7 @@ def attention(
 
         return jax.vmap(of_row)(*args)
 
+    # The kernel knows no scale, so it goes into the queries.
     q_BTHA = (q_BTHA * scale).astype(q_BTHA.dtype)
     q_BHTA, k_BGTA, v_BGTA = (jnp.swapaxes(z, 1, 2) for z in (q_BTHA, k_BTGA, v_BTGA))
     o_BHTA = by_platform(
@@ -90,4 +92,5 @@ def attention(
         others=functools.partial(run, True),
     )
     o_BTHA = jnp.swapaxes(o_BHTA, 1, 2).astype(q_BTHA.dtype)
+    # To the kernel padding is a segment like others.
     return jnp.where((segment_BT > 0)[:, :, None, None], o_BTHA, 0)

@@ -24,7 +24,8 @@ from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, rms_norm
 from moe_jax.moe.experts.network import Chosen
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoELayer
+from moe_jax.moe.settings import MoE
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.blocks import BLOCKS, attention_of, inner, is_depth, without_attention
 from moe_jax.schema.config import ModelConfig
@@ -58,6 +59,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, key: Array, kind: str, cfg: ModelConfig, look: Look):
+        # One for the norms, the attention, the dense part and the experts.
         keys = jax.random.split(key, 4)
         cfg = cfg.of_block(kind)
         self.cfg, self.look = cfg, look
@@ -72,6 +74,7 @@ class Block(nnx.Module):
         if look.cross:
             # Folded in and not split: a block without it draws what it always drew.
             self.cross = CrossAttention(jax.random.fold_in(key, 5), cfg)
+        # The feed-forward of a dense block, or the shared experts of a sparse one.
         width = dense_width(self.kind, cfg)
         if width:
             chosen = Chosen(cfg.activation, cfg.activation_options)
@@ -92,6 +95,7 @@ class Block(nnx.Module):
             attended, fed, sums = self._added(x_BSD, batch, rng, train, source)
             return x_BSD + attended + fed, sums
 
+        # Only the chosen tokens come here: C of each row.
         def update(x_BCD, batch):
             attended, fed, sums = self._added(x_BCD, batch, rng, train, source)
             return attended + fed, sums
@@ -108,6 +112,7 @@ class Block(nnx.Module):
             attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, None, source)
             return x_BSD + attended + fed, cache
 
+        # With a cache all tokens come, and those that are not chosen are padding.
         def update(x_BSD, batch, cache, chosen_BM):
             attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, chosen_BM, source)
             return attended + fed, cache
@@ -123,7 +128,7 @@ class Block(nnx.Module):
     def _added(
         self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any
     ) -> tuple[Array, Array, depth.Sums]:
-        """(what attention adds to the residual stream, what the feed-forward adds, sums)."""
+        """Returns (what attention adds to the stream, what the feed-forward adds, sums)."""
         # Where there is no attention, nothing is added: bits are those of a sum with zero.
         attended = jnp.zeros_like(x_BSD)
         if self.look.mask:
@@ -141,7 +146,7 @@ class Block(nnx.Module):
         chosen_BM: Array | None,
         source: Any,
     ) -> tuple[Array, Array, Any]:
-        """(what attention adds, what the feed-forward adds, cache)."""
+        """Returns (what attention adds, what the feed-forward adds, cache)."""
         h = self._before("attention", x_BSD)
         prefix_BS = self._prefix(batch)
         attended, cache = self.attention.cached(h, batch.position_BS, cache, prefix_BS, chosen_BM)
@@ -158,10 +163,11 @@ class Block(nnx.Module):
         train: bool,
         source: Any,
     ) -> tuple[Array, Array, depth.Sums]:
-        """(what attention of both kinds adds, what the feed-forward adds, sums), from what
+        """Returns (what attention of both kinds adds, what the feed-forward adds, sums), from what
         self-attention says.
         """
         cfg = self.cfg
+        # Dropout of attention, the router's noise, dropout of the feed-forward.
         keys = jax.random.split(rng, 3)
 
         def drop(y, key):
@@ -171,6 +177,7 @@ class Block(nnx.Module):
             attended = drop(attended, keys[0])
         if self.look.cross:
             h = self._before("cross", x_BSD + attended)
+            # Behind self-attention, so that a query knows where its token stands in the target.
             crossed = self.cross(h, batch.segment_BS, self.remember(source))
             crossed = self._after("cross", crossed)
             attended = attended + drop(crossed, jax.random.fold_in(keys[0], 1))

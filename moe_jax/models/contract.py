@@ -40,7 +40,7 @@ def never_silent(options: Any) -> str:
 
 
 class Kind(NamedTuple):
-    """All that there is to know of a kind of model; `KIND` of its file.
+    """Holds all that there is to know of a kind of model; `KIND` of its file.
 
     What has no default would be silently wrong if it were forgotten.
     """

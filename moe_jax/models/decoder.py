@@ -64,6 +64,7 @@ class Decoder(nnx.Module):
         if not cfg.tie_embeddings:
             ends["head"] = output_head(cfg)
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
+        # One stack, so one mask.
         (mask,) = cfg.kind_options.masks
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask))
 
@@ -87,6 +88,7 @@ class Decoder(nnx.Module):
         in order), and the caches with them. Loop layout only.
         """
         x_BSD = embed(self.ends["embed"], batch.id_BS, self.cfg)
+        # No block of a decoder attends to another row.
         sources = [()] * len(caches)
         x_BSD, new = run_cached(self, x_BSD, batch, caches, sources)
         return unembed(self.ends, x_BSD, self.cfg), new

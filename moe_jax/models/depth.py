@@ -71,15 +71,16 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def num_chosen(capacity: float, seq_len: int) -> int:
-    """C = ceil(capacity S) tokens of a row go through a block in training; rounding errors of the
-    product do not add one.
+    """Returns the tokens of a row that go through a block in training, C = ceil(capacity S).
+
+    Rounding errors of the product do not add one.
     """
     return max(1, math.ceil(capacity * seq_len - 1e-9))
 
 
 def choose(logit_BS: Array, valid_BS: Array, num: int) -> Array:
-    """chosen_BS: the `num` valid tokens of each row with the largest logits, all if they are fewer;
-    of equals the first.
+    """Returns chosen_BS: the `num` valid tokens of each row with the largest logits, all if they
+    are fewer; of equals the first.
     """
     S = logit_BS.shape[1]
     score_BS = jnp.where(valid_BS, logit_BS, -jnp.inf)
@@ -100,7 +101,7 @@ def through(
     train: bool,
     cfg: ModelConfig,
 ) -> tuple[Array, Sums]:
-    """(x_BSD after the block, sums of the block and of its depth router).
+    """Returns (x_BSD after the block, sums of the block and of its depth router).
 
     `update(x_BCD, batch) -> (y_BCD, sums)`. The chosen tokens stand first, in order, as rows of C
     places with their own ids, positions and segments; what is left is segment 0.
@@ -131,6 +132,7 @@ def through(
         h_BCD, gate_BC = chosen(x_BSD), chosen(logit_BS)
     y_BCD, block_sums = update(h_BCD, batch)
     with jax.named_scope("depth"):
+        # The factor r_i is how the loss reaches the router.
         gated_BCD = y_BCD * gate_BC[:, :, None].astype(y_BCD.dtype)
         x_BSD = jax.vmap(add)(x_BSD, place_BC, gated_BCD)
     return x_BSD, {**block_sums, **sums}
@@ -144,8 +146,8 @@ def cached(
     cache: DepthCache,
     cfg: ModelConfig,
 ) -> tuple[Array, DepthCache]:
-    """The causal rule with a cache: tokens that are not chosen are padding to the block, and no key
-    that a later one may see.
+    """Applies the causal rule with a cache: tokens that are not chosen are padding to the block,
+    and no key that a later one may see.
 
     `update(x_BSD, batch, cache of its attention, chosen_BM) -> (y_BSD, cache)`.
     """
@@ -167,7 +169,7 @@ def cached(
 def _route(
     router_D: Array, x_BSD: Array, valid_BS: Array, train: bool, cfg: ModelConfig
 ) -> tuple[Array, Array, Sums]:
-    """(logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
+    """Returns (logit_BS, chosen_BS by the rule of training or the causal one, sums per row)."""
     with jax.named_scope("depth"):
         wide = wide_dtype(x_BSD.dtype)
         w_D = gather(router_D, ("embed",), wide)
@@ -183,7 +185,8 @@ def _route(
         top_BS = choose(jax.lax.stop_gradient(logit_BS), valid_BS, num)
         # sigmoid(r) > 1/2
         causal_BS = (logit_BS > 0) & valid_BS
-        # The gradient of the cross-entropy reaches the router alone.
+        # The gradient of the cross-entropy reaches the router alone. Of a logit r with the target t
+        # it is softplus(r) - t r.
         aux_BS = scores(jax.lax.stop_gradient(x_BSD))
         bce_B = per_row(jax.nn.softplus(aux_BS) - jnp.where(top_BS, aux_BS, 0))
         sums = {
@@ -202,14 +205,14 @@ def _route(
 
 
 def totals(sums_LB: Mapping[str, Array]) -> Sums:
-    """Sums over the rows of the batch, [L] each; nothing for a model without depth blocks."""
+    """Returns sums over the rows of the batch, [L] each; none for a model without depth blocks."""
     # The sums of all layers are in one dict, those of the MoE layers among them.
     mine = {name: x for name, x in sums_LB.items() if name.startswith(NAME)}
     return {name.removeprefix(NAME): x.sum(1) for name, x in mine.items()}
 
 
 def without(sums_LB: Mapping[str, Array]) -> Sums:
-    """The sums of the MoE layers alone."""
+    """Returns the sums of the MoE layers alone."""
     return {name: x for name, x in sums_LB.items() if not name.startswith(NAME)}
 
 
@@ -222,7 +225,7 @@ def penalty(totals: Mapping[str, Array]) -> Array:
 
 
 def figures(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """Means over depth blocks: {} without any.
+    """Returns means over depth blocks: {} without any.
 
     depth_loss: cross-entropy of the causal rule, nats per token (log 2 = it knows nothing);
     depth_top and depth_causal: fraction of the tokens that each rule lets through the block;

@@ -101,6 +101,7 @@ class EncDec(nnx.Module):
 
     def __init__(self, key: Array, cfg: ModelConfig):
         self.cfg = as_decoder(cfg)
+        # The ends, three parts of the decoder's stack, the encoder.
         keys = jax.random.split(key, 5)
         ends = {"embed": embedding(cfg), "norm_scale": norm_scale(cfg)}
         if not cfg.tie_embeddings:
@@ -120,6 +121,7 @@ class EncDec(nnx.Module):
         request = batch.request._replace(recorded=())
         source_rows = batch.source_rows._replace(request=request)
         source, before = self.encode(source_rows, rng, train)
+        # Number 0 is that of both embeddings; the source has the key without the 1.
         key = jax.random.fold_in(jax.random.fold_in(rng, 0), 1)
         x_BSD = self._embed(batch, key, train)
         # Blocks read the source as it was encoded.
@@ -131,14 +133,14 @@ class EncDec(nnx.Module):
         return hidden(self.ends, x_BSD, self.cfg), sums
 
     def encode(self, batch: Batch, rng: Array, train: bool) -> tuple[Source, dict[str, Array]]:
-        """(what cross-attention reads, sums) of the source rows."""
+        """Returns (what cross-attention reads, sums) of the source rows."""
         x_BTD = self._embed(batch, jax.random.fold_in(rng, 0), train)
         x_BTD, sums = run_stack(self.encoder, x_BTD, batch, rng, train)
         x_BTD = rms_norm(x_BTD, self.encoder.ends["norm_scale"], self.cfg.norm_epsilon)
         return Source(x_BTD, batch.segment_BS), sums
 
     def memories(self, source: Source) -> list[Memory]:
-        """Keys and values of the source for every block's cross-attention.
+        """Returns keys and values of the source for every block's cross-attention.
 
         Loop layout only, as `cached`.
         """
@@ -147,8 +149,8 @@ class EncDec(nnx.Module):
     def cached(
         self, batch: Batch, caches: list[Any], memories: list[Memory]
     ) -> tuple[Array, list[Any]]:
-        """Logits of the target tokens of `batch`, which follow those in the caches, and the caches
-        with them.
+        """Returns logits of the target tokens of `batch`, which follow those in the caches, and the
+        caches with them.
         """
         x_BSD = embed(self.ends["embed"], batch.id_BS, self.cfg)
         x_BSD, new = run_cached(self, x_BSD, batch, caches, memories)
@@ -178,6 +180,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     encoder = as_decoder(encoder_config(cfg))
     target = decoder(as_decoder(cfg), seq_len)
     source = decoder(encoder, seq_len)
+    # The encoder has no head, and every token of it sees the whole row.
     both = added(target, source._replace(head=0, attention_scores=full(encoder, seq_len)))
     number, cross = crossing(cfg)
     return both._replace(
@@ -188,16 +191,18 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def crossing(cfg: ModelConfig) -> tuple[int, Projections]:
-    """(blocks with cross-attention, the parameters of that in one of them)."""
+    """Returns (blocks with cross-attention, the parameters of that in one of them)."""
     return len(as_decoder(cfg).blocks), projections(cross_weights(cfg))
 
 
 def refusals(cfg: Config) -> Iterator[str]:
-    """Both parts are made of known blocks, and have one."""
+    """Refuses unknown blocks in either part, and a part without any."""
     model = cfg.model
     for part in ("prefix", "period", "suffix"):
         for block in getattr(model.kind_options, f"encoder_{part}"):
             yield from kind_refusals(f"model.kinds.encdec.encoder_{part}", block)
+    # model.blocks are those of both stacks: where the decoder has all of them, the encoder has
+    # none.
     own = model.prefix + model.period * model.repeats + model.suffix
     if not own or len(own) == len(model.blocks):
         yield (

@@ -113,6 +113,7 @@ class Encoder(nnx.Module):
         x_BSD = self._embed(batch)
         x_BSD = dropout(x_BSD, cfg.dropout if train else 0.0, keys[0], batch.row_B)
         if train and options.token_dropout:
+            # One number for each place: a token is dropped whole.
             one_BS1 = jnp.ones_like(x_BSD[:, :, :1])
             key = jax.random.fold_in(keys[0], 1)
             x_BSD = x_BSD * dropout(one_BS1, options.token_dropout, key, batch.row_B)
@@ -122,6 +123,7 @@ class Encoder(nnx.Module):
         x_BSD = rms_norm(x_BSD, self.ends["norm_scale"], cfg.norm_epsilon)
         # A row has many tokens: they are added up in at least float32.
         wide = wide_dtype(x_BSD.dtype)
+        # Padding is of segment 0.
         x_BD = pool(x_BSD.astype(wide), batch.segment_BS > 0, options.pool)
         x_BD = dropout(x_BD, options.head_dropout if train else 0.0, keys[1], batch.row_B)
         w_DC = gather(self.head["w"], ("embed", None), wide)
@@ -129,6 +131,7 @@ class Encoder(nnx.Module):
         return jnp.einsum("BD,DC->BC", x_BD, w_DC) + bias_C[None], sums
 
     def _embed(self, batch: Batch) -> Array:
+        """Returns the input as vectors of the residual stream, [B, S, D]."""
         cfg, options = self.cfg, typed_options(Options, self.cfg.kind_options)
         if options.embeds:
             x_BSD = embed(self.ends["embed"], batch.id_BS, cfg)
@@ -160,8 +163,8 @@ def _ends(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def pool(x_BSD: Array, valid_BS: Array, how: str) -> Array:
-    """[B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them; zero for a
-    row without any.
+    """Returns [B, D] of the valid tokens: their "sum", "mean" or "max", or the "first" of them;
+    zero for a row without any.
     """
     valid_BS1 = valid_BS[:, :, None]
     # A row of padding alone has no largest number, and none to divide by.
@@ -169,10 +172,12 @@ def pool(x_BSD: Array, valid_BS: Array, how: str) -> Array:
         top_BD = jnp.where(valid_BS1, x_BSD, -jnp.inf).max(1)
         return jnp.where(valid_BS.any(1)[:, None], top_BD, 0)
     if how == "first":
+        # The one place that is valid and has no valid place before it.
         valid_BS1 = valid_BS1 & (jnp.cumsum(valid_BS1, 1) == 1)
     sum_BD = jnp.where(valid_BS1, x_BSD, 0).sum(1)
     if how != "mean":
         return sum_BD
+    # A row of padding alone is divided by 1.
     num_B1 = jnp.maximum(valid_BS1.sum(1), 1)
     return sum_BD / num_B1.astype(x_BSD.dtype)
 
@@ -192,6 +197,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an encoder's forward pass."""
     options, d = typed_options(Options, cfg.kind_options), cfg.d_model
     found = decoder(as_decoder(cfg), seq_len)
+    # A row of the table is looked up without a product.
     entry = 0 if options.embeds else 2 * options.input_dim * d
     scores = found.attention_scores
     if options.attention == "full":
@@ -202,7 +208,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def refusals(cfg: Config) -> Iterator[str]:
-    """Every place of a row needs its learned position."""
+    """Refuses rows that are longer than there are learned positions."""
     num = typed_options(Options, cfg.model.kind_options).learned_positions
     if 0 < num < cfg.data.seq_len:
         yield (

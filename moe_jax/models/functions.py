@@ -45,7 +45,7 @@ def make_model(cfg: ModelConfig) -> Model:
 
 
 def _filled(state: Any, values: dict[str, Any]) -> Any:
-    """The nnx State of the same structure as `state` with the arrays of a nested dict."""
+    """Returns the nnx State of the same structure as `state` with the arrays of a nested dict."""
     # A copy: the call after it writes into its argument.
     filled = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(filled, values)

@@ -24,7 +24,7 @@ from moe_jax.weights import Weight, Weights
 
 
 def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Array:
-    """A weight without its FSDP split, for one use, in the compute dtype.
+    """Returns a weight without its FSDP split, for one use, in the compute dtype.
 
     Explicit: an einsum that resolves it doubles collectives.
     """
@@ -35,8 +35,8 @@ def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Ar
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """x / rms(x) * scale over the dimensions of the scale, the last of x, in at least float32
-    (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Returns x / rms(x) * scale over the dimensions of the scale, the last of x, in at least
+    float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
     """
     wide = x.astype(wide_dtype(x.dtype))
     own = tuple(range(x.ndim - scale.ndim, x.ndim))
@@ -54,8 +54,9 @@ def rope(
     dtype: str,
     scaled: Callable[[Array], Array],
 ) -> tuple[Array, Array]:
-    """cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864); the halves
-    of a head are the pairs.
+    """Returns cos and sin [B, S, 1, A] of the rotary angles (Su et al. 2021, arXiv:2104.09864).
+
+    The halves of a head are the pairs.
 
     `scaled`: what becomes of their frequencies (models/rope_scalings).
     """
@@ -63,6 +64,7 @@ def rope(
     wide = wide_dtype(dtype)
     exponent = -jnp.arange(0, head_dim, 2, dtype=wide) / head_dim
     frequency = scaled(theta**exponent)
+    # Both numbers of a pair turn by one angle.
     frequency_A = jnp.concatenate([frequency, frequency])
     place_BS11 = position_BS.astype(wide)[:, :, None, None]
     angle_BS1A = place_BS11 * frequency_A[None, None, None, :]

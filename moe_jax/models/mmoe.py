@@ -94,6 +94,8 @@ class MMoE(nnx.Module):
         table_VD = gather(self.ends["embed"], ("vocab", "embed"), cfg.dtype)
         h_BD = self._bottom(bags(table_VD, feature_BL, weight_BL) * embedding_scale(cfg))
         h_BD = dropout(h_BD, cfg.dropout if train else 0.0, keys[1], batch.row_B)
+        # Each task is a token of the row, with the same vector; the router tells them apart by
+        # their position.
         tasks = _as_tokens(batch, valid_B, len(options.items))
         x_BGD = jnp.broadcast_to(h_BD[:, None], (*tasks.id_BS.shape, cfg.d_model))
         x_BGD, sums = run_stack(self, x_BGD, tasks, rng, train)
@@ -153,7 +155,7 @@ def _head(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def _as_tokens(batch: Batch, valid_B: Array, num_tasks: int) -> Batch:
-    """Every row as a sequence of its tasks: id and position are the task's number."""
+    """Returns every row as a sequence of its tasks: id and position are the task's number."""
     shape = (*valid_B.shape, num_tasks)
     task_1G = jnp.arange(num_tasks, dtype=jnp.int32)[None]
     task_BG = jax.sharding.reshard(jnp.broadcast_to(task_1G, shape), P(BATCH, None))
@@ -168,7 +170,7 @@ def _as_tokens(batch: Batch, valid_B: Array, num_tasks: int) -> Batch:
 
 
 def bags(table_VD: Array, feature_BL: Array, weight_BL: Array) -> Array:
-    """[B, D]: an embedding bag of each row, on any mesh.
+    """Returns [B, D]: an embedding bag of each row, on any mesh.
 
     Every row is summed as segments of its own, so none leaves its device.
     """
@@ -185,15 +187,15 @@ def bags(table_VD: Array, feature_BL: Array, weight_BL: Array) -> Array:
 def embedding_bag(
     table_VD: Array, feature_N: Array, row_N: Array, weight_N: Array, num_rows: int
 ) -> Array:
-    """[num_rows, D] of N (feature, row, weight) triples in any order, as a sum over segments; what
-    has row >= num_rows is left out.
+    """Returns [num_rows, D] of N (feature, row, weight) triples in any order, as a sum over
+    segments; what has row >= num_rows is left out.
     """
     return bag_sum(table_VD.at[feature_N].get(), row_N, weight_N, num_rows)
 
 
 def bag_sum(x_ND: Array, row_N: Array, weight_N: Array, num_rows: int) -> Array:
-    """[num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a scatter
-    rounds after every term.
+    """Returns [num_rows, D]: sums of weighted embeddings by row, added up in at least float32: a
+    scatter rounds after every term.
     """
     wide = wide_dtype(x_ND.dtype)
     weight_N1 = weight_N.astype(wide)[:, None]
@@ -203,9 +205,10 @@ def bag_sum(x_ND: Array, row_N: Array, weight_N: Array, num_rows: int) -> Array:
 
 
 def from_csr(start_R: Sequence[int]) -> Array:
-    """row_N of the entries of a CSR matrix, from the places where its rows begin (one more than it
-    has rows).
+    """Returns row_N of the entries of a CSR matrix, from the places where its rows begin (one more
+    than it has rows).
     """
+    # Row i has start[i + 1] - start[i] entries.
     count_R = jnp.diff(jnp.asarray(start_R))
     row_R = jnp.arange(count_R.shape[0])
     # The length is told, so that the shape is known where this is traced.
@@ -216,6 +219,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     """Returns the Counts of an MMoE."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
     found = decoder(as_decoder(cfg))
+    # The bottom has a bias, the tower of a task has none.
     bottom, towers = d * d + d, len(items) * d * d
     return found._replace(
         embedding=cfg.vocab_size * d,
@@ -231,6 +235,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
 def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
     """Returns the Breakdown of an MMoE's forward pass."""
     d, items = cfg.d_model, typed_options(Options, cfg.kind_options).items
+    # The experts see a row as so many tokens, whatever its features are.
     num_tasks = len(items)
     found = decoder(as_decoder(cfg), num_tasks)
 
@@ -254,7 +259,7 @@ def forward_flops(cfg: ModelConfig, seq_len: int, decoder: Decoder) -> Any:
 
 
 def refusals(cfg: Config) -> Iterator[str]:
-    """There are tasks, and as many of them as a router with a gate for each has gates."""
+    """Refuses a model without tasks, and a router whose gates are not as many as the tasks."""
     options, moe = typed_options(Options, cfg.model.kind_options), cfg.model.moe
     num_gates = ROUTERS[moe.router].num_gates(moe.router_options)
     if not options.items:

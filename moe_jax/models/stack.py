@@ -53,7 +53,7 @@ def blocks(key: Array, kinds: tuple[str, ...], cfg: ModelConfig, look: Look) -> 
 
 
 def stack(keys: Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
-    """(prefix, repeats, suffix) from three keys."""
+    """Returns (prefix, repeats, suffix) from three keys."""
 
     def period(key):
         return Period(key, cfg, look)
@@ -92,7 +92,8 @@ def run_stack(
     begin: int = 1,
     source: Any = (),
 ) -> tuple[Array, dict[str, Array]]:
-    """(x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and `suffix`.
+    """Returns (x_BSD, sums) after all blocks of a module with `cfg`, `prefix`, `repeats` and
+    `suffix`.
 
     The first block is number `begin` of the model, counted from 1. Its number picks the request to
     it, and is folded into its key.
@@ -106,6 +107,7 @@ def run_stack(
     if isinstance(model.repeats, Stop):
         raise Reached(x_BSD, before, batch, rng)
     if isinstance(model.repeats, Resume):
+        # What comes before was computed on its way to Stop, and its sums are counted there.
         x_BSD, before, middle = model.repeats.x_BSD, {}, {}
     else:
         x_BSD, middle = _run_repeats(model, run, x_BSD, 0)
@@ -117,8 +119,8 @@ def run_stack(
 def run_repeats(
     model: Any, x_BSD: Array, batch: Batch, rng: Array, train: bool, first: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """(x_BSD, sums) after the repeats that a module has, which are some of those of its config:
-    `first` is the number of the first one, counted from 0.
+    """Returns (x_BSD, sums) after the repeats that a module has, which are some of those of its
+    config: `first` is the number of the first one, counted from 0.
     """
     return _run_repeats(model, _runner(model, batch, rng, train, 1, ()), x_BSD, first)
 
@@ -126,9 +128,11 @@ def run_repeats(
 def _run_repeats(
     model: Any, run: Callable[..., Any], x_BSD: Array, first: Any
 ) -> tuple[Array, dict[str, Array]]:
+    """Returns (x_BSD, sums) after the repeats, the first of which is number `first` of all."""
     cfg = model.cfg
 
     def run_period(period, x_BSD, repeat):
+        # The number of the period's first block among all blocks of the model.
         number = len(cfg.prefix) + (first + repeat) * len(cfg.period)
         return run(period.blocks, x_BSD, number)
 
@@ -161,6 +165,7 @@ def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str
     """
 
     def call(block, x_BSD, batch, rng, number, source):
+        # Of the number, and not of the place in a loop: scan or not, a block draws the same.
         key = jax.random.fold_in(rng, number)
         return block(x_BSD, of_block(batch, number), key, train, source)
 
@@ -202,7 +207,7 @@ def of_block(batch: Batch, number: Array) -> Batch:
 def run_cached(
     model: Any, x_BSD: Array, batch: Batch, caches: list[Any], sources: list[Any]
 ) -> tuple[Array, list[Any]]:
-    """(x_BSD, caches) after all blocks, each with its cache and what it cross-attends to."""
+    """Returns (x_BSD, caches) after all blocks, each with its cache and its cross-attention."""
     # Nothing that is decoded is random but what is drawn of the logits.
     rng = jax.random.fold_in(jax.random.key(0), 0)
     new = []

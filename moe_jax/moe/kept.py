@@ -18,7 +18,7 @@ def is_named() -> bool:
 
 @contextlib.contextmanager
 def nothing() -> Iterator[None]:
-    """Nothing of what is traced inside is kept: the backward pass computes it again."""
+    """Keeps nothing of what is traced inside: the backward pass computes it again."""
     token = _named.set(False)
     try:
         yield

@@ -14,8 +14,6 @@ Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D
 expert hidden, P = 2 for SwiGLU else 1, N assignments, R rows of a dispatch buffer.
 """
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,63 +21,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.moe import probe
+from moe_jax.moe import probe, split_rows
 from moe_jax.moe.dispatch import DISPATCHERS, chunks
 from moe_jax.moe.dispatch.contract import Experts
-from moe_jax.moe.dispatch.exchange import all_gather, reduce_scatter
+from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts.direct import direct_ffn
-from moe_jax.moe.experts.grouped_matmul import BY_PLATFORM, expert_ffn
-from moe_jax.moe.experts.network import Chosen
+from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Routing, Sizes, Slots, Tokens
 from moe_jax.moe.routing.statistics import per_row
+from moe_jax.moe.settings import (
+    MoE,
+    adaptive_state,
+    expert_weights,
+    num_intended,
+    stored_weights,
+)
 from moe_jax.moe.sparse import stored
 from moe_jax.parallel import context
 from moe_jax.parallel.mesh import BATCH, P, spec
 from moe_jax.precision import wide_dtype
-from moe_jax.schema.config import AdaptiveConfig, StoredConfig
-from moe_jax.weights import RouterState, Weight, Weights
-
-
-@dataclasses.dataclass(frozen=True)
-class MoE:
-    """Holds what the layer is told: the config's `model.moe` block, and what it shares with the
-    rest of the model.
-    """
-
-    num_experts: int
-    group_rows: int
-    router: str
-    router_options: Any
-    ordering: str
-    ordering_options: Any
-    adaptive: AdaptiveConfig
-    vocab_size: int
-    dispatcher: str
-    dispatcher_options: Any
-    d_model: int
-    expert_hidden: int
-    activation: str
-    param_dtype: str
-    dtype: str
-    # The standard deviation of the first value of w_out.
-    out_std: float
-    # Experts as blocks (sparse/stored.py); block 0 = whole matrices.
-    stored: StoredConfig
-    # One of grouped_matmul.KERNELS, or "auto".
-    expert_kernel: str = BY_PLATFORM
-    # None = the defaults of the activation.
-    activation_options: Any = None
-    expert_bias: bool = False
-    # Parts of the tokens that are dispatched each by itself (dispatch/chunks.py).
-    overlap_chunks: int = 1
-
-    @property
-    def chosen(self) -> Chosen:
-        """The activation with its options."""
-        return Chosen(self.activation, self.activation_options)
+from moe_jax.weights import RouterState, Weights
 
 
 class Batch(NamedTuple):
@@ -127,7 +91,7 @@ class MoELayer(nnx.Module):
         self.experts = Weights(experts_key, expert_weights(cfg), cfg.param_dtype)
         if cfg.stored.block:
             # Constants, so the key draws nothing.
-            self.places = Weights(key, _stored_weights(cfg)[1], "int32")
+            self.places = Weights(key, stored_weights(cfg)[1], "int32")
 
     def __call__(self, x_BSD: jax.Array, batch: Batch, rng: jax.Array, train: bool):
         cfg = self.cfg
@@ -151,41 +115,6 @@ class MoELayer(nnx.Module):
             return run(x_BSD, batch, router, self.state.arrays(), (experts, places), rng)
 
 
-def expert_weights(cfg: MoE) -> dict[str, Weight]:
-    """Declares the weights of the experts, w_in [E, D, P, F] and w_out [E, F, D], or as blocks."""
-    if cfg.stored.block:
-        return _stored_weights(cfg)[0]
-    num_parts = cfg.chosen.parts
-    # Gate and up are an axis of their own, so that F can be split over `model` without pairing
-    # wrong columns.
-    in_shape = (cfg.num_experts, cfg.d_model, num_parts, cfg.expert_hidden)
-    out_shape = (cfg.num_experts, cfg.expert_hidden, cfg.d_model)
-    in_names = ("experts", "expert_embed", None, "hidden")
-    out_names = ("experts", "hidden", "expert_embed")
-    weights = {
-        "w_in": Weight(in_shape, in_names, cfg.d_model**-0.5),
-        "w_out": Weight(out_shape, out_names, cfg.out_std),
-    }
-    if cfg.expert_bias:
-        in_shape = (cfg.num_experts, num_parts, cfg.expert_hidden)
-        out_shape = (cfg.num_experts, cfg.d_model)
-        weights["in_bias"] = Weight(in_shape, ("experts", None, "hidden"), 0.0)
-        # Not split over `data`: it is small.
-        weights["out_bias"] = Weight(out_shape, ("experts", None), 0.0)
-    return weights
-
-
-def _stored_weights(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
-    """Declares (values, places) of experts that are stored as blocks."""
-    outputs = stored.outputs(cfg.d_model, cfg.expert_hidden, cfg.activation)
-    return stored.declare(cfg.stored, cfg.num_experts, outputs)
-
-
-def adaptive_state(cfg: MoE) -> dict[str, Weight]:
-    """Declares the weight of the balance losses where the drop rate drives it (`losses.adapt`)."""
-    return {"balance_weight": Weight((), (), 0.0, 1.0)} if cfg.adaptive.rate else {}
-
-
 def _on_device(
     x_BTD, batch: Batch, router, state, weights, rng, *, cfg: MoE, train: bool, split: bool
 ):
@@ -193,7 +122,7 @@ def _on_device(
 
     `split`: `x_BTD` is the device's own tokens of rows that are split over `seq`, else whole rows.
     """
-    x_BSD = _whole_rows(x_BTD) if split else x_BTD
+    x_BSD = split_rows.whole_rows(x_BTD) if split else x_BTD
     num_rows, row_length, _ = x_BSD.shape
     tokens = _tokens(x_BSD, batch)
     request = batch.request
@@ -223,7 +152,7 @@ def _on_device(
     y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, experts, sizes, cfg, split)
     y_BSD = y_TD.reshape(x_BSD.shape)
     with jax.named_scope("combine"):
-        y_BTD = _summed(y_BSD, split)
+        y_BTD = split_rows.summed(y_BSD, split)
         # After the sum: every device of `model` has the whole token, and would add it.
         if isinstance(routing, Routing) and routing.copy_T is not None:
             copy_BT = routing.copy_T.astype(y_BTD.dtype).reshape(x_BSD.shape[:2])
@@ -238,41 +167,7 @@ def _on_device(
             state["balance_weight"].astype(sums["tokens"].dtype) * sums["tokens"]
         )
     sums |= _recorded(request, chosen, routing, dropped_N, tokens, cfg)
-    return y_BTD, _said_once(sums) if split else sums
-
-
-def _whole_rows(x_BTD: jax.Array) -> jax.Array:
-    """Returns the tokens of whole rows, of those of this device: a group is of whole rows."""
-    with jax.named_scope("dispatch"):
-        in_turn = all_gather(x_BTD, context.AXIS, 1)
-        return context.reordered(in_turn, jax.lax.axis_size(context.AXIS))
-
-
-def _summed(y_BSD: jax.Array, split: bool) -> jax.Array:
-    """Returns the sum over what devices of `model` and `seq` have computed of the same tokens.
-
-    Those of `model` have each their share of the hidden columns, those of `seq` their experts.
-    `split`: of the sum a device of `seq` keeps its own tokens.
-    """
-    if not split:
-        return jax.lax.psum(y_BSD, ("model", context.AXIS))
-    in_turn = context.reordered(y_BSD, jax.lax.axis_size(context.AXIS))
-    return jax.lax.psum(reduce_scatter(in_turn, context.AXIS, 1), "model")
-
-
-def _said_once(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns what every device of `seq` has computed of the same whole rows, as one array.
-
-    It is the first device's: a sum of all would be a multiple, and so would its gradient.
-    """
-    is_first = jax.lax.axis_index(context.AXIS) == 0
-
-    def one(z: jax.Array) -> jax.Array:
-        # Booleans have no sum.
-        number = z.astype(jnp.int32) if z.dtype == bool else z
-        return jax.lax.psum(jnp.where(is_first, number, 0), context.AXIS).astype(z.dtype)
-
-    return {name: one(z) for name, z in sums.items()}
+    return y_BTD, split_rows.said_once(sums) if split else sums
 
 
 def _route(
@@ -344,7 +239,7 @@ def _dispatch(
             combine_GtEp=over_model(routing.combine_GtEp),
         )
     if seq_axis > 1:
-        routing = _of_own_experts(routing, cfg.num_experts)
+        routing = split_rows.of_own_experts(routing, cfg.num_experts)
     # Everything is static here: a dispatcher's buffers have their sizes before step 1.
     shape = Shape(
         num_experts=cfg.num_experts // seq_axis,
@@ -371,44 +266,6 @@ def _dispatch(
     else:
         dropped_b = jnp.zeros_like(routing.sums["tokens"])
     return y_TD, dropped_b, dropped_N
-
-
-def _of_own_experts(routing: Routing | Slots, num_experts: int) -> Routing | Slots:
-    """Returns what a routing sends to the experts that devices with this place in `seq` have.
-
-    Experts are split over `expert`, and those of each part over `seq`: device (i, j) of n x m has
-    the part i m + j of them. The others are left out, and these are numbered without them, as the
-    experts of an axis `expert` alone; "nowhere" is behind the last of them, as ever.
-    """
-    n, m = jax.lax.axis_size("expert"), jax.lax.axis_size(context.AXIS)
-    mine, each = jax.lax.axis_index(context.AXIS), num_experts // (n * m)
-    if isinstance(routing, Slots):
-
-        def own(z_GtEp: jax.Array) -> jax.Array:
-            G, t, _, p = z_GtEp.shape
-            z_Gtnmep = z_GtEp.reshape(G, t, n, m, each, p)
-            part = jax.lax.dynamic_index_in_dim(z_Gtnmep, mine, 3, keepdims=False)
-            return part.reshape(G, t, n * each, p)
-
-        combine_GtEp, dispatch_GtEp = own(routing.combine_GtEp), own(routing.dispatch_GtEp)
-        return routing._replace(combine_GtEp=combine_GtEp, dispatch_GtEp=dispatch_GtEp)
-    part_N, place_N = jnp.divmod(routing.expert_index_N, each)
-    is_own_N = (routing.expert_index_N < num_experts) & (part_N % m == mine)
-    own_N = jnp.where(is_own_N, part_N // m * each + place_N, n * each)
-    return routing._replace(
-        expert_index_N=own_N.astype(routing.expert_index_N.dtype),
-        gate_N=jnp.where(is_own_N, routing.gate_N, 0),
-    )
-
-
-def num_intended(cfg: MoE, num_tokens: int, num_places: int) -> int:
-    """Returns how many of the places that a router may fill it fills when the load is as it
-    intends; padding counts as tokens.
-    """
-    average = ROUTERS[cfg.router].declared(cfg.num_experts, cfg.router_options).average
-    if average is None:
-        return num_places
-    return min(num_places, math.ceil(average * num_tokens))
 
 
 def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.moe.routing.contract import NEVER, Routing, Slots, Tokens
 
-NAME = "record/"  # what the names of a record begin with, among the sums of a layer
+# What the names of a record begin with, among the sums of a layer.
+NAME = "record/"
 # `Request.record`. A dict with empty values is a pytree without leaves, so it is static.
 ROUTING = {"routing": ()}
-INPUTS = {"routing": (), "inputs": ()}  # also the activations that the router reads
-GATES = {"gates": ()}  # what weighs the experts' outputs, for a proof: see `gates`
+# Also the activations that the router reads.
+INPUTS = {"routing": (), "inputs": ()}
+# What weighs the experts' outputs, for a proof: see `gates`.
+GATES = {"gates": ()}
 
 
 class Request(NamedTuple):

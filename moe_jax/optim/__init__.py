@@ -29,7 +29,7 @@ from moe_jax.optim.optimizers import OPTIMIZERS
 from moe_jax.optim.optimizers.contract import Leaf
 from moe_jax.optim.schedules import SCHEDULES, rate
 from moe_jax.precision import wide_dtype
-from moe_jax.schema.config import OptimConfig
+from moe_jax.schema.training import OptimConfig
 
 __all__ = [
     "OPTIMIZERS",

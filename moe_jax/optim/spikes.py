@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 WINDOW = 128  # steps
-READY = 32  # steps in the window before anything is called a spike
+# Steps in the window before anything is called a spike.
+READY = 32
 
 
 class Window(NamedTuple):

@@ -9,7 +9,7 @@ from moe_jax.parallel.mesh import sharding
 
 
 def local_rows(batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, in order."""
+    """Returns the rows of a global batch that this process's devices hold, in order."""
     place = sharding("batch")
     slices = place.addressable_devices_indices_map((batch_size,)).values()
     spans = {

@@ -23,10 +23,13 @@ from pathlib import Path
 import jax
 
 AUTO = "auto"
-DIRECTORY = "jax_compilation_cache_dir"  # an option of jax
+# An option of jax.
+DIRECTORY = "jax_compilation_cache_dir"
 DIGESTS = "digests.json"
-SETTLED = 1.0  # seconds after which an entry is written
-MOST_BYTES = 1 << 30  # of all entries; the oldest are deleted first
+# Seconds after which an entry is written.
+SETTLED = 1.0
+# Of all entries; the oldest are deleted first.
+MOST_BYTES = 1 << 30
 HIT = "/jax/compilation_cache/cache_hits"
 ENTRY = "*-cache"
 
@@ -59,6 +62,7 @@ class CompileCache:
         self._directory = directory
         for name, value in (
             (DIRECTORY, str(directory)),
+            # Small programs are kept, too: a run has many of them.
             ("jax_persistent_cache_min_compile_time_secs", 0.1),
             ("jax_persistent_cache_min_entry_size_bytes", -1),
         ):
@@ -67,7 +71,7 @@ class CompileCache:
 
     @property
     def hits(self) -> int:
-        """Programs of this run so far that were found in the cache."""
+        """Returns the number of programs of this run so far that were found in the cache."""
         return _hits[0] - self._hits_before
 
     def keep(self) -> None:
@@ -81,13 +85,16 @@ class CompileCache:
         try:
             write_digests(self._directory)
         except OSError:
-            pass  # without its digest an entry is deleted by the next start
+            # Without its digest an entry is deleted by the next start: no more is lost.
+            pass
 
 
-_hits = [0]  # of this process
+# Hits of this process. A list, because jax calls a function and keeps no count itself.
+_hits = [0]
 
 
 def _listen(event: str, **_: object) -> None:
+    """Counts the hits among all events that jax reports."""
     _hits[0] += event == HIT
 
 
@@ -127,17 +134,19 @@ def make_private(root: Path, directory: Path) -> None:
     """
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     directory.mkdir(exist_ok=True, mode=0o700)
+    # They may have been there before, with other rights.
     for path in (root, directory):
-        found = os.stat(path)
-        if found.st_uid != os.getuid():
+        status = os.stat(path)
+        if status.st_uid != os.getuid():
             raise OSError(0, f"{path} belongs to another user")
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OSError(0, f"others may write to {path}: chmod 700 it, or set compile_cache")
 
 
 def clean(directory: Path) -> None:
     """Deletes entries that are damaged or foreign, and the oldest ones of too many bytes."""
     known = _read_digests(directory)
+    # The newest first, so that the oldest are beyond the limit.
     entries = sorted(directory.glob(ENTRY), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
     for path in entries:
@@ -152,13 +161,16 @@ def write_digests(directory: Path) -> None:
     An entry that is only just there may be one that another process is still writing.
     """
     settled = time.time() - SETTLED
-    digests = {p.name: _digest(p) for p in directory.glob(ENTRY) if p.stat().st_mtime < settled}
+    entries = [path for path in directory.glob(ENTRY) if path.stat().st_mtime < settled]
+    digests = {path.name: _digest(path) for path in entries}
+    # Written beside it and renamed: another process reads the old file or the new one.
     part = directory / f"{DIGESTS}.{os.getpid()}"
     part.write_text(json.dumps(digests, indent=1))
     part.replace(directory / DIGESTS)
 
 
 def _read_digests(directory: Path) -> dict[str, str]:
+    """Returns the digests by names of entries; none where the file is not there or damaged."""
     try:
         known = json.loads((directory / DIGESTS).read_text())
     except (OSError, ValueError):

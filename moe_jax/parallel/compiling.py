@@ -27,8 +27,10 @@ _others: contextvars.ContextVar[bool] = contextvars.ContextVar("others", default
 
 
 def by_platform(*args: Any, others: Callable[..., Any], **own: Callable[..., Any]) -> Any:
-    """What is computed where it is compiled for a platform that has a function of its `own`, by its
-    name (cpu, tpu, cuda, rocm); `others(*args)` on every other.
+    """Returns what the function of the platform gives for `args`, whichever it is compiled for.
+
+    `own` has functions by the names of their platforms (cpu, tpu, cuda, rocm); `others` serves
+    every other platform.
     """
     import jax  # here: tests set flags that are read when jax loads
 
@@ -60,7 +62,7 @@ def _platform_of_mesh() -> str | None:
 
 @contextlib.contextmanager
 def of_other_platforms() -> Iterator[None]:
-    """What is traced inside takes the code of accelerators, so that it can be checked on a CPU."""
+    """Makes what is traced inside take the code of accelerators, so that a CPU can check it."""
     token = _others.set(True)
     try:
         yield
@@ -69,7 +71,7 @@ def of_other_platforms() -> Iterator[None]:
 
 
 def as_flags(options: Mapping[str, Any]) -> str:
-    """The same for the environment variable XLA_FLAGS, which is read when jax first looks for
-    devices.
+    """Returns the same for the environment variable XLA_FLAGS, which is read when jax first looks
+    for devices.
     """
     return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())

@@ -53,6 +53,7 @@ def enter(z_BS: Any) -> Any:
     """
 
     def one(z_BS: Array) -> Array:
+        # A row of features has another length than the row of tokens.
         if length() == 1 or z_BS.shape[1] % (CHUNKS * length()):
             return z_BS
         return jax.shard_map(own, in_specs=P(BATCH), out_specs=P(BATCH, AXIS))(z_BS)
@@ -68,6 +69,7 @@ def leave(x_BSD: Array) -> Array:
     def on_device(x_BTD: Array) -> Array:
         first, second = jnp.split(x_BTD, CHUNKS, axis=1)
         n = lax.axis_size(AXIS)
+        # The first chunks stay where they are.
         second = lax.ppermute(second, AXIS, [(i, n - 1 - i) for i in range(n)])
         return jnp.concatenate([first, second], axis=1)
 
@@ -91,6 +93,7 @@ def own(z_BS: Array) -> Array:
     """Returns the tokens of this device, of whole rows."""
     n, i = lax.axis_size(AXIS), lax.axis_index(AXIS)
     chunk = z_BS.shape[1] // (CHUNKS * n)
+    # Chunk 2 i, and chunk 2 n - 1 - 2 i.
     first = lax.dynamic_slice_in_dim(z_BS, 2 * i * chunk, chunk, axis=1)
     second = lax.dynamic_slice_in_dim(z_BS, (2 * n - 1 - 2 * i) * chunk, chunk, axis=1)
     return jnp.concatenate([first, second], axis=1)

@@ -29,7 +29,8 @@ from moe_jax.errors import UserError
 
 BATCH = ("data", "expert")
 FSDP = (*BATCH, "seq")
-WRITTEN = ("data", "expert", "model")  # the axes that three numbers name: 2x2x2
+# The axes that three numbers name: 2x2x2.
+WRITTEN = ("data", "expert", "model")
 
 
 class Lengths(NamedTuple):
@@ -51,12 +52,12 @@ class Lengths(NamedTuple):
 
     @property
     def batch_devices(self) -> int:
-        """The number of devices among which the rows of a batch are split."""
+        """Returns the number of devices among which the rows of a batch are split."""
         return self.data * self.expert
 
     @property
     def fsdp_devices(self) -> int:
-        """The number of devices among which a dense parameter is split."""
+        """Returns the number of devices among which a dense parameter is split."""
         return self.batch_devices * self.seq
 
     def written(self) -> dict[str, int]:
@@ -65,9 +66,8 @@ class Lengths(NamedTuple):
 
     def split(self) -> str:
         """Returns the axes that split something, as in "data 2 x expert 4"; "" for one device."""
-        return " x ".join(
-            f"{axis} {length}" for axis, length in self._asdict().items() if length > 1
-        )
+        parts = [f"{axis} {length}" for axis, length in self._asdict().items() if length > 1]
+        return " x ".join(parts)
 
     def __str__(self) -> str:
         names = WRITTEN if self.stage == self.seq == 1 else self._fields
@@ -75,15 +75,19 @@ class Lengths(NamedTuple):
 
 
 AXES = Lengths._fields
-ONE = Lengths()  # one device
+# One device.
+ONE = Lengths()
 
+# Which axes of the mesh split a dimension of that name.
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
     "batch": BATCH,
-    "embed": FSDP,  # the model width of dense parameters
+    # The model width of dense parameters.
+    "embed": FSDP,
     "experts": ("expert", "seq"),
-    "sequence": "seq",  # the tokens of a row
-    # the model width of expert weights, whose experts already use the expert axis
+    # The tokens of a row.
+    "sequence": "seq",
+    # The model width of expert weights, whose experts already use the expert axis.
     "expert_embed": "data",
     "hidden": "model",
     "heads": "model",
@@ -92,7 +96,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def simulate(devices: int) -> None:
-    """CPU devices to simulate in this process, before jax looks for devices.
+    """Simulates CPU devices in this process. To be called before jax looks for devices.
 
     Two cores give two threads, and the collectives of more devices than threads deadlock: hence
     PJRT_NPROC, which jax reads when it looks. For one device it would only be slower (1.3 times the
@@ -100,9 +104,8 @@ def simulate(devices: int) -> None:
     """
     os.environ.setdefault("PJRT_NPROC", "64")
     for name, value in (("jax_platforms", "cpu"), ("jax_num_cpu_devices", devices)):
-        if (
-            getattr(jax.config, name) != value
-        ):  # once jax has looked, only the same may be set again
+        # Once jax has looked for devices, only the same value may be set again.
+        if getattr(jax.config, name) != value:
             jax.config.update(name, value)
 
 
@@ -111,6 +114,7 @@ def parse(text: str, flag: str) -> Lengths:
 
     Raises UserError, which names the flag.
     """
+    # What is no number becomes 0, which no axis may have.
     lengths = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
     if len(lengths) not in (len(WRITTEN), len(AXES)) or 0 in lengths:
         raise UserError(
@@ -127,11 +131,14 @@ def of(mesh: Mesh) -> Lengths:
 
 
 def spec(*names: str | None) -> P:
-    """The partition of an array from the logical names of its dimensions; refuses two names on one
-    mesh axis.
+    """Returns the partition of an array from the logical names of its dimensions; refuses two names
+    on one mesh axis.
     """
     axes = [RULES[name] for name in names]
-    flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+    # A dimension may be split over several axes of the mesh.
+    flat: list[str] = []
+    for axis in axes:
+        flat += [axis] if isinstance(axis, str) else axis or ()
     if len(flat) != len(set(flat)):
         raise ValueError(
             f"the dimensions {names} put one mesh axis twice into {axes}: change RULES in "
@@ -190,6 +197,7 @@ def arranged(lengths: Lengths, devices: Sequence[jax.Device], slow_axis: str) ->
         return mesh_utils.create_device_mesh(
             tuple(lengths), devices, allow_split_physical_axes=True
         )
+    # The mesh is that of the slices times that of the devices of a slice.
     across = [slices if axis == slow_axis else 1 for axis in AXES]
     within = [length // part for length, part in zip(lengths, across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
@@ -235,6 +243,7 @@ def nearest(
 
     def unlike(other: Lengths) -> float:
         pairs = zip(lengths, other, strict=True)
+        # A length of -1 or 0 asks for nothing: it counts as 1.
         return sum(abs(math.log(max(one, 1) / another)) for one, another in pairs)
 
     # A stage and a part of a row stay what was asked for, as long as they divide the devices.
@@ -250,12 +259,13 @@ def all_of(num_devices: int, stage: int = 1, seq: int = 1) -> list[Lengths]:
     """Returns every mesh of so many devices with these lengths of stage and seq."""
     rest = num_devices // (stage * seq)
     divisors = [n for n in range(1, rest + 1) if rest % n == 0]
-    return [
-        Lengths(stage, rest // (expert * model), expert, seq, model)
-        for expert in divisors
-        for model in divisors
-        if rest % (expert * model) == 0
-    ]
+    meshes = []
+    for expert in divisors:
+        for model in divisors:
+            # What both leave is the axis `data`.
+            if rest % (expert * model) == 0:
+                meshes.append(Lengths(stage, rest // (expert * model), expert, seq, model))
+    return meshes
 
 
 def of_host() -> Mesh:
@@ -270,6 +280,6 @@ def of_host() -> Mesh:
 
 
 def sharding(*names: str | None) -> NamedSharding:
-    """`spec` on the mesh that `jax.set_mesh` made current."""
+    """Returns the sharding of `spec` on the mesh that `jax.set_mesh` made current."""
     mesh = jax.sharding.get_mesh()
     return NamedSharding(mesh, spec(*names))

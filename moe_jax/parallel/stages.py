@@ -17,6 +17,7 @@ def split(z: jax.Array) -> jax.Array:
     """Returns an array [R, ...] split over `stage` where that has a length that divides R, as it
     is where it has not.
     """
+    # A mesh that is made elsewhere may lack the axis.
     num_stages = jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
     if num_stages == 1 or z.shape[0] % num_stages:
         return z
@@ -55,6 +56,7 @@ def one_repeat(tree: Any, i: jax.Array) -> Any:
         def take(z: jax.Array) -> jax.Array:
             owner, place = i // z.shape[0], i % z.shape[0]
             own = jax.lax.dynamic_index_in_dim(z, place, keepdims=False)
+            # All but the owner add zeros, so the sum is the owner's entry.
             return jax.lax.psum(jax.lax.select(owner == stage_1[0], own, jnp.zeros_like(own)), AXIS)
 
         return jax.tree.map(take, tree)

@@ -84,13 +84,14 @@ def run_ring(ring: Ring, inputs: Inputs) -> tuple[Array, Any]:
     layers of this stage over all micro-batches [v, L, ...]).
     """
     weights, router_state = inputs.chunks
+    # A custom_vjp differentiates whole arguments: weights and activations are two of their own.
     rest = inputs._replace(chunks=Chunks((), router_state), x_GbSD=())
     return _through(ring, weights, inputs.x_GbSD, rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _through(ring: Ring, weights: Any, x_GbSD: Array, rest: Inputs) -> tuple[Array, Any]:
-    """`rest`: the inputs without the two that have a gradient."""
+    """Returns (outputs, totals). `rest`: the inputs without the two that have a gradient."""
     inputs = _with_gradient(rest, weights, x_GbSD)
     y_GbSD, totals, _ = _forward_pass(ring, inputs, 0)
     return y_GbSD, totals
@@ -100,6 +101,7 @@ def _forward(
     ring: Ring, weights: Any, x_GbSD: Array, rest: Inputs
 ) -> tuple[tuple[Array, Any], tuple[Inputs, Array]]:
     inputs = _with_gradient(rest, weights, x_GbSD)
+    # GPipe keeps the input of every work; "1f1b" computes inputs again as it needs them.
     num_kept = ring.schedule.works if ring.name == GPIPE else 0
     y_GbSD, totals, kept = _forward_pass(ring, inputs, num_kept)
     return (y_GbSD, totals), (inputs, kept)
@@ -134,6 +136,7 @@ def _forward_pass(ring: Ring, inputs: Inputs, num_kept: int) -> tuple[Array, Any
         work = schedule.forward(t, stage)
         (y_bSD, of_work), moving, kept = _forward_work(ring, inputs, moving, kept, t)
         totals = _count(totals, work, of_work)
+        # Outputs leave the last stage, and go down stage by stage until their own one takes them.
         out_bSD = _where(stage == last, y_bSD, _down(out_bSD, schedule))
         group, rest = (t - first_end) // schedule.round, (t - first_end) % schedule.round
         y_GbSD = _put(y_GbSD, group, (t >= first_end) & (rest == 0), out_bSD)
@@ -166,6 +169,7 @@ def _forward_work(
     fresh_bSD = _get(inputs.x_GbSD, t // schedule.round)
     feed_bSD = _where(begins, fresh_bSD, moving.feed_bSD)
     x_bSD = _where((stage == 0) & (work.chunk == 0), feed_bSD, moving.x_bSD)
+    # A work that is not valid (a bubble) keeps nothing.
     if kept.shape[0]:
         kept = _put(kept, work.number % kept.shape[0], work.valid, x_bSD)
     own = jax.tree.map(lambda z: _get(z, work.chunk), inputs.chunks)
@@ -201,6 +205,7 @@ def _backward_pass(
         dy_bSD = _where(ends, feed_bSD, moving.x_bSD)
         x_bSD = _get(kept, work.number % kept.shape[0])
         own = jax.tree.map(lambda z: _get(z, work.chunk), inputs.chunks)
+        # The forward work once more, from its input: nothing else was kept.
         _, transposed = jax.vjp(_run(ring, inputs, work), own.weights, x_bSD)
         # Without a work the cotangents are zeros, and so are all gradients.
         down = (dy_bSD, jax.tree.map(lambda z: _get(z, work.chunk), dtotals))
@@ -249,6 +254,7 @@ def _run(ring: Ring, inputs: Inputs, work: Work) -> Callable[[Any, Array], tuple
     batch = jax.tree.map(lambda z: _get(z, index), inputs.batches)
 
     def run(weights: Any, x_bSD: Array) -> tuple[Array, Any]:
+        # Layers are numbered through the model: some kinds differ by their number.
         num_repeats = jax.tree.leaves(weights)[0].shape[0]
         return ring.run(weights, state, x_bSD, batch, place * num_repeats, inputs.rng)
 

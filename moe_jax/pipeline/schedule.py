@@ -110,12 +110,13 @@ class Schedule(NamedTuple):
         A tick t of a phase with backward works is number t - `first_backward` of `backward`.
         """
         if name == GPIPE:
-            return (Phase(0, self.ticks, False, True),)
+            return (Phase(0, self.ticks, forward=False, backward=True),)
+        # "1f1b": forward works alone, both, and backward works alone.
         alone = self.round - 1
         return (
-            Phase(0, alone, True, False),
-            Phase(alone, self.ticks - alone, True, True),
-            Phase(self.ticks, alone, False, True),
+            Phase(0, alone, forward=True, backward=False),
+            Phase(alone, self.ticks - alone, forward=True, backward=True),
+            Phase(self.ticks, alone, forward=False, backward=True),
         )
 
     def first_backward(self, name: str) -> int:
@@ -129,6 +130,7 @@ class Schedule(NamedTuple):
         and one on its way to stage 0, of each backward work its cotangent and one on its way to the
         last stage, and of each pass what is finished.
         """
+        # Under "1f1b" the backward pass has forward works of its own.
         forward_passes = 1 if name == GPIPE else 2
         return self.ticks * (2 * forward_passes + 2 + 2)
 
@@ -137,9 +139,11 @@ class Schedule(NamedTuple):
         return self.works if name == GPIPE else self.in_flight
 
     def _work(self, number: Any, backward: bool) -> Work:
+        """Returns the work of a number; in the bubble there is none, and `valid` says so."""
         valid = (number >= 0) & (number < self.works)
         group, place = number // self.round, number % self.round
         chunk, member = place // self.stages, place % self.stages
+        # Backward the last chunk comes first.
         if backward:
             chunk = self.chunks - 1 - chunk
         forward = group * self.round + chunk * self.stages + member

@@ -63,7 +63,9 @@ def totals_of(
     )
     micro = jax.tree.map(grouped, micro)
     before, middle, after = run(numbers(), chunks, ends, end_states, micro, rng)
+    # The sums of all stages, each of its own micro-batches.
     before, after = jax.tree.map(lambda z: z.sum(0), (before, after))
+    # [v, p L, ...] -> [v p L, ...]: chunk by chunk, which is the order of the layers.
     middle = jax.tree.map(lambda z: z.reshape(-1, *z.shape[2:]), jax.sharding.reshard(middle, P()))
     for name in OF_LAYERS:
         parts_in_order = [before[name], middle[name], after[name]]
@@ -105,6 +107,7 @@ class _Parts:
 
         def enter(micro):
             try:
+                # The model runs up to its stack, which raises Reached with all that it was given.
                 contract.forward(self.task, module(Stop()), micro, rng)
             except Reached as reached:
                 if reached.rng is not rng:
@@ -142,6 +145,7 @@ class _Parts:
 def _over_groups(run: Callable[[Any], tuple[Any, Any]], micro: Any) -> tuple[Any, Any]:
     """Returns (the totals of all micro-batches of this stage, what else `run` gives of each)."""
 
+    # Of the ends, too, one micro-batch at a time has its activations.
     @jax.checkpoint
     def body(totals, part):
         of_part, beside = run(part)

@@ -58,7 +58,7 @@ class Compiled(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most bytes that are taken at once, as the compiler plans it."""
+        """Returns the most bytes that are taken at once, as the compiler plans it."""
         return self.argument + self.output - self.alias + self.temporary
 
 
@@ -101,14 +101,16 @@ class Card(NamedTuple):
 
     @property
     def peak_logged(self) -> int:
-        """The most bytes that are taken at once in a logged step: parameters are copied before
-        it, so that the update can be measured.
+        """Returns the most bytes that are taken at once in a logged step: parameters are copied
+        before it, so that the update can be measured.
         """
         return self.compiled.peak + self.memory.parameters
 
     @property
     def fits(self) -> bool | None:
-        """Whether a logged step fits into the memory of a device; None where that is unknown."""
+        """Returns whether a logged step fits into the memory of a device; None where that is
+        unknown.
+        """
         return self.peak_logged <= self.chip.memory if self.chip else None
 
 

@@ -22,6 +22,7 @@ TRAFFIC = {
 
 def render(card: Card) -> Group:
     """Returns the card as rich tables."""
+    # Tables one below the other, and then the notes that belong to those that are there.
     tables, notes = [_model_table(card), _memory_table(card)], [FLOPS_NOTE]
     if card.dispatch:
         tables += [_dispatch_table(card, card.dispatch), _traffic_table(card.dispatch)]
@@ -42,6 +43,7 @@ def render(card: Card) -> Group:
 
 
 def _heading(card: Card) -> str:
+    """Returns the lines above all tables: devices, blocks, and what a step has."""
     axes = card.mesh.split()
     split = f" ({axes})" if axes else ""
     micro = f", in {card.num_micro_batches} micro-batches" if card.num_micro_batches > 1 else ""
@@ -93,6 +95,7 @@ def _model_table(card: Card) -> Table:
     )
     table = _table("model", "parameters", "active", "FLOPs a token", "share")
     for name, total, active, flops in rows:
+        # What the model does not have gets no line.
         if total or flops:
             share = f"{flops / work.total:.1%}" if flops else ""
             table.add(name, _number(total), _number(active), _number(flops), share)
@@ -110,7 +113,9 @@ def _number(number: int) -> str:
 
 
 def _memory_table(card: Card) -> Table:
+    """Returns the table of a device's memory: the state by its parts, then the compiler's plan."""
     memory, compiled = card.memory, card.compiled
+    # A result that takes the memory of a donated argument needs none of its own.
     new_outputs = compiled.output - compiled.alias
     rows = (
         ("parameters", memory.parameters, ""),
@@ -137,6 +142,7 @@ def _memory_table(card: Card) -> Table:
 
 
 def _dispatch_table(card: Card, dispatch: Dispatch) -> Table:
+    """Returns the table of the rows that a dispatcher holds, beside two loads."""
     overflows = dispatch.rows_held < dispatch.rows_worst
     filled = dispatch.rows_balanced / dispatch.rows_held
     rows = (
@@ -155,6 +161,8 @@ def _dispatch_table(card: Card, dispatch: Dispatch) -> Table:
 
 
 def _traffic_table(dispatch: Dispatch) -> Table:
+    """Returns the table of the bytes that a device receives over each axis of the mesh."""
+
     def rank(axis: str) -> tuple[bool, str]:
         """Puts the axes whose traffic has a name first."""
         return axis not in TRAFFIC, axis

@@ -20,7 +20,7 @@ TFLOPS = 10**12
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler asks of a GPU beside the figures of the chip."""
+    """Holds what XLA's compiler asks of a GPU beside the figures of the chip."""
 
     # (major, minor) of the compute capability.
     capability: tuple[int, int]

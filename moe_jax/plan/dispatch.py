@@ -16,9 +16,9 @@ from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts import grouped_matmul
 from moe_jax.moe.experts.blocks import block_sizes
-from moe_jax.moe.layer import MoE, num_intended
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
+from moe_jax.moe.settings import MoE, num_intended
 from moe_jax.plan.hlo.program import Rounds
 from moe_jax.plan.traffic import layer_traffic
 from moe_jax.schema.config import Config

@@ -32,13 +32,13 @@ class Estimate(NamedTuple):
 
     @property
     def step(self) -> float:
-        """The expected seconds of a step."""
+        """Returns the expected seconds of a step."""
         longest = max(self.compute, self.memory, sum(self.network.values()))
         return max(longest, max(self.compute, self.memory) + self.waited)
 
     @property
     def bound(self) -> str:
-        """What takes the longest: "compute", "memory" or "network over AXES"."""
+        """Returns what takes the longest: "compute", "memory" or "network over AXES"."""
         parts = {"compute": self.compute, "memory": self.memory}
         total = sum(self.network.values())
         if total and total >= max(parts.values()):
@@ -52,7 +52,7 @@ class Estimate(NamedTuple):
 
     @property
     def mfu(self) -> float:
-        """The expected model FLOPs utilization."""
+        """Returns the expected model FLOPs utilization."""
         return self.useful_seconds / self.step
 
 
@@ -67,6 +67,7 @@ def estimate(
         seconds = network.seconds(collective, mesh, chip)
         axes = collective.axes or "all"
         by_axes[axes] = by_axes.get(axes, 0.0) + seconds
+        # An asynchronous one runs while something is computed.
         waited += 0.0 if collective.is_async else seconds
     return Estimate(
         compute=sum(one.done for one in work) / peak,

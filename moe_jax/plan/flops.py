@@ -32,7 +32,8 @@ from moe_jax.plan import chips
 from moe_jax.schema.blocks import inner, is_depth
 from moe_jax.schema.config import ModelConfig, MoEConfig
 
-PEAK_SECONDS = 0.2  # that a measurement of the peak takes, beside its compilation
+# That a measurement of the peak takes, beside its compilation.
+PEAK_SECONDS = 0.2
 
 
 class Counts(NamedTuple):
@@ -61,12 +62,12 @@ class Counts(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Every parameter of the model."""
+        """Returns the number of all parameters of the model."""
         return sum(self) - self.experts_active
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses: all but those of experts that it does not choose.
+        """Returns the parameters that one token uses: all but those of experts that it leaves out.
 
         It may skip depth blocks, which count whole.
         """
@@ -74,12 +75,12 @@ class Counts(NamedTuple):
 
     @property
     def total_body(self) -> int:
-        """Every parameter but those of embedding and head."""
+        """Returns the number of all parameters but those of embedding and head."""
         return self.total - self.embedding - self.head
 
     @property
     def active_body(self) -> int:
-        """Parameters that one token uses, without embedding and head."""
+        """Returns the parameters that one token uses, without embedding and head."""
         return self.active - self.embedding - self.head
 
 

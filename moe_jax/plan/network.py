@@ -34,6 +34,7 @@ class Group(NamedTuple):
 
 def domain(device: Any, has_slices: bool) -> int:
     """Returns the number of the slice of a TPU, or of the host of another device."""
+    # Devices of some platforms have neither number.
     return getattr(device, "slice_index" if has_slices else "process_index", None) or 0
 
 
@@ -45,6 +46,7 @@ def domains(mesh: Mesh) -> list[int]:
 
 def group_of(mesh: Mesh, axes: Sequence[str], chip: Chip) -> Group:
     """Returns the first group of devices along mesh axes."""
+    # The group that has the first device: of every other axis it has place 0.
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     devices = list(np.asarray(mesh.devices[index]).ravel())
     of = [domain(device, bool(chip.torus)) for device in devices]
@@ -59,12 +61,15 @@ def _links(near: list[Any], mesh: Mesh, chip: Chip) -> tuple[float, float]:
     everywhere = np.array([device.coords for device in mesh.devices.flat])
     links, longest = 0, 1
     for dim in range(coords.shape[1]):
+        # How many places the group has along this dimension of the torus.
         length = len(set(coords[:, dim]))
         if length == 1:
             continue
         whole = len(set(everywhere[:, dim]))
+        # The last place is linked to the first one where the group takes the whole dimension.
         closes = length == whole and whole % chip.ring == 0
         links += 2 if closes else 1
+        # A line is as slow as a ring of twice its length.
         longest = max(longest, length if closes else 2 * length)
     # Devices of one chip are nearer than any link.
     return max(links, 1) * chip.link, max(1.0, longest / 4)
@@ -72,12 +77,14 @@ def _links(near: list[Any], mesh: Mesh, chip: Chip) -> tuple[float, float]:
 
 def seconds(collective: Collective, mesh: Mesh, chip: Chip) -> float:
     """Returns the time of all runs of a collective in a step, if nothing else uses the network."""
+    # A collective that names no axis is of the whole mesh.
     axes = collective.axes.split(" x ") if collective.axes else mesh.axis_names
     group = group_of(mesh, axes, chip)
     if group.size == 1:
         return 0.0
     far: float | None = collective.far
     if far is None:
+        # It did not say how much is far: from every other device comes an equal part.
         far = collective.num_bytes * (group.size - group.near) / (group.size - 1)
     near = collective.num_bytes - far
     hops = group.hops if "all-to-all" in collective.kind else 1.0

@@ -88,16 +88,13 @@ def collectives_table(card: Card) -> Table:
     for cargo, axes in dict.fromkeys((one.cargo, one.axes) for one in found):
         group = [one for one in found if (one.cargo, one.axes) == (cargo, axes)]
         theory = _theory(card, cargo, axes)
-        for place, one in enumerate(_largest(group)):
-            table.add(
-                cargo if place == 0 else "",
-                (axes or "other groups") if place == 0 else "",
-                one.kind,
-                f"{one.count:,}",
-                *bytes_of(one),
-                decimal(theory.num_bytes) if theory and place == 0 else "",
-                "no" if one.is_async else "yes",
-            )
+        # The cargo and what theory says stand once, in the first line of a group.
+        named = (cargo, axes or "other groups")
+        wanted = decimal(theory.num_bytes) if theory else ""
+        for one in _largest(group):
+            waits = "no" if one.is_async else "yes"
+            table.add(*named, one.kind, f"{one.count:,}", *bytes_of(one), wanted, waits)
+            named, wanted = ("", ""), ""
     for missing in not_found(card):
         empty = [""] * (2 + len(far))
         table.add(missing.cargo, missing.axes, "not found", *empty, decimal(missing.num_bytes))
@@ -115,10 +112,12 @@ def not_found(card: Card) -> list[Expected]:
 
 
 def _largest(group: list[Collective]) -> list[Collective]:
+    """Returns the first ones of a group, which comes with the largest first."""
     return group[:MOST_COLLECTIVES]
 
 
 def _theory(card: Card, cargo: str, axes: str) -> Expected | None:
+    """Returns what theory says of a cargo over some axes; None where it says nothing."""
     for one in card.expected:
         if (one.cargo, one.axes) == (cargo, axes):
             return one
@@ -145,6 +144,7 @@ def time_table(card: Card) -> Table:
 
 
 def _ms(seconds: float) -> str:
+    """Returns seconds as milliseconds, for a table."""
     return f"{1000 * seconds:,.2f}"
 
 

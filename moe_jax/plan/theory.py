@@ -28,7 +28,7 @@ from moe_jax.schema.config import Config
 
 
 class Expected(NamedTuple):
-    """What a step must send of one thing over some axes."""
+    """Holds what a step must send of one thing over some axes."""
 
     cargo: str
     axes: str
@@ -47,6 +47,7 @@ def expected(cfg: Config) -> list[Expected]:
         found.append(Expected("tokens", "expert", tokens(cfg)))
         found.append(Expected("tokens", "seq", tokens_over_seq(cfg)))
         found.append(Expected("expert weights", "data", expert_weights(cfg)))
+    # It has other matrices than a decoder, which the lines below count.
     if MODELS[cfg.model.kind].parameters:
         return [one for one in found if one.num_bytes]
     axes = " x ".join(axis for axis in FSDP if getattr(mesh, axis) > 1)
@@ -66,6 +67,7 @@ def forward_passes(cfg: Config) -> int:
     """
     if cfg.mesh.stage == 1:
         return accumulation.forward_passes(cfg)
+    # "1f1b" runs all forward works anew in its backward pass, and each backward work its own again.
     return 3 if cfg.train.pipeline_schedule == schedule.ONE_F_ONE_B else 2
 
 
@@ -80,15 +82,18 @@ def runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
         return number(model.blocks) * num_micro
     sizes = schedule.of(cfg)
     repeats = model.repeats // sizes.round
+    # A stage has one micro-batch of each group.
     ends = number(model.prefix + model.suffix) * sizes.groups
     return number(model.period) * repeats * sizes.ticks + ends
 
 
 def _moe(blocks: tuple[str, ...]) -> int:
+    """Returns how many of some blocks have experts."""
     return sum(inner(kind) == "moe" for kind in blocks)
 
 
 def _dense(blocks: tuple[str, ...]) -> int:
+    """Returns how many of some blocks have a dense feed-forward."""
     return len(blocks) - _moe(blocks)
 
 
@@ -99,6 +104,7 @@ def activations(cfg: Config) -> int:
 
 
 def _width(cfg: Config) -> int:
+    """Returns the bytes of a number that is computed with."""
     return jnp.dtype(cfg.model.dtype).itemsize
 
 
@@ -110,8 +116,11 @@ def tokens(cfg: Config) -> int:
     """
     dispatcher = DISPATCHERS[cfg.model.moe.dispatcher]
     rows = dispatcher.received(buffer_shape(cfg), cfg.model.moe.dispatcher_options)
+    # model.remat names what is kept, joined by "+".
     keeps = "dispatch" in cfg.model.remat.split("+") and dispatcher.keeps
     again = 0 if cfg.model.remat == "none" or keeps else 1
+    # There and back in every forward pass, there again where nothing was kept, and the gradients of
+    # both ways.
     journeys = 2 * forward_passes(cfg) + again + 2
     per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
     return per_layer * runs(cfg, _moe)
@@ -138,6 +147,7 @@ def keys_and_values(cfg: Config) -> int:
     those of the forward pass.
     """
     model, num_bytes = cfg.model, 0
+    # Two more than forward: gathered once more, and the gradients scattered.
     passes = forward_passes(cfg) + 2
     for name in model.attentions:
         one = model.with_attention(name)
@@ -159,7 +169,9 @@ def expert_weights(cfg: Config) -> int:
     """
     model, mesh = cfg.model, cfg.mesh
     count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
+    # Experts are split over `expert` and `seq`, their hidden columns over `model`.
     local = count // (mesh.expert * mesh.seq) // mesh.model
+    # One more for the gradients.
     passes = _gathers(cfg) + 1
     per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
     return per_layer * runs(cfg, _moe)
@@ -190,6 +202,7 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
     in_blocks += runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
         in_blocks += runs(cfg, _moe) * flops.shared(model)
+    # Embedding and head are one matrix where they are tied.
     num_ends = 1 if model.tie_embeddings else 2
     ends = num_ends * model.vocab_size * model.d_model * cfg.train.num_micro_batches // mesh.stage
     return in_blocks // mesh.model, ends // mesh.model
@@ -212,6 +225,7 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
+    # Two in every forward pass, one where a block is computed again, and two of gradients.
     sums = 2 * forward_passes(cfg) + again + 2
     # Backward an MoE layer has the tokens of whole rows.
     more = cfg.mesh.seq - 1

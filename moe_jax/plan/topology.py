@@ -38,7 +38,7 @@ _TPU_VARIABLES = {
 
 
 class Topology(NamedTuple):
-    """What a text names."""
+    """Holds what a text names."""
 
     text: str
     slices: int
@@ -68,6 +68,7 @@ def parse(text: str) -> Topology:
     shape = tuple(int(length) for length in written[3].split("x"))
     slices = int(written[1] or 1)
     if chip is None or not chip.torus:
+        # CPU devices have a number, GPUs (hosts, GPUs of a host).
         most = 1 if chip is None else 2
         if len(shape) > most or slices > 1:
             right = f"{name}:8" if chip is None else f"{name}:8x8 (hosts x GPUs)"
@@ -100,7 +101,9 @@ def devices(topology: Topology) -> Sequence[Any]:
 def _tpus(topology: Topology) -> Sequence[Any]:
     _require(topology, "tpu", "libtpu", ("libtpu",))
     for name, value in _TPU_VARIABLES.items():
+        # What the user has set stays.
         os.environ.setdefault(name, value)
+    # One slice is described without their number.
     slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
     name = topology.text.rpartition("*")[2]
     with _refused(topology):
@@ -112,6 +115,7 @@ def _gpus(topology: Topology, chip: Chip) -> Sequence[Any]:
     _require(topology, "cuda", "the CUDA plugin of jax", PLUGINS)
     # The libraries of CUDA itself are not needed to compile.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    # One number alone is of one host.
     hosts, per_host = topology.shape if len(topology.shape) == 2 else (1, *topology.shape)
     shape = f"1x{hosts}x{per_host}"
     with _refused(topology):

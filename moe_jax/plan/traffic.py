@@ -64,6 +64,7 @@ def layer_traffic(cfg: Config) -> tuple[Counter[str], Counter[str]]:
             return forward(weights, x_BSD, *rest)
 
         y_BSD, pull_back = jax.vjp(of_differentiated, weights, x_BSD)
+        # Any cotangent will do: only the shapes are read.
         return pull_back(y_BSD)
 
     lengths = dict(jax.sharding.get_mesh().shape)
@@ -93,6 +94,7 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
         if primitive == "cond":
             inner = [_of_branch(inner, equation.params.get("branches_platforms"))]
         # A while loop has no length, so its body counts once.
+        # A scan says how often it runs.
         trips = equation.params.get("length", 1) if primitive == "scan" else 1
         for counter in inner:
             total.update({axis: trips * count for axis, count in counter.items()})
@@ -116,7 +118,9 @@ def _of_collective(equation: JaxprEqn, lengths: Mapping[str, int]) -> dict[str, 
     """
     # Sums name their axes otherwise than the other collectives.
     named = equation.params.get("axis_name", equation.params.get("axes"))
+    # One axis may stand alone, without a tuple.
     named = (named,) if isinstance(named, str) else named
+    # Over an axis of length 1 nothing travels.
     axes = [axis for axis in named if lengths[axis] > 1]
     groups = equation.params.get("axis_index_groups")
     num_parts = len(groups[0]) if groups else math.prod(lengths[axis] for axis in axes)
@@ -139,6 +143,7 @@ def _called(params: Mapping[str, Any]) -> list[Jaxpr]:
     """Returns the functions that an equation calls: bodies of loops, branches, jitted functions."""
     functions: list[Jaxpr] = []
     for value in params.values():
+        # Branches are a tuple of functions; all else that calls has one.
         for entry in value if isinstance(value, tuple | list) else (value,):
             if isinstance(entry, ClosedJaxpr):
                 functions.append(entry.jaxpr)

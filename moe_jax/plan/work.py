@@ -41,6 +41,7 @@ def compare(
     useful, done = _useful(cfg), dict(program.products.flops)
     told = program.products.told[EXPERTS]
     if rows_computed is not None and told:
+        # The kernel speaks of all rows of its buffer; with a balanced load it computes fewer.
         done[EXPERTS] += round(told * (rows_computed / rows_held - 1))
     least = dict(useful)
     if EXPERTS in useful:
@@ -49,6 +50,7 @@ def compare(
     work = []
     for part in dict.fromkeys([*useful, *done]):
         counted = done.get(part, 0)
+        # Less than is useful cannot be: some of it was not counted.
         is_estimate = is_unknown and counted < least.get(part, 0)
         told = least[part] if is_estimate else counted
         # Scaled to a load that nobody knows.

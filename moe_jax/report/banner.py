@@ -42,10 +42,12 @@ def show(progress: Progress, cfg: Config, workdir: object, name: str) -> None:
 
 
 def show_data(progress: Progress, data: Data) -> None:
+    """Prints what the data are, when they are open."""
     line(progress, "data", rows(data, _width(progress)))
 
 
 def show_start(progress: Progress, cfg: Config, step: int) -> None:
+    """Prints where the run begins, when that is known."""
     line(progress, "start", start(cfg, step))
 
 

@@ -207,6 +207,7 @@ def _keep_rows(path: Path, resume_step: int, evaluates_again: bool) -> list[dict
         return []
 
     def stays(row: Mapping[str, Any]) -> bool:
+        # The row of the step itself stays: the run does not make it again.
         if evaluates_again and row["step"] == resume_step:
             return not any(name.startswith("eval/") for name in row)
         return row["step"] <= resume_step
@@ -225,11 +226,13 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _json(value: Any) -> Any:
+    """Returns a value as a row has it."""
     # JSON has no NaN and no infinity.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: Path, content: Any) -> None:
+    """Writes JSON in one atomic step."""
     _replace_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -138,4 +138,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _cell(number: float) -> str:
+    """Returns a number for the table; whole numbers as they are."""
     return f"{number:.3f}" if isinstance(number, float) else str(number)

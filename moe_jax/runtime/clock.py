@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-WINDOW = 50  # logged rows that the speed is the median of
+# Logged rows that the speed is the median of.
+WINDOW = 50
 
 
 class StepClock:
@@ -70,7 +71,9 @@ class StepClock:
 
     @property
     def tokens_per_second(self) -> float:
-        """The speed of the median row among the last ones. 0 = not known before the second row."""
+        """Returns the speed of the median row among the last ones. 0 = not known before the second
+        row.
+        """
         return self._tokens_per_step / statistics.median(self._per_step) if self._per_step else 0.0
 
     def figures(self) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from moe_jax.runtime import signals
 ROOT = "moe_jax"
 # Directories of keys, which is why they end with a slash.
 BEATS, END, SAME = f"{ROOT}/beat/", f"{ROOT}/end/", f"{ROOT}/same/"
-DONE = "done"  # the beat of a process whose run is over
+# The beat of a process whose run is over.
+DONE = "done"
 # JAX's own heartbeats are the second line: they speak when the thread here cannot.
 JAX_LATER = 2.0
 # Time for the others to read why the run ends, before a process is gone.
@@ -145,7 +146,7 @@ class Peers:
 
     @property
     def patience(self) -> float:
-        """Seconds within which the failure of another process is known here."""
+        """Returns the seconds within which the failure of another process is known here."""
         return self._heartbeat + 2 * READ_BY_OTHERS
 
     def start(self, heartbeat: float) -> None:
@@ -222,6 +223,7 @@ class Peers:
             ) from None
 
     def _interval(self) -> float:
+        """Returns the seconds between two beats."""
         # Short enough to read a reason before its process is gone, and to miss no beat.
         return min(READ_BY_OTHERS / 3, self._heartbeat / 5)
 
@@ -267,6 +269,7 @@ class Peers:
             time.sleep(self._interval())
 
     def _miss(self, process: int, seconds: float) -> None:
+        """Ends the run, because a process is silent."""
         reason = (
             f"process {process} has not been heard from for {seconds:.0f} s: it was killed or "
             "stopped, or its machine is gone"
@@ -287,10 +290,12 @@ class Peers:
         os._exit(int(message["code"]))
 
     def _say(self, text: str) -> None:
+        """Tells a line, with the number of this process."""
         signals.say(f"process {jax.process_index()}: {text}")
 
 
 def _beat_of(process: int) -> str:
+    """Returns the key that a process counts up."""
     return f"{BEATS}{process}"
 
 
@@ -326,6 +331,7 @@ def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[st
         return [own]
     PEERS.set(f"{SAME}{name}/{jax.process_index()}", json.dumps(own))
     said = []
+    # In the order of their numbers, so that the first one that is missing is named.
     for process in range(jax.process_count()):
         text = PEERS.wait_for(f"{SAME}{name}/{process}", timeout)
         if text is None:
@@ -344,13 +350,13 @@ def compare(name: str, values: Mapping[str, Any], timeout: float) -> None:
     raises.
     """
     first, *others = gather(name, values, timeout)
-    differences = [
-        f"{key} = {first.get(key, 'nothing')!r} in process 0, "
-        f"{other.get(key, 'nothing')!r} in process {process}"
-        for process, other in enumerate(others, 1)
-        for key in sorted({*first, *other})
-        if first.get(key, "nothing") != other.get(key, "nothing")
-    ]
+    differences = []
+    for process, other in enumerate(others, 1):
+        # A key may be there in one of them alone.
+        for key in sorted({*first, *other}):
+            here, there = first.get(key, "nothing"), other.get(key, "nothing")
+            if here != there:
+                differences.append(f"{key} = {here!r} in process 0, {there!r} in process {process}")
     if differences:
         raise Drift(
             f"the processes of this run differ in their {name}: {'; '.join(differences[:8])}. "

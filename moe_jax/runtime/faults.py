@@ -93,9 +93,11 @@ class Injector:
 
 
 def _happen(fault: Fault) -> None:
+    """Makes one fault happen now."""
     if fault.kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.kind])
     elif fault.kind == "raise":
         raise Injected(f"config.faults: {fault}")
+    # Other threads go on: what watches the run must find it.
     while fault.kind == "hang":
         time.sleep(1.0)

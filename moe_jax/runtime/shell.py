@@ -28,6 +28,7 @@ def command(*arguments: object) -> str:
     It need not be the `python` of the user's shell.
     """
     here = Path(sys.executable)
+    # As people type it: "venv/bin/python" in the directory of the venv.
     near = here.is_relative_to(Path.cwd()) and here.relative_to(Path.cwd())
     return shlex.join([str(near or here), "-m", *map(str, arguments)])
 
@@ -46,6 +47,7 @@ def going_on(step: int, stop_at: int) -> str:
     """
     if not 0 < stop_at <= step:
         return own_command()
+    # Everything but the flag that would end the run at once.
     kept, value_follows = [], False
     for word in shlex.split(own_command()):
         name, equals, _ = word.partition("=")
@@ -105,6 +107,7 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     open_output(lasting=False)
     heard = signals.LISTENER
     heard.start()
+    # A command has no step to end at: it is interrupted wherever it is.
     heard.interrupt()
     code = 0
     try:
@@ -147,6 +150,7 @@ class Lasting(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
+            # From here on what is written goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             with contextlib.suppress(OSError):
                 what = (
@@ -223,7 +227,8 @@ class Held:
             )
 
 
-FREE = Held(Path(), "", None)  # for the processes that leave the lock to process 0
+# For the processes that leave the lock to process 0.
+FREE = Held(Path(), "", None)
 
 
 @contextlib.contextmanager
@@ -243,6 +248,7 @@ def held(directory: Path, flag: str, name: str = LOCK) -> Iterator[Held]:
         ) from None
     with lock:
         try:
+            # The lock is on the open file, so it ends with the process, however that ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(

@@ -49,7 +49,7 @@ class Listener:
 
     @property
     def number(self) -> int:
-        """The signal that asks a training run to end; 0 = none."""
+        """Returns the signal that asks a training run to end; 0 = none."""
         return self._number
 
     @property

@@ -61,7 +61,7 @@ class Stack(NamedTuple):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The kind of every block, in the order in which they run."""
+        """Returns the kind of every block, in the order in which they run."""
         return self.prefix + self.period * self.repeats + self.suffix
 
 
@@ -70,12 +70,14 @@ class KindOptions:
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """The masks of the self-attention of its stacks (models/attentions); () = it has none."""
+        """Returns the masks of the self-attention of its stacks (models/attentions); () = it has
+        none.
+        """
         return ("causal",)
 
     @property
     def embeds(self) -> bool:
-        """True where the model looks up rows of a vocabulary."""
+        """Returns True where the model looks up rows of a vocabulary."""
         return True
 
     def stacks(self, own: Stack) -> dict[str, Stack]:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 from moe_jax.errors import UserError
 
 T = TypeVar("T")
-KEY = "option"  # of a field's metadata
+# Of a field's metadata.
+KEY = "option"
 
 
 class Bound(NamedTuple):
@@ -64,7 +65,8 @@ def at_least(least: int) -> Bound:
 
 # Of things that may be none, and of things that there must be.
 COUNT, NUMBER = at_least(0), at_least(1)
-STEPS = whole("at least 1 and below 2**31", lambda v: 1 <= v < 2**31)  # counted in an int32
+# Counted in an int32.
+STEPS = whole("at least 1 and below 2**31", lambda v: 1 <= v < 2**31)
 SEED = whole("at least 0 and below 2**32", lambda v: 0 <= v < 2**32)
 NO_LABEL_OR_MORE = whole("0 or at least 2", lambda v: v == 0 or v >= 2)
 NOT_NEGATIVE = real("at least 0", lambda v: v >= 0)

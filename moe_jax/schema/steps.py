@@ -10,7 +10,8 @@ class Due(NamedTuple):
 
     steps: frozenset[int]
     every: tuple[int, ...]
-    text: str  # as the config has it
+    # As the config has it.
+    text: str
 
     def __call__(self, step: int) -> bool:
         return step in self.steps or any(step % n == 0 for n in self.every)

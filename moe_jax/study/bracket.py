@@ -17,7 +17,7 @@ REACH = 4
 
 
 class Search(NamedTuple):
-    """What is known of the learning rate of an arm.
+    """Holds what is known of the learning rate of an arm.
 
     Fields:
       wanted: rates that are still to be tried; none = the search is over.

@@ -34,7 +34,7 @@ class Statistic(Protocol):
 
 
 class Claim(NamedTuple):
-    """What a paper says, as a statistic that lies on one side of a bound."""
+    """Holds what a paper says, as a statistic that lies on one side of a bound."""
 
     says: str
     statistic: Statistic

@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim.
+    """Holds what became of a claim.
 
     Fields:
       paper: what the paper measured; "" = nothing that can be put beside ours.
@@ -62,9 +62,11 @@ class Verdict(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """Returns the mean and its bootstrapped interval. Values are of one seed each."""
+    # A run that diverged has NaN.
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return Interval(math.nan, math.nan, math.nan, 0)
+    # The bootstrap is of ratios: the mean of n values is their sum over n ones.
     ones = np.ones(len(known))
     of_seed = np.zeros(len(known), int)
     bounds, _ = bootstrap.ratios(np.asarray(known), ones, of_seed, 1, seed=0)
@@ -85,24 +87,33 @@ def judge(
 
 
 def _judge(claim: Claim, runs: Mapping[int, OneSeed], undecided: Mapping[str, str]) -> Verdict:
+    """Returns the verdict of a claim. `runs`: by seed; a seed counts if it has all of its arms."""
     arms = claim.statistic.arms
-    whole = [seed for seed, found in runs.items() if set(arms) <= set(found)]
-    values = [_value(claim, runs[seed]) for seed in whole]
-    found = interval(values)
-    why = [undecided[arm] for arm in arms if arm in undecided]
-    if found.number < len(values):
-        why.append("a run diverged")
-    if found.number < LEAST_SEEDS:
-        why.append(f"{found.number} of at least {LEAST_SEEDS} seeds")
-    word = INCONCLUSIVE if why else word_of(claim, found)
-    rule = f"{claim.holds} {claim.bound:g}"
-    why_text = "; ".join(dict.fromkeys(why))
-    unit, bound, paper = claim.unit, claim.bound, claim.paper
-    return Verdict(claim.says, rule, unit, found, bound, paper, word, why_text)
+    whole_seeds = [seed for seed, of_seed in runs.items() if set(arms) <= set(of_seed)]
+    values = [_value(claim, runs[seed]) for seed in whole_seeds]
+    measured = interval(values)
+    # Whatever breaks the protocol is a reason; without one the interval decides.
+    reasons = [undecided[arm] for arm in arms if arm in undecided]
+    if measured.number < len(values):
+        reasons.append("a run diverged")
+    if measured.number < LEAST_SEEDS:
+        reasons.append(f"{measured.number} of at least {LEAST_SEEDS} seeds")
+    return Verdict(
+        claim=claim.says,
+        rule=f"{claim.holds} {claim.bound:g}",
+        unit=claim.unit,
+        interval=measured,
+        bound=claim.bound,
+        paper=claim.paper,
+        word=INCONCLUSIVE if reasons else word_of(claim, measured),
+        # Each reason once: an arm may stand in a claim twice.
+        why="; ".join(dict.fromkeys(reasons)),
+    )
 
 
 def _value(claim: Claim, runs: OneSeed) -> float:
-    # Of runs that diverged: a curve without points, a fit of NaN.
+    """Returns the statistic of a claim for one seed; NaN where it has none."""
+    # Runs that diverged leave a curve without points, or a fit of NaN.
     try:
         return claim.statistic(runs)
     except (ArithmeticError, LookupError, ValueError):
@@ -112,18 +123,22 @@ def _value(claim: Claim, runs: OneSeed) -> float:
 def word_of(claim: Claim, found: Interval) -> str:
     """Returns the verdict by the rule of this module."""
     low, high, bound = found.low, found.high, claim.bound
+    # The whole interval decides. A NaN compares as False, so it neither agrees nor disagrees.
     is_above, is_below = low > bound, high < bound
     if claim.holds == WITHIN:
-        inside, outside = -bound < low and high < bound, low > bound or high < -bound
-        agrees, disagrees = inside, outside
+        agrees = -bound < low and high < bound
+        disagrees = low > bound or high < -bound
     elif claim.holds == ABOVE:
         agrees, disagrees = is_above, is_below
     elif claim.holds == BELOW:
         agrees, disagrees = is_below, is_above
     else:
         raise ValueError(f"a claim holds {ABOVE}, {BELOW} or {WITHIN}, not {claim.holds!r}")
-    return AGREES if agrees else DISAGREES if disagrees else TOO_SMALL
+    if agrees:
+        return AGREES
+    return DISAGREES if disagrees else TOO_SMALL
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
+    """Returns a verdict as nested dicts; a tuple would become a list without names."""
     return {**verdict._asdict(), "interval": verdict.interval._asdict()}

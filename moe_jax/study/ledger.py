@@ -44,6 +44,7 @@ def write(out: Path, study: str, cell: Cell, code: int, **facts: Any) -> None:
     path = folder / f"{platform.node()}.{os.getpid()}.jsonl"
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+        # A cell takes minutes: its line is on the disk before the next one begins.
         file.flush()
         os.fsync(file.fileno())
 
@@ -56,6 +57,7 @@ def read(out: Path) -> list[Line]:
             try:
                 lines.append(json.loads(text))
             except ValueError:
+                # A kill cut it off; its cell is not done.
                 continue
     return lines
 
@@ -77,4 +79,5 @@ def cell_seconds(lines: list[Line]) -> dict[str, float]:
 
 
 def machine() -> Mapping[str, Any]:
+    """Returns what a line says of the machine that trained its cell."""
     return {"node": platform.node(), "cpu": platform.machine(), "cores": os.cpu_count()}

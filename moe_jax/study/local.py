@@ -28,8 +28,8 @@ def write_pack(path: Path, study: str, pack: Sequence[Cell]) -> None:
 
 def read_pack(path: Path) -> tuple[str, list[Cell]]:
     """Returns the study and the cells of a pack."""
-    found = json.loads(path.read_text())
-    return found["study"], expand.from_json(found["cells"])
+    content = json.loads(path.read_text())
+    return content["study"], expand.from_json(content["cells"])
 
 
 def run(
@@ -44,15 +44,20 @@ def run(
     running: list[tuple[subprocess.Popen, Sequence[Cell]]] = []
     with _ended(running):
         while waiting or running:
+            # 1. A free place takes the next pack.
             while waiting and len(running) < at_once:
                 number, pack = waiting.pop(0)
                 path = out / "packs" / f"{study}.{number}.json"
                 write_pack(path, study, pack)
-                running.append((subprocess.Popen([*command, str(path)]), pack))
+                process = subprocess.Popen([*command, str(path)])
+                running.append((process, pack))
             time.sleep(POLL)
-            for each in [each for each in running if each[0].poll() is not None]:
-                running.remove(each)
-                note_lost(out, study, each[1], each[0].returncode)
+            # 2. Those that have ended leave theirs. A copy of the list, for it changes.
+            for process, pack in list(running):
+                if process.poll() is None:
+                    continue
+                running.remove((process, pack))
+                note_lost(out, study, pack, process.returncode)
 
 
 def note_lost(out: Path, study: str, pack: Sequence[Cell], code: int) -> None:
@@ -73,6 +78,7 @@ def _ended(running: list[tuple[subprocess.Popen, Sequence[Cell]]]) -> Iterator[N
     try:
         yield
     finally:
+        # All are told before the first is waited for, so that they end side by side.
         for process, _ in running:
             process.terminate()
         for process, _ in running:

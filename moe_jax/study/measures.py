@@ -59,18 +59,26 @@ def prefix(trained: Trained) -> dict[str, float]:
     size = cfg.eval.batch_size
     rows = local_rows(size)
     bytes_V = np.asarray(data.tokenizer.token_bytes())
-    positions = np.unique(np.linspace(0, cfg.data.seq_len - 1, NUM_PREFIXES + 1)[1:].astype(int))
-    whole, cut, num_bytes = 0.0, 0.0, 0
+    # Evenly spaced, and without the first: there is nothing to see before it.
+    positions = np.linspace(0, cfg.data.seq_len - 1, NUM_PREFIXES + 1)[1:]
+    # In a short row two of them may be one.
+    positions = np.unique(positions.astype(int))
+    num_batches = -(-NUM_ROWS // size)
     params, router_state = judged(trained.state), trained.state.router_state
-    for batch in eval_batches(data, size, -(-NUM_ROWS // size), rows):
-        seen_BS = np.asarray(nll_of(params, router_state, put(batch, rows, size)), np.float64)
+    # Sums over the same tokens: seen with their whole row, and with the row cut behind them.
+    whole, cut, num_bytes = 0.0, 0.0, 0
+    for batch in eval_batches(data, size, num_batches, rows):
+        whole_BS = np.asarray(nll_of(params, router_state, put(batch, rows, size)), np.float64)
         for position in positions:
+            # Padding is of segment 0.
             valid_B = batch.segment_BS[:, position] > 0
             of_prefix = put(cut_behind(batch, position), rows, size)
-            nll_B = np.asarray(nll_of(params, router_state, of_prefix), np.float64)[:, position]
-            whole += seen_BS[valid_B, position].sum()
-            cut += nll_B[valid_B].sum()
-            num_bytes += int(bytes_V[batch.targets_BS[valid_B, position]].sum())
+            cut_BS = np.asarray(nll_of(params, router_state, of_prefix), np.float64)
+            whole += whole_BS[valid_B, position].sum()
+            cut += cut_BS[valid_B, position].sum()
+            targets = batch.targets_BS[valid_B, position]
+            num_bytes += int(bytes_V[targets].sum())
+    # From nats to bits, and from tokens to the bytes that they stand for.
     bits = 1 / (np.log(2) * max(num_bytes, 1))
     return {
         "whole_bits_per_byte": whole * bits,
@@ -106,16 +114,19 @@ def decoding(trained: Trained) -> dict[str, float]:
     figures = {}
     for num_rows in DECODED_ROWS[:1] if cfg.smoke else DECODED_ROWS:
         options = {"batch": num_rows, "prompt": 8, "new": NEW_TOKENS}
-        prepared = [ours.decoding(each, options).run for each in (cfg, dense)]
+        run_sparse = ours.decoding(cfg, options).run
+        run_dense = ours.decoding(dense, options).run
         ratios = []
         for _ in range(rounds):
-            seconds = [timed(run) for run in prepared]
-            ratios.append(seconds[0] / seconds[1])
+            # Side by side, so that a machine that slows down slows both.
+            sparse_seconds = timed(run_sparse)
+            ratios.append(sparse_seconds / timed(run_dense))
         figures[f"decode_ratio_{num_rows}"] = statistics.median(ratios)
     return figures
 
 
 def timed(run: Callable[[], Any]) -> float:
+    """Returns the seconds that a call takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -128,6 +139,7 @@ def dense_twin(cfg: ModelConfig) -> ModelConfig:
         return tuple("dense" for _ in kinds)
 
     active = round(flops.experts_per_token(cfg.moe) * cfg.moe.expert_hidden)
+    # Shared experts serve every token, so their whole width is active.
     return dataclasses.replace(
         cfg,
         prefix=dense(cfg.prefix),

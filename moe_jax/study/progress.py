@@ -47,18 +47,22 @@ def look(study: Study, done: Mapping[str, Line], *, short: bool = False) -> Stat
     A smoke run searches no learning rate and has one seed.
     """
     state = State({}, {}, [], [], [])
+    seeds = study.seeds[:1] if short else study.seeds
     for name in study.arms:
+        # 1. The search of the learning rate, with a seed of its own.
         arm, wanted, lines = _arm(study, name, done, short)
         state.arms[name] = arm
         state.searched.extend(lines)
         state.missing.extend(wanted)
         if math.isnan(arm.rate):
             continue
-        for seed in study.seeds[:1] if short else study.seeds:
+        # 2. The runs that are compared, at the rate that was found.
+        for seed in seeds:
             cell = expand.cell(study, name, seed, arm.rate, short=short)
             line = done.get(cell.key)
             if line:
-                state.runs.setdefault(seed, {})[name] = with_derived(study, cell, line["figures"])
+                figures = with_derived(study, cell, line["figures"])
+                state.runs.setdefault(seed, {})[name] = figures
                 state.lines.append(line)
             elif not wanted:
                 state.missing.append(cell)
@@ -69,8 +73,10 @@ def with_derived(study: Study, cell: Cell, figures: Figures) -> Figures:
     """Returns the figures of a run, and those that the study makes of them."""
     if not study.derived:
         return figures
+    # The ledger has no config; that of the cell is the one that was trained.
     cfg = config.build(cell.raw, 1)
-    return {**figures, **{name: of(cfg, figures) for name, of in study.derived.items()}}
+    derived = {name: of(cfg, figures) for name, of in study.derived.items()}
+    return {**figures, **derived}
 
 
 def _arm(
@@ -88,6 +94,7 @@ def _arm(
         if line:
             tried[rate] = line["figures"].get(study.figure)
             lines.append(line)
+    # A rate at which the run diverged is worse than any other.
     figures = {rate: math.inf if value is None else value for rate, value in tried.items()}
     found = bracket.search(study, figures)
     wanted = [cells[rate] for rate in found.wanted]
@@ -96,7 +103,9 @@ def _arm(
         undecided = f"the learning rate of {name} is not known"
     elif not found.interior:
         undecided = f"the best learning rate of {name}, {found.best:g}, is at the end of its search"
-    return Arm(math.nan if wanted else found.best, undecided, tried), wanted, lines
+    # While a rate is wanted the best one may still change, so nothing is compared at it.
+    rate = math.nan if wanted else found.best
+    return Arm(rate, undecided, tried), wanted, lines
 
 
 def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -> list[Cell]:
@@ -106,10 +115,11 @@ def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -
     Seeds of an arm whose rate is not known yet are taken at the rate where its search begins.
     """
     state = look(study, done, short=short)
+    # By key: a cell of the search may be one of the seeds, and counts once.
     cells = {cell.key: cell for cell in state.missing}
+    seeds = study.seeds[:1] if short else study.seeds
     for name, arm in state.arms.items():
         rate = expand.arm_rate(study, name) if math.isnan(arm.rate) else arm.rate
-        seeds = study.seeds[:1] if short else study.seeds
         of_arm = [expand.cell(study, name, seed, rate, short=short) for seed in seeds]
         of_arm += [expand.cell(study, name, bracket.TUNING_SEED, tried) for tried in arm.tried]
         cells |= {cell.key: cell for cell in of_arm}

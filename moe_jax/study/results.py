@@ -5,6 +5,7 @@ people write below "## Notes" stays.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def write(folder: Path, study: Study, state: State) -> None:
     figures = collect(study, state)
     text = json.dumps(figures, indent=1)
     (folder / "figures.json").write_text(text + "\n", encoding="utf-8")
+    # Read back, so that the table is made of what the file says, and of nothing else.
     figures = json.loads(text)
     path = folder / "table.md"
     path.write_text(render(figures, notes(path)), encoding="utf-8")
@@ -72,29 +74,43 @@ def cpu_minutes(lines: Sequence[Line]) -> float:
 
     A run that two studies share counts in both.
     """
+    # By key, because a cell counts once: the search and the seeds may share it.
     of_cell = {line["key"]: line.get("cpu_seconds", line["seconds"]) for line in lines}
     return sum(of_cell.values()) / 60
 
 
 def _arm(name: str, state: State) -> dict[str, Any]:
+    """Returns what figures.json has of an arm: its rate, the search of it, its run of each seed."""
     arm = state.arms[name]
+    runs_of_seed = {}
+    for seed, runs in state.runs.items():
+        if name in runs:
+            # The keys of JSON are text.
+            runs_of_seed[str(seed)] = dict(runs[name])
     return {
-        "rate": None if arm.rate != arm.rate else arm.rate,
+        # JSON has no NaN, which is the rate of an arm that has none yet.
+        "rate": None if math.isnan(arm.rate) else arm.rate,
         "undecided": arm.undecided,
         "tried": [[rate, value] for rate, value in sorted(arm.tried.items())],
-        "runs": {str(seed): dict(runs[name]) for seed, runs in state.runs.items() if name in runs},
+        "runs": runs_of_seed,
     }
 
 
 def notes(path: Path) -> str:
     """Returns what people wrote in a table.md, from its heading on; "" = nothing."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return text[text.index(NOTES) :].rstrip() if NOTES in text else ""
+    if not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8")
+    # Without the heading, `heading` is empty, and so is what follows it.
+    _, heading, after = text.partition(NOTES)
+    return (heading + after).rstrip()
 
 
 def render(figures: Mapping[str, Any], kept: str) -> str:
     """Returns table.md of figures.json. `kept`: the notes of people."""
-    code = ", ".join(commit[:9] + commit[40:] for commit in figures["commits"]) or "no run yet"
+    # Nine of the forty digits, and what follows them: " with changes", where files had changed.
+    commits = [commit[:9] + commit[40:] for commit in figures["commits"]]
+    code = ", ".join(commits) or "no run yet"
     parts = [
         f"# {figures['question']}",
         f"Paper: {figures['paper']}. Equal in all arms that are compared: {figures['equal']}.",
@@ -129,8 +145,9 @@ def _sizes(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _range(found: Sequence[float]) -> str:
-    low, high = min(found), max(found)
+def _range(numbers: Sequence[float]) -> str:
+    """Returns "1,000 to 2,000", or one number where all are equal."""
+    low, high = min(numbers), max(numbers)
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
 
 
@@ -143,8 +160,9 @@ def _rule() -> str:
 
 
 def _reasons(figures: Mapping[str, Any]) -> list[str]:
-    found = [arm["undecided"] for arm in figures["arms"].values() if arm["undecided"]]
-    return [f"Inconclusive: {'; '.join(found)}."] if found else []
+    """Returns a paragraph that says which searches of a learning rate are undecided, and why."""
+    reasons = [arm["undecided"] for arm in figures["arms"].values() if arm["undecided"]]
+    return [f"Inconclusive: {'; '.join(reasons)}."] if reasons else []
 
 
 def verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
@@ -153,7 +171,9 @@ def verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
     table = Table([*columns, *names("verdict")])
     for each in verdicts:
         interval = Interval(**each["interval"])
-        word = each["word"] + (f" ({each['why']})" if each["why"] else "")
+        word = each["word"]
+        if each["why"]:
+            word += f" ({each['why']})"
         measured = f"{interval} {each['unit']}" if interval.number else "-"
         paper = each["paper"] or "-"
         table.add(each["claim"], each["rule"], paper, measured, str(interval.number), word)
@@ -162,6 +182,7 @@ def verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
 
 def arm_table(figures: Mapping[str, Any]) -> Table:
     """Returns a line for each arm, with all that is reported of it."""
+    # The study names more figures than those of COLUMNS.
     extra = [(name.replace("_", " "), name, "{:.4g}") for name in figures["columns"]]
     columns = [*COLUMNS, *extra]
     figure = figures["figure"].replace("_", " ")
@@ -182,10 +203,11 @@ def values(runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _cell(runs: Sequence[Mapping[str, Any]], name: str, form: str) -> str:
-    found = values(runs, name)
-    if not found:
+    """Returns the mean of a figure over the runs that have it, "-" where none has."""
+    of_runs = values(runs, name)
+    if not of_runs:
         return "-"
-    return form.format(statistics.mean(found) * SCALES.get(name, 1.0))
+    return form.format(statistics.mean(of_runs) * SCALES.get(name, 1.0))
 
 
 def summary(folder: Path) -> str:
@@ -193,6 +215,7 @@ def summary(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("*/figures.json")):
         figures = json.loads(path.read_text(encoding="utf-8"))
+        # The folder has results of other experiments, too.
         if "verdicts" not in figures:
             continue
         name = figures["name"]

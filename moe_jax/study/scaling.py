@@ -81,7 +81,7 @@ class Law(NamedTuple):
 def fit(law: str, points: Sequence[Point], seed: int = 0) -> Fit:
     """Fits a law to runs.
 
-    Raises UserError for a law that there is not, and where there are fewer runs than coefficients.
+    Raises UserError for an unknown law, and where there are fewer runs than coefficients.
     """
     if law not in LAWS:
         raise UserError(f"no law is called {law!r}: choose from {', '.join(LAWS)}")
@@ -96,12 +96,14 @@ def fit(law: str, points: Sequence[Point], seed: int = 0) -> Fit:
         )
     values = form.fit(points, losses, names)
     fitted = form.predict(values, points)
+    # A fit takes up some of the noise: so much larger it was.
     residuals = (losses - fitted) * np.sqrt(len(points) / spare)
     rng = np.random.default_rng(seed)
+    # Coefficients of fits to losses with other noise.
     drawn = []
     for _ in range(DRAWS):
-        again = fitted + rng.choice(residuals, len(residuals))
-        drawn.append(form.fit(points, again, names))
+        noisy = fitted + rng.choice(residuals, len(residuals))
+        drawn.append(form.fit(points, noisy, names))
     low, high = _ends(drawn, names)
     unknown += _undecided(form, values, low, high, names)
 
@@ -109,6 +111,7 @@ def fit(law: str, points: Sequence[Point], seed: int = 0) -> Fit:
         return form.predict(values, at)
 
     def draw(at: Sequence[Point]) -> np.ndarray:
+        # A run differs from the law by its own noise, beside that of the coefficients.
         noise = rng.choice(residuals, (DRAWS, len(at)))
         return np.array([form.predict(each, at) for each in drawn]) + noise
 
@@ -119,6 +122,7 @@ def _visible(form: Law, points: Sequence[Point]) -> tuple[list[str], list[str]]:
     """Returns the coefficients that the points can show, and what they cannot."""
     names, unknown = [], []
     for name, needs in form.about.items():
+        # A quantity of a point that is the same in all of them.
         constant = [of for of in needs if len({getattr(point, of) for point in points}) < 2]
         if constant:
             quantity = " and ".join(QUANTITIES[of] for of in constant)
@@ -131,11 +135,14 @@ def _visible(form: Law, points: Sequence[Point]) -> tuple[list[str], list[str]]:
 def _ends(
     drawn: Sequence[dict[str, float]], names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the lower and the upper end of the interval of each coefficient, by its name."""
+    # On each side, half of what the interval leaves out.
     tail = (1 - CONFIDENCE) / 2
     low, high = {}, {}
     for name in names:
-        found = [values[name] for values in drawn]
-        low[name], high[name] = (float(np.quantile(found, q)) for q in (tail, 1 - tail))
+        of_draws = [values[name] for values in drawn]
+        low[name] = float(np.quantile(of_draws, tail))
+        high[name] = float(np.quantile(of_draws, 1 - tail))
     return low, high
 
 
@@ -147,14 +154,15 @@ def _undecided(
     names: Sequence[str],
 ) -> list[str]:
     """Returns a sentence for each coefficient that the runs leave open."""
-    found = []
+    sentences = []
     for name in names:
         ends = f"{low[name]:.3g} to {high[name]:.3g}"
         if name in form.strength and low[name] <= 0 <= high[name]:
-            found.append(f"{name} may be 0 (95 %: {ends}): the ladder does not show its effect")
+            sentences.append(f"{name} may be 0 (95 %: {ends}): the ladder does not show its effect")
+        # The interval is as wide as the coefficient itself.
         elif high[name] - low[name] > abs(values[name]):
-            found.append(f"{name} is hardly known (95 %: {ends}): the ladder is too short")
-    return found
+            sentences.append(f"{name} is hardly known (95 %: {ends}): the ladder is too short")
+    return sentences
 
 
 class Prediction(NamedTuple):
@@ -183,19 +191,20 @@ def leave_largest_out(law: str, points: Sequence[Point], seed: int = 0) -> Predi
     largest = max(point.n for point in points)
     kept = [point for point in points if point.n < largest]
     left_out = [point for point in points if point.n == largest]
-    found = fit(law, kept, seed)
-    drawn = found.draw(left_out)
+    of_smaller = fit(law, kept, seed)
+    drawn = of_smaller.draw(left_out)
     tail = (1 - CONFIDENCE) / 2
+    # An interval for each run: models of the largest N may differ in tokens or experts.
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     measured = np.array([point.loss for point in left_out])
-    holds = bool(((low <= measured) & (measured <= high)).all())
+    is_inside = (low <= measured) & (measured <= high)
     return Prediction(
-        largest,
-        float(measured.mean()),
-        float(found.predict(left_out).mean()),
-        float(low.min()),
-        float(high.max()),
-        holds,
+        size=largest,
+        measured=float(measured.mean()),
+        predicted=float(of_smaller.predict(left_out).mean()),
+        low=float(low.min()),
+        high=float(high.max()),
+        holds=bool(is_inside.all()),
     )
 
 
@@ -219,13 +228,15 @@ QUANTITIES = {
 
 
 def _columns(points: Sequence[Point]) -> dict[str, np.ndarray]:
-    return {name: np.array([getattr(p, name) for p in points], float) for name in "ndeg"}
+    """Returns each quantity of all points, by its letter in QUANTITIES."""
+    return {name: np.array([getattr(p, name) for p in points], float) for name in QUANTITIES}
 
 
 # Clark et al.
 
 
 def _clark_terms(points: Sequence[Point]) -> dict[str, np.ndarray]:
+    """Returns what each coefficient is multiplied by: log L is linear in all of them."""
     of = _columns(points)
     log_n, log_e = np.log(of["n"]), np.log(of["e"])
     return {"a": log_n, "b": log_e, "c": log_n * log_e, "d": np.ones_like(log_n)}
@@ -234,15 +245,20 @@ def _clark_terms(points: Sequence[Point]) -> dict[str, np.ndarray]:
 def _fit_clark(
     points: Sequence[Point], losses: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
+    """Returns the coefficients of the least squares of log L, by name."""
     terms = _clark_terms(points)
     matrix = np.stack([terms[name] for name in names], 1)
-    solution, *_ = np.linalg.lstsq(matrix, np.log(np.maximum(losses, 1e-9)), rcond=None)
+    # The noise of the bootstrap may push a loss below 0.
+    log_losses = np.log(np.maximum(losses, 1e-9))
+    solution, *_ = np.linalg.lstsq(matrix, log_losses, rcond=None)
     return {name: float(value) for name, value in zip(names, solution, strict=True)}
 
 
 def _predict_clark(values: dict[str, float], points: Sequence[Point]) -> np.ndarray:
+    """Returns the loss of each point by the law."""
     terms = _clark_terms(points)
-    return np.exp(np.sum([value * terms[name] for name, value in values.items()], 0))
+    log_loss = np.sum([value * terms[name] for name, value in values.items()], 0)
+    return np.exp(log_loss)
 
 
 # Krajewski et al.: linear in c, g, a and b once the exponents are given.
@@ -263,6 +279,11 @@ def _krajewski_terms(exponents: dict[str, float], points: Sequence[Point]) -> di
 def _fit_krajewski(
     points: Sequence[Point], losses: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
+    """Returns the coefficients of the least squares of L, by name.
+
+    Exponents are searched from several starts; for each of them the best linear coefficients that
+    are not negative follow.
+    """
     # Imported here: training imports nothing of this, and scipy takes a second.
     from scipy.optimize import least_squares, nnls
 
@@ -278,20 +299,27 @@ def _fit_krajewski(
         solution, _ = nnls(matrix / scale, losses)
         return solution / scale, (matrix / scale) @ solution - losses
 
+    def residuals(powers: np.ndarray) -> np.ndarray:
+        return solve(powers)[1]
+
+    # There is more than one minimum: the lowest of several is taken.
     best = None
     for start in STARTS:
         first = np.array(start[: len(exponents)])
-        found = least_squares(lambda x: solve(x)[1], first, bounds=EXPONENTS)
-        if best is None or found.cost < best.cost:
-            best = found
+        solution = least_squares(residuals, first, bounds=EXPONENTS)
+        if best is None or solution.cost < best.cost:
+            best = solution
     assert best is not None
+    coefficients, _ = solve(best.x)
     values = dict(zip(exponents, map(float, best.x), strict=True))
-    return values | dict(zip(linear, map(float, solve(best.x)[0]), strict=True))
+    return values | dict(zip(linear, map(float, coefficients), strict=True))
 
 
 def _predict_krajewski(values: dict[str, float], points: Sequence[Point]) -> np.ndarray:
+    """Returns the loss of each point by the law; a coefficient that is left out adds nothing."""
     terms = _krajewski_terms(values, points)
-    return np.sum([values[name] * term for name, term in terms.items() if name in values], 0)
+    shown = [values[name] * term for name, term in terms.items() if name in values]
+    return np.sum(shown, 0)
 
 
 LAWS: dict[str, Law] = {

@@ -75,7 +75,7 @@ class Value(NamedTuple):
 
 
 class StepRatio(NamedTuple):
-    """How many times fewer steps an arm takes to the last training loss of another.
+    """Tells how many times fewer steps an arm takes to the last training loss of another.
 
     It is the speed-up of Fedus et al. 2021 (arXiv:2101.03961, figure 5): steps of `against` over
     the steps after which the curve of `arm` stays below the end of the curve of `against`. Below 1
@@ -90,23 +90,26 @@ class StepRatio(NamedTuple):
         return self.arm, self.against
 
     def __call__(self, runs: OneSeed) -> float:
+        # A curve has a line (step, loss) for each logged step.
         reference = np.asarray(runs[self.against]["curve"])
-        goal, last = reference[-1, 1], reference[-1, 0]
+        last_step, goal = reference[-1]
         curve = np.asarray(runs[self.arm]["curve"])
         above = np.flatnonzero(curve[:, 1] > goal)
+        # The arm is there from its first logged step on.
         if len(above) == 0:
-            return float(last / curve[0, 0])
+            return float(last_step / curve[0, 0])
         i = above[-1]
+        # It never gets there.
         if i + 1 == len(curve):
             return 1.0
         # Between the last point above the goal and the first below it the curve is a line.
         (step, loss), (next_step, next_loss) = curve[i], curve[i + 1]
         reached = step + (next_step - step) * (loss - goal) / (loss - next_loss)
-        return float(last / reached)
+        return float(last_step / reached)
 
 
 class Speedup(NamedTuple):
-    """How many times fewer FLOPs sparse models need for the loss of dense ones.
+    """Tells how many times fewer FLOPs sparse models need for the loss of dense ones.
 
     Both families are ladders of sizes. A line log(loss) = a - b log(x) is fitted to the dense
     ladder; it is solved for the loss of each sparse model, and the geometric mean of x(dense) /
@@ -128,15 +131,19 @@ class Speedup(NamedTuple):
         return self.sparse + self.dense
 
     def __call__(self, runs: OneSeed) -> float:
-        x = np.log([number(runs[arm], self.x) for arm in self.dense])
-        y = np.log([number(runs[arm], self.figure) for arm in self.dense])
-        slope, constant = np.polyfit(x, y, 1)
-        gains = []
+        # 1. The line of the dense ladder, in logarithms.
+        log_x = np.log([number(runs[arm], self.x) for arm in self.dense])
+        log_loss = np.log([number(runs[arm], self.figure) for arm in self.dense])
+        slope, constant = np.polyfit(log_x, log_loss, 1)
+        # 2. Where it has the loss of each sparse model.
+        log_gains = []
         for arm in self.sparse:
-            loss = math.log(number(runs[arm], self.figure))
-            equal_x = (loss - constant) / slope
-            gains.append(equal_x - math.log(number(runs[arm], self.x)))
-        return float(np.exp(np.mean(gains)))
+            log_loss_of_arm = math.log(number(runs[arm], self.figure))
+            log_dense_x = (log_loss_of_arm - constant) / slope
+            log_sparse_x = math.log(number(runs[arm], self.x))
+            log_gains.append(log_dense_x - log_sparse_x)
+        # 3. The mean of logarithms is the logarithm of the geometric mean.
+        return float(np.exp(np.mean(log_gains)))
 
 
 class Slope(NamedTuple):
@@ -152,7 +159,8 @@ class Slope(NamedTuple):
 
     def __call__(self, runs: OneSeed) -> float:
         y = [number(runs[arm], self.figure) for arm in self.arms_in_order]
-        return float(np.polyfit(np.log2(self.places), y, 1)[0])
+        slope, _ = np.polyfit(np.log2(self.places), y, 1)
+        return float(slope)
 
 
 def number(figures: Figures, name: str) -> float:

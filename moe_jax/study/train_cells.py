@@ -43,7 +43,7 @@ READ_EVERY = 20
 
 
 class Program(NamedTuple):
-    """What the cells of a pack share. `init` and `step` take seed and learning rate first.
+    """Holds what the cells of a pack share. `init` and `step` take seed and learning rate first.
 
     `data` is that of the first cell: held-out rows are the same for all, training rows are not.
     """
@@ -75,18 +75,21 @@ def run_pack(
       following: returns the cells that the ledger asks for by now, such as the next learning rate
         of a search and then the seeds. Those that were tried here are not tried again.
     """
-    worst, programs = exit_codes.DONE, {}
+    worst = exit_codes.DONE
+    # The program of the last cell. One at a time: each holds its data and its compiled code.
+    programs: dict[str, Program] = {}
     for cell in _and_following(cells, following):
         began, used = time.monotonic(), time.process_time()
         try:
             if cell.program not in programs:
-                # Of another program than before: what that one held is freed.
                 programs = {cell.program: prepare(cell)}
             figures, facts = train(programs[cell.program], cell)
+        # A config that cannot be trained is told in one line.
         except UserError as error:
             worst = error.code
             ledger.write(out, study, cell, worst, reason=str(error), **cpu_since(used))
             shell.tell(f"failed: {told(cell)}: {error}", sys.stderr)
+        # Anything else is a fault: with its traceback, and the next cell is trained all the same.
         except Exception as error:
             worst = exit_codes.INTERNAL
             traceback.print_exc()
@@ -109,6 +112,7 @@ def _and_following(cells: Sequence[Cell], following: Callable[[], list[Cell]]) -
     while waiting:
         tried |= {cell.key for cell in waiting}
         yield from waiting
+        # Asked when all of them are in the ledger: a search goes on from its figures.
         waiting = [cell for cell in following() if cell.key not in tried]
 
 
@@ -118,6 +122,7 @@ def cpu_since(used: float) -> dict[str, float]:
 
 
 def told(cell: Cell) -> str:
+    """Returns a cell as a line of the terminal names it."""
     return f"{cell.arm}, seed {cell.seed}, rate {cell.rate:g}"
 
 
@@ -130,6 +135,7 @@ def prepare(cell: Cell) -> Program:
         model = make_model(cfg.model)
 
         def of_cell(seed: Any, rate: Any) -> config.Config:
+            # Both are traced numbers here, so one program serves all seeds and rates.
             optim = dataclasses.replace(cfg.optim, learning_rate=rate)
             return dataclasses.replace(cfg, seed=seed, optim=optim)
 
@@ -140,12 +146,14 @@ def prepare(cell: Cell) -> Program:
             now = of_cell(seed, rate)
             return make_step(now, model, make_tx(now, state.params))(state, batch)
 
+        # Any batch will do: the step is compiled for its shapes.
         rows = batch_rows.local_rows(cfg.train.batch_size)
         local = Batches(data, "train", 0, cfg.train.batch_size).rows(0, rows)
         batch = batch_rows.put(local, rows, cfg.train.batch_size)
         arguments = inputs(cell)
         init_fn = jax.jit(init)
         state = jax.eval_shape(init_fn, *arguments)
+        # The state is donated: the new one takes its memory.
         compiled = jax.jit(step, donate_argnums=2).lower(*arguments, state, batch).compile()
         evaluate = make_evaluate(cfg, data)
     return Program(cfg, data, init_fn, compiled, memory_of(compiled), evaluate, model.bind)
@@ -164,11 +172,14 @@ def inputs(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
 
 def memory_of(compiled: Any) -> int:
     """Returns the bytes that a step needs: arguments, results that are not theirs, temporaries."""
-    found = compiled.memory_analysis()
-    if found is None:
+    analysis = compiled.memory_analysis()
+    # Not every platform has one.
+    if analysis is None:
         return 0
-    own = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return int(own + found.temp_size_in_bytes)
+    arguments, results = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    # A result in the memory of a donated argument would be counted twice.
+    in_place = analysis.alias_size_in_bytes
+    return int(arguments + results - in_place + analysis.temp_size_in_bytes)
 
 
 def train(program: Program, cell: Cell) -> tuple[Figures, dict[str, Any]]:
@@ -178,10 +189,12 @@ def train(program: Program, cell: Cell) -> tuple[Figures, dict[str, Any]]:
     held-out figures.
     """
     cfg = dataclasses.replace(program.cfg, seed=cell.seed)
+    # The program has the data of the seed that it was prepared with.
     data = program.data if cell.seed == program.cfg.seed else open_data(cfg)
     with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         began = time.monotonic()
         state, rows, seconds = _steps(program, cell, data)
+        # A run ends at the first loss that is not finite.
         diverged = not math.isfinite(rows[-1]["loss"])
         figures = {**_of_config(program), **_of_training(cfg, rows, seconds)}
         figures["diverged"] = int(diverged)
@@ -207,6 +220,7 @@ def _steps(program: Program, cell: Cell, data: Data) -> tuple[Any, list[dict[str
     seed, rate = inputs(cell)
     state = program.init(seed, rate)
     found: list[dict[str, float]] = []
+    # Of steps that nobody has read yet: their metrics are still on the device.
     waiting: list[dict[str, Any]] = []
     began = time.monotonic()
     try:
@@ -220,14 +234,18 @@ def _steps(program: Program, cell: Cell, data: Data) -> tuple[Any, list[dict[str
                     break
     finally:
         stream.close()
-    first_bad = next((i for i, row in enumerate(found) if not math.isfinite(row["loss"])), None)
     seconds = (time.monotonic() - began) / len(found)
-    return state, found if first_bad is None else found[: first_bad + 1], seconds
+    # Steps behind the first loss that is not finite were made before anybody had read it.
+    for i, row in enumerate(found):
+        if not math.isfinite(row["loss"]):
+            return state, found[: i + 1], seconds
+    return state, found, seconds
 
 
 def _small(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the metrics of a step that a cell keeps, as arrays of the device."""
     kept = {name: z for name, z in values.items() if name != "moe" and np.ndim(z) == 0}
+    # A number for each expert is too much for every step.
     return kept | {f"moe/{name}": z for name, z in values["moe"].items() if name != "counts"}
 
 
@@ -240,6 +258,11 @@ def _of_config(program: Program) -> dict[str, Any]:
     """Returns the figures that follow from the config, and the memory of a step."""
     cfg = program.cfg
     counts = flops.parameters(cfg.model)
+    # A dense model is one expert that every token takes.
+    num_experts, granularity = 1, 1
+    if cfg.model.num_moe_layers:
+        num_experts = cfg.model.moe.num_experts
+        granularity = flops.experts_per_token(cfg.model.moe)
     return {
         "steps": cfg.train.steps,
         "tokens": expand.tokens(cfg),
@@ -248,8 +271,8 @@ def _of_config(program: Program) -> dict[str, Any]:
         "total_parameters": counts.total,
         "active_parameters": counts.active,
         "active_body": counts.active_body,
-        "num_experts": cfg.model.moe.num_experts if cfg.model.num_moe_layers else 1,
-        "granularity": flops.experts_per_token(cfg.model.moe) if cfg.model.num_moe_layers else 1,
+        "num_experts": num_experts,
+        "granularity": granularity,
         "memory": program.memory,
     }
 
@@ -259,12 +282,11 @@ def _of_training(
 ) -> dict[str, Any]:
     """Returns the curve, and means over the end of the run: "train_loss" is in nats per token."""
     last = rows[-max(1, round(END * len(rows))) :]
-    names = ["max_vio", "drop_fraction", "active", "load_entropy"]
-    figures: dict[str, Any] = {
-        name: float(np.mean([row[f"moe/{name}"] for row in last]))
-        for name in names
-        if f"moe/{name}" in last[0]
-    }
+    figures: dict[str, Any] = {}
+    for name in ("max_vio", "drop_fraction", "active", "load_entropy"):
+        # A model without experts has none of them.
+        if f"moe/{name}" in last[0]:
+            figures[name] = float(np.mean([row[f"moe/{name}"] for row in last]))
     figures["train_loss"] = float(np.mean([row["nll"] for row in last]))
     norms = [row["grad_norm"] for row in rows if math.isfinite(row["grad_norm"])]
     figures["worst_grad_norm"] = max(norms, default=math.inf)
@@ -273,6 +295,7 @@ def _of_training(
         steps = range(DENSITY_EVERY, len(rows) + 1, DENSITY_EVERY)
         figures["density_curve"] = [[step, rows[step - 1]["expert_density"]] for step in steps]
         figures["density"] = rows[-1]["expert_density"]
+    # A point of the curve is the mean of the steps since the point before it.
     width = max(1, len(rows) // POINTS)
     curve = []
     for end in range(width, len(rows) + 1, width):
@@ -286,8 +309,9 @@ def _of_training(
 
 def _held_out(program: Program, state: Any) -> dict[str, Any]:
     """Returns the held-out figures that are numbers."""
-    found = program.evaluate(state, program.cfg.eval.final_batches)
-    figures = {name: value for name, value in found.items() if isinstance(value, float | int)}
+    evaluated = program.evaluate(state, program.cfg.eval.final_batches)
+    figures = {name: value for name, value in evaluated.items() if isinstance(value, float | int)}
+    # Training has a figure of that name.
     if "max_vio" in figures:
         figures["heldout_max_vio"] = figures.pop("max_vio")
     return figures

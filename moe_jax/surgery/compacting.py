@@ -24,8 +24,10 @@ class Asked(NamedTuple):
     """Holds what a user asks for."""
 
     workdir: Path
-    format: str  # one of FORMATS
-    block: int  # side of a block; 0 = that of the pattern blocks
+    # One of FORMATS.
+    format: str
+    # Side of a block; 0 = that of the pattern blocks.
+    block: int
 
 
 def shrunk(old: Weights, asked: Asked) -> tuple[list[str], Weights]:

@@ -11,7 +11,8 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Arrays, RouterCfg, Routing, Slots, Tokens
 from moe_jax.schema.config import ModelConfig
 
-ROWS, LENGTH = 4, 64  # of the random tokens
+# Of the random tokens.
+ROWS, LENGTH = 4, 64
 # Gates that differ by less are the same: a few hundred roundings.
 SAME = 1e-11
 
@@ -75,5 +76,6 @@ def mixes(cfg: ModelConfig) -> bool:
 def constant(x: np.ndarray) -> float | None:
     """Returns the one number that an array holds, up to rounding; None where it holds others."""
     middle = float(x.mean())
+    # Relative to the mean; one of 0 has no size.
     is_same = np.abs(x - middle).max() <= SAME * max(abs(middle), 1e-30)
     return middle if is_same and middle > 0 else None

@@ -54,6 +54,7 @@ class Layers:
         ending = f"{now}{EXPERTS}w_in"
         found: Arrays = {}
         for name in self._begin:
+            # Every tree that has an array for each parameter has this one of the block.
             prefix = name.removesuffix(ending)
             dense = self._dense(prefix, was)
             if prefix == name or not dense:
@@ -88,6 +89,7 @@ class Layers:
         if self._share.shards:
             experts = upcycling.changed(experts, now, self._change)
             experts["w_out"] = experts["w_out"] * self.factor
+        # Shared experts have all units: new experts begin as any, and add nothing at first.
         else:
             for name in ("w_in", "w_out"):
                 experts[name] = self._begin[f"{prefix}{now}{EXPERTS}{name}"].astype(np.float64)
@@ -96,7 +98,7 @@ class Layers:
         arrays |= self._shared(dense)
         gate = f"{prefix}{now}{DENSE}gate"
         if gate in self._begin:
-            # The sigmoid of 0 is a half.
+            # The sigmoid of 0 is a half, so twice as much goes through it.
             arrays[f"{DENSE}gate"] = np.zeros(self._begin[gate].shape)
             arrays[f"{DENSE}w_out"] = 2 * arrays[f"{DENSE}w_out"]
         router = self._router(now)
@@ -107,6 +109,7 @@ class Layers:
     ) -> dict[str, np.ndarray]:
         """Returns the moments of experts: those of the units that they are copies of."""
         squares = OPTIMIZERS[self._cfg.optim.optimizer].squares
+        # Moments of squares grow with the square of a gradient.
         if any(part in squares for part in prefix.split("/")):
             factor = factor**2
         dense = {name: factor * x for name, x in dense.items()}
@@ -125,6 +128,7 @@ class Layers:
         width = self._share.shared
         if not width:
             return {}
+        # Hidden units are the last dimension of w_in [D, P, F] and the first of w_out [F, D].
         return {
             f"{DENSE}w_in": dense["w_in"][:, :, :width],
             f"{DENSE}w_out": dense["w_out"][:width],

@@ -43,9 +43,12 @@ class Mover:
         """
         axis, hidden, _ = self.axes[name]
         plan, index = self.plan, self.plan.index[layer]
+        # Entries of this dimension that are no experts.
         behind = np.arange(plan.before, x.shape[axis])
         if len(behind):
-            behind = np.repeat(behind, (self.shape(name)[axis] - len(index)) // len(behind))
+            # Where experts became several, so did these.
+            times = (self.shape(name)[axis] - len(index)) // len(behind)
+            behind = np.repeat(behind, times)
         y = np.take(x, np.concatenate([index, behind]).astype(int), axis)
         if plan.weights is not None:
             y = _mixed(x, y, axis, plan.weights[layer])
@@ -57,11 +60,13 @@ class Mover:
 def _mixed(x: np.ndarray, y: np.ndarray, axis: int, weights_NE: np.ndarray) -> np.ndarray:
     """Returns `y` with its first N experts the weighted sums of those of `x`."""
     num_new, num_old = weights_NE.shape
+    # Experts first, whatever the array; summed in float64, so that merging rounds once.
     old = np.moveaxis(x, axis, 0)[:num_old].astype(np.float64)
     sums = np.tensordot(weights_NE, old, 1)
     if x.dtype == bool:
         # What is alive in one of them is alive in their mean.
         sums = sums > 0
+    # What lies behind the experts is in y already.
     whole = np.moveaxis(y, axis, 0).astype(sums.dtype)
     whole[:num_new] = sums
     return np.moveaxis(whole, 0, axis)
@@ -69,8 +74,10 @@ def _mixed(x: np.ndarray, y: np.ndarray, axis: int, weights_NE: np.ndarray) -> n
 
 def _sliced(y: np.ndarray, axis: int, hidden: int, slices: int) -> np.ndarray:
     """Returns experts of which each has one slice of its hidden units, in turn."""
+    # Experts and hidden units first.
     y = np.moveaxis(y, (axis, hidden), (0, 1))
     num, width = y.shape[0], y.shape[1] // slices
+    # [experts before, the copy, the slice, units of a slice, ...].
     y = y.reshape(num // slices, slices, slices, width, *y.shape[2:])
     # The i-th of the experts in a row has the i-th slice.
     y = np.stack([y[:, i, i] for i in range(slices)], 1)
@@ -91,6 +98,7 @@ def with_noise(
         return x
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     y = np.moveaxis(x, axis, 0).astype(np.float64)
+    # Relative to all experts, so that one of zeros gets noise, too.
     deviation = noise * y.std()
     for expert in np.flatnonzero(plan.changed[layer]):
         moved = y[expert] + deviation * rng.normal(size=y[expert].shape)
@@ -104,6 +112,7 @@ def with_moments(x: np.ndarray, axis: int, plan: Plan, layer: int, factor: float
     """Returns moments with a factor on those of experts that are not as they were: the changed
     ones, or all where each is split or merged.
     """
+    # Every expert is as it was, with another number at most.
     moves = plan.changed is None and plan.choices == 1 and plan.weights is None
     if factor == 1 or moves:
         return x

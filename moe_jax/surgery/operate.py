@@ -66,6 +66,7 @@ def operated(old: Snapshot, plan: Plan, asked: Asked) -> Done:
     exact: Arrays = {}
     anew = []
     for name, x in old.arrays.items():
+        # Factored moments mix the numbers of experts: they begin anew.
         if mover.is_unclear(name):
             exact[name] = np.zeros(mover.shape(name))
             anew.append(name)
@@ -77,6 +78,7 @@ def operated(old: Snapshot, plan: Plan, asked: Asked) -> Done:
             exact[name] = x
     quiet = silenced(before, after, plan, exact)
     exact |= quiet
+    # What is written is rounded; what is judged is not.
     made = {name: x.astype(old.arrays[name].dtype) for name, x in exact.items()}
     made = with_rounded_masters(after, made)
     reasons = [text for text in (reason, plan.loss) if text]
@@ -117,6 +119,7 @@ def changed(
         return with_noise(y, axis, inner, plan, layer, asked.noise, asked.seed)
     if part == "opt_state":
         squares = OPTIMIZERS[after.optim.optimizer].squares
+        # Moments of squares grow with the square of a gradient.
         power = 2 if any(word in squares for word in name.split("/")) else 1
         return with_moments(y, axis, plan, layer, asked.moments**power)
     return y

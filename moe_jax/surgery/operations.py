@@ -70,6 +70,7 @@ def split(there: There, parts: int, how: str) -> Plan:
     `how`: "slices" of its hidden units (He et al. 2024, arXiv:2410.07524), or whole "copies". A
     token takes all parts of an expert that it took.
     """
+    # Parts of one expert stand side by side: 0 0 1 1 2 2.
     index = np.repeat(np.arange(there.num_experts), parts)
     slices = parts if how == "slices" else 1
     return Plan(there.num_experts, _everywhere(there, index), slices=slices, choices=parts)
@@ -82,10 +83,12 @@ def grow(there: There, num: int, like: Sequence[int] | None) -> Plan:
         raise UserError(f"--to {num} must be more than the {there.num_experts} experts there are")
     if like is not None:
         refuse_strangers("--like", like, there)
+        # Where fewer are named than are wanted, they are taken in turn.
         parents = np.tile(np.resize(like, more), (there.num_layers, 1))
     else:
         order = _busiest_first(there, "--like")
         parents = np.stack([np.resize(layer, more) for layer in order])
+    # Experts that were there keep their numbers; the copies stand behind them.
     own = _everywhere(there, range(there.num_experts))
     index = np.concatenate([own, parents], 1)
     is_new = np.broadcast_to(np.arange(num) >= there.num_experts, index.shape)
@@ -104,6 +107,7 @@ def prune(there: There, gone: Sequence[int] | None, keep: int | None) -> Plan:
     if keep is None or not 1 <= keep < num:
         raise UserError(f"--keep {keep} must lie between 1 and {num - 1}: there are {num} experts")
     order = _busiest_first(there, "--experts")
+    # Those that stay keep their order, so that numbers change as little as possible.
     return Plan(num, np.sort(order[:, :keep], 1), loss=GONE)
 
 
@@ -117,6 +121,7 @@ def merge(there: There, groups: Sequence[Sequence[int]], by_load: bool) -> Plan:
         raise UserError("--groups names an expert twice")
     if by_load and there.load is None:
         raise UserError("--weights load needs held-out text of a language model")
+    # Whom each new expert is made of, by the lowest number among them.
     members = {min(group): sorted(group) for group in groups}
     others = set(range(there.num_experts)) - set(named)
     members |= {expert: [expert] for expert in others}
@@ -126,6 +131,7 @@ def merge(there: There, groups: Sequence[Sequence[int]], by_load: bool) -> Plan:
         for new, expert in enumerate(first):
             group = members[expert]
             share = np.ones(len(group))
+            # A group that no token chose has no loads to weigh by.
             if by_load and there.load is not None and there.load[layer, group].sum() > 0:
                 share = there.load[layer, group].astype(float)
             weights[layer, new, group] = share / share.sum()
@@ -154,6 +160,7 @@ def revive(there: There, dead: Sequence[int] | None, below: float | None) -> Pla
         deadest_first = [expert for expert in busy_first[::-1] if expert in chosen]
         if not busy:
             raise UserError("no expert is left to copy: name fewer as dead")
+        # Where more are dead than busy, the busiest are copied again.
         for i, expert in enumerate(deadest_first):
             index[layer, expert] = busy[i % len(busy)]
     changed = index != np.arange(there.num_experts)

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax import checkpoint, optim
 from moe_jax.checkpoint import flat
-from moe_jax.checkpoint.store import load_arrays, read_manifest
+from moe_jax.checkpoint.array_files import load_arrays, read_manifest
 from moe_jax.errors import UserError
 from moe_jax.models.functions import make_model
 from moe_jax.moe import sparse
@@ -51,12 +51,12 @@ class Snapshot:
 
     @property
     def trains_on(self) -> bool:
-        """True where the state is that of a training run, and not of a model alone."""
+        """Returns True where the state is that of a training run, and not of a model alone."""
         return isinstance(self.metadata.get("data"), str) and "step" in self.arrays
 
     @property
     def config(self) -> Config:
-        """The frozen config, for one device and with single layers."""
+        """Returns the frozen config, for one device and with single layers."""
         return for_one_device(self.raw, Path("."))
 
 
@@ -68,7 +68,9 @@ def read(run: Run) -> Snapshot:
             "name the run that `convert compact` read"
         )
     saves = checkpoints(run.workdir)
+    # Its files are verified here.
     path = saves.path(run.step)
+    # On the host, whatever accelerator there is: what follows is NumPy.
     place = SingleDeviceSharding(meshes.of_host().devices.flat[0])
     wanted = {}
     for name, (shape, dtype) in read_manifest(path)["arrays"].items():
@@ -86,6 +88,7 @@ def write(workdir: Path, made: Snapshot) -> None:
     _refuse_misfits(made)
     workdir.mkdir(parents=True, exist_ok=True)
     saves = checkpoint.Checkpoints(workdir / "checkpoints", every=0, keep=1, keep_best=0)
+    # Orbax writes arrays of jax.
     place = meshes.of_host().devices.flat[0]
     arrays = {name: jax.device_put(x, place) for name, x in made.arrays.items()}
     metadata = {**made.metadata, "config": made.raw}
@@ -130,6 +133,7 @@ def with_rounded_masters(cfg: Config, arrays: Arrays) -> Arrays:
     for name, x in arrays.items():
         if cfg.optim.master_copy and name.startswith("master/"):
             param = "params/" + name.removeprefix("master/")
+            # As a step leaves them: the master copy is what the optimizer moves.
             made[param] = x.astype(made[param].dtype)
     return made
 

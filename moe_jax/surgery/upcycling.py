@@ -54,23 +54,23 @@ def shares(hidden: int, moe: Any) -> Shares:
     """Returns how H units are dealt out. Raises UserError where they cannot be."""
     shared, width = moe.shared_width, moe.expert_hidden
     left = hidden - shared
+    # Shared experts take all of them.
     if left == 0:
         return Shares(shared, 0, width)
+    # Whole shards, of which all have as many experts.
     shards = left // width if left > 0 else 0
     fits = left > 0 and left % width == 0 and moe.num_experts % shards == 0
     if fits:
         return Shares(shared, shards, width)
     beside = f" beside {shared} of shared experts" if shared else ""
-    possible = [
-        left // n
-        for n in range(1, moe.num_experts + 1)
-        if left > 0 and left % n == 0 and moe.num_experts % n == 0
-    ]
-    hint = (
-        f"set model.moe.expert_hidden to one of {', '.join(map(str, possible))}"
-        if possible
-        else f"shared experts may have {hidden} units at most"
-    )
+    # Widths that would fit, one for each number of shards.
+    possible = []
+    for n in range(1, moe.num_experts + 1):
+        if left > 0 and left % n == 0 and moe.num_experts % n == 0:
+            possible.append(left // n)
+    hint = f"shared experts may have {hidden} units at most"
+    if possible:
+        hint = f"set model.moe.expert_hidden to one of {', '.join(map(str, possible))}"
     raise UserError(
         f"model.ffn_hidden = {hidden} of the dense run makes no {moe.num_experts} experts of "
         f"model.moe.expert_hidden = {width}{beside}: {hint}"
@@ -104,6 +104,7 @@ def changed(weights: Mapping[str, np.ndarray], name: str, change: Change) -> dic
     made = {key: x.astype(np.float64) for key, x in weights.items()}
     num_experts, width, _ = made["w_out"].shape
     for expert in range(num_experts if change.drop else 0):
+        # Other units in each expert, and the same in all of its matrices.
         units = rng.permutation(width)[: round(change.drop * width)]
         for part in range(made["w_in"].shape[2]):
             _redraw(made["w_in"][expert, :, part], (slice(None), units), rng)
@@ -140,6 +141,7 @@ def begun(
     made = {}
     for name, x in router.items():
         axis = axes[name]
+        # It belongs to all experts together.
         if axis < 0:
             made[name] = x
             continue

@@ -19,7 +19,8 @@ from moe_jax.parallel import batch_rows, mesh
 from moe_jax.run import Run
 from moe_jax.tasks import TASKS
 
-ROWS = 8  # of the random inputs
+# Of the random inputs.
+ROWS = 8
 
 
 class Weights(NamedTuple):
@@ -44,6 +45,7 @@ def compare(old: Weights, new: Weights) -> float:
     """Returns the largest |difference| of outputs over the largest |output|, on random inputs of
     the task, in float32.
     """
+    # Each by its own config: the new model may have another number of experts.
     before, after = (outputs(weights.raw, "float32", [weights])[0][0] for weights in (old, new))
     return _farthest(before, after, relative=True)
 
@@ -58,6 +60,7 @@ def gaps(old: Weights, new: Sequence[Weights]) -> tuple[list[float], float]:
         after = outputs(new[0].raw, "float64", new)
         sums = after[0][1]
     far = [_farthest(before, values, relative=False) for values, _ in after]
+    # A model without experts drops nothing.
     if "dropped" not in sums:
         return far, 0.0
     totals = load.totals(sums)
@@ -66,6 +69,8 @@ def gaps(old: Weights, new: Sequence[Weights]) -> tuple[list[float], float]:
 
 
 def _farthest(before: Any, after: Any, *, relative: bool) -> float:
+    """Returns the largest difference of two trees of outputs, over their size where asked."""
+
     def far(a: np.ndarray, b: np.ndarray) -> float:
         # Outputs that are all 0 have no size to divide by.
         size = max(float(np.abs(a).max()), 1e-30) if relative else 1.0
@@ -80,6 +85,7 @@ def outputs(raw: dict[str, Any], dtype: str, models: Sequence[Weights]) -> list[
     inputs of its task. They are compiled once.
     """
     raw = copy.deepcopy(raw)
+    # Single layers, and the dtype in which they are compared.
     raw["model"] |= {"scan": False, "dtype": dtype, "param_dtype": dtype}
     raw |= {"mesh": mesh.ONE.written(), "simulate_devices": 0}
     raw["train"] |= {"batch_size": ROWS, "micro_batch_size": 0}
@@ -116,6 +122,7 @@ def _of_valid(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     if x.shape[: weight.ndim] != weight.shape:
         return x
+    # [B, S] -> [B, S, 1, ...], as many dimensions as the output has.
     keeps = jnp.expand_dims(weight > 0, tuple(range(weight.ndim, x.ndim)))
     return jnp.where(keeps, x, 0)
 

@@ -29,7 +29,9 @@ def of_hidden(last: Hidden, target_BS: Array, chunk: int, greedy: bool) -> tuple
     `chunk` tokens of a device at a time; a vocabulary split over `model` is never gathered.
     """
     if jax.sharding.get_abstract_mesh().empty:
+        # Without a mesh nothing is split.
         return _on_device(last.x_BSD, last.head_DV, target_BS, None, chunk, greedy)
+    # Each device cuts its own tokens, so that no chunk is of several devices.
     x_spec, head_spec = (jax.typeof(z).sharding.spec for z in last)
     tokens = P(*x_spec[:2])
     run = jax.shard_map(
@@ -50,12 +52,14 @@ def _on_device(
 ) -> tuple[Array, Array, Any]:
     """Cuts the tokens of a device into chunks of equal length; padding fills up the last one."""
     num_tokens = target_BS.size
+    # Chunks of equal length, so that at most one token of each is padding.
     num_chunks = -(-num_tokens // chunk)
     length = -(-num_tokens // num_chunks)
     padding = num_chunks * length - num_tokens
 
     def cut(z_BS: Array) -> Array:
         z_T = z_BS.reshape((num_tokens,) + z_BS.shape[2:])
+        # `join` cuts the padding off, so it gets a gradient of zero.
         z_T = jnp.pad(z_T, [(0, padding)] + [(0, 0)] * (z_T.ndim - 1))
         return z_T.reshape((num_chunks, length) + z_T.shape[1:])
 
@@ -86,16 +90,18 @@ def _losses(
 
 
 def _forward(vocab_axis: str | None, *inputs: Array) -> tuple[tuple[Array, Array], Any]:
+    """Returns (losses, what the backward pass reads): of the logits one number a token."""
     nll_nC, log_sum_nC = _losses(vocab_axis, *inputs)
     return (nll_nC, log_sum_nC), (*inputs, log_sum_nC)
 
 
 def _backward(vocab_axis: str | None, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    """The gradient of logits is p (dnll + dlog_sum), less dnll at the target."""
+    """Returns the gradients. That of the logits is p (dnll + dlog_sum), less dnll at the target."""
     x_nCD, head_DV, target_nC, log_sum_nC = residuals
 
     def step(dhead_DV: Array, chunk: Any) -> tuple[Array, Array]:
         x_CD, target_C, log_sum_C, dnll_C, dlog_sum_C = chunk
+        # The logits once more, and with the denominator that was kept their probabilities.
         prob_CV = jnp.exp(_logits(x_CD, head_DV) - log_sum_C[:, None])
         both_C1 = (dnll_C + dlog_sum_C)[:, None]
         is_target_CV = is_target(vocab_axis, prob_CV, target_C)
@@ -105,6 +111,7 @@ def _backward(vocab_axis: str | None, residuals: Any, cotangents: Any) -> tuple[
             dx_CD = _product(dlogits_CV, head_DV, 1, 1).astype(x_CD.dtype)
             return dhead_DV + _product(x_CD, dlogits_CV, 0, 0), dx_CD
 
+    # Summed over the chunks, so in a wide dtype.
     zero_DV = jnp.zeros_like(head_DV, dtype=wide_dtype(head_DV.dtype))
     chunks = (x_nCD, target_nC, log_sum_nC, *cotangents)
     dhead_DV, dx_nCD = lax.scan(step, zero_DV, chunks)
@@ -116,7 +123,6 @@ _losses.defvjp(_forward, _backward)
 
 def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
     """Returns the token with the largest logit [n, C]; the first of several."""
-
     # An id has no gradient.
     x_nCD, head_DV = lax.stop_gradient((x_nCD, head_DV))
 
@@ -126,6 +132,7 @@ def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
         if not vocab_axis:
             return carry, id_C
         top_C = jnp.max(logits_CV, axis=-1)
+        # Numbered in the whole vocabulary, of which this device has a part.
         id_C = id_C + lax.axis_index(vocab_axis).astype(jnp.int32) * head_DV.shape[1]
         # An id of a device whose largest logit is not the largest of all is behind all others.
         is_top_C = top_C == lax.pmax(top_C, vocab_axis)
@@ -137,6 +144,7 @@ def _likeliest(vocab_axis: str | None, x_nCD: Array, head_DV: Array) -> Array:
 
 
 def _logits(x_CD: Array, head_DV: Array) -> Array:
+    """Returns the logits of a chunk, in a wide dtype."""
     with jax.named_scope("head"):
         return _product(x_CD, head_DV, 1, 0)
 

@@ -26,8 +26,10 @@ from moe_jax.parallel.mesh import P
 from moe_jax.runtime import stopping
 from moe_jax.schema.config import Config
 
-Figures = Mapping[str, Any]  # of an evaluation, by name
-Table = dict[str, dict[str, Any]]  # row -> column -> value
+# Of an evaluation, by name.
+Figures = Mapping[str, Any]
+# Row -> column -> value.
+Table = dict[str, dict[str, Any]]
 
 
 # Totals that others are divided by. `balance_weight` is state of a router (moe/losses).
@@ -61,7 +63,7 @@ class Trained(NamedTuple):
 
 
 class Task(NamedTuple):
-    """All that there is to know of a task; `TASK` of its file.
+    """Holds all that there is to know of a task; `TASK` of its file.
 
     `cfg` is the whole Config, `data` what `open` returned (data/contract.py).
     """

@@ -21,6 +21,7 @@ def negative_log_likelihood(logits_BSV: Array, target_BS: Array) -> Array:
     """Returns -log p(target) in nats, [B, S]; a vocabulary split over `model` is never gathered."""
     if jax.sharding.get_abstract_mesh().empty:
         return _nll_on_device(None, logits_BSV, target_BS)
+    # The logits say how they are split; nothing here decides it again.
     batch_axes, row_axes, vocab_axis = jax.typeof(logits_BSV).sharding.spec
     tokens = P(batch_axes, row_axes)
     run = jax.shard_map(
@@ -33,7 +34,7 @@ def negative_log_likelihood(logits_BSV: Array, target_BS: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll_on_device(vocab_axis: str | None, logits_BSV: Array, target_BS: Array) -> Any:
-    """`vocab_axis`: the mesh axis that splits the vocabulary; None = none does."""
+    """Returns nll_BS. `vocab_axis`: the mesh axis that splits the vocabulary; None = none does."""
     nll_BS, _ = _nll_forward(vocab_axis, logits_BSV, target_BS)
     return nll_BS
 
@@ -49,7 +50,7 @@ def _nll_forward(
 def _nll_backward(
     vocab_axis: str | None, residuals: tuple[Array, ...], dnll_BS: Array
 ) -> tuple[Array, None]:
-    """The gradient is p - 1 at the target and p elsewhere, written in one pass."""
+    """Returns the gradient of the logits: p - 1 at the target and p elsewhere, in one pass."""
     logits_BSV, target_BS, log_sum_BS = residuals
     is_target_BSV = is_target(vocab_axis, logits_BSV, target_BS)
     prob_BSV = jnp.exp(logits_BSV - log_sum_BS[..., None])
@@ -64,6 +65,7 @@ def log_sum_and_target(vocab_axis: str | None, logits: Array, target: Array) -> 
     one device.
     """
     local_id = _local_id(vocab_axis, logits, target)
+    # log sum exp(z) = top + log sum exp(z - top), which does not overflow.
     top = jnp.max(logits, axis=-1)
     if vocab_axis:
         top = lax.pmax(top, vocab_axis)

@@ -112,7 +112,9 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
         return jnp.argmax(probability_BC, -1), probability_BC.max(-1)
 
     index_R, (predicted_R, probability_R) = contract.of_heldout(cfg, trained, data, predict)
-    labels, (raw, label_N) = data.about.labels, data.about.raw["heldout"]
+    labels = data.about.labels
+    # Texts, or vectors; and their labels.
+    raw, label_N = data.about.raw["heldout"]
 
     def rows() -> Iterator[dict[str, Any]]:
         for i, predicted, probability in zip(index_R, predicted_R, probability_R, strict=True):

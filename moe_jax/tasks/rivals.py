@@ -11,7 +11,8 @@ from moe_jax.tasks.recommendation import rivals as recommendation
 from moe_jax.tasks.translation import rivals as translation
 from moe_jax.tasks.vision import rivals as vectors
 
-BaselineFigures = dict[str, dict[str, float | str]]  # baseline -> figure -> number
+# Baseline -> figure -> number.
+BaselineFigures = dict[str, dict[str, float | str]]
 
 
 def baseline_figures(data: Examples, tune: bool = True) -> BaselineFigures:

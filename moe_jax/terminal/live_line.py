@@ -9,7 +9,8 @@ from rich.text import Text
 
 # In ASCII, which every terminal shows.
 SPINNER = "-\\|/"
-REFRESH = 5  # times a second
+# Times a second.
+REFRESH = 5
 
 
 def can_be_shown(console: Console) -> bool:

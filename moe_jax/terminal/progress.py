@@ -30,7 +30,8 @@ SHORT = 2.0
 STILL = 5.0
 # Columns of a terminal, below which the bar gives way to the numbers.
 NARROW = 90
-BAR = 24  # columns of the bar
+# Columns of the bar.
+BAR = 24
 FIRST_STEP = "compiling the first step"
 
 

@@ -51,7 +51,8 @@ class Row(NamedTuple):
     # A str is shown as it is: what looks like markup in it is none.
     cells: tuple[str | Text, ...]
     style: str
-    ends: bool = False  # with a line below it
+    # With a line below it.
+    ends: bool = False
 
 
 class Table:
@@ -85,7 +86,7 @@ class Table:
             yield self._drawn(part, options.max_width)
 
     def markdown(self) -> str:
-        """The rows as a Markdown table, without the title."""
+        """Returns the rows as a Markdown table, without the title."""
         marks = ["---:" if column.kind == "number" else "---" for column in self.columns]
         lines = [f"| {' | '.join(column.name for column in self.columns)} |"]
         lines.append(f"|{'|'.join(marks)}|")

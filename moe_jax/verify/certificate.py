@@ -176,6 +176,8 @@ def _deviations(mesh: Mapping[str, Any], checks: list[str]) -> list[str]:
 
 
 def table(head: Any, rows: Any) -> list[str]:
+    """Returns the lines of a Markdown table, with an empty one behind it."""
+
     def line(cells):
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 

@@ -21,7 +21,8 @@ from moe_jax.verify.program import Probe, Program
 
 # Where they write their checkpoint together.
 SAVED = "of_processes"
-REPORT = "report.pickle"  # of process 0
+# Of process 0.
+REPORT = "report.pickle"
 # Seconds after which a process is taken to hang.
 SECONDS = 300
 

@@ -27,7 +27,8 @@ from moe_jax.models.block import moe_config
 from moe_jax.moe import probe
 from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.experts.network import Chosen
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoELayer
+from moe_jax.moe.settings import MoE
 from moe_jax.parallel.compiling import QUICK, of_other_platforms
 from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import Config
@@ -39,7 +40,7 @@ LONGEST = 1024
 
 
 class Dense(NamedTuple):
-    """How far the layer is from the reference."""
+    """Holds how far the layer is from the reference."""
 
     # Largest deviation relative to the largest output.
     output: float

@@ -43,6 +43,7 @@ def shrink(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Rule]]:
     yours = {**copy.deepcopy(dict(raw)), "mesh": ONE.written()}
     config.build(yours, 1)
     small, rules = copy.deepcopy(yours), []
+    # Devices of this machine's CPU: a proof needs no accelerator.
     small["simulate_devices"] = DEVICES
     for key, value, why in _rules(yours):
         old = get(small, key)
@@ -64,6 +65,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "model.ffn_hidden", 32, "small; divisible by the model axis"
     yield "model.moe.expert_hidden", 16, "small; divisible by the model axis"
     yield "model.vocab_size", 64, "small; divisible by the model axis"
+    # Two periods, so that something repeats; on a pipeline each chunk of a stage has two.
     chunks = train["pipeline_chunks"]
     yield (
         "model.repeats",
@@ -74,6 +76,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "model.dtype", "float64", "likewise"
     yield "optim.master_copy", False, "parameters in float64 need none"
     yield "data.seq_len", SEQ_LEN, "small"
+    # A group never spans a device.
     rows = DEVICES * model["moe"]["group_rows"]
     # 0 = the whole batch at once.
     num_micro = train["batch_size"] // (train["micro_batch_size"] or train["batch_size"])
@@ -86,6 +89,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "train.init_from", "", "begins at random"
     warmup = min(raw["optim"]["warmup_steps"], 1)
     yield "optim.warmup_steps", warmup, "the first steps move the parameters"
+    # A component says itself how small its options may be.
     yield from _rules_of_components(model)
 
 
@@ -119,7 +123,9 @@ def _with_experts(small: dict[str, Any], rules: list[Rule]) -> tuple[dict[str, A
     key, moe = "model.moe.num_experts", small["model"]["moe"]
     number, k = moe["num_experts"], moe["routers"][moe["router"]].get("k", 1)
     # Any other number stays: its remainder decides how experts are split.
+    # A multiple of DEVICES is a multiple of the length of every axis.
     if number % DEVICES == 0:
+        # The first number that the router's options allow is the smallest.
         for fewer in range(DEVICES, number, DEVICES):
             put(small, key, fewer)
             if fewer >= 2 * k and accepted(small):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.checkpoint import Checkpoints, SaveFailed, alias, manifest, store
+from moe_jax.checkpoint import Checkpoints, SaveFailed, alias, array_files, manifest
 from moe_jax.errors import UserError
 
 SIZE = 1000
@@ -281,7 +281,7 @@ def test_a_checkpoint_that_somebody_removed_is_saved_again(three):
 
 def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch):
     """The index of the arrays is lost between Orbax and the manifest."""
-    start = store.ocp.save_async
+    start = array_files.ocp.save_async
 
     class Lost:
         def __init__(self, path, arrays):
@@ -291,7 +291,7 @@ def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch)
             self.response.result()
             os.unlink(os.path.join(self.path, "state", "manifest.ocdbt"))
 
-    monkeypatch.setattr(store.ocp, "save_async", Lost)
+    monkeypatch.setattr(array_files.ocp, "save_async", Lost)
     checkpoints = open_dir(tmp_path / "c")
     save(checkpoints, 1)
     with pytest.raises(SaveFailed, match=r"saving .*/c/step_00000001 failed") as error:

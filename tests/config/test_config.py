@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from moe_jax import __main__, config, main
-from moe_jax.config import command_line, config_file, rules
+from moe_jax.config import advice, command_line, config_file
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 
@@ -193,7 +193,7 @@ def test_refusals(changes, shape, message):
 )
 def test_a_run_is_told_what_is_hardly_ever_meant(changes, said):
     found = list(
-        rules.advice(
+        advice.notes(
             tiny.build((1, 1, 1), {f"model.moe.{key}": value for key, value in changes.items()})
         )
     )

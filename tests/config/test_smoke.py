@@ -13,7 +13,7 @@ import tiny
 from task_files import all_train
 
 from moe_jax import config, train
-from moe_jax.config import config_file, rules, smoke
+from moe_jax.config import advice, config_file, smoke
 from moe_jax.errors import UserError
 from moe_jax.report.metrics import read_rows
 from moe_jax.tasks.vision import data as vision
@@ -113,7 +113,7 @@ def test_nothing_goes_on_from_a_smoke_run_and_none_goes_on_from_a_run(run, tmp_p
 
 
 def test_the_warm_up_fits_into_a_run_that_is_shorter(run):
-    (said,) = (line for line in rules.advice(run[2]) if "warmup" in line)
+    (said,) = (line for line in advice.notes(run[2]) if "warmup" in line)
     assert said == "optim.warmup_steps = 100 does not fit into train.steps = 3: the warm-up takes 1"
 
 

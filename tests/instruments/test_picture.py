@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from moe_jax.instruments import bootstrap, knockout, picture
+from moe_jax.instruments import bootstrap, knockout, picture, picture_page
 from moe_jax.instruments.information import ceiling, chance, mutual_information, origin
 
 
@@ -138,7 +138,7 @@ def test_draws_every_layer_whatever_the_sizes(tmp_path, layers, num_domains, num
     assert (tmp_path / "routing.png").stat().st_size > 5_000
     assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 10
     assert (
-        image.shape[1] <= picture.DPI * (picture.WIDEST + 1)
+        image.shape[1] <= picture_page.DPI * (picture_page.WIDEST + 1)
         and max(image.shape) / min(image.shape[:2]) < 3
     )
 
@@ -148,7 +148,7 @@ def test_everything_in_the_picture_has_its_place(tmp_path, monkeypatch):
     said.
     """
     pages = []
-    monkeypatch.setattr(picture.Page, "save", lambda page, path: pages.append(page))
+    monkeypatch.setattr(picture_page.Page, "save", lambda page, path: pages.append(page))
     names = [f"domain_{z}_of_a_corpus" for z in range(6)]
     picture.routing(*drawn_rows(4, 6, 8), names, tmp_path / "routing.png")
     picture.knockout(worth(4, 8, 6), names, "removed", tmp_path / "knockout.png")

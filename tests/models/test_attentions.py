@@ -16,7 +16,7 @@ from kind_cases import config as kind_config
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from moe_jax import config
-from moe_jax.config import causality, config_file, rules
+from moe_jax.config import advice, causality, config_file
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.models import attention_parts
@@ -324,9 +324,9 @@ def test_the_window_is_an_option_of_the_chosen_attention_alone():
 
 def test_a_window_that_hides_nothing_is_told():
     wide = WINDOW | {"model.attentions.sliding_window.window": 8}
-    (said,) = rules.advice(tiny.build(changes=wide))
+    (said,) = advice.notes(tiny.build(changes=wide))
     assert "window = 8 hides nothing in rows of data.seq_len = 8 tokens" in said
-    assert not list(rules.advice(tiny.build(changes=WINDOW)))
+    assert not list(advice.notes(tiny.build(changes=WINDOW)))
 
 
 def test_both_attentions_have_the_same_parameters(float64):

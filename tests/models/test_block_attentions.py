@@ -12,7 +12,7 @@ import tiny
 from block_options import OPTIONS
 
 from moe_jax import config
-from moe_jax.config import causality, config_file, rules
+from moe_jax.config import advice, causality, config_file
 from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.models.functions import make_model
@@ -103,7 +103,7 @@ def test_options_of_an_attention_that_a_block_names_are_chosen():
 
 def test_advice_leaks_and_small_configs_know_each_attention():
     wide = tiny.build(changes=EVERY_OTHER | {AT: 8})
-    (said,) = rules.advice(wide)
+    (said,) = advice.notes(wide)
     assert f"{AT} = 8 hides nothing in rows of data.seq_len = 8 tokens" in said
     assert not any(causality.sees(wide.model))
     raw = tiny.raw(EVERY_OTHER | {AT: 64})

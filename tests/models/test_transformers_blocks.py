@@ -17,9 +17,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from moe_jax.models.layers import FeedForward
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.experts.network import Chosen
-from moe_jax.moe.layer import Batch, MoE, MoELayer
+from moe_jax.moe.layer import Batch, MoELayer
 from moe_jax.moe.ordering import ORDERINGS
 from moe_jax.moe.routing import ROUTERS
+from moe_jax.moe.settings import MoE
 from moe_jax.schema.config import AdaptiveConfig, StoredConfig
 
 D, F, E, B, S = 32, 48, 8, 4, 16

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.models import attention_parts
 from moe_jax.moe import layer
-from moe_jax.moe.dispatch import DISPATCHERS, dropless
+from moe_jax.moe.dispatch import DISPATCHERS, dropless_rounds
 from moe_jax.moe.experts.grouped_matmul import KERNELS
 from moe_jax.moe.layer import Shape
 from mutations.contract import DROPLESS, Mutation
@@ -83,9 +83,9 @@ def too_little_room(patch):
     """A device whose experts are chosen half as often again as they should be leaves out what does
     not fit, without a word.
     """
-    right = dropless.worst
+    right = dropless_rounds.worst
     patch.setattr(
-        dropless, "worst", lambda shape: min(right(shape), 3 * shape.num_assignments // 2)
+        dropless_rounds, "worst", lambda shape: min(right(shape), 3 * shape.num_assignments // 2)
     )
 
 

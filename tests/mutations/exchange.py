@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.models import block, decoder
 from moe_jax.moe import layer
-from moe_jax.moe.dispatch import chunks, dropless, exchange, levels, ragged
+from moe_jax.moe.dispatch import chunks, dropless, dropless_gather, exchange, levels, ragged
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from mutations.contract import (
     DROPLESS,
@@ -39,7 +39,7 @@ def gradient_times_axis(patch):
 
 def slice_off_by_one(patch):
     """With experts on several devices, the slice of each begins one expert late."""
-    right = dropless._gather
+    right = dropless_gather._gather
 
     def wrong(x_TD, routing, *more):
         if on_several_devices("expert"):
@@ -48,7 +48,7 @@ def slice_off_by_one(patch):
             routing = routing._replace(expert_index_N=shifted)
         return right(x_TD, routing, *more)
 
-    patch.setattr(dropless, "_gather", wrong)
+    patch.setattr(dropless_gather, "_gather", wrong)
 
 
 def is_one(x):
@@ -116,7 +116,7 @@ def expert_gradients_times_axis(patch):
 
 def gates_of_other_devices(patch):
     """A gate has no gradient from an expert of another device."""
-    right = dropless._gather
+    right = dropless_gather._gather
 
     def wrong(x_TD, routing, shape, level):
         x_nTD, gathered = right(x_TD, routing, shape, level)
@@ -126,7 +126,7 @@ def gates_of_other_devices(patch):
         gate_M = jnp.where(is_own_M, gate_M, jax.lax.stop_gradient(gate_M))
         return x_nTD, gathered._replace(gate_M=gate_M)
 
-    patch.setattr(dropless, "_gather", wrong)
+    patch.setattr(dropless_gather, "_gather", wrong)
 
 
 def lost_backward(patch):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from moe_jax import checkpoint, config, optim, train, train_step
-from moe_jax.config import rules
+from moe_jax.config import advice
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
 from moe_jax.verify import shrink
@@ -161,12 +161,12 @@ def test_the_copy_begins_with_all_digits_of_another_run(tmp_path):
 
 
 def test_what_is_said_of_it():
-    (said,) = rules.advice(tiny.build(changes=BASE))
+    (said,) = advice.notes(tiny.build(changes=BASE))
     assert (
         "rounds away every update below 1/512 of a weight" in said
         and "optim.master_copy=True" in said
     )
-    assert not list(rules.advice(tiny.build(changes=BASE | COPY)))
+    assert not list(advice.notes(tiny.build(changes=BASE | COPY)))
     with pytest.raises(
         UserError, match=r"optim.master_copy = True does nothing: model.param_dtype = float32"
     ):

@@ -17,7 +17,7 @@ from moe_jax.config import build
 from moe_jax.errors import UserError
 from moe_jax.names import name_of
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, orthogonal, schedules
-from moe_jax.schema.config import OptimConfig
+from moe_jax.schema.training import OptimConfig
 
 OPTIONS = {
     "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0},

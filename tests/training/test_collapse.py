@@ -1,6 +1,6 @@
 """A router that sends all tokens to few experts is told, once, with the metric that shows it."""
 
-from moe_jax.train import CollapseAlert
+from moe_jax.report.step_row import CollapseAlert
 
 
 class Said:

@@ -206,6 +206,7 @@ def run(flags: argparse.Namespace) -> int:
     model = trained.config.model
     if not model.num_moe_layers:
         raise UserError(f"{flags.workdir} has no experts: `convert upcycle` makes some")
+    # Counting takes a pass over held-out rows, so it is done only for what asks for it.
     load = count(trained, flags.batches) if operation.needs_load(flags) else None
     plan = operation.plan(There(model.num_moe_layers, model.moe.num_experts, load), flags)
     old = snapshot.read(trained)

@@ -94,13 +94,16 @@ def tell_share(made: Made) -> None:
     """Tells where the hidden units of the dense networks went."""
     moe, share = made.snapshot.config.model.moe, made.share
     parts = [f"{share.shared} hidden units to shared experts"] if share.shared else []
+    # Every expert is a copy of the whole rest, ...
     if share.shards == 1:
         parts.append(f"{share.width} to each of {moe.num_experts} experts")
+    # ... or of one part of it, ...
     if share.shards > 1:
         parts.append(
             f"{share.shards} shards of {share.width} to {moe.num_experts} experts, in "
             f"{moe.num_experts // share.shards} virtual groups"
         )
+    # ... or shared experts have it all.
     if not share.shards:
         parts.append(f"{moe.num_experts} new experts of {share.width} that begin with w_out = 0")
     blocks = ", ".join(map(str, made.blocks))

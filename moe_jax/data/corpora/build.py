@@ -18,10 +18,14 @@ from collections.abc import Iterator
 from moe_jax.data.documents import cut
 from moe_jax.errors import UserError
 
-LONGEST = 32_000  # characters; a longer scene or chapter is cut into near-equal parts
-STRETCH = 4_000  # characters of a document of continuous verse or prose
-DICTIONARY_RUN = 200  # entries of a document of the dictionary
-NUMBER = "[IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH"  # of an act or a scene
+# Characters; a longer scene or chapter is cut into near-equal parts.
+LONGEST = 32_000
+# Characters of a document of continuous verse or prose.
+STRETCH = 4_000
+# Entries of a document of the dictionary.
+DICTIONARY_RUN = 200
+# Of an act or a scene.
+NUMBER = "[IVX]+|[0-9]+|FIRST|SECOND|THIRD|FOURTH|FIFTH"
 
 # The verse among the Milton files, each poem once. The same poems come again in other editions;
 # held out, those would be a test on training text. A part reaches from its first line (at or after
@@ -195,6 +199,7 @@ def build(folder: pathlib.Path, out: pathlib.Path) -> None:
     for domain, (name, split) in CORPORA.items():
         documents = [tidy(text) for text in split(read(folder, name))]
         joined = "\f".join(documents).encode("utf-8")
+        # As small as it gets, however long it takes: the files come with the package.
         packed = lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)
         (out / f"{domain}.txt.xz").write_bytes(packed)
         sizes = sorted(len(text.encode("utf-8")) for text in documents)

@@ -26,7 +26,8 @@ def sections(given: Given) -> Converted:
     """Returns section, package and description, by package; of equal descriptions the first."""
     packages, notes = _packages(given)
     english = _descriptions(given, "en")
-    rows: dict[str, tuple[str, str, str]] = {}  # by description
+    # By description.
+    rows: dict[str, tuple[str, str, str]] = {}
     for name, package in packages.items():
         described = english.get(package.get("Description-md5", ""))
         if described is not None:
@@ -107,6 +108,7 @@ def _descriptions(given: Given, language: str) -> dict[str, str]:
     wanted = ("Description-md5", field)
     by_md5: dict[str, str] = {}
     for paragraph in _read(index, wanted, "Description-md5"):
+        # The first of several: versions of a package may share a description.
         by_md5.setdefault(paragraph["Description-md5"], paragraph.get(field, ""))
     return by_md5
 
@@ -179,6 +181,7 @@ def _paragraphs(description: str) -> list[str]:
     joined: list[list[str]] = [[]]
     for line in rest:
         if line.strip() == ".":
+            # A dot alone begins the next paragraph.
             joined.append([])
         else:
             joined[-1].append(line.strip())

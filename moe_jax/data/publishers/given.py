@@ -134,6 +134,7 @@ class Given:
         by_name = {entry.name: _read(entry) for entry in self._matching(pattern)}
         files = dict(sorted(by_name.items()))
         if files:
+            # One digest of all of them: a set of three thousand files has no line for each.
             joined = b"".join(file.packed for file in files.values())
             digest = hashlib.sha256(joined).hexdigest()
             self.sources.append(
@@ -246,15 +247,18 @@ def _members(path: pathlib.Path, files: Mapping[str, bytes]) -> Iterator[_Entry]
 
 
 def _zip_members(path: pathlib.Path) -> dict[str, bytes]:
+    """Returns the content of each member of a zip archive, by name."""
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
         return {member.filename: archive.read(member) for member in members}
 
 
 def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
+    """Returns the content of each member of a tar archive, by name."""
     files: dict[str, bytes] = {}
     with tarfile.open(path) as archive:
         for member in archive:
+            # Folders and links have no content of their own.
             opened = archive.extractfile(member) if member.isfile() else None
             if opened is not None:
                 files[member.name] = opened.read()
@@ -262,6 +266,7 @@ def _tar_members(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def _entry(path: str, read: Callable[[], bytes]) -> _Entry:
+    """Returns the entry of a file, whose ending says how it is packed."""
     name = path.rpartition("/")[2]
     for ending, unpack in UNPACK.items():
         if name.endswith(ending):

@@ -27,7 +27,8 @@ DISPUTED = frozenset(
     )
 )
 
-Verses = Mapping[str, str]  # "Genesis 1:1" -> its text
+# "Genesis 1:1" -> its text.
+Verses = Mapping[str, str]
 
 
 def convert(given: Given) -> Converted:
@@ -39,6 +40,7 @@ def convert(given: Given) -> Converted:
         texts.append(_verses(bible))
         joined = "\n".join(texts[-1].values()).encode("utf-8")
         digest = hashlib.sha256(joined).hexdigest()
+        # pysword reads files of a module by itself, so the digest is of its verses.
         given.sources.append(
             Source(f"verses of SWORD module {name} {version}", len(joined), digest, "")
         )

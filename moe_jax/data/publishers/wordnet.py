@@ -27,7 +27,8 @@ PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 # The edition of the figures in docs/tasks.md.
 MEASURED = "WordNet 3.0"
 
-Row = tuple[str, str, str]  # supersense, words, gloss
+# Supersense, words, gloss.
+Row = tuple[str, str, str]
 
 
 def convert(given: Given) -> Converted:

@@ -15,12 +15,12 @@ class Keyed(Protocol):
 
     @property
     def split(self) -> str:
-        """The split: "train" or "heldout"; "" = chosen by the key."""
+        """Returns the split: "train" or "heldout"; "" = chosen by the key."""
         ...
 
     @property
     def key(self) -> bytes:
-        """The key: examples that must be held out together have the same."""
+        """Returns the key: examples that must be held out together have the same."""
         ...
 
 

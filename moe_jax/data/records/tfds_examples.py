@@ -20,7 +20,8 @@ PREFIX = "tfds:"
 class Record(NamedTuple):
     """One record of a set."""
 
-    split: str  # "train" or "heldout"
+    # "train" or "heldout".
+    split: str
     # The record's name in messages.
     where: str
     fields: Mapping[str, Any]
@@ -36,12 +37,13 @@ class Stored(NamedTuple):
     name: str
     # What follows the #, "" if nothing does.
     field: str
-    split: str  # of the training examples
+    # Of the training examples.
+    split: str
     builder: Any
 
     @property
     def features(self) -> Mapping[str, Any]:
-        """The features of a record by name."""
+        """Returns the features of a record by name."""
         return self.builder.info.features
 
     def records(self, part: str, split: str) -> Iterator[Record]:

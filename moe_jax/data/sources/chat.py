@@ -58,6 +58,7 @@ def document(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        # The answer is what the second text has more than the first one.
         before = template(messages[:i], where, ask=True)
         after = template(messages[: i + 1], where, ask=False)
         if not (after.startswith(before) and text.startswith(after)):
@@ -84,6 +85,7 @@ def messages_of(line: str, where: str) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     record = record if isinstance(record, dict) else {}
+    # A pair is a conversation of two messages.
     for asked, answered in PAIRS:
         if isinstance(record.get(asked), str) and isinstance(record.get(answered), str):
             return [
@@ -100,6 +102,7 @@ def messages_of(line: str, where: str) -> list[dict[str, Any]]:
 
 
 def _is_message(message: Any) -> bool:
+    """Returns whether a value is an object with a role and a text."""
     if not isinstance(message, dict):
         return False
     return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
@@ -112,6 +115,7 @@ def _text_of_template(place: str) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"the chat template {path} cannot be read: {error}") from None
+    # A file of a template alone; else a tokenizer_config.json, which has it among others.
     if path.suffix != ".json":
         return text
     try:

@@ -14,7 +14,7 @@ from moe_jax.data.documents import AnyDocument
 
 
 class Source(NamedTuple):
-    """All that there is to know of a kind of source; `SOURCE` of its file."""
+    """Holds all that there is to know of a kind of source; `SOURCE` of its file."""
 
     # What follows KIND in a spec, as it is shown to users: ":GLOB[#FIELD]".
     argument_syntax: str

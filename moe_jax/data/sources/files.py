@@ -11,7 +11,8 @@ from typing import IO
 from moe_jax.data.sources import packed
 from moe_jax.errors import UserError
 
-BLOCK = 1 << 20  # characters, or bytes, read at once
+# Characters, or bytes, read at once.
+BLOCK = 1 << 20
 
 
 def matches(kind: str, pattern: str) -> list[str]:

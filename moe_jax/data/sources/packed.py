@@ -9,8 +9,10 @@ from typing import IO, Any, NamedTuple, cast
 
 from moe_jax.errors import UserError
 
-HEAD = 512  # the first bytes of a file that are looked at, as many as the header of a tar archive
-BLOCK = 1 << 20  # bytes read at once
+# The first bytes of a file that are looked at, as many as the header of a tar archive.
+HEAD = 512
+# Bytes read at once.
+BLOCK = 1 << 20
 
 
 class Streams(io.RawIOBase):

@@ -7,7 +7,8 @@ from moe_jax.data.sources.characters import open_text, plain, readable
 from moe_jax.data.sources.contract import Source
 from moe_jax.data.sources.files import BLOCK, matches, stem
 
-PIECE = 16_000  # characters of a document of a long text file
+# Characters of a document of a long text file.
+PIECE = 16_000
 
 
 def read(pattern: str) -> Iterator[Document]:

@@ -61,13 +61,13 @@ class Tokenizer(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of what decides the ids."""
+        """Returns the sha256 of what decides the ids."""
         head = f"{self.kind} {self.boundary_id} ".encode()
         return hashlib.sha256(head + self.model).hexdigest()
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest unsigned type that holds every id."""
+        """Returns the smallest unsigned type that holds every id."""
         return np.min_scalar_type(self.vocab_size - 1)
 
     def save(self, folder: pathlib.Path) -> None:

@@ -14,9 +14,11 @@ from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
 EncodeMany = Callable[[Sequence[str]], list[np.ndarray]]
-PieceBytes = Callable[[str], bytes]  # the name of a token -> the bytes that it stands for
+# The name of a token -> the bytes that it stands for.
+PieceBytes = Callable[[str], bytes]
 
-BOUNDARY = "<|boundary|>"  # of the BPE that is trained here
+# Of the BPE that is trained here.
+BOUNDARY = "<|boundary|>"
 # An existing tokenizer takes the first of these names that it has as its boundary.
 BOUNDARIES = (BOUNDARY, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 

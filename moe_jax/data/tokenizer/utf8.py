@@ -7,7 +7,8 @@ import numpy as np
 from moe_jax.data.tokenizer.contract import Tokenizer
 from moe_jax.errors import UserError
 
-BOUNDARY_ID = 255  # byte 0xFF never occurs in UTF-8
+# Byte 0xFF never occurs in UTF-8.
+BOUNDARY_ID = 255
 
 
 def bytes_tokenizer() -> Tokenizer:

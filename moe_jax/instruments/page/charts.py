@@ -22,6 +22,7 @@ def grid(names: Sequence[str], values: Any, labels: Mapping[str, Sequence[Any]] 
     `labels` gives what the places of a dimension are called, where that is not their number.
     """
     array = np.asarray(values, float)
+    # JSON has no NaN; few digits keep the page small.
     flat = [None if np.isnan(x) else float(f"{x:.{DIGITS}g}") for x in array.ravel()]
     return {
         "names": list(names),
@@ -37,6 +38,7 @@ def columns(**of: Sequence[Any]) -> dict[str, Any]:
 
 
 def chart(title: str, about: str, table: dict[str, Any], spec: dict[str, Any]) -> Chart:
+    """Returns a chart as page.js reads it: a title, a sentence below it, the rows, the drawing."""
     return {"title": title, "about": about, "table": table, "spec": spec}
 
 
@@ -60,6 +62,7 @@ def lines(
                 "scale": {"zero": False},
             },
             "color": {"field": colour, "type": "nominal", "title": colour},
+            # What was not chosen stays there, faintly.
             "opacity": {"condition": {"param": "chosen", "value": 1}, "value": 0.12},
         },
     }
@@ -95,6 +98,7 @@ def heatmap(
     }
     if slider and len(slider[1]) > 1:
         name, places = slider
+        # A list to choose from, which shows the last place at first.
         bind = {"input": "select", "options": list(places), "name": f"{name} "}
         spec["params"] = [{"name": "shown", "value": places[-1], "bind": bind}]
         spec["transform"] = [{"filter": f"datum['{name}'] == shown"}]
@@ -171,6 +175,7 @@ def bars_over_chance(
     the axis.
     """
     values, chance = np.asarray(values_NL), np.asarray(chance_NL)
+    # A row of the table for each name and layer.
     of_name, layer = np.indices(values.shape)
     table = columns(
         **{label: [names[i] for i in of_name.ravel()]},
@@ -183,6 +188,7 @@ def bars_over_chance(
         "height": 180,
         "encoding": {
             "x": {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}},
+            # The bars of one layer stand side by side.
             "xOffset": {"field": label},
         },
         "layer": [
@@ -278,6 +284,7 @@ def knockout(domains: Sequence[str], change_LEZ: Any, way: str) -> Chart:
 
 def overlap(first: str, other: str, overlap_LEE: Any, partner_LE: Any) -> Chart:
     table = grid(("layer", "expert", "matched"), overlap_LEE)
+    # The number that a matched expert has in its own run: page.js shows it.
     table["partner"] = np.asarray(partner_LE).tolist()
     return heatmap(
         f"Experts of {first} and {other}, matched",

@@ -43,7 +43,7 @@ LAYER_CURVES = {
 
 
 class Collected(NamedTuple):
-    """What was read of a run.
+    """Holds what was read of a run.
 
     Fields:
       name: the last part of its directory.
@@ -118,8 +118,10 @@ def read_curves(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if points:
             curves[name] = thinned(points)
     layers: dict[str, Any] = {}
+    # Evaluations and the rows of a dense model have no figures of experts.
     for row in thinned([row for row in rows if "moe/load_max" in row]):
         for name in LAYER_CURVES:
+            # Layers are counted as far as the row has them.
             layer = 0
             while f"moe/layer_{layer}/{name}" in row:
                 value = row[f"moe/layer_{layer}/{name}"]
@@ -130,6 +132,7 @@ def read_curves(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def thinned(points: Sequence[Any]) -> list[Any]:
     """Returns every n-th point, so that at most MOST_POINTS are left, and the last one."""
+    # Rounded up; 1 where there are no points at all.
     every = -(-len(points) // MOST_POINTS) or 1
     kept = list(points[::every])
     if points and kept[-1] is not points[-1]:
@@ -142,22 +145,25 @@ def _records(
 ) -> list[Record]:
     """Returns the routing of the same held-out rows at each of the checkpoints."""
     cfg = run.config
+    # Compiled once: the checkpoints differ in their weights alone.
     record_of = held_out.make_record(cfg.model, probe.ROUTING)
-    found = []
+    records = []
     for step in steps:
         tell(f"routing of step {step}")
         at = run.at(step)
         opened = held_out.open_run(cfg, dataset, at.judged, at.router_state, num_batches)
         parts = []
-        for batch in opened.batches:
+        for number, batch in enumerate(opened.batches):
             on_mesh = held_out.put_batch(opened, batch)
-            parts.append(_flat(record_of(at.judged, at.router_state, on_mesh), batch, len(parts)))
-        found.append(in_order(_joined(parts, cfg.model.moe.num_experts)))
-    return found
+            fields = record_of(at.judged, at.router_state, on_mesh)
+            parts.append(_flat(fields, batch, number))
+        records.append(in_order(_joined(parts, cfg.model.moe.num_experts)))
+    return records
 
 
 def _flat(fields: dict[str, np.ndarray], batch: Any, number: int) -> dict[str, np.ndarray]:
     """Returns the fields of Record of a batch, without padding; rows of later batches count on."""
+    # Padding is of segment 0.
     is_text_BS = np.asarray(batch.segment_BS) > 0
     num_rows = len(is_text_BS)
     row_B1 = number * num_rows + np.arange(num_rows)[:, None]
@@ -167,16 +173,18 @@ def _flat(fields: dict[str, np.ndarray], batch: Any, number: int) -> dict[str, n
         "domain": batch.domain_BS,
         "row": np.broadcast_to(row_B1, is_text_BS.shape),
     }
+    # A mask over [B, S] makes one list of tokens: [L, N, ...] and [N].
     layers = {name: fields[name][:, is_text_BS] for name in OF_LAYERS}
     return layers | {name: np.asarray(z)[is_text_BS] for name, z in of_tokens.items()}
 
 
 def _joined(parts: Sequence[dict[str, np.ndarray]], num_experts: int) -> Record:
     """Returns the record of several batches."""
-    fields: dict[str, Any] = {
-        name: np.concatenate([part[name] for part in parts], axis=1 if name in OF_LAYERS else 0)
-        for name in parts[0]
-    }
+    fields: dict[str, Any] = {}
+    for name in parts[0]:
+        # Tokens are the second dimension of what every layer has.
+        axis = 1 if name in OF_LAYERS else 0
+        fields[name] = np.concatenate([part[name] for part in parts], axis)
     return Record(**fields, num_experts=num_experts)
 
 
@@ -184,10 +192,11 @@ def read_knockout(path: Path) -> dict[str, Any] | None:
     """Returns what `probe --what knockout` has written of one way; None where it has not."""
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    probed = json.loads(path.read_text(encoding="utf-8"))
+    knockout = probed["knockout"]
+    # One of them is shown: the expert is removed, or else the router goes around it.
     for way in ("removed", "around"):
-        worth = found["knockout"].get(way, {})
+        worth = knockout.get(way, {})
         if "change_LEZ" in worth:
-            domains = found["knockout"]["domains"]
-            return {"way": way, "step": found["step"], "domains": domains, **worth}
+            return {"way": way, "step": probed["step"], "domains": knockout["domains"], **worth}
     return None

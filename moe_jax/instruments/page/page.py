@@ -30,12 +30,14 @@ def write(path: Path, runs: Sequence[Collected]) -> None:
     """Writes the page of some runs."""
     data = payload(runs)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    # No part can end the element of the page that it stands in.
     parts = {
         "STYLE": (FOLDER / "page.css").read_text(encoding="utf-8"),
         "LIBRARY": inside_script(library()),
         "DATA": text.replace("<", "\\u003c"),
         "SCRIPT": inside_script((FOLDER / "page.js").read_text(encoding="utf-8")),
     }
+    # Its places are written {{STYLE}}.
     page = (FOLDER / "page.html").read_text(encoding="utf-8")
     for name, part in parts.items():
         page = page.replace(f"{{{{{name}}}}}", part)
@@ -45,6 +47,7 @@ def write(path: Path, runs: Sequence[Collected]) -> None:
 
 def library() -> str:
     """Returns Vega, Vega-Lite and vega-embed as one script."""
+    # Imported here: it comes with the extra [report].
     import vl_convert
 
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
@@ -75,6 +78,7 @@ def unique(names: Sequence[str]) -> list[str]:
     """Returns the names, with a number behind those that occur before."""
     made: list[str] = []
     for name in names:
+        # How often it was there before, as it is or with a number.
         number = sum(other == name or other.startswith(f"{name} (") for other in made)
         made.append(f"{name} ({number + 1})" if number else name)
     return made
@@ -82,8 +86,9 @@ def unique(names: Sequence[str]) -> list[str]:
 
 def curves(runs: Sequence[Collected], names: Sequence[str]) -> list[charts.Chart]:
     """Returns a chart for each metric, with the curves of all runs."""
-    found = []
+    made = []
     for metric, about in CURVES.items():
+        # One table of all runs, with a line for each point.
         step, value, of_run = [], [], []
         for run, name in zip(runs, names, strict=True):
             for at, number in run.curves.get(metric, ()):
@@ -92,8 +97,8 @@ def curves(runs: Sequence[Collected], names: Sequence[str]) -> list[charts.Chart
                 of_run.append(name)
         if step:
             table = charts.columns(step=step, value=value, run=of_run)
-            found.append(charts.lines(about, metric, table, metric, "run"))
-    return found
+            made.append(charts.lines(about, metric, table, metric, "run"))
+    return made
 
 
 def of_run(run: Collected, name: str) -> dict[str, Any]:
@@ -114,23 +119,22 @@ def of_run(run: Collected, name: str) -> dict[str, Any]:
             "dispatcher": moe.dispatcher,
             "held-out tokens": f"{len(run.records[-1].token):,}",
         }
-    shown: dict[str, Any] = {"name": name, "facts": facts, "notes": run.notes, "charts": []}
-    shown["charts"] += [
-        charts.lines(
-            f"By layer: {LAYER_CURVES[metric]}",
-            f"moe/layer_N/{metric} of the training batches.",
-            charts.columns(
-                step=[r[0] for r in rows], layer=[r[1] for r in rows], value=[r[2] for r in rows]
-            ),
-            LAYER_CURVES[metric],
-            "layer",
+    made = []
+    # From training.
+    for metric, rows in run.layer_curves.items():
+        steps, layers, values = zip(*rows, strict=True)
+        name_of_metric = LAYER_CURVES[metric]
+        about = f"moe/layer_N/{metric} of the training batches."
+        table = charts.columns(step=steps, layer=layers, value=values)
+        made.append(
+            charts.lines(f"By layer: {name_of_metric}", about, table, name_of_metric, "layer")
         )
-        for metric, rows in run.layer_curves.items()
-    ]
     if run.layer_curves.get("load_max"):
-        shown["charts"].append(charts.load_over_steps(run.layer_curves["load_max"]))
+        made.append(charts.load_over_steps(run.layer_curves["load_max"]))
+    shown: dict[str, Any] = {"name": name, "facts": facts, "notes": run.notes, "charts": made}
+    # From held-out rows.
     if run.records:
-        shown |= of_records(run, shown["charts"])
+        shown |= of_records(run, made)
     return shown
 
 
@@ -167,6 +171,7 @@ def of_records(run: Collected, made: list[charts.Chart]) -> dict[str, Any]:
 
 def places(position_N: np.ndarray) -> np.ndarray:
     """Returns in which of PLACES equal parts of the longest document a token stands."""
+    # The last place is the length less 1, so that no token falls behind the last part.
     return position_N * PLACES // (int(position_N.max(initial=0)) + 1)
 
 
@@ -174,6 +179,7 @@ def piece(run: Collected, token: int) -> str:
     """Returns what a token looks like: its text, or its bytes where they are no text alone."""
     assert run.dataset
     raw = run.dataset.tokenizer.pieces[token]
+    # The boundary between documents has no bytes.
     if not raw:
         return "∎"
     try:
@@ -184,10 +190,12 @@ def piece(run: Collected, token: int) -> str:
 
 def typical(run: Collected, record: Record) -> list[list[list[list[Any]]]]:
     """Returns by layer and expert the typical tokens as [text, lift, count]."""
-    return [
-        [[[piece(run, token), round(lift, 2), count] for token, lift, count in of] for of in layer]
-        for layer in routing.typical(record)
-    ]
+
+    def shown(tokens: list[tuple[int, float, int]]) -> list[list[Any]]:
+        return [[piece(run, token), round(lift, 2), count] for token, lift, count in tokens]
+
+    by_layer = routing.typical(record)
+    return [[shown(of_expert) for of_expert in layer] for layer in by_layer]
 
 
 def text(run: Collected, record: Record) -> list[dict[str, Any]]:
@@ -199,8 +207,10 @@ def text(run: Collected, record: Record) -> list[dict[str, Any]]:
     shown = []
     for number, name in enumerate(run.dataset.domains):
         rows = record.row[record.domain == number]
+        # No held-out row is of that domain.
         if not len(rows):
             continue
+        # The first row of the domain, as far as it is shown.
         places_n = np.flatnonzero(record.row == rows[0])[:TEXT_TOKENS]
         expert = record.expert[:, places_n, :CHOICES]
         gate = record.gate[:, places_n, :CHOICES].astype(float).round(3)
@@ -223,6 +233,7 @@ def matches(runs: Sequence[Collected], names: Sequence[str]) -> dict[str, Any] |
     first_run = next((run for run in runs if run.records), None)
     if first_run is None:
         return None
+    # All others are matched with the first one that has a routing, at their last checkpoints.
     first, first_name = first_run.records[-1], names[list(runs).index(first_run)]
     made, notes, pairs, agreement, chance = [], [], [], [], []
     for run, name in zip(runs, names, strict=True):
@@ -238,6 +249,7 @@ def matches(runs: Sequence[Collected], names: Sequence[str]) -> dict[str, Any] |
         chance.append(found.chance)
         made.append(charts.overlap(first_name, name, found.overlap, found.partner))
     if pairs:
+        # On top, because it says whether the charts below mean anything.
         made.insert(0, charts.agreement(pairs, agreement, chance))
     return {"charts": made, "notes": notes} if made or notes else None
 

@@ -5,6 +5,7 @@ Shapes: L MoE layers, N tokens that are no padding, K choices of a token, E expe
 E stands for nowhere.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ class Record(NamedTuple):
 def in_order(record: Record) -> Record:
     """Returns the record with the choices of each token by falling gate, nowhere last."""
     is_real = record.expert < record.num_experts
+    # A choice of nowhere counts as the smallest gate there can be.
     order = np.argsort(np.where(is_real, -record.gate, np.inf), axis=-1, kind="stable")
 
     def sort(z: np.ndarray) -> np.ndarray:
@@ -47,6 +49,7 @@ def in_order(record: Record) -> Record:
 def chosen(record: Record) -> np.ndarray:
     """Returns [L, N, E], bool: which experts a token goes to."""
     num_layers, num_tokens, _ = record.expert.shape
+    # One column more, for nowhere, which is cut off again.
     chosen_LNE = np.zeros((num_layers, num_tokens, record.num_experts + 1), bool)
     np.put_along_axis(chosen_LNE, record.expert.astype(np.int64), True, -1)
     return chosen_LNE[..., :-1]
@@ -56,6 +59,7 @@ def load(chosen_LNE: np.ndarray) -> np.ndarray:
     """Returns [L, E]: the load of each expert over the mean of its layer."""
     counts_LE = chosen_LNE.sum(1).astype(float)
     mean_L1 = counts_LE.mean(1, keepdims=True)
+    # A layer that serves nobody has no load.
     return counts_LE / np.where(mean_L1 > 0, mean_L1, 1)
 
 
@@ -66,11 +70,14 @@ def dead(load_LE: np.ndarray) -> list[tuple[int, int]]:
 
 def drops(record: Record) -> np.ndarray:
     """Returns [L, E]: the share of an expert's assignments that were dropped; 0 of none."""
+    num_experts = record.num_experts
     shares = []
     for expert_NK, dropped_NK in zip(record.expert, record.dropped, strict=True):
-        of_all = np.bincount(expert_NK.ravel(), minlength=record.num_experts + 1)
-        of_dropped = np.bincount(expert_NK[dropped_NK], minlength=record.num_experts + 1)
-        shares.append((of_dropped / np.maximum(of_all, 1))[: record.num_experts])
+        # One place more, for nowhere, which is cut off again.
+        num_all = np.bincount(expert_NK.ravel(), minlength=num_experts + 1)
+        num_dropped = np.bincount(expert_NK[dropped_NK], minlength=num_experts + 1)
+        share = num_dropped / np.maximum(num_all, 1)
+        shares.append(share[:num_experts])
     return np.array(shares)
 
 
@@ -80,9 +87,11 @@ def coactivation(chosen_LNE: np.ndarray) -> np.ndarray:
     It is the co-activation of Muennighoff et al. 2024 (OLMoE, arXiv:2409.02060, section 5.2).
     """
     x_LNE = chosen_LNE.astype(np.float32)
+    # Tokens that go to both; on the diagonal, those that go to one.
     both_LEE = np.einsum("lni,lnj->lij", x_LNE, x_LNE)
     own_LE = np.einsum("lii->li", both_LEE).copy()
     share_LEE = both_LEE / np.maximum(own_LE, 1)[:, :, None]
+    # An expert with itself is always 1, and says nothing.
     diagonal = np.arange(share_LEE.shape[1])
     share_LEE[:, diagonal, diagonal] = 0
     return share_LEE
@@ -93,8 +102,10 @@ def saturation(chosen_LNE: np.ndarray, last_LNE: np.ndarray) -> np.ndarray:
 
     It is the router saturation of Muennighoff et al. 2024 (OLMoE, arXiv:2409.02060, section 5.1).
     """
-    both_L = (chosen_LNE & last_LNE).sum((1, 2))
-    return both_L / np.maximum(last_LNE.sum((1, 2)), 1)
+    in_both_LNE = chosen_LNE & last_LNE
+    num_both_L = in_both_LNE.sum((1, 2))
+    num_last_L = last_LNE.sum((1, 2))
+    return num_both_L / np.maximum(num_last_L, 1)
 
 
 class Information(NamedTuple):
@@ -111,6 +122,7 @@ def information(record: Record, label_N: np.ndarray, seed: int = 0) -> Informati
     out anew: with many labels and few tokens it is far from 0.
     """
     rng = np.random.default_rng(seed)
+    # Numbered from 0 without gaps.
     _, label_N = np.unique(label_N, return_inverse=True)
     bits, chance = [], []
     for expert_NK in record.expert:
@@ -123,11 +135,13 @@ def information(record: Record, label_N: np.ndarray, seed: int = 0) -> Informati
 
 def _bits(a_N: np.ndarray, b_N: np.ndarray) -> float:
     """Returns I(a; b) = H(a) + H(b) - H(a, b) in bits."""
+    # A number of its own for each pair.
     pair_N = a_N.astype(np.int64) * (int(b_N.max()) + 1) + b_N
     return max(_entropy(a_N) + _entropy(b_N) - _entropy(pair_N), 0.0)
 
 
 def _entropy(values_N: np.ndarray) -> float:
+    """Returns H = -sum of p log2 p, in bits."""
     _, counts = np.unique(values_N, return_counts=True)
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
@@ -141,24 +155,26 @@ def typical(record: Record, most: int = 6) -> list[list[list[tuple[int, float, i
     left out.
     """
     ids, index_N, count_V = np.unique(record.token, return_inverse=True, return_counts=True)
-    frequent_V = count_V >= LEAST_COUNT
-    found = []
+    is_frequent_V = count_V >= LEAST_COUNT
+    layers = []
     for expert_NK in record.expert:
+        # How often each token has each expert as its first choice.
         pairs_VE = np.zeros((len(ids), record.num_experts + 1))
         np.add.at(pairs_VE, (index_N, expert_NK[:, 0]), 1)
+        # p(expert | token) / p(expert).
         share_E = pairs_VE.sum(0) / max(pairs_VE.sum(), 1)
-        lift_VE = pairs_VE / count_V[:, None] / np.where(share_E > 0, share_E, 1)
+        conditional_VE = pairs_VE / count_V[:, None]
+        lift_VE = conditional_VE / np.where(share_E > 0, share_E, 1)
         of_layer = []
         for expert in range(record.num_experts):
+            lift_V, pairs_V = lift_VE[:, expert], pairs_VE[:, expert]
             # A token that came there by chance alone has a small count: it stands behind.
-            score_V = np.where(frequent_V, lift_VE[:, expert] * np.sqrt(pairs_VE[:, expert]), 0)
+            score_V = np.where(is_frequent_V, lift_V * np.sqrt(pairs_V), 0)
             best = np.argsort(-score_V, kind="stable")[:most]
             kept = [v for v in best if score_V[v] > 0]
-            of_layer.append(
-                [(int(ids[v]), float(lift_VE[v, expert]), int(pairs_VE[v, expert])) for v in kept]
-            )
-        found.append(of_layer)
-    return found
+            of_layer.append([(int(ids[v]), float(lift_V[v]), int(pairs_V[v])) for v in kept])
+        layers.append(of_layer)
+    return layers
 
 
 def transitions(record: Record) -> np.ndarray:
@@ -166,13 +182,15 @@ def transitions(record: Record) -> np.ndarray:
     next layer.
     """
     num_experts = record.num_experts
-    found = []
-    for here_N, next_N in zip(record.expert[:-1, :, 0], record.expert[1:, :, 0], strict=True):
-        pair_EE = np.zeros((num_experts + 1, num_experts + 1))
-        np.add.at(pair_EE, (here_N, next_N), 1)
-        pair_EE = pair_EE[:num_experts, :num_experts]
-        found.append(pair_EE / np.maximum(pair_EE.sum(1, keepdims=True), 1))
-    return np.array(found).reshape(-1, num_experts, num_experts)
+    first_LN = record.expert[:, :, 0]
+    shares = []
+    for here_N, next_N in itertools.pairwise(first_LN):
+        # Without the tokens that go nowhere in either layer.
+        pairs_EE = _pairs(here_N, next_N, num_experts)
+        num_here_E1 = pairs_EE.sum(1, keepdims=True)
+        shares.append(pairs_EE / np.maximum(num_here_E1, 1))
+    # A model of one layer has no transitions, and still E.
+    return np.array(shares).reshape(-1, num_experts, num_experts)
 
 
 def paths(record: Record, most: int = 12) -> list[tuple[list[int], float, float]]:
@@ -183,11 +201,15 @@ def paths(record: Record, most: int = 12) -> list[tuple[list[int], float, float]
     first_NL = record.expert[:, :, 0].T
     unique, counts = np.unique(first_NL, axis=0, return_counts=True)
     num_tokens = len(first_NL)
+    # The share of the tokens that each expert of a layer has.
     shares = [np.bincount(z, minlength=record.num_experts + 1) / num_tokens for z in first_NL.T]
     found = []
     for i in np.argsort(-counts, kind="stable")[:most]:
-        expected = float(np.prod([share[e] for share, e in zip(shares, unique[i], strict=True)]))
-        found.append(([int(e) for e in unique[i]], float(counts[i] / num_tokens), expected))
+        experts = [int(expert) for expert in unique[i]]
+        of_layers = [share[expert] for share, expert in zip(shares, experts, strict=True)]
+        # Layers that chose independently would multiply.
+        expected = float(np.prod(of_layers))
+        found.append((experts, float(counts[i] / num_tokens), expected))
     return found
 
 
@@ -214,32 +236,49 @@ def match(first: Record, other: Record, seed: int = 0) -> Match:
     The matching is the assignment that makes the most first choices agree.
     """
     rng = np.random.default_rng(seed)
+    num_experts = first.num_experts
     partners, overlaps, agreements, chances = [], [], [], []
     for a_N, b_N in zip(first.expert[:, :, 0], other.expert[:, :, 0], strict=True):
-        counts_EE = _pairs(a_N, b_N, first.num_experts)
-        partner_E = _assign(counts_EE)
-        own_E1, other_1E = counts_EE.sum(1, keepdims=True), counts_EE.sum(0, keepdims=True)
-        overlap_EE = counts_EE / np.maximum(own_E1 + other_1E - counts_EE, 1)
-        shuffled_EE = _pairs(a_N, rng.permutation(b_N), first.num_experts)
-        experts = np.arange(first.num_experts)
+        pairs_EE = _pairs(a_N, b_N, num_experts)
+        partner_E = _assign(pairs_EE)
         partners.append(partner_E)
+        agreements.append(_agreement(pairs_EE, partner_E, len(a_N)))
+        # Tokens of both over tokens of either.
+        own_E1 = pairs_EE.sum(1, keepdims=True)
+        other_1E = pairs_EE.sum(0, keepdims=True)
+        either_EE = own_E1 + other_1E - pairs_EE
+        overlap_EE = pairs_EE / np.maximum(either_EE, 1)
         overlaps.append(overlap_EE[:, partner_E])
-        agreements.append(counts_EE[experts, partner_E].sum() / len(a_N))
-        chances.append(shuffled_EE[experts, _assign(shuffled_EE)].sum() / len(a_N))
-    arrays = (np.array(z) for z in (partners, overlaps, agreements, chances))
-    return Match(*arrays)
+        # A matching finds some agreement in any two runs: so much.
+        shuffled_EE = _pairs(a_N, rng.permutation(b_N), num_experts)
+        by_chance_E = _assign(shuffled_EE)
+        chances.append(_agreement(shuffled_EE, by_chance_E, len(a_N)))
+    return Match(
+        partner=np.array(partners),
+        overlap=np.array(overlaps),
+        agreement=np.array(agreements),
+        chance=np.array(chances),
+    )
+
+
+def _agreement(pairs_EE: np.ndarray, partner_E: np.ndarray, num_tokens: int) -> float:
+    """Returns the share of tokens whose experts are each other's partners."""
+    experts = np.arange(len(partner_E))
+    return pairs_EE[experts, partner_E].sum() / num_tokens
 
 
 def _pairs(a_N: np.ndarray, b_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns [E, E]: how many tokens have expert i in one run and j in the other."""
+    """Returns [E, E]: how many tokens have expert i in one list and j in the other."""
     counts = np.zeros((num_experts + 1, num_experts + 1))
     np.add.at(counts, (a_N, b_N), 1)
     return counts[:num_experts, :num_experts]
 
 
 def _assign(counts_EE: np.ndarray) -> np.ndarray:
+    """Returns [E]: a partner for each expert, all different, with the most tokens in common."""
     # Imported here: training imports this package's neighbours, and scipy takes a second.
     from scipy.optimize import linear_sum_assignment
 
+    # It looks for the least sum.
     _, partner_E = linear_sum_assignment(-counts_EE)
     return partner_E

@@ -46,7 +46,7 @@ def small_already(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[st
 
 
 class Caching(NamedTuple):
-    """What an attention keeps of the tokens so far, and how it attends to that.
+    """Holds what an attention keeps of the tokens so far, and how it attends to that.
 
     A cache is a NamedTuple of arrays [B, ..., M, width]: slot i of a row holds the token at
     position i. Heads come before slots, for then what a head has seen lies together: with the slots
@@ -69,7 +69,7 @@ class Caching(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """All that there is to know of an attention; `ATTENTION` of its file."""
+    """Holds all that there is to know of an attention; `ATTENTION` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

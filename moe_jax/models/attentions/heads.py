@@ -54,6 +54,7 @@ def projections(cfg: ModelConfig) -> dict[str, Weight]:
     """
     d, h, g, a = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     declared = {
+        # A standard deviation of d^-0.5 keeps the variance of what it is given.
         "q": Weight((d, h, a), ("embed", "heads", None), d**-0.5),
         "k": Weight((d, g, a), ("embed", "heads", None), d**-0.5),
         "v": Weight((d, g, a), ("embed", "heads", None), d**-0.5),
@@ -74,6 +75,7 @@ def output(cfg: ModelConfig, width: int) -> dict[str, Weight]:
     # Each block writes to the residual stream twice. Weights are also asked for where there is no
     # block, to be counted.
     num_blocks = max(len(cfg.blocks), 1)
+    # Smaller by the root of their number, so that the stream does not grow with the depth (GPT-2).
     out_std = (h * width) ** -0.5 * (2 * num_blocks) ** -0.5
     declared = {"o": Weight((h, width, d), ("heads", None, "embed"), out_std)}
     if cfg.output_bias:
@@ -104,7 +106,7 @@ def widths(cfg: ModelConfig) -> tuple[int, int]:
 
 
 def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
-    """Queries, keys or values [B, S, H or G, A] of x."""
+    """Returns queries, keys or values [B, S, H or G, A] of x."""
     w_DHA = gather(weights[name], ("embed", "heads", None), cfg.dtype)
     y = jnp.einsum("BSD,DHA->BSHA", x_BSD, w_DHA)
     if cfg.attention_bias:
@@ -120,10 +122,11 @@ def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Arra
 def inputs(
     weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
 ) -> tuple[Array, Array, Array]:
-    """(queries, keys, values); the first two turned by their positions."""
+    """Returns (queries, keys, values); the first two turned by their positions."""
     q = project(weights, "q", x_BSD, cfg)
     k = project(weights, "k", x_BSD, cfg)
     v = project(weights, "v", x_BSD, cfg)
+    # Turned once, and read by every head.
     cos, sin = angles(position_BS, cfg, rope_width(cfg))
     # A score then depends on how far two tokens are apart. Values are read, wherever they are.
     return turned(q, cos, sin, cfg), turned(k, cos, sin, cfg), v
@@ -143,6 +146,7 @@ def angles(position_BS: Array, cfg: ModelConfig, width: int) -> tuple[Array, Arr
 
     cos, sin = rope(position_BS, width, cfg.rope_theta, cfg.dtype, scaled)
     magnitude = scaling.magnitude(options)
+    # On both queries and keys, so that a score has its square (YaRN, arXiv:2309.00071).
     return cos * magnitude, sin * magnitude
 
 
@@ -177,7 +181,7 @@ def empty_cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
 def cached_inputs(
     weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
 ) -> tuple[Array, Cache]:
-    """(queries, keys and values of the tokens)."""
+    """Returns (queries, keys and values of the tokens)."""
     q, k, v = inputs(weights, x_BSD, position_BS, cfg)
     return q, Cache(k, v)
 
@@ -203,7 +207,7 @@ CACHING = Caching(
 
 
 def refusals(cfg: Config, name: str) -> Iterator[str]:
-    """Query heads share key heads evenly, and rotary embeddings turn pairs."""
+    """Refuses heads that do not share keys evenly, and an odd number of dimensions that turn."""
     del name
     m = cfg.model
     if m.num_heads % m.num_kv_heads:

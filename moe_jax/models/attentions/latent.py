@@ -67,13 +67,14 @@ class Options:
 
 
 class Cache(NamedTuple):
-    """What all heads read of the tokens so far: arrays, or their specs."""
+    """Holds what all heads read of the tokens so far: arrays, or their specs."""
 
     latent_BMR: Any
     key_BMT: Any
 
 
 def options_of(cfg: ModelConfig) -> Options:
+    """Returns the options of this attention in a config that has chosen it."""
     return typed_options(Options, cfg.attention_options)
 
 
@@ -83,6 +84,7 @@ def weights(cfg: ModelConfig) -> dict[str, Weight]:
     q_width = own.qk_nope_head_dim + own.qk_rope_head_dim
     rank, kv_width = own.kv_lora_rank, own.qk_nope_head_dim + own.v_head_dim
     declared = {}
+    # Queries of all heads, through their latent or from x.
     if own.q_lora_rank:
         q_rank = own.q_lora_rank
         declared["q_a"] = Weight((d, q_rank), ("embed", None), d**-0.5)
@@ -90,8 +92,11 @@ def weights(cfg: ModelConfig) -> dict[str, Weight]:
         declared["q_b"] = Weight((q_rank, h, q_width), (None, "heads", None), q_rank**-0.5)
     else:
         declared["q"] = Weight((d, h, q_width), ("embed", "heads", None), d**-0.5)
+    # The latent of keys and values, and beside it the key that turns. All heads have the same, so
+    # the axis "model" does not split them.
     declared["kv_a"] = Weight((d, rank + own.qk_rope_head_dim), ("embed", None), d**-0.5)
     declared["kv_a_norm_scale"] = Weight((rank,), (None,), 0.0, 1.0)
+    # W_K and W_V of each head, side by side.
     declared["kv_b"] = Weight((rank, h, kv_width), (None, "heads", None), rank**-0.5)
     if cfg.attention_bias:
         if own.q_lora_rank:
@@ -104,6 +109,7 @@ def scale(cfg: ModelConfig) -> float:
     """Returns the factor on the scores."""
     own = options_of(cfg)
     factor = getattr(cfg.rope_scaling_options, "factor", 1.0)
+    # Longer rows flatten the softmax; this sharpens it again. It is 1 without mscale.
     sharper = 0.1 * own.mscale * math.log(factor) + 1
     width = own.qk_nope_head_dim + own.qk_rope_head_dim
     return (cfg.attention_scale or width**-0.5) * sharper**2
@@ -121,7 +127,7 @@ def key_heads(cfg: ModelConfig) -> int:
 
 
 def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Array]:
-    """(what does not turn [B, S, H, N], what turns [B, S, H, T], not turned yet)."""
+    """Returns (what does not turn [B, S, H, N], what turns [B, S, H, T], not turned yet)."""
     own = options_of(cfg)
     if own.q_lora_rank:
         latent_BSQ = _down(weights, "q_a", x_BSD, cfg)
@@ -135,7 +141,7 @@ def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Ar
 
 
 def latents(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Array]:
-    """(latent of keys and values [B, S, R], key of all heads [B, S, T], not turned yet)."""
+    """Returns (latent of keys and values [B, S, R], key of all heads [B, S, T], not turned yet)."""
     own = options_of(cfg)
     both = _down(weights, "kv_a", x_BSD, cfg)
     latent_BSR, key_BST = both[..., : own.kv_lora_rank], both[..., own.kv_lora_rank :]
@@ -152,14 +158,14 @@ def _down(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
 
 
 def up_projections(weights: Weights, cfg: ModelConfig) -> tuple[Array, Array]:
-    """(W_K [R, H, N], W_V [R, H, V])."""
+    """Returns (W_K [R, H, N], W_V [R, H, V])."""
     w_RHA = gather(weights["kv_b"], (None, "heads", None), cfg.dtype)
     num_nope = options_of(cfg).qk_nope_head_dim
     return w_RHA[..., :num_nope], w_RHA[..., num_nope:]
 
 
 def _turned(q_BSHT: Array, key_BST: Array, position_BS: Array, cfg: ModelConfig) -> Any:
-    """(queries, keys [B, S, 1, T]) turned by their positions."""
+    """Returns (queries, keys [B, S, 1, T]) turned by their positions."""
     cos, sin = heads.angles(position_BS, cfg, options_of(cfg).qk_rope_head_dim)
     key_BS1T = key_BST[:, :, None]
     return heads.turned(q_BSHT, cos, sin, cfg), heads.turned(key_BS1T, cos, sin, cfg)
@@ -168,13 +174,14 @@ def _turned(q_BSHT: Array, key_BST: Array, position_BS: Array, cfg: ModelConfig)
 def inputs(
     weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
 ) -> tuple[Array, Array, Array]:
-    """(queries, keys, values) of whole rows, each head its own."""
+    """Returns (queries, keys, values) of whole rows, each head its own."""
     q_BSHN, q_BSHT = queries(weights, x_BSD, cfg)
     latent_BSR, key_BST = latents(weights, x_BSD, cfg)
     q_BSHT, key_BS1T = _turned(q_BSHT, key_BST, position_BS, cfg)
     w_k, w_v = up_projections(weights, cfg)
     k_BSHN = jnp.einsum("BSR,RHN->BSHN", latent_BSR, w_k)
     v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, w_v)
+    # The key that turns is one for all heads; kernels want one for each.
     key_BSHT = jnp.broadcast_to(key_BS1T, (*k_BSHN.shape[:3], key_BS1T.shape[3]))
     # Every device of `model` has the key of all heads, and needs it for its own.
     of_heads = context.tokens_spec(x_BSD, "model", None)
@@ -196,24 +203,27 @@ def empty_cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
 def cached_inputs(
     weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
 ) -> tuple[Array, Cache]:
-    """(queries that W_K went into [B, S, H, R + T], what the cache keeps of the tokens)."""
+    """Returns (queries that W_K went into [B, S, H, R + T], what the cache keeps of the tokens)."""
     q_BSHN, q_BSHT = queries(weights, x_BSD, cfg)
     latent_BSR, key_BST = latents(weights, x_BSD, cfg)
     q_BSHT, key_BS1T = _turned(q_BSHT, key_BST, position_BS, cfg)
     w_k, _ = up_projections(weights, cfg)
+    # q_nope . (c W_K) = (q_nope W_K^T) . c: the query is scored against the latent itself.
     q_BSHR = jnp.einsum("BSHN,RHN->BSHR", q_BSHN, w_k)
     return jnp.concatenate([q_BSHR, q_BSHT], axis=-1), Cache(latent_BSR, key_BS1T[:, :, 0])
 
 
 def keys_and_values(cache: Cache) -> tuple[Array, Array]:
-    """(keys [B, 1, M, R + T], values [B, 1, M, R]) of all heads."""
+    """Returns (keys [B, 1, M, R + T], values [B, 1, M, R]) of all heads."""
     key = jnp.concatenate([cache.latent_BMR, cache.key_BMT], axis=-1)
+    # All heads read one key, whose first part is the value.
     return key[:, None], cache.latent_BMR[:, None]
 
 
 def outputs(weights: Weights, o_BSHR: Array, cfg: ModelConfig) -> Array:
     """Returns what the heads read [B, S, H, V], from weighted sums of latents."""
     _, w_v = up_projections(weights, cfg)
+    # A weighted sum of all c W_V is W_V times the weighted sum of all c.
     return jnp.einsum("BSHR,RHV->BSHV", o_BSHR, w_v)
 
 
@@ -227,6 +237,7 @@ def refusals(cfg: Config, name: str) -> Iterator[str]:
     """Refuses options of ordinary heads, which would do nothing, and an odd width that turns."""
     m, own = cfg.model, options_of(cfg.model.with_attention(name))
     at = f"model.attentions.{name}"
+    # What the options refuse by themselves.
     if own.qk_rope_head_dim % 2:
         yield (
             f"{at}.qk_rope_head_dim ({own.qk_rope_head_dim}) must be even: rotary embeddings turn "
@@ -237,8 +248,9 @@ def refusals(cfg: Config, name: str) -> Iterator[str]:
             f"{at}.mscale = {own.mscale} does nothing, because model.rope_scaling = "
             f'"{m.rope_scaling}" has no factor: set it to 0'
         )
+    # Keys of ordinary heads, which this attention does not read. Where other blocks have such heads
+    # the keys are theirs.
     if set(m.attentions) != {name}:
-        # Other blocks have ordinary heads.
         return
     if m.num_kv_heads != m.num_heads:
         yield (
@@ -261,6 +273,7 @@ def refusals(cfg: Config, name: str) -> Iterator[str]:
 def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]:
     """Yields widths of a small model."""
     del seq_len
+    # Different numbers, so that a mistaken dimension is found.
     bounds = {"q_lora_rank": 6, "kv_lora_rank": 4, "qk_nope_head_dim": 2, "v_head_dim": 3}
     for name, bound in (bounds | {"qk_rope_head_dim": 2}).items():
         yield name, min(options[name], bound)

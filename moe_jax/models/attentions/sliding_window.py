@@ -44,12 +44,14 @@ def slots(position_BS: Array, last_BS: Array, num_slots: int, options: Options) 
     slot_11M = jnp.arange(num_slots, dtype=last_BS.dtype)[None, None, :]
     # A longer window sees no more, and may be no int32.
     first_BS = position_BS - (min(options.window, num_slots) - 1)
+    # Slots are positions, so the window is a range of slots.
     return (slot_11M >= first_BS[:, :, None]) & (slot_11M <= last_BS[:, :, None])
 
 
 def num_pairs(num_tokens: int, options: Options) -> int:
     """Returns 1 + 2 + .. + w of the first w = min(window, n) tokens, and w of each later one."""
     w = min(options.window, num_tokens)
+    # The first w tokens see fewer, for nothing is before them.
     return w * (w + 1) // 2 + (num_tokens - w) * w
 
 

@@ -26,7 +26,7 @@ def one(options: Any) -> float:
 
 
 class RopeScaling(NamedTuple):
-    """All that there is to know of a rotary scaling; `ROPE_SCALING` of its file."""
+    """Holds all that there is to know of a rotary scaling; `ROPE_SCALING` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

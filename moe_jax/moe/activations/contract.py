@@ -10,7 +10,7 @@ from jax import Array
 
 
 class Activation(NamedTuple):
-    """All that there is to know of an activation; `ACTIVATION` of its file."""
+    """Holds all that there is to know of an activation; `ACTIVATION` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

@@ -31,6 +31,7 @@ def number_of(
     """
     if expert_axis == 1:
         return 1
+    # Tokens of a group compete for places, or are mixed with each other.
     grouped = dispatcher.drops or dispatcher.mixes
     return math.gcd(wanted, num_tokens // (group_tokens if grouped else 1))
 
@@ -54,10 +55,10 @@ def dispatched(
     if isinstance(routing, Routing):
         parts = list(_routings(routing, shape, num_chunks))
     part_shape = _of_chunk(shape, parts[0], num_chunks)
-    results = [
-        dispatcher.apply(part_TD, part, experts, shape=part_shape, options=options)
-        for part_TD, part in zip(jnp.split(x_TD, num_chunks), parts, strict=True)
-    ]
+    # One after another, and none needs what another made: the compiler may run them side by side.
+    results = []
+    for part_TD, part in zip(jnp.split(x_TD, num_chunks), parts, strict=True):
+        results.append(dispatcher.apply(part_TD, part, experts, shape=part_shape, options=options))
     y_TD = jnp.concatenate([y_TD for y_TD, _ in results])
     dropped = [dropped_N for _, dropped_N in results]
     if isinstance(routing, Routing) and not routing.per_token:
@@ -67,6 +68,7 @@ def dispatched(
 
 
 def _of_chunk(shape: Shape, part: Routing | Slots, num_chunks: int) -> Shape:
+    """Returns the sizes of one chunk; all chunks have the same."""
     if isinstance(part, Slots):
         num_assignments = shape.num_assignments // num_chunks
     else:
@@ -81,6 +83,7 @@ def _of_chunk(shape: Shape, part: Routing | Slots, num_chunks: int) -> Shape:
 
 
 def _slots(slots: Slots, num_chunks: int) -> Iterator[Slots]:
+    """Yields the slots of each chunk, which are those of its groups."""
     dispatch = jnp.split(slots.dispatch_GtEp, num_chunks)
     combine = jnp.split(slots.combine_GtEp, num_chunks)
     for dispatch_GtEp, combine_GtEp in zip(dispatch, combine, strict=True):

@@ -38,7 +38,7 @@ def no_advice(options: Any, at: str, expert_axis: int) -> Iterator[str]:
 
 
 class Dispatcher(NamedTuple):
-    """All that there is to know of a dispatcher; `DISPATCHER` of its file."""
+    """Holds all that there is to know of a dispatcher; `DISPATCHER` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

@@ -72,6 +72,7 @@ def _exchange(
 ) -> jax.Array:
     there = Slices(start_S, size_S, target_S)
     back = Slices(back_start_S, back_size_S, back_target_S)
+    # Rows that nothing arrives in stay as they are here.
     buffer = jnp.zeros_like(x, shape=(num_rows, *x.shape[1:]))
     how = {"axis_name": "expert", "axis_index_groups": level.groups}
     received = by_platform(
@@ -115,6 +116,7 @@ def twin(
 
     All rows of all devices are gathered, and each device takes its own: n R rows are received.
     """
+    # The receiver knows as much: `recv_sizes`.
     del send_sizes
 
     def transposed(z_S: jax.Array) -> jax.Array:
@@ -135,7 +137,9 @@ def twin(
     target_S = transposed(output_offsets)
     slice_Q, is_filled_Q = slice_of_row(target_S, recv_sizes, output.shape[0])
     row_Q = jnp.arange(output.shape[0], dtype=jnp.int32)
+    # The place of a row in its slice is the same on both sides.
     source_Q = row_Q - target_S[slice_Q] + start_S[slice_Q]
+    # One behind the last row reads nothing.
     source_Q = jnp.where(is_filled_Q, source_Q, gathered.shape[0])
     arrived = gathered.at[source_Q].get(mode="fill", fill_value=0)
     return jnp.where(_beside(is_filled_Q, arrived), arrived, output)
@@ -147,6 +151,7 @@ def slice_of_row(
     """Returns the slice that each row lies in, [num_rows], and whether it lies in one."""
     row_Q1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
     is_inside_QS = (row_Q1 >= start_S[None]) & (row_Q1 < (start_S + size_S)[None])
+    # The first True of each row; slices do not overlap, so there is one at most.
     return jnp.argmax(is_inside_QS, axis=1).astype(jnp.int32), is_inside_QS.any(1)
 
 

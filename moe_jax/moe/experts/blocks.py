@@ -27,6 +27,7 @@ def block_sizes(rows_mean: float) -> tuple[int, int]:
     padding. Measured at 2048 and 4096 tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice
     was better by more than the noise.
     """
+    # The power of two that is nearest to the mean, from 8 to 1024.
     exponent = round(math.log2(max(rows_mean, 1.0)))
     large = 2 ** min(max(exponent, 3), 10)
     if large > 256:

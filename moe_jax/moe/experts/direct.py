@@ -53,6 +53,7 @@ def direct_ffn(
     num_experts, d_model, _, _ = w_in_eDPF.shape
     w_in_eDH = w_in_eDPF.reshape(num_experts, d_model, -1).astype(x_TD.dtype)
     w_out_eFD = w_out_eFD.astype(x_TD.dtype)
+    # As many assignments as experts: nearly all weights are read anyway.
     run = _every_expert if token_M.shape[0] >= num_experts else _one_by_one
     return run(
         chosen.function(), *vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
@@ -68,8 +69,10 @@ def _every_expert(
     w_in_eDH: Array,
     w_out_eFD: Array,
 ) -> Array:
+    """Returns y_TD: every expert computes every token, and the gates choose."""
     num_tokens, num_experts = x_TD.shape[0], w_in_eDH.shape[0]
     wide = wide_dtype(x_TD.dtype)
+    # The gate of each token at each expert; an expert that is not here is dropped.
     zero_Te = jnp.zeros_like(gate_M, shape=(num_tokens, num_experts), dtype=wide)
     gate_Te = zero_Te.at[token_M, expert_index_M].add(gate_M.astype(wide), mode="drop")
     x_eTD = jnp.broadcast_to(x_TD, (num_experts, *x_TD.shape))
@@ -91,6 +94,7 @@ def _one_by_one(
     w_in_eDH: Array,
     w_out_eFD: Array,
 ) -> Array:
+    """Returns y_TD: one assignment after another, which reads the chosen experts alone."""
     num_experts = w_in_eDH.shape[0]
     wide = wide_dtype(x_TD.dtype)
     gate_M = jnp.where(expert_index_M < num_experts, gate_M, 0).astype(wide)
@@ -103,6 +107,7 @@ def _one_by_one(
         pre_1H = x_1D @ w_in_eDH[i]
         hidden_1F = act(pre_1H.astype(wide)) * gate_M[m]
         y_1D = hidden_1F.astype(x_TD.dtype) @ w_out_eFD[i]
+        # A token may have come before, with another expert.
         before_1D = lax.dynamic_slice_in_dim(y_TD, t, 1)
         return lax.dynamic_update_slice_in_dim(y_TD, before_1D + y_1D, t, 0)
 

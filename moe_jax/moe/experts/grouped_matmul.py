@@ -27,7 +27,7 @@ from moe_jax.parallel.varying import vary_alike
 
 
 class Kernel(NamedTuple):
-    """How the network is computed: (activation, block, rows, layout), and backward also what
+    """Holds how the network is computed: (activation, block, rows, layout), and backward also what
     forward kept and the cotangent of y.
     """
 

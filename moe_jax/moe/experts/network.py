@@ -42,7 +42,7 @@ class Chosen(NamedTuple):
 
 
 class Biases(NamedTuple):
-    """Of experts that have them."""
+    """Holds the biases of both layers of the local experts."""
 
     in_eH: Array
     out_eD: Array
@@ -82,10 +82,13 @@ def forward_rows(
     """Returns (y_BD, pre_BH) of rows of one expert, whose biases are vectors here."""
     dtype = x_BD.dtype
     wide = wide_dtype(dtype)
+    # Products are in the dtype of x; the activation between them is computed in a wide one.
+    # Gate and up are one product, side by side in H.
     pre_BH = dot(x_BD, w_in_DH, 1, 0, dtype)
     if biases is not None:
         pre_BH = pre_BH + biases.in_eH.astype(dtype)[None]
     gate_B1 = gate_B.astype(wide)[:, None]
+    # gate * (h @ w_out) = (gate * h) @ w_out.
     hidden_BF = (act(pre_BH.astype(wide)) * gate_B1).astype(dtype)
     y_BD = dot(hidden_BF, w_out_FD, 1, 0, dtype)
     if biases is not None:
@@ -118,6 +121,7 @@ def backward_rows(
     wide = wide_dtype(dtype)
     dh_gated_BF = dot(dy_BD, w_out_FD, 1, 1, wide)
     gate_B1 = gate_B.astype(wide)[:, None]
+    # The activation once more, and its pullback: only pre-activations were kept.
     h_BF, pull = jax.vjp(act, pre_BH.astype(wide))
     (dpre_BH,) = pull(dh_gated_BF * gate_B1)
     dpre_BH = dpre_BH.astype(dtype)

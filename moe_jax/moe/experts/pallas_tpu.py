@@ -58,6 +58,7 @@ def products(layout: Layout, block: tuple[int, int], interpret: bool = False) ->
 def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     """Returns the rows of a tile; the larger block is near the mean load of an expert."""
     rows = min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS)
+    # A buffer of fewer rows is one tile.
     return rows if num_rows > rows else num_rows
 
 
@@ -81,11 +82,14 @@ def list_visits(layout: Layout, num_rows: int, rows: int, empty: bool) -> tuple[
     end_e = start_e + size_e
     # An expert that has no rows may begin behind the last tile.
     first_tile_e = jnp.minimum(start_e // rows, num_tiles - 1)
+    # From the tile of its first row to that of its last one.
     touched_e = (end_e - 1) // rows - start_e // rows + 1
     count_e = jnp.where(size_e > 0, touched_e, int(empty))
+    # The visits of an expert are numbered [until - count, until).
     until_e = jnp.cumsum(count_e, dtype=count_e.dtype)
     # Every tile is visited once, and once more for each expert that begins within it.
     visit_V = jnp.arange(num_tiles + num_experts, dtype=size_e.dtype)
+    # An expert whose visits have all passed by then: their number is that of the expert itself.
     is_before_Ve = until_e[None] <= visit_V[:, None]
     expert_V = jnp.minimum(is_before_Ve.sum(1, dtype=size_e.dtype), num_experts - 1)
     tile_V = first_tile_e[expert_V] + visit_V - (until_e - count_e)[expert_V]
@@ -123,6 +127,7 @@ def _product(
         *of_visits, a_ref, w_ref, y_ref, sum_ref = refs
         v, step = pl.program_id(1), pl.program_id(2)
 
+        # The sum runs over tiles of X, the innermost loop.
         @pl.when(step == 0)
         def _():
             sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -144,6 +149,7 @@ def _product(
 
     def w_index(n, v, step, *of_visits):
         expert = Visits(*of_visits).expert_V[v]
+        # w^T is never made: its tiles are read the other way round.
         return (expert, n, step) if transposed else (expert, step, n)
 
     def y_index(n, v, step, *of_visits):
@@ -177,6 +183,7 @@ def _outer(
         *of_visits, a_ref, b_ref, y_ref, sum_ref = refs
         v, last = pl.program_id(2), pl.num_programs(2) - 1
         expert_V = Visits(*of_visits).expert_V
+        # The sum is over the visits of one expert, which follow each other.
         before, after = expert_V[jnp.maximum(v - 1, 0)], expert_V[jnp.minimum(v + 1, last)]
 
         @pl.when((v == 0) | (before != expert_V[v]))

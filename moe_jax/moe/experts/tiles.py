@@ -69,9 +69,11 @@ def list_tiles(layout: Layout, num_rows: int, B: int) -> Tiles:
     count_e = -(-size_e // B)
     until_e = jnp.cumsum(count_e, dtype=count_e.dtype)
     tile_V = jnp.arange(most, dtype=size_e.dtype)
+    # How many experts end at or before a tile is the number of the expert that it is of.
     is_before_Ve = until_e[None] <= tile_V[:, None]
     # A tile behind the last one gets the last expert, and no rows of it.
     expert_V = jnp.minimum(is_before_Ve.sum(1, dtype=size_e.dtype), num_experts - 1)
+    # A tile's place among those of its expert, times B.
     first_V = start_e[expert_V] + (tile_V - (until_e - count_e)[expert_V]) * B
     end_V = jnp.minimum(first_V + B, (start_e + size_e)[expert_V])
     return Tiles(expert_V, first_V, end_V, until_e[-1])

@@ -49,6 +49,7 @@ def forward(
     pre_RH = products.product(x_RD, w_in_eDH.astype(dtype))
     is_of_Re = of_experts(layout, x_RD.shape[0]).astype(dtype)
     if biases is not None:
+        # Each row gets the bias of its expert.
         pre_RH = pre_RH + is_of_Re @ biases.in_eH.astype(dtype)
     gate_R1 = gate_R.astype(wide)[:, None]
     hidden_RF = (act(pre_RH.astype(wide)) * gate_R1).astype(dtype)
@@ -79,6 +80,7 @@ def backward(
     dy_RD = own(dy_RD)
     gate_R1 = gate_R.astype(wide)[:, None]
     h_RF, pull_act = jax.vjp(act, own(pre_RH).astype(wide))
+    # The two cotangents of w_out's product: of h * gate, and of w_out by `outer` below.
     hidden_RF = (h_RF * gate_R1).astype(dtype)
     dh_gated_RF = own(products.transposed(dy_RD, w_out_eFD.astype(dtype))).astype(wide)
     (dpre_RH,) = pull_act(dh_gated_RF * gate_R1)

@@ -17,7 +17,7 @@ Totals = Mapping[str, jax.Array]
 
 
 class Loss(NamedTuple):
-    """All that there is to know of a loss; `LOSS` of its file."""
+    """Holds all that there is to know of a loss; `LOSS` of its file."""
 
     # totals -> [L]
     value: Callable[[Totals], jax.Array]

@@ -19,7 +19,7 @@ from moe_jax.moe.routing.contract import Routing
 
 
 class Ordering(NamedTuple):
-    """All that there is to know of an ordering; `ORDERING` of its file."""
+    """Holds all that there is to know of an ordering; `ORDERING` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

@@ -165,7 +165,8 @@ def never_silenced(options: Any, state: Any, new: Any) -> None:
 
 
 class Router(NamedTuple):
-    """All that there is to know of a router; `ROUTER` of its file. `options` is one of its Options.
+    """Holds all that there is to know of a router; `ROUTER` of its file. `options` is one of its
+    Options.
 
     What has no default would be silently wrong if it were forgotten.
     """

@@ -83,6 +83,7 @@ def route(
     relu_TE = jax.nn.relu(router_logits_TE)
     is_active_TE = relu_TE > 0
     # A token with fewer active experts fills its list with gates of 0, which go nowhere.
+    # The shapes of a program are fixed, so each token has the same number of places.
     gate_TK, expert_index_TK = jax.lax.top_k(relu_TE, cfg.options.max_active)
     # All active experts count here, served or not: they are what drives l1.
     sums = class_statistics(router_logits_TE, is_active_TE, relu_TE, tokens, probs_TC=relu_TE)

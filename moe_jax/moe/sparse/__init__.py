@@ -37,7 +37,8 @@ __all__ = [
 ]
 
 EXPERTS = "experts"
-Path = tuple[Any, ...]  # keys from the root of the parameters to a layer's experts
+# Keys from the root of the parameters to a layer's experts.
+Path = tuple[Any, ...]
 
 
 def experts_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Matrices]]:
@@ -192,6 +193,7 @@ def mask(tree: Any, masks: dict[str, Any]) -> Any:
 
 
 def _zero_outside(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns the array with exact zeros where the mask is False."""
     return jnp.where(keep, x, jnp.zeros_like(x))
 
 
@@ -202,12 +204,12 @@ def mask_moments(opt_state: Any, masks: dict[str, Any]) -> Any:
     statistics (Adafactor's, per row and column) have no such entries, and need none: masked
     gradients add nothing to them.
     """
-    mask_of = {
-        (*path, name): keep
-        for path, kept in experts_of(masks)
-        for name, keep in kept.items()
-        if _is_mask(keep)
-    }
+    mask_of = {}
+    for path, kept in experts_of(masks):
+        for name, keep in kept.items():
+            # A threshold hides nothing.
+            if _is_mask(keep):
+                mask_of[*path, name] = keep
 
     def masked(path: Any, x: Any) -> Any:
         keys = tuple(_plain_key(key) for key in path)
@@ -285,6 +287,8 @@ def replaced(tree: Any, layers: dict[Path, Any]) -> Any:
 
 
 def _refuse_misfit(cfg: SparseConfig, path: Path, layer: Matrices, stacked: bool) -> None:
+    """Raises UserError where the experts' weights have not the dimensions of the pattern."""
+    # Without the leading axis of repeats.
     dims = {name: x.ndim - stacked for name, x in layer.items()}
     if what := PATTERNS[cfg.pattern].misfit(dims):
         raise UserError(

@@ -15,7 +15,7 @@ from moe_jax import layout
 
 
 class Optimizer(NamedTuple):
-    """All that there is to know of an optimizer; `OPTIMIZER` of its file."""
+    """Holds all that there is to know of an optimizer; `OPTIMIZER` of its file."""
 
     # The frozen dataclass of its block in the config; `weight_decay` is among its keys.
     options: type
@@ -29,8 +29,10 @@ class Leaf:
     """Holds what an optimizer may know of a parameter besides its gradient."""
 
     name: str  # "layers/repeats/attention/q"
-    ndim: int  # without the axis of layers
-    stacked: bool  # has a leading axis of layers
+    # Without the axis of layers.
+    ndim: int
+    # Has a leading axis of layers.
+    stacked: bool
 
 
 def leaf_by_leaf(inner: optax.GradientTransformation, leaves: Any) -> optax.GradientTransformation:

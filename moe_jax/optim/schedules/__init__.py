@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.optim.schedules import constant, cosine, linear, wsd
 from moe_jax.optim.schedules.contract import Rate, Schedule
-from moe_jax.schema.config import OptimConfig
+from moe_jax.schema.training import OptimConfig
 
 SCHEDULES: dict[str, Schedule] = {
     "cosine": cosine.SCHEDULE,

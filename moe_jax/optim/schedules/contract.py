@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.schema.config import OptimConfig
+from moe_jax.schema.training import OptimConfig
 
 Rate = Callable[[Any], jax.Array]
 Factor = Callable[[jax.Array, jax.Array], jax.Array]
@@ -23,7 +23,7 @@ def no_decay(options: Any) -> float:
 
 
 class Schedule(NamedTuple):
-    """All that there is to know of a schedule; `SCHEDULE` of its file."""
+    """Holds all that there is to know of a schedule; `SCHEDULE` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

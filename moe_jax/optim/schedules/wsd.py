@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.optim.schedules.contract import Factor, Schedule
-from moe_jax.schema.config import OptimConfig
 from moe_jax.schema.options import FRACTION, option
+from moe_jax.schema.training import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,7 +196,9 @@ def _cargo(scope: str, axes: str) -> str:
 
 
 def _as_scattered(kind: str, computation: str) -> str:
-    """A TPU writes a fused reduce-scatter as an all-reduce of which each device keeps a part."""
+    """Returns the kind of a collective. A TPU writes a fused reduce-scatter as an all-reduce of
+    which each device keeps a part.
+    """
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         return "reduce-scatter"
     return kind

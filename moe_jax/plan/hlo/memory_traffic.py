@@ -44,13 +44,13 @@ def count(module: Module, runs: Runs) -> int:
 def _fused(module: Module) -> set[str]:
     """Returns the computations inside of fusions: their values never reach the memory."""
     found: set[str] = set()
-    todo = [
-        name
-        for instructions in module.computations.values()
-        for instruction in instructions
-        if instruction.opcode in ("fusion", "reduce", "sort", "map", "scatter")
-        for _, name in instruction.called
-    ]
+    # Those that are called from outside, ...
+    todo = []
+    for instructions in module.computations.values():
+        for instruction in instructions:
+            if instruction.opcode in ("fusion", "reduce", "sort", "map", "scatter"):
+                todo += [name for _, name in instruction.called]
+    # ... and all that these call in turn.
     while todo:
         name = todo.pop()
         if name not in found and name in module.computations:
@@ -64,6 +64,7 @@ def _moved(instruction: Instruction, types: Mapping[str, Sequence[Array]], modul
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
     inputs = [types.get(name, ()) for name in instruction.operands]
+    # The slice is read and written; the rest of the array stays where it is.
     if instruction.opcode in _SLICES:
         return 2 * _in_memory(instruction.outputs)
     if instruction.opcode == "dynamic-update-slice":
@@ -75,32 +76,38 @@ def _moved(instruction: Instruction, types: Mapping[str, Sequence[Array]], modul
 
 
 def _in_memory(arrays: Sequence[Array]) -> int:
+    """Returns the bytes of arrays, without those that the compiler keeps on the chip."""
     return sum(array.num_bytes for array in arrays if not array.is_on_chip)
 
 
 def _of_fusion(
     fusion: Instruction, inputs: Sequence[Sequence[Array]], body: Sequence[Instruction]
 ) -> int:
+    """Returns the bytes that a fusion reads of its parameters and writes as its outputs. `body`:
+    the instructions inside of it, whose values stay on the chip.
+    """
     users: dict[str, list[Instruction]] = {}
     for instruction in body:
         for operand in instruction.operands:
             users.setdefault(operand, []).append(instruction)
-    total = 0
+    read = 0
     for parameter in body:
         if parameter.opcode != "parameter":
             continue
+        # "parameter(2)": the number of the operand of the fusion.
         number = int(parameter.rest.partition(")")[0])
         whole = _in_memory(inputs[number]) if number < len(inputs) else 0
-        total += min(whole, _read(parameter, users, whole))
-    updates = [one for one in body if one.opcode == "dynamic-update-slice"]
-    by_name = {one.name: one for one in body}
+        read += min(whole, _read(parameter, users, whole))
+    by_name = {instruction.name: instruction for instruction in body}
     written = _in_memory(fusion.outputs)
-    for update in updates:
+    for instruction in body:
+        if instruction.opcode != "dynamic-update-slice":
+            continue
         # In place: of the whole only the slice is written.
-        slice_bytes = by_name[update.operands[1]].outputs if update.operands[1] in by_name else ()
-        written -= _in_memory(update.outputs)
-        written += sum(array.num_bytes for array in slice_bytes)
-    return total + max(written, 0)
+        update = by_name.get(instruction.operands[1])
+        written -= _in_memory(instruction.outputs)
+        written += sum(array.num_bytes for array in update.outputs) if update else 0
+    return read + max(written, 0)
 
 
 def _read(parameter: Instruction, users: Mapping[str, list[Instruction]], whole: int) -> int:
@@ -109,12 +116,15 @@ def _read(parameter: Instruction, users: Mapping[str, list[Instruction]], whole:
     while todo:
         name = todo.pop()
         for user in users.get(name, ()):
+            # The same bytes under another shape: whoever reads that reads them.
             if user.opcode == "bitcast":
                 todo.append(user.name)
             elif user.opcode in _SLICES and user.operands[0] == name:
                 total += sum(array.num_bytes for array in user.outputs)
+            # Written into, and not read.
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue
+            # Any other user reads all of it.
             else:
                 return whole
     return total

@@ -59,6 +59,7 @@ def count(module: Module, runs: Runs) -> Products:
     told: Counter[str] = Counter()
     find = scopes.finder(scopes.instructions_of(module))
     for name, instructions in module.computations.items():
+        # A computation that is never called, or whose loop runs as often as nobody knows.
         times = runs.times.get(name, 0)
         if not times:
             continue
@@ -105,14 +106,16 @@ def _of_instruction(instruction: Instruction, operands: list[Array]) -> int | No
 
 
 def _dot(output: Array, left: Array, text: str) -> int:
-    """Every number of the output is a sum over the contracted dimensions."""
+    """Returns the FLOPs of a dot: each number of the output is a sum over contracted dimensions."""
+    # Dots and custom calls of libraries write it differently.
     found = re.search(r"lhs_contracting_dim(?:ension)?s\"?[=:][{\[]([\d,\"]*)[}\]]", text)
     contracted = re.findall(r"\d+", found[1]) if found else []
     return 2 * math.prod(output.dims) * math.prod(left.dims[int(dim)] for dim in contracted)
 
 
 def _convolution(output: Array, left: Array, right: Array, instruction: Instruction) -> int:
-    """A TPU's products are convolutions; a batch dimension is one that is dilated.
+    """Returns the FLOPs of a convolution: a TPU's products are such, and a batch dimension is one
+    that is dilated.
 
     Of every spatial dimension only the pairs of positions count in which both sides have a number.
     """
@@ -150,6 +153,7 @@ def _window(instruction: Instruction, num_spatial: int) -> dict[str, list[int]]:
 def _pairs(num_outputs: int, num_inputs: int, size: int, window: dict[str, int]) -> int:
     """Returns how many (output, tap) pairs of one dimension read a number that is there."""
     dilation, last = window["lhs_dilate"], (num_inputs - 1) * window["lhs_dilate"]
+    # Counting pair by pair would take longer than it is worth: there are no more than so many.
     if num_outputs * size > 4_000_000:
         return num_outputs * min(size, num_inputs)
     pairs = 0
@@ -162,9 +166,11 @@ def _pairs(num_outputs: int, num_inputs: int, size: int, window: dict[str, int])
 
 
 def _custom_call(instruction: Instruction, operands: list[Array]) -> int | None:
+    """Returns the FLOPs of a call of a library or a kernel; None where nobody knows."""
     target = _target(instruction)
     if told := _told(instruction):
         return told
+    # Without scalars and indices.
     matrices = [array for array in operands if len(array.dims) >= 2 and array.dtype != "s32"]
     if target.startswith("__cublas"):
         return _dot(instruction.outputs[0], operands[0], instruction.rest)
@@ -174,6 +180,7 @@ def _custom_call(instruction: Instruction, operands: list[Array]) -> int | None:
     if instruction.name.startswith("ragged-dot") and "metadata" not in instruction.name:
         return _ragged(instruction.outputs, matrices)
     if target in ("tpu_custom_call", "__gpu$xla.gpu.triton"):
+        # A kernel that prepares the list of another one computes no products.
         return 0 if "metadata" in instruction.name else None
     return 0
 
@@ -186,7 +193,9 @@ def _told(instruction: Instruction) -> int:
 
 
 def _ragged(outputs: tuple[Array, ...], matrices: list[Array]) -> int:
-    """Every row is multiplied with one matrix, whichever: all rows of the buffer are computed."""
+    """Returns the FLOPs of a grouped product: every row of the buffer meets one matrix, whichever
+    it is.
+    """
     if len(matrices) < 2 or not outputs:
         return 0
     rows = matrices[0].dims[0]
@@ -194,6 +203,7 @@ def _ragged(outputs: tuple[Array, ...], matrices: list[Array]) -> int:
 
 
 def _target(instruction: Instruction) -> str:
+    """Returns the name of what a custom call calls."""
     return instruction.attribute(r'custom_call_target="([^"]*)"')
 
 

@@ -9,7 +9,7 @@ from moe_jax.plan.hlo.products import Products
 
 
 class Program(NamedTuple):
-    """What one device does in one run."""
+    """Holds what one device does in one run."""
 
     products: Products
     # FLOPs where every branch is the dearest: the worst load.
@@ -22,7 +22,7 @@ class Program(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """How often the loop of the experts' kernel runs, which depends on the load."""
+    """Holds how often the loop of the experts' kernel runs, which depends on the load."""
 
     balanced: int
     # All rows of the buffer are filled.

@@ -60,8 +60,10 @@ def finder(instructions: Mapping[str, Instruction]) -> Callable[[str], str]:
     it, of the first instruction that uses it (a copy is made for its user), or of what it uses.
     """
     users: dict[str, list[str]] = {}
-    members: dict[str, list[str]] = {}  # of each computation
-    callers: dict[str, str] = {}  # of each computation
+    # Of each computation.
+    members: dict[str, list[str]] = {}
+    # Of each computation.
+    callers: dict[str, str] = {}
     for name, instruction in instructions.items():
         members.setdefault(instruction.computation, []).append(name)
         for operand in instruction.operands:

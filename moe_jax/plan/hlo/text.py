@@ -72,7 +72,7 @@ class Instruction(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """The path of `jax.named_scope`s and functions that it comes from; "" = not known."""
+        """Returns the path of scopes and functions that it comes from; "" = not known."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return found[1] if found else ""
 
@@ -90,7 +90,7 @@ class Module(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """How often each computation runs in one run of the program."""
+    """Holds how often each computation runs in one run of the program."""
 
     times: Mapping[str, int]
     # Scopes of loops whose length depends on the data: their bodies count once.
@@ -119,15 +119,17 @@ def read(text: str) -> Module:
 
 
 def _instruction(found: re.Match[str]) -> Instruction:
+    """Returns the instruction of a line that _INSTRUCTION matches."""
     root, name, outputs, opcode, rest = found.groups()
     inside, _ = _split_operands(rest)
-    called = [
-        (how, name.strip().lstrip("%"))
-        for how, names in _CALLED.findall(rest)
-        for name in names.strip("{}").split(",")
-    ]
-    applied = re.findall(r"\bto_apply=%?([\w.\-]+)", rest)
-    called += [("calls" if opcode == "call" else SCALARS, one) for one in applied]
+    called = []
+    for how, names in _CALLED.findall(rest):
+        # One computation, or {%one, %two} where it branches.
+        for one in names.strip("{}").split(","):
+            called.append((how, one.strip().lstrip("%")))
+    # "to_apply" of a call is a whole computation, that of a reduction a function of two scalars.
+    for one in re.findall(r"\bto_apply=%?([\w.\-]+)", rest):
+        called.append(("calls" if opcode == "call" else SCALARS, one))
     return Instruction(
         name=name,
         outputs=arrays(outputs),
@@ -151,14 +153,12 @@ def _split_operands(rest: str) -> tuple[str, str]:
 
 def arrays(text: str) -> tuple[Array, ...]:
     """Returns the types that a text names: one, or those of a tuple."""
-    return tuple(
-        Array(
-            dtype,
-            tuple(int(length) for length in dims.split(",") if length),
-            bool(_FAST_MEMORY.search(layout or "")),
-        )
-        for dtype, dims, layout in _SHAPE.findall(text)
-    )
+    found = []
+    for dtype, dims, layout in _SHAPE.findall(text):
+        # A scalar has no dimensions: f32[].
+        lengths = tuple(int(length) for length in dims.split(",") if length)
+        found.append(Array(dtype, lengths, bool(_FAST_MEMORY.search(layout or ""))))
+    return tuple(found)
 
 
 def count_runs(
@@ -182,6 +182,7 @@ def count_runs(
             trips = 1
             if instruction.opcode == "while":
                 known = _trips(module, instruction)
+                # Of some loops the caller knows what the program does not say.
                 if known is None:
                     known = trips_of(instruction)
                 if known is None:
@@ -199,6 +200,7 @@ def _entered(module: Module, instruction: Instruction, dearest: bool) -> list[st
     called = [
         name for how, name in instruction.called if name in module.computations and how != SCALARS
     ]
+    # All of them but for a choice between branches.
     if instruction.opcode != "conditional" or not called:
         return called
     choose = max if dearest else min

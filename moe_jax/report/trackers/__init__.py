@@ -20,10 +20,12 @@ TRACKERS: dict[str, Tracker] = {
     "mlflow": mlflow.TRACKER,
     "wandb": wandb.TRACKER,
 }
-FILE = "tracking.json"  # of the workdir: where the run is at each tracker
+# Of the workdir: where the run is at each tracker.
+FILE = "tracking.json"
 # A chart for each figure of each layer would be thousands: of the layers the extremes are sent.
 LAYER = re.compile(r"moe/layer_\d+/(.*)")
-MOST = 200  # names that are sent of a run; the first that come
+# Names that are sent of a run; the first that come.
+MOST = 200
 
 
 def require(names: Sequence[str]) -> None:
@@ -42,19 +44,18 @@ def require(names: Sequence[str]) -> None:
 
 def capped(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns the finite numbers of a row, and of figures of single layers the extremes alone."""
-    numbers = {
-        name: float(value)
-        for name, value in row.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    # Of each figure the values of all layers.
     layers: dict[str, list[float]] = {}
     kept = {}
-    for name, value in numbers.items():
+    for name, value in row.items():
+        # No tracker draws text, and few take a NaN.
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            continue
         match = LAYER.fullmatch(name)
         if match:
-            layers.setdefault(match[1], []).append(value)
+            layers.setdefault(match[1], []).append(float(value))
         else:
-            kept[name] = value
+            kept[name] = float(value)
     for figure, values in layers.items():
         kept[f"moe/layers_min/{figure}"] = min(values)
         kept[f"moe/layers_max/{figure}"] = max(values)
@@ -108,6 +109,7 @@ class Trackers:
                 self._leave(name, error)
 
     def close(self) -> None:
+        """Ends the run at every tracker; one that fails then is told, and no more."""
         for name in list(self._open):
             try:
                 self._open[name].close()
@@ -116,6 +118,7 @@ class Trackers:
         self._open = {}
 
     def _leave(self, name: str, error: Exception) -> None:
+        """Goes on without a tracker, and says why in a line."""
         self._open.pop(name, None)
         text = " ".join(str(error).split())[:200]
         self._say(f"{name} is left ({type(error).__name__}: {text}); metrics.jsonl has all figures")

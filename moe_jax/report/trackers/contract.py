@@ -36,5 +36,6 @@ class Start(NamedTuple):
 class Tracker(NamedTuple):
     """A service: what it needs, and how a run is opened there."""
 
-    packages: Mapping[str, str]  # what Python imports -> what pip installs
+    # What Python imports -> what pip installs.
+    packages: Mapping[str, str]
     open: Callable[[Start], Open]

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 
 from moe_jax.report.trackers.contract import Start, Tracker
 
-PARAMETERS = 100  # of a run that MLflow takes at once
-LENGTH = 500  # characters of a parameter
+# Of a run that MLflow takes at once.
+PARAMETERS = 100
+# Characters of a parameter.
+LENGTH = 500
 
 
 class Run:

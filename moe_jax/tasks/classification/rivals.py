@@ -10,7 +10,8 @@ import numpy as np
 
 from moe_jax.data.examples import Examples
 
-BaselineFigures = dict[str, dict[str, float | str]]  # baseline -> figure -> number
+# Baseline -> figure -> number.
+BaselineFigures = dict[str, dict[str, float | str]]
 
 
 def baseline_figures(data: Examples) -> BaselineFigures:

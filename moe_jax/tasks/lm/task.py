@@ -30,8 +30,10 @@ class Options:
     """There are none."""
 
 
-MOST_BYTES = 4_000_000  # of a domain's text, that the compressors read
-SMOKE_BYTES = 50_000  # the same in a smoke run
+# Of a domain's text, that the compressors read.
+MOST_BYTES = 4_000_000
+# The same in a smoke run.
+SMOKE_BYTES = 50_000
 
 
 def model_batch(batch: PackedText, record: Mapping[str, Any] | None = None) -> Batch:
@@ -190,6 +192,7 @@ def _domain_and_bytes(data: Dataset, size: int, num_rows: int) -> Iterator[tuple
         for i in range(size):
             valid_S = batch.segment_BS[i] > 0
             if not isinstance(batch.quiet_BS, tuple):
+                # Targets of a chat that the user wrote count nowhere.
                 valid_S = valid_S & (batch.quiet_BS[i] == 0)
             yield batch.domain_BS[i, 0], bytes_V[batch.targets_BS[i]][valid_S].sum()
 

@@ -23,12 +23,17 @@ from moe_jax.data.records.split import is_heldout
 from moe_jax.errors import UserError
 
 KIND = "recommendation"
-FAMILIES = ("lib", "python", "r", "perl", "other")  # domains of packages
-SHOWN = 0.8  # of a held-out user's items
-LIKED = 4.0  # stars: from here on a rating is an interaction (Liang et al. 2018)
+# Domains of packages.
+FAMILIES = ("lib", "python", "r", "perl", "other")
+# Of a held-out user's items.
+SHOWN = 0.8
+# Stars: from here on a rating is an interaction (Liang et al. 2018).
+LIKED = 4.0
 
-Interactions = Mapping[str, Sequence[str]]  # user -> items
-Baskets = dict[str, np.ndarray]  # user -> numbers of items
+# User -> items.
+Interactions = Mapping[str, Sequence[str]]
+# User -> numbers of items.
+Baskets = dict[str, np.ndarray]
 
 
 def read_debian_depends(folder: str) -> Interactions:

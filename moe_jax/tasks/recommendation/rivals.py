@@ -13,13 +13,15 @@ from moe_jax.data.examples import Examples
 from moe_jax.tasks.classification.rivals import BaselineFigures
 from moe_jax.tasks.recommendation.data import divided
 
-CUT = 20  # length of the lists that are judged
+# Length of the lists that are judged.
+CUT = 20
 # Users, or items, at once: their scores for all items are dense.
 BLOCK = 512
 # The settings that are tried, each with each.
 NEIGHBOURS = (20, 100, 500, 2500)
 SHRINKAGES = (0.0, 5.0, 20.0)
-TUNED_ON = 10  # one training user in so many
+# One training user in so many.
+TUNED_ON = 10
 
 
 def baseline_figures(data: Examples, tune: bool = True) -> BaselineFigures:

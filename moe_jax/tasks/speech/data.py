@@ -23,9 +23,12 @@ from moe_jax.data.records import folder as files
 from moe_jax.errors import UserError
 
 KIND = "speech"
-NAME = re.compile(r"(\d)_(\w+)_(\d+)\.wav")  # digit, speaker, index
-TESTED = 5  # indices below it are the test part
-PIECES = 8  # of a recording of any length, whose means are what a classical baseline sees
+# Digit, speaker, index.
+NAME = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
+# Indices below it are the test part.
+TESTED = 5
+# Of a recording of any length, whose means are what a classical baseline sees.
+PIECES = 8
 
 
 class Recording(NamedTuple):

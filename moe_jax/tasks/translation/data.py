@@ -224,7 +224,8 @@ def _notes(fits: dict[str, list[bool]], seq_len: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-IdPair = tuple[np.ndarray, np.ndarray]  # ids of source and target, without boundaries
+# Ids of source and target, without boundaries.
+IdPair = tuple[np.ndarray, np.ndarray]
 
 
 def _encode(pairs: list[Pair], tokens: Tokenizer) -> list[IdPair]:

@@ -10,7 +10,8 @@ import numpy as np
 from moe_jax.data.examples import Examples
 from moe_jax.tasks.classification.rivals import BaselineFigures
 
-BLOCK = 256  # held-out sentences compared at once
+# Held-out sentences compared at once.
+BLOCK = 256
 
 
 def baseline_figures(data: Examples) -> BaselineFigures:

@@ -78,6 +78,7 @@ def model_batch(batch: SourceTarget | PrefixTarget) -> Batch:
 def source_batch(batch: SourceTarget) -> Batch:
     """Returns the sources as the encoder reads them; their positions are made here."""
     index_S = jnp.arange(batch.source_BS.shape[1])
+    # Counted from the row's begin: a source row is one sentence.
     position_BS = jnp.where(batch.source_segment_BS > 0, index_S[None], 0)
     return Batch(batch.source_BS, position_BS, batch.source_segment_BS, batch.row_B)
 
@@ -164,9 +165,9 @@ def finish(cfg: Config, trained: Trained, data: Examples, workdir: Path) -> dict
         "reference": references,
         "translation": translations,
     }
-    contract.write_predictions(
-        workdir, (dict(zip(columns, row)) for row in zip(*columns.values(), strict=True))
-    )
+    # A line for each pair, in the order of the held-out rows.
+    lines = (dict(zip(columns, row)) for row in zip(*columns.values(), strict=True))
+    contract.write_predictions(workdir, lines)
     return scores(translations, references)
 
 
@@ -204,6 +205,7 @@ def random(cfg: Config, step: int) -> SourceTarget:
     def random_side() -> tuple[np.ndarray, np.ndarray]:
         """Returns (tokens, segment), both [B, S]."""
         size_B1 = rng.integers(length // 2 + 1, length + 1, (num, 1))
+        # Every other row has no padding.
         size_B1[::2] = length
         segment_BS = (index_1S < size_B1).astype(np.int32)
         tokens_BS = rng.integers(1, cfg.model.vocab_size, (num, length)).astype(np.int32)

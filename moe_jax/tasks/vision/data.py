@@ -61,6 +61,7 @@ def read_digits(folder: str, heldout_every: int) -> Images:
 
     del folder
     digits: Any = load_digits()
+    # One channel.
     pixels = digits.images.astype(np.uint8)[..., None]
     # By the pixels, so that equal images are on the same side.
     heldout = np.array([is_heldout(image.tobytes(), heldout_every) for image in pixels])
@@ -219,6 +220,7 @@ def open_vision(
         seq_len=seq_len,
         domains=images.labels,
         rows={"train": num_train * copies, "heldout": len(image_of_split["heldout"])},
+        # Without copies every image is as it is.
         fetch=_fetch(images, image_of_split, moves_R3 if copies > 1 else None, shift, patch),
         heldout_domain_R=images.label_N[image_of_split["heldout"]],
         fingerprint=examples.fingerprint([name, seq_len, patch, copies, shift, flip], arrays),

@@ -12,8 +12,10 @@ from moe_jax.data.examples import Examples
 from moe_jax.tasks.classification.rivals import BaselineFigures, figures, majority
 
 NEIGHBOURS = 5
-MOST_ITERATIONS = 200  # of the logistic regression
-STEPS = 2_000_000  # iterations times examples: a large set has seen enough after fewer
+# Of the logistic regression.
+MOST_ITERATIONS = 200
+# Iterations times examples: a large set has seen enough after fewer.
+STEPS = 2_000_000
 
 
 def baseline_figures(data: Examples) -> BaselineFigures:

@@ -15,7 +15,7 @@ from moe_jax.verify.foreign.contract import Inputs, Layer
 
 
 class Expected(NamedTuple):
-    """What a layer should return."""
+    """Holds what a layer should return."""
 
     y_TD: np.ndarray
     dropped_TK: np.ndarray
@@ -45,12 +45,14 @@ def expected(inputs: Inputs, layer: Layer, dy_TD: np.ndarray) -> Expected:
     # 2. The gates pick.
     token_T1 = np.arange(len(x_TD))[:, None]
     gate_TE = np.zeros(out_TED.shape[:2])
+    # Added, not set: the gates of an expert that is chosen twice add up.
     np.add.at(gate_TE, (token_T1, expert_TK), gate_TK * served_TK)
     y_TD = np.einsum("TE,TED->TD", gate_TE, out_TED)
 
     # 3. Backwards through both.
     dgate_TE = np.einsum("TED,TD->TE", out_TED, dy_TD)
     dgate_TK = dgate_TE[token_T1, expert_TK] * served_TK
+    # A token reads an expert as far as its gate says, and so does the gradient.
     dhidden_TEF = gate_TE[:, :, None] * np.einsum("EFD,TD->TEF", inputs.w_down_EFD, dy_TD)
     gradients = {
         "w_down_EFD": np.einsum("TE,TEF,TD->EFD", gate_TE, hidden_TEF, dy_TD),
@@ -82,6 +84,7 @@ def scores(logits_TE: np.ndarray, layer: Layer) -> np.ndarray:
     """Returns the scores of all experts."""
     if layer.score == "sigmoid":
         return 1 / (1 + np.exp(-logits_TE))
+    # Relative to the largest, so that no exponential overflows.
     powers_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
     return powers_TE / powers_TE.sum(1, keepdims=True)
 
@@ -112,6 +115,7 @@ def choose_backward(
     np.put_along_axis(dscore_TE, expert_TK, dpicked_TK, 1)
     if layer.score == "sigmoid":
         return dscore_TE * score_TE * (1 - score_TE)
+    # Of the softmax: p_i (ds_i - sum_j p_j ds_j).
     return score_TE * (dscore_TE - (dscore_TE * score_TE).sum(1, keepdims=True))
 
 
@@ -124,16 +128,19 @@ def places(
     if layer.capacity is None:
         return served_TK
     group_tokens = layer.group_tokens or num_tokens
+    # By group of tokens and expert; the last group may be shorter.
     taken = np.zeros((-(-num_tokens // group_tokens), num_experts), int)
     for token, choice in np.argwhere(served_TK):
         place = token // group_tokens, expert_TK[token, choice]
         served_TK[token, choice] = taken[place] < layer.capacity
+        # It counts on beyond the capacity, which changes nothing: what follows has no place either.
         taken[place] += 1
     return served_TK
 
 
 def silu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns x sigmoid(x), and its derivative."""
+    # The sigmoid, whose derivative is s (1 - s).
     s = 1 / (1 + np.exp(-x))
     return x * s, s * (1 + x * (1 - s))
 

@@ -137,5 +137,5 @@ class Layer:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limit of each check."""
+        """Returns the limit of each check."""
         return LIMITS[self.dtype]

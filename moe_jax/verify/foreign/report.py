@@ -28,7 +28,7 @@ def mesh_name(shape: Mapping[str, int]) -> str:
 
 
 class Finding(NamedTuple):
-    """How far a layer is from plain arithmetic, in one check of one case on one mesh."""
+    """Holds how far a layer is from plain arithmetic, in one check of one case on one mesh."""
 
     mesh: str
     case: str
@@ -64,7 +64,7 @@ class Report(NamedTuple):
 
     @property
     def meshes(self) -> list[str]:
-        """The meshes that were tried."""
+        """Returns the meshes that were tried."""
         return list(dict.fromkeys([*(f.mesh for f in self.findings), *self.failures]))
 
     @property
@@ -75,11 +75,11 @@ class Report(NamedTuple):
         """Returns the worst finding of a check; `where` is a mesh or a case. None where there is
         none.
         """
-        found = {
-            str(i): finding
-            for i, finding in enumerate(self.findings)
-            if finding.check == check and where.items() <= finding._asdict().items()
-        }
+        found = {}
+        for i, finding in enumerate(self.findings):
+            if finding.check == check and where.items() <= finding._asdict().items():
+                found[str(i)] = finding
+        # NaN is the worst of all, as `largest` has it.
         name, _ = largest({i: finding.value for i, finding in found.items()})
         return found.get(name)
 
@@ -91,6 +91,7 @@ class Report(NamedTuple):
                 f"PROVEN: equals plain arithmetic ({', '.join(compared)}) in {len(self.cases)} "
                 f"cases on {len(self.meshes)} mesh{'es' if len(self.meshes) > 1 else ''}"
             )
+        # In the order in which they were tried: one device is the first.
         for mesh in self.meshes:
             wrong = [f for f in self.findings if f.mesh == mesh and not f.sound]
             if wrong:
@@ -115,12 +116,14 @@ class Report(NamedTuple):
         return Group(by_mesh, Text(caption, style="dim"), *failures, "", by_case)
 
     def _table(self, by: str, rows: list[str]) -> Table:
+        """Returns the worst deviation of each check, in a line for each mesh or case."""
         title = f"largest deviation from plain arithmetic, by {by}"
         table = Table([*names(by), *numbers(*CHECKS)], title=title)
         limits = self.layer.limits
         table.add("limit", *(number(limits[check]) for check in CHECKS), style="dim")
         for row in rows:
             found = [self.worst(check, **{by: row}) for check in CHECKS]
+            # Nothing was compared there: the layer raised.
             if not any(found):
                 table.add(row, Text("fails", style="red"))
                 continue

@@ -107,6 +107,8 @@ def _runner(layer: Layer, shape: Mapping[str, int]) -> Run:
 
 
 def _through_numpy(layer: Layer, mesh: Mesh) -> Run:
+    """Returns what runs a layer that takes arrays of NumPy."""
+
     def run(inputs: Inputs, dy_TD: np.ndarray):
         # A layer may write into what it is given.
         given, dy = jax.tree.map(np.array, (_narrow(layer, inputs), _narrow(layer, dy_TD)))
@@ -119,15 +121,18 @@ def _through_numpy(layer: Layer, mesh: Mesh) -> Run:
 
 
 def _through_jax(layer: Layer, mesh: Mesh) -> Run:
+    """Returns what runs a layer of jax, compiled for a mesh."""
+
     def outputs(inputs: Inputs, dy_TD: jax.Array):
-        moving = {
-            name: value
-            for name, value in inputs._asdict().items()
-            if value is not None and name not in WITHOUT_GRADIENT
-        }
+        # What a gradient is taken of.
+        moving = {}
+        for name, value in inputs._asdict().items():
+            if value is not None and name not in WITHOUT_GRADIENT:
+                moving[name] = value
 
         def loss(moving: Mapping[str, jax.Array]):
             output = _output(layer.forward(inputs._replace(**moving), mesh))
+            # Its gradient is the pullback of dy.
             return jnp.vdot(output.y_TD, dy_TD), output
 
         if layer.backward is None:
@@ -175,6 +180,8 @@ def _compare(
     limits = layer.limits
     valid_T = case.inputs.valid_T
     y_TD = _of_shape(output.y_TD, want.y_TD, "the output")
+    # Padding may be anything, so only valid tokens are compared.
+    # Over the largest number, for single ones may be near 0.
     scale = np.abs(want.y_TD).max()
     value = far(want.y_TD[valid_T], y_TD[valid_T], scale)
     found = [Finding(mesh, case.claim, "output", value, limits["output"], "")]
@@ -183,6 +190,7 @@ def _compare(
         value = unequal(want.dropped_TK[valid_T], have_TK[valid_T])
         found.append(Finding(mesh, case.claim, "drops", value, limits["drops"], ""))
     if gradients is not None:
+        # A layer may return more gradients than are compared, and no fewer.
         absent = sorted(set(want.gradients) - set(gradients))
         if absent:
             raise ValueError(f"Layer.backward returned no gradient of {absent[0]}")

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from dispatch_cases import FACTOR, B, D, K, S, check, forward
 
-from moe_jax.moe.dispatch import DISPATCHERS, capacity, chunks, dropless, levels, ragged
+from moe_jax.moe.dispatch import (
+    DISPATCHERS,
+    capacity,
+    chunks,
+    dropless,
+    dropless_rounds,
+    levels,
+    ragged,
+)
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.routing.contract import Routing
@@ -300,10 +308,10 @@ def test_the_way_is_chosen_by_platform_and_bytes(monkeypatch, platform, k, is_ra
 
 def test_accelerators_hold_a_balanced_buffer_by_default(monkeypatch):
     """1.25 times 64 rows, in whole blocks; on a CPU the worst case, 256 rows and two rooms."""
-    assert dropless.rows(SHAPE, dropless.Options()) == dropless.worst(SHAPE) >= 256
+    assert dropless.rows(SHAPE, dropless.Options()) == dropless_rounds.worst(SHAPE) >= 256
     monkeypatch.setattr(dropless, "platform", lambda: "tpu")
     assert 80 <= dropless.rows(SHAPE, dropless.Options()) < 80 + 32
-    assert dropless.rows(SHAPE, dropless.Options(buffer=0.0)) == dropless.worst(SHAPE)
+    assert dropless.rows(SHAPE, dropless.Options(buffer=0.0)) == dropless_rounds.worst(SHAPE)
 
 
 def test_levels_of_an_axis():

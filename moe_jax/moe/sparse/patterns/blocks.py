@@ -50,7 +50,8 @@ def spread(groups: Groups, experts: Matrices, options: Options) -> Matrices:
     b = options.block
 
     def spread_one(group: jax.Array, x: jax.Array) -> jax.Array:
-        blocks = group.transpose(0, 3, 1, 2)  # [E, I / b, Q, O / b]
+        # [E, I / b, Q, O / b].
+        blocks = group.transpose(0, 3, 1, 2)
         num_experts, num_rows, num_between, num_columns = blocks.shape
         split = (num_experts, num_rows, b, num_between, num_columns, b)
         entries = jnp.broadcast_to(blocks[:, :, None, :, :, None], split)

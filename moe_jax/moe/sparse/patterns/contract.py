@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from moe_jax.parallel.mesh import P
 from moe_jax.precision import wide_dtype
 
-Matrices = dict[str, jax.Array]  # of one layer's experts, by name
-Groups = dict[str, jax.Array]  # a value for every group, by matrix, or under "units"
+# Of one layer's experts, by name.
+Matrices = dict[str, jax.Array]
+# A value for every group, by matrix, or under "units".
+Groups = dict[str, jax.Array]
 UNITS = ("w_in", "w_out")
 
 
@@ -44,7 +46,7 @@ def no_refusals(options: Any, at: str) -> Iterator[str]:
 
 
 class Pattern(NamedTuple):
-    """All that there is to know of a pattern; `PATTERN` of its file."""
+    """Holds all that there is to know of a pattern; `PATTERN` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

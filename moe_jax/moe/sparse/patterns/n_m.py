@@ -32,6 +32,7 @@ def _runs(x: jax.Array, m: int) -> jax.Array:
     """Returns [E, I, ...] as [E, I / m, ..., m]: runs of m consecutive inputs of one output."""
     num_experts, num_inputs = x.shape[:2]
     split = reshaped(x, num_experts, num_inputs // m, m, *x.shape[2:])
+    # The run becomes the last dimension: a rule ranks along that.
     return jnp.moveaxis(split, 2, -1)
 
 

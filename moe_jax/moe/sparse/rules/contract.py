@@ -44,7 +44,7 @@ def no_refusals(options: Any, pattern: Pattern, at: str) -> Iterator[str]:
 
 
 class Rule(NamedTuple):
-    """All that there is to know of a rule; `RULE` of its file."""
+    """Holds all that there is to know of a rule; `RULE` of its file."""
 
     # The frozen dataclass of its block in the config.
     options: type

@@ -36,6 +36,7 @@ def first_thresholds(experts: Matrices, shape: Shaped, options: Options) -> Kept
         # One row for each expert: the threshold is that of all its groups together.
         is_kept = largest(norms, num_kept, 1)
         all_but_experts = tuple(range(1, norms.ndim))
+        # The smallest norm among those that are kept.
         return jnp.where(is_kept, norms, jnp.inf).min(all_but_experts)
 
     return {key: least_kept(norms) for key, norms in shape.norms(experts).items()}
@@ -54,6 +55,7 @@ def below_to_zero(
         if options.threshold:
             return norms >= options.threshold
         threshold_E = kept[key]
+        # [E] beside groups of any number of dimensions.
         return norms >= threshold_E.reshape(-1, *[1] * (norms.ndim - 1))
 
     alive_groups = {key: is_alive(key, norms) for key, norms in shape.norms(experts).items()}
