@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.data.batches import eval_batches
 from moe_jax.data.contract import Data
-from moe_jax.models import depth
+from moe_jax.models import depth, mtp
 from moe_jax.models.decodable import with_dispatcher
 from moe_jax.moe import load
 from moe_jax.parallel.batch_rows import local_rows, put
@@ -81,7 +81,11 @@ def make_evaluate(cfg: Config, data: Data) -> Callable[[State, int], dict[str, A
 
 def summary(task: contract.Task, total: Mapping[str, Any], data: Data) -> dict[str, Any]:
     """Returns figures from the sums of `contract.evaluate`."""
-    figures = {**task.summary(total, data), **depth.figures(total["depth"])}
+    figures = {
+        **task.summary(total, data),
+        **mtp.figures(total["further"]),
+        **depth.figures(total["depth"]),
+    }
     result: dict[str, Any] = {name: float(value) for name, value in figures.items()}
     moe: dict[str, np.ndarray] = {}
     if total["moe"]:

@@ -14,6 +14,7 @@ value is drawn.
     query and key norm       1                          [A] or          -
                                                         [H or G, A]     heads, -
     norm scale               1                          [D]             -
+    w_join (models/mtp.py)   N(0, 1/(2 D))              [2, D, D]       -, embed, -
     dense w_in               N(0, 1/D)                  [D, P, F]       embed, -, hidden
     dense w_out              N(0, 1/F) / sqrt(2 L)      [F, D]          hidden, embed
     gate of shared experts   N(0, 1/D)                  [D]             embed

@@ -34,9 +34,13 @@ class Family(NamedTuple):
     quantized: Callable[[Folder], None] | None = None
     # What names of arrays of ours end with that theirs have not, because they are zeros.
     zeros: tuple[str, ...] = ()
-    # The key that says how many layers there are behind those of the model, which are not read; ""
-    # = there are none.
+    # The key that says how many layers there are behind those of the model, which are read where
+    # that is asked for (further.py); "" = there are none.
     further_layers: str = ""
+    # Of such a layer, below its name: what is no part of its block, and what is an array of the
+    # model once more.
+    joins: tuple[Row, ...] = ()
+    copies: tuple[Row, ...] = ()
     # What names of tensors end with that are in float32 at least, whatever the others are.
     wide: tuple[str, ...] = ()
 

@@ -149,6 +149,17 @@ LATENT_ATTENTION = (
 # Transformers keeps routers in float32.
 WIDE = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 CORRECTION = (Row(BIAS, "E", "mlp.gate.e_score_correction_bias", "E"),)
+# Layers that predict further tokens (further.py); P = 2, the embedding and the hidden state.
+JOINS = (
+    Row("embed_norm_scale", "D", "enorm.weight", "D"),
+    Row("hidden_norm_scale", "D", "hnorm.weight", "D"),
+    Row("w_join", "PED", "eh_proj.weight", "D PE"),
+    Row("out_norm_scale", "D", "shared_head.norm.weight", "D"),
+)
+COPIES = (
+    Row("ends/embed", "VD", "embed_tokens.weight", "V D"),
+    Row("ends/head", "DV", "shared_head.head.weight", "V D"),
+)
 
 
 def blocks(attention: tuple[Row, ...], router: tuple[Row, ...]) -> dict[str, tuple[Row, ...]]:

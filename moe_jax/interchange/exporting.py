@@ -23,14 +23,15 @@ from moe_jax.config import config_file
 from moe_jax.config.tree import at
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.interchange import rotary, tensors, tokenizer_files
+from moe_jax.interchange import further, rotary, tensors, tokenizer_files
 from moe_jax.interchange import settings as their_settings
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
-from moe_jax.interchange.importing import as_raw, family_of, planned
+from moe_jax.interchange.importing import as_raw, family_of, planned, shapes_of
 from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, meaning
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
+from moe_jax.models import mtp
 from moe_jax.models.decodable import why_not_decoded
 from moe_jax.models.ends import embedding_scale
 from moe_jax.moe.routing import ROUTERS
@@ -82,21 +83,31 @@ def export_model(
     chosen, theirs = fitting(run, family or (family_like(like) if like else ""))
     dtype = dtype or run.config.model.param_dtype
     theirs |= {"dtype": dtype, "torch_dtype": dtype}
+    if chosen.joins:
+        theirs[chosen.further_layers] = mtp.num_depths(run.config.model)
     notes = others_like(run, like, out, theirs) if like else others(run, out, theirs)
     write_json(out / "config.json", theirs)
     # What evaluation uses: the moving average where the run kept one.
     params = run.parameters if raw else run.judged
-    parts = {"params": params, "router_state": run.router_state}
-    plan = planned(chosen, run.config.model, parts)
+    model, parts = run.config.model, {"params": params, "router_state": run.router_state}
+    if mtp.num_depths(model) and not chosen.joins:
+        model, parts = further.without(model, parts)
+        notes.append(
+            f"the blocks that predict further tokens ({further.DEPTHS}) were left out: "
+            f"{chosen.model_type} has none"
+        )
+    plan = planned(chosen, model, parts)
+    for row, piece in further.copies(chosen, model, shapes_of(parts)):
+        plan[row.ours].append(piece)
     arrays = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
     # Before anything is written.
     refuse_lost(chosen, arrays)
-    scale = embedding_scale(run.config.model)
+    scale = embedding_scale(model)
     if scale != 1:
-        arrays |= folded(arrays, scale, run.config.model.tie_embeddings)
+        arrays |= folded(arrays, scale, model.tie_embeddings)
         notes.append(
             f"the scale on embeddings ({SCALE}: {scale:g}) went into the embedding"
-            f"{' and the last norm' if run.config.model.tie_embeddings else ''}"
+            f"{' and the last norm' if model.tie_embeddings else ''}"
         )
     rounded: list[str] = []
     # A generator: one shard of tensors is in memory at a time.
@@ -249,15 +260,16 @@ def _short(value: Any) -> str:
 
 def folded(params: Mapping[str, Any], scale: float, tied: bool) -> dict[str, np.ndarray]:
     """Returns the parameters, by their names, that do without a scale on embeddings."""
-    embed, norm = (params[name] for name in ("ends/embed", "ends/norm_scale"))
+    # Every norm before the head.
+    norms = [name for name in params if name.endswith(("ends/norm_scale", "/out_norm_scale"))]
 
     def times(array: Any, factor: float) -> np.ndarray:
         # Rounded once.
         return (np.asarray(array).astype(np.float64) * factor).astype(array.dtype)
 
-    changed = {"ends/embed": times(embed, scale)}
+    changed = {"ends/embed": times(params["ends/embed"], scale)}
     if tied:
-        changed["ends/norm_scale"] = times(norm, 1 / scale)
+        changed |= {name: times(params[name], 1 / scale) for name in norms}
     return changed
 
 

@@ -17,13 +17,14 @@ from moe_jax.checkpoint import flat
 from moe_jax.config import config_file
 from moe_jax.config.tree import defaults
 from moe_jax.errors import UserError
+from moe_jax.interchange import further, tensors, tokenizer_files
 from moe_jax.interchange import settings as their_settings
-from moe_jax.interchange import tensors, tokenizer_files
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.rows import Piece, pieces
 from moe_jax.interchange.settings import Settings
 from moe_jax.interchange.shards import Shards
+from moe_jax.models import mtp
 from moe_jax.models.block import moe_config
 from moe_jax.models.functions import make_model
 from moe_jax.moe.settings import adaptive_state
@@ -62,7 +63,11 @@ class Loaded(NamedTuple):
 
 
 def import_model(
-    source: Path, out: Path, seq_len: int | None = None, lengths: Lengths | None = None
+    source: Path,
+    out: Path,
+    seq_len: int | None = None,
+    lengths: Lengths | None = None,
+    with_mtp: bool = False,
 ) -> Imported:
     """Writes the model of a folder, as save_pretrained leaves it, as a run into `out`.
 
@@ -70,12 +75,13 @@ def import_model(
       seq_len: data.seq_len; None = what the model was made for, at most LONGEST_ROW.
       lengths: of the mesh on whose devices it is put together, and of the run's config; None = the
         memory of the host.
+      with_mtp: take the layers that predict further tokens, too.
 
     Raises UserError for what we do not have, and for what is missing or damaged.
     """
     mesh = meshes.make(lengths) if lengths else meshes.of_host()
     with jax.set_mesh(mesh):
-        loaded = load(source, seq_len, lengths)
+        loaded = load(source, seq_len, lengths, with_mtp)
         write_run(out, as_raw(loaded.changes), loaded.parts, step=0)
         num_parameters = sum(x.size for x in jax.tree.leaves(loaded.parts["params"]))
     notes = list(loaded.notes)
@@ -92,7 +98,12 @@ def import_model(
     return Imported(name, cfg, loaded.num_tensors, num_parameters, tuple(notes))
 
 
-def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = None) -> Loaded:
+def load(
+    source: Path,
+    seq_len: int | None = None,
+    lengths: Lengths | None = None,
+    with_mtp: bool = False,
+) -> Loaded:
     """Returns the model of a folder on the devices of the current mesh, whose lengths are given
     unless it is one device.
 
@@ -101,6 +112,8 @@ def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = Non
     theirs, where = their_settings.read(source)
     family = family_of(theirs, where)
     changes = family.read(Settings(theirs, where))
+    if with_mtp:
+        changes |= further.depths(Settings(theirs, where), family)
     longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
     if lengths:
@@ -119,10 +132,13 @@ def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = Non
         raw = as_raw(changes)
         config.allow_float64(raw)
         cfg = config.build(raw, num_devices)
+        abstract = abstract_parts(cfg)
+        copies = list(further.copies(family, cfg.model, shapes_of(abstract)))
         # Before the first tensor is read, which may take long.
-        refuse_misfits(plan, folder, family, cfg.model)
+        refuse_misfits(plan, folder, family, cfg.model, {piece.name for _, piece in copies})
+        further.refuse_others(family, copies, folder)
         notes = noted(folder, family, cfg, longest)
-        parts = assembled(plan, folder, abstract_parts(cfg))
+        parts = assembled(plan, folder, abstract)
     num_tensors = sum(len(made_of) for made_of in plan.values())
     return Loaded(parts, cfg, changes, family, num_tensors, notes)
 
@@ -131,10 +147,10 @@ def noted(folder: tensors.Folder, family: Family, cfg: Config, longest: int) -> 
     """Returns what the user should know of a model."""
     notes = []
     num_layers = len(cfg.model.blocks)
-    if further := [name for name in folder.names() if family.is_further(name, num_layers)]:
+    if behind := [name for name in folder.names() if family.is_further(name, num_layers)]:
         notes.append(
-            f"{len(further)} tensors of layers that predict further tokens were passed over "
-            f"({family.further_layers}): moe_jax has none"
+            f"{len(behind)} tensors of layers that predict further tokens were passed over "
+            f"({family.further_layers}): --mtp reads them"
         )
     if longest > cfg.data.seq_len:
         notes.append(
@@ -184,15 +200,15 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
     """Returns the tensors of theirs that each array of ours is made of, by its name below its part;
     no parameter has the name of a state.
     """
-    ours = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
+    ours = shapes_of(parts)
     prefixes = block_names(cfg)
-    plan: dict[str, list[Piece]] = {}
+    plan = further.planned(family, cfg, ours)
     for number, row in family.rows(cfg.blocks):
         below = "" if number is None else prefixes[number]
         # A family has rows of parameters that only some of its models have.
         if below + row.ours in ours:
             layer = "" if number is None else family.layer.format(number)
-            plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
+            plan[below + row.ours] = list(pieces(row, ours[below + row.ours], layer))
     for name in ours:
         # A state that training alone moves, and arrays that begin as zeros, have no tensor.
         of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
@@ -202,19 +218,29 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
     return plan
 
 
+def shapes_of(parts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a checkpoint's parts, by its name below its part."""
+    return {name: x.shape for tree in parts.values() for name, x in flat.flatten(tree).items()}
+
+
 def block_names(cfg: ModelConfig) -> list[str]:
     """Returns what the names of each block's parameters begin with, in the order of the blocks."""
     names = [f"prefix/{i}/" for i in range(len(cfg.prefix))]
     for repeat in range(cfg.repeats):
         names += [f"repeats/{repeat}/blocks/{i}/" for i in range(len(cfg.period))]
-    return names + [f"suffix/{i}/" for i in range(len(cfg.suffix))]
+    names += [f"suffix/{i}/" for i in range(len(cfg.suffix))]
+    return names + [f"{mtp.NAME}/prefix/{k}/" for k in range(mtp.num_depths(cfg))]
 
 
 def refuse_misfits(
-    plan: Mapping[str, list[Piece]], folder: tensors.Folder, family: Family, cfg: ModelConfig
+    plan: Mapping[str, list[Piece]],
+    folder: tensors.Folder,
+    family: Family,
+    cfg: ModelConfig,
+    known: set[str],
 ) -> None:
     """Raises UserError for a tensor that is missing, of another shape, or more than there should
-    be.
+    be; `known` are others that may be there.
     """
     names = folder.names()
     # 1. What a parameter asks for must be there, in its shape.
@@ -233,11 +259,11 @@ def refuse_misfits(
                 f"config.json asks for {list(piece.shape)}"
             )
     # 2. What is there must be asked for: a tensor that is left out would change the model.
-    for name in sorted(names - wanted):
+    for name in sorted(names - wanted - known):
         # A head that is the embedding may be there a second time.
         tied = cfg.tie_embeddings and name == head_of(family)
-        further = family.is_further(name, len(cfg.blocks))
-        if not (tied or further or name.endswith(family.buffers)):
+        is_further = family.is_further(name, len(cfg.blocks))
+        if not (tied or is_further or name.endswith(family.buffers)):
             raise UserError(
                 f"{folder.where(name)}: {name} has no place in a {family.model_type} model of "
                 "this config.json: what is it?"

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.models import mtp
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.schema.blocks import without_attention
 from moe_jax.schema.config import Config, ModelConfig
@@ -33,11 +34,13 @@ NOT_OF_THE_EXPERTS = (
     "adaptive",
     "expert_kernel",
 )
+# Options of a kind of model, likewise: further tokens are predicted beside the next one.
+NOT_OF_THE_KIND = ("mtp_depths", "mtp_weight")
 
 
 def meaning(cfg: Config) -> dict[str, Any]:
-    """Returns {path of a key: value} of all that decides what the model computes."""
-    model = cfg.model
+    """Returns {path of a key: value} of all that decides what is computed of the next token."""
+    model = mtp.without(cfg.model) if mtp.num_depths(cfg.model) else cfg.model
     kinds = tuple(without_attention(kind) for kind in model.blocks)
     values: dict[str, Any] = {BLOCKS: kinds, LAYER_ATTENTIONS: model.attentions}
     chosen = {
@@ -50,7 +53,10 @@ def meaning(cfg: Config) -> dict[str, Any]:
         if name in chosen:
             values[f"model.{name}"] = value
             block, options = chosen[name]
-            values |= _options(f"model.{block}.{value}", options)
+            path = f"model.{block}.{value}"
+            values |= _options(path, options)
+            for option in NOT_OF_THE_KIND:
+                values.pop(f"{path}.{option}", None)
         elif _is_plain(value) and name not in NOT_OF_THE_FUNCTION:
             values[f"model.{name}"] = value
     for name in dict.fromkeys(model.attentions):

@@ -65,6 +65,8 @@ class Hidden(NamedTuple):
 
     x_BSD: Array
     head_DV: Array
+    # Likewise x of each depth of multi-token prediction (models/mtp.py).
+    further: tuple[Array, ...] = ()
 
 
 def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:

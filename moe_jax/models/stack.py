@@ -220,7 +220,8 @@ def run_cached(
 def empty_caches(cfg: ModelConfig, num_rows: int, num_slots: int) -> list[Any]:
     """Returns caches of `num_slots` tokens that hold none yet, one a block."""
     caches = []
-    for kind in cfg.blocks:
+    # Blocks of multi-token prediction decode nothing.
+    for kind in cfg.stacks[""].blocks:
         own = cfg.of_block(kind)
         cache = ATTENTIONS[own.attention].caching.empty(own, num_rows, num_slots)
         if is_depth(kind):

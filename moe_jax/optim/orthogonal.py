@@ -22,6 +22,8 @@ from moe_jax.names import name_of
 MATRICES = {"q": "ioo", "k": "ioo", "v": "ioo", "o": "iio", "w_in": "ibo", "w_out": "io"}
 # Of latent attention.
 MATRICES |= {"q_a": "io", "q_b": "ioo", "kv_a": "io", "kv_b": "ioo"}
+# Of multi-token prediction: one matrix of 2 D rows.
+MATRICES |= {"w_join": "iio"}
 
 
 def orthogonalize(steps: int) -> optax.GradientTransformation:

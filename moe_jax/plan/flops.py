@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.models import MODELS, depth
+from moe_jax.models import MODELS, depth, mtp
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
 from moe_jax.moe.activations import ACTIVATIONS
@@ -59,6 +59,9 @@ class Counts(NamedTuple):
     # Of experts and of depth.
     router: int
     norms: int
+    # What joins tokens and hidden states for multi-token prediction (models/mtp.py), whose blocks
+    # count as all others.
+    joins: int = 0
 
     @property
     def total(self) -> int:
@@ -95,7 +98,9 @@ class Breakdown(NamedTuple):
     shared: int
     experts: int
     router: int
+    # Of every depth of multi-token prediction too.
     head: int
+    joins: int = 0
 
     @property
     def total(self) -> int:
@@ -111,6 +116,7 @@ def parameters(cfg: ModelConfig) -> Counts:
     attentions = [projections(ATTENTIONS[one.attention].weights(one)) for one in of_blocks(cfg)]
     # Before attention, before the feed-forward, and of queries and keys where they are normalised.
     norms = 2 * d * num_blocks + sum(one.scales for one in attentions)
+    joins = mtp.num_weights(cfg)
     expert = feed_forward(cfg, cfg.moe.expert_hidden) + expert_biases(cfg)
     return Counts(
         embedding=cfg.vocab_size * d,
@@ -123,7 +129,8 @@ def parameters(cfg: ModelConfig) -> Counts:
         # A depth block scores each token by a vector of D.
         router=num_moe * router(cfg) + cfg.num_depth_blocks * d,
         # One more before the head.
-        norms=norms + d,
+        norms=norms + d + joins.scales,
+        joins=joins.matrices,
     )
 
 
@@ -249,7 +256,8 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
         experts=experts,
         # The router of a depth block sees every token, also those that do not go through.
         router=routers + 2 * cfg.num_depth_blocks * d,
-        head=2 * d * cfg.vocab_size,
+        head=2 * d * cfg.vocab_size * (1 + mtp.num_depths(cfg)),
+        joins=2 * mtp.num_weights(cfg).matrices,
     )
 
 

@@ -17,6 +17,7 @@ from rich.filesize import decimal
 
 from moe_jax import config, train_step
 from moe_jax.errors import UserError
+from moe_jax.models import mtp
 from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.parallel import mesh
@@ -288,8 +289,9 @@ def _held_at_ends(cfg: Config) -> int:
     model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
     num_tokens = theory.buffer_tokens(cfg)
     chunk = chunk_tokens(model, num_tokens * cfg.mesh.fsdp_devices)
-    # With their gradient, in float32.
-    logits = 2 * (chunk or num_tokens) * model.vocab_size * 4
+    # With their gradient, in float32; those of further tokens exist beside them.
+    num_heads = 1 if chunk else 1 + mtp.num_depths(model)
+    logits = 2 * num_heads * (chunk or num_tokens) * model.vocab_size * 4
     ends = model.vocab_size * model.d_model * (6 * width + 4)
     return (logits + ends) // cfg.mesh.model
 

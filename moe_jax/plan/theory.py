@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax import accumulation
-from moe_jax.models import MODELS
+from moe_jax.models import MODELS, mtp
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
 from moe_jax.moe.dispatch import DISPATCHERS
@@ -82,8 +82,10 @@ def runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
         return number(model.blocks) * num_micro
     sizes = schedule.of(cfg)
     repeats = model.repeats // sizes.round
+    # Blocks of multi-token prediction lie behind the suffix.
+    behind = model.blocks[len(model.stacks[""].blocks) :]
     # A stage has one micro-batch of each group.
-    ends = number(model.prefix + model.suffix) * sizes.groups
+    ends = number(model.prefix + model.suffix + behind) * sizes.groups
     return number(model.period) * repeats * sizes.ticks + ends
 
 
@@ -204,8 +206,11 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
         in_blocks += runs(cfg, _moe) * flops.shared(model)
     # Embedding and head are one matrix where they are tied.
     num_ends = 1 if model.tie_embeddings else 2
-    ends = num_ends * model.vocab_size * model.d_model * cfg.train.num_micro_batches // mesh.stage
-    return in_blocks // mesh.model, ends // mesh.model
+    times = cfg.train.num_micro_batches
+    ends = num_ends * model.vocab_size * model.d_model * times // mesh.stage
+    # Not split over `model`.
+    joins = mtp.num_weights(model).matrices * times // mesh.stage
+    return in_blocks // mesh.model, ends // mesh.model + joins
 
 
 def _others(cfg: Config) -> int:

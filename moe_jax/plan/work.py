@@ -7,7 +7,7 @@ case) or masked (attention scores of keys that a token does not see).
 from typing import NamedTuple
 
 from moe_jax.plan import flops
-from moe_jax.plan.hlo.products import EXPERTS
+from moe_jax.plan.hlo.products import EXPERTS, JOINS
 from moe_jax.plan.hlo.program import Program
 from moe_jax.schema.config import Config
 
@@ -70,5 +70,6 @@ def _useful(cfg: Config) -> dict[str, int]:
         EXPERTS: per_token.experts,
         "routers": per_token.router,
         "head": per_token.head,
+        JOINS: per_token.joins,
     }
     return {part: round(3 * count * num_tokens) for part, count in by_part.items() if count}

@@ -93,6 +93,7 @@ def _depth(name: str) -> tuple[int, ...]:
         "suffix": 4,
         "norm_scale": 5,
         "towers": 6,
+        "mtp": 6,
         "head": 7,
     }
     # What stands below "ends" is named by its second part: "ends/embed", "ends/head".

@@ -8,6 +8,7 @@ from moe_jax.config import command_line, config_file
 from moe_jax.errors import UserError
 from moe_jax.interchange.importing import block_names
 from moe_jax.interchange.meaning import laid_out
+from moe_jax.models import mtp
 from moe_jax.schema.blocks import attention_of, inner, without_attention
 from moe_jax.schema.config import Config
 from moe_jax.surgery import upcycling
@@ -94,6 +95,11 @@ def upcycled(old: Snapshot, asked: Asked) -> Made:
 
 def convertible(cfg: Config, every: int) -> list[int]:
     """Returns the numbers of the dense blocks that get experts. Raises UserError for none."""
+    if depths := mtp.num_depths(cfg.model):
+        raise UserError(
+            f"model.kinds.decoder.mtp_depths = {depths}: upcycling knows no blocks that predict "
+            "further tokens: train the dense run without them, and set the key in the new one"
+        )
     if list(cfg.model.stacks) != [""]:
         raise UserError(
             f'model.kind = "{cfg.model.kind}" has several stacks of blocks, and upcycling knows '

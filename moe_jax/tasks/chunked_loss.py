@@ -32,14 +32,15 @@ def of_hidden(last: Hidden, target_BS: Array, chunk: int, greedy: bool) -> tuple
         # Without a mesh nothing is split.
         return _on_device(last.x_BSD, last.head_DV, target_BS, None, chunk, greedy)
     # Each device cuts its own tokens, so that no chunk is of several devices.
-    x_spec, head_spec = (jax.typeof(z).sharding.spec for z in last)
+    x_spec = jax.typeof(last.x_BSD).sharding.spec
+    head_spec = jax.typeof(last.head_DV).sharding.spec
     tokens = P(*x_spec[:2])
     run = jax.shard_map(
         functools.partial(_on_device, vocab_axis=head_spec[1], chunk=chunk, greedy=greedy),
         in_specs=(x_spec, head_spec, tokens),
         out_specs=(tokens, tokens, tokens if greedy else ()),
     )
-    return run(*last, target_BS)
+    return run(last.x_BSD, last.head_DV, target_BS)
 
 
 def _on_device(

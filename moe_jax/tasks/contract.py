@@ -36,6 +36,18 @@ Table = dict[str, dict[str, Any]]
 NUMBERS = ("tokens", "sequences", "micro_batches", "balance_weight")
 
 
+class Further(NamedTuple):
+    """Holds the losses of one depth of multi-token prediction (models/mtp.py)."""
+
+    # Nats of every prediction, and its weight, as in Losses.
+    nll: jax.Array
+    weight: jax.Array
+    # Whether the likeliest token is the right one, of the same shape; () in training.
+    correct: Any
+    # What the objective multiplies the mean with.
+    coefficient: float
+
+
 class Losses(NamedTuple):
     """Holds the results of one forward pass."""
 
@@ -49,6 +61,8 @@ class Losses(NamedTuple):
     sums: dict[str, jax.Array]
     # What the objective adds for every prediction, and by which name; () = nothing.
     penalty: tuple[()] | tuple[str, jax.Array] = ()
+    # Of further tokens, by the name of their depth; {} = none is predicted.
+    further: Mapping[str, Further] = {}
 
 
 class Trained(NamedTuple):
@@ -104,25 +118,41 @@ def forward(task: Task, model: Callable, batch: Any, rng: jax.Array) -> dict[str
     """Returns the training sums of a (micro-)batch.
 
     They are nll (nats), tokens (the weight of the predictions), and the totals of the layers
-    [L, ...], `moe` and `depth`.
+    [L, ...], `moe` and `depth`; of further tokens the same of each depth.
     """
     # The losses of single predictions become sums here, and are divided in `objective` alone.
     losses = task.losses(model, batch, rng, True)
-    weight = losses.weight.astype(losses.nll.dtype)
-
-    def weighed(values: jax.Array) -> jax.Array:
-        # Not values * weight alone: 0 times an infinite loss of padding is NaN.
-        return jnp.where(weight > 0, values * weight, 0).sum()
-
-    totals = {
-        "nll": weighed(losses.nll),
-        "tokens": weight.sum(),
+    totals: dict[str, Any] = {
+        "nll": weighed(losses.nll, losses),
+        "tokens": counted(losses),
         **of_layers(losses.sums),
     }
     if losses.penalty:
         name, penalty = losses.penalty
-        totals["penalty"] = {name: weighed(penalty)}
+        totals["penalty"] = {name: weighed(penalty, losses)}
+    if losses.further:
+        totals["further"] = {name: _of_depth(one) for name, one in losses.further.items()}
     return totals
+
+
+def weighed(values: Any, losses: Losses | Further) -> jax.Array:
+    """Returns the sum of values of every prediction, each times its weight."""
+    weight = losses.weight.astype(losses.nll.dtype)
+    # Not values * weight alone: 0 times an infinite loss of padding is NaN.
+    return jnp.where(weight > 0, values * weight, 0).sum()
+
+
+def counted(losses: Losses | Further) -> jax.Array:
+    """Returns the sum of the weights of all predictions."""
+    return losses.weight.astype(losses.nll.dtype).sum()
+
+
+def _of_depth(further: Further) -> dict[str, jax.Array]:
+    """Returns the sums of one depth of multi-token prediction."""
+    nll = weighed(further.nll, further)
+    # What is added to the loss, before it is divided.
+    penalty = further.coefficient * nll
+    return {"nll": nll, "tokens": counted(further), "penalty": penalty}
 
 
 def of_layers(sums: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
@@ -148,6 +178,11 @@ def objective(
     for name, total in totals.get("penalty", {}).items():
         parts[name] = total / num_predictions
         loss = loss + parts[name]
+    for name, total in totals.get("further", {}).items():
+        # Fewer than those of the next token, for documents end.
+        num_further = jnp.maximum(total["tokens"], 1)
+        parts[f"{name}_nll"] = total["nll"] / num_further
+        loss = loss + total["penalty"] / num_further
     if totals["depth"]:
         loss = loss + depth.penalty(totals["depth"]).astype(nll.dtype)
     if totals["moe"]:
@@ -188,12 +223,19 @@ def evaluate(task: Task, model: Callable, batch: Any, data: Any) -> dict[str, An
     moe_sums = depth.without(losses.sums)
     return {
         **task.evaluate(losses, batch, data),
+        "further": {name: _heldout_of_depth(one) for name, one in losses.further.items()},
         "moe": load.totals(moe_sums),
         "depth": depth.totals(losses.sums),
         "routing": routing_by_domain(moe_sums, domain_B, len(data.domains)),
         "rows": by_row(losses),
         "row_routing": {"domain": domain_B, "experts": experts_by_row(moe_sums, len(domain_B))},
     }
+
+
+def _heldout_of_depth(further: Further) -> dict[str, jax.Array]:
+    """Returns the held-out sums of one depth of multi-token prediction."""
+    correct = weighed(further.correct, further)
+    return {**_of_depth(further), "correct": correct}
 
 
 def by_row(losses: Losses) -> dict[str, jax.Array]:

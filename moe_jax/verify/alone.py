@@ -50,7 +50,8 @@ class Check(NamedTuple):
 
 def checks(program: Program, begin: State) -> list[Check]:
     """Returns all checks of `program`, compiled and of one device; `begin` is its state."""
-    made = [mean_loss(program, begin), *changes(program, begin)]
+    made = [mean_loss(program, begin), *further_losses(program, begin)]
+    made += changes(program, begin)
     if program.cfg.model.num_moe_layers:
         made += [*router_updates(program, begin), *against_reference(program)]
     return made
@@ -85,6 +86,22 @@ def mean_loss(program: Program, begin: State) -> Check:
     nll = np.average(probe.nll, weights=batches.weight(batch, probe.nll))
     claim = "the loss is the mean over predictions that are not padding"
     return Check(claim, abs(nll - probe.metrics["nll"]), LIMIT, "", True)
+
+
+def further_losses(program: Program, begin: State) -> list[Check]:
+    """Checks that the loss of each further token is the mean over the places that have one."""
+    batch = program.task.random(program.cfg, 0)
+    _, probe = program.step(begin, batch)
+    if not probe.further:
+        return []
+    differences: dict[str, float] = {}
+    for k, (name, nll) in enumerate(probe.further.items(), start=1):
+        counts = batches.weight_ahead(batch, nll, k)
+        mean = np.average(nll, weights=counts) if counts.any() else 0.0
+        differences[name] = abs(mean - probe.metrics[f"{name}_nll"])
+    claim = "the loss of each further token is the mean over the places that have one"
+    name, worst = largest(differences)
+    return [Check(claim, worst, LIMIT, name if worst else "", True)]
 
 
 def changes(program: Program, begin: State) -> list[Check]:

@@ -40,6 +40,20 @@ def weight(batch: Any, nll: np.ndarray) -> np.ndarray:
     return getattr(batch, first) > 0
 
 
+def weight_ahead(batch: Any, nll: np.ndarray, k: int) -> np.ndarray:
+    """Returns where the loss of the token k places behind the next one counts: its own place is of
+    the same document, and counts.
+    """
+    counts_BS = weight(batch, nll)
+    ahead_BS = np.zeros_like(counts_BS)
+    for row, place in np.ndindex(counts_BS.shape):
+        later = place + k
+        if later < counts_BS.shape[1]:
+            same = batch.segment_BS[row, place] == batch.segment_BS[row, later]
+            ahead_BS[row, place] = same and counts_BS[row, later]
+    return ahead_BS
+
+
 def changes(batch: Any, nll: np.ndarray, group_rows: int) -> dict[str, Change]:
     """Returns changes by name to a batch with losses like `nll`.
 

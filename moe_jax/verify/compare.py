@@ -89,7 +89,9 @@ def deviations(
 def _of_step(want: Probe, have: Probe, step: int) -> Iterator[Deviation]:
     """Yields the deviations of one step, kind by kind."""
     yield Deviation("forward", abs(want.loss - have.loss), "", step)
-    yield Deviation("tokens", far(want.nll, have.nll), "", step)
+    losses = {"": (want.nll, have.nll)}
+    losses |= {name: (nll, have.further[name]) for name, nll in want.further.items()}
+    yield _worst("tokens", {name: far(*pair) for name, pair in losses.items()}, step)
     if want.sums:
         yield from _of_sums(want, have, step)
     yield _worst("gradients", relative_gradients(want.grads, have.grads), step)

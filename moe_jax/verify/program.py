@@ -7,7 +7,7 @@ Shapes: B rows, S sequence, L MoE layers, K choices of a token.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,8 @@ class Probe(NamedTuple):
     routing: dict[str, np.ndarray]
     # By name, layers unstacked.
     grads: dict[str, np.ndarray]
+    # Of every further token that is predicted, as `nll`, by the name of its depth.
+    further: Mapping[str, np.ndarray] = {}
 
 
 class Program:
@@ -101,11 +103,11 @@ class Program:
     def step(self, now: train_step.State, batch: Any) -> tuple[train_step.State, Probe]:
         """Returns the state after one step, and what the step tells."""
         with self.entered():
-            new, metrics, grads, nll, sums = self.run(now, self.put(batch))
+            new, metrics, grads, (nll, further), sums = self.run(now, self.put(batch))
             # The host waits here, so one step is in flight at a time.
-            metrics, nll, (sums, routing) = host((metrics, nll, split(sums)))
+            metrics, nll, further, (sums, routing) = host((metrics, nll, further, split(sums)))
             loss = float(metrics["loss"])
-            return new, Probe(loss, metrics, nll, sums, routing, self.named(grads))
+            return new, Probe(loss, metrics, nll, sums, routing, self.named(grads), further)
 
     def steps(self, now: train_step.State, number: int) -> tuple[train_step.State, list[Probe]]:
         """Returns the state after some steps on the task's random batches, and what each tells."""
@@ -143,7 +145,8 @@ class Program:
         def forward(params: Any, router_state: Any, batch: Any):
             model = train_step.make_model(cfg).bind(params, router_state)
             losses = self.task.losses(model, batch, jax.random.key(0), False)
-            return {"nll": losses.nll, **losses.sums}
+            further = {name: one.nll for name, one in losses.further.items()}
+            return {"nll": losses.nll, **further, **losses.sums}
 
         with self.entered():
             args = now.params, now.router_state, self.put(self.task.random(self.cfg, 0))
@@ -182,20 +185,30 @@ class Program:
         rng = train_step.step_key(self.cfg, now.step)
         model = self.model.bind(now.params, now.router_state)
         if recordable(self.cfg.model):
-            model = recording(model)
+            model = Recording(model)
         # In training mode and with the step's key, so that it draws what the step drew.
         losses = self.task.losses(model, batch, rng, True)
-        return new, metrics, gradients[0], losses.nll, losses.sums
+        further = {name: one.nll for name, one in losses.further.items()}
+        return new, metrics, gradients[0], (losses.nll, further), losses.sums
 
 
-def recording(model: Callable) -> Callable:
-    """Returns the model whose layers also tell what became of every choice."""
+class Recording:
+    """A model whose layers also tell what became of every choice."""
 
-    def recorded(batch, rng, train):
-        request = batch.request._replace(record=ROUTING)
-        return model(batch._replace(request=request), rng, train)
+    def __init__(self, model: Any):
+        self._model = model
+        if hasattr(model, "hidden"):
+            # What a loss asks of a model (tasks/next_token.py).
+            self.cfg, self.hidden = model.cfg, self._hidden
 
-    return recorded
+    def __call__(self, batch: Any, rng: jax.Array, train: bool) -> Any:
+        return self._model(self._asking(batch), rng, train)
+
+    def _hidden(self, batch: Any, rng: jax.Array, train: bool) -> Any:
+        return self._model.hidden(self._asking(batch), rng, train)
+
+    def _asking(self, batch: Any) -> Any:
+        return batch._replace(request=batch.request._replace(record=ROUTING))
 
 
 def recordable(model: ModelConfig) -> bool:

@@ -24,6 +24,7 @@ from moe_jax.errors import UserError
 from moe_jax.instruments import leak
 from moe_jax.models import MODELS, attention_core, decoder
 from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.models.contract import no_refusals
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe.dispatch import DISPATCHERS, capacity
 from moe_jax.moe.dispatch.contract import Dispatcher
@@ -211,7 +212,7 @@ class PlainOptions(KindOptions):
 
 
 def test_a_causal_kind_refuses_a_router_that_sees_the_future(monkeypatch):
-    plain = decoder.KIND._replace(options=PlainOptions)
+    plain = decoder.KIND._replace(options=PlainOptions, refusals=no_refusals)
     lm = TASKS["lm"]
     monkeypatch.setitem(TASKS, "lm", lm._replace(kinds=(*lm.kinds, "plain")))
     chosen = {"model.kind": "plain", "model.moe.router": "expert_choice"}

@@ -16,7 +16,8 @@ from moe_jax.verify.run import against, evaluated, reference
 
 STEPS = 2
 # A router whose state moves, a capacity that drops, dropout, balance losses that count, blocks
-# before and after the repeats, and a tied embedding, whose gradient comes from both ends.
+# before and after the repeats, a further token that is predicted behind them, and a tied embedding,
+# whose gradient comes from both ends.
 TINY = {
     "model.prefix": ("dense",),
     "model.suffix": ("moe",),
@@ -30,6 +31,7 @@ TINY = {
     "model.moe.losses.z": 0.01,
     "optim.warmup_steps": 1,
     "optim.learning_rate": 1e-2,
+    "model.kinds.decoder.mtp_depths": 1,
 }
 LAYOUT = {"model.scan": True, "train.micro_batch_size": 4}
 # Mesh, schedule, chunks, other keys. The first are those of the normal suite.

@@ -27,6 +27,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="tokens of a row (default: max_position_embeddings, at most 4096)",
     )
     parser.add_argument(
+        "--mtp",
+        action="store_true",
+        help="also the layers that predict further tokens (DeepSeek-V3, GLM-4.5), which train on "
+        "with the model and are no part of the text that it writes",
+    )
+    parser.add_argument(
         "--mesh",
         default="",
         help="DATAxEXPERTxMODEL: put it together on these devices, each its own part (default: in "
@@ -44,7 +50,7 @@ def run(flags: argparse.Namespace) -> int:
     refuse_filled("--out", flags.out)
     lengths = import_mesh(flags)
     with new_directory(flags.out):
-        done = import_model(flags.source, flags.out, flags.seq_len, lengths)
+        done = import_model(flags.source, flags.out, flags.seq_len, lengths, flags.mtp)
     model = done.config.model
     shell.tell(
         f"{done.family}: {done.num_tensors:,} tensors, {done.num_parameters:,} parameters in "

@@ -2,8 +2,7 @@
 a sigmoid router with a bias that balances, limited to groups of experts.
 
 The released checkpoints are in FP8 and are refused; they are published in bfloat16 as well. Layers
-behind the last one predict further tokens (num_nextn_predict_layers): they are passed over, as
-transformers does, with a note.
+behind the last one predict further tokens (interchange/further.py).
 """
 
 from typing import Any
@@ -53,4 +52,6 @@ FAMILY = Family(
     blocks=deepseek.blocks(deepseek.LATENT_ATTENTION, deepseek.CORRECTION),
     wide=deepseek.WIDE,
     further_layers="num_nextn_predict_layers",
+    joins=deepseek.JOINS,
+    copies=deepseek.COPIES,
 )

@@ -1,7 +1,7 @@
 """GLM-4.5 and 4.6 (arXiv:2508.06471): the router of DeepSeek-V3 over grouped queries of which a
 part turns; dense first layers, a shared expert, and in some a query-key norm of each head.
 
-Layers behind the last one predict further tokens: they are passed over, with a note.
+Layers behind the last one predict further tokens (interchange/further.py).
 """
 
 from moe_jax.interchange import decoder, deepseek
@@ -36,4 +36,6 @@ FAMILY = Family(
     blocks=deepseek.blocks(ATTENTION, deepseek.CORRECTION),
     wide=deepseek.WIDE,
     further_layers="num_nextn_predict_layers",
+    joins=deepseek.JOINS,
+    copies=deepseek.COPIES,
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
-OTHER, EXPERTS = "other", "routed experts"
+OTHER, EXPERTS, JOINS = "other", "routed experts", "joins of further tokens"
 # What stands in the scope of an instruction -> the part of the model, the first that fits. Names in
 # capitals are those of the einsums of models/attention.py.
 PARTS = (
@@ -24,6 +24,7 @@ PARTS = (
     ("BSHA,HAD->BSD", "attention projections"),
     ("feed_forward", "dense and shared"),
     ("BSF,FD->BSD", "dense and shared"),
+    ("mtp", JOINS),
     ("head", "head"),
 )
 WEIGHT_GRADIENTS = "transpose(jvp(moe))/ragged_dot/dense gradient of weights"
