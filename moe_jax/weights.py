@@ -24,15 +24,18 @@ value is drawn.
                                                                         expert_embed
     expert in_bias           0                          [E, P, F]       experts, -, hidden
     expert out_bias          0                          [E, D]          experts, -
+    latent down              N(0, 1/D)                  [D, M]          embed, -
+    latent up                N(0, 1/M)                  [M, D]          -, embed
     router gate              N(0, 1/D)                  [D, E]          embed, -
     other router weights     beside their router, in `params` and `state` of moe/routing/NAME.py
     depth router             moe_jax/models/depth.py, `declare`
 
 D model, V vocabulary, H query heads, G key-value heads, A head width, F hidden, E experts, L
-blocks; P = 2 (gate and up) for SwiGLU and its like, 1 for GELU. The division by sqrt(2 L) keeps the
-residual stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins
-small is in docs/first_values.md. A key depends on the parameter's name only, so the loop and the
-scan over layers, and every mesh, draw the same values.
+blocks; P = 2 (gate and up) for SwiGLU and its like, 1 for GELU; M the width of latent experts,
+which have it in the place of D (moe/latent.py). The division by sqrt(2 L) keeps the residual
+stream's variance at depth (Radford et al. 2019, GPT-2, section 2.3). Why a head begins small is in
+docs/first_values.md. A key depends on the parameter's name only, so the loop and the scan over
+layers, and every mesh, draw the same values.
 """
 
 import zlib

@@ -102,3 +102,17 @@ def top_k_backward(x_TD, gate_DE, k, dgates_TK, renormalize=True, scale=1.0):
         full[chosen[t]] = dp
         dlogits[t] = probs[t] * (full - full @ probs[t])
     return dlogits @ gate_DE.T, x_TD.T @ dlogits
+
+
+def latent_experts(x_TD, assignments, down_DL, up_LD, w_in_ELPF, w_out_EFL, dy_TD):
+    """Experts that work in a narrower width: y = experts(x down) up, and the gradients of
+    sum(y * dy).
+
+    Returns (y, dx, dgate per assignment, ddown, dup, dw_in, dw_out).
+    """
+    z_TL = x_TD @ down_DL
+    inner_TL, dz_TL, dgates, dw_in, dw_out = experts(
+        z_TL, assignments, w_in_ELPF, w_out_EFL, dy_TD @ up_LD.T
+    )
+    dx_TD = dz_TL @ down_DL.T
+    return inner_TL @ up_LD, dx_TD, dgates, x_TD.T @ dz_TL, inner_TL.T @ dy_TD, dw_in, dw_out

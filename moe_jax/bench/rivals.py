@@ -41,6 +41,8 @@ def why_none(cfg: config.Config) -> str:
     kinds = set(model.blocks)
     if not isinstance(model.kind_options, decoder.Options) or len(kinds) > 1:
         return "it is no decoder whose blocks are all alike"
+    if len(model.stacks) > 1:
+        return "Llama and Mixtral predict the next token alone"
     if not kinds <= {"dense", "moe"}:
         return "its blocks are not those of Llama or Mixtral"
     if not isinstance(model.attention_options, grouped_query.Options):
@@ -59,8 +61,8 @@ def why_none(cfg: config.Config) -> str:
     router = model.moe.router_options
     if not isinstance(router, top_k.Options) or not router.renormalize or router.bias:
         return "Mixtral's router is a softmax whose chosen weights sum to 1"
-    if model.moe.shared_experts or model.moe.expert_bias:
-        return "Mixtral has no shared experts and no biases of experts"
+    if model.moe.shared_experts or model.moe.expert_bias or model.moe.latent_dim:
+        return "Mixtral has no shared experts, no latent ones and no biases of experts"
     return ""
 
 

@@ -34,6 +34,8 @@ def axes(cfg: Config) -> Iterator[str]:
         expert_axes, parts = f"mesh.expert{over_seq}", mesh.expert * mesh.seq
         needs.append(("model.moe.num_experts", moe.num_experts, expert_axes, parts))
         needs.append(("model.moe.expert_hidden", moe.expert_hidden, "mesh.model", mesh.model))
+        if moe.latent_dim:
+            needs.append(("model.moe.latent_dim", moe.latent_dim, "mesh.data", mesh.data))
         if moe.shared_hidden:
             needs.append(("model.moe.shared_hidden", moe.shared_hidden, "mesh.model", mesh.model))
     if moe.sparse.stored.block and mesh.model > 1:

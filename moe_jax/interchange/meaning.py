@@ -82,6 +82,7 @@ def _of_experts(model: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model.moe.num_experts": moe.num_experts,
         "model.moe.expert_hidden": moe.expert_hidden,
+        "model.moe.latent_dim": moe.latent_dim,
         # n of width F are one of width n F.
         "model.moe.shared_experts": min(moe.shared_experts, 1),
         "model.moe.shared_hidden": moe.shared_width,

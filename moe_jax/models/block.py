@@ -255,6 +255,7 @@ def moe_config(cfg: ModelConfig) -> MoE:
         activation=cfg.activation,
         activation_options=cfg.activation_options,
         expert_bias=moe.expert_bias,
+        latent_dim=moe.latent_dim,
         param_dtype=cfg.param_dtype,
         dtype=cfg.dtype,
         out_std=out_std(moe.expert_hidden, cfg),

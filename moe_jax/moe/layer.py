@@ -4,7 +4,8 @@ manual shard_map.
 Every device routes its own rows, the dispatcher moves tokens over the expert axis, each device
 computes its experts with its share of the hidden columns, and one psum over `model` ends the layer.
 Expert weights are gathered over `data` inside the manual region: the backward of that gather is a
-reduce-scatter. Statistics leave as sums per row, sharded like the batch.
+reduce-scatter. Statistics leave as sums per row, sharded like the batch. Experts may work in a
+narrower width than the model's (latent.py).
 
 Rows that are split over `seq` (parallel/context.py) are gathered first, because a group is of whole
 rows; each device of `seq` has experts of its own, and a reduce-scatter gives each its own tokens
@@ -14,14 +15,14 @@ Shapes: B rows of the global batch, S sequence, T = b S tokens of this device, D
 expert hidden, P = 2 for SwiGLU else 1, N assignments, R rows of a dispatch buffer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.moe import probe, split_rows
+from moe_jax.moe import latent, probe, split_rows
 from moe_jax.moe.dispatch import DISPATCHERS, chunks
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.exchange import all_gather
@@ -89,6 +90,9 @@ class MoELayer(nnx.Module):
         self.router = Weights(router_key, params, wide)
         self.state = Weights(state_key, state, wide, RouterState)
         self.experts = Weights(experts_key, expert_weights(cfg), cfg.param_dtype)
+        if cfg.latent_dim:
+            declared = latent.declare(cfg.d_model, cfg.latent_dim)
+            self.latent = Weights(jax.random.fold_in(key, 3), declared, cfg.param_dtype)
         if cfg.stored.block:
             # Constants, so the key draws nothing.
             self.places = Weights(key, stored_weights(cfg)[1], "int32")
@@ -103,16 +107,25 @@ class MoELayer(nnx.Module):
         tokens_spec = P(BATCH, context.AXIS) if split else P(BATCH)
         # Every device needs the whole router.
         router = {name: jax.sharding.reshard(w, P()) for name, w in self.router.arrays().items()}
+        shared = self._latent()
         experts_spec = {name: spec(*names) for name, names in axes.items()}
         places_spec = spec("experts")
         run = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, train=train, split=split),
-            # x, the batch, the router, its state, (experts, places), the key.
-            in_specs=(tokens_spec, P(BATCH), P(), P(), (experts_spec, places_spec), P()),
+            # x, the batch, the router, its state, (experts, places, latent), the key.
+            in_specs=(tokens_spec, P(BATCH), P(), P(), (experts_spec, places_spec, P()), P()),
             out_specs=(tokens_spec, P(BATCH)),
         )
         with jax.named_scope("moe"):
-            return run(x_BSD, batch, router, self.state.arrays(), (experts, places), rng)
+            return run(x_BSD, batch, router, self.state.arrays(), (experts, places, shared), rng)
+
+    def _latent(self) -> dict[str, jax.Array]:
+        """Returns both matrices of latent.py, whole on every device; {} without."""
+        if not self.cfg.latent_dim:
+            return {}
+        with jax.named_scope("gather_weights"):
+            narrow = {name: w.astype(self.cfg.dtype) for name, w in self.latent.arrays().items()}
+            return {name: jax.sharding.reshard(w, P()) for name, w in narrow.items()}
 
 
 def _on_device(
@@ -148,11 +161,14 @@ def _on_device(
     if isinstance(request.removed, jax.Array):
         chosen = probe.remove(chosen, request.removed, tokens)
         routing = probe.remove(routing, request.removed, tokens)
-    experts = _experts(weights, cfg)
-    y_TD, dropped_b, dropped_N = _dispatch(tokens, routing, experts, sizes, cfg, split)
-    y_BSD = y_TD.reshape(x_BSD.shape)
+    *own, shared = weights
+    # The width of what travels is the experts': in all that follows D is L where they are latent.
+    moved = tokens._replace(x_TD=latent.narrow(tokens.x_TD, shared))
+    experts = _experts(own, cfg)
+    y_TD, dropped_b, dropped_N = _dispatch(moved, routing, experts, sizes, cfg, split)
+    y_BSD = y_TD.reshape(num_rows, row_length, -1)
     with jax.named_scope("combine"):
-        y_BTD = split_rows.summed(y_BSD, split)
+        y_BTD = latent.widen(split_rows.summed(y_BSD, split), shared)
         # After the sum: every device of `model` has the whole token, and would add it.
         if isinstance(routing, Routing) and routing.copy_T is not None:
             copy_BT = routing.copy_T.astype(y_BTD.dtype).reshape(x_BSD.shape[:2])
@@ -292,7 +308,7 @@ def _tokens(x_BSD: jax.Array, batch: Batch) -> Tokens:
     )
 
 
-def _experts(parts: tuple[Mapping[str, jax.Array], ...], cfg: MoE) -> Experts:
+def _experts(parts: Sequence[Mapping[str, jax.Array]], cfg: MoE) -> Experts:
     """Returns the experts of this device."""
     weights, places = parts
     if places:

@@ -48,6 +48,13 @@ class MoE:
     expert_bias: bool = False
     # Parts of the tokens that are dispatched each by itself (dispatch/chunks.py).
     overlap_chunks: int = 1
+    # The width that the routed experts work in (latent.py); 0 = d_model.
+    latent_dim: int = 0
+
+    @property
+    def expert_dim(self) -> int:
+        """Returns the width that the routed experts read and write."""
+        return self.latent_dim or self.d_model
 
     @property
     def chosen(self) -> Chosen:
@@ -59,20 +66,20 @@ def expert_weights(cfg: MoE) -> dict[str, Weight]:
     """Declares the weights of the experts, w_in [E, D, P, F] and w_out [E, F, D], or as blocks."""
     if cfg.stored.block:
         return stored_weights(cfg)[0]
-    num_parts = cfg.chosen.parts
+    num_parts, width = cfg.chosen.parts, cfg.expert_dim
     # Gate and up are an axis of their own, so that F can be split over `model` without pairing
     # wrong columns.
-    in_shape = (cfg.num_experts, cfg.d_model, num_parts, cfg.expert_hidden)
-    out_shape = (cfg.num_experts, cfg.expert_hidden, cfg.d_model)
+    in_shape = (cfg.num_experts, width, num_parts, cfg.expert_hidden)
+    out_shape = (cfg.num_experts, cfg.expert_hidden, width)
     in_names = ("experts", "expert_embed", None, "hidden")
     out_names = ("experts", "hidden", "expert_embed")
     weights = {
-        "w_in": Weight(in_shape, in_names, cfg.d_model**-0.5),
+        "w_in": Weight(in_shape, in_names, width**-0.5),
         "w_out": Weight(out_shape, out_names, cfg.out_std),
     }
     if cfg.expert_bias:
         in_shape = (cfg.num_experts, num_parts, cfg.expert_hidden)
-        out_shape = (cfg.num_experts, cfg.d_model)
+        out_shape = (cfg.num_experts, width)
         weights["in_bias"] = Weight(in_shape, ("experts", None, "hidden"), 0.0)
         # Not split over `data`: it is small.
         weights["out_bias"] = Weight(out_shape, ("experts", None), 0.0)
@@ -81,7 +88,7 @@ def expert_weights(cfg: MoE) -> dict[str, Weight]:
 
 def stored_weights(cfg: MoE) -> tuple[dict[str, Weight], dict[str, Weight]]:
     """Declares (values, places) of experts that are stored as blocks."""
-    outputs = stored.outputs(cfg.d_model, cfg.expert_hidden, cfg.activation)
+    outputs = stored.outputs(cfg.expert_dim, cfg.expert_hidden, cfg.activation)
     return stored.declare(cfg.stored, cfg.num_experts, outputs)
 
 

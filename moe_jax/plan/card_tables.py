@@ -91,6 +91,7 @@ def _model_table(card: Card) -> Table:
         ("routed experts", counts.experts, counts.experts_active, work.experts),
         ("routers", counts.router, counts.router, work.router),
         ("norms", counts.norms, counts.norms, 0),
+        ("latent projections", counts.latent, counts.latent, work.latent),
         ("joins of further tokens", counts.joins, counts.joins, work.joins),
         ("head", counts.head, counts.head, 0 if tied else work.head),
     )

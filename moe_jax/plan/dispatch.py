@@ -118,12 +118,12 @@ def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | Non
 def row_bytes(cfg: Config) -> int:
     """Returns the bytes that a row takes in the buffers of a layer, an estimate.
 
-    Counted are the row as it comes in and as it goes out, D each, and the hidden columns of this
-    device before the activation.
+    Counted are the row as it comes in and as it goes out, as wide as the experts' input, and the
+    hidden columns of this device before the activation.
     """
     moe = moe_config(cfg.model)
     num_projections = moe.chosen.parts
-    width = 2 * moe.d_model + num_projections * moe.expert_hidden // cfg.mesh.model
+    width = 2 * moe.expert_dim + num_projections * moe.expert_hidden // cfg.mesh.model
     return width * jnp.dtype(moe.dtype).itemsize
 
 

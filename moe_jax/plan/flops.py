@@ -62,6 +62,8 @@ class Counts(NamedTuple):
     # What joins tokens and hidden states for multi-token prediction (models/mtp.py), whose blocks
     # count as all others.
     joins: int = 0
+    # The projections before and after latent experts (moe/latent.py).
+    latent: int = 0
 
     @property
     def total(self) -> int:
@@ -101,6 +103,7 @@ class Breakdown(NamedTuple):
     # Of every depth of multi-token prediction too.
     head: int
     joins: int = 0
+    latent: int = 0
 
     @property
     def total(self) -> int:
@@ -117,20 +120,21 @@ def parameters(cfg: ModelConfig) -> Counts:
     # Before attention, before the feed-forward, and of queries and keys where they are normalised.
     norms = 2 * d * num_blocks + sum(one.scales for one in attentions)
     joins = mtp.num_weights(cfg)
-    expert = feed_forward(cfg, cfg.moe.expert_hidden) + expert_biases(cfg)
+    one_expert = expert(cfg) + expert_biases(cfg)
     return Counts(
         embedding=cfg.vocab_size * d,
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
         attention=sum(one.matrices + one.biases for one in attentions),
         dense=cfg.num_dense_layers * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * shared(cfg),
-        experts=num_moe * cfg.moe.num_experts * expert,
-        experts_active=round(num_moe * experts_per_token(cfg.moe) * expert) if num_moe else 0,
+        experts=num_moe * cfg.moe.num_experts * one_expert,
+        experts_active=round(num_moe * experts_per_token(cfg.moe) * one_expert) if num_moe else 0,
         # A depth block scores each token by a vector of D.
         router=num_moe * router(cfg) + cfg.num_depth_blocks * d,
         # One more before the head.
         norms=norms + d + joins.scales,
         joins=joins.matrices,
+        latent=num_moe * latents(cfg),
     )
 
 
@@ -139,20 +143,30 @@ def of_blocks(cfg: ModelConfig) -> list[ModelConfig]:
     return [cfg.of_block(kind) for kind in cfg.blocks]
 
 
-def feed_forward(cfg: ModelConfig, hidden: int) -> int:
-    """Returns the parameters of a feed-forward of hidden width F.
+def feed_forward(cfg: ModelConfig, hidden: int, width: int = 0) -> int:
+    """Returns the parameters of a feed-forward of hidden width F; `width`: of its input, 0 = D.
 
     They are those of gate, up and out for SwiGLU, of in and out for GELU.
     """
     num_matrices = ACTIVATIONS[cfg.activation].parts + 1
-    return num_matrices * cfg.d_model * hidden
+    return num_matrices * (width or cfg.d_model) * hidden
+
+
+def expert(cfg: ModelConfig) -> int:
+    """Returns the parameters of the matrices of one routed expert."""
+    return feed_forward(cfg, cfg.moe.expert_hidden, cfg.expert_dim)
+
+
+def latents(cfg: ModelConfig) -> int:
+    """Returns the parameters of one layer's projections before and after latent experts."""
+    return 2 * cfg.d_model * cfg.moe.latent_dim
 
 
 def expert_biases(cfg: ModelConfig) -> int:
     """Returns how many numbers the biases of one expert are."""
     if not cfg.moe.expert_bias:
         return 0
-    return ACTIVATIONS[cfg.activation].parts * cfg.moe.expert_hidden + cfg.d_model
+    return ACTIVATIONS[cfg.activation].parts * cfg.moe.expert_hidden + cfg.expert_dim
 
 
 def shared(cfg: ModelConfig) -> int:
@@ -195,7 +209,7 @@ def mixing(cfg: ModelConfig) -> int:
     Tokens are mixed into slots, and the slots' results into tokens.
     """
     num_slots = ROUTERS[cfg.moe.router].num_slots(cfg.moe.router_options)
-    return 2 * cfg.moe.num_experts * num_slots * cfg.d_model
+    return 2 * cfg.moe.num_experts * num_slots * cfg.expert_dim
 
 
 def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
@@ -210,7 +224,7 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
         return count(cfg, seq_len, forward_per_token)
     d = cfg.d_model
     num_chosen = depth.num_chosen(cfg.depth.capacity, seq_len)
-    expert = feed_forward(cfg, cfg.moe.expert_hidden)
+    of_one_expert = expert(cfg)
     all_kinds = ("dense", "moe")
 
     def over(kinds: tuple[str, ...], of_block: Callable[[int, ModelConfig], float]) -> int:
@@ -243,7 +257,7 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
         return 2 * own.num_heads * sum(attention.widths(own)) * pairs
 
     def of_experts(num_tokens: int, own: ModelConfig) -> float:
-        return 2 * expert * expert_rows(own.moe, num_tokens)
+        return 2 * of_one_expert * expert_rows(own.moe, num_tokens)
 
     moe_kinds = ("moe",)
     experts = over(moe_kinds, of_experts) if cfg.num_moe_layers else 0
@@ -258,6 +272,7 @@ def forward_per_token(cfg: ModelConfig, seq_len: int) -> Breakdown:
         router=routers + 2 * cfg.num_depth_blocks * d,
         head=2 * d * cfg.vocab_size * (1 + mtp.num_depths(cfg)),
         joins=2 * mtp.num_weights(cfg).matrices,
+        latent=over(moe_kinds, of_weights(latents(cfg))),
     )
 
 

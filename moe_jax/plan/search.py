@@ -228,7 +228,7 @@ def _memory(cfg: Config, state: train_step.State) -> int:
         held = DISPATCHERS[model.moe.dispatcher].rows(shape, model.moe.dispatcher_options)
         rows = held * dispatch.row_bytes(cfg)
         # Rows as they come in, and their pre-activations.
-        kept_rows = rows - held * model.d_model * width
+        kept_rows = rows - held * model.expert_dim * width
         experts_hold = _held_by_experts(cfg, held, shape)
     layer = KEPT["none"] * row + attention + rows
     kept = layer
@@ -270,15 +270,15 @@ def _held_by_experts(cfg: Config, held: int, shape: Shape) -> int:
     counted in the program of OLMoE for a v5e.
     """
     model, width = cfg.model, jnp.dtype(cfg.model.dtype).itemsize
-    # Of a row: nine arrays as wide as the model, of which one is float32, and hidden ones.
+    # Of a row: nine arrays as wide as the experts' input, one of them float32, and hidden ones.
     hidden = model.moe.expert_hidden // cfg.mesh.model
-    rows = held * ((8 * width + 4) * model.d_model + 3 * hidden * width)
+    rows = held * ((8 * width + 4) * model.expert_dim + 3 * hidden * width)
     # Tokens of the whole expert axis where they are gathered; the rows of each are added up, and
     # every addend exists twice.
     gathers = not DISPATCHERS[model.moe.dispatcher].exchanges
     num_tokens = shape.num_tokens * (shape.expert_axis if gathers else 1)
-    tokens = num_tokens * (2 * shape.per_token + 4) * model.d_model * width
-    expert = flops.feed_forward(model, model.moe.expert_hidden)
+    tokens = num_tokens * (2 * shape.per_token + 4) * model.expert_dim * width
+    expert = flops.expert(model)
     weights = expert * shape.local_experts // cfg.mesh.model
     # Gathered in several orders, and gradients in float32.
     return rows + tokens + weights * (5 * width + 4)

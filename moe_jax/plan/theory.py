@@ -124,7 +124,7 @@ def tokens(cfg: Config) -> int:
     # There and back in every forward pass, there again where nothing was kept, and the gradients of
     # both ways.
     journeys = 2 * forward_passes(cfg) + again + 2
-    per_layer = journeys * rows * cfg.model.d_model * _width(cfg)
+    per_layer = journeys * rows * cfg.model.expert_dim * _width(cfg)
     return per_layer * runs(cfg, _moe)
 
 
@@ -134,11 +134,12 @@ def tokens_over_seq(cfg: Config) -> int:
     The tokens are gathered, and the sums of what the experts made of them scattered, forward and
     backward; a block that is rematerialised gathers them once more.
     """
-    again = 0 if cfg.model.remat == "none" else 1
-    journeys = 2 * forward_passes(cfg) + again + 2
-    row = cfg.model.d_model * _width(cfg)
-    per_layer = journeys * row * _from_others(cfg)
-    return per_layer * runs(cfg, _moe)
+    model = cfg.model
+    again = 0 if model.remat == "none" else 1
+    gathers, scatters = forward_passes(cfg) + again + 1, forward_passes(cfg) + 1
+    # What is scattered is as wide as the experts' output.
+    row = (gathers * model.d_model + scatters * model.expert_dim) * _width(cfg)
+    return row * _from_others(cfg) * runs(cfg, _moe)
 
 
 def keys_and_values(cfg: Config) -> int:
@@ -170,7 +171,7 @@ def expert_weights(cfg: Config) -> int:
     which are scattered back.
     """
     model, mesh = cfg.model, cfg.mesh
-    count = flops.feed_forward(model, model.moe.expert_hidden) * model.moe.num_experts
+    count = flops.expert(model) * model.moe.num_experts
     # Experts are split over `expert` and `seq`, their hidden columns over `model`.
     local = count // (mesh.expert * mesh.seq) // mesh.model
     # One more for the gradients.
@@ -204,13 +205,14 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
     in_blocks += runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
         in_blocks += runs(cfg, _moe) * flops.shared(model)
+    # Not split over `model`.
+    latents = runs(cfg, _moe) * flops.latents(model)
     # Embedding and head are one matrix where they are tied.
     num_ends = 1 if model.tie_embeddings else 2
     times = cfg.train.num_micro_batches
     ends = num_ends * model.vocab_size * model.d_model * times // mesh.stage
-    # Not split over `model`.
     joins = mtp.num_weights(model).matrices * times // mesh.stage
-    return in_blocks // mesh.model, ends // mesh.model + joins
+    return in_blocks // mesh.model + latents, ends // mesh.model + joins
 
 
 def _others(cfg: Config) -> int:
@@ -230,13 +232,16 @@ def hidden_columns(cfg: Config) -> int:
     model, n = cfg.model, cfg.mesh.model
     num_tokens = buffer_tokens(cfg)
     again = 0 if model.remat == "none" else 1
-    # Two in every forward pass, one where a block is computed again, and two of gradients.
-    sums = 2 * forward_passes(cfg) + again + 2
+    # One in every forward pass for each part, one more of attention where a block is computed
+    # again, and one of gradients for each.
+    of_attention, of_ffn = forward_passes(cfg) + again + 1, forward_passes(cfg) + 1
     # Backward an MoE layer has the tokens of whole rows.
     more = cfg.mesh.seq - 1
+    wide = of_attention * runs(cfg, len) + of_ffn * runs(cfg, _dense)
+    # Of experts as wide as they are.
+    numbers = wide * model.d_model + (of_ffn + more) * runs(cfg, _moe) * model.expert_dim
     # A sum is a reduce-scatter and a gather.
-    one = 2 * num_tokens * model.d_model * _width(cfg) * (n - 1) // n
-    return (sums * runs(cfg, len) + more * runs(cfg, _moe)) * one
+    return 2 * num_tokens * numbers * _width(cfg) * (n - 1) // n
 
 
 def buffer_tokens(cfg: Config) -> int:

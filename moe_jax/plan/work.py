@@ -7,7 +7,7 @@ case) or masked (attention scores of keys that a token does not see).
 from typing import NamedTuple
 
 from moe_jax.plan import flops
-from moe_jax.plan.hlo.products import EXPERTS, JOINS
+from moe_jax.plan.hlo.products import EXPERTS, JOINS, LATENT
 from moe_jax.plan.hlo.program import Program
 from moe_jax.schema.config import Config
 
@@ -71,5 +71,6 @@ def _useful(cfg: Config) -> dict[str, int]:
         "routers": per_token.router,
         "head": per_token.head,
         JOINS: per_token.joins,
+        LATENT: per_token.latent,
     }
     return {part: round(3 * count * num_tokens) for part, count in by_part.items() if count}

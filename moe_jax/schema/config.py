@@ -111,6 +111,12 @@ class SparseConfig:
 class MoEConfig:
     num_experts: int = option(8, "routed experts of a layer", NUMBER)
     expert_hidden: int = option(256, "hidden width of one expert", NUMBER)
+    latent_dim: int = option(
+        0,
+        "width that the routed experts work in, below d_model, so that less travels (LatentMoE, "
+        "arXiv:2601.18089); 0 = d_model",
+        COUNT,
+    )
     shared_experts: int = option(0, "always-on experts, added to the routed ones", COUNT)
     shared_hidden: int = option(0, "hidden width of a shared expert; 0 = expert_hidden", COUNT)
     shared_gate: bool = option(
@@ -321,6 +327,11 @@ class ModelConfig:
     def attentions(self) -> tuple[str, ...]:
         """The attention of every block, in order."""
         return tuple(attention_of(kind) or self.attention for kind in self.blocks)
+
+    @property
+    def expert_dim(self) -> int:
+        """The width that the routed experts read and write."""
+        return self.moe.latent_dim or self.d_model
 
     def of_block(self, kind: str) -> "ModelConfig":
         """Returns the config of a block of this kind: `attention` is that of the block."""

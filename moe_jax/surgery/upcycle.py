@@ -143,6 +143,11 @@ def new_raw(old: Snapshot, numbers: Sequence[int], asked: Asked) -> dict[str, An
                 f"{key} cannot change in a run that goes on: leave it as it is, or add --restart, "
                 "which begins a new run from the parameters"
             )
+    if width := tree.model.moe.latent_dim:
+        raise UserError(
+            f"model.moe.latent_dim = {width}: experts of another width than the model's are no "
+            "copies of a dense network: leave the key at 0"
+        )
     return config_file.values(tree)
 
 

@@ -4,6 +4,7 @@ against each other.
     y_t = sum over e of G_te * expert_e(x_t)                                 assignments
     y_t = sum over e, s of C_tes * expert_e(sum over t' of D_t'es x_t')      mixtures (soft MoE)
 
+Latent experts read x W_down in the place of x, and y W_up is the layer's output.
 The tokens t' of a mixture are those of a group. G, or D and C, come from the router itself: the
 layer records them (probe.GATES). So what is checked is everything after the router: dispatch, the
 grouped product, which gate meets which expert, gate and up columns, and all their gradients. A
@@ -90,13 +91,21 @@ def compare(program: Program) -> Dense:
             _, sums = nnx.merge(graph, params, rest)(x_BSD, asked, keys[3], True)
             _, recorded = probe.split(sums)
             weights = {name: plain(z).astype(x_BSD.dtype) for name, z in recorded.items()}
-            experts = jax.tree.map(plain, nnx.to_pure_dict(params)["experts"])
+            whole = jax.tree.map(plain, nnx.to_pure_dict(params))
+            experts = whole["experts"]
 
             def work(x):
                 return dense(x, experts, cfg.chosen)
 
             formula = mixed if "dispatch" in weights else gated
-            y_BSD = formula(plain(x_BSD), weights, work, cfg)
+            x_BSD = plain(x_BSD)
+            if "latent" in whole:
+                y_BSD = formula(x_BSD @ whole["latent"]["down"], weights, work, cfg)
+                y_BSD = y_BSD @ whole["latent"]["up"]
+            else:
+                y_BSD = formula(x_BSD, weights, work, cfg)
+            if "copy" in weights:
+                y_BSD = y_BSD + weights["copy"][:, :, None] * x_BSD
             return (y_BSD * plain(weight_BSD)).sum(), y_BSD
 
         def both(x_BSD: jax.Array):
@@ -127,11 +136,10 @@ def _rows(cfg: Config) -> Batch:
 
 def gated(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: MoE) -> jax.Array:
     """Returns the layer's output [B, S, D] where every expert works on every token."""
-    # y_t = sum over e of G_te expert_e(x_t), and the token's own copy.
+    # y_t = sum over e of G_te expert_e(x_t)
     B, S, D = x_BSD.shape
     every_BSED = jnp.broadcast_to(x_BSD[:, :, None], (B, S, cfg.num_experts, D))
-    y_BSD = jnp.einsum("BSED,BSE->BSD", work(every_BSED), weights["gate"])
-    return y_BSD + weights["copy"][:, :, None] * x_BSD
+    return jnp.einsum("BSED,BSE->BSD", work(every_BSED), weights["gate"])
 
 
 def mixed(x_BSD: jax.Array, weights: Mapping[str, jax.Array], work: Any, cfg: MoE) -> jax.Array:

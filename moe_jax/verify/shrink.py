@@ -64,6 +64,8 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     yield "model.head_dim", 2, "small"
     yield "model.ffn_hidden", 32, "small; divisible by the model axis"
     yield "model.moe.expert_hidden", 16, "small; divisible by the model axis"
+    latent_dim = DEVICES if model["moe"]["latent_dim"] else 0
+    yield "model.moe.latent_dim", latent_dim, "small; divisible by the data axis"
     yield "model.vocab_size", 64, "small; divisible by the model axis"
     # Two periods, so that something repeats; on a pipeline each chunk of a stage has two.
     chunks = train["pipeline_chunks"]

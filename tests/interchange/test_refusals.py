@@ -421,6 +421,7 @@ def test_a_half_precision_model_is_widened_and_comes_back_as_it_was(tmp_path):
             "model.attention_bias = True, and mixtral has False",
         ),
         ({"model.norm_position": "after"}, 'model.norm_position = "after", and mixtral has'),
+        ({"model.moe.latent_dim": 8}, "mixtral: model.moe.latent_dim = 8, and mixtral has 0"),
         (
             {"model.head_dim": 6, "model.qk_norm": True, "model.qk_norm_over": "width"},
             "model.head_dim = 6, and olmoe has 4",

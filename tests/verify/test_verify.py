@@ -219,6 +219,8 @@ CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "c
 CASES |= {"sliding window": {"model.attention": "sliding_window"}}
 CASES |= {name: OPTIONS[name] for name in ("gpt-oss", "DeepSeek-V3")}
 CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
+CASES |= {"latent experts": {"model.moe.latent_dim": 8, "model.moe.shared_experts": 1}}
+CASES |= {"further tokens": {"model.kinds.decoder.mtp_depths": 2}}
 CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
 CASES |= {
     name: {

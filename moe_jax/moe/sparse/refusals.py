@@ -35,7 +35,8 @@ def refusals(cfg: ModelConfig) -> Iterator[str]:
     if tile is None:
         return
     size, name = tile
-    widths = (("model.d_model", cfg.d_model), ("model.moe.expert_hidden", cfg.moe.expert_hidden))
+    key = "model.moe.latent_dim" if cfg.moe.latent_dim else "model.d_model"
+    widths = ((key, cfg.expert_dim), ("model.moe.expert_hidden", cfg.moe.expert_hidden))
     for path, width in widths:
         if width % size:
             yield f"{path} ({width}) must be divisible by {at}.{name} ({size})"

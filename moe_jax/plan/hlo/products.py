@@ -8,7 +8,8 @@ from typing import NamedTuple
 from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
-OTHER, EXPERTS, JOINS = "other", "routed experts", "joins of further tokens"
+OTHER, EXPERTS = "other", "routed experts"
+JOINS, LATENT = "joins of further tokens", "latent projections"
 # What stands in the scope of an instruction -> the part of the model, the first that fits. Names in
 # capitals are those of the einsums of models/attention.py.
 PARTS = (
@@ -17,6 +18,7 @@ PARTS = (
     ("ragged-dot", EXPERTS),
     ("/experts/", EXPERTS),
     ("/route/", "routers"),
+    ("/latent/", LATENT),
     ("/dispatch/", "dispatch"),
     ("/combine/", "dispatch"),
     ("attention", "attention scores"),
