@@ -11,6 +11,7 @@ do.
     further.py       layers that predict further tokens
     meaning.py       what a config of ours says of the function that a model computes
     mxfp4.py         experts of four bits, unpacked
+    fp8.py           matrices of eight bits, unpacked
     shards.py        a parameter on the devices of a mesh, each with its own part
     tensors.py       folders of safetensors, read and written a part at a time
     tokenizers.py    tokenizer.json

@@ -8,6 +8,7 @@ A tensor is read when it is asked for. A shard is written when it is full.
 
 import contextlib
 import json
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from moe_jax.errors import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names of dtypes in the files: those that we read.
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Those of one byte that the library has no array of NumPy for: parts of others alone.
+BYTES = ("F8_E4M3",)
 
 
 class Unpacked(NamedTuple):
@@ -98,8 +101,22 @@ class Folder:
         """Returns a tensor, read from its file now."""
         if name in self._unpacked:
             tensor = self._unpacked[name]
-            return tensor.make(*(self.read(part) for part in tensor.parts))
+            # From the files: a part may have the name of the tensor.
+            return tensor.make(*(self._part(part) for part in tensor.parts))
         return self._files[name].get_tensor(name)
+
+    def _part(self, name: str) -> np.ndarray:
+        """Returns a tensor of a file, bytes of a dtype that NumPy has not."""
+        file = self._files[name]
+        if file.get_slice(name).get_dtype() not in BYTES:
+            return file.get_tensor(name)
+        # A file begins with the length of its header, which says where each tensor lies behind it.
+        with self._paths[name].open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            told = json.loads(opened.read(length))[name]
+            first, last = told["data_offsets"]
+            opened.seek(8 + length + first)
+            return np.frombuffer(opened.read(last - first), np.uint8).reshape(told["shape"])
 
     def where(self, name: str) -> Path:
         """Returns the file of a tensor."""

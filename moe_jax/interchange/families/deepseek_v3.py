@@ -1,13 +1,13 @@
 """DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, dense first layers, a shared expert, and
 a sigmoid router with a bias that balances, limited to groups of experts.
 
-The released checkpoints are in FP8 and are refused; they are published in bfloat16 as well. Layers
-behind the last one predict further tokens (interchange/further.py).
+The released checkpoints are in FP8 (interchange/fp8.py). Layers behind the last one predict further
+tokens (interchange/further.py).
 """
 
 from typing import Any
 
-from moe_jax.interchange import decoder, deepseek
+from moe_jax.interchange import decoder, deepseek, fp8
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.deepseek import ROUTER
 from moe_jax.interchange.entries import Entry, Ours, fixed, key, only
@@ -47,9 +47,11 @@ FAMILY = Family(
         key("moe_intermediate_size", "model.moe.expert_hidden", 2048),
         deepseek.shared(default=1),
         key("intermediate_size", "model.ffn_hidden", 18432),
+        fp8.entry(),
     ),
     ends=decoder.ENDS,
     blocks=deepseek.blocks(deepseek.LATENT_ATTENTION, deepseek.CORRECTION),
+    quantized=fp8.unpacked,
     wide=deepseek.WIDE,
     further_layers="num_nextn_predict_layers",
     joins=deepseek.JOINS,
