@@ -205,7 +205,7 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
     in_blocks += runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
         in_blocks += runs(cfg, _moe) * flops.shared(model)
-    # Not split over `model`.
+    # Neither these nor the joins of further tokens are split over `model`.
     latents = runs(cfg, _moe) * flops.latents(model)
     # Embedding and head are one matrix where they are tied.
     num_ends = 1 if model.tie_embeddings else 2
