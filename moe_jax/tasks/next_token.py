@@ -36,6 +36,7 @@ def token_losses(
     # A model that is wrapped in a function, or has a head of its own, gives logits alone.
     cfg = getattr(model, "cfg", None)
     coefficient = cfg.logit_z_loss if cfg and train else 0.0
+    cap = cfg.logit_cap if cfg else 0.0
     chunk = 0
     if cfg and hasattr(model, "hidden"):
         chunk = chunk_tokens(cfg, target_BS.size)
@@ -43,7 +44,7 @@ def token_losses(
     if chunk:
         last, sums = model.hidden(batch, rng, train)
         target_BS = _like(target_BS, last.x_BSD)
-        nll_BS, log_sum_BS, outputs = chunked_loss.of_hidden(last, target_BS, chunk, not train)
+        nll_BS, log_sum_BS, outputs = chunked_loss.of_hidden(last, target_BS, chunk, not train, cap)
     else:
         outputs, sums = model(batch, rng, train)
         nll_BS = negative_log_likelihood(outputs, _like(target_BS, outputs))
