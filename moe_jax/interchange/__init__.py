@@ -8,6 +8,7 @@ do.
     families/NAME.py one family each: all about it, from the two before
     decoder.py       entries and rows that families of decoders share
     deepseek.py      what DeepSeek's families and their descendants share
+    gemma.py         what Gemma's families share
     meaning.py       what a config of ours says of the function that a model computes
     mxfp4.py         experts of four bits, unpacked
     shards.py        a parameter on the devices of a mesh, each with its own part
