@@ -11,9 +11,9 @@ value is drawn.
     attention bias o         0                          [D]             -
     attention sinks          0                          [H]             heads
     latent attention         models/attentions/latent.py, `weights`
-    query and key norm       1                          [A] or          -
+    query and key norm       1, or 0 (norm_plus_one)    [A] or          -
                                                         [H or G, A]     heads, -
-    norm scale               1                          [D]             -
+    norm scale               1, or 0 (norm_plus_one)    [D]             -
     w_join (models/mtp.py)   N(0, 1/(2 D))              [2, D, D]       -, embed, -
     dense w_in               N(0, 1/D)                  [D, P, F]       embed, -, hidden
     dense w_out              N(0, 1/F) / sqrt(2 L)      [F, D]          hidden, embed

@@ -46,6 +46,23 @@ OPTIONS = {
         "model.moe.expert_bias": True,
         "model.moe.routers.top_k.bias": True,
     },
+    "Gemma 2 and 3": {
+        "model.prefix": ("sliding_window:dense",),
+        "model.repeats": 1,
+        "model.attentions.sliding_window.window": 3,
+        "model.attentions.sliding_window.rope_theta": 100.0,
+        "model.attentions.sliding_window.rope_scaled": False,
+        "model.norm_position": "both",
+        "model.norm_plus_one": True,
+        "model.qk_norm": True,
+        "model.attention_scale": 0.7,
+        "model.attention_cap": 0.5,
+        # First logits have a standard deviation of 0.1.
+        "model.logit_cap": 0.2,
+        "model.activation": "geglu",
+        "model.tie_embeddings": True,
+        **YARN,
+    },
     "DeepSeek-V3": {
         "model.attention": "latent",
         **{f"model.attentions.latent.{name}": width for name, width in LATENT.items()},

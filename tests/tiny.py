@@ -10,6 +10,7 @@ import numpy as np
 from configs import base
 from moe_jax import config, train_step
 from moe_jax.data.batches import PackedText
+from moe_jax.moe.layer import Batch
 from moe_jax.parallel import batch_rows
 from moe_jax.parallel.mesh import WRITTEN
 
@@ -67,6 +68,24 @@ def batch(cfg, step=0):
 
 def put(cfg, local):
     return batch_rows.put(local, np.arange(cfg.train.batch_size), cfg.train.batch_size)
+
+
+def first_logits(changes, id_BS):
+    """The logits of whole rows in a model that has its first parameters, on one device."""
+    B, S = id_BS.shape
+    place_BS = np.tile(np.arange(S, dtype=np.int32), (B, 1))
+    parts = {"id_BS": id_BS, "position_BS": place_BS, "segment_BS": np.ones_like(place_BS)}
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        model = train_step.make_model(build(changes=changes).model)
+        placed = {name: meshes.put(z, "batch") for name, z in parts.items()}
+        rows = Batch(**placed, row_B=meshes.put(np.arange(B, dtype=np.int32), "batch"))
+
+        @jax.jit
+        def logits():
+            bound = model.bind(*model.init(jax.random.key(0)))
+            return bound(rows, jax.random.key(0), False)[0]
+
+        return np.asarray(logits())
 
 
 class Program:

@@ -69,7 +69,7 @@ def of_loss(array: Callable[..., Any]) -> Table:
         return of_hidden(Hidden(x, head), target, chunk, False)[0].sum()
 
     def whole(x: Any, head: Any, target: Any) -> Any:
-        return negative_log_likelihood(logits(Hidden(x, head)), target).sum()
+        return negative_log_likelihood(logits(Hidden(x, head), 0.0), target).sum()
 
     for num_rows, V in ((2, 32768), (4, 32768), (4, 131072)):
         x = array((num_rows, 4096, 256), jnp.float32)

@@ -50,6 +50,8 @@ def why_none(cfg: config.Config) -> str:
     changed = (model.attention_scale, model.attention_cap, model.attention_sinks)
     if any(changed) or model.rope_fraction != 1 or model.rope_pairs != "halves":
         return "Llama and Mixtral have scores and rotary embeddings without options"
+    if model.logit_cap or model.norm_plus_one:
+        return "Llama and Mixtral have no cap on logits, and scales of norms without a one"
     is_swiglu = isinstance(model.activation_options, swiglu.Options)
     if not is_swiglu or model.attention_bias or model.qk_norm or model.dropout:
         return "Llama and Mixtral have SwiGLU, no biases, no norms of queries, no dropout"

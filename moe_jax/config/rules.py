@@ -112,6 +112,11 @@ def _model(cfg: Config) -> Iterator[str]:
             "model.prefix, model.period x model.repeats and model.suffix make no block at all: a "
             "model needs one"
         )
+    if model.logit_cap and not kind.caps_logits:
+        yield (
+            f"model.logit_cap = {model.logit_cap} does nothing, because model.kind = "
+            f'"{model.kind}" has a head of its own: leave the key alone'
+        )
     if model.remat_offload and model.remat not in NAMED_REMAT:
         yield (
             f"model.remat_offload = True keeps nothing in the host's memory, because model.remat = "

@@ -9,6 +9,7 @@ do.
     decoder.py       entries and rows that families of decoders share
     deepseek.py      what DeepSeek's families and their descendants share
     further.py       layers that predict further tokens
+    gemma.py         what Gemma's families share
     meaning.py       what a config of ours says of the function that a model computes
     mxfp4.py         experts of four bits, unpacked
     fp8.py           matrices of eight bits, unpacked

@@ -22,14 +22,24 @@ WINDOW = f"model.attentions.{WINDOWED}.window"
 
 
 def sizes(norm_epsilon: float, activation: str = "swiglu") -> tuple[Entry, ...]:
-    """Returns the entries that every one of these families has."""
+    """Returns the entries that families with SwiGLU have."""
     return (
-        fixed(model__kind="decoder", model__activation=activation, model__embedding_scale=1.0),
+        *widths(norm_epsilon, tied=False),
+        fixed(model__activation=activation, model__embedding_scale=1.0),
+        only("hidden_act", "silu", "other activation of SwiGLU's gate"),
+    )
+
+
+def widths(norm_epsilon: float, tied: bool) -> tuple[Entry, ...]:
+    """Returns the entries that every one of these families has; `tied`: whether the head is the
+    embedding where it is not told.
+    """
+    return (
+        fixed(model__kind="decoder"),
         key("vocab_size", "model.vocab_size"),
         key("hidden_size", "model.d_model"),
         key("rms_norm_eps", "model.norm_epsilon", norm_epsilon),
-        key("tie_word_embeddings", "model.tie_embeddings", False),
-        only("hidden_act", "silu", "other activation of SwiGLU's gate"),
+        key("tie_word_embeddings", "model.tie_embeddings", tied),
         ignored("attention_dropout"),
     )
 
@@ -118,6 +128,14 @@ def window_if_used(length: int = 4096) -> Entry:
         return {"use_sliding_window": size is not None, "sliding_window": size}
 
     return Entry(read, write)
+
+
+def every_other_layer(layer: int, max_window_layers: int) -> bool:
+    """Returns whether a layer has the window in gpt-oss and Gemma 2: the first one and every other
+    after it.
+    """
+    del max_window_layers
+    return layer % 2 == 0
 
 
 def last_layers(layer: int, max_window_layers: int) -> bool:

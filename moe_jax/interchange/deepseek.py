@@ -46,8 +46,10 @@ def shared(default: int = 1) -> Entry:
         return {SHARED: 1, HIDDEN: number * settings.number("moe_intermediate_size")}
 
     def write(config: Ours) -> dict[str, Any]:
+        # A model without experts has no width of them, and must name one.
         width = config.get("model.moe.expert_hidden", 1)
-        return {"n_shared_experts": max(config.get(HIDDEN, 0) // width, 1)}
+        number = max(config.get(HIDDEN, 0) // width, 1)
+        return {"n_shared_experts": number, "moe_intermediate_size": width}
 
     return Entry(read, write)
 

@@ -3,9 +3,9 @@
 The family is the first that can say all that decides what the model computes: its config is
 written, read again, and must mean the same.
 
-No family has a scale on embeddings, and ours have one unless they were imported. It goes into the
-weights: embed times s, and where the head is the embedding the last norm by s, since
-(scale / s) (s E)^T = scale E^T.
+Most families have no scale on embeddings, and ours have one unless they were imported. What a scale
+is more than that of the family, s, goes into the weights: embed times s, and where the head is the
+embedding the last norm by s, since (scale / s) (s E)^T = scale E^T.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from moe_jax.models.decodable import why_not_decoded
 from moe_jax.models.ends import embedding_scale
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.run import Run
+from moe_jax.schema.config import ModelConfig
 
 SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
 # How messages call what is no key.
@@ -102,9 +103,9 @@ def export_model(
     arrays = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
     # Before anything is written.
     refuse_lost(chosen, arrays)
-    scale = embedding_scale(model)
+    scale = embedding_scale(model) / their_scale(chosen, theirs)
     if scale != 1:
-        arrays |= folded(arrays, scale, model.tie_embeddings)
+        arrays |= folded(arrays, scale, model)
         notes.append(
             f"the scale on embeddings ({SCALE}: {scale:g}) went into the embedding"
             f"{' and the last norm' if model.tie_embeddings else ''}"
@@ -180,8 +181,7 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
     """
     if reason := why_not_decoded(run.config.model):
         raise UserError(f"{run.workdir} cannot be exported: {reason}")
-    # It will be folded into the weights.
-    config_here = meaning(run.config) | {SCALE: 1.0}
+    config_here = meaning(run.config)
     misfits: dict[str, list[str]] = {}
     for family in [FAMILIES[name]] if name else FAMILIES.values():
         theirs = family.write(config_here)
@@ -199,20 +199,32 @@ def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any])
     strange = [kind for kind in dict.fromkeys(here[BLOCKS]) if kind not in family.blocks]
     if strange:
         return [_said(family, BLOCKS, tuple(strange), tuple(family.blocks)), *here]
-    # Its length decides nothing that is compared.
-    settings = Settings({"max_position_embeddings": 1, **theirs}, "config.json")
-    changes = family.read(settings)
+    changes = read_again(family, theirs)
     normal = changes | router_options(changes)
     # What a family does not speak of is as in every new config.
     default = config_file.default_values()
-    keys = [path for path in here if path not in WORDS]
+    # What the scale on embeddings differs by is folded into the weights.
+    keys = [path for path in here if path not in (*WORDS, SCALE)]
     there = {path: normal.get(path, at(default, path)) for path in keys}
     wrong = [path for path in keys if here[path] != there[path]]
     if not wrong:
         # Nothing is left to chance: the whole config, as it will be read again.
-        there = meaning(config.build(as_raw(changes), 1))
+        there = meaning(config.build(as_raw(changes), 1)) | {SCALE: here[SCALE]}
         wrong = [path for path in {**here, **there} if here.get(path) != there.get(path)]
     return [_said(family, path, here.get(path), there.get(path)) for path in wrong]
+
+
+def read_again(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of ours that a config which a family wrote says."""
+    # Its length decides nothing that is compared.
+    return family.read(Settings({"max_position_embeddings": 1, **theirs}, "config.json"))
+
+
+def their_scale(family: Family, theirs: Mapping[str, Any]) -> float:
+    """Returns the factor on embeddings in the models of a family."""
+    changes = read_again(family, theirs)
+    # 0 stands for it.
+    return changes[SCALE] or changes["model.d_model"] ** 0.5
 
 
 def router_options(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,18 +270,20 @@ def _short(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def folded(params: Mapping[str, Any], scale: float, tied: bool) -> dict[str, np.ndarray]:
-    """Returns the parameters, by their names, that do without a scale on embeddings."""
+def folded(params: Mapping[str, Any], scale: float, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns the parameters, by their names, that do without this factor on embeddings."""
     # Every norm before the head.
     norms = [name for name in params if name.endswith(("ends/norm_scale", "/out_norm_scale"))]
 
-    def times(array: Any, factor: float) -> np.ndarray:
+    def times(array: Any, factor: float, plus: float = 0.0) -> np.ndarray:
         # Rounded once.
-        return (np.asarray(array).astype(np.float64) * factor).astype(array.dtype)
+        product = (np.asarray(array).astype(np.float64) + plus) * factor - plus
+        return product.astype(array.dtype)
 
     changed = {"ends/embed": times(params["ends/embed"], scale)}
-    if tied:
-        changed |= {name: times(params[name], 1 / scale) for name in norms}
+    if model.tie_embeddings:
+        plus = float(model.norm_plus_one)
+        changed |= {name: times(params[name], 1 / scale, plus) for name in norms}
     return changed
 
 

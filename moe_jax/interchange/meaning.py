@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.models import mtp
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.schema.blocks import without_attention
 from moe_jax.schema.config import Config, ModelConfig
@@ -60,7 +61,8 @@ def meaning(cfg: Config) -> dict[str, Any]:
         elif _is_plain(value) and name not in NOT_OF_THE_FUNCTION:
             values[f"model.{name}"] = value
     for name in dict.fromkeys(model.attentions):
-        values |= _options(f"model.attentions.{name}", model.with_attention(name).attention_options)
+        options = ATTENTIONS[name].normal_form(model.with_attention(name))
+        values |= _options(f"model.attentions.{name}", options)
     # 0 stands for it.
     if model.attention_scale == model.head_dim**-0.5:
         values["model.attention_scale"] = 0.0

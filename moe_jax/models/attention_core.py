@@ -141,11 +141,11 @@ def attention(
     keys are seen.
     """
     if kernel == SPLASH:
-        is_plain = not cap and sink_H is None and v_BSGA.shape == k_BSGA.shape
+        is_plain = sink_H is None and v_BSGA.shape == k_BSGA.shape
         if is_plain and attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
             with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
             return attention_splash.attention(
-                q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, **with_masks
+                q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, cap=cap, **with_masks
             )
         kernel = BY_PLATFORM
     # One array in causal attention, where last_BT is (), else two.

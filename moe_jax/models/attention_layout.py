@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from moe_jax.models.soft_cap import pulled_back, soft_cap
 from moe_jax.precision import wide_dtype
 
 # The name of what the backward pass reads of attention (models/stack.py).
@@ -29,20 +30,19 @@ class Reach(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Holds what becomes of the product of a query and a key: times `scale`, then cap * tanh(s /
-    cap) (Gemma 2, arXiv:2408.00118, section 2); cap = 0: no cap.
+    """Holds what becomes of the product of a query and a key: times `scale`, then under a soft
+    cap (soft_cap.py); cap = 0: no cap.
     """
 
     scale: float
     cap: float = 0.0
 
     def of(self, product: Array) -> Array:
-        score = product * self.scale
-        return self.cap * jnp.tanh(score / self.cap) if self.cap else score
+        return soft_cap(product * self.scale, self.cap)
 
     def pulled(self, dscore: Array, score: Array) -> Array:
         """Returns the gradient of the product times scale, from that of the score."""
-        return dscore * (1 - jnp.square(score / self.cap)) if self.cap else dscore
+        return pulled_back(dscore, score, self.cap)
 
 
 def shift(o: Array, do: Array, dlog_sum: Array | None) -> Array:

@@ -37,8 +37,12 @@ def attention(
     causal: bool,
     window: int | None,
     scale: float,
+    cap: float = 0.0,
 ) -> Array:
-    """Returns o_BTHA: every query attends within its segment; padding (0) gives zero."""
+    """Returns o_BTHA: every query attends within its segment; padding (0) gives zero.
+
+    `cap`: a soft cap on the scores; 0 = there is none.
+    """
     # Imported here: it is a tenth of a second of every start, and few runs use it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -71,6 +75,7 @@ def attention(
             head_shards=1,
             q_seq_shards=1,
             block_sizes=sizes,
+            attn_logits_soft_cap=cap or None,
             residual_checkpoint_name=SAVED,
             interpret=interpret,
         )

@@ -3,7 +3,8 @@
 A block is `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, where the feed-forward is
 dense or a mixture of experts (plus shared experts). A block may have an attention of its own
 (schema/blocks.py). With model.norm_position = "after" it is
-`x + norm(attention(x))`, then `x + norm(feed_forward(x))`. Some have another mask, cross-attention
+`x + norm(attention(x))`, then `x + norm(feed_forward(x))`; with "both" each part has two norms,
+`x + norm(attention(norm(x)))`. Some have another mask, cross-attention
 in the middle, or no attention at all. A block of kind "depth:dense" or "depth:moe" is one that only
 some tokens go through (models/depth.py).
 
@@ -22,7 +23,7 @@ from moe_jax.models import depth
 from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.ends import norm_scale
-from moe_jax.models.layers import FeedForward, dropout, rms_norm
+from moe_jax.models.layers import FeedForward, dropout, norm
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.layer import Batch, MoELayer
 from moe_jax.moe.settings import MoE
@@ -64,10 +65,12 @@ class Block(nnx.Module):
         cfg = cfg.of_block(kind)
         self.cfg, self.look = cfg, look
         self.kind, self.wrapped = inner(kind), is_depth(kind)
-        # Every part has a norm.
+        # Every part has a norm, or two.
         parts = {"attention": bool(look.mask), "cross": look.cross, "ffn": True}
         there = [name for name in parts if parts[name]]
         norms = {f"{name}_norm_scale": norm_scale(cfg) for name in there}
+        if cfg.norm_position == "both":
+            norms |= {f"{name}_after_norm_scale": norm_scale(cfg) for name in there}
         self.norms = Weights(keys[0], norms, cfg.param_dtype)
         if look.mask:
             self.attention = SelfAttention(keys[1], cfg, look.mask)
@@ -193,16 +196,20 @@ class Block(nnx.Module):
 
     def _before(self, part: str, x_BSD: Array) -> Array:
         """Returns what a part reads: the residual stream, normalised unless norms come after."""
-        return self._normed(part, x_BSD) if self.cfg.norm_position == "before" else x_BSD
+        return x_BSD if self.cfg.norm_position == "after" else self._normed(part, x_BSD)
 
     def _after(self, part: str, y_BSD: Array) -> Array:
         """Returns what a part adds to the residual stream: its output, normalised if norms come
         after.
         """
-        return self._normed(part, y_BSD) if self.cfg.norm_position == "after" else y_BSD
+        if self.cfg.norm_position == "before":
+            return y_BSD
+        # Of two the second has a name of its own.
+        both = self.cfg.norm_position == "both"
+        return self._normed(f"{part}_after" if both else part, y_BSD)
 
     def _normed(self, part: str, x_BSD: Array) -> Array:
-        return rms_norm(x_BSD, self.norms[f"{part}_norm_scale"], self.cfg.norm_epsilon)
+        return norm(x_BSD, self.norms[f"{part}_norm_scale"], self.cfg)
 
     def _prefix(self, batch: Batch) -> Array | None:
         """Returns which tokens see their whole prefix; None where there is no prefix."""

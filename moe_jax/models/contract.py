@@ -57,6 +57,8 @@ class Kind(NamedTuple):
     forward_flops: Callable[[ModelConfig, int, Decoder], Any] | None
     # It predicts the next token of a text, so it can continue one.
     writes_text: bool
+    # Its outputs are the logits of models/ends.py, which model.logit_cap is of.
+    caps_logits: bool = False
     # The tokens of a row may be split over the mesh axis `seq` (parallel/context.py).
     splits_rows: bool = False
     # Options -> why it continues no text with them, although its kind does; "" = it does.

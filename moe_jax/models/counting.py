@@ -45,6 +45,11 @@ def projections(weights: Mapping[str, Weight]) -> Projections:
     return Projections(matrices, biases, scales)
 
 
+def norms_of_part(cfg: ModelConfig) -> int:
+    """Returns how many norms a part of a block has: attention, or a feed-forward."""
+    return 2 if cfg.norm_position == "both" else 1
+
+
 def full(cfg: ModelConfig, num_keys: int) -> int:
     """Returns the FLOPs of scores and of weights times values, of a query that sees all keys, over
     the blocks (depth blocks counted whole).

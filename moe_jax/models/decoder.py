@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         last, sums = self.hidden(batch, rng, train)
-        return logits(last), sums
+        return logits(last, self.cfg.logit_cap), sums
 
     def hidden(self, batch: Batch, rng: Array, train: bool) -> tuple[Hidden, dict[str, Array]]:
         """Returns what logits are made of, for a loss that never has all of them."""
@@ -181,6 +181,7 @@ KIND = Kind(
     parameters=None,
     forward_flops=None,
     writes_text=True,
+    caps_logits=True,
     splits_rows=True,
     why_silent=why_silent,
     instruments=True,

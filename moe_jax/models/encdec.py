@@ -29,7 +29,15 @@ from moe_jax.models.attention import Memory
 from moe_jax.models.attentions.heads import projections as cross_weights
 from moe_jax.models.block import Look, Source, kind_refusals
 from moe_jax.models.contract import Kind
-from moe_jax.models.counting import Decoder, Projections, added, crossed, full, projections
+from moe_jax.models.counting import (
+    Decoder,
+    Projections,
+    added,
+    crossed,
+    full,
+    norms_of_part,
+    projections,
+)
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import (
     Hidden,
@@ -41,7 +49,7 @@ from moe_jax.models.ends import (
     output_head,
     unembed,
 )
-from moe_jax.models.layers import dropout, rms_norm
+from moe_jax.models.layers import dropout, norm
 from moe_jax.models.stack import run_cached, run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.blocks import KindOptions, Stack
@@ -113,7 +121,7 @@ class EncDec(nnx.Module):
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         last, sums = self.hidden(batch, rng, train)
-        return logits(last), sums
+        return logits(last, self.cfg.logit_cap), sums
 
     def hidden(self, batch: Batch, rng: Array, train: bool) -> tuple[Hidden, dict[str, Array]]:
         """Returns what logits are made of, for a loss that never has all of them."""
@@ -136,7 +144,7 @@ class EncDec(nnx.Module):
         """Returns (what cross-attention reads, sums) of the source rows."""
         x_BTD = self._embed(batch, jax.random.fold_in(rng, 0), train)
         x_BTD, sums = run_stack(self.encoder, x_BTD, batch, rng, train)
-        x_BTD = rms_norm(x_BTD, self.encoder.ends["norm_scale"], self.cfg.norm_epsilon)
+        x_BTD = norm(x_BTD, self.encoder.ends["norm_scale"], self.cfg)
         return Source(x_BTD, batch.segment_BS), sums
 
     def memories(self, source: Source) -> list[Memory]:
@@ -170,8 +178,8 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
     number, cross = crossing(cfg)
     return both._replace(
         attention=both.attention + number * (cross.matrices + cross.biases),
-        # A block has a norm more, before its cross-attention.
-        norms=both.norms + number * (cfg.d_model + cross.scales),
+        # A block has a part more, its cross-attention.
+        norms=both.norms + number * (norms_of_part(cfg) * cfg.d_model + cross.scales),
     )
 
 
@@ -241,6 +249,7 @@ KIND = Kind(
     parameters=parameters,
     forward_flops=forward_flops,
     writes_text=False,
+    caps_logits=True,
     refusals=refusals,
     small=small,
     random_inputs=random_inputs,

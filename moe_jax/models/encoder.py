@@ -29,7 +29,7 @@ from moe_jax.models.contract import Kind
 from moe_jax.models.counting import Decoder, full
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import FIRST_LOGITS, embed, embedding, norm_scale
-from moe_jax.models.layers import dropout, gather, rms_norm
+from moe_jax.models.layers import dropout, gather, norm
 from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
@@ -120,7 +120,7 @@ class Encoder(nnx.Module):
         # Blocks have no use for the vectors, which would travel with the batch.
         tokens = batch._replace(vectors_BSP=())
         x_BSD, sums = run_stack(self, x_BSD, tokens, rng, train)
-        x_BSD = rms_norm(x_BSD, self.ends["norm_scale"], cfg.norm_epsilon)
+        x_BSD = norm(x_BSD, self.ends["norm_scale"], cfg)
         # A row has many tokens: they are added up in at least float32.
         wide = wide_dtype(x_BSD.dtype)
         # Padding is of segment 0.

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
-from moe_jax.models.layers import gather, rms_norm, widen
+from moe_jax.models.layers import gather, norm, scale_of_norm, widen
+from moe_jax.models.soft_cap import lean_soft_cap
 from moe_jax.parallel import context
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
@@ -37,7 +38,7 @@ def embedding(cfg: ModelConfig, tied: bool = False) -> Weight:
 
 def norm_scale(cfg: ModelConfig) -> Weight:
     """Returns the scale of an RMSNorm of the residual stream [D]."""
-    return Weight((cfg.d_model,), (None,), 0.0, 1.0)
+    return scale_of_norm((cfg.d_model,), (None,), cfg)
 
 
 def output_head(cfg: ModelConfig) -> Weight:
@@ -61,7 +62,10 @@ def embedding_scale(cfg: ModelConfig) -> float:
 
 
 class Hidden(NamedTuple):
-    """Holds what logits are made of: x @ head, where the vocabulary may be split over `model`."""
+    """Holds what logits are made of: x @ head, where the vocabulary may be split over `model`.
+
+    Of a model with model.logit_cap they are that under a soft cap.
+    """
 
     x_BSD: Array
     head_DV: Array
@@ -71,7 +75,7 @@ class Hidden(NamedTuple):
 
 def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:
     """Returns the tokens after the final norm, and the head."""
-    x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
+    x_BSD = norm(x_BSD, ends["norm_scale"], cfg)
     if cfg.tie_embeddings:
         head_DV = gather(ends["embed"], ("vocab", "embed"), cfg.dtype).T
     else:
@@ -79,12 +83,13 @@ def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:
     return Hidden(x_BSD, head_DV)
 
 
-def logits(last: Hidden) -> Array:
-    """Returns logits [B, S, V] in at least float32."""
+def logits(last: Hidden, cap: float) -> Array:
+    """Returns logits [B, S, V] in at least float32, under a soft cap; cap = 0: no cap."""
     with jax.named_scope("head"):
-        return widen(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
+        logits_BSV = widen(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
+        return lean_soft_cap(logits_BSV, cap) if cap else logits_BSV
 
 
 def unembed(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Array:
-    """Returns logits in at least float32: the final norm and the head."""
-    return logits(hidden(ends, x_BSD, cfg))
+    """Returns logits in at least float32: the final norm, the head and its soft cap."""
+    return logits(hidden(ends, x_BSD, cfg), cfg.logit_cap)

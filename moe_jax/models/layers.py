@@ -20,6 +20,7 @@ from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel import context
 from moe_jax.parallel.mesh import spec
 from moe_jax.precision import wide_dtype
+from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
 
 
@@ -34,9 +35,23 @@ def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Ar
         return jax.sharding.reshard(weight.astype(dtype), spec(*whole))
 
 
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+def scale_of_norm(
+    shape: tuple[int, ...], names: tuple[str | None, ...], cfg: ModelConfig
+) -> Weight:
+    """Returns the scale of an RMSNorm, by which it multiplies by 1 at first."""
+    return Weight(shape, names, 0.0, 0.0 if cfg.norm_plus_one else 1.0)
+
+
+def norm(x: Array, scale: Array, cfg: ModelConfig) -> Array:
+    """Returns the RMSNorm of the config."""
+    return rms_norm(x, scale, cfg.norm_epsilon, cfg.norm_plus_one)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float, plus_one: bool) -> Array:
     """Returns x / rms(x) * scale over the dimensions of the scale, the last of x, in at least
     float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    `plus_one`: times 1 + scale, as in the released code of Gemma (arXiv:2403.08295).
     """
     wide = x.astype(wide_dtype(x.dtype))
     own = tuple(range(x.ndim - scale.ndim, x.ndim))
@@ -44,6 +59,10 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     normed = wide * jax.lax.rsqrt(mean_square + epsilon)
     # The scale gets the dimensions of x: a broadcast that is not written is an error here.
     leading = tuple(range(x.ndim - scale.ndim))
+    if plus_one:
+        # Near 1 a narrow dtype would round small scales away.
+        factor = 1 + jnp.expand_dims(scale.astype(wide.dtype), leading)
+        return (normed * factor).astype(x.dtype)
     return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), leading)
 
 

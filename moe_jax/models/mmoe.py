@@ -31,10 +31,10 @@ from jax import Array
 
 from moe_jax.models.block import Look
 from moe_jax.models.contract import Kind
-from moe_jax.models.counting import Decoder
+from moe_jax.models.counting import Decoder, norms_of_part
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import embedding, embedding_scale, norm_scale
-from moe_jax.models.layers import dropout, gather, rms_norm
+from moe_jax.models.layers import dropout, gather, norm
 from moe_jax.models.stack import run_stack, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.moe.routing import ROUTERS
@@ -106,17 +106,17 @@ class MMoE(nnx.Module):
         w_DD = gather(self.ends["bottom"], ("embed", None), self.cfg.dtype)
         bias_D = self.ends["bottom_bias"].astype(self.cfg.dtype)
         # A row of many features has a large sum: the norm makes rows alike.
-        x_BD = rms_norm(x_BD, self.ends["bag_norm_scale"], self.cfg.norm_epsilon)
+        x_BD = norm(x_BD, self.ends["bag_norm_scale"], self.cfg)
         h_BD = jnp.einsum("BD,DE->BE", x_BD, w_DD)
         return jax.nn.gelu(h_BD + bias_D[None])
 
     def _towers(self, x_BGD: Array) -> Array:
         """Returns t_g of every task, with the last norm."""
         w_GDD = gather(self.towers["w"], (None, "embed", None), self.cfg.dtype)
-        h_BGD = rms_norm(x_BGD, self.towers["norm_scale"], self.cfg.norm_epsilon)
+        h_BGD = norm(x_BGD, self.towers["norm_scale"], self.cfg)
         h_BGD = jax.nn.gelu(jnp.einsum("BGD,GDE->BGE", h_BGD, w_GDD))
         x_BGD = x_BGD + h_BGD
-        return rms_norm(x_BGD, self.ends["norm_scale"], self.cfg.norm_epsilon)
+        return norm(x_BGD, self.ends["norm_scale"], self.cfg)
 
     def _scores(self, t_BGD: Array) -> Array:
         """Logits in at least float32; every task's tower meets its own items only."""
@@ -135,7 +135,7 @@ class MMoE(nnx.Module):
 def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
     d = cfg.d_model
     return {
-        "bag_norm_scale": Weight((d,), (None,), 0.0, 1.0),
+        "bag_norm_scale": norm_scale(cfg),
         "bottom": Weight((d, d), ("embed", None), d**-0.5),
         "bottom_bias": Weight((d,), (None,), 0.0),
         "norm_scale": norm_scale(cfg),
@@ -145,7 +145,7 @@ def _bottom(cfg: ModelConfig) -> dict[str, Weight]:
 def _towers(cfg: ModelConfig) -> dict[str, Weight]:
     d, num_tasks = cfg.d_model, len(typed_options(Options, cfg.kind_options).items)
     w = Weight((num_tasks, d, d), (None, "embed", None), d**-0.5)
-    return {"w": w, "norm_scale": Weight((d,), (None,), 0.0, 1.0)}
+    return {"w": w, "norm_scale": norm_scale(cfg)}
 
 
 def _head(cfg: ModelConfig) -> dict[str, Weight]:
@@ -228,7 +228,7 @@ def parameters(cfg: ModelConfig, decoder: Decoder) -> Any:
         attention=0,
         dense=found.dense + bottom + towers,
         # Of the bag, of the towers, of their results, and of each block.
-        norms=3 * d + len(cfg.blocks) * d,
+        norms=3 * d + norms_of_part(cfg) * len(cfg.blocks) * d,
     )
 
 

@@ -32,7 +32,7 @@ from moe_jax import layout
 from moe_jax.models.block import Look
 from moe_jax.models.counting import Projections
 from moe_jax.models.ends import embed, norm_scale
-from moe_jax.models.layers import dropout, gather, rms_norm
+from moe_jax.models.layers import dropout, gather, norm
 from moe_jax.models.stack import blocks, caller
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import context
@@ -115,7 +115,7 @@ class Modules(nnx.Module):
             with jax.named_scope("mtp"):
                 x_BSD = _joined(join, e_BSD, h_BSD, cfg)
             x_BSD, sums = call(block, x_BSD, later, rng, jnp.int32(num_before + k), ())
-            h_BSD = rms_norm(x_BSD, join["out_norm_scale"], cfg.norm_epsilon)
+            h_BSD = norm(x_BSD, join["out_norm_scale"], cfg)
             hidden.append(h_BSD)
             parts.append(sums)
         return hidden, layout.join_sums(jnp.stack, parts)
@@ -134,8 +134,8 @@ def _later(batch: Batch, k: int) -> Batch:
 def _joined(join: Weights, e_BSD: Array, h_BSD: Array, cfg: ModelConfig) -> Array:
     """Returns the projection of a token's embedding and of the hidden state before it."""
     join_2DD = gather(join["w_join"], (None, "embed", None), cfg.dtype)
-    e_BSD = rms_norm(e_BSD, join["embed_norm_scale"], cfg.norm_epsilon)
-    h_BSD = rms_norm(h_BSD, join["hidden_norm_scale"], cfg.norm_epsilon)
+    e_BSD = norm(e_BSD, join["embed_norm_scale"], cfg)
+    h_BSD = norm(h_BSD, join["hidden_norm_scale"], cfg)
     tokens = context.tokens_spec(h_BSD, None)
 
     def product(x_BSD: Array, part: int) -> Array:

@@ -2,10 +2,10 @@
 compare with.
 
 One multiply-add is 2 FLOPs. Counted are the matrix products: projections, attention scores,
-feed-forwards, experts, router, head. Left out are norms, softmaxes, rotary embeddings, activations,
-gates, gathers and the embedding's lookup, a few percent at any useful width. Attention is causal
-and counted so: the token at position i has i + 1 keys, (S + 1) / 2 on average, or as many as a
-window shows. (PaLM counts all S keys of every token.) Routed experts count as used, with the k
+feed-forwards, experts, router, head. Left out are norms, softmaxes, soft caps, rotary embeddings,
+activations, gates, gathers and the embedding's lookup, a few percent at any useful width. Attention
+is causal and counted so: the token at position i has i + 1 keys, (S + 1) / 2 on average, or as many
+as a window shows. (PaLM counts all S keys of every token.) Routed experts count as used, with the k
 experts of a token: what a dispatcher pads is not useful work, and what capacity drops still counts.
 A depth block counts in training for the C of S tokens that go through it, which attend to each
 other; its router for all.
@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_jax.models import MODELS, depth, mtp
 from moe_jax.models.attentions import ATTENTIONS
-from moe_jax.models.counting import projections
+from moe_jax.models.counting import norms_of_part, projections
 from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
@@ -117,8 +117,8 @@ def parameters(cfg: ModelConfig) -> Counts:
         return count(cfg, parameters)
     d, num_blocks, num_moe = cfg.d_model, len(cfg.blocks), cfg.num_moe_layers
     attentions = [projections(ATTENTIONS[one.attention].weights(one)) for one in of_blocks(cfg)]
-    # Before attention, before the feed-forward, and of queries and keys where they are normalised.
-    norms = 2 * d * num_blocks + sum(one.scales for one in attentions)
+    # Of attention, of the feed-forward, and of queries and keys where they are normalised.
+    norms = 2 * norms_of_part(cfg) * d * num_blocks + sum(one.scales for one in attentions)
     joins = mtp.num_weights(cfg)
     one_expert = expert(cfg) + expert_biases(cfg)
     return Counts(

@@ -113,10 +113,13 @@ def _depth(name: str) -> tuple[int, ...]:
         "sinks",
         "o",
         "o_bias",
+        "attention_after_norm_scale",
+        "cross_after_norm_scale",
         "ffn_norm_scale",
         "gate",
         "w_in",
         "w_out",
+        "ffn_after_norm_scale",
     )
     last = inside.index(parts[-1]) if parts[-1] in inside else 0
     return (

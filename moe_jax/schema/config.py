@@ -232,9 +232,12 @@ class ModelConfig:
     norm_epsilon: float = option(1e-6, "of RMSNorm, inside its root", POSITIVE)
     norm_position: str = option(
         "before",
-        'norms of a block: "before" attention and feed-forward, or "after" them, still inside of '
-        "the residual branch (OLMo 2, arXiv:2501.00656)",
-        choices=("before", "after"),
+        'norms of a block: "before" attention and feed-forward, "after" them, still inside of '
+        'the residual branch (OLMo 2, arXiv:2501.00656), or "both" (Gemma 2, arXiv:2408.00118)',
+        choices=("before", "after", "both"),
+    )
+    norm_plus_one: bool = option(
+        False, "norms multiply by 1 + their scale, which begins at 0 (Gemma, arXiv:2403.08295)"
     )
     ffn_hidden: int = option(512, "hidden width of a dense block", NUMBER)
     activation: str = choice("swiglu", "activations", "of feed-forwards, dense and expert")
@@ -265,6 +268,12 @@ class ModelConfig:
     )
     remat_offload: bool = option(
         False, "what model.remat names is kept in the host's memory until it is needed"
+    )
+    logit_cap: float = option(
+        0.0,
+        "> 0: a logit z of the head is cap * tanh(z / cap) (Gemma 2, arXiv:2408.00118, section 2); "
+        "0 = off",
+        NOT_NEGATIVE,
     )
     loss_chunk: int = option(
         0,

@@ -87,9 +87,11 @@ def _of_hidden(last: Hidden, target_BS: Array, cfg: ModelConfig, train: bool) ->
     """Returns what one head predicts, in chunks of tokens where their logits are many."""
     chunk = chunk_tokens(cfg, target_BS.size)
     if not chunk:
-        return _of_logits(logits(last), target_BS)
+        return _of_logits(logits(last, cfg.logit_cap), target_BS)
     target_BS = _like(target_BS, last.x_BSD)
-    nll_BS, log_sum_BS, outputs = chunked_loss.of_hidden(last, target_BS, chunk, not train)
+    nll_BS, log_sum_BS, outputs = chunked_loss.of_hidden(
+        last, target_BS, chunk, not train, cfg.logit_cap
+    )
     return Predicted(context.whole(nll_BS), log_sum_BS, outputs)
 
 

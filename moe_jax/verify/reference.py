@@ -175,12 +175,13 @@ def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], chosen: Chosen) -
 
 
 @jax.enable_x64(True)
-def attention_kernels(length: int) -> float:
+def attention_kernels(length: int, cap: float = 0.0) -> float:
     """Returns how far the attention of a CPU, in blocks of queries and groups of heads, is from
     that of accelerators, all at once; gradients included.
 
     The sequences are of two documents and padding, as long as the config's (LONGEST at most: the
-    scores of all heads are held), and have so many heads that they are two groups.
+    scores of all heads are held), and have so many heads that they are two groups. `cap`: on the
+    scores, model.attention_cap.
     """
     S, queries = min(length, LONGEST), 2
     # So many key heads G that their scores fill more than one group.
@@ -199,7 +200,7 @@ def attention_kernels(length: int) -> float:
 
     def run(visible: Any) -> list[np.ndarray]:
         def value(q, k, v):
-            o = attention_core.attention(q, k, v, visible(segment_BS), scale=0.5)
+            o = attention_core.attention(q, k, v, visible(segment_BS), scale=0.5, cap=cap)
             # The random weights give every output a gradient of its own.
             return (o * weight).sum(), o
 

@@ -177,6 +177,7 @@ def test_variants_of_the_same_shapes_share_a_rival(monkeypatch):
         ('model.period=\'("dense", "moe")\'', "all alike"),
         ("model.attention=sliding_window", "grouped-query"),
         ("model.norm_position=after", "norms before"),
+        ("model.logit_cap=30.0", "no cap on logits"),
         ("model.moe.num_experts=16", ""),
     ],
 )

@@ -64,6 +64,7 @@ MLA = {
     "v_head_dim": 5,
     "num_key_value_heads": 4,
 }
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5}
 CONFIGS = {
     "glm4_moe": {
         "n_routed_experts": 4,
@@ -97,6 +98,9 @@ CONFIGS = {
         "sliding_window": 5,
         "head_dim": 8,
     },
+    "gemma": {"head_dim": 8},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    "gemma3_text": GEMMA | {"sliding_window_pattern": 2},
 }
 EVERY = {
     "plain": {},
@@ -207,6 +211,35 @@ OPTIONS = {
         "yarn, sharper": {"rope_scaling": YARN | {"mscale_all_dim": 0.5}},
     },
     "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
+    "gemma": {
+        "untied": {"tie_word_embeddings": False},
+        "biases": {"attention_bias": True},
+        "linear": {"rope_scaling": SCALINGS["linear"]},
+    },
+    "gemma2": {
+        "untied": {"tie_word_embeddings": False},
+        "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "scaled by the width": {"query_pre_attn_scalar": 8},
+        "biases": {"attention_bias": True},
+        "windows elsewhere": {"layer_types": LAYERS[1:], "num_hidden_layers": 3},
+        "no windows": {"layer_types": ["full_attention"] * 2},
+        "yarn": {"rope_scaling": YARN},
+    },
+    "gemma3_text": {
+        "untied": {"tie_word_embeddings": False},
+        "final cap": {"final_logit_softcapping": 2.0},
+        "scaled by the width": {"query_pre_attn_scalar": 8},
+        "biases": {"attention_bias": True},
+        "bases": {"rope_theta": 500.0, "rope_local_base_freq": 50.0},
+        "one base": {"rope_theta": 500.0, "rope_local_base_freq": 500.0},
+        "linear, every third": {
+            "rope_scaling": SCALINGS["linear"],
+            "sliding_window_pattern": 3,
+            "num_hidden_layers": 4,
+        },
+        "windows everywhere": {"layer_types": ["sliding_attention"] * 2},
+        "no windows": {"layer_types": ["full_attention"] * 2},
+    },
 }
 CASES = {
     f"{family}, {name}": (family, changes)
@@ -221,6 +254,9 @@ QUICK = {
     "deepseek_v2": ("groups",),
     "deepseek_v3": ("dense layers, shared experts", "yarn, sharper"),
     "glm4_moe": ("a quarter turns, yarn",),
+    "gemma": ("plain",),
+    "gemma2": ("plain",),
+    "gemma3_text": ("linear, every third",),
 }
 
 
@@ -243,9 +279,11 @@ def theirs(family, changes=None, dtype=torch.float32):
     config = transformers.AutoConfig.for_model(family, **values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
+    # Norms multiply by about 1; Gemma's add 1 to their scales.
+    scale = 0.0 if family.startswith("gemma") else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
+            torch.nn.init.normal_(weight, scale if "norm" in name else 0.0, 0.2)
         for name, buffer in model.named_buffers():
             # The bias of a router; the frequencies of rotary embeddings are not random.
             if name.endswith("bias"):

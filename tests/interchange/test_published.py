@@ -58,6 +58,13 @@ DEEPSEEK = {
     "tie_word_embeddings": False,
     "v_head_dim": 128,
 }
+GEMMA = {
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+}
 # By the name of the model: family, config, parameters, those that a token uses.
 PUBLISHED = {
     "Mixtral 8x7B": (
@@ -297,6 +304,72 @@ PUBLISHED = {
         },
         671_026_404_352,
         37_552_282_624,
+    ),
+    "Gemma 2B": (
+        "gemma",
+        GEMMA
+        | {
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "vocab_size": 256000,
+        },
+        2_506_172_416,
+        2_506_172_416,
+    ),
+    "Gemma 2 2B": (
+        "gemma2",
+        GEMMA
+        | {
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "vocab_size": 256000,
+        },
+        2_614_341_888,
+        2_614_341_888,
+    ),
+    "Gemma 3 1B": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "attn_logit_softcapping": None,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": None,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 256,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "vocab_size": 262144,
+        },
+        999_885_952,
+        999_885_952,
     ),
 }
 

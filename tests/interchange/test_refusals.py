@@ -111,6 +111,41 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
         ),
         ("qwen2_moe", {"layer_types": LAYERS[:1]}, "for each of num_hidden_layers = 2"),
         (
+            "gemma",
+            {"hidden_act": "silu"},
+            'hidden_act = "silu": moe_jax has no other activation of GEGLU\'s gate',
+        ),
+        (
+            "gemma2",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention = true: moe_jax has no Gemma that sees later tokens",
+        ),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 0},
+            "query_pre_attn_scalar = 0: it must be a whole number above 0",
+        ),
+        (
+            "gemma3_text",
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping = 50.0: moe_jax has no cap on the scores of Gemma 3",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            'rope_parameters.sliding_attention.rope_type = "linear": moe_jax has no scaling of',
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "the key rope_parameters.full_attention is missing",
+        ),
+        (
             "llama",
             {"architectures": ["LlamaForSequenceClassification"]},
             'architectures = ["LlamaForSequenceClassification"]: moe_jax reads LlamaForCausalLM',
@@ -422,6 +457,10 @@ def test_a_half_precision_model_is_widened_and_comes_back_as_it_was(tmp_path):
         ),
         ({"model.norm_position": "after"}, 'model.norm_position = "after", and mixtral has'),
         ({"model.moe.latent_dim": 8}, "mixtral: model.moe.latent_dim = 8, and mixtral has 0"),
+        (
+            {"model.period": ("dense",), "model.activation": "gelu"},
+            'llama: model.activation = "gelu", and llama has "swiglu"',
+        ),
         (
             {"model.head_dim": 6, "model.qk_norm": True, "model.qk_norm_over": "width"},
             "model.head_dim = 6, and olmoe has 4",

@@ -168,6 +168,22 @@ OURS = [
     ),
     ("llama", {"model.period": ("dense",), "model.scan": True}),
     (
+        # Its embeddings have a scale, too, and its last norm adds one.
+        "gemma2",
+        {
+            "model.period": ("sliding_window:dense", "dense"),
+            "model.repeats": 1,
+            "model.attentions.sliding_window.window": 9,
+            "model.norm_position": "both",
+            "model.norm_plus_one": True,
+            "model.activation": "geglu",
+            "model.attention_cap": 2.0,
+            "model.logit_cap": 0.5,
+            "model.tie_embeddings": True,
+            "model.embedding_scale": 3.0,
+        },
+    ),
+    (
         "dots1",
         {
             "model.qk_norm": True,

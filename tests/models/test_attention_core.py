@@ -171,14 +171,17 @@ def test_the_config_names_every_kernel():
     assert declared.choices == names
 
 
-@pytest.mark.parametrize("mask", ["causal", "windowed", "full"])
-def test_splash_attention_equals_chunks(mask):
+@pytest.mark.parametrize(
+    ("mask", "cap"), [("causal", 0.0), ("windowed", 0.0), ("full", 0.0), ("windowed", 0.5)]
+)
+def test_splash_attention_equals_chunks(mask, cap):
     """Interpreted: two blocks of a row, several segments, grouped queries, padding."""
     (q, k, v, segment), do = make((2, 256, 4, 2, 128), np.float32)
     visible = {"causal": causal, "windowed": lambda s: windowed(s, 70), "full": full}[mask]
 
     def of(kernel):
-        return lambda q, k, v, s: attention(q, k, v, visible(s), scale=0.1, kernel=kernel)
+        how = {"scale": 0.1, "cap": cap, "kernel": kernel}
+        return lambda q, k, v, s: attention(q, k, v, visible(s), **how)
 
     got, want = (value_and_gradient(of(z), (q, k, v, segment), do) for z in ("splash", "chunks"))
     assert_near(got, want, 2e-4)

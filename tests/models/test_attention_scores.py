@@ -13,7 +13,7 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 from moe_jax.errors import UserError
-from moe_jax.models import attention_parts
+from moe_jax.models import attention_chunks, attention_parts
 from moe_jax.models.attention_core import attention, decode_attention, windowed
 from moe_jax.models.attentions import heads
 
@@ -51,17 +51,22 @@ def plain(q, k, v, sinks, seen_BTS, cap):
     return jnp.einsum("bhqk,bkha->bqha", jnp.where(seen_BTS[:, None], weight, 0), v)
 
 
-@pytest.mark.parametrize("scores", [2**19, 1])
+@pytest.mark.parametrize(("kernel", "scores"), [("blocks", 2**19), ("blocks", 1), ("chunks", 1)])
 @pytest.mark.parametrize("cap", [0.0, 1.5])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_values_and_gradients_equal_a_plain_softmax(float64, monkeypatch, scores, cap, with_sinks):
+def test_values_and_gradients_equal_a_plain_softmax(
+    float64, monkeypatch, kernel, scores, cap, with_sinks
+):
     monkeypatch.setattr(attention_parts, "SCORES", scores)
+    # Of several chunks in a row.
+    monkeypatch.setattr(attention_chunks, "CHUNK_ON_CPU", 32)
+    how = {"scale": SCALE, "cap": cap, "kernel": kernel}
     args, segment, do = draw()
     seen = jnp.asarray(seen_in(segment, 20))
 
     def ours(q, k, v, sinks):
         sink_H = sinks if with_sinks else None
-        return attention(q, k, v, windowed(segment, 20), scale=SCALE, cap=cap, sink_H=sink_H)
+        return attention(q, k, v, windowed(segment, 20), sink_H=sink_H, **how)
 
     def theirs(q, k, v, sinks):
         return plain(q, k, v, sinks if with_sinks else None, seen, cap)

@@ -57,27 +57,28 @@ def test_the_window_of_some_blocks_hides_keys_from_them_alone(float64):
 
 def moved(changes):
     """Of each token before the last of 10: whether the last one's logits depend on it."""
-    cfg = tiny.build(changes=changes).model
     id_BS = np.random.default_rng(0).integers(0, 64, (10, 10)).astype(np.int32)
     id_BS[:] = id_BS[:1]
     # Row i has another token at place i.
     id_BS[np.arange(9), np.arange(9)] = (id_BS[0, :9] + 1) % 64
-    place_BS = np.tile(np.arange(10, dtype=np.int32), (10, 1))
-    from moe_jax.moe.layer import Batch
-
-    with jax.set_mesh(meshes.make(1, 1, 1)):
-        model = make_model(cfg)
-        parts = {"id_BS": id_BS, "position_BS": place_BS, "segment_BS": np.ones_like(place_BS)}
-        placed = {name: meshes.put(z, "batch") for name, z in parts.items()}
-        batch = Batch(**placed, row_B=meshes.put(np.arange(10, dtype=np.int32), "batch"))
-
-        @jax.jit
-        def last(batch):
-            bound = model.bind(*model.init(jax.random.key(0)))
-            return bound(batch, jax.random.key(0), False)[0][:, -1]
-
-        logits = np.asarray(last(batch))
+    logits = tiny.first_logits(changes, id_BS)[:, -1]
     return np.abs(logits[:9] - logits[9]).max(1) > 1e-9
+
+
+def test_a_window_may_have_rotary_frequencies_of_its_own(float64):
+    """A window as long as the row, with a base of its own and no scaling, is grouped-query
+    attention with that base; with a scaling too, it is that with both.
+    """
+    scaled = {"model.rope_scaling": "linear", "model.rope_scalings.linear.factor": 3.0}
+    own = {"model.attention": "sliding_window", "model.attentions.sliding_window.rope_theta": 50.0}
+    unscaled = {"model.attentions.sliding_window.rope_scaled": False}
+    plain = {"model.rope_theta": 50.0}
+    id_BS = np.random.default_rng(0).integers(0, 64, (2, 10)).astype(np.int32)
+    near, far = (tiny.first_logits(changes, id_BS) for changes in (plain, plain | scaled))
+    assert np.abs(near - far).max() > 1e-6
+    windows = own | scaled
+    np.testing.assert_allclose(tiny.first_logits(windows | unscaled, id_BS), near, atol=1e-14)
+    np.testing.assert_allclose(tiny.first_logits(windows, id_BS), far, atol=1e-14)
 
 
 def test_scores_of_each_block_are_counted_by_its_own_keys():
@@ -124,6 +125,16 @@ def test_advice_leaks_and_small_configs_know_each_attention():
         (
             {"model.period": ("sliding_window:depth:moe",), "model.allow_leak": True},
             "counts tokens that stand side by side, and a depth block has only some of them",
+        ),
+        (
+            EVERY_OTHER | {"model.attentions.sliding_window.rope_theta": 0.5},
+            "model.attentions.sliding_window.rope_theta (0.5) must be above 1, or 0, which stands "
+            "for model.rope_theta (10000.0)",
+        ),
+        (
+            EVERY_OTHER | {"model.attentions.sliding_window.rope_scaled": False},
+            "model.attentions.sliding_window.rope_scaled = False does nothing, because "
+            'model.rope_scaling is "none": leave the key alone',
         ),
         (
             {"model.period": ("sliding_window:moe", "moe"), AT: 0},

@@ -63,8 +63,29 @@ def test_a_norm_over_the_width_is_of_all_heads_of_a_token():
     x, scale = rng.normal(size=(2, 3, 4, 6)), rng.normal(size=(4, 6))
     flat_x = x.reshape(2, 3, 24)
     want = flat_x / np.sqrt((flat_x**2).mean(-1, keepdims=True) + 0.1) * scale.reshape(24)
-    got = rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 0.1)
+    arrays = jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32)
+    got = rms_norm(*arrays, 0.1, plus_one=False)
     np.testing.assert_allclose(got, want.reshape(x.shape), rtol=1e-5)
+    # A scale is less by one where a norm adds it.
+    got = rms_norm(arrays[0], arrays[1] - 1, 0.1, plus_one=True)
+    np.testing.assert_allclose(got, want.reshape(x.shape), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_adds_one_keeps_small_scales_in_narrow_numbers():
+    """1 + 2^-8 is 1 in bfloat16, which would leave 1.0078 as it was; times 1.0039 it rounds up."""
+    x, epsilon = jnp.asarray([1.0078125, -1.0078125], jnp.bfloat16), 1 - 1.0078125**2
+    scale = jnp.full(2, 2.0**-8, jnp.bfloat16)
+    got = rms_norm(x, scale, epsilon, plus_one=True)
+    assert got.tolist() == [1.015625, -1.015625]
+
+
+def test_scales_that_one_is_added_to_begin_at_zero(float64):
+    program = tiny.Program((1, 1, 1), OPTIONS["Gemma 2 and 3"])
+    with jax.set_mesh(program.mesh):
+        params = program.init(jax.random.key(0)).params
+    scales = {name: x for name, x in flat.flatten(params).items() if "norm" in name}
+    # Two blocks of four norms and two of queries and keys, and the last one.
+    assert len(scales) == 2 * 6 + 1 and not any(np.any(x) for x in scales.values())
 
 
 def test_scales_and_biases_of_heads_do_not_decay(float64):
@@ -178,9 +199,15 @@ AT = "model.rope_scalings"
             'model.rope_scaling = "ntk" is not known: choose one of none, linear, llama3, yarn',
         ),
         (
-            {"model.norm_position": "both"},
-            'model.norm_position = "both" is not known: choose one of before, after',
+            {"model.norm_position": "between"},
+            'model.norm_position = "between" is not known: choose one of before, after, both',
         ),
+        (
+            {"model.kind": "encoder", "task": "classification", "model.logit_cap": 3.0},
+            'model.logit_cap = 3.0 does nothing, because model.kind = "encoder" has a head of its '
+            "own: leave the key alone",
+        ),
+        ({"model.logit_cap": -1.0}, "model.logit_cap = -1.0 must be at least 0"),
     ],
 )
 def test_what_does_nothing_or_cannot_be_is_one_line(changes, message):

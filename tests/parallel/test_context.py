@@ -233,6 +233,8 @@ OPTIONS = {
         "model.moe.dispatcher": "slots",
         "model.moe.dispatchers.capacity.factor": 1.25,
         "model.loss_chunk": 7,
+        "model.attention_cap": 0.5,
+        "model.logit_cap": 0.2,
         "model.allow_leak": True,
     },
     "two groups, priority, expert choice, tied": {

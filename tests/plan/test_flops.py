@@ -59,6 +59,7 @@ MODELS = {
         "norm_position": "after",
         "head_dim": 6,
     },
+    "norms before and after": {"norm_position": "both", "norm_plus_one": True, "logit_cap": 3.0},
     "pattern": {
         "prefix": ("dense", "moe"),
         "period": ("dense", "moe", "moe"),

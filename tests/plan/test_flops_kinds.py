@@ -1,5 +1,7 @@
 """Parameters of every kind of model are those that it has; FLOPs of small ones by hand."""
 
+import dataclasses
+
 import jax
 import kind_cases
 import meshes
@@ -9,9 +11,10 @@ from moe_jax import train_step
 from moe_jax.plan import flops
 
 
+@pytest.mark.parametrize("norms", ["before", "both"])
 @pytest.mark.parametrize("name", kind_cases.CASES)
-def test_parameters_are_those_of_the_model(float64, name):
-    cfg = kind_cases.CASES[name]()
+def test_parameters_are_those_of_the_model(float64, name, norms):
+    cfg = dataclasses.replace(kind_cases.CASES[name](), norm_position=norms)
     with jax.set_mesh(meshes.make(1, 1, 1)):
         params, _ = jax.eval_shape(train_step.make_model(cfg).init, jax.random.key(0))
     counts = flops.parameters(cfg)

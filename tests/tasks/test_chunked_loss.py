@@ -32,19 +32,22 @@ def objective(losses, weight):
     return (nll_BS * weight[0] + jnp.square(log_sum_BS) * weight[1]).sum()
 
 
-def plain(x, head, target):
+def plain(x, head, target, cap=0.0):
     logits = jnp.einsum("bsd,dv->bsv", x, head)
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     return log_sum - jnp.take_along_axis(logits, target[..., None], -1)[..., 0], log_sum
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 6])
+@pytest.mark.parametrize(
+    ("chunk", "cap"), [(1, 0.0), (4, 0.0), (5, 0.0), (6, 0.0), (5, 2.0)], ids=str
+)
 @pytest.mark.parametrize("shape", MESHES, ids=meshes.name)
-def test_it_is_the_loss_of_whole_logits(float64, shape, chunk):
+def test_it_is_the_loss_of_whole_logits(float64, shape, chunk, cap):
     x, head, target, weight = arrays()
 
     def run(x, head, target, weight):
-        *losses, best = chunked_loss.of_hidden(Hidden(x, head), target, chunk, True)
+        *losses, best = chunked_loss.of_hidden(Hidden(x, head), target, chunk, True, cap)
         return objective(losses, weight), (*losses, best)
 
     specs = P(BATCH), P(None, "model"), P(BATCH), P(None, BATCH)
@@ -55,11 +58,17 @@ def test_it_is_the_loss_of_whole_logits(float64, shape, chunk):
             for z, s in zip((x, head, target, weight), specs)
         ]
         (_, got), gradient = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(*placed)
-    want = plain(x, head, target)
+    want = plain(x, head, target, cap)
     for a, b in zip(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-    np.testing.assert_array_equal(got[2], np.argmax(x @ head, -1))
-    wanted = jax.grad(lambda x, head: objective(plain(x, head, target), weight), (0, 1))(x, head)
+    # Where a cap makes ties of large logits, the first of them is the likeliest.
+    capped = cap * np.tanh(x @ head / cap) if cap else x @ head
+    np.testing.assert_array_equal(got[2], np.argmax(capped, -1))
+
+    def of_plain(x, head):
+        return objective(plain(x, head, target, cap), weight)
+
+    wanted = jax.grad(of_plain, (0, 1))(x, head)
     for a, b in zip(gradient, wanted):
         np.testing.assert_allclose(a, b, atol=1e-9 * np.abs(b).max())
 
@@ -88,8 +97,10 @@ def test_narrow_dtypes_stay_near_and_keep_their_dtype():
     [("lm", (2, 2, 2)), pytest.param("translation", (1, 1, 1), marks=pytest.mark.full)],
 )
 def test_a_step_does_not_depend_on_the_chunk(float64, task, shape):
-    """With a z-loss, whose whole form is another one."""
+    """With a z-loss and a cap on logits, whose whole forms are others."""
     changes = {"task": task, "model.logit_z_loss": 0.1, "model.repeats": 1}
+    # First logits have a standard deviation of 0.1.
+    changes |= {"model.logit_cap": 0.2}
     if task == "translation":
         changes |= {"model.kind": "encdec", "model.kinds.encdec.encoder_repeats": 1}
     rows = []

@@ -10,6 +10,9 @@ from moe_jax.interchange.families import (
     deepseek_v3,
     dots1,
     flex_olmo,
+    gemma,
+    gemma2,
+    gemma3_text,
     glm4_moe,
     gpt_oss,
     llama,
@@ -39,4 +42,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": gpt_oss.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3_text.FAMILY,
 }

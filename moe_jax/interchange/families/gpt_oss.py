@@ -22,12 +22,6 @@ YARN = {
 ACTIVATION = "model.activations.clamped_swiglu"
 
 
-def slides(layer: int, max_window_layers: int) -> bool:
-    """Returns whether a layer has the window: the first one and every other after it."""
-    del max_window_layers
-    return layer % 2 == 0
-
-
 FAMILY = Family(
     "gpt_oss",
     "GptOssForCausalLM",
@@ -38,7 +32,9 @@ FAMILY = Family(
         decoder.heads(head_dim=64),
         decoder.biases_of_all(default=True),
         fixed(model__attention_sinks=True),
-        decoder.window_by_layer(slides, last=0, length=128, switch="", needed=True),
+        decoder.window_by_layer(
+            decoder.every_other_layer, last=0, length=128, switch="", needed=True
+        ),
         rope(theta=150_000.0, untold=YARN),
         decoder.layers("moe"),
         *decoder.top_k(k=4),

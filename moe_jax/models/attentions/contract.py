@@ -34,6 +34,11 @@ def no_advice(cfg: Config) -> Iterator[str]:
     yield from ()
 
 
+def options_as_given(cfg: ModelConfig) -> Any:
+    """Returns the options of an attention in which nothing can be written in two ways."""
+    return cfg.attention_options
+
+
 def shared_heads(cfg: ModelConfig) -> int:
     """Returns that queries share key heads."""
     return cfg.num_kv_heads
@@ -98,6 +103,8 @@ class Attention(NamedTuple):
     refusals: Callable[[Config, str], Iterator[str]]
     # (cfg) -> G, the heads of keys and values in training.
     key_heads: Callable[[ModelConfig], int] = shared_heads
+    # (cfg) -> its options, where those that compute the same are the same (interchange/meaning.py).
+    normal_form: Callable[[ModelConfig], Any] = options_as_given
     # Yields what a run is told at its start; model.attention is its name.
     advice: Callable[[Config], Iterator[str]] = no_advice
     # (raw options, seq_len) -> keys and values that suit rows of that length, which are short.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.models.attentions.contract import HEADS, Caching
-from moe_jax.models.layers import gather, rms_norm, rope, rotate
+from moe_jax.models.layers import gather, norm, rope, rotate, scale_of_norm
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, ModelConfig
@@ -91,8 +91,8 @@ def sinks(cfg: ModelConfig) -> dict[str, Weight]:
 def _score_norm(num_heads: int, cfg: ModelConfig) -> Weight:
     """Returns the scale of the norm of queries or keys: one for all heads [A], or each its own."""
     if cfg.qk_norm_over == "head":
-        return Weight((cfg.head_dim,), (None,), 0.0, 1.0)
-    return Weight((num_heads, cfg.head_dim), ("heads", None), 0.0, 1.0)
+        return scale_of_norm((cfg.head_dim,), (None,), cfg)
+    return scale_of_norm((num_heads, cfg.head_dim), ("heads", None), cfg)
 
 
 def scale(cfg: ModelConfig) -> float:
@@ -115,7 +115,7 @@ def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Arra
     # Norms keep scores bounded; a value has no score.
     if cfg.qk_norm and name != "v":
         # A scale [A] is that of each head, one [H, A] that of all heads together.
-        y = rms_norm(y, weights[f"{name}_norm_scale"], cfg.norm_epsilon)
+        y = norm(y, weights[f"{name}_norm_scale"], cfg)
     return y
 
 

@@ -33,7 +33,7 @@ from jax import Array
 
 from moe_jax.models.attentions import grouped_query, heads
 from moe_jax.models.attentions.contract import Attention, Caching
-from moe_jax.models.layers import gather, rms_norm
+from moe_jax.models.layers import gather, rms_norm, scale_of_norm
 from moe_jax.parallel import context
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, ModelConfig
@@ -88,14 +88,14 @@ def weights(cfg: ModelConfig) -> dict[str, Weight]:
     if own.q_lora_rank:
         q_rank = own.q_lora_rank
         declared["q_a"] = Weight((d, q_rank), ("embed", None), d**-0.5)
-        declared["q_a_norm_scale"] = Weight((q_rank,), (None,), 0.0, 1.0)
+        declared["q_a_norm_scale"] = scale_of_norm((q_rank,), (None,), cfg)
         declared["q_b"] = Weight((q_rank, h, q_width), (None, "heads", None), q_rank**-0.5)
     else:
         declared["q"] = Weight((d, h, q_width), ("embed", "heads", None), d**-0.5)
     # The latent of keys and values, and beside it the key that turns. All heads have the same, so
     # the axis "model" does not split them.
     declared["kv_a"] = Weight((d, rank + own.qk_rope_head_dim), ("embed", None), d**-0.5)
-    declared["kv_a_norm_scale"] = Weight((rank,), (None,), 0.0, 1.0)
+    declared["kv_a_norm_scale"] = scale_of_norm((rank,), (None,), cfg)
     # W_K and W_V of each head, side by side.
     declared["kv_b"] = Weight((rank, h, kv_width), (None, "heads", None), rank**-0.5)
     if cfg.attention_bias:
@@ -131,7 +131,7 @@ def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Ar
     own = options_of(cfg)
     if own.q_lora_rank:
         latent_BSQ = _down(weights, "q_a", x_BSD, cfg)
-        latent_BSQ = rms_norm(latent_BSQ, weights["q_a_norm_scale"], own.norm_epsilon)
+        latent_BSQ = _norm(latent_BSQ, weights["q_a_norm_scale"], cfg)
         w_QHA = gather(weights["q_b"], (None, "heads", None), cfg.dtype)
         q = jnp.einsum("BSQ,QHA->BSHA", latent_BSQ, w_QHA)
     else:
@@ -145,7 +145,12 @@ def latents(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Ar
     own = options_of(cfg)
     both = _down(weights, "kv_a", x_BSD, cfg)
     latent_BSR, key_BST = both[..., : own.kv_lora_rank], both[..., own.kv_lora_rank :]
-    return rms_norm(latent_BSR, weights["kv_a_norm_scale"], own.norm_epsilon), key_BST
+    return _norm(latent_BSR, weights["kv_a_norm_scale"], cfg), key_BST
+
+
+def _norm(latent_BSR: Array, scale_R: Array, cfg: ModelConfig) -> Array:
+    """Returns a latent that is normalised, with an epsilon of its own."""
+    return rms_norm(latent_BSR, scale_R, options_of(cfg).norm_epsilon, cfg.norm_plus_one)
 
 
 def _down(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:

@@ -10,7 +10,9 @@ A depth block would count its window in the tokens that go through it, and its c
 two models. So the two together are refused.
 
 Many models have it in some blocks alone, "sliding_window:moe": every other one in gpt-oss
-(arXiv:2508.10925) and Gemma 2 (arXiv:2408.00118).
+(arXiv:2508.10925) and Gemma 2 (arXiv:2408.00118). Those of Gemma 3 (arXiv:2503.19786, section 2.1)
+have rotary frequencies of their own: a small base, and none of the scaling that makes the other
+blocks see far.
 """
 
 import dataclasses
@@ -23,14 +25,50 @@ from jax import Array
 from moe_jax.models.attention_core import Keys, windowed
 from moe_jax.models.attentions import heads
 from moe_jax.models.attentions.contract import Attention
+from moe_jax.models.rope_scalings import UNSCALED, unscaled
 from moe_jax.schema.blocks import is_depth
-from moe_jax.schema.config import Config
-from moe_jax.schema.options import NUMBER, option
+from moe_jax.schema.config import Config, ModelConfig
+from moe_jax.schema.options import NOT_NEGATIVE, NUMBER, option, typed_options
+from moe_jax.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     window: int = option(128, "tokens that a token sees: itself and those before it", NUMBER)
+    rope_theta: float = option(
+        0.0, "base of its rotary frequencies (Gemma 3); 0 = model.rope_theta", NOT_NEGATIVE
+    )
+    rope_scaled: bool = option(
+        True, "model.rope_scaling is of this attention, too; False: of the others alone (Gemma 3)"
+    )
+
+
+def options_of(cfg: ModelConfig) -> Options:
+    return typed_options(Options, cfg.attention_options)
+
+
+def own_rope(cfg: ModelConfig) -> ModelConfig:
+    """Returns the config with the rotary frequencies that a block with a window has."""
+    own = options_of(cfg)
+    cfg = dataclasses.replace(cfg, rope_theta=own.rope_theta or cfg.rope_theta)
+    if own.rope_scaled:
+        return cfg
+    options = unscaled.Options()
+    return dataclasses.replace(cfg, rope_scaling=UNSCALED, rope_scaling_options=options)
+
+
+def inputs(
+    weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
+) -> tuple[Array, Array, Array]:
+    """(queries, keys, values) of whole rows."""
+    return heads.inputs(weights, x_BSD, position_BS, own_rope(cfg))
+
+
+def cached_inputs(
+    weights: Weights, x_BSD: Array, position_BS: Array, cfg: ModelConfig
+) -> tuple[Array, heads.Cache]:
+    """(queries, keys and values of the tokens)."""
+    return heads.cached_inputs(weights, x_BSD, position_BS, own_rope(cfg))
 
 
 def keys(mask: str, segment_BS: Array, prefix_BS: Array | None, options: Options) -> Keys:
@@ -56,8 +94,21 @@ def num_pairs(num_tokens: int, options: Options) -> int:
 
 
 def refusals(cfg: Config, name: str) -> Iterator[str]:
-    """Refuses what every attention does, and depth blocks with a window."""
+    """Refuses what every attention does, depth blocks with a window, and rotary frequencies that
+    cannot be.
+    """
     yield from heads.refusals(cfg, name)
+    own, at = options_of(cfg.model.with_attention(name)), f"model.attentions.{name}"
+    if 0 < own.rope_theta <= 1:
+        yield (
+            f"{at}.rope_theta ({own.rope_theta}) must be above 1, or 0, which stands for "
+            f"model.rope_theta ({cfg.model.rope_theta})"
+        )
+    if not own.rope_scaled and cfg.model.rope_scaling == UNSCALED:
+        yield (
+            f"{at}.rope_scaled = False does nothing, because model.rope_scaling is "
+            f'"{UNSCALED}": leave the key alone'
+        )
     pairs = zip(cfg.model.blocks, cfg.model.attentions, strict=True)
     if any(is_depth(kind) and attention == name for kind, attention in pairs):
         yield (
@@ -65,6 +116,13 @@ def refusals(cfg: Config, name: str) -> Iterator[str]:
             "block has only some of them: leave depth blocks out, or set "
             "model.attention=grouped_query"
         )
+
+
+def normal_form(cfg: ModelConfig) -> Options:
+    """Returns the options, of which 0 stands for a base that is that of the model."""
+    own = options_of(cfg)
+    same = own.rope_theta == cfg.rope_theta
+    return dataclasses.replace(own, rope_theta=0.0) if same else own
 
 
 def advice(cfg: Config) -> Iterator[str]:
@@ -85,16 +143,17 @@ def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]
 ATTENTION = Attention(
     Options,
     heads.weights,
-    heads.inputs,
+    inputs,
     heads.scale,
     heads.widths,
     ("causal",),
     keys,
     sees_future=False,
-    caching=heads.CACHING,
+    caching=heads.CACHING._replace(inputs=cached_inputs),
     slots=slots,
     num_pairs=num_pairs,
     refusals=refusals,
+    normal_form=normal_form,
     advice=advice,
     small=small,
 )
