@@ -27,7 +27,7 @@ from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
 
 # A tile of rows is a quarter of the mean number of an expert's rows, between these.
-FEWEST_ROWS, MOST_ROWS = 128, 512
+FEWEST_ROWS, MOST_ROWS = 128, 256
 # Columns of a tile, of which the largest that divides a width is taken.
 COLUMNS = (512, 384, 256, 128)
 
