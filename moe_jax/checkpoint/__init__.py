@@ -26,6 +26,9 @@ A save and a deletion go in the order of this table. A kill after a step leaves 
 
 So every directory that has a manifest is whole at any time. The manifest is written once the arrays
 are found where a restore looks for them. Old checkpoints are deleted last, when the new one counts.
+
+Several processes share the reading of files for digests, after a save and before a restore
+(together.py). Process 0 alone lists, renames, writes and deletes.
 """
 
 from moe_jax.checkpoint.initial import Report, load_params, refuse_idle_renames

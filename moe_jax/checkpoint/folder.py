@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moe_jax.checkpoint import manifest
@@ -130,12 +130,18 @@ def marked(directory: Path) -> list[Path]:
     return [part for path in ruins for part in [path, *_parts(path)]]
 
 
-def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
+def prune(
+    directory: Path, keep: int, keep_best: int, sound: set[int], damage_of: Callable[[Path], str]
+) -> None:
     """Deletes all checkpoints but the last `keep` and the `keep_best` with the lowest scores.
 
-    Only sound ones are counted: one that is not yet in `sound` is verified, and then added to it
-    or set aside. A checkpoint that cannot be deleted stays, with a warning.
+    Only sound ones are counted: one that is not yet in `sound` is verified by `damage_of`, and then
+    added to it or set aside. A checkpoint that cannot be deleted stays, with a warning.
     """
+
+    def first_sound(steps: list[int], number: int) -> list[int]:
+        return _first_sound(directory, steps, number, sound, damage_of)
+
     # Damaged ones are among them: they are told apart below.
     steps = committed_steps(directory)
     # So few are all kept: nothing has to be read for a digest.
@@ -146,8 +152,8 @@ def prune(directory: Path, keep: int, keep_best: int, sound: set[int]) -> None:
     by_score = sorted((score, step) for step, score in scores.items() if score is not None)
     # Sound ones are found before anything is deleted: a damaged one must not take the place of the
     # last that a run can go on from.
-    last = _first_sound(directory, sorted(scores, reverse=True), keep, sound)
-    best = _first_sound(directory, [step for _, step in by_score], keep_best, sound)
+    last = first_sound(sorted(scores, reverse=True), keep)
+    best = first_sound([step for _, step in by_score], keep_best)
     for step in scores:
         path = step_path(directory, step)
         # It has no manifest here if it was found damaged meanwhile and set aside.
@@ -186,7 +192,13 @@ def _scores(directory: Path, steps: Iterable[int]) -> dict[int, float | None]:
     return scores
 
 
-def _first_sound(directory: Path, steps: list[int], number: int, sound: set[int]) -> list[int]:
+def _first_sound(
+    directory: Path,
+    steps: list[int],
+    number: int,
+    sound: set[int],
+    damage_of: Callable[[Path], str],
+) -> list[int]:
     """Returns the first `number` sound `steps`; damaged ones before them are set aside."""
     first: list[int] = []
     for step in steps:
@@ -195,7 +207,7 @@ def _first_sound(directory: Path, steps: list[int], number: int, sound: set[int]
             break
         path = step_path(directory, step)
         if step not in sound and has_manifest(path):
-            damage = manifest.damage(path)
+            damage = damage_of(path)
             if damage:
                 _set_damaged_aside(path, damage)
             else:

@@ -14,12 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.checkpoint import alias, array_files, folder, manifest
+from moe_jax.checkpoint import alias, array_files, folder, manifest, together
 from moe_jax.checkpoint import flat as flat_lib
 from moe_jax.errors import NoCheckpoint, UserError
-
-# In place of a step, among processes, which exchange numbers alone.
-NO_STEP, ALL_DAMAGED = -1, -2
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +106,10 @@ class Checkpoints:
             response = array_files.begin_writing(path, arrays, frugal=frugal)
             # From here on the commit closes the directory, which stays open until the save ends.
             until_committed = stack.pop_all()
-        commit = self._thread.submit(self._commit, response, plain_path, until_committed, content)
+        shared = together.Save()
+        commit = self._thread.submit(
+            self._commit, shared, response, plain_path, until_committed, content
+        )
         self._pending = step, plain_path, commit
         return True
 
@@ -129,14 +129,29 @@ class Checkpoints:
         all are damaged.
         """
         self._wait()
-        # Process 0 reads and all take its answer: none may go on from another step.
-        step = _agree(self._newest_sound() if jax.process_index() == 0 else 0)
-        if step == ALL_DAMAGED:
-            raise NoCheckpoint(
-                f"every checkpoint in {self.directory} is damaged: move that directory away to "
-                "start again from step 0"
-            )
-        return None if step == NO_STEP else step
+        is_first = jax.process_index() == 0
+        steps = folder.committed_steps(self.directory) if is_first else []
+        # All take what process 0 lists: none may go on from another step.
+        num_steps = _agree(len(steps))
+        for number in reversed(range(num_steps)):
+            step = _agree(steps[number] if is_first else 0)
+            damage = self._damage(step)
+            if not damage:
+                return step
+            if is_first and step not in self._damaged:
+                log.warning(
+                    "the checkpoint %s is damaged (%s): going back to the one before it",
+                    folder.step_path(self.directory, step),
+                    damage,
+                )
+            # It is set aside by the next save, not here: a reader changes nothing.
+            self._damaged.add(step)
+        if not num_steps:
+            return None
+        raise NoCheckpoint(
+            f"every checkpoint in {self.directory} is damaged: move that directory away to "
+            "start again from step 0"
+        )
 
     def restore(self, step: int, abstract_state: Any, *, stacked: bool) -> Any:
         """Returns the state of a step, bit for bit.
@@ -170,14 +185,8 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         """Returns the directory of a step, its files verified. Raises as `restore` does."""
         path = self._committed(step)
-        # One process reads all files, and tells the others: they would read the same ones.
-        is_verifier = jax.process_index() == 0 and step not in self._sound
-        damage = manifest.damage(path) if is_verifier else ""
-        if _agree(bool(damage)):
-            raise UserError(
-                f"the checkpoint {path} is damaged ({damage or 'see process 0'}): take another step"
-            )
-        self._sound.add(step)
+        if damage := self._damage(step):
+            raise UserError(f"the checkpoint {path} is damaged ({damage}): take another step")
         return path
 
     def steps(self) -> list[int]:
@@ -217,31 +226,40 @@ class Checkpoints:
         self._damaged.clear()
 
     def _commit(
-        self, response: Any, plain_path: Path, until_committed: ExitStack, content: dict[str, Any]
+        self,
+        shared: together.Save,
+        response: Any,
+        plain_path: Path,
+        until_committed: ExitStack,
+        content: dict[str, Any],
     ) -> None:
         """Waits for Orbax and writes the manifest, once the arrays are found where a restore looks
         for them.
 
-        Runs in the background. A kill, or an error, at any point leaves what the table in
-        __init__.py says.
+        Runs in the background, on all processes. A kill, or an error, at any point leaves what the
+        table in __init__.py says.
 
         Args:
           plain_path: a plain name of the directory, valid until `until_committed` is closed.
         """
-        step = content["step"]
-        with until_committed:
-            # The result of a process comes when the arrays of all processes are on disk.
-            response.result()
-            if jax.process_index() == 0:
+        step, is_first = content["step"], jax.process_index() == 0
+        with shared:
+            with until_committed:
+                # The result of a process comes when the arrays of all processes are on disk.
+                response.result()
                 path = folder.step_path(plain_path, step)
-                array_files.refuse_unreadable(path, content["arrays"])
-                # The commit: from here on the checkpoint counts.
-                manifest.write(path, content)
-        self._sound.add(step)
-        if jax.process_index() == 0:
+                files = shared.digests(path)
+                if is_first:
+                    array_files.refuse_unreadable(path, content["arrays"])
+                    # The commit: from here on the checkpoint counts.
+                    manifest.write(path, {**content, "files": files})
+            self._sound.add(step)
+            if not is_first:
+                shared.serve(self.directory)
+                return
             folder.end_save(self.directory, step)
             # Old ones last: until the new one is committed they are what a run goes on from.
-            folder.prune(self.directory, self.keep, self.keep_best, self._sound)
+            folder.prune(self.directory, self.keep, self.keep_best, self._sound, shared.damage)
 
     def _wait(self) -> None:
         """Waits for the save in the background; raises SaveFailed, once, if it failed."""
@@ -258,24 +276,17 @@ class Checkpoints:
         # Now it counts, and the same step need not be saved again.
         self._own.add(step)
 
-    def _newest_sound(self) -> int:
-        """Returns the newest step whose files are right, NO_STEP or ALL_DAMAGED."""
-        steps = folder.committed_steps(self.directory)
-        for step in reversed(steps):
-            path = folder.step_path(self.directory, step)
-            damage = "" if step in self._sound else manifest.damage(path)
-            if not damage:
-                self._sound.add(step)
-                return step
-            if step not in self._damaged:
-                log.warning(
-                    "the checkpoint %s is damaged (%s): going back to the one before it",
-                    path,
-                    damage,
-                )
-            # It is set aside by the next save, not here: a reader changes nothing.
-            self._damaged.add(step)
-        return ALL_DAMAGED if steps else NO_STEP
+    def _damage(self, step: int) -> str:
+        """Returns what is wrong with a checkpoint, the same on all processes, which read its files
+        together; "" for nothing.
+        """
+        # Process 0 alone knows those that it verified while it deleted old ones.
+        if _agree(step in self._sound):
+            return ""
+        damage = together.damage(folder.step_path(self.directory, step))
+        if not damage:
+            self._sound.add(step)
+        return damage
 
     def _committed(self, step: int) -> Path:
         """Returns the directory of a step. Raises UserError when it has no manifest."""

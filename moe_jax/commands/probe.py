@@ -4,7 +4,8 @@ instruments on a trained model.
     replay         held-out loss under frozen, shuffled, balanced and random routing: what the
                    routing is worth; with --steps N after N more steps of training under each of
                    them
-    precision      the share of routing decisions that hang on rounding
+    precision      the share of routing decisions that hang on rounding; and with feed-forwards of
+                   other numbers (--numbers) the held-out loss, too
     knockout       what each expert is worth, per domain: a table and heat maps
     interference   gradients of the language loss and of the auxiliary losses against each other
     record         the routing of the held-out batches, token by token
@@ -31,6 +32,7 @@ from moe_jax.instruments import (
     held_out,
     interference,
     knockout,
+    numbers,
     picture,
     precision,
     record,
@@ -44,7 +46,8 @@ from moe_jax.parallel import mesh
 from moe_jax.parallel.batch_rows import local_rows, put
 from moe_jax.run import Run, checkpoints, open_run
 from moe_jax.runtime import shell
-from moe_jax.schema.config import Config
+from moe_jax.schema.config import FFN_NUMBERS, Config
+from moe_jax.schema.options import not_among
 from moe_jax.tasks import TASKS
 from moe_jax.tasks.lm import task as lm
 from moe_jax.terminal import working
@@ -99,6 +102,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=int,
         default=0,
         help="replay: steps to train on under each routing (default 0)",
+    )
+    parser.add_argument(
+        "--numbers",
+        default=",".join(FFN_NUMBERS),
+        help="precision: what feed-forwards are computed in instead (default: %(default)s; empty = "
+        "leave it out)",
     )
     parser.add_argument(
         "--ways", default="removed,around", help="knockout: how an expert goes (default: both)"
@@ -183,6 +192,9 @@ def refuse_wrong_flags(flags: argparse.Namespace) -> None:
         raise UserError(
             f"--ways: {unknown[0]!r} is not known: choose from {', '.join(knockout.WAYS)}"
         )
+    for name in numbers_of(flags):
+        for message in not_among("--numbers", name, FFN_NUMBERS):
+            raise UserError(message)
     for name in ("batches", "batch_size", "steps", "seed"):
         if getattr(flags, name) < 0:
             raise UserError(f"--{name} {getattr(flags, name)} must be at least 0")
@@ -295,8 +307,17 @@ def run_retrain(job: Job) -> Output:
 def run_precision(job: Job) -> Output:
     """Measures which share of the routing decisions hangs on rounding."""
     result = precision.measure(job.run)
+    output = tables.precision(result)
+    if names := numbers_of(job.flags):
+        result["numbers"] = numbers.measure(job.run, names)
+        output += tables.of_numbers(result["numbers"])
     save(job, "precision", result)
-    return tables.precision(result)
+    return output
+
+
+def numbers_of(flags: argparse.Namespace) -> list[str]:
+    """Returns what --numbers names."""
+    return [name for name in flags.numbers.split(",") if name]
 
 
 def run_knockout(job: Job) -> Output:

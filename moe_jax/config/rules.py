@@ -14,6 +14,7 @@ from moe_jax.models.block import kind_refusals
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe import sparse
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
+from moe_jax.moe.experts import narrow
 from moe_jax.moe.losses import BALANCE, LOSSES
 from moe_jax.moe.ordering import AS_LISTED
 from moe_jax.moe.routing import ROUTERS
@@ -122,9 +123,35 @@ def _model(cfg: Config) -> Iterator[str]:
             f"model.remat_offload = True keeps nothing in the host's memory, because model.remat = "
             f'"{model.remat}" names nothing: set model.remat={" or ".join(REMAT_NAMES)}'
         )
+    if model.ffn_numbers != narrow.FULL:
+        yield from _narrow_numbers(cfg)
     if model.kind_options.masks:
         yield from _attention(cfg)
     yield from kind.refusals(cfg)
+
+
+def _narrow_numbers(cfg: Config) -> Iterator[str]:
+    """Yields what has no products of narrow numbers."""
+    model, stored = cfg.model, cfg.model.moe.sparse.stored
+    given = f'model.ffn_numbers = "{model.ffn_numbers}"'
+    if not model.stacks:
+        yield (
+            f'{given} does nothing with model.kind = "{model.kind}", which has no blocks: leave '
+            "the key alone"
+        )
+    if not model.num_moe_layers:
+        return
+    if stored.block:
+        yield (
+            f"{given} does not go with experts stored as blocks (model.moe.sparse.stored.block = "
+            f"{stored.block}): set model.ffn_numbers=full"
+        )
+    # Each device would round its own columns by their own largest number.
+    if cfg.mesh.model > 1:
+        yield (
+            f"{given} needs the whole hidden row of an expert on one device, and mesh.model "
+            f"({cfg.mesh.model}) splits it: set mesh.model=1, or model.ffn_numbers=full"
+        )
 
 
 def _attention(cfg: Config) -> Iterator[str]:

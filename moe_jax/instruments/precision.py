@@ -69,13 +69,13 @@ def measure(run: Run) -> dict[str, Any]:
         except UserError as error:
             notes["margin"] = str(error)
     shares = {
-        kind: _share(np.sum(of_batches, 0)) for kind, of_batches in counts.items() if of_batches
+        kind: share(np.sum(of_batches, 0)) for kind, of_batches in counts.items() if of_batches
     }
     return {"flips": shares, "margins": _quantiles(margins), "notes": notes}
 
 
-def _share(counts_2L: np.ndarray) -> list[float]:
-    """Returns the share of decisions that flipped, by layer."""
+def share(counts_2L: np.ndarray) -> list[float]:
+    """Returns the share of decisions that flipped in each layer, from the counts of `flips`."""
     flipped_L, all_L = counts_2L
     return (flipped_L / np.maximum(all_L, 1)).tolist()
 

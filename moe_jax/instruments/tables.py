@@ -52,6 +52,27 @@ def precision(result: Mapping[str, Any]) -> list[Table | str]:
     return [table, *notes(result["notes"])]
 
 
+def of_numbers(result: Mapping[str, Mapping[str, Any]]) -> list[Table | str]:
+    """Returns the held-out loss with feed-forwards of other numbers, and the flips per layer."""
+    own, *others = result
+    losses = list(result[own])
+    reasons = {name: of_name["note"] for name, of_name in result.items() if "note" in of_name}
+    measured = [name for name in others if name not in reasons]
+    num_layers = max((len(result[name]["flips"]) for name in measured), default=0)
+    columns = [f"{loss}{what}" for loss in losses for what in ("", ", gap")]
+    columns += [f"flips, layer {layer}" for layer in range(num_layers)]
+    title = f"feed-forwards of other numbers (the model's own: {own})"
+    table = Table([*names("numbers"), *numbers(*columns)], title=title)
+    for name in (own, *measured):
+        figures, cells = result[name], []
+        for loss in losses:
+            gap = figures.get(f"gap/{loss}", 0.0)
+            cells += [f"{figures[loss]:.4f}", _signed(gap)]
+        share_L = figures.get("flips", [0.0] * num_layers)
+        table.add(name, *cells, *(f"{100 * share:.3f} %" for share in share_L))
+    return [table, *notes(reasons)]
+
+
 def knockout(worth: Worth, domains: Sequence[str], way: str) -> list[Table | str]:
     """Returns what each domain loses without each expert, and the mean over domains that have rows,
     with its interval.

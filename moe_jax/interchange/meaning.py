@@ -22,6 +22,7 @@ PLAN = ("prefix", "period", "repeats", "suffix")
 # Below "model.": of training, of speed, of rounding.
 NOT_OF_THE_FUNCTION = (
     *("scan", "remat", "remat_offload", "allow_leak", "dropout", "param_dtype", "dtype"),
+    "ffn_numbers",
     *("attention_kernel", "loss_chunk", "logit_z_loss"),
     *("attention", "block_attentions", *PLAN),
 )

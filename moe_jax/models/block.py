@@ -83,7 +83,7 @@ class Block(nnx.Module):
             chosen = Chosen(cfg.activation, cfg.activation_options)
             sizes = (cfg.d_model, width, chosen, out_std(width, cfg))
             gated = self.kind == "moe" and cfg.moe.shared_gate
-            self.dense = FeedForward(keys[2], *sizes, cfg.param_dtype, gated)
+            self.dense = FeedForward(keys[2], *sizes, cfg.param_dtype, gated, cfg.ffn_numbers)
         if self.kind == "moe":
             self.moe = MoELayer(keys[3], moe_config(cfg))
         if self.wrapped:
@@ -257,6 +257,7 @@ def moe_config(cfg: ModelConfig) -> MoE:
         adaptive=moe.adaptive,
         stored=moe.sparse.stored,
         expert_kernel=moe.expert_kernel,
+        numbers=cfg.ffn_numbers,
         d_model=cfg.d_model,
         vocab_size=cfg.vocab_size,
         activation=cfg.activation,

@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from moe_jax.moe.activations import ACTIVATIONS
+from moe_jax.moe.experts import narrow
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel import context
 from moe_jax.parallel.mesh import spec
@@ -183,7 +184,8 @@ class FeedForward(nnx.Module):
     """A dense feed-forward of hidden width F: also the shared experts of an MoE block (n of width F
     are one of width n F).
 
-    `gated`: the output is multiplied by sigmoid(x w), one number for each token.
+    `gated`: the output is multiplied by sigmoid(x w), one number for each token. `numbers`: what
+    its forward products are of, "full" or one of narrow.KINDS.
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class FeedForward(nnx.Module):
         out_std: float,
         param_dtype: str,
         gated: bool = False,
+        numbers: str = narrow.FULL,
     ):
         # Gate and up have an axis of their own, so that F can be split without pairing wrong ones.
         p = chosen.parts
@@ -204,7 +207,7 @@ class FeedForward(nnx.Module):
         }
         if gated:
             declared["gate"] = Weight((d_model,), ("embed",), d_model**-0.5)
-        self.chosen, self.gated = chosen, gated
+        self.chosen, self.gated, self.numbers = chosen, gated, numbers
         self.weights = Weights(key, declared, param_dtype)
 
     def __call__(self, x_BSD: Array) -> Array:
@@ -213,13 +216,33 @@ class FeedForward(nnx.Module):
         # A product for each part: the gradient of one array of both would be put together from
         # arrays of its size.
         with jax.named_scope("feed_forward"):
-            parts = [widen(x_BSD, w_in_DPF[:, i], x_BSD.dtype) for i in range(w_in_DPF.shape[1])]
-            h_BSF = activate(parts, self.chosen)
-            # F is split over `model`: the sum over it is a reduction, told of by its output.
-            tokens = context.tokens_spec(x_BSD, None)
-            y_BSD = jnp.einsum("BSF,FD->BSD", h_BSF, w_out, out_sharding=tokens)
+            parts = [self._widened(x_BSD, w_in_DPF[:, i]) for i in range(w_in_DPF.shape[1])]
+            y_BSD = self._narrowed(activate(parts, self.chosen), w_out)
         if not self.gated:
             return y_BSD
         gate_D = gather(self.weights["gate"], ("embed",), x_BSD.dtype)
         gate_BS = jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD, gate_D))
         return y_BSD * gate_BS[:, :, None]
+
+    def _widened(self, x_BSD: Array, w_DF: Array) -> Array:
+        """Returns x @ w [B, S, F]."""
+
+        def product(x_BSD: Array, w_DF: Array) -> Array:
+            return widen(x_BSD, w_DF, x_BSD.dtype)
+
+        return self._by_numbers(product, x_BSD, w_DF)
+
+    def _narrowed(self, h_BSF: Array, w_FD: Array) -> Array:
+        """Returns h @ w [B, S, D]."""
+        # F is split over `model`: the sum over it is a reduction, told of by its output.
+        tokens = context.tokens_spec(h_BSF, None)
+
+        def product(h_BSF: Array, w_FD: Array) -> Array:
+            return jnp.einsum("BSF,FD->BSD", h_BSF, w_FD, out_sharding=tokens)
+
+        return self._by_numbers(product, h_BSF, w_FD)
+
+    def _by_numbers(self, product: Callable[..., Array], a: Array, w: Array) -> Array:
+        if self.numbers == narrow.FULL:
+            return product(a, w)
+        return narrow.dense(a, w, self.numbers, product)

@@ -27,6 +27,7 @@ from moe_jax.moe.dispatch import DISPATCHERS, chunks
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.moe.dispatch.layout import Shape
+from moe_jax.moe.experts import narrow
 from moe_jax.moe.experts.direct import direct_ffn
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 from moe_jax.moe.ordering import ORDERINGS
@@ -333,6 +334,7 @@ def _experts(parts: Sequence[Mapping[str, jax.Array]], cfg: MoE) -> Experts:
                 block=block,
                 biases=biases,
                 kernel=cfg.expert_kernel,
+                numbers=cfg.numbers,
             )
 
     def direct(x_TD, token_M, expert_index_M, gate_M):
@@ -340,8 +342,9 @@ def _experts(parts: Sequence[Mapping[str, jax.Array]], cfg: MoE) -> Experts:
             assignments = (token_M, expert_index_M, gate_M)
             return direct_ffn(x_TD, *assignments, w_in_eDPF, w_out_eFD, chosen=cfg.chosen)
 
-    # The direct way knows no biases.
-    return Experts(grouped, None if cfg.expert_bias else direct)
+    # The direct way knows no biases, and no narrow numbers.
+    has_direct = not cfg.expert_bias and cfg.numbers == narrow.FULL
+    return Experts(grouped, direct if has_direct else None)
 
 
 def _dropped_per_row(dropped_N: jax.Array, routing: Routing, tokens: Tokens) -> jax.Array:

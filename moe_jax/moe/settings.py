@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
+from moe_jax.moe.experts import narrow
 from moe_jax.moe.experts.grouped_matmul import BY_PLATFORM
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.routing import ROUTERS
@@ -43,6 +44,8 @@ class MoE:
     stored: StoredConfig
     # One of grouped_matmul.KERNELS, or "auto".
     expert_kernel: str = BY_PLATFORM
+    # "full", or one of narrow.KINDS.
+    numbers: str = narrow.FULL
     # None = the defaults of the activation.
     activation_options: Any = None
     expert_bias: bool = False

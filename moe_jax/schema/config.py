@@ -39,6 +39,8 @@ from moe_jax.schema.training import DataConfig, OptimConfig, TrainConfig
 # The choice of model.moe.sparse.rule that makes no zeros.
 NO_RULE = "none"
 # What model.remat may name (models/stack.py), and every choice of several.
+# What the factors of a feed-forward's products may be rounded to (moe/experts/narrow.py).
+FFN_NUMBERS = ("full", "int8", "float8")
 REMAT_NAMES = ("attention", "dispatch", "experts")
 NAMED_REMAT = tuple(
     "+".join(some) for n in (1, 2, 3) for some in itertools.combinations(REMAT_NAMES, n)
@@ -240,6 +242,12 @@ class ModelConfig:
         False, "norms multiply by 1 + their scale, which begins at 0 (Gemma, arXiv:2403.08295)"
     )
     ffn_hidden: int = option(512, "hidden width of a dense block", NUMBER)
+    ffn_numbers: str = option(
+        "full",
+        "what both factors of the forward products of feed-forwards, dense and expert, are rounded "
+        'to: "full" = model.dtype, "int8" or "float8" (docs/precision.md)',
+        choices=FFN_NUMBERS,
+    )
     activation: str = choice("swiglu", "activations", "of feed-forwards, dense and expert")
     activation_options: Any = derived()
     tie_embeddings: bool = option(False, "the head is the embedding's transpose")

@@ -76,6 +76,7 @@ def _rules(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     )
     yield "model.param_dtype", "float64", "equality is provable: no rounding tie flips a routing"
     yield "model.dtype", "float64", "likewise"
+    yield "model.ffn_numbers", "full", "likewise; tests/moe/test_narrow.py has bounds of the others"
     yield "optim.master_copy", False, "parameters in float64 need none"
     yield "data.seq_len", SEQ_LEN, "small"
     # A group never spans a device.

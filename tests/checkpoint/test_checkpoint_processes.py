@@ -23,7 +23,7 @@ path, kill_in_deletion = sys.argv[1], sys.argv[2] == "deletion"
 if kill_in_deletion:
     import shutil
     def half_delete(path):
-        os.unlink(path / min(manifest.digests(path)))
+        os.unlink(path / min(manifest.file_names(path)))
         os.kill(os.getpid(), 9)
     shutil.rmtree = half_delete
 checkpoints = Checkpoints(path, every=1, keep=2, keep_best=0)

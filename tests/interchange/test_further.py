@@ -89,7 +89,7 @@ def our_further_logits(run, id_BS):
     def forward(parameters, router_state, batch):
         model = run.functions.bind(parameters, router_state)
         last, _ = model.hidden(batch, jax.random.key(0), False)
-        return logits(last._replace(x_BSD=last.further[0]))
+        return logits(last._replace(x_BSD=last.further[0]), cap=0.0)
 
     with jax.set_mesh(run.mesh):
         batch = batch_rows.put(local, row_B, B)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from moe_jax.models.attention_core import attention, windowed
 from moe_jax.moe.experts.grouped_matmul import expert_ffn
 
-name, dtype = sys.argv[1:]
+name, dtype, numbers = sys.argv[1:]
 devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "model"),
             axis_types=(jax.sharding.AxisType.Explicit,) * 2)
@@ -37,7 +37,7 @@ weights = (array((E, D, 2, 2 * F), dtype, None, None, None, "model"),
            array((E, 2 * F, D), dtype, None, "model"))
 
 def on_device(*args):
-    y = expert_ffn(*args, activation="swiglu", block=(128, 16))
+    y = expert_ffn(*args, activation="swiglu", block=(128, 16), numbers=numbers)
     return jax.lax.psum(y, "model")
 
 def experts(x, gate, start, size, w_in, w_out):
@@ -62,7 +62,10 @@ with jax.set_mesh(mesh):
     text = jax.jit(experts).lower(*rows, *layout, *weights).compile().as_text()
 chunks, splash = attend("auto"), attend("splash")
 KERNEL = 'custom_call_target="tpu_custom_call"'
-print(json.dumps({"experts": text.count(KERNEL), "splash": splash.as_text().count(KERNEL),
+narrow = {"int8": "s8[", "float8": "f8e4m3fn["}.get(numbers, "none")
+calls = [line for line in text.splitlines() if KERNEL in line]
+print(json.dumps({"experts": len(calls), "splash": splash.as_text().count(KERNEL),
+                  "narrow": sum(narrow in line for line in calls),
                   "temporary": chunks.memory_analysis().temp_size_in_bytes}))
 """
 
@@ -71,8 +74,16 @@ print(json.dumps({"experts": text.count(KERNEL), "splash": splash.as_text().coun
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler of TPUs, is missing"
 )
-@pytest.mark.parametrize(("topology", "dtype"), [("v5e:2x2", "bfloat16"), ("v6e:2x2", "float32")])
-def test_experts_and_attention_compile_for_a_tpu(topology, dtype):
+@pytest.mark.parametrize(
+    ("topology", "dtype", "numbers"),
+    [
+        ("v5e:2x2", "bfloat16", "full"),
+        ("v6e:2x2", "float32", "full"),
+        ("v5e:2x2", "bfloat16", "int8"),
+        ("v6e:2x2", "bfloat16", "float8"),
+    ],
+)
+def test_experts_and_attention_compile_for_a_tpu(topology, dtype, numbers):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         # It looks for no TPU, and does not mind another process that has it.
@@ -81,7 +92,7 @@ def test_experts_and_attention_compile_for_a_tpu(topology, dtype):
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, topology, dtype],
+        [sys.executable, "-c", PROGRAM, topology, dtype, numbers],
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -92,6 +103,8 @@ def test_experts_and_attention_compile_for_a_tpu(topology, dtype):
     figures = json.loads(done.stdout.splitlines()[-1])
     # Two products forward and four backward, in a shard_map that checks what varies.
     assert figures["experts"] == 6
+    # Those of the forward pass are given narrow numbers.
+    assert figures["narrow"] == (0 if numbers == "full" else 2)
     # Forward, and backward one for queries and one for keys and values.
     assert figures["splash"] == 3
     # The scores of both heads would be 32 MB.

@@ -18,6 +18,7 @@ from rich.console import Console
 from moe_jax import train_step
 from moe_jax.moe.dispatch import levels, ragged
 from moe_jax.moe.layer import Batch
+from moe_jax.parallel import compiling
 from moe_jax.parallel.mesh import P
 from moe_jax.plan import card as cards
 from moe_jax.plan import card_tables, flops, traffic
@@ -513,9 +514,9 @@ def test_received_counts_loops_and_the_branch_that_sends_least():
 @pytest.mark.parametrize(("platform", "rows"), [("cpu", 3 * 8), ("tpu", 2 * 3 * 8 // 4)])
 def test_received_counts_the_way_of_the_platform(monkeypatch, platform, rows):
     """A ragged exchange of 8 rows of 2 floats between 4 devices: there are 3/4 of them from others,
-    there and back; a CPU gathers all rows, and there it is the branch of the CPU.
+    there and back; a CPU gathers all rows.
     """
-    monkeypatch.setattr(traffic, "platform", lambda: platform)
+    monkeypatch.setattr(compiling, "_platform_of_mesh", lambda: platform)
     level = levels.split(4, 1)[1]
     zero_S = jnp.zeros(4, jnp.int32)
     journey = ragged.Journey(ragged.Slices(*[zero_S] * 3), ragged.Slices(*[zero_S] * 3))

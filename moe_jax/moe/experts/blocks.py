@@ -19,25 +19,28 @@ from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_row
 from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
+# Rows of a block of this kernel, and of the large block that other kernels cut their tiles from.
+MOST_ROWS, MOST_LARGE = 1024, 8192
+
 
 def block_sizes(rows_mean: float) -> tuple[int, int]:
     """Returns the (large, small) block for a mean number of rows per expert.
 
     A large block near the mean serves most experts in one or two steps, the small one bounds the
-    padding. Measured at 2048 and 4096 tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice
-    was better by more than the noise.
+    padding. Of a large block beyond MOST_ROWS this kernel takes as many. Measured at 2048 and 4096
+    tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice was better by more than the noise.
     """
     # The power of two that is nearest to the mean, from 8 to 1024.
     exponent = round(math.log2(max(rows_mean, 1.0)))
-    large = 2 ** min(max(exponent, 3), 10)
+    large = min(2 ** max(exponent, 3), MOST_LARGE)
     if large > 256:
-        return large, large // 16
+        return large, min(large, MOST_ROWS) // 16
     return large, 16 if large > 16 else 8
 
 
 def _sizes_between(block: tuple[int, int]) -> tuple[int, ...]:
     """Returns the static block sizes, largest first."""
-    large, small = block
+    large, small = min(block[0], MOST_ROWS), block[1]
     # One between the two given saves many small steps.
     middle = small * math.isqrt(large // small)
     return tuple(sorted({large, middle, small}, reverse=True))

@@ -20,7 +20,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe import kept
-from moe_jax.moe.experts import blocks, pallas_tpu, ragged, tiles, whole
+from moe_jax.moe.experts import blocks, narrow, pallas_tpu, ragged, tiles, whole
 from moe_jax.moe.experts.network import Biases, Chosen, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
@@ -116,6 +116,7 @@ def expert_ffn(
     options: Any = None,
     biases: tuple[Array, Array] | None = None,
     kernel: str = BY_PLATFORM,
+    numbers: str = narrow.FULL,
 ) -> Array:
     """Returns y_RD: y = (activation(x @ w_in[i]) * gate) @ w_out[i] for every row of expert i.
 
@@ -132,6 +133,8 @@ def expert_ffn(
     second. Weights may be wider than the rows: they are rounded to the rows' dtype at use, and
     their gradient is accumulated in float32 or wider and comes in their own dtype. Where F is
     sharded, y is this shard's part of the sum over shards.
+
+    `numbers`: one of narrow.KINDS, of which the products of the forward pass are.
     """
     large, small = block
     num_rows = x_RD.shape[0]
@@ -156,7 +159,7 @@ def expert_ffn(
         # The others vary as x does.
         _, in_eH, out_eD = vary_alike(x_RD, in_eH, out_eD)
         rows = rows._replace(biases=Biases(in_eH, out_eD))
-    how = _How(chosen, block, kernel, kept.is_named())
+    how = _How(chosen, block, kernel, kept.is_named(), numbers)
     return _grouped_ffn(how, rows, Layout(start_e, size_e))
 
 
@@ -168,6 +171,8 @@ class _How(NamedTuple):
     kernel: str
     # Policies of rematerialisation may keep what the backward pass reads.
     is_named: bool
+    # What the factors of the forward products are rounded to.
+    numbers: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -180,7 +185,13 @@ def _forward(how: _How, rows: Rows, layout: Layout) -> tuple[Array, Any]:
     # What the backward pass reads beside weights and gates.
     if how.is_named:
         rows = rows._replace(x_RD=checkpoint_name(rows.x_RD, SAVED))
-    y_RD, pre_RH = _run(how.kernel, "forward", how.chosen, how.block, rows, layout)
+    used = rows
+    if how.numbers != narrow.FULL:
+        used = rows._replace(
+            w_in_eDH=narrow.rounded(rows.w_in_eDH, 1, how.numbers),
+            w_out_eFD=narrow.rounded(rows.w_out_eFD, 1, how.numbers),
+        )
+    y_RD, pre_RH = _run(how.kernel, "forward", how.chosen, how.block, used, layout)
     if how.is_named:
         pre_RH = checkpoint_name(pre_RH, SAVED)
     return y_RD, (rows, layout, pre_RH)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.moe.activations import ACTIVATIONS
+from moe_jax.moe.experts import narrow
+from moe_jax.moe.experts.narrow import Rounded
 from moe_jax.precision import wide_dtype
 
 
@@ -49,12 +51,15 @@ class Biases(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Holds what a kernel works on; cotangents have the same structure."""
+    """Holds what a kernel works on; cotangents have the same structure.
+
+    Forward, weights may be rounded to narrow numbers.
+    """
 
     x_RD: Array
     gate_R: Array
-    w_in_eDH: Array
-    w_out_eFD: Array
+    w_in_eDH: Any
+    w_out_eFD: Any
     # None = without.
     biases: Biases | None = None
 
@@ -71,12 +76,19 @@ def dot(a: Array, b: Array, dim_a: int, dim_b: int, dtype: Any) -> Array:
     return lax.dot_general(a, b, (((dim_a,), (dim_b,)), ((), ())), preferred_element_type=dtype)
 
 
+def times(a_BX: Array, w_XY: Array | Rounded, dtype: Any) -> Array:
+    """Returns a @ w."""
+    if isinstance(w_XY, Rounded):
+        return narrow.times(a_BX, w_XY, dtype)
+    return dot(a_BX, w_XY, 1, 0, dtype)
+
+
 def forward_rows(
     act: Callable[[Array], Array],
     x_BD: Array,
     gate_B: Array,
-    w_in_DH: Array,
-    w_out_FD: Array,
+    w_in_DH: Array | Rounded,
+    w_out_FD: Array | Rounded,
     biases: Biases | None = None,
 ) -> tuple[Array, Array]:
     """Returns (y_BD, pre_BH) of rows of one expert, whose biases are vectors here."""
@@ -84,13 +96,13 @@ def forward_rows(
     wide = wide_dtype(dtype)
     # Products are in the dtype of x; the activation between them is computed in a wide one.
     # Gate and up are one product, side by side in H.
-    pre_BH = dot(x_BD, w_in_DH, 1, 0, dtype)
+    pre_BH = times(x_BD, w_in_DH, dtype)
     if biases is not None:
         pre_BH = pre_BH + biases.in_eH.astype(dtype)[None]
     gate_B1 = gate_B.astype(wide)[:, None]
     # gate * (h @ w_out) = (gate * h) @ w_out.
     hidden_BF = (act(pre_BH.astype(wide)) * gate_B1).astype(dtype)
-    y_BD = dot(hidden_BF, w_out_FD, 1, 0, dtype)
+    y_BD = times(hidden_BF, w_out_FD, dtype)
     if biases is not None:
         y_BD = y_BD + gate_B1.astype(dtype) * biases.out_eD.astype(dtype)[None]
     return y_BD, pre_BH

@@ -21,12 +21,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_jax.moe.experts.narrow import sums_dtype
 from moe_jax.moe.experts.network import Layout
 from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
 
 # A tile of rows is a quarter of the mean number of an expert's rows, between these.
-FEWEST_ROWS, MOST_ROWS = 128, 512
+FEWEST_ROWS, MOST_ROWS = 128, 256
 # Columns of a tile, of which the largest that divides a width is taken.
 COLUMNS = (512, 384, 256, 128)
 
@@ -164,7 +165,8 @@ def _product(
         in_specs=(((rows, columns), a_index), ((None, *w_tile), w_index)),
         out_spec=((rows, out_columns), y_index),
         out_shape=(num_rows, out_width),
-        out_dtype=a_RX.dtype,
+        # Of narrow numbers the sums, which get their scales afterwards.
+        out_dtype=sums_dtype(a_RX.dtype) if a_RX.dtype.itemsize == 1 else a_RX.dtype,
         widths=(width, out_width),
         interpret=interpret,
     )
@@ -261,7 +263,7 @@ def _call(
             grid=grid,
             in_specs=[pl.BlockSpec(*spec) for spec in in_specs],
             out_specs=pl.BlockSpec(*out_spec),
-            scratch_shapes=[pltpu.VMEM(out_spec[0][-2:], wide_dtype(operands[0].dtype))],
+            scratch_shapes=[pltpu.VMEM(out_spec[0][-2:], sums_dtype(operands[0].dtype))],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")

@@ -10,6 +10,7 @@ Shapes: see network.py.
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moe_jax.moe.experts.narrow import sums_dtype
 from moe_jax.moe.experts.network import Layout
 from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
@@ -32,7 +33,9 @@ def products(layout: Layout, block: tuple[int, int]) -> Products:
     group_size_e = jnp.diff(end_e, prepend=jnp.zeros_like(end_e[:1]))
 
     def product(a_RX: Array, w_eXY: Array) -> Array:
-        return lax.ragged_dot(a_RX, w_eXY, group_size_e)
+        narrow = a_RX.dtype.itemsize == 1
+        sums = sums_dtype(a_RX.dtype) if narrow else None
+        return lax.ragged_dot(a_RX, w_eXY, group_size_e, preferred_element_type=sums)
 
     def transposed(b_RY: Array, w_eXY: Array) -> Array:
         return lax.ragged_dot(b_RY, w_eXY.mT, group_size_e)

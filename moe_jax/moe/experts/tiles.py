@@ -29,7 +29,10 @@ from moe_jax.precision import wide_dtype
 # before each; within a round it waits for nothing.
 ROUND = 4
 # A tile is a quarter of the mean number of an expert's rows, between these.
-FEWEST_ROWS, MOST_ROWS = 64, 512
+FEWEST_ROWS, MOST_ROWS = 64, 256
+# Where that leaves many tiles, an eighth, up to this. Each tile reads the weights of its expert and
+# adds to their gradients in memory: on an H100 that takes as long as the products of 1000 rows.
+MOST_OF_LARGE = 1024
 
 
 class Tiles(NamedTuple):
@@ -44,7 +47,9 @@ class Tiles(NamedTuple):
 
 def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     """Returns B; `block` is that of `expert_ffn`, whose larger one is near the mean load."""
-    return min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS, num_rows)
+    quarter = min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS)
+    eighth = min(block[0] // 8, MOST_OF_LARGE)
+    return min(max(quarter, eighth), num_rows)
 
 
 def padded_rows(num_experts: int, block: tuple[int, int], num_rows: int) -> int:

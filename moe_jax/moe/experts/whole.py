@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moe_jax.moe.experts import narrow
+from moe_jax.moe.experts.narrow import Rounded
 from moe_jax.moe.experts.network import Biases, Layout, Rows
 from moe_jax.precision import wide_dtype
 
@@ -17,7 +19,7 @@ from moe_jax.precision import wide_dtype
 class Products(NamedTuple):
     """The three products of a kernel. What they leave in rows of nobody is undefined."""
 
-    # (a_RX, w_eXY) -> a @ w [R, Y]
+    # (a_RX, w_eXY) -> a @ w [R, Y]; of narrow numbers their sums, as narrow.py adds them up
     product: Callable[[Array, Array], Array]
     # (b_RY, w_eXY) -> b @ w^T [R, X]
     transposed: Callable[[Array, Array], Array]
@@ -39,6 +41,18 @@ def is_own(layout: Layout, num_rows: int) -> Array:
     return jnp.any(of_experts(layout, num_rows), axis=1, keepdims=True)
 
 
+def times(products: Products, a_RX: Array, w_eXY: Array | Rounded, layout: Layout) -> Array:
+    """Returns a @ w of every expert's rows."""
+    if not isinstance(w_eXY, Rounded):
+        return products.product(a_RX, w_eXY)
+    a = narrow.like(a_RX, 1, w_eXY)
+    sums_RY = products.product(a.values, w_eXY.values).astype(a.scale.dtype)
+    # A gather: a product with `of_experts` would round the scales on a TPU.
+    expert_R = jnp.argmax(of_experts(layout, a_RX.shape[0]), axis=1)
+    columns_RY = w_eXY.scale[:, 0][expert_R]
+    return (sums_RY * a.scale * columns_RY).astype(a_RX.dtype)
+
+
 def forward(
     act: Callable[[Array], Array], products: Products, rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
@@ -46,14 +60,14 @@ def forward(
     x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     dtype = x_RD.dtype
     wide = wide_dtype(dtype)
-    pre_RH = products.product(x_RD, w_in_eDH.astype(dtype))
+    pre_RH = times(products, x_RD, w_in_eDH.astype(dtype), layout)
     is_of_Re = of_experts(layout, x_RD.shape[0]).astype(dtype)
     if biases is not None:
         # Each row gets the bias of its expert.
         pre_RH = pre_RH + is_of_Re @ biases.in_eH.astype(dtype)
     gate_R1 = gate_R.astype(wide)[:, None]
     hidden_RF = (act(pre_RH.astype(wide)) * gate_R1).astype(dtype)
-    y_RD = products.product(hidden_RF, w_out_eFD.astype(dtype))
+    y_RD = times(products, hidden_RF, w_out_eFD.astype(dtype), layout)
     if biases is not None:
         y_RD = y_RD + gate_R1.astype(dtype) * (is_of_Re @ biases.out_eD.astype(dtype))
     return jnp.where(is_own(layout, x_RD.shape[0]), y_RD, 0), pre_RH
