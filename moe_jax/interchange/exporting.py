@@ -28,18 +28,25 @@ from moe_jax.interchange import settings as their_settings
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.importing import as_raw, family_of, planned
-from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, meaning
+from moe_jax.interchange.meaning import (
+    BLOCKS,
+    ENCODER_BLOCKS,
+    LAYER_ATTENTIONS,
+    meaning,
+)
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
-from moe_jax.models.decodable import why_not_decoded
+from moe_jax.models.decodable import why_not_cached, why_not_decoded
 from moe_jax.models.ends import embedding_scale
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.run import Run
+from moe_jax.schema.config import ModelConfig
 
 SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
 # How messages call what is no key.
 WORDS = {
     BLOCKS: "the kinds of blocks (model.prefix, period, suffix)",
+    ENCODER_BLOCKS: "the kinds of blocks of the encoder (model.kinds.encdec.encoder_period)",
     LAYER_ATTENTIONS: "the attentions of the blocks (model.attention)",
 }
 # Names of dtypes in `config.json`, which transformers loads the tensors in.
@@ -82,7 +89,10 @@ def export_model(
     chosen, theirs = fitting(run, family or (family_like(like) if like else ""))
     dtype = dtype or run.config.model.param_dtype
     theirs |= {"dtype": dtype, "torch_dtype": dtype}
-    notes = others_like(run, like, out, theirs) if like else others(run, out, theirs)
+    if like:
+        notes = others_like(run, like, out, theirs)
+    else:
+        notes = others(run, out, theirs, begins_targets=chosen.encoder is not None)
     write_json(out / "config.json", theirs)
     params = run.parameters if raw else run.judged
     parts = {"params": params, "router_state": run.router_state}
@@ -108,9 +118,11 @@ def export_model(
     return Exported(chosen.model_type, num_tensors, num_bytes, tuple(notes))
 
 
-def others(run: Run, out: Path, theirs: dict[str, Any]) -> list[str]:
+def others(run: Run, out: Path, theirs: dict[str, Any], begins_targets: bool) -> list[str]:
     """Writes the tokenizer of a run and how its texts are decoded, puts what they say into the
     config, and returns notes.
+
+    `begins_targets`: what is decoded begins with the boundary, behind no prompt.
     """
     # Not the ids that transformers takes where nothing is said.
     theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -120,8 +132,9 @@ def others(run: Run, out: Path, theirs: dict[str, Any]) -> list[str]:
     try:
         tokenizer = run.tokenizer
         tokenizer_files.write(out, tokenizer, theirs["max_position_embeddings"])
-        theirs |= ends_of(tokenizer)
-        generation = generation_config(tokenizer, run.config.model.vocab_size)
+        ends = ends_of(tokenizer, begins_targets)
+        theirs |= ends
+        generation = ends | never_drawn(tokenizer, run.config.model.vocab_size)
     except UserError as error:
         notes.append(f"no tokenizer was written: {error}")
     write_json(out / "generation_config.json", generation)
@@ -163,7 +176,7 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
 
     Raises UserError, which names what does not fit, where there is none.
     """
-    if reason := why_not_decoded(run.config.model):
+    if reason := why_not_exported(run.config.model):
         raise UserError(f"{run.workdir} cannot be exported: {reason}")
     # It will be folded into the weights.
     config_here = meaning(run.config) | {SCALE: 1.0}
@@ -178,8 +191,14 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
     raise UserError(f"{run.workdir} cannot be exported {what}: {misfits[nearest][0]}")
 
 
+def why_not_exported(model: ModelConfig) -> str:
+    """Returns why a model writes no text, behind a prompt or behind a source; "" where it does."""
+    return why_not_cached(model) if "encoder" in model.stacks else why_not_decoded(model)
+
+
 def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Returns what a family cannot say of a model, a sentence for each key."""
+    # An encoder's are compared below, or there is none.
     strange = [kind for kind in dict.fromkeys(here[BLOCKS]) if kind not in family.blocks]
     if strange:
         return [_said(family, BLOCKS, tuple(strange), tuple(family.blocks)), *here]
@@ -256,15 +275,21 @@ def folded(params: Mapping[str, Any], scale: float, tied: bool) -> dict[str, np.
     return changed
 
 
-def ends_of(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the tokens that begin and end a text: our boundary is both."""
-    return {"bos_token_id": tokenizer.boundary_id, "eos_token_id": tokenizer.boundary_id}
+def ends_of(tokenizer: Tokenizer, begins_targets: bool) -> dict[str, int]:
+    """Returns the tokens that begin and end a text: our boundary is both.
+
+    `begins_targets`: it begins what is decoded behind a source, too, and follows its end.
+    """
+    names = ["bos_token_id", "eos_token_id"]
+    if begins_targets:
+        names += ["decoder_start_token_id", "pad_token_id"]
+    return dict.fromkeys(names, tokenizer.boundary_id)
 
 
-def generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def never_drawn(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """Returns how transformers decodes as we do: ids that no token has are never drawn."""
     unknown = list(range(tokenizer.vocab_size, vocab_size))
-    return ends_of(tokenizer) | ({"suppress_tokens": unknown} if unknown else {})
+    return {"suppress_tokens": unknown} if unknown else {}
 
 
 def tensors_of(

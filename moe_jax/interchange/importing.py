@@ -101,7 +101,9 @@ def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = Non
     theirs, where = their_settings.read(source)
     family = family_of(theirs, where)
     changes = family.read(Settings(theirs, where))
-    longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
+    told = Settings(theirs, where)
+    # T5 has no positions that end, and says for how long rows it was made.
+    longest = told.number("max_position_embeddings", told.number("n_positions", LONGEST_ROW))
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
     if lengths:
         changes |= {f"mesh.{axis}": length for axis, length in lengths.written().items()}
@@ -184,27 +186,17 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
     no parameter has the name of a state.
     """
     ours = {name: x for tree in parts.values() for name, x in flat.flatten(tree).items()}
-    prefixes = block_names(cfg)
     plan: dict[str, list[Piece]] = {}
-    for number, row in family.rows(cfg.blocks):
-        below = "" if number is None else prefixes[number]
-        if below + row.ours in ours:
-            layer = "" if number is None else family.layer.format(number)
-            plan[below + row.ours] = list(pieces(row, ours[below + row.ours].shape, layer))
+    for below, layer, row in family.rows(cfg.stacks):
+        name = below + row.ours
+        if name in ours and row.fits(ours[name].shape):
+            plan[name] = list(pieces(row, ours[name].shape, layer))
     for name in ours:
         of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
         if name not in plan and not of_training and not name.endswith(family.zeros):
             # The refusals of keys come first: a family that lacks a row lacks a refusal too.
             raise UserError(f"{family.model_type} has no tensor for the parameter {name}")
     return plan
-
-
-def block_names(cfg: ModelConfig) -> list[str]:
-    """Returns what the names of each block's parameters begin with, in the order of the blocks."""
-    names = [f"prefix/{i}/" for i in range(len(cfg.prefix))]
-    for repeat in range(cfg.repeats):
-        names += [f"repeats/{repeat}/blocks/{i}/" for i in range(len(cfg.period))]
-    return names + [f"suffix/{i}/" for i in range(len(cfg.suffix))]
 
 
 def refuse_misfits(

@@ -27,7 +27,7 @@ from moe_jax.models.ends import (
     unembed,
 )
 from moe_jax.models.layers import dropout
-from moe_jax.models.stack import run_cached, run_stack, stack
+from moe_jax.models.stack import run_cached, run_stack, share, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import context
 from moe_jax.schema.blocks import KindOptions
@@ -66,6 +66,7 @@ class Decoder(nnx.Module):
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
         (mask,) = cfg.kind_options.masks
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look(mask))
+        share(self, key)
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         last, sums = self.hidden(batch, rng, train)

@@ -70,6 +70,8 @@ class Hidden(NamedTuple):
 def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:
     """Returns the tokens after the final norm, and the head."""
     x_BSD = rms_norm(x_BSD, ends["norm_scale"], cfg.norm_epsilon)
+    if cfg.head_scale != 1:
+        x_BSD = x_BSD * cfg.head_scale
     if cfg.tie_embeddings:
         head_DV = gather(ends["embed"], ("vocab", "embed"), cfg.dtype).T
     else:

@@ -25,6 +25,7 @@ import numpy as np
 from moe_jax.models import MODELS, depth
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import projections
+from moe_jax.models.stack import shared_weights
 from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
@@ -114,7 +115,7 @@ def parameters(cfg: ModelConfig) -> Counts:
     return Counts(
         embedding=cfg.vocab_size * d,
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
-        attention=sum(one.matrices + one.biases for one in attentions),
+        attention=sum(one.matrices + one.biases for one in attentions) + of_stack(cfg),
         dense=cfg.num_dense_layers * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * shared(cfg),
         experts=num_moe * cfg.moe.num_experts * expert,
@@ -124,6 +125,11 @@ def parameters(cfg: ModelConfig) -> Counts:
         # One more before the head.
         norms=norms + d,
     )
+
+
+def of_stack(cfg: ModelConfig) -> int:
+    """Returns the parameters that the blocks of a stack have in common."""
+    return sum(math.prod(weight.shape) for weight in shared_weights(cfg).values())
 
 
 def of_blocks(cfg: ModelConfig) -> list[ModelConfig]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.config import causality
 from moe_jax.models import depth
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe import losses
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.losses import LOSSES
@@ -258,10 +259,14 @@ def against_reference(program: Program) -> list[Check]:
     ]
 
 
-def attention(length: int) -> Check:
+def attention(length: int, model: ModelConfig) -> Check:
     """Checks attention of the sequence length of the config as it is: shrunk, it would fit one
-    block.
+    block. `model`: of which it has the biases of scores.
     """
+    kinds = [(ATTENTIONS[name], model.with_attention(name)) for name in set(model.attentions)]
+    masks = model.kind_options.masks
+    found = [kind.buckets(mask, own.attention_options) for kind, own in kinds for mask in masks]
+    biases = [buckets for buckets in found if buckets is not None]
     claim = "attention in blocks equals attention at once"
     note = f"{min(length, reference.LONGEST)} tokens"
-    return Check(claim, reference.attention_kernels(length), REFERENCE_LIMIT, note, True)
+    return Check(claim, reference.attention_kernels(length, biases), REFERENCE_LIMIT, note, True)

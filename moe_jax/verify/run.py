@@ -150,7 +150,7 @@ def verify(
         first_values(one, wide),
         evaluated(one, wide, states.read(wide, folder / "begin")),
         *alone.checks(one.program, one.begin),
-        alone.attention(raw["data"]["seq_len"]),
+        alone.attention(raw["data"]["seq_len"], one.program.cfg.model),
     ]
     if "counts" in one.probes[0].sums:
         # Without the last one, whose routers are tied: there whole experts serve nobody.

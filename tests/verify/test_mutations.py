@@ -85,7 +85,7 @@ def on_mesh(one, folder):
 # What compiles its own small programs: (reference, folder with its first state) -> checks.
 PARTS = {
     "arithmetic": lambda one, folder: alone.against_reference(one.program),
-    "attention": lambda one, folder: [alone.attention(256)],
+    "attention": lambda one, folder: [alone.attention(256, one.program.cfg.model)],
     "evaluation": lambda one, folder: [evaluated(one, *on_mesh(one, folder))],
     "first values": lambda one, folder: [first_values(one, Program(one.program.raw, MESH))],
 }

@@ -217,7 +217,7 @@ CASES = {
 }
 CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
 CASES |= {"sliding window": {"model.attention": "sliding_window"}}
-CASES |= {name: OPTIONS[name] for name in ("gpt-oss", "DeepSeek-V3")}
+CASES |= {name: OPTIONS[name] for name in ("gpt-oss", "DeepSeek-V3", "T5, Switch")}
 CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
 CASES |= {"base of the batch": CASES["base"] | {"model.moe.routers.base.scope": "batch"}}
 CASES |= {

@@ -21,6 +21,8 @@ from moe_jax.interchange.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    switch_transformers,
+    t5,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -39,4 +41,6 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": gpt_oss.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
+    "switch_transformers": switch_transformers.FAMILY,
+    "t5": t5.FAMILY,
 }

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
+from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.attention_core import Keys
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, ModelConfig
@@ -32,6 +33,18 @@ def no_advice(cfg: Config) -> Iterator[str]:
     """Advises nothing."""
     del cfg
     yield from ()
+
+
+def nothing_shared(cfg: ModelConfig) -> dict[str, Weight]:
+    """Declares no weights that the blocks of a stack share."""
+    del cfg
+    return {}
+
+
+def no_buckets(mask: str, options: Any) -> Buckets | None:
+    """Says that no bias is added to scores."""
+    del mask, options
+    return None
 
 
 def shared_heads(cfg: ModelConfig) -> int:
@@ -98,6 +111,11 @@ class Attention(NamedTuple):
     refusals: Callable[[Config, str], Iterator[str]]
     # (cfg) -> G, the heads of keys and values in training.
     key_heads: Callable[[ModelConfig], int] = shared_heads
+    # (cfg) -> weights by name that all blocks of a stack with this attention share.
+    shared: Callable[[ModelConfig], dict[str, Weight]] = nothing_shared
+    # (mask, options) -> the buckets of a bias by the distance of two tokens, whose numbers are
+    # `shared` (attention_bias.py); None = there is no bias.
+    buckets: Callable[[str, Any], Buckets | None] = no_buckets
     # Yields what a run is told at its start; model.attention is its name.
     advice: Callable[[Config], Iterator[str]] = no_advice
     # (raw options, seq_len) -> keys and values that suit rows of that length, which are short.
