@@ -87,7 +87,7 @@ def pipeline(cfg: Config) -> Iterator[str]:
         return
     if common := shared_weights(model):
         yield (
-            f"mesh.stage ({stages}) must be 1 with model.attention = \"{model.attention}\": the "
+            f'mesh.stage ({stages}) must be 1 with model.attention = "{model.attention}": the '
             f"blocks of a stack share weights ({', '.join(common)}), which no stage could have "
             "alone"
         )

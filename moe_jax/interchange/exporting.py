@@ -42,7 +42,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.run import Run
 from moe_jax.schema.config import ModelConfig
 
-SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
+SCALE, ROUTER, KIND = "model.embedding_scale", "model.moe.router", "model.kind"
 # How messages call what is no key.
 WORDS = {
     BLOCKS: "the kinds of blocks (model.prefix, period, suffix)",
@@ -198,7 +198,9 @@ def why_not_exported(model: ModelConfig) -> str:
 
 def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Returns what a family cannot say of a model, a sentence for each key."""
-    # An encoder's are compared below, or there is none.
+    if (ENCODER_BLOCKS in here) != (family.encoder is not None):
+        return [_said(family, KIND, here[KIND], None), *here]
+    # Those of an encoder are compared below.
     strange = [kind for kind in dict.fromkeys(here[BLOCKS]) if kind not in family.blocks]
     if strange:
         return [_said(family, BLOCKS, tuple(strange), tuple(family.blocks)), *here]

@@ -28,8 +28,8 @@ NOT_OF_THE_FUNCTION = (
     *("attention", "block_attentions", *PLAN),
 )
 # Below "model.moe.". A model that is exported drops nothing, as one that is decoded
-# (models/decodable.py), unless that is a property of the model; and zeros of a rule are zeros of the
-# weights.
+# (models/decodable.py), unless that is a property of the model; and zeros of a rule are zeros of
+# the weights.
 NOT_OF_THE_EXPERTS = (
     "group_rows",
     "ordering",

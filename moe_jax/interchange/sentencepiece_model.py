@@ -1,5 +1,5 @@
-"""The file of a SentencePiece model, read field by field, and the tokenizer.json that gives the same
-ids.
+"""The file of a SentencePiece model, read field by field, and the tokenizer.json that gives the
+same ids.
 
 The file is a message of protocol buffers, of which the numbers of fields are those of
 sentencepiece_model.proto (https://github.com/google/sentencepiece). They are read here, because the
@@ -126,7 +126,7 @@ def tokenizer_json(name: str, file: bytes) -> dict[str, Any]:
     for reason in _refusals(model):
         raise UserError(f"the tokenizer {name} cannot become a tokenizer.json: {reason}")
     made = tokenizers.Tokenizer(_unigram(model) if model.type == UNIGRAM else _bpe(model))
-    steps = []
+    steps: list[Any] = []
     if model.characters:
         steps.append(normalizers.Precompiled(model.characters))
     if model.remove_extra_whitespaces:
@@ -142,7 +142,7 @@ def tokenizer_json(name: str, file: bytes) -> dict[str, Any]:
         longest_first = sorted(symbols, key=len, reverse=True)
         pattern = "|".join(re.escape(symbol) for symbol in longest_first)
         made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:
         parts.append(decoders.Strip(" ", 1, 0))
     made.decoder = decoders.Sequence(parts)

@@ -51,7 +51,8 @@ class Buckets(NamedTuple):
         distance = np.arange(-self.max_distance, self.max_distance + 1)
         if self.both_ways:
             each = self.number // 2
-            return np.where(distance > 0, each, 0) + self._one_way(np.abs(distance), each)
+            later = np.where(distance > 0, each, 0).astype(np.int32)
+            return later + self._one_way(np.abs(distance), each)
         return self._one_way(np.maximum(-distance, 0), self.number)
 
     def _one_way(self, distance: np.ndarray, number: int) -> np.ndarray:

@@ -157,13 +157,14 @@ def _backward_blocks(
     do_NQA: Array,
     bias: Bias | None,
 ) -> tuple[Array, Array, Array, Any]:
-    """(dq, dk, dv, the gradient of the bias [N, X]; () without one).
+    """(dq, dk, dv, the gradient of the bias [N, X]; 0 without one).
 
     Scores lie keys first here: then only one of the five products needs a transposed operand.
     """
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
-    dqs, dbias_NX = [], 0
+    dqs = []
+    dbias_NX: Any = 0
     # A key is seen by queries of several blocks, whose gradients are added up.
     dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
     dv_NSA = jnp.zeros_like(v_NSA, dtype=wide)
@@ -176,7 +177,8 @@ def _backward_blocks(
         seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
         # The scores once more, instead of kept from the forward pass.
         score_NKQ = scores.of(dot("NKA,NQA->NKQ", k_NKA, q))
-        biased_NKQ, bucket_QK = score_NKQ, None
+        biased_NKQ = score_NKQ
+        bucket_QK: Any = None
         if bias is not None:
             bucket_QK = bias.bucket(queries.start, q.shape[1], _indices(keys))
             added_NQK = bias.added(bucket_QK, queries.start)
@@ -194,5 +196,5 @@ def _backward_blocks(
         dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
         dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)
     dq_NQA = jnp.concatenate(dqs, axis=1)
-    gradients = zip((dq_NQA, dk_NSA, dv_NSA), (q_NQA, k_NSA, v_NSA), strict=True)
-    return *(dz.astype(z.dtype) for dz, z in gradients), dbias_NX
+    dk_NSA, dv_NSA = dk_NSA.astype(k_NSA.dtype), dv_NSA.astype(v_NSA.dtype)
+    return dq_NQA.astype(q_NQA.dtype), dk_NSA, dv_NSA, dbias_NX

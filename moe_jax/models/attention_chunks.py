@@ -283,7 +283,8 @@ def backward(
         q_NCA, do_NCA = pair.queries(q_NQA), pair.queries(do_NQA)
         k_NKA, v_NKA = pair.keys(k_NSA), pair.keys(v_NSA)
         score_NCK = scores.of(dot("NCA,NKA->NCK", q_NCA, k_NKA))
-        biased_NCK, bucket_CK = score_NCK, None
+        biased_NCK = score_NCK
+        bucket_CK: Any = None
         if bias is not None:
             bucket_CK = bias.bucket(pair.query, plan.queries, pair.key_places())
             biased_NCK = score_NCK + bias.added(bucket_CK, 0)

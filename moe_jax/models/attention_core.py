@@ -141,8 +141,8 @@ def attention(
 ) -> Array:
     """o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
 
-    One that sees none gives zero. `bias_LH`: what is added to the scores of each head by `buckets` of
-    distances, where queries and keys are the same tokens. `sink_H`: scores that stand in the
+    One that sees none gives zero. `bias_LH`: what is added to the scores of each head by `buckets`
+    of distances, where queries and keys are the same tokens. `sink_H`: scores that stand in the
     softmax of each head beside the others, without a value. Values may have another width than
     keys.
 
@@ -204,7 +204,7 @@ def decode_attention(
     score_BGrqS = jnp.einsum("BqGrA,BGSA->BGrqS", q_BqGrA, k_BGSA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
     score_BGrqS = Scores(scale, cap).of(score_BGrqS)
-    if buckets is not None:
+    if buckets is not None and bias_LH is not None and position_Bq is not None:
         added_BHqS = attention_bias.of_slots(bias_LH, buckets, position_Bq, k_BGSA.shape[2])
         score_BGrqS = score_BGrqS + added_BHqS.reshape(score_BGrqS.shape)
     score_BGrqS = jnp.where(seen_BGrqS, score_BGrqS, MASKED)

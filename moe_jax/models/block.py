@@ -57,6 +57,9 @@ class Beside(NamedTuple):
     shared: Shared = {}
 
 
+NOTHING = Beside()
+
+
 class Block(nnx.Module):
     """`block(x_BSD, batch, rng, train, beside) -> (x_BSD, sums)`;
     `block.cached(x_BSD, batch, rng, cache, beside) -> (x_BSD, cache)`.
@@ -94,7 +97,7 @@ class Block(nnx.Module):
             self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
     def __call__(
-        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, beside: Beside = Beside()
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, beside: Beside = NOTHING
     ) -> tuple[Array, depth.Sums]:
         if not self.wrapped:
             attended, fed, sums = self._added(x_BSD, batch, rng, train, beside)
@@ -107,7 +110,7 @@ class Block(nnx.Module):
         return depth.through(update, self.depth["router"], x_BSD, batch, train, self.cfg)
 
     def cached(
-        self, x_BSD: Array, batch: Batch, rng: Array, cache: Any, beside: Beside = Beside()
+        self, x_BSD: Array, batch: Batch, rng: Array, cache: Any, beside: Beside = NOTHING
     ) -> tuple[Array, Any]:
         """Returns the tokens after the block, which follow those in its cache, and the cache with
         them.
@@ -152,9 +155,7 @@ class Block(nnx.Module):
         """(what attention adds, what the feed-forward adds, cache)."""
         h = self._before("attention", x_BSD)
         seen = (self._prefix(batch), chosen_BM)
-        attended, cache = self.attention.cached(
-            h, batch.position_BS, cache, *seen, beside.shared
-        )
+        attended, cache = self.attention.cached(h, batch.position_BS, cache, *seen, beside.shared)
         attended = self._after("attention", attended)
         attended, fed, _ = self._rest(x_BSD, attended, batch, rng, False, beside.source)
         return attended, fed, cache

@@ -1,9 +1,10 @@
 """A stack of blocks: a prefix, a period that repeats, a suffix.
 
 A module that has one has them as `prefix`, `repeats` (as layout.draw_repeats makes them) and
-`suffix`, and as `shared` the weights that they have in common, if there are any. With `scan`, one period is stacked over the repeats and run by lax.scan: equal first
-values, equal functions. Every block returns `(x, sums)`; the sums of one name are stacked to [L, B,
-...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
+`suffix`, and as `shared` the weights that they have in common, if there are any. With `scan`, one
+period is stacked over the repeats and run by lax.scan: equal first values, equal functions. Every
+block returns `(x, sums)`; the sums of one name are stacked to [L, B, ...] in the order of the
+blocks that have it: the MoE blocks, or the depth blocks.
 
 Shapes: B rows, S sequence, D model, L MoE layers, M slots of the cache.
 """
@@ -19,7 +20,7 @@ from jax import Array
 from moe_jax import layout
 from moe_jax.models import attention_layout, depth
 from moe_jax.models.attentions import ATTENTIONS
-from moe_jax.models.block import Beside, Block, Look
+from moe_jax.models.block import NOTHING, Beside, Block, Look
 from moe_jax.moe.dispatch import exchange
 from moe_jax.moe.experts import grouped_matmul
 from moe_jax.moe.layer import Batch
@@ -144,7 +145,7 @@ def run_repeats(
     """(x_BSD, sums) after the repeats that a module has, which are some of those of its config:
     `first` is the number of the first one, counted from 0.
     """
-    return _run_repeats(model, _runner(model, batch, rng, train, 1, Beside()), x_BSD, first)
+    return _run_repeats(model, _runner(model, batch, rng, train, 1, NOTHING), x_BSD, first)
 
 
 def _run_repeats(

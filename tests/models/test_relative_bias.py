@@ -1,5 +1,5 @@
-"""T5's relative position bias: buckets as in transformers, every kernel against a plain softmax, and
-what the blocks of a stack share. tests/interchange compares whole models with transformers.
+"""T5's relative position bias: buckets as in transformers, every kernel against a plain softmax,
+and what the blocks of a stack share. tests/interchange compares whole models with transformers.
 """
 
 import functools
@@ -30,7 +30,9 @@ T5 = OPTIONS["T5, Switch"]
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
-@pytest.mark.parametrize(("number", "max_distance"), [(32, 128), (8, 20), (6, 5), (4, 3), (64, 500)])
+@pytest.mark.parametrize(
+    ("number", "max_distance"), [(32, 128), (8, 20), (6, 5), (4, 3), (64, 500)]
+)
 def test_buckets_are_those_of_transformers(number, max_distance, both_ways):
     buckets = Buckets(number, max_distance, both_ways)
     distance = np.arange(-700, 701)
@@ -56,7 +58,7 @@ def test_buckets_worked_by_hand():
 
 
 def draw(r, number, seed=0):
-    """(q, k, v, bias), segments with padding in the middle, which tokens are a prefix, a cotangent."""
+    """(q, k, v, bias), segments with padding in the middle, tokens of a prefix, a cotangent."""
     rng = np.random.default_rng(seed)
     G = 2
     segment = np.stack([np.repeat([1, 0, 2, 3], n) for n in ([30, 5, 20, 15], [1, 9, 50, 10])])
@@ -192,7 +194,7 @@ def names_of(changes):
     return {name: x.shape for name, x in flat.flatten(params).items()}
 
 
-def test_the_blocks_of_a_stack_share_one_table():
+def test_the_blocks_of_a_stack_share_one_table(float64):
     assert names_of(T5)["shared/relative_bias"] == (6, 4)
     assert not any("shared/" in name for name in names_of({}))
     both = names_of(T5 | {"model.kind": "encdec", "task": "translation"})

@@ -1,9 +1,9 @@
-"""Switch Transformers (Fedus et al. 2021, arXiv:2101.03961): T5 with experts in some layers, of which
-a token takes one, times its probability.
+"""Switch Transformers (Fedus et al. 2021, arXiv:2101.03961): T5 with experts in some layers, of
+which a token takes one, times its probability.
 
 An expert has `expert_capacity` places in each row, and what finds none is dropped, at evaluation as
-well. Where that is no less than UNBOUNDED nothing drops. transformers counts padding as tokens that
-take places; we do not, so both are the same for rows whose padding is at their end.
+well. Where that is no less than UNBOUNDED nothing drops. In transformers padding takes places too,
+and here it does not: both are the same for rows whose padding is at their end.
 """
 
 from typing import Any

@@ -24,7 +24,7 @@ ACTIVATIONS = {
 
 
 def activation() -> Entry:
-    """Returns the entry of `feed_forward_proj`, and of the two keys that transformers makes of it."""
+    """Returns the entry of `feed_forward_proj`, and of two keys that transformers makes of it."""
 
     def read(settings: Settings) -> dict[str, Any]:
         told = settings.get("feed_forward_proj", "relu")

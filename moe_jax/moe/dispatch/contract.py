@@ -67,8 +67,8 @@ class Dispatcher(NamedTuple):
     # What happens to the load beyond the rows that are held, for the resource card; "" = there is
     # none.
     overflow: str = ""
-    # options -> what drops is a property of the model, so that it drops at evaluation, in an encoder
-    # and in a model that is exported, too.
+    # options -> what drops is a property of the model, so that it drops at evaluation, in an
+    # encoder and in a model that is exported, too.
     of_the_model: Callable[[Any], bool] = of_the_training
     # (options, the path of its block, the length of the expert axis) -> what a run is told at its
     # start, one sentence each.
