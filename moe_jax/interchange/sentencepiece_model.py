@@ -10,7 +10,8 @@ What SentencePiece does to a text, and what stands for it in a tokenizer.json:
     the normalisation of characters     Precompiled, of the same table
     spaces at both ends and double ones Replace, where the model removes them
     a space before the text, U+2581     Prepend and Replace
-    symbols that a user defined         Split, so that nothing else is made of them
+    symbols that a user defined         Split, so that nothing else is made of them; and so that
+                                        nothing that is written as a byte becomes one
     unigram or BPE, bytes as a last way the same; of BPE, merges in the order of scores
 """
 
@@ -26,6 +27,8 @@ SPACE = "\u2581"
 # Types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
+# What "<0x41>" in a text begins with: six characters, which SentencePiece never takes for a byte.
+WRITTEN_BYTE = "<(?=0x[0-9A-F]{2}>)"
 # Pieces that stand side by side in a text of the comparison.
 PROBE = 8
 
@@ -137,11 +140,14 @@ def tokenizer_json(name: str, file: bytes) -> dict[str, Any]:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
     made.normalizer = normalizers.Sequence(steps)
-    if symbols := [piece.text for piece in model.of_type(USER_DEFINED)]:
-        # Of two that begin alike the longer one is meant.
-        longest_first = sorted(symbols, key=len, reverse=True)
-        pattern = "|".join(re.escape(symbol) for symbol in longest_first)
-        made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    symbols = [piece.text for piece in model.of_type(USER_DEFINED)]
+    # Of two that begin alike the longer one is meant.
+    alone = [re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True)]
+    if model.byte_fallback:
+        alone.append(WRITTEN_BYTE)
+    if alone:
+        pattern = tokenizers.Regex("|".join(alone))
+        made.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:
         parts.append(decoders.Strip(" ", 1, 0))
@@ -167,15 +173,9 @@ def _refusals(model: Model) -> Iterator[str]:
 def _unigram(model: Model) -> Any:
     import tokenizers
 
-    lowest = min((piece.score for piece in model.of_type(NORMAL)), default=0.0)
     numbers = [piece.type for piece in model.pieces]
-
-    def score(piece: Piece) -> float:
-        # "<0x41>" in a text is six characters: SentencePiece never takes it for a byte.
-        return PROBE * lowest - 1 if piece.type == BYTE else piece.score
-
     return tokenizers.models.Unigram(
-        [(piece.text, score(piece)) for piece in model.pieces],
+        [(piece.text, piece.score) for piece in model.pieces],
         unk_id=numbers.index(UNKNOWN),
         byte_fallback=model.byte_fallback,
     )

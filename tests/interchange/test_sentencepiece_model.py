@@ -81,7 +81,8 @@ def test_transformers_gives_the_same_ids(kind, trained, lines, tmp_path):
         ids = ours.encode(text).tolist()
         assert theirs(text)["input_ids"] == ids, text
         if KINDS[kind].get("byte_fallback"):
-            assert theirs.decode(ids) == text
+            # U+2581 comes back as a space, from SentencePiece too.
+            assert theirs.decode(ids) == ours.decode(ids) == text.replace("\u2581", " ")
     assert theirs.eos_token == "</s>" and theirs.eos_token_id == ours.boundary_id
 
 
