@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from moe_jax import config
 from moe_jax.checkpoint import flat
@@ -122,6 +123,8 @@ def load(source: Path, seq_len: int | None = None, lengths: Lengths | None = Non
         config.allow_float64(raw)
         cfg = config.build(raw, num_devices)
         refuse_misfits(plan, folder, family, cfg.model)
+        if cfg.model.tie_embeddings:
+            refuse_other_head(folder, family)
         notes = noted(folder, family, cfg, longest)
         parts = assembled(plan, folder, abstract_parts(cfg))
     num_tensors = sum(len(made_of) for made_of in plan.values())
@@ -231,9 +234,26 @@ def refuse_misfits(
             )
 
 
+def refuse_other_head(folder: tensors.Folder, family: Family) -> None:
+    """Raises UserError for a head that should be the embedding, and is another matrix."""
+    head, embedding = head_of(family), end_of(family, "ends/embed")
+    if head not in folder.names():
+        return
+    if not np.array_equal(folder.read(head), folder.read(embedding)):
+        raise UserError(
+            f"{folder.where(head)}: {head} is not {embedding}, although config.json ties them: set "
+            "tie_word_embeddings to false there"
+        )
+
+
 def head_of(family: Family) -> str:
     """Returns the name of the head's tensor."""
-    return next(row.theirs for row in family.ends if row.ours == "ends/head")
+    return end_of(family, "ends/head")
+
+
+def end_of(family: Family, ours: str) -> str:
+    """Returns the name of a tensor of theirs outside of the blocks."""
+    return next(row.theirs for row in family.ends if row.ours == ours)
 
 
 def assembled(

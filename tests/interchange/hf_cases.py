@@ -46,8 +46,9 @@ SEQ2SEQ_SIZES = {
     "d_kv": 8,
     "d_ff": 20,
     "num_heads": 4,
-    "num_layers": 3,
-    "num_decoder_layers": 4,
+    # transformers makes the decoder's cache for the layers of the encoder.
+    "num_layers": 4,
+    "num_decoder_layers": 3,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 10,
     "decoder_start_token_id": START,
@@ -121,13 +122,12 @@ SEQ2SEQ = {
     "t5": {},
     "switch_transformers": {
         "num_experts": 4,
-        "num_sparse_encoder_layers": 1,
-        "num_sparse_decoder_layers": 2,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 1,
     },
 }
 EVERY_SEQ2SEQ = {
     "plain": {},
-    "untied": {"tie_word_embeddings": False},
     "epsilon": {"layer_norm_epsilon": 1e-2},
     "many buckets, as many layers": {
         "relative_attention_num_buckets": 32,
@@ -245,7 +245,14 @@ OPTIONS = {
     },
     "flex_olmo": {"renormalised": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
     "t5": {
-        "gated gelu": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        # More layers of these weights make differences of rounding too large to tell anything.
+        "gated gelu": {
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+        },
+        "unscaled head": {"tie_word_embeddings": False},
         "gated silu": {"feed_forward_proj": "gated-silu"},
         "gelu": {"feed_forward_proj": "gelu_new"},
     },
@@ -253,7 +260,7 @@ OPTIONS = {
         "what finds no place": {"expert_capacity": 2},
         "a bias of the router": {"router_bias": True, "expert_capacity": 3},
         "gelu": {"dense_act_fn": "gelu_new"},
-        "experts everywhere": {"num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 4},
+        "experts everywhere": {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 3},
         "experts in the decoder alone": {"encoder_sparse_step": 0, "decoder_sparse_step": 3},
     },
 }

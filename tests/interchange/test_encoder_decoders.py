@@ -3,6 +3,8 @@
 test_families.py has their logits.
 """
 
+import json
+
 import hf_cases
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from moe_jax.errors import UserError
 from moe_jax.interchange.exporting import export_model
 from moe_jax.interchange.families import FAMILIES, switch_transformers
+from moe_jax.interchange.importing import import_model
 from moe_jax.interchange.meaning import meaning
 from moe_jax.models.functions import make_model
 from moe_jax.parallel import mesh
@@ -73,6 +76,28 @@ def test_copies_of_the_embedding_are_passed_over(tmp_path):
     assert np.abs(logits - hf_cases.their_logits(model, hf_cases.ids())).max() < 1e-5
 
 
+def test_a_head_that_is_not_the_embedding_is_told(tmp_path):
+    """As transformers saves T5 1.1: its config says that the head is tied, and it is not."""
+    model = hf_cases.theirs("t5", {"tie_word_embeddings": False})
+    folder = hf_cases.saved(model, tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["shared.weight"][::-1].copy()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        import_model(folder, tmp_path / "ours")
+    assert str(error.value) == (
+        f"{folder / 'model.safetensors'}: lm_head.weight is not shared.weight, although "
+        "config.json ties them: set tie_word_embeddings to false there"
+    )
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    run = hf_cases.imported(folder, tmp_path / "ours")
+    assert not run.config.model.tie_embeddings and run.config.model.head_scale == 1
+    theirs = hf_cases.loaded(folder)
+    logits = hf_cases.our_logits(run, hf_cases.ids())
+    assert np.abs(logits - hf_cases.their_logits(theirs, hf_cases.ids())).max() < 1e-5
+
+
 @pytest.mark.parametrize("step", range(5))
 def test_layers_with_experts_are_those_of_transformers(step):
     """0 = none; every layer; every second, third and fourth, from the second one on."""
@@ -98,6 +123,8 @@ OURS = {
     "model.period": ("dense", "moe"),
     "model.kinds.encdec.encoder_period": ("dense", "moe"),
     "model.kinds.encdec.encoder_repeats": 1,
+    "model.tie_embeddings": True,
+    "model.head_scale": 0.25,
     "model.repeats": 1,
     "model.ffn_hidden": 16,
     "model.moe.router": "switch",
@@ -126,8 +153,6 @@ def made(folder, changes):
             {
                 "model.moe.dispatcher": "capacity",
                 "model.moe.dispatchers.capacity.places": 3,
-                "model.tie_embeddings": True,
-                "model.head_scale": 0.25,
             },
             marks=pytest.mark.full,
         ),
@@ -137,7 +162,8 @@ def made(folder, changes):
                 "model.period": ("dense",),
                 "model.kinds.encdec.encoder_period": ("dense",),
                 "model.activation": "geglu",
-                "model.scan": True,
+                "model.tie_embeddings": False,
+                "model.head_scale": 1.0,
             },
         ),
     ],
@@ -156,7 +182,8 @@ def test_a_run_of_ours_computes_the_same_in_transformers(family, changes, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.attention_scale": 0.5}, "model.attention_scale = 0.5, and switch_transformers"),
+        ({"model.attention_scale": 0.3}, "model.attention_scale = 0.3, and switch_transformers"),
+        ({"model.tie_embeddings": False}, "model.tie_embeddings = False, and switch_transformers"),
         ({"model.ffn_hidden": 32}, "model.moe.expert_hidden = 16, and switch_transformers has 32"),
         (
             {"model.period": ("moe", "dense")},

@@ -128,6 +128,11 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
             {"dense_act_fn": "gelu"},
             'dense_act_fn = "gelu": moe_jax reads relu and gelu_new',
         ),
+        (
+            "switch_transformers",
+            {"tie_word_embeddings": False},
+            "tie_word_embeddings = false: transformers then has other embeddings in the encoder",
+        ),
         ("switch_transformers", {"expert_capacity": 0}, "expert_capacity = 0: it must be a whole"),
         ("switch_transformers", {"depth": 3}, "depth = 3: moe_jax knows no such option of switch"),
         (

@@ -69,14 +69,20 @@ def activation() -> Entry:
 
 
 def head() -> Entry:
-    """Returns the entry of the head, which reads the last norm scaled where it is tied."""
+    """Returns the entry of the head, which is tied and reads the last norm scaled."""
 
     def read(settings: Settings) -> dict[str, Any]:
-        tied = settings.get("tie_word_embeddings", True)
-        return {t5.TIED: tied, t5.HEAD_SCALE: t5.head_scale(settings, tied, D_MODEL)}
+        if not settings.get("tie_word_embeddings", True):
+            raise settings.refusal(
+                "tie_word_embeddings",
+                "transformers then has other embeddings in the encoder than in the decoder, and "
+                "moe_jax has one of both",
+            )
+        return {t5.TIED: True, t5.HEAD_SCALE: t5.head_scale(settings, True, D_MODEL)}
 
     def write(config: Ours) -> dict[str, Any]:
-        return {"tie_word_embeddings": config[t5.TIED]}
+        del config
+        return {"tie_word_embeddings": True}
 
     return Entry(read, write)
 
