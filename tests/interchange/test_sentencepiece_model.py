@@ -159,3 +159,16 @@ def test_what_a_tokenizer_json_cannot_say_is_one_line(options, said, lines, tmp_
 def test_what_is_no_model_is_refused(file):
     with pytest.raises(UserError, match="sp is no SentencePiece model"):
         sentencepiece_model.read("sp", file)
+
+
+def test_two_cuts_of_a_text_may_be_equally_likely(trained):
+    """Three dashes are one and two, or two and one: the same sum in another order."""
+    pieces = tuple(
+        sentencepiece_model.Piece(text, score, sentencepiece_model.NORMAL)
+        for text, score in (("-", -3.1), ("--", -4.7), ("---", -7.9))
+    )
+    model = sentencepiece_model.read("sp", trained["unigram"])._replace(pieces=pieces)
+    assert sentencepiece_model.are_tied(model, [0, 1], [1, 0])
+    assert not sentencepiece_model.are_tied(model, [0, 1], [2])
+    bpe = model._replace(type=sentencepiece_model.BPE)
+    assert not sentencepiece_model.are_tied(bpe, [0, 1], [1, 0])
