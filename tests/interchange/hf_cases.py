@@ -413,8 +413,14 @@ def their_targets(model, number, num_rows=2):
     """The ids [B, N] that transformers makes of source rows; behind START all are START."""
     source_BT, valid_BT = (torch.tensor(z, dtype=torch.long) for z in sources(range(num_rows)))
     with torch.no_grad():
+        # Said here, because a run without a tokenizer does not say it in what it exports.
+        ends = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
         id_BN = model.generate(
-            source_BT, attention_mask=valid_BT, max_new_tokens=number, do_sample=False
+            source_BT,
+            attention_mask=valid_BT,
+            max_new_tokens=number,
+            do_sample=False,
+            **dict.fromkeys(ends, START),
         ).numpy()
     rest = ((0, 0), (0, number + 1 - id_BN.shape[1]))
     return np.pad(id_BN, rest, constant_values=START)[:, 1:]
