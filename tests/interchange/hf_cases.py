@@ -249,8 +249,8 @@ OPTIONS = {
         "gated gelu": {
             "feed_forward_proj": "gated-gelu",
             "tie_word_embeddings": False,
-            "num_layers": 2,
-            "num_decoder_layers": 2,
+            "num_layers": 1,
+            "num_decoder_layers": 1,
         },
         "unscaled head": {"tie_word_embeddings": False},
         "gated silu": {"feed_forward_proj": "gated-silu"},

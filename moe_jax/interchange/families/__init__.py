@@ -41,6 +41,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": gpt_oss.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
-    "switch_transformers": switch_transformers.FAMILY,
+    # Before the one below, which is the same where no layer has experts.
     "t5": t5.FAMILY,
+    "switch_transformers": switch_transformers.FAMILY,
 }
