@@ -10,6 +10,7 @@ value is drawn.
     attention bias q, k, v   0                          [H or G, A]     heads, -
     attention bias o         0                          [D]             -
     attention sinks          0                          [H]             heads
+    relative bias            N(0, 1/D)                  [buckets, H]    -, heads
     latent attention         models/attentions/latent.py, `weights`
     query and key norm       1, or 0 (norm_plus_one)    [A] or          -
                                                         [H or G, A]     heads, -

@@ -65,7 +65,7 @@ def print_families(names: list[str]) -> None:
 
     print("| family | import | export | bit for bit | logits, ours | logits, exported | text |")
     print("|---|---|---|---|---|---|---|")
-    for family in names or hf_cases.CONFIGS:
+    for family in names or (*hf_cases.CONFIGS, *hf_cases.SEQ2SEQ):
         cases = [changes for name, changes in hf_cases.CASES.values() if name == family]
         found = [of_model(family, changes) for changes in cases]
         number = len(found)

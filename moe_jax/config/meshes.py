@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from moe_jax.models import MODELS
 from moe_jax.models.attention_core import SPLASH
+from moe_jax.models.stack import shared_weights
 from moe_jax.parallel import context
 from moe_jax.schema.blocks import is_depth
 from moe_jax.schema.config import Config
@@ -89,6 +90,12 @@ def pipeline(cfg: Config) -> Iterator[str]:
             f"one stack of blocks, and this model has {len(model.stacks)}"
         )
         return
+    if common := shared_weights(model):
+        yield (
+            f'mesh.stage ({stages}) must be 1 with model.attention = "{model.attention}": the '
+            f"blocks of a stack share weights ({', '.join(common)}), which no stage could have "
+            "alone"
+        )
     if not model.scan:
         yield f"mesh.stage ({stages}) splits stacked layers: set model.scan = True"
     places = stages * train.pipeline_chunks

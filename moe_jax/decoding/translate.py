@@ -22,7 +22,7 @@ from moe_jax import layout
 from moe_jax.decoding.sample import Dials, draw
 from moe_jax.errors import UserError
 from moe_jax.models import decoder, encdec
-from moe_jax.models.decodable import token_by_token, why_not_cached
+from moe_jax.models.decodable import reading_sources, token_by_token, why_not_cached
 from moe_jax.models.functions import make_model
 from moe_jax.models.stack import empty_caches
 from moe_jax.moe.layer import Batch
@@ -52,16 +52,16 @@ def make_translator(
     _refuse_undecodable(model_cfg)
     # No token may be dropped, and what the layers keep is a list of layers, not a stack.
     cfg = token_by_token(model_cfg)
-    bind = make_model(cfg).bind
+    bind, bind_reader = make_model(cfg).bind, make_model(reading_sources(model_cfg)).bind
     begin = _begin_encdec if cfg.kind == encdec.NAME else _begin_decoder
 
     @jax.jit
     def translate(params: Any, router_state: Any, source: Batch, dials: Dials) -> jax.Array:
         params = layout.unstack(params, model_cfg)
         router_state = layout.unstack(router_state, model_cfg)
-        model = bind(params, router_state)
+        model, reader = bind(params, router_state), bind_reader(params, router_state)
         source = jax.tree.map(_split_rows, source)
-        start = begin(model, cfg, source, max_tokens, boundary_id)
+        start = begin(model, reader, cfg, source, max_tokens, boundary_id)
         return _decode(start, source, dials, max_tokens, boundary_id, vocab_size)
 
     return translate
@@ -143,10 +143,10 @@ def _one_token(
 
 
 def _begin_encdec(
-    model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int
+    model: Any, reader: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int
 ) -> Start:
-    """Encodes the source; the target begins with the boundary token."""
-    encoded, _ = model.encode(source, jax.random.key(0), False)
+    """Encodes the source by `reader`; the target begins with the boundary token."""
+    encoded, _ = reader.encode(source, jax.random.key(0), False)
     memories = model.memories(encoded)
 
     def forward(id_B, position_B, live_B, caches):
@@ -159,13 +159,13 @@ def _begin_encdec(
 
 
 def _begin_decoder(
-    model: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int
+    model: Any, reader: Any, cfg: ModelConfig, source: Batch, max_tokens: int, boundary_id: int
 ) -> Start:
     """Runs the source once, which leaves its keys and values.
 
     Its last token goes through again as the first token, which gives the first logits.
     """
-    del boundary_id
+    del reader, boundary_id
     num_rows, length = source.id_BS.shape
     num_slots = length + max_tokens
     caches = empty_caches(cfg, num_rows, num_slots)

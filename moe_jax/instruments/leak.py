@@ -316,6 +316,8 @@ def combinations(raw: Mapping[str, Any]) -> Iterator[Config]:
     for options in moe["dispatchers"].values():
         if "factor" in options:
             options["factor"] = TIGHT
+        if "places" in options:
+            options["places"] = 0
     # Some losses need a router that has their sums, and nothing is trained here.
     moe["losses"] = dict.fromkeys(moe["losses"], 0.0)
     moe["adaptive"]["rate"] = 0.0

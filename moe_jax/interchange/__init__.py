@@ -15,6 +15,8 @@ do.
     fp8.py           matrices of eight bits, unpacked
     shards.py        a parameter on the devices of a mesh, each with its own part
     tensors.py       folders of safetensors, read and written a part at a time
-    tokenizers.py    tokenizer.json
+    t5.py            what T5 and its descendants share
+    tokenizer_files.py  tokenizer.json
+    sentencepiece_model.py  a SentencePiece model as a tokenizer.json
     importing.py, exporting.py
 """

@@ -1,15 +1,35 @@
 """What a family of models is: how its config and its tensors are those of a model of ours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.errors import UserError
 from moe_jax.interchange.entries import Entry, Ours
-from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, laid_out
+from moe_jax.interchange.meaning import (
+    BLOCKS,
+    ENCODER,
+    ENCODER_BLOCKS,
+    LAYER_ATTENTIONS,
+    laid_out,
+    shortest,
+)
 from moe_jax.interchange.rows import Row
 from moe_jax.interchange.settings import HARMLESS, Settings
 from moe_jax.interchange.tensors import Folder
-from moe_jax.schema.blocks import without_attention
+from moe_jax.schema.blocks import Stack, without_attention
+
+
+class Encoder(NamedTuple):
+    """The encoder of a family of encoder-decoders, whose blocks all have the attention of the
+    decoder's.
+    """
+
+    # The parts of a block, by its kind.
+    blocks: dict[str, tuple[Row, ...]]
+    # What the names of a layer's tensors begin with; {} is its number.
+    layer: str
+    # What the keys of its blocks begin with in our config.
+    keys: str = "model.kinds.encdec.encoder_"
 
 
 class Family(NamedTuple):
@@ -43,6 +63,9 @@ class Family(NamedTuple):
     copies: tuple[Row, ...] = ()
     # What names of tensors end with that are in float32 at least, whatever the others are.
     wide: tuple[str, ...] = ()
+    # What is before the blocks of a decoder; None = it is a decoder alone. Its config then has
+    # meaning.ENCODER_BLOCKS, too.
+    encoder: Encoder | None = None
 
     def read(self, settings: Settings) -> dict[str, Any]:
         """Returns the keys of ours, by their paths, that the settings say.
@@ -60,6 +83,9 @@ class Family(NamedTuple):
         if self.further_layers:
             settings.get(self.further_layers)
         settings.refuse_unread(self.model_type, HARMLESS)
+        if self.encoder:
+            of_encoder = shortest(ours.pop(ENCODER_BLOCKS))._asdict()
+            ours |= {self.encoder.keys + part: value for part, value in of_encoder.items()}
         kinds = ours.pop(BLOCKS)
         attentions = ours.pop(LAYER_ATTENTIONS, ("grouped_query",) * len(kinds))
         return ours | laid_out(kinds, attentions)
@@ -83,15 +109,30 @@ class Family(NamedTuple):
         named = bool(self.further_layers) and name.startswith(before) and number.isdecimal()
         return named and int(number) >= num_layers
 
-    def rows(self, kinds: tuple[str, ...]) -> Iterator[tuple[int | None, Row]]:
-        """Yields (number of the block, row) of every parameter that a model of these blocks may
-        have; None: it lies outside of the blocks.
+    def rows(self, stacks: Mapping[str, Stack]) -> Iterator[tuple[str, str, Row]]:
+        """Yields (what the name of ours begins with, what that of theirs does, row) of every
+        parameter that a model of these stacks may have.
         """
         for row in self.ends:
-            yield None, row
-        for number, kind in enumerate(kinds):
-            inside = without_attention(kind)
-            if inside not in self.blocks:
-                raise UserError(f'{self.model_type} has no block of kind "{kind}"')
-            for row in self.blocks[inside]:
-                yield number, row
+            yield "", "", row
+        # Layers that predict further tokens are counted on behind those of the model.
+        num_own = 0
+        for name, stack in stacks.items():
+            is_encoder = name == ENCODER
+            part, first = (self.encoder, 0) if is_encoder else (self, num_own)
+            num_own += 0 if is_encoder else len(stack.blocks)
+            names = [f"{name}/{block}" if name else block for block in block_names(stack)]
+            for number, (below, kind) in enumerate(zip(names, stack.blocks, strict=True), first):
+                inside = without_attention(kind)
+                if part is None or inside not in part.blocks:
+                    raise UserError(f'{self.model_type} has no block of kind "{kind}"')
+                for row in part.blocks[inside]:
+                    yield below, part.layer.format(number), row
+
+
+def block_names(stack: Stack) -> list[str]:
+    """Returns what the names of each block's parameters begin with, in the order of the blocks."""
+    names = [f"prefix/{i}/" for i in range(len(stack.prefix))]
+    for repeat in range(stack.repeats):
+        names += [f"repeats/{repeat}/blocks/{i}/" for i in range(len(stack.period))]
+    return names + [f"suffix/{i}/" for i in range(len(stack.suffix))]

@@ -28,20 +28,27 @@ from moe_jax.interchange import settings as their_settings
 from moe_jax.interchange.contract import Family
 from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.importing import as_raw, family_of, planned, shapes_of
-from moe_jax.interchange.meaning import BLOCKS, LAYER_ATTENTIONS, meaning
+from moe_jax.interchange.meaning import (
+    BLOCKS,
+    ENCODER,
+    ENCODER_BLOCKS,
+    LAYER_ATTENTIONS,
+    meaning,
+)
 from moe_jax.interchange.rows import Piece
 from moe_jax.interchange.settings import Settings
 from moe_jax.models import mtp
-from moe_jax.models.decodable import why_not_decoded
+from moe_jax.models.decodable import why_not_cached, why_not_decoded
 from moe_jax.models.ends import embedding_scale
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.run import Run
 from moe_jax.schema.config import ModelConfig
 
-SCALE, ROUTER = "model.embedding_scale", "model.moe.router"
+SCALE, ROUTER, KIND = "model.embedding_scale", "model.moe.router", "model.kind"
 # How messages call what is no key.
 WORDS = {
     BLOCKS: "the kinds of blocks (model.prefix, period, suffix)",
+    ENCODER_BLOCKS: "the kinds of blocks of the encoder (model.kinds.encdec.encoder_period)",
     LAYER_ATTENTIONS: "the attentions of the blocks (model.attention)",
 }
 # Names of dtypes in `config.json`, which transformers loads the tensors in.
@@ -86,7 +93,10 @@ def export_model(
     theirs |= {"dtype": dtype, "torch_dtype": dtype}
     if chosen.joins:
         theirs[chosen.further_layers] = mtp.num_depths(run.config.model)
-    notes = others_like(run, like, out, theirs) if like else others(run, out, theirs)
+    if like:
+        notes = others_like(run, like, out, theirs)
+    else:
+        notes = others(run, out, theirs, begins_targets=chosen.encoder is not None)
     write_json(out / "config.json", theirs)
     # What evaluation uses: the moving average where the run kept one.
     params = run.parameters if raw else run.judged
@@ -123,9 +133,11 @@ def export_model(
     return Exported(chosen.model_type, num_tensors, num_bytes, tuple(notes))
 
 
-def others(run: Run, out: Path, theirs: dict[str, Any]) -> list[str]:
+def others(run: Run, out: Path, theirs: dict[str, Any], begins_targets: bool) -> list[str]:
     """Writes the tokenizer of a run and how its texts are decoded, puts what they say into the
     config, and returns notes.
+
+    `begins_targets`: what is decoded begins with the boundary, behind no prompt.
     """
     # Not the ids that transformers takes where nothing is said.
     theirs |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -136,8 +148,9 @@ def others(run: Run, out: Path, theirs: dict[str, Any]) -> list[str]:
     try:
         tokenizer = run.tokenizer
         tokenizer_files.write(out, tokenizer, theirs["max_position_embeddings"])
-        theirs |= ends_of(tokenizer)
-        generation = generation_config(tokenizer, run.config.model.vocab_size)
+        ends = ends_of(tokenizer, begins_targets)
+        theirs |= ends
+        generation = ends | never_drawn(tokenizer, run.config.model.vocab_size)
     except UserError as error:
         notes.append(f"no tokenizer was written: {error}")
     write_json(out / "generation_config.json", generation)
@@ -179,7 +192,7 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
 
     Raises UserError, which names what does not fit, where there is none.
     """
-    if reason := why_not_decoded(run.config.model):
+    if reason := why_not_exported(run.config.model):
         raise UserError(f"{run.workdir} cannot be exported: {reason}")
     config_here = meaning(run.config)
     misfits: dict[str, list[str]] = {}
@@ -194,8 +207,16 @@ def fitting(run: Run, name: str) -> tuple[Family, dict[str, Any]]:
     raise UserError(f"{run.workdir} cannot be exported {what}: {misfits[nearest][0]}")
 
 
+def why_not_exported(model: ModelConfig) -> str:
+    """Returns why a model writes no text, behind a prompt or behind a source; "" where it does."""
+    return why_not_cached(model) if ENCODER in model.stacks else why_not_decoded(model)
+
+
 def differences(family: Family, theirs: dict[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Returns what a family cannot say of a model, a sentence for each key."""
+    if (ENCODER_BLOCKS in here) != (family.encoder is not None):
+        return [_said(family, KIND, here[KIND], None), *here]
+    # Those of an encoder are compared below.
     strange = [kind for kind in dict.fromkeys(here[BLOCKS]) if kind not in family.blocks]
     if strange:
         return [_said(family, BLOCKS, tuple(strange), tuple(family.blocks)), *here]
@@ -272,8 +293,8 @@ def _short(value: Any) -> str:
 
 def folded(params: Mapping[str, Any], scale: float, model: ModelConfig) -> dict[str, np.ndarray]:
     """Returns the parameters, by their names, that do without this factor on embeddings."""
-    # Every norm before the head.
-    norms = [name for name in params if name.endswith(("ends/norm_scale", "/out_norm_scale"))]
+    # Every norm before the head. That of an encoder (encoder/ends/norm_scale) is not before it.
+    norms = ["ends/norm_scale", *(name for name in params if name.endswith("/out_norm_scale"))]
 
     def times(array: Any, factor: float, plus: float = 0.0) -> np.ndarray:
         # Rounded once.
@@ -287,15 +308,21 @@ def folded(params: Mapping[str, Any], scale: float, model: ModelConfig) -> dict[
     return changed
 
 
-def ends_of(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the tokens that begin and end a text: our boundary is both."""
-    return {"bos_token_id": tokenizer.boundary_id, "eos_token_id": tokenizer.boundary_id}
+def ends_of(tokenizer: Tokenizer, begins_targets: bool) -> dict[str, int]:
+    """Returns the tokens that begin and end a text: our boundary is both.
+
+    `begins_targets`: it begins what is decoded behind a source, too, and follows its end.
+    """
+    names = ["bos_token_id", "eos_token_id"]
+    if begins_targets:
+        names += ["decoder_start_token_id", "pad_token_id"]
+    return dict.fromkeys(names, tokenizer.boundary_id)
 
 
-def generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def never_drawn(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """Returns how transformers decodes as we do: ids that no token has are never drawn."""
     unknown = list(range(tokenizer.vocab_size, vocab_size))
-    return ends_of(tokenizer) | ({"suppress_tokens": unknown} if unknown else {})
+    return {"suppress_tokens": unknown} if unknown else {}
 
 
 def tensors_of(

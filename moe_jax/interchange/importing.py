@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from moe_jax import config
 from moe_jax.checkpoint import flat
@@ -24,7 +25,6 @@ from moe_jax.interchange.families import FAMILIES
 from moe_jax.interchange.rows import Piece, pieces
 from moe_jax.interchange.settings import Settings
 from moe_jax.interchange.shards import Shards
-from moe_jax.models import mtp
 from moe_jax.models.block import moe_config
 from moe_jax.models.functions import make_model
 from moe_jax.moe.settings import adaptive_state
@@ -112,9 +112,11 @@ def load(
     theirs, where = their_settings.read(source)
     family = family_of(theirs, where)
     changes = family.read(Settings(theirs, where))
+    told = Settings(theirs, where)
     if with_mtp:
-        changes |= further.depths(Settings(theirs, where), family)
-    longest = Settings(theirs, where).number("max_position_embeddings", LONGEST_ROW)
+        changes |= further.depths(told, family)
+    # T5 has no positions that end, and says for how long rows it was made.
+    longest = told.number("max_position_embeddings", told.number("n_positions", LONGEST_ROW))
     changes["data.seq_len"] = seq_len or min(longest, LONGEST_ROW)
     if lengths:
         changes |= {f"mesh.{axis}": length for axis, length in lengths.written().items()}
@@ -136,6 +138,8 @@ def load(
         copies = list(further.copies(family, cfg.model, shapes_of(abstract)))
         # Before the first tensor is read, which may take long.
         refuse_misfits(plan, folder, family, cfg.model, {piece.name for _, piece in copies})
+        if cfg.model.tie_embeddings:
+            refuse_other_head(folder, family)
         further.refuse_others(family, copies, folder)
         notes = noted(folder, family, cfg, longest)
         parts = assembled(plan, folder, abstract)
@@ -201,14 +205,12 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
     no parameter has the name of a state.
     """
     ours = shapes_of(parts)
-    prefixes = block_names(cfg)
     plan = further.planned(family, cfg, ours)
-    for number, row in family.rows(cfg.blocks):
-        below = "" if number is None else prefixes[number]
+    for below, layer, row in family.rows(cfg.stacks):
+        name = below + row.ours
         # A family has rows of parameters that only some of its models have.
-        if below + row.ours in ours:
-            layer = "" if number is None else family.layer.format(number)
-            plan[below + row.ours] = list(pieces(row, ours[below + row.ours], layer))
+        if name in ours and row.fits(ours[name]):
+            plan[name] = list(pieces(row, ours[name], layer))
     for name in ours:
         # A state that training alone moves, and arrays that begin as zeros, have no tensor.
         of_training = name.rpartition("/")[2] in adaptive_state(moe_config(cfg))
@@ -221,15 +223,6 @@ def planned(family: Family, cfg: ModelConfig, parts: Mapping[str, Any]) -> dict[
 def shapes_of(parts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every array of a checkpoint's parts, by its name below its part."""
     return {name: x.shape for tree in parts.values() for name, x in flat.flatten(tree).items()}
-
-
-def block_names(cfg: ModelConfig) -> list[str]:
-    """Returns what the names of each block's parameters begin with, in the order of the blocks."""
-    names = [f"prefix/{i}/" for i in range(len(cfg.prefix))]
-    for repeat in range(cfg.repeats):
-        names += [f"repeats/{repeat}/blocks/{i}/" for i in range(len(cfg.period))]
-    names += [f"suffix/{i}/" for i in range(len(cfg.suffix))]
-    return names + [f"{mtp.NAME}/prefix/{k}/" for k in range(mtp.num_depths(cfg))]
 
 
 def refuse_misfits(
@@ -270,9 +263,26 @@ def refuse_misfits(
             )
 
 
+def refuse_other_head(folder: tensors.Folder, family: Family) -> None:
+    """Raises UserError for a head that should be the embedding, and is another matrix."""
+    head, embedding = head_of(family), end_of(family, "ends/embed")
+    if head not in folder.names():
+        return
+    if not np.array_equal(folder.read(head), folder.read(embedding)):
+        raise UserError(
+            f"{folder.where(head)}: {head} is not {embedding}, although config.json ties them: set "
+            "tie_word_embeddings to false there"
+        )
+
+
 def head_of(family: Family) -> str:
     """Returns the name of the head's tensor."""
-    return next(row.theirs for row in family.ends if row.ours == "ends/head")
+    return end_of(family, "ends/head")
+
+
+def end_of(family: Family, ours: str) -> str:
+    """Returns the name of a tensor of theirs outside of the blocks."""
+    return next(row.theirs for row in family.ends if row.ours == ours)
 
 
 def assembled(

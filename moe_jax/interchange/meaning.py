@@ -11,13 +11,19 @@ from typing import Any
 
 from moe_jax.models import mtp
 from moe_jax.models.attentions import ATTENTIONS
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.routing import ROUTERS
-from moe_jax.schema.blocks import without_attention
+from moe_jax.schema.blocks import Stack, without_attention
 from moe_jax.schema.config import Config, ModelConfig
 
 # In place of model.prefix, period, repeats and suffix: the kind of every block, in order, without
-# its attention; and in place of model.attention the attention of every block.
-BLOCKS, LAYER_ATTENTIONS = "blocks", "attentions"
+# its attention, those of an encoder for themselves; and in place of model.attention the attention
+# of every block.
+BLOCKS, ENCODER_BLOCKS, LAYER_ATTENTIONS = "blocks", "encoder_blocks", "attentions"
+# The stack of an encoder, among those of a model.
+ENCODER = "encoder"
+# By the names of stacks (schema/blocks.py).
+BLOCKS_OF = {"": BLOCKS, ENCODER: ENCODER_BLOCKS}
 PLAN = ("prefix", "period", "repeats", "suffix")
 # Below "model.": of training, of speed, of rounding.
 NOT_OF_THE_FUNCTION = (
@@ -27,7 +33,8 @@ NOT_OF_THE_FUNCTION = (
     *("attention", "block_attentions", *PLAN),
 )
 # Below "model.moe.". A model that is exported drops nothing, as one that is decoded
-# (models/decodable.py), and zeros of a rule are zeros of the weights.
+# (models/decodable.py), unless that is a property of the model; and zeros of a rule are zeros of
+# the weights.
 NOT_OF_THE_EXPERTS = (
     "group_rows",
     "ordering",
@@ -43,8 +50,9 @@ NOT_OF_THE_KIND = ("mtp_depths", "mtp_weight")
 def meaning(cfg: Config) -> dict[str, Any]:
     """Returns {path of a key: value} of all that decides what is computed of the next token."""
     model = mtp.without(cfg.model) if mtp.num_depths(cfg.model) else cfg.model
-    kinds = tuple(without_attention(kind) for kind in model.blocks)
-    values: dict[str, Any] = {BLOCKS: kinds, LAYER_ATTENTIONS: model.attentions}
+    values: dict[str, Any] = {LAYER_ATTENTIONS: model.attentions}
+    for name, stack in model.stacks.items():
+        values[BLOCKS_OF[name]] = tuple(without_attention(kind) for kind in stack.blocks)
     chosen = {
         "kind": ("kinds", model.kind_options),
         "activation": ("activations", model.activation_options),
@@ -57,7 +65,7 @@ def meaning(cfg: Config) -> dict[str, Any]:
             block, options = chosen[name]
             path = f"model.{block}.{value}"
             values |= _options(path, options)
-            for option in NOT_OF_THE_KIND:
+            for option in (*NOT_OF_THE_KIND, *getattr(options, "of_blocks", ())):
                 values.pop(f"{path}.{option}", None)
         elif _is_plain(value) and name not in NOT_OF_THE_FUNCTION:
             values[f"model.{name}"] = value
@@ -93,6 +101,9 @@ def _of_experts(model: ModelConfig) -> dict[str, Any]:
         "model.moe.sparse.stored.block": moe.sparse.stored.block,
         "model.moe.router": moe.router,
     }
+    if DISPATCHERS[moe.dispatcher].of_the_model(moe.dispatcher_options):
+        values["model.moe.dispatcher"] = moe.dispatcher
+        values |= _options(f"model.moe.dispatchers.{moe.dispatcher}", moe.dispatcher_options)
     routers, options = f"model.moe.routers.{moe.router}", moe.router_options
     return values | _options(routers, ROUTERS[moe.router].normal_form(options))
 
@@ -115,6 +126,12 @@ def laid_out(kinds: tuple[str, ...], attentions: tuple[str, ...]) -> dict[str, A
     of_model = max(dict.fromkeys(attentions), key=attentions.count)
     pairs = zip(kinds, attentions, strict=True)
     kinds = tuple(kind if name == of_model else f"{name}:{kind}" for kind, name in pairs)
+    made = shortest(kinds)._asdict()
+    return {"model.attention": of_model} | {f"model.{part}": made[part] for part in PLAN}
+
+
+def shortest(kinds: tuple[str, ...]) -> Stack:
+    """Returns the stack of these blocks with the shortest prefix and period, and no suffix."""
     num = len(kinds)
     best = (num, num, 1)
     for first in range(num):
@@ -124,10 +141,4 @@ def laid_out(kinds: tuple[str, ...], attentions: tuple[str, ...]) -> dict[str, A
             if rest == rest[:length] * repeats and first + length < sum(best[:2]):
                 best = (first, length, repeats)
     first, length, repeats = best
-    return {
-        "model.attention": of_model,
-        "model.prefix": kinds[:first],
-        "model.period": kinds[first : first + length],
-        "model.repeats": repeats,
-        "model.suffix": (),
-    }
+    return Stack(kinds[:first], kinds[first : first + length], repeats, ())

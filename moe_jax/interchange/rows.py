@@ -32,6 +32,13 @@ class Row(NamedTuple):
     their_axes: str
     # What stands in the name for each place along an axis; its number where the axis is not here.
     labels: Mapping[str, tuple[str, ...]] = {}
+    # The row is of parameters alone whose axes are so long.
+    sizes: Mapping[str, int] = {}
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether the row is that of a parameter of this shape."""
+        lengths = dict(zip(self.axes, shape, strict=True))
+        return all(lengths[axis] == length for axis, length in self.sizes.items())
 
 
 class Piece(NamedTuple):

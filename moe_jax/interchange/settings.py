@@ -20,6 +20,7 @@ HARMLESS = frozenset(
         "architectures",
         "auto_map",
         "bos_token_id",
+        "decoder_start_token_id",
         "dtype",
         "eos_token_id",
         "initializer_range",

@@ -16,7 +16,7 @@ Shapes: B rows, S sequence, T tokens of a source row, D model, H query heads, G 
 head width, M slots of the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from moe_jax.models.attention_bias import TABLE
 from moe_jax.models.attention_core import (
     SPLASH,
     Keys,
@@ -55,12 +56,26 @@ class Memory(NamedTuple):
     segment_BT: Any
 
 
+class Learned(NamedTuple):
+    """Numbers of each query head that stand beside its scores, or their specs."""
+
+    # A score that it gives to nothing [H]; None = without sinks.
+    sink_H: Any = None
+    # What is added to a score by the distance of two tokens [L, H]; None = nothing.
+    bias_LH: Any = None
+
+
+OF_HEADS = Learned(P("model"), P(None, "model"))
+# Weights by name.
+Shared = Mapping[str, Array]
+
+
 class SelfAttention(nnx.Module):
-    """`attend(x_BSD, segment_BS, position_BS, prefix_BS) -> y_BSD`, of whole rows;
-    `attend.cached(x_BSD, position_BS, cache, prefix_BS, chosen_BM) -> (y_BSD, cache)`.
+    """`attend(x_BSD, segment_BS, position_BS, prefix_BS, shared) -> y_BSD`, of whole rows;
+    `attend.cached(x_BSD, position_BS, cache, prefix_BS, chosen_BM, shared) -> (y_BSD, cache)`.
 
     `prefix_BS`: which tokens see their whole prefix; None = there is no prefix. With a cache all of
-    a row's prefix comes in one call.
+    a row's prefix comes in one call. `shared`: the weights that the blocks of the stack share.
     """
 
     def __init__(self, key: Array, cfg: ModelConfig, mask: str):
@@ -73,6 +88,7 @@ class SelfAttention(nnx.Module):
         segment_BS: Array,
         position_BS: Array,
         prefix_BS: Array | None,
+        shared: Shared,
     ) -> Array:
         cfg = self.cfg
         kind = ATTENTIONS[cfg.attention]
@@ -86,7 +102,8 @@ class SelfAttention(nnx.Module):
 
         with jax.named_scope("attention"):
             about = (segment_BS, prefix_BS)
-            o = _sharded_core(q, k, v, keys, about, self._scores(), self._sinks(), cfg)
+            learned = Learned(self._sinks(), self._bias(shared))
+            o = _sharded_core(q, k, v, keys, about, self._scores(), learned, cfg)
         return write(self.weights, o, cfg)
 
     def cached(
@@ -96,6 +113,7 @@ class SelfAttention(nnx.Module):
         cache: Any,
         prefix_BS: Array | None,
         chosen_BM: Array | None,
+        shared: Shared,
     ) -> tuple[Array, Any]:
         """Writes what the cache keeps of new tokens at their positions, then attends to the slots
         that the attention shows to each token.
@@ -110,7 +128,7 @@ class SelfAttention(nnx.Module):
         last_BS = position_BS if prefix_BS is None else _last_seen(position_BS, prefix_BS)
 
         # Every device of "model" has the cache of its heads, and writes to it alone.
-        def on_device(q, new, position_BS, last_BS, cache, chosen_BM, sinks):
+        def on_device(q, new, position_BS, last_BS, cache, chosen_BM, learned):
             row_B1 = jnp.arange(q.shape[0])[:, None]
 
             def put(old, new):
@@ -125,20 +143,27 @@ class SelfAttention(nnx.Module):
             mask_BSM = kind.slots(position_BS, last_BS, num_slots, cfg.attention_options)
             if chosen_BM is not None:
                 mask_BSM = mask_BSM & chosen_BM[:, None, :]
-            scores = self._scores()
-            o = decode_attention(q, k_BGMA, v_BGMA, mask_BSM, **scores._asdict(), sink_H=sinks)
+            more = {**self._scores()._asdict(), **learned._asdict()}
+            o = decode_attention(q, k_BGMA, v_BGMA, mask_BSM, **more, position_Bq=position_BS)
             return o, cache
 
-        specs = (HEADS, caching.new_specs, TOKENS, TOKENS, caching.specs, TOKENS, P("model"))
+        specs = (HEADS, caching.new_specs, TOKENS, TOKENS, caching.specs, TOKENS, OF_HEADS)
         run = jax.shard_map(on_device, in_specs=specs, out_specs=(HEADS, caching.specs))
         with jax.named_scope("attention"):
-            o, cache = run(q, new, position_BS, last_BS, cache, chosen_BM, self._sinks())
+            learned = Learned(self._sinks(), self._bias(shared))
+            o, cache = run(q, new, position_BS, last_BS, cache, chosen_BM, learned)
         o = caching.outputs(self.weights, o, cfg)
         return write(self.weights, o, cfg), cache
 
     def _scores(self) -> Scores:
         """Returns what becomes of products of queries and keys."""
-        return Scores(ATTENTIONS[self.cfg.attention].scale(self.cfg), self.cfg.attention_cap)
+        kind = ATTENTIONS[self.cfg.attention]
+        buckets = kind.buckets(self.mask, self.cfg.attention_options)
+        return Scores(kind.scale(self.cfg), self.cfg.attention_cap, buckets)
+
+    def _bias(self, shared: Shared) -> Array | None:
+        """Returns what is added to scores by the distance of two tokens [L, H]; None = nothing."""
+        return shared[TABLE] if self._scores().buckets else None
 
     def _sinks(self) -> Array | None:
         """Returns the score that each query head gives to nothing [H]; None without sinks."""
@@ -167,7 +192,7 @@ class CrossAttention(nnx.Module):
         scores = Scores(heads.scale(self.cfg), self.cfg.attention_cap)
         k, v = memory.k_BTGA, memory.v_BTGA
         with jax.named_scope("cross_attention"):
-            o = _sharded_core(q, k, v, across, segments, scores, None, self.cfg)
+            o = _sharded_core(q, k, v, across, segments, scores, Learned(), self.cfg)
         return write(self.weights, o, self.cfg)
 
 
@@ -208,7 +233,7 @@ def _sharded_core(
     keys: Callable[..., Keys],
     about: tuple[Array | None, ...],
     scores: Scores,
-    sinks: Array | None,
+    learned: Learned,
     cfg: ModelConfig,
 ) -> Array:
     """Returns what each head reads, in the shape of q; every device has its rows and heads.
@@ -217,12 +242,12 @@ def _sharded_core(
     """
     more: dict[str, Any] = {**scores._asdict(), "kernel": cfg.attention_kernel}
 
-    def on_device(q, k, v, about, sinks):
-        return attention(q, k, v, keys(*about), sink_H=sinks, **more)
+    def on_device(q, k, v, about, learned):
+        return attention(q, k, v, keys(*about), **learned._asdict(), **more)
 
-    def on_device_of_seq(q, k, v, about, sinks):
+    def on_device_of_seq(q, k, v, about, learned):
         k, v = whole_rows(k), whole_rows(v)
-        return attention(q, k, v, of_own(keys(*about)), sink_H=sinks, **more)
+        return attention(q, k, v, of_own(keys(*about)), **learned._asdict(), **more)
 
     heads = context.tokens_spec(q, "model", None)
     if context.is_split(q):
@@ -232,10 +257,10 @@ def _sharded_core(
         on_device = jax.checkpoint(on_device_of_seq, policy=policy)
     run = jax.shard_map(
         on_device,
-        in_specs=(heads, heads, heads, TOKENS, P("model")),
+        in_specs=(heads, heads, heads, TOKENS, OF_HEADS),
         out_specs=heads,
         # The kernels of that library do not tell what varies. All that has a gradient here is split
         # over every axis, so no sum over devices depends on it.
         check_vma=cfg.attention_kernel != SPLASH,
     )
-    return run(q, k, v, about, sinks)
+    return run(q, k, v, about, learned)

@@ -5,10 +5,13 @@ Shapes: see attention_core.py.
 """
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from moe_jax.models import attention_bias
+from moe_jax.models.attention_bias import Bias
 from moe_jax.models.attention_layout import (
     MASKED,
     Reach,
@@ -30,13 +33,15 @@ def forward(
     k_BSGA: Array,
     v_BSGA: Array,
     bounds: tuple[Array, ...],
+    bias_BHL: Any,
 ) -> tuple[Array, Array]:
     """Returns (o_BTHA, log_sum_BGQ)."""
-    B, _, H, _ = q_BTHA.shape
+    B, T, H, _ = q_BTHA.shape
     G = k_BSGA.shape[2]
+    bias = attention_bias.of_kernel(scores.buckets, bias_BHL, reach, T, G)
     q, k, v = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA))
     runs = runs_of_queries(bounds, H, G)
-    o_NQA, log_sum_NQ = _forward_blocks(scores, reach, num_blocks, q, k, v, runs)
+    o_NQA, log_sum_NQ = _forward_blocks(scores, reach, num_blocks, q, k, v, runs, bias)
     o_shape = (*q_BTHA.shape[:3], v_BSGA.shape[3])
     return heads_last(o_NQA, o_shape, G), log_sum_NQ.reshape(B, G, -1)
 
@@ -49,23 +54,26 @@ def backward(
     k_BSGA: Array,
     v_BSGA: Array,
     bounds: tuple[Array, ...],
+    bias_BHL: Any,
     o_BTHA: Array,
     log_sum_BGQ: Array,
     do_BTHA: Array,
     dlog_sum_BGQ: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Returns (dq_BTHA, dk_BSGA, dv_BSGA)."""
-    G = k_BSGA.shape[2]
+) -> tuple[Array, Array, Array, Any]:
+    """Returns (dq_BTHA, dk_BSGA, dv_BSGA, dbias_BHL)."""
+    T, G = q_BTHA.shape[1], k_BSGA.shape[2]
+    bias = attention_bias.of_kernel(scores.buckets, bias_BHL, reach, T, G)
     q, k, v, o, do = (heads_first(z, G) for z in (q_BTHA, k_BSGA, v_BSGA, o_BTHA, do_BTHA))
     runs = runs_of_queries(bounds, q_BTHA.shape[2], G)
     log_sum_NQ = log_sum_BGQ.reshape(q.shape[:2])
     dlog_sum_NQ = None if dlog_sum_BGQ is None else dlog_sum_BGQ.reshape(q.shape[:2])
-    about = (runs, shift(o, do, dlog_sum_NQ), log_sum_NQ, do)
-    dq, dk, dv = _backward_blocks(scores, reach, num_blocks, q, k, v, *about)
+    about = (runs, shift(o, do, dlog_sum_NQ), log_sum_NQ, do, bias)
+    dq, dk, dv, dbias_NX = _backward_blocks(scores, reach, num_blocks, q, k, v, *about)
     return (
         heads_last(dq, q_BTHA.shape, G),
         heads_last(dk, k_BSGA.shape, G),
         heads_last(dv, v_BSGA.shape, G),
+        () if bias is None else dbias_NX.reshape(bias_BHL.shape).astype(bias_BHL.dtype),
     )
 
 
@@ -109,6 +117,7 @@ def _forward_blocks(
     k_NSA: Array,
     v_NSA: Array,
     runs: tuple[Array, ...],
+    bias: Bias | None,
 ) -> tuple[Array, Array]:
     """Returns (o_NQA, log_sum_NQ): the output and the log of the softmax's denominator."""
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
@@ -122,6 +131,9 @@ def _forward_blocks(
         seen_NQK = (key_11K >= first_NQ1) & (key_11K <= last_NQ1)
         # softmax(Q K^T) V: scores relative to the highest, so that no exponential overflows.
         score_NQK = scores.of(dot("NQA,NKA->NQK", q, k_NKA))
+        if bias is not None:
+            bucket_QK = bias.bucket(queries.start, q.shape[1], _indices(keys))
+            score_NQK = score_NQK + bias.added(bucket_QK, queries.start)
         score_NQK = jnp.where(seen_NQK, score_NQK, MASKED)
         # Never as low as MASKED, so that a query which sees nothing has weights of zero, and not of
         # one.
@@ -148,14 +160,16 @@ def _backward_blocks(
     shift_NQ: Array,
     log_sum_NQ: Array,
     do_NQA: Array,
-) -> tuple[Array, Array, Array]:
-    """Returns (dq, dk, dv).
+    bias: Bias | None,
+) -> tuple[Array, Array, Array, Any]:
+    """Returns (dq, dk, dv, the gradient of the bias [N, X]; 0 without one).
 
     Scores lie keys first here: then only one of the five products needs a transposed operand.
     """
     Q, S = q_NQA.shape[1], k_NSA.shape[1]
     wide = wide_dtype(q_NQA.dtype)
     dqs = []
+    dbias_NX: Any = 0
     # A key is seen by queries of several blocks, whose gradients are added up.
     dk_NSA = jnp.zeros_like(k_NSA, dtype=wide)
     dv_NSA = jnp.zeros_like(v_NSA, dtype=wide)
@@ -168,11 +182,19 @@ def _backward_blocks(
         seen_NKQ = (key_1K1 >= first_N1Q) & (key_1K1 <= last_N1Q)
         # The scores once more, instead of kept from the forward pass.
         score_NKQ = scores.of(dot("NKA,NQA->NKQ", k_NKA, q))
-        weight_NKQ = jnp.exp(score_NKQ - log_sum_NQ[:, None, queries])
+        biased_NKQ = score_NKQ
+        bucket_QK: Any = None
+        if bias is not None:
+            bucket_QK = bias.bucket(queries.start, q.shape[1], _indices(keys))
+            added_NQK = bias.added(bucket_QK, queries.start)
+            biased_NKQ = score_NKQ + jnp.swapaxes(added_NQK, 1, 2)
+        weight_NKQ = jnp.exp(biased_NKQ - log_sum_NQ[:, None, queries])
         weight_NKQ = jnp.where(seen_NKQ, weight_NKQ, 0)
         # dP = dO V^T and dS = P (dP - shift), with P the weights (attention_chunks.py).
         dweight_NKQ = dot("NKA,NQA->NKQ", v_NKA, do)
         dscore_NKQ = weight_NKQ * (dweight_NKQ - shift_NQ[:, None, queries])
+        if bias is not None:
+            dbias_NX += bias.gradient(dscore_NKQ, bucket_QK.T, queries.start, 1)
         dscore_NKQ = scores.pulled(dscore_NKQ, score_NKQ)
         # dQ = dS K, dK = dS^T Q and dV = P^T dO.
         dqs.append(dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scores.scale)
@@ -181,4 +203,5 @@ def _backward_blocks(
         dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)
         dv_NSA = dv_NSA.at[:, keys].add(dv_NKA)
     dq_NQA = jnp.concatenate(dqs, axis=1)
-    return dq_NQA.astype(q_NQA.dtype), dk_NSA.astype(k_NSA.dtype), dv_NSA.astype(v_NSA.dtype)
+    dk_NSA, dv_NSA = dk_NSA.astype(k_NSA.dtype), dv_NSA.astype(v_NSA.dtype)
+    return dq_NQA.astype(q_NQA.dtype), dk_NSA, dv_NSA, dbias_NX

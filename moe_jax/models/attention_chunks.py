@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from moe_jax.models import attention_bias
 from moe_jax.models.attention_layout import (
     MASKED,
     Reach,
@@ -175,9 +176,13 @@ class _Pair(NamedTuple):
     def put_keys(self, z_NS: Array, new_NK: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(z_NS, new_NK, self.key, 1)
 
+    def key_places(self) -> Array:
+        """Returns the places of the keys in their row, [K]."""
+        return self.key + jnp.arange(self.plan.keys, dtype=jnp.int32)
+
     def seen(self, runs: tuple[Array, ...]) -> Array:
         """Returns which keys each query sees, [N, C, K]."""
-        key_11K = (self.key + jnp.arange(self.plan.keys, dtype=jnp.int32))[None, None]
+        key_11K = self.key_places()[None, None]
         first_NC1 = self.queries(runs[0])[:, :, None]
         if len(runs) > 1:
             last_NC1 = self.queries(runs[1])[:, :, None]
@@ -219,6 +224,7 @@ def forward(
     k_BSGA: Array,
     v_BSGA: Array,
     bounds: tuple[Array, ...],
+    bias_BHL: Any,
 ) -> tuple[Array, Array]:
     """Returns (o_BTHA, log_sum_BGQ): the output and the log of the softmax's denominator."""
     B, T, H, _ = q_BTHA.shape
@@ -229,11 +235,16 @@ def forward(
     q_NQA = heads_first(_padded(q_BTHA, plan.padded_T), G)
     k_NSA, v_NSA = (heads_first(_padded(z, plan.padded_S), G) for z in (k_BSGA, v_BSGA))
     runs = _padded_runs(bounds, plan, H, G)
+    bias = attention_bias.of_kernel(scores.buckets, bias_BHL, reach, T, G)
 
     def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
         # The output so far without its denominator, the highest score, and the denominator.
         o_NCA, top_NC, sum_NC = (pair.queries(z) for z in carry)
         score_NCK = scores.of(dot("NCA,NKA->NCK", pair.queries(q_NQA), pair.keys(k_NSA)))
+        if bias is not None:
+            # A chunk begins with the first query of a token.
+            bucket_CK = bias.bucket(pair.query, plan.queries, pair.key_places())
+            score_NCK = score_NCK + bias.added(bucket_CK, 0)
         score_NCK = jnp.where(pair.seen(runs), score_NCK, MASKED)
         # The carry begins above MASKED, so that what is not seen has a weight of zero.
         new_top_NC = jnp.maximum(top_NC, jnp.max(score_NCK, axis=-1))
@@ -267,12 +278,13 @@ def backward(
     k_BSGA: Array,
     v_BSGA: Array,
     bounds: tuple[Array, ...],
+    bias_BHL: Any,
     o_BTHA: Array,
     log_sum_BGQ: Array,
     do_BTHA: Array,
     dlog_sum_BGQ: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Returns (dq_BTHA, dk_BSGA, dv_BSGA); the scores are computed again.
+) -> tuple[Array, Array, Array, Any]:
+    """Returns (dq_BTHA, dk_BSGA, dv_BSGA, dbias_BHL); the scores are computed again.
 
     With P the weights and L the loss: dV = P^T dO, dP = dO V^T, dS = P (dP - shift), dQ = dS K and
     dK = dS^T Q (Dao et al. 2022, arXiv:2205.14135, appendix B.2; shift is their D).
@@ -292,17 +304,25 @@ def backward(
         dlog_sum_NQ = _padded(dlog_sum_BGQ.reshape(B * G, -1), q_NQA.shape[1])
     # One number for each query: it does not depend on the key, so it is summed once.
     shift_NQ = shift(o_NQA, do_NQA, dlog_sum_NQ)
+    bias = attention_bias.of_kernel(scores.buckets, bias_BHL, reach, T, G)
 
     def step(carry: tuple[Array, ...], pair: _Pair) -> tuple[Array, ...]:
-        dq_NQA, dk_NSA, dv_NSA = carry
+        dq_NQA, dk_NSA, dv_NSA, *of_bias = carry
         q_NCA, do_NCA = pair.queries(q_NQA), pair.queries(do_NQA)
         k_NKA, v_NKA = pair.keys(k_NSA), pair.keys(v_NSA)
         score_NCK = scores.of(dot("NCA,NKA->NCK", q_NCA, k_NKA))
+        biased_NCK = score_NCK
+        bucket_CK: Any = None
+        if bias is not None:
+            bucket_CK = bias.bucket(pair.query, plan.queries, pair.key_places())
+            biased_NCK = score_NCK + bias.added(bucket_CK, 0)
         # The denominator is known by now, so the weights are those of the whole softmax.
-        weight_NCK = jnp.exp(score_NCK - pair.queries(log_sum_NQ)[..., None])
+        weight_NCK = jnp.exp(biased_NCK - pair.queries(log_sum_NQ)[..., None])
         weight_NCK = jnp.where(pair.seen(runs), weight_NCK, 0)
         dweight_NCK = dot("NCA,NKA->NCK", do_NCA, v_NKA)
         dscore_NCK = weight_NCK * (dweight_NCK - pair.queries(shift_NQ)[..., None])
+        if bias is not None:
+            of_bias = [of_bias[0] + bias.gradient(dscore_NCK, bucket_CK, 0, 0)]
         # Through what was done to the scores (a soft cap).
         dscore_NCK = scores.pulled(dscore_NCK, score_NCK)
         dq_NCA = dot("NCK,NKA->NCA", dscore_NCK, k_NKA) * scores.scale
@@ -312,14 +332,19 @@ def backward(
             pair.put_queries(dq_NQA, pair.queries(dq_NQA) + dq_NCA),
             pair.put_keys(dk_NSA, pair.keys(dk_NSA) + dk_NKA),
             pair.put_keys(dv_NSA, pair.keys(dv_NSA) + dv_NKA),
+            *of_bias,
         )
 
     # 2. The gradients are summed over all pairs, in wide numbers.
-    zeros = tuple(jnp.zeros_like(z, dtype=wide) for z in (q_NQA, k_NSA, v_NSA))
-    dq_NQA, dk_NSA, dv_NSA = _fold(step, zeros, plan)
+    biases = () if bias is None else (bias.number_NX,)
+    zeros = tuple(jnp.zeros_like(z, dtype=wide) for z in (q_NQA, k_NSA, v_NSA, *biases))
+    dq_NQA, dk_NSA, dv_NSA, *of_bias = _fold(step, zeros, plan)
+    dbias_BHL: Any = ()
+    if bias is not None:
+        dbias_BHL = of_bias[0].reshape(bias_BHL.shape).astype(bias_BHL.dtype)
     # 3. Back to rows and heads, without the padding.
     dq_BTHA = heads_last(dq_NQA.astype(q_BTHA.dtype), (B, plan.padded_T, H, A), G)
     of_keys = (B, plan.padded_S, G)
     dk_BSGA = heads_last(dk_NSA.astype(k_BSGA.dtype), (*of_keys, A), G)
     dv_BSGA = heads_last(dv_NSA.astype(v_BSGA.dtype), (*of_keys, v_BSGA.shape[3]), G)
-    return dq_BTHA[:, :T], dk_BSGA[:, :S], dv_BSGA[:, :S]
+    return dq_BTHA[:, :T], dk_BSGA[:, :S], dv_BSGA[:, :S], dbias_BHL

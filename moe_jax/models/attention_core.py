@@ -11,10 +11,11 @@ again (Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 4). Two kern
 "blocks" (attention_blocks.py) is the CPU's: it runs over groups of heads whose scores stay in the
 cache. "chunks" (attention_chunks.py) has the scores of some queries and some keys at a time, so
 that memory is linear in S: it is that of all other platforms, and of a CPU where rows are long.
+Both can add a bias by the distance of two tokens (attention_bias.py).
 
 B rows, T queries and S keys of a row, H query heads, G key and value heads, r = H / G query heads
 per key head, A head width, N = B * G, Q = T * r queries of a key head (query i belongs to token i
-// r), K keys of a block.
+// r), K keys of a block, L buckets of a bias.
 """
 
 import functools
@@ -25,7 +26,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.models import attention_blocks, attention_chunks, attention_splash
+from moe_jax.models import (
+    attention_bias,
+    attention_blocks,
+    attention_chunks,
+    attention_splash,
+)
+from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.attention_layout import MASKED, SAVED, Reach, Scores
 from moe_jax.models.attention_parts import part_that_fits
 from moe_jax.parallel import context
@@ -128,38 +135,46 @@ def attention(
     *,
     scale: float,
     cap: float = 0.0,
+    buckets: Buckets | None = None,
+    bias_LH: Array | None = None,
     sink_H: Array | None = None,
     kernel: str = BY_PLATFORM,
 ) -> Array:
     """Returns o_BTHA: every query attends to its run of keys; softmax in float32 or wider.
 
-    One that sees none gives zero. `sink_H`: scores that stand in the softmax of each head beside
-    the others, without a value. Values may have another width than keys.
+    One that sees none gives zero. `bias_LH`: what is added to the scores of each head by `buckets`
+    of distances, where queries and keys are the same tokens. `sink_H`: scores that stand in the
+    softmax of each head beside the others, without a value. Values may have another width than
+    keys.
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i. `kernel` is one of
     KERNELS, or BY_PLATFORM: that of the platform compiled for; or SPLASH, where it can say which
     keys are seen.
     """
     if kernel == SPLASH:
-        is_plain = sink_H is None and v_BSGA.shape == k_BSGA.shape
+        is_plain = sink_H is None and bias_LH is None and v_BSGA.shape == k_BSGA.shape
         if is_plain and attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
             with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
             return attention_splash.attention(
                 q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, cap=cap, **with_masks
             )
         kernel = BY_PLATFORM
+    B, T, H, _ = q_BTHA.shape
     # One array in causal attention, where last_BT is (), else two.
-    bounds = jax.tree.leaves((keys.first_BT, keys.last_BT))
-    q_BTHA, k_BSGA, v_BSGA, *bounds = vary_alike(q_BTHA, k_BSGA, v_BSGA, *bounds)
+    bounds = tuple(jax.tree.leaves((keys.first_BT, keys.last_BT)))
+    bias_BHL: Any = ()
+    if bias_LH is not None:
+        # As many as rows, because a CPU works on some rows and heads at a time.
+        bias_BHL = jnp.broadcast_to(bias_LH.T[None], (B, *bias_LH.T.shape))
+    arrays, structure = jax.tree.flatten((q_BTHA, k_BSGA, v_BSGA, bounds, bias_BHL))
+    inputs = jax.tree.unflatten(structure, vary_alike(*arrays))
     reach = keys.reach or Reach(isinstance(keys.last_BT, tuple), keys.window)
-    how = _How(Scores(scale, cap), reach, kernel)
-    inputs = (q_BTHA, k_BSGA, v_BSGA)
+    how = _How(Scores(scale, cap, buckets), reach, kernel)
     if sink_H is None:
-        return _core(how, *inputs, tuple(bounds))
-    o_BTHA, log_sum_BGQ = _core_and_sum(how, *inputs, tuple(bounds))
+        return _core(how, *inputs)
+    o_BTHA, log_sum_BGQ = _core_and_sum(how, *inputs)
     # With a sink z the denominator is exp(log_sum) + exp(z): of the output without it is left
     # exp(log_sum) / (exp(log_sum) + exp(z)) = sigmoid(log_sum - z).
-    B, T, H, _ = q_BTHA.shape
     log_sum_BGTr = log_sum_BGQ.reshape(B, k_BSGA.shape[2], T, -1)
     log_sum_BTH = jnp.swapaxes(log_sum_BGTr, 1, 2).reshape(B, T, H)
     kept_BTH = jax.nn.sigmoid(log_sum_BTH - sink_H.astype(log_sum_BTH.dtype)[None, None])
@@ -175,12 +190,16 @@ def decode_attention(
     *,
     scale: float,
     cap: float = 0.0,
+    buckets: Buckets | None = None,
+    bias_LH: Array | None = None,
+    position_Bq: Array | None = None,
     sink_H: Array | None = None,
 ) -> Array:
     """Returns o_BqHA of a few queries against a cache of keys and values, where `mask_BqS` says
     which a query may see.
 
-    A query that may see nothing gives zero.
+    A query that may see nothing gives zero. `buckets` and `bias_LH` as in `attention`, of queries
+    at `position_Bq`.
     """
     B, q, H, A = q_BqHA.shape
     wide = wide_dtype(q_BqHA.dtype)
@@ -188,7 +207,11 @@ def decode_attention(
     q_BqGrA = q_BqHA.reshape(B, q, k_BGSA.shape[1], -1, A)
     score_BGrqS = jnp.einsum("BqGrA,BGSA->BGrqS", q_BqGrA, k_BGSA, preferred_element_type=wide)
     seen_BGrqS = mask_BqS[:, None, None]
-    score_BGrqS = jnp.where(seen_BGrqS, Scores(scale, cap).of(score_BGrqS), MASKED)
+    score_BGrqS = Scores(scale, cap).of(score_BGrqS)
+    if buckets is not None and bias_LH is not None and position_Bq is not None:
+        added_BHqS = attention_bias.of_slots(bias_LH, buckets, position_Bq, k_BGSA.shape[2])
+        score_BGrqS = score_BGrqS + added_BHqS.reshape(score_BGrqS.shape)
+    score_BGrqS = jnp.where(seen_BGrqS, score_BGrqS, MASKED)
     if sink_H is None:
         weight_BGrqS = jax.nn.softmax(score_BGrqS)
     else:
@@ -233,14 +256,20 @@ class _How(NamedTuple):
     kernel: str
 
 
-# The core and its gradient. `bounds` is (first_BT,) in causal attention, else (first_BT, last_BT).
+# The core and its gradient. `bounds` is (first_BT,) in causal attention, else (first_BT, last_BT);
+# `bias_BHL` is () without a bias.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    how: _How, q_BTHA: Array, k_BSGA: Array, v_BSGA: Array, bounds: tuple[Array, ...]
+    how: _How,
+    q_BTHA: Array,
+    k_BSGA: Array,
+    v_BSGA: Array,
+    bounds: tuple[Array, ...],
+    bias_BHL: Any,
 ) -> Array:
-    return _forward(how, q_BTHA, k_BSGA, v_BSGA, bounds)[0]
+    return _forward(how, q_BTHA, k_BSGA, v_BSGA, bounds, bias_BHL)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -267,9 +296,9 @@ def _backward(how: _How, residue: tuple[Any, ...], do_BTHA: Array) -> tuple[Any,
 
 def _backward_and_sum(how: _How, residue: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
     do_BTHA, dlog_sum_BGQ = cotangents
-    gradients = _by_platform("backward", how, do_BTHA, *residue, do_BTHA, dlog_sum_BGQ)
+    *gradients, dbias_BHL = _by_platform("backward", how, do_BTHA, *residue, do_BTHA, dlog_sum_BGQ)
     # Bounds are indices, which have no gradient.
-    return *gradients, None
+    return *gradients, None, dbias_BHL
 
 
 _core.defvjp(_forward, _backward)

@@ -3,7 +3,7 @@
 Shapes: see attention_core.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -36,6 +36,8 @@ class Scores(NamedTuple):
 
     scale: float
     cap: float = 0.0
+    # attention_bias.Buckets, by which a number of each head is added after that; None = none is.
+    buckets: Any = None
 
     def of(self, product: Array) -> Array:
         return soft_cap(product * self.scale, self.cap)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.models import depth
-from moe_jax.models.attention import CrossAttention, Memory, SelfAttention
+from moe_jax.models.attention import CrossAttention, Memory, SelfAttention, Shared
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.ends import norm_scale
 from moe_jax.models.layers import FeedForward, dropout, norm
@@ -50,13 +50,24 @@ class Source(NamedTuple):
     segment_BT: Any
 
 
-class Block(nnx.Module):
-    """`block(x_BSD, batch, rng, train, source) -> (x_BSD, sums)`;
-    `block.cached(x_BSD, batch, rng, cache, source) -> (x_BSD, cache)`.
+class Beside(NamedTuple):
+    """Holds what a block reads beside tokens and batch."""
 
-    `batch` has the request to this block alone, and `rng` is a key of its own. `source` is a
-    Source, or the Memory that this block made of it; () where there is no cross-attention. A cache
-    is that of its attention, of a depth block a DepthCache.
+    # A Source, or the Memory that this block made of it; () = there is no cross-attention.
+    source: Any = ()
+    # Weights that the blocks of a stack share, by name.
+    shared: Shared = {}
+
+
+NOTHING = Beside()
+
+
+class Block(nnx.Module):
+    """`block(x_BSD, batch, rng, train, beside) -> (x_BSD, sums)`;
+    `block.cached(x_BSD, batch, rng, cache, beside) -> (x_BSD, cache)`.
+
+    `batch` has the request to this block alone, and `rng` is a key of its own. A cache is that of
+    its attention, of a depth block a DepthCache.
     """
 
     def __init__(self, key: Array, kind: str, cfg: ModelConfig, look: Look):
@@ -92,32 +103,32 @@ class Block(nnx.Module):
             self.depth = Weights(jax.random.fold_in(key, 4), depth.declare(cfg), wide)
 
     def __call__(
-        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any = ()
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, beside: Beside = NOTHING
     ) -> tuple[Array, depth.Sums]:
         if not self.wrapped:
-            attended, fed, sums = self._added(x_BSD, batch, rng, train, source)
+            attended, fed, sums = self._added(x_BSD, batch, rng, train, beside)
             return x_BSD + attended + fed, sums
 
         # Only the chosen tokens come here: C of each row.
         def update(x_BCD, batch):
-            attended, fed, sums = self._added(x_BCD, batch, rng, train, source)
+            attended, fed, sums = self._added(x_BCD, batch, rng, train, beside)
             return attended + fed, sums
 
         return depth.through(update, self.depth["router"], x_BSD, batch, train, self.cfg)
 
     def cached(
-        self, x_BSD: Array, batch: Batch, rng: Array, cache: Any, source: Any = ()
+        self, x_BSD: Array, batch: Batch, rng: Array, cache: Any, beside: Beside = NOTHING
     ) -> tuple[Array, Any]:
         """Returns the tokens after the block, which follow those in its cache, and the cache with
         them.
         """
         if not self.wrapped:
-            attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, None, source)
+            attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, None, beside)
             return x_BSD + attended + fed, cache
 
         # With a cache all tokens come, and those that are not chosen are padding.
         def update(x_BSD, batch, cache, chosen_BM):
-            attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, chosen_BM, source)
+            attended, fed, cache = self._added_cached(x_BSD, batch, rng, cache, chosen_BM, beside)
             return attended + fed, cache
 
         return depth.cached(update, self.depth["router"], x_BSD, batch, cache, self.cfg)
@@ -129,7 +140,7 @@ class Block(nnx.Module):
         return self.cross.remember(source.x_BTD, source.segment_BT)
 
     def _added(
-        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, source: Any
+        self, x_BSD: Array, batch: Batch, rng: Array, train: bool, beside: Beside
     ) -> tuple[Array, Array, depth.Sums]:
         """Returns (what attention adds to the stream, what the feed-forward adds, sums)."""
         # Where there is no attention, nothing is added: bits are those of a sum with zero.
@@ -137,8 +148,8 @@ class Block(nnx.Module):
         if self.look.mask:
             h = self._before("attention", x_BSD)
             places = (batch.segment_BS, batch.position_BS, self._prefix(batch))
-            attended = self._after("attention", self.attention(h, *places))
-        return self._rest(x_BSD, attended, batch, rng, train, source)
+            attended = self._after("attention", self.attention(h, *places, beside.shared))
+        return self._rest(x_BSD, attended, batch, rng, train, beside.source)
 
     def _added_cached(
         self,
@@ -147,14 +158,14 @@ class Block(nnx.Module):
         rng: Array,
         cache: Any,
         chosen_BM: Array | None,
-        source: Any,
+        beside: Beside,
     ) -> tuple[Array, Array, Any]:
         """Returns (what attention adds, what the feed-forward adds, cache)."""
         h = self._before("attention", x_BSD)
-        prefix_BS = self._prefix(batch)
-        attended, cache = self.attention.cached(h, batch.position_BS, cache, prefix_BS, chosen_BM)
+        seen = (self._prefix(batch), chosen_BM)
+        attended, cache = self.attention.cached(h, batch.position_BS, cache, *seen, beside.shared)
         attended = self._after("attention", attended)
-        attended, fed, _ = self._rest(x_BSD, attended, batch, rng, False, source)
+        attended, fed, _ = self._rest(x_BSD, attended, batch, rng, False, beside.source)
         return attended, fed, cache
 
     def _rest(

@@ -60,6 +60,16 @@ def token_by_token(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(lossless, moe=moe, scan=False)
 
 
+def reading_sources(cfg: ModelConfig) -> ModelConfig:
+    """Returns the same model as an encoder runs it on whole source rows, layers unstacked: it drops
+    what is a property of the model, and nothing else.
+    """
+    lossless = token_by_token(cfg)
+    if not DISPATCHERS[cfg.moe.dispatcher].of_the_model(cfg.moe.dispatcher_options):
+        return lossless
+    return dataclasses.replace(lossless, moe=cfg.moe)
+
+
 def with_dispatcher(cfg: ModelConfig, name: str) -> ModelConfig:
     """Returns the same model with another dispatcher, for decoding or for evaluation.
 

@@ -18,7 +18,7 @@ from jax import Array
 
 from moe_jax import layout
 from moe_jax.models import mtp
-from moe_jax.models.block import Look
+from moe_jax.models.block import Beside, Look
 from moe_jax.models.contract import Kind
 from moe_jax.models.ends import (
     Hidden,
@@ -31,7 +31,7 @@ from moe_jax.models.ends import (
     unembed,
 )
 from moe_jax.models.layers import dropout
-from moe_jax.models.stack import run_cached, run_stack, stack
+from moe_jax.models.stack import run_cached, run_stack, share, shared_of, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import context
 from moe_jax.schema.blocks import KindOptions, Stack, is_depth
@@ -89,6 +89,7 @@ class Decoder(nnx.Module):
         # Multi-token prediction changes no first value of the model.
         alone = mtp.without(cfg)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], alone, Look(mask))
+        share(self, key)
         if options.mtp_depths:
             self.mtp = mtp.Modules(jax.random.fold_in(key, 4), cfg, Look(mask))
 
@@ -108,7 +109,9 @@ class Decoder(nnx.Module):
         last = hidden(self.ends, x_BSD, cfg)
         further: list[Array] = []
         if hasattr(self, "mtp"):
-            further, more = self.mtp(last.x_BSD, self.ends["embed"], batch, rng, train)
+            beside = Beside(shared=shared_of(self))
+            table_VD = self.ends["embed"]
+            further, more = self.mtp(last.x_BSD, table_VD, batch, rng, train, beside)
             sums = layout.join_sums(jnp.concatenate, [sums, more])
         in_turn = [context.leave(x_BSD) for x_BSD in (last.x_BSD, *further)]
         return Hidden(in_turn[0], last.head_DV, tuple(in_turn[1:])), sums

@@ -50,7 +50,7 @@ from moe_jax.models.ends import (
     unembed,
 )
 from moe_jax.models.layers import dropout, norm
-from moe_jax.models.stack import run_cached, run_stack, stack
+from moe_jax.models.stack import run_cached, run_stack, share, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.blocks import KindOptions, Stack
 from moe_jax.schema.config import Config, ModelConfig
@@ -71,6 +71,11 @@ class Options(KindOptions):
     def masks(self) -> tuple[str, ...]:
         """Returns the mask of the encoder, then that of the decoder."""
         return ("full", "causal")
+
+    @property
+    def of_blocks(self) -> tuple[str, ...]:
+        """Returns the names of the keys of the encoder's blocks."""
+        return tuple(f"encoder_{part}" for part in Stack._fields)
 
     def stacks(self, own: Stack) -> dict[str, Stack]:
         """Returns the stack of the encoder, then that of the decoder."""
@@ -96,6 +101,7 @@ class SourceStack(nnx.Module):
         keys = jax.random.split(key, 4)
         self.ends = Weights(keys[0], {"norm_scale": norm_scale(cfg)}, cfg.param_dtype)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, Look("full"))
+        share(self, key)
 
 
 class EncDec(nnx.Module):
@@ -117,6 +123,7 @@ class EncDec(nnx.Module):
         self.ends = Weights(keys[0], ends, cfg.param_dtype)
         look = Look("causal", cross=True)
         self.prefix, self.repeats, self.suffix = stack(keys[1:4], self.cfg, look)
+        share(self, key)
         self.encoder = SourceStack(keys[4], encoder_config(cfg))
 
     def __call__(self, batch: Batch, rng: Array, train: bool) -> tuple[Array, dict[str, Array]]:

@@ -30,7 +30,7 @@ from moe_jax.models.counting import Decoder, full
 from moe_jax.models.decoder import as_decoder
 from moe_jax.models.ends import FIRST_LOGITS, embed, embedding, norm_scale
 from moe_jax.models.layers import dropout, gather, norm
-from moe_jax.models.stack import run_stack, stack
+from moe_jax.models.stack import run_stack, share, stack
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.precision import wide_dtype
@@ -98,6 +98,7 @@ class Encoder(nnx.Module):
         self.ends = Weights(keys[0], _ends(cfg), cfg.param_dtype)
         look = Look(options.attention)
         self.prefix, self.repeats, self.suffix = stack(keys[1:], cfg, look)
+        share(self, key)
         # A sum over many tokens begins with small logits too.
         std = FIRST_LOGITS * cfg.d_model**-0.5
         head = {

@@ -75,12 +75,18 @@ class Hidden(NamedTuple):
 
 def hidden(ends: Weights, x_BSD: Array, cfg: ModelConfig) -> Hidden:
     """Returns the tokens after the final norm, and the head."""
-    x_BSD = norm(x_BSD, ends["norm_scale"], cfg)
+    x_BSD = before_head(x_BSD, ends["norm_scale"], cfg)
     if cfg.tie_embeddings:
         head_DV = gather(ends["embed"], ("vocab", "embed"), cfg.dtype).T
     else:
         head_DV = gather(ends["head"], ("embed", "vocab"), cfg.dtype)
     return Hidden(x_BSD, head_DV)
+
+
+def before_head(x_BSD: Array, scale_D: Array, cfg: ModelConfig) -> Array:
+    """Returns what a head reads: the tokens after a norm of this scale, times model.head_scale."""
+    x_BSD = norm(x_BSD, scale_D, cfg)
+    return x_BSD if cfg.head_scale == 1 else x_BSD * cfg.head_scale
 
 
 def logits(last: Hidden, cap: float) -> Array:

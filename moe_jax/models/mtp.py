@@ -29,9 +29,9 @@ from flax import nnx
 from jax import Array
 
 from moe_jax import layout
-from moe_jax.models.block import Look
+from moe_jax.models.block import Beside, Look
 from moe_jax.models.counting import Projections
-from moe_jax.models.ends import embed, norm_scale
+from moe_jax.models.ends import before_head, embed, norm_scale
 from moe_jax.models.layers import dropout, gather, norm
 from moe_jax.models.stack import blocks, caller
 from moe_jax.moe.layer import Batch
@@ -83,9 +83,9 @@ def declare(cfg: ModelConfig) -> dict[str, Weight]:
 class Modules(nnx.Module):
     """The modules of all depths.
 
-    `modules(h_BSD, table_VD, batch, rng, train) -> ([h_BSD of each depth], sums)`: h_BSD is what
-    the head reads of the model, in the order of tokens that blocks have (parallel/context.py), and
-    table_VD the embedding.
+    `modules(h_BSD, table_VD, batch, rng, train, beside) -> ([h_BSD of each depth], sums)`: h_BSD is
+    what the head reads of the model, in the order of tokens that blocks have (parallel/context.py),
+    table_VD the embedding, and `beside` what blocks of the model read beside their tokens.
     """
 
     def __init__(self, key: Array, cfg: ModelConfig, look: Look):
@@ -99,7 +99,13 @@ class Modules(nnx.Module):
         self.joins = nnx.List(joins)
 
     def __call__(
-        self, h_BSD: Array, table_VD: Array, batch: Batch, rng: Array, train: bool
+        self,
+        h_BSD: Array,
+        table_VD: Array,
+        batch: Batch,
+        rng: Array,
+        train: bool,
+        beside: Beside,
     ) -> tuple[list[Array], dict[str, Array]]:
         cfg = self.cfg
         call = caller(cfg, train)
@@ -114,8 +120,8 @@ class Modules(nnx.Module):
             e_BSD = dropout(e_BSD, cfg.dropout if train else 0.0, key, batch.row_B)
             with jax.named_scope("mtp"):
                 x_BSD = _joined(join, e_BSD, h_BSD, cfg)
-            x_BSD, sums = call(block, x_BSD, later, rng, jnp.int32(num_before + k), ())
-            h_BSD = norm(x_BSD, join["out_norm_scale"], cfg)
+            x_BSD, sums = call(block, x_BSD, later, rng, jnp.int32(num_before + k), beside)
+            h_BSD = before_head(x_BSD, join["out_norm_scale"], cfg)
             hidden.append(h_BSD)
             parts.append(sums)
         return hidden, layout.join_sums(jnp.stack, parts)

@@ -1,9 +1,10 @@
 """A stack of blocks: a prefix, a period that repeats, a suffix.
 
 A module that has one has them as `prefix`, `repeats` (as layout.draw_repeats makes them) and
-`suffix`. With `scan`, one period is stacked over the repeats and run by lax.scan: equal first
-values, equal functions. Every block returns `(x, sums)`; the sums of one name are stacked to [L, B,
-...] in the order of the blocks that have it: the MoE blocks, or the depth blocks.
+`suffix`, and as `shared` the weights that they have in common, if there are any. With `scan`, one
+period is stacked over the repeats and run by lax.scan: equal first values, equal functions. Every
+block returns `(x, sums)`; the sums of one name are stacked to [L, B, ...] in the order of the
+blocks that have it: the MoE blocks, or the depth blocks.
 
 Shapes: B rows, S sequence, D model, L MoE layers, M slots of the cache.
 """
@@ -19,12 +20,13 @@ from jax import Array
 from moe_jax import layout
 from moe_jax.models import attention_layout, depth
 from moe_jax.models.attentions import ATTENTIONS
-from moe_jax.models.block import Block, Look
+from moe_jax.models.block import NOTHING, Beside, Block, Look
 from moe_jax.moe.dispatch import exchange
 from moe_jax.moe.experts import grouped_matmul
 from moe_jax.moe.layer import Batch
 from moe_jax.schema.blocks import is_depth
 from moe_jax.schema.config import ModelConfig
+from moe_jax.weights import Weight, Weights
 
 # What the backward pass keeps of a block instead of recomputing it, by the words of model.remat.
 NAMES = {
@@ -62,6 +64,29 @@ def stack(keys: Array, cfg: ModelConfig, look: Look) -> tuple[Any, Any, Any]:
     suffix = blocks(keys[2], cfg.suffix, cfg, look)
     repeats = layout.draw_repeats(period, keys[1], cfg.repeats, cfg.scan)
     return prefix, repeats, suffix
+
+
+def shared_weights(cfg: ModelConfig) -> dict[str, Weight]:
+    """Declares what the attentions of a stack have once for all of its blocks, by name."""
+    declared = {}
+    for name in dict.fromkeys(cfg.attentions):
+        declared |= ATTENTIONS[name].shared(cfg.with_attention(name))
+    return declared
+
+
+def share(model: Any, key: Array) -> None:
+    """Gives a module, whose blocks are of its `cfg`, the weights that they share, if there are any.
+
+    `key`: of the module.
+    """
+    if declared := shared_weights(model.cfg):
+        # Folded in and not split: a module without them draws what it always drew.
+        model.shared = Weights(jax.random.fold_in(key, 6), declared, model.cfg.param_dtype)
+
+
+def shared_of(model: Any) -> dict[str, Array]:
+    """Returns the weights that the blocks of a module share, by name."""
+    return model.shared.arrays() if hasattr(model, "shared") else {}
 
 
 class Stop(NamedTuple):
@@ -102,7 +127,7 @@ def run_stack(
     is raised, or it is a Resume, and the sums are those of the suffix alone.
     """
     cfg = model.cfg
-    run = _runner(model, batch, rng, train, begin, source)
+    run = _runner(model, batch, rng, train, begin, Beside(source, shared_of(model)))
     x_BSD, before = run(model.prefix, x_BSD, 0)
     if isinstance(model.repeats, Stop):
         raise Reached(x_BSD, before, batch, rng)
@@ -122,7 +147,7 @@ def run_repeats(
     """Returns (x_BSD, sums) after the repeats that a module has, which are some of those of its
     config: `first` is the number of the first one, counted from 0.
     """
-    return _run_repeats(model, _runner(model, batch, rng, train, 1, ()), x_BSD, first)
+    return _run_repeats(model, _runner(model, batch, rng, train, 1, NOTHING), x_BSD, first)
 
 
 def _run_repeats(
@@ -140,7 +165,7 @@ def _run_repeats(
 
 
 def _runner(
-    model: Any, batch: Batch, rng: Array, train: bool, begin: int, source: Any
+    model: Any, batch: Batch, rng: Array, train: bool, begin: int, beside: Beside
 ) -> Callable[..., Any]:
     """Returns how some blocks of a module are run, a function: (blocks, x_BSD, first) -> (x_BSD,
     sums). The first of them has number `begin` + `first`.
@@ -152,7 +177,7 @@ def _runner(
         parts = []
         for i, block in enumerate(some):
             number = jnp.int32(begin) + first + i
-            x_BSD, sums = call(block, x_BSD, batch, rng, number, source)
+            x_BSD, sums = call(block, x_BSD, batch, rng, number, beside)
             parts.append(sums)
         return x_BSD, layout.join_sums(jnp.stack, parts)
 
@@ -164,10 +189,10 @@ def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str
     config names.
     """
 
-    def call(block, x_BSD, batch, rng, number, source):
+    def call(block, x_BSD, batch, rng, number, beside):
         # Of the number, and not of the place in a loop: scan or not, a block draws the same.
         key = jax.random.fold_in(rng, number)
-        return block(x_BSD, of_block(batch, number), key, train, source)
+        return block(x_BSD, of_block(batch, number), key, train, beside)
 
     if cfg.remat == "none":
         return call
@@ -210,9 +235,9 @@ def run_cached(
     """Returns (x_BSD, caches) after all blocks, each with its cache and its cross-attention."""
     # Nothing that is decoded is random but what is drawn of the logits.
     rng = jax.random.fold_in(jax.random.key(0), 0)
-    new = []
+    new, shared = [], shared_of(model)
     for block, cache, source in zip(layout.blocks_in_order(model), caches, sources, strict=True):
-        x_BSD, cache = block.cached(x_BSD, batch, rng, cache, source)
+        x_BSD, cache = block.cached(x_BSD, batch, rng, cache, Beside(source, shared))
         new.append(cache)
     return x_BSD, new
 

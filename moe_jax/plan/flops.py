@@ -25,6 +25,7 @@ import numpy as np
 from moe_jax.models import MODELS, depth, mtp
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.models.counting import norms_of_part, projections
+from moe_jax.models.stack import shared_weights
 from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import Sizes
@@ -124,7 +125,7 @@ def parameters(cfg: ModelConfig) -> Counts:
     return Counts(
         embedding=cfg.vocab_size * d,
         head=0 if cfg.tie_embeddings else cfg.vocab_size * d,
-        attention=sum(one.matrices + one.biases for one in attentions),
+        attention=sum(one.matrices + one.biases for one in attentions) + of_stack(cfg),
         dense=cfg.num_dense_layers * feed_forward(cfg, cfg.ffn_hidden),
         shared=num_moe * shared(cfg),
         experts=num_moe * cfg.moe.num_experts * one_expert,
@@ -136,6 +137,11 @@ def parameters(cfg: ModelConfig) -> Counts:
         joins=joins.matrices,
         latent=num_moe * latents(cfg),
     )
+
+
+def of_stack(cfg: ModelConfig) -> int:
+    """Returns the parameters that the blocks of a stack have in common."""
+    return sum(math.prod(weight.shape) for weight in shared_weights(cfg).values())
 
 
 def of_blocks(cfg: ModelConfig) -> list[ModelConfig]:

@@ -76,6 +76,11 @@ class KindOptions:
         return ("causal",)
 
     @property
+    def of_blocks(self) -> tuple[str, ...]:
+        """The names of its keys that say which blocks there are, beside those of the model."""
+        return ()
+
+    @property
     def embeds(self) -> bool:
         """Returns True where the model looks up rows of a vocabulary."""
         return True

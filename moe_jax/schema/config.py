@@ -257,6 +257,12 @@ class ModelConfig:
         "arXiv:1706.03762, section 3.4)",
         NOT_NEGATIVE,
     )
+    head_scale: float = option(
+        1.0,
+        "factor on what the head reads (T5, arXiv:1910.10683, has d_model ** -0.5 where the head "
+        "is tied)",
+        POSITIVE,
+    )
     dropout: float = option(0.0, "of the embedding and of each residual branch", BELOW_ONE)
     prefix: tuple[str, ...] = option(
         (),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import command_line, config_file
 from moe_jax.errors import UserError
-from moe_jax.interchange.importing import block_names
+from moe_jax.interchange.contract import block_names
 from moe_jax.interchange.meaning import laid_out
 from moe_jax.models import mtp
 from moe_jax.schema.blocks import attention_of, inner, without_attention
@@ -75,7 +75,7 @@ def upcycled(old: Snapshot, asked: Asked) -> Made:
         )
     begin = fresh(after)
     layers = Layers(after, old.arrays, begin, share, asked.router_start, asked.change)
-    blocks = dict(zip(block_names(before.model), block_names(after.model), strict=True))
+    blocks = dict(zip(*(block_names(one.model.stacks[""]) for one in (before, after)), strict=True))
     with_experts = {was: now for i, (was, now) in enumerate(blocks.items()) if i in numbers}
     made, exact = dict(begin), {}
     for name, x in kept(old.arrays, begin, blocks, with_experts).items():

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.config import causality
 from moe_jax.models import depth
+from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.moe import losses
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.losses import LOSSES
@@ -277,9 +278,13 @@ def against_reference(program: Program) -> list[Check]:
 
 def attention(length: int, model: ModelConfig) -> Check:
     """Checks attention of the sequence length of the config as it is: shrunk, it would fit one
-    block. `model`: whose cap on scores it has.
+    block. `model`: of which it has the cap on scores, and the biases.
     """
+    kinds = [(ATTENTIONS[name], model.with_attention(name)) for name in set(model.attentions)]
+    masks = model.kind_options.masks
+    found = [kind.buckets(mask, own.attention_options) for kind, own in kinds for mask in masks]
+    biases = [buckets for buckets in found if buckets is not None]
     claim = "attention in blocks equals attention at once"
     note = f"{min(length, reference.LONGEST)} tokens"
-    worst = reference.attention_kernels(length, cap=model.attention_cap)
+    worst = reference.attention_kernels(length, model.attention_cap, biases)
     return Check(claim, worst, REFERENCE_LIMIT, note, True)

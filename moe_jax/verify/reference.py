@@ -15,7 +15,7 @@ t tokens of a group, p slots.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.models import attention_core, attention_parts
+from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.block import moe_config
 from moe_jax.moe import probe
 from moe_jax.moe.activations import ACTIVATIONS
@@ -57,6 +58,8 @@ def served(cfg: MoE) -> MoE:
     # A capacity of all tokens for every expert.
     if hasattr(options, "factor"):
         options = dataclasses.replace(options, factor=float(cfg.num_experts))
+    if hasattr(options, "places"):
+        options = dataclasses.replace(options, places=0)
     return dataclasses.replace(cfg, dispatcher_options=options)
 
 
@@ -175,13 +178,14 @@ def dense(x_xyED: jax.Array, weights: Mapping[str, jax.Array], chosen: Chosen) -
 
 
 @jax.enable_x64(True)
-def attention_kernels(length: int, cap: float = 0.0) -> float:
+def attention_kernels(length: int, cap: float = 0.0, biases: Sequence[Buckets] = ()) -> float:
     """Returns how far the attention of a CPU, in blocks of queries and groups of heads, is from
     that of accelerators, all at once; gradients included.
 
     The sequences are of two documents and padding, as long as the config's (LONGEST at most: the
     scores of all heads are held), and have so many heads that they are two groups. `cap`: on the
-    scores, model.attention_cap.
+    scores, model.attention_cap. `biases`: by the distance of two tokens, which are compared as
+    well.
     """
     S, queries = min(length, LONGEST), 2
     # So many key heads G that their scores fill more than one group.
@@ -192,20 +196,24 @@ def attention_kernels(length: int, cap: float = 0.0) -> float:
         return jnp.asarray(rng.normal(0, 1, (B, S, heads, A)))
 
     q, k, v, weight = draw(G * queries), draw(G), draw(G), draw(G * queries)
+    most = max((buckets.number for buckets in biases), default=1)
+    table_LH = jnp.asarray(rng.normal(0, 1, (most, G * queries)))
     index_S = np.arange(S)
     # One row has two documents, the other padding at its end.
     two_documents_S = np.where(index_S < S // 3, 1, 2)
     padded_S = np.where(index_S < S - S // 4, 1, 0)
     segment_BS = jnp.asarray(np.stack([two_documents_S, padded_S]).astype(np.int32))
 
-    def run(visible: Any) -> list[np.ndarray]:
-        def value(q, k, v):
-            o = attention_core.attention(q, k, v, visible(segment_BS), scale=0.5, cap=cap)
+    def run(visible: Any, buckets: Buckets | None) -> list[np.ndarray]:
+        def value(q, k, v, table_LH):
+            bias_LH = None if buckets is None else table_LH[: buckets.number]
+            more = {"scale": 0.5, "cap": cap, "buckets": buckets, "bias_LH": bias_LH}
+            o = attention_core.attention(q, k, v, visible(segment_BS), **more)
             # The random weights give every output a gradient of its own.
             return (o * weight).sum(), o
 
-        gradient_of = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)
-        (_, o), gradients = jax.jit(gradient_of, compiler_options=QUICK)(q, k, v)
+        gradient_of = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)
+        (_, o), gradients = jax.jit(gradient_of, compiler_options=QUICK)(q, k, v, table_LH)
         return [np.asarray(z) for z in (o, *gradients)]
 
     def windowed(segment_BS):
@@ -213,12 +221,16 @@ def attention_kernels(length: int, cap: float = 0.0) -> float:
         return attention_core.windowed(segment_BS, max(1, S // 5))
 
     differences: dict[str, float] = {}
-    for visible in (attention_core.causal, attention_core.full, windowed):
-        have = run(visible)
+    masks = {False: attention_core.causal, True: attention_core.full}
+    cases = [(visible, None) for visible in (*masks.values(), windowed)]
+    cases += [(masks[buckets.both_ways], buckets) for buckets in biases]
+    for visible, buckets in cases:
+        have = run(visible, buckets)
         with of_other_platforms():
-            want = run(visible)
-        for name, a, b in zip(("o", "q", "k", "v"), want, have, strict=True):
-            differences[f"{name}, {visible.__name__}"] = far(a, b, np.abs(a).max())
+            want = run(visible, buckets)
+        names = ("o", "q", "k", "v") if buckets is None else ("o", "q", "k", "v", "bias")
+        for name, a, b in zip(names, want, have, strict=False):
+            differences[f"{name}, {visible.__name__}, {buckets}"] = far(a, b, np.abs(a).max())
     _, worst = largest(differences)
     return worst
 

@@ -42,7 +42,7 @@ from moe_jax.moe.sparse import RULES
 from moe_jax.parallel import mesh
 from moe_jax.plan import flops
 from moe_jax.schema.blocks import KindOptions
-from moe_jax.schema.options import NUMBER, POSITIVE, option
+from moe_jax.schema.options import COUNT, NUMBER, POSITIVE, option
 from moe_jax.tasks import TASKS
 from moe_jax.verify.run import Wanted, verify
 
@@ -171,6 +171,7 @@ def test_a_router_is_proven_on_a_mesh(float64, router, tmp_path):
 @dataclasses.dataclass(frozen=True)
 class RoomOptions:
     factor: float = option(1.25, "as that of capacity", POSITIVE)
+    places: int = option(0, "as that of capacity", COUNT)
 
 
 ROOM = Dispatcher(

@@ -79,9 +79,9 @@ def refused(changes, shape=(1, 1, 1)):
             'model.moe.dispatcher = "none" is not known: choose one of capacity, dropless',
         ),
         (
-            {"model.activation": "relu"},
+            {"model.activation": "tanh"},
             (1, 1, 1),
-            'model.activation = "relu" is not known: choose one of swiglu, gelu',
+            'model.activation = "tanh" is not known: choose one of swiglu, gelu',
         ),
         (
             {"model.num_kv_heads": 3},

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from moe_jax.decoding.draw import Settings
+from moe_jax.decoding.sample import dials
+from moe_jax.decoding.translate import make_translator
 from moe_jax.interchange.importing import import_model
 from moe_jax.models.decodable import for_decoding
 from moe_jax.models.functions import make_model
@@ -34,6 +37,23 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+# Of encoder-decoders, whose target rows begin with START, which is padding too.
+START = 0
+SEQ2SEQ_SIZES = {
+    "vocab_size": 40,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 20,
+    "num_heads": 4,
+    # transformers makes the decoder's cache for the layers of the encoder.
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "decoder_start_token_id": START,
+    "pad_token_id": START,
+    "eos_token_id": START,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -101,6 +121,23 @@ CONFIGS = {
     "gemma": {"head_dim": 8},
     "gemma2": GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     "gemma3_text": GEMMA | {"sliding_window_pattern": 2},
+}
+SEQ2SEQ = {
+    "t5": {},
+    "switch_transformers": {
+        "num_experts": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 1,
+    },
+}
+EVERY_SEQ2SEQ = {
+    "plain": {},
+    "epsilon": {"layer_norm_epsilon": 1e-2},
+    "many buckets, as many layers": {
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "num_decoder_layers": None,
+    },
 }
 EVERY = {
     "plain": {},
@@ -240,6 +277,25 @@ OPTIONS = {
         "windows everywhere": {"layer_types": ["sliding_attention"] * 2},
         "no windows": {"layer_types": ["full_attention"] * 2},
     },
+    "t5": {
+        # More layers of these weights make differences of rounding too large to tell anything.
+        "gated gelu": {
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "num_layers": 1,
+            "num_decoder_layers": 1,
+        },
+        "unscaled head": {"tie_word_embeddings": False},
+        "gated silu": {"feed_forward_proj": "gated-silu"},
+        "gelu": {"feed_forward_proj": "gelu_new"},
+    },
+    "switch_transformers": {
+        "what finds no place": {"expert_capacity": 2},
+        "a bias of the router": {"router_bias": True, "expert_capacity": 3},
+        "gelu": {"dense_act_fn": "gelu_new"},
+        "experts everywhere": {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 3},
+        "experts in the decoder alone": {"encoder_sparse_step": 0, "decoder_sparse_step": 3},
+    },
 }
 CASES = {
     f"{family}, {name}": (family, changes)
@@ -247,6 +303,10 @@ CASES = {
     for name, changes in (EVERY | OPTIONS[family]).items()
     # Latent attention has as many key heads as queries.
     if not (family.startswith("deepseek") and "num_key_value_heads" in changes)
+} | {
+    f"{family}, {name}": (family, changes)
+    for family in SEQ2SEQ
+    for name, changes in (EVERY_SEQ2SEQ | OPTIONS[family]).items()
 }
 # Of these families the normal suite has some cases, and the full one all.
 QUICK = {
@@ -257,6 +317,8 @@ QUICK = {
     "gemma": ("plain",),
     "gemma2": ("plain",),
     "gemma3_text": ("linear, every third",),
+    "t5": ("gated gelu",),
+    "switch_transformers": ("a bias of the router", "what finds no place"),
 }
 
 
@@ -273,12 +335,23 @@ def is_quick(case):
     return family == first_of_option or name == first_of_family
 
 
+def sizes(family):
+    """The config of a family's plain case."""
+    if family in SEQ2SEQ:
+        return SEQ2SEQ_SIZES | SEQ2SEQ[family]
+    return SIZES | CONFIGS[family]
+
+
+def auto_model(config):
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def theirs(family, changes=None, dtype=torch.float32):
     """A model of transformers with random weights; norms and biases are random too."""
-    values = SIZES | CONFIGS[family] | (changes or {})
+    values = sizes(family) | (changes or {})
     config = transformers.AutoConfig.for_model(family, **values)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = auto_model(config).from_config(config).to(dtype)
     # Norms multiply by about 1; Gemma's add 1 to their scales.
     scale = 0.0 if family.startswith("gemma") else 1.0
     with torch.no_grad():
@@ -299,8 +372,9 @@ def saved(model, folder, **kwargs):
 
 def loaded(folder):
     """What from_pretrained makes of a folder; it must take every tensor and miss none."""
+    config = transformers.AutoConfig.from_pretrained(folder)
     with contextlib.redirect_stderr(io.StringIO()):
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, report = auto_model(config).from_pretrained(folder, output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[what], (what, report[what])
     return model.eval()
@@ -310,17 +384,36 @@ def ids(vocab_size=40, shape=(2, 12)):
     return np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
 
 
+def sources(id_BS):
+    """Source rows for target rows, and which of their places are tokens: the last row is short."""
+    source_BT = np.random.default_rng(1).integers(1, 40, (len(id_BS), 15)).astype(np.int32)
+    valid_BT = np.ones_like(source_BT)
+    valid_BT[-1, 11:] = 0
+    return source_BT * valid_BT, valid_BT
+
+
 def their_logits(model, id_BS):
+    id_BS, more = torch.tensor(id_BS, dtype=torch.long), {}
+    if model.config.is_encoder_decoder:
+        source_BT, valid_BT = (torch.tensor(z, dtype=torch.long) for z in sources(id_BS))
+        more = {"attention_mask": valid_BT, "decoder_input_ids": id_BS}
+        id_BS = source_BT
     with torch.no_grad():
-        return model(torch.tensor(id_BS, dtype=torch.long)).logits.double().numpy()
+        return model(id_BS, **more).logits.double().numpy()
+
+
+def rows(id_BS, valid_BS):
+    """A Batch on the host."""
+    position_BS = np.tile(np.arange(id_BS.shape[1], dtype=np.int32), (len(id_BS), 1))
+    row_B = np.arange(len(id_BS), dtype=np.int32)
+    return Batch(id_BS, position_BS * valid_BS, valid_BS, row_B)
 
 
 def our_logits(run, id_BS, parameters=None):
     """The logits of whole rows."""
-    B, S = id_BS.shape
-    position_BS = np.tile(np.arange(S, dtype=np.int32), (B, 1))
-    row_B = np.arange(B, dtype=np.int32)
-    local = Batch(id_BS, position_BS, np.ones_like(id_BS), row_B)
+    local = rows(id_BS, np.ones_like(id_BS))
+    if "encoder" in run.config.model.stacks:
+        local = local._replace(source_rows=rows(*sources(id_BS)))
 
     @jax.jit
     def forward(parameters, router_state, batch):
@@ -328,7 +421,7 @@ def our_logits(run, id_BS, parameters=None):
         return model(batch, jax.random.key(0), False)[0]
 
     with jax.set_mesh(run.mesh):
-        batch = batch_rows.put(local, row_B, B)
+        batch = batch_rows.put(local, local.row_B, len(id_BS))
         parameters = run.parameters if parameters is None else parameters
         return np.asarray(forward(parameters, run.router_state, batch), np.float64)
 
@@ -342,7 +435,11 @@ def bits(folder):
 
 
 def their_greedy(model, id_BS, number):
-    """The ids that transformers writes behind rows, whatever token ends a text."""
+    """The ids that transformers writes behind rows, whatever token ends a text; of an
+    encoder-decoder those that it makes of the rows, up to START.
+    """
+    if model.config.is_encoder_decoder:
+        return their_targets(model, number)
     with torch.no_grad():
         ids = torch.tensor(id_BS, dtype=torch.long)
         more = {"max_new_tokens": number, "do_sample": False, "eos_token_id": None}
@@ -350,8 +447,38 @@ def their_greedy(model, id_BS, number):
         return model.generate(ids, attention_mask=mask, pad_token_id=0, **more).numpy()
 
 
+def their_targets(model, number, num_rows=2):
+    """The ids [B, N] that transformers makes of source rows; behind START all are START."""
+    source_BT, valid_BT = (torch.tensor(z, dtype=torch.long) for z in sources(range(num_rows)))
+    with torch.no_grad():
+        # Said here, because a run without a tokenizer does not say it in what it exports.
+        ends = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+        id_BN = model.generate(
+            source_BT,
+            attention_mask=valid_BT,
+            max_new_tokens=number,
+            do_sample=False,
+            **dict.fromkeys(ends, START),
+        ).numpy()
+    rest = ((0, 0), (0, number + 1 - id_BN.shape[1]))
+    return np.pad(id_BN, rest, constant_values=START)[:, 1:]
+
+
+def our_targets(run, number, num_rows=2):
+    """The same, by our translator."""
+    cfg = run.config.model
+    with jax.set_mesh(run.mesh):
+        local = rows(*sources(range(num_rows)))
+        source = batch_rows.put(local, local.row_B, num_rows)
+        translator = make_translator(cfg, number, START, cfg.vocab_size)
+        greedy = dials(Settings(0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=()))
+        return np.asarray(translator(run.parameters, run.router_state, source, greedy))
+
+
 def our_greedy(run, id_BS, number):
     """The same, from our cache: the rows in one piece, then token by token."""
+    if "encoder" in run.config.model.stacks:
+        return our_targets(run, number)
     (B, S), cfg = id_BS.shape, for_decoding(run.config.model)
     row_B = np.arange(B, dtype=np.int32)
 

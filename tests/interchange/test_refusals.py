@@ -153,10 +153,32 @@ OTHER_ROPES = ("dynamic", "longrope", "proportional")
         ("llama", {"hidden_size": None}, "the key hidden_size is missing: take the config.json"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0: it must be a whole number"),
         ("llama", {"num_attention_heads": "4"}, 'num_attention_heads = "4": it must be a whole'),
+        (
+            "switch_transformers",
+            {"router_dtype": "bfloat16"},
+            'router_dtype = "bfloat16": moe_jax has no router in another precision than float32',
+        ),
+        (
+            "switch_transformers",
+            {"dense_act_fn": "gelu"},
+            'dense_act_fn = "gelu": moe_jax reads relu and gelu_new',
+        ),
+        (
+            "switch_transformers",
+            {"tie_word_embeddings": False},
+            "tie_word_embeddings = false: transformers then has other embeddings in the encoder",
+        ),
+        ("switch_transformers", {"expert_capacity": 0}, "expert_capacity = 0: it must be a whole"),
+        ("switch_transformers", {"depth": 3}, "depth = 3: moe_jax knows no such option of switch"),
+        (
+            "t5",
+            {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"},
+            'feed_forward_proj = "gated-gelu": moe_jax reads relu, gelu_new, gated-gelu and gated',
+        ),
     ],
 )
 def test_an_option_that_we_do_not_have_is_refused_by_its_name(family, changes, message):
-    theirs = {**hf_cases.SIZES, **hf_cases.CONFIGS[family], **changes}
+    theirs = hf_cases.sizes(family) | changes
     with pytest.raises(UserError) as error:
         FAMILIES[family].read(Settings(theirs, "DIR/config.json"))
     said = str(error.value)

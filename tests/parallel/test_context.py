@@ -237,6 +237,14 @@ OPTIONS = {
         "model.logit_cap": 0.2,
         "model.allow_leak": True,
     },
+    "relative bias, scaled head, switch with a bias": {
+        "model.attention": "relative_bias",
+        "model.attentions.relative_bias.buckets": 6,
+        "model.attentions.relative_bias.max_distance": 9,
+        "model.head_scale": 0.5,
+        "model.moe.router": "switch",
+        "model.moe.routers.switch.bias": True,
+    },
     "two groups, priority, expert choice, tied": {
         "model.moe.group_rows": 2,
         "model.moe.router": "expert_choice",

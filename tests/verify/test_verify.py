@@ -217,7 +217,8 @@ CASES = {
 }
 CASES |= {"null that copies": CASES["null"] | {"model.moe.routers.null.kind": "copy"}}
 CASES |= {"sliding window": {"model.attention": "sliding_window"}}
-CASES |= {name: OPTIONS[name] for name in ("gpt-oss", "Gemma 2 and 3", "DeepSeek-V3")}
+NAMED = ("gpt-oss", "Gemma 2 and 3", "DeepSeek-V3", "T5, Switch")
+CASES |= {name: OPTIONS[name] for name in NAMED}
 CASES |= {"sparse experts": {"model.moe.sparse.rule": "rigl"}}
 CASES |= {"latent experts": {"model.moe.latent_dim": 8, "model.moe.shared_experts": 1}}
 CASES |= {"further tokens": {"model.kinds.decoder.mtp_depths": 2}}

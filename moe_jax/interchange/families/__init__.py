@@ -24,6 +24,8 @@ from moe_jax.interchange.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    switch_transformers,
+    t5,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -45,4 +47,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
+    # Before the one below, which is the same where no layer has experts.
+    "t5": t5.FAMILY,
+    "switch_transformers": switch_transformers.FAMILY,
 }

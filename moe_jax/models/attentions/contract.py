@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
+from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.attention_core import Keys
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, ModelConfig
@@ -37,6 +38,18 @@ def no_advice(cfg: Config) -> Iterator[str]:
 def options_as_given(cfg: ModelConfig) -> Any:
     """Returns the options of an attention in which nothing can be written in two ways."""
     return cfg.attention_options
+
+
+def nothing_shared(cfg: ModelConfig) -> dict[str, Weight]:
+    """Declares no weights that the blocks of a stack share."""
+    del cfg
+    return {}
+
+
+def no_buckets(mask: str, options: Any) -> Buckets | None:
+    """Says that no bias is added to scores."""
+    del mask, options
+    return None
 
 
 def shared_heads(cfg: ModelConfig) -> int:
@@ -105,6 +118,11 @@ class Attention(NamedTuple):
     key_heads: Callable[[ModelConfig], int] = shared_heads
     # (cfg) -> its options, where those that compute the same are the same (interchange/meaning.py).
     normal_form: Callable[[ModelConfig], Any] = options_as_given
+    # (cfg) -> weights by name that all blocks of a stack with this attention share.
+    shared: Callable[[ModelConfig], dict[str, Weight]] = nothing_shared
+    # (mask, options) -> the buckets of a bias by the distance of two tokens, whose numbers are
+    # `shared` (attention_bias.py); None = there is no bias.
+    buckets: Callable[[str, Any], Buckets | None] = no_buckets
     # Yields what a run is told at its start; model.attention is its name.
     advice: Callable[[Config], Iterator[str]] = no_advice
     # (raw options, seq_len) -> keys and values that suit rows of that length, which are short.

@@ -196,6 +196,15 @@ def as_they_are(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     return o_BSHA
 
 
+def uneven_heads(m: ModelConfig) -> Iterator[str]:
+    """Query heads share key heads evenly."""
+    if m.num_heads % m.num_kv_heads:
+        yield (
+            f"model.num_heads ({m.num_heads}) must be divisible by model.num_kv_heads "
+            f"({m.num_kv_heads})"
+        )
+
+
 CACHING = Caching(
     empty_cache,
     Cache(SLOTS, SLOTS),
@@ -210,11 +219,7 @@ def refusals(cfg: Config, name: str) -> Iterator[str]:
     """Refuses heads that do not share keys evenly, and an odd number of dimensions that turn."""
     del name
     m = cfg.model
-    if m.num_heads % m.num_kv_heads:
-        yield (
-            f"model.num_heads ({m.num_heads}) must be divisible by model.num_kv_heads "
-            f"({m.num_kv_heads})"
-        )
+    yield from uneven_heads(m)
     width = rope_width(m)
     if width % 2 == 0 and width:
         return

@@ -2,7 +2,7 @@
 line each; the contract is in contract.py.
 """
 
-from moe_jax.moe.activations import clamped_swiglu, geglu, gelu, swiglu
+from moe_jax.moe.activations import clamped_swiglu, geglu, gelu, relu, swiglu
 from moe_jax.moe.activations.contract import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -10,4 +10,5 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu.ACTIVATION,
     "geglu": geglu.ACTIVATION,
     "clamped_swiglu": clamped_swiglu.ACTIVATION,
+    "relu": relu.ACTIVATION,
 }

@@ -5,13 +5,16 @@ C = ceil(factor * assignments of a group / E), those that the router intends (k 
 most), per *group* (model.moe.group_rows sequences), never per device, so the same assignments drop
 on every mesh (Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 2.2, where the group is a
 device's share). Earlier entries of the routing win: token-major order never lets a later token take
-an earlier one's place, so a causal model stays causal.
+an earlier one's place, so a causal model stays causal. Or C is a number of places, which is a
+property of the model: Switch Transformers (Fedus et al. 2021, arXiv:2101.03961) drop at evaluation
+as well, and transformers has so many places in each row (`expert_capacity`).
 
 Buffers per device: E * (T / group) * C rows sent, as many received and computed.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order
 from moe_jax.moe.dispatch.places import through_experts
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
-from moe_jax.schema.options import POSITIVE, option
+from moe_jax.schema.options import COUNT, POSITIVE, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +35,17 @@ class Options:
         "is the intended number of real ones.",
         POSITIVE,
     )
+    places: int = option(
+        0, "of an expert in each group, whatever the factor is; 0 = as many as it says", COUNT
+    )
 
 
 def expert_capacity(shape: Shape, options: Options) -> int:
     """Returns C: the places of one expert in one group."""
     assignments_of_group = shape.own_intended * shape.group_tokens / shape.num_tokens
     # 1e-9, so that a product which is whole but for rounding is not rounded up.
-    num_places = math.ceil(options.factor * assignments_of_group / shape.num_experts - 1e-9)
+    by_factor = math.ceil(options.factor * assignments_of_group / shape.num_experts - 1e-9)
+    num_places = options.places or by_factor
     # A token uses an expert once, so no more places than tokens can ever be used.
     return max(1, min(num_places, shape.group_tokens))
 
@@ -105,6 +112,29 @@ def _rows_of_assignments(
     return jnp.where(is_kept_N, row_N, rows(shape, options)), is_kept_N
 
 
+def of_the_model(options: Options) -> bool:
+    """Returns whether so many places are a property of the model."""
+    return options.places > 0
+
+
+def advice(options: Options, at: str, expert_axis: int) -> Iterator[str]:
+    """Yields that a factor does nothing beside a number of places."""
+    del expert_axis
+    if options.places and options.factor != Options().factor:
+        yield (
+            f"{at}.factor = {options.factor} does nothing, because {at}.places = {options.places} "
+            "says how many there are"
+        )
+
+
 DISPATCHER = Dispatcher(
-    Options, apply, rows, received, drops=True, exchanges=True, overflow="the rest drops"
+    Options,
+    apply,
+    rows,
+    received,
+    drops=True,
+    exchanges=True,
+    overflow="the rest drops",
+    of_the_model=of_the_model,
+    advice=advice,
 )

@@ -37,6 +37,12 @@ def no_advice(options: Any, at: str, expert_axis: int) -> Iterator[str]:
     yield from ()
 
 
+def of_the_training(options: Any) -> bool:
+    """Says that what drops is a matter of training alone."""
+    del options
+    return False
+
+
 class Dispatcher(NamedTuple):
     """Holds all that there is to know of a dispatcher; `DISPATCHER` of its file."""
 
@@ -61,6 +67,9 @@ class Dispatcher(NamedTuple):
     # What happens to the load beyond the rows that are held, for the resource card; "" = there is
     # none.
     overflow: str = ""
+    # options -> what drops is a property of the model, so that it drops at evaluation, in an
+    # encoder and in a model that is exported, too.
+    of_the_model: Callable[[Any], bool] = of_the_training
     # (options, the path of its block, the length of the expert axis) -> what a run is told at its
     # start, one sentence each.
     advice: Callable[[Any, str, int], Iterator[str]] = no_advice

@@ -6,7 +6,8 @@ jitter in appendix C).
 
 x' = x times uniform(1 - jitter, 1 + jitter), elementwise and in training only; the experts take x.
 The draw is of the row and the place in it, the same on every mesh. Ties go to the expert with the
-lower index. The published loss is `balance` (eq. 4-6, moe/losses/balance.py).
+lower index. With `bias` the logits are x' W + b (`router_bias` in transformers). The published loss
+is `balance` (eq. 4-6, moe/losses/balance.py).
 """
 
 import dataclasses
@@ -19,7 +20,9 @@ from moe_jax.moe.routing.contract import (
     Router,
     RouterCfg,
     Routing,
+    Sizes,
     Tokens,
+    linear_gate,
     router_logits,
     sees_nothing,
     token_choice,
@@ -28,6 +31,7 @@ from moe_jax.moe.routing.contract import (
 from moe_jax.moe.routing.statistics import statistics
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.options import BELOW_ONE, option
+from moe_jax.weights import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,15 @@ class Options:
     jitter: float = option(
         0.01, "training multiplies the router's input by uniform(1 - jitter, 1 + jitter)", BELOW_ONE
     )
+    bias: bool = option(False, "a learned bias of the logits, one number for each expert")
+
+
+def params(sizes: Sizes, options: Options) -> dict[str, Weight]:
+    """Declares the gate [D, E], and a bias [E] that begins at zero."""
+    weights = linear_gate(sizes, options)
+    if options.bias:
+        weights["gate_bias"] = Weight((sizes.num_experts,), (None,), 0.0)
+    return weights
 
 
 def route(
@@ -46,6 +59,9 @@ def route(
     if train and cfg.options.jitter:
         x_TD = jittered(tokens, cfg.options.jitter, rng)
     router_logits_TE = router_logits(x_TD, params["gate"])
+    if cfg.options.bias:
+        bias_E = params["gate_bias"].astype(router_logits_TE.dtype)
+        router_logits_TE = router_logits_TE + bias_E[None]
     router_probs_TE = jax.nn.softmax(router_logits_TE)
     gate_T1, expert_index_T1 = jax.lax.top_k(router_probs_TE, 1)
     sums = statistics(router_logits_TE, expert_index_T1, gate_T1, tokens)
@@ -65,4 +81,9 @@ def declared(num_experts: int, options: Options) -> Declared:
     return Declared(most=1, exact=True, gate_sum=None)
 
 
-ROUTER = Router(Options, route, sees_nothing, declared)
+def normal_form(options: Options) -> Options:
+    """Returns the options without jitter, which is of training alone."""
+    return dataclasses.replace(options, jitter=0.0)
+
+
+ROUTER = Router(Options, route, sees_nothing, declared, params=params, normal_form=normal_form)
