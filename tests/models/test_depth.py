@@ -19,6 +19,7 @@ from moe_jax import evaluate
 from moe_jax.checkpoint import flat
 from moe_jax.errors import UserError
 from moe_jax.models import depth
+from moe_jax.models.block import NOTHING
 from moe_jax.models.decodable import with_dispatcher
 from moe_jax.models.functions import make_model
 from moe_jax.models.stack import empty_caches
@@ -94,7 +95,7 @@ def test_chosen_tokens_make_a_row_of_their_own(float64, train):
 
         @jax.jit
         def update(x, batch):
-            attended, fed, _ = nnx.merge(graph, variables)._added(x, batch, key, train, ())
+            attended, fed, _ = nnx.merge(graph, variables)._added(x, batch, key, train, NOTHING)
             return attended + fed
 
         got, sums = run(meshes.put(x_BSD, "batch"), put_batch(arrays))
