@@ -68,9 +68,10 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     rate: float = 4e-3
     factor: float = 2.0
-    # The figure by which learning rates are chosen and arms are drawn.
+    # The figure by which learning rates are chosen and arms are drawn. A search has none of the
+    # measures.
     figure: str = "bits_per_byte"
-    # Further figures of a trained model, names in measures.MEASURES.
+    # Further figures of a trained model, names in measures.MEASURES; not of runs that only search.
     measures: tuple[str, ...] = ()
     # Further figures that follow from the config of a run and its figures.
     derived: Mapping[str, Callable[[Config, Figures], float]] = dataclasses.field(

@@ -46,24 +46,30 @@ COMPILE, STEP, SPEED = 25.0, 0.015, 1.2e10
 STARTUP = 15.0
 
 
-def cell(study: Study, arm: str, seed: int, rate: float, *, short: bool = False) -> Cell:
-    """Returns a cell. `short`: of a few steps, to see that it works.
+def cell(
+    study: Study, arm: str, seed: int, rate: float, *, short: bool = False, searches: bool = False
+) -> Cell:
+    """Returns a cell.
 
     Raises UserError, by study and arm, for keys that do not exist or that the rules refuse.
+
+    Args:
+      short: of a few steps, to see that it works.
+      searches: it only tries a learning rate: nothing further is measured, so that studies which
+        measure different things share the run.
     """
     at = f"{study.name}, arm {arm}: "
     changes = json.dumps([{**PLAIN, **study.base, **study.arms[arm]}, short])
-    raw, cfg, program = _built(study.config, changes, at, study.measures)
+    raw, cfg, program = _built(study.config, changes, at)
     raw = {**raw, "seed": seed, "optim": {**raw["optim"], "learning_rate": rate}}
     optim = dataclasses.replace(cfg.optim, learning_rate=rate)
-    key = digest(dataclasses.replace(cfg, seed=seed, optim=optim), study.measures)
-    return Cell(arm, seed, rate, raw, study.measures, key, program, expected_seconds(cfg))
+    measures = () if searches else study.measures
+    key = digest(dataclasses.replace(cfg, seed=seed, optim=optim), measures)
+    return Cell(arm, seed, rate, raw, measures, key, program, expected_seconds(cfg))
 
 
 @functools.lru_cache(maxsize=256)
-def _built(
-    file: str, changes: str, at: str, measures: tuple[str, ...]
-) -> tuple[dict[str, Any], config.Config, str]:
+def _built(file: str, changes: str, at: str) -> tuple[dict[str, Any], config.Config, str]:
     """Returns the config of an arm, as values and built, and the digest of its program."""
     # JSON, for a dict is no key of a cache.
     values, short = json.loads(changes)
@@ -74,7 +80,7 @@ def _built(
         cfg = config.build(raw, 1)
     except UserError as error:
         raise UserError(f"{at}{error}") from None
-    return raw, cfg, digest(neutral(cfg), measures)
+    return raw, cfg, digest(neutral(cfg), ())
 
 
 def arm_rate(study: Study, arm: str) -> float:
