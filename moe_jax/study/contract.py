@@ -62,6 +62,9 @@ class Study:
     # The first one is drawn as the reference.
     arms: Mapping[str, Changes]
     claims: tuple[Claim, ...]
+    # Arms that begin from a dense model: the changed keys of that model, its learning rate among
+    # them. It is trained before the arm and upcycled (begun.py).
+    parents: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     # Changed keys of every arm.
     base: Changes = dataclasses.field(default_factory=dict)
     config: str = "base"
@@ -97,6 +100,7 @@ class Cell:
       key: SHA-256 of all that decides the figures; equal cells of two studies are one run.
       program: the same without seed and learning rate: cells that share it are compiled once.
       seconds: how long it is expected to take.
+      parent: the run of the dense model that it begins from; None = it begins from fresh values.
     """
 
     arm: str
@@ -107,3 +111,4 @@ class Cell:
     key: str
     program: str
     seconds: float
+    parent: "Cell | None" = None

@@ -14,6 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.report.metrics import read_rows
 from moe_jax.study import (
+    begun,
     bracket,
     expand,
     judge,
@@ -144,6 +145,46 @@ def test_the_search_counts_in_the_time_of_a_study():
     assert results.cpu_minutes([*state.lines, *state.searched, *state.lines]) == 6.0
     del state.lines[0]["cpu_seconds"]
     assert results.cpu_minutes([*state.lines, *state.searched]) == 5.5
+
+
+def test_studies_that_measure_different_things_share_a_search():
+    """A run that only tries a learning rate measures nothing further; all share a program."""
+    searches = Study(**{**vars(STUDY), "arms": {"a": {}}})
+    plain = Study(**{**vars(searches), "name": "plain", "measures": ()})
+    (first, second), (tried, also_tried) = zip(
+        *[
+            (expand.cell(study, "a", 0, 4e-3), progress.look(study, {}).missing[1])
+            for study in (searches, plain)
+        ]
+    )
+    assert tried.measures == () and tried.key == also_tried.key
+    assert first.measures == ("prefix",) and first.key != second.key
+    assert first.program == second.program == tried.program
+
+
+def test_an_arm_begins_from_an_upcycled_model():
+    """At the learning rate 0 it stays what it begins as: the dense model, whose loss it has."""
+    dense = {"model.period": ("dense",), RATE: 3e-3}
+    begins = Study(**{**vars(STUDY), "arms": {"up": {}}, "parents": {"up": dense}, "measures": ()})
+    cell = expand.cell(begins, "up", 0, 0.0)
+    (again,) = expand.from_json(json.loads(json.dumps(expand.as_json([cell]))))
+    assert again == cell
+    fresh = Study(**{**vars(begins), "parents": {}})
+    assert expand.cell(fresh, "up", 0, 0.0).key != cell.key
+    # Other text than the dense model has seen.
+    assert cell.parent.seed == expand.PARENT_SEED and cell.parent.rate == 3e-3
+    program = train_cells.prepare(cell)
+    figures, _ = train_cells.train(program, cell)
+    of_parent = program.parents[cell.parent.program]
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
+        state = program.parents[cell.parent.key]
+        loss = of_parent.evaluate(state, of_parent.cfg.eval.final_batches)["loss"]
+    assert state.step == 4 and figures["num_experts"] == 2
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    other = {**dense, "model.rope_theta": 500.0}
+    cell = expand.cell(Study(**{**vars(begins), "parents": {"up": other}}), "up", 0, 0.0)
+    with pytest.raises(UserError, match="the arm up is another model than its parent"):
+        begun.upcycled(cell, program.init(*train_cells.inputs(cell)), state)
 
 
 def test_a_cell_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
