@@ -11,9 +11,7 @@ STUDY = Study(
     question="How many bits does a model gain that orders tokens by what comes later?",
     paper="Riquelme et al. 2021, arXiv:2106.05974, section 4 (batch priority, of images)",
     equal="active FLOPs, total parameters, tokens, capacity (factor 1)",
-    base=tiny(
-        **{"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 1.0}
-    ),
+    base=tiny(**{"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 1.0}),
     rate=TINY_RATE,
     seeds=(0, 1, 2, 3, 4),
     arms={

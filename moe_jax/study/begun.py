@@ -3,8 +3,6 @@
 The state of training begins anew: no moments, step 0, a schedule of its own.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 
