@@ -179,12 +179,13 @@ def test_an_arm_begins_from_an_upcycled_model():
     with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
         state = program.parents[cell.parent.key]
         loss = of_parent.evaluate(state, of_parent.cfg.eval.final_batches)["loss"]
+        fresh_state = program.init(*train_cells.inputs(cell))
     assert state.step == 4 and figures["num_experts"] == 2
     assert figures["loss"] == pytest.approx(loss, rel=1e-5)
     other = {**dense, "model.rope_theta": 500.0}
     cell = expand.cell(Study(**{**vars(begins), "parents": {"up": other}}), "up", 0, 0.0)
     with pytest.raises(UserError, match="the arm up is another model than its parent"):
-        begun.upcycled(cell, program.init(*train_cells.inputs(cell)), state)
+        begun.upcycled(cell, fresh_state, state)
 
 
 def test_a_cell_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
