@@ -162,6 +162,6 @@ def from_json(pack: list[dict[str, Any]]) -> list[Cell]:
 
 
 def _from_json(values: Mapping[str, Any]) -> Cell:
+    parent = _from_json(values["parent"]) if values["parent"] else None
     # JSON has no tuples.
-    parent = values["parent"] and _from_json(values["parent"])
-    return Cell(**{**values, "measures": tuple(values["measures"]), "parent": parent})
+    return dataclasses.replace(Cell(**values), measures=tuple(values["measures"]), parent=parent)

@@ -335,6 +335,14 @@ def test_the_speedup_by_hand():
     runs |= {f"s{x}": {"x": x, "loss": (4 * x) ** -0.5} for x in (1, 10)}
     speedup = Speedup(("s1", "s10"), ("d1", "d10", "d100"), "x", "loss")
     assert speedup(runs) == pytest.approx(4.0)
+    # Dense models that are worse the larger they are: the verdict says so.
+    rising = {arm: {"x": run["x"], "loss": 1 / run["loss"]} for arm, run in runs.items()}
+    with pytest.raises(ValueError, match="do not improve with size"):
+        speedup(rising)
+    claim = Claim("x", speedup, ABOVE, 1.0)
+    study = Study(**{**vars(STUDY), "claims": (claim,)})
+    (verdict,) = judge.judge(study, {0: runs, 1: runs, 2: runs, 3: rising}, {})
+    assert verdict.word == judge.INCONCLUSIVE and "a dense ladder does not fall" in verdict.why
     gaps = {"a": {"f": 5.0}, "b": {"f": 3.0}, "c": {"f": 2.0}, "d": {"f": 1.0}}
     assert statistics.Interaction("a", "b", "c", "d", "f")(gaps) == 1.0
     assert statistics.Slope(("a", "b"), (1.0, 2.0), "f")(gaps) == pytest.approx(-2.0)
