@@ -1,8 +1,9 @@
 """The declarations: a file for each question, with `STUDY` in it.
 
-`small` is the language model that most of them train: bytes of six kinds of text, 1.0 M tokens,
-which is less than one epoch. `tiny` is what one core trains in half a minute: 0.5 M tokens for 37
-thousand active parameters, 14 a parameter.
+`tiny` is the language model that most of them train, in a quarter of a minute of one core: bytes of
+six kinds of text, 0.5 M tokens for 37 thousand active parameters, 14 a parameter. Arms that are
+equal in two studies are one run. `small` has twice the width and 1.0 M tokens, which is less than
+one epoch, too.
 """
 
 import difflib

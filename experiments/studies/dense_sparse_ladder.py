@@ -2,7 +2,7 @@
 
 from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
-from moe_jax.study.statistics import Speedup
+from moe_jax.study.statistics import Difference, Speedup
 
 # A sparse model has twice the parameters of a dense one of its width: the dense ladder goes on to
 # 48, so that both are compared within it.
@@ -30,6 +30,8 @@ STUDY = Study(
     arms={f"dense_{width}": sized(width) | {"model.period": ("dense",)} for width in WIDTHS}
     | {f"sparse_{width}": sized(width) for width in WIDTHS[:2]},
     claims=(
+        Claim("larger dense models are better", Difference("dense_48", "dense_32"), BELOW, 0.0),
+        Claim("beats twice the dense FLOPs", Difference("sparse_32", "dense_48"), BELOW, 0.0),
         Claim(
             "fewer training FLOPs",
             speedup("train_flops"),

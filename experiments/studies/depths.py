@@ -1,10 +1,10 @@
 """Mixture of depths at equal training FLOPs (Raposo et al. 2024, arXiv:2404.02258, figure 3)."""
 
-from experiments.studies import small, steps_for
+from experiments.studies import TINY_RATE, steps_for, tiny
 from moe_jax.study.contract import BELOW, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference
 
-BASE = small(**{"model.repeats": 2})
+BASE = tiny()
 FULL = {"model.period": ("dense", "dense")}
 DEPTH = {
     "model.period": ("dense", "depth:dense"),
@@ -17,6 +17,8 @@ STUDY = Study(
     paper="Raposo et al. 2024, arXiv:2404.02258, figures 3 and 4",
     equal="training FLOPs (depths), tokens (depths_equal_tokens); evaluated by the causal rule",
     base=BASE,
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "full": FULL,
         "depths": DEPTH | {"train.steps": steps_for(BASE | DEPTH, like=BASE | FULL)},

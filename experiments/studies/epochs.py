@@ -1,17 +1,19 @@
 """Epochs of limited data (Muennighoff et al. 2023, arXiv:2305.16264, figure 5)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference, Interaction
 
 DENSE = {"model.period": ("dense",)}
-FOUR, SIXTEEN = {"data.slice_bytes": 43_000}, {"data.slice_bytes": 10_700}
+FOUR, SIXTEEN = {"data.slice_bytes": 21_300}, {"data.slice_bytes": 5_300}
 STUDY = Study(
     name="epochs",
     question="What are repeated tokens worth, and do experts need new ones more than dense models?",
     paper="Muennighoff et al. 2023, arXiv:2305.16264, figure 5 (four epochs are as good as new)",
     equal="tokens seen, active FLOPs; not the number of different tokens",
-    base=small(),
+    base=tiny(),
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "moe_1": {},
         "moe_4": FOUR,

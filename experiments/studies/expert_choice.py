@@ -1,6 +1,6 @@
 """Expert choice and its leak (Zhou et al. 2022, arXiv:2202.09368, figure 2)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference, Value
 
@@ -14,7 +14,9 @@ STUDY = Study(
     question="Is expert choice better than token choice, and how much of that is the future?",
     paper="Zhou et al. 2022, arXiv:2202.09368, figure 2 and table 2",
     equal="active FLOPs, total parameters, tokens",
-    base=small(),
+    base=tiny(),
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={"top_k": {}, "expert_choice": CHOICE},
     claims=(
         Claim("lower loss with whole rows", Difference("expert_choice", "top_k"), BELOW, 0.0),

@@ -1,6 +1,6 @@
 """What orders that see the future are worth (Riquelme et al. 2021, V-MoE, arXiv:2106.05974)."""
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
 from moe_jax.study.statistics import Difference, Value
 
@@ -11,9 +11,9 @@ STUDY = Study(
     question="How many bits does a model gain that orders tokens by what comes later?",
     paper="Riquelme et al. 2021, arXiv:2106.05974, section 4 (batch priority, of images)",
     equal="active FLOPs, total parameters, tokens, capacity (factor 1)",
-    base=small(
-        **{"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 1.0}
-    ),
+    base=tiny(**{"model.moe.dispatcher": "capacity", "model.moe.dispatchers.capacity.factor": 1.0}),
+    rate=TINY_RATE,
+    seeds=(0, 1, 2, 3, 4),
     arms={
         "token_major": {ORDERING: "token_major"},
         "k_major": LEAKS | {ORDERING: "k_major"},

@@ -3,7 +3,7 @@
 What a router needs beside its name: its own balance instead of the loss's, or leave to leak.
 """
 
-from experiments.studies import small
+from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import BELOW, Claim, Study
 from moe_jax.study.statistics import Difference
 
@@ -31,7 +31,8 @@ STUDY = Study(
     question="Which router trains best at equal steps, and how evenly does it load the experts?",
     paper="Shazeer et al. 2017, arXiv:1701.06538, and the paper of each router (docs/routers.md)",
     equal="total parameters but for the router, tokens; not the number of experts of a token",
-    base=small(**{"train.steps": 500, "model.repeats": 4}),
+    base=tiny(),
+    rate=TINY_RATE,
     arms={name: {"model.moe.router": name} | needs for name, needs in NEEDS.items()},
     claims=(
         Claim("top-k beats random experts", Difference("top_k", "random"), BELOW, 0.0),

@@ -62,15 +62,19 @@ class Study:
     # The first one is drawn as the reference.
     arms: Mapping[str, Changes]
     claims: tuple[Claim, ...]
+    # Arms that begin from a dense model: the changed keys of that model, its learning rate among
+    # them. It is trained before the arm and upcycled (begun.py).
+    parents: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     # Changed keys of every arm.
     base: Changes = dataclasses.field(default_factory=dict)
     config: str = "base"
     seeds: tuple[int, ...] = (0, 1, 2)
     rate: float = 4e-3
     factor: float = 2.0
-    # The figure by which learning rates are chosen and arms are drawn.
+    # The figure by which learning rates are chosen and arms are drawn. A search has none of the
+    # measures.
     figure: str = "bits_per_byte"
-    # Further figures of a trained model, names in measures.MEASURES.
+    # Further figures of a trained model, names in measures.MEASURES; not of runs that only search.
     measures: tuple[str, ...] = ()
     # Further figures that follow from the config of a run and its figures.
     derived: Mapping[str, Callable[[Config, Figures], float]] = dataclasses.field(
@@ -96,6 +100,7 @@ class Cell:
       key: SHA-256 of all that decides the figures; equal cells of two studies are one run.
       program: the same without seed and learning rate: cells that share it are compiled once.
       seconds: how long it is expected to take.
+      parent: the run of the dense model that it begins from; None = it begins from fresh values.
     """
 
     arm: str
@@ -106,3 +111,4 @@ class Cell:
     key: str
     program: str
     seconds: float
+    parent: "Cell | None" = None

@@ -16,7 +16,7 @@ from moe_jax import config
 from moe_jax.config import config_file, smoke
 from moe_jax.errors import UserError
 from moe_jax.plan import flops
-from moe_jax.study.contract import RATE, Cell, Study
+from moe_jax.study.contract import RATE, Cell, Changes, Study
 
 # Of every cell: one device, one evaluation at the end. Cells write no checkpoints: they are short,
 # and one that was interrupted is trained again.
@@ -44,26 +44,52 @@ NO_MATTER = (
 # what a step takes beside its products, and useful FLOP/s.
 COMPILE, STEP, SPEED = 25.0, 0.015, 1.2e10
 STARTUP = 15.0
+# Added to the seed of an arm, the seed of the dense model that it begins from: the arm goes on with
+# other text than that model has seen.
+PARENT_SEED = 5000
 
 
-def cell(study: Study, arm: str, seed: int, rate: float, *, short: bool = False) -> Cell:
-    """Returns a cell. `short`: of a few steps, to see that it works.
+def cell(
+    study: Study, arm: str, seed: int, rate: float, *, short: bool = False, searches: bool = False
+) -> Cell:
+    """Returns a cell.
 
     Raises UserError, by study and arm, for keys that do not exist or that the rules refuse.
+
+    Args:
+      short: of a few steps, to see that it works.
+      searches: it only tries a learning rate: nothing further is measured, so that studies which
+        measure different things share the run.
     """
-    at = f"{study.name}, arm {arm}: "
-    changes = json.dumps([{**PLAIN, **study.base, **study.arms[arm]}, short])
-    raw, cfg, program = _built(study.config, changes, at, study.measures)
+    parent = None
+    if arm in study.parents:
+        keys = study.parents[arm]
+        parent = _cell(study, f"parent of {arm}", keys, seed + PARENT_SEED, keys[RATE], short)
+    measures = () if searches else study.measures
+    return _cell(study, arm, study.arms[arm], seed, rate, short, measures, parent)
+
+
+def _cell(
+    study: Study,
+    arm: str,
+    keys: Changes,
+    seed: int,
+    rate: float,
+    short: bool,
+    measures: tuple[str, ...] = (),
+    parent: Cell | None = None,
+) -> Cell:
+    """Returns the cell of an arm, or of a parent, by its changed keys."""
+    changes = json.dumps([{**PLAIN, **study.base, **keys}, short])
+    raw, cfg, program = _built(study.config, changes, f"{study.name}, arm {arm}: ")
     raw = {**raw, "seed": seed, "optim": {**raw["optim"], "learning_rate": rate}}
     optim = dataclasses.replace(cfg.optim, learning_rate=rate)
-    key = digest(dataclasses.replace(cfg, seed=seed, optim=optim), study.measures)
-    return Cell(arm, seed, rate, raw, study.measures, key, program, expected_seconds(cfg))
+    key = digest(dataclasses.replace(cfg, seed=seed, optim=optim), measures, parent)
+    return Cell(arm, seed, rate, raw, measures, key, program, expected_seconds(cfg), parent)
 
 
 @functools.lru_cache(maxsize=256)
-def _built(
-    file: str, changes: str, at: str, measures: tuple[str, ...]
-) -> tuple[dict[str, Any], config.Config, str]:
+def _built(file: str, changes: str, at: str) -> tuple[dict[str, Any], config.Config, str]:
     """Returns the config of an arm, as values and built, and the digest of its program."""
     # JSON, for a dict is no key of a cache.
     values, short = json.loads(changes)
@@ -74,7 +100,7 @@ def _built(
         cfg = config.build(raw, 1)
     except UserError as error:
         raise UserError(f"{at}{error}") from None
-    return raw, cfg, digest(neutral(cfg), measures)
+    return raw, cfg, digest(neutral(cfg), ())
 
 
 def arm_rate(study: Study, arm: str) -> float:
@@ -88,11 +114,12 @@ def neutral(cfg: config.Config) -> config.Config:
     return dataclasses.replace(cfg, seed=0, optim=optim)
 
 
-def digest(cfg: config.Config, measures: tuple[str, ...]) -> str:
+def digest(cfg: config.Config, measures: tuple[str, ...], parent: Cell | None = None) -> str:
     """Returns 16 digits of the SHA-256 of all that decides the figures of a run."""
     blocks = dataclasses.asdict(cfg)
     kept = {name: value for name, value in blocks.items() if name not in NO_MATTER}
-    text = json.dumps([kept, measures], sort_keys=True, default=str)
+    decides = [kept, measures] if parent is None else [kept, measures, parent.key]
+    text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -131,6 +158,10 @@ def as_json(pack: list[Cell]) -> list[dict[str, Any]]:
 
 
 def from_json(pack: list[dict[str, Any]]) -> list[Cell]:
+    return [_from_json(each) for each in pack]
+
+
+def _from_json(values: Mapping[str, Any]) -> Cell:
+    parent = _from_json(values["parent"]) if values["parent"] else None
     # JSON has no tuples.
-    cells = [Cell(**each) for each in pack]
-    return [dataclasses.replace(cell, measures=tuple(cell.measures)) for cell in cells]
+    return dataclasses.replace(Cell(**values), measures=tuple(values["measures"]), parent=parent)

@@ -95,7 +95,7 @@ def _judge(claim: Claim, runs: Mapping[int, OneSeed], undecided: Mapping[str, st
     # Whatever breaks the protocol is a reason; without one the interval decides.
     reasons = [undecided[arm] for arm in arms if arm in undecided]
     if measured.number < len(values):
-        reasons.append("a run diverged")
+        reasons.append("a seed has no value: a run diverged, or a dense ladder does not fall")
     if measured.number < LEAST_SEEDS:
         reasons.append(f"{measured.number} of at least {LEAST_SEEDS} seeds")
     return Verdict(
@@ -113,7 +113,7 @@ def _judge(claim: Claim, runs: Mapping[int, OneSeed], undecided: Mapping[str, st
 
 def _value(claim: Claim, runs: OneSeed) -> float:
     """Returns the statistic of a claim for one seed; NaN where it has none."""
-    # Runs that diverged leave a curve without points, or a fit of NaN.
+    # Runs that diverged leave a curve without points, or a fit of NaN; a ladder may be none.
     try:
         return claim.statistic(runs)
     except (ArithmeticError, LookupError, ValueError):

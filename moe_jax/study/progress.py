@@ -89,7 +89,7 @@ def _arm(
     cells = {}
     lines = []
     for rate in bracket.rates(study):
-        cells[rate] = expand.cell(study, name, bracket.TUNING_SEED, rate)
+        cells[rate] = expand.cell(study, name, bracket.TUNING_SEED, rate, searches=True)
         line = done.get(cells[rate].key)
         if line:
             tried[rate] = line["figures"].get(study.figure)
@@ -121,6 +121,7 @@ def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -
     for name, arm in state.arms.items():
         rate = expand.arm_rate(study, name) if math.isnan(arm.rate) else arm.rate
         of_arm = [expand.cell(study, name, seed, rate, short=short) for seed in seeds]
-        of_arm += [expand.cell(study, name, bracket.TUNING_SEED, tried) for tried in arm.tried]
+        tuning = bracket.TUNING_SEED
+        of_arm += [expand.cell(study, name, tuning, tried, searches=True) for tried in arm.tried]
         cells |= {cell.key: cell for cell in of_arm}
     return list(cells.values())

@@ -113,7 +113,7 @@ class Speedup(NamedTuple):
 
     Both families are ladders of sizes. A line log(loss) = a - b log(x) is fitted to the dense
     ladder; it is solved for the loss of each sparse model, and the geometric mean of x(dense) /
-    x(sparse) is the speed-up.
+    x(sparse) is the speed-up. Raises ValueError where the dense loss does not fall with x.
 
     Fields:
       sparse: the arms of the sparse ladder.
@@ -135,6 +135,8 @@ class Speedup(NamedTuple):
         log_x = np.log([number(runs[arm], self.x) for arm in self.dense])
         log_loss = np.log([number(runs[arm], self.figure) for arm in self.dense])
         slope, constant = np.polyfit(log_x, log_loss, 1)
+        if slope >= 0:
+            raise ValueError("dense models that do not improve with size are no ladder")
         # 2. Where it has the loss of each sparse model.
         log_gains = []
         for arm in self.sparse:

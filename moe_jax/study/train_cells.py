@@ -26,7 +26,7 @@ from moe_jax.models.functions import make_model
 from moe_jax.parallel import batch_rows, mesh
 from moe_jax.plan import flops
 from moe_jax.runtime import shell
-from moe_jax.study import expand, ledger
+from moe_jax.study import begun, expand, ledger
 from moe_jax.study.contract import Cell, Figures
 from moe_jax.study.measures import MEASURES, Trained
 from moe_jax.tasks import TASKS
@@ -46,6 +46,8 @@ class Program(NamedTuple):
     """Holds what the cells of a pack share. `init` and `step` take seed and learning rate first.
 
     `data` is that of the first cell: held-out rows are the same for all, training rows are not.
+    `parents` has the programs and states of the dense models that cells begin from, by their
+    programs and keys, as soon as there are any.
     """
 
     cfg: config.Config
@@ -56,6 +58,7 @@ class Program(NamedTuple):
     memory: int
     evaluate: Callable[..., Any]
     bind: Callable[..., Any]
+    parents: dict[str, Any]
 
 
 def nothing_more() -> list[Cell]:
@@ -156,7 +159,7 @@ def prepare(cell: Cell) -> Program:
         # The state is donated: the new one takes its memory.
         compiled = jax.jit(step, donate_argnums=2).lower(*arguments, state, batch).compile()
         evaluate = make_evaluate(cfg, data)
-    return Program(cfg, data, init_fn, compiled, memory_of(compiled), evaluate, model.bind)
+    return Program(cfg, data, init_fn, compiled, memory_of(compiled), evaluate, model.bind, {})
 
 
 def open_data(cfg: config.Config) -> Data:
@@ -219,6 +222,8 @@ def _steps(program: Program, cell: Cell, data: Data) -> tuple[Any, list[dict[str
     stream = prefetch(Batches(data, "train", cell.seed, size), 0, steps, rows, cfg.data.prefetch)
     seed, rate = inputs(cell)
     state = program.init(seed, rate)
+    if cell.parent is not None:
+        state = begun.upcycled(cell, state, _parent(program, cell.parent))
     found: list[dict[str, float]] = []
     # Of steps that nobody has read yet: their metrics are still on the device.
     waiting: list[dict[str, Any]] = []
@@ -240,6 +245,18 @@ def _steps(program: Program, cell: Cell, data: Data) -> tuple[Any, list[dict[str
         if not math.isfinite(row["loss"]):
             return state, found[: i + 1], seconds
     return state, found, seconds
+
+
+def _parent(program: Program, cell: Cell) -> Any:
+    """Returns the state at the end of the run of a dense model, which is trained once."""
+    kept = program.parents
+    if cell.program not in kept:
+        kept[cell.program] = prepare(cell)
+    if cell.key not in kept:
+        of_parent = kept[cell.program]
+        data = open_data(dataclasses.replace(of_parent.cfg, seed=cell.seed))
+        kept[cell.key], _, _ = _steps(of_parent, cell, data)
+    return kept[cell.key]
 
 
 def _small(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.report.metrics import read_rows
 from moe_jax.study import (
+    begun,
     bracket,
     expand,
     judge,
@@ -144,6 +145,47 @@ def test_the_search_counts_in_the_time_of_a_study():
     assert results.cpu_minutes([*state.lines, *state.searched, *state.lines]) == 6.0
     del state.lines[0]["cpu_seconds"]
     assert results.cpu_minutes([*state.lines, *state.searched]) == 5.5
+
+
+def test_studies_that_measure_different_things_share_a_search():
+    """A run that only tries a learning rate measures nothing further; all share a program."""
+    searches = Study(**{**vars(STUDY), "arms": {"a": {}}})
+    plain = Study(**{**vars(searches), "name": "plain", "measures": ()})
+    (first, second), (tried, also_tried) = zip(
+        *[
+            (expand.cell(study, "a", 0, 4e-3), progress.look(study, {}).missing[1])
+            for study in (searches, plain)
+        ]
+    )
+    assert tried.measures == () and tried.key == also_tried.key
+    assert first.measures == ("prefix",) and first.key != second.key
+    assert first.program == second.program == tried.program
+
+
+def test_an_arm_begins_from_an_upcycled_model():
+    """At the learning rate 0 it stays what it begins as: the dense model, whose loss it has."""
+    dense = {"model.period": ("dense",), RATE: 3e-3}
+    begins = Study(**{**vars(STUDY), "arms": {"up": {}}, "parents": {"up": dense}, "measures": ()})
+    cell = expand.cell(begins, "up", 0, 0.0)
+    (again,) = expand.from_json(json.loads(json.dumps(expand.as_json([cell]))))
+    assert again == cell
+    fresh = Study(**{**vars(begins), "parents": {}})
+    assert expand.cell(fresh, "up", 0, 0.0).key != cell.key
+    # Other text than the dense model has seen.
+    assert cell.parent.seed == expand.PARENT_SEED and cell.parent.rate == 3e-3
+    program = train_cells.prepare(cell)
+    figures, _ = train_cells.train(program, cell)
+    of_parent = program.parents[cell.parent.program]
+    with jax.set_mesh(mesh.make(mesh.ONE, jax.devices()[:1])):
+        state = program.parents[cell.parent.key]
+        loss = of_parent.evaluate(state, of_parent.cfg.eval.final_batches)["loss"]
+        fresh_state = program.init(*train_cells.inputs(cell))
+    assert state.step == 4 and figures["num_experts"] == 2
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    other = {**dense, "model.rope_theta": 500.0}
+    cell = expand.cell(Study(**{**vars(begins), "parents": {"up": other}}), "up", 0, 0.0)
+    with pytest.raises(UserError, match="the arm up is another model than its parent"):
+        begun.upcycled(cell, fresh_state, state)
 
 
 def test_a_cell_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
@@ -293,6 +335,14 @@ def test_the_speedup_by_hand():
     runs |= {f"s{x}": {"x": x, "loss": (4 * x) ** -0.5} for x in (1, 10)}
     speedup = Speedup(("s1", "s10"), ("d1", "d10", "d100"), "x", "loss")
     assert speedup(runs) == pytest.approx(4.0)
+    # Dense models that are worse the larger they are: the verdict says so.
+    rising = {arm: {"x": run["x"], "loss": 1 / run["loss"]} for arm, run in runs.items()}
+    with pytest.raises(ValueError, match="do not improve with size"):
+        speedup(rising)
+    claim = Claim("x", speedup, ABOVE, 1.0)
+    study = Study(**{**vars(STUDY), "claims": (claim,)})
+    (verdict,) = judge.judge(study, {0: runs, 1: runs, 2: runs, 3: rising}, {})
+    assert verdict.word == judge.INCONCLUSIVE and "a dense ladder does not fall" in verdict.why
     gaps = {"a": {"f": 5.0}, "b": {"f": 3.0}, "c": {"f": 2.0}, "d": {"f": 1.0}}
     assert statistics.Interaction("a", "b", "c", "d", "f")(gaps) == 1.0
     assert statistics.Slope(("a", "b"), (1.0, 2.0), "f")(gaps) == pytest.approx(-2.0)
