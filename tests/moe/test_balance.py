@@ -371,7 +371,9 @@ def test_max_vio_of_a_whole_evaluation_is_not_the_mean_of_its_batches():
     both = jax.tree.map(lambda a, b: np.asarray(a + b), *batches)
     ones = {name: np.ones(1) for name in ("tokens", "nll", "correct", "bytes")}
     result = summary(
-        lm.TASK, ones | {"moe": both, "depth": {}, "routing": np.zeros((2, 1, 2))}, tiny.DATA
+        lm.TASK,
+        ones | {"moe": both, "depth": {}, "further": {}, "routing": np.zeros((2, 1, 2))},
+        tiny.DATA,
     )
     np.testing.assert_allclose(result["moe"]["max_vio"], [0.0, 0.5])
     assert result["max_vio"] == 0.25  # a scalar, which publish.py writes as eval/max_vio

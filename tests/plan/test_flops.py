@@ -349,7 +349,7 @@ def show(card):
 @pytest.fixture(scope="module")
 def card():
     """Of an MoE block on eight devices, with what it left on them."""
-    cfg = make_config((2, 2, 2), moe=dispatcher("capacity", factor=1.5))
+    cfg = make_config((2, 2, 2), moe=dispatcher("capacity", factor=1.5, places=0))
     before = sum(x.nbytes for x in jax.live_arrays())
     with jax.set_mesh(meshes.make(2, 2, 2)):
         card = cards.card(cfg)
@@ -436,7 +436,7 @@ def test_capacity_buffer_and_traffic(monkeypatch):
     """C = ceil(1.5 x 16 / 8) = 3 places of an expert in a group (a row), 8 experts x 2 groups x 3 =
     48 rows.
     """
-    card = dispatch_of(monkeypatch, dispatcher("capacity", factor=1.5))
+    card = dispatch_of(monkeypatch, dispatcher("capacity", factor=1.5, places=0))
     d = card.dispatch
     assert (d.rows_held, d.rows_balanced, d.row_bytes) == (48, 32, 4 * (32 + 32 + 2 * 8))
     assert d.forward == {
