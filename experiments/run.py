@@ -125,7 +125,7 @@ def run(study: Study, word: str, out: Path, args: argparse.Namespace) -> int:
             return 0
         train(packs, study.name, out, command, args.local)
         done = ledger.done(ledger.read(out))
-        failed |= {cell.key for cell in missing if cell.key not in done}
+        failed |= {cell.key for cell in missing if not ledger.find(done, cell)}
     state = progress.look(study, ledger.done(ledger.read(out)), short=args.smoke)
     if args.report and not state.lines:
         # Else the results of a ledger that is elsewhere would be written over with nothing.
@@ -172,14 +172,14 @@ def dry_run(study: Study, out: Path, *, short: bool) -> None:
     lines = ledger.read(out)
     done, measured = ledger.done(lines), ledger.cell_seconds(lines)
     cells = progress.everything(study, done, short=short)
-    missing = [cell for cell in cells if cell.key not in done]
+    missing = [cell for cell in cells if not ledger.find(done, cell)]
     table = Table(
         [*names("arm"), *numbers("seed", "learning rate", "seconds"), *names("state")],
         title=study.question,
     )
     for cell in cells:
         seconds = measured.get(cell.program, cell.seconds)
-        word = "done" if cell.key in done else "missing"
+        word = "done" if ledger.find(done, cell) else "missing"
         table.add(cell.arm, str(cell.seed), f"{cell.rate:g}", f"{seconds:.0f}", word)
     shell.console().print(table)
     seconds = sum(expand.seconds_of(pack, measured) for pack in expand.packs(missing))

@@ -98,6 +98,7 @@ class Cell:
     Fields:
       raw: the config as a nested dict of JSON values.
       key: SHA-256 of all that decides the figures; equal cells of two studies are one run.
+      config: the values that decide them, defaults too (expand.values_of).
       program: the same without seed and learning rate: cells that share it are compiled once.
       seconds: how long it is expected to take.
       parent: the run of the dense model that it begins from; None = it begins from fresh values.
@@ -109,6 +110,7 @@ class Cell:
     raw: Mapping[str, Any]
     measures: tuple[str, ...]
     key: str
+    config: Mapping[str, Any]
     program: str
     seconds: float
     parent: "Cell | None" = None

@@ -84,8 +84,10 @@ def _cell(
     raw, cfg, program = _built(study.config, changes, f"{study.name}, arm {arm}: ")
     raw = {**raw, "seed": seed, "optim": {**raw["optim"], "learning_rate": rate}}
     optim = dataclasses.replace(cfg.optim, learning_rate=rate)
-    key = digest(dataclasses.replace(cfg, seed=seed, optim=optim), measures, parent)
-    return Cell(arm, seed, rate, raw, measures, key, program, expected_seconds(cfg), parent)
+    own = dataclasses.replace(cfg, seed=seed, optim=optim)
+    key = digest(own, measures, parent)
+    seconds = expected_seconds(cfg)
+    return Cell(arm, seed, rate, raw, measures, key, values_of(own), program, seconds, parent)
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,12 +117,34 @@ def neutral(cfg: config.Config) -> config.Config:
 
 
 def digest(cfg: config.Config, measures: tuple[str, ...], parent: Cell | None = None) -> str:
-    """Returns 16 digits of the SHA-256 of all that decides the figures of a run."""
-    blocks = dataclasses.asdict(cfg)
+    """Returns 16 digits of the SHA-256 of all that decides the figures of a run, but for values
+    that are their defaults: a key that is new in a later version changes no digest.
+    """
+    blocks = changed(cfg)
     kept = {name: value for name, value in blocks.items() if name not in NO_MATTER}
     decides = [kept, measures] if parent is None else [kept, measures, parent.key]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changed(block: Any) -> dict[str, Any]:
+    """Returns the fields of a frozen config that are not their defaults, as nested dicts."""
+    found = {}
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value != default:
+            found[field.name] = changed(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def values_of(cfg: config.Config) -> dict[str, Any]:
+    """Returns all values that decide the figures of a run, as JSON has them."""
+    blocks = dataclasses.asdict(cfg)
+    kept = {name: value for name, value in blocks.items() if name not in NO_MATTER}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def expected_seconds(cfg: config.Config) -> float:

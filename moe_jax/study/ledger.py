@@ -3,9 +3,9 @@
     OUT/ledger/HOST.PID.jsonl     one line for each cell that ended, whatever way
 
 Every process writes a file of its own, so that nodes that share a file system never write into one
-file. A line has the cell's key, study, arm, seed and learning rate, the fingerprint of the data,
-commit, machine, exit code, seconds, and the figures. A cell is done when one of its lines has the
-exit code 0. A line that a kill cut off is left out.
+file. A line has the cell's key, config, study, arm, seed and learning rate, the fingerprint of the
+data, commit, machine, exit code, seconds, and the figures. A cell is done when one of its lines has
+the exit code 0 and the values that the config has today. A line that a kill cut off is left out.
 """
 
 import json
@@ -28,6 +28,7 @@ def write(out: Path, study: str, cell: Cell, code: int, **facts: Any) -> None:
     source = version.source()
     line = {
         "key": cell.key,
+        "config": cell.config,
         "program": cell.program,
         "study": study,
         "arm": cell.arm,
@@ -65,6 +66,23 @@ def read(out: Path) -> list[Line]:
 def done(lines: list[Line]) -> dict[str, Line]:
     """Returns the last line of every cell that was trained to its end, by its key."""
     return {line["key"]: line for line in lines if line["exit_code"] == exit_codes.DONE}
+
+
+def find(done: Mapping[str, Line], cell: Cell) -> Line | None:
+    """Returns the line of a cell that was trained, or None.
+
+    A key that is new since then has its default in the cell, or else the cell had another key. But
+    a default may have changed meanwhile, so every value of the line must be that of the cell.
+    """
+    line = done.get(cell.key)
+    return line if line and _agrees(line.get("config", {}), cell.config) else None
+
+
+def _agrees(old: Any, new: Any) -> bool:
+    """Returns whether all values of `old` are in `new`, by their keys."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return old == new
+    return all(key in new and _agrees(value, new[key]) for key, value in old.items())
 
 
 def failures(lines: list[Line]) -> dict[str, Line]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe_jax import config
-from moe_jax.study import bracket, expand
+from moe_jax.study import bracket, expand, ledger
 from moe_jax.study.contract import Cell, Figures, Study
 from moe_jax.study.ledger import Line
 
@@ -59,7 +59,7 @@ def look(study: Study, done: Mapping[str, Line], *, short: bool = False) -> Stat
         # 2. The runs that are compared, at the rate that was found.
         for seed in seeds:
             cell = expand.cell(study, name, seed, arm.rate, short=short)
-            line = done.get(cell.key)
+            line = ledger.find(done, cell)
             if line:
                 figures = with_derived(study, cell, line["figures"])
                 state.runs.setdefault(seed, {})[name] = figures
@@ -73,7 +73,7 @@ def with_derived(study: Study, cell: Cell, figures: Figures) -> Figures:
     """Returns the figures of a run, and those that the study makes of them."""
     if not study.derived:
         return figures
-    # The ledger has no config; that of the cell is the one that was trained.
+    # The cell has the config that was trained, or the ledger would not have its line.
     cfg = config.build(cell.raw, 1)
     derived = {name: of(cfg, figures) for name, of in study.derived.items()}
     return {**figures, **derived}
@@ -90,7 +90,7 @@ def _arm(
     lines = []
     for rate in bracket.rates(study):
         cells[rate] = expand.cell(study, name, bracket.TUNING_SEED, rate, searches=True)
-        line = done.get(cells[rate].key)
+        line = ledger.find(done, cells[rate])
         if line:
             tried[rate] = line["figures"].get(study.figure)
             lines.append(line)

@@ -1,5 +1,6 @@
 """The engine of studies: cells, the ledger, the search of learning rates, verdicts, results."""
 
+import dataclasses
 import json
 import math
 import os
@@ -203,6 +204,40 @@ def test_a_cell_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
     assert [line["exit_code"] for line in lines] == [70, 0]
     assert lines[0]["reason"] == "ValueError: no luck" and list(done(tmp_path)) == [cells[1].key]
     assert list(ledger.failures(lines)) == [cells[0].key]
+
+
+def test_a_new_key_loses_no_run():
+    """A key with a default that the config did not have before; and a default that changed."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        width: int = 4
+
+    @dataclasses.dataclass(frozen=True)
+    class Old:
+        depth: int
+        inner: Inner = dataclasses.field(default_factory=Inner)
+
+    @dataclasses.dataclass(frozen=True)
+    class New(Old):
+        cap: float = 0.0
+
+    assert expand.changed(New(2)) == expand.changed(Old(2)) == {"depth": 2}
+    assert expand.changed(New(2, Inner(8), 1.0)) == {"depth": 2, "inner": {"width": 8}, "cap": 1.0}
+
+    cell = expand.cell(STUDY, "fast", 0, 3e-3)
+    line = {"figures": {}, "config": cell.config}
+    assert ledger.find({cell.key: line}, cell) is line
+    # The version that trained it lacked a key.
+    fewer = {key: value for key, value in cell.config["model"].items() if key != "logit_cap"}
+    before = line | {"config": cell.config | {"model": fewer}}
+    assert ledger.find({cell.key: before}, cell) is before
+    # It had another value of one, as its default.
+    other = cell.config | {"model": cell.config["model"] | {"logit_cap": 30.0}}
+    assert ledger.find({cell.key: line | {"config": other}}, cell) is None
+    # It had one that is no more.
+    more = cell.config | {"model": cell.config["model"] | {"gone": 1}}
+    assert ledger.find({cell.key: line | {"config": more}}, cell) is None
 
 
 def test_a_process_that_is_killed_is_in_the_ledger(tmp_path):
