@@ -14,8 +14,8 @@ k: its experts and their balance do not see it.
 
 Embedding and head are those of the model. Each depth has a block of its own, of the kind of the
 model's last one, and counts as a further layer of the model. h[0] is what the head reads of the
-model, behind the last norm, and so is every h[k]: eq. 23 gives it to the head as it is. What serves
-the released checkpoints (vLLM, SGLang) does the same.
+model, behind the last norm, and so is every h[k]: eq. 23 gives it to the head as it is. No other
+program was compared.
 
 Shapes: B rows, S sequence, D model, V vocabulary.
 """
