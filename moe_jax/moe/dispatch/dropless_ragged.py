@@ -21,6 +21,9 @@ from moe_jax.moe.dispatch.levels import Level
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.routing.contract import Routing
 
+# All axes whose devices have tokens of their own.
+AXES = ("data", "expert", "seq")
+
 
 class _Plan(NamedTuple):
     """Holds which rows go where."""
@@ -118,6 +121,9 @@ def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:
     # In the room of an expert, the rows of the first device come first.
     before_nE = jnp.cumsum(counts_nE, axis=0) - counts_nE
     me = level.place()
+    # jax 0.12 takes the largest over axes alone over which a number varies: of a seq axis of one
+    # device it does not yet.
+    nothing = 0 * jax.lax.axis_index(AXES)
     return _Plan(
         counts_nE=counts_nE,
         # A sender's rows are in the order of experts.
@@ -126,7 +132,7 @@ def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:
         start_e=start_ne[me],
         size_e=size_ne[me],
         # Rounds have collectives: all devices take them, or none.
-        num_needed=jax.lax.pmax(needed_n.max(), ("data", "expert", "seq")),
+        num_needed=jax.lax.pmax(needed_n.max() + nothing, AXES),
     )
 
 
