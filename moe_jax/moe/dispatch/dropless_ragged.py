@@ -122,7 +122,7 @@ def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:
     before_nE = jnp.cumsum(counts_nE, axis=0) - counts_nE
     me = level.place()
     # jax 0.12 takes the largest over axes alone over which a number varies: of a seq axis of one
-    # device it does not yet.
+    # jax 0.12 takes the largest only over axes over which a number varies.
     nothing = 0 * jax.lax.axis_index(AXES)
     return _Plan(
         counts_nE=counts_nE,
