@@ -121,7 +121,6 @@ def _plan(counts_nE: jax.Array, shape: Shape, level: Level) -> _Plan:
     # In the room of an expert, the rows of the first device come first.
     before_nE = jnp.cumsum(counts_nE, axis=0) - counts_nE
     me = level.place()
-    # jax 0.12 takes the largest over axes alone over which a number varies: of a seq axis of one
     # jax 0.12 takes the largest only over axes over which a number varies.
     nothing = 0 * jax.lax.axis_index(AXES)
     return _Plan(
