@@ -22,6 +22,12 @@ class Entry(NamedTuple):
     write: Callable[[Ours], dict[str, Any]]
 
 
+def writes_nothing(config: Ours) -> dict[str, Any]:
+    """Returns no settings of theirs: the default of a family says what ours is."""
+    del config
+    return {}
+
+
 def key(theirs: str, ours: str, default: Any = None, also: str = "") -> Entry:
     """Returns the entry of a key that means the same in both.
 
@@ -49,11 +55,7 @@ def fixed(**ours: Any) -> Entry:
         del settings
         return dict(values)
 
-    def write(config: Ours) -> dict[str, Any]:
-        del config
-        return {}
-
-    return Entry(read, write)
+    return Entry(read, writes_nothing)
 
 
 def only(theirs: str, value: Any, why: str) -> Entry:
@@ -82,8 +84,4 @@ def ignored(*theirs: str) -> Entry:
             settings.get(name)
         return {}
 
-    def write(config: Ours) -> dict[str, Any]:
-        del config
-        return {}
-
-    return Entry(read, write)
+    return Entry(read, writes_nothing)

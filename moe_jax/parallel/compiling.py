@@ -29,17 +29,16 @@ _others: contextvars.ContextVar[bool] = contextvars.ContextVar("others", default
 def by_platform(*args: Any, others: Callable[..., Any], **own: Callable[..., Any]) -> Any:
     """Returns what the function of the platform gives for `args`, whichever it is compiled for.
 
-    `own` has functions by the names of their platforms (cpu, tpu, cuda, rocm); `others` serves
-    every other platform.
+    `own` has functions by the names of their platforms (cpu, tpu); `others` serves every other
+    platform, GPUs among them.
     """
     import jax  # here: tests set flags that are read when jax loads
 
     if _others.get():
         return others(*args)
     known = _platform_of_mesh()
-    # A mesh says "gpu" of both cuda and rocm. Elsewhere the choice is made now: tracing every
-    # platform's code was a third of the tracing of a step.
-    if known is not None and known != "gpu":
+    # The code of every platform was a third of the tracing of a step.
+    if known is not None:
         return own.get(known, others)(*args)
     return jax.lax.platform_dependent(*args, **own, default=others)
 

@@ -15,7 +15,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from moe_jax.models.block import moe_config
 from moe_jax.moe.layer import Batch, MoELayer
-from moe_jax.parallel.compiling import platform
 from moe_jax.parallel.mesh import sharding
 from moe_jax.plan.abstract import abstract_batch
 from moe_jax.schema.config import Config
@@ -81,8 +80,7 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
 
     The keys are mesh axes, `lengths` are those of the axes. Loops count every trip. Of branches the
     one counts that sends least: further rounds of a dispatcher are for a load that is not balanced.
-    Of code for several platforms that of the mesh counts. Only collectives that the code writes are
-    seen, not those that the compiler inserts.
+    Only collectives that the code writes are seen, not those that the compiler inserts.
     """
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
@@ -92,7 +90,7 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
         # A layer has its collectives inside of shard_map, jit and scan.
         inner = [received(function, lengths) for function in _called(equation.params)]
         if primitive == "cond":
-            inner = [_of_branch(inner, equation.params.get("branches_platforms"))]
+            inner = [min(inner, key=lambda counter: counter.total())]
         # A while loop has no length, so its body counts once.
         # A scan says how often it runs.
         trips = equation.params.get("length", 1) if primitive == "scan" else 1
@@ -100,15 +98,6 @@ def received(jaxpr: Jaxpr, lengths: Mapping[str, int]) -> Counter[str]:
             total.update({axis: trips * count for axis, count in counter.items()})
     # Without the axes over which nothing travels.
     return +total
-
-
-def _of_branch(branches: list[Counter[str]], platforms: Any) -> Counter[str]:
-    """Returns what one branch sends: that of the platform, where branches are for platforms."""
-    if platforms:
-        # None is for every platform that is not named.
-        own = [platform() in (names or ()) for names in platforms]
-        return branches[own.index(True) if any(own) else platforms.index(None)]
-    return min(branches, key=lambda counter: counter.total())
 
 
 def _of_collective(equation: JaxprEqn, lengths: Mapping[str, int]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.block import moe_config
 from moe_jax.moe import probe
 from moe_jax.moe.activations import ACTIVATIONS
+from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.moe.layer import Batch, MoELayer
 from moe_jax.moe.settings import MoE
@@ -54,12 +55,8 @@ class Dense(NamedTuple):
 
 def served(cfg: MoE) -> MoE:
     """Returns the layer with places for every assignment: plain arithmetic drops nothing."""
-    options = cfg.dispatcher_options
-    # A capacity of all tokens for every expert.
-    if hasattr(options, "factor"):
-        options = dataclasses.replace(options, factor=float(cfg.num_experts))
-    if hasattr(options, "places"):
-        options = dataclasses.replace(options, places=0)
+    roomy = DISPATCHERS[cfg.dispatcher].roomy
+    options = roomy(cfg.dispatcher_options, cfg.num_experts)
     return dataclasses.replace(cfg, dispatcher_options=options)
 
 

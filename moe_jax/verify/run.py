@@ -134,11 +134,16 @@ def verify(
         raise UserError(
             f"every mesh is refused for the config as it was shrunk (docs/verify.md): {refusals[0]}"
         )
+    most_split = widest(small, wanted.meshes)
+    if most_split.num_devices % wanted.processes:
+        raise UserError(
+            f"--processes {wanted.processes} cannot share the {most_split.num_devices} devices of "
+            f"the mesh {most_split} evenly: name a mesh of a multiple of {wanted.processes} devices"
+        )
     say("one device")
     one = reference(small, wanted.steps)
     states.write(one.program, one.begin, folder / "begin")
     rows = list(_rows(small, one, wanted, folder, say))
-    most_split = widest(small, wanted.meshes)
     if wanted.processes > 1:
         say(f"{wanted.processes} processes")
         rows.append(_processes(small, one, most_split, wanted.processes, folder))
@@ -325,8 +330,6 @@ def _processes(
 ) -> Row:
     """Runs a mesh as several processes, and compares what they report."""
     name = f"{lengths}, {count} processes"
-    if lengths.num_devices % count:
-        return empty(name, f"{count} processes cannot share {lengths.num_devices} devices evenly")
     report = processes.run(small, lengths, count, len(one.probes) - 1, folder)
     if isinstance(report, str):
         return empty(name, failure=report)

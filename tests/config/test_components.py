@@ -181,6 +181,7 @@ ROOM = Dispatcher(
     capacity.received,
     drops=True,
     overflow="the rest drops",
+    roomy=capacity.roomy,
 )
 
 

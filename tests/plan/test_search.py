@@ -43,8 +43,8 @@ def test_stages_of_the_config_are_tried_beside_meshes_without(ranked):
 
 
 def test_a_pipeline_computes_in_its_bubble_and_once_more_forward(ranked):
-    """Blocks: four passes (forward, again, and backward, which counts twice) in each of the ticks
-    instead of three (the loss of debug is a product of sums: four) in each micro-batch.
+    """Both have four passes over the blocks: two forward, because the loss of debug is a product of
+    sums, and backward, which counts twice. A stage makes them in every tick, its bubble too.
     """
     sizes = Schedule(STAGES, MICRO_BATCHES)
     rows = one(ranked, 1).flops

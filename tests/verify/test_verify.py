@@ -363,6 +363,10 @@ def test_rounding_is_reported_with_the_first_flip():
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--processes", "3"], "--processes 3 must be one of 1, 2, 4, 8"),
         (
+            ["--processes", "8", "--meshes", "1x2x2"],
+            "--processes 8 cannot share the 4 devices of the mesh 1x2x2 evenly",
+        ),
+        (
             ["--config.model.d_modle=3"],
             'no key is called --config.model.d_modle: did you mean "d_model"?',
         ),

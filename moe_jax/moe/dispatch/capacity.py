@@ -127,6 +127,11 @@ def advice(options: Options, at: str, expert_axis: int) -> Iterator[str]:
         )
 
 
+def roomy(options: Options, num_experts: int) -> Options:
+    """Returns the options with places for all tokens at every expert."""
+    return dataclasses.replace(options, factor=float(num_experts), places=0)
+
+
 DISPATCHER = Dispatcher(
     Options,
     apply,
@@ -136,5 +141,6 @@ DISPATCHER = Dispatcher(
     exchanges=True,
     overflow="the rest drops",
     of_the_model=of_the_model,
+    roomy=roomy,
     advice=advice,
 )

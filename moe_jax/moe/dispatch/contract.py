@@ -43,6 +43,12 @@ def of_the_training(options: Any) -> bool:
     return False
 
 
+def as_given(options: Any, num_experts: int) -> Any:
+    """Returns the options of a dispatcher that has room for every assignment anyway."""
+    del num_experts
+    return options
+
+
 class Dispatcher(NamedTuple):
     """Holds all that there is to know of a dispatcher; `DISPATCHER` of its file."""
 
@@ -70,6 +76,9 @@ class Dispatcher(NamedTuple):
     # options -> what drops is a property of the model, so that it drops at evaluation, in an
     # encoder and in a model that is exported, too.
     of_the_model: Callable[[Any], bool] = of_the_training
+    # (options, E) -> the options with which every assignment has room: what plain arithmetic over
+    # all experts is compared with.
+    roomy: Callable[[Any, int], Any] = as_given
     # (options, the path of its block, the length of the expert axis) -> what a run is told at its
     # start, one sentence each.
     advice: Callable[[Any, str, int], Iterator[str]] = no_advice

@@ -90,6 +90,11 @@ def like(array: Array, axis: int, other: Rounded) -> Rounded:
     return rounded(array, axis, next(kinds))
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Returns whether numbers of this dtype are narrow."""
+    return any(kind.dtype == dtype for kind in KINDS.values())
+
+
 def sums_dtype(dtype: Any) -> Any:
     """Returns the dtype that products of arrays of `dtype` are added up in."""
     for kind in KINDS.values():

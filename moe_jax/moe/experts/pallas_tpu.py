@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.moe.experts.narrow import sums_dtype
+from moe_jax.moe.experts.narrow import is_narrow, sums_dtype
 from moe_jax.moe.experts.network import Layout
 from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
@@ -166,7 +166,7 @@ def _product(
         out_spec=((rows, out_columns), y_index),
         out_shape=(num_rows, out_width),
         # Of narrow numbers the sums, which get their scales afterwards.
-        out_dtype=sums_dtype(a_RX.dtype) if a_RX.dtype.itemsize == 1 else a_RX.dtype,
+        out_dtype=sums_dtype(a_RX.dtype) if is_narrow(a_RX.dtype) else a_RX.dtype,
         widths=(width, out_width),
         interpret=interpret,
     )

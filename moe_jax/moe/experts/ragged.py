@@ -10,7 +10,7 @@ Shapes: see network.py.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.moe.experts.narrow import sums_dtype
+from moe_jax.moe.experts.narrow import is_narrow, sums_dtype
 from moe_jax.moe.experts.network import Layout
 from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
@@ -33,8 +33,7 @@ def products(layout: Layout, block: tuple[int, int]) -> Products:
     group_size_e = jnp.diff(end_e, prepend=jnp.zeros_like(end_e[:1]))
 
     def product(a_RX: Array, w_eXY: Array) -> Array:
-        narrow = a_RX.dtype.itemsize == 1
-        sums = sums_dtype(a_RX.dtype) if narrow else None
+        sums = sums_dtype(a_RX.dtype) if is_narrow(a_RX.dtype) else None
         return lax.ragged_dot(a_RX, w_eXY, group_size_e, preferred_element_type=sums)
 
     def transposed(b_RY: Array, w_eXY: Array) -> Array:
