@@ -6,11 +6,11 @@ Shapes as in moe_jax/parallel/context.py.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models import attention, attention_core
+from moe_jax.models import attention, attention_core, mtp
 from moe_jax.moe import split_rows
 from moe_jax.parallel import context
 from moe_jax.tasks import next_token
-from mutations.contract import Mutation
+from mutations.contract import Mutation, length
 
 
 def keys_of_this_device(patch):
@@ -82,6 +82,17 @@ def key_gradients_of_this_device(patch):
     patch.setattr(attention, "whole_rows", wrong)
 
 
+def further_tokens_of_this_device(patch):
+    """The token that stands k places later is looked for in the part of the row of one device."""
+    right = mtp.ahead
+
+    def wrong(z_BS, k):
+        parts = jnp.split(z_BS, length(context.AXIS), axis=1)
+        return jnp.concatenate([right(part_BT, k) for part_BT in parts], axis=1)
+
+    patch.setattr(mtp, "ahead", wrong)
+
+
 FAULTS = {
     "keys of the own part of a row": Mutation(keys_of_this_device, "tokens", "context"),
     "keys in the order of devices": Mutation(keys_out_of_order, "tokens", "context", full=True),
@@ -93,6 +104,13 @@ FAULTS = {
     ),
     "statistics of every part of a row": Mutation(
         statistics_of_every_device, "counts", "context", full=True
+    ),
+    "further tokens of the own part of a row": Mutation(
+        further_tokens_of_this_device,
+        "tokens",
+        "context",
+        {"model.kinds.decoder.mtp_depths": 1},
+        full=True,
     ),
     "loss divided by the parts of a row": Mutation(
         loss_of_every_device, "tokens", "context", reported="torchtitan #3280"
