@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -164,7 +163,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     profile = trace.Profile(cfg.profile, workdir)
     recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
     measure_interference = make_interference_meter(cfg, model)
-    clock = make_clock(cfg, progress, idle=start >= last)
+    clock = make_clock(cfg)
     alert = CollapseAlert(progress)
     faults = Injector(cfg.faults, workdir, jax.process_index())
     in_flight = InFlight(cfg, parameter_names(abstract.params), saves)
@@ -208,6 +207,9 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 WATCHDOG.step_done()
             else:
                 wait_for_first(state, job, cache, progress, listener)
+                # Now, because nobody needs it before the first row.
+                with progress.doing("measuring the peak FLOP/s"):
+                    clock.set_peak(flops.peak(cfg.model.dtype))
             stop = stopping.due(done, start, cfg.log.every)
             ends = done == last or stop
             if profile.ends(done, ends):
@@ -353,14 +355,10 @@ def open_trackers(job: Job, progress: Progress) -> Trackers:
     return opened
 
 
-def make_clock(cfg: Config, progress: Progress, idle: bool) -> StepClock:
-    """Returns the clock of the steps. The peak is not measured for a run that makes none."""
+def make_clock(cfg: Config) -> StepClock:
+    """Returns the clock of the steps, which does not know the peak of the devices yet."""
     tokens, step_flops = size_of_step(cfg)
-    peak = math.nan
-    if not idle:
-        with progress.doing("measuring the peak FLOP/s"):
-            peak = flops.peak(cfg.model.dtype)
-    return StepClock(tokens, step_flops=step_flops, peak=peak)
+    return StepClock(tokens, step_flops=step_flops)
 
 
 def size_of_step(cfg: Config) -> tuple[int, int]:

@@ -3,6 +3,7 @@ taken out.
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections import deque
@@ -21,10 +22,10 @@ class StepClock:
     Args:
       tokens_per_step: over all devices.
       step_flops: useful FLOPs of a step, over all devices.
-      peak: FLOP/s of all devices.
+      peak: FLOP/s of all devices; `set_peak` may bring it later.
     """
 
-    def __init__(self, tokens_per_step: int, *, step_flops: int = 0, peak: float = 0.0):
+    def __init__(self, tokens_per_step: int, *, step_flops: int = 0, peak: float = math.nan):
         self._tokens_per_step, self._step_flops, self._peak = tokens_per_step, step_flops, peak
         # Seconds of a step, one number for each row.
         self._per_step: deque[float] = deque(maxlen=WINDOW)
@@ -35,6 +36,10 @@ class StepClock:
         # How many pauses are open, one inside the other.
         self._depth = 0
         self._input_wait: float | None = None
+
+    def set_peak(self, peak: float) -> None:
+        """Takes the FLOP/s of all devices, before the first logged row."""
+        self._peak = peak
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
