@@ -71,6 +71,7 @@ def train(job: Job) -> Prepared:
     tokens = cfg.train.batch_size * cfg.data.seq_len
     facts = {
         "loss": losses[0],
+        "dtype": cfg.model.dtype,
         "tokens": tokens,
         "flops": tokens * flops.train_per_token(cfg.model, cfg.data.seq_len),
         "active": counts.active,
@@ -208,9 +209,9 @@ def layer(job: Job) -> Prepared:
 
 
 def product(job: Job) -> Prepared:
-    """Prepares the product of two square matrices in float32, which stands for the peak."""
-    del job
-    x = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT), jnp.float32)
+    """Prepares the product of two square matrices, which stands for the peak. Option: dtype."""
+    dtype = job.options["dtype"]
+    x = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT), dtype)
     multiply = jax.jit(jnp.matmul)
 
     def run() -> None:

@@ -4,7 +4,7 @@ start.
 
 from collections.abc import Mapping
 
-from moe_jax.bench import results, startup
+from moe_jax.bench import results, rivals, startup
 from moe_jax.bench.contract import Job, Timing
 from moe_jax.bench.session import OURS, THEIRS, Part, Session, rival_jobs
 from moe_jax.errors import UserError
@@ -16,13 +16,19 @@ PROMPT = 32
 NEW = 128
 # Of the start, which is timed in fewer rounds: each takes half a minute.
 STARTS = 3
+# How the jobs begin that measure the peak.
+PEAK = "product "
 
 
 def products(session: Session) -> list[Job]:
     """Returns the jobs that measure the peak in the rounds of a part."""
-    jobs = [Job(f"product {OURS}", "product")]
-    if session.rivals:
-        jobs.append(Job(f"product {THEIRS}", "rival_product"))
+    jobs = []
+    # A peak for each dtype that a variant computes in.
+    for dtype in dict.fromkeys(cfg.model.dtype for _, cfg in session.variants.values()):
+        options = {"dtype": dtype}
+        jobs.append(Job(f"{PEAK}{OURS}, {dtype}", "product", options=options))
+        if session.rivals and dtype in rivals.DTYPES:
+            jobs.append(Job(f"{PEAK}{THEIRS}, {dtype}", "rival_product", options=options))
     return jobs
 
 
@@ -37,7 +43,10 @@ def train(session: Session) -> Part:
         theirs = _timing(timings, against.get(name))
         rows.append(results.Row(name, timings[job.name], theirs))
     peaks = _peaks(timings)
-    tables = [results.peaks(peaks), results.training(rows, peaks[OURS])]
+    of_dtypes = {
+        cfg.model.dtype: peaks[f"{OURS}, {cfg.model.dtype}"] for _, cfg in session.variants.values()
+    }
+    tables = [results.peaks(peaks), results.training(rows, of_dtypes)]
     return {"peak": peaks, "training": rows}, tables
 
 
@@ -97,10 +106,7 @@ def _timing(timings: Mapping[str, Timing], job: Job | None) -> Timing | None:
 
 
 def _peaks(timings: Mapping[str, Timing]) -> dict[str, Timing]:
-    """Returns the matrix products among some timings, by library."""
-    peaks = {}
-    for library in (OURS, THEIRS):
-        # Without rivals there is ours alone.
-        if f"product {library}" in timings:
-            peaks[library] = timings[f"product {library}"]
-    return peaks
+    """Returns the matrix products among some timings, by library and dtype."""
+    return {
+        name.removeprefix(PEAK): timing for name, timing in timings.items() if name.startswith(PEAK)
+    }

@@ -43,18 +43,19 @@ def peak(timing: Timing) -> float:
 
 
 def peaks(products: Mapping[str, Timing]) -> Table:
-    """Returns the speed of matrix products by each library, in the same rounds."""
-    table = Table(
-        [*names("matrix product"), *numbers("GFLOP/s", "fastest")], title="Peak (float32)"
-    )
+    """Returns the speed of matrix products by each library and dtype, in the same rounds."""
+    table = Table([*names("matrix product"), *numbers("GFLOP/s", "fastest")], title="Peak")
     for name, timing in products.items():
         fastest = timing.facts["flops"] / min(timing.seconds)
         table.add(name, f"{peak(timing) / GIGA:.0f}", f"{fastest / GIGA:.0f}")
     return table
 
 
-def training(rows: Sequence[Row], product: Timing) -> Table:
-    """Returns the steps of each variant against the first, the peak, and the rival."""
+def training(rows: Sequence[Row], products: Mapping[str, Timing]) -> Table:
+    """Returns the steps of each variant against the first, the peak, and the rival.
+
+    `products`: our matrix products, by the dtype of the variants.
+    """
     columns = numbers(
         "ms a step",
         "fastest",
@@ -72,7 +73,7 @@ def training(rows: Sequence[Row], product: Timing) -> Table:
     for row in rows:
         facts = row.timing.facts
         # FLOP/s of the step over those of the product: how near it comes to the peak.
-        share = facts["flops"] / row.seconds / peak(product)
+        share = facts["flops"] / row.seconds / peak(products[facts["dtype"]])
         cells = [
             row.name,
             f"{1000 * row.seconds:.0f}",

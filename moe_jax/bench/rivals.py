@@ -5,6 +5,7 @@ Shapes are ours, weights are random ones of its own. A model of ours that these 
 has no rival.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from moe_jax.schema.config import ModelConfig
 TRAINING_EXPERTS = ("grouped_mm", "eager")
 # This one copies the experts of every token: of a training batch it would take tens of gigabytes.
 DECODING_EXPERTS = (*TRAINING_EXPERTS, "batched_mm")
+# What the products of ours and theirs may be computed in.
+DTYPES = ("float32", "bfloat16")
 # How much of our parameters theirs may differ by: the norms of one more or less.
 TOLERANCE = 1e-3
 
@@ -38,6 +41,8 @@ TOLERANCE = 1e-3
 def why_none(cfg: config.Config) -> str:
     """Returns why a model has no rival; "" where it has one."""
     model = cfg.model
+    if model.dtype not in DTYPES or model.param_dtype != "float32":
+        return f"it is timed with parameters in float32 and products in {' or '.join(DTYPES)}"
     kinds = set(model.blocks)
     if not isinstance(model.kind_options, decoder.Options) or len(kinds) > 1:
         return "it is no decoder whose blocks are all alike"
@@ -105,7 +110,7 @@ def settings(cfg: ModelConfig, seq_len: int) -> dict[str, Any]:
 
 def shapes(cfg: config.Config) -> str:
     """Returns what tells models of transformers apart: equal for variants with the same one."""
-    return json.dumps(settings(cfg.model, cfg.data.seq_len))
+    return json.dumps([cfg.model.dtype, settings(cfg.model, cfg.data.seq_len)])
 
 
 def make_model(cfg: ModelConfig, seq_len: int, experts: str) -> Any:
@@ -125,6 +130,17 @@ def make_model(cfg: ModelConfig, seq_len: int, experts: str) -> Any:
     if abs(number - ours) > TOLERANCE * ours:
         raise UserError(f"transformers has {number} parameters where we have {ours}")
     return model
+
+
+def products_in(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which torch computes products in a dtype, of parameters in float32,
+    as ours do.
+    """
+    import torch
+
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype=getattr(torch, dtype))
 
 
 def _read(job: Job) -> config.Config:
@@ -165,7 +181,8 @@ def train(job: Job) -> Prepared:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         # No cache of keys: it is for decoding.
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with products_in(cfg.model.dtype):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         if cfg.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
@@ -195,7 +212,7 @@ def decode(job: Job) -> Prepared:
     mask = torch.ones_like(ids)
 
     def run() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), products_in(cfg.model.dtype):
             texts = model.generate(
                 ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False
             )
@@ -207,12 +224,11 @@ def decode(job: Job) -> Prepared:
 
 
 def product(job: Job) -> Prepared:
-    """Prepares the product of two square matrices by torch."""
+    """Prepares the product of two square matrices by torch. Option: dtype."""
     import torch
 
-    del job
     torch.set_num_threads(_cores())
-    x = torch.randn(PRODUCT, PRODUCT)
+    x = torch.randn(PRODUCT, PRODUCT).to(getattr(torch, job.options["dtype"]))
 
     def run() -> None:
         torch.matmul(x, x)

@@ -5,6 +5,7 @@ is told with its parameters; rivals are models of the same shapes.
 import contextlib
 import io
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_variants_are_timed_beside_the_first_and_beside_their_rivals(timed):
     # A table that is too wide for the terminal is several.
     lines = [line.split() for line in said.splitlines() if line.startswith("dense ")]
     assert any(f"{ratio:.2f}" in cells for cells in lines)
-    assert set(parts["peak"]) == {"jax", "torch"}
+    assert set(parts["peak"]) == {"jax, float32", "torch, float32"}
     assert parts["machine"]["jax"] and parts["machine"]["cores"] >= 1
 
 
@@ -81,20 +82,26 @@ def test_results_are_compared_with_earlier_ones(timed):
     table = results.against(slower, parts, "before.json")
     ratios = {row.cells[0]: row.cells[3] for row in table.rows}
     assert ratios["training, e8"] == "2.00"
-    assert ratios["training, dense"] == ratios["matrix product, jax"] == "1.00"
+    assert ratios["training, dense"] == ratios["matrix product, jax, float32"] == "1.00"
 
 
 def test_decoding_layer_and_compilation_are_jobs(tmp_path):
     changes = tuple(SMALL)
+    narrow = (*changes, "--config.model.dtype=bfloat16")
     options = {"batch": 2, "prompt": 4, "new": 20}
     jobs = [
         Job("ours", "decode", "bench:e8", changes, options),
         Job("theirs", "rival_decode", "bench:e8", changes, {**options, "experts": "eager"}),
+        Job("narrow", "rival_train", "bench:e8", narrow, {"experts": "eager"}),
+        Job("product", "product", options={"dtype": "bfloat16"}),
+        Job("their product", "rival_product", options={"dtype": "bfloat16"}),
         Job("layer", "layer", "bench:e8", changes, {"collapsed": True}),
         Job("compiled", "compilation", "bench", changes, {"cache": str(tmp_path)}),
     ]
     timings = workers.interleave(jobs, 1, silent)
     assert timings["ours"].facts == timings["theirs"].facts == {"tokens": 40}
+    # Both compute what they are told to compute in: an untrained model guesses one of 64 symbols.
+    assert timings["narrow"].facts["loss"] == pytest.approx(math.log(64), abs=0.3)
     assert timings["layer"].facts["tokens"] == 64
     assert timings["compiled"].facts["compile"] > 0
     assert all(timing.memory > 1e7 for timing in timings.values())
