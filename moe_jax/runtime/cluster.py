@@ -212,6 +212,13 @@ class Peers:
         except jax.errors.JaxRuntimeError:
             return None
 
+    def beats(self) -> dict[str, str] | None:
+        """Returns the last beat of every process by its key; None when process 0 is silent."""
+        try:
+            return dict(self._client.key_value_dir_get(BEATS))
+        except jax.errors.JaxRuntimeError:
+            return None
+
     def meet(self, name: str, timeout: float) -> None:
         """Waits for all processes to be here. Raises UserError when one is not in time."""
         try:
@@ -309,8 +316,21 @@ def wait_for_reason() -> None:
     that lost its peer raises before the silence of that peer is long enough. Returns when nobody
     else has failed; else the process ends here.
     """
-    if PEERS.started:
-        time.sleep(PEERS.patience)
+    if not PEERS.started:
+        return
+    before = PEERS.beats()
+    time.sleep(PEERS.patience)
+    # The thread may be late, on a machine that is busy: a silence is waited for once more.
+    until = time.monotonic() + PEERS.patience
+    while somebody_silent(before, PEERS.beats()) and time.monotonic() < until:
+        time.sleep(READ_BY_OTHERS / 3)
+
+
+def somebody_silent(before: dict[str, str] | None, now: dict[str, str] | None) -> bool:
+    """Returns whether a process has not beaten since `before`, or process 0 does not answer."""
+    if before is None or now is None:
+        return True
+    return any(beat == now.get(process) != DONE for process, beat in before.items())
 
 
 def gather(name: str, values: Mapping[str, Any], timeout: float) -> list[dict[str, Any]]:

@@ -116,3 +116,13 @@ def test_a_fault_happens_once_in_a_workdir(tmp_path):
 def test_one_process_compares_nothing():
     cluster.compare("config", {"a": 1}, 1.0)
     assert cluster.gather("config", {"a": 1}, 1.0) == [{"a": 1}]
+
+
+def test_a_silence_is_that_of_a_process_that_is_not_done():
+    before = {"0": "7", "1": "7", "2": cluster.DONE}
+    assert not cluster.somebody_silent(before, {"0": "8", "1": "9", "2": cluster.DONE})
+    # One that is done between two looks, too.
+    assert not cluster.somebody_silent(before, {"0": "8", "1": cluster.DONE, "2": cluster.DONE})
+    assert cluster.somebody_silent(before, {"0": "8", "1": "7", "2": cluster.DONE})
+    # Process 0 does not answer.
+    assert cluster.somebody_silent(before, None) and cluster.somebody_silent(None, before)
