@@ -20,6 +20,7 @@ from moe_jax.runtime import memory, shell, signals
 
 if __name__ == "__main__":  # before jax is imported, which takes seconds
     memory.keep()
+    memory.collect_rarely()
     shell.open_output(lasting=True)
     signals.LISTENER.start()
 

@@ -30,7 +30,7 @@ from moe_jax.report.step_row import CollapseAlert, log_row
 from moe_jax.report.summary import Result
 from moe_jax.report.trackers import Trackers, require
 from moe_jax.report.trackers.contract import Start
-from moe_jax.runtime import cluster, shell, signals, starts, stopping
+from moe_jax.runtime import cluster, memory, shell, signals, starts, stopping
 from moe_jax.runtime.clock import StepClock
 from moe_jax.runtime.faults import Injector
 from moe_jax.runtime.goodput import Goodput
@@ -287,6 +287,7 @@ def wait_for_first(
     """Waits for the first step, which has compiled: from here on there is something to save."""
     jax.block_until_ready(state.step)
     WATCHDOG.step_done()
+    memory.collect_as_usual()
     listener.note()
     seconds = time.monotonic() - job.started
     kept = f"; {cache.hits} programs were compiled before" if cache.hits else ""

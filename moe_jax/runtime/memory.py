@@ -1,4 +1,4 @@
-"""How this process returns memory to the system: not at all.
+"""How this process returns memory to the system: not at all. How often Python looks for garbage.
 
 Every execution of a compiled program allocates its temporary arrays, hundreds of megabytes, and
 frees them. glibc gives so much back to the system at once, which then clears every page anew at its
@@ -6,6 +6,7 @@ next use: a tenth of a training step, measured on two cores of an AMD EPYC. So t
 """
 
 import ctypes
+import gc
 import os
 
 # Of malloc.h.
@@ -30,3 +31,22 @@ def keep() -> bool:
     # One heap for all threads, from which no piece is mapped on its own, and whose end stays.
     options = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
     return all(mallopt(option, value) for option, value in options)
+
+
+# Objects that are made between two looks for cycles that nobody can reach, and how many young looks
+# come before an old one. Imports and tracing make millions of objects that stay.
+AT_THE_START = (50_000, 20, 20)
+USUAL = gc.get_threshold()
+
+
+def collect_rarely() -> None:
+    """Has Python look for garbage in cycles rarely: it looks for none of other kinds.
+
+    For a start alone. In a long run a cycle that is found late may hold arrays of a device.
+    """
+    gc.set_threshold(*AT_THE_START)
+
+
+def collect_as_usual() -> None:
+    """Ends what `collect_rarely` began."""
+    gc.set_threshold(*USUAL)
