@@ -34,11 +34,13 @@ TINY = {
     "model.kinds.decoder.mtp_depths": 1,
 }
 LAYOUT = {"model.scan": True, "train.micro_batch_size": 4}
-# Mesh, schedule, chunks, other keys. The first are those of the normal suite.
+# Mesh, schedule, chunks, other keys. The first are those of the normal suite: both schedules, with
+# chunks and without, with other axes and without.
 CASES = {
     "2x2x1x1x2 interleaved": (Lengths(2, 2, 1, 1, 2), "gpipe", 2, {}),
-    "4x1x2x1x1 1f1b": (Lengths(4, 1, 2, 1, 1), "1f1b", 1, {}),
+    "2x1x1x1x1 1f1b": (Lengths(stage=2), "1f1b", 1, {}),
     "2x1x1x1x1 gpipe": (Lengths(stage=2), "gpipe", 1, {}),
+    "4x1x2x1x1 1f1b": (Lengths(4, 1, 2, 1, 1), "1f1b", 1, {}),
     "4x1x1x1x1 gpipe remat": (Lengths(stage=4), "gpipe", 1, {"model.remat": "full"}),
     "2x1x2x1x2 interleaved 1f1b": (Lengths(2, 1, 2, 1, 2), "1f1b", 2, {}),
     "2x2x2x1x1 1f1b dropless": (
