@@ -164,6 +164,8 @@ def _widen_backward(
     dtype: DTypeLike, residuals: tuple[Array, Array], dy_BSF: Array
 ) -> tuple[Array, Array]:
     x_BSD, w_DF = residuals
+    # Of logits, which are wider than their factors. A product of two widths is one of the wider.
+    dy_BSF = dy_BSF.astype(x_BSD.dtype)
     # Where F is split over `model`, or rows over devices, each has a part of a sum.
     dx_BSD = _contract(dy_BSF, w_DF, ((2,), (1,)), dtype, jax.typeof(x_BSD).sharding)
     dw_DF = _contract(x_BSD, dy_BSF, ((0, 1), (0, 1)), dtype, jax.typeof(w_DF).sharding)

@@ -42,6 +42,17 @@ def test_widen_is_a_product(float64, shape, dtype):
         np.testing.assert_allclose(mine, plain, rtol=accuracy, atol=accuracy * abs(plain).max())
 
 
+def test_narrow_factors_have_narrow_products():
+    """Logits in float32 have no products of float32 behind them where the factors are narrow."""
+    x, w = jnp.ones((B, S, D), "bfloat16"), jnp.ones((D, F), "bfloat16")
+    gradient = jax.grad(lambda x, w: widen(x, w, jnp.float32).sum(), (0, 1))
+    products = [
+        eqn for eqn in jax.make_jaxpr(gradient)(x, w).eqns if eqn.primitive.name == "dot_general"
+    ]
+    assert len(products) == 2
+    assert all(factor.aval.dtype == "bfloat16" for eqn in products for factor in eqn.invars)
+
+
 def test_the_gradient_of_a_rotation_turns_back(float64):
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(B, S, 2, D)))
