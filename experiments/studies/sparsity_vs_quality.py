@@ -20,6 +20,8 @@ STUDY = Study(
     paper="Clark et al. 2022, arXiv:2202.01169 (routing); Evci et al. 2020, arXiv:1911.11134",
     equal="tokens; active FLOPs or memory of weights, as each claim says",
     base=small(**{HIDDEN: 256, "data.slice_bytes": 400_000}),
+    # Three would take more than two hours of two cores.
+    tuning_seeds=(1000,),
     arms={
         "slim": ONE | {HIDDEN: 128},
         "wide": ONE | {HIDDEN: 512},

@@ -71,6 +71,8 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     rate: float = 4e-3
     factor: float = 2.0
+    # Seeds of the search: a rate is judged by the mean of their runs.
+    tuning_seeds: tuple[int, ...] = (1000, 1001, 1002)
     # The figure by which learning rates are chosen and arms are drawn. A search has none of the
     # measures.
     figure: str = "bits_per_byte"

@@ -1,6 +1,7 @@
 """What of a study is done, and which cells come next."""
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -85,19 +86,20 @@ def _arm(
     """Returns the state of an arm, the cells that its search wants, and the lines that it has."""
     if short or not study.searches(name):
         return Arm(expand.arm_rate(study, name), "", {}), [], []
-    tried = {}
-    cells = {}
+    tried: dict[float, float | None] = {}
+    missing: dict[float, list[Cell]] = {}
     lines = []
     for rate in bracket.rates(study):
-        cells[rate] = expand.cell(study, name, bracket.TUNING_SEED, rate, searches=True)
-        line = ledger.find(done, cells[rate])
-        if line:
-            tried[rate] = line["figures"].get(study.figure)
-            lines.append(line)
-    # A rate at which the run diverged is worse than any other.
+        cells = tuning_cells(study, name, rate)
+        known = [line for cell in cells if (line := ledger.find(done, cell))]
+        lines += known
+        missing[rate] = [cell for cell in cells if not ledger.find(done, cell)]
+        if not missing[rate]:
+            tried[rate] = _mean([line["figures"].get(study.figure) for line in known])
+    # A rate at which a run diverged is worse than any other.
     figures = {rate: math.inf if value is None else value for rate, value in tried.items()}
     found = bracket.search(study, figures)
-    wanted = [cells[rate] for rate in found.wanted]
+    wanted = [cell for rate in found.wanted for cell in missing[rate]]
     undecided = ""
     if wanted or math.isnan(found.best):
         undecided = f"the learning rate of {name} is not known"
@@ -106,6 +108,17 @@ def _arm(
     # While a rate is wanted the best one may still change, so nothing is compared at it.
     rate = math.nan if wanted else found.best
     return Arm(rate, undecided, tried), wanted, lines
+
+
+def tuning_cells(study: Study, arm: str, rate: float) -> list[Cell]:
+    """Returns the cells that try a learning rate of an arm, one a seed of the search."""
+    return [expand.cell(study, arm, seed, rate, searches=True) for seed in study.tuning_seeds]
+
+
+def _mean(figures: list[float | None]) -> float | None:
+    """Returns the mean of some figures; None where one is None, because its run diverged."""
+    known = [figure for figure in figures if figure is not None]
+    return statistics.fmean(known) if len(known) == len(figures) else None
 
 
 def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -> list[Cell]:
@@ -121,7 +134,7 @@ def everything(study: Study, done: Mapping[str, Line], *, short: bool = False) -
     for name, arm in state.arms.items():
         rate = expand.arm_rate(study, name) if math.isnan(arm.rate) else arm.rate
         of_arm = [expand.cell(study, name, seed, rate, short=short) for seed in seeds]
-        tuning = bracket.TUNING_SEED
-        of_arm += [expand.cell(study, name, tuning, tried, searches=True) for tried in arm.tried]
+        for tried in arm.tried:
+            of_arm += tuning_cells(study, name, tried)
         cells |= {cell.key: cell for cell in of_arm}
     return list(cells.values())

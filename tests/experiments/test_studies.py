@@ -7,7 +7,7 @@ import math
 import pytest
 
 from experiments import run, studies, writing
-from moe_jax.study import bracket, expand, ledger, local, progress, results, train_cells
+from moe_jax.study import expand, ledger, local, progress, results, train_cells
 
 NAMES = studies.all_names()
 # Minutes of two cores that a study may take, as it expects itself.
@@ -34,7 +34,7 @@ def test_a_declaration_is_short_and_builds(name):
     minutes = sum(expand.seconds_of(pack, {}) for pack in expand.packs(cells)) / 60
     assert minutes / 2 <= MOST_MINUTES, f"{name}: {minutes:.0f} minutes of one core"
     # Seeds that are compared have not chosen the learning rate.
-    assert bracket.TUNING_SEED not in study.seeds
+    assert not set(study.tuning_seeds) & set(study.seeds)
 
 
 def test_the_pages_are_those_of_the_results():
@@ -110,9 +110,11 @@ def test_a_process_trains_an_arm_to_its_end(tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = [str(path), "--out", str(out), "--work", str(tmp_path / "pack.json")]
     assert run.main(words) == 0
-    rates = [rate for _, seed, rate in trained if seed == bracket.TUNING_SEED]
+    rates = [rate for _, seed, rate in trained if seed == 1000]
     assert rates == [0.002, 0.004, 0.008, 0.016, 0.032]
-    assert trained[5:] == [("a", seed, 0.016) for seed in study.seeds]
+    searched = len(rates) * len(study.tuning_seeds)
+    assert {seed for _, seed, _ in trained[:searched]} == set(study.tuning_seeds)
+    assert trained[searched:] == [("a", seed, 0.016) for seed in study.seeds]
     assert len(prepared) == 1
     # What is left is the other arm.
     state = progress.look(study, ledger.done(ledger.read(out)))
