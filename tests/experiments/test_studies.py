@@ -58,7 +58,7 @@ def test_the_pages_are_those_of_the_results():
 def test_a_dry_run_tells_cells_and_time(tmp_path, capsys):
     assert run.main(["loss_free_bias", "--dry_run", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "24 of 24 cells are missing" in said and "minutes of one core" in said
+    assert "42 of 42 cells are missing" in said and "minutes of one core" in said
     assert not list(tmp_path.iterdir())
 
 

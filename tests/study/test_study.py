@@ -142,10 +142,10 @@ def test_the_search_counts_in_the_time_of_a_study():
             facts = {"figures": {"bits_per_byte": abs(cell.rate - 4e-3)}, "seconds": 30.0}
             lines[cell.key] = {"key": cell.key, "cpu_seconds": 60.0, **facts}
     state = progress.look(searches, lines)
-    assert len(state.searched) == 3 and len(state.lines) == 3 and not state.missing
-    assert results.cpu_minutes([*state.lines, *state.searched, *state.lines]) == 6.0
+    assert len(state.searched) == 9 and len(state.lines) == 3 and not state.missing
+    assert results.cpu_minutes([*state.lines, *state.searched, *state.lines]) == 12.0
     del state.lines[0]["cpu_seconds"]
-    assert results.cpu_minutes([*state.lines, *state.searched]) == 5.5
+    assert results.cpu_minutes([*state.lines, *state.searched]) == 11.5
 
 
 def test_studies_that_measure_different_things_share_a_search():
