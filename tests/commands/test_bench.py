@@ -138,9 +138,11 @@ def test_sizes_are_timed_beside_the_variant_as_it_is(tmp_path, monkeypatch):
 def test_a_run_tells_what_it_spent_beside_its_steps():
     # A run reads text, as bytes.
     changes = (*SMALL, *overheads.OFF, "--config.model.vocab_size=256", "--config.train.steps=3")
-    job = Job("run", "run", "bench:e8", changes)
-    timing = workers.interleave([job], 1, silent)["run"]
-    assert 0 < timing.seconds[0] < 60
+    # A row of two steps, and one of four.
+    rows = [[*changes, f"--config.train.steps={steps}"] for steps in (2, 4)]
+    job = Job("run", "run", "bench:e8", changes, {"rows": rows})
+    timing = workers.interleave([job], 3, silent)["run"]
+    assert len(timing.seconds) == 3 and all(0 < seconds < 60 for seconds in timing.seconds)
     # A run says so by these names; a name that it does not use would count as 0 seconds.
     assert timing.facts["stepped"] > 0
     assert timing.facts["waited"] > 0
