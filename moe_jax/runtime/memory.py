@@ -1,4 +1,4 @@
-"""How this process returns memory to the system: not at all. How often Python looks for garbage.
+"""How this process returns memory to the system (not at all), and how often it looks for garbage.
 
 Every execution of a compiled program allocates its temporary arrays, hundreds of megabytes, and
 frees them. glibc gives so much back to the system at once, which then clears every page anew at its
@@ -40,7 +40,7 @@ USUAL = gc.get_threshold()
 
 
 def collect_rarely() -> None:
-    """Has Python look for garbage in cycles rarely: it looks for none of other kinds.
+    """Has Python look for unreachable cycles of objects rarely.
 
     For a start alone. In a long run a cycle that is found late may hold arrays of a device.
     """
