@@ -104,9 +104,11 @@ def _family_of(axes: Any, name: str, family: str, shown: Sequence[Point], colour
     ]
     line = "-" if family == "dense" else ":"
     axes.errorbar(x, y, bars, marker="o", capsize=3, linestyle=line, color=colour, label=family)
-    for model in models:
+    for number, model in enumerate(models):
         at = (model.x[name], model.loss.mean)
-        axes.annotate(model.name, at, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        # Above and below in turn: neighbours may lie close together.
+        offset = (6, -11) if number % 2 else (6, 5)
+        axes.annotate(model.name, at, xytext=offset, textcoords="offset points", fontsize=8)
 
 
 def work(argv: list[str]) -> None:

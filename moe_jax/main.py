@@ -34,7 +34,7 @@ from moe_jax.config import command_line, config_file, smoke
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.parallel.compiling import QUICK, as_flags
-from moe_jax.runtime import cluster
+from moe_jax.runtime import agreement, cluster
 from moe_jax.schema.beside import LimitsConfig
 
 FLAGS = flags.FLAGS
@@ -161,8 +161,8 @@ def join(raw: Mapping[str, Any]) -> None:
         signals.LISTENER.note()
     # Every process must have been started with the same config, directory and code.
     said = {**flatten_dict(dict(raw), sep="."), "--workdir": FLAGS.workdir}
-    cluster.compare("config", said, limits.join)
-    cluster.compare("code", version.made_by(), limits.join)
+    agreement.compare("config", said, limits.join)
+    agreement.compare("code", version.made_by(), limits.join)
 
 
 def read_config(tree: ConfigDict) -> dict[str, Any]:

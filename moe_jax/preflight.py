@@ -29,7 +29,7 @@ from moe_jax import exit_codes
 from moe_jax.models.functions import make_model
 from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import P
-from moe_jax.runtime import cluster
+from moe_jax.runtime import agreement, cluster
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.terminal.table import Table, names, numbers, prose
@@ -79,7 +79,7 @@ def run(cfg: Config, workdir: Path, versions: Mapping[str, str]) -> Report:
     # Old checkpoints are deleted when a new one is whole, so for a while there is one more.
     need = checkpoint_bytes(cfg) * (cfg.checkpoint.keep + 1)
     own = describe(cfg, workdir, need, versions)
-    processes = cluster.gather("preflight", own, cfg.limits.other or 1e6)
+    processes = agreement.gather("preflight", own, cfg.limits.other or 1e6)
     collectives = measure()
     faults, code = judge(processes, collectives)
     return Report(processes, collectives, faults, code)

@@ -30,7 +30,7 @@ from moe_jax.report.step_row import CollapseAlert, log_row
 from moe_jax.report.summary import Result
 from moe_jax.report.trackers import Trackers, require
 from moe_jax.report.trackers.contract import Start
-from moe_jax.runtime import cluster, memory, shell, signals, starts, stopping
+from moe_jax.runtime import agreement, memory, shell, signals, starts, stopping
 from moe_jax.runtime.clock import StepClock
 from moe_jax.runtime.faults import Injector
 from moe_jax.runtime.goodput import Goodput
@@ -125,7 +125,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     # Data
     data = open_data(cfg, progress)
     # Every process opens the data by itself: they may lie on different disks.
-    cluster.compare("data", {"fingerprint": data.fingerprint}, cfg.limits.other or FOREVER)
+    agreement.compare("data", {"fingerprint": data.fingerprint}, cfg.limits.other or FOREVER)
     batches = Batches(data, "train", cfg.seed, cfg.train.batch_size)
     banner.show_data(progress, data)
     rows = batch_rows.local_rows(cfg.train.batch_size)
@@ -148,7 +148,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
         state, notes = begin(cfg, saves, metadata, init, abstract, data, job.allowed)
     start = int(state.step)
     # A workdir that the processes do not share has checkpoints for one of them alone.
-    cluster.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
+    agreement.compare("checkpoint in --workdir", {"step": start}, cfg.limits.other or FOREVER)
     # train.stop_at ends this start earlier; the schedule is still that of train.steps.
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
     due = Calendar(cfg, saves, start, last)
@@ -163,7 +163,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     profile = trace.Profile(cfg.profile, workdir)
     recorder = record.make_recorder(cfg, model, data.domains, workdir / "routing")
     measure_interference = make_interference_meter(cfg, model)
-    clock = make_clock(cfg)
+    clock = StepClock(*size_of_step(cfg))
     alert = CollapseAlert(progress)
     faults = Injector(cfg.faults, workdir, jax.process_index())
     in_flight = InFlight(cfg, parameter_names(abstract.params), saves)
@@ -207,9 +207,8 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                 WATCHDOG.step_done()
             else:
                 wait_for_first(state, job, cache, progress, listener)
-                # Now, because nobody needs it before the first row.
                 with progress.doing("measuring the peak FLOP/s"):
-                    clock.set_peak(flops.peak(cfg.model.dtype))
+                    clock.peak = flops.peak(cfg.model.dtype)
             stop = stopping.due(done, start, cfg.log.every)
             ends = done == last or stop
             if profile.ends(done, ends):
@@ -304,7 +303,7 @@ def compare_programs(step_fn: Any, state: State, batch: Any, timeout: float) -> 
         return
     program = step_fn.lower(state, batch).as_text()
     digest = hashlib.sha256(program.encode()).hexdigest()[:16]
-    cluster.compare("program", {"digest": digest}, timeout)
+    agreement.compare("program", {"digest": digest}, timeout)
 
 
 def open_data(cfg: Config, progress: Progress) -> Data:
@@ -354,12 +353,6 @@ def open_trackers(job: Job, progress: Progress) -> Trackers:
     for name, where in opened.where.items():
         progress.message(f"{name:8} {where}")
     return opened
-
-
-def make_clock(cfg: Config) -> StepClock:
-    """Returns the clock of the steps, which does not know the peak of the devices yet."""
-    tokens, step_flops = size_of_step(cfg)
-    return StepClock(tokens, step_flops=step_flops)
 
 
 def size_of_step(cfg: Config) -> tuple[int, int]:

@@ -164,7 +164,8 @@ def _widen_backward(
     dtype: DTypeLike, residuals: tuple[Array, Array], dy_BSF: Array
 ) -> tuple[Array, Array]:
     x_BSD, w_DF = residuals
-    # Of logits, which are wider than their factors. A product of two widths is one of the wider.
+    # Logits are wider (float32) than x and w. A product of a wide and a narrow factor is computed
+    # in the wide dtype, which is slower.
     dy_BSF = dy_BSF.astype(x_BSD.dtype)
     # Where F is split over `model`, or rows over devices, each has a part of a sum.
     dx_BSD = _contract(dy_BSF, w_DF, ((2,), (1,)), dtype, jax.typeof(x_BSD).sharding)

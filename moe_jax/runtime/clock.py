@@ -22,11 +22,11 @@ class StepClock:
     Args:
       tokens_per_step: over all devices.
       step_flops: useful FLOPs of a step, over all devices.
-      peak: FLOP/s of all devices; `set_peak` may bring it later.
+      peak: FLOP/s of all devices; an attribute, to be set before the first row.
     """
 
-    def __init__(self, tokens_per_step: int, *, step_flops: int = 0, peak: float = math.nan):
-        self._tokens_per_step, self._step_flops, self._peak = tokens_per_step, step_flops, peak
+    def __init__(self, tokens_per_step: int, step_flops: int = 0, peak: float = math.nan):
+        self._tokens_per_step, self._step_flops, self.peak = tokens_per_step, step_flops, peak
         # Seconds of a step, one number for each row.
         self._per_step: deque[float] = deque(maxlen=WINDOW)
         # When the last row was, and its step.
@@ -36,10 +36,6 @@ class StepClock:
         # How many pauses are open, one inside the other.
         self._depth = 0
         self._input_wait: float | None = None
-
-    def set_peak(self, peak: float) -> None:
-        """Takes the FLOP/s of all devices, before the first logged row."""
-        self._peak = peak
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -83,12 +79,12 @@ class StepClock:
 
     def figures(self) -> dict[str, Any]:
         """Returns the perf/... figures of the row; those of speed only when it is known."""
-        found = {"perf/peak_flops": self._peak}
+        found = {"perf/peak_flops": self.peak}
         if not self._per_step:
             return found
         speed = self.tokens_per_second
         flops_per_second = speed / self._tokens_per_step * self._step_flops
         found |= {"perf/tokens_per_second": speed, "perf/input_wait": self._input_wait}
         # FLOP/s that were useful, over those that the devices have: MFU.
-        found |= {"perf/tflops": flops_per_second / 1e12, "perf/mfu": flops_per_second / self._peak}
+        found |= {"perf/tflops": flops_per_second / 1e12, "perf/mfu": flops_per_second / self.peak}
         return found

@@ -15,6 +15,9 @@ _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 # Whoever sets one of these has chosen for himself.
 CHOICES = ("MALLOC_", "GLIBC_TUNABLES")
+# Objects that are made between two looks for cycles that nobody can reach, and how many young looks
+# come before an old one. Imports and tracing make millions of objects that stay.
+AT_THE_START = (50_000, 20, 20)
 
 
 def keep() -> bool:
@@ -33,20 +36,20 @@ def keep() -> bool:
     return all(mallopt(option, value) for option, value in options)
 
 
-# Objects that are made between two looks for cycles that nobody can reach, and how many young looks
-# come before an old one. Imports and tracing make millions of objects that stay.
-AT_THE_START = (50_000, 20, 20)
-USUAL = gc.get_threshold()
-
-
 def collect_rarely() -> None:
     """Has Python look for unreachable cycles of objects rarely.
 
     For a start alone. In a long run a cycle that is found late may hold arrays of a device.
     """
+    _before[:] = gc.get_threshold()
     gc.set_threshold(*AT_THE_START)
 
 
 def collect_as_usual() -> None:
-    """Ends what `collect_rarely` began."""
-    gc.set_threshold(*USUAL)
+    """Ends what `collect_rarely` began, if it was called."""
+    if _before:
+        gc.set_threshold(*_before)
+
+
+# What `collect_rarely` has replaced.
+_before: list[int] = []

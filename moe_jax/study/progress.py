@@ -91,9 +91,10 @@ def _arm(
     lines = []
     for rate in bracket.rates(study):
         cells = tuning_cells(study, name, rate)
-        known = [line for cell in cells if (line := ledger.find(done, cell))]
+        found_lines = [ledger.find(done, cell) for cell in cells]
+        known = [line for line in found_lines if line]
         lines += known
-        missing[rate] = [cell for cell in cells if not ledger.find(done, cell)]
+        missing[rate] = [cell for cell, line in zip(cells, found_lines, strict=True) if not line]
         if not missing[rate]:
             tried[rate] = _mean([line["figures"].get(study.figure) for line in known])
     # A rate at which a run diverged is worse than any other.

@@ -100,7 +100,7 @@ def test_decoding_layer_and_compilation_are_jobs(tmp_path):
     ]
     timings = workers.interleave(jobs, 1, silent)
     assert timings["ours"].facts == timings["theirs"].facts == {"tokens": 40}
-    # Both compute what they are told to compute in: an untrained model guesses one of 64 symbols.
+    # An untrained model guesses one of 64 symbols, in bfloat16 too.
     assert timings["narrow"].facts["loss"] == pytest.approx(math.log(64), abs=0.3)
     assert timings["layer"].facts["tokens"] == 64
     assert timings["compiled"].facts["compile"] > 0
@@ -167,6 +167,15 @@ def test_the_variants_of_a_file_are_timed_where_none_is_named():
     assert job.config == "bench:e64_capacity"
 
 
+@pytest.mark.parametrize("dtype", rivals.DTYPES)
+def test_the_rival_multiplies_in_the_dtype_of_the_variant(dtype):
+    import torch
+
+    x = torch.ones(2, 2)
+    with rivals.products_in(dtype):
+        assert (x @ x).dtype == getattr(torch, dtype)
+
+
 def test_variants_of_the_same_shapes_share_a_rival(monkeypatch):
     """Whatever their dispatcher: one more copy of the same model would only take memory."""
     monkeypatch.setattr(workers, "fastest", lambda jobs, tell: jobs[0])
@@ -187,6 +196,8 @@ def test_variants_of_the_same_shapes_share_a_rival(monkeypatch):
         ("model.attention=sliding_window", "grouped-query"),
         ("model.norm_position=after", "norms before"),
         ("model.logit_cap=30.0", "no cap on logits"),
+        ("model.param_dtype=bfloat16", "parameters in float32"),
+        ("model.dtype=bfloat16", ""),
         ("model.moe.num_experts=16", ""),
     ],
 )

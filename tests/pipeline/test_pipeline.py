@@ -51,7 +51,6 @@ CASES = {
     ),
 }
 NORMAL = tuple(CASES)[:2]
-FULL = [pytest.param(name, marks=pytest.mark.full) for name in tuple(CASES)[2:]]
 
 
 def raw_of(schedule="gpipe", chunks=1, changes=None):

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import errors
 from moe_jax.report.metrics import read_rows
-from moe_jax.runtime import cluster, faults
+from moe_jax.runtime import agreement, cluster, faults
 
 HEARTBEAT, STEP = 4, 6  # seconds, as in pair.SMALL
 SLACK = 3  # seconds beside them, on an idle machine about one
@@ -114,8 +114,8 @@ def test_a_fault_happens_once_in_a_workdir(tmp_path):
 
 
 def test_one_process_compares_nothing():
-    cluster.compare("config", {"a": 1}, 1.0)
-    assert cluster.gather("config", {"a": 1}, 1.0) == [{"a": 1}]
+    agreement.compare("config", {"a": 1}, 1.0)
+    assert agreement.gather("config", {"a": 1}, 1.0) == [{"a": 1}]
 
 
 def test_a_silence_is_that_of_a_process_that_is_not_done():
