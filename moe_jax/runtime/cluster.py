@@ -138,7 +138,10 @@ class Peers:
         # time.monotonic() of the coordinator's last answer.
         self._answered = 0.0
         self._lock = threading.Lock()
+        # The run is done here, or this process ends: nothing that happens to others is a fault now.
         self._over = False
+        # A thread ends this process.
+        self._ending = False
 
     @property
     def started(self) -> bool:
@@ -175,15 +178,25 @@ class Peers:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.set(_beat_of(jax.process_index()), DONE)
 
-    def end(self, code: int, reason: str) -> None:
+    def end(self, code: int, reason: str, last_words: str = "") -> None:
         """Ends this process, and tells the others why, which end with the same code.
 
         Does not return. Whatever JAX would do at the end of Python (a barrier with all processes)
         is left out.
+
+        Args:
+          code: the exit code of this process and of the others.
+          reason: what the others read.
+          last_words: printed just before the end. The main thread may print until then, and the
+            last line of a log has to say why the run ended.
         """
-        # Once: another thread may be ending this process already.
         with self._lock:
-            tells, self._over = self.started and not self._over, True
+            tells = self.started and not self._over
+            is_second, self._ending = self._ending, True
+            self._over = True
+        if is_second:
+            # Another thread ends this process, and has its last words.
+            time.sleep(2 * READ_BY_OTHERS)
         if tells:
             message = {"process": jax.process_index(), "code": code, "reason": reason}
             # The coordinator may be what has failed.
@@ -195,6 +208,8 @@ class Peers:
             # Process 0 holds the store: when it is gone, nobody can read the key any more.
             if jax.process_index() == 0:
                 time.sleep(READ_BY_OTHERS)
+        if last_words:
+            signals.say(last_words)
         for stream in (sys.stdout, sys.stderr):
             # A stream may be full, gone or closed.
             with contextlib.suppress(OSError, ValueError):
@@ -281,19 +296,19 @@ class Peers:
             f"process {process} has not been heard from for {seconds:.0f} s: it was killed or "
             "stopped, or its machine is gone"
         )
-        self._say(reason)
-        self.end(exit_codes.RETRY, reason)
+        self.end(exit_codes.RETRY, reason, f"process {jax.process_index()}: {reason}")
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         """Ends this process, because another one wrote why the run ends."""
         with self._lock:
             if self._over or message["process"] == jax.process_index():
                 return
-            self._over = True
-        self._say(f"ending, because process {message['process']} ended: {message['reason']}")
+            self._over = self._ending = True
         # The others read the reason from process 0, too.
         if jax.process_index() == 0:
             time.sleep(READ_BY_OTHERS)
+        # Last: the main thread may have printed meanwhile.
+        self._say(f"ending, because process {message['process']} ended: {message['reason']}")
         os._exit(int(message["code"]))
 
     def _say(self, text: str) -> None:

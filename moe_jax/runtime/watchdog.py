@@ -108,9 +108,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.write("\n")
             reason += f"; what every thread was in is in {self._stacks}"
-        process = signals.LISTENER.process
-        signals.say(f"{process}{reason}")
-        cluster.PEERS.end(code, reason)
+        cluster.PEERS.end(code, reason, f"{signals.LISTENER.process}{reason}")
 
 
 WATCHDOG = Watchdog()

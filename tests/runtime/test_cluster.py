@@ -5,6 +5,8 @@ times are those of the machine's clock, with some slack for a busy one.
 """
 
 import fcntl
+import subprocess
+import sys
 
 import pair
 import pytest
@@ -52,6 +54,40 @@ def test_a_fault_in_one_process_ends_both(fault, codes, limit, words, tmp_path):
     if fault.startswith("hang"):
         stacks = [path.read_text() for path in (tmp_path / "run/stacks").iterdir()]
         assert any("faults.py" in stack and "Thread" in stack for stack in stacks)
+
+
+TWO_THREADS_END = """
+import threading, time, types
+from moe_jax.runtime import cluster
+
+peers = cluster.PEERS
+peers._client = types.SimpleNamespace(key_value_set=lambda *_, **__: None)
+{first}
+time.sleep(0.3)
+print("step 4: finishing the last save")
+peers.end(70, "an echo of it", "the echo")
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "threading.Thread(target=peers.end, args=(75, 'a hang', 'the reason: a hang')).start()",
+        "message = {'process': 1, 'code': 75, 'reason': 'a hang'}\n"
+        "threading.Thread(target=peers._obey, args=(message,)).start()",
+    ],
+)
+def test_the_reason_is_the_last_line_whatever_the_main_thread_prints(first):
+    program = TWO_THREADS_END.format(first=first)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=pair.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 75, done.stdout
+    assert done.stdout.splitlines()[-1].endswith(": a hang"), done.stdout
 
 
 @pytest.mark.full
