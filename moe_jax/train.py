@@ -38,7 +38,7 @@ from moe_jax.runtime.watchdog import WATCHDOG
 from moe_jax.schema.config import Config
 from moe_jax.tasks import TASKS
 from moe_jax.terminal.progress import Progress
-from moe_jax.train_step import State, initial, jit_step, make_tx, parameter_names
+from moe_jax.train_step import State, jit_initial, jit_step, make_tx, parameter_names
 
 FOREVER = 1e6  # seconds
 
@@ -132,7 +132,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
 
     # Model and state
     model = make_model(cfg.model)
-    init = jax.jit(initial(cfg, model))
+    init = jit_initial(cfg, model)
     with progress.doing("building the model"):
         # Shapes, dtypes and placements alone: nothing is computed yet.
         abstract = jax.eval_shape(init, jax.random.key(cfg.seed))

@@ -22,7 +22,7 @@ from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg
 from moe_jax.names import name_of
 from moe_jax.optim import spikes
-from moe_jax.parallel import chip_flags
+from moe_jax.parallel import chip_flags, compiling
 from moe_jax.parallel.mesh import P
 from moe_jax.pipeline import totals as pipeline
 from moe_jax.schema.config import Config
@@ -120,6 +120,11 @@ def initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
         return State(none, params, router_state, opt_state, ema, none, masks, master, window)
 
     return init
+
+
+def jit_initial(cfg: Config, model: Model) -> Callable[[jax.Array], State]:
+    """Returns `initial`, jitted for the devices of the current mesh."""
+    return jax.jit(initial(cfg, model), compiler_options=compiling.runs_once())
 
 
 def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:

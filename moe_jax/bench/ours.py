@@ -26,7 +26,7 @@ from moe_jax.parallel import batch_rows, compile_cache, mesh
 from moe_jax.plan import flops
 from moe_jax.plan.abstract import abstract_batch
 from moe_jax.tasks import TASKS
-from moe_jax.train_step import initial, jit_step, make_model, make_tx
+from moe_jax.train_step import initial, jit_initial, jit_step, make_model, make_tx
 
 # Side of the square matrices of the peak: rows and widths of a training step are as large.
 PRODUCT = 2048
@@ -48,7 +48,7 @@ def train(job: Job) -> Prepared:
     devices = mesh.make(cfg.mesh, slow_axis=cfg.mesh_slow_axis)
     with jax.set_mesh(devices):
         model = make_model(cfg.model)
-        state = jax.jit(initial(cfg, model))(jax.random.key(cfg.seed))
+        state = jit_initial(cfg, model)(jax.random.key(cfg.seed))
         step_fn = jit_step(cfg, model, make_tx(cfg, state.params))
         batch_size = cfg.train.batch_size
         rows = batch_rows.local_rows(batch_size)

@@ -52,7 +52,7 @@ from moe_jax.tasks import TASKS
 from moe_jax.tasks.lm import task as lm
 from moe_jax.terminal import working
 from moe_jax.terminal.table import Table
-from moe_jax.train_step import State, initial, make_model
+from moe_jax.train_step import State, jit_initial, make_model
 
 # What an instrument prints: tables and sentences.
 Output = list[Table | str]
@@ -292,7 +292,7 @@ def run_retrain(job: Job) -> Output:
     """Trains on under each routing, and measures the held-out loss after it."""
     step = job.trained.step
     # The whole state: a Run has no moments of the optimizer.
-    init = jax.jit(initial(job.cfg, make_model(job.cfg.model)))
+    init = jit_initial(job.cfg, make_model(job.cfg.model))
     abstract = jax.eval_shape(init, jax.random.key(0))
     state = checkpoints(job.trained.workdir).restore(step, abstract, stacked=False)
     result = retrain.evaluate(job.run, job.cfg, state, job.flags.steps, job.flags.seed)

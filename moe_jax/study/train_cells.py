@@ -23,7 +23,7 @@ from moe_jax.data.contract import Data
 from moe_jax.errors import UserError
 from moe_jax.evaluate import make_evaluate
 from moe_jax.models.functions import make_model
-from moe_jax.parallel import batch_rows, mesh
+from moe_jax.parallel import batch_rows, compiling, mesh
 from moe_jax.plan import flops
 from moe_jax.runtime import shell
 from moe_jax.study import begun, expand, ledger
@@ -154,7 +154,7 @@ def prepare(cell: Cell) -> Program:
         local = Batches(data, "train", 0, cfg.train.batch_size).rows(0, rows)
         batch = batch_rows.put(local, rows, cfg.train.batch_size)
         arguments = inputs(cell)
-        init_fn = jax.jit(init)
+        init_fn = jax.jit(init, compiler_options=compiling.runs_once())
         state = jax.eval_shape(init_fn, *arguments)
         # The state is donated: the new one takes its memory.
         compiled = jax.jit(step, donate_argnums=2).lower(*arguments, state, batch).compile()

@@ -25,7 +25,7 @@ from moe_jax.parallel import mesh as meshes
 from moe_jax.run import Run, checkpoints, for_one_device
 from moe_jax.schema.config import Config
 from moe_jax.surgery.weights import Weights
-from moe_jax.train_step import initial
+from moe_jax.train_step import initial, jit_initial
 
 Arrays = dict[str, np.ndarray]
 # Parts of a state that hold values of parameters.
@@ -111,7 +111,7 @@ def abstract(cfg: Config) -> dict[str, Any]:
 def fresh(cfg: Config) -> Arrays:
     """Returns the arrays of a training run before its first step, by their names on disk."""
     with jax.set_mesh(meshes.of_host()):
-        state = jax.jit(initial(cfg, make_model(cfg.model)))(jax.random.key(cfg.seed))
+        state = jit_initial(cfg, make_model(cfg.model))(jax.random.key(cfg.seed))
         return {name: np.asarray(x) for name, x in flat.flatten(state).items()}
 
 
