@@ -39,6 +39,7 @@ SMALL = (
 )
 
 
+@pytest.mark.full
 def test_a_language_model_trains_without_the_libraries_of_tasks(tmp_path):
     flags = ["--config", "configs/debug.py", "--workdir", str(tmp_path / "run"), *SMALL]
     done = subprocess.run(

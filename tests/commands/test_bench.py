@@ -85,6 +85,7 @@ def test_results_are_compared_with_earlier_ones(timed):
     assert ratios["training, dense"] == ratios["matrix product, jax, float32"] == "1.00"
 
 
+@pytest.mark.full
 def test_decoding_layer_and_compilation_are_jobs(tmp_path):
     changes = tuple(SMALL)
     narrow = (*changes, "--config.model.dtype=bfloat16")

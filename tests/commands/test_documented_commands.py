@@ -357,6 +357,7 @@ def on_page(source, *beginnings):
 SMALLER = ("--config.model.repeats=1",)
 
 
+@pytest.mark.full
 def test_the_readmes_own_data_are_prepared_trained_on_and_continued(
     world, here, monkeypatch, capsys
 ):

@@ -159,6 +159,7 @@ def test_the_flops_of_a_router_are_those_of_its_weights_and_choices(router):
     assert next(experts) * 3 == next(experts)
 
 
+@pytest.mark.full
 def test_a_router_is_proven_on_a_mesh(float64, router, tmp_path):
     raw = raw_with(tree.defaults(), CHOSEN)
     said: list[str] = []

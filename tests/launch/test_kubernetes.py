@@ -239,6 +239,7 @@ FLAGS = """
 """.split()
 
 
+@pytest.mark.full
 def test_two_pods_that_are_drained_save_and_say_130(tmp_path):
     """SIGTERM reaches one of them. The other one, too, must not end as a pod that is done."""
     with socket.socket() as free:

@@ -33,6 +33,7 @@ def mpirun():
         pytest.skip(missing)
 
 
+@pytest.mark.full
 def test_jax_finds_the_processes_of_mpirun(tmp_path):
     command = [*MPIRUN, sys.executable, "-m", "moe_jax.main", "--distributed", *FLAGS]
     env = ENV | {"XLA_FLAGS": f"{ENV.get('XLA_FLAGS', '')} {as_flags(QUICK)}"}

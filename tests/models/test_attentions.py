@@ -156,6 +156,7 @@ def test_a_window_as_long_as_the_row_is_the_causal_mask_bit_for_bit(window):
 # Models.
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_model_whose_window_is_the_row_trains_as_grouped_query(float64):
     """The attention has the same bits (above). Around it the compiler may fuse in another order."""
@@ -202,7 +203,17 @@ def batch_of(id_BS, place_S, length_B, length):
     return Batch(**placed, row_B=meshes.put(np.arange(len(id_BS), dtype=np.int32), "batch"))
 
 
-@pytest.mark.parametrize("changes", [WINDOW | {"model.qk_norm": True}, *OPTIONS.values()])
+CACHED = [WINDOW | {"model.qk_norm": True}, *OPTIONS.values()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Every second one is in the normal suite.
+        pytest.param(changes, marks=pytest.mark.full if i % 2 else ())
+        for i, changes in enumerate(CACHED)
+    ],
+)
 def test_decoding_with_a_cache_equals_the_full_pass(float64, changes):
     """Rows of 12 tokens and fewer in two pieces, then token by token, beyond a window of 3."""
     mesh, bound, cfg = model_on_one_device(changes)

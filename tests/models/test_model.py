@@ -34,7 +34,7 @@ def loop():
         pytest.param({"model.scan": True}, marks=pytest.mark.full),
         {"model.scan": True, "model.remat": "dispatch"},
         pytest.param({"model.remat": "full"}, marks=pytest.mark.full),
-        {"model.remat": "attention+dispatch+experts"},
+        pytest.param({"model.remat": "attention+dispatch+experts"}, marks=pytest.mark.full),
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")

@@ -35,12 +35,14 @@ from moe_jax.moe.routing import ROUTERS
 every = pytest.mark.parametrize("name", CASES)
 # Steps of these are compared on a mesh in tests/tasks/test_tasks.py, too.
 STEPPED = ("encoder", "encdec")
+# What these have on a mesh, others have, too.
+ALIKE = ("prefix", "article, a class")
 TURNS = [
     pytest.param(
         name,
         shape,
         id=f"{name}, {meshes.name(shape)}",
-        marks=[] if i % 2 == j and name not in STEPPED else [pytest.mark.full],
+        marks=[] if i % 2 == j and name not in STEPPED + ALIKE else [pytest.mark.full],
     )
     for i, name in enumerate(CASES)
     for j, shape in enumerate([(2, 2, 2), (1, 8, 1)])
@@ -79,7 +81,7 @@ def test_padding_changes_nothing(float64, name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("encoder", marks=pytest.mark.full), "encdec", "mmoe"]
+    "name", [*(pytest.param(name, marks=pytest.mark.full) for name in STEPPED), "mmoe"]
 )
 def test_scan_is_the_loop(float64, name):
     run = Run(dataclasses.replace(CASES[name](), scan=True))

@@ -218,6 +218,7 @@ def test_other_first_values_stay_as_they_were(float64):
         np.testing.assert_array_equal(value, biased[name])
 
 
+@pytest.mark.full
 def test_verify_compares_kernels_with_the_bias_of_the_model(float64):
     kinds = {"model.kind": "encdec", "task": "translation"}
     for changes in (T5, T5 | kinds):

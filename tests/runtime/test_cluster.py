@@ -41,7 +41,9 @@ def test_a_workdir_that_is_in_use_ends_both_with_one_line(tmp_path):
     [
         ("kill@5:1", (75, -9), HEARTBEAT, "process 1 has not been heard from"),
         pytest.param(*("kill@5:0", (-9, 75), 0, "process 0, the coordinator, is gone"), marks=FULL),
-        ("raise@5:1", (70, 70), HEARTBEAT, "Injected: config.faults: raise@5:1"),
+        pytest.param(
+            *("raise@5:1", (70, 70), HEARTBEAT, "Injected: config.faults: raise@5:1"), marks=FULL
+        ),
         ("hang@5:1", (75, 75), STEP, "no step has been done for"),
     ],
 )

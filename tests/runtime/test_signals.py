@@ -125,7 +125,13 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+NORMAL = ("a step", "a batch of an evaluation", "the last save")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [place if place in NORMAL else pytest.param(place, marks=pytest.mark.full) for place in PLACES],
+)
 def test_a_run_is_saved_wherever_a_signal_comes(float64, tmp_path, monkeypatch, capfd, place):
     changes = {
         "train.steps": 3,

@@ -124,7 +124,9 @@ PROMISES = {
 }
 
 
-@pytest.mark.parametrize("operation", PROMISES)
+@pytest.mark.parametrize(
+    "operation", [pytest.param("slices", marks=pytest.mark.full), "copies", "grow"]
+)
 def test_the_function_is_kept(state, operation):
     done = operated(state, PROMISES[operation](There(2, 4, None)), KEEP)
     assert not done.reasons and not done.anew

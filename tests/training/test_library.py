@@ -56,6 +56,7 @@ def test_the_script_of_the_readme(capsys):
     assert len(moved) == 3 and min(moved) > 0  # the gate and both matrices of the experts
 
 
+@pytest.mark.full
 def test_the_notebook(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     devices = jax.devices()[:1]
