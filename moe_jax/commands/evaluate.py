@@ -13,6 +13,7 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -112,9 +113,12 @@ def show(results: dict[str, Any]) -> None:
     """Prints the table of the harness, with all its digits."""
     from lm_eval.utils import make_table
 
-    print(make_table(results))
-    if results.get("groups"):
-        print(make_table(results, "groups"))
+    # The library that draws the table forks a process for each core. A fork of a process that runs
+    # JAX's threads may hang.
+    with mock.patch("multiprocessing.cpu_count", return_value=1):
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
 
 
 def write(path: Path, results: dict[str, Any], trained: Run) -> None:

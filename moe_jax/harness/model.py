@@ -8,6 +8,7 @@ with jax.set_mesh(run.mesh):
     results = lm_eval.simple_evaluate(HarnessModel(run), tasks=["hellaswag"])
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from moe_jax.decoding.sample import make_sampler
 from moe_jax.harness.scoring import Request, Scorer
 from moe_jax.run import Run
 
+# The harness would fork processes for the errors of its figures. A fork of a process that runs
+# the threads of JAX may hang.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 # Tokens of an answer, where a task does not say how long it may be.
 MOST_TOKENS = 256
 
