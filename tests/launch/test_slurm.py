@@ -82,26 +82,42 @@ def last_step(workdir):
     return max([0, *(row["step"] for row in read_rows(path))]) if path.exists() else 0
 
 
-def interrupted(cluster, workdir):
-    """Submits the run and interrupts it twice. Returns the job, and the last steps before that."""
-    flags = [*FLAGS, "--config.simulate_devices=1", f"--workdir={workdir}"]
-    job = cluster.submit("trains", SCRIPT, *flags, env={"XLA_FLAGS": FAST})
-
-    cluster.until(lambda: last_step(workdir) >= 5)
+def by_its_script(cluster, job):
+    """Ends a job as before the end of its time, after which its own script has it requeued."""
     # As the test of `limited` hears it from SLURM.
     cluster.say("scancel", "--batch", "--signal=TERM", job)
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1")
-    first = last_step(workdir)
-    cluster.until(lambda: last_step(workdir) >= first + 5)
+
+
+def by_slurm(cluster, job):
     cluster.say("scontrol", "requeue", job)
     cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING")
-    second = last_step(workdir)
-    return job, first, second
 
 
-def test_a_job_that_is_requeued_computes_what_an_uninterrupted_run_computes(cluster, limited):
-    """Once by its own script, as before the end of its time, and once by SLURM."""
-    one, two = cluster.root / "uninterrupted", cluster.root / "requeued"
+def interrupted(cluster, workdir, ways):
+    """Submits the run and interrupts it. Returns the job, and the last step before each stop."""
+    flags = [*FLAGS, "--config.simulate_devices=1", f"--workdir={workdir}"]
+    job = cluster.submit("trains", SCRIPT, *flags, env={"XLA_FLAGS": FAST})
+    stops = []
+    for way in ways:
+        begun = stops[-1] if stops else 0
+        cluster.until(lambda begun=begun: last_step(workdir) >= begun + 5)
+        way(cluster, job)
+        stops.append(last_step(workdir))
+    return job, stops
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param([by_slurm], id="by SLURM"),
+        pytest.param([by_its_script, by_slurm], id="by both", marks=pytest.mark.full),
+    ],
+)
+def test_a_job_that_is_requeued_computes_what_an_uninterrupted_run_computes(
+    cluster, limited, tmp_path, ways
+):
+    one, two = tmp_path / "uninterrupted", tmp_path / "requeued"
     # Each process has one device.
     command = ["launch/local.sh", "2", "1", *FLAGS, f"--workdir={one}"]
     env = cluster.env | {"XLA_FLAGS": FAST}
@@ -109,17 +125,17 @@ def test_a_job_that_is_requeued_computes_what_an_uninterrupted_run_computes(clus
         command, cwd=slurm_cluster.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
-        job, first, second = interrupted(cluster, two)
+        job, stops = interrupted(cluster, two, ways)
         _, errors = alone.communicate(timeout=slurm_cluster.PATIENCE)
     finally:
         alone.terminate()
     assert alone.returncode == 0, errors
     fields = cluster.wait(job)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), cluster.told()
-    assert 5 <= first < second < 80
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(len(ways)))
+    assert stops[0] >= 5 and stops == sorted(set(stops)) and stops[-1] < 80
     assert curve(one) == curve(two)
     said = (cluster.logs / f"{job}.0.log").read_text()
-    assert said.count("saved step") == 2 and f"saved step {second} of 80" in said
+    assert said.count("saved step") == len(ways) and f"saved step {stops[-1]} of 80" in said
     assert f"go on with:\n  sbatch {SCRIPT} --config=configs/debug.py" in said
 
 
