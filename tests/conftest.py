@@ -49,7 +49,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ or not CACHE:
     CACHE = os.environ["MOE_JAX_TESTS_COMPILED"] = OWN_CACHE.name
 for name, value in (
     ("jax_compilation_cache_dir", CACHE),
-    ("jax_persistent_cache_min_compile_time_secs", 0.2),
+    ("jax_persistent_cache_min_compile_time_secs", 1.0),
     ("jax_persistent_cache_min_entry_size_bytes", -1),
 ):
     jax.config.update(name, value)

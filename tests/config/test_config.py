@@ -234,37 +234,44 @@ def test_minus_one_takes_the_rest():
     assert mesh.resolve(mesh.Lengths(data=-1, expert=2, model=2), 8) == (1, 2, 2, 1, 2)
 
 
+WRONG_FLAGS = [
+    (
+        ["--config.train.stepz=5"],
+        'no key is called --config.train.stepz: did you mean "steps"?',
+    ),
+    (
+        ["--config.train.steps=five"],
+        "--config.train.steps=five: invalid literal for int() with base 10: 'five'",
+    ),
+    (["train.steps=5"], "--config.train.steps=5"),
+    (["--stepz=5"], "Unknown command line flag 'stepz'"),
+    (["--config=configs/nope.py"], "error: the config file configs/nope.py does not exist\n"),
+    (
+        ["--config=configs"],
+        "error: the config file configs is a directory: name a file in it\n",
+    ),
+    (["--config=README.md"], "error: the config file README.md, line "),
+    (["--config=tests/oracle.py"], "the config file has no attribute 'get_config'"),
+    (
+        ["--config"],
+        "error: --config has no value: name a config file, such as --config "
+        "configs/quickstart.py\n",
+    ),
+    (["--config="], "error: --config has no value"),
+    (
+        ["--config=configs/debug.py", "--dry_run"],
+        "error: --config is given 2 times (configs/quickstart.py, configs/debug.py)",
+    ),
+    (["--config.mesh.expert=3"], "does not make 1 devices"),
+]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["--config.train.stepz=5"],
-            'no key is called --config.train.stepz: did you mean "steps"?',
-        ),
-        (
-            ["--config.train.steps=five"],
-            "--config.train.steps=five: invalid literal for int() with base 10: 'five'",
-        ),
-        (["train.steps=5"], "--config.train.steps=5"),
-        (["--stepz=5"], "Unknown command line flag 'stepz'"),
-        (["--config=configs/nope.py"], "error: the config file configs/nope.py does not exist\n"),
-        (
-            ["--config=configs"],
-            "error: the config file configs is a directory: name a file in it\n",
-        ),
-        (["--config=README.md"], "error: the config file README.md, line "),
-        (["--config=tests/oracle.py"], "the config file has no attribute 'get_config'"),
-        (
-            ["--config"],
-            "error: --config has no value: name a config file, such as --config "
-            "configs/quickstart.py\n",
-        ),
-        (["--config="], "error: --config has no value"),
-        (
-            ["--config=configs/debug.py", "--dry_run"],
-            "error: --config is given 2 times (configs/quickstart.py, configs/debug.py)",
-        ),
-        (["--config.mesh.expert=3"], "does not make 1 devices"),
+        # Each is a process of its own: every third one is in the normal suite.
+        pytest.param(*case, marks=pytest.mark.full if i % 3 else ())
+        for i, case in enumerate(WRONG_FLAGS)
     ],
 )
 def test_a_wrong_flag_is_one_line_and_a_code(tmp_path, flags, message):

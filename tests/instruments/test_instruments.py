@@ -369,6 +369,7 @@ def metered(shape, changes):
         )
 
 
+@pytest.mark.full
 def test_interference_is_that_of_the_gradients_and_the_same_under_accumulation_meshes_and_scan(
     float64,
 ):

@@ -36,6 +36,7 @@ def begun(run, step):
     return state, compiled(make_step(run.cfg, make_model(run.cfg.model), tx))
 
 
+@pytest.mark.full
 def test_own_routing_is_the_training_itself_and_no_other_is(float64):
     """Two steps with two micro-batches from step 3 on: the held-out loss of the run, to 1e-12; any
     other way is another.

@@ -324,15 +324,19 @@ QUICK = {
 
 def is_quick(case):
     """Whether a case is one of the normal suite: those that QUICK names; of the other families each
-    option with the first that has it, and one case of each family.
+    option with the first that has it, and one case of a family that is the first of none.
     """
     family, _, name = case.partition(", ")
     if family in QUICK:
         return name in QUICK[family]
     others = [one.split(", ", 1) for one in CASES if one.split(", ", 1)[0] not in QUICK]
-    first_of_option = next(owner for owner, option in others if option == name)
+    first_of = {}
+    for owner, option in others:
+        first_of.setdefault(option, owner)
     first_of_family = next(option for owner, option in others if owner == family)
-    return family == first_of_option or name == first_of_family
+    if family in first_of.values():
+        return first_of[name] == family
+    return name == first_of_family
 
 
 def sizes(family):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 LINES = [line.split() for line in TEXT.splitlines() if line and not line.startswith("#")]
@@ -48,6 +50,7 @@ def test_it_does_not_run_as_root():
     assert names.index("USER") > max(i for i, name in enumerate(names) if name in ("RUN", "COPY"))
 
 
+@pytest.mark.full
 def test_what_is_copied_is_enough(tmp_path):
     """A folder with these files alone, as in the image."""
     skip = shutil.ignore_patterns("__pycache__")

@@ -209,8 +209,8 @@ CACHED = [WINDOW | {"model.qk_norm": True}, *OPTIONS.values()]
 @pytest.mark.parametrize(
     "changes",
     [
-        # Every second one is in the normal suite.
-        pytest.param(changes, marks=pytest.mark.full if i % 2 else ())
+        # Every third one is in the normal suite.
+        pytest.param(changes, marks=pytest.mark.full if i % 3 else ())
         for i, changes in enumerate(CACHED)
     ],
 )

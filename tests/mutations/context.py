@@ -113,6 +113,6 @@ FAULTS = {
         full=True,
     ),
     "loss divided by the parts of a row": Mutation(
-        loss_of_every_device, "tokens", "context", reported="torchtitan #3280"
+        loss_of_every_device, "tokens", "context", reported="torchtitan #3280", full=True
     ),
 }

@@ -150,12 +150,12 @@ FAULTS = {
         kernel_without_gates, "and both with the kernel of accelerators", "arithmetic"
     ),
     "documents of another row in attention": Mutation(
-        first_documents, "attention in blocks equals attention at once", "attention"
+        first_documents, "attention in blocks equals attention at once", "attention", full=True
     ),
     "soft MoE combined by dispatch weights": Mutation(
         mixed_back_by_dispatch, ARITHMETIC, "arithmetic", SOFT, full=True
     ),
     "capacity per device in evaluation": Mutation(
-        capacity_of_evaluation, "2x2x2 evaluates the same", "evaluation"
+        capacity_of_evaluation, "2x2x2 evaluates the same", "evaluation", full=True
     ),
 }

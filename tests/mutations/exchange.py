@@ -216,7 +216,7 @@ FAULTS = {
         full=True,
     ),
     "rows of a ragged exchange lost backward": Mutation(
-        lost_backward, "gradients", "mesh", BY_RAGGED, "marin #8077, #8081"
+        lost_backward, "gradients", "mesh", BY_RAGGED, "marin #8077, #8081", full=True
     ),
     "tokens to the experts of another slice": Mutation(
         another_slice, "tokens", "mesh", IN_SLICES, full=True
@@ -248,6 +248,10 @@ FAULTS = {
     "psum over model of one shard": Mutation(one_shard_of_model, "tokens", "mesh", full=True),
     "gate and up columns mixed": Mutation(gate_and_up_mixed, "tokens", "mesh", full=True),
     "random bits per device": Mutation(
-        random_per_device, "tokens", "mesh", reported="transformers #31412, tt-metal #55947"
+        random_per_device,
+        "tokens",
+        "mesh",
+        reported="transformers #31412, tt-metal #55947",
+        full=True,
     ),
 }

@@ -216,7 +216,7 @@ FAULTS = {
         reported="torchtitan #3280",
         full=True,
     ),
-    "balance statistics per device": Mutation(statistics_per_device, "forward", "mesh"),
+    "balance statistics per device": Mutation(statistics_per_device, "forward", "mesh", full=True),
     "auxiliary gradient divided by devices": Mutation(
         auxiliary_by_devices,
         "gradients",
@@ -238,7 +238,7 @@ FAULTS = {
         reported="transformers #24725, #34191",
     ),
     "gradients accumulated in bfloat16": Mutation(
-        accumulated_in_bfloat16, "gradients", "layout", reported="DeepSpeed #1800"
+        accumulated_in_bfloat16, "gradients", "layout", reported="DeepSpeed #1800", full=True
     ),
     "metrics of one micro-batch": Mutation(metrics_of_one_micro_batch, "sums", "layout", full=True),
     "padding in the loss": Mutation(

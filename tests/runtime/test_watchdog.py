@@ -43,7 +43,15 @@ def run(body, stacks):
     return done.returncode, done.stdout + done.stderr, time.monotonic() - begun
 
 
-@pytest.mark.parametrize("body", [STEPS, SLOW, TOLD + STEPS, TOLD + SLOW])
+@pytest.mark.parametrize(
+    "body",
+    [
+        STEPS,
+        TOLD + SLOW,
+        pytest.param(SLOW, marks=pytest.mark.full),
+        pytest.param(TOLD + STEPS, marks=pytest.mark.full),
+    ],
+)
 def test_what_moves_or_is_known_to_be_slow_goes_on(body, tmp_path):
     code, said, _ = run(body, tmp_path / "stacks.txt")
     assert code == 0 and "ended by itself" in said

@@ -74,7 +74,9 @@ def forget(workdir, key):
     path.write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("dispatcher", ["dropless", "capacity"])
+@pytest.mark.parametrize(
+    "dispatcher", ["dropless", pytest.param("capacity", marks=pytest.mark.full)]
+)
 def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, straight, capsys, dispatcher):
     choice = {"model.moe.dispatcher": dispatcher}
     if dispatcher != "dropless":
