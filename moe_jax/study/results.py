@@ -122,9 +122,9 @@ def render(figures: Mapping[str, Any], kept: str) -> str:
         _rule(),
         "## Arms",
         arm_table(figures).markdown(),
-        "Means over seeds; in brackets the 95 % interval of the mean. Paired differences, which "
-        "the verdicts stand on, are narrower. Times are those of a machine that may have been "
-        "shared.",
+        "Means over seeds; in brackets the 95 % interval of the mean. Verdicts do not stand on "
+        "these intervals, but on those of the differences between runs of one seed. Times are "
+        "those of a machine that may have been shared.",
         *_reasons(figures),
         "![arms, learning rates and verdicts](plot.png)",
         *([kept] if kept else []),
