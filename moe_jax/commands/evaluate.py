@@ -109,16 +109,20 @@ def evaluate(trained: Run, flags: argparse.Namespace) -> dict[str, Any]:
     return dict(found)
 
 
-def show(results: dict[str, Any]) -> None:
-    """Prints the table of the harness, with all its digits."""
+def table(results: dict[str, Any], column: str = "results") -> str:
+    """Returns the table of the harness, with all its digits."""
     from lm_eval.utils import make_table
 
-    # The library that draws the table forks a process for each core. A fork of a process that runs
-    # JAX's threads may hang.
+    # The library that draws it forks a process for each core. A fork of a process that runs the
+    # threads of JAX may hang.
     with mock.patch("multiprocessing.cpu_count", return_value=1):
-        print(make_table(results))
-        if results.get("groups"):
-            print(make_table(results, "groups"))
+        return make_table(results, column)
+
+
+def show(results: dict[str, Any]) -> None:
+    print(table(results))
+    if results.get("groups"):
+        print(table(results, "groups"))
 
 
 def write(path: Path, results: dict[str, Any], trained: Run) -> None:
