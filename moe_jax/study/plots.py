@@ -100,7 +100,7 @@ def _rates(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) ->
         # A search that is undecided has taken none.
         if rate in loss_at and not arm["undecided"]:
             axes.plot(rate, loss_at[rate], marker="*", markersize=11, color=colours[name])
-    axes.set_title("search of the learning rate (its own seed)", fontsize=10)
+    axes.set_title("search of the learning rate (its own seeds)", fontsize=10)
     if not any_drawn:
         axes.text(0.5, 0.5, "the arms declare their rates", ha="center", va="center")
         axes.set_axis_off()
