@@ -20,8 +20,8 @@ _OLD_EMITTERS = (
     if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 12)
     else {"xla_cpu_use_fusion_emitters": False}
 )
-# For `jit(...).lower(...).compile(compiler_options=QUICK)`; `Any` because jax types each value.
 _LEVEL = "xla_backend_optimization_level"
+# For `jit(...).lower(...).compile(compiler_options=QUICK)`; `Any` because jax types each value.
 QUICK: Any = {_LEVEL: 0, **_OLD_EMITTERS}
 
 

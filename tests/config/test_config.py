@@ -14,6 +14,7 @@ import pytest
 import tiny
 from absl import flags as absl_flags
 from ml_collections import config_flags
+from suites import normal
 
 from moe_jax import __main__, config, main
 from moe_jax.config import advice, command_line, config_file
@@ -268,11 +269,8 @@ WRONG_FLAGS = [
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        # Each is a process of its own: every third one is in the normal suite.
-        pytest.param(*case, marks=pytest.mark.full if i % 3 else ())
-        for i, case in enumerate(WRONG_FLAGS)
-    ],
+    # Each is a process of its own: every third one is in the normal suite.
+    normal(WRONG_FLAGS[::3], WRONG_FLAGS),
 )
 def test_a_wrong_flag_is_one_line_and_a_code(tmp_path, flags, message):
     command = [sys.executable, "-m", "moe_jax.main", "--workdir", str(tmp_path / "run")]

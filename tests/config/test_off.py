@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from run_cases import losses, run
+from suites import normal
 
 from moe_jax import publish, train
 from moe_jax.moe.losses import LOSSES
@@ -26,11 +27,7 @@ UNAIDED = {f"model.moe.losses.{name}": 0.0 for name in LOSSES} | {
 # compilation.
 QUICKLY = ("sigmoid", "soft")
 # `recorded` replays what another run did, and trains nothing of its own.
-TRAINED = [
-    pytest.param(n, marks=[] if n in QUICKLY else [pytest.mark.full])
-    for n in ROUTERS
-    if n != "recorded"
-]
+TRAINED = normal(QUICKLY, [name for name in ROUTERS if name != "recorded"])
 
 
 @pytest.mark.parametrize("router", TRAINED)

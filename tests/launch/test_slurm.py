@@ -131,7 +131,8 @@ def test_a_job_that_is_requeued_computes_what_an_uninterrupted_run_computes(
         alone.terminate()
     assert alone.returncode == 0, errors
     fields = cluster.wait(job)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(len(ways)))
+    ended = fields["JobState"], fields["Restarts"]
+    assert ended == ("COMPLETED", str(len(ways))), cluster.told()
     assert stops[0] >= 5 and stops == sorted(set(stops)) and stops[-1] < 80
     assert curve(one) == curve(two)
     said = (cluster.logs / f"{job}.0.log").read_text()

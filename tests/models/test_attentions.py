@@ -13,6 +13,7 @@ import tiny
 import torch
 from block_options import OPTIONS
 from kind_cases import config as kind_config
+from suites import normal
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from moe_jax import config
@@ -206,14 +207,8 @@ def batch_of(id_BS, place_S, length_B, length):
 CACHED = [WINDOW | {"model.qk_norm": True}, *OPTIONS.values()]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        # Every third one is in the normal suite.
-        pytest.param(changes, marks=pytest.mark.full if i % 3 else ())
-        for i, changes in enumerate(CACHED)
-    ],
-)
+# Every third one is in the normal suite.
+@pytest.mark.parametrize("changes", normal(CACHED[::3], CACHED))
 def test_decoding_with_a_cache_equals_the_full_pass(float64, changes):
     """Rows of 12 tokens and fewer in two pieces, then token by token, beyond a window of 3."""
     mesh, bound, cfg = model_on_one_device(changes)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from block_options import OPTIONS
+from suites import normal
 
 from moe_jax import config
 from moe_jax.checkpoint import flat
@@ -25,13 +26,9 @@ from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.optim import decay_mask, describe
 
+
 # Those of gpt-oss are in the normal suite: biases and sinks, which other tests on meshes lack.
-ON_A_MESH = [
-    pytest.param(name, marks=() if name == "gpt-oss" else pytest.mark.full) for name in OPTIONS
-]
-
-
-@pytest.mark.parametrize("name", ON_A_MESH)
+@pytest.mark.parametrize("name", normal(["gpt-oss"], OPTIONS))
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_mesh_changes_nothing(float64, name):
     """Two steps on a mesh of 2 x 2 x 2, and as a scan, in float64: loss and parameters are those of

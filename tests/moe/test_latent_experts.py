@@ -14,6 +14,7 @@ import pytest
 import surgery_cases
 import tiny
 from flax import nnx
+from suites import normal
 
 from moe_jax import train_step
 from moe_jax.errors import UserError
@@ -119,13 +120,7 @@ MESHES = {
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "split rows" else pytest.param(name, marks=pytest.mark.full)
-        for name in MESHES
-    ],
-)
+@pytest.mark.parametrize("name", normal(["split rows"], MESHES))
 def test_a_mesh_changes_nothing(float64, name, tmp_path):
     lengths, layout = MESHES[name]
     changes = LATENT | {

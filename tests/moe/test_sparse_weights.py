@@ -11,6 +11,7 @@ import meshes
 import numpy as np
 import pytest
 import tiny
+from suites import normal
 
 from moe_jax import checkpoint, train_step
 from moe_jax.errors import UserError
@@ -220,10 +221,7 @@ PAIRS += [("threshold", "unstructured"), ("threshold", "blocks"), ("group_lasso"
 NORMAL = [("rigl", "unstructured"), ("group_lasso", "units")]
 
 
-@pytest.mark.parametrize(
-    ("rule", "pattern"),
-    [pair if pair in NORMAL else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS],
-)
+@pytest.mark.parametrize(("rule", "pattern"), normal(NORMAL, PAIRS))
 def test_every_mesh_and_the_scan_have_the_same_masks_and_weights(float64, rule, pattern):
     given = changes(rule, pattern, **{"optim.learning_rate": 0.05})
     states = Update((1, 1, 1), given).run(4)

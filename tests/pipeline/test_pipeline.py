@@ -6,6 +6,7 @@ In float64, beside the reference of `verify`: one large batch, a loop over the l
 
 import pytest
 import tiny
+from suites import normal
 
 from moe_jax import config
 from moe_jax.errors import UserError
@@ -34,7 +35,8 @@ TINY = {
     "model.kinds.decoder.mtp_depths": 1,
 }
 LAYOUT = {"model.scan": True, "train.micro_batch_size": 4}
-# Mesh, schedule, chunks, other keys. The first is that of the normal suite.
+# Mesh, schedule, chunks, other keys. The first are those of the normal suite: both schedules, with
+# chunks and without, with other axes and without.
 CASES = {
     "2x2x1x1x2 interleaved": (Lengths(2, 2, 1, 1, 2), "gpipe", 2, {}),
     "2x1x1x1x1 1f1b": (Lengths(stage=2), "1f1b", 1, {}),
@@ -49,7 +51,7 @@ CASES = {
         {"model.moe.dispatcher": "dropless", "model.remat": "attention"},
     ),
 }
-NORMAL = tuple(CASES)[:1]
+NORMAL = tuple(CASES)[:2]
 
 
 def raw_of(schedule="gpipe", chunks=1, changes=None):
@@ -74,10 +76,7 @@ def sound(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in NORMAL else pytest.param(name, marks=pytest.mark.full) for name in CASES],
-)
+@pytest.mark.parametrize("name", normal(NORMAL, CASES))
 def test_a_pipeline_equals_one_device(float64, sound, tmp_path, name):
     lengths, schedule, chunks, changes = CASES[name]
     one, folder = sound({key: x for key, x in changes.items() if key != "model.remat"})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import run_cases
+from suites import normal
 
 from moe_jax import checkpoint, evaluate, train
 from moe_jax.decoding import sample
@@ -128,10 +129,7 @@ PLACES = {
 NORMAL = ("a step", "a batch of an evaluation", "the last save")
 
 
-@pytest.mark.parametrize(
-    "place",
-    [place if place in NORMAL else pytest.param(place, marks=pytest.mark.full) for place in PLACES],
-)
+@pytest.mark.parametrize("place", normal(NORMAL, PLACES))
 def test_a_run_is_saved_wherever_a_signal_comes(float64, tmp_path, monkeypatch, capfd, place):
     changes = {
         "train.steps": 3,

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from suites import normal
 
 from moe_jax.runtime.watchdog import Watchdog
 
@@ -44,13 +45,7 @@ def run(body, stacks):
 
 
 @pytest.mark.parametrize(
-    "body",
-    [
-        STEPS,
-        TOLD + SLOW,
-        pytest.param(SLOW, marks=pytest.mark.full),
-        pytest.param(TOLD + STEPS, marks=pytest.mark.full),
-    ],
+    "body", normal([STEPS, TOLD + SLOW], [STEPS, SLOW, TOLD + STEPS, TOLD + SLOW])
 )
 def test_what_moves_or_is_known_to_be_slow_goes_on(body, tmp_path):
     code, said, _ = run(body, tmp_path / "stacks.txt")

@@ -5,6 +5,7 @@ import meshes
 import numpy as np
 import pytest
 import surgery_cases
+from suites import normal
 
 from moe_jax.__main__ import main as entry
 from moe_jax.commands import fsck
@@ -124,9 +125,7 @@ PROMISES = {
 }
 
 
-@pytest.mark.parametrize(
-    "operation", [pytest.param("slices", marks=pytest.mark.full), "copies", "grow"]
-)
+@pytest.mark.parametrize("operation", normal(["copies", "grow"], PROMISES))
 def test_the_function_is_kept(state, operation):
     done = operated(state, PROMISES[operation](There(2, 4, None)), KEEP)
     assert not done.reasons and not done.anew

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from scipy.io import wavfile
+from suites import normal
 
 from moe_jax import train, train_step
 from moe_jax.data.batches import eval_batches
@@ -173,12 +174,7 @@ def run(workdir, changes):
         return train.run(tiny.build(changes=changes), tiny.raw(changes), workdir, time.monotonic())
 
 
-def normal(*tasks):
-    """Every task; those that are not named here are of the full suite."""
-    return [task if task in tasks else pytest.param(task, marks=pytest.mark.full) for task in CASES]
-
-
-@pytest.mark.parametrize("task", normal("vision"))
+@pytest.mark.parametrize("task", normal(["vision"], CASES))
 def test_from_data_to_predictions_with_a_stop_between(tmp_path, folder, task):
     changes = config(task, folder)
     cfg = tiny.build(changes=changes)
@@ -206,7 +202,7 @@ def test_a_random_row_of_few_tokens_has_a_prefix_and_targets(length):
     assert (rows.prefix_BS.sum(1) >= 2).all() and (rows.weight_BS.sum(1) >= 1).all()
 
 
-@pytest.mark.parametrize("task", normal("translation"))
+@pytest.mark.parametrize("task", normal(["translation"], CASES))
 def test_a_step_is_the_same_on_a_mesh(float64, task):
     """One optimizer step of random rows, accumulated on the mesh: loss and parameters of one
     device.

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from run_cases import SMALL, losses, run
+from suites import normal
 
 from moe_jax import train
 from moe_jax.checkpoint import Checkpoints, flat
@@ -74,9 +75,7 @@ def forget(workdir, key):
     path.write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize(
-    "dispatcher", ["dropless", pytest.param("capacity", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("dispatcher", normal(["dropless"], ["dropless", "capacity"]))
 def test_five_steps_a_restart_and_five_are_ten(float64, tmp_path, straight, capsys, dispatcher):
     choice = {"model.moe.dispatcher": dispatcher}
     if dispatcher != "dropless":

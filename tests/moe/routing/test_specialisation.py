@@ -4,6 +4,7 @@ floors, and the table of all routers.
 
 import maps
 import pytest
+from suites import normal
 
 from moe_jax.moe.routing import ROUTERS
 
@@ -20,10 +21,6 @@ LEARNED = [name for name in ROUTERS if name not in BLIND + MIXING + ORACLE]
 NORMAL = ("top_k", "relu", "expert_choice", "base")
 
 
-def some(names):
-    return [n if n in NORMAL else pytest.param(n, marks=pytest.mark.full) for n in names]
-
-
 def trained(router):
     loss = maps.train_moe(maps.config(router))
     print(f"{router}: loss {loss:.4f}, score {maps.score(loss):.2f}")
@@ -38,12 +35,12 @@ def test_no_dense_network_of_equal_active_size_passes_the_floor():
     assert -0.02 < maps.score(maps.train_dense(maps.ACTIVE * maps.HIDDEN)) <= 1e-3
 
 
-@pytest.mark.parametrize("router", some(LEARNED))
+@pytest.mark.parametrize("router", normal(NORMAL, LEARNED))
 def test_learned_routers_specialise(router):
     assert trained(router) > 0.5
 
 
-@pytest.mark.parametrize("router", some(BLIND + MIXING))
+@pytest.mark.parametrize("router", normal(NORMAL, BLIND + MIXING))
 def test_routers_that_cannot_see_the_cluster_do_not(router):
     assert trained(router) < 0.25
 
