@@ -67,6 +67,20 @@ def forward_passes(cfg: Config) -> int:
     return 2 if brings_product or not all(loss.adds_up for loss in used) else 1
 
 
+def make_forward(cfg: Config, model: Model) -> Callable[..., dict[str, Any]]:
+    """Returns a function: (params, router state, micro-batch, rng) -> its sums.
+
+    It is jitted, so that it is traced once, however often a step asks for it.
+    """
+    task = TASKS[cfg.task]
+
+    @jax.jit
+    def forward(params: Any, router_state: Any, micro: Any, rng: jax.Array) -> dict[str, Any]:
+        return contract.forward(task, model.bind(params, router_state), micro, rng)
+
+    return forward
+
+
 def make_gradient(
     cfg: Config, model: Model, loss: Callable[..., tuple[jax.Array, Any]]
 ) -> Callable[..., tuple[tuple[jax.Array, Any], Any]]:
@@ -75,15 +89,16 @@ def make_gradient(
     `loss` is train_step.make_loss of the config, and the function has the results of
     `jax.value_and_grad(loss, has_aux=True)`.
     """
-    num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
-    coefficients = cfg.model.moe.losses
+    num, coefficients = cfg.train.num_micro_batches, cfg.model.moe.losses
     # A pipeline adds up sums, and not gradients, whatever the losses are.
     if num == 1 or forward_passes(cfg) > 1 or cfg.mesh.stage > 1:
         return jax.value_and_grad(loss, has_aux=True)
 
+    of_micro = make_forward(cfg, model)
+
     def gradient(params: Any, router_state: Any, batch: Any, rng: jax.Array) -> Any:
         def forward(params: Any, micro: Any) -> dict[str, Any]:
-            return contract.forward(task, model.bind(params, router_state), micro, rng)
+            return of_micro(params, router_state, micro, rng)
 
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
         abstract = jax.eval_shape(forward, params, first_of(micro))

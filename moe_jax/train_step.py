@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax import layout, optim
-from moe_jax.accumulation import first_of, make_gradient, micro_batches, zeros_of
+from moe_jax.accumulation import (
+    first_of,
+    make_forward,
+    make_gradient,
+    micro_batches,
+    zeros_of,
+)
 from moe_jax.models.functions import Model, make_model
 from moe_jax.moe import load, losses, sparse
 from moe_jax.moe.routing import ROUTERS
@@ -136,22 +142,20 @@ def make_loss(cfg: Config, model: Model) -> Callable[..., tuple[jax.Array, tuple
     is one more forward pass. A step takes it where the losses ask for that (accumulation.py).
     """
     num, task = cfg.train.num_micro_batches, TASKS[cfg.task]
-    coefficients = cfg.model.moe.losses
+    coefficients, forward = cfg.model.moe.losses, make_forward(cfg, model)
 
     def totals_of(params: Any, router_state: Any, batch: Any, rng: jax.Array) -> Any:
-        def forward(micro):
-            return contract.forward(task, model.bind(params, router_state), micro, rng)
-
         if num == 1:
-            return forward(batch)
+            return forward(params, router_state, batch, rng)
         micro = micro_batches(batch, num, cfg.model.moe.group_rows)
         if cfg.mesh.stage > 1:
             return pipeline.totals_of(cfg, task, model, params, router_state, micro, rng)
-        zero = zeros_of(jax.eval_shape(forward, first_of(micro)))
+        zero = zeros_of(jax.eval_shape(forward, params, router_state, first_of(micro), rng))
 
         @jax.checkpoint
         def body(sums, part):
-            return jax.tree.map(jnp.add, sums, forward(part)), None
+            totals = forward(params, router_state, part, rng)
+            return jax.tree.map(jnp.add, sums, totals), None
 
         totals, _ = jax.lax.scan(body, zero, micro)
         return totals

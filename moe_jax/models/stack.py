@@ -194,9 +194,10 @@ def caller(cfg: ModelConfig, train: bool) -> Callable[..., tuple[Array, dict[str
         key = jax.random.fold_in(rng, number)
         return block(x_BSD, of_block(batch, number), key, train, beside)
 
-    if cfg.remat == "none":
-        return call
-    return jax.checkpoint(call, policy=remat_policy(cfg))
+    if cfg.remat != "none":
+        call = jax.checkpoint(call, policy=remat_policy(cfg))
+    # Blocks of one kind are traced, differentiated and lowered once, however many there are.
+    return jax.jit(call)
 
 
 def remat_policy(cfg: ModelConfig) -> Callable[..., Any]:
@@ -236,8 +237,14 @@ def run_cached(
     # Nothing that is decoded is random but what is drawn of the logits.
     rng = jax.random.fold_in(jax.random.key(0), 0)
     new, shared = [], shared_of(model)
+
+    # As in `caller`: once for all blocks of one kind.
+    @jax.jit
+    def call(block, x_BSD, cache, beside):
+        return block.cached(x_BSD, batch, rng, cache, beside)
+
     for block, cache, source in zip(layout.blocks_in_order(model), caches, sources, strict=True):
-        x_BSD, cache = block.cached(x_BSD, batch, rng, cache, Beside(source, shared))
+        x_BSD, cache = call(block, x_BSD, cache, Beside(source, shared))
         new.append(cache)
     return x_BSD, new
 

@@ -6,6 +6,7 @@ that split a matrix first move to its batch dimensions (layers, experts) where t
 device then orthogonalises whole matrices of its own.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -39,6 +40,8 @@ def orthogonalize(steps: int) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates))
 
 
+# Jitted, so that weights of one shape are traced and lowered once.
+@functools.partial(jax.jit, static_argnames="steps")
 def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
     """Returns about U V' of every matrix U S V' in x [..., rows, columns].
 

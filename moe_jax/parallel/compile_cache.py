@@ -63,7 +63,7 @@ class CompileCache:
         for name, value in (
             (DIRECTORY, str(directory)),
             # Small programs are kept, too: a run has many of them.
-            ("jax_persistent_cache_min_compile_time_secs", 0.1),
+            ("jax_persistent_cache_min_compile_time_secs", 0.0),
             ("jax_persistent_cache_min_entry_size_bytes", -1),
         ):
             jax.config.update(name, value)

@@ -3,8 +3,26 @@ that is gone.
 """
 
 import contextlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Hides PyTorch from the import of tensorboardX, which would import it where it is installed.
+
+    That takes a second of every start, and tensorboardX needs it for tensors of PyTorch alone.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    # Python refuses to import what is None here, as if it was not installed.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def outlast(writer: Any) -> Any:

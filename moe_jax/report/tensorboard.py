@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from moe_jax.config.config_file import default_values
-from moe_jax.report.event_file import outlast
+from moe_jax.report.event_file import outlast, without_torch
 
 # What a name begins with, and the group that it goes to instead; the first that fits.
 GROUPS = (
@@ -98,7 +98,8 @@ class Events:
 
     def __init__(self, directory: Path, resume_step: int):
         # Imported here: it takes a while, and not every run wants events.
-        from tensorboardX import SummaryWriter
+        with without_torch():
+            from tensorboardX import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
         # The name has the second of the start: two within it would share a file, and lose the

@@ -2,7 +2,9 @@
 hides what it repeats.
 """
 
+import importlib.util
 import re
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from moe_jax.config.config_file import default_values
 from moe_jax.instruments.load_over_time import MOST_ROWS, LoadOverTime
 from moe_jax.report import tensorboard
+from moe_jax.report.event_file import without_torch
 from moe_jax.report.metrics import PerStep, Writer, read_rows
 
 
@@ -38,6 +41,18 @@ def hparams(read):
         for name, z in found.items()
     }
     return {name: getattr(part, name) for name, part in parts.items()}
+
+
+def test_pytorch_is_hidden_from_an_import_and_is_there_after_it(monkeypatch):
+    """tensorboardX imports it where it can, which takes a second of every start."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with without_torch(), pytest.raises(ImportError):
+        importlib.import_module("torch")
+    assert "torch" not in sys.modules and importlib.util.find_spec("torch")
+    # Who has imported it himself keeps it.
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    with without_torch():
+        assert importlib.import_module("torch") is sys
 
 
 def test_scalars_texts_and_images(tmp_path):

@@ -30,7 +30,16 @@ PARTS = (
     ("head", "head"),
 )
 WEIGHT_GRADIENTS = "transpose(jvp(moe))/ragged_dot/dense gradient of weights"
-_LOOPS = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
+# "jit(call)" is a block (models/stack.py).
+_LOOPS = {
+    "while",
+    "body",
+    "closed_call",
+    "checkpoint",
+    "rematted_computation",
+    "shard_map",
+    "jit(call)",
+}
 
 
 class Products(NamedTuple):
