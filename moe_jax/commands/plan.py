@@ -14,6 +14,7 @@ message names.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.plan import as_json, card_tables, search, topology
 from moe_jax.plan.card import Card, card
+from moe_jax.plan.compiling import TooLarge
 from moe_jax.runtime import shell
 from moe_jax.terminal import working
 
@@ -63,24 +65,34 @@ def main(argv: list[str]) -> int:
     devices = topology.devices(topology.parse(flags.topology))
     if flags.search:
         plans = _searched(raw, flags.topology, devices, flags.best)
+        all_fit = bool(plans)
     else:
-        plans = [_planned(raw, text, devices) for text in flags.mesh or [""]]
+        tried = [_planned(raw, text, devices) for text in flags.mesh or [""]]
+        plans = [one for one in tried if one is not None]
+        all_fit = len(plans) == len(tried)
     if flags.out:
         found = {"topology": flags.topology, "plans": [as_json.of_card(one) for one in plans]}
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if all(one.fits is not False for one in plans) else 1
+    return 0 if all_fit and all(one.fits is not False for one in plans) else 1
 
 
-def _planned(raw: dict[str, Any], lengths: str, devices: Any) -> Card:
-    """Compiles the step of a config on one mesh, and prints its card."""
+def _planned(raw: dict[str, Any], lengths: str, devices: Any) -> Card | None:
+    """Compiles the step of a config on one mesh, and prints its card.
+
+    Returns None, and says why, where the compiler stops because the step is too large.
+    """
     if lengths:
         raw = {**raw, "mesh": mesh.parse(lengths, "--mesh").written()}
     cfg = config.build(raw, len(devices))
     with jax.set_mesh(mesh.make(cfg.mesh, devices, cfg.mesh_slow_axis)):
         with working.shown("plan") as tell:
             tell(f"compiling the step for {len(devices)} devices, mesh {cfg.mesh}")
-            found = card(cfg)
+            try:
+                found = card(cfg)
+            except TooLarge as error:
+                shell.tell(f"error: {error}", sys.stderr)
+                return None
     shell.console().print(card_tables.render(found), highlight=False)
     return found
 
@@ -91,7 +103,9 @@ def _searched(raw: dict[str, Any], where: str, devices: Any, number: int) -> lis
         tell("estimating every mesh")
         ranked = search.rank(raw, where, devices)
         tell(f"compiling the best {number} of {len(ranked)}")
-        compiled = search.compile_best(ranked, devices, number)
+        compiled, too_large = search.compile_best(ranked, devices, number)
+    for one, reason in too_large:
+        shell.tell(f"{one.label}: {reason}", sys.stderr)
     console = shell.console()
     parts = [search.estimates_table(ranked), "", search.compiled_table(compiled)]
     console.print(Group(*parts), highlight=False)

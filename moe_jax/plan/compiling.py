@@ -4,13 +4,20 @@ there: everything is abstract.
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
 from moe_jax import train_step
+from moe_jax.errors import UserError
 from moe_jax.plan.abstract import batch_of
 from moe_jax.schema.config import Config
+
+
+class TooLarge(UserError):
+    """The compiler stops, because a step needs more memory than a device has."""
+
+    code: ClassVar[int] = 1
 
 
 class Step(NamedTuple):
@@ -34,6 +41,8 @@ def abstract_state(cfg: Config, functions: train_step.Model) -> train_step.State
 def compile_step(cfg: Config, options: Mapping[str, Any] | None = None) -> Step:
     """Compiles the step that training runs, on the current mesh; allocates nothing.
 
+    Raises TooLarge where the compiler finds that a step does not fit.
+
     `options`: of the compiler, by name, beside the flags of the chips.
     """
     start = time.perf_counter()
@@ -44,7 +53,16 @@ def compile_step(cfg: Config, options: Mapping[str, Any] | None = None) -> Step:
     lowered = step.lower(state, batch_of(cfg))
     lowered_at = time.perf_counter()
     options = dict(options or {}) | _of_described(jax.sharding.get_mesh().devices.flat[0])
-    compiled = lowered.compile(compiler_options=options or None)
+    try:
+        compiled = lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
+        raise TooLarge(
+            f"mesh {cfg.mesh}: the step does not fit into a device. The compiler says: {reason} "
+            "Take more devices, a smaller train.micro_batch_size, or a model.remat that keeps less"
+        ) from None
     return Step(state, compiled, lowered_at - start, time.perf_counter() - lowered_at)
 
 

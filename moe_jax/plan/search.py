@@ -26,7 +26,7 @@ from moe_jax.plan import chips, dispatch, flops, network, theory
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.card import Card, card
 from moe_jax.plan.chips import Chip
-from moe_jax.plan.compiling import abstract_state
+from moe_jax.plan.compiling import TooLarge, abstract_state
 from moe_jax.plan.hlo.collectives import Collective
 from moe_jax.schema.config import Config
 from moe_jax.tasks.next_token import chunk_tokens
@@ -298,21 +298,27 @@ def _held_at_ends(cfg: Config) -> int:
 
 def compile_best(
     ranked: Sequence[Candidate], devices: Sequence[Any], number: int
-) -> list[tuple[Candidate, Card]]:
-    """Compiles the first candidates and returns them with their cards, those that fit and are the
-    fastest first.
+) -> tuple[list[tuple[Candidate, Card]], list[tuple[Candidate, TooLarge]]]:
+    """Compiles the first candidates.
+
+    Returns them with their cards, those that fit and are the fastest first, and those that were
+    too large for the compiler with its reasons.
     """
     compiled: list[tuple[Candidate, Card]] = []
+    too_large: list[tuple[Candidate, TooLarge]] = []
     for one in ranked[:number]:
         with jax.set_mesh(mesh.make(one.mesh, devices, one.cfg.mesh_slow_axis)):
-            compiled.append((one, card(one.cfg)))
+            try:
+                compiled.append((one, card(one.cfg)))
+            except TooLarge as reason:
+                too_large.append((one, reason))
 
     def order(pair: tuple[Candidate, Card]) -> tuple[bool, float]:
         found = pair[1]
         step = found.estimate.step if found.estimate else sum(w.done for w in found.work)
         return found.fits is False, step
 
-    return sorted(compiled, key=order)
+    return sorted(compiled, key=order), too_large
 
 
 def estimates_table(ranked: Sequence[Candidate]) -> Table:

@@ -88,6 +88,32 @@ def test_what_does_not_fit_ends_with_one(not_compiled, known_chip, capsys):
     assert plan(*DEBUG) == 1
 
 
+HBM = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(116.59G) exceeds available HBM (95.74G).\nLargest program allocations: ..."
+)
+
+
+def test_a_step_that_the_compiler_refuses_is_told_in_a_line(few, monkeypatch, known_chip, capsys):
+    """libtpu stops at such a step, and has no card of it: the other meshes are planned."""
+    known_chip(10**12)
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError(HBM)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    assert plan(*DEBUG, "--mesh", "8x1x1", "--mesh", "1x8x1") == 1
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if "error: " in line]
+    assert [line.partition(":")[0] for line in errors] == ["error", "error"]
+    for words in ("mesh 8x1x1: the step does not fit", "(116.59G)", "train.micro_batch_size"):
+        assert words in errors[0]
+    assert "Traceback" not in said and "mesh 1x8x1" in errors[1]
+    # A search names each such candidate, and has none that fits.
+    assert plan(*DEBUG, "--search", "--best", "2") == 1
+    assert capsys.readouterr().err.count("the step does not fit into a device") == 2
+
+
 def test_several_meshes_are_planned_one_after_another(not_compiled, capsys):
     assert plan(*DEBUG, "--mesh", "8x1x1", "--mesh=1x8x1") == 0
     said = capsys.readouterr().out
