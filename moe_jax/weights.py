@@ -46,7 +46,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.parallel.mesh import spec
+from moe_jax.parallel.mesh import RANK, P, dividing, spec
 
 
 class Weight(NamedTuple):
@@ -66,9 +66,18 @@ class RouterState(nnx.Variable):
     """
 
 
+def partition_of(weight: Weight) -> P:
+    """Returns how a weight is split over the current mesh."""
+    parts = list(spec(*weight.names))
+    if RANK in weight.names:
+        at = weight.names.index(RANK)
+        parts[at] = dividing(weight.shape[at]) or None
+    return P(*parts)
+
+
 def draw(key: jax.Array, weight: Weight, dtype: str) -> jax.Array:
     """Returns the first value of a weight, placed on the current mesh."""
-    partition = spec(*weight.names)
+    partition = partition_of(weight)
     if weight.std == 0:
         value = jnp.full(weight.shape, weight.constant, dtype)
         return jax.sharding.reshard(value, partition)

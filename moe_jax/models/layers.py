@@ -19,7 +19,7 @@ from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.experts import narrow
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel import context
-from moe_jax.parallel.mesh import spec
+from moe_jax.parallel.mesh import RANK, spec
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
@@ -30,8 +30,8 @@ def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Ar
 
     Explicit: an einsum that resolves it doubles collectives.
     """
-    # The dimension of d_model is the one that FSDP splits.
-    whole = [None if name == "embed" else name for name in names]
+    # The dimension of d_model, or a rank, is the one that FSDP splits.
+    whole = [None if name in ("embed", RANK) else name for name in names]
     with jax.named_scope("gather_weights"):
         return jax.sharding.reshard(weight.astype(dtype), spec(*whole))
 

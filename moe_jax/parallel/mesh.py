@@ -29,6 +29,8 @@ from moe_jax.errors import UserError
 
 BATCH = ("data", "expert")
 FSDP = (*BATCH, "seq")
+# The name of a dimension in RULES.
+RANK = "rank"
 # The axes that three numbers name: 2x2x2.
 WRITTEN = ("data", "expert", "model")
 
@@ -84,6 +86,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH,
     # The model width of dense parameters.
     "embed": FSDP,
+    # The inner width of two matrices in a row, which may be shorter than that (`dividing`).
+    RANK: FSDP,
     "experts": ("expert", "seq"),
     # The tokens of a row.
     "sequence": "seq",
@@ -145,6 +149,21 @@ def spec(*names: str | None) -> P:
             "moe_jax/parallel/mesh.py"
         )
     return P(*axes)
+
+
+def dividing(width: int) -> tuple[str, ...]:
+    """Returns the axes of FSDP that can split a width of RANK on the current mesh.
+
+    The width of the model is a multiple of all of them (config/meshes.py). A rank is chosen for its
+    own sake, and is split over as many as divide it.
+    """
+    lengths, axes = dict(jax.sharding.get_abstract_mesh().shape), []
+    for axis in FSDP:
+        length = lengths.get(axis, 1)
+        if length > 1 and width % length == 0:
+            axes.append(axis)
+            width //= length
+    return tuple(axes)
 
 
 def resolve(lengths: Lengths, num_devices: int) -> Lengths:

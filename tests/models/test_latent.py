@@ -52,6 +52,20 @@ def test_decoding_makes_no_keys_of_heads(float64):
     assert q.shape == (2, 1, 4, 6) and k.shape == (2, 1, 1, 6) and v.shape == (2, 1, 1, 4)
 
 
+@pytest.mark.parametrize(
+    ("rank", "axes"), [(8, ("data", "expert")), (6, "data"), (5, None), (4, ("data", "expert"))]
+)
+def test_the_second_matrix_is_split_by_as_many_axes_as_divide_its_rank(float64, rank, axes):
+    """In DeepSeek-V3 these matrices have 3 B parameters: nobody holds all of them."""
+    changes = DEEPSEEK | {f"{AT}.q_lora_rank": rank, f"{AT}.kv_lora_rank": rank}
+    cfg = tiny.build((2, 2, 2), changes).model
+    with jax.set_mesh(meshes.make(2, 2, 2)):
+        params, _ = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
+    weights = params["prefix"][0]["attention"]["weights"]
+    for name in ("q_b", "kv_b"):
+        assert tuple(weights[name].sharding.spec) == (axes, "model", None)
+
+
 def test_flops_of_latent_attention():
     """8 tokens see 36 keys; 4 heads of width 6 = 4 + 2 for scores and 3 for values, 3 blocks."""
     cfg = tiny.build(changes=DEEPSEEK).model

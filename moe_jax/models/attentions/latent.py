@@ -35,7 +35,7 @@ from moe_jax.models.attentions import grouped_query, heads
 from moe_jax.models.attentions.contract import Attention, Caching
 from moe_jax.models.layers import gather, rms_norm, scale_of_norm
 from moe_jax.parallel import context
-from moe_jax.parallel.mesh import BATCH, P
+from moe_jax.parallel.mesh import BATCH, RANK, P
 from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.schema.options import (
     COUNT,
@@ -89,7 +89,7 @@ def weights(cfg: ModelConfig) -> dict[str, Weight]:
         q_rank = own.q_lora_rank
         declared["q_a"] = Weight((d, q_rank), ("embed", None), d**-0.5)
         declared["q_a_norm_scale"] = scale_of_norm((q_rank,), (None,), cfg)
-        declared["q_b"] = Weight((q_rank, h, q_width), (None, "heads", None), q_rank**-0.5)
+        declared["q_b"] = Weight((q_rank, h, q_width), (RANK, "heads", None), q_rank**-0.5)
     else:
         declared["q"] = Weight((d, h, q_width), ("embed", "heads", None), d**-0.5)
     # The latent of keys and values, and beside it the key that turns. All heads have the same, so
@@ -97,7 +97,7 @@ def weights(cfg: ModelConfig) -> dict[str, Weight]:
     declared["kv_a"] = Weight((d, rank + own.qk_rope_head_dim), ("embed", None), d**-0.5)
     declared["kv_a_norm_scale"] = scale_of_norm((rank,), (None,), cfg)
     # W_K and W_V of each head, side by side.
-    declared["kv_b"] = Weight((rank, h, kv_width), (None, "heads", None), rank**-0.5)
+    declared["kv_b"] = Weight((rank, h, kv_width), (RANK, "heads", None), rank**-0.5)
     if cfg.attention_bias:
         if own.q_lora_rank:
             declared["q_a_bias"] = Weight((own.q_lora_rank,), (None,), 0.0)
@@ -132,7 +132,7 @@ def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Ar
     if own.q_lora_rank:
         latent_BSQ = _down(weights, "q_a", x_BSD, cfg)
         latent_BSQ = _norm(latent_BSQ, weights["q_a_norm_scale"], cfg)
-        w_QHA = gather(weights["q_b"], (None, "heads", None), cfg.dtype)
+        w_QHA = gather(weights["q_b"], (RANK, "heads", None), cfg.dtype)
         q = jnp.einsum("BSQ,QHA->BSHA", latent_BSQ, w_QHA)
     else:
         w_DHA = gather(weights["q"], ("embed", "heads", None), cfg.dtype)
@@ -164,7 +164,7 @@ def _down(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
 
 def up_projections(weights: Weights, cfg: ModelConfig) -> tuple[Array, Array]:
     """Returns (W_K [R, H, N], W_V [R, H, V])."""
-    w_RHA = gather(weights["kv_b"], (None, "heads", None), cfg.dtype)
+    w_RHA = gather(weights["kv_b"], (RANK, "heads", None), cfg.dtype)
     num_nope = options_of(cfg).qk_nope_head_dim
     return w_RHA[..., :num_nope], w_RHA[..., num_nope:]
 
