@@ -80,6 +80,26 @@ def test_the_slowest_part_bounds_a_step_and_what_is_waited_for_comes_on_top():
     assert found._replace(memory=9.0).bound == "memory"
 
 
+LATENT = {
+    "model.attention": "latent",
+    "model.num_kv_heads": 4,
+    "model.attentions.latent.q_lora_rank": 32,
+    "model.attentions.latent.kv_lora_rank": 32,
+}
+
+
+def test_every_projection_of_latent_attention_is_found_in_the_program():
+    """Both matrices of each latent, and the output: three passes, and none of it is "other"."""
+    cfg = tiny.build(changes=WIDE | LATENT | {"model.period": ("dense",), "model.d_model": 64})
+    with jax.set_mesh(meshes.make(1, 1, 1)):
+        text = compile_step(cfg, QUICK).compiled.as_text()
+    found = program.read(text, cfg.mesh._asdict())
+    parts = {one.part: one for one in work.compare(cfg, found, 1, 1)}
+    projections = parts["attention projections"]
+    assert projections.done == pytest.approx(projections.useful, rel=0.01)
+    assert "other" not in parts or parts["other"].done < 0.01 * projections.done
+
+
 SENT = {
     "capacity": {"model.moe.dispatcher": "capacity"},
     "dropless, accumulated": {"train.micro_batch_size": 8, "model.remat": "dispatch"},
