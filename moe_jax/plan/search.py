@@ -143,6 +143,9 @@ def _dispatches(cfg: Config) -> Sequence[tuple[str, str, float] | None]:
     """
     if not cfg.model.num_moe_layers or DISPATCHERS[cfg.model.moe.dispatcher].mixes:
         return (None,)
+    if cfg.mesh.expert * cfg.mesh.seq == 1:
+        # Nothing travels, so there is no buffer to be smaller: the program is the same.
+        return [one for one in DISPATCHES if one[:2] != ("dropless", "buffer") or not one[2]]
     return DISPATCHES
 
 

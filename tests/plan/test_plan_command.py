@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from moe_jax import __main__, config
-from moe_jax.config import config_file
+from moe_jax.config import command_line, config_file
 from moe_jax.parallel import mesh
-from moe_jax.plan import card, chips
+from moe_jax.plan import card, chips, search
 
 DEBUG = ("--config", "debug", "--topology", "cpu:8")
 
@@ -143,6 +143,13 @@ def test_a_search_ranks_what_fits_and_compiles_the_best(few, not_compiled, known
     # Without rematerialisation nothing is computed twice.
     assert estimated.count("remat") >= 8 and "remat none" in estimated
     assert compiled.count("remat") == 2 and "tokens/s" in compiled
+
+
+def test_a_search_tries_no_buffer_where_nothing_travels():
+    raw = command_line.read(Path("debug"), [])
+    tried = {(str(cfg.mesh), name) for cfg, name in search._configs(raw, 8)}
+    assert ("8x1x1", "dropless 0") in tried and ("8x1x1", "dropless 1.25") not in tried
+    assert {("1x8x1", "dropless 0"), ("1x8x1", "dropless 1.25")} <= tried
 
 
 def test_a_search_says_what_is_least_where_nothing_fits(few, not_compiled, known_chip, capsys):
