@@ -5,7 +5,9 @@ from moe_jax.study.contract import ABOVE, WITHIN, Claim, Study
 from moe_jax.study.statistics import Difference, Interaction
 
 DENSE = {"model.period": ("dense",)}
-FOUR, SIXTEEN = {"data.slice_bytes": 21_300}, {"data.slice_bytes": 5_300}
+# A slice is of whole documents, at least one of each domain: 112 and 61 thousand bytes, which are
+# seen 4.6 and 8.3 times. A smaller one there is not.
+FEW, MANY = {"data.slice_bytes": 21_300}, {"data.slice_bytes": 5_300}
 STUDY = Study(
     name="epochs",
     question="What are repeated tokens worth, and do experts need new ones more than dense models?",
@@ -16,18 +18,18 @@ STUDY = Study(
     seeds=(0, 1, 2, 3, 4),
     arms={
         "moe_1": {},
-        "moe_4": FOUR,
-        "moe_16": SIXTEEN,
+        "moe_5": FEW,
+        "moe_8": MANY,
         "dense_1": DENSE,
-        "dense_4": DENSE | FOUR,
-        "dense_16": DENSE | SIXTEEN,
+        "dense_5": DENSE | FEW,
+        "dense_8": DENSE | MANY,
     },
     claims=(
-        Claim("4 epochs are as good as new text", Difference("moe_4", "moe_1"), WITHIN, 0.02),
-        Claim("16 epochs are not", Difference("moe_16", "moe_1"), ABOVE, 0.02),
+        Claim("4.6 epochs are as good as new text", Difference("moe_5", "moe_1"), WITHIN, 0.02),
+        Claim("8.3 epochs are not", Difference("moe_8", "moe_1"), ABOVE, 0.02),
         Claim(
-            "experts lose more by 16 epochs than dense models",
-            Interaction("moe_16", "moe_1", "dense_16", "dense_1"),
+            "experts lose more by 8.3 epochs than dense models",
+            Interaction("moe_8", "moe_1", "dense_8", "dense_1"),
             ABOVE,
             0.0,
         ),

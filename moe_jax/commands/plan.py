@@ -15,6 +15,7 @@ message names.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,49 +65,61 @@ def main(argv: list[str]) -> int:
     config.allow_float64(raw)
     devices = topology.devices(topology.parse(flags.topology))
     if flags.search:
-        plans = _searched(raw, flags.topology, devices, flags.best)
-        all_fit = bool(plans)
+        plans, refused = _searched(raw, flags.topology, devices, flags.best)
     else:
-        tried = [_planned(raw, text, devices) for text in flags.mesh or [""]]
-        plans = [one for one in tried if one is not None]
-        all_fit = len(plans) == len(tried)
+        plans, refused = _planned(raw, flags.mesh or [""], devices)
+    for reason in refused:
+        shell.tell(f"error: {reason}", sys.stderr)
     if flags.out:
-        found = {"topology": flags.topology, "plans": [as_json.of_card(one) for one in plans]}
+        cards = [as_json.of_card(one) for one in plans]
+        found = {"topology": flags.topology, "plans": cards, "refused": refused}
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if all_fit and all(one.fits is not False for one in plans) else 1
+    return 1 if refused or any(one.fits is False for one in plans) else 0
 
 
-def _planned(raw: dict[str, Any], lengths: str, devices: Any) -> Card | None:
-    """Compiles the step of a config on one mesh, and prints its card.
+def _planned(
+    raw: dict[str, Any], meshes: Sequence[str], devices: Any
+) -> tuple[list[Card], list[str]]:
+    """Compiles the step of a config on each mesh, and prints the cards.
 
-    Returns None, and says why, where the compiler stops because the step is too large.
+    Returns them, and why the compiler refused the others.
     """
+    plans, refused = [], []
+    for lengths in meshes:
+        try:
+            plans.append(_compiled(raw, lengths, devices))
+        except TooLarge as reason:
+            refused.append(str(reason))
+    return plans, refused
+
+
+def _compiled(raw: dict[str, Any], lengths: str, devices: Any) -> Card:
+    """Compiles the step of a config on one mesh, and prints its card."""
     if lengths:
         raw = {**raw, "mesh": mesh.parse(lengths, "--mesh").written()}
     cfg = config.build(raw, len(devices))
     with jax.set_mesh(mesh.make(cfg.mesh, devices, cfg.mesh_slow_axis)):
         with working.shown("plan") as tell:
             tell(f"compiling the step for {len(devices)} devices, mesh {cfg.mesh}")
-            try:
-                found = card(cfg)
-            except TooLarge as error:
-                shell.tell(f"error: {error}", sys.stderr)
-                return None
+            found = card(cfg)
     shell.console().print(card_tables.render(found), highlight=False)
     return found
 
 
-def _searched(raw: dict[str, Any], where: str, devices: Any, number: int) -> list[Card]:
-    """Ranks candidates by an estimate, compiles the best of them, and prints both tables."""
+def _searched(
+    raw: dict[str, Any], where: str, devices: Any, number: int
+) -> tuple[list[Card], list[str]]:
+    """Ranks candidates by an estimate, compiles the best of them, and prints both tables.
+
+    Returns the cards, and why the compiler refused the others.
+    """
     with working.shown("plan") as tell:
         tell("estimating every mesh")
         ranked = search.rank(raw, where, devices)
         tell(f"compiling the best {number} of {len(ranked)}")
-        compiled, too_large = search.compile_best(ranked, devices, number)
-    for one, reason in too_large:
-        shell.tell(f"{one.label}: {reason}", sys.stderr)
+        compiled, refused = search.compile_best(ranked, devices, number)
     console = shell.console()
     parts = [search.estimates_table(ranked), "", search.compiled_table(compiled)]
     console.print(Group(*parts), highlight=False)
-    return [found for _, found in compiled]
+    return [found for _, found in compiled], refused

@@ -301,27 +301,27 @@ def _held_at_ends(cfg: Config) -> int:
 
 def compile_best(
     ranked: Sequence[Candidate], devices: Sequence[Any], number: int
-) -> tuple[list[tuple[Candidate, Card]], list[tuple[Candidate, TooLarge]]]:
+) -> tuple[list[tuple[Candidate, Card]], list[str]]:
     """Compiles the first candidates.
 
-    Returns them with their cards, those that fit and are the fastest first, and those that were
-    too large for the compiler with its reasons.
+    Returns them with their cards, those that fit and are the fastest first, and why the compiler
+    refused the others.
     """
     compiled: list[tuple[Candidate, Card]] = []
-    too_large: list[tuple[Candidate, TooLarge]] = []
+    refused: list[str] = []
     for one in ranked[:number]:
         with jax.set_mesh(mesh.make(one.mesh, devices, one.cfg.mesh_slow_axis)):
             try:
                 compiled.append((one, card(one.cfg)))
             except TooLarge as reason:
-                too_large.append((one, reason))
+                refused.append(f"{one.label}: {reason}")
 
     def order(pair: tuple[Candidate, Card]) -> tuple[bool, float]:
         found = pair[1]
         step = found.estimate.step if found.estimate else sum(w.done for w in found.work)
         return found.fits is False, step
 
-    return sorted(compiled, key=order), too_large
+    return sorted(compiled, key=order), refused
 
 
 def estimates_table(ranked: Sequence[Candidate]) -> Table:

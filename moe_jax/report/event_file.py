@@ -18,7 +18,8 @@ def without_torch() -> Iterator[None]:
         yield
         return
     # Python refuses to import what is None here, as if it was not installed.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    hidden: Any = None
+    sys.modules["torch"] = hidden
     try:
         yield
     finally:

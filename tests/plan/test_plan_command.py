@@ -94,7 +94,9 @@ HBM = (
 )
 
 
-def test_a_step_that_the_compiler_refuses_is_told_in_a_line(few, monkeypatch, known_chip, capsys):
+def test_a_step_that_the_compiler_refuses_is_told_in_a_line(
+    few, monkeypatch, known_chip, capsys, tmp_path
+):
     """libtpu stops at such a step, and has no card of it: the other meshes are planned."""
     known_chip(10**12)
 
@@ -102,7 +104,10 @@ def test_a_step_that_the_compiler_refuses_is_told_in_a_line(few, monkeypatch, kn
         raise jax.errors.JaxRuntimeError(HBM)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    assert plan(*DEBUG, "--mesh", "8x1x1", "--mesh", "1x8x1") == 1
+    out = tmp_path / "plans.json"
+    assert plan(*DEBUG, "--mesh", "8x1x1", "--mesh", "1x8x1", "--out", str(out)) == 1
+    found = json.loads(out.read_text())
+    assert found["plans"] == [] and len(found["refused"]) == 2
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if "error: " in line]
     assert [line.partition(":")[0] for line in errors] == ["error", "error"]
