@@ -76,6 +76,7 @@ def rank(raw: Mapping[str, Any], where: str, devices: Sequence[Any]) -> list[Can
     chip = chips.of_kind(devices[0].device_kind)
     # The state depends on the mesh alone.
     states: dict[mesh.Lengths, train_step.State] = {}
+    programs: set[tuple[Any, ...]] = set()
     found: list[Candidate] = []
     too_large: list[Candidate] = []
     for cfg, name in _configs(raw, len(devices)):
@@ -84,6 +85,11 @@ def rank(raw: Mapping[str, Any], where: str, devices: Sequence[Any]) -> list[Can
         except UserError:
             continue
         with jax.set_mesh(made):
+            # A buffer that has room for the worst case is the one without a limit: one program.
+            program = (cfg.mesh, cfg.model.remat, cfg.model.moe.dispatcher, _rows_held(cfg))
+            if program in programs:
+                continue
+            programs.add(program)
             if cfg.mesh not in states:
                 states[cfg.mesh] = abstract_state(cfg, train_step.make_model(cfg.model))
             # A dispatcher's buffer and its ways depend on the platform.
@@ -143,9 +149,6 @@ def _dispatches(cfg: Config) -> Sequence[tuple[str, str, float] | None]:
     """
     if not cfg.model.num_moe_layers or DISPATCHERS[cfg.model.moe.dispatcher].mixes:
         return (None,)
-    if cfg.mesh.expert * cfg.mesh.seq == 1:
-        # Nothing travels, so there is no buffer to be smaller: the program is the same.
-        return [one for one in DISPATCHES if one[:2] != ("dropless", "buffer") or not one[2]]
     return DISPATCHES
 
 
@@ -193,9 +196,7 @@ def _flops(cfg: Config) -> float:
     num_tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.mesh.num_devices
     padding = 1.0
     if cfg.model.num_moe_layers:
-        shape = dispatch.buffer_shape(cfg)
-        held = DISPATCHERS[cfg.model.moe.dispatcher].rows(shape, cfg.model.moe.dispatcher_options)
-        padding = held / shape.own_intended
+        padding = _rows_held(cfg) / dispatch.buffer_shape(cfg).own_intended
     model, num_micro = cfg.model, cfg.train.num_micro_batches
     # 1 without a pipeline.
     ticks_per_work = theory.runs(cfg, len) * cfg.mesh.stage / (len(model.blocks) * num_micro)
@@ -227,12 +228,11 @@ def _memory(cfg: Config, state: train_step.State) -> int:
     kept_heads = num_tokens * model.num_heads * model.head_dim * width // cfg.mesh.model
     rows = kept_rows = experts_hold = 0
     if model.num_moe_layers:
-        shape = dispatch.buffer_shape(cfg)
-        held = DISPATCHERS[model.moe.dispatcher].rows(shape, model.moe.dispatcher_options)
+        held = _rows_held(cfg)
         rows = held * dispatch.row_bytes(cfg)
         # Rows as they come in, and their pre-activations.
         kept_rows = rows - held * model.expert_dim * width
-        experts_hold = _held_by_experts(cfg, held, shape)
+        experts_hold = _held_by_experts(cfg, held, dispatch.buffer_shape(cfg))
     layer = KEPT["none"] * row + attention + rows
     kept = layer
     if model.remat != "none":
@@ -244,6 +244,14 @@ def _memory(cfg: Config, state: train_step.State) -> int:
     # Of one block while its gradient is computed.
     step = KEPT["none"] * row + attention + experts_hold
     return fixed + _blocks_at_once(cfg) * kept + _inputs_kept(cfg) * row + step + _held_at_ends(cfg)
+
+
+def _rows_held(cfg: Config) -> int:
+    """Returns the rows of the dispatch buffer of a device, 0 without MoE layers."""
+    if not cfg.model.num_moe_layers:
+        return 0
+    moe = cfg.model.moe
+    return DISPATCHERS[moe.dispatcher].rows(dispatch.buffer_shape(cfg), moe.dispatcher_options)
 
 
 def _blocks_at_once(cfg: Config) -> int:
