@@ -7,7 +7,9 @@ import difflib
 import importlib
 import sys
 
+from moe_jax import exit_codes
 from moe_jax.errors import UserError
+from moe_jax.parallel import device_memory
 from moe_jax.runtime import memory, shell
 
 COMMANDS = {
@@ -53,6 +55,12 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         shell.tell(f"error: {e}", sys.stderr)
         return e.code
+    except RuntimeError as error:
+        reason = device_memory.exhausted(error)
+        if not reason:
+            raise
+        shell.tell(f"error: {reason}", sys.stderr)
+        return exit_codes.CONFIG
 
 
 def usage() -> str:

@@ -12,6 +12,8 @@ from moe_jax.config.build import RESUME_MAY_CHANGE
 from moe_jax.data.contract import Data
 from moe_jax.errors import UserError
 from moe_jax.moe import sparse
+from moe_jax.parallel import device_memory
+from moe_jax.plan.abstract import shard_bytes
 from moe_jax.schema.config import Config
 from moe_jax.train_step import State, advanced, updated
 
@@ -37,6 +39,7 @@ def begin(
       data: compared with that of train.init_from; None = it is not.
       allowed: keys, by prefix, that may differ from the saved config (--allow_change).
     """
+    device_memory.refuse_too_large(shard_bytes(abstract), jax.local_devices())
     # 1. A run that has a checkpoint goes on from it; train.init_from is for its beginning alone.
     step = saves.latest()
     if step is not None:

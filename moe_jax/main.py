@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from moe_jax import STARTED, config, exit_codes, version
 from moe_jax.config import command_line, config_file, smoke
 from moe_jax.errors import UserError
-from moe_jax.parallel import mesh
+from moe_jax.parallel import device_memory, mesh
 from moe_jax.parallel.compiling import QUICK, as_flags
 from moe_jax.runtime import agreement, cluster
 from moe_jax.schema.beside import LimitsConfig
@@ -201,11 +201,15 @@ def main(argv: list[str]) -> int:
         code, reason = exit_codes.CONFIG, shell.reason(error)
         shell.tell(f"error: {reason}", sys.stderr)
     except Exception as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            cluster.wait_for_reason()
-        # Printed here: nothing may come after it in the log of this process.
-        code, reason = exit_codes.INTERNAL, f"{type(error).__name__}: {error}"
-        traceback.print_exc()
+        if reason := device_memory.exhausted(error):
+            code = exit_codes.CONFIG
+            shell.tell(f"error: {reason}", sys.stderr)
+        else:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                cluster.wait_for_reason()
+            # Printed here: nothing may come after it in the log of this process.
+            code, reason = exit_codes.INTERNAL, f"{type(error).__name__}: {error}"
+            traceback.print_exc()
     # The others must not wait for a process that is gone.
     if cluster.PEERS.started:
         cluster.PEERS.end(code, reason)

@@ -10,6 +10,7 @@ import jax
 
 from moe_jax import train_step
 from moe_jax.errors import UserError
+from moe_jax.parallel import device_memory
 from moe_jax.plan.abstract import batch_of
 from moe_jax.schema.config import Config
 
@@ -56,13 +57,9 @@ def compile_step(cfg: Config, options: Mapping[str, Any] | None = None) -> Step:
     try:
         compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
-        raise TooLarge(
-            f"mesh {cfg.mesh}: the step does not fit into a device. The compiler says: {reason} "
-            "Take more devices, a smaller train.micro_batch_size, or a model.remat that keeps less"
-        ) from None
+        if reason := device_memory.exhausted(error):
+            raise TooLarge(f"mesh {cfg.mesh}: {reason}") from None
+        raise
     return Step(state, compiled, lowered_at - start, time.perf_counter() - lowered_at)
 
 

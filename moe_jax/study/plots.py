@@ -22,6 +22,12 @@ COLOURS = {
     judge.TOO_SMALL: "tab:gray",
     judge.INCONCLUSIVE: "tab:orange",
 }
+# Colours of matplotlib, "C0" to "C9", and the shape of the mean. Ten lines have colours enough.
+LOOKS = [(f"C{number}", marker) for marker in ("o", "s", "^") for number in range(10)]
+# Arms whose names have room inside the panel of their curves.
+FEW = 6
+# Arms whose names have room side by side below the axis.
+MANY = 8
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:
@@ -35,16 +41,16 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
     equal = textwrap.fill(f"equal: {figures['equal']}", TITLE_LETTERS)
     figure.suptitle(f"{question}\n{equal}", fontsize=11)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1.1))
-    # An arm has one colour in all panels. matplotlib has ten of them, "C0" to "C9".
-    colours = {name: f"C{i % 10}" for i, name in enumerate(figures["arms"])}
-    _arms(left, figures, colours)
-    _rates(middle, figures, colours)
+    # An arm looks the same in all panels.
+    looks = dict(zip(figures["arms"], LOOKS * len(figures["arms"]), strict=False))
+    _arms(left, figures, looks)
+    _rates(middle, figures, looks)
     _claims(right, figures)
     # Set last: a canvas draws a figure, whatever backend the process has.
     FigureCanvasAgg(figure).print_figure(str(path))
 
 
-def _arms(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _arms(axes: Any, figures: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
     """Draws the figure of every arm with its interval, by its place or side by side."""
     figure, places = figures["figure"], figures["x"]
     # The place of each arm that is drawn.
@@ -57,11 +63,11 @@ def _arms(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> 
             continue
         x = places.get(name, i) if places else i
         x_of_arm[name] = x
-        colour = colours[name]
+        colour, marker = looks[name]
         mean, low, high, _ = judge.interval(of_seeds)
         # One seed has no interval: its ends are NaN.
         bars = None if math.isnan(low) else [[mean - low], [high - mean]]
-        axes.errorbar(x, mean, bars, marker="o", capsize=3, color=colour)
+        axes.errorbar(x, mean, bars, marker=marker, capsize=3, color=colour)
         # A short line for each seed.
         axes.plot([x] * len(of_seeds), of_seeds, "_", color=colour, alpha=0.5)
         if places:
@@ -76,14 +82,15 @@ def _arms(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> 
     elif x_of_arm:
         # Side by side the names stand below the axis.
         names, xs = list(x_of_arm), list(x_of_arm.values())
-        axes.set_xticks(xs, names, rotation=30, ha="right")
+        rotation = 30 if len(names) <= MANY else 60
+        axes.set_xticks(xs, names, rotation=rotation, ha="right")
     axes.margins(x=0.15, y=0.15)
     label = figure.replace("_", " ")
     axes.set_ylabel(f"{label} (mean, 95 %; ticks: seeds)")
     axes.set_title("arms", fontsize=10)
 
 
-def _rates(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _rates(axes: Any, figures: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
     """Draws the search of every arm's learning rate; a star is what was taken."""
     rates_shown: set[float] = set()
     any_drawn = False
@@ -95,11 +102,12 @@ def _rates(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) ->
             continue
         any_drawn = True
         rates, losses = list(loss_at), list(loss_at.values())
-        axes.plot(rates, losses, marker=".", color=colours[name], label=name)
+        colour, marker = looks[name]
+        axes.plot(rates, losses, marker=marker, markersize=4, color=colour, label=name)
         rate = arm["rate"]
         # A search that is undecided has taken none.
         if rate in loss_at and not arm["undecided"]:
-            axes.plot(rate, loss_at[rate], marker="*", markersize=11, color=colours[name])
+            axes.plot(rate, loss_at[rate], marker="*", markersize=11, color=colour)
     axes.set_title("search of the learning rate (its own seeds)", fontsize=10)
     if not any_drawn:
         axes.text(0.5, 0.5, "the arms declare their rates", ha="center", va="center")
@@ -108,7 +116,8 @@ def _rates(axes: Any, figures: Mapping[str, Any], colours: Mapping[str, str]) ->
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     _plain_ticks(axes, sorted(rates_shown))
-    axes.legend(fontsize=7)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(fontsize=7, **(beside if len(figures["arms"]) > FEW else {}))
 
 
 def _plain_ticks(axes: Any, places: list[float]) -> None:

@@ -111,12 +111,12 @@ def test_a_step_that_the_compiler_refuses_is_told_in_a_line(
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if "error: " in line]
     assert [line.partition(":")[0] for line in errors] == ["error", "error"]
-    for words in ("mesh 8x1x1: the step does not fit", "(116.59G)", "train.micro_batch_size"):
+    for words in ("mesh 8x1x1: this does not fit", "(116.59G)", "train.micro_batch_size"):
         assert words in errors[0]
     assert "Traceback" not in said and "mesh 1x8x1" in errors[1]
     # A search names each such candidate, and has none that fits.
     assert plan(*DEBUG, "--search", "--best", "2") == 1
-    assert capsys.readouterr().err.count("the step does not fit into a device") == 2
+    assert capsys.readouterr().err.count("this does not fit into the memory of a device") == 2
 
 
 def test_several_meshes_are_planned_one_after_another(not_compiled, capsys):
