@@ -1,4 +1,5 @@
-"""Flags of XLA for a kind of chip: collectives that run while the device computes.
+"""Flags of XLA for a kind of chip: collectives that run while the device computes, and nothing that
+is computed again beyond what model.remat says.
 
 This is the only place with such flags. They change when things happen and not what is computed, and
 `chip_flags = False` leaves the compiler as it is. A flag that a compiler does not know is an error
@@ -27,6 +28,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # A loop over layers gathers the weights of the next layer while it computes this one.
         "xla_gpu_enable_while_loop_double_buffering": True,
+        # Where XLA expects too little memory, it computes again. It takes the program of large
+        # models for half as large again as it gets, and repeated products in the loops of their
+        # experts for nothing: of Mixtral half of them, for 0.2 GB of 72 (docs/plan.md).
+        "xla_disable_hlo_passes": "rematerialization",
     },
 }
 

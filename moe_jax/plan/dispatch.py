@@ -16,9 +16,11 @@ from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.moe.experts import grouped_matmul
 from moe_jax.moe.experts.blocks import block_sizes
+from moe_jax.moe.experts.network import KernelSizes
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
 from moe_jax.moe.settings import MoE, num_intended
+from moe_jax.plan import flops
 from moe_jax.plan.hlo.program import Rounds
 from moe_jax.plan.traffic import layer_traffic
 from moe_jax.schema.config import Config
@@ -105,12 +107,17 @@ def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | Non
     if kernel.padded_rows is None or dispatcher.mixes:
         return None
     held = dispatcher.rows(shape, moe.dispatcher_options)
-    block = block_sizes(shape.mean_load)
-    padding = kernel.padded_rows(shape.local_experts, block, held)
+    sizes = KernelSizes(
+        num_experts=shape.local_experts,
+        block=block_sizes(shape.mean_load),
+        num_rows=held,
+        num_weights=flops.expert(cfg.model) // cfg.mesh.model,
+    )
+    padding = kernel.padded_rows(sizes)
     num_rows = min(int(shape.own_intended), held) + padding
     if kernel.round_rows is None:
         return num_rows, None
-    round_rows = kernel.round_rows(block, held)
+    round_rows = kernel.round_rows(sizes)
     rounds = Rounds(-(-num_rows // round_rows), -(-(held + padding) // round_rows))
     return num_rows, rounds
 

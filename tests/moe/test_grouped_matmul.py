@@ -17,7 +17,7 @@ from moe_jax.moe.experts import grouped_matmul, pallas_tpu, tiles
 from moe_jax.moe.experts.blocks import block_sizes
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
 from moe_jax.moe.experts.grouped_matmul import KERNELS, expert_ffn
-from moe_jax.moe.experts.network import Chosen, Layout
+from moe_jax.moe.experts.network import Chosen, KernelSizes, Layout
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.schema.config import MoEConfig
 
@@ -134,6 +134,20 @@ def test_equals_all_experts_on_every_layout(name, kernel, float64):
         assert not np.any(
             np.asarray(array)[void_R]
         )  # y, dx and dgate are exactly zero in nobody's rows
+
+
+def test_a_tile_of_a_large_expert_is_a_round(monkeypatch, float64):
+    """The rounds are those of experts as large as Mixtral's; the experts are as above."""
+    assert tiles.tiles_of_round(1024, 3 * 4096 * 14_336) == 1
+    assert tiles.tiles_of_round(1024, 3 * 2048 * 1024) == tiles.ROUND
+    monkeypatch.setattr(tiles, "ENOUGH", 1)
+    one_tile_a_round = functools.partial(
+        expert_ffn, activation="swiglu", block=BLOCK, kernel="tiles"
+    )
+    for name in ("uneven", "full to the end", "nobody"):
+        args, dy_RD = make(LAYOUTS[name])
+        got = value_and_gradient(one_tile_a_round, args, dy_RD)
+        assert_near(got, value_and_gradient(oracle(), args, dy_RD), 1e-12)
 
 
 @pytest.mark.parametrize("kernel", TESTED)
@@ -304,7 +318,8 @@ def test_work_is_flat_in_the_number_of_experts(num_experts):
     size_e = rng.multinomial(num_rows, rng.dirichlet(np.ones(num_experts))).astype(np.int32)
     layout = Layout(jnp.asarray(np.cumsum(size_e) - size_e), jnp.asarray(size_e))
     B = tiles.tile_rows(block_sizes(num_rows / num_experts), num_rows)
-    listed = jax.jit(lambda layout: tiles.list_tiles(layout, num_rows, B))(layout)
+    list_tiles = functools.partial(tiles.list_tiles, num_rows=num_rows, B=B, per_round=tiles.ROUND)
+    listed = jax.jit(list_tiles)(layout)
     rounds = -(-int(listed.num_tiles) // tiles.ROUND)
     assert rounds * tiles.ROUND <= len(listed.expert_V)
     assert num_rows <= int(listed.num_tiles) * B < num_rows + num_experts * B
@@ -321,15 +336,23 @@ def test_work_is_flat_in_the_number_of_experts(num_experts):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "mean"), [("tiles", 1000), ("tiles", 8000), ("pallas_tpu", 1000)]
+    ("kernel", "mean", "num_weights"),
+    [
+        ("tiles", 1000, 3 * 2048 * 1024),
+        ("tiles", 8000, 3 * 2048 * 1024),
+        ("tiles", 8000, 3 * 4096 * 14_336),
+        ("pallas_tpu", 1000, 3 * 2048 * 1024),
+    ],
+    ids=["tiles", "large loads", "large experts", "pallas_tpu"],
 )
-def test_padding_of_random_loads_is_what_plans_say(kernel, mean):
+def test_padding_of_random_loads_is_what_plans_say(kernel, mean, num_weights):
     """The rows that are computed beyond those that experts have, mean of 40 loads within 15 %."""
     num_experts = 8
     block = block_sizes(mean)
     num_rows = 16 * mean
     of_kernel = {"tiles": tiles, "pallas_tpu": pallas_tpu}[kernel]
     B = of_kernel.tile_rows(block, num_rows)
+    per_round = tiles.tiles_of_round(B, num_weights)
 
     @jax.jit
     def computed(size_e):
@@ -337,13 +360,13 @@ def test_padding_of_random_loads_is_what_plans_say(kernel, mean):
         layout = Layout(jnp.cumsum(room_e) - room_e, size_e)
         if kernel == "pallas_tpu":
             return B * pallas_tpu.list_visits(layout, num_rows, B, empty=False)[1]
-        rounds = -(-tiles.list_tiles(layout, num_rows, B).num_tiles // tiles.ROUND)
-        return B * tiles.ROUND * rounds
+        rounds = -(-tiles.list_tiles(layout, num_rows, B, per_round).num_tiles // per_round)
+        return B * per_round * rounds
 
     rng = np.random.default_rng(0)
     loads = rng.multinomial(num_experts * mean, rng.dirichlet(np.full(num_experts, 9.0), 40))
     found = [int(computed(jnp.asarray(size_e, jnp.int32))) - num_experts * mean for size_e in loads]
-    told = KERNELS[kernel].padded_rows(num_experts, block, num_rows)
+    told = KERNELS[kernel].padded_rows(KernelSizes(num_experts, block, num_rows, num_weights))
     assert np.mean(found) == pytest.approx(told, rel=0.15)
 
 

@@ -121,6 +121,9 @@ def test_flags_are_those_of_the_kind_and_can_be_left_out():
         chip_flags.of(tpu, True) and not chip_flags.of(tpu, False) and not chip_flags.of(cpu, True)
     )
     assert "=true" in chip_flags.text(chip_flags.of(tpu, True))
+    assert "xla_disable_hlo_passes=rematerialization" in chip_flags.text(
+        chip_flags.of_kind("NVIDIA H100")
+    )
 
 
 def test_the_peak_of_a_run_is_published_or_measured(monkeypatch):

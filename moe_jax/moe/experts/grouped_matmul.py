@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe import kept
 from moe_jax.moe.experts import blocks, narrow, pallas_tpu, ragged, tiles, whole
-from moe_jax.moe.experts.network import Biases, Chosen, Layout, Rows
+from moe_jax.moe.experts.network import Biases, Chosen, KernelSizes, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 
@@ -33,11 +33,11 @@ class Kernel(NamedTuple):
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., Rows]
-    # What plans ask of a kernel whose work follows the load. (experts, block, R) -> rows that are
-    # computed beyond those that experts have, on average; None = it is not known.
-    padded_rows: Callable[..., int] | None = None
-    # (block, R) -> rows of a round of its loop; None = it has no loop that the program shows.
-    round_rows: Callable[..., int] | None = None
+    # What plans ask of a kernel whose work follows the load: rows that are computed beyond those
+    # that experts have, on average; None = it is not known.
+    padded_rows: Callable[[KernelSizes], int] | None = None
+    # Rows of a round of its loop; None = it has no loop that the program shows.
+    round_rows: Callable[[KernelSizes], int] | None = None
 
 
 def _of_products(products: Callable[..., whole.Products], **of_plans: Any) -> Kernel:

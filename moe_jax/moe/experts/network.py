@@ -64,6 +64,18 @@ class Rows(NamedTuple):
     biases: Biases | None = None
 
 
+class KernelSizes(NamedTuple):
+    """What the padding of a kernel depends on, of one device."""
+
+    num_experts: int
+    # Of `expert_ffn`; the larger one is near the mean load.
+    block: tuple[int, int]
+    # R, of the buffer.
+    num_rows: int
+    # Numbers in the matrices of one expert.
+    num_weights: int
+
+
 class Layout(NamedTuple):
     """Says where the rows of each expert are: [start, start + size)."""
 

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.moe.experts.narrow import is_narrow, sums_dtype
-from moe_jax.moe.experts.network import Layout
+from moe_jax.moe.experts.network import KernelSizes, Layout
 from moe_jax.moe.experts.whole import Products
 from moe_jax.precision import wide_dtype
 
@@ -63,14 +63,14 @@ def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     return rows if num_rows > rows else num_rows
 
 
-def padded_rows(num_experts: int, block: tuple[int, int], num_rows: int) -> int:
+def padded_rows(sizes: KernelSizes) -> int:
     """Returns the rows that experts of random loads cost beyond their own, on average.
 
     n rows that begin at any multiple of s touch n / B + 1 - s / 2 B tiles of B rows. The first
     expert begins with a tile, which is half a tile less.
     """
-    B = tile_rows(block, num_rows)
-    return num_experts * (B - block[1] // 2) - B // 2
+    B = tile_rows(sizes.block, sizes.num_rows)
+    return sizes.num_experts * (B - sizes.block[1] // 2) - B // 2
 
 
 def list_visits(layout: Layout, num_rows: int, rows: int, empty: bool) -> tuple[Visits, Array]:

@@ -8,6 +8,7 @@ the list is filled up to whole rounds.
 Shapes: see network.py; V tiles of the list, B rows of a tile.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.moe.experts.network import (
+    KernelSizes,
     Layout,
     Rows,
     backward_rows,
@@ -25,9 +27,12 @@ from moe_jax.moe.experts.network import (
 )
 from moe_jax.precision import wide_dtype
 
-# Tiles of a round. The number of rounds is known only at run time, which a GPU's host waits for
-# before each; within a round it waits for nothing.
+# Most tiles of a round. The number of rounds is known only at run time, which a GPU's host waits
+# for before each; within a round it waits for nothing.
 ROUND = 4
+# Rows times weights of a round that take long beside that wait, by a data sheet: 50 microseconds of
+# an H100's products. A tile of a large expert is enough by itself, and no round is filled up then.
+ENOUGH = 25 * 10**9
 # A tile is a quarter of the mean number of an expert's rows, between these.
 FEWEST_ROWS, MOST_ROWS = 64, 256
 # Where that leaves many tiles, an eighth, up to this. Each tile reads the weights of its expert and
@@ -52,25 +57,34 @@ def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     return min(max(quarter, eighth), num_rows)
 
 
-def padded_rows(num_experts: int, block: tuple[int, int], num_rows: int) -> int:
+def tiles_of_round(B: int, num_weights: int) -> int:
+    """Returns how many tiles a round has, for experts of so many weights."""
+    return min(ROUND, math.ceil(ENOUGH / (B * num_weights)))
+
+
+def padded_rows(sizes: KernelSizes) -> int:
     """Returns the rows that experts of random loads cost beyond their own: on average half a tile
     each, and half of a round but for one tile.
     """
-    return (num_experts + ROUND - 1) * tile_rows(block, num_rows) // 2
+    B = tile_rows(sizes.block, sizes.num_rows)
+    return (sizes.num_experts + tiles_of_round(B, sizes.num_weights) - 1) * B // 2
 
 
-def round_rows(block: tuple[int, int], num_rows: int) -> int:
+def round_rows(sizes: KernelSizes) -> int:
     """Returns the rows of a round of the loop."""
-    return ROUND * tile_rows(block, num_rows)
+    B = tile_rows(sizes.block, sizes.num_rows)
+    return B * tiles_of_round(B, sizes.num_weights)
 
 
-def list_tiles(layout: Layout, num_rows: int, B: int) -> Tiles:
-    """Returns the tiles of B rows that cover the rows of each expert, in order of experts."""
+def list_tiles(layout: Layout, num_rows: int, B: int, per_round: int) -> Tiles:
+    """Returns the tiles of B rows that cover the rows of each expert, in order of experts; room
+    for whole rounds.
+    """
     start_e, size_e = layout
     num_experts = size_e.shape[0]
     # An expert fills all of its tiles but one.
     most = num_rows // B + num_experts
-    most = -(-most // ROUND) * ROUND
+    most = -(-most // per_round) * per_round
     count_e = -(-size_e // B)
     until_e = jnp.cumsum(count_e, dtype=count_e.dtype)
     tile_V = jnp.arange(most, dtype=size_e.dtype)
@@ -102,7 +116,7 @@ def forward(
 
     y_RD = jnp.zeros_like(x_RD)
     pre_RH = jnp.zeros_like(x_RD, shape=(x_RD.shape[0], w_in_eDH.shape[2]))
-    return _fold(step, (y_RD, pre_RH), layout, x_RD.shape[0], B)
+    return _fold(step, (y_RD, pre_RH), layout, rows, B)
 
 
 def backward(
@@ -145,7 +159,7 @@ def backward(
         zeros(w_out_eFD, wide),
         jax.tree.map(lambda bias: zeros(bias, wide), biases),
     )
-    sums = _fold(step, sums, layout, x_RD.shape[0], B)
+    sums = _fold(step, sums, layout, rows, B)
     return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, rows)
 
 
@@ -174,9 +188,12 @@ class _Window(NamedTuple):
         return lax.dynamic_update_slice_in_dim(array_RX, some_BX, self.offset, 0)
 
 
-def _fold(step: Callable[..., Any], carry: Any, layout: Layout, num_rows: int, B: int) -> Any:
+def _fold(step: Callable[..., Any], carry: Any, layout: Layout, rows: Rows, B: int) -> Any:
     """Folds `step(carry, expert, window)` over all tiles."""
-    tiles = list_tiles(layout, num_rows, B)
+    num_rows = rows.x_RD.shape[0]
+    num_weights = math.prod(rows.w_in_eDH.shape[1:]) + math.prod(rows.w_out_eFD.shape[1:])
+    per_round = tiles_of_round(B, num_weights)
+    tiles = list_tiles(layout, num_rows, B, per_round)
 
     def one(v: Array, carry: Any) -> Any:
         first, end = tiles.first_V[v], tiles.end_V[v]
@@ -187,6 +204,6 @@ def _fold(step: Callable[..., Any], carry: Any, layout: Layout, num_rows: int, B
         return step(carry, tiles.expert_V[v], window)
 
     def one_round(j: Array, carry: Any) -> Any:
-        return lax.fori_loop(0, ROUND, lambda u, carry: one(j * ROUND + u, carry), carry)
+        return lax.fori_loop(0, per_round, lambda u, carry: one(j * per_round + u, carry), carry)
 
-    return lax.fori_loop(0, -(-tiles.num_tiles // ROUND), one_round, carry)
+    return lax.fori_loop(0, -(-tiles.num_tiles // per_round), one_round, carry)
