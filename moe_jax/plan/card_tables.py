@@ -28,6 +28,7 @@ def render(card: Card) -> Group:
         tables += [_dispatch_table(card, card.dispatch), _traffic_table(card.dispatch)]
         notes += [LAYER_NOTE]
     tables += [program_tables.work_table(card), program_tables.scopes_table(card)]
+    tables += [program_tables.traffic_table(card)]
     tables += [program_tables.collectives_table(card)]
     if any(one.is_estimate for one in card.work):
         notes += [program_tables.UNCOUNTED]

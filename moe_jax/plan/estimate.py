@@ -71,7 +71,7 @@ def estimate(
         waited += 0.0 if collective.is_async else seconds
     return Estimate(
         compute=sum(one.done for one in work) / peak,
-        memory=program.memory_traffic / chip.memory_bandwidth,
+        memory=program.memory_traffic.total() / chip.memory_bandwidth,
         network=by_axes,
         waited=waited,
         tokens_per_step=cfg.train.batch_size * cfg.data.seq_len,

@@ -12,7 +12,7 @@ from moe_jax.terminal.units import readable
 
 # Of many small collectives only the largest are shown one by one; --out has all.
 MOST_COLLECTIVES = 12
-# The products that take the most, by where they come from.
+# The products that take the most, and what moves the most, by where they come from.
 MOST_SCOPES = 8
 UNCOUNTED = (
     "An estimate: the program does not say how many rows its kernels and loops work on. Experts "
@@ -61,6 +61,15 @@ def scopes_table(card: Card) -> Table:
     table = Table([*names("products, by where they come from"), *numbers("FLOPs done", "share")])
     for scope, count in scopes.most_common(MOST_SCOPES):
         table.add(scope, three_digits(count), f"{count / scopes.total():.1%}")
+    return table
+
+
+def traffic_table(card: Card) -> Table:
+    """Returns what reads and writes the most memory, by where it comes from."""
+    scopes = card.compiled.program.memory_traffic
+    table = Table([*names("memory traffic, by where it comes from"), *numbers("bytes", "share")])
+    for scope, count in scopes.most_common(MOST_SCOPES):
+        table.add(scope or "not told", decimal(count), f"{count / scopes.total():.1%}")
     return table
 
 
@@ -131,7 +140,7 @@ def time_table(card: Card) -> Table:
     table = Table([*names(f"time of a step on {chip.name}"), *numbers("ms"), *prose("")])
     peak = readable(sum(one.done for one in card.work) / time.compute) if time.compute else "?"
     table.add("compute", _ms(time.compute), f"FLOPs done at {peak}FLOP/s")
-    traffic = decimal(card.compiled.program.memory_traffic)
+    traffic = decimal(card.compiled.program.memory_traffic.total())
     table.add("memory", _ms(time.memory), f"{traffic} at {decimal(int(chip.memory_bandwidth))}/s")
     for axes, seconds in sorted(time.network.items(), key=lambda pair: -pair[1]):
         table.add(f"network over {axes}", _ms(seconds))

@@ -326,4 +326,4 @@ ENTRY %main (w: f32[32,100], i: s32[], v: f32[10]) -> f32[1,100] {
 """
     read = text.read(fused)
     # 400 bytes read and written, and the counter; nothing for what lies on the chip.
-    assert memory_traffic.count(read, text.count_runs(read)) == 804
+    assert memory_traffic.count(read, text.count_runs(read)).total() == 804

@@ -27,7 +27,7 @@ WIDE = {
 
 def made(found, unknown=(), loops=(), collectives=(), traffic=0):
     counted = Products(Counter(found), Counter(), Counter(unknown))
-    return Program(counted, 0, tuple(collectives), traffic, tuple(loops))
+    return Program(counted, 0, tuple(collectives), Counter({"": traffic}), tuple(loops))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ the stacked weights of a loop over layers would otherwise be read whole in every
 the memory of the chip itself costs nothing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from moe_jax.plan.hlo import scopes
 from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 
 # They only name, group or wait for what is there.
@@ -29,16 +31,21 @@ _FREE = {
 _SLICES = {"dynamic-slice", "gather", "slice"}
 
 
-def count(module: Module, runs: Runs) -> int:
-    """Returns the bytes of one device in one run of the program."""
+def count(module: Module, runs: Runs) -> Counter[str]:
+    """Returns the bytes of one device in one run of the program, by scope: the end of the path of
+    functions that an instruction comes from.
+    """
     fused = _fused(module)
-    total = 0
+    find = scopes.finder(scopes.instructions_of(module))
+    by_scope: Counter[str] = Counter()
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)
         if times and name not in fused:
             types = {instruction.name: instruction.outputs for instruction in instructions}
-            total += times * sum(_moved(one, types, module) for one in instructions)
-    return total
+            for one in instructions:
+                if moved := _moved(one, types, module):
+                    by_scope[scopes.short(find(one.name))] += times * moved
+    return by_scope
 
 
 def _fused(module: Module) -> set[str]:

@@ -34,16 +34,6 @@ PARTS = (
     ("head", "head"),
 )
 WEIGHT_GRADIENTS = "transpose(jvp(moe))/ragged_dot/dense gradient of weights"
-# "jit(call)" is a block (models/stack.py).
-_LOOPS = {
-    "while",
-    "body",
-    "closed_call",
-    "checkpoint",
-    "rematted_computation",
-    "shard_map",
-    "jit(call)",
-}
 
 
 class Products(NamedTuple):
@@ -90,7 +80,7 @@ def count(module: Module, runs: Runs) -> Products:
                 flops[part_of(scope)] += times * found
                 if _told(instruction):
                     told[part_of(scope)] += times * found
-                by_scope[_short(scope)] += times * found
+                by_scope[scopes.short(scope)] += times * found
     return Products(flops, by_scope, unknown, told)
 
 
@@ -100,14 +90,6 @@ def _is_ragged(instruction: Instruction) -> bool:
     A TPU makes it a dense product, e times the useful work, and forgets where it comes from.
     """
     return not instruction.scope and len(instruction.outputs[0].dims) == 3
-
-
-def _short(scope: str) -> str:
-    """Returns what says most of a scope: its last names, without those that every loop has."""
-    names = [name for name in scope.split("/") if name not in _LOOPS]
-    backward = "backward " if "transpose(" in scope else ""
-    again = "again " if "rematted_computation" in scope else ""
-    return f"{backward}{again}{'/'.join(names[-3:])}"
 
 
 def _of_instruction(instruction: Instruction, operands: list[Array]) -> int | None:

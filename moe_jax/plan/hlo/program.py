@@ -1,5 +1,6 @@
 """All that is read of a compiled program."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ class Program(NamedTuple):
     # FLOPs where every branch is the dearest: the worst load.
     most_flops: int
     collectives: tuple[Collective, ...]
-    # Bytes read from and written to its memory.
-    memory_traffic: int
+    # Bytes read from and written to its memory, by scope as in `products`.
+    memory_traffic: Counter[str]
     # Scopes of loops whose length depends on the data: their bodies count once.
     unknown_loops: tuple[str, ...]
 

@@ -9,6 +9,16 @@ from typing import NamedTuple
 from moe_jax.plan.hlo import text
 
 MOE = ("route", "dispatch", "experts", "combine")
+# Names that every loop has. "jit(call)" is a block (models/stack.py).
+_LOOPS = {
+    "while",
+    "body",
+    "closed_call",
+    "checkpoint",
+    "rematted_computation",
+    "shard_map",
+    "jit(call)",
+}
 
 
 class Instruction(NamedTuple):
@@ -109,6 +119,14 @@ def finder(instructions: Mapping[str, Instruction]) -> Callable[[str], str]:
         )
 
     return find
+
+
+def short(scope: str) -> str:
+    """Returns what says most of a scope: its last names, without those that every loop has."""
+    names = [name for name in scope.split("/") if name not in _LOOPS]
+    backward = "backward " if "transpose(" in scope else ""
+    again = "again " if "rematted_computation" in scope else ""
+    return f"{backward}{again}{'/'.join(names[-3:])}"
 
 
 def phase_of(scope: str) -> tuple[str, str]:
