@@ -33,11 +33,10 @@ ROUND = 4
 # Rows times weights of a round that take long beside that wait, by a data sheet: 50 microseconds of
 # an H100's products. A tile of a large expert is enough by itself, and no round is filled up then.
 ENOUGH = 25 * 10**9
-# A tile is a quarter of the mean number of an expert's rows, between these.
-FEWEST_ROWS, MOST_ROWS = 64, 256
-# Where that leaves many tiles, an eighth, up to this. Each tile reads the weights of its expert and
-# adds to their gradients in memory: on an H100 that takes as long as the products of 1000 rows.
-MOST_OF_LARGE = 1024
+# A tile is a quarter of the mean number of an expert's rows, between these. Each tile reads the
+# weights of its expert and adds to their gradients in memory: on an H100 that takes as long as the
+# products of 1000 rows.
+FEWEST_ROWS, MOST_ROWS = 64, 2048
 
 
 class Tiles(NamedTuple):
@@ -52,9 +51,7 @@ class Tiles(NamedTuple):
 
 def tile_rows(block: tuple[int, int], num_rows: int) -> int:
     """Returns B; `block` is that of `expert_ffn`, whose larger one is near the mean load."""
-    quarter = min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS)
-    eighth = min(block[0] // 8, MOST_OF_LARGE)
-    return min(max(quarter, eighth), num_rows)
+    return min(max(block[0] // 4, FEWEST_ROWS), MOST_ROWS, num_rows)
 
 
 def tiles_of_round(B: int, num_weights: int) -> int:
