@@ -6,7 +6,7 @@ Each message names the keys, both values and the way out.
 from collections.abc import Iterator
 
 from moe_jax.models import MODELS
-from moe_jax.models.attention_core import SPLASH
+from moe_jax.models.attention_core import OF_JAX
 from moe_jax.models.stack import shared_weights
 from moe_jax.parallel import context
 from moe_jax.schema.blocks import is_depth
@@ -63,9 +63,10 @@ def _context(cfg: Config) -> Iterator[str]:
             f"mesh.seq ({seq}) must be 1 with depth blocks, which choose among the tokens of whole "
             "rows: use another axis, or leave depth blocks out"
         )
-    if model.attention_kernel == SPLASH:
+    if model.attention_kernel in OF_JAX:
         yield (
-            f'mesh.seq ({seq}) must be 1 with model.attention_kernel = "{SPLASH}", which knows no '
+            f'mesh.seq ({seq}) must be 1 with model.attention_kernel = "{model.attention_kernel}", '
+            "which knows no "
             'parts of rows: set model.attention_kernel="auto"'
         )
     chunks = context.CHUNKS * seq

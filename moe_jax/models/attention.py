@@ -26,7 +26,7 @@ from jax import Array
 
 from moe_jax.models.attention_bias import TABLE
 from moe_jax.models.attention_core import (
-    SPLASH,
+    OF_JAX,
     Keys,
     across,
     attention,
@@ -259,8 +259,8 @@ def _sharded_core(
         on_device,
         in_specs=(heads, heads, heads, TOKENS, OF_HEADS),
         out_specs=heads,
-        # The kernels of that library do not tell what varies. All that has a gradient here is split
+        # The kernels of JAX do not tell what varies. All that has a gradient here is split
         # over every axis, so no sum over devices depends on it.
-        check_vma=cfg.attention_kernel != SPLASH,
+        check_vma=cfg.attention_kernel not in OF_JAX,
     )
     return run(q, k, v, about, learned)

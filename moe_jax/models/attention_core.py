@@ -31,6 +31,7 @@ from moe_jax.models import (
     attention_blocks,
     attention_chunks,
     attention_splash,
+    attention_triton,
 )
 from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.attention_layout import MASKED, SAVED, Reach, Scores
@@ -42,8 +43,8 @@ from moe_jax.precision import wide_dtype
 
 BY_PLATFORM = "auto"
 KERNELS = {"blocks": attention_blocks, "chunks": attention_chunks}
-# That of a library, for TPUs (attention_splash.py).
-SPLASH = "splash"
+# Those of JAX, for TPUs and for GPUs, which cannot say all that Keys can.
+OF_JAX = {"splash": attention_splash, "triton": attention_triton}
 # Tokens of a row from which on a CPU takes "chunks".
 LONG = 4096
 
@@ -148,14 +149,14 @@ def attention(
     keys.
 
     H is a multiple of G; query heads [i * r, (i + 1) * r) share key head i. `kernel` is one of
-    KERNELS, or BY_PLATFORM: that of the platform compiled for; or SPLASH, where it can say which
-    keys are seen.
+    KERNELS, or BY_PLATFORM: that of the platform compiled for; or one of OF_JAX, where it can say
+    which keys are seen.
     """
-    if kernel == SPLASH:
+    if kernel in OF_JAX:
         is_plain = sink_H is None and bias_LH is None and v_BSGA.shape == k_BSGA.shape
-        if is_plain and attention_splash.can_say(q_BTHA.shape[1], keys.segment_BT):
+        if is_plain and OF_JAX[kernel].can_say(q_BTHA, keys.segment_BT, keys.window, cap):
             with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
-            return attention_splash.attention(
+            return OF_JAX[kernel].attention(
                 q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, cap=cap, **with_masks
             )
         kernel = BY_PLATFORM

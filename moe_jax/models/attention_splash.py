@@ -23,9 +23,10 @@ from moe_jax.parallel.compiling import by_platform
 BLOCKS = (512, 256, 128)
 
 
-def can_say(length: int, segment_BT: Any) -> bool:
-    """Returns whether it takes rows of this length, with what is masked beside segments known."""
-    return isinstance(segment_BT, Array) and length % BLOCKS[-1] == 0
+def can_say(q_BTHA: Array, segment_BT: Any, window: int | None, cap: float) -> bool:
+    """Returns whether it takes such queries, with what is masked beside segments known."""
+    del window, cap  # it knows both
+    return isinstance(segment_BT, Array) and q_BTHA.shape[1] % BLOCKS[-1] == 0
 
 
 def attention(
@@ -37,7 +38,7 @@ def attention(
     causal: bool,
     window: int | None,
     scale: float,
-    cap: float = 0.0,
+    cap: float,
 ) -> Array:
     """Returns o_BTHA: every query attends within its segment; padding (0) gives zero.
 

@@ -186,8 +186,9 @@ class ModelConfig:
     attention_kernel: str = option(
         "auto",
         'what computes attention: "auto" = by the platform compiled for and the length of a row '
-        '(docs/accelerators.md), "blocks" or "chunks"; or "splash", that of JAX for TPUs',
-        choices=("auto", "blocks", "chunks", "splash"),
+        '(docs/accelerators.md), "blocks" or "chunks"; or one of JAX: "splash" for TPUs, "triton" '
+        "for GPUs",
+        choices=("auto", "blocks", "chunks", "splash", "triton"),
     )
     num_heads: int = option(4, "query heads", NUMBER)
     num_kv_heads: int = option(4, "fewer than num_heads = grouped-query attention", NUMBER)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.models import attention_chunks, attention_core, attention_parts
@@ -167,7 +166,7 @@ def test_chunks_are_smaller_where_there_are_many_heads():
 def test_the_config_names_every_kernel():
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
     declared = fields["attention_kernel"].metadata["option"]
-    names = attention_core.BY_PLATFORM, *attention_core.KERNELS, attention_core.SPLASH
+    names = attention_core.BY_PLATFORM, *attention_core.KERNELS, *attention_core.OF_JAX
     assert declared.choices == names
 
 
@@ -187,33 +186,36 @@ def test_splash_attention_equals_chunks(mask, cap):
     assert_near(got, want, 2e-4)
 
 
-@pytest.mark.full
-def test_a_step_with_splash_attention_is_that_with_chunks():
-    """On a mesh, where its shard_map does not check what varies: gradients are summed as well."""
-    rows = []
-    for kernel in ("splash", "chunks"):
-        changes = {"model.attention_kernel": kernel, "data.seq_len": 128, "model.repeats": 1}
-        changes |= {"model.param_dtype": "float32", "model.dtype": "float32"}
-        _, metrics = tiny.Program((2, 2, 2), changes).run(2)
-        rows.append([[step["loss"], step["grad_norm"]] for step in metrics])
-    np.testing.assert_allclose(*rows, rtol=1e-5)
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_triton_attention_equals_chunks(mask):
+    """Interpreted, as above; its heads are no wider than they must be."""
+    (q, k, v, segment), do = make((2, 256, 4, 2, 24), np.float32)
+    visible = {"causal": causal, "full": full}[mask]
+
+    def of(kernel):
+        return lambda q, k, v, s: attention(q, k, v, visible(s), scale=0.1, kernel=kernel)
+
+    got, want = (value_and_gradient(of(z), (q, k, v, segment), do) for z in ("triton", "chunks"))
+    assert_near(got, want, 2e-4)
 
 
-def test_what_splash_attention_cannot_say_is_computed_by_chunks():
+@pytest.mark.parametrize("kernel", attention_core.OF_JAX)
+def test_what_a_kernel_of_jax_cannot_say_is_computed_by_chunks(kernel):
     (q, k, v, segment), _ = make((1, 256, 2, 2, 128), np.float32)
 
-    def of(rows, keys):
+    def of(rows, keys, **more):
         args = (z[:, :rows] for z in (q, k, v))
-        text = str(
-            jax.make_jaxpr(lambda *a: attention(*a, keys, scale=0.1, kernel="splash"))(*args)
-        )
-        return "pallas_call" in text
+        how = {"scale": 0.1, "kernel": kernel, **more}
+        return "pallas_call" in str(jax.make_jaxpr(lambda *a: attention(*a, keys, **how))(*args))
 
     assert of(256, causal(segment))
     # The shortest block is 128 tokens.
     assert not of(200, causal(segment[:, :200]))
     assert not of(256, prefix(segment, segment == 1))
     assert not of(256, across(segment, segment))
+    knows_windows = kernel == "splash"
+    assert of(256, windowed(segment, 70)) == knows_windows
+    assert of(256, causal(segment), cap=0.5) == knows_windows
 
 
 @pytest.mark.parametrize("platform", ["cpu", "others"])

@@ -288,6 +288,9 @@ REFUSED = {
     'mesh.seq (4) must be 1 with model.attention_kernel = "splash"': {
         "model.attention_kernel": "splash"
     },
+    'mesh.seq (4) must be 1 with model.attention_kernel = "triton"': {
+        "model.attention_kernel": "triton"
+    },
     'mesh.seq (4) must be 1 with model.kind = "article"': {"model.kind": "article"},
 }
 
