@@ -7,7 +7,7 @@ case) or masked (attention scores of keys that a token does not see).
 from typing import NamedTuple
 
 from moe_jax.plan import flops
-from moe_jax.plan.hlo.products import EXPERTS, JOINS, LATENT
+from moe_jax.plan.hlo.products import EXPERTS, JOINS, LATENT, OTHER, part_of
 from moe_jax.plan.hlo.program import Program
 from moe_jax.schema.config import Config
 
@@ -46,11 +46,13 @@ def compare(
     least = dict(useful)
     if EXPERTS in useful:
         least[EXPERTS] = round(useful[EXPERTS] * rows_held / rows_balanced)
-    is_unknown = bool(program.products.unknown or program.unknown_loops)
+    not_counted = {part_of(scope) for scope in program.unknown_loops}
+    not_counted |= program.products.unknown.keys()
     work = []
     for part in dict.fromkeys([*useful, *done]):
         counted = done.get(part, 0)
         # Less than is useful cannot be: some of it was not counted.
+        is_unknown = part in not_counted or OTHER in not_counted
         is_estimate = is_unknown and counted < least.get(part, 0)
         told = least[part] if is_estimate else counted
         # Scaled to a load that nobody knows.

@@ -300,9 +300,11 @@ def test_products_of_every_platform(line, parameters, flops):
         assert 0 < found.flops.total() < 3 * 3 * 2 * 4 * 8 * 16
 
 
-def test_a_kernel_that_says_nothing_is_named():
+def test_of_a_kernel_that_says_nothing_the_part_is_known():
     line = '%splash.7 = bf16[4]{0} custom-call(%p0), custom_call_target="tpu_custom_call"'
-    assert flops_of(line, "bf16[4]{0}").unknown == {"splash": 1}
+    assert flops_of(line, "bf16[4]{0}").unknown == {"other": 1}
+    line += ', metadata={op_name="jit(step)/jvp(attention)/pallas_call"}'
+    assert flops_of(line, "bf16[4]{0}").unknown == {"attention scores": 1}
 
 
 def test_a_fusion_reads_a_slice_of_what_it_slices():

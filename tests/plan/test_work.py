@@ -48,10 +48,15 @@ def test_what_the_program_says_is_taken_as_it_is(cfg):
 
 
 def test_where_it_does_not_say_the_buffer_counts(cfg):
-    found = {one.part: one for one in work.compare(cfg, made({}, unknown=["kernel"]), 5, 2)}
+    found = {one.part: one for one in work.compare(cfg, made({}, unknown=["other"]), 5, 2)}
     experts = found["routed experts"]
     assert experts.done == round(2.5 * experts.useful) and experts.is_estimate
     assert found["head"].done == found["head"].useful
+    # A kernel of another part says nothing of the experts.
+    read = made({"routed experts": 7}, unknown=["attention scores"])
+    found = {one.part: one for one in work.compare(cfg, read, 5, 2)}
+    scores = found["attention scores"]
+    assert found["routed experts"].done == 7 and scores.done == scores.useful
 
 
 def test_what_kernels_say_of_all_rows_is_scaled_to_a_balanced_load(cfg):

@@ -42,7 +42,8 @@ class Products(NamedTuple):
     flops: Counter[str]
     # The same by scope: the end of the path of functions that a product comes from.
     scopes: Counter[str]
-    # Kernels that say nothing of their FLOPs, and how often each runs: nothing is counted of them.
+    # Of kernels that say nothing of their FLOPs, which are not counted: how often those of each part
+    # run.
     unknown: Counter[str]
     # Of `flops` what kernels say themselves (pl.CostEstimate): of all rows that they are given.
     told: Counter[str] = Counter()
@@ -73,10 +74,12 @@ def count(module: Module, runs: Runs) -> Products:
         for instruction in instructions:
             operands = [types[one][0] for one in instruction.operands if types.get(one)]
             found = _of_instruction(instruction, operands)
+            if found == 0:
+                continue
+            scope = WEIGHT_GRADIENTS if _is_ragged(instruction) else find(instruction.name)
             if found is None:
-                unknown[_kernel_name(instruction)] += times
-            elif found:
-                scope = WEIGHT_GRADIENTS if _is_ragged(instruction) else find(instruction.name)
+                unknown[part_of(scope)] += times
+            else:
                 flops[part_of(scope)] += times * found
                 if _told(instruction):
                     told[part_of(scope)] += times * found
@@ -203,8 +206,3 @@ def _ragged(outputs: tuple[Array, ...], matrices: list[Array]) -> int:
 def _target(instruction: Instruction) -> str:
     """Returns the name of what a custom call calls."""
     return instruction.attribute(r'custom_call_target="([^"]*)"')
-
-
-def _kernel_name(instruction: Instruction) -> str:
-    """Returns the name of a kernel without the number that makes it unique."""
-    return re.sub(r"[.\d]+$", "", instruction.name)
