@@ -42,8 +42,8 @@ class Products(NamedTuple):
     flops: Counter[str]
     # The same by scope: the end of the path of functions that a product comes from.
     scopes: Counter[str]
-    # Of kernels that say nothing of their FLOPs, which are not counted: how often those of each part
-    # run.
+    # Kernels that say nothing of their FLOPs, which are not counted: how often those of each part
+    # of the model run.
     unknown: Counter[str]
     # Of `flops` what kernels say themselves (pl.CostEstimate): of all rows that they are given.
     told: Counter[str] = Counter()
