@@ -1,15 +1,19 @@
 """What a run spends beside its steps: waiting for data, logging, saving, and its guards.
 
-Each row is a real run, with one of them switched on. The time is that of the run from its first
-step to its last, without the start, compilation and evaluation; it is read from what the run itself
-notes (goodput.json).
+Each row is a real run, with one of them switched on. Of two runs of the same steps one may be 15 %
+slower, by where its memory lies: much more than what is looked for here. So the length of a run is
+not compared. What is taken is how long the loop waits for something else than a step, as the run
+itself notes it (goodput.json), and the processor time of all threads that compute no steps, as
+Linux counts it, spread over the cores. Runs of one row agree in that within a tenth of a second.
 
-All rows are runs of one process, in turn. Of two processes that run the same steps one may be 15 %
-slower for as long as it lives, by where its memory lies: much more than what is looked for here.
+All rows are runs of one process, in turn: tracing and the like are in all of them, and what a row
+has more than the first is its cost.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,18 +27,23 @@ from moe_jax.bench.contract import Job, Prepared
 from moe_jax.bench.ours import read
 from moe_jax.bench.session import Part, Session
 from moe_jax.config import command_line
+from moe_jax.errors import UserError
 from moe_jax.parallel import mesh
 from moe_jax.runtime import goodput
 
-STEPS = 100
-# Steps between two checkpoints of the run that saves: ten times as often as by default. Every run
+STEPS = 60
+# Steps between two checkpoints of the run that saves: more often than anybody would. Every run
 # saves at its end.
-SAVES = 50
+SAVES = 30
 NEVER = 10**6
 BARE = "nothing but steps"
 WAITING = "waiting for data"
-# What a run does between its first step and its last, by the names that its goodput has.
-IN_THE_LOOP = (goodput.STEPS, WAITING, "saving", "finishing the last save")
+# What the loop waits for beside its steps, by the names that the goodput of a run has.
+WAITS = (WAITING, "saving", "finishing the last save")
+# The threads of XLA that compute steps, by the beginning of their names.
+OF_STEPS = "tf_XLA"
+# Where Linux has a folder for each thread of this process.
+THREADS = Path("/proc/self/task")
 LOGGING = ("--config.log.every=10",)
 SAVING = (f"--config.checkpoint.every={SAVES}",)
 # The thread that watches whether steps are made.
@@ -65,6 +74,8 @@ OFF = (
 
 def overheads(session: Session) -> Part:
     """Times runs of the last variant, each with one more thing switched on."""
+    if not THREADS.exists():
+        raise UserError("--what overheads needs the processor times of threads, as Linux has them")
     job, _ = list(session.variants.values())[-1]
     rows = {name: [*job.changes, *OFF, *switched_on] for name, switched_on in ROWS.items()}
     runs = job._replace(kind="run", options={"rows": list(rows.values())})
@@ -79,7 +90,8 @@ def overheads(session: Session) -> Part:
 
 def run(job: Job) -> Prepared:
     """Prepares runs of a config, each in a workdir of its own. Option: rows, the changed keys of
-    each; every further run is that of the next row.
+    each; every further run is that of the next row. What is timed is what a run spends beside its
+    steps.
 
     The first run of each row is not timed: it compiles. What the first row waited for data is a
     fact.
@@ -90,8 +102,11 @@ def run(job: Job) -> Prepared:
     turns = itertools.cycle(rows)
 
     def timed() -> float:
+        before = processor_seconds()
         seconds = spent(job.config, next(turns))
-        return sum(seconds.get(activity, 0.0) for activity in IN_THE_LOOP)
+        of_threads = processor_seconds() - before
+        waits = sum(seconds.get(activity, 0.0) for activity in WAITS)
+        return waits + of_threads / len(os.sched_getaffinity(0))
 
     waited = first.get(WAITING, 0.0)
     facts = {"waited": waited, "stepped": first[goodput.STEPS]}
@@ -108,3 +123,17 @@ def spent(config_name: str, changes: Sequence[str]) -> dict[str, float]:
             train.run(cfg, raw, workdir, time.monotonic())
         (start,) = json.loads((workdir / goodput.FILE).read_text())["starts"]
     return start["seconds"]
+
+
+def processor_seconds() -> float:
+    """Returns the processor time of this process so far, but for the threads that compute steps."""
+    of_process = os.times()
+    ticks = 0
+    for thread in THREADS.iterdir():
+        # A thread that has ended is none of XLA's.
+        with contextlib.suppress(OSError):
+            # "7 (name) S ...": user and system time are the 14th and 15th word, in ticks.
+            name, _, words = (thread / "stat").read_text().partition(" (")[2].rpartition(") ")
+            if name.startswith(OF_STEPS):
+                ticks += sum(map(int, words.split()[11:13]))
+    return of_process.user + of_process.system - ticks / os.sysconf("SC_CLK_TCK")

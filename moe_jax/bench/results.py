@@ -176,19 +176,20 @@ def depth(seconds: Mapping[int, float], num_blocks: Mapping[int, int], name: str
 
 
 def overheads(timings: Mapping[str, Timing], steps: int, name: str) -> Table:
-    """Returns what runs of some steps cost beside them. The first row has nothing switched on."""
+    """Returns what runs of some steps spend beside them. The first row has nothing switched on."""
     table = Table(
-        [*names("run"), *numbers("seconds", "fastest", "time / first")],
+        [*names("run"), *numbers("seconds beside its steps", "more than the first", "of the run")],
         title=f"{steps} steps of {name} with one thing switched on",
     )
     first = next(iter(timings.values()))
+    whole = first.facts["waited"] + first.facts["stepped"]
     for row, timing in timings.items():
         seconds = statistics.median(timing.seconds)
-        cells = f"{seconds:.2f}", f"{min(timing.seconds):.2f}", f"{ratio(timing, first):.3f}"
-        table.add(row, *cells)
+        pairs = zip(timing.seconds, first.seconds, strict=True)
+        more = statistics.median(own - of_first for own, of_first in pairs)
+        table.add(row, f"{seconds:.2f}", f"{more:.2f}", f"{more / whole:.1%}")
     waited = first.facts["waited"]
-    share = waited / (waited + first.facts["stepped"])
-    table.add("of the first, waiting for data", f"{waited:.2f}", "", f"{share:.3f}")
+    table.add("of the first, waiting for data", f"{waited:.2f}", "", f"{waited / whole:.1%}")
     return table
 
 
