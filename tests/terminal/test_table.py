@@ -186,7 +186,10 @@ def of_program():
     exchange = Collective("ragged-all-to-all", "expert", 64, "tokens", True, MANY, MANY, MANY)
     sums = Collective("all-reduce", "data x expert x model", 64, "gradients and sums", False, 1, 1)
     flops_of = Products(Counter(other=MANY), Counter({"backward a/b": MANY}), Counter(kernel=1))
-    return Program(flops_of, 2 * MANY, (exchange, sums), MANY, ("experts/while",))
+    traffic = Counter(
+        {"backward transpose(jvp(jit(forward)))/attention/convert_element_type": MANY}
+    )
+    return Program(flops_of, 2 * MANY, (exchange, sums), traffic, ("experts/while",))
 
 
 def of_card():
