@@ -4,7 +4,8 @@ Each row is a real run, with one of them switched on. Of two runs of the same st
 slower, by where its memory lies: much more than what is looked for here. So the length of a run is
 not compared. What is taken is how long the loop waits for something else than a step, as the run
 itself notes it (goodput.json), and the processor time of all threads that compute no steps, as
-Linux counts it, spread over the cores. Runs of one row agree in that within a tenth of a second.
+Linux counts it, spread over the cores. Runs of one row agree in that within a few tenths of a
+second.
 
 All rows are runs of one process, in turn: tracing and the like are in all of them, and what a row
 has more than the first is its cost.
