@@ -152,13 +152,13 @@ def attention(
     KERNELS, or BY_PLATFORM: that of the platform compiled for; or one of OF_JAX, where it can say
     which keys are seen.
     """
+    scores = Scores(scale, cap, buckets)
+    reach = keys.reach or Reach(isinstance(keys.last_BT, tuple), keys.window)
     if kernel in OF_JAX:
+        own = OF_JAX[kernel]
         is_plain = sink_H is None and bias_LH is None and v_BSGA.shape == k_BSGA.shape
-        if is_plain and OF_JAX[kernel].can_say(q_BTHA, keys.segment_BT, keys.window, cap):
-            with_masks = {"causal": isinstance(keys.last_BT, tuple), "window": keys.window}
-            return OF_JAX[kernel].attention(
-                q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scale=scale, cap=cap, **with_masks
-            )
+        if is_plain and own.can_say(q_BTHA, keys.segment_BT, scores, reach):
+            return own.attention(q_BTHA, k_BSGA, v_BSGA, keys.segment_BT, scores, reach)
         kernel = BY_PLATFORM
     B, T, H, _ = q_BTHA.shape
     # One array in causal attention, where last_BT is (), else two.
@@ -169,8 +169,7 @@ def attention(
         bias_BHL = jnp.broadcast_to(bias_LH.T[None], (B, *bias_LH.T.shape))
     arrays, structure = jax.tree.flatten((q_BTHA, k_BSGA, v_BSGA, bounds, bias_BHL))
     inputs = jax.tree.unflatten(structure, vary_alike(*arrays))
-    reach = keys.reach or Reach(isinstance(keys.last_BT, tuple), keys.window)
-    how = _How(Scores(scale, cap, buckets), reach, kernel)
+    how = _How(scores, reach, kernel)
     if sink_H is None:
         return _core(how, *inputs)
     o_BTHA, log_sum_BGQ = _core_and_sum(how, *inputs)

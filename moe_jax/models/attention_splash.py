@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.models.attention_layout import SAVED
+from moe_jax.models.attention_layout import SAVED, Reach, Scores
 from moe_jax.parallel.compiling import by_platform
 
 # Tokens of a block, of which the largest that divides a row is taken; the lanes of a TPU.
 BLOCKS = (512, 256, 128)
 
 
-def can_say(q_BTHA: Array, segment_BT: Any, window: int | None, cap: float) -> bool:
+def can_say(q_BTHA: Array, segment_BT: Any, scores: Scores, reach: Reach) -> bool:
     """Returns whether it takes such queries, with what is masked beside segments known."""
-    del window, cap  # it knows both
+    del scores, reach  # it knows caps and windows
     return isinstance(segment_BT, Array) and q_BTHA.shape[1] % BLOCKS[-1] == 0
 
 
@@ -34,16 +34,10 @@ def attention(
     k_BTGA: Array,
     v_BTGA: Array,
     segment_BT: Array,
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    cap: float,
+    scores: Scores,
+    reach: Reach,
 ) -> Array:
-    """Returns o_BTHA: every query attends within its segment; padding (0) gives zero.
-
-    `cap`: a soft cap on the scores; 0 = there is none.
-    """
+    """Returns o_BTHA: every query attends within its segment; padding (0) gives zero."""
     # Imported here: it is a tenth of a second of every start, and few runs use it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -54,11 +48,11 @@ def attention(
 
     T, H = q_BTHA.shape[1:3]
     mask: Any = masks.FullMask((T, T))
-    if causal:
+    if reach.causal:
         mask = masks.CausalMask((T, T))
-    if window is not None:
+    if reach.window is not None:
         # Itself, and so many tokens before it; none after it.
-        mask = masks.LocalMask((T, T), (window - 1, 0), 0)
+        mask = masks.LocalMask((T, T), (reach.window - 1, 0), 0)
     block = next(size for size in BLOCKS if T % size == 0)
     # Forward, and the two products of the backward pass: dk and dv, and dq.
     sizes = kernels.BlockSizes(
@@ -76,7 +70,7 @@ def attention(
             head_shards=1,
             q_seq_shards=1,
             block_sizes=sizes,
-            attn_logits_soft_cap=cap or None,
+            attn_logits_soft_cap=scores.cap or None,
             residual_checkpoint_name=SAVED,
             interpret=interpret,
         )
@@ -87,7 +81,7 @@ def attention(
         return jax.vmap(of_row)(*args)
 
     # The kernel knows no scale, so it goes into the queries.
-    q_BTHA = (q_BTHA * scale).astype(q_BTHA.dtype)
+    q_BTHA = (q_BTHA * scores.scale).astype(q_BTHA.dtype)
     q_BHTA, k_BGTA, v_BGTA = (jnp.swapaxes(z, 1, 2) for z in (q_BTHA, k_BTGA, v_BTGA))
     o_BHTA = by_platform(
         q_BHTA,

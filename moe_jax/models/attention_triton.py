@@ -17,15 +17,16 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from moe_jax.models.attention_layout import Reach, Scores
 from moe_jax.parallel.compiling import by_platform
 
 # Tokens of its largest block, which must divide a row.
 BLOCK = 128
 
 
-def can_say(q_BTHA: Array, segment_BT: Any, window: int | None, cap: float) -> bool:
+def can_say(q_BTHA: Array, segment_BT: Any, scores: Scores, reach: Reach) -> bool:
     """Returns whether it takes such queries, with what is masked beside segments known."""
-    is_masked = isinstance(segment_BT, Array) and window is None and not cap
+    is_masked = isinstance(segment_BT, Array) and reach.window is None and not scores.cap
     # Triton multiplies no float64.
     return is_masked and q_BTHA.shape[1] % BLOCK == 0 and q_BTHA.dtype.itemsize <= 4
 
@@ -35,19 +36,16 @@ def attention(
     k_BTGA: Array,
     v_BTGA: Array,
     segment_BT: Array,
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    cap: float,
+    scores: Scores,
+    reach: Reach,
 ) -> Array:
     """Returns o_BTHA: every query attends within its segment; padding (0) gives zero."""
-    del window, cap  # `can_say` has looked at them
     # Imported here: Pallas is a part of a second of every start, and few runs use it.
     from jax.experimental.pallas.ops.gpu import attention as kernels
 
     def run(interpret: bool, *args: Array) -> Array:
-        return kernels.mha(*args, sm_scale=scale, causal=causal, interpret=interpret)
+        how = {"sm_scale": scores.scale, "causal": reach.causal, "interpret": interpret}
+        return kernels.mha(*args, **how)
 
     # It has as many heads of keys as of queries.
     queries_of_key = q_BTHA.shape[2] // k_BTGA.shape[2]

@@ -11,7 +11,7 @@ from moe_jax.errors import UserError
 
 # How jax names it, on every platform, when a program is compiled and when it runs.
 _EXHAUSTED = "RESOURCE_EXHAUSTED: "
-WAYS_OUT = "Take more devices, a smaller train.micro_batch_size, or a model.remat that keeps less"
+_WAYS_OUT = "Take more devices, a smaller train.micro_batch_size, or a model.remat that keeps less"
 # The limit of a container, in bytes or "max".
 _CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
@@ -56,4 +56,4 @@ def exhausted(error: Exception) -> str:
     _, found, rest = str(error).partition(_EXHAUSTED)
     if not found:
         return ""
-    return f"this does not fit into the memory of a device: {rest.splitlines()[0]} {WAYS_OUT}"
+    return f"this does not fit into the memory of a device: {rest.splitlines()[0]} {_WAYS_OUT}"

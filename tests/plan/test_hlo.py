@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.plan.hlo import collectives, memory_traffic, products, program, text
+from moe_jax.plan.hlo import collectives, memory_traffic, products, program, scopes, text
 
 # A loop of five trips around a product of [4, 8] and [8, 16] and a sum over two devices; behind it
 # a branch with a product of its own.
@@ -245,12 +245,16 @@ ENTRY %main (p: f32[8,2]) -> f32[32,2] {
     assert found.is_async and found.count == 1
 
 
+def scope_of(module):
+    return scopes.finder(scopes.instructions_of(module))
+
+
 def flops_of(line, *parameters):
     """FLOPs of one instruction of parameters of these types."""
     declared = [f"  %p{i} = {kind} parameter({i})" for i, kind in enumerate(parameters)]
     lines = ["HloModule m", "", "ENTRY %main () -> f32[] {", *declared, f"  ROOT {line}", "}"]
     read = text.read("\n".join(lines))
-    return products.count(read, text.count_runs(read))
+    return products.count(read, text.count_runs(read), scope_of(read))
 
 
 @pytest.mark.parametrize(
@@ -328,4 +332,5 @@ ENTRY %main (w: f32[32,100], i: s32[], v: f32[10]) -> f32[1,100] {
 """
     read = text.read(fused)
     # 400 bytes read and written, and the counter; nothing for what lies on the chip.
-    assert memory_traffic.count(read, text.count_runs(read)).total() == 804
+    traffic = memory_traffic.count(read, text.count_runs(read), scope_of(read))
+    assert traffic.total() == 804

@@ -31,12 +31,11 @@ _FREE = {
 _SLICES = {"dynamic-slice", "gather", "slice"}
 
 
-def count(module: Module, runs: Runs) -> Counter[str]:
+def count(module: Module, runs: Runs, find: scopes.Find) -> Counter[str]:
     """Returns the bytes of one device in one run of the program, by scope: the end of the path of
     functions that an instruction comes from.
     """
     fused = _fused(module)
-    find = scopes.finder(scopes.instructions_of(module))
     by_scope: Counter[str] = Counter()
     for name, instructions in module.computations.items():
         times = runs.times.get(name, 0)

@@ -58,13 +58,12 @@ def part_of(scope: str) -> str:
     return OTHER
 
 
-def count(module: Module, runs: Runs) -> Products:
+def count(module: Module, runs: Runs, find: scopes.Find) -> Products:
     """Returns the FLOPs of all products, a multiply-add being two."""
     flops: Counter[str] = Counter()
     by_scope: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     told: Counter[str] = Counter()
-    find = scopes.finder(scopes.instructions_of(module))
     for name, instructions in module.computations.items():
         # A computation that is never called, or whose loop runs as often as nobody knows.
         times = runs.times.get(name, 0)

@@ -52,11 +52,11 @@ def read(
         return text.count_runs(module, dearest, trips)
 
     runs = runs_of(False)
-    worst = products.count(module, runs_of(True))
+    worst = products.count(module, runs_of(True), scope_of)
     return Program(
-        products=products.count(module, runs),
+        products=products.count(module, runs, scope_of),
         most_flops=worst.flops.total(),
         collectives=tuple(collectives.find(module, runs, lengths, domains)),
-        memory_traffic=memory_traffic.count(module, runs),
+        memory_traffic=memory_traffic.count(module, runs, scope_of),
         unknown_loops=runs.unknown_loops,
     )

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from moe_jax.plan.hlo import text
 
+# From the name of an instruction to its scope path.
+Find = Callable[[str], str]
 MOE = ("route", "dispatch", "experts", "combine")
 # Names that every loop has. "jit(call)" is a block (models/stack.py).
 _LOOPS = {
@@ -63,7 +65,7 @@ def find_scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
     return {name: find(name) for name in instructions}
 
 
-def finder(instructions: Mapping[str, Instruction]) -> Callable[[str], str]:
+def finder(instructions: Mapping[str, Instruction]) -> Find:
     """Returns a function from the name of an instruction to its scope path.
 
     An instruction that the compiler added takes the scope of what it fuses, else of the loop around
