@@ -12,6 +12,7 @@ Shapes: see attention_core.py.
 """
 
 import functools
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,8 +41,11 @@ def attention(
     reach: Reach,
 ) -> Array:
     """Returns o_BTHA: every query attends within its segment; padding (0) gives zero."""
-    # Imported here: Pallas is a part of a second of every start, and few runs use it.
-    from jax.experimental.pallas.ops.gpu import attention as kernels
+    with warnings.catch_warnings():
+        # jax 0.12 warns that tokamax is to take its place, about which a user can do nothing here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # Imported here: Pallas is a part of a second of every start, and few runs use it.
+        from jax.experimental.pallas.ops.gpu import attention as kernels
 
     def run(interpret: bool, *args: Array) -> Array:
         how = {"sm_scale": scores.scale, "causal": reach.causal, "interpret": interpret}
