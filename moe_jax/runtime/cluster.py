@@ -29,6 +29,7 @@ import jax
 from moe_jax import exit_codes
 from moe_jax.errors import UserError
 from moe_jax.runtime import signals
+from moe_jax.runtime.stacks import STACKS
 
 ROOT = "moe_jax"
 # Directories of keys, which is why they end with a slash.
@@ -178,7 +179,7 @@ class Peers:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.set(_beat_of(jax.process_index()), DONE)
 
-    def end(self, code: int, reason: str, last_words: str = "") -> None:
+    def end(self, code: int, reason: str, last_words: str = "", *, is_stuck: bool = False) -> None:
         """Ends this process, and tells the others why, which end with the same code.
 
         Does not return. Whatever JAX would do at the end of Python (a barrier with all processes)
@@ -189,6 +190,8 @@ class Peers:
           reason: what the others read.
           last_words: printed just before the end. The main thread may print until then, and the
             last line of a log has to say why the run ended.
+          is_stuck: whether the run does not move. Then the others keep their stacks, too: the one
+            that holds up all of them may be any of them.
         """
         with self._lock:
             tells = self.started and not self._over
@@ -198,7 +201,12 @@ class Peers:
             # Another thread ends this process, and has its last words.
             time.sleep(2 * READ_BY_OTHERS)
         if tells:
-            message = {"process": jax.process_index(), "code": code, "reason": reason}
+            message = {
+                "process": jax.process_index(),
+                "code": code,
+                "reason": reason,
+                "is_stuck": is_stuck,
+            }
             # The coordinator may be what has failed.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 # The first reason counts. Later ones are mostly its echo.
@@ -304,6 +312,8 @@ class Peers:
             if self._over or message["process"] == jax.process_index():
                 return
             self._over = self._ending = True
+        if message["is_stuck"]:
+            STACKS.write(f"process {message['process']}: {message['reason']}")
         # The others read the reason from process 0, too.
         if jax.process_index() == 0:
             time.sleep(READ_BY_OTHERS)

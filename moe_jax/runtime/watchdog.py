@@ -5,7 +5,6 @@ The main thread gives a sign of life at every step. A thread looks at the time o
 """
 
 import contextlib
-import faulthandler
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from moe_jax import exit_codes
 from moe_jax.runtime import cluster, signals
+from moe_jax.runtime.stacks import STACKS
 
 # Looked at this often: a stuck process ends within its limit and one of these.
 INTERVAL = 0.25  # seconds
@@ -34,7 +34,6 @@ class Watchdog:
         # Set when the thread that watches has to end; each start has its own.
         self._stopped = threading.Event()
         self._limits = {"step": 0.0, "other": 0.0, "grace": 0.0}
-        self._stacks = Path()
         # time.monotonic() of the last sign of life.
         self._alive = 0.0
         # Slow ones under way, the innermost last.
@@ -43,7 +42,8 @@ class Watchdog:
     def start(self, *, step: float, other: float, grace: float, stacks: Path) -> None:
         """Begins to watch. The stacks of all threads go to the file `stacks` before an end."""
         self._limits = {"step": step, "other": other, "grace": grace}
-        self._stacks, self._stopped = stacks, threading.Event()
+        self._stopped = threading.Event()
+        STACKS.keep_in(stacks)
         self._activities = [FIRST_STEP]
         self.alive()
         arguments = (self._stopped,)
@@ -51,6 +51,7 @@ class Watchdog:
 
     def stop(self) -> None:
         self._stopped.set()
+        STACKS.keep_in(None)
 
     def step_done(self) -> None:
         """Takes note that the first step was compiled, or another one done."""
@@ -100,15 +101,8 @@ class Watchdog:
                 )
 
     def _end(self, code: int, reason: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stacks.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._stacks, "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-                file.write("\n")
-            reason += f"; what every thread was in is in {self._stacks}"
-        cluster.PEERS.end(code, reason, f"{signals.LISTENER.process}{reason}")
+        reason += STACKS.write(reason)
+        cluster.PEERS.end(code, reason, f"{signals.LISTENER.process}{reason}", is_stuck=True)
 
 
 WATCHDOG = Watchdog()

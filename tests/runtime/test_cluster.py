@@ -54,8 +54,10 @@ def test_a_fault_in_one_process_ends_both(fault, codes, limit, words, tmp_path):
         assert end.after < limit + SLACK, end
         assert end.code == -9 or words in end.last, end.log
     if fault.startswith("hang"):
-        stacks = [path.read_text() for path in (tmp_path / "run/stacks").iterdir()]
-        assert any("faults.py" in stack and "Thread" in stack for stack in stacks)
+        # Of both: whichever speaks first, the other one may be the one that is to blame.
+        stacks = [(tmp_path / f"run/stacks/process_{number}.txt").read_text() for number in (0, 1)]
+        assert all("Thread" in stack and "train.py" in stack for stack in stacks), stacks
+        assert "faults.py" in stacks[1]
 
 
 TWO_THREADS_END = """
@@ -75,7 +77,7 @@ peers.end(70, "an echo of it", "the echo")
     "first",
     [
         "threading.Thread(target=peers.end, args=(75, 'a hang', 'the reason: a hang')).start()",
-        "message = {'process': 1, 'code': 75, 'reason': 'a hang'}\n"
+        "message = {'process': 1, 'code': 75, 'reason': 'a hang', 'is_stuck': False}\n"
         "threading.Thread(target=peers._obey, args=(message,)).start()",
     ],
 )
@@ -90,6 +92,26 @@ def test_the_reason_is_the_last_line_whatever_the_main_thread_prints(first):
     )
     assert done.returncode == 75, done.stdout
     assert done.stdout.splitlines()[-1].endswith(": a hang"), done.stdout
+
+
+TOLD = """
+import sys
+from pathlib import Path
+from moe_jax.runtime import cluster, stacks
+
+stacks.STACKS.keep_in(Path(sys.argv[1]))
+cluster.PEERS._obey({{"process": 1, "code": 75, "reason": "words", "is_stuck": {is_stuck}}})
+"""
+
+
+@pytest.mark.parametrize("is_stuck", [True, False])
+def test_a_process_that_is_told_of_a_hang_keeps_its_stacks(is_stuck, tmp_path):
+    file = tmp_path / "stacks/process_0.txt"
+    program = TOLD.format(is_stuck=is_stuck)
+    assert subprocess.run([sys.executable, "-c", program, file], cwd=pair.ROOT).returncode == 75
+    assert file.exists() == is_stuck
+    if is_stuck:
+        assert "process 1: words" in file.read_text() and "_obey" in file.read_text()
 
 
 @pytest.mark.full
