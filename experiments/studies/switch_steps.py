@@ -4,7 +4,7 @@ from experiments.studies import TINY_RATE, tiny
 from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
 from moe_jax.study.statistics import Difference, Slope, StepRatio
 
-EXPERTS = (8, 32)
+EXPERTS = (2, 4, 8, 16, 32, 64)
 SPARSE = tuple(f"e{number}" for number in EXPERTS)
 # One of the experts has the FLOPs of the dense feed-forward network.
 SWITCH = {"model.moe.router": "switch", "model.moe.expert_hidden": 64}
@@ -20,14 +20,12 @@ STUDY = Study(
     | {f"e{number}": SWITCH | {"model.moe.num_experts": number} for number in EXPERTS},
     claims=(
         Claim(
-            "32 experts need fewer steps",
-            StepRatio("e32", "dense"),
-            ABOVE,
-            1.0,
-            "times",
-            "7.5 times (64 experts)",
+            "64 experts need fewer steps", StepRatio("e64", "dense"), ABOVE, 1.0, "times", "7.5 times"
         ),
-        Claim("8 experts need fewer steps", StepRatio("e8", "dense"), ABOVE, 1.0, "times"),
+        *(
+            Claim(f"{number} experts need fewer steps", StepRatio(arm, "dense"), ABOVE, 1.0, "times")
+            for number, arm in list(zip(EXPERTS, SPARSE, strict=True))[-2::-1]
+        ),
         Claim("8 experts have the lower loss", Difference("e8", "dense"), BELOW, 0.0),
         Claim(
             "every doubling of the experts lowers the loss",
