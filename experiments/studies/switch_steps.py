@@ -5,6 +5,8 @@ from moe_jax.study.contract import ABOVE, BELOW, Claim, Study
 from moe_jax.study.statistics import Difference, Slope, StepRatio
 
 EXPERTS = (2, 4, 8, 16, 32, 64)
+# Steps of the dense model for one of the sparse model, by its number of experts.
+PAPER = {64: "7.5 times"}
 SPARSE = tuple(f"e{number}" for number in EXPERTS)
 # One of the experts has the FLOPs of the dense feed-forward network.
 SWITCH = {"model.moe.router": "switch", "model.moe.expert_hidden": 64}
@@ -19,12 +21,16 @@ STUDY = Study(
     arms={"dense": {"model.period": ("dense",)}}
     | {f"e{number}": SWITCH | {"model.moe.num_experts": number} for number in EXPERTS},
     claims=(
-        Claim(
-            "64 experts need fewer steps", StepRatio("e64", "dense"), ABOVE, 1.0, "times", "7.5 times"
-        ),
         *(
-            Claim(f"{number} experts need fewer steps", StepRatio(arm, "dense"), ABOVE, 1.0, "times")
-            for number, arm in list(zip(EXPERTS, SPARSE, strict=True))[-2::-1]
+            Claim(
+                f"{number} experts need fewer steps",
+                StepRatio(f"e{number}", "dense"),
+                ABOVE,
+                1.0,
+                "times",
+                PAPER.get(number, "-"),
+            )
+            for number in EXPERTS
         ),
         Claim("8 experts have the lower loss", Difference("e8", "dense"), BELOW, 0.0),
         Claim(
