@@ -40,6 +40,7 @@ from moe_jax.models.attentions.heads import SINKS, project, projections
 from moe_jax.models.layers import gather
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.parallel import context
+from moe_jax.parallel.compiling import platform
 from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
@@ -129,15 +130,7 @@ class SelfAttention(nnx.Module):
 
         # Every device of "model" has the cache of its heads, and writes to it alone.
         def on_device(q, new, position_BS, last_BS, cache, chosen_BM, learned):
-            row_B1 = jnp.arange(q.shape[0])[:, None]
-
-            def put(old, new):
-                # [B, ..., M, width]: the slots are the last axis but one.
-                between = (slice(None),) * (old.ndim - 3)
-                # A position behind the cache is that of padding, which is written nowhere.
-                return old.at[row_B1, *between, position_BS].set(new, mode="drop")
-
-            cache = jax.tree.map(put, cache, new)
+            cache = _put(cache, new, position_BS)
             k_BGMA, v_BGMA = caching.keys_and_values(cache)
             num_slots = k_BGMA.shape[2]
             mask_BSM = kind.slots(position_BS, last_BS, num_slots, cfg.attention_options)
@@ -196,11 +189,38 @@ class CrossAttention(nnx.Module):
         return write(self.weights, o, self.cfg)
 
 
+def _put(cache: Any, new: Any, position_BS: Array) -> Any:
+    """Returns a cache with what it keeps of new tokens at their positions.
+
+    Its arrays are [B, ..., M, width], those of the tokens [B, S, ..., width].
+    """
+    row_B1 = jnp.arange(position_BS.shape[0])[:, None]
+
+    def put_all(cache: Any) -> Any:
+        return jax.tree.map(put, cache, new)
+
+    def put(old: Array, new: Array) -> Array:
+        between = (slice(None),) * (old.ndim - 3)
+        # A position behind the cache is that of padding, which is written nowhere.
+        return old.at[row_B1, *between, position_BS].set(new, mode="drop")
+
+    if position_BS.size > 1 or platform() != "cpu":
+        return put_all(cache)
+    # XLA's CPU compiler makes one slice of a single write, and fuses it into what reads the cache
+    # as well as into the result: then each step copies all of it. A loop is not fused. It runs
+    # once, which the compiler does not know: no position is negative.
+    once = (position_BS[0, 0] >= 0).astype(jnp.int32)
+    return jax.lax.fori_loop(0, once, lambda _, cache: put_all(cache), cache)
+
+
 def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     """Returns what the heads add to the residual stream."""
     w_HAD = gather(weights["o"], ("heads", None, "embed"), cfg.dtype)
     tokens = context.tokens_spec(o_BSHA, None)
-    y_BSD = jnp.einsum("BSHA,HAD->BSD", o_BSHA, w_HAD, out_sharding=tokens)
+    # Not an einsum: that sorts the names of what it sums over, A before H, and both arrays would be
+    # transposed first.
+    over_heads = (((2, 3), (0, 1)), ((), ()))
+    y_BSD = jax.lax.dot_general(o_BSHA, w_HAD, over_heads, out_sharding=tokens)
     if cfg.output_bias:
         # Whole on every device of "model", so it is added once, after the sum over heads.
         bias_D = weights["o_bias"].astype(cfg.dtype)

@@ -222,7 +222,9 @@ def decode_attention(
         weight_BGrqS = jax.nn.softmax(both)[..., :-1]
     # A softmax over nothing but MASKED is even; what is not seen gets no weight.
     weight_BGrqS = jnp.where(seen_BGrqS, weight_BGrqS, 0).astype(v_BGSA.dtype)
-    o_BqGrA = jnp.einsum("BGrqS,BGSA->BqGrA", weight_BGrqS, v_BGSA, preferred_element_type=wide)
+    o_BGrqA = jnp.einsum("BGrqS,BGSA->BGrqA", weight_BGrqS, v_BGSA, preferred_element_type=wide)
+    # Turned behind the product: an einsum to this order transposes all values first.
+    o_BqGrA = jnp.moveaxis(o_BGrqA, 3, 1)
     return o_BqGrA.reshape(B, q, H, -1).astype(q_BqHA.dtype)
 
 

@@ -3,7 +3,9 @@ layout.
 """
 
 import dataclasses
+import math
 import random
+import re
 from typing import NamedTuple
 
 import jax
@@ -14,8 +16,8 @@ from sample_cases import BOUNDARY, CONTEXT, VOCAB, model_config, one_device, val
 
 from moe_jax.data.tokenizer import Tokenizer, bytes_tokenizer
 from moe_jax.decoding import sample
-from moe_jax.decoding.draw import keep_likely
-from moe_jax.decoding.sample import Row, Settings, make_sampler, split_at_stop
+from moe_jax.decoding.draw import dials, keep_likely
+from moe_jax.decoding.sample import Row, RowState, Settings, make_sampler, split_at_stop
 from moe_jax.errors import UserError
 from moe_jax.models.attentions.heads import Cache
 from moe_jax.models.decodable import with_dispatcher
@@ -153,6 +155,21 @@ def test_a_row_does_not_depend_on_its_batch(small):
     alone = texts(small, ["SOME"], settings)
     assert first[1] == again[1] and first[0] == alone[0]
     assert len(set(first + again)) == 5
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_no_step_copies_or_transposes_the_cache(num_rows):
+    cfg = dataclasses.replace(model_config(), scan=False)
+    with jax.set_mesh(one_device()):
+        engine = sample.make_engine(cfg, make_tokenizer())
+        weights = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
+        caches = jax.eval_shape(lambda: engine.empty(num_rows, 64))
+        numbers = jax.ShapeDtypeStruct((num_rows,), np.int32)
+        rows = RowState(*(numbers for _ in RowState._fields))
+        hlo = engine.decode.lower(weights, caches, rows, dials(HOT)).compile().as_text()
+    sizes = {math.prod(array.shape) for array in jax.tree.leaves(caches)}
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", hlo)
+    assert [dims for dims in made if math.prod(map(int, dims.split(","))) in sizes] == []
 
 
 def test_the_seed_and_the_row_decide_the_text(small):
