@@ -37,6 +37,8 @@ PANELS = {
     "train_flops": ("GFLOP of the training", 1e9),
     "total_parameters": ("thousand parameters in all (memory)", 1e3),
 }
+# The panel that has the numbers of experts.
+NAMED = "total_parameters"
 
 
 class Point(NamedTuple):
@@ -104,7 +106,9 @@ def _family_of(axes: Any, name: str, family: str, shown: Sequence[Point], colour
     ]
     line = "-" if family == "dense" else ":"
     axes.errorbar(x, y, bars, marker="o", capsize=3, linestyle=line, color=colour, label=family)
-    for number, model in enumerate(models):
+    # By FLOPs those of one family lie upon each other, and their names would, too.
+    named = models if name == NAMED else []
+    for number, model in enumerate(named):
         at = (model.x[name], model.loss.mean)
         # Above and below in turn: neighbours may lie close together.
         offset = (6, -11) if number % 2 else (6, 5)

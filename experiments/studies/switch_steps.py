@@ -24,11 +24,7 @@ STUDY = Study(
         *(
             Claim(
                 f"{number} experts need fewer steps",
-                StepRatio(f"e{number}", "dense"),
-                ABOVE,
-                1.0,
-                "times",
-                PAPER.get(number, "-"),
+                *(StepRatio(f"e{number}", "dense"), ABOVE, 1.0, "times", PAPER.get(number, "")),
             )
             for number in EXPERTS
         ),
