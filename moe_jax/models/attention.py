@@ -220,7 +220,8 @@ def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     # Not an einsum: that sorts the names of what it sums over, A before H, and both arrays would be
     # transposed first.
     over_heads = (((2, 3), (0, 1)), ((), ()))
-    y_BSD = jax.lax.dot_general(o_BSHA, w_HAD, over_heads, out_sharding=tokens)
+    with jax.named_scope("out_projection"):
+        y_BSD = jax.lax.dot_general(o_BSHA, w_HAD, over_heads, out_sharding=tokens)
     if cfg.output_bias:
         # Whole on every device of "model", so it is added once, after the sum over heads.
         bias_D = weights["o_bias"].astype(cfg.dtype)

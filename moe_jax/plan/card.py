@@ -17,7 +17,7 @@ from moe_jax.parallel import chip_flags
 from moe_jax.parallel.mesh import Lengths, of
 from moe_jax.pipeline import schedule
 from moe_jax.pipeline.schedule import Schedule
-from moe_jax.plan import chips, dispatch, estimate, flops, network, theory, work
+from moe_jax.plan import chips, dispatch, estimate, flops, memory_theory, network, theory, work
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.compiling import abstract_state, compile_step
@@ -92,6 +92,8 @@ class Card(NamedTuple):
     flags: Mapping[str, Any]
     work: tuple[Work, ...]
     expected: tuple[Expected, ...]
+    # Bytes of the memory traffic of a step, as plan --search estimates it (memory_theory.py).
+    expected_traffic: int
     # None where the chip is unknown, or has no peak for the dtype.
     estimate: Estimate | None
 
@@ -123,7 +125,7 @@ def card(cfg: Config) -> Card:
     mesh = jax.sharding.get_mesh()
     kind = mesh.devices.flat[0].device_kind
     chip = chips.of_kind(kind)
-    memory = _memory(abstract_state(cfg, train_step.make_model(model)))
+    state = abstract_state(cfg, train_step.make_model(model))
     layer = dispatch.of_layer(cfg) if model.num_moe_layers else None
     platform = mesh.devices.flat[0].platform
     computed = dispatch.rows_computed(cfg, platform) if layer else None
@@ -146,7 +148,7 @@ def card(cfg: Config) -> Card:
         forward=flops.forward_per_token(model, seq_len),
         train_per_token=train_per_token,
         train_per_step=train_per_token * cfg.train.batch_size * seq_len,
-        memory=memory,
+        memory=_memory(state),
         dispatcher=model.moe.dispatcher,
         dispatch=layer,
         compiled=compiled,
@@ -154,6 +156,7 @@ def card(cfg: Config) -> Card:
         flags=chip_flags.of(mesh, cfg.chip_flags),
         work=done,
         expected=tuple(theory.expected(cfg)),
+        expected_traffic=memory_theory.memory_traffic(cfg, state, held),
         estimate=estimate.estimate(cfg, compiled.program, done, mesh, chip) if has_peak else None,
     )
 

@@ -70,6 +70,9 @@ def traffic_table(card: Card) -> Table:
     table = Table([*names("memory traffic, by where it comes from"), *numbers("bytes", "share")])
     for scope, count in scopes.most_common(MOST_SCOPES):
         table.add(scope or "not told", decimal(count), f"{count / scopes.total():.1%}")
+    table.section()
+    table.add("all", decimal(scopes.total()), "100%")
+    table.add("what plan --search expects", decimal(card.expected_traffic))
     return table
 
 

@@ -1,8 +1,8 @@
 """Meshes, rematerialisation and dispatchers that a topology could run a config with, ranked.
 
 All candidates are ranked by a cheap estimate, which compiles nothing: FLOPs by formula, bytes as
-theory.py expects them, memory by the sizes of what is kept. The best few are compiled, and ranked
-again by what the compiler says.
+theory.py and memory_theory.py expect them, memory by the sizes of what is kept. The best few are
+compiled, and ranked again by what the compiler says.
 
 Shapes: T tokens of a device in a micro-batch, D model, V vocabulary, R rows of a dispatch buffer.
 """
@@ -22,7 +22,7 @@ from moe_jax.moe.dispatch import DISPATCHERS
 from moe_jax.moe.dispatch.layout import Shape
 from moe_jax.parallel import mesh
 from moe_jax.pipeline import schedule
-from moe_jax.plan import chips, dispatch, flops, network, theory
+from moe_jax.plan import chips, dispatch, flops, memory_theory, network, theory
 from moe_jax.plan.abstract import shard_bytes
 from moe_jax.plan.card import Card, card
 from moe_jax.plan.chips import Chip
@@ -59,6 +59,8 @@ class Candidate(NamedTuple):
     memory: int
     flops: float
     received: int
+    # Memory traffic, in bytes.
+    moved: int
     # 0 where the chip is unknown.
     seconds: float
 
@@ -160,11 +162,13 @@ def _estimated(
     chip: Chip | None,
 ) -> Candidate:
     done = _flops(cfg)
+    moved = memory_theory.memory_traffic(cfg, state, _rows_held(cfg))
     sent = theory.expected(cfg)
     seconds = 0.0
     if chip:
-        compute = done / chip.peak[cfg.model.dtype]
-        seconds = compute + sum(_network_seconds(one, cfg, made, chip) for one in sent)
+        on_chip = max(done / chip.peak[cfg.model.dtype], moved / chip.memory_bandwidth)
+        # The network is waited for.
+        seconds = on_chip + sum(_network_seconds(one, cfg, made, chip) for one in sent)
     return Candidate(
         mesh=cfg.mesh,
         remat=cfg.model.remat,
@@ -173,6 +177,7 @@ def _estimated(
         memory=_memory(cfg, state),
         flops=done,
         received=sum(one.num_bytes for one in sent),
+        moved=moved,
         seconds=seconds,
     )
 
@@ -335,12 +340,15 @@ def compile_best(
 def estimates_table(ranked: Sequence[Candidate]) -> Table:
     """Returns the best candidates by the estimate."""
     table = Table(
-        [*names("estimate, not compiled"), *numbers("memory", "FLOPs", "received", "ms a step")]
+        [
+            *names("estimate, not compiled"),
+            *numbers("memory", "FLOPs", "traffic", "received", "ms a step"),
+        ]
     )
     for one in ranked[:SHOWN]:
         seconds = f"{1000 * one.seconds:,.1f}" if one.seconds else ""
-        received = decimal(one.received)
-        table.add(one.label, decimal(one.memory), readable(one.flops), received, seconds)
+        sizes = decimal(one.moved), decimal(one.received)
+        table.add(one.label, decimal(one.memory), readable(one.flops), *sizes, seconds)
     return table
 
 
@@ -349,7 +357,7 @@ def compiled_table(compiled: Sequence[tuple[Candidate, Card]]) -> Table:
     table = Table(
         [
             *names("compiled"),
-            *numbers("memory", "FLOPs", "received", "ms a step", "tokens/s", "MFU"),
+            *numbers("memory", "FLOPs", "traffic", "received", "ms a step", "tokens/s", "MFU"),
             *names("bound by"),
         ]
     )
@@ -361,6 +369,7 @@ def compiled_table(compiled: Sequence[tuple[Candidate, Card]]) -> Table:
             one.label,
             decimal(found.peak_logged) + fits,
             readable(sum(each.done for each in found.work)),
+            decimal(found.compiled.program.memory_traffic.total()),
             decimal(sent),
             f"{1000 * time.step:,.1f}" if time else "",
             readable(time.tokens_per_second) if time else "",

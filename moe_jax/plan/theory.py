@@ -89,14 +89,14 @@ def runs(cfg: Config, number: Callable[[tuple[str, ...]], int]) -> int:
     return number(model.period) * repeats * sizes.ticks + ends
 
 
-def _moe(blocks: tuple[str, ...]) -> int:
+def num_moe(blocks: tuple[str, ...]) -> int:
     """Returns how many of some blocks have experts."""
     return sum(inner(kind) == "moe" for kind in blocks)
 
 
 def _dense(blocks: tuple[str, ...]) -> int:
     """Returns how many of some blocks have a dense feed-forward."""
-    return len(blocks) - _moe(blocks)
+    return len(blocks) - num_moe(blocks)
 
 
 def activations(cfg: Config) -> int:
@@ -125,7 +125,7 @@ def tokens(cfg: Config) -> int:
     # both ways.
     journeys = 2 * forward_passes(cfg) + again + 2
     per_layer = journeys * rows * cfg.model.expert_dim * _width(cfg)
-    return per_layer * runs(cfg, _moe)
+    return per_layer * runs(cfg, num_moe)
 
 
 def tokens_over_seq(cfg: Config) -> int:
@@ -139,7 +139,7 @@ def tokens_over_seq(cfg: Config) -> int:
     gathers, scatters = forward_passes(cfg) + again + 1, forward_passes(cfg) + 1
     # What is scattered is as wide as the experts' output.
     row = (gathers * model.d_model + scatters * model.expert_dim) * _width(cfg)
-    return row * _from_others(cfg) * runs(cfg, _moe)
+    return row * _from_others(cfg) * runs(cfg, num_moe)
 
 
 def keys_and_values(cfg: Config) -> int:
@@ -177,12 +177,12 @@ def expert_weights(cfg: Config) -> int:
     # One more for the gradients.
     passes = _gathers(cfg) + 1
     per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
-    return per_layer * runs(cfg, _moe)
+    return per_layer * runs(cfg, num_moe)
 
 
 def dense_weights(cfg: Config) -> int:
     """Returns the bytes of all other matrices, gathered over `data`, `expert` and `seq`."""
-    in_blocks, ends = _dense_counts(cfg)
+    in_blocks, ends = dense_counts(cfg)
     # Embedding and head lie outside of what is rematerialised.
     gathered = _gathers(cfg) * in_blocks + forward_passes(cfg) * ends
     return gathered * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
@@ -192,10 +192,10 @@ def dense_gradients(cfg: Config) -> int:
     """Returns the bytes of the gradients of these matrices, summed and scattered to the devices
     that keep them.
     """
-    return sum(_dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
+    return sum(dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
-def _dense_counts(cfg: Config) -> tuple[int, int]:
+def dense_counts(cfg: Config) -> tuple[int, int]:
     """Returns the weights that a device gathers over all micro-batches, in blocks and at the ends
     of the model.
     """
@@ -204,9 +204,9 @@ def _dense_counts(cfg: Config) -> tuple[int, int]:
     in_blocks = runs(cfg, len) * attention
     in_blocks += runs(cfg, _dense) * flops.feed_forward(model, model.ffn_hidden)
     if model.num_moe_layers:
-        in_blocks += runs(cfg, _moe) * flops.shared(model)
+        in_blocks += runs(cfg, num_moe) * flops.shared(model)
     # Neither these nor the joins of further tokens are split over `model`.
-    latents = runs(cfg, _moe) * flops.latents(model)
+    latents = runs(cfg, num_moe) * flops.latents(model)
     # Embedding and head are one matrix where they are tied.
     num_ends = 1 if model.tie_embeddings else 2
     times = cfg.train.num_micro_batches
@@ -239,7 +239,7 @@ def hidden_columns(cfg: Config) -> int:
     more = cfg.mesh.seq - 1
     wide = of_attention * runs(cfg, len) + of_ffn * runs(cfg, _dense)
     # Of experts as wide as they are.
-    numbers = wide * model.d_model + (of_ffn + more) * runs(cfg, _moe) * model.expert_dim
+    numbers = wide * model.d_model + (of_ffn + more) * runs(cfg, num_moe) * model.expert_dim
     # A sum is a reduce-scatter and a gather.
     return 2 * num_tokens * numbers * _width(cfg) * (n - 1) // n
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from moe_jax import config
 from moe_jax.config import command_line
+from moe_jax.parallel import mesh
 from moe_jax.pipeline.schedule import Schedule
-from moe_jax.plan import search
+from moe_jax.plan import card, search
 
 STAGES, MICRO_BATCHES, REPEATS = 2, 8, 4
 
@@ -62,3 +64,14 @@ def test_a_stage_has_the_state_of_its_own_layers(ranked):
     # Inputs of all works, and what the ends hold.
     assert search._inputs_kept(by_stage.cfg) == sizes.works + 2 * sizes.groups
     assert search._inputs_kept(by_data.cfg) == 0
+
+
+def test_memory_traffic_by_the_formula_is_near_the_compiled_program():
+    """For a CPU, whose arrays of a block are those of an accelerator: within a factor of 1.5."""
+    changes = ["--config.model.remat=none", "--config.mesh.data=1", "--config.mesh.expert=1"]
+    changes += ["--config.mesh.model=1", "--config.simulate_devices=1"]
+    cfg = config.build(command_line.read(Path("debug"), changes), 1)
+    with jax.set_mesh(mesh.make(cfg.mesh, jax.devices()[:1])):
+        found = card.card(cfg)
+    compiled = found.compiled.program.memory_traffic.total()
+    assert 1 / 1.5 < found.expected_traffic / compiled < 1.5

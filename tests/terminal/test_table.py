@@ -216,6 +216,7 @@ def of_card():
         "flags": {"xla_tpu_a_flag_of_a_long_name": True},
         "work": (Work("routed experts", MANY, MANY, is_estimate=True), Work("other", 0, MANY)),
         "expected": (Expected("tokens", "expert", MANY),),
+        "expected_traffic": MANY,
         "estimate": Estimate(1e4, 1e4, {"data x expert": 1e4}, 1e4, MANY, 1e3),
     }
     traffic = {"data": MANY, "expert": MANY, "model": MANY}

@@ -23,7 +23,7 @@ PARTS = (
     ("/combine/", "dispatch"),
     ("attention", "attention scores"),
     ("BSD,DHA->BSHA", "attention projections"),
-    ("BSHA,HAD->BSD", "attention projections"),
+    ("out_projection", "attention projections"),
     ("BSD,DQ->BSQ", "attention projections"),
     ("BSQ,QHA->BSHA", "attention projections"),
     ("BSR,RHN->BSHN", "attention projections"),
