@@ -3,6 +3,7 @@
 Shapes: T tokens of a batch, D model.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import config
+from moe_jax import config, optim
 from moe_jax.bench.contract import Job, Prepared
 from moe_jax.config import command_line
 from moe_jax.decoding import sample
@@ -32,6 +33,8 @@ from moe_jax.train_step import initial, jit_initial, jit_step, make_model, make_
 PRODUCT = 2048
 # Steps before the first that is timed, so that nothing is left to compile or to allocate.
 WARM = 2
+# How often the norms of a logged step are taken, of which the median is told.
+LOGGED = 9
 
 
 def read(job: Job) -> config.Config:
@@ -67,10 +70,13 @@ def train(job: Job) -> Prepared:
 
     for _ in range(WARM):
         step()
+    with jax.set_mesh(devices):
+        logged = _seconds_of_logging(state.params)
     counts = flops.parameters(cfg.model)
     tokens = cfg.train.batch_size * cfg.data.seq_len
     facts = {
         "loss": losses[0],
+        "logged": logged,
         "dtype": cfg.model.dtype,
         "tokens": tokens,
         "flops": tokens * flops.train_per_token(cfg.model, cfg.data.seq_len),
@@ -78,6 +84,23 @@ def train(job: Job) -> Prepared:
         "total": counts.total,
     }
     return Prepared(facts, step)
+
+
+def _seconds_of_logging(params: Any) -> float:
+    """Returns the seconds that a logged step takes more: parameters are copied before it, and the
+    norms of them and of their update are taken behind it.
+    """
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    norms = jax.jit(optim.norms)
+
+    def once() -> float:
+        start = time.perf_counter()
+        before = jax.block_until_ready(copy(params))
+        jax.block_until_ready(norms(params, before))
+        return time.perf_counter() - start
+
+    # The first one compiles.
+    return statistics.median([once() for _ in range(LOGGED)][1:])
 
 
 def compilation(job: Job) -> Prepared:

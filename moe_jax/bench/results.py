@@ -65,6 +65,7 @@ def training(rows: Sequence[Row], products: Mapping[str, Timing]) -> Table:
         "active",
         "total",
         "memory",
+        "ms more if logged",
     )
     rivals = any(row.rival for row in rows)
     if rivals:
@@ -84,6 +85,7 @@ def training(rows: Sequence[Row], products: Mapping[str, Timing]) -> Table:
             f"{facts['active'] / 1e6:.2f} M",
             f"{facts['total'] / 1e6:.2f} M",
             f"{row.timing.memory / GIGA:.2f} GB",
+            f"{1000 * facts['logged']:.0f}",
         ]
         if row.rival:
             theirs = statistics.median(row.rival.seconds)

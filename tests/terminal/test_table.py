@@ -156,6 +156,7 @@ def of_bench():
     facts = {
         "tokens": 2048,
         "flops": 1e10,
+        "logged": 0.0123,
         "active": 6.3e6,
         "total": 1e8,
         "loss": 8.3,
