@@ -92,7 +92,8 @@ class Card(NamedTuple):
     flags: Mapping[str, Any]
     work: tuple[Work, ...]
     expected: tuple[Expected, ...]
-    # Bytes of the memory traffic of a step, as plan --search estimates it (memory_theory.py).
+    # Bytes of the memory traffic of a step, as plan --search estimates it (memory_theory.py); 0
+    # where it does not know.
     expected_traffic: int
     # None where the chip is unknown, or has no peak for the dtype.
     estimate: Estimate | None

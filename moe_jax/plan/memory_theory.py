@@ -9,6 +9,7 @@ hidden, V vocabulary, S sequence.
 
 import jax.numpy as jnp
 
+from moe_jax.models import MODELS
 from moe_jax.models.attention_core import OF_JAX
 from moe_jax.models.attentions import ATTENTIONS
 from moe_jax.plan import flops, theory
@@ -25,9 +26,14 @@ SCORES_TOUCHED = 5
 def memory_traffic(cfg: Config, state: State, rows_held: int) -> int:
     """Returns the bytes that a device reads and writes in a step.
 
+    It is 0 for a kind of model that counts its parameters itself: it has other matrices than a
+    decoder.
+
     Args:
       rows_held: of the dispatch buffer, R.
     """
+    if MODELS[cfg.model.kind].parameters:
+        return 0
     again = 0 if cfg.model.remat == "none" else 1
     # A backward pass has two products for each one of a forward pass.
     passes = theory.forward_passes(cfg) + 2

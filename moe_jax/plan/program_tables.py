@@ -72,7 +72,8 @@ def traffic_table(card: Card) -> Table:
         table.add(scope or "not told", decimal(count), f"{count / scopes.total():.1%}")
     table.section()
     table.add("all", decimal(scopes.total()), "100%")
-    table.add("what plan --search expects", decimal(card.expected_traffic))
+    if card.expected_traffic:
+        table.add("what plan --search expects", decimal(card.expected_traffic))
     return table
 
 

@@ -59,7 +59,7 @@ class Candidate(NamedTuple):
     memory: int
     flops: float
     received: int
-    # Memory traffic, in bytes.
+    # Memory traffic, in bytes; 0 where it is not known.
     moved: int
     # 0 where the chip is unknown.
     seconds: float
@@ -347,8 +347,9 @@ def estimates_table(ranked: Sequence[Candidate]) -> Table:
     )
     for one in ranked[:SHOWN]:
         seconds = f"{1000 * one.seconds:,.1f}" if one.seconds else ""
-        sizes = decimal(one.moved), decimal(one.received)
-        table.add(one.label, decimal(one.memory), readable(one.flops), *sizes, seconds)
+        moved = decimal(one.moved) if one.moved else ""
+        sizes = decimal(one.memory), readable(one.flops), moved, decimal(one.received)
+        table.add(one.label, *sizes, seconds)
     return table
 
 

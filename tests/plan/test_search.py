@@ -9,7 +9,9 @@ from moe_jax import config
 from moe_jax.config import command_line
 from moe_jax.parallel import mesh
 from moe_jax.pipeline.schedule import Schedule
-from moe_jax.plan import card, search
+from moe_jax.plan import card, memory_theory, search
+from moe_jax.plan.compiling import abstract_state
+from moe_jax.train_step import make_model
 
 STAGES, MICRO_BATCHES, REPEATS = 2, 8, 4
 
@@ -75,3 +77,11 @@ def test_memory_traffic_by_the_formula_is_near_the_compiled_program():
         found = card.card(cfg)
     compiled = found.compiled.program.memory_traffic.total()
     assert 1 / 1.5 < found.expected_traffic / compiled < 1.5
+
+
+@pytest.mark.parametrize("name", ["article", "translation", "vision"])
+def test_memory_traffic_is_not_known_of_models_with_other_matrices(name):
+    cfg = config.build(command_line.read(Path(name), []), 8)
+    with jax.set_mesh(mesh.make(cfg.mesh, jax.devices()[: cfg.mesh.num_devices])):
+        state = abstract_state(cfg, make_model(cfg.model))
+        assert memory_theory.memory_traffic(cfg, state, 1) == 0
