@@ -40,7 +40,7 @@ from moe_jax.models.attentions.heads import SINKS, project, projections
 from moe_jax.models.layers import gather
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.parallel import context
-from moe_jax.parallel.compiling import platform
+from moe_jax.parallel.apart import apart
 from moe_jax.parallel.mesh import P
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weights
@@ -204,13 +204,11 @@ def _put(cache: Any, new: Any, position_BS: Array) -> Any:
         # A position behind the cache is that of padding, which is written nowhere.
         return old.at[row_B1, *between, position_BS].set(new, mode="drop")
 
-    if position_BS.size > 1 or platform() != "cpu":
+    if position_BS.size > 1:
         return put_all(cache)
-    # XLA's CPU compiler makes one slice of a single write, and fuses it into what reads the cache
-    # as well as into the result: then each step copies all of it. A loop is not fused. It runs
-    # once, which the compiler does not know: no position is negative.
-    once = (position_BS[0, 0] >= 0).astype(jnp.int32)
-    return jax.lax.fori_loop(0, once, lambda _, cache: put_all(cache), cache)
+    # A single write is one slice, which would be fused into what reads the cache as well as into
+    # the result: then each step copies all of it. No position is negative.
+    return apart(put_all, cache, always=position_BS[0, 0] >= 0)
 
 
 def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:

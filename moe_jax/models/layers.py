@@ -19,10 +19,14 @@ from moe_jax.moe.activations import ACTIVATIONS
 from moe_jax.moe.experts import narrow
 from moe_jax.moe.experts.network import Chosen
 from moe_jax.parallel import context
+from moe_jax.parallel.apart import apart
 from moe_jax.parallel.mesh import RANK, spec
 from moe_jax.precision import wide_dtype
 from moe_jax.schema.config import ModelConfig
 from moe_jax.weights import Weight, Weights
+
+# Of so many the cosines and sines are computed once, in a loop of their own.
+MANY_POSITIONS = 256
 
 
 def gather(weight: Array, names: tuple[str | None, ...], dtype: DTypeLike) -> Array:
@@ -88,7 +92,16 @@ def rope(
     frequency_A = jnp.concatenate([frequency, frequency])
     place_BS11 = position_BS.astype(wide)[:, :, None, None]
     angle_BS1A = place_BS11 * frequency_A[None, None, None, :]
-    return jnp.cos(angle_BS1A), jnp.sin(angle_BS1A)
+
+    def cos_and_sin(_: Any = None) -> tuple[Array, Array]:
+        return jnp.cos(angle_BS1A), jnp.sin(angle_BS1A)
+
+    # On a mesh, to ask one position would be a collective.
+    if position_BS.size < MANY_POSITIONS or jax.sharding.get_abstract_mesh().size > 1:
+        return cos_and_sin()
+    # Else a CPU computes them for every head, and in each use again. No position is negative.
+    zeros_BS1A = jnp.zeros_like(angle_BS1A)
+    return apart(cos_and_sin, (zeros_BS1A, zeros_BS1A), always=position_BS[0, 0] >= 0)
 
 
 @jax.custom_vjp

@@ -1,5 +1,7 @@
 """Gradients that are written out against those of autodiff, on one device and on a mesh."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import meshes
@@ -68,3 +70,23 @@ def test_the_gradient_of_a_rotation_turns_back(float64):
     mine, own_pull = jax.vjp(lambda x: rotate(x, cos, sin), x)
     np.testing.assert_array_equal(mine, y)
     np.testing.assert_allclose(own_pull(dy)[0], pull(dy)[0], rtol=1e-14)
+
+
+def test_angles_are_computed_once_and_are_those_of_the_formula():
+    """A CPU fuses cosines into each use otherwise, and takes them for every head."""
+    position_BS = jnp.arange(512, dtype=jnp.int32)[None]
+
+    def cos_and_sin(position_BS):
+        return rope(position_BS, 8, 10_000.0, "float32", lambda frequency: frequency)
+
+    def pulled(x_BSHA, position_BS):
+        turned, pull = jax.vjp(lambda x: rotate(x, *cos_and_sin(position_BS)), x_BSHA)
+        return turned, pull(turned)
+
+    x_BSHA = jax.random.normal(jax.random.key(0), (1, 512, 4, 8))
+    hlo = jax.jit(pulled).lower(x_BSHA, position_BS).compile().as_text()
+    assert len(re.findall(r" cosine\(", hlo)) == 1
+    angle_SA = np.arange(512.0)[:, None] * np.tile(10_000.0 ** (-np.arange(4.0) / 4), 2)
+    cos, sin = jax.jit(cos_and_sin)(position_BS)
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(angle_SA), atol=1e-4)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angle_SA), atol=1e-4)
