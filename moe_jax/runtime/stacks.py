@@ -14,7 +14,10 @@ class Stacks:
         # The watchdog and the thread that hears of the others may write at the same time.
         self._lock = threading.Lock()
 
-    def keep_in(self, file: Path | None) -> None:
+    def keep_in(self, file: Path) -> None:
+        """Names the file. It stays when a run fails: a process may hear only then that others
+        hang.
+        """
         self._file = file
 
     def write(self, reason: str) -> str:

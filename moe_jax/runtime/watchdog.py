@@ -51,7 +51,6 @@ class Watchdog:
 
     def stop(self) -> None:
         self._stopped.set()
-        STACKS.keep_in(None)
 
     def step_done(self) -> None:
         """Takes note that the first step was compiled, or another one done."""

@@ -56,7 +56,7 @@ def test_a_fault_in_one_process_ends_both(fault, codes, limit, words, tmp_path):
     if fault.startswith("hang"):
         # Of both: whichever speaks first, the other one may be the one that is to blame.
         stacks = [(tmp_path / f"run/stacks/process_{number}.txt").read_text() for number in (0, 1)]
-        assert all("Thread" in stack and "train.py" in stack for stack in stacks), stacks
+        assert all("Thread" in stack for stack in stacks), stacks
         assert "faults.py" in stacks[1]
 
 
