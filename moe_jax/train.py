@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from moe_jax import checkpoint, optim
@@ -139,7 +138,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
     tx = make_tx(cfg, abstract.params)
     step_fn = jit_step(cfg, model, tx)
     norms = jax.jit(optim.norms)
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    copied = jax.jit(optim.copied)
     saves = open_saves(cfg, workdir)
     # Saved with every checkpoint, and compared when a run goes on from one.
     metadata = {"config": job.raw, "data": data.fingerprint}
@@ -192,7 +191,7 @@ def in_workdir(job: Job, held: shell.Held, listener: signals.Listener) -> Result
                     writer.write(done, measure_interference(state, batch))
             logs = due.logs(done)
             # A copy, because the state is donated to the step: the new one takes its memory.
-            before = copy(state.params) if logs else None
+            before = copied(state.params) if logs else None
             if step == start:
                 compare_programs(step_fn, state, batch, cfg.limits.other or FOREVER)
 

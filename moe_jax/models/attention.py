@@ -196,19 +196,19 @@ def _put(cache: Any, new: Any, position_BS: Array) -> Any:
     """
     row_B1 = jnp.arange(position_BS.shape[0])[:, None]
 
-    def put_all(cache: Any) -> Any:
-        return jax.tree.map(put, cache, new)
-
     def put(old: Array, new: Array) -> Array:
         between = (slice(None),) * (old.ndim - 3)
         # A position behind the cache is that of padding, which is written nowhere.
         return old.at[row_B1, *between, position_BS].set(new, mode="drop")
 
+    def put_all(cache: Any) -> Any:
+        return jax.tree.map(put, cache, new)
+
     if position_BS.size > 1:
         return put_all(cache)
     # A single write is one slice, which would be fused into what reads the cache as well as into
-    # the result: then each step copies all of it. No position is negative.
-    return apart(put_all, cache, always=position_BS[0, 0] >= 0)
+    # the result: then each step copies all of it.
+    return apart(put_all, cache, position_BS[0, 0])
 
 
 def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:

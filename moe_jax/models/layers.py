@@ -92,16 +92,17 @@ def rope(
     frequency_A = jnp.concatenate([frequency, frequency])
     place_BS11 = position_BS.astype(wide)[:, :, None, None]
     angle_BS1A = place_BS11 * frequency_A[None, None, None, :]
-
-    def cos_and_sin(_: Any = None) -> tuple[Array, Array]:
-        return jnp.cos(angle_BS1A), jnp.sin(angle_BS1A)
-
+    angles = angle_BS1A, angle_BS1A
     # On a mesh, to ask one position would be a collective.
     if position_BS.size < MANY_POSITIONS or jax.sharding.get_abstract_mesh().size > 1:
-        return cos_and_sin()
-    # Else a CPU computes them for every head, and in each use again. No position is negative.
-    zeros_BS1A = jnp.zeros_like(angle_BS1A)
-    return apart(cos_and_sin, (zeros_BS1A, zeros_BS1A), always=position_BS[0, 0] >= 0)
+        return _cos_and_sin(angles)
+    # Else a CPU computes them for every head, and in each use again.
+    return apart(_cos_and_sin, angles, position_BS[0, 0])
+
+
+def _cos_and_sin(angles: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Returns the cosine of the first angles and the sine of the second ones."""
+    return jnp.cos(angles[0]), jnp.sin(angles[1])
 
 
 @jax.custom_vjp

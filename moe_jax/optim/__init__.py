@@ -59,6 +59,11 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(squares(tree).sum())
 
 
+def copied(params: Any) -> Any:
+    """Returns a copy of parameters for `norms`: a step takes its state away."""
+    return jax.tree.map(jnp.copy, params)
+
+
 def norms(new: Any, old: Any) -> dict[str, jax.Array]:
     """Returns what is logged of parameters that a step has changed: their norm, and |new - old|.
 

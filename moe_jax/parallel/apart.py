@@ -18,12 +18,15 @@ from moe_jax.parallel.compiling import platform
 T = TypeVar("T")
 
 
-def apart(function: Callable[[T], T], given: T, always: Array) -> T:
+def apart(function: Callable[[T], T], given: T, number: Array) -> T:
     """Returns function(given), computed in a loop of its own on a CPU.
 
     Args:
-      always: a scalar that is true, which the compiler must not know.
+      number: any integer, a scalar that the compiler does not know. The loop runs once whatever it
+        is.
     """
     if platform() != "cpu":
         return function(given)
-    return jax.lax.fori_loop(0, always.astype(jnp.int32), lambda _, x: function(x), given)
+    # True of every integer, which the compiler does not see.
+    once = ((number | 1) != 0).astype(jnp.int32)
+    return jax.lax.fori_loop(0, once, lambda _, x: function(x), given)

@@ -7,8 +7,6 @@ Shapes: T tokens of a device in a micro-batch, D model, R rows of a dispatch buf
 hidden, V vocabulary, S sequence.
 """
 
-import jax.numpy as jnp
-
 from moe_jax.models import MODELS
 from moe_jax.models.attention_core import OF_JAX
 from moe_jax.models.attentions import ATTENTIONS
@@ -44,11 +42,6 @@ def memory_traffic(cfg: Config, state: State, rows_held: int) -> int:
     return TOUCHED * arrays + SCORES_TOUCHED * (passes + again) * _scores(cfg)
 
 
-def _width(cfg: Config) -> int:
-    """Returns the bytes of a number that is computed with."""
-    return jnp.dtype(cfg.model.dtype).itemsize
-
-
 def _rows(cfg: Config, rows_held: int) -> int:
     """Returns the bytes of one array [T, D] and one [T, heads] of each block, and of one [R, D] and
     one [R, F] of each MoE layer.
@@ -59,20 +52,17 @@ def _rows(cfg: Config, rows_held: int) -> int:
     if model.num_moe_layers:
         of_layer = rows_held * (model.expert_dim + model.moe.expert_hidden // n)
         numbers += theory.runs(cfg, theory.num_moe) * of_layer
-    return numbers * _width(cfg)
+    return numbers * theory.number_bytes(cfg)
 
 
 def _weights(cfg: Config) -> int:
     """Returns the bytes of the weights that a device multiplies by in the blocks of all
     micro-batches.
     """
-    model, mesh = cfg.model, cfg.mesh
     numbers, _ = theory.dense_counts(cfg)
-    if model.num_moe_layers:
-        count = flops.expert(model) * model.moe.num_experts
-        local = count // (mesh.expert * mesh.seq) // mesh.model
-        numbers += theory.runs(cfg, theory.num_moe) * local
-    return numbers * _width(cfg)
+    if cfg.model.num_moe_layers:
+        numbers += theory.runs(cfg, theory.num_moe) * theory.local_experts(cfg)
+    return numbers * theory.number_bytes(cfg)
 
 
 def _ends(cfg: Config) -> int:
@@ -80,7 +70,7 @@ def _ends(cfg: Config) -> int:
     _, numbers = theory.dense_counts(cfg)
     num_tokens = cfg.train.num_micro_batches * theory.buffer_tokens(cfg) // cfg.mesh.stage
     logits = num_tokens * cfg.model.vocab_size // cfg.mesh.model
-    return numbers * _width(cfg) + 4 * logits
+    return numbers * theory.number_bytes(cfg) + 4 * logits
 
 
 def _scores(cfg: Config) -> int:

@@ -101,11 +101,11 @@ def _dense(blocks: tuple[str, ...]) -> int:
 
 def activations(cfg: Config) -> int:
     """Returns the bytes of the micro-batches that move between the stages of a pipeline."""
-    micro_batch = buffer_tokens(cfg) * cfg.model.d_model * _width(cfg)
+    micro_batch = buffer_tokens(cfg) * cfg.model.d_model * number_bytes(cfg)
     return schedule.of(cfg).moved(cfg.train.pipeline_schedule) * micro_batch
 
 
-def _width(cfg: Config) -> int:
+def number_bytes(cfg: Config) -> int:
     """Returns the bytes of a number that is computed with."""
     return jnp.dtype(cfg.model.dtype).itemsize
 
@@ -124,7 +124,7 @@ def tokens(cfg: Config) -> int:
     # There and back in every forward pass, there again where nothing was kept, and the gradients of
     # both ways.
     journeys = 2 * forward_passes(cfg) + again + 2
-    per_layer = journeys * rows * cfg.model.expert_dim * _width(cfg)
+    per_layer = journeys * rows * cfg.model.expert_dim * number_bytes(cfg)
     return per_layer * runs(cfg, num_moe)
 
 
@@ -138,7 +138,7 @@ def tokens_over_seq(cfg: Config) -> int:
     again = 0 if model.remat == "none" else 1
     gathers, scatters = forward_passes(cfg) + again + 1, forward_passes(cfg) + 1
     # What is scattered is as wide as the experts' output.
-    row = (gathers * model.d_model + scatters * model.expert_dim) * _width(cfg)
+    row = (gathers * model.d_model + scatters * model.expert_dim) * number_bytes(cfg)
     return row * _from_others(cfg) * runs(cfg, num_moe)
 
 
@@ -156,7 +156,7 @@ def keys_and_values(cfg: Config) -> int:
         one = model.with_attention(name)
         num_heads = ATTENTIONS[name].key_heads(one)
         width = sum(ATTENTIONS[name].widths(one)) * num_heads // cfg.mesh.model
-        num_bytes += passes * width * _width(cfg) * _from_others(cfg)
+        num_bytes += passes * width * number_bytes(cfg) * _from_others(cfg)
     # Of the mean block, as often as a device runs one.
     return num_bytes * runs(cfg, len) // len(model.blocks)
 
@@ -170,14 +170,19 @@ def expert_weights(cfg: Config) -> int:
     """Returns the bytes of the experts' weights, gathered over `data`, and of their gradients,
     which are scattered back.
     """
+    data = cfg.mesh.data
+    # One more for the gradients.
+    passes = _gathers(cfg) + 1
+    per_layer = passes * local_experts(cfg) * number_bytes(cfg) * (data - 1) // data
+    return per_layer * runs(cfg, num_moe)
+
+
+def local_experts(cfg: Config) -> int:
+    """Returns the weights of the experts of one layer that a device multiplies by."""
     model, mesh = cfg.model, cfg.mesh
     count = flops.expert(model) * model.moe.num_experts
     # Experts are split over `expert` and `seq`, their hidden columns over `model`.
-    local = count // (mesh.expert * mesh.seq) // mesh.model
-    # One more for the gradients.
-    passes = _gathers(cfg) + 1
-    per_layer = passes * local * _width(cfg) * (mesh.data - 1) // mesh.data
-    return per_layer * runs(cfg, num_moe)
+    return count // (mesh.expert * mesh.seq) // mesh.model
 
 
 def dense_weights(cfg: Config) -> int:
@@ -185,14 +190,14 @@ def dense_weights(cfg: Config) -> int:
     in_blocks, ends = dense_counts(cfg)
     # Embedding and head lie outside of what is rematerialised.
     gathered = _gathers(cfg) * in_blocks + forward_passes(cfg) * ends
-    return gathered * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
+    return gathered * number_bytes(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
 def dense_gradients(cfg: Config) -> int:
     """Returns the bytes of the gradients of these matrices, summed and scattered to the devices
     that keep them.
     """
-    return sum(dense_counts(cfg)) * _width(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
+    return sum(dense_counts(cfg)) * number_bytes(cfg) * _others(cfg) // cfg.mesh.fsdp_devices
 
 
 def dense_counts(cfg: Config) -> tuple[int, int]:
@@ -241,7 +246,7 @@ def hidden_columns(cfg: Config) -> int:
     # Of experts as wide as they are.
     numbers = wide * model.d_model + (of_ffn + more) * runs(cfg, num_moe) * model.expert_dim
     # A sum is a reduce-scatter and a gather.
-    return 2 * num_tokens * numbers * _width(cfg) * (n - 1) // n
+    return 2 * num_tokens * numbers * number_bytes(cfg) * (n - 1) // n
 
 
 def buffer_tokens(cfg: Config) -> int:
