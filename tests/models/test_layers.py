@@ -72,9 +72,10 @@ def test_the_gradient_of_a_rotation_turns_back(float64):
     np.testing.assert_allclose(own_pull(dy)[0], pull(dy)[0], rtol=1e-14)
 
 
-def test_angles_are_computed_once_and_are_those_of_the_formula():
+@pytest.mark.parametrize("first", [0, -1])
+def test_angles_are_computed_once_and_are_those_of_the_formula(first):
     """A CPU fuses cosines into each use otherwise, and takes them for every head."""
-    position_BS = jnp.arange(512, dtype=jnp.int32)[None]
+    position_BS = jnp.arange(first, first + 512, dtype=jnp.int32)[None]
 
     def cos_and_sin(position_BS):
         return rope(position_BS, 8, 10_000.0, "float32", lambda frequency: frequency)
@@ -86,7 +87,9 @@ def test_angles_are_computed_once_and_are_those_of_the_formula():
     x_BSHA = jax.random.normal(jax.random.key(0), (1, 512, 4, 8))
     hlo = jax.jit(pulled).lower(x_BSHA, position_BS).compile().as_text()
     assert len(re.findall(r" cosine\(", hlo)) == 1
-    angle_SA = np.arange(512.0)[:, None] * np.tile(10_000.0 ** (-np.arange(4.0) / 4), 2)
+    angle_SA = np.arange(first, first + 512.0)[:, None] * np.tile(
+        10_000.0 ** (-np.arange(4.0) / 4), 2
+    )
     cos, sin = jax.jit(cos_and_sin)(position_BS)
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angle_SA), atol=1e-4)
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angle_SA), atol=1e-4)
