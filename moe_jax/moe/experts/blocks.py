@@ -7,12 +7,14 @@ loops have no derivative, so the backward pass is written out.
 Shapes: see network.py; B rows of a block.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_rows, of_expert
@@ -21,14 +23,17 @@ from moe_jax.precision import wide_dtype
 
 # Rows of a block of this kernel, and of the large block that other kernels cut their tiles from.
 MOST_ROWS, MOST_LARGE = 1024, 8192
+# What a block of this kernel costs beside its rows, in rows: every product reads the weights and
+# puts them in order, and their gradients are written. Measured with blocks of 64 and of 512 rows.
+BLOCK_COST = 50
+# Rows are counted in grains: a block has whole ones.
+GRAIN = 8
 
 
 def block_sizes(rows_mean: float) -> tuple[int, int]:
     """Returns the (large, small) block for a mean number of rows per expert.
 
-    A large block near the mean serves most experts in one or two steps, the small one bounds the
-    padding. Of a large block beyond MOST_ROWS this kernel takes as many. Measured at 2048 and 4096
-    tokens, K = 2, D = 128 and 256, E = 8 and 64: no other choice was better by more than the noise.
+    The large one is near the mean. Each expert begins at a multiple of the small one.
     """
     # The power of two that is nearest to the mean, from 8 to 1024.
     exponent = round(math.log2(max(rows_mean, 1.0)))
@@ -38,44 +43,111 @@ def block_sizes(rows_mean: float) -> tuple[int, int]:
     return large, 16 if large > 16 else 8
 
 
-def _sizes_between(block: tuple[int, int]) -> tuple[int, ...]:
-    """Returns the static block sizes, largest first."""
-    large, small = min(block[0], MOST_ROWS), block[1]
-    # One between the two given saves many small steps.
-    middle = small * math.isqrt(large // small)
-    return tuple(sorted({large, middle, small}, reverse=True))
+def cover_sizes(block: tuple[int, int], num_rows: int) -> tuple[int, ...]:
+    """Returns the static sizes of this kernel's blocks, largest first.
 
-
-def _for_blocks(
-    step: Callable[..., Any],
-    carry: Any,
-    start: Array,
-    size: Array,
-    num_rows: int,
-    block: tuple[int, int],
-) -> Any:
-    """Folds `step(carry, offset, B)` over blocks that cover [start, start + size) in order.
-
-    A block may reach past the rows by up to a quarter of itself, into rows of later experts: a few
-    masked rows cost less than another round over the weights. So steps must mask, and what they
-    write there must be overwritten by those experts' own steps, which come later. `num_rows` (R)
-    keeps blocks inside the buffer.
+    No block is larger than the buffer of `num_rows`.
     """
-    end = start + size
-    for B in _sizes_between(block):
-        if B > num_rows:
-            continue
-        rows_left = jnp.maximum(end - start, 0)
-        # The smallest block takes all that is left, a larger one what fills three quarters of it.
-        slack = B - 1 if B == block[1] else B // 4
-        num_blocks = jnp.minimum((rows_left + slack) // B, (num_rows - start) // B)
+    large = min(block[0], MOST_ROWS)
+    # Beside BLOCK_COST padding is dear where blocks are large, and a further block where they are
+    # small. Of all triples of eighths these cost least for loads that deviate from their mean by
+    # a twentieth to a half of it; the loads of language models are among these.
+    factors = (1 / 4, 1, 9 / 8) if large > 128 else (1, 5 / 4, 7 / 4)
+    sizes = {_grains(int(factor * large)) * GRAIN for factor in factors}
+    fitting = {size for size in sizes if size <= num_rows} or {num_rows}
+    return tuple(sorted(fitting, reverse=True))
 
-        def body(j: Array, carry: Any, first: Array = start, B: int = B) -> Any:
-            return step(carry, first + j * B, B)
 
-        carry = lax.fori_loop(0, num_blocks, body, carry)
-        start = start + num_blocks * B
-    return carry
+def _grains(rows: Any) -> Any:
+    """Returns in how many grains so many rows have room."""
+    return -(-rows // GRAIN)
+
+
+@functools.cache
+def _cheapest(sizes: tuple[int, ...]) -> np.ndarray:
+    """Returns how many blocks of each size cover 0, 1, ... grains of rows at the least cost [N, S].
+
+    N is four blocks of the largest size. Beyond that such blocks are the cheapest anyway.
+    """
+    num = 4 * _grains(sizes[0]) + 1
+    cost = np.zeros(num)
+    counts = np.zeros((num, len(sizes)), np.int32)
+    for n in range(1, num):
+        # What the last block leaves to others, for each size that it may have.
+        left = [max(n - _grains(size), 0) for size in sizes]
+        costs = [BLOCK_COST + size + cost[m] for size, m in zip(sizes, left, strict=True)]
+        best = int(np.argmin(costs))
+        cost[n] = costs[best]
+        counts[n] = counts[left[best]]
+        counts[n, best] += 1
+    return counts
+
+
+def num_blocks(sizes: tuple[int, ...], size_e: Array) -> Array:
+    """Returns how many blocks of each size cover the rows of every expert [e, S]."""
+    counts_NS = _cheapest(sizes)
+    grains_e = _grains(size_e)
+    beyond_e = jnp.maximum(grains_e - (len(counts_NS) - 1), 0)
+    largest = _grains(sizes[0])
+    num_largest_e = -(-beyond_e // largest)
+    rest_e = grains_e - num_largest_e * largest
+    is_largest_1S = np.eye(1, len(sizes), dtype=np.int32)
+    return jnp.asarray(counts_NS)[rest_e] + num_largest_e[:, None] * is_largest_1S
+
+
+class _Span(NamedTuple):
+    """Holds where a block of B rows is: [at, at + B). Others' rows may be among them."""
+
+    at: Array
+    is_own_B: Array
+
+    def read(self, array_RX: Array) -> Array:
+        """Returns the rows of the block, its own and others."""
+        return lax.dynamic_slice_in_dim(array_RX, self.at, len(self.is_own_B))
+
+    def read_own(self, array_RD: Array) -> Array:
+        """Returns the rows of the block, those that are not its own as zeros."""
+        return jnp.where(self.is_own_B[:, None], self.read(array_RD), 0)
+
+    def write(self, array_RX: Array, block_BX: Array) -> Array:
+        """Returns the array with the block's own rows in their places."""
+        is_own = self.is_own_B.reshape(-1, *(1,) * (array_RX.ndim - 1))
+        rows = jnp.where(is_own, block_BX.astype(array_RX.dtype), self.read(array_RX))
+        return lax.dynamic_update_slice_in_dim(array_RX, rows, self.at, 0)
+
+
+class _Cover(NamedTuple):
+    """Holds which blocks cover the rows of each expert."""
+
+    layout: Layout
+    # Largest first.
+    sizes: tuple[int, ...]
+    num_blocks_eS: Array
+    # R, of the buffer.
+    num_rows: int
+
+    def fold(self, step: Callable[[Any, _Span], Any], carry: Any, i: Array) -> Any:
+        """Folds `step(carry, span)` over the blocks of expert i, in order."""
+        first = self.layout.start_e[i]
+        end = first + self.layout.size_e[i]
+        for B, num in zip(self.sizes, self.num_blocks_eS[i], strict=True):
+
+            def body(j: Array, carry: Any, first: Array = first, B: int = B) -> Any:
+                start = first + j * B
+                # A block that would reach beyond the buffer begins earlier.
+                at = jnp.minimum(start, self.num_rows - B)
+                row_B = at + jnp.arange(B, dtype=at.dtype)
+                return step(carry, _Span(at, (row_B >= start) & (row_B < end)))
+
+            carry = lax.fori_loop(0, num, body, carry)
+            first = first + num * B
+        return carry
+
+
+def _cover(block: tuple[int, int], layout: Layout, num_rows: int) -> _Cover:
+    """Returns the cheapest cover of the experts' rows by blocks."""
+    sizes = cover_sizes(block, num_rows)
+    return _Cover(layout, sizes, num_blocks(sizes, layout.size_e), num_rows)
 
 
 def _for_experts(expert: Callable[[Array, Any], Any], carry: Any, size_e: Array) -> Any:
@@ -106,35 +178,15 @@ def serve_rows(
 
     The layout is that of `grouped_matmul.expert_ffn`; it is for inference alone.
     """
+    cover = _cover(block, Layout(start_e, size_e), x_RD.shape[0])
 
     def expert(i: Array, y_RD: Array) -> Array:
-        start, size = start_e[i], size_e[i]
+        def step(y_RD: Array, span: _Span) -> Array:
+            return span.write(y_RD, network(i, span.read(x_RD), span.read(gate_R)))
 
-        def step(y_RD: Array, offset: Array, B: int) -> Array:
-            x_BD = _own_rows(x_RD, offset, B, start + size)
-            gate_B = _rows(gate_R, offset, B)
-            return _put_rows(y_RD, network(i, x_BD, gate_B), offset)
-
-        return _for_blocks(step, y_RD, start, size, x_RD.shape[0], block)
+        return cover.fold(step, y_RD, i)
 
     return _for_experts(expert, jnp.zeros_like(x_RD), size_e)
-
-
-def _rows(array_RX: Array, offset: Array, B: int) -> Array:
-    """Returns rows [offset, offset + B)."""
-    return lax.dynamic_slice_in_dim(array_RX, offset, B)
-
-
-def _own_rows(array_RD: Array, offset: Array, B: int, end: Array) -> Array:
-    """Returns rows [offset, offset + B), those from `end` on as zeros."""
-    row_B = offset + jnp.arange(B, dtype=offset.dtype)
-    is_own_B = row_B < end
-    return jnp.where(is_own_B[:, None], _rows(array_RD, offset, B), 0)
-
-
-def _put_rows(array_RX: Array, block_BX: Array, offset: Array) -> Array:
-    """Returns the array with a block in the place of its rows from `offset` on."""
-    return lax.dynamic_update_slice_in_dim(array_RX, block_BX.astype(array_RX.dtype), offset, 0)
 
 
 def _add_to(total_eXY: Array, i: Array, addend_XY: Array) -> Array:
@@ -162,24 +214,20 @@ def forward(
     """Returns (y_RD, pre_RH): the results, and the pre-activations that the backward pass reads."""
     x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
+    cover = _cover(block, layout, num_rows)
 
     def expert(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         w_in_DH = w_in_eDH[i].astype(dtype)
         w_out_FD = w_out_eFD[i].astype(dtype)
-        start, size = layout.start_e[i], layout.size_e[i]
-        own = of_expert(biases, i)
+        own_biases = of_expert(biases, i)
 
-        def step(carry: tuple[Array, Array], offset: Array, B: int) -> tuple[Array, Array]:
+        def step(carry: tuple[Array, Array], span: _Span) -> tuple[Array, Array]:
             y_RD, pre_RH = carry
-            x_BD = _own_rows(x_RD, offset, B, start + size)
-            gate_B = _rows(gate_R, offset, B)
-            if own is not None:
-                # Rows of nobody are zeros, which a bias would lift.
-                gate_B = _own_rows(gate_R[:, None], offset, B, start + size)[:, 0]
-            y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD, own)
-            return _put_rows(y_RD, y_BD, offset), _put_rows(pre_RH, pre_BH, offset)
+            x_BD, gate_B = span.read(x_RD), span.read(gate_R)
+            y_BD, pre_BH = forward_rows(act, x_BD, gate_B, w_in_DH, w_out_FD, own_biases)
+            return span.write(y_RD, y_BD), span.write(pre_RH, pre_BH)
 
-        return _for_blocks(step, carry, start, size, num_rows, block)
+        return cover.fold(step, carry, i)
 
     y_RD = own_zeros(x_RD, x_RD.shape, dtype)
     pre_RH = own_zeros(x_RD, (num_rows, w_in_eDH.shape[2]), dtype)
@@ -198,32 +246,31 @@ def backward(
     x_RD, gate_R, w_in_eDH, w_out_eFD, biases = rows
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     wide = wide_dtype(dtype)
+    cover = _cover(block, layout, num_rows)
 
     def expert(i: Array, cotangents: Rows) -> Rows:
         w_in_DH = w_in_eDH[i].astype(dtype)
         w_out_FD = w_out_eFD[i].astype(dtype)
-        start, size = layout.start_e[i], layout.size_e[i]
 
-        def step(sums: Rows, offset: Array, B: int) -> Rows:
-            # It is zero beyond the expert's rows, so all that follows is.
-            dy_BD = _own_rows(dy_RD, offset, B, start + size)
-            x_BD, gate_B = _rows(x_RD, offset, B), _rows(gate_R, offset, B)
+        def step(sums: Rows, span: _Span) -> Rows:
+            x_BD, gate_B, pre_BH = span.read(x_RD), span.read(gate_R), span.read(pre_RH)
             some = Rows(x_BD, gate_B, w_in_DH, w_out_FD, of_expert(biases, i))
-            pre_BH = _rows(pre_RH, offset, B)
+            # It is zero in rows that are not its own, so these add nothing to the weights'.
+            dy_BD = span.read_own(dy_RD)
             of_some = backward_rows(act, some, pre_BH, dy_BD, _outer)
 
             def add(total_eX: Array, addend_X: Array) -> Array:
                 return _add_to(total_eX, i, addend_X)
 
             return Rows(
-                _put_rows(sums.x_RD, of_some.x_RD, offset),
-                _put_rows(sums.gate_R, of_some.gate_R, offset),
+                span.write(sums.x_RD, of_some.x_RD),
+                span.write(sums.gate_R, of_some.gate_R),
                 add(sums.w_in_eDH, of_some.w_in_eDH),
                 add(sums.w_out_eFD, of_some.w_out_eFD),
                 jax.tree.map(add, sums.biases, of_some.biases),
             )
 
-        return _for_blocks(step, cotangents, start, size, num_rows, block)
+        return cover.fold(step, cotangents, i)
 
     def zeros(array: Array, dtype: Any) -> Array:
         return own_zeros(dy_RD, array.shape, dtype)
