@@ -4,7 +4,7 @@ Every execution of a compiled program allocates its temporary arrays, hundreds o
 frees them. glibc gives so much back to the system at once, which then clears every page anew at its
 next use: a tenth of a training step, measured on two cores of an AMD EPYC. So that memory is kept.
 Where the system asks to be told so (Linux: transparent_hugepage = madvise), it is also told that
-the heap may have pages of 2 MB: a step of 8 experts took 0.97 of the time, one of 64 experts 0.92.
+the heap may have pages of 2 MB, which saves some hundredths of a step (docs/speed.md).
 """
 
 import ctypes
