@@ -42,10 +42,12 @@ done
 
 code=0
 for pid in "${pids[@]}"; do
+  # A trapped signal ends `wait` early: wait until the process is gone, then ask once more. bash
+  # keeps its code.
+  wait "$pid"
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
   wait "$pid"
   status=$?
-  # a trapped signal ends `wait` early: ask again
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; status=$?; done
   [ "$status" -eq 0 ] || { [ "$code" -ne 0 ] || code=$status; }
 done
 exit "$code"

@@ -80,13 +80,12 @@ run() {
   while true; do
     on_all "$line" </dev/null &
     connection=$!
+    # A trapped signal ends `wait` early: wait until the process is gone, then ask once more. bash
+    # keeps its code.
+    wait "$connection"
+    while kill -0 "$connection" 2>/dev/null; do wait "$connection"; done
     wait "$connection"
     code=$?
-    # A trapped signal ends `wait` early: ask again.
-    while kill -0 "$connection" 2>/dev/null; do
-      wait "$connection"
-      code=$?
-    done
     say "the run ended with exit code $code"
     case $code in
       75 | 134 | 137) [ -z "$told" ] && [ "$restarts" -lt "${MOE_JAX_MAX_RESTARTS:-50}" ] || exit "$code" ;;

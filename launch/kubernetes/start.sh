@@ -26,11 +26,9 @@ set -m # without it, bash starts a job in the background with SIGINT ignored
   --process_id="$JOB_COMPLETION_INDEX" "$@" &
 run=$!
 trap 'kill -INT "$run" 2>/dev/null' TERM INT
+# A trapped signal ends `wait` early: wait until the process is gone, then ask once more. bash keeps
+# its code.
 wait "$run"
-code=$?
-# A trapped signal ends `wait` early: ask again.
-while kill -0 "$run" 2>/dev/null; do
-  wait "$run"
-  code=$?
-done
-exit "$code"
+while kill -0 "$run" 2>/dev/null; do wait "$run"; done
+wait "$run"
+exit "$?"

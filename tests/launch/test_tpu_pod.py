@@ -29,7 +29,8 @@ next() {
 case "$*" in
   *describe*) next states ;;
   *scp*) cp "$5" "$NOTES/code.tar.gz" ;;
-  *pkill*) touch "$NOTES/stopped" ;;
+  # The run has ended before this has returned.
+  *pkill*) touch "$NOTES/stopped" && sleep 0.5 ;;
   *moe_jax.main*)
     [ -e "$NOTES/codes" ] && exit "$(next codes)"
     touch "$NOTES/started"
