@@ -7,14 +7,12 @@ loops have no derivative, so the backward pass is written out.
 Shapes: see network.py; B rows of a block.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_rows, of_expert
@@ -26,8 +24,6 @@ MOST_ROWS, MOST_LARGE = 1024, 8192
 # What a block of this kernel costs beside its rows, in rows: every product reads the weights and
 # puts them in order, and their gradients are written. Measured with blocks of 64 and of 512 rows.
 BLOCK_COST = 50
-# Rows are counted in grains: a block has whole ones.
-GRAIN = 8
 
 
 def block_sizes(rows_mean: float) -> tuple[int, int]:
@@ -53,46 +49,36 @@ def cover_sizes(block: tuple[int, int], num_rows: int) -> tuple[int, ...]:
     # With these sizes a load at its mean is not padded. One that deviates by a twentieth to a half
     # of it, as those of language models do, costs a few hundredths more than with the best triple.
     factors = (1 / 4, 1, 9 / 8) if large > 128 else (1, 5 / 4, 7 / 4)
-    sizes = {_grains(int(factor * large)) * GRAIN for factor in factors}
+    sizes = {8 * math.ceil(factor * large / 8) for factor in factors}
     fitting = {size for size in sizes if size <= num_rows} or {num_rows}
     return tuple(sorted(fitting, reverse=True))
 
 
-def _grains(rows: Any) -> Any:
-    """Returns in how many grains so many rows have room."""
-    return -(-rows // GRAIN)
-
-
-@functools.cache
-def _cheapest(sizes: tuple[int, ...]) -> np.ndarray:
-    """Returns how many blocks of each size cover 0, 1, ... grains of rows at the least cost [N, S].
-
-    N is four blocks of the largest size. Beyond that such blocks are the cheapest anyway.
-    """
-    num = 4 * _grains(sizes[0]) + 1
-    cost = np.zeros(num)
-    counts = np.zeros((num, len(sizes)), np.int32)
-    for n in range(1, num):
-        # What the last block leaves to others, for each size that it may have.
-        left = [max(n - _grains(size), 0) for size in sizes]
-        costs = [BLOCK_COST + size + cost[m] for size, m in zip(sizes, left, strict=True)]
-        best = int(np.argmin(costs))
-        cost[n] = costs[best]
-        counts[n] = counts[left[best]]
-        counts[n, best] += 1
-    return counts
-
-
 def num_blocks(sizes: tuple[int, ...], size_e: Array) -> Array:
-    """Returns how many blocks of each size cover the rows of every expert [e, S]."""
-    counts_NS = _cheapest(sizes)
-    grains_e = _grains(size_e)
-    beyond_e = jnp.maximum(grains_e - (len(counts_NS) - 1), 0)
-    largest = _grains(sizes[0])
-    num_largest_e = -(-beyond_e // largest)
-    rest_e = grains_e - num_largest_e * largest
-    is_largest_1S = np.eye(1, len(sizes), dtype=np.int32)
-    return jnp.asarray(counts_NS)[rest_e] + num_largest_e[:, None] * is_largest_1S
+    """Returns how many blocks of each size cover the rows of every expert at the least cost [e, S].
+
+    Looked at are 0 to 4 blocks of each size with as many of the largest as are left for it, C
+    choices in all.
+    """
+    largest, *smaller = sizes
+
+    def counts(choice: Array) -> list[Array]:
+        """Returns the number of blocks of each smaller size; a choice has one digit for each."""
+        return [choice // 5**digit % 5 for digit in range(len(smaller))]
+
+    def of_largest(rows: Array, choice: Array) -> Array:
+        """Returns how many of the largest cover what a choice leaves of some rows."""
+        for size, number in zip(smaller, counts(choice), strict=True):
+            rows = rows - size * number
+        return (jnp.maximum(rows, 0) + largest - 1) // largest
+
+    # Made here and no constant, which a rematerialised layer would keep.
+    choice_1C = jnp.arange(5 ** len(smaller), dtype=size_e.dtype)[None]
+    cost_eC = (BLOCK_COST + largest) * of_largest(size_e[:, None], choice_1C)
+    for size, number_1C in zip(smaller, counts(choice_1C), strict=True):
+        cost_eC = cost_eC + (BLOCK_COST + size) * number_1C
+    best_e = jnp.argmin(cost_eC, axis=1).astype(size_e.dtype)
+    return jnp.stack([of_largest(size_e, best_e), *counts(best_e)], axis=1)
 
 
 class _Span(NamedTuple):
