@@ -24,6 +24,8 @@ MOST_ROWS, MOST_LARGE = 1024, 8192
 # What a block of this kernel costs beside its rows, in rows: every product reads the weights and
 # puts them in order, and their gradients are written. Measured with blocks of 64 and of 512 rows.
 BLOCK_COST = 50
+# An expert takes fewer than so many blocks of each size but the largest.
+FEW = 5
 
 
 def block_sizes(rows_mean: float) -> tuple[int, int]:
@@ -57,14 +59,14 @@ def cover_sizes(block: tuple[int, int], num_rows: int) -> tuple[int, ...]:
 def num_blocks(sizes: tuple[int, ...], size_e: Array) -> Array:
     """Returns how many blocks of each size cover the rows of every expert at the least cost [e, S].
 
-    Looked at are 0 to 4 blocks of each size with as many of the largest as are left for it, C
-    choices in all.
+    Looked at are up to FEW - 1 blocks of each smaller size, with as many of the largest as are
+    needed for the rest: C choices in all.
     """
     largest, *smaller = sizes
 
     def counts(choice: Array) -> list[Array]:
         """Returns the number of blocks of each smaller size; a choice has one digit for each."""
-        return [choice // 5**digit % 5 for digit in range(len(smaller))]
+        return [choice // FEW**digit % FEW for digit in range(len(smaller))]
 
     def of_largest(rows: Array, choice: Array) -> Array:
         """Returns how many of the largest cover what a choice leaves of some rows."""
@@ -73,7 +75,7 @@ def num_blocks(sizes: tuple[int, ...], size_e: Array) -> Array:
         return (jnp.maximum(rows, 0) + largest - 1) // largest
 
     # Made here and no constant, which a rematerialised layer would keep.
-    choice_1C = jnp.arange(5 ** len(smaller), dtype=size_e.dtype)[None]
+    choice_1C = jnp.arange(FEW ** len(smaller), dtype=size_e.dtype)[None]
     cost_eC = (BLOCK_COST + largest) * of_largest(size_e[:, None], choice_1C)
     for size, number_1C in zip(smaller, counts(choice_1C), strict=True):
         cost_eC = cost_eC + (BLOCK_COST + size) * number_1C
