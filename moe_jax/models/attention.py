@@ -37,7 +37,7 @@ from moe_jax.models.attention_layout import SAVED, Scores
 from moe_jax.models.attentions import ATTENTIONS, heads
 from moe_jax.models.attentions.contract import HEADS, TOKENS
 from moe_jax.models.attentions.heads import SINKS, project, projections
-from moe_jax.models.layers import gather
+from moe_jax.models.layers import gather, linear
 from moe_jax.moe.dispatch.exchange import all_gather
 from moe_jax.parallel import context
 from moe_jax.parallel.apart import apart
@@ -215,11 +215,8 @@ def write(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
     """Returns what the heads add to the residual stream."""
     w_HAD = gather(weights["o"], ("heads", None, "embed"), cfg.dtype)
     tokens = context.tokens_spec(o_BSHA, None)
-    # Not an einsum: that sorts the names of what it sums over, A before H, and both arrays would be
-    # transposed first.
-    over_heads = (((2, 3), (0, 1)), ((), ()))
     with jax.named_scope("out_projection"):
-        y_BSD = jax.lax.dot_general(o_BSHA, w_HAD, over_heads, out_sharding=tokens)
+        y_BSD = linear(o_BSHA, w_HAD, cfg.dtype, tokens)
     if cfg.output_bias:
         # Whole on every device of "model", so it is added once, after the sum over heads.
         bias_D = weights["o_bias"].astype(cfg.dtype)

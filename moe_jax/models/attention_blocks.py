@@ -22,6 +22,7 @@ from moe_jax.models.attention_layout import (
     runs_of_queries,
     shift,
 )
+from moe_jax.parallel.outer import outer
 from moe_jax.precision import wide_dtype
 
 
@@ -197,7 +198,7 @@ def _backward_blocks(
             dbias_NX += bias.gradient(dscore_NKQ, bucket_QK.T, queries.start, 1)
         dscore_NKQ = scores.pulled(dscore_NKQ, score_NKQ)
         # dQ = dS K, dK = dS^T Q and dV = P^T dO.
-        dqs.append(dot("NKQ,NKA->NQA", dscore_NKQ, k_NKA) * scores.scale)
+        dqs.append(outer(dscore_NKQ.astype(k_NKA.dtype), k_NKA, wide) * scores.scale)
         dk_NKA = dot("NKQ,NQA->NKA", dscore_NKQ, q) * scores.scale
         dv_NKA = dot("NKQ,NQA->NKA", weight_NKQ, do)
         dk_NSA = dk_NSA.at[:, keys].add(dk_NKA)

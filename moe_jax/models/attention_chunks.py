@@ -27,6 +27,7 @@ from moe_jax.models.attention_layout import (
     shift,
 )
 from moe_jax.parallel import context
+from moe_jax.parallel.outer import outer
 from moe_jax.precision import wide_dtype
 
 # Tokens of a chunk where heads are few; 256 KB of scores of a head on a CPU.
@@ -326,8 +327,8 @@ def backward(
         # Through what was done to the scores (a soft cap).
         dscore_NCK = scores.pulled(dscore_NCK, score_NCK)
         dq_NCA = dot("NCK,NKA->NCA", dscore_NCK, k_NKA) * scores.scale
-        dk_NKA = dot("NCK,NCA->NKA", dscore_NCK, q_NCA) * scores.scale
-        dv_NKA = dot("NCK,NCA->NKA", weight_NCK, do_NCA)
+        dk_NKA = outer(dscore_NCK.astype(q_NCA.dtype), q_NCA, wide) * scores.scale
+        dv_NKA = outer(weight_NCK.astype(do_NCA.dtype), do_NCA, wide)
         return (
             pair.put_queries(dq_NQA, pair.queries(dq_NQA) + dq_NCA),
             pair.put_keys(dk_NSA, pair.keys(dk_NSA) + dk_NKA),

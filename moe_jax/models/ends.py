@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
-from moe_jax.models.layers import gather, norm, scale_of_norm, widen
+from moe_jax.models.layers import gather, linear, norm, scale_of_norm
 from moe_jax.models.soft_cap import lean_soft_cap
 from moe_jax.parallel import context
 from moe_jax.precision import wide_dtype
@@ -92,7 +92,7 @@ def before_head(x_BSD: Array, scale_D: Array, cfg: ModelConfig) -> Array:
 def logits(last: Hidden, cap: float) -> Array:
     """Returns logits [B, S, V] in at least float32, under a soft cap; cap = 0: no cap."""
     with jax.named_scope("head"):
-        logits_BSV = widen(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
+        logits_BSV = linear(last.x_BSD, last.head_DV, wide_dtype(last.x_BSD.dtype))
         return lean_soft_cap(logits_BSV, cap) if cap else logits_BSV
 
 

@@ -158,36 +158,49 @@ def activate(parts: Sequence[Array], chosen: Chosen) -> Array:
     return (kind.lean or kind.of)(options, *parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def widen(x_BSD: Array, w_DF: Array, dtype: DTypeLike) -> Array:
-    """Returns x @ w [B, S, F], added up in `dtype`, where F is larger than D.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(x: Array, w: Array, dtype: DTypeLike, out_sharding: Any = None) -> Array:
+    """Returns x @ w [B, S, *F], added up in `dtype`, of x [B, S, *D] and w [*D, *F].
 
     The gradient of w is x^T @ dy. Autodiff takes dy^T @ x and transposes it, for which a CPU first
-    transposes dy in memory, the widest array of all.
+    transposes dy in memory. That is the slower way where dy is wider than x, where several products
+    have the same x, or where dy is computed on the way (queries and keys that turn).
+
+    `out_sharding` is needed where D is split: the sum over it is a reduction.
     """
-    return _contract(x_BSD, w_DF, ((2,), (0,)), dtype, None)
+    over, of_w = _summed(x)
+    return _contract(x, w, (over, of_w), dtype, out_sharding)
 
 
-def _widen_forward(
-    x_BSD: Array, w_DF: Array, dtype: DTypeLike
+def _linear_forward(
+    x: Array, w: Array, dtype: DTypeLike, out_sharding: Any
 ) -> tuple[Array, tuple[Array, Array]]:
-    return widen(x_BSD, w_DF, dtype), (x_BSD, w_DF)
+    return linear(x, w, dtype, out_sharding), (x, w)
 
 
-def _widen_backward(
-    dtype: DTypeLike, residuals: tuple[Array, Array], dy_BSF: Array
+def _linear_backward(
+    dtype: DTypeLike, out_sharding: Any, residuals: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
-    x_BSD, w_DF = residuals
+    x, w = residuals
     # Logits are wider (float32) than x and w. A product of a wide and a narrow factor is computed
     # in the wide dtype, which is slower.
-    dy_BSF = dy_BSF.astype(x_BSD.dtype)
+    dy = dy.astype(x.dtype)
+    _, of_w = _summed(x)
+    columns = tuple(range(len(of_w), w.ndim))
+    of_dy, _ = _summed(dy)
+    rows = (0, 1)
     # Where F is split over `model`, or rows over devices, each has a part of a sum.
-    dx_BSD = _contract(dy_BSF, w_DF, ((2,), (1,)), dtype, jax.typeof(x_BSD).sharding)
-    dw_DF = _contract(x_BSD, dy_BSF, ((0, 1), (0, 1)), dtype, jax.typeof(w_DF).sharding)
-    return dx_BSD.astype(x_BSD.dtype), dw_DF.astype(w_DF.dtype)
+    dx = _contract(dy, w, (of_dy, columns), dtype, jax.typeof(x).sharding)
+    dw = _contract(x, dy, (rows, rows), dtype, jax.typeof(w).sharding)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-widen.defvjp(_widen_forward, _widen_backward)
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _summed(x: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns which dimensions of x [B, S, *D] are summed over, and which of w [*D, *F]."""
+    return tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))
 
 
 def _contract(a: Array, b: Array, dims: Any, dtype: DTypeLike, sharding: Any) -> Array:
@@ -245,7 +258,7 @@ class FeedForward(nnx.Module):
         """Returns x @ w [B, S, F]."""
 
         def product(x_BSD: Array, w_DF: Array) -> Array:
-            return widen(x_BSD, w_DF, x_BSD.dtype)
+            return linear(x_BSD, w_DF, x_BSD.dtype)
 
         return self._by_numbers(product, x_BSD, w_DF)
 

@@ -8,38 +8,55 @@ import meshes
 import numpy as np
 import pytest
 
-from moe_jax.models.layers import rope, rotate, widen
+from moe_jax.models.layers import linear, rope, rotate
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.precision import wide_dtype
 
 B, S, D, F = 4, 6, 8, 16
 
 
+# The dimensions of x behind rows and tokens, those that w adds, and what stands for both in an
+# einsum: a feed-forward, the projection to heads and that back. The first of them is split.
+HEADS, WIDTH = 4, 3
+LINEAR = {
+    "feed_forward": ((D,), (F,), "d,df->f", (None, "model")),
+    "to_heads": ((D,), (HEADS, WIDTH), "d,dha->ha", (None, "model", None)),
+    "from_heads": ((HEADS, WIDTH), (D,), "ha,had->d", ("model", None, None)),
+}
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_widen_is_a_product(float64, shape, dtype):
+@pytest.mark.parametrize("kind", LINEAR)
+def test_linear_is_a_product(float64, kind, shape, dtype):
+    read, written, letters, w_spec = LINEAR[kind]
+    of_x, of_w, of_y = letters.replace("->", ",").split(",")
     random = np.random.default_rng(0)
-    values = [random.normal(size=size) for size in ((B, S, D), (D, F), (B, S, F))]
-
+    shapes = ((B, S, *read), (*read, *written), (B, S, *written))
+    values = [random.normal(size=size) for size in shapes]
     wide = wide_dtype(dtype)
     mesh = meshes.make(*shape)
+    x_spec, y_spec = P(BATCH, None, *w_spec[: len(read)]), P(BATCH, None, *w_spec[len(read) :])
 
     def own(x, w, weight):
-        return (widen(x, w, wide) * weight).sum()
+        return (linear(x, w, wide, y_spec) * weight).sum()
 
     with jax.set_mesh(mesh):
-        specs = (P(BATCH), P(None, "model"), P(BATCH, None, "model"))
         x, w, weight = (
             jax.device_put(value, jax.NamedSharding(mesh, spec))
-            for value, spec in zip(values, specs, strict=True)
+            for value, spec in zip(values, (x_spec, P(*w_spec), y_spec), strict=True)
         )
         x, w, weight = x.astype(dtype), w.astype(dtype), weight.astype(wide)
         got = jax.jit(jax.value_and_grad(own, (0, 1)))(x, w, weight)
     (total, (dx, dw)) = jax.tree.map(np.asarray, got)
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     accuracy = 1e-12 if dtype == "float64" else 1e-2
-    np.testing.assert_allclose(total, (x @ w * values[2]).sum(), rtol=accuracy)
-    wanted = values[2] @ w.T, np.einsum("bsd,bsf->df", x, values[2])
+    y = np.einsum(f"bs{of_x},{of_w}->bs{of_y}", x, w)
+    np.testing.assert_allclose(total, (y * values[2]).sum(), rtol=accuracy)
+    wanted = (
+        np.einsum(f"bs{of_y},{of_w}->bs{of_x}", values[2], w),
+        np.einsum(f"bs{of_x},bs{of_y}->{of_w}", x, values[2]),
+    )
     for mine, plain in zip((dx, dw), wanted, strict=True):
         np.testing.assert_allclose(mine, plain, rtol=accuracy, atol=accuracy * abs(plain).max())
 
@@ -47,7 +64,7 @@ def test_widen_is_a_product(float64, shape, dtype):
 def test_narrow_factors_have_narrow_products():
     """Logits in float32 have no products of float32 behind them where the factors are narrow."""
     x, w = jnp.ones((B, S, D), "bfloat16"), jnp.ones((D, F), "bfloat16")
-    gradient = jax.grad(lambda x, w: widen(x, w, jnp.float32).sum(), (0, 1))
+    gradient = jax.grad(lambda x, w: linear(x, w, jnp.float32).sum(), (0, 1))
     products = [
         eqn for eqn in jax.make_jaxpr(gradient)(x, w).eqns if eqn.primitive.name == "dot_general"
     ]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.models.attentions.contract import HEADS, Caching
-from moe_jax.models.layers import gather, norm, rope, rotate, scale_of_norm
+from moe_jax.models.layers import gather, linear, norm, rope, rotate, scale_of_norm
 from moe_jax.models.rope_scalings import ROPE_SCALINGS
 from moe_jax.parallel.mesh import BATCH, P
 from moe_jax.schema.config import Config, ModelConfig
@@ -108,7 +108,8 @@ def widths(cfg: ModelConfig) -> tuple[int, int]:
 def project(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
     """Returns queries, keys or values [B, S, H or G, A] of x."""
     w_DHA = gather(weights[name], ("embed", "heads", None), cfg.dtype)
-    y = jnp.einsum("BSD,DHA->BSHA", x_BSD, w_DHA)
+    with jax.named_scope("in_projection"):
+        y = linear(x_BSD, w_DHA, cfg.dtype)
     if cfg.attention_bias:
         bias_HA = weights[f"{name}_bias"].astype(cfg.dtype)
         y = y + bias_HA[None, None]

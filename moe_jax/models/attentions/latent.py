@@ -33,7 +33,7 @@ from jax import Array
 
 from moe_jax.models.attentions import grouped_query, heads
 from moe_jax.models.attentions.contract import Attention, Caching
-from moe_jax.models.layers import gather, rms_norm, scale_of_norm
+from moe_jax.models.layers import gather, linear, rms_norm, scale_of_norm
 from moe_jax.parallel import context
 from moe_jax.parallel.mesh import BATCH, RANK, P
 from moe_jax.schema.config import Config, ModelConfig
@@ -133,10 +133,10 @@ def queries(weights: Weights, x_BSD: Array, cfg: ModelConfig) -> tuple[Array, Ar
         latent_BSQ = _down(weights, "q_a", x_BSD, cfg)
         latent_BSQ = _norm(latent_BSQ, weights["q_a_norm_scale"], cfg)
         w_QHA = gather(weights["q_b"], (RANK, "heads", None), cfg.dtype)
-        q = jnp.einsum("BSQ,QHA->BSHA", latent_BSQ, w_QHA)
+        q = _up(latent_BSQ, w_QHA, cfg)
     else:
         w_DHA = gather(weights["q"], ("embed", "heads", None), cfg.dtype)
-        q = jnp.einsum("BSD,DHA->BSHA", x_BSD, w_DHA)
+        q = _up(x_BSD, w_DHA, cfg)
     return q[..., : own.qk_nope_head_dim], q[..., own.qk_nope_head_dim :]
 
 
@@ -162,6 +162,12 @@ def _down(weights: Weights, name: str, x_BSD: Array, cfg: ModelConfig) -> Array:
     return y_BSQ
 
 
+def _up(x_BSQ: Array, w_QHA: Array, cfg: ModelConfig) -> Array:
+    """Returns a projection to the heads [B, S, H, A]."""
+    with jax.named_scope("in_projection"):
+        return linear(x_BSQ, w_QHA, cfg.dtype)
+
+
 def up_projections(weights: Weights, cfg: ModelConfig) -> tuple[Array, Array]:
     """Returns (W_K [R, H, N], W_V [R, H, V])."""
     w_RHA = gather(weights["kv_b"], (RANK, "heads", None), cfg.dtype)
@@ -184,8 +190,8 @@ def inputs(
     latent_BSR, key_BST = latents(weights, x_BSD, cfg)
     q_BSHT, key_BS1T = _turned(q_BSHT, key_BST, position_BS, cfg)
     w_k, w_v = up_projections(weights, cfg)
-    k_BSHN = jnp.einsum("BSR,RHN->BSHN", latent_BSR, w_k)
-    v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, w_v)
+    k_BSHN = _up(latent_BSR, w_k, cfg)
+    v_BSHV = _up(latent_BSR, w_v, cfg)
     # The key that turns is one for all heads; kernels want one for each.
     key_BSHT = jnp.broadcast_to(key_BS1T, (*k_BSHN.shape[:3], key_BS1T.shape[3]))
     # Every device of `model` has the key of all heads, and needs it for its own.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.moe.experts.network import Layout, Rows, backward_rows, forward_rows, of_expert
+from moe_jax.parallel.outer import outer
 from moe_jax.parallel.zeros import own_zeros
 from moe_jax.precision import wide_dtype
 
@@ -183,19 +184,6 @@ def _add_to(total_eXY: Array, i: Array, addend_XY: Array) -> Array:
     return lax.dynamic_update_index_in_dim(total_eXY, before_XY + addend_XY, i, 0)
 
 
-def _outer(a_BX: Array, b_BY: Array, dtype: Any) -> Array:
-    """Returns a^T @ b [X, Y].
-
-    The rows are two dimensions here. XLA's CPU compiler then transposes `a` first and takes its
-    fast product; a single dimension it leaves to another one, 1.5 times as slow.
-    """
-    num_rows = a_BX.shape[0]
-    a = a_BX.reshape(2, num_rows // 2, -1)
-    b = b_BY.reshape(2, num_rows // 2, -1)
-    over_rows = (((0, 1), (0, 1)), ((), ()))
-    return lax.dot_general(a, b, over_rows, preferred_element_type=dtype)
-
-
 def forward(
     act: Callable[[Array], Array], block: tuple[int, int], rows: Rows, layout: Layout
 ) -> tuple[Array, Array]:
@@ -245,7 +233,7 @@ def backward(
             some = Rows(x_BD, gate_B, w_in_DH, w_out_FD, of_expert(biases, i))
             # It is zero in rows that are not its own, so these add nothing to the weights'.
             dy_BD = span.read_own(dy_RD)
-            of_some = backward_rows(act, some, pre_BH, dy_BD, _outer)
+            of_some = backward_rows(act, some, pre_BH, dy_BD, outer)
 
             def add(total_eX: Array, addend_X: Array) -> Array:
                 return _add_to(total_eX, i, addend_X)

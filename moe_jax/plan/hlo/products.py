@@ -11,7 +11,7 @@ from moe_jax.plan.hlo.text import Array, Instruction, Module, Runs
 OTHER, EXPERTS = "other", "routed experts"
 JOINS, LATENT = "joins of further tokens", "latent projections"
 # What stands in the scope of an instruction -> the part of the model, the first that fits. Names in
-# capitals are those of the einsums of models/attention.py and models/attentions/latent.py.
+# capitals are those of einsums.
 PARTS = (
     ("optimizer", "optimizer"),
     ("ragged_dot", EXPERTS),
@@ -22,12 +22,9 @@ PARTS = (
     ("/dispatch/", "dispatch"),
     ("/combine/", "dispatch"),
     ("attention", "attention scores"),
-    ("BSD,DHA->BSHA", "attention projections"),
+    ("in_projection", "attention projections"),
     ("out_projection", "attention projections"),
     ("BSD,DQ->BSQ", "attention projections"),
-    ("BSQ,QHA->BSHA", "attention projections"),
-    ("BSR,RHN->BSHN", "attention projections"),
-    ("BSR,RHV->BSHV", "attention projections"),
     ("feed_forward", "dense and shared"),
     ("BSF,FD->BSD", "dense and shared"),
     ("mtp", JOINS),
