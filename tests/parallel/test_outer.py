@@ -19,7 +19,7 @@ def test_it_is_the_sum_over_rows(of_a, of_b):
     a = random.normal(size=of_a).astype("float32")
     b = random.normal(size=of_b).astype("float32")
     wanted = np.einsum("...rx,...ry->...xy", a, b)
-    np.testing.assert_allclose(outer(a, b, "float32"), wanted, rtol=1e-5)
+    np.testing.assert_allclose(outer(a, b, "float32"), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_it_adds_up_in_the_wider_type():
