@@ -9,7 +9,8 @@ an earlier one's place, so a causal model stays causal. Or C is a number of plac
 property of the model: Switch Transformers (Fedus et al. 2021, arXiv:2101.03961) drop at evaluation
 as well, and transformers has so many places in each row (`expert_capacity`).
 
-Buffers per device: E * (T / group) * C rows sent, as many received and computed.
+Buffers per device: E * (T / group) * C rows sent, as many received and computed. Where nothing is
+sent, on an expert axis of one device, only those that are filled are computed.
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ def apply(
     with jax.named_scope("dispatch"):
         is_real_N = routing.expert_index_N < shape.num_experts
         # 1. The row of each assignment in the buffer of R = E G C rows. R itself means nowhere.
-        row_N, is_kept_N = _rows_of_assignments(routing, is_real_N, shape, options)
+        row_N, is_kept_N, filled_E = _rows_of_assignments(routing, is_real_N, shape, options)
         # 2. The same from the rows' side. A void row gets the token T, which is out of bounds, and
         # the gate 0: it is zero.
         assignment_R = assignment_of_row(row_N, rows(shape, options))
@@ -87,7 +88,7 @@ def apply(
         # 3. There and back.
         x_RD = take_rows(x_TD, src_R, dest_TK)
         gate_R = routing.gate_N.at[assignment_R].get(mode="fill", fill_value=0)
-    y_RD = through_experts(x_RD, gate_R, experts, shape)
+    y_RD = through_experts(x_RD, gate_R, experts, shape, filled_E)
     with jax.named_scope("combine"):
         y_TD = sum_rows(y_RD, dest_TK, src_R, shape.num_tokens)
     # What was sent nowhere has no place either, but it is not dropped.
@@ -96,20 +97,28 @@ def apply(
 
 def _rows_of_assignments(
     routing: Routing, is_real_N: jax.Array, shape: Shape, options: Options
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (the row of each assignment in the buffer, whether it has a place)."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (the row of each assignment in the buffer, whether it has a place, how many rows of
+    each expert are filled).
+    """
     num_groups = shape.num_tokens // shape.group_tokens
     num_places = expert_capacity(shape, options)
     group_N = routing.token_N // shape.group_tokens
     # The rank among the assignments of an expert in a group. Nowhere is a class of its own, hence
     # E + 1.
+    num_classes = num_groups * (shape.num_experts + 1)
     class_N = group_N * (shape.num_experts + 1) + routing.expert_index_N
-    rank_N = rank_in_order(class_N, routing.order_N, num_groups * (shape.num_experts + 1))
+    rank_N = rank_in_order(class_N, routing.order_N, num_classes)
     is_kept_N = is_real_N & (rank_N < num_places)
-    # The buffer is [E, groups, C]: all rows of an expert lie together.
-    row_N = (routing.expert_index_N * num_groups + group_N) * num_places + rank_N
+    # All rows of an expert lie together, the G C of its groups, and those that are filled first: on
+    # one device the others are not computed.
+    count_c = jnp.zeros_like(class_N, shape=(num_classes,)).at[class_N].add(1)
+    kept_GE = jnp.minimum(count_c, num_places).reshape(num_groups, -1)
+    before_GE = jnp.cumsum(kept_GE, axis=0) - kept_GE
+    first_N = routing.expert_index_N * (num_groups * num_places) + before_GE.reshape(-1)[class_N]
     # One past the last row is out of bounds: it is neither read nor written.
-    return jnp.where(is_kept_N, row_N, rows(shape, options)), is_kept_N
+    row_N = jnp.where(is_kept_N, first_N + rank_N, rows(shape, options))
+    return row_N, is_kept_N, kept_GE.sum(axis=0)[: shape.num_experts]
 
 
 def of_the_model(options: Options) -> bool:

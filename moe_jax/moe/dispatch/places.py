@@ -16,24 +16,37 @@ from moe_jax.moe.experts.blocks import block_sizes
 
 
 def through_experts(
-    x_RD: jax.Array, gate_R: jax.Array, experts: Experts, shape: Shape
+    x_RD: jax.Array,
+    gate_R: jax.Array,
+    experts: Experts,
+    shape: Shape,
+    filled_E: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the results of experts for rows [E * places, D] in order of expert.
 
-    They have the same order, and are weighted by `gate_R`.
+    They have the same order, and are weighted by `gate_R`. `filled_E`: how many rows of each expert
+    are filled, where these come first; None = all.
     """
     with jax.named_scope("dispatch"):
         x_RD = checkpoint_name(_send(x_RD, shape), SAVED)
         gate_R = _send(gate_R, shape)
-    y_RD = _on_padded_rows(x_RD, gate_R, experts, shape)
+    # What several devices have sent for an expert has gaps.
+    filled_e = filled_E if shape.expert_axis == 1 else None
+    y_RD = _on_padded_rows(x_RD, gate_R, experts, shape, filled_e)
     with jax.named_scope("combine"):
         return _return(y_RD, shape)
 
 
 def _on_padded_rows(
-    x_RD: jax.Array, gate_R: jax.Array, experts: Experts, shape: Shape
+    x_RD: jax.Array,
+    gate_R: jax.Array,
+    experts: Experts,
+    shape: Shape,
+    filled_e: jax.Array | None,
 ) -> jax.Array:
-    """Returns the results of rows of which every local expert has equally many."""
+    """Returns the results of rows of which every local expert has equally many, of which the first
+    are filled.
+    """
     e = shape.local_experts
     # n * places: what all n devices sent for one expert.
     rows_of_expert = x_RD.shape[0] // e
@@ -49,7 +62,7 @@ def _on_padded_rows(
 
     # The room of expert i begins at i * room; only its first rows are real.
     start_e = jnp.arange(e, dtype=jnp.int32) * room
-    size_e = jnp.full((e,), rows_of_expert, jnp.int32)
+    size_e = jnp.full((e,), rows_of_expert, jnp.int32) if filled_e is None else filled_e
     y_RD = experts.grouped(pad(x_RD), pad(gate_R), start_e, size_e, block)
     y_erD = y_RD.reshape(e, room, -1)[:, :rows_of_expert]
     return y_erD.reshape(x_RD.shape[0], -1)
