@@ -118,7 +118,8 @@ def _rows_of_assignments(
     first_N = routing.expert_index_N * (num_groups * num_places) + before_GE.reshape(-1)[class_N]
     # One past the last row is out of bounds: it is neither read nor written.
     row_N = jnp.where(is_kept_N, first_N + rank_N, rows(shape, options))
-    return row_N, is_kept_N, kept_GE.sum(axis=0)[: shape.num_experts]
+    filled_E = kept_GE.sum(axis=0, dtype=kept_GE.dtype)[: shape.num_experts]
+    return row_N, is_kept_N, filled_E
 
 
 def of_the_model(options: Options) -> bool:
