@@ -152,7 +152,7 @@ def decoding(cfg: config.Config, options: Mapping[str, Any]) -> Prepared:
         engine = sample.make_engine(model_cfg, tokenizer)
     # Temperature 0: greedy.
     settings = Settings(new, 0.0, 0, 1.0, 0, ())
-    length = sample.power_of_two(prompt + new, 64)
+    length = sample.cache_length(prompt + new)
     ids = np.random.default_rng(cfg.seed).integers(1, cfg.model.vocab_size, (num_rows, prompt))
 
     def run() -> None:

@@ -116,7 +116,7 @@ def make_sampler(
         _tell_cut(rows, prompts, told)
         longest = max((len(row.window) for row in rows), default=0)
         # The cache holds the longest row, or the context.
-        length = min(context, power_of_two(longest + settings.max_tokens, 64))
+        length = min(context, cache_length(longest + settings.max_tokens))
         size = batch_size(len(rows))
         for first in range(0, len(rows), size):
             batch = rows[first : first + size]
@@ -270,6 +270,16 @@ def power_of_two(n: int, least: int) -> int:
     Few shapes are few compilations.
     """
     return 1 << (max(n, least) - 1).bit_length()
+
+
+def cache_length(n: int) -> int:
+    """Returns the slots of a cache for n tokens: the next of 64, 96, 128, 192, 256, 384, 512 ..
+
+    Each step reads all slots, used or not, so powers of two alone would be too coarse.
+    """
+    whole = power_of_two(n, 64)
+    three_quarters = whole // 4 * 3
+    return three_quarters if 64 <= n <= three_quarters else whole
 
 
 class Row:

@@ -172,6 +172,11 @@ def test_no_step_copies_or_transposes_the_cache(num_rows):
     assert [dims for dims in made if math.prod(map(int, dims.split(","))) in sizes] == []
 
 
+def test_caches_have_few_lengths_and_little_to_spare():
+    lengths = [sample.cache_length(n) for n in (1, 48, 64, 65, 96, 97, 128, 160, 193, 257)]
+    assert lengths == [64, 64, 64, 96, 96, 128, 128, 192, 256, 384]
+
+
 def test_the_seed_and_the_row_decide_the_text(small):
     one = texts(small, ["SAME", "SAME", "SAME"], HOT)
     assert len(set(one)) == 3
