@@ -64,12 +64,25 @@ def platform() -> str:
     return _platform_of_mesh() or "cpu"
 
 
+def device_kind() -> str | None:
+    """Returns the kind of the devices of the current mesh ("NVIDIA H100 80GB HBM3"), which is what
+    is compiled for, or None where no mesh is set.
+    """
+    device = _device_of_mesh()
+    return device.device_kind if device else None
+
+
 def _platform_of_mesh() -> str | None:
     """Returns the platform of the devices of the current mesh, or None where no mesh is set."""
+    device = _device_of_mesh()
+    return device.platform if device else None
+
+
+def _device_of_mesh() -> Any:
+    """Returns what is known of the devices of the current mesh, or None where no mesh is set."""
     import jax  # here: as above
 
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else None
+    return jax.sharding.get_abstract_mesh().abstract_device
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from rich.filesize import pick_unit_and_suffix
 from moe_jax.models.block import moe_config
 from moe_jax.moe.dispatch import DISPATCHERS, LOSSLESS
 from moe_jax.moe.dispatch.layout import Shape
-from moe_jax.moe.experts import grouped_matmul
+from moe_jax.moe.experts import grouped_matmul, narrow
 from moe_jax.moe.experts.blocks import block_sizes
-from moe_jax.moe.experts.network import KernelSizes
+from moe_jax.moe.experts.network import Case, KernelSizes
 from moe_jax.moe.routing import ROUTERS
 from moe_jax.moe.routing.contract import RouterCfg, Sizes, Slots, Tokens
 from moe_jax.moe.settings import MoE, num_intended
@@ -102,14 +102,22 @@ def rows_computed(cfg: Config, platform: str) -> tuple[int, Rounds | None] | Non
     of their kernel, and how often its loop runs; None of a kernel whose work the program shows.
     """
     moe, shape = cfg.model.moe, buffer_shape(cfg)
-    kernel = grouped_matmul.kernel_of(moe.expert_kernel, platform, cfg.model.dtype)
     dispatcher = DISPATCHERS[moe.dispatcher]
+    held = dispatcher.rows(shape, moe.dispatcher_options)
+    block = block_sizes(shape.mean_load)
+    case = Case(
+        dtype=jnp.dtype(cfg.model.dtype),
+        widths=(cfg.model.expert_dim, moe.expert_hidden // cfg.mesh.model),
+        block=block,
+        num_rows=held,
+        is_narrow=cfg.model.ffn_numbers != narrow.FULL,
+    )
+    kernel = grouped_matmul.kernel_of(moe.expert_kernel, platform, case)
     if kernel.padded_rows is None or dispatcher.mixes:
         return None
-    held = dispatcher.rows(shape, moe.dispatcher_options)
     sizes = KernelSizes(
         num_experts=shape.local_experts,
-        block=block_sizes(shape.mean_load),
+        block=block,
         num_rows=held,
         num_weights=flops.expert(cfg.model) // cfg.mesh.model,
     )

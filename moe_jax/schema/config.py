@@ -145,8 +145,8 @@ class MoEConfig:
     expert_kernel: str = option(
         "auto",
         'what computes the experts: "auto" = by the platform compiled for (docs/accelerators.md), '
-        '"blocks", "tiles", "pallas_tpu" or "ragged_dot"',
-        choices=("auto", "blocks", "tiles", "pallas_tpu", "ragged_dot"),
+        '"blocks", "tiles", "pallas_tpu", "pallas_hopper" or "ragged_dot"',
+        choices=("auto", "blocks", "tiles", "pallas_tpu", "pallas_hopper", "ragged_dot"),
     )
     # Coefficients by name: moe/losses.
     losses: Coefficients = derived()

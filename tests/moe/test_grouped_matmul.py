@@ -382,10 +382,11 @@ def test_a_plan_knows_the_kernel_of_a_platform(name, platform, monkeypatch):
     for key, kernel in KERNELS.items():
         monkeypatch.setitem(KERNELS, key, kernel._replace(forward=lambda *args, key=key: key))
     grouped_matmul._bound.cache_clear()
-    rows = grouped_matmul.Rows(jnp.zeros((2, 2), jnp.float32), *[None] * 3)
+    rows = grouped_matmul.Rows(jnp.zeros((2, 2)), None, None, jnp.zeros((1, 2, 2)))
     run = grouped_matmul._run(name, "forward", Chosen("gelu"), (8, 8), rows)
     taken = run() if callable(run) else run
-    expected = grouped_matmul.kernel_of(name, platform, jnp.float32)
+    case = grouped_matmul._case(rows, (8, 8))
+    expected = grouped_matmul.kernel_of(name, platform, case)
     grouped_matmul._bound.cache_clear()
     assert expected is KERNELS[taken]
 

@@ -309,6 +309,8 @@ def test_of_a_kernel_that_says_nothing_the_part_is_known():
     assert flops_of(line, "bf16[4]{0}").unknown == {"other": 1}
     line += ', metadata={op_name="jit(step)/jvp(attention)/pallas_call"}'
     assert flops_of(line, "bf16[4]{0}").unknown == {"attention scores": 1}
+    line = '%kernel.7 = bf16[4]{0} custom-call(%p0), custom_call_target="mosaic_gpu_v2"'
+    assert flops_of(line, "bf16[4]{0}").unknown == {"other": 1}
 
 
 def test_a_fusion_reads_a_slice_of_what_it_slices():

@@ -2,7 +2,8 @@
 
 A CPU has a kernel of its own (blocks.py) and so has a TPU (pallas_tpu.py); every other platform
 takes plain XLA (tiles.py). The choice is by the platform compiled for, so that a plan made on a CPU
-for a TPU is the TPU's; a name from KERNELS takes one kernel everywhere.
+for a TPU is the TPU's; a name from KERNELS takes one kernel everywhere, and plain XLA where it
+cannot serve.
 
 It may be called inside a `jax.shard_map` with `check_vma=True` whatever varies over which mesh
 axis, and on a single device.
@@ -20,8 +21,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe import kept
-from moe_jax.moe.experts import blocks, narrow, pallas_tpu, ragged, tiles, whole
-from moe_jax.moe.experts.network import Biases, Chosen, KernelSizes, Layout, Rows
+from moe_jax.moe.experts import blocks, hopper, narrow, pallas_tpu, ragged, tiles, whole
+from moe_jax.moe.experts.network import Biases, Case, Chosen, KernelSizes, Layout, Rows
 from moe_jax.parallel.compiling import by_platform
 from moe_jax.parallel.varying import vary_alike
 
@@ -38,6 +39,8 @@ class Kernel(NamedTuple):
     padded_rows: Callable[[KernelSizes], int] | None = None
     # Rows of a round of its loop; None = it has no loop that the program shows.
     round_rows: Callable[[KernelSizes], int] | None = None
+    # Whether it computes a case; None = it computes all.
+    serves: Callable[[Case], bool] | None = None
 
 
 def _of_products(products: Callable[..., whole.Products], **of_plans: Any) -> Kernel:
@@ -52,10 +55,20 @@ def _of_products(products: Callable[..., whole.Products], **of_plans: Any) -> Ke
     return Kernel(forward, backward, **of_plans)
 
 
+def _hopper_products(layout: Layout, block: tuple[int, int]) -> whole.Products:
+    # Imported here: its part of Pallas is a seventh of a second of a start, and few runs use it.
+    from moe_jax.moe.experts import pallas_hopper
+
+    return pallas_hopper.products(layout, block)
+
+
 KERNELS: dict[str, Kernel] = {
     "blocks": Kernel(blocks.forward, blocks.backward),
     "tiles": Kernel(tiles.forward, tiles.backward, tiles.padded_rows, tiles.round_rows),
     "pallas_tpu": _of_products(pallas_tpu.products, padded_rows=pallas_tpu.padded_rows),
+    "pallas_hopper": _of_products(
+        _hopper_products, padded_rows=hopper.padded_rows, serves=hopper.serves
+    ),
     "ragged_dot": _of_products(ragged.products),
 }
 BY_PLATFORM = "auto"
@@ -64,15 +77,21 @@ BY_PLATFORM = "auto"
 SAVED = "moe_experts"
 
 
-def kernel_of(name: str, platform: str, dtype: Any) -> Kernel:
+def kernel_of(name: str, platform: str, case: Case) -> Kernel:
     """Returns the kernel that `_run` takes on a platform."""
     # The matrix unit of a TPU has no float64.
-    on_tpu = platform == "tpu" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+    on_tpu = platform == "tpu" and jnp.dtype(case.dtype) in (jnp.bfloat16, jnp.float32)
     if name == BY_PLATFORM:
         name = "pallas_tpu" if on_tpu else "blocks" if platform == "cpu" else "tiles"
     elif name == "pallas_tpu" and platform != "tpu":
         name = "tiles"
-    return KERNELS[name]
+    return _that_serves(name, case)
+
+
+def _that_serves(name: str, case: Case) -> Kernel:
+    """Returns the kernel of a name, or `tiles` where it does not compute the case."""
+    kernel = KERNELS[name]
+    return kernel if kernel.serves is None or kernel.serves(case) else KERNELS["tiles"]
 
 
 @functools.cache
@@ -95,12 +114,24 @@ def _run(
     if name == "pallas_tpu":
         return by_platform(rows, *more, tpu=tpu, others=others)
     if name != BY_PLATFORM:
-        return bound(KERNELS[name])(rows, *more)
+        return bound(_that_serves(name, _case(rows, block)))(rows, *more)
     platforms = {"cpu": bound(KERNELS["blocks"])}
     # The matrix unit of a TPU has no float64.
     if rows.x_RD.dtype in (jnp.bfloat16, jnp.float32):
         platforms["tpu"] = tpu
     return by_platform(rows, *more, **platforms, others=others)
+
+
+def _case(rows: Rows, block: tuple[int, int]) -> Case:
+    """Returns what kernels are asked about rows and weights."""
+    num_rows, d_model = rows.x_RD.shape
+    return Case(
+        dtype=rows.x_RD.dtype,
+        widths=(d_model, rows.w_out_eFD.shape[1]),
+        block=block,
+        num_rows=num_rows,
+        is_narrow=isinstance(rows.w_out_eFD, narrow.Rounded),
+    )
 
 
 def expert_ffn(

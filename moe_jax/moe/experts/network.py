@@ -76,6 +76,21 @@ class KernelSizes(NamedTuple):
     num_weights: int
 
 
+class Case(NamedTuple):
+    """What a kernel may ask before it is compiled, of one device."""
+
+    # Of the rows.
+    dtype: Any
+    # D and F.
+    widths: tuple[int, int]
+    # Of `expert_ffn`.
+    block: tuple[int, int]
+    # R, of the buffer.
+    num_rows: int
+    # The weights are rounded to narrow numbers.
+    is_narrow: bool
+
+
 class Layout(NamedTuple):
     """Says where the rows of each expert are: [start, start + size)."""
 

@@ -23,7 +23,8 @@ class Products(NamedTuple):
     product: Callable[[Array, Array], Array]
     # (b_RY, w_eXY) -> b @ w^T [R, X]
     transposed: Callable[[Array, Array], Array]
-    # (a_RX, b_RY) -> a^T @ b of each expert's rows [e, X, Y], in the wide dtype
+    # (a_RX, b_RY) -> a^T @ b of each expert's rows [e, X, Y], in the wide dtype; in rows of nobody
+    # b is zero and a finite
     outer: Callable[[Array, Array], Array]
 
 

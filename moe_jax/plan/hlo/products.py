@@ -176,7 +176,7 @@ def _custom_call(instruction: Instruction, operands: list[Array]) -> int | None:
     # The kernel that XLA's TPU compiler makes of `ragged_dot`: [R, D] times one of [e, D, F].
     if instruction.name.startswith("ragged-dot") and "metadata" not in instruction.name:
         return _ragged(instruction.outputs, matrices)
-    if target in ("tpu_custom_call", "__gpu$xla.gpu.triton"):
+    if target in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
         # A kernel that prepares the list of another one computes no products.
         return 0 if "metadata" in instruction.name else None
     return 0
