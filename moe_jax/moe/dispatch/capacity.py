@@ -108,11 +108,10 @@ def _rows_of_assignments(
     # E + 1.
     num_classes = num_groups * (shape.num_experts + 1)
     class_N = group_N * (shape.num_experts + 1) + routing.expert_index_N
-    rank_N = rank_in_order(class_N, routing.order_N, num_classes)
+    rank_N, count_c = rank_in_order(class_N, routing.order_N, num_classes)
     is_kept_N = is_real_N & (rank_N < num_places)
     # All rows of an expert lie together, the G C of its groups, and those that are filled first: on
     # one device the others are not computed.
-    count_c = jnp.zeros_like(class_N, shape=(num_classes,)).at[class_N].add(1)
     kept_GE = jnp.minimum(count_c, num_places).reshape(num_groups, -1)
     before_GE = jnp.cumsum(kept_GE, axis=0) - kept_GE
     first_N = routing.expert_index_N * (num_groups * num_places) + before_GE.reshape(-1)[class_N]

@@ -77,16 +77,20 @@ def rank_in(class_N: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array,
     return rank_N, jnp.diff(first_place), order_N
 
 
-def rank_in_order(class_N: jax.Array, order_N: jax.Array | None, num_classes: int) -> jax.Array:
-    """Returns how many entries of an entry's class come before it in `order_N`, [N].
+def rank_in_order(
+    class_N: jax.Array, order_N: jax.Array | None, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (how many entries of an entry's class come before it in `order_N` [N], the entries of
+    each class [num_classes]).
 
     `order_N` is a permutation; None: as they stand.
     """
     if order_N is None:
-        return rank_in(class_N, num_classes)[0]
+        rank_N, count, _ = rank_in(class_N, num_classes)
+        return rank_N, count
     # Ranked along the order of priority, then put back to the places of the list.
-    rank_N, _, _ = rank_in(class_N[order_N], num_classes)
-    return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
+    rank_N, count, _ = rank_in(class_N[order_N], num_classes)
+    return jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True), count
 
 
 def assignment_of_row(row_N: jax.Array, num_rows: int) -> jax.Array:

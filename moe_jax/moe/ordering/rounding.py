@@ -44,19 +44,18 @@ def apply(
     group_N = routing.token_N // group_tokens
     pair_N = (group_N, routing.expert_index_N)
 
-    # How many assignments each expert has in a group, and how many it keeps.
-    no_count_GE = jnp.zeros_like(routing.expert_index_N, shape=(num_groups, num_experts))
-    count_GE = no_count_GE.at[pair_N].add(1, mode="drop")
-    tile = options.tile
-    # floor(count / tile + 1 / 2) * tile, in whole numbers.
-    rounded_GE = (2 * count_GE + tile) // (2 * tile) * tile
-
     # Each assignment's rank by gate among those of its expert in its group. Nowhere is a class of
     # its own, hence E + 1.
     class_N = group_N * (num_experts + 1) + routing.expert_index_N
     # Large gates first. The sort is stable, so of equal gates the later ranks behind.
     order_N = jnp.argsort(-jax.lax.stop_gradient(routing.gate_N), stable=True)
-    rank_N = rank_in_order(class_N, order_N, num_groups * (num_experts + 1))
+    rank_N, count_c = rank_in_order(class_N, order_N, num_groups * (num_experts + 1))
+
+    # How many assignments each expert has in a group, and how many it keeps.
+    count_GE = count_c.reshape(num_groups, -1)[:, :num_experts]
+    tile = options.tile
+    # floor(count / tile + 1 / 2) * tile, in whole numbers.
+    rounded_GE = (2 * count_GE + tile) // (2 * tile) * tile
     is_real_N = routing.expert_index_N < num_experts
     limit_N = rounded_GE.at[pair_N].get(mode="fill", fill_value=0)
     is_kept_N = is_real_N & (rank_N < limit_N)
