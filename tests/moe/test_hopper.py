@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_cases import all_experts, assert_near, value_and_gradient
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
 from jax._src.state.types import TransformedRef, TransposeTransform
@@ -21,6 +22,8 @@ from moe_jax.moe.experts.network import Case, KernelSizes, Layout
 
 NUM_ROWS, D, F = 192, 64, 128
 BLOCK = (64, 16)
+
+oracle = functools.partial(all_experts, activation="gelu")
 
 # (start, size) of each expert, starts at multiples of 16.
 LAYOUTS = {
@@ -89,35 +92,6 @@ def is_of(layout):
     start, size = (np.asarray(z)[:, None] for z in layout)
     row_R = np.arange(NUM_ROWS)
     return (row_R >= start) & (row_R < start + size)
-
-
-def oracle(x_RD, gate_R, start_e, size_e, w_in_eDPF, w_out_eFD):
-    """Every expert on every row, and only then the choice."""
-    row_R = jnp.arange(NUM_ROWS)[None]
-    owner_eR = (row_R >= start_e[:, None]) & (row_R < (start_e + size_e)[:, None])
-    x_RD = jnp.where(jnp.any(owner_eR, axis=0)[:, None], x_RD, 0)
-    h_eRF = jax.nn.gelu(jnp.einsum("RD,eDPF->eRF", x_RD, w_in_eDPF))
-    h_eRF = jnp.where(owner_eR[..., None], h_eRF * gate_R[None, :, None], 0)
-    return jnp.einsum("eRF,eFD->RD", h_eRF, w_out_eFD)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_gradient(f, args, dy_RD):
-    """(y, cotangents of x, gate, w_in, w_out)."""
-    x, gate, start, size, w_in, w_out = args
-
-    def run(x, gate, w_in, w_out):
-        return f(x, gate, start, size, w_in, w_out)
-
-    y_RD, pull = jax.vjp(run, x, gate, w_in, w_out)
-    return y_RD, *pull(dy_RD)
-
-
-def assert_near(got, want, tolerance):
-    for name, a, b in zip(("y", "x", "gate", "w_in", "w_out"), got, want, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        most = tolerance * max(np.abs(b).max(), 1e-3)
-        np.testing.assert_allclose(a, b, rtol=0, atol=most, err_msg=name)
 
 
 def as_float32(tree):
