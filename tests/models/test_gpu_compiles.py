@@ -4,15 +4,9 @@ Skipped where the CUDA plugin of jax is not installed; in a process of its own, 
 plugins once.
 """
 
-import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compile_cases import needs_cuda, told_by
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, re
 import jax
@@ -48,20 +42,10 @@ print(json.dumps({kernel: [temporary(kernel, S) for S in (2048, 8192)]
 """
 
 
-def has_plugin():
-    names = [f"jax_plugins.xla_cuda{version}" for version in (12, 13)]
-    has_any = importlib.util.find_spec("jax_plugins") is not None
-    return has_any and any(importlib.util.find_spec(name) for name in names)
-
-
 @pytest.mark.full
-@pytest.mark.skipif(not has_plugin(), reason="the extra [cuda] is not installed")
+@needs_cuda
 def test_the_flash_attention_of_jax_compiles_for_a_gpu():
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told_by(PROGRAM)
     (short, kernels), (long, _) = found["triton"]
     # Forward, and backward what prepares it and what makes the gradients.
     assert kernels >= 3 and long < 4.5 * short

@@ -61,6 +61,16 @@ def test_linear_is_a_product(float64, kind, shape, dtype):
         np.testing.assert_allclose(mine, plain, rtol=accuracy, atol=accuracy * abs(plain).max())
 
 
+@pytest.mark.parametrize("kind", LINEAR)
+def test_no_gradient_of_a_weight_is_transposed(kind):
+    """It is x^T @ dy, in the order of the weight; that of autodiff is dy^T @ x."""
+    read, written, _, _ = LINEAR[kind]
+    x, w = jnp.ones((B, S, *read)), jnp.ones((*read, *written))
+    gradient = jax.grad(lambda x, w: linear(x, w, jnp.float32).sum(), (0, 1))
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(gradient)(x, w).eqns]
+    assert "dot_general" in names and "transpose" not in names
+
+
 def test_narrow_factors_have_narrow_products():
     """Logits in float32 have no products of float32 behind them where the factors are narrow."""
     x, w = jnp.ones((B, S, D), "bfloat16"), jnp.ones((D, F), "bfloat16")

@@ -4,15 +4,11 @@ Skipped where the CUDA plugin of jax is not installed; in a process of its own, 
 plugins once. The plugin has Mosaic and the assembler of NVIDIA, so what comes out is machine code.
 """
 
-import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compile_cases import needs_cuda, told_by
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, pathlib, sys
 out = sys.argv[3]
@@ -63,14 +59,8 @@ print(json.dumps({
 """
 
 
-def has_plugin():
-    names = [f"jax_plugins.xla_cuda{version}" for version in (12, 13)]
-    has_any = importlib.util.find_spec("jax_plugins") is not None
-    return has_any and any(importlib.util.find_spec(name) for name in names)
-
-
 @pytest.mark.full
-@pytest.mark.skipif(not has_plugin(), reason="the extra [cuda] is not installed")
+@needs_cuda
 @pytest.mark.parametrize(
     ("topology", "block", "kernels"),
     [
@@ -82,15 +72,7 @@ def has_plugin():
     ],
 )
 def test_experts_compile_for_a_hopper_gpu(topology, block, kernels, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, topology, json.dumps(block), str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told_by(PROGRAM, topology, json.dumps(block), str(tmp_path))
     # Two products forward and four backward, in a shard_map that checks what varies.
     assert found["calls"] == kernels
     # All of them are in machine code, by the units for matrices and for fetching them.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.models.attention_core import attention, causal, windowed
 from moe_jax.parallel.outer import outer
 
 # One matrix and several, an even and an odd number of rows.
@@ -28,11 +29,33 @@ def test_it_adds_up_in_the_wider_type():
     assert outer(a, a, jnp.float32) == 1024
 
 
+def slow_products(f, *args):
+    """Returns the products of a compiled program that XLA has not given to YNNPACK."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    fast = set(re.findall(r"calls=%([\w.\-]+)[^\n]*__ynn_fusion", text))
+    assert fast
+    found = []
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        name = re.match(r"(?:ENTRY )?%([\w.\-]+)", computation)
+        if name and name.group(1) not in fast:
+            found += re.findall(r"= (\S+) dot\(", computation)
+    return found
+
+
 @pytest.mark.parametrize("common", [(), (8,)])
 def test_a_cpu_takes_its_fast_product(common):
-    """XLA calls it a fusion for YNNPACK, and has no product left beside it."""
     a, b = jnp.ones((*common, 256, 64)), jnp.ones((*common, 256, 32))
-    text = jax.jit(lambda a, b: outer(a, b, "float32")).lower(a, b).compile().as_text()
-    assert "__ynn_fusion" in text
-    calls = re.findall(r"= \S+ dot\(", text.split("ENTRY")[1])
-    assert not calls
+    assert not slow_products(lambda a, b: outer(a, b, "float32"), a, b)
+
+
+@pytest.mark.parametrize("seen", [causal, lambda segment: windowed(segment, 128)])
+@pytest.mark.parametrize("length", [250, 256])
+def test_attention_takes_fast_products_alone(seen, length):
+    """Also of a window, and where a row is no multiple of its blocks."""
+    q = jnp.ones((1, length, 8, 32))
+    segment = jnp.ones((1, length), jnp.int32)
+
+    def loss(q, k, v):
+        return (attention(q, k, v, seen(segment), scale=0.1) ** 2).sum()
+
+    assert not slow_products(jax.grad(loss, (0, 1, 2)), q, q, q)

@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from moe_jax.moe.experts import hopper
 from moe_jax.moe.experts.network import Layout
 from moe_jax.moe.experts.tiles import list_tiles
-from moe_jax.moe.experts.whole import Products
+from moe_jax.moe.experts.whole import Products, products_of
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
@@ -51,24 +51,15 @@ def products(layout: Layout, block: tuple[int, int], interpret: Any = None) -> P
     `interpret`: how a CPU interprets it, for tests.
     """
 
-    def product(a_RX: Array, w_eXY: Array) -> Array:
-        return _product(a_RX, w_eXY, layout, block, False, interpret)
-
-    def transposed(b_RY: Array, w_eXY: Array) -> Array:
-        return _product(b_RY, w_eXY, layout, block, True, interpret)
-
-    def outer(a_RX: Array, b_RY: Array) -> Array:
-        return _outer(a_RX, b_RY, layout, block, interpret)
-
-    return Products(product, transposed, outer)
+    return products_of(_product, _outer, layout, block, interpret)
 
 
 def _product(
     a_RX: Array,
     w_eXY: Array,
+    transposed: bool,
     layout: Layout,
     block: tuple[int, int],
-    transposed: bool,
     interpret: Any,
 ) -> Array:
     """Returns a @ w, or a @ w^T, of every expert's rows."""

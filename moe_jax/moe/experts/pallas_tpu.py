@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.moe.experts.narrow import is_narrow, sums_dtype
 from moe_jax.moe.experts.network import KernelSizes, Layout
-from moe_jax.moe.experts.whole import Products
+from moe_jax.moe.experts.whole import Products, products_of
 from moe_jax.precision import wide_dtype
 
 # A tile of rows is a quarter of the mean number of an expert's rows, between these.
@@ -44,16 +44,7 @@ class Visits(NamedTuple):
 def products(layout: Layout, block: tuple[int, int], interpret: bool = False) -> Products:
     """Returns the products of the kernel; `block` is that of `expert_ffn`."""
 
-    def product(a_RX: Array, w_eXY: Array) -> Array:
-        return _product(a_RX, w_eXY, layout, block, False, interpret)
-
-    def transposed(b_RY: Array, w_eXY: Array) -> Array:
-        return _product(b_RY, w_eXY, layout, block, True, interpret)
-
-    def outer(a_RX: Array, b_RY: Array) -> Array:
-        return _outer(a_RX, b_RY, layout, block, interpret)
-
-    return Products(product, transposed, outer)
+    return products_of(_product, _outer, layout, block, interpret)
 
 
 def tile_rows(block: tuple[int, int], num_rows: int) -> int:
@@ -112,9 +103,9 @@ def _is_own(visits: Visits, v: Array, shape: tuple[int, int]) -> Array:
 def _product(
     a_RX: Array,
     w_eXY: Array,
+    transposed: bool,
     layout: Layout,
     block: tuple[int, int],
-    transposed: bool,
     interpret: bool,
 ) -> Array:
     """Returns a @ w, or a @ w^T, of every expert's rows."""

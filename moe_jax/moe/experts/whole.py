@@ -4,7 +4,7 @@ Shapes: see network.py; X, Y either width of a weight.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,23 @@ class Products(NamedTuple):
     # (a_RX, b_RY) -> a^T @ b of each expert's rows [e, X, Y], in the wide dtype; in rows of nobody
     # b is zero and a finite
     outer: Callable[[Array, Array], Array]
+
+
+def products_of(product: Callable[..., Array], outer: Callable[..., Array], *how: Any) -> Products:
+    """Returns the products of a kernel that has `product(a_RX, w_eXY, transposed, *how)`, with w^T
+    where it says so, and `outer(a_RX, b_RY, *how)`.
+    """
+
+    def plain(a_RX: Array, w_eXY: Array) -> Array:
+        return product(a_RX, w_eXY, False, *how)
+
+    def transposed(b_RY: Array, w_eXY: Array) -> Array:
+        return product(b_RY, w_eXY, True, *how)
+
+    def of_rows(a_RX: Array, b_RY: Array) -> Array:
+        return outer(a_RX, b_RY, *how)
+
+    return Products(plain, transposed, of_rows)
 
 
 def of_experts(layout: Layout, num_rows: int) -> Array:
