@@ -205,7 +205,7 @@ def main(argv: list[str]) -> int:
             code = exit_codes.CONFIG
             shell.tell(f"error: {reason}", sys.stderr)
         else:
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            if cluster.may_be_echo(error):
                 cluster.wait_for_reason()
             # Printed here: nothing may come after it in the log of this process.
             code, reason = exit_codes.INTERNAL, f"{type(error).__name__}: {error}"

@@ -40,6 +40,8 @@ DONE = "done"
 JAX_LATER = 2.0
 # Time for the others to read why the run ends, before a process is gone.
 READ_BY_OTHERS = 1.0
+# How the text of an error of XLA begins: the name of its status.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 
 
 def join(
@@ -334,11 +336,21 @@ def _beat_of(process: int) -> str:
 PEERS = Peers()
 
 
+def may_be_echo(error: Exception) -> bool:
+    """Returns whether an exception may come from the failure of another process: whether XLA's
+    runtime raised it.
+    """
+    # A compiled function that is called when the peer is gone already raises ValueError, and not
+    # JaxRuntimeError, as it does when it reads a result.
+    is_value_error = type(error) is ValueError and _STATUS.match(str(error)) is not None
+    return is_value_error or isinstance(error, jax.errors.JaxRuntimeError)
+
+
 def wait_for_reason() -> None:
     """Gives the thread that watches the peers the time to say which of them has failed.
 
-    To be called after an exception that may only be the echo of a failure elsewhere: a collective
-    that lost its peer raises before the silence of that peer is long enough. Returns when nobody
+    To be called after an exception that `may_be_echo` of a failure elsewhere: a collective that
+    lost its peer raises before the silence of that peer is long enough. Returns when nobody
     else has failed; else the process ends here.
     """
     if not PEERS.started:

@@ -8,6 +8,7 @@ import fcntl
 import subprocess
 import sys
 
+import jax
 import pair
 import pytest
 
@@ -112,6 +113,50 @@ def test_a_process_that_is_told_of_a_hang_keeps_its_stacks(is_stuck, tmp_path):
     assert file.exists() == is_stuck
     if is_stuck:
         assert "process 1: words" in file.read_text() and "_obey" in file.read_text()
+
+
+PEER_IS_GONE = """
+import os, sys, time
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from moe_jax.runtime import cluster
+
+address, number = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, number)
+multihost_utils.process_allgather(np.int32(1))
+if number == 1:
+    os._exit(0)
+# Until the end of process 1 is known here.
+time.sleep(1.0)
+try:
+    multihost_utils.process_allgather(np.int32(1))
+except Exception as error:
+    print(type(error).__name__, cluster.may_be_echo(error), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_call_when_the_peer_is_gone_is_an_echo():
+    """The error is then another one than that of a result that is read."""
+    words = [sys.executable, "-c", PEER_IS_GONE, f"127.0.0.1:{pair.free_port()}"]
+    second = subprocess.Popen([*words, "1"], cwd=pair.ROOT, stderr=subprocess.DEVNULL)
+    first = subprocess.run([*words, "0"], cwd=pair.ROOT, capture_output=True, text=True)
+    second.wait()
+    assert first.stdout.splitlines()[-1].endswith("Error True"), first
+
+
+@pytest.mark.parametrize(
+    ("error", "may_be"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (ValueError("DEADLINE_EXCEEDED: a barrier"), True),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Read error"), True),
+        (ValueError("a shape that does not fit: (2, 3)"), False),
+        (faults.Injected("config.faults: raise@5:1"), False),
+    ],
+)
+def test_an_error_of_the_runtime_may_be_an_echo(error, may_be):
+    assert cluster.may_be_echo(error) == may_be
 
 
 @pytest.mark.full
