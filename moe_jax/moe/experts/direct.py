@@ -3,14 +3,16 @@
 What then takes time is reading the weights, and what prepares the grouped product. Two ways, by
 sizes that are known when it is compiled:
 
-- As many assignments as experts, or more: nearly all weights are read anyway. Every expert computes
-  every token, with the weight 0 for those that did not choose it.
+- As many assignments as experts, or more: nearly all weights are read anyway, in one product of all
+  experts. Each has places for twice its share of the assignments. Where there are no more tokens
+  than places, or one expert has more rows than places, every expert computes every token, with the
+  weight 0 for those that did not choose it.
 - Fewer: one assignment after another, which reads the weights of the chosen experts alone.
 
 Measured alone on two busy cores of an Intel Xeon, K = 2, D = 256, F = 512: at E = 8 0.7 of the
 time of the grouped product for 1 token, 0.4 for 4 and 0.5 for 8; at E = 64 0.5 for 1 and for 4.
 
-Shapes: see network.py; T tokens, M assignments.
+Shapes: see network.py; T tokens, M assignments, C places of an expert, N = e C.
 """
 
 from collections.abc import Callable
@@ -24,8 +26,10 @@ from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
 # Beyond these the grouped product is as fast.
-MOST_TOKENS = 16
+MOST_TOKENS = 64
 MOST_ASSIGNMENTS = 16
+# A product of fewer rows takes as long.
+LEAST_PLACES = 8
 
 
 def is_faster(num_tokens: int, num_assignments: int, num_experts: int) -> bool:
@@ -54,10 +58,58 @@ def direct_ffn(
     w_in_eDH = w_in_eDPF.reshape(num_experts, d_model, -1).astype(x_TD.dtype)
     w_out_eFD = w_out_eFD.astype(x_TD.dtype)
     # As many assignments as experts: nearly all weights are read anyway.
-    run = _every_expert if token_M.shape[0] >= num_experts else _one_by_one
+    run = _by_places if token_M.shape[0] >= num_experts else _one_by_one
     return run(
         chosen.function(), *vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
     )
+
+
+def _by_places(
+    act: Callable[[Array], Array],
+    x_TD: Array,
+    token_M: Array,
+    expert_index_M: Array,
+    gate_M: Array,
+    w_in_eDH: Array,
+    w_out_eFD: Array,
+) -> Array:
+    """Returns y_TD: every expert computes as many rows, unless one of them has more."""
+    num_tokens, num_experts = x_TD.shape[0], w_in_eDH.shape[0]
+    num_places = places(token_M.shape[0], num_experts)
+    operands = (x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
+    if num_places >= num_tokens:
+        return _every_expert(act, *operands)
+    wide = wide_dtype(x_TD.dtype)
+    # The place of each assignment among those of its expert.
+    is_chosen_Me = expert_index_M[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None]
+    one_Me = is_chosen_Me.astype(jnp.int32)
+    count_Me = jnp.cumsum(one_Me, axis=0, dtype=jnp.int32)
+    place_M = jnp.sum(one_Me * (count_Me - 1), axis=1, dtype=jnp.int32)
+    most = count_Me[-1].max()
+
+    def in_places() -> Array:
+        # Behind the last expert nothing is written.
+        row_M = expert_index_M * num_places + place_M
+        zero_N = jnp.zeros_like(gate_M, shape=(num_experts * num_places,), dtype=wide)
+        gate_N = zero_N.at[row_M].set(gate_M.astype(wide), mode="drop")
+        # A place that nobody takes computes token 0, and adds none of it.
+        token_N = zero_N.astype(token_M.dtype).at[row_M].set(token_M, mode="drop")
+        x_eCD = x_TD[token_N].reshape(num_experts, num_places, -1)
+        pre_eCH = jnp.einsum("eCD,eDH->eCH", x_eCD, w_in_eDH)
+        hidden_eCF = act(pre_eCH.astype(wide)) * gate_N.reshape(num_experts, num_places, 1)
+        hidden_eCF = hidden_eCF.astype(x_TD.dtype)
+        y_eCD = jnp.einsum("eCF,eFD->eCD", hidden_eCF, w_out_eFD, preferred_element_type=wide)
+        y_ND = y_eCD.reshape(token_N.shape[0], -1)
+        y_TD = jnp.zeros_like(x_TD, dtype=wide).at[token_N].add(y_ND)
+        return y_TD.astype(x_TD.dtype)
+
+    return lax.cond(most <= num_places, in_places, lambda: _every_expert(act, *operands))
+
+
+def places(num_assignments: int, num_experts: int) -> int:
+    """Returns the rows that an expert computes at once: a power of two, of twice its share."""
+    share = -(-num_assignments // num_experts)
+    return max(LEAST_PLACES, 1 << (2 * share - 1).bit_length())
 
 
 def _every_expert(
