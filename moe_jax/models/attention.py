@@ -130,14 +130,13 @@ class SelfAttention(nnx.Module):
 
         # Every device of "model" has the cache of its heads, and writes to it alone.
         def on_device(q, new, position_BS, last_BS, cache, chosen_BM, learned):
-            cache = _put(cache, new, position_BS)
-            k_BGMA, v_BGMA = caching.keys_and_values(cache)
-            num_slots = k_BGMA.shape[2]
-            mask_BSM = kind.slots(position_BS, last_BS, num_slots, cfg.attention_options)
+            cache = _put(cache, new, position_BS, caching.slot_axes)
+            k_BGAM, v_BGMA = caching.keys_and_values(cache)
+            mask_BSM = kind.slots(position_BS, last_BS, cache.num_slots, cfg.attention_options)
             if chosen_BM is not None:
                 mask_BSM = mask_BSM & chosen_BM[:, None, :]
             more = {**self._scores()._asdict(), **learned._asdict()}
-            o = decode_attention(q, k_BGMA, v_BGMA, mask_BSM, **more, position_Bq=position_BS)
+            o = decode_attention(q, k_BGAM, v_BGMA, mask_BSM, **more, position_Bq=position_BS)
             return o, cache
 
         specs = (HEADS, caching.new_specs, TOKENS, TOKENS, caching.specs, TOKENS, OF_HEADS)
@@ -189,20 +188,20 @@ class CrossAttention(nnx.Module):
         return write(self.weights, o, self.cfg)
 
 
-def _put(cache: Any, new: Any, position_BS: Array) -> Any:
-    """Returns a cache with what it keeps of new tokens at their positions.
+def _put(cache: Any, new: Any, position_BS: Array, slot_axes: Any) -> Any:
+    """Returns a cache with what it keeps of new tokens [B, S, ...] at their positions.
 
-    Its arrays are [B, ..., M, width], those of the tokens [B, S, ..., width].
+    `slot_axes`: as in Caching.
     """
     row_B1 = jnp.arange(position_BS.shape[0])[:, None]
 
-    def put(old: Array, new: Array) -> Array:
-        between = (slice(None),) * (old.ndim - 3)
+    def put(old: Array, new: Array, slot_axis: int) -> Array:
+        between = (slice(None),) * (old.ndim + slot_axis - 1)
         # A position behind the cache is that of padding, which is written nowhere.
         return old.at[row_B1, *between, position_BS].set(new, mode="drop")
 
     def put_all(cache: Any) -> Any:
-        return jax.tree.map(put, cache, new)
+        return jax.tree.map(put, cache, new, slot_axes)
 
     if position_BS.size > 1:
         return put_all(cache)

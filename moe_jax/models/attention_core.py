@@ -37,7 +37,7 @@ from moe_jax.models.attention_bias import Buckets
 from moe_jax.models.attention_layout import MASKED, SAVED, Reach, Scores
 from moe_jax.models.attention_parts import part_that_fits
 from moe_jax.parallel import context
-from moe_jax.parallel.compiling import by_platform
+from moe_jax.parallel.compiling import by_platform, platform
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
@@ -45,6 +45,8 @@ BY_PLATFORM = "auto"
 KERNELS = {"blocks": attention_blocks, "chunks": attention_chunks}
 # Those of JAX, for TPUs and for GPUs, which cannot say all that Keys can.
 OF_JAX = {"splash": attention_splash, "triton": attention_triton}
+# Head widths up to which a CPU sums products of a query and its keys without a matrix product.
+MOST_TERMS = 256
 # Tokens of a row from which on a CPU takes "chunks".
 LONG = 4096
 
@@ -184,7 +186,7 @@ def attention(
 
 def decode_attention(
     q_BqHA: Array,
-    k_BGSA: Array,
+    k_BGAS: Array,
     v_BGSA: Array,
     mask_BqS: Array,
     *,
@@ -203,13 +205,16 @@ def decode_attention(
     """
     B, q, H, A = q_BqHA.shape
     wide = wide_dtype(q_BqHA.dtype)
+    G, S = v_BGSA.shape[1:3]
+    r = H // G
     # The r query heads that share a key head stand side by side.
-    q_BqGrA = q_BqHA.reshape(B, q, k_BGSA.shape[1], -1, A)
-    score_BGrqS = jnp.einsum("BqGrA,BGSA->BGrqS", q_BqGrA, k_BGSA, preferred_element_type=wide)
+    q_BGrqA = jnp.moveaxis(q_BqHA.reshape(B, q, G, r, A), 1, 3)
+    product_NQS = _of_slots(q_BGrqA.reshape(B * G, r * q, A), k_BGAS.reshape(B * G, A, S), wide)
+    score_BGrqS = product_NQS.reshape(B, G, r, q, S)
     seen_BGrqS = mask_BqS[:, None, None]
     score_BGrqS = Scores(scale, cap).of(score_BGrqS)
     if buckets is not None and bias_LH is not None and position_Bq is not None:
-        added_BHqS = attention_bias.of_slots(bias_LH, buckets, position_Bq, k_BGSA.shape[2])
+        added_BHqS = attention_bias.of_slots(bias_LH, buckets, position_Bq, S)
         score_BGrqS = score_BGrqS + added_BHqS.reshape(score_BGrqS.shape)
     score_BGrqS = jnp.where(seen_BGrqS, score_BGrqS, MASKED)
     if sink_H is None:
@@ -226,6 +231,21 @@ def decode_attention(
     # Turned behind the product: an einsum to this order transposes all values first.
     o_BqGrA = jnp.moveaxis(o_BGrqA, 3, 1)
     return o_BqGrA.reshape(B, q, H, -1).astype(q_BqHA.dtype)
+
+
+def _of_slots(q_NQA: Array, k_NAS: Array, wide: Any) -> Array:
+    """Returns the products of Q queries and the keys of all slots [N, Q, S], in `wide` numbers."""
+    num_queries, width = q_NQA.shape[1:]
+    if platform() != "cpu" or num_queries > 1 or width > MOST_TERMS:
+        return jnp.einsum("NQA,NAS->NQS", q_NQA, k_NAS, preferred_element_type=wide)
+    # With one query a product reads each key once, and XLA's own does so at half the speed of
+    # memory. Written as a sum it is one loop over slots, of vectors.
+    terms = [q_NQA[:, 0, a, None].astype(wide) * k_NAS[:, a].astype(wide) for a in range(width)]
+    while len(terms) > 1:
+        terms = [
+            sum(terms[first + 1 : first + 8], terms[first]) for first in range(0, len(terms), 8)
+        ]
+    return terms[0][:, None]
 
 
 def _first_of_run(segment_BS: Array) -> Array:

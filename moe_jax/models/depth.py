@@ -58,6 +58,10 @@ class DepthCache(NamedTuple):
     attention: Any
     chosen_BM: Any
 
+    @property
+    def num_slots(self) -> int:
+        return self.attention.num_slots
+
 
 def empty_cache(attention: Any, num_rows: int, num_slots: int) -> DepthCache:
     """Returns the cache of a block that no token went through."""

@@ -264,5 +264,4 @@ def empty_caches(cfg: ModelConfig, num_rows: int, num_slots: int) -> list[Any]:
 
 def num_slots(caches: list[Any]) -> int:
     """Returns how many tokens of a row caches have room for."""
-    # All arrays of an attention's cache are [B, ..., M, width].
-    return jax.tree.leaves(caches[0])[0].shape[-2]
+    return caches[0].num_slots

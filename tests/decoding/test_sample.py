@@ -19,8 +19,8 @@ from moe_jax.decoding import sample
 from moe_jax.decoding.draw import dials, keep_likely
 from moe_jax.decoding.sample import Row, RowState, Settings, make_sampler, split_at_stop
 from moe_jax.errors import UserError
-from moe_jax.models.attentions.heads import Cache
 from moe_jax.models.decodable import with_dispatcher
+from moe_jax.models.stack import empty_caches
 from moe_jax.moe.layer import Batch
 from moe_jax.parallel import mesh
 from moe_jax.parallel.mesh import BATCH, P
@@ -93,10 +93,7 @@ def test_cached_logits_equal_uncached_logits(small):
         def place(x, *dims):
             return jax.sharding.reshard(jnp.asarray(x), P(BATCH, *dims))
 
-        def zero():
-            return place(jnp.zeros((5, cfg.num_kv_heads, CONTEXT, cfg.head_dim)), "model", None)
-
-        caches = [Cache(zero(), zero()) for _ in cfg.blocks]
+        caches = empty_caches(cfg, 5, CONTEXT)
 
         @jax.jit
         def cached(caches, id_BS, place_S):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import as_cache
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.models import attention_chunks, attention_core, attention_parts
@@ -340,27 +341,34 @@ def test_the_kernel_is_chosen_by_the_platform_compiled_for():
     assert "x192x64" in text["cpu"]  # the third block of queries and the keys before its end
 
 
-def test_decoding_equals_the_last_rows_of_attention(float64):
-    """Queries 5 and 6 against a cache of 9 places, two of them unused."""
-    (q, k, v, _), _ = make((2, 7, 4, 2, 4))
-    want = masked_softmax(q, k, v, jnp.ones((2, 7), jnp.int32))[:, 5:]
+@pytest.mark.parametrize("first", [5, 6], ids=["two queries", "one query"])
+@pytest.mark.parametrize("num_key_heads", [2, 4])
+def test_decoding_equals_the_last_rows_of_attention(first, num_key_heads, float64):
+    """Queries 5 and 6, or 6 alone, against a cache of 9 places, two of them unused."""
+    (q, k, v, _), _ = make((2, 7, 4, num_key_heads, 4))
+    want = masked_softmax(q, k, v, jnp.ones((2, 7), jnp.int32))[:, first:]
 
     def pad(z):
-        """A cache has heads before slots."""
-        z = jnp.swapaxes(z, 1, 2)
-        return jnp.pad(z, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=1e3)
+        return jnp.pad(z, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=1e3)
 
-    mask = jnp.arange(9)[None, None] <= jnp.array([5, 6])[None, :, None]
-    mask = jnp.broadcast_to(mask, (2, 2, 9))
-    got = decode_attention(q[:, 5:], pad(k), pad(v), mask, scale=SCALE)
+    mask = jnp.arange(9)[None, None] <= jnp.arange(first, 7)[None, :, None]
+    mask = jnp.broadcast_to(mask, (2, 7 - first, 9))
+    got = decode_attention(q[:, first:], *as_cache(pad(k), pad(v)), mask, scale=SCALE)
     np.testing.assert_allclose(got, want, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", [1, 8, 9, 30, attention_core.MOST_TERMS + 1])
+def test_products_with_all_slots_are_those_of_matrices(width, float64):
+    rng = np.random.default_rng(0)
+    q_NQA, k_NAS = rng.standard_normal((6, 1, width)), rng.standard_normal((6, width, 5))
+    got = attention_core._of_slots(jnp.asarray(q_NQA), jnp.asarray(k_NAS), jnp.float64)
+    np.testing.assert_allclose(got, q_NQA @ k_NAS, atol=1e-12)
 
 
 def test_decoding_with_nothing_to_see_gives_zero_in_the_dtype_of_the_query():
     (q, k, v, _), _ = make((2, 3, 4, 2, 4), jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
-        k, v = (jnp.swapaxes(z, 1, 2) for z in (k, v))
-        got = decode_attention(q, k, v, jnp.zeros((2, 3, 3), bool), scale=SCALE)
+        got = decode_attention(q, *as_cache(k, v), jnp.zeros((2, 3, 3), bool), scale=SCALE)
     assert got.dtype == jnp.bfloat16 and not np.any(got)
 
 

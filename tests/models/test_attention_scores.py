@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from attention_cases import as_cache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 from moe_jax.errors import UserError
@@ -85,8 +86,7 @@ def test_decoding_has_the_same_sinks_and_cap(float64):
     (q, k, v, sinks), segment, _ = draw()
     seen = jnp.asarray(seen_in(segment, 20))
     want = plain(q, k, v, sinks, seen, 1.5)
-    k, v = (jnp.swapaxes(z, 1, 2) for z in (k, v))
-    got = decode_attention(q, k, v, seen, scale=SCALE, cap=1.5, sink_H=sinks)
+    got = decode_attention(q, *as_cache(k, v), seen, scale=SCALE, cap=1.5, sink_H=sinks)
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 

@@ -49,7 +49,7 @@ def test_decoding_makes_no_keys_of_heads(float64):
 
         q, new = jax.eval_shape(of_token, params, state, x, place)
         k, v = jax.eval_shape(kind.caching.keys_and_values, new)
-    assert q.shape == (2, 1, 4, 6) and k.shape == (2, 1, 1, 6) and v.shape == (2, 1, 1, 4)
+    assert q.shape == (2, 1, 4, 6) and k.shape == (2, 1, 6, 1) and v.shape == (2, 1, 1, 4)
 
 
 @pytest.mark.parametrize(

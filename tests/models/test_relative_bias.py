@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from attention_cases import as_cache
 from block_options import OPTIONS
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -176,9 +177,8 @@ def test_decoding_adds_the_same(float64):
     want = plain(q, k, v, bias_LH, everything, buckets)
     position_Bq = jnp.asarray([[3, 40, 69], [0, 1, 22]], jnp.int32)
     row_B1 = np.arange(B)[:, None]
-    k, v = (jnp.swapaxes(z, 1, 2) for z in (k, v))
     more = {"scale": SCALE, "buckets": buckets, "bias_LH": bias_LH, "position_Bq": position_Bq}
-    got = decode_attention(q[row_B1, position_Bq], k, v, everything[:, :3], **more)
+    got = decode_attention(q[row_B1, position_Bq], *as_cache(k, v), everything[:, :3], **more)
     np.testing.assert_allclose(got, want[row_B1, position_Bq], atol=1e-12)
 
 

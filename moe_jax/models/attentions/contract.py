@@ -66,10 +66,10 @@ def small_already(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[st
 class Caching(NamedTuple):
     """Holds what an attention keeps of the tokens so far, and how it attends to that.
 
-    A cache is a NamedTuple of arrays [B, ..., M, width]: slot i of a row holds the token at
-    position i. Heads come before slots, for then what a head has seen lies together: with the slots
-    first a step of 32 rows transposed all keys and values, which took three times as long. A cache
-    is an argument and a return, never a variable.
+    A cache is a NamedTuple of arrays with a dimension of M slots, and says M as `num_slots`: slot i
+    of a row holds the token at position i. Heads come before slots, for then what a head has seen
+    lies together: with the slots first a step of 32 rows transposed all keys and values, which took
+    three times as long. A cache is an argument and a return, never a variable.
     """
 
     # (cfg, number of rows, number of slots) -> a cache that holds no token.
@@ -77,10 +77,12 @@ class Caching(NamedTuple):
     # The mesh axes of its arrays, and of what goes into it, in NamedTuples of the same type.
     specs: Any
     new_specs: Any
+    # Which dimension of its arrays is that of the slots, counted from the end; of the same type.
+    slot_axes: Any
     # (weights, x_BSD, position_BS, cfg) -> (queries [B, S, H, .], what goes into the cache: arrays
-    # [B, S, ..., width]).
+    # [B, S, ...], whose other dimensions are in the order of the cache).
     inputs: Callable[[Weights, Array, Array, ModelConfig], tuple[Array, Any]]
-    # A cache of one device -> (keys [B, G, M, .], values [B, G, M, .]).
+    # A cache of one device -> (keys [B, G, ., M], values [B, G, M, .]).
     keys_and_values: Callable[[Any], tuple[Array, Array]]
     # (weights, what the heads read [B, S, H, .], cfg) -> o_BSHV.
     outputs: Callable[[Weights, Array, ModelConfig], Array]

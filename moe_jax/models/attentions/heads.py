@@ -31,16 +31,21 @@ from moe_jax.schema.config import Config, ModelConfig
 from moe_jax.weights import Weight, Weights
 
 SINKS = "sinks"
-# The mesh axes of keys and values in a cache [B, G, M, A].
+# The mesh axes of keys [B, G, A, M] and values [B, G, M, A] in a cache.
 SLOTS = P(BATCH, "model", None, None)
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far."""
 
-    # Arrays, or their specs; of new tokens [B, S, G, A].
-    k_BGMA: Any
+    # Arrays, or their specs; of new tokens [B, S, G, A]. A query is scored against all slots at
+    # once, and weights are summed over slots: either has what it goes through side by side.
+    k_BGAM: Any
     v_BGMA: Any
+
+    @property
+    def num_slots(self) -> int:
+        return self.v_BGMA.shape[2]
 
 
 def weights(cfg: ModelConfig) -> dict[str, Weight]:
@@ -170,13 +175,12 @@ def _halves(x_BSHA: Array, cfg: ModelConfig) -> Array:
 
 def empty_cache(cfg: ModelConfig, num_rows: int, num_slots: int) -> Cache:
     """Returns a cache of `num_slots` positions a row, on the current mesh."""
-    shape = (num_rows, cfg.num_kv_heads, num_slots, cfg.head_dim)
 
-    def zeros():
-        return jax.sharding.reshard(jnp.zeros(shape, cfg.dtype), SLOTS)
+    def zeros(*shape: int) -> Array:
+        whole = (num_rows, cfg.num_kv_heads, *shape)
+        return jax.sharding.reshard(jnp.zeros(whole, cfg.dtype), SLOTS)
 
-    # Two arrays: both are given up to the program that writes into them.
-    return Cache(zeros(), zeros())
+    return Cache(zeros(cfg.head_dim, num_slots), zeros(num_slots, cfg.head_dim))
 
 
 def cached_inputs(
@@ -188,7 +192,7 @@ def cached_inputs(
 
 
 def keys_and_values(cache: Cache) -> tuple[Array, Array]:
-    return cache.k_BGMA, cache.v_BGMA
+    return cache.k_BGAM, cache.v_BGMA
 
 
 def as_they_are(weights: Weights, o_BSHA: Array, cfg: ModelConfig) -> Array:
@@ -210,6 +214,7 @@ CACHING = Caching(
     empty_cache,
     Cache(SLOTS, SLOTS),
     Cache(HEADS, HEADS),
+    Cache(-1, -2),
     cached_inputs,
     keys_and_values,
     outputs=as_they_are,

@@ -72,6 +72,10 @@ class Cache(NamedTuple):
     latent_BMR: Any
     key_BMT: Any
 
+    @property
+    def num_slots(self) -> int:
+        return self.key_BMT.shape[1]
+
 
 def options_of(cfg: ModelConfig) -> Options:
     """Returns the options of this attention in a config that has chosen it."""
@@ -225,10 +229,10 @@ def cached_inputs(
 
 
 def keys_and_values(cache: Cache) -> tuple[Array, Array]:
-    """Returns (keys [B, 1, M, R + T], values [B, 1, M, R]) of all heads."""
-    key = jnp.concatenate([cache.latent_BMR, cache.key_BMT], axis=-1)
+    """Returns (keys [B, 1, R + T, M], values [B, 1, M, R]) of all heads."""
+    key_BMU = jnp.concatenate([cache.latent_BMR, cache.key_BMT], axis=-1)
     # All heads read one key, whose first part is the value.
-    return key[:, None], cache.latent_BMR[:, None]
+    return key_BMU.mT[:, None], cache.latent_BMR[:, None]
 
 
 def outputs(weights: Weights, o_BSHR: Array, cfg: ModelConfig) -> Array:
@@ -291,7 +295,13 @@ def small(options: Mapping[str, Any], seq_len: int) -> Iterator[tuple[str, Any]]
 
 
 CACHING = Caching(
-    empty_cache, Cache(ROW, ROW), Cache(ROW, ROW), cached_inputs, keys_and_values, outputs
+    empty_cache,
+    Cache(ROW, ROW),
+    Cache(ROW, ROW),
+    Cache(-2, -2),
+    cached_inputs,
+    keys_and_values,
+    outputs,
 )
 ATTENTION = Attention(
     Options,
