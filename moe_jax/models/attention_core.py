@@ -240,12 +240,12 @@ def _of_slots(q_NQA: Array, k_NAS: Array, wide: Any) -> Array:
         return jnp.einsum("NQA,NAS->NQS", q_NQA, k_NAS, preferred_element_type=wide)
     # With one query a product reads each key once, and XLA's own does so at half the speed of
     # memory. Written as a sum it is one loop over slots, of vectors.
-    terms = [q_NQA[:, 0, a, None].astype(wide) * k_NAS[:, a].astype(wide) for a in range(width)]
-    while len(terms) > 1:
-        terms = [
-            sum(terms[first + 1 : first + 8], terms[first]) for first in range(0, len(terms), 8)
-        ]
-    return terms[0][:, None]
+    sums = [q_NQA[:, 0, a, None].astype(wide) * k_NAS[:, a].astype(wide) for a in range(width)]
+    # Eight at a time: one long sum would wait for each addition before the next.
+    while len(sums) > 1:
+        groups = [sums[first : first + 8] for first in range(0, len(sums), 8)]
+        sums = [functools.reduce(jnp.add, group) for group in groups]
+    return sums[0][:, None]
 
 
 def _first_of_run(segment_BS: Array) -> Array:

@@ -11,6 +11,7 @@ sizes that are known when it is compiled:
 
 Measured alone on two busy cores of an Intel Xeon, K = 2, D = 256, F = 512: at E = 8 0.7 of the
 time of the grouped product for 1 token, 0.4 for 4 and 0.5 for 8; at E = 64 0.5 for 1 and for 4.
+A step of decoding with 8 experts took 0.84 of the time with 16 tokens, 0.86 with 32, 0.90 with 64.
 
 Shapes: see network.py; T tokens, M assignments, C places of an expert, N = e C.
 """
