@@ -65,9 +65,9 @@ def test_assignments_of_no_expert_add_nothing():
 
 @pytest.mark.parametrize(("first", "is_every"), [(C, False), (C + 1, True)])
 def test_every_expert_computes_every_token_where_places_are_too_few(first, is_every, monkeypatch):
-    def nothing(act, x_TD, *more):
-        del act, more
-        return jnp.zeros_like(x_TD)
+    def nothing(act, few):
+        del act
+        return jnp.zeros_like(few.x_TD)
 
     monkeypatch.setattr(direct, "_every_expert", nothing)
     assert (np.abs(run(loads(first))).max() == 0) == is_every

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.dispatch.contract import Dispatcher, Experts
-from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in_order
+from moe_jax.moe.dispatch.layout import Shape, assignment_of_row
 from moe_jax.moe.dispatch.places import through_experts
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
+from moe_jax.moe.ranks import rank_in_order
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.schema.options import COUNT, POSITIVE, option
 

@@ -55,7 +55,7 @@ class Options:
     )
     direct: bool = option(
         False,
-        "so few tokens that sorting takes longer than computing are not sorted "
+        "so few tokens that a buffer takes longer than computing have none "
         "(moe/experts/direct.py); decoding sets it",
     )
     exchange: str = option(
@@ -114,7 +114,7 @@ def is_ragged(shape: Shape, options: Options) -> bool:
 
 
 def _is_direct(shape: Shape, options: Options) -> bool:
-    """Returns whether tokens are not sorted: that is allowed, and faster for so few."""
+    """Returns whether tokens have no buffer: that is allowed, and faster for so few."""
     if not options.direct:
         return False
     # The tokens of the whole expert axis come to each device.

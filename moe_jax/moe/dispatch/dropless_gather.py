@@ -16,9 +16,10 @@ from moe_jax.moe.dispatch import dropless_rounds
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.dropless_rounds import serve_in_rounds
 from moe_jax.moe.dispatch.exchange import SAVED
-from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in
+from moe_jax.moe.dispatch.layout import Shape, assignment_of_row
 from moe_jax.moe.dispatch.levels import Level
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
+from moe_jax.moe.ranks import rank_in
 from moe_jax.moe.routing.contract import Routing
 
 
@@ -55,7 +56,7 @@ def apply(
     Args:
       level: the devices that gather.
       num_rows: the rows of a round.
-      is_direct: so few tokens that they are not sorted, where the experts can do without.
+      is_direct: so few tokens that they have no buffer, where the experts can do without.
     """
     block = dropless_rounds.block(shape)
     # 1. All n T tokens of the level and their M = n N assignments come to every device.

@@ -16,9 +16,10 @@ from moe_jax.moe.dispatch import dropless_rounds, ragged
 from moe_jax.moe.dispatch.contract import Experts
 from moe_jax.moe.dispatch.dropless_rounds import serve_in_rounds
 from moe_jax.moe.dispatch.exchange import SAVED
-from moe_jax.moe.dispatch.layout import Shape, assignment_of_row, rank_in
+from moe_jax.moe.dispatch.layout import Shape, assignment_of_row
 from moe_jax.moe.dispatch.levels import Level
 from moe_jax.moe.experts.gathers import sum_rows, take_rows
+from moe_jax.moe.ranks import rank_in
 from moe_jax.moe.routing.contract import Routing
 
 # All axes whose devices have tokens of their own.

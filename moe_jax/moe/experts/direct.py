@@ -1,4 +1,4 @@
-"""The experts' network on few tokens, as when a text is written: no sorting and no buffer.
+"""The experts' network on few tokens, as when a text is written: no buffer.
 
 What then takes time is reading the weights, and what prepares the grouped product. Two ways, by
 sizes that are known when it is compiled:
@@ -17,12 +17,14 @@ Shapes: see network.py; T tokens, M assignments, C places of an expert, N = e C.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from moe_jax.moe.experts.network import Chosen
+from moe_jax.moe.ranks import rank_in
 from moe_jax.parallel.varying import vary_alike
 from moe_jax.precision import wide_dtype
 
@@ -31,6 +33,18 @@ MOST_TOKENS = 64
 MOST_ASSIGNMENTS = 16
 # A product of fewer rows takes as long.
 LEAST_PLACES = 8
+
+
+class Few(NamedTuple):
+    """Holds few tokens, their assignments and the weights of the experts of this device."""
+
+    x_TD: Array
+    token_M: Array
+    expert_index_M: Array
+    gate_M: Array
+    # Gate and value of a hidden unit, where there are both, are two of the H columns.
+    w_in_eDH: Array
+    w_out_eFD: Array
 
 
 def is_faster(num_tokens: int, num_assignments: int, num_experts: int) -> bool:
@@ -60,37 +74,26 @@ def direct_ffn(
     w_out_eFD = w_out_eFD.astype(x_TD.dtype)
     # As many assignments as experts: nearly all weights are read anyway.
     run = _by_places if token_M.shape[0] >= num_experts else _one_by_one
-    return run(
-        chosen.function(), *vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
-    )
+    alike = vary_alike(x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
+    return run(chosen.function(), Few(*alike))
 
 
-def _by_places(
-    act: Callable[[Array], Array],
-    x_TD: Array,
-    token_M: Array,
-    expert_index_M: Array,
-    gate_M: Array,
-    w_in_eDH: Array,
-    w_out_eFD: Array,
-) -> Array:
+def _by_places(act: Callable[[Array], Array], few: Few) -> Array:
     """Returns y_TD: every expert computes as many rows, unless one of them has more."""
+    x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD = few
     num_tokens, num_experts = x_TD.shape[0], w_in_eDH.shape[0]
     num_places = places(token_M.shape[0], num_experts)
-    operands = (x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD)
     if num_places >= num_tokens:
-        return _every_expert(act, *operands)
+        return _every_expert(act, few)
     wide = wide_dtype(x_TD.dtype)
-    # The place of each assignment among those of its expert.
-    is_chosen_Me = expert_index_M[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None]
-    one_Me = is_chosen_Me.astype(jnp.int32)
-    count_Me = jnp.cumsum(one_Me, axis=0, dtype=jnp.int32)
-    place_M = jnp.sum(one_Me * (count_Me - 1), axis=1, dtype=jnp.int32)
-    most = count_Me[-1].max()
+    # Those of no expert here are a class of their own, behind the last expert.
+    class_M = jnp.minimum(expert_index_M, num_experts)
+    place_M, count, _ = rank_in(class_M, num_experts + 1)
+    most = count[:num_experts].max()
 
     def in_places() -> Array:
         # Behind the last expert nothing is written.
-        row_M = expert_index_M * num_places + place_M
+        row_M = class_M * num_places + place_M
         zero_N = jnp.zeros_like(gate_M, shape=(num_experts * num_places,), dtype=wide)
         gate_N = zero_N.at[row_M].set(gate_M.astype(wide), mode="drop")
         # A place that nobody takes computes token 0, and adds none of it.
@@ -104,7 +107,7 @@ def _by_places(
         y_TD = jnp.zeros_like(x_TD, dtype=wide).at[token_N].add(y_ND)
         return y_TD.astype(x_TD.dtype)
 
-    return lax.cond(most <= num_places, in_places, lambda: _every_expert(act, *operands))
+    return lax.cond(most <= num_places, in_places, lambda: _every_expert(act, few))
 
 
 def places(num_assignments: int, num_experts: int) -> int:
@@ -113,16 +116,9 @@ def places(num_assignments: int, num_experts: int) -> int:
     return max(LEAST_PLACES, 1 << (2 * share - 1).bit_length())
 
 
-def _every_expert(
-    act: Callable[[Array], Array],
-    x_TD: Array,
-    token_M: Array,
-    expert_index_M: Array,
-    gate_M: Array,
-    w_in_eDH: Array,
-    w_out_eFD: Array,
-) -> Array:
+def _every_expert(act: Callable[[Array], Array], few: Few) -> Array:
     """Returns y_TD: every expert computes every token, and the gates choose."""
+    x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD = few
     num_tokens, num_experts = x_TD.shape[0], w_in_eDH.shape[0]
     wide = wide_dtype(x_TD.dtype)
     # The gate of each token at each expert; an expert that is not here is dropped.
@@ -138,16 +134,9 @@ def _every_expert(
     return hidden_TU @ w_out_UD
 
 
-def _one_by_one(
-    act: Callable[[Array], Array],
-    x_TD: Array,
-    token_M: Array,
-    expert_index_M: Array,
-    gate_M: Array,
-    w_in_eDH: Array,
-    w_out_eFD: Array,
-) -> Array:
+def _one_by_one(act: Callable[[Array], Array], few: Few) -> Array:
     """Returns y_TD: one assignment after another, which reads the chosen experts alone."""
+    x_TD, token_M, expert_index_M, gate_M, w_in_eDH, w_out_eFD = few
     num_experts = w_in_eDH.shape[0]
     wide = wide_dtype(x_TD.dtype)
     gate_M = jnp.where(expert_index_M < num_experts, gate_M, 0).astype(wide)

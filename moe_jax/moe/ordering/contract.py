@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.layout import rank_in
+from moe_jax.moe.ranks import rank_in
 from moe_jax.moe.routing.contract import Routing
 
 

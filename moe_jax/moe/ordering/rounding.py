@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.layout import rank_in_order
 from moe_jax.moe.ordering.contract import Ordering
+from moe_jax.moe.ranks import rank_in_order
 from moe_jax.moe.routing.contract import Routing
 from moe_jax.schema.options import NUMBER, option
 
